@@ -1,0 +1,2 @@
+//! A small reference VMM.
+fn main() {}

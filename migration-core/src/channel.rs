@@ -1,0 +1,79 @@
+//! Byte streams between two hosts, as the engine needs them. migration-transport implements them.
+
+use std::{io, time::Duration};
+
+use crate::ram::RamSlice;
+
+/// A connected, reliable, ordered stream of bytes in both directions: a TCP or Unix connection, TLS over one, …
+pub trait Channel: Send {
+    /// Takes it apart into its directions, which two threads can use at once.
+    fn split(self: Box<Self>) -> io::Result<Halves>;
+
+    /// The other end's address, for messages.
+    fn peer(&self) -> String;
+}
+
+/// The two directions of a [`Channel`], and a way to shut both from a third thread.
+pub struct Halves {
+    /// What the peer sends.
+    pub reader: Box<dyn ReadHalf>,
+    /// What the peer receives.
+    pub writer: Box<dyn WriteHalf>,
+    /// Ends both.
+    pub closer: Box<dyn Closer>,
+}
+
+/// The receiving direction of a [`Channel`].
+pub trait ReadHalf: Send {
+    /// Fills all of `buf`.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the stream ends first, `TimedOut` when nothing arrived for the idle time-out; any error
+    /// ends the lane.
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Fills all of the guest memory that `slices` name, in order.
+    fn read_ram(&mut self, slices: &[RamSlice<'_>]) -> io::Result<()>;
+
+    /// How long a read may go without a byte; `None` for ever.
+    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// The sending direction of a [`Channel`].
+pub trait WriteHalf: Send {
+    /// Sends all of `head`, then all of the guest memory that `slices` name, straight from where it lies.
+    ///
+    /// # Errors
+    /// Any error ends the lane; how much was sent is then not known.
+    fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()>;
+
+    /// How long a write may go without a byte taken by the peer; `None` for ever.
+    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// Ends a [`Channel`] from any thread: blocked reads and writes return at once with an error.
+pub trait Closer: Send + Sync {
+    /// Shuts both directions. May be called more than once.
+    fn close(&self);
+}
+
+/// Opens channels to one destination: the first for control, further ones as lanes, and again after a link loss.
+pub trait Connector: Send + Sync {
+    /// Opens a channel, or gives up after the connect time-out.
+    fn connect(&self) -> io::Result<Box<dyn Channel>>;
+
+    /// The destination's address, for messages.
+    fn address(&self) -> String;
+}
+
+/// Accepts channels at a destination.
+pub trait Listener: Send {
+    /// Waits for the next channel; `None` when `timeout` passes first.
+    ///
+    /// # Errors
+    /// Only when the listener itself is broken. A connection that fails while it is accepted is skipped.
+    fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>>;
+
+    /// Where it listens, in the form in which a source names it.
+    fn address(&self) -> String;
+}

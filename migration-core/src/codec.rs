@@ -1,0 +1,210 @@
+//! Bounded readers and writers for the fields of frames and state sections. All integers are little endian.
+
+use thiserror::Error;
+
+/// What is wrong with encoded bytes.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum DecodeError {
+    /// The bytes end inside a field.
+    #[error("{field}: truncated")]
+    Truncated {
+        /// The field that was being read.
+        field: &'static str,
+    },
+    /// Bytes are left behind the last field.
+    #[error("{0} bytes too many")]
+    Trailing(usize),
+    /// A length is above its bound.
+    #[error("{field}: length {len} is above the limit of {limit}")]
+    TooLong {
+        /// The field.
+        field: &'static str,
+        /// The length that the bytes claim.
+        len: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// A value that the field cannot have.
+    #[error("{field}: {why}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A checksum does not match.
+    #[error("{field}: checksum mismatch")]
+    Checksum {
+        /// What the checksum covers.
+        field: &'static str,
+    },
+}
+
+impl DecodeError {
+    /// A [`DecodeError::Invalid`].
+    pub fn invalid(field: &'static str, why: impl Into<String>) -> Self {
+        Self::Invalid { field, why: why.into() }
+    }
+}
+
+/// Reads fields from a byte slice; never allocates by a length that it has not checked.
+#[derive(Clone, Debug)]
+pub struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    /// A reader at the start of `bytes`.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes }
+    }
+
+    /// How many bytes are left.
+    pub fn remaining(&self) -> usize {
+        self.rest.len()
+    }
+
+    /// The next `len` bytes.
+    pub fn bytes(&mut self, len: usize, field: &'static str) -> Result<&'a [u8], DecodeError> {
+        let (head, rest) = self.rest.split_at_checked(len).ok_or(DecodeError::Truncated { field })?;
+        self.rest = rest;
+        Ok(head)
+    }
+
+    /// The next `N` bytes as an array.
+    pub fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], DecodeError> {
+        let (head, rest) = self.rest.split_first_chunk().ok_or(DecodeError::Truncated { field })?;
+        self.rest = rest;
+        Ok(*head)
+    }
+
+    /// The next byte.
+    pub fn u8(&mut self, field: &'static str) -> Result<u8, DecodeError> {
+        self.array(field).map(|[b]| b)
+    }
+
+    /// The next two bytes as an integer.
+    pub fn u16(&mut self, field: &'static str) -> Result<u16, DecodeError> {
+        self.array(field).map(u16::from_le_bytes)
+    }
+
+    /// The next four bytes as an integer.
+    pub fn u32(&mut self, field: &'static str) -> Result<u32, DecodeError> {
+        self.array(field).map(u32::from_le_bytes)
+    }
+
+    /// The next eight bytes as an integer.
+    pub fn u64(&mut self, field: &'static str) -> Result<u64, DecodeError> {
+        self.array(field).map(u64::from_le_bytes)
+    }
+
+    /// A byte that is 0 or 1.
+    pub fn bool(&mut self, field: &'static str) -> Result<bool, DecodeError> {
+        match self.u8(field)? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(DecodeError::invalid(field, format!("{other} is neither 0 nor 1"))),
+        }
+    }
+
+    /// A `u32` that counts something, at most `limit`.
+    pub fn count(&mut self, limit: usize, field: &'static str) -> Result<usize, DecodeError> {
+        let len = self.u32(field)?;
+        if u64::from(len) > limit as u64 {
+            return Err(DecodeError::TooLong { field, len: len.into(), limit: limit as u64 });
+        }
+        Ok(len as usize)
+    }
+
+    /// A byte string with its length (`u32`) in front, at most `limit` bytes.
+    pub fn blob(&mut self, limit: usize, field: &'static str) -> Result<&'a [u8], DecodeError> {
+        let len = self.count(limit, field)?;
+        self.bytes(len, field)
+    }
+
+    /// A UTF-8 string with its length (`u32`) in front, at most `limit` bytes.
+    pub fn text(&mut self, limit: usize, field: &'static str) -> Result<String, DecodeError> {
+        let bytes = self.blob(limit, field)?;
+        let text = std::str::from_utf8(bytes).map_err(|_| DecodeError::invalid(field, "not UTF-8"))?;
+        Ok(text.to_owned())
+    }
+
+    /// Ends reading: every byte must have been read.
+    pub fn finish(self) -> Result<(), DecodeError> {
+        if self.rest.is_empty() { Ok(()) } else { Err(DecodeError::Trailing(self.rest.len())) }
+    }
+}
+
+/// Writes what [`Reader`] reads.
+#[derive(Clone, Debug, Default)]
+pub struct Writer {
+    bytes: Vec<u8>,
+}
+
+impl Writer {
+    /// A writer without a byte.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The bytes written.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+
+    /// How many bytes were written.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether nothing was written.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Appends bytes as they are.
+    pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+        self.bytes.extend_from_slice(bytes);
+        self
+    }
+
+    /// Appends a byte.
+    pub fn u8(&mut self, value: u8) -> &mut Self {
+        self.bytes(&[value])
+    }
+
+    /// Appends a two-byte integer.
+    pub fn u16(&mut self, value: u16) -> &mut Self {
+        self.bytes(&value.to_le_bytes())
+    }
+
+    /// Appends a four-byte integer.
+    pub fn u32(&mut self, value: u32) -> &mut Self {
+        self.bytes(&value.to_le_bytes())
+    }
+
+    /// Appends an eight-byte integer.
+    pub fn u64(&mut self, value: u64) -> &mut Self {
+        self.bytes(&value.to_le_bytes())
+    }
+
+    /// Appends 0 or 1.
+    pub fn bool(&mut self, value: bool) -> &mut Self {
+        self.u8(value.into())
+    }
+
+    /// Appends a count as `u32`. Counts above `u32::MAX` saturate, which every reader refuses.
+    pub fn count(&mut self, value: usize) -> &mut Self {
+        self.u32(u32::try_from(value).unwrap_or(u32::MAX))
+    }
+
+    /// Appends a byte string with its length in front.
+    pub fn blob(&mut self, bytes: &[u8]) -> &mut Self {
+        self.count(bytes.len()).bytes(bytes)
+    }
+
+    /// Appends a string with its length in front.
+    pub fn text(&mut self, text: &str) -> &mut Self {
+        self.blob(text.as_bytes())
+    }
+}

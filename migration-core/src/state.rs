@@ -1,0 +1,117 @@
+//! The state of a VM beside its RAM: named, versioned sections.
+
+use bytes::Bytes;
+
+use crate::codec::{DecodeError, Reader, Writer};
+
+/// Most bytes in a section's name.
+pub const MAX_SECTION_NAME: usize = 64;
+/// Most bytes in one section. The largest that real devices have (a GPU's or a vhost device's state) go through
+/// several steps, see [`crate::device::Device`]; a vCPU takes about 20 KiB.
+pub const MAX_SECTION: usize = 16 << 20;
+/// Most sections in a VM's state: 16 for each of 256 vCPUs, and as many devices.
+pub const MAX_SECTIONS: usize = 8192;
+/// Most bytes in a VM's whole state. Bounds what a destination holds in memory beside guest RAM.
+pub const MAX_STATE: usize = 64 << 20;
+
+/// A piece of state under a name, such as one vCPU's registers or one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// What it belongs to: `vcpu`, `irqchip`, `serial`, …; at most [`MAX_SECTION_NAME`] bytes.
+    pub name: String,
+    /// Which of several of that name, such as the vCPU's number.
+    pub instance: u32,
+    /// Version of the encoding of `data`; who loads it refuses versions it does not know.
+    pub version: u32,
+    /// The encoded state; at most [`MAX_SECTION`] bytes.
+    pub data: Bytes,
+}
+
+/// All sections of a VM, in the order in which they are to be loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmState {
+    /// The sections.
+    pub sections: Vec<Section>,
+}
+
+impl VmState {
+    /// The section of this name and instance.
+    pub fn find(&self, name: &str, instance: u32) -> Option<&Section> {
+        self.sections.iter().find(|s| s.name == name && s.instance == instance)
+    }
+
+    /// Bytes of all sections' data together.
+    pub fn bytes(&self) -> usize {
+        self.sections.iter().map(|s| s.data.len()).sum()
+    }
+
+    /// The form in which it travels.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.count(self.sections.len());
+        for s in &self.sections {
+            w.text(&s.name).u32(s.instance).u32(s.version).blob(&s.data);
+        }
+        w.into_bytes()
+    }
+
+    /// Reads what [`encode`](VmState::encode) wrote.
+    ///
+    /// # Errors
+    /// When a length is above its limit, a section appears twice, or the bytes do not end where they should.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        if bytes.len() > MAX_STATE {
+            return Err(DecodeError::TooLong { field: "state", len: bytes.len() as u64, limit: MAX_STATE as u64 });
+        }
+        let mut r = Reader::new(bytes);
+        let count = r.count(MAX_SECTIONS, "number of sections")?;
+        let mut seen = std::collections::HashSet::new();
+        let mut sections = Vec::new();
+        for _ in 0..count {
+            let name = r.text(MAX_SECTION_NAME, "section name")?;
+            let (instance, version) = (r.u32("section instance")?, r.u32("section version")?);
+            let data = Bytes::copy_from_slice(r.blob(MAX_SECTION, "section data")?);
+            if !seen.insert((name.clone(), instance)) {
+                return Err(DecodeError::invalid("section name", format!("{name} {instance} appears twice")));
+            }
+            sections.push(Section { name, instance, version, data });
+        }
+        r.finish()?;
+        Ok(Self { sections })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn round_trip(sections in prop::collection::vec(("[a-z]{0,9}", any::<u32>(), any::<u32>(), prop::collection::vec(any::<u8>(), 0..50)), 0..6)) {
+            let mut state = VmState::default();
+            for (name, instance, version, data) in sections {
+                if state.find(&name, instance).is_none() {
+                    state.sections.push(Section { name, instance, version, data: data.into() });
+                }
+            }
+            prop_assert_eq!(VmState::decode(&state.encode()).unwrap(), state);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = VmState::decode(&bytes);
+        }
+    }
+
+    #[test]
+    fn claims_beyond_the_limits_are_refused() {
+        let mut w = Writer::new();
+        w.count(1).text("x").u32(0).u32(0).u32(u32::MAX);
+        assert!(matches!(VmState::decode(&w.into_bytes()), Err(DecodeError::TooLong { .. })));
+        let s = Section { name: "a".into(), instance: 1, version: 1, data: Bytes::new() };
+        let twice = VmState { sections: vec![s.clone(), s] }.encode();
+        assert!(matches!(VmState::decode(&twice), Err(DecodeError::Invalid { .. })));
+    }
+}

@@ -1,0 +1,263 @@
+//! Dirty-page tracking: which pages were written since one last asked.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use thiserror::Error;
+
+use crate::{
+    page::{PageRange, RamLayout},
+    page_set::PageSet,
+};
+
+/// A dirty tracker failed. The migration ends and the source's guest runs on.
+#[derive(Debug, Error)]
+#[error("dirty tracker {tracker}: {what}")]
+pub struct TrackerError {
+    /// Name of the tracker, see [`DirtyTracker::name`].
+    pub tracker: &'static str,
+    /// What failed, with the cause.
+    pub what: String,
+}
+
+/// Reports the pages that were written, by whomever: vCPUs, KVM, devices, the VMM.
+///
+/// Most VMs need several sources at once: see [`UnionTracker`].
+///
+/// A tracker may report too much, never too little: a page whose state it is not sure of counts as written.
+pub trait DirtyTracker: Send {
+    /// A short name, such as `dirty-log`.
+    fn name(&self) -> &'static str;
+
+    /// Whether it is tracking.
+    fn is_active(&self) -> bool;
+
+    /// Begins to track. Every write that happens after the return will be reported; what was written before need
+    /// not be. Does nothing if it is tracking already.
+    fn start(&mut self) -> Result<(), TrackerError>;
+
+    /// Ends tracking and forgets what it knows, so that the guest runs at full speed. Does nothing if it is not
+    /// tracking.
+    fn stop(&mut self) -> Result<(), TrackerError>;
+
+    /// Adds to `into` all pages written since tracking started or the last harvest, and begins anew: a write that
+    /// happens after this call is reported by the next one.
+    ///
+    /// A tracker with [`rearm`](DirtyTracker::rearm) begins anew for a page only when the page is re-armed, and
+    /// reports it until then.
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError>;
+
+    /// Makes `pages` dirty again: the next harvest reports them. For pages that were harvested but did not arrive.
+    fn put_back(&mut self, pages: &PageSet);
+
+    /// For trackers that re-arm pages one by one, just before they are read for sending: the later a page is
+    /// re-armed, the fewer are sent twice. `None` if a harvest re-arms at once.
+    fn rearm(&self) -> Option<Arc<dyn Rearm>> {
+        None
+    }
+}
+
+/// Re-arms pages of a [`DirtyTracker`], from any thread.
+pub trait Rearm: Send + Sync {
+    /// Called before the pages of `pages` that lie in `range` are read: writes that follow are reported again.
+    /// `pages` was harvested; other pages of the range must keep their state.
+    fn before_read(&self, range: PageRange, pages: &PageSet) -> Result<(), TrackerError>;
+}
+
+/// A dirty bitmap that the VMM itself sets: for devices and VMM threads that write guest memory behind KVM's back.
+///
+/// Clone the `Arc` into whatever writes; hand a [`BitmapTracker`] of it to the migration.
+pub struct DirtyBitmap {
+    layout: RamLayout,
+    words: Vec<AtomicU64>,
+}
+
+impl DirtyBitmap {
+    /// A clean bitmap for RAM of this layout.
+    pub fn new(layout: RamLayout) -> Arc<Self> {
+        let words = (0..layout.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self { layout, words })
+    }
+
+    /// Marks the pages of `len` bytes at guest physical address `gpa` as written. Call it *after* the write. Parts
+    /// outside RAM are left out.
+    pub fn mark(&self, gpa: u64, len: u64) {
+        let mut at = gpa & !0xfff;
+        let end = gpa.saturating_add(len);
+        while at < end {
+            if let Some(page) = self.layout.page_of(at) {
+                self.mark_page(page);
+            }
+            let Some(next) = at.checked_add(0x1000) else { break };
+            at = next;
+        }
+    }
+
+    /// Marks one page as written, by its page number.
+    pub fn mark_page(&self, page: u64) {
+        if let Some(word) = self.words.get((page / 64) as usize) {
+            // Release: who harvests the bit sees the write that came before it
+            word.fetch_or(1 << (page % 64), Ordering::Release);
+        }
+    }
+
+    fn take(&self, into: &mut PageSet) {
+        for (i, word) in self.words.iter().enumerate() {
+            if word.load(Ordering::Relaxed) != 0 {
+                let bits = word.swap(0, Ordering::AcqRel);
+                into.insert_bitmap(i as u64 * 64, 64, &[bits]);
+            }
+        }
+    }
+}
+
+/// The [`DirtyTracker`] over a [`DirtyBitmap`]. Its bits are set whether or not it is active; starting it forgets
+/// what was set before.
+pub struct BitmapTracker {
+    bitmap: Arc<DirtyBitmap>,
+    active: bool,
+}
+
+impl BitmapTracker {
+    /// A tracker that harvests `bitmap`.
+    pub fn new(bitmap: Arc<DirtyBitmap>) -> Self {
+        Self { bitmap, active: false }
+    }
+}
+
+impl DirtyTracker for BitmapTracker {
+    fn name(&self) -> &'static str {
+        "bitmap"
+    }
+
+    fn is_active(&self) -> bool {
+        self.active
+    }
+
+    fn start(&mut self) -> Result<(), TrackerError> {
+        if !self.active {
+            self.bitmap.take(&mut PageSet::empty(self.bitmap.layout.pages()));
+            self.active = true;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), TrackerError> {
+        self.active = false;
+        Ok(())
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError> {
+        self.bitmap.take(into);
+        Ok(())
+    }
+
+    fn put_back(&mut self, pages: &PageSet) {
+        for page in pages.iter() {
+            self.bitmap.mark_page(page);
+        }
+    }
+}
+
+/// Several trackers as one: a page is dirty if any of them says so.
+pub struct UnionTracker {
+    name: &'static str,
+    parts: Vec<Box<dyn DirtyTracker>>,
+}
+
+impl UnionTracker {
+    /// The union of `parts`, under the name of the first one (the one that watches the vCPUs).
+    pub fn new(parts: Vec<Box<dyn DirtyTracker>>) -> Self {
+        Self { name: parts.first().map_or("none", |p| p.name()), parts }
+    }
+}
+
+impl DirtyTracker for UnionTracker {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn is_active(&self) -> bool {
+        self.parts.iter().any(|p| p.is_active())
+    }
+
+    fn start(&mut self) -> Result<(), TrackerError> {
+        let mut started = Ok(());
+        for part in &mut self.parts {
+            started = part.start();
+            if started.is_err() {
+                break;
+            }
+        }
+        if started.is_err() {
+            // half-started is not a state: give back what did start; the first error is the one to tell
+            let _ = self.stop();
+        }
+        started
+    }
+
+    fn stop(&mut self) -> Result<(), TrackerError> {
+        // stop every part, and report the first failure
+        self.parts.iter_mut().map(|p| p.stop()).fold(Ok(()), Result::and)
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError> {
+        self.parts.iter_mut().try_for_each(|p| p.harvest(into))
+    }
+
+    fn put_back(&mut self, pages: &PageSet) {
+        // one part is enough: the union reports it
+        if let Some(first) = self.parts.first_mut() {
+            first.put_back(pages);
+        }
+    }
+
+    fn rearm(&self) -> Option<Arc<dyn Rearm>> {
+        let mut parts: Vec<_> = self.parts.iter().filter_map(|p| p.rearm()).collect();
+        match parts.len() {
+            0 | 1 => parts.pop(),
+            _ => Some(Arc::new(RearmAll(parts))),
+        }
+    }
+}
+
+struct RearmAll(Vec<Arc<dyn Rearm>>);
+
+impl Rearm for RearmAll {
+    fn before_read(&self, range: PageRange, pages: &PageSet) -> Result<(), TrackerError> {
+        self.0.iter().try_for_each(|r| r.before_read(range, pages))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::RamRegion;
+
+    #[test]
+    fn union_reports_what_any_part_saw() {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap();
+        let (a, b) = (DirtyBitmap::new(layout.clone()), DirtyBitmap::new(layout.clone()));
+        a.mark(0, 1);
+        let mut union = UnionTracker::new(vec![
+            Box::new(BitmapTracker::new(a.clone())),
+            Box::new(BitmapTracker::new(b.clone())),
+        ]);
+        union.start().unwrap();
+        a.mark(0x1fff, 2);
+        b.mark(0x5000, 0x1001);
+        b.mark(u64::MAX - 1, 5);
+        let mut dirty = PageSet::empty(256);
+        union.harvest(&mut dirty).unwrap();
+        assert!(dirty.iter().eq([1, 2, 5, 6]), "{dirty:?}");
+        let mut again = PageSet::empty(256);
+        union.put_back(&dirty);
+        union.harvest(&mut again).unwrap();
+        assert_eq!(again, dirty);
+        again.clear();
+        union.harvest(&mut again).unwrap();
+        assert!(again.is_empty());
+    }
+}

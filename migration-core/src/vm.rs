@@ -1,0 +1,168 @@
+//! What a VMM implements: the VM at the source, the VM at the destination, and the host that makes one.
+
+use std::{error::Error, fmt, sync::Arc};
+
+use bytes::Bytes;
+
+use crate::{
+    device::DeviceKind,
+    page::RamLayout,
+    ram::GuestRam,
+    state::{Section, VmState},
+    tracker::DirtyTracker,
+};
+
+/// Something that the VMM was asked to do failed.
+#[derive(Debug)]
+pub struct VmError {
+    what: String,
+    cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl VmError {
+    /// An error that says what failed, and what the caller can do about it.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), cause: None }
+    }
+
+    /// An error with the one that caused it.
+    pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { what: what.into(), cause: Some(cause.into()) }
+    }
+
+    /// State of a version that cannot be loaded.
+    pub fn version(name: &str, found: u32, oldest: u32, newest: u32) -> Self {
+        Self::new(format!("state of {name} has version {found}, this host loads {oldest} to {newest}"))
+    }
+}
+
+impl fmt::Display for VmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.cause {
+            Some(cause) => write!(f, "{}: {cause}", self.what),
+            None => f.write_str(&self.what),
+        }
+    }
+}
+
+impl Error for VmError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_ref().map(|c| &**c as &(dyn Error + 'static))
+    }
+}
+
+/// Identifies a VM for as long as it lives, on whatever host: 16 bytes that no other VM has, such as a UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct VmId(pub [u8; 16]);
+
+/// What the source tells about its VM before any RAM moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmDescription {
+    /// Which VM it is.
+    pub id: VmId,
+    /// Where its RAM lies.
+    pub layout: RamLayout,
+    /// Its devices, with their versions.
+    pub devices: Vec<DeviceKind>,
+    /// What its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), encoded by whoever understands it (migration-kvm's
+    /// `HostNeeds`); empty if nothing.
+    pub host_needs: Bytes,
+    /// What the VMM needs to build the same machine; only the VMM understands it.
+    pub config: Bytes,
+}
+
+/// A running (or paused) VM, seen by the engine at its source.
+///
+/// The engine calls these methods from one thread, in an order that follows from the strategy; `pause` and `resume`
+/// alternate. After `released` it calls nothing more.
+pub trait SourceVm: Send {
+    /// What the destination must know to build the same machine.
+    fn describe(&mut self) -> Result<VmDescription, VmError>;
+
+    /// The guest's RAM.
+    fn ram(&self) -> Arc<dyn GuestRam>;
+
+    /// The tracker that sees all writes to it: of vCPUs, of KVM, of devices and of the VMM.
+    fn tracker(&mut self) -> &mut dyn DirtyTracker;
+
+    /// Why the VM cannot move by the strategy of this name, if so.
+    fn blocked(&self, strategy: &str) -> Option<String> {
+        let _ = strategy;
+        None
+    }
+
+    /// A migration begins; devices with state in several steps start to record it.
+    fn start(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    /// Pieces of device state while the guest runs, at most `budget` bytes, and how many bytes are pending.
+    fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
+        let _ = budget;
+        Ok((Vec::new(), 0))
+    }
+
+    /// Stops all vCPUs, then brings the devices to rest; returns when neither writes guest memory any more.
+    ///
+    /// # Errors
+    /// The engine calls `resume` then.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// Lets devices and vCPUs go on: after a pause that did not end in a hand-over. If the user had paused the VM
+    /// before the migration, it stays paused.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Lets vCPUs run only `100 - percent` of the time; 0 lifts it. In slices short enough not to be felt as gaps.
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError>;
+
+    /// The state of vCPUs, VM and devices, while paused. May dirty guest memory: the engine harvests afterwards.
+    fn save_state(&mut self) -> Result<VmState, VmError>;
+
+    /// Whether the guest shall run after the hand-over, or stay paused because its user paused it.
+    fn starts_running(&self) -> bool {
+        true
+    }
+
+    /// From this call on the VM may run at the destination (*run* is about to be sent): it must never run here again.
+    /// The place to give up disk locks.
+    fn owner_in_doubt(&mut self) {}
+
+    /// The VM belongs to the destination for certain: free it.
+    fn released(&mut self);
+}
+
+/// A VM that is being received. It has been built when the object exists; its RAM is empty.
+pub trait DestinationVm: Send {
+    /// The guest's RAM.
+    fn ram(&self) -> Arc<dyn GuestRam>;
+
+    /// Takes pieces of device state that came while the guest ran at the source.
+    fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
+        Err(VmError::new(format!("no device {} {} takes its state in pieces", piece.name, piece.instance)))
+    }
+
+    /// Loads the state. RAM is complete by then.
+    ///
+    /// # Errors
+    /// The attempt fails, the source's guest runs on.
+    fn load_state(&mut self, state: &VmState) -> Result<(), VmError>;
+
+    /// The VM is owned here, from now on: take disk locks, announce addresses, and start the vCPUs if `running`.
+    ///
+    /// # Errors
+    /// Too late to go back; the VM stays here, not running, and the error is reported to both sides' users.
+    fn start(&mut self, running: bool) -> Result<(), VmError>;
+}
+
+/// Builds VMs at a destination.
+pub trait DestinationHost: Send {
+    /// Checks that this host can run the VM, and builds it: RAM, vCPUs, devices. Everything that takes time happens
+    /// here, while the guest runs at its source.
+    ///
+    /// # Errors
+    /// What cannot be loaded is refused here, before RAM moves; the source is told the reason.
+    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError>;
+
+    /// The VM was started and is the host's from now on.
+    fn adopted(&mut self, vm: Box<dyn DestinationVm>);
+}
