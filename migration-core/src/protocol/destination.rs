@@ -1,0 +1,292 @@
+//! The destination's side of the protocol.
+
+use bytes::Bytes;
+
+use super::Violation;
+use crate::{
+    state::{MAX_STATE, Section},
+    vm::VmId,
+    wire::{Control, ErrorCode, Hello},
+};
+
+/// Where the destination stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DestinationPhase {
+    /// No VM.
+    Empty,
+    /// The VM is being built, or its lanes are awaited.
+    Preparing,
+    /// Pages and state arrive.
+    Receiving,
+    /// The source offered the VM; the last pages and the state are being loaded.
+    Loading,
+    /// All is loaded. The VM stays paused, without time limit, until the source decides.
+    Ready,
+    /// The VM is owned here.
+    Running,
+}
+
+/// What to do about a frame from the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Discard the VM that is held, if there is one, then build this one; report with
+    /// [`DestinationMachine::prepared`].
+    Build {
+        /// Whether a VM of an earlier, void epoch has to be discarded first.
+        discard: bool,
+        /// The new VM.
+        hello: Box<Hello>,
+    },
+    /// Give the piece to its device.
+    LoadPiece(Section),
+    /// Wait until rounds up to this generation are in RAM, load the collected state, and report with
+    /// [`DestinationMachine::loaded`].
+    Load {
+        /// Generation of the last round.
+        generation: u32,
+        /// The encoded state.
+        state: Vec<u8>,
+    },
+    /// Own and start the VM; answer with *running*.
+    Start {
+        /// Whether its vCPUs shall run.
+        running: bool,
+    },
+    /// The VM was started before: only answer with *running*, again.
+    AnswerRunning,
+    /// Discard the VM.
+    Discard(String),
+    /// The session is over, its source knows that the VM runs.
+    Finish,
+    /// Nothing.
+    None,
+    /// Answer with *pong*.
+    Pong,
+}
+
+/// What to do after the link was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDestinationLoss {
+    /// Discard the VM: the source owns it.
+    Discard,
+    /// Hold the VM, paused: its owner is not known here.
+    Hold,
+    /// Nothing: the VM is ours, or there is none.
+    Nothing,
+}
+
+/// The destination's half of the protocol, for one VM after another.
+#[derive(Clone, Debug)]
+pub struct DestinationMachine {
+    phase: DestinationPhase,
+    vm: Option<VmId>,
+    epoch: u32,
+    /// Whether a control lane is attached.
+    attached: bool,
+    state: Vec<u8>,
+    run_vcpus: bool,
+}
+
+impl Default for DestinationMachine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl DestinationMachine {
+    /// A machine without a VM.
+    pub fn new() -> Self {
+        let (state, phase) = (Vec::new(), DestinationPhase::Empty);
+        Self { phase, vm: None, epoch: 0, attached: false, state, run_vcpus: true }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> DestinationPhase {
+        self.phase
+    }
+
+    /// The epoch of the attempt under way, or the last one.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The VM that is being received, held or run.
+    pub fn vm(&self) -> Option<VmId> {
+        self.vm
+    }
+
+    /// Whether pages may arrive now.
+    pub fn accepts_pages(&self) -> bool {
+        matches!(self.phase, DestinationPhase::Receiving | DestinationPhase::Loading)
+    }
+
+    /// Whether a new control lane may take up the session: nobody holds it, or its link is dead without our
+    /// knowledge (the source reconnects because *it* noticed).
+    pub fn may_reattach(&self, vm: VmId, epoch: u32) -> bool {
+        self.vm == Some(vm)
+            && self.epoch == epoch
+            && matches!(self.phase, DestinationPhase::Ready | DestinationPhase::Running)
+    }
+
+    /// A frame came from the source, whose header carried `epoch`.
+    ///
+    /// # Errors
+    /// The frame has no place here: tell the source so, end the lane, and do what
+    /// [`link_lost`](DestinationMachine::link_lost) says.
+    pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<DestinationAction, Violation> {
+        use DestinationPhase::*;
+        let violation = |why| Violation { frame: frame.name(), epoch, phase: format!("{:?}", self.phase), why };
+        if let Control::Hello(hello) = frame {
+            return self.greet(epoch, hello);
+        }
+        if epoch != self.epoch || self.vm.is_none() {
+            return Err(violation("it is of another epoch"));
+        }
+        match (frame, self.phase) {
+            (Control::Ping, _) => Ok(DestinationAction::Pong),
+            (Control::Piece(piece), Receiving) => Ok(DestinationAction::LoadPiece(piece)),
+            (Control::State(chunk), Receiving) => {
+                self.collect(&chunk)?;
+                Ok(DestinationAction::None)
+            }
+            (Control::Offer { generation, state_bytes, running }, Receiving) => {
+                if state_bytes != self.state.len() as u64 {
+                    let phase = format!("{:?}", self.phase);
+                    return Err(Violation { frame: "offer", epoch, phase, why: "the state is not complete" });
+                }
+                self.phase = Loading;
+                self.run_vcpus = running;
+                Ok(DestinationAction::Load { generation, state: std::mem::take(&mut self.state) })
+            }
+            (Control::Run, Ready) => Ok(self.start()),
+            (Control::Run, Running) => Ok(DestinationAction::AnswerRunning),
+            (Control::Reattach(vm), Ready | Running) if self.vm == Some(vm) => {
+                self.attached = true;
+                Ok(DestinationAction::None)
+            }
+            (Control::Abandon, Preparing | Receiving | Loading | Ready) => {
+                self.clear();
+                Ok(DestinationAction::Discard("the source keeps the VM".into()))
+            }
+            (Control::Error { code, text }, Preparing | Receiving | Loading | Ready) => {
+                self.clear();
+                Ok(DestinationAction::Discard(format!("the source ended the attempt: {text} ({code:?})")))
+            }
+            (Control::Done, Running) => Ok(DestinationAction::Finish),
+            (frame, phase) => {
+                let phase = format!("{phase:?}");
+                Err(Violation { frame: frame.name(), epoch, phase, why: "it does not belong to this phase" })
+            }
+        }
+    }
+
+    /// The VM is built and all lanes are there: the frame to send.
+    pub fn prepared(&mut self) -> Result<Control, Violation> {
+        self.advance(DestinationPhase::Preparing, DestinationPhase::Receiving, "prepared")?;
+        Ok(Control::Prepared)
+    }
+
+    /// Pages are complete and the state is loaded: the frame to send. From here on only the source's word, or a
+    /// person's ([`adopt`](DestinationMachine::adopt)), decides on the VM.
+    pub fn loaded(&mut self) -> Result<Control, Violation> {
+        self.advance(DestinationPhase::Loading, DestinationPhase::Ready, "ready")?;
+        Ok(Control::Ready)
+    }
+
+    /// The attempt failed here, with an error for the source: says what to do with the VM.
+    pub fn failed(&mut self) -> OnDestinationLoss {
+        self.link_lost()
+    }
+
+    /// The control lane was lost.
+    pub fn link_lost(&mut self) -> OnDestinationLoss {
+        use DestinationPhase::*;
+        self.attached = false;
+        match self.phase {
+            Empty | Running => OnDestinationLoss::Nothing,
+            Ready => OnDestinationLoss::Hold,
+            Preparing | Receiving | Loading => {
+                self.clear();
+                OnDestinationLoss::Discard
+            }
+        }
+    }
+
+    /// A person states that the source is dead and will never run the VM again. The destination becomes its owner,
+    /// under a new epoch, so that a source that does come back is refused.
+    ///
+    /// # Errors
+    /// When no VM is held, or its source is still attached.
+    pub fn adopt(&mut self) -> Result<DestinationAction, Violation> {
+        let why = match (self.phase, self.attached) {
+            (DestinationPhase::Ready, false) => {
+                self.epoch = self.epoch.saturating_add(1);
+                return Ok(self.start());
+            }
+            (DestinationPhase::Ready, true) => "the source is still connected: it decides",
+            _ => "no complete VM is held here",
+        };
+        Err(Violation { frame: "adopt", epoch: self.epoch, phase: format!("{:?}", self.phase), why })
+    }
+
+    fn greet(&mut self, epoch: u32, hello: Box<Hello>) -> Result<DestinationAction, Violation> {
+        use DestinationPhase::*;
+        let phase = format!("{:?}", self.phase);
+        let violation = |why| Violation { frame: "hello", epoch, phase, why };
+        let discard = match self.phase {
+            Running => return Err(violation("the destination runs a VM already")),
+            Preparing | Receiving | Loading => return Err(violation("another session is under way")),
+            Ready if self.vm != Some(hello.vm.id) => return Err(violation("a complete VM is held for its source")),
+            Ready => true,
+            Empty => false,
+        };
+        // an epoch is void once a higher one was seen, for the same VM
+        if self.vm == Some(hello.vm.id) && epoch <= self.epoch {
+            return Err(violation("the epoch is not above the last one"));
+        }
+        self.clear();
+        (self.vm, self.epoch, self.phase, self.attached) = (Some(hello.vm.id), epoch, Preparing, true);
+        Ok(DestinationAction::Build { discard, hello })
+    }
+
+    fn start(&mut self) -> DestinationAction {
+        self.phase = DestinationPhase::Running;
+        DestinationAction::Start { running: self.run_vcpus }
+    }
+
+    fn collect(&mut self, chunk: &Bytes) -> Result<(), Violation> {
+        if self.state.len() + chunk.len() > MAX_STATE {
+            let phase = format!("{:?}", self.phase);
+            return Err(Violation { frame: "state", epoch: self.epoch, phase, why: "the state is above its limit" });
+        }
+        self.state.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    fn advance(&mut self, from: DestinationPhase, to: DestinationPhase, frame: &'static str) -> Result<(), Violation> {
+        if self.phase != from {
+            let phase = format!("{:?}", self.phase);
+            return Err(Violation { frame, epoch: self.epoch, phase, why: "it does not belong to this phase" });
+        }
+        self.phase = to;
+        Ok(())
+    }
+
+    /// Forgets the VM, but not the last epoch.
+    fn clear(&mut self) {
+        self.phase = DestinationPhase::Empty;
+        self.state = Vec::new();
+        self.attached = false;
+    }
+}
+
+/// The code that a refused hello is answered with.
+impl From<&Violation> for ErrorCode {
+    fn from(v: &Violation) -> Self {
+        match (v.frame, v.why) {
+            ("hello", "the epoch is not above the last one") => ErrorCode::StaleEpoch,
+            ("hello", _) => ErrorCode::Busy,
+            _ => ErrorCode::Protocol,
+        }
+    }
+}

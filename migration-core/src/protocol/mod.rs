@@ -1,0 +1,33 @@
+//! Who owns the VM, and which frame may come when: two machines without I/O, clock or thread.
+//!
+//! The engine and the simulator feed them frames, commands and link losses, and do what they answer. The table of
+//! ownership that they implement is in DESIGN.md; in short:
+//!
+//! | when the link goes | source | destination |
+//! |---|---|---|
+//! | before *ready* | resumes | discards |
+//! | *ready* sent, *run* not | resumes; the epoch is void | holds the VM, paused |
+//! | *run* sent | in doubt: reconnects and repeats *run* | holds, or runs if *run* came |
+//! | *running* sent | in doubt, until the reconnect answers | owns it |
+
+mod destination;
+mod source;
+
+use thiserror::Error;
+
+pub use destination::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss};
+pub use source::{OnSourceLoss, SourceEvent, SourceMachine, SourcePhase};
+
+/// The peer sent a frame that has no place here, or we were about to.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{frame} (epoch {epoch}) has no place in phase {phase}: {why}")]
+pub struct Violation {
+    /// Name of the frame or command.
+    pub frame: &'static str,
+    /// The epoch it carried.
+    pub epoch: u32,
+    /// The phase of the machine.
+    pub phase: String,
+    /// What would have been right.
+    pub why: &'static str,
+}

@@ -1,0 +1,192 @@
+//! The source's side of the protocol.
+
+use super::Violation;
+use crate::wire::{Control, ErrorCode, Welcome};
+
+/// Where the source stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SourcePhase {
+    /// The hello was sent.
+    Greeting,
+    /// The destination has built the VM; lanes are being opened.
+    Welcomed,
+    /// Pages and state move.
+    Copying,
+    /// Everything was sent; the destination loads it.
+    Offered,
+    /// The destination is ready to run the VM. The last phase in which the VM is ours.
+    Ready,
+    /// *run* was sent, or is about to be: the VM may run at the destination. It never runs here again.
+    InDoubt,
+    /// The destination runs the VM.
+    Completed,
+    /// The attempt has ended and the VM is ours.
+    Ended,
+}
+
+/// What a frame from the destination means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// Open the lanes.
+    Welcomed(Welcome),
+    /// All lanes are there: begin.
+    Prepared,
+    /// Rounds up to this generation are at the destination.
+    RoundReceived(u32),
+    /// The VM can be handed over.
+    Ready,
+    /// The VM runs at the destination; send *done*.
+    Running,
+    /// The destination has ended the attempt.
+    Refused(ErrorCode, String),
+    /// The peer is alive.
+    Pong,
+}
+
+/// What to do after the link was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnSourceLoss {
+    /// The VM is ours: give everything back and resume it.
+    Resume,
+    /// It may be the destination's: reconnect with the same epoch and repeat *run*, for as long as it takes.
+    Reconnect,
+    /// The hand-over is complete; nothing is lost.
+    Nothing,
+}
+
+/// The source's half of one attempt to move a VM.
+#[derive(Clone, Debug)]
+pub struct SourceMachine {
+    epoch: u32,
+    phase: SourcePhase,
+    /// The last generation that was announced to the destination, and the last it has acknowledged.
+    sent: u32,
+    received: u32,
+}
+
+impl SourceMachine {
+    /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all before it.
+    pub fn new(epoch: u32) -> Self {
+        Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0 }
+    }
+
+    /// The epoch of this attempt.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Where the attempt stands.
+    pub fn phase(&self) -> SourcePhase {
+        self.phase
+    }
+
+    /// Whether the VM may run here. False from *run* on, for ever.
+    pub fn owns(&self) -> bool {
+        !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Completed)
+    }
+
+    /// A frame came from the destination, whose header carried `epoch`.
+    ///
+    /// # Errors
+    /// When it has no place here. The attempt then ends as if the link were lost.
+    pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, Violation> {
+        use SourcePhase::*;
+        let violation = |why| Violation { frame: frame.name(), epoch, phase: format!("{:?}", self.phase), why };
+        if epoch != self.epoch {
+            return Err(violation("it is of another epoch"));
+        }
+        match (&frame, self.phase) {
+            (Control::Pong, _) => Ok(SourceEvent::Pong),
+            (Control::Error { code, text }, _) => {
+                if self.owns() {
+                    self.phase = Ended;
+                }
+                Ok(SourceEvent::Refused(*code, text.clone()))
+            }
+            (Control::Welcome(welcome), Greeting) => {
+                self.phase = Welcomed;
+                Ok(SourceEvent::Welcomed(welcome.clone()))
+            }
+            (Control::Prepared, Welcomed) => {
+                self.phase = Copying;
+                Ok(SourceEvent::Prepared)
+            }
+            (&Control::RoundReceived { generation }, Copying | Offered) => {
+                if generation <= self.received || generation > self.sent {
+                    return Err(violation("no such round is under way"));
+                }
+                self.received = generation;
+                Ok(SourceEvent::RoundReceived(generation))
+            }
+            (Control::Ready, Offered) => {
+                self.phase = Ready;
+                Ok(SourceEvent::Ready)
+            }
+            (Control::Running, InDoubt) => {
+                self.phase = Completed;
+                Ok(SourceEvent::Running)
+            }
+            // the answer to a *run* that was repeated although the first one had arrived
+            (Control::Running, Completed) => Ok(SourceEvent::Running),
+            _ => Err(violation("it does not belong to this phase")),
+        }
+    }
+
+    /// Begins the next round; the number of its generation. Generations count from 1.
+    pub fn begin_round(&mut self) -> Result<u32, Violation> {
+        self.expect(SourcePhase::Copying, "round")?;
+        self.sent += 1;
+        Ok(self.sent)
+    }
+
+    /// Everything is sent: the offer to send.
+    pub fn offer(&mut self, state_bytes: u64, running: bool) -> Result<Control, Violation> {
+        self.expect(SourcePhase::Copying, "offer")?;
+        self.phase = SourcePhase::Offered;
+        Ok(Control::Offer { generation: self.sent, state_bytes, running })
+    }
+
+    /// The point of no return: after this call the VM may run at the destination, whether or not *run* gets there.
+    pub fn run(&mut self) -> Result<Control, Violation> {
+        self.expect(SourcePhase::Ready, "run")?;
+        self.phase = SourcePhase::InDoubt;
+        Ok(Control::Run)
+    }
+
+    /// The frames to send on a new control lane while in doubt. The answer is *running*, or an error that leaves the
+    /// doubt as it is.
+    pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
+        self.expect(SourcePhase::InDoubt, "reattach")?;
+        Ok([Control::Reattach(vm), Control::Run])
+    }
+
+    /// The attempt ends at the source's wish. `Some` is the frame that tells the destination; `None` means that it
+    /// is too late, the VM is not ours any more.
+    pub fn abandon(&mut self) -> Option<Control> {
+        if !self.owns() {
+            return None;
+        }
+        self.phase = SourcePhase::Ended;
+        Some(Control::Abandon)
+    }
+
+    /// The link was lost, or the peer broke the protocol.
+    pub fn link_lost(&mut self) -> OnSourceLoss {
+        match self.phase {
+            SourcePhase::InDoubt => OnSourceLoss::Reconnect,
+            SourcePhase::Completed => OnSourceLoss::Nothing,
+            _ => {
+                self.phase = SourcePhase::Ended;
+                OnSourceLoss::Resume
+            }
+        }
+    }
+
+    fn expect(&self, phase: SourcePhase, command: &'static str) -> Result<(), Violation> {
+        if self.phase == phase {
+            return Ok(());
+        }
+        let phase = format!("{:?}", self.phase);
+        Err(Violation { frame: command, epoch: self.epoch, phase, why: "it does not belong to this phase" })
+    }
+}

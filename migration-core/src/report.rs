@@ -1,0 +1,170 @@
+//! What a migration tells: events and progress while it goes on, a report at its end.
+
+use std::time::Duration;
+
+use crate::protocol::{DestinationPhase, SourcePhase};
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The destination runs the VM.
+    Completed,
+    /// The VM runs on at the source.
+    Failed,
+    /// Likewise, because it was cancelled.
+    Cancelled,
+    /// *run* was sent and not answered. The source goes on to reconnect; it will not run the VM.
+    InDoubt,
+}
+
+impl Outcome {
+    /// The word for it in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Completed => "completed",
+            Outcome::Failed => "failed",
+            Outcome::Cancelled => "cancelled",
+            Outcome::InDoubt => "in-doubt",
+        }
+    }
+}
+
+/// Counts of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// Pages of the VM.
+    pub total: u64,
+    /// Sent as zeros, repeats counted.
+    pub zero: u64,
+    /// Never sent, because they were never touched.
+    pub hole: u64,
+    /// Sent with their data, repeats counted.
+    pub plain: u64,
+    /// Pages sent at least once.
+    pub distinct: u64,
+}
+
+/// One round of a report.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RoundReport {
+    /// Pages asked for.
+    pub pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// How long it took.
+    pub time: Duration,
+    /// How far the guest was throttled in it.
+    pub throttle_percent: u8,
+}
+
+/// Everything that is known of an attempt.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Name of the strategy.
+    pub strategy: &'static str,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, if it did not complete.
+    pub reason: Option<String>,
+    /// Its epoch.
+    pub epoch: u32,
+    /// From the start to the end.
+    pub total: Duration,
+    /// Of it, until the destination was prepared.
+    pub setup: Duration,
+    /// From the first kick of a vCPU until *running* arrived; `None` if the guest was never paused.
+    pub downtime: Option<Duration>,
+    /// What the strategy expected it to be.
+    pub predicted_downtime: Option<Duration>,
+    /// Rounds, the last one with the guest paused included.
+    pub rounds: Vec<RoundReport>,
+    /// Bulk lanes.
+    pub streams: u16,
+    /// Bytes on the wire, both directions, all lanes.
+    pub wire_bytes: u64,
+    /// Of it, bytes while the guest was paused.
+    pub downtime_bytes: u64,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// Bytes of state.
+    pub state_bytes: u64,
+    /// Pages by kind.
+    pub pages: PageCounts,
+    /// Pages the guest dirtied a second in the last live round.
+    pub dirty_pages_per_second: Option<f64>,
+    /// The strongest throttle that was used.
+    pub throttle_percent: u8,
+}
+
+/// How far an attempt is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// Where the protocol stands.
+    pub phase: SourcePhase,
+    /// The round under way, from 1; 0 before the first.
+    pub round: u32,
+    /// Pages that the round has to send, and has sent.
+    pub round_pages: u64,
+    /// Of them, sent.
+    pub round_sent: u64,
+    /// Bytes on the wire so far.
+    pub wire_bytes: u64,
+    /// Bytes a second, lately.
+    pub bytes_per_second: f64,
+    /// Pages that the guest dirties a second.
+    pub dirty_pages_per_second: Option<f64>,
+    /// Downtime to expect if the guest were paused after this round.
+    pub expected_downtime: Option<Duration>,
+    /// The throttle in force.
+    pub throttle_percent: u8,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// Until the end of this round, and so at the least until the end.
+    pub eta: Option<Duration>,
+}
+
+/// Something happened.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// The source's phase changed.
+    Source(SourcePhase),
+    /// The destination's phase changed.
+    Destination(DestinationPhase),
+    /// How far the source is; several times a second while pages move.
+    Progress(Progress),
+    /// A round ended.
+    RoundEnded(RoundReport),
+    /// A connection was refused or lost; the listener goes on.
+    BadPeer {
+        /// Its address.
+        peer: String,
+        /// What was wrong.
+        why: String,
+    },
+    /// The source is in doubt and tries to reconnect.
+    Reconnecting {
+        /// The attempt, from 1.
+        attempt: u32,
+        /// Why the last one failed.
+        why: String,
+    },
+    /// The VM that was being received is gone.
+    Discarded(String),
+    /// Something failed that does not change the course, such as lifting a throttle.
+    Warning(String),
+}
+
+/// Receives events. Called from the SDK's threads: return soon.
+pub trait Observer: Send + Sync {
+    /// Something happened.
+    fn event(&self, event: &Event);
+}
+
+/// An observer that does not look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoObserver;
+
+impl Observer for NoObserver {
+    fn event(&self, _event: &Event) {}
+}

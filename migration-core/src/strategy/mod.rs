@@ -1,0 +1,214 @@
+//! Strategies: in which order the pages and the ownership of a VM move.
+//!
+//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest runs, [`Paused`] while
+//! it does not, [`HandedOver`] when the destination owns it. Tokens are moved, not copied, so only a running VM can be
+//! paused, only a paused one can resume or be handed over, and nothing resumes after a hand-over. The verbs themselves
+//! are the object-safe trait [`Verbs`], which the [engine](crate::engine) implements over real channels and the
+//! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
+
+mod convergence;
+mod precopy;
+mod stop_and_copy;
+
+use std::time::Duration;
+
+pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
+pub use precopy::PreCopy;
+pub use stop_and_copy::StopAndCopy;
+
+use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};
+
+/// A way to migrate a VM.
+pub trait Strategy: Send {
+    /// Its name, as users write it.
+    fn name(&self) -> &'static str;
+
+    /// Moves the VM. Comes back with [`Done`] when the destination runs it.
+    ///
+    /// # Errors
+    /// Pass on what the verbs return. The engine then does what the protocol says about ownership: until the
+    /// hand-over it gives everything back and the guest runs on.
+    fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError>;
+}
+
+/// What one [`Running::send`] did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Round {
+    /// Its number, from 1.
+    pub generation: u32,
+    /// Pages that were to be sent.
+    pub asked: u64,
+    /// Pages that the destination holds now. Less than `asked` if a deadline came first; the rest is part of the
+    /// next harvest.
+    pub sent: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// From the first byte to the destination's acknowledgement.
+    pub time: Duration,
+}
+
+/// What is known of the link and the session, to judge by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    /// Bytes a second that the last rounds achieved; 0 before the first.
+    pub bytes_per_second: f64,
+    /// Wire bytes per page sent, zero pages included, in the last rounds.
+    pub bytes_per_page: f64,
+    /// The part of the downtime that does not depend on the number of pages: pausing, saving, loading, round trips.
+    pub fixed_downtime: Duration,
+    /// Bytes of state expected.
+    pub state_bytes: u64,
+    /// The longest downtime that is acceptable.
+    pub downtime_limit: Duration,
+    /// Time since the migration began.
+    pub elapsed: Duration,
+    /// Whether the time that the user allowed has passed.
+    pub timed_out: bool,
+    /// What to do then: `true` stops the guest whatever the downtime, `false` gives up.
+    pub stop_on_timeout: bool,
+    /// How much the guest may be disturbed.
+    pub impact: GuestImpact,
+}
+
+impl Link {
+    /// The downtime to expect if the guest were paused now with `pages` pages to send.
+    pub fn predict(&self, pages: u64) -> Duration {
+        if self.bytes_per_second <= 0.0 {
+            return if pages == 0 { self.fixed_downtime } else { Duration::MAX };
+        }
+        let bytes = pages as f64 * self.bytes_per_page + self.state_bytes as f64;
+        self.fixed_downtime + Duration::try_from_secs_f64(bytes / self.bytes_per_second).unwrap_or(Duration::MAX / 2)
+    }
+}
+
+/// What an engine can do. Strategies use it through the tokens, which keep the order.
+pub trait Verbs {
+    /// How many pages the VM has.
+    fn pages(&self) -> u64;
+    /// Starts dirty tracking; the pages that may hold data.
+    fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
+    /// Sends pages of the running guest.
+    fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
+    /// Pages written since the last harvest, and pages owed from rounds that ended early.
+    fn harvest(&mut self) -> Result<PageSet, MigrationError>;
+    /// Slows the vCPUs down.
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
+    /// What is known of the link.
+    fn link(&self) -> Link;
+    /// Notes the downtime that the strategy expects, to be reported beside the real one.
+    fn expect_downtime(&mut self, prediction: Duration);
+    /// Stops vCPUs and devices.
+    fn pause(&mut self) -> Result<(), MigrationError>;
+    /// Lets them go on.
+    fn resume(&mut self) -> Result<(), MigrationError>;
+    /// Saves the state and sends it with `pages` and all that was dirtied up to the save.
+    fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError>;
+    /// Hands ownership over; `missing` are the pages that the destination does not have yet.
+    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError>;
+}
+
+/// The guest runs at the source.
+pub struct Running<'a> {
+    verbs: &'a mut dyn Verbs,
+}
+
+impl<'a> Running<'a> {
+    /// The token with which the engine calls a strategy.
+    pub fn new(verbs: &'a mut dyn Verbs) -> Self {
+        Self { verbs }
+    }
+
+    /// How many pages the VM has.
+    pub fn pages(&self) -> u64 {
+        self.verbs.pages()
+    }
+
+    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched.
+    pub fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        self.verbs.start_tracking()
+    }
+
+    /// Sends `pages` while the guest goes on, and comes back when the destination holds them. Comes back early, with
+    /// what it did, when the time-out of the migration passes.
+    pub fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+        self.verbs.send(pages)
+    }
+
+    /// The pages that the destination does not have in their last state: written since the last harvest (or since
+    /// tracking began), or not sent by a round that ended early.
+    pub fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+        self.verbs.harvest()
+    }
+
+    /// Lets the vCPUs run only `100 - percent` of the time.
+    pub fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        self.verbs.throttle(percent)
+    }
+
+    /// What is known of the link.
+    pub fn link(&self) -> Link {
+        self.verbs.link()
+    }
+
+    /// Notes the downtime that is expected if the guest is paused now.
+    pub fn expect_downtime(&mut self, prediction: Duration) {
+        self.verbs.expect_downtime(prediction);
+    }
+
+    /// Gives up; the engine gives everything back.
+    pub fn cancel(self, why: impl Into<String>) -> Result<Done, MigrationError> {
+        Err(MigrationError::GaveUp(why.into()))
+    }
+
+    /// Pauses the guest.
+    pub fn pause(self) -> Result<Paused<'a>, MigrationError> {
+        self.verbs.pause()?;
+        Ok(Paused { verbs: self.verbs })
+    }
+}
+
+/// The guest is paused at the source, which owns it.
+pub struct Paused<'a> {
+    verbs: &'a mut dyn Verbs,
+}
+
+impl<'a> Paused<'a> {
+    /// Saves the state, and sends it together with `pages`, with what was dirtied since the last harvest, and with
+    /// what saving the state dirtied.
+    pub fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        self.verbs.send_rest(pages)
+    }
+
+    /// Lets the guest run again, at the source.
+    pub fn resume(self) -> Result<Running<'a>, MigrationError> {
+        self.verbs.resume()?;
+        Ok(Running { verbs: self.verbs })
+    }
+
+    /// Makes the destination the owner. `missing` are the pages that it does not have in their last state.
+    pub fn hand_over(self, missing: PageSet) -> Result<HandedOver<'a>, MigrationError> {
+        self.verbs.hand_over(missing)?;
+        Ok(HandedOver { _verbs: self.verbs })
+    }
+
+    /// The empty set of pages, for [`hand_over`](Paused::hand_over).
+    pub fn no_pages(&self) -> PageSet {
+        PageSet::empty(self.verbs.pages())
+    }
+}
+
+/// The destination owns the VM.
+pub struct HandedOver<'a> {
+    _verbs: &'a mut dyn Verbs,
+}
+
+impl HandedOver<'_> {
+    /// Ends a migration that left no page missing.
+    pub fn finish(self) -> Result<Done, MigrationError> {
+        Ok(Done(()))
+    }
+}
+
+/// Proof that a strategy came to its end: only [`HandedOver`] makes one.
+#[derive(Debug)]
+pub struct Done(());

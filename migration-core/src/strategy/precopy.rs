@@ -1,0 +1,39 @@
+//! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is left.
+
+use super::{Convergence, Done, ModelConvergence, Next, Running, Strategy, Wanted};
+use crate::MigrationError;
+
+/// Iterative pre-copy (Clark et al., NSDI 2005; the baseline of every paper in `docs/`), with a convergence policy
+/// that can be replaced.
+#[derive(Default)]
+pub struct PreCopy<C = ModelConvergence> {
+    /// Decides after each round.
+    pub convergence: C,
+}
+
+impl<C: Convergence> Strategy for PreCopy<C> {
+    fn name(&self) -> &'static str {
+        "pre-copy"
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        let mut pages = vm.start_tracking()?;
+        loop {
+            let round = vm.send(&pages)?;
+            pages = vm.harvest()?;
+            match self.convergence.judge(&round, &pages, &vm.link()) {
+                Next::Round => {}
+                Next::Throttle(percent) => vm.throttle(percent)?,
+                Next::SwitchOver(Wanted { downtime }) => {
+                    vm.expect_downtime(downtime);
+                    break;
+                }
+                Next::GiveUp(why) => return vm.cancel(why),
+            }
+        }
+        let mut vm = vm.pause()?;
+        vm.send_rest(pages)?;
+        let nothing = vm.no_pages();
+        vm.hand_over(nothing)?.finish()
+    }
+}

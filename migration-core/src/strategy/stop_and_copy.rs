@@ -1,0 +1,23 @@
+//! Stop-and-copy: pause the guest, send everything.
+
+use super::{Done, Running, Strategy};
+use crate::MigrationError;
+
+/// Moves a VM that is paused all the while. The shortest total time, the longest downtime.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StopAndCopy;
+
+impl Strategy for StopAndCopy {
+    fn name(&self) -> &'static str {
+        "stop-and-copy"
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        // tracking tells what saving the state dirties
+        let pages = vm.start_tracking()?;
+        let mut vm = vm.pause()?;
+        vm.send_rest(pages)?;
+        let nothing = vm.no_pages();
+        vm.hand_over(nothing)?.finish()
+    }
+}

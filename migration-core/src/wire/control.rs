@@ -1,0 +1,407 @@
+//! Frames of the control lane.
+
+use bytes::Bytes;
+
+use super::{Header, MAX_STREAMS, SessionToken, frame};
+use crate::{
+    codec::{DecodeError, Reader, Writer},
+    device::DeviceKind,
+    page::{MAX_REGIONS, RamLayout, RamRegion},
+    state::{MAX_SECTION_NAME, Section},
+    vm::{VmDescription, VmId},
+};
+
+/// Bytes of state in one frame.
+pub const STATE_CHUNK: usize = 1 << 20;
+/// Most bytes of a VMM's own configuration, and of host needs, in a hello.
+pub const MAX_CONFIG: usize = 256 << 10;
+/// Most devices in a hello.
+pub const MAX_DEVICES: usize = 1024;
+/// Most bytes of the text of an error that goes to the peer.
+pub const MAX_ERROR_TEXT: usize = 512;
+
+/// Why a side ends an attempt, for the other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorCode {
+    /// Something that no other code names.
+    Other,
+    /// The version windows do not overlap.
+    Version,
+    /// The peer broke the protocol.
+    Protocol,
+    /// The destination is taken by another VM or session.
+    Busy,
+    /// The destination cannot run this VM.
+    Mismatch,
+    /// The state could not be loaded.
+    State,
+    /// Memory, threads or descriptors are short.
+    Resources,
+    /// The user cancelled.
+    Cancelled,
+    /// The session is not known here.
+    UnknownSession,
+    /// The epoch is not above the last one seen.
+    StaleEpoch,
+}
+
+const CODES: [ErrorCode; 10] = [
+    ErrorCode::Other,
+    ErrorCode::Version,
+    ErrorCode::Protocol,
+    ErrorCode::Busy,
+    ErrorCode::Mismatch,
+    ErrorCode::State,
+    ErrorCode::Resources,
+    ErrorCode::Cancelled,
+    ErrorCode::UnknownSession,
+    ErrorCode::StaleEpoch,
+];
+
+impl ErrorCode {
+    fn to_wire(self) -> u16 {
+        CODES.iter().position(|&c| c == self).unwrap_or(0) as u16
+    }
+
+    fn from_wire(code: u16) -> Self {
+        // a code of a later version is still an error
+        CODES.get(usize::from(code)).copied().unwrap_or(ErrorCode::Other)
+    }
+}
+
+/// The source's first frame: what is to move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Feature bits that the source wants.
+    pub features: u32,
+    /// How many bulk lanes it wants to open.
+    pub streams: u16,
+    /// Name of its strategy, for messages.
+    pub strategy: String,
+    /// The VM.
+    pub vm: VmDescription,
+}
+
+/// The destination's answer to a hello, once it has built the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// The version that both speak from here on.
+    pub version: u16,
+    /// The feature bits that are on.
+    pub features: u32,
+    /// How many bulk lanes the source shall open.
+    pub streams: u16,
+    /// Goes into the preamble of every further lane.
+    pub session: SessionToken,
+}
+
+/// A frame of the control lane. `S` frames come from the source, `D` frames from the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// S: begins a session. The header carries the epoch of this attempt.
+    Hello(Box<Hello>),
+    /// D: the VM is built; lanes may be opened.
+    Welcome(Welcome),
+    /// D: all lanes of the session are there.
+    Prepared,
+    /// D: every page of rounds up to this generation is in RAM.
+    RoundReceived {
+        /// The generation.
+        generation: u32,
+    },
+    /// S: a piece of a device's state, while the guest runs.
+    Piece(Section),
+    /// S: a piece of the encoded [`crate::state::VmState`]; they come in order.
+    State(Bytes),
+    /// S: everything was sent, pages up to this generation; the destination shall load the state.
+    Offer {
+        /// Generation of the last round.
+        generation: u32,
+        /// Bytes of state sent.
+        state_bytes: u64,
+        /// Whether the guest shall run.
+        running: bool,
+    },
+    /// D: all is there and loaded.
+    Ready,
+    /// S: the destination owns the VM; the source will not run it again.
+    Run,
+    /// D: the VM is owned and started.
+    Running,
+    /// S: *running* has arrived: the session is over.
+    Done,
+    /// S: the source keeps the VM; the destination shall discard it.
+    Abandon,
+    /// S: takes up a session whose control lane was lost.
+    Reattach(VmId),
+    /// Both: the sender ends the attempt.
+    Error {
+        /// The kind of reason.
+        code: ErrorCode,
+        /// The reason in words, at most [`MAX_ERROR_TEXT`] bytes.
+        text: String,
+    },
+    /// S: is somebody there?
+    Ping,
+    /// D: yes.
+    Pong,
+}
+
+impl Control {
+    /// The name of the frame, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Control::Hello(_) => "hello",
+            Control::Welcome(_) => "welcome",
+            Control::Prepared => "prepared",
+            Control::RoundReceived { .. } => "round received",
+            Control::Piece(_) => "piece",
+            Control::State(_) => "state",
+            Control::Offer { .. } => "offer",
+            Control::Ready => "ready",
+            Control::Run => "run",
+            Control::Running => "running",
+            Control::Done => "done",
+            Control::Abandon => "abandon",
+            Control::Reattach(_) => "reattach",
+            Control::Error { .. } => "error",
+            Control::Ping => "ping",
+            Control::Pong => "pong",
+        }
+    }
+
+    /// An error frame; the text is cut to what the wire takes.
+    pub fn error(code: ErrorCode, text: impl Into<String>) -> Self {
+        let mut text = text.into();
+        let mut end = text.len().min(MAX_ERROR_TEXT);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        Control::Error { code, text }
+    }
+
+    /// Header and body.
+    pub fn encode(&self, vm: u32, sequence: u32, epoch: u32) -> Vec<u8> {
+        let mut w = Writer::new();
+        let kind = match self {
+            Control::Hello(h) => {
+                w.u32(h.features).u16(h.streams).text(&h.strategy);
+                encode_vm(&h.vm, &mut w);
+                0x01
+            }
+            Control::Welcome(m) => {
+                w.u16(m.version).u32(m.features).u16(m.streams).bytes(&m.session.0);
+                0x02
+            }
+            Control::Prepared => 0x03,
+            Control::RoundReceived { generation } => {
+                w.u32(*generation);
+                0x04
+            }
+            Control::Piece(s) => {
+                w.text(&s.name).u32(s.instance).u32(s.version).blob(&s.data);
+                0x05
+            }
+            Control::State(chunk) => {
+                w.bytes(chunk);
+                0x06
+            }
+            Control::Offer { generation, state_bytes, running } => {
+                w.u32(*generation).u64(*state_bytes).bool(*running);
+                0x07
+            }
+            Control::Ready => 0x08,
+            Control::Run => 0x09,
+            Control::Running => 0x0a,
+            Control::Done => 0x0b,
+            Control::Abandon => 0x0c,
+            Control::Reattach(id) => {
+                w.bytes(&id.0);
+                0x0d
+            }
+            Control::Error { code, text } => {
+                w.u16(code.to_wire()).text(text);
+                0x0e
+            }
+            Control::Ping => 0x0f,
+            Control::Pong => 0x10,
+        };
+        frame(kind, vm, sequence, epoch, 0, &w.into_bytes())
+    }
+
+    /// Reads the body of a frame whose header was read before.
+    ///
+    /// # Errors
+    /// When the frame is not one of the control lane, or a field is out of its bounds.
+    pub fn decode(header: &Header, body: &[u8]) -> Result<Self, DecodeError> {
+        header.check_body(body)?;
+        if header.payload != 0 {
+            return Err(DecodeError::invalid("payload length", "control frames have no payload"));
+        }
+        let mut r = Reader::new(body);
+        let frame = match header.kind {
+            0x01 => {
+                let (features, streams) = (r.u32("features")?, r.u16("streams")?);
+                if !(1..=MAX_STREAMS).contains(&streams) {
+                    return Err(DecodeError::invalid("streams", format!("{streams} is not in 1..={MAX_STREAMS}")));
+                }
+                let strategy = r.text(64, "strategy")?;
+                Control::Hello(Box::new(Hello { features, streams, strategy, vm: decode_vm(&mut r)? }))
+            }
+            0x02 => Control::Welcome(Welcome {
+                version: r.u16("version")?,
+                features: r.u32("features")?,
+                streams: r.u16("streams")?,
+                session: SessionToken(r.array("session")?),
+            }),
+            0x03 => Control::Prepared,
+            0x04 => Control::RoundReceived { generation: r.u32("generation")? },
+            0x05 => Control::Piece(Section {
+                name: r.text(MAX_SECTION_NAME, "piece name")?,
+                instance: r.u32("piece instance")?,
+                version: r.u32("piece version")?,
+                data: Bytes::copy_from_slice(r.blob(STATE_CHUNK, "piece data")?),
+            }),
+            0x06 => {
+                let chunk = r.bytes(r.remaining().min(STATE_CHUNK), "state")?;
+                Control::State(Bytes::copy_from_slice(chunk))
+            }
+            0x07 => Control::Offer {
+                generation: r.u32("generation")?,
+                state_bytes: r.u64("state bytes")?,
+                running: r.bool("running")?,
+            },
+            0x08 => Control::Ready,
+            0x09 => Control::Run,
+            0x0a => Control::Running,
+            0x0b => Control::Done,
+            0x0c => Control::Abandon,
+            0x0d => Control::Reattach(VmId(r.array("vm id")?)),
+            0x0e => Control::Error {
+                code: ErrorCode::from_wire(r.u16("error code")?),
+                text: r.text(MAX_ERROR_TEXT, "error text")?,
+            },
+            0x0f => Control::Ping,
+            0x10 => Control::Pong,
+            kind => return Err(DecodeError::invalid("kind", format!("{kind:#x} is no frame of a control lane"))),
+        };
+        r.finish()?;
+        Ok(frame)
+    }
+}
+
+fn encode_vm(vm: &VmDescription, w: &mut Writer) {
+    w.bytes(&vm.id.0).count(vm.layout.regions().len());
+    for r in vm.layout.regions() {
+        w.u64(r.gpa).u64(r.len);
+    }
+    w.count(vm.devices.len());
+    for d in &vm.devices {
+        w.text(&d.name).u32(d.instance).u32(d.oldest).u32(d.version);
+    }
+    w.blob(&vm.host_needs).blob(&vm.config);
+}
+
+fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
+    let id = VmId(r.array("vm id")?);
+    let mut regions = Vec::new();
+    for _ in 0..r.count(MAX_REGIONS, "number of RAM regions")? {
+        regions.push(RamRegion { gpa: r.u64("region address")?, len: r.u64("region length")? });
+    }
+    let layout = RamLayout::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))?;
+    let mut devices = Vec::new();
+    for _ in 0..r.count(MAX_DEVICES, "number of devices")? {
+        devices.push(DeviceKind {
+            name: r.text(MAX_SECTION_NAME, "device name")?,
+            instance: r.u32("device instance")?,
+            oldest: r.u32("device oldest version")?,
+            version: r.u32("device version")?,
+        });
+    }
+    let host_needs = Bytes::copy_from_slice(r.blob(MAX_CONFIG, "host needs")?);
+    let config = Bytes::copy_from_slice(r.blob(MAX_CONFIG, "configuration")?);
+    Ok(VmDescription { id, layout, devices, host_needs, config })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// One frame of each kind.
+    pub(crate) fn samples() -> Vec<Control> {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap();
+        let device = DeviceKind { name: "serial".into(), instance: 0, oldest: 1, version: 2 };
+        let vm = VmDescription {
+            id: VmId([7; 16]),
+            layout,
+            devices: vec![device],
+            host_needs: Bytes::from_static(b"needs"),
+            config: Bytes::from_static(b"config"),
+        };
+        let section = Section { name: "gpu".into(), instance: 1, version: 1, data: Bytes::from_static(b"piece") };
+        vec![
+            Control::Hello(Box::new(Hello { features: 1, streams: 4, strategy: "pre-copy".into(), vm })),
+            Control::Welcome(Welcome { version: 1, features: 0, streams: 4, session: SessionToken([9; 16]) }),
+            Control::Prepared,
+            Control::RoundReceived { generation: 3 },
+            Control::Piece(section),
+            Control::State(Bytes::from_static(b"state")),
+            Control::Offer { generation: 4, state_bytes: 5, running: true },
+            Control::Ready,
+            Control::Run,
+            Control::Running,
+            Control::Done,
+            Control::Abandon,
+            Control::Reattach(VmId([1; 16])),
+            Control::error(ErrorCode::Mismatch, "no AVX-512"),
+            Control::Ping,
+            Control::Pong,
+        ]
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Control, DecodeError> {
+        let header = Header::decode(bytes.first_chunk().unwrap())?;
+        Control::decode(&header, &bytes[Header::LEN..])
+    }
+
+    #[test]
+    fn round_trip() {
+        for frame in samples() {
+            assert_eq!(decode(&frame.encode(0, 1, 2)), Ok(frame));
+        }
+    }
+
+    #[test]
+    fn truncation_and_trailing_bytes_are_refused() {
+        for sample in samples() {
+            let bytes = sample.encode(0, 1, 2);
+            let body = &bytes[Header::LEN..];
+            if matches!(sample, Control::State(_)) {
+                continue;
+            }
+            for end in 0..body.len() {
+                assert!(decode(&frame(bytes[0], 0, 1, 2, 0, &body[..end])).is_err(), "{} at {end}", sample.name());
+            }
+            let mut longer = body.to_vec();
+            longer.push(0);
+            assert!(decode(&frame(bytes[0], 0, 1, 2, 0, &longer)).is_err(), "{}", sample.name());
+        }
+    }
+
+    #[test]
+    fn long_errors_are_cut_at_a_character() {
+        let Control::Error { text, .. } = Control::error(ErrorCode::Other, "é".repeat(600)) else { unreachable!() };
+        assert!(text.len() <= MAX_ERROR_TEXT && text.chars().all(|c| c == 'é'));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bodies_never_panic(kind in 0u8..0x14, body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode(&frame(kind, 0, 0, 0, 0, &body));
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation.
+//!
+//! A lane is one channel. The source opens it with a [`Preamble`]; then both sides send frames: a [`Header`] of 32
+//! bytes, a body whose meaning depends on the header's kind, and for [`Bulk::Pages`] the page data itself, raw.
+//! Nothing is allocated by a length before it was compared with its bound.
+
+mod bulk;
+mod control;
+
+pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD};
+pub use control::{Control, ErrorCode, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome};
+
+use crate::codec::{DecodeError, Reader, Writer};
+
+/// The oldest version of the wire format that this build speaks.
+pub const OLDEST_VERSION: u16 = 1;
+/// The newest version of the wire format that this build speaks.
+pub const VERSION: u16 = 1;
+/// First bytes of every lane.
+pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
+/// Most lanes for pages: as many as the largest hosts have use for.
+pub const MAX_STREAMS: u16 = 128;
+/// Largest body of a frame: a state chunk with its fields. Page data is not part of the body.
+pub const MAX_BODY: usize = STATE_CHUNK + 4096;
+
+/// Feature bit: page data carries a CRC-32. Costs a copy of every page at the source.
+pub const FEATURE_PAYLOAD_CRC: u32 = 1;
+/// Every feature bit that this build knows.
+pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC;
+
+/// What a lane carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LaneKind {
+    /// The first lane of a session: small, ordered frames in both directions.
+    Control,
+    /// Pages in volume, one of several.
+    Bulk,
+    /// A new control lane for a session whose first one was lost.
+    Reattach,
+}
+
+/// Identifies a session, and proves that a further lane belongs to it: drawn at random by the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct SessionToken(pub [u8; 16]);
+
+/// The first bytes that the source sends on a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preamble {
+    /// The oldest version that the source speaks.
+    pub oldest: u16,
+    /// The newest version that the source speaks.
+    pub newest: u16,
+    /// What the lane is for.
+    pub kind: LaneKind,
+    /// Its number among lanes of its kind.
+    pub index: u16,
+    /// The session it belongs to; zeros on the first lane, which has none yet.
+    pub session: SessionToken,
+}
+
+impl Preamble {
+    /// Bytes of an encoded preamble.
+    pub const LEN: usize = 36;
+
+    /// The preamble of a lane of this build.
+    pub fn new(kind: LaneKind, index: u16, session: SessionToken) -> Self {
+        Self { oldest: OLDEST_VERSION, newest: VERSION, kind, index, session }
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let kind = match self.kind {
+            LaneKind::Control => 0,
+            LaneKind::Bulk => 1,
+            LaneKind::Reattach => 2,
+        };
+        let mut w = Writer::new();
+        w.bytes(&MAGIC).u16(self.oldest).u16(self.newest).u8(kind).u8(0).u16(self.index).bytes(&self.session.0);
+        let mut bytes = [0; Self::LEN];
+        bytes[..32].copy_from_slice(&w.into_bytes());
+        let crc = crc32fast::hash(&bytes[..32]);
+        bytes[32..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a preamble. The version window is not judged here: see [`negotiate`].
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
+        let mut r = Reader::new(bytes);
+        if r.array("magic")? != MAGIC {
+            return Err(DecodeError::invalid("magic", "the peer does not speak this protocol"));
+        }
+        let (oldest, newest) = (r.u16("oldest version")?, r.u16("newest version")?);
+        let kind = match r.u8("lane kind")? {
+            0 => LaneKind::Control,
+            1 => LaneKind::Bulk,
+            2 => LaneKind::Reattach,
+            other => return Err(DecodeError::invalid("lane kind", format!("unknown kind {other}"))),
+        };
+        r.u8("reserved")?;
+        let (index, session) = (r.u16("lane index")?, SessionToken(r.array("session")?));
+        if r.u32("crc")? != crc32fast::hash(&bytes[..32]) {
+            return Err(DecodeError::Checksum { field: "preamble" });
+        }
+        Ok(Self { oldest, newest, kind, index, session })
+    }
+}
+
+/// The newest version in both windows.
+pub fn negotiate(oldest: u16, newest: u16) -> Option<u16> {
+    let version = newest.min(VERSION);
+    (version >= oldest.max(OLDEST_VERSION)).then_some(version)
+}
+
+/// What precedes the body of every frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Which frame it is.
+    pub kind: u8,
+    /// The VM that it is about, for receivers that host several; 0 for the only one.
+    pub vm: u32,
+    /// Counts the frames of a lane and direction from 0, so that a replayed or lost frame is noticed.
+    pub sequence: u32,
+    /// The epoch on a control lane, the generation (round) on a bulk lane.
+    pub number: u32,
+    /// Bytes of the body.
+    pub body: u32,
+    /// Bytes of page data behind the body.
+    pub payload: u32,
+    /// CRC-32 of the body.
+    pub body_crc: u32,
+}
+
+impl Header {
+    /// Bytes of an encoded header.
+    pub const LEN: usize = 32;
+
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut w = Writer::new();
+        w.u8(self.kind).u8(0).u16(0).u32(self.vm).u32(self.sequence).u32(self.number);
+        w.u32(self.body).u32(self.payload).u32(self.body_crc);
+        let mut bytes = [0; Self::LEN];
+        bytes[..28].copy_from_slice(&w.into_bytes());
+        let crc = crc32fast::hash(&bytes[..28]);
+        bytes[28..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header, and checks that the lengths in it are within bounds.
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
+        let mut r = Reader::new(bytes);
+        let kind = r.u8("kind")?;
+        if r.u8("flags")? != 0 || r.u16("reserved")? != 0 {
+            return Err(DecodeError::invalid("flags", "not zero"));
+        }
+        let (vm, sequence, number) = (r.u32("vm")?, r.u32("sequence")?, r.u32("number")?);
+        let (body, payload, body_crc) = (r.u32("body length")?, r.u32("payload length")?, r.u32("body crc")?);
+        if r.u32("header crc")? != crc32fast::hash(&bytes[..28]) {
+            return Err(DecodeError::Checksum { field: "header" });
+        }
+        for (field, len, limit) in [("body", body, MAX_BODY), ("payload", payload, MAX_PAYLOAD)] {
+            if len as usize > limit {
+                return Err(DecodeError::TooLong { field, len: len.into(), limit: limit as u64 });
+            }
+        }
+        Ok(Self { kind, vm, sequence, number, body, payload, body_crc })
+    }
+
+    /// Checks that `body` is the body of this header.
+    pub fn check_body(&self, body: &[u8]) -> Result<(), DecodeError> {
+        if body.len() != self.body as usize || crc32fast::hash(body) != self.body_crc {
+            return Err(DecodeError::Checksum { field: "body" });
+        }
+        Ok(())
+    }
+}
+
+/// Header and body of a frame without page data.
+pub(crate) fn frame(kind: u8, vm: u32, sequence: u32, number: u32, payload: u32, body: &[u8]) -> Vec<u8> {
+    // bodies are made by this crate and bounded by MAX_BODY, far below u32::MAX
+    let header =
+        Header { kind, vm, sequence, number, body: body.len() as u32, payload, body_crc: crc32fast::hash(body) };
+    let mut bytes = Vec::with_capacity(Header::LEN + body.len());
+    bytes.extend_from_slice(&header.encode());
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_flipped_bit_is_noticed(at in 0usize..32 * 8) {
+            let header = Header { kind: 3, vm: 1, sequence: 2, number: 3, body: 4, payload: 5, body_crc: 6 };
+            let mut bytes = header.encode();
+            prop_assert_eq!(Header::decode(&bytes), Ok(header));
+            bytes[at / 8] ^= 1 << (at % 8);
+            prop_assert!(Header::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn any_flipped_bit_of_a_preamble_is_noticed(at in 0usize..Preamble::LEN * 8, token: [u8; 16], index: u16) {
+            let preamble = Preamble::new(LaneKind::Bulk, index, SessionToken(token));
+            let mut bytes = preamble.encode();
+            prop_assert_eq!(Preamble::decode(&bytes), Ok(preamble));
+            bytes[at / 8] ^= 1 << (at % 8);
+            prop_assert!(Preamble::decode(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn version_windows() {
+        assert_eq!(negotiate(1, 1), Some(1));
+        assert_eq!(negotiate(1, 9), Some(1));
+        assert_eq!(negotiate(2, 9), None);
+        assert_eq!(negotiate(0, 0), None);
+    }
+
+    #[test]
+    fn oversized_lengths_are_refused_before_allocation() {
+        let mut header = Header { kind: 0, vm: 0, sequence: 0, number: 0, body: u32::MAX, payload: 0, body_crc: 0 };
+        assert!(matches!(Header::decode(&header.encode()), Err(DecodeError::TooLong { .. })));
+        (header.body, header.payload) = (0, u32::MAX);
+        assert!(matches!(Header::decode(&header.encode()), Err(DecodeError::TooLong { .. })));
+    }
+}
