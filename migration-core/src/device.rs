@@ -179,9 +179,9 @@ impl DeviceSet {
     /// When a section is missing, has a version that the device does not know, or is refused by it.
     pub fn load(&mut self, state: &VmState) -> Result<(), VmError> {
         for d in &mut self.devices {
-            let section = state.find(d.name(), d.instance()).ok_or_else(|| {
-                VmError::new(format!("the state has no section {} {}", d.name(), d.instance()))
-            })?;
+            let section = state
+                .find(d.name(), d.instance())
+                .ok_or_else(|| VmError::new(format!("the state has no section {} {}", d.name(), d.instance())))?;
             if !(d.oldest_version()..=d.version()).contains(&section.version) {
                 return Err(VmError::version(d.name(), section.version, d.oldest_version(), d.version()));
             }

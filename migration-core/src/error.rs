@@ -4,7 +4,9 @@ use std::io;
 
 use thiserror::Error;
 
-use crate::{codec::DecodeError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError, wire::ErrorCode};
+use crate::{
+    codec::DecodeError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError, wire::ErrorCode,
+};
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
 /// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running at the source.

@@ -4,13 +4,15 @@
 pub mod channel;
 pub mod codec;
 pub mod device;
+pub mod engine;
 mod error;
 pub mod page;
 pub mod page_set;
+pub mod protocol;
 #[allow(unsafe_code)]
 pub mod ram;
-pub mod protocol;
 pub mod report;
+pub mod sim;
 pub mod spawner;
 pub mod state;
 pub mod strategy;

@@ -212,11 +212,7 @@ mod tests {
     use super::*;
 
     fn layout() -> RamLayout {
-        RamLayout::new(vec![
-            RamRegion { gpa: 0, len: 0x4000 },
-            RamRegion { gpa: 0x10000, len: 0x2000 },
-        ])
-        .unwrap()
+        RamLayout::new(vec![RamRegion { gpa: 0, len: 0x4000 }, RamRegion { gpa: 0x10000, len: 0x2000 }]).unwrap()
     }
 
     #[test]

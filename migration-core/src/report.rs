@@ -149,6 +149,8 @@ pub enum Event {
         /// Why the last one failed.
         why: String,
     },
+    /// The source is still in doubt after its grace period. It goes on to reconnect.
+    InDoubt(Box<Report>),
     /// The VM that was being received is gone.
     Discarded(String),
     /// Something failed that does not change the course, such as lifting a throttle.

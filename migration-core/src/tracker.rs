@@ -241,10 +241,8 @@ mod tests {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap();
         let (a, b) = (DirtyBitmap::new(layout.clone()), DirtyBitmap::new(layout.clone()));
         a.mark(0, 1);
-        let mut union = UnionTracker::new(vec![
-            Box::new(BitmapTracker::new(a.clone())),
-            Box::new(BitmapTracker::new(b.clone())),
-        ]);
+        let mut union =
+            UnionTracker::new(vec![Box::new(BitmapTracker::new(a.clone())), Box::new(BitmapTracker::new(b.clone()))]);
         union.start().unwrap();
         a.mark(0x1fff, 2);
         b.mark(0x5000, 0x1001);

@@ -123,7 +123,7 @@ impl Convergence for ModelConvergence {
             // the share of time the vCPUs may keep so that the next round shrinks well, half of it to be sure;
             // `shrink` was measured under the present throttle
             let keep = (1.0 - f64::from(self.throttle) / 100.0) * GOOD_SHRINK / 2.0 / shrink;
-            let wanted = ((1.0 - keep) * 100.0).clamp(f64::from(self.throttle) + 5.0, f64::from(most));
+            let wanted = ((1.0 - keep) * 100.0).max(f64::from(self.throttle) + 5.0).min(f64::from(most));
             self.throttle = wanted as u8;
             return Next::Throttle(self.throttle);
         }
@@ -162,7 +162,10 @@ mod tests {
     #[test]
     fn a_quiet_guest_is_switched_over_at_once() {
         let next = ModelConvergence::default().judge(&round(100_000), &dirty(10), &link(300));
-        assert!(matches!(next, Next::SwitchOver(Wanted { downtime }) if downtime < Duration::from_millis(3)), "{next:?}");
+        assert!(
+            matches!(next, Next::SwitchOver(Wanted { downtime }) if downtime < Duration::from_millis(3)),
+            "{next:?}"
+        );
     }
 
     #[test]
@@ -191,7 +194,8 @@ mod tests {
         for impact in [GuestImpact::Low, GuestImpact::Balanced, GuestImpact::Fast] {
             let mut model = ModelConvergence::default();
             let link = Link { impact, ..link(1000) };
-            let ended = (0..20).any(|_| matches!(model.judge(&round(100_000), &dirty(100_000), &link), Next::SwitchOver(_)));
+            let ended =
+                (0..20).any(|_| matches!(model.judge(&round(100_000), &dirty(100_000), &link), Next::SwitchOver(_)));
             assert!(ended, "{impact:?}");
         }
     }

@@ -161,7 +161,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bodies_never_panic(kind: u8, payload in 0u32..10000, body in prop::collection::vec(any::<u8>(), 0..100)) {
-            let bytes = super::frame(kind, 0, 0, 0, payload, &body);
+            let bytes = frame(kind, 0, 0, 0, payload, &body);
             let _ = decode(&bytes, 1000);
         }
     }

@@ -1,0 +1,243 @@
+//! A CPU as the workloads see it: its heartbeat, its counters, and the place where errors go.
+
+use core::fmt::Write;
+use core::ptr::{read_volatile, write_volatile};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::layout::{BOARD_ADDRESS, BOARD_VERSION, board, fault, record, state};
+use crate::platform;
+
+/// Something that is not as it must be.
+#[derive(Clone, Copy)]
+pub struct Fault {
+    /// One of [`fault`].
+    pub kind: u64,
+    /// Where.
+    pub address: u64,
+    /// What should be there.
+    pub expected: u64,
+    /// What is there.
+    pub found: u64,
+}
+
+fn board_read(offset: usize) -> u64 {
+    // SAFETY: the board is a page of the image, and all offsets (layout.rs) are within it. The VMM may write at any time: volatile.
+    unsafe { read_volatile((BOARD_ADDRESS + offset as u64) as *const u64) }
+}
+
+/// Writes a word of the board.
+#[inline(always)]
+pub fn board_write(offset: usize, value: u64) {
+    // SAFETY: as in `board_read`.
+    unsafe { write_volatile((BOARD_ADDRESS + offset as u64) as *mut u64, value) }
+}
+
+/// Writes the two words that never change.
+pub fn set_up_board() {
+    board_write(board::STATE, state::BOOTING);
+    // SAFETY: as in `board_read`.
+    unsafe { write_volatile((BOARD_ADDRESS + board::VERSION as u64) as *mut u32, BOARD_VERSION) };
+}
+
+/// The count of CPUs that are up, which is on the board.
+fn online() -> &'static AtomicU32 {
+    // SAFETY: an aligned word of the board that the guest's CPUs only ever use as an atomic.
+    unsafe { AtomicU32::from_ptr((BOARD_ADDRESS + board::CPUS as u64) as *mut u32) }
+}
+
+/// CPUs that are up.
+pub fn cpus_online() -> usize {
+    online().load(Ordering::Acquire) as usize
+}
+
+/// Counts a CPU that came up.
+pub fn come_online() {
+    online().fetch_add(1, Ordering::AcqRel);
+}
+
+/// Notes a fault as the first one and says so on the serial port. False if there was one before.
+pub fn report(what: Fault) -> bool {
+    let words = (BOARD_ADDRESS + board::FIRST_ERROR as u64) as *mut u64;
+    // SAFETY: as in `online`.
+    let kind = unsafe { AtomicU64::from_ptr(words) };
+    if kind.compare_exchange(0, what.kind, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        return false;
+    }
+    board_write(board::FIRST_ERROR + 8, what.address);
+    board_write(board::FIRST_ERROR + 16, what.expected);
+    board_write(board::FIRST_ERROR + 24, what.found);
+    let mut serial = if what.kind >= fault::TRAP { platform::serial_by_force() } else { platform::serial() };
+    let Fault { kind, address, expected, found } = what;
+    let _ = writeln!(serial, "error kind {kind} at {address:#x} expected {expected:#x} found {found:#x}");
+    true
+}
+
+/// Reports why the guest cannot go on, and ends it.
+pub fn give_up(what: Fault) -> ! {
+    let first = report(what);
+    board_write(board::STATE, state::FAILED);
+    if !first {
+        // Another CPU may still be telling of its fault: time for that before the guest is over.
+        platform::spin(100_000);
+    }
+    platform::shut_down()
+}
+
+/// A CPU. Each has its record on the board; what it counts it also keeps here, so that a heartbeat writes and does not read.
+pub struct Cpu {
+    /// Number of the CPU, 0 for the first.
+    pub index: usize,
+    /// Number of CPUs that work.
+    pub count: usize,
+    last: u64,
+    heartbeats: u64,
+    operations: u64,
+    longest_gap: u64,
+    errors: u64,
+    reset_seen: u64,
+    verified_pages: u64,
+    /// Number of the verification that is done, and that the VMM asks for.
+    verify: (u64, u64),
+    random: u64,
+}
+
+impl Cpu {
+    /// A CPU among so many.
+    pub fn new(index: usize, count: usize, seed: u64) -> Cpu {
+        let last = platform::now();
+        Cpu {
+            index,
+            count,
+            last,
+            heartbeats: 0,
+            operations: 0,
+            longest_gap: 0,
+            errors: 0,
+            reset_seen: 0,
+            verified_pages: 0,
+            verify: (0, 0),
+            random: seed ^ (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        }
+    }
+
+    #[inline(always)]
+    fn put(&self, field: usize, value: u64) {
+        board_write(board::RECORDS + self.index * board::RECORD_SIZE + field, value);
+    }
+
+    /// Looks at the clock. To be called every few microseconds: the longest time between two calls is what the guest
+    /// calls its longest gap. Returns the time.
+    #[inline(always)]
+    pub fn beat(&mut self) -> u64 {
+        let now = platform::now();
+        // A guest that moved to another host may find its clock set back.
+        let gap = now.saturating_sub(self.last);
+        self.last = now;
+        self.heartbeats += 1;
+        self.put(record::HEARTBEATS, self.heartbeats);
+        if gap > self.longest_gap {
+            self.longest_gap = gap;
+            self.put(record::LONGEST_GAP, gap);
+            self.put(record::GAP_END, now);
+        }
+        let asked = board_read(board::CONTROL);
+        if asked != self.reset_seen {
+            self.reset_seen = asked;
+            self.longest_gap = 0;
+            self.put(record::LONGEST_GAP, 0);
+            self.put(record::GAP_END, 0);
+            self.put(record::RESET_SEEN, asked);
+        }
+        now
+    }
+
+    /// Counts operations.
+    #[inline(always)]
+    pub fn done(&mut self, operations: u64) {
+        self.operations += operations;
+        self.put(record::OPERATIONS, self.operations);
+    }
+
+    /// Counts a fault if there is one.
+    #[inline(always)]
+    pub fn check(&mut self, result: Result<(), Fault>) {
+        if let Err(what) = result {
+            self.fail(what);
+        }
+    }
+
+    /// Counts a fault.
+    #[cold]
+    #[inline(never)]
+    pub fn fail(&mut self, what: Fault) {
+        self.errors += 1;
+        self.put(record::ERRORS, self.errors);
+        report(what);
+    }
+
+    /// Faults so far.
+    pub fn errors(&self) -> u64 {
+        self.errors
+    }
+
+    /// A random number (splitmix64).
+    #[inline(always)]
+    pub fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A random number below another one.
+    #[inline(always)]
+    pub fn random_below(&mut self, n: u64) -> u64 {
+        ((u128::from(self.random()) * u128::from(n)) >> 64) as u64
+    }
+
+    /// Whether the VMM waits for a verification.
+    pub fn verify_wanted(&mut self) -> bool {
+        self.verify.1 = board_read(board::VERIFY);
+        self.verify.0 != self.verify.1
+    }
+
+    /// Counts data pages that were checked.
+    pub fn verified(&mut self, pages: u64) {
+        self.verified_pages += pages;
+        self.put(record::VERIFIED_PAGES, self.verified_pages);
+    }
+
+    /// Says that the verification which the VMM waits for is done.
+    pub fn verify_done(&mut self) {
+        self.verify.0 = self.verify.1;
+        self.put(record::VERIFY_DONE, self.verify.0);
+    }
+
+    /// Forgets the longest gap, which so far is that of setting up.
+    pub fn restart(&mut self) {
+        self.longest_gap = 0;
+        self.put(record::LONGEST_GAP, 0);
+        self.put(record::GAP_END, 0);
+        self.last = platform::now();
+    }
+}
+
+/// A place where all CPUs wait for each other, once.
+pub struct Barrier(AtomicU32);
+
+impl Barrier {
+    /// A barrier that nobody has reached.
+    pub const fn new() -> Barrier {
+        Barrier(AtomicU32::new(0))
+    }
+
+    /// Waits until every CPU is here.
+    pub fn wait(&self, cpu: &mut Cpu) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        while (self.0.load(Ordering::Acquire) as usize) < cpu.count {
+            cpu.beat();
+            core::hint::spin_loop();
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! The words that guest and VMM share: where the board and the parameter page are, and what is in them.
+//!
+//! Compiled twice, into the guest (`main.rs`) and into minivmm (`src/workload.rs`), so that the two sides cannot disagree.
+//! All numbers are little endian, all offsets are bytes from the start of the page.
+
+/// Guest-physical address of the board page, the first page of the image. The guest writes it, the VMM reads it.
+pub const BOARD_ADDRESS: u64 = 0x10_0000;
+/// Guest-physical address of the parameter page. The VMM writes it into the file, the guest reads it.
+pub const PARAMS_ADDRESS: u64 = 0x10_1000;
+/// Bytes of a page.
+pub const PAGE_SIZE: u64 = 4096;
+/// Most vCPUs that the guest runs on: the number of records that fit on the board.
+pub const MAX_CPUS: usize = 16;
+
+/// First word of the board ("MVMMBOR1"): without it there is no guest of ours behind the page.
+pub const BOARD_MAGIC: u64 = 0x314b_524f_4d4d_564d;
+/// Layout version in [`board::VERSION`].
+pub const BOARD_VERSION: u32 = 1;
+/// First word of the parameter page ("MVMMPAR1").
+pub const PARAMS_MAGIC: u64 = 0x3152_4150_4d4d_564d;
+/// Longest workload spec that the parameter page takes.
+pub const MAX_SPEC: usize = 2048;
+
+/// Offsets on the board page.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod board {
+    /// u64: [`super::BOARD_MAGIC`].
+    pub const MAGIC: usize = 0x00;
+    /// u32: [`super::BOARD_VERSION`].
+    pub const VERSION: usize = 0x08;
+    /// u32: CPUs that run.
+    pub const CPUS: usize = 0x0c;
+    /// u64: one of [`super::state`].
+    pub const STATE: usize = 0x10;
+    /// u64: the TSC frequency which the guest reckons with, in kHz.
+    pub const TSC_KHZ: usize = 0x18;
+    /// u64: TSC ticks from the guest's first instruction in ring 3 until its loop started.
+    pub const FILL_TICKS: usize = 0x20;
+    /// Four u64: kind ([`super::fault`]), address, expected, found. Kind 0 means that nothing went wrong.
+    pub const FIRST_ERROR: usize = 0x40;
+    /// u64, written by the VMM: each new value makes every CPU forget its longest gap and start measuring again.
+    pub const CONTROL: usize = 0x80;
+    /// u64, written by the VMM: each new value makes every CPU check all its data pages once, between its other work.
+    pub const VERIFY: usize = 0x88;
+    /// Two pairs of u64, address and pages: where the workload's own pages are (two, as RAM may be split by the 3–4 GiB hole).
+    pub const WORK_RANGES: usize = 0x90;
+    /// Two pairs of u64, address and pages: where the `data` pages are.
+    pub const DATA_RANGES: usize = 0xb0;
+    /// The records of the CPUs, [`RECORD_SIZE`] bytes each.
+    pub const RECORDS: usize = 0x100;
+    /// Bytes of a CPU's record: a cache line of its own.
+    pub const RECORD_SIZE: usize = 64;
+}
+
+/// Offsets in a CPU's record on the board, all u64.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod record {
+    /// Times that the CPU looked at its clock.
+    pub const HEARTBEATS: usize = 0x00;
+    /// Operations of the workload: pages written, queries, sorted segments, ticks.
+    pub const OPERATIONS: usize = 0x08;
+    /// Longest time between two heartbeats, in TSC ticks.
+    pub const LONGEST_GAP: usize = 0x10;
+    /// Pages or records that were not what they had to be.
+    pub const ERRORS: usize = 0x18;
+    /// TSC at the end of the longest gap.
+    pub const GAP_END: usize = 0x20;
+    /// The value of [`super::board::CONTROL`] which this CPU has obeyed.
+    pub const RESET_SEEN: usize = 0x28;
+    /// The value of [`super::board::VERIFY`] which this CPU has finished.
+    pub const VERIFY_DONE: usize = 0x30;
+    /// Data pages checked so far, over all verifications.
+    pub const VERIFIED_PAGES: usize = 0x38;
+}
+
+/// Offsets on the parameter page.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod params {
+    /// u64: [`super::PARAMS_MAGIC`].
+    pub const MAGIC: usize = 0x00;
+    /// u32: CPUs to start; 0 stands for 1.
+    pub const CPUS: usize = 0x08;
+    /// u64: TSC frequency in kHz; 0 lets the guest find it out.
+    pub const TSC_KHZ: usize = 0x10;
+    /// u32: bytes of the spec.
+    pub const SPEC_LENGTH: usize = 0x18;
+    /// The spec itself. If it is empty the guest looks for `workload=…` on its command line.
+    pub const SPEC: usize = 0x1c;
+}
+
+/// What the guest is doing.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod state {
+    /// Setting up and filling its pages.
+    pub const BOOTING: u64 = 0;
+    /// In the workload's loop.
+    pub const RUNNING: u64 = 1;
+    /// The time of the key `for` is over, everything was checked once more.
+    pub const FINISHED: u64 = 2;
+    /// The guest gave up: a trap, a panic, or a spec it could not read.
+    pub const FAILED: u64 = 3;
+}
+
+/// Kinds of the first-error record.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod fault {
+    /// The page's record names another address: a misplaced page.
+    pub const MISPLACED: u64 = 1;
+    /// The record is of another generation: a stale or a lost page.
+    pub const STALE: u64 = 2;
+    /// Address and generation are right, the checksum over them is not: a torn page.
+    pub const CHECKSUM: u64 = 3;
+    /// The page's body is not what was written there.
+    pub const CONTENT: u64 = 4;
+    /// A sorted segment is out of order, or its sum changed.
+    pub const ORDER: u64 = 5;
+    /// An exception: address is rip, expected is vector × 2³² + error code, found is CR2.
+    pub const TRAP: u64 = 6;
+    /// A panic of the guest's own code: address is the line.
+    pub const PANIC: u64 = 7;
+    /// The guest could not start: no memory map (expected 1), bad spec (2), too little RAM (3).
+    pub const SETUP: u64 = 8;
+}

@@ -1,0 +1,174 @@
+//! The machine as ring 3 sees it: clock, serial port, LAPIC, sleep and the end.
+
+use core::arch::{asm, x86_64};
+use core::fmt;
+use core::ptr::{read_volatile, write_volatile};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::boot::{SPURIOUS_VECTOR, TIMER_VECTOR, TRAMPOLINE, trampoline_end, trampoline_start};
+
+const SERIAL_PORT: u16 = 0x3f8;
+
+/// The page where every local APIC is, mapped by boot.rs.
+const LAPIC: u64 = 0xfee0_0000;
+const LAPIC_SPURIOUS: u64 = 0x0f0;
+const LAPIC_COMMAND: u64 = 0x300;
+const LAPIC_COMMAND_TARGET: u64 = 0x310;
+const LAPIC_TIMER: u64 = 0x320;
+const LAPIC_TIMER_COUNT: u64 = 0x380;
+const LAPIC_TIMER_DIVIDE: u64 = 0x3e0;
+/// The LAPIC timer of KVM (and of QEMU) counts nanoseconds.
+const LAPIC_TIMER_HZ: u64 = 1_000_000_000;
+
+/// What a KVM of unknown frequency is taken for: only the pacing of a few workloads depends on it.
+const DEFAULT_TSC_KHZ: u64 = 2_600_000;
+
+static TSC_KHZ: AtomicU64 = AtomicU64::new(DEFAULT_TSC_KHZ);
+
+/// The time stamp counter.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: CR4.TSD is clear; the instruction has no other effect.
+    unsafe { x86_64::_rdtsc() }
+}
+
+/// Settles the frequency of the clock: as told, or from CPUID, or a guess. Returns kHz.
+pub fn settle_clock(told: u64) -> u64 {
+    let khz = if told != 0 { told } else { cpuid_khz().unwrap_or(DEFAULT_TSC_KHZ) };
+    TSC_KHZ.store(khz, Ordering::Relaxed);
+    khz
+}
+
+fn cpuid(leaf: u32) -> x86_64::CpuidResult {
+    // SAFETY: every x86-64 CPU has the instruction. (Newer compilers know that.)
+    #[allow(unused_unsafe)]
+    unsafe {
+        x86_64::__cpuid(leaf)
+    }
+}
+
+fn cpuid_khz() -> Option<u64> {
+    let top = cpuid(0).eax;
+    if top >= 0x15 {
+        let leaf = cpuid(0x15);
+        if leaf.eax != 0 && leaf.ebx != 0 && leaf.ecx != 0 {
+            return Some(u64::from(leaf.ecx) * u64::from(leaf.ebx) / u64::from(leaf.eax) / 1000);
+        }
+    }
+    if cpuid(0x4000_0000).eax >= 0x4000_0010 {
+        let khz = cpuid(0x4000_0010).eax;
+        if khz != 0 {
+            return Some(u64::from(khz));
+        }
+    }
+    let mhz = if top >= 0x16 { cpuid(0x16).eax & 0xffff } else { 0 };
+    (mhz != 0).then(|| u64::from(mhz) * 1000)
+}
+
+/// Clock ticks of so many microseconds.
+pub fn ticks(microseconds: u64) -> u64 {
+    (u128::from(microseconds) * u128::from(TSC_KHZ.load(Ordering::Relaxed)) / 1000) as u64
+}
+
+/// Waits without sleeping.
+pub fn spin(microseconds: u64) {
+    let end = now() + ticks(microseconds);
+    while now() < end {
+        core::hint::spin_loop();
+    }
+}
+
+/// Sleeps until the next interrupt. With no timer running, for ever.
+pub fn halt() {
+    // SAFETY: raises #GP in ring 3; the handler sleeps and comes back behind the instruction, changing no register.
+    unsafe { asm!("hlt", options(nostack)) }
+}
+
+/// Ends the guest by a triple fault.
+pub fn shut_down() -> ! {
+    // SAFETY: raises #GP in ring 3; the handler does not come back.
+    unsafe { asm!("cli", options(nostack, noreturn)) }
+}
+
+fn out(port: u16, value: u8) {
+    // SAFETY: raises #GP in ring 3; the handler does the same in ring 0, where a port cannot touch our memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack)) }
+}
+
+/// The serial port, for `write!`. Take it with [`serial`].
+pub struct Serial(());
+
+static SERIAL_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Takes the serial port: one CPU at a time prints.
+pub fn serial() -> Serial {
+    while SERIAL_TAKEN.swap(true, Ordering::Acquire) {
+        core::hint::spin_loop();
+    }
+    Serial(())
+}
+
+/// The serial port, whoever may hold it: for the last words of a guest that failed.
+pub fn serial_by_force() -> Serial {
+    SERIAL_TAKEN.store(true, Ordering::Relaxed);
+    Serial(())
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        SERIAL_TAKEN.store(false, Ordering::Release);
+    }
+}
+
+impl fmt::Write for Serial {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        // Emulated ports take a byte at once: asking for room first would double the exits.
+        text.bytes().for_each(|byte| out(SERIAL_PORT, byte));
+        Ok(())
+    }
+}
+
+fn lapic_write(register: u64, value: u32) {
+    // SAFETY: the LAPIC's page is mapped uncached and is no memory of ours.
+    unsafe { write_volatile((LAPIC + register) as *mut u32, value) }
+}
+
+/// Turns this CPU's LAPIC on.
+pub fn enable_lapic() {
+    lapic_write(LAPIC_SPURIOUS, 0x100 | SPURIOUS_VECTOR);
+}
+
+/// Starts this CPU's LAPIC timer, so that [`halt`] wakes `hz` times a second.
+pub fn start_timer(hz: u64) {
+    enable_lapic();
+    lapic_write(LAPIC_TIMER_DIVIDE, 0b1011); // by 1
+    lapic_write(LAPIC_TIMER, 1 << 17 | TIMER_VECTOR); // periodic
+    lapic_write(LAPIC_TIMER_COUNT, (LAPIC_TIMER_HZ / hz.max(1)).min(u64::from(u32::MAX)) as u32);
+}
+
+/// Copies the 16-bit code that further CPUs start in to where a SIPI can reach it.
+pub fn place_trampoline() {
+    let (start, end) = (&raw const trampoline_start, &raw const trampoline_end);
+    // SAFETY: both ends are labels around the code in the image; the page below 1 MiB is RAM that nothing else of the guest uses,
+    // and what a loader left there (start info, command line) was read before.
+    unsafe { core::ptr::copy_nonoverlapping(start, TRAMPOLINE as *mut u8, end as usize - start as usize) }
+}
+
+/// Sends INIT to a CPU by its APIC id.
+pub fn send_init(cpu: usize) {
+    send(cpu, 0x0000_4500);
+}
+
+/// Sends a start-up IPI, which lets the CPU begin at [`TRAMPOLINE`].
+pub fn send_startup(cpu: usize) {
+    send(cpu, 0x0000_4600 | (TRAMPOLINE >> 12) as u32);
+}
+
+fn send(cpu: usize, command: u32) {
+    lapic_write(LAPIC_COMMAND_TARGET, (cpu as u32) << 24);
+    lapic_write(LAPIC_COMMAND, command);
+    // SAFETY: as in `lapic_write`. Bit 12: not yet delivered.
+    while unsafe { read_volatile((LAPIC + LAPIC_COMMAND) as *const u32) } & 1 << 12 != 0 {
+        core::hint::spin_loop();
+    }
+}

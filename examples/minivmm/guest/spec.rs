@@ -1,0 +1,223 @@
+//! The workloads, their keys, and the text that chooses among them: `NAME[:key=value[,key=value…]]`.
+//!
+//! Compiled twice, into the guest and into minivmm, so that what the VMM accepts is what the guest understands. No allocation, no
+//! operating system.
+
+/// What a key's value may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes, with `K`, `M` or `G` (binary). More than there is RAM is clamped by the guest.
+    Size,
+    /// A number from the first to the second.
+    Count(u64, u64),
+    /// A time with its unit: `us`, `ms` or `s`. 0 needs none.
+    Time,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+}
+
+/// A key of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// Its name in the spec.
+    pub name: &'static str,
+    /// What its value may be.
+    pub kind: Kind,
+    /// The value if the spec does not name the key.
+    pub default: &'static str,
+    /// What it does, in a few words.
+    pub summary: &'static str,
+}
+
+/// A workload that the guest knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkloadInfo {
+    /// Its name in the spec.
+    pub name: &'static str,
+    /// What it does, in one line.
+    pub summary: &'static str,
+    /// Its own keys; [`COMMON_KEYS`] come on top.
+    pub keys: &'static [Key],
+}
+
+const fn key(name: &'static str, kind: Kind, default: &'static str, summary: &'static str) -> Key {
+    Key { name, kind, default, summary }
+}
+
+const fn size(default: &'static str) -> Key {
+    key("size", Kind::Size, default, "the area that it works on")
+}
+
+const PERCENT: Kind = Kind::Count(0, 100);
+const SWITCH: Kind = Kind::Count(0, 1);
+const SPIN: Key = key("spin", SWITCH, "0", "1: wait for the next write in a busy loop instead of sleeping");
+
+/// Keys that every workload takes.
+pub const COMMON_KEYS: &[Key] = &[
+    key(
+        "data",
+        Kind::Size,
+        "0",
+        "further pages, filled once with incompressible data, each different, and verified on demand",
+    ),
+    key("seed", Kind::Count(0, u32::MAX as u64), "1", "seed of all content, so that several guests differ"),
+    key("serial", SWITCH, "0", "1: print `beat N` to the serial port"),
+    key("every", Kind::Time, "100ms", "time between two such lines"),
+    key("for", Kind::Time, "0", "check everything and finish after this time; 0: never"),
+];
+
+/// The workloads.
+pub const LIST: &[WorkloadInfo] = &[
+    WorkloadInfo {
+        name: "idle",
+        summary: "a busy loop that only beats, beside pages of incompressible data",
+        keys: &[key("data", Kind::Size, "700M", "pages filled once with incompressible data, verified on demand")],
+    },
+    WorkloadInfo {
+        name: "sleep",
+        summary: "sleeps, and beats at each tick of the LAPIC timer",
+        keys: &[key("hz", Kind::Count(1, 5000), "1000", "ticks a second")],
+    },
+    WorkloadInfo {
+        name: "one-edge",
+        summary: "increments the first byte of each page in address order, over and over: at any instant there is one edge per CPU",
+        keys: &[size("256M")],
+    },
+    WorkloadInfo {
+        name: "touch",
+        summary: "goes through its area sequentially: reads and checks, or rewrites, whole pages",
+        keys: &[size("64M"), key("mode", Kind::Choice(&["read", "write"]), "write", "what it does to each page")],
+    },
+    WorkloadInfo {
+        name: "rate",
+        summary: "writes a few bytes into so many pages a second, spread over a share of RAM",
+        keys: &[
+            key("pages", Kind::Count(1, 10_000_000), "5000", "pages a second, over all CPUs"),
+            key("percent", PERCENT, "80", "share of the RAM beside `data`"),
+            SPIN,
+        ],
+    },
+    WorkloadInfo { name: "random", summary: "writes pages in random order at full speed", keys: &[size("256M")] },
+    WorkloadInfo {
+        name: "hot",
+        summary: "writes a few bytes into every page of its area, in order, at full speed; the area is a part of `data`",
+        keys: &[size("64M")],
+    },
+    WorkloadInfo {
+        name: "quicksort",
+        summary: "fills and sorts segments, cycling through its area",
+        keys: &[size("1G"), key("segment", Kind::Size, "200K", "bytes of a segment, at least 8K")],
+    },
+    WorkloadInfo {
+        name: "kv",
+        summary: "a key-value table over most of RAM; the range of keys that is queried grows in ten steps",
+        keys: &[
+            key("percent", PERCENT, "90", "share of the RAM beside `data`"),
+            key("step", Kind::Time, "5s", "time until the range grows by a tenth"),
+            key("set", PERCENT, "10", "share of the queries that write"),
+        ],
+    },
+    WorkloadInfo {
+        name: "churn",
+        summary: "allocates runs of 1 to 256 pages, writes them, checks them, frees them",
+        keys: &[size("512M")],
+    },
+    WorkloadInfo {
+        name: "log",
+        summary: "appends records to a circular log and updates random old ones",
+        keys: &[size("256M"), key("update", PERCENT, "20", "share of the operations that update")],
+    },
+    WorkloadInfo {
+        name: "mix",
+        summary: "the page mix of a gang of guests: zero, shared by all, nearly shared, unique; reads all, writes some unique ones",
+        keys: &[
+            size("512M"),
+            key("zero", PERCENT, "20", "percent of pages that are zero"),
+            key("shared", PERCENT, "30", "percent of pages that every guest has"),
+            key("near", PERCENT, "20", "percent of pages that differ from a shared one in a few words"),
+            key("pages", Kind::Count(0, 10_000_000), "1000", "unique pages written a second, over all CPUs"),
+            SPIN,
+        ],
+    },
+];
+
+impl WorkloadInfo {
+    /// The key of this name, of the workload or common to all.
+    pub fn key(&self, name: &str) -> Option<&'static Key> {
+        self.keys.iter().chain(COMMON_KEYS).find(|key| key.name == name)
+    }
+}
+
+/// Why a spec cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecError<'a> {
+    /// No workload has this name.
+    Workload(&'a str),
+    /// The workload has no such key, or the option is not of the form `key=value`.
+    Key(&'static WorkloadInfo, &'a str),
+    /// The key is named twice.
+    Repeated(&'static Key),
+    /// The key does not take this value.
+    Value(&'static Key, &'a str),
+}
+
+/// A spec that was checked: every name and value in it is good.
+#[derive(Debug, Clone, Copy)]
+pub struct Spec<'a> {
+    /// The workload.
+    pub info: &'static WorkloadInfo,
+    options: &'a str,
+}
+
+impl<'a> Spec<'a> {
+    /// Checks a spec.
+    pub fn parse(text: &'a str) -> Result<Self, SpecError<'a>> {
+        let (name, options) = text.split_once(':').unwrap_or((text, ""));
+        let info = LIST.iter().find(|info| info.name == name).ok_or(SpecError::Workload(name))?;
+        for (at, option) in pairs(options).enumerate() {
+            let (name, value) = option.split_once('=').ok_or(SpecError::Key(info, option))?;
+            let key = info.key(name).ok_or(SpecError::Key(info, name))?;
+            if pairs(options).take(at).any(|earlier| earlier.split_once('=').is_some_and(|(n, _)| n == name)) {
+                return Err(SpecError::Repeated(key));
+            }
+            key.kind.parse(value).ok_or(SpecError::Value(key, value))?;
+        }
+        Ok(Spec { info, options })
+    }
+
+    /// The value of a key, in bytes, microseconds, or as the position of the chosen word; 0 if the workload has no such key.
+    #[allow(dead_code)] // Only the guest needs values.
+    pub fn value(&self, name: &str) -> u64 {
+        let Some(key) = self.info.key(name) else { return 0 };
+        let chosen = pairs(self.options).filter_map(|option| option.split_once('=')).find(|(n, _)| *n == name);
+        key.kind.parse(chosen.map_or(key.default, |(_, value)| value)).unwrap_or(0)
+    }
+}
+
+fn pairs(options: &str) -> impl Iterator<Item = &str> {
+    options.split(',').filter(|option| !option.is_empty())
+}
+
+impl Kind {
+    /// The value of a text of this kind, or `None` if it is not one.
+    pub fn parse(&self, text: &str) -> Option<u64> {
+        match *self {
+            Kind::Size => scaled(text, &[("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("", 1)]),
+            Kind::Count(min, max) => scaled(text, &[("", 1)]).filter(|n| (min..=max).contains(n)),
+            Kind::Time if text == "0" => Some(0),
+            Kind::Time => scaled(text, &[("us", 1), ("ms", 1000), ("s", 1_000_000)]),
+            Kind::Choice(words) => words.iter().position(|word| *word == text).map(|at| at as u64),
+        }
+    }
+}
+
+/// Largest number in a spec. Products of two such numbers with anything that the guest counts stay far below 2⁶⁴.
+const MAX_VALUE: u64 = 1 << 44;
+
+/// A number with one of these units, the first that fits.
+fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let factor = units.iter().find(|(name, _)| *name == unit)?.1;
+    number.parse::<u64>().ok()?.checked_mul(factor).filter(|n| *n <= MAX_VALUE)
+}

@@ -1,0 +1,78 @@
+//! One end of a control lane: whole frames in, whole frames out.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::{
+    MigrationError,
+    channel::{ReadHalf, WriteHalf},
+    codec::DecodeError,
+    wire::{Control, Header},
+};
+
+/// Sends frames, counted and numbered.
+pub(super) struct ControlWriter {
+    half: Box<dyn WriteHalf>,
+    peer: String,
+    sequence: u32,
+    bytes: Arc<AtomicU64>,
+}
+
+impl ControlWriter {
+    pub(super) fn new(half: Box<dyn WriteHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
+        Self { half, peer, sequence: 0, bytes }
+    }
+
+    pub(super) fn send(&mut self, epoch: u32, frame: &Control) -> Result<(), MigrationError> {
+        let bytes = frame.encode(0, self.sequence, epoch);
+        self.sequence = self.sequence.wrapping_add(1);
+        self.half.write_all(&bytes, &[]).map_err(MigrationError::link(&self.peer))?;
+        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Receives frames, and refuses those that are out of sequence.
+pub(super) struct ControlReader {
+    half: Box<dyn ReadHalf>,
+    peer: String,
+    sequence: u32,
+    bytes: Arc<AtomicU64>,
+}
+
+impl ControlReader {
+    pub(super) fn new(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
+        Self { half, peer, sequence: 0, bytes }
+    }
+
+    /// The next frame and the epoch in its header.
+    pub(super) fn read(&mut self) -> Result<(u32, Control), MigrationError> {
+        let (header, body) = read_frame(&mut *self.half, &mut self.sequence, &self.peer)?;
+        self.bytes.fetch_add((Header::LEN + body.len()) as u64, Ordering::Relaxed);
+        Ok((header.number, Control::decode(&header, &body)?))
+    }
+}
+
+/// Header and body of the next frame of a lane, in sequence. The body's length was bounded by the header's decoder.
+pub(super) fn read_frame(
+    half: &mut dyn ReadHalf,
+    sequence: &mut u32,
+    peer: &str,
+) -> Result<(Header, Vec<u8>), MigrationError> {
+    let mut bytes = [0; Header::LEN];
+    half.read_exact(&mut bytes).map_err(MigrationError::link(peer))?;
+    let header = Header::decode(&bytes)?;
+    if header.sequence != *sequence {
+        let why = format!("frame {} where {} is due", header.sequence, sequence);
+        return Err(DecodeError::invalid("sequence", why).into());
+    }
+    if header.vm != 0 {
+        return Err(DecodeError::invalid("vm", format!("no VM {} in this session", header.vm)).into());
+    }
+    *sequence = sequence.wrapping_add(1);
+    let mut body = vec![0; header.body as usize];
+    half.read_exact(&mut body).map_err(MigrationError::link(peer))?;
+    Ok((header, body))
+}

@@ -1,0 +1,150 @@
+//! How others talk to a migration that is under way.
+
+use std::{
+    fmt,
+    sync::{Arc, Condvar, Mutex, mpsc},
+    time::Duration,
+};
+
+use super::{SourceOptions, lane::LaneDone, source};
+use crate::{
+    MigrationError,
+    channel::Connector,
+    report::Report,
+    spawner::{Joiner, Role},
+    strategy::Strategy,
+    vm::SourceVm,
+    wire::Control,
+};
+
+/// Everything that reaches the source's engine while it works.
+pub(super) enum Input {
+    /// A frame, with the epoch of its header.
+    Control(u32, Control),
+    /// The control lane was lost.
+    ControlLost(MigrationError),
+    /// A lane has done its part of a round, or failed.
+    Lane(Result<LaneDone, MigrationError>),
+    /// The user cancels, for this reason.
+    Cancel(String),
+}
+
+/// Sends commands to a migration; may be cloned and used from any thread.
+#[derive(Clone)]
+pub struct Controller {
+    inputs: mpsc::Sender<Input>,
+}
+
+impl Controller {
+    /// A controller, and the other end, which goes to [`migrate`](super::migrate).
+    pub fn new() -> (Self, Commands) {
+        let (tx, rx) = mpsc::channel();
+        (Self { inputs: tx.clone() }, Commands { tx, rx })
+    }
+
+    /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait: the report tells.
+    pub fn cancel(&self, why: impl Into<String>) {
+        // a migration that has ended does not listen any more
+        let _ = self.inputs.send(Input::Cancel(why.into()));
+    }
+}
+
+impl fmt::Debug for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Controller")
+    }
+}
+
+/// The receiving end of a [`Controller`].
+pub struct Commands {
+    pub(super) tx: mpsc::Sender<Input>,
+    pub(super) rx: mpsc::Receiver<Input>,
+}
+
+/// What is left after a migration: the VM (still ours unless the report says completed) and the report.
+pub type Ended = (Box<dyn SourceVm>, Report);
+
+#[derive(Default)]
+struct Slot {
+    ended: Mutex<Option<Ended>>,
+    changed: Condvar,
+}
+
+/// A migration on a thread of its own, for VMMs whose event loop must not block.
+///
+/// Nothing here blocks but [`wait`](Migration::wait): poll [`try_take`](Migration::try_take), or let the `notify`
+/// callback of [`start`](Migration::start) write to an eventfd or wake a task.
+pub struct Migration {
+    controller: Controller,
+    slot: Arc<Slot>,
+    thread: Option<Box<dyn Joiner>>,
+}
+
+impl Migration {
+    /// Starts to migrate `vm`. `notify` is called once, when the result can be taken.
+    ///
+    /// # Errors
+    /// When the spawner has no thread; the VM comes back, as it was.
+    pub fn start(
+        vm: Box<dyn SourceVm>,
+        connector: Arc<dyn Connector>,
+        mut strategy: Box<dyn Strategy>,
+        options: SourceOptions,
+        notify: Box<dyn FnOnce() + Send>,
+    ) -> Result<Self, (Option<Box<dyn SourceVm>>, MigrationError)> {
+        let (controller, commands) = Controller::new();
+        let slot = Arc::new(Slot::default());
+        let (spawner, impact, result) = (options.spawner.clone(), options.impact, slot.clone());
+        // in a cell, so that it can be taken back if there is no thread
+        let cell = Arc::new(Mutex::new(Some(vm)));
+        let taken = cell.clone();
+        let body = Box::new(move || {
+            let Some(mut vm) = lock(&taken).take() else { return };
+            let report = source::migrate(&mut *vm, &*connector, &mut *strategy, &options, commands);
+            *lock(&result.ended) = Some((vm, report));
+            result.changed.notify_all();
+            notify();
+        });
+        let thread = spawner
+            .spawn(Role::Control, impact, "migration", body)
+            .map_err(|cause| (lock(&cell).take(), MigrationError::Thread { role: "the migration", cause }))?;
+        Ok(Self { controller, slot, thread: Some(thread) })
+    }
+
+    /// Sends commands to it.
+    pub fn controller(&self) -> &Controller {
+        &self.controller
+    }
+
+    /// The result, if it has ended and was not taken yet.
+    pub fn try_take(&mut self) -> Option<Ended> {
+        let ended = lock(&self.slot.ended).take();
+        if ended.is_some() {
+            self.join();
+        }
+        ended
+    }
+
+    /// Waits at most this long for the result.
+    pub fn wait(&mut self, timeout: Duration) -> Option<Ended> {
+        let guard = lock(&self.slot.ended);
+        let waited = self.slot.changed.wait_timeout_while(guard, timeout, |ended| ended.is_none());
+        // a poisoned lock means that a thread panicked while it held it; the result itself is whole
+        let ended = waited.unwrap_or_else(|e| e.into_inner()).0.take();
+        if ended.is_some() {
+            self.join();
+        }
+        ended
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            thread.join();
+        }
+    }
+}
+
+/// Locks, whether or not another thread panicked: what these locks guard is replaced whole, never half-written.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,158 @@
+//! A bulk lane at the destination: receives pages straight into guest RAM.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{STRIPE_PAGES, control::read_frame, session::Session};
+use crate::{
+    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    channel::ReadHalf,
+    codec::DecodeError,
+    wire::{Bulk, Content, Extent, Header},
+};
+
+pub(super) struct LaneReceiver {
+    pub(super) index: u16,
+    pub(super) reader: Box<dyn ReadHalf>,
+    pub(super) peer: String,
+    pub(super) session: Arc<Session>,
+    pub(super) bytes: Arc<AtomicU64>,
+    /// Pages of this lane's stripes that hold data: a zero page has to be written only where there is some.
+    filled: PageSet,
+    sequence: u32,
+    /// The last generation that was completed.
+    generation: u32,
+    pages: u64,
+    buffer: Vec<u8>,
+}
+
+impl LaneReceiver {
+    pub(super) fn new(
+        index: u16,
+        reader: Box<dyn ReadHalf>,
+        peer: String,
+        session: Arc<Session>,
+        bytes: Arc<AtomicU64>,
+    ) -> Self {
+        let filled = PageSet::empty(session.ram.layout().pages());
+        Self { index, reader, peer, session, bytes, filled, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
+    }
+
+    /// Receives until the lane ends; it always ends with an error, which is no fault once the session is sealed.
+    pub(super) fn run(mut self) -> MigrationError {
+        // between rounds a lane may be silent for as long as the control lane is alive, which sees to it
+        if let Err(cause) = self.reader.set_idle_timeout(None::<Duration>) {
+            return MigrationError::link(&self.peer)(cause);
+        }
+        loop {
+            if let Err(error) = self.frame() {
+                return error;
+            }
+        }
+    }
+
+    fn frame(&mut self) -> Result<(), MigrationError> {
+        let (header, body) = read_frame(&mut *self.reader, &mut self.sequence, &self.peer)?;
+        let bytes = Header::LEN + body.len() + header.payload as usize;
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let frame = Bulk::decode(&header, &body, self.session.ram.layout().pages())?;
+        if self.session.is_sealed() || header.number != self.generation.wrapping_add(1) {
+            let why = format!("pages of round {} after round {} was complete", header.number, self.generation);
+            return Err(DecodeError::invalid("generation", why).into());
+        }
+        match frame {
+            Bulk::Pages { extents, payload_crc } => {
+                self.check_stripes(&extents)?;
+                if self.session.payload_crc {
+                    self.install_checked(&extents, payload_crc, header.payload as usize)
+                } else {
+                    self.install(&extents)
+                }
+            }
+            Bulk::RoundEnd { pages } if pages == self.pages => {
+                (self.generation, self.pages) = (header.number, 0);
+                self.session.lane_ended(self.index, header.number)
+            }
+            Bulk::RoundEnd { pages } => {
+                let why = format!("the round had {pages} pages, {} arrived", self.pages);
+                Err(DecodeError::invalid("pages", why).into())
+            }
+        }
+    }
+
+    /// A page on another lane than its own could be overtaken by an older copy of itself.
+    fn check_stripes(&self, extents: &[Extent]) -> Result<(), MigrationError> {
+        for e in extents {
+            let (first, last) = (e.range.first / STRIPE_PAGES, (e.range.end() - 1) / STRIPE_PAGES);
+            // with a single lane every stripe is its own
+            let own = self.session.lanes == 1
+                || (first == last && first % u64::from(self.session.lanes) == u64::from(self.index));
+            if !own {
+                let why = format!("pages {}+{} do not belong to lane {}", e.range.first, e.range.count, self.index);
+                return Err(DecodeError::invalid("extent", why).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn install(&mut self, extents: &[Extent]) -> Result<(), MigrationError> {
+        let ram = self.session.ram.clone();
+        let mut slices = Vec::with_capacity(extents.len());
+        for extent in extents {
+            match extent.content {
+                Content::Zero => self.zero(extent.range)?,
+                Content::Plain => {
+                    for (_, _, piece) in ram.layout().split(extent.range) {
+                        slices.push(ram.slice(piece)?);
+                    }
+                    self.filled.insert_range(extent.range);
+                }
+            }
+            self.pages += extent.range.count;
+        }
+        self.reader.read_ram(&slices).map_err(MigrationError::link(&self.peer))
+    }
+
+    /// With checksums, pages are looked at before they go into RAM.
+    fn install_checked(&mut self, extents: &[Extent], crc: u32, payload: usize) -> Result<(), MigrationError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(payload, 0);
+        self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
+        if crc32fast::hash(&buffer) != crc {
+            return Err(DecodeError::Checksum { field: "page data" }.into());
+        }
+        let (ram, mut at) = (self.session.ram.clone(), 0);
+        for extent in extents {
+            match extent.content {
+                Content::Zero => self.zero(extent.range)?,
+                Content::Plain => {
+                    for (_, _, piece) in ram.layout().split(extent.range) {
+                        let bytes = piece.count as usize * PAGE_SIZE;
+                        ram.slice(piece)?.copy_from(&buffer[at..at + bytes]);
+                        at += bytes;
+                    }
+                    self.filled.insert_range(extent.range);
+                }
+            }
+            self.pages += extent.range.count;
+        }
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn zero(&mut self, range: PageRange) -> Result<(), MigrationError> {
+        let runs: Vec<_> = self.filled.ranges_in(range).collect();
+        for run in runs {
+            for (_, _, piece) in self.session.ram.layout().split(run) {
+                self.session.ram.slice(piece)?.zero();
+            }
+            self.filled.remove_range(run);
+        }
+        Ok(())
+    }
+}

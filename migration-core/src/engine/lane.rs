@@ -1,0 +1,205 @@
+//! A bulk lane at the source: finds out what the pages of its stripes hold, and sends them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+    mpsc,
+};
+
+use super::{STRIPE_PAGES, handle::Input};
+use crate::{
+    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    channel::WriteHalf,
+    ram::{GuestRam, RamSlice},
+    tracker::Rearm,
+    wire::{Bulk, Content, Extent, MAX_EXTENTS},
+};
+
+/// Page data in one frame: a few hundred microseconds on a fast link, and one system call.
+const FRAME_PAYLOAD: usize = 1 << 20;
+/// Most pieces of memory in one frame; a system call takes 1024.
+const MAX_SLICES: usize = 1000;
+
+/// What all lanes count together.
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) wire_bytes: Arc<AtomicU64>,
+    pub(super) zero: AtomicU64,
+    pub(super) plain: AtomicU64,
+    /// Pages of the present round.
+    pub(super) round_sent: AtomicU64,
+}
+
+/// One round, for each lane.
+#[derive(Clone)]
+pub(super) struct Job {
+    pub(super) generation: u32,
+    pub(super) pages: Arc<PageSet>,
+    pub(super) rearm: Option<Arc<dyn Rearm>>,
+    /// Set to end the round early.
+    pub(super) stop: Arc<AtomicBool>,
+}
+
+/// How a lane came to the end of a round.
+pub(super) struct LaneDone {
+    pub(super) lane: u16,
+    /// The first stripe that was not sent, if the round was stopped.
+    pub(super) stopped_at: Option<u64>,
+}
+
+pub(super) struct Lane {
+    pub(super) index: u16,
+    pub(super) lanes: u16,
+    pub(super) ram: Arc<dyn GuestRam>,
+    pub(super) writer: Box<dyn WriteHalf>,
+    pub(super) peer: String,
+    pub(super) sequence: u32,
+    pub(super) payload_crc: bool,
+    pub(super) counters: Arc<Counters>,
+}
+
+/// The stripes of one lane among `lanes`, of a VM with `pages` pages.
+pub(super) fn stripes(index: u16, lanes: u16, pages: u64) -> impl Iterator<Item = u64> {
+    (u64::from(index)..pages.div_ceil(STRIPE_PAGES)).step_by(usize::from(lanes.max(1)))
+}
+
+/// The pages of a stripe; the last one may reach beyond the end of RAM.
+pub(super) fn stripe_pages(stripe: u64) -> PageRange {
+    PageRange::new(stripe.saturating_mul(STRIPE_PAGES), STRIPE_PAGES)
+}
+
+/// A frame in the making.
+#[derive(Default)]
+struct Batch<'a> {
+    extents: Vec<Extent>,
+    slices: Vec<RamSlice<'a>>,
+    payload: usize,
+    pages: u64,
+}
+
+impl Lane {
+    /// Serves rounds until the sender of jobs is gone or the link fails.
+    pub(super) fn run(mut self, jobs: mpsc::Receiver<Job>, inputs: mpsc::Sender<Input>) {
+        while let Ok(job) = jobs.recv() {
+            let done = self.round(&job);
+            let failed = done.is_err();
+            // the engine may be gone already, having failed for another reason
+            if inputs.send(Input::Lane(done)).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    fn round(&mut self, job: &Job) -> Result<LaneDone, MigrationError> {
+        let ram = self.ram.clone();
+        let (layout, mut batch, mut pages) = (ram.layout(), Batch::default(), 0);
+        let mut stopped_at = None;
+        for stripe in stripes(self.index, self.lanes, layout.pages()) {
+            if job.stop.load(Ordering::Relaxed) {
+                stopped_at = Some(stripe);
+                break;
+            }
+            let range = stripe_pages(stripe);
+            if job.pages.count_in(range) == 0 {
+                continue;
+            }
+            if let Some(rearm) = &job.rearm {
+                // before the first look at the pages: what is written after it is reported again
+                rearm.before_read(range, &job.pages)?;
+            }
+            for run in job.pages.ranges_in(range) {
+                for (_, _, piece) in layout.split(run) {
+                    self.add(&mut batch, &*ram, piece, job.generation)?;
+                    pages += piece.count;
+                }
+            }
+        }
+        self.flush(&mut batch, job.generation)?;
+        let end = Bulk::RoundEnd { pages };
+        let bytes = end.encode(0, self.sequence, job.generation);
+        self.write(&bytes, &[])?;
+        Ok(LaneDone { lane: self.index, stopped_at })
+    }
+
+    /// Adds a run of pages inside one region.
+    fn add<'a>(
+        &mut self,
+        batch: &mut Batch<'a>,
+        ram: &'a (dyn GuestRam + 'static),
+        run: PageRange,
+        generation: u32,
+    ) -> Result<(), MigrationError> {
+        let memory = ram.slice(run)?;
+        let is_zero = |i: u64| memory.skip(i as usize * PAGE_SIZE).take(PAGE_SIZE).is_zero();
+        let mut at = 0;
+        let mut zero = is_zero(0);
+        while at < run.count {
+            // the longest stretch of the same kind, as far as a frame holds it
+            let room = if zero { run.count } else { ((FRAME_PAYLOAD - batch.payload) / PAGE_SIZE) as u64 };
+            let mut end = at + 1;
+            let mut next_zero = zero;
+            while end < run.count && end - at < room {
+                next_zero = is_zero(end);
+                if next_zero != zero {
+                    break;
+                }
+                end += 1;
+            }
+            let count = end - at;
+            let content = if zero { Content::Zero } else { Content::Plain };
+            batch.extents.push(Extent { range: PageRange::new(run.first + at, count), content });
+            batch.pages += count;
+            if zero {
+                self.counters.zero.fetch_add(count, Ordering::Relaxed);
+            } else {
+                let bytes = count as usize * PAGE_SIZE;
+                batch.slices.push(memory.skip(at as usize * PAGE_SIZE).take(bytes));
+                batch.payload += bytes;
+                self.counters.plain.fetch_add(count, Ordering::Relaxed);
+            }
+            if batch.payload >= FRAME_PAYLOAD || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES
+            {
+                self.flush(batch, generation)?;
+            }
+            // after a stretch that ended for lack of room the next page has not been looked at
+            if end < run.count && next_zero == zero {
+                next_zero = is_zero(end);
+            }
+            (at, zero) = (end, next_zero);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, batch: &mut Batch<'_>, generation: u32) -> Result<(), MigrationError> {
+        if batch.extents.is_empty() {
+            return Ok(());
+        }
+        let Batch { extents, slices, payload, pages } = std::mem::take(batch);
+        if self.payload_crc {
+            // the guest may write between the checksum and the send: both must see the same copy
+            let mut copy = vec![0; payload];
+            let mut at = 0;
+            for slice in slices {
+                slice.copy_to(&mut copy[at..at + slice.len()]);
+                at += slice.len();
+            }
+            let frame = Bulk::Pages { extents, payload_crc: crc32fast::hash(&copy) };
+            let mut bytes = frame.encode(0, self.sequence, generation);
+            bytes.extend_from_slice(&copy);
+            self.write(&bytes, &[])?;
+        } else {
+            let bytes = Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.sequence, generation);
+            self.write(&bytes, &slices)?;
+        }
+        self.counters.round_sent.fetch_add(pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.writer.write_all(head, slices).map_err(MigrationError::link(&self.peer))?;
+        let bytes = head.len() + slices.iter().map(|s| s.len()).sum::<usize>();
+        self.counters.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}

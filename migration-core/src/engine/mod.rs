@@ -1,0 +1,87 @@
+//! Runs strategies on real VMs, over real channels.
+//!
+//! At the source, [`migrate`] (or [`Migration::start`], which does not block) takes a [`SourceVm`](crate::vm::SourceVm),
+//! a [`Connector`](crate::channel::Connector) and a strategy. At the destination, a [`Receiver`] takes a
+//! [`Listener`](crate::channel::Listener) and a [`DestinationHost`](crate::vm::DestinationHost). Both create threads only
+//! through the [`Spawner`](crate::spawner::Spawner) in their options, and end all of them before they return.
+
+mod control;
+mod handle;
+mod install;
+mod lane;
+mod receiver;
+mod session;
+mod source;
+
+use std::{sync::Arc, time::Duration};
+
+pub use handle::{Commands, Controller, Migration};
+pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
+pub use source::migrate;
+
+use crate::{
+    report::{NoObserver, Observer},
+    spawner::{GuestImpact, Spawner, StdSpawner},
+};
+
+/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a page never
+/// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.
+pub const STRIPE_PAGES: u64 = 512;
+
+/// What to do when the time that the user allowed has passed before the hand-over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnTimeout {
+    /// The guest runs on at the source.
+    #[default]
+    Cancel,
+    /// Pause the guest and send the rest, whatever the downtime.
+    Stop,
+}
+
+/// Limits and choices of one migration, at its source.
+#[derive(Clone)]
+pub struct SourceOptions {
+    /// Bulk lanes, 1 to [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
+    pub streams: u16,
+    /// The longest downtime that is acceptable.
+    pub downtime_limit: Duration,
+    /// How long the migration may take until the hand-over; `None` for ever.
+    pub timeout: Option<Duration>,
+    /// What happens then.
+    pub on_timeout: OnTimeout,
+    /// How much the guest may be disturbed.
+    pub impact: GuestImpact,
+    /// Checksum of page data, beside TCP's own: costs a copy of every page.
+    pub payload_crc: bool,
+    /// How long the peer may be silent before the link counts as lost.
+    pub idle_timeout: Duration,
+    /// How long the destination may take to build the VM.
+    pub setup_timeout: Duration,
+    /// Epochs up to this one are void; the attempt uses the next.
+    pub last_epoch: u32,
+    /// After this time in doubt the user is told ([`Event::InDoubt`](crate::report::Event::InDoubt)); reconnecting goes on.
+    pub in_doubt_grace: Duration,
+    /// Starts threads.
+    pub spawner: Arc<dyn Spawner>,
+    /// Is told how it goes.
+    pub observer: Arc<dyn Observer>,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            streams: 2,
+            downtime_limit: Duration::from_millis(300),
+            timeout: None,
+            on_timeout: OnTimeout::Cancel,
+            impact: GuestImpact::Balanced,
+            payload_crc: false,
+            idle_timeout: Duration::from_secs(10),
+            setup_timeout: Duration::from_secs(60),
+            last_epoch: 0,
+            in_doubt_grace: Duration::from_secs(5),
+            spawner: Arc::new(StdSpawner),
+            observer: Arc::new(NoObserver),
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, RandomState},
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use thiserror::Error;
+
+use super::{
+    control::{ControlReader, ControlWriter},
+    handle::lock,
+    install::LaneReceiver,
+    session::Session,
+};
+use crate::{
+    MigrationError,
+    channel::{Channel, Closer, Halves, Listener, ReadHalf},
+    codec::DecodeError,
+    protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
+    report::{Event, NoObserver, Observer},
+    spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
+    state::VmState,
+    vm::{DestinationHost, DestinationVm, VmError, VmId},
+    wire::{
+        Control, ErrorCode, FEATURES, Hello, LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION,
+        Welcome, negotiate,
+    },
+};
+
+/// How often the accept loop looks whether it shall stop.
+const ACCEPT_TICK: Duration = Duration::from_millis(50);
+/// Connections beyond the lanes of a session that may be open at once; more are closed unheard.
+const MAX_STRANGERS: usize = 64;
+
+/// Limits and choices at a destination.
+#[derive(Clone)]
+pub struct ReceiverOptions {
+    /// Most bulk lanes; a source that wants more gets this many.
+    pub max_streams: u16,
+    /// Most bytes of RAM that a VM may have.
+    pub max_ram_bytes: u64,
+    /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
+    pub idle_timeout: Duration,
+    /// Starts threads.
+    pub spawner: Arc<dyn Spawner>,
+    /// Is told how it goes.
+    pub observer: Arc<dyn Observer>,
+}
+
+impl Default for ReceiverOptions {
+    fn default() -> Self {
+        Self {
+            max_streams: MAX_STREAMS,
+            max_ram_bytes: 1 << 40,
+            idle_timeout: Duration::from_secs(10),
+            spawner: Arc::new(StdSpawner),
+            observer: Arc::new(NoObserver),
+        }
+    }
+}
+
+/// Why a receiver ended without a VM.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// [`ReceiverHandle::stop`] was called.
+    #[error("stopped")]
+    Stopped,
+    /// The listener is broken.
+    #[error("listening: {0}")]
+    Listener(#[from] io::Error),
+}
+
+/// Receives one VM: attempt after attempt, until one completes.
+pub struct Receiver {
+    hub: Arc<Hub>,
+}
+
+/// Talks to a [`Receiver`] from other threads.
+#[derive(Clone)]
+pub struct ReceiverHandle {
+    hub: Arc<Hub>,
+}
+
+struct Hub {
+    options: ReceiverOptions,
+    host: Mutex<Box<dyn DestinationHost>>,
+    state: Mutex<State>,
+    stop: AtomicBool,
+    finished: AtomicBool,
+    bytes: Arc<AtomicU64>,
+    closers: Mutex<HashMap<u64, Arc<dyn Closer>>>,
+}
+
+struct State {
+    machine: DestinationMachine,
+    vm: Option<Box<dyn DestinationVm>>,
+    session: Option<Arc<Session>>,
+    /// Counts control lanes that were attached; only the last one speaks for the session.
+    attachment: u64,
+}
+
+impl Receiver {
+    /// A receiver that builds its VM on `host`.
+    pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
+        let state = State { machine: DestinationMachine::new(), vm: None, session: None, attachment: 0 };
+        let hub = Hub {
+            options,
+            host: Mutex::new(host),
+            state: Mutex::new(state),
+            stop: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+            bytes: Arc::default(),
+            closers: Mutex::default(),
+        };
+        Self { hub: Arc::new(hub) }
+    }
+
+    /// The handle for other threads.
+    pub fn handle(&self) -> ReceiverHandle {
+        ReceiverHandle { hub: self.hub.clone() }
+    }
+
+    /// Accepts sources until a VM was received and its source knows it. Bad peers, failed attempts and lost links do
+    /// not end it. The VM is handed to [`DestinationHost::adopted`] the moment it starts, which may be long before
+    /// this returns if the source's last word is lost.
+    pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
+        let hub = &self.hub;
+        let (ended_tx, ended) = mpsc::channel();
+        let mut threads: HashMap<u64, Box<dyn Joiner>> = HashMap::new();
+        let mut next = 0u64;
+        let result = loop {
+            if hub.stop.load(Ordering::Relaxed) {
+                break Err(ReceiveError::Stopped);
+            }
+            if hub.finished.load(Ordering::Relaxed) {
+                break Ok(());
+            }
+            let accepted = match listener.accept(ACCEPT_TICK) {
+                Ok(accepted) => accepted,
+                Err(error) => break Err(error.into()),
+            };
+            for id in ended.try_iter() {
+                if let Some(thread) = threads.remove(&id) {
+                    thread.join();
+                }
+            }
+            let Some(channel) = accepted else { continue };
+            if threads.len() >= usize::from(hub.options.max_streams) + MAX_STRANGERS {
+                hub.bad_peer(&channel.peer(), "too many connections");
+                continue;
+            }
+            let (id, peer, hub_of_thread, ended) = (next, channel.peer(), hub.clone(), ended_tx.clone());
+            next += 1;
+            let body = Box::new(move || {
+                hub_of_thread.serve(id, channel);
+                lock(&hub_of_thread.closers).remove(&id);
+                // the loop may have ended: it joins all threads by itself then
+                let _ = ended.send(id);
+            });
+            // which role it gets is known only once it has introduced itself; pages are what most of them carry
+            match hub.options.spawner.spawn(Role::Bulk, GuestImpact::Balanced, "mig-receive", body) {
+                Ok(thread) => drop(threads.insert(id, thread)),
+                Err(error) => hub.bad_peer(&peer, &format!("no thread: {error}")),
+            }
+        };
+        for closer in lock(&hub.closers).values() {
+            closer.close();
+        }
+        for (_, thread) in threads {
+            thread.join();
+        }
+        result
+    }
+}
+
+impl ReceiverHandle {
+    /// Ends [`Receiver::run`]; a VM that is being received or held is discarded with the receiver.
+    pub fn stop(&self) {
+        self.hub.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Where the protocol stands.
+    pub fn phase(&self) -> DestinationPhase {
+        lock(&self.hub.state).machine.phase()
+    }
+
+    /// The epoch of the present attempt, or the last one.
+    pub fn epoch(&self) -> u32 {
+        lock(&self.hub.state).machine.epoch()
+    }
+
+    /// Bytes received and sent on all lanes so far.
+    pub fn wire_bytes(&self) -> u64 {
+        self.hub.bytes.load(Ordering::Relaxed)
+    }
+
+    /// A person states that the source is dead: the VM that is held becomes ours and starts.
+    ///
+    /// # Errors
+    /// When no complete VM is held, or its source is connected.
+    pub fn adopt(&self) -> Result<(), Violation> {
+        let mut state = lock(&self.hub.state);
+        let action = state.machine.adopt()?;
+        if let DestinationAction::Start { running } = action {
+            self.hub.start(&mut state, running);
+        }
+        drop(state);
+        self.hub.finished.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// How a control lane goes on after a frame.
+enum Flow {
+    Continue,
+    End,
+}
+
+impl Hub {
+    fn bad_peer(&self, peer: &str, why: &str) {
+        self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
+    }
+
+    fn serve(&self, id: u64, channel: Box<dyn Channel>) {
+        let peer = channel.peer();
+        if let Err(error) = self.introduce(id, channel, &peer) {
+            self.bad_peer(&peer, &error.to_string());
+        }
+    }
+
+    /// Reads the preamble of a new connection and lets it do what it is for.
+    fn introduce(&self, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
+        let link = || MigrationError::link(peer);
+        let Halves { mut reader, mut writer, closer } = channel.split().map_err(link())?;
+        let closer: Arc<dyn Closer> = closer.into();
+        lock(&self.closers).insert(id, closer.clone());
+        reader.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
+        let mut bytes = [0; Preamble::LEN];
+        reader.read_exact(&mut bytes).map_err(link())?;
+        let preamble = Preamble::decode(&bytes)?;
+        let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
+        if negotiate(preamble.oldest, preamble.newest).is_none() {
+            let why = format!(
+                "the source speaks versions {} to {}, this destination {OLDEST_VERSION} to {VERSION}",
+                preamble.oldest, preamble.newest
+            );
+            control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
+            return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
+        }
+        match preamble.kind {
+            LaneKind::Control => self.control(reader, control, closer, peer),
+            LaneKind::Bulk => self.bulk(preamble, reader, closer, peer),
+            LaneKind::Reattach => self.reattach(preamble, reader, control, closer, peer),
+        }
+    }
+
+    fn bulk(
+        &self,
+        preamble: Preamble,
+        reader: Box<dyn ReadHalf>,
+        closer: Arc<dyn Closer>,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let session = self.session(preamble.session)?;
+        session.attach(preamble.index, closer)?;
+        let lane = LaneReceiver::new(preamble.index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
+        let error = lane.run();
+        if session.is_sealed() && matches!(error, MigrationError::Link { .. }) {
+            return Ok(());
+        }
+        session.fail(error.code(), &error.to_string());
+        Err(error)
+    }
+
+    fn session(&self, token: SessionToken) -> Result<Arc<Session>, MigrationError> {
+        let session = lock(&self.state).session.clone();
+        session
+            .filter(|s| s.token == token)
+            .ok_or_else(|| DecodeError::invalid("session", "no such session is under way here").into())
+    }
+
+    /// A source that is in doubt comes back.
+    fn reattach(
+        &self,
+        preamble: Preamble,
+        reader: Box<dyn ReadHalf>,
+        mut control: ControlWriter,
+        closer: Arc<dyn Closer>,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
+        let (epoch, frame) = frames.read()?;
+        let refuse = |control: &mut ControlWriter, why: &str| {
+            control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
+            Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
+        };
+        let Control::Reattach(vm) = frame else { return refuse(&mut control, "reattach is due") };
+        let Ok(session) = self.session(preamble.session) else {
+            return refuse(&mut control, "this session is not known here");
+        };
+        let attachment = {
+            let mut state = lock(&self.state);
+            if !state.machine.may_reattach(vm, epoch) {
+                drop(state);
+                return refuse(&mut control, "no VM of this epoch is held here");
+            }
+            session.replace_control(control, closer);
+            state.machine.handle(epoch, Control::Reattach(vm))?;
+            state.attachment += 1;
+            state.attachment
+        };
+        self.frames(frames, Some(session), attachment, peer)
+    }
+
+    fn control(
+        &self,
+        reader: Box<dyn ReadHalf>,
+        mut control: ControlWriter,
+        closer: Arc<dyn Closer>,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
+        let (epoch, hello) = frames.read()?;
+        if !matches!(hello, Control::Hello(_)) {
+            let why = format!("{} where hello is due", hello.name());
+            control.send(epoch, &Control::error(ErrorCode::Protocol, why.clone()))?;
+            return Err(DecodeError::invalid("first frame", why).into());
+        }
+        let (action, attachment) = {
+            let mut state = lock(&self.state);
+            match state.machine.handle(epoch, hello) {
+                Ok(action) => {
+                    state.attachment += 1;
+                    (action, state.attachment)
+                }
+                Err(violation) => {
+                    drop(state);
+                    control.send(epoch, &Control::error(ErrorCode::from(&violation), violation.to_string()))?;
+                    return Err(violation.into());
+                }
+            }
+        };
+        self.tell_phase();
+        let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
+        match self.build(epoch, *hello, control, closer) {
+            Ok(session) => self.frames(frames, Some(session), attachment, peer),
+            Err(error) => {
+                self.lost(attachment, &error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    fn build(
+        &self,
+        epoch: u32,
+        hello: Hello,
+        mut control: ControlWriter,
+        closer: Arc<dyn Closer>,
+    ) -> Result<Arc<Session>, MigrationError> {
+        // a VM of an earlier epoch is void: free it before the new one needs the memory
+        let (old_vm, old_session) = {
+            let mut state = lock(&self.state);
+            (state.vm.take(), state.session.take())
+        };
+        if let Some(session) = old_session {
+            session.close();
+        }
+        if old_vm.is_some() {
+            self.options.observer.event(&Event::Discarded("a newer attempt of its source takes its place".into()));
+        }
+        drop(old_vm);
+        let ram_bytes = hello.vm.layout.bytes();
+        let built = if ram_bytes > self.options.max_ram_bytes {
+            let limit = self.options.max_ram_bytes;
+            Err(VmError::new(format!("the VM has {ram_bytes} bytes of RAM, this destination takes {limit}")))
+        } else {
+            lock(&self.host).build(&hello.vm)
+        };
+        let vm = match built.and_then(|vm| check_layout(vm, &hello)) {
+            Ok(vm) => vm,
+            Err(cause) => {
+                control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
+                return Err(MigrationError::Vm { step: "building the VM", cause });
+            }
+        };
+        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
+        let token = new_token(hello.vm.id, epoch);
+        let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
+        let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
+        {
+            let mut state = lock(&self.state);
+            state.vm = Some(vm);
+            state.session = Some(session.clone());
+        }
+        session.say(&Control::Welcome(Welcome { version: VERSION, features, streams, session: token }))?;
+        session.wait_attached(self.options.idle_timeout)?;
+        let prepared = lock(&self.state).machine.prepared()?;
+        session.say(&prepared)?;
+        self.tell_phase();
+        Ok(session)
+    }
+
+    /// Serves a control lane from its second frame on.
+    fn frames(
+        &self,
+        mut frames: ControlReader,
+        session: Option<Arc<Session>>,
+        attachment: u64,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let Some(session) = session else { return Ok(()) };
+        let error = loop {
+            let step = frames.read().and_then(|(epoch, frame)| self.frame(&session, attachment, epoch, frame));
+            match step {
+                Ok(Flow::Continue) => {}
+                Ok(Flow::End) => return Ok(()),
+                Err(error) => break error,
+            }
+        };
+        if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
+            // best effort: the lane ends either way
+            let _ = session.say(&Control::error(error.code(), error.to_string()));
+        }
+        let why = session.failure().unwrap_or_else(|| error.to_string());
+        self.bad_peer(peer, &why);
+        self.lost(attachment, &why);
+        Ok(())
+    }
+
+    fn frame(&self, session: &Session, attachment: u64, epoch: u32, frame: Control) -> Result<Flow, MigrationError> {
+        let mut state = lock(&self.state);
+        if state.attachment != attachment {
+            // a newer lane speaks for the session, or a newer session took its place
+            return Ok(Flow::End);
+        }
+        match state.machine.handle(epoch, frame)? {
+            DestinationAction::None | DestinationAction::Build { .. } => {}
+            DestinationAction::Pong => {
+                drop(state);
+                session.say(&Control::Pong)?;
+            }
+            DestinationAction::LoadPiece(piece) => {
+                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
+                vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
+            }
+            DestinationAction::Load { generation, state: bytes } => {
+                drop(state);
+                session.wait_round(generation)?;
+                session.seal();
+                let vm_state = VmState::decode(&bytes)?;
+                let mut state = lock(&self.state);
+                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
+                vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state"))?;
+                // ready before it is said: if saying it fails, the source may have heard it all the same
+                let ready = state.machine.loaded()?;
+                drop(state);
+                session.say(&ready)?;
+                self.tell_phase();
+            }
+            DestinationAction::Start { running } => {
+                self.start(&mut state, running);
+                drop(state);
+                session.say(&Control::Running)?;
+                self.tell_phase();
+            }
+            DestinationAction::AnswerRunning => {
+                drop(state);
+                session.say(&Control::Running)?;
+            }
+            DestinationAction::Discard(why) => {
+                drop(state);
+                self.discard(&why);
+                return Ok(Flow::End);
+            }
+            DestinationAction::Finish => {
+                self.finished.store(true, Ordering::Relaxed);
+                return Ok(Flow::End);
+            }
+        }
+        Ok(Flow::Continue)
+    }
+
+    fn start(&self, state: &mut State, running: bool) {
+        let Some(mut vm) = state.vm.take() else { return };
+        if let Err(error) = vm.start(running) {
+            let why = format!("the VM is owned here but could not be started: {error}");
+            self.options.observer.event(&Event::Warning(why));
+        }
+        lock(&self.host).adopted(vm);
+    }
+
+    /// The control lane of this attachment is gone.
+    fn lost(&self, attachment: u64, why: &str) {
+        let mut state = lock(&self.state);
+        if state.attachment != attachment {
+            return;
+        }
+        let on_loss = state.machine.link_lost();
+        drop(state);
+        if on_loss == OnDestinationLoss::Discard {
+            self.discard(why);
+        }
+        self.tell_phase();
+    }
+
+    fn discard(&self, why: &str) {
+        let (vm, session) = {
+            let mut state = lock(&self.state);
+            (state.vm.take(), state.session.take())
+        };
+        if let Some(session) = session {
+            session.close();
+        }
+        if vm.is_some() {
+            self.options.observer.event(&Event::Discarded(why.to_owned()));
+        }
+        drop(vm);
+        self.tell_phase();
+    }
+
+    fn tell_phase(&self) {
+        let phase = lock(&self.state).machine.phase();
+        self.options.observer.event(&Event::Destination(phase));
+    }
+}
+
+fn no_vm() -> MigrationError {
+    MigrationError::Vm { step: "receiving", cause: VmError::new("the VM was discarded meanwhile") }
+}
+
+/// Pages are checked against the hello's layout: the VM must have been built with the very same.
+fn check_layout(vm: Box<dyn DestinationVm>, hello: &Hello) -> Result<Box<dyn DestinationVm>, VmError> {
+    if *vm.ram().layout() == hello.vm.layout {
+        Ok(vm)
+    } else {
+        Err(VmError::new("the VM was built with another RAM layout than the source's"))
+    }
+}
+
+/// A token that nobody can guess: SipHash under keys that the standard library draws from the operating system.
+fn new_token(vm: VmId, epoch: u32) -> SessionToken {
+    let mut token = [0; 16];
+    for half in token.chunks_mut(8) {
+        // every `RandomState` has keys of its own
+        half.copy_from_slice(&RandomState::new().hash_one((vm, epoch)).to_le_bytes());
+    }
+    SessionToken(token)
+}

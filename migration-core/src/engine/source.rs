@@ -1,0 +1,757 @@
+//! The source's engine: implements the verbs over real lanes, and does what the protocol machine says when a
+//! strategy has come to its end, whichever end that is.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{
+    OnTimeout, SourceOptions,
+    control::{ControlReader, ControlWriter},
+    handle::{Commands, Input},
+    lane::{Counters, Job, Lane, stripe_pages, stripes},
+};
+use crate::{
+    MigrationError, PAGE_SIZE, PageSet,
+    channel::{Closer, Connector, Halves},
+    protocol::{SourceEvent, SourceMachine, SourcePhase},
+    ram::GuestRam,
+    report::{Event, Outcome, PageCounts, Progress, Report, RoundReport},
+    spawner::{Joiner, Role},
+    strategy::{Link, Round, Running, Strategy, Verbs},
+    vm::{SourceVm, VmId},
+    wire::{
+        Control, ErrorCode, FEATURE_PAYLOAD_CRC, Hello, LaneKind, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
+        VERSION, Welcome,
+    },
+};
+
+/// How often progress is told while pages move.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// How often the destination is asked whether it is alive.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Pieces of device state a round.
+const PIECE_BUDGET: usize = STATE_CHUNK / 2;
+/// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
+const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
+/// A round shorter than this tells more about latency than about bandwidth.
+const LEAST_SAMPLE: u64 = 4 << 20;
+/// Longest wait between two attempts to reconnect.
+const MAX_BACK_OFF: Duration = Duration::from_secs(2);
+
+/// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
+///
+/// In every outcome but `Completed` (and `InDoubt`, which is only told through
+/// [`Event::InDoubt`]: the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
+/// dirty bits, speed, threads and descriptors as they were before.
+pub fn migrate(
+    vm: &mut dyn SourceVm,
+    connector: &dyn Connector,
+    strategy: &mut dyn Strategy,
+    options: &SourceOptions,
+    commands: Commands,
+) -> Report {
+    let mut engine = Engine::new(vm, connector, strategy.name(), options, commands);
+    let result = engine.attempt(strategy);
+    engine.settle(result)
+}
+
+struct Engine<'a> {
+    vm: &'a mut dyn SourceVm,
+    connector: &'a dyn Connector,
+    strategy: &'static str,
+    options: &'a SourceOptions,
+    inputs: mpsc::Receiver<Input>,
+    tx: mpsc::Sender<Input>,
+    machine: SourceMachine,
+    id: VmId,
+    ram: Arc<dyn GuestRam>,
+    session: SessionToken,
+    control: Option<ControlWriter>,
+    closers: Vec<Box<dyn Closer>>,
+    lanes: Vec<mpsc::Sender<Job>>,
+    threads: Vec<Box<dyn Joiner>>,
+    counters: Arc<Counters>,
+
+    start: Instant,
+    last_ping: Instant,
+    last_heard: Instant,
+    last_progress: Instant,
+    cancelled: Option<String>,
+    /// Whether the VMM tracked before we came; it then gets its dirty bits back.
+    tracked_before: bool,
+    tracking: bool,
+    /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
+    owed: PageSet,
+    /// Everything harvested, for a tracker that the VMM had started.
+    harvested: PageSet,
+    touched: PageSet,
+    last_harvest: Instant,
+    paused_at: Option<Instant>,
+    paused: bool,
+    throttle: u8,
+    bytes_per_second: f64,
+    round_trip: Duration,
+    report: Report,
+}
+
+impl<'a> Engine<'a> {
+    fn new(
+        vm: &'a mut dyn SourceVm,
+        connector: &'a dyn Connector,
+        strategy: &'static str,
+        options: &'a SourceOptions,
+        commands: Commands,
+    ) -> Self {
+        let now = Instant::now();
+        let ram = vm.ram();
+        let pages = ram.layout().pages();
+        let epoch = options.last_epoch.saturating_add(1);
+        let report = Report {
+            strategy,
+            outcome: Outcome::Failed,
+            reason: None,
+            epoch,
+            total: Duration::ZERO,
+            setup: Duration::ZERO,
+            downtime: None,
+            predicted_downtime: None,
+            rounds: Vec::new(),
+            streams: options.streams.clamp(1, MAX_STREAMS),
+            wire_bytes: 0,
+            downtime_bytes: 0,
+            ram_bytes: ram.layout().bytes(),
+            state_bytes: 0,
+            pages: PageCounts { total: pages, ..PageCounts::default() },
+            dirty_pages_per_second: None,
+            throttle_percent: 0,
+        };
+        Self {
+            vm,
+            connector,
+            strategy,
+            options,
+            inputs: commands.rx,
+            tx: commands.tx,
+            machine: SourceMachine::new(epoch),
+            id: VmId::default(),
+            ram,
+            session: SessionToken::default(),
+            control: None,
+            closers: Vec::new(),
+            lanes: Vec::new(),
+            threads: Vec::new(),
+            counters: Arc::new(Counters::default()),
+            start: now,
+            last_ping: now,
+            last_heard: now,
+            last_progress: now,
+            cancelled: None,
+            tracked_before: false,
+            tracking: false,
+            owed: PageSet::empty(pages),
+            harvested: PageSet::empty(pages),
+            touched: PageSet::empty(pages),
+            last_harvest: now,
+            paused_at: None,
+            paused: false,
+            throttle: 0,
+            bytes_per_second: 0.0,
+            round_trip: Duration::ZERO,
+            report,
+        }
+    }
+
+    fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
+        self.connect()?;
+        strategy.migrate(Running::new(self))?;
+        Ok(())
+    }
+
+    // ---- setting up ------------------------------------------------------------------------------------------
+
+    fn connect(&mut self) -> Result<(), MigrationError> {
+        if let Some(why) = self.vm.blocked(self.strategy) {
+            return Err(MigrationError::Blocked(why));
+        }
+        let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
+        self.id = description.id;
+        self.attach(LaneKind::Control)?;
+        let features = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
+        let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
+        self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
+        let timeout = self.options.setup_timeout;
+        let welcome = self.wait("the destination to build the VM", timeout, |event| match event {
+            SourceEvent::Welcomed(welcome) => Some(welcome),
+            _ => None,
+        })?;
+        self.open_lanes(&welcome)?;
+        self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
+        let asked = Instant::now();
+        self.say(&Control::Ping)?;
+        self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
+        self.round_trip = asked.elapsed();
+        self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
+        self.report.setup = self.start.elapsed();
+        self.tell_phase();
+        Ok(())
+    }
+
+    /// Opens a control lane and a thread that reads it.
+    fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
+        let peer = self.connector.address();
+        let Halves { mut reader, mut writer, closer } =
+            self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+        // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
+        let patience = self.options.idle_timeout.max(self.options.setup_timeout);
+        reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+        let preamble = Preamble::new(kind, 0, self.session);
+        writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+        let bytes = self.counters.wire_bytes.clone();
+        bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
+        self.closers.push(closer);
+        let mut control = ControlReader::new(reader, peer, bytes);
+        let tx = self.tx.clone();
+        let body = Box::new(move || {
+            loop {
+                let input = match control.read() {
+                    Ok((epoch, frame)) => Input::Control(epoch, frame),
+                    Err(error) => Input::ControlLost(error),
+                };
+                let lost = matches!(input, Input::ControlLost(_));
+                if tx.send(input).is_err() || lost {
+                    return;
+                }
+            }
+        });
+        self.spawn(Role::Control, "mig-control", body)
+    }
+
+    fn open_lanes(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
+        let lanes = welcome.streams;
+        if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) {
+            let text = format!("it chose version {} and {lanes} streams", welcome.version);
+            return Err(MigrationError::Peer { code: ErrorCode::Version, text });
+        }
+        self.session = welcome.session;
+        self.report.streams = lanes;
+        let peer = self.connector.address();
+        for index in 0..lanes {
+            let Halves { mut writer, closer, .. } =
+                self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+            writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+            let preamble = Preamble::new(LaneKind::Bulk, index, self.session);
+            writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+            self.closers.push(closer);
+            let (jobs, work) = mpsc::channel();
+            let lane = Lane {
+                index,
+                lanes,
+                ram: self.ram.clone(),
+                writer,
+                peer: peer.clone(),
+                sequence: 0,
+                payload_crc: welcome.features & FEATURE_PAYLOAD_CRC != 0,
+                counters: self.counters.clone(),
+            };
+            let tx = self.tx.clone();
+            self.spawn(Role::Bulk, &format!("mig-bulk-{index}"), Box::new(move || lane.run(work, tx)))?;
+            self.lanes.push(jobs);
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
+        let thread = self
+            .options
+            .spawner
+            .spawn(role, self.options.impact, name, body)
+            .map_err(|cause| MigrationError::Thread { role: "a lane", cause })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    // ---- talking and waiting ---------------------------------------------------------------------------------
+
+    fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+        let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
+        let result = self.control.as_mut().ok_or_else(lost)?.send(self.machine.epoch(), frame);
+        match result {
+            Err(error @ MigrationError::Link { .. }) => Err(self.last_words(error)),
+            other => other,
+        }
+    }
+
+    /// A write failed. If the peer said why before it closed the link, its word is the better error.
+    fn last_words(&mut self, error: MigrationError) -> MigrationError {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match input {
+                Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
+                Input::ControlLost(_) => break,
+                _ => {}
+            }
+        }
+        error
+    }
+
+    /// Waits for the frame that `pick` takes.
+    fn wait<T>(
+        &mut self,
+        what: &'static str,
+        timeout: Duration,
+        mut pick: impl FnMut(SourceEvent) -> Option<T>,
+    ) -> Result<T, MigrationError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.next_input(deadline)? {
+                Some(Input::Control(epoch, frame)) => {
+                    let event = self.frame(epoch, frame)?;
+                    if let Some(found) = pick(event) {
+                        return Ok(found);
+                    }
+                }
+                Some(_) => {}
+                None if Instant::now() >= deadline => {
+                    let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited {timeout:?} for {what}"));
+                    return Err(MigrationError::link(&self.connector.address())(cause));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
+    /// failures of lanes become errors here; pings and progress are seen to.
+    fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+        let tick = (self.last_progress + PROGRESS_INTERVAL).min(deadline);
+        let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
+        if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
+            self.last_progress = Instant::now();
+            self.tell_progress();
+            let phase = self.machine.phase();
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered) && self.last_ping.elapsed() >= PING_INTERVAL
+            {
+                self.last_ping = Instant::now();
+                self.say(&Control::Ping)?;
+            }
+            if phase == SourcePhase::Copying && self.last_heard.elapsed() >= self.options.idle_timeout {
+                let why = format!("the destination has been silent for {:?}", self.options.idle_timeout);
+                let cause = io::Error::new(io::ErrorKind::TimedOut, why);
+                return Err(MigrationError::link(&self.connector.address())(cause));
+            }
+        }
+        match input {
+            Ok(Input::Cancel(why)) => {
+                if self.machine.owns() {
+                    self.cancelled = Some(why.clone());
+                    return Err(MigrationError::Cancelled(why));
+                }
+                Ok(None)
+            }
+            Ok(Input::ControlLost(error)) => Err(error),
+            Ok(Input::Lane(Err(error))) => Err(match error {
+                MigrationError::Link { .. } => self.last_words(error),
+                other => other,
+            }),
+            Ok(other) => Ok(Some(other)),
+            // the engine itself holds a sender, so it cannot be disconnected
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
+        self.last_heard = Instant::now();
+        match self.machine.handle(epoch, frame)? {
+            SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            event => Ok(event),
+        }
+    }
+
+    fn tell_phase(&self) {
+        self.options.observer.event(&Event::Source(self.machine.phase()));
+    }
+
+    fn tell_progress(&self) {
+        let counters = &self.counters;
+        let round_sent = counters.round_sent.load(Ordering::Relaxed);
+        let round_pages = self.report.rounds.last().map_or(0, |r| r.pages);
+        let link = self.link();
+        let eta = (self.bytes_per_second > 0.0).then(|| link.predict(round_pages.saturating_sub(round_sent)));
+        let expected = self.report.dirty_pages_per_second.map(|rate| {
+            let round = link.predict(round_pages).as_secs_f64();
+            link.predict(((rate * round) as u64).min(self.report.pages.total))
+        });
+        self.options.observer.event(&Event::Progress(Progress {
+            phase: self.machine.phase(),
+            round: self.report.rounds.len() as u32,
+            round_pages,
+            round_sent,
+            wire_bytes: counters.wire_bytes.load(Ordering::Relaxed),
+            bytes_per_second: self.bytes_per_second,
+            dirty_pages_per_second: self.report.dirty_pages_per_second,
+            expected_downtime: expected,
+            throttle_percent: self.throttle,
+            elapsed: self.start.elapsed(),
+            eta,
+        }));
+    }
+
+    // ---- rounds ----------------------------------------------------------------------------------------------
+
+    /// Gives a round to the lanes.
+    fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
+        let generation = self.machine.begin_round()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        self.counters.round_sent.store(0, Ordering::Relaxed);
+        let (wire_bytes, time) = (self.counters.wire_bytes.load(Ordering::Relaxed), Duration::ZERO);
+        let round = RoundReport { pages: pages.len(), wire_bytes, time, throttle_percent: self.throttle };
+        self.report.rounds.push(round);
+        // until the destination says that it has them, they are owed
+        self.owed.union_with(pages);
+        // a paused guest writes nothing: there is nothing to re-arm for
+        let rearm = if self.paused { None } else { self.vm.tracker().rearm() };
+        for lane in &self.lanes {
+            let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
+            // a lane that is gone has said why, which arrives as an input
+            let _ = lane.send(job);
+        }
+        Ok((generation, stop))
+    }
+
+    /// A round is at the destination, but for the stripes that were not sent.
+    fn end_round(&mut self, generation: u32, pages: &PageSet, stopped: &[(u16, u64)], began: Instant) -> Round {
+        let mut sent = pages.clone();
+        for &(lane, at) in stopped {
+            for stripe in stripes(lane, self.report.streams, sent.capacity()).filter(|&s| s >= at) {
+                sent.remove_range(stripe_pages(stripe));
+            }
+        }
+        self.owed.subtract(&sent);
+        self.touched.union_with(&sent);
+        let time = began.elapsed();
+        let now = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let mut wire_bytes = 0;
+        if let Some(round) = self.report.rounds.last_mut() {
+            wire_bytes = now.saturating_sub(round.wire_bytes);
+            (round.wire_bytes, round.time) = (wire_bytes, time);
+            self.options.observer.event(&Event::RoundEnded(*round));
+        }
+        if wire_bytes >= LEAST_SAMPLE || self.bytes_per_second == 0.0 {
+            let transfer = time.saturating_sub(self.round_trip).max(Duration::from_micros(1));
+            self.bytes_per_second = wire_bytes as f64 / transfer.as_secs_f64();
+        }
+        Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.options.timeout.map(|t| self.start + t)
+    }
+
+    fn timed_out(&self) -> bool {
+        self.deadline().is_some_and(|d| Instant::now() >= d)
+    }
+
+    // ---- the end ---------------------------------------------------------------------------------------------
+
+    fn settle(mut self, result: Result<(), MigrationError>) -> Report {
+        let mut error = result.err();
+        if self.machine.phase() == SourcePhase::InDoubt {
+            let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
+            self.resolve_doubt(first);
+        }
+        if self.machine.phase() == SourcePhase::Completed {
+            // best effort: without it the destination only keeps listening a little longer
+            let _ = self.say(&Control::Done);
+            self.report.outcome = Outcome::Completed;
+            self.finish_report();
+            self.close();
+            self.vm.released();
+        } else {
+            let error =
+                error.unwrap_or_else(|| MigrationError::GaveUp("the strategy ended without a hand-over".into()));
+            let cancelled = matches!(error, MigrationError::Cancelled(_));
+            self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
+            self.report.reason = Some(error.to_string());
+            // resume first: every moment until then is downtime
+            self.give_back();
+            if !matches!(error, MigrationError::Link { .. }) {
+                let last_word = match self.machine.abandon() {
+                    Some(abandon) if cancelled => abandon,
+                    _ => Control::error(error.code(), error.to_string()),
+                };
+                // best effort: a destination that does not hear it notices the closed link
+                let _ = self.say(&last_word);
+            }
+            self.machine.link_lost();
+            self.finish_report();
+            self.close();
+        }
+        self.tell_phase();
+        self.report
+    }
+
+    /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
+    fn give_back(&mut self) {
+        let warn = |what: &str, result: Result<(), String>| {
+            if let Err(why) = result {
+                self.options.observer.event(&Event::Warning(format!("{what}: {why}")));
+            }
+        };
+        if self.paused {
+            warn("resuming the guest", self.vm.resume().map_err(|e| e.to_string()));
+            self.paused = false;
+        }
+        if self.throttle != 0 {
+            warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
+            self.throttle = 0;
+        }
+        if self.tracking {
+            let tracker = self.vm.tracker();
+            if self.tracked_before {
+                self.harvested.union_with(&self.owed);
+                tracker.put_back(&self.harvested);
+            } else {
+                warn("stopping the tracker", tracker.stop().map_err(|e| e.to_string()));
+            }
+            self.tracking = false;
+        }
+    }
+
+    fn finish_report(&mut self) {
+        let report = &mut self.report;
+        report.total = self.start.elapsed();
+        report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+        report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
+        report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
+        report.pages.distinct = self.touched.len();
+        if let (None, Some(paused)) = (report.downtime, self.paused_at) {
+            report.downtime = Some(paused.elapsed());
+        }
+    }
+
+    /// Ends all lanes and their threads.
+    fn close(&mut self) {
+        self.lanes.clear();
+        self.control = None;
+        // a lane that still has something to send may finish it: closing shuts the stream behind what was written
+        for closer in self.closers.drain(..) {
+            closer.close();
+        }
+        for thread in self.threads.drain(..) {
+            thread.join();
+        }
+    }
+
+    /// *run* was sent and not answered: asks again, on new control lanes, until the destination answers.
+    fn resolve_doubt(&mut self, mut why: String) {
+        let (since, mut told, mut back_off) = (Instant::now(), false, Duration::from_millis(20));
+        for attempt in 1u32.. {
+            self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
+            if !told && since.elapsed() >= self.options.in_doubt_grace {
+                told = true;
+                self.finish_report();
+                let reason = format!("run was sent and not answered ({why}); this side never runs the VM again");
+                let report = Report { outcome: Outcome::InDoubt, reason: Some(reason), ..self.report.clone() };
+                self.options.observer.event(&Event::InDoubt(Box::new(report)));
+            }
+            self.close();
+            // inputs of the lost lanes, which their threads left behind before they ended
+            while self.inputs.try_recv().is_ok() {}
+            match self.repeat_run() {
+                Ok(()) => return,
+                Err(error) => why = error.to_string(),
+            }
+            thread::sleep(back_off);
+            back_off = (back_off * 2).min(MAX_BACK_OFF);
+        }
+    }
+
+    fn repeat_run(&mut self) -> Result<(), MigrationError> {
+        self.attach(LaneKind::Reattach)?;
+        for frame in self.machine.reattach(self.id)? {
+            self.say(&frame)?;
+        }
+        self.await_running()
+    }
+
+    fn await_running(&mut self) -> Result<(), MigrationError> {
+        let running = |event| matches!(event, SourceEvent::Running).then_some(());
+        self.wait("the destination to run the VM", self.options.idle_timeout, running)?;
+        if let Some(paused) = self.paused_at {
+            self.report.downtime.get_or_insert(paused.elapsed());
+        }
+        Ok(())
+    }
+}
+
+impl Verbs for Engine<'_> {
+    fn pages(&self) -> u64 {
+        self.report.pages.total
+    }
+
+    fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        let tracker = self.vm.tracker();
+        self.tracked_before = tracker.is_active();
+        tracker.start()?;
+        self.tracking = true;
+        self.last_harvest = Instant::now();
+        // after the tracker started: a page that is touched later is dirty
+        let mut pages = PageSet::empty(self.pages());
+        if let Err(error) = self.ram.populated(&mut pages) {
+            let why = format!("holes are not known, all of RAM is sent: {error}");
+            self.options.observer.event(&Event::Warning(why));
+            pages = PageSet::full(self.pages());
+        }
+        self.report.pages.hole = self.pages() - pages.len();
+        Ok(pages)
+    }
+
+    fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+        let (pages, began) = (Arc::new(pages.clone()), Instant::now());
+        let (pieces, _pending) =
+            self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+        for piece in pieces {
+            self.report.state_bytes += piece.data.len() as u64;
+            self.say(&Control::Piece(piece))?;
+        }
+        let (generation, stop) = self.begin_round(&pages)?;
+        let far = began + Duration::from_secs(1 << 30);
+        let deadline = self.deadline().unwrap_or(far);
+        let (mut lanes, mut stopped, mut received) = (0, Vec::new(), false);
+        while lanes < self.report.streams || !received {
+            let until = if stop.load(Ordering::Relaxed) { far } else { deadline };
+            match self.next_input(until)? {
+                Some(Input::Lane(Ok(done))) => {
+                    lanes += 1;
+                    stopped.extend(done.stopped_at.map(|at| (done.lane, at)));
+                }
+                Some(Input::Control(epoch, frame)) => {
+                    received |= self.frame(epoch, frame)? == SourceEvent::RoundReceived(generation);
+                }
+                _ => {}
+            }
+            if self.timed_out() {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+        Ok(self.end_round(generation, &pages, &stopped, began))
+    }
+
+    fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+        let mut pages = PageSet::empty(self.pages());
+        self.vm.tracker().harvest(&mut pages)?;
+        let since = self.last_harvest.elapsed().as_secs_f64();
+        self.last_harvest = Instant::now();
+        if !self.paused && since > 0.0 {
+            self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
+        }
+        if self.tracked_before {
+            self.harvested.union_with(&pages);
+        }
+        pages.union_with(&self.owed);
+        Ok(pages)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        self.vm.throttle(percent).map_err(MigrationError::vm("throttling the guest"))?;
+        self.throttle = percent;
+        self.report.throttle_percent = self.report.throttle_percent.max(percent);
+        Ok(())
+    }
+
+    fn link(&self) -> Link {
+        let rounds = &self.report.rounds;
+        let (pages, bytes) = rounds.iter().rev().take(2).fold((0, 0), |(p, b), r| (p + r.pages, b + r.wire_bytes));
+        Link {
+            bytes_per_second: self.bytes_per_second,
+            bytes_per_page: if pages == 0 { PAGE_SIZE as f64 } else { bytes as f64 / pages as f64 },
+            fixed_downtime: FIXED_DOWNTIME + 2 * self.round_trip,
+            state_bytes: self.report.state_bytes,
+            downtime_limit: self.options.downtime_limit,
+            elapsed: self.start.elapsed(),
+            timed_out: self.timed_out(),
+            stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
+            impact: self.options.impact,
+        }
+    }
+
+    fn expect_downtime(&mut self, prediction: Duration) {
+        self.report.predicted_downtime = Some(prediction);
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        self.paused_at = Some(Instant::now());
+        self.report.downtime = None;
+        self.paused = true;
+        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
+    }
+
+    fn resume(&mut self) -> Result<(), MigrationError> {
+        self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
+        self.paused = false;
+        self.report.downtime = self.paused_at.map(|at| at.elapsed());
+        Ok(())
+    }
+
+    fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        let state = Bytes::from(state.encode());
+        self.report.state_bytes += state.len() as u64;
+        // after saving: that dirtied pages too
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        let rest = Arc::new(rest);
+        let (generation, _stop) = self.begin_round(&rest)?;
+        for at in (0..state.len()).step_by(STATE_CHUNK) {
+            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
+        }
+        let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
+        self.say(&offer)?;
+        let (mut lanes, mut ready, mut heard) = (0, false, Instant::now());
+        let mut sent = 0;
+        while lanes < self.report.streams || !ready {
+            match self.next_input(heard + self.options.setup_timeout)? {
+                Some(Input::Lane(Ok(_))) => lanes += 1,
+                Some(Input::Control(epoch, frame)) => ready |= self.frame(epoch, frame)? == SourceEvent::Ready,
+                _ => {}
+            }
+            // as long as pages move or frames come, somebody is there
+            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
+            if now != sent {
+                (sent, heard) = (now, Instant::now());
+            } else if heard.elapsed() >= self.options.setup_timeout {
+                let cause = io::Error::new(io::ErrorKind::TimedOut, "the destination does not get ready");
+                return Err(MigrationError::link(&self.connector.address())(cause));
+            }
+        }
+        self.end_round(generation, &rest, &[], began);
+        self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
+        Ok(())
+    }
+
+    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
+        if !missing.is_empty() {
+            let why = format!("{} pages are missing at the destination, which has no pager", missing.len());
+            return Err(MigrationError::Blocked(why));
+        }
+        let run = self.machine.run()?;
+        // before the frame goes out: from here on the VM may run there
+        self.vm.owner_in_doubt();
+        self.say(&run)?;
+        self.await_running()
+    }
+}

@@ -1,0 +1,607 @@
+//! A simulator: strategies and protocol machines in virtual time, over a link that can be cut after any action.
+//!
+//! Both [machines](crate::protocol) are the real ones, and so is the strategy; RAM is a version number a page, the link
+//! a bandwidth and a latency, the guest a rate or a script of writes. Every frame or chunk of pages is two *actions*,
+//! its sending and its arrival, so that "sent but lost" and "arrived but not answered" are both tried. Nothing depends
+//! on a clock or a thread: the same configuration gives the same run.
+//!
+//! ```
+//! use std::time::Duration;
+//! use migration_core::{sim::{Dirtying, Owner, SimConfig, Simulation}, strategy::PreCopy};
+//!
+//! let mut sim = Simulation::new(SimConfig {
+//!     dirtying: Dirtying::Rate { pages_per_second: 5_000.0, working_set: 1_000 },
+//!     ..SimConfig::default()
+//! });
+//! let attempt = sim.attempt(&mut PreCopy::<migration_core::strategy::ModelConvergence>::default());
+//! assert!(attempt.error.is_none());
+//! assert_eq!(sim.owner(), Owner::Destination);
+//! assert!(attempt.downtime.unwrap() < Duration::from_millis(300));
+//! assert_eq!(sim.broken(), &[] as &[String]);
+//! ```
+
+use std::{io, time::Duration};
+
+use bytes::Bytes;
+
+use crate::{
+    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    page::{RamLayout, RamRegion},
+    protocol::{
+        DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, SourceEvent, SourceMachine,
+        SourcePhase,
+    },
+    spawner::GuestImpact,
+    state::VmState,
+    strategy::{Link, Round, Running, Strategy, Verbs},
+    vm::{VmDescription, VmId},
+    wire::{Control, Hello, SessionToken, Welcome},
+};
+
+/// How the guest writes while it runs.
+#[derive(Clone, Debug, Default)]
+pub enum Dirtying {
+    /// Not at all.
+    #[default]
+    Idle,
+    /// Round and round over the first `working_set` pages.
+    Rate {
+        /// Pages a second, unthrottled.
+        pages_per_second: f64,
+        /// How many different pages.
+        working_set: u64,
+    },
+    /// Each range at its time since the start, if the guest runs then, or as soon as it does.
+    Script(Vec<(Duration, PageRange)>),
+}
+
+/// The world of a simulation.
+#[derive(Clone, Debug)]
+pub struct SimConfig {
+    /// Pages of RAM.
+    pub pages: u64,
+    /// The link's bandwidth in bytes a second.
+    pub bytes_per_second: f64,
+    /// The link's latency, one way.
+    pub latency: Duration,
+    /// Pages that travel in one action.
+    pub chunk: u64,
+    /// What the guest does.
+    pub dirtying: Dirtying,
+    /// The link is lost after each of these actions, counted over the whole simulation. It is back for the next
+    /// connection.
+    pub cuts: Vec<u64>,
+    /// Loading the state fails at the destination this many times.
+    pub failing_loads: u32,
+    /// See [`crate::engine::SourceOptions`].
+    pub downtime_limit: Duration,
+    /// Likewise.
+    pub timeout: Option<Duration>,
+    /// What the time-out does: stop the guest, or give up.
+    pub stop_on_timeout: bool,
+    /// Likewise.
+    pub impact: GuestImpact,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self {
+            pages: 65_536,
+            bytes_per_second: 125e6,
+            latency: Duration::from_micros(200),
+            chunk: 512,
+            dirtying: Dirtying::Idle,
+            cuts: Vec::new(),
+            failing_loads: 0,
+            downtime_limit: Duration::from_millis(300),
+            timeout: None,
+            stop_on_timeout: false,
+            impact: GuestImpact::Balanced,
+        }
+    }
+}
+
+/// Who owns the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The source.
+    Source,
+    /// The source does not know, the destination does not run it.
+    InDoubt,
+    /// The destination.
+    Destination,
+}
+
+/// How an attempt went.
+#[derive(Debug)]
+pub struct Attempt {
+    /// Why it failed; `None` if the destination runs the VM.
+    pub error: Option<MigrationError>,
+    /// From the pause until *running* arrived or the guest resumed.
+    pub downtime: Option<Duration>,
+    /// What the strategy expected.
+    pub predicted_downtime: Option<Duration>,
+    /// Virtual time it took.
+    pub total: Duration,
+    /// Pages sent in each round.
+    pub rounds: Vec<u64>,
+    /// How often the link was lost.
+    pub cuts: u32,
+    /// The strongest throttle.
+    pub throttle_percent: u8,
+}
+
+/// Two hosts, a link and a VM.
+pub struct Simulation {
+    config: SimConfig,
+    clock: Duration,
+    actions: u64,
+    connected: bool,
+    epoch: u32,
+    source: SourceMachine,
+    destination: DestinationMachine,
+    /// The version of each page; the destination's are `None` while it has no VM.
+    memory: Vec<u64>,
+    copy: Option<Vec<u64>>,
+    dirty: PageSet,
+    owed: PageSet,
+    tracking: bool,
+    source_runs: bool,
+    destination_runs: bool,
+    source_dead: bool,
+    throttle: u8,
+    writes: f64,
+    written: u64,
+    scripted: usize,
+    loads: u32,
+    paused_at: Option<Duration>,
+    link: (f64, f64),
+    attempt: Attempt,
+    broken: Vec<String>,
+}
+
+impl Simulation {
+    /// A world in which the guest runs at the source.
+    pub fn new(config: SimConfig) -> Self {
+        let pages = config.pages;
+        Self {
+            clock: Duration::ZERO,
+            actions: 0,
+            connected: false,
+            epoch: 0,
+            source: SourceMachine::new(0),
+            destination: DestinationMachine::new(),
+            memory: (1..=pages).collect(),
+            copy: None,
+            dirty: PageSet::empty(pages),
+            owed: PageSet::empty(pages),
+            tracking: false,
+            source_runs: true,
+            destination_runs: false,
+            source_dead: false,
+            throttle: 0,
+            writes: 0.0,
+            written: pages,
+            scripted: 0,
+            loads: 0,
+            paused_at: None,
+            link: (0.0, PAGE_SIZE as f64),
+            attempt: Attempt::new(),
+            broken: Vec::new(),
+            config,
+        }
+    }
+
+    /// Runs `strategy`, and does what follows from how it ends, as the engine does: everything is given back, or *run*
+    /// is repeated until it is answered.
+    pub fn attempt(&mut self, strategy: &mut dyn Strategy) -> Attempt {
+        let start = self.clock;
+        self.attempt = Attempt::new();
+        self.paused_at = None;
+        self.epoch += 1;
+        self.source = SourceMachine::new(self.epoch);
+        let name = strategy.name();
+        let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
+        let mut error = result.err();
+        while self.source.phase() == SourcePhase::InDoubt && !self.source_dead {
+            if self.source_runs {
+                self.broken.push("the source runs a VM that is in doubt".into());
+            }
+            // whatever goes wrong leaves the doubt as it is
+            let _ = self.repeat_run();
+        }
+        if self.source.phase() == SourcePhase::Completed {
+            error = None;
+        }
+        if self.source.owns() {
+            self.give_back();
+            if self.connected
+                && let Some(abandon) = self.source.abandon()
+            {
+                let _ = self.to_destination(abandon);
+            }
+            self.source.link_lost();
+        } else if self.connected {
+            let _ = self.to_destination(Control::Done);
+        }
+        self.disconnect();
+        if let Some(paused) = self.paused_at {
+            self.attempt.downtime.get_or_insert(self.clock - paused);
+        }
+        self.attempt.total = self.clock - start;
+        self.attempt.error = error;
+        std::mem::replace(&mut self.attempt, Attempt::new())
+    }
+
+    /// Who owns the VM now.
+    pub fn owner(&self) -> Owner {
+        match (self.source.owns() && !self.source_dead, self.destination.phase()) {
+            (_, DestinationPhase::Running) => Owner::Destination,
+            (true, _) => Owner::Source,
+            (false, _) => Owner::InDoubt,
+        }
+    }
+
+    /// Whether the guest runs, anywhere.
+    pub fn guest_runs(&self) -> bool {
+        self.source_runs || self.destination_runs
+    }
+
+    /// How many actions there were.
+    pub fn actions(&self) -> u64 {
+        self.actions
+    }
+
+    /// Where the destination stands.
+    pub fn destination_phase(&self) -> DestinationPhase {
+        self.destination.phase()
+    }
+
+    /// The throttle in force at the source.
+    pub fn throttle_in_force(&self) -> u8 {
+        self.throttle
+    }
+
+    /// Whether the source still tracks dirty pages.
+    pub fn is_tracking(&self) -> bool {
+        self.tracking
+    }
+
+    /// What was seen that must never be: two owners, a lost page, a stale page.
+    pub fn broken(&self) -> &[String] {
+        &self.broken
+    }
+
+    /// The source dies, and with it whatever it runs.
+    pub fn kill_source(&mut self) {
+        self.source_dead = true;
+        self.source_runs = false;
+        self.disconnect();
+    }
+
+    /// A person adopts the VM at the destination.
+    pub fn adopt(&mut self) -> bool {
+        match self.destination.adopt() {
+            Ok(action) => {
+                self.destination_does(action);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    // ---- the link --------------------------------------------------------------------------------------------
+
+    fn connect(&mut self, strategy: &str) -> Result<(), MigrationError> {
+        self.connected = true;
+        let region = RamRegion { gpa: 0, len: self.config.pages * PAGE_SIZE as u64 };
+        let layout = RamLayout::new(vec![region]).map_err(|e| MigrationError::GaveUp(e.to_string()))?;
+        let (host_needs, config) = (Bytes::new(), Bytes::new());
+        let vm = VmDescription { id: VmId([1; 16]), layout, devices: Vec::new(), host_needs, config };
+        let hello = Hello { features: 0, streams: 1, strategy: strategy.to_owned(), vm };
+        self.to_destination(Control::Hello(Box::new(hello)))?;
+        self.expect(SourcePhase::Copying)
+    }
+
+    fn disconnect(&mut self) {
+        if std::mem::take(&mut self.connected) {
+            self.destination_loss();
+        }
+    }
+
+    fn destination_loss(&mut self) {
+        if self.destination.link_lost() == OnDestinationLoss::Discard {
+            self.copy = None;
+        }
+    }
+
+    /// One action; the link may be lost right after it.
+    fn act(&mut self, bytes: u64) -> Result<(), MigrationError> {
+        self.actions += 1;
+        self.pass(Duration::from_secs_f64(bytes as f64 / self.config.bytes_per_second) + self.config.latency / 2);
+        if self.config.cuts.contains(&self.actions) && self.connected {
+            self.attempt.cuts += 1;
+            self.connected = false;
+            self.destination_loss();
+        }
+        if self.connected { Ok(()) } else { Err(link_error()) }
+    }
+
+    /// Sends a frame, and all that is said because of it.
+    fn to_destination(&mut self, frame: Control) -> Result<(), MigrationError> {
+        let bytes = frame.encode(0, 0, self.epoch).len() as u64;
+        self.act(0)?;
+        let action = self.destination.handle(self.source.epoch(), frame);
+        let replies = match action {
+            Ok(action) => self.destination_does(action),
+            Err(violation) => vec![Control::error((&violation).into(), violation.to_string())],
+        };
+        self.check();
+        self.act(bytes)?;
+        for reply in replies {
+            self.to_source(reply)?;
+        }
+        Ok(())
+    }
+
+    fn to_source(&mut self, frame: Control) -> Result<(), MigrationError> {
+        self.act(0)?;
+        let event = self.source.handle(self.source.epoch(), frame)?;
+        self.act(40)?;
+        match event {
+            SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            SourceEvent::Running => {
+                if let Some(paused) = self.paused_at {
+                    self.attempt.downtime.get_or_insert(self.clock - paused);
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn destination_does(&mut self, action: DestinationAction) -> Vec<Control> {
+        match action {
+            DestinationAction::Build { .. } => {
+                self.copy = Some(vec![0; self.config.pages as usize]);
+                let session = SessionToken([1; 16]);
+                let welcome = Control::Welcome(Welcome { version: 1, features: 0, streams: 1, session });
+                let mut replies = vec![welcome];
+                replies.extend(self.destination.prepared().ok());
+                replies
+            }
+            DestinationAction::Load { state, .. } => {
+                let failing = self.loads < self.config.failing_loads;
+                self.loads += 1;
+                if failing || VmState::decode(&state).is_err() {
+                    self.destination_loss();
+                    return vec![Control::error(crate::wire::ErrorCode::State, "the state cannot be loaded")];
+                }
+                self.destination.loaded().into_iter().collect()
+            }
+            DestinationAction::Start { running } => {
+                match self.copy.take() {
+                    Some(copy) if copy == self.memory => {}
+                    Some(copy) => {
+                        let stale = copy.iter().zip(&self.memory).filter(|(a, b)| a != b).count();
+                        self.broken.push(format!("{stale} pages are stale or lost at the destination"));
+                    }
+                    None => self.broken.push("the destination starts a VM that it does not have".into()),
+                }
+                self.destination_runs = running;
+                vec![Control::Running]
+            }
+            DestinationAction::AnswerRunning => vec![Control::Running],
+            DestinationAction::Discard(_) => {
+                self.copy = None;
+                Vec::new()
+            }
+            DestinationAction::Pong => vec![Control::Pong],
+            DestinationAction::None | DestinationAction::Finish | DestinationAction::LoadPiece(_) => Vec::new(),
+        }
+    }
+
+    fn repeat_run(&mut self) -> Result<(), MigrationError> {
+        // a new connection
+        self.connected = true;
+        self.pass(Duration::from_millis(100));
+        for frame in self.source.reattach(VmId([1; 16]))? {
+            self.to_destination(frame)?;
+        }
+        self.expect(SourcePhase::Completed)
+    }
+
+    fn expect(&self, phase: SourcePhase) -> Result<(), MigrationError> {
+        if self.source.phase() == phase {
+            return Ok(());
+        }
+        Err(MigrationError::GaveUp(format!("the source is {:?} where {phase:?} is due", self.source.phase())))
+    }
+
+    // ---- the guest -------------------------------------------------------------------------------------------
+
+    fn pass(&mut self, time: Duration) {
+        self.clock += time;
+        if !self.source_runs {
+            return;
+        }
+        match self.config.dirtying.clone() {
+            Dirtying::Idle => {}
+            Dirtying::Rate { pages_per_second, working_set } => {
+                let share = 1.0 - f64::from(self.throttle) / 100.0;
+                let before = self.writes as u64;
+                self.writes += pages_per_second * share * time.as_secs_f64();
+                let set = working_set.clamp(1, self.config.pages);
+                let many = (self.writes as u64 - before).min(set);
+                for page in (before..before + many).map(|n| n % set) {
+                    self.write(page);
+                }
+            }
+            Dirtying::Script(script) => {
+                while let Some(&(_, range)) = script.get(self.scripted).filter(|(at, _)| *at <= self.clock) {
+                    range.pages().for_each(|page| self.write(page));
+                    self.scripted += 1;
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, page: u64) {
+        if let Some(version) = self.memory.get_mut(page as usize) {
+            self.written += 1;
+            *version = self.written;
+            if self.tracking {
+                self.dirty.insert(page);
+            }
+        }
+    }
+
+    /// What must hold at any moment.
+    fn check(&mut self) {
+        if self.source_runs && self.destination_runs {
+            self.broken.push(format!("two owners run the VM after action {}", self.actions));
+        }
+        if self.source_runs && !self.source.owns() {
+            self.broken.push(format!("the source runs a VM that it does not own after action {}", self.actions));
+        }
+    }
+
+    fn give_back(&mut self) {
+        self.throttle = 0;
+        self.tracking = false;
+        self.dirty.clear();
+        self.owed.clear();
+        self.source_runs = !self.source_dead;
+        self.check();
+    }
+
+    fn transfer(&mut self, pages: &PageSet) -> Result<(), MigrationError> {
+        for range in pages.ranges() {
+            let mut at = range.first;
+            while at < range.end() {
+                let chunk = PageRange::new(at, self.config.chunk.max(1).min(range.end() - at));
+                // what the page holds when it is read; the guest goes on while it travels
+                let versions: Vec<u64> = chunk.pages().map(|p| self.memory[p as usize]).collect();
+                self.act(chunk.bytes())?;
+                if let Some(copy) = self.copy.as_mut().filter(|_| self.destination.accepts_pages()) {
+                    for (page, version) in chunk.pages().zip(versions) {
+                        copy[page as usize] = version;
+                    }
+                }
+                self.act(0)?;
+                at = chunk.end();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Attempt {
+    fn new() -> Self {
+        Self {
+            error: None,
+            downtime: None,
+            predicted_downtime: None,
+            total: Duration::ZERO,
+            rounds: Vec::new(),
+            cuts: 0,
+            throttle_percent: 0,
+        }
+    }
+}
+
+impl Verbs for Simulation {
+    fn pages(&self) -> u64 {
+        self.config.pages
+    }
+
+    fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        self.tracking = true;
+        Ok(PageSet::full(self.config.pages))
+    }
+
+    fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+        let (began, generation) = (self.clock, self.source.begin_round()?);
+        self.owed.union_with(pages);
+        self.transfer(pages)?;
+        self.to_source(Control::RoundReceived { generation })?;
+        self.owed.subtract(pages);
+        let (sent, time) = (pages.len(), self.clock - began);
+        self.attempt.rounds.push(sent);
+        if time > Duration::ZERO && sent > 0 {
+            self.link.0 = (sent * PAGE_SIZE as u64) as f64 / time.as_secs_f64();
+        }
+        Ok(Round { generation, asked: sent, sent, wire_bytes: sent * PAGE_SIZE as u64, time })
+    }
+
+    fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+        let mut pages = std::mem::replace(&mut self.dirty, PageSet::empty(self.config.pages));
+        pages.union_with(&self.owed);
+        Ok(pages)
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        self.throttle = percent;
+        self.attempt.throttle_percent = self.attempt.throttle_percent.max(percent);
+        Ok(())
+    }
+
+    fn link(&self) -> Link {
+        Link {
+            bytes_per_second: self.link.0,
+            bytes_per_page: self.link.1,
+            fixed_downtime: self.config.latency * 4,
+            state_bytes: 0,
+            downtime_limit: self.config.downtime_limit,
+            elapsed: self.clock,
+            timed_out: self.config.timeout.is_some_and(|t| self.clock >= t),
+            stop_on_timeout: self.config.stop_on_timeout,
+            impact: self.config.impact,
+        }
+    }
+
+    fn expect_downtime(&mut self, prediction: Duration) {
+        self.attempt.predicted_downtime = Some(prediction);
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        self.source_runs = false;
+        self.paused_at = Some(self.clock);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MigrationError> {
+        self.source_runs = true;
+        self.check();
+        Ok(())
+    }
+
+    fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        // saving the state dirties a page, as kvmclock and steal time do
+        self.write(self.config.pages - 1);
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        self.source.begin_round()?;
+        self.attempt.rounds.push(rest.len());
+        self.transfer(&rest)?;
+        let state = Bytes::from(VmState::default().encode());
+        let bytes = state.len() as u64;
+        self.to_destination(Control::State(state))?;
+        let offer = self.source.offer(bytes, true)?;
+        self.to_destination(offer)?;
+        self.expect(SourcePhase::Ready)
+    }
+
+    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
+        if !missing.is_empty() {
+            return Err(MigrationError::Blocked("the simulated destination has no pager".into()));
+        }
+        let run = self.source.run()?;
+        self.to_destination(run)?;
+        self.expect(SourcePhase::Completed)
+    }
+}
+
+fn link_error() -> MigrationError {
+    MigrationError::link("the simulated link")(io::ErrorKind::ConnectionReset.into())
+}

@@ -1,0 +1,142 @@
+//! The system calls under guest RAM.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    ptr::{self, NonNull},
+};
+
+use migration_core::PAGE_SIZE;
+use nix::{
+    fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+    unistd::ftruncate,
+};
+
+use super::HUGE_PAGE_SIZE;
+
+/// A read-write mapping, unmapped when dropped.
+pub(super) struct Mapping {
+    address: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this object alone, and all access to it goes through raw addresses.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes: of `file`, shared; or private anonymous memory.
+    ///
+    /// The address is congruent to `gpa` modulo 2 MiB: only then can KVM map a huge page of the host as a huge page
+    /// of the guest.
+    pub(super) fn new(len: u64, gpa: u64, file: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        let huge = HUGE_PAGE_SIZE as usize;
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let room = len.checked_add(huge).ok_or(io::ErrorKind::OutOfMemory)?;
+        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let base = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let head = ((gpa % HUGE_PAGE_SIZE) as usize).wrapping_sub(base as usize) % huge;
+        let (flags, fd) = match file {
+            Some(fd) => (libc::MAP_SHARED, fd.as_raw_fd()),
+            None => (reserve, -1),
+        };
+        let address = base.wrapping_byte_add(head);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: replaces `head..head + len` of the reservation just made (`head < huge`), which nobody else knows.
+        let mapped = unsafe { libc::mmap(address, len, prot, flags | libc::MAP_FIXED, fd, 0) };
+        let failure = (mapped == libc::MAP_FAILED).then(io::Error::last_os_error);
+        let unmap = |at: *mut libc::c_void, len: usize| {
+            if len != 0 {
+                // SAFETY: a part of the reservation made above, which nobody else knows.
+                unsafe { libc::munmap(at, len) };
+            }
+        };
+        match (failure, NonNull::new(address.cast::<u8>())) {
+            (None, Some(address)) => {
+                unmap(base, head);
+                unmap(base.wrapping_byte_add(head + len), huge - head);
+                Ok(Self { address, len })
+            }
+            (failure, _) => {
+                unmap(base, room);
+                Err(failure.unwrap_or_else(|| io::ErrorKind::OutOfMemory.into()))
+            }
+        }
+    }
+
+    pub(super) fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// `madvise` with one of the kinds of advice that leave the mapping in place: `None` when the range lies outside.
+    pub(super) fn advise(&self, offset: u64, len: u64, advice: Advice) -> io::Result<()> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
+        if !inside || !offset.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let address = self.address.as_ptr().wrapping_add(offset as usize);
+        loop {
+            // SAFETY: the range lies inside this mapping; none of the kinds of `Advice` unmaps memory, and what they
+            // do to its contents (`Drop` makes zeros) is a write to memory that is never borrowed.
+            if unsafe { libc::madvise(address.cast(), len as usize, advice as libc::c_int) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+                return Err(error);
+            }
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, unmapped only here.
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len) };
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(i32)]
+pub(super) enum Advice {
+    HugePages = libc::MADV_HUGEPAGE,
+    NoHugePages = libc::MADV_NOHUGEPAGE,
+    DontDump = libc::MADV_DONTDUMP,
+    Drop = libc::MADV_DONTNEED,
+    PopulateRead = libc::MADV_POPULATE_READ,
+    PopulateWrite = libc::MADV_POPULATE_WRITE,
+}
+
+/// A memory file of `len` bytes whose length can never change: a peer that holds the descriptor cannot make this
+/// process die of SIGBUS.
+pub(super) fn memory_file(len: u64, huge: bool) -> io::Result<OwnedFd> {
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if huge {
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
+    let file = memfd_create(c"guest-ram", flags)?;
+    let len = i64::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    ftruncate(&file, len)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file)
+}
+
+/// Whether the length of a memory file cannot shrink any more.
+pub(super) fn is_sealed(file: BorrowedFd<'_>) -> io::Result<bool> {
+    let seals = fcntl(file, FcntlArg::F_GET_SEALS)?;
+    Ok(SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK))
+}
+
+/// Frees `len` bytes of a memory file from `offset`; they read as zeros, in every process that maps it.
+pub(super) fn punch_hole(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let bound = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    Ok(fallocate(file, flags, bound(offset)?, bound(len)?)?)
+}

@@ -1,0 +1,335 @@
+//! RAM that this crate maps itself.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+};
+
+use migration_core::{GuestRam, PAGE_SHIFT, PageRange, PageSet, RamLayout};
+use nix::sys::stat::fstat;
+
+use super::{
+    Backing, HUGE_PAGE_SIZE, RamError,
+    map::{self, Advice, Mapping},
+    pagemap::{Pagemap, data_extents},
+};
+
+/// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
+///
+/// It is left out of core dumps, and takes memory only for pages that are touched (hugetlb: reserves all of it at
+/// once, so that no access can fail later).
+///
+/// ```
+/// use migration_core::{GuestRam, PageSet, RamLayout, RamRegion};
+/// use migration_kvm::ram::{Backing, MappedRam};
+/// let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }])?;
+/// let ram = MappedRam::new(layout, Backing::Memfd)?;
+/// (&ram as &dyn GuestRam).write(0x3000, b"hello")?;
+/// let mut populated = PageSet::empty(256);
+/// ram.populated(&mut populated)?;
+/// assert!(populated.iter().eq([3]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct MappedRam {
+    layout: RamLayout,
+    backing: Backing,
+    regions: Vec<Region>,
+    pagemap: Pagemap,
+}
+
+struct Region {
+    mapping: Mapping,
+    file: Option<OwnedFd>,
+}
+
+impl MappedRam {
+    /// Maps zeroed RAM of this layout.
+    ///
+    /// # Errors
+    /// [`RamError::HugeLength`] and [`RamError::NoHugePages`] for hugetlb; else [`RamError::System`].
+    pub fn new(layout: RamLayout, backing: Backing) -> Result<Self, RamError> {
+        let files = layout
+            .regions()
+            .iter()
+            .enumerate()
+            .map(|(index, region)| {
+                if backing == Backing::Hugetlb && !region.len.is_multiple_of(HUGE_PAGE_SIZE) {
+                    return Err(RamError::HugeLength { index, len: region.len });
+                }
+                let file = || map::memory_file(region.len, backing == Backing::Hugetlb);
+                backing.is_shared().then(file).transpose().map_err(RamError::system("create a memory file"))
+            })
+            .collect::<Result<_, _>>()?;
+        Self::map(layout, backing, files)
+    }
+
+    /// Maps memory files that exist already, in the order of the layout's regions: those of
+    /// [`memory_file`](Self::memory_file), received from another process or duplicated.
+    ///
+    /// # Errors
+    /// [`RamError::FileSize`] unless there is one file a region with the region's length, [`RamError::Unsealed`] when
+    /// a file can still shrink, [`RamError::System`].
+    pub fn from_memory_files(layout: RamLayout, files: Vec<OwnedFd>, backing: Backing) -> Result<Self, RamError> {
+        if files.len() > layout.regions().len() {
+            return Err(RamError::FileSize { index: layout.regions().len(), len: 0, size: 0 });
+        }
+        for (index, region) in layout.regions().iter().enumerate() {
+            let len = region.len;
+            let Some(file) = files.get(index) else {
+                return Err(RamError::FileSize { index, len, size: 0 });
+            };
+            let size = file_size(file.as_fd())?;
+            if size != len {
+                return Err(RamError::FileSize { index, len, size });
+            }
+            if !map::is_sealed(file.as_fd()).map_err(RamError::system("read a file's seals"))? {
+                return Err(RamError::Unsealed(index));
+            }
+        }
+        Self::map(layout, backing, files.into_iter().map(Some).collect())
+    }
+
+    fn map(layout: RamLayout, backing: Backing, files: Vec<Option<OwnedFd>>) -> Result<Self, RamError> {
+        let mut regions = Vec::with_capacity(files.len());
+        for (file, region) in files.into_iter().zip(layout.regions()) {
+            let mapping = Mapping::new(region.len, region.gpa, file.as_ref().map(AsFd::as_fd)).map_err(|error| {
+                // the mapping is what reserves huge pages, whatever others take meanwhile
+                match (backing, error.raw_os_error()) {
+                    (Backing::Hugetlb, Some(libc::ENOMEM)) => {
+                        regions.clear();
+                        RamError::NoHugePages { needed: layout.bytes() / HUGE_PAGE_SIZE, free: free_huge_pages() }
+                    }
+                    _ => RamError::System { what: "map memory", source: error },
+                }
+            })?;
+            let advise = |advice| mapping.advise(0, region.len, advice);
+            match backing {
+                // fails where the kernel has no transparent huge pages; then there is nothing to switch off
+                Backing::Anonymous => drop(advise(Advice::NoHugePages)),
+                Backing::TransparentHuge => {
+                    advise(Advice::HugePages).map_err(RamError::system("ask for transparent huge pages"))?;
+                }
+                Backing::Memfd | Backing::Hugetlb => {}
+            }
+            advise(Advice::DontDump).map_err(RamError::system("exclude memory from core dumps"))?;
+            regions.push(Region { mapping, file });
+        }
+        let pagemap = Pagemap::open().map_err(RamError::system("open /proc/self/pagemap"))?;
+        Ok(Self { layout, backing, regions, pagemap })
+    }
+
+    /// What backs it.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// The memory file behind region `index`; `None` for private memory, or when there is no such region. Who holds
+    /// it can read and write the guest's memory, but not change the file's length.
+    pub fn memory_file(&self, index: usize) -> Option<BorrowedFd<'_>> {
+        self.regions.get(index)?.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// A second mapping of the same memory; `None` for private memory. For a pager that fills pages behind the
+    /// guest's back. It has its own page tables: neither userfaultfd nor write-protection of the first one sees it.
+    ///
+    /// # Errors
+    /// [`RamError::System`].
+    pub fn alias(&self) -> Result<Option<Self>, RamError> {
+        let files: Option<Vec<_>> = self.regions.iter().map(|r| r.file.as_ref().map(OwnedFd::try_clone)).collect();
+        let Some(files) = files else { return Ok(None) };
+        let files = files.into_iter().collect::<io::Result<_>>();
+        let files = files.map_err(RamError::system("duplicate a memory file's descriptor"))?;
+        Self::from_memory_files(self.layout.clone(), files, self.backing).map(Some)
+    }
+
+    /// Gives every page of `range` memory and a writable page table entry, without changing what it holds: later
+    /// accesses of this process cost nothing extra. Pages without contents become zeros that count as populated.
+    ///
+    /// # Errors
+    /// [`RamError::Outside`]; [`RamError::System`] when memory lacks, or before Linux 5.14.
+    pub fn warm(&self, range: PageRange) -> Result<(), RamError> {
+        self.advise(range, Advice::PopulateWrite, "populate memory")
+    }
+
+    /// Fills the page table entries of `range` for reading. On a memory file that another process has populated this
+    /// spares the guest a fault a page.
+    ///
+    /// # Errors
+    /// As [`warm`](Self::warm).
+    pub fn warm_for_reading(&self, range: PageRange) -> Result<(), RamError> {
+        self.advise(range, Advice::PopulateRead, "map populated memory")
+    }
+
+    /// Frees the memory of `range`, which then reads as zeros, for every process that maps it. No dirty tracker
+    /// reports this. On hugetlb the range must cover whole huge pages, and touching it again takes a free huge page
+    /// from the reserve (SIGBUS if there is none).
+    ///
+    /// # Errors
+    /// [`RamError::Outside`], [`RamError::System`].
+    pub fn discard(&self, range: PageRange) -> Result<(), RamError> {
+        if !self.backing.is_shared() {
+            return self.advise(range, Advice::Drop, "free memory");
+        }
+        self.check(range)?;
+        for (region, offset, piece) in self.layout.split(range) {
+            if let Some(file) = &self.regions[region].file {
+                map::punch_hole(file.as_fd(), offset, piece.bytes()).map_err(RamError::system("punch a hole"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn advise(&self, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {
+        self.check(range)?;
+        for (region, offset, piece) in self.layout.split(range) {
+            let mapping = &self.regions[region].mapping;
+            mapping.advise(offset, piece.bytes(), advice).map_err(RamError::system(what))?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, range: PageRange) -> Result<(), RamError> {
+        let inside = range.first.checked_add(range.count).is_some_and(|end| end <= self.layout.pages());
+        if inside { Ok(()) } else { Err(RamError::Outside { first: range.first, count: range.count }) }
+    }
+}
+
+// SAFETY: every region is mapped whole, readable and writable, from construction until drop; nothing remaps it, the
+// files cannot shrink, and no method lends a reference into it.
+unsafe impl GuestRam for MappedRam {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn host_address(&self, index: usize) -> NonNull<u8> {
+        self.regions[index].mapping.address()
+    }
+
+    fn populated(&self, into: &mut PageSet) -> io::Result<()> {
+        for (index, region) in self.regions.iter().enumerate() {
+            let Some(pages) = self.layout.region_pages(index) else { continue };
+            let (address, len) = (region.mapping.address().as_ptr() as u64, pages.bytes());
+            let add = |from: u64, end: u64, into: &mut PageSet| {
+                into.insert_range(PageRange::new(pages.first + (from >> PAGE_SHIFT), (end - from) >> PAGE_SHIFT));
+            };
+            let mut mapped = 0;
+            match (&region.file, self.backing) {
+                // pages of a file may be populated without being mapped here: ask the file
+                (Some(file), Backing::Memfd) => data_extents(file.as_fd(), len, |from, end| add(from, end, into))?,
+                (file, _) => {
+                    self.pagemap.populated(address, len, |from, end| {
+                        mapped += end - from;
+                        add(from - address, end - address, into);
+                    })?;
+                    if let Some(file) = file {
+                        // hugetlbfs cannot say where its data is, only how much: where another process populated
+                        // pages that are not mapped here, every page may be one of them
+                        let blocks = fstat(file)?.st_blocks.max(0) as u64;
+                        if blocks.saturating_mul(512) > mapped {
+                            into.insert_range(pages);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_size(file: BorrowedFd<'_>) -> Result<u64, RamError> {
+    let stat = fstat(file).map_err(io::Error::from).map_err(RamError::system("read a memory file's length"))?;
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+/// Huge pages that are neither used nor promised to someone. For an error message, so an unreadable file counts as 0.
+fn free_huge_pages() -> u64 {
+    let read = |name: &str| -> u64 {
+        let text = fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"));
+        text.ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0)
+    };
+    read("free_hugepages").saturating_sub(read("resv_hugepages"))
+}
+
+#[cfg(test)]
+mod tests {
+    use migration_core::RamRegion;
+
+    use super::*;
+
+    fn layout() -> RamLayout {
+        let regions = vec![RamRegion { gpa: 0x1000, len: 0x30_0000 }, RamRegion { gpa: 0x80_0000, len: 0x20_3000 }];
+        RamLayout::new(regions).unwrap()
+    }
+
+    fn populated(ram: &MappedRam) -> PageSet {
+        let mut set = PageSet::empty(ram.layout().pages());
+        ram.populated(&mut set).unwrap();
+        set
+    }
+
+    #[test]
+    fn holes_are_known_and_come_back() {
+        for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
+            let ram = MappedRam::new(layout(), backing).unwrap();
+            assert!(populated(&ram).is_empty(), "{backing}");
+            let dynamic: &dyn GuestRam = &ram;
+            for (index, region) in layout().regions().iter().enumerate() {
+                let address = ram.host_address(index).as_ptr() as u64;
+                assert_eq!(address % HUGE_PAGE_SIZE, region.gpa % HUGE_PAGE_SIZE);
+            }
+            dynamic.write(0x5000, &[1]).unwrap();
+            dynamic.write(0xa0_2fff, &[1]).unwrap();
+            let mut byte = [9];
+            dynamic.read(0x9000, &mut byte).unwrap(); // maps the zero page, which is still a hole
+            let set = populated(&ram);
+            assert!(set.contains(4) && set.contains(0x300 + 0x202), "{backing} {set:?}");
+            if backing != Backing::TransparentHuge {
+                assert_eq!(set.contains(8), backing == Backing::Memfd, "{backing} {set:?}");
+            }
+            ram.discard(PageRange::new(4, 1)).unwrap();
+            assert!(!populated(&ram).contains(4), "{backing}");
+            ram.warm(PageRange::new(0x2fe, 4)).unwrap();
+            assert_eq!(populated(&ram).count_in(PageRange::new(0x2fe, 4)), 4, "{backing}");
+            assert!(matches!(ram.warm(PageRange::new(0x500, 4)), Err(RamError::Outside { .. })));
+            assert!(ram.discard(PageRange::new(u64::MAX, 2)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_second_mapping_sees_the_same_memory() {
+        let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
+        let alias = ram.alias().unwrap().unwrap();
+        (&alias as &dyn GuestRam).write(0x7000, b"x").unwrap();
+        let mut byte = [0];
+        assert!(populated(&ram).iter().eq([6]), "not mapped here, but in the file");
+        (&ram as &dyn GuestRam).read(0x7000, &mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().alias().unwrap().is_none());
+    }
+
+    #[test]
+    fn wrong_files_are_refused() {
+        let files = || [0x30_0000, 0x20_3000].map(|len| map::memory_file(len, false).unwrap());
+        let from = |files: Vec<OwnedFd>| MappedRam::from_memory_files(layout(), files, Backing::Memfd).map(|_| ());
+        let [a, b] = files();
+        assert!(matches!(from(vec![b, a]), Err(RamError::FileSize { index: 0, .. })));
+        let [a, _] = files();
+        assert!(matches!(from(vec![a]), Err(RamError::FileSize { index: 1, size: 0, .. })));
+        let [a, _] = files();
+        let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
+        assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
+    }
+
+    #[test]
+    fn huge_pages_are_checked_before_use() {
+        let error = MappedRam::new(layout(), Backing::Hugetlb).map(|_| ()).unwrap_err();
+        assert!(matches!(error, RamError::HugeLength { index: 0, .. }), "{error}");
+        // more than any machine reserves
+        let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 45 }]).unwrap();
+        let error = MappedRam::new(huge, Backing::Hugetlb).map(|_| ()).unwrap_err();
+        assert!(matches!(error, RamError::NoHugePages { needed: 0x100_0000, .. }), "{error}");
+        assert!(error.to_string().contains("/proc/sys/vm/nr_hugepages"));
+    }
+}

@@ -1,0 +1,125 @@
+//! Waiting for connections, in a way that bad peers and a lack of descriptors do not end.
+
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+/// How long to leave a host alone that has run out of descriptors or memory.
+const BACK_OFF: Duration = Duration::from_millis(20);
+
+/// Polls `fd`, a listening socket that does not block, and calls `accept` until it gives a connection (`Some`), the
+/// listener breaks (`Err`) or `timeout` passes (`None`).
+pub(crate) fn accept_within<T>(
+    fd: BorrowedFd<'_>,
+    timeout: Duration,
+    mut accept: impl FnMut() -> io::Result<T>,
+) -> io::Result<Option<T>> {
+    // a time-out beyond what `Instant` can hold is none
+    let deadline = Instant::now().checked_add(timeout);
+    let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+    loop {
+        if readable(fd, left())? {
+            match accept() {
+                Ok(accepted) => return Ok(Some(accepted)),
+                Err(e) => match verdict(&e) {
+                    Verdict::Skip => {}
+                    // the connection stays in the queue, so poll would return at once, again and again
+                    Verdict::BackOff => thread::sleep(BACK_OFF.min(left())),
+                    Verdict::Broken => return Err(e),
+                },
+            }
+        }
+        if left().is_zero() {
+            return Ok(None);
+        }
+    }
+}
+
+fn readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+    // rounded up, lest the last fraction of a millisecond is spent spinning
+    let millis = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)) {
+        Ok(ready) => Ok(ready > 0), // errors of the socket count as well: accept says what they are
+        Err(Errno::EINTR) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+enum Verdict {
+    Skip,
+    BackOff,
+    Broken,
+}
+
+fn verdict(error: &io::Error) -> Verdict {
+    match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+        // accept(2) also passes on errors that the new connection has already had
+        Errno::EAGAIN
+        | Errno::EINTR
+        | Errno::ECONNABORTED
+        | Errno::ECONNRESET
+        | Errno::EPROTO
+        | Errno::ENETDOWN
+        | Errno::ENETUNREACH
+        | Errno::EHOSTDOWN
+        | Errno::EHOSTUNREACH
+        | Errno::ENONET
+        | Errno::ENOPROTOOPT
+        | Errno::ETIMEDOUT => Verdict::Skip,
+        Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::EFAULT => Verdict::Broken,
+        // no descriptors, no memory, refused by a security module, or unknown
+        _ => Verdict::BackOff,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::fd::AsFd,
+    };
+
+    use super::*;
+
+    #[test]
+    fn lack_of_descriptors_and_bad_peers_are_survived() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let errors = [libc::EMFILE, libc::ECONNABORTED, libc::ENFILE, libc::EINTR, libc::ENOMEM];
+        let mut errors = errors.into_iter();
+        let accepted = accept_within(listener.as_fd(), Duration::MAX, || match errors.next() {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Ok(7),
+        });
+        assert_eq!(accepted.unwrap(), Some(7));
+    }
+
+    #[test]
+    fn endless_errors_end_with_the_time_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        for errno in [libc::EMFILE, libc::ECONNABORTED] {
+            let accepted = accept_within(listener.as_fd(), Duration::from_millis(5), || {
+                Err::<(), _>(io::Error::from_raw_os_error(errno))
+            });
+            assert!(accepted.unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_broken_listener_is_an_error() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        socket2::SockRef::from(&listener).shutdown(std::net::Shutdown::Both).unwrap();
+        let accepted = accept_within(listener.as_fd(), Duration::MAX, || listener.accept());
+        assert_eq!(accepted.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+}

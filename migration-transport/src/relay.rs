@@ -1,0 +1,253 @@
+//! A TCP relay that can be cut, stalled, delayed and slowed down: a bad network, for tests.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use socket2::SockRef;
+
+use crate::{Address, Bandwidth, Limiter};
+
+/// The most bytes that are read at once.
+const CHUNK: usize = 64 << 10;
+/// The most chunks under way in one direction of a connection: what a long delay can hold, 64 MiB.
+const UNDER_WAY: usize = 1024;
+
+/// Forwards TCP connections from a port of its own on 127.0.0.1 to a target, until it is told to misbehave.
+///
+/// It runs threads of its own, which end when it is dropped.
+#[derive(Debug)]
+pub struct Relay {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    address: SocketAddr,
+    accepting: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    target: SocketAddr,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// One limit for each direction.
+    limits: [Limiter; 2],
+    ended: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    relayed: u64,
+    limit: Option<u64>,
+    cut: bool,
+    stalled: bool,
+    delay: Duration,
+    connections: Vec<(TcpStream, TcpStream)>,
+    pumps: Vec<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Starts a relay to `target`.
+    ///
+    /// # Errors
+    /// When no port is free, or no thread can be started.
+    pub fn new(target: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            target,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            limits: [(); 2].map(|()| Limiter::new(Bandwidth::UNLIMITED)),
+            ended: AtomicBool::new(false),
+        });
+        let (incoming, to_accept) = (listener.try_clone()?, Arc::clone(&shared));
+        let accepting = thread::Builder::new().name("relay".into()).spawn(move || to_accept.accept(&incoming))?;
+        Ok(Self { shared, listener, address, accepting: Some(accepting) })
+    }
+
+    /// Where it listens: what the source connects to.
+    pub fn address(&self) -> Address {
+        self.address.into()
+    }
+
+    /// Cuts all connections as soon as `bytes` further bytes were forwarded, counted over all connections and both
+    /// directions. Exactly these bytes are handed to the receiving ends' sockets.
+    pub fn cut_after(&self, bytes: u64) {
+        let mut state = self.shared.lock();
+        state.limit = Some(state.relayed.saturating_add(bytes));
+        if bytes == 0 {
+            state.cut();
+        }
+    }
+
+    /// Cuts all connections now: both ends get a reset, and so do new connections, until [`restore`](Self::restore).
+    pub fn cut(&self) {
+        self.shared.lock().cut();
+    }
+
+    /// Forwards nothing any more, without a word to anyone, as when a cable is pulled; until
+    /// [`restore`](Self::restore).
+    pub fn stall(&self) {
+        self.shared.lock().stalled = true;
+    }
+
+    /// Ends a cut or a stall. What was cut stays so; new connections work.
+    pub fn restore(&self) {
+        let mut state = self.shared.lock();
+        (state.cut, state.stalled, state.limit) = (false, false, None);
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Delays each byte from now on by `delay` in each direction.
+    pub fn set_delay(&self, delay: Duration) {
+        self.shared.lock().delay = delay;
+    }
+
+    /// Limits each direction, over all connections.
+    pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
+        for limit in &self.shared.limits {
+            limit.set_bandwidth(bandwidth);
+        }
+    }
+
+    /// Bytes forwarded so far over all connections in both directions.
+    pub fn relayed(&self) -> u64 {
+        self.shared.lock().relayed
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::Release);
+        // Linux wakes a blocked accept by this
+        let _ = SockRef::from(&self.listener).shutdown(Shutdown::Both);
+        self.shared.lock().cut();
+        if let Some(accepting) = self.accepting.take() {
+            let _ = accepting.join();
+        }
+        let mut state = self.shared.lock();
+        state.cut(); // what was accepted in between
+        let pumps = std::mem::take(&mut state.pumps);
+        drop(state);
+        self.shared.changed.notify_all();
+        self.set_bandwidth(Bandwidth::UNLIMITED);
+        for pump in pumps {
+            let _ = pump.join();
+        }
+    }
+}
+
+impl State {
+    fn cut(&mut self) {
+        self.cut = true;
+        for (near, far) in self.connections.drain(..) {
+            for socket in [&near, &far] {
+                reset(socket);
+            }
+        }
+    }
+}
+
+/// Ends a connection such that the other end gets a reset: by connecting the socket to nothing, as `close` with a
+/// linger time of zero does, but at once, although threads are still blocked in it.
+fn reset(socket: &TcpStream) {
+    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+    let _ = socket.shutdown(Shutdown::Both);
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    fn accept(self: &Arc<Self>, listener: &TcpListener) {
+        while !self.ended() {
+            match listener.accept() {
+                // a connection that cannot be forwarded is reset; the test sees that
+                Ok((near, _)) => drop(self.forward(near)),
+                Err(_) if self.ended() => return,
+                Err(_) => thread::yield_now(),
+            }
+        }
+    }
+
+    fn forward(self: &Arc<Self>, near: TcpStream) -> io::Result<()> {
+        reset_when_dropped(&near)?;
+        if self.lock().cut {
+            return Ok(());
+        }
+        let far = TcpStream::connect(self.target)?;
+        near.set_nodelay(true)?;
+        far.set_nodelay(true)?;
+        let ends = (near.try_clone()?, far.try_clone()?);
+        let pumps = [(near.try_clone()?, far.try_clone()?), (far, near)];
+        let mut state = self.lock();
+        if state.cut {
+            return Ok(());
+        }
+        state.connections.push(ends);
+        for (limit, (from, to)) in self.limits.iter().zip(pumps) {
+            let (sender, receiver) = sync_channel(UNDER_WAY);
+            let (reading, writing, limit) = (Arc::clone(self), Arc::clone(self), limit.clone());
+            state.pumps.push(thread::spawn(move || reading.read(from, &sender)));
+            state.pumps.push(thread::spawn(move || writing.write(to, &receiver, &limit)));
+        }
+        Ok(())
+    }
+
+    fn read(&self, mut from: TcpStream, sender: &SyncSender<(Instant, Vec<u8>)>) {
+        let mut chunk = vec![0; CHUNK];
+        while let Ok(len @ 1..) = from.read(&mut chunk) {
+            let due = Instant::now() + self.lock().delay;
+            if sender.send((due, chunk[..len].to_vec())).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn write(&self, mut to: TcpStream, receiver: &Receiver<(Instant, Vec<u8>)>, limit: &Limiter) {
+        while let Ok((due, chunk)) = receiver.recv() {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            if !limit.pass(chunk.len() as u64, &self.ended) {
+                return;
+            }
+            let mut state = self.lock();
+            while state.stalled && !state.cut {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            if state.cut {
+                return;
+            }
+            let left = state.limit.map_or(u64::MAX, |limit| limit.saturating_sub(state.relayed));
+            let granted = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
+            state.relayed += granted as u64;
+            drop(state);
+            if to.write_all(&chunk[..granted]).is_err() {
+                return;
+            }
+            if granted as u64 == left {
+                return self.lock().cut();
+            }
+        }
+        // the sending end has ended this direction in order
+        let _ = to.shutdown(Shutdown::Write);
+    }
+}
+
+fn reset_when_dropped(socket: &TcpStream) -> io::Result<()> {
+    let _ = SockRef::from(socket);
+    Ok(())
+}
