@@ -32,7 +32,9 @@ pub enum BandwidthError {
     #[error("{0:?}: a bandwidth starts with a number, as in `10Gbit` or `100MB/s`")]
     BadNumber(String),
     /// The unit is missing or unknown.
-    #[error("{0:?}: the unit is one of bit, kbit, Mbit, Gbit, Tbit, B, kB, MB, GB, KiB, MiB, GiB, with or without `/s`")]
+    #[error(
+        "{0:?}: the unit is one of bit, kbit, Mbit, Gbit, Tbit, B, kB, MB, GB, KiB, MiB, GiB, with or without `/s`"
+    )]
     BadUnit(String),
     /// It is above 2^64 bits a second, or less than one bit a second without being 0.
     #[error("{0:?}: out of range")]

@@ -92,9 +92,8 @@ impl<'a> Gather<'a> {
 
     /// Copies `bytes` into the guest memory that comes next, and moves behind it.
     pub(crate) fn copy_in(&mut self, mut bytes: &[u8]) {
-        while let Some(slice) = self.slices().next()
-            && !bytes.is_empty()
-        {
+        while !bytes.is_empty() {
+            let Some(slice) = self.slices().next() else { return };
             slice.copy_from(bytes);
             let done = slice.len().min(bytes.len());
             bytes = &bytes[done..];

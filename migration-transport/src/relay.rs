@@ -79,18 +79,22 @@ impl Relay {
     }
 
     /// Cuts all connections as soon as `bytes` further bytes were forwarded, counted over all connections and both
-    /// directions. Exactly these bytes are handed to the receiving ends' sockets.
+    /// directions. What was forwarded until then arrives.
     pub fn cut_after(&self, bytes: u64) {
         let mut state = self.shared.lock();
         state.limit = Some(state.relayed.saturating_add(bytes));
         if bytes == 0 {
             state.cut();
         }
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
-    /// Cuts all connections now: both ends get a reset, and so do new connections, until [`restore`](Self::restore).
+    /// Cuts all connections now: both ends see the end of the stream, or a reset when they send. New connections end
+    /// at once in the same way, until [`restore`](Self::restore).
     pub fn cut(&self) {
         self.shared.lock().cut();
+        self.shared.changed.notify_all();
     }
 
     /// Forwards nothing any more, without a word to anyone, as when a cable is pulled; until
@@ -151,17 +155,12 @@ impl State {
         self.cut = true;
         for (near, far) in self.connections.drain(..) {
             for socket in [&near, &far] {
-                reset(socket);
+                // What was written before still arrives, then the end; whatever is sent to it now gets a reset.
+                // Threads that are blocked in it wake.
+                let _ = socket.shutdown(Shutdown::Both);
             }
         }
     }
-}
-
-/// Ends a connection such that the other end gets a reset: by connecting the socket to nothing, as `close` with a
-/// linger time of zero does, but at once, although threads are still blocked in it.
-fn reset(socket: &TcpStream) {
-    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
-    let _ = socket.shutdown(Shutdown::Both);
 }
 
 impl Shared {
@@ -176,7 +175,7 @@ impl Shared {
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while !self.ended() {
             match listener.accept() {
-                // a connection that cannot be forwarded is reset; the test sees that
+                // a connection that cannot be forwarded is closed; the test sees that
                 Ok((near, _)) => drop(self.forward(near)),
                 Err(_) if self.ended() => return,
                 Err(_) => thread::yield_now(),
@@ -185,7 +184,6 @@ impl Shared {
     }
 
     fn forward(self: &Arc<Self>, near: TcpStream) -> io::Result<()> {
-        reset_when_dropped(&near)?;
         if self.lock().cut {
             return Ok(());
         }
@@ -245,9 +243,4 @@ impl Shared {
         // the sending end has ended this direction in order
         let _ = to.shutdown(Shutdown::Write);
     }
-}
-
-fn reset_when_dropped(socket: &TcpStream) -> io::Result<()> {
-    let _ = SockRef::from(socket);
-    Ok(())
 }

@@ -1,0 +1,298 @@
+//! The command line.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use migration_core::{engine::OnTimeout, spawner::GuestImpact};
+use migration_kvm::{ram::Backing, tracker::TrackerKind};
+use migration_transport::{Address, Bandwidth};
+
+/// A small VMM that shows the migration crates at work.
+#[derive(Debug, Parser)]
+#[command(name = "minivmm", version, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a VM.
+    Run(Run),
+    /// Receive a VM; everything about it comes from the source.
+    Receive(Receive),
+    /// Talk to a running minivmm.
+    Ctl(Ctl),
+    /// The built-in workloads.
+    Workload(Workload),
+    /// A migration between two processes, from start to end, with a table of what happened.
+    Demo(Demo),
+    /// Measure, side by side with QEMU where it is installed.
+    Bench(crate::bench::Bench),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// Guest RAM, such as 512M or 4G.
+    #[arg(long, default_value = "1G", value_parser = size)]
+    pub(crate) memory: u64,
+    /// vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) cpus: u32,
+    /// An ELF64 with a PVH entry note.
+    #[arg(long, value_name = "ELF", conflicts_with = "workload", required_unless_present = "workload")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, requires = "kernel", default_value = "")]
+    pub(crate) cmdline: String,
+    /// A built-in workload, NAME[:k=v,…]; see `minivmm workload --list`.
+    #[arg(long, value_name = "NAME[:k=v,…]")]
+    pub(crate) workload: Option<String>,
+    /// Do not start the vCPUs.
+    #[arg(long)]
+    pub(crate) paused: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// How guest RAM is backed.
+    #[arg(long, default_value = "thp")]
+    pub(crate) backing: Backing,
+    /// How dirty pages are found.
+    #[arg(long, default_value = "auto")]
+    pub(crate) tracker: TrackerKind,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Where the serial port goes: stdio, null, or a file that is appended to.
+    #[arg(long, default_value = "null", value_name = "stdio|null|FILE")]
+    pub(crate) serial: String,
+    /// Path of the control socket.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Receive {
+    /// Where to listen: tcp:HOST:PORT (port 0 picks one) or unix:PATH.
+    #[arg(long, value_name = "URL")]
+    pub(crate) listen: Address,
+    #[command(flatten)]
+    pub(crate) common: Common,
+    /// How guest RAM is backed; as at the source if not given.
+    #[arg(long)]
+    pub(crate) backing: Option<Backing>,
+    /// How dirty pages are found when the VM moves on; as at the source if not given.
+    #[arg(long)]
+    pub(crate) tracker: Option<TrackerKind>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ctl {
+    /// The control socket of the minivmm to talk to.
+    #[arg(long, value_name = "SOCK", global = true)]
+    pub(crate) control: Option<PathBuf>,
+    /// Print exactly one JSON object.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: CtlCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CtlCommand {
+    /// What the VM and a migration do.
+    Status,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Cancel the migration under way; returns when everything is given back.
+    Cancel,
+    /// State that the source is dead, and run the VM that is held here.
+    Adopt,
+    /// End the process, and the VM with it.
+    Quit,
+    /// Copy guest RAM to a file.
+    Memory(Memory),
+    /// Move the VM.
+    Migrate(Migrate),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Memory {
+    /// Guest physical address, decimal or 0x….
+    #[arg(long, value_parser = number)]
+    pub(crate) gpa: u64,
+    /// Bytes.
+    #[arg(long, value_parser = number)]
+    pub(crate) len: u64,
+    /// File to write.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum StrategyKind {
+    PreCopy,
+    StopAndCopy,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum TimeoutAction {
+    Cancel,
+    Stop,
+}
+
+impl From<TimeoutAction> for OnTimeout {
+    fn from(action: TimeoutAction) -> Self {
+        match action {
+            TimeoutAction::Cancel => OnTimeout::Cancel,
+            TimeoutAction::Stop => OnTimeout::Stop,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Impact {
+    Low,
+    Balanced,
+    Fast,
+}
+
+impl From<Impact> for GuestImpact {
+    fn from(impact: Impact) -> Self {
+        match impact {
+            Impact::Low => GuestImpact::Low,
+            Impact::Balanced => GuestImpact::Balanced,
+            Impact::Fast => GuestImpact::Fast,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Migrate {
+    /// Where a minivmm receives: tcp:HOST:PORT or unix:PATH.
+    #[arg(long, value_name = "URL")]
+    pub(crate) to: Address,
+    /// How it moves.
+    #[arg(long, default_value = "pre-copy")]
+    pub(crate) strategy: StrategyKind,
+    /// Connections for pages.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub(crate) streams: u16,
+    /// The longest downtime that is acceptable.
+    #[arg(long, default_value = "300ms", value_parser = duration)]
+    pub(crate) downtime_limit: Duration,
+    /// Most bandwidth, such as 10Gbit or 100MB/s; 0 for no limit.
+    #[arg(long, default_value = "0")]
+    pub(crate) bandwidth: Bandwidth,
+    /// How long it may take until the hand-over; 0 for ever.
+    #[arg(long, default_value = "0", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// What happens then.
+    #[arg(long, default_value = "cancel")]
+    pub(crate) on_timeout: TimeoutAction,
+    /// How much the guest may be disturbed.
+    #[arg(long, default_value = "balanced")]
+    pub(crate) guest_impact: Impact,
+    /// Checksum of page data, beside TCP's own.
+    #[arg(long)]
+    pub(crate) checksum: bool,
+    /// Show progress on stderr.
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Workload {
+    /// List them.
+    #[arg(long, conflicts_with = "emit", required_unless_present = "emit")]
+    pub(crate) list: bool,
+    /// Write one as an ELF that any VMM with PVH boot runs.
+    #[arg(long, value_name = "NAME[:k=v,…]", requires = "out")]
+    pub(crate) emit: Option<String>,
+    /// The file to write.
+    #[arg(long, value_name = "ELF")]
+    pub(crate) out: Option<PathBuf>,
+    /// vCPUs that the ELF shall use.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) cpus: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Guest RAM.
+    #[arg(long, default_value = "1G", value_parser = size)]
+    pub(crate) memory: u64,
+    /// vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) cpus: u32,
+    /// The workload that moves.
+    #[arg(long, default_value = "hot:size=64M,data=700M")]
+    pub(crate) workload: String,
+}
+
+/// Bytes, with K, M, G or T (binary).
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+        "" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        _ => return Err(format!("{text}: a size is a number with K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text}: not a size"))?;
+    number.checked_mul(1 << shift).filter(|&n| n > 0).ok_or_else(|| format!("{text}: zero, or too large"))
+}
+
+/// A number, decimal or 0x….
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|e| format!("{text}: {e}"))
+}
+
+/// A duration with ms, s or m; a number alone is seconds.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let (digits, unit) =
+        text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
+    let number: f64 = digits.parse().map_err(|_| format!("{text}: not a duration"))?;
+    let seconds = match unit {
+        "us" => number / 1e6,
+        "ms" => number / 1e3,
+        "s" | "" => number,
+        "m" | "min" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(format!("{text}: a duration is a number with us, ms, s, m or h")),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|e| format!("{text}: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn units() {
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("512MiB"), Ok(512 << 20));
+        assert_eq!(size("4096"), Ok(4096));
+        assert!(size("0").is_err() && size("").is_err() && size("1X").is_err() && size("99999999999T").is_err());
+        assert_eq!(duration("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(duration("0"), Ok(Duration::ZERO));
+        assert!(duration("-1s").is_err() && duration("5 parsecs").is_err());
+        assert_eq!(number("0x100000"), Ok(1 << 20));
+        assert!(number("zz").is_err());
+    }
+}

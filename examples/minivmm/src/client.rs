@@ -1,0 +1,188 @@
+//! `minivmm ctl`: asks a running minivmm, and shows the answer to a person or a program.
+
+use std::{io::IsTerminal, path::Path};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use crate::{
+    cli::{Ctl, CtlCommand, Impact, Migrate, StrategyKind, TimeoutAction},
+    control::{MigrateRequest, Request, ask},
+    report,
+};
+
+/// Runs a `ctl` command; the exit status.
+pub(crate) fn run(ctl: &Ctl) -> u8 {
+    let Some(socket) = &ctl.control else {
+        return usage(ctl.json, "--control SOCK is missing");
+    };
+    match &ctl.command {
+        CtlCommand::Migrate(args) => migrate(socket, args, ctl.json),
+        other => {
+            let request = match request(other) {
+                Ok(request) => request,
+                Err(why) => return usage(ctl.json, &why),
+            };
+            match ask(socket, &request, |_| {}) {
+                Ok(answer) => {
+                    if ctl.json {
+                        println!("{answer}");
+                    } else {
+                        print!("{}", lines("", &answer));
+                    }
+                    0
+                }
+                Err(why) => fail(ctl.json, &why),
+            }
+        }
+    }
+}
+
+/// A wrong command line: status 2.
+pub(crate) fn usage(as_json: bool, why: &str) -> u8 {
+    if as_json {
+        println!("{}", json!({"error": why, "outcome": "failed", "reason": why}));
+    } else {
+        eprintln!("minivmm: {why}");
+    }
+    2
+}
+
+fn fail(as_json: bool, why: &str) -> u8 {
+    if as_json {
+        println!("{}", json!({"error": why}));
+    } else {
+        eprintln!("minivmm: {why}");
+    }
+    1
+}
+
+fn request(command: &CtlCommand) -> Result<Request, String> {
+    Ok(match command {
+        CtlCommand::Status => Request::Status,
+        CtlCommand::Pause => Request::Pause,
+        CtlCommand::Resume => Request::Resume,
+        CtlCommand::Cancel => Request::Cancel,
+        CtlCommand::Adopt => Request::Adopt,
+        CtlCommand::Quit => Request::Quit,
+        CtlCommand::Memory(m) => {
+            // the server writes the file: its working directory may be another one
+            let out = std::path::absolute(&m.out).map_err(|e| format!("{}: {e}", m.out.display()))?;
+            Request::Memory { gpa: m.gpa, len: m.len, out }
+        }
+        CtlCommand::Migrate(m) => Request::Migrate(migrate_request(m)),
+    })
+}
+
+pub(crate) fn strategy_name(kind: StrategyKind) -> &'static str {
+    match kind {
+        StrategyKind::PreCopy => "pre-copy",
+        StrategyKind::StopAndCopy => "stop-and-copy",
+    }
+}
+
+fn migrate_request(args: &Migrate) -> MigrateRequest {
+    let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    MigrateRequest {
+        to: args.to.to_string(),
+        strategy: strategy_name(args.strategy).into(),
+        streams: args.streams,
+        downtime_limit_us: us(args.downtime_limit),
+        bandwidth_bits: args.bandwidth.bits_per_second().unwrap_or(0),
+        timeout_us: us(args.timeout),
+        stop_on_timeout: matches!(args.on_timeout, TimeoutAction::Stop),
+        impact: match args.guest_impact {
+            Impact::Low => "low",
+            Impact::Balanced => "balanced",
+            Impact::Fast => "fast",
+        }
+        .into(),
+        checksum: args.checksum,
+        progress: args.progress,
+    }
+}
+
+fn migrate(socket: &Path, args: &Migrate, as_json: bool) -> u8 {
+    let request = migrate_request(args);
+    let strategy = request.strategy.clone();
+    let bar = args.progress.then(Bar::new);
+    let answer = ask(socket, &Request::Migrate(request), |p| {
+        if let Some(bar) = &bar {
+            bar.show(p);
+        }
+    });
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    let (report, status) = match answer {
+        Ok(report) => {
+            let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
+            (report, status)
+        }
+        Err(why) => (report::not_begun(&strategy, &why), 1),
+    };
+    if as_json {
+        println!("{report}");
+    } else {
+        print!("{}", report::to_lines(&report));
+    }
+    status
+}
+
+/// Progress on stderr: a bar on a terminal, a line now and then elsewhere.
+struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    fn new() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(None);
+        }
+        let bar = ProgressBar::new(1);
+        let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {percent:>3}% {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Self(Some(bar))
+    }
+
+    fn show(&self, p: &Value) {
+        let number = |key: &str| p[key].as_f64().map_or("-".to_owned(), |n| format!("{n:.0}"));
+        let message = format!(
+            "round {} · {} Mbit/s · dirty {}/s · throttle {} % · downtime {} ms · left {} ms",
+            number("round"),
+            number("mbps"),
+            number("dirty_pages_per_second"),
+            number("throttle_percent"),
+            number("expected_downtime_ms"),
+            number("eta_ms"),
+        );
+        match &self.0 {
+            Some(bar) => {
+                bar.set_length(p["round_pages"].as_u64().unwrap_or(1).max(1));
+                bar.set_position(p["round_sent"].as_u64().unwrap_or(0));
+                bar.set_message(message);
+            }
+            None => eprintln!("{:>8} ms  {message}", number("elapsed_ms")),
+        }
+    }
+
+    fn finish(self) {
+        if let Some(bar) = self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A JSON value as aligned lines.
+fn lines(prefix: &str, value: &Value) -> String {
+    match value {
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| {
+                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                lines(&name, value)
+            })
+            .collect(),
+        Value::String(text) => format!("{prefix:<32}{text}\n"),
+        Value::Null => format!("{prefix:<32}-\n"),
+        other => format!("{prefix:<32}{other}\n"),
+    }
+}

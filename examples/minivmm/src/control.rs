@@ -1,0 +1,151 @@
+//! The control socket: requests and answers, a JSON object a line.
+
+use std::{
+    io::{self, BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::instance::Instance;
+
+/// Longest request line: a request is a few hundred bytes.
+const MAX_REQUEST: u64 = 64 << 10;
+
+/// What a client asks.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    Status,
+    Pause,
+    Resume,
+    Cancel,
+    Adopt,
+    Quit,
+    /// The server writes the file itself, so that memory does not go through JSON.
+    Memory {
+        gpa: u64,
+        len: u64,
+        out: PathBuf,
+    },
+    Migrate(MigrateRequest),
+}
+
+/// Everything about a migration, in plain numbers.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct MigrateRequest {
+    pub(crate) to: String,
+    pub(crate) strategy: String,
+    pub(crate) streams: u16,
+    pub(crate) downtime_limit_us: u64,
+    pub(crate) bandwidth_bits: u64,
+    pub(crate) timeout_us: u64,
+    pub(crate) stop_on_timeout: bool,
+    pub(crate) impact: String,
+    pub(crate) checksum: bool,
+    pub(crate) progress: bool,
+}
+
+/// A line of an answer.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// How far a migration is; more lines follow.
+    Progress(Value),
+    /// The result; the last line.
+    Done(Value),
+    /// What failed; the last line.
+    Failed(String),
+}
+
+/// A bound control socket, removed with its path when dropped.
+pub(crate) struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    /// Binds `path`; a socket file on which nobody listens is replaced.
+    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+        let context = |e: io::Error| io::Error::new(e.kind(), format!("control socket {}: {e}", path.display()));
+        let listener = match UnixListener::bind(path) {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+            }
+            other => other,
+        };
+        Ok(Self { listener: listener.map_err(context)?, path: path.to_owned() })
+    }
+
+    /// Serves clients on threads of their own, until the process ends.
+    pub(crate) fn serve(self, instance: Arc<Instance>) -> io::Result<()> {
+        instance.remove_at_exit(self.path);
+        let listener = self.listener;
+        thread::Builder::new().name("control".into()).spawn(move || {
+            for client in listener.incoming().flatten() {
+                let instance = instance.clone();
+                let served = thread::Builder::new().name("client".into()).spawn(move || {
+                    // a client that went away has nobody to be told
+                    let _ = serve_client(client, &instance);
+                });
+                if let Err(error) = served {
+                    eprintln!("minivmm: control: {error}");
+                }
+            }
+        })?;
+        Ok(())
+    }
+}
+
+fn serve_client(client: UnixStream, instance: &Arc<Instance>) -> io::Result<()> {
+    let mut line = String::new();
+    BufReader::new(io::Read::take(client.try_clone()?, MAX_REQUEST)).read_line(&mut line)?;
+    let mut say = {
+        let mut client = client.try_clone()?;
+        move |answer: &Answer| -> io::Result<()> {
+            let mut line = serde_json::to_vec(answer)?;
+            line.push(b'\n');
+            client.write_all(&line)
+        }
+    };
+    let request = match serde_json::from_str(&line) {
+        Ok(request) => request,
+        Err(error) => return say(&Answer::Failed(format!("not a request: {error}"))),
+    };
+    let quit = matches!(request, Request::Quit);
+    let result = instance.handle(request, &mut |progress| {
+        // the migration goes on without its client
+        let _ = say(&Answer::Progress(progress));
+    });
+    let said = match result {
+        Ok(value) => say(&Answer::Done(value)),
+        Err(why) => say(&Answer::Failed(why)),
+    };
+    if quit {
+        instance.exit(0);
+    }
+    instance.answered();
+    said
+}
+
+/// Sends a request and returns the last answer; `progress` is called for the lines before it.
+pub(crate) fn ask(path: &Path, request: &Request, mut progress: impl FnMut(&Value)) -> Result<Value, String> {
+    let context = |e: io::Error| format!("control socket {}: {e}", path.display());
+    let mut server = UnixStream::connect(path).map_err(context)?;
+    let mut line = serde_json::to_vec(request).map_err(|e| e.to_string())?;
+    line.push(b'\n');
+    server.write_all(&line).map_err(context)?;
+    for line in BufReader::new(server).lines() {
+        let line = line.map_err(context)?;
+        match serde_json::from_str(&line).map_err(|e| format!("answer of {}: {e}", path.display()))? {
+            Answer::Progress(value) => progress(&value),
+            Answer::Done(value) => return Ok(value),
+            Answer::Failed(why) => return Err(why),
+        }
+    }
+    Err(format!("{} closed the connection without an answer", path.display()))
+}

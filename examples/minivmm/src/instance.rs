@@ -1,0 +1,409 @@
+//! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread,
+    time::{Duration, Instant},
+};
+
+use migration_core::{
+    engine::{Controller, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
+    protocol::DestinationPhase,
+    report::{Event, Observer, Progress, Report},
+    spawner::GuestImpact,
+    strategy::{PreCopy, StopAndCopy, Strategy},
+};
+use migration_kvm::spawner::KvmSpawner;
+use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
+use serde_json::{Value, json};
+
+use crate::{
+    control::{MigrateRequest, Request},
+    report,
+    vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
+};
+
+/// How long the end of the process waits for clients to be answered.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// Status and end of a guest are looked at this often while nothing else happens.
+const TICK: Duration = Duration::from_millis(100);
+
+pub(crate) struct Instance {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The VM that runs or ran here.
+    machine: Option<Arc<Machine>>,
+    role: Role,
+    epoch: u32,
+    progress: Option<Progress>,
+    /// The last report, kept for `status`.
+    last: Option<Value>,
+    controller: Option<Controller>,
+    receiver: Option<ReceiverHandle>,
+    exit: Option<u8>,
+    clients: u32,
+    remove: Vec<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Role {
+    /// The VM is here and stays.
+    #[default]
+    Home,
+    Incoming,
+    Outgoing,
+    InDoubt,
+    Ended,
+}
+
+impl Instance {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // no invariant spans a panic: every field is replaced whole
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The VM is here.
+    pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) {
+        let mut state = self.lock();
+        state.machine = Some(machine.clone());
+        state.role = Role::Home;
+        drop(state);
+        self.changed.notify_all();
+        let instance = self.clone();
+        // tells when the guest ends by itself; the machine ends this wait when it moves away
+        let watch = move || {
+            if let Some(end) = machine.wait_end() {
+                eprintln!("minivmm: the VM has ended: {end}");
+                instance.lock().role = Role::Ended;
+                instance.exit(5);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
+            eprintln!("minivmm: nobody watches for the end of the VM: {error}");
+        }
+    }
+
+    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at.
+    pub(crate) fn receive(self: &Arc<Self>, listen: &Address, host: HostOptions) -> Result<String, String> {
+        let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
+        let address = listener.address();
+        let adopter = self.clone();
+        let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
+        let options = ReceiverOptions {
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told { instance: self.clone(), client: None }),
+            ..ReceiverOptions::default()
+        };
+        let receiver = Receiver::new(Box::new(host), options);
+        let mut state = self.lock();
+        state.receiver = Some(receiver.handle());
+        state.role = Role::Incoming;
+        drop(state);
+        let instance = self.clone();
+        let body = move || {
+            if let Err(error) = receiver.run(&mut *listener) {
+                eprintln!("minivmm: receiving: {error}");
+                instance.exit(1);
+            }
+            let mut state = instance.lock();
+            state.epoch = state.receiver.take().map_or(state.epoch, |r| r.epoch());
+        };
+        thread::Builder::new().name("receive".into()).spawn(body).map_err(|e| e.to_string())?;
+        Ok(address)
+    }
+
+    /// Blocks until the process shall end, and gives clients time to be answered.
+    pub(crate) fn wait_exit(&self) -> u8 {
+        let mut state = self.lock();
+        let status = loop {
+            match state.exit {
+                Some(status) => break status,
+                None => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+            }
+        };
+        let deadline = Instant::now() + LAST_ANSWERS;
+        while state.clients > 0 && Instant::now() < deadline {
+            state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        for path in state.remove.drain(..) {
+            // it may be gone already
+            let _ = std::fs::remove_file(path);
+        }
+        status
+    }
+
+    /// Ends the process with this status, unless it ends already.
+    pub(crate) fn exit(&self, status: u8) {
+        self.lock().exit.get_or_insert(status);
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn remove_at_exit(&self, path: PathBuf) {
+        self.lock().remove.push(path);
+    }
+
+    /// A client has its answer.
+    pub(crate) fn answered(&self) {
+        let mut state = self.lock();
+        state.clients = state.clients.saturating_sub(1);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Does what a client asks; every call is followed by [`answered`](Instance::answered).
+    pub(crate) fn handle(
+        self: &Arc<Self>,
+        request: Request,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        self.lock().clients += 1;
+        match request {
+            Request::Status => Ok(self.status()),
+            Request::Pause => self.home("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
+            Request::Resume => self.home("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
+            Request::Cancel => self.cancel(),
+            Request::Adopt => self.adopt(),
+            Request::Quit => Ok(json!({"state": "ended"})),
+            Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
+            Request::Migrate(request) => self.migrate(&request, progress),
+        }
+    }
+
+    /// The VM, if it is here and not on the move.
+    fn home(&self, what: &str) -> Result<Arc<Machine>, String> {
+        let state = self.lock();
+        match (state.role, &state.machine) {
+            (Role::Home, Some(machine)) => Ok(machine.clone()),
+            (role, _) => Err(format!("{what}: no VM is at rest here, this minivmm is {}", role.name())),
+        }
+    }
+
+    fn status(&self) -> Value {
+        let state = self.lock();
+        let machine = state.machine.clone();
+        let (role, receiver) = (state.role, state.receiver.clone());
+        let (mut epoch, last) = (state.epoch, state.last.clone());
+        let migration = match (&state.progress, role) {
+            (Some(p), Role::Outgoing | Role::InDoubt) => report::progress_to_json(p),
+            _ => last.unwrap_or(Value::Null),
+        };
+        drop(state);
+        let mut name = role.name();
+        if let Some(receiver) = receiver {
+            epoch = receiver.epoch();
+            if role == Role::Incoming && receiver.phase() == DestinationPhase::Ready {
+                name = "ready";
+            }
+        }
+        let snapshot = machine.as_ref().map(|m| m.snapshot());
+        if role == Role::Home {
+            name = match &snapshot {
+                Some(s) if s.paused => "paused",
+                Some(_) => "running",
+                None => "ended",
+            };
+        }
+        let mut status = json!({
+            "state": name, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
+            "tracker": null, "migration": migration, "workload": null,
+        });
+        if let Some(s) = snapshot {
+            let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, .. } = s;
+            status["cpus"] = json!(cpus);
+            status["memory_bytes"] = json!(memory_bytes);
+            status["backing"] = json!(backing);
+            status["tracker"] = json!(tracker);
+            status["software_guest"] = json!(software);
+            status["warnings"] = json!(warnings);
+            if let Some(w) = workload {
+                status["workload"] = json!({
+                    "heartbeats": w.heartbeats,
+                    "operations": w.operations,
+                    "longest_gap_us": (w.longest_gap().as_secs_f64() * 1e7).round() / 10.0,
+                    "errors": w.errors,
+                    "cpus_online": w.cpus_online,
+                    "state": format!("{:?}", w.state).to_lowercase(),
+                    "first_error": w.first_error.as_ref().map(|e| json!({
+                        "kind": e.name(), "address": e.address, "expected": e.expected, "found": e.found,
+                    })),
+                });
+            }
+        }
+        status
+    }
+
+    fn cancel(&self) -> Result<Value, String> {
+        let mut state = self.lock();
+        let Some(controller) = state.controller.clone() else {
+            return Err("cancel: no migration is under way".into());
+        };
+        if state.role == Role::InDoubt {
+            return Err("cancel: too late, the VM may run at the destination".into());
+        }
+        controller.cancel("by the user");
+        while state.controller.is_some() && state.role == Role::Outgoing {
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        let outcome = state.last.as_ref().map_or(Value::Null, |r| r["outcome"].clone());
+        if outcome == "cancelled" || outcome == "failed" {
+            return Ok(json!({"outcome": outcome}));
+        }
+        Err(format!("cancel: too late, the migration is {}", outcome.as_str().unwrap_or("in doubt")))
+    }
+
+    fn adopt(&self) -> Result<Value, String> {
+        let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
+        receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
+        Ok(json!({"state": "running", "epoch": receiver.epoch()}))
+    }
+
+    fn memory(&self, gpa: u64, len: u64, out: &Path) -> Result<Value, String> {
+        let machine = self.lock().machine.clone().ok_or("memory: no VM is here")?;
+        let file = std::fs::File::create(out).map_err(|e| format!("{}: {e}", out.display()))?;
+        machine.dump(gpa, len, file).map_err(|e| format!("memory: {e}"))?;
+        Ok(json!({"gpa": gpa, "len": len, "out": out}))
+    }
+
+    fn migrate(
+        self: &Arc<Self>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let mut strategy: Box<dyn Strategy> = match request.strategy.as_str() {
+            "pre-copy" => Box::new(<PreCopy>::default()),
+            "stop-and-copy" => Box::new(StopAndCopy),
+            other => return Err(format!("no strategy {other}")),
+        };
+        let machine = self.home("migrate")?;
+        let (tx, updates) = std::sync::mpsc::channel();
+        let impact = match request.impact.as_str() {
+            "low" => GuestImpact::Low,
+            "fast" => GuestImpact::Fast,
+            _ => GuestImpact::Balanced,
+        };
+        let timeout = Duration::from_micros(request.timeout_us);
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            return Err(format!("migrate: this minivmm is {}", state.role.name()));
+        }
+        let options = SourceOptions {
+            streams: request.streams,
+            downtime_limit: Duration::from_micros(request.downtime_limit_us),
+            timeout: (!timeout.is_zero()).then_some(timeout),
+            on_timeout: if request.stop_on_timeout { OnTimeout::Stop } else { OnTimeout::Cancel },
+            impact,
+            payload_crc: request.checksum,
+            last_epoch: state.epoch,
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told { instance: self.clone(), client: Some(tx.clone()) }),
+            ..SourceOptions::default()
+        };
+        let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
+        let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
+        let (controller, commands) = Controller::new();
+        state.controller = Some(controller);
+        state.role = Role::Outgoing;
+        state.progress = None;
+        drop(state);
+        let instance = self.clone();
+        let body = move || {
+            let mut source = MachineSource::new(machine);
+            let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
+            drop(source);
+            instance.ended(&report);
+            // the client may be gone
+            let _ = tx.send(Update::Ended(report::to_json(&report)));
+        };
+        if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {
+            let mut state = self.lock();
+            (state.controller, state.role) = (None, Role::Home);
+            return Err(format!("migrate: no thread: {error}"));
+        }
+        // the client waits for the end, or until the migration is in doubt
+        for update in updates {
+            match update {
+                Update::Progress(p) if request.progress => progress(p),
+                Update::Progress(_) => {}
+                Update::Ended(report) => return Ok(report),
+            }
+        }
+        Err("migrate: the migration's thread ended without a report".into())
+    }
+
+    fn ended(&self, report: &Report) {
+        let mut state = self.lock();
+        state.epoch = report.epoch;
+        state.last = Some(report::to_json(report));
+        state.controller = None;
+        if report.outcome == migration_core::report::Outcome::Completed {
+            state.role = Role::Ended;
+            state.exit.get_or_insert(0);
+        } else {
+            state.role = Role::Home;
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Home => "running",
+            Role::Incoming => "incoming",
+            Role::Outgoing => "outgoing",
+            Role::InDoubt => "in-doubt",
+            Role::Ended => "ended",
+        }
+    }
+}
+
+/// What the client of a migration is told.
+enum Update {
+    Progress(Value),
+    Ended(Value),
+}
+
+/// Passes events on.
+struct Told {
+    instance: Arc<Instance>,
+    client: Option<std::sync::mpsc::Sender<Update>>,
+}
+
+impl Observer for Told {
+    fn event(&self, event: &Event) {
+        match event {
+            Event::Progress(p) => {
+                self.instance.lock().progress = Some(p.clone());
+                if let Some(client) = &self.client {
+                    let _ = client.send(Update::Progress(report::progress_to_json(p)));
+                }
+            }
+            Event::InDoubt(report) => {
+                let mut state = self.instance.lock();
+                state.role = Role::InDoubt;
+                state.last = Some(report::to_json(report));
+                drop(state);
+                self.instance.changed.notify_all();
+                if let Some(client) = &self.client {
+                    let _ = client.send(Update::Ended(report::to_json(report)));
+                }
+            }
+            Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),
+            Event::Discarded(why) => eprintln!("minivmm: what was received is discarded: {why}"),
+            Event::Warning(why) => eprintln!("minivmm: {why}"),
+            Event::Reconnecting { attempt, why } => eprintln!("minivmm: in doubt, reconnecting ({attempt}): {why}"),
+            _ => {}
+        }
+    }
+}

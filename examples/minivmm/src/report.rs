@@ -1,0 +1,128 @@
+//! Migrations as JSON, and as lines for people.
+
+use std::time::Duration;
+
+use migration_core::report::{Outcome, Progress, Report};
+use serde_json::{Value, json};
+
+/// Milliseconds with three decimals.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// The fields of the contract, and more.
+pub(crate) fn to_json(report: &Report) -> Value {
+    let rounds: Vec<Value> = report
+        .rounds
+        .iter()
+        .map(|r| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent}))
+        .collect();
+    let seconds = report.total.as_secs_f64();
+    let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
+    json!({
+        "strategy": report.strategy,
+        "outcome": report.outcome.as_str(),
+        "reason": report.reason,
+        "epoch": report.epoch,
+        "total_ms": ms(report.total),
+        "setup_ms": ms(report.setup),
+        "downtime_ms": report.downtime.map(ms),
+        "predicted_downtime_ms": report.predicted_downtime.map(ms),
+        "rounds": report.rounds.len(),
+        "round_details": rounds,
+        "streams": report.streams,
+        "wire_bytes": report.wire_bytes,
+        "downtime_bytes": report.downtime_bytes,
+        "mbps": (mbps * 10.0).round() / 10.0,
+        "ram_bytes": report.ram_bytes,
+        "state_bytes": report.state_bytes,
+        "pages": {
+            "total": report.pages.total,
+            "zero": report.pages.zero,
+            "hole": report.pages.hole,
+            "plain": report.pages.plain,
+            "distinct": report.pages.distinct,
+        },
+        "dirty_pages_per_second": report.dirty_pages_per_second.map(f64::round),
+        "throttle_percent": report.throttle_percent,
+    })
+}
+
+/// A migration that never began.
+pub(crate) fn not_begun(strategy: &str, reason: &str) -> Value {
+    json!({
+        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null,
+        "downtime_ms": null, "predicted_downtime_ms": null, "rounds": null, "streams": null, "wire_bytes": null,
+        "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
+    })
+}
+
+/// The exit status of `migrate` for an outcome, by its name.
+pub(crate) fn exit_status(outcome: &str) -> u8 {
+    match outcome {
+        "completed" => 0,
+        "cancelled" => 3,
+        "in-doubt" => 4,
+        _ => 1,
+    }
+}
+
+pub(crate) fn outcome_name(outcome: Outcome) -> &'static str {
+    outcome.as_str()
+}
+
+pub(crate) fn progress_to_json(p: &Progress) -> Value {
+    json!({
+        "phase": format!("{:?}", p.phase).to_lowercase(),
+        "round": p.round,
+        "round_pages": p.round_pages,
+        "round_sent": p.round_sent,
+        "wire_bytes": p.wire_bytes,
+        "mbps": (p.bytes_per_second * 8.0 / 1e6).round(),
+        "dirty_pages_per_second": p.dirty_pages_per_second.map(f64::round),
+        "expected_downtime_ms": p.expected_downtime.map(ms),
+        "throttle_percent": p.throttle_percent,
+        "elapsed_ms": ms(p.elapsed),
+        "eta_ms": p.eta.map(ms),
+    })
+}
+
+/// A report as aligned lines.
+pub(crate) fn to_lines(report: &Value) -> String {
+    let text = |v: &Value| match v {
+        Value::Null => "-".to_owned(),
+        Value::String(s) => s.clone(),
+        other => other.to_string(),
+    };
+    let mut lines = String::new();
+    let mut line = |name: &str, value: String| {
+        lines.push_str(&format!("{name:<24}{value}\n"));
+    };
+    for (key, unit) in [
+        ("strategy", ""),
+        ("outcome", ""),
+        ("reason", ""),
+        ("total_ms", " ms"),
+        ("setup_ms", " ms"),
+        ("downtime_ms", " ms"),
+        ("predicted_downtime_ms", " ms"),
+        ("rounds", ""),
+        ("streams", ""),
+        ("wire_bytes", ""),
+        ("ram_bytes", ""),
+        ("state_bytes", ""),
+        ("mbps", " Mbit/s"),
+        ("dirty_pages_per_second", ""),
+        ("throttle_percent", " %"),
+    ] {
+        match &report[key] {
+            Value::Null => {}
+            value => line(&key.trim_end_matches("_ms").replace('_', " "), format!("{}{unit}", text(value))),
+        }
+    }
+    if let Some(pages) = report["pages"].as_object() {
+        let pages: Vec<String> = pages.iter().map(|(k, v)| format!("{k} {v}")).collect();
+        line("pages", pages.join(", "));
+    }
+    lines
+}
