@@ -1,0 +1,316 @@
+//! A VM without a CPU: a thread that writes RAM on the heap, and marks what it writes.
+
+use std::{
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+};
+
+use bytes::Bytes;
+use migration_core::{
+    GuestRam, HeapRam, PAGE_SIZE, PageRange, RamLayout, RamRegion,
+    engine::{Receiver, ReceiverHandle, ReceiverOptions},
+    report::{Event, Observer},
+    spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
+    state::{Section, VmState},
+    tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
+    vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError, VmId},
+};
+
+/// The guest: increments a counter in each page, in order, over and over, while it runs.
+pub struct Guest {
+    ram: Arc<HeapRam>,
+    bitmap: Arc<DirtyBitmap>,
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+    /// The next page to write; the guest's only register.
+    pub at: AtomicU64,
+    idle: AtomicBool,
+    pub throttle: AtomicU32,
+}
+
+pub fn layout() -> RamLayout {
+    let regions = vec![RamRegion { gpa: 0, len: 3 << 20 }, RamRegion { gpa: 16 << 20, len: 1 << 20 }];
+    RamLayout::new(regions).unwrap()
+}
+
+impl Guest {
+    fn new() -> Arc<Self> {
+        let (ram, bitmap) = (Arc::new(HeapRam::new(layout()).unwrap()), DirtyBitmap::new(layout()));
+        let (at, throttle) = (AtomicU64::new(0), AtomicU32::new(0));
+        let state = Mutex::new((false, false));
+        Arc::new(Self { ram, bitmap, state, changed: Condvar::new(), at, idle: AtomicBool::new(true), throttle })
+    }
+
+    fn run(self: Arc<Self>) -> JoinHandle<()> {
+        thread::spawn(move || {
+            loop {
+                let mut state = self.state.lock().unwrap();
+                while !state.0 && !state.1 {
+                    self.idle.store(true, Ordering::SeqCst);
+                    self.changed.notify_all();
+                    state = self.changed.wait(state).unwrap();
+                }
+                if state.1 {
+                    return;
+                }
+                self.idle.store(false, Ordering::SeqCst);
+                drop(state);
+                for _ in 0..64 {
+                    self.step();
+                }
+                thread::yield_now();
+            }
+        })
+    }
+
+    fn step(&self) {
+        let layout = layout();
+        let page = self.at.load(Ordering::SeqCst) % layout.pages();
+        let gpa = layout.gpa_of(page).unwrap();
+        let ram: &dyn GuestRam = &*self.ram;
+        let mut count = [0; 8];
+        ram.read(gpa, &mut count).unwrap();
+        ram.write(gpa, &(u64::from_le_bytes(count) + 1).to_le_bytes()).unwrap();
+        self.bitmap.mark_page(page);
+        self.at.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub fn set_running(&self, running: bool) {
+        self.state.lock().unwrap().0 = running;
+        self.changed.notify_all();
+        if !running {
+            let mut state = self.state.lock().unwrap();
+            while !self.idle.load(Ordering::SeqCst) {
+                state = self.changed.wait(state).unwrap();
+            }
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.state.lock().unwrap().0
+    }
+
+    /// Every page has been written as often as the position says: there is exactly one edge.
+    pub fn check(&self) {
+        let (at, pages) = (self.at.load(Ordering::SeqCst), layout().pages());
+        let ram: &dyn GuestRam = &*self.ram;
+        for page in 0..pages {
+            let mut bytes = [0; PAGE_SIZE];
+            ram.slice(PageRange::new(page, 1)).unwrap().copy_to(&mut bytes);
+            let count = u64::from_le_bytes(*bytes.first_chunk().unwrap());
+            assert_eq!(count, at / pages + u64::from(page < at % pages), "page {page} at step {at}");
+            let rest = if page % 3 == 0 { 0 } else { page as u8 | 1 };
+            assert!(bytes[8..].iter().all(|&b| b == rest), "page {page}");
+        }
+    }
+}
+
+/// The VM at its source.
+pub struct TestVm {
+    pub guest: Arc<Guest>,
+    tracker: BitmapTracker,
+    thread: Option<JoinHandle<()>>,
+    pub failing_saves: u32,
+    pub released: bool,
+    pub doubt: bool,
+}
+
+impl TestVm {
+    /// A VM that runs, with two pages of three not zero.
+    pub fn new() -> Self {
+        let guest = Guest::new();
+        let ram: &dyn GuestRam = &*guest.ram;
+        for page in (0..layout().pages()).filter(|p| p % 3 != 0) {
+            let fill = [page as u8 | 1; PAGE_SIZE - 8];
+            ram.write(layout().gpa_of(page).unwrap() + 8, &fill).unwrap();
+        }
+        let tracker = BitmapTracker::new(guest.bitmap.clone());
+        let thread = Some(guest.clone().run());
+        guest.set_running(true);
+        Self { guest, tracker, thread, failing_saves: 0, released: false, doubt: false }
+    }
+
+    pub fn tracks(&self) -> bool {
+        self.tracker.is_active()
+    }
+}
+
+impl Drop for TestVm {
+    fn drop(&mut self) {
+        self.guest.state.lock().unwrap().1 = true;
+        self.guest.changed.notify_all();
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl SourceVm for TestVm {
+    fn describe(&mut self) -> Result<VmDescription, VmError> {
+        let (host_needs, config) = (Bytes::new(), Bytes::new());
+        Ok(VmDescription { id: VmId([3; 16]), layout: layout(), devices: Vec::new(), host_needs, config })
+    }
+
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        self.guest.ram.clone()
+    }
+
+    fn tracker(&mut self) -> &mut dyn DirtyTracker {
+        &mut self.tracker
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.guest.set_running(false);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        assert!(!self.doubt, "a VM that may run elsewhere is resumed");
+        self.guest.set_running(true);
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+        self.guest.throttle.store(percent.into(), Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<VmState, VmError> {
+        if self.failing_saves > 0 {
+            self.failing_saves -= 1;
+            return Err(VmError::new("the device is busy"));
+        }
+        let data = Bytes::copy_from_slice(&self.guest.at.load(Ordering::SeqCst).to_le_bytes());
+        Ok(VmState { sections: vec![Section { name: "cpu".into(), instance: 0, version: 1, data }] })
+    }
+
+    fn owner_in_doubt(&mut self) {
+        self.doubt = true;
+    }
+
+    fn released(&mut self) {
+        self.released = true;
+    }
+}
+
+/// The VM at its destination.
+struct Arriving {
+    guest: Arc<Guest>,
+    fail: bool,
+}
+
+impl DestinationVm for Arriving {
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        self.guest.ram.clone()
+    }
+
+    fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
+        if self.fail {
+            return Err(VmError::new("the state is refused, as asked"));
+        }
+        let cpu = state.find("cpu", 0).ok_or_else(|| VmError::new("no cpu"))?;
+        let at = cpu.data.first_chunk().ok_or_else(|| VmError::new("short"))?;
+        self.guest.at.store(u64::from_le_bytes(*at), Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn start(&mut self, running: bool) -> Result<(), VmError> {
+        // the memory is judged as it arrived, before anything writes it
+        self.guest.check();
+        self.guest.set_running(running);
+        Ok(())
+    }
+}
+
+/// Builds VMs, and passes on those that arrive.
+pub struct TestHost {
+    pub failing_loads: u32,
+    pub arrived: mpsc::Sender<Arc<Guest>>,
+    last: Option<Arc<Guest>>,
+}
+
+impl DestinationHost for TestHost {
+    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+        if vm.layout != layout() {
+            return Err(VmError::new("another layout"));
+        }
+        let guest = Guest::new();
+        self.last = Some(guest.clone());
+        let fail = self.failing_loads > 0;
+        self.failing_loads = self.failing_loads.saturating_sub(1);
+        Ok(Box::new(Arriving { guest, fail }))
+    }
+
+    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
+        if let Some(guest) = self.last.take() {
+            let _ = self.arrived.send(guest);
+        }
+    }
+}
+
+/// Counts threads, so that a test can see that all have ended.
+#[derive(Default)]
+pub struct CountingSpawner {
+    pub running: Arc<AtomicU32>,
+}
+
+impl Spawner for CountingSpawner {
+    fn spawn(
+        &self,
+        role: Role,
+        impact: GuestImpact,
+        name: &str,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> std::io::Result<Box<dyn Joiner>> {
+        let running = self.running.clone();
+        running.fetch_add(1, Ordering::SeqCst);
+        let body = Box::new(move || {
+            body();
+            running.fetch_sub(1, Ordering::SeqCst);
+        });
+        StdSpawner.spawn(role, impact, name, body)
+    }
+}
+
+/// Keeps what happened, for messages of failing tests.
+#[derive(Default)]
+pub struct Log(pub Mutex<Vec<String>>);
+
+impl Observer for Log {
+    fn event(&self, event: &Event) {
+        self.0.lock().unwrap().push(format!("{event:?}"));
+    }
+}
+
+/// A receiver on a thread of its own.
+pub struct Destination {
+    pub handle: ReceiverHandle,
+    pub arrived: mpsc::Receiver<Arc<Guest>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Destination {
+    pub fn start(mut listener: Box<dyn migration_core::channel::Listener>, failing_loads: u32) -> Self {
+        let (tx, arrived) = mpsc::channel();
+        let options = ReceiverOptions {
+            idle_timeout: std::time::Duration::from_secs(2),
+            ..ReceiverOptions::default()
+        };
+        let receiver = Receiver::new(Box::new(TestHost { failing_loads, arrived: tx, last: None }), options);
+        let handle = receiver.handle();
+        let thread = thread::spawn(move || {
+            // a test that stops it knows why
+            let _ = receiver.run(&mut *listener);
+        });
+        Self { handle, arrived, thread: Some(thread) }
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        self.handle.stop();
+        self.thread.take().map(JoinHandle::join);
+    }
+}
