@@ -1,1 +1,14 @@
-//! Placeholder while the crate is written.
+//! Live migration on Linux and KVM: guest RAM, dirty trackers, vCPU and VM state, thread priorities.
+//!
+//! Everything here implements a trait of migration-core, and can be replaced by a VMM's own. A VMM takes what it lacks:
+//! [`ram`] if it does not map guest memory by itself (or an adapter for vm-memory), a [`tracker`] that [`probe`] finds
+//! available, [`state`] for its vCPUs, and [`spawner`] for threads with priorities.
+//!
+//! Unsafe code lives in named modules only; each block argues why it is sound.
+#![deny(unsafe_code)]
+
+pub mod probe;
+pub mod ram;
+pub mod spawner;
+pub mod state;
+pub mod tracker;

@@ -80,8 +80,10 @@ impl Instance {
         self.changed.notify_all();
         let instance = self.clone();
         // tells when the guest ends by itself; the machine ends this wait when it moves away
+        let end = machine.wait_end();
+        drop(machine);
         let watch = move || {
-            if let Some(end) = machine.wait_end() {
+            if let Some(end) = end() {
                 eprintln!("minivmm: the VM has ended: {end}");
                 instance.lock().role = Role::Ended;
                 instance.exit(5);

@@ -1,2 +1,125 @@
-//! A small reference VMM.
-fn main() {}
+//! `minivmm`, the reference VMM: small but real, and the place to see how a VMM plugs into the migration crates. The
+//! glue is `vmm/glue.rs`; everything else is what any VMM has.
+#![deny(unsafe_code)]
+
+#[cfg(any())]
+mod bench;
+mod cli;
+mod client;
+mod control;
+mod demo;
+mod instance;
+mod report;
+mod vmm;
+mod workload;
+
+use std::{
+    io::Write,
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::Parser;
+use cli::{Cli, Command, Common, Receive, Run, Workload};
+use control::ControlSocket;
+use instance::Instance;
+use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let result = match &cli.command {
+        Command::Run(args) => run(args),
+        Command::Receive(args) => receive(args),
+        Command::Ctl(args) => Ok(client::run(args)),
+        Command::Workload(args) => workload(args),
+        Command::Demo(args) => Ok(demo::run(args)),
+        Command::Bench(_) => Ok(2),
+    };
+    ExitCode::from(result.unwrap_or_else(|why| {
+        eprintln!("minivmm: {why}");
+        1
+    }))
+}
+
+/// A wrong command line. Programs that asked for JSON get JSON.
+fn usage(error: &clap::Error) -> ExitCode {
+    let wants_json = std::env::args().any(|a| a == "--json");
+    if wants_json && error.use_stderr() {
+        let why = error.render().to_string();
+        return ExitCode::from(client::usage(true, why.lines().next().unwrap_or("wrong command line")));
+    }
+    // best effort: there is nobody else to tell
+    let _ = error.print();
+    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+}
+
+fn run(args: &Run) -> Result<u8, String> {
+    if let Some(spec) = &args.workload
+        && let Err(error) = workload::check_spec(spec)
+    {
+        eprintln!("minivmm: {error}");
+        return Ok(2);
+    }
+    let config = MachineConfig::new(args.memory, args.cpus, args.backing, args.tracker);
+    let machine = Machine::new(config, &SerialTarget::from(args.common.serial.as_str())).map_err(|e| e.to_string())?;
+    match (&args.kernel, &args.workload) {
+        (Some(path), _) => machine.boot_file(path, &args.cmdline).map_err(|e| e.to_string())?,
+        (None, Some(spec)) => machine.boot_workload(spec).map_err(|e| e.to_string())?,
+        (None, None) => {}
+    }
+    let machine = Arc::new(machine);
+    let instance = Instance::new();
+    instance.own(machine.clone());
+    serve(&args.common, &instance)?;
+    machine.start(!args.paused).map_err(|e| e.to_string())?;
+    Ok(instance.wait_exit())
+}
+
+fn receive(args: &Receive) -> Result<u8, String> {
+    let instance = Instance::new();
+    let host = HostOptions {
+        serial: SerialTarget::from(args.common.serial.as_str()),
+        backing: args.backing,
+        tracker: args.tracker,
+    };
+    let address = instance.receive(&args.listen, host)?;
+    serve(&args.common, &instance)?;
+    println!("listening {address}");
+    // whoever reads the address may wait for it
+    let _ = std::io::stdout().flush();
+    Ok(instance.wait_exit())
+}
+
+fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
+    match &common.control {
+        Some(path) => ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string()),
+        None => Ok(()),
+    }
+}
+
+fn workload(args: &Workload) -> Result<u8, String> {
+    match (&args.emit, &args.out) {
+        (Some(spec), Some(out)) => {
+            let elf = match workload::elf(spec, args.cpus, vmm::host_tsc_khz().unwrap_or(0)) {
+                Ok(elf) => elf,
+                Err(error) => {
+                    eprintln!("minivmm: {error}");
+                    return Ok(2);
+                }
+            };
+            std::fs::write(out, elf).map_err(|e| format!("{}: {e}", out.display()))?;
+        }
+        _ => {
+            for info in workload::LIST {
+                println!("{:<12}{}", info.name, info.summary);
+                for key in info.keys.iter().chain(workload::COMMON_KEYS) {
+                    println!("{:<12}    {}={}", "", key.name, key.default);
+                }
+            }
+        }
+    }
+    Ok(0)
+}

@@ -13,7 +13,7 @@ pub mod spec;
 use layout::{
     BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, MAX_SPEC, PARAMS_ADDRESS, PARAMS_MAGIC, board, fault, params, record,
 };
-pub use spec::{COMMON_KEYS, LIST, WorkloadInfo};
+pub use spec::{COMMON_KEYS, LIST};
 use spec::{Kind, Spec, SpecError};
 
 /// The guest as it was compiled, with an empty spec: it then looks for `workload=…` on its command line.

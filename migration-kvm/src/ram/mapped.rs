@@ -217,19 +217,21 @@ unsafe impl GuestRam for MappedRam {
             match (&region.file, self.backing) {
                 // pages of a file may be populated without being mapped here: ask the file
                 (Some(file), Backing::Memfd) => data_extents(file.as_fd(), len, |from, end| add(from, end, into))?,
-                (file, _) => {
-                    self.pagemap.populated(address, len, |from, end| {
+                (Some(file), _) => {
+                    self.pagemap.resident(address, len, |from, end| {
                         mapped += end - from;
                         add(from - address, end - address, into);
                     })?;
-                    if let Some(file) = file {
-                        // hugetlbfs cannot say where its data is, only how much: where another process populated
-                        // pages that are not mapped here, every page may be one of them
-                        let blocks = fstat(file)?.st_blocks.max(0) as u64;
-                        if blocks.saturating_mul(512) > mapped {
-                            into.insert_range(pages);
-                        }
+                    // hugetlbfs cannot say where its data is, only how much: where there are pages that are not
+                    // mapped here (another process populated them, or one is just being moved), any may be one
+                    let blocks = fstat(file)?.st_blocks.max(0) as u64;
+                    if blocks.saturating_mul(512) > mapped {
+                        into.insert_range(pages);
                     }
+                }
+                (None, _) => {
+                    let found = |from, end| add(from - address, end - address, into);
+                    self.pagemap.populated(address, len, found)?;
                 }
             }
         }

@@ -67,25 +67,26 @@ pub(crate) struct Query {
     pub(crate) inverted: u64,
     pub(crate) all: u64,
     pub(crate) any: u64,
-    /// Runs differ where these categories differ. What is asked for changes what the kernel sees, see
-    /// [`Query::written_conservative`].
+    /// Runs differ where these categories differ.
     pub(crate) reported: u64,
 }
 
 impl Query {
-    /// Pages written since the last such scan; they are write-protected again. For private memory: pages that were
-    /// never populated do not match.
+    /// Pages written since the last such scan; they are write-protected again. For memory whose page table entries
+    /// stay (private memory). Entries that are empty do not match: the kernel would count them as written
+    /// and fill them with markers, which look swapped out to [`Pagemap::populated`] and take page tables for all of RAM.
+    /// They need none: what is populated later comes unprotected, and so counts as written.
     pub(crate) fn written() -> Self {
         let flags = WP_MATCHING | CHECK_WPASYNC;
-        Self { flags, all: WRITTEN, reported: WRITTEN | PRESENT, ..Self::default() }
+        Self { flags, all: WRITTEN, any: PRESENT | SWAPPED, reported: WRITTEN | PRESENT, ..Self::default() }
     }
 
     /// The same for shared memory. The kernel may take the page table entry of a written page of a file away (when it
-    /// reclaims the page), and no trace stays of the write. With exactly these masks the kernel counts entries that
-    /// are empty and not marked as written too, and marks them, so none is lost; the price is that never populated
-    /// pages match until their first scan, which the caller sorts out by asking the file.
+    /// reclaims the page), and no trace stays of the write. So here empty entries count as written, and get markers;
+    /// an entry that became empty since is reported. The price is that never populated pages may match too, which
+    /// the caller sorts out by asking the file.
     pub(crate) fn written_conservative() -> Self {
-        Self { reported: WRITTEN, ..Self::written() }
+        Self { any: 0, reported: WRITTEN, ..Self::written() }
     }
 }
 
@@ -141,7 +142,7 @@ impl Pagemap {
             runs.iter().filter(|r| r.start < r.end).for_each(|r| found(r.start, r.end));
             // a call may stop early although there was room: go on from where it stopped
             let reached = arg.walk_end.max(runs.last().map_or(0, |r| r.end));
-            if reached >= end {
+            if reached >= end || at >= end {
                 return Ok(());
             }
             if reached <= at {
@@ -152,12 +153,24 @@ impl Pagemap {
     }
 
     /// Calls `found(start, end)` for runs of addresses that have memory of their own, in RAM or swapped out.
-    pub(crate) fn populated(&self, start: u64, len: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+    pub(crate) fn populated(&self, start: u64, len: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
         if self.can_scan {
             return self.scan(start, len, present(), found);
         }
-        // before Linux 6.7: eight bytes a page, bit 63 present, bit 62 swapped. It cannot tell the page of zeros,
-        // which then counts as populated.
+        self.read_entries(start, len, 62, found)
+    }
+
+    /// Calls `found(start, end)` for runs of addresses that are mapped to memory in RAM.
+    pub(crate) fn resident(&self, start: u64, len: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
+        if self.can_scan {
+            return self.scan(start, len, Query { any: PRESENT, ..present() }, found);
+        }
+        self.read_entries(start, len, 63, found)
+    }
+
+    /// The same by reading the entries, for kernels before Linux 6.7: a page matches when a bit from `bit` up is set.
+    fn read_entries(&self, start: u64, len: u64, bit: u32, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+        // eight bytes a page, bit 63 present, bit 62 swapped. They cannot tell the page of zeros, which then counts.
         const WORDS: usize = 4096;
         let mut bytes = vec![0; WORDS * 8];
         let (mut page, end) = (start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT);
@@ -165,7 +178,7 @@ impl Pagemap {
             let words = WORDS.min((end - page) as usize);
             self.file.read_exact_at(&mut bytes[..words * 8], page * 8)?;
             for word in bytes[..words * 8].as_chunks::<8>().0 {
-                if u64::from_ne_bytes(*word) >> 62 != 0 {
+                if u64::from_ne_bytes(*word) >> bit != 0 {
                     found(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT);
                 }
                 page += 1;
@@ -177,7 +190,7 @@ impl Pagemap {
 
 fn present() -> Query {
     // matches pages that are not the page of zeros, and present or swapped
-    Query { inverted: ZERO_PAGE, all: ZERO_PAGE, any: PRESENT | SWAPPED, reported: 0, ..Query::default() }
+    Query { inverted: ZERO_PAGE, all: ZERO_PAGE, any: PRESENT | SWAPPED, reported: PRESENT, ..Query::default() }
 }
 
 /// Calls `found(from, end)` for runs of bytes that hold data in the first `len` bytes of `file`, as multiples of

@@ -1,0 +1,111 @@
+//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`.
+//!
+//! The same for every VMM, and none of them takes part in it: the board page is looked for in the process's memory,
+//! one MiB behind the start of a mapping that is large enough for the guest's RAM.
+
+use std::{
+    fs::File,
+    ops::Range,
+    os::unix::fs::FileExt,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::process::Process;
+use crate::workload::{
+    Board, State,
+    layout::{BOARD_ADDRESS, board},
+};
+
+/// How often the board is looked at while something is awaited.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// A guest in a process.
+pub(super) struct Guest {
+    memory: File,
+    base: u64,
+    len: u64,
+}
+
+impl Guest {
+    /// Waits until a guest of ours with `len` bytes of RAM works in `process`.
+    pub(super) fn find(process: &mut Process, len: u64, limit: Duration) -> Result<Self, String> {
+        let start = Instant::now();
+        let path = format!("/proc/{}/mem", process.pid());
+        let open = || File::options().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"));
+        loop {
+            process.check()?;
+            for mapping in process.mappings()?.iter().filter(|m| m.writable) {
+                // up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first
+                if mapping.range.end - mapping.range.start < len.min(2 << 30) {
+                    continue;
+                }
+                // a mapping may have grown together with its neighbour: only then the rest of it is looked at
+                let places = if start.elapsed() > limit / 2 { mapping.range.end - mapping.range.start } else { 1 };
+                for base in (mapping.range.start..mapping.range.start + places).step_by(2 << 20) {
+                    let guest = Self { memory: open()?, base, len };
+                    match guest.board() {
+                        Ok(board) if board.state == State::Running && board.cpus_online > 0 => return Ok(guest),
+                        Ok(board) if board.state == State::Failed => {
+                            return Err(format!("the guest failed: {:?}", board.first_error));
+                        }
+                        // something else, or a guest that has not begun
+                        _ => {}
+                    }
+                }
+            }
+            if start.elapsed() > limit {
+                return Err(format!("no guest works in process {} after {limit:?}", process.pid()));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Where its RAM (up to the hole) is in the process.
+    pub(super) fn ram(&self) -> Range<u64> {
+        self.base..self.base + self.len
+    }
+
+    /// The board as it is now.
+    pub(super) fn board(&self) -> Result<Board, String> {
+        let mut page = [0; 4096];
+        let at = self.base + BOARD_ADDRESS;
+        self.memory.read_exact_at(&mut page, at).map_err(|e| format!("guest memory at {at:#x}: {e}"))?;
+        Board::parse(&page).ok_or_else(|| "no board where it was".into())
+    }
+
+    /// Writes a control word of the board.
+    fn set(&self, word: usize, value: u64) -> Result<(), String> {
+        let at = self.base + BOARD_ADDRESS + word as u64;
+        self.memory.write_all_at(&value.to_le_bytes(), at).map_err(|e| format!("guest memory at {at:#x}: {e}"))
+    }
+
+    fn wait(&self, what: &str, limit: Duration, done: impl Fn(&Board) -> bool) -> Result<Board, String> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let board = self.board()?;
+            if done(&board) {
+                return Ok(board);
+            }
+            if Instant::now() > deadline {
+                return Err(format!("the guest does not {what}: {board:?}"));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Lets the guest forget its longest gap, and measure from now on.
+    pub(super) fn reset_gap(&self) -> Result<Board, String> {
+        let next = self.board()?.reset_seen + 1;
+        self.set(board::CONTROL, next)?;
+        self.wait("reset its gap", Duration::from_secs(10), |b| b.reset_seen == next)
+    }
+
+    /// Lets the guest check all its pages; how many it found wrong, ever.
+    pub(super) fn verify(&self) -> Result<u64, String> {
+        let next = self.board()?.verify_done + 1;
+        self.set(board::VERIFY, next)?;
+        let done = self.wait("verify its pages", Duration::from_secs(120), |b| b.verify_done == next)?;
+        Ok(done.errors)
+    }
+}

@@ -1,0 +1,356 @@
+//! One run: a guest that works, a migration, and what it cost; and the runs without a migration to compare with.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use migration_core::{
+    channel::{Connector, Listener, ReadHalf, WriteHalf},
+    page::{PageRange, RamLayout, RamRegion},
+    ram::GuestRam,
+};
+use migration_kvm::ram::{Backing, MappedRam};
+use migration_transport::{Address, ConnectOptions, bind, connector};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    guest::Guest,
+    ours,
+    process::{Beyond, Folder, MemorySampler, Process, VcpuSampler, field, vcpu_seconds},
+    qemu,
+};
+use crate::{vmm::host_tsc_khz, workload};
+
+/// How long a guest may take to fill its pages.
+const FILL: Duration = Duration::from_secs(120);
+/// The guest is watched this long before the migration.
+const BEFORE: Duration = Duration::from_millis(300);
+/// And this long after it, while the source's memory is given back: what disturbs it then counts too.
+const AFTER: Duration = Duration::from_millis(300);
+/// Bytes a write or read of the bare copy.
+const CHUNK: u64 = 1 << 20;
+
+/// Whose run it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Vmm {
+    Minivmm,
+    Qemu,
+}
+
+/// What is run.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Setup {
+    pub(super) vmm: Vmm,
+    /// The column or line of a table that it belongs to.
+    pub(super) label: String,
+    pub(super) workload: String,
+    /// Bytes of guest RAM.
+    pub(super) memory: u64,
+    pub(super) streams: u16,
+    pub(super) impact: &'static str,
+    /// Looks at the memory of both processes, which disturbs the times.
+    pub(super) watch_memory: bool,
+}
+
+/// What a VMM says of a migration.
+pub(super) struct Moved {
+    pub(super) total: Duration,
+    pub(super) own_total_ms: Option<f64>,
+    pub(super) own_downtime_ms: Option<f64>,
+    pub(super) report: Value,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Run {
+    pub(super) setup: Setup,
+    /// From the request to the answer that it is complete, as a client sees it.
+    pub(super) total_ms: f64,
+    /// The tool's own figures.
+    pub(super) own_total_ms: Option<f64>,
+    pub(super) own_downtime_ms: Option<f64>,
+    /// The longest time between two looks of the guest at its clock, during and after the migration.
+    pub(super) gap_ms: f64,
+    /// The same in the moment before the migration.
+    pub(super) gap_before_ms: f64,
+    /// CPU seconds of both processes: the source's until its end, the destination's until completion.
+    pub(super) cpu_s: f64,
+    pub(super) cpu_source_s: f64,
+    pub(super) cpu_destination_s: f64,
+    /// The part of them that the vCPU threads used.
+    pub(super) cpu_vcpu_s: f64,
+    /// The guest's operations a second before, and on average while it migrated.
+    pub(super) operations_before: f64,
+    pub(super) operations_during: f64,
+    /// Bytes of the guest's RAM in huge pages at source and destination.
+    pub(super) huge_source: u64,
+    pub(super) huge_destination: u64,
+    /// Pages that the guest found wrong when it checked all of them at the end.
+    pub(super) guest_errors: u64,
+    /// Source and destination, if they were watched.
+    pub(super) beyond: Option<[Beyond; 2]>,
+    /// The VMM's report.
+    pub(super) report: Value,
+}
+
+enum Source {
+    Ours(ours::Source),
+    Qemu(qemu::Source, PathBuf),
+}
+
+enum Pair {
+    Ours(ours::Pair),
+    Qemu(qemu::Pair),
+}
+
+impl Source {
+    fn start(folder: &Folder, setup: &Setup) -> Result<Self, String> {
+        match setup.vmm {
+            Vmm::Minivmm => ours::Source::start(folder, setup).map(Self::Ours),
+            Vmm::Qemu => {
+                let elf = folder.path("guest.elf");
+                let image = workload::elf(&setup.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
+                std::fs::write(&elf, image).map_err(|e| format!("{}: {e}", elf.display()))?;
+                Ok(Self::Qemu(qemu::Source::start(folder, setup, &elf)?, elf))
+            }
+        }
+    }
+
+    fn process(&mut self) -> &mut Process {
+        match self {
+            Self::Ours(source) => &mut source.process,
+            Self::Qemu(source, _) => &mut source.process,
+        }
+    }
+
+    fn pair(self, folder: &Folder, setup: &Setup) -> Result<Pair, String> {
+        Ok(match self {
+            Self::Ours(source) => Pair::Ours(source.pair(folder, setup)?),
+            Self::Qemu(source, elf) => Pair::Qemu(source.pair(folder, setup, &elf)?),
+        })
+    }
+}
+
+impl Pair {
+    fn processes(&mut self) -> (&mut Process, &mut Process) {
+        match self {
+            Self::Ours(pair) => (&mut pair.source, &mut pair.destination),
+            Self::Qemu(pair) => (&mut pair.source, &mut pair.destination),
+        }
+    }
+
+    fn migrate(&mut self) -> Result<Moved, String> {
+        match self {
+            Self::Ours(pair) => pair.migrate(),
+            Self::Qemu(pair) => pair.migrate(),
+        }
+    }
+
+    /// minivmm's source ends by itself, QEMU's is asked to.
+    fn end_source(&mut self) -> Result<f64, String> {
+        if let Self::Qemu(pair) = self {
+            pair.end_source()?;
+        }
+        self.processes().0.wait()
+    }
+}
+
+/// Milliseconds with three decimals.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// The guest's operations a second between two looks.
+fn rate(before: &workload::Board, after: &workload::Board, time: Duration) -> f64 {
+    (after.operations.saturating_sub(before.operations) as f64 / time.as_secs_f64()).round()
+}
+
+/// Bytes of RAM in huge pages.
+fn huge(process: &Process, guest: &Guest) -> u64 {
+    let ram = guest.ram();
+    let mappings = process.mappings().unwrap_or_default();
+    mappings.iter().filter(|m| m.range.start < ram.end && ram.start < m.range.end).map(|m| m.huge).sum()
+}
+
+/// Runs a migration once.
+pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
+    let mut source = Source::start(folder, setup)?;
+    let guest = Guest::find(source.process(), setup.memory, FILL)?;
+    let huge_source = huge(source.process(), &guest);
+    let mut pair = source.pair(folder, setup)?;
+    warm(setup.memory)?;
+
+    let (began, first) = (Instant::now(), guest.reset_gap()?);
+    thread::sleep(BEFORE);
+    let before = guest.board()?;
+    let operations_before = rate(&first, &before, began.elapsed());
+    let gap_before_ms = ms(before.longest_gap());
+
+    let (from, to) = pair.processes();
+    let (from_pid, to_pid) = (from.pid(), to.pid());
+    let watch = |pid| MemorySampler::start(pid, Duration::from_millis(5));
+    let watched = if setup.watch_memory { Some((watch(from_pid)?, watch(to_pid)?)) } else { None };
+    let sampler = VcpuSampler::start(from_pid)?;
+    let start = (from.cpu_seconds()?, to.cpu_seconds()?, vcpu_seconds(to_pid));
+    let (began, first) = (Instant::now(), guest.reset_gap()?);
+    let moved = pair.migrate()?;
+    let (_, to) = pair.processes();
+    let end = (to.cpu_seconds()?, vcpu_seconds(to_pid));
+    let window = began.elapsed();
+
+    let cpu_source_s = pair.end_source()? - start.0;
+    let cpu_vcpu_s = sampler.finish() + (end.1 - start.2);
+    let (_, to) = pair.processes();
+    let arrived = Guest::find(to, setup.memory, Duration::from_secs(10))?;
+    let at_end = arrived.board()?;
+    // the guest went on working until it was found
+    let operations_during = rate(&first, &at_end, began.elapsed().max(window));
+    thread::sleep(AFTER);
+    let after = arrived.board()?;
+    let beyond = match watched {
+        Some((at_source, at_destination)) => {
+            Some([at_source.finish(&guest.ram())?, at_destination.finish(&arrived.ram())?])
+        }
+        None => None,
+    };
+    let huge_destination = huge(to, &arrived);
+    let guest_errors = arrived.verify()?;
+    if let Pair::Ours(pair) = &pair {
+        // both ways to the board must agree
+        let status = pair.status()?;
+        if status["workload"].is_null() {
+            return Err(format!("the destination does not see the guest's board: {status}"));
+        }
+    }
+    Ok(Run {
+        setup: setup.clone(),
+        total_ms: ms(moved.total),
+        own_total_ms: moved.own_total_ms,
+        own_downtime_ms: moved.own_downtime_ms,
+        gap_ms: ms(after.longest_gap()),
+        gap_before_ms,
+        cpu_s: cpu_source_s + end.0 - start.1,
+        cpu_source_s,
+        cpu_destination_s: end.0 - start.1,
+        cpu_vcpu_s,
+        operations_before,
+        operations_during,
+        huge_source,
+        huge_destination,
+        guest_errors,
+        beyond,
+        report: moved.report,
+    })
+}
+
+fn ram(bytes: u64) -> Result<MappedRam, String> {
+    let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: bytes.next_multiple_of(2 << 20) }]);
+    MappedRam::new(layout.map_err(|e| e.to_string())?, Backing::TransparentHuge).map_err(|e| e.to_string())
+}
+
+fn populate(ram: &MappedRam) -> Result<(), String> {
+    ram.warm(PageRange::new(0, ram.layout().pages())).map_err(|e| e.to_string())
+}
+
+/// Touches and frees as much memory as a source and a destination of a guest of this size need, so that the host has
+/// it at hand. As much as the machine has to spare, if that is less.
+pub(super) fn warm(guest: u64) -> Result<(), String> {
+    let available = field("/proc/meminfo".as_ref(), "MemAvailable");
+    let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
+    populate(&ram((guest * 5 / 2).min(available / 5 * 3))?)
+}
+
+/// Copies `bytes` of incompressible memory over so many TCP connections into fresh memory in huge pages; the time.
+fn copy(bytes: u64, streams: u64) -> Result<Duration, String> {
+    let (from, to) = (ram(bytes)?, ram(bytes)?);
+    populate(&from)?;
+    let mut word = 1u64;
+    let mut block = vec![0; CHUNK as usize];
+    for piece in block.chunks_exact_mut(8) {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        piece.copy_from_slice(&word.to_le_bytes());
+    }
+    for at in (0..bytes / CHUNK).map(|n| n * CHUNK) {
+        from.write(at, &block)?;
+    }
+    // the fresh memory is not touched yet, but the host has it at hand
+    populate(&ram(bytes)?)?;
+    let address: Address = "tcp:127.0.0.1:0".parse().map_err(|e| format!("{e}"))?;
+    let mut listener = bind(&address).map_err(|e| format!("{address}: {e}"))?;
+    let bound: Address = listener.address().parse().map_err(|e| format!("{e}"))?;
+    let link = connector(&bound, ConnectOptions::default());
+    let mut ends = Vec::new();
+    for _ in 0..streams {
+        let near = link.connect().and_then(|c| c.split()).map_err(|e| format!("{bound}: {e}"))?;
+        let far = listener.accept(Duration::from_secs(10)).map_err(|e| e.to_string())?.ok_or("nobody came")?;
+        ends.push((near.writer, far.split().map_err(|e| e.to_string())?.reader));
+    }
+    let (from, to) = (&from, &to);
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (lane, (mut writer, mut reader)) in ends.into_iter().enumerate() {
+            let pieces = move || (lane as u64..bytes / CHUNK).step_by(streams as usize).map(|n| n * CHUNK);
+            threads.push(scope.spawn(move || {
+                pieces().try_for_each(|at| writer.write_all(&[], &[from.slice_at(at, CHUNK)?]).map_err(Into::into))
+            }));
+            threads.push(scope.spawn(move || {
+                pieces().try_for_each(|at| reader.read_ram(&[to.slice_at(at, CHUNK)?]).map_err(Into::into))
+            }));
+        }
+        for thread in threads {
+            let result: Result<(), Error> = thread.join().map_err(|_| "a thread of the bare copy panicked")?;
+            result.map_err(|e| format!("bare copy: {e}"))?;
+        }
+        Ok::<(), String>(())
+    })?;
+    Ok(begin.elapsed())
+}
+
+/// What threads of the copy may meet.
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// The time of a bare copy, the least that any migration of so much data takes here.
+pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
+    warm(bytes)?;
+    copy(bytes, streams).map(ms)
+}
+
+/// The longest gap of a guest that stays where it is for `window`, beside a bulk copy over so many streams (0: beside
+/// nothing).
+pub(super) fn control(folder: &Folder, setup: &Setup, streams: u64, bytes: u64, window: Duration) -> Result<f64, String> {
+    let mut source = Source::start(folder, setup)?;
+    let guest = Guest::find(source.process(), setup.memory, FILL)?;
+    warm(setup.memory)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    thread::scope(|scope| {
+        let copies = (streams > 0).then(|| {
+            let stop = stop.clone();
+            scope.spawn(move || {
+                while !stop.load(Ordering::Acquire) {
+                    copy(bytes, streams)?;
+                }
+                Ok::<(), String>(())
+            })
+        });
+        let watched = guest.reset_gap().and_then(|_| {
+            thread::sleep(window);
+            guest.board()
+        });
+        stop.store(true, Ordering::Release);
+        if let Some(copies) = copies {
+            copies.join().map_err(|_| "the copy panicked")??;
+        }
+        Ok(ms(watched?.longest_gap()))
+    })
+}

@@ -1,0 +1,193 @@
+//! QEMU, driven through its machine protocol (QMP).
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    measure::{Moved, Setup},
+    process::{Folder, Process},
+};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// How long an answer or an event may take.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Bytes a second: no limit in effect.
+const BANDWIDTH: u64 = 100_000_000_000;
+/// Milliseconds, as for minivmm.
+const DOWNTIME_LIMIT: u64 = 300;
+
+/// The version line, if QEMU is installed.
+pub(super) fn version() -> Option<String> {
+    let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().next().map(|line| line.trim_start_matches("QEMU emulator version").trim().to_owned())
+}
+
+/// Two QEMUs: the guest runs in one, the other waits.
+pub(super) struct Pair {
+    pub(super) source: Process,
+    pub(super) destination: Process,
+    source_qmp: Qmp,
+    destination_qmp: Qmp,
+    uri: String,
+}
+
+/// A QEMU with the guest, not yet ready to migrate.
+pub(super) struct Source {
+    pub(super) process: Process,
+    qmp: Qmp,
+}
+
+fn start(folder: &Folder, name: &'static str, setup: &Setup, elf: &Path, more: &[&str]) -> Result<(Process, Qmp), String> {
+    let socket = folder.path(&format!("{name}.qmp"));
+    // a socket of an earlier run would answer before this one does
+    let _ = std::fs::remove_file(&socket);
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(["-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", "1", "-nodefaults", "-nographic"])
+        .args(["-display", "none", "-serial", "none", "-monitor", "none", "-name", "bench,debug-threads=on"])
+        .args(["-m", &format!("{}M", setup.memory >> 20)])
+        .arg("-kernel")
+        .arg(elf)
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .args(more);
+    let mut process = Process::start(name, command, folder.path(&format!("{name}.log")))?;
+    let qmp = Qmp::connect(&mut process, socket)?;
+    Ok((process, qmp))
+}
+
+impl Source {
+    pub(super) fn start(folder: &Folder, setup: &Setup, elf: &Path) -> Result<Self, String> {
+        let (process, qmp) = start(folder, "qemu-source", setup, elf, &[])?;
+        Ok(Self { process, qmp })
+    }
+
+    /// Starts the destination and readies both.
+    pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
+        let (destination, mut destination_qmp) =
+            start(folder, "qemu-destination", setup, elf, &["-incoming", "defer"])?;
+        let mut source_qmp = self.qmp;
+        let multifd = setup.streams > 1;
+        for (qmp, is_source) in [(&mut source_qmp, true), (&mut destination_qmp, false)] {
+            qmp.call(
+                "migrate-set-capabilities",
+                json!({"capabilities": [
+                    {"capability": "multifd", "state": multifd},
+                    {"capability": "events", "state": true},
+                ]}),
+            )?;
+            if multifd {
+                qmp.call("migrate-set-parameters", json!({"multifd-channels": setup.streams}))?;
+            }
+            if is_source {
+                let limits = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT});
+                qmp.call("migrate-set-parameters", limits)?;
+            }
+        }
+        destination_qmp.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
+        let port = destination_qmp.call("query-migrate", json!({}))?;
+        let port = port["socket-address"][0]["port"].as_str().map(str::to_owned);
+        let port = port.ok_or("QEMU does not say at which port it listens")?;
+        let uri = format!("tcp:127.0.0.1:{port}");
+        Ok(Pair { source: self.process, destination, source_qmp, destination_qmp, uri })
+    }
+}
+
+impl Pair {
+    /// Migrates; returns when the source says that it is complete and the guest runs at the destination.
+    pub(super) fn migrate(&mut self) -> Result<Moved, String> {
+        let start = Instant::now();
+        self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
+        let end = self.source_qmp.event(|e| {
+            e["event"] == "MIGRATION" && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
+        })?;
+        if end["data"]["status"] != "completed" {
+            let why = self.source_qmp.call("query-migrate", json!({}))?;
+            return Err(format!("QEMU's migration is {}: {}", end["data"]["status"], why["error-desc"]));
+        }
+        self.destination_qmp.event(|e| e["event"] == "RESUME")?;
+        let total = start.elapsed();
+        let report = self.source_qmp.call("query-migrate", json!({}))?;
+        let ms = |key: &str| report[key].as_f64();
+        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+    }
+
+    /// Ends the source.
+    pub(super) fn end_source(&mut self) -> Result<(), String> {
+        self.source_qmp.call("quit", json!({})).map(drop)
+    }
+}
+
+/// A connection to a QEMU.
+struct Qmp {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+    events: Vec<Value>,
+}
+
+impl Qmp {
+    fn connect(process: &mut Process, path: PathBuf) -> Result<Self, String> {
+        let deadline = Instant::now() + ANSWER;
+        let stream = loop {
+            match UnixStream::connect(&path) {
+                Ok(stream) => break stream,
+                Err(e) if Instant::now() > deadline => return Err(format!("{}: {e}", path.display())),
+                Err(_) => {
+                    process.check()?;
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+        };
+        let context = |e| format!("{}: {e}", path.display());
+        stream.set_read_timeout(Some(ANSWER)).map_err(context)?;
+        let reader = BufReader::new(stream.try_clone().map_err(context)?);
+        let mut qmp = Self { reader, writer: stream, events: Vec::new() };
+        qmp.line()?; // the greeting
+        qmp.call("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    fn line(&mut self) -> Result<Value, String> {
+        let mut line = String::new();
+        match self.reader.read_line(&mut line) {
+            Ok(0) => Err("QEMU closed its control socket".into()),
+            Ok(_) => serde_json::from_str(&line).map_err(|e| format!("QEMU says {line:?}: {e}")),
+            Err(e) => Err(format!("QEMU's control socket: {e}")),
+        }
+    }
+
+    fn call(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        line.push('\n');
+        self.writer.write_all(line.as_bytes()).map_err(|e| format!("QEMU, {command}: {e}"))?;
+        loop {
+            let mut answer = self.line()?;
+            if answer.get("event").is_some() {
+                self.events.push(answer);
+            } else if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            } else {
+                return Err(format!("QEMU, {command}: {}", answer["error"]["desc"]));
+            }
+        }
+    }
+
+    /// The next event that is wanted; those before it are dropped.
+    fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<Value, String> {
+        loop {
+            let event = if self.events.is_empty() { self.line()? } else { self.events.remove(0) };
+            if wanted(&event) {
+                return Ok(event);
+            }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The glue: all that a VMM implements to let its VMs migrate. Counted in the README.
+
+use std::sync::Arc;
+
+use migration_core::{
+    GuestRam,
+    state::{Section, VmState},
+    tracker::DirtyTracker,
+    vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError},
+};
+use migration_kvm::{ram::Backing, tracker::TrackerKind};
+
+use super::{Machine, MachineConfig, SerialTarget};
+
+/// The machine, as the engine moves it away.
+pub(crate) struct MachineSource {
+    machine: Arc<Machine>,
+    tracker: Box<dyn DirtyTracker>,
+}
+
+impl MachineSource {
+    pub(crate) fn new(machine: Arc<Machine>) -> Self {
+        let tracker = machine.take_tracker();
+        Self { machine, tracker }
+    }
+}
+
+impl Drop for MachineSource {
+    fn drop(&mut self) {
+        self.machine.put_tracker();
+    }
+}
+
+impl SourceVm for MachineSource {
+    fn describe(&mut self) -> Result<VmDescription, VmError> {
+        let machine = &self.machine;
+        Ok(VmDescription {
+            id: machine.config.id,
+            layout: machine.ram.layout().clone(),
+            devices: machine.devices().kinds(),
+            host_needs: machine.processors.host_needs(),
+            config: machine.config.encode().into(),
+        })
+    }
+
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        self.machine.ram.clone()
+    }
+
+    fn tracker(&mut self) -> &mut dyn DirtyTracker {
+        &mut *self.tracker
+    }
+
+    fn blocked(&self, strategy: &str) -> Option<String> {
+        self.machine.devices().blocked(strategy)
+    }
+
+    fn start(&mut self) -> Result<(), VmError> {
+        self.machine.devices().start()
+    }
+
+    fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
+        self.machine.devices().iterate(budget)
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        self.machine.processors.pause();
+        self.machine.devices().quiesce()
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.machine.devices().resume()?;
+        if self.starts_running() {
+            self.machine.processors.run();
+        }
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
+        self.machine.processors.throttle(percent)
+    }
+
+    fn save_state(&mut self) -> Result<VmState, VmError> {
+        let mut state = VmState::default();
+        self.machine.processors.save(&mut state)?;
+        self.machine.devices().save(&mut state)?;
+        Ok(state)
+    }
+
+    fn starts_running(&self) -> bool {
+        !self.machine.is_paused_by_user()
+    }
+
+    fn released(&mut self) {
+        self.machine.shut_down();
+    }
+}
+
+/// What the destination decides, against what the source says.
+pub(crate) struct HostOptions {
+    pub(crate) serial: SerialTarget,
+    pub(crate) backing: Option<Backing>,
+    pub(crate) tracker: Option<TrackerKind>,
+}
+
+/// Builds machines for VMs that arrive, and passes those on that are owned.
+pub(crate) struct Host {
+    options: HostOptions,
+    arriving: Option<Arc<Machine>>,
+    arrived: Box<dyn Fn(Arc<Machine>) + Send>,
+}
+
+impl Host {
+    pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
+        Self { options, arriving: None, arrived }
+    }
+}
+
+impl DestinationHost for Host {
+    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+        let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
+        Machine::check_host(&config, &vm.host_needs)?;
+        let config = MachineConfig {
+            backing: self.options.backing.unwrap_or(config.backing),
+            tracker: self.options.tracker.unwrap_or(config.tracker),
+            ..config
+        };
+        let machine = Machine::new(config, &self.options.serial).map_err(|e| VmError::because("building the VM", e))?;
+        let here = machine.devices().kinds();
+        if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {
+            return Err(VmError::new(why));
+        }
+        let machine = Arc::new(machine);
+        self.arriving = Some(machine.clone());
+        Ok(Box::new(MachineDestination(machine)))
+    }
+
+    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
+        if let Some(machine) = self.arriving.take() {
+            (self.arrived)(machine);
+        }
+    }
+}
+
+/// The machine, as it arrives.
+struct MachineDestination(Arc<Machine>);
+
+impl DestinationVm for MachineDestination {
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        self.0.ram.clone()
+    }
+
+    fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
+        self.0.devices().load_piece(piece)
+    }
+
+    fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
+        self.0.processors.load(state)?;
+        self.0.devices().load(state)
+    }
+
+    fn start(&mut self, running: bool) -> Result<(), VmError> {
+        self.0.devices().resume()?;
+        self.0.start(running).map_err(|e| VmError::because("starting the VM", e))
+    }
+}

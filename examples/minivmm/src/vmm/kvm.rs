@@ -1,0 +1,174 @@
+//! A machine on KVM: memory slots, irqchip, vCPUs, their state and their trackers.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use migration_core::{
+    GuestRam,
+    state::VmState,
+    tracker::DirtyTracker,
+    vm::VmError,
+};
+use migration_kvm::{
+    probe::Probe,
+    state::{self, HostNeeds, Irqchip, VM_SECTION, VCPU_SECTION, VcpuSaver},
+    tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, build},
+};
+
+use super::{
+    alias::install_slots,
+    boot,
+    devices::{Bus, SERIAL_GSI},
+    machine::Processors,
+    vcpu::Vcpus,
+};
+
+/// What the VM has.
+const IRQCHIP: Irqchip = Irqchip::Full;
+
+pub(super) struct KvmProcessors {
+    // vCPUs first: they end before the VM and its memory go away
+    vcpus: Arc<Vcpus>,
+    saver: Arc<VcpuSaver>,
+    vm: Arc<VmFd>,
+    slots: Arc<GuestSlots>,
+    ring: Option<EnabledRing>,
+    kind: TrackerKind,
+    needs: Mutex<Bytes>,
+    tsc_khz: u64,
+}
+
+impl KvmProcessors {
+    /// Builds everything that takes time: slots before the irqchip, the irqchip before the vCPUs.
+    pub(super) fn new(
+        kvm: &Kvm,
+        ram: Arc<dyn GuestRam>,
+        cpus: u32,
+        wanted: TrackerKind,
+        bus: Arc<Bus>,
+        line: &vmm_sys_util::eventfd::EventFd,
+    ) -> Result<Self, String> {
+        let ioctl = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {e}");
+        let kind = Probe::new(kvm).choose(wanted).map_err(|e| e.to_string())?;
+        let vm = Arc::new(kvm.create_vm().map_err(ioctl("creating a VM"))?);
+        let ring = (kind == TrackerKind::DirtyRing)
+            .then(|| DirtyRing::enable(vm.clone(), 65_536))
+            .transpose()
+            .map_err(|e| e.to_string())?;
+        let slots = install_slots(&vm, ram)?;
+        vm.create_irq_chip().map_err(ioctl("creating the irqchip"))?;
+        vm.create_pit2(kvm_pit_config::default()).map_err(ioctl("creating the timer"))?;
+        vm.register_irqfd(line, SERIAL_GSI).map_err(ioctl("wiring the serial port's interrupt"))?;
+        let mut saver = VcpuSaver::probe(kvm, &vm).map_err(|e| e.to_string())?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("asking for CPUID"))?;
+        let mut fds = Vec::new();
+        for index in 0..cpus {
+            let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("creating a vCPU"))?;
+            let mut cpuid = cpuid.clone();
+            for entry in cpuid.as_mut_slice() {
+                match entry.function {
+                    1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
+                    0xb | 0x1f => entry.edx = index,
+                    _ => {}
+                }
+            }
+            vcpu.set_cpuid2(&cpuid).map_err(ioctl("setting CPUID"))?;
+            if let Some(ring) = &ring {
+                ring.collector().add_vcpu(&vcpu).map_err(|e| e.to_string())?;
+            }
+            fds.push(vcpu);
+        }
+        let first = fds.first().ok_or("a VM needs a vCPU")?;
+        saver.learn(first).map_err(|e| e.to_string())?;
+        let needs = HostNeeds::of(kvm, &vm, first, IRQCHIP).map_err(|e| e.to_string())?.encode();
+        let tsc_khz = first.get_tsc_khz().map_or(0, u64::from);
+        let collect = ring.as_ref().map(|ring| {
+            let collector = ring.collector();
+            let collect = move || collector.collect().map(drop).map_err(|e| e.to_string());
+            Box::new(collect) as Box<dyn Fn() -> Result<(), String> + Send + Sync>
+        });
+        let vcpus = Vcpus::new(fds, bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
+        let (vcpus, saver, needs) = (Arc::new(vcpus), Arc::new(saver), Mutex::new(needs.into()));
+        Ok(Self { vcpus, saver, vm, slots, ring, kind, needs, tsc_khz })
+    }
+}
+
+impl Processors for KvmProcessors {
+    fn boot(&self, entry: u64, start_info: u64) -> Result<(), String> {
+        // the others wait for the first one's INIT, as at power-on
+        let set = move |index: usize, vcpu: &mut VcpuFd| {
+            if index != 0 {
+                return Ok(());
+            }
+            let mut sregs = vcpu.get_sregs()?;
+            let regs = boot::entry_state(entry, start_info, &mut sregs);
+            vcpu.set_sregs(&sregs)?;
+            vcpu.set_regs(&regs)
+        };
+        let done = self.vcpus.on_each(set).into_iter().collect::<Result<(), kvm_ioctls::Error>>();
+        done.map_err(|e| format!("setting the boot CPU's registers: {e}"))
+    }
+
+    fn run(&self) {
+        self.vcpus.run();
+    }
+
+    fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    fn throttle(&self, percent: u8) -> Result<(), VmError> {
+        self.vcpus.throttle(percent).map_err(|e| VmError::because("starting the throttle", e))
+    }
+
+    fn save(&self, into: &mut VmState) -> Result<(), VmError> {
+        into.sections.push(state::save_vm(&self.saver, &self.vm, IRQCHIP)?);
+        let saver = self.saver.clone();
+        for section in self.vcpus.on_each(move |index, vcpu| state::save_vcpu(vcpu, index as u32, &saver)) {
+            into.sections.push(section?);
+        }
+        Ok(())
+    }
+
+    fn load(&self, from: &VmState) -> Result<(), VmError> {
+        let missing = |name: &str, n: usize| VmError::new(format!("the state has no section {name} {n}"));
+        let vm = from.find(VM_SECTION, 0).ok_or_else(|| missing(VM_SECTION, 0))?;
+        let clock = Arc::new(state::load_clock(&self.vm, vm)?);
+        let (saver, sections, its_clock) = (self.saver.clone(), from.clone(), clock.clone());
+        let load = move |index: usize, vcpu: &mut VcpuFd| -> Result<(), VmError> {
+            let section = sections.find(VCPU_SECTION, index as u32).ok_or_else(|| missing(VCPU_SECTION, index))?;
+            state::load_vcpu(vcpu, section, &saver, &its_clock)?;
+            Ok(())
+        };
+        self.vcpus.on_each(load).into_iter().collect::<Result<(), _>>()?;
+        Ok(state::load_vm(&self.vm, vm, IRQCHIP, &clock)?)
+    }
+
+    fn host_needs(&self) -> Bytes {
+        self.needs.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
+        let (vm, slots) = (self.vm.clone(), self.slots.clone());
+        let parts = Parts { vm, slots, user_fault: None, ring: self.ring.as_ref() };
+        build(self.kind, parts).map_err(|e| e.to_string())
+    }
+
+    fn tsc_khz(&self) -> u64 {
+        self.tsc_khz
+    }
+
+    fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send> {
+        Box::new(self.vcpus.end_watch())
+    }
+
+    fn end(&self) -> Option<String> {
+        self.vcpus.end()
+    }
+
+    fn shut_down(&self) {
+        self.vcpus.shut_down();
+    }
+}

@@ -1,0 +1,312 @@
+//! A machine: RAM, processors, devices, and what its user asks of it.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use kvm_ioctls::Kvm;
+use migration_core::{
+    GuestRam, PAGE_SIZE, PageSet,
+    device::DeviceSet,
+    state::VmState,
+    tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
+    vm::VmError,
+};
+use migration_kvm::{ram::MappedRam, state::HostNeeds};
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    alias::Alias,
+    boot,
+    config::MachineConfig,
+    devices::{Bus, SerialDevice, SerialTarget},
+    kvm::KvmProcessors,
+    software::SoftwareProcessors,
+};
+use crate::workload::{self, Board};
+
+/// Where the built-in workloads keep their figures.
+const BOARD: u64 = 0x10_0000;
+
+/// A machine cannot be built or started.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub(crate) struct MachineError(String);
+
+/// What executes the guest: vCPUs of KVM, or threads that take their place.
+pub(super) trait Processors: Send + Sync {
+    /// Prepares the boot CPU to enter at `entry`.
+    fn boot(&self, entry: u64, start_info: u64) -> Result<(), String>;
+    /// Lets them run.
+    fn run(&self);
+    /// Stops them; returns when none runs.
+    fn pause(&self);
+    /// Slows them down.
+    fn throttle(&self, percent: u8) -> Result<(), VmError>;
+    /// Adds their state, and the VM's.
+    fn save(&self, into: &mut VmState) -> Result<(), VmError>;
+    /// Takes it.
+    fn load(&self, from: &VmState) -> Result<(), VmError>;
+    /// What they need of a host.
+    fn host_needs(&self) -> Bytes;
+    /// A tracker of their writes.
+    fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String>;
+    /// Frequency of their TSC; 0 if unknown.
+    fn tsc_khz(&self) -> u64;
+    /// Waits until the guest has ended by itself, or the machine is shut down (`None`).
+    fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send>;
+    /// Why the guest has ended.
+    fn end(&self) -> Option<String>;
+    /// Frees threads and vCPUs.
+    fn shut_down(&self);
+}
+
+pub(crate) struct Machine {
+    pub(super) config: MachineConfig,
+    // processors end before their memory goes away: fields are dropped in order
+    pub(super) processors: Box<dyn Processors>,
+    devices: Mutex<DeviceSet>,
+    tracker: Mutex<Option<UnionTracker>>,
+    tracker_name: &'static str,
+    pub(super) ram: Arc<MappedRam>,
+    /// Writes of the VMM itself: the start info, and whatever a device with DMA would do.
+    writes: Arc<DirtyBitmap>,
+    bus: Arc<Bus>,
+    /// The user wants it to stand still.
+    paused: AtomicBool,
+}
+
+/// What `status` tells.
+pub(crate) struct Snapshot {
+    pub(crate) cpus: u32,
+    pub(crate) memory_bytes: u64,
+    pub(crate) backing: &'static str,
+    pub(crate) tracker: &'static str,
+    pub(crate) paused: bool,
+    pub(crate) software: bool,
+    pub(crate) workload: Option<Board>,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Machine {
+    /// Builds a machine. Without KVM it becomes a software guest, and says so.
+    pub(crate) fn new(mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
+        let layout = config.layout().map_err(MachineError)?;
+        let ram = MappedRam::new(layout.clone(), config.backing).map_err(|e| MachineError(e.to_string()))?;
+        let ram = Arc::new(ram);
+        let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
+        let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
+        let bus = Bus::new(serial, bus_line).map_err(|e| MachineError(e.to_string()))?;
+        let writes = DirtyBitmap::new(layout);
+        let kvm = match open_kvm() {
+            _ if config.software => None,
+            Ok(kvm) => Some(kvm),
+            Err(why) => {
+                eprintln!("minivmm: {why}; a software guest takes the place of the real one");
+                config.software = true;
+                None
+            }
+        };
+        let processors: Box<dyn Processors> = match &kvm {
+            Some(kvm) => {
+                let made = KvmProcessors::new(kvm, ram.clone(), config.cpus, config.tracker, bus.clone(), &line);
+                Box::new(made.map_err(MachineError)?)
+            }
+            None => Box::new(SoftwareProcessors::new(ram.clone(), config.cpus, config.tracker)),
+        };
+        let parts = vec![
+            processors.tracker().map_err(MachineError)?,
+            Box::new(BitmapTracker::new(writes.clone())) as Box<dyn DirtyTracker>,
+        ];
+        let tracker = UnionTracker::new(parts);
+        let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
+        let devices = Mutex::new(DeviceSet::new(vec![Box::new(SerialDevice(bus.clone()))]));
+        let paused = AtomicBool::new(false);
+        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, paused })
+    }
+
+    /// Loads a kernel from a file.
+    pub(crate) fn boot_file(&self, path: &Path, cmdline: &str) -> Result<(), MachineError> {
+        if self.config.software {
+            let why = "a software guest runs no kernel: only KVM does; give it a --workload";
+            return Err(MachineError(why.into()));
+        }
+        let alias = Alias::new(&*self.ram).map_err(MachineError)?;
+        let entry = boot::load_file(path, &*self.ram, alias.memory()).map_err(|e| MachineError(e.to_string()))?;
+        self.enter(entry, cmdline)
+    }
+
+    /// Loads a built-in workload.
+    pub(crate) fn boot_workload(&self, spec: &str) -> Result<(), MachineError> {
+        let elf = workload::elf(spec, self.config.cpus, self.processors.tsc_khz());
+        let elf = elf.map_err(|e| MachineError(e.to_string()))?;
+        let alias = Alias::new(&*self.ram).map_err(MachineError)?;
+        let mut file = io::Cursor::new(elf);
+        let entry = boot::load("the workload", &mut file, &*self.ram, alias.memory());
+        self.enter(entry.map_err(|e| MachineError(e.to_string()))?, "")
+    }
+
+    fn enter(&self, entry: u64, cmdline: &str) -> Result<(), MachineError> {
+        let start_info =
+            boot::write_start_info(&*self.ram, cmdline).map_err(|e| MachineError(e.to_string()))?;
+        self.processors.boot(entry, start_info).map_err(MachineError)
+    }
+
+    /// Starts the guest, or leaves it paused.
+    pub(crate) fn start(&self, running: bool) -> Result<(), MachineError> {
+        self.paused.store(!running, Ordering::SeqCst);
+        if running {
+            self.processors.run();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn pause_by_user(&self) -> Result<(), String> {
+        self.paused.store(true, Ordering::SeqCst);
+        self.processors.pause();
+        Ok(())
+    }
+
+    pub(crate) fn resume_by_user(&self) -> Result<(), String> {
+        if let Some(end) = self.processors.end() {
+            return Err(format!("resume: the VM has ended: {end}"));
+        }
+        self.paused.store(false, Ordering::SeqCst);
+        self.processors.run();
+        Ok(())
+    }
+
+    /// Whether this host can run a VM with these needs.
+    pub(super) fn check_host(config: &MachineConfig, needs: &[u8]) -> Result<(), VmError> {
+        if config.software {
+            return Ok(());
+        }
+        let kvm = open_kvm().map_err(|why| VmError::new(format!("the VM needs KVM: {why}")))?;
+        let needs = HostNeeds::decode(needs).map_err(|e| VmError::because("the VM's needs", e))?;
+        needs.check(&kvm).map_err(|mismatches| {
+            let list: Vec<String> = mismatches.iter().map(ToString::to_string).collect();
+            VmError::new(format!("this host cannot run the VM: {}", list.join("; ")))
+        })
+    }
+
+    pub(super) fn devices(&self) -> MutexGuard<'_, DeviceSet> {
+        self.devices.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the user paused it.
+    pub(super) fn is_paused_by_user(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    /// Waits until the guest has ended by itself (the reason), or the machine is shut down.
+    pub(crate) fn wait_end(&self) -> Box<dyn FnOnce() -> Option<String> + Send> {
+        self.processors.end_watch()
+    }
+
+    /// Frees what the machine holds but its memory.
+    pub(super) fn shut_down(&self) {
+        self.processors.shut_down();
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let mut page = [0; PAGE_SIZE];
+        let ram: &dyn GuestRam = &*self.ram;
+        let workload = ram.read(BOARD, &mut page).ok().and_then(|()| Board::parse(&page));
+        Snapshot {
+            cpus: self.config.cpus,
+            memory_bytes: self.config.memory_bytes,
+            backing: self.config.backing.name(),
+            tracker: self.tracker_name,
+            paused: self.is_paused_by_user(),
+            software: self.config.software,
+            workload,
+            warnings: self.bus.warnings(),
+        }
+    }
+
+    /// Copies guest memory to a file, in pieces.
+    pub(crate) fn dump(&self, gpa: u64, len: u64, mut to: File) -> Result<(), String> {
+        let ram: &dyn GuestRam = &*self.ram;
+        let mut piece = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < len {
+            let bytes = piece.len().min((len - at) as usize);
+            let from = gpa.checked_add(at).ok_or("the address overflows")?;
+            ram.read(from, &mut piece[..bytes]).map_err(|e| e.to_string())?;
+            to.write_all(&piece[..bytes]).map_err(|e| e.to_string())?;
+            at += bytes as u64;
+        }
+        Ok(())
+    }
+
+    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back.
+    pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
+        match self.tracker.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            Some(tracker) => Box::new(tracker),
+            None => Box::new(Absent),
+        }
+    }
+
+    /// Makes a tracker for the next migration.
+    pub(super) fn put_tracker(&self) {
+        let made = self.processors.tracker().map(|vcpus| {
+            UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))])
+        });
+        *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
+    }
+}
+
+/// In place of a tracker that another migration has.
+struct Absent;
+
+impl Absent {
+    fn error() -> TrackerError {
+        TrackerError { tracker: "none", what: "another migration has the tracker".into() }
+    }
+}
+
+impl DirtyTracker for Absent {
+    fn name(&self) -> &'static str {
+        "none"
+    }
+
+    fn is_active(&self) -> bool {
+        false
+    }
+
+    fn start(&mut self) -> Result<(), TrackerError> {
+        Err(Self::error())
+    }
+
+    fn stop(&mut self) -> Result<(), TrackerError> {
+        Ok(())
+    }
+
+    fn harvest(&mut self, _into: &mut PageSet) -> Result<(), TrackerError> {
+        Err(Self::error())
+    }
+
+    fn put_back(&mut self, _pages: &PageSet) {}
+}
+
+/// KVM, unless it is missing, closed, or not wanted.
+fn open_kvm() -> Result<Kvm, String> {
+    if std::env::var_os("MINIVMM_SOFTWARE_GUEST").is_some() {
+        return Err("MINIVMM_SOFTWARE_GUEST is set".into());
+    }
+    Kvm::new().map_err(|e| format!("/dev/kvm cannot be used: {e}"))
+}
+
+/// Frequency of the TSC that guests on this host see.
+pub(crate) fn host_tsc_khz() -> Option<u64> {
+    let vm = open_kvm().ok()?.create_vm().ok()?;
+    vm.create_vcpu(0).ok()?.get_tsc_khz().ok().map(u64::from)
+}

@@ -1,0 +1,19 @@
+//! The VMM: a machine of vCPUs, RAM and a serial port, and the glue that lets it migrate.
+
+#[allow(unsafe_code)]
+mod alias;
+mod boot;
+mod config;
+mod devices;
+mod glue;
+#[allow(unsafe_code)]
+mod kick;
+mod kvm;
+mod machine;
+mod software;
+mod vcpu;
+
+pub(crate) use config::MachineConfig;
+pub(crate) use devices::SerialTarget;
+pub(crate) use glue::{Host, HostOptions, MachineSource};
+pub(crate) use machine::{Machine, Snapshot, host_tsc_khz};

@@ -1,0 +1,325 @@
+//! vCPU threads: run, stop, throttle, and work that must be done on a vCPU's own thread.
+//!
+//! A vCPU runs while it may: the user wants it (`run`), no throttle holds it, and the VM has not ended. Whoever changes
+//! that does so under the lock, then sets `stop` and kicks. A kick is never lost: its handler sets `immediate_exit`, and
+//! the thread clears that flag *before* it looks at `stop` for the last time before `KVM_RUN`.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{devices::Bus, kick};
+
+/// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
+const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
+
+type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
+struct Control {
+    /// The user, or a migration, lets the vCPUs run.
+    run: bool,
+    /// A throttle holds them, for a moment.
+    rest: bool,
+    throttle: u8,
+    exit: bool,
+    /// Why the VM has ended.
+    end: Option<String>,
+    jobs: Vec<VecDeque<Job>>,
+    /// Threads that are not inside the run loop.
+    stopped: u32,
+}
+
+impl Control {
+    fn may_run(&self) -> bool {
+        self.run && !self.rest && !self.exit && self.end.is_none()
+    }
+}
+
+struct Shared {
+    control: Mutex<Control>,
+    changed: Condvar,
+    /// Looked at before every entry into the guest.
+    stop: AtomicBool,
+    bus: Arc<Bus>,
+    /// Called when a dirty ring is full.
+    ring_full: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
+}
+
+/// All vCPUs of a VM.
+pub(super) struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    throttler: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        // the fields do not depend on each other beyond one assignment
+        self.control.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn wait<'a>(&self, guard: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
+        self.changed.wait(guard).unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU; none runs yet.
+    pub(super) fn new(
+        vcpus: Vec<VcpuFd>,
+        bus: Arc<Bus>,
+        ring_full: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
+    ) -> std::io::Result<Self> {
+        let jobs = vcpus.iter().map(|_| VecDeque::new()).collect();
+        let control = Control { run: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
+        let (control, changed, stop) = (Mutex::new(control), Condvar::new(), AtomicBool::new(true));
+        let shared = Arc::new(Shared { control, changed, stop, bus, ring_full });
+        let mut threads = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = shared.clone();
+            let body = move || thread_main(index, vcpu, &shared);
+            threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
+        }
+        Ok(Self { shared, threads, throttler: Mutex::new(None) })
+    }
+
+    /// Lets them run.
+    pub(super) fn run(&self) {
+        let mut control = self.shared.lock();
+        control.run = true;
+        self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
+        self.shared.changed.notify_all();
+    }
+
+    /// Stops them; returns when none is in the guest any more.
+    pub(super) fn pause(&self) {
+        let mut control = self.shared.lock();
+        control.run = false;
+        self.kick_all();
+        while control.stopped < self.threads.len() as u32 {
+            control = self.shared.wait(control);
+        }
+    }
+
+    /// Runs `work` on every vCPU's own thread; they must be stopped.
+    pub(super) fn on_each<T: Send + 'static>(
+        &self,
+        work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
+    ) -> Vec<T> {
+        let work = Arc::new(work);
+        let mut results = Vec::new();
+        {
+            let mut control = self.shared.lock();
+            for (index, jobs) in control.jobs.iter_mut().enumerate() {
+                let (tx, rx) = mpsc::channel();
+                let work = work.clone();
+                jobs.push_back(Box::new(move |vcpu| {
+                    // the other end waits right below
+                    let _ = tx.send(work(index, vcpu));
+                }));
+                results.push(rx);
+            }
+        }
+        self.shared.changed.notify_all();
+        results.into_iter().filter_map(|rx| rx.recv().ok()).collect()
+    }
+
+    /// Lets them run `100 - percent` of the time.
+    pub(super) fn throttle(self: &Arc<Self>, percent: u8) -> std::io::Result<()> {
+        self.shared.lock().throttle = percent.min(99);
+        self.shared.changed.notify_all();
+        let mut throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner());
+        if percent == 0 {
+            let thread = throttler.take();
+            drop(throttler);
+            // it ends by itself, at once
+            let _ = thread.map(JoinHandle::join);
+        } else if throttler.is_none() {
+            let vcpus = Arc::downgrade(self);
+            let shared = self.shared.clone();
+            let body = move || throttle_main(&shared, || vcpus.upgrade().is_some_and(|v| { v.kick_all(); true }));
+            *throttler = Some(thread::Builder::new().name("throttle".into()).spawn(body)?);
+        }
+        Ok(())
+    }
+
+    /// Why the VM has ended, if it has.
+    pub(super) fn end(&self) -> Option<String> {
+        self.shared.lock().end.clone()
+    }
+
+    /// Waits until the VM has ended by itself (`Some`), or is taken apart.
+    pub(super) fn end_watch(&self) -> impl FnOnce() -> Option<String> + Send + 'static {
+        let shared = self.shared.clone();
+        move || {
+            let mut control = shared.lock();
+            while control.end.is_none() && !control.exit {
+                control = shared.wait(control);
+            }
+            control.end.clone()
+        }
+    }
+
+    fn kick_all(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for thread in &self.threads {
+            kick::kick(thread);
+        }
+    }
+
+    /// Ends all threads, and with them the vCPUs.
+    pub(super) fn shut_down(&self) {
+        self.shared.lock().exit = true;
+        self.kick_all();
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.shut_down();
+        let throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner()).take();
+        for thread in self.threads.drain(..).chain(throttler) {
+            // the last reference may be dropped by the throttler itself
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
+    let registered = kick::Registered::new(&mut vcpu);
+    let failure = registered.as_ref().err().map(|e| format!("vCPU {index}: installing the kick signal: {e}"));
+    loop {
+        {
+            let mut control = shared.lock();
+            if let (Some(why), None) = (&failure, &control.end) {
+                control.end = Some(why.clone());
+                shared.changed.notify_all();
+            }
+            control.stopped += 1;
+            shared.changed.notify_all();
+            loop {
+                if let Some(job) = control.jobs[index].pop_front() {
+                    drop(control);
+                    job(&mut vcpu);
+                    control = shared.lock();
+                } else if control.exit {
+                    drop(control);
+                    drop(registered);
+                    return;
+                } else if control.may_run() {
+                    break;
+                } else {
+                    control = shared.wait(control);
+                }
+            }
+            control.stopped -= 1;
+            shared.stop.store(false, Ordering::SeqCst);
+        }
+        if let Some(end) = run(index, &mut vcpu, shared) {
+            let mut control = shared.lock();
+            control.end.get_or_insert(end);
+            shared.changed.notify_all();
+        }
+    }
+}
+
+/// Runs the guest until somebody wants the vCPU to stop, or the VM ends for the reason returned.
+fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
+    loop {
+        // first the flag, then the look at `stop`: see the top of the file
+        vcpu.set_kvm_immediate_exit(0);
+        if shared.stop.load(Ordering::SeqCst) {
+            return complete_io(index, vcpu, shared);
+        }
+        if let Some(end) = step(index, vcpu, shared) {
+            return Some(end);
+        }
+    }
+}
+
+/// An exit that was handled here is complete only when KVM was entered once more: at a port read, for example, it then
+/// puts the value into the register.
+fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
+    vcpu.set_kvm_immediate_exit(1);
+    let end = step(index, vcpu, shared);
+    vcpu.set_kvm_immediate_exit(0);
+    end
+}
+
+fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
+    match vcpu.run() {
+        Ok(VcpuExit::IoOut(port, data)) => shared.bus.port_write(port, data),
+        Ok(VcpuExit::IoIn(port, data)) => shared.bus.port_read(port, data),
+        // nothing is there: a PC's bus floats high
+        Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
+        Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr) => {}
+        Ok(VcpuExit::Shutdown) => return Some(format!("triple fault on vCPU {index}{}", place(vcpu))),
+        Ok(VcpuExit::SystemEvent(kind, _)) => return Some(format!("system event {kind} on vCPU {index}")),
+        Ok(VcpuExit::FailEntry(reason, _)) => {
+            return Some(format!("vCPU {index} cannot enter the guest: hardware reason {reason:#x}"));
+        }
+        Ok(VcpuExit::InternalError) => return Some(format!("KVM internal error on vCPU {index}{}", place(vcpu))),
+        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+            if let Some(Err(why)) = shared.ring_full.as_ref().map(|collect| collect()) {
+                return Some(format!("vCPU {index}: the dirty ring is full and cannot be emptied: {why}"));
+            }
+        }
+        Ok(other) => return Some(format!("vCPU {index}: unexpected exit {other:?}")),
+        // a kick, or an application processor that was started by its INIT
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
+        Err(e) => return Some(format!("vCPU {index}: KVM_RUN: {e}")),
+    }
+    None
+}
+
+const KVM_EXIT_DIRTY_RING_FULL: u32 = 31;
+
+fn place(vcpu: &VcpuFd) -> String {
+    vcpu.get_regs().map_or_else(|_| String::new(), |regs| format!(" at rip {:#x}", regs.rip))
+}
+
+/// Lets the vCPUs rest for their share of every period, until the throttle is lifted.
+fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
+    let mut control = shared.lock();
+    loop {
+        let share = f64::from(control.throttle) / 100.0;
+        if share == 0.0 || control.exit {
+            control.rest = false;
+            shared.changed.notify_all();
+            return;
+        }
+        // a paused guest rests anyway
+        for (rest, time) in [(true, THROTTLE_PERIOD.mul_f64(share)), (false, THROTTLE_PERIOD.mul_f64(1.0 - share))] {
+            control.rest = rest;
+            if rest {
+                drop(control);
+                if !kick_all() {
+                    return;
+                }
+                control = shared.lock();
+            } else {
+                shared.changed.notify_all();
+            }
+            let (throttle, until) = (control.throttle, Instant::now() + time);
+            while control.throttle == throttle && !control.exit {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                control = shared.changed.wait_timeout(control, left).unwrap_or_else(|e| e.into_inner()).0;
+            }
+        }
+    }
+}

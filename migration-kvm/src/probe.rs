@@ -1,0 +1,161 @@
+//! What this host offers, found by asking or trying, never by the kernel's version.
+
+use std::fmt;
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_USER_MEMORY,
+    KVM_DIRTY_LOG_INITIALLY_SET, kvm_dirty_gfn,
+};
+use kvm_ioctls::Kvm;
+use thiserror::Error;
+
+use crate::{
+    ram::pagemap::Pagemap,
+    tracker::{TrackerKind, UserFault, features},
+};
+
+/// The dirty trackers that this host offers, and why it lacks the others.
+///
+/// ```no_run
+/// # use kvm_ioctls::Kvm;
+/// # use migration_kvm::{probe::Probe, tracker::TrackerKind};
+/// let probe = Probe::new(&Kvm::new()?);
+/// println!("{probe}");
+/// let kind = probe.choose("auto".parse()?)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Probe {
+    trackers: Vec<(TrackerKind, Result<(), String>)>,
+    initially_set: bool,
+    ring_entries: u32,
+    user_fault: Result<u64, String>,
+}
+
+/// The tracker asked for cannot be had here.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("dirty tracker {kind} is not available: {reason}")]
+pub struct Unavailable {
+    /// Which.
+    pub kind: TrackerKind,
+    /// Why not.
+    pub reason: String,
+}
+
+impl Probe {
+    /// Asks KVM for its capabilities, and tries userfaultfd and PAGEMAP_SCAN; takes well under a millisecond.
+    pub fn new(kvm: &Kvm) -> Self {
+        let ask = |cap: u32| kvm.check_extension_raw(cap.into()).max(0) as u32;
+        let offers = |value: u32, name: &str| {
+            if value != 0 { Ok(()) } else { Err(format!("KVM lacks {name}")) }
+        };
+        let manual = ask(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        let ring = match ask(KVM_CAP_DIRTY_LOG_RING_ACQ_REL) {
+            0 => ask(KVM_CAP_DIRTY_LOG_RING),
+            bytes => bytes,
+        };
+        let user_fault = UserFault::offered().map_err(|e| format!("userfaultfd cannot be created: {e}"));
+        let reason = |kind| match kind {
+            TrackerKind::DirtyLog => offers(ask(KVM_CAP_USER_MEMORY), "KVM_CAP_USER_MEMORY"),
+            TrackerKind::ManualProtect => offers(manual, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"),
+            TrackerKind::DirtyRing => offers(ring, "KVM_CAP_DIRTY_LOG_RING"),
+            TrackerKind::WriteProtect => write_protect(&user_fault),
+            TrackerKind::Auto => Ok(()),
+        };
+        Self {
+            trackers: TrackerKind::ALL.into_iter().map(|kind| (kind, reason(kind))).collect(),
+            initially_set: manual & KVM_DIRTY_LOG_INITIALLY_SET != 0,
+            ring_entries: ring / size_of::<kvm_dirty_gfn>() as u32,
+            user_fault,
+        }
+    }
+
+    /// Each tracker, the preferred one first, with the reason if it cannot be had.
+    pub fn trackers(&self) -> impl Iterator<Item = (TrackerKind, Result<(), &str>)> {
+        self.trackers.iter().map(|(kind, offered)| (*kind, offered.as_ref().copied().map_err(String::as_str)))
+    }
+
+    /// Whether turning the dirty log on under manual protection need not protect anything.
+    pub fn manual_protect_initially_set(&self) -> bool {
+        self.initially_set
+    }
+
+    /// The most entries that a vCPU's dirty ring may have; 0 without dirty rings.
+    pub fn ring_entries(&self) -> u32 {
+        self.ring_entries
+    }
+
+    /// The bits of [`features`] that userfaultfd offers, or why there is none.
+    pub fn user_fault_features(&self) -> Result<u64, &str> {
+        self.user_fault.as_ref().copied().map_err(String::as_str)
+    }
+
+    /// The tracker to use for a request: itself if it is offered; for [`TrackerKind::Auto`] the first of
+    /// [`TrackerKind::ALL`] that is, except the dirty ring, which works only if the VMM enabled it before the first
+    /// vCPU and so must be asked for by name.
+    ///
+    /// # Errors
+    /// When it is not offered, with the reason; for `Auto` when nothing is, with all reasons.
+    pub fn choose(&self, kind: TrackerKind) -> Result<TrackerKind, Unavailable> {
+        if kind == TrackerKind::Auto {
+            let usable = |(kind, offered): &&(TrackerKind, Result<(), String>)| {
+                offered.is_ok() && *kind != TrackerKind::DirtyRing
+            };
+            let found = self.trackers.iter().find(usable).map(|(kind, _)| *kind);
+            return found.ok_or_else(|| Unavailable { kind, reason: self.to_string() });
+        }
+        let offered = self.trackers.iter().find(|(k, _)| *k == kind).map(|(_, offered)| offered.clone());
+        let reason = match offered {
+            Some(Ok(())) => return Ok(kind),
+            Some(Err(reason)) => reason,
+            None => "not known to this probe".into(),
+        };
+        Err(Unavailable { kind, reason })
+    }
+}
+
+impl fmt::Display for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (kind, offered)) in self.trackers().enumerate() {
+            let separator = if i == 0 { "" } else { "; " };
+            write!(f, "{separator}{kind}: {}", offered.err().unwrap_or("available"))?;
+        }
+        Ok(())
+    }
+}
+
+fn write_protect(user_fault: &Result<u64, String>) -> Result<(), String> {
+    let missing = features::WRITE_TRACKING & !user_fault.clone()?;
+    if missing != 0 {
+        return Err(format!("userfaultfd lacks features {missing:#x}"));
+    }
+    let pagemap = Pagemap::open().map_err(|e| format!("/proc/self/pagemap: {e}"))?;
+    if pagemap.can_scan() { Ok(()) } else { Err("the kernel lacks PAGEMAP_SCAN".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn probe(offered: [bool; 4]) -> Probe {
+        let offer = |ok| if ok { Ok(()) } else { Err("it is absent".to_owned()) };
+        Probe {
+            trackers: TrackerKind::ALL.into_iter().zip(offered.map(offer)).collect(),
+            initially_set: false,
+            ring_entries: 0,
+            user_fault: Err(String::new()),
+        }
+    }
+
+    #[test]
+    fn the_best_tracker_is_chosen() {
+        let auto = |offered| probe(offered).choose(TrackerKind::Auto).map_err(|e| e.to_string());
+        assert_eq!(auto([true; 4]), Ok(TrackerKind::ManualProtect));
+        assert_eq!(auto([false, true, true, true]), Ok(TrackerKind::DirtyLog));
+        assert_eq!(auto([false, false, true, true]), Ok(TrackerKind::WriteProtect));
+        assert!(auto([false; 4]).unwrap_err().contains("dirty-log: it is absent"));
+        assert_eq!(probe([true; 4]).choose(TrackerKind::DirtyRing), Ok(TrackerKind::DirtyRing));
+        let error = probe([true, true, false, true]).choose(TrackerKind::DirtyRing).unwrap_err();
+        assert_eq!(error.to_string(), "dirty tracker dirty-ring is not available: it is absent");
+    }
+}

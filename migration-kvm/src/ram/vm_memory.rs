@@ -1,0 +1,234 @@
+//! Guest RAM of a VMM that uses the vm-memory crate.
+
+use std::{io, os::fd::AsFd, ptr::NonNull, sync::Arc};
+
+use migration_core::{
+    GuestRam, LayoutError, PAGE_SHIFT, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
+    tracker::{DirtyTracker, TrackerError},
+};
+use thiserror::Error;
+use vm_memory::{
+    Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    bitmap::{AtomicBitmap, Bitmap},
+};
+
+use super::pagemap::{Pagemap, data_extents, is_shared};
+
+/// A vm-memory object is no guest RAM for the SDK.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmMemoryError {
+    /// Its regions are no layout: empty, unaligned, or overlapping.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A region is not mapped into this process whole, or not at a page border.
+    #[error("the region at {0:#x} is not mapped into this process whole and page-aligned")]
+    NotMapped(u64),
+    /// /proc/self/pagemap cannot be opened.
+    #[error("open /proc/self/pagemap: {0}")]
+    Pagemap(#[source] io::Error),
+}
+
+/// A [`GuestRam`] over memory of the vm-memory crate, which it keeps alive.
+///
+/// Each vm-memory region becomes one region of the layout, in ascending order.
+pub struct VmMemoryRam<M> {
+    memory: Arc<M>,
+    layout: RamLayout,
+    addresses: Vec<NonNull<u8>>,
+    /// Per region, whether it is mapped shared: then only its file knows what is populated.
+    shared: Vec<bool>,
+    pagemap: Pagemap,
+}
+
+// SAFETY: the addresses point into `memory`, which is `Send` and `Sync` itself and reached only through raw addresses.
+unsafe impl<M: Send + Sync> Send for VmMemoryRam<M> {}
+// SAFETY: as above.
+unsafe impl<M: Send + Sync> Sync for VmMemoryRam<M> {}
+
+impl<B: Bitmap + Send + Sync> VmMemoryRam<GuestMemoryMmap<B>> {
+    /// Guest RAM over vm-memory's own mmapped regions.
+    ///
+    /// # Errors
+    /// See [`VmMemoryError`].
+    pub fn from_mmap(memory: Arc<GuestMemoryMmap<B>>) -> Result<Self, VmMemoryError> {
+        // SAFETY: a `GuestMemoryMmap` cannot change while it is shared, and its regions stay mapped until it is
+        // dropped, which the `Arc` in the result prevents.
+        unsafe { Self::new(memory) }
+    }
+}
+
+impl<M: GuestMemoryBackend + Send + Sync> VmMemoryRam<M> {
+    /// Guest RAM over any vm-memory back-end.
+    ///
+    /// # Safety
+    /// For as long as `memory` lives, its regions must stay the same and stay mapped, readable and writable, at the
+    /// addresses that they give now.
+    ///
+    /// # Errors
+    /// See [`VmMemoryError`].
+    pub unsafe fn new(memory: Arc<M>) -> Result<Self, VmMemoryError> {
+        let mut found = Vec::new();
+        for region in memory.iter() {
+            let (gpa, len) = (region.start_addr().raw_value(), region.len());
+            let slice = region.as_volatile_slice().map_err(|_| VmMemoryError::NotMapped(gpa))?;
+            let address = slice.ptr_guard_mut().as_ptr();
+            let whole = slice.len() as u64 == len && (address as usize).is_multiple_of(PAGE_SIZE);
+            let address = NonNull::new(address).filter(|_| whole).ok_or(VmMemoryError::NotMapped(gpa))?;
+            // not finding out is no failure: everything then counts as populated
+            let shared = is_shared(address.as_ptr() as u64).unwrap_or(true);
+            found.push((RamRegion { gpa, len }, address, shared));
+        }
+        found.sort_by_key(|(region, ..)| region.gpa);
+        let layout = RamLayout::new(found.iter().map(|f| f.0).collect())?;
+        let (addresses, shared) = found.into_iter().map(|f| (f.1, f.2)).unzip();
+        Ok(Self { memory, layout, addresses, shared, pagemap: Pagemap::open().map_err(VmMemoryError::Pagemap)? })
+    }
+
+    /// The vm-memory object.
+    pub fn memory(&self) -> &Arc<M> {
+        &self.memory
+    }
+}
+
+// SAFETY: `VmMemoryRam::new` checked that each region is mapped whole at its address; that it stays so was promised to
+// it, for as long as `memory` lives, which is as long as this object.
+unsafe impl<M: GuestMemoryBackend + Send + Sync> GuestRam for VmMemoryRam<M> {
+    fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    fn host_address(&self, index: usize) -> NonNull<u8> {
+        self.addresses[index]
+    }
+
+    fn populated(&self, into: &mut PageSet) -> io::Result<()> {
+        for region in self.memory.iter() {
+            let Some(first) = self.layout.page_of(region.start_addr().raw_value()) else { continue };
+            let Some((index, _)) = self.layout.locate(first) else { continue };
+            let len = region.len();
+            if self.shared[index] && region.file_offset().is_none() {
+                into.insert_range(PageRange::new(first, len >> PAGE_SHIFT));
+                continue;
+            }
+            let mut add = |from: u64, end: u64| {
+                let (from, end) = (from >> PAGE_SHIFT, end.div_ceil(PAGE_SIZE as u64));
+                into.insert_range(PageRange::new(first + from, end.saturating_sub(from)));
+            };
+            if let Some(file) = region.file_offset() {
+                // a mapping of a file, shared or private, shows the file's data whether or not it is mapped yet
+                let start = file.start();
+                data_extents(file.file().as_fd(), start.saturating_add(len), |from, end| {
+                    if end > start {
+                        add(from.saturating_sub(start), end - start);
+                    }
+                })?;
+                if self.shared[index] {
+                    continue;
+                }
+            }
+            let address = self.addresses[index].as_ptr() as u64;
+            self.pagemap.populated(address, len, |from, end| add(from - address, end - address))?;
+        }
+        Ok(())
+    }
+}
+
+/// vm-memory's own dirty bitmap as a [`DirtyTracker`]: it sees what devices and VMM threads write through vm-memory,
+/// not what vCPUs write. Join it with a tracker of KVM's in a [`UnionTracker`](migration_core::tracker::UnionTracker).
+///
+/// The bitmap's page size must be 4 KiB, else [`start`](DirtyTracker::start) fails. Its bits are set whether or not
+/// this tracker is active; starting forgets what was set before.
+pub struct VmMemoryBitmap {
+    memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
+    layout: RamLayout,
+    pending: PageSet,
+    active: bool,
+}
+
+impl VmMemoryBitmap {
+    /// A tracker over the bitmaps of `ram`'s regions.
+    pub fn new(ram: &VmMemoryRam<GuestMemoryMmap<AtomicBitmap>>) -> Self {
+        let layout = ram.layout().clone();
+        Self { memory: ram.memory.clone(), pending: PageSet::empty(layout.pages()), layout, active: false }
+    }
+
+    fn take(&self, into: &mut PageSet) {
+        for region in self.memory.iter() {
+            if let Some(first) = self.layout.page_of(region.start_addr().raw_value()) {
+                into.insert_bitmap(first, region.len() >> PAGE_SHIFT, &(**region).bitmap().get_and_reset());
+            }
+        }
+    }
+}
+
+impl DirtyTracker for VmMemoryBitmap {
+    fn name(&self) -> &'static str {
+        "vm-memory"
+    }
+
+    fn is_active(&self) -> bool {
+        self.active
+    }
+
+    fn start(&mut self) -> Result<(), TrackerError> {
+        if self.active {
+            return Ok(());
+        }
+        if self.memory.iter().any(|r| (**r).bitmap().len() as u64 != r.len() >> PAGE_SHIFT) {
+            return Err(TrackerError { tracker: self.name(), what: "a bitmap's page size is not 4 KiB".into() });
+        }
+        self.take(&mut PageSet::empty(self.layout.pages()));
+        self.pending.clear();
+        self.active = true;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), TrackerError> {
+        self.active = false;
+        self.pending.clear();
+        Ok(())
+    }
+
+    fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError> {
+        self.take(into);
+        into.union_with(&self.pending);
+        self.pending.clear();
+        Ok(())
+    }
+
+    fn put_back(&mut self, pages: &PageSet) {
+        self.pending.union_with(pages);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn vm_memory_is_guest_ram_and_its_bitmap_a_tracker() {
+        let ranges = [(GuestAddress(0), 0x4000), (GuestAddress(0x10_0000), 0x8000)];
+        let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&ranges).unwrap());
+        let ram = VmMemoryRam::from_mmap(memory.clone()).unwrap();
+        let mut tracker = VmMemoryBitmap::new(&ram);
+        memory.write_slice(b"early", GuestAddress(0)).unwrap();
+        tracker.start().unwrap();
+        memory.write_slice(b"late", GuestAddress(0x10_2ffe)).unwrap();
+        let mut dirty = PageSet::empty(12);
+        tracker.harvest(&mut dirty).unwrap();
+        assert!(dirty.iter().eq([6, 7]), "{dirty:?}");
+        let mut populated = PageSet::empty(12);
+        ram.populated(&mut populated).unwrap();
+        assert!(populated.contains(0) && populated.contains(6) && populated.contains(7), "{populated:?}");
+        let mut bytes = [0; 4];
+        (&ram as &dyn GuestRam).read(0x10_2ffe, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"late");
+        tracker.put_back(&dirty);
+        let mut again = PageSet::empty(12);
+        tracker.harvest(&mut again).unwrap();
+        assert_eq!(again, dirty);
+    }
+}

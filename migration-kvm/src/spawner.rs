@@ -1,0 +1,159 @@
+//! Threads for a migration on Linux: named, and with a priority after their role.
+
+use std::{io, sync::Arc, sync::mpsc, thread};
+
+use migration_core::spawner::{GuestImpact, Joiner, Role, Spawner, StdJoiner};
+
+/// What a VMM does on each new thread before the SDK's code runs there, such as setting an affinity or installing a
+/// seccomp filter. An error ends the thread, and `spawn` returns it.
+pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
+
+/// The [`Spawner`] for threads of the standard library on Linux.
+///
+/// | role | low impact | balanced | fast |
+/// |---|---|---|---|
+/// | bulk | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | nice −5 |
+/// | background | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | unchanged |
+/// | demand, control | unchanged | unchanged | unchanged |
+///
+/// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose cores are all busy it
+/// hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt when it wakes. A priority that cannot be had
+/// (nice −5 needs CAP_SYS_NICE) is left as it was.
+#[derive(Clone, Default)]
+pub struct KvmSpawner {
+    setup: Option<Arc<Setup>>,
+}
+
+impl KvmSpawner {
+    /// A spawner that sets names and priorities only.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A spawner that also runs `setup` on each new thread, after its priority is set: a seccomp filter need not
+    /// allow `sched_setscheduler`.
+    pub fn with_setup(setup: impl Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self { setup: Some(Arc::new(setup)) }
+    }
+}
+
+impl Spawner for KvmSpawner {
+    /// Starts a thread called `name` (Linux shows its first 15 bytes). Returns when its set-up is done.
+    fn spawn(
+        &self,
+        role: Role,
+        impact: GuestImpact,
+        name: &str,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Joiner>> {
+        let setup = self.setup.clone();
+        let (report, ready) = mpsc::sync_channel(1);
+        let handle = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if let Some(priority) = priority(role, impact) {
+                sched::apply(priority);
+            }
+            let done = setup.map_or(Ok(()), |setup| setup(role, impact));
+            let run = done.is_ok();
+            // the other end waits for this, so it is there
+            let _ = report.send(done);
+            if run {
+                body();
+            }
+        })?;
+        // a set-up that panicked sends nothing
+        match ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread's set-up panicked"))) {
+            Ok(()) => Ok(Box::new(StdJoiner(handle))),
+            Err(error) => {
+                let _ = handle.join();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// How the scheduler is to treat a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Priority {
+    Idle,
+    Batch,
+    Nice(i32),
+}
+
+fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
+    match (role, impact) {
+        (Role::Bulk | Role::Background, GuestImpact::Low) => Some(Priority::Idle),
+        (Role::Bulk | Role::Background, GuestImpact::Balanced) => Some(Priority::Batch),
+        (Role::Bulk, GuestImpact::Fast) => Some(Priority::Nice(-5)),
+        _ => None,
+    }
+}
+
+#[allow(unsafe_code)]
+mod sched {
+    use super::Priority;
+
+    /// Sets the calling thread's priority, as far as permitted.
+    pub(super) fn apply(priority: Priority) {
+        match priority {
+            Priority::Idle if set_policy(libc::SCHED_IDLE) => {}
+            Priority::Idle => set_nice(19),
+            Priority::Batch => drop(set_policy(libc::SCHED_BATCH)),
+            Priority::Nice(nice) => set_nice(nice),
+        }
+    }
+
+    fn set_policy(policy: libc::c_int) -> bool {
+        let param = libc::sched_param { sched_priority: 0 };
+        // SAFETY: `param` is valid for the call; 0 names the calling thread.
+        unsafe { libc::sched_setscheduler(0, policy, &raw const param) == 0 }
+    }
+
+    fn set_nice(nice: libc::c_int) {
+        // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not being permitted to is
+        // no failure, see `KvmSpawner`.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+    }
+
+    #[cfg(test)]
+    pub(super) fn policy() -> libc::c_int {
+        // SAFETY: takes a number only; 0 names the calling thread.
+        unsafe { libc::sched_getscheduler(0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    fn policy_of(role: Role, impact: GuestImpact) -> (String, libc::c_int) {
+        let seen = Arc::new(Mutex::new(None));
+        let body = {
+            let seen = seen.clone();
+            move || {
+                let name = thread::current().name().unwrap_or_default().to_owned();
+                *seen.lock().unwrap() = Some((name, sched::policy()));
+            }
+        };
+        KvmSpawner::new().spawn(role, impact, "bulk-0", Box::new(body)).unwrap().join();
+        let seen = seen.lock().unwrap().take();
+        seen.unwrap()
+    }
+
+    #[test]
+    fn roles_get_their_priority() {
+        assert_eq!(policy_of(Role::Bulk, GuestImpact::Low), ("bulk-0".into(), libc::SCHED_IDLE));
+        assert_eq!(policy_of(Role::Background, GuestImpact::Balanced).1, libc::SCHED_BATCH);
+        assert_eq!(policy_of(Role::Demand, GuestImpact::Low).1, libc::SCHED_OTHER);
+        assert_eq!(policy_of(Role::Bulk, GuestImpact::Fast).1, libc::SCHED_OTHER);
+    }
+
+    #[test]
+    fn a_failed_setup_fails_the_spawn_and_runs_nothing() {
+        let spawner = KvmSpawner::with_setup(|_, _| Err(io::ErrorKind::PermissionDenied.into()));
+        let body = Box::new(|| unreachable!("must not run"));
+        let error = spawner.spawn(Role::Bulk, GuestImpact::Low, "t", body).map(|_| ()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    }
+}

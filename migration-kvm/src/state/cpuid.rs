@@ -1,0 +1,326 @@
+//! CPUID: which of its bits are features, their names, and which of them say nothing about the host.
+
+use std::fmt;
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+/// A register of a CPUID leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Register {
+    Eax = 0,
+    Ebx = 1,
+    Ecx = 2,
+    Edx = 3,
+}
+
+impl Register {
+    pub(super) fn from_u8(value: u8) -> Option<Self> {
+        [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx].into_iter().find(|r| *r as u8 == value)
+    }
+
+    /// Its value in an entry.
+    pub(super) fn of(self, entry: &kvm_cpuid_entry2) -> u32 {
+        match self {
+            Self::Eax => entry.eax,
+            Self::Ebx => entry.ebx,
+            Self::Ecx => entry.ecx,
+            Self::Edx => entry.edx,
+        }
+    }
+}
+
+impl fmt::Display for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eax => "EAX",
+            Self::Ebx => "EBX",
+            Self::Ecx => "ECX",
+            Self::Edx => "EDX",
+        })
+    }
+}
+
+/// Bits of a register of CPUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuidBits {
+    /// The leaf (EAX on input).
+    pub leaf: u32,
+    /// The subleaf (ECX on input).
+    pub subleaf: u32,
+    /// The register.
+    pub register: Register,
+    /// The bits.
+    pub bits: u32,
+}
+
+/// A register whose bits each stand for a feature.
+pub(super) struct Features {
+    pub(super) leaf: u32,
+    pub(super) subleaf: u32,
+    pub(super) register: Register,
+    /// Bits that a VMM or KVM sets without regard to the host, that follow the guest's own doing, or that KVM offers
+    /// though it does not list them.
+    pub(super) exempt: u32,
+    /// Names of the bits from 0 on, `-` if a bit has none, separated by blanks.
+    names: &'static str,
+}
+
+impl Features {
+    pub(super) fn name(&self, bit: u32) -> Option<&'static str> {
+        self.names.split_ascii_whitespace().nth(bit as usize).filter(|name| *name != "-")
+    }
+}
+
+const fn features(leaf: u32, subleaf: u32, register: Register, exempt: u32, names: &'static str) -> Features {
+    Features { leaf, subleaf, register, exempt, names }
+}
+
+const fn bits<const N: usize>(bits: [u32; N]) -> u32 {
+    let (mut mask, mut i) = (0, 0);
+    while i < N {
+        mask |= 1 << bits[i];
+        i += 1;
+    }
+    mask
+}
+
+use Register::{Eax, Ebx, Ecx, Edx};
+
+/// The leaf with KVM's features, if the leaf before says that they are KVM's.
+pub(super) const KVM_SIGNATURE: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// The leaf whose EAX says how many bits physical and virtual addresses have.
+pub(super) const ADDRESS_SIZES: u32 = 0x8000_0008;
+/// The leaf of the XSAVE area.
+pub(super) const XSTATE: u32 = 0xd;
+
+pub(super) const FEATURES: &[Features] = &[
+    // MONITOR follows MISC_ENABLE, OSXSAVE follows CR4. KVM emulates the x2APIC and the TSC deadline everywhere, older
+    // ones without listing the latter. The hypervisor bit is the VMM's.
+    features(
+        1,
+        0,
+        Ecx,
+        bits([3, 21, 24, 27, 31]),
+        "SSE3 PCLMULQDQ DTES64 MONITOR DS-CPL VMX SMX EIST TM2 SSSE3 CNXT-ID SDBG FMA CX16 xTPR PDCM - PCID DCA SSE4.1 \
+         SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES XSAVE OSXSAVE AVX F16C RDRAND hypervisor",
+    ),
+    // APIC follows the APIC base; HTT is topology.
+    features(
+        1,
+        0,
+        Edx,
+        bits([9, 28]),
+        "FPU VME DE PSE TSC MSR PAE MCE CX8 APIC - SEP MTRR PGE MCA CMOV PAT PSE36 PSN CLFSH - DS ACPI MMX FXSR SSE SSE2 \
+         SS HTT TM IA64 PBE",
+    ),
+    // The APIC timer that does not stop is KVM's own.
+    features(6, 0, Eax, !0, ""),
+    features(
+        7,
+        0,
+        Ebx,
+        0,
+        "FSGSBASE TSC_ADJUST SGX BMI1 HLE AVX2 FDP SMEP BMI2 ERMS INVPCID RTM PQM FPCSDS MPX PQE AVX512F AVX512DQ RDSEED \
+         ADX SMAP AVX512_IFMA - CLFLUSHOPT CLWB PT AVX512PF AVX512ER AVX512CD SHA AVX512BW AVX512VL",
+    ),
+    // OSPKE follows CR4.
+    features(
+        7,
+        0,
+        Ecx,
+        bits([4]),
+        "PREFETCHWT1 AVX512_VBMI UMIP PKU OSPKE WAITPKG AVX512_VBMI2 SHSTK GFNI VAES VPCLMULQDQ AVX512_VNNI \
+         AVX512_BITALG TME AVX512_VPOPCNTDQ - LA57 - - - - - RDPID KL BUS_LOCK CLDEMOTE - MOVDIRI MOVDIR64B ENQCMD \
+         SGX_LC PKS",
+    ),
+    features(
+        7,
+        0,
+        Edx,
+        0,
+        "- SGX_KEYS AVX512_4VNNIW AVX512_4FMAPS FSRM UINTR - - AVX512_VP2INTERSECT SRBDS_CTRL MD_CLEAR RTM_ALWAYS_ABORT \
+         - RTM_FORCE_ABORT SERIALIZE HYBRID TSXLDTRK - PCONFIG ARCH_LBR IBT - AMX_BF16 AVX512_FP16 AMX_TILE AMX_INT8 \
+         SPEC_CTRL STIBP L1D_FLUSH ARCH_CAPABILITIES CORE_CAPABILITIES SSBD",
+    ),
+    features(
+        7,
+        1,
+        Eax,
+        0,
+        "SHA512 SM3 SM4 RAO_INT AVX_VNNI AVX512_BF16 LASS CMPCCXADD ARCHPERFMONEXT - FZRM FSRS FSRC - - - - FRED LKGS \
+         WRMSRNS NMI_SRC AMX_FP16 HRESET AVX_IFMA - - LAM MSRLIST",
+    ),
+    features(7, 1, Edx, 0, "- - - - AVX_VNNI_INT8 AVX_NE_CONVERT - - AMX_COMPLEX - AVX_VNNI_INT16 - - - PREFETCHITI"),
+    features(7, 2, Edx, 0, "PSFD IPRED_CTRL RRSBA_CTRL DDPD_U BHI_CTRL MCDT_NO"),
+    features(
+        XSTATE,
+        0,
+        Eax,
+        0,
+        "x87 SSE AVX MPX-BNDREGS MPX-BNDCSR AVX512-opmask AVX512-ZMM_Hi256 AVX512-Hi16_ZMM - PKRU \
+         - - - - - - - AMX-TILECFG AMX-TILEDATA APX",
+    ),
+    features(XSTATE, 0, Edx, 0, ""),
+    features(XSTATE, 1, Eax, 0, "XSAVEOPT XSAVEC XGETBV1 XSAVES XFD"),
+    features(XSTATE, 1, Ecx, 0, "- - - - - - - - - - - CET_U CET_S"),
+    // The VMM implements MAP_GPA_RANGE, extended destinations of MSIs, and the control of migration.
+    features(
+        KVM_FEATURES,
+        0,
+        Eax,
+        bits([15, 16, 17]),
+        "kvm-clocksource kvm-nop-io-delay kvm-mmu-op kvm-clocksource2 kvm-async-pf kvm-steal-time kvm-pv-eoi \
+         kvm-pv-unhalt - kvm-pv-tlb-flush kvm-async-pf-vmexit kvm-pv-send-ipi kvm-poll-control kvm-pv-sched-yield \
+         kvm-async-pf-int kvm-msi-ext-dest-id kvm-hc-map-gpa-range kvm-migration-control - - - - - - \
+         kvm-clocksource-stable",
+    ),
+    // CMP_LEGACY, EXTAPIC and TOPOEXT are topology.
+    features(
+        0x8000_0001,
+        0,
+        Ecx,
+        bits([1, 3, 22]),
+        "LAHF_LM CMP_LEGACY SVM EXTAPIC CR8_LEGACY ABM SSE4A MISALIGNSSE 3DNOWPREFETCH OSVW IBS XOP SKINIT WDT - LWP \
+         FMA4 TCE - NODEID_MSR - TBM TOPOEXT PERFCTR_CORE PERFCTR_NB - DBX PERFTSC PCX_L2I MONITORX ADDR_MASK_EXT",
+    ),
+    // APIC as in leaf 1.
+    features(
+        0x8000_0001,
+        0,
+        Edx,
+        bits([9]),
+        "FPU VME DE PSE TSC MSR PAE MCE CX8 APIC - SYSCALL MTRR PGE MCA CMOV PAT PSE36 - MP NX - MMXEXT MMX FXSR FXSR_OPT \
+         PDPE1GB RDTSCP - LM 3DNOWEXT 3DNOW",
+    ),
+    features(0x8000_0007, 0, Edx, 0, "TS FID VID TTP TM STC 100MHzSteps HwPstate InvariantTSC CPB"),
+    features(
+        ADDRESS_SIZES,
+        0,
+        Ebx,
+        0,
+        "CLZERO IRPERF XSAVEERPTR INVLPGB RDPRU - - - MCOMMIT WBNOINVD - - IBPB INT_WBINVD IBRS STIBP - STIBP_ALWAYS_ON \
+         IBRS_SAME_MODE EFER_LMSLE_UNSUPPORTED - - - PPIN SSBD VIRT_SSBD SSB_NO CPPC PSFD BTC_NO IBPB_RET",
+    ),
+    features(
+        0x8000_000a,
+        0,
+        Edx,
+        0,
+        "NPT LBRV SVML NRIPS TSC_SCALE VMCB_CLEAN FLUSHBYASID DECODEASSISTS - - PAUSEFILTER - PFTHRESHOLD AVIC - \
+         V_VMSAVE_VMLOAD VGIF",
+    ),
+    features(
+        0x8000_0021,
+        0,
+        Eax,
+        0,
+        "NO_NESTED_DATA_BP FSGS_NON_SERIAL LFENCE_RDTSC - - - NULL_SEL_CLR_BASE UPPER_ADDR_IGNORE AUTOIBRS \
+         NO_SMM_CTL_MSR",
+    ),
+];
+
+/// The entry of a leaf and subleaf.
+pub(super) fn find(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Option<&kvm_cpuid_entry2> {
+    entries.iter().find(|e| e.function == leaf && e.index == subleaf)
+}
+
+/// The bits of features that `guest` has and `host` lacks, without the exempt ones.
+pub(super) fn lacking<'a>(
+    guest: &'a [kvm_cpuid_entry2],
+    host: &'a [kvm_cpuid_entry2],
+) -> impl Iterator<Item = (&'static Features, u32)> + 'a {
+    let kvm = find(guest, KVM_SIGNATURE, 0).is_some_and(|e| (e.ebx, e.ecx, e.edx) == (0x4b4d_564b, 0x564b_4d56, 0x4d));
+    FEATURES.iter().filter_map(move |f| {
+        // Under another signature the leaf means something else, which the VMM and KVM settle between them.
+        if f.leaf == KVM_FEATURES && !kvm {
+            return None;
+        }
+        let has = |entries| find(entries, f.leaf, f.subleaf).map_or(0, |e| f.register.of(e));
+        let bits = has(guest) & !has(host) & !f.exempt;
+        (bits != 0).then_some((f, bits))
+    })
+}
+
+/// What this KVM offers: what it supports in hardware, and what it emulates if a VMM asks for it.
+pub(super) fn offered(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
+    let mut entries = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?.as_slice().to_vec();
+    if let Ok(emulated) = kvm.get_emulated_cpuid(KVM_MAX_CPUID_ENTRIES) {
+        for more in emulated.as_slice() {
+            let is_feature = FEATURES.iter().any(|f| f.leaf == more.function && f.subleaf == more.index);
+            match entries.iter_mut().find(|e| e.function == more.function && e.index == more.index) {
+                Some(entry) if is_feature => {
+                    entry.eax |= more.eax;
+                    entry.ebx |= more.ebx;
+                    entry.ecx |= more.ecx;
+                    entry.edx |= more.edx;
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(entries)
+}
+
+/// The TSC frequency of the host in kHz, by a scratch VM: there is no other way to ask that every KVM has.
+pub(super) fn host_tsc_khz(kvm: &Kvm) -> Option<u32> {
+    let vm = kvm.create_vm().ok()?;
+    vm.create_vcpu(0).ok()?.get_tsc_khz().ok().filter(|khz| *khz > 0)
+}
+
+/// Whether two CPUIDs are the same but for what KVM itself changes in them while the guest runs: what follows CR4, the
+/// APIC base, MISC_ENABLE and XCR0.
+pub(super) fn same_but_for_dynamic_bits(a: &[kvm_cpuid_entry2], b: &[kvm_cpuid_entry2]) -> bool {
+    let fixed = |e: &kvm_cpuid_entry2| {
+        let mut e = *e;
+        match (e.function, e.index) {
+            (1, _) => {
+                e.ecx &= !bits([3, 27]);
+                e.edx &= !bits([9]);
+            }
+            (7, 0) => e.ecx &= !bits([4]),
+            (XSTATE, 0 | 1) => e.ebx = 0,
+            (0x8000_0001, _) => e.edx &= !bits([9]),
+            _ => {}
+        }
+        e.padding = [0; 3];
+        e
+    };
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| fixed(a) == fixed(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stand_at_their_bits() {
+        let name = |leaf, register, bit| {
+            FEATURES.iter().find(|f| f.leaf == leaf && f.subleaf == 0 && f.register == register).unwrap().name(bit)
+        };
+        assert_eq!(name(1, Ecx, 28), Some("AVX"));
+        assert_eq!(name(1, Ecx, 31), Some("hypervisor"));
+        assert_eq!(name(1, Edx, 26), Some("SSE2"));
+        assert_eq!(name(1, Edx, 31), Some("PBE"));
+        assert_eq!(name(7, Ebx, 5), Some("AVX2"));
+        assert_eq!(name(7, Ebx, 31), Some("AVX512VL"));
+        assert_eq!(name(7, Ecx, 22), Some("RDPID"));
+        assert_eq!(name(7, Ecx, 31), Some("PKS"));
+        assert_eq!(name(7, Edx, 24), Some("AMX_TILE"));
+        assert_eq!(name(7, Edx, 31), Some("SSBD"));
+        assert_eq!(name(0x8000_0001, Edx, 27), Some("RDTSCP"));
+        assert_eq!(name(0x8000_0001, Edx, 29), Some("LM"));
+        assert_eq!(name(0x8000_0001, Ecx, 22), Some("TOPOEXT"));
+        assert_eq!(name(0x8000_0007, Edx, 8), Some("InvariantTSC"));
+        assert_eq!(name(0x8000_0008, Ebx, 12), Some("IBPB"));
+        assert_eq!(name(0x8000_0008, Ebx, 24), Some("SSBD"));
+        assert_eq!(name(KVM_FEATURES, Eax, 14), Some("kvm-async-pf-int"));
+        assert_eq!(name(KVM_FEATURES, Eax, 24), Some("kvm-clocksource-stable"));
+        assert_eq!(name(XSTATE, Eax, 9), Some("PKRU"));
+        assert_eq!(name(XSTATE, Eax, 18), Some("AMX-TILEDATA"));
+        assert_eq!(name(1, Ecx, 16), None);
+    }
+}

@@ -1,0 +1,160 @@
+//! The tagged list in which the parts of a state travel: their number (`u32`), then of each the tag (`u16`), the length
+//! (`u32`), and the bytes. The number makes a list that was cut between two parts differ from one that lacks them.
+//!
+//! A later version adds parts under new tags. A tag without [`OPTIONAL`] says that the state is wrong without this part:
+//! whoever does not know it refuses the whole. A tag with it may be passed over.
+
+use migration_core::codec::{DecodeError, Reader, Writer};
+
+use super::{
+    StateError,
+    sys::{self, Pod},
+};
+
+/// Set in the tags of parts that a reader may pass over if it does not know them.
+pub const OPTIONAL: u16 = 0x8000;
+/// Most items in one list; there are about twenty kinds.
+const MAX_ITEMS: usize = 256;
+/// Most bytes in an item. The largest is the XSAVE area (11 KiB with AMX) or 4096 MSRs (48 KiB).
+const MAX_ITEM: usize = 64 << 10;
+
+/// Writes a list of items.
+pub(super) struct ItemWriter {
+    count: usize,
+    items: Writer,
+}
+
+impl ItemWriter {
+    pub(super) fn new() -> Self {
+        Self { count: 0, items: Writer::new() }
+    }
+
+    pub(super) fn bytes(&mut self, tag: u16, bytes: &[u8]) {
+        self.count += 1;
+        self.items.u16(tag).blob(bytes);
+    }
+
+    pub(super) fn pod<T: Pod>(&mut self, tag: u16, value: &T) {
+        self.bytes(tag, sys::bytes_of(value));
+    }
+
+    pub(super) fn u32(&mut self, tag: u16, value: u32) {
+        self.bytes(tag, &value.to_le_bytes());
+    }
+
+    pub(super) fn u64(&mut self, tag: u16, value: u64) {
+        self.bytes(tag, &value.to_le_bytes());
+    }
+
+    /// An item that `write` fills.
+    pub(super) fn with(&mut self, tag: u16, write: impl FnOnce(&mut Writer)) {
+        let mut w = Writer::new();
+        write(&mut w);
+        self.bytes(tag, &w.into_bytes());
+    }
+
+    pub(super) fn finish(self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.count(self.count).bytes(&self.items.into_bytes());
+        w.into_bytes()
+    }
+}
+
+/// A list of items, each there at most once. Parts are taken out by tag; [`finish`](Items::finish) refuses what is left.
+pub(super) struct Items<'a>(Vec<(u16, &'a [u8])>);
+
+impl<'a> Items<'a> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, StateError> {
+        let mut r = Reader::new(bytes);
+        let mut items: Vec<(u16, &[u8])> = Vec::new();
+        for _ in 0..r.count(MAX_ITEMS, "number of items")? {
+            let tag = r.u16("item tag")?;
+            let bytes = r.blob(MAX_ITEM, "item")?;
+            if items.iter().any(|(t, _)| *t == tag) {
+                return Err(StateError::DuplicateItem { tag });
+            }
+            items.push((tag, bytes));
+        }
+        r.finish()?;
+        Ok(Self(items))
+    }
+
+    pub(super) fn take(&mut self, tag: u16) -> Option<&'a [u8]> {
+        let at = self.0.iter().position(|(t, _)| *t == tag)?;
+        Some(self.0.swap_remove(at).1)
+    }
+
+    pub(super) fn need(&mut self, tag: u16, name: &'static str) -> Result<&'a [u8], StateError> {
+        self.take(tag).ok_or(StateError::MissingItem { name })
+    }
+
+    pub(super) fn take_pod<T: Pod>(&mut self, tag: u16, name: &'static str) -> Result<Option<T>, StateError> {
+        self.take(tag).map(|bytes| pod(bytes, name)).transpose()
+    }
+
+    pub(super) fn need_pod<T: Pod>(&mut self, tag: u16, name: &'static str) -> Result<T, StateError> {
+        pod(self.need(tag, name)?, name)
+    }
+
+    /// Reads an item with `read`, which must read all of it.
+    pub(super) fn take_with<T>(
+        &mut self,
+        tag: u16,
+        read: impl FnOnce(&mut Reader<'a>) -> Result<T, DecodeError>,
+    ) -> Result<Option<T>, StateError> {
+        let Some(bytes) = self.take(tag) else { return Ok(None) };
+        let mut r = Reader::new(bytes);
+        let value = read(&mut r)?;
+        r.finish()?;
+        Ok(Some(value))
+    }
+
+    pub(super) fn take_u32(&mut self, tag: u16, name: &'static str) -> Result<Option<u32>, StateError> {
+        self.take_with(tag, |r| r.u32(name))
+    }
+
+    pub(super) fn take_u64(&mut self, tag: u16, name: &'static str) -> Result<Option<u64>, StateError> {
+        self.take_with(tag, |r| r.u64(name))
+    }
+
+    /// Whether everything was taken that must be understood.
+    pub(super) fn finish(self) -> Result<(), StateError> {
+        let unknown: Vec<u16> = self.0.iter().map(|(tag, _)| *tag).filter(|tag| tag & OPTIONAL == 0).collect();
+        if unknown.is_empty() { Ok(()) } else { Err(StateError::UnknownItems { tags: unknown }) }
+    }
+}
+
+fn pod<T: Pod>(bytes: &[u8], name: &'static str) -> Result<T, StateError> {
+    sys::from_bytes(bytes).ok_or(StateError::ItemSize { name, found: bytes.len(), expected: size_of::<T>() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_items() {
+        let mut w = ItemWriter::new();
+        w.u32(7, 1);
+        w.u32(9 | OPTIONAL, 2);
+        let bytes = w.finish();
+        let items = Items::parse(&bytes).unwrap();
+        assert!(matches!(items.finish(), Err(StateError::UnknownItems { tags }) if tags == [7]));
+        let mut items = Items::parse(&bytes).unwrap();
+        assert_eq!(items.take_u32(7, "seven").unwrap(), Some(1));
+        items.finish().unwrap();
+    }
+
+    #[test]
+    fn duplicates_and_claims_are_refused() {
+        let mut w = ItemWriter::new();
+        w.u32(7, 1);
+        w.u32(7, 1);
+        assert!(matches!(Items::parse(&w.finish()), Err(StateError::DuplicateItem { tag: 7 })));
+        let claim = [1, 0, 0, 0, 7, 0, 0xff, 0xff, 0xff, 0xff];
+        assert!(matches!(Items::parse(&claim), Err(StateError::Decode(DecodeError::TooLong { .. }))));
+        let mut many = ItemWriter::new();
+        (0..=MAX_ITEMS as u16).for_each(|tag| many.bytes(tag, &[]));
+        assert!(Items::parse(&many.finish()).is_err());
+    }
+}

@@ -1,0 +1,189 @@
+//! Model-specific registers: which there are, and reading and writing them past those that KVM refuses.
+
+use std::io;
+
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
+
+use super::{StateError, ioctl_error};
+
+/// Most MSRs in a vCPU's state. KVM lists about 150; a model with all machine-check banks and counters, 500.
+pub const MAX_MSRS: usize = 4096;
+
+/// The time stamp counter.
+pub(super) const IA32_TSC: u32 = 0x10;
+/// The TSC value at which the LAPIC timer fires.
+pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
+const IA32_FEAT_CTL: u32 = 0x3a;
+const IA32_PERF_GLOBAL_CTRL: u32 = 0x38f;
+const AMD_PERF_GLOBAL_CTL: u32 = 0xc000_0301;
+/// Capabilities of VMX: they decide what nested state is valid.
+const VMX_CAPABILITIES: std::ops::RangeInclusive<u32> = 0x480..=0x491;
+/// `KVM_X86_SETUP_MCE` allows 32 banks of four registers.
+const MC_BANKS: std::ops::Range<u32> = 0x400..0x400 + 4 * 32;
+
+/// MSRs that are part of the state, whether or not KVM's list has them. The list leaves out those that "always exist"
+/// (memory types, machine check), and those of features that the host's processor has but KVM thinks it need not tell.
+#[rustfmt::skip]
+const MORE_MSRS: &[u32] = &[
+    0x10, // TSC
+    0x3a, // FEAT_CTL
+    0x3b, // TSC_ADJUST
+    0x48, // SPEC_CTRL
+    0xe1, // UMWAIT_CONTROL
+    0x122, // TSX_CTRL
+    0x140, // MISC_FEATURES_ENABLES
+    0x174, 0x175, 0x176, // SYSENTER_CS, _ESP, _EIP
+    0x17a, 0x17b, // MCG_STATUS, MCG_CTL
+    0x1a0, // MISC_ENABLE
+    0x1c4, 0x1c5, // XFD, XFD_ERR
+    0x1d9, // DEBUGCTL
+    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, // MTRR, variable ranges: base and mask
+    0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f, //
+    0x250, 0x258, 0x259, // MTRR, fixed ranges
+    0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, //
+    0x277, // PAT
+    0x2ff, // MTRR_DEF_TYPE
+    0x6e0, // TSC_DEADLINE
+    0xd90, // BNDCFGS
+    0xda0, // XSS
+    0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, // STAR, LSTAR, CSTAR, SFMASK
+    0xc000_0102, 0xc000_0103, // KERNEL_GS_BASE, TSC_AUX
+    0xc001_0117, // VM_HSAVE_PA
+    0xc001_011f, // VIRT_SPEC_CTRL
+];
+
+/// A model-specific register and its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Msr {
+    /// Which register.
+    pub index: u32,
+    /// Its value.
+    pub data: u64,
+}
+
+/// The MSRs to save, in the order in which they are written back. The same for all vCPUs of a VM: probe it once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MsrList {
+    listed: Vec<u32>,
+    indices: Vec<u32>,
+    unreadable: Vec<u32>,
+}
+
+impl MsrList {
+    /// What this KVM lists, and what its list is known to leave out.
+    ///
+    /// # Errors
+    /// When KVM does not give its list.
+    pub fn probe(kvm: &Kvm) -> Result<Self, StateError> {
+        let mut listed = kvm.get_msr_index_list().map_err(ioctl_error("KVM_GET_MSR_INDEX_LIST"))?.as_slice().to_vec();
+        listed.sort_unstable();
+        listed.dedup();
+        let mut indices = listed.clone();
+        indices.extend(MORE_MSRS.iter().copied().chain(MC_BANKS));
+        indices.sort_unstable();
+        indices.dedup();
+        // Stable: within a rank, in the order of the indices.
+        indices.sort_by_key(|index| rank(*index));
+        Ok(Self { listed, indices, unreadable: Vec::new() })
+    }
+
+    /// Drops the MSRs that cannot be read of `vcpu`, so that later saves need not stumble over each. What can be read
+    /// depends on the vCPU's CPUID, so set that first.
+    ///
+    /// # Errors
+    /// When KVM reads none at all.
+    pub fn learn(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let (_, unreadable) = read(vcpu, &self.indices)?;
+        self.indices.retain(|index| !unreadable.contains(index));
+        self.unreadable.extend(unreadable);
+        Ok(())
+    }
+
+    /// The MSRs to save.
+    pub fn indices(&self) -> &[u32] {
+        &self.indices
+    }
+
+    /// Those that [`learn`](MsrList::learn) dropped.
+    pub fn unreadable(&self) -> &[u32] {
+        &self.unreadable
+    }
+
+    /// Whether KVM's own list has it, or it is one of those that the list leaves out.
+    pub fn has(&self, index: u32) -> bool {
+        self.is_listed(index) || MORE_MSRS.contains(&index) || MC_BANKS.contains(&index)
+    }
+
+    /// Whether KVM's own list has it.
+    pub fn is_listed(&self, index: u32) -> bool {
+        self.listed.binary_search(&index).is_ok()
+    }
+}
+
+/// Where an MSR stands in the order of writing.
+/// 0: what decides whether other state is valid (FEAT_CTL must allow VMX before CR4.VMXE can be set; the VMX
+/// capabilities are what nested state is checked against); written before the segment and control registers.
+/// 1: the TSC, because the deadline is measured against it. 2: everything else. 3: the switch that lets performance
+/// counters run, once they are all set. 4: the TSC deadline, which arms the timer, or fires at once if it has passed.
+pub(super) fn rank(index: u32) -> u8 {
+    match index {
+        IA32_FEAT_CTL => 0,
+        index if VMX_CAPABILITIES.contains(&index) => 0,
+        IA32_TSC => 1,
+        IA32_PERF_GLOBAL_CTRL | AMD_PERF_GLOBAL_CTL => 3,
+        IA32_TSC_DEADLINE => 4,
+        _ => 2,
+    }
+}
+
+/// Reads MSRs; also returns which could not be read.
+pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<(Vec<Msr>, Vec<u32>), StateError> {
+    let (mut found, mut skipped) = (Vec::with_capacity(indices.len()), Vec::new());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        // KVM takes 256 at a time, and stops at the first that it refuses.
+        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs = from_entries(&entries)?;
+        let done = vcpu.get_msrs(&mut msrs).map_err(ioctl_error("KVM_GET_MSRS"))?.min(chunk.len());
+        found.extend(msrs.as_slice()[..done].iter().map(|e| Msr { index: e.index, data: e.data }));
+        skipped.extend(chunk.get(done));
+        rest = rest.get(done + usize::from(done < chunk.len())..).unwrap_or_default();
+    }
+    Ok((found, skipped))
+}
+
+/// Writes MSRs in the order given; returns those that KVM refused.
+pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, StateError> {
+    let mut skipped = Vec::new();
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let entries: Vec<_> =
+            chunk.iter().map(|msr| kvm_msr_entry { index: msr.index, data: msr.data, ..Default::default() }).collect();
+        let done = vcpu.set_msrs(&from_entries(&entries)?).map_err(ioctl_error("KVM_SET_MSRS"))?.min(chunk.len());
+        skipped.extend(chunk.get(done));
+        rest = rest.get(done + usize::from(done < chunk.len())..).unwrap_or_default();
+    }
+    Ok(skipped)
+}
+
+fn from_entries(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
+    // Fails only above KVM_MAX_MSR_ENTRIES, which both callers keep to.
+    Msrs::from_entries(entries)
+        .map_err(|_| StateError::Ioctl { what: "a list of MSRs", source: io::ErrorKind::InvalidInput.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn order_of_writing() {
+        assert!(rank(IA32_FEAT_CTL) < rank(IA32_TSC));
+        assert!(rank(IA32_TSC) < rank(0xc000_0103));
+        assert!(rank(0xc000_0103) < rank(IA32_TSC_DEADLINE));
+        assert_eq!(MORE_MSRS.iter().collect::<std::collections::HashSet<_>>().len(), MORE_MSRS.len());
+    }
+}

@@ -1,0 +1,406 @@
+//! What a VM's vCPUs need of the host, so that a destination can refuse before RAM moves.
+
+use std::fmt;
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use super::{
+    Irqchip, MsrList, StateError,
+    cpuid::{self, ADDRESS_SIZES, CpuidBits, FEATURES, Register, XSTATE, host_tsc_khz, offered},
+    ioctl_error,
+    items::{ItemWriter, Items},
+    msrs::{self, MAX_MSRS},
+    sys::{self, NESTED_HEADER, XSAVE_SIZE},
+    vcpu::{read_cpuid, read_indices, write_cpuid},
+};
+
+/// By how much two TSC frequencies may differ and still count as the same, in parts per million. As KVM itself does it:
+/// clocks of the same nominal frequency are measured a little differently at each boot.
+pub const TSC_TOLERANCE_PPM: u32 = 250;
+
+/// Most capabilities in the needs; there are about ten.
+const MAX_CAPS: usize = 256;
+/// Most registers of CPUID in which the VMM has set bits of its own: as many as [`FEATURES`], with room for more.
+const MAX_OWN: usize = 256;
+const VERSION: u32 = 1;
+
+const ITEM_VERSION: u16 = 0;
+const ITEM_CPUID: u16 = 1;
+const ITEM_OWN_CPUID: u16 = 2;
+const ITEM_XCR0: u16 = 3;
+const ITEM_XSAVE_SIZE: u16 = 4;
+const ITEM_TSC_KHZ: u16 = 5;
+const ITEM_MSRS: u16 = 6;
+const ITEM_IRQCHIP: u16 = 7;
+const ITEM_NESTED: u16 = 8;
+const ITEM_CAPS: u16 = 9;
+
+/// Capabilities by name, for messages.
+const CAP_NAMES: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+    (Cap::Xsave, "KVM_CAP_XSAVE"),
+    (Cap::Xsave2, "KVM_CAP_XSAVE2"),
+    (Cap::Xcrs, "KVM_CAP_XCRS"),
+    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::NestedState, "KVM_CAP_NESTED_STATE"),
+];
+
+/// What a VM's vCPUs need of the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostNeeds {
+    /// CPUID of vCPU 0; the destination may build the VM with it.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Bits of `cpuid` that the source's KVM does not offer either: the VMM answers for them, they are not checked.
+    /// Leaf 0 here means that the VMM shows another vendor than the host's.
+    pub own_cpuid: Vec<CpuidBits>,
+    /// XCR0 of vCPU 0: components of the extended state that the guest has turned on.
+    pub xcr0: u64,
+    /// Bytes of the XSAVE area, for all components that CPUID permits.
+    pub xsave_size: u32,
+    /// Frequency of the guest's TSC in kHz; none if the source's KVM does not tell.
+    pub tsc_khz: Option<u32>,
+    /// MSRs that the guest uses: the source's KVM has them, and they are not zero.
+    pub msrs: Vec<u32>,
+    /// Which interrupt controllers KVM emulates.
+    pub irqchip: Irqchip,
+    /// Whether the guest runs guests of its own at this moment.
+    pub nested: bool,
+    /// Capabilities (`KVM_CAP_*` by number) without which the state cannot be loaded.
+    pub caps: Vec<u32>,
+}
+
+/// Why a host cannot take a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Mismatch {
+    /// This host's KVM cannot be asked.
+    Probe(String),
+    /// The guest was told of a processor of another vendor.
+    Vendor {
+        /// The vendor that the guest knows.
+        guest: String,
+        /// The host's.
+        host: String,
+    },
+    /// The guest was told of a feature that this host does not offer.
+    Feature {
+        /// Where CPUID tells of it; one bit.
+        bit: CpuidBits,
+        /// Its name, if it is a common one.
+        name: Option<&'static str>,
+    },
+    /// The guest may use longer physical addresses than this host has, in bits.
+    AddressBits {
+        /// The guest's.
+        guest: u8,
+        /// The host's.
+        host: u8,
+    },
+    /// The guest has turned on components of the extended state that this host lacks.
+    Xcr0 {
+        /// The components, as bits of XCR0.
+        missing: u64,
+    },
+    /// The guest's extended state is larger than this host's, in bytes.
+    XsaveSize {
+        /// The guest's.
+        guest: u32,
+        /// The host's.
+        host: u32,
+    },
+    /// The guest's TSC has another frequency, and this host cannot scale it. In kHz.
+    TscKhz {
+        /// The guest's.
+        guest: u32,
+        /// The host's; none if it does not tell.
+        host: Option<u32>,
+    },
+    /// The guest uses an MSR that this host does not have.
+    Msr(u32),
+    /// KVM lacks a capability.
+    Capability {
+        /// Its number.
+        number: u32,
+        /// Its name.
+        name: Option<&'static str>,
+    },
+    /// This KVM does not accept the guest's CPUID as a whole.
+    CpuidRefused(String),
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Probe(why) => write!(f, "this host's KVM cannot be asked: {why}"),
+            Self::Vendor { guest, host } => write!(f, "the guest knows a processor of {guest}, this host is of {host}"),
+            Self::Feature { bit: CpuidBits { leaf, subleaf, register, bits }, name } => {
+                let name = name.unwrap_or("a feature without a name here");
+                let bit = bits.trailing_zeros();
+                write!(f, "this host lacks {name} (CPUID leaf {leaf:#x}, subleaf {subleaf}, {register} bit {bit})")
+            }
+            Self::AddressBits { guest, host } => {
+                write!(f, "the guest may use {guest} bits of physical address, this host has {host}")
+            }
+            Self::Xcr0 { missing } => {
+                let features = FEATURES.iter().find(|f| (f.leaf, f.register) == (XSTATE, Register::Eax));
+                let name = |bit| features.and_then(|f| f.name(bit)).map_or(format!("bit {bit}"), str::to_owned);
+                let names: Vec<String> = (0..64).filter(|bit| missing >> bit & 1 != 0).map(name).collect();
+                write!(f, "this host lacks extended state that the guest has turned on in XCR0: {}", names.join(", "))
+            }
+            Self::XsaveSize { guest, host } => {
+                write!(f, "the guest's extended state takes {guest} bytes, this host has room for {host}")
+            }
+            Self::TscKhz { guest, host } => {
+                let host = host.map_or("of unknown frequency".to_owned(), |khz| format!("at {khz} kHz"));
+                write!(f, "the guest's TSC runs at {guest} kHz, this host's {host}, and it cannot scale")
+            }
+            Self::Msr(index) => write!(f, "the guest uses MSR {index:#x}, which this host does not have"),
+            Self::Capability { number, name } => match name {
+                Some(name) => write!(f, "this KVM lacks {name}"),
+                None => write!(f, "this KVM lacks capability {number}"),
+            },
+            Self::CpuidRefused(why) => write!(f, "this KVM does not accept the guest's CPUID: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for Mismatch {}
+
+/// Whether two TSC frequencies in kHz count as the same.
+pub(super) fn within_tolerance(a: u32, b: u32) -> bool {
+    u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(b) * u64::from(TSC_TOLERANCE_PPM)
+}
+
+impl HostNeeds {
+    /// What a VM needs, asked of its vCPU 0, whose CPUID is set. The call waits while that vCPU runs: ask before it does,
+    /// or on its own thread.
+    ///
+    /// # Errors
+    /// When KVM refuses to tell.
+    pub fn of(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, irqchip: Irqchip) -> Result<Self, StateError> {
+        let cpuid = vcpu
+            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(ioctl_error("KVM_GET_CPUID2"))?
+            .as_slice()
+            .to_vec();
+        let host = offered(kvm).map_err(ioctl_error("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut own_cpuid: Vec<CpuidBits> = cpuid::lacking(&cpuid, &host)
+            .map(|(f, bits)| CpuidBits { leaf: f.leaf, subleaf: f.subleaf, register: f.register, bits })
+            .collect();
+        if vendor(&cpuid) != vendor(&host) {
+            own_cpuid.push(CpuidBits { leaf: 0, subleaf: 0, register: Register::Ebx, bits: !0 });
+        }
+        if address_bits(&cpuid) > address_bits(&host) {
+            own_cpuid.push(CpuidBits { leaf: ADDRESS_SIZES, subleaf: 0, register: Register::Eax, bits: 0xff });
+        }
+        let mut xcr0 = 1;
+        if vm.check_extension(Cap::Xcrs) {
+            let xcrs = vcpu.get_xcrs().map_err(ioctl_error("KVM_GET_XCRS"))?;
+            xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(1, |x| x.value);
+        }
+        let xsave_size = cpuid::find(&cpuid, XSTATE, 0).map_or(0, |e| e.ecx).max(XSAVE_SIZE as u32);
+        let list = MsrList::probe(kvm)?;
+        let (values, _) = msrs::read(vcpu, list.indices())?;
+        let msrs = values.iter().filter(|msr| msr.data != 0).map(|msr| msr.index).collect();
+        let nested = sys::nested(vcpu).is_ok_and(|state| state.len() > NESTED_HEADER);
+        let needed = |cap: Cap| match cap {
+            Cap::Irqchip => irqchip == Irqchip::Full,
+            Cap::Pit2 => irqchip == Irqchip::Full && vm.get_pit2().is_ok(),
+            Cap::SplitIrqchip => irqchip == Irqchip::Split,
+            Cap::Xsave2 => xsave_size as usize > XSAVE_SIZE,
+            Cap::NestedState => nested,
+            // What the source lacks it does not save, so it need not be loaded.
+            other => vm.check_extension(other),
+        };
+        let caps = CAP_NAMES.iter().filter(|(cap, _)| needed(*cap)).map(|(cap, _)| *cap as u32).collect();
+        let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        Ok(Self { cpuid, own_cpuid, xcr0, xsave_size, tsc_khz, msrs, irqchip, nested, caps })
+    }
+
+    /// Whether the host of this KVM has all that is needed. Takes milliseconds: it creates a scratch VM.
+    ///
+    /// # Errors
+    /// Everything that it lacks.
+    pub fn check(&self, kvm: &Kvm) -> Result<(), Vec<Mismatch>> {
+        let probe = |e: &dyn fmt::Display| vec![Mismatch::Probe(e.to_string())];
+        let host = offered(kvm).map_err(|e| probe(&e))?;
+        let list = MsrList::probe(kvm).map_err(|e| probe(&e))?;
+        let vm = kvm.create_vm().map_err(|e| probe(&e))?;
+        let mut found = self.check_cpuid(&host);
+        let host_xcr0 = cpuid::find(&host, XSTATE, 0).map_or(1, |e| u64::from(e.edx) << 32 | u64::from(e.eax));
+        let missing = self.xcr0 & !host_xcr0;
+        if missing != 0 {
+            found.push(Mismatch::Xcr0 { missing });
+        }
+        let room = u32::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_SIZE as u32);
+        if self.xsave_size > room {
+            found.push(Mismatch::XsaveSize { guest: self.xsave_size, host: room });
+        }
+        if let Some(guest) = self.tsc_khz
+            && !vm.check_extension(Cap::TscControl)
+        {
+            let host = host_tsc_khz(kvm);
+            if !host.is_some_and(|host| within_tolerance(host, guest)) {
+                found.push(Mismatch::TscKhz { guest, host });
+            }
+        }
+        found.extend(self.msrs.iter().copied().filter(|index| !list.has(*index)).map(Mismatch::Msr));
+        found.extend(self.caps.iter().copied().filter(|cap| vm.check_extension_raw((*cap).into()) <= 0).map(
+            |number| {
+                let name = CAP_NAMES.iter().find(|(cap, _)| *cap as u32 == number).map(|(_, name)| *name);
+                Mismatch::Capability { number, name }
+            },
+        ));
+        // Only if nothing better explains it.
+        if found.is_empty()
+            && let Err(why) = self.try_cpuid(&vm)
+        {
+            found.push(Mismatch::CpuidRefused(why));
+        }
+        if found.is_empty() { Ok(()) } else { Err(found) }
+    }
+
+    fn check_cpuid(&self, host: &[kvm_cpuid_entry2]) -> Vec<Mismatch> {
+        let mut found = Vec::new();
+        let own = |leaf, subleaf, register| {
+            let own = self.own_cpuid.iter().filter(|o| (o.leaf, o.subleaf, o.register) == (leaf, subleaf, register));
+            own.fold(0, |bits, o| bits | o.bits)
+        };
+        let (ours, theirs) = (vendor(host), vendor(&self.cpuid));
+        if ours != theirs && own(0, 0, Register::Ebx) == 0 {
+            found.push(Mismatch::Vendor { guest: theirs, host: ours });
+        }
+        for (f, bits) in cpuid::lacking(&self.cpuid, host) {
+            let bits = bits & !own(f.leaf, f.subleaf, f.register);
+            for bit in (0..32).filter(|bit| bits >> bit & 1 != 0) {
+                let at = CpuidBits { leaf: f.leaf, subleaf: f.subleaf, register: f.register, bits: 1 << bit };
+                found.push(Mismatch::Feature { bit: at, name: f.name(bit) });
+            }
+        }
+        let (guest, here) = (address_bits(&self.cpuid), address_bits(host));
+        if guest > here && own(ADDRESS_SIZES, 0, Register::Eax) == 0 {
+            found.push(Mismatch::AddressBits { guest, host: here });
+        }
+        found
+    }
+
+    fn try_cpuid(&self, vm: &VmFd) -> Result<(), String> {
+        let vcpu = vm.create_vcpu(0).map_err(|e| e.to_string())?;
+        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| "too many entries".to_owned())?;
+        vcpu.set_cpuid2(&cpuid).map_err(|e| e.to_string())
+    }
+
+    /// The form in which it travels.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = ItemWriter::new();
+        w.u32(ITEM_VERSION, VERSION);
+        w.with(ITEM_CPUID, |w| write_cpuid(w, &self.cpuid));
+        w.with(ITEM_OWN_CPUID, |w| {
+            w.count(self.own_cpuid.len());
+            for own in &self.own_cpuid {
+                w.u32(own.leaf).u32(own.subleaf).u8(own.register as u8).u32(own.bits);
+            }
+        });
+        w.u64(ITEM_XCR0, self.xcr0);
+        w.u32(ITEM_XSAVE_SIZE, self.xsave_size);
+        if let Some(khz) = self.tsc_khz {
+            w.u32(ITEM_TSC_KHZ, khz);
+        }
+        let numbers = |w: &mut ItemWriter, tag, numbers: &[u32]| {
+            w.with(tag, |w| {
+                w.count(numbers.len());
+                numbers.iter().for_each(|n| {
+                    w.u32(*n);
+                });
+            });
+        };
+        numbers(&mut w, ITEM_MSRS, &self.msrs);
+        w.bytes(ITEM_IRQCHIP, &[self.irqchip as u8]);
+        w.bytes(ITEM_NESTED, &[self.nested.into()]);
+        numbers(&mut w, ITEM_CAPS, &self.caps);
+        w.finish()
+    }
+
+    /// Reads what [`encode`](HostNeeds::encode) wrote.
+    ///
+    /// # Errors
+    /// When a part is missing, unknown, there twice, has a wrong size or a value that it cannot have.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let missing = |name| StateError::MissingItem { name };
+        let mut items = Items::parse(bytes)?;
+        let version = items.take_u32(ITEM_VERSION, "version")?.ok_or(missing("version"))?;
+        if version != VERSION {
+            return Err(StateError::Version { name: "the needs of the host", found: version });
+        }
+        let cpuid = items.take_with(ITEM_CPUID, read_cpuid)?.ok_or(missing("CPUID"))?;
+        let own_cpuid = items.take_with(ITEM_OWN_CPUID, |r| {
+            let count = r.count(MAX_OWN, "CPUID bits of the VMM")?;
+            let mut own = Vec::new();
+            for _ in 0..count {
+                let (leaf, subleaf, register) = (r.u32("CPUID leaf")?, r.u32("CPUID subleaf")?, r.u8("register")?);
+                let register = Register::from_u8(register).ok_or_else(|| {
+                    migration_core::codec::DecodeError::invalid("register", format!("{register} is none"))
+                })?;
+                own.push(CpuidBits { leaf, subleaf, register, bits: r.u32("CPUID bits")? });
+            }
+            Ok(own)
+        })?;
+        let xcr0 = items.take_u64(ITEM_XCR0, "XCR0")?.ok_or(missing("XCR0"))?;
+        let xsave_size = items.take_u32(ITEM_XSAVE_SIZE, "XSAVE size")?.ok_or(missing("XSAVE size"))?;
+        let tsc_khz = items.take_u32(ITEM_TSC_KHZ, "TSC kHz")?;
+        let msrs = items.take_with(ITEM_MSRS, read_indices)?.ok_or(missing("MSRs"))?;
+        let irqchip = items.take_with(ITEM_IRQCHIP, |r| Irqchip::from_u8(r.u8("irqchip")?))?;
+        let irqchip = irqchip.ok_or(missing("kind of irqchip"))?;
+        let nested = items.take_with(ITEM_NESTED, |r| r.bool("nested"))?.ok_or(missing("nested"))?;
+        let caps = items.take_with(ITEM_CAPS, |r| {
+            let count = r.count(MAX_CAPS, "capabilities")?;
+            (0..count).map(|_| r.u32("capability")).collect::<Result<Vec<_>, _>>()
+        })?;
+        items.finish()?;
+        Ok(Self {
+            cpuid,
+            own_cpuid: own_cpuid.unwrap_or_default(),
+            xcr0,
+            xsave_size,
+            tsc_khz,
+            msrs,
+            irqchip,
+            nested,
+            caps: caps.ok_or(missing("capabilities"))?,
+        })
+    }
+}
+
+const _: () = assert!(FEATURES.len() + 2 <= MAX_OWN && MAX_MSRS >= 1024);
+
+/// The vendor's name in leaf 0.
+fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
+    let Some(e) = cpuid::find(entries, 0, 0) else { return String::new() };
+    let bytes: Vec<u8> = [e.ebx, e.edx, e.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
+    bytes.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '?' }).collect()
+}
+
+/// Bits of a physical address; 36 if CPUID does not tell.
+fn address_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
+    cpuid::find(entries, ADDRESS_SIZES, 0).map_or(36, |e| e.eax as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tolerance() {
+        assert!(within_tolerance(2_600_000, 2_600_650));
+        assert!(!within_tolerance(2_600_000, 2_600_700));
+        assert!(within_tolerance(u32::MAX, u32::MAX));
+        assert!(!within_tolerance(0, 2_600_000));
+    }
+}

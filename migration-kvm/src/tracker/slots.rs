@@ -1,0 +1,250 @@
+//! KVM's memory slots of a VM's RAM, and the ioctls about their dirty logs.
+
+use std::{io, sync::Arc};
+
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+use migration_core::{GuestRam, PAGE_SHIFT, PageRange, PageSet};
+use thiserror::Error;
+use vmm_sys_util::{
+    ioctl::{ioctl_with_mut_ref, ioctl_with_ref},
+    ioctl_iow_nr, ioctl_iowr_nr,
+};
+
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, kvm_bindings::KVMIO, 0x42, kvm_dirty_log);
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, kvm_bindings::KVMIO, 0xc0, kvm_clear_dirty_log);
+
+/// One memory slot of KVM that holds guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySlot {
+    /// KVM's number of the slot (the address space, for SMM, in the upper 16 bits).
+    pub slot: u32,
+    /// Guest physical address of its first byte.
+    pub gpa: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// The page number of its first page in the RAM layout.
+    pub first_page: u64,
+    /// The host address of its first byte.
+    pub host_address: u64,
+    /// The flags it was set with, without `KVM_MEM_LOG_DIRTY_PAGES`; usually 0.
+    pub flags: u32,
+}
+
+impl MemorySlot {
+    /// The pages of the slot, by page number.
+    pub fn pages(&self) -> PageRange {
+        PageRange::new(self.first_page, self.len >> PAGE_SHIFT)
+    }
+}
+
+/// A list of slots does not fit the RAM.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("memory slot {slot} ({len:#x} bytes at {gpa:#x}) is not a piece of one RAM region, in whole pages")]
+pub struct SlotError {
+    /// KVM's number of the slot.
+    pub slot: u32,
+    /// Its guest physical address.
+    pub gpa: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// The memory slots that hold a VM's RAM, with the RAM.
+pub struct GuestSlots {
+    ram: Arc<dyn GuestRam>,
+    slots: Vec<MemorySlot>,
+}
+
+impl GuestSlots {
+    /// Describes slots by `(slot, gpa, len, flags)` as the VMM gave them to KVM, or will with
+    /// [`install`](Self::install). ROM and device slots do not belong here.
+    ///
+    /// # Safety
+    /// A VM that the result is used with must have these slots with exactly these lengths, or none with these numbers,
+    /// and `ram` must outlive that VM (vCPU and VM descriptors keep a VM alive).
+    ///
+    /// # Errors
+    /// When a slot is not a piece of one region of `ram`, in whole pages.
+    pub unsafe fn new(
+        ram: Arc<dyn GuestRam>,
+        slots: impl IntoIterator<Item = (u32, u64, u64, u32)>,
+    ) -> Result<Self, SlotError> {
+        let describe = |(slot, gpa, len, flags): (u32, u64, u64, u32)| {
+            let error = SlotError { slot, gpa, len };
+            let memory = ram.slice_at(gpa, len).map_err(|_| error)?;
+            let first_page = ram.layout().page_of(gpa).ok_or(error)?;
+            let aligned = (gpa | len).trailing_zeros() >= PAGE_SHIFT && len != 0;
+            let host_address = memory.as_ptr() as u64;
+            let flags = flags & !KVM_MEM_LOG_DIRTY_PAGES;
+            aligned.then_some(MemorySlot { slot, gpa, len, first_page, host_address, flags }).ok_or(error)
+        };
+        let slots = slots.into_iter().map(describe).collect::<Result<_, _>>()?;
+        Ok(Self { ram, slots })
+    }
+
+    /// One slot for each region of `ram`, numbered from `first_slot`, without flags.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    pub unsafe fn of_regions(ram: Arc<dyn GuestRam>, first_slot: u32) -> Result<Self, SlotError> {
+        let regions = ram.layout().regions().to_vec();
+        // SAFETY: the caller's promise is the one that `new` wants.
+        unsafe { Self::new(ram, (first_slot..).zip(regions).map(|(slot, r)| (slot, r.gpa, r.len, 0))) }
+    }
+
+    /// Sets all slots in `vm`, as a VMM does when it creates the VM. (After the irqchip exists this can cost
+    /// milliseconds a slot.)
+    ///
+    /// # Errors
+    /// KVM's. Slots before the failing one stay set.
+    pub fn install(&self, vm: &VmFd) -> io::Result<()> {
+        self.slots.iter().try_for_each(|slot| set(vm, slot, 0))
+    }
+
+    /// The RAM.
+    pub fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
+    /// The slots.
+    pub fn slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    /// How many pages RAM has.
+    pub(super) fn capacity(&self) -> u64 {
+        self.ram.layout().pages()
+    }
+
+    /// Turns dirty logging on or off for all slots. If it cannot be turned on for all, it is off for all afterwards.
+    pub(super) fn set_logging(&self, vm: &VmFd, on: bool) -> io::Result<()> {
+        if !on {
+            // go on after a failure: every slot still logged slows the guest down
+            return self.slots.iter().map(|slot| set(vm, slot, 0)).fold(Ok(()), Result::and);
+        }
+        for (done, slot) in self.slots.iter().enumerate() {
+            if let Err(error) = set(vm, slot, KVM_MEM_LOG_DIRTY_PAGES) {
+                for slot in &self.slots[..done] {
+                    let _ = set(vm, slot, 0); // the first error is the one to tell
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds what KVM's dirty logs say to `into`. Without manual protection this clears them. `buffer` is scratch space.
+    pub(super) fn read_logs(&self, vm: &VmFd, buffer: &mut Vec<u64>, into: &mut PageSet) -> io::Result<()> {
+        for slot in &self.slots {
+            let pages = slot.pages();
+            buffer.clear();
+            buffer.resize(pages.count.div_ceil(64) as usize, 0);
+            let log = kvm_dirty_log {
+                slot: slot.slot,
+                padding1: 0,
+                __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: buffer.as_mut_ptr().cast() },
+            };
+            // SAFETY: KVM writes one bit a page of the slot, rounded up to 64; the slot has `pages.count` pages, as
+            // promised to `GuestSlots::new`, and the buffer has room for that.
+            if unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &log) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            into.insert_bitmap(pages.first, pages.count, buffer);
+        }
+        Ok(())
+    }
+
+    /// Clears those bits of KVM's dirty logs, and so protects those pages, that are in `pages` and in `range`.
+    pub(super) fn clear_logs(&self, vm: &VmFd, range: PageRange, pages: &PageSet) -> io::Result<()> {
+        for slot in &self.slots {
+            let Some((first, num_pages, mut bits)) = clear_request(slot.pages(), range, pages) else { continue };
+            let mut log = kvm_clear_dirty_log {
+                slot: slot.slot,
+                num_pages,
+                first_page: first,
+                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
+            };
+            // SAFETY: KVM reads one bit for each of `num_pages`, rounded up to 64; `bits` has that many.
+            if unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn set(vm: &VmFd, slot: &MemorySlot, flags: u32) -> io::Result<()> {
+    let region = kvm_userspace_memory_region {
+        slot: slot.slot,
+        flags: slot.flags | flags,
+        guest_phys_addr: slot.gpa,
+        memory_size: slot.len,
+        userspace_addr: slot.host_address,
+    };
+    // SAFETY: the memory is guest RAM, mapped for as long as the VM exists, as promised to `GuestSlots::new`.
+    unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+}
+
+/// What to ask KVM for, so that in a slot of these pages exactly those in `range` and `pages` are cleared: the first
+/// page counted in the slot, the number of pages, the mask. KVM wants both in multiples of 64 (the number may end with
+/// the slot); what that adds to the ends has zeros in the mask.
+fn clear_request(slot: PageRange, range: PageRange, pages: &PageSet) -> Option<(u64, u32, Vec<u64>)> {
+    let first = range.first.max(slot.first);
+    let within = PageRange::new(first, range.end().min(slot.end()).saturating_sub(first));
+    let mut runs = pages.ranges_in(within).peekable();
+    let base = (runs.peek()?.first - slot.first) / 64 * 64;
+    let mut bits = Vec::new();
+    for run in runs {
+        // in pages from `base`
+        let (mut at, end) = (run.first - slot.first - base, run.end() - slot.first - base);
+        bits.resize(end.div_ceil(64) as usize, 0u64);
+        while at < end {
+            let n = (64 - at % 64).min(end - at);
+            bits[(at / 64) as usize] |= (u64::MAX >> (64 - n)) << (at % 64);
+            at += n;
+        }
+    }
+    let count = (bits.len() as u64 * 64).min(slot.count - base);
+    // a slot has fewer than 2^31 pages, KVM's own limit; more would be refused when it was set
+    Some((base, u32::try_from(count).ok()?, bits))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn clearing_takes_exactly_the_pages_asked_for(
+            (slot_first, slot_count) in (0u64..200, 1u64..400),
+            (first, count) in (0u64..500, 0u64..500),
+            runs in prop::collection::vec((0u64..600, 1u64..80), 0..6),
+        ) {
+            let (slot, range) = (PageRange::new(slot_first, slot_count), PageRange::new(first, count));
+            let mut pages = PageSet::empty(600);
+            runs.iter().for_each(|&(first, count)| pages.insert_range(PageRange::new(first, count)));
+            let want: Vec<_> = pages.ranges_in(range).flat_map(PageRange::pages)
+                .filter(|&p| slot.pages().contains(&p)).collect();
+            match clear_request(slot, range, &pages) {
+                None => prop_assert!(want.is_empty()),
+                Some((base, count, bits)) => {
+                    prop_assert_eq!(base % 64, 0);
+                    let to_end = base + u64::from(count) == slot.count;
+                    prop_assert!(count % 64 == 0 || to_end);
+                    prop_assert!(base + u64::from(count) <= slot.count);
+                    prop_assert_eq!(bits.len() as u64, u64::from(count).div_ceil(64));
+                    let got: Vec<_> = (0..bits.len() as u64 * 64)
+                        .filter(|&b| bits[(b / 64) as usize] >> (b % 64) & 1 != 0)
+                        .map(|b| slot.first + base + b).collect();
+                    prop_assert_eq!(got, want);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! One userfaultfd, shared by a write-protecting tracker and a pager.
+
+use std::{
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use thiserror::Error;
+use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+
+use super::uffd_api;
+
+/// Feature bits of userfaultfd, as numbers: the crate and installed headers know only some of them.
+pub mod features {
+    /// Write-protection faults.
+    pub const PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+    /// Missing faults on hugetlb memory.
+    pub const MISSING_HUGETLBFS: u64 = 1 << 4;
+    /// Missing faults on shared memory.
+    pub const MISSING_SHMEM: u64 = 1 << 5;
+    /// Fault messages name the faulting thread.
+    pub const THREAD_ID: u64 = 1 << 8;
+    /// Minor faults (the page is in the file, but not mapped) on hugetlb memory.
+    pub const MINOR_HUGETLBFS: u64 = 1 << 9;
+    /// Minor faults on shared memory.
+    pub const MINOR_SHMEM: u64 = 1 << 10;
+    /// Fault messages give the exact address, not only the page.
+    pub const EXACT_ADDRESS: u64 = 1 << 11;
+    /// Write-protection of hugetlb and shared memory.
+    pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+    /// Write-protection of anonymous pages that are not populated.
+    pub const WP_UNPOPULATED: u64 = 1 << 13;
+    /// `UFFDIO_POISON`.
+    pub const POISON: u64 = 1 << 14;
+    /// The kernel lifts write-protection itself and only remembers that there was a write.
+    pub const WP_ASYNC: u64 = 1 << 15;
+    /// `UFFDIO_MOVE`.
+    pub const MOVE: u64 = 1 << 16;
+
+    /// What [`WriteProtect`](crate::tracker::WriteProtect) needs.
+    pub const WRITE_TRACKING: u64 = PAGEFAULT_FLAG_WP | WP_HUGETLBFS_SHMEM | WP_UNPOPULATED | WP_ASYNC;
+    /// All that the SDK makes use of, as far as offered. No `EVENT_*`: with these, a thread that discards or
+    /// unmaps memory sleeps until somebody reads the event.
+    pub const USEFUL: u64 = WRITE_TRACKING
+        | MISSING_HUGETLBFS
+        | MISSING_SHMEM
+        | THREAD_ID
+        | MINOR_HUGETLBFS
+        | MINOR_SHMEM
+        | EXACT_ADDRESS
+        | POISON
+        | MOVE;
+}
+
+/// What a range of memory is registered for; several at once with `|`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Modes(u8);
+
+impl Modes {
+    /// Faults on pages that do not exist.
+    pub const MISSING: Self = Self(1);
+    /// Writes to write-protected pages.
+    pub const WRITE_PROTECT: Self = Self(2);
+    /// Faults on pages that exist in a shared file but are not mapped.
+    pub const MINOR: Self = Self(4);
+
+    /// Whether it has all of `other`.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+impl std::ops::BitOr for Modes {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// A userfaultfd request failed.
+#[derive(Debug, Error)]
+#[error("userfaultfd: {what}: {cause}")]
+pub struct UserFaultError {
+    /// What was tried.
+    pub what: &'static str,
+    /// Why it failed.
+    pub cause: String,
+}
+
+fn failed<E: fmt::Display>(what: &'static str) -> impl Fn(E) -> UserFaultError {
+    move |error| UserFaultError { what, cause: error.to_string() }
+}
+
+/// The crate's `Display` leaves the error number out, which is what one wants to know.
+fn cause(error: &userfaultfd::Error) -> String {
+    match error {
+        userfaultfd::Error::SystemError(errno) => errno.to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// One userfaultfd, with a record of what is registered with it.
+///
+/// A range of memory can be registered with one userfaultfd only, and registering it anew replaces its modes. So a
+/// tracker and a pager of one VM share this object, and it adds their modes up. Closing it (dropping the last `Arc`)
+/// unregisters everything: pages still missing then read as zeros.
+pub struct UserFault {
+    uffd: Uffd,
+    features: u64,
+    ranges: Mutex<Vec<Registered>>,
+}
+
+struct Registered {
+    address: u64,
+    len: u64,
+    modes: Modes,
+}
+
+impl UserFault {
+    /// A userfaultfd with all of [`features::USEFUL`] that the kernel offers. Its descriptor does not block.
+    ///
+    /// # Errors
+    /// When it cannot be created: no userfaultfd in the kernel, or no permission (`/dev/userfaultfd`, CAP_SYS_PTRACE or
+    /// `vm.unprivileged_userfaultfd`).
+    pub fn new() -> Result<Self, UserFaultError> {
+        Self::with_features(features::USEFUL)
+    }
+
+    /// As [`new`](Self::new), with those of the `wanted` bits of [`features`] that the kernel offers.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_features(wanted: u64) -> Result<Self, UserFaultError> {
+        let features = Self::offered().map_err(failed("ask for features"))? & wanted;
+        let uffd = UffdBuilder::new()
+            .close_on_exec(true)
+            .non_blocking(true)
+            // faults of KVM count as faults in the kernel
+            .user_mode_only(false)
+            .require_features(FeatureFlags::from_bits_retain(features))
+            .create()
+            .map_err(|e| failed("create")(cause(&e)))?;
+        Ok(Self { uffd, features, ranges: Mutex::default() })
+    }
+
+    /// The bits of [`features`] that the kernel offers.
+    ///
+    /// # Errors
+    /// When a userfaultfd cannot be created.
+    pub fn offered() -> io::Result<u64> {
+        uffd_api::offered()
+    }
+
+    /// The bits of [`features`] that this one has.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The descriptor, for everything but registering.
+    pub fn uffd(&self) -> &Uffd {
+        &self.uffd
+    }
+
+    /// Registers the `len` bytes at host address `address` for `modes`, in addition to what they are registered for.
+    /// The range must be new or exactly one that is registered.
+    ///
+    /// # Errors
+    /// When one of the modes is registered already (two users would undo each other's work), the range overlaps another
+    /// one, or the kernel refuses.
+    pub fn register(&self, address: u64, len: u64, modes: Modes) -> Result<(), UserFaultError> {
+        let mut ranges = self.lock();
+        let end = address.saturating_add(len);
+        let overlapping = |r: &Registered| r.address < end && address < r.address.saturating_add(r.len);
+        let index = ranges.iter().position(overlapping);
+        let mut all = modes;
+        if let Some(old) = index.map(|i| &ranges[i]) {
+            if (old.address, old.len) != (address, len) {
+                return Err(failed("register")("the range overlaps another one"));
+            }
+            if old.modes.intersects(modes) {
+                return Err(failed("register")("the range is registered for this already"));
+            }
+            all = all | old.modes;
+        }
+        let mode = RegisterMode::from_bits_retain(all.0.into());
+        let start = std::ptr::without_provenance_mut(address as usize);
+        self.uffd.register_with_mode(start, len as usize, mode).map_err(|e| failed("register")(cause(&e)))?;
+        match index {
+            Some(i) => ranges[i].modes = all,
+            None => ranges.push(Registered { address, len, modes }),
+        }
+        Ok(())
+    }
+
+    /// Takes `modes` back from a range that was [registered](Self::register). A range without any mode left is
+    /// unregistered. Else the kernel keeps it registered (leaving and coming back would let missing pages through as
+    /// zeros), and only write-protection is lifted.
+    ///
+    /// # Errors
+    /// When the range is not registered so, or the kernel refuses.
+    pub fn unregister(&self, address: u64, len: u64, modes: Modes) -> Result<(), UserFaultError> {
+        let mut ranges = self.lock();
+        let known = |r: &Registered| (r.address, r.len) == (address, len) && r.modes.contains(modes);
+        let Some(index) = ranges.iter().position(known) else {
+            return Err(failed("unregister")("the range is not registered for this"));
+        };
+        let left = Modes(ranges[index].modes.0 & !modes.0);
+        let start = std::ptr::without_provenance_mut(address as usize);
+        if left == Modes::default() {
+            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(&e)))?;
+            ranges.swap_remove(index);
+            return Ok(());
+        }
+        if modes.contains(Modes::WRITE_PROTECT) {
+            let lifted = self.uffd.remove_write_protection(start, len as usize, true);
+            lifted.map_err(|e| failed("lift write-protection")(cause(&e)))?;
+        }
+        ranges[index].modes = left;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Registered>> {
+        // no code that holds the lock leaves the record half-changed
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for UserFault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration_core::{GuestRam, RamLayout, RamRegion};
+
+    use super::*;
+    use crate::ram::{Backing, MappedRam};
+
+    #[test]
+    fn modes_add_up_and_overlaps_are_refused() {
+        let Ok(fault) = UserFault::new() else { return eprintln!("ignored: no userfaultfd") };
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x10_0000 }]).unwrap();
+        let ram = MappedRam::new(layout, Backing::Anonymous).unwrap();
+        let (at, len) = (ram.host_address(0).as_ptr() as u64, 0x10_0000);
+        fault.register(at, len, Modes::WRITE_PROTECT).unwrap();
+        assert!(fault.register(at, len, Modes::WRITE_PROTECT).is_err());
+        assert!(fault.register(at, len / 2, Modes::MISSING).is_err());
+        fault.register(at, len, Modes::MISSING).unwrap();
+        assert!(fault.unregister(at, len, Modes::MINOR).is_err());
+        fault.unregister(at, len, Modes::WRITE_PROTECT).unwrap();
+        fault.unregister(at, len, Modes::MISSING).unwrap();
+        assert!(fault.unregister(at, len, Modes::MISSING).is_err());
+        (&ram as &dyn GuestRam).write(0, b"not missing any more").unwrap();
+    }
+}

@@ -1,0 +1,867 @@
+//! vCPU and VM state on a real KVM: save, load elsewhere, save again, go on; and what must be refused.
+
+use std::{
+    io,
+    sync::{Once, atomic::AtomicBool, atomic::Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
+use libtest_mimic::{Arguments, Failed, Trial};
+use migration_core::{state::Section, vm::VmError};
+use migration_kvm::state::{
+    ClockLoaded, CpuidBits, HostNeeds, Irqchip, KvmState, Mismatch, Msr, Register, SpecialRegs, StateError, VcpuSaver,
+    VcpuState, load_clock, load_vcpu, load_vm, save_vcpu, save_vm,
+};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+type Test = Result<(), Failed>;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let kvm = Kvm::new();
+    let required = std::env::var("MIGRATION_REQUIRE_KVM").is_ok_and(|v| v == "1");
+    if let Err(e) = &kvm {
+        println!("no /dev/kvm ({e}): tests that need it are {}", if required { "failed" } else { "ignored" });
+    }
+    let ignored = kvm.is_err() && !required;
+    let on_kvm = |name: &str, test: fn() -> Test| Trial::test(name, test).with_ignored_flag(ignored);
+    let mut trials = vec![
+        Trial::test("arbitrary_bytes_never_panic", arbitrary_bytes_never_panic),
+        Trial::test("mutated_states_never_panic", mutated_states_never_panic),
+        Trial::test("states_without_kvm_round_trip", states_without_kvm_round_trip),
+        Trial::test("wrong_sections_are_refused", wrong_sections_are_refused),
+    ];
+    for (name, test) in [
+        ("round_trip_1_vcpu_no_irqchip", (|| round_trip(1, Irqchip::None)) as fn() -> Test),
+        ("round_trip_1_vcpu_split", || round_trip(1, Irqchip::Split)),
+        ("round_trip_1_vcpu_full", || round_trip(1, Irqchip::Full)),
+        ("round_trip_4_vcpus_split", || round_trip(4, Irqchip::Split)),
+        ("round_trip_4_vcpus_full", || round_trip(4, Irqchip::Full)),
+        ("cpuid_that_is_set_before_is_kept", cpuid_that_is_set_before_is_kept),
+        ("mmio_read_is_completed_once", mmio_read_is_completed_once),
+        ("armed_lapic_timer_survives", armed_lapic_timer_survives),
+        ("msrs_survive", msrs_survive),
+        ("chips_survive", chips_survive),
+        ("clock_never_goes_back", clock_never_goes_back),
+        ("wrong_irqchip_is_refused", wrong_irqchip_is_refused),
+        ("impossible_msr_is_refused_at_load", impossible_msr_is_refused_at_load),
+        ("own_needs_are_met", own_needs_are_met),
+        ("impossible_needs_are_refused", impossible_needs_are_refused),
+        ("figures", figures),
+    ] {
+        trials.push(on_kvm(name, test));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A guest that starts in ring 3, counts in memory, in RAX and in the lanes of a vector register, and stores the count to
+// an MMIO address every so often.
+
+const RAM_SIZE: usize = 2 << 20;
+const CODE: usize = 0x10000;
+const READ_CODE: usize = 0x11000;
+const COUNTERS: usize = 0x20000;
+const MMIO: u64 = 0x40_0000;
+const AVX2: u32 = 1 << 5;
+
+/// `loop: inc qword [rdi]; vpaddq ymm0, ymm0, ymm1; inc rax; dec rcx; jnz loop; mov [rsi], rax; mov rcx, rdx; jmp loop`
+const COUNT: &[u8] = &[
+    0x48, 0xff, 0x07, 0xc5, 0xfd, 0xd4, 0xc1, 0x48, 0xff, 0xc0, 0x48, 0xff, 0xc9, 0x75, 0xf1, 0x48, 0x89, 0x06, 0x48,
+    0x89, 0xd1, 0xeb, 0xe9,
+];
+/// The same with `paddq xmm0, xmm1`, for a host without AVX2.
+const PADDQ: [u8; 4] = [0x66, 0x0f, 0xd4, 0xc1];
+/// `loop: mov rbx, [rsi]; add rbx, 1; mov [rsi], rbx; jmp loop`
+const READ: &[u8] = &[0x48, 0x8b, 0x1e, 0x48, 0x83, 0xc3, 0x01, 0x48, 0x89, 0x1e, 0xeb, 0xf4];
+
+struct Ram(*mut u8);
+
+impl Ram {
+    fn new() -> Self {
+        // SAFETY: a new anonymous mapping.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                RAM_SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        Self(at.cast())
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= RAM_SIZE);
+        // SAFETY: inside the mapping; no vCPU runs while the tests write.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(at), bytes.len()) }
+    }
+
+    fn read(&self, at: usize, len: usize) -> Vec<u8> {
+        assert!(at + len <= RAM_SIZE);
+        let mut bytes = vec![0; len];
+        // SAFETY: inside the mapping; no vCPU runs while the tests read.
+        unsafe { std::ptr::copy_nonoverlapping(self.0.add(at), bytes.as_mut_ptr(), len) };
+        bytes
+    }
+
+    fn u64(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.read(at, 8).try_into().unwrap())
+    }
+}
+
+impl Drop for Ram {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `new` made; the VM is dropped before it (order of fields in `Guest`).
+        unsafe { libc::munmap(self.0.cast(), RAM_SIZE) };
+    }
+}
+
+struct Guest {
+    vcpus: Vec<VcpuFd>,
+    saver: VcpuSaver,
+    irqchip: Irqchip,
+    vm: VmFd,
+    ram: Ram,
+    kvm: Kvm,
+}
+
+impl Guest {
+    /// A VM without state: RAM, chips, vCPUs.
+    fn bare(vcpus: usize, irqchip: Irqchip) -> Self {
+        let kvm = Kvm::new().expect("KVM is required");
+        let vm = kvm.create_vm().unwrap();
+        let ram = Ram::new();
+        let region = kvm_userspace_memory_region {
+            memory_size: RAM_SIZE as u64,
+            userspace_addr: ram.0 as u64,
+            ..Default::default()
+        };
+        // SAFETY: the mapping lives as long as the VM (both are in `Guest`, the VM first).
+        unsafe { vm.set_user_memory_region(region) }.unwrap();
+        match irqchip {
+            Irqchip::None => {}
+            Irqchip::Split => {
+                let cap = kvm_enable_cap { cap: Cap::SplitIrqchip as u32, args: [24, 0, 0, 0], ..Default::default() };
+                vm.enable_cap(&cap).unwrap();
+            }
+            Irqchip::Full => {
+                vm.create_irq_chip().unwrap();
+                let _ = vm.create_pit2(Default::default());
+            }
+        }
+        let vcpus = (0..vcpus).map(|i| vm.create_vcpu(i as u64).unwrap()).collect();
+        let saver = VcpuSaver::probe(&kvm, &vm).unwrap();
+        Self { vcpus, saver, irqchip, vm, ram, kvm }
+    }
+
+    /// A VM that is ready to count.
+    fn counting(vcpus: usize, irqchip: Irqchip, code: usize) -> Self {
+        let mut guest = Self::bare(vcpus, irqchip);
+        let avx2 = cpuid(&guest.kvm, 0).iter().any(|e| e.function == 7 && e.index == 0 && e.ebx & AVX2 != 0);
+        for (at, entry) in [(0x1000, 0x2007u64), (0x2000, 0x3007), (0x3000, 0x87), (0x3010, MMIO | 0x87)] {
+            guest.ram.write(at, &entry.to_le_bytes());
+        }
+        guest.ram.write(CODE, COUNT);
+        guest.ram.write(READ_CODE, READ);
+        if !avx2 {
+            guest.ram.write(CODE + 3, &PADDQ);
+        }
+        for (i, vcpu) in guest.vcpus.iter().enumerate() {
+            let set = kvm_bindings::CpuId::from_entries(&cpuid(&guest.kvm, i as u32)).unwrap();
+            vcpu.set_cpuid2(&set).unwrap();
+            let mut state = guest.saver.save(vcpu).unwrap();
+            start(&mut state, i, code as u64, avx2);
+            // Through the crate itself: setting the XSAVE area takes unsafe code otherwise.
+            guest.saver.load(vcpu, &state, &ClockLoaded::none()).unwrap();
+        }
+        guest.saver.learn(&guest.vcpus[0]).unwrap();
+        guest
+    }
+
+    /// Runs all vCPUs on their own threads for a while, stops them wherever they are, and saves each on its thread.
+    fn run_and_save(&mut self, time: Duration) -> Vec<Section> {
+        static HANDLER: Once = Once::new();
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        HANDLER.call_once(|| register_signal_handler(SIGRTMIN(), nothing).unwrap());
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = std::mem::take(&mut self.vcpus)
+            .into_iter()
+            .enumerate()
+            .map(|(i, mut vcpu)| {
+                let (stop, saver) = (stop.clone(), self.saver.clone());
+                thread::spawn(move || {
+                    loop {
+                        match vcpu.run() {
+                            Ok(VcpuExit::MmioWrite(MMIO, _)) => {}
+                            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {}
+                            other => panic!("unexpected exit {other:?}"),
+                        }
+                        if stop.load(Relaxed) {
+                            break;
+                        }
+                    }
+                    let section = save_vcpu(&mut vcpu, i as u32, &saver).unwrap();
+                    (vcpu, section)
+                })
+            })
+            .collect();
+        thread::sleep(time);
+        stop.store(true, Relaxed);
+        let mut sections = Vec::new();
+        for thread in threads {
+            while !thread.is_finished() {
+                let _ = thread.kill(0);
+                thread::sleep(Duration::from_millis(1));
+            }
+            let (vcpu, section) = thread.join().unwrap();
+            self.vcpus.push(vcpu);
+            sections.push(section);
+        }
+        sections
+    }
+
+    fn save_all(&mut self) -> (Section, Vec<Section>) {
+        let saver = &self.saver;
+        let vcpus = self.vcpus.iter_mut().enumerate().map(|(i, v)| save_vcpu(v, i as u32, saver).unwrap()).collect();
+        (save_vm(saver, &self.vm, self.irqchip).unwrap(), vcpus)
+    }
+
+    /// A fresh VM with that state and a copy of `source`'s RAM.
+    fn loaded(source: &Guest, vm: &Section, vcpus: &[Section]) -> Result<Self, StateError> {
+        let mut guest = Self::bare(vcpus.len(), source.irqchip);
+        guest.ram.write(0, &source.ram.read(0, RAM_SIZE));
+        let clock = load_clock(&guest.vm, vm)?;
+        for (vcpu, section) in guest.vcpus.iter_mut().zip(vcpus) {
+            load_vcpu(vcpu, section, &guest.saver, &clock)?;
+        }
+        load_vm(&guest.vm, vm, guest.irqchip, &clock)?;
+        guest.saver.learn(&guest.vcpus[0])?;
+        Ok(guest)
+    }
+
+    /// Runs a vCPU until it stores its count; returns that.
+    fn next_count(&mut self, vcpu: usize) -> u64 {
+        loop {
+            match self.vcpus[vcpu].run() {
+                Ok(VcpuExit::MmioWrite(MMIO, data)) => return u64::from_le_bytes(data.try_into().unwrap()),
+                Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {}
+                other => panic!("unexpected exit {other:?}"),
+            }
+        }
+    }
+}
+
+/// The supported CPUID with the APIC id put in, as VMMs do it.
+fn cpuid(kvm: &Kvm, id: u32) -> Vec<kvm_cpuid_entry2> {
+    let mut entries = kvm.get_supported_cpuid(256).unwrap().as_slice().to_vec();
+    for e in &mut entries {
+        match e.function {
+            1 => e.ebx = e.ebx & 0x00ff_ffff | id << 24,
+            0xb | 0x1f => e.edx = id,
+            _ => {}
+        }
+    }
+    entries
+}
+
+/// Puts a vCPU at the start of the program, in ring 3 of long mode.
+fn start(state: &mut VcpuState, index: usize, rip: u64, avx2: bool) {
+    let segment = |type_, selector, l| kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        s: 1,
+        l,
+        db: 1 - l,
+        g: 1,
+        ..Default::default()
+    };
+    let (code, data) = (segment(0xb, 0x33, 1), segment(3, 0x2b, 0));
+    let (cr0, cr3, cr4, efer) = (0x8001_0033, 0x1000, 0x620 | 0x4_0000, 0xd01);
+    macro_rules! set {
+        ($s:expr) => {{
+            ($s.cs, $s.ds, $s.es, $s.fs, $s.gs, $s.ss) = (code, data, data, data, data, data);
+            ($s.cr0, $s.cr3, $s.cr4, $s.efer) = (cr0, cr3, cr4, efer);
+        }};
+    }
+    match &mut state.sregs {
+        SpecialRegs::Plain(s) => set!(s),
+        SpecialRegs::WithPdptrs(s) => set!(s),
+    }
+    let counter = (COUNTERS + index * 0x1000) as u64;
+    let rounds = 200_000 + 1000 * index as u64;
+    state.regs = kvm_regs {
+        rip,
+        rflags: 2,
+        rdi: counter,
+        rsi: MMIO,
+        rcx: rounds,
+        rdx: rounds,
+        r8: 0x1111 * (index as u64 + 1),
+        r15: u64::MAX - index as u64,
+        ..Default::default()
+    };
+    let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    xcrs.xcrs[0].value = if avx2 { 7 } else { 3 };
+    state.xcrs = Some(xcrs);
+    state.mp_state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+    state.xsave[512..520].copy_from_slice(&xcrs.xcrs[0].value.to_le_bytes());
+    for lane in 0..if avx2 { 4 } else { 2 } {
+        set_lane(state, 1, lane, 1);
+        // A register that the program does not touch.
+        set_lane(state, 9, lane, 0xabcd_0000 + (index * 16 + lane) as u64);
+    }
+}
+
+/// Where a 64-bit lane of a YMM register lies in the XSAVE area.
+fn lane_at(register: usize, lane: usize) -> usize {
+    if lane < 2 { 160 + 16 * register + 8 * lane } else { 576 + 16 * register + 8 * (lane - 2) }
+}
+
+fn set_lane(state: &mut VcpuState, register: usize, lane: usize, value: u64) {
+    let at = lane_at(register, lane);
+    state.xsave[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+fn lane(state: &VcpuState, register: usize, lane: usize) -> u64 {
+    let at = lane_at(register, lane);
+    u64::from_le_bytes(state.xsave[at..at + 8].try_into().unwrap())
+}
+
+/// Without what goes on by itself: TSC, the LAPIC timer's current count.
+fn at_rest(section: &Section) -> VcpuState {
+    let mut state = VcpuState::decode(&section.data).unwrap();
+    state.tsc_offset = None;
+    state.msrs.iter_mut().filter(|msr| msr.index == 0x10).for_each(|msr| msr.data = 0);
+    // What could not be read is known only from the second VM's own learning; the order may differ.
+    state.unread_msrs.sort_unstable();
+    if let Some(lapic) = &mut state.lapic {
+        lapic[0x390..0x394].fill(0);
+    }
+    state
+}
+
+fn vm_at_rest(section: &Section) -> KvmState {
+    let mut state = KvmState::decode(&section.data).unwrap();
+    state.clock = None;
+    if let Some(pit) = &mut state.pit {
+        pit.channels.iter_mut().for_each(|channel| channel.count_load_time = 0);
+    }
+    state
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+fn round_trip(vcpus: usize, irqchip: Irqchip) -> Test {
+    let mut source = Guest::counting(vcpus, irqchip, CODE);
+    let sections = source.run_and_save(Duration::from_millis(20));
+    let vm = save_vm(&source.saver, &source.vm, irqchip)?;
+    let mut destination = Guest::loaded(&source, &vm, &sections)?;
+
+    let (vm_again, again) = destination.save_all();
+    for (first, second) in sections.iter().zip(&again) {
+        let (first, second) = (at_rest(first), at_rest(second));
+        assert_eq!(first, second);
+        assert_eq!(first.encode(), second.encode(), "not byte-identical");
+        assert_eq!(VcpuState::decode(&first.encode())?, first);
+    }
+    assert_eq!(vm_at_rest(&vm).encode(), vm_at_rest(&vm_again).encode());
+
+    for i in 0..vcpus {
+        let before = at_rest(&sections[i]);
+        let avx2 = before.xcrs.unwrap().xcrs[0].value & 4 != 0;
+        let first = destination.next_count(i);
+        let second = destination.next_count(i);
+        assert!(first >= before.regs.rax && second == first + before.regs.rdx, "{} {first} {second}", before.regs.rax);
+        assert_eq!(destination.ram.u64(COUNTERS + i * 0x1000), second);
+        let after = at_rest(&save_vcpu(&mut destination.vcpus[i], i as u32, &destination.saver)?);
+        assert_eq!(after.regs.rax, second);
+        assert_eq!((after.regs.r8, after.regs.r15), (0x1111 * (i as u64 + 1), u64::MAX - i as u64));
+        for l in 0..if avx2 { 4 } else { 2 } {
+            assert_eq!(lane(&after, 0, l), second, "vCPU {i}, lane {l}");
+            assert_eq!(lane(&after, 9, l), 0xabcd_0000 + (i * 16 + l) as u64);
+        }
+    }
+    Ok(())
+}
+
+/// A VMM sets CPUID when it builds the VM; loading must not stumble over what the guest's doing changed in it.
+fn cpuid_that_is_set_before_is_kept() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Split, CODE);
+    let (vm, vcpus) = source.save_all();
+    let mut destination = Guest::bare(1, Irqchip::Split);
+    let set = kvm_bindings::CpuId::from_entries(&cpuid(&destination.kvm, 0)).unwrap();
+    destination.vcpus[0].set_cpuid2(&set)?;
+    let clock = load_clock(&destination.vm, &vm)?;
+    load_vcpu(&mut destination.vcpus[0], &vcpus[0], &destination.saver, &clock)?;
+    load_vm(&destination.vm, &vm, Irqchip::Split, &clock)?;
+    destination.saver.learn(&destination.vcpus[0])?;
+    let (_, again) = destination.save_all();
+    assert_eq!(at_rest(&vcpus[0]), at_rest(&again[0]));
+    Ok(())
+}
+
+/// A vCPU that stopped at an MMIO read has not executed it; saving completes it with the value that the VMM gave.
+fn mmio_read_is_completed_once() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Split, READ_CODE);
+    match source.vcpus[0].run()? {
+        VcpuExit::MmioRead(MMIO, data) => data.copy_from_slice(&0x1234u64.to_le_bytes()),
+        other => return Err(format!("unexpected exit {other:?}").into()),
+    }
+    let (vm, vcpus) = source.save_all();
+    let state = VcpuState::decode(&vcpus[0].data)?;
+    assert_eq!((state.regs.rbx, state.regs.rip), (0x1234, READ_CODE as u64 + 3));
+    let mut ram = Guest::loaded(&source, &vm, &vcpus)?;
+    assert_eq!(ram.next_count(0), 0x1235);
+    Ok(())
+}
+
+fn armed_lapic_timer_survives() -> Test {
+    const TPR: usize = 0x80;
+    const SVR: usize = 0xf0;
+    const IRR_2: usize = 0x220;
+    const LVT_TIMER: usize = 0x320;
+    const INITIAL: usize = 0x380;
+    const CURRENT: usize = 0x390;
+    const DIVIDE: usize = 0x3e0;
+    let reg = |state: &VcpuState, at: usize| {
+        u32::from_le_bytes(state.lapic.as_ref().unwrap()[at..at + 4].try_into().unwrap())
+    };
+    for irqchip in [Irqchip::Split, Irqchip::Full] {
+        let mut source = Guest::counting(1, irqchip, CODE);
+        let mut state = source.saver.save(&source.vcpus[0])?;
+        let mut set = |at: usize, value: u32| {
+            state.lapic.as_mut().unwrap()[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        };
+        // One-shot, vector 0x41, 60 ms at 1 GHz; the priority keeps it pending, as the guest has no handlers.
+        set(TPR, 0xff);
+        set(SVR, 0x1ff);
+        set(LVT_TIMER, 0x41);
+        set(DIVIDE, 0xb);
+        set(INITIAL, 60_000_000);
+        set(CURRENT, 60_000_000);
+        if let SpecialRegs::WithPdptrs(s) = &mut state.sregs {
+            s.cr8 = 0xf;
+        } else if let SpecialRegs::Plain(s) = &mut state.sregs {
+            s.cr8 = 0xf;
+        }
+        source.saver.load(&source.vcpus[0], &state, &ClockLoaded::none())?;
+        let (vm, vcpus) = source.save_all();
+        let saved = VcpuState::decode(&vcpus[0].data)?;
+        assert!(reg(&saved, CURRENT) > 30_000_000, "{}", reg(&saved, CURRENT));
+        assert_eq!(reg(&saved, IRR_2), 0);
+        // What passes here is not running time of the guest: the timer starts again from the saved count.
+        thread::sleep(Duration::from_millis(80));
+        let mut destination = Guest::loaded(&source, &vm, &vcpus)?;
+        let (_, again) = destination.save_all();
+        let again = VcpuState::decode(&again[0].data)?;
+        assert_eq!(reg(&again, INITIAL), 60_000_000);
+        let left = reg(&again, CURRENT);
+        assert!(left > 0 && left <= reg(&saved, CURRENT), "{left} after {}", reg(&saved, CURRENT));
+        let after = destination.run_and_save(Duration::from_millis(150));
+        let after = VcpuState::decode(&after[0].data)?;
+        assert_eq!(reg(&after, IRR_2), 1 << 1, "the timer did not fire");
+        assert_eq!(reg(&after, CURRENT), 0);
+    }
+    Ok(())
+}
+
+fn msrs_survive() -> Test {
+    // KERNEL_GS_BASE, LSTAR, SFMASK, TSC_AUX, PAT, an MTRR, SYSENTER_EIP.
+    let values = [
+        (0xc000_0102, 0xffff_8000_1234_5000),
+        (0xc000_0082, 0xffff_ffff_8100_0000),
+        (0xc000_0084, 0x47700),
+        (0xc000_0103, 3),
+        (0x277, 0x0007_0406_0007_0406),
+        (0x250, 0x0606_0606_0606_0606),
+        (0x176, 0xffff_ffff_8200_0000),
+    ];
+    let mut source = Guest::counting(1, Irqchip::Split, CODE);
+    let mut state = source.saver.save(&source.vcpus[0])?;
+    let mut tried = 0;
+    for (index, data) in values {
+        if let Some(msr) = state.msrs.iter_mut().find(|msr| msr.index == index) {
+            msr.data = data;
+            tried += 1;
+        }
+    }
+    assert!(tried >= 5, "only {tried}");
+    source.saver.load(&source.vcpus[0], &state, &ClockLoaded::none())?;
+    let (vm, vcpus) = source.save_all();
+    let mut destination = Guest::loaded(&source, &vm, &vcpus)?;
+    let (_, again) = destination.save_all();
+    let again = VcpuState::decode(&again[0].data)?;
+    for (index, data) in values {
+        assert!(again.msr(index).is_none_or(|now| now == data), "{index:#x}");
+    }
+    Ok(())
+}
+
+fn chips_survive() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Full, CODE);
+    source.vm.set_irq_line(5, true)?;
+    let (vm, vcpus) = source.save_all();
+    let mut state = KvmState::decode(&vm.data)?;
+    // The redirection entry of line 5: vector 0x55, masked, level; and a PIC's mask.
+    let chips = state.chips.as_mut().ok_or("no chips")?;
+    chips.ioapic[24 + 8 * 5..24 + 8 * 6].copy_from_slice(&0x1_8055u64.to_le_bytes());
+    chips.pic_master[2] = 0xfb;
+    let vm = Section { data: state.encode().into(), ..vm };
+    let mut destination = Guest::loaded(&source, &vm, &vcpus)?;
+    let (again, _) = destination.save_all();
+    let again = vm_at_rest(&again);
+    let chips = again.chips.as_ref().ok_or("no chips")?;
+    assert_eq!(chips.ioapic[24 + 8 * 5..24 + 8 * 5 + 4], 0x1_8055u32.to_le_bytes());
+    assert_eq!(chips.pic_master[2], 0xfb);
+    assert_eq!(again.encode(), vm_at_rest(&vm).encode());
+    println!("absent here: {:?}", again.unsupported());
+    Ok(())
+}
+
+fn clock_never_goes_back() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Split, CODE);
+    thread::sleep(Duration::from_millis(30));
+    let (vm, _) = source.save_all();
+    let saved = KvmState::decode(&vm.data)?.clock.ok_or("no clock")?;
+    let destination = Guest::bare(1, Irqchip::Split);
+    load_clock(&destination.vm, &vm)?;
+    let now = destination.vm.get_clock()?.clock;
+    assert!(now >= saved.clock && now < saved.clock + 10_000_000_000, "{} {now}", saved.clock);
+    Ok(())
+}
+
+fn wrong_irqchip_is_refused() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Split, CODE);
+    let (vm, vcpus) = source.save_all();
+    let mut other = Guest::bare(1, Irqchip::None);
+    let clock = load_clock(&other.vm, &vm)?;
+    let e = load_vm(&other.vm, &vm, Irqchip::None, &clock).unwrap_err();
+    assert_eq!(e.to_string(), "the saved VM has a split irqchip, this one no irqchip");
+    let e = load_vcpu(&mut other.vcpus[0], &vcpus[0], &other.saver, &clock).unwrap_err();
+    assert!(VmError::from(e).to_string().contains("KVM_SET_LAPIC"));
+    Ok(())
+}
+
+fn impossible_msr_is_refused_at_load() -> Test {
+    let mut source = Guest::counting(1, Irqchip::Split, CODE);
+    let (_, vcpus) = source.save_all();
+    let mut state = VcpuState::decode(&vcpus[0].data)?;
+    state.msrs.insert(0, Msr { index: 0x1234_5678, data: 9 });
+    let destination = Guest::bare(1, Irqchip::Split);
+    let e = destination.saver.load(&destination.vcpus[0], &state, &ClockLoaded::none()).unwrap_err();
+    assert!(e.to_string().contains("0x12345678 = 0x9"), "{e}");
+    // One that does not exist here and was zero does no harm.
+    state.msrs[0].data = 0;
+    let loaded = destination.saver.load(&destination.vcpus[0], &state, &ClockLoaded::none())?;
+    assert!(loaded.skipped_msrs.contains(&Msr { index: 0x1234_5678, data: 0 }));
+    Ok(())
+}
+
+fn own_needs_are_met() -> Test {
+    for irqchip in [Irqchip::None, Irqchip::Split, Irqchip::Full] {
+        let mut guest = Guest::counting(2, irqchip, CODE);
+        guest.run_and_save(Duration::from_millis(5));
+        let needs = HostNeeds::of(&guest.kvm, &guest.vm, &guest.vcpus[0], irqchip)?;
+        assert_eq!(HostNeeds::decode(&needs.encode())?, needs);
+        if let Err(found) = needs.check(&guest.kvm) {
+            return Err(found.iter().map(|m| m.to_string()).collect::<Vec<_>>().join("; ").into());
+        }
+    }
+    Ok(())
+}
+
+fn impossible_needs_are_refused() -> Test {
+    let guest = Guest::counting(1, Irqchip::Split, CODE);
+    let needs = HostNeeds::of(&guest.kvm, &guest.vm, &guest.vcpus[0], Irqchip::Split)?;
+    let refused = |change: &dyn Fn(&mut HostNeeds), reason: &str| {
+        let mut needs = needs.clone();
+        change(&mut needs);
+        let found = HostNeeds::decode(&needs.encode()).unwrap().check(&guest.kvm).unwrap_err();
+        let text: Vec<String> = found.iter().map(ToString::to_string).collect();
+        println!("  {text:?}");
+        assert!(text.iter().any(|t| t.contains(reason)), "{text:?} has no {reason}");
+    };
+    let leaf = |needs: &mut HostNeeds, leaf| needs.cpuid.iter().position(|e| e.function == leaf && e.index == 0);
+    let host = cpuid(&guest.kvm, 0);
+    let has_vmx = host.iter().any(|e| e.function == 1 && e.ecx & 1 << 6 != 0);
+    if !has_vmx {
+        refused(
+            &|n| {
+                let at = leaf(n, 1).unwrap();
+                n.cpuid[at].ecx |= 1 << 6;
+            },
+            "this host lacks SMX (CPUID leaf 0x1, subleaf 0, ECX bit 6)",
+        );
+    }
+    refused(&|n| n.msrs.push(0x1234_5678), "MSR 0x12345678");
+    if !guest.vm.check_extension(Cap::TscControl) {
+        refused(&|n| n.tsc_khz = n.tsc_khz.map(|khz| khz + khz / 1000), "TSC runs at");
+        let mut near = needs.clone();
+        near.tsc_khz = near.tsc_khz.map(|khz| khz + khz / 10_000);
+        assert_eq!(near.check(&guest.kvm), Ok(()));
+    }
+    refused(&|n| n.xcr0 |= 1 << 18, "AMX-TILEDATA");
+    refused(&|n| n.xsave_size = 1 << 20, "takes 1048576 bytes");
+    refused(&|n| n.caps.push(0xffff), "lacks capability 65535");
+    refused(
+        &|n| {
+            let at = leaf(n, 0).unwrap();
+            n.cpuid[at].ebx = u32::from_le_bytes(*b"Nobo");
+        },
+        "knows a processor of Nobo",
+    );
+    refused(
+        &|n| {
+            let at = leaf(n, 0x8000_0008).unwrap();
+            n.cpuid[at].eax |= 0xff;
+        },
+        "bits of physical address",
+    );
+    // Bits for which the VMM answers itself are not asked of the host.
+    let mut own = needs.clone();
+    let at = leaf(&mut own, 0x8000_0007).unwrap();
+    own.cpuid[at].edx |= 1 << 31;
+    assert!(own.check(&guest.kvm).is_err_and(|f| matches!(f[..], [Mismatch::Feature { name: None, .. }])));
+    own.own_cpuid.push(CpuidBits { leaf: 0x8000_0007, subleaf: 0, register: Register::Edx, bits: 1 << 31 });
+    assert_eq!(own.check(&guest.kvm), Ok(()));
+    Ok(())
+}
+
+fn figures() -> Test {
+    breakdown(&mut Guest::counting(1, Irqchip::Split, CODE));
+    const ROUNDS: u32 = 200;
+    for irqchip in [Irqchip::None, Irqchip::Split] {
+        let mut guest = Guest::counting(1, irqchip, CODE);
+        let (vm, vcpus) = guest.save_all();
+        let time = |what: &str, f: &mut dyn FnMut()| {
+            f();
+            let start = Instant::now();
+            (0..ROUNDS).for_each(|_| f());
+            println!("  {irqchip:?}: {what} {:.1} us", start.elapsed().as_secs_f64() * 1e6 / f64::from(ROUNDS));
+        };
+        let state = VcpuState::decode(&vcpus[0].data)?;
+        time("save a vCPU, with section", &mut || drop(save_vcpu(&mut guest.vcpus[0], 0, &guest.saver).unwrap()));
+        time("save a vCPU, ioctls", &mut || drop(guest.saver.save(&guest.vcpus[0]).unwrap()));
+        time("encode a vCPU", &mut || drop(state.encode()));
+        time("decode a vCPU", &mut || drop(VcpuState::decode(&vcpus[0].data).unwrap()));
+        time("save the VM", &mut || drop(save_vm(&guest.saver, &guest.vm, irqchip).unwrap()));
+        let mut fresh = Guest::bare(1, irqchip);
+        let clock = load_clock(&fresh.vm, &vm)?;
+        let start = Instant::now();
+        let loaded = load_vcpu(&mut fresh.vcpus[0], &vcpus[0], &fresh.saver, &clock)?;
+        println!("  {irqchip:?}: first load {:.1} us; {loaded:?}", start.elapsed().as_secs_f64() * 1e6);
+        time("load a vCPU that has its CPUID", &mut || {
+            load_vcpu(&mut fresh.vcpus[0], &vcpus[0], &fresh.saver, &clock).unwrap();
+        });
+        let (sizes, read, unread) = (vcpus[0].data.len(), state.msrs.len(), state.unread_msrs.len());
+        println!("  {irqchip:?}: section {sizes} bytes, {read} MSRs, unread {unread}: {:x?}", state.unread_msrs);
+        println!("  {irqchip:?}: absent: {:?}", guest.saver.unsupported());
+        println!("  {irqchip:?}: TSC offset {:?}, clock {:?}", state.tsc_offset, KvmState::decode(&vm.data)?.clock);
+        let start = Instant::now();
+        let needs = HostNeeds::of(&guest.kvm, &guest.vm, &guest.vcpus[0], irqchip)?;
+        let asked = start.elapsed();
+        let _ = needs.check(&guest.kvm);
+        println!(
+            "  {irqchip:?}: needs: of {asked:?}, check {:?}, {} bytes",
+            start.elapsed() - asked,
+            needs.encode().len()
+        );
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bytes of a peer.
+
+fn made_up() -> (VcpuState, KvmState, HostNeeds) {
+    let entry = kvm_cpuid_entry2 { function: 1, eax: 2, ..Default::default() };
+    let vcpu = VcpuState {
+        cpuid: vec![entry; 3],
+        tsc_khz: Some(2_600_000),
+        tsc_offset: Some(7),
+        regs: kvm_regs { rip: 9, ..Default::default() },
+        sregs: SpecialRegs::Plain(kvm_sregs::default()),
+        xsave: vec![0; 4096],
+        xcrs: Some(kvm_xcrs::default()),
+        debug_regs: Some(Default::default()),
+        lapic: Some(Box::new([5; 1024])),
+        mp_state: Default::default(),
+        events: Default::default(),
+        msrs: vec![Msr { index: 0x10, data: 1 }, Msr { index: 0x6e0, data: 2 }],
+        unread_msrs: vec![1, 2],
+        nested: None,
+        ssp: Some(3),
+    };
+    let mut w = migration_core::codec::Writer::new();
+    w.count(1).u16(1).blob(&[1]);
+    let vm = KvmState::decode(&w.into_bytes()).unwrap();
+    let needs = HostNeeds {
+        cpuid: vec![entry],
+        own_cpuid: vec![CpuidBits { leaf: 1, subleaf: 0, register: Register::Ecx, bits: 5 }],
+        xcr0: 7,
+        xsave_size: 4096,
+        tsc_khz: None,
+        msrs: vec![1, 2, 3],
+        irqchip: Irqchip::Full,
+        nested: true,
+        caps: vec![55],
+    };
+    (vcpu, vm, needs)
+}
+
+fn states_without_kvm_round_trip() -> Test {
+    let (mut vcpu, vm, needs) = made_up();
+    assert_eq!(VcpuState::decode(&vcpu.encode())?, vcpu);
+    assert_eq!(KvmState::decode(&vm.encode())?, vm);
+    assert_eq!(HostNeeds::decode(&needs.encode())?, needs);
+    let mut nested = vec![0; 128];
+    nested[4..8].copy_from_slice(&128u32.to_ne_bytes());
+    vcpu.nested = Some(nested);
+    assert_eq!(VcpuState::decode(&vcpu.encode())?, vcpu);
+    let sane: [(&str, fn(&mut VcpuState)); 7] = [
+        ("CPUID", |s| s.cpuid = vec![Default::default(); 257]),
+        ("MSRs", |s| s.msrs = (0..4097).map(|index| Msr { index, data: 0 }).collect()),
+        ("appears twice", |s| s.msrs = vec![Msr { index: 1, data: 0 }; 2]),
+        ("XSAVE", |s| s.xsave.truncate(4000)),
+        ("multiprocessing", |s| s.mp_state.mp_state = 11),
+        ("nested", |s| s.nested.as_mut().unwrap()[4] = 127),
+        ("kHz", |s| s.tsc_khz = Some(0)),
+    ];
+    for (reason, change) in sane {
+        let mut wrong = vcpu.clone();
+        change(&mut wrong);
+        let e = VcpuState::decode(&wrong.encode()).unwrap_err();
+        assert!(e.to_string().contains(reason), "{e}");
+    }
+    Ok(())
+}
+
+fn wrong_sections_are_refused() -> Test {
+    let (vcpu, ..) = made_up();
+    let bytes = vcpu.encode();
+    for len in 0..bytes.len() {
+        assert!(VcpuState::decode(&bytes[..len]).is_err(), "{len}");
+    }
+    // One item more; the first byte counts them.
+    let with = |item: &[u8]| {
+        let mut more = bytes.clone();
+        more[0] += 1;
+        more.extend(item);
+        VcpuState::decode(&more)
+    };
+    let e = with(&[0x77, 0, 0, 0, 0, 0]).unwrap_err();
+    assert_eq!(e.to_string(), "the state needs parts that this version does not know: items [77]");
+    assert_eq!(with(&[0x77, 0x80, 0, 0, 0, 0])?, vcpu);
+    assert!(matches!(with(&[2, 0, 0, 0, 0, 0]), Err(StateError::DuplicateItem { tag: 2 })));
+
+    let Ok(kvm) = Kvm::new() else { return Ok(()) };
+    let vm = kvm.create_vm()?;
+    let section = |name: &str, version| Section { name: name.into(), instance: 0, version, data: bytes.clone().into() };
+    let e = load_clock(&vm, &section("vcpu", 1)).unwrap_err();
+    assert_eq!(e.to_string(), "expected a section vm, found vcpu");
+    let mut vcpu = vm.create_vcpu(0)?;
+    let saver = VcpuSaver::probe(&kvm, &vm)?;
+    let e = load_vcpu(&mut vcpu, &section("vcpu", 2), &saver, &ClockLoaded::none()).unwrap_err();
+    assert_eq!(e.to_string(), "state of vcpu has version 2, this host loads 1");
+    Ok(())
+}
+
+fn runner(cases: u32) -> TestRunner {
+    TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() })
+}
+
+fn decode_all(bytes: &[u8]) {
+    if let Ok(state) = VcpuState::decode(bytes) {
+        assert_eq!(VcpuState::decode(&state.encode()).unwrap().encode(), state.encode());
+    }
+    if let Ok(state) = KvmState::decode(bytes) {
+        assert_eq!(KvmState::decode(&state.encode()).unwrap().encode(), state.encode());
+    }
+    if let Ok(needs) = HostNeeds::decode(bytes) {
+        assert_eq!(HostNeeds::decode(&needs.encode()).unwrap(), needs);
+    }
+}
+
+fn arbitrary_bytes_never_panic() -> Test {
+    runner(2000)
+        .run(&prop::collection::vec(any::<u8>(), 0..300), |bytes| {
+            decode_all(&bytes);
+            Ok(())
+        })
+        .map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(())
+}
+
+fn mutated_states_never_panic() -> Test {
+    let (vcpu, vm, needs) = made_up();
+    let states = [vcpu.encode(), vm.encode(), needs.encode()];
+    let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6);
+    let cut = prop::option::of(any::<prop::sample::Index>());
+    runner(1000)
+        .run(&(changes, cut), |(changes, cut)| {
+            for state in &states {
+                let mut bytes = state.clone();
+                for (at, value) in &changes {
+                    let at = at.index(bytes.len());
+                    bytes[at] = *value;
+                }
+                if let Some(cut) = &cut {
+                    bytes.truncate(cut.index(state.len()));
+                }
+                decode_all(&bytes);
+            }
+            Ok(())
+        })
+        .map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(())
+}
+
+// BREAKDOWN-BEGIN
+#[allow(dead_code)]
+fn breakdown(guest: &mut Guest) {
+    let t = |what: &str, f: &mut dyn FnMut()| {
+        f();
+        let s = Instant::now();
+        (0..1000).for_each(|_| f());
+        println!("      {what} {:.2}", s.elapsed().as_secs_f64() * 1e3);
+    };
+    let v = &mut guest.vcpus[0];
+    t("immediate exit", &mut || migration_kvm::state::complete_io(v, |_| false).unwrap());
+    let v = &guest.vcpus[0];
+    t("cpuid", &mut || drop(v.get_cpuid2(256).unwrap()));
+    t("regs", &mut || drop(v.get_regs().unwrap()));
+    t("sregs", &mut || drop(v.get_sregs().unwrap()));
+    t("xsave", &mut || drop(v.get_xsave().unwrap()));
+    t("lapic", &mut || drop(v.get_lapic()));
+    t("mp", &mut || drop(v.get_mp_state()));
+    t("events", &mut || drop(v.get_vcpu_events()));
+    t("tsc", &mut || drop(v.get_tsc_khz()));
+    let all = guest.saver.msrs().indices();
+    let m = |ix: &[u32]| {
+        let e: Vec<_> = ix.iter().map(|i| kvm_bindings::kvm_msr_entry { index: *i, ..Default::default() }).collect();
+        let mut msrs = kvm_bindings::Msrs::from_entries(&e).unwrap();
+        assert_eq!(v.get_msrs(&mut msrs).unwrap(), ix.len());
+    };
+    t("msrs", &mut || m(all));
+    let few: Vec<u32> = all.iter().copied().filter(|i| !(0x400..0x480).contains(i)).collect();
+    t("msrs without banks", &mut || m(&few));
+    println!("{} {}", all.len(), few.len());
+}
+// BREAKDOWN-END

@@ -1,0 +1,465 @@
+//! Every dirty tracker on every backing, under real KVM with a guest of a handful of instructions.
+//!
+//! Without /dev/kvm a trial is ignored and says why; with MIGRATION_REQUIRE_KVM=1 it fails instead.
+
+use std::{fs, process::ExitCode, sync::Arc};
+
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use libtest_mimic::{Arguments, Failed, Trial};
+use migration_core::{
+    GuestRam, PageRange, PageSet, RamLayout, RamRegion,
+    tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, UnionTracker},
+};
+use migration_kvm::{
+    probe::Probe,
+    ram::{Backing, MappedRam},
+    tracker::{
+        DirtyRing, EnabledRing, GuestSlots, ManualProtect, Parts, RingCollector, TrackerKind, UserFault, WriteProtect,
+        build,
+    },
+};
+
+type Outcome = Result<(), Failed>;
+type Check = fn() -> Outcome;
+
+/// Guest physical address of the region that the guest writes; below it lie code and page tables.
+const DATA: u64 = 0x40_0000;
+const CODE: u64 = 0x1000;
+const PML4: u64 = 0x2000;
+const PDPT: u64 = 0x3000;
+const PD: u64 = 0x4000;
+/// Mapped for the guest but no memory: a write here ends a run.
+const DOORBELL: u64 = 0x1000_0000;
+
+/// `rcx` times: write `al` to `[rdi]`, advance `rdi` by `rsi`. Then ring the doorbell at `[rbx]`.
+const PROGRAM: [u8; 14] = [0x88, 0x07, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf6, 0x88, 0x03, 0xeb, 0xfe];
+
+/// A VM whose one vCPU writes bytes where it is told to.
+struct Guest {
+    // declared in the order in which they must go: the memory last
+    vcpu: VcpuFd,
+    vm: Arc<VmFd>,
+    ring: Option<EnabledRing>,
+    collector: Option<Arc<RingCollector>>,
+    full_exits: u32,
+    slots: Arc<GuestSlots>,
+    ram: Arc<MappedRam>,
+}
+
+impl Guest {
+    fn new(backing: Backing, ring_entries: Option<u32>) -> Result<Self, Failed> {
+        // an odd number of pages, so that page numbers and slots' bits are not aligned alike
+        let odd = if backing == Backing::Hugetlb { [0x20_0000, 0x80_0000] } else { [0x20_5000, 0x80_0000 - 0x3000] };
+        let regions = vec![RamRegion { gpa: 0, len: odd[0] }, RamRegion { gpa: DATA, len: odd[1] }];
+        let ram = Arc::new(MappedRam::new(RamLayout::new(regions)?, backing)?);
+        let vm = Arc::new(Kvm::new()?.create_vm()?);
+        // SAFETY: the VM is new, and `Guest` drops it before the RAM; nothing else keeps it alive.
+        let slots = Arc::new(unsafe { GuestSlots::of_regions(ram.clone(), 3)? });
+        slots.install(&vm)?;
+        let ring = ring_entries.map(|entries| DirtyRing::enable(vm.clone(), entries)).transpose()?;
+        let vcpu = vm.create_vcpu(0)?;
+        let collector = ring.as_ref().map(EnabledRing::collector);
+        if let Some(collector) = &collector {
+            collector.add_vcpu(&vcpu)?;
+        }
+        let memory: &dyn GuestRam = &*ram;
+        memory.write(CODE, &PROGRAM)?;
+        // present, writable, user, accessed, dirty: so that the walk itself dirties nothing
+        let entry = |to: u64| (to | 0x67).to_le_bytes();
+        memory.write(PML4, &entry(PDPT))?;
+        memory.write(PDPT, &entry(PD))?;
+        for i in 0..512 {
+            memory.write(PD + i * 8, &entry(i << 21 | 0x80))?;
+        }
+        let mut sregs = vcpu.get_sregs()?;
+        let segment = |selector, type_, l| kvm_segment {
+            base: 0,
+            limit: u32::MAX,
+            selector,
+            type_,
+            present: 1,
+            dpl: 3,
+            db: 1 - l,
+            s: 1,
+            l,
+            g: 1,
+            ..kvm_segment::default()
+        };
+        // ring 3: it runs natively also where ring 0 is interpreted
+        sregs.cs = segment(0x33, 0xb, 1);
+        let data = segment(0x2b, 3, 0);
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.cr0 = 0x8001_0033;
+        sregs.cr3 = PML4;
+        sregs.cr4 = 0x620;
+        sregs.efer = 0xd01;
+        vcpu.set_sregs(&sregs)?;
+        Ok(Self { vcpu, vm, ring, collector, full_exits: 0, slots, ram })
+    }
+
+    /// The guest writes one byte to each of `count` pages of the data region, the `first`-th and then each `stride`-th.
+    fn write(&mut self, first: u64, stride: u64, count: u64) -> Result<PageSet, Failed> {
+        let base = self.ram.layout().page_of(DATA).ok_or("no data region")?;
+        let regs = kvm_regs {
+            rip: CODE,
+            rflags: 2,
+            rax: 0x5a,
+            rbx: DOORBELL,
+            rcx: count,
+            rdi: DATA + first * 0x1000 + 8,
+            rsi: stride * 0x1000,
+            ..kvm_regs::default()
+        };
+        self.vcpu.set_regs(&regs)?;
+        loop {
+            match self.vcpu.run()? {
+                VcpuExit::MmioWrite(DOORBELL, _) => break,
+                VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                    self.full_exits += 1;
+                    self.collector.as_ref().ok_or("ring full without a ring")?.collect()?;
+                }
+                other => return Err(format!("unexpected exit {other:?}").into()),
+            }
+        }
+        // let KVM finish the doorbell's write, so that the registers may be set again
+        self.vcpu.set_kvm_immediate_exit(1);
+        let finished = self.vcpu.run().map(|exit| format!("{exit:?}"));
+        self.vcpu.set_kvm_immediate_exit(0);
+        if finished.as_ref().err().map(|e| e.errno()) != Some(libc::EINTR) {
+            return Err(format!("the doorbell did not finish: {finished:?}").into());
+        }
+        let mut pages = PageSet::empty(self.ram.layout().pages());
+        (0..count).for_each(|i| pages.insert_range(PageRange::new(base + first + i * stride, 1)));
+        Ok(pages)
+    }
+
+    fn tracker(&self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, Failed> {
+        let (vm, slots) = (self.vm.clone(), self.slots.clone());
+        Ok(build(kind, Parts { vm, slots, user_fault: None, ring: self.ring.as_ref() })?)
+    }
+
+    fn data(&self) -> PageRange {
+        self.ram.layout().region_pages(1).unwrap_or(PageRange::new(0, 0))
+    }
+}
+
+/// What a harvest reports of the data region; all pages it reported are re-armed, as sending them would do.
+fn harvest(guest: &Guest, tracker: &mut dyn DirtyTracker) -> Result<PageSet, Failed> {
+    let all = guest.ram.layout().all();
+    let mut dirty = PageSet::empty(all.count);
+    tracker.harvest(&mut dirty)?;
+    if let Some(rearm) = tracker.rearm() {
+        rearm.before_read(all, &dirty)?;
+    }
+    Ok(only_data(guest, dirty))
+}
+
+fn only_data(guest: &Guest, mut pages: PageSet) -> PageSet {
+    pages.remove_range(PageRange::new(0, guest.data().first));
+    pages
+}
+
+fn ensure(condition: bool, what: impl FnOnce() -> String) -> Outcome {
+    if condition { Ok(()) } else { Err(what().into()) }
+}
+
+/// Reported must be exactly what was written; or, where the tracker sees huge pages, all of that and nothing outside the
+/// huge pages touched.
+fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) -> Outcome {
+    let mut allowed = PageSet::empty(want.capacity());
+    for page in want.iter() {
+        let data = guest.data().first;
+        allowed.insert_range(PageRange::new(data + (page - data) / granule * granule, granule));
+    }
+    let (mut lost, mut extra) = (want.clone(), got.clone());
+    lost.subtract(got);
+    extra.subtract(&allowed);
+    ensure(lost.is_empty() && extra.is_empty(), || format!("{what}: lost {lost:?}, too many {extra:?}"))
+}
+
+fn granule(kind: TrackerKind, backing: Backing) -> u64 {
+    let huge = matches!(backing, Backing::Hugetlb | Backing::TransparentHuge);
+    if kind == TrackerKind::WriteProtect && huge { 512 } else { 1 }
+}
+
+fn ring_entries(kind: TrackerKind) -> Option<u32> {
+    (kind == TrackerKind::DirtyRing).then_some(4096)
+}
+
+/// The life of a tracker over populated memory.
+fn contract(kind: TrackerKind, backing: Backing) -> Outcome {
+    let mut guest = Guest::new(backing, ring_entries(kind))?;
+    let granule = granule(kind, backing);
+    guest.ram.warm(guest.ram.layout().all())?;
+    guest.write(0, 1, 2000)?;
+    let mut tracker = guest.tracker(kind)?;
+    let none = PageSet::empty(guest.ram.layout().pages());
+    ensure(!tracker.is_active() && tracker.name() == kind.name(), || "active too early".into())?;
+    ensure(tracker.harvest(&mut none.clone()).is_err(), || "harvest before start".into())?;
+    tracker.stop()?;
+    tracker.start()?;
+    tracker.start()?;
+    ensure(tracker.is_active(), || "not active".into())?;
+    harvest(&guest, &mut *tracker)?; // what was dirty from the start, where the tracker says so
+    same(&guest, "nothing was written", &harvest(&guest, &mut *tracker)?, &none, 1)?;
+
+    let written = guest.write(5, 3, 40)?;
+    same(&guest, "guest writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
+    let written = guest.write(5, 3, 40)?;
+    same(&guest, "the same pages again", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    let last = guest.data().count - 1;
+    let written = guest.write(last, 1, 1)?;
+    same(&guest, "the last page", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+
+    let mut back = none.clone();
+    back.insert_range(PageRange::new(guest.data().first + 77, 3));
+    tracker.put_back(&back);
+    let mut written = guest.write(600, 1, 2)?;
+    written.union_with(&back);
+    same(&guest, "put back", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "put back is reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
+
+    if kind == TrackerKind::WriteProtect {
+        (&*guest.ram as &dyn GuestRam).write(DATA + 0x30_0ff8, b"from the host")?;
+        let mut written = none.clone();
+        written.insert_range(PageRange::new(guest.data().first + 0x300, 2));
+        same(&guest, "host writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    }
+
+    tracker.put_back(&back);
+    tracker.stop()?;
+    tracker.stop()?;
+    guest.write(100, 1, 50)?;
+    ensure(tracker.harvest(&mut none.clone()).is_err(), || "harvest after stop".into())?;
+    tracker.start()?;
+    harvest(&guest, &mut *tracker)?;
+    let written = guest.write(1, 2, 700)?;
+    same(&guest, "after a new start", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    drop(tracker);
+    guest.write(0, 1, 2000)?;
+    Ok(())
+}
+
+/// Memory that nobody touched is not reported; a first write to it is.
+fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
+    let mut guest = Guest::new(backing, ring_entries(kind))?;
+    let granule = if backing == Backing::Anonymous || backing == Backing::Memfd { 1 } else { 512 };
+    let mut tracker = guest.tracker(kind)?;
+    tracker.start()?;
+    let none = PageSet::empty(guest.ram.layout().pages());
+    let mut populated = none.clone();
+    guest.ram.populated(&mut populated)?;
+    same(&guest, "tracking populates nothing", &only_data(&guest, populated), &none, 1)?;
+    same(&guest, "holes at start", &harvest(&guest, &mut *tracker)?, &none, 1)?;
+    let written = guest.write(513, 5, 20)?;
+    same(&guest, "writes into holes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    let written = guest.write(514, 5, 20)?;
+    same(&guest, "writes beside them", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "nothing more", &harvest(&guest, &mut *tracker)?, &none, 1)
+}
+
+/// Manual protection: a page is dirty until it is re-armed, and only the pages named are re-armed.
+fn rearm_is_exact(backing: Backing) -> Outcome {
+    let mut guest = Guest::new(backing, None)?;
+    guest.ram.warm(guest.ram.layout().all())?;
+    let mut tracker = ManualProtect::new(guest.vm.clone(), guest.slots.clone());
+    tracker.start()?;
+    let all = guest.ram.layout().all();
+    let read = |tracker: &mut ManualProtect| -> Result<PageSet, Failed> {
+        let mut dirty = PageSet::empty(all.count);
+        tracker.harvest(&mut dirty)?;
+        Ok(only_data(&guest, dirty))
+    };
+    let first = read(&mut tracker)?;
+    let probe = Probe::new(&Kvm::new()?);
+    if probe.manual_protect_initially_set() {
+        ensure(first.len() == guest.data().count, || format!("populated pages start dirty: {first:?}"))?;
+    }
+    harvest(&guest, &mut tracker)?;
+    let written = guest.write(30, 1, 100)?;
+    let rearm = tracker.rearm().ok_or("manual protection re-arms")?;
+    for _ in 0..2 {
+        let mut dirty = PageSet::empty(all.count);
+        tracker.harvest(&mut dirty)?;
+        same(&guest, "dirty until re-armed", &only_data(&guest, dirty), &written, 1)?;
+    }
+    // every second page, in a range that covers only a part, and whose ends share words with what stays
+    let base = guest.data().first;
+    let mut some = PageSet::empty(all.count);
+    (0..100).step_by(2).for_each(|i| some.insert_range(PageRange::new(base + 30 + i, 1)));
+    let range = PageRange::new(base + 45, 50);
+    rearm.before_read(range, &some)?;
+    let mut left = written.clone();
+    some.ranges_in(range).for_each(|run| left.remove_range(run));
+    let mut dirty = PageSet::empty(all.count);
+    tracker.harvest(&mut dirty)?;
+    same(&guest, "only what was named is re-armed", &only_data(&guest, dirty), &left, 1)?;
+    // a write after the re-arming is seen
+    let again = guest.write(46, 1, 1)?;
+    left.union_with(&again);
+    let mut dirty = PageSet::empty(all.count);
+    tracker.harvest(&mut dirty)?;
+    same(&guest, "a write after re-arming", &only_data(&guest, dirty), &left, 1)?;
+    tracker.stop()?;
+    ensure(rearm.before_read(all, &left).is_err(), || "re-armed a stopped tracker".into())
+}
+
+/// A ring far smaller than what is written: the vCPU stops when it is full, and nothing is lost.
+fn a_full_ring_loses_nothing() -> Outcome {
+    let mut guest = Guest::new(Backing::Anonymous, Some(1024))?;
+    let ring = guest.ring.as_ref().ok_or("no ring")?;
+    ensure(ring.entries() == 1024, || format!("{} entries", ring.entries()))?;
+    let mut tracker = DirtyRing::new(ring, guest.slots.clone());
+    let rival = guest.tracker(TrackerKind::DirtyRing)?;
+    tracker.start()?;
+    let written = guest.write(0, 1, 2040)?;
+    ensure(guest.full_exits > 0, || "the ring never filled up".into())?;
+    same(&guest, "all of it", &harvest(&guest, &mut tracker)?, &written, 1)?;
+    drop(rival); // was never started: must not stop the other
+    let written = guest.write(7, 1, 30)?;
+    same(&guest, "afterwards", &harvest(&guest, &mut tracker)?, &written, 1)?;
+    ensure(guest.tracker(TrackerKind::DirtyRing)?.start().is_err(), || "two trackers on one ring".into())?;
+    // the VM's dirty log is gone, and says so at the start
+    let log = guest.tracker(TrackerKind::DirtyLog)?.start();
+    ensure(log.is_err(), || "a dirty log beside the ring".into())
+}
+
+fn ring_sizes_are_checked() -> Outcome {
+    let vm = Arc::new(Kvm::new()?.create_vm()?);
+    ensure(DirtyRing::enable(vm.clone(), 1000).is_err(), || "not a power of two".into())?;
+    ensure(DirtyRing::enable(vm.clone(), 1).is_err(), || "too small".into())?;
+    let _vcpu = vm.create_vcpu(0)?;
+    let late = DirtyRing::enable(vm, 4096).map(|_| ()).map_err(|e| e.to_string());
+    ensure(late.as_ref().is_err_and(|e| e.contains("a vCPU exists")), || format!("{late:?}"))
+}
+
+/// Two trackers of different kinds one after the other on one VM, and a union with the VMM's own bitmap.
+fn trackers_follow_each_other() -> Outcome {
+    let mut guest = Guest::new(Backing::Memfd, None)?;
+    guest.ram.warm(guest.ram.layout().all())?;
+    for kind in [TrackerKind::ManualProtect, TrackerKind::DirtyLog, TrackerKind::WriteProtect, TrackerKind::DirtyLog] {
+        let bitmap = DirtyBitmap::new(guest.ram.layout().clone());
+        let own = Box::new(BitmapTracker::new(bitmap.clone()));
+        let mut tracker = UnionTracker::new(vec![guest.tracker(kind)?, own]);
+        tracker.start()?;
+        harvest(&guest, &mut tracker)?;
+        let mut written = guest.write(3, 4, 90)?;
+        bitmap.mark(DATA + 0x10_0000, 1);
+        written.insert(guest.data().first + 0x100);
+        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &written, 1)?;
+        let none = PageSet::empty(written.capacity());
+        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &none, 1)?;
+    }
+    Ok(())
+}
+
+/// The kernel may unmap a written page of a file (here: it is asked to); the write must be reported all the same.
+fn an_unmapped_page_is_still_dirty() -> Outcome {
+    let guest = Guest::new(Backing::Memfd, None)?;
+    guest.ram.warm(guest.ram.layout().all())?;
+    let fault = Arc::new(UserFault::new()?);
+    let mut tracker = WriteProtect::new(guest.ram.clone(), fault);
+    tracker.start()?;
+    harvest(&guest, &mut tracker)?;
+    let memory: &dyn GuestRam = &*guest.ram;
+    memory.write(DATA + 0x5000, b"x")?;
+    let page = memory.slice_at(DATA + 0x5000, 0x1000)?;
+    // SAFETY: inside the mapping; on a shared file this unmaps the page and keeps its contents.
+    let unmapped = unsafe { libc::madvise(page.as_ptr().cast(), 0x1000, libc::MADV_DONTNEED) };
+    ensure(unmapped == 0, || "madvise failed".into())?;
+    let mut want = PageSet::empty(guest.ram.layout().pages());
+    want.insert(guest.data().first + 5);
+    same(&guest, "unmapped after the write", &harvest(&guest, &mut tracker)?, &want, 1)
+}
+
+fn probe_agrees() -> Outcome {
+    let probe = Probe::new(&Kvm::new()?);
+    eprintln!("{probe}");
+    let kind = probe.choose(TrackerKind::Auto)?;
+    let guest = Guest::new(Backing::Anonymous, None)?;
+    guest.tracker(kind)?.start()?;
+    Ok(())
+}
+
+/// Huge pages that the trials need: they may run in parallel.
+const HUGE_PAGES: u64 = 64;
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Raises the reserve of huge pages, and puts it back when dropped.
+struct HugePages(Option<u64>);
+
+impl HugePages {
+    fn reserve() -> Result<Self, String> {
+        let read = || fs::read_to_string(NR_HUGEPAGES).ok()?.trim().parse::<u64>().ok();
+        let before = read().ok_or("cannot read the number of huge pages")?;
+        fs::write(NR_HUGEPAGES, (before + HUGE_PAGES).to_string()).map_err(|e| format!("{NR_HUGEPAGES}: {e}"))?;
+        let this = Self(Some(before));
+        if read() == Some(before + HUGE_PAGES) {
+            Ok(this)
+        } else {
+            Err("not enough free memory in 2 MiB pieces".into())
+        }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Some(before) = self.0 {
+            let _ = fs::write(NR_HUGEPAGES, before.to_string());
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = std::env::var_os("MIGRATION_REQUIRE_KVM").is_some_and(|v| v == "1");
+    let (huge, no_huge) = match HugePages::reserve() {
+        Ok(huge) if !arguments.list => (Some(huge), None),
+        Ok(_) => (None, None),
+        Err(why) => (None, Some(why)),
+    };
+    let kvm = Kvm::new();
+    let probe = kvm.as_ref().ok().map(Probe::new);
+    let mut trials = Vec::new();
+    let mut add = |name: String, kind: TrackerKind, backing: Backing, run: Box<dyn FnOnce() -> Outcome + Send>| {
+        let missing = match (&kvm, &probe) {
+            (Err(error), _) => Some(format!("/dev/kvm: {error}")),
+            (_, Some(probe)) => probe.choose(kind).err().map(|e| e.to_string()),
+            _ => None,
+        };
+        let missing = missing.or_else(|| no_huge.clone().filter(|_| backing == Backing::Hugetlb));
+        trials.push(match missing {
+            Some(why) if required => Trial::test(name, move || Err(why.into())),
+            Some(why) => {
+                eprintln!("{name} is ignored: {why}");
+                Trial::test(name, || Ok(())).with_ignored_flag(true)
+            }
+            None => Trial::test(name, run),
+        });
+    };
+    for kind in TrackerKind::ALL {
+        for backing in Backing::ALL {
+            add(format!("{kind}/{backing}/contract"), kind, backing, Box::new(move || contract(kind, backing)));
+            add(format!("{kind}/{backing}/holes"), kind, backing, Box::new(move || holes(kind, backing)));
+        }
+    }
+    for backing in Backing::ALL {
+        let kind = TrackerKind::ManualProtect;
+        add(format!("{kind}/{backing}/rearm_is_exact"), kind, backing, Box::new(move || rearm_is_exact(backing)));
+    }
+    let one: [(&str, TrackerKind, Check); 5] = [
+        ("a_full_ring_loses_nothing", TrackerKind::DirtyRing, a_full_ring_loses_nothing),
+        ("ring_sizes_are_checked", TrackerKind::DirtyRing, ring_sizes_are_checked),
+        ("trackers_follow_each_other", TrackerKind::WriteProtect, trackers_follow_each_other),
+        ("an_unmapped_page_is_still_dirty", TrackerKind::WriteProtect, an_unmapped_page_is_still_dirty),
+        ("probe_agrees", TrackerKind::Auto, probe_agrees),
+    ];
+    for (name, kind, run) in one {
+        add(name.into(), kind, Backing::Memfd, Box::new(run));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(huge);
+    conclusion.exit_code()
+}
