@@ -106,13 +106,13 @@ impl DeviceSet {
 
     /// Names, instances and accepted versions of all devices, for the hello.
     pub fn kinds(&self) -> Vec<DeviceKind> {
-        let kind = |d: &Box<dyn Device>| DeviceKind {
+        let kind = |d: &dyn Device| DeviceKind {
             name: d.name().to_owned(),
             instance: d.instance(),
             oldest: d.oldest_version(),
             version: d.version(),
         };
-        self.devices.iter().map(kind).collect()
+        self.devices.iter().map(|d| kind(&**d)).collect()
     }
 
     /// The first device that blocks `strategy`, and why.

@@ -18,8 +18,8 @@ pub const PAGE_SHIFT: u32 = 12;
 /// the bound keeps a hostile hello small.
 pub const MAX_REGIONS: usize = 512;
 /// Most pages that a layout may have: 2^34 pages are 64 TiB, the most that KVM maps on x86-64 with 46 address bits.
-/// The limit bounds what a peer can make us allocate for bitmaps (2 GiB for the largest, refused far earlier by
-/// [`crate::wire::Limits`]).
+/// The limit bounds what a peer can make us allocate for bitmaps (2 GiB for the largest; a destination refuses far less, see
+/// [`crate::engine::ReceiverOptions::max_ram_bytes`]).
 pub const MAX_PAGES: u64 = 1 << 34;
 
 /// A run of consecutive pages, by page number.

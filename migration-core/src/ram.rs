@@ -143,8 +143,7 @@ impl<'a> RamSlice<'a> {
         let len = self.len.min(to.len());
         let words = len / 8 * 8;
         for at in (0..words).step_by(8) {
-            // SAFETY: `at + 8 <= self.len`; volatile, because the guest may write at the same time; the read is
-            // unaligned-safe only for aligned addresses, so go through bytes when the address is not aligned.
+            // SAFETY: `at + 8 <= self.len`.
             let word = unsafe { self.load(at) };
             to[at..at + 8].copy_from_slice(&word.to_ne_bytes());
         }
@@ -157,7 +156,7 @@ impl<'a> RamSlice<'a> {
     /// Copies as many bytes from `from` as both have.
     pub fn copy_from(self, from: &[u8]) {
         let len = self.len.min(from.len());
-        let aligned = self.address.as_ptr() as usize % 8 == 0;
+        let aligned = (self.address.as_ptr() as usize).is_multiple_of(8);
         let words = if aligned { len / 8 * 8 } else { 0 };
         for at in (0..words).step_by(8) {
             let mut word = [0; 8];
@@ -209,7 +208,7 @@ impl<'a> RamSlice<'a> {
     unsafe fn load(self, at: usize) -> u64 {
         // SAFETY: inside the slice, by the caller's promise.
         let address = unsafe { self.address.add(at) };
-        if address.as_ptr() as usize % 8 == 0 {
+        if (address.as_ptr() as usize).is_multiple_of(8) {
             // SAFETY: mapped and aligned.
             return unsafe { address.cast::<u64>().read_volatile() };
         }

@@ -218,11 +218,11 @@ impl Simulation {
             if self.connected
                 && let Some(abandon) = self.source.abandon()
             {
-                let _ = self.to_destination(abandon);
+                let _ = self.deliver(abandon);
             }
             self.source.link_lost();
         } else if self.connected {
-            let _ = self.to_destination(Control::Done);
+            let _ = self.deliver(Control::Done);
         }
         self.disconnect();
         if let Some(paused) = self.paused_at {
@@ -299,7 +299,7 @@ impl Simulation {
         let (host_needs, config) = (Bytes::new(), Bytes::new());
         let vm = VmDescription { id: VmId([1; 16]), layout, devices: Vec::new(), host_needs, config };
         let hello = Hello { features: 0, streams: 1, strategy: strategy.to_owned(), vm };
-        self.to_destination(Control::Hello(Box::new(hello)))?;
+        self.deliver(Control::Hello(Box::new(hello)))?;
         self.expect(SourcePhase::Copying)
     }
 
@@ -328,7 +328,7 @@ impl Simulation {
     }
 
     /// Sends a frame, and all that is said because of it.
-    fn to_destination(&mut self, frame: Control) -> Result<(), MigrationError> {
+    fn deliver(&mut self, frame: Control) -> Result<(), MigrationError> {
         let bytes = frame.encode(0, 0, self.epoch).len() as u64;
         self.act(0)?;
         let action = self.destination.handle(self.source.epoch(), frame);
@@ -339,12 +339,12 @@ impl Simulation {
         self.check();
         self.act(bytes)?;
         for reply in replies {
-            self.to_source(reply)?;
+            self.answer(reply)?;
         }
         Ok(())
     }
 
-    fn to_source(&mut self, frame: Control) -> Result<(), MigrationError> {
+    fn answer(&mut self, frame: Control) -> Result<(), MigrationError> {
         self.act(0)?;
         let event = self.source.handle(self.source.epoch(), frame)?;
         self.act(40)?;
@@ -406,7 +406,7 @@ impl Simulation {
         self.connected = true;
         self.pass(Duration::from_millis(100));
         for frame in self.source.reattach(VmId([1; 16]))? {
-            self.to_destination(frame)?;
+            self.deliver(frame)?;
         }
         self.expect(SourcePhase::Completed)
     }
@@ -524,7 +524,7 @@ impl Verbs for Simulation {
         let (began, generation) = (self.clock, self.source.begin_round()?);
         self.owed.union_with(pages);
         self.transfer(pages)?;
-        self.to_source(Control::RoundReceived { generation })?;
+        self.answer(Control::RoundReceived { generation })?;
         self.owed.subtract(pages);
         let (sent, time) = (pages.len(), self.clock - began);
         self.attempt.rounds.push(sent);
@@ -586,9 +586,9 @@ impl Verbs for Simulation {
         self.transfer(&rest)?;
         let state = Bytes::from(VmState::default().encode());
         let bytes = state.len() as u64;
-        self.to_destination(Control::State(state))?;
+        self.deliver(Control::State(state))?;
         let offer = self.source.offer(bytes, true)?;
-        self.to_destination(offer)?;
+        self.deliver(offer)?;
         self.expect(SourcePhase::Ready)
     }
 
@@ -597,7 +597,7 @@ impl Verbs for Simulation {
             return Err(MigrationError::Blocked("the simulated destination has no pager".into()));
         }
         let run = self.source.run()?;
-        self.to_destination(run)?;
+        self.deliver(run)?;
         self.expect(SourcePhase::Completed)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use migration_core::report::{Outcome, Progress, Report};
+use migration_core::report::{Progress, Report};
 use serde_json::{Value, json};
 
 /// Milliseconds with three decimals.
@@ -65,10 +65,6 @@ pub(crate) fn exit_status(outcome: &str) -> u8 {
         "in-doubt" => 4,
         _ => 1,
     }
-}
-
-pub(crate) fn outcome_name(outcome: Outcome) -> &'static str {
-    outcome.as_str()
 }
 
 pub(crate) fn progress_to_json(p: &Progress) -> Value {

@@ -3,7 +3,7 @@
 //! At the source, [`migrate`] (or [`Migration::start`], which does not block) takes a [`SourceVm`](crate::vm::SourceVm),
 //! a [`Connector`](crate::channel::Connector) and a strategy. At the destination, a [`Receiver`] takes a
 //! [`Listener`](crate::channel::Listener) and a [`DestinationHost`](crate::vm::DestinationHost). Both create threads only
-//! through the [`Spawner`](crate::spawner::Spawner) in their options, and end all of them before they return.
+//! through the [`Spawner`] in their options, and end all of them before they return.
 
 mod control;
 mod handle;

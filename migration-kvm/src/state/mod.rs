@@ -12,7 +12,7 @@
 
 use std::io;
 
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use migration_core::{codec::DecodeError, state::Section, vm::VmError};
 use thiserror::Error;
 
@@ -52,7 +52,8 @@ pub enum StateError {
         /// The reason it gave.
         source: io::Error,
     },
-    /// The vCPU has an exit that only the VMM can handle. Handle it, then save again; see [`complete_io`].
+    /// Completing the vCPU's instruction took an exit that the VMM's handler did not handle; see [`complete_io`]. What
+    /// the instruction would have read from the device is undefined if the guest goes on.
     #[error("the vCPU still waits for the VMM to handle an exit: {exit}")]
     IoPending {
         /// The exit.
@@ -141,10 +142,18 @@ fn io_error(what: &'static str) -> impl Fn(io::Error) -> StateError {
 
 /// Saves vCPU number `index`, which must not run. Call it on the vCPU's own thread.
 ///
+/// The instruction at whose exit it stopped is completed first; the exits that this takes go to `handle`, as in
+/// [`complete_io`]. The exit at which it stopped has been handled before, as ever.
+///
 /// # Errors
-/// [`StateError::IoPending`] if an exit is not handled yet; what KVM refuses.
-pub fn save_vcpu(vcpu: &mut VcpuFd, index: u32, saver: &VcpuSaver) -> Result<Section, StateError> {
-    complete_io(vcpu, |_| false)?;
+/// [`StateError::IoPending`] if `handle` did not handle an exit; what KVM refuses.
+pub fn save_vcpu(
+    vcpu: &mut VcpuFd,
+    index: u32,
+    saver: &VcpuSaver,
+    handle: impl FnMut(VcpuExit<'_>) -> bool,
+) -> Result<Section, StateError> {
+    complete_io(vcpu, handle)?;
     section(VCPU_SECTION, index, saver.save(vcpu)?.encode())
 }
 

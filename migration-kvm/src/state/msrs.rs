@@ -2,10 +2,14 @@
 
 use std::io;
 
-use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-use super::{StateError, ioctl_error};
+use super::{
+    StateError,
+    cpuid::{self, Register},
+    ioctl_error,
+};
 
 /// Most MSRs in a vCPU's state. KVM lists about 150; a model with all machine-check banks and counters, 500.
 pub const MAX_MSRS: usize = 4096;
@@ -21,6 +25,8 @@ const AMD_PERF_GLOBAL_CTL: u32 = 0xc000_0301;
 const VMX_CAPABILITIES: std::ops::RangeInclusive<u32> = 0x480..=0x491;
 /// `KVM_X86_SETUP_MCE` allows 32 banks of four registers.
 const MC_BANKS: std::ops::Range<u32> = 0x400..0x400 + 4 * 32;
+const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+const IA32_PERF_CAPABILITIES: u32 = 0x345;
 
 /// MSRs that are part of the state, whether or not KVM's list has them. The list leaves out those that "always exist"
 /// (memory types, machine check), and those of features that the host's processor has but KVM thinks it need not tell.
@@ -80,7 +86,7 @@ impl MsrList {
         listed.sort_unstable();
         listed.dedup();
         let mut indices = listed.clone();
-        indices.extend(MORE_MSRS.iter().copied().chain(MC_BANKS));
+        indices.extend(MORE_MSRS.iter().copied().chain(MC_BANKS.filter(|index| index % 4 < 2)));
         indices.sort_unstable();
         indices.dedup();
         // Stable: within a rank, in the order of the indices.
@@ -137,6 +143,27 @@ pub(super) fn rank(index: u32) -> u8 {
     }
 }
 
+/// The address and miscellaneous registers of the machine-check banks, if they have a meaning: while a bank's status
+/// register, which is among `msrs`, is not zero. Reading them always would make half of the time for MSRs.
+pub(super) fn more_of_banks(msrs: &[Msr]) -> Vec<u32> {
+    let logged = |msr: &&Msr| MC_BANKS.contains(&msr.index) && msr.index % 4 == 1 && msr.data != 0;
+    msrs.iter().filter(logged).flat_map(|msr| [msr.index + 1, msr.index + 2]).collect()
+}
+
+/// Whether an MSR tells the guest of features, as CPUID does, and CPUID says that it is there.
+/// Some(false): it tells of features, but the guest was told that it does not exist, so its value does not matter.
+pub(super) fn is_feature(index: u32, cpuid: &[kvm_cpuid_entry2]) -> Option<bool> {
+    let has = |leaf, register: Register, bit: u32| {
+        cpuid::find(cpuid, leaf, 0).is_some_and(|entry| register.of(entry) >> bit & 1 != 0)
+    };
+    match index {
+        IA32_ARCH_CAPABILITIES => Some(has(7, Register::Edx, 29)),
+        IA32_PERF_CAPABILITIES => Some(has(1, Register::Ecx, 15)),
+        index if VMX_CAPABILITIES.contains(&index) => Some(has(1, Register::Ecx, 5)),
+        _ => None,
+    }
+}
+
 /// Reads MSRs; also returns which could not be read.
 pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<(Vec<Msr>, Vec<u32>), StateError> {
     let (mut found, mut skipped) = (Vec::with_capacity(indices.len()), Vec::new());
@@ -169,6 +196,17 @@ pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, StateError>
     Ok(skipped)
 }
 
+/// Those of the MSRs that KVM refused whose values here are not what they should be. One that does not exist here is zero.
+pub(super) fn still_wrong(vcpu: &VcpuFd, refused: &[Msr]) -> Result<Vec<Msr>, StateError> {
+    if refused.is_empty() {
+        return Ok(Vec::new());
+    }
+    let indices: Vec<u32> = refused.iter().map(|msr| msr.index).collect();
+    let (now, _) = read(vcpu, &indices)?;
+    let here = |index| now.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.data);
+    Ok(refused.iter().copied().filter(|msr| here(msr.index) != msr.data).collect())
+}
+
 fn from_entries(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
     // Fails only above KVM_MAX_MSR_ENTRIES, which both callers keep to.
     Msrs::from_entries(entries)
@@ -184,6 +222,7 @@ mod tests {
         assert!(rank(IA32_FEAT_CTL) < rank(IA32_TSC));
         assert!(rank(IA32_TSC) < rank(0xc000_0103));
         assert!(rank(0xc000_0103) < rank(IA32_TSC_DEADLINE));
+        assert_eq!(more_of_banks(&[Msr { index: 0x405, data: 1 }, Msr { index: 0x409, data: 0 }]), [0x406, 0x407]);
         assert_eq!(MORE_MSRS.iter().collect::<std::collections::HashSet<_>>().len(), MORE_MSRS.len());
     }
 }

@@ -6,13 +6,13 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::{
-    Irqchip, MsrList, StateError,
+    Irqchip, Msr, MsrList, StateError,
     cpuid::{self, ADDRESS_SIZES, CpuidBits, FEATURES, Register, XSTATE, host_tsc_khz, offered},
     ioctl_error,
     items::{ItemWriter, Items},
     msrs::{self, MAX_MSRS},
     sys::{self, NESTED_HEADER, XSAVE_SIZE},
-    vcpu::{read_cpuid, read_indices, write_cpuid},
+    vcpu::{read_cpuid, read_indices, read_msrs, write_cpuid, write_msrs},
 };
 
 /// By how much two TSC frequencies may differ and still count as the same, in parts per million. As KVM itself does it:
@@ -35,6 +35,7 @@ const ITEM_MSRS: u16 = 6;
 const ITEM_IRQCHIP: u16 = 7;
 const ITEM_NESTED: u16 = 8;
 const ITEM_CAPS: u16 = 9;
+const ITEM_FEATURE_MSRS: u16 = 10;
 
 /// Capabilities by name, for messages.
 const CAP_NAMES: &[(Cap, &str)] = &[
@@ -68,6 +69,8 @@ pub struct HostNeeds {
     pub tsc_khz: Option<u32>,
     /// MSRs that the guest uses: the source's KVM has them, and they are not zero.
     pub msrs: Vec<u32>,
+    /// MSRs that tell the guest of features, as CPUID does, with their values.
+    pub feature_msrs: Vec<Msr>,
     /// Which interrupt controllers KVM emulates.
     pub irqchip: Irqchip,
     /// Whether the guest runs guests of its own at this moment.
@@ -124,6 +127,8 @@ pub enum Mismatch {
     },
     /// The guest uses an MSR that this host does not have.
     Msr(u32),
+    /// The guest was told of features by an MSR that can not have this value here.
+    FeatureMsr(Msr),
     /// KVM lacks a capability.
     Capability {
         /// Its number.
@@ -162,6 +167,12 @@ impl fmt::Display for Mismatch {
                 write!(f, "the guest's TSC runs at {guest} kHz, this host's {host}, and it cannot scale")
             }
             Self::Msr(index) => write!(f, "the guest uses MSR {index:#x}, which this host does not have"),
+            Self::FeatureMsr(Msr { index, data }) => {
+                write!(
+                    f,
+                    "the guest was told of features by MSR {index:#x} = {data:#x}, which this host does not offer"
+                )
+            }
             Self::Capability { number, name } => match name {
                 Some(name) => write!(f, "this KVM lacks {name}"),
                 None => write!(f, "this KVM lacks capability {number}"),
@@ -208,7 +219,10 @@ impl HostNeeds {
         let xsave_size = cpuid::find(&cpuid, XSTATE, 0).map_or(0, |e| e.ecx).max(XSAVE_SIZE as u32);
         let list = MsrList::probe(kvm)?;
         let (values, _) = msrs::read(vcpu, list.indices())?;
-        let msrs = values.iter().filter(|msr| msr.data != 0).map(|msr| msr.index).collect();
+        let feature = |msr: &&Msr| msrs::is_feature(msr.index, &cpuid) == Some(true);
+        let feature_msrs = values.iter().filter(feature).copied().collect();
+        let used = |msr: &&Msr| msr.data != 0 && msrs::is_feature(msr.index, &cpuid) != Some(false);
+        let msrs = values.iter().filter(used).map(|msr| msr.index).collect();
         let nested = sys::nested(vcpu).is_ok_and(|state| state.len() > NESTED_HEADER);
         let needed = |cap: Cap| match cap {
             Cap::Irqchip => irqchip == Irqchip::Full,
@@ -221,7 +235,7 @@ impl HostNeeds {
         };
         let caps = CAP_NAMES.iter().filter(|(cap, _)| needed(*cap)).map(|(cap, _)| *cap as u32).collect();
         let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
-        Ok(Self { cpuid, own_cpuid, xcr0, xsave_size, tsc_khz, msrs, irqchip, nested, caps })
+        Ok(Self { cpuid, own_cpuid, xcr0, xsave_size, tsc_khz, msrs, feature_msrs, irqchip, nested, caps })
     }
 
     /// Whether the host of this KVM has all that is needed. Takes milliseconds: it creates a scratch VM.
@@ -259,10 +273,11 @@ impl HostNeeds {
             },
         ));
         // Only if nothing better explains it.
-        if found.is_empty()
-            && let Err(why) = self.try_cpuid(&vm)
-        {
-            found.push(Mismatch::CpuidRefused(why));
+        if found.is_empty() {
+            match self.try_features(&vm) {
+                Ok(wrong) => found.extend(wrong.into_iter().map(Mismatch::FeatureMsr)),
+                Err(why) => found.push(Mismatch::CpuidRefused(why)),
+            }
         }
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
@@ -291,10 +306,13 @@ impl HostNeeds {
         found
     }
 
-    fn try_cpuid(&self, vm: &VmFd) -> Result<(), String> {
+    /// Sets CPUID and feature MSRs of a scratch vCPU; returns the MSRs that it does not take.
+    fn try_features(&self, vm: &VmFd) -> Result<Vec<Msr>, String> {
         let vcpu = vm.create_vcpu(0).map_err(|e| e.to_string())?;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| "too many entries".to_owned())?;
-        vcpu.set_cpuid2(&cpuid).map_err(|e| e.to_string())
+        vcpu.set_cpuid2(&cpuid).map_err(|e| e.to_string())?;
+        let refused = msrs::write(&vcpu, &self.feature_msrs).map_err(|e| e.to_string())?;
+        msrs::still_wrong(&vcpu, &refused).map_err(|e| e.to_string())
     }
 
     /// The form in which it travels.
@@ -322,6 +340,7 @@ impl HostNeeds {
             });
         };
         numbers(&mut w, ITEM_MSRS, &self.msrs);
+        w.with(ITEM_FEATURE_MSRS, |w| write_msrs(w, &self.feature_msrs));
         w.bytes(ITEM_IRQCHIP, &[self.irqchip as u8]);
         w.bytes(ITEM_NESTED, &[self.nested.into()]);
         numbers(&mut w, ITEM_CAPS, &self.caps);
@@ -356,6 +375,7 @@ impl HostNeeds {
         let xsave_size = items.take_u32(ITEM_XSAVE_SIZE, "XSAVE size")?.ok_or(missing("XSAVE size"))?;
         let tsc_khz = items.take_u32(ITEM_TSC_KHZ, "TSC kHz")?;
         let msrs = items.take_with(ITEM_MSRS, read_indices)?.ok_or(missing("MSRs"))?;
+        let feature_msrs = items.take_with(ITEM_FEATURE_MSRS, read_msrs)?.ok_or(missing("feature MSRs"))?;
         let irqchip = items.take_with(ITEM_IRQCHIP, |r| Irqchip::from_u8(r.u8("irqchip")?))?;
         let irqchip = irqchip.ok_or(missing("kind of irqchip"))?;
         let nested = items.take_with(ITEM_NESTED, |r| r.bool("nested"))?.ok_or(missing("nested"))?;
@@ -371,6 +391,7 @@ impl HostNeeds {
             xsave_size,
             tsc_khz,
             msrs,
+            feature_msrs,
             irqchip,
             nested,
             caps: caps.ok_or(missing("capabilities"))?,

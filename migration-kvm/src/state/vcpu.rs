@@ -123,6 +123,7 @@ pub struct VcpuSaver {
     nested: bool,
     tsc_offset: bool,
     host_khz: Option<u32>,
+    guest_khz: Option<u32>,
     unsupported: Vec<String>,
 }
 
@@ -159,6 +160,7 @@ impl VcpuSaver {
                 "KVM_VCPU_TSC_OFFSET",
             ),
             host_khz,
+            guest_khz: None,
             unsupported: Vec::new(),
         };
         has(host_khz.is_some(), "KVM_GET_TSC_KHZ");
@@ -171,13 +173,14 @@ impl VcpuSaver {
         Ok(saver)
     }
 
-    /// Learns on a vCPU, of which the CPUID is set, what cannot be read, and does not try it again for any vCPU.
-    /// Saves time in the pause; call it once, before.
+    /// Learns on a vCPU, of which CPUID and TSC frequency are set, what cannot be read, and does not try it again for any
+    /// vCPU; all vCPUs of a VM have the same features and frequency. Saves time in the pause; call it once, before.
     ///
     /// # Errors
     /// When KVM reads no MSR at all.
     pub fn learn(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
         self.msrs.learn(vcpu)?;
+        self.guest_khz = khz(vcpu);
         if self.tsc_offset && sys::tsc_offset(vcpu).is_err() {
             self.tsc_offset = false;
             self.unsupported.push("KVM_VCPU_TSC_OFFSET".to_owned());
@@ -237,13 +240,18 @@ impl VcpuSaver {
             Err(e) if e.errno() == libc::EINVAL => None,
             Err(e) => return Err(ioctl_error("KVM_GET_LAPIC")(e)),
         };
-        let (msrs, unread) = msrs::read(vcpu, self.msrs.indices())?;
+        let (mut msrs, unread) = msrs::read(vcpu, self.msrs.indices())?;
+        let more = msrs::more_of_banks(&msrs);
+        if !more.is_empty() {
+            msrs.extend(msrs::read(vcpu, &more)?.0);
+        }
         let unread_msrs = self.msrs.unreadable().iter().copied().chain(unread).collect();
-        let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        let tsc_khz = self.guest_khz.or_else(|| khz(vcpu));
         // With scaling the offset is relative to the scaled TSC of this host, which means nothing elsewhere.
         let unscaled = tsc_khz.is_some() && tsc_khz == self.host_khz;
         let tsc_offset = (self.tsc_offset && unscaled).then(|| sys::tsc_offset(vcpu).ok()).flatten();
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl_error("KVM_GET_CPUID2"))?;
+        msrs.retain(|msr| msrs::is_feature(msr.index, cpuid.as_slice()) != Some(false));
         let events = vcpu.get_vcpu_events().map_err(ioctl_error("KVM_GET_VCPU_EVENTS"))?;
         Ok(VcpuState {
             cpuid: cpuid.as_slice().to_vec(),
@@ -331,7 +339,10 @@ impl VcpuSaver {
         }
         skipped.extend(msrs::write(vcpu, rest)?);
         loaded.skipped_msrs = skipped;
-        judge_skipped(vcpu, &loaded.skipped_msrs)?;
+        let wrong = msrs::still_wrong(vcpu, &loaded.skipped_msrs)?;
+        if !wrong.is_empty() {
+            return Err(StateError::MsrsRefused { msrs: wrong });
+        }
         if let Some(ssp) = state.ssp {
             sys::set_guest_ssp(vcpu, ssp).map_err(io_error("setting the shadow stack pointer"))?;
         }
@@ -350,8 +361,9 @@ impl VcpuSaver {
 /// Completes the instruction at whose I/O the vCPU stopped. Only then the registers are those between two instructions:
 /// at an exit for an MMIO read, the instruction pointer still stands before it, and a save there would repeat it.
 ///
-/// An instruction that accesses more than one place exits again: `handle` gets these exits, handles them as the VMM
-/// would while the guest runs, and returns whether it did.
+/// An instruction that accesses more than one place (a string instruction, an access across pages) exits again: `handle`
+/// gets these exits, handles them as the VMM does while the guest runs, and returns whether it did. No exit may be lost:
+/// its instruction would go on with whatever is in the buffer.
 ///
 /// # Errors
 /// [`StateError::IoPending`] if `handle` returned false; what KVM refuses.
@@ -397,6 +409,11 @@ fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), StateErr
     let cpuid = CpuId::from_entries(entries)
         .map_err(|_| StateError::Unfit { what: format!("{} CPUID entries are more than KVM takes", entries.len()) })?;
     vcpu.set_cpuid2(&cpuid).map_err(ioctl_error("KVM_SET_CPUID2 (must not differ once the vCPU has run)"))
+}
+
+/// The frequency of a vCPU's TSC in kHz.
+fn khz(vcpu: &VcpuFd) -> Option<u32> {
+    vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0)
 }
 
 fn set_tsc_khz(vcpu: &VcpuFd, khz: u32) -> Result<(), StateError> {
@@ -452,18 +469,6 @@ fn plain(s: &Sregs2, events: &kvm_vcpu_events) -> kvm_sregs {
     }
 }
 
-/// MSRs that KVM refused matter unless their values are right anyway, or they are zero and do not exist here.
-fn judge_skipped(vcpu: &VcpuFd, skipped: &[Msr]) -> Result<(), StateError> {
-    if skipped.is_empty() {
-        return Ok(());
-    }
-    let indices: Vec<u32> = skipped.iter().map(|msr| msr.index).collect();
-    let (now, _) = msrs::read(vcpu, &indices)?;
-    let here = |index| now.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.data);
-    let wrong: Vec<Msr> = skipped.iter().copied().filter(|msr| here(msr.index) != msr.data).collect();
-    if wrong.is_empty() { Ok(()) } else { Err(StateError::MsrsRefused { msrs: wrong }) }
-}
-
 impl VcpuState {
     /// The form in which it travels.
     pub fn encode(&self) -> Vec<u8> {
@@ -486,12 +491,7 @@ impl VcpuState {
         }
         w.pod(ITEM_MP_STATE, &self.mp_state);
         w.pod(ITEM_EVENTS, &self.events);
-        w.with(ITEM_MSRS, |w| {
-            w.count(self.msrs.len());
-            for msr in &self.msrs {
-                w.u32(msr.index).u64(msr.data);
-            }
-        });
+        w.with(ITEM_MSRS, |w| write_msrs(w, &self.msrs));
         if let Some(khz) = self.tsc_khz {
             w.u32(ITEM_TSC_KHZ, khz);
         }
@@ -614,7 +614,14 @@ pub(super) fn read_cpuid(r: &mut Reader<'_>) -> Result<Vec<kvm_cpuid_entry2>, De
     Ok(entries)
 }
 
-fn read_msrs(r: &mut Reader<'_>) -> Result<Vec<Msr>, DecodeError> {
+pub(super) fn write_msrs(w: &mut Writer, msrs: &[Msr]) {
+    w.count(msrs.len());
+    for msr in msrs {
+        w.u32(msr.index).u64(msr.data);
+    }
+}
+
+pub(super) fn read_msrs(r: &mut Reader<'_>) -> Result<Vec<Msr>, DecodeError> {
     let count = r.count(MAX_MSRS, "number of MSRs")?;
     let mut seen = std::collections::HashSet::new();
     let mut msrs = Vec::new();

@@ -2,16 +2,13 @@
 
 use std::{
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use migration_core::{
-    channel::{Connector, Listener, ReadHalf, WriteHalf},
+    channel::{ReadHalf, WriteHalf},
     page::{PageRange, RamLayout, RamRegion},
     ram::GuestRam,
 };
@@ -117,7 +114,8 @@ impl Source {
             Vmm::Minivmm => ours::Source::start(folder, setup).map(Self::Ours),
             Vmm::Qemu => {
                 let elf = folder.path("guest.elf");
-                let image = workload::elf(&setup.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
+                let image =
+                    workload::elf(&setup.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
                 std::fs::write(&elf, image).map_err(|e| format!("{}: {e}", elf.display()))?;
                 Ok(Self::Qemu(qemu::Source::start(folder, setup, &elf)?, elf))
             }
@@ -204,7 +202,6 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let moved = pair.migrate()?;
     let (_, to) = pair.processes();
     let end = (to.cpu_seconds()?, vcpu_seconds(to_pid));
-    let window = began.elapsed();
 
     let cpu_source_s = pair.end_source()? - start.0;
     let cpu_vcpu_s = sampler.finish() + (end.1 - start.2);
@@ -212,7 +209,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let arrived = Guest::find(to, setup.memory, Duration::from_secs(10))?;
     let at_end = arrived.board()?;
     // the guest went on working until it was found
-    let operations_during = rate(&first, &at_end, began.elapsed().max(window));
+    let operations_during = rate(&first, &at_end, began.elapsed());
     thread::sleep(AFTER);
     let after = arrived.board()?;
     let beyond = match watched {
@@ -268,77 +265,99 @@ pub(super) fn warm(guest: u64) -> Result<(), String> {
     populate(&ram((guest * 5 / 2).min(available / 5 * 3))?)
 }
 
-/// Copies `bytes` of incompressible memory over so many TCP connections into fresh memory in huge pages; the time.
-fn copy(bytes: u64, streams: u64) -> Result<Duration, String> {
-    let (from, to) = (ram(bytes)?, ram(bytes)?);
-    populate(&from)?;
-    let mut word = 1u64;
-    let mut block = vec![0; CHUNK as usize];
-    for piece in block.chunks_exact_mut(8) {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        piece.copy_from_slice(&word.to_le_bytes());
-    }
-    for at in (0..bytes / CHUNK).map(|n| n * CHUNK) {
-        from.write(at, &block)?;
-    }
-    // the fresh memory is not touched yet, but the host has it at hand
-    populate(&ram(bytes)?)?;
-    let address: Address = "tcp:127.0.0.1:0".parse().map_err(|e| format!("{e}"))?;
-    let mut listener = bind(&address).map_err(|e| format!("{address}: {e}"))?;
-    let bound: Address = listener.address().parse().map_err(|e| format!("{e}"))?;
-    let link = connector(&bound, ConnectOptions::default());
-    let mut ends = Vec::new();
-    for _ in 0..streams {
-        let near = link.connect().and_then(|c| c.split()).map_err(|e| format!("{bound}: {e}"))?;
-        let far = listener.accept(Duration::from_secs(10)).map_err(|e| e.to_string())?.ok_or("nobody came")?;
-        ends.push((near.writer, far.split().map_err(|e| e.to_string())?.reader));
-    }
-    let (from, to) = (&from, &to);
-    let begin = Instant::now();
-    thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for (lane, (mut writer, mut reader)) in ends.into_iter().enumerate() {
-            let pieces = move || (lane as u64..bytes / CHUNK).step_by(streams as usize).map(|n| n * CHUNK);
-            threads.push(scope.spawn(move || {
-                pieces().try_for_each(|at| writer.write_all(&[], &[from.slice_at(at, CHUNK)?]).map_err(Into::into))
-            }));
-            threads.push(scope.spawn(move || {
-                pieces().try_for_each(|at| reader.read_ram(&[to.slice_at(at, CHUNK)?]).map_err(Into::into))
-            }));
+/// A bulk copy over TCP with nothing around it, in this process.
+struct BareCopy {
+    from: MappedRam,
+    to: MappedRam,
+    lanes: Vec<(Box<dyn WriteHalf>, Box<dyn ReadHalf>)>,
+}
+
+impl BareCopy {
+    /// Readies the copy of `bytes` of incompressible memory over so many connections into fresh memory, in huge pages.
+    fn new(bytes: u64, streams: u64) -> Result<Self, String> {
+        let (from, to) = (ram(bytes)?, ram(bytes)?);
+        populate(&from)?;
+        let mut word = 1u64;
+        let mut block = vec![0; CHUNK as usize];
+        for piece in block.chunks_exact_mut(8) {
+            word ^= word << 13;
+            word ^= word >> 7;
+            word ^= word << 17;
+            piece.copy_from_slice(&word.to_le_bytes());
         }
-        for thread in threads {
-            let result: Result<(), Error> = thread.join().map_err(|_| "a thread of the bare copy panicked")?;
-            result.map_err(|e| format!("bare copy: {e}"))?;
+        for at in (0..bytes / CHUNK).map(|n| n * CHUNK) {
+            (&from as &dyn GuestRam).write(at, &block).map_err(|e| e.to_string())?;
         }
-        Ok::<(), String>(())
-    })?;
-    Ok(begin.elapsed())
+        let any: Address = "tcp:127.0.0.1:0".parse().map_err(|e| format!("{e}"))?;
+        let mut listener = bind(&any).map_err(|e| format!("{any}: {e}"))?;
+        let bound: Address = listener.address().parse().map_err(|e| format!("{e}"))?;
+        let link = connector(&bound, ConnectOptions::default());
+        let mut lanes = Vec::new();
+        for _ in 0..streams {
+            let near = link.connect().and_then(|c| c.split()).map_err(|e| format!("{bound}: {e}"))?;
+            let far = listener.accept(Duration::from_secs(10)).map_err(|e| e.to_string())?.ok_or("nobody came")?;
+            lanes.push((near.writer, far.split().map_err(|e| e.to_string())?.reader));
+        }
+        Ok(Self { from, to, lanes })
+    }
+
+    /// Copies all of it once, striped over the connections; the time.
+    fn run(&mut self) -> Result<Duration, String> {
+        let (from, to): (&dyn GuestRam, &dyn GuestRam) = (&self.from, &self.to);
+        let (chunks, streams) = (from.layout().bytes() / CHUNK, self.lanes.len());
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (lane, (writer, reader)) in self.lanes.iter_mut().enumerate() {
+                let pieces = move || (lane as u64..chunks).step_by(streams).map(|n| n * CHUNK);
+                threads.push(scope.spawn(move || -> Result<(), Error> {
+                    pieces().try_for_each(|at| Ok(writer.write_all(&[], &[from.slice_at(at, CHUNK)?])?))
+                }));
+                threads.push(scope.spawn(move || -> Result<(), Error> {
+                    pieces().try_for_each(|at| Ok(reader.read_ram(&[to.slice_at(at, CHUNK)?])?))
+                }));
+            }
+            for thread in threads {
+                let result = thread.join().map_err(|_| "a thread of the bare copy panicked")?;
+                result.map_err(|e| format!("bare copy: {e}"))?;
+            }
+            Ok::<(), String>(())
+        })?;
+        Ok(begin.elapsed())
+    }
 }
 
 /// What threads of the copy may meet.
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The time of a bare copy, the least that any migration of so much data takes here.
+/// The time of a bare copy into fresh memory, the least that any migration of so much data takes here.
 pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
+    let mut copy = BareCopy::new(bytes, streams)?;
+    // the fresh memory is not touched yet, but the host has it at hand
     warm(bytes)?;
-    copy(bytes, streams).map(ms)
+    copy.run().map(ms)
 }
 
 /// The longest gap of a guest that stays where it is for `window`, beside a bulk copy over so many streams (0: beside
 /// nothing).
-pub(super) fn control(folder: &Folder, setup: &Setup, streams: u64, bytes: u64, window: Duration) -> Result<f64, String> {
+pub(super) fn control(
+    folder: &Folder,
+    setup: &Setup,
+    streams: u64,
+    bytes: u64,
+    window: Duration,
+) -> Result<f64, String> {
     let mut source = Source::start(folder, setup)?;
     let guest = Guest::find(source.process(), setup.memory, FILL)?;
+    let mut copy = if streams > 0 { Some(BareCopy::new(bytes, streams)?) } else { None };
     warm(setup.memory)?;
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        let copies = (streams > 0).then(|| {
-            let stop = stop.clone();
+        let copies = copy.as_mut().map(|copy| {
+            let stop = &stop;
             scope.spawn(move || {
                 while !stop.load(Ordering::Acquire) {
-                    copy(bytes, streams)?;
+                    copy.run()?;
                 }
                 Ok::<(), String>(())
             })

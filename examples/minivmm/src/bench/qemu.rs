@@ -46,7 +46,13 @@ pub(super) struct Source {
     qmp: Qmp,
 }
 
-fn start(folder: &Folder, name: &'static str, setup: &Setup, elf: &Path, more: &[&str]) -> Result<(Process, Qmp), String> {
+fn start(
+    folder: &Folder,
+    name: &'static str,
+    setup: &Setup,
+    elf: &Path,
+    more: &[&str],
+) -> Result<(Process, Qmp), String> {
     let socket = folder.path(&format!("{name}.qmp"));
     // a socket of an earlier run would answer before this one does
     let _ = std::fs::remove_file(&socket);
@@ -108,7 +114,8 @@ impl Pair {
         let start = Instant::now();
         self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
         let end = self.source_qmp.event(|e| {
-            e["event"] == "MIGRATION" && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
+            e["event"] == "MIGRATION"
+                && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
         })?;
         if end["data"]["status"] != "completed" {
             let why = self.source_qmp.call("query-migrate", json!({}))?;

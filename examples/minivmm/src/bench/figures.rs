@@ -1,0 +1,276 @@
+//! What was measured, its medians, and the targets.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::{
+    measure::{Run, Vmm},
+    process::field,
+};
+
+/// A bare copy.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Floor {
+    pub(super) streams: u64,
+    pub(super) mib: u64,
+    pub(super) ms: f64,
+}
+
+/// A guest that stayed where it was.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Control {
+    pub(super) vmm: Vmm,
+    pub(super) workload: String,
+    /// Streams of the copy beside it.
+    pub(super) streams: u64,
+    pub(super) gap_ms: f64,
+}
+
+/// The machine and what ran on it.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Machine {
+    pub(super) date: String,
+    pub(super) cpu: String,
+    pub(super) cpus: usize,
+    pub(super) memory: String,
+    pub(super) kernel: String,
+    pub(super) minivmm: &'static str,
+    pub(super) optimised: bool,
+    pub(super) qemu: Option<String>,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Figures {
+    pub(super) machine: Machine,
+    pub(super) floors: Vec<Floor>,
+    pub(super) controls: Vec<Control>,
+    pub(super) runs: Vec<Run>,
+    /// Attempts that failed; each was repeated once.
+    pub(super) failures: Vec<String>,
+}
+
+/// How a VMM is called.
+pub(super) fn name(vmm: Vmm) -> &'static str {
+    match vmm {
+        Vmm::Minivmm => "minivmm",
+        Vmm::Qemu => "QEMU",
+    }
+}
+
+/// The median; the mean of the two in the middle if their number is even. `None` for none.
+pub(super) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}
+
+/// A figure that is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Figure {
+    /// As the client sees it.
+    Total,
+    OwnTotal,
+    /// The guest's longest gap.
+    Gap,
+    OwnDowntime,
+    Cpu,
+    /// Of it, what vCPU threads did not use.
+    CpuBeside,
+}
+
+impl Figure {
+    pub(super) const ALL: [Self; 6] =
+        [Self::Total, Self::OwnTotal, Self::Gap, Self::OwnDowntime, Self::Cpu, Self::CpuBeside];
+
+    pub(super) fn of(self, run: &Run) -> Option<f64> {
+        match self {
+            Self::Total => Some(run.total_ms),
+            Self::OwnTotal => run.own_total_ms,
+            Self::Gap => Some(run.gap_ms),
+            Self::OwnDowntime => run.own_downtime_ms,
+            Self::Cpu => Some(run.cpu_s * 1e3),
+            Self::CpuBeside => Some((run.cpu_s - run.cpu_vcpu_s) * 1e3),
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Total => "total, client",
+            Self::OwnTotal => "total, own figure",
+            Self::Gap => "guest's longest gap",
+            Self::OwnDowntime => "downtime, own figure",
+            Self::Cpu => "CPU time",
+            Self::CpuBeside => "CPU time beside vCPUs",
+        }
+    }
+
+    /// The most that ours may be, as a share of QEMU's.
+    fn target(self, idle: bool) -> Option<f64> {
+        match (self, idle) {
+            (Self::Total, true) => Some(0.7),
+            (Self::Total, false) => Some(1.0),
+            (Self::Gap, true) => Some(0.2),
+            (Self::Gap, false) => Some(0.3),
+            (Self::Cpu, _) => Some(1.0),
+            _ => None,
+        }
+    }
+}
+
+/// A figure of ours beside QEMU's, in milliseconds.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Comparison {
+    pub(super) mode: String,
+    pub(super) workload: String,
+    pub(super) figure: Figure,
+    pub(super) ours: Option<f64>,
+    pub(super) theirs: Option<f64>,
+    pub(super) ratio: Option<f64>,
+    pub(super) target: Option<f64>,
+    /// Whether the ratio is within the target, if there are both.
+    pub(super) good: Option<bool>,
+}
+
+/// A figure of ours that has a limit.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Limit {
+    pub(super) what: String,
+    pub(super) value: f64,
+    pub(super) limit: Option<f64>,
+    pub(super) good: bool,
+}
+
+impl Figures {
+    pub(super) fn new(qemu: Option<String>) -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let machine = Machine {
+            date: date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())),
+            cpu: field("/proc/cpuinfo".as_ref(), "model name").unwrap_or_default(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            memory: field("/proc/meminfo".as_ref(), "MemTotal").unwrap_or_default(),
+            kernel: read("/proc/sys/kernel/osrelease"),
+            minivmm: env!("CARGO_PKG_VERSION"),
+            optimised: !cfg!(debug_assertions),
+            qemu,
+        };
+        Self { machine, floors: Vec::new(), controls: Vec::new(), runs: Vec::new(), failures: Vec::new() }
+    }
+
+    /// The workloads of the runs of a kind, in the order of the runs.
+    pub(super) fn workloads(&self, label: &str) -> Vec<&str> {
+        let mut all: Vec<&str> = Vec::new();
+        for run in self.runs.iter().filter(|r| r.setup.label == label) {
+            if !all.contains(&run.setup.workload.as_str()) {
+                all.push(&run.setup.workload);
+            }
+        }
+        all
+    }
+
+    pub(super) fn median(&self, of: impl Fn(&Run) -> Option<f64>) -> Option<f64> {
+        median(self.runs.iter().filter_map(of))
+    }
+
+    /// Every figure of every mode and workload.
+    pub(super) fn comparisons(&self) -> Vec<Comparison> {
+        let mut all = Vec::new();
+        for mode in ["plain", "multifd"] {
+            for workload in self.workloads(mode) {
+                for figure in Figure::ALL {
+                    let of = |vmm| {
+                        let wanted =
+                            |r: &Run| r.setup.label == mode && r.setup.workload == workload && r.setup.vmm == vmm;
+                        self.median(|r| wanted(r).then(|| figure.of(r)).flatten())
+                    };
+                    let (ours, theirs) = (of(Vmm::Minivmm), of(Vmm::Qemu));
+                    let ratio = ours.zip(theirs).filter(|(_, t)| *t > 0.0).map(|(o, t)| o / t);
+                    let target = figure.target(workload.starts_with("idle"));
+                    let good = ratio.zip(target).map(|(r, t)| r <= t);
+                    let (mode, workload) = (mode.to_owned(), workload.to_owned());
+                    all.push(Comparison { mode, workload, figure, ours, theirs, ratio, target, good });
+                }
+            }
+        }
+        all
+    }
+
+    /// Peak memory of both sides beyond guest RAM, in MiB, ours with its limit; and the growth of time with size.
+    pub(super) fn limits(&self) -> Vec<Limit> {
+        let mut all = Vec::new();
+        for run in &self.runs {
+            for (side, beyond) in ["source", "destination"].iter().zip(run.beyond.iter().flatten()) {
+                let value = beyond.peak as f64 / (1 << 20) as f64;
+                let limit = (run.setup.vmm == Vmm::Minivmm).then_some(64.0);
+                let what = format!("{}, {side}, {}", name(run.setup.vmm), run.setup.workload);
+                all.push(Limit { what, value, limit, good: limit.is_none_or(|l| value <= l) });
+            }
+        }
+        all
+    }
+
+    /// Median total for each size of guest in GiB.
+    pub(super) fn sizes(&self) -> Vec<(u64, f64)> {
+        let of =
+            |gib: u64| self.median(|r| (r.setup.label == "sizes" && r.setup.memory >> 30 == gib).then_some(r.total_ms));
+        [1, 2, 4, 8].into_iter().filter_map(|gib| Some((gib, of(gib)?))).collect()
+    }
+
+    /// How much longer a GiB takes in the largest guest than in the smallest.
+    pub(super) fn growth(&self) -> Option<f64> {
+        let sizes = self.sizes();
+        let (first, last) = (sizes.first()?, sizes.last()?);
+        (last.0 > first.0).then(|| (last.1 / last.0 as f64) / (first.1 / first.0 as f64))
+    }
+
+    /// Whether everything that was measured and has a target keeps it.
+    pub(super) fn within_targets(&self) -> bool {
+        self.failures.is_empty()
+            && self.comparisons().iter().all(|c| c.good != Some(false))
+            && self.limits().iter().all(|l| l.good)
+            && self.growth().is_none_or(|g| g <= 1.0 + NOISE)
+    }
+}
+
+/// What the growth with size may exceed proportion by: the spread of medians on a machine with other things to do.
+pub(super) const NOISE: f64 = 0.1;
+
+/// A day in UTC, from seconds since 1970 (civil-from-days, after Howard Hinnant).
+fn date(seconds: u64) -> String {
+    let days = seconds / 86400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median([]), None);
+        assert_eq!(median([3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median([4.0, 1.0]), Some(2.5));
+    }
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0), "1970-01-01");
+        assert_eq!(date(951_782_400), "2000-02-29");
+        assert_eq!(date(1_767_225_599), "2025-12-31");
+        assert_eq!(date(1_767_225_600), "2026-01-01");
+    }
+}
