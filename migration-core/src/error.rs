@@ -84,7 +84,8 @@ impl MigrationError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Peer { code, .. } => *code,
-            Self::Protocol(_) | Self::Malformed(_) => ErrorCode::Protocol,
+            Self::Protocol(violation) => violation.code,
+            Self::Malformed(_) => ErrorCode::Protocol,
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
             Self::Thread { .. } => ErrorCode::Resources,
             _ => ErrorCode::Other,

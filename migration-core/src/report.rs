@@ -111,6 +111,8 @@ pub struct Progress {
     pub wire_bytes: u64,
     /// Bytes a second, lately.
     pub bytes_per_second: f64,
+    /// Pages sent a second in this round.
+    pub pages_per_second: f64,
     /// Pages that the guest dirties a second.
     pub dirty_pages_per_second: Option<f64>,
     /// Downtime to expect if the guest were paused after this round.

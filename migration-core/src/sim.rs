@@ -334,7 +334,7 @@ impl Simulation {
         let action = self.destination.handle(self.source.epoch(), frame);
         let replies = match action {
             Ok(action) => self.destination_does(action),
-            Err(violation) => vec![Control::error((&violation).into(), violation.to_string())],
+            Err(violation) => vec![Control::error(violation.code, violation.to_string())],
         };
         self.check();
         self.act(bytes)?;

@@ -305,7 +305,8 @@ impl Instance {
             on_timeout: if request.stop_on_timeout { OnTimeout::Stop } else { OnTimeout::Cancel },
             impact,
             payload_crc: request.checksum,
-            last_epoch: state.epoch,
+            // the thread that received the VM may still wait for its source's last word
+            last_epoch: state.receiver.as_ref().map_or(state.epoch, |r| r.epoch()),
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told { instance: self.clone(), client: Some(tx.clone()) }),
             ..SourceOptions::default()

@@ -73,6 +73,8 @@ pub(crate) fn progress_to_json(p: &Progress) -> Value {
         "round": p.round,
         "round_pages": p.round_pages,
         "round_sent": p.round_sent,
+        "remaining_pages": p.round_pages.saturating_sub(p.round_sent),
+        "pages_per_second": p.pages_per_second.round(),
         "wire_bytes": p.wire_bytes,
         "mbps": (p.bytes_per_second * 8.0 / 1e6).round(),
         "dirty_pages_per_second": p.dirty_pages_per_second.map(f64::round),

@@ -345,7 +345,7 @@ impl Hub {
                 }
                 Err(violation) => {
                     drop(state);
-                    control.send(epoch, &Control::error(ErrorCode::from(&violation), violation.to_string()))?;
+                    control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
                     return Err(violation.into());
                 }
             }

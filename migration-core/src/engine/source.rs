@@ -96,6 +96,7 @@ struct Engine<'a> {
     harvested: PageSet,
     touched: PageSet,
     last_harvest: Instant,
+    round_began: Instant,
     paused_at: Option<Instant>,
     paused: bool,
     throttle: u8,
@@ -162,6 +163,7 @@ impl<'a> Engine<'a> {
             harvested: PageSet::empty(pages),
             touched: PageSet::empty(pages),
             last_harvest: now,
+            round_began: now,
             paused_at: None,
             paused: false,
             throttle: 0,
@@ -400,6 +402,7 @@ impl<'a> Engine<'a> {
             round_sent,
             wire_bytes: counters.wire_bytes.load(Ordering::Relaxed),
             bytes_per_second: self.bytes_per_second,
+            pages_per_second: round_sent as f64 / self.round_began.elapsed().as_secs_f64().max(1e-6),
             dirty_pages_per_second: self.report.dirty_pages_per_second,
             expected_downtime: expected,
             throttle_percent: self.throttle,
@@ -415,6 +418,7 @@ impl<'a> Engine<'a> {
         let generation = self.machine.begin_round()?;
         let stop = Arc::new(AtomicBool::new(false));
         self.counters.round_sent.store(0, Ordering::Relaxed);
+        self.round_began = Instant::now();
         let (wire_bytes, time) = (self.counters.wire_bytes.load(Ordering::Relaxed), Duration::ZERO);
         let round = RoundReport { pages: pages.len(), wire_bytes, time, throttle_percent: self.throttle };
         self.report.rounds.push(round);

@@ -135,7 +135,7 @@ impl DestinationMachine {
     /// [`link_lost`](DestinationMachine::link_lost) says.
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<DestinationAction, Violation> {
         use DestinationPhase::*;
-        let violation = |why| Violation { frame: frame.name(), epoch, phase: format!("{:?}", self.phase), why };
+        let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
         if let Control::Hello(hello) = frame {
             return self.greet(epoch, hello);
         }
@@ -151,8 +151,7 @@ impl DestinationMachine {
             }
             (Control::Offer { generation, state_bytes, running }, Receiving) => {
                 if state_bytes != self.state.len() as u64 {
-                    let phase = format!("{:?}", self.phase);
-                    return Err(Violation { frame: "offer", epoch, phase, why: "the state is not complete" });
+                    return Err(Violation::new("offer", epoch, self.phase, "the state is not complete"));
                 }
                 self.phase = Loading;
                 self.run_vcpus = running;
@@ -174,8 +173,7 @@ impl DestinationMachine {
             }
             (Control::Done, Running) => Ok(DestinationAction::Finish),
             (frame, phase) => {
-                let phase = format!("{phase:?}");
-                Err(Violation { frame: frame.name(), epoch, phase, why: "it does not belong to this phase" })
+                Err(Violation::new(frame.name(), epoch, phase, "it does not belong to this phase"))
             }
         }
     }
@@ -226,23 +224,23 @@ impl DestinationMachine {
             (DestinationPhase::Ready, true) => "the source is still connected: it decides",
             _ => "no complete VM is held here",
         };
-        Err(Violation { frame: "adopt", epoch: self.epoch, phase: format!("{:?}", self.phase), why })
+        Err(Violation::new("adopt", self.epoch, self.phase, why))
     }
 
     fn greet(&mut self, epoch: u32, hello: Box<Hello>) -> Result<DestinationAction, Violation> {
         use DestinationPhase::*;
-        let phase = format!("{:?}", self.phase);
-        let violation = |why| Violation { frame: "hello", epoch, phase, why };
+        let phase = self.phase;
+        let violation = |code, why| Violation::new("hello", epoch, phase, why).with_code(code);
         let discard = match self.phase {
-            Running => return Err(violation("the destination runs a VM already")),
-            Preparing | Receiving | Loading => return Err(violation("another session is under way")),
-            Ready if self.vm != Some(hello.vm.id) => return Err(violation("a complete VM is held for its source")),
+            Running => return Err(violation(ErrorCode::Busy, "the destination runs a VM already")),
+            Preparing | Receiving | Loading => return Err(violation(ErrorCode::Busy, "another session is under way")),
+            Ready if self.vm != Some(hello.vm.id) => return Err(violation(ErrorCode::Busy, "a complete VM is held for its source")),
             Ready => true,
             Empty => false,
         };
         // an epoch is void once a higher one was seen, for the same VM
         if self.vm == Some(hello.vm.id) && epoch <= self.epoch {
-            return Err(violation("the epoch is not above the last one"));
+            return Err(violation(ErrorCode::StaleEpoch, "the epoch is not above the last one"));
         }
         self.clear();
         (self.vm, self.epoch, self.phase, self.attached) = (Some(hello.vm.id), epoch, Preparing, true);
@@ -256,8 +254,7 @@ impl DestinationMachine {
 
     fn collect(&mut self, chunk: &Bytes) -> Result<(), Violation> {
         if self.state.len() + chunk.len() > MAX_STATE {
-            let phase = format!("{:?}", self.phase);
-            return Err(Violation { frame: "state", epoch: self.epoch, phase, why: "the state is above its limit" });
+            return Err(Violation::new("state", self.epoch, self.phase, "the state is above its limit"));
         }
         self.state.extend_from_slice(chunk);
         Ok(())
@@ -265,8 +262,7 @@ impl DestinationMachine {
 
     fn advance(&mut self, from: DestinationPhase, to: DestinationPhase, frame: &'static str) -> Result<(), Violation> {
         if self.phase != from {
-            let phase = format!("{:?}", self.phase);
-            return Err(Violation { frame, epoch: self.epoch, phase, why: "it does not belong to this phase" });
+            return Err(Violation::new(frame, self.epoch, self.phase, "it does not belong to this phase"));
         }
         self.phase = to;
         Ok(())
@@ -277,16 +273,5 @@ impl DestinationMachine {
         self.phase = DestinationPhase::Empty;
         self.state = Vec::new();
         self.attached = false;
-    }
-}
-
-/// The code that a refused hello is answered with.
-impl From<&Violation> for ErrorCode {
-    fn from(v: &Violation) -> Self {
-        match (v.frame, v.why) {
-            ("hello", "the epoch is not above the last one") => ErrorCode::StaleEpoch,
-            ("hello", _) => ErrorCode::Busy,
-            _ => ErrorCode::Protocol,
-        }
     }
 }

@@ -13,10 +13,14 @@
 mod destination;
 mod source;
 
+use std::fmt;
+
 use thiserror::Error;
 
 pub use destination::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss};
 pub use source::{OnSourceLoss, SourceEvent, SourceMachine, SourcePhase};
+
+use crate::wire::ErrorCode;
 
 /// The peer sent a frame that has no place here, or we were about to.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -28,6 +32,19 @@ pub struct Violation {
     pub epoch: u32,
     /// The phase of the machine.
     pub phase: String,
-    /// What would have been right.
+    /// What is wrong with it.
     pub why: &'static str,
+    /// The code under which the peer is told.
+    pub code: ErrorCode,
+}
+
+impl Violation {
+    /// A frame or command that a machine in `phase` cannot take.
+    fn new(frame: &'static str, epoch: u32, phase: impl fmt::Debug, why: &'static str) -> Self {
+        Self { frame, epoch, phase: format!("{phase:?}"), why, code: ErrorCode::Protocol }
+    }
+
+    fn with_code(self, code: ErrorCode) -> Self {
+        Self { code, ..self }
+    }
 }

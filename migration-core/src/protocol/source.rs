@@ -91,7 +91,7 @@ impl SourceMachine {
     /// When it has no place here. The attempt then ends as if the link were lost.
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, Violation> {
         use SourcePhase::*;
-        let violation = |why| Violation { frame: frame.name(), epoch, phase: format!("{:?}", self.phase), why };
+        let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
         if epoch != self.epoch {
             return Err(violation("it is of another epoch"));
         }
@@ -186,7 +186,6 @@ impl SourceMachine {
         if self.phase == phase {
             return Ok(());
         }
-        let phase = format!("{:?}", self.phase);
-        Err(Violation { frame: command, epoch: self.epoch, phase, why: "it does not belong to this phase" })
+        Err(Violation::new(command, self.epoch, self.phase, "it does not belong to this phase"))
     }
 }

@@ -206,15 +206,16 @@ struct Pair {
     handed_over: bool,
 }
 
-/// Plays an honest pair over a bad link. The first byte is the first epoch, the others are events.
-pub fn pair(input: &[u8]) {
+/// Plays an honest pair over a bad link: the first byte is the first epoch, the others are events. Returns where the
+/// source stands in the end.
+pub fn pair(input: &[u8]) -> SourcePhase {
     let mut choices = Choices(input.iter());
     let mut pair = Pair::new(choices.number().clamp(1, u32::MAX - 1000));
     while choices.0.len() > 0 {
         pair.event(&mut choices);
         pair.check();
     }
-    pair.finish();
+    pair.finish()
 }
 
 impl Pair {
@@ -411,7 +412,7 @@ impl Pair {
                 true
             }
             Err(violation) => {
-                self.answer(epoch, Control::error((&violation).into(), violation.to_string()));
+                self.answer(epoch, Control::error(violation.code, violation.to_string()));
                 false
             }
         }
@@ -482,9 +483,9 @@ impl Pair {
     }
 
     /// Over a link that works again, a source that is in doubt gets its answer.
-    fn finish(mut self) {
+    fn finish(mut self) -> SourcePhase {
         if self.source.phase() != SourcePhase::InDoubt || self.source_dead {
-            return;
+            return self.source.phase();
         }
         self.source_loss();
         self.source_step();
@@ -494,6 +495,7 @@ impl Pair {
         self.deliver_to_source();
         self.check();
         assert_eq!(self.source.phase(), SourcePhase::Completed, "the doubt stays although the link is back");
+        self.source.phase()
     }
 }
 
