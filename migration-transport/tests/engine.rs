@@ -11,7 +11,7 @@ use std::{
 
 use common::{CountingSpawner, Destination, Log, TestVm};
 use migration_core::{
-    engine::{Controller, SourceOptions, migrate},
+    engine::{Controller, Migration, SourceOptions, migrate},
     report::{Outcome, Report},
     strategy::{PreCopy, StopAndCopy, Strategy},
 };
@@ -282,4 +282,24 @@ fn a_destination_that_is_not_there_or_silent_is_an_error_not_a_hang() {
     let report = move_to(&mut vm, &address, &mut StopAndCopy, &options);
     assert_eq!(report.outcome, Outcome::Failed);
     assert!(vm.guest.is_running());
+}
+
+/// The handle for VMMs with an event loop: nothing blocks, a callback tells that the result is there.
+#[test]
+fn a_migration_on_its_own_thread_notifies() {
+    let (destination, address) = tcp();
+    let link = Arc::from(connector(&address, ConnectOptions::default()));
+    let (tx, notified) = std::sync::mpsc::channel();
+    let notify = Box::new(move || {
+        let _ = tx.send(());
+    });
+    let started = Migration::start(Box::new(TestVm::new()), link, Box::new(<PreCopy>::default()), options(), notify);
+    let mut migration = started.map_err(|(_, error)| error).unwrap();
+    notified.recv().unwrap();
+    let (_vm, report) = migration.try_take().expect("it has notified");
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    assert!(migration.try_take().is_none() && migration.wait(Duration::ZERO).is_none());
+    // too late, and harmless
+    migration.controller().cancel("late");
+    destination.arrived.recv().unwrap().set_running(false);
 }

@@ -117,6 +117,8 @@ pub struct TestVm {
     pub failing_saves: u32,
     pub released: bool,
     pub doubt: bool,
+    /// Pieces of device state sent in this attempt.
+    pieces: u64,
 }
 
 impl TestVm {
@@ -131,7 +133,7 @@ impl TestVm {
         let tracker = BitmapTracker::new(guest.bitmap.clone());
         let thread = Some(guest.clone().run());
         guest.set_running(true);
-        Self { guest, tracker, thread, failing_saves: 0, released: false, doubt: false }
+        Self { guest, tracker, thread, failing_saves: 0, released: false, doubt: false, pieces: 0 }
     }
 
     pub fn tracks(&self) -> bool {
@@ -161,6 +163,17 @@ impl SourceVm for TestVm {
         &mut self.tracker
     }
 
+    fn start(&mut self) -> Result<(), VmError> {
+        self.pieces = 0;
+        Ok(())
+    }
+
+    fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
+        self.pieces += 1;
+        let data = Bytes::from(vec![self.pieces as u8; budget.min(100_000)]);
+        Ok((vec![Section { name: "gpu".into(), instance: 0, version: 1, data }], 1))
+    }
+
     fn pause(&mut self) -> Result<(), VmError> {
         self.guest.set_running(false);
         Ok(())
@@ -183,7 +196,9 @@ impl SourceVm for TestVm {
             return Err(VmError::new("the device is busy"));
         }
         let data = Bytes::copy_from_slice(&self.guest.at.load(Ordering::SeqCst).to_le_bytes());
-        Ok(VmState { sections: vec![Section { name: "cpu".into(), instance: 0, version: 1, data }] })
+        let cpu = Section { name: "cpu".into(), instance: 0, version: 1, data };
+        let data = Bytes::copy_from_slice(&self.pieces.to_le_bytes());
+        Ok(VmState { sections: vec![cpu, Section { name: "gpu".into(), instance: 0, version: 1, data }] })
     }
 
     fn owner_in_doubt(&mut self) {
@@ -199,6 +214,7 @@ impl SourceVm for TestVm {
 struct Arriving {
     guest: Arc<Guest>,
     fail: bool,
+    pieces: u64,
 }
 
 impl DestinationVm for Arriving {
@@ -206,9 +222,19 @@ impl DestinationVm for Arriving {
         self.guest.ram.clone()
     }
 
+    fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
+        self.pieces += 1;
+        let whole = piece.name == "gpu" && piece.data.iter().all(|&b| b == self.pieces as u8);
+        if whole { Ok(()) } else { Err(VmError::new("pieces are out of order")) }
+    }
+
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
         if self.fail {
             return Err(VmError::new("the state is refused, as asked"));
+        }
+        let gpu = state.find("gpu", 0).ok_or_else(|| VmError::new("no gpu"))?;
+        if gpu.data[..] != self.pieces.to_le_bytes() {
+            return Err(VmError::new("pieces are missing"));
         }
         let cpu = state.find("cpu", 0).ok_or_else(|| VmError::new("no cpu"))?;
         let at = cpu.data.first_chunk().ok_or_else(|| VmError::new("short"))?;
@@ -240,7 +266,7 @@ impl DestinationHost for TestHost {
         self.last = Some(guest.clone());
         let fail = self.failing_loads > 0;
         self.failing_loads = self.failing_loads.saturating_sub(1);
-        Ok(Box::new(Arriving { guest, fail }))
+        Ok(Box::new(Arriving { guest, fail, pieces: 0 }))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
