@@ -134,12 +134,12 @@ pub(super) fn xsave(vcpu: &VcpuFd, size: usize, xsave2: bool) -> io::Result<Vec<
     Ok(unsafe { slice::from_raw_parts(room.as_ptr().cast::<u8>(), size) }.to_vec())
 }
 
-/// `KVM_SET_XSAVE`: `area`, and zeros behind it.
-pub(super) fn set_xsave(vcpu: &VcpuFd, area: &[u8]) -> io::Result<()> {
-    let mut room = xsave_room(area.len());
+/// `KVM_SET_XSAVE`: `area`, and zeros behind it; `size` is what KVM was probed to take.
+pub(super) fn set_xsave(vcpu: &VcpuFd, area: &[u8], size: usize) -> io::Result<()> {
+    let mut room = xsave_room(area.len().max(size));
     // SAFETY: `room` holds at least as many bytes as `area`.
     unsafe { slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u8>(), area.len()) }.copy_from_slice(area);
-    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, at least 4096; `XSAVE_ROOM` covers that.
+    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, at least 4096: the probed size, or what `XSAVE_ROOM` covers.
     unsafe { ioctl(vcpu, kvm(WRITE, 0xa5, XSAVE_SIZE), room.as_mut_ptr()) }
 }
 

@@ -185,7 +185,7 @@ impl VcpuSaver {
             self.tsc_offset = false;
             self.unsupported.push("KVM_VCPU_TSC_OFFSET".to_owned());
         }
-        if self.nested && sys::nested(vcpu).is_err() {
+        if self.nested && sys::nested(vcpu).is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
             self.nested = false;
             self.unsupported.push("KVM_GET_NESTED_STATE (nested virtualisation)".to_owned());
         }
@@ -226,7 +226,13 @@ impl VcpuSaver {
         } else {
             SpecialRegs::Plain(vcpu.get_sregs().map_err(ioctl_error("KVM_GET_SREGS"))?)
         };
-        let nested = self.nested.then(|| sys::nested(vcpu).ok()).flatten();
+        let nested = match self.nested.then(|| sys::nested(vcpu)) {
+            Some(Ok(nested)) => Some(nested),
+            // Some KVMs claim the capability, and have no such state.
+            Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => None,
+            Some(Err(e)) => return Err(io_error("KVM_GET_NESTED_STATE")(e)),
+            None => None,
+        };
         let ssp = match sregs.cr4() & CR4_CET {
             0 => None,
             _ => Some(sys::guest_ssp(vcpu).map_err(io_error("reading the shadow stack pointer"))?),
@@ -325,7 +331,7 @@ impl VcpuSaver {
             vcpu.set_xcrs(xcrs).map_err(ioctl_error("KVM_SET_XCRS"))?;
         }
         let area = fit_xsave(&state.xsave, self.xsave_size)?;
-        sys::set_xsave(vcpu, area).map_err(io_error("KVM_SET_XSAVE"))?;
+        sys::set_xsave(vcpu, area, self.xsave_size).map_err(io_error("KVM_SET_XSAVE"))?;
         if let Some(debug_regs) = &state.debug_regs {
             vcpu.set_debug_regs(debug_regs).map_err(ioctl_error("KVM_SET_DEBUGREGS"))?;
         }

@@ -203,13 +203,13 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let (_, to) = pair.processes();
     let end = (to.cpu_seconds()?, vcpu_seconds(to_pid));
 
-    let cpu_source_s = pair.end_source()? - start.0;
-    let cpu_vcpu_s = sampler.finish() + (end.1 - start.2);
-    let (_, to) = pair.processes();
     let arrived = Guest::find(to, setup.memory, Duration::from_secs(10))?;
     let at_end = arrived.board()?;
     // the guest went on working until it was found
     let operations_during = rate(&first, &at_end, began.elapsed());
+    let cpu_source_s = pair.end_source()? - start.0;
+    let cpu_vcpu_s = sampler.finish() + (end.1 - start.2);
+    let (_, to) = pair.processes();
     thread::sleep(AFTER);
     let after = arrived.board()?;
     let beyond = match watched {

@@ -126,7 +126,9 @@ impl Processors for KvmProcessors {
     fn save(&self, into: &mut VmState) -> Result<(), VmError> {
         into.sections.push(state::save_vm(&self.saver, &self.vm, IRQCHIP)?);
         let saver = self.saver.clone();
-        for section in self.vcpus.on_each(move |index, vcpu| state::save_vcpu(vcpu, index as u32, &saver)) {
+        // every exit was completed when the vCPUs stopped
+        let save = move |index: usize, vcpu: &mut VcpuFd| state::save_vcpu(vcpu, index as u32, &saver, |_| false);
+        for section in self.vcpus.on_each(save) {
             into.sections.push(section?);
         }
         Ok(())

@@ -243,7 +243,7 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
         if shared.stop.load(Ordering::SeqCst) {
             return complete_io(index, vcpu, shared);
         }
-        if let Some(end) = step(index, vcpu, shared) {
+        if let Err(end) = step(index, vcpu, shared) {
             return Some(end);
         }
     }
@@ -253,35 +253,43 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
 /// puts the value into the register.
 fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     vcpu.set_kvm_immediate_exit(1);
-    let end = step(index, vcpu, shared);
+    // an access that crosses a page comes in several exits
+    let end = loop {
+        match step(index, vcpu, shared) {
+            Ok(true) => {}
+            Ok(false) => break None,
+            Err(end) => break Some(end),
+        }
+    };
     vcpu.set_kvm_immediate_exit(0);
     end
 }
 
-fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
+/// Enters the guest once, and handles the exit: whether there was one. An error ends the VM.
+fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<bool, String> {
     match vcpu.run() {
         Ok(VcpuExit::IoOut(port, data)) => shared.bus.port_write(port, data),
         Ok(VcpuExit::IoIn(port, data)) => shared.bus.port_read(port, data),
         // nothing is there: a PC's bus floats high
         Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
         Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr) => {}
-        Ok(VcpuExit::Shutdown) => return Some(format!("triple fault on vCPU {index}{}", place(vcpu))),
-        Ok(VcpuExit::SystemEvent(kind, _)) => return Some(format!("system event {kind} on vCPU {index}")),
+        Ok(VcpuExit::Shutdown) => return Err(format!("triple fault on vCPU {index}{}", place(vcpu))),
+        Ok(VcpuExit::SystemEvent(kind, _)) => return Err(format!("system event {kind} on vCPU {index}")),
         Ok(VcpuExit::FailEntry(reason, _)) => {
-            return Some(format!("vCPU {index} cannot enter the guest: hardware reason {reason:#x}"));
+            return Err(format!("vCPU {index} cannot enter the guest: hardware reason {reason:#x}"));
         }
-        Ok(VcpuExit::InternalError) => return Some(format!("KVM internal error on vCPU {index}{}", place(vcpu))),
+        Ok(VcpuExit::InternalError) => return Err(format!("KVM internal error on vCPU {index}{}", place(vcpu))),
         Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
             if let Some(Err(why)) = shared.ring_full.as_ref().map(|collect| collect()) {
-                return Some(format!("vCPU {index}: the dirty ring is full and cannot be emptied: {why}"));
+                return Err(format!("vCPU {index}: the dirty ring is full and cannot be emptied: {why}"));
             }
         }
-        Ok(other) => return Some(format!("vCPU {index}: unexpected exit {other:?}")),
+        Ok(other) => return Err(format!("vCPU {index}: unexpected exit {other:?}")),
         // a kick, or an application processor that was started by its INIT
-        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
-        Err(e) => return Some(format!("vCPU {index}: KVM_RUN: {e}")),
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
+        Err(e) => return Err(format!("vCPU {index}: KVM_RUN: {e}")),
     }
-    None
+    Ok(true)
 }
 
 const KVM_EXIT_DIRTY_RING_FULL: u32 = 31;
