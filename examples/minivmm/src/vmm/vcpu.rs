@@ -17,6 +17,8 @@ use std::{
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use migration_kvm::state;
+
 use super::{devices::Bus, kick};
 
 /// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
@@ -227,6 +229,8 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
             control.stopped -= 1;
             shared.stop.store(false, Ordering::SeqCst);
         }
+        // it stood still, for whatever reason: its clock tells its watchdogs
+        state::note_pause(&vcpu);
         if let Some(end) = run(index, &mut vcpu, shared) {
             let mut control = shared.lock();
             control.end.get_or_insert(end);
@@ -252,44 +256,51 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
 /// An exit that was handled here is complete only when KVM was entered once more: at a port read, for example, it then
 /// puts the value into the register.
 fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
-    vcpu.set_kvm_immediate_exit(1);
-    // an access that crosses a page comes in several exits
-    let end = loop {
-        match step(index, vcpu, shared) {
-            Ok(true) => {}
-            Ok(false) => break None,
-            Err(end) => break Some(end),
+    let mut end = None;
+    let completed = state::complete_io(vcpu, |exit| match handle(exit, shared) {
+        Ok(()) => true,
+        Err(why) => {
+            end = Some(why);
+            false
         }
-    };
-    vcpu.set_kvm_immediate_exit(0);
-    end
+    });
+    let why = end.or_else(|| completed.err().map(|e| e.to_string()))?;
+    Some(format!("{why} on vCPU {index}{}", place(vcpu)))
 }
 
-/// Enters the guest once, and handles the exit: whether there was one. An error ends the VM.
-fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<bool, String> {
-    match vcpu.run() {
-        Ok(VcpuExit::IoOut(port, data)) => shared.bus.port_write(port, data),
-        Ok(VcpuExit::IoIn(port, data)) => shared.bus.port_read(port, data),
+/// Enters the guest once, and handles the exit. An error ends the VM.
+fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), String> {
+    let why = match vcpu.run() {
+        Ok(exit) => match handle(exit, shared) {
+            Ok(()) => return Ok(()),
+            Err(why) => why,
+        },
+        // a kick, or an application processor that was started by its INIT
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(()),
+        Err(e) => format!("KVM_RUN: {e}"),
+    };
+    Err(format!("{why} on vCPU {index}{}", place(vcpu)))
+}
+
+fn handle(exit: VcpuExit<'_>, shared: &Shared) -> Result<(), String> {
+    match exit {
+        VcpuExit::IoOut(port, data) => shared.bus.port_write(port, data),
+        VcpuExit::IoIn(port, data) => shared.bus.port_read(port, data),
         // nothing is there: a PC's bus floats high
-        Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
-        Ok(VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr) => {}
-        Ok(VcpuExit::Shutdown) => return Err(format!("triple fault on vCPU {index}{}", place(vcpu))),
-        Ok(VcpuExit::SystemEvent(kind, _)) => return Err(format!("system event {kind} on vCPU {index}")),
-        Ok(VcpuExit::FailEntry(reason, _)) => {
-            return Err(format!("vCPU {index} cannot enter the guest: hardware reason {reason:#x}"));
-        }
-        Ok(VcpuExit::InternalError) => return Err(format!("KVM internal error on vCPU {index}{}", place(vcpu))),
-        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+        VcpuExit::MmioRead(_, data) => data.fill(0xff),
+        VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => {}
+        VcpuExit::Shutdown => return Err("triple fault".into()),
+        VcpuExit::SystemEvent(kind, _) => return Err(format!("system event {kind}")),
+        VcpuExit::FailEntry(reason, _) => return Err(format!("cannot enter the guest: hardware reason {reason:#x}")),
+        VcpuExit::InternalError => return Err("KVM internal error".into()),
+        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
             if let Some(Err(why)) = shared.ring_full.as_ref().map(|collect| collect()) {
-                return Err(format!("vCPU {index}: the dirty ring is full and cannot be emptied: {why}"));
+                return Err(format!("the dirty ring is full and cannot be emptied: {why}"));
             }
         }
-        Ok(other) => return Err(format!("vCPU {index}: unexpected exit {other:?}")),
-        // a kick, or an application processor that was started by its INIT
-        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
-        Err(e) => return Err(format!("vCPU {index}: KVM_RUN: {e}")),
+        other => return Err(format!("unexpected exit {other:?}")),
     }
-    Ok(true)
+    Ok(())
 }
 
 const KVM_EXIT_DIRTY_RING_FULL: u32 = 31;
