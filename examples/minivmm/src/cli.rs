@@ -28,7 +28,7 @@ pub(crate) enum Command {
     /// A migration between two processes, from start to end, with a table of what happened.
     Demo(Demo),
     /// Measure, side by side with QEMU where it is installed.
-    Bench(Demo),
+    Bench(crate::bench::Bench),
 }
 
 #[derive(Debug, Args)]
