@@ -369,17 +369,7 @@ impl Hub {
         closer: Arc<dyn Closer>,
     ) -> Result<Arc<Session>, MigrationError> {
         // a VM of an earlier epoch is void: free it before the new one needs the memory
-        let (old_vm, old_session) = {
-            let mut state = lock(&self.state);
-            (state.vm.take(), state.session.take())
-        };
-        if let Some(session) = old_session {
-            session.close();
-        }
-        if old_vm.is_some() {
-            self.options.observer.event(&Event::Discarded("a newer attempt of its source takes its place".into()));
-        }
-        drop(old_vm);
+        self.free_vm("a newer attempt of its source takes its place");
         let ram_bytes = hello.vm.layout.bytes();
         let built = if ram_bytes > self.options.max_ram_bytes {
             let limit = self.options.max_ram_bytes;
@@ -515,6 +505,12 @@ impl Hub {
     }
 
     fn discard(&self, why: &str) {
+        self.free_vm(why);
+        self.tell_phase();
+    }
+
+    /// Frees the VM that is being received or held, if there is one, and ends its lanes.
+    fn free_vm(&self, why: &str) {
         let (vm, session) = {
             let mut state = lock(&self.state);
             (state.vm.take(), state.session.take())
@@ -525,8 +521,6 @@ impl Hub {
         if vm.is_some() {
             self.options.observer.event(&Event::Discarded(why.to_owned()));
         }
-        drop(vm);
-        self.tell_phase();
     }
 
     fn tell_phase(&self) {

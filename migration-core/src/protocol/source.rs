@@ -134,21 +134,21 @@ impl SourceMachine {
 
     /// Begins the next round; the number of its generation. Generations count from 1.
     pub fn begin_round(&mut self) -> Result<u32, Violation> {
-        self.expect(SourcePhase::Copying, "round")?;
+        self.must_be(SourcePhase::Copying, "round")?;
         self.sent += 1;
         Ok(self.sent)
     }
 
     /// Everything is sent: the offer to send.
     pub fn offer(&mut self, state_bytes: u64, running: bool) -> Result<Control, Violation> {
-        self.expect(SourcePhase::Copying, "offer")?;
+        self.must_be(SourcePhase::Copying, "offer")?;
         self.phase = SourcePhase::Offered;
         Ok(Control::Offer { generation: self.sent, state_bytes, running })
     }
 
     /// The point of no return: after this call the VM may run at the destination, whether or not *run* gets there.
     pub fn run(&mut self) -> Result<Control, Violation> {
-        self.expect(SourcePhase::Ready, "run")?;
+        self.must_be(SourcePhase::Ready, "run")?;
         self.phase = SourcePhase::InDoubt;
         Ok(Control::Run)
     }
@@ -156,7 +156,7 @@ impl SourceMachine {
     /// The frames to send on a new control lane while in doubt. The answer is *running*, or an error that leaves the
     /// doubt as it is.
     pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
-        self.expect(SourcePhase::InDoubt, "reattach")?;
+        self.must_be(SourcePhase::InDoubt, "reattach")?;
         Ok([Control::Reattach(vm), Control::Run])
     }
 
@@ -182,7 +182,7 @@ impl SourceMachine {
         }
     }
 
-    fn expect(&self, phase: SourcePhase, command: &'static str) -> Result<(), Violation> {
+    fn must_be(&self, phase: SourcePhase, command: &'static str) -> Result<(), Violation> {
         if self.phase == phase {
             return Ok(());
         }

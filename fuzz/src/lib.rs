@@ -1,0 +1,8 @@
+//! What the fuzz targets do with their input. Each module's `check` is one target; the program `seeds` writes the
+//! corpora they start from.
+
+pub mod frames;
+pub mod protocol;
+pub mod receiver;
+pub mod repair;
+pub mod state;
