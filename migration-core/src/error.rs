@@ -88,6 +88,7 @@ impl MigrationError {
             Self::Malformed(_) => ErrorCode::Protocol,
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
             Self::Thread { .. } => ErrorCode::Resources,
+            Self::Vm { .. } => ErrorCode::State,
             _ => ErrorCode::Other,
         }
     }

@@ -428,11 +428,15 @@ struct Destination {
 
 impl Destination {
     fn new() -> Self {
+        Self::patient(HANG)
+    }
+
+    fn patient(idle_timeout: Duration) -> Self {
         let (door, ends) = mpsc::channel();
         let (arrived_tx, arrived) = mpsc::channel();
         let (log_tx, log) = mpsc::channel();
         let observer = Arc::new(Log(Mutex::new(log_tx)));
-        let options = ReceiverOptions { observer, idle_timeout: HANG, ..ReceiverOptions::default() };
+        let options = ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(Host(arrived_tx)), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || receiver.run(&mut Door(ends)));
@@ -448,7 +452,8 @@ impl Destination {
 
     /// Waits until the receiver has ended with a VM.
     fn finish(mut self) -> Arrived {
-        self.door.send(None).unwrap();
+        // it may have seen the end by itself already
+        let _ = self.door.send(None);
         self.thread.take().unwrap().join().unwrap().unwrap();
         self.arrived.recv_timeout(HANG).expect("a VM has arrived")
     }
@@ -788,6 +793,9 @@ fn replayed_and_reordered_frames() {
     }
 }
 
+/// What the event must say, which lane is changed, and how.
+type Case = (&'static str, usize, Box<dyn Fn(&mut Vec<u8>)>);
+
 /// With right checksums and sequence numbers, and yet wrong.
 #[test]
 fn well_formed_nonsense() {
@@ -796,7 +804,7 @@ fn well_formed_nonsense() {
     let control = frames(&good.lanes[0]);
     let kinds: Vec<u8> = control[..control.len() - 1].iter().map(|&at| good.lanes[0][at]).collect();
     let position = |kind: u8| control[kinds.iter().position(|&k| k == kind).unwrap()];
-    let cases: Vec<(&str, usize, Box<dyn Fn(&mut Vec<u8>)>)> = vec![
+    let cases: Vec<Case> = vec![
         ("body: length 4294967295", 0, Box::new(move |b| with_header(b, Preamble::LEN, |h| h.body = u32::MAX))),
         ("payload: length 4294967295", 1, Box::new(|b| with_header(b, Preamble::LEN, |h| h.payload = u32::MAX))),
         ("no VM 7", 1, Box::new(|b| with_header(b, Preamble::LEN, |h| h.vm = 7))),
@@ -890,6 +898,77 @@ fn a_replayed_session_is_refused() {
     assert_eq!(destination.handle.phase(), DestinationPhase::Ready, "the VM is still held");
     feed(&destination, &good.clone().epoch(2), &as_recorded);
     check("pre-copy", &destination.finish());
+}
+
+/// Numbers frames and puts a preamble before them.
+fn lane(kind: LaneKind, index: u16, token: SessionToken, number: u32, frames: &[Control]) -> Vec<u8> {
+    let mut bytes = Preamble::new(kind, index, token).encode().to_vec();
+    for (sequence, frame) in frames.iter().enumerate() {
+        bytes.extend(frame.encode(0, sequence as u32, number));
+    }
+    bytes
+}
+
+fn hello(streams: u16) -> Control {
+    let hello = Hello { features: 0, streams, strategy: "by hand".into(), vm: description() };
+    Control::Hello(Box::new(hello))
+}
+
+fn token_of(control: &End) -> SessionToken {
+    match said(control) {
+        Some(Control::Welcome(welcome)) => welcome.session,
+        other => panic!("{other:?} instead of welcome"),
+    }
+}
+
+/// A source whose host loses its power says nothing any more, on any lane. The next attempt must not find it busy.
+#[test]
+fn a_source_that_falls_silent_behind_its_offer() {
+    let destination = Destination::patient(Duration::from_millis(50));
+    let offer = Control::Offer { generation: 1, state_bytes: 0, running: true };
+    let control = destination.connect(&lane(LaneKind::Control, 0, SessionToken::default(), 1, &[hello(1), offer]));
+    let token = token_of(&control);
+    let bulk = destination.connect(&Preamble::new(LaneKind::Bulk, 0, token).encode());
+    [&control, &bulk].iter().for_each(|end| end.outgoing.update(|s| s.silent = true));
+    destination.log.recv_timeout(HANG).expect("the attempt ends");
+}
+
+/// What cannot be decoded is answered with a code too, so that the source's user learns the reason.
+#[test]
+fn a_malformed_hello_is_answered() {
+    let destination = Destination::new();
+    let mut bytes = lane(LaneKind::Control, 0, SessionToken::default(), 1, &[hello(1)]);
+    bytes.push(0);
+    let body = bytes[Preamble::LEN + Header::LEN..].to_vec();
+    with_header(&mut bytes, Preamble::LEN, |h| (h.body, h.body_crc) = (body.len() as u32, crc32fast::hash(&body)));
+    let control = destination.connect(&bytes);
+    let answer = said(&control);
+    assert!(matches!(answer, Some(Control::Error { code: ErrorCode::Protocol, .. })), "{answer:?}");
+}
+
+/// A lane that is in the middle of a later round when the state is loaded could write into a VM that runs.
+#[test]
+fn no_page_is_under_way_when_the_state_is_loaded() {
+    let destination = Destination::new();
+    let control = destination.connect(&lane(LaneKind::Control, 0, SessionToken::default(), 1, &[hello(1)]));
+    let token = token_of(&control);
+    let extent = |first| Extent { range: PageRange::new(first, 1), content: Content::Plain };
+    let late = Bulk::Pages { extents: vec![extent(3), extent(5)], payload_crc: 0 };
+    let mut bytes = Preamble::new(LaneKind::Bulk, 0, token).encode().to_vec();
+    bytes.extend(Bulk::RoundEnd { pages: 0 }.encode(0, 0, 1));
+    bytes.extend(late.encode(0, 1, 2));
+    bytes.extend([9; PAGE_SIZE]);
+    let bulk = destination.connect(&bytes);
+    // the first page of the second round has been taken: the lane waits for the second one
+    drop(bulk.outgoing.wait("half a frame", |s| s.bytes.is_empty() || s.unread));
+    let state = state().encode();
+    let offer = Control::Offer { generation: 1, state_bytes: state.len() as u64, running: true };
+    for (sequence, frame) in [Control::State(state.into()), offer].iter().enumerate() {
+        control.outgoing.write(&frame.encode(0, 1 + sequence as u32, 1)).unwrap();
+    }
+    while let Some(word) = said(&control) {
+        assert_ne!(word, Control::Ready, "a page may still arrive");
+    }
 }
 
 // ---- golden frames ---------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ impl Instance {
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
         receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
-        Ok(json!({"state": "running", "epoch": receiver.epoch()}))
+        Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 
     fn memory(&self, gpa: u64, len: u64, out: &Path) -> Result<Value, String> {

@@ -204,17 +204,20 @@ mod kvm {
             xsave_size: 832,
             tsc_khz: Some(2_000_000),
             msrs: vec![0x10, 0x6e0],
+            feature_msrs: Vec::new(),
             irqchip: Irqchip::Full,
             nested: false,
             caps: vec![3, 55],
         };
         // only KVM makes such a state, so it is written item by item; its own encoder has the last word
         let mut items = Writer::new();
-        items.u16(1).blob(&[2]);
-        (2..5).for_each(|tag| drop(items.u16(tag).blob(&[0; 512]).len()));
+        items.count(6).u16(1).blob(&[2]);
+        for chip in 2..5 {
+            items.u16(chip).blob(&[0; 512]);
+        }
         items.u16(5).blob(&[0; size_of::<kvm_pit_state2>()]).u16(6).blob(&[0; size_of::<kvm_clock_data>()]);
         let full = KvmState::decode(&items.into_bytes()).expect("a state with all chips").encode();
-        let split = KvmState::decode(&[1, 0, 1, 0, 0, 0, 1]).expect("a state without chips").encode();
+        let split = KvmState::decode(&[1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]).expect("a state without chips").encode();
         let seed = |name: &str, kind: u8, bytes: Vec<u8>| (name.to_owned(), [&[kind], &bytes[..]].concat());
         vec![
             seed("vcpu", 1, vcpu.encode()),

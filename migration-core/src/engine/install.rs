@@ -61,10 +61,11 @@ impl LaneReceiver {
         let bytes = Header::LEN + body.len() + header.payload as usize;
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let frame = Bulk::decode(&header, &body, self.session.ram.layout().pages())?;
-        if self.session.is_sealed() || header.number != self.generation.wrapping_add(1) {
+        if header.number != self.generation.wrapping_add(1) {
             let why = format!("pages of round {} after round {} was complete", header.number, self.generation);
             return Err(DecodeError::invalid("generation", why).into());
         }
+        self.session.lane_starts(self.index, header.number)?;
         match frame {
             Bulk::Pages { extents, payload_crc } => {
                 self.check_stripes(&extents)?;

@@ -299,7 +299,7 @@ impl Hub {
         peer: &str,
     ) -> Result<(), MigrationError> {
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
-        let (epoch, frame) = frames.read()?;
+        let (epoch, frame) = first_frame(&mut frames, &mut control)?;
         let refuse = |control: &mut ControlWriter, why: &str| {
             control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
             Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
@@ -330,7 +330,7 @@ impl Hub {
         peer: &str,
     ) -> Result<(), MigrationError> {
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
-        let (epoch, hello) = frames.read()?;
+        let (epoch, hello) = first_frame(&mut frames, &mut control)?;
         if !matches!(hello, Control::Hello(_)) {
             let why = format!("{} where hello is due", hello.name());
             control.send(epoch, &Control::error(ErrorCode::Protocol, why.clone()))?;
@@ -352,7 +352,7 @@ impl Hub {
         };
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        match self.build(epoch, *hello, control, closer) {
+        match self.build(epoch, attachment, *hello, control, closer) {
             Ok(session) => self.frames(frames, Some(session), attachment, peer),
             Err(error) => {
                 self.lost(attachment, &error.to_string());
@@ -364,6 +364,7 @@ impl Hub {
     fn build(
         &self,
         epoch: u32,
+        attachment: u64,
         hello: Hello,
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
@@ -390,12 +391,23 @@ impl Hub {
         let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
         {
             let mut state = lock(&self.state);
+            if state.attachment != attachment {
+                let text = "a newer attempt of the source takes its place".to_owned();
+                return Err(MigrationError::Peer { code: ErrorCode::Busy, text });
+            }
             state.vm = Some(vm);
             state.session = Some(session.clone());
         }
         session.say(&Control::Welcome(Welcome { version: VERSION, features, streams, session: token }))?;
         session.wait_attached(self.options.idle_timeout)?;
-        let prepared = lock(&self.state).machine.prepared()?;
+        let prepared = {
+            let mut state = lock(&self.state);
+            if state.attachment != attachment {
+                let text = "a newer attempt of the source takes its place".to_owned();
+                return Err(MigrationError::Peer { code: ErrorCode::Busy, text });
+            }
+            state.machine.prepared()?
+        };
         session.say(&prepared)?;
         self.tell_phase();
         Ok(session)
@@ -446,10 +458,13 @@ impl Hub {
             }
             DestinationAction::Load { generation, state: bytes } => {
                 drop(state);
-                session.wait_round(generation)?;
-                session.seal();
+                session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
+                session.seal(generation)?;
                 let vm_state = VmState::decode(&bytes)?;
                 let mut state = lock(&self.state);
+                if state.attachment != attachment {
+                    return Ok(Flow::End);
+                }
                 let vm = state.vm.as_mut().ok_or_else(no_vm)?;
                 vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state"))?;
                 // ready before it is said: if saying it fails, the source may have heard it all the same
@@ -527,6 +542,17 @@ impl Hub {
         let phase = lock(&self.state).machine.phase();
         self.options.observer.event(&Event::Destination(phase));
     }
+}
+
+/// The first frame of a control lane. A peer whose bytes make no sense is told so: it may be an honest one of another
+/// build, whose user wants to know.
+fn first_frame(frames: &mut ControlReader, control: &mut ControlWriter) -> Result<(u32, Control), MigrationError> {
+    frames.read().inspect_err(|error| {
+        if !matches!(error, MigrationError::Link { .. }) {
+            // best effort: the lane ends either way
+            let _ = control.send(0, &Control::error(error.code(), error.to_string()));
+        }
+    })
 }
 
 fn no_vm() -> MigrationError {

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -27,15 +27,16 @@ pub(super) struct Session {
     control: Mutex<ControlWriter>,
     lane_state: Mutex<LaneState>,
     changed: Condvar,
-    /// Set when the state is about to be loaded: no page may arrive from then on.
-    sealed: AtomicBool,
     closers: Mutex<Vec<Arc<dyn Closer>>>,
 }
 
 struct LaneState {
     attached: Vec<bool>,
-    /// The last generation that each lane has completed.
+    /// The last generation of which each lane has begun to receive, and the last that it has completed.
+    started: Vec<u32>,
     ended: Vec<u32>,
+    /// Set when the state is about to be loaded: no page may arrive from then on.
+    sealed: bool,
     announced: u32,
     failed: Option<String>,
 }
@@ -50,7 +51,14 @@ impl Session {
         closer: Arc<dyn Closer>,
     ) -> Self {
         let count = usize::from(lanes);
-        let lane_state = LaneState { attached: vec![false; count], ended: vec![0; count], announced: 0, failed: None };
+        let lane_state = LaneState {
+            attached: vec![false; count],
+            started: vec![0; count],
+            ended: vec![0; count],
+            sealed: false,
+            announced: 0,
+            failed: None,
+        };
         Self {
             token,
             epoch,
@@ -60,7 +68,6 @@ impl Session {
             control: Mutex::new(control),
             lane_state: Mutex::new(lane_state),
             changed: Condvar::new(),
-            sealed: AtomicBool::new(false),
             closers: Mutex::new(vec![closer]),
         }
     }
@@ -91,9 +98,28 @@ impl Session {
         self.wait_for(timeout, "the source to open its lanes", |s| s.attached.iter().all(|&a| a))
     }
 
-    /// Waits until every lane has completed `generation`, however long that takes: the lanes' own time-outs bound it.
-    pub(super) fn wait_round(&self, generation: u32) -> Result<(), MigrationError> {
-        self.wait_for(Duration::MAX, "the last pages", |s| s.ended.iter().all(|&e| e >= generation))
+    /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes` grows within `idle`.
+    pub(super) fn wait_round(&self, generation: u32, idle: Duration, bytes: &AtomicU64) -> Result<(), MigrationError> {
+        loop {
+            let before = bytes.load(Ordering::Relaxed);
+            let waited = self.wait_for(idle, "the last pages", |s| s.ended.iter().all(|&e| e >= generation));
+            if waited.is_ok() || self.failure().is_some() || bytes.load(Ordering::Relaxed) == before {
+                return waited;
+            }
+        }
+    }
+
+    /// A lane is about to receive pages of `generation` into RAM.
+    pub(super) fn lane_starts(&self, index: u16, generation: u32) -> Result<(), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        if state.sealed {
+            let why = format!("pages of round {generation} after the VM was offered");
+            return Err(DecodeError::invalid("generation", why).into());
+        }
+        if let Some(started) = state.started.get_mut(usize::from(index)) {
+            *started = generation;
+        }
+        Ok(())
     }
 
     /// A lane has completed a round; when it is the last one to do so, the source is told.
@@ -112,12 +138,19 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn seal(&self) {
-        self.sealed.store(true, Ordering::Release);
+    /// The state is about to be loaded: RAM is what it is after `generation`, and no lane may write it any more.
+    pub(super) fn seal(&self, generation: u32) -> Result<(), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        state.sealed = true;
+        if state.started.iter().any(|&started| started > generation) {
+            let why = format!("pages of a round after {generation}, the last one by the offer");
+            return Err(DecodeError::invalid("generation", why).into());
+        }
+        Ok(())
     }
 
     pub(super) fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::Acquire)
+        lock(&self.lane_state).sealed
     }
 
     /// A lane has failed: tells the source, and ends the session.
@@ -148,11 +181,7 @@ impl Session {
     fn wait_for(&self, timeout: Duration, what: &str, done: impl Fn(&LaneState) -> bool) -> Result<(), MigrationError> {
         let waiting = |state: &mut LaneState| state.failed.is_none() && !done(state);
         let guard = lock(&self.lane_state);
-        let guard = if timeout == Duration::MAX {
-            self.changed.wait_while(guard, waiting).unwrap_or_else(|e| e.into_inner())
-        } else {
-            self.changed.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(|e| e.into_inner()).0
-        };
+        let guard = self.changed.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(|e| e.into_inner()).0;
         let cause = match &guard.failed {
             Some(why) => std::io::Error::other(why.clone()),
             None if done(&guard) => return Ok(()),

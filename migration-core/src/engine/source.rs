@@ -188,7 +188,7 @@ impl<'a> Engine<'a> {
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
         self.id = description.id;
         self.attach(LaneKind::Control)?;
-        let features = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
+        let features = self.wanted_features();
         let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
         self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
         let timeout = self.options.setup_timeout;
@@ -206,6 +206,10 @@ impl<'a> Engine<'a> {
         self.report.setup = self.start.elapsed();
         self.tell_phase();
         Ok(())
+    }
+
+    fn wanted_features(&self) -> u32 {
+        if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 }
     }
 
     /// Opens a control lane and a thread that reads it.
@@ -242,8 +246,9 @@ impl<'a> Engine<'a> {
 
     fn open_lanes(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
         let lanes = welcome.streams;
-        if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) {
-            let text = format!("it chose version {} and {lanes} streams", welcome.version);
+        let unasked = welcome.features & !self.wanted_features();
+        if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) || unasked != 0 {
+            let text = format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
         }
         self.session = welcome.session;

@@ -231,8 +231,11 @@ impl DestinationMachine {
         use DestinationPhase::*;
         let phase = self.phase;
         let violation = |code, why| Violation::new("hello", epoch, phase, why).with_code(code);
+        // a source that begins anew has given its last attempt up, though we may not have noticed that its link is dead
+        let supersedes = self.vm == Some(hello.vm.id) && epoch > self.epoch;
         let discard = match self.phase {
             Running => return Err(violation(ErrorCode::Busy, "the destination runs a VM already")),
+            Preparing | Receiving | Loading if supersedes => true,
             Preparing | Receiving | Loading => return Err(violation(ErrorCode::Busy, "another session is under way")),
             Ready if self.vm != Some(hello.vm.id) => return Err(violation(ErrorCode::Busy, "a complete VM is held for its source")),
             Ready => true,

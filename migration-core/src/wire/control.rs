@@ -34,7 +34,7 @@ pub enum ErrorCode {
     Busy,
     /// The destination cannot run this VM.
     Mismatch,
-    /// The state could not be loaded.
+    /// The VMM failed to save, build, load or start what it was asked to.
     State,
     /// Memory, threads or descriptors are short.
     Resources,

@@ -96,7 +96,9 @@ impl Preamble {
             2 => LaneKind::Reattach,
             other => return Err(DecodeError::invalid("lane kind", format!("unknown kind {other}"))),
         };
-        r.u8("reserved")?;
+        if r.u8("reserved")? != 0 {
+            return Err(DecodeError::invalid("reserved", "not zero"));
+        }
         let (index, session) = (r.u16("lane index")?, SessionToken(r.array("session")?));
         if r.u32("crc")? != crc32fast::hash(&bytes[..32]) {
             return Err(DecodeError::Checksum { field: "preamble" });

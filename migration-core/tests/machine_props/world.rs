@@ -45,7 +45,7 @@ impl Choices<'_> {
     /// Any frame, of either side.
     fn frame(&mut self) -> Control {
         match self.byte() % 16 {
-            0 => hello(if self.byte() % 4 == 0 { STRANGER } else { VM }),
+            0 => hello(if self.byte().is_multiple_of(4) { STRANGER } else { VM }),
             1 => welcome(),
             2 => Control::Prepared,
             3 => Control::RoundReceived { generation: self.number() },
@@ -53,14 +53,14 @@ impl Choices<'_> {
             5 => Control::State(Bytes::from(vec![0; self.below(8)])),
             6 => {
                 let (generation, state_bytes) = (self.number(), u64::from(self.number()));
-                Control::Offer { generation, state_bytes, running: self.byte() % 2 == 0 }
+                Control::Offer { generation, state_bytes, running: self.byte().is_multiple_of(2) }
             }
             7 => Control::Ready,
             8 => Control::Run,
             9 => Control::Running,
             10 => Control::Done,
             11 => Control::Abandon,
-            12 => Control::Reattach(if self.byte() % 4 == 0 { STRANGER } else { VM }),
+            12 => Control::Reattach(if self.byte().is_multiple_of(4) { STRANGER } else { VM }),
             13 => Control::error(ErrorCode::Other, "no"),
             14 => Control::Ping,
             _ => Control::Pong,
@@ -90,7 +90,7 @@ pub fn lone_destination(input: &[u8]) {
         match choices.byte() % 8 {
             0..=3 => {
                 let (number, frame) = (choices.number(), choices.frame());
-                let number = if choices.byte() % 4 == 0 { number } else { machine.epoch() };
+                let number = if choices.byte().is_multiple_of(4) { number } else { machine.epoch() };
                 if let Control::State(chunk) = &frame {
                     collected += chunk.len();
                 }
@@ -152,7 +152,7 @@ pub fn lone_source(input: &[u8]) {
         match choices.byte() % 12 {
             0..=5 => {
                 let (number, frame) = (choices.number(), choices.frame());
-                let number = if choices.byte() % 4 == 0 { number } else { epoch };
+                let number = if choices.byte().is_multiple_of(4) { number } else { epoch };
                 match machine.handle(number, frame) {
                     Ok(SourceEvent::RoundReceived(generation)) => {
                         assert!((1..=sent).contains(&generation), "a round that was not sent has arrived");
@@ -309,7 +309,7 @@ impl Pair {
                     }
                 }
                 1 => drop(self.destination.handle(choices.number(), hello(STRANGER))),
-                2 if choices.byte() % 8 == 0 => {
+                2 if choices.byte().is_multiple_of(8) => {
                     self.source_dead = true;
                     self.source_loss();
                     self.destination_loss();

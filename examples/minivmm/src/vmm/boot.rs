@@ -1,10 +1,14 @@
 //! PVH boot: an ELF64 with an entry note, loaded to its physical addresses, and a start-info page.
 
-use std::{fs::File, io, path::Path};
+use std::{
+    fs::File,
+    io::{self, SeekFrom},
+    path::Path,
+};
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use linux_loader::loader::{KernelLoader, elf::{Elf, PvhBootCapability}};
-use migration_core::{GuestRam, codec::Writer};
+use linux_loader::loader::{KernelLoader, elf::Elf};
+use migration_core::{GuestRam, RamLayout, codec::Writer};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -15,6 +19,15 @@ const MEMORY_MAP: u64 = 0x6100;
 const COMMAND_LINE: u64 = 0x7000;
 /// Longest command line: up to the end of its page.
 const MAX_COMMAND_LINE: usize = 0xfff;
+/// What start info, memory map and command line take.
+const START_INFO_END: u64 = 0x8000;
+/// Bytes of a program header of an ELF64.
+const PROGRAM_HEADER: usize = 56;
+const PT_LOAD: u64 = 1;
+const PT_NOTE: u64 = 4;
+const PHYS32_ENTRY: usize = 18;
+/// Most bytes of notes that are searched.
+const MAX_NOTES: u64 = 1 << 20;
 /// The end of conventional memory; above it a PC has its legacy areas.
 const CONVENTIONAL_END: u64 = 0x9fc00;
 const HIGH_START: u64 = 0x10_0000;
@@ -41,17 +54,101 @@ pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMma
     load(&name, &mut file, ram, memory)
 }
 
-/// Loads an ELF from any source.
+/// Loads an ELF from any source. The crate's loader would take a file of another class or machine, and a segment that ends
+/// beyond RAM: so the headers are checked here first, and what is wrong is named.
 pub(crate) fn load<F>(name: &str, file: &mut F, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError>
 where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
 {
     let wrong = |cause: String| BootError::Elf { file: name.to_owned(), memory: ram.layout().bytes(), cause };
-    let loaded = Elf::load(memory, None, file, None).map_err(|e| wrong(e.to_string()))?;
-    match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Ok(entry.0),
-        _ => Err(BootError::NoPvhNote(name.to_owned())),
+    let entry = check(file, ram.layout()).map_err(wrong)?.ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
+    Elf::load(memory, None, file, None).map_err(|e| wrong(e.to_string()))?;
+    Ok(entry)
+}
+
+/// Little-endian number of `N` bytes at `at`; the callers' slices are long enough.
+fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word[..N].copy_from_slice(&bytes[at..at + N]);
+    u64::from_le_bytes(word)
+}
+
+/// Checks headers and segments; the PVH entry, if a note names one.
+fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Option<u64>, String> {
+    let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
+    let mut read = |at: u64, bytes: usize, what: &str| {
+        if at.checked_add(bytes as u64).is_none_or(|end| end > length) {
+            return Err(format!("it has {length} bytes, its {what} would be {bytes} bytes at {at:#x}"));
+        }
+        let mut buffer = vec![0; bytes];
+        let done = file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut buffer));
+        done.map(|()| buffer).map_err(|e| format!("reading its {what}: {e}"))
+    };
+    let header = read(0, 64, "ELF header")?;
+    if header[..4] != *b"\x7fELF" {
+        return Err("it does not begin like an ELF".into());
     }
+    let (class, order, machine) = (header[4], header[5], number::<2>(&header, 18));
+    if (class, order, machine) != (2, 1, 62) {
+        return Err(format!("class {class}, byte order {order}, machine {machine}, not 2 (64-bit), 1 (little), 62 (x86-64)"));
+    }
+    let (table, size, count) = (number::<8>(&header, 32), number::<2>(&header, 54), number::<2>(&header, 56));
+    if size != PROGRAM_HEADER as u64 {
+        return Err(format!("program headers of {size} bytes, not {PROGRAM_HEADER}"));
+    }
+    let headers = read(table, PROGRAM_HEADER * count as usize, "program headers")?;
+    let (mut segments, mut entry) = (Vec::new(), None);
+    for (index, header) in headers.chunks_exact(PROGRAM_HEADER).enumerate() {
+        let [offset, address, in_file, in_memory] = [8, 24, 32, 40].map(|at| number::<8>(header, at));
+        match number::<4>(header, 0) {
+            PT_LOAD if in_memory > 0 || in_file > 0 => {
+                let place = format!("segment {index} ({in_memory:#x} bytes at {address:#x})");
+                let end = address.checked_add(in_memory).ok_or_else(|| format!("{place} wraps around"))?;
+                if in_file > in_memory || offset.checked_add(in_file).is_none_or(|end| end > length) {
+                    return Err(format!(
+                        "the file of {length} bytes ends before {place}, which has {in_file:#x} bytes there at {offset:#x}"
+                    ));
+                }
+                if !layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len) {
+                    return Err(format!("{place} does not lie in RAM"));
+                }
+                if address < START_INFO_END && end > START_INFO {
+                    let taken = format!("{START_INFO:#x} to {START_INFO_END:#x}");
+                    return Err(format!("{place} lies where the start info goes, {taken}"));
+                }
+                segments.push(address..end);
+            }
+            // there may be several, with other notes: of the linker, for example
+            PT_NOTE if entry.is_none() => {
+                if in_file > MAX_NOTES {
+                    return Err(format!("segment {index}: {in_file} bytes of notes, more than {MAX_NOTES}"));
+                }
+                entry = pvh_entry(&read(offset, in_file as usize, "notes")?);
+            }
+            _ => {}
+        }
+    }
+    match entry {
+        Some(entry) if !segments.iter().any(|s| s.contains(&entry)) => {
+            Err(format!("its PVH entry {entry:#x} lies in none of its segments"))
+        }
+        entry => Ok(entry),
+    }
+}
+
+/// The entry that a note of XEN_ELFNOTE_PHYS32_ENTRY names. Notes that make no sense end the search.
+fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
+    while notes.len() >= 12 {
+        let [name, desc, kind] = [0, 4, 8].map(|at| number::<4>(notes, at) as usize);
+        let body = &notes[12..];
+        let start = name.checked_next_multiple_of(4)?;
+        let value = body.get(start..start.checked_add(desc)?)?;
+        if kind == PHYS32_ENTRY && body.get(..name)? == b"Xen\0" && value.len() >= 4 {
+            return Some(number::<4>(value, 0));
+        }
+        notes = body.get(start + desc.checked_next_multiple_of(4)?..)?;
+    }
+    None
 }
 
 /// Writes start info, memory map and command line; the start info's address.

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
     io::{self, Write},
+    os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -14,6 +15,7 @@ use migration_core::{
     device::Device,
     vm::VmError,
 };
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -47,79 +49,102 @@ impl From<&str> for SerialTarget {
 
 impl SerialTarget {
     fn open(&self) -> io::Result<Output> {
-        let (sink, name): (Option<Sink>, String) = match self {
-            Self::Stdio => (Some(Sink::Stdout(io::stdout())), "stdout".into()),
+        let (sink, name) = match self {
+            // the descriptor itself: `Stdout` would try again by itself, where nobody can stop it
+            Self::Stdio => (Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)), "stdout".into()),
             Self::Null => (None, "null".into()),
             Self::File(path) => {
                 let file = OpenOptions::new().append(true).create(true).open(path);
                 let name = path.display().to_string();
                 let context = |e: io::Error| io::Error::new(e.kind(), format!("serial file {name}: {e}"));
-                (Some(Sink::File(file.map_err(context)?)), name)
+                (Some(file.map_err(context)?), name)
             }
         };
-        Ok(Output { sink, name, pending: VecDeque::new(), dropped: 0, failure: None })
+        Ok(Output { sink, name, pending: VecDeque::new(), dropped: 0, failure: None, held: false })
     }
 }
 
-enum Sink {
-    Stdout(io::Stdout),
-    File(File),
-}
-
-/// Output that never stops the guest: what cannot be written now is kept and tried again with the next byte.
+/// Output that never stops the guest, nor a pause of it: what cannot be written now is kept, moves with the VM, and is tried
+/// again with the next byte, or when somebody asks how the machine is.
 pub(super) struct Output {
-    sink: Option<Sink>,
+    sink: Option<File>,
     name: String,
     pending: VecDeque<u8>,
     dropped: u64,
     failure: Option<String>,
+    /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end writes it.
+    held: bool,
 }
 
 impl Output {
     fn drain(&mut self) {
-        let Some(sink) = &mut self.sink else {
-            self.pending.clear();
-            return;
-        };
-        while !self.pending.is_empty() {
+        while !self.held && !self.pending.is_empty() {
+            let Some(sink) = &mut self.sink else {
+                self.pending.clear();
+                return;
+            };
             let (head, _) = self.pending.as_slices();
-            let written = match sink {
-                Sink::Stdout(out) => out.write(head).and_then(|n| out.flush().map(|()| n)),
-                Sink::File(file) => file.write(head),
+            // a pipe that polls as writable takes this much at once: no vCPU thread hangs here
+            let written = match writable(sink) {
+                Ok(true) => sink.write(&head[..head.len().min(libc::PIPE_BUF)]),
+                Ok(false) => Err(io::Error::new(io::ErrorKind::WouldBlock, "nobody reads it")),
+                Err(e) => Err(e),
             };
             match written {
-                Ok(0) => return,
+                Ok(0) => return self.failed("it takes no bytes".into()),
                 Ok(n) => {
                     self.pending.drain(..n);
                     self.failure = None;
                 }
+                // a kick
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => {
-                    if self.failure.is_none() {
-                        eprintln!("minivmm: serial output to {}: {e}; the guest goes on, output is kept", self.name);
-                    }
-                    self.failure = Some(e.to_string());
-                    return;
-                }
+                Err(e) => return self.failed(e.to_string()),
             }
         }
     }
 
-    fn warning(&self) -> Option<String> {
-        let why = self.failure.as_ref()?;
-        Some(format!("serial output to {}: {why}; {} bytes wait, {} were dropped", self.name, self.pending.len(), self.dropped))
+    fn failed(&mut self, why: String) {
+        if self.failure.is_none() {
+            eprintln!("minivmm: serial output to {}: {why}; the guest goes on, output is kept", self.name);
+        }
+        self.failure = Some(why);
     }
+
+    fn push(&mut self, byte: u8) {
+        if self.pending.len() >= MAX_PENDING {
+            if self.dropped == 0 {
+                eprintln!("minivmm: serial output to {}: more than {MAX_PENDING} bytes wait, the oldest are dropped", self.name);
+            }
+            self.pending.pop_front();
+            self.dropped += 1;
+        }
+        self.pending.push_back(byte);
+    }
+
+    fn release(&mut self) {
+        self.held = false;
+        self.drain();
+    }
+
+    fn warning(&self) -> Option<String> {
+        let (name, waiting, dropped) = (&self.name, self.pending.len(), self.dropped);
+        match &self.failure {
+            Some(why) => Some(format!("serial output to {name}: {why}; {waiting} bytes wait, {dropped} were dropped")),
+            None if dropped > 0 => Some(format!("serial output to {name}: {dropped} bytes were dropped")),
+            None => None,
+        }
+    }
+}
+
+/// Whether a write would not block. A file always says so.
+fn writable(file: &File) -> io::Result<bool> {
+    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for &byte in bytes {
-            if self.pending.len() >= MAX_PENDING {
-                self.pending.pop_front();
-                self.dropped += 1;
-            }
-            self.pending.push_back(byte);
-        }
+        bytes.iter().for_each(|&byte| self.push(byte));
         self.drain();
         Ok(bytes.len())
     }
@@ -176,9 +201,14 @@ impl Bus {
         }
     }
 
-    /// What the user should know of the output.
+    /// What the user should know of the output, after another try to write what is pending.
     pub(super) fn warnings(&self) -> Vec<String> {
-        self.lock().as_ref().and_then(|s| s.writer().warning()).into_iter().collect()
+        let mut serial = self.lock();
+        let warning = serial.as_mut().and_then(|s| {
+            s.writer_mut().drain();
+            s.writer().warning()
+        });
+        warning.into_iter().collect()
     }
 }
 
@@ -195,20 +225,31 @@ impl Device for SerialDevice {
         "serial"
     }
 
+    // 2: output that could not be written yet moves too
     fn version(&self) -> u32 {
-        1
+        2
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        if let Some(serial) = self.0.lock().as_mut() {
+            serial.writer_mut().release();
+        }
+        Ok(())
     }
 
     fn save(&mut self) -> Result<Bytes, VmError> {
         let mut serial = self.0.lock();
         let serial = serial.as_mut().ok_or_else(|| VmError::new("the serial port is gone"))?;
-        // what is still here would be lost with this process
-        let _ = serial.writer_mut().flush();
+        // what cannot be written here and now is the destination's to write, unless the VM stays
+        let output = serial.writer_mut();
+        output.drain();
+        output.held = true;
+        let pending: Vec<u8> = output.pending.iter().copied().collect();
         let s = serial.state();
         let mut w = Writer::new();
         w.bytes(&[s.baud_divisor_low, s.baud_divisor_high, s.interrupt_enable, s.interrupt_identification]);
         w.bytes(&[s.line_control, s.line_status, s.modem_control, s.modem_status, s.scratch]);
-        w.blob(&s.in_buffer);
+        w.blob(&s.in_buffer).blob(&pending);
         Ok(w.into_bytes().into())
     }
 
@@ -218,6 +259,7 @@ impl Device for SerialDevice {
         let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
             r.array("registers").map_err(malformed)?;
         let in_buffer = r.blob(MAX_INPUT, "received bytes").map_err(malformed)?.to_vec();
+        let pending = r.blob(MAX_PENDING, "output that waits").map_err(malformed)?;
         r.finish().map_err(malformed)?;
         let state = SerialState {
             baud_divisor_low: low,
@@ -234,7 +276,11 @@ impl Device for SerialDevice {
         let mut slot = self.0.lock();
         let old = slot.take().ok_or_else(|| VmError::new("the serial port is gone"))?;
         let line = old.interrupt_evt().0.try_clone().map_err(|e| VmError::because("the serial line", e))?;
-        let loaded = Serial::from_state(&state, Line(line), NoEvents, old.into_writer());
+        let mut output = old.into_writer();
+        output.pending = pending.iter().copied().collect();
+        output.held = true;
+        // raises the interrupt anew if one is pending: the one raised at the source may not have reached the saved irqchip
+        let loaded = Serial::from_state(&state, Line(line), NoEvents, output);
         *slot = Some(loaded.map_err(|e| VmError::new(format!("state of the serial port makes no sense: {e:?}")))?);
         Ok(())
     }

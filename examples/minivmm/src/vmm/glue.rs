@@ -1,6 +1,6 @@
 //! The glue: all that a VMM implements to let its VMs migrate. Counted in the README.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use migration_core::{
     GuestRam,
@@ -64,16 +64,13 @@ impl SourceVm for MachineSource {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        self.machine.processors.pause();
+        self.machine.stop()?;
         self.machine.devices().quiesce()
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
         self.machine.devices().resume()?;
-        if self.starts_running() {
-            self.machine.processors.run();
-        }
-        Ok(())
+        self.machine.go_on()
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), VmError> {
@@ -91,6 +88,10 @@ impl SourceVm for MachineSource {
         !self.machine.is_paused_by_user()
     }
 
+    fn owner_in_doubt(&mut self) {
+        self.machine.give_up();
+    }
+
     fn released(&mut self) {
         self.machine.shut_down();
     }
@@ -106,19 +107,24 @@ pub(crate) struct HostOptions {
 /// Builds machines for VMs that arrive, and passes those on that are owned.
 pub(crate) struct Host {
     options: HostOptions,
-    arriving: Option<Arc<Machine>>,
+    /// Not held: what is discarded must be gone at once.
+    arriving: Weak<Machine>,
     arrived: Box<dyn Fn(Arc<Machine>) + Send>,
 }
 
 impl Host {
     pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
-        Self { options, arriving: None, arrived }
+        Self { options, arriving: Weak::new(), arrived }
     }
 }
 
 impl DestinationHost for Host {
     fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
+        // the engine has checked this layout against its limits, nobody the configuration's
+        if config.layout().ok().as_ref() != Some(&vm.layout) {
+            return Err(VmError::new(format!("a configuration of {} bytes for another RAM layout", config.memory_bytes)));
+        }
         Machine::check_host(&config, &vm.host_needs)?;
         let config = MachineConfig {
             backing: self.options.backing.unwrap_or(config.backing),
@@ -131,12 +137,12 @@ impl DestinationHost for Host {
             return Err(VmError::new(why));
         }
         let machine = Arc::new(machine);
-        self.arriving = Some(machine.clone());
+        self.arriving = Arc::downgrade(&machine);
         Ok(Box::new(MachineDestination(machine)))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
-        if let Some(machine) = self.arriving.take() {
+        if let Some(machine) = self.arriving.upgrade() {
             (self.arrived)(machine);
         }
     }

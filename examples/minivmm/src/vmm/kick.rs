@@ -25,8 +25,8 @@ extern "C" fn handler(_signal: libc::c_int, _info: *mut libc::siginfo_t, _contex
     }
 }
 
-/// Installs the handler, once a process.
-fn install() -> io::Result<()> {
+/// Installs the handler, once a process; before the first thread that may be kicked: without it the signal ends the process.
+pub(super) fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let installed = INSTALLED.get_or_init(|| register_signal_handler(signal(), handler).map_err(|e| e.errno()));
     installed.map_err(io::Error::from_raw_os_error)
@@ -36,10 +36,9 @@ fn install() -> io::Result<()> {
 pub(super) struct Registered(());
 
 impl Registered {
-    pub(super) fn new(vcpu: &mut VcpuFd) -> io::Result<Self> {
-        install()?;
+    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
         IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
-        Ok(Self(()))
+        Self(())
     }
 }
 

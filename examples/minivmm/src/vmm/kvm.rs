@@ -1,16 +1,11 @@
 //! A machine on KVM: memory slots, irqchip, vCPUs, their state and their trackers.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use migration_core::{
-    GuestRam,
-    state::VmState,
-    tracker::DirtyTracker,
-    vm::VmError,
-};
+use migration_core::{GuestRam, state::VmState, tracker::DirtyTracker, vm::VmError};
 use migration_kvm::{
     probe::Probe,
     state::{self, HostNeeds, Irqchip, VM_SECTION, VCPU_SECTION, VcpuSaver},
@@ -25,6 +20,8 @@ use super::{
     vcpu::Vcpus,
 };
 
+/// Why nothing can be done with vCPUs any more.
+const ENDED: &str = "the vCPUs' threads have ended";
 /// What the VM has.
 const IRQCHIP: Irqchip = Irqchip::Full;
 
@@ -36,7 +33,7 @@ pub(super) struct KvmProcessors {
     slots: Arc<GuestSlots>,
     ring: Option<EnabledRing>,
     kind: TrackerKind,
-    needs: Mutex<Bytes>,
+    needs: Bytes,
     tsc_khz: u64,
 }
 
@@ -67,13 +64,7 @@ impl KvmProcessors {
         for index in 0..cpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("creating a vCPU"))?;
             let mut cpuid = cpuid.clone();
-            for entry in cpuid.as_mut_slice() {
-                match entry.function {
-                    1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
-                    0xb | 0x1f => entry.edx = index,
-                    _ => {}
-                }
-            }
+            set_topology(cpuid.as_mut_slice(), index, cpus);
             vcpu.set_cpuid2(&cpuid).map_err(ioctl("setting CPUID"))?;
             if let Some(ring) = &ring {
                 ring.collector().add_vcpu(&vcpu).map_err(|e| e.to_string())?;
@@ -90,8 +81,46 @@ impl KvmProcessors {
             Box::new(collect) as Box<dyn Fn() -> Result<(), String> + Send + Sync>
         });
         let vcpus = Vcpus::new(fds, bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
-        let (vcpus, saver, needs) = (Arc::new(vcpus), Arc::new(saver), Mutex::new(needs.into()));
-        Ok(Self { vcpus, saver, vm, slots, ring, kind, needs, tsc_khz })
+        let (vcpus, saver) = (Arc::new(vcpus), Arc::new(saver));
+        Ok(Self { vcpus, saver, vm, slots, ring, kind, needs: needs.into(), tsc_khz })
+    }
+}
+
+/// Says who the vCPU is: number `index` of a package of `cpus` cores without hyperthreads. What KVM supports is the host's
+/// topology, of the CPU that happened to answer.
+fn set_topology(entries: &mut [kvm_cpuid_entry2], index: u32, cpus: u32) {
+    // APIC ids are below the next power of two
+    let ids = cpus.next_power_of_two();
+    let bits = ids.trailing_zeros();
+    for entry in entries {
+        match entry.function {
+            1 => {
+                entry.ebx = entry.ebx & 0xffff | ids << 16 | index << 24;
+                // HTT: the count of ids above means something
+                entry.edx = entry.edx & !(1 << 28) | u32::from(cpus > 1) << 28;
+            }
+            // Intel's caches: those of the third level and beyond are shared by all, others by none
+            4 if entry.eax & 0x1f != 0 => {
+                let sharing = if entry.eax >> 5 & 7 >= 3 { ids - 1 } else { 0 };
+                entry.eax = entry.eax & 0x3fff | sharing << 14 | (ids - 1) << 26;
+            }
+            0xb | 0x1f => {
+                (entry.eax, entry.ebx, entry.ecx) = match entry.index {
+                    0 => (0, 1, 0x100),
+                    1 => (bits, cpus, 0x201),
+                    n => (0, 0, n & 0xff),
+                };
+                entry.edx = index;
+            }
+            // AMD's counterparts of 1, 4 and 0xb
+            0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | bits << 12 | (cpus - 1),
+            0x8000_001d if entry.eax & 0x1f != 0 => {
+                let sharing = if entry.eax >> 5 & 7 >= 3 { ids - 1 } else { 0 };
+                entry.eax = entry.eax & 0x3fff | sharing << 14;
+            }
+            0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (index, index, 0),
+            _ => {}
+        }
     }
 }
 
@@ -107,8 +136,8 @@ impl Processors for KvmProcessors {
             vcpu.set_sregs(&sregs)?;
             vcpu.set_regs(&regs)
         };
-        let done = self.vcpus.on_each(set).into_iter().collect::<Result<(), kvm_ioctls::Error>>();
-        done.map_err(|e| format!("setting the boot CPU's registers: {e}"))
+        let done = self.vcpus.on_each(set).ok_or(ENDED)?;
+        done.into_iter().collect::<Result<(), kvm_ioctls::Error>>().map_err(|e| format!("setting the boot CPU's registers: {e}"))
     }
 
     fn run(&self) {
@@ -128,7 +157,7 @@ impl Processors for KvmProcessors {
         let saver = self.saver.clone();
         // every exit was completed when the vCPUs stopped
         let save = move |index: usize, vcpu: &mut VcpuFd| state::save_vcpu(vcpu, index as u32, &saver, |_| false);
-        for section in self.vcpus.on_each(save) {
+        for section in self.vcpus.on_each(save).ok_or_else(|| VmError::new(ENDED))? {
             into.sections.push(section?);
         }
         Ok(())
@@ -144,12 +173,13 @@ impl Processors for KvmProcessors {
             state::load_vcpu(vcpu, section, &saver, &its_clock)?;
             Ok(())
         };
-        self.vcpus.on_each(load).into_iter().collect::<Result<(), _>>()?;
+        let loaded = self.vcpus.on_each(load).ok_or_else(|| VmError::new(ENDED))?;
+        loaded.into_iter().collect::<Result<(), _>>()?;
         Ok(state::load_vm(&self.vm, vm, IRQCHIP, &clock)?)
     }
 
     fn host_needs(&self) -> Bytes {
-        self.needs.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.needs.clone()
     }
 
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {

@@ -6,7 +6,6 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -43,6 +42,8 @@ pub(crate) struct MachineError(String);
 
 /// What executes the guest: vCPUs of KVM, or threads that take their place.
 pub(super) trait Processors: Send + Sync {
+    /// Performs a built-in workload in place of a kernel.
+    fn perform(&self, spec: &str) -> Result<(), String>;
     /// Prepares the boot CPU to enter at `entry`.
     fn boot(&self, entry: u64, start_info: u64) -> Result<(), String>;
     /// Lets them run.
@@ -80,8 +81,30 @@ pub(crate) struct Machine {
     /// Writes of the VMM itself: the start info, and whatever a device with DMA would do.
     writes: Arc<DirtyBitmap>,
     bus: Arc<Bus>,
-    /// The user wants it to stand still.
-    paused: AtomicBool,
+    standing: Mutex<Standing>,
+}
+
+/// Who wants the machine to stand still. It runs only while nobody does; every change is made, with its effect on the
+/// processors, under one lock, so that a user's `resume` cannot start a machine that a migration has stopped.
+#[derive(Default)]
+struct Standing {
+    /// The user.
+    by_user: bool,
+    /// A migration that is about to hand it over.
+    by_migration: bool,
+    /// It may run at the destination: it never runs here again.
+    given_up: bool,
+}
+
+impl Standing {
+    /// Says so if the user's wish comes in the middle of a hand-over.
+    fn refuse(&self, wish: &str) -> Result<(), String> {
+        match (self.given_up, self.by_migration) {
+            (true, _) => Err(format!("{wish}: the VM may run at its destination")),
+            (false, true) => Err(format!("{wish}: the VM is being handed over")),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What `status` tells.
@@ -129,8 +152,8 @@ impl Machine {
         let tracker = UnionTracker::new(parts);
         let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
         let devices = Mutex::new(DeviceSet::new(vec![Box::new(SerialDevice(bus.clone()))]));
-        let paused = AtomicBool::new(false);
-        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, paused })
+        let standing = Mutex::default();
+        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing })
     }
 
     /// Loads a kernel from a file.
@@ -148,6 +171,9 @@ impl Machine {
     pub(crate) fn boot_workload(&self, spec: &str) -> Result<(), MachineError> {
         let elf = workload::elf(spec, self.config.cpus, self.processors.tsc_khz());
         let elf = elf.map_err(|e| MachineError(e.to_string()))?;
+        if self.config.software {
+            return self.processors.perform(spec).map_err(MachineError);
+        }
         let alias = Alias::new(&*self.ram).map_err(MachineError)?;
         let mut file = io::Cursor::new(elf);
         let entry = boot::load("the workload", &mut file, &*self.ram, alias.memory());
@@ -162,15 +188,16 @@ impl Machine {
 
     /// Starts the guest, or leaves it paused.
     pub(crate) fn start(&self, running: bool) -> Result<(), MachineError> {
-        self.paused.store(!running, Ordering::SeqCst);
-        if running {
-            self.processors.run();
-        }
+        let mut standing = self.standing();
+        standing.by_user = !running;
+        self.settle(&standing);
         Ok(())
     }
 
     pub(crate) fn pause_by_user(&self) -> Result<(), String> {
-        self.paused.store(true, Ordering::SeqCst);
+        let mut standing = self.standing();
+        standing.refuse("pause")?;
+        standing.by_user = true;
         self.processors.pause();
         Ok(())
     }
@@ -179,9 +206,51 @@ impl Machine {
         if let Some(end) = self.processors.end() {
             return Err(format!("resume: the VM has ended: {end}"));
         }
-        self.paused.store(false, Ordering::SeqCst);
-        self.processors.run();
+        let mut standing = self.standing();
+        standing.refuse("resume")?;
+        standing.by_user = false;
+        self.settle(&standing);
         Ok(())
+    }
+
+    /// Stops it for a hand-over.
+    ///
+    /// # Errors
+    /// When the guest has ended by itself: there is nothing to move then.
+    pub(super) fn stop(&self) -> Result<(), VmError> {
+        let mut standing = self.standing();
+        standing.by_migration = true;
+        self.processors.pause();
+        match self.processors.end() {
+            Some(end) => Err(VmError::new(format!("the VM has ended by itself: {end}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes back [`stop`](Machine::stop).
+    pub(super) fn go_on(&self) -> Result<(), VmError> {
+        let mut standing = self.standing();
+        if standing.given_up {
+            return Err(VmError::new("the VM may run at the destination, never here again"));
+        }
+        standing.by_migration = false;
+        self.settle(&standing);
+        Ok(())
+    }
+
+    /// It may run at the destination from now on.
+    pub(super) fn give_up(&self) {
+        self.standing().given_up = true;
+    }
+
+    fn settle(&self, standing: &Standing) {
+        if !(standing.by_user || standing.by_migration || standing.given_up) {
+            self.processors.run();
+        }
+    }
+
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Whether this host can run a VM with these needs.
@@ -203,7 +272,7 @@ impl Machine {
 
     /// Whether the user paused it.
     pub(super) fn is_paused_by_user(&self) -> bool {
-        self.paused.load(Ordering::SeqCst)
+        self.standing().by_user
     }
 
     /// Waits until the guest has ended by itself (the reason), or the machine is shut down.

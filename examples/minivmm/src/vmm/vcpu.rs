@@ -2,13 +2,17 @@
 //!
 //! A vCPU runs while it may: the user wants it (`run`), no throttle holds it, and the VM has not ended. Whoever changes
 //! that does so under the lock, then sets `stop` and kicks. A kick is never lost: its handler sets `immediate_exit`, and
-//! the thread clears that flag *before* it looks at `stop` for the last time before `KVM_RUN`.
+//! the thread clears that flag *before* it looks at `stop` for the last time before `KVM_RUN`. So a signal that comes before
+//! the flag is cleared finds `stop` set, and one that comes later leaves the flag set, or interrupts `KVM_RUN` itself.
+//!
+//! `stop` is cleared only under the lock and only while vCPUs may run. So no thread, woken late from an earlier stop, takes
+//! back the stop of a pause.
 
 use std::{
     collections::VecDeque,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, Ordering, compiler_fence},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -81,17 +85,19 @@ impl Vcpus {
         bus: Arc<Bus>,
         ring_full: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
     ) -> std::io::Result<Self> {
+        kick::install()?;
         let jobs = vcpus.iter().map(|_| VecDeque::new()).collect();
         let control = Control { run: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
         let (control, changed, stop) = (Mutex::new(control), Condvar::new(), AtomicBool::new(true));
         let shared = Arc::new(Shared { control, changed, stop, bus, ring_full });
-        let mut threads = Vec::new();
+        // if a thread cannot be had, dropping this ends those that were started
+        let mut started = Self { shared: shared.clone(), threads: Vec::new(), throttler: Mutex::new(None) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = shared.clone();
             let body = move || thread_main(index, vcpu, &shared);
-            threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
+            started.threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
         }
-        Ok(Self { shared, threads, throttler: Mutex::new(None) })
+        Ok(started)
     }
 
     /// Lets them run.
@@ -112,15 +118,19 @@ impl Vcpus {
         }
     }
 
-    /// Runs `work` on every vCPU's own thread; they must be stopped.
+    /// Runs `work` on every vCPU's own thread, on all of them at once; the results are in the vCPUs' order. They must be
+    /// stopped: a vCPU that runs gets to it when it stops. `None` if the threads have ended.
     pub(super) fn on_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
-    ) -> Vec<T> {
+    ) -> Option<Vec<T>> {
         let work = Arc::new(work);
         let mut results = Vec::new();
         {
             let mut control = self.shared.lock();
+            if control.exit {
+                return None;
+            }
             for (index, jobs) in control.jobs.iter_mut().enumerate() {
                 let (tx, rx) = mpsc::channel();
                 let work = work.clone();
@@ -132,7 +142,8 @@ impl Vcpus {
             }
         }
         self.shared.changed.notify_all();
-        results.into_iter().filter_map(|rx| rx.recv().ok()).collect()
+        // a thread that still has work does not end: see `thread_main`
+        results.into_iter().map(|rx| rx.recv().ok()).collect()
     }
 
     /// Lets them run `100 - percent` of the time.
@@ -159,15 +170,20 @@ impl Vcpus {
         self.shared.lock().end.clone()
     }
 
-    /// Waits until the VM has ended by itself (`Some`), or is taken apart.
-    pub(super) fn end_watch(&self) -> impl FnOnce() -> Option<String> + Send + 'static {
-        let shared = self.shared.clone();
+    /// Waits until the VM has ended by itself (`Some`), or is taken apart. Stops the other vCPUs of a VM that has ended.
+    pub(super) fn end_watch(self: &Arc<Self>) -> impl FnOnce() -> Option<String> + Send + 'static {
+        let (shared, vcpus) = (self.shared.clone(), Arc::downgrade(self));
         move || {
             let mut control = shared.lock();
             while control.end.is_none() && !control.exit {
                 control = shared.wait(control);
             }
-            control.end.clone()
+            let end = control.end.clone();
+            drop(control);
+            if let (Some(_), Some(vcpus)) = (&end, vcpus.upgrade()) {
+                vcpus.kick_all();
+            }
+            end
         }
     }
 
@@ -201,14 +217,9 @@ impl Drop for Vcpus {
 
 fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
     let registered = kick::Registered::new(&mut vcpu);
-    let failure = registered.as_ref().err().map(|e| format!("vCPU {index}: installing the kick signal: {e}"));
     loop {
         {
             let mut control = shared.lock();
-            if let (Some(why), None) = (&failure, &control.end) {
-                control.end = Some(why.clone());
-                shared.changed.notify_all();
-            }
             control.stopped += 1;
             shared.changed.notify_all();
             loop {
@@ -244,6 +255,8 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     loop {
         // first the flag, then the look at `stop`: see the top of the file
         vcpu.set_kvm_immediate_exit(0);
+        // the other party is a signal handler of this same thread: only the compiler could swap the two
+        compiler_fence(Ordering::SeqCst);
         if shared.stop.load(Ordering::SeqCst) {
             return complete_io(index, vcpu, shared);
         }

@@ -1,0 +1,156 @@
+//! Drives the real `minivmm` as child processes, through nothing but its command line.
+
+mod huge_pages;
+mod process;
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+pub(crate) use huge_pages::HugePages;
+use libtest_mimic::{Failed, Trial};
+pub(crate) use process::{Answer, Client, Process, usage};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The words that guest and VMM share.
+#[allow(dead_code, reason = "the guest's file, of which tests need the board")]
+#[path = "../../guest/layout.rs"]
+pub(crate) mod layout;
+
+pub(crate) type Outcome = Result<(), Failed>;
+
+/// How long anything may take that must come: far longer than it does, also on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Trials, and why those that need KVM cannot run.
+pub(crate) struct Suite {
+    pub(crate) trials: Vec<Trial>,
+    no_kvm: Option<String>,
+    no_huge_pages: Option<String>,
+    required: bool,
+}
+
+impl Suite {
+    pub(crate) fn new(no_huge_pages: Option<String>) -> Self {
+        let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+        let no_kvm = kvm.err().map(|e| format!("/dev/kvm cannot be used: {e}"));
+        let required = std::env::var_os("MIGRATION_REQUIRE_KVM").is_some_and(|v| v == "1");
+        Self { trials: Vec::new(), no_kvm, no_huge_pages, required }
+    }
+
+    /// A trial that runs everywhere.
+    pub(crate) fn anywhere(&mut self, name: &str, run: fn(&Lab) -> Outcome) {
+        self.trials.push(Trial::test(name, move || run(&Lab::new()?)));
+    }
+
+    /// A trial that needs KVM.
+    pub(crate) fn kvm(
+        &mut self,
+        name: impl Into<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+    ) {
+        self.add(name.into(), self.no_kvm.clone(), run);
+    }
+
+    /// A trial that needs KVM and reserved huge pages.
+    pub(crate) fn kvm_and_huge_pages(
+        &mut self,
+        name: impl Into<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+    ) {
+        self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_huge_pages.clone()), run);
+    }
+
+    fn add(
+        &mut self,
+        name: String,
+        missing: Option<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+    ) {
+        self.trials.push(match missing {
+            Some(why) if self.required => Trial::test(name, move || Err(why.into())),
+            Some(why) => {
+                eprintln!("{name} is ignored: {why}");
+                Trial::test(name, || Ok(())).with_ignored_flag(true)
+            }
+            None => Trial::test(name, move || run(&Lab::new()?)),
+        });
+    }
+}
+
+/// A folder of a trial's own, with its sockets and files; removed at its end.
+pub(crate) struct Lab(TempDir);
+
+impl Lab {
+    fn new() -> Result<Self, Failed> {
+        Ok(Self(tempfile::Builder::new().prefix("minivmm-test-").tempdir()?))
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The path as an argument.
+    pub(crate) fn arg(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// `minivmm run …`, ready for `ctl`.
+    pub(crate) fn run(&self, name: &str, args: &[&str]) -> Result<Process, Failed> {
+        Process::start(self, name, "run", args, &[])
+    }
+
+    /// `minivmm run` of a built-in workload in 64 MiB, at work.
+    pub(crate) fn workload(&self, name: &str, spec: &str, args: &[&str]) -> Result<Process, Failed> {
+        let source = self.run(name, &[&["--memory", "64M", "--workload", spec], args].concat())?;
+        source.wait_until("the guest works", at_work)?;
+        Ok(source)
+    }
+
+    /// `minivmm receive` at a TCP port of its own choice.
+    pub(crate) fn receive(&self, name: &str, args: &[&str]) -> Result<Process, Failed> {
+        self.receive_at(name, "tcp:127.0.0.1:0", args)
+    }
+
+    pub(crate) fn receive_at(&self, name: &str, listen: &str, args: &[&str]) -> Result<Process, Failed> {
+        Process::start(self, name, "receive", &[&["--listen", listen], args].concat(), &[])
+    }
+}
+
+/// The guest is in its workload's loop.
+pub(crate) fn at_work(status: &Value) -> bool {
+    status["workload"]["state"] == "running" && status["workload"]["heartbeats"].as_u64() > Some(0)
+}
+
+/// Looks until `look` finds something. Its error, or the lack of a find for a long time, ends the trial.
+pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>, Failed>) -> Result<T, Failed> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if Instant::now() >= deadline {
+            return Err(format!("waited {PATIENCE:?} for this: {what}").into());
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Fails a trial, with what it says, unless the condition holds.
+pub(crate) fn ensure(condition: bool, why: impl FnOnce() -> String) -> Outcome {
+    if condition { Ok(()) } else { Err(why().into()) }
+}
+
+/// Fails a trial unless the text contains the words.
+pub(crate) fn ensure_says(text: &str, words: &str) -> Outcome {
+    ensure(text.contains(words), || format!("`{words}` is missing in: {text}"))
+}
+
+fn read_text(path: &Path) -> String {
+    // a file that nobody has written yet is empty
+    std::fs::read_to_string(path).unwrap_or_default()
+}

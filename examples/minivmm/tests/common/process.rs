@@ -1,0 +1,313 @@
+//! A `minivmm` that runs or receives, and the clients that talk to it.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+};
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+use super::{Lab, Outcome, ensure, layout, read_text, wait_for};
+
+fn minivmm() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    command.stdin(Stdio::null()).env_remove("MINIVMM_SOFTWARE_GUEST");
+    command
+}
+
+/// A child that does not outlive its trial.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // it may have ended already
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `minivmm run` or `minivmm receive`, ready for `ctl`.
+pub(crate) struct Process {
+    guard: Guard,
+    name: String,
+    socket: PathBuf,
+    stdout: PathBuf,
+    stderr: PathBuf,
+    /// Where it listens.
+    pub(crate) address: String,
+}
+
+/// What a client printed, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) code: Option<i32>,
+    pub(crate) json: Value,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// A `ctl migrate` under way.
+pub(crate) struct Client(Guard);
+
+impl Process {
+    /// Starts it and waits until it is ready, which its control socket and, of a receiver, its first line show.
+    pub(super) fn start(
+        lab: &Lab,
+        name: &str,
+        command: &str,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Result<Self, Failed> {
+        let (socket, stdout, stderr) =
+            (lab.path(name), lab.path(&format!("{name}.stdout")), lab.path(&format!("{name}.stderr")));
+        let child = minivmm()
+            .arg(command)
+            .args(args)
+            .arg("--control")
+            .arg(&socket)
+            .envs(env.iter().copied())
+            .stdout(File::create(&stdout)?)
+            .stderr(File::create(&stderr)?)
+            .spawn()?;
+        let mut this =
+            Self { guard: Guard(child), name: name.into(), socket, stdout, stderr, address: String::new() };
+        wait_for(&format!("{name} is ready"), || {
+            if let Some(status) = this.guard.0.try_wait()? {
+                return Err(format!("{name} ended with {status}: {}", this.stderr()).into());
+            }
+            let line = read_text(&this.stdout);
+            Ok((this.socket.exists() && (command == "run" || line.contains('\n'))).then_some(()))
+        })?;
+        if command == "receive" {
+            let line = this.stdout();
+            let address = line.strip_prefix("listening ").and_then(|l| l.strip_suffix('\n'));
+            let address = address.filter(|a| !a.contains('\n')).ok_or_else(|| format!("not one line: {line:?}"))?;
+            address.clone_into(&mut this.address);
+        }
+        Ok(this)
+    }
+
+    /// As [`Lab::run`] and [`Lab::receive`], as a software guest.
+    pub(crate) fn software(lab: &Lab, name: &str, command: &str, args: &[&str]) -> Result<Self, Failed> {
+        Self::start(lab, name, command, args, &[("MINIVMM_SOFTWARE_GUEST", "1")])
+    }
+
+    pub(crate) fn stdout(&self) -> String {
+        read_text(&self.stdout)
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        read_text(&self.stderr)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.guard.0.id()
+    }
+
+    /// As a power cut would.
+    pub(crate) fn kill(&mut self) -> Outcome {
+        self.guard.0.kill()?;
+        self.guard.0.wait()?;
+        Ok(())
+    }
+
+    /// Waits for its end.
+    pub(crate) fn ended(&mut self) -> Result<ExitStatus, Failed> {
+        let name = self.name.clone();
+        wait_for(&format!("{name} ends"), || Ok(self.guard.0.try_wait()?))
+    }
+
+    /// It ends by itself, with status 0, and its control socket is gone.
+    pub(crate) fn ended_well(&mut self) -> Outcome {
+        let status = self.ended()?;
+        ensure(status.success(), || format!("{} ended with {status}: {}", self.name, self.stderr()))?;
+        ensure(!self.socket.exists(), || format!("{} left its control socket", self.name))
+    }
+
+    /// `ctl`, whatever comes of it.
+    pub(crate) fn ctl(&self, args: &[&str]) -> Result<Answer, Failed> {
+        let output = minivmm().args(["ctl", "--json", "--control"]).arg(&self.socket).args(args).output()?;
+        Answer::new(output)
+    }
+
+    /// `ctl` that must succeed.
+    pub(crate) fn ask(&self, args: &[&str]) -> Result<Value, Failed> {
+        let answer = self.ctl(args)?;
+        ensure(answer.code == Some(0), || format!("{}: ctl {args:?}: {answer:?}", self.name))?;
+        Ok(answer.json)
+    }
+
+    pub(crate) fn status(&self) -> Result<Value, Failed> {
+        self.ask(&["status"])
+    }
+
+    /// Polls the status; what it is once it is as wished.
+    pub(crate) fn wait_until(&self, what: &str, wished: impl Fn(&Value) -> bool) -> Result<Value, Failed> {
+        let mut last = Value::Null;
+        wait_for(what, || {
+            last = self.status()?;
+            Ok(wished(&last).then(|| last.clone()))
+        })
+        .map_err(|e| format!("{}: {e:?}; the last status: {last}; stderr: {}", self.name, self.stderr()).into())
+    }
+
+    pub(crate) fn wait_state(&self, state: &str) -> Result<Value, Failed> {
+        self.wait_until(state, |status| status["state"] == state)
+    }
+
+    /// Its guest runs here: it works on, and has found nothing wrong.
+    pub(crate) fn works(&self) -> Outcome {
+        let beats = |status: &Value| status["workload"]["heartbeats"].as_u64();
+        let before = self.status()?;
+        ensure(before["state"] == "running", || format!("{} is not running: {before}", self.name))?;
+        let after = self.wait_until("the guest beats", |s| beats(s) > beats(&before))?;
+        ensure(after["workload"]["errors"] == 0, || format!("{}: the guest found errors: {after}", self.name))
+    }
+
+    /// `ctl migrate`, to its end.
+    pub(crate) fn migrate(&self, to: &str, args: &[&str]) -> Result<Answer, Failed> {
+        self.ctl(&[&["migrate", "--to", to], args].concat())
+    }
+
+    /// Migrates, which must succeed, and waits for the end of this process; the report.
+    pub(crate) fn migrate_well(&mut self, to: &str, args: &[&str]) -> Result<Value, Failed> {
+        let answer = self.migrate(to, args)?;
+        let why = |answer: &Answer| format!("{}: {answer:?}; stderr: {}", self.name, self.stderr());
+        ensure(answer.code == Some(0) && answer.json["outcome"] == "completed", || why(&answer))?;
+        self.ended_well()?;
+        Ok(answer.json)
+    }
+
+    /// As [`migrate_well`](Process::migrate_well), while the destination may not yet have noticed that an earlier
+    /// attempt is dead.
+    pub(crate) fn retry_well(&mut self, to: &str, args: &[&str]) -> Result<Value, Failed> {
+        let answer = wait_for("the destination is free", || {
+            let answer = self.migrate(to, args)?;
+            let busy = answer.json["reason"].as_str().is_some_and(|r| r.contains("another session is under way"));
+            Ok((!busy).then_some(answer))
+        })?;
+        let why = |answer: &Answer| format!("{}: {answer:?}; stderr: {}", self.name, self.stderr());
+        ensure(answer.code == Some(0) && answer.json["outcome"] == "completed", || why(&answer))?;
+        self.ended_well()?;
+        Ok(answer.json)
+    }
+
+    /// `ctl migrate`, without waiting for it.
+    pub(crate) fn start_migrate(&self, to: &str, args: &[&str]) -> Result<Client, Failed> {
+        let child = minivmm()
+            .args(["ctl", "--json", "--control"])
+            .arg(&self.socket)
+            .args(["migrate", "--to", to])
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        Ok(Client(Guard(child)))
+    }
+
+    /// A part of guest RAM, by `ctl memory`.
+    pub(crate) fn memory(&self, lab: &Lab, gpa: u64, len: u64) -> Result<Vec<u8>, Failed> {
+        let file = lab.path(&format!("{}.memory", self.name));
+        self.ask(&["memory", "--gpa", &format!("{gpa:#x}"), "--len", &len.to_string(), "--out", &file.display().to_string()])?;
+        Ok(fs::read(file)?)
+    }
+
+    /// The pages that the workload works on: address and bytes. It must be in one piece.
+    pub(crate) fn work_area(&self, lab: &Lab) -> Result<(u64, u64), Failed> {
+        let board = self.memory(lab, layout::BOARD_ADDRESS, layout::PAGE_SIZE)?;
+        let word = |n: usize| {
+            let at = layout::board::WORK_RANGES + 8 * n;
+            u64::from_le_bytes(std::array::from_fn(|i| board[at + i]))
+        };
+        ensure(word(1) > 0 && word(3) == 0, || "the work area is not in one piece".into())?;
+        Ok((word(0), word(1) * layout::PAGE_SIZE))
+    }
+
+    /// Its threads by name, and how many descriptors it has open, when no client is served.
+    pub(crate) fn resources(&self) -> Result<(BTreeMap<String, usize>, usize), Failed> {
+        wait_for("no client is served", || {
+            let threads = self.threads()?;
+            let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count();
+            Ok((!threads.contains_key("client")).then_some((threads, descriptors)))
+        })
+    }
+
+    /// How many threads of each name there are.
+    pub(crate) fn threads(&self) -> Result<BTreeMap<String, usize>, Failed> {
+        let mut threads = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let name = read_text(&task?.path().join("comm"));
+            // a thread that ended meanwhile has no name any more
+            if !name.is_empty() {
+                *threads.entry(name.trim().to_owned()).or_insert(0) += 1;
+            }
+        }
+        Ok(threads)
+    }
+
+    /// Everything is as it was before a migration: threads, descriptors.
+    pub(crate) fn is_back_at(&self, before: &(BTreeMap<String, usize>, usize)) -> Outcome {
+        let mut now = Default::default();
+        wait_for("threads and descriptors are given back", || {
+            now = self.resources()?;
+            Ok((now == *before).then_some(()))
+        })
+        .map_err(|_| format!("{}: threads and descriptors were {before:?} and are {now:?}", self.name).into())
+    }
+
+    /// `ctl quit`, and the end.
+    pub(crate) fn quit(mut self) -> Outcome {
+        let answer = self.ask(&["quit"])?;
+        ensure(answer["state"] == "ended", || format!("{answer}"))?;
+        self.ended_well()
+    }
+}
+
+impl Client {
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool, Failed> {
+        Ok(self.0.0.try_wait()?.is_some())
+    }
+
+    /// Waits for its answer.
+    pub(crate) fn answer(mut self) -> Result<Answer, Failed> {
+        let status = wait_for("ctl migrate ends", || Ok(self.0.0.try_wait()?))?;
+        let read = |pipe: Option<&mut dyn std::io::Read>| -> Result<Vec<u8>, Failed> {
+            let mut bytes = Vec::new();
+            pipe.ok_or("no pipe")?.read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        let stdout = read(self.0.0.stdout.as_mut().map(|p| p as _))?;
+        let stderr = read(self.0.0.stderr.as_mut().map(|p| p as _))?;
+        Answer::new(Output { status, stdout, stderr })
+    }
+
+    /// Kills the client, not the migration.
+    pub(crate) fn kill(self) {
+        drop(self);
+    }
+}
+
+impl Answer {
+    /// Checks what holds in every case: exactly one JSON object on stdout.
+    fn new(output: Output) -> Result<Self, Failed> {
+        let (stdout, stderr) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+        let json: Value = serde_json::from_str(&stdout)
+            .map_err(|e| format!("not one JSON value: {e}: {stdout:?}; {}; stderr: {stderr}", output.status))?;
+        ensure(json.is_object(), || format!("not an object: {stdout}"))?;
+        Ok(Self { code: output.status.code(), json, stdout, stderr })
+    }
+
+    pub(crate) fn reason(&self) -> &str {
+        self.json["reason"].as_str().unwrap_or("")
+    }
+}
+
+/// `minivmm` with any arguments, whatever comes of it: status, stdout, stderr.
+pub(crate) fn usage(args: &[&str]) -> Result<(Option<i32>, String, String), Failed> {
+    let output = minivmm().args(args).output()?;
+    Ok((output.status.code(), String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?))
+}

@@ -1,0 +1,51 @@
+//! A guest that writes faster than the network carries.
+
+use crate::common::{Lab, Outcome, Suite, ensure, ensure_says};
+
+/// 32 MiB, all of it written many times a second, where 500 Mbit/s take half a second for it.
+const GUEST: &str = "hot:size=32M";
+const LINK: [&str; 2] = ["--bandwidth", "500Mbit"];
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.kvm("convergence/throttled_and_moved", throttled_and_moved);
+    suite.kvm("convergence/cancelled_at_the_timeout", cancelled);
+    suite.kvm("convergence/stopped_at_the_timeout", stopped);
+}
+
+fn throttled_and_moved(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", GUEST, &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let report = source.migrate_well(&destination.address, &LINK)?;
+    ensure(report["throttle_percent"].as_u64() > Some(0), || format!("not throttled: {report}"))?;
+    // decided within the limit; how long it took in the end, this machine decides
+    ensure(report["predicted_downtime_ms"].as_f64() <= Some(300.0), || format!("above the limit: {report}"))?;
+    destination.works()?;
+    destination.quit()
+}
+
+const HOPELESS: [&str; 6] = ["--guest-impact", "low", "--downtime-limit", "1ms", "--timeout", "2s"];
+
+fn cancelled(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", GUEST, &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let before = source.resources()?;
+    let answer = source.migrate(&destination.address, &[&LINK[..], &HOPELESS].concat())?;
+    ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
+    ensure_says(answer.reason(), "not converged in time")?;
+    ensure_says(answer.reason(), "of the 1 ms allowed")?;
+    source.works()?;
+    source.is_back_at(&before)?;
+    source.retry_well(&destination.address, &[])?;
+    destination.works()?;
+    destination.quit()
+}
+
+fn stopped(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", GUEST, &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let options = [&LINK[..], &HOPELESS, &["--on-timeout", "stop"]].concat();
+    let report = source.migrate_well(&destination.address, &options)?;
+    ensure(report["downtime_ms"].as_f64() > Some(1.0), || format!("within a limit that is impossible: {report}"))?;
+    destination.works()?;
+    destination.quit()
+}

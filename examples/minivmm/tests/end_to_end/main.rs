@@ -1,0 +1,33 @@
+//! `minivmm` from end to end: real processes, real KVM, driven through the command line as a user's scripts would.
+//!
+//! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod contract;
+mod convergence;
+mod elf;
+mod faults;
+mod moves;
+mod one_edge;
+
+use std::process::ExitCode;
+
+use common::{HugePages, Suite};
+use libtest_mimic::Arguments;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // source, destination and guests of two trials are enough for a small machine
+    arguments.test_threads.get_or_insert(2);
+    let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
+    let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
+    moves::add(&mut suite);
+    contract::add(&mut suite);
+    convergence::add(&mut suite);
+    faults::add(&mut suite);
+    one_edge::add(&mut suite);
+    let conclusion = libtest_mimic::run(&arguments, suite.trials);
+    drop(huge_pages);
+    conclusion.exit_code()
+}
