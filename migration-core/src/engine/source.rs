@@ -260,6 +260,7 @@ impl<'a> Engine<'a> {
             writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
             let preamble = Preamble::new(LaneKind::Bulk, index, self.session);
             writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+            self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
             self.closers.push(closer);
             let (jobs, work) = mpsc::channel();
             let lane = Lane {

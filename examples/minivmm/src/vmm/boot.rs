@@ -90,7 +90,9 @@ fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Opt
     }
     let (class, order, machine) = (header[4], header[5], number::<2>(&header, 18));
     if (class, order, machine) != (2, 1, 62) {
-        return Err(format!("class {class}, byte order {order}, machine {machine}, not 2 (64-bit), 1 (little), 62 (x86-64)"));
+        return Err(format!(
+            "class {class}, byte order {order}, machine {machine}, not 2 (64-bit), 1 (little), 62 (x86-64)"
+        ));
     }
     let (table, size, count) = (number::<8>(&header, 32), number::<2>(&header, 54), number::<2>(&header, 56));
     if size != PROGRAM_HEADER as u64 {

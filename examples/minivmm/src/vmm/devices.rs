@@ -113,7 +113,10 @@ impl Output {
     fn push(&mut self, byte: u8) {
         if self.pending.len() >= MAX_PENDING {
             if self.dropped == 0 {
-                eprintln!("minivmm: serial output to {}: more than {MAX_PENDING} bytes wait, the oldest are dropped", self.name);
+                eprintln!(
+                    "minivmm: serial output to {}: more than {MAX_PENDING} bytes wait, the oldest are dropped",
+                    self.name
+                );
             }
             self.pending.pop_front();
             self.dropped += 1;

@@ -123,7 +123,10 @@ impl DestinationHost for Host {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
         // the engine has checked this layout against its limits, nobody the configuration's
         if config.layout().ok().as_ref() != Some(&vm.layout) {
-            return Err(VmError::new(format!("a configuration of {} bytes for another RAM layout", config.memory_bytes)));
+            return Err(VmError::new(format!(
+                "a configuration of {} bytes for another RAM layout",
+                config.memory_bytes
+            )));
         }
         Machine::check_host(&config, &vm.host_needs)?;
         let config = MachineConfig {

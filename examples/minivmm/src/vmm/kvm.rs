@@ -8,7 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use migration_core::{GuestRam, state::VmState, tracker::DirtyTracker, vm::VmError};
 use migration_kvm::{
     probe::Probe,
-    state::{self, HostNeeds, Irqchip, VM_SECTION, VCPU_SECTION, VcpuSaver},
+    state::{self, HostNeeds, Irqchip, VCPU_SECTION, VM_SECTION, VcpuSaver},
     tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, build},
 };
 
@@ -125,6 +125,10 @@ fn set_topology(entries: &mut [kvm_cpuid_entry2], index: u32, cpus: u32) {
 }
 
 impl Processors for KvmProcessors {
+    fn perform(&self, _spec: &str) -> Result<(), String> {
+        Err("vCPUs run the workloads' kernel".into())
+    }
+
     fn boot(&self, entry: u64, start_info: u64) -> Result<(), String> {
         // the others wait for the first one's INIT, as at power-on
         let set = move |index: usize, vcpu: &mut VcpuFd| {
@@ -137,7 +141,9 @@ impl Processors for KvmProcessors {
             vcpu.set_regs(&regs)
         };
         let done = self.vcpus.on_each(set).ok_or(ENDED)?;
-        done.into_iter().collect::<Result<(), kvm_ioctls::Error>>().map_err(|e| format!("setting the boot CPU's registers: {e}"))
+        done.into_iter()
+            .collect::<Result<(), kvm_ioctls::Error>>()
+            .map_err(|e| format!("setting the boot CPU's registers: {e}"))
     }
 
     fn run(&self) {

@@ -4,9 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     path::Path,
-    sync::{
-        Arc, Mutex, MutexGuard,
-    },
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use bytes::Bytes;
@@ -80,7 +78,7 @@ pub(crate) struct Machine {
     pub(super) ram: Arc<MappedRam>,
     /// Writes of the VMM itself: the start info, and whatever a device with DMA would do.
     writes: Arc<DirtyBitmap>,
-    bus: Arc<Bus>,
+    pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
 }
 
@@ -143,7 +141,10 @@ impl Machine {
                 let made = KvmProcessors::new(kvm, ram.clone(), config.cpus, config.tracker, bus.clone(), &line);
                 Box::new(made.map_err(MachineError)?)
             }
-            None => Box::new(SoftwareProcessors::new(ram.clone(), config.cpus, config.tracker)),
+            None => {
+                let made = SoftwareProcessors::new(ram.clone(), config.cpus, config.tracker);
+                Box::new(made.map_err(|e| MachineError(format!("starting the software guest's threads: {e}")))?)
+            }
         };
         let parts = vec![
             processors.tracker().map_err(MachineError)?,
@@ -181,8 +182,7 @@ impl Machine {
     }
 
     fn enter(&self, entry: u64, cmdline: &str) -> Result<(), MachineError> {
-        let start_info =
-            boot::write_start_info(&*self.ram, cmdline).map_err(|e| MachineError(e.to_string()))?;
+        let start_info = boot::write_start_info(&*self.ram, cmdline).map_err(|e| MachineError(e.to_string()))?;
         self.processors.boot(entry, start_info).map_err(MachineError)
     }
 
@@ -326,9 +326,10 @@ impl Machine {
 
     /// Makes a tracker for the next migration.
     pub(super) fn put_tracker(&self) {
-        let made = self.processors.tracker().map(|vcpus| {
-            UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))])
-        });
+        let made = self
+            .processors
+            .tracker()
+            .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
         *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
     }
 }

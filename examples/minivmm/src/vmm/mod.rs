@@ -11,6 +11,8 @@ mod kick;
 mod kvm;
 mod machine;
 mod software;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 
 pub(crate) use config::MachineConfig;

@@ -1,7 +1,9 @@
 //! A software guest, for hosts without KVM: threads that write the same RAM, keep the same board, and migrate through the
-//! same traits. It executes no guest code; it does what the workload `hot` does, whatever workload was asked for.
+//! same traits. It executes no guest code: of the workload that was asked for it does what matters to a migration, writes to
+//! so many pages at such a rate, and checks that each page still holds what was written there last.
 
 use std::{
+    io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -24,23 +26,74 @@ use migration_kvm::{
 };
 
 use super::machine::Processors;
-use crate::workload::layout;
+use crate::workload::{
+    layout::{self, board},
+    spec::Spec,
+};
 
-const SECTION: &str = "software-cpu";
+const PLAN_SECTION: &str = "software";
+const CPU_SECTION: &str = "software-cpu";
+/// Version of both sections.
+const VERSION: u32 = 2;
 /// Ticks a microsecond, the software guest's time stamp counter.
 const TICKS_PER_US: u64 = 1000;
-/// Pages that each thread works on.
-const AREA_PAGES: u64 = 1024;
+/// The first page that workloads use; below lie the board and what a kernel would have.
+const FIRST_PAGE: u64 = (4 << 20) / PAGE_SIZE as u64;
+/// Pages that a thread writes before it rests, if its workload runs at full speed.
+const BURST: u64 = 16;
+/// More steps than any thread ever does, and far from wrapping around.
+const MAX_STEPS: u64 = 1 << 60;
+/// How long it rests: a fast loop would leave no core for the migration that it is to show.
+const REST: Duration = Duration::from_micros(50);
+
+/// What the threads do; travels with their state. The workloads of the real guest, reduced to what pages they write how fast.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Plan {
+    /// Where the first thread's pages begin, by page number; the next thread's follow.
+    first: u64,
+    /// Pages of each thread; 0: it only beats.
+    pages: u64,
+    /// Pages written a second, by all threads; 0: at full speed.
+    per_second: u64,
+}
+
+impl Plan {
+    /// The plan for a workload, and how many pages from [`FIRST_PAGE`] on are to be filled with its data.
+    fn of(spec: &str, cpus: u64, ram_pages: u64) -> Result<(Self, u64), String> {
+        let spec = Spec::parse(spec).map_err(|_| "the workload is not known".to_owned())?;
+        let free = ram_pages.saturating_sub(FIRST_PAGE);
+        if free < 8 * cpus {
+            return Err(format!("a software guest of {cpus} CPUs needs more than {ram_pages} pages of memory"));
+        }
+        let to_pages = |bytes: u64| bytes / PAGE_SIZE as u64;
+        let data = to_pages(spec.value("data")).min(free - free / 8);
+        let beside = free - data;
+        let work = match spec.info.name {
+            "idle" | "sleep" => 0,
+            "rate" | "kv" => beside * spec.value("percent") / 100,
+            _ => to_pages(spec.value("size")).min(beside),
+        };
+        let plan = Self { first: FIRST_PAGE + data, pages: work / cpus, per_second: spec.value("pages") };
+        Ok((plan, data))
+    }
+
+    fn fits(&self, cpus: u64, ram_pages: u64) -> bool {
+        let end = self.pages.checked_mul(cpus).and_then(|pages| pages.checked_add(self.first));
+        self.first >= FIRST_PAGE && end.is_some_and(|end| end <= ram_pages)
+    }
+}
 
 /// Where a thread's figures lie on the board.
 fn record(cpu: usize) -> u64 {
-    layout::BOARD_ADDRESS + (layout::board::RECORDS + cpu * layout::board::RECORD_SIZE) as u64
+    layout::BOARD_ADDRESS + (board::RECORDS + cpu * board::RECORD_SIZE) as u64
 }
 
 struct Control {
+    plan: Plan,
     run: bool,
     exit: bool,
     stopped: usize,
+    throttle: u32,
 }
 
 struct Shared {
@@ -50,7 +103,6 @@ struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
     stop: AtomicBool,
-    throttle: AtomicU64,
     /// Steps that each thread has done: its only register.
     steps: Vec<AtomicU64>,
     start: Instant,
@@ -70,7 +122,7 @@ impl Shared {
     fn word(&self, gpa: u64) -> u64 {
         let mut bytes = [0; 8];
         let ram: &dyn GuestRam = &*self.ram;
-        // every address used here lies in the first megabytes, checked by `boot`
+        // every address used here was checked by `Plan::of` or `Plan::fits`
         let _ = ram.read(gpa, &mut bytes);
         u64::from_le_bytes(bytes)
     }
@@ -78,53 +130,81 @@ impl Shared {
     fn set_word(&self, gpa: u64, value: u64) {
         let ram: &dyn GuestRam = &*self.ram;
         let _ = ram.write(gpa, &value.to_le_bytes());
+        // after the write: see `DirtyBitmap::mark`
         self.bitmap.mark(gpa, 8);
     }
 
-    fn area(&self, cpu: usize) -> u64 {
-        (4 << 20) + cpu as u64 * AREA_PAGES * PAGE_SIZE as u64
+    /// Adds to a figure of the thread's record, which nobody else writes.
+    fn count(&self, cpu: usize, field: usize, by: u64) {
+        let at = record(cpu) + field as u64;
+        self.set_word(at, self.word(at).wrapping_add(by));
     }
 
-    /// Writes the next page of the thread's area, after checking that it holds what was written last.
-    fn step(&self, cpu: usize) {
+    /// Writes the next page of the thread's area, after checking that it holds what was written there last: the number of
+    /// times that the thread has gone through its area.
+    fn step(&self, cpu: usize, plan: &Plan) {
         let step = self.steps[cpu].load(Ordering::SeqCst);
-        let (lap, page) = (step / AREA_PAGES, step % AREA_PAGES);
-        let gpa = self.area(cpu) + page * PAGE_SIZE as u64;
-        let record = record(cpu);
-        if self.word(gpa) != lap {
-            self.set_word(record + layout::record::ERRORS as u64, self.word(record + layout::record::ERRORS as u64) + 1);
+        let (lap, page) = (step / plan.pages, step % plan.pages);
+        let gpa = self.ram.layout().gpa_of(plan.first + cpu as u64 * plan.pages + page).unwrap_or(0);
+        let found = self.word(gpa);
+        if found != lap {
+            self.count(cpu, layout::record::ERRORS, 1);
+            let first = layout::BOARD_ADDRESS + board::FIRST_ERROR as u64;
+            if self.word(first) == 0 {
+                for (n, value) in (0u64..).zip([layout::fault::STALE, gpa, lap, found]) {
+                    self.set_word(first + 8 * n, value);
+                }
+            }
         }
         self.set_word(gpa, lap + 1);
         self.steps[cpu].store(step + 1, Ordering::SeqCst);
-        self.set_word(record + layout::record::OPERATIONS as u64, step + 1);
-        self.set_word(record + layout::record::HEARTBEATS as u64, step + 1);
+        self.count(cpu, layout::record::OPERATIONS, 1);
+    }
+
+    /// Fills a page with words that do not compress.
+    fn fill(&self, page: u64) {
+        let mut bytes = [0; PAGE_SIZE];
+        let mut seed = page.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        for word in bytes.chunks_exact_mut(8) {
+            // a xorshift generator; its seed is never 0 here, as no page 0 is filled
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            word.copy_from_slice(&seed.to_le_bytes());
+        }
+        let ram: &dyn GuestRam = &*self.ram;
+        if let Some(gpa) = ram.layout().gpa_of(page) {
+            let _ = ram.write(gpa, &bytes);
+            self.bitmap.mark(gpa, PAGE_SIZE as u64);
+        }
     }
 }
 
 impl SoftwareProcessors {
-    pub(super) fn new(ram: Arc<MappedRam>, cpus: u32, kind: TrackerKind) -> Self {
+    pub(super) fn new(ram: Arc<MappedRam>, cpus: u32, kind: TrackerKind) -> io::Result<Self> {
         let bitmap = DirtyBitmap::new(ram.layout().clone());
+        let control = Control { plan: Plan::default(), run: false, exit: false, stopped: 0, throttle: 0 };
         let shared = Arc::new(Shared {
             ram,
             bitmap,
-            control: Mutex::new(Control { run: false, exit: false, stopped: 0 }),
+            control: Mutex::new(control),
             changed: Condvar::new(),
             stop: AtomicBool::new(true),
-            throttle: AtomicU64::new(0),
             steps: (0..cpus).map(|_| AtomicU64::new(0)).collect(),
             start: Instant::now(),
         });
-        let thread = |cpu: usize| {
+        // if a thread cannot be had, dropping this ends those that were started
+        let mut started = Self { shared: shared.clone(), threads: Vec::new(), kind };
+        for cpu in 0..cpus as usize {
             let shared = shared.clone();
-            thread::spawn(move || thread_main(cpu, &shared))
-        };
-        let threads = (0..cpus as usize).map(thread).collect();
-        Self { shared, threads, kind }
+            let thread = thread::Builder::new().name(format!("software-cpu-{cpu}"));
+            started.threads.push(thread.spawn(move || thread_main(cpu, &shared))?);
+        }
+        Ok(started)
     }
 }
 
 fn thread_main(cpu: usize, shared: &Shared) {
-    let record = record(cpu);
     loop {
         let mut control = shared.lock();
         control.stopped += 1;
@@ -136,38 +216,58 @@ fn thread_main(cpu: usize, shared: &Shared) {
             return;
         }
         control.stopped -= 1;
+        let plan = control.plan;
         shared.stop.store(false, Ordering::SeqCst);
         drop(control);
-        let mut last = shared.start.elapsed();
-        while !shared.stop.load(Ordering::SeqCst) {
-            for _ in 0..16 {
-                shared.step(cpu);
-            }
-            let now = shared.start.elapsed();
-            let gap = (now - last).as_micros() as u64 * TICKS_PER_US;
-            if gap > shared.word(record + layout::record::LONGEST_GAP as u64) {
-                shared.set_word(record + layout::record::LONGEST_GAP as u64, gap);
-            }
-            last = now;
-            let percent = shared.throttle.load(Ordering::Relaxed);
-            // a fast loop would leave no core for the migration that it is to show
-            thread::sleep(Duration::from_micros(50 + 20 * percent));
+        work(cpu, &plan, shared);
+    }
+}
+
+/// Works until somebody wants the thread to stop.
+fn work(cpu: usize, plan: &Plan, shared: &Shared) {
+    let record = record(cpu);
+    let per_second = plan.per_second as f64 / shared.steps.len() as f64;
+    let (mut last, mut due) = (shared.start.elapsed(), 0.0);
+    while !shared.stop.load(Ordering::SeqCst) {
+        let now = shared.start.elapsed();
+        due = if plan.per_second == 0 { BURST as f64 } else { due + (now - last).as_secs_f64() * per_second };
+        // what a long rest has left undone stays undone, as it would on a CPU
+        due = due.min(256.0);
+        while plan.pages > 0 && due >= 1.0 && !shared.stop.load(Ordering::Relaxed) {
+            shared.step(cpu, plan);
+            due -= 1.0;
+        }
+        shared.count(cpu, layout::record::HEARTBEATS, 1);
+        let gap = (now - last).as_micros() as u64 * TICKS_PER_US;
+        if gap > shared.word(record + layout::record::LONGEST_GAP as u64) {
+            shared.set_word(record + layout::record::LONGEST_GAP as u64, gap);
+        }
+        last = now;
+        let control = shared.lock();
+        if control.run && !control.exit {
+            // a pause ends the rest
+            let rest = REST * 100 / (100 - control.throttle.min(99));
+            drop(shared.changed.wait_timeout(control, rest));
         }
     }
 }
 
 impl Processors for SoftwareProcessors {
-    fn boot(&self, _entry: u64, _start_info: u64) -> Result<(), String> {
-        let cpus = self.shared.steps.len();
-        let end = self.shared.area(cpus);
-        if self.shared.ram.layout().page_of(end).is_none() {
-            return Err(format!("a software guest of {cpus} CPUs needs more than {end} bytes of memory"));
-        }
-        self.shared.set_word(layout::BOARD_ADDRESS, layout::BOARD_MAGIC);
-        self.shared.set_word(layout::BOARD_ADDRESS + 8, u64::from(layout::BOARD_VERSION) | (cpus as u64) << 32);
-        self.shared.set_word(layout::BOARD_ADDRESS + 0x10, 1);
-        self.shared.set_word(layout::BOARD_ADDRESS + 0x18, TICKS_PER_US * 1000);
+    fn perform(&self, spec: &str) -> Result<(), String> {
+        let cpus = self.shared.steps.len() as u64;
+        let (plan, data) = Plan::of(spec, cpus, self.shared.ram.layout().pages())?;
+        (FIRST_PAGE..FIRST_PAGE + data).for_each(|page| self.shared.fill(page));
+        self.shared.lock().plan = plan;
+        let set = |field: usize, value| self.shared.set_word(layout::BOARD_ADDRESS + field as u64, value);
+        set(board::VERSION, u64::from(layout::BOARD_VERSION) | cpus << 32);
+        set(board::STATE, layout::state::RUNNING);
+        set(board::TSC_KHZ, TICKS_PER_US * 1000);
+        set(board::MAGIC, layout::BOARD_MAGIC);
         Ok(())
+    }
+
+    fn boot(&self, _entry: u64, _start_info: u64) -> Result<(), String> {
+        Err("a software guest runs no kernel".into())
     }
 
     fn run(&self) {
@@ -179,34 +279,50 @@ impl Processors for SoftwareProcessors {
         let mut control = self.shared.lock();
         control.run = false;
         self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.changed.notify_all();
         while control.stopped < self.threads.len() {
             control = self.shared.changed.wait(control).unwrap_or_else(|e| e.into_inner());
         }
     }
 
     fn throttle(&self, percent: u8) -> Result<(), VmError> {
-        self.shared.throttle.store(percent.into(), Ordering::Relaxed);
+        self.shared.lock().throttle = percent.into();
+        self.shared.changed.notify_all();
         Ok(())
     }
 
     fn save(&self, into: &mut VmState) -> Result<(), VmError> {
-        for (instance, steps) in (0u32..).zip(&self.shared.steps) {
+        let mut add = |name: &str, instance, words: &[u64]| {
             let mut w = Writer::new();
-            w.u64(steps.load(Ordering::SeqCst));
-            into.sections.push(Section { name: SECTION.into(), instance, version: 1, data: w.into_bytes().into() });
+            for &word in words {
+                w.u64(word);
+            }
+            into.sections.push(Section { name: name.into(), instance, version: VERSION, data: w.into_bytes().into() });
+        };
+        let plan = self.shared.lock().plan;
+        add(PLAN_SECTION, 0, &[plan.first, plan.pages, plan.per_second]);
+        for (instance, steps) in (0u32..).zip(&self.shared.steps) {
+            add(CPU_SECTION, instance, &[steps.load(Ordering::SeqCst)]);
         }
         Ok(())
     }
 
     fn load(&self, from: &VmState) -> Result<(), VmError> {
-        for (instance, steps) in (0u32..).zip(&self.shared.steps) {
-            let section = from.find(SECTION, instance);
-            let section = section.ok_or_else(|| VmError::new(format!("the state has no section {SECTION} {instance}")))?;
-            let mut r = Reader::new(&section.data);
-            let malformed = |e| VmError::because("state of a software CPU", e);
-            steps.store(r.u64("steps").map_err(malformed)?, Ordering::SeqCst);
-            r.finish().map_err(malformed)?;
+        let [first, pages, per_second] = words(from, PLAN_SECTION, 0)?;
+        let plan = Plan { first, pages, per_second };
+        let (cpus, ram) = (self.shared.steps.len() as u64, self.shared.ram.layout().pages());
+        // a machine that never got a workload has no plan
+        if plan != Plan::default() && !plan.fits(cpus, ram) {
+            return Err(VmError::new(format!("the software guest's plan does not fit into {ram} pages: {plan:?}")));
         }
+        for (instance, steps) in (0u32..).zip(&self.shared.steps) {
+            let [done] = words(from, CPU_SECTION, instance)?;
+            if done > MAX_STEPS {
+                return Err(VmError::new(format!("software CPU {instance} cannot have done {done} steps")));
+            }
+            steps.store(done, Ordering::SeqCst);
+        }
+        self.shared.lock().plan = plan;
         Ok(())
     }
 
@@ -249,6 +365,22 @@ impl Processors for SoftwareProcessors {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.changed.notify_all();
     }
+}
+
+/// The words of a section.
+fn words<const N: usize>(state: &VmState, name: &str, instance: u32) -> Result<[u64; N], VmError> {
+    let section = state.find(name, instance);
+    let section = section.ok_or_else(|| VmError::new(format!("the state has no section {name} {instance}")))?;
+    if section.version != VERSION {
+        return Err(VmError::version(name, section.version, VERSION, VERSION));
+    }
+    let malformed = |e| VmError::because(format!("state of {name} {instance}"), e);
+    let (mut r, mut words) = (Reader::new(&section.data), [0; N]);
+    for word in &mut words {
+        *word = r.u64("word").map_err(malformed)?;
+    }
+    r.finish().map_err(malformed)?;
+    Ok(words)
 }
 
 impl Drop for SoftwareProcessors {

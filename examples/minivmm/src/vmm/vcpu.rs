@@ -27,6 +27,10 @@ use super::{devices::Bus, kick};
 
 /// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
+/// Not even a guest that ran for too long rests for longer than this at a time.
+const LONGEST_REST: Duration = Duration::from_millis(9);
+/// Rest that is owed beyond this is waived: a host that was busy for a while does not slow the guest down for long after.
+const MOST_OWED: Duration = Duration::from_millis(100);
 
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
@@ -159,7 +163,14 @@ impl Vcpus {
         } else if throttler.is_none() {
             let vcpus = Arc::downgrade(self);
             let shared = self.shared.clone();
-            let body = move || throttle_main(&shared, || vcpus.upgrade().is_some_and(|v| { v.kick_all(); true }));
+            let body = move || {
+                throttle_main(&shared, || {
+                    vcpus.upgrade().is_some_and(|v| {
+                        v.kick_all();
+                        true
+                    })
+                })
+            };
             *throttler = Some(thread::Builder::new().name("throttle".into()).spawn(body)?);
         }
         Ok(())
@@ -323,8 +334,12 @@ fn place(vcpu: &VcpuFd) -> String {
 }
 
 /// Lets the vCPUs rest for their share of every period, until the throttle is lifted.
+///
+/// On a busy host this thread wakes up late, and the vCPUs have run for longer than they should: what they ran, not what
+/// they were to run, decides how long they rest. No rest is longer than [`LONGEST_REST`]; what is left of it is owed.
 fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
     let mut control = shared.lock();
+    let mut owed = Duration::ZERO;
     loop {
         let share = f64::from(control.throttle) / 100.0;
         if share == 0.0 || control.exit {
@@ -333,25 +348,36 @@ fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
             return;
         }
         // a paused guest rests anyway
-        for (rest, time) in [(true, THROTTLE_PERIOD.mul_f64(share)), (false, THROTTLE_PERIOD.mul_f64(1.0 - share))] {
-            control.rest = rest;
-            if rest {
-                drop(control);
-                if !kick_all() {
-                    return;
-                }
-                control = shared.lock();
-            } else {
-                shared.changed.notify_all();
-            }
-            let (throttle, until) = (control.throttle, Instant::now() + time);
-            while control.throttle == throttle && !control.exit {
-                let left = until.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    break;
-                }
-                control = shared.changed.wait_timeout(control, left).unwrap_or_else(|e| e.into_inner()).0;
-            }
+        control.rest = false;
+        shared.changed.notify_all();
+        let ran;
+        (control, ran) = sleep(shared, control, THROTTLE_PERIOD.mul_f64(1.0 - share));
+        // the throttle is at most 99
+        owed = (owed + ran.mul_f64(share / (1.0 - share))).min(MOST_OWED);
+        control.rest = true;
+        drop(control);
+        if !kick_all() {
+            return;
         }
+        let rested;
+        (control, rested) = sleep(shared, shared.lock(), owed.min(LONGEST_REST));
+        owed = owed.saturating_sub(rested);
     }
+}
+
+/// Waits for so long, or until the throttle changes; and how long it was.
+fn sleep<'a>(
+    shared: &'a Shared,
+    mut control: MutexGuard<'a, Control>,
+    time: Duration,
+) -> (MutexGuard<'a, Control>, Duration) {
+    let (throttle, began) = (control.throttle, Instant::now());
+    while control.throttle == throttle && !control.exit {
+        let left = time.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            break;
+        }
+        control = shared.changed.wait_timeout(control, left).unwrap_or_else(|e| e.into_inner()).0;
+    }
+    (control, began.elapsed())
 }

@@ -48,11 +48,7 @@ impl Suite {
     }
 
     /// A trial that needs KVM.
-    pub(crate) fn kvm(
-        &mut self,
-        name: impl Into<String>,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
-    ) {
+    pub(crate) fn kvm(&mut self, name: impl Into<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
         self.add(name.into(), self.no_kvm.clone(), run);
     }
 
@@ -65,12 +61,7 @@ impl Suite {
         self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_huge_pages.clone()), run);
     }
 
-    fn add(
-        &mut self,
-        name: String,
-        missing: Option<String>,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
-    ) {
+    fn add(&mut self, name: String, missing: Option<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
         self.trials.push(match missing {
             Some(why) if self.required => Trial::test(name, move || Err(why.into())),
             Some(why) => {

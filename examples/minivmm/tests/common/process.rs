@@ -72,8 +72,7 @@ impl Process {
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)
             .spawn()?;
-        let mut this =
-            Self { guard: Guard(child), name: name.into(), socket, stdout, stderr, address: String::new() };
+        let mut this = Self { guard: Guard(child), name: name.into(), socket, stdout, stderr, address: String::new() };
         wait_for(&format!("{name} is ready"), || {
             if let Some(status) = this.guard.0.try_wait()? {
                 return Err(format!("{name} ended with {status}: {}", this.stderr()).into());
@@ -116,8 +115,11 @@ impl Process {
 
     /// Waits for its end.
     pub(crate) fn ended(&mut self) -> Result<ExitStatus, Failed> {
-        let name = self.name.clone();
-        wait_for(&format!("{name} ends"), || Ok(self.guard.0.try_wait()?))
+        let ended = wait_for(&format!("{} ends", self.name), || Ok(self.guard.0.try_wait()?));
+        ended.map_err(|why| {
+            let (status, threads) = (self.ctl(&["status"]), self.threads());
+            format!("{why:?}; its status: {status:?}; its threads: {threads:?}; stderr: {}", self.stderr()).into()
+        })
     }
 
     /// It ends by itself, with status 0, and its control socket is gone.
@@ -211,7 +213,15 @@ impl Process {
     /// A part of guest RAM, by `ctl memory`.
     pub(crate) fn memory(&self, lab: &Lab, gpa: u64, len: u64) -> Result<Vec<u8>, Failed> {
         let file = lab.path(&format!("{}.memory", self.name));
-        self.ask(&["memory", "--gpa", &format!("{gpa:#x}"), "--len", &len.to_string(), "--out", &file.display().to_string()])?;
+        self.ask(&[
+            "memory",
+            "--gpa",
+            &format!("{gpa:#x}"),
+            "--len",
+            &len.to_string(),
+            "--out",
+            &file.display().to_string(),
+        ])?;
         Ok(fs::read(file)?)
     }
 
@@ -231,7 +241,9 @@ impl Process {
         wait_for("no client is served", || {
             let threads = self.threads()?;
             let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count();
-            Ok((!threads.contains_key("client")).then_some((threads, descriptors)))
+            // a thread has the process's name until it gives itself another one
+            let settled = !threads.contains_key("client") && threads.get("minivmm") == Some(&1);
+            Ok(settled.then_some((threads, descriptors)))
         })
     }
 

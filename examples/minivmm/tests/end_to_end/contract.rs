@@ -88,7 +88,9 @@ fn nobody_at_the_socket(lab: &Lab) -> Outcome {
 fn workloads_are_listed(lab: &Lab) -> Outcome {
     let (code, list, _) = usage(&["workload", "--list"])?;
     ensure(code == Some(0), || list.clone())?;
-    for name in ["idle", "sleep", "one-edge", "touch", "rate", "random", "hot", "quicksort", "kv", "churn", "log", "mix"] {
+    for name in
+        ["idle", "sleep", "one-edge", "touch", "rate", "random", "hot", "quicksort", "kv", "churn", "log", "mix"]
+    {
         ensure(list.lines().any(|line| line.split_whitespace().next() == Some(name)), || format!("no {name}: {list}"))?;
     }
     let out = lab.arg("hot.elf");
@@ -226,7 +228,7 @@ fn never_began(lab: &Lab) -> Outcome {
 }
 
 fn progress(lab: &Lab) -> Outcome {
-    let mut source = lab.workload("source", "touch:size=24M", &[])?;
+    let mut source = lab.workload("source", "touch:size=8M,data=16M", &[])?;
     let destination = lab.receive("destination", &[])?;
     let answer = source.migrate(&destination.address, &["--progress", "--bandwidth", "400Mbit"])?;
     ensure(answer.code == Some(0), || format!("{answer:?}"))?;
@@ -278,7 +280,7 @@ fn memory(lab: &Lab) -> Outcome {
 }
 
 fn client_dies(lab: &Lab) -> Outcome {
-    let mut source = lab.workload("source", "touch:size=32M", &[])?;
+    let mut source = lab.workload("source", "touch:size=8M,data=24M", &[])?;
     let destination = lab.receive("destination", &[])?;
     let client = source.start_migrate(&destination.address, &["--bandwidth", "500Mbit", "--progress"])?;
     source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
@@ -346,7 +348,10 @@ fn nulls_of(answer: &Answer) -> Vec<&'static str> {
 fn serial_is_appended_to(lab: &Lab) -> Outcome {
     let file = lab.path("serial");
     fs::write(&file, "before\n")?;
-    let vm = lab.run("vm", &["--memory", "64M", "--workload", "idle:data=1M,serial=1,every=5ms", "--serial", &lab.arg("serial")])?;
+    let vm = lab.run(
+        "vm",
+        &["--memory", "64M", "--workload", "idle:data=1M,serial=1,every=5ms", "--serial", &lab.arg("serial")],
+    )?;
     let text = wait_for("some lines", || {
         let text = fs::read_to_string(&file)?;
         Ok((text.lines().count() > 4).then_some(text))

@@ -54,27 +54,34 @@ const IN_ORDER: [&str; 4] = ["--strategy", "stop-and-copy", "--streams", "1"];
 /// Bytes of a whole migration of the guest that runs, more or less.
 fn bytes_while_running(lab: &Lab) -> Result<u64, Failed> {
     static BYTES: OnceLock<u64> = OnceLock::new();
-    if let Some(bytes) = BYTES.get() {
-        return Ok(*bytes);
-    }
-    let mut source = lab.workload("measured-source", RUNNING_GUEST, &[])?;
-    let destination = lab.receive("measured-destination", &[])?;
-    let report = source.migrate_well(&destination.address, &[])?;
-    destination.quit()?;
-    Ok(*BYTES.get_or_init(|| report["wire_bytes"].as_u64().unwrap_or(0)))
+    measured(&BYTES, lab, || lab.workload("measured-source", RUNNING_GUEST, &[]), &[])
 }
 
 /// Bytes of a whole migration of the guest that is paused: always the same.
 fn bytes_while_paused(lab: &Lab) -> Result<u64, Failed> {
     static BYTES: OnceLock<u64> = OnceLock::new();
-    if let Some(bytes) = BYTES.get() {
+    measured(&BYTES, lab, || lab.run("measured-source", &PAUSED_GUEST), &IN_ORDER)
+}
+
+/// Measures once.
+fn measured(
+    bytes: &OnceLock<u64>,
+    lab: &Lab,
+    source: impl FnOnce() -> Result<Process, Failed>,
+    options: &[&str],
+) -> Result<u64, Failed> {
+    if let Some(bytes) = bytes.get() {
         return Ok(*bytes);
     }
-    let mut source = lab.run("measured-source", &PAUSED_GUEST)?;
+    let mut source = source()?;
     let destination = lab.receive("measured-destination", &[])?;
-    let report = source.migrate_well(&destination.address, &IN_ORDER)?;
+    let (relay, address) = relay_to(&destination)?;
+    source.migrate_well(&address, options)?;
+    // the last frame has arrived when nobody receives any more
+    wait_for("the session's end", || Ok((!destination.threads()?.contains_key("receive")).then_some(())))?;
+    let relayed = relay.relayed();
     destination.quit()?;
-    Ok(*BYTES.get_or_init(|| report["wire_bytes"].as_u64().unwrap_or(0)))
+    Ok(*bytes.get_or_init(|| relayed))
 }
 
 /// Bytes of the frames after *ready*: *run*, *running*, *done*.

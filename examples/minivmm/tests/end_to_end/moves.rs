@@ -79,7 +79,8 @@ fn every_page_is_right(lab: &Lab, spec: &str) -> Outcome {
     let mut source = lab.workload("source", &format!("{spec},for=1500ms"), &["--cpus", "2"])?;
     let destination = lab.receive("destination", &[])?;
     source.migrate_well(&destination.address, &[])?;
-    let status = destination.wait_until("the guest has checked everything", |s| s["workload"]["state"] == "finished")?;
+    let status =
+        destination.wait_until("the guest has checked everything", |s| s["workload"]["state"] == "finished")?;
     ensure(status["workload"]["errors"] == 0 && status["workload"]["first_error"].is_null(), || format!("{status}"))?;
     ensure(status["workload"]["cpus_online"] == 2, || format!("{status}"))?;
     destination.quit()
@@ -119,7 +120,14 @@ fn across_the_hole(lab: &Lab) -> Outcome {
     ensure(report["ram_bytes"] == 5u64 << 30, || format!("{report}"))?;
     ensure(report["pages"]["hole"].as_u64() > Some(5 << 17), || format!("{report}"))?;
     // both ends of both pieces can be read, nothing in between
-    for (gpa, good) in [(0u64, true), ((3 << 30) - 4096, true), (3 << 30, false), (4 << 30, true), ((6 << 30) - 4096, true), (6 << 30, false)] {
+    for (gpa, good) in [
+        (0u64, true),
+        ((3 << 30) - 4096, true),
+        (3 << 30, false),
+        (4 << 30, true),
+        ((6 << 30) - 4096, true),
+        (6 << 30, false),
+    ] {
         let out = lab.arg("page");
         let answer = destination.ctl(&["memory", "--gpa", &gpa.to_string(), "--len", "4096", "--out", &out])?;
         ensure((answer.code == Some(0)) == good, || format!("{gpa:#x}: {answer:?}"))?;

@@ -36,7 +36,7 @@ fn one_edge(lab: &Lab, tracker: &str, backing: &str, streams: &str, cpus: usize)
     let before = source.memory(lab, start, len)?;
     let destination = lab.receive("destination", &[])?;
     let report = source.migrate_well(&destination.address, &["--streams", streams])?;
-    ensure(report["streams"].to_string() == streams, || format!("{report}"))?;
+    ensure(report["streams"].as_u64() == streams.parse().ok(), || format!("{report}"))?;
     destination.wait_until("the guest works", at_work)?;
     destination.works()?;
     let status = destination.status()?;
