@@ -258,8 +258,7 @@ fn number(text: &str) -> Result<u64, String> {
 
 /// A duration with ms, s or m; a number alone is seconds.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let (digits, unit) =
-        text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
     let number: f64 = digits.parse().map_err(|_| format!("{text}: not a duration"))?;
     let seconds = match unit {
         "us" => number / 1e6,

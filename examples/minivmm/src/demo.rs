@@ -65,8 +65,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
         &text(&source_socket),
     ])?;
     say("starting a destination", "");
-    let mut destination =
-        spawn(&["receive", "--listen", "tcp:127.0.0.1:0", "--control", &text(&destination_socket)])?;
+    let mut destination = spawn(&["receive", "--listen", "tcp:127.0.0.1:0", "--control", &text(&destination_socket)])?;
     let mut line = String::new();
     let out = destination.0.stdout.take().ok_or("no output of the destination")?;
     BufReader::new(out).read_line(&mut line).map_err(|e| e.to_string())?;
@@ -122,14 +121,20 @@ fn demo(args: &Demo) -> Result<bool, String> {
         ("throttle", format!("{} %", report["throttle_percent"])),
         ("guest operations before", before["workload"]["operations"].to_string()),
         ("guest operations after", after["workload"]["operations"].to_string()),
-        ("guest's longest gap", after["workload"]["longest_gap_us"].as_f64().map_or("-".into(), |v| format!("{:.1} ms", v / 1e3))),
+        (
+            "guest's longest gap",
+            after["workload"]["longest_gap_us"].as_f64().map_or("-".into(), |v| format!("{:.1} ms", v / 1e3)),
+        ),
         ("errors the guest found", errors.map_or("-".into(), |e| e.to_string())),
         ("source's exit status", ended.code().map_or("-".into(), |c| c.to_string())),
     ] {
         println!("  {name:<26}{value:>14}");
     }
     let good = errors == Some(0) && ended.success();
-    println!("\n  {}", if good { "the guest runs on at the destination, and found every page as it left it" } else { "FAILED" });
+    println!(
+        "\n  {}",
+        if good { "the guest runs on at the destination, and found every page as it left it" } else { "FAILED" }
+    );
     Ok(good)
 }
 

@@ -162,11 +162,7 @@ impl Instance {
     }
 
     /// Does what a client asks; every call is followed by [`answered`](Instance::answered).
-    pub(crate) fn handle(
-        self: &Arc<Self>,
-        request: Request,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
+    pub(crate) fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         self.lock().clients += 1;
         match request {
             Request::Status => Ok(self.status()),
@@ -275,11 +271,7 @@ impl Instance {
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
 
-    fn migrate(
-        self: &Arc<Self>,
-        request: &MigrateRequest,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
+    fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let mut strategy: Box<dyn Strategy> = match request.strategy.as_str() {
             "pre-copy" => Box::new(<PreCopy>::default()),

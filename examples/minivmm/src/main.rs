@@ -12,11 +12,7 @@ mod report;
 mod vmm;
 mod workload;
 
-use std::{
-    io::Write,
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{io::Write, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use cli::{Cli, Command, Common, Receive, Run, Workload};

@@ -248,7 +248,8 @@ impl<'a> Engine<'a> {
         let lanes = welcome.streams;
         let unasked = welcome.features & !self.wanted_features();
         if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) || unasked != 0 {
-            let text = format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
+            let text =
+                format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
         }
         self.session = welcome.session;

@@ -172,9 +172,7 @@ impl DestinationMachine {
                 Ok(DestinationAction::Discard(format!("the source ended the attempt: {text} ({code:?})")))
             }
             (Control::Done, Running) => Ok(DestinationAction::Finish),
-            (frame, phase) => {
-                Err(Violation::new(frame.name(), epoch, phase, "it does not belong to this phase"))
-            }
+            (frame, phase) => Err(Violation::new(frame.name(), epoch, phase, "it does not belong to this phase")),
         }
     }
 
@@ -237,7 +235,9 @@ impl DestinationMachine {
             Running => return Err(violation(ErrorCode::Busy, "the destination runs a VM already")),
             Preparing | Receiving | Loading if supersedes => true,
             Preparing | Receiving | Loading => return Err(violation(ErrorCode::Busy, "another session is under way")),
-            Ready if self.vm != Some(hello.vm.id) => return Err(violation(ErrorCode::Busy, "a complete VM is held for its source")),
+            Ready if self.vm != Some(hello.vm.id) => {
+                return Err(violation(ErrorCode::Busy, "a complete VM is held for its source"));
+            }
             Ready => true,
             Empty => false,
         };

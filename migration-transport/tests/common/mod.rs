@@ -320,10 +320,7 @@ pub struct Destination {
 impl Destination {
     pub fn start(mut listener: Box<dyn migration_core::channel::Listener>, failing_loads: u32) -> Self {
         let (tx, arrived) = mpsc::channel();
-        let options = ReceiverOptions {
-            idle_timeout: std::time::Duration::from_secs(2),
-            ..ReceiverOptions::default()
-        };
+        let options = ReceiverOptions { idle_timeout: std::time::Duration::from_secs(2), ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(TestHost { failing_loads, arrived: tx, last: None }), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
