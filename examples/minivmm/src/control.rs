@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, BufRead, BufReader, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::FileTypeExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -70,15 +73,18 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Binds `path`; a socket file on which nobody listens is replaced.
+    ///
+    /// The file appears only when it can be connected to: a socket is bound before it listens, so it gets its name last.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let context = |e: io::Error| io::Error::new(e.kind(), format!("control socket {}: {e}", path.display()));
-        let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
-                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
-            }
-            other => other,
-        };
-        Ok(Self { listener: listener.map_err(context)?, path: path.to_owned() })
+        let other_file = path.symlink_metadata().is_ok_and(|m| !m.file_type().is_socket());
+        if other_file || UnixStream::connect(path).is_ok() {
+            return Err(context(io::ErrorKind::AddrInUse.into()));
+        }
+        let unnamed = path.with_file_name(format!(".{}", std::process::id()));
+        let listener = UnixListener::bind(&unnamed).map_err(context)?;
+        std::fs::rename(&unnamed, path).map_err(context)?;
+        Ok(Self { listener, path: path.to_owned() })
     }
 
     /// Serves clients on threads of their own, until the process ends.
