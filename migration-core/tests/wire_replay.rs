@@ -781,7 +781,9 @@ fn replayed_and_reordered_frames() {
                 }
             });
             let running = lane == 0 && i == count - 2;
-            assert!(running || why.contains("sequence") || why.contains("link"), "{why}");
+            // what comes behind the end of the last round may find the VM running already, and its lane closed
+            let behind_the_end = lane != 0 && i == count - 1 && why.is_empty();
+            assert!(running || behind_the_end || why.contains("sequence") || why.contains("link"), "{why}");
             if i + 1 < count {
                 spoilt(name, &good, &format!("frames {i} and {} of lane {lane} are swapped", i + 1), &|l, bytes| {
                     if l == lane {
