@@ -175,10 +175,6 @@ impl Receiver {
         for closer in lock(&hub.closers).values() {
             closer.close();
         }
-        let session = lock(&hub.state).session.clone();
-        if let Some(session) = session {
-            session.close();
-        }
         for (_, thread) in threads {
             thread.join();
         }

@@ -171,14 +171,11 @@ impl Session {
         lock(&self.lane_state).failed.clone()
     }
 
-    /// Ends all lanes, and whoever waits for them.
+    /// Ends all lanes.
     pub(super) fn close(&self) {
         for closer in lock(&self.closers).iter() {
             closer.close();
         }
-        // behind the closers: whoever holds this lock may be blocked in a write that they end
-        lock(&self.lane_state).failed.get_or_insert_with(|| "the session has ended".to_owned());
-        self.changed.notify_all();
     }
 
     fn wait_for(&self, timeout: Duration, what: &str, done: impl Fn(&LaneState) -> bool) -> Result<(), MigrationError> {
