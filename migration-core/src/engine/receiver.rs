@@ -5,7 +5,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
@@ -97,7 +97,8 @@ struct Hub {
     stop: AtomicBool,
     finished: AtomicBool,
     bytes: Arc<AtomicU64>,
-    closers: Mutex<HashMap<u64, Arc<dyn Closer>>>,
+    /// Ends each open connection; `None` once the receiver has ended.
+    closers: Mutex<Option<HashMap<u64, Arc<dyn Closer>>>>,
 }
 
 struct State {
@@ -119,7 +120,7 @@ impl Receiver {
             stop: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             bytes: Arc::default(),
-            closers: Mutex::default(),
+            closers: Mutex::new(Some(HashMap::new())),
         };
         Self { hub: Arc::new(hub) }
     }
@@ -162,7 +163,7 @@ impl Receiver {
             next += 1;
             let body = Box::new(move || {
                 hub_of_thread.serve(id, channel);
-                lock(&hub_of_thread.closers).remove(&id);
+                drop(lock(&hub_of_thread.closers).as_mut().map(|open| open.remove(&id)));
                 // the loop may have ended: it joins all threads by itself then
                 let _ = ended.send(id);
             });
@@ -172,7 +173,10 @@ impl Receiver {
                 Err(error) => hub.bad_peer(&peer, &format!("no thread: {error}")),
             }
         };
-        for closer in lock(&hub.closers).values() {
+        if let Some(session) = &lock(&hub.state).session {
+            session.close("the receiver has ended");
+        }
+        for closer in lock(&hub.closers).take().iter().flat_map(HashMap::values) {
             closer.close();
         }
         for (_, thread) in threads {
@@ -242,7 +246,10 @@ impl Hub {
         let link = || MigrationError::link(peer);
         let Halves { mut reader, mut writer, closer } = channel.split().map_err(link())?;
         let closer: Arc<dyn Closer> = closer.into();
-        lock(&self.closers).insert(id, closer.clone());
+        match lock(&self.closers).as_mut() {
+            Some(open) => drop(open.insert(id, closer.clone())),
+            None => return Ok(()),
+        }
         reader.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
@@ -257,10 +264,29 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
-        match preamble.kind {
-            LaneKind::Control => self.control(reader, control, closer, peer),
-            LaneKind::Bulk => self.bulk(preamble, reader, closer, peer),
-            LaneKind::Reattach => self.reattach(preamble, reader, control, closer, peer),
+        if preamble.kind == LaneKind::Bulk {
+            return self.bulk(preamble, reader, closer, peer);
+        }
+        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
+        let first = frames.read().inspect_err(|error| {
+            // an honest peer of another build has a user who wants to know
+            if !matches!(error, MigrationError::Link { .. }) {
+                // best effort: the lane ends either way
+                let _ = control.send(0, &Control::error(error.code(), error.to_string()));
+            }
+        });
+        match (preamble.kind, first?) {
+            (LaneKind::Control, (epoch, hello @ Control::Hello(_))) => {
+                self.attempt(epoch, hello, frames, control, closer, peer)
+            }
+            (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
+                self.reattach(preamble.session, (vm, epoch), frames, control, closer, peer)
+            }
+            (kind, (epoch, other)) => {
+                let why = format!("{} on a new {kind:?} lane", other.name());
+                control.send(epoch, &Control::error(ErrorCode::Protocol, why.clone()))?;
+                Err(DecodeError::invalid("first frame", why).into())
+            }
         }
     }
 
@@ -275,7 +301,8 @@ impl Hub {
         session.attach(preamble.index, closer)?;
         let lane = LaneReceiver::new(preamble.index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
         let error = lane.run();
-        if session.is_sealed() && matches!(error, MigrationError::Link { .. }) {
+        if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
+            // it has done its part, or was closed because of another lane
             return Ok(());
         }
         session.fail(error.code(), &error.to_string());
@@ -292,20 +319,18 @@ impl Hub {
     /// A source that is in doubt comes back.
     fn reattach(
         &self,
-        preamble: Preamble,
-        reader: Box<dyn ReadHalf>,
+        token: SessionToken,
+        (vm, epoch): (VmId, u32),
+        mut frames: ControlReader,
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
-        let (epoch, frame) = first_frame(&mut frames, &mut control)?;
         let refuse = |control: &mut ControlWriter, why: &str| {
             control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
             Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
         };
-        let Control::Reattach(vm) = frame else { return refuse(&mut control, "reattach is due") };
-        let Ok(session) = self.session(preamble.session) else {
+        let Ok(session) = self.session(token) else {
             return refuse(&mut control, "this session is not known here");
         };
         let attachment = {
@@ -319,53 +344,58 @@ impl Hub {
             state.attachment += 1;
             state.attachment
         };
-        self.frames(frames, Some(session), attachment, peer)
+        let served = self.frames(&mut frames, &session, attachment);
+        self.ended(&session, attachment, peer, served);
+        Ok(())
     }
 
-    fn control(
+    /// A source begins an attempt.
+    fn attempt(
         &self,
-        reader: Box<dyn ReadHalf>,
+        epoch: u32,
+        hello: Control,
+        mut frames: ControlReader,
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
-        let (epoch, hello) = first_frame(&mut frames, &mut control)?;
-        if !matches!(hello, Control::Hello(_)) {
-            let why = format!("{} where hello is due", hello.name());
-            control.send(epoch, &Control::error(ErrorCode::Protocol, why.clone()))?;
-            return Err(DecodeError::invalid("first frame", why).into());
-        }
-        let (action, attachment) = {
+        let begun = {
             let mut state = lock(&self.state);
-            match state.machine.handle(epoch, hello) {
-                Ok(action) => {
-                    state.attachment += 1;
-                    (action, state.attachment)
-                }
-                Err(violation) => {
-                    drop(state);
-                    control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
-                    return Err(violation.into());
-                }
+            state.machine.handle(epoch, hello).map(|action| {
+                state.attachment += 1;
+                (action, state.attachment)
+            })
+        };
+        let (action, attachment) = match begun {
+            Ok(begun) => begun,
+            Err(violation) => {
+                control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
+                return Err(violation.into());
             }
         };
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        match self.build(epoch, attachment, *hello, control, closer) {
-            Ok(session) => self.frames(frames, Some(session), attachment, peer),
+        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
+        let session = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
+            Ok(session) => session,
             Err(error) => {
                 self.lost(attachment, &error.to_string());
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        let opened = self.open(&session, attachment, features);
+        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
+        self.ended(&session, attachment, peer, served);
+        Ok(())
     }
 
+    /// Builds the VM and the session in which it is received.
     fn build(
         &self,
         epoch: u32,
         attachment: u64,
         hello: Hello,
+        (streams, features): (u16, u32),
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
     ) -> Result<Arc<Session>, MigrationError> {
@@ -385,59 +415,57 @@ impl Hub {
                 return Err(MigrationError::Vm { step: "building the VM", cause });
             }
         };
-        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
         let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
-        {
-            let mut state = lock(&self.state);
-            if state.attachment != attachment {
-                let text = "a newer attempt of the source takes its place".to_owned();
-                return Err(MigrationError::Peer { code: ErrorCode::Busy, text });
-            }
-            state.vm = Some(vm);
-            state.session = Some(session.clone());
-        }
-        session.say(&Control::Welcome(Welcome { version: VERSION, features, streams, session: token }))?;
-        session.wait_attached(self.options.idle_timeout)?;
-        let prepared = {
-            let mut state = lock(&self.state);
-            if state.attachment != attachment {
-                let text = "a newer attempt of the source takes its place".to_owned();
-                return Err(MigrationError::Peer { code: ErrorCode::Busy, text });
-            }
-            state.machine.prepared()?
-        };
-        session.say(&prepared)?;
-        self.tell_phase();
+        let mut state = self.current(attachment)?;
+        state.vm = Some(vm);
+        state.session = Some(session.clone());
         Ok(session)
     }
 
+    /// Has the source open its lanes, and tells it when everything stands ready for pages.
+    fn open(&self, session: &Session, attachment: u64, features: u32) -> Result<(), MigrationError> {
+        let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
+        session.say(&Control::Welcome(welcome))?;
+        session.wait_attached(self.options.idle_timeout)?;
+        let prepared = self.current(attachment)?.machine.prepared()?;
+        session.say(&prepared)?;
+        self.tell_phase();
+        Ok(())
+    }
+
+    /// The state, if `attachment` is still the control lane that speaks for it.
+    fn current(&self, attachment: u64) -> Result<MutexGuard<'_, State>, MigrationError> {
+        let state = lock(&self.state);
+        if state.attachment == attachment {
+            return Ok(state);
+        }
+        let text = "a newer attempt of the source takes its place".to_owned();
+        Err(MigrationError::Peer { code: ErrorCode::Busy, text })
+    }
+
     /// Serves a control lane from its second frame on.
-    fn frames(
-        &self,
-        mut frames: ControlReader,
-        session: Option<Arc<Session>>,
-        attachment: u64,
-        peer: &str,
-    ) -> Result<(), MigrationError> {
-        let Some(session) = session else { return Ok(()) };
-        let error = loop {
-            let step = frames.read().and_then(|(epoch, frame)| self.frame(&session, attachment, epoch, frame));
-            match step {
-                Ok(Flow::Continue) => {}
-                Ok(Flow::End) => return Ok(()),
-                Err(error) => break error,
+    fn frames(&self, frames: &mut ControlReader, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+        loop {
+            let (epoch, frame) = frames.read()?;
+            if let Flow::End = self.frame(session, attachment, epoch, frame)? {
+                return Ok(());
             }
-        };
+        }
+    }
+
+    /// A control lane is not served any more.
+    fn ended(&self, session: &Session, attachment: u64, peer: &str, served: Result<(), MigrationError>) {
+        let Err(error) = served else { return };
         if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
             // best effort: the lane ends either way
             let _ = session.say(&Control::error(error.code(), error.to_string()));
         }
-        let why = session.failure().unwrap_or_else(|| error.to_string());
+        // that a bulk lane failed is the cause; what followed from it on this one is not
+        let why = session.over().unwrap_or_else(|| error.to_string());
         self.bad_peer(peer, &why);
         self.lost(attachment, &why);
-        Ok(())
     }
 
     fn frame(&self, session: &Session, attachment: u64, epoch: u32, frame: Control) -> Result<Flow, MigrationError> {
@@ -531,7 +559,7 @@ impl Hub {
             (state.vm.take(), state.session.take())
         };
         if let Some(session) = session {
-            session.close();
+            session.close(why);
         }
         if vm.is_some() {
             self.options.observer.event(&Event::Discarded(why.to_owned()));
@@ -542,17 +570,6 @@ impl Hub {
         let phase = lock(&self.state).machine.phase();
         self.options.observer.event(&Event::Destination(phase));
     }
-}
-
-/// The first frame of a control lane. A peer whose bytes make no sense is told so: it may be an honest one of another
-/// build, whose user wants to know.
-fn first_frame(frames: &mut ControlReader, control: &mut ControlWriter) -> Result<(u32, Control), MigrationError> {
-    frames.read().inspect_err(|error| {
-        if !matches!(error, MigrationError::Link { .. }) {
-            // best effort: the lane ends either way
-            let _ = control.send(0, &Control::error(error.code(), error.to_string()));
-        }
-    })
 }
 
 fn no_vm() -> MigrationError {

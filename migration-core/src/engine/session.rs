@@ -25,20 +25,26 @@ pub(super) struct Session {
     pub(super) payload_crc: bool,
     pub(super) ram: Arc<dyn GuestRam>,
     control: Mutex<ControlWriter>,
+    /// The last generation that the source was told of. Held while it is told, so that announcements go out in order.
+    announced: Mutex<u32>,
+    /// Held for moments only, never while anything is read or written.
     lane_state: Mutex<LaneState>,
     changed: Condvar,
-    closers: Mutex<Vec<Arc<dyn Closer>>>,
 }
 
 struct LaneState {
-    attached: Vec<bool>,
+    control: Arc<dyn Closer>,
+    /// Ends a bulk lane; `None` where it is not attached yet.
+    attached: Vec<Option<Arc<dyn Closer>>>,
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
     /// Set when the state is about to be loaded: no page may arrive from then on.
     sealed: bool,
-    announced: u32,
-    failed: Option<String>,
+    /// The last generation that all lanes have completed and the source was told of.
+    complete: u32,
+    /// Why the session is over. Nobody waits for anything in it any more.
+    over: Option<String>,
 }
 
 impl Session {
@@ -52,12 +58,13 @@ impl Session {
     ) -> Self {
         let count = usize::from(lanes);
         let lane_state = LaneState {
-            attached: vec![false; count],
+            control: closer,
+            attached: vec![None; count],
             started: vec![0; count],
             ended: vec![0; count],
             sealed: false,
-            announced: 0,
-            failed: None,
+            complete: 0,
+            over: None,
         };
         Self {
             token,
@@ -66,9 +73,9 @@ impl Session {
             payload_crc,
             ram,
             control: Mutex::new(control),
+            announced: Mutex::new(0),
             lane_state: Mutex::new(lane_state),
             changed: Condvar::new(),
-            closers: Mutex::new(vec![closer]),
         }
     }
 
@@ -78,32 +85,36 @@ impl Session {
 
     /// A new control lane takes the lost one's place.
     pub(super) fn replace_control(&self, control: ControlWriter, closer: Arc<dyn Closer>) {
+        let lost = std::mem::replace(&mut lock(&self.lane_state).control, closer);
+        // somebody may still be writing to it
+        lost.close();
         *lock(&self.control) = control;
-        lock(&self.closers).push(closer);
     }
 
     /// A lane introduces itself.
     pub(super) fn attach(&self, index: u16, closer: Arc<dyn Closer>) -> Result<(), MigrationError> {
         let mut state = lock(&self.lane_state);
+        if let Some(why) = &state.over {
+            return Err(DecodeError::invalid("session", format!("it is over: {why}")).into());
+        }
         match state.attached.get_mut(usize::from(index)) {
-            Some(attached) if !*attached => *attached = true,
+            Some(place @ None) => *place = Some(closer),
             _ => return Err(DecodeError::invalid("lane index", format!("lane {index} is unknown or taken")).into()),
         }
-        lock(&self.closers).push(closer);
         self.changed.notify_all();
         Ok(())
     }
 
     pub(super) fn wait_attached(&self, timeout: Duration) -> Result<(), MigrationError> {
-        self.wait_for(timeout, "the source to open its lanes", |s| s.attached.iter().all(|&a| a))
+        self.wait_for(timeout, "the source to open its lanes", |s| s.attached.iter().all(Option::is_some))
     }
 
     /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes` grows within `idle`.
     pub(super) fn wait_round(&self, generation: u32, idle: Duration, bytes: &AtomicU64) -> Result<(), MigrationError> {
         loop {
             let before = bytes.load(Ordering::Relaxed);
-            let waited = self.wait_for(idle, "the last pages", |s| s.ended.iter().all(|&e| e >= generation));
-            if waited.is_ok() || self.failure().is_some() || bytes.load(Ordering::Relaxed) == before {
+            let waited = self.wait_for(idle, "the last pages", |s| s.complete >= generation);
+            if waited.is_ok() || self.over().is_some() || bytes.load(Ordering::Relaxed) == before {
                 return waited;
             }
         }
@@ -124,17 +135,18 @@ impl Session {
 
     /// A lane has completed a round; when it is the last one to do so, the source is told.
     pub(super) fn lane_ended(&self, index: u16, generation: u32) -> Result<(), MigrationError> {
-        let mut state = lock(&self.lane_state);
-        if let Some(ended) = state.ended.get_mut(usize::from(index)) {
+        if let Some(ended) = lock(&self.lane_state).ended.get_mut(usize::from(index)) {
             *ended = generation;
         }
-        let all = state.ended.iter().copied().min().unwrap_or(0);
-        if all > state.announced {
-            state.announced = all;
-            // under the lock, so that announcements go out in order and before *ready*
+        let mut announced = lock(&self.announced);
+        let all = lock(&self.lane_state).ended.iter().copied().min().unwrap_or(0);
+        if all > *announced {
+            *announced = all;
             self.say(&Control::RoundReceived { generation: all })?;
+            // only now, so that *ready* is said behind it
+            lock(&self.lane_state).complete = all;
+            self.changed.notify_all();
         }
-        self.changed.notify_all();
         Ok(())
     }
 
@@ -155,34 +167,43 @@ impl Session {
 
     /// A lane has failed: tells the source, and ends the session.
     pub(super) fn fail(&self, code: ErrorCode, why: &str) {
-        let mut state = lock(&self.lane_state);
-        if state.failed.is_none() {
-            state.failed = Some(why.to_owned());
-            drop(state);
-            self.changed.notify_all();
+        if self.end(why) {
             // best effort: if the source does not hear it, it notices the closed lanes
             let _ = self.say(&Control::error(code, why));
         }
-        self.close();
+        self.close(why);
     }
 
-    /// Why a lane failed, if one did.
-    pub(super) fn failure(&self) -> Option<String> {
-        lock(&self.lane_state).failed.clone()
+    /// Why the session is over, if it is.
+    pub(super) fn over(&self) -> Option<String> {
+        lock(&self.lane_state).over.clone()
     }
 
-    /// Ends all lanes.
-    pub(super) fn close(&self) {
-        for closer in lock(&self.closers).iter() {
+    /// Ends the session and all its lanes.
+    pub(super) fn close(&self, why: &str) {
+        self.end(why);
+        let state = lock(&self.lane_state);
+        for closer in state.attached.iter().flatten().chain([&state.control]) {
             closer.close();
         }
     }
 
+    /// From now on nobody waits or attaches. False if it was over already, for the reason that counts: the first one.
+    fn end(&self, why: &str) -> bool {
+        let mut state = lock(&self.lane_state);
+        let first = state.over.is_none();
+        if first {
+            state.over = Some(why.to_owned());
+            self.changed.notify_all();
+        }
+        first
+    }
+
     fn wait_for(&self, timeout: Duration, what: &str, done: impl Fn(&LaneState) -> bool) -> Result<(), MigrationError> {
-        let waiting = |state: &mut LaneState| state.failed.is_none() && !done(state);
+        let waiting = |state: &mut LaneState| state.over.is_none() && !done(state);
         let guard = lock(&self.lane_state);
         let guard = self.changed.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(|e| e.into_inner()).0;
-        let cause = match &guard.failed {
+        let cause = match &guard.over {
             Some(why) => std::io::Error::other(why.clone()),
             None if done(&guard) => return Ok(()),
             None => std::io::Error::new(std::io::ErrorKind::TimedOut, format!("waited {timeout:?} for {what}")),
