@@ -27,8 +27,9 @@ use crate::{vmm::host_tsc_khz, workload};
 
 /// How long a guest may take to fill its pages.
 const FILL: Duration = Duration::from_secs(120);
-/// The guest is watched this long before the migration.
-const BEFORE: Duration = Duration::from_millis(300);
+/// The guest is watched this long before the migration, while the memory that was warmed is held: longer than a Linux
+/// guest takes until it reports free memory to its host (2 s), so that no report of earlier memory is still to come.
+const BEFORE: Duration = Duration::from_millis(2500);
 /// And this long after it, while the source's memory is given back: what disturbs it then counts too.
 const AFTER: Duration = Duration::from_millis(300);
 /// Bytes a write or read of the bare copy.
@@ -184,7 +185,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let guest = Guest::find(source.process(), setup.memory, FILL)?;
     let huge_source = huge(source.process(), &guest);
     let mut pair = source.pair(folder, setup)?;
-    warm(setup.memory)?;
+    let warm = warm(setup.memory)?;
 
     let (began, first) = (Instant::now(), guest.reset_gap()?);
     thread::sleep(BEFORE);
@@ -197,6 +198,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let watch = |pid| MemorySampler::start(pid, Duration::from_millis(5));
     let watched = if setup.watch_memory { Some((watch(from_pid)?, watch(to_pid)?)) } else { None };
     let sampler = VcpuSampler::start(from_pid)?;
+    drop(warm);
     let start = (from.cpu_seconds()?, to.cpu_seconds()?, vcpu_seconds(to_pid));
     let (began, first) = (Instant::now(), guest.reset_gap()?);
     let moved = pair.migrate()?;
@@ -257,12 +259,15 @@ fn populate(ram: &MappedRam) -> Result<(), String> {
     ram.warm(PageRange::new(0, ram.layout().pages())).map_err(|e| e.to_string())
 }
 
-/// Touches and frees as much memory as a source and a destination of a guest of this size need, so that the host has
-/// it at hand. As much as the machine has to spare, if that is less.
-pub(super) fn warm(guest: u64) -> Result<(), String> {
+/// Touches as much memory as a source and a destination of a guest of this size need, so that the host has it at hand;
+/// as much as the machine has to spare, if that is less. Held until it is dropped: free memory goes back to the host
+/// after a while, so that has to be right before the timed part.
+pub(super) fn warm(guest: u64) -> Result<MappedRam, String> {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable");
     let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
-    populate(&ram((guest * 5 / 2).min(available / 5 * 3))?)
+    let memory = ram((guest * 5 / 2).min(available / 5 * 3))?;
+    populate(&memory)?;
+    Ok(memory)
 }
 
 /// A bulk copy over TCP with nothing around it, in this process.
@@ -334,7 +339,9 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
     let mut copy = BareCopy::new(bytes, streams)?;
     // the fresh memory is not touched yet, but the host has it at hand
-    warm(bytes)?;
+    let warm = warm(bytes)?;
+    thread::sleep(BEFORE);
+    drop(warm);
     copy.run().map(ms)
 }
 
@@ -350,7 +357,9 @@ pub(super) fn control(
     let mut source = Source::start(folder, setup)?;
     let guest = Guest::find(source.process(), setup.memory, FILL)?;
     let mut copy = if streams > 0 { Some(BareCopy::new(bytes, streams)?) } else { None };
-    warm(setup.memory)?;
+    let warm = warm(setup.memory)?;
+    thread::sleep(BEFORE);
+    drop(warm);
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let copies = copy.as_mut().map(|copy| {
