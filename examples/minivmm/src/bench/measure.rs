@@ -265,7 +265,7 @@ fn populate(ram: &MappedRam) -> Result<(), String> {
 pub(super) fn warm(guest: u64) -> Result<MappedRam, String> {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable");
     let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
-    let memory = ram((guest * 5 / 2).min(available / 5 * 3))?;
+    let memory = ram((guest * 5 / 2).min(available / 8 * 7))?;
     populate(&memory)?;
     Ok(memory)
 }
