@@ -57,6 +57,7 @@ pub mod engine;
 mod error;
 pub mod page;
 pub mod page_set;
+pub mod pager;
 pub mod protocol;
 #[allow(unsafe_code)]
 pub mod ram;

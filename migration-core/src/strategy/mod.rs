@@ -8,12 +8,14 @@
 
 mod convergence;
 mod precopy;
+mod push_order;
 mod stop_and_copy;
 
 use std::time::Duration;
 
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use precopy::PreCopy;
+pub use push_order::PushOrder;
 pub use stop_and_copy::StopAndCopy;
 
 use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};

@@ -1,0 +1,20 @@
+//! In which order post-copy pushes pages that nobody has asked for yet.
+
+use crate::{page::PageRange, page_set::PageSet};
+
+/// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what was sent out of
+/// `unsent` by itself.
+pub trait PushOrder: Send {
+    /// Its name, as users write it.
+    fn name(&self) -> &'static str;
+
+    /// The serving begins: these pages are to move. `heat` says for each page in how many rounds it was dirtied before
+    /// (255 at most); empty if there were none.
+    fn begin(&mut self, unsent: &PageSet, heat: &[u8]);
+
+    /// The guest has faulted at `page`, which has been sent by now.
+    fn fault(&mut self, page: u64);
+
+    /// The next pages to push: a run of at most `most` pages, all of them in `unsent`; `None` only when that is empty.
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
+}
