@@ -20,7 +20,7 @@ const BITS: u64 = u64::BITS as u64;
 /// let runs: Vec<_> = dirty.ranges().map(|r| (r.first, r.count)).collect();
 /// assert_eq!(runs, [(10, 2), (13, 2)]);
 /// ```
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Default, Clone, PartialEq, Eq)]
 pub struct PageSet {
     /// Bits at or beyond `capacity` are always zero.
     words: Vec<u64>,

@@ -26,6 +26,7 @@ use bytes::Bytes;
 
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
+    engine::{add_missing, missing_frames},
     page::{RamLayout, RamRegion},
     protocol::{
         DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, SourceEvent, SourceMachine,
@@ -33,9 +34,9 @@ use crate::{
     },
     spawner::GuestImpact,
     state::VmState,
-    strategy::{Link, Round, Running, Strategy, Verbs},
+    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{VmDescription, VmId},
-    wire::{Control, Hello, SessionToken, Welcome},
+    wire::{Control, FaultSummary, Hello, SessionToken, Welcome},
 };
 
 /// How the guest writes while it runs.
@@ -55,6 +56,25 @@ pub enum Dirtying {
     Script(Vec<(Duration, PageRange)>),
 }
 
+/// What the guest touches after a hand-over that left pages behind: one page after the other, and each that is missing
+/// stops it until it is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Touching {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Page after page.
+    Sequential {
+        /// As long as none is missing.
+        pages_per_second: f64,
+    },
+    /// Any page.
+    Random {
+        /// As long as none is missing.
+        pages_per_second: f64,
+    },
+}
+
 /// The world of a simulation.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
@@ -68,6 +88,8 @@ pub struct SimConfig {
     pub chunk: u64,
     /// What the guest does.
     pub dirtying: Dirtying,
+    /// What it does in post-copy.
+    pub touching: Touching,
     /// The link is lost after each of these actions, counted over the whole simulation. It is back for the next
     /// connection.
     pub cuts: Vec<u64>,
@@ -79,6 +101,8 @@ pub struct SimConfig {
     pub timeout: Option<Duration>,
     /// What the time-out does: stop the guest, or give up.
     pub stop_on_timeout: bool,
+    /// What it does first of all: hand the guest over and let the rest follow.
+    pub post_copy_on_timeout: bool,
     /// Likewise.
     pub impact: GuestImpact,
 }
@@ -91,11 +115,13 @@ impl Default for SimConfig {
             latency: Duration::from_micros(200),
             chunk: 512,
             dirtying: Dirtying::Idle,
+            touching: Touching::Nothing,
             cuts: Vec::new(),
             failing_loads: 0,
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             stop_on_timeout: false,
+            post_copy_on_timeout: false,
             impact: GuestImpact::Balanced,
         }
     }
@@ -129,6 +155,10 @@ pub struct Attempt {
     pub cuts: u32,
     /// The strongest throttle.
     pub throttle_percent: u8,
+    /// Touches of missing pages.
+    pub faults: u64,
+    /// Links lost while pages were missing at the destination, and found again.
+    pub recoveries: u32,
 }
 
 /// Two hosts, a link and a VM.
@@ -156,8 +186,26 @@ pub struct Simulation {
     loads: u32,
     paused_at: Option<Duration>,
     link: (f64, f64),
+    post_copy: PostCopyState,
     attempt: Attempt,
     broken: Vec<String>,
+}
+
+/// Both sides of a hand-over that left pages behind.
+#[derive(Default)]
+struct PostCopyState {
+    /// Pages that the source has still to send.
+    left: PageSet,
+    left_behind: u64,
+    /// Pages that the destination lacks.
+    missing: PageSet,
+    /// A list of them that is under way, in either direction.
+    listed: PageSet,
+    reattached: bool,
+    /// The missing page at which the guest stands still.
+    waiting: Option<u64>,
+    touches: f64,
+    touched: u64,
 }
 
 impl Simulation {
@@ -186,6 +234,7 @@ impl Simulation {
             loads: 0,
             paused_at: None,
             link: (0.0, PAGE_SIZE as f64),
+            post_copy: PostCopyState::default(),
             attempt: Attempt::new(),
             broken: Vec::new(),
             config,
@@ -200,6 +249,8 @@ impl Simulation {
         self.paused_at = None;
         self.epoch += 1;
         self.source = SourceMachine::new(self.epoch);
+        let none = || PageSet::empty(self.config.pages);
+        self.post_copy = PostCopyState { left: none(), missing: none(), listed: none(), ..PostCopyState::default() };
         let name = strategy.name();
         let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
         let mut error = result.err();
@@ -209,6 +260,9 @@ impl Simulation {
             }
             // whatever goes wrong leaves the doubt as it is
             let _ = self.repeat_run();
+        }
+        if self.source.phase() == SourcePhase::Serving && !self.source_dead {
+            error = self.serve(&mut Linear::default()).err();
         }
         if self.source.phase() == SourcePhase::Completed {
             error = None;
@@ -356,6 +410,14 @@ impl Simulation {
                 }
                 Ok(())
             }
+            SourceEvent::Missing { first, bitmap } => {
+                add_missing(&mut self.post_copy.listed, first, &bitmap).map_err(Into::into)
+            }
+            SourceEvent::Resume { .. } => {
+                let none = PageSet::empty(self.config.pages);
+                self.post_copy.left = std::mem::replace(&mut self.post_copy.listed, none);
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -370,6 +432,12 @@ impl Simulation {
                 replies.extend(self.destination.prepared().ok());
                 replies
             }
+            DestinationAction::Missing { first, bitmap } => {
+                if let Err(error) = add_missing(&mut self.post_copy.missing, first, &bitmap) {
+                    self.broken.push(error.to_string());
+                }
+                Vec::new()
+            }
             DestinationAction::Load { state, .. } => {
                 let failing = self.loads < self.config.failing_loads;
                 self.loads += 1;
@@ -380,18 +448,11 @@ impl Simulation {
                 self.destination.loaded().into_iter().collect()
             }
             DestinationAction::Start { running } => {
-                match self.copy.take() {
-                    Some(copy) if copy == self.memory => {}
-                    Some(copy) => {
-                        let stale = copy.iter().zip(&self.memory).filter(|(a, b)| a != b).count();
-                        self.broken.push(format!("{stale} pages are stale or lost at the destination"));
-                    }
-                    None => self.broken.push("the destination starts a VM that it does not have".into()),
-                }
+                self.check_copy();
                 self.destination_runs = running;
-                vec![Control::Running]
+                self.running()
             }
-            DestinationAction::AnswerRunning => vec![Control::Running],
+            DestinationAction::AnswerRunning => self.running(),
             DestinationAction::Discard(_) => {
                 self.copy = None;
                 Vec::new()
@@ -401,12 +462,107 @@ impl Simulation {
         }
     }
 
+    /// Says that the VM runs, and on a new link what it lacks.
+    fn running(&mut self) -> Vec<Control> {
+        let mut replies = vec![Control::Running];
+        if self.post_copy.left_behind == 0 {
+            return replies;
+        }
+        let missing = &self.post_copy.missing;
+        if missing.is_empty() {
+            replies.extend(self.destination.complete().map(|()| Control::Complete(FaultSummary::default())).ok());
+        } else if self.post_copy.reattached {
+            replies.extend(missing_frames(missing));
+            replies.push(Control::PostCopy { missing: missing.len(), demand_lanes: 0 });
+        }
+        replies
+    }
+
+    /// All pages that the destination has, it has as they were last.
+    fn check_copy(&mut self) {
+        let Some(copy) = &self.copy else {
+            return self.broken.push("the destination starts a VM that it does not have".into());
+        };
+        let missing = &self.post_copy.missing;
+        let pages = copy.iter().zip(&self.memory).enumerate();
+        let stale = pages.filter(|&(page, (a, b))| a != b && !missing.contains(page as u64)).count();
+        if stale > 0 {
+            self.broken.push(format!("{stale} pages are stale or lost at the destination"));
+        }
+    }
+
+    /// Pages of which each moves once arrive behind the guest's back.
+    fn install(&mut self, range: PageRange) -> Result<(), MigrationError> {
+        self.act(range.bytes())?;
+        if let Some(copy) = &mut self.copy {
+            for page in range.pages() {
+                copy[page as usize] = self.memory[page as usize];
+            }
+        }
+        self.post_copy.missing.remove_range(range);
+        if self.post_copy.missing.is_empty() && self.destination.complete().is_ok() {
+            self.check_copy();
+            self.act(0)?;
+            return self.answer(Control::Complete(FaultSummary::default()));
+        }
+        self.act(0)
+    }
+
+    fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        while self.source.phase() == SourcePhase::Serving {
+            if let Some(page) = self.post_copy.waiting {
+                self.act(0)?;
+                if self.post_copy.left.remove(page) {
+                    self.install(PageRange::new(page, 1))?;
+                }
+                order.fault(page);
+                self.post_copy.waiting = None;
+            } else if let Some(range) = order.next(&self.post_copy.left, self.config.chunk.max(1)) {
+                self.post_copy.left.remove_range(range);
+                self.install(range)?;
+            } else {
+                // all was sent, and the link has not said that it was lost: that would be for ever
+                return Err(link_error());
+            }
+        }
+        Ok(())
+    }
+
+    fn touch(&mut self, time: Duration) {
+        let (rate, random) = match self.config.touching {
+            Touching::Nothing => return,
+            Touching::Sequential { pages_per_second } => (pages_per_second, false),
+            Touching::Random { pages_per_second } => (pages_per_second, true),
+        };
+        let state = &mut self.post_copy;
+        if state.waiting.is_some() {
+            return;
+        }
+        state.touches += rate * time.as_secs_f64();
+        while state.touches >= 1.0 && state.waiting.is_none() {
+            state.touches -= 1.0;
+            let n = state.touched;
+            state.touched += 1;
+            // any odd multiplier spreads the numbers over all pages
+            let page = if random { n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16 } else { n } % self.config.pages;
+            if state.missing.contains(page) {
+                self.attempt.faults += 1;
+                state.waiting = Some(page);
+            }
+        }
+    }
+
     fn repeat_run(&mut self) -> Result<(), MigrationError> {
         // a new connection
         self.connected = true;
+        self.post_copy.reattached = true;
+        self.post_copy.listed.clear();
         self.pass(Duration::from_millis(100));
         for frame in self.source.reattach(VmId([1; 16]))? {
             self.deliver(frame)?;
+        }
+        if self.source.phase() == SourcePhase::Serving {
+            return Ok(());
         }
         self.expect(SourcePhase::Completed)
     }
@@ -422,6 +578,9 @@ impl Simulation {
 
     fn pass(&mut self, time: Duration) {
         self.clock += time;
+        if self.destination_runs {
+            self.touch(time);
+        }
         if !self.source_runs {
             return;
         }
@@ -506,6 +665,8 @@ impl Attempt {
             rounds: Vec::new(),
             cuts: 0,
             throttle_percent: 0,
+            faults: 0,
+            recoveries: 0,
         }
     }
 }
@@ -557,6 +718,8 @@ impl Verbs for Simulation {
             timed_out: self.config.timeout.is_some_and(|t| self.clock >= t),
             stop_on_timeout: self.config.stop_on_timeout,
             impact: self.config.impact,
+            can_post_copy: true,
+            post_copy_wanted: self.config.post_copy_on_timeout && self.config.timeout.is_some_and(|t| self.clock >= t),
         }
     }
 
@@ -577,28 +740,63 @@ impl Verbs for Simulation {
     }
 
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        self.offer(pages, false)
+    }
+
+    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
+        if self.source.phase() == SourcePhase::Copying {
+            self.offer(missing, true)?;
+        } else if !missing.is_empty() {
+            return Err(MigrationError::Blocked("the state was sent already".into()));
+        }
+        let run = self.source.run()?;
+        self.deliver(run)?;
+        if self.source.phase() == SourcePhase::Serving { Ok(()) } else { self.expect(SourcePhase::Completed) }
+    }
+
+    fn left_behind(&self) -> u64 {
+        self.post_copy.left_behind
+    }
+
+    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        order.begin(&self.post_copy.left, &[]);
+        while self.source.phase() == SourcePhase::Serving {
+            if self.push(order).is_err() {
+                self.attempt.recoveries += 1;
+                // whatever goes wrong leaves it as it is
+                while self.source.phase() == SourcePhase::Serving && self.repeat_run().is_err() {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Simulation {
+    /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
+    fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         // saving the state dirties a page, as kvmclock and steal time do
         self.write(self.config.pages - 1);
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
-        self.source.begin_round()?;
-        self.attempt.rounds.push(rest.len());
-        self.transfer(&rest)?;
+        if leave {
+            for frame in missing_frames(&rest) {
+                self.deliver(frame)?;
+            }
+            let (end, _) = self.source.post_copy(rest.len(), 1)?;
+            self.deliver(end)?;
+            self.post_copy.left_behind = rest.len();
+            self.post_copy.left = rest;
+        } else {
+            self.source.begin_round()?;
+            self.attempt.rounds.push(rest.len());
+            self.transfer(&rest)?;
+        }
         let state = Bytes::from(VmState::default().encode());
         let bytes = state.len() as u64;
         self.deliver(Control::State(state))?;
         let offer = self.source.offer(bytes, true)?;
         self.deliver(offer)?;
         self.expect(SourcePhase::Ready)
-    }
-
-    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
-        if !missing.is_empty() {
-            return Err(MigrationError::Blocked("the simulated destination has no pager".into()));
-        }
-        let run = self.source.run()?;
-        self.deliver(run)?;
-        self.expect(SourcePhase::Completed)
     }
 }
 

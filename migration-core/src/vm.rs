@@ -7,6 +7,7 @@ use bytes::Bytes;
 use crate::{
     device::DeviceKind,
     page::RamLayout,
+    pager::Pager,
     ram::GuestRam,
     state::{Section, VmState},
     tracker::DirtyTracker,
@@ -146,6 +147,18 @@ pub trait DestinationVm: Send {
     /// # Errors
     /// The attempt fails, the source's guest runs on.
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError>;
+
+    /// What serves missing pages, if this VM can be handed over before all of them have arrived (post-copy). Asked for
+    /// once, after the VM is built.
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        None
+    }
+
+    /// The operating system's numbers of the threads that run vCPUs, to tell their faults from others. Asked for after
+    /// [`start`](Self::start).
+    fn vcpu_threads(&self) -> Vec<u32> {
+        Vec::new()
+    }
 
     /// The VM is owned here, from now on: take disk locks, announce addresses, and start the vCPUs if `running`.
     ///

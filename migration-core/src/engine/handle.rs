@@ -25,8 +25,12 @@ pub(super) enum Input {
     ControlLost(MigrationError),
     /// A lane has done its part of a round, or failed.
     Lane(Result<LaneDone, MigrationError>),
+    /// A page was sent because the destination's guest waits for it, together with this many others.
+    Demanded(u64, u64),
     /// The user cancels, for this reason.
     Cancel(String),
+    /// The user wants the hand-over now, and the rest to follow.
+    PostCopy,
 }
 
 /// Sends commands to a migration; may be cloned and used from any thread.
@@ -46,6 +50,13 @@ impl Controller {
     pub fn cancel(&self, why: impl Into<String>) {
         // a migration that has ended does not listen any more
         let _ = self.inputs.send(Input::Cancel(why.into()));
+    }
+
+    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that are left follow. Does
+    /// nothing if the destination cannot serve missing pages, or after the hand-over.
+    pub fn post_copy(&self) {
+        // as above
+        let _ = self.inputs.send(Input::PostCopy);
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{STRIPE_PAGES, control::read_frame, session::Session};
+use super::{STRIPE_PAGES, control::read_frame, missing::Missing, session::Session};
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::ReadHalf,
@@ -61,6 +61,14 @@ impl LaneReceiver {
         let bytes = Header::LEN + body.len() + header.payload as usize;
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let frame = Bulk::decode(&header, &body, self.session.ram.layout().pages())?;
+        if let Some(missing) = self.session.missing()
+            && header.number == missing.generation
+        {
+            let Bulk::Pages { extents, payload_crc } = frame else {
+                return Err(DecodeError::invalid("kind", "only pages come after the hand-over").into());
+            };
+            return self.install_missing(&missing, &extents, payload_crc, header.payload as usize);
+        }
         if header.number != self.generation.wrapping_add(1) {
             let why = format!("pages of round {} after round {} was complete", header.number, self.generation);
             return Err(DecodeError::invalid("generation", why).into());
@@ -79,6 +87,7 @@ impl LaneReceiver {
                 (self.generation, self.pages) = (header.number, 0);
                 self.session.lane_ended(self.index, header.number)
             }
+            Bulk::Request { .. } => Err(DecodeError::invalid("kind", "requests go to the source").into()),
             Bulk::RoundEnd { pages } => {
                 let why = format!("the round had {pages} pages, {} arrived", self.pages);
                 Err(DecodeError::invalid("pages", why).into())
@@ -143,6 +152,58 @@ impl LaneReceiver {
             self.pages += extent.range.count;
         }
         self.buffer = buffer;
+        Ok(())
+    }
+
+    /// After the hand-over the guest runs in the memory that is filled: the pager does it.
+    fn install_missing(
+        &mut self,
+        missing: &Missing,
+        extents: &[Extent],
+        crc: u32,
+        payload: usize,
+    ) -> Result<(), MigrationError> {
+        let mut checked = None;
+        if self.session.payload_crc {
+            let mut buffer = std::mem::take(&mut self.buffer);
+            buffer.resize(payload, 0);
+            self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
+            if crc32fast::hash(&buffer) != crc {
+                return Err(DecodeError::Checksum { field: "page data" }.into());
+            }
+            checked = Some((buffer, 0));
+        }
+        let layout = self.session.ram.layout().clone();
+        for extent in extents {
+            if extent.content == Content::Zero {
+                let installed = missing.pager.install_zeros(extent.range);
+                missing.arrived(extent.range, installed.map_err(MigrationError::link(&self.peer))?);
+                continue;
+            }
+            for (_, _, piece) in layout.split(extent.range) {
+                let mut first = piece.first;
+                while first < piece.end() {
+                    let end = piece.end().min((first / STRIPE_PAGES + 1) * STRIPE_PAGES);
+                    let range = PageRange::new(first, end - first);
+                    let reader = &mut self.reader;
+                    let installed = missing.pager.install(range, &mut |slices| match &mut checked {
+                        None => reader.read_ram(slices),
+                        Some((buffer, at)) => {
+                            for slice in slices {
+                                slice.copy_from(&buffer[*at..*at + slice.len()]);
+                                *at += slice.len();
+                            }
+                            Ok(())
+                        }
+                    });
+                    missing.arrived(range, installed.map_err(MigrationError::link(&self.peer))?);
+                    first = end;
+                }
+            }
+        }
+        if let Some((buffer, _)) = checked {
+            self.buffer = buffer;
+        }
         Ok(())
     }
 

@@ -40,7 +40,15 @@ pub(super) struct Job {
     pub(super) stop: Arc<AtomicBool>,
 }
 
-/// How a lane came to the end of a round.
+/// What a lane is asked for.
+pub(super) enum Work {
+    /// Its part of a round.
+    Round(Job),
+    /// These pages, which nobody else sends, as part of this generation.
+    Push(PageRange, u32),
+}
+
+/// How a lane came to the end of a piece of work.
 pub(super) struct LaneDone {
     pub(super) lane: u16,
     /// The first stripe that was not sent, if the round was stopped.
@@ -78,10 +86,16 @@ struct Batch<'a> {
 }
 
 impl Lane {
-    /// Serves rounds until the sender of jobs is gone or the link fails.
-    pub(super) fn run(mut self, jobs: mpsc::Receiver<Job>, inputs: mpsc::Sender<Input>) {
-        while let Ok(job) = jobs.recv() {
-            let done = self.round(&job);
+    /// Works until the sender of work is gone or the link fails.
+    pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
+        while let Ok(work) = jobs.recv() {
+            let done = match work {
+                Work::Round(job) => self.round(&job),
+                Work::Push(range, generation) => {
+                    let lane = self.index;
+                    self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None })
+                }
+            };
             let failed = done.is_err();
             // the engine may be gone already, having failed for another reason
             if inputs.send(Input::Lane(done)).is_err() || failed {
@@ -119,6 +133,15 @@ impl Lane {
         let bytes = end.encode(0, self.sequence, job.generation);
         self.write(&bytes, &[])?;
         Ok(LaneDone { lane: self.index, stopped_at })
+    }
+
+    /// Sends a run of pages.
+    pub(super) fn push(&mut self, range: PageRange, generation: u32) -> Result<(), MigrationError> {
+        let (ram, mut batch) = (self.ram.clone(), Batch::default());
+        for (_, _, piece) in ram.layout().split(range) {
+            self.add(&mut batch, &*ram, piece, generation)?;
+        }
+        self.flush(&mut batch, generation)
     }
 
     /// Adds a run of pages inside one region.

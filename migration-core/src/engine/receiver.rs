@@ -18,20 +18,23 @@ use super::{
     control::{ControlReader, ControlWriter},
     handle::lock,
     install::LaneReceiver,
+    missing::Missing,
+    serve::{add_missing, missing_frames},
     session::Session,
 };
 use crate::{
-    MigrationError,
+    MigrationError, PageSet,
     channel::{Channel, Closer, Halves, Listener, ReadHalf},
     codec::DecodeError,
+    pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     state::VmState,
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
-        Control, ErrorCode, FEATURES, Hello, LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION,
-        Welcome, negotiate,
+        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello, LaneKind, MAX_STREAMS,
+        OLDEST_VERSION, Preamble, SessionToken, VERSION, Welcome, negotiate,
     },
 };
 
@@ -99,6 +102,8 @@ struct Hub {
     bytes: Arc<AtomicU64>,
     /// Ends each open connection; `None` once the receiver has ended.
     closers: Mutex<Option<HashMap<u64, Arc<dyn Closer>>>>,
+    /// Threads that serve faults.
+    watchers: Mutex<Vec<Box<dyn Joiner>>>,
 }
 
 struct State {
@@ -107,12 +112,22 @@ struct State {
     session: Option<Arc<Session>>,
     /// Counts control lanes that were attached; only the last one speaks for the session.
     attachment: u64,
+    /// Pages that the source has said will be missing.
+    listed: PageSet,
+    pager: Option<Arc<dyn Pager>>,
 }
 
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
-        let state = State { machine: DestinationMachine::new(), vm: None, session: None, attachment: 0 };
+        let state = State {
+            machine: DestinationMachine::new(),
+            vm: None,
+            session: None,
+            attachment: 0,
+            listed: PageSet::default(),
+            pager: None,
+        };
         let hub = Hub {
             options,
             host: Mutex::new(host),
@@ -121,6 +136,7 @@ impl Receiver {
             finished: AtomicBool::new(false),
             bytes: Arc::default(),
             closers: Mutex::new(Some(HashMap::new())),
+            watchers: Mutex::default(),
         };
         Self { hub: Arc::new(hub) }
     }
@@ -182,6 +198,10 @@ impl Receiver {
         for (_, thread) in threads {
             thread.join();
         }
+        let watchers = std::mem::take(&mut *lock(&hub.watchers));
+        for thread in watchers {
+            thread.join();
+        }
         result
     }
 }
@@ -234,7 +254,7 @@ impl Hub {
         self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
     }
 
-    fn serve(&self, id: u64, channel: Box<dyn Channel>) {
+    fn serve(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>) {
         let peer = channel.peer();
         if let Err(error) = self.introduce(id, channel, &peer) {
             self.bad_peer(&peer, &error.to_string());
@@ -242,7 +262,7 @@ impl Hub {
     }
 
     /// Reads the preamble of a new connection and lets it do what it is for.
-    fn introduce(&self, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
+    fn introduce(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
         let link = || MigrationError::link(peer);
         let Halves { mut reader, mut writer, closer } = channel.split().map_err(link())?;
         let closer: Arc<dyn Closer> = closer.into();
@@ -264,8 +284,18 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
-        if preamble.kind == LaneKind::Bulk {
-            return self.bulk(preamble, reader, closer, peer);
+        match preamble.kind {
+            LaneKind::Bulk => {
+                let session = self.session(preamble.session)?;
+                session.attach(preamble.index, closer)?;
+                return self.pages(session, preamble, reader, peer);
+            }
+            LaneKind::Demand => {
+                let session = self.session(preamble.session)?;
+                session.attach_demand(preamble.index, closer, control.into_half())?;
+                return self.pages(session, preamble, reader, peer);
+            }
+            LaneKind::Control | LaneKind::Reattach => {}
         }
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
         let first = frames.read().inspect_err(|error| {
@@ -290,20 +320,23 @@ impl Hub {
         }
     }
 
-    fn bulk(
+    /// A lane on which pages come.
+    fn pages(
         &self,
+        session: Arc<Session>,
         preamble: Preamble,
         reader: Box<dyn ReadHalf>,
-        closer: Arc<dyn Closer>,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let session = self.session(preamble.session)?;
-        session.attach(preamble.index, closer)?;
         let lane = LaneReceiver::new(preamble.index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
         let error = lane.run();
         if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
             // it has done its part, or was closed because of another lane
             return Ok(());
+        }
+        if session.missing().is_some() && session.is_sealed() {
+            // the VM may run here: what it lacks is waited for, on lanes to come
+            return Err(error);
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
@@ -318,7 +351,7 @@ impl Hub {
 
     /// A source that is in doubt comes back.
     fn reattach(
-        &self,
+        self: &Arc<Self>,
         token: SessionToken,
         (vm, epoch): (VmId, u32),
         mut frames: ControlReader,
@@ -351,7 +384,7 @@ impl Hub {
 
     /// A source begins an attempt.
     fn attempt(
-        &self,
+        self: &Arc<Self>,
         epoch: u32,
         hello: Control,
         mut frames: ControlReader,
@@ -376,8 +409,8 @@ impl Hub {
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
         let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
-        let session = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
-            Ok(session) => session,
+        let (session, features) = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
+            Ok(built) => built,
             Err(error) => {
                 self.lost(attachment, &error.to_string());
                 return Err(error);
@@ -398,7 +431,7 @@ impl Hub {
         (streams, features): (u16, u32),
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
-    ) -> Result<Arc<Session>, MigrationError> {
+    ) -> Result<(Arc<Session>, u32), MigrationError> {
         // a VM of an earlier epoch is void: free it before the new one needs the memory
         self.free_vm("a newer attempt of its source takes its place");
         let ram_bytes = hello.vm.layout.bytes();
@@ -408,20 +441,23 @@ impl Hub {
         } else {
             lock(&self.host).build(&hello.vm)
         };
-        let vm = match built.and_then(|vm| check_layout(vm, &hello)) {
+        let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
             Err(cause) => {
                 control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
                 return Err(MigrationError::Vm { step: "building the VM", cause });
             }
         };
+        let pager = vm.pager();
+        let features = features & granted(pager.as_deref());
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
         let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
         let mut state = self.current(attachment)?;
-        state.vm = Some(vm);
+        state.listed = PageSet::empty(vm.ram().layout().pages());
+        (state.vm, state.pager) = (Some(vm), pager);
         state.session = Some(session.clone());
-        Ok(session)
+        Ok((session, features))
     }
 
     /// Has the source open its lanes, and tells it when everything stands ready for pages.
@@ -446,7 +482,12 @@ impl Hub {
     }
 
     /// Serves a control lane from its second frame on.
-    fn frames(&self, frames: &mut ControlReader, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+    fn frames(
+        self: &Arc<Self>,
+        frames: &mut ControlReader,
+        session: &Arc<Session>,
+        attachment: u64,
+    ) -> Result<(), MigrationError> {
         loop {
             let (epoch, frame) = frames.read()?;
             if let Flow::End = self.frame(session, attachment, epoch, frame)? {
@@ -468,7 +509,13 @@ impl Hub {
         self.lost(attachment, &why);
     }
 
-    fn frame(&self, session: &Session, attachment: u64, epoch: u32, frame: Control) -> Result<Flow, MigrationError> {
+    fn frame(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        epoch: u32,
+        frame: Control,
+    ) -> Result<Flow, MigrationError> {
         let mut state = lock(&self.state);
         if state.attachment != attachment {
             // a newer lane speaks for the session, or a newer session took its place
@@ -484,10 +531,15 @@ impl Hub {
                 let vm = state.vm.as_mut().ok_or_else(no_vm)?;
                 vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
             }
-            DestinationAction::Load { generation, state: bytes } => {
+            DestinationAction::Missing { first, bitmap } => add_missing(&mut state.listed, first, &bitmap)?,
+            DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
                 session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
                 session.seal(generation)?;
+                if let Some(announced) = post_copy {
+                    // before anything is loaded, which touches RAM
+                    self.arm(session, attachment, generation, announced)?;
+                }
                 let vm_state = VmState::decode(&bytes)?;
                 let mut state = lock(&self.state);
                 if state.attachment != attachment {
@@ -504,12 +556,12 @@ impl Hub {
             DestinationAction::Start { running } => {
                 self.start(&mut state, running);
                 drop(state);
-                session.say(&Control::Running)?;
+                self.answer(session, attachment)?;
                 self.tell_phase();
             }
             DestinationAction::AnswerRunning => {
                 drop(state);
-                session.say(&Control::Running)?;
+                self.answer(session, attachment)?;
             }
             DestinationAction::Discard(why) => {
                 drop(state);
@@ -524,11 +576,98 @@ impl Hub {
         Ok(Flow::Continue)
     }
 
+    /// Readies the VM to run without the pages that were listed.
+    fn arm(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        last: u32,
+        (announced, lanes): (u64, u16),
+    ) -> Result<(), MigrationError> {
+        session.wait_demand(lanes, self.options.idle_timeout)?;
+        let (pager, pages) = {
+            let mut state = self.current(attachment)?;
+            let pager = state.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "not agreed on"))?;
+            (pager, std::mem::take(&mut state.listed))
+        };
+        if pages.len() != announced || lanes == 0 {
+            let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
+            return Err(DecodeError::invalid("missing pages", why).into());
+        }
+        let granule = pager.granule();
+        if granule > 1 && pages.ranges().any(|r| r.first % granule != 0 || r.count % granule != 0) {
+            return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
+        }
+        pager.arm(&pages).map_err(MigrationError::vm("watching for missing pages"))?;
+        let missing = Arc::new(Missing::new(pager, pages, last + 1, lanes, self.bytes.clone()));
+        session.set_missing(&missing)?;
+        for number in 0..usize::from(lanes) {
+            let (hub, missing) = (self.clone(), missing.clone());
+            let body = Box::new(move || {
+                if let Err(error) = missing.watch(number) {
+                    let why = format!("faults are not served any more: {error}");
+                    hub.options.observer.event(&Event::Warning(why));
+                }
+            });
+            self.watcher(Role::Demand, "mig-fault", body)?;
+        }
+        let (hub, session) = (self.clone(), session.clone());
+        let body = Box::new(move || {
+            if missing.wait_ended() {
+                hub.all_there(&session, &missing);
+            }
+        });
+        self.watcher(Role::Control, "mig-missing", body)
+    }
+
+    fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
+        let thread = self.options.spawner.spawn(role, GuestImpact::Balanced, name, body);
+        let thread = thread.map_err(|cause| MigrationError::Thread { role: "serving faults", cause })?;
+        lock(&self.watchers).push(thread);
+        Ok(())
+    }
+
+    /// No page is missing any more.
+    fn all_there(&self, session: &Session, missing: &Missing) {
+        if let Err(error) = missing.pager.disarm() {
+            self.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
+        }
+        let mut state = lock(&self.state);
+        // before *run* the source may still take the VM back: it is told when the VM has started
+        if state.machine.complete().is_ok() {
+            drop(state);
+            // best effort: a source that does not hear it comes back and asks
+            let _ = session.say(&Control::Complete(missing.summary()));
+            self.tell_phase();
+        }
+    }
+
+    /// The VM runs here: says so, and on a lane that was reattached, what it lacks.
+    fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+        session.say(&Control::Running)?;
+        let Some(missing) = session.missing() else { return Ok(()) };
+        let pages = missing.pages();
+        if pages.is_empty() {
+            self.current(attachment)?.machine.complete()?;
+            return session.say(&Control::Complete(missing.summary()));
+        }
+        if session.was_reattached() {
+            for frame in missing_frames(&pages) {
+                session.say(&frame)?;
+            }
+            session.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })?;
+        }
+        Ok(())
+    }
+
     fn start(&self, state: &mut State, running: bool) {
         let Some(mut vm) = state.vm.take() else { return };
         if let Err(error) = vm.start(running) {
             let why = format!("the VM is owned here but could not be started: {error}");
             self.options.observer.event(&Event::Warning(why));
+        }
+        if let Some(missing) = state.session.as_ref().and_then(|session| session.missing()) {
+            missing.set_vcpus(vm.vcpu_threads());
         }
         lock(&self.host).adopted(vm);
     }
@@ -569,6 +708,15 @@ impl Hub {
     fn tell_phase(&self) {
         let phase = lock(&self.state).machine.phase();
         self.options.observer.event(&Event::Destination(phase));
+    }
+}
+
+/// The feature bits that a VM with this pager supports.
+fn granted(pager: Option<&dyn Pager>) -> u32 {
+    match pager.map(|pager| pager.granule()) {
+        None => FEATURES & !(FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS),
+        Some(HUGE_BLOCK) => FEATURES,
+        Some(_) => FEATURES & !FEATURE_HUGE_BLOCKS,
     }
 }
 

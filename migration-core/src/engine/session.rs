@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
-use super::{control::ControlWriter, handle::lock};
+use super::{control::ControlWriter, handle::lock, missing::Missing};
 use crate::{
     MigrationError,
-    channel::Closer,
+    channel::{Closer, WriteHalf},
     codec::DecodeError,
     ram::GuestRam,
-    wire::{Control, ErrorCode, SessionToken},
+    wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken},
 };
 
 /// One attempt of a source, from its hello on.
@@ -36,15 +36,24 @@ struct LaneState {
     control: Arc<dyn Closer>,
     /// Ends a bulk lane; `None` where it is not attached yet.
     attached: Vec<Option<Arc<dyn Closer>>>,
+    /// Likewise for demand lanes, with what requests are sent by until somebody wants to send some.
+    demand: Vec<Option<DemandLane>>,
+    missing: Option<Arc<Missing>>,
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
     /// Set when the state is about to be loaded: no page may arrive from then on.
     sealed: bool,
+    reattached: bool,
     /// The last generation that all lanes have completed and the source was told of.
     complete: u32,
     /// Why the session is over. Nobody waits for anything in it any more.
     over: Option<String>,
+}
+
+struct DemandLane {
+    closer: Arc<dyn Closer>,
+    writer: Option<Box<dyn WriteHalf>>,
 }
 
 impl Session {
@@ -60,9 +69,12 @@ impl Session {
         let lane_state = LaneState {
             control: closer,
             attached: vec![None; count],
+            demand: (0..MAX_DEMAND_LANES).map(|_| None).collect(),
+            missing: None,
             started: vec![0; count],
             ended: vec![0; count],
             sealed: false,
+            reattached: false,
             complete: 0,
             over: None,
         };
@@ -83,12 +95,69 @@ impl Session {
         lock(&self.control).send(self.epoch, frame)
     }
 
-    /// A new control lane takes the lost one's place.
+    /// A new control lane takes the lost one's place; the other lanes are lost with it.
     pub(super) fn replace_control(&self, control: ControlWriter, closer: Arc<dyn Closer>) {
-        let lost = std::mem::replace(&mut lock(&self.lane_state).control, closer);
+        let mut state = lock(&self.lane_state);
+        let lost = std::mem::replace(&mut state.control, closer);
+        state.reattached = true;
         // somebody may still be writing to it
         lost.close();
+        for lane in state.attached.iter_mut().filter_map(Option::take) {
+            lane.close();
+        }
+        for lane in state.demand.iter_mut().filter_map(Option::take) {
+            lane.closer.close();
+        }
+        drop(state);
         *lock(&self.control) = control;
+    }
+
+    /// A demand lane introduces itself.
+    pub(super) fn attach_demand(
+        &self,
+        index: u16,
+        closer: Arc<dyn Closer>,
+        writer: Box<dyn WriteHalf>,
+    ) -> Result<(), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        if let Some(why) = &state.over {
+            return Err(DecodeError::invalid("session", format!("it is over: {why}")).into());
+        }
+        let missing = state.missing.clone();
+        let Some(place @ None) = state.demand.get_mut(usize::from(index)) else {
+            let why = format!("demand lane {index} is unknown or taken");
+            return Err(DecodeError::invalid("lane index", why).into());
+        };
+        let (writer, at_once) = if missing.is_some() { (None, Some(writer)) } else { (Some(writer), None) };
+        *place = Some(DemandLane { closer, writer });
+        self.changed.notify_all();
+        drop(state);
+        if let (Some(missing), Some(writer)) = (missing, at_once) {
+            missing.attach(index, writer).map_err(MigrationError::link("the source"))?;
+        }
+        Ok(())
+    }
+
+    /// From now on pages go through the pager, and faults to the source.
+    pub(super) fn set_missing(&self, missing: &Arc<Missing>) -> Result<(), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        state.missing = Some(missing.clone());
+        let lanes = state.demand.iter_mut().enumerate();
+        let writers: Vec<_> = lanes.filter_map(|(i, lane)| Some((i, lane.as_mut()?.writer.take()?))).collect();
+        drop(state);
+        for (index, writer) in writers {
+            missing.attach(index as u16, writer).map_err(MigrationError::link("the source"))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn missing(&self) -> Option<Arc<Missing>> {
+        lock(&self.lane_state).missing.clone()
+    }
+
+    pub(super) fn wait_demand(&self, lanes: u16, timeout: Duration) -> Result<(), MigrationError> {
+        let there = |s: &LaneState| s.demand.iter().take(usize::from(lanes)).all(Option::is_some);
+        self.wait_for(timeout, "the source to open its demand lanes", there)
     }
 
     /// A lane introduces itself.
@@ -161,6 +230,10 @@ impl Session {
         Ok(())
     }
 
+    pub(super) fn was_reattached(&self) -> bool {
+        lock(&self.lane_state).reattached
+    }
+
     pub(super) fn is_sealed(&self) -> bool {
         lock(&self.lane_state).sealed
     }
@@ -183,8 +256,12 @@ impl Session {
     pub(super) fn close(&self, why: &str) {
         self.end(why);
         let state = lock(&self.lane_state);
-        for closer in state.attached.iter().flatten().chain([&state.control]) {
+        let demand = state.demand.iter().flatten().map(|lane| &lane.closer);
+        for closer in state.attached.iter().flatten().chain(demand).chain([&state.control]) {
             closer.close();
+        }
+        if let Some(missing) = &state.missing {
+            missing.end();
         }
     }
 

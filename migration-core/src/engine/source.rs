@@ -15,23 +15,24 @@ use std::{
 use bytes::Bytes;
 
 use super::{
-    OnTimeout, SourceOptions,
+    HugePages, OnTimeout, SourceOptions,
     control::{ControlReader, ControlWriter},
     handle::{Commands, Input},
-    lane::{Counters, Job, Lane, stripe_pages, stripes},
+    lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    serve::{DemandLane, Left},
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
-    channel::{Closer, Connector, Halves},
+    channel::{Closer, Connector, Halves, ReadHalf},
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
-    report::{Event, Outcome, PageCounts, Progress, Report, RoundReport},
+    report::{Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
     spawner::{Joiner, Role},
-    strategy::{Link, Round, Running, Strategy, Verbs},
+    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_PAYLOAD_CRC, Hello, LaneKind, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
-        VERSION, Welcome,
+        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello, LaneKind,
+        MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
     },
 };
 
@@ -65,20 +66,20 @@ pub fn migrate(
     engine.settle(result)
 }
 
-struct Engine<'a> {
+pub(super) struct Engine<'a> {
     vm: &'a mut dyn SourceVm,
     connector: &'a dyn Connector,
     strategy: &'static str,
-    options: &'a SourceOptions,
-    inputs: mpsc::Receiver<Input>,
+    pub(super) options: &'a SourceOptions,
+    pub(super) inputs: mpsc::Receiver<Input>,
     tx: mpsc::Sender<Input>,
-    machine: SourceMachine,
+    pub(super) machine: SourceMachine,
     id: VmId,
-    ram: Arc<dyn GuestRam>,
+    pub(super) ram: Arc<dyn GuestRam>,
     session: SessionToken,
     control: Option<ControlWriter>,
     closers: Vec<Box<dyn Closer>>,
-    lanes: Vec<mpsc::Sender<Job>>,
+    pub(super) lanes: Vec<mpsc::Sender<Work>>,
     threads: Vec<Box<dyn Joiner>>,
     counters: Arc<Counters>,
 
@@ -91,10 +92,10 @@ struct Engine<'a> {
     tracked_before: bool,
     tracking: bool,
     /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
-    owed: PageSet,
+    pub(super) owed: PageSet,
     /// Everything harvested, for a tracker that the VMM had started.
     harvested: PageSet,
-    touched: PageSet,
+    pub(super) touched: PageSet,
     last_harvest: Instant,
     round_began: Instant,
     paused_at: Option<Instant>,
@@ -102,7 +103,14 @@ struct Engine<'a> {
     throttle: u8,
     bytes_per_second: f64,
     round_trip: Duration,
-    report: Report,
+    pub(super) report: Report,
+    /// How often each page was dirtied, 255 at most; empty before the first harvest.
+    pub(super) heat: Vec<u8>,
+    pub(super) left: Arc<Left>,
+    pub(super) left_behind: u64,
+    /// What the destination agreed to.
+    features: u32,
+    post_copy_wanted: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -133,6 +141,9 @@ impl<'a> Engine<'a> {
             ram_bytes: ram.layout().bytes(),
             state_bytes: 0,
             pages: PageCounts { total: pages, ..PageCounts::default() },
+            demand_lanes: 0,
+            faults: FaultCounts::default(),
+            recoveries: 0,
             dirty_pages_per_second: None,
             throttle_percent: 0,
         };
@@ -170,11 +181,20 @@ impl<'a> Engine<'a> {
             bytes_per_second: 0.0,
             round_trip: Duration::ZERO,
             report,
+            heat: Vec::new(),
+            left: Arc::default(),
+            left_behind: 0,
+            features: 0,
+            post_copy_wanted: false,
         }
     }
 
     fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
         self.connect()?;
+        if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
+            let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
+            return Err(MigrationError::Blocked(why.into()));
+        }
         strategy.migrate(Running::new(self))?;
         Ok(())
     }
@@ -196,7 +216,8 @@ impl<'a> Engine<'a> {
             SourceEvent::Welcomed(welcome) => Some(welcome),
             _ => None,
         })?;
-        self.open_lanes(&welcome)?;
+        self.accept(&welcome)?;
+        self.open_lanes()?;
         self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
         let asked = Instant::now();
         self.say(&Control::Ping)?;
@@ -209,7 +230,9 @@ impl<'a> Engine<'a> {
     }
 
     fn wanted_features(&self) -> u32 {
-        if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 }
+        let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
+        let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
+        crc | post_copy
     }
 
     /// Opens a control lane and a thread that reads it.
@@ -244,7 +267,7 @@ impl<'a> Engine<'a> {
         self.spawn(Role::Control, "mig-control", body)
     }
 
-    fn open_lanes(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
+    fn accept(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
         let lanes = welcome.streams;
         let unasked = welcome.features & !self.wanted_features();
         if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) || unasked != 0 {
@@ -252,33 +275,52 @@ impl<'a> Engine<'a> {
                 format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
         }
-        self.session = welcome.session;
-        self.report.streams = lanes;
-        let peer = self.connector.address();
-        for index in 0..lanes {
-            let Halves { mut writer, closer, .. } =
-                self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
-            writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
-            let preamble = Preamble::new(LaneKind::Bulk, index, self.session);
-            writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
-            self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
-            self.closers.push(closer);
+        (self.session, self.features, self.report.streams) = (welcome.session, welcome.features, lanes);
+        if welcome.features & FEATURE_POST_COPY != 0 {
+            self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
+        }
+        self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
+        Ok(())
+    }
+
+    pub(super) fn open_lanes(&mut self) -> Result<(), MigrationError> {
+        for index in 0..self.report.streams {
+            let (lane, _) = self.open_lane(LaneKind::Bulk, index)?;
             let (jobs, work) = mpsc::channel();
-            let lane = Lane {
-                index,
-                lanes,
-                ram: self.ram.clone(),
-                writer,
-                peer: peer.clone(),
-                sequence: 0,
-                payload_crc: welcome.features & FEATURE_PAYLOAD_CRC != 0,
-                counters: self.counters.clone(),
-            };
             let tx = self.tx.clone();
             self.spawn(Role::Bulk, &format!("mig-bulk-{index}"), Box::new(move || lane.run(work, tx)))?;
             self.lanes.push(jobs);
         }
+        for index in 0..self.report.demand_lanes {
+            let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
+            // silent for as long as the guest does not fault; that the link lives is seen on the control lane
+            reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
+            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
+            self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
+        }
         Ok(())
+    }
+
+    fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
+        let peer = self.connector.address();
+        let Halves { mut writer, reader, closer } =
+            self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+        let preamble = Preamble::new(kind, index, self.session);
+        writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+        self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.closers.push(closer);
+        let lane = Lane {
+            index,
+            lanes: self.report.streams,
+            ram: self.ram.clone(),
+            writer,
+            peer,
+            sequence: 0,
+            payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
+            counters: self.counters.clone(),
+        };
+        Ok((lane, reader))
     }
 
     fn spawn(&mut self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
@@ -293,7 +335,7 @@ impl<'a> Engine<'a> {
 
     // ---- talking and waiting ---------------------------------------------------------------------------------
 
-    fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+    pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
         let result = self.control.as_mut().ok_or_else(lost)?.send(self.machine.epoch(), frame);
         match result {
@@ -332,30 +374,39 @@ impl<'a> Engine<'a> {
                     }
                 }
                 Some(_) => {}
-                None if Instant::now() >= deadline => {
-                    let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited {timeout:?} for {what}"));
-                    return Err(MigrationError::link(&self.connector.address())(cause));
-                }
                 None => {}
             }
+            self.in_time(deadline, what)?;
         }
+    }
+
+    /// An error when `deadline` has passed.
+    pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited in vain for {what}"));
+        Err(MigrationError::link(&self.connector.address())(cause))
     }
 
     /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
     /// failures of lanes become errors here; pings and progress are seen to.
-    fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+    pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         let tick = (self.last_progress + PROGRESS_INTERVAL).min(deadline);
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
         if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.last_progress = Instant::now();
             self.tell_progress();
             let phase = self.machine.phase();
-            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered) && self.last_ping.elapsed() >= PING_INTERVAL
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
+                && self.last_ping.elapsed() >= PING_INTERVAL
             {
                 self.last_ping = Instant::now();
                 self.say(&Control::Ping)?;
             }
-            if phase == SourcePhase::Copying && self.last_heard.elapsed() >= self.options.idle_timeout {
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving)
+                && self.last_heard.elapsed() >= self.options.idle_timeout
+            {
                 let why = format!("the destination has been silent for {:?}", self.options.idle_timeout);
                 let cause = io::Error::new(io::ErrorKind::TimedOut, why);
                 return Err(MigrationError::link(&self.connector.address())(cause));
@@ -369,6 +420,10 @@ impl<'a> Engine<'a> {
                 }
                 Ok(None)
             }
+            Ok(Input::PostCopy) => {
+                self.post_copy_wanted = true;
+                Ok(Some(Input::PostCopy))
+            }
             Ok(Input::ControlLost(error)) => Err(error),
             Ok(Input::Lane(Err(error))) => Err(match error {
                 MigrationError::Link { .. } => self.last_words(error),
@@ -380,7 +435,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
+    pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.last_heard = Instant::now();
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
@@ -436,7 +491,7 @@ impl<'a> Engine<'a> {
         for lane in &self.lanes {
             let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
             // a lane that is gone has said why, which arrives as an input
-            let _ = lane.send(job);
+            let _ = lane.send(Work::Round(job));
         }
         Ok((generation, stop))
     }
@@ -480,7 +535,11 @@ impl<'a> Engine<'a> {
         let mut error = result.err();
         if self.machine.phase() == SourcePhase::InDoubt {
             let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
-            self.resolve_doubt(first);
+            self.reconnect(first);
+        }
+        if self.machine.phase() == SourcePhase::Serving {
+            // whatever the strategy came to: the destination needs these pages
+            error = self.serve_all(&mut Linear::default()).err();
         }
         if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
@@ -565,15 +624,21 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// *run* was sent and not answered: asks again, on new control lanes, until the destination answers.
-    fn resolve_doubt(&mut self, mut why: String) {
+    /// The link was lost after *run* was sent: asks again, on new control lanes, until the destination answers, and in
+    /// post-copy has said what it lacks.
+    pub(super) fn reconnect(&mut self, mut why: String) {
         let (since, mut told, mut back_off) = (Instant::now(), false, Duration::from_millis(20));
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
             if !told && since.elapsed() >= self.options.in_doubt_grace {
                 told = true;
                 self.finish_report();
-                let reason = format!("run was sent and not answered ({why}); this side never runs the VM again");
+                let reason = match self.machine.phase() {
+                    SourcePhase::Serving => {
+                        format!("the link is lost ({why}); pages that the destination lacks are kept here")
+                    }
+                    _ => format!("run was sent and not answered ({why}); this side never runs the VM again"),
+                };
                 let report = Report { outcome: Outcome::InDoubt, reason: Some(reason), ..self.report.clone() };
                 self.options.observer.event(&Event::InDoubt(Box::new(report)));
             }
@@ -582,6 +647,7 @@ impl<'a> Engine<'a> {
             while self.inputs.try_recv().is_ok() {}
             match self.repeat_run() {
                 Ok(()) => return,
+                Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
             }
             thread::sleep(back_off);
@@ -594,7 +660,11 @@ impl<'a> Engine<'a> {
         for frame in self.machine.reattach(self.id)? {
             self.say(&frame)?;
         }
-        self.await_running()
+        self.await_running()?;
+        if self.machine.phase() == SourcePhase::Serving {
+            self.resume_serving()?;
+        }
+        Ok(())
     }
 
     fn await_running(&mut self) -> Result<(), MigrationError> {
@@ -603,6 +673,52 @@ impl<'a> Engine<'a> {
         if let Some(paused) = self.paused_at {
             self.report.downtime.get_or_insert(paused.elapsed());
         }
+        Ok(())
+    }
+}
+
+impl Engine<'_> {
+    /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.
+    fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        let state = Bytes::from(state.encode());
+        self.report.state_bytes += state.len() as u64;
+        // after saving: that dirtied pages too
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        let rest = Arc::new(rest);
+        let round = if leave {
+            self.leave_behind(PageSet::clone(&rest))?;
+            None
+        } else {
+            Some(self.begin_round(&rest)?.0)
+        };
+        for at in (0..state.len()).step_by(STATE_CHUNK) {
+            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
+        }
+        let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
+        self.say(&offer)?;
+        let (mut ready, mut heard, mut sent) = (false, Instant::now(), 0);
+        let mut lanes = if leave { self.report.streams } else { 0 };
+        while lanes < self.report.streams || !ready {
+            match self.next_input(heard + self.options.setup_timeout)? {
+                Some(Input::Lane(Ok(_))) => lanes += 1,
+                Some(Input::Control(epoch, frame)) => ready |= self.frame(epoch, frame)? == SourceEvent::Ready,
+                _ => {}
+            }
+            // as long as pages move or frames come, somebody is there
+            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
+            if now != sent {
+                (sent, heard) = (now, Instant::now());
+            }
+            self.in_time(heard + self.options.setup_timeout, "the destination to get ready")?;
+        }
+        if let Some(generation) = round {
+            self.end_round(generation, &rest, &[], began);
+        }
+        self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
         Ok(())
     }
 }
@@ -653,7 +769,7 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            if self.timed_out() {
+            if self.timed_out() || self.post_copy_wanted {
                 stop.store(true, Ordering::Relaxed);
             }
         }
@@ -670,6 +786,13 @@ impl Verbs for Engine<'_> {
         }
         if self.tracked_before {
             self.harvested.union_with(&pages);
+        }
+        if self.report.demand_lanes > 0 {
+            self.heat.resize(self.report.pages.total as usize, 0);
+            for page in pages.iter() {
+                let heat = &mut self.heat[page as usize];
+                *heat = heat.saturating_add(1);
+            }
         }
         pages.union_with(&self.owed);
         Ok(pages)
@@ -695,6 +818,9 @@ impl Verbs for Engine<'_> {
             timed_out: self.timed_out(),
             stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
             impact: self.options.impact,
+            can_post_copy: self.report.demand_lanes > 0,
+            post_copy_wanted: self.report.demand_lanes > 0
+                && (self.post_copy_wanted || self.timed_out() && self.options.on_timeout == OnTimeout::PostCopy),
         }
     }
 
@@ -717,46 +843,14 @@ impl Verbs for Engine<'_> {
     }
 
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
-        let began = Instant::now();
-        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
-        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
-        let state = Bytes::from(state.encode());
-        self.report.state_bytes += state.len() as u64;
-        // after saving: that dirtied pages too
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        let rest = Arc::new(rest);
-        let (generation, _stop) = self.begin_round(&rest)?;
-        for at in (0..state.len()).step_by(STATE_CHUNK) {
-            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
-        }
-        let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
-        self.say(&offer)?;
-        let (mut lanes, mut ready, mut heard) = (0, false, Instant::now());
-        let mut sent = 0;
-        while lanes < self.report.streams || !ready {
-            match self.next_input(heard + self.options.setup_timeout)? {
-                Some(Input::Lane(Ok(_))) => lanes += 1,
-                Some(Input::Control(epoch, frame)) => ready |= self.frame(epoch, frame)? == SourceEvent::Ready,
-                _ => {}
-            }
-            // as long as pages move or frames come, somebody is there
-            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
-            if now != sent {
-                (sent, heard) = (now, Instant::now());
-            } else if heard.elapsed() >= self.options.setup_timeout {
-                let cause = io::Error::new(io::ErrorKind::TimedOut, "the destination does not get ready");
-                return Err(MigrationError::link(&self.connector.address())(cause));
-            }
-        }
-        self.end_round(generation, &rest, &[], began);
-        self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
-        Ok(())
+        self.offer(pages, false)
     }
 
     fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
-        if !missing.is_empty() {
-            let why = format!("{} pages are missing at the destination, which has no pager", missing.len());
+        if self.machine.phase() == SourcePhase::Copying {
+            self.offer(missing, true)?;
+        } else if !missing.is_empty() {
+            let why = format!("{} pages are to be left behind, but the state was sent already", missing.len());
             return Err(MigrationError::Blocked(why));
         }
         let run = self.machine.run()?;
@@ -764,5 +858,13 @@ impl Verbs for Engine<'_> {
         self.vm.owner_in_doubt();
         self.say(&run)?;
         self.await_running()
+    }
+
+    fn left_behind(&self) -> u64 {
+        self.left_behind
+    }
+
+    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        self.serve_all(order)
     }
 }

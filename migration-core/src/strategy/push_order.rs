@@ -18,3 +18,31 @@ pub trait PushOrder: Send {
     /// The next pages to push: a run of at most `most` pages, all of them in `unsent`; `None` only when that is empty.
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
 }
+
+/// Ascending.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Linear {
+    at: u64,
+}
+
+impl PushOrder for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn begin(&mut self, _unsent: &PageSet, _heat: &[u8]) {
+        self.at = 0;
+    }
+
+    fn fault(&mut self, _page: u64) {}
+
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
+        let all = unsent.capacity();
+        let found =
+            unsent.ranges_in(PageRange::new(self.at, all - self.at)).next().or_else(|| unsent.ranges().next())?;
+        let block_end = (found.first / 512 + 1) * 512;
+        let range = PageRange::new(found.first, found.count.min(most).min(block_end - found.first));
+        self.at = range.end();
+        Some(range)
+    }
+}
