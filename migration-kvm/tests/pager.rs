@@ -170,8 +170,8 @@ fn touching_sleeps(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.pager.arm(&world.all())?;
     for page in [0, 1500, 2047] {
+        let (done, thread_id) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| -> Outcome {
-            let (done, thread_id) = (AtomicBool::new(false), AtomicU64::new(0));
             let toucher = scope.spawn(|| {
                 // SAFETY: takes no argument and cannot fail.
                 thread_id.store(unsafe { libc::gettid() } as u64, Ordering::SeqCst);
@@ -254,7 +254,8 @@ fn duplicates_keep_their_contents(backing: Backing) -> Outcome {
         expect(world.install(range(0, 16), 2)?, 11, 5)?;
         expect(world.install(range(500, 12), 1)?, 12, 0)?;
         expect(world.install(range(0, 512), 3)?, 512 - 28, 28)?;
-        for (first, count, salt) in [(0, 3, 2), (3, 4, 1), (7, 2, 2), (9, 1, 1), (10, 6, 2), (16, 484, 3), (500, 12, 1)] {
+        for (first, count, salt) in [(0, 3, 2), (3, 4, 1), (7, 2, 2), (9, 1, 1), (10, 6, 2), (16, 484, 3), (500, 12, 1)]
+        {
             world.holds(range(first, count), salt)?;
         }
     } else {
@@ -293,9 +294,7 @@ fn zeros(backing: Backing) -> Outcome {
         ensure(bytes.iter().all(|&b| b == 0), || "not zero".into())
     });
     toucher?;
-    world.pages_of(|page| {
-        if world.block(page) == world.block(600) { Ok(()) } else { world.zeros(range(page, 1)) }
-    })?;
+    world.pages_of(|page| if world.block(page) == world.block(600) { Ok(()) } else { world.zeros(range(page, 1)) })?;
     world.holds(world.block(600), 1)?;
     world.pager.disarm()?;
     world.write(3, b"like any memory")
@@ -330,9 +329,8 @@ fn others_are_left_alone(backing: Backing) -> Outcome {
             world.holds(range(1100, 1), 6)?;
         }
         thread::scope(|scope| {
-            let touchers: Vec<_> = (0..3)
-                .map(|_| scope.spawn(|| world.zeros(range(1024, 64)).map_err(|e| format!("{e:?}"))))
-                .collect();
+            let touchers: Vec<_> =
+                (0..3).map(|_| scope.spawn(|| world.zeros(range(1024, 64)).map_err(|e| format!("{e:?}")))).collect();
             touchers.into_iter().try_for_each(|t| t.join().map_err(|_| "panicked".to_owned())?)
         })?;
         // a page that is discarded while the watch lasts, as by a balloon
@@ -693,7 +691,7 @@ fn stress(backing: Backing) -> Outcome {
                 if faults.is_empty() {
                     return Ok(());
                 }
-                faults.iter().for_each(|f| drop(sender.send(f.page)));
+                faults.iter().for_each(|f| sender.send(f.page).unwrap_or(()));
             }
         };
         let mut others = Vec::new();

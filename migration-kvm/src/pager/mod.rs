@@ -104,10 +104,9 @@ impl UserFaultPager {
         let needs: &[(u64, &str)] = match backing {
             Backing::Anonymous | Backing::TransparentHuge => &[],
             Backing::Memfd => &[(features::MISSING_SHMEM, "MISSING_SHMEM"), (features::MINOR_SHMEM, "MINOR_SHMEM")],
-            Backing::Hugetlb => &[
-                (features::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
-                (features::MINOR_HUGETLBFS, "MINOR_HUGETLBFS"),
-            ],
+            Backing::Hugetlb => {
+                &[(features::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"), (features::MINOR_HUGETLBFS, "MINOR_HUGETLBFS")]
+            }
         };
         let lacking: Vec<_> = needs.iter().filter(|(bit, _)| has & bit == 0).collect();
         if !lacking.is_empty() {
