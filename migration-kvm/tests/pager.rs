@@ -1,6 +1,6 @@
 //! The pager on every backing, over real userfaultfd.
 //!
-//! Without userfaultfd (or huge pages) a trial is ignored and says why; with MIGRATION_REQUIRE_KVM=1 it fails instead.
+//! Without userfaultfd, huge pages or /dev/kvm a trial that needs it is ignored and says why; with MIGRATION_REQUIRE_KVM=1 it fails instead.
 
 use std::{
     fs, io,
@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuExit};
 use libtest_mimic::{Arguments, Failed, Trial};
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
@@ -23,7 +25,7 @@ use migration_core::{
 use migration_kvm::{
     pager::{PagerError, UserFaultPager},
     ram::{Backing, MappedRam},
-    tracker::{UserFault, WriteProtect, features},
+    tracker::{GuestSlots, UserFault, WriteProtect, features},
 };
 
 type Outcome = Result<(), Failed>;
@@ -718,6 +720,76 @@ fn stress(backing: Backing) -> Outcome {
     Ok(())
 }
 
+/// A vCPU, and KVM reading its page tables, sleep for missing pages like any thread.
+fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
+    const CODE: u64 = 0x1000;
+    const TABLES: [u64; 3] = [0x2000, 0x3000, 0x4000];
+    const DOORBELL: u64 = 0x1000_0000;
+    /// `rcx` times: add `[rdi]` to `rax`, advance `rdi` by `rsi`. Then store `rax` at `[rbx]`, where no memory is.
+    const PROGRAM: [u8; 16] =
+        [0x48, 0x03, 0x07, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0x48, 0x89, 0x03, 0xeb, 0xfe];
+
+    let world = World::new(backing)?;
+    let layout = world.ram.layout().clone();
+    let data = layout.region_pages(1).ok_or("no second region")?;
+    let image = MappedRam::new(layout.clone(), Backing::Anonymous)?;
+    let source: &dyn GuestRam = &image;
+    source.write(CODE, &PROGRAM)?;
+    // present, writable, user, accessed, dirty
+    let entry = |to: u64| (to | 0x67).to_le_bytes();
+    source.write(TABLES[0], &entry(TABLES[1]))?;
+    source.write(TABLES[1], &entry(TABLES[2]))?;
+    for i in 0..512 {
+        source.write(TABLES[2] + i * 8, &entry(i << 21 | 0x80))?;
+    }
+    for page in data.pages() {
+        source.write(layout.gpa_of(page).ok_or("no page")?, &page.pow(3).to_le_bytes())?;
+    }
+
+    let vm = Arc::new(Kvm::new()?.create_vm()?);
+    // SAFETY: the VM is new and goes before the RAM does; nothing else keeps it alive.
+    let slots = unsafe { GuestSlots::of_regions(world.ram.clone(), 0)? };
+    slots.install(&vm)?;
+    world.pager.arm(&world.all())?;
+    let answer = |fault: Fault| {
+        let block = world.block(fault.page);
+        let copy = &mut |slices: &[RamSlice<'_>]| {
+            let mut bytes = vec![0; block.bytes() as usize];
+            let from = source.slice(block).map_err(io::Error::other)?;
+            from.copy_to(&mut bytes);
+            slices.iter().for_each(|slice| slice.copy_from(&bytes));
+            Ok(())
+        };
+        world.pager.install(block, copy).map(|_| ())
+    };
+    let sum = world.serve(answer, || -> Result<u64, Failed> {
+        let mut vcpu = vm.create_vcpu(0)?;
+        let mut sregs = vcpu.get_sregs()?;
+        let segment = |selector, type_, l| {
+            let (limit, present, dpl, s, g) = (u32::MAX, 1, 3, 1, 1);
+            kvm_segment { limit, selector, type_, present, dpl, db: 1 - l, s, l, g, ..kvm_segment::default() }
+        };
+        // ring 3: it runs natively also where ring 0 is interpreted
+        sregs.cs = segment(0x33, 0xb, 1);
+        let flat = segment(0x2b, 3, 0);
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (flat, flat, flat, flat, flat);
+        (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8001_0033, TABLES[0], 0x620, 0xd01);
+        vcpu.set_sregs(&sregs)?;
+        let rdi = layout.gpa_of(data.first).ok_or("no page")?;
+        let (rip, rflags, rbx, rcx, rsi) = (CODE, 2, DOORBELL, data.count, PAGE_SIZE as u64);
+        vcpu.set_regs(&kvm_regs { rip, rflags, rbx, rcx, rdi, rsi, ..kvm_regs::default() })?;
+        match vcpu.run()? {
+            VcpuExit::MmioWrite(DOORBELL, bytes) => Ok(u64::from_le_bytes(bytes.try_into()?)),
+            other => Err(format!("unexpected exit {other:?}").into()),
+        }
+    })??;
+    let want: u64 = data.pages().map(|page| page.pow(3)).sum();
+    ensure(sum == want, || format!("the guest read a sum of {sum}, not {want}"))?;
+    let still = world.pager.missing();
+    // code, tables and data; more only as far as a huge page has
+    ensure(still > 0 || world.pager.granule() > 1, || "who touched the rest?".into())
+}
+
 /// Prints what a page costs, by the pages of a call. No assertion.
 fn cost(backing: Backing) -> Outcome {
     const PAGES: u64 = 16 << 8;
@@ -771,6 +843,7 @@ fn main() -> ExitCode {
     let required = std::env::var_os("MIGRATION_REQUIRE_KVM").is_some_and(|v| v == "1");
     let huge = if arguments.list { Err("only listed".to_owned()) } else { HugePages::reserve() };
     let user_fault = UserFault::new().map(|fault| fault.features()).map_err(|e| e.to_string());
+    let no_kvm = Kvm::new().err().map(|e| format!("/dev/kvm: {e}"));
     let mut trials = Vec::new();
     let mut add = |name: &str, backing: Backing, needs: u64, run: Check| {
         let name = format!("{backing}/{name}");
@@ -778,6 +851,7 @@ fn main() -> ExitCode {
             (Err(why), _) => Some(why.clone()),
             (Ok(has), _) if needs & !has != 0 => Some(format!("userfaultfd lacks features {:#x}", needs & !has)),
             (_, Err(why)) if backing == Backing::Hugetlb => Some(why.clone()),
+            _ if name.ends_with("a_guest_runs_on_missing_pages") => no_kvm.clone(),
             _ => None,
         };
         trials.push(match missing {
@@ -814,6 +888,7 @@ fn main() -> ExitCode {
         }
         add("beside_a_tracker", backing, needs | features::WRITE_TRACKING, beside_a_tracker);
         add("a_tracker_comes_and_goes", backing, needs | features::WRITE_TRACKING, a_tracker_comes_and_goes);
+        add("a_guest_runs_on_missing_pages", backing, needs, a_guest_runs_on_missing_pages);
         if backing != Backing::Hugetlb {
             add("across_regions", backing, needs, across_regions);
         }

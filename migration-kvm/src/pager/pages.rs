@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// Aligned, so that the kernel copies it in one piece.
+/// A page of zeros to copy from.
 #[repr(align(4096))]
 struct Zeros([u8; PAGE_SIZE]);
 
@@ -184,10 +184,11 @@ impl Pages {
     pub(super) fn answer(&self, page: u64, kind: Kind) -> io::Result<()> {
         let block = PageRange::new(page - page % self.granule(), self.granule());
         let (fd, at, len) = (self.fd(), self.address(block.first)?, block.bytes());
-        // SAFETY (of all requests below): inside guest RAM, which is never borrowed; none of them changes a page that
-        // has contents.
+        // SAFETY: inside guest RAM, which is never borrowed; a page that has contents is not changed.
         let map = || unsafe { uffd_api::map(fd, at, len) };
+        // SAFETY: as above.
         let zero = || unsafe { uffd_api::zero(fd, at, len) };
+        // SAFETY: as above; used where a block is one page, the length of the static.
         let copy_zeros = || unsafe { uffd_api::copy(fd, at, ZEROS.0.as_ptr() as u64, len) };
         let attempts: [&dyn Fn() -> Progress; 2] = match (self.ram.backing(), kind) {
             (Backing::Anonymous | Backing::TransparentHuge, _) => [&zero, &copy_zeros],
