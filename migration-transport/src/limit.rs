@@ -12,6 +12,7 @@ use std::{
 use migration_core::{
     RamSlice,
     channel::{Channel, Closer, Connector, Halves, WriteHalf},
+    wire::LaneKind,
 };
 
 use crate::{Bandwidth, gather::Gather};
@@ -71,10 +72,19 @@ impl Limiter {
         self.shared.changed.notify_all();
     }
 
+    /// Counts `bytes` without waiting: what is sent later waits the longer.
+    fn charge(&self, bytes: u64) {
+        let mut bucket = self.lock();
+        let next = bucket.next.max(Instant::now()).checked_add(bucket.bandwidth.time_for(bytes));
+        if let (Some(next), true) = (next, bucket.bandwidth != Bandwidth::UNLIMITED) {
+            bucket.next = next;
+        }
+    }
+
     /// Puts the sending direction of `channel` under this limit: for channels that a listener accepted, or where only
     /// some of a connector's channels are to be limited.
     pub fn wrap(&self, channel: Box<dyn Channel>) -> Box<dyn Channel> {
-        Box::new(LimitedChannel { inner: channel, limiter: self.clone() })
+        Box::new(LimitedChannel { inner: channel, limiter: self.clone(), urgent: false })
     }
 
     fn lock(&self) -> MutexGuard<'_, Bucket> {
@@ -176,6 +186,12 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
 
+    /// Only bulk lanes wait for their turn: what others send is counted, at their expense.
+    fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let (inner, limiter) = (self.inner.connect_as(kind)?, self.limiter.clone());
+        Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
+    }
+
     fn address(&self) -> String {
         self.inner.address()
     }
@@ -184,13 +200,19 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
 struct LimitedChannel {
     inner: Box<dyn Channel>,
     limiter: Limiter,
+    urgent: bool,
 }
 
 impl Channel for LimitedChannel {
     fn split(self: Box<Self>) -> io::Result<Halves> {
         let Halves { reader, writer, closer } = self.inner.split()?;
         let closed = Arc::new(AtomicBool::new(false));
-        let writer = LimitedWriter { inner: writer, limiter: self.limiter.clone(), closed: Arc::clone(&closed) };
+        let writer = LimitedWriter {
+            inner: writer,
+            limiter: self.limiter.clone(),
+            closed: Arc::clone(&closed),
+            urgent: self.urgent,
+        };
         let closer = LimitedCloser { inner: closer, limiter: self.limiter, closed };
         Ok(Halves { reader, writer: Box::new(writer), closer: Box::new(closer) })
     }
@@ -204,6 +226,7 @@ struct LimitedWriter {
     inner: Box<dyn WriteHalf>,
     limiter: Limiter,
     closed: Arc<AtomicBool>,
+    urgent: bool,
 }
 
 impl LimitedWriter {
@@ -216,6 +239,10 @@ impl LimitedWriter {
 impl WriteHalf for LimitedWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let mut gather = Gather::new(head, slices);
+        if self.urgent {
+            self.limiter.charge(gather.remaining() as u64);
+            return self.inner.write_all(head, slices);
+        }
         if gather.remaining() <= self.limiter.piece() {
             self.pass(gather.remaining())?;
             return self.inner.write_all(head, slices);

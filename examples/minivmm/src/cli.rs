@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration_core::{engine::OnTimeout, spawner::GuestImpact};
@@ -116,6 +116,8 @@ pub(crate) enum CtlCommand {
     Memory(Memory),
     /// Move the VM.
     Migrate(Migrate),
+    /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
+    PostCopy,
 }
 
 #[derive(Debug, Args)]
@@ -131,16 +133,58 @@ pub(crate) struct Memory {
     pub(crate) out: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+/// How a VM moves, as users write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StrategyKind {
     PreCopy,
     StopAndCopy,
+    PostCopy,
+    Hybrid { rounds: u32 },
+}
+
+impl FromStr for StrategyKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rounds = |text: &str| {
+            let rounds = text.strip_prefix("rounds=").and_then(|n| n.parse().ok()).filter(|n| (1..=100).contains(n));
+            rounds.ok_or_else(|| format!("{text}: rounds=1 to rounds=100 is meant"))
+        };
+        match text.split_once(':').map_or((text, None), |(name, rest)| (name, Some(rest))) {
+            ("pre-copy", None) => Ok(Self::PreCopy),
+            ("stop-and-copy", None) => Ok(Self::StopAndCopy),
+            ("post-copy", None) => Ok(Self::PostCopy),
+            ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
+            ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
+            _ => Err("pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N] is meant".into()),
+        }
+    }
+}
+
+impl fmt::Display for StrategyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PreCopy => f.write_str("pre-copy"),
+            Self::StopAndCopy => f.write_str("stop-and-copy"),
+            Self::PostCopy => f.write_str("post-copy"),
+            Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Huge {
+    /// A fault fetches the whole huge page, which stays one.
+    Whole,
+    /// A fault fetches 4 KiB.
+    Split,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum TimeoutAction {
     Cancel,
     Stop,
+    PostCopy,
 }
 
 impl From<TimeoutAction> for OnTimeout {
@@ -148,6 +192,7 @@ impl From<TimeoutAction> for OnTimeout {
         match action {
             TimeoutAction::Cancel => OnTimeout::Cancel,
             TimeoutAction::Stop => OnTimeout::Stop,
+            TimeoutAction::PostCopy => OnTimeout::PostCopy,
         }
     }
 }
@@ -174,9 +219,19 @@ pub(crate) struct Migrate {
     /// Where a minivmm receives: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
-    /// How it moves.
+    /// How it moves: pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N].
     #[arg(long, default_value = "pre-copy")]
     pub(crate) strategy: StrategyKind,
+    /// In post-copy, in which order pages are pushed that nobody waits for: linear, bubbling,
+    /// multi-pivot[:k=7,dir=dual], hot-first or random.
+    #[arg(long, default_value = "multi-pivot", value_parser = push_order)]
+    pub(crate) push_order: String,
+    /// Connections for pages that the guest waits for; 0 rules post-copy out.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub(crate) demand_lanes: u16,
+    /// In post-copy, what a fault on a transparent huge page fetches.
+    #[arg(long, default_value = "split")]
+    pub(crate) huge: Huge,
     /// Connections for pages.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=128))]
     pub(crate) streams: u16,
@@ -294,4 +349,10 @@ mod tests {
         assert_eq!(number("0x100000"), Ok(1 << 20));
         assert!(number("zz").is_err());
     }
+}
+
+/// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
+fn push_order(text: &str) -> Result<String, String> {
+    migration_core::strategy::parse_push_order(text).map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
 }

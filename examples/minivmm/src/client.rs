@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Impact, Migrate, StrategyKind, TimeoutAction},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, TimeoutAction},
     control::{MigrateRequest, Request, ask},
     report,
 };
@@ -71,26 +71,28 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
         CtlCommand::Migrate(m) => Request::Migrate(migrate_request(m)),
+        CtlCommand::PostCopy => Request::PostCopy,
     })
-}
-
-pub(crate) fn strategy_name(kind: StrategyKind) -> &'static str {
-    match kind {
-        StrategyKind::PreCopy => "pre-copy",
-        StrategyKind::StopAndCopy => "stop-and-copy",
-    }
 }
 
 fn migrate_request(args: &Migrate) -> MigrateRequest {
     let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     MigrateRequest {
         to: args.to.to_string(),
-        strategy: strategy_name(args.strategy).into(),
+        strategy: args.strategy.to_string(),
         streams: args.streams,
         downtime_limit_us: us(args.downtime_limit),
         bandwidth_bits: args.bandwidth.bits_per_second().unwrap_or(0),
         timeout_us: us(args.timeout),
-        stop_on_timeout: matches!(args.on_timeout, TimeoutAction::Stop),
+        on_timeout: match args.on_timeout {
+            TimeoutAction::Cancel => "cancel",
+            TimeoutAction::Stop => "stop",
+            TimeoutAction::PostCopy => "post-copy",
+        }
+        .into(),
+        push_order: args.push_order.clone(),
+        demand_lanes: args.demand_lanes,
+        whole_huge_pages: matches!(args.huge, Huge::Whole),
         impact: match args.guest_impact {
             Impact::Low => "low",
             Impact::Balanced => "balanced",

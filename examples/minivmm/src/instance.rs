@@ -8,17 +8,18 @@ use std::{
 };
 
 use migration_core::{
-    engine::{Controller, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
+    engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::DestinationPhase,
     report::{Event, Observer, Progress, Report},
     spawner::GuestImpact,
-    strategy::{PreCopy, StopAndCopy, Strategy},
+    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, parse_push_order},
 };
 use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
 use serde_json::{Value, json};
 
 use crate::{
+    cli::StrategyKind,
     control::{MigrateRequest, Request},
     report,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
@@ -170,6 +171,7 @@ impl Instance {
             Request::Resume => self.home("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
             Request::Cancel => self.cancel(),
             Request::Adopt => self.adopt(),
+            Request::PostCopy => self.post_copy(),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Migrate(request) => self.migrate(&request, progress),
@@ -258,6 +260,12 @@ impl Instance {
         Err(format!("cancel: too late, the migration is {}", outcome.as_str().unwrap_or("in doubt")))
     }
 
+    fn post_copy(&self) -> Result<Value, String> {
+        let controller = self.lock().controller.clone().ok_or("post-copy: no migration is under way")?;
+        controller.post_copy();
+        Ok(json!({"asked": true}))
+    }
+
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
         receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
@@ -273,10 +281,12 @@ impl Instance {
 
     fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let mut strategy: Box<dyn Strategy> = match request.strategy.as_str() {
-            "pre-copy" => Box::new(<PreCopy>::default()),
-            "stop-and-copy" => Box::new(StopAndCopy),
-            other => return Err(format!("no strategy {other}")),
+        let order = parse_push_order(&request.push_order).map_err(|e| e.to_string())?;
+        let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
+            StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
+            StrategyKind::StopAndCopy => Box::new(StopAndCopy),
+            StrategyKind::PostCopy => Box::new(PostCopy { order }),
+            StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
         let machine = self.home("migrate")?;
         let (tx, updates) = std::sync::mpsc::channel();
@@ -294,7 +304,13 @@ impl Instance {
             streams: request.streams,
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
             timeout: (!timeout.is_zero()).then_some(timeout),
-            on_timeout: if request.stop_on_timeout { OnTimeout::Stop } else { OnTimeout::Cancel },
+            on_timeout: match request.on_timeout.as_str() {
+                "stop" => OnTimeout::Stop,
+                "post-copy" => OnTimeout::PostCopy,
+                _ => OnTimeout::Cancel,
+            },
+            demand_lanes: request.demand_lanes,
+            huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
             impact,
             payload_crc: request.checksum,
             // the thread that received the VM may still wait for its source's last word

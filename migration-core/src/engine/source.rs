@@ -239,7 +239,7 @@ impl<'a> Engine<'a> {
     fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
         let peer = self.connector.address();
         let Halves { mut reader, mut writer, closer } =
-            self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+            self.connector.connect_as(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
@@ -304,7 +304,7 @@ impl<'a> Engine<'a> {
     fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
         let peer = self.connector.address();
         let Halves { mut writer, reader, closer } =
-            self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+            self.connector.connect_as(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
         let preamble = Preamble::new(kind, index, self.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;

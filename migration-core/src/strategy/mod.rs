@@ -17,7 +17,8 @@ use std::time::Duration;
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
-pub use push_order::{Linear, PushOrder};
+#[allow(missing_docs)]
+pub use push_order::{Linear, PushOrder, parse_push_order};
 pub use stop_and_copy::StopAndCopy;
 
 use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};

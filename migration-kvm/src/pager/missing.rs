@@ -37,6 +37,10 @@ impl Missing {
         self.lock().missing.len()
     }
 
+    pub(super) fn contains(&self, page: u64) -> bool {
+        self.lock().missing.contains(page)
+    }
+
     /// Somebody touched `page`, and sleeps: whether it is missing.
     pub(super) fn touched(&self, page: u64) -> bool {
         let mut state = self.lock();

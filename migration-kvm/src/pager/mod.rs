@@ -131,6 +131,11 @@ impl UserFaultPager {
         self.missing.len()
     }
 
+    /// Whether `page` is missing: looking at it would wait.
+    pub fn is_missing(&self, page: u64) -> bool {
+        self.missing.contains(page)
+    }
+
     fn modes(&self) -> Modes {
         let shared = self.pages.ram().backing().is_shared();
         if shared { Modes::MISSING | Modes::MINOR } else { Modes::MISSING }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Weak};
 
 use migration_core::{
     GuestRam,
+    pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError},
@@ -157,6 +158,14 @@ struct MachineDestination(Arc<Machine>);
 impl DestinationVm for MachineDestination {
     fn ram(&self) -> Arc<dyn GuestRam> {
         self.0.ram.clone()
+    }
+
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        Some(self.0.pager()?)
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        self.0.processors.threads()
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
