@@ -180,6 +180,11 @@ impl MappedRam {
         Ok(())
     }
 
+    /// Takes the page table entries of `range` away. Shared memory keeps its contents; private memory loses them.
+    pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
+        self.advise(range, Advice::Drop, "unmap memory")
+    }
+
     fn advise(&self, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {
         self.check(range)?;
         for (region, offset, piece) in self.layout.split(range) {
