@@ -42,8 +42,9 @@ use missing::{Claim, Missing};
 use pages::Pages;
 use staging::Pool;
 
+/// Pages that are installed together where memory can be split.
 const GRANULE: u64 = 1;
-/// Pages in a huge page.
+/// Pages in a huge page: those of hugetlb memory are installed together.
 const HUGE_BLOCK: u64 = HUGE_PAGE_SIZE / migration_core::PAGE_SIZE as u64;
 /// Zeros are installed by so many pages at a time (1 GiB), to hold the record's lock for microseconds only.
 const ZERO_STEP: u64 = 1 << 18;
