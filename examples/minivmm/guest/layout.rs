@@ -18,6 +18,10 @@ pub const BOARD_MAGIC: u64 = 0x314b_524f_4d4d_564d;
 pub const BOARD_VERSION: u32 = 1;
 /// First word of the parameter page ("MVMMPAR1").
 pub const PARAMS_MAGIC: u64 = 0x3152_4150_4d4d_564d;
+/// Buckets of the durations of accesses on the board: eight to each doubling, so that a bucket is at most an eighth wide.
+pub const ACCESS_BUCKETS: usize = 192;
+/// The first bucket begins at two to the power of this, in ticks: 20 µs even on a clock of 205 MHz.
+const ACCESS_FIRST: u32 = 12;
 /// Longest workload spec that the parameter page takes.
 pub const MAX_SPEC: usize = 2048;
 
@@ -50,6 +54,30 @@ pub mod board {
     pub const RECORDS: usize = 0x100;
     /// Bytes of a CPU's record: a cache line of its own.
     pub const RECORD_SIZE: usize = 64;
+    /// u64: ticks from which the access to a page is counted; 0 if the workload does not measure accesses.
+    pub const ACCESS_LIMIT: usize = 0x500;
+    /// u64: the longest access, in ticks.
+    pub const ACCESS_LONGEST: usize = 0x508;
+    /// [`super::ACCESS_BUCKETS`] u64: accesses of all CPUs by their duration, see [`super::access_bucket`]. Forgotten together with the
+    /// longest gaps, see [`CONTROL`].
+    pub const ACCESS_COUNTS: usize = 0x600;
+}
+
+/// The bucket of a duration in ticks. Those that are shorter or longer than all buckets go to the first and the last.
+#[allow(dead_code)] // The guest's half.
+pub const fn access_bucket(ticks: u64) -> usize {
+    if ticks < 1 << ACCESS_FIRST {
+        return 0;
+    }
+    let doubling = ticks.ilog2();
+    let bucket = ((doubling - ACCESS_FIRST) as usize) * 8 + (ticks >> (doubling - 3) & 7) as usize;
+    if bucket < ACCESS_BUCKETS { bucket } else { ACCESS_BUCKETS - 1 }
+}
+
+/// Where a bucket begins, in ticks. Also for the one behind the last.
+#[allow(dead_code)] // The host's half.
+pub const fn access_bucket_start(bucket: usize) -> u64 {
+    (8 + bucket as u64 % 8) << (ACCESS_FIRST as usize - 3 + bucket / 8)
 }
 
 /// Offsets in a CPU's record on the board, all u64.

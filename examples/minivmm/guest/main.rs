@@ -12,7 +12,7 @@
 //! | memory.rs | RAM, areas of pages |
 //! | cpu.rs | heartbeat, counters, errors |
 //! | page.rs | what a page contains |
-//! | writers.rs, programs.rs | the workloads |
+//! | writers.rs, touches.rs, programs.rs, regions.rs | the workloads |
 
 #![no_std]
 #![no_main]
@@ -24,7 +24,9 @@ mod memory;
 mod page;
 mod platform;
 mod programs;
+mod regions;
 mod spec;
+mod touches;
 mod writers;
 
 use core::cell::UnsafeCell;
@@ -39,6 +41,14 @@ use spec::Spec;
 
 /// What a workload does on each CPU.
 trait Workload {
+    /// Whether it measures its accesses to pages.
+    const MEASURES: bool = false;
+
+    /// What a CPU gets of the workload's area.
+    fn part(area: &Area, index: usize, count: usize) -> Area {
+        area.part(index, count)
+    }
+
     /// Whether the CPU needs its LAPIC timer, and how often a second it ticks.
     fn timer_hz(_spec: &Spec<'_>) -> Option<u64> {
         None
@@ -123,8 +133,11 @@ extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
         "one-edge" => run::<writers::OneEdge>(&mut cpu, plan),
         "touch" => run::<writers::Touch>(&mut cpu, plan),
         "rate" => run::<writers::Rate>(&mut cpu, plan),
-        "random" => run::<writers::Random>(&mut cpu, plan),
+        "sequential" => run::<touches::Sequential>(&mut cpu, plan),
+        "random" => run::<touches::Random>(&mut cpu, plan),
+        "storm" => run::<touches::Storm>(&mut cpu, plan),
         "hot" => run::<writers::Hot>(&mut cpu, plan),
+        "quicksort" if plan.spec.value("regions") != 0 => run::<regions::Sorters>(&mut cpu, plan),
         "quicksort" => run::<programs::Quicksort>(&mut cpu, plan),
         "kv" => run::<programs::KeyValue>(&mut cpu, plan),
         "churn" => run::<programs::Churn>(&mut cpu, plan),
@@ -195,7 +208,7 @@ fn lay_out(spec: &Spec<'_>, mut ram: Area) -> (Area, Area) {
         let work = ram.take(8 * MAX_CPUS as u64);
         return (work, ram.take(data));
     }
-    let work = ram.take(pages("size"));
+    let work = ram.take(spec.area().div_ceil(PAGE_SIZE));
     // The hot area is a part of the data.
     let part = if spec.info.name == "hot" { work.pages() } else { 0 };
     (work, ram.take(data.saturating_sub(part)))
@@ -263,7 +276,10 @@ impl Data {
 fn run<W: Workload>(cpu: &mut Cpu, plan: &'static Plan) -> ! {
     let spec = &plan.spec;
     let mut data = Data::fill(cpu, plan.data.part(cpu.index, cpu.count), mix(spec.value("seed"), 0xda7a));
-    let mut work = W::prepare(cpu, plan.work.part(cpu.index, cpu.count), spec);
+    let mut work = W::prepare(cpu, W::part(&plan.work, cpu.index, cpu.count), spec);
+    if W::MEASURES {
+        cpu.measure_accesses();
+    }
     let sleeps = W::timer_hz(spec);
     FILLED.wait(cpu);
     let start = platform::now();

@@ -229,6 +229,7 @@ impl Instance {
                     "heartbeats": w.heartbeats,
                     "operations": w.operations,
                     "longest_gap_us": (w.longest_gap().as_secs_f64() * 1e7).round() / 10.0,
+                    "access_latency_us": report::accesses_to_json(&w),
                     "errors": w.errors,
                     "cpus_online": w.cpus_online,
                     "state": format!("{:?}", w.state).to_lowercase(),

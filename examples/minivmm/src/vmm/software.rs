@@ -71,7 +71,7 @@ impl Plan {
         let work = match spec.info.name {
             "idle" | "sleep" => 0,
             "rate" | "kv" => beside * spec.value("percent") / 100,
-            _ => to_pages(spec.value("size")).min(beside),
+            _ => to_pages(spec.area()).min(beside),
         };
         let plan = Self { first: FIRST_PAGE + data, pages: work / cpus, per_second: spec.value("pages") };
         Ok((plan, data))
