@@ -10,6 +10,8 @@ mod elf;
 mod faults;
 mod moves;
 mod one_edge;
+mod post_copy;
+mod post_copy_faults;
 
 use std::process::ExitCode;
 
@@ -27,6 +29,8 @@ fn main() -> ExitCode {
     convergence::add(&mut suite);
     faults::add(&mut suite);
     one_edge::add(&mut suite);
+    post_copy::add(&mut suite);
+    post_copy_faults::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()
