@@ -55,6 +55,7 @@ pub mod codec;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod histogram;
 pub mod page;
 pub mod page_set;
 pub mod pager;
