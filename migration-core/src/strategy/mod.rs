@@ -8,7 +8,7 @@
 
 mod convergence;
 mod precopy;
-mod push_order;
+pub mod push_order;
 mod stop_and_copy;
 
 use std::time::Duration;
