@@ -365,6 +365,6 @@ mod tests {
 
 /// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
 fn push_order(text: &str) -> Result<String, String> {
-    migration_core::strategy::parse_push_order(text).map_err(|e| e.to_string())?;
+    migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
     Ok(text.to_owned())
 }
