@@ -259,6 +259,10 @@ impl WriteHalf for LimitedWriter {
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.inner.set_idle_timeout(timeout)
     }
+
+    fn keep_queue_short(&mut self) {
+        self.inner.keep_queue_short();
+    }
 }
 
 struct LimitedCloser {

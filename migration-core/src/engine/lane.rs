@@ -88,10 +88,15 @@ struct Batch<'a> {
 impl Lane {
     /// Works until the sender of work is gone or the link fails.
     pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
+        let mut pushes = false;
         while let Ok(work) = jobs.recv() {
             let done = match work {
                 Work::Round(job) => self.round(&job),
                 Work::Push(range, generation) => {
+                    if !std::mem::replace(&mut pushes, true) {
+                        // the guest waits for what comes on other lanes
+                        self.writer.keep_queue_short();
+                    }
                     let lane = self.index;
                     self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None })
                 }
