@@ -39,8 +39,6 @@ const PUSHES_AHEAD: usize = 2;
 const PUSH_TIME: Duration = Duration::from_millis(1);
 /// And so long while it does not, on a link that is too slow for a whole block in this time.
 const CALM_PUSH_TIME: Duration = Duration::from_millis(4);
-/// Pages of the first push, when nothing is known of the link.
-const FIRST_PUSH: u64 = 64;
 /// Without a fault for so long, the guest has what it works on, and pushes are as large as they can be.
 const CALM: Duration = Duration::from_millis(20);
 
@@ -64,7 +62,8 @@ impl Pace {
 
     fn most(&self, block: u64) -> u64 {
         if self.rate == 0.0 {
-            return FIRST_PUSH.max(block);
+            // nothing is known of the link yet
+            return LEAST_PUSH.max(block);
         }
         let time = if self.is_calm() { CALM_PUSH_TIME } else { PUSH_TIME };
         ((self.rate * time.as_secs_f64()) as u64).clamp(LEAST_PUSH, STRIPE_PAGES).max(block)
