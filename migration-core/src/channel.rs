@@ -49,6 +49,10 @@ pub trait WriteHalf: Send {
 
     /// How long a write may go without a byte taken by the peer; `None` for ever.
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
+    /// link somebody waits for an answer. A hint; does nothing by default.
+    fn keep_queue_short(&mut self) {}
 }
 
 /// Ends a [`Channel`] from any thread: blocked reads and writes return at once with an error.

@@ -75,6 +75,10 @@ pub trait Pager: Send + Sync {
     /// What the host says.
     fn wake(&self, page: u64) -> io::Result<()>;
 
+    /// Brings memory into its best shape when the watch has ended, for example makes huge pages of small ones. May take a
+    /// while; does nothing by default. Called once, on a thread that nobody waits for.
+    fn settle(&self) {}
+
     /// Ends the watch, once no page is missing.
     ///
     /// # Errors

@@ -28,6 +28,10 @@ const BURST_TIME: Duration = Duration::from_millis(10);
 /// Bytes.
 const MIN_BURST: u64 = 64 << 10;
 
+/// How much of the limit goes to what is urgent, if there is so much of it: enough that it hardly waits, and not all, as
+/// one may wait for the rest too (a fault, for a page that is being pushed).
+const URGENT_SHARE: f64 = 0.75;
+
 /// A bandwidth limit that any number of writers share: a token bucket of 10 ms worth, or 64 KiB if that is more.
 ///
 /// It counts what is handed to channels, without the headers of lower layers. Clones are the same limit.
@@ -48,6 +52,8 @@ struct Bucket {
     /// When everything that was let pass will have been sent at exactly the limit. The bucket is full when that is a
     /// burst's time ago.
     next: Instant,
+    /// Likewise for what is urgent, at its share of the limit.
+    urgent: Instant,
     /// Counts changes of the limit. Who waits under an older one asks again.
     generation: u64,
 }
@@ -55,7 +61,7 @@ struct Bucket {
 impl Limiter {
     /// A limit of `bandwidth`.
     pub fn new(bandwidth: Bandwidth) -> Self {
-        let bucket = Bucket { bandwidth, next: Instant::now(), generation: 0 };
+        let bucket = Bucket { bandwidth, next: Instant::now(), urgent: Instant::now(), generation: 0 };
         Self { shared: Arc::new(Shared { bucket: Mutex::new(bucket), changed: Condvar::new() }) }
     }
 
@@ -67,18 +73,10 @@ impl Limiter {
     /// Changes the limit, for writes that wait already as well.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         let mut bucket = self.lock();
-        *bucket = Bucket { bandwidth, next: Instant::now(), generation: bucket.generation + 1 };
+        let now = Instant::now();
+        *bucket = Bucket { bandwidth, next: now, urgent: now, generation: bucket.generation + 1 };
         drop(bucket);
         self.shared.changed.notify_all();
-    }
-
-    /// Counts `bytes` without waiting: what is sent later waits the longer.
-    fn charge(&self, bytes: u64) {
-        let mut bucket = self.lock();
-        let next = bucket.next.max(Instant::now()).checked_add(bucket.bandwidth.time_for(bytes));
-        if let (Some(next), true) = (next, bucket.bandwidth != Bandwidth::UNLIMITED) {
-            bucket.next = next;
-        }
     }
 
     /// Puts the sending direction of `channel` under this limit: for channels that a listener accepted, or where only
@@ -105,6 +103,16 @@ impl Limiter {
 
     /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile.
     pub(crate) fn pass(&self, bytes: u64, closed: &AtomicBool) -> bool {
+        self.pass_as(false, bytes, closed)
+    }
+
+    /// The same for bytes that others must not hold up: they may use [`URGENT_SHARE`] of the limit, at the expense of
+    /// the others, to whom the rest is left.
+    fn pass_urgently(&self, bytes: u64, closed: &AtomicBool) -> bool {
+        self.pass_as(true, bytes, closed)
+    }
+
+    fn pass_as(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
             if bucket.bandwidth == Bandwidth::UNLIMITED {
@@ -112,10 +120,20 @@ impl Limiter {
             }
             let burst = BURST_TIME.max(bucket.bandwidth.time_for(MIN_BURST));
             let now = Instant::now();
-            let start = now.checked_sub(burst).map_or(bucket.next, |full| bucket.next.max(full));
+            let time = bucket.bandwidth.time_for(bytes);
+            let full = |next: Instant| now.checked_sub(burst).map_or(next, |full| next.max(full));
             // Writers queue up by reserving their time; a rate so low that the time overflows waits for a new limit.
-            let Some(next) = start.checked_add(bucket.bandwidth.time_for(bytes)) else { return false };
-            bucket.next = next;
+            let all = full(bucket.next).checked_add(time);
+            let start = if urgent {
+                let start = full(bucket.urgent);
+                let Some(next) = start.checked_add(time.div_f64(URGENT_SHARE)) else { return false };
+                bucket.urgent = next;
+                start
+            } else {
+                full(bucket.next)
+            };
+            let Some(all) = all else { return false };
+            bucket.next = all;
             let generation = bucket.generation;
             loop {
                 if closed.load(Ordering::Acquire) {
@@ -186,7 +204,7 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
 
-    /// Only bulk lanes wait for their turn: what others send is counted, at their expense.
+    /// What other lanes than bulk ones send goes first, up to three quarters of the limit.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         let (inner, limiter) = (self.inner.connect_as(kind)?, self.limiter.clone());
         Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
@@ -240,7 +258,8 @@ impl WriteHalf for LimitedWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let mut gather = Gather::new(head, slices);
         if self.urgent {
-            self.limiter.charge(gather.remaining() as u64);
+            let passed = self.limiter.pass_urgently(gather.remaining() as u64, &self.closed);
+            passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))?;
             return self.inner.write_all(head, slices);
         }
         if gather.remaining() <= self.limiter.piece() {
@@ -258,6 +277,10 @@ impl WriteHalf for LimitedWriter {
 
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.inner.set_idle_timeout(timeout)
+    }
+
+    fn keep_queue_short(&mut self) {
+        self.inner.keep_queue_short();
     }
 }
 

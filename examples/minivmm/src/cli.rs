@@ -118,6 +118,18 @@ pub(crate) enum CtlCommand {
     Migrate(Migrate),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
     PostCopy,
+    /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.
+    Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Recover {
+    /// Where the destination listens.
+    #[arg(long, value_name = "URL")]
+    pub(crate) to: Address,
+    /// Show progress.
+    #[arg(long)]
+    pub(crate) progress: bool,
 }
 
 #[derive(Debug, Args)]
@@ -353,6 +365,6 @@ mod tests {
 
 /// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
 fn push_order(text: &str) -> Result<String, String> {
-    migration_core::strategy::parse_push_order(text).map_err(|e| e.to_string())?;
+    migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
     Ok(text.to_owned())
 }

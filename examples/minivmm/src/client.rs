@@ -17,7 +17,15 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
         return usage(ctl.json, "--control SOCK is missing");
     };
     match &ctl.command {
-        CtlCommand::Migrate(args) => migrate(socket, args, ctl.json),
+        CtlCommand::Migrate(args) => {
+            let request = migrate_request(args);
+            let strategy = request.strategy.clone();
+            migrate(socket, &Request::Migrate(request), &strategy, args.progress, ctl.json)
+        }
+        CtlCommand::Recover(args) => {
+            let request = Request::Recover { to: args.to.to_string(), progress: args.progress };
+            migrate(socket, &request, "", args.progress, ctl.json)
+        }
         other => {
             let request = match request(other) {
                 Ok(request) => request,
@@ -70,7 +78,7 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             let out = std::path::absolute(&m.out).map_err(|e| format!("{}: {e}", m.out.display()))?;
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
-        CtlCommand::Migrate(m) => Request::Migrate(migrate_request(m)),
+        CtlCommand::Migrate(_) | CtlCommand::Recover(_) => return Err("that waits for a migration".into()),
         CtlCommand::PostCopy => Request::PostCopy,
     })
 }
@@ -104,11 +112,10 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
     }
 }
 
-fn migrate(socket: &Path, args: &Migrate, as_json: bool) -> u8 {
-    let request = migrate_request(args);
-    let strategy = request.strategy.clone();
-    let bar = args.progress.then(Bar::new);
-    let answer = ask(socket, &Request::Migrate(request), |p| {
+/// Sends a request that ends when a migration does, and tells how.
+fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_json: bool) -> u8 {
+    let bar = progress.then(Bar::new);
+    let answer = ask(socket, request, |p| {
         if let Some(bar) = &bar {
             bar.show(p);
         }
@@ -121,7 +128,7 @@ fn migrate(socket: &Path, args: &Migrate, as_json: bool) -> u8 {
             let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
             (report, status)
         }
-        Err(why) => (report::not_begun(&strategy, &why), 1),
+        Err(why) => (report::not_begun(strategy, &why), 1),
     };
     if as_json {
         println!("{report}");

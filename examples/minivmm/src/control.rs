@@ -37,6 +37,10 @@ pub(crate) enum Request {
     },
     Migrate(MigrateRequest),
     PostCopy,
+    Recover {
+        to: String,
+        progress: bool,
+    },
 }
 
 /// Everything about a migration, in plain numbers.

@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -12,7 +12,7 @@ use migration_core::{
     protocol::DestinationPhase,
     report::{Event, Observer, Progress, Report},
     spawner::GuestImpact,
-    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, parse_push_order},
+    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, push_order},
 };
 use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
@@ -48,6 +48,8 @@ struct State {
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
     clients: u32,
+    /// Who waits for the end of the migration under way, or until it is in doubt.
+    waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<PathBuf>,
 }
 
@@ -103,7 +105,7 @@ impl Instance {
         let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told { instance: self.clone(), client: None }),
+            observer: Arc::new(Told(self.clone())),
             ..ReceiverOptions::default()
         };
         let receiver = Receiver::new(Box::new(host), options);
@@ -172,6 +174,7 @@ impl Instance {
             Request::Cancel => self.cancel(),
             Request::Adopt => self.adopt(),
             Request::PostCopy => self.post_copy(),
+            Request::Recover { to, progress: wanted } => self.recover(&to, wanted, progress),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Migrate(request) => self.migrate(&request, progress),
@@ -282,7 +285,7 @@ impl Instance {
 
     fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let order = parse_push_order(&request.push_order).map_err(|e| e.to_string())?;
+        let order = push_order::parse(&request.push_order).map_err(|e| e.to_string())?;
         let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
@@ -290,7 +293,7 @@ impl Instance {
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
         let machine = self.home("migrate")?;
-        let (tx, updates) = std::sync::mpsc::channel();
+        let (tx, updates) = mpsc::channel();
         let impact = match request.impact.as_str() {
             "low" => GuestImpact::Low,
             "fast" => GuestImpact::Fast,
@@ -317,13 +320,14 @@ impl Instance {
             // the thread that received the VM may still wait for its source's last word
             last_epoch: state.receiver.as_ref().map_or(state.epoch, |r| r.epoch()),
             spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told { instance: self.clone(), client: Some(tx.clone()) }),
+            observer: Arc::new(Told(self.clone())),
             ..SourceOptions::default()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
         let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
         let (controller, commands) = Controller::new();
         state.controller = Some(controller);
+        state.waiting = vec![tx];
         state.role = Role::Outgoing;
         state.progress = None;
         drop(state);
@@ -333,27 +337,31 @@ impl Instance {
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
             drop(source);
             instance.ended(&report);
-            // the client may be gone
-            let _ = tx.send(Update::Ended(report::to_json(&report)));
         };
         if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {
             let mut state = self.lock();
             (state.controller, state.role) = (None, Role::Home);
+            state.waiting.clear();
             return Err(format!("migrate: no thread: {error}"));
         }
-        // the client waits for the end, or until the migration is in doubt
-        for update in updates {
-            match update {
-                Update::Progress(p) if request.progress => progress(p),
-                Update::Progress(_) => {}
-                Update::Ended(report) => return Ok(report),
-            }
-        }
-        Err("migrate: the migration's thread ended without a report".into())
+        await_end(updates, request.progress, progress)
+    }
+
+    fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+        let to: Address = to.parse().map_err(|e| format!("{to}: {e}"))?;
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
+        let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
+        state.waiting.push(tx);
+        drop(state);
+        controller.recover(connector(&to, ConnectOptions::default()).into());
+        await_end(updates, wanted, progress)
     }
 
     fn ended(&self, report: &Report) {
         let mut state = self.lock();
+        state.tell_end(report);
         state.epoch = report.epoch;
         state.last = Some(report::to_json(report));
         state.controller = None;
@@ -387,29 +395,47 @@ enum Update {
 }
 
 /// Passes events on.
-struct Told {
-    instance: Arc<Instance>,
-    client: Option<std::sync::mpsc::Sender<Update>>,
+struct Told(Arc<Instance>);
+
+impl State {
+    /// Answers those who wait for the end.
+    fn tell_end(&mut self, report: &Report) {
+        for client in self.waiting.drain(..) {
+            // it may be gone
+            let _ = client.send(Update::Ended(report::to_json(report)));
+        }
+    }
+}
+
+/// Waits for the end of a migration, or until it is in doubt.
+fn await_end(updates: mpsc::Receiver<Update>, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    for update in updates {
+        match update {
+            Update::Progress(p) if wanted => progress(p),
+            Update::Progress(_) => {}
+            Update::Ended(report) => return Ok(report),
+        }
+    }
+    Err("the migration's thread ended without a report".into())
 }
 
 impl Observer for Told {
     fn event(&self, event: &Event) {
         match event {
             Event::Progress(p) => {
-                self.instance.lock().progress = Some(p.clone());
-                if let Some(client) = &self.client {
-                    let _ = client.send(Update::Progress(report::progress_to_json(p)));
-                }
+                let mut state = self.0.lock();
+                state.progress = Some(p.clone());
+                let shown = report::progress_to_json(p);
+                // who has gone is found out here
+                state.waiting.retain(|client| client.send(Update::Progress(shown.clone())).is_ok());
             }
             Event::InDoubt(report) => {
-                let mut state = self.instance.lock();
+                let mut state = self.0.lock();
                 state.role = Role::InDoubt;
                 state.last = Some(report::to_json(report));
+                state.tell_end(report);
                 drop(state);
-                self.instance.changed.notify_all();
-                if let Some(client) = &self.client {
-                    let _ = client.send(Update::Ended(report::to_json(report)));
-                }
+                self.0.changed.notify_all();
             }
             Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),
             Event::Discarded(why) => eprintln!("minivmm: what was received is discarded: {why}"),

@@ -12,7 +12,7 @@ use crate::{
     channel::WriteHalf,
     ram::{GuestRam, RamSlice},
     tracker::Rearm,
-    wire::{Bulk, Content, Extent, MAX_EXTENTS},
+    wire::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD},
 };
 
 /// Page data in one frame: a few hundred microseconds on a fast link, and one system call.
@@ -77,21 +77,33 @@ pub(super) fn stripe_pages(stripe: u64) -> PageRange {
 }
 
 /// A frame in the making.
-#[derive(Default)]
 struct Batch<'a> {
     extents: Vec<Extent>,
     slices: Vec<RamSlice<'a>>,
     payload: usize,
     pages: u64,
+    /// Most bytes of page data.
+    most: usize,
+}
+
+impl Default for Batch<'_> {
+    fn default() -> Self {
+        Self { extents: Vec::new(), slices: Vec::new(), payload: 0, pages: 0, most: FRAME_PAYLOAD }
+    }
 }
 
 impl Lane {
     /// Works until the sender of work is gone or the link fails.
     pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
+        let mut pushes = false;
         while let Ok(work) = jobs.recv() {
             let done = match work {
                 Work::Round(job) => self.round(&job),
                 Work::Push(range, generation) => {
+                    if !std::mem::replace(&mut pushes, true) {
+                        // the guest waits for what comes on other lanes
+                        self.writer.keep_queue_short();
+                    }
                     let lane = self.index;
                     self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None })
                 }
@@ -137,7 +149,8 @@ impl Lane {
 
     /// Sends a run of pages.
     pub(super) fn push(&mut self, range: PageRange, generation: u32) -> Result<(), MigrationError> {
-        let (ram, mut batch) = (self.ram.clone(), Batch::default());
+        // a block of huge pages in one frame: the destination then takes it in as one
+        let (ram, mut batch) = (self.ram.clone(), Batch { most: MAX_PAYLOAD, ..Batch::default() });
         for (_, _, piece) in ram.layout().split(range) {
             self.add(&mut batch, &*ram, piece, generation)?;
         }
@@ -158,7 +171,7 @@ impl Lane {
         let mut zero = is_zero(0);
         while at < run.count {
             // the longest stretch of the same kind, as far as a frame holds it
-            let room = if zero { run.count } else { ((FRAME_PAYLOAD - batch.payload) / PAGE_SIZE) as u64 };
+            let room = if zero { run.count } else { ((batch.most - batch.payload) / PAGE_SIZE) as u64 };
             let mut end = at + 1;
             let mut next_zero = zero;
             while end < run.count && end - at < room {
@@ -180,8 +193,7 @@ impl Lane {
                 batch.payload += bytes;
                 self.counters.plain.fetch_add(count, Ordering::Relaxed);
             }
-            if batch.payload >= FRAME_PAYLOAD || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES
-            {
+            if batch.payload >= batch.most || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES {
                 self.flush(batch, generation)?;
             }
             // after a stretch that ended for lack of room the next page has not been looked at
@@ -197,7 +209,8 @@ impl Lane {
         if batch.extents.is_empty() {
             return Ok(());
         }
-        let Batch { extents, slices, payload, pages } = std::mem::take(batch);
+        let next = Batch { most: batch.most, ..Batch::default() };
+        let Batch { extents, slices, payload, pages, .. } = std::mem::replace(batch, next);
         if self.payload_crc {
             // the guest may write between the checksum and the send: both must see the same copy
             let mut copy = vec![0; payload];

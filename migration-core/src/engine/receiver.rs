@@ -615,6 +615,7 @@ impl Hub {
         let body = Box::new(move || {
             if missing.wait_ended() {
                 hub.all_there(&session, &missing);
+                missing.pager.settle();
             }
         });
         self.watcher(Role::Control, "mig-missing", body)

@@ -1,6 +1,7 @@
 //! Post-copy at the source: what was left behind is sent, to whoever waits first, and the lost link is waited out.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -32,6 +33,62 @@ use crate::{
 const LEAST_PUSH: u64 = 16;
 /// Pushes that a lane is given ahead, so that it does not idle until the next one is chosen.
 const PUSHES_AHEAD: usize = 2;
+
+/// A push takes about so long while the guest faults: a new fault then changes soon what comes next, and what it waits for
+/// is not far behind.
+const PUSH_TIME: Duration = Duration::from_millis(1);
+/// And so long while it does not, on a link that is too slow for a whole block in this time.
+const CALM_PUSH_TIME: Duration = Duration::from_millis(4);
+/// Without a fault for so long, the guest has what it works on, and pushes are as large as they can be.
+const CALM: Duration = Duration::from_millis(20);
+
+/// How much to push at a time.
+struct Pace {
+    last_fault: Option<Instant>,
+    /// Pages that are pushed a second, lately.
+    rate: f64,
+    since: Instant,
+    under_way: VecDeque<u64>,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { last_fault: None, rate: 0.0, since: Instant::now(), under_way: VecDeque::new() }
+    }
+
+    fn is_calm(&self) -> bool {
+        self.last_fault.is_none_or(|at| at.elapsed() >= CALM)
+    }
+
+    fn most(&self, block: u64) -> u64 {
+        if self.rate == 0.0 {
+            // nothing is known of the link yet
+            return LEAST_PUSH.max(block);
+        }
+        let time = if self.is_calm() { CALM_PUSH_TIME } else { PUSH_TIME };
+        ((self.rate * time.as_secs_f64()) as u64).clamp(LEAST_PUSH, STRIPE_PAGES).max(block)
+    }
+
+    fn fault(&mut self) {
+        self.last_fault = Some(Instant::now());
+    }
+
+    fn pushed(&mut self, pages: u64) {
+        if self.under_way.is_empty() {
+            self.since = Instant::now();
+        }
+        self.under_way.push_back(pages);
+    }
+
+    /// A push is done: about the oldest one.
+    fn done(&mut self) {
+        let Some(pages) = self.under_way.pop_front() else { return };
+        let now = Instant::now();
+        let rate = pages as f64 / (now - self.since).as_secs_f64().max(1e-6);
+        self.since = now;
+        self.rate = if self.rate == 0.0 { rate } else { self.rate + (rate - self.rate) / 8.0 };
+    }
+}
 
 /// The pages that are still to be sent after the hand-over. Whoever sends one takes it out first, so each moves once.
 #[derive(Default)]
@@ -184,14 +241,18 @@ impl Engine<'_> {
         let block = self.left.block.load(Ordering::Relaxed).max(1);
         let generation = self.left.generation.load(Ordering::Relaxed);
         let mut free: Vec<u16> = (0..self.report.streams).flat_map(|lane| [lane; PUSHES_AHEAD]).collect();
-        let mut most = STRIPE_PAGES;
+        let ahead = free.len();
+        let mut pace = Pace::new();
         while self.machine.phase() == SourcePhase::Serving {
-            while let Some(lane) = free.pop() {
-                let Some(range) = self.left.next(order, most) else {
-                    free.push(lane);
-                    break;
-                };
+            let most = pace.most(block);
+            // while the guest waits, a lane gets its next push only when it is done with the last one
+            let least_free = if pace.is_calm() { 0 } else { ahead - ahead / PUSHES_AHEAD };
+            while free.len() > least_free
+                && let Some(range) = self.left.next(order, most)
+                && let Some(lane) = free.pop()
+            {
                 self.report.pages.pushed += range.count;
+                pace.pushed(range.count);
                 if let Some(lane) = self.lanes.get(usize::from(lane)) {
                     // a lane that is gone has said why, which arrives as an input
                     let _ = lane.send(Work::Push(range, generation));
@@ -202,11 +263,10 @@ impl Engine<'_> {
                     self.report.pages.demanded += count;
                     self.report.faults.network += u64::from(count > 0);
                     order.fault(page);
-                    // the guest waits: what is pushed shall not be in the way of what it asks for
-                    most = (most / 2).max(LEAST_PUSH).max(block);
+                    pace.fault();
                 }
                 Some(Input::Lane(Ok(done))) => {
-                    most = (most * 2).min(STRIPE_PAGES);
+                    pace.done();
                     free.insert(0, done.lane);
                 }
                 Some(Input::Control(epoch, frame)) => {

@@ -8,7 +8,6 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -46,6 +45,8 @@ const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
+/// First wait between two attempts to reconnect.
+const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
 const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 
@@ -69,6 +70,8 @@ pub fn migrate(
 pub(super) struct Engine<'a> {
     vm: &'a mut dyn SourceVm,
     connector: &'a dyn Connector,
+    /// Where the user says that the destination is to be found after a loss.
+    elsewhere: Option<Arc<dyn Connector>>,
     strategy: &'static str,
     pub(super) options: &'a SourceOptions,
     pub(super) inputs: mpsc::Receiver<Input>,
@@ -150,6 +153,7 @@ impl<'a> Engine<'a> {
         Self {
             vm,
             connector,
+            elsewhere: None,
             strategy,
             options,
             inputs: commands.rx,
@@ -229,6 +233,10 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    fn connector(&self) -> &dyn Connector {
+        self.elsewhere.as_deref().unwrap_or(self.connector)
+    }
+
     fn wanted_features(&self) -> u32 {
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
         let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
@@ -237,9 +245,12 @@ impl<'a> Engine<'a> {
 
     /// Opens a control lane and a thread that reads it.
     fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
-        let peer = self.connector.address();
-        let Halves { mut reader, mut writer, closer } =
-            self.connector.connect_as(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+        let peer = self.connector().address();
+        let Halves { mut reader, mut writer, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
         // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
@@ -302,9 +313,12 @@ impl<'a> Engine<'a> {
     }
 
     fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
-        let peer = self.connector.address();
-        let Halves { mut writer, reader, closer } =
-            self.connector.connect_as(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+        let peer = self.connector().address();
+        let Halves { mut writer, reader, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
         let preamble = Preamble::new(kind, index, self.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
@@ -386,7 +400,7 @@ impl<'a> Engine<'a> {
             return Ok(());
         }
         let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited in vain for {what}"));
-        Err(MigrationError::link(&self.connector.address())(cause))
+        Err(MigrationError::link(&self.connector().address())(cause))
     }
 
     /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
@@ -409,7 +423,7 @@ impl<'a> Engine<'a> {
             {
                 let why = format!("the destination has been silent for {:?}", self.options.idle_timeout);
                 let cause = io::Error::new(io::ErrorKind::TimedOut, why);
-                return Err(MigrationError::link(&self.connector.address())(cause));
+                return Err(MigrationError::link(&self.connector().address())(cause));
             }
         }
         match input {
@@ -418,6 +432,10 @@ impl<'a> Engine<'a> {
                     self.cancelled = Some(why.clone());
                     return Err(MigrationError::Cancelled(why));
                 }
+                Ok(None)
+            }
+            Ok(Input::Recover(connector)) => {
+                self.elsewhere = Some(connector);
                 Ok(None)
             }
             Ok(Input::PostCopy) => {
@@ -627,7 +645,7 @@ impl<'a> Engine<'a> {
     /// The link was lost after *run* was sent: asks again, on new control lanes, until the destination answers, and in
     /// post-copy has said what it lacks.
     pub(super) fn reconnect(&mut self, mut why: String) {
-        let (since, mut told, mut back_off) = (Instant::now(), false, Duration::from_millis(20));
+        let (mut since, mut told, mut back_off) = (Instant::now(), false, FIRST_BACK_OFF);
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
             if !told && since.elapsed() >= self.options.in_doubt_grace {
@@ -644,14 +662,26 @@ impl<'a> Engine<'a> {
             }
             self.close();
             // inputs of the lost lanes, which their threads left behind before they ended
-            while self.inputs.try_recv().is_ok() {}
+            while let Ok(input) = self.inputs.try_recv() {
+                if let Input::Recover(connector) = input {
+                    self.elsewhere = Some(connector);
+                }
+            }
             match self.repeat_run() {
                 Ok(()) => return,
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
             }
-            thread::sleep(back_off);
+            let again = Instant::now() + back_off;
             back_off = (back_off * 2).min(MAX_BACK_OFF);
+            while let Ok(input) = self.inputs.recv_timeout(again.saturating_duration_since(Instant::now())) {
+                if let Input::Recover(connector) = input {
+                    self.elsewhere = Some(connector);
+                    // who asks wants to hear how that goes
+                    (since, told, back_off) = (Instant::now(), false, FIRST_BACK_OFF);
+                    break;
+                }
+            }
         }
     }
 

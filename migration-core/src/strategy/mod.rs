@@ -9,7 +9,7 @@
 mod convergence;
 mod post_copy;
 mod precopy;
-mod push_order;
+pub mod push_order;
 mod stop_and_copy;
 
 use std::time::Duration;
@@ -17,8 +17,7 @@ use std::time::Duration;
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
-#[allow(missing_docs)]
-pub use push_order::{Linear, PushOrder, parse_push_order};
+pub use push_order::{Linear, PushOrder};
 pub use stop_and_copy::StopAndCopy;
 
 use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};

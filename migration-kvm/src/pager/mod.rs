@@ -92,6 +92,8 @@ pub struct UserFaultPager {
     /// Held while arming and disarming: whether it is armed.
     armed: Mutex<bool>,
     can_move: bool,
+    /// Pages that were missing when it was armed, and blocks of [`HUGE_BLOCK`] that were not installed as huge pages.
+    split: Mutex<(PageSet, PageSet)>,
 }
 
 impl UserFaultPager {
@@ -123,6 +125,7 @@ impl UserFaultPager {
             faults: Faults::new(fault)?,
             staging: Pool::new(huge),
             armed: Mutex::new(false),
+            split: Mutex::default(),
             can_move: huge && has & features::MOVE != 0,
         })
     }
@@ -135,6 +138,13 @@ impl UserFaultPager {
     /// Whether `page` is missing: looking at it would wait.
     pub fn is_missing(&self, page: u64) -> bool {
         self.missing.contains(page)
+    }
+
+    fn note_split(&self, run: PageRange) {
+        if self.pages.ram().backing() == Backing::TransparentHuge {
+            let mut split = self.split.lock().unwrap_or_else(PoisonError::into_inner);
+            split.1.insert(run.first / HUGE_BLOCK);
+        }
     }
 
     fn modes(&self) -> Modes {
@@ -257,6 +267,8 @@ impl Pager for UserFaultPager {
             Ok(())
         };
         let result = watch();
+        let blocks = PageSet::empty(all.div_ceil(HUGE_BLOCK));
+        *self.split.lock().unwrap_or_else(PoisonError::into_inner) = (missing.clone(), blocks);
         match result {
             Ok(()) => *armed = true,
             Err(_) => {
@@ -286,6 +298,19 @@ impl Pager for UserFaultPager {
         }
     }
 
+    /// Makes huge pages of the blocks that arrived in pieces, as far as all their pages hold data.
+    fn settle(&self) {
+        let (were_missing, blocks) = std::mem::take(&mut *self.split.lock().unwrap_or_else(PoisonError::into_inner));
+        for block in blocks.iter() {
+            let range = PageRange::new(block * HUGE_BLOCK, HUGE_BLOCK);
+            let whole = were_missing.count_in(range) == HUGE_BLOCK && self.pages.is_huge_block(range);
+            // without it the guest is a little slower, until the kernel does it by itself
+            if whole && self.pages.ram().assemble_huge_pages(range).is_err() {
+                return;
+            }
+        }
+    }
+
     fn wake_waiters(&self) {
         self.faults.ring();
     }
@@ -309,6 +334,7 @@ impl Pager for UserFaultPager {
                     run = PageRange::new(range.first + moved, range.count - moved);
                 }
                 if run.count != 0 {
+                    self.note_split(run);
                     already += self.pages.install(run, &staging, range.first, claim)?;
                 }
             }
