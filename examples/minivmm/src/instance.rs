@@ -9,7 +9,7 @@ use std::{
 
 use migration_core::{
     engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
-    protocol::DestinationPhase,
+    protocol::{DestinationPhase, SourcePhase},
     report::{Event, Observer, Progress, Report},
     spawner::GuestImpact,
     strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, push_order},
@@ -436,6 +436,13 @@ impl Observer for Told {
                 state.tell_end(report);
                 drop(state);
                 self.0.changed.notify_all();
+            }
+            Event::Source(SourcePhase::Serving) => {
+                let mut state = self.0.lock();
+                if state.role == Role::InDoubt {
+                    // the destination was found again
+                    state.role = Role::Outgoing;
+                }
             }
             Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),
             Event::Discarded(why) => eprintln!("minivmm: what was received is discarded: {why}"),

@@ -25,8 +25,8 @@ pub(super) enum Input {
     ControlLost(MigrationError),
     /// A lane has done its part of a round, or failed.
     Lane(Result<LaneDone, MigrationError>),
-    /// A page was sent because the destination's guest waits for it, together with this many others.
-    Demanded(u64, u64),
+    /// A page was sent because the destination's guest waits for it.
+    Demanded(u64),
     /// The user cancels, for this reason.
     Cancel(String),
     /// The user wants the hand-over now, and the rest to follow.

@@ -1,6 +1,7 @@
 //! A bulk lane at the destination: receives pages straight into guest RAM.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,6 +14,7 @@ use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::ReadHalf,
     codec::DecodeError,
+    vm::VmError,
     wire::{Bulk, Content, Extent, Header},
 };
 
@@ -177,7 +179,7 @@ impl LaneReceiver {
         for extent in extents {
             if extent.content == Content::Zero {
                 let installed = missing.pager.install_zeros(extent.range);
-                missing.arrived(extent.range, installed.map_err(MigrationError::link(&self.peer))?);
+                missing.arrived(extent.range, installed.map_err(not_installed)?);
                 continue;
             }
             for (_, _, piece) in layout.split(extent.range) {
@@ -185,9 +187,9 @@ impl LaneReceiver {
                 while first < piece.end() {
                     let end = piece.end().min((first / STRIPE_PAGES + 1) * STRIPE_PAGES);
                     let range = PageRange::new(first, end - first);
-                    let reader = &mut self.reader;
+                    let (reader, mut lost) = (&mut self.reader, false);
                     let installed = missing.pager.install(range, &mut |slices| match &mut checked {
-                        None => reader.read_ram(slices),
+                        None => reader.read_ram(slices).inspect_err(|_| lost = true),
                         Some((buffer, at)) => {
                             for slice in slices {
                                 slice.copy_from(&buffer[*at..*at + slice.len()]);
@@ -196,7 +198,9 @@ impl LaneReceiver {
                             Ok(())
                         }
                     });
-                    missing.arrived(range, installed.map_err(MigrationError::link(&self.peer))?);
+                    let failed =
+                        |cause| if lost { MigrationError::link(&self.peer)(cause) } else { not_installed(cause) };
+                    missing.arrived(range, installed.map_err(failed)?);
                     first = end;
                 }
             }
@@ -217,4 +221,9 @@ impl LaneReceiver {
         }
         Ok(())
     }
+}
+
+/// The host could not do it, which is no fault of the link.
+fn not_installed(cause: io::Error) -> MigrationError {
+    MigrationError::Vm { step: "installing missing pages", cause: VmError::because("the pager", cause) }
 }

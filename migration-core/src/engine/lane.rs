@@ -12,7 +12,7 @@ use crate::{
     channel::WriteHalf,
     ram::{GuestRam, RamSlice},
     tracker::Rearm,
-    wire::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD},
+    wire::{Bulk, Content, Extent, HUGE_BLOCK, MAX_EXTENTS, MAX_PAYLOAD},
 };
 
 /// Page data in one frame: a few hundred microseconds on a fast link, and one system call.
@@ -63,6 +63,8 @@ pub(super) struct Lane {
     pub(super) peer: String,
     pub(super) sequence: u32,
     pub(super) payload_crc: bool,
+    /// After the hand-over, pages move in blocks that the destination cannot split.
+    pub(super) whole_blocks: bool,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -152,9 +154,43 @@ impl Lane {
         // a block of huge pages in one frame: the destination then takes it in as one
         let (ram, mut batch) = (self.ram.clone(), Batch { most: MAX_PAYLOAD, ..Batch::default() });
         for (_, _, piece) in ram.layout().split(range) {
-            self.add(&mut batch, &*ram, piece, generation)?;
+            if !self.whole_blocks {
+                self.add(&mut batch, &*ram, piece, generation)?;
+                continue;
+            }
+            for first in piece.pages().step_by(HUGE_BLOCK as usize) {
+                let block = PageRange::new(first, HUGE_BLOCK.min(piece.end() - first));
+                self.add_whole(&mut batch, &*ram, block, generation)?;
+            }
         }
         self.flush(&mut batch, generation)
+    }
+
+    /// Adds a block that the destination can only install as one: all of it is data unless all of it is zero.
+    fn add_whole<'a>(
+        &mut self,
+        batch: &mut Batch<'a>,
+        ram: &'a (dyn GuestRam + 'static),
+        block: PageRange,
+        generation: u32,
+    ) -> Result<(), MigrationError> {
+        let memory = ram.slice(block)?;
+        let (count, bytes) = (block.count, block.count as usize * PAGE_SIZE);
+        let content = if memory.is_zero() { Content::Zero } else { Content::Plain };
+        let full = batch.payload + bytes > batch.most && content == Content::Plain;
+        if full || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES {
+            self.flush(batch, generation)?;
+        }
+        batch.extents.push(Extent { range: block, content });
+        batch.pages += count;
+        if content == Content::Zero {
+            self.counters.zero.fetch_add(count, Ordering::Relaxed);
+        } else {
+            batch.slices.push(memory);
+            batch.payload += bytes;
+            self.counters.plain.fetch_add(count, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Adds a run of pages inside one region.

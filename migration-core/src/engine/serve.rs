@@ -7,6 +7,7 @@ use std::{
         atomic::{AtomicU32, AtomicU64, Ordering},
         mpsc,
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -17,7 +18,7 @@ use super::{
     control::read_frame,
     handle::{Input, lock},
     lane::{Lane, Work},
-    source::Engine,
+    source::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF},
 };
 use crate::{
     MigrationError, PageRange, PageSet,
@@ -98,6 +99,10 @@ pub(super) struct Left {
     pub(super) generation: AtomicU32,
     /// Pages that move together, aligned: 1, or those of a huge page.
     pub(super) block: AtomicU64,
+    /// Pages that were sent because they were asked for, and requests that had some sent. Counted before they go out, so
+    /// that all are counted when the destination has them.
+    pub(super) demanded: AtomicU64,
+    pub(super) requests: AtomicU64,
 }
 
 impl Left {
@@ -160,13 +165,15 @@ impl DemandLane {
             return Err(DecodeError::invalid("generation", why).into());
         }
         for page in pages {
-            let mut count = 0;
-            for range in self.left.claim(page) {
+            let claimed = self.left.claim(page);
+            let count: u64 = claimed.iter().map(|range| range.count).sum();
+            self.left.demanded.fetch_add(count, Ordering::Relaxed);
+            self.left.requests.fetch_add(u64::from(count > 0), Ordering::Relaxed);
+            for range in claimed {
                 self.lane.push(range, generation)?;
-                count += range.count;
             }
             // as above
-            let _ = inputs.send(Input::Demanded(page, count));
+            let _ = inputs.send(Input::Demanded(page));
         }
         Ok(())
     }
@@ -213,7 +220,7 @@ impl Engine<'_> {
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
-        self.left_behind = missing.len();
+        (self.left_behind, self.lacking) = (missing.len(), missing.len());
         self.touched.union_with(&missing);
         // until the hand-over they are the guest's here, and may have to be given back
         self.owed.union_with(&missing);
@@ -225,13 +232,17 @@ impl Engine<'_> {
     /// Sends all that was left behind, across as many losses of the link as come.
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         order.begin(&lock(&self.left.pages), &self.heat);
+        let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() != SourcePhase::Completed {
-            match self.push(order) {
-                Ok(()) => {}
-                Err(error) => {
-                    self.report.recoveries += 1;
-                    self.reconnect(error.to_string());
-                }
+            let Err(error) = self.push(order) else { continue };
+            let lacked = self.lacking;
+            self.reconnect(error.to_string());
+            if self.lacking == lacked && self.machine.phase() == SourcePhase::Serving {
+                // the links work, but no page arrives on them
+                thread::sleep(back_off);
+                back_off = (back_off * 2).min(MAX_BACK_OFF);
+            } else {
+                back_off = FIRST_BACK_OFF;
             }
         }
         Ok(())
@@ -259,9 +270,7 @@ impl Engine<'_> {
                 }
             }
             match self.next_input(Instant::now() + Duration::from_secs(3600))? {
-                Some(Input::Demanded(page, count)) => {
-                    self.report.pages.demanded += count;
-                    self.report.faults.network += u64::from(count > 0);
+                Some(Input::Demanded(page)) => {
                     order.fault(page);
                     pace.fault();
                 }
@@ -302,6 +311,7 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
+        self.lacking = expected;
         self.left.set(missing);
         self.open_lanes()
     }

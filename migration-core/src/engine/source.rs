@@ -46,9 +46,9 @@ const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
-const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
+pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
-const MAX_BACK_OFF: Duration = Duration::from_secs(2);
+pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 
 /// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
 ///
@@ -111,6 +111,8 @@ pub(super) struct Engine<'a> {
     pub(super) heat: Vec<u8>,
     pub(super) left: Arc<Left>,
     pub(super) left_behind: u64,
+    /// How many of them were missing when the destination last said so.
+    pub(super) lacking: u64,
     /// What the destination agreed to.
     features: u32,
     post_copy_wanted: bool,
@@ -188,6 +190,7 @@ impl<'a> Engine<'a> {
             heat: Vec::new(),
             left: Arc::default(),
             left_behind: 0,
+            lacking: 0,
             features: 0,
             post_copy_wanted: false,
         }
@@ -332,6 +335,7 @@ impl<'a> Engine<'a> {
             peer,
             sequence: 0,
             payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
+            whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
             counters: self.counters.clone(),
         };
         Ok((lane, reader))
@@ -624,6 +628,8 @@ impl<'a> Engine<'a> {
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
         report.pages.distinct = self.touched.len();
+        report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
+        report.faults.network = self.left.requests.load(Ordering::Relaxed);
         if let (None, Some(paused)) = (report.downtime, self.paused_at) {
             report.downtime = Some(paused.elapsed());
         }
@@ -645,6 +651,7 @@ impl<'a> Engine<'a> {
     /// The link was lost after *run* was sent: asks again, on new control lanes, until the destination answers, and in
     /// post-copy has said what it lacks.
     pub(super) fn reconnect(&mut self, mut why: String) {
+        self.report.recoveries += 1;
         let (mut since, mut told, mut back_off) = (Instant::now(), false, FIRST_BACK_OFF);
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
@@ -668,7 +675,7 @@ impl<'a> Engine<'a> {
                 }
             }
             match self.repeat_run() {
-                Ok(()) => return,
+                Ok(()) => return self.tell_phase(),
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
             }
@@ -799,7 +806,7 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            if self.timed_out() || self.post_copy_wanted {
+            if self.timed_out() || self.post_copy_wanted && self.report.demand_lanes > 0 {
                 stop.store(true, Ordering::Relaxed);
             }
         }

@@ -53,7 +53,7 @@ impl SourceVm for MachineSource {
     }
 
     fn blocked(&self, strategy: &str) -> Option<String> {
-        self.machine.devices().blocked(strategy)
+        self.machine.blocked().or_else(|| self.machine.devices().blocked(strategy))
     }
 
     fn start(&mut self) -> Result<(), VmError> {

@@ -300,6 +300,13 @@ impl Machine {
         }
     }
 
+    /// Why it cannot move: what has not come yet would be taken for empty.
+    pub(super) fn blocked(&self) -> Option<String> {
+        let missing = self.pager.get().map_or(0, |pager| pager.missing());
+        (missing > 0)
+            .then(|| format!("{missing} pages of the VM are missing: they are on their way from its last host"))
+    }
+
     /// Whether the page at this address can be looked at without waiting for it to come.
     fn is_here(&self, gpa: u64) -> bool {
         let page = self.ram.layout().page_of(gpa);

@@ -1,7 +1,7 @@
 //! Post-copy over links that break, and with peers that die: no page is lost, and the VM has one owner.
 
 use libtest_mimic::Failed;
-use migration_transport::Relay;
+use migration_transport::{Bandwidth, Relay};
 
 use crate::{
     common::{Client, Lab, Outcome, Process, Suite, at_work, ensure, wait_for},
@@ -243,7 +243,11 @@ fn status_while_cut(lab: &Lab) -> Outcome {
         ensure(answer.code == Some(1), || format!("{late} in doubt: {answer:?}"))?;
     }
     ensure(destination.status()?["state"] == "paused", || "not paused any more".into())?;
+    // no doubt any more, though it takes its time
+    relay.set_bandwidth(Bandwidth::from_bits_per_second(20_000_000));
     relay.restore();
+    source.wait_state("outgoing")?;
+    relay.set_bandwidth(Bandwidth::UNLIMITED);
     source.ended_well()?;
     let status = destination.status()?;
     ensure(status["state"] == "paused" && status["workload"]["errors"] == 0, || format!("{status}"))?;
