@@ -87,12 +87,16 @@ pub(crate) fn number(report: &Value, group: &str, name: &str) -> u64 {
 pub(crate) fn moved_each_page_once(report: &Value) -> Outcome {
     let pages = |name: &str| number(report, "pages", name);
     ensure(report["outcome"] == "completed" && report["reason"].is_null(), || format!("{report}"))?;
+    let after = pages("pushed") + pages("demanded");
+    if after == 0 && report["strategy"] == "hybrid" {
+        // the guest has not been scheduled in the last round
+        return ensure(report["faults"].is_null(), || format!("no page was left behind: {report}"));
+    }
     ensure(report["faults"].is_object(), || format!("no faults are told: {report}"))?;
     ensure(number(report, "faults", "duplicates") == 0, || format!("pages came twice: {report}"))?;
     ensure(report["recoveries"] == 0, || format!("the link was lost: {report}"))?;
     let rounds = report["round_details"].as_array().into_iter().flatten();
     let in_rounds: u64 = rounds.map(|round| round["pages"].as_u64().unwrap_or(0)).sum();
-    let after = pages("pushed") + pages("demanded");
     ensure(pages("plain") + pages("zero") == in_rounds + after, || format!("{in_rounds} in rounds: {report}"))?;
     let faults = |name: &str| number(report, "faults", name);
     ensure(faults("vcpu") <= faults("count") && faults("network") <= pages("demanded"), || format!("{report}"))?;
@@ -140,7 +144,8 @@ fn one_edge(lab: &Lab, way: Way) -> Outcome {
     if slow {
         waited(&report)?;
     }
-    if slow && name == "post-copy" {
+    // few huge pages are soon all on their way
+    if slow && name == "post-copy" && backing != "hugetlb" {
         faulted(&report)?;
     }
     destination.wait_until("the guest works", at_work)?;
@@ -157,7 +162,7 @@ fn every_page_is_right(lab: &Lab, spec: &str, n: usize) -> Outcome {
     let mut source = lab.workload("source", &format!("{spec},for=1500ms"), &["--cpus", "2"])?;
     let destination = lab.receive("destination", &[])?;
     let options = [&["--strategy", "post-copy", "--push-order", ORDERS[n % 5], "--checksum"], &SLOW[..]].concat();
-    let report = source.migrate_well(&destination.address, &options[..if n % 2 == 0 { 7 } else { 4 }])?;
+    let report = source.migrate_well(&destination.address, &options[..if n.is_multiple_of(2) { 7 } else { 4 }])?;
     moved_each_page_once(&report)?;
     let status =
         destination.wait_until("the guest has checked everything", |s| s["workload"]["state"] == "finished")?;
@@ -229,13 +234,13 @@ fn another_backing(lab: &Lab) -> Outcome {
     let options = [&["--strategy", "post-copy"], &SLOW[..]].concat();
     let report = source.migrate_well(&middle.address, &options)?;
     moved_each_page_once(&report)?;
-    faulted(&report)?;
+    waited(&report)?;
     ensure((number(&report, "pages", "distinct")).is_multiple_of(512), || format!("not whole huge pages: {report}"))?;
     middle.works()?;
     let last = lab.receive("last", &["--backing", "memfd"])?;
     let report = middle.migrate_well(&last.address, &options)?;
     moved_each_page_once(&report)?;
-    faulted(&report)?;
+    waited(&report)?;
     last.works()?;
     last.quit()
 }

@@ -80,7 +80,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     let destination = lab.receive("destination", &[])?;
     let (relay, address) = relay_to(&destination)?;
     let mut cuts = vec![LATE.start + random(seed) % (LATE.end - LATE.start)];
-    if seed % 3 == 0 {
+    if seed.is_multiple_of(3) {
         // once more, among what is left; the beginnings of a few new connections are a few hundred bytes
         cuts[0] = LATE.start + random(seed) % (LATE.end - LATE.start) / 2;
         cuts.push(random(seed + 100) % ((LATE.end - cuts[0]) / 2));
@@ -88,7 +88,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     relay.cut_after(cuts[0]);
     let lanes = ["1", "2"][(seed / 2 % 2) as usize];
     let mut options = vec!["--strategy", "post-copy", "--bandwidth", "300Mbit", "--demand-lanes", lanes];
-    if seed % 5 == 0 {
+    if seed.is_multiple_of(5) {
         options.push("--checksum");
     }
     if seed % 2 == 1 {
