@@ -338,6 +338,12 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|e| format!("{text}: {e}"))
 }
 
+/// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
+fn push_order(text: &str) -> Result<String, String> {
+    migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -361,10 +367,4 @@ mod tests {
         assert_eq!(number("0x100000"), Ok(1 << 20));
         assert!(number("zz").is_err());
     }
-}
-
-/// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
-fn push_order(text: &str) -> Result<String, String> {
-    migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
-    Ok(text.to_owned())
 }
