@@ -696,6 +696,8 @@ impl Hub {
     fn free_vm(&self, why: &str) {
         let (vm, session) = {
             let mut state = lock(&self.state);
+            // it holds the VM's memory
+            (state.pager, state.listed) = (None, PageSet::default());
             (state.vm.take(), state.session.take())
         };
         if let Some(session) = session {
