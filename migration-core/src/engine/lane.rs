@@ -63,6 +63,8 @@ pub(super) struct Lane {
     pub(super) peer: String,
     pub(super) sequence: u32,
     pub(super) payload_crc: bool,
+    /// Pages that are pushed together, aligned: 1, or those of a huge page.
+    pub(super) block: u64,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -138,10 +140,45 @@ impl Lane {
     /// Sends a run of pages.
     pub(super) fn push(&mut self, range: PageRange, generation: u32) -> Result<(), MigrationError> {
         let (ram, mut batch) = (self.ram.clone(), Batch::default());
+        if self.block > 1 {
+            let mut first = range.first;
+            while first < range.end() {
+                let end = range.end().min((first / self.block + 1) * self.block);
+                self.whole(&mut batch, &*ram, PageRange::new(first, end - first))?;
+                self.flush(&mut batch, generation)?;
+                first = end;
+            }
+            return Ok(());
+        }
         for (_, _, piece) in ram.layout().split(range) {
             self.add(&mut batch, &*ram, piece, generation)?;
         }
         self.flush(&mut batch, generation)
+    }
+
+    /// Adds a block as one extent, whatever its pages hold: where it cannot be split, none of them can come alone. It
+    /// is a whole frame.
+    fn whole<'a>(
+        &mut self,
+        batch: &mut Batch<'a>,
+        ram: &'a (dyn GuestRam + 'static),
+        block: PageRange,
+    ) -> Result<(), MigrationError> {
+        for (_, _, piece) in ram.layout().split(block) {
+            batch.slices.push(ram.slice(piece)?);
+        }
+        let zero = batch.slices.iter().all(|slice| slice.is_zero());
+        let (content, counter) =
+            if zero { (Content::Zero, &self.counters.zero) } else { (Content::Plain, &self.counters.plain) };
+        counter.fetch_add(block.count, Ordering::Relaxed);
+        if zero {
+            batch.slices.clear();
+        } else {
+            batch.payload = block.count as usize * PAGE_SIZE;
+        }
+        batch.extents.push(Extent { range: block, content });
+        batch.pages = block.count;
+        Ok(())
     }
 
     /// Adds a run of pages inside one region.

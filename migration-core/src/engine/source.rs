@@ -318,6 +318,7 @@ impl<'a> Engine<'a> {
             peer,
             sequence: 0,
             payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
+            block: self.left.block.load(Ordering::Relaxed).max(1),
             counters: self.counters.clone(),
         };
         Ok((lane, reader))
