@@ -84,4 +84,8 @@ pub trait Pager: Send + Sync {
     /// # Errors
     /// What the host says.
     fn disarm(&self) -> Result<(), VmError>;
+
+    /// The VM is given up before it ran, and its missing pages will not come: wakes whoever sleeps for one, for example a
+    /// thread that loads the state. What it reads then does not matter. Never called once the VM may have started.
+    fn give_up(&self);
 }

@@ -15,10 +15,11 @@ use crate::{
     channel::ReadHalf,
     codec::DecodeError,
     vm::VmError,
-    wire::{Bulk, Content, Extent, Header},
+    wire::{Bulk, Content, Extent, Header, LaneKind},
 };
 
 pub(super) struct LaneReceiver {
+    kind: LaneKind,
     pub(super) index: u16,
     pub(super) reader: Box<dyn ReadHalf>,
     pub(super) peer: String,
@@ -35,6 +36,7 @@ pub(super) struct LaneReceiver {
 
 impl LaneReceiver {
     pub(super) fn new(
+        kind: LaneKind,
         index: u16,
         reader: Box<dyn ReadHalf>,
         peer: String,
@@ -42,7 +44,19 @@ impl LaneReceiver {
         bytes: Arc<AtomicU64>,
     ) -> Self {
         let filled = PageSet::empty(session.ram.layout().pages());
-        Self { index, reader, peer, session, bytes, filled, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
+        Self {
+            kind,
+            index,
+            reader,
+            peer,
+            session,
+            bytes,
+            filled,
+            sequence: 0,
+            generation: 0,
+            pages: 0,
+            buffer: Vec::new(),
+        }
     }
 
     /// Receives until the lane ends; it always ends with an error, which is no fault once the session is sealed.
@@ -70,6 +84,10 @@ impl LaneReceiver {
                 return Err(DecodeError::invalid("kind", "only pages come after the hand-over").into());
             };
             return self.install_missing(&missing, &extents, payload_crc, header.payload as usize);
+        }
+        if self.kind == LaneKind::Demand {
+            let why = format!("pages of round {}, which were not asked for", header.number);
+            return Err(DecodeError::invalid("generation", why).into());
         }
         if header.number != self.generation.wrapping_add(1) {
             let why = format!("pages of round {} after round {} was complete", header.number, self.generation);
@@ -165,6 +183,7 @@ impl LaneReceiver {
         crc: u32,
         payload: usize,
     ) -> Result<(), MigrationError> {
+        extents.iter().try_for_each(|extent| missing.check(extent.range))?;
         let mut checked = None;
         if self.session.payload_crc {
             let mut buffer = std::mem::take(&mut self.buffer);

@@ -14,6 +14,7 @@ use super::handle::lock;
 use crate::{
     PageRange, PageSet,
     channel::WriteHalf,
+    codec::DecodeError,
     histogram::Latencies,
     pager::{Fault, Installed, Pager},
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
@@ -27,6 +28,8 @@ pub(super) struct Missing {
     pub(super) pager: Arc<dyn Pager>,
     /// The generation as which they move.
     pub(super) generation: u32,
+    /// All pages that were missing at the hand-over: no other may come.
+    listed: PageSet,
     state: Mutex<State>,
     /// Told when no page is missing any more, or nobody wants them.
     changed: Condvar,
@@ -60,6 +63,7 @@ impl Missing {
         lanes: u16,
         bytes: Arc<AtomicU64>,
     ) -> Self {
+        let listed = pages.clone();
         let state = State {
             pages,
             waiting: HashMap::new(),
@@ -72,12 +76,27 @@ impl Missing {
         Self {
             pager,
             generation,
+            listed,
             state: Mutex::new(state),
             changed: Condvar::new(),
             lanes: (0..lanes).map(|_| Mutex::default()).collect(),
             ended: AtomicBool::new(false),
             bytes,
         }
+    }
+
+    /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
+    pub(super) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
+        let granule = self.pager.granule();
+        if self.listed.count_in(range) != range.count {
+            let why = format!("pages {}+{} were not left behind", range.first, range.count);
+            return Err(DecodeError::invalid("extent", why));
+        }
+        if !range.first.is_multiple_of(granule) || !range.count.is_multiple_of(granule) {
+            let why = format!("pages {}+{} are no whole blocks of {granule}", range.first, range.count);
+            return Err(DecodeError::invalid("extent", why));
+        }
+        Ok(())
     }
 
     pub(super) fn pages(&self) -> PageSet {

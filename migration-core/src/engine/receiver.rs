@@ -19,11 +19,11 @@ use super::{
     handle::lock,
     install::LaneReceiver,
     missing::Missing,
-    serve::{add_missing, missing_frames},
+    serve::add_missing,
     session::Session,
 };
 use crate::{
-    MigrationError, PageSet,
+    MigrationError,
     channel::{Channel, Closer, Halves, Listener, ReadHalf},
     codec::DecodeError,
     pager::Pager,
@@ -108,26 +108,15 @@ struct Hub {
 
 struct State {
     machine: DestinationMachine,
-    vm: Option<Box<dyn DestinationVm>>,
     session: Option<Arc<Session>>,
     /// Counts control lanes that were attached; only the last one speaks for the session.
     attachment: u64,
-    /// Pages that the source has said will be missing.
-    listed: PageSet,
-    pager: Option<Arc<dyn Pager>>,
 }
 
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
-        let state = State {
-            machine: DestinationMachine::new(),
-            vm: None,
-            session: None,
-            attachment: 0,
-            listed: PageSet::default(),
-            pager: None,
-        };
+        let state = State { machine: DestinationMachine::new(), session: None, attachment: 0 };
         let hub = Hub {
             options,
             host: Mutex::new(host),
@@ -189,8 +178,15 @@ impl Receiver {
                 Err(error) => hub.bad_peer(&peer, &format!("no thread: {error}")),
             }
         };
-        if let Some(session) = &lock(&hub.state).session {
-            session.close("the receiver has ended");
+        let (session, owned) = {
+            let state = lock(&hub.state);
+            (state.session.clone(), state.machine.phase() == DestinationPhase::Running)
+        };
+        match session {
+            // pages that are missing stay so: nobody reads them as zeros
+            Some(session) if owned => session.close("the receiver has ended"),
+            Some(session) => drop(session.discard("the receiver has ended")),
+            None => {}
         }
         for closer in lock(&hub.closers).take().iter().flat_map(HashMap::values) {
             closer.close();
@@ -198,10 +194,7 @@ impl Receiver {
         for (_, thread) in threads {
             thread.join();
         }
-        let watchers = std::mem::take(&mut *lock(&hub.watchers));
-        for thread in watchers {
-            thread.join();
-        }
+        hub.join_watchers();
         result
     }
 }
@@ -235,7 +228,7 @@ impl ReceiverHandle {
         let mut state = lock(&self.hub.state);
         let action = state.machine.adopt()?;
         if let DestinationAction::Start { running } = action {
-            self.hub.start(&mut state, running);
+            self.hub.start(&state, running);
         }
         drop(state);
         self.hub.finished.store(true, Ordering::Relaxed);
@@ -287,13 +280,13 @@ impl Hub {
         match preamble.kind {
             LaneKind::Bulk => {
                 let session = self.session(preamble.session)?;
-                session.attach(preamble.index, closer)?;
-                return self.pages(session, preamble, reader, peer);
+                let link = session.attach(preamble.index, closer)?;
+                return self.pages(session, (preamble, link), reader, peer);
             }
             LaneKind::Demand => {
                 let session = self.session(preamble.session)?;
-                session.attach_demand(preamble.index, closer, control.into_half())?;
-                return self.pages(session, preamble, reader, peer);
+                let link = session.attach_demand(preamble.index, closer, control.into_half())?;
+                return self.pages(session, (preamble, link), reader, peer);
             }
             LaneKind::Control | LaneKind::Reattach => {}
         }
@@ -324,18 +317,23 @@ impl Hub {
     fn pages(
         &self,
         session: Arc<Session>,
-        preamble: Preamble,
+        (preamble, link): (Preamble, u32),
         reader: Box<dyn ReadHalf>,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let lane = LaneReceiver::new(preamble.index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
+        let (kind, index) = (preamble.kind, preamble.index);
+        let lane = LaneReceiver::new(kind, index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
         let error = lane.run();
+        if session.lane_lost(link, error.code(), &error.to_string()) {
+            self.lost_while_loading(&session, &error.to_string());
+            return Err(error);
+        }
         if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
             // it has done its part, or was closed because of another lane
             return Ok(());
         }
         if session.missing().is_some() && session.is_sealed() {
-            // the VM may run here: what it lacks is waited for, on lanes to come
+            // the VM may run here, and has all its pages
             return Err(error);
         }
         session.fail(error.code(), &error.to_string());
@@ -408,7 +406,7 @@ impl Hub {
         };
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
+        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
         let (session, features) = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
             Ok(built) => built,
             Err(error) => {
@@ -433,7 +431,9 @@ impl Hub {
         closer: Arc<dyn Closer>,
     ) -> Result<(Arc<Session>, u32), MigrationError> {
         // a VM of an earlier epoch is void: free it before the new one needs the memory
-        self.free_vm("a newer attempt of its source takes its place");
+        let earlier = self.current(attachment)?.session.take();
+        self.free_vm(earlier, "a newer attempt of its source takes its place");
+        self.join_watchers();
         let ram_bytes = hello.vm.layout.bytes();
         let built = if ram_bytes > self.options.max_ram_bytes {
             let limit = self.options.max_ram_bytes;
@@ -449,14 +449,12 @@ impl Hub {
             }
         };
         let pager = vm.pager();
-        let features = features & granted(pager.as_deref());
+        let features = granted(features, pager.as_deref());
+        let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
-        let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
-        let mut state = self.current(attachment)?;
-        state.listed = PageSet::empty(vm.ram().layout().pages());
-        (state.vm, state.pager) = (Some(vm), pager);
-        state.session = Some(session.clone());
+        let session = Arc::new(Session::new((token, epoch), streams, crc, vm, pager, control, closer));
+        self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))
     }
 
@@ -521,6 +519,9 @@ impl Hub {
             // a newer lane speaks for the session, or a newer session took its place
             return Ok(Flow::End);
         }
+        if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
+            return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
+        }
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
             DestinationAction::Pong => {
@@ -528,10 +529,11 @@ impl Hub {
                 session.say(&Control::Pong)?;
             }
             DestinationAction::LoadPiece(piece) => {
-                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
+                let mut vm = lock(&session.vm);
+                let vm = vm.as_mut().ok_or_else(no_vm)?;
                 vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
             }
-            DestinationAction::Missing { first, bitmap } => add_missing(&mut state.listed, first, &bitmap)?,
+            DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
             DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
                 session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
@@ -541,12 +543,16 @@ impl Hub {
                     self.arm(session, attachment, generation, announced)?;
                 }
                 let vm_state = VmState::decode(&bytes)?;
+                // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
+                let loaded = match lock(&session.vm).as_mut() {
+                    Some(vm) => vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state")),
+                    None => Err(no_vm()),
+                };
                 let mut state = lock(&self.state);
                 if state.attachment != attachment {
                     return Ok(Flow::End);
                 }
-                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
-                vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state"))?;
+                loaded?;
                 // ready before it is said: if saying it fails, the source may have heard it all the same
                 let ready = state.machine.loaded()?;
                 drop(state);
@@ -554,7 +560,7 @@ impl Hub {
                 self.tell_phase();
             }
             DestinationAction::Start { running } => {
-                self.start(&mut state, running);
+                self.start(&state, running);
                 drop(state);
                 self.answer(session, attachment)?;
                 self.tell_phase();
@@ -564,8 +570,9 @@ impl Hub {
                 self.answer(session, attachment)?;
             }
             DestinationAction::Discard(why) => {
+                let given_up = state.session.take();
                 drop(state);
-                self.discard(&why);
+                self.discard(given_up, &why);
                 return Ok(Flow::End);
             }
             DestinationAction::Finish => {
@@ -585,11 +592,9 @@ impl Hub {
         (announced, lanes): (u64, u16),
     ) -> Result<(), MigrationError> {
         session.wait_demand(lanes, self.options.idle_timeout)?;
-        let (pager, pages) = {
-            let mut state = self.current(attachment)?;
-            let pager = state.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "not agreed on"))?;
-            (pager, std::mem::take(&mut state.listed))
-        };
+        drop(self.current(attachment)?);
+        let pager = session.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "it is not agreed on"))?;
+        let pages = std::mem::take(&mut *lock(&session.listed));
         if pages.len() != announced || lanes == 0 {
             let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
             return Err(DecodeError::invalid("missing pages", why).into());
@@ -628,6 +633,14 @@ impl Hub {
         Ok(())
     }
 
+    /// Waits for the threads that served a VM whose session is over.
+    fn join_watchers(&self) {
+        let watchers = std::mem::take(&mut *lock(&self.watchers));
+        for thread in watchers {
+            thread.join();
+        }
+    }
+
     /// No page is missing any more.
     fn all_there(&self, session: &Session, missing: &Missing) {
         if let Err(error) = missing.pager.disarm() {
@@ -638,36 +651,32 @@ impl Hub {
         if state.machine.complete().is_ok() {
             drop(state);
             // best effort: a source that does not hear it comes back and asks
-            let _ = session.say(&Control::Complete(missing.summary()));
+            let _ = session.tell_complete(missing);
             self.tell_phase();
         }
     }
 
-    /// The VM runs here: says so, and on a lane that was reattached, what it lacks.
+    /// The VM runs here: answers *run*.
     fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
-        session.say(&Control::Running)?;
-        let Some(missing) = session.missing() else { return Ok(()) };
-        let pages = missing.pages();
-        if pages.is_empty() {
+        session.tell_running()?;
+        if let Some(missing) = session.missing()
+            && missing.pages().is_empty()
+        {
+            // before the source can answer to it
             self.current(attachment)?.machine.complete()?;
-            return session.say(&Control::Complete(missing.summary()));
-        }
-        if session.was_reattached() {
-            for frame in missing_frames(&pages) {
-                session.say(&frame)?;
-            }
-            session.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })?;
+            session.tell_complete(&missing)?;
         }
         Ok(())
     }
 
-    fn start(&self, state: &mut State, running: bool) {
-        let Some(mut vm) = state.vm.take() else { return };
+    fn start(&self, state: &State, running: bool) {
+        let Some(session) = &state.session else { return };
+        let Some(mut vm) = lock(&session.vm).take() else { return };
         if let Err(error) = vm.start(running) {
             let why = format!("the VM is owned here but could not be started: {error}");
             self.options.observer.event(&Event::Warning(why));
         }
-        if let Some(missing) = state.session.as_ref().and_then(|session| session.missing()) {
+        if let Some(missing) = session.missing() {
             missing.set_vcpus(vm.vcpu_threads());
         }
         lock(&self.host).adopted(vm);
@@ -679,31 +688,38 @@ impl Hub {
         if state.attachment != attachment {
             return;
         }
-        let on_loss = state.machine.link_lost();
-        drop(state);
-        if on_loss == OnDestinationLoss::Discard {
-            self.discard(why);
-        }
-        self.tell_phase();
-    }
-
-    fn discard(&self, why: &str) {
-        self.free_vm(why);
-        self.tell_phase();
-    }
-
-    /// Frees the VM that is being received or held, if there is one, and ends its lanes.
-    fn free_vm(&self, why: &str) {
-        let (vm, session) = {
-            let mut state = lock(&self.state);
-            // it holds the VM's memory
-            (state.pager, state.listed) = (None, PageSet::default());
-            (state.vm.take(), state.session.take())
+        let given_up = match state.machine.link_lost() {
+            OnDestinationLoss::Discard => state.session.take(),
+            OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
-        if let Some(session) = session {
-            session.close(why);
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    /// The link of `session` is lost. Its control lane may not notice, since the thread that reads it loads the state, and
+    /// waits for a page that was under way.
+    fn lost_while_loading(&self, session: &Arc<Session>, why: &str) {
+        let mut state = lock(&self.state);
+        let ours = state.session.as_ref().is_some_and(|present| Arc::ptr_eq(present, session));
+        if !ours || state.machine.phase() != DestinationPhase::Loading {
+            return;
         }
-        if vm.is_some() {
+        state.machine.link_lost();
+        // who loads finds that it does not speak for the session any more
+        state.attachment += 1;
+        let given_up = state.session.take();
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    fn discard(&self, given_up: Option<Arc<Session>>, why: &str) {
+        self.free_vm(given_up, why);
+        self.tell_phase();
+    }
+
+    /// Frees the VM that was being received or held, and ends its lanes.
+    fn free_vm(&self, given_up: Option<Arc<Session>>, why: &str) {
+        if given_up.is_some_and(|session| session.discard(why)) {
             self.options.observer.event(&Event::Discarded(why.to_owned()));
         }
     }
@@ -714,13 +730,16 @@ impl Hub {
     }
 }
 
-/// The feature bits that a VM with this pager supports.
-fn granted(pager: Option<&dyn Pager>) -> u32 {
-    match pager.map(|pager| pager.granule()) {
-        None => FEATURES & !(FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS),
-        Some(HUGE_BLOCK) => FEATURES,
-        Some(_) => FEATURES & !FEATURE_HUGE_BLOCKS,
-    }
+/// Of the feature bits that a source wants, those that a VM with this pager supports.
+fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
+    let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+    let post_copy = match pager.map(|pager| pager.granule()) {
+        Some(1) => wanted & FEATURE_POST_COPY,
+        // a source that would send single pages cannot serve it
+        Some(HUGE_BLOCK) if wanted & both == both => both,
+        _ => 0,
+    };
+    wanted & FEATURES & !both | post_copy
 }
 
 fn no_vm() -> MigrationError {

@@ -128,7 +128,9 @@ impl Left {
         let mut pages = lock(&self.pages);
         let block = self.block.load(Ordering::Relaxed).max(1);
         let wanted = order.next(&pages, most.max(block))?;
-        let range = if block == 1 { wanted } else { PageRange::new(wanted.first / block * block, block) };
+        // of a block, what is left of it
+        let whole = PageRange::new(wanted.first / block * block, block);
+        let range = if block == 1 { wanted } else { pages.ranges_in(whole).next()? };
         pages.remove_range(range);
         Some(range)
     }

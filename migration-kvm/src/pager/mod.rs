@@ -363,6 +363,16 @@ impl Pager for UserFaultPager {
         self.pages.wake(block)
     }
 
+    /// Ends the watch all the same: missing pages read as zeros from now on.
+    fn give_up(&self) {
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut *armed) {
+            self.missing.set(&PageSet::empty(self.pages.ram().layout().pages()));
+            // best effort: the memory goes with the VM, and the descriptor with it
+            let _ = self.unregister(self.pages.ram().layout().regions().len());
+        }
+    }
+
     fn disarm(&self) -> Result<(), VmError> {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         if !*armed {
