@@ -40,21 +40,28 @@ const PUSHES_AHEAD: usize = 2;
 const PUSH_TIME: Duration = Duration::from_millis(1);
 /// And so long while it does not, on a link that is too slow for a whole block in this time.
 const CALM_PUSH_TIME: Duration = Duration::from_millis(4);
+/// Pages of a push as long as nothing is known of the link.
+const FIRST_PUSH: u64 = 128;
 /// Without a fault for so long, the guest has what it works on, and pushes are as large as they can be.
 const CALM: Duration = Duration::from_millis(20);
+
+/// The rate of pushes is measured over so long, at least: lanes may be done at the same moment.
+const RATE_WINDOW: Duration = Duration::from_millis(5);
 
 /// How much to push at a time.
 struct Pace {
     last_fault: Option<Instant>,
-    /// Pages that are pushed a second, lately.
+    /// Pages that were pushed a second in the last window; 0 before the first one.
     rate: f64,
+    /// The present window: its beginning, and pages whose push was done in it.
     since: Instant,
+    pages: u64,
     under_way: VecDeque<u64>,
 }
 
 impl Pace {
     fn new() -> Self {
-        Self { last_fault: None, rate: 0.0, since: Instant::now(), under_way: VecDeque::new() }
+        Self { last_fault: None, rate: 0.0, since: Instant::now(), pages: 0, under_way: VecDeque::new() }
     }
 
     fn is_calm(&self) -> bool {
@@ -64,7 +71,7 @@ impl Pace {
     fn most(&self, block: u64) -> u64 {
         if self.rate == 0.0 {
             // nothing is known of the link yet
-            return LEAST_PUSH.max(block);
+            return FIRST_PUSH.max(block);
         }
         let time = if self.is_calm() { CALM_PUSH_TIME } else { PUSH_TIME };
         ((self.rate * time.as_secs_f64()) as u64).clamp(LEAST_PUSH, STRIPE_PAGES).max(block)
@@ -76,18 +83,20 @@ impl Pace {
 
     fn pushed(&mut self, pages: u64) {
         if self.under_way.is_empty() {
-            self.since = Instant::now();
+            // nothing was under way: that time says nothing of the link
+            (self.since, self.pages) = (Instant::now(), 0);
         }
         self.under_way.push_back(pages);
     }
 
     /// A push is done: about the oldest one.
     fn done(&mut self) {
-        let Some(pages) = self.under_way.pop_front() else { return };
-        let now = Instant::now();
-        let rate = pages as f64 / (now - self.since).as_secs_f64().max(1e-6);
-        self.since = now;
-        self.rate = if self.rate == 0.0 { rate } else { self.rate + (rate - self.rate) / 8.0 };
+        self.pages += self.under_way.pop_front().unwrap_or(0);
+        let time = self.since.elapsed();
+        if time >= RATE_WINDOW {
+            self.rate = self.pages as f64 / time.as_secs_f64();
+            (self.since, self.pages) = (Instant::now(), 0);
+        }
     }
 }
 
