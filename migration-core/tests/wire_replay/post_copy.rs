@@ -335,20 +335,20 @@ fn places(stream: &Stream) -> Vec<(usize, usize)> {
 #[test]
 fn replayed_and_reordered_frames() {
     let good = recorded();
-    for lane in 0..good.lanes.len() {
+    for (lane, name) in LANES.iter().enumerate() {
         let starts = frames(&good.lanes[lane]);
         let count = starts.len() - 1;
         // behind *done* nothing is read
         let last = if lane == 0 { count - 1 } else { count };
         for i in 0..last {
             let frame = good.lanes[lane][starts[i]..starts[i + 1]].to_vec();
-            spoilt(&good, &format!("frame {i} of {} comes twice", LANES[lane]), &|l, bytes| {
+            spoilt(&good, &format!("frame {i} of {name} comes twice"), &|l, bytes| {
                 if l == lane {
                     drop(bytes.splice(starts[i + 1]..starts[i + 1], frame.iter().copied()));
                 }
             });
             if i + 1 < count {
-                spoilt(&good, &format!("frames {i} and {} of {} are swapped", i + 1, LANES[lane]), &|l, bytes| {
+                spoilt(&good, &format!("frames {i} and {} of {name} are swapped", i + 1), &|l, bytes| {
                     if l == lane {
                         bytes[starts[i]..starts[i + 2]].rotate_left(frame.len());
                     }
