@@ -96,6 +96,8 @@ pub(super) struct Engine<'a> {
     /// Everything harvested, for a tracker that the VMM had started.
     harvested: PageSet,
     pub(super) touched: PageSet,
+    /// Pages that were left out at least once, because they were free.
+    spared: PageSet,
     last_harvest: Instant,
     round_began: Instant,
     paused_at: Option<Instant>,
@@ -173,6 +175,7 @@ impl<'a> Engine<'a> {
             owed: PageSet::empty(pages),
             harvested: PageSet::empty(pages),
             touched: PageSet::empty(pages),
+            spared: PageSet::empty(pages),
             last_harvest: now,
             round_began: now,
             paused_at: None,
@@ -521,6 +524,22 @@ impl<'a> Engine<'a> {
         Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time }
     }
 
+    /// Takes the pages out that are free now, and returns all that are. Only after tracking has begun, or after the harvest
+    /// that `pages` are of, or while the guest is paused: see [`SourceVm::free_pages`] for why.
+    fn spare(&mut self, pages: &mut PageSet) -> PageSet {
+        let mut free = PageSet::empty(self.pages());
+        if let Err(error) = self.vm.free_pages(&mut free) {
+            let why = format!("free pages are not known, they are sent like others: {error}");
+            self.options.observer.event(&Event::Warning(why));
+            free.clear();
+        }
+        let mut spared = free.clone();
+        spared.intersect_with(pages);
+        self.spared.union_with(&spared);
+        pages.subtract(&free);
+        free
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.options.timeout.map(|t| self.start + t)
     }
@@ -606,6 +625,8 @@ impl<'a> Engine<'a> {
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
         report.pages.distinct = self.touched.len();
+        self.spared.subtract(&self.touched);
+        report.pages.free = self.spared.len();
         if let (None, Some(paused)) = (report.downtime, self.paused_at) {
             report.downtime = Some(paused.elapsed());
         }
@@ -688,6 +709,8 @@ impl Engine<'_> {
         // after saving: that dirtied pages too
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
+        // of `pages` too: some may have become free since they were harvested
+        self.spare(&mut rest);
         let rest = Arc::new(rest);
         let round = if leave {
             self.leave_behind(PageSet::clone(&rest))?;
@@ -742,6 +765,7 @@ impl Verbs for Engine<'_> {
             pages = PageSet::full(self.pages());
         }
         self.report.pages.hole = self.pages() - pages.len();
+        self.spare(&mut pages);
         Ok(pages)
     }
 
@@ -779,13 +803,17 @@ impl Verbs for Engine<'_> {
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         let mut pages = PageSet::empty(self.pages());
         self.vm.tracker().harvest(&mut pages)?;
+        if self.tracked_before {
+            self.harvested.union_with(&pages);
+        }
+        // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
+        // re-arms only when it is sent stays reported, until it is free no more
+        let free = self.spare(&mut pages);
+        self.owed.subtract(&free);
         let since = self.last_harvest.elapsed().as_secs_f64();
         self.last_harvest = Instant::now();
         if !self.paused && since > 0.0 {
             self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
-        }
-        if self.tracked_before {
-            self.harvested.union_with(&pages);
         }
         if self.report.demand_lanes > 0 {
             self.heat.resize(self.report.pages.total as usize, 0);
