@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     alias::Alias,
+    balloon::BalloonDevice,
     boot,
     config::MachineConfig,
     devices::{Bus, SerialDevice, SerialTarget},
@@ -130,7 +131,7 @@ impl Machine {
         let ram = Arc::new(ram);
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
-        let bus = Bus::new(serial, bus_line).map_err(|e| MachineError(e.to_string()))?;
+        let bus = Bus::new(serial, bus_line, ram.clone()).map_err(|e| MachineError(e.to_string()))?;
         let writes = DirtyBitmap::new(layout);
         let fault = UserFault::new().ok().map(Arc::new);
         let kvm = match open_kvm() {
@@ -166,7 +167,10 @@ impl Machine {
         ];
         let tracker = UnionTracker::new(parts);
         let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
-        let devices = Mutex::new(DeviceSet::new(vec![Box::new(SerialDevice(bus.clone()))]));
+        let devices = Mutex::new(DeviceSet::new(vec![
+            Box::new(SerialDevice(bus.clone())),
+            Box::new(BalloonDevice(bus.balloon.clone())),
+        ]));
         let standing = Mutex::default();
         let pager = OnceLock::new();
         Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing, fault, pager })

@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod balloon;
 mod contract;
 mod convergence;
 mod elf;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(2);
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
+    balloon::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
