@@ -1,6 +1,6 @@
 //! The balloon: which pages nobody needs, told to the VMM through a bitmap in RAM.
 //!
-//! Setting and clearing a bit costs no exit. The order is what counts: the bit is cleared before the page is written again, so whoever still finds
+//! Setting and clearing a bit costs no exit; giving the memory back to the host costs one for some hundred pages. The order is what counts: the bit is cleared before the page is written again, so whoever still finds
 //! it set and leaves the page alone misses nothing; and what a page holds while its bit is set is nobody's business any more.
 
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +21,8 @@ pub fn set_up(ram: &mut Area) {
         return;
     }
     let frames = ram.end() / PAGE_SIZE;
-    let pages = ram.take(frames.div_ceil(8 * PAGE_SIZE));
+    let bytes = frames.div_ceil(64) * 8 + balloon::SLOTS * balloon::SLOT_SIZE;
+    let pages = ram.take(bytes.div_ceil(PAGE_SIZE));
     let (address, last) = (pages.address(0), pages.address(pages.pages() - 1));
     if last != address + (pages.pages() - 1) * PAGE_SIZE {
         return; // Not in one piece.
@@ -63,4 +64,14 @@ pub fn take_back(address: u64) {
     let (word, bit) = bit(address);
     // Locked, so no later write becomes visible before it; acquire, so that the compiler moves none before it either.
     word.fetch_and(!bit, Ordering::AcqRel);
+}
+
+/// Lets the host have the memory of those among these pages that are given, which lie one after the other and are all the calling CPU's: no other
+/// may take one of them back meanwhile.
+pub fn discard(cpu: usize, address: u64, pages: u64) {
+    let slots = BITMAP.load(Ordering::Acquire) + FRAMES.load(Ordering::Relaxed).div_ceil(64) * 8;
+    let slot = slots + cpu as u64 * balloon::SLOT_SIZE;
+    store(slot, address / PAGE_SIZE);
+    store(slot + 8, pages);
+    platform::write_port(balloon::BASE + balloon::DISCARD, cpu as u8);
 }

@@ -6,7 +6,7 @@
 use crate::Workload;
 use crate::balloon;
 use crate::cpu::{Cpu, count};
-use crate::layout::board;
+use crate::layout::{PAGE_SIZE, board};
 use crate::memory::Area;
 use crate::page::{Ledger, check_whole, write_whole};
 use crate::platform;
@@ -21,6 +21,8 @@ const DEFLATE_BY: u64 = 128;
 const BACK_OFF: u64 = 10;
 /// Of so many operations one goes the other way, so that pages come and go also while the share in use grows or shrinks.
 const CONTRARY: u64 = 4;
+/// Pages, in the balloon or not, that the host is asked to see to at a time.
+const DISCARD_BY: u64 = 512;
 /// Pages between two beats: some microseconds.
 const SLICE: u64 = 64;
 
@@ -38,6 +40,9 @@ pub struct Churn {
     target: u64,
     bounds: (u64, u64),
     balloon: bool,
+    discards: bool,
+    /// Pages before this one have been discarded, if they were in the balloon then.
+    discarded: u64,
     interval: u64,
     /// When the next interval begins.
     next: u64,
@@ -100,6 +105,21 @@ impl Churn {
         }
         count(board::BALLOON_PAGES, wanted - held);
         count(board::INFLATIONS, 1);
+        if self.discards {
+            self.discarded = 0;
+        }
+    }
+
+    /// Lets the host have some more of the balloon's memory. Pages that lie apart are left to the next call.
+    fn discard(&mut self, cpu: &mut Cpu) {
+        let first = self.discarded;
+        let address = self.part.address(first);
+        let most = DISCARD_BY.min(self.part.pages() - first);
+        let together = |n: &u64| self.part.address(first + n) == address + n * PAGE_SIZE;
+        let pages = (1..most).take_while(together).count() as u64 + 1;
+        balloon::discard(cpu.index, address, pages);
+        self.discarded += pages;
+        cpu.beat();
     }
 
     fn deflate(&mut self) {
@@ -152,7 +172,9 @@ impl Workload for Churn {
             edge: pages,
             target: pages * live / 100,
             bounds,
-            balloon: spec.value("balloon") == 1 && balloon::is_on(),
+            balloon: spec.value("balloon") != 0 && balloon::is_on(),
+            discards: spec.value("balloon") == 2,
+            discarded: pages,
             interval,
             next: platform::now() + interval,
             back_off: 0,
@@ -172,6 +194,9 @@ impl Workload for Churn {
 
     fn step(&mut self, cpu: &mut Cpu) {
         self.look_at_balloon(cpu);
+        if self.discarded < self.part.pages() {
+            self.discard(cpu);
+        }
         let due = self.pacer.due(cpu);
         for _ in 0..due {
             if self.used == self.target {

@@ -129,9 +129,19 @@ pub mod balloon {
     /// The first port.
     pub const BASE: u16 = 0x560;
     /// How many there are.
-    pub const PORTS: u16 = 9;
+    pub const PORTS: u16 = 10;
     /// Offset of the port that takes [`ON`] or [`OFF`] and tells the state. Without a device it reads 0xff.
     pub const COMMAND: u16 = 8;
+    /// Offset of the port that takes the number of a slot. Slots lie behind the bitmap's words, [`SLOT_SIZE`] bytes each: two u64, first frame and
+    /// number of frames. When the write is done, the memory of those among them whose bits are set may have been given back to the host: they
+    /// then read as zeros. None of them may be taken back while the write goes on.
+    pub const DISCARD: u16 = 9;
+    /// Slots: a CPU each.
+    pub const SLOTS: u64 = super::MAX_CPUS as u64;
+    /// Bytes of a slot.
+    pub const SLOT_SIZE: u64 = 16;
+    /// Most frames in a slot: the CPU stands still while they are seen to.
+    pub const MAX_DISCARD: u64 = 4096;
     /// Nobody looks at the bitmap.
     pub const OFF: u8 = 0;
     /// The VMM looks at the bitmap whenever it likes.

@@ -165,7 +165,7 @@ fn set_up(start_info: u64) -> Plan {
         give_up(setup(2, *length as u64))
     };
     let mut ram = loader.ram();
-    if spec.value("balloon") == 1 {
+    if spec.value("balloon") != 0 {
         balloon::set_up(&mut ram);
     }
     let wanted = (load(PARAMS_ADDRESS + params::CPUS as u64) as u32 as usize).clamp(1, MAX_CPUS);

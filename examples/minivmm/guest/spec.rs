@@ -158,7 +158,12 @@ pub const LIST: &[WorkloadInfo] = &[
             ),
             key("pages", Kind::Count(1, 10_000_000), "10000", "pages allocated or freed a second, over all CPUs"),
             SPIN,
-            key("balloon", Kind::Choice(&["off", "on"]), "on", "whether free pages are reported"),
+            key(
+                "balloon",
+                Kind::Choice(&["off", "on", "discard"]),
+                "on",
+                "whether free pages are reported, and their memory given to the host",
+            ),
             key("interval", Kind::Time, "5s", "time between two inflations of the balloon"),
         ],
     },

@@ -1,10 +1,17 @@
 //! Where the guest says which pages it does not need: a bitmap in its own RAM, and a few ports to say where that is.
 //!
 //! The guest sets the bit of a page that it does not need, and clears it before it uses the page again. Neither needs an
-//! exit: the VMM looks at the bitmap when a migration wants to know, and only then. It is a hint and no more, nothing is
-//! done to the pages, so no answer has to be waited for. A page that the guest takes back just after the look is dirty as
-//! soon as it is written: see [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU keeps the
-//! two stores in their order, and the word that is read here is read at once.
+//! exit: the VMM looks at the bitmap when a migration wants to know, and only then. For this it is a hint and no more,
+//! nothing is done to the pages, so no answer has to be waited for. A page that the guest takes back just after the look is
+//! dirty as soon as it is written: see [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU
+//! keeps the two stores in their order, and the word that is read here is read at once.
+//!
+//! A guest that also wants the host to have the memory writes a range of frames into a slot of its own, behind the bitmap, and
+//! that slot's number to a port. What is free in the range is discarded before the vCPU goes on, and the guest takes none
+//! of it back until then: so no page is discarded that is in use again. A migration may be under way. What it reads of such
+//! a page is zeros instead of something that nobody needs, and a page that is written after it was discarded is dirty
+//! for every tracker. But a page that comes by post-copy is not discarded behind the pager's back: as long as pages are
+//! missing, nothing is.
 //!
 //! The ports are those of [`layout::balloon`]. The guest is not trusted: where the bitmap lies and how long it is are
 //! checked against RAM before the device is on, and again when the state arrives from another host. What is *in* the
@@ -22,10 +29,16 @@ use migration_core::{
 
 use crate::workload::layout::balloon as ports;
 
+/// Gives the memory of pages back to the host.
+pub(super) type Discard = Box<dyn Fn(&[PageRange]) -> Result<(), String> + Send + Sync>;
+
 /// The device.
 pub(super) struct Balloon {
     ram: Arc<dyn GuestRam>,
+    discard: Discard,
     registers: Mutex<Registers>,
+    /// Why memory could not be given back, the last time.
+    failure: Mutex<Option<String>>,
 }
 
 /// What the guest has written, and what came of it.
@@ -45,24 +58,55 @@ struct Bitmap {
 }
 
 impl Bitmap {
-    /// Bytes that are looked at: whole words.
+    /// Bytes that are looked at for free pages: whole words.
     fn bytes(self) -> u64 {
         self.frames.div_ceil(64) * 8
     }
 
-    /// What the registers name, if it is good: some frames, none beyond RAM, all of the bitmap in one piece of RAM.
+    /// The bits of these frames, whole words of them: the first bit is that of the first frame's word.
+    fn read(self, frames: PageRange, ram: &dyn GuestRam) -> Result<PageSet, VmError> {
+        let (first, end) = (frames.first / 64, frames.end().min(self.frames).div_ceil(64));
+        let mut bytes = vec![0; (end.saturating_sub(first) * 8) as usize];
+        let outside = |e| VmError::because("the balloon's bitmap", e);
+        ram.read(self.gpa + first * 8, &mut bytes).map_err(outside)?;
+        let words: Vec<u64> =
+            bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default())).collect();
+        let count = words.len() as u64 * 64;
+        let mut set = PageSet::empty(count);
+        set.insert_bitmap(0, count, &words);
+        Ok(set)
+    }
+
+    /// The pages among these frames that the guest does not need now.
+    fn free(self, frames: PageRange, ram: &dyn GuestRam) -> Result<Vec<PageRange>, VmError> {
+        let (bits, base) = (self.read(frames, ram)?, frames.first / 64 * 64);
+        let (layout, mut free) = (ram.layout(), Vec::new());
+        for (index, region) in layout.regions().iter().enumerate() {
+            let Some(pages) = layout.region_pages(index) else { continue };
+            let region_first = region.gpa >> PAGE_SHIFT;
+            let first = frames.first.max(region_first);
+            let end = frames.end().min(self.frames).min(region_first + pages.count);
+            if first < end {
+                let runs = bits.ranges_in(PageRange::new(first - base, end - first));
+                free.extend(runs.map(|r| PageRange::new(pages.first + (base + r.first - region_first), r.count)));
+            }
+        }
+        Ok(free)
+    }
+
+    /// What the registers name, if it is good: some frames, none beyond RAM, bitmap and slots in one piece of RAM.
     fn check(bytes: [u8; 8], ram: &dyn GuestRam) -> Option<Self> {
         let word = u64::from_le_bytes(bytes);
         let bitmap = Self { gpa: (word & 0xffff_ffff) << PAGE_SHIFT, frames: word >> 32 };
         let end = ram.layout().regions().last().map_or(0, |region| (region.gpa + region.len) >> PAGE_SHIFT);
-        let good = (1..=end).contains(&bitmap.frames) && ram.slice_at(bitmap.gpa, bitmap.bytes()).is_ok();
-        good.then_some(bitmap)
+        let bytes = bitmap.bytes() + ports::SLOTS * ports::SLOT_SIZE;
+        ((1..=end).contains(&bitmap.frames) && ram.slice_at(bitmap.gpa, bytes).is_ok()).then_some(bitmap)
     }
 }
 
 impl Balloon {
-    pub(super) fn new(ram: Arc<dyn GuestRam>) -> Arc<Self> {
-        Arc::new(Self { ram, registers: Mutex::default() })
+    pub(super) fn new(ram: Arc<dyn GuestRam>, discard: Discard) -> Arc<Self> {
+        Arc::new(Self { ram, discard, registers: Mutex::default(), failure: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -72,6 +116,11 @@ impl Balloon {
 
     /// The guest writes a port of the device.
     pub(super) fn write(&self, offset: u16, value: u8) {
+        if offset == ports::DISCARD {
+            let result = self.discard(value).map_err(|e| e.to_string());
+            *self.failure.lock().unwrap_or_else(|e| e.into_inner()) = result.err();
+            return;
+        }
         let registers = &mut *self.lock();
         if let Some(byte) = registers.bytes.get_mut(usize::from(offset)) {
             // where it looks changes only while it does not look
@@ -98,27 +147,39 @@ impl Balloon {
 
     /// Adds the pages that the guest does not need now.
     pub(super) fn free_pages(&self, into: &mut PageSet) -> Result<(), VmError> {
-        let registers = *self.lock();
-        if registers.state != ports::ON {
-            return Ok(());
-        }
-        let outside = || VmError::new("the balloon's bitmap is not in RAM");
-        let bitmap = Bitmap::check(registers.bytes, &*self.ram).ok_or_else(outside)?;
-        let mut bytes = vec![0; bitmap.bytes() as usize];
-        self.ram.read(bitmap.gpa, &mut bytes).map_err(|e| VmError::because("the balloon's bitmap", e))?;
-        let words: Vec<u64> =
-            bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default())).collect();
-        let mut frames = PageSet::empty(bitmap.frames);
-        frames.insert_bitmap(0, bitmap.frames, &words);
-        let layout = self.ram.layout();
-        for (index, region) in layout.regions().iter().enumerate() {
-            let Some(pages) = layout.region_pages(index) else { continue };
-            let first = region.gpa >> PAGE_SHIFT;
-            for run in frames.ranges_in(PageRange::new(first, pages.count)) {
-                into.insert_range(PageRange::new(pages.first + (run.first - first), run.count));
-            }
+        if let Some(bitmap) = self.bitmap() {
+            let free = bitmap.free(PageRange::new(0, bitmap.frames), &*self.ram)?;
+            free.into_iter().for_each(|run| into.insert_range(run));
         }
         Ok(())
+    }
+
+    /// What is wrong, for the user.
+    pub(super) fn warning(&self) -> Option<String> {
+        let failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
+        failure.as_ref().map(|why| format!("free pages keep their memory: {why}"))
+    }
+
+    /// The bitmap, if the guest uses one.
+    fn bitmap(&self) -> Option<Bitmap> {
+        let registers = *self.lock();
+        if registers.state == ports::ON { Bitmap::check(registers.bytes, &*self.ram) } else { None }
+    }
+
+    /// Gives the memory back of what is free in the range that a slot names. A range that makes no sense is empty.
+    fn discard(&self, slot: u8) -> Result<(), VmError> {
+        let slot = u64::from(slot);
+        let Some(bitmap) = self.bitmap().filter(|_| slot < ports::SLOTS) else { return Ok(()) };
+        let mut words = [0; ports::SLOT_SIZE as usize];
+        let at = bitmap.gpa + bitmap.bytes() + slot * ports::SLOT_SIZE;
+        self.ram.read(at, &mut words).map_err(|e| VmError::because("a slot of the balloon", e))?;
+        // read once: the guest may write there meanwhile
+        let [first, count] = [0, 8].map(|n| u64::from_le_bytes(std::array::from_fn(|i| words[n + i])));
+        if first >= bitmap.frames || count == 0 || count > ports::MAX_DISCARD {
+            return Ok(());
+        }
+        let free = bitmap.free(PageRange::new(first, count.min(bitmap.frames - first)), &*self.ram)?;
+        (self.discard)(&free).map_err(VmError::new)
     }
 }
 
@@ -167,9 +228,13 @@ mod tests {
     use super::*;
 
     /// 1 MiB at 0, and 1 MiB at 2 MiB.
-    fn balloon() -> Arc<Balloon> {
+    fn balloon_with(discard: Discard) -> Arc<Balloon> {
         let regions = vec![RamRegion { gpa: 0, len: 1 << 20 }, RamRegion { gpa: 2 << 20, len: 1 << 20 }];
-        Balloon::new(Arc::new(HeapRam::new(RamLayout::new(regions).unwrap()).unwrap()))
+        Balloon::new(Arc::new(HeapRam::new(RamLayout::new(regions).unwrap()).unwrap()), discard)
+    }
+
+    fn balloon() -> Arc<Balloon> {
+        balloon_with(Box::new(|_| Err("nobody asked for it".into())))
     }
 
     fn ask(balloon: &Balloon, frame: u32, frames: u32) -> u8 {
@@ -215,8 +280,44 @@ mod tests {
         // what is in use stays where it is
         balloon.write(0, 7);
         assert_eq!(balloon.read(0), 255);
-        assert_eq!(balloon.read(ports::PORTS - 1), ports::ON);
+        assert_eq!(balloon.read(ports::COMMAND), ports::ON);
         assert_eq!(balloon.read(77), 0xff);
+    }
+
+    #[test]
+    fn what_is_free_in_a_slots_range_is_discarded() {
+        let gone = Arc::new(Mutex::new(Vec::new()));
+        let list = gone.clone();
+        let balloon = balloon_with(Box::new(move |runs| {
+            list.lock().unwrap().extend(runs.iter().map(|r| (r.first, r.count)));
+            Ok(())
+        }));
+        assert_eq!(ask(&balloon, 1, 768), ports::ON);
+        for word in 0..12 {
+            balloon.ram.write(0x1000 + 8 * word, &0x8000_0000_0000_0ff0u64.to_le_bytes()).unwrap();
+        }
+        let slots = 0x1000 + 96;
+        let discard = |slot: u8, first: u64, count: u64| {
+            let at = slots + u64::from(slot % 16) * ports::SLOT_SIZE;
+            balloon.ram.write(at, &first.to_le_bytes()).unwrap();
+            balloon.ram.write(at + 8, &count.to_le_bytes()).unwrap();
+            balloon.write(ports::DISCARD, slot);
+            std::mem::take(&mut *gone.lock().unwrap())
+        };
+        assert_eq!(discard(0, 6, 58), [(6, 6), (63, 1)]);
+        assert_eq!(discard(15, 70, 60), [(70, 6), (127, 1)]);
+        // into the hole, out of it, and to the end of RAM
+        assert_eq!(discard(3, 255, 200), [(255, 1)]);
+        assert_eq!(discard(3, 300, 217), [(260, 1)]);
+        assert_eq!(discard(3, 767, 4096), [(511, 1)]);
+        for (slot, first, count) in
+            [(0, 768, 1), (0, 0, 0), (0, 0, 4097), (0, u64::MAX, 4096), (0, 5, u64::MAX), (16, 6, 58)]
+        {
+            assert_eq!(discard(slot, first, count), [], "{slot} {first} {count}");
+        }
+        balloon.write(ports::COMMAND, ports::OFF);
+        assert_eq!(discard(0, 6, 58), []);
+        assert_eq!(balloon.warning(), None);
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    GuestRam,
     codec::{Reader, Writer},
     device::Device,
     vm::VmError,
@@ -182,10 +181,10 @@ pub(super) struct Bus {
 }
 
 impl Bus {
-    /// A bus with a serial port that writes to `target` and interrupts through `line`, and a balloon in this RAM.
-    pub(super) fn new(target: &SerialTarget, line: EventFd, ram: Arc<dyn GuestRam>) -> io::Result<Arc<Self>> {
+    /// A bus with a serial port that writes to `target` and interrupts through `line`, and with this balloon.
+    pub(super) fn new(target: &SerialTarget, line: EventFd, balloon: Arc<Balloon>) -> io::Result<Arc<Self>> {
         let serial = Serial::new(Line(line), target.open()?);
-        Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon: Balloon::new(ram) }))
+        Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Port>> {
@@ -222,7 +221,7 @@ impl Bus {
             s.writer_mut().drain();
             s.writer().warning()
         });
-        warning.into_iter().collect()
+        warning.into_iter().chain(self.balloon.warning()).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure};
+use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure, wait_for};
 
 /// 128 MiB, all of it written once, of which an eighth to three eighths are in use.
 const GUEST: &str = "churn:size=128M,pages=4000,interval=100ms";
@@ -18,6 +18,9 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     for backing in ["anon", "thp", "memfd"] {
         suite.kvm(format!("balloon/there_and_back/{backing}"), move |lab| there_and_back(lab, backing));
+    }
+    for backing in ["anon", "memfd"] {
+        suite.kvm(format!("balloon/gives_memory_back/{backing}"), move |lab| gives_memory_back(lab, backing));
     }
     for tracker in ["dirty-log", "manual-protect", "dirty-ring", "write-protect"] {
         suite.kvm(format!("balloon/tracker/{tracker}"), move |lab| any_tracker(lab, tracker));
@@ -37,7 +40,7 @@ fn guest(lab: &Lab, name: &str, balloon_is: &str, args: &[&str]) -> Result<Proce
     let spec = format!("{GUEST},balloon={balloon_is}");
     let source = lab.run(name, &[&["--memory", "192M", "--workload", &spec], args].concat())?;
     source.wait_until("the guest works", at_work)?;
-    if balloon_is == "on" {
+    if balloon_is != "off" {
         source.wait_until("the balloon is inflated", |s| balloon(s, "inflations") > 0)?;
     } else {
         ensure(balloon(&source.status()?, "pages") == 0, || "it is off".into())?;
@@ -96,6 +99,36 @@ fn there_and_back(lab: &Lab, backing: &str) -> Outcome {
     works_on(&a)?;
     takes_back(&a)?;
     a.quit()
+}
+
+/// The memory of free pages is the host's, and what is discarded while the guest moves, and where it has just arrived, is
+/// nothing that anybody needs.
+fn gives_memory_back(lab: &Lab, backing: &str) -> Outcome {
+    let mut a = guest(lab, "a", "discard", &["--backing", backing, "--cpus", "2"])?;
+    let has_less =
+        |at: &Process| wait_for("the host has the memory", || Ok((resident(at)? < PAGES * 3 / 4).then_some(())));
+    has_less(&a)?;
+    let mut b = lab.receive("b", &[])?;
+    let slow = ["--bandwidth", "400Mbit"];
+    a.migrate_well(&b.address, &slow)?;
+    works_on(&b)?;
+    takes_back(&b)?;
+    let mut a = lab.receive("a", &[])?;
+    b.migrate_well(&a.address, &[&slow[..], &["--strategy", "post-copy"]].concat())?;
+    works_on(&a)?;
+    takes_back(&a)?;
+    has_less(&a)?;
+    let b = lab.receive("b", &[])?;
+    a.migrate_well(&b.address, &[&slow[..], &["--strategy", "hybrid"]].concat())?;
+    works_on(&b)?;
+    ensure(b.status()?["warnings"] == serde_json::json!([]), || "free pages keep their memory".into())?;
+    b.quit()
+}
+
+/// Pages of memory that the process has.
+fn resident(at: &Process) -> Result<u64, Failed> {
+    let statm = std::fs::read_to_string(format!("/proc/{}/statm", at.pid()))?;
+    Ok(statm.split_whitespace().nth(1).ok_or("no statm")?.parse()?)
 }
 
 fn any_tracker(lab: &Lab, tracker: &str) -> Outcome {

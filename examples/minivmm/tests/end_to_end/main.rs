@@ -2,9 +2,9 @@
 //!
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
+mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
-mod balloon;
 mod contract;
 mod convergence;
 mod elf;
