@@ -19,8 +19,9 @@ pub(crate) fn add(suite: &mut Suite) {
     for backing in ["anon", "thp", "memfd"] {
         suite.kvm(format!("balloon/there_and_back/{backing}"), move |lab| there_and_back(lab, backing));
     }
-    for backing in ["anon", "memfd"] {
-        suite.kvm(format!("balloon/gives_memory_back/{backing}"), move |lab| gives_memory_back(lab, backing));
+    for (backing, tracker) in [("anon", "auto"), ("anon", "write-protect"), ("memfd", "auto")] {
+        let name = format!("balloon/gives_memory_back/{backing}/{tracker}");
+        suite.kvm(name, move |lab| gives_memory_back(lab, backing, tracker));
     }
     for tracker in ["dirty-log", "manual-protect", "dirty-ring", "write-protect"] {
         suite.kvm(format!("balloon/tracker/{tracker}"), move |lab| any_tracker(lab, tracker));
@@ -103,8 +104,8 @@ fn there_and_back(lab: &Lab, backing: &str) -> Outcome {
 
 /// The memory of free pages is the host's, and what is discarded while the guest moves, and where it has just arrived, is
 /// nothing that anybody needs.
-fn gives_memory_back(lab: &Lab, backing: &str) -> Outcome {
-    let mut a = guest(lab, "a", "discard", &["--backing", backing, "--cpus", "2"])?;
+fn gives_memory_back(lab: &Lab, backing: &str, tracker: &str) -> Outcome {
+    let mut a = guest(lab, "a", "discard", &["--backing", backing, "--tracker", tracker, "--cpus", "2"])?;
     let has_less =
         |at: &Process| wait_for("the host has the memory", || Ok((resident(at)? < PAGES * 3 / 4).then_some(())));
     has_less(&a)?;
