@@ -41,6 +41,9 @@ pub struct PageCounts {
     pub zero: u64,
     /// Never sent, because they were never touched.
     pub hole: u64,
+    /// Never sent, because the guest had reported them free each time that they were due (see
+    /// [`free_pages`](crate::vm::SourceVm::free_pages)).
+    pub free: u64,
     /// Sent with their data, repeats counted.
     pub plain: u64,
     /// Pages sent at least once.

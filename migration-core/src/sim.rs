@@ -88,6 +88,9 @@ pub struct SimConfig {
     pub chunk: u64,
     /// What the guest does.
     pub dirtying: Dirtying,
+    /// When it reports which pages free, in the order of time. It takes a page back by writing there; what a page holds that
+    /// is free counts for nothing.
+    pub freeing: Vec<(Duration, PageRange)>,
     /// What it does in post-copy.
     pub touching: Touching,
     /// The link is lost after each of these actions, counted over the whole simulation. It is back for the next
@@ -115,6 +118,7 @@ impl Default for SimConfig {
             latency: Duration::from_micros(200),
             chunk: 512,
             dirtying: Dirtying::Idle,
+            freeing: Vec::new(),
             touching: Touching::Nothing,
             cuts: Vec::new(),
             failing_loads: 0,
@@ -126,6 +130,9 @@ impl Default for SimConfig {
         }
     }
 }
+
+/// From a harvest until the look at which pages are free.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// Who owns the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +158,8 @@ pub struct Attempt {
     pub total: Duration,
     /// Pages sent in each round.
     pub rounds: Vec<u64>,
+    /// Pages left out because they were free, each time counted.
+    pub spared: u64,
     /// How often the link was lost.
     pub cuts: u32,
     /// The strongest throttle.
@@ -183,6 +192,9 @@ pub struct Simulation {
     writes: f64,
     written: u64,
     scripted: usize,
+    /// Pages that the guest has reported free and not taken back.
+    free: PageSet,
+    freed: usize,
     loads: u32,
     paused_at: Option<Duration>,
     link: (f64, f64),
@@ -231,6 +243,8 @@ impl Simulation {
             writes: 0.0,
             written: pages,
             scripted: 0,
+            free: PageSet::empty(pages),
+            freed: 0,
             loads: 0,
             paused_at: None,
             link: (0.0, PAGE_SIZE as f64),
@@ -485,7 +499,8 @@ impl Simulation {
         };
         let missing = &self.post_copy.missing;
         let pages = copy.iter().zip(&self.memory).enumerate();
-        let stale = pages.filter(|&(page, (a, b))| a != b && !missing.contains(page as u64)).count();
+        let counts = |page| !missing.contains(page) && !self.free.contains(page);
+        let stale = pages.filter(|&(page, (a, b))| a != b && counts(page as u64)).count();
         if stale > 0 {
             self.broken.push(format!("{stale} pages are stale or lost at the destination"));
         }
@@ -584,6 +599,10 @@ impl Simulation {
         if !self.source_runs {
             return;
         }
+        while let Some(&(_, range)) = self.config.freeing.get(self.freed).filter(|(at, _)| *at <= self.clock) {
+            self.free.insert_range(range);
+            self.freed += 1;
+        }
         match self.config.dirtying.clone() {
             Dirtying::Idle => {}
             Dirtying::Rate { pages_per_second, working_set } => {
@@ -607,6 +626,8 @@ impl Simulation {
 
     fn write(&mut self, page: u64) {
         if let Some(version) = self.memory.get_mut(page as usize) {
+            // in this order: see `SourceVm::free_pages`
+            self.free.remove(page);
             self.written += 1;
             *version = self.written;
             if self.tracking {
@@ -663,6 +684,7 @@ impl Attempt {
             predicted_downtime: None,
             total: Duration::ZERO,
             rounds: Vec::new(),
+            spared: 0,
             cuts: 0,
             throttle_percent: 0,
             faults: 0,
@@ -678,7 +700,9 @@ impl Verbs for Simulation {
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         self.tracking = true;
-        Ok(PageSet::full(self.config.pages))
+        let mut pages = PageSet::full(self.config.pages);
+        self.spare(&mut pages);
+        Ok(pages)
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
@@ -698,6 +722,7 @@ impl Verbs for Simulation {
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         let mut pages = std::mem::replace(&mut self.dirty, PageSet::empty(self.config.pages));
         pages.union_with(&self.owed);
+        self.spare(&mut pages);
         Ok(pages)
     }
 
@@ -772,12 +797,26 @@ impl Verbs for Simulation {
 }
 
 impl Simulation {
+    /// Takes the pages out that are free, as the engine does.
+    fn spare(&mut self, pages: &mut PageSet) {
+        if self.config.freeing.is_empty() {
+            return;
+        }
+        // the guest goes on between tracker and look, so that the wrong order of the two would be seen
+        self.pass(LOOK);
+        let before = pages.len();
+        pages.subtract(&self.free);
+        self.owed.subtract(&self.free);
+        self.attempt.spared += before - pages.len();
+    }
+
     /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
     fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         // saving the state dirties a page, as kvmclock and steal time do
         self.write(self.config.pages - 1);
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
+        self.spare(&mut rest);
         if leave {
             for frame in missing_frames(&rest) {
                 self.deliver(frame)?;

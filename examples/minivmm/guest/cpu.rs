@@ -52,8 +52,13 @@ pub fn cpus_online() -> usize {
 
 /// A figure that all CPUs add to. They do so rarely.
 fn shared(offset: usize) -> &'static AtomicU64 {
-    // SAFETY: as in `online`, for the words of the board that have to do with accesses.
+    // SAFETY: as in `online`, for the words of the board that are not a CPU's own.
     unsafe { AtomicU64::from_ptr((BOARD_ADDRESS + offset as u64) as *mut u64) }
+}
+
+/// Adds to a figure of the board that all CPUs count together; they do so rarely.
+pub fn count(offset: usize, by: u64) {
+    shared(offset).fetch_add(by, Ordering::Relaxed);
 }
 
 /// Counts a CPU that came up.

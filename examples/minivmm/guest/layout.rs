@@ -50,6 +50,12 @@ pub mod board {
     pub const WORK_RANGES: usize = 0x90;
     /// Two pairs of u64, address and pages: where the `data` pages are.
     pub const DATA_RANGES: usize = 0xb0;
+    /// u64: pages in the balloons of all CPUs.
+    pub const BALLOON_PAGES: usize = 0xd0;
+    /// u64: times that a balloon was inflated.
+    pub const INFLATIONS: usize = 0xd8;
+    /// u64: times that memory was short, so that a balloon was deflated.
+    pub const DEFLATIONS: usize = 0xe0;
     /// The records of the CPUs, [`RECORD_SIZE`] bytes each.
     pub const RECORDS: usize = 0x100;
     /// Bytes of a CPU's record: a cache line of its own.
@@ -114,6 +120,34 @@ pub mod params {
     pub const SPEC_LENGTH: usize = 0x18;
     /// The spec itself. If it is empty the guest looks for `workload=…` on its command line.
     pub const SPEC: usize = 0x1c;
+}
+
+/// The ports of the balloon, all of a byte. Eight say where the bitmap of free pages is: its frame number, then for how many frames it is, from
+/// frame 0 on, each a little-endian u32. They take no writes while the device is on.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod balloon {
+    /// The first port.
+    pub const BASE: u16 = 0x560;
+    /// How many there are.
+    pub const PORTS: u16 = 10;
+    /// Offset of the port that takes [`ON`] or [`OFF`] and tells the state. Without a device it reads 0xff.
+    pub const COMMAND: u16 = 8;
+    /// Offset of the port that takes the number of a slot. Slots lie behind the bitmap's words, [`SLOT_SIZE`] bytes each: two u64, first frame and
+    /// number of frames. When the write is done, the memory of those among them whose bits are set may have been given back to the host: they
+    /// then read as zeros. None of them may be taken back while the write goes on.
+    pub const DISCARD: u16 = 9;
+    /// Slots: a CPU each.
+    pub const SLOTS: u64 = super::MAX_CPUS as u64;
+    /// Bytes of a slot.
+    pub const SLOT_SIZE: u64 = 16;
+    /// Most frames in a slot: the CPU stands still while they are seen to.
+    pub const MAX_DISCARD: u64 = 4096;
+    /// Nobody looks at the bitmap.
+    pub const OFF: u8 = 0;
+    /// The VMM looks at the bitmap whenever it likes.
+    pub const ON: u8 = 1;
+    /// What the registers say is not in RAM.
+    pub const REFUSED: u8 = 2;
 }
 
 /// What the guest is doing.

@@ -10,14 +10,17 @@
 //! | boot.rs | ring 0, in assembly |
 //! | platform.rs | clock, serial port, LAPIC |
 //! | memory.rs | RAM, areas of pages |
+//! | balloon.rs | pages that nobody needs |
 //! | cpu.rs | heartbeat, counters, errors |
 //! | page.rs | what a page contains |
-//! | writers.rs, touches.rs, programs.rs, regions.rs | the workloads |
+//! | writers.rs, touches.rs, programs.rs, regions.rs, churn.rs | the workloads |
 
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod boot;
+mod churn;
 mod cpu;
 mod layout;
 mod memory;
@@ -140,7 +143,7 @@ extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
         "quicksort" if plan.spec.value("regions") != 0 => run::<regions::Sorters>(&mut cpu, plan),
         "quicksort" => run::<programs::Quicksort>(&mut cpu, plan),
         "kv" => run::<programs::KeyValue>(&mut cpu, plan),
-        "churn" => run::<programs::Churn>(&mut cpu, plan),
+        "churn" => run::<churn::Churn>(&mut cpu, plan),
         "log" => run::<programs::Log>(&mut cpu, plan),
         _ => run::<programs::Mix>(&mut cpu, plan),
     }
@@ -161,7 +164,10 @@ fn set_up(start_info: u64) -> Plan {
         let _ = writeln!(platform::serial(), "bad workload: {text}");
         give_up(setup(2, *length as u64))
     };
-    let ram = loader.ram();
+    let mut ram = loader.ram();
+    if spec.value("balloon") != 0 {
+        balloon::set_up(&mut ram);
+    }
     let wanted = (load(PARAMS_ADDRESS + params::CPUS as u64) as u32 as usize).clamp(1, MAX_CPUS);
     let (work, data) = lay_out(&spec, ram);
     // Less than this, and a CPU might have no page at all.

@@ -147,8 +147,25 @@ pub const LIST: &[WorkloadInfo] = &[
     },
     WorkloadInfo {
         name: "churn",
-        summary: "allocates runs of 1 to 256 pages, writes them, checks them, frees them",
-        keys: &[size("512M")],
+        summary: "allocates pages, writes them, checks them, frees them; tells the VMM which ones it does not need",
+        keys: &[
+            size("512M"),
+            key(
+                "live",
+                Kind::Count(1, 60),
+                "25",
+                "percent of the pages that are in use, half as many to half as many again",
+            ),
+            key("pages", Kind::Count(1, 10_000_000), "10000", "pages allocated or freed a second, over all CPUs"),
+            SPIN,
+            key(
+                "balloon",
+                Kind::Choice(&["off", "on", "discard"]),
+                "on",
+                "whether free pages are reported, and their memory given to the host",
+            ),
+            key("interval", Kind::Time, "5s", "time between two inflations of the balloon"),
+        ],
     },
     WorkloadInfo {
         name: "log",

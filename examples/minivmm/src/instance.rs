@@ -235,6 +235,9 @@ impl Instance {
                     "access_latency_us": report::accesses_to_json(&w),
                     "errors": w.errors,
                     "cpus_online": w.cpus_online,
+                    "balloon": {
+                        "pages": w.balloon.pages, "inflations": w.balloon.inflations, "deflations": w.balloon.deflations,
+                    },
                     "state": format!("{:?}", w.state).to_lowercase(),
                     "first_error": w.first_error.as_ref().map(|e| json!({
                         "kind": e.name(), "address": e.address, "expected": e.expected, "found": e.found,

@@ -42,6 +42,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
             "total": report.pages.total,
             "zero": report.pages.zero,
             "hole": report.pages.hole,
+            "free": report.pages.free,
             "plain": report.pages.plain,
             "distinct": report.pages.distinct,
             "pushed": report.pages.pushed,

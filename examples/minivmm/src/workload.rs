@@ -232,6 +232,17 @@ impl std::fmt::Debug for Accesses {
     }
 }
 
+/// What the guest's balloon holds, and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Balloon {
+    /// Pages that are reported free now.
+    pub pages: u64,
+    /// Times that it was inflated.
+    pub inflations: u64,
+    /// Times that memory was short and it was deflated.
+    pub deflations: u64,
+}
+
 /// What the guest shows, summed up over its CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Board {
@@ -259,6 +270,8 @@ pub struct Board {
     pub verify_done: u64,
     /// Data pages checked so far.
     pub verified_pages: u64,
+    /// What the guest does not need of its memory, all of 0 if its workload has no balloon.
+    pub balloon: Balloon,
     /// Accesses to pages that took long, of all CPUs, if the workload measures them.
     pub accesses: Option<Accesses>,
 }
@@ -303,6 +316,11 @@ impl Board {
             reset_seen: each(record::RESET_SEEN).min().unwrap_or(0),
             verify_done: each(record::VERIFY_DONE).min().unwrap_or(0),
             verified_pages: sum(record::VERIFIED_PAGES),
+            balloon: Balloon {
+                pages: word(page, board::BALLOON_PAGES),
+                inflations: word(page, board::INFLATIONS),
+                deflations: word(page, board::DEFLATIONS),
+            },
             accesses: Some(Accesses {
                 limit: word(page, board::ACCESS_LIMIT),
                 longest: word(page, board::ACCESS_LONGEST),

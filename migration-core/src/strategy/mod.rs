@@ -99,11 +99,11 @@ impl Link {
 pub trait Verbs {
     /// How many pages the VM has.
     fn pages(&self) -> u64;
-    /// Starts dirty tracking; the pages that may hold data.
+    /// Starts dirty tracking; the pages that may hold data which the guest needs.
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
     /// Sends pages of the running guest.
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
-    /// Pages written since the last harvest, and pages owed from rounds that ended early.
+    /// Pages written since the last harvest, and pages owed from rounds that ended early; not those that are free now.
     fn harvest(&mut self) -> Result<PageSet, MigrationError>;
     /// Slows the vCPUs down.
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
@@ -141,7 +141,8 @@ impl<'a> Running<'a> {
         self.verbs.pages()
     }
 
-    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched.
+    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched, and those that the guest has
+    /// reported [free](crate::vm::SourceVm::free_pages).
     pub fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         self.verbs.start_tracking()
     }
@@ -153,7 +154,8 @@ impl<'a> Running<'a> {
     }
 
     /// The pages that the destination does not have in their last state: written since the last harvest (or since
-    /// tracking began), or not sent by a round that ended early.
+    /// tracking began), or not sent by a round that ended early. Pages that are free now are left out: one that the guest
+    /// takes back and writes is part of the next harvest.
     pub fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         self.verbs.harvest()
     }
@@ -205,7 +207,7 @@ impl<'a> Paused<'a> {
 
     /// Makes the destination the owner. `missing` are the pages that it does not have in their last state; if nothing was
     /// [sent](Self::send_rest) since the pause, the state goes first, and what was dirtied since the last harvest is
-    /// missing too.
+    /// missing too. Free pages are never missing: they read as zeros there.
     pub fn hand_over(self, missing: PageSet) -> Result<HandedOver<'a>, MigrationError> {
         self.verbs.hand_over(missing)?;
         Ok(HandedOver { verbs: self.verbs })

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use migration_core::{
-    GuestRam,
+    GuestRam, PageSet,
     pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
@@ -50,6 +50,10 @@ impl SourceVm for MachineSource {
 
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut *self.tracker
+    }
+
+    fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        self.machine.bus.balloon.free_pages(into)
     }
 
     fn blocked(&self, strategy: &str) -> Option<String> {

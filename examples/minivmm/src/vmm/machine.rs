@@ -16,12 +16,18 @@ use migration_core::{
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
     vm::VmError,
 };
-use migration_kvm::{pager::UserFaultPager, ram::MappedRam, state::HostNeeds, tracker::UserFault};
+use migration_kvm::{
+    pager::UserFaultPager,
+    ram::{Backing, MappedRam},
+    state::HostNeeds,
+    tracker::UserFault,
+};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     alias::Alias,
+    balloon::{Balloon, BalloonDevice, Discard},
     boot,
     config::MachineConfig,
     devices::{Bus, SerialDevice, SerialTarget},
@@ -84,7 +90,8 @@ pub(crate) struct Machine {
     standing: Mutex<Standing>,
     /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
     fault: Option<Arc<UserFault>>,
-    pager: OnceLock<Arc<UserFaultPager>>,
+    /// Shared with the balloon, which must not act behind its back.
+    pager: Arc<OnceLock<Arc<UserFaultPager>>>,
 }
 
 /// Who wants the machine to stand still. It runs only while nobody does; every change is made, with its effect on the
@@ -130,7 +137,9 @@ impl Machine {
         let ram = Arc::new(ram);
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
-        let bus = Bus::new(serial, bus_line).map_err(|e| MachineError(e.to_string()))?;
+        let pager: Arc<OnceLock<Arc<UserFaultPager>>> = Arc::default();
+        let balloon = Balloon::new(ram.clone(), discard(ram.clone(), pager.clone()));
+        let bus = Bus::new(serial, bus_line, balloon).map_err(|e| MachineError(e.to_string()))?;
         let writes = DirtyBitmap::new(layout);
         let fault = UserFault::new().ok().map(Arc::new);
         let kvm = match open_kvm() {
@@ -166,9 +175,11 @@ impl Machine {
         ];
         let tracker = UnionTracker::new(parts);
         let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
-        let devices = Mutex::new(DeviceSet::new(vec![Box::new(SerialDevice(bus.clone()))]));
+        let devices = Mutex::new(DeviceSet::new(vec![
+            Box::new(SerialDevice(bus.clone())),
+            Box::new(BalloonDevice(bus.balloon.clone())),
+        ]));
         let standing = Mutex::default();
-        let pager = OnceLock::new();
         Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing, fault, pager })
     }
 
@@ -376,6 +387,16 @@ impl Machine {
             .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
         *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
     }
+}
+
+/// What the balloon does with the pages that the guest does not need.
+fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Discard {
+    Box::new(move |runs| {
+        // a huge page that is given back may be somebody else's when the guest wants it again
+        let may = ram.backing() != Backing::Hugetlb && pager.get().is_none_or(|pager| pager.missing() == 0);
+        let runs = if may { runs } else { &[] };
+        runs.iter().try_for_each(|&run| ram.discard(run)).map_err(|e| e.to_string())
+    })
 }
 
 /// In place of a tracker that another migration has.

@@ -18,7 +18,7 @@ const WORKLOADS: [&str; 15] = [
     "quicksort:size=16M,segment=64K,data=8M",
     "quicksort:regions=6,size=4M,slice=2ms,data=8M",
     "kv:percent=60,step=100ms,data=8M",
-    "churn:size=24M,data=8M",
+    "churn:size=24M,data=8M,interval=20ms",
     "log:size=16M,data=8M",
     "mix:size=32M,data=8M",
 ];
