@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use crate::ram::RamSlice;
+use crate::{ram::RamSlice, wire::LaneKind};
 
 /// A connected, reliable, ordered stream of bytes in both directions: a TCP or Unix connection, TLS over one, …
 pub trait Channel: Send {
@@ -49,6 +49,10 @@ pub trait WriteHalf: Send {
 
     /// How long a write may go without a byte taken by the peer; `None` for ever.
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
+    /// link somebody waits for an answer. A hint; does nothing by default.
+    fn keep_queue_short(&mut self) {}
 }
 
 /// Ends a [`Channel`] from any thread: blocked reads and writes return at once with an error.
@@ -61,6 +65,12 @@ pub trait Closer: Send + Sync {
 pub trait Connector: Send + Sync {
     /// Opens a channel, or gives up after the connect time-out.
     fn connect(&self) -> io::Result<Box<dyn Channel>>;
+
+    /// Opens a channel that will carry a lane of this kind. What limits or orders traffic can tell by it which
+    /// channels must not wait behind others.
+    fn connect_as(&self, _kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        self.connect()
+    }
 
     /// The destination's address, for messages.
     fn address(&self) -> String;

@@ -55,8 +55,10 @@ pub mod codec;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod histogram;
 pub mod page;
 pub mod page_set;
+pub mod pager;
 pub mod protocol;
 #[allow(unsafe_code)]
 pub mod ram;

@@ -20,7 +20,7 @@ const BITS: u64 = u64::BITS as u64;
 /// let runs: Vec<_> = dirty.ranges().map(|r| (r.first, r.count)).collect();
 /// assert_eq!(runs, [(10, 2), (13, 2)]);
 /// ```
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Default, Clone, PartialEq, Eq)]
 pub struct PageSet {
     /// Bits at or beyond `capacity` are always zero.
     words: Vec<u64>,
@@ -141,6 +141,57 @@ impl PageSet {
         })
     }
 
+    /// The first page of `within` that is in the set.
+    pub fn first_in(&self, within: PageRange) -> Option<u64> {
+        self.next(within.first, within.end().min(self.capacity), true)
+    }
+
+    /// The last page of `within` that is in the set.
+    pub fn last_in(&self, within: PageRange) -> Option<u64> {
+        self.previous(within.end().min(self.capacity), within.first, true)
+    }
+
+    /// The first page of the set at or after `page`.
+    pub fn first_from(&self, page: u64) -> Option<u64> {
+        self.next(page, self.capacity, true)
+    }
+
+    /// The last page of the set before `page`.
+    pub fn last_below(&self, page: u64) -> Option<u64> {
+        self.previous(page.min(self.capacity), 0, true)
+    }
+
+    /// The run of pages that begins with `page`, `most` pages of it if it is longer; `None` if `page` is not in the
+    /// set, or `most` is 0.
+    ///
+    /// ```
+    /// use migration_core::{PageRange, PageSet};
+    /// let mut set = PageSet::empty(100);
+    /// set.insert_range(PageRange::new(10, 20));
+    /// assert_eq!(set.run_at(25, 64), Some(PageRange::new(25, 5)));
+    /// assert_eq!(set.run_before(25, 8), Some(PageRange::new(17, 8)));
+    /// assert_eq!(set.run_at(30, 64), None);
+    /// ```
+    pub fn run_at(&self, page: u64, most: u64) -> Option<PageRange> {
+        if most == 0 || !self.contains(page) {
+            return None;
+        }
+        let end = page.saturating_add(most).min(self.capacity);
+        let stop = self.next(page, end, false).unwrap_or(end);
+        Some(PageRange::new(page, stop - page))
+    }
+
+    /// The run of pages whose last one is just below `page`, the last `most` pages of it if it is longer; `None` if
+    /// `page - 1` is not in the set, or `most` is 0.
+    pub fn run_before(&self, page: u64, most: u64) -> Option<PageRange> {
+        if most == 0 || !page.checked_sub(1).is_some_and(|last| self.contains(last)) {
+            return None;
+        }
+        let start = page.saturating_sub(most);
+        let first = self.previous(page, start, false).map_or(start, |gap| gap + 1);
+        Some(PageRange::new(first, page - first))
+    }
+
     /// The bits of 64 pages a word, page 0 in bit 0 of word 0.
     pub fn words(&self) -> &[u64] {
         &self.words
@@ -184,6 +235,28 @@ impl PageSet {
             if index as u64 * BITS >= end {
                 return None;
             }
+            word = self.words[index] ^ flip;
+        }
+    }
+
+    /// The largest number at or after `from`, below `before` (at most the capacity), whose membership is `member`.
+    fn previous(&self, before: u64, from: u64, member: bool) -> Option<u64> {
+        if from >= before {
+            return None;
+        }
+        let flip = if member { 0 } else { u64::MAX };
+        let last = before - 1;
+        let mut index = (last / BITS) as usize;
+        let mut word = (self.words[index] ^ flip) & (u64::MAX >> (BITS - 1 - last % BITS));
+        loop {
+            if word != 0 {
+                let found = index as u64 * BITS + (BITS - 1 - u64::from(word.leading_zeros()));
+                return (found >= from).then_some(found);
+            }
+            if index as u64 * BITS <= from {
+                return None;
+            }
+            index -= 1;
             word = self.words[index] ^ flip;
         }
     }
@@ -273,6 +346,24 @@ mod tests {
             let runs: Vec<_> = set.ranges().collect();
             prop_assert!(runs.windows(2).all(|w| w[0].end() < w[1].first));
             prop_assert!(runs.iter().all(|r| r.count > 0));
+        }
+
+        #[test]
+        fn finds_what_a_set_finds(
+            capacity in 0u64..500, a in ranges(), page in 0u64..600, count in 0u64..200, far in any::<u64>(),
+        ) {
+            let (set, model) = build(capacity, &a);
+            for page in [page, far] {
+                prop_assert_eq!(set.first_from(page), model.range(page..).next().copied());
+                prop_assert_eq!(set.last_below(page), model.range(..page).next_back().copied());
+                let within = PageRange::new(page, count);
+                prop_assert_eq!(set.first_in(within), model.range(within.pages()).next().copied());
+                prop_assert_eq!(set.last_in(within), model.range(within.pages()).next_back().copied());
+                let up = (page..page.saturating_add(count)).take_while(|p| model.contains(p)).count() as u64;
+                prop_assert_eq!(set.run_at(page, count), (up > 0).then(|| PageRange::new(page, up)));
+                let down = (page.saturating_sub(count)..page).rev().take_while(|p| model.contains(p)).count() as u64;
+                prop_assert_eq!(set.run_before(page, count), (down > 0).then(|| PageRange::new(page - down, down)));
+            }
         }
 
         #[test]

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use crate::protocol::{DestinationPhase, SourcePhase};
+use crate::{
+    protocol::{DestinationPhase, SourcePhase},
+    wire::FaultSummary,
+};
 
 /// How an attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// The destination runs the VM.
+    /// The destination runs the VM, and has all of it.
     Completed,
     /// The VM runs on at the source.
     Failed,
@@ -38,10 +41,26 @@ pub struct PageCounts {
     pub zero: u64,
     /// Never sent, because they were never touched.
     pub hole: u64,
+    /// Never sent, because the guest had reported them free each time that they were due (see
+    /// [`free_pages`](crate::vm::SourceVm::free_pages)).
+    pub free: u64,
     /// Sent with their data, repeats counted.
     pub plain: u64,
     /// Pages sent at least once.
     pub distinct: u64,
+    /// After the hand-over, sent unasked.
+    pub pushed: u64,
+    /// After the hand-over, sent because the guest waited for them or for one of their block.
+    pub demanded: u64,
+}
+
+/// What the guest missed after a hand-over that left pages behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultCounts {
+    /// Faults for which a page had to be fetched; for the others it was on its way already.
+    pub network: u64,
+    /// What the destination counted and measured.
+    pub served: FaultSummary,
 }
 
 /// One round of a report.
@@ -90,6 +109,12 @@ pub struct Report {
     pub state_bytes: u64,
     /// Pages by kind.
     pub pages: PageCounts,
+    /// Demand lanes; 0 if the destination cannot serve missing pages.
+    pub demand_lanes: u16,
+    /// Faults after the hand-over.
+    pub faults: FaultCounts,
+    /// Links that were lost after the hand-over and found again.
+    pub recoveries: u64,
     /// Pages the guest dirtied a second in the last live round.
     pub dirty_pages_per_second: Option<f64>,
     /// The strongest throttle that was used.

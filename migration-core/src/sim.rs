@@ -26,6 +26,7 @@ use bytes::Bytes;
 
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
+    engine::{add_missing, missing_frames},
     page::{RamLayout, RamRegion},
     protocol::{
         DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, SourceEvent, SourceMachine,
@@ -33,9 +34,9 @@ use crate::{
     },
     spawner::GuestImpact,
     state::VmState,
-    strategy::{Link, Round, Running, Strategy, Verbs},
+    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{VmDescription, VmId},
-    wire::{Control, Hello, SessionToken, Welcome},
+    wire::{Control, FaultSummary, Hello, SessionToken, Welcome},
 };
 
 /// How the guest writes while it runs.
@@ -55,6 +56,25 @@ pub enum Dirtying {
     Script(Vec<(Duration, PageRange)>),
 }
 
+/// What the guest touches after a hand-over that left pages behind: one page after the other, and each that is missing
+/// stops it until it is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Touching {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Page after page.
+    Sequential {
+        /// As long as none is missing.
+        pages_per_second: f64,
+    },
+    /// Any page.
+    Random {
+        /// As long as none is missing.
+        pages_per_second: f64,
+    },
+}
+
 /// The world of a simulation.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
@@ -68,6 +88,11 @@ pub struct SimConfig {
     pub chunk: u64,
     /// What the guest does.
     pub dirtying: Dirtying,
+    /// When it reports which pages free, in the order of time. It takes a page back by writing there; what a page holds that
+    /// is free counts for nothing.
+    pub freeing: Vec<(Duration, PageRange)>,
+    /// What it does in post-copy.
+    pub touching: Touching,
     /// The link is lost after each of these actions, counted over the whole simulation. It is back for the next
     /// connection.
     pub cuts: Vec<u64>,
@@ -79,6 +104,8 @@ pub struct SimConfig {
     pub timeout: Option<Duration>,
     /// What the time-out does: stop the guest, or give up.
     pub stop_on_timeout: bool,
+    /// What it does first of all: hand the guest over and let the rest follow.
+    pub post_copy_on_timeout: bool,
     /// Likewise.
     pub impact: GuestImpact,
 }
@@ -91,15 +118,21 @@ impl Default for SimConfig {
             latency: Duration::from_micros(200),
             chunk: 512,
             dirtying: Dirtying::Idle,
+            freeing: Vec::new(),
+            touching: Touching::Nothing,
             cuts: Vec::new(),
             failing_loads: 0,
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             stop_on_timeout: false,
+            post_copy_on_timeout: false,
             impact: GuestImpact::Balanced,
         }
     }
 }
+
+/// From a harvest until the look at which pages are free.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// Who owns the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,10 +158,16 @@ pub struct Attempt {
     pub total: Duration,
     /// Pages sent in each round.
     pub rounds: Vec<u64>,
+    /// Pages left out because they were free, each time counted.
+    pub spared: u64,
     /// How often the link was lost.
     pub cuts: u32,
     /// The strongest throttle.
     pub throttle_percent: u8,
+    /// Touches of missing pages.
+    pub faults: u64,
+    /// Links lost while pages were missing at the destination, and found again.
+    pub recoveries: u32,
 }
 
 /// Two hosts, a link and a VM.
@@ -153,11 +192,32 @@ pub struct Simulation {
     writes: f64,
     written: u64,
     scripted: usize,
+    /// Pages that the guest has reported free and not taken back.
+    free: PageSet,
+    freed: usize,
     loads: u32,
     paused_at: Option<Duration>,
     link: (f64, f64),
+    post_copy: PostCopyState,
     attempt: Attempt,
     broken: Vec<String>,
+}
+
+/// Both sides of a hand-over that left pages behind.
+#[derive(Default)]
+struct PostCopyState {
+    /// Pages that the source has still to send.
+    left: PageSet,
+    left_behind: u64,
+    /// Pages that the destination lacks.
+    missing: PageSet,
+    /// A list of them that is under way, in either direction.
+    listed: PageSet,
+    reattached: bool,
+    /// The missing page at which the guest stands still.
+    waiting: Option<u64>,
+    touches: f64,
+    touched: u64,
 }
 
 impl Simulation {
@@ -183,9 +243,12 @@ impl Simulation {
             writes: 0.0,
             written: pages,
             scripted: 0,
+            free: PageSet::empty(pages),
+            freed: 0,
             loads: 0,
             paused_at: None,
             link: (0.0, PAGE_SIZE as f64),
+            post_copy: PostCopyState::default(),
             attempt: Attempt::new(),
             broken: Vec::new(),
             config,
@@ -200,6 +263,8 @@ impl Simulation {
         self.paused_at = None;
         self.epoch += 1;
         self.source = SourceMachine::new(self.epoch);
+        let none = || PageSet::empty(self.config.pages);
+        self.post_copy = PostCopyState { left: none(), missing: none(), listed: none(), ..PostCopyState::default() };
         let name = strategy.name();
         let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
         let mut error = result.err();
@@ -209,6 +274,9 @@ impl Simulation {
             }
             // whatever goes wrong leaves the doubt as it is
             let _ = self.repeat_run();
+        }
+        if self.source.phase() == SourcePhase::Serving && !self.source_dead {
+            error = self.serve(&mut Linear::default()).err();
         }
         if self.source.phase() == SourcePhase::Completed {
             error = None;
@@ -356,6 +424,14 @@ impl Simulation {
                 }
                 Ok(())
             }
+            SourceEvent::Missing { first, bitmap } => {
+                add_missing(&mut self.post_copy.listed, first, &bitmap).map_err(Into::into)
+            }
+            SourceEvent::Resume { .. } => {
+                let none = PageSet::empty(self.config.pages);
+                self.post_copy.left = std::mem::replace(&mut self.post_copy.listed, none);
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -370,6 +446,12 @@ impl Simulation {
                 replies.extend(self.destination.prepared().ok());
                 replies
             }
+            DestinationAction::Missing { first, bitmap } => {
+                if let Err(error) = add_missing(&mut self.post_copy.missing, first, &bitmap) {
+                    self.broken.push(error.to_string());
+                }
+                Vec::new()
+            }
             DestinationAction::Load { state, .. } => {
                 let failing = self.loads < self.config.failing_loads;
                 self.loads += 1;
@@ -380,18 +462,11 @@ impl Simulation {
                 self.destination.loaded().into_iter().collect()
             }
             DestinationAction::Start { running } => {
-                match self.copy.take() {
-                    Some(copy) if copy == self.memory => {}
-                    Some(copy) => {
-                        let stale = copy.iter().zip(&self.memory).filter(|(a, b)| a != b).count();
-                        self.broken.push(format!("{stale} pages are stale or lost at the destination"));
-                    }
-                    None => self.broken.push("the destination starts a VM that it does not have".into()),
-                }
+                self.check_copy();
                 self.destination_runs = running;
-                vec![Control::Running]
+                self.running()
             }
-            DestinationAction::AnswerRunning => vec![Control::Running],
+            DestinationAction::AnswerRunning => self.running(),
             DestinationAction::Discard(_) => {
                 self.copy = None;
                 Vec::new()
@@ -401,12 +476,108 @@ impl Simulation {
         }
     }
 
+    /// Says that the VM runs, and on a new link what it lacks.
+    fn running(&mut self) -> Vec<Control> {
+        let mut replies = vec![Control::Running];
+        if self.post_copy.left_behind == 0 {
+            return replies;
+        }
+        let missing = &self.post_copy.missing;
+        if missing.is_empty() {
+            replies.extend(self.destination.complete().map(|()| Control::Complete(FaultSummary::default())).ok());
+        } else if self.post_copy.reattached {
+            replies.extend(missing_frames(missing));
+            replies.push(Control::PostCopy { missing: missing.len(), demand_lanes: 0 });
+        }
+        replies
+    }
+
+    /// All pages that the destination has, it has as they were last.
+    fn check_copy(&mut self) {
+        let Some(copy) = &self.copy else {
+            return self.broken.push("the destination starts a VM that it does not have".into());
+        };
+        let missing = &self.post_copy.missing;
+        let pages = copy.iter().zip(&self.memory).enumerate();
+        let counts = |page| !missing.contains(page) && !self.free.contains(page);
+        let stale = pages.filter(|&(page, (a, b))| a != b && counts(page as u64)).count();
+        if stale > 0 {
+            self.broken.push(format!("{stale} pages are stale or lost at the destination"));
+        }
+    }
+
+    /// Pages of which each moves once arrive behind the guest's back.
+    fn install(&mut self, range: PageRange) -> Result<(), MigrationError> {
+        self.act(range.bytes())?;
+        if let Some(copy) = &mut self.copy {
+            for page in range.pages() {
+                copy[page as usize] = self.memory[page as usize];
+            }
+        }
+        self.post_copy.missing.remove_range(range);
+        if self.post_copy.missing.is_empty() && self.destination.complete().is_ok() {
+            self.check_copy();
+            self.act(0)?;
+            return self.answer(Control::Complete(FaultSummary::default()));
+        }
+        self.act(0)
+    }
+
+    fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        while self.source.phase() == SourcePhase::Serving {
+            if let Some(page) = self.post_copy.waiting {
+                self.act(0)?;
+                if self.post_copy.left.remove(page) {
+                    self.install(PageRange::new(page, 1))?;
+                }
+                order.fault(page);
+                self.post_copy.waiting = None;
+            } else if let Some(range) = order.next(&self.post_copy.left, self.config.chunk.max(1)) {
+                self.post_copy.left.remove_range(range);
+                self.install(range)?;
+            } else {
+                // all was sent, and the link has not said that it was lost: that would be for ever
+                return Err(link_error());
+            }
+        }
+        Ok(())
+    }
+
+    fn touch(&mut self, time: Duration) {
+        let (rate, random) = match self.config.touching {
+            Touching::Nothing => return,
+            Touching::Sequential { pages_per_second } => (pages_per_second, false),
+            Touching::Random { pages_per_second } => (pages_per_second, true),
+        };
+        let state = &mut self.post_copy;
+        if state.waiting.is_some() {
+            return;
+        }
+        state.touches += rate * time.as_secs_f64();
+        while state.touches >= 1.0 && state.waiting.is_none() {
+            state.touches -= 1.0;
+            let n = state.touched;
+            state.touched += 1;
+            // any odd multiplier spreads the numbers over all pages
+            let page = if random { n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16 } else { n } % self.config.pages;
+            if state.missing.contains(page) {
+                self.attempt.faults += 1;
+                state.waiting = Some(page);
+            }
+        }
+    }
+
     fn repeat_run(&mut self) -> Result<(), MigrationError> {
         // a new connection
         self.connected = true;
+        self.post_copy.reattached = true;
+        self.post_copy.listed.clear();
         self.pass(Duration::from_millis(100));
         for frame in self.source.reattach(VmId([1; 16]))? {
             self.deliver(frame)?;
+        }
+        if self.source.phase() == SourcePhase::Serving {
+            return Ok(());
         }
         self.expect(SourcePhase::Completed)
     }
@@ -422,8 +593,15 @@ impl Simulation {
 
     fn pass(&mut self, time: Duration) {
         self.clock += time;
+        if self.destination_runs {
+            self.touch(time);
+        }
         if !self.source_runs {
             return;
+        }
+        while let Some(&(_, range)) = self.config.freeing.get(self.freed).filter(|(at, _)| *at <= self.clock) {
+            self.free.insert_range(range);
+            self.freed += 1;
         }
         match self.config.dirtying.clone() {
             Dirtying::Idle => {}
@@ -448,6 +626,8 @@ impl Simulation {
 
     fn write(&mut self, page: u64) {
         if let Some(version) = self.memory.get_mut(page as usize) {
+            // in this order: see `SourceVm::free_pages`
+            self.free.remove(page);
             self.written += 1;
             *version = self.written;
             if self.tracking {
@@ -504,8 +684,11 @@ impl Attempt {
             predicted_downtime: None,
             total: Duration::ZERO,
             rounds: Vec::new(),
+            spared: 0,
             cuts: 0,
             throttle_percent: 0,
+            faults: 0,
+            recoveries: 0,
         }
     }
 }
@@ -517,7 +700,9 @@ impl Verbs for Simulation {
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         self.tracking = true;
-        Ok(PageSet::full(self.config.pages))
+        let mut pages = PageSet::full(self.config.pages);
+        self.spare(&mut pages);
+        Ok(pages)
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
@@ -537,6 +722,7 @@ impl Verbs for Simulation {
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         let mut pages = std::mem::replace(&mut self.dirty, PageSet::empty(self.config.pages));
         pages.union_with(&self.owed);
+        self.spare(&mut pages);
         Ok(pages)
     }
 
@@ -557,6 +743,8 @@ impl Verbs for Simulation {
             timed_out: self.config.timeout.is_some_and(|t| self.clock >= t),
             stop_on_timeout: self.config.stop_on_timeout,
             impact: self.config.impact,
+            can_post_copy: true,
+            post_copy_wanted: self.config.post_copy_on_timeout && self.config.timeout.is_some_and(|t| self.clock >= t),
         }
     }
 
@@ -577,28 +765,77 @@ impl Verbs for Simulation {
     }
 
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        self.offer(pages, false)
+    }
+
+    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
+        if self.source.phase() == SourcePhase::Copying {
+            self.offer(missing, true)?;
+        } else if !missing.is_empty() {
+            return Err(MigrationError::Blocked("the state was sent already".into()));
+        }
+        let run = self.source.run()?;
+        self.deliver(run)?;
+        if self.source.phase() == SourcePhase::Serving { Ok(()) } else { self.expect(SourcePhase::Completed) }
+    }
+
+    fn left_behind(&self) -> u64 {
+        self.post_copy.left_behind
+    }
+
+    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        order.begin(&self.post_copy.left, &[]);
+        while self.source.phase() == SourcePhase::Serving {
+            if self.push(order).is_err() {
+                self.attempt.recoveries += 1;
+                // whatever goes wrong leaves it as it is
+                while self.source.phase() == SourcePhase::Serving && self.repeat_run().is_err() {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Simulation {
+    /// Takes the pages out that are free, as the engine does.
+    fn spare(&mut self, pages: &mut PageSet) {
+        if self.config.freeing.is_empty() {
+            return;
+        }
+        // the guest goes on between tracker and look, so that the wrong order of the two would be seen
+        self.pass(LOOK);
+        let before = pages.len();
+        pages.subtract(&self.free);
+        self.owed.subtract(&self.free);
+        self.attempt.spared += before - pages.len();
+    }
+
+    /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
+    fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         // saving the state dirties a page, as kvmclock and steal time do
         self.write(self.config.pages - 1);
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
-        self.source.begin_round()?;
-        self.attempt.rounds.push(rest.len());
-        self.transfer(&rest)?;
+        self.spare(&mut rest);
+        if leave {
+            for frame in missing_frames(&rest) {
+                self.deliver(frame)?;
+            }
+            let (end, _) = self.source.post_copy(rest.len(), 1)?;
+            self.deliver(end)?;
+            self.post_copy.left_behind = rest.len();
+            self.post_copy.left = rest;
+        } else {
+            self.source.begin_round()?;
+            self.attempt.rounds.push(rest.len());
+            self.transfer(&rest)?;
+        }
         let state = Bytes::from(VmState::default().encode());
         let bytes = state.len() as u64;
         self.deliver(Control::State(state))?;
         let offer = self.source.offer(bytes, true)?;
         self.deliver(offer)?;
         self.expect(SourcePhase::Ready)
-    }
-
-    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
-        if !missing.is_empty() {
-            return Err(MigrationError::Blocked("the simulated destination has no pager".into()));
-        }
-        let run = self.source.run()?;
-        self.deliver(run)?;
-        self.expect(SourcePhase::Completed)
     }
 }
 

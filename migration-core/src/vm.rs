@@ -7,6 +7,8 @@ use bytes::Bytes;
 use crate::{
     device::DeviceKind,
     page::RamLayout,
+    page_set::PageSet,
+    pager::Pager,
     ram::GuestRam,
     state::{Section, VmState},
     tracker::DirtyTracker,
@@ -85,6 +87,31 @@ pub trait SourceVm: Send {
     /// The tracker that sees all writes to it: of vCPUs, of KVM, of devices and of the VMM.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
+    /// Adds to `into` the pages whose contents the guest does not need: it has reported them free (a balloon, free page
+    /// reporting) and not taken them back. They are left out, and read as zeros or as anything older at the destination.
+    /// The default knows none. Pages outside RAM are ignored.
+    ///
+    /// The contract with the guest: what a free page holds is undefined, and may change from read to read, until it is
+    /// written. The guest takes a page back *before* it first writes there, and both stores become visible in that
+    /// order. (A guest that relies on what free pages hold, as one that poisons them does, must not report them.)
+    ///
+    /// It is then safe to leave out a page that is free *when it is looked at*, although the guest may take it back at
+    /// once, provided that the look comes after tracking has started, or after a harvest has returned. Every write that
+    /// counts comes after the page was taken back, which comes after the look, which comes after the tracker began anew:
+    /// so the next harvest reports it, and the page is sent whole. The other way round, a page that is written and *then*
+    /// reported free in between would be fine too, but one that is taken back and written between look and harvest would
+    /// be reported by that harvest and left out for the sake of a look that no longer holds. The engine therefore asks in
+    /// this order, each time anew, and never keeps the answer.
+    ///
+    /// A page that an earlier round has sent keeps at the destination what it had then; nothing needs to be dropped.
+    ///
+    /// # Errors
+    /// When the report cannot be read. It is only a hint: the engine warns, and sends all pages.
+    fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        let _ = into;
+        Ok(())
+    }
+
     /// Why the VM cannot move by the strategy of this name, if so.
     fn blocked(&self, strategy: &str) -> Option<String> {
         let _ = strategy;
@@ -146,6 +173,18 @@ pub trait DestinationVm: Send {
     /// # Errors
     /// The attempt fails, the source's guest runs on.
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError>;
+
+    /// What serves missing pages, if this VM can be handed over before all of them have arrived (post-copy). Asked for
+    /// once, after the VM is built.
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        None
+    }
+
+    /// The operating system's numbers of the threads that run vCPUs, to tell their faults from others. Asked for after
+    /// [`start`](Self::start).
+    fn vcpu_threads(&self) -> Vec<u32> {
+        Vec::new()
+    }
 
     /// The VM is owned here, from now on: take disk locks, announce addresses, and start the vCPUs if `running`.
     ///

@@ -5,8 +5,8 @@ use std::time::Duration;
 use migration_core::{
     PageRange,
     protocol::DestinationPhase,
-    sim::{Dirtying, Owner, SimConfig, Simulation},
-    strategy::{PreCopy, StopAndCopy, Strategy},
+    sim::{Dirtying, Owner, SimConfig, Simulation, Touching},
+    strategy::{Hybrid, Linear, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 
 fn config(cuts: Vec<u64>) -> SimConfig {
@@ -16,13 +16,19 @@ fn config(cuts: Vec<u64>) -> SimConfig {
         dirtying: Dirtying::Script(
             (1..40).map(|i| (Duration::from_millis(3 * i), PageRange::new(i * 37 % 2000, 48))).collect(),
         ),
+        touching: Touching::Random { pages_per_second: 100_000.0 },
         cuts,
         ..SimConfig::default()
     }
 }
 
 fn strategies() -> Vec<Box<dyn Strategy>> {
-    vec![Box::new(<PreCopy>::default()), Box::new(StopAndCopy)]
+    vec![
+        Box::new(<PreCopy>::default()),
+        Box::new(StopAndCopy),
+        Box::new(PostCopy { order: Box::new(Linear::default()) }),
+        Box::new(Hybrid { rounds: 1, order: Box::new(Linear::default()) }),
+    ]
 }
 
 /// Runs attempts until the destination has the VM; checks what must hold after each.

@@ -1,12 +1,13 @@
-//! Live migration on Linux and KVM: guest RAM, dirty trackers, vCPU and VM state, thread priorities.
+//! Live migration on Linux and KVM: guest RAM, dirty trackers, a pager, vCPU and VM state, threads.
 //!
 //! Everything here implements a trait of migration-core, and can be replaced by a VMM's own. A VMM takes what it lacks:
 //! [`ram`] if it does not map guest memory by itself (or an adapter for vm-memory), a [`tracker`] that [`probe`] finds
-//! available, [`state`] for its vCPUs, and [`spawner`] for threads with priorities.
+//! available, a [`pager`] for post-copy, [`state`] for its vCPUs, and [`spawner`] for threads with priorities.
 //!
 //! Unsafe code lives in named modules only; each block argues why it is sound.
 #![deny(unsafe_code)]
 
+pub mod pager;
 pub mod probe;
 pub mod ram;
 pub mod spawner;

@@ -12,6 +12,7 @@ use std::{
 use migration_core::{
     RamSlice,
     channel::{Channel, Closer, Connector, Halves, WriteHalf},
+    wire::LaneKind,
 };
 
 use crate::{Bandwidth, gather::Gather};
@@ -26,6 +27,10 @@ const PIECE_TIME: Duration = Duration::from_millis(4);
 const BURST_TIME: Duration = Duration::from_millis(10);
 /// Bytes.
 const MIN_BURST: u64 = 64 << 10;
+
+/// How much of the limit goes to what is urgent, if there is so much of it: enough that it hardly waits, and not all, as
+/// one may wait for the rest too (a fault, for a page that is being pushed).
+const URGENT_SHARE: f64 = 0.75;
 
 /// A bandwidth limit that any number of writers share: a token bucket of 10 ms worth, or 64 KiB if that is more.
 ///
@@ -47,6 +52,8 @@ struct Bucket {
     /// When everything that was let pass will have been sent at exactly the limit. The bucket is full when that is a
     /// burst's time ago.
     next: Instant,
+    /// Likewise for what is urgent, at its share of the limit.
+    urgent: Instant,
     /// Counts changes of the limit. Who waits under an older one asks again.
     generation: u64,
 }
@@ -54,7 +61,7 @@ struct Bucket {
 impl Limiter {
     /// A limit of `bandwidth`.
     pub fn new(bandwidth: Bandwidth) -> Self {
-        let bucket = Bucket { bandwidth, next: Instant::now(), generation: 0 };
+        let bucket = Bucket { bandwidth, next: Instant::now(), urgent: Instant::now(), generation: 0 };
         Self { shared: Arc::new(Shared { bucket: Mutex::new(bucket), changed: Condvar::new() }) }
     }
 
@@ -66,7 +73,8 @@ impl Limiter {
     /// Changes the limit, for writes that wait already as well.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         let mut bucket = self.lock();
-        *bucket = Bucket { bandwidth, next: Instant::now(), generation: bucket.generation + 1 };
+        let now = Instant::now();
+        *bucket = Bucket { bandwidth, next: now, urgent: now, generation: bucket.generation + 1 };
         drop(bucket);
         self.shared.changed.notify_all();
     }
@@ -74,7 +82,7 @@ impl Limiter {
     /// Puts the sending direction of `channel` under this limit: for channels that a listener accepted, or where only
     /// some of a connector's channels are to be limited.
     pub fn wrap(&self, channel: Box<dyn Channel>) -> Box<dyn Channel> {
-        Box::new(LimitedChannel { inner: channel, limiter: self.clone() })
+        Box::new(LimitedChannel { inner: channel, limiter: self.clone(), urgent: false })
     }
 
     fn lock(&self) -> MutexGuard<'_, Bucket> {
@@ -95,6 +103,16 @@ impl Limiter {
 
     /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile.
     pub(crate) fn pass(&self, bytes: u64, closed: &AtomicBool) -> bool {
+        self.pass_as(false, bytes, closed)
+    }
+
+    /// The same for bytes that others must not hold up: they may use [`URGENT_SHARE`] of the limit, at the expense of
+    /// the others, to whom the rest is left.
+    fn pass_urgently(&self, bytes: u64, closed: &AtomicBool) -> bool {
+        self.pass_as(true, bytes, closed)
+    }
+
+    fn pass_as(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
             if bucket.bandwidth == Bandwidth::UNLIMITED {
@@ -102,10 +120,20 @@ impl Limiter {
             }
             let burst = BURST_TIME.max(bucket.bandwidth.time_for(MIN_BURST));
             let now = Instant::now();
-            let start = now.checked_sub(burst).map_or(bucket.next, |full| bucket.next.max(full));
+            let time = bucket.bandwidth.time_for(bytes);
+            let full = |next: Instant| now.checked_sub(burst).map_or(next, |full| next.max(full));
             // Writers queue up by reserving their time; a rate so low that the time overflows waits for a new limit.
-            let Some(next) = start.checked_add(bucket.bandwidth.time_for(bytes)) else { return false };
-            bucket.next = next;
+            let all = full(bucket.next).checked_add(time);
+            let start = if urgent {
+                let start = full(bucket.urgent);
+                let Some(next) = start.checked_add(time.div_f64(URGENT_SHARE)) else { return false };
+                bucket.urgent = next;
+                start
+            } else {
+                full(bucket.next)
+            };
+            let Some(all) = all else { return false };
+            bucket.next = all;
             let generation = bucket.generation;
             loop {
                 if closed.load(Ordering::Acquire) {
@@ -176,6 +204,12 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
 
+    /// What other lanes than bulk ones send goes first, up to three quarters of the limit.
+    fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let (inner, limiter) = (self.inner.connect_as(kind)?, self.limiter.clone());
+        Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
+    }
+
     fn address(&self) -> String {
         self.inner.address()
     }
@@ -184,13 +218,19 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
 struct LimitedChannel {
     inner: Box<dyn Channel>,
     limiter: Limiter,
+    urgent: bool,
 }
 
 impl Channel for LimitedChannel {
     fn split(self: Box<Self>) -> io::Result<Halves> {
         let Halves { reader, writer, closer } = self.inner.split()?;
         let closed = Arc::new(AtomicBool::new(false));
-        let writer = LimitedWriter { inner: writer, limiter: self.limiter.clone(), closed: Arc::clone(&closed) };
+        let writer = LimitedWriter {
+            inner: writer,
+            limiter: self.limiter.clone(),
+            closed: Arc::clone(&closed),
+            urgent: self.urgent,
+        };
         let closer = LimitedCloser { inner: closer, limiter: self.limiter, closed };
         Ok(Halves { reader, writer: Box::new(writer), closer: Box::new(closer) })
     }
@@ -204,6 +244,7 @@ struct LimitedWriter {
     inner: Box<dyn WriteHalf>,
     limiter: Limiter,
     closed: Arc<AtomicBool>,
+    urgent: bool,
 }
 
 impl LimitedWriter {
@@ -216,6 +257,11 @@ impl LimitedWriter {
 impl WriteHalf for LimitedWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let mut gather = Gather::new(head, slices);
+        if self.urgent {
+            let passed = self.limiter.pass_urgently(gather.remaining() as u64, &self.closed);
+            passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))?;
+            return self.inner.write_all(head, slices);
+        }
         if gather.remaining() <= self.limiter.piece() {
             self.pass(gather.remaining())?;
             return self.inner.write_all(head, slices);
@@ -231,6 +277,10 @@ impl WriteHalf for LimitedWriter {
 
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.inner.set_idle_timeout(timeout)
+    }
+
+    fn keep_queue_short(&mut self) {
+        self.inner.keep_queue_short();
     }
 }
 

@@ -16,6 +16,9 @@ use socket2::{SockRef, Type};
 
 use crate::{gather::Gather, iovec};
 
+/// Bytes that a TCP connection queues beyond what is on its way, when its queue is to be short.
+const SHORT_QUEUE: u32 = 128 << 10;
+
 /// A [`Channel`] over a connected stream socket.
 ///
 /// Connectors and listeners of this crate make them; a VMM that was handed a connected socket by its management layer
@@ -160,6 +163,11 @@ impl WriteHalf for StreamWriter {
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.idle = timeout.map(clamp);
         SockRef::from(&self.socket).set_write_timeout(self.idle)
+    }
+
+    fn keep_queue_short(&mut self) {
+        // refused by sockets other than TCP's, whose buffers are small anyway
+        let _ = SockRef::from(&self.socket).set_tcp_notsent_lowat(SHORT_QUEUE);
     }
 }
 

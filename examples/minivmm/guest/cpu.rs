@@ -2,9 +2,9 @@
 
 use core::fmt::Write;
 use core::ptr::{read_volatile, write_volatile};
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use crate::layout::{BOARD_ADDRESS, BOARD_VERSION, board, fault, record, state};
+use crate::layout::{ACCESS_BUCKETS, BOARD_ADDRESS, BOARD_VERSION, access_bucket, board, fault, record, state};
 use crate::platform;
 
 /// Something that is not as it must be.
@@ -48,6 +48,17 @@ fn online() -> &'static AtomicU32 {
 /// CPUs that are up.
 pub fn cpus_online() -> usize {
     online().load(Ordering::Acquire) as usize
+}
+
+/// A figure that all CPUs add to. They do so rarely.
+fn shared(offset: usize) -> &'static AtomicU64 {
+    // SAFETY: as in `online`, for the words of the board that are not a CPU's own.
+    unsafe { AtomicU64::from_ptr((BOARD_ADDRESS + offset as u64) as *mut u64) }
+}
+
+/// Adds to a figure of the board that all CPUs count together; they do so rarely.
+pub fn count(offset: usize, by: u64) {
+    shared(offset).fetch_add(by, Ordering::Relaxed);
 }
 
 /// Counts a CPU that came up.
@@ -99,7 +110,12 @@ pub struct Cpu {
     /// Number of the verification that is done, and that the VMM asks for.
     verify: (u64, u64),
     random: u64,
+    /// Ticks from which an access is counted.
+    access_limit: u64,
 }
+
+/// Microseconds from which an access is counted: more than any that the memory answers by itself.
+const ACCESS_LIMIT: u64 = 20;
 
 impl Cpu {
     /// A CPU among so many.
@@ -117,6 +133,7 @@ impl Cpu {
             verified_pages: 0,
             verify: (0, 0),
             random: seed ^ (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            access_limit: u64::MAX,
         }
     }
 
@@ -142,13 +159,53 @@ impl Cpu {
         }
         let asked = board_read(board::CONTROL);
         if asked != self.reset_seen {
-            self.reset_seen = asked;
-            self.longest_gap = 0;
-            self.put(record::LONGEST_GAP, 0);
-            self.put(record::GAP_END, 0);
-            self.put(record::RESET_SEEN, asked);
+            self.reset(asked);
         }
         now
+    }
+
+    /// Obeys the VMM, which wants everything measured from now on.
+    #[cold]
+    #[inline(never)]
+    fn reset(&mut self, asked: u64) {
+        self.reset_seen = asked;
+        self.longest_gap = 0;
+        self.put(record::LONGEST_GAP, 0);
+        self.put(record::GAP_END, 0);
+        if self.index == 0 {
+            // What is shared is cleared once. Others may count an access too many or too few until all have obeyed.
+            shared(board::ACCESS_LONGEST).store(0, Ordering::Relaxed);
+            (0..ACCESS_BUCKETS).for_each(|n| shared(board::ACCESS_COUNTS + 8 * n).store(0, Ordering::Relaxed));
+        }
+        // Only a CPU that has cleared everything says so.
+        compiler_fence(Ordering::SeqCst);
+        self.put(record::RESET_SEEN, asked);
+    }
+
+    /// From now on [`Cpu::access`] counts.
+    pub fn measure_accesses(&mut self) {
+        self.access_limit = platform::ticks(ACCESS_LIMIT);
+        board_write(board::ACCESS_LIMIT, self.access_limit);
+    }
+
+    /// Ends the access to a page that began at a time; counts it if it took long. Returns the time, at which the next one begins.
+    ///
+    /// The clock may be read before a load is complete, but not before it has faulted: a fault is taken in the order of the program.
+    #[inline(always)]
+    pub fn access(&mut self, since: u64) -> u64 {
+        let now = platform::now();
+        let time = now.saturating_sub(since);
+        if time >= self.access_limit {
+            self.slow_access(time);
+        }
+        now
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn slow_access(&mut self, time: u64) {
+        shared(board::ACCESS_COUNTS + 8 * access_bucket(time)).fetch_add(1, Ordering::Relaxed);
+        shared(board::ACCESS_LONGEST).fetch_max(time, Ordering::Relaxed);
     }
 
     /// Counts operations.

@@ -18,6 +18,10 @@ pub const BOARD_MAGIC: u64 = 0x314b_524f_4d4d_564d;
 pub const BOARD_VERSION: u32 = 1;
 /// First word of the parameter page ("MVMMPAR1").
 pub const PARAMS_MAGIC: u64 = 0x3152_4150_4d4d_564d;
+/// Buckets of the durations of accesses on the board: eight to each doubling, so that a bucket is at most an eighth wide.
+pub const ACCESS_BUCKETS: usize = 192;
+/// The first bucket begins at two to the power of this, in ticks: 20 µs even on a clock of 205 MHz.
+const ACCESS_FIRST: u32 = 12;
 /// Longest workload spec that the parameter page takes.
 pub const MAX_SPEC: usize = 2048;
 
@@ -46,10 +50,40 @@ pub mod board {
     pub const WORK_RANGES: usize = 0x90;
     /// Two pairs of u64, address and pages: where the `data` pages are.
     pub const DATA_RANGES: usize = 0xb0;
+    /// u64: pages in the balloons of all CPUs.
+    pub const BALLOON_PAGES: usize = 0xd0;
+    /// u64: times that a balloon was inflated.
+    pub const INFLATIONS: usize = 0xd8;
+    /// u64: times that memory was short, so that a balloon was deflated.
+    pub const DEFLATIONS: usize = 0xe0;
     /// The records of the CPUs, [`RECORD_SIZE`] bytes each.
     pub const RECORDS: usize = 0x100;
     /// Bytes of a CPU's record: a cache line of its own.
     pub const RECORD_SIZE: usize = 64;
+    /// u64: ticks from which the access to a page is counted; 0 if the workload does not measure accesses.
+    pub const ACCESS_LIMIT: usize = 0x500;
+    /// u64: the longest access, in ticks.
+    pub const ACCESS_LONGEST: usize = 0x508;
+    /// [`super::ACCESS_BUCKETS`] u64: accesses of all CPUs by their duration, see [`super::access_bucket`]. Forgotten together with the
+    /// longest gaps, see [`CONTROL`].
+    pub const ACCESS_COUNTS: usize = 0x600;
+}
+
+/// The bucket of a duration in ticks. Those that are shorter or longer than all buckets go to the first and the last.
+#[allow(dead_code)] // The guest's half.
+pub const fn access_bucket(ticks: u64) -> usize {
+    if ticks < 1 << ACCESS_FIRST {
+        return 0;
+    }
+    let doubling = ticks.ilog2();
+    let bucket = ((doubling - ACCESS_FIRST) as usize) * 8 + (ticks >> (doubling - 3) & 7) as usize;
+    if bucket < ACCESS_BUCKETS { bucket } else { ACCESS_BUCKETS - 1 }
+}
+
+/// Where a bucket begins, in ticks. Also for the one behind the last.
+#[allow(dead_code)] // The host's half.
+pub const fn access_bucket_start(bucket: usize) -> u64 {
+    (8 + bucket as u64 % 8) << (ACCESS_FIRST as usize - 3 + bucket / 8)
 }
 
 /// Offsets in a CPU's record on the board, all u64.
@@ -86,6 +120,34 @@ pub mod params {
     pub const SPEC_LENGTH: usize = 0x18;
     /// The spec itself. If it is empty the guest looks for `workload=…` on its command line.
     pub const SPEC: usize = 0x1c;
+}
+
+/// The ports of the balloon, all of a byte. Eight say where the bitmap of free pages is: its frame number, then for how many frames it is, from
+/// frame 0 on, each a little-endian u32. They take no writes while the device is on.
+#[allow(dead_code)] // Each side uses the half that it needs.
+pub mod balloon {
+    /// The first port.
+    pub const BASE: u16 = 0x560;
+    /// How many there are.
+    pub const PORTS: u16 = 10;
+    /// Offset of the port that takes [`ON`] or [`OFF`] and tells the state. Without a device it reads 0xff.
+    pub const COMMAND: u16 = 8;
+    /// Offset of the port that takes the number of a slot. Slots lie behind the bitmap's words, [`SLOT_SIZE`] bytes each: two u64, first frame and
+    /// number of frames. When the write is done, the memory of those among them whose bits are set may have been given back to the host: they
+    /// then read as zeros. None of them may be taken back while the write goes on.
+    pub const DISCARD: u16 = 9;
+    /// Slots: a CPU each.
+    pub const SLOTS: u64 = super::MAX_CPUS as u64;
+    /// Bytes of a slot.
+    pub const SLOT_SIZE: u64 = 16;
+    /// Most frames in a slot: the CPU stands still while they are seen to.
+    pub const MAX_DISCARD: u64 = 4096;
+    /// Nobody looks at the bitmap.
+    pub const OFF: u8 = 0;
+    /// The VMM looks at the bitmap whenever it likes.
+    pub const ON: u8 = 1;
+    /// What the registers say is not in RAM.
+    pub const REFUSED: u8 = 2;
 }
 
 /// What the guest is doing.

@@ -10,21 +10,26 @@
 //! | boot.rs | ring 0, in assembly |
 //! | platform.rs | clock, serial port, LAPIC |
 //! | memory.rs | RAM, areas of pages |
+//! | balloon.rs | pages that nobody needs |
 //! | cpu.rs | heartbeat, counters, errors |
 //! | page.rs | what a page contains |
-//! | writers.rs, programs.rs | the workloads |
+//! | writers.rs, touches.rs, programs.rs, regions.rs, churn.rs | the workloads |
 
 #![no_std]
 #![no_main]
 
+mod balloon;
 mod boot;
+mod churn;
 mod cpu;
 mod layout;
 mod memory;
 mod page;
 mod platform;
 mod programs;
+mod regions;
 mod spec;
+mod touches;
 mod writers;
 
 use core::cell::UnsafeCell;
@@ -39,6 +44,14 @@ use spec::Spec;
 
 /// What a workload does on each CPU.
 trait Workload {
+    /// Whether it measures its accesses to pages.
+    const MEASURES: bool = false;
+
+    /// What a CPU gets of the workload's area.
+    fn part(area: &Area, index: usize, count: usize) -> Area {
+        area.part(index, count)
+    }
+
     /// Whether the CPU needs its LAPIC timer, and how often a second it ticks.
     fn timer_hz(_spec: &Spec<'_>) -> Option<u64> {
         None
@@ -123,11 +136,14 @@ extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
         "one-edge" => run::<writers::OneEdge>(&mut cpu, plan),
         "touch" => run::<writers::Touch>(&mut cpu, plan),
         "rate" => run::<writers::Rate>(&mut cpu, plan),
-        "random" => run::<writers::Random>(&mut cpu, plan),
+        "sequential" => run::<touches::Sequential>(&mut cpu, plan),
+        "random" => run::<touches::Random>(&mut cpu, plan),
+        "storm" => run::<touches::Storm>(&mut cpu, plan),
         "hot" => run::<writers::Hot>(&mut cpu, plan),
+        "quicksort" if plan.spec.value("regions") != 0 => run::<regions::Sorters>(&mut cpu, plan),
         "quicksort" => run::<programs::Quicksort>(&mut cpu, plan),
         "kv" => run::<programs::KeyValue>(&mut cpu, plan),
-        "churn" => run::<programs::Churn>(&mut cpu, plan),
+        "churn" => run::<churn::Churn>(&mut cpu, plan),
         "log" => run::<programs::Log>(&mut cpu, plan),
         _ => run::<programs::Mix>(&mut cpu, plan),
     }
@@ -148,7 +164,10 @@ fn set_up(start_info: u64) -> Plan {
         let _ = writeln!(platform::serial(), "bad workload: {text}");
         give_up(setup(2, *length as u64))
     };
-    let ram = loader.ram();
+    let mut ram = loader.ram();
+    if spec.value("balloon") != 0 {
+        balloon::set_up(&mut ram);
+    }
     let wanted = (load(PARAMS_ADDRESS + params::CPUS as u64) as u32 as usize).clamp(1, MAX_CPUS);
     let (work, data) = lay_out(&spec, ram);
     // Less than this, and a CPU might have no page at all.
@@ -195,7 +214,7 @@ fn lay_out(spec: &Spec<'_>, mut ram: Area) -> (Area, Area) {
         let work = ram.take(8 * MAX_CPUS as u64);
         return (work, ram.take(data));
     }
-    let work = ram.take(pages("size"));
+    let work = ram.take(spec.area().div_ceil(PAGE_SIZE));
     // The hot area is a part of the data.
     let part = if spec.info.name == "hot" { work.pages() } else { 0 };
     (work, ram.take(data.saturating_sub(part)))
@@ -263,7 +282,10 @@ impl Data {
 fn run<W: Workload>(cpu: &mut Cpu, plan: &'static Plan) -> ! {
     let spec = &plan.spec;
     let mut data = Data::fill(cpu, plan.data.part(cpu.index, cpu.count), mix(spec.value("seed"), 0xda7a));
-    let mut work = W::prepare(cpu, plan.work.part(cpu.index, cpu.count), spec);
+    let mut work = W::prepare(cpu, W::part(&plan.work, cpu.index, cpu.count), spec);
+    if W::MEASURES {
+        cpu.measure_accesses();
+    }
     let sleeps = W::timer_hz(spec);
     FILLED.wait(cpu);
     let start = platform::now();

@@ -50,6 +50,11 @@ impl Area {
         panic!("page outside the area");
     }
 
+    /// The end of the piece that lies highest.
+    pub fn end(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.address + piece.pages * PAGE_SIZE).max().unwrap_or(0)
+    }
+
     /// Splits so many pages off the front, or all that there are.
     pub fn take(&mut self, mut pages: u64) -> Area {
         let mut taken = Area::default();

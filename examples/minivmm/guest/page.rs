@@ -152,11 +152,16 @@ pub fn check_whole(address: u64, generation: u64, body: u64, seed: u64) -> Resul
 pub struct Ledger(Area);
 
 impl Ledger {
-    const PER_PAGE: u64 = PAGE_SIZE / 4;
+    /// Entries to a page.
+    pub const PER_PAGE: u64 = PAGE_SIZE / 4;
 
     /// Takes the pages for a ledger off the front of an area, enough for the rest of it, and clears them.
     pub fn take(area: &mut Area) -> Ledger {
-        let pages = area.take(area.pages().div_ceil(Self::PER_PAGE + 1));
+        Self::over(area.take(area.pages().div_ceil(Self::PER_PAGE + 1)))
+    }
+
+    /// A ledger in these pages, which it clears.
+    pub fn over(pages: Area) -> Ledger {
         for page in 0..pages.pages() {
             // SAFETY: a page of the caller's part.
             unsafe { words(pages.address(page)).fill(0) };

@@ -90,9 +90,18 @@ pub fn shut_down() -> ! {
     unsafe { asm!("cli", options(nostack, noreturn)) }
 }
 
-fn out(port: u16, value: u8) {
+/// Writes a port.
+pub fn write_port(port: u16, value: u8) {
     // SAFETY: raises #GP in ring 3; the handler does the same in ring 0, where a port cannot touch our memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack)) }
+}
+
+/// Reads a port.
+pub fn read_port(port: u16) -> u8 {
+    let value;
+    // SAFETY: as in `write_port`.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack)) };
+    value
 }
 
 /// The serial port, for `write!`. Take it with [`serial`].
@@ -123,7 +132,7 @@ impl Drop for Serial {
 impl fmt::Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         // Emulated ports take a byte at once: asking for room first would double the exits.
-        text.bytes().for_each(|byte| out(SERIAL_PORT, byte));
+        text.bytes().for_each(|byte| write_port(SERIAL_PORT, byte));
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Workloads that resemble programs: sorting, a key-value table, an allocator, a log, and a gang's mix of pages.
+//! Workloads that resemble programs: sorting, a key-value table, a log, and a gang's mix of pages.
 
 use crate::Workload;
 use crate::cpu::{Cpu, Fault};
@@ -301,76 +301,6 @@ impl Workload for KeyValue {
                 cpu.beat();
             }
             cpu.check(self.read(entry, key).map(|_| ()));
-        }
-    }
-}
-
-/// `churn`: runs of pages that live for a while. A run's pages carry its number as their generation.
-pub struct Churn {
-    part: Area,
-    runs: [Run; Churn::RUNS],
-    number: u64,
-    seed: u64,
-}
-
-/// Pages from `start` on; none if the slot is free.
-#[derive(Clone, Copy, Default)]
-struct Run {
-    start: u64,
-    pages: u64,
-    number: u64,
-}
-
-impl Churn {
-    /// Runs that live at once, at most.
-    const RUNS: usize = 512;
-    const MAX_PAGES: u64 = 256;
-
-    fn check(&self, cpu: &mut Cpu, run: Run) {
-        for page in run.start..run.start + run.pages {
-            cpu.check(check_whole(self.part.address(page), run.number, run.number, self.seed));
-            cpu.beat();
-        }
-    }
-}
-
-impl Workload for Churn {
-    fn prepare(_cpu: &mut Cpu, part: Area, spec: &Spec<'_>) -> Self {
-        Churn { part, runs: [Run::default(); Churn::RUNS], number: 0, seed: spec.value("seed") }
-    }
-
-    fn step(&mut self, cpu: &mut Cpu) {
-        let slot = cpu.random_below(Self::RUNS as u64) as usize;
-        let run = self.runs[slot];
-        if run.pages != 0 {
-            // Most stay a while longer, so that most of the area is in use.
-            if cpu.random_below(4) != 0 {
-                return;
-            }
-            self.check(cpu, run);
-            self.runs[slot] = Run::default();
-            return;
-        }
-        let total = self.part.pages();
-        let pages = 1 + cpu.random_below(Self::MAX_PAGES.min(total));
-        let start = cpu.random_below(total - pages + 1);
-        cpu.beat();
-        if self.runs.iter().any(|other| other.start < start + pages && start < other.start + other.pages) {
-            return; // Somebody lives there: another time.
-        }
-        self.number += 1;
-        let run = Run { start, pages, number: self.number };
-        for page in start..start + pages {
-            write_whole(self.part.address(page), run.number, self.seed);
-            cpu.beat();
-        }
-        self.runs[slot] = run;
-        cpu.done(pages);
-    }
-
-    fn finish(&mut self, cpu: &mut Cpu) {
-        for slot in 0..Self::RUNS {
-            self.check(cpu, self.runs[slot]);
         }
     }
 }

@@ -48,8 +48,12 @@ const fn size(default: &'static str) -> Key {
     key("size", Kind::Size, default, "the area that it works on")
 }
 
+/// Most regions of `quicksort`: the guest keeps a few words for each on its stack.
+pub const MAX_REGIONS: u64 = 64;
+
 const PERCENT: Kind = Kind::Count(0, 100);
 const SWITCH: Kind = Kind::Count(0, 1);
+const MODE: Key = key("mode", Kind::Choice(&["read", "write"]), "write", "what it does to each page");
 const SPIN: Key = key("spin", SWITCH, "0", "1: wait for the next write in a busy loop instead of sleeping");
 
 /// Keys that every workload takes.
@@ -86,7 +90,12 @@ pub const LIST: &[WorkloadInfo] = &[
     WorkloadInfo {
         name: "touch",
         summary: "goes through its area sequentially: reads and checks, or rewrites, whole pages",
-        keys: &[size("64M"), key("mode", Kind::Choice(&["read", "write"]), "write", "what it does to each page")],
+        keys: &[size("64M"), MODE],
+    },
+    WorkloadInfo {
+        name: "sequential",
+        summary: "goes through its area page by page, a few bytes of each, at full speed; measures each access",
+        keys: &[size("256M"), MODE],
     },
     WorkloadInfo {
         name: "rate",
@@ -97,7 +106,16 @@ pub const LIST: &[WorkloadInfo] = &[
             SPIN,
         ],
     },
-    WorkloadInfo { name: "random", summary: "writes pages in random order at full speed", keys: &[size("256M")] },
+    WorkloadInfo {
+        name: "random",
+        summary: "a few bytes of pages in random order at full speed, each CPU in its own part; measures each access",
+        keys: &[size("256M"), MODE],
+    },
+    WorkloadInfo {
+        name: "storm",
+        summary: "all CPUs in random order over the same pages, each with its own word in every page; measures each access",
+        keys: &[size("256M"), MODE],
+    },
     WorkloadInfo {
         name: "hot",
         summary: "writes a few bytes into every page of its area, in order, at full speed; the area is a part of `data`",
@@ -105,8 +123,18 @@ pub const LIST: &[WorkloadInfo] = &[
     },
     WorkloadInfo {
         name: "quicksort",
-        summary: "fills and sorts segments, cycling through its area",
-        keys: &[size("1G"), key("segment", Kind::Size, "200K", "bytes of a segment, at least 8K")],
+        summary: "fills and sorts segments, cycling through its area; or, with `regions`, shuffles and sorts that many regions in turns",
+        keys: &[
+            key("size", Kind::Size, "1G", "the area that it works on; with `regions`, the size of each"),
+            key("segment", Kind::Size, "200K", "bytes of a segment, at least 8K"),
+            key(
+                "regions",
+                Kind::Count(0, MAX_REGIONS),
+                "0",
+                "independent regions, as of so many processes; 0: segments instead",
+            ),
+            key("slice", Kind::Time, "10ms", "time that a region has until it is the next one's turn"),
+        ],
     },
     WorkloadInfo {
         name: "kv",
@@ -119,8 +147,25 @@ pub const LIST: &[WorkloadInfo] = &[
     },
     WorkloadInfo {
         name: "churn",
-        summary: "allocates runs of 1 to 256 pages, writes them, checks them, frees them",
-        keys: &[size("512M")],
+        summary: "allocates pages, writes them, checks them, frees them; tells the VMM which ones it does not need",
+        keys: &[
+            size("512M"),
+            key(
+                "live",
+                Kind::Count(1, 60),
+                "25",
+                "percent of the pages that are in use, half as many to half as many again",
+            ),
+            key("pages", Kind::Count(1, 10_000_000), "10000", "pages allocated or freed a second, over all CPUs"),
+            SPIN,
+            key(
+                "balloon",
+                Kind::Choice(&["off", "on", "discard"]),
+                "on",
+                "whether free pages are reported, and their memory given to the host",
+            ),
+            key("interval", Kind::Time, "5s", "time between two inflations of the balloon"),
+        ],
     },
     WorkloadInfo {
         name: "log",
@@ -191,6 +236,13 @@ impl<'a> Spec<'a> {
         let Some(key) = self.info.key(name) else { return 0 };
         let chosen = pairs(self.options).filter_map(|option| option.split_once('=')).find(|(n, _)| *n == name);
         key.kind.parse(chosen.map_or(key.default, |(_, value)| value)).unwrap_or(0)
+    }
+}
+
+impl Spec<'_> {
+    /// Bytes of the workload's area: its `size`, or that of all its regions.
+    pub fn area(&self) -> u64 {
+        self.value("size").saturating_mul(self.value("regions").max(1))
     }
 }
 

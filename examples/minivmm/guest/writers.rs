@@ -1,15 +1,16 @@
-//! The plain workloads: they beat, sleep, or go through pages in some order. `programs.rs` has those that resemble a program.
+//! The plain workloads: they beat, sleep, or go through pages in some order. `touches.rs` has those that measure how long a page takes,
+//! `programs.rs` and `regions.rs` those that resemble a program.
 
 use crate::Workload;
 use crate::cpu::{Cpu, Fault};
 use crate::layout::fault;
 use crate::memory::Area;
-use crate::page::{Ledger, check, check_record, check_whole, fill, load, mix, write_record, write_whole};
+use crate::page::{check, check_record, check_whole, fill, load, mix, write_record, write_whole};
 use crate::platform;
 use crate::spec::Spec;
 
 /// Pages between two beats where only a record is written: about two microseconds of cache misses.
-const BATCH: u64 = 8;
+pub const BATCH: u64 = 8;
 
 /// `idle`: a busy loop.
 pub struct Idle;
@@ -91,7 +92,7 @@ impl Sequence {
     }
 
     /// Writes every page, whole, generation 0.
-    fn fill(&self, cpu: &mut Cpu, seed: u64) {
+    pub fn fill(&self, cpu: &mut Cpu, seed: u64) {
         for page in 0..self.pages {
             write_whole(self.part.address(page), 0, seed);
             cpu.beat();
@@ -99,7 +100,7 @@ impl Sequence {
     }
 
     /// Calls a check with address and generation of every page, in the order of writing.
-    fn each(&self, cpu: &mut Cpu, mut check: impl FnMut(u64, u64) -> Result<(), Fault>) {
+    pub fn each(&self, cpu: &mut Cpu, mut check: impl FnMut(u64, u64) -> Result<(), Fault>) {
         let mut all = Sequence { pass: 0, turn: 0, page: 0, ..*self };
         for turn in 0..self.pages {
             let (address, _) = all.next();
@@ -291,42 +292,5 @@ impl Workload for Hot {
 
     fn finish(&mut self, cpu: &mut Cpu) {
         self.sequence.each(cpu, |address, pass| check_whole(address, pass, 0, self.seed));
-    }
-}
-
-/// `random`: any page, as fast as it goes.
-pub struct Random {
-    part: Area,
-    pages: u64,
-    ledger: Ledger,
-    seed: u64,
-}
-
-impl Workload for Random {
-    fn prepare(cpu: &mut Cpu, mut part: Area, spec: &Spec<'_>) -> Self {
-        let ledger = Ledger::take(&mut part);
-        let seed = spec.value("seed");
-        Sequence::in_order(part).fill(cpu, seed);
-        Random { part, pages: part.pages(), ledger, seed }
-    }
-
-    fn step(&mut self, cpu: &mut Cpu) {
-        for _ in 0..BATCH {
-            let page = cpu.random_below(self.pages);
-            let address = self.part.address(page);
-            let generation = self.ledger.read(page);
-            cpu.check(check_record(address, generation.into()));
-            let generation = generation.wrapping_add(1);
-            self.ledger.write(page, generation);
-            write_record(address, generation.into());
-        }
-        cpu.done(BATCH);
-    }
-
-    fn finish(&mut self, cpu: &mut Cpu) {
-        for page in 0..self.pages {
-            cpu.check(check_whole(self.part.address(page), self.ledger.read(page).into(), 0, self.seed));
-            cpu.beat();
-        }
     }
 }

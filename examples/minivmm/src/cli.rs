@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration_core::{engine::OnTimeout, spawner::GuestImpact};
@@ -116,6 +116,20 @@ pub(crate) enum CtlCommand {
     Memory(Memory),
     /// Move the VM.
     Migrate(Migrate),
+    /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
+    PostCopy,
+    /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.
+    Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Recover {
+    /// Where the destination listens.
+    #[arg(long, value_name = "URL")]
+    pub(crate) to: Address,
+    /// Show progress.
+    #[arg(long)]
+    pub(crate) progress: bool,
 }
 
 #[derive(Debug, Args)]
@@ -131,16 +145,58 @@ pub(crate) struct Memory {
     pub(crate) out: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+/// How a VM moves, as users write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StrategyKind {
     PreCopy,
     StopAndCopy,
+    PostCopy,
+    Hybrid { rounds: u32 },
+}
+
+impl FromStr for StrategyKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rounds = |text: &str| {
+            let rounds = text.strip_prefix("rounds=").and_then(|n| n.parse().ok()).filter(|n| (1..=100).contains(n));
+            rounds.ok_or_else(|| format!("{text}: rounds=1 to rounds=100 is meant"))
+        };
+        match text.split_once(':').map_or((text, None), |(name, rest)| (name, Some(rest))) {
+            ("pre-copy", None) => Ok(Self::PreCopy),
+            ("stop-and-copy", None) => Ok(Self::StopAndCopy),
+            ("post-copy", None) => Ok(Self::PostCopy),
+            ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
+            ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
+            _ => Err("pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N] is meant".into()),
+        }
+    }
+}
+
+impl fmt::Display for StrategyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PreCopy => f.write_str("pre-copy"),
+            Self::StopAndCopy => f.write_str("stop-and-copy"),
+            Self::PostCopy => f.write_str("post-copy"),
+            Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Huge {
+    /// A fault fetches the whole huge page, which stays one.
+    Whole,
+    /// A fault fetches 4 KiB.
+    Split,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum TimeoutAction {
     Cancel,
     Stop,
+    PostCopy,
 }
 
 impl From<TimeoutAction> for OnTimeout {
@@ -148,6 +204,7 @@ impl From<TimeoutAction> for OnTimeout {
         match action {
             TimeoutAction::Cancel => OnTimeout::Cancel,
             TimeoutAction::Stop => OnTimeout::Stop,
+            TimeoutAction::PostCopy => OnTimeout::PostCopy,
         }
     }
 }
@@ -174,9 +231,19 @@ pub(crate) struct Migrate {
     /// Where a minivmm receives: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
-    /// How it moves.
+    /// How it moves: pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N].
     #[arg(long, default_value = "pre-copy")]
     pub(crate) strategy: StrategyKind,
+    /// In post-copy, in which order pages are pushed that nobody waits for: linear, bubbling,
+    /// multi-pivot[:k=7,dir=dual], hot-first or random.
+    #[arg(long, default_value = "multi-pivot", value_parser = push_order)]
+    pub(crate) push_order: String,
+    /// Connections for pages that the guest waits for; 0 rules post-copy out.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub(crate) demand_lanes: u16,
+    /// In post-copy, what a fault on a transparent huge page fetches.
+    #[arg(long, default_value = "split")]
+    pub(crate) huge: Huge,
     /// Connections for pages.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=128))]
     pub(crate) streams: u16,
@@ -269,6 +336,12 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         _ => return Err(format!("{text}: a duration is a number with us, ms, s, m or h")),
     };
     Duration::try_from_secs_f64(seconds).map_err(|e| format!("{text}: {e}"))
+}
+
+/// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
+fn push_order(text: &str) -> Result<String, String> {
+    migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
 }
 
 #[cfg(test)]

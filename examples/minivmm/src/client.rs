@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Impact, Migrate, StrategyKind, TimeoutAction},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, TimeoutAction},
     control::{MigrateRequest, Request, ask},
     report,
 };
@@ -17,7 +17,15 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
         return usage(ctl.json, "--control SOCK is missing");
     };
     match &ctl.command {
-        CtlCommand::Migrate(args) => migrate(socket, args, ctl.json),
+        CtlCommand::Migrate(args) => {
+            let request = migrate_request(args);
+            let strategy = request.strategy.clone();
+            migrate(socket, &Request::Migrate(request), &strategy, args.progress, ctl.json)
+        }
+        CtlCommand::Recover(args) => {
+            let request = Request::Recover { to: args.to.to_string(), progress: args.progress };
+            migrate(socket, &request, "", args.progress, ctl.json)
+        }
         other => {
             let request = match request(other) {
                 Ok(request) => request,
@@ -70,27 +78,29 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             let out = std::path::absolute(&m.out).map_err(|e| format!("{}: {e}", m.out.display()))?;
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
-        CtlCommand::Migrate(m) => Request::Migrate(migrate_request(m)),
+        CtlCommand::Migrate(_) | CtlCommand::Recover(_) => return Err("that waits for a migration".into()),
+        CtlCommand::PostCopy => Request::PostCopy,
     })
-}
-
-pub(crate) fn strategy_name(kind: StrategyKind) -> &'static str {
-    match kind {
-        StrategyKind::PreCopy => "pre-copy",
-        StrategyKind::StopAndCopy => "stop-and-copy",
-    }
 }
 
 fn migrate_request(args: &Migrate) -> MigrateRequest {
     let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     MigrateRequest {
         to: args.to.to_string(),
-        strategy: strategy_name(args.strategy).into(),
+        strategy: args.strategy.to_string(),
         streams: args.streams,
         downtime_limit_us: us(args.downtime_limit),
         bandwidth_bits: args.bandwidth.bits_per_second().unwrap_or(0),
         timeout_us: us(args.timeout),
-        stop_on_timeout: matches!(args.on_timeout, TimeoutAction::Stop),
+        on_timeout: match args.on_timeout {
+            TimeoutAction::Cancel => "cancel",
+            TimeoutAction::Stop => "stop",
+            TimeoutAction::PostCopy => "post-copy",
+        }
+        .into(),
+        push_order: args.push_order.clone(),
+        demand_lanes: args.demand_lanes,
+        whole_huge_pages: matches!(args.huge, Huge::Whole),
         impact: match args.guest_impact {
             Impact::Low => "low",
             Impact::Balanced => "balanced",
@@ -102,11 +112,10 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
     }
 }
 
-fn migrate(socket: &Path, args: &Migrate, as_json: bool) -> u8 {
-    let request = migrate_request(args);
-    let strategy = request.strategy.clone();
-    let bar = args.progress.then(Bar::new);
-    let answer = ask(socket, &Request::Migrate(request), |p| {
+/// Sends a request that ends when a migration does, and tells how.
+fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_json: bool) -> u8 {
+    let bar = progress.then(Bar::new);
+    let answer = ask(socket, request, |p| {
         if let Some(bar) = &bar {
             bar.show(p);
         }
@@ -119,7 +128,7 @@ fn migrate(socket: &Path, args: &Migrate, as_json: bool) -> u8 {
             let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
             (report, status)
         }
-        Err(why) => (report::not_begun(&strategy, &why), 1),
+        Err(why) => (report::not_begun(strategy, &why), 1),
     };
     if as_json {
         println!("{report}");

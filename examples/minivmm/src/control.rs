@@ -36,6 +36,11 @@ pub(crate) enum Request {
         out: PathBuf,
     },
     Migrate(MigrateRequest),
+    PostCopy,
+    Recover {
+        to: String,
+        progress: bool,
+    },
 }
 
 /// Everything about a migration, in plain numbers.
@@ -47,7 +52,11 @@ pub(crate) struct MigrateRequest {
     pub(crate) downtime_limit_us: u64,
     pub(crate) bandwidth_bits: u64,
     pub(crate) timeout_us: u64,
-    pub(crate) stop_on_timeout: bool,
+    /// cancel, stop or post-copy.
+    pub(crate) on_timeout: String,
+    pub(crate) push_order: String,
+    pub(crate) demand_lanes: u16,
+    pub(crate) whole_huge_pages: bool,
     pub(crate) impact: String,
     pub(crate) checksum: bool,
     pub(crate) progress: bool,

@@ -2,23 +2,24 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use migration_core::{
-    engine::{Controller, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
-    protocol::DestinationPhase,
+    engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
+    protocol::{DestinationPhase, SourcePhase},
     report::{Event, Observer, Progress, Report},
     spawner::GuestImpact,
-    strategy::{PreCopy, StopAndCopy, Strategy},
+    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, push_order},
 };
 use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
 use serde_json::{Value, json};
 
 use crate::{
+    cli::StrategyKind,
     control::{MigrateRequest, Request},
     report,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
@@ -47,6 +48,8 @@ struct State {
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
     clients: u32,
+    /// Who waits for the end of the migration under way, or until it is in doubt.
+    waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<PathBuf>,
 }
 
@@ -102,7 +105,7 @@ impl Instance {
         let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told { instance: self.clone(), client: None }),
+            observer: Arc::new(Told(self.clone())),
             ..ReceiverOptions::default()
         };
         let receiver = Receiver::new(Box::new(host), options);
@@ -170,6 +173,8 @@ impl Instance {
             Request::Resume => self.home("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
             Request::Cancel => self.cancel(),
             Request::Adopt => self.adopt(),
+            Request::PostCopy => self.post_copy(),
+            Request::Recover { to, progress: wanted } => self.recover(&to, wanted, progress),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Migrate(request) => self.migrate(&request, progress),
@@ -227,8 +232,12 @@ impl Instance {
                     "heartbeats": w.heartbeats,
                     "operations": w.operations,
                     "longest_gap_us": (w.longest_gap().as_secs_f64() * 1e7).round() / 10.0,
+                    "access_latency_us": report::accesses_to_json(&w),
                     "errors": w.errors,
                     "cpus_online": w.cpus_online,
+                    "balloon": {
+                        "pages": w.balloon.pages, "inflations": w.balloon.inflations, "deflations": w.balloon.deflations,
+                    },
                     "state": format!("{:?}", w.state).to_lowercase(),
                     "first_error": w.first_error.as_ref().map(|e| json!({
                         "kind": e.name(), "address": e.address, "expected": e.expected, "found": e.found,
@@ -258,6 +267,12 @@ impl Instance {
         Err(format!("cancel: too late, the migration is {}", outcome.as_str().unwrap_or("in doubt")))
     }
 
+    fn post_copy(&self) -> Result<Value, String> {
+        let controller = self.lock().controller.clone().ok_or("post-copy: no migration is under way")?;
+        controller.post_copy();
+        Ok(json!({"asked": true}))
+    }
+
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
         receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
@@ -273,13 +288,15 @@ impl Instance {
 
     fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let mut strategy: Box<dyn Strategy> = match request.strategy.as_str() {
-            "pre-copy" => Box::new(<PreCopy>::default()),
-            "stop-and-copy" => Box::new(StopAndCopy),
-            other => return Err(format!("no strategy {other}")),
+        let order = push_order::parse(&request.push_order).map_err(|e| e.to_string())?;
+        let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
+            StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
+            StrategyKind::StopAndCopy => Box::new(StopAndCopy),
+            StrategyKind::PostCopy => Box::new(PostCopy { order }),
+            StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
         let machine = self.home("migrate")?;
-        let (tx, updates) = std::sync::mpsc::channel();
+        let (tx, updates) = mpsc::channel();
         let impact = match request.impact.as_str() {
             "low" => GuestImpact::Low,
             "fast" => GuestImpact::Fast,
@@ -294,19 +311,26 @@ impl Instance {
             streams: request.streams,
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
             timeout: (!timeout.is_zero()).then_some(timeout),
-            on_timeout: if request.stop_on_timeout { OnTimeout::Stop } else { OnTimeout::Cancel },
+            on_timeout: match request.on_timeout.as_str() {
+                "stop" => OnTimeout::Stop,
+                "post-copy" => OnTimeout::PostCopy,
+                _ => OnTimeout::Cancel,
+            },
+            demand_lanes: request.demand_lanes,
+            huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
             impact,
             payload_crc: request.checksum,
             // the thread that received the VM may still wait for its source's last word
             last_epoch: state.receiver.as_ref().map_or(state.epoch, |r| r.epoch()),
             spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told { instance: self.clone(), client: Some(tx.clone()) }),
+            observer: Arc::new(Told(self.clone())),
             ..SourceOptions::default()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
         let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
         let (controller, commands) = Controller::new();
         state.controller = Some(controller);
+        state.waiting = vec![tx];
         state.role = Role::Outgoing;
         state.progress = None;
         drop(state);
@@ -316,27 +340,31 @@ impl Instance {
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
             drop(source);
             instance.ended(&report);
-            // the client may be gone
-            let _ = tx.send(Update::Ended(report::to_json(&report)));
         };
         if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {
             let mut state = self.lock();
             (state.controller, state.role) = (None, Role::Home);
+            state.waiting.clear();
             return Err(format!("migrate: no thread: {error}"));
         }
-        // the client waits for the end, or until the migration is in doubt
-        for update in updates {
-            match update {
-                Update::Progress(p) if request.progress => progress(p),
-                Update::Progress(_) => {}
-                Update::Ended(report) => return Ok(report),
-            }
-        }
-        Err("migrate: the migration's thread ended without a report".into())
+        await_end(updates, request.progress, progress)
+    }
+
+    fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+        let to: Address = to.parse().map_err(|e| format!("{to}: {e}"))?;
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
+        let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
+        state.waiting.push(tx);
+        drop(state);
+        controller.recover(connector(&to, ConnectOptions::default()).into());
+        await_end(updates, wanted, progress)
     }
 
     fn ended(&self, report: &Report) {
         let mut state = self.lock();
+        state.tell_end(report);
         state.epoch = report.epoch;
         state.last = Some(report::to_json(report));
         state.controller = None;
@@ -370,28 +398,53 @@ enum Update {
 }
 
 /// Passes events on.
-struct Told {
-    instance: Arc<Instance>,
-    client: Option<std::sync::mpsc::Sender<Update>>,
+struct Told(Arc<Instance>);
+
+impl State {
+    /// Answers those who wait for the end.
+    fn tell_end(&mut self, report: &Report) {
+        for client in self.waiting.drain(..) {
+            // it may be gone
+            let _ = client.send(Update::Ended(report::to_json(report)));
+        }
+    }
+}
+
+/// Waits for the end of a migration, or until it is in doubt.
+fn await_end(updates: mpsc::Receiver<Update>, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    for update in updates {
+        match update {
+            Update::Progress(p) if wanted => progress(p),
+            Update::Progress(_) => {}
+            Update::Ended(report) => return Ok(report),
+        }
+    }
+    Err("the migration's thread ended without a report".into())
 }
 
 impl Observer for Told {
     fn event(&self, event: &Event) {
         match event {
             Event::Progress(p) => {
-                self.instance.lock().progress = Some(p.clone());
-                if let Some(client) = &self.client {
-                    let _ = client.send(Update::Progress(report::progress_to_json(p)));
-                }
+                let mut state = self.0.lock();
+                state.progress = Some(p.clone());
+                let shown = report::progress_to_json(p);
+                // who has gone is found out here
+                state.waiting.retain(|client| client.send(Update::Progress(shown.clone())).is_ok());
             }
             Event::InDoubt(report) => {
-                let mut state = self.instance.lock();
+                let mut state = self.0.lock();
                 state.role = Role::InDoubt;
                 state.last = Some(report::to_json(report));
+                state.tell_end(report);
                 drop(state);
-                self.instance.changed.notify_all();
-                if let Some(client) = &self.client {
-                    let _ = client.send(Update::Ended(report::to_json(report)));
+                self.0.changed.notify_all();
+            }
+            Event::Source(SourcePhase::Serving) => {
+                let mut state = self.0.lock();
+                if state.role == Role::InDoubt {
+                    // the destination was found again
+                    state.role = Role::Outgoing;
                 }
             }
             Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),

@@ -5,6 +5,8 @@ use std::time::Duration;
 use migration_core::report::{Progress, Report};
 use serde_json::{Value, json};
 
+use crate::workload::Board;
+
 /// Milliseconds with three decimals.
 fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
@@ -40,9 +42,25 @@ pub(crate) fn to_json(report: &Report) -> Value {
             "total": report.pages.total,
             "zero": report.pages.zero,
             "hole": report.pages.hole,
+            "free": report.pages.free,
             "plain": report.pages.plain,
             "distinct": report.pages.distinct,
+            "pushed": report.pages.pushed,
+            "demanded": report.pages.demanded,
         },
+        "faults": (report.pages.pushed + report.pages.demanded > 0).then(|| json!({
+            "count": report.faults.served.count,
+            "vcpu": report.faults.served.vcpu,
+            "network": report.faults.network,
+            "p50_us": report.faults.served.p50_us,
+            "p90_us": report.faults.served.p90_us,
+            "p99_us": report.faults.served.p99_us,
+            "p999_us": report.faults.served.p999_us,
+            "max_us": report.faults.served.max_us,
+            "duplicates": report.faults.served.duplicates,
+        })),
+        "demand_lanes": report.demand_lanes,
+        "recoveries": report.recoveries,
         "dirty_pages_per_second": report.dirty_pages_per_second.map(f64::round),
         "throttle_percent": report.throttle_percent,
     })
@@ -54,6 +72,22 @@ pub(crate) fn not_begun(strategy: &str, reason: &str) -> Value {
         "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null,
         "downtime_ms": null, "predicted_downtime_ms": null, "rounds": null, "streams": null, "wire_bytes": null,
         "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
+    })
+}
+
+/// Accesses of the guest to pages that took long, in microseconds; null if its workload does not measure them.
+pub(crate) fn accesses_to_json(board: &Board) -> Value {
+    let Some(accesses) = &board.accesses else { return Value::Null };
+    let us = |ticks: u64| (board.time(ticks).as_secs_f64() * 1e7).round() / 10.0;
+    let permille = |n: u64| accesses.permille(n).map(us);
+    json!({
+        "above": us(accesses.limit),
+        "count": accesses.count(),
+        "p50": permille(500),
+        "p90": permille(900),
+        "p99": permille(990),
+        "p999": permille(999),
+        "max": (accesses.count() > 0).then(|| us(accesses.longest)),
     })
 }
 

@@ -11,7 +11,8 @@ pub mod layout;
 pub mod spec;
 
 use layout::{
-    BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, MAX_SPEC, PARAMS_ADDRESS, PARAMS_MAGIC, board, fault, params, record,
+    ACCESS_BUCKETS, BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, MAX_SPEC, PARAMS_ADDRESS, PARAMS_MAGIC, access_bucket_start,
+    board, fault, params, record,
 };
 pub use spec::{COMMON_KEYS, LIST};
 use spec::{Kind, Spec, SpecError};
@@ -193,6 +194,55 @@ impl FirstError {
     }
 }
 
+/// How long accesses to pages took, as far as they took long.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Accesses {
+    /// Ticks from which an access was counted.
+    pub limit: u64,
+    /// The longest, in ticks.
+    pub longest: u64,
+    /// How many there were in each bucket, see [`layout::access_bucket_start`].
+    pub counts: [u64; ACCESS_BUCKETS],
+}
+
+impl Accesses {
+    /// How many were counted.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().fold(0, |sum, n| sum.saturating_add(*n))
+    }
+
+    /// The ticks within which so many of a thousand accesses were done, to a sixteenth: the middle of their bucket. `None` without any.
+    pub fn permille(&self, permille: u64) -> Option<u64> {
+        let rank = (u128::from(self.count()) * u128::from(permille)).div_ceil(1000).max(1);
+        let mut sum = 0;
+        let bucket = self.counts.iter().position(|n| {
+            sum += u128::from(*n);
+            sum >= rank
+        })?;
+        let middle = access_bucket_start(bucket).midpoint(access_bucket_start(bucket + 1));
+        // the longest is known exactly, and the page may have been copied between two of the guest's writes
+        Some(middle.clamp(self.limit, self.longest.max(self.limit)))
+    }
+}
+
+impl std::fmt::Debug for Accesses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { limit, longest, .. } = self;
+        write!(f, "{} accesses of {limit} to {longest} ticks", self.count())
+    }
+}
+
+/// What the guest's balloon holds, and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Balloon {
+    /// Pages that are reported free now.
+    pub pages: u64,
+    /// Times that it was inflated.
+    pub inflations: u64,
+    /// Times that memory was short and it was deflated.
+    pub deflations: u64,
+}
+
 /// What the guest shows, summed up over its CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Board {
@@ -220,6 +270,10 @@ pub struct Board {
     pub verify_done: u64,
     /// Data pages checked so far.
     pub verified_pages: u64,
+    /// What the guest does not need of its memory, all of 0 if its workload has no balloon.
+    pub balloon: Balloon,
+    /// Accesses to pages that took long, of all CPUs, if the workload measures them.
+    pub accesses: Option<Accesses>,
 }
 
 impl Board {
@@ -262,13 +316,28 @@ impl Board {
             reset_seen: each(record::RESET_SEEN).min().unwrap_or(0),
             verify_done: each(record::VERIFY_DONE).min().unwrap_or(0),
             verified_pages: sum(record::VERIFIED_PAGES),
+            balloon: Balloon {
+                pages: word(page, board::BALLOON_PAGES),
+                inflations: word(page, board::INFLATIONS),
+                deflations: word(page, board::DEFLATIONS),
+            },
+            accesses: Some(Accesses {
+                limit: word(page, board::ACCESS_LIMIT),
+                longest: word(page, board::ACCESS_LONGEST),
+                counts: std::array::from_fn(|n| word(page, board::ACCESS_COUNTS + 8 * n)),
+            })
+            .filter(|accesses| accesses.limit != 0),
         })
     }
 
     /// The longest gap as a time; zero if the frequency is not known yet.
     pub fn longest_gap(&self) -> std::time::Duration {
-        let nanoseconds =
-            (u128::from(self.longest_gap_ticks) * 1_000_000).checked_div(u128::from(self.tsc_khz)).unwrap_or(0);
+        self.time(self.longest_gap_ticks)
+    }
+
+    /// Ticks of the guest's clock as a time; zero if its frequency is not known yet.
+    pub fn time(&self, ticks: u64) -> std::time::Duration {
+        let nanoseconds = (u128::from(ticks) * 1_000_000).checked_div(u128::from(self.tsc_khz)).unwrap_or(0);
         std::time::Duration::from_nanos(nanoseconds.min(u128::from(u64::MAX)) as u64)
     }
 }
@@ -295,6 +364,9 @@ mod tests {
         assert_eq!((spec.value("size"), spec.value("mode"), spec.value("every")), (64 << 20, 0, 2_000_000));
         assert_eq!((spec.value("seed"), spec.value("data"), spec.value("nothing")), (1, 0, 0));
         assert_eq!(Spec::parse("idle").unwrap().value("data"), 700 << 20);
+        let area = |text| Spec::parse(text).unwrap().area();
+        assert_eq!(area("quicksort:regions=32,size=16M"), 512 << 20);
+        assert_eq!((area("quicksort:size=16M"), area("storm:size=3M"), area("idle")), (16 << 20, 3 << 20, 0));
     }
 
     #[test]
@@ -309,6 +381,7 @@ mod tests {
         assert!(message("hot:size=99999999999G").contains("64M"));
         assert!(message("rate:pages=0").contains("from 1"));
         assert!(message("touch:mode=both").contains("read or write"));
+        assert!(message("quicksort:regions=65").contains("to 64"));
         assert!(message("idle:for=10").contains("units us, ms, s"));
         assert_eq!(check_spec(&"x".repeat(MAX_SPEC + 1)), Err(WorkloadError::TooLong(MAX_SPEC + 1)));
     }
@@ -337,6 +410,59 @@ mod tests {
     }
 
     #[test]
+    fn the_board_has_room_for_everything() {
+        const { assert!(board::RECORDS + MAX_CPUS * board::RECORD_SIZE <= board::ACCESS_LIMIT) };
+        const { assert!(board::ACCESS_LONGEST + 8 <= board::ACCESS_COUNTS) };
+        const { assert!(board::ACCESS_COUNTS + 8 * ACCESS_BUCKETS <= layout::PAGE_SIZE as usize) };
+    }
+
+    #[test]
+    fn every_duration_has_its_bucket() {
+        use layout::access_bucket;
+        for bucket in 0..ACCESS_BUCKETS {
+            let (start, end) = (access_bucket_start(bucket), access_bucket_start(bucket + 1));
+            assert!(start < end && end - start <= start / 8, "{bucket}: {start} to {end}");
+            assert_eq!((access_bucket(start), access_bucket(end - 1)), (bucket, bucket));
+        }
+        assert_eq!((access_bucket(0), access_bucket(u64::MAX)), (0, ACCESS_BUCKETS - 1));
+    }
+
+    #[test]
+    fn percentiles_are_those_of_the_buckets() {
+        let mut accesses = Accesses { limit: 40_000, longest: 0, counts: [0; ACCESS_BUCKETS] };
+        assert_eq!((accesses.count(), accesses.permille(500)), (0, None));
+        let mut add = |ticks: u64, times: u64| {
+            accesses.counts[layout::access_bucket(ticks)] += times;
+            accesses.longest = accesses.longest.max(ticks);
+        };
+        add(50_000, 899);
+        add(1_000_000, 90);
+        add(20_000_000, 10);
+        add(300_000_000, 1);
+        assert_eq!(accesses.count(), 1000);
+        let near = |permille: u64, ticks: u64| {
+            let found = accesses.permille(permille).unwrap();
+            assert!(found.abs_diff(ticks) <= ticks / 16 + 1, "{permille}: {found} is far from {ticks}");
+        };
+        near(1, 50_000);
+        near(500, 50_000);
+        near(899, 50_000);
+        near(900, 1_000_000);
+        near(990, 20_000_000);
+        near(999, 20_000_000);
+        near(1000, 300_000_000);
+        // a single one is at most the longest, and at least the limit
+        let one = |ticks| {
+            let mut counts = [0; ACCESS_BUCKETS];
+            counts[layout::access_bucket(ticks)] = 1;
+            Accesses { limit: 40_000, longest: ticks, counts }.permille(500)
+        };
+        assert_eq!((one(40_000), one(49_152)), (Some(40_000), Some(49_152)));
+        let wild = Accesses { limit: u64::MAX, longest: 0, counts: [u64::MAX; ACCESS_BUCKETS] };
+        assert_eq!(wild.permille(999), Some(u64::MAX));
+    }
+
+    #[test]
     fn a_board_is_summed_up_and_nonsense_is_bounded() {
         let mut page = [0xff; 4096];
         assert_eq!(Board::parse(&page), None);
@@ -362,6 +488,13 @@ mod tests {
         let sane = Board::parse(&page).unwrap();
         assert_eq!((sane.cpus_online, sane.heartbeats, sane.longest_gap_ticks, sane.reset_seen), (2, 15, 6_000_000, 1));
         assert_eq!(sane.longest_gap(), std::time::Duration::from_millis(3));
-        assert_eq!(sane.first_error, None);
+        assert_eq!((sane.first_error, sane.accesses), (None, None));
+        let mut put = |at: usize, value: u64| page[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        put(board::ACCESS_LIMIT, 40_000);
+        put(board::ACCESS_COUNTS + 8 * layout::access_bucket(100_000), 3);
+        put(board::ACCESS_LONGEST, 102_000);
+        let measured = Board::parse(&page).unwrap();
+        let accesses = measured.accesses.unwrap();
+        assert_eq!((accesses.count(), measured.time(accesses.longest).as_micros()), (3, 51));
     }
 }

@@ -8,7 +8,7 @@ use migration_core::{
     device::DeviceKind,
     state::{Section, VmState},
     vm::{VmDescription, VmId},
-    wire::{Bulk, Content, Control, ErrorCode, Extent, Hello, LaneKind, Preamble, SessionToken, Welcome},
+    wire::{Bulk, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken, Welcome},
 };
 use migration_fuzz::receiver::{REPAIR, TOKEN};
 
@@ -60,7 +60,7 @@ fn pages(extents: &[(u64, u64, Content)], crc: bool) -> (Bulk, Vec<u8>) {
 /// Bytes 1 and 2 say what it is, 4 that checksums are repaired.
 fn frames() -> Vec<Seed> {
     let mut seeds = Vec::new();
-    for kind in [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach] {
+    for kind in [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach, LaneKind::Demand] {
         let bytes = Preamble::new(kind, 1, SessionToken([9; 16])).encode();
         seeds.push((format!("preamble {kind:?}").to_lowercase(), [&[4], &bytes[..]].concat()));
     }
@@ -74,12 +74,19 @@ fn frames() -> Vec<Seed> {
         Control::Run,
         Control::Reattach(VmId([1; 16])),
         Control::error(ErrorCode::Mismatch, "no AVX-512"),
+        Control::Missing { first: 128, bitmap: Bytes::from(vec![5; 16]) },
+        Control::PostCopy { missing: 8, demand_lanes: 2 },
+        Control::Complete(FaultSummary { count: 3, ..FaultSummary::default() }),
     ];
     for frame in control {
         seeds.push((frame.name().to_owned(), [&[5], &frame.encode(0, 0, 2)[..]].concat()));
     }
     let (data, _) = pages(&[(1, 2, Content::Plain), (7, 300, Content::Zero), (400, 1, Content::Plain)], true);
-    for (name, frame) in [("pages", data), ("round end", Bulk::RoundEnd { pages: 303 })] {
+    for (name, frame) in [
+        ("pages", data),
+        ("round end", Bulk::RoundEnd { pages: 303 }),
+        ("request", Bulk::Request { pages: vec![513, 3] }),
+    ] {
         seeds.push((name.to_owned(), [&[6], &frame.encode(0, 0, 2)[..]].concat()));
     }
     seeds

@@ -25,6 +25,11 @@ impl ControlWriter {
         Self { half, peer, sequence: 0, bytes }
     }
 
+    /// The bare half: what was sent so far was no frame.
+    pub(super) fn into_half(self) -> Box<dyn WriteHalf> {
+        self.half
+    }
+
     pub(super) fn send(&mut self, epoch: u32, frame: &Control) -> Result<(), MigrationError> {
         let bytes = frame.encode(0, self.sequence, epoch);
         self.sequence = self.sequence.wrapping_add(1);

@@ -25,8 +25,14 @@ pub(super) enum Input {
     ControlLost(MigrationError),
     /// A lane has done its part of a round, or failed.
     Lane(Result<LaneDone, MigrationError>),
+    /// A page was sent because the destination's guest waits for it.
+    Demanded(u64),
     /// The user cancels, for this reason.
     Cancel(String),
+    /// The user wants the hand-over now, and the rest to follow.
+    PostCopy,
+    /// After a loss of the link the destination is to be found there.
+    Recover(Arc<dyn Connector>),
 }
 
 /// Sends commands to a migration; may be cloned and used from any thread.
@@ -46,6 +52,20 @@ impl Controller {
     pub fn cancel(&self, why: impl Into<String>) {
         // a migration that has ended does not listen any more
         let _ = self.inputs.send(Input::Cancel(why.into()));
+    }
+
+    /// While the link is lost after the hand-over: tries again at once, and from now on where `connector` leads. Else it is
+    /// kept for the next loss. (The engine also tries by itself, with growing pauses, where it connected first.)
+    pub fn recover(&self, connector: Arc<dyn Connector>) {
+        // as above
+        let _ = self.inputs.send(Input::Recover(connector));
+    }
+
+    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that are left follow. Does
+    /// nothing if the destination cannot serve missing pages, or after the hand-over.
+    pub fn post_copy(&self) {
+        // as above
+        let _ = self.inputs.send(Input::PostCopy);
     }
 }
 

@@ -1,6 +1,7 @@
 //! A bulk lane at the destination: receives pages straight into guest RAM.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -8,15 +9,17 @@ use std::{
     time::Duration,
 };
 
-use super::{STRIPE_PAGES, control::read_frame, session::Session};
+use super::{STRIPE_PAGES, control::read_frame, missing::Missing, session::Session};
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::ReadHalf,
     codec::DecodeError,
-    wire::{Bulk, Content, Extent, Header},
+    vm::VmError,
+    wire::{Bulk, Content, Extent, Header, LaneKind},
 };
 
 pub(super) struct LaneReceiver {
+    kind: LaneKind,
     pub(super) index: u16,
     pub(super) reader: Box<dyn ReadHalf>,
     pub(super) peer: String,
@@ -33,6 +36,7 @@ pub(super) struct LaneReceiver {
 
 impl LaneReceiver {
     pub(super) fn new(
+        kind: LaneKind,
         index: u16,
         reader: Box<dyn ReadHalf>,
         peer: String,
@@ -40,7 +44,19 @@ impl LaneReceiver {
         bytes: Arc<AtomicU64>,
     ) -> Self {
         let filled = PageSet::empty(session.ram.layout().pages());
-        Self { index, reader, peer, session, bytes, filled, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
+        Self {
+            kind,
+            index,
+            reader,
+            peer,
+            session,
+            bytes,
+            filled,
+            sequence: 0,
+            generation: 0,
+            pages: 0,
+            buffer: Vec::new(),
+        }
     }
 
     /// Receives until the lane ends; it always ends with an error, which is no fault once the session is sealed.
@@ -61,6 +77,18 @@ impl LaneReceiver {
         let bytes = Header::LEN + body.len() + header.payload as usize;
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let frame = Bulk::decode(&header, &body, self.session.ram.layout().pages())?;
+        if let Some(missing) = self.session.missing()
+            && header.number == missing.generation
+        {
+            let Bulk::Pages { extents, payload_crc } = frame else {
+                return Err(DecodeError::invalid("kind", "only pages come after the hand-over").into());
+            };
+            return self.install_missing(&missing, &extents, payload_crc, header.payload as usize);
+        }
+        if self.kind == LaneKind::Demand {
+            let why = format!("pages of round {}, which were not asked for", header.number);
+            return Err(DecodeError::invalid("generation", why).into());
+        }
         if header.number != self.generation.wrapping_add(1) {
             let why = format!("pages of round {} after round {} was complete", header.number, self.generation);
             return Err(DecodeError::invalid("generation", why).into());
@@ -79,6 +107,7 @@ impl LaneReceiver {
                 (self.generation, self.pages) = (header.number, 0);
                 self.session.lane_ended(self.index, header.number)
             }
+            Bulk::Request { .. } => Err(DecodeError::invalid("kind", "requests go to the source").into()),
             Bulk::RoundEnd { pages } => {
                 let why = format!("the round had {pages} pages, {} arrived", self.pages);
                 Err(DecodeError::invalid("pages", why).into())
@@ -146,6 +175,61 @@ impl LaneReceiver {
         Ok(())
     }
 
+    /// After the hand-over the guest runs in the memory that is filled: the pager does it.
+    fn install_missing(
+        &mut self,
+        missing: &Missing,
+        extents: &[Extent],
+        crc: u32,
+        payload: usize,
+    ) -> Result<(), MigrationError> {
+        extents.iter().try_for_each(|extent| missing.check(extent.range))?;
+        let mut checked = None;
+        if self.session.payload_crc {
+            let mut buffer = std::mem::take(&mut self.buffer);
+            buffer.resize(payload, 0);
+            self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
+            if crc32fast::hash(&buffer) != crc {
+                return Err(DecodeError::Checksum { field: "page data" }.into());
+            }
+            checked = Some((buffer, 0));
+        }
+        let layout = self.session.ram.layout().clone();
+        for extent in extents {
+            if extent.content == Content::Zero {
+                let installed = missing.pager.install_zeros(extent.range);
+                missing.arrived(extent.range, installed.map_err(not_installed)?);
+                continue;
+            }
+            for (_, _, piece) in layout.split(extent.range) {
+                let mut first = piece.first;
+                while first < piece.end() {
+                    let end = piece.end().min((first / STRIPE_PAGES + 1) * STRIPE_PAGES);
+                    let range = PageRange::new(first, end - first);
+                    let (reader, mut lost) = (&mut self.reader, false);
+                    let installed = missing.pager.install(range, &mut |slices| match &mut checked {
+                        None => reader.read_ram(slices).inspect_err(|_| lost = true),
+                        Some((buffer, at)) => {
+                            for slice in slices {
+                                slice.copy_from(&buffer[*at..*at + slice.len()]);
+                                *at += slice.len();
+                            }
+                            Ok(())
+                        }
+                    });
+                    let failed =
+                        |cause| if lost { MigrationError::link(&self.peer)(cause) } else { not_installed(cause) };
+                    missing.arrived(range, installed.map_err(failed)?);
+                    first = end;
+                }
+            }
+        }
+        if let Some((buffer, _)) = checked {
+            self.buffer = buffer;
+        }
+        Ok(())
+    }
+
     fn zero(&mut self, range: PageRange) -> Result<(), MigrationError> {
         let runs: Vec<_> = self.filled.ranges_in(range).collect();
         for run in runs {
@@ -156,4 +240,9 @@ impl LaneReceiver {
         }
         Ok(())
     }
+}
+
+/// The host could not do it, which is no fault of the link.
+fn not_installed(cause: io::Error) -> MigrationError {
+    MigrationError::Vm { step: "installing missing pages", cause: VmError::because("the pager", cause) }
 }

@@ -12,7 +12,7 @@ use crate::{
     channel::WriteHalf,
     ram::{GuestRam, RamSlice},
     tracker::Rearm,
-    wire::{Bulk, Content, Extent, MAX_EXTENTS},
+    wire::{Bulk, Content, Extent, HUGE_BLOCK, MAX_EXTENTS, MAX_PAYLOAD},
 };
 
 /// Page data in one frame: a few hundred microseconds on a fast link, and one system call.
@@ -40,7 +40,15 @@ pub(super) struct Job {
     pub(super) stop: Arc<AtomicBool>,
 }
 
-/// How a lane came to the end of a round.
+/// What a lane is asked for.
+pub(super) enum Work {
+    /// Its part of a round.
+    Round(Job),
+    /// These pages, which nobody else sends, as part of this generation.
+    Push(PageRange, u32),
+}
+
+/// How a lane came to the end of a piece of work.
 pub(super) struct LaneDone {
     pub(super) lane: u16,
     /// The first stripe that was not sent, if the round was stopped.
@@ -55,6 +63,8 @@ pub(super) struct Lane {
     pub(super) peer: String,
     pub(super) sequence: u32,
     pub(super) payload_crc: bool,
+    /// After the hand-over, pages move in blocks that the destination cannot split.
+    pub(super) whole_blocks: bool,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -69,19 +79,37 @@ pub(super) fn stripe_pages(stripe: u64) -> PageRange {
 }
 
 /// A frame in the making.
-#[derive(Default)]
 struct Batch<'a> {
     extents: Vec<Extent>,
     slices: Vec<RamSlice<'a>>,
     payload: usize,
     pages: u64,
+    /// Most bytes of page data.
+    most: usize,
+}
+
+impl Default for Batch<'_> {
+    fn default() -> Self {
+        Self { extents: Vec::new(), slices: Vec::new(), payload: 0, pages: 0, most: FRAME_PAYLOAD }
+    }
 }
 
 impl Lane {
-    /// Serves rounds until the sender of jobs is gone or the link fails.
-    pub(super) fn run(mut self, jobs: mpsc::Receiver<Job>, inputs: mpsc::Sender<Input>) {
-        while let Ok(job) = jobs.recv() {
-            let done = self.round(&job);
+    /// Works until the sender of work is gone or the link fails.
+    pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
+        let mut pushes = false;
+        while let Ok(work) = jobs.recv() {
+            let done = match work {
+                Work::Round(job) => self.round(&job),
+                Work::Push(range, generation) => {
+                    if !std::mem::replace(&mut pushes, true) {
+                        // the guest waits for what comes on other lanes
+                        self.writer.keep_queue_short();
+                    }
+                    let lane = self.index;
+                    self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None })
+                }
+            };
             let failed = done.is_err();
             // the engine may be gone already, having failed for another reason
             if inputs.send(Input::Lane(done)).is_err() || failed {
@@ -121,6 +149,50 @@ impl Lane {
         Ok(LaneDone { lane: self.index, stopped_at })
     }
 
+    /// Sends a run of pages.
+    pub(super) fn push(&mut self, range: PageRange, generation: u32) -> Result<(), MigrationError> {
+        // a block of huge pages in one frame: the destination then takes it in as one
+        let (ram, mut batch) = (self.ram.clone(), Batch { most: MAX_PAYLOAD, ..Batch::default() });
+        for (_, _, piece) in ram.layout().split(range) {
+            if !self.whole_blocks {
+                self.add(&mut batch, &*ram, piece, generation)?;
+                continue;
+            }
+            for first in piece.pages().step_by(HUGE_BLOCK as usize) {
+                let block = PageRange::new(first, HUGE_BLOCK.min(piece.end() - first));
+                self.add_whole(&mut batch, &*ram, block, generation)?;
+            }
+        }
+        self.flush(&mut batch, generation)
+    }
+
+    /// Adds a block that the destination can only install as one: all of it is data unless all of it is zero.
+    fn add_whole<'a>(
+        &mut self,
+        batch: &mut Batch<'a>,
+        ram: &'a (dyn GuestRam + 'static),
+        block: PageRange,
+        generation: u32,
+    ) -> Result<(), MigrationError> {
+        let memory = ram.slice(block)?;
+        let (count, bytes) = (block.count, block.count as usize * PAGE_SIZE);
+        let content = if memory.is_zero() { Content::Zero } else { Content::Plain };
+        let full = batch.payload + bytes > batch.most && content == Content::Plain;
+        if full || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES {
+            self.flush(batch, generation)?;
+        }
+        batch.extents.push(Extent { range: block, content });
+        batch.pages += count;
+        if content == Content::Zero {
+            self.counters.zero.fetch_add(count, Ordering::Relaxed);
+        } else {
+            batch.slices.push(memory);
+            batch.payload += bytes;
+            self.counters.plain.fetch_add(count, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// Adds a run of pages inside one region.
     fn add<'a>(
         &mut self,
@@ -135,7 +207,7 @@ impl Lane {
         let mut zero = is_zero(0);
         while at < run.count {
             // the longest stretch of the same kind, as far as a frame holds it
-            let room = if zero { run.count } else { ((FRAME_PAYLOAD - batch.payload) / PAGE_SIZE) as u64 };
+            let room = if zero { run.count } else { ((batch.most - batch.payload) / PAGE_SIZE) as u64 };
             let mut end = at + 1;
             let mut next_zero = zero;
             while end < run.count && end - at < room {
@@ -157,8 +229,7 @@ impl Lane {
                 batch.payload += bytes;
                 self.counters.plain.fetch_add(count, Ordering::Relaxed);
             }
-            if batch.payload >= FRAME_PAYLOAD || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES
-            {
+            if batch.payload >= batch.most || batch.extents.len() >= MAX_EXTENTS || batch.slices.len() >= MAX_SLICES {
                 self.flush(batch, generation)?;
             }
             // after a stretch that ended for lack of room the next page has not been looked at
@@ -174,7 +245,8 @@ impl Lane {
         if batch.extents.is_empty() {
             return Ok(());
         }
-        let Batch { extents, slices, payload, pages } = std::mem::take(batch);
+        let next = Batch { most: batch.most, ..Batch::default() };
+        let Batch { extents, slices, payload, pages, .. } = std::mem::replace(batch, next);
         if self.payload_crc {
             // the guest may write between the checksum and the send: both must see the same copy
             let mut copy = vec![0; payload];

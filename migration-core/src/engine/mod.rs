@@ -9,7 +9,9 @@ mod control;
 mod handle;
 mod install;
 mod lane;
+mod missing;
 mod receiver;
+mod serve;
 mod session;
 mod source;
 
@@ -17,6 +19,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use handle::{Commands, Controller, Migration};
 pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
+pub(crate) use serve::{add_missing, missing_frames};
 pub use source::migrate;
 
 use crate::{
@@ -36,6 +39,19 @@ pub enum OnTimeout {
     Cancel,
     /// Pause the guest and send the rest, whatever the downtime.
     Stop,
+    /// Hand the guest over and let the rest follow; where the destination cannot serve missing pages, as `Cancel`.
+    PostCopy,
+}
+
+/// In post-copy, what a fault on a page of a transparent huge page fetches. (RAM in huge pages that cannot be split moves
+/// in whole ones in any case.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum HugePages {
+    /// The page alone: the shortest wait. The others of its block follow with the push, as small pages.
+    #[default]
+    Split,
+    /// The whole block of 2 MiB: it stays huge, and the wait is that for 2 MiB.
+    Whole,
 }
 
 /// Limits and choices of one migration, at its source.
@@ -49,6 +65,11 @@ pub struct SourceOptions {
     pub timeout: Option<Duration>,
     /// What happens then.
     pub on_timeout: OnTimeout,
+    /// Lanes for pages that the guest waits for at the destination, 1 to
+    /// [`MAX_DEMAND_LANES`](crate::wire::MAX_DEMAND_LANES); 0 rules post-copy out.
+    pub demand_lanes: u16,
+    /// How pages that the guest waits for are cut out of huge pages.
+    pub huge: HugePages,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Checksum of page data, beside TCP's own: costs a copy of every page.
@@ -74,6 +95,8 @@ impl Default for SourceOptions {
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             on_timeout: OnTimeout::Cancel,
+            demand_lanes: 2,
+            huge: HugePages::Split,
             impact: GuestImpact::Balanced,
             payload_crc: false,
             idle_timeout: Duration::from_secs(10),

@@ -18,20 +18,23 @@ use super::{
     control::{ControlReader, ControlWriter},
     handle::lock,
     install::LaneReceiver,
+    missing::Missing,
+    serve::add_missing,
     session::Session,
 };
 use crate::{
     MigrationError,
     channel::{Channel, Closer, Halves, Listener, ReadHalf},
     codec::DecodeError,
+    pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     state::VmState,
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
-        Control, ErrorCode, FEATURES, Hello, LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION,
-        Welcome, negotiate,
+        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello, LaneKind, MAX_STREAMS,
+        OLDEST_VERSION, Preamble, SessionToken, VERSION, Welcome, negotiate,
     },
 };
 
@@ -99,11 +102,12 @@ struct Hub {
     bytes: Arc<AtomicU64>,
     /// Ends each open connection; `None` once the receiver has ended.
     closers: Mutex<Option<HashMap<u64, Arc<dyn Closer>>>>,
+    /// Threads that serve faults.
+    watchers: Mutex<Vec<Box<dyn Joiner>>>,
 }
 
 struct State {
     machine: DestinationMachine,
-    vm: Option<Box<dyn DestinationVm>>,
     session: Option<Arc<Session>>,
     /// Counts control lanes that were attached; only the last one speaks for the session.
     attachment: u64,
@@ -112,7 +116,7 @@ struct State {
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
-        let state = State { machine: DestinationMachine::new(), vm: None, session: None, attachment: 0 };
+        let state = State { machine: DestinationMachine::new(), session: None, attachment: 0 };
         let hub = Hub {
             options,
             host: Mutex::new(host),
@@ -121,6 +125,7 @@ impl Receiver {
             finished: AtomicBool::new(false),
             bytes: Arc::default(),
             closers: Mutex::new(Some(HashMap::new())),
+            watchers: Mutex::default(),
         };
         Self { hub: Arc::new(hub) }
     }
@@ -173,8 +178,15 @@ impl Receiver {
                 Err(error) => hub.bad_peer(&peer, &format!("no thread: {error}")),
             }
         };
-        if let Some(session) = &lock(&hub.state).session {
-            session.close("the receiver has ended");
+        let (session, owned) = {
+            let state = lock(&hub.state);
+            (state.session.clone(), state.machine.phase() == DestinationPhase::Running)
+        };
+        match session {
+            // pages that are missing stay so: nobody reads them as zeros
+            Some(session) if owned => session.close("the receiver has ended"),
+            Some(session) => drop(session.discard("the receiver has ended")),
+            None => {}
         }
         for closer in lock(&hub.closers).take().iter().flat_map(HashMap::values) {
             closer.close();
@@ -182,6 +194,7 @@ impl Receiver {
         for (_, thread) in threads {
             thread.join();
         }
+        hub.join_watchers();
         result
     }
 }
@@ -215,7 +228,7 @@ impl ReceiverHandle {
         let mut state = lock(&self.hub.state);
         let action = state.machine.adopt()?;
         if let DestinationAction::Start { running } = action {
-            self.hub.start(&mut state, running);
+            self.hub.start(&state, running);
         }
         drop(state);
         self.hub.finished.store(true, Ordering::Relaxed);
@@ -234,7 +247,7 @@ impl Hub {
         self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
     }
 
-    fn serve(&self, id: u64, channel: Box<dyn Channel>) {
+    fn serve(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>) {
         let peer = channel.peer();
         if let Err(error) = self.introduce(id, channel, &peer) {
             self.bad_peer(&peer, &error.to_string());
@@ -242,7 +255,7 @@ impl Hub {
     }
 
     /// Reads the preamble of a new connection and lets it do what it is for.
-    fn introduce(&self, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
+    fn introduce(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
         let link = || MigrationError::link(peer);
         let Halves { mut reader, mut writer, closer } = channel.split().map_err(link())?;
         let closer: Arc<dyn Closer> = closer.into();
@@ -264,8 +277,18 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
-        if preamble.kind == LaneKind::Bulk {
-            return self.bulk(preamble, reader, closer, peer);
+        match preamble.kind {
+            LaneKind::Bulk => {
+                let session = self.session(preamble.session)?;
+                let link = session.attach(preamble.index, closer)?;
+                return self.pages(session, (preamble, link), reader, peer);
+            }
+            LaneKind::Demand => {
+                let session = self.session(preamble.session)?;
+                let link = session.attach_demand(preamble.index, closer, control.into_half())?;
+                return self.pages(session, (preamble, link), reader, peer);
+            }
+            LaneKind::Control | LaneKind::Reattach => {}
         }
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
         let first = frames.read().inspect_err(|error| {
@@ -290,20 +313,28 @@ impl Hub {
         }
     }
 
-    fn bulk(
+    /// A lane on which pages come.
+    fn pages(
         &self,
-        preamble: Preamble,
+        session: Arc<Session>,
+        (preamble, link): (Preamble, u32),
         reader: Box<dyn ReadHalf>,
-        closer: Arc<dyn Closer>,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let session = self.session(preamble.session)?;
-        session.attach(preamble.index, closer)?;
-        let lane = LaneReceiver::new(preamble.index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
+        let (kind, index) = (preamble.kind, preamble.index);
+        let lane = LaneReceiver::new(kind, index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
         let error = lane.run();
+        if session.lane_lost(link, error.code(), &error.to_string()) {
+            self.lost_while_loading(&session, &error.to_string());
+            return Err(error);
+        }
         if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
             // it has done its part, or was closed because of another lane
             return Ok(());
+        }
+        if session.missing().is_some() && session.is_sealed() {
+            // the VM may run here, and has all its pages
+            return Err(error);
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
@@ -318,7 +349,7 @@ impl Hub {
 
     /// A source that is in doubt comes back.
     fn reattach(
-        &self,
+        self: &Arc<Self>,
         token: SessionToken,
         (vm, epoch): (VmId, u32),
         mut frames: ControlReader,
@@ -351,7 +382,7 @@ impl Hub {
 
     /// A source begins an attempt.
     fn attempt(
-        &self,
+        self: &Arc<Self>,
         epoch: u32,
         hello: Control,
         mut frames: ControlReader,
@@ -375,9 +406,9 @@ impl Hub {
         };
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features & FEATURES);
-        let session = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
-            Ok(session) => session,
+        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
+        let (session, features) = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
+            Ok(built) => built,
             Err(error) => {
                 self.lost(attachment, &error.to_string());
                 return Err(error);
@@ -398,9 +429,11 @@ impl Hub {
         (streams, features): (u16, u32),
         mut control: ControlWriter,
         closer: Arc<dyn Closer>,
-    ) -> Result<Arc<Session>, MigrationError> {
+    ) -> Result<(Arc<Session>, u32), MigrationError> {
         // a VM of an earlier epoch is void: free it before the new one needs the memory
-        self.free_vm("a newer attempt of its source takes its place");
+        let earlier = self.current(attachment)?.session.take();
+        self.free_vm(earlier, "a newer attempt of its source takes its place");
+        self.join_watchers();
         let ram_bytes = hello.vm.layout.bytes();
         let built = if ram_bytes > self.options.max_ram_bytes {
             let limit = self.options.max_ram_bytes;
@@ -408,20 +441,21 @@ impl Hub {
         } else {
             lock(&self.host).build(&hello.vm)
         };
-        let vm = match built.and_then(|vm| check_layout(vm, &hello)) {
+        let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
             Err(cause) => {
                 control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
                 return Err(MigrationError::Vm { step: "building the VM", cause });
             }
         };
+        let pager = vm.pager();
+        let features = granted(features, pager.as_deref());
+        let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
-        let session = Arc::new(Session::new((token, epoch), streams, crc, vm.ram(), control, closer));
-        let mut state = self.current(attachment)?;
-        state.vm = Some(vm);
-        state.session = Some(session.clone());
-        Ok(session)
+        let session = Arc::new(Session::new((token, epoch), streams, crc, vm, pager, control, closer));
+        self.current(attachment)?.session = Some(session.clone());
+        Ok((session, features))
     }
 
     /// Has the source open its lanes, and tells it when everything stands ready for pages.
@@ -446,7 +480,12 @@ impl Hub {
     }
 
     /// Serves a control lane from its second frame on.
-    fn frames(&self, frames: &mut ControlReader, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+    fn frames(
+        self: &Arc<Self>,
+        frames: &mut ControlReader,
+        session: &Arc<Session>,
+        attachment: u64,
+    ) -> Result<(), MigrationError> {
         loop {
             let (epoch, frame) = frames.read()?;
             if let Flow::End = self.frame(session, attachment, epoch, frame)? {
@@ -468,11 +507,20 @@ impl Hub {
         self.lost(attachment, &why);
     }
 
-    fn frame(&self, session: &Session, attachment: u64, epoch: u32, frame: Control) -> Result<Flow, MigrationError> {
+    fn frame(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        epoch: u32,
+        frame: Control,
+    ) -> Result<Flow, MigrationError> {
         let mut state = lock(&self.state);
         if state.attachment != attachment {
             // a newer lane speaks for the session, or a newer session took its place
             return Ok(Flow::End);
+        }
+        if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
+            return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
         }
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
@@ -481,20 +529,30 @@ impl Hub {
                 session.say(&Control::Pong)?;
             }
             DestinationAction::LoadPiece(piece) => {
-                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
+                let mut vm = lock(&session.vm);
+                let vm = vm.as_mut().ok_or_else(no_vm)?;
                 vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
             }
-            DestinationAction::Load { generation, state: bytes } => {
+            DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
+            DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
                 session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
                 session.seal(generation)?;
+                if let Some(announced) = post_copy {
+                    // before anything is loaded, which touches RAM
+                    self.arm(session, attachment, generation, announced)?;
+                }
                 let vm_state = VmState::decode(&bytes)?;
+                // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
+                let loaded = match lock(&session.vm).as_mut() {
+                    Some(vm) => vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state")),
+                    None => Err(no_vm()),
+                };
                 let mut state = lock(&self.state);
                 if state.attachment != attachment {
                     return Ok(Flow::End);
                 }
-                let vm = state.vm.as_mut().ok_or_else(no_vm)?;
-                vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state"))?;
+                loaded?;
                 // ready before it is said: if saying it fails, the source may have heard it all the same
                 let ready = state.machine.loaded()?;
                 drop(state);
@@ -502,18 +560,19 @@ impl Hub {
                 self.tell_phase();
             }
             DestinationAction::Start { running } => {
-                self.start(&mut state, running);
+                self.start(&state, running);
                 drop(state);
-                session.say(&Control::Running)?;
+                self.answer(session, attachment)?;
                 self.tell_phase();
             }
             DestinationAction::AnswerRunning => {
                 drop(state);
-                session.say(&Control::Running)?;
+                self.answer(session, attachment)?;
             }
             DestinationAction::Discard(why) => {
+                let given_up = state.session.take();
                 drop(state);
-                self.discard(&why);
+                self.discard(given_up, &why);
                 return Ok(Flow::End);
             }
             DestinationAction::Finish => {
@@ -524,11 +583,101 @@ impl Hub {
         Ok(Flow::Continue)
     }
 
-    fn start(&self, state: &mut State, running: bool) {
-        let Some(mut vm) = state.vm.take() else { return };
+    /// Readies the VM to run without the pages that were listed.
+    fn arm(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        last: u32,
+        (announced, lanes): (u64, u16),
+    ) -> Result<(), MigrationError> {
+        session.wait_demand(lanes, self.options.idle_timeout)?;
+        drop(self.current(attachment)?);
+        let pager = session.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "it is not agreed on"))?;
+        let pages = std::mem::take(&mut *lock(&session.listed));
+        if pages.len() != announced || lanes == 0 {
+            let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
+            return Err(DecodeError::invalid("missing pages", why).into());
+        }
+        let granule = pager.granule();
+        if granule > 1 && pages.ranges().any(|r| r.first % granule != 0 || r.count % granule != 0) {
+            return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
+        }
+        pager.arm(&pages).map_err(MigrationError::vm("watching for missing pages"))?;
+        let missing = Arc::new(Missing::new(pager, pages, last + 1, lanes, self.bytes.clone()));
+        session.set_missing(&missing)?;
+        for number in 0..usize::from(lanes) {
+            let (hub, missing) = (self.clone(), missing.clone());
+            let body = Box::new(move || {
+                if let Err(error) = missing.watch(number) {
+                    let why = format!("faults are not served any more: {error}");
+                    hub.options.observer.event(&Event::Warning(why));
+                }
+            });
+            self.watcher(Role::Demand, "mig-fault", body)?;
+        }
+        let (hub, session) = (self.clone(), session.clone());
+        let body = Box::new(move || {
+            if missing.wait_ended() {
+                hub.all_there(&session, &missing);
+                missing.pager.settle();
+            }
+        });
+        self.watcher(Role::Control, "mig-missing", body)
+    }
+
+    fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
+        let thread = self.options.spawner.spawn(role, GuestImpact::Balanced, name, body);
+        let thread = thread.map_err(|cause| MigrationError::Thread { role: "serving faults", cause })?;
+        lock(&self.watchers).push(thread);
+        Ok(())
+    }
+
+    /// Waits for the threads that served a VM whose session is over.
+    fn join_watchers(&self) {
+        let watchers = std::mem::take(&mut *lock(&self.watchers));
+        for thread in watchers {
+            thread.join();
+        }
+    }
+
+    /// No page is missing any more.
+    fn all_there(&self, session: &Session, missing: &Missing) {
+        if let Err(error) = missing.pager.disarm() {
+            self.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
+        }
+        let mut state = lock(&self.state);
+        // before *run* the source may still take the VM back: it is told when the VM has started
+        if state.machine.complete().is_ok() {
+            drop(state);
+            // best effort: a source that does not hear it comes back and asks
+            let _ = session.tell_complete(missing);
+            self.tell_phase();
+        }
+    }
+
+    /// The VM runs here: answers *run*.
+    fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+        session.tell_running()?;
+        if let Some(missing) = session.missing()
+            && missing.pages().is_empty()
+        {
+            // before the source can answer to it
+            self.current(attachment)?.machine.complete()?;
+            session.tell_complete(&missing)?;
+        }
+        Ok(())
+    }
+
+    fn start(&self, state: &State, running: bool) {
+        let Some(session) = &state.session else { return };
+        let Some(mut vm) = lock(&session.vm).take() else { return };
         if let Err(error) = vm.start(running) {
             let why = format!("the VM is owned here but could not be started: {error}");
             self.options.observer.event(&Event::Warning(why));
+        }
+        if let Some(missing) = session.missing() {
+            missing.set_vcpus(vm.vcpu_threads());
         }
         lock(&self.host).adopted(vm);
     }
@@ -539,29 +688,38 @@ impl Hub {
         if state.attachment != attachment {
             return;
         }
-        let on_loss = state.machine.link_lost();
-        drop(state);
-        if on_loss == OnDestinationLoss::Discard {
-            self.discard(why);
-        }
-        self.tell_phase();
-    }
-
-    fn discard(&self, why: &str) {
-        self.free_vm(why);
-        self.tell_phase();
-    }
-
-    /// Frees the VM that is being received or held, if there is one, and ends its lanes.
-    fn free_vm(&self, why: &str) {
-        let (vm, session) = {
-            let mut state = lock(&self.state);
-            (state.vm.take(), state.session.take())
+        let given_up = match state.machine.link_lost() {
+            OnDestinationLoss::Discard => state.session.take(),
+            OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
-        if let Some(session) = session {
-            session.close(why);
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    /// The link of `session` is lost. Its control lane may not notice, since the thread that reads it loads the state, and
+    /// waits for a page that was under way.
+    fn lost_while_loading(&self, session: &Arc<Session>, why: &str) {
+        let mut state = lock(&self.state);
+        let ours = state.session.as_ref().is_some_and(|present| Arc::ptr_eq(present, session));
+        if !ours || state.machine.phase() != DestinationPhase::Loading {
+            return;
         }
-        if vm.is_some() {
+        state.machine.link_lost();
+        // who loads finds that it does not speak for the session any more
+        state.attachment += 1;
+        let given_up = state.session.take();
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    fn discard(&self, given_up: Option<Arc<Session>>, why: &str) {
+        self.free_vm(given_up, why);
+        self.tell_phase();
+    }
+
+    /// Frees the VM that was being received or held, and ends its lanes.
+    fn free_vm(&self, given_up: Option<Arc<Session>>, why: &str) {
+        if given_up.is_some_and(|session| session.discard(why)) {
             self.options.observer.event(&Event::Discarded(why.to_owned()));
         }
     }
@@ -570,6 +728,18 @@ impl Hub {
         let phase = lock(&self.state).machine.phase();
         self.options.observer.event(&Event::Destination(phase));
     }
+}
+
+/// Of the feature bits that a source wants, those that a VM with this pager supports.
+fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
+    let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+    let post_copy = match pager.map(|pager| pager.granule()) {
+        Some(1) => wanted & FEATURE_POST_COPY,
+        // a source that would send single pages cannot serve it
+        Some(HUGE_BLOCK) if wanted & both == both => both,
+        _ => 0,
+    };
+    wanted & FEATURES & !both | post_copy
 }
 
 fn no_vm() -> MigrationError {

@@ -8,13 +8,15 @@ use std::{
     time::Duration,
 };
 
-use super::{control::ControlWriter, handle::lock};
+use super::{control::ControlWriter, handle::lock, missing::Missing, serve::missing_frames};
 use crate::{
-    MigrationError,
-    channel::Closer,
+    MigrationError, PageSet,
+    channel::{Closer, WriteHalf},
     codec::DecodeError,
+    pager::Pager,
     ram::GuestRam,
-    wire::{Control, ErrorCode, SessionToken},
+    vm::DestinationVm,
+    wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken},
 };
 
 /// One attempt of a source, from its hello on.
@@ -24,7 +26,15 @@ pub(super) struct Session {
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
     pub(super) ram: Arc<dyn GuestRam>,
-    control: Mutex<ControlWriter>,
+    /// The VM, until it is started or discarded. Locked while its state is loaded, which may wait for missing pages.
+    pub(super) vm: Mutex<Option<Box<dyn DestinationVm>>>,
+    /// Serves missing pages, if post-copy is agreed on.
+    pub(super) pager: Option<Arc<dyn Pager>>,
+    /// Pages that the source has said will be missing.
+    pub(super) listed: Mutex<PageSet>,
+    told: Mutex<Told>,
+    /// With the number of its link.
+    control: Mutex<(u32, ControlWriter)>,
     /// The last generation that the source was told of. Held while it is told, so that announcements go out in order.
     announced: Mutex<u32>,
     /// Held for moments only, never while anything is read or written.
@@ -32,19 +42,46 @@ pub(super) struct Session {
     changed: Condvar,
 }
 
+/// What the source was told on the present control lane. Held while it is told, so that *complete* goes out behind *running*
+/// and what belongs to it, and once.
+#[derive(Default)]
+struct Told {
+    running: bool,
+    complete: bool,
+}
+
 struct LaneState {
     control: Arc<dyn Closer>,
     /// Ends a bulk lane; `None` where it is not attached yet.
     attached: Vec<Option<Arc<dyn Closer>>>,
+    /// Likewise for demand lanes, with what requests are sent by until somebody wants to send some.
+    demand: Vec<Option<DemandLane>>,
+    missing: Option<Arc<Missing>>,
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
     /// Set when the state is about to be loaded: no page may arrive from then on.
     sealed: bool,
+    /// Counts the control lanes of this session: the other lanes belong to one of them.
+    link: u32,
+    /// Whether a lane that belongs to the present control lane has ended.
+    lost: bool,
     /// The last generation that all lanes have completed and the source was told of.
     complete: u32,
     /// Why the session is over. Nobody waits for anything in it any more.
     over: Option<String>,
+}
+
+impl LaneState {
+    fn closers(&self) -> Vec<Arc<dyn Closer>> {
+        let demand = self.demand.iter().flatten().map(|lane| &lane.closer);
+        self.attached.iter().flatten().chain(demand).chain([&self.control]).cloned().collect()
+    }
+}
+
+struct DemandLane {
+    closer: Arc<dyn Closer>,
+    writer: Option<Box<dyn WriteHalf>>,
 }
 
 impl Session {
@@ -52,17 +89,24 @@ impl Session {
         (token, epoch): (SessionToken, u32),
         lanes: u16,
         payload_crc: bool,
-        ram: Arc<dyn GuestRam>,
+        vm: Box<dyn DestinationVm>,
+        pager: Option<Arc<dyn Pager>>,
         control: ControlWriter,
         closer: Arc<dyn Closer>,
     ) -> Self {
         let count = usize::from(lanes);
+        let ram = vm.ram();
+        let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
         let lane_state = LaneState {
             control: closer,
             attached: vec![None; count],
+            demand: (0..MAX_DEMAND_LANES).map(|_| None).collect(),
+            missing: None,
             started: vec![0; count],
             ended: vec![0; count],
             sealed: false,
+            link: 0,
+            lost: false,
             complete: 0,
             over: None,
         };
@@ -72,7 +116,11 @@ impl Session {
             lanes,
             payload_crc,
             ram,
-            control: Mutex::new(control),
+            vm: Mutex::new(Some(vm)),
+            pager,
+            listed,
+            told: Mutex::default(),
+            control: Mutex::new((0, control)),
             announced: Mutex::new(0),
             lane_state: Mutex::new(lane_state),
             changed: Condvar::new(),
@@ -80,19 +128,138 @@ impl Session {
     }
 
     pub(super) fn say(&self, frame: &Control) -> Result<(), MigrationError> {
-        lock(&self.control).send(self.epoch, frame)
+        lock(&self.control).1.send(self.epoch, frame)
     }
 
-    /// A new control lane takes the lost one's place.
+    /// A new control lane takes the lost one's place; the other lanes are lost with it.
     pub(super) fn replace_control(&self, control: ControlWriter, closer: Arc<dyn Closer>) {
-        let lost = std::mem::replace(&mut lock(&self.lane_state).control, closer);
+        let mut state = lock(&self.lane_state);
+        let lost = std::mem::replace(&mut state.control, closer);
+        (state.link, state.lost) = (state.link + 1, false);
+        let link = state.link;
         // somebody may still be writing to it
         lost.close();
-        *lock(&self.control) = control;
+        for lane in state.attached.iter_mut().filter_map(Option::take) {
+            lane.close();
+        }
+        for lane in state.demand.iter_mut().filter_map(Option::take) {
+            lane.closer.close();
+        }
+        drop(state);
+        let mut told = lock(&self.told);
+        *told = Told::default();
+        *lock(&self.control) = (link, control);
+    }
+
+    /// The VM runs here: says so, and on a lane that was reattached, what it lacks.
+    pub(super) fn tell_running(&self) -> Result<(), MigrationError> {
+        let mut told = lock(&self.told);
+        self.say(&Control::Running)?;
+        told.running = true;
+        let Some(missing) = self.missing() else { return Ok(()) };
+        let pages = missing.pages();
+        if !pages.is_empty() && lock(&self.lane_state).link > 0 {
+            for frame in missing_frames(&pages) {
+                self.say(&frame)?;
+            }
+            self.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })?;
+        }
+        Ok(())
+    }
+
+    /// No page is missing any more: says so, unless *running* was not said yet. It then follows that.
+    pub(super) fn tell_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
+        let mut told = lock(&self.told);
+        if !told.running || told.complete {
+            return Ok(());
+        }
+        told.complete = true;
+        self.say(&Control::Complete(missing.summary()))
+    }
+
+    /// A lane of `link` has ended. What was under way on it may be lost without the source noticing, which does not read
+    /// bulk lanes. So while pages are missing the whole link ends: its source comes back, and learns what to send again.
+    /// Whether it was ended.
+    pub(super) fn lane_lost(&self, link: u32, code: ErrorCode, why: &str) -> bool {
+        let mut state = lock(&self.lane_state);
+        if state.link != link || state.over.is_some() {
+            return false;
+        }
+        let first = !std::mem::replace(&mut state.lost, true);
+        let cut = first && state.sealed && state.missing.as_ref().is_some_and(|missing| !missing.pages().is_empty());
+        let lanes = state.closers();
+        drop(state);
+        if cut {
+            let mut control = lock(&self.control);
+            // meanwhile the source may have come back
+            if control.0 == link {
+                // best effort: a source that does not hear it notices the closed lanes
+                let _ = control.1.send(self.epoch, &Control::error(code, why));
+            }
+            drop(control);
+            lanes.iter().for_each(|lane| lane.close());
+        }
+        cut
+    }
+
+    /// A demand lane introduces itself.
+    pub(super) fn attach_demand(
+        &self,
+        index: u16,
+        closer: Arc<dyn Closer>,
+        writer: Box<dyn WriteHalf>,
+    ) -> Result<u32, MigrationError> {
+        let mut state = lock(&self.lane_state);
+        if let Some(why) = &state.over {
+            return Err(DecodeError::invalid("session", format!("it is over: {why}")).into());
+        }
+        if self.pager.is_none() {
+            return Err(DecodeError::invalid("lane kind", "post-copy is not agreed on").into());
+        }
+        let link = state.link;
+        let missing = state.missing.clone();
+        let Some(place @ None) = state.demand.get_mut(usize::from(index)) else {
+            let why = format!("demand lane {index} is unknown or taken");
+            return Err(DecodeError::invalid("lane index", why).into());
+        };
+        let (writer, at_once) = if missing.is_some() { (None, Some(writer)) } else { (Some(writer), None) };
+        *place = Some(DemandLane { closer, writer });
+        self.changed.notify_all();
+        drop(state);
+        if let (Some(missing), Some(writer)) = (missing, at_once) {
+            missing.attach(index, writer).map_err(MigrationError::link("the source"))?;
+        }
+        Ok(link)
+    }
+
+    /// From now on pages go through the pager, and faults to the source.
+    pub(super) fn set_missing(&self, missing: &Arc<Missing>) -> Result<(), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        if state.lost {
+            let cause = std::io::Error::new(std::io::ErrorKind::NotConnected, "a lane has ended already");
+            return Err(MigrationError::link("the source")(cause));
+        }
+        state.missing = Some(missing.clone());
+        let lanes = state.demand.iter_mut().enumerate();
+        let writers: Vec<_> = lanes.filter_map(|(i, lane)| Some((i, lane.as_mut()?.writer.take()?))).collect();
+        drop(state);
+        for (index, writer) in writers {
+            missing.attach(index as u16, writer).map_err(MigrationError::link("the source"))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn missing(&self) -> Option<Arc<Missing>> {
+        lock(&self.lane_state).missing.clone()
+    }
+
+    pub(super) fn wait_demand(&self, lanes: u16, timeout: Duration) -> Result<(), MigrationError> {
+        let there = |s: &LaneState| s.demand.iter().take(usize::from(lanes)).all(Option::is_some);
+        self.wait_for(timeout, "the source to open its demand lanes", there)
     }
 
     /// A lane introduces itself.
-    pub(super) fn attach(&self, index: u16, closer: Arc<dyn Closer>) -> Result<(), MigrationError> {
+    pub(super) fn attach(&self, index: u16, closer: Arc<dyn Closer>) -> Result<u32, MigrationError> {
         let mut state = lock(&self.lane_state);
         if let Some(why) = &state.over {
             return Err(DecodeError::invalid("session", format!("it is over: {why}")).into());
@@ -102,7 +269,7 @@ impl Session {
             _ => return Err(DecodeError::invalid("lane index", format!("lane {index} is unknown or taken")).into()),
         }
         self.changed.notify_all();
-        Ok(())
+        Ok(state.link)
     }
 
     pub(super) fn wait_attached(&self, timeout: Duration) -> Result<(), MigrationError> {
@@ -183,9 +350,20 @@ impl Session {
     pub(super) fn close(&self, why: &str) {
         self.end(why);
         let state = lock(&self.lane_state);
-        for closer in state.attached.iter().flatten().chain([&state.control]) {
-            closer.close();
+        state.closers().iter().for_each(|lane| lane.close());
+        if let Some(missing) = &state.missing {
+            missing.end();
         }
+    }
+
+    /// Frees the VM, which was not started; whether there was one.
+    pub(super) fn discard(&self, why: &str) -> bool {
+        self.close(why);
+        // a thread that loads the state may wait for a page that will not come
+        if let Some(pager) = &self.pager {
+            pager.give_up();
+        }
+        lock(&self.vm).take().is_some()
     }
 
     /// From now on nobody waits or attaches. False if it was over already, for the reason that counts: the first one.

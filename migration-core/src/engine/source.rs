@@ -1,6 +1,8 @@
 //! The source's engine: implements the verbs over real lanes, and does what the protocol machine says when a
 //! strategy has come to its end, whichever end that is.
 
+mod settle;
+
 use std::{
     io,
     sync::{
@@ -8,30 +10,30 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    thread,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 
 use super::{
-    OnTimeout, SourceOptions,
+    HugePages, OnTimeout, SourceOptions,
     control::{ControlReader, ControlWriter},
     handle::{Commands, Input},
-    lane::{Counters, Job, Lane, stripe_pages, stripes},
+    lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    serve::{DemandLane, Left},
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
-    channel::{Closer, Connector, Halves},
+    channel::{Closer, Connector, Halves, ReadHalf},
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
-    report::{Event, Outcome, PageCounts, Progress, Report, RoundReport},
+    report::{Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
     spawner::{Joiner, Role},
-    strategy::{Link, Round, Running, Strategy, Verbs},
+    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_PAYLOAD_CRC, Hello, LaneKind, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
-        VERSION, Welcome,
+        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello, LaneKind,
+        MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
     },
 };
 
@@ -45,8 +47,10 @@ const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
+/// First wait between two attempts to reconnect.
+pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
-const MAX_BACK_OFF: Duration = Duration::from_secs(2);
+pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 
 /// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
 ///
@@ -65,20 +69,22 @@ pub fn migrate(
     engine.settle(result)
 }
 
-struct Engine<'a> {
+pub(super) struct Engine<'a> {
     vm: &'a mut dyn SourceVm,
     connector: &'a dyn Connector,
+    /// Where the user says that the destination is to be found after a loss.
+    elsewhere: Option<Arc<dyn Connector>>,
     strategy: &'static str,
-    options: &'a SourceOptions,
-    inputs: mpsc::Receiver<Input>,
+    pub(super) options: &'a SourceOptions,
+    pub(super) inputs: mpsc::Receiver<Input>,
     tx: mpsc::Sender<Input>,
-    machine: SourceMachine,
+    pub(super) machine: SourceMachine,
     id: VmId,
-    ram: Arc<dyn GuestRam>,
+    pub(super) ram: Arc<dyn GuestRam>,
     session: SessionToken,
     control: Option<ControlWriter>,
     closers: Vec<Box<dyn Closer>>,
-    lanes: Vec<mpsc::Sender<Job>>,
+    pub(super) lanes: Vec<mpsc::Sender<Work>>,
     threads: Vec<Box<dyn Joiner>>,
     counters: Arc<Counters>,
 
@@ -91,10 +97,12 @@ struct Engine<'a> {
     tracked_before: bool,
     tracking: bool,
     /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
-    owed: PageSet,
+    pub(super) owed: PageSet,
     /// Everything harvested, for a tracker that the VMM had started.
     harvested: PageSet,
-    touched: PageSet,
+    pub(super) touched: PageSet,
+    /// Pages that were left out at least once, because they were free.
+    spared: PageSet,
     last_harvest: Instant,
     round_began: Instant,
     paused_at: Option<Instant>,
@@ -102,7 +110,16 @@ struct Engine<'a> {
     throttle: u8,
     bytes_per_second: f64,
     round_trip: Duration,
-    report: Report,
+    pub(super) report: Report,
+    /// How often each page was dirtied, 255 at most; empty before the first harvest.
+    pub(super) heat: Vec<u8>,
+    pub(super) left: Arc<Left>,
+    pub(super) left_behind: u64,
+    /// How many of them were missing when the destination last said so.
+    pub(super) lacking: u64,
+    /// What the destination agreed to.
+    features: u32,
+    post_copy_wanted: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -133,12 +150,16 @@ impl<'a> Engine<'a> {
             ram_bytes: ram.layout().bytes(),
             state_bytes: 0,
             pages: PageCounts { total: pages, ..PageCounts::default() },
+            demand_lanes: 0,
+            faults: FaultCounts::default(),
+            recoveries: 0,
             dirty_pages_per_second: None,
             throttle_percent: 0,
         };
         Self {
             vm,
             connector,
+            elsewhere: None,
             strategy,
             options,
             inputs: commands.rx,
@@ -162,6 +183,7 @@ impl<'a> Engine<'a> {
             owed: PageSet::empty(pages),
             harvested: PageSet::empty(pages),
             touched: PageSet::empty(pages),
+            spared: PageSet::empty(pages),
             last_harvest: now,
             round_began: now,
             paused_at: None,
@@ -170,11 +192,21 @@ impl<'a> Engine<'a> {
             bytes_per_second: 0.0,
             round_trip: Duration::ZERO,
             report,
+            heat: Vec::new(),
+            left: Arc::default(),
+            left_behind: 0,
+            lacking: 0,
+            features: 0,
+            post_copy_wanted: false,
         }
     }
 
     fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
         self.connect()?;
+        if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
+            let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
+            return Err(MigrationError::Blocked(why.into()));
+        }
         strategy.migrate(Running::new(self))?;
         Ok(())
     }
@@ -196,7 +228,8 @@ impl<'a> Engine<'a> {
             SourceEvent::Welcomed(welcome) => Some(welcome),
             _ => None,
         })?;
-        self.open_lanes(&welcome)?;
+        self.accept(&welcome)?;
+        self.open_lanes()?;
         self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
         let asked = Instant::now();
         self.say(&Control::Ping)?;
@@ -208,15 +241,24 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    fn connector(&self) -> &dyn Connector {
+        self.elsewhere.as_deref().unwrap_or(self.connector)
+    }
+
     fn wanted_features(&self) -> u32 {
-        if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 }
+        let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
+        let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
+        crc | post_copy
     }
 
     /// Opens a control lane and a thread that reads it.
     fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
-        let peer = self.connector.address();
-        let Halves { mut reader, mut writer, closer } =
-            self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
+        let peer = self.connector().address();
+        let Halves { mut reader, mut writer, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
         // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
@@ -244,7 +286,7 @@ impl<'a> Engine<'a> {
         self.spawn(Role::Control, "mig-control", body)
     }
 
-    fn open_lanes(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
+    fn accept(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
         let lanes = welcome.streams;
         let unasked = welcome.features & !self.wanted_features();
         if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) || unasked != 0 {
@@ -252,33 +294,56 @@ impl<'a> Engine<'a> {
                 format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
         }
-        self.session = welcome.session;
-        self.report.streams = lanes;
-        let peer = self.connector.address();
-        for index in 0..lanes {
-            let Halves { mut writer, closer, .. } =
-                self.connector.connect().and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
-            writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
-            let preamble = Preamble::new(LaneKind::Bulk, index, self.session);
-            writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
-            self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
-            self.closers.push(closer);
+        (self.session, self.features, self.report.streams) = (welcome.session, welcome.features, lanes);
+        if welcome.features & FEATURE_POST_COPY != 0 {
+            self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
+        }
+        self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
+        Ok(())
+    }
+
+    pub(super) fn open_lanes(&mut self) -> Result<(), MigrationError> {
+        for index in 0..self.report.streams {
+            let (lane, _) = self.open_lane(LaneKind::Bulk, index)?;
             let (jobs, work) = mpsc::channel();
-            let lane = Lane {
-                index,
-                lanes,
-                ram: self.ram.clone(),
-                writer,
-                peer: peer.clone(),
-                sequence: 0,
-                payload_crc: welcome.features & FEATURE_PAYLOAD_CRC != 0,
-                counters: self.counters.clone(),
-            };
             let tx = self.tx.clone();
             self.spawn(Role::Bulk, &format!("mig-bulk-{index}"), Box::new(move || lane.run(work, tx)))?;
             self.lanes.push(jobs);
         }
+        for index in 0..self.report.demand_lanes {
+            let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
+            // silent for as long as the guest does not fault; that the link lives is seen on the control lane
+            reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
+            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
+            self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
+        }
         Ok(())
+    }
+
+    fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
+        let peer = self.connector().address();
+        let Halves { mut writer, reader, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+        let preamble = Preamble::new(kind, index, self.session);
+        writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+        self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.closers.push(closer);
+        let lane = Lane {
+            index,
+            lanes: self.report.streams,
+            ram: self.ram.clone(),
+            writer,
+            peer,
+            sequence: 0,
+            payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
+            whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
+            counters: self.counters.clone(),
+        };
+        Ok((lane, reader))
     }
 
     fn spawn(&mut self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
@@ -293,7 +358,7 @@ impl<'a> Engine<'a> {
 
     // ---- talking and waiting ---------------------------------------------------------------------------------
 
-    fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+    pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
         let result = self.control.as_mut().ok_or_else(lost)?.send(self.machine.epoch(), frame);
         match result {
@@ -332,33 +397,42 @@ impl<'a> Engine<'a> {
                     }
                 }
                 Some(_) => {}
-                None if Instant::now() >= deadline => {
-                    let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited {timeout:?} for {what}"));
-                    return Err(MigrationError::link(&self.connector.address())(cause));
-                }
                 None => {}
             }
+            self.in_time(deadline, what)?;
         }
+    }
+
+    /// An error when `deadline` has passed.
+    pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited in vain for {what}"));
+        Err(MigrationError::link(&self.connector().address())(cause))
     }
 
     /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
     /// failures of lanes become errors here; pings and progress are seen to.
-    fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+    pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         let tick = (self.last_progress + PROGRESS_INTERVAL).min(deadline);
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
         if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.last_progress = Instant::now();
             self.tell_progress();
             let phase = self.machine.phase();
-            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered) && self.last_ping.elapsed() >= PING_INTERVAL
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
+                && self.last_ping.elapsed() >= PING_INTERVAL
             {
                 self.last_ping = Instant::now();
                 self.say(&Control::Ping)?;
             }
-            if phase == SourcePhase::Copying && self.last_heard.elapsed() >= self.options.idle_timeout {
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving)
+                && self.last_heard.elapsed() >= self.options.idle_timeout
+            {
                 let why = format!("the destination has been silent for {:?}", self.options.idle_timeout);
                 let cause = io::Error::new(io::ErrorKind::TimedOut, why);
-                return Err(MigrationError::link(&self.connector.address())(cause));
+                return Err(MigrationError::link(&self.connector().address())(cause));
             }
         }
         match input {
@@ -368,6 +442,14 @@ impl<'a> Engine<'a> {
                     return Err(MigrationError::Cancelled(why));
                 }
                 Ok(None)
+            }
+            Ok(Input::Recover(connector)) => {
+                self.elsewhere = Some(connector);
+                Ok(None)
+            }
+            Ok(Input::PostCopy) => {
+                self.post_copy_wanted = true;
+                Ok(Some(Input::PostCopy))
             }
             Ok(Input::ControlLost(error)) => Err(error),
             Ok(Input::Lane(Err(error))) => Err(match error {
@@ -380,7 +462,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
+    pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.last_heard = Instant::now();
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
@@ -436,7 +518,7 @@ impl<'a> Engine<'a> {
         for lane in &self.lanes {
             let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
             // a lane that is gone has said why, which arrives as an input
-            let _ = lane.send(job);
+            let _ = lane.send(Work::Round(job));
         }
         Ok((generation, stop))
     }
@@ -466,6 +548,22 @@ impl<'a> Engine<'a> {
         Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time }
     }
 
+    /// Takes the pages out that are free now, and returns all that are. Only after tracking has begun, or after the harvest
+    /// that `pages` are of, or while the guest is paused: see [`SourceVm::free_pages`] for why.
+    fn spare(&mut self, pages: &mut PageSet) -> PageSet {
+        let mut free = PageSet::empty(self.pages());
+        if let Err(error) = self.vm.free_pages(&mut free) {
+            let why = format!("free pages are not known, they are sent like others: {error}");
+            self.options.observer.event(&Event::Warning(why));
+            free.clear();
+        }
+        let mut spared = free.clone();
+        spared.intersect_with(pages);
+        self.spared.union_with(&spared);
+        pages.subtract(&free);
+        free
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.options.timeout.map(|t| self.start + t)
     }
@@ -473,136 +571,52 @@ impl<'a> Engine<'a> {
     fn timed_out(&self) -> bool {
         self.deadline().is_some_and(|d| Instant::now() >= d)
     }
+}
 
-    // ---- the end ---------------------------------------------------------------------------------------------
-
-    fn settle(mut self, result: Result<(), MigrationError>) -> Report {
-        let mut error = result.err();
-        if self.machine.phase() == SourcePhase::InDoubt {
-            let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
-            self.resolve_doubt(first);
-        }
-        if self.machine.phase() == SourcePhase::Completed {
-            // best effort: without it the destination only keeps listening a little longer
-            let _ = self.say(&Control::Done);
-            self.report.outcome = Outcome::Completed;
-            self.finish_report();
-            self.close();
-            self.vm.released();
+impl Engine<'_> {
+    /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.
+    fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
+        let began = Instant::now();
+        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        let state = Bytes::from(state.encode());
+        self.report.state_bytes += state.len() as u64;
+        // after saving: that dirtied pages too
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        // of `pages` too: some may have become free since they were harvested
+        self.spare(&mut rest);
+        let rest = Arc::new(rest);
+        let round = if leave {
+            self.leave_behind(PageSet::clone(&rest))?;
+            None
         } else {
-            let error =
-                error.unwrap_or_else(|| MigrationError::GaveUp("the strategy ended without a hand-over".into()));
-            let cancelled = matches!(error, MigrationError::Cancelled(_));
-            self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
-            self.report.reason = Some(error.to_string());
-            // resume first: every moment until then is downtime
-            self.give_back();
-            if !matches!(error, MigrationError::Link { .. }) {
-                let last_word = match self.machine.abandon() {
-                    Some(abandon) if cancelled => abandon,
-                    _ => Control::error(error.code(), error.to_string()),
-                };
-                // best effort: a destination that does not hear it notices the closed link
-                let _ = self.say(&last_word);
-            }
-            self.machine.link_lost();
-            self.finish_report();
-            self.close();
-        }
-        self.tell_phase();
-        self.report
-    }
-
-    /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
-    fn give_back(&mut self) {
-        let warn = |what: &str, result: Result<(), String>| {
-            if let Err(why) = result {
-                self.options.observer.event(&Event::Warning(format!("{what}: {why}")));
-            }
+            Some(self.begin_round(&rest)?.0)
         };
-        if self.paused {
-            warn("resuming the guest", self.vm.resume().map_err(|e| e.to_string()));
-            self.paused = false;
+        for at in (0..state.len()).step_by(STATE_CHUNK) {
+            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
         }
-        if self.throttle != 0 {
-            warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
-            self.throttle = 0;
-        }
-        if self.tracking {
-            let tracker = self.vm.tracker();
-            if self.tracked_before {
-                self.harvested.union_with(&self.owed);
-                tracker.put_back(&self.harvested);
-            } else {
-                warn("stopping the tracker", tracker.stop().map_err(|e| e.to_string()));
+        let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
+        self.say(&offer)?;
+        let (mut ready, mut heard, mut sent) = (false, Instant::now(), 0);
+        let mut lanes = if leave { self.report.streams } else { 0 };
+        while lanes < self.report.streams || !ready {
+            match self.next_input(heard + self.options.setup_timeout)? {
+                Some(Input::Lane(Ok(_))) => lanes += 1,
+                Some(Input::Control(epoch, frame)) => ready |= self.frame(epoch, frame)? == SourceEvent::Ready,
+                _ => {}
             }
-            self.tracking = false;
-        }
-    }
-
-    fn finish_report(&mut self) {
-        let report = &mut self.report;
-        report.total = self.start.elapsed();
-        report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
-        report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
-        report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
-        report.pages.distinct = self.touched.len();
-        if let (None, Some(paused)) = (report.downtime, self.paused_at) {
-            report.downtime = Some(paused.elapsed());
-        }
-    }
-
-    /// Ends all lanes and their threads.
-    fn close(&mut self) {
-        self.lanes.clear();
-        self.control = None;
-        // a lane that still has something to send may finish it: closing shuts the stream behind what was written
-        for closer in self.closers.drain(..) {
-            closer.close();
-        }
-        for thread in self.threads.drain(..) {
-            thread.join();
-        }
-    }
-
-    /// *run* was sent and not answered: asks again, on new control lanes, until the destination answers.
-    fn resolve_doubt(&mut self, mut why: String) {
-        let (since, mut told, mut back_off) = (Instant::now(), false, Duration::from_millis(20));
-        for attempt in 1u32.. {
-            self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
-            if !told && since.elapsed() >= self.options.in_doubt_grace {
-                told = true;
-                self.finish_report();
-                let reason = format!("run was sent and not answered ({why}); this side never runs the VM again");
-                let report = Report { outcome: Outcome::InDoubt, reason: Some(reason), ..self.report.clone() };
-                self.options.observer.event(&Event::InDoubt(Box::new(report)));
+            // as long as pages move or frames come, somebody is there
+            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
+            if now != sent {
+                (sent, heard) = (now, Instant::now());
             }
-            self.close();
-            // inputs of the lost lanes, which their threads left behind before they ended
-            while self.inputs.try_recv().is_ok() {}
-            match self.repeat_run() {
-                Ok(()) => return,
-                Err(error) => why = error.to_string(),
-            }
-            thread::sleep(back_off);
-            back_off = (back_off * 2).min(MAX_BACK_OFF);
+            self.in_time(heard + self.options.setup_timeout, "the destination to get ready")?;
         }
-    }
-
-    fn repeat_run(&mut self) -> Result<(), MigrationError> {
-        self.attach(LaneKind::Reattach)?;
-        for frame in self.machine.reattach(self.id)? {
-            self.say(&frame)?;
+        if let Some(generation) = round {
+            self.end_round(generation, &rest, &[], began);
         }
-        self.await_running()
-    }
-
-    fn await_running(&mut self) -> Result<(), MigrationError> {
-        let running = |event| matches!(event, SourceEvent::Running).then_some(());
-        self.wait("the destination to run the VM", self.options.idle_timeout, running)?;
-        if let Some(paused) = self.paused_at {
-            self.report.downtime.get_or_insert(paused.elapsed());
-        }
+        self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
         Ok(())
     }
 }
@@ -626,6 +640,7 @@ impl Verbs for Engine<'_> {
             pages = PageSet::full(self.pages());
         }
         self.report.pages.hole = self.pages() - pages.len();
+        self.spare(&mut pages);
         Ok(pages)
     }
 
@@ -653,7 +668,7 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            if self.timed_out() {
+            if self.timed_out() || self.post_copy_wanted && self.report.demand_lanes > 0 {
                 stop.store(true, Ordering::Relaxed);
             }
         }
@@ -663,13 +678,24 @@ impl Verbs for Engine<'_> {
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         let mut pages = PageSet::empty(self.pages());
         self.vm.tracker().harvest(&mut pages)?;
+        if self.tracked_before {
+            self.harvested.union_with(&pages);
+        }
+        // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
+        // re-arms only when it is sent stays reported, until it is free no more
+        let free = self.spare(&mut pages);
+        self.owed.subtract(&free);
         let since = self.last_harvest.elapsed().as_secs_f64();
         self.last_harvest = Instant::now();
         if !self.paused && since > 0.0 {
             self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
         }
-        if self.tracked_before {
-            self.harvested.union_with(&pages);
+        if self.report.demand_lanes > 0 {
+            self.heat.resize(self.report.pages.total as usize, 0);
+            for page in pages.iter() {
+                let heat = &mut self.heat[page as usize];
+                *heat = heat.saturating_add(1);
+            }
         }
         pages.union_with(&self.owed);
         Ok(pages)
@@ -695,6 +721,9 @@ impl Verbs for Engine<'_> {
             timed_out: self.timed_out(),
             stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
             impact: self.options.impact,
+            can_post_copy: self.report.demand_lanes > 0,
+            post_copy_wanted: self.report.demand_lanes > 0
+                && (self.post_copy_wanted || self.timed_out() && self.options.on_timeout == OnTimeout::PostCopy),
         }
     }
 
@@ -717,46 +746,14 @@ impl Verbs for Engine<'_> {
     }
 
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
-        let began = Instant::now();
-        let before = self.counters.wire_bytes.load(Ordering::Relaxed);
-        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
-        let state = Bytes::from(state.encode());
-        self.report.state_bytes += state.len() as u64;
-        // after saving: that dirtied pages too
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        let rest = Arc::new(rest);
-        let (generation, _stop) = self.begin_round(&rest)?;
-        for at in (0..state.len()).step_by(STATE_CHUNK) {
-            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
-        }
-        let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
-        self.say(&offer)?;
-        let (mut lanes, mut ready, mut heard) = (0, false, Instant::now());
-        let mut sent = 0;
-        while lanes < self.report.streams || !ready {
-            match self.next_input(heard + self.options.setup_timeout)? {
-                Some(Input::Lane(Ok(_))) => lanes += 1,
-                Some(Input::Control(epoch, frame)) => ready |= self.frame(epoch, frame)? == SourceEvent::Ready,
-                _ => {}
-            }
-            // as long as pages move or frames come, somebody is there
-            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
-            if now != sent {
-                (sent, heard) = (now, Instant::now());
-            } else if heard.elapsed() >= self.options.setup_timeout {
-                let cause = io::Error::new(io::ErrorKind::TimedOut, "the destination does not get ready");
-                return Err(MigrationError::link(&self.connector.address())(cause));
-            }
-        }
-        self.end_round(generation, &rest, &[], began);
-        self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
-        Ok(())
+        self.offer(pages, false)
     }
 
     fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
-        if !missing.is_empty() {
-            let why = format!("{} pages are missing at the destination, which has no pager", missing.len());
+        if self.machine.phase() == SourcePhase::Copying {
+            self.offer(missing, true)?;
+        } else if !missing.is_empty() {
+            let why = format!("{} pages are to be left behind, but the state was sent already", missing.len());
             return Err(MigrationError::Blocked(why));
         }
         let run = self.machine.run()?;
@@ -764,5 +761,13 @@ impl Verbs for Engine<'_> {
         self.vm.owner_in_doubt();
         self.say(&run)?;
         self.await_running()
+    }
+
+    fn left_behind(&self) -> u64 {
+        self.left_behind
+    }
+
+    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        self.serve_all(order)
     }
 }

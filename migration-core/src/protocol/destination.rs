@@ -39,20 +39,29 @@ pub enum DestinationAction {
     },
     /// Give the piece to its device.
     LoadPiece(Section),
-    /// Wait until rounds up to this generation are in RAM, load the collected state, and report with
-    /// [`DestinationMachine::loaded`].
+    /// Note that these pages will be missing when the VM runs.
+    Missing {
+        /// The first page that the bitmap is about.
+        first: u64,
+        /// One bit a page.
+        bitmap: Bytes,
+    },
+    /// Wait until rounds up to this generation are in RAM, then, if pages will be missing, arm the pager, load the
+    /// collected state, and report with [`DestinationMachine::loaded`].
     Load {
         /// Generation of the last round.
         generation: u32,
         /// The encoded state.
         state: Vec<u8>,
+        /// In post-copy: how many pages are missing, and how many demand lanes there are.
+        post_copy: Option<(u64, u16)>,
     },
-    /// Own and start the VM; answer with *running*.
+    /// Own and start the VM; answer with *running*, and on a lane that was reattached with what is missing.
     Start {
         /// Whether its vCPUs shall run.
         running: bool,
     },
-    /// The VM was started before: only answer with *running*, again.
+    /// The VM was started before: only answer, again.
     AnswerRunning,
     /// Discard the VM.
     Discard(String),
@@ -85,6 +94,9 @@ pub struct DestinationMachine {
     attached: bool,
     state: Vec<u8>,
     run_vcpus: bool,
+    post_copy: Option<(u64, u16)>,
+    /// Whether no page is missing, or those that were have arrived.
+    complete: bool,
 }
 
 impl Default for DestinationMachine {
@@ -97,7 +109,7 @@ impl DestinationMachine {
     /// A machine without a VM.
     pub fn new() -> Self {
         let (state, phase) = (Vec::new(), DestinationPhase::Empty);
-        Self { phase, vm: None, epoch: 0, attached: false, state, run_vcpus: true }
+        Self { phase, vm: None, epoch: 0, attached: false, state, run_vcpus: true, post_copy: None, complete: true }
     }
 
     /// Where it stands.
@@ -149,13 +161,22 @@ impl DestinationMachine {
                 self.collect(&chunk)?;
                 Ok(DestinationAction::None)
             }
+            (Control::Missing { first, bitmap }, Receiving) if self.post_copy.is_none() => {
+                Ok(DestinationAction::Missing { first, bitmap })
+            }
+            (Control::PostCopy { missing, demand_lanes }, Receiving) if self.post_copy.is_none() => {
+                self.post_copy = Some((missing, demand_lanes));
+                self.complete = false;
+                Ok(DestinationAction::None)
+            }
             (Control::Offer { generation, state_bytes, running }, Receiving) => {
                 if state_bytes != self.state.len() as u64 {
                     return Err(Violation::new("offer", epoch, self.phase, "the state is not complete"));
                 }
                 self.phase = Loading;
                 self.run_vcpus = running;
-                Ok(DestinationAction::Load { generation, state: std::mem::take(&mut self.state) })
+                let (state, post_copy) = (std::mem::take(&mut self.state), self.post_copy);
+                Ok(DestinationAction::Load { generation, state, post_copy })
             }
             (Control::Run, Ready) => Ok(self.start()),
             (Control::Run, Running) => Ok(DestinationAction::AnswerRunning),
@@ -171,7 +192,7 @@ impl DestinationMachine {
                 self.clear();
                 Ok(DestinationAction::Discard(format!("the source ended the attempt: {text} ({code:?})")))
             }
-            (Control::Done, Running) => Ok(DestinationAction::Finish),
+            (Control::Done, Running) if self.complete => Ok(DestinationAction::Finish),
             (frame, phase) => Err(Violation::new(frame.name(), epoch, phase, "it does not belong to this phase")),
         }
     }
@@ -187,6 +208,21 @@ impl DestinationMachine {
     pub fn loaded(&mut self) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Loading, DestinationPhase::Ready, "ready")?;
         Ok(Control::Ready)
+    }
+
+    /// No page is missing any more: the source may be told.
+    ///
+    /// # Errors
+    /// When the VM is not ours yet: until then the source may still change its mind.
+    pub fn complete(&mut self) -> Result<(), Violation> {
+        self.advance(DestinationPhase::Running, DestinationPhase::Running, "complete")?;
+        self.complete = true;
+        Ok(())
+    }
+
+    /// Whether the VM runs here, but lacks pages.
+    pub fn is_served(&self) -> bool {
+        self.phase == DestinationPhase::Running && !self.complete
     }
 
     /// The attempt failed here, with an error for the source: says what to do with the VM.
@@ -215,6 +251,7 @@ impl DestinationMachine {
     /// When no VM is held, or its source is still attached.
     pub fn adopt(&mut self) -> Result<DestinationAction, Violation> {
         let why = match (self.phase, self.attached) {
+            (DestinationPhase::Ready, false) if !self.complete => "pages of this VM are only at its source",
             (DestinationPhase::Ready, false) => {
                 self.epoch = self.epoch.saturating_add(1);
                 return Ok(self.start());
@@ -276,5 +313,6 @@ impl DestinationMachine {
         self.phase = DestinationPhase::Empty;
         self.state = Vec::new();
         self.attached = false;
+        (self.post_copy, self.complete) = (None, true);
     }
 }

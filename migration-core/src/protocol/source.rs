@@ -1,7 +1,7 @@
 //! The source's side of the protocol.
 
 use super::Violation;
-use crate::wire::{Control, ErrorCode, Welcome};
+use crate::wire::{Control, ErrorCode, FaultSummary, Welcome};
 
 /// Where the source stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,7 +18,9 @@ pub enum SourcePhase {
     Ready,
     /// *run* was sent, or is about to be: the VM may run at the destination. It never runs here again.
     InDoubt,
-    /// The destination runs the VM.
+    /// The destination runs the VM, but lacks pages, which are here.
+    Serving,
+    /// The destination runs the VM, and has all of it.
     Completed,
     /// The attempt has ended and the VM is ours.
     Ended,
@@ -35,8 +37,22 @@ pub enum SourceEvent {
     RoundReceived(u32),
     /// The VM can be handed over.
     Ready,
-    /// The VM runs at the destination; send *done*.
+    /// The VM runs at the destination; send *done* if it has all pages.
     Running,
+    /// After a reattachment: these pages are missing at the destination, among others.
+    Missing {
+        /// The first page that the bitmap is about.
+        first: u64,
+        /// One bit a page.
+        bitmap: bytes::Bytes,
+    },
+    /// After a reattachment: the list of missing pages is complete; go on sending them.
+    Resume {
+        /// How many are missing.
+        missing: u64,
+    },
+    /// The destination has all pages; send *done*.
+    Complete(FaultSummary),
     /// The destination has ended the attempt.
     Refused(ErrorCode, String),
     /// The peer is alive.
@@ -48,7 +64,8 @@ pub enum SourceEvent {
 pub enum OnSourceLoss {
     /// The VM is ours: give everything back and resume it.
     Resume,
-    /// It may be the destination's: reconnect with the same epoch and repeat *run*, for as long as it takes.
+    /// It may be the destination's, or is and lacks pages: reconnect with the same epoch and repeat *run*, for as long
+    /// as it takes.
     Reconnect,
     /// The hand-over is complete; nothing is lost.
     Nothing,
@@ -62,12 +79,14 @@ pub struct SourceMachine {
     /// The last generation that was announced to the destination, and the last it has acknowledged.
     sent: u32,
     received: u32,
+    /// Whether the destination will lack pages when it runs.
+    post_copy: bool,
 }
 
 impl SourceMachine {
     /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all before it.
     pub fn new(epoch: u32) -> Self {
-        Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0 }
+        Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false }
     }
 
     /// The epoch of this attempt.
@@ -82,7 +101,7 @@ impl SourceMachine {
 
     /// Whether the VM may run here. False from *run* on, for ever.
     pub fn owns(&self) -> bool {
-        !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Completed)
+        !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Serving | SourcePhase::Completed)
     }
 
     /// A frame came from the destination, whose header carried `epoch`.
@@ -123,11 +142,19 @@ impl SourceMachine {
                 Ok(SourceEvent::Ready)
             }
             (Control::Running, InDoubt) => {
-                self.phase = Completed;
+                self.phase = if self.post_copy { Serving } else { Completed };
                 Ok(SourceEvent::Running)
             }
             // the answer to a *run* that was repeated although the first one had arrived
-            (Control::Running, Completed) => Ok(SourceEvent::Running),
+            (Control::Running, Serving | Completed) => Ok(SourceEvent::Running),
+            (Control::Missing { first, bitmap }, Serving) => {
+                Ok(SourceEvent::Missing { first: *first, bitmap: bitmap.clone() })
+            }
+            (&Control::PostCopy { missing, .. }, Serving) => Ok(SourceEvent::Resume { missing }),
+            (Control::Complete(summary), Serving) => {
+                self.phase = Completed;
+                Ok(SourceEvent::Complete(*summary))
+            }
             _ => Err(violation("it does not belong to this phase")),
         }
     }
@@ -139,7 +166,15 @@ impl SourceMachine {
         Ok(self.sent)
     }
 
-    /// Everything is sent: the offer to send.
+    /// The VM will be handed over with `missing` pages left here: the frame that ends their list, and the generation as
+    /// which they will move.
+    pub fn post_copy(&mut self, missing: u64, demand_lanes: u16) -> Result<(Control, u32), Violation> {
+        self.must_be(SourcePhase::Copying, "post-copy")?;
+        self.post_copy = true;
+        Ok((Control::PostCopy { missing, demand_lanes }, self.sent + 1))
+    }
+
+    /// Everything that moves before the hand-over is sent: the offer to send.
     pub fn offer(&mut self, state_bytes: u64, running: bool) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Copying, "offer")?;
         self.phase = SourcePhase::Offered;
@@ -153,10 +188,12 @@ impl SourceMachine {
         Ok(Control::Run)
     }
 
-    /// The frames to send on a new control lane while in doubt. The answer is *running*, or an error that leaves the
-    /// doubt as it is.
+    /// The frames to send on a new control lane while in doubt or serving. The answer is *running*, in post-copy with
+    /// the list of what is missing behind it, or an error that leaves all as it is.
     pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
-        self.must_be(SourcePhase::InDoubt, "reattach")?;
+        if self.phase != SourcePhase::Serving {
+            self.must_be(SourcePhase::InDoubt, "reattach")?;
+        }
         Ok([Control::Reattach(vm), Control::Run])
     }
 
@@ -173,7 +210,7 @@ impl SourceMachine {
     /// The link was lost, or the peer broke the protocol.
     pub fn link_lost(&mut self) -> OnSourceLoss {
         match self.phase {
-            SourcePhase::InDoubt => OnSourceLoss::Reconnect,
+            SourcePhase::InDoubt | SourcePhase::Serving => OnSourceLoss::Reconnect,
             SourcePhase::Completed => OnSourceLoss::Nothing,
             _ => {
                 self.phase = SourcePhase::Ended;

@@ -15,6 +15,8 @@ pub enum Next {
     Throttle(u8),
     /// Pause the guest and send the rest.
     SwitchOver(Wanted),
+    /// Pause the guest and hand it over; the rest follows.
+    PostCopy,
     /// Give up, for this reason.
     GiveUp(String),
 }
@@ -88,6 +90,9 @@ impl Convergence for ModelConvergence {
         let downtime = link.predict(left);
         let switch_over = Next::SwitchOver(Wanted { downtime });
         self.rounds += 1;
+        if link.post_copy_wanted {
+            return Next::PostCopy;
+        }
         if link.timed_out {
             return if link.stop_on_timeout {
                 switch_over
@@ -137,6 +142,8 @@ mod tests {
 
     fn link(limit_ms: u64) -> Link {
         Link {
+            can_post_copy: false,
+            post_copy_wanted: false,
             bytes_per_second: 1e9,
             bytes_per_page: 4096.0,
             fixed_downtime: Duration::from_millis(2),

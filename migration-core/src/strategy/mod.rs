@@ -7,13 +7,17 @@
 //! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
 
 mod convergence;
+mod post_copy;
 mod precopy;
+pub mod push_order;
 mod stop_and_copy;
 
 use std::time::Duration;
 
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
+pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
+pub use push_order::{Linear, PushOrder};
 pub use stop_and_copy::StopAndCopy;
 
 use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};
@@ -22,6 +26,12 @@ use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};
 pub trait Strategy: Send {
     /// Its name, as users write it.
     fn name(&self) -> &'static str;
+
+    /// Whether it hands the VM over with pages missing: a destination that cannot serve them is then refused before
+    /// any page moves.
+    fn needs_post_copy(&self) -> bool {
+        false
+    }
 
     /// Moves the VM. Comes back with [`Done`] when the destination runs it.
     ///
@@ -68,6 +78,10 @@ pub struct Link {
     pub stop_on_timeout: bool,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
+    /// Whether the destination can serve missing pages.
+    pub can_post_copy: bool,
+    /// Whether the user has asked to hand over now and let the rest follow, or has set that as what a time-out does.
+    pub post_copy_wanted: bool,
 }
 
 impl Link {
@@ -85,11 +99,11 @@ impl Link {
 pub trait Verbs {
     /// How many pages the VM has.
     fn pages(&self) -> u64;
-    /// Starts dirty tracking; the pages that may hold data.
+    /// Starts dirty tracking; the pages that may hold data which the guest needs.
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
     /// Sends pages of the running guest.
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
-    /// Pages written since the last harvest, and pages owed from rounds that ended early.
+    /// Pages written since the last harvest, and pages owed from rounds that ended early; not those that are free now.
     fn harvest(&mut self) -> Result<PageSet, MigrationError>;
     /// Slows the vCPUs down.
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
@@ -105,6 +119,10 @@ pub trait Verbs {
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError>;
     /// Hands ownership over; `missing` are the pages that the destination does not have yet.
     fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError>;
+    /// How many pages were left behind by the hand-over.
+    fn left_behind(&self) -> u64;
+    /// Serves the destination's faults and pushes all else in an order, until it has all pages.
+    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError>;
 }
 
 /// The guest runs at the source.
@@ -123,7 +141,8 @@ impl<'a> Running<'a> {
         self.verbs.pages()
     }
 
-    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched.
+    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched, and those that the guest has
+    /// reported [free](crate::vm::SourceVm::free_pages).
     pub fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         self.verbs.start_tracking()
     }
@@ -135,7 +154,8 @@ impl<'a> Running<'a> {
     }
 
     /// The pages that the destination does not have in their last state: written since the last harvest (or since
-    /// tracking began), or not sent by a round that ended early.
+    /// tracking began), or not sent by a round that ended early. Pages that are free now are left out: one that the guest
+    /// takes back and writes is part of the next harvest.
     pub fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         self.verbs.harvest()
     }
@@ -185,10 +205,12 @@ impl<'a> Paused<'a> {
         Ok(Running { verbs: self.verbs })
     }
 
-    /// Makes the destination the owner. `missing` are the pages that it does not have in their last state.
+    /// Makes the destination the owner. `missing` are the pages that it does not have in their last state; if nothing was
+    /// [sent](Self::send_rest) since the pause, the state goes first, and what was dirtied since the last harvest is
+    /// missing too. Free pages are never missing: they read as zeros there.
     pub fn hand_over(self, missing: PageSet) -> Result<HandedOver<'a>, MigrationError> {
         self.verbs.hand_over(missing)?;
-        Ok(HandedOver { _verbs: self.verbs })
+        Ok(HandedOver { verbs: self.verbs })
     }
 
     /// The empty set of pages, for [`hand_over`](Paused::hand_over).
@@ -199,12 +221,25 @@ impl<'a> Paused<'a> {
 
 /// The destination owns the VM.
 pub struct HandedOver<'a> {
-    _verbs: &'a mut dyn Verbs,
+    verbs: &'a mut dyn Verbs,
 }
 
 impl HandedOver<'_> {
     /// Ends a migration that left no page missing.
+    ///
+    /// # Errors
+    /// When one is missing after all; the engine then serves it.
     pub fn finish(self) -> Result<Done, MigrationError> {
+        match self.verbs.left_behind() {
+            0 => Ok(Done(())),
+            missing => Err(MigrationError::GaveUp(format!("{missing} pages are missing at the destination"))),
+        }
+    }
+
+    /// Gives the destination the pages that it faults on, at once, and pushes the others in this order, until it has all.
+    /// A lost link is waited out.
+    pub fn serve(self, order: &mut dyn PushOrder) -> Result<Done, MigrationError> {
+        self.verbs.serve(order)?;
         Ok(Done(()))
     }
 }

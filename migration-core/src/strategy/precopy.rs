@@ -1,14 +1,21 @@
 //! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is left.
 
-use super::{Convergence, Done, ModelConvergence, Next, Running, Strategy, Wanted};
+use super::{Convergence, Done, Linear, ModelConvergence, Next, PushOrder, Running, Strategy, Wanted};
 use crate::MigrationError;
 
 /// Iterative pre-copy (Clark et al., NSDI 2005; the baseline of every paper in `docs/`), with a convergence policy
 /// that can be replaced.
-#[derive(Default)]
 pub struct PreCopy<C = ModelConvergence> {
     /// Decides after each round.
     pub convergence: C,
+    /// In which order pages are pushed if the user has it switch to post-copy.
+    pub order: Box<dyn PushOrder>,
+}
+
+impl<C: Default> Default for PreCopy<C> {
+    fn default() -> Self {
+        Self { convergence: C::default(), order: Box::new(Linear::default()) }
+    }
 }
 
 impl<C: Convergence> Strategy for PreCopy<C> {
@@ -28,6 +35,7 @@ impl<C: Convergence> Strategy for PreCopy<C> {
                     vm.expect_downtime(downtime);
                     break;
                 }
+                Next::PostCopy => return vm.pause()?.hand_over(pages)?.serve(&mut *self.order),
                 Next::GiveUp(why) => return vm.cancel(why),
             }
         }

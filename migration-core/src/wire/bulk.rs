@@ -12,8 +12,12 @@ pub const MAX_EXTENTS: usize = 1024;
 /// or a cancel never waits long behind one.
 pub const MAX_PAYLOAD: usize = 2 << 20;
 
+/// Most pages in one request.
+pub const MAX_REQUESTS: usize = 1024;
+
 const PAGES: u8 = 0x40;
 const ROUND_END: u8 = 0x41;
+const REQUEST: u8 = 0x42;
 
 /// What the pages of an extent hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +37,7 @@ pub struct Extent {
     pub content: Content,
 }
 
-/// A frame of a bulk lane. Its generation is the header's `number`.
+/// A frame of a bulk or demand lane. Its generation is the header's `number`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bulk {
     /// Pages; the data of the plain ones follows the frame, in the order of the extents.
@@ -48,6 +52,11 @@ pub enum Bulk {
         /// How many pages of this round the lane carried.
         pages: u64,
     },
+    /// The destination's guest waits for these pages. Only on a demand lane, and only from the destination.
+    Request {
+        /// The pages.
+        pages: Vec<u64>,
+    },
 }
 
 impl Bulk {
@@ -55,7 +64,7 @@ impl Bulk {
     pub fn payload(&self) -> usize {
         match self {
             Bulk::Pages { extents, .. } => plain_pages(extents) as usize * (1 << PAGE_SHIFT),
-            Bulk::RoundEnd { .. } => 0,
+            Bulk::RoundEnd { .. } | Bulk::Request { .. } => 0,
         }
     }
 
@@ -74,6 +83,13 @@ impl Bulk {
             Bulk::RoundEnd { pages } => {
                 w.u64(*pages);
                 ROUND_END
+            }
+            Bulk::Request { pages } => {
+                w.count(pages.len());
+                for page in pages {
+                    w.u64(*page);
+                }
+                REQUEST
             }
         };
         frame(kind, vm, sequence, generation, self.payload() as u32, &w.into_bytes())
@@ -114,6 +130,18 @@ impl Bulk {
                 Bulk::Pages { extents, payload_crc }
             }
             ROUND_END if header.payload == 0 => Bulk::RoundEnd { pages: r.u64("pages")? },
+            REQUEST if header.payload == 0 => {
+                let count = r.count(MAX_REQUESTS, "number of pages")?;
+                let mut asked = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let page = r.u64("page")?;
+                    if page >= pages {
+                        return Err(DecodeError::invalid("page", format!("page {page} is outside RAM")));
+                    }
+                    asked.push(page);
+                }
+                Bulk::Request { pages: asked }
+            }
             kind => return Err(DecodeError::invalid("kind", format!("{kind:#x} is no frame of a bulk lane"))),
         };
         r.finish()?;

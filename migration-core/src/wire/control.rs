@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Header, MAX_STREAMS, SessionToken, frame};
+use super::{Header, MAX_DEMAND_LANES, MAX_STREAMS, SessionToken, frame};
 use crate::{
     codec::{DecodeError, Reader, Writer},
     device::DeviceKind,
@@ -96,6 +96,27 @@ pub struct Welcome {
     pub session: SessionToken,
 }
 
+/// What the destination has to tell of the faults that it served. Times are in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultSummary {
+    /// Faults on missing pages.
+    pub count: u64,
+    /// Of them, those of threads that the VMM named as vCPUs.
+    pub vcpu: u64,
+    /// Half of the faults took at most so long, from the moment they were read until the page was there.
+    pub p50_us: u64,
+    /// 90 % of them.
+    pub p90_us: u64,
+    /// 99 %.
+    pub p99_us: u64,
+    /// 99.9 %.
+    pub p999_us: u64,
+    /// The longest.
+    pub max_us: u64,
+    /// Pages that arrived although they were there.
+    pub duplicates: u64,
+}
+
 /// A frame of the control lane. `S` frames come from the source, `D` frames from the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
@@ -146,6 +167,23 @@ pub enum Control {
     Ping,
     /// D: yes.
     Pong,
+    /// S, before the offer; D, after a reattachment: pages that the destination does not have. Pieces without any
+    /// are left out; [`Control::PostCopy`] ends the list.
+    Missing {
+        /// The first page that the bitmap is about; a multiple of 64.
+        first: u64,
+        /// One bit a page, least significant first; at most [`STATE_CHUNK`] bytes, a multiple of 8.
+        bitmap: Bytes,
+    },
+    /// S, before the offer; D, after a reattachment: the list of missing pages is complete.
+    PostCopy {
+        /// How many pages are missing.
+        missing: u64,
+        /// How many demand lanes the source has opened.
+        demand_lanes: u16,
+    },
+    /// D: no page is missing any more. The source's memory may go.
+    Complete(FaultSummary),
 }
 
 impl Control {
@@ -168,6 +206,9 @@ impl Control {
             Control::Error { .. } => "error",
             Control::Ping => "ping",
             Control::Pong => "pong",
+            Control::Missing { .. } => "missing",
+            Control::PostCopy { .. } => "post-copy",
+            Control::Complete(_) => "complete",
         }
     }
 
@@ -227,6 +268,19 @@ impl Control {
             }
             Control::Ping => 0x0f,
             Control::Pong => 0x10,
+            Control::Missing { first, bitmap } => {
+                w.u64(*first).bytes(bitmap);
+                0x11
+            }
+            Control::PostCopy { missing, demand_lanes } => {
+                w.u64(*missing).u16(*demand_lanes);
+                0x12
+            }
+            Control::Complete(s) => {
+                w.u64(s.count).u64(s.vcpu);
+                w.u64(s.p50_us).u64(s.p90_us).u64(s.p99_us).u64(s.p999_us).u64(s.max_us).u64(s.duplicates);
+                0x13
+            }
         };
         frame(kind, vm, sequence, epoch, 0, &w.into_bytes())
     }
@@ -285,6 +339,35 @@ impl Control {
             },
             0x0f => Control::Ping,
             0x10 => Control::Pong,
+            0x11 => {
+                let first = r.u64("first page")?;
+                let bitmap = r.bytes(r.remaining().min(STATE_CHUNK), "bitmap")?;
+                if !first.is_multiple_of(64) || !bitmap.len().is_multiple_of(8) {
+                    return Err(DecodeError::invalid("bitmap", "not made of whole words"));
+                }
+                Control::Missing { first, bitmap: Bytes::copy_from_slice(bitmap) }
+            }
+            0x12 => {
+                let (missing, demand_lanes) = (r.u64("missing pages")?, r.u16("demand lanes")?);
+                if demand_lanes > MAX_DEMAND_LANES {
+                    let why = format!("{demand_lanes} is above {MAX_DEMAND_LANES}");
+                    return Err(DecodeError::invalid("demand lanes", why));
+                }
+                Control::PostCopy { missing, demand_lanes }
+            }
+            0x13 => {
+                let mut field = || r.u64("fault summary");
+                Control::Complete(FaultSummary {
+                    count: field()?,
+                    vcpu: field()?,
+                    p50_us: field()?,
+                    p90_us: field()?,
+                    p99_us: field()?,
+                    p999_us: field()?,
+                    max_us: field()?,
+                    duplicates: field()?,
+                })
+            }
             kind => return Err(DecodeError::invalid("kind", format!("{kind:#x} is no frame of a control lane"))),
         };
         r.finish()?;

@@ -7,8 +7,10 @@
 mod bulk;
 mod control;
 
-pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD};
-pub use control::{Control, ErrorCode, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome};
+pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD, MAX_REQUESTS};
+pub use control::{
+    Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
+};
 
 use crate::codec::{DecodeError, Reader, Writer};
 
@@ -25,8 +27,18 @@ pub const MAX_BODY: usize = STATE_CHUNK + 4096;
 
 /// Feature bit: page data carries a CRC-32. Costs a copy of every page at the source.
 pub const FEATURE_PAYLOAD_CRC: u32 = 1;
+/// Feature bit: the VM may be handed over before all its pages have moved; the destination then asks for those that it
+/// misses on demand lanes. The destination grants it if it has a [`Pager`](crate::pager::Pager).
+pub const FEATURE_POST_COPY: u32 = 2;
+/// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`], as the destination's RAM cannot be split
+/// further. Granted by the destination together with [`FEATURE_POST_COPY`].
+pub const FEATURE_HUGE_BLOCKS: u32 = 4;
 /// Every feature bit that this build knows.
-pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC;
+pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+/// Pages of a huge page.
+pub const HUGE_BLOCK: u64 = 512;
+/// Most demand lanes.
+pub const MAX_DEMAND_LANES: u16 = 16;
 
 /// What a lane carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +49,8 @@ pub enum LaneKind {
     Bulk,
     /// A new control lane for a session whose first one was lost.
     Reattach,
+    /// Pages that the guest waits for at the destination: requests one way, pages the other.
+    Demand,
 }
 
 /// Identifies a session, and proves that a further lane belongs to it: drawn at random by the destination.
@@ -73,6 +87,7 @@ impl Preamble {
             LaneKind::Control => 0,
             LaneKind::Bulk => 1,
             LaneKind::Reattach => 2,
+            LaneKind::Demand => 3,
         };
         let mut w = Writer::new();
         w.bytes(&MAGIC).u16(self.oldest).u16(self.newest).u8(kind).u8(0).u16(self.index).bytes(&self.session.0);
@@ -94,6 +109,7 @@ impl Preamble {
             0 => LaneKind::Control,
             1 => LaneKind::Bulk,
             2 => LaneKind::Reattach,
+            3 => LaneKind::Demand,
             other => return Err(DecodeError::invalid("lane kind", format!("unknown kind {other}"))),
         };
         if r.u8("reserved")? != 0 {

@@ -12,7 +12,7 @@ use migration_core::{
     },
     state::Section,
     vm::{VmDescription, VmId},
-    wire::{Control, ErrorCode, Hello, SessionToken, Welcome},
+    wire::{Control, ErrorCode, FaultSummary, Hello, SessionToken, Welcome},
 };
 
 const VM: VmId = VmId([1; 16]);
@@ -44,7 +44,7 @@ impl Choices<'_> {
 
     /// Any frame, of either side.
     fn frame(&mut self) -> Control {
-        match self.byte() % 16 {
+        match self.byte() % 19 {
             0 => hello(if self.byte().is_multiple_of(4) { STRANGER } else { VM }),
             1 => welcome(),
             2 => Control::Prepared,
@@ -63,6 +63,9 @@ impl Choices<'_> {
             12 => Control::Reattach(if self.byte().is_multiple_of(4) { STRANGER } else { VM }),
             13 => Control::error(ErrorCode::Other, "no"),
             14 => Control::Ping,
+            15 => Control::Missing { first: 64 * u64::from(self.number()), bitmap: Bytes::from(vec![1; 8]) },
+            16 => Control::PostCopy { missing: u64::from(self.number()), demand_lanes: 1 },
+            17 => Control::Complete(FaultSummary::default()),
             _ => Control::Pong,
         }
     }
@@ -203,7 +206,13 @@ struct Pair {
     /// The epoch in which the destination began to load a whole state.
     loading: Option<u32>,
     pieces: usize,
+    /// Whether the present attempt has said that it leaves pages behind. Every attempt with an even epoch does.
+    listed: bool,
     handed_over: bool,
+}
+
+fn leaves_pages_behind(epoch: u32) -> bool {
+    epoch.is_multiple_of(2)
 }
 
 /// Plays an honest pair over a bad link: the first byte is the first epoch, the others are events. Returns where the
@@ -231,6 +240,7 @@ impl Pair {
             complete: None,
             loading: None,
             pieces: 0,
+            listed: false,
             handed_over: false,
         };
         pair.greet();
@@ -239,7 +249,7 @@ impl Pair {
 
     fn greet(&mut self) {
         (self.to_destination, self.to_source) = (Some(VecDeque::new()), Some(VecDeque::new()));
-        self.pieces = 0;
+        (self.pieces, self.listed) = (0, false);
         self.say(hello(VM));
     }
 
@@ -313,8 +323,9 @@ impl Pair {
                     self.source_dead = true;
                     self.source_loss();
                     self.destination_loss();
-                    let ready = self.destination.phase() == DestinationPhase::Ready;
-                    assert_eq!(self.destination.adopt().is_ok(), ready, "only a complete VM is adopted");
+                    let whole = self.destination.phase() == DestinationPhase::Ready
+                        && !leaves_pages_behind(self.destination.epoch());
+                    assert_eq!(self.destination.adopt().is_ok(), whole, "only a complete VM is adopted");
                 }
                 _ => drop(self.destination.adopt().map(|_| {
                     // a person states that the source is dead, so it is
@@ -336,6 +347,12 @@ impl Pair {
                 self.say(Control::State(Bytes::from_static(if self.pieces == 0 { head } else { tail })));
                 self.pieces += 1;
             }
+            SourcePhase::Copying if leaves_pages_behind(self.source.epoch()) && !self.listed => {
+                let (end, _) = self.source.post_copy(1, 1).expect("copying");
+                self.listed = true;
+                self.say(Control::Missing { first: 0, bitmap: Bytes::from(vec![1; 8]) });
+                self.say(end);
+            }
             SourcePhase::Copying => {
                 let offer = self.source.offer(STATE.len() as u64, true).expect("copying");
                 self.say(offer);
@@ -345,10 +362,10 @@ impl Pair {
                 self.handed_over = true;
                 self.say(run);
             }
-            SourcePhase::InDoubt if self.to_destination.is_none() => {
+            SourcePhase::InDoubt | SourcePhase::Serving if self.to_destination.is_none() => {
                 // a new lane; what was under way on the old one is lost, for the destination too
                 (self.to_destination, self.to_source) = (Some(VecDeque::new()), Some(VecDeque::new()));
-                for frame in self.source.reattach(VM).expect("in doubt") {
+                for frame in self.source.reattach(VM).expect("in doubt or serving") {
                     self.say(frame);
                 }
             }
@@ -357,7 +374,11 @@ impl Pair {
                 self.source = SourceMachine::new(self.source.epoch() + 1);
                 self.greet();
             }
-            SourcePhase::Greeting | SourcePhase::Welcomed | SourcePhase::Offered | SourcePhase::InDoubt => {}
+            SourcePhase::Greeting
+            | SourcePhase::Welcomed
+            | SourcePhase::Offered
+            | SourcePhase::InDoubt
+            | SourcePhase::Serving => {}
         }
     }
 
@@ -373,6 +394,11 @@ impl Pair {
                 let ready = self.destination.loaded().expect("loading");
                 self.complete = Some(epoch);
                 self.answer(epoch, ready);
+            }
+            DestinationPhase::Running if self.destination.is_served() => {
+                // the last page has come
+                self.destination.complete().expect("running");
+                self.answer(epoch, Control::Complete(FaultSummary::default()));
             }
             _ => {}
         }
@@ -404,10 +430,18 @@ impl Pair {
                     DestinationAction::Load { state, .. } => self.loading = (state == STATE).then_some(epoch),
                     DestinationAction::Start { .. } | DestinationAction::AnswerRunning => {
                         self.answer(epoch, Control::Running);
+                        if self.destination.is_served() {
+                            self.answer(epoch, Control::PostCopy { missing: 1, demand_lanes: 0 });
+                        } else if leaves_pages_behind(epoch) {
+                            self.answer(epoch, Control::Complete(FaultSummary::default()));
+                        }
                     }
                     DestinationAction::Discard(_) => (self.complete, self.loading) = (None, None),
                     DestinationAction::Pong => self.answer(epoch, Control::Pong),
-                    DestinationAction::LoadPiece(_) | DestinationAction::Finish | DestinationAction::None => {}
+                    DestinationAction::LoadPiece(_)
+                    | DestinationAction::Missing { .. }
+                    | DestinationAction::Finish
+                    | DestinationAction::None => {}
                 }
                 true
             }
@@ -470,7 +504,7 @@ impl Pair {
         if matches!(there, DestinationPhase::Ready | DestinationPhase::Running) {
             assert!(self.complete.is_some(), "{there:?} without a complete VM");
         }
-        if self.source.phase() == SourcePhase::InDoubt && !self.source_dead {
+        if matches!(self.source.phase(), SourcePhase::InDoubt | SourcePhase::Serving) && !self.source_dead {
             assert!(
                 matches!(there, DestinationPhase::Ready | DestinationPhase::Running),
                 "the VM is lost: in doubt here, {there:?} there"
@@ -479,12 +513,13 @@ impl Pair {
         }
         if self.source.phase() == SourcePhase::Completed && !self.source_dead {
             assert_eq!(there, DestinationPhase::Running, "completed, but it runs nowhere");
+            assert!(!self.destination.is_served(), "the source may go, but pages are only there");
         }
     }
 
     /// Over a link that works again, a source that is in doubt gets its answer.
     fn finish(mut self) -> SourcePhase {
-        if self.source.phase() != SourcePhase::InDoubt || self.source_dead {
+        if !matches!(self.source.phase(), SourcePhase::InDoubt | SourcePhase::Serving) || self.source_dead {
             return self.source.phase();
         }
         self.source_loss();
@@ -492,7 +527,10 @@ impl Pair {
         for _ in 0..2 {
             self.deliver_to_destination();
         }
-        self.deliver_to_source();
+        self.destination_step();
+        while self.to_source.as_ref().is_some_and(|lane| !lane.is_empty()) {
+            self.deliver_to_source();
+        }
         self.check();
         assert_eq!(self.source.phase(), SourcePhase::Completed, "the doubt stays although the link is back");
         self.source.phase()

@@ -111,6 +111,7 @@ pub(super) enum Advice {
     Drop = libc::MADV_DONTNEED,
     PopulateRead = libc::MADV_POPULATE_READ,
     PopulateWrite = libc::MADV_POPULATE_WRITE,
+    Collapse = libc::MADV_COLLAPSE,
 }
 
 /// A memory file of `len` bytes whose length can never change: a peer that holds the descriptor cannot make this

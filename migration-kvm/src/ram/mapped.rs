@@ -161,6 +161,16 @@ impl MappedRam {
         self.advise(range, Advice::PopulateRead, "map populated memory")
     }
 
+    /// Assembles huge pages out of small ones in the whole blocks of 2 MiB of `range`, where the backing may have both. Who
+    /// touches a block meanwhile waits for some 100 µs.
+    ///
+    /// # Errors
+    /// [`RamError::Outside`]; [`RamError::System`] when a huge page cannot be had, or before Linux 6.1. Blocks are then as
+    /// they were.
+    pub fn assemble_huge_pages(&self, range: PageRange) -> Result<(), RamError> {
+        self.advise(range, Advice::Collapse, "assemble huge pages")
+    }
+
     /// Frees the memory of `range`, which then reads as zeros, for every process that maps it. No dirty tracker
     /// reports this. On hugetlb the range must cover whole huge pages, and touching it again takes a free huge page
     /// from the reserve (SIGBUS if there is none).
@@ -178,6 +188,11 @@ impl MappedRam {
             }
         }
         Ok(())
+    }
+
+    /// Takes the page table entries of `range` away. Shared memory keeps its contents; private memory loses them.
+    pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
+        self.advise(range, Advice::Drop, "unmap memory")
     }
 
     fn advise(&self, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {

@@ -27,7 +27,7 @@ mod ring_map;
 #[allow(unsafe_code)]
 mod slots;
 #[allow(unsafe_code)]
-mod uffd_api;
+pub(crate) mod uffd_api;
 mod user_fault;
 mod write_protect;
 

@@ -1,11 +1,14 @@
-//! The one request of userfaultfd that the crate of that name does not offer: which features the kernel has.
+//! Requests of userfaultfd that the crate of that name lacks (which features the kernel has, CONTINUE, MOVE), or whose
+//! results it hides: a request over several pages can end in the middle, and one has to know where.
 
 use std::{
     fs::OpenOptions,
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
 };
+
+use nix::errno::Errno;
 
 /// `struct uffdio_api`.
 #[repr(C)]
@@ -48,4 +51,117 @@ fn create() -> io::Result<OwnedFd> {
     }
     // SAFETY: just created, and owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// How far a request came.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// Bytes done, from the start of its range. Threads that sleep for these are woken.
+    pub(crate) done: u64,
+    /// Why it ended there; `None` when it did all.
+    pub(crate) error: Option<Errno>,
+}
+
+/// `struct uffdio_copy` and `struct uffdio_move`, which are alike.
+#[repr(C)]
+struct Transfer {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    /// Bytes done, or an error number below zero.
+    done: i64,
+}
+
+/// `struct uffdio_range`.
+#[repr(C)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+
+/// `struct uffdio_zeropage` and `struct uffdio_continue`, which are alike.
+#[repr(C)]
+struct Map {
+    range: Range,
+    mode: u64,
+    /// Bytes done, or an error number below zero.
+    done: i64,
+}
+
+// `_IOWR(0xaa, nr, …)` of the structures above, and `_IOR(0xaa, 2, struct uffdio_range)`
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+const UFFDIO_MOVE: libc::c_ulong = 0xc028_aa05;
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
+
+/// Copies the `len` bytes at `src` into missing pages at `dst`.
+///
+/// # Safety
+/// The bytes at `src` must be mapped, and the memory at `dst` must not be borrowed.
+pub(crate) unsafe fn copy(fd: BorrowedFd<'_>, dst: u64, src: u64, len: u64) -> Progress {
+    let mut arg = Transfer { dst, src, len, mode: 0, done: 0 };
+    // SAFETY: `arg` is a valid `uffdio_copy`; the caller answers for the memory that it names.
+    let error = unsafe { request(fd, UFFDIO_COPY, ptr::from_mut(&mut arg)) };
+    Progress::new(arg.done, len, error)
+}
+
+/// Moves the pages at `src` to missing pages at `dst`, without copying; what is moved is missing at `src` then.
+///
+/// # Safety
+/// Neither the memory at `src` nor that at `dst` may be borrowed.
+pub(crate) unsafe fn move_pages(fd: BorrowedFd<'_>, dst: u64, src: u64, len: u64) -> Progress {
+    let mut arg = Transfer { dst, src, len, mode: 0, done: 0 };
+    // SAFETY: `arg` is a valid `uffdio_move`; the caller answers for the memory that it names.
+    let error = unsafe { request(fd, UFFDIO_MOVE, ptr::from_mut(&mut arg)) };
+    Progress::new(arg.done, len, error)
+}
+
+/// Makes the `len` bytes of missing pages at `start` zeros.
+///
+/// # Safety
+/// The memory must not be borrowed.
+pub(crate) unsafe fn zero(fd: BorrowedFd<'_>, start: u64, len: u64) -> Progress {
+    let mut arg = Map { range: Range { start, len }, mode: 0, done: 0 };
+    // SAFETY: `arg` is a valid `uffdio_zeropage`; the caller answers for the memory that it names.
+    let error = unsafe { request(fd, UFFDIO_ZEROPAGE, ptr::from_mut(&mut arg)) };
+    Progress::new(arg.done, len, error)
+}
+
+/// Maps the pages that the file behind `start` has.
+///
+/// # Safety
+/// The memory must not be borrowed.
+pub(crate) unsafe fn map(fd: BorrowedFd<'_>, start: u64, len: u64) -> Progress {
+    let mut arg = Map { range: Range { start, len }, mode: 0, done: 0 };
+    // SAFETY: `arg` is a valid `uffdio_continue`; the caller answers for the memory that it names.
+    let error = unsafe { request(fd, UFFDIO_CONTINUE, ptr::from_mut(&mut arg)) };
+    Progress::new(arg.done, len, error)
+}
+
+/// Wakes the threads that sleep for a page among the `len` bytes at `start`; they try again.
+pub(crate) fn wake(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
+    let mut arg = Range { start, len };
+    // SAFETY: `arg` is a valid `uffdio_range`; waking changes no memory, whatever the address.
+    match unsafe { request(fd, UFFDIO_WAKE, ptr::from_mut(&mut arg)) } {
+        None => Ok(()),
+        Some(error) => Err(error.into()),
+    }
+}
+
+impl Progress {
+    /// `done` as the kernel left it: where it did nothing it repeats the error there, or leaves what was there before.
+    fn new(done: i64, len: u64, error: Option<Errno>) -> Self {
+        let done = u64::try_from(done).unwrap_or(0).min(len);
+        Self { done: if error.is_none() { len } else { done }, error }
+    }
+}
+
+/// # Safety
+/// `arg` must be a valid object of the structure that `number` takes, and what it asks for must be sound.
+unsafe fn request<T>(fd: BorrowedFd<'_>, number: libc::c_ulong, arg: *mut T) -> Option<Errno> {
+    // SAFETY: promised by the caller; the kernel reads and writes only `*arg` and what it names.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), number, arg) };
+    (result != 0).then(Errno::last)
 }

@@ -97,6 +97,13 @@ fn failed<E: fmt::Display>(what: &'static str) -> impl Fn(E) -> UserFaultError {
     move |error| UserFaultError { what, cause: error.to_string() }
 }
 
+/// What to do where the kernel does not let us.
+fn helped<E: fmt::Display>(error: E, permission: bool) -> String {
+    let help = "; it needs read and write access to /dev/userfaultfd, or without that device CAP_SYS_PTRACE or the \
+                sysctl vm.unprivileged_userfaultfd=1";
+    format!("{error}{}", if permission { help } else { "" })
+}
+
 /// The crate's `Display` leaves the error number out, which is what one wants to know.
 fn cause(error: &userfaultfd::Error) -> String {
     match error {
@@ -137,7 +144,11 @@ impl UserFault {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_features(wanted: u64) -> Result<Self, UserFaultError> {
-        let features = Self::offered().map_err(failed("ask for features"))? & wanted;
+        let refused = |e: io::Error| {
+            let permission = e.kind() == io::ErrorKind::PermissionDenied;
+            failed("ask for features")(helped(e, permission))
+        };
+        let features = Self::offered().map_err(refused)? & wanted;
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
@@ -199,8 +210,10 @@ impl UserFault {
     }
 
     /// Takes `modes` back from a range that was [registered](Self::register). A range without any mode left is
-    /// unregistered. Else the kernel keeps it registered (leaving and coming back would let missing pages through as
-    /// zeros), and only write-protection is lifted.
+    /// unregistered. If write-protection is taken back from a range that is watched for missing pages too, the kernel
+    /// keeps it registered (leaving and coming back would let missing pages through as zeros), and the protection is
+    /// only lifted. The other way round the range leaves and comes back, since nobody answers its faults any more: all of
+    /// it is unprotected then, which a tracker sees as written.
     ///
     /// # Errors
     /// When the range is not registered so, or the kernel refuses.
@@ -220,6 +233,15 @@ impl UserFault {
         if modes.contains(Modes::WRITE_PROTECT) {
             let lifted = self.uffd.remove_write_protection(start, len as usize, true);
             lifted.map_err(|e| failed("lift write-protection")(cause(&e)))?;
+        }
+        if !left.intersects(Modes::MISSING | Modes::MINOR) {
+            // registering for less than before has no effect
+            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(&e)))?;
+            let mode = RegisterMode::from_bits_retain(left.0.into());
+            if let Err(error) = self.uffd.register_with_mode(start, len as usize, mode) {
+                ranges.swap_remove(index);
+                return Err(failed("register again")(cause(&error)));
+            }
         }
         ranges[index].modes = left;
         Ok(())

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     measure::{Run, Vmm},
+    postcopy,
     process::field,
 };
 
@@ -80,6 +81,8 @@ pub(super) enum Figure {
     OwnTotal,
     /// The guest's longest gap.
     Gap,
+    /// The time until the guest is as fast as before.
+    UntilFast,
     OwnDowntime,
     Cpu,
     /// Of it, what vCPU threads did not use.
@@ -87,8 +90,8 @@ pub(super) enum Figure {
 }
 
 impl Figure {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Total, Self::OwnTotal, Self::Gap, Self::OwnDowntime, Self::Cpu, Self::CpuBeside];
+    pub(super) const ALL: [Self; 7] =
+        [Self::Total, Self::OwnTotal, Self::Gap, Self::OwnDowntime, Self::UntilFast, Self::Cpu, Self::CpuBeside];
 
     pub(super) fn of(self, run: &Run) -> Option<f64> {
         match self {
@@ -96,6 +99,7 @@ impl Figure {
             Self::OwnTotal => run.own_total_ms,
             Self::Gap => Some(run.gap_ms),
             Self::OwnDowntime => run.own_downtime_ms,
+            Self::UntilFast => run.speed.map(|s| s.figure()),
             Self::Cpu => Some(run.cpu_s * 1e3),
             Self::CpuBeside => Some((run.cpu_s - run.cpu_vcpu_s) * 1e3),
         }
@@ -107,13 +111,17 @@ impl Figure {
             Self::OwnTotal => "total, own figure",
             Self::Gap => "guest's longest gap",
             Self::OwnDowntime => "downtime, own figure",
+            Self::UntilFast => "until 90 % of its speed",
             Self::Cpu => "CPU time",
             Self::CpuBeside => "CPU time beside vCPUs",
         }
     }
 
     /// The most that ours may be, as a share of QEMU's.
-    fn target(self, idle: bool) -> Option<f64> {
+    fn target(self, mode: &str, idle: bool) -> Option<f64> {
+        if [postcopy::PLAIN, postcopy::PREEMPT].contains(&mode) {
+            return matches!(self, Self::Total | Self::Gap | Self::UntilFast).then_some(0.5);
+        }
         match (self, idle) {
             (Self::Total, true) => Some(0.7),
             (Self::Total, false) => Some(1.0),
@@ -123,6 +131,12 @@ impl Figure {
             _ => None,
         }
     }
+}
+
+/// Whether a run is one of a mode. Our post-copy is compared twice: with QEMU's, and with QEMU's with preemption.
+pub(super) fn belongs(run: &Run, mode: &str) -> bool {
+    let again = mode == postcopy::PREEMPT && run.setup.vmm == Vmm::Minivmm && run.setup.label == postcopy::PLAIN;
+    again || run.setup.label == mode
 }
 
 /// A figure of ours beside QEMU's, in milliseconds.
@@ -182,17 +196,19 @@ impl Figures {
     /// Every figure of every mode and workload.
     pub(super) fn comparisons(&self) -> Vec<Comparison> {
         let mut all = Vec::new();
-        for mode in ["plain", "multifd"] {
+        for mode in ["plain", "multifd", postcopy::PLAIN, postcopy::PREEMPT] {
             for workload in self.workloads(mode) {
                 for figure in Figure::ALL {
                     let of = |vmm| {
-                        let wanted =
-                            |r: &Run| r.setup.label == mode && r.setup.workload == workload && r.setup.vmm == vmm;
+                        let wanted = |r: &Run| belongs(r, mode) && r.setup.workload == workload && r.setup.vmm == vmm;
                         self.median(|r| wanted(r).then(|| figure.of(r)).flatten())
                     };
                     let (ours, theirs) = (of(Vmm::Minivmm), of(Vmm::Qemu));
+                    if (ours, theirs) == (None, None) {
+                        continue;
+                    }
                     let ratio = ours.zip(theirs).filter(|(_, t)| *t > 0.0).map(|(o, t)| o / t);
-                    let target = figure.target(workload.starts_with("idle"));
+                    let target = figure.target(mode, workload.starts_with("idle"));
                     let good = ratio.zip(target).map(|(r, t)| r <= t);
                     let (mode, workload) = (mode.to_owned(), workload.to_owned());
                     all.push(Comparison { mode, workload, figure, ours, theirs, ratio, target, good });

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::process::Process;
+use super::process::{Process, maps};
 use crate::workload::{
     Board, State,
     layout::{BOARD_ADDRESS, board},
@@ -19,6 +19,8 @@ use crate::workload::{
 
 /// How often the board is looked at while something is awaited.
 const LOOK: Duration = Duration::from_millis(2);
+/// Up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first, and that is at least this.
+const LOW: u64 = 2 << 30;
 
 /// A guest in a process.
 pub(super) struct Guest {
@@ -36,8 +38,7 @@ impl Guest {
         loop {
             process.check()?;
             for mapping in process.mappings()?.iter().filter(|m| m.writable) {
-                // up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first
-                if mapping.range.end - mapping.range.start < len.min(2 << 30) {
+                if mapping.range.end - mapping.range.start < len.min(LOW) {
                     continue;
                 }
                 // a mapping may have grown together with its neighbour: only then the rest of it is looked at
@@ -64,6 +65,11 @@ impl Guest {
     /// Where its RAM (up to the hole) is in the process.
     pub(super) fn ram(&self) -> Range<u64> {
         self.base..self.base + self.len
+    }
+
+    /// The same guest, for looks while it moves.
+    pub(super) fn peek(&self, pid: u32) -> Result<Peek, String> {
+        Peek::open(pid, self.base)
     }
 
     /// The board as it is now.
@@ -107,5 +113,57 @@ impl Guest {
         self.set(board::VERIFY, next)?;
         let done = self.wait("verify its pages", Duration::from_secs(120), |b| b.verify_done == next)?;
         Ok(done.errors)
+    }
+}
+
+/// A guest that may be moving, in a process. A look never brings a page in: a page that is read where there is none yet would be a page of
+/// zeros from then on, or the request for a page that the guest did not make.
+pub(super) struct Peek {
+    memory: File,
+    pages: File,
+    base: u64,
+}
+
+impl Peek {
+    fn open(pid: u32, base: u64) -> Result<Self, String> {
+        let open = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            File::open(&path).map_err(|e| format!("{path}: {e}"))
+        };
+        Ok(Self { memory: open("mem")?, pages: open("pagemap")?, base })
+    }
+
+    /// A guest of ours with `len` bytes of RAM in process `pid`, if its board is there.
+    pub(super) fn find(pid: u32, len: u64) -> Option<Self> {
+        let low = len.min(LOW);
+        let mut peek = Self::open(pid, 0).ok()?;
+        for mapping in maps(pid).ok()?.iter().filter(|m| m.writable) {
+            // the mapping may have grown together with its neighbour
+            let Some(last) = mapping.range.end.checked_sub(low) else { continue };
+            for base in (mapping.range.start..=last).step_by(2 << 20) {
+                peek.base = base;
+                if peek.board().is_some_and(|board| board.cpus_online > 0) {
+                    return Some(peek);
+                }
+            }
+        }
+        None
+    }
+
+    fn board(&self) -> Option<Board> {
+        const PRESENT: u64 = 1 << 63;
+        let (mut entry, mut page) = ([0; 8], [0; 4096]);
+        let at = self.base + BOARD_ADDRESS;
+        self.pages.read_exact_at(&mut entry, at / 4096 * 8).ok()?;
+        if u64::from_le_bytes(entry) & PRESENT == 0 {
+            return None;
+        }
+        self.memory.read_exact_at(&mut page, at).ok()?;
+        Board::parse(&page)
+    }
+
+    /// What the guest has done so far, if its board is there.
+    pub(super) fn operations(&self) -> Option<u64> {
+        self.board().map(|board| board.operations)
     }
 }

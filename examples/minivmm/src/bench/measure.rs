@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::{
     guest::Guest,
-    ours,
+    ours, postcopy,
     process::{Beyond, Folder, MemorySampler, Process, VcpuSampler, field, vcpu_seconds},
     qemu,
 };
@@ -54,8 +54,12 @@ pub(super) struct Setup {
     pub(super) memory: u64,
     pub(super) streams: u16,
     pub(super) impact: &'static str,
+    /// `pre-copy`, `post-copy`, and for QEMU `post-copy-preempt`.
+    pub(super) strategy: String,
     /// Looks at the memory of both processes, which disturbs the times.
     pub(super) watch_memory: bool,
+    /// Follows how fast the guest is, before, during and after the migration.
+    pub(super) watch_speed: bool,
 }
 
 /// What a VMM says of a migration.
@@ -88,6 +92,8 @@ pub(super) struct Run {
     /// The guest's operations a second before, and on average while it migrated.
     pub(super) operations_before: f64,
     pub(super) operations_during: f64,
+    /// How long it was slow, if that was watched.
+    pub(super) speed: Option<postcopy::Speed>,
     /// Bytes of the guest's RAM in huge pages at source and destination.
     pub(super) huge_source: u64,
     pub(super) huge_destination: u64,
@@ -185,22 +191,28 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let guest = Guest::find(source.process(), setup.memory, FILL)?;
     let huge_source = huge(source.process(), &guest);
     let mut pair = source.pair(folder, setup)?;
+    let (from, to) = pair.processes();
+    let (from_pid, to_pid) = (from.pid(), to.pid());
     let warm = warm(setup.memory)?;
 
     let (began, first) = (Instant::now(), guest.reset_gap()?);
+    let speedometer = match setup.watch_speed {
+        true => Some(postcopy::Speedometer::start(guest.peek(from_pid)?, to_pid, setup.memory)?),
+        false => None,
+    };
     thread::sleep(BEFORE);
     let before = guest.board()?;
     let operations_before = rate(&first, &before, began.elapsed());
     let gap_before_ms = ms(before.longest_gap());
 
-    let (from, to) = pair.processes();
-    let (from_pid, to_pid) = (from.pid(), to.pid());
     let watch = |pid| MemorySampler::start(pid, Duration::from_millis(5));
     let watched = if setup.watch_memory { Some((watch(from_pid)?, watch(to_pid)?)) } else { None };
     let sampler = VcpuSampler::start(from_pid)?;
     drop(warm);
+    let (from, to) = pair.processes();
     let start = (from.cpu_seconds()?, to.cpu_seconds()?, vcpu_seconds(to_pid));
     let (began, first) = (Instant::now(), guest.reset_gap()?);
+    let requested = Instant::now();
     let moved = pair.migrate()?;
     let (_, to) = pair.processes();
     let end = (to.cpu_seconds()?, vcpu_seconds(to_pid));
@@ -214,6 +226,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let (_, to) = pair.processes();
     thread::sleep(AFTER);
     let after = arrived.board()?;
+    let speed = speedometer.map(|s| s.wait(requested));
     let beyond = match watched {
         Some((at_source, at_destination)) => {
             Some([at_source.finish(&guest.ram())?, at_destination.finish(&arrived.ram())?])
@@ -242,6 +255,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
         cpu_vcpu_s,
         operations_before,
         operations_during,
+        speed,
         huge_source,
         huge_destination,
         guest_errors,

@@ -6,6 +6,7 @@
 //! | guest.rs | the guest's board, read from outside, the same way for every VMM |
 //! | ours.rs, qemu.rs | the two VMMs |
 //! | measure.rs | one run, the bare copy, the control |
+//! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
@@ -14,6 +15,7 @@ mod guest;
 mod measure;
 mod ours;
 mod output;
+mod postcopy;
 mod process;
 mod qemu;
 
@@ -51,6 +53,12 @@ pub(crate) struct Bench {
     /// Also guests of 1, 2, 4 and 8 GiB.
     #[arg(long)]
     sizes: bool,
+    /// Post-copy against QEMU's, with and without preemption, and nothing else.
+    #[arg(long, conflicts_with_all = ["only", "sizes"])]
+    post_copy: bool,
+    /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
+    #[arg(long, hide = true, default_value = postcopy::PLAIN)]
+    strategy: String,
     /// Print all figures, raw ones too, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -85,6 +93,8 @@ enum Mode {
     Memory,
     /// Guests of 1, 2, 4 and 8 GiB.
     Sizes,
+    /// Post-copy against QEMU's, with and without preemption.
+    PostCopy,
 }
 
 /// Runs the bench; the exit status.
@@ -100,9 +110,14 @@ pub(crate) fn run(args: &Bench) -> u8 {
 
 impl Bench {
     fn wants(&self, mode: Mode) -> bool {
+        if self.post_copy {
+            return mode == Mode::PostCopy;
+        }
         match (self.only.is_empty(), mode) {
             (false, _) => self.only.contains(&mode) || (mode == Mode::Sizes && self.sizes),
             (true, Mode::Sizes) => self.sizes,
+            // its figures have a place of their own
+            (true, Mode::PostCopy) => false,
             (true, Mode::Plain | Mode::Multifd | Mode::Floor) => true,
             (true, _) => !self.quick,
         }
@@ -129,7 +144,8 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     let repeat = if args.quick { 1 } else { args.repeat };
     let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
         let workload = workload(hot, DATA * gib);
-        Setup { vmm, label: label.into(), workload, memory: gib * GIB, streams, impact, watch_memory }
+        let (label, strategy) = (label.into(), "pre-copy".into());
+        Setup { vmm, label, workload, memory: gib * GIB, streams, impact, strategy, watch_memory, watch_speed: false }
     };
     let mut steps = Vec::new();
     let ours = vmms.contains(&Vmm::Minivmm);
@@ -151,6 +167,14 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
                         vmms.iter().map(|&vmm| Step::Run(setup(vmm, label, hot, 1, streams, "balanced", false))),
                     );
                 }
+            }
+        }
+    }
+    for hot in HOT {
+        for _ in 0..repeat {
+            if args.wants(Mode::PostCopy) {
+                let setups = postcopy::setups(vmms, &workload(hot, DATA), GIB, &args.strategy);
+                steps.extend(setups.into_iter().map(Step::Run));
             }
         }
     }
@@ -213,7 +237,9 @@ fn bench(args: &Bench) -> Result<bool, String> {
                     memory: GIB,
                     streams: 0,
                     impact: "balanced",
+                    strategy: "pre-copy".into(),
                     watch_memory: false,
+                    watch_speed: false,
                 };
                 tell(&bar, &format!("control, {}, beside {streams} copies", setup.workload));
                 let gap_ms = attempt(&bar, &mut figures.failures, || {
@@ -231,7 +257,8 @@ fn bench(args: &Bench) -> Result<bool, String> {
                         run.guest_errors, setup.label
                     ));
                 }
-                tell(&bar, &format!("    total {:.0} ms, gap {:.1} ms", run.total_ms, run.gap_ms));
+                let fast = run.speed.map_or(String::new(), |s| format!(", until 90 % {:.0} ms", s.figure()));
+                tell(&bar, &format!("    total {:.0} ms, gap {:.1} ms{fast}", run.total_ms, run.gap_ms));
                 figures.runs.push(run);
             }
         }
@@ -310,6 +337,10 @@ mod tests {
         let sizes = runs(&["--only", "sizes", "--repeat", "1"]);
         assert_eq!(sizes.iter().map(|s| s.2).collect::<Vec<_>>(), [1, 2, 4, 8]);
         assert!(!runs(&[]).iter().any(|s| s.1 == "sizes") && runs(&["--sizes"]).iter().any(|s| s.1 == "sizes"));
+        let post_copy = runs(&["--post-copy", "--repeat", "2"]);
+        assert_eq!(post_copy.len(), 3 * 2 * 3);
+        assert!(post_copy.iter().all(|s| s.1.starts_with("post-copy") && s.2 == 1));
+        assert!(!runs(&[]).iter().any(|s| s.1.starts_with("post-copy")));
     }
 
     #[test]

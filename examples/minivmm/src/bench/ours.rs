@@ -34,6 +34,7 @@ pub(super) struct Pair {
     url: String,
     streams: u16,
     impact: &'static str,
+    strategy: String,
 }
 
 fn minivmm(name: &'static str, folder: &Folder, args: &[&str]) -> Result<Process, String> {
@@ -92,6 +93,7 @@ impl Source {
             url,
             streams: setup.streams,
             impact: setup.impact,
+            strategy: setup.strategy.clone(),
         })
     }
 }
@@ -101,12 +103,15 @@ impl Pair {
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let request = MigrateRequest {
             to: self.url.clone(),
-            strategy: "pre-copy".into(),
+            strategy: self.strategy.clone(),
             streams: self.streams,
             downtime_limit_us: 300_000,
             bandwidth_bits: 0,
             timeout_us: 0,
-            stop_on_timeout: false,
+            on_timeout: "cancel".into(),
+            push_order: "linear".into(),
+            demand_lanes: 2,
+            whole_huge_pages: false,
             impact: self.impact.into(),
             checksum: false,
             progress: false,

@@ -5,8 +5,9 @@ use std::{fmt::Write, fs, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    figures::{Figure, Figures, NOISE, median, name},
+    figures::{Figure, Figures, NOISE, belongs, median, name},
     measure::{Run, Vmm},
+    postcopy,
 };
 
 const BEGIN: &str = "<!-- bench:begin -->";
@@ -80,11 +81,13 @@ fn tables(figures: &Figures) -> Vec<Table> {
     for (mode, title) in [
         ("plain", "1 stream against QEMU's plain pre-copy (median (least–most), ms)"),
         ("multifd", "4 streams against QEMU's multifd with 4 channels (median (least–most), ms)"),
+        (postcopy::PLAIN, "Post-copy, 2 streams, against QEMU's plain post-copy (median (least–most), ms)"),
+        (postcopy::PREEMPT, "The same runs against QEMU's post-copy with preemption (median (least–most), ms)"),
     ] {
         let mut rows = Vec::new();
         for c in comparisons.iter().filter(|c| c.mode == mode) {
             let of = |vmm| {
-                let own = |r: &&Run| r.setup.label == mode && r.setup.workload == c.workload && r.setup.vmm == vmm;
+                let own = |r: &&Run| belongs(r, mode) && r.setup.workload == c.workload && r.setup.vmm == vmm;
                 spread(&runs(&own).iter().filter_map(|r| c.figure.of(r)).collect::<Vec<_>>())
             };
             let verdict = match c.good {
@@ -248,10 +251,21 @@ fn markdown(figures: &Figures) -> String {
     }
     text += "\n### Every run\n\n";
     text += "Times in ms, in the order of the runs; CPU is that of both processes, with the part of the vCPU threads; huge pages in MiB.\n\n";
-    text += "| kind | VMM | guest | GiB | streams | impact | total | own | gap | own downtime | gap before | CPU | vCPU | Mop/s before | during | huge, source | destination |\n";
-    text += "|---|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n";
+    // a column of its own only where there are such runs
+    let speeds = figures.runs.iter().any(|r| r.speed.is_some());
+    text += "| kind | VMM | guest | GiB | streams | impact | total | own | gap | own downtime | gap before | CPU | vCPU | Mop/s before | during | huge, source | destination |";
+    text += if speeds { " until 90 % | speed after, % |\n" } else { "\n" };
+    text += "|---|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|";
+    text += if speeds { "---:|---:|\n" } else { "\n" };
     for run in &figures.runs {
         let s = &run.setup;
+        let speed = match &run.speed {
+            Some(s) => {
+                let until = s.until_fast_ms.map_or(format!("> {:.0}", s.watched_ms), |ms| number(Some(ms)));
+                [until, format!("{:.0}", 100.0 * s.rate_after / s.rate_before.max(1.0))]
+            }
+            None => ["-".into(), "-".into()],
+        };
         let cells = [
             s.label.clone(),
             name(s.vmm).into(),
@@ -271,7 +285,8 @@ fn markdown(figures: &Figures) -> String {
             (run.huge_source >> 20).to_string(),
             (run.huge_destination >> 20).to_string(),
         ];
-        text += &format!("| {} |\n", cells.join(" | "));
+        let cells = cells.into_iter().chain(speed.into_iter().filter(|_| speeds));
+        text += &format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "));
     }
     text + END
 }

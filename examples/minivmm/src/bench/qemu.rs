@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     measure::{Moved, Setup},
+    postcopy,
     process::{Folder, Process},
 };
 
@@ -38,6 +39,7 @@ pub(super) struct Pair {
     source_qmp: Qmp,
     destination_qmp: Qmp,
     uri: String,
+    post_copy: bool,
 }
 
 /// A QEMU with the guest, not yet ready to migrate.
@@ -83,11 +85,15 @@ impl Source {
             start(folder, "qemu-destination", setup, elf, &["-incoming", "defer"])?;
         let mut source_qmp = self.qmp;
         let multifd = setup.streams > 1;
+        let preempt = setup.strategy == postcopy::PREEMPT;
+        let post_copy = preempt || setup.strategy == postcopy::PLAIN;
         for (qmp, is_source) in [(&mut source_qmp, true), (&mut destination_qmp, false)] {
             qmp.call(
                 "migrate-set-capabilities",
                 json!({"capabilities": [
                     {"capability": "multifd", "state": multifd},
+                    {"capability": "postcopy-ram", "state": post_copy},
+                    {"capability": "postcopy-preempt", "state": preempt},
                     {"capability": "events", "state": true},
                 ]}),
             )?;
@@ -98,13 +104,17 @@ impl Source {
                 let limits = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT});
                 qmp.call("migrate-set-parameters", limits)?;
             }
+            if is_source && post_copy {
+                // 0: no limit
+                qmp.call("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
+            }
         }
         destination_qmp.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
         let port = destination_qmp.call("query-migrate", json!({}))?;
         let port = port["socket-address"][0]["port"].as_str().map(str::to_owned);
         let port = port.ok_or("QEMU does not say at which port it listens")?;
         let uri = format!("tcp:127.0.0.1:{port}");
-        Ok(Pair { source: self.process, destination, source_qmp, destination_qmp, uri })
+        Ok(Pair { source: self.process, destination, source_qmp, destination_qmp, uri, post_copy })
     }
 }
 
@@ -113,6 +123,9 @@ impl Pair {
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let start = Instant::now();
         self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
+        if self.post_copy {
+            self.source_qmp.call("migrate-start-postcopy", json!({}))?;
+        }
         let end = self.source_qmp.event(|e| {
             e["event"] == "MIGRATION"
                 && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))

@@ -1,4 +1,4 @@
-//! The port bus: a serial port at 0x3f8, nothing else.
+//! The port bus: a serial port at 0x3f8, and the [balloon](super::balloon).
 
 use std::{
     collections::VecDeque,
@@ -18,6 +18,9 @@ use migration_core::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
+
+use super::balloon::Balloon;
+use crate::workload::layout::balloon;
 
 const SERIAL_BASE: u16 = 0x3f8;
 const SERIAL_PORTS: u16 = 8;
@@ -171,16 +174,17 @@ impl Trigger for Line {
 
 type Port = Serial<Line, NoEvents, Output>;
 
-/// The ports of the machine, and the device behind them.
+/// The ports of the machine, and the devices behind them.
 pub(super) struct Bus {
     serial: Mutex<Option<Port>>,
+    pub(super) balloon: Arc<Balloon>,
 }
 
 impl Bus {
-    /// A bus with a serial port that writes to `target` and interrupts through `line`.
-    pub(super) fn new(target: &SerialTarget, line: EventFd) -> io::Result<Arc<Self>> {
+    /// A bus with a serial port that writes to `target` and interrupts through `line`, and with this balloon.
+    pub(super) fn new(target: &SerialTarget, line: EventFd, balloon: Arc<Balloon>) -> io::Result<Arc<Self>> {
         let serial = Serial::new(Line(line), target.open()?);
-        Ok(Arc::new(Self { serial: Mutex::new(Some(serial)) }))
+        Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Port>> {
@@ -193,10 +197,16 @@ impl Bus {
         {
             // an interrupt that cannot be raised is one that the guest did not ask for: it polls
             let _ = serial.write(offset, *value);
+        } else if let (Some(offset), [value]) = (balloon_offset(port), data) {
+            self.balloon.write(offset, *value);
         }
     }
 
     pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
+        if let (Some(offset), [value]) = (balloon_offset(port), &mut *data) {
+            *value = self.balloon.read(offset);
+            return;
+        }
         match (serial_offset(port), self.lock().as_mut()) {
             (Some(offset), Some(serial)) if data.len() == 1 => data[0] = serial.read(offset),
             // nothing is there: a PC's bus floats high
@@ -211,13 +221,17 @@ impl Bus {
             s.writer_mut().drain();
             s.writer().warning()
         });
-        warning.into_iter().collect()
+        warning.into_iter().chain(self.balloon.warning()).collect()
     }
 }
 
 fn serial_offset(port: u16) -> Option<u8> {
     let offset = port.checked_sub(SERIAL_BASE)?;
     (offset < SERIAL_PORTS).then_some(offset as u8)
+}
+
+fn balloon_offset(port: u16) -> Option<u16> {
+    port.checked_sub(balloon::BASE).filter(|&offset| offset < balloon::PORTS)
 }
 
 /// The serial port as a device that migrates.

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Weak};
 
 use migration_core::{
-    GuestRam,
+    GuestRam, PageSet,
+    pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError},
@@ -51,8 +52,12 @@ impl SourceVm for MachineSource {
         &mut *self.tracker
     }
 
+    fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        self.machine.bus.balloon.free_pages(into)
+    }
+
     fn blocked(&self, strategy: &str) -> Option<String> {
-        self.machine.devices().blocked(strategy)
+        self.machine.blocked().or_else(|| self.machine.devices().blocked(strategy))
     }
 
     fn start(&mut self) -> Result<(), VmError> {
@@ -157,6 +162,14 @@ struct MachineDestination(Arc<Machine>);
 impl DestinationVm for MachineDestination {
     fn ram(&self) -> Arc<dyn GuestRam> {
         self.0.ram.clone()
+    }
+
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        Some(self.0.pager()?)
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        self.0.processors.threads()
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {

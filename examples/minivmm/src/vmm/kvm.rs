@@ -9,7 +9,7 @@ use migration_core::{GuestRam, state::VmState, tracker::DirtyTracker, vm::VmErro
 use migration_kvm::{
     probe::Probe,
     state::{self, HostNeeds, Irqchip, VCPU_SECTION, VM_SECTION, VcpuSaver},
-    tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, build},
+    tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, UserFault, build},
 };
 
 use super::{
@@ -33,6 +33,8 @@ pub(super) struct KvmProcessors {
     slots: Arc<GuestSlots>,
     ring: Option<EnabledRing>,
     kind: TrackerKind,
+    fault: Option<Arc<UserFault>>,
+    vcpu_threads: Vec<u32>,
     needs: Bytes,
     tsc_khz: u64,
 }
@@ -44,6 +46,7 @@ impl KvmProcessors {
         ram: Arc<dyn GuestRam>,
         cpus: u32,
         wanted: TrackerKind,
+        fault: Option<Arc<UserFault>>,
         bus: Arc<Bus>,
         line: &vmm_sys_util::eventfd::EventFd,
     ) -> Result<Self, String> {
@@ -82,7 +85,8 @@ impl KvmProcessors {
         });
         let vcpus = Vcpus::new(fds, bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
         let (vcpus, saver) = (Arc::new(vcpus), Arc::new(saver));
-        Ok(Self { vcpus, saver, vm, slots, ring, kind, needs: needs.into(), tsc_khz })
+        let vcpu_threads = vcpus.on_each(|_, _| nix::unistd::gettid().as_raw() as u32).ok_or(ENDED)?;
+        Ok(Self { vcpus, saver, vm, slots, ring, kind, fault, vcpu_threads, needs: needs.into(), tsc_khz })
     }
 }
 
@@ -190,12 +194,16 @@ impl Processors for KvmProcessors {
 
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
         let (vm, slots) = (self.vm.clone(), self.slots.clone());
-        let parts = Parts { vm, slots, user_fault: None, ring: self.ring.as_ref() };
+        let parts = Parts { vm, slots, user_fault: self.fault.clone(), ring: self.ring.as_ref() };
         build(self.kind, parts).map_err(|e| e.to_string())
     }
 
     fn tsc_khz(&self) -> u64 {
         self.tsc_khz
+    }
+
+    fn threads(&self) -> Vec<u32> {
+        self.vcpu_threads.clone()
     }
 
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send> {

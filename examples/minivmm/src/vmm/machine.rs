@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
 use bytes::Bytes;
@@ -16,12 +16,18 @@ use migration_core::{
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
     vm::VmError,
 };
-use migration_kvm::{ram::MappedRam, state::HostNeeds};
+use migration_kvm::{
+    pager::UserFaultPager,
+    ram::{Backing, MappedRam},
+    state::HostNeeds,
+    tracker::UserFault,
+};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
     alias::Alias,
+    balloon::{Balloon, BalloonDevice, Discard},
     boot,
     config::MachineConfig,
     devices::{Bus, SerialDevice, SerialTarget},
@@ -60,6 +66,8 @@ pub(super) trait Processors: Send + Sync {
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String>;
     /// Frequency of their TSC; 0 if unknown.
     fn tsc_khz(&self) -> u64;
+    /// The operating system's numbers of the threads that run vCPUs.
+    fn threads(&self) -> Vec<u32>;
     /// Waits until the guest has ended by itself, or the machine is shut down (`None`).
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send>;
     /// Why the guest has ended.
@@ -80,6 +88,10 @@ pub(crate) struct Machine {
     writes: Arc<DirtyBitmap>,
     pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
+    /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
+    fault: Option<Arc<UserFault>>,
+    /// Shared with the balloon, which must not act behind its back.
+    pager: Arc<OnceLock<Arc<UserFaultPager>>>,
 }
 
 /// Who wants the machine to stand still. It runs only while nobody does; every change is made, with its effect on the
@@ -125,8 +137,11 @@ impl Machine {
         let ram = Arc::new(ram);
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
-        let bus = Bus::new(serial, bus_line).map_err(|e| MachineError(e.to_string()))?;
+        let pager: Arc<OnceLock<Arc<UserFaultPager>>> = Arc::default();
+        let balloon = Balloon::new(ram.clone(), discard(ram.clone(), pager.clone()));
+        let bus = Bus::new(serial, bus_line, balloon).map_err(|e| MachineError(e.to_string()))?;
         let writes = DirtyBitmap::new(layout);
+        let fault = UserFault::new().ok().map(Arc::new);
         let kvm = match open_kvm() {
             _ if config.software => None,
             Ok(kvm) => Some(kvm),
@@ -138,11 +153,19 @@ impl Machine {
         };
         let processors: Box<dyn Processors> = match &kvm {
             Some(kvm) => {
-                let made = KvmProcessors::new(kvm, ram.clone(), config.cpus, config.tracker, bus.clone(), &line);
+                let made = KvmProcessors::new(
+                    kvm,
+                    ram.clone(),
+                    config.cpus,
+                    config.tracker,
+                    fault.clone(),
+                    bus.clone(),
+                    &line,
+                );
                 Box::new(made.map_err(MachineError)?)
             }
             None => {
-                let made = SoftwareProcessors::new(ram.clone(), config.cpus, config.tracker);
+                let made = SoftwareProcessors::new(ram.clone(), config.cpus, config.tracker, fault.clone());
                 Box::new(made.map_err(|e| MachineError(format!("starting the software guest's threads: {e}")))?)
             }
         };
@@ -152,9 +175,12 @@ impl Machine {
         ];
         let tracker = UnionTracker::new(parts);
         let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
-        let devices = Mutex::new(DeviceSet::new(vec![Box::new(SerialDevice(bus.clone()))]));
+        let devices = Mutex::new(DeviceSet::new(vec![
+            Box::new(SerialDevice(bus.clone())),
+            Box::new(BalloonDevice(bus.balloon.clone())),
+        ]));
         let standing = Mutex::default();
-        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing })
+        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing, fault, pager })
     }
 
     /// Loads a kernel from a file.
@@ -270,6 +296,34 @@ impl Machine {
         self.devices.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// What serves missing pages; `None`, with the reason as a warning, if this host does not permit that.
+    pub(super) fn pager(&self) -> Option<Arc<UserFaultPager>> {
+        let made = match &self.fault {
+            Some(fault) => UserFaultPager::new(self.ram.clone(), fault.clone()).map_err(|e| e.to_string()),
+            None => Err(UserFault::new().err().map_or_else(String::new, |e| e.to_string())),
+        };
+        match made {
+            Ok(pager) => Some(self.pager.get_or_init(|| Arc::new(pager)).clone()),
+            Err(why) => {
+                eprintln!("minivmm: no post-copy to here: {why}");
+                None
+            }
+        }
+    }
+
+    /// Why it cannot move: what has not come yet would be taken for empty.
+    pub(super) fn blocked(&self) -> Option<String> {
+        let missing = self.pager.get().map_or(0, |pager| pager.missing());
+        (missing > 0)
+            .then(|| format!("{missing} pages of the VM are missing: they are on their way from its last host"))
+    }
+
+    /// Whether the page at this address can be looked at without waiting for it to come.
+    fn is_here(&self, gpa: u64) -> bool {
+        let page = self.ram.layout().page_of(gpa);
+        self.pager.get().zip(page).is_none_or(|(pager, page)| !pager.is_missing(page))
+    }
+
     /// Whether the user paused it.
     pub(super) fn is_paused_by_user(&self) -> bool {
         self.standing().by_user
@@ -288,7 +342,8 @@ impl Machine {
     pub(crate) fn snapshot(&self) -> Snapshot {
         let mut page = [0; PAGE_SIZE];
         let ram: &dyn GuestRam = &*self.ram;
-        let workload = ram.read(BOARD, &mut page).ok().and_then(|()| Board::parse(&page));
+        let board = self.is_here(BOARD).then(|| ram.read(BOARD, &mut page).ok()).flatten();
+        let workload = board.and_then(|()| Board::parse(&page));
         Snapshot {
             cpus: self.config.cpus,
             memory_bytes: self.config.memory_bytes,
@@ -332,6 +387,16 @@ impl Machine {
             .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
         *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
     }
+}
+
+/// What the balloon does with the pages that the guest does not need.
+fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Discard {
+    Box::new(move |runs| {
+        // a huge page that is given back may be somebody else's when the guest wants it again
+        let may = ram.backing() != Backing::Hugetlb && pager.get().is_none_or(|pager| pager.missing() == 0);
+        let runs = if may { runs } else { &[] };
+        runs.iter().try_for_each(|&run| ram.discard(run)).map_err(|e| e.to_string())
+    })
 }
 
 /// In place of a tracker that another migration has.

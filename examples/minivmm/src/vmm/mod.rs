@@ -2,6 +2,7 @@
 
 #[allow(unsafe_code)]
 mod alias;
+mod balloon;
 mod boot;
 mod config;
 mod devices;

@@ -71,7 +71,7 @@ impl Plan {
         let work = match spec.info.name {
             "idle" | "sleep" => 0,
             "rate" | "kv" => beside * spec.value("percent") / 100,
-            _ => to_pages(spec.value("size")).min(beside),
+            _ => to_pages(spec.area()).min(beside),
         };
         let plan = Self { first: FIRST_PAGE + data, pages: work / cpus, per_second: spec.value("pages") };
         Ok((plan, data))
@@ -112,6 +112,7 @@ pub(super) struct SoftwareProcessors {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     kind: TrackerKind,
+    fault: Option<Arc<UserFault>>,
 }
 
 impl Shared {
@@ -181,7 +182,12 @@ impl Shared {
 }
 
 impl SoftwareProcessors {
-    pub(super) fn new(ram: Arc<MappedRam>, cpus: u32, kind: TrackerKind) -> io::Result<Self> {
+    pub(super) fn new(
+        ram: Arc<MappedRam>,
+        cpus: u32,
+        kind: TrackerKind,
+        fault: Option<Arc<UserFault>>,
+    ) -> io::Result<Self> {
         let bitmap = DirtyBitmap::new(ram.layout().clone());
         let control = Control { plan: Plan::default(), run: false, exit: false, stopped: 0, throttle: 0 };
         let shared = Arc::new(Shared {
@@ -194,7 +200,7 @@ impl SoftwareProcessors {
             start: Instant::now(),
         });
         // if a thread cannot be had, dropping this ends those that were started
-        let mut started = Self { shared: shared.clone(), threads: Vec::new(), kind };
+        let mut started = Self { shared: shared.clone(), threads: Vec::new(), kind, fault };
         for cpu in 0..cpus as usize {
             let shared = shared.clone();
             let thread = thread::Builder::new().name(format!("software-cpu-{cpu}"));
@@ -331,14 +337,20 @@ impl Processors for SoftwareProcessors {
     }
 
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
-        match (self.kind, UserFault::new()) {
-            (TrackerKind::Auto | TrackerKind::WriteProtect, Ok(user_fault)) => {
-                Ok(Box::new(WriteProtect::new(self.shared.ram.clone(), Arc::new(user_fault))))
+        match (self.kind, self.fault.clone()) {
+            (TrackerKind::Auto | TrackerKind::WriteProtect, Some(fault)) => {
+                Ok(Box::new(WriteProtect::new(self.shared.ram.clone(), fault)))
             }
-            (TrackerKind::WriteProtect, Err(e)) => Err(e.to_string()),
+            (TrackerKind::WriteProtect, None) => {
+                Err(UserFault::new().err().map_or_else(String::new, |e| e.to_string()))
+            }
             // the kinds that need KVM, and hosts that do not permit userfaultfd
             _ => Ok(Box::new(BitmapTracker::new(self.shared.bitmap.clone()))),
         }
+    }
+
+    fn threads(&self) -> Vec<u32> {
+        Vec::new()
     }
 
     fn tsc_khz(&self) -> u64 {

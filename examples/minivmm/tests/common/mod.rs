@@ -10,6 +10,7 @@ use std::{
 
 pub(crate) use huge_pages::HugePages;
 use libtest_mimic::{Failed, Trial};
+use migration_kvm::tracker::UserFault;
 pub(crate) use process::{Answer, Client, Process, usage};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -30,6 +31,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 pub(crate) struct Suite {
     pub(crate) trials: Vec<Trial>,
     no_kvm: Option<String>,
+    no_userfaultfd: Option<String>,
     no_huge_pages: Option<String>,
     required: bool,
 }
@@ -39,7 +41,7 @@ impl Suite {
         let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
         let no_kvm = kvm.err().map(|e| format!("/dev/kvm cannot be used: {e}"));
         let required = std::env::var_os("MIGRATION_REQUIRE_KVM").is_some_and(|v| v == "1");
-        Self { trials: Vec::new(), no_kvm, no_huge_pages, required }
+        Self { trials: Vec::new(), no_kvm, no_userfaultfd: no_userfaultfd(), no_huge_pages, required }
     }
 
     /// A trial that runs everywhere.
@@ -61,6 +63,18 @@ impl Suite {
         self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_huge_pages.clone()), run);
     }
 
+    /// A trial in which a guest runs while pages of it are missing, in memory with this backing.
+    pub(crate) fn post_copy(
+        &mut self,
+        name: impl Into<String>,
+        backing: &str,
+        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+    ) {
+        let missing = self.no_kvm.clone().or_else(|| self.no_userfaultfd.clone());
+        let no_huge_pages = if backing == "hugetlb" { self.no_huge_pages.clone() } else { None };
+        self.add(name.into(), missing.or(no_huge_pages), run);
+    }
+
     fn add(&mut self, name: String, missing: Option<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
         self.trials.push(match missing {
             Some(why) if self.required => Trial::test(name, move || Err(why.into())),
@@ -71,6 +85,11 @@ impl Suite {
             None => Trial::test(name, move || run(&Lab::new()?)),
         });
     }
+}
+
+/// Why no faults can be served that occur in the kernel, as those of vCPUs do.
+fn no_userfaultfd() -> Option<String> {
+    UserFault::new().err().map(|e| format!("userfaultfd cannot be used: {e}"))
 }
 
 /// A folder of a trial's own, with its sockets and files; removed at its end.

@@ -49,7 +49,7 @@ pub(crate) struct Answer {
     pub(crate) stderr: String,
 }
 
-/// A `ctl migrate` under way.
+/// A `ctl` under way.
 pub(crate) struct Client(Guard);
 
 impl Process {
@@ -117,7 +117,7 @@ impl Process {
     pub(crate) fn ended(&mut self) -> Result<ExitStatus, Failed> {
         let ended = wait_for(&format!("{} ends", self.name), || Ok(self.guard.0.try_wait()?));
         ended.map_err(|why| {
-            let (status, threads) = (self.ctl(&["status"]), self.threads());
+            let (status, threads) = (self.status(), self.threads());
             format!("{why:?}; its status: {status:?}; its threads: {threads:?}; stderr: {}", self.stderr()).into()
         })
     }
@@ -142,12 +142,15 @@ impl Process {
         Ok(answer.json)
     }
 
+    /// The status, which is never long in coming: a trial does not wait for it for ever.
     pub(crate) fn status(&self) -> Result<Value, Failed> {
-        self.ask(&["status"])
+        let answer = self.start_ctl(&["status"])?.answer().map_err(|why| format!("{}: status: {why:?}", self.name))?;
+        ensure(answer.code == Some(0), || format!("{}: ctl status: {answer:?}", self.name))?;
+        Ok(answer.json)
     }
 
     /// Polls the status; what it is once it is as wished.
-    pub(crate) fn wait_until(&self, what: &str, wished: impl Fn(&Value) -> bool) -> Result<Value, Failed> {
+    pub(crate) fn wait_until(&self, what: &str, mut wished: impl FnMut(&Value) -> bool) -> Result<Value, Failed> {
         let mut last = Value::Null;
         wait_for(what, || {
             last = self.status()?;
@@ -199,10 +202,14 @@ impl Process {
 
     /// `ctl migrate`, without waiting for it.
     pub(crate) fn start_migrate(&self, to: &str, args: &[&str]) -> Result<Client, Failed> {
+        self.start_ctl(&[&["migrate", "--to", to], args].concat())
+    }
+
+    /// `ctl`, without waiting for it.
+    pub(crate) fn start_ctl(&self, args: &[&str]) -> Result<Client, Failed> {
         let child = minivmm()
             .args(["ctl", "--json", "--control"])
             .arg(&self.socket)
-            .args(["migrate", "--to", to])
             .args(args)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -286,7 +293,7 @@ impl Client {
 
     /// Waits for its answer.
     pub(crate) fn answer(mut self) -> Result<Answer, Failed> {
-        let status = wait_for("ctl migrate ends", || Ok(self.0.0.try_wait()?))?;
+        let status = wait_for("ctl ends", || Ok(self.0.0.try_wait()?))?;
         let read = |pipe: Option<&mut dyn std::io::Read>| -> Result<Vec<u8>, Failed> {
             let mut bytes = Vec::new();
             pipe.ok_or("no pipe")?.read_to_end(&mut bytes)?;

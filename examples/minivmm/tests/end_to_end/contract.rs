@@ -88,9 +88,9 @@ fn nobody_at_the_socket(lab: &Lab) -> Outcome {
 fn workloads_are_listed(lab: &Lab) -> Outcome {
     let (code, list, _) = usage(&["workload", "--list"])?;
     ensure(code == Some(0), || list.clone())?;
-    for name in
-        ["idle", "sleep", "one-edge", "touch", "rate", "random", "hot", "quicksort", "kv", "churn", "log", "mix"]
-    {
+    let names =
+        ["idle", "sleep", "one-edge", "touch", "sequential", "rate", "random", "storm", "hot", "quicksort", "kv"];
+    for name in names.into_iter().chain(["churn", "log", "mix"]) {
         ensure(list.lines().any(|line| line.split_whitespace().next() == Some(name)), || format!("no {name}: {list}"))?;
     }
     let out = lab.arg("hot.elf");
@@ -114,6 +114,10 @@ fn has_status_fields(status: &Value, guest: bool) -> Outcome {
         good &= ["backing", "tracker"].iter().all(|name| status[name].is_string());
         good &= ["heartbeats", "operations", "errors"].iter().all(|name| workload[name].is_u64());
         good &= workload["longest_gap_us"].is_f64();
+        let latency = &workload["access_latency_us"];
+        good &= latency.is_null() || latency["count"].is_u64();
+        good &=
+            ["p50", "p90", "p99", "p999", "max"].iter().all(|name| latency[name].is_null() || latency[name].is_f64());
     } else {
         good &= ["cpus", "memory_bytes", "backing", "tracker", "workload"].iter().all(|name| status[name].is_null());
     }

@@ -32,7 +32,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("faults/disk_full", disk_full);
 }
 
-fn relay_to(process: &Process) -> Result<(Relay, String), Failed> {
+pub(crate) fn relay_to(process: &Process) -> Result<(Relay, String), Failed> {
     let target: SocketAddr = process.address.trim_start_matches("tcp:").parse()?;
     let relay = Relay::new(target)?;
     let address = relay.address().to_string();
@@ -40,7 +40,7 @@ fn relay_to(process: &Process) -> Result<(Relay, String), Failed> {
 }
 
 /// Pseudo-random: the same in every run.
-fn random(seed: u64) -> u64 {
+pub(crate) fn random(seed: u64) -> u64 {
     let word = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (word ^ word >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 7
 }
@@ -85,7 +85,7 @@ fn measured(
 }
 
 /// Bytes of the frames after *ready*: *run*, *running*, *done*.
-fn last_frames() -> [u64; 3] {
+pub(crate) fn last_frames() -> [u64; 3] {
     [Control::Run, Control::Running, Control::Done].map(|frame| frame.encode(0, 0, 1).len() as u64)
 }
 

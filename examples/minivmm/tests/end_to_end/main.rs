@@ -2,6 +2,7 @@
 //!
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
+mod balloon;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
@@ -10,6 +11,8 @@ mod elf;
 mod faults;
 mod moves;
 mod one_edge;
+mod post_copy;
+mod post_copy_faults;
 
 use std::process::ExitCode;
 
@@ -22,11 +25,14 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(2);
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
+    balloon::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
     faults::add(&mut suite);
     one_edge::add(&mut suite);
+    post_copy::add(&mut suite);
+    post_copy_faults::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()

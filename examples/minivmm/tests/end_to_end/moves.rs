@@ -5,17 +5,20 @@ use std::fs;
 use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says};
 
 /// Small enough to be quick; `for` lets the guest check everything once more, at the destination, and say when it has.
-const WORKLOADS: [&str; 12] = [
+const WORKLOADS: [&str; 15] = [
     "idle:data=24M",
     "sleep:data=24M",
     "one-edge:size=24M,data=8M",
     "touch:size=16M,data=8M",
     "rate:percent=60,data=8M",
+    "sequential:size=24M,data=8M",
     "random:size=24M,data=8M",
+    "storm:size=24M,data=8M",
     "hot:size=8M,data=24M",
     "quicksort:size=16M,segment=64K,data=8M",
+    "quicksort:regions=6,size=4M,slice=2ms,data=8M",
     "kv:percent=60,step=100ms,data=8M",
-    "churn:size=24M,data=8M",
+    "churn:size=24M,data=8M,interval=20ms",
     "log:size=16M,data=8M",
     "mix:size=32M,data=8M",
 ];
@@ -23,7 +26,8 @@ const WORKLOADS: [&str; 12] = [
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("moves/a_to_b_to_c_to_a", a_to_b_to_c_to_a);
     for spec in WORKLOADS {
-        let name = spec.split(':').next().unwrap_or(spec);
+        let name =
+            if spec.contains("regions") { "quicksort_of_regions" } else { spec.split(':').next().unwrap_or(spec) };
         suite.kvm(format!("moves/workload/{name}"), move |lab| every_page_is_right(lab, spec));
     }
     for (strategy, to) in [("pre-copy", "unix"), ("stop-and-copy", "unix"), ("stop-and-copy", "tcp")] {

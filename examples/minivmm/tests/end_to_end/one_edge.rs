@@ -47,6 +47,11 @@ fn one_edge(lab: &Lab, tracker: &str, backing: &str, streams: &str, cpus: usize)
     destination.ask(&["pause"])?;
     let after = destination.memory(lab, start, len)?;
     destination.quit()?;
+    only_edges(&before, &after, cpus)
+}
+
+/// Each CPU's part of the work area has at most one edge, and each page of it changed in its first word only.
+pub(crate) fn only_edges(before: &[u8], after: &[u8], cpus: usize) -> Outcome {
     let pages: Vec<&[u8]> = after.chunks(PAGE_SIZE as usize).collect();
     let cut = |n: usize| pages.len() * n / cpus;
     for cpu in 0..cpus {

@@ -1,0 +1,167 @@
+//! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
+
+use super::*;
+
+impl Engine<'_> {
+    pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
+        let mut error = result.err();
+        if self.machine.phase() == SourcePhase::InDoubt {
+            let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
+            self.reconnect(first);
+        }
+        if self.machine.phase() == SourcePhase::Serving {
+            // whatever the strategy came to: the destination needs these pages
+            error = self.serve_all(&mut Linear::default()).err();
+        }
+        if self.machine.phase() == SourcePhase::Completed {
+            // best effort: without it the destination only keeps listening a little longer
+            let _ = self.say(&Control::Done);
+            self.report.outcome = Outcome::Completed;
+            self.finish_report();
+            self.close();
+            self.vm.released();
+        } else {
+            let error =
+                error.unwrap_or_else(|| MigrationError::GaveUp("the strategy ended without a hand-over".into()));
+            let cancelled = matches!(error, MigrationError::Cancelled(_));
+            self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
+            self.report.reason = Some(error.to_string());
+            // resume first: every moment until then is downtime
+            self.give_back();
+            if !matches!(error, MigrationError::Link { .. }) {
+                let last_word = match self.machine.abandon() {
+                    Some(abandon) if cancelled => abandon,
+                    _ => Control::error(error.code(), error.to_string()),
+                };
+                // best effort: a destination that does not hear it notices the closed link
+                let _ = self.say(&last_word);
+            }
+            self.machine.link_lost();
+            self.finish_report();
+            self.close();
+        }
+        self.tell_phase();
+        self.report
+    }
+
+    /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
+    fn give_back(&mut self) {
+        let warn = |what: &str, result: Result<(), String>| {
+            if let Err(why) = result {
+                self.options.observer.event(&Event::Warning(format!("{what}: {why}")));
+            }
+        };
+        if self.paused {
+            warn("resuming the guest", self.vm.resume().map_err(|e| e.to_string()));
+            self.paused = false;
+        }
+        if self.throttle != 0 {
+            warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
+            self.throttle = 0;
+        }
+        if self.tracking {
+            let tracker = self.vm.tracker();
+            if self.tracked_before {
+                self.harvested.union_with(&self.owed);
+                tracker.put_back(&self.harvested);
+            } else {
+                warn("stopping the tracker", tracker.stop().map_err(|e| e.to_string()));
+            }
+            self.tracking = false;
+        }
+    }
+
+    fn finish_report(&mut self) {
+        let report = &mut self.report;
+        report.total = self.start.elapsed();
+        report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+        report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
+        report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
+        report.pages.distinct = self.touched.len();
+        report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
+        report.faults.network = self.left.requests.load(Ordering::Relaxed);
+        self.spared.subtract(&self.touched);
+        report.pages.free = self.spared.len();
+        if let (None, Some(paused)) = (report.downtime, self.paused_at) {
+            report.downtime = Some(paused.elapsed());
+        }
+    }
+
+    /// Ends all lanes and their threads.
+    pub(super) fn close(&mut self) {
+        self.lanes.clear();
+        self.control = None;
+        // a lane that still has something to send may finish it: closing shuts the stream behind what was written
+        for closer in self.closers.drain(..) {
+            closer.close();
+        }
+        for thread in self.threads.drain(..) {
+            thread.join();
+        }
+    }
+
+    /// The link was lost after *run* was sent: asks again, on new control lanes, until the destination answers, and in
+    /// post-copy has said what it lacks.
+    pub(in crate::engine) fn reconnect(&mut self, mut why: String) {
+        self.report.recoveries += 1;
+        let (mut since, mut told, mut back_off) = (Instant::now(), false, FIRST_BACK_OFF);
+        for attempt in 1u32.. {
+            self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
+            if !told && since.elapsed() >= self.options.in_doubt_grace {
+                told = true;
+                self.finish_report();
+                let reason = match self.machine.phase() {
+                    SourcePhase::Serving => {
+                        format!("the link is lost ({why}); pages that the destination lacks are kept here")
+                    }
+                    _ => format!("run was sent and not answered ({why}); this side never runs the VM again"),
+                };
+                let report = Report { outcome: Outcome::InDoubt, reason: Some(reason), ..self.report.clone() };
+                self.options.observer.event(&Event::InDoubt(Box::new(report)));
+            }
+            self.close();
+            // inputs of the lost lanes, which their threads left behind before they ended
+            while let Ok(input) = self.inputs.try_recv() {
+                if let Input::Recover(connector) = input {
+                    self.elsewhere = Some(connector);
+                }
+            }
+            match self.repeat_run() {
+                Ok(()) => return self.tell_phase(),
+                Err(_) if self.machine.phase() == SourcePhase::Completed => return,
+                Err(error) => why = error.to_string(),
+            }
+            let again = Instant::now() + back_off;
+            back_off = (back_off * 2).min(MAX_BACK_OFF);
+            while let Ok(input) = self.inputs.recv_timeout(again.saturating_duration_since(Instant::now())) {
+                if let Input::Recover(connector) = input {
+                    self.elsewhere = Some(connector);
+                    // who asks wants to hear how that goes
+                    (since, told, back_off) = (Instant::now(), false, FIRST_BACK_OFF);
+                    break;
+                }
+            }
+        }
+    }
+
+    fn repeat_run(&mut self) -> Result<(), MigrationError> {
+        self.attach(LaneKind::Reattach)?;
+        for frame in self.machine.reattach(self.id)? {
+            self.say(&frame)?;
+        }
+        self.await_running()?;
+        if self.machine.phase() == SourcePhase::Serving {
+            self.resume_serving()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
+        let running = |event| matches!(event, SourceEvent::Running).then_some(());
+        self.wait("the destination to run the VM", self.options.idle_timeout, running)?;
+        if let Some(paused) = self.paused_at {
+            self.report.downtime.get_or_insert(paused.elapsed());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,132 @@
+//! In which order post-copy pushes pages that nobody has asked for yet.
+//!
+//! | order | pushes next |
+//! |---|---|
+//! | [`Linear`] | the next page, ascending |
+//! | [`Bubbling`] | the page nearest to the last fault |
+//! | [`MultiPivot`] | around each of the last faults, in turn |
+//! | [`HotFirst`] | the pages that were dirtied most often before the switch-over |
+//! | [`Random`] | any page: what the others are to be compared with |
+//!
+//! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a stripe
+//! ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit: so each goes out on one lane, and with
+//! `most` at a stripe or more a transparent huge page comes whole.
+
+mod bubbling;
+mod choice;
+mod hot_first;
+mod linear;
+mod multi_pivot;
+mod random;
+
+pub use bubbling::Bubbling;
+pub use choice::{KnownOrder, MAX_PIVOTS, UnknownOrder, parse};
+pub use hot_first::HotFirst;
+pub use linear::Linear;
+pub use multi_pivot::{DEFAULT_PIVOTS, Direction, MultiPivot};
+pub use random::Random;
+
+use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
+
+/// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what was sent out of
+/// `unsent` by itself.
+///
+/// One of one's own needs little more than the queries of [`PageSet`]. This one begins with the last page of RAM:
+///
+/// ```
+/// use migration_core::{PageRange, PageSet, strategy::PushOrder};
+///
+/// struct Descending;
+///
+/// impl PushOrder for Descending {
+///     fn name(&self) -> &'static str {
+///         "descending"
+///     }
+///
+///     fn begin(&mut self, _unsent: &PageSet, _heat: &[u8]) {}
+///
+///     fn fault(&mut self, _page: u64) {}
+///
+///     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
+///         let last = unsent.last_below(unsent.capacity())?;
+///         unsent.run_before(last + 1, most)
+///     }
+/// }
+///
+/// // what the engine does with it
+/// let (mut order, mut unsent, mut pushed) = (Descending, PageSet::full(1000), vec![]);
+/// order.begin(&unsent, &[]);
+/// unsent.remove(700);
+/// order.fault(700);
+/// while let Some(run) = order.next(&unsent, 400) {
+///     unsent.remove_range(run);
+///     pushed.push((run.first, run.count));
+/// }
+/// assert_eq!(pushed, [(701, 299), (300, 400), (0, 300)]);
+/// ```
+pub trait PushOrder: Send {
+    /// Its name, as users write it.
+    fn name(&self) -> &'static str;
+
+    /// The serving begins: these pages are to move. `heat` says for each page in how many rounds it was dirtied before
+    /// (255 at most); empty if there were none.
+    fn begin(&mut self, unsent: &PageSet, heat: &[u8]);
+
+    /// The guest has faulted at `page`, which has been sent by now.
+    fn fault(&mut self, page: u64);
+
+    /// The next pages to push: a run of at most `most` pages (0 counts as 1), all of them in `unsent`; `None` only when
+    /// that is empty. Called for every batch: it should not look at all of `unsent` each time.
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
+}
+
+impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+
+    fn begin(&mut self, unsent: &PageSet, heat: &[u8]) {
+        (**self).begin(unsent, heat);
+    }
+
+    fn fault(&mut self, page: u64) {
+        (**self).fault(page);
+    }
+
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
+        (**self).next(unsent, most)
+    }
+}
+
+/// The run of unsent pages from `page` upwards, within its stripe; `None` if `page` was sent.
+fn run_up(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
+    unsent.run_at(page, most.clamp(1, STRIPE_PAGES - page % STRIPE_PAGES))
+}
+
+/// The run of unsent pages from just below `page` downwards, within one stripe; `None` if `page - 1` was sent.
+fn run_down(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
+    let last = page.checked_sub(1)?;
+    unsent.run_before(page, most.clamp(1, last % STRIPE_PAGES + 1))
+}
+
+/// What the tests of the orders share.
+#[cfg(test)]
+mod test_util {
+    use super::*;
+
+    /// Pushes `runs` runs of at most `most` pages, as the engine does; what they were, as `(first, count)`.
+    pub fn push(order: &mut dyn PushOrder, unsent: &mut PageSet, most: u64, runs: usize) -> Vec<(u64, u64)> {
+        let run = || {
+            let run = order.next(unsent, most)?;
+            unsent.remove_range(run);
+            Some((run.first, run.count))
+        };
+        std::iter::from_fn(run).take(runs).collect()
+    }
+
+    /// A fault at `page`, as the engine does it.
+    pub fn fault(order: &mut dyn PushOrder, unsent: &mut PageSet, page: u64) {
+        unsent.remove(page);
+        order.fault(page);
+    }
+}

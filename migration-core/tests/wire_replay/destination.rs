@@ -1,0 +1,109 @@
+//! A destination under test.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::Duration,
+};
+
+use migration_core::{
+    engine::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions},
+    report::{Event, Observer},
+    wire::{Control, Header},
+};
+
+use crate::{
+    HANG,
+    channels::{Door, End, pair},
+    guest::{Arrived, Host, description},
+};
+pub(crate) struct Log(pub(crate) Mutex<mpsc::Sender<String>>);
+
+impl Observer for Log {
+    fn event(&self, event: &Event) {
+        let text = match event {
+            Event::BadPeer { why, .. } | Event::Discarded(why) | Event::Warning(why) => why,
+            _ => return,
+        };
+        let _ = self.0.lock().unwrap().send(text.clone());
+    }
+}
+
+pub(crate) struct Destination {
+    pub(crate) door: mpsc::Sender<Option<End>>,
+    pub(crate) handle: ReceiverHandle,
+    pub(crate) thread: Option<thread::JoinHandle<Result<(), ReceiveError>>>,
+    pub(crate) arrived: mpsc::Receiver<Arrived>,
+    pub(crate) log: mpsc::Receiver<String>,
+}
+
+impl Destination {
+    pub(crate) fn new() -> Self {
+        Self::patient(HANG)
+    }
+
+    pub(crate) fn patient(idle_timeout: Duration) -> Self {
+        Self::of(idle_timeout, |to| Host { description: description(), to, paging: None })
+    }
+
+    pub(crate) fn of(idle_timeout: Duration, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
+        let (door, ends) = mpsc::channel();
+        let (arrived_tx, arrived) = mpsc::channel();
+        let (log_tx, log) = mpsc::channel();
+        let observer = Arc::new(Log(Mutex::new(log_tx)));
+        let options = ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() };
+        let receiver = Receiver::new(Box::new(host(arrived_tx)), options);
+        let handle = receiver.handle();
+        let thread = thread::spawn(move || receiver.run(&mut Door(ends)));
+        Self { door, handle, thread: Some(thread), arrived, log }
+    }
+
+    pub(crate) fn connect(&self, bytes: &[u8]) -> End {
+        let (here, there) = pair();
+        here.outgoing.write(bytes).unwrap();
+        self.door.send(Some(there)).unwrap();
+        here
+    }
+
+    /// Waits until the receiver has ended with a VM; also returns all that it told its observer, in lines.
+    pub(crate) fn finish(mut self) -> (Arrived, String) {
+        // it may have seen the end by itself already
+        let _ = self.door.send(None);
+        self.thread.take().unwrap().join().unwrap().unwrap();
+        let arrived = self.arrived.recv_timeout(HANG).expect("a VM has arrived");
+        // its threads have ended: nothing more will come
+        (arrived, self.log.try_iter().collect::<Vec<_>>().join("\n"))
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.handle.stop();
+            let _ = self.door.send(None);
+            let ended = thread.join();
+            if !thread::panicking() {
+                ended.unwrap().expect_err("stopped without a VM");
+            }
+        }
+    }
+}
+
+/// The next frame that the receiver says on a control lane; `None` at its end.
+pub(crate) fn said(control: &End) -> Option<Control> {
+    let bytes = |len: usize| {
+        let mut bytes = vec![0; len];
+        drop(
+            control.incoming.wait("a word of the receiver", |s| s.closed || s.ended || s.deaf || s.bytes.len() >= len),
+        );
+        // what was said before the lane was closed still counts
+        let mut state = control.incoming.lock();
+        (state.bytes.len() >= len).then(|| {
+            state.bytes.drain(..len).zip(&mut bytes).for_each(|(from, to)| *to = from);
+            bytes
+        })
+    };
+    let header = Header::decode(bytes(Header::LEN)?.first_chunk().unwrap()).unwrap();
+    let body = bytes(header.body as usize)?;
+    Some(Control::decode(&header, &body).unwrap())
+}

@@ -1,0 +1,81 @@
+//! The encoding of every frame.
+
+use std::fs;
+
+use bytes::Bytes;
+use migration_core::{
+    PageRange,
+    wire::{
+        Bulk, Content, Control, ErrorCode, Extent, FEATURE_PAYLOAD_CRC, FaultSummary, Header, Hello, LaneKind,
+        Preamble, SessionToken, Welcome,
+    },
+};
+
+use crate::{
+    VM,
+    guest::{description, piece, state},
+    streams::{folder, recording},
+};
+/// One of each frame, with every field set.
+pub(crate) fn samples() -> Vec<(String, Vec<u8>)> {
+    let token = SessionToken(*b"a session token.");
+    let hello = Hello { features: FEATURE_PAYLOAD_CRC, streams: 4, strategy: "pre-copy".into(), vm: description() };
+    let control = [
+        Control::Hello(Box::new(hello)),
+        Control::Welcome(Welcome { version: 1, features: FEATURE_PAYLOAD_CRC, streams: 4, session: token }),
+        Control::Prepared,
+        Control::RoundReceived { generation: 3 },
+        Control::Piece(piece()),
+        Control::State(Bytes::from(state().encode())),
+        Control::Offer { generation: 4, state_bytes: 5, running: true },
+        Control::Ready,
+        Control::Run,
+        Control::Running,
+        Control::Done,
+        Control::Abandon,
+        Control::Reattach(VM),
+        Control::error(ErrorCode::Mismatch, "no AVX-512"),
+        Control::Ping,
+        Control::Pong,
+    ];
+    let extent = |first, count, content| Extent { range: PageRange::new(first, count), content };
+    let extents = vec![extent(1, 2, Content::Plain), extent(7, 300, Content::Zero), extent(510, 1, Content::Plain)];
+    let bulk =
+        [("pages", Bulk::Pages { extents, payload_crc: 0xdead_beef }), ("round end", Bulk::RoundEnd { pages: 303 })];
+    let preamble = |kind| (format!("preamble {kind:?}"), Preamble::new(kind, 2, token).encode().to_vec());
+    let preambles = [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach].map(preamble);
+    let control = control.iter().map(|f| (f.name().to_owned(), f.encode(0, 17, 3)));
+    let bulk = bulk.iter().map(|(name, f)| ((*name).to_owned(), f.encode(0, 18, 4)));
+    // what was added later stands at the end, so that the lines before it stay as they are
+    let summary =
+        FaultSummary { count: 1, vcpu: 2, p50_us: 3, p90_us: 4, p99_us: 5, p999_us: 6, max_us: 7, duplicates: 8 };
+    let post_copy = [
+        Control::Missing { first: 128, bitmap: Bytes::from_static(&[1, 2, 3, 4, 5, 6, 7, 8]) },
+        Control::PostCopy { missing: 13, demand_lanes: 2 },
+        Control::Complete(summary),
+    ];
+    let post_copy = post_copy.map(|f| (f.name().to_owned(), f.encode(0, 19, 3)));
+    let request = ("request".to_owned(), Bulk::Request { pages: vec![513, 3] }.encode(0, 20, 5));
+    let later = [preamble(LaneKind::Demand)].into_iter().chain(post_copy).chain([request]);
+    preambles.into_iter().chain(control).chain(bulk).chain(later).collect()
+}
+
+#[test]
+pub(crate) fn every_frame_is_encoded_as_it_always_was() {
+    let file = folder().join("frames.txt");
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let lines: String = samples().iter().map(|(name, bytes)| format!("{name}: {}\n", hex(bytes))).collect();
+    if recording() {
+        fs::create_dir_all(folder()).unwrap();
+        fs::write(&file, &lines).unwrap();
+    }
+    let golden = fs::read_to_string(&file).unwrap();
+    for (line, expected) in lines.lines().zip(golden.lines()) {
+        assert_eq!(line, expected);
+    }
+    assert_eq!(lines.lines().count(), golden.lines().count());
+    let code = |code| Control::error(code, "").encode(0, 0, 0)[Header::LEN];
+    use ErrorCode::*;
+    let codes = [Other, Version, Protocol, Busy, Mismatch, State, Resources, Cancelled, UnknownSession, StaleEpoch];
+    assert!(codes.into_iter().map(code).eq(0..10), "error codes keep their numbers");
+}

@@ -1,0 +1,180 @@
+//! Both engines over channels in memory, in post-copy.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use migration_core::{
+    RamLayout, RamRegion,
+    channel::{Channel, Connector},
+    engine::{Controller, HugePages, SourceOptions, migrate},
+    report::{Outcome, Report},
+    strategy::{Linear, PostCopy},
+    vm::VmDescription,
+    wire::{Header, LaneKind},
+};
+
+use crate::{
+    HANG,
+    channels::{Cut, End, pair},
+    destination::Destination,
+    guest::{Host, RecordedVm, checksums, description_of},
+    pager::Paging,
+};
+
+const BEFORE: [(u64, u8); 8] = [(0, 1), (1, 2), (3, 3), (200, 4), (511, 5), (512, 6), (513, 7), (600, 8)];
+const DURING: [(u64, u8); 3] = [(3, 0), (200, 9), (601, 10)];
+const FAULTS: [&[u64]; 4] = [&[3], &[600, 513], &[3], &[511]];
+
+/// RAM that ends in the middle of a huge page, or does not.
+fn small() -> VmDescription {
+    let regions = vec![RamRegion { gpa: 0, len: 520 << 12 }, RamRegion { gpa: 1 << 30, len: 100 << 12 }];
+    description_of(RamLayout::new(regions).unwrap())
+}
+
+fn huge() -> VmDescription {
+    let regions = vec![RamRegion { gpa: 0, len: 512 << 12 }, RamRegion { gpa: 1 << 30, len: 512 << 12 }];
+    description_of(RamLayout::new(regions).unwrap())
+}
+
+/// Which lane of its kind, from 0, and whether what the destination says on it is meant.
+type Direction = (LaneKind, usize, bool);
+
+/// Connects to the destination; one direction of one lane may end after some bytes.
+struct Link {
+    door: mpsc::Sender<Option<End>>,
+    cut: Option<(Direction, usize)>,
+    opened: Mutex<HashMap<LaneKind, usize>>,
+    taps: Mutex<HashMap<Direction, Arc<Mutex<Vec<u8>>>>>,
+    cuts: Mutex<Vec<Arc<Cut>>>,
+}
+
+impl Link {
+    fn new(destination: &Destination, cut: Option<(Direction, usize)>) -> Self {
+        let door = destination.door.clone();
+        Self { door, cut, opened: Mutex::default(), taps: Mutex::default(), cuts: Mutex::default() }
+    }
+}
+
+impl Connector for Link {
+    fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        unreachable!("the engine says what a lane is for")
+    }
+
+    fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let mut opened = self.opened.lock().unwrap();
+        let number = opened.entry(kind).or_default();
+        let (mut here, mut there) = pair();
+        for (end, backwards) in [(&mut here, false), (&mut there, true)] {
+            let direction = (kind, *number, backwards);
+            let tap = Arc::default();
+            self.taps.lock().unwrap().insert(direction, Arc::clone(&tap));
+            end.tap = Some(tap);
+            if let Some((_, after)) = self.cut.filter(|(cut, _)| *cut == direction) {
+                let cut = Arc::new(Cut::new(after));
+                end.cut = Some(cut.clone());
+                self.cuts.lock().unwrap().push(cut);
+            }
+        }
+        *number += 1;
+        self.door.send(Some(there)).map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(Box::new(here))
+    }
+
+    fn address(&self) -> String {
+        "memory".into()
+    }
+}
+
+/// One migration: the report, the source's VM, and whether the link was cut.
+fn run(destination: &Destination, link: Link, vm: RecordedVm, options: SourceOptions) -> (Report, RecordedVm, Link) {
+    let (tx, rx) = mpsc::channel();
+    thread::spawn(move || {
+        let mut vm = vm;
+        let mut strategy = PostCopy { order: Box::new(Linear::default()) };
+        let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);
+        // a test that hangs has gone
+        let _ = tx.send((report, vm, link));
+    });
+    let ended = rx.recv_timeout(HANG);
+    ended.unwrap_or_else(|_| panic!("the source hangs; destination {:?}", destination.handle.phase()))
+}
+
+fn destination(description: VmDescription, granule: u64) -> Destination {
+    // who loads the state waits for the first faults, so that they come on the demand lane in every run
+    let faults: Vec<_> = FAULTS.iter().map(|pages| pages.to_vec()).collect();
+    let paging = Paging { granule, touched: faults.concat(), faults };
+    Destination::of(HANG, |to| Host { description, to, paging: Some(paging) })
+}
+
+fn options(payload_crc: bool, huge: HugePages) -> SourceOptions {
+    SourceOptions { payload_crc, huge, demand_lanes: 1, ..SourceOptions::default() }
+}
+
+#[test]
+fn each_page_arrives_once() {
+    for payload_crc in [false, true] {
+        for (description, granule, split) in [
+            (small(), 1, HugePages::Split),
+            (small(), 1, HugePages::Whole),
+            (huge(), 512, HugePages::Split),
+            (huge(), 512, HugePages::Whole),
+        ] {
+            let what = format!("crc {payload_crc}, granule {granule}, {split:?}");
+            let destination = destination(description.clone(), granule);
+            let link = Link::new(&destination, None);
+            let vm = RecordedVm::of(description, &BEFORE, &DURING);
+            let (report, vm, _) = run(&destination, link, vm, options(payload_crc, split));
+            assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
+            let (arrived, said) = destination.finish();
+            assert_eq!(arrived.pages(), checksums(&vm.ram), "{what}: {said}");
+            let pager = arrived.pager.unwrap();
+            // but for holes, all of RAM was left behind
+            let all = report.pages.distinct;
+            assert_eq!((pager.check(), pager.installed()), (0, all), "{what}: {said}");
+            assert_eq!(report.recoveries, 0, "{what}: {said}");
+            assert_eq!(report.pages.zero + report.pages.plain, all, "{what}: sent once");
+        }
+    }
+}
+
+/// Whichever lane ends, wherever: before *run* the VM stays, and moves with the next attempt; behind it, no page is lost.
+#[test]
+fn cut_in_the_post_copy_phase() {
+    let mut recovered = 0;
+    for (description, granule) in [(small(), 1), (huge(), 512)] {
+        let undisturbed = destination(description.clone(), granule);
+        let vm = RecordedVm::of(description.clone(), &BEFORE, &DURING);
+        let link = Link::new(&undisturbed, None);
+        let (_, _, link) = run(&undisturbed, link, vm, options(false, HugePages::Split));
+        drop(undisturbed.finish());
+        let lengths: Vec<_> =
+            link.taps.lock().unwrap().iter().map(|(lane, tap)| (*lane, tap.lock().unwrap().len())).collect();
+        for (direction, len) in lengths {
+            // but for *done*: the source is gone then, and the destination listens for it on
+            let len = if direction == (LaneKind::Control, 0, false) { len - Header::LEN } else { len };
+            let step = if direction.0 == LaneKind::Control { len / 24 } else { len / 9 };
+            for after in (1..len).step_by(step.max(1)) {
+                let what = format!("{direction:?} is cut after {after} of {len} bytes");
+                let destination = destination(description.clone(), granule);
+                let link = Link::new(&destination, Some((direction, after)));
+                let vm = RecordedVm::of(description.clone(), &BEFORE, &DURING);
+                let (mut report, mut vm, _) = run(&destination, link, vm, options(true, HugePages::Split));
+                recovered += report.recoveries;
+                if report.outcome == Outcome::Failed {
+                    assert!(destination.arrived.try_recv().is_err(), "{what}: it runs twice");
+                    let again = SourceOptions { last_epoch: report.epoch, ..options(true, HugePages::Split) };
+                    (report, vm, _) = run(&destination, Link::new(&destination, None), vm, again);
+                }
+                assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
+                let (arrived, said) = destination.finish();
+                assert_eq!(arrived.pages(), checksums(&vm.ram), "{what}: {said}");
+                arrived.pager.unwrap().check();
+            }
+        }
+    }
+    assert!(recovered > 10, "only {recovered} cuts came behind the hand-over");
+}

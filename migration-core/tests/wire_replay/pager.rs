@@ -1,0 +1,201 @@
+//! A pager for memory on the heap: nobody traps on it, so a script says who touches what.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use migration_core::{
+    GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
+    pager::{Fault, Fill, Installed, Pager},
+    vm::VmError,
+};
+
+use crate::HANG;
+
+/// What a page holds while it is missing. A page that were taken for zero, or read too early, would show it.
+const POISON: u8 = 0xee;
+
+/// How a destination serves missing pages.
+#[derive(Clone)]
+pub(crate) struct Paging {
+    pub(crate) granule: u64,
+    /// Faults, as one call of `wait` after another returns them once the pager is armed.
+    pub(crate) faults: Vec<Vec<u64>>,
+    /// Pages that loading the state touches: it waits until they are there.
+    pub(crate) touched: Vec<u64>,
+}
+
+pub(crate) struct HeapPager {
+    ram: Arc<HeapRam>,
+    granule: u64,
+    touched: Vec<u64>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    armed: bool,
+    missing: PageSet,
+    faults: VecDeque<Vec<u64>>,
+    woken: bool,
+    given_up: bool,
+    /// How often each page was installed.
+    installed: Vec<u32>,
+    duplicates: u64,
+    /// What the engine must not have asked for.
+    broken: Vec<String>,
+}
+
+impl HeapPager {
+    pub(crate) fn new(ram: Arc<HeapRam>, paging: &Paging) -> Self {
+        let pages = ram.layout().pages();
+        let state = State {
+            armed: false,
+            missing: PageSet::empty(pages),
+            faults: paging.faults.clone().into(),
+            woken: false,
+            given_up: false,
+            installed: vec![0; pages as usize],
+            duplicates: 0,
+            broken: Vec::new(),
+        };
+        let (granule, touched) = (paging.granule, paging.touched.clone());
+        Self { ram, granule, touched, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Touches the pages that loading the state needs.
+    pub(crate) fn touch(&self) -> Result<(), VmError> {
+        let waits = |s: &mut State| !s.given_up && self.touched.iter().any(|&page| s.missing.contains(page));
+        let (state, waited) = self.changed.wait_timeout_while(self.lock(), HANG, waits).unwrap();
+        assert!(!waited.timed_out(), "hangs: a page that loading the state needs");
+        if state.given_up { Err(VmError::new("given up while the state was loaded")) } else { Ok(()) }
+    }
+
+    /// How many pages came again although they were there, once every missing page has come exactly once.
+    pub(crate) fn check(&self) -> u64 {
+        let state = self.lock();
+        assert_eq!(state.broken, Vec::<String>::new());
+        assert!(!state.given_up, "given up although the VM runs");
+        assert!(state.missing.is_empty(), "{:?} are missing", state.missing);
+        assert!(!state.armed, "not disarmed");
+        assert!(state.installed.iter().all(|&times| times <= 1), "installed twice");
+        state.duplicates
+    }
+
+    /// How many pages were installed.
+    pub(crate) fn installed(&self) -> u64 {
+        self.lock().installed.iter().map(|&times| u64::from(times)).sum()
+    }
+
+    fn check_range(&self, range: PageRange) -> io::Result<()> {
+        let whole = range.first.is_multiple_of(self.granule) && range.count.is_multiple_of(self.granule);
+        if whole && range.count > 0 && range.end() <= self.ram.layout().pages() {
+            return Ok(());
+        }
+        self.lock().broken.push(format!("installs {range:?}"));
+        Err(io::ErrorKind::InvalidInput.into())
+    }
+
+    /// Takes over what is missing of `range`, whose contents are those of `from`.
+    fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
+        let ram: &dyn GuestRam = &*self.ram;
+        let (mut state, mut installed) = (self.lock(), Installed::default());
+        for page in range.pages() {
+            if !state.missing.remove(page) {
+                installed.duplicates += 1;
+                continue;
+            }
+            let mut bytes = [0; PAGE_SIZE];
+            if let Some(from) = from {
+                from.skip((page - range.first) as usize * PAGE_SIZE).take(PAGE_SIZE).copy_to(&mut bytes);
+            }
+            ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&bytes);
+            state.installed[page as usize] += 1;
+            installed.pages += 1;
+        }
+        state.duplicates += installed.duplicates;
+        drop(state);
+        self.changed.notify_all();
+        installed
+    }
+}
+
+impl Pager for HeapPager {
+    fn granule(&self) -> u64 {
+        self.granule
+    }
+
+    fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
+        let ram: &dyn GuestRam = &*self.ram;
+        for page in missing.iter() {
+            ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[POISON; PAGE_SIZE]);
+        }
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.armed, true) {
+            state.broken.push("armed twice".into());
+        }
+        state.missing = missing.clone();
+        Ok(())
+    }
+
+    fn wait(&self, timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError> {
+        let idle = |s: &mut State| !s.woken && (s.faults.is_empty() || !s.armed);
+        let mut state = self.changed.wait_timeout_while(self.lock(), timeout, idle).unwrap().0;
+        if !state.woken && state.armed {
+            let pages = state.faults.pop_front().unwrap_or_default();
+            faults.extend(pages.iter().map(|&page| Fault { page, thread: Some(1) }));
+        }
+        Ok(())
+    }
+
+    fn wake_waiters(&self) {
+        self.lock().woken = true;
+        self.changed.notify_all();
+    }
+
+    fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
+        self.check_range(range)?;
+        if range.first / 512 != (range.end() - 1) / 512 {
+            self.lock().broken.push(format!("installs {range:?}"));
+        }
+        let region = RamRegion { gpa: 0, len: range.count * PAGE_SIZE as u64 };
+        let aside = HeapRam::new(RamLayout::new(vec![region]).unwrap())?;
+        let slice = (&aside as &dyn GuestRam).slice(PageRange::new(0, range.count)).unwrap();
+        fill(&[slice])?;
+        Ok(self.take(range, Some(slice)))
+    }
+
+    fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
+        self.check_range(range)?;
+        Ok(self.take(range, None))
+    }
+
+    fn wake(&self, page: u64) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.missing.contains(page) {
+            state.broken.push(format!("wakes who waits for page {page}, which is missing"));
+        }
+        Ok(())
+    }
+
+    fn disarm(&self) -> Result<(), VmError> {
+        let mut state = self.lock();
+        if !state.missing.is_empty() {
+            state.broken.push("disarmed while pages are missing".into());
+        }
+        state.armed = false;
+        Ok(())
+    }
+
+    fn give_up(&self) {
+        self.lock().given_up = true;
+        self.changed.notify_all();
+    }
+}

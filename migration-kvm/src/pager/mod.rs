@@ -1,0 +1,400 @@
+//! Serving missing pages to a VM that runs already: post-copy's half in the kernel.
+//!
+//! Guest RAM is registered with the VM's userfaultfd, which is shared with a write-protecting tracker. What is done about
+//! a page depends on what backs it:
+//!
+//! | backing | registered for | contents | zeros |
+//! |---|---|---|---|
+//! | anonymous | missing | staging buffer, COPY | ZEROPAGE |
+//! | transparent huge | missing | the same; 2 MiB at once by MOVE, which stays a huge page | ZEROPAGE |
+//! | memfd | missing and minor | into a second mapping, CONTINUE | ZEROPAGE |
+//! | hugetlb | missing and minor | into a second mapping, CONTINUE | the same |
+//!
+//! A page of a file is in the file while it is being filled, but nobody reads it there: a touch is a *minor* fault then,
+//! and sleeps like any other until CONTINUE.
+
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use migration_core::{
+    GuestRam, PageRange, PageSet,
+    pager::{Fault, Fill, Installed, Pager},
+    vm::VmError,
+};
+use thiserror::Error;
+
+use crate::{
+    ram::{Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
+    tracker::{Modes, UserFault, UserFaultError, features},
+};
+
+mod faults;
+mod missing;
+#[allow(unsafe_code)]
+mod pages;
+mod staging;
+
+use faults::{Faults, Kind, RawFault};
+use missing::{Claim, Missing};
+use pages::Pages;
+use staging::Pool;
+
+/// Pages that are installed together where memory can be split.
+const GRANULE: u64 = 1;
+/// Pages in a huge page: those of hugetlb memory are installed together.
+const HUGE_BLOCK: u64 = HUGE_PAGE_SIZE / migration_core::PAGE_SIZE as u64;
+/// Zeros are installed by so many pages at a time (1 GiB), to hold the record's lock for microseconds only.
+const ZERO_STEP: u64 = 1 << 18;
+
+/// There can be no pager.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PagerError {
+    /// The userfaultfd lacks something: the kernel does not have it, or the descriptor was created without it.
+    #[error("userfaultfd lacks {lacks} (feature bits {bits:#x}), which missing pages on {backing} memory need")]
+    Lacks {
+        /// What backs the RAM.
+        backing: Backing,
+        /// The features' names.
+        lacks: String,
+        /// Their [`features`].
+        bits: u64,
+    },
+    /// The RAM could not be mapped a second time.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// A descriptor for waking waiters could not be had.
+    #[error("wake-up descriptor: {0}")]
+    System(#[from] io::Error),
+}
+
+/// A [`Pager`] over userfaultfd.
+///
+/// Somebody must be in [`wait`](Pager::wait) from [`arm`](Pager::arm) until [`disarm`](Pager::disarm): it also answers
+/// touches of pages that were never populated, which the kernel cannot tell from missing ones.
+///
+/// Two calls that install the same page: the first to have its contents wins, and the other finds a duplicate. On shared memory
+/// a call may fill pages in place; another call that has one of them waits after its own `fill` until the first one is
+/// done, since it may still fail. Nothing else waits.
+///
+/// When [`install`](Pager::install) fails for lack of memory, part of the range may be there; if it is repeated, these pages
+/// count as duplicates. [`missing`](Self::missing) has the exact number.
+///
+/// Dropping it leaves missing pages missing: who touches them sleeps until the [`UserFault`] goes, and then reads zeros.
+pub struct UserFaultPager {
+    pages: Pages,
+    missing: Missing,
+    faults: Faults,
+    staging: Pool,
+    /// Held while arming and disarming: whether it is armed.
+    armed: Mutex<bool>,
+    can_move: bool,
+    /// Pages that were missing when it was armed, and blocks of [`HUGE_BLOCK`] that were not installed as huge pages.
+    split: Mutex<(PageSet, PageSet)>,
+}
+
+impl UserFaultPager {
+    /// A pager for all of `ram`, which watches nothing yet. `fault` may be in use by a tracker at the same time; no other
+    /// pager may use it.
+    ///
+    /// # Errors
+    /// When the userfaultfd lacks a feature that this backing needs, or descriptors or address space are short.
+    pub fn new(ram: Arc<MappedRam>, fault: Arc<UserFault>) -> Result<Self, PagerError> {
+        let (backing, has) = (ram.backing(), fault.features());
+        let needs: &[(u64, &str)] = match backing {
+            Backing::Anonymous | Backing::TransparentHuge => &[],
+            Backing::Memfd => &[(features::MISSING_SHMEM, "MISSING_SHMEM"), (features::MINOR_SHMEM, "MINOR_SHMEM")],
+            Backing::Hugetlb => {
+                &[(features::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"), (features::MINOR_HUGETLBFS, "MINOR_HUGETLBFS")]
+            }
+        };
+        let lacking: Vec<_> = needs.iter().filter(|(bit, _)| has & bit == 0).collect();
+        if !lacking.is_empty() {
+            let lacks = lacking.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(" and ");
+            let bits = lacking.iter().fold(0, |bits, (bit, _)| bits | bit);
+            return Err(PagerError::Lacks { backing, lacks, bits });
+        }
+        let huge = backing == Backing::TransparentHuge;
+        let pages = ram.layout().pages();
+        Ok(Self {
+            pages: Pages::new(ram, fault.clone())?,
+            missing: Missing::none(pages),
+            faults: Faults::new(fault)?,
+            staging: Pool::new(huge),
+            armed: Mutex::new(false),
+            split: Mutex::default(),
+            can_move: huge && has & features::MOVE != 0,
+        })
+    }
+
+    /// How many pages are missing. Takes time in proportion to the RAM (about 0.1 ms for 64 GiB).
+    pub fn missing(&self) -> u64 {
+        self.missing.len()
+    }
+
+    /// Whether `page` is missing: looking at it would wait.
+    pub fn is_missing(&self, page: u64) -> bool {
+        self.missing.contains(page)
+    }
+
+    fn note_split(&self, run: PageRange) {
+        if self.pages.ram().backing() == Backing::TransparentHuge {
+            let mut split = self.split.lock().unwrap_or_else(PoisonError::into_inner);
+            split.1.insert(run.first / HUGE_BLOCK);
+        }
+    }
+
+    fn modes(&self) -> Modes {
+        let shared = self.pages.ram().backing().is_shared();
+        if shared { Modes::MISSING | Modes::MINOR } else { Modes::MISSING }
+    }
+
+    fn unregister(&self, regions: usize) -> Result<(), UserFaultError> {
+        // go on after a failure
+        let results = (0..regions).map(|index| {
+            let (address, len) = region(self.pages.ram(), index);
+            self.pages.fault().unregister(address, len, self.modes())
+        });
+        results.fold(Ok(()), Result::and)
+    }
+
+    /// `range` comes from a peer.
+    fn check(&self, range: PageRange) -> io::Result<()> {
+        let (granule, all) = (self.pages.granule(), self.pages.ram().layout().pages());
+        let inside = range.count != 0 && range.first.checked_add(range.count).is_some_and(|end| end <= all);
+        if inside && range.first.is_multiple_of(granule) && range.count.is_multiple_of(granule) {
+            return Ok(());
+        }
+        let PageRange { first, count } = range;
+        let why = format!("pages {first}+{count} are not whole blocks of {granule} pages inside guest RAM of {all}");
+        Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+    }
+
+    /// Lets `work` install the missing pages of `range`, claim by claim. It returns how many of the pages it was given
+    /// were there all the same.
+    fn each_claim(
+        &self,
+        range: PageRange,
+        mut work: impl FnMut(&mut Claim<'_>) -> io::Result<u64>,
+    ) -> io::Result<Installed> {
+        let mut pages = 0;
+        while let Some(mut claim) = self.missing.claim(range) {
+            let claimed: u64 = claim.runs().iter().map(|run| run.count).sum();
+            let worked = work(&mut claim);
+            self.finish(claim)?;
+            pages += claimed - worked?;
+        }
+        Ok(Installed { pages, duplicates: range.count - pages })
+    }
+
+    fn finish(&self, claim: Claim<'_>) -> io::Result<()> {
+        claim.finish().into_iter().try_for_each(|run| self.pages.wake(run))
+    }
+
+    /// Fills the pages in place, if they are shared memory, and all missing and free.
+    fn install_in_place(&self, range: PageRange, fill: &mut Fill<'_>) -> Option<io::Result<Installed>> {
+        if !self.pages.ram().backing().is_shared() {
+            return None;
+        }
+        let mut claim = self.missing.claim_whole(range)?;
+        let hidden = self.pages.hidden(range)?;
+        if let Err(error) = fill(&hidden) {
+            // what is half filled goes before the claim does. If it cannot, it stays hidden, and is overwritten.
+            let _ = self.pages.drop_contents(range);
+            return Some(self.finish(claim).and(Err(error)));
+        }
+        let mapped = self.pages.map(range, &mut claim);
+        let finished = self.finish(claim);
+        let already = match mapped.and_then(|already| finished.map(|()| already)) {
+            Ok(already) => already,
+            Err(error) => return Some(Err(error)),
+        };
+        Some(Ok(Installed { pages: range.count - already, duplicates: already }))
+    }
+
+    /// Sorts out one fault: a missing page is for the caller, any other is answered here.
+    fn sort(&self, fault: RawFault) -> Result<Option<Fault>, VmError> {
+        let page = self.pages.page_at(fault.address);
+        let page = page.ok_or_else(|| VmError::new(format!("a fault at {:#x}, outside guest RAM", fault.address)))?;
+        if fault.kind == Kind::WriteProtect {
+            return Err(VmError::new(format!("a write-protection fault on page {page}, which nobody asked for")));
+        }
+        if self.missing.touched(page) {
+            let known = self.pages.fault().features() & features::THREAD_ID != 0 && fault.thread != 0;
+            return Ok(Some(Fault { page, thread: known.then_some(fault.thread) }));
+        }
+        let answered = self.pages.answer(page, fault.kind);
+        answered.map(|()| None).map_err(|e| VmError::because(format!("answer a touch of page {page}"), e))
+    }
+}
+
+impl Pager for UserFaultPager {
+    fn granule(&self) -> u64 {
+        self.pages.granule()
+    }
+
+    /// Registers first, and drops afterwards: in the other order, a touch in between would make a page of zeros that
+    /// stays. So who touches RAM during this call sleeps, or reads what it held before.
+    fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
+        let ram = self.pages.ram();
+        let all = ram.layout().pages();
+        if missing.capacity() != all {
+            return Err(VmError::new(format!("a set of {} pages for {all} pages of RAM", missing.capacity())));
+        }
+        for run in missing.ranges() {
+            self.check(run).map_err(|e| VmError::because("watch for missing pages", e))?;
+        }
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *armed {
+            return Err(VmError::new("missing pages are watched for already"));
+        }
+        // before the first fault can come
+        self.missing.set(missing);
+        let mut registered = 0;
+        let mut watch = || -> Result<(), VmError> {
+            for index in 0..ram.layout().regions().len() {
+                let (address, len) = region(ram, index);
+                let done = self.pages.fault().register(address, len, self.modes());
+                done.map_err(|e| VmError::because(format!("watch RAM region {index} for missing pages"), e))?;
+                registered = index + 1;
+            }
+            for run in missing.ranges() {
+                self.pages.drop_contents(run).map_err(|e| VmError::because("drop what missing pages held", e))?;
+            }
+            Ok(())
+        };
+        let result = watch();
+        let blocks = PageSet::empty(all.div_ceil(HUGE_BLOCK));
+        *self.split.lock().unwrap_or_else(PoisonError::into_inner) = (missing.clone(), blocks);
+        match result {
+            Ok(()) => *armed = true,
+            Err(_) => {
+                self.missing.set(&PageSet::empty(all));
+                let _ = self.unregister(registered); // the first error is the one to tell
+            }
+        }
+        result
+    }
+
+    fn wait(&self, timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError> {
+        let deadline = Instant::now().checked_add(timeout);
+        let (before, mut raw) = (faults.len(), Vec::new());
+        loop {
+            let came = self.faults.next(deadline, &mut raw).map_err(|e| VmError::because("read faults", e))?;
+            let mut result = Ok(());
+            for fault in raw.drain(..) {
+                match self.sort(fault) {
+                    Ok(fault) => faults.extend(fault),
+                    Err(error) => result = result.and(Err(error)),
+                }
+            }
+            let late = deadline.is_some_and(|at| Instant::now() >= at);
+            if result.is_err() || !came || late || faults.len() > before {
+                return result;
+            }
+        }
+    }
+
+    /// Makes huge pages of the blocks that arrived in pieces, as far as all their pages hold data.
+    fn settle(&self) {
+        let (were_missing, blocks) = std::mem::take(&mut *self.split.lock().unwrap_or_else(PoisonError::into_inner));
+        for block in blocks.iter() {
+            let range = PageRange::new(block * HUGE_BLOCK, HUGE_BLOCK);
+            let whole = were_missing.count_in(range) == HUGE_BLOCK && self.pages.is_huge_block(range);
+            // without it the guest is a little slower, until the kernel does it by itself
+            if whole && self.pages.ram().assemble_huge_pages(range).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn wake_waiters(&self) {
+        self.faults.ring();
+    }
+
+    fn install(&self, range: PageRange, mut fill: Fill<'_>) -> io::Result<Installed> {
+        self.check(range)?;
+        if range.first / HUGE_BLOCK != (range.end() - 1) / HUGE_BLOCK {
+            let why = format!("pages {}+{} cross a multiple of {HUGE_BLOCK}", range.first, range.count);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        if let Some(installed) = self.install_in_place(range, &mut fill) {
+            return installed;
+        }
+        let staging = self.staging.take()?;
+        fill(&[staging.slice(PageRange::new(0, range.count))?])?;
+        self.each_claim(range, |claim| {
+            let (runs, mut already) = (claim.runs(), 0);
+            for mut run in runs {
+                if run == range && self.can_move && self.pages.is_huge_block(range) {
+                    let moved = self.pages.take_huge(range, &staging, claim)?;
+                    run = PageRange::new(range.first + moved, range.count - moved);
+                }
+                if run.count != 0 {
+                    self.note_split(run);
+                    already += self.pages.install(run, &staging, range.first, claim)?;
+                }
+            }
+            Ok(already)
+        })
+    }
+
+    fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
+        self.check(range)?;
+        let mut sum = Installed::default();
+        for first in range.pages().step_by(ZERO_STEP as usize) {
+            let part = PageRange::new(first, ZERO_STEP.min(range.end() - first));
+            let installed = self.each_claim(part, |claim| {
+                claim.runs().into_iter().try_fold(0, |already, run| Ok(already + self.pages.zero(run, claim)?))
+            })?;
+            sum.pages += installed.pages;
+            sum.duplicates += installed.duplicates;
+        }
+        Ok(sum)
+    }
+
+    fn wake(&self, page: u64) -> io::Result<()> {
+        let granule = self.pages.granule();
+        let block = PageRange::new(page - page % granule, granule);
+        self.check(block)?;
+        self.pages.wake(block)
+    }
+
+    /// Ends the watch all the same: missing pages read as zeros from now on.
+    fn give_up(&self) {
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut *armed) {
+            self.missing.set(&PageSet::empty(self.pages.ram().layout().pages()));
+            // best effort: the memory goes with the VM, and the descriptor with it
+            let _ = self.unregister(self.pages.ram().layout().regions().len());
+        }
+    }
+
+    fn disarm(&self) -> Result<(), VmError> {
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*armed {
+            return Ok(());
+        }
+        let missing = self.missing.len();
+        if missing != 0 {
+            return Err(VmError::new(format!("{missing} pages are missing still")));
+        }
+        *armed = false;
+        let regions = self.pages.ram().layout().regions().len();
+        self.unregister(regions).map_err(|e| VmError::because("end the watch for missing pages", e))
+    }
+}
+
+impl Drop for UserFaultPager {
+    fn drop(&mut self) {
+        let _ = self.disarm(); // refuses while pages are missing
+    }
+}
+
+/// Host address and length in bytes of RAM region `index`.
+fn region(ram: &MappedRam, index: usize) -> (u64, u64) {
+    (ram.host_address(index).as_ptr() as u64, ram.layout().regions()[index].len)
+}
