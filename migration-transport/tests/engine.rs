@@ -72,6 +72,24 @@ fn every_strategy_over_tcp_and_unix_with_streams_and_checksums() {
     }
 }
 
+/// A report of free pages that cannot be read is no report: everything moves, and the user is told.
+#[test]
+fn free_pages_that_are_not_known_are_sent() {
+    let (destination, address) = tcp();
+    let mut vm = TestVm::new();
+    vm.confused = true;
+    let log = Arc::new(Log::default());
+    let options = SourceOptions { observer: log.clone(), ..options() };
+    let report = move_to(&mut vm, &address, &mut <PreCopy>::default(), &options);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    assert_eq!((report.pages.free, report.pages.distinct), (0, 1024));
+    let guest = destination.arrived.recv().unwrap();
+    guest.set_running(false);
+    guest.check();
+    let events = log.0.lock().unwrap();
+    assert!(events.iter().any(|e| e.contains("the balloon has burst")), "{events:?}");
+}
+
 /// Cuts the link at pseudo-random bytes. Whatever happens, exactly one side has the guest and it is whole.
 #[test]
 fn cut_at_random_bytes_on_real_sockets() {

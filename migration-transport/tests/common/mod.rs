@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    GuestRam, HeapRam, PAGE_SIZE, PageRange, RamLayout, RamRegion,
+    GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
     engine::{Receiver, ReceiverHandle, ReceiverOptions},
     report::{Event, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
@@ -115,6 +115,8 @@ pub struct TestVm {
     tracker: BitmapTracker,
     thread: Option<JoinHandle<()>>,
     pub failing_saves: u32,
+    /// It calls all pages free, and then cannot say whether that is so.
+    pub confused: bool,
     pub released: bool,
     pub doubt: bool,
     /// Pieces of device state sent in this attempt.
@@ -133,7 +135,7 @@ impl TestVm {
         let tracker = BitmapTracker::new(guest.bitmap.clone());
         let thread = Some(guest.clone().run());
         guest.set_running(true);
-        Self { guest, tracker, thread, failing_saves: 0, released: false, doubt: false, pieces: 0 }
+        Self { guest, tracker, thread, failing_saves: 0, confused: false, released: false, doubt: false, pieces: 0 }
     }
 
     pub fn tracks(&self) -> bool {
@@ -161,6 +163,14 @@ impl SourceVm for TestVm {
 
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut self.tracker
+    }
+
+    fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        if self.confused {
+            into.insert_range(layout().all());
+            return Err(VmError::new("the balloon has burst"));
+        }
+        Ok(())
     }
 
     fn start(&mut self) -> Result<(), VmError> {
