@@ -13,7 +13,7 @@
 //! for every tracker. But a page that comes by post-copy is not discarded behind the pager's back: as long as pages are
 //! missing, nothing is.
 //!
-//! The ports are those of [`layout::balloon`]. The guest is not trusted: where the bitmap lies and how long it is are
+//! The ports are those of `layout::balloon`. The guest is not trusted: where the bitmap lies and how long it is are
 //! checked against RAM before the device is on, and again when the state arrives from another host. What is *in* the
 //! bitmap can do no harm but to the guest itself, which loses the contents of pages that it wrongly calls free.
 
