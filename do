@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 # The crate userfaultfd runs bindgen at build time, which loads libclang.
 need_libclang() {
     if ldconfig -p 2>/dev/null | grep -q 'libclang[-.0-9]*\.so' || [ -n "${LIBCLANG_PATH:-}" ] ||
-        compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null; then
+        compgen -G '/usr/lib/llvm-*/lib/libclang[-.][0-9s]*' >/dev/null; then
         return
     fi
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
