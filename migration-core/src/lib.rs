@@ -51,10 +51,12 @@
 #![deny(unsafe_code)]
 
 pub mod channel;
+pub mod checkpoint;
 pub mod codec;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod fence;
 pub mod histogram;
 pub mod page;
 pub mod page_set;

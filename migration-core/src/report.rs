@@ -18,6 +18,10 @@ pub enum Outcome {
     Cancelled,
     /// *run* was sent and not answered. The source goes on to reconnect; it will not run the VM.
     InDoubt,
+    /// The destination died after the hand-over. The VM runs on at the source, as it was at its last checkpoint.
+    Restarted,
+    /// The destination died after the hand-over, and the VM could not be restarted: it is gone.
+    Lost,
 }
 
 impl Outcome {
@@ -28,6 +32,8 @@ impl Outcome {
             Outcome::Failed => "failed",
             Outcome::Cancelled => "cancelled",
             Outcome::InDoubt => "in-doubt",
+            Outcome::Restarted => "restarted",
+            Outcome::Lost => "lost",
         }
     }
 }
@@ -52,6 +58,17 @@ pub struct PageCounts {
     pub pushed: u64,
     /// After the hand-over, sent because the guest waited for them or for one of their block.
     pub demanded: u64,
+}
+
+/// Checkpoints that the destination has sent back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckpointCounts {
+    /// Whether the VM is protected: the state at the hand-over is the first checkpoint.
+    pub protected: bool,
+    /// Checkpoints committed since the hand-over.
+    pub count: u64,
+    /// Bytes of pages and state in them.
+    pub bytes: u64,
 }
 
 /// What the guest missed after a hand-over that left pages behind.
@@ -115,6 +132,8 @@ pub struct Report {
     pub faults: FaultCounts,
     /// Links that were lost after the hand-over and found again.
     pub recoveries: u64,
+    /// Checkpoints.
+    pub checkpoints: CheckpointCounts,
     /// Pages the guest dirtied a second in the last live round.
     pub dirty_pages_per_second: Option<f64>,
     /// The strongest throttle that was used.
@@ -176,6 +195,8 @@ pub enum Event {
         /// Why the last one failed.
         why: String,
     },
+    /// The destination has committed its first checkpoint, or this one with what came before.
+    Checkpoint(CheckpointCounts),
     /// The source is still in doubt after its grace period. It goes on to reconnect.
     InDoubt(Box<Report>),
     /// The VM that was being received is gone.

@@ -154,8 +154,26 @@ pub trait SourceVm: Send {
     /// The place to give up disk locks.
     fn owner_in_doubt(&mut self) {}
 
+    /// What a [`Fence`](crate::fence::Fence) at the destination needs to end this host's instance of the VM, as
+    /// [`DestinationVm::identity`].
+    fn identity(&self) -> Bytes {
+        Bytes::new()
+    }
+
     /// The VM belongs to the destination for certain: free it.
     fn released(&mut self);
+
+    /// The destination is dead for certain (a [`Fence`](crate::fence::Fence) has said so), and the VM is ours again, as a new
+    /// owner: load `state`, the last committed checkpoint's, over whatever vCPUs and devices hold, and let the guest run
+    /// if it ran. RAM holds that checkpoint already. Output that the destination has written up to it must not be written
+    /// again, if the VMM can tell. Called after [`owner_in_doubt`](Self::owner_in_doubt).
+    ///
+    /// # Errors
+    /// The default cannot. The VM is lost then.
+    fn restart(&mut self, state: &VmState) -> Result<(), VmError> {
+        let _ = state;
+        Err(VmError::new("this VMM does not restart VMs from checkpoints"))
+    }
 }
 
 /// A VM that is being received. It has been built when the object exists; its RAM is empty.
@@ -186,11 +204,50 @@ pub trait DestinationVm: Send {
         Vec::new()
     }
 
+    /// What a [`Fence`](crate::fence::Fence) at the source needs to end this host's instance of the VM, such as a host's and a
+    /// process's identity; at most [`MAX_IDENTITY`](crate::wire::MAX_IDENTITY) bytes.
+    fn identity(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    /// The same VM, for checkpoints while it runs. Asked for once, before any state is loaded. `None` if this VMM does
+    /// not support that.
+    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+        None
+    }
+
     /// The VM is owned here, from now on: take disk locks, announce addresses, and start the vCPUs if `running`.
     ///
     /// # Errors
     /// Too late to go back; the VM stays here, not running, and the error is reported to both sides' users.
     fn start(&mut self, running: bool) -> Result<(), VmError>;
+}
+
+/// A VM at its destination, of which checkpoints are taken while it runs. Until it is told otherwise its output is *held*:
+/// kept back, not lost, so that nobody outside sees anything of a state that would be gone if this host died.
+///
+/// The engine calls these methods from one thread at a time. Output is counted from the VM's first byte on, across hosts.
+pub trait ProtectedVm: Send {
+    /// The tracker of all writes to the VM's RAM. Tracking starts before the state is loaded.
+    fn tracker(&mut self) -> &mut dyn DirtyTracker;
+
+    /// As [`SourceVm::pause`].
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// As [`SourceVm::resume`]. Output stays held.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// As [`SourceVm::save_state`]; together with the state, output that is held.
+    fn save_state(&mut self) -> Result<VmState, VmError>;
+
+    /// Holds output from here on. Called before the state is loaded.
+    fn hold_output(&mut self);
+
+    /// How much output the VM has made, while it is paused.
+    fn output(&mut self) -> u64;
+
+    /// Lets output go up to this point; all of it, for ever, with `None`.
+    fn release_output(&mut self, until: Option<u64>);
 }
 
 /// Builds VMs at a destination.

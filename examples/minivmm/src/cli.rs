@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration_core::{engine::OnTimeout, spawner::GuestImpact};
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
+use serde::{Deserialize, Serialize};
 
 /// A small VMM that shows the migration crates at work.
 #[derive(Debug, Parser)]
@@ -192,6 +193,15 @@ pub(crate) enum Huge {
     Split,
 }
 
+/// How a VM is protected in post-copy.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Protect {
+    /// From one checkpoint to the next, in microseconds.
+    pub(crate) interval_us: u64,
+    /// Without a link for so many microseconds, the other side counts as dead.
+    pub(crate) detect_us: u64,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum TimeoutAction {
     Cancel,
@@ -259,6 +269,9 @@ pub(crate) struct Migrate {
     /// What happens then.
     #[arg(long, default_value = "cancel")]
     pub(crate) on_timeout: TimeoutAction,
+    /// In post-copy, protect the VM against the death of its destination: none or reverse[:interval=100ms,detect=1s].
+    #[arg(long, default_value = "none", value_parser = fail_safe)]
+    pub(crate) fail_safe: Option<Protect>,
     /// How much the guest may be disturbed.
     #[arg(long, default_value = "balanced")]
     pub(crate) guest_impact: Impact,
@@ -338,6 +351,29 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|e| format!("{text}: {e}"))
 }
 
+/// How the VM is protected, as users write it.
+fn fail_safe(text: &str) -> Result<Option<Protect>, String> {
+    let (name, options) = text.split_once(':').unwrap_or((text, ""));
+    match name {
+        "none" if options.is_empty() => return Ok(None),
+        "reverse" => {}
+        _ => return Err(format!("{text}: none or reverse[:interval=100ms,detect=1s] is meant")),
+    }
+    let mut protect = Protect { interval_us: 100_000, detect_us: 1_000_000 };
+    for option in options.split(',').filter(|o| !o.is_empty()) {
+        let (key, value) = option.split_once('=').ok_or_else(|| format!("{option}: KEY=DURATION is meant"))?;
+        let us = duration(value)?.as_micros();
+        let us = u64::try_from(us).ok().filter(|us| (1..=3_600_000_000).contains(us));
+        let us = us.ok_or_else(|| format!("{option}: between 1us and 1h"))?;
+        match key {
+            "interval" => protect.interval_us = us,
+            "detect" => protect.detect_us = us,
+            _ => return Err(format!("{key}: interval and detect are known")),
+        }
+    }
+    Ok(Some(protect))
+}
+
 /// Checked here, so that a wrong one is a usage error; kept as text, as which it goes through the control socket.
 fn push_order(text: &str) -> Result<String, String> {
     migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
@@ -353,6 +389,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn protection() {
+        assert_eq!(fail_safe("none"), Ok(None));
+        assert_eq!(fail_safe("reverse"), Ok(Some(Protect { interval_us: 100_000, detect_us: 1_000_000 })));
+        let given = fail_safe("reverse:interval=20ms,detect=300ms");
+        assert_eq!(given, Ok(Some(Protect { interval_us: 20_000, detect_us: 300_000 })));
+        for bad in ["", "none:interval=1s", "sideways", "reverse:interval", "reverse:interval=0", "reverse:often=1s"] {
+            assert!(fail_safe(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

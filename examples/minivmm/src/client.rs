@@ -107,6 +107,7 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
             Impact::Fast => "fast",
         }
         .into(),
+        fail_safe: args.fail_safe,
         checksum: args.checksum,
         progress: args.progress,
     }

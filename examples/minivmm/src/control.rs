@@ -14,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::instance::Instance;
+use crate::{cli::Protect, instance::Instance};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -57,6 +57,7 @@ pub(crate) struct MigrateRequest {
     pub(crate) push_order: String,
     pub(crate) demand_lanes: u16,
     pub(crate) whole_huge_pages: bool,
+    pub(crate) fail_safe: Option<Protect>,
     pub(crate) impact: String,
     pub(crate) checksum: bool,
     pub(crate) progress: bool,

@@ -78,6 +78,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
     let before = ask(&source_socket, &Request::Status, |_| {})?;
     say("the guest works; migrating it", "");
     let request = MigrateRequest {
+        fail_safe: None,
         to: url,
         strategy: "pre-copy".into(),
         streams: 2,

@@ -8,13 +8,14 @@ use std::{
 };
 
 use migration_core::{
+    checkpoint::FailSafe,
     engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
-    report::{Event, Observer, Progress, Report},
+    report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
     strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, push_order},
 };
-use migration_kvm::spawner::KvmSpawner;
+use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
 use serde_json::{Value, json};
 
@@ -42,6 +43,8 @@ struct State {
     role: Role,
     epoch: u32,
     progress: Option<Progress>,
+    /// Of the migration under way.
+    checkpoints: CheckpointCounts,
     /// The last report, kept for `status`.
     last: Option<Value>,
     controller: Option<Controller>,
@@ -106,6 +109,7 @@ impl Instance {
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
+            fence: Arc::new(ProcessFence),
             ..ReceiverOptions::default()
         };
         let receiver = Receiver::new(Box::new(host), options);
@@ -196,7 +200,7 @@ impl Instance {
         let (role, receiver) = (state.role, state.receiver.clone());
         let (mut epoch, last) = (state.epoch, state.last.clone());
         let migration = match (&state.progress, role) {
-            (Some(p), Role::Outgoing | Role::InDoubt) => report::progress_to_json(p),
+            (Some(p), Role::Outgoing | Role::InDoubt) => report::progress_to_json(p, &state.checkpoints),
             _ => last.unwrap_or(Value::Null),
         };
         drop(state);
@@ -303,6 +307,11 @@ impl Instance {
             _ => GuestImpact::Balanced,
         };
         let timeout = Duration::from_micros(request.timeout_us);
+        let fail_safe = request.fail_safe.map(|protect| FailSafe {
+            interval: Duration::from_micros(protect.interval_us),
+            detect: Duration::from_micros(protect.detect_us),
+            ..FailSafe::in_memory(Arc::new(ProcessFence))
+        });
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("migrate: this minivmm is {}", state.role.name()));
@@ -318,6 +327,7 @@ impl Instance {
             },
             demand_lanes: request.demand_lanes,
             huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
+            fail_safe,
             impact,
             payload_crc: request.checksum,
             // the thread that received the VM may still wait for its source's last word
@@ -333,6 +343,7 @@ impl Instance {
         state.waiting = vec![tx];
         state.role = Role::Outgoing;
         state.progress = None;
+        state.checkpoints = CheckpointCounts::default();
         drop(state);
         let instance = self.clone();
         let body = move || {
@@ -368,12 +379,13 @@ impl Instance {
         state.epoch = report.epoch;
         state.last = Some(report::to_json(report));
         state.controller = None;
-        if report.outcome == migration_core::report::Outcome::Completed {
-            state.role = Role::Ended;
-            state.exit.get_or_insert(0);
-        } else {
-            state.role = Role::Home;
-        }
+        let (role, exit) = match report.outcome {
+            Outcome::Completed => (Role::Ended, Some(0)),
+            Outcome::Lost => (Role::Ended, Some(5)),
+            _ => (Role::Home, None),
+        };
+        state.role = role;
+        state.exit = state.exit.or(exit);
         drop(state);
         self.changed.notify_all();
     }
@@ -428,7 +440,7 @@ impl Observer for Told {
             Event::Progress(p) => {
                 let mut state = self.0.lock();
                 state.progress = Some(p.clone());
-                let shown = report::progress_to_json(p);
+                let shown = report::progress_to_json(p, &state.checkpoints);
                 // who has gone is found out here
                 state.waiting.retain(|client| client.send(Update::Progress(shown.clone())).is_ok());
             }
@@ -440,6 +452,7 @@ impl Observer for Told {
                 drop(state);
                 self.0.changed.notify_all();
             }
+            Event::Checkpoint(counts) => self.0.lock().checkpoints = *counts,
             Event::Source(SourcePhase::Serving) => {
                 let mut state = self.0.lock();
                 if state.role == Role::InDoubt {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use migration_core::report::{Progress, Report};
+use migration_core::report::{CheckpointCounts, Progress, Report};
 use serde_json::{Value, json};
 
 use crate::workload::Board;
@@ -61,6 +61,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
         })),
         "demand_lanes": report.demand_lanes,
         "recoveries": report.recoveries,
+        "checkpoints": checkpoints_to_json(&report.checkpoints),
         "dirty_pages_per_second": report.dirty_pages_per_second.map(f64::round),
         "throttle_percent": report.throttle_percent,
     })
@@ -97,11 +98,17 @@ pub(crate) fn exit_status(outcome: &str) -> u8 {
         "completed" => 0,
         "cancelled" => 3,
         "in-doubt" => 4,
+        "lost" => 5,
+        "restarted" => 6,
         _ => 1,
     }
 }
 
-pub(crate) fn progress_to_json(p: &Progress) -> Value {
+fn checkpoints_to_json(counts: &CheckpointCounts) -> Value {
+    json!({"protected": counts.protected, "count": counts.count, "bytes": counts.bytes})
+}
+
+pub(crate) fn progress_to_json(p: &Progress, checkpoints: &CheckpointCounts) -> Value {
     json!({
         "phase": format!("{:?}", p.phase).to_lowercase(),
         "round": p.round,
@@ -116,6 +123,7 @@ pub(crate) fn progress_to_json(p: &Progress) -> Value {
         "throttle_percent": p.throttle_percent,
         "elapsed_ms": ms(p.elapsed),
         "eta_ms": p.eta.map(ms),
+        "checkpoints": checkpoints_to_json(checkpoints),
     })
 }
 

@@ -27,6 +27,8 @@ pub(super) enum Input {
     Lane(Result<LaneDone, MigrationError>),
     /// A page was sent because the destination's guest waits for it.
     Demanded(u64),
+    /// The destination has said who it is, for a fence.
+    Introduced,
     /// The user cancels, for this reason.
     Cancel(String),
     /// The user wants the hand-over now, and the rest to follow.
@@ -165,6 +167,6 @@ impl Migration {
 }
 
 /// Locks, whether or not another thread panicked: what these locks guard is replaced whole, never half-written.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

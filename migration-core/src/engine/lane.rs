@@ -95,6 +95,17 @@ impl Default for Batch<'_> {
 }
 
 impl Lane {
+    /// The lane on which a destination sends pages back.
+    pub(super) fn for_checkpoints(
+        ram: Arc<dyn GuestRam>,
+        writer: Box<dyn WriteHalf>,
+        peer: String,
+        wire_bytes: Arc<AtomicU64>,
+    ) -> Self {
+        let counters = Arc::new(Counters { wire_bytes, ..Counters::default() });
+        Self { index: 0, lanes: 1, ram, writer, peer, sequence: 0, payload_crc: false, whole_blocks: false, counters }
+    }
+
     /// Works until the sender of work is gone or the link fails.
     pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
         let mut pushes = false;
@@ -118,7 +129,7 @@ impl Lane {
         }
     }
 
-    fn round(&mut self, job: &Job) -> Result<LaneDone, MigrationError> {
+    pub(super) fn round(&mut self, job: &Job) -> Result<LaneDone, MigrationError> {
         let ram = self.ram.clone();
         let (layout, mut batch, mut pages) = (ram.layout(), Batch::default(), 0);
         let mut stopped_at = None;
@@ -267,7 +278,7 @@ impl Lane {
         Ok(())
     }
 
-    fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
+    pub(super) fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
         self.sequence = self.sequence.wrapping_add(1);
         self.writer.write_all(head, slices).map_err(MigrationError::link(&self.peer))?;
         let bytes = head.len() + slices.iter().map(|s| s.len()).sum::<usize>();

@@ -205,6 +205,8 @@ impl Missing {
     /// Ends the watch: all is here, or nobody wants it any more.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::Release);
+        // under the lock, so that nobody misses it between a look and its wait
+        drop(lock(&self.state));
         self.changed.notify_all();
         self.pager.wake_waiters();
     }
@@ -216,6 +218,14 @@ impl Missing {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
         state.pages.is_empty()
+    }
+
+    /// Waits so long at most; whether the watch has ended.
+    pub(super) fn wait_ended_for(&self, time: Duration) -> bool {
+        let running = |_: &mut State| !self.ended.load(Ordering::Acquire);
+        let waited = self.changed.wait_timeout_while(lock(&self.state), time, running);
+        drop(waited.unwrap_or_else(|e| e.into_inner()));
+        self.ended.load(Ordering::Acquire)
     }
 
     pub(super) fn summary(&self) -> FaultSummary {

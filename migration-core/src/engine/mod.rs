@@ -5,6 +5,7 @@
 //! [`Listener`](crate::channel::Listener) and a [`DestinationHost`](crate::vm::DestinationHost). Both create threads only
 //! through the [`Spawner`] in their options, and end all of them before they return.
 
+mod checkpoint;
 mod control;
 mod handle;
 mod install;
@@ -23,6 +24,7 @@ pub(crate) use serve::{add_missing, missing_frames};
 pub use source::migrate;
 
 use crate::{
+    checkpoint::FailSafe,
     report::{NoObserver, Observer},
     spawner::{GuestImpact, Spawner, StdSpawner},
 };
@@ -70,6 +72,9 @@ pub struct SourceOptions {
     pub demand_lanes: u16,
     /// How pages that the guest waits for are cut out of huge pages.
     pub huge: HugePages,
+    /// In post-copy, protects the VM against the death of its destination; the migration is refused if the destination
+    /// cannot do its part.
+    pub fail_safe: Option<FailSafe>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Checksum of page data, beside TCP's own: costs a copy of every page.
@@ -97,6 +102,7 @@ impl Default for SourceOptions {
             on_timeout: OnTimeout::Cancel,
             demand_lanes: 2,
             huge: HugePages::Split,
+            fail_safe: None,
             impact: GuestImpact::Balanced,
             payload_crc: false,
             idle_timeout: Duration::from_secs(10),

@@ -15,17 +15,20 @@ use std::{
 use thiserror::Error;
 
 use super::{
+    checkpoint::{CheckpointLane, Protection},
     control::{ControlReader, ControlWriter},
     handle::lock,
     install::LaneReceiver,
+    lane::Lane,
     missing::Missing,
     serve::add_missing,
     session::Session,
 };
 use crate::{
     MigrationError,
-    channel::{Channel, Closer, Halves, Listener, ReadHalf},
+    channel::{Channel, Closer, Halves, Listener, ReadHalf, WriteHalf},
     codec::DecodeError,
+    fence::{Fence, NoFence},
     pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
@@ -33,8 +36,8 @@ use crate::{
     state::VmState,
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello, LaneKind, MAX_STREAMS,
-        OLDEST_VERSION, Preamble, SessionToken, VERSION, Welcome, negotiate,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello,
+        LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION, Welcome, negotiate,
     },
 };
 
@@ -52,6 +55,8 @@ pub struct ReceiverOptions {
     pub max_ram_bytes: u64,
     /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
     pub idle_timeout: Duration,
+    /// In fail-safe post-copy, makes certain that a source is dead: output that is held for its sake may then leave.
+    pub fence: Arc<dyn Fence>,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
     /// Is told how it goes.
@@ -64,6 +69,7 @@ impl Default for ReceiverOptions {
             max_streams: MAX_STREAMS,
             max_ram_bytes: 1 << 40,
             idle_timeout: Duration::from_secs(10),
+            fence: Arc::new(NoFence),
             spawner: Arc::new(StdSpawner),
             observer: Arc::new(NoObserver),
         }
@@ -236,6 +242,9 @@ impl ReceiverHandle {
     }
 }
 
+/// Least time between two looks whether a lost source is dead.
+const LEAST_WATCH: Duration = Duration::from_millis(10);
+
 /// How a control lane goes on after a frame.
 enum Flow {
     Continue,
@@ -288,6 +297,11 @@ impl Hub {
                 let link = session.attach_demand(preamble.index, closer, control.into_half())?;
                 return self.pages(session, (preamble, link), reader, peer);
             }
+            LaneKind::Checkpoint => {
+                let session = self.session(preamble.session)?;
+                let (protection, link) = session.attach_checkpoint(closer)?;
+                return self.checkpoints(session, (protection, link), (reader, control.into_half()), peer);
+            }
             LaneKind::Control | LaneKind::Reattach => {}
         }
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
@@ -338,6 +352,68 @@ impl Hub {
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
+    }
+
+    /// A lane on which checkpoints go back. It lives as long as its link; and then, for as long as the source does not come
+    /// back, watches whether it is dead.
+    fn checkpoints(
+        &self,
+        session: Arc<Session>,
+        (protection, link): (Arc<Protection>, u32),
+        (reader, writer): (Box<dyn ReadHalf>, Box<dyn WriteHalf>),
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
+        let (mut source, wait_running) = (None, || session.wait_running(link));
+        let mut told = |detect, identity| source = Some((detect, identity));
+        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &mut told, &wait_running);
+        let Err(error) = served else { return Ok(()) };
+        let cut = session.lane_lost(link, error.code(), &error.to_string());
+        if let Some((detect, identity)) = source {
+            self.watch_source(&session, (&protection, link), detect, &identity);
+        }
+        if cut || !matches!(error, MigrationError::Link { .. }) {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// The link is lost. As soon as the source is dead for certain, and no page is only there, the VM is free.
+    fn watch_source(
+        &self,
+        session: &Session,
+        (protection, link): (&Protection, u32),
+        detect: Duration,
+        identity: &[u8],
+    ) {
+        let mut refused = None;
+        let mut wait = detect;
+        while session.stays_lost(link, wait) && !self.stop.load(Ordering::Relaxed) {
+            wait = detect.max(LEAST_WATCH);
+            let whole = session.missing().is_some_and(|missing| missing.pages().is_empty());
+            if !whole || self.finished.load(Ordering::Relaxed) {
+                continue;
+            }
+            match self.options.fence.fence(identity) {
+                Ok(()) => {
+                    self.unprotect(protection);
+                    self.finished.store(true, Ordering::Relaxed);
+                    return;
+                }
+                Err(error) if refused.as_ref() != Some(&error) => {
+                    let why = format!("the source is lost, output of the VM is held: {error}");
+                    self.options.observer.event(&Event::Warning(why));
+                    refused = Some(error);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn unprotect(&self, protection: &Protection) {
+        if let Err(error) = protection.end() {
+            self.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
+        }
     }
 
     fn session(&self, token: SessionToken) -> Result<Arc<Session>, MigrationError> {
@@ -449,13 +525,33 @@ impl Hub {
             }
         };
         let pager = vm.pager();
-        let features = granted(features, pager.as_deref());
+        let mut features = granted(features, pager.as_deref());
+        let protection = match self.protection(&mut *vm, &mut features) {
+            Ok(protection) => protection.map(Arc::new),
+            Err(cause) => {
+                control.send(epoch, &Control::error(ErrorCode::State, cause.to_string()))?;
+                return Err(MigrationError::Vm { step: "building the VM", cause });
+            }
+        };
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
-        let session = Arc::new(Session::new((token, epoch), streams, crc, vm, pager, control, closer));
+        let parts = (pager, protection);
+        let session = Arc::new(Session::new((token, epoch), streams, crc, vm, parts, control, closer));
         self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))
+    }
+
+    /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
+    fn protection(&self, vm: &mut dyn DestinationVm, features: &mut u32) -> Result<Option<Protection>, VmError> {
+        if *features & FEATURE_CHECKPOINTS == 0 {
+            return Ok(None);
+        }
+        let Some(protected) = vm.protected() else {
+            *features &= !FEATURE_CHECKPOINTS;
+            return Ok(None);
+        };
+        Protection::new(protected, vm.identity(), vm.ram().layout().pages()).map(Some)
     }
 
     /// Has the source open its lanes, and tells it when everything stands ready for pages.
@@ -576,6 +672,10 @@ impl Hub {
                 return Ok(Flow::End);
             }
             DestinationAction::Finish => {
+                drop(state);
+                if let Some(protection) = &session.protection {
+                    self.unprotect(protection);
+                }
                 self.finished.store(true, Ordering::Relaxed);
                 return Ok(Flow::End);
             }
@@ -604,6 +704,9 @@ impl Hub {
             return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
         }
         pager.arm(&pages).map_err(MigrationError::vm("watching for missing pages"))?;
+        if let Some(protection) = &session.protection {
+            protection.begin()?;
+        }
         let missing = Arc::new(Missing::new(pager, pages, last + 1, lanes, self.bytes.clone()));
         session.set_missing(&missing)?;
         for number in 0..usize::from(lanes) {
@@ -680,6 +783,7 @@ impl Hub {
             missing.set_vcpus(vm.vcpu_threads());
         }
         lock(&self.host).adopted(vm);
+        session.set_running();
     }
 
     /// The control lane of this attachment is gone.
@@ -739,7 +843,8 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
         Some(HUGE_BLOCK) if wanted & both == both => both,
         _ => 0,
     };
-    wanted & FEATURES & !both | post_copy
+    let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
+    wanted & FEATURES & !without | post_copy
 }
 
 fn no_vm() -> MigrationError {

@@ -244,7 +244,7 @@ impl Engine<'_> {
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         order.begin(&lock(&self.left.pages), &self.heat);
         let mut back_off = FIRST_BACK_OFF;
-        while self.machine.phase() != SourcePhase::Completed {
+        while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
             let lacked = self.lacking;
             self.reconnect(error.to_string());
@@ -256,7 +256,7 @@ impl Engine<'_> {
                 back_off = FIRST_BACK_OFF;
             }
         }
-        Ok(())
+        self.came_back()
     }
 
     fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

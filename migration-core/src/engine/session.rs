@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{control::ControlWriter, handle::lock, missing::Missing, serve::missing_frames};
+use super::{checkpoint::Protection, control::ControlWriter, handle::lock, missing::Missing, serve::missing_frames};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
@@ -30,6 +30,8 @@ pub(super) struct Session {
     pub(super) vm: Mutex<Option<Box<dyn DestinationVm>>>,
     /// Serves missing pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
+    /// Checkpoints, if they are agreed on.
+    pub(super) protection: Option<Arc<Protection>>,
     /// Pages that the source has said will be missing.
     pub(super) listed: Mutex<PageSet>,
     told: Mutex<Told>,
@@ -56,7 +58,10 @@ struct LaneState {
     attached: Vec<Option<Arc<dyn Closer>>>,
     /// Likewise for demand lanes, with what requests are sent by until somebody wants to send some.
     demand: Vec<Option<DemandLane>>,
+    checkpoint: Option<Arc<dyn Closer>>,
     missing: Option<Arc<Missing>>,
+    /// Whether the VM runs here.
+    running: bool,
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
@@ -75,7 +80,7 @@ struct LaneState {
 impl LaneState {
     fn closers(&self) -> Vec<Arc<dyn Closer>> {
         let demand = self.demand.iter().flatten().map(|lane| &lane.closer);
-        self.attached.iter().flatten().chain(demand).chain([&self.control]).cloned().collect()
+        self.attached.iter().flatten().chain(demand).chain(&self.checkpoint).chain([&self.control]).cloned().collect()
     }
 }
 
@@ -90,7 +95,7 @@ impl Session {
         lanes: u16,
         payload_crc: bool,
         vm: Box<dyn DestinationVm>,
-        pager: Option<Arc<dyn Pager>>,
+        (pager, protection): (Option<Arc<dyn Pager>>, Option<Arc<Protection>>),
         control: ControlWriter,
         closer: Arc<dyn Closer>,
     ) -> Self {
@@ -101,7 +106,9 @@ impl Session {
             control: closer,
             attached: vec![None; count],
             demand: (0..MAX_DEMAND_LANES).map(|_| None).collect(),
+            checkpoint: None,
             missing: None,
+            running: false,
             started: vec![0; count],
             ended: vec![0; count],
             sealed: false,
@@ -118,6 +125,7 @@ impl Session {
             ram,
             vm: Mutex::new(Some(vm)),
             pager,
+            protection,
             listed,
             told: Mutex::default(),
             control: Mutex::new((0, control)),
@@ -145,6 +153,11 @@ impl Session {
         for lane in state.demand.iter_mut().filter_map(Option::take) {
             lane.closer.close();
         }
+        if let Some(lane) = state.checkpoint.take() {
+            lane.close();
+        }
+        // who watches the lost link
+        self.changed.notify_all();
         drop(state);
         let mut told = lock(&self.told);
         *told = Told::default();
@@ -186,6 +199,7 @@ impl Session {
             return false;
         }
         let first = !std::mem::replace(&mut state.lost, true);
+        self.changed.notify_all();
         let cut = first && state.sealed && state.missing.as_ref().is_some_and(|missing| !missing.pages().is_empty());
         let lanes = state.closers();
         drop(state);
@@ -230,6 +244,43 @@ impl Session {
             missing.attach(index, writer).map_err(MigrationError::link("the source"))?;
         }
         Ok(link)
+    }
+
+    /// A checkpoint lane introduces itself: what it is for, and the link that it belongs to.
+    pub(super) fn attach_checkpoint(&self, closer: Arc<dyn Closer>) -> Result<(Arc<Protection>, u32), MigrationError> {
+        let mut state = lock(&self.lane_state);
+        if let Some(why) = &state.over {
+            return Err(DecodeError::invalid("session", format!("it is over: {why}")).into());
+        }
+        let Some(protection) = &self.protection else {
+            return Err(DecodeError::invalid("lane kind", "checkpoints are not agreed on").into());
+        };
+        if state.checkpoint.is_some() {
+            return Err(DecodeError::invalid("lane kind", "there is a checkpoint lane already").into());
+        }
+        state.checkpoint = Some(closer);
+        Ok((protection.clone(), state.link))
+    }
+
+    /// The VM runs here.
+    pub(super) fn set_running(&self) {
+        lock(&self.lane_state).running = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the VM runs, or this link is not the session's any more: the missing pages of a VM that runs.
+    pub(super) fn wait_running(&self, link: u32) -> Option<Arc<Missing>> {
+        let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link && !s.running && !s.lost;
+        let guard = self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner());
+        guard.missing.clone().filter(|_| guard.running && guard.link == link)
+    }
+
+    /// Waits so long at most for a link after this one, or the end of the session; whether neither came.
+    pub(super) fn stays_lost(&self, link: u32, time: Duration) -> bool {
+        let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link;
+        let guard = lock(&self.lane_state);
+        let mut waited = self.changed.wait_timeout_while(guard, time, waiting).unwrap_or_else(|e| e.into_inner());
+        waiting(&mut waited.0)
     }
 
     /// From now on pages go through the pager, and faults to the source.
@@ -363,7 +414,11 @@ impl Session {
         if let Some(pager) = &self.pager {
             pager.give_up();
         }
-        lock(&self.vm).take().is_some()
+        let there = lock(&self.vm).take().is_some();
+        if let Some(protection) = &self.protection {
+            protection.give_up();
+        }
+        there
     }
 
     /// From now on nobody waits or attaches. False if it was over already, for the reason that counts: the first one.

@@ -17,8 +17,9 @@ use bytes::Bytes;
 
 use super::{
     HugePages, OnTimeout, SourceOptions,
+    checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
-    handle::{Commands, Input},
+    handle::{Commands, Input, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     serve::{DemandLane, Left},
 };
@@ -27,13 +28,13 @@ use crate::{
     channel::{Closer, Connector, Halves, ReadHalf},
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
-    report::{Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
+    report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
     spawner::{Joiner, Role},
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello, LaneKind,
-        MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello,
+        LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
     },
 };
 
@@ -120,6 +121,11 @@ pub(super) struct Engine<'a> {
     /// What the destination agreed to.
     features: u32,
     post_copy_wanted: bool,
+    pub(super) kept: Arc<Kept>,
+    /// The encoded state at the hand-over: the checkpoint before the first one.
+    handed_over: Bytes,
+    /// What became of the VM after its destination died.
+    aftermath: Option<(Outcome, String)>,
 }
 
 impl<'a> Engine<'a> {
@@ -153,6 +159,7 @@ impl<'a> Engine<'a> {
             demand_lanes: 0,
             faults: FaultCounts::default(),
             recoveries: 0,
+            checkpoints: CheckpointCounts::default(),
             dirty_pages_per_second: None,
             throttle_percent: 0,
         };
@@ -198,6 +205,9 @@ impl<'a> Engine<'a> {
             lacking: 0,
             features: 0,
             post_copy_wanted: false,
+            kept: Arc::default(),
+            handed_over: Bytes::new(),
+            aftermath: None,
         }
     }
 
@@ -205,6 +215,11 @@ impl<'a> Engine<'a> {
         self.connect()?;
         if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
             let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
+            return Err(MigrationError::Blocked(why.into()));
+        }
+        if self.options.fail_safe.is_some() && self.features & FEATURE_CHECKPOINTS == 0 {
+            let why =
+                "the destination cannot send checkpoints: its VMM does not support them, or post-copy is ruled out";
             return Err(MigrationError::Blocked(why.into()));
         }
         strategy.migrate(Running::new(self))?;
@@ -219,6 +234,11 @@ impl<'a> Engine<'a> {
         }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
         self.id = description.id;
+        if self.options.fail_safe.as_ref().is_some_and(|f| lock(&f.store).latest().is_some()) {
+            return Err(MigrationError::Blocked(
+                "the checkpoint store holds a checkpoint already, of what is not known".into(),
+            ));
+        }
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
         let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
@@ -231,6 +251,9 @@ impl<'a> Engine<'a> {
         self.accept(&welcome)?;
         self.open_lanes()?;
         self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
+        if self.features & FEATURE_CHECKPOINTS != 0 {
+            self.await_introduction()?;
+        }
         let asked = Instant::now();
         self.say(&Control::Ping)?;
         self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
@@ -248,7 +271,8 @@ impl<'a> Engine<'a> {
     fn wanted_features(&self) -> u32 {
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
         let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
-        crc | post_copy
+        let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
+        crc | post_copy | checkpoints
     }
 
     /// Opens a control lane and a thread that reads it.
@@ -317,6 +341,24 @@ impl<'a> Engine<'a> {
             let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
         }
+        if let Some(fail_safe) = self.options.fail_safe.clone().filter(|_| self.features & FEATURE_CHECKPOINTS != 0) {
+            let (lane, mut reader) = self.open_lane(LaneKind::Checkpoint, 0)?;
+            reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
+            let keeper = Keeper {
+                reader,
+                writer: lane.writer,
+                peer: lane.peer,
+                ram: lane.ram,
+                fail_safe,
+                identity: self.vm.identity(),
+                kept: self.kept.clone(),
+                wire_bytes: self.counters.wire_bytes.clone(),
+                observer: self.options.observer.clone(),
+                sent: 0,
+            };
+            let tx = self.tx.clone();
+            self.spawn(Role::Control, "mig-checkpoint", Box::new(move || keeper.run(tx)))?;
+        }
         Ok(())
     }
 
@@ -353,6 +395,18 @@ impl<'a> Engine<'a> {
             .spawn(role, self.options.impact, name, body)
             .map_err(|cause| MigrationError::Thread { role: "a lane", cause })?;
         self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Without knowing whom to fence, a VM is not protected.
+    fn await_introduction(&mut self) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + self.options.setup_timeout;
+        while lock(&self.kept.identity).is_none() {
+            if let Some(Input::Control(epoch, frame)) = self.next_input(deadline)? {
+                self.frame(epoch, frame)?;
+            }
+            self.in_time(deadline, "the destination to introduce itself")?;
+        }
         Ok(())
     }
 
@@ -403,6 +457,12 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// How long the destination may be silent.
+    pub(super) fn patience(&self) -> Duration {
+        let detect = self.options.fail_safe.as_ref().filter(|_| !self.machine.owns()).map(|f| f.detect);
+        detect.map_or(self.options.idle_timeout, |detect| detect.min(self.options.idle_timeout))
+    }
+
     /// An error when `deadline` has passed.
     pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
         if Instant::now() < deadline {
@@ -420,17 +480,15 @@ impl<'a> Engine<'a> {
         if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.last_progress = Instant::now();
             self.tell_progress();
-            let phase = self.machine.phase();
+            let (phase, patience) = (self.machine.phase(), self.patience());
             if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
-                && self.last_ping.elapsed() >= PING_INTERVAL
+                && self.last_ping.elapsed() >= PING_INTERVAL.min(patience / 4)
             {
                 self.last_ping = Instant::now();
                 self.say(&Control::Ping)?;
             }
-            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving)
-                && self.last_heard.elapsed() >= self.options.idle_timeout
-            {
-                let why = format!("the destination has been silent for {:?}", self.options.idle_timeout);
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving) && self.last_heard.elapsed() >= patience {
+                let why = format!("the destination has been silent for {patience:?}");
                 let cause = io::Error::new(io::ErrorKind::TimedOut, why);
                 return Err(MigrationError::link(&self.connector().address())(cause));
             }
@@ -580,6 +638,9 @@ impl Engine<'_> {
         let before = self.counters.wire_bytes.load(Ordering::Relaxed);
         let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
         let state = Bytes::from(state.encode());
+        if self.options.fail_safe.is_some() {
+            self.handed_over = state.clone();
+        }
         self.report.state_bytes += state.len() as u64;
         // after saving: that dirtied pages too
         let mut rest = self.harvest()?;
@@ -759,6 +820,10 @@ impl Verbs for Engine<'_> {
         let run = self.machine.run()?;
         // before the frame goes out: from here on the VM may run there
         self.vm.owner_in_doubt();
+        if self.options.fail_safe.is_some() {
+            self.kept.handed_over.store(true, Ordering::Relaxed);
+            self.options.observer.event(&Event::Checkpoint(self.kept.counts()));
+        }
         self.say(&run)?;
         self.await_running()
     }

@@ -1,7 +1,10 @@
 //! The source's side of the protocol.
 
 use super::Violation;
-use crate::wire::{Control, ErrorCode, FaultSummary, Welcome};
+use crate::{
+    fence::Fenced,
+    wire::{Control, ErrorCode, FaultSummary, Welcome},
+};
 
 /// Where the source stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,7 +102,7 @@ impl SourceMachine {
         self.phase
     }
 
-    /// Whether the VM may run here. False from *run* on, for ever.
+    /// Whether the VM may run here. False from *run* on, unless the destination is fenced and the VM restarted.
     pub fn owns(&self) -> bool {
         !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Serving | SourcePhase::Completed)
     }
@@ -195,6 +198,20 @@ impl SourceMachine {
             self.must_be(SourcePhase::InDoubt, "reattach")?;
         }
         Ok([Control::Reattach(vm), Control::Run])
+    }
+
+    /// The destination is dead for certain: the VM is ours again, as it was at a checkpoint, under a new epoch, so that
+    /// nothing of this attempt counts any more. The new epoch.
+    ///
+    /// # Errors
+    /// Before *run* nothing has to be restarted, and after *complete* nothing is here to restart.
+    pub fn restart(&mut self, _destination: Fenced) -> Result<u32, Violation> {
+        if self.phase != SourcePhase::Serving {
+            self.must_be(SourcePhase::InDoubt, "restart")?;
+        }
+        self.phase = SourcePhase::Ended;
+        self.epoch = self.epoch.saturating_add(1);
+        Ok(self.epoch)
     }
 
     /// The attempt ends at the source's wish. `Some` is the frame that tells the destination; `None` means that it

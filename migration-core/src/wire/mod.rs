@@ -5,9 +5,11 @@
 //! Nothing is allocated by a length before it was compared with its bound.
 
 mod bulk;
+mod checkpoint;
 mod control;
 
 pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD, MAX_REQUESTS};
+pub use checkpoint::{Checkpoint, MAX_IDENTITY};
 pub use control::{
     Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
 };
@@ -33,8 +35,11 @@ pub const FEATURE_POST_COPY: u32 = 2;
 /// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`], as the destination's RAM cannot be split
 /// further. Granted by the destination together with [`FEATURE_POST_COPY`].
 pub const FEATURE_HUGE_BLOCKS: u32 = 4;
+/// Feature bit: while pages are missing at the destination, it sends checkpoints of the running VM back on a checkpoint lane,
+/// and holds the VM's output until they are committed. Granted only together with [`FEATURE_POST_COPY`].
+pub const FEATURE_CHECKPOINTS: u32 = 8;
 /// Every feature bit that this build knows.
-pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS | FEATURE_CHECKPOINTS;
 /// Pages of a huge page.
 pub const HUGE_BLOCK: u64 = 512;
 /// Most demand lanes.
@@ -51,6 +56,8 @@ pub enum LaneKind {
     Reattach,
     /// Pages that the guest waits for at the destination: requests one way, pages the other.
     Demand,
+    /// Checkpoints of the VM, from the destination that runs it.
+    Checkpoint,
 }
 
 /// Identifies a session, and proves that a further lane belongs to it: drawn at random by the destination.
@@ -88,6 +95,7 @@ impl Preamble {
             LaneKind::Bulk => 1,
             LaneKind::Reattach => 2,
             LaneKind::Demand => 3,
+            LaneKind::Checkpoint => 4,
         };
         let mut w = Writer::new();
         w.bytes(&MAGIC).u16(self.oldest).u16(self.newest).u8(kind).u8(0).u16(self.index).bytes(&self.session.0);
@@ -110,6 +118,7 @@ impl Preamble {
             1 => LaneKind::Bulk,
             2 => LaneKind::Reattach,
             3 => LaneKind::Demand,
+            4 => LaneKind::Checkpoint,
             other => return Err(DecodeError::invalid("lane kind", format!("unknown kind {other}"))),
         };
         if r.u8("reserved")? != 0 {

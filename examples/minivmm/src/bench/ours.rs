@@ -102,6 +102,7 @@ impl Pair {
     /// Migrates; returns when the source says that it is complete.
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let request = MigrateRequest {
+            fail_safe: None,
             to: self.url.clone(),
             strategy: self.strategy.clone(),
             streams: self.streams,

@@ -26,8 +26,9 @@ const SERIAL_BASE: u16 = 0x3f8;
 const SERIAL_PORTS: u16 = 8;
 /// The line that the serial port interrupts on.
 pub(super) const SERIAL_GSI: u32 = 4;
-/// Output that is kept while the file takes none; beyond it the oldest bytes are dropped, and counted.
-const MAX_PENDING: usize = 64 << 10;
+/// Output that is kept while the file takes none, or while it is held for checkpoints (a byte costs the guest an exit, so that
+/// is at least 20 s of it); beyond it the oldest bytes are dropped, and counted.
+const MAX_PENDING: usize = 1 << 20;
 /// Longest receive buffer of the port.
 const MAX_INPUT: usize = 64;
 
@@ -63,7 +64,17 @@ impl SerialTarget {
                 (Some(file.map_err(context)?), name)
             }
         };
-        Ok(Output { sink, name, pending: VecDeque::new(), dropped: 0, failure: None, held: false })
+        Ok(Output {
+            sink,
+            name,
+            pending: VecDeque::new(),
+            made: 0,
+            first: None,
+            dropped: 0,
+            failure: None,
+            held: false,
+            limit: None,
+        })
     }
 }
 
@@ -73,15 +84,49 @@ pub(super) struct Output {
     sink: Option<File>,
     name: String,
     pending: VecDeque<u8>,
+    /// Bytes that the VM has put out in its life, those that are pending included.
+    made: u64,
+    /// Where in the file its first byte is, or would be; known once the VM is here.
+    first: Option<i64>,
     dropped: u64,
     failure: Option<String>,
     /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end writes it.
     held: bool,
+    /// What was made after this point is kept until a checkpoint that has it is safe.
+    limit: Option<u64>,
 }
 
 impl Output {
+    /// How far the output is written.
+    fn written(&self) -> u64 {
+        self.made - self.pending.len() as u64
+    }
+
+    /// How long the file is; `None` if it is none.
+    fn file_len(&self) -> Option<i64> {
+        let metadata = self.sink.as_ref()?.metadata().ok()?;
+        metadata.is_file().then_some(metadata.len() as i64)
+    }
+
+    /// The VM is here: its next byte follows what the file has now.
+    fn locate(&mut self) {
+        let written = self.written() as i64;
+        self.first = self.first.or_else(|| Some(self.file_len()? - written));
+    }
+
+    /// What is pending was, in part, written by another host, to the same file.
+    fn leave_out_what_is_written(&mut self) {
+        let (Some(first), Some(len)) = (self.first, self.file_len()) else { return };
+        let twice = (len - first).saturating_sub(self.written() as i64).clamp(0, self.pending.len() as i64);
+        self.pending.drain(..twice as usize);
+    }
+
     fn drain(&mut self) {
         while !self.held && !self.pending.is_empty() {
+            let room = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.written()));
+            if room == 0 {
+                return;
+            }
             let Some(sink) = &mut self.sink else {
                 self.pending.clear();
                 return;
@@ -89,7 +134,7 @@ impl Output {
             let (head, _) = self.pending.as_slices();
             // a pipe that polls as writable takes this much at once: no vCPU thread hangs here
             let written = match writable(sink) {
-                Ok(true) => sink.write(&head[..head.len().min(libc::PIPE_BUF)]),
+                Ok(true) => sink.write(&head[..head.len().min(libc::PIPE_BUF).min(room as usize)]),
                 Ok(false) => Err(io::Error::new(io::ErrorKind::WouldBlock, "nobody reads it")),
                 Err(e) => Err(e),
             };
@@ -124,6 +169,7 @@ impl Output {
             self.pending.pop_front();
             self.dropped += 1;
         }
+        self.made += 1;
         self.pending.push_back(byte);
     }
 
@@ -214,6 +260,35 @@ impl Bus {
         }
     }
 
+    /// Keeps output back from here on, but what comes with a state that is loaded.
+    pub(super) fn hold_output(&self) {
+        if let Some(serial) = self.lock().as_mut() {
+            let output = serial.writer_mut();
+            output.limit = Some(output.made);
+        }
+    }
+
+    /// How much output there was in the VM's life.
+    pub(super) fn output(&self) -> u64 {
+        self.lock().as_ref().map_or(0, |serial| serial.writer().made)
+    }
+
+    /// Lets output go up to this point, or all of it.
+    pub(super) fn release_output(&self, until: Option<u64>) {
+        if let Some(serial) = self.lock().as_mut() {
+            let output = serial.writer_mut();
+            output.limit = until;
+            output.drain();
+        }
+    }
+
+    /// After a restart from a checkpoint: its pending output may have been written meanwhile.
+    pub(super) fn leave_out_what_is_written(&self) {
+        if let Some(serial) = self.lock().as_mut() {
+            serial.writer_mut().leave_out_what_is_written();
+        }
+    }
+
     /// What the user should know of the output, after another try to write what is pending.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut serial = self.lock();
@@ -242,9 +317,9 @@ impl Device for SerialDevice {
         "serial"
     }
 
-    // 2: output that could not be written yet moves too
+    // 2: output that could not be written yet moves too; 3: and how much there was in all
     fn version(&self) -> u32 {
-        2
+        3
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -261,12 +336,14 @@ impl Device for SerialDevice {
         let output = serial.writer_mut();
         output.drain();
         output.held = true;
+        output.locate();
         let pending: Vec<u8> = output.pending.iter().copied().collect();
+        let made = output.made;
         let s = serial.state();
         let mut w = Writer::new();
         w.bytes(&[s.baud_divisor_low, s.baud_divisor_high, s.interrupt_enable, s.interrupt_identification]);
         w.bytes(&[s.line_control, s.line_status, s.modem_control, s.modem_status, s.scratch]);
-        w.blob(&s.in_buffer).blob(&pending);
+        w.blob(&s.in_buffer).blob(&pending).u64(made);
         Ok(w.into_bytes().into())
     }
 
@@ -277,7 +354,11 @@ impl Device for SerialDevice {
             r.array("registers").map_err(malformed)?;
         let in_buffer = r.blob(MAX_INPUT, "received bytes").map_err(malformed)?.to_vec();
         let pending = r.blob(MAX_PENDING, "output that waits").map_err(malformed)?;
+        let made = r.u64("bytes put out").map_err(malformed)?;
         r.finish().map_err(malformed)?;
+        if made < pending.len() as u64 {
+            return Err(VmError::new(format!("{} bytes of output wait, of {made}", pending.len())));
+        }
         let state = SerialState {
             baud_divisor_low: low,
             baud_divisor_high: high,
@@ -295,7 +376,10 @@ impl Device for SerialDevice {
         let line = old.interrupt_evt().0.try_clone().map_err(|e| VmError::because("the serial line", e))?;
         let mut output = old.into_writer();
         output.pending = pending.iter().copied().collect();
+        output.made = made;
+        output.limit = output.limit.map(|_| made);
         output.held = true;
+        output.locate();
         // raises the interrupt anew if one is pending: the one raised at the source may not have reached the saved irqchip
         let loaded = Serial::from_state(&state, Line(line), NoEvents, output);
         *slot = Some(loaded.map_err(|e| VmError::new(format!("state of the serial port makes no sense: {e:?}")))?);

@@ -2,14 +2,15 @@
 
 use std::sync::{Arc, Weak};
 
+use bytes::Bytes;
 use migration_core::{
     GuestRam, PageSet,
     pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
-    vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError},
+    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError},
 };
-use migration_kvm::{ram::Backing, tracker::TrackerKind};
+use migration_kvm::{fence::ProcessIdentity, ram::Backing, tracker::TrackerKind};
 
 use super::{Machine, MachineConfig, SerialTarget};
 
@@ -97,8 +98,53 @@ impl SourceVm for MachineSource {
         self.machine.give_up();
     }
 
+    fn identity(&self) -> Bytes {
+        identity()
+    }
+
     fn released(&mut self) {
         self.machine.shut_down();
+    }
+
+    fn restart(&mut self, state: &VmState) -> Result<(), VmError> {
+        self.machine.restart(state)
+    }
+}
+
+/// Who a fence has to end.
+fn identity() -> Bytes {
+    // without it no fence can: the VM waits then
+    ProcessIdentity::own().map(|own| own.encode().into()).unwrap_or_default()
+}
+
+/// Checkpoints are taken as a migration would take the machine away.
+impl ProtectedVm for MachineSource {
+    fn tracker(&mut self) -> &mut dyn DirtyTracker {
+        &mut *self.tracker
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        SourceVm::pause(self)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        SourceVm::resume(self)
+    }
+
+    fn save_state(&mut self) -> Result<VmState, VmError> {
+        SourceVm::save_state(self)
+    }
+
+    fn hold_output(&mut self) {
+        self.machine.bus.hold_output();
+    }
+
+    fn output(&mut self) -> u64 {
+        self.machine.bus.output()
+    }
+
+    fn release_output(&mut self, until: Option<u64>) {
+        self.machine.bus.release_output(until);
     }
 }
 
@@ -170,6 +216,14 @@ impl DestinationVm for MachineDestination {
 
     fn vcpu_threads(&self) -> Vec<u32> {
         self.0.processors.threads()
+    }
+
+    fn identity(&self) -> Bytes {
+        identity()
+    }
+
+    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+        Some(Box::new(MachineSource::new(self.0.clone())))
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {

@@ -264,6 +264,18 @@ impl Machine {
         Ok(())
     }
 
+    /// The destination is dead: the machine is here again, as this state and RAM say, and runs if its user lets it.
+    pub(super) fn restart(&self, state: &VmState) -> Result<(), VmError> {
+        self.processors.load(state)?;
+        self.devices().load(state)?;
+        self.bus.leave_out_what_is_written();
+        self.devices().resume()?;
+        let mut standing = self.standing();
+        (standing.given_up, standing.by_migration) = (false, false);
+        self.settle(&standing);
+        Ok(())
+    }
+
     /// It may run at the destination from now on.
     pub(super) fn give_up(&self) {
         self.standing().given_up = true;

@@ -1,6 +1,7 @@
 //! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
 
 use super::*;
+use crate::{PageRange, checkpoint::FailSafe, fence::Fenced, state::VmState, vm::VmError};
 
 impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
@@ -13,7 +14,13 @@ impl Engine<'_> {
             // whatever the strategy came to: the destination needs these pages
             error = self.serve_all(&mut Linear::default()).err();
         }
-        if self.machine.phase() == SourcePhase::Completed {
+        if let Some((outcome, reason)) = self.aftermath.take() {
+            self.report.outcome = outcome;
+            self.report.reason = Some(reason);
+            self.report.epoch = self.machine.epoch();
+            self.give_back();
+            self.finish_report();
+        } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
             let _ = self.say(&Control::Done);
             self.report.outcome = Outcome::Completed;
@@ -75,6 +82,7 @@ impl Engine<'_> {
         let report = &mut self.report;
         report.total = self.start.elapsed();
         report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+        report.checkpoints = self.kept.counts();
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
         report.pages.distinct = self.touched.len();
@@ -104,7 +112,8 @@ impl Engine<'_> {
     /// post-copy has said what it lacks.
     pub(in crate::engine) fn reconnect(&mut self, mut why: String) {
         self.report.recoveries += 1;
-        let (mut since, mut told, mut back_off) = (Instant::now(), false, FIRST_BACK_OFF);
+        let (lost, mut refused) = (Instant::now(), None);
+        let (mut since, mut told, mut back_off) = (lost, false, FIRST_BACK_OFF);
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
             if !told && since.elapsed() >= self.options.in_doubt_grace {
@@ -131,7 +140,22 @@ impl Engine<'_> {
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
             }
-            let again = Instant::now() + back_off;
+            let identity = lock(&self.kept.identity).clone();
+            if let Some(fail_safe) = self.options.fail_safe.clone()
+                && lost.elapsed() >= fail_safe.detect
+                && let Some(identity) = identity
+            {
+                match Fenced::by(&*fail_safe.fence, &identity) {
+                    Ok(dead) => return self.take_back(dead, &fail_safe, &why),
+                    Err(error) if refused.as_ref() != Some(&error) => {
+                        let what = format!("the VM is not restarted from its last checkpoint: {error}");
+                        self.options.observer.event(&Event::Warning(what));
+                        refused = Some(error);
+                    }
+                    Err(_) => {}
+                }
+            }
+            let again = Instant::now() + back_off.min(self.patience());
             back_off = (back_off * 2).min(MAX_BACK_OFF);
             while let Ok(input) = self.inputs.recv_timeout(again.saturating_duration_since(Instant::now())) {
                 if let Input::Recover(connector) = input {
@@ -141,6 +165,58 @@ impl Engine<'_> {
                     break;
                 }
             }
+        }
+    }
+
+    /// The destination is dead: the VM is ours again, as it was at its last checkpoint.
+    fn take_back(&mut self, dead: Fenced, fail_safe: &FailSafe, why: &str) {
+        self.close();
+        let restarted = match self.machine.restart(dead) {
+            Ok(_) => self.restart(fail_safe),
+            Err(violation) => Err(violation.into()),
+        };
+        let after = match restarted {
+            Ok(0) => "as it was at the hand-over".to_owned(),
+            Ok(number) => format!("as it was at checkpoint {number}"),
+            Err(error) => {
+                let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
+                self.aftermath = Some((Outcome::Lost, reason));
+                (self.paused, self.tracking, self.throttle) = (false, false, 0);
+                return self.vm.released();
+            }
+        };
+        let reason = format!("the destination is dead ({why}); the VM runs on here, {after}");
+        self.aftermath = Some((Outcome::Restarted, reason));
+    }
+
+    /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run from there.
+    fn restart(&mut self, fail_safe: &FailSafe) -> Result<u32, MigrationError> {
+        let mut store = lock(&fail_safe.store);
+        let (number, state) = store.latest().unwrap_or_else(|| (0, self.handed_over.clone()));
+        let state = VmState::decode(&state)?;
+        let ram = self.ram.clone();
+        let restored = store.restore(&mut |page, data| {
+            let memory = ram.slice(PageRange::new(page, 1)).map_err(io::Error::other)?;
+            match data {
+                Some(data) => memory.copy_from(data),
+                None => memory.zero(),
+            }
+            Ok(())
+        });
+        let unreadable = |cause| VmError::because("the checkpoint", cause);
+        restored.map_err(unreadable).map_err(MigrationError::vm("restoring RAM"))?;
+        self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
+        // it is whatever a checkpoint made it, and runs
+        self.paused = false;
+        self.harvested = PageSet::full(self.report.pages.total);
+        Ok(number)
+    }
+
+    /// What serving came to, if its VM came back.
+    pub(in crate::engine) fn came_back(&self) -> Result<(), MigrationError> {
+        match &self.aftermath {
+            Some((_, reason)) => Err(MigrationError::GaveUp(reason.clone())),
+            None => Ok(()),
         }
     }
 
@@ -158,7 +234,7 @@ impl Engine<'_> {
 
     pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
         let running = |event| matches!(event, SourceEvent::Running).then_some(());
-        self.wait("the destination to run the VM", self.options.idle_timeout, running)?;
+        self.wait("the destination to run the VM", self.patience(), running)?;
         if let Some(paused) = self.paused_at {
             self.report.downtime.get_or_insert(paused.elapsed());
         }

@@ -1,0 +1,413 @@
+//! Checkpoints of a VM that runs at its destination before all its pages are there: taken there, kept at the source.
+//!
+//! One checkpoint (PostCopyFT, section III): *stage I* sends what was written since the last one while the guest runs;
+//! *stage II* pauses it, saves its state, copies what it wrote during stage I, and lets it go on. The copy and the state
+//! follow, then the commit. Output made before stage II leaves when the source has acknowledged it.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{
+    control::read_frame,
+    handle::{Input, lock},
+    lane::{Job, Lane},
+    missing::Missing,
+};
+use crate::{
+    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    channel::{ReadHalf, WriteHalf},
+    checkpoint::FailSafe,
+    codec::DecodeError,
+    ram::GuestRam,
+    report::{CheckpointCounts, Event, Observer},
+    state::{MAX_STATE, VmState},
+    tracker::Rearm,
+    vm::{ProtectedVm, VmError},
+    wire::{Bulk, Checkpoint, Content, Extent, STATE_CHUNK},
+};
+
+/// Pages of a frame that was copied before it is sent.
+const COPIED_PAGES: u64 = 256;
+
+// ---- at the destination ------------------------------------------------------------------------------------------
+
+/// A VM at its destination, of which checkpoints are taken.
+pub(super) struct Protection {
+    /// `None` once the VM was discarded.
+    protected: Mutex<Option<Protected>>,
+    identity: Bytes,
+}
+
+struct Protected {
+    vm: Box<dyn ProtectedVm>,
+    /// Pages that were written since the last committed checkpoint, and are not in the tracker any more.
+    owed: PageSet,
+    /// The last checkpoint that was begun.
+    number: u32,
+}
+
+/// What the guest wrote during stage I, and its state, of one moment.
+struct Frozen {
+    ranges: Vec<PageRange>,
+    data: Vec<u8>,
+    state: Vec<u8>,
+    output: u64,
+}
+
+impl Protection {
+    pub(super) fn new(mut vm: Box<dyn ProtectedVm>, identity: Bytes, pages: u64) -> Result<Self, VmError> {
+        vm.tracker().start().map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
+        let protected = Protected { vm, owed: PageSet::empty(pages), number: 0 };
+        Ok(Self { protected: Mutex::new(Some(protected)), identity })
+    }
+
+    /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
+    /// out from here on is held.
+    pub(super) fn begin(&self) -> Result<(), MigrationError> {
+        if let Some(Protected { vm, owed, .. }) = lock(&self.protected).as_mut() {
+            vm.tracker().harvest(&mut PageSet::empty(owed.capacity()))?;
+            vm.hold_output();
+        }
+        Ok(())
+    }
+
+    /// The source will never restart the VM: nothing is held any more.
+    pub(super) fn end(&self) -> Result<(), MigrationError> {
+        if let Some(mut protected) = lock(&self.protected).take() {
+            protected.vm.release_output(None);
+            protected.vm.tracker().stop()?;
+        }
+        Ok(())
+    }
+
+    /// The VM is discarded.
+    pub(super) fn give_up(&self) {
+        drop(lock(&self.protected).take());
+    }
+
+    /// Takes a checkpoint, and returns when it is committed.
+    fn checkpoint(&self, lane: &mut CheckpointLane) -> Result<(), MigrationError> {
+        let mut guard = lock(&self.protected);
+        let Some(Protected { vm, owed, number }) = guard.as_mut() else { return Ok(()) };
+        *number = number.wrapping_add(1);
+        let number = *number;
+        // stage I
+        owed.union_with(&harvest(&mut **vm, owed.capacity())?);
+        let rearm = vm.tracker().rearm();
+        let mut pages = lane.send_live(owed, rearm.clone(), number)?;
+        // stage II
+        vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"))?;
+        let frozen = freeze(&mut **vm, &*lane.lane.ram, rearm.as_deref());
+        vm.resume().map_err(MigrationError::vm("resuming the guest after a checkpoint"))?;
+        let (rest, frozen) = frozen?;
+        owed.union_with(&rest);
+        pages += lane.send_copy(&frozen, number)?;
+        for chunk in frozen.state.chunks(STATE_CHUNK) {
+            lane.say(&Checkpoint::State(Bytes::copy_from_slice(chunk)), number)?;
+        }
+        lane.say(&Checkpoint::Commit { pages, state_bytes: frozen.state.len() as u64 }, number)?;
+        lane.await_commit(number)?;
+        owed.clear();
+        vm.release_output(Some(frozen.output));
+        Ok(())
+    }
+}
+
+/// Pages that the guest has written. (If the tracker reports one that is still missing, to read it fetches it.)
+fn harvest(vm: &mut dyn ProtectedVm, pages: u64) -> Result<PageSet, MigrationError> {
+    let mut dirty = PageSet::empty(pages);
+    vm.tracker().harvest(&mut dirty)?;
+    Ok(dirty)
+}
+
+/// While the guest is paused.
+fn freeze(
+    vm: &mut dyn ProtectedVm,
+    ram: &dyn GuestRam,
+    rearm: Option<&dyn Rearm>,
+) -> Result<(PageSet, Frozen), MigrationError> {
+    let state = vm.save_state().map_err(MigrationError::vm("saving the state for a checkpoint"))?.encode();
+    let output = vm.output();
+    // behind the save, which writes too
+    let rest = harvest(vm, ram.layout().pages())?;
+    let mut data = vec![0; rest.len() as usize * PAGE_SIZE];
+    let (mut ranges, mut at) = (Vec::new(), 0);
+    for run in rest.ranges() {
+        if let Some(rearm) = rearm {
+            rearm.before_read(run, &rest)?;
+        }
+        for (_, _, mut piece) in ram.layout().split(run) {
+            while piece.count > 0 {
+                let range = PageRange::new(piece.first, piece.count.min(COPIED_PAGES));
+                let bytes = range.count as usize * PAGE_SIZE;
+                ram.slice(range)?.copy_to(&mut data[at..at + bytes]);
+                at += bytes;
+                ranges.push(range);
+                piece = PageRange::new(range.end(), piece.count - range.count);
+            }
+        }
+    }
+    Ok((rest, Frozen { ranges, data, state, output }))
+}
+
+/// The destination's end of the checkpoint lane.
+pub(super) struct CheckpointLane {
+    pub(super) lane: Lane,
+    pub(super) reader: Box<dyn ReadHalf>,
+    pub(super) sequence: u32,
+}
+
+impl CheckpointLane {
+    /// Takes checkpoints until no page is missing, then waits for the end of the link. `wait_running` returns when the VM
+    /// runs, or never will.
+    pub(super) fn run(
+        &mut self,
+        protection: &Protection,
+        told: &mut dyn FnMut(Duration, Bytes),
+        wait_running: &dyn Fn() -> Option<Arc<Missing>>,
+    ) -> Result<(), MigrationError> {
+        let (header, body) = self.read()?;
+        let Checkpoint::Every { interval_us, detect_us, identity } = Checkpoint::decode(&header, &body)? else {
+            return Err(DecodeError::invalid("kind", "a checkpoint lane begins with how often").into());
+        };
+        let interval = Duration::from_micros(interval_us);
+        told(Duration::from_micros(detect_us), identity);
+        self.say(&Checkpoint::Identity(protection.identity.clone()), 0)?;
+        if let Some(missing) = wait_running() {
+            while !missing.wait_ended_for(Duration::ZERO) {
+                protection.checkpoint(self)?;
+                missing.wait_ended_for(interval);
+            }
+        }
+        // the source does not speak any more; that it is alive is seen on the control lane
+        self.reader.set_idle_timeout(None).map_err(MigrationError::link(&self.lane.peer))?;
+        let (header, _) = self.read()?;
+        Err(DecodeError::invalid("kind", format!("{:#x} on an idle checkpoint lane", header.kind)).into())
+    }
+
+    fn read(&mut self) -> Result<(crate::wire::Header, Vec<u8>), MigrationError> {
+        let read = read_frame(&mut *self.reader, &mut self.sequence, &self.lane.peer)?;
+        if read.0.payload != 0 {
+            return Err(DecodeError::invalid("payload length", "no pages come from a source here").into());
+        }
+        Ok(read)
+    }
+
+    fn say(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
+        let bytes = frame.encode(self.lane.sequence, number);
+        self.lane.write(&bytes, &[])
+    }
+
+    /// Sends pages of the running guest: they may change meanwhile, and come again then.
+    fn send_live(
+        &mut self,
+        pages: &PageSet,
+        rearm: Option<Arc<dyn Rearm>>,
+        number: u32,
+    ) -> Result<u64, MigrationError> {
+        let pages = Arc::new(pages.clone());
+        let count = pages.len();
+        self.lane.round(&Job { generation: number, pages, rearm, stop: Arc::default() })?;
+        Ok(count)
+    }
+
+    fn send_copy(&mut self, frozen: &Frozen, number: u32) -> Result<u64, MigrationError> {
+        let (mut at, mut pages) = (0, 0);
+        for &range in &frozen.ranges {
+            let bytes = range.count as usize * PAGE_SIZE;
+            let extents = vec![Extent { range, content: Content::Plain }];
+            let mut frame = Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.lane.sequence, number);
+            frame.extend_from_slice(&frozen.data[at..at + bytes]);
+            self.lane.write(&frame, &[])?;
+            (at, pages) = (at + bytes, pages + range.count);
+        }
+        Ok(pages)
+    }
+
+    fn await_commit(&mut self, number: u32) -> Result<(), MigrationError> {
+        let (header, body) = self.read()?;
+        match Checkpoint::decode(&header, &body)? {
+            Checkpoint::Committed if header.number == number => Ok(()),
+            _ => Err(DecodeError::invalid("kind", format!("no answer to checkpoint {number}")).into()),
+        }
+    }
+}
+
+// ---- at the source -----------------------------------------------------------------------------------------------
+
+/// What the source knows of the protection of its VM.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// The destination has introduced itself.
+    pub(super) identity: Mutex<Option<Bytes>>,
+    /// The VM was handed over: from then on it is protected.
+    pub(super) handed_over: AtomicBool,
+    pub(super) count: AtomicU64,
+    pub(super) bytes: AtomicU64,
+}
+
+impl Kept {
+    pub(super) fn counts(&self) -> CheckpointCounts {
+        CheckpointCounts {
+            protected: self.handed_over.load(Ordering::Relaxed),
+            count: self.count.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// The source's end of the checkpoint lane.
+pub(super) struct Keeper {
+    pub(super) reader: Box<dyn ReadHalf>,
+    pub(super) writer: Box<dyn WriteHalf>,
+    pub(super) peer: String,
+    pub(super) ram: Arc<dyn GuestRam>,
+    pub(super) fail_safe: FailSafe,
+    pub(super) identity: Bytes,
+    pub(super) kept: Arc<Kept>,
+    pub(super) wire_bytes: Arc<AtomicU64>,
+    pub(super) observer: Arc<dyn Observer>,
+    pub(super) sent: u32,
+}
+
+/// A checkpoint that is coming in.
+#[derive(Default)]
+struct Incoming {
+    number: u32,
+    pages: u64,
+    bytes: u64,
+    state: Vec<u8>,
+}
+
+impl Keeper {
+    /// Keeps checkpoints until the link ends.
+    pub(super) fn run(mut self, inputs: mpsc::Sender<Input>) {
+        // what the lost link has left half-done; the last committed checkpoint counts
+        lock(&self.fail_safe.store).discard();
+        let mut sequence = 0;
+        let mut incoming = Incoming::default();
+        let us = |time: Duration| time.as_micros() as u64;
+        let first = Checkpoint::Every {
+            interval_us: us(self.fail_safe.interval),
+            detect_us: us(self.fail_safe.detect),
+            identity: self.identity.clone(),
+        };
+        let mut kept = self.say(&first, 0);
+        while kept.is_ok() {
+            kept = self.frame(&mut sequence, &mut incoming, &inputs);
+        }
+        if let Err(error) = kept {
+            // the engine may be gone: the migration is over
+            let _ = inputs.send(Input::Lane(Err(error)));
+        }
+    }
+
+    fn frame(
+        &mut self,
+        sequence: &mut u32,
+        incoming: &mut Incoming,
+        inputs: &mpsc::Sender<Input>,
+    ) -> Result<(), MigrationError> {
+        let (header, body) = read_frame(&mut *self.reader, sequence, &self.peer)?;
+        let bytes = (crate::wire::Header::LEN + body.len()) as u64 + u64::from(header.payload);
+        self.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
+        incoming.bytes += bytes;
+        if !Checkpoint::is_kind(header.kind) {
+            incoming.check(header.number)?;
+            return match Bulk::decode(&header, &body, self.ram.layout().pages())? {
+                Bulk::Pages { extents, .. } => self.pages(&extents, incoming),
+                Bulk::RoundEnd { .. } => Ok(()),
+                Bulk::Request { .. } => Err(DecodeError::invalid("kind", "requests on a checkpoint lane").into()),
+            };
+        }
+        match Checkpoint::decode(&header, &body)? {
+            Checkpoint::Identity(identity) => {
+                *lock(&self.kept.identity) = Some(identity);
+                // as above
+                let _ = inputs.send(Input::Introduced);
+                Ok(())
+            }
+            Checkpoint::State(chunk) => {
+                incoming.check(header.number)?;
+                if incoming.state.len() + chunk.len() > MAX_STATE {
+                    return Err(DecodeError::invalid("state", "it is above its limit").into());
+                }
+                incoming.state.extend_from_slice(&chunk);
+                Ok(())
+            }
+            Checkpoint::Commit { pages, state_bytes } => {
+                incoming.check(header.number)?;
+                if (pages, state_bytes) != (incoming.pages, incoming.state.len() as u64) {
+                    let why = format!("{pages} pages were sent, {} came", incoming.pages);
+                    return Err(DecodeError::invalid("checkpoint", why).into());
+                }
+                self.commit(std::mem::take(incoming))
+            }
+            Checkpoint::Every { .. } | Checkpoint::Committed => {
+                Err(DecodeError::invalid("kind", "only a source says that").into())
+            }
+        }
+    }
+
+    fn pages(&mut self, extents: &[Extent], incoming: &mut Incoming) -> Result<(), MigrationError> {
+        let mut page = [0; PAGE_SIZE];
+        for extent in extents {
+            incoming.pages += extent.range.count;
+            for number in extent.range.pages() {
+                let data = match extent.content {
+                    Content::Zero => None,
+                    Content::Plain => {
+                        self.reader.read_exact(&mut page).map_err(MigrationError::link(&self.peer))?;
+                        Some(&page)
+                    }
+                };
+                lock(&self.fail_safe.store).put(number, data).map_err(not_kept)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, complete: Incoming) -> Result<(), MigrationError> {
+        // what could not be loaded is no checkpoint
+        VmState::decode(&complete.state)?;
+        lock(&self.fail_safe.store).commit(complete.number, complete.state.into()).map_err(not_kept)?;
+        self.kept.bytes.fetch_add(complete.bytes, Ordering::Relaxed);
+        self.kept.count.fetch_add(1, Ordering::Relaxed);
+        self.observer.event(&Event::Checkpoint(self.kept.counts()));
+        self.say(&Checkpoint::Committed, complete.number)
+    }
+
+    fn say(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
+        let bytes = frame.encode(self.sent, number);
+        self.sent = self.sent.wrapping_add(1);
+        self.writer.write_all(&bytes, &[]).map_err(MigrationError::link(&self.peer))?;
+        self.wire_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Incoming {
+    /// A frame of checkpoint `number` has come.
+    fn check(&mut self, number: u32) -> Result<(), DecodeError> {
+        if self.number == 0 {
+            self.number = number;
+        }
+        if self.number == number && number != 0 {
+            return Ok(());
+        }
+        Err(DecodeError::invalid("checkpoint", format!("{number} in the middle of {}", self.number)))
+    }
+}
+
+fn not_kept(cause: io::Error) -> MigrationError {
+    MigrationError::Vm { step: "keeping a checkpoint", cause: VmError::because("the store", cause) }
+}

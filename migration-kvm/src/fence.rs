@@ -1,0 +1,190 @@
+//! A [`Fence`] for two VMMs on one host: kills the other one's process through a descriptor of it, and waits for its end.
+
+use std::{
+    fs, io,
+    time::{Duration, Instant},
+};
+
+use migration_core::{
+    codec::{DecodeError, Reader, Writer},
+    fence::{Fence, NotFenced},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
+/// How long the end of a killed process may take: its memory is freed first.
+const LONGEST_END: Duration = Duration::from_secs(30);
+const VERSION: u8 = 1;
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// A process of this or another host: which boot of which host, which PID namespace, its number and when it started, so that
+/// a number that was given anew is not mistaken for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessIdentity {
+    boot: [u8; 36],
+    namespace: u64,
+    pid: u32,
+    started: u64,
+}
+
+impl ProcessIdentity {
+    /// The calling process.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn own() -> io::Result<Self> {
+        let pid = std::process::id();
+        let started = started(pid)?.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Self { boot: boot_id()?, namespace: namespace()?, pid, started })
+    }
+
+    /// The form in which it travels, for [`identity`](migration_core::vm::DestinationVm::identity).
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.u8(VERSION).bytes(&self.boot).u64(self.namespace).u32(self.pid).u64(self.started);
+        w.into_bytes()
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// When the bytes are something else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut r = Reader::new(bytes);
+        let version = r.u8("version")?;
+        if version != VERSION {
+            return Err(DecodeError::invalid("version", format!("{version} is not known")));
+        }
+        let identity = Self {
+            boot: r.array("boot")?,
+            namespace: r.u64("namespace")?,
+            pid: r.u32("pid")?,
+            started: r.u64("start")?,
+        };
+        r.finish()?;
+        Ok(identity)
+    }
+}
+
+/// Ends a process of this host, whose identity is an encoded [`ProcessIdentity`]. Needs the right to kill it. Of other hosts it
+/// knows nothing, and says so.
+///
+/// The peer names the process: link two VMMs by it only where a peer may end any process that this one may.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessFence;
+
+impl Fence for ProcessFence {
+    fn fence(&self, identity: &[u8]) -> Result<(), NotFenced> {
+        let other = ProcessIdentity::decode(identity)
+            .map_err(|e| NotFenced(format!("its identity is none of a process: {e}")))?;
+        let unknown = |e: io::Error| NotFenced(format!("processes of this host cannot be told apart: {e}"));
+        if other.boot != boot_id().map_err(unknown)? || other.namespace != namespace().map_err(unknown)? {
+            return Err(NotFenced("it is on another host, or in another PID namespace".into()));
+        }
+        if other.pid == std::process::id() {
+            return Err(NotFenced("it claims to be this very process".into()));
+        }
+        let raw = i32::try_from(other.pid).ok().and_then(Pid::from_raw);
+        let pid = raw.ok_or_else(|| NotFenced(format!("{} is no process number", other.pid)))?;
+        // first the descriptor, then the look: what is looked at is then what the descriptor is of, or has ended
+        let process = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(process) => process,
+            Err(rustix::io::Errno::SRCH) => return Ok(()),
+            Err(e) => return Err(NotFenced(format!("process {}: {e}", other.pid))),
+        };
+        if started(other.pid).map_err(unknown)? != Some(other.started) {
+            // it has ended; its number is another's now, or nobody's
+            return Ok(());
+        }
+        match pidfd_send_signal(&process, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(e) => return Err(NotFenced(format!("killing process {}: {e}", other.pid))),
+        }
+        // readable once every one of its threads has ended: no vCPU runs then
+        let deadline = Instant::now() + LONGEST_END;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => return Err(NotFenced(format!("process {} was killed, but does not end", other.pid))),
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(NotFenced(format!("waiting for the end of process {}: {e}", other.pid))),
+            }
+        }
+    }
+}
+
+fn boot_id() -> io::Result<[u8; 36]> {
+    let id = fs::read(BOOT_ID)?;
+    id.first_chunk().copied().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, BOOT_ID))
+}
+
+fn namespace() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(fs::metadata("/proc/self/ns/pid")?.ino())
+}
+
+/// When a process started, in ticks since boot; `None` if there is none of this number, or it has ended and is only not
+/// waited for yet.
+fn started(pid: u32) -> io::Result<Option<u64>> {
+    let stat = match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat,
+        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    // the name before it may hold anything, parentheses and blanks included
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    match (fields.first(), fields.get(19).and_then(|f| f.parse().ok())) {
+        (Some(&"X"), _) => Ok(None),
+        (_, Some(started)) => Ok(Some(started)),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: {stat}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn identity_of(child: &Child) -> ProcessIdentity {
+        let pid = child.id();
+        ProcessIdentity { pid, started: started(pid).unwrap().unwrap(), ..ProcessIdentity::own().unwrap() }
+    }
+
+    fn sleeper() -> Child {
+        Command::new("sleep").arg("1000").spawn().unwrap()
+    }
+
+    #[test]
+    fn a_process_is_dead_when_the_fence_returns() {
+        let mut child = sleeper();
+        let identity = identity_of(&child).encode();
+        ProcessFence.fence(&identity).unwrap();
+        // it has ended, though its parent has not waited for it
+        ProcessFence.fence(&identity).unwrap();
+        assert!(!child.wait().unwrap().success());
+        ProcessFence.fence(&identity).unwrap();
+    }
+
+    #[test]
+    fn others_are_left_alone() {
+        let mut child = sleeper();
+        let identity = identity_of(&child);
+        // its number was somebody else's before
+        let earlier = ProcessIdentity { started: identity.started - 1, ..identity };
+        ProcessFence.fence(&earlier.encode()).unwrap();
+        assert!(child.try_wait().unwrap().is_none(), "it lives");
+        let elsewhere = ProcessIdentity { boot: [b'0'; 36], ..identity };
+        ProcessFence.fence(&elsewhere.encode()).unwrap_err();
+        ProcessFence.fence(&ProcessIdentity::own().unwrap().encode()).unwrap_err();
+        ProcessFence.fence(b"").unwrap_err();
+        ProcessFence.fence(&ProcessIdentity { pid: 0, ..identity }.encode()).unwrap_err();
+        assert!(child.try_wait().unwrap().is_none(), "it lives");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
