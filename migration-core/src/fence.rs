@@ -21,6 +21,13 @@ pub trait Fence: Send + Sync {
     /// # Errors
     /// When it cannot be made certain. The VM then waits: it is never restarted on a guess.
     fn fence(&self, identity: &[u8]) -> Result<(), NotFenced>;
+
+    /// Whether it is known to be dead already, without doing anything about it. Then nobody has to wait until silence has
+    /// lasted long enough. The default does not know.
+    fn is_dead(&self, identity: &[u8]) -> bool {
+        let _ = identity;
+        false
+    }
 }
 
 /// No arbiter: the other side is never known to be dead.

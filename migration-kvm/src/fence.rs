@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
@@ -11,6 +12,7 @@ use migration_core::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
@@ -77,42 +79,60 @@ pub struct ProcessFence;
 
 impl Fence for ProcessFence {
     fn fence(&self, identity: &[u8]) -> Result<(), NotFenced> {
-        let other = ProcessIdentity::decode(identity)
-            .map_err(|e| NotFenced(format!("its identity is none of a process: {e}")))?;
-        let unknown = |e: io::Error| NotFenced(format!("processes of this host cannot be told apart: {e}"));
-        if other.boot != boot_id().map_err(unknown)? || other.namespace != namespace().map_err(unknown)? {
-            return Err(NotFenced("it is on another host, or in another PID namespace".into()));
+        let Some((process, pid)) = find(identity)? else { return Ok(()) };
+        match pidfd_send_signal(&process, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(e) => return Err(NotFenced(format!("killing process {pid}: {e}"))),
         }
-        if other.pid == std::process::id() {
-            return Err(NotFenced("it claims to be this very process".into()));
-        }
-        let raw = i32::try_from(other.pid).ok().and_then(Pid::from_raw);
-        let pid = raw.ok_or_else(|| NotFenced(format!("{} is no process number", other.pid)))?;
-        // first the descriptor, then the look: what is looked at is then what the descriptor is of, or has ended
-        let process = match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(process) => process,
-            Err(rustix::io::Errno::SRCH) => return Ok(()),
-            Err(e) => return Err(NotFenced(format!("process {}: {e}", other.pid))),
-        };
-        if started(other.pid).map_err(unknown)? != Some(other.started) {
-            // it has ended; its number is another's now, or nobody's
+        if has_ended(&process, LONGEST_END)? {
             return Ok(());
         }
-        match pidfd_send_signal(&process, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(e) => return Err(NotFenced(format!("killing process {}: {e}", other.pid))),
+        Err(NotFenced(format!("process {pid} was killed, but does not end")))
+    }
+
+    fn is_dead(&self, identity: &[u8]) -> bool {
+        match find(identity) {
+            Ok(None) => true,
+            Ok(Some((process, _))) => has_ended(&process, Duration::ZERO).unwrap_or(false),
+            Err(_) => false,
         }
-        // readable once every one of its threads has ended: no vCPU runs then
-        let deadline = Instant::now() + LONGEST_END;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)) {
-                Ok(0) => return Err(NotFenced(format!("process {} was killed, but does not end", other.pid))),
-                Ok(_) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(NotFenced(format!("waiting for the end of process {}: {e}", other.pid))),
-            }
+    }
+}
+
+/// A descriptor of the process that `identity` names, and its number; `None` if it has ended.
+fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
+    let other =
+        ProcessIdentity::decode(identity).map_err(|e| NotFenced(format!("its identity is none of a process: {e}")))?;
+    let unknown = |e: io::Error| NotFenced(format!("processes of this host cannot be told apart: {e}"));
+    if other.boot != boot_id().map_err(unknown)? || other.namespace != namespace().map_err(unknown)? {
+        return Err(NotFenced("it is on another host, or in another PID namespace".into()));
+    }
+    if other.pid == std::process::id() {
+        return Err(NotFenced("it claims to be this very process".into()));
+    }
+    let raw = i32::try_from(other.pid).ok().and_then(Pid::from_raw);
+    let pid = raw.ok_or_else(|| NotFenced(format!("{} is no process number", other.pid)))?;
+    // first the descriptor, then the look: what is looked at is then what the descriptor is of, or has ended
+    let process = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => process,
+        Err(Errno::SRCH) => return Ok(None),
+        Err(e) => return Err(NotFenced(format!("process {}: {e}", other.pid))),
+    };
+    // if that differs it has ended, and its number is another's now, or nobody's
+    let same = started(other.pid).map_err(unknown)? == Some(other.started);
+    Ok(same.then_some((process, other.pid)))
+}
+
+/// Whether every thread of the process has ended within this time: no vCPU runs then.
+fn has_ended(process: &OwnedFd, within: Duration) -> Result<bool, NotFenced> {
+    let deadline = Instant::now() + within;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(NotFenced(format!("waiting for the end of a process: {e}"))),
         }
     }
 }
@@ -163,7 +183,9 @@ mod tests {
     fn a_process_is_dead_when_the_fence_returns() {
         let mut child = sleeper();
         let identity = identity_of(&child).encode();
+        assert!(!ProcessFence.is_dead(&identity));
         ProcessFence.fence(&identity).unwrap();
+        assert!(ProcessFence.is_dead(&identity));
         // it has ended, though its parent has not waited for it
         ProcessFence.fence(&identity).unwrap();
         assert!(!child.wait().unwrap().success());

@@ -193,6 +193,9 @@ pub(crate) enum Huge {
     Split,
 }
 
+/// `None` for no protection. (clap takes an `Option` that it can read for an option that may be left out.)
+pub(crate) type FailSafe = Option<Protect>;
+
 /// How a VM is protected in post-copy.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Protect {
@@ -271,7 +274,7 @@ pub(crate) struct Migrate {
     pub(crate) on_timeout: TimeoutAction,
     /// In post-copy, protect the VM against the death of its destination: none or reverse[:interval=100ms,detect=1s].
     #[arg(long, default_value = "none", value_parser = fail_safe)]
-    pub(crate) fail_safe: Option<Protect>,
+    pub(crate) fail_safe: FailSafe,
     /// How much the guest may be disturbed.
     #[arg(long, default_value = "balanced")]
     pub(crate) guest_impact: Impact,
@@ -352,7 +355,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// How the VM is protected, as users write it.
-fn fail_safe(text: &str) -> Result<Option<Protect>, String> {
+fn fail_safe(text: &str) -> Result<FailSafe, String> {
     let (name, options) = text.split_once(':').unwrap_or((text, ""));
     match name {
         "none" if options.is_empty() => return Ok(None),

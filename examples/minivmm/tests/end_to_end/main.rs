@@ -8,6 +8,7 @@ mod common;
 mod contract;
 mod convergence;
 mod elf;
+mod fail_safe;
 mod faults;
 mod moves;
 mod one_edge;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
+    fail_safe::add(&mut suite);
     faults::add(&mut suite);
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);

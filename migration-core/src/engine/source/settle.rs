@@ -142,8 +142,8 @@ impl Engine<'_> {
             }
             let identity = lock(&self.kept.identity).clone();
             if let Some(fail_safe) = self.options.fail_safe.clone()
-                && lost.elapsed() >= fail_safe.detect
                 && let Some(identity) = identity
+                && (lost.elapsed() >= fail_safe.detect || fail_safe.fence.is_dead(&identity))
             {
                 match Fenced::by(&*fail_safe.fence, &identity) {
                     Ok(dead) => return self.take_back(dead, &fail_safe, &why),

@@ -1,0 +1,172 @@
+//! Fail-safe post-copy: whichever side dies, the VM lives on, whole, and what it has said stands once in its serial file.
+
+use std::fs;
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+use crate::{
+    common::{Lab, Outcome, Process, Suite, at_work, ensure, wait_for},
+    faults::{random, relay_to},
+    post_copy::number,
+};
+
+const GUEST: &str = "random:size=16M,serial=1,every=5ms";
+const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
+/// Killed destinations in one trial, one after the other.
+const KILLS: u64 = 10;
+/// Slow enough that pages are missing for a second or two.
+const LINK: [&str; 4] = ["--strategy", "post-copy", "--bandwidth", "100Mbit"];
+
+pub(crate) fn add(suite: &mut Suite) {
+    for (seed, backing) in BACKINGS.into_iter().chain(["thp"]).enumerate() {
+        let cpus = ["1", "4"][seed % 2];
+        suite.post_copy(format!("fail_safe/destination_killed/{backing}/{cpus}_cpus/{seed}"), backing, move |lab| {
+            destinations_die(lab, seed as u64, backing, cpus)
+        });
+    }
+    for backing in BACKINGS {
+        suite.post_copy(format!("fail_safe/nobody_dies/{backing}"), backing, move |lab| nobody_dies(lab, backing));
+    }
+    suite.post_copy("fail_safe/link_lost_and_found", "anon", link_lost_and_found);
+    suite.post_copy("fail_safe/link_lost_for_good", "anon", link_lost_for_good);
+    suite.post_copy("fail_safe/refused_without_demand_lanes", "anon", refused);
+}
+
+/// Both ends write to one file, as they would on shared storage.
+fn source(lab: &Lab, backing: &str, cpus: &str) -> Result<Process, Failed> {
+    lab.workload("source", GUEST, &["--cpus", cpus, "--backing", backing, "--serial", &lab.arg("serial")])
+}
+
+fn destination(lab: &Lab, name: &str) -> Result<Process, Failed> {
+    lab.receive(name, &["--serial", &lab.arg("serial")])
+}
+
+fn with<'a>(options: &[&'a str], fail_safe: &'a str) -> Vec<&'a str> {
+    options.iter().copied().chain(["--fail-safe", fail_safe]).collect()
+}
+
+/// Every line stands in the file once, in order; how many there are.
+fn lines_in_order(lab: &Lab) -> Result<u64, Failed> {
+    let text = fs::read_to_string(lab.path("serial"))?;
+    // the last one may be on its way
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let beats: Vec<u64> = whole.lines().filter_map(|l| l.strip_prefix("beat ")?.parse().ok()).collect();
+    let first = beats.first().copied().unwrap_or(0);
+    let wrong = beats.iter().zip(first..).find(|(found, expected)| **found != *expected);
+    ensure(wrong.is_none(), || format!("lines are lost or repeated: found {:?}", wrong.map(|(f, e)| (*f, e))))?;
+    let others: Vec<&str> = whole.lines().filter(|l| !l.starts_with("beat ") && !l.starts_with("ready ")).collect();
+    ensure(others.is_empty(), || format!("torn lines: {others:?}"))?;
+    Ok(beats.len() as u64)
+}
+
+fn operations(status: &Value) -> u64 {
+    status["workload"]["operations"].as_u64().unwrap_or(0)
+}
+
+/// Has the guest check all its pages once more, each several times on average, without an error.
+fn checks_all(process: &Process) -> Outcome {
+    let before = operations(&process.status()?);
+    process.wait_until("another pass", |s| operations(s) > before + 2 * (16 << 8))?;
+    process.works()
+}
+
+fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome {
+    let mut source = source(lab, backing, cpus)?;
+    let mut lines = 0;
+    for kill in 0..KILLS {
+        let mut there = destination(lab, &format!("destination-{kill}"))?;
+        let interval = ["reverse:interval=5ms", "reverse:interval=30ms"][(kill % 2) as usize];
+        let client = source.start_migrate(&there.address, &with(&LINK, interval))?;
+        // as many checkpoints as chance has it
+        let wished = random(seed * 100 + kill) % [4, 12][(kill % 2 == 0) as usize];
+        let counted = |s: &Value| s["migration"]["checkpoints"]["count"].as_u64().unwrap_or(0);
+        let state = wait_for("the VM is protected", || {
+            let status = source.status()?;
+            let reached = status["migration"]["phase"] == "serving" && counted(&status) >= wished;
+            Ok(reached.then_some(status))
+        })?;
+        there.kill()?;
+        let answer = client.answer()?;
+        let told = || format!("killed after {wished} checkpoints ({state}): {answer:?}");
+        ensure(answer.code == Some(6) && answer.json["outcome"] == "restarted", told)?;
+        ensure(number(&answer.json, "checkpoints", "count") >= wished, told)?;
+        ensure(answer.json["epoch"].as_u64() == Some(2 * kill + 2), told)?;
+        source.wait_state("running")?;
+        checks_all(&source)?;
+        lines = source_goes_on(lab, lines)?;
+    }
+    // and it can move all the same
+    let there = destination(lab, "last")?;
+    source.migrate_well(&there.address, &with(&["--strategy", "post-copy"], "reverse:interval=5ms"))?;
+    there.wait_until("the guest works", at_work)?;
+    checks_all(&there)?;
+    source_goes_on(lab, lines)?;
+    there.quit()
+}
+
+/// Waits until the guest has said more; how many lines it has said.
+fn source_goes_on(lab: &Lab, before: u64) -> Result<u64, Failed> {
+    wait_for("the guest says more", || Ok(Some(lines_in_order(lab)?).filter(|&lines| lines > before + 2)))
+}
+
+fn nobody_dies(lab: &Lab, backing: &str) -> Outcome {
+    let mut source = source(lab, backing, "2")?;
+    let there = destination(lab, "destination")?;
+    let report = source.migrate_well(&there.address, &with(&LINK, "reverse:interval=10ms"))?;
+    ensure(number(&report, "checkpoints", "count") > 1, || format!("{report}"))?;
+    ensure(number(&report, "checkpoints", "bytes") > 1 << 20, || format!("{report}"))?;
+    there.wait_until("the guest works", at_work)?;
+    checks_all(&there)?;
+    let lines = lines_in_order(lab)?;
+    source_goes_on(lab, lines)?;
+    // the protection has ended with the migration: the tracker is free for the next one
+    let mut there = there;
+    let next = destination(lab, "next")?;
+    there.migrate_well(&next.address, &[])?;
+    checks_all(&next)?;
+    lines_in_order(lab)?;
+    next.quit()
+}
+
+fn link_lost_and_found(lab: &Lab) -> Outcome {
+    let mut source = source(lab, "anon", "2")?;
+    let there = destination(lab, "destination")?;
+    let (relay, address) = relay_to(&there)?;
+    relay.cut_after(3 << 20);
+    let client = source.start_migrate(&address, &with(&LINK, "reverse:interval=5ms,detect=60s"))?;
+    wait_for("the link is cut", || Ok((relay.relayed() >= 3 << 20).then_some(())))?;
+    relay.restore();
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0) && answer.json["recoveries"].as_u64() >= Some(1), || format!("{answer:?}"))?;
+    source.ended_well()?;
+    checks_all(&there)?;
+    let lines = lines_in_order(lab)?;
+    source_goes_on(lab, lines)?;
+    there.quit()
+}
+
+/// A cut that lasts is taken for a death, and made one.
+fn link_lost_for_good(lab: &Lab) -> Outcome {
+    let source = source(lab, "anon", "2")?;
+    let mut there = destination(lab, "destination")?;
+    let (relay, address) = relay_to(&there)?;
+    relay.cut_after(3 << 20);
+    let client = source.start_migrate(&address, &with(&LINK, "reverse:interval=5ms,detect=200ms"))?;
+    let answer = client.answer()?;
+    ensure(answer.code == Some(6) && answer.json["outcome"] == "restarted", || format!("{answer:?}"))?;
+    ensure(!there.ended()?.success(), || "two owners: the destination lives".into())?;
+    checks_all(&source)?;
+    let lines = lines_in_order(lab)?;
+    source_goes_on(lab, lines)?;
+    source.quit()
+}
+
+fn refused(lab: &Lab) -> Outcome {
+    let source = source(lab, "anon", "1")?;
+    let there = destination(lab, "destination")?;
+    let answer = source.migrate(&there.address, &["--demand-lanes", "0", "--fail-safe", "reverse"])?;
+    ensure(answer.code == Some(1) && answer.reason().contains("checkpoints"), || format!("{answer:?}"))?;
+    source.works()?;
+    source.quit()
+}
