@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::{PAGE_SIZE, fence::Fence};
+use crate::{PAGE_SIZE, fence::Fence, vm::VmId};
 
 /// A page of a checkpoint; `None` stands for zeros.
 pub type PageData<'a> = Option<&'a [u8; PAGE_SIZE]>;
@@ -46,28 +46,48 @@ pub trait CheckpointStore: Send {
     fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()>;
 }
 
-/// Protects a VM against the death of its destination while the source still has pages that it lacks (PostCopyFT:
-/// Fernando, Terner, Gopalan and Yang, 2019).
+/// Where a destination finds the forward checkpoint of a VM whose source has died.
+pub trait ForwardStores: Send + Sync {
+    /// The store into which the source of this VM, of `pages` pages, has put what it left behind in the attempt with this
+    /// epoch.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be read.
+    fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn CheckpointStore>>;
+
+    /// It is not needed any more.
+    fn done(&self, vm: VmId, epoch: u32);
+}
+
+/// Protects a VM against the death of one side while the source still has pages that the destination lacks.
+///
+/// *Reverse* checkpoints (PostCopyFT: Fernando, Terner, Gopalan and Yang, INFOCOM 2019) go back from the destination at
+/// intervals; if it dies the VM runs on at the source, from the last one (the first is the hand-over itself), and nobody has
+/// seen output of anything later. A *forward* checkpoint (V-Recover, by the same group) is put into a store that both sides
+/// reach before the hand-over; if the source dies the destination takes from there what it lacks, and loses nothing.
 #[derive(Clone)]
 pub struct FailSafe {
-    /// From the end of one checkpoint to the beginning of the next.
+    /// From the end of one reverse checkpoint to the beginning of the next.
     pub interval: Duration,
-    /// How long the destination may be silent, or its link lost, before it counts as dead. Safety does not depend on it: the
+    /// How long the other side may be silent, or its link lost, before it counts as dead. Safety does not depend on it: the
     /// fence is asked before anything restarts.
     pub detect: Duration,
-    /// Where its checkpoints are kept.
-    pub store: Arc<Mutex<dyn CheckpointStore>>,
-    /// Makes certain that it is dead.
+    /// Where reverse checkpoints are kept, of this attempt only; `None` for none.
+    pub reverse: Option<Arc<Mutex<dyn CheckpointStore>>>,
+    /// Where the forward checkpoint goes, of this attempt only; `None` for none. It has to outlive this host.
+    pub forward: Option<Arc<Mutex<dyn CheckpointStore>>>,
+    /// Makes certain that the destination is dead.
     pub fence: Arc<dyn Fence>,
 }
 
 impl FailSafe {
-    /// Protection with checkpoints in memory, every 100 ms.
+    /// Reverse checkpoints in memory, every 100 ms.
     pub fn in_memory(fence: Arc<dyn Fence>) -> Self {
         Self {
             interval: Duration::from_millis(100),
             detect: Duration::from_secs(1),
-            store: Arc::new(Mutex::new(MemoryStore::default())),
+            reverse: Some(Arc::new(Mutex::new(MemoryStore::default()))),
+            forward: None,
             fence,
         }
     }

@@ -82,6 +82,9 @@ pub(crate) struct Receive {
     /// How guest RAM is backed; as at the source if not given.
     #[arg(long)]
     pub(crate) backing: Option<Backing>,
+    /// A folder in which sources put forward checkpoints (`--fail-safe forward:dir=D`).
+    #[arg(long, value_name = "D")]
+    pub(crate) checkpoints: Option<PathBuf>,
     /// How dirty pages are found when the VM moves on; as at the source if not given.
     #[arg(long)]
     pub(crate) tracker: Option<TrackerKind>,
@@ -197,12 +200,18 @@ pub(crate) enum Huge {
 pub(crate) type FailSafe = Option<Protect>;
 
 /// How a VM is protected in post-copy.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Protect {
+    /// Against the death of the destination.
+    pub(crate) reverse: bool,
+    /// Against that of the source.
+    pub(crate) forward: bool,
     /// From one checkpoint to the next, in microseconds.
     pub(crate) interval_us: u64,
     /// Without a link for so many microseconds, the other side counts as dead.
     pub(crate) detect_us: u64,
+    /// Where checkpoints are kept: for forward ones, where the destination has them too. Else in memory.
+    pub(crate) dir: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -272,7 +281,9 @@ pub(crate) struct Migrate {
     /// What happens then.
     #[arg(long, default_value = "cancel")]
     pub(crate) on_timeout: TimeoutAction,
-    /// In post-copy, protect the VM against the death of its destination: none or reverse[:interval=100ms,detect=1s].
+    /// In post-copy, protect the VM against the death of its destination (reverse), of its source (forward), or of either:
+    /// none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]. Both ends run on one host: nobody can tell a death
+    /// from a cut across hosts.
     #[arg(long, default_value = "none", value_parser = fail_safe)]
     pub(crate) fail_safe: FailSafe,
     /// How much the guest may be disturbed.
@@ -357,22 +368,36 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 /// How the VM is protected, as users write it.
 fn fail_safe(text: &str) -> Result<FailSafe, String> {
     let (name, options) = text.split_once(':').unwrap_or((text, ""));
-    match name {
+    let (reverse, forward) = match name {
         "none" if options.is_empty() => return Ok(None),
-        "reverse" => {}
-        _ => return Err(format!("{text}: none or reverse[:interval=100ms,detect=1s] is meant")),
-    }
-    let mut protect = Protect { interval_us: 100_000, detect_us: 1_000_000 };
-    for option in options.split(',').filter(|o| !o.is_empty()) {
-        let (key, value) = option.split_once('=').ok_or_else(|| format!("{option}: KEY=DURATION is meant"))?;
-        let us = duration(value)?.as_micros();
-        let us = u64::try_from(us).ok().filter(|us| (1..=3_600_000_000).contains(us));
-        let us = us.ok_or_else(|| format!("{option}: between 1us and 1h"))?;
-        match key {
-            "interval" => protect.interval_us = us,
-            "detect" => protect.detect_us = us,
-            _ => return Err(format!("{key}: interval and detect are known")),
+        "reverse" => (true, false),
+        "forward" => (false, true),
+        "both" => (true, true),
+        _ => {
+            return Err(format!(
+                "{text}: none, reverse, forward or both, with [:interval=100ms,detect=1s,dir=D], is meant"
+            ));
         }
+    };
+    let mut protect = Protect { reverse, forward, interval_us: 100_000, detect_us: 1_000_000, dir: None };
+    for option in options.split(',').filter(|o| !o.is_empty()) {
+        let (key, value) = option.split_once('=').ok_or_else(|| format!("{option}: KEY=VALUE is meant"))?;
+        let time = || {
+            let us = u64::try_from(duration(value)?.as_micros()).ok().filter(|us| (1..=3_600_000_000).contains(us));
+            us.ok_or_else(|| format!("{option}: between 1us and 1h"))
+        };
+        match key {
+            "interval" => protect.interval_us = time()?,
+            "detect" => protect.detect_us = time()?,
+            // the server uses it: its working directory may be another one
+            "dir" => protect.dir = Some(std::path::absolute(value).map_err(|e| format!("{option}: {e}"))?),
+            _ => return Err(format!("{key}: interval, detect and dir are known")),
+        }
+    }
+    if protect.forward && protect.dir.is_none() {
+        return Err(format!(
+            "{text}: a forward checkpoint needs dir=D, a folder that the destination has as --checkpoints D"
+        ));
     }
     Ok(Some(protect))
 }
@@ -397,10 +422,21 @@ mod tests {
     #[test]
     fn protection() {
         assert_eq!(fail_safe("none"), Ok(None));
-        assert_eq!(fail_safe("reverse"), Ok(Some(Protect { interval_us: 100_000, detect_us: 1_000_000 })));
-        let given = fail_safe("reverse:interval=20ms,detect=300ms");
-        assert_eq!(given, Ok(Some(Protect { interval_us: 20_000, detect_us: 300_000 })));
-        for bad in ["", "none:interval=1s", "sideways", "reverse:interval", "reverse:interval=0", "reverse:often=1s"] {
+        let reverse = Protect { reverse: true, forward: false, interval_us: 100_000, detect_us: 1_000_000, dir: None };
+        assert_eq!(fail_safe("reverse"), Ok(Some(reverse.clone())));
+        let given = fail_safe("both:interval=20ms,detect=300ms,dir=/d");
+        let both =
+            Protect { forward: true, interval_us: 20_000, detect_us: 300_000, dir: Some("/d".into()), ..reverse };
+        assert_eq!(given, Ok(Some(both)));
+        for bad in [
+            "",
+            "none:interval=1s",
+            "sideways",
+            "reverse:interval",
+            "reverse:interval=0",
+            "reverse:often=1s",
+            "forward",
+        ] {
             assert!(fail_safe(bad).is_err(), "{bad}");
         }
     }

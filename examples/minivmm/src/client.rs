@@ -107,7 +107,7 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
             Impact::Fast => "fast",
         }
         .into(),
-        fail_safe: args.fail_safe,
+        fail_safe: args.fail_safe.clone(),
         checksum: args.checksum,
         progress: args.progress,
     }

@@ -8,7 +8,6 @@ use std::{
 };
 
 use migration_core::{
-    checkpoint::FailSafe,
     engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
@@ -20,6 +19,7 @@ use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, con
 use serde_json::{Value, json};
 
 use crate::{
+    checkpoints::{Folder, Protection},
     cli::StrategyKind,
     control::{MigrateRequest, Request},
     report,
@@ -101,7 +101,12 @@ impl Instance {
     }
 
     /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at.
-    pub(crate) fn receive(self: &Arc<Self>, listen: &Address, host: HostOptions) -> Result<String, String> {
+    pub(crate) fn receive(
+        self: &Arc<Self>,
+        listen: &Address,
+        host: HostOptions,
+        checkpoints: Option<PathBuf>,
+    ) -> Result<String, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
         let adopter = self.clone();
@@ -110,6 +115,7 @@ impl Instance {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             fence: Arc::new(ProcessFence),
+            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
             ..ReceiverOptions::default()
         };
         let receiver = Receiver::new(Box::new(host), options);
@@ -307,15 +313,14 @@ impl Instance {
             _ => GuestImpact::Balanced,
         };
         let timeout = Duration::from_micros(request.timeout_us);
-        let fail_safe = request.fail_safe.map(|protect| FailSafe {
-            interval: Duration::from_micros(protect.interval_us),
-            detect: Duration::from_micros(protect.detect_us),
-            ..FailSafe::in_memory(Arc::new(ProcessFence))
-        });
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("migrate: this minivmm is {}", state.role.name()));
         }
+        // the thread that received the VM may still wait for its source's last word
+        let last_epoch = state.receiver.as_ref().map_or(state.epoch, |r| r.epoch());
+        let (id, pages) = (machine.id(), machine.pages());
+        let protect = request.fail_safe.as_ref().map(|p| Protection::new(p, id, last_epoch + 1, pages)).transpose()?;
         let options = SourceOptions {
             streams: request.streams,
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
@@ -327,11 +332,10 @@ impl Instance {
             },
             demand_lanes: request.demand_lanes,
             huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
-            fail_safe,
+            fail_safe: protect.as_ref().map(|p| p.fail_safe.clone()),
             impact,
             payload_crc: request.checksum,
-            // the thread that received the VM may still wait for its source's last word
-            last_epoch: state.receiver.as_ref().map_or(state.epoch, |r| r.epoch()),
+            last_epoch,
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             ..SourceOptions::default()
@@ -350,6 +354,7 @@ impl Instance {
             let mut source = MachineSource::new(machine);
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
             drop(source);
+            drop(protect);
             instance.ended(&report);
         };
         if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {

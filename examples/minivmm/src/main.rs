@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod checkpoints;
 mod cli;
 mod client;
 mod control;
@@ -80,7 +81,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         backing: args.backing,
         tracker: args.tracker,
     };
-    let address = instance.receive(&args.listen, host)?;
+    let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;
     println!("listening {address}");
     // whoever reads the address may wait for it

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::{ReadHalf, WriteHalf},
-    checkpoint::FailSafe,
+    checkpoint::{CheckpointStore, FailSafe},
     codec::DecodeError,
     ram::GuestRam,
     report::{CheckpointCounts, Event, Observer},
@@ -45,6 +45,8 @@ pub(super) struct Protection {
     /// `None` once the VM was discarded.
     protected: Mutex<Option<Protected>>,
     identity: Bytes,
+    /// Whether the source wants checkpoints, and not only to know whom it deals with.
+    wanted: AtomicBool,
 }
 
 struct Protected {
@@ -67,7 +69,7 @@ impl Protection {
     pub(super) fn new(mut vm: Box<dyn ProtectedVm>, identity: Bytes, pages: u64) -> Result<Self, VmError> {
         vm.tracker().start().map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
         let protected = Protected { vm, owed: PageSet::empty(pages), number: 0 };
-        Ok(Self { protected: Mutex::new(Some(protected)), identity })
+        Ok(Self { protected: Mutex::new(Some(protected)), identity, wanted: AtomicBool::new(false) })
     }
 
     /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
@@ -75,7 +77,9 @@ impl Protection {
     pub(super) fn begin(&self) -> Result<(), MigrationError> {
         if let Some(Protected { vm, owed, .. }) = lock(&self.protected).as_mut() {
             vm.tracker().harvest(&mut PageSet::empty(owed.capacity()))?;
-            vm.hold_output();
+            if self.wanted.load(Ordering::Relaxed) {
+                vm.hold_output();
+            }
         }
         Ok(())
     }
@@ -180,9 +184,13 @@ impl CheckpointLane {
             return Err(DecodeError::invalid("kind", "a checkpoint lane begins with how often").into());
         };
         let interval = Duration::from_micros(interval_us);
+        // before the answer, without which nothing is handed over
+        protection.wanted.store(!interval.is_zero(), Ordering::Relaxed);
         told(Duration::from_micros(detect_us), identity);
         self.say(&Checkpoint::Identity(protection.identity.clone()), 0)?;
-        if let Some(missing) = wait_running() {
+        if !interval.is_zero()
+            && let Some(missing) = wait_running()
+        {
             while !missing.wait_ended_for(Duration::ZERO) {
                 protection.checkpoint(self)?;
                 missing.wait_ended_for(interval);
@@ -292,12 +300,14 @@ impl Keeper {
     /// Keeps checkpoints until the link ends.
     pub(super) fn run(mut self, inputs: mpsc::Sender<Input>) {
         // what the lost link has left half-done; the last committed checkpoint counts
-        lock(&self.fail_safe.store).discard();
+        if let Some(store) = &self.fail_safe.reverse {
+            lock(store).discard();
+        }
         let mut sequence = 0;
         let mut incoming = Incoming::default();
         let us = |time: Duration| time.as_micros() as u64;
         let first = Checkpoint::Every {
-            interval_us: us(self.fail_safe.interval),
+            interval_us: if self.fail_safe.reverse.is_some() { us(self.fail_safe.interval).max(1) } else { 0 },
             detect_us: us(self.fail_safe.detect),
             identity: self.identity.clone(),
         };
@@ -358,6 +368,11 @@ impl Keeper {
         }
     }
 
+    fn store(&self) -> Result<&Mutex<dyn CheckpointStore>, DecodeError> {
+        let none = || DecodeError::invalid("kind", "no checkpoints were wanted");
+        self.fail_safe.reverse.as_deref().ok_or_else(none)
+    }
+
     fn pages(&mut self, extents: &[Extent], incoming: &mut Incoming) -> Result<(), MigrationError> {
         let mut page = [0; PAGE_SIZE];
         for extent in extents {
@@ -370,7 +385,7 @@ impl Keeper {
                         Some(&page)
                     }
                 };
-                lock(&self.fail_safe.store).put(number, data).map_err(not_kept)?;
+                lock(self.store()?).put(number, data).map_err(not_kept)?;
             }
         }
         Ok(())
@@ -379,7 +394,7 @@ impl Keeper {
     fn commit(&mut self, complete: Incoming) -> Result<(), MigrationError> {
         // what could not be loaded is no checkpoint
         VmState::decode(&complete.state)?;
-        lock(&self.fail_safe.store).commit(complete.number, complete.state.into()).map_err(not_kept)?;
+        lock(self.store()?).commit(complete.number, complete.state.into()).map_err(not_kept)?;
         self.kept.bytes.fetch_add(complete.bytes, Ordering::Relaxed);
         self.kept.count.fetch_add(1, Ordering::Relaxed);
         self.observer.event(&Event::Checkpoint(self.kept.counts()));

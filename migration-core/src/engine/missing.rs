@@ -10,10 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::handle::lock;
+use super::{STRIPE_PAGES, handle::lock};
 use crate::{
-    PageRange, PageSet,
+    PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
+    checkpoint::CheckpointStore,
     codec::DecodeError,
     histogram::Latencies,
     pager::{Fault, Installed, Pager},
@@ -200,6 +201,50 @@ impl Missing {
             drop(state);
             self.end();
         }
+    }
+
+    /// Installs every missing page from the store that its source has put it into, those that it does not have as zeros.
+    pub(super) fn fill(&self, layout: &RamLayout, store: &mut dyn CheckpointStore) -> io::Result<()> {
+        let mut block = vec![0; STRIPE_PAGES as usize * PAGE_SIZE];
+        let mut at = None;
+        store.restore(&mut |page, data| {
+            let stripe = page / STRIPE_PAGES;
+            if at.is_some_and(|at| at != stripe) {
+                self.fill_stripe(layout, at, &block)?;
+                block.fill(0);
+            }
+            at = Some(stripe);
+            if let Some(data) = data {
+                let offset = (page % STRIPE_PAGES) as usize * PAGE_SIZE;
+                block[offset..offset + PAGE_SIZE].copy_from_slice(data);
+            }
+            Ok(())
+        })?;
+        self.fill_stripe(layout, at, &block)?;
+        for range in self.pages().ranges() {
+            let installed = self.pager.install_zeros(range)?;
+            self.arrived(range, installed);
+        }
+        Ok(())
+    }
+
+    fn fill_stripe(&self, layout: &RamLayout, stripe: Option<u64>, block: &[u8]) -> io::Result<()> {
+        let Some(stripe) = stripe else { return Ok(()) };
+        let within = PageRange::new(stripe.saturating_mul(STRIPE_PAGES), STRIPE_PAGES);
+        for run in self.pages().ranges_in(within) {
+            for (_, _, range) in layout.split(run) {
+                let mut from = (range.first % STRIPE_PAGES) as usize * PAGE_SIZE;
+                let installed = self.pager.install(range, &mut |slices| {
+                    for slice in slices {
+                        slice.copy_from(&block[from..from + slice.len()]);
+                        from += slice.len();
+                    }
+                    Ok(())
+                })?;
+                self.arrived(range, installed);
+            }
+        }
+        Ok(())
     }
 
     /// Ends the watch: all is here, or nobody wants it any more.

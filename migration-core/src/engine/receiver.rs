@@ -1,5 +1,7 @@
 //! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
 
+mod survive;
+
 use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
@@ -15,18 +17,18 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    checkpoint::{CheckpointLane, Protection},
+    checkpoint::Protection,
     control::{ControlReader, ControlWriter},
     handle::lock,
     install::LaneReceiver,
-    lane::Lane,
     missing::Missing,
     serve::add_missing,
     session::Session,
 };
 use crate::{
     MigrationError,
-    channel::{Channel, Closer, Halves, Listener, ReadHalf, WriteHalf},
+    channel::{Channel, Closer, Halves, Listener, ReadHalf},
+    checkpoint::ForwardStores,
     codec::DecodeError,
     fence::{Fence, NoFence},
     pager::Pager,
@@ -57,6 +59,8 @@ pub struct ReceiverOptions {
     pub idle_timeout: Duration,
     /// In fail-safe post-copy, makes certain that a source is dead: output that is held for its sake may then leave.
     pub fence: Arc<dyn Fence>,
+    /// In fail-safe post-copy, where to find what a source that has died had left behind; `None` if nowhere.
+    pub forward: Option<Arc<dyn ForwardStores>>,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
     /// Is told how it goes.
@@ -70,6 +74,7 @@ impl Default for ReceiverOptions {
             max_ram_bytes: 1 << 40,
             idle_timeout: Duration::from_secs(10),
             fence: Arc::new(NoFence),
+            forward: None,
             spawner: Arc::new(StdSpawner),
             observer: Arc::new(NoObserver),
         }
@@ -242,9 +247,6 @@ impl ReceiverHandle {
     }
 }
 
-/// Least time between two looks whether a lost source is dead.
-const LEAST_WATCH: Duration = Duration::from_millis(10);
-
 /// How a control lane goes on after a frame.
 enum Flow {
     Continue,
@@ -352,68 +354,6 @@ impl Hub {
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
-    }
-
-    /// A lane on which checkpoints go back. It lives as long as its link; and then, for as long as the source does not come
-    /// back, watches whether it is dead.
-    fn checkpoints(
-        &self,
-        session: Arc<Session>,
-        (protection, link): (Arc<Protection>, u32),
-        (reader, writer): (Box<dyn ReadHalf>, Box<dyn WriteHalf>),
-        peer: &str,
-    ) -> Result<(), MigrationError> {
-        let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
-        let (mut source, wait_running) = (None, || session.wait_running(link));
-        let mut told = |detect, identity| source = Some((detect, identity));
-        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &mut told, &wait_running);
-        let Err(error) = served else { return Ok(()) };
-        let cut = session.lane_lost(link, error.code(), &error.to_string());
-        if let Some((detect, identity)) = source {
-            self.watch_source(&session, (&protection, link), detect, &identity);
-        }
-        if cut || !matches!(error, MigrationError::Link { .. }) {
-            return Err(error);
-        }
-        Ok(())
-    }
-
-    /// The link is lost. As soon as the source is dead for certain, and no page is only there, the VM is free.
-    fn watch_source(
-        &self,
-        session: &Session,
-        (protection, link): (&Protection, u32),
-        detect: Duration,
-        identity: &[u8],
-    ) {
-        let mut refused = None;
-        let mut wait = detect;
-        while session.stays_lost(link, wait) && !self.stop.load(Ordering::Relaxed) {
-            wait = detect.max(LEAST_WATCH);
-            let whole = session.missing().is_some_and(|missing| missing.pages().is_empty());
-            if !whole || self.finished.load(Ordering::Relaxed) {
-                continue;
-            }
-            match self.options.fence.fence(identity) {
-                Ok(()) => {
-                    self.unprotect(protection);
-                    self.finished.store(true, Ordering::Relaxed);
-                    return;
-                }
-                Err(error) if refused.as_ref() != Some(&error) => {
-                    let why = format!("the source is lost, output of the VM is held: {error}");
-                    self.options.observer.event(&Event::Warning(why));
-                    refused = Some(error);
-                }
-                Err(_) => {}
-            }
-        }
-    }
-
-    fn unprotect(&self, protection: &Protection) {
-        if let Err(error) = protection.end() {
-            self.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
-        }
     }
 
     fn session(&self, token: SessionToken) -> Result<Arc<Session>, MigrationError> {

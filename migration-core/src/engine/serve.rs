@@ -119,6 +119,10 @@ impl Left {
         *lock(&self.pages) = pages;
     }
 
+    pub(super) fn pages(&self) -> PageSet {
+        lock(&self.pages).clone()
+    }
+
     /// Takes out what is left of the block around `page`; nothing if it was sent.
     fn claim(&self, page: u64) -> Vec<PageRange> {
         let mut pages = lock(&self.pages);

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::Violation;
 use crate::{
+    fence::Fenced,
     state::{MAX_STATE, Section},
     vm::VmId,
     wire::{Control, ErrorCode, Hello},
@@ -260,6 +261,22 @@ impl DestinationMachine {
             _ => "no complete VM is held here",
         };
         Err(Violation::new("adopt", self.epoch, self.phase, why))
+    }
+
+    /// The source is dead for certain, and what it has left behind is in a store that we have: the VM is ours, as by
+    /// [`adopt`](Self::adopt). A VM that is ours already stays so.
+    ///
+    /// # Errors
+    /// When no VM is held that has its state.
+    pub fn inherit(&mut self, _source: Fenced) -> Result<DestinationAction, Violation> {
+        match self.phase {
+            DestinationPhase::Running => Ok(DestinationAction::None),
+            DestinationPhase::Ready => {
+                self.epoch = self.epoch.saturating_add(1);
+                Ok(self.start())
+            }
+            phase => Err(Violation::new("inherit", self.epoch, phase, "no complete VM is held here")),
+        }
     }
 
     fn greet(&mut self, epoch: u32, hello: Box<Hello>) -> Result<DestinationAction, Violation> {

@@ -19,7 +19,7 @@ const COMMITTED: u8 = 0x64;
 pub enum Checkpoint {
     /// S, first: how often, and with whom.
     Every {
-        /// Microseconds from the end of one to the beginning of the next.
+        /// Microseconds from the end of one to the beginning of the next; 0 if none are wanted.
         interval_us: u64,
         /// Microseconds without a link after which the other side counts as dead.
         detect_us: u64,

@@ -14,7 +14,7 @@ use migration_core::{
     device::DeviceSet,
     state::VmState,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
-    vm::VmError,
+    vm::{VmError, VmId},
 };
 use migration_kvm::{
     pager::UserFaultPager,
@@ -306,6 +306,16 @@ impl Machine {
 
     pub(super) fn devices(&self) -> MutexGuard<'_, DeviceSet> {
         self.devices.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Which VM it is.
+    pub(crate) fn id(&self) -> VmId {
+        self.config.id
+    }
+
+    /// Pages of its RAM.
+    pub(crate) fn pages(&self) -> u64 {
+        self.ram.layout().pages()
     }
 
     /// What serves missing pages; `None`, with the reason as a warning, if this host does not permit that.

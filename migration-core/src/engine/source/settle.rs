@@ -1,7 +1,7 @@
 //! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
 
 use super::*;
-use crate::{PageRange, checkpoint::FailSafe, fence::Fenced, state::VmState, vm::VmError};
+use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, state::VmState, vm::VmError};
 
 impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
@@ -142,11 +142,12 @@ impl Engine<'_> {
             }
             let identity = lock(&self.kept.identity).clone();
             if let Some(fail_safe) = self.options.fail_safe.clone()
+                && let Some(store) = fail_safe.reverse.clone()
                 && let Some(identity) = identity
                 && (lost.elapsed() >= fail_safe.detect || fail_safe.fence.is_dead(&identity))
             {
                 match Fenced::by(&*fail_safe.fence, &identity) {
-                    Ok(dead) => return self.take_back(dead, &fail_safe, &why),
+                    Ok(dead) => return self.take_back(dead, &store, &why),
                     Err(error) if refused.as_ref() != Some(&error) => {
                         let what = format!("the VM is not restarted from its last checkpoint: {error}");
                         self.options.observer.event(&Event::Warning(what));
@@ -169,10 +170,10 @@ impl Engine<'_> {
     }
 
     /// The destination is dead: the VM is ours again, as it was at its last checkpoint.
-    fn take_back(&mut self, dead: Fenced, fail_safe: &FailSafe, why: &str) {
+    fn take_back(&mut self, dead: Fenced, store: &Mutex<dyn CheckpointStore>, why: &str) {
         self.close();
         let restarted = match self.machine.restart(dead) {
-            Ok(_) => self.restart(fail_safe),
+            Ok(_) => self.restart(store),
             Err(violation) => Err(violation.into()),
         };
         let after = match restarted {
@@ -190,8 +191,8 @@ impl Engine<'_> {
     }
 
     /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run from there.
-    fn restart(&mut self, fail_safe: &FailSafe) -> Result<u32, MigrationError> {
-        let mut store = lock(&fail_safe.store);
+    fn restart(&mut self, store: &Mutex<dyn CheckpointStore>) -> Result<u32, MigrationError> {
+        let mut store = lock(store);
         let (number, state) = store.latest().unwrap_or_else(|| (0, self.handed_over.clone()));
         let state = VmState::decode(&state)?;
         let ram = self.ram.clone();

@@ -1,0 +1,81 @@
+//! Where the checkpoints of fail-safe post-copy are kept: in memory, or in a folder that both ends have.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use migration_core::{
+    checkpoint::{CheckpointStore, FailSafe, ForwardStores, MemoryStore},
+    vm::VmId,
+};
+use migration_kvm::fence::ProcessFence;
+use migration_transport::DirStore;
+
+use crate::cli::Protect;
+
+type Store = Arc<Mutex<dyn CheckpointStore>>;
+
+/// The folder of one attempt's checkpoints of one kind, below `dir`: both ends find it by what both know.
+fn folder(dir: &Path, VmId(id): VmId, epoch: u32, kind: &str) -> PathBuf {
+    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    dir.join(format!("{id}-{epoch}.{kind}"))
+}
+
+/// The protection that a user asked for, of one attempt. Its folders go when it is dropped.
+pub(crate) struct Protection {
+    pub(crate) fail_safe: FailSafe,
+    folders: Vec<PathBuf>,
+}
+
+impl Protection {
+    pub(crate) fn new(protect: &Protect, vm: VmId, epoch: u32, pages: u64) -> Result<Self, String> {
+        let mut folders = Vec::new();
+        let mut store = |kind: &str| -> Result<Store, String> {
+            let Some(dir) = &protect.dir else { return Ok(Arc::new(Mutex::new(MemoryStore::default()))) };
+            let path = folder(dir, vm, epoch, kind);
+            let store = DirStore::create(&path, pages).map_err(|e| format!("{}: {e}", path.display()))?;
+            folders.push(path);
+            Ok(Arc::new(Mutex::new(store)))
+        };
+        let fail_safe = FailSafe {
+            interval: Duration::from_micros(protect.interval_us),
+            detect: Duration::from_micros(protect.detect_us),
+            reverse: protect.reverse.then(|| store("reverse")).transpose()?,
+            forward: protect.forward.then(|| store("forward")).transpose()?,
+            fence: Arc::new(ProcessFence),
+        };
+        Ok(Self { fail_safe, folders })
+    }
+}
+
+impl Drop for Protection {
+    fn drop(&mut self) {
+        for folder in &self.folders {
+            remove(folder);
+        }
+    }
+}
+
+fn remove(folder: &Path) {
+    if let Err(error) = fs::remove_dir_all(folder)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        eprintln!("minivmm: {}: {error}; it can be removed by hand", folder.display());
+    }
+}
+
+/// The folder in which sources put forward checkpoints.
+pub(crate) struct Folder(pub(crate) PathBuf);
+
+impl ForwardStores for Folder {
+    fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
+        Ok(Box::new(DirStore::open(&folder(&self.0, vm, epoch, "forward"), pages)?))
+    }
+
+    fn done(&self, vm: VmId, epoch: u32) {
+        remove(&folder(&self.0, vm, epoch, "forward"));
+    }
+}

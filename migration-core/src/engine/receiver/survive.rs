@@ -1,0 +1,109 @@
+//! Fail-safe post-copy at the destination: checkpoints go back while the source lives, and the VM lives on when it does not.
+
+use std::time::Instant;
+
+use super::*;
+use crate::{
+    channel::WriteHalf,
+    engine::{checkpoint::CheckpointLane, lane::Lane},
+    fence::Fenced,
+};
+
+/// Time between two looks whether a lost source is dead.
+const WATCH: Duration = Duration::from_millis(10);
+/// How many times as long as the source this side waits before it asks its fence.
+const LAST: u32 = 4;
+
+impl Hub {
+    /// A lane on which checkpoints go back. It lives as long as its link; and then, for as long as the source does not come
+    /// back, watches whether it is dead.
+    pub(super) fn checkpoints(
+        self: &Arc<Self>,
+        session: Arc<Session>,
+        (protection, link): (Arc<Protection>, u32),
+        (reader, writer): (Box<dyn ReadHalf>, Box<dyn WriteHalf>),
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
+        let (mut source, wait_running) = (None, || session.wait_running(link));
+        let mut told = |detect, identity| source = Some((detect, identity));
+        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &mut told, &wait_running);
+        let Err(error) = served else { return Ok(()) };
+        let cut = session.lane_lost(link, error.code(), &error.to_string());
+        if let Some((detect, identity)) = source {
+            self.watch_source(&session, (&protection, link), detect, &identity);
+        }
+        if cut || !matches!(error, MigrationError::Link { .. }) {
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// The link is lost. As soon as the source is dead for certain, and nothing is only there, the VM is free of it.
+    ///
+    /// Each side would end the other one after a cut that lasts. The source is first; this side waits longer, so that
+    /// they do not end each other.
+    fn watch_source(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        (protection, link): (&Protection, u32),
+        detect: Duration,
+        identity: &[u8],
+    ) {
+        let (lost, mut refused) = (Instant::now(), None);
+        let patience = detect.saturating_mul(LAST);
+        while session.stays_lost(link, WATCH) {
+            if self.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
+                return;
+            }
+            if lost.elapsed() < patience && !self.options.fence.is_dead(identity) {
+                continue;
+            }
+            match self.survive(session, identity) {
+                Ok(()) => {
+                    self.unprotect(protection);
+                    self.finished.store(true, Ordering::Relaxed);
+                    return self.tell_phase();
+                }
+                Err(why) if refused.as_ref() != Some(&why) => {
+                    let what = format!("the source is lost, and the VM still depends on it: {why}");
+                    self.options.observer.event(&Event::Warning(what));
+                    refused = Some(why);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Makes sure that the source is dead, unless it has what nobody else has, and takes its place.
+    fn survive(self: &Arc<Self>, session: &Arc<Session>, identity: &[u8]) -> Result<(), String> {
+        let missing = session.missing().ok_or("nothing was handed over")?;
+        let vm = lock(&self.state).machine.vm().ok_or("no VM is held")?;
+        let layout = session.ram.layout();
+        let mut store = None;
+        if !missing.pages().is_empty() {
+            let stores = self.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
+            let opened =
+                stores.open(vm, session.epoch, layout.pages()).map_err(|e| format!("its forward checkpoint: {e}"))?;
+            opened.latest().ok_or("its forward checkpoint is not complete")?;
+            store = Some((stores, opened));
+        }
+        let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
+        let mut state = lock(&self.state);
+        if let DestinationAction::Start { running } = state.machine.inherit(dead).map_err(|e| e.to_string())? {
+            self.start(&state, running);
+        }
+        drop(state);
+        if let Some((stores, mut store)) = store {
+            missing.fill(layout, &mut *store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
+            stores.done(vm, session.epoch);
+        }
+        Ok(())
+    }
+
+    pub(super) fn unprotect(&self, protection: &Protection) {
+        if let Err(error) = protection.end() {
+            self.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Setting up: the control lane, what both sides agree on, and the other lanes.
+
+use super::*;
+
+impl Engine<'_> {
+    pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
+        if let Some(why) = self.vm.blocked(self.strategy) {
+            return Err(MigrationError::Blocked(why));
+        }
+        let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
+        self.id = description.id;
+        let stores = self.options.fail_safe.iter().flat_map(|f| [&f.reverse, &f.forward]).flatten();
+        if stores.into_iter().any(|store| lock(store).latest().is_some()) {
+            return Err(MigrationError::Blocked(
+                "the checkpoint store holds a checkpoint already, of what is not known".into(),
+            ));
+        }
+        self.attach(LaneKind::Control)?;
+        let features = self.wanted_features();
+        let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
+        self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
+        let timeout = self.options.setup_timeout;
+        let welcome = self.wait("the destination to build the VM", timeout, |event| match event {
+            SourceEvent::Welcomed(welcome) => Some(welcome),
+            _ => None,
+        })?;
+        self.accept(&welcome)?;
+        self.open_lanes()?;
+        self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
+        if self.features & FEATURE_CHECKPOINTS != 0 {
+            self.await_introduction()?;
+        }
+        let asked = Instant::now();
+        self.say(&Control::Ping)?;
+        self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
+        self.round_trip = asked.elapsed();
+        self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
+        self.report.setup = self.start.elapsed();
+        self.tell_phase();
+        Ok(())
+    }
+
+    pub(super) fn connector(&self) -> &dyn Connector {
+        self.elsewhere.as_deref().unwrap_or(self.connector)
+    }
+
+    fn wanted_features(&self) -> u32 {
+        let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
+        let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
+        let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
+        crc | post_copy | checkpoints
+    }
+
+    /// Opens a control lane and a thread that reads it.
+    pub(super) fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
+        let peer = self.connector().address();
+        let Halves { mut reader, mut writer, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
+        // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
+        let patience = self.options.idle_timeout.max(self.options.setup_timeout);
+        reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+        let preamble = Preamble::new(kind, 0, self.session);
+        writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+        let bytes = self.counters.wire_bytes.clone();
+        bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
+        self.closers.push(closer);
+        let mut control = ControlReader::new(reader, peer, bytes);
+        let tx = self.tx.clone();
+        let body = Box::new(move || {
+            loop {
+                let input = match control.read() {
+                    Ok((epoch, frame)) => Input::Control(epoch, frame),
+                    Err(error) => Input::ControlLost(error),
+                };
+                let lost = matches!(input, Input::ControlLost(_));
+                if tx.send(input).is_err() || lost {
+                    return;
+                }
+            }
+        });
+        self.spawn(Role::Control, "mig-control", body)
+    }
+
+    fn accept(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
+        let lanes = welcome.streams;
+        let unasked = welcome.features & !self.wanted_features();
+        if welcome.version != VERSION || !(1..=self.report.streams).contains(&lanes) || unasked != 0 {
+            let text =
+                format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
+            return Err(MigrationError::Peer { code: ErrorCode::Version, text });
+        }
+        (self.session, self.features, self.report.streams) = (welcome.session, welcome.features, lanes);
+        if welcome.features & FEATURE_POST_COPY != 0 {
+            self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
+        }
+        self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
+        Ok(())
+    }
+
+    pub(in crate::engine) fn open_lanes(&mut self) -> Result<(), MigrationError> {
+        for index in 0..self.report.streams {
+            let (lane, _) = self.open_lane(LaneKind::Bulk, index)?;
+            let (jobs, work) = mpsc::channel();
+            let tx = self.tx.clone();
+            self.spawn(Role::Bulk, &format!("mig-bulk-{index}"), Box::new(move || lane.run(work, tx)))?;
+            self.lanes.push(jobs);
+        }
+        for index in 0..self.report.demand_lanes {
+            let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
+            // silent for as long as the guest does not fault; that the link lives is seen on the control lane
+            reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
+            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
+            self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
+        }
+        if let Some(fail_safe) = self.options.fail_safe.clone().filter(|_| self.features & FEATURE_CHECKPOINTS != 0) {
+            let (lane, mut reader) = self.open_lane(LaneKind::Checkpoint, 0)?;
+            reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
+            let keeper = Keeper {
+                reader,
+                writer: lane.writer,
+                peer: lane.peer,
+                ram: lane.ram,
+                fail_safe,
+                identity: self.vm.identity(),
+                kept: self.kept.clone(),
+                wire_bytes: self.counters.wire_bytes.clone(),
+                observer: self.options.observer.clone(),
+                sent: 0,
+            };
+            let tx = self.tx.clone();
+            self.spawn(Role::Control, "mig-checkpoint", Box::new(move || keeper.run(tx)))?;
+        }
+        Ok(())
+    }
+
+    fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
+        let peer = self.connector().address();
+        let Halves { mut writer, reader, closer } = self
+            .connector()
+            .connect_as(kind)
+            .and_then(|channel| channel.split())
+            .map_err(MigrationError::link(&peer))?;
+        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
+        let preamble = Preamble::new(kind, index, self.session);
+        writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
+        self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.closers.push(closer);
+        let lane = Lane {
+            index,
+            lanes: self.report.streams,
+            ram: self.ram.clone(),
+            writer,
+            peer,
+            sequence: 0,
+            payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
+            whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
+            counters: self.counters.clone(),
+        };
+        Ok((lane, reader))
+    }
+
+    fn spawn(&mut self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
+        let thread = self
+            .options
+            .spawner
+            .spawn(role, self.options.impact, name, body)
+            .map_err(|cause| MigrationError::Thread { role: "a lane", cause })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Without knowing whom to fence, a VM is not protected.
+    fn await_introduction(&mut self) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + self.options.setup_timeout;
+        while lock(&self.kept.identity).is_none() {
+            if let Some(Input::Control(epoch, frame)) = self.next_input(deadline)? {
+                self.frame(epoch, frame)?;
+            }
+            self.in_time(deadline, "the destination to introduce itself")?;
+        }
+        Ok(())
+    }
+}
