@@ -426,3 +426,154 @@ impl Incoming {
 fn not_kept(cause: io::Error) -> MigrationError {
     MigrationError::Vm { step: "keeping a checkpoint", cause: VmError::because("the store", cause) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+    use crate::{HeapRam, RamLayout, RamRegion, RamSlice, checkpoint::MemoryStore, fence::NoFence, report::NoObserver};
+
+    struct Script(VecDeque<u8>);
+
+    impl ReadHalf for Script {
+        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            if self.0.len() < buf.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            buf.iter_mut().for_each(|byte| *byte = self.0.pop_front().unwrap_or(0));
+            Ok(())
+        }
+
+        fn read_ram(&mut self, _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn set_idle_timeout(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Said(Arc<Mutex<Vec<u8>>>);
+
+    impl WriteHalf for Said {
+        fn write_all(&mut self, head: &[u8], _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            lock(&self.0).extend_from_slice(head);
+            Ok(())
+        }
+
+        fn set_idle_timeout(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a destination sends, frame by frame.
+    #[derive(Default)]
+    struct Destination {
+        bytes: Vec<u8>,
+        sequence: u32,
+    }
+
+    impl Destination {
+        fn frame(mut self, frame: Checkpoint, number: u32) -> Self {
+            self.bytes.extend(frame.encode(self.sequence, number));
+            self.sequence += 1;
+            self
+        }
+
+        fn pages(mut self, first: u64, count: u64, fill: u8, number: u32) -> Self {
+            let extents = vec![Extent { range: PageRange::new(first, count), content: Content::Plain }];
+            let frame = Bulk::Pages { extents, payload_crc: 0 };
+            let payload = frame.payload();
+            self.bytes.extend(frame.encode(0, self.sequence, number));
+            self.bytes.extend(std::iter::repeat_n(fill, payload));
+            self.sequence += 1;
+            self
+        }
+
+        fn whole(self, number: u32) -> Self {
+            let state = VmState::default().encode();
+            let state_bytes = state.len() as u64;
+            self.pages(3, 2, number as u8, number)
+                .frame(Checkpoint::State(state.into()), number)
+                .frame(Checkpoint::Commit { pages: 2, state_bytes }, number)
+        }
+    }
+
+    /// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane ended.
+    fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
+        let store = Arc::new(Mutex::new(MemoryStore::default()));
+        let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn CheckpointStore>>);
+        let keeper = Keeper {
+            reader: Box::new(Script(destination.bytes.into())),
+            writer: Box::new(Said::default()),
+            peer: "the destination".into(),
+            ram: Arc::new(HeapRam::new(layout).unwrap()),
+            fail_safe: FailSafe { reverse, ..FailSafe::in_memory(Arc::new(NoFence)) },
+            identity: Bytes::new(),
+            kept: Arc::default(),
+            wire_bytes: Arc::default(),
+            observer: Arc::new(NoObserver),
+            sent: 0,
+        };
+        let (tx, inputs) = mpsc::channel();
+        keeper.run(tx);
+        let ended = inputs.iter().find_map(|input| match input {
+            Input::Lane(Err(error)) => Some(error),
+            _ => None,
+        });
+        let mut page = 0;
+        let mut store = lock(&store);
+        let read = store.restore(&mut |number, data| {
+            if number == 4 {
+                page = data.map_or(0, |data| data[9]);
+            }
+            Ok(())
+        });
+        read.unwrap();
+        (store.latest().map(|(number, _)| number), page, ended.unwrap())
+    }
+
+    #[test]
+    fn checkpoints_are_kept_whole() {
+        let introduced = || Destination::default().frame(Checkpoint::Identity(Bytes::from_static(b"it")), 0);
+        let (number, page, error) = kept(introduced().whole(1).whole(2), true);
+        assert_eq!((number, page), (Some(2), 2));
+        assert!(matches!(error, MigrationError::Link { .. }), "{error}");
+        // the third one ends before its commit
+        let (number, page, _) = kept(introduced().whole(1).whole(2).pages(3, 2, 3, 3), true);
+        assert_eq!((number, page), (Some(2), 2));
+    }
+
+    #[test]
+    fn nonsense_of_a_destination_is_refused_and_changes_nothing() {
+        let state = || Bytes::from(VmState::default().encode());
+        let commit = |pages| Checkpoint::Commit { pages, state_bytes: state().len() as u64 };
+        let after = || Destination::default().whole(1);
+        let bad = [
+            ("outside RAM", after().pages(15, 2, 9, 2)),
+            ("another's number", after().pages(4, 1, 9, 2).pages(4, 1, 9, 3)),
+            ("number 0", after().pages(4, 1, 9, 0)),
+            ("a page too few", after().pages(4, 1, 9, 2).frame(Checkpoint::State(state()), 2).frame(commit(2), 2)),
+            ("no state", after().pages(4, 1, 9, 2).frame(commit(1), 2)),
+            (
+                "a state that is none",
+                after()
+                    .pages(4, 1, 9, 2)
+                    .frame(Checkpoint::State(vec![0xff; 4].into()), 2)
+                    .frame(Checkpoint::Commit { pages: 1, state_bytes: 4 }, 2),
+            ),
+            ("a source's frame", after().frame(Checkpoint::Committed, 2)),
+            ("a sequence number left out", Destination { sequence: 9, ..after() }.whole(2)),
+        ];
+        for (what, destination) in bad {
+            let (number, page, error) = kept(destination, true);
+            assert_eq!((number, page), (Some(1), 1), "{what}");
+            assert!(matches!(error, MigrationError::Malformed(_)), "{what}: {error}");
+        }
+        let (number, _, error) = kept(after(), false);
+        assert!(number.is_none() && matches!(error, MigrationError::Malformed(_)), "unasked: {error}");
+    }
+}

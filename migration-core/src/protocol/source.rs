@@ -243,3 +243,43 @@ impl SourceMachine {
         Err(Violation::new(command, self.epoch, self.phase, "it does not belong to this phase"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fence::{Fence, NoFence, NotFenced};
+
+    struct Certain;
+
+    impl Fence for Certain {
+        fn fence(&self, _identity: &[u8]) -> Result<(), NotFenced> {
+            Ok(())
+        }
+    }
+
+    fn dead() -> Fenced {
+        Fenced::by(&Certain, b"").unwrap()
+    }
+
+    fn at(phase: SourcePhase) -> SourceMachine {
+        SourceMachine { phase, ..SourceMachine::new(7) }
+    }
+
+    #[test]
+    fn only_what_may_run_elsewhere_is_restarted_and_only_behind_a_fence() {
+        assert!(Fenced::by(&NoFence, b"").is_err());
+        use SourcePhase::*;
+        for phase in [Greeting, Welcomed, Copying, Offered, Ready, Completed, Ended] {
+            assert!(at(phase).restart(dead()).is_err(), "{phase:?}");
+        }
+        for phase in [InDoubt, Serving] {
+            let mut machine = at(phase);
+            assert!(!machine.owns());
+            assert_eq!(machine.restart(dead()), Ok(8));
+            assert!(machine.owns());
+            // a destination that speaks after all is not listened to
+            assert!(machine.handle(7, Control::Running).is_err());
+            assert!(machine.run().is_err() && machine.restart(dead()).is_err());
+        }
+    }
+}

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use migration_core::{
     PageRange,
     wire::{
-        Bulk, Content, Control, ErrorCode, Extent, FEATURE_PAYLOAD_CRC, FaultSummary, Header, Hello, LaneKind,
-        Preamble, SessionToken, Welcome,
+        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FEATURE_PAYLOAD_CRC, FaultSummary, Header, Hello,
+        LaneKind, Preamble, SessionToken, Welcome,
     },
 };
 
@@ -56,7 +56,18 @@ pub(crate) fn samples() -> Vec<(String, Vec<u8>)> {
     ];
     let post_copy = post_copy.map(|f| (f.name().to_owned(), f.encode(0, 19, 3)));
     let request = ("request".to_owned(), Bulk::Request { pages: vec![513, 3] }.encode(0, 20, 5));
+    let every =
+        Checkpoint::Every { interval_us: 100_000, detect_us: 1_000_000, identity: Bytes::from_static(b"source") };
+    let checkpoints = [
+        ("every", every),
+        ("identity", Checkpoint::Identity(Bytes::from_static(b"destination"))),
+        ("checkpoint state", Checkpoint::State(Bytes::from_static(b"state"))),
+        ("commit", Checkpoint::Commit { pages: 7, state_bytes: 5 }),
+        ("committed", Checkpoint::Committed),
+    ];
+    let checkpoints = checkpoints.map(|(name, f)| (name.to_owned(), f.encode(21, 6)));
     let later = [preamble(LaneKind::Demand)].into_iter().chain(post_copy).chain([request]);
+    let later = later.chain([preamble(LaneKind::Checkpoint)]).chain(checkpoints);
     preambles.into_iter().chain(control).chain(bulk).chain(later).collect()
 }
 
