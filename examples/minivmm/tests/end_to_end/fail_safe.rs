@@ -25,6 +25,14 @@ pub(crate) fn add(suite: &mut Suite) {
             destinations_die(lab, seed as u64, backing, cpus)
         });
     }
+    for (seed, backing) in BACKINGS.into_iter().chain(["thp"]).enumerate() {
+        let cpus = ["4", "1"][seed % 2];
+        suite.post_copy(format!("fail_safe/source_killed/{backing}/{cpus}_cpus/{seed}"), backing, move |lab| {
+            sources_die(lab, seed as u64, backing, cpus)
+        });
+    }
+    suite.post_copy("fail_safe/source_killed_early", "anon", source_dies_early);
+    suite.post_copy("fail_safe/source_killed_without_a_forward_checkpoint", "anon", source_dies_unprotected);
     for backing in BACKINGS {
         suite.post_copy(format!("fail_safe/nobody_dies/{backing}"), backing, move |lab| nobody_dies(lab, backing));
     }
@@ -39,7 +47,8 @@ fn source(lab: &Lab, backing: &str, cpus: &str) -> Result<Process, Failed> {
 }
 
 fn destination(lab: &Lab, name: &str) -> Result<Process, Failed> {
-    lab.receive(name, &["--serial", &lab.arg("serial")])
+    fs::create_dir_all(lab.path("checkpoints"))?;
+    lab.receive(name, &["--serial", &lab.arg("serial"), "--checkpoints", &lab.arg("checkpoints")])
 }
 
 fn with<'a>(options: &[&'a str], fail_safe: &'a str) -> Vec<&'a str> {
@@ -102,6 +111,71 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
     there.wait_until("the guest works", at_work)?;
     checks_all(&there)?;
     source_goes_on(lab, lines)?;
+    there.quit()
+}
+
+/// One after the other: each destination is the next source.
+fn sources_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome {
+    let mut here = source(lab, backing, cpus)?;
+    let mut lines = 0;
+    for kill in 0..KILLS {
+        let there = destination(lab, &format!("destination-{kill}"))?;
+        let kind = ["both:interval=5ms", "forward:detect=500ms"][(kill % 2) as usize];
+        let protected = format!("{kind},dir={}", lab.arg("checkpoints"));
+        let client = here.start_migrate(&there.address, &with(&LINK, &protected))?;
+        let wished = if kill % 2 == 0 { random(seed * 100 + kill) % 12 } else { 0 };
+        wait_for("the VM is protected", || {
+            let migration = &here.status()?["migration"];
+            let count = migration["checkpoints"]["count"].as_u64().unwrap_or(0);
+            Ok((migration["phase"] == "serving" && count >= wished).then_some(()))
+        })?;
+        here.kill()?;
+        client.kill();
+        there.wait_until("the guest works", at_work)?;
+        checks_all(&there)?;
+        lines = source_goes_on(lab, lines)?;
+        // what it was saved by is not needed any more
+        wait_for("the forward checkpoint is removed", || {
+            let mut left = fs::read_dir(lab.path("checkpoints"))?.filter_map(|e| e.ok());
+            Ok((!left.any(|e| e.file_name().to_string_lossy().ends_with("forward"))).then_some(()))
+        })?;
+        here = there;
+    }
+    let last = destination(lab, "last")?;
+    here.migrate_well(&last.address, &[])?;
+    checks_all(&last)?;
+    last.quit()
+}
+
+/// Before the hand-over the VM goes with its owner; nobody pretends that it lives.
+fn source_dies_early(lab: &Lab) -> Outcome {
+    let mut source = source(lab, "anon", "1")?;
+    let there = destination(lab, "destination")?;
+    let protected = format!("both:dir={}", lab.arg("checkpoints"));
+    // rounds that take some seconds
+    let options = ["--strategy", "hybrid:rounds=3", "--bandwidth", "20Mbit"];
+    let client = source.start_migrate(&there.address, &with(&options, &protected))?;
+    wait_for("pages move", || Ok((source.status()?["migration"]["round_sent"].as_u64() > Some(100)).then_some(())))?;
+    source.kill()?;
+    client.kill();
+    wait_for("the destination says that it is gone", || Ok(there.stderr().contains("is discarded").then_some(())))?;
+    ensure(there.status()?["state"] == "incoming", || "a VM without an owner".into())?;
+    there.quit()
+}
+
+/// With reverse checkpoints only, pages that the source had are lost with it: the guest waits, and its output is held.
+fn source_dies_unprotected(lab: &Lab) -> Outcome {
+    let mut source = source(lab, "anon", "1")?;
+    let there = destination(lab, "destination")?;
+    let client = source.start_migrate(&there.address, &with(&LINK, "reverse:interval=5ms,detect=50ms"))?;
+    wait_for("the VM runs there", || Ok((source.status()?["migration"]["phase"] == "serving").then_some(())))?;
+    source.kill()?;
+    client.kill();
+    let said = "the VM still depends on it: it has pages that are nowhere else";
+    wait_for("the destination says what it lacks", || Ok(there.stderr().contains(said).then_some(())))?;
+    lines_in_order(lab)?;
+    let answer = there.migrate("tcp:127.0.0.1:1", &[])?;
+    ensure(answer.reason().contains("missing"), || format!("{answer:?}"))?;
     there.quit()
 }
 
