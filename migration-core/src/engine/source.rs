@@ -484,7 +484,8 @@ impl Engine<'_> {
         if leave {
             self.put_rest_ahead()?;
         }
-        let (mut ready, mut heard, mut sent) = (false, Instant::now(), 0);
+        // it may have come while the forward checkpoint was completed
+        let (mut ready, mut heard, mut sent) = (self.machine.phase() == SourcePhase::Ready, Instant::now(), 0);
         let mut lanes = if leave { self.report.streams } else { 0 };
         while lanes < self.report.streams || !ready {
             match self.next_input(heard + self.options.setup_timeout)? {

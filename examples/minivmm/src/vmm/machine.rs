@@ -4,7 +4,8 @@ use std::{
     fs::File,
     io::{self, Write},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -38,6 +39,9 @@ use crate::workload::{self, Board};
 
 /// Where the built-in workloads keep their figures.
 const BOARD: u64 = 0x10_0000;
+
+/// How long a migration waits for the end of the one before.
+const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
@@ -82,6 +86,7 @@ pub(crate) struct Machine {
     pub(super) processors: Box<dyn Processors>,
     devices: Mutex<DeviceSet>,
     tracker: Mutex<Option<UnionTracker>>,
+    tracker_is_back: Condvar,
     tracker_name: &'static str,
     pub(super) ram: Arc<MappedRam>,
     /// Writes of the VMM itself: the start info, and whatever a device with DMA would do.
@@ -180,7 +185,20 @@ impl Machine {
             Box::new(BalloonDevice(bus.balloon.clone())),
         ]));
         let standing = Mutex::default();
-        Ok(Self { config, processors, devices, tracker, tracker_name, ram, writes, bus, standing, fault, pager })
+        Ok(Self {
+            config,
+            processors,
+            devices,
+            tracker,
+            tracker_is_back: Condvar::new(),
+            tracker_name,
+            ram,
+            writes,
+            bus,
+            standing,
+            fault,
+            pager,
+        })
     }
 
     /// Loads a kernel from a file.
@@ -393,9 +411,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back.
+    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back. The last migration's checkpoints
+    /// may just be ending.
     pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
-        match self.tracker.lock().unwrap_or_else(|e| e.into_inner()).take() {
+        let guard = self.tracker.lock().unwrap_or_else(|e| e.into_inner());
+        let waited = self.tracker_is_back.wait_timeout_while(guard, LAST_MIGRATION, |tracker| tracker.is_none());
+        match waited.unwrap_or_else(|e| e.into_inner()).0.take() {
             Some(tracker) => Box::new(tracker),
             None => Box::new(Absent),
         }
@@ -408,6 +429,7 @@ impl Machine {
             .tracker()
             .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
         *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
+        self.tracker_is_back.notify_all();
     }
 }
 

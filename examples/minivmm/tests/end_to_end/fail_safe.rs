@@ -122,10 +122,11 @@ fn sources_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome {
         let there = destination(lab, &format!("destination-{kill}"))?;
         let kind = ["both:interval=5ms", "forward:detect=500ms"][(kill % 2) as usize];
         let protected = format!("{kind},dir={}", lab.arg("checkpoints"));
-        let client = here.start_migrate(&there.address, &with(&LINK, &protected))?;
+        let mut client = here.start_migrate(&there.address, &with(&LINK, &protected))?;
         let wished = if kill % 2 == 0 { random(seed * 100 + kill) % 12 } else { 0 };
         wait_for("the VM is protected", || {
             let migration = &here.status()?["migration"];
+            ensure(!client.has_ended()?, || format!("it ended too soon: {migration}"))?;
             let count = migration["checkpoints"]["count"].as_u64().unwrap_or(0);
             Ok((migration["phase"] == "serving" && count >= wished).then_some(()))
         })?;

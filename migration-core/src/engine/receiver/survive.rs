@@ -59,9 +59,8 @@ impl Hub {
             if lost.elapsed() < patience && !self.options.fence.is_dead(identity) {
                 continue;
             }
-            match self.survive(session, identity) {
+            match self.survive(session, protection, identity) {
                 Ok(()) => {
-                    self.unprotect(protection);
                     self.finished.store(true, Ordering::Relaxed);
                     return self.tell_phase();
                 }
@@ -76,7 +75,12 @@ impl Hub {
     }
 
     /// Makes sure that the source is dead, unless it has what nobody else has, and takes its place.
-    fn survive(self: &Arc<Self>, session: &Arc<Session>, identity: &[u8]) -> Result<(), String> {
+    fn survive(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        protection: &Protection,
+        identity: &[u8],
+    ) -> Result<(), String> {
         let missing = session.missing().ok_or("nothing was handed over")?;
         let vm = lock(&self.state).machine.vm().ok_or("no VM is held")?;
         let layout = session.ram.layout();
@@ -94,6 +98,8 @@ impl Hub {
             self.start(&state, running);
         }
         drop(state);
+        // nobody restarts it any more
+        self.unprotect(protection);
         if let Some((stores, mut store)) = store {
             missing.fill(layout, &mut *store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
             stores.done(vm, session.epoch);
