@@ -14,6 +14,8 @@
 //! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
 //! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
 //!
+//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory.
+//!
 //! # Example
 //!
 //! ```
@@ -69,6 +71,7 @@
 mod accept;
 mod bandwidth;
 mod cut;
+mod dir_store;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
@@ -96,6 +99,7 @@ pub use cut::Cut;
 pub use relay::Relay;
 pub use {
     bandwidth::{Bandwidth, BandwidthError},
+    dir_store::DirStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     stream::StreamChannel,

@@ -47,6 +47,8 @@ pub(super) struct Protection {
     identity: Bytes,
     /// Whether the source wants checkpoints, and not only to know whom it deals with.
     wanted: AtomicBool,
+    /// After how long without a link the source counts as dead, and its identity.
+    pub(super) source: Mutex<Option<(Duration, Bytes)>>,
 }
 
 struct Protected {
@@ -69,7 +71,12 @@ impl Protection {
     pub(super) fn new(mut vm: Box<dyn ProtectedVm>, identity: Bytes, pages: u64) -> Result<Self, VmError> {
         vm.tracker().start().map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
         let protected = Protected { vm, owed: PageSet::empty(pages), number: 0 };
-        Ok(Self { protected: Mutex::new(Some(protected)), identity, wanted: AtomicBool::new(false) })
+        Ok(Self {
+            protected: Mutex::new(Some(protected)),
+            identity,
+            wanted: AtomicBool::new(false),
+            source: Mutex::default(),
+        })
     }
 
     /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
@@ -176,7 +183,6 @@ impl CheckpointLane {
     pub(super) fn run(
         &mut self,
         protection: &Protection,
-        told: &mut dyn FnMut(Duration, Bytes),
         wait_running: &dyn Fn() -> Option<Arc<Missing>>,
     ) -> Result<(), MigrationError> {
         let (header, body) = self.read()?;
@@ -186,7 +192,7 @@ impl CheckpointLane {
         let interval = Duration::from_micros(interval_us);
         // before the answer, without which nothing is handed over
         protection.wanted.store(!interval.is_zero(), Ordering::Relaxed);
-        told(Duration::from_micros(detect_us), identity);
+        *lock(&protection.source) = Some((Duration::from_micros(detect_us), identity));
         self.say(&Checkpoint::Identity(protection.identity.clone()), 0)?;
         if !interval.is_zero()
             && let Some(missing) = wait_running()

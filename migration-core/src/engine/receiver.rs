@@ -531,7 +531,13 @@ impl Hub {
     }
 
     /// A control lane is not served any more.
-    fn ended(&self, session: &Session, attachment: u64, peer: &str, served: Result<(), MigrationError>) {
+    fn ended(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        peer: &str,
+        served: Result<(), MigrationError>,
+    ) {
         let Err(error) = served else { return };
         if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
             // best effort: the lane ends either way
@@ -540,7 +546,11 @@ impl Hub {
         // that a bulk lane failed is the cause; what followed from it on this one is not
         let why = session.over().unwrap_or_else(|| error.to_string());
         self.bad_peer(peer, &why);
+        let link = session.link();
         self.lost(attachment, &why);
+        if self.current(attachment).is_ok() {
+            self.watch_source(session, link);
+        }
     }
 
     fn frame(

@@ -275,6 +275,11 @@ impl Session {
         guard.missing.clone().filter(|_| guard.running && guard.link == link)
     }
 
+    /// The number of the present link.
+    pub(super) fn link(&self) -> u32 {
+        lock(&self.lane_state).link
+    }
+
     /// Waits so long at most for a link after this one, or the end of the session; whether neither came.
     pub(super) fn stays_lost(&self, link: u32, time: Duration) -> bool {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link;

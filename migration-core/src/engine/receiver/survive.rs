@@ -15,24 +15,19 @@ const WATCH: Duration = Duration::from_millis(10);
 const LAST: u32 = 4;
 
 impl Hub {
-    /// A lane on which checkpoints go back. It lives as long as its link; and then, for as long as the source does not come
-    /// back, watches whether it is dead.
+    /// A lane on which checkpoints go back, for as long as its link lives.
     pub(super) fn checkpoints(
-        self: &Arc<Self>,
+        &self,
         session: Arc<Session>,
         (protection, link): (Arc<Protection>, u32),
         (reader, writer): (Box<dyn ReadHalf>, Box<dyn WriteHalf>),
         peer: &str,
     ) -> Result<(), MigrationError> {
         let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
-        let (mut source, wait_running) = (None, || session.wait_running(link));
-        let mut told = |detect, identity| source = Some((detect, identity));
-        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &mut told, &wait_running);
+        let wait_running = || session.wait_running(link);
+        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &wait_running);
         let Err(error) = served else { return Ok(()) };
         let cut = session.lane_lost(link, error.code(), &error.to_string());
-        if let Some((detect, identity)) = source {
-            self.watch_source(&session, (&protection, link), detect, &identity);
-        }
         if cut || !matches!(error, MigrationError::Link { .. }) {
             return Err(error);
         }
@@ -43,23 +38,18 @@ impl Hub {
     ///
     /// Each side would end the other one after a cut that lasts. The source is first; this side waits longer, so that
     /// they do not end each other.
-    fn watch_source(
-        self: &Arc<Self>,
-        session: &Arc<Session>,
-        (protection, link): (&Protection, u32),
-        detect: Duration,
-        identity: &[u8],
-    ) {
-        let (lost, mut refused) = (Instant::now(), None);
-        let patience = detect.saturating_mul(LAST);
+    pub(super) fn watch_source(self: &Arc<Self>, session: &Arc<Session>, link: u32) {
+        let Some(protection) = &session.protection else { return };
+        let Some((detect, identity)) = lock(&protection.source).clone() else { return };
+        let (lost, patience, mut refused) = (Instant::now(), detect.saturating_mul(LAST), None);
         while session.stays_lost(link, WATCH) {
             if self.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
                 return;
             }
-            if lost.elapsed() < patience && !self.options.fence.is_dead(identity) {
+            if lost.elapsed() < patience && !self.options.fence.is_dead(&identity) {
                 continue;
             }
-            match self.survive(session, protection, identity) {
+            match self.survive(session, protection, &identity) {
                 Ok(()) => {
                     self.finished.store(true, Ordering::Relaxed);
                     return self.tell_phase();
@@ -98,10 +88,13 @@ impl Hub {
             self.start(&state, running);
         }
         drop(state);
+        // first the pages: a checkpoint that is under way may wait for one
+        if let Some((_, store)) = &mut store {
+            missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
+        }
         // nobody restarts it any more
         self.unprotect(protection);
-        if let Some((stores, mut store)) = store {
-            missing.fill(layout, &mut *store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
+        if let Some((stores, _)) = store {
             stores.done(vm, session.epoch);
         }
         Ok(())
