@@ -172,7 +172,7 @@ fn source_dies_unprotected(lab: &Lab) -> Outcome {
     wait_for("the VM runs there", || Ok((source.status()?["migration"]["phase"] == "serving").then_some(())))?;
     source.kill()?;
     client.kill();
-    let said = "the VM still depends on it: it has pages that are nowhere else";
+    let said = "the VM still depends on it: its forward checkpoint";
     wait_for("the destination says what it lacks", || Ok(there.stderr().contains(said).then_some(())))?;
     lines_in_order(lab)?;
     let answer = there.migrate("tcp:127.0.0.1:1", &[])?;
