@@ -18,7 +18,7 @@ use bytes::Bytes;
 use super::{
     HugePages, OnTimeout, SourceOptions,
     control::{ControlReader, ControlWriter},
-    handle::{Commands, Input},
+    handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     serve::{DemandLane, Left},
 };
@@ -120,6 +120,7 @@ pub(super) struct Engine<'a> {
     /// What the destination agreed to.
     features: u32,
     post_copy_wanted: bool,
+    can_post_copy: CanPostCopy,
 }
 
 impl<'a> Engine<'a> {
@@ -198,6 +199,7 @@ impl<'a> Engine<'a> {
             lacking: 0,
             features: 0,
             post_copy_wanted: false,
+            can_post_copy: commands.can_post_copy,
         }
     }
 
@@ -298,8 +300,20 @@ impl<'a> Engine<'a> {
         if welcome.features & FEATURE_POST_COPY != 0 {
             self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
         }
+        self.tell_post_copy();
         self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
         Ok(())
+    }
+
+    /// Notes what controllers are answered that ask for post-copy from now on.
+    fn tell_post_copy(&self) {
+        *lock(&self.can_post_copy) = match self.report.demand_lanes {
+            0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
+            0 => Err(NoPostCopy::NotAgreed),
+            // the strategy has decided how it hands over
+            _ if self.paused => Err(NoPostCopy::TooLate),
+            _ => Ok(()),
+        };
     }
 
     pub(super) fn open_lanes(&mut self) -> Result<(), MigrationError> {
@@ -735,12 +749,14 @@ impl Verbs for Engine<'_> {
         self.paused_at = Some(Instant::now());
         self.report.downtime = None;
         self.paused = true;
+        self.tell_post_copy();
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
 
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
+        self.tell_post_copy();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
         Ok(())
     }

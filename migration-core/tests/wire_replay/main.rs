@@ -20,6 +20,7 @@ mod post_copy;
 mod refusals;
 mod sessions;
 mod streams;
+mod switch;
 
 use std::time::Duration;
 
