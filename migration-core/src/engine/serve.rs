@@ -119,6 +119,11 @@ impl Left {
         *lock(&self.pages) = pages;
     }
 
+    /// What nobody has taken out.
+    pub(super) fn unsent(&self) -> PageSet {
+        lock(&self.pages).clone()
+    }
+
     /// Takes out what is left of the block around `page`; nothing if it was sent.
     fn claim(&self, page: u64) -> Vec<PageRange> {
         let mut pages = lock(&self.pages);
@@ -231,7 +236,7 @@ impl Engine<'_> {
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
-        (self.left_behind, self.lacking) = (missing.len(), missing.len());
+        (self.left_behind, self.lacking) = (missing.clone(), missing.len());
         self.touched.union_with(&missing);
         // until the hand-over they are the guest's here, and may have to be given back
         self.owed.union_with(&missing);
@@ -321,6 +326,17 @@ impl Engine<'_> {
         if missing.len() != expected {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
+        }
+        // it may have received anything that was taken out, and nothing else
+        for (of, in_, why) in [
+            (&missing, &self.left_behind, "is said to be missing, and was not left behind"),
+            (&self.left.unsent(), &missing, "is not said to be missing, and was not sent"),
+        ] {
+            let mut wrong = of.clone();
+            wrong.subtract(in_);
+            if let Some(page) = wrong.first_from(0) {
+                return Err(DecodeError::invalid("missing pages", format!("page {page} {why}")).into());
+            }
         }
         self.lacking = expected;
         self.left.set(missing);

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
     channel::{Closer, Connector, Halves, ReadHalf},
+    codec::DecodeError,
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
     report::{Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
@@ -114,7 +115,8 @@ pub(super) struct Engine<'a> {
     /// How often each page was dirtied, 255 at most; empty before the first harvest.
     pub(super) heat: Vec<u8>,
     pub(super) left: Arc<Left>,
-    pub(super) left_behind: u64,
+    /// The pages that were missing at the hand-over.
+    pub(super) left_behind: PageSet,
     /// How many of them were missing when the destination last said so.
     pub(super) lacking: u64,
     /// What the destination agreed to.
@@ -195,7 +197,7 @@ impl<'a> Engine<'a> {
             report,
             heat: Vec::new(),
             left: Arc::default(),
-            left_behind: 0,
+            left_behind: PageSet::empty(pages),
             lacking: 0,
             features: 0,
             post_copy_wanted: false,
@@ -478,6 +480,14 @@ impl<'a> Engine<'a> {
 
     pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.last_heard = Instant::now();
+        if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
+            // it would free them
+            let unsent = self.left.unsent().len();
+            if unsent > 0 {
+                let why = format!("{unsent} pages were not sent yet");
+                return Err(DecodeError::invalid("complete", why).into());
+            }
+        }
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
             event => Ok(event),
@@ -780,7 +790,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn left_behind(&self) -> u64 {
-        self.left_behind
+        self.left_behind.len()
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

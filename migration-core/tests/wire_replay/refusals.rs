@@ -99,7 +99,7 @@ impl Session {
     }
 }
 
-fn missing<const N: usize>(pages: [u64; N]) -> Control {
+pub(crate) fn missing<const N: usize>(pages: [u64; N]) -> Control {
     let mut bitmap = vec![0; 72];
     pages.iter().for_each(|page| bitmap[*page as usize / 8] |= 1 << (page % 8));
     Control::Missing { first: 0, bitmap: Bytes::from(bitmap) }
