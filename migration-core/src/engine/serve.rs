@@ -119,11 +119,6 @@ impl Left {
         *lock(&self.pages) = pages;
     }
 
-    /// What nobody has taken out.
-    pub(super) fn unsent(&self) -> PageSet {
-        lock(&self.pages).clone()
-    }
-
     /// Takes out what is left of the block around `page`; nothing if it was sent.
     fn claim(&self, page: u64) -> Vec<PageRange> {
         let mut pages = lock(&self.pages);
@@ -236,7 +231,8 @@ impl Engine<'_> {
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
-        (self.left_behind, self.lacking) = (missing.clone(), missing.len());
+        self.lacking = missing.len();
+        (self.left_behind, self.never_sent) = (missing.clone(), missing.clone());
         self.touched.union_with(&missing);
         // until the hand-over they are the guest's here, and may have to be given back
         self.owed.union_with(&missing);
@@ -327,10 +323,10 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        // it may have received anything that was taken out, and nothing else
+        let (never_sent, listed) = (self.never_sent().clone(), &self.left_behind);
         for (of, in_, why) in [
-            (&missing, &self.left_behind, "is said to be missing, and was not left behind"),
-            (&self.left.unsent(), &missing, "is not said to be missing, and was not sent"),
+            (&missing, listed, "is said to be missing, and was not left behind"),
+            (&never_sent, &missing, "is not said to be missing, and was not sent"),
         ] {
             let mut wrong = of.clone();
             wrong.subtract(in_);
@@ -341,6 +337,13 @@ impl Engine<'_> {
         self.lacking = expected;
         self.left.set(missing);
         self.open_lanes()
+    }
+
+    /// The pages that were never taken out to be sent. The destination cannot have them, but may have any other: what is under
+    /// way when the link is lost may still arrive when the list of missing pages is made, or behind it.
+    pub(super) fn never_sent(&mut self) -> &PageSet {
+        self.never_sent.intersect_with(&lock(&self.left.pages));
+        &self.never_sent
     }
 
     /// The granularity in which pages are left behind.

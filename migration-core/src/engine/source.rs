@@ -117,6 +117,8 @@ pub(super) struct Engine<'a> {
     pub(super) left: Arc<Left>,
     /// The pages that were missing at the hand-over.
     pub(super) left_behind: PageSet,
+    /// Of them, those that were not sent when this was last looked at.
+    pub(super) never_sent: PageSet,
     /// How many of them were missing when the destination last said so.
     pub(super) lacking: u64,
     /// What the destination agreed to.
@@ -198,6 +200,7 @@ impl<'a> Engine<'a> {
             heat: Vec::new(),
             left: Arc::default(),
             left_behind: PageSet::empty(pages),
+            never_sent: PageSet::empty(pages),
             lacking: 0,
             features: 0,
             post_copy_wanted: false,
@@ -482,9 +485,9 @@ impl<'a> Engine<'a> {
         self.last_heard = Instant::now();
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
-            let unsent = self.left.unsent().len();
+            let unsent = self.never_sent().len();
             if unsent > 0 {
-                let why = format!("{unsent} pages were not sent yet");
+                let why = format!("{unsent} pages were never sent");
                 return Err(DecodeError::invalid("complete", why).into());
             }
         }

@@ -4,7 +4,11 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex, mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -30,7 +34,11 @@ use crate::{
 };
 
 /// Gives the other end of each lane to the test.
-struct Ends(Mutex<mpsc::Sender<(LaneKind, End)>>);
+struct Ends {
+    to: Mutex<mpsc::Sender<(LaneKind, End)>>,
+    /// No bulk lane can be opened.
+    refuses: Arc<AtomicBool>,
+}
 
 impl Connector for Ends {
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
@@ -38,8 +46,11 @@ impl Connector for Ends {
     }
 
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        if kind == LaneKind::Bulk && self.refuses.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
         let (here, there) = pair();
-        self.0.lock().unwrap().send((kind, there)).map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        self.to.lock().unwrap().send((kind, there)).map_err(|_| io::ErrorKind::ConnectionRefused)?;
         Ok(Box::new(here))
     }
 
@@ -53,6 +64,7 @@ struct Peer {
     lanes: mpsc::Receiver<(LaneKind, End)>,
     ended: mpsc::Receiver<(Report, RecordedVm)>,
     calls: Arc<Mutex<Vec<&'static str>>>,
+    refuses: Arc<AtomicBool>,
     control: End,
     bulk: Option<End>,
     demand: Option<End>,
@@ -70,8 +82,10 @@ impl Peer {
         let (end, ended) = mpsc::channel();
         let vm = guest();
         let calls = vm.calls.clone();
+        let refuses = Arc::new(AtomicBool::new(false));
+        let refused = refuses.clone();
         thread::spawn(move || {
-            let (mut vm, link) = (vm, Ends(Mutex::new(tx)));
+            let (mut vm, link) = (vm, Ends { to: Mutex::new(tx), refuses: refused });
             let mut strategy = Hybrid { rounds: 1, order: Box::new(Linear::default()) };
             let options = SourceOptions { streams: 1, demand_lanes: 1, ..SourceOptions::default() };
             let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);
@@ -83,6 +97,7 @@ impl Peer {
             lanes,
             ended,
             calls,
+            refuses,
             control,
             bulk: None,
             demand: None,
@@ -354,4 +369,24 @@ fn lists_that_cannot_be() {
     peer.open();
     peer.control.outgoing.update(|s| s.ended = true);
     assert_eq!(peer.is_served("lost twice").recoveries, 2);
+}
+
+/// What was sent and is listed nevertheless, since it arrives late, is not listed again: the source knows that it may be there.
+#[test]
+fn pages_that_arrive_behind_the_list() {
+    let mut peer = Peer::serving();
+    let mut vm = guest();
+    vm.write_more();
+    let expected = checksums(&vm.ram);
+    while peer.have != expected {
+        peer.take_pages(false);
+    }
+    peer.refuses.store(true, Ordering::Relaxed);
+    peer.control.outgoing.update(|s| s.ended = true);
+    peer.back();
+    peer.say(&missing(DURING.map(|(page, _)| page)));
+    peer.say(&Control::PostCopy { missing: DURING.len() as u64, demand_lanes: 0 });
+    // no page goes out on this link
+    peer.back();
+    peer.ends_well("late pages");
 }
