@@ -275,6 +275,7 @@ impl Engine<'_> {
                 && let Some(lane) = free.pop()
             {
                 self.report.pages.pushed += range.count;
+                self.report.pages.prepaged += if order.prepaged() { range.count } else { 0 };
                 pace.pushed(range.count);
                 if let Some(lane) = self.lanes.get(usize::from(lane)) {
                     // a lane that is gone has said why, which arrives as an input

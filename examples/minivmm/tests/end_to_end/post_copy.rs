@@ -88,6 +88,7 @@ pub(crate) fn moved_each_page_once(report: &Value) -> Outcome {
     let pages = |name: &str| number(report, "pages", name);
     ensure(report["outcome"] == "completed" && report["reason"].is_null(), || format!("{report}"))?;
     let after = pages("pushed") + pages("demanded");
+    ensure(pages("prepaged") <= pages("pushed"), || format!("{report}"))?;
     if after == 0 && report["strategy"] == "hybrid" {
         // the guest has not been scheduled in the last round
         return ensure(report["faults"].is_null(), || format!("no page was left behind: {report}"));
@@ -137,6 +138,8 @@ fn one_edge(lab: &Lab, way: Way) -> Outcome {
     }
     let report = source.migrate_well(&destination.address, &options)?;
     moved_each_page_once(&report)?;
+    let pivots = !matches!(order, "linear" | "random");
+    ensure(pivots || number(&report, "pages", "prepaged") == 0, || format!("{order} has no pivots: {report}"))?;
     let (name, rounds) = strategy.split_once(":rounds=").unwrap_or((strategy, "0"));
     ensure(report["strategy"] == name, || format!("{report}"))?;
     ensure(report["rounds"].as_u64() == rounds.parse().ok(), || format!("{rounds} rounds: {report}"))?;
