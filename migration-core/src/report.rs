@@ -56,6 +56,8 @@ pub struct PageCounts {
     pub distinct: u64,
     /// After the hand-over, sent unasked.
     pub pushed: u64,
+    /// Of these, chosen because they lie around a page that the guest had faulted on.
+    pub prepaged: u64,
     /// After the hand-over, sent because the guest waited for them or for one of their block.
     pub demanded: u64,
 }

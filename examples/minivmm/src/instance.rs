@@ -8,7 +8,7 @@ use std::{
 };
 
 use migration_core::{
-    engine::{Controller, HugePages, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
+    engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
@@ -278,9 +278,16 @@ impl Instance {
     }
 
     fn post_copy(&self) -> Result<Value, String> {
-        let controller = self.lock().controller.clone().ok_or("post-copy: no migration is under way")?;
-        controller.post_copy();
-        Ok(json!({"asked": true}))
+        let mut state = self.lock();
+        loop {
+            let controller = state.controller.as_ref().ok_or("post-copy: no migration is under way")?;
+            match controller.post_copy() {
+                Ok(()) => return Ok(json!({"asked": true})),
+                // the next phase tells, or the end
+                Err(NoPostCopy::NotYet) => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+                Err(why) => return Err(format!("post-copy: {why}")),
+            }
+        }
     }
 
     fn adopt(&self) -> Result<Value, String> {
@@ -458,12 +465,15 @@ impl Observer for Told {
                 self.0.changed.notify_all();
             }
             Event::Checkpoint(counts) => self.0.lock().checkpoints = *counts,
-            Event::Source(SourcePhase::Serving) => {
+            Event::Source(phase) => {
                 let mut state = self.0.lock();
-                if state.role == Role::InDoubt {
+                if *phase == SourcePhase::Serving && state.role == Role::InDoubt {
                     // the destination was found again
                     state.role = Role::Outgoing;
                 }
+                drop(state);
+                // who asks for post-copy waits for what the destination can
+                self.0.changed.notify_all();
             }
             Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),
             Event::Discarded(why) => eprintln!("minivmm: what was received is discarded: {why}"),

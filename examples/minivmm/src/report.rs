@@ -46,6 +46,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
             "plain": report.pages.plain,
             "distinct": report.pages.distinct,
             "pushed": report.pages.pushed,
+            "prepaged": report.pages.prepaged,
             "demanded": report.pages.demanded,
         },
         "faults": (report.pages.pushed + report.pages.demanded > 0).then(|| json!({

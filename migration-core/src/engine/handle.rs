@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use thiserror::Error;
+
 use super::{SourceOptions, lane::LaneDone, source};
 use crate::{
     MigrationError,
@@ -37,17 +39,43 @@ pub(super) enum Input {
     Recover(Arc<dyn Connector>),
 }
 
+/// Why a migration cannot be switched to post-copy.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
+pub enum NoPostCopy {
+    /// Not known before the destination has answered for the first time: the observer is told of
+    /// [`Copying`](crate::protocol::SourcePhase::Copying) then.
+    #[error("what the destination can do is not known yet")]
+    NotYet,
+    /// This side was told to open no demand lanes.
+    #[error("demand lanes are off")]
+    NoLanes,
+    /// The destination did not agree to it.
+    #[error("the destination cannot serve missing pages (no userfaultfd, or not permitted)")]
+    NotAgreed,
+    /// The guest is paused for the hand-over, or was handed over.
+    #[error("too late, the hand-over has begun")]
+    TooLate,
+    /// There is nothing to switch any more.
+    #[error("the migration has ended")]
+    Ended,
+}
+
+/// Whether a migration can be switched to post-copy: the engine says, controllers ask.
+pub(super) type CanPostCopy = Arc<Mutex<Result<(), NoPostCopy>>>;
+
 /// Sends commands to a migration; may be cloned and used from any thread.
 #[derive(Clone)]
 pub struct Controller {
     inputs: mpsc::Sender<Input>,
+    can_post_copy: CanPostCopy,
 }
 
 impl Controller {
     /// A controller, and the other end, which goes to [`migrate`](super::migrate).
     pub fn new() -> (Self, Commands) {
         let (tx, rx) = mpsc::channel();
-        (Self { inputs: tx.clone() }, Commands { tx, rx })
+        let can_post_copy = Arc::new(Mutex::new(Err(NoPostCopy::NotYet)));
+        (Self { inputs: tx.clone(), can_post_copy: can_post_copy.clone() }, Commands { tx, rx, can_post_copy })
     }
 
     /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait: the report tells.
@@ -64,10 +92,13 @@ impl Controller {
     }
 
     /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that are left follow. Does
-    /// nothing if the destination cannot serve missing pages, or after the hand-over.
-    pub fn post_copy(&self) {
-        // as above
-        let _ = self.inputs.send(Input::PostCopy);
+    /// not wait for that.
+    ///
+    /// # Errors
+    /// When it cannot happen; the migration goes on as if nobody had asked.
+    pub fn post_copy(&self) -> Result<(), NoPostCopy> {
+        (*lock(&self.can_post_copy))?;
+        self.inputs.send(Input::PostCopy).map_err(|_| NoPostCopy::Ended)
     }
 }
 
@@ -81,6 +112,7 @@ impl fmt::Debug for Controller {
 pub struct Commands {
     pub(super) tx: mpsc::Sender<Input>,
     pub(super) rx: mpsc::Receiver<Input>,
+    pub(super) can_post_copy: CanPostCopy,
 }
 
 /// What is left after a migration: the VM (still ours unless the report says completed) and the report.

@@ -18,7 +18,7 @@ mod source;
 
 use std::{sync::Arc, time::Duration};
 
-pub use handle::{Commands, Controller, Migration};
+pub use handle::{Commands, Controller, Migration, NoPostCopy};
 pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub(crate) use serve::{add_missing, missing_frames};
 pub use source::migrate;

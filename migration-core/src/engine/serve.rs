@@ -235,7 +235,8 @@ impl Engine<'_> {
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
-        (self.left_behind, self.lacking) = (missing.len(), missing.len());
+        self.lacking = missing.len();
+        (self.left_behind, self.never_sent) = (missing.clone(), missing.clone());
         self.touched.union_with(&missing);
         // until the hand-over they are the guest's here, and may have to be given back
         self.owed.union_with(&missing);
@@ -278,6 +279,7 @@ impl Engine<'_> {
                 && let Some(lane) = free.pop()
             {
                 self.report.pages.pushed += range.count;
+                self.report.pages.prepaged += if order.prepaged() { range.count } else { 0 };
                 pace.pushed(range.count);
                 if let Some(lane) = self.lanes.get(usize::from(lane)) {
                     // a lane that is gone has said why, which arrives as an input
@@ -326,9 +328,27 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
+        let (never_sent, listed) = (self.never_sent().clone(), &self.left_behind);
+        for (of, in_, why) in [
+            (&missing, listed, "is said to be missing, and was not left behind"),
+            (&never_sent, &missing, "is not said to be missing, and was not sent"),
+        ] {
+            let mut wrong = of.clone();
+            wrong.subtract(in_);
+            if let Some(page) = wrong.first_from(0) {
+                return Err(DecodeError::invalid("missing pages", format!("page {page} {why}")).into());
+            }
+        }
         self.lacking = expected;
         self.left.set(missing);
         self.open_lanes()
+    }
+
+    /// The pages that were never taken out to be sent. The destination cannot have them, but may have any other: what is under
+    /// way when the link is lost may still arrive when the list of missing pages is made, or behind it.
+    pub(super) fn never_sent(&mut self) -> &PageSet {
+        self.never_sent.intersect_with(&lock(&self.left.pages));
+        &self.never_sent
     }
 
     /// The granularity in which pages are left behind.

@@ -21,13 +21,14 @@ use super::{
     HugePages, OnTimeout, SourceOptions,
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
-    handle::{Commands, Input, lock},
+    handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     serve::{DemandLane, Left},
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
     channel::{Closer, Connector, Halves, ReadHalf},
+    codec::DecodeError,
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
     report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
@@ -117,7 +118,10 @@ pub(super) struct Engine<'a> {
     /// How often each page was dirtied, 255 at most; empty before the first harvest.
     pub(super) heat: Vec<u8>,
     pub(super) left: Arc<Left>,
-    pub(super) left_behind: u64,
+    /// The pages that were missing at the hand-over.
+    pub(super) left_behind: PageSet,
+    /// Of them, those that were not sent when this was last looked at.
+    pub(super) never_sent: PageSet,
     /// How many of them were missing when the destination last said so.
     pub(super) lacking: u64,
     /// What the destination agreed to.
@@ -130,6 +134,7 @@ pub(super) struct Engine<'a> {
     saved: PageSet,
     /// What became of the VM after its destination died.
     aftermath: Option<(Outcome, String)>,
+    can_post_copy: CanPostCopy,
 }
 
 impl<'a> Engine<'a> {
@@ -205,7 +210,8 @@ impl<'a> Engine<'a> {
             report,
             heat: Vec::new(),
             left: Arc::default(),
-            left_behind: 0,
+            left_behind: PageSet::empty(pages),
+            never_sent: PageSet::empty(pages),
             lacking: 0,
             features: 0,
             post_copy_wanted: false,
@@ -213,6 +219,7 @@ impl<'a> Engine<'a> {
             handed_over: Bytes::new(),
             saved: PageSet::empty(pages),
             aftermath: None,
+            can_post_copy: commands.can_post_copy,
         }
     }
 
@@ -344,6 +351,14 @@ impl<'a> Engine<'a> {
 
     pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.last_heard = Instant::now();
+        if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
+            // it would free them
+            let unsent = self.never_sent().len();
+            if unsent > 0 {
+                let why = format!("{unsent} pages were never sent");
+                return Err(DecodeError::invalid("complete", why).into());
+            }
+        }
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
             event => Ok(event),
@@ -625,12 +640,14 @@ impl Verbs for Engine<'_> {
         self.paused_at = Some(Instant::now());
         self.report.downtime = None;
         self.paused = true;
+        self.tell_post_copy();
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
 
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
+        self.tell_post_copy();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
         Ok(())
     }
@@ -658,7 +675,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn left_behind(&self) -> u64 {
-        self.left_behind
+        self.left_behind.len()
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
 };
 
 use bytes::Bytes;
@@ -36,6 +36,8 @@ pub(crate) struct RecordedVm {
     pub(crate) dirty: Arc<DirtyBitmap>,
     pub(crate) tracker: BitmapTracker,
     pub(crate) wrote: bool,
+    /// What the engine has done with it that cannot be undone: `resume`, `released`.
+    pub(crate) calls: Arc<Mutex<Vec<&'static str>>>,
 }
 
 impl RecordedVm {
@@ -47,7 +49,7 @@ impl RecordedVm {
         let dirty = DirtyBitmap::new(description.layout.clone());
         let tracker = BitmapTracker::new(dirty.clone());
         let ram = Arc::new(HeapRam::new(description.layout.clone()).unwrap());
-        let vm = Self { description, during, ram, dirty, tracker, wrote: false };
+        let vm = Self { description, during, ram, dirty, tracker, wrote: false, calls: Arc::default() };
         before.iter().for_each(|&(page, byte)| vm.write(page, byte));
         vm
     }
@@ -56,6 +58,10 @@ impl RecordedVm {
         let ram: &dyn GuestRam = &*self.ram;
         ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
         self.dirty.mark_page(page);
+    }
+
+    pub(crate) fn ram_pages(&self) -> u64 {
+        self.description.layout.pages()
     }
 
     /// Writes once, at the first occasion after tracking began.
@@ -90,6 +96,7 @@ impl SourceVm for RecordedVm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        self.calls.lock().unwrap().push("resume");
         Ok(())
     }
 
@@ -101,7 +108,9 @@ impl SourceVm for RecordedVm {
         Ok(state())
     }
 
-    fn released(&mut self) {}
+    fn released(&mut self) {
+        self.calls.lock().unwrap().push("released");
+    }
 }
 
 pub(crate) fn description() -> VmDescription {

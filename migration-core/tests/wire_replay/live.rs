@@ -41,10 +41,10 @@ fn huge() -> VmDescription {
 }
 
 /// Which lane of its kind, from 0, and whether what the destination says on it is meant.
-type Direction = (LaneKind, usize, bool);
+pub(crate) type Direction = (LaneKind, usize, bool);
 
 /// Connects to the destination; one direction of one lane may end after some bytes.
-struct Link {
+pub(crate) struct Link {
     door: mpsc::Sender<Option<End>>,
     cut: Option<(Direction, usize)>,
     opened: Mutex<HashMap<LaneKind, usize>>,
@@ -53,7 +53,7 @@ struct Link {
 }
 
 impl Link {
-    fn new(destination: &Destination, cut: Option<(Direction, usize)>) -> Self {
+    pub(crate) fn new(destination: &Destination, cut: Option<(Direction, usize)>) -> Self {
         let door = destination.door.clone();
         Self { door, cut, opened: Mutex::default(), taps: Mutex::default(), cuts: Mutex::default() }
     }

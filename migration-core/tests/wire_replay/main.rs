@@ -18,8 +18,10 @@ mod live;
 mod pager;
 mod post_copy;
 mod refusals;
+mod serving;
 mod sessions;
 mod streams;
+mod switch;
 
 use std::time::Duration;
 

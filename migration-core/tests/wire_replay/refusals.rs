@@ -99,7 +99,7 @@ impl Session {
     }
 }
 
-fn missing<const N: usize>(pages: [u64; N]) -> Control {
+pub(crate) fn missing<const N: usize>(pages: [u64; N]) -> Control {
     let mut bitmap = vec![0; 72];
     pages.iter().for_each(|page| bitmap[*page as usize / 8] |= 1 << (page % 8));
     Control::Missing { first: 0, bitmap: Bytes::from(bitmap) }
@@ -196,6 +196,13 @@ fn pages_that_nobody_wants() {
     for (reason, frame) in [
         ("were not left behind", zeros(0, 1, GENERATION).tap(|b| renumber(b, 1))),
         ("were not left behind", zeros(0, 544, GENERATION).tap(|b| renumber(b, 1))),
+        // a hole, alone and behind pages that are missing
+        ("were not left behind", zeros(4, 1, GENERATION).tap(|b| renumber(b, 1))),
+        ("were not left behind", zeros(2, 3, GENERATION).tap(|b| renumber(b, 1))),
+        ("were not left behind", pages(&[1, 4], 1, GENERATION)),
+        ("extent", pages(&[1, 1], 1, GENERATION)),
+        ("extent", pages(&[2, 1], 1, GENERATION)),
+        ("sequence", zeros(1, 1, GENERATION)),
         ("outside RAM", zeros(543, 2, GENERATION).tap(|b| renumber(b, 1))),
         ("generation", zeros(1, 1, GENERATION + 1).tap(|b| renumber(b, 1))),
         ("generation", zeros(1, 1, 1).tap(|b| renumber(b, 1))),
@@ -214,6 +221,7 @@ fn pages_that_nobody_wants() {
     // twice is harmless
     let mut session = Session::handed_over();
     session.lanes[1].outgoing.write(&again).unwrap();
+    session.lanes[1].outgoing.write(&pages(&[1, 2, 3], 2, GENERATION)).unwrap();
     session.lanes[0].outgoing.write(&pages(&[1, 2, 100, 511, 512, 530], 1, GENERATION)).unwrap();
     session.hear("complete");
     session.say(&Control::Done);

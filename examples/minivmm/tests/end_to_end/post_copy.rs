@@ -88,6 +88,7 @@ pub(crate) fn moved_each_page_once(report: &Value) -> Outcome {
     let pages = |name: &str| number(report, "pages", name);
     ensure(report["outcome"] == "completed" && report["reason"].is_null(), || format!("{report}"))?;
     let after = pages("pushed") + pages("demanded");
+    ensure(pages("prepaged") <= pages("pushed"), || format!("{report}"))?;
     if after == 0 && report["strategy"] == "hybrid" {
         // the guest has not been scheduled in the last round
         return ensure(report["faults"].is_null(), || format!("no page was left behind: {report}"));
@@ -137,6 +138,8 @@ fn one_edge(lab: &Lab, way: Way) -> Outcome {
     }
     let report = source.migrate_well(&destination.address, &options)?;
     moved_each_page_once(&report)?;
+    let pivots = !matches!(order, "linear" | "random");
+    ensure(pivots || number(&report, "pages", "prepaged") == 0, || format!("{order} has no pivots: {report}"))?;
     let (name, rounds) = strategy.split_once(":rounds=").unwrap_or((strategy, "0"));
     ensure(report["strategy"] == name, || format!("{report}"))?;
     ensure(report["rounds"].as_u64() == rounds.parse().ok(), || format!("{rounds} rounds: {report}"))?;
@@ -375,14 +378,21 @@ fn switched_at_the_timeout(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// The wish is in vain, and does not change the migration: it ends as it would have, or at its timeout.
+/// The wish is refused for this reason.
+fn no_switch(source: &Process, words: &str) -> Outcome {
+    let answer = source.ctl(&["post-copy"])?;
+    ensure(answer.code == Some(1), || format!("{answer:?}"))?;
+    ensure_says(answer.json["error"].as_str().unwrap_or(""), words)
+}
+
+/// The wish is refused, and does not change the migration: it ends as it would have, or at its timeout.
 fn no_switch_without_lanes(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "touch:size=24M,data=24M,mode=read", &[])?;
     let before = source.resources()?;
     let destination = lab.receive("destination", &[])?;
     let client = source.start_migrate(&destination.address, &["--demand-lanes", "0", "--bandwidth", "500Mbit"])?;
-    source.wait_until("it moves", |s| s["migration"]["round"].as_u64() >= Some(1))?;
-    source.ctl(&["post-copy"])?;
+    source.wait_state("outgoing")?;
+    no_switch(&source, "demand lanes are off")?;
     let answer = client.answer()?;
     ensure(answer.code == Some(0), || format!("{answer:?}"))?;
     let report = answer.json;
@@ -409,9 +419,7 @@ fn no_switch_without_a_migration(lab: &Lab) -> Outcome {
     let source = lab.workload("source", "random:size=8M", &[])?;
     let destination = lab.receive("destination", &[])?;
     for process in [&source, &destination] {
-        let answer = process.ctl(&["post-copy"])?;
-        ensure(answer.code == Some(1), || format!("{answer:?}"))?;
-        ensure_says(answer.json["error"].as_str().unwrap_or(""), "no migration is under way")?;
+        no_switch(process, "no migration is under way")?;
     }
     source.works()?;
     source.quit()?;
@@ -451,6 +459,7 @@ fn cancel_comes_too_late(lab: &Lab) -> Outcome {
         let answer = source.ctl(&[late])?;
         ensure(answer.code == Some(1), || format!("{late} after the hand-over: {answer:?}"))?;
     }
+    no_switch(&source, "too late")?;
     let answer = source.ctl(&["cancel"])?;
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;
     ensure_says(answer.json["error"].as_str().unwrap_or(""), "too late")?;

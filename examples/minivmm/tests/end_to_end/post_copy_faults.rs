@@ -9,9 +9,9 @@ use crate::{
     post_copy::{faulted, number},
 };
 
-/// Cuts before the hand-over, and after it.
-const EARLY_SEEDS: u64 = 4;
-const LATE_SEEDS: u64 = 12;
+/// Cuts before the hand-over, and after it: a third of those once more. A trial takes about half a second.
+const EARLY_SEEDS: u64 = 8;
+const LATE_SEEDS: u64 = 200;
 const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
 
 const GUEST: &str = "random:size=16M";
@@ -86,19 +86,19 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
         cuts.push(random(seed + 100) % ((LATE.end - cuts[0]) / 2));
     }
     relay.cut_after(cuts[0]);
-    let lanes = ["1", "2"][(seed / 2 % 2) as usize];
+    let lanes = ["1", "2"][(seed / 8 % 2) as usize];
     let mut options = vec!["--strategy", "post-copy", "--bandwidth", "300Mbit", "--demand-lanes", lanes];
     if seed.is_multiple_of(5) {
         options.push("--checksum");
     }
-    if seed % 2 == 1 {
+    if seed / 16 % 2 == 1 {
         options.extend(["--huge", "whole"]);
     }
     let mut client = source.start_migrate(&address, &options)?;
     wait_for("the link is cut", || Ok((relay.relayed() >= cuts[0]).then_some(())))?;
     // the VM runs there, and its control socket works
     let there = destination.status()?;
-    ensure(there["state"] == "running", || format!("cut after {cuts:?}: {there}"))?;
+    ensure(there["state"] == "running", || format!("seed {seed}, cut after {cuts:?}: {there}"))?;
     ensure(!client.has_ended()?, || "the migration has ended without all pages".into())?;
     let end = match cuts.get(1) {
         Some(again) => {
@@ -112,7 +112,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     mended(&relay, end, &mut client)?;
     let answer = client.answer()?;
     let report = &answer.json;
-    let told = || format!("cut after {cuts:?}: {answer:?}");
+    let told = || format!("seed {seed}, cut after {cuts:?}: {answer:?}");
     ensure(answer.code == Some(0) && report["outcome"] == "completed", told)?;
     ensure(report["recoveries"].as_u64() >= Some(cuts.len() as u64), told)?;
     // what was under way when the link was cut was sent again
@@ -269,7 +269,7 @@ fn destination_dies(lab: &Lab) -> Outcome {
     source.wait_state("in-doubt")?;
     for late in ["cancel", "resume", "pause", "post-copy", "adopt"] {
         let answer = source.ctl(&[late])?;
-        ensure(answer.code == Some(1) || late == "post-copy", || format!("{late} in doubt: {answer:?}"))?;
+        ensure(answer.code == Some(1), || format!("{late} in doubt: {answer:?}"))?;
     }
     let answer = source.migrate("tcp:127.0.0.1:1", &[])?;
     ensure(answer.code == Some(1), || format!("a VM in doubt moves: {answer:?}"))?;

@@ -40,6 +40,17 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Notes what controllers are answered that ask for post-copy from now on.
+    pub(super) fn tell_post_copy(&self) {
+        *lock(&self.can_post_copy) = match self.report.demand_lanes {
+            0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
+            0 => Err(NoPostCopy::NotAgreed),
+            // the strategy has decided how it hands over
+            _ if self.paused => Err(NoPostCopy::TooLate),
+            _ => Ok(()),
+        };
+    }
+
     pub(super) fn connector(&self) -> &dyn Connector {
         self.elsewhere.as_deref().unwrap_or(self.connector)
     }
@@ -98,6 +109,7 @@ impl Engine<'_> {
         if welcome.features & FEATURE_POST_COPY != 0 {
             self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
         }
+        self.tell_post_copy();
         self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
         Ok(())
     }

@@ -47,6 +47,7 @@ impl Engine<'_> {
             self.finish_report();
             self.close();
         }
+        *lock(&self.can_post_copy) = Err(NoPostCopy::Ended);
         self.tell_phase();
         self.report
     }

@@ -10,6 +10,8 @@ use crate::{page::PageRange, page_set::PageSet};
 #[derive(Clone, Debug, Default)]
 pub struct Bubbling {
     pivot: u64,
+    /// Whether it is where a fault was.
+    faulted: bool,
     search: Search,
 }
 
@@ -19,12 +21,12 @@ impl PushOrder for Bubbling {
     }
 
     fn begin(&mut self, unsent: &PageSet, _heat: &[u8]) {
-        self.pivot = 0;
+        (self.pivot, self.faulted) = (0, false);
         self.search = Search::new(unsent);
     }
 
     fn fault(&mut self, page: u64) {
-        self.pivot = page;
+        (self.pivot, self.faulted) = (page, true);
     }
 
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
@@ -36,6 +38,10 @@ impl PushOrder for Bubbling {
             (None, Some(below)) => run_down(unsent, below + 1, most),
             (None, None) => run_up(unsent, self.search.again(unsent)?, most),
         }
+    }
+
+    fn prepaged(&self) -> bool {
+        self.faulted
     }
 }
 
@@ -116,8 +122,10 @@ mod tests {
         let mut order = Bubbling::default();
         order.begin(&unsent, &[]);
         assert_eq!(push(&mut order, &mut unsent, 4, 2), [(0, 4), (4, 4)]);
+        assert!(!order.prepaged());
         fault(&mut order, &mut unsent, 700);
         assert_eq!(push(&mut order, &mut unsent, 4, 5), [(701, 4), (696, 4), (705, 4), (692, 4), (709, 4)]);
+        assert!(order.prepaged());
         // a new fault moves it
         fault(&mut order, &mut unsent, 300);
         assert_eq!(push(&mut order, &mut unsent, 1, 4), [(301, 1), (299, 1), (302, 1), (298, 1)]);

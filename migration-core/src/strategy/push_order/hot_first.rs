@@ -99,6 +99,11 @@ impl PushOrder for HotFirst {
         let most = most.max(1);
         self.near_faults(unsent, most).or_else(|| self.hottest(unsent, most)).or_else(|| self.rest.next(unsent, most))
     }
+
+    fn prepaged(&self) -> bool {
+        // who has found nothing near the faults has forgotten them
+        !self.faults.is_empty()
+    }
 }
 
 #[cfg(test)]

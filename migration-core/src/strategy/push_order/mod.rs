@@ -78,6 +78,12 @@ pub trait PushOrder: Send {
     /// The next pages to push: a run of at most `most` pages (0 counts as 1), all of them in `unsent`; `None` only when
     /// that is empty. Called for every batch: it should not look at all of `unsent` each time.
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
+
+    /// Whether what [`next`](Self::next) has just returned lies around a fault, for which reason it was chosen: *pre-paging*.
+    /// For the report only.
+    fn prepaged(&self) -> bool {
+        false
+    }
 }
 
 impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
@@ -95,6 +101,10 @@ impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
 
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
         (**self).next(unsent, most)
+    }
+
+    fn prepaged(&self) -> bool {
+        (**self).prepaged()
     }
 }
 

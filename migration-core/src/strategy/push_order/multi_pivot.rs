@@ -48,6 +48,8 @@ pub struct MultiPivot {
     pivots: u64,
     /// Since the last push; the last `k` of them.
     faults: VecDeque<u64>,
+    /// Whether the last push was beside a pivot other than page 0.
+    prepaged: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +72,7 @@ impl MultiPivot {
     /// With the `k` last pivots (0 counts as 1).
     pub fn new(k: usize, direction: Direction) -> Self {
         let edges = VecDeque::from([Edge::Sticky]);
-        Self { k: k.max(1), direction, edges, sticky: 0, pivots: 0, faults: VecDeque::new() }
+        Self { k: k.max(1), direction, edges, sticky: 0, pivots: 0, faults: VecDeque::new(), prepaged: false }
     }
 
     /// Makes pivots of the faults since the last push.
@@ -133,14 +135,20 @@ impl PushOrder for MultiPivot {
         self.take_up_faults(unsent);
         while let Some(mut edge) = self.edges.pop_front() {
             if let Some(run) = self.grow(&mut edge, unsent, most) {
+                self.prepaged = edge.pivot().is_some();
                 self.edges.push_back(edge);
                 return Some(run);
             }
         }
         // all are stuck
+        self.prepaged = false;
         self.sticky = unsent.first_from(self.sticky).or_else(|| unsent.first_from(0))?;
         self.edges.push_back(Edge::Sticky);
         self.grow(&mut Edge::Sticky, unsent, most)
+    }
+
+    fn prepaged(&self) -> bool {
+        self.prepaged
     }
 }
 
@@ -157,6 +165,20 @@ mod tests {
         fault(&mut order, &mut unsent, 600);
         let runs = push(&mut order, &mut unsent, 4, 7);
         assert_eq!(runs, [(601, 4), (596, 4), (301, 4), (296, 4), (8, 4), (605, 4), (592, 4)]);
+    }
+
+    #[test]
+    fn what_is_pushed_around_a_fault_is_prepaged() {
+        let mut unsent = PageSet::full(40);
+        let mut order = MultiPivot::default();
+        let mut push =
+            |order: &mut MultiPivot, unsent: &mut PageSet| (push(order, unsent, 4, 1)[0].0, order.prepaged());
+        assert_eq!(push(&mut order, &mut unsent), (0, false));
+        fault(&mut order, &mut unsent, 30);
+        assert_eq!([(); 4].map(|()| push(&mut order, &mut unsent)), [(31, true), (26, true), (4, false), (35, true)]);
+        // none is left beside it in the end
+        let rest: Vec<_> = (0..5).map(|_| push(&mut order, &mut unsent)).collect();
+        assert_eq!(rest, [(22, true), (8, false), (39, true), (18, true), (12, false)]);
     }
 
     #[test]
