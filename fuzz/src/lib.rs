@@ -2,6 +2,7 @@
 //! corpora they start from.
 
 pub mod frames;
+pub mod pager;
 pub mod protocol;
 pub mod receiver;
 pub mod repair;

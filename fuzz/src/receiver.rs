@@ -10,12 +10,13 @@ use migration_core::{
     GuestRam, HeapRam, RamSlice,
     channel::{Channel, Closer, Halves, Listener, ReadHalf, WriteHalf},
     engine::{Receiver, ReceiverOptions},
+    pager::Pager,
     state::{Section, VmState},
     vm::{DestinationHost, DestinationVm, VmDescription, VmError},
-    wire::{Control, Header, Preamble, SessionToken},
+    wire::{Bulk, Control, Header, Preamble, SessionToken},
 };
 
-use crate::repair;
+use crate::{pager::PlainPager, repair};
 
 /// Most RAM of a VM.
 const MAX_RAM: u64 = 4 << 20;
@@ -27,12 +28,27 @@ pub const REPAIR: u8 = 1;
 /// Bit of the first byte: bulk lanes get the session's token, whatever their input says.
 pub const TOKEN: u8 = 2;
 
-/// An input: flags, then for each of the lanes (control, three others) its length as `u16` and its bytes. What is left
-/// over is the last lane's.
-pub fn check(input: &[u8]) {
-    let Some((&flags, mut rest)) = input.split_first() else { return };
+/// Bit of the first byte: missing pages can be served.
+pub const PAGER: u8 = 4;
+/// Bit of the first byte: they come in blocks of 2 MiB.
+pub const BLOCKS: u8 = 8;
+/// Bit of the first byte: loading the state needs a page that is missing.
+pub const TOUCH: u8 = 16;
+/// Bit of the first byte: there is no round before the hand-over, so pages of generation 1 come behind it.
+pub const NO_ROUND: u8 = 32;
+
+/// The first link has a control lane and two others, and so has the one that takes its place.
+const LANES: usize = 6;
+const SECOND_LINK: usize = 3;
+
+/// An input: flags, then for each of the lanes (control and two others, then the same after a loss of the link) its length
+/// as `u16` and its bytes. What is left over is nobody's.
+///
+/// How often the receiver has said *running*, and whether it has said *complete*.
+pub fn check(input: &[u8]) -> (u32, bool) {
+    let Some((&flags, mut rest)) = input.split_first() else { return (0, false) };
     let mut scripts = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..LANES {
         let len = rest.first_chunk().map_or(0, |&len| usize::from(u16::from_le_bytes(len)));
         let bytes = rest.get(2..).unwrap_or_default();
         let (script, behind) = bytes.split_at(len.min(bytes.len()));
@@ -61,13 +77,15 @@ pub fn check(input: &[u8]) {
         idle_timeout: PATIENCE,
         ..ReceiverOptions::default()
     };
-    let receiver = Receiver::new(Box::new(Host), options);
+    let receiver = Receiver::new(Box::new(Host { flags }), options);
     let handle = receiver.handle();
     listener.ended = Some(Box::new(move || handle.stop()));
-    listener.world = Some(world);
+    listener.world = Some(world.clone());
     drop(lanes);
     // it ends either because it has a VM or because it was stopped; a VM that it holds dies with it
     drop(receiver.run(&mut listener));
+    let lanes = world.lock();
+    (lanes.running, lanes.complete)
 }
 
 /// What the lanes of one input know of each other.
@@ -80,14 +98,33 @@ struct World {
 struct Lanes {
     /// The token of the session, once the receiver has said it.
     token: Option<SessionToken>,
+    /// Whether missing pages are awaited: the receiver has asked for one, or runs the VM; how often it has said so.
+    awaited: bool,
+    running: u32,
+    /// Whether it has said that it has all pages.
+    complete: bool,
     /// Lanes whose input was read to its end, and lanes that are gone.
     drained: Vec<bool>,
     ended: Vec<bool>,
 }
 
+impl Lanes {
+    /// Whether nothing more comes on this lane.
+    fn over(&self, index: usize) -> bool {
+        self.drained[index] || self.ended[index]
+    }
+}
+
 impl World {
     fn new(lanes: usize, flags: u8) -> Arc<Self> {
-        let state = Lanes { token: None, drained: vec![false; lanes], ended: vec![false; lanes] };
+        let state = Lanes {
+            token: None,
+            awaited: false,
+            running: 0,
+            complete: false,
+            drained: vec![false; lanes],
+            ended: vec![false; lanes],
+        };
         Arc::new(Self { flags, state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -133,7 +170,14 @@ impl Listener for ScriptListener {
             Ok(lane) => {
                 if lane.index > 0 && lane.world.flags & TOKEN != 0 {
                     // what introduces itself with the token comes after the session's begin
-                    drop(lane.world.wait(|lanes| lanes.token.is_some() || lanes.drained[0] || lanes.ended[0]));
+                    drop(lane.world.wait(|lanes| lanes.token.is_some() || lanes.over(0)));
+                }
+                if lane.index >= SECOND_LINK {
+                    // the source comes back when it has said everything, and opens the other lanes when it was answered
+                    let index = lane.index;
+                    drop(lane.world.wait(|lanes| {
+                        if index == SECOND_LINK { lanes.over(0) } else { lanes.running > 1 || lanes.over(SECOND_LINK) }
+                    }));
                 }
                 Ok(Some(Box::new(lane)))
             }
@@ -179,6 +223,9 @@ impl Channel for Script {
     }
 }
 
+/// The kind of the source's last frame.
+const DONE: u8 = 0x0b;
+
 struct Reader {
     index: usize,
     bytes: Vec<u8>,
@@ -187,6 +234,21 @@ struct Reader {
 }
 
 impl Reader {
+    /// Pages that were left behind come when they are awaited, and the source's last word when all have come.
+    fn await_turn(&self) {
+        let Some(header) = self.bytes[self.at..].first_chunk().and_then(|bytes| Header::decode(bytes).ok()) else {
+            return;
+        };
+        let (index, first) = (self.index, if self.world.flags & NO_ROUND != 0 { 1 } else { 2 });
+        if index % SECOND_LINK != 0 {
+            if header.number >= first {
+                drop(self.world.wait(|lanes| lanes.awaited || lanes.ended[index] || lanes.over(0)));
+            }
+        } else if header.kind == DONE {
+            drop(self.world.wait(|lanes| lanes.complete || lanes.ended[index]));
+        }
+    }
+
     fn take(&mut self, len: usize) -> io::Result<&[u8]> {
         if self.bytes.len() - self.at < len {
             let index = self.index;
@@ -196,6 +258,9 @@ impl Reader {
                 lanes.ended[index] || lanes.drained.iter().zip(&lanes.ended).all(|(drained, ended)| *drained || *ended)
             }));
             return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if len == Header::LEN && self.world.flags & PAGER != 0 {
+            self.await_turn();
         }
         if self.world.lock().ended[self.index] {
             return Err(io::ErrorKind::ConnectionReset.into());
@@ -230,6 +295,9 @@ impl Drop for Reader {
     }
 }
 
+/// The kind of a request for missing pages.
+const REQUEST: u8 = 0x42;
+
 /// Checks what the receiver says, and takes the session's token from it.
 struct Writer {
     index: usize,
@@ -240,10 +308,20 @@ impl WriteHalf for Writer {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let (header, body) = head.split_first_chunk::<{ Header::LEN }>().expect("a whole frame");
         let header = Header::decode(header).expect("the receiver's own header");
-        let frame = Control::decode(&header, body).expect("the receiver's own frame");
         assert!(slices.is_empty(), "a receiver sends no pages");
-        if let Control::Welcome(welcome) = frame {
-            self.world.update(|lanes| lanes.token = Some(welcome.session));
+        if header.kind == REQUEST {
+            let request = Bulk::decode(&header, body, MAX_RAM).expect("the receiver's own request");
+            assert!(matches!(request, Bulk::Request { .. }) && self.world.flags & PAGER != 0);
+            self.world.update(|lanes| lanes.awaited = true);
+        } else {
+            match Control::decode(&header, body).expect("the receiver's own frame") {
+                Control::Welcome(welcome) => self.world.update(|lanes| lanes.token = Some(welcome.session)),
+                Control::Running => {
+                    self.world.update(|lanes| (lanes.awaited, lanes.running) = (true, lanes.running + 1))
+                }
+                Control::Complete(_) => self.world.update(|lanes| lanes.complete = true),
+                _ => {}
+            }
         }
         if self.world.lock().ended[self.index] { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
     }
@@ -265,13 +343,17 @@ impl Closer for Ender {
 }
 
 /// Builds VMs of memory alone.
-struct Host;
+struct Host {
+    flags: u8,
+}
 
 impl DestinationHost for Host {
     fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
         assert!(vm.layout.bytes() <= MAX_RAM, "more RAM than allowed");
         let ram = HeapRam::new(vm.layout.clone()).map_err(|e| VmError::because("RAM", e))?;
-        Ok(Box::new(Vm { ram: Arc::new(ram), loaded: false }))
+        let (ram, granule) = (Arc::new(ram), if self.flags & BLOCKS != 0 { 512 } else { 1 });
+        let pager = (self.flags & PAGER != 0).then(|| Arc::new(PlainPager::new(ram.clone(), granule)));
+        Ok(Box::new(Vm { ram, pager, touches: self.flags & TOUCH != 0, loaded: false }))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {}
@@ -279,12 +361,18 @@ impl DestinationHost for Host {
 
 struct Vm {
     ram: Arc<HeapRam>,
+    pager: Option<Arc<PlainPager>>,
+    touches: bool,
     loaded: bool,
 }
 
 impl DestinationVm for Vm {
     fn ram(&self) -> Arc<dyn GuestRam> {
         self.ram.clone()
+    }
+
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        self.pager.clone().map(|pager| pager as Arc<dyn Pager>)
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
@@ -294,6 +382,9 @@ impl DestinationVm for Vm {
 
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
         assert!(!self.loaded, "loaded twice");
+        if let Some(pager) = self.pager.as_ref().filter(|_| self.touches) {
+            pager.touch(PATIENCE)?;
+        }
         self.loaded = state.sections.len() != 3;
         if self.loaded { Ok(()) } else { Err(VmError::new("three sections are too many")) }
     }

@@ -10,7 +10,7 @@ use migration_core::{
     vm::{VmDescription, VmId},
     wire::{Bulk, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken, Welcome},
 };
-use migration_fuzz::receiver::{REPAIR, TOKEN};
+use migration_fuzz::receiver::{self, NO_ROUND, PAGER, REPAIR, TOKEN, TOUCH};
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
@@ -20,6 +20,12 @@ fn main() -> io::Result<()> {
         let folder = corpus.join(target);
         fs::create_dir_all(&folder)?;
         for (name, bytes) in seeds {
+            if name.starts_with("post copy") {
+                let running = if name.ends_with("twice") { 2 } else { 1 };
+                // its patience is short: on a busy machine it may run out
+                let reaches = (0..20).any(|_| receiver::check(&bytes) == (running, true));
+                assert!(reaches, "{name} does not reach its end");
+            }
             fs::write(folder.join(name.replace(' ', "-")), bytes)?;
         }
     }
@@ -168,6 +174,61 @@ fn receiver() -> Vec<Seed> {
         ("reattach".into(), input(both, &[control(0, 1, 1), bulk(0, &zeros(0), false), reattach])),
         ("no lanes".into(), input(both, &[control(0, 1, 0)])),
         ("unrepaired".into(), input(0, &[control(0, 1, 1), first])),
+    ]
+    .into_iter()
+    .chain(post_copy(&lane, &input))
+    .collect()
+}
+
+/// The receiver behind a hand-over: pages 0, 3, 4 and 599 are missing.
+fn post_copy(
+    lane: &dyn Fn(LaneKind, u16, &[Vec<u8>]) -> Vec<u8>,
+    input: &dyn Fn(u8, &[Vec<u8>]) -> Vec<u8>,
+) -> Vec<Seed> {
+    let mut bitmap = vec![0; 80];
+    [0, 3, 4, 599].iter().for_each(|page| bitmap[page / 8] |= 1u8 << (page % 8));
+    let control = |kind: LaneKind, frames: &[Control]| {
+        let frames: Vec<_> = frames.iter().enumerate().map(|(i, f)| f.encode(0, i as u32, 1)).collect();
+        lane(kind, 0, &frames)
+    };
+    let handed_over = |generation: u32, features: u32, done: &[Control]| {
+        let state = state().encode();
+        let frames = [
+            hello(features, 1),
+            Control::Missing { first: 0, bitmap: Bytes::from(bitmap.clone()) },
+            Control::PostCopy { missing: 4, demand_lanes: 1 },
+            Control::State(Bytes::from(state.clone())),
+            Control::Offer { generation, state_bytes: state.len() as u64, running: true },
+            Control::Run,
+        ];
+        control(LaneKind::Control, &[&frames[..], done].concat())
+    };
+    let back = control(LaneKind::Reattach, &[Control::Reattach(VmId([7; 16])), Control::Run, Control::Done]);
+    let end = Bulk::RoundEnd { pages: 0 }.encode(0, 0, 1);
+    let served = |kind, generation, sequence, extents: &[(u64, u64, Content)], crc| {
+        let (frame, data) = pages(extents, crc);
+        let round = if sequence > 0 { end.clone() } else { Vec::new() };
+        lane(kind, 0, &[round, frame.encode(0, sequence, generation), data])
+    };
+    let (plain, zeros) = ([(0, 1, Content::Plain), (599, 1, Content::Zero)], [(3, 2, Content::Zero)]);
+    let bulk = |generation, sequence| served(LaneKind::Bulk, generation, sequence, &zeros, false);
+    let demand = |generation, crc| served(LaneKind::Demand, generation, 0, &plain, crc);
+    let nothing = |kind| lane(kind, 0, &[]);
+    let flags = REPAIR | TOKEN | PAGER;
+    let done = [Control::Done];
+    let first = [handed_over(1, 2, &[]), bulk(2, 1), nothing(LaneKind::Demand)];
+    let second = [back, bulk(2, 0), demand(2, false)];
+    vec![
+        ("post copy".into(), input(flags, &[handed_over(1, 2, &done), bulk(2, 1), demand(2, false)])),
+        ("post copy touched".into(), input(flags | TOUCH, &[handed_over(1, 2, &done), bulk(2, 1), demand(2, false)])),
+        ("post copy crc".into(), {
+            let bulk = served(LaneKind::Bulk, 2, 1, &zeros, true);
+            input(flags, &[handed_over(1, 3, &done), bulk, demand(2, true)])
+        }),
+        ("post copy without rounds".into(), {
+            input(flags | NO_ROUND, &[handed_over(0, 2, &done), bulk(1, 0), demand(1, false)])
+        }),
+        ("post copy twice".into(), input(flags, &[first, second].concat())),
     ]
 }
 

@@ -193,7 +193,7 @@ impl Peer {
     }
 
     /// The source still has everything, and an honest destination gets it.
-    fn is_served(mut self, what: &str) -> Report {
+    fn gets_served(mut self, what: &str) -> Report {
         assert!(self.calls.lock().unwrap().is_empty(), "{what}: {:?}", self.calls);
         self.back();
         self.say(&missing(DURING.map(|(page, _)| page)));
@@ -283,7 +283,7 @@ fn what_is_refused() {
     let refused = |start: fn() -> Peer, what: &str, says: &Says| {
         let mut peer = start();
         says(&mut peer);
-        let report = peer.is_served(what);
+        let report = peer.gets_served(what);
         assert_eq!(report.recoveries, 1, "{what}");
     };
     // each mostly waits
@@ -357,7 +357,7 @@ fn lists_that_cannot_be() {
             peer.back();
             says.iter().for_each(|frame| peer.say(frame));
         }
-        let report = peer.is_served(what);
+        let report = peer.gets_served(what);
         assert!(report.recoveries <= 3, "{what}: {}", report.recoveries);
     }
     // said once more, what was sent and lost is believed
@@ -368,7 +368,7 @@ fn lists_that_cannot_be() {
     peer.say(&post_copy(count));
     peer.open();
     peer.control.outgoing.update(|s| s.ended = true);
-    assert_eq!(peer.is_served("lost twice").recoveries, 2);
+    assert_eq!(peer.gets_served("lost twice").recoveries, 2);
 }
 
 /// What was sent and is listed nevertheless, since it arrives late, is not listed again: the source knows that it may be there.

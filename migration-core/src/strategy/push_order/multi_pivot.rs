@@ -171,8 +171,7 @@ mod tests {
     fn what_is_pushed_around_a_fault_is_prepaged() {
         let mut unsent = PageSet::full(40);
         let mut order = MultiPivot::default();
-        let mut push =
-            |order: &mut MultiPivot, unsent: &mut PageSet| (push(order, unsent, 4, 1)[0].0, order.prepaged());
+        let push = |order: &mut MultiPivot, unsent: &mut PageSet| (push(order, unsent, 4, 1)[0].0, order.prepaged());
         assert_eq!(push(&mut order, &mut unsent), (0, false));
         fault(&mut order, &mut unsent, 30);
         assert_eq!([(); 4].map(|()| push(&mut order, &mut unsent)), [(31, true), (26, true), (4, false), (35, true)]);
