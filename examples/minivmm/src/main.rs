@@ -7,6 +7,7 @@ mod cli;
 mod client;
 mod control;
 mod demo;
+mod eval;
 mod instance;
 mod report;
 mod vmm;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
+        Command::Eval(args) => Ok(eval::run(args)),
     };
     ExitCode::from(result.unwrap_or_else(|why| {
         eprintln!("minivmm: {why}");
