@@ -34,6 +34,7 @@ minivmm() { cargo run --quiet --release --locked -p minivmm -- "$@"; }
 case "${1:-}" in
 demo) shift; need_rust; need_libclang; minivmm demo "$@" ;;
 bench) shift; need_rust; need_libclang; minivmm bench "$@" ;;
+eval) shift; need_rust; need_libclang; minivmm eval "$@" ;;
 test)
     shift; need_rust; need_libclang
     # one runner for all crates; tests that start VMs do not run beside each other
@@ -41,7 +42,7 @@ test)
     ;;
 build) shift; need_rust; need_libclang; cargo build --release --locked --workspace "$@" ;;
 *)
-    echo "usage: ./do demo | test | bench | build" >&2
+    echo "usage: ./do demo | test | bench | eval | build" >&2
     exit 2
     ;;
 esac

@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Demo(Demo),
     /// Measure, side by side with QEMU where it is installed.
     Bench(crate::bench::Bench),
+    /// Measure our techniques beside what their papers have.
+    Eval(crate::eval::Eval),
 }
 
 #[derive(Debug, Args)]

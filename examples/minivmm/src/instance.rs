@@ -12,7 +12,7 @@ use migration_core::{
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
-    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy, push_order},
+    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
@@ -305,7 +305,7 @@ impl Instance {
 
     fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let order = push_order::parse(&request.push_order).map_err(|e| e.to_string())?;
+        let order = crate::eval::order(&request.push_order)?;
         let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),

@@ -8,6 +8,7 @@ mod cli;
 mod client;
 mod control;
 mod demo;
+mod eval;
 mod instance;
 mod report;
 mod vmm;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
+        Command::Eval(args) => Ok(eval::run(args)),
     };
     ExitCode::from(result.unwrap_or_else(|why| {
         eprintln!("minivmm: {why}");

@@ -30,15 +30,32 @@ pub(super) struct Control {
 
 /// The machine and what ran on it.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct Machine {
-    pub(super) date: String,
-    pub(super) cpu: String,
-    pub(super) cpus: usize,
-    pub(super) memory: String,
-    pub(super) kernel: String,
-    pub(super) minivmm: &'static str,
-    pub(super) optimised: bool,
-    pub(super) qemu: Option<String>,
+pub(crate) struct Machine {
+    pub(crate) date: String,
+    pub(crate) cpu: String,
+    pub(crate) cpus: usize,
+    pub(crate) memory: String,
+    pub(crate) kernel: String,
+    pub(crate) minivmm: &'static str,
+    pub(crate) optimised: bool,
+    pub(crate) qemu: Option<String>,
+}
+
+impl Machine {
+    /// This one, now.
+    pub(crate) fn here(qemu: Option<String>) -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        Self {
+            date: date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())),
+            cpu: field("/proc/cpuinfo".as_ref(), "model name").unwrap_or_default(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            memory: field("/proc/meminfo".as_ref(), "MemTotal").unwrap_or_default(),
+            kernel: read("/proc/sys/kernel/osrelease"),
+            minivmm: env!("CARGO_PKG_VERSION"),
+            optimised: !cfg!(debug_assertions),
+            qemu,
+        }
+    }
 }
 
 /// Everything that was measured.
@@ -61,7 +78,7 @@ pub(super) fn name(vmm: Vmm) -> &'static str {
 }
 
 /// The median; the mean of the two in the middle if their number is even. `None` for none.
-pub(super) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -164,17 +181,7 @@ pub(super) struct Limit {
 
 impl Figures {
     pub(super) fn new(qemu: Option<String>) -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let machine = Machine {
-            date: date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())),
-            cpu: field("/proc/cpuinfo".as_ref(), "model name").unwrap_or_default(),
-            cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            memory: field("/proc/meminfo".as_ref(), "MemTotal").unwrap_or_default(),
-            kernel: read("/proc/sys/kernel/osrelease"),
-            minivmm: env!("CARGO_PKG_VERSION"),
-            optimised: !cfg!(debug_assertions),
-            qemu,
-        };
+        let machine = Machine::here(qemu);
         Self { machine, floors: Vec::new(), controls: Vec::new(), runs: Vec::new(), failures: Vec::new() }
     }
 

@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(2);
 const LOW: u64 = 2 << 30;
 
 /// A guest in a process.
-pub(super) struct Guest {
+pub(crate) struct Guest {
     memory: File,
     base: u64,
     len: u64,
@@ -31,7 +31,7 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Waits until a guest of ours with `len` bytes of RAM works in `process`.
-    pub(super) fn find(process: &mut Process, len: u64, limit: Duration) -> Result<Self, String> {
+    pub(crate) fn find(process: &mut Process, len: u64, limit: Duration) -> Result<Self, String> {
         let start = Instant::now();
         let path = format!("/proc/{}/mem", process.pid());
         let open = || File::options().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"));
@@ -73,7 +73,7 @@ impl Guest {
     }
 
     /// The board as it is now.
-    pub(super) fn board(&self) -> Result<Board, String> {
+    pub(crate) fn board(&self) -> Result<Board, String> {
         let mut page = [0; 4096];
         let at = self.base + BOARD_ADDRESS;
         self.memory.read_exact_at(&mut page, at).map_err(|e| format!("guest memory at {at:#x}: {e}"))?;
@@ -101,14 +101,14 @@ impl Guest {
     }
 
     /// Lets the guest forget its longest gap, and measure from now on.
-    pub(super) fn reset_gap(&self) -> Result<Board, String> {
+    pub(crate) fn reset_gap(&self) -> Result<Board, String> {
         let next = self.board()?.reset_seen + 1;
         self.set(board::CONTROL, next)?;
         self.wait("reset its gap", Duration::from_secs(10), |b| b.reset_seen == next)
     }
 
     /// Lets the guest check all its pages; how many it found wrong, ever.
-    pub(super) fn verify(&self) -> Result<u64, String> {
+    pub(crate) fn verify(&self) -> Result<u64, String> {
         let next = self.board()?.verify_done + 1;
         self.set(board::VERIFY, next)?;
         let done = self.wait("verify its pages", Duration::from_secs(120), |b| b.verify_done == next)?;

@@ -26,12 +26,12 @@ use super::{
 use crate::{vmm::host_tsc_khz, workload};
 
 /// How long a guest may take to fill its pages.
-const FILL: Duration = Duration::from_secs(120);
+pub(crate) const FILL: Duration = Duration::from_secs(120);
 /// The guest is watched this long before the migration, while the memory that was warmed is held: longer than a Linux
 /// guest takes until it reports free memory to its host (2 s), so that no report of earlier memory is still to come.
-const BEFORE: Duration = Duration::from_millis(2500);
+pub(crate) const BEFORE: Duration = Duration::from_millis(2500);
 /// And this long after it, while the source's memory is given back: what disturbs it then counts too.
-const AFTER: Duration = Duration::from_millis(300);
+pub(crate) const AFTER: Duration = Duration::from_millis(300);
 /// Bytes a write or read of the bare copy.
 const CHUNK: u64 = 1 << 20;
 
@@ -63,11 +63,11 @@ pub(super) struct Setup {
 }
 
 /// What a VMM says of a migration.
-pub(super) struct Moved {
+pub(crate) struct Moved {
     pub(super) total: Duration,
     pub(super) own_total_ms: Option<f64>,
     pub(super) own_downtime_ms: Option<f64>,
-    pub(super) report: Value,
+    pub(crate) report: Value,
 }
 
 /// What came of a run.
@@ -118,7 +118,7 @@ enum Pair {
 impl Source {
     fn start(folder: &Folder, setup: &Setup) -> Result<Self, String> {
         match setup.vmm {
-            Vmm::Minivmm => ours::Source::start(folder, setup).map(Self::Ours),
+            Vmm::Minivmm => ours::Source::start(folder, &setup.into()).map(Self::Ours),
             Vmm::Qemu => {
                 let elf = folder.path("guest.elf");
                 let image =
@@ -138,7 +138,7 @@ impl Source {
 
     fn pair(self, folder: &Folder, setup: &Setup) -> Result<Pair, String> {
         Ok(match self {
-            Self::Ours(source) => Pair::Ours(source.pair(folder, setup)?),
+            Self::Ours(source) => Pair::Ours(source.pair(folder, &setup.into())?),
             Self::Qemu(source, elf) => Pair::Qemu(source.pair(folder, setup, &elf)?),
         })
     }
@@ -169,7 +169,7 @@ impl Pair {
 }
 
 /// Milliseconds with three decimals.
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -276,7 +276,7 @@ fn populate(ram: &MappedRam) -> Result<(), String> {
 /// Touches as much memory as a source and a destination of a guest of this size need, so that the host has it at hand;
 /// as much as the machine has to spare, if that is less. Held until it is dropped: free memory goes back to the host
 /// after a while, so that has to be right before the timed part.
-pub(super) fn warm(guest: u64) -> Result<MappedRam, String> {
+pub(crate) fn warm(guest: u64) -> Result<MappedRam, String> {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable");
     let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
     let memory = ram((guest * 5 / 2).min(available / 8 * 7))?;

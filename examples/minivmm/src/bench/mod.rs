@@ -10,13 +10,13 @@
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
-mod figures;
-mod guest;
-mod measure;
-mod ours;
-mod output;
+pub(crate) mod figures;
+pub(crate) mod guest;
+pub(crate) mod measure;
+pub(crate) mod ours;
+pub(crate) mod output;
 mod postcopy;
-mod process;
+pub(crate) mod process;
 mod qemu;
 
 use std::{path::PathBuf, time::Duration};
@@ -27,7 +27,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use measure::{Run, Setup, Vmm};
 use process::Folder;
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 /// Data of a guest, for each GiB of its RAM.
 const DATA: u64 = 700;
@@ -277,7 +277,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
 }
 
 /// Says what is done, on a bar, or on lines where there is no terminal.
-fn tell(bar: &ProgressBar, what: &str) {
+pub(crate) fn tell(bar: &ProgressBar, what: &str) {
     if bar.is_hidden() {
         eprintln!("{what}");
     } else {
@@ -286,7 +286,7 @@ fn tell(bar: &ProgressBar, what: &str) {
 }
 
 /// Does it again if it fails, says so and keeps the reason: it is part of the result.
-fn attempt<T>(
+pub(crate) fn attempt<T>(
     bar: &ProgressBar,
     failures: &mut Vec<String>,
     mut what: impl FnMut() -> Result<T, String>,
@@ -295,7 +295,7 @@ fn attempt<T>(
     loop {
         match what() {
             Err(why) if tried < ATTEMPTS => {
-                bar.suspend(|| eprintln!("minivmm bench: once more, as this failed: {why}"));
+                bar.suspend(|| eprintln!("minivmm: once more, as this failed: {why}"));
                 failures.push(why);
                 tried += 1;
             }

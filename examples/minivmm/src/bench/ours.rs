@@ -19,22 +19,52 @@ use crate::control::{MigrateRequest, Request, ask};
 /// How long a process may take until its control socket is there.
 const READY: Duration = Duration::from_secs(30);
 
+/// What runs, and how it moves.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct Options {
+    pub(crate) workload: String,
+    /// Bytes of guest RAM.
+    pub(crate) memory: u64,
+    pub(crate) cpus: u32,
+    pub(crate) backing: &'static str,
+    pub(crate) streams: u16,
+    pub(crate) impact: &'static str,
+    pub(crate) strategy: String,
+    pub(crate) push_order: String,
+    /// Bits a second; 0 for no limit.
+    pub(crate) bandwidth_bits: u64,
+}
+
+impl From<&Setup> for Options {
+    fn from(setup: &Setup) -> Self {
+        Self {
+            workload: setup.workload.clone(),
+            memory: setup.memory,
+            cpus: 1,
+            backing: "thp",
+            streams: setup.streams,
+            impact: setup.impact,
+            strategy: setup.strategy.clone(),
+            push_order: "linear".into(),
+            bandwidth_bits: 0,
+        }
+    }
+}
+
 /// A minivmm with the guest.
-pub(super) struct Source {
-    pub(super) process: Process,
+pub(crate) struct Source {
+    pub(crate) process: Process,
     socket: PathBuf,
 }
 
 /// Two minivmms: the guest runs in one, the other waits.
-pub(super) struct Pair {
-    pub(super) source: Process,
-    pub(super) destination: Process,
+pub(crate) struct Pair {
+    pub(crate) source: Process,
+    pub(crate) destination: Process,
     source_socket: PathBuf,
     destination_socket: PathBuf,
     url: String,
-    streams: u16,
-    impact: &'static str,
-    strategy: String,
+    options: Options,
 }
 
 fn minivmm(name: &'static str, folder: &Folder, args: &[&str]) -> Result<Process, String> {
@@ -58,11 +88,13 @@ fn ready(process: &mut Process, socket: &std::path::Path) -> Result<(), String> 
 }
 
 impl Source {
-    pub(super) fn start(folder: &Folder, setup: &Setup) -> Result<Self, String> {
+    pub(crate) fn start(folder: &Folder, options: &Options) -> Result<Self, String> {
         let socket = folder.path("source");
-        let (memory, control) = (setup.memory.to_string(), socket.to_string_lossy().into_owned());
-        let args = ["run", "--memory", &memory, "--workload", setup.workload.as_str(), "--control", &control];
-        let mut process = minivmm("minivmm-source", folder, &[&args[..], &["--backing", "thp"]].concat())?;
+        let (memory, control) = (options.memory.to_string(), socket.to_string_lossy().into_owned());
+        let args = ["run", "--memory", &memory, "--workload", options.workload.as_str(), "--control", &control];
+        let cpus = options.cpus.to_string();
+        let more = ["--cpus", &cpus, "--backing", options.backing];
+        let mut process = minivmm("minivmm-source", folder, &[&args[..], &more].concat())?;
         ready(&mut process, &socket)?;
         let status = ask(&socket, &Request::Status, |_| {})?;
         if status["software_guest"] == true {
@@ -72,7 +104,7 @@ impl Source {
     }
 
     /// Starts the destination.
-    pub(super) fn pair(self, folder: &Folder, setup: &Setup) -> Result<Pair, String> {
+    pub(crate) fn pair(self, folder: &Folder, options: &Options) -> Result<Pair, String> {
         let destination_socket = folder.path("destination");
         let control = destination_socket.to_string_lossy().into_owned();
         let args = ["receive", "--listen", "tcp:127.0.0.1:0", "--control", &control];
@@ -91,29 +123,28 @@ impl Source {
             source_socket: self.socket,
             destination_socket,
             url,
-            streams: setup.streams,
-            impact: setup.impact,
-            strategy: setup.strategy.clone(),
+            options: options.clone(),
         })
     }
 }
 
 impl Pair {
     /// Migrates; returns when the source says that it is complete.
-    pub(super) fn migrate(&mut self) -> Result<Moved, String> {
+    pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
+        let Options { streams, impact, strategy, push_order, bandwidth_bits, .. } = &self.options;
         let request = MigrateRequest {
             fail_safe: None,
             to: self.url.clone(),
-            strategy: self.strategy.clone(),
-            streams: self.streams,
+            strategy: strategy.clone(),
+            streams: *streams,
             downtime_limit_us: 300_000,
-            bandwidth_bits: 0,
+            bandwidth_bits: *bandwidth_bits,
             timeout_us: 0,
             on_timeout: "cancel".into(),
-            push_order: "linear".into(),
+            push_order: push_order.clone(),
             demand_lanes: 2,
             whole_huge_pages: false,
-            impact: self.impact.into(),
+            impact: (*impact).into(),
             checksum: false,
             progress: false,
         };
@@ -128,7 +159,7 @@ impl Pair {
     }
 
     /// What the destination says of itself.
-    pub(super) fn status(&self) -> Result<Value, String> {
+    pub(crate) fn status(&self) -> Result<Value, String> {
         ask(&self.destination_socket, &Request::Status, |_| {})
     }
 }

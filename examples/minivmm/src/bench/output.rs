@@ -5,24 +5,24 @@ use std::{fmt::Write, fs, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    figures::{Figure, Figures, NOISE, belongs, median, name},
+    figures::{Figure, Figures, Machine, NOISE, belongs, median, name},
     measure::{Run, Vmm},
     postcopy,
 };
 
-const BEGIN: &str = "<!-- bench:begin -->";
-const END: &str = "<!-- bench:end -->";
+/// Name of the section of a Markdown file, in its first and last line.
+const SECTION: &str = "bench";
 
 /// A table with its title.
-struct Table {
-    title: String,
-    head: Vec<&'static str>,
-    rows: Vec<Vec<String>>,
+pub(crate) struct Table {
+    pub(crate) title: String,
+    pub(crate) head: Vec<&'static str>,
+    pub(crate) rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// Aligned columns, the first to the left, the others to the right.
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let head: Vec<String> = self.head.iter().map(|h| (*h).to_owned()).collect();
         let all = || std::iter::once(&head).chain(&self.rows);
         let width = |n: usize| all().filter_map(|r| r.get(n)).map(|c| c.chars().count()).max().unwrap_or(0);
@@ -39,7 +39,8 @@ impl Table {
         text
     }
 
-    fn markdown(&self) -> String {
+    /// As a table of a Markdown file.
+    pub(crate) fn markdown(&self) -> String {
         let line = |cells: Vec<&str>| format!("| {} |\n", cells.join(" | "));
         let mut text = format!("### {}\n\n", self.title);
         text += &line(self.head.clone());
@@ -51,7 +52,7 @@ impl Table {
     }
 }
 
-fn number(value: Option<f64>) -> String {
+pub(crate) fn number(value: Option<f64>) -> String {
     match value {
         None => "-".into(),
         Some(v) if v.abs() < 100.0 => format!("{v:.1}"),
@@ -59,12 +60,12 @@ fn number(value: Option<f64>) -> String {
     }
 }
 
-fn times(value: Option<f64>) -> String {
+pub(crate) fn times(value: Option<f64>) -> String {
     value.map_or("-".into(), |v| format!("{v:.2}×"))
 }
 
 /// Median with the least and the most of several runs.
-fn spread(values: &[f64]) -> String {
+pub(crate) fn spread(values: &[f64]) -> String {
     let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, m), v| (l.min(*v), m.max(*v)));
     match values.len() {
         0 => "-".into(),
@@ -202,8 +203,7 @@ fn beside(figures: &Figures) -> Vec<Table> {
 }
 
 /// The machine in one line.
-fn machine(figures: &Figures) -> String {
-    let m = &figures.machine;
+pub(crate) fn machine(m: &Machine) -> String {
     let qemu = m.qemu.as_ref().map_or(String::new(), |q| format!(", QEMU {q}"));
     let build = if m.optimised { "" } else { " (not optimised: use a release build)" };
     format!(
@@ -214,7 +214,7 @@ fn machine(figures: &Figures) -> String {
 
 /// The figures as aligned tables.
 pub(super) fn text(figures: &Figures) -> String {
-    let mut text = format!("{}\n", machine(figures));
+    let mut text = format!("{}\n", machine(&figures.machine));
     for table in tables(figures) {
         text += &format!("\n{}", table.text());
     }
@@ -241,8 +241,8 @@ pub(super) fn json(figures: &Figures) -> Value {
 
 /// The section of a Markdown file.
 fn markdown(figures: &Figures) -> String {
-    let mut text = format!("{BEGIN}\n_Written by `minivmm bench --markdown`; do not edit by hand._\n\n");
-    text += &format!("{}.\n", machine(figures));
+    let mut text = String::from("_Written by `minivmm bench --markdown`; do not edit by hand._\n\n");
+    text += &format!("{}.\n", machine(&figures.machine));
     for table in tables(figures) {
         text += &format!("\n{}", table.markdown());
     }
@@ -288,30 +288,45 @@ fn markdown(figures: &Figures) -> String {
         let cells = cells.into_iter().chain(speed.into_iter().filter(|_| speeds));
         text += &format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "));
     }
-    text + END
+    text
 }
 
-/// The text before and after the section.
-fn frame<'a>(path: &Path, text: &'a str) -> Result<(&'a str, &'a str), String> {
-    let parts = text.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    parts.ok_or_else(|| format!("{}: needs the lines {BEGIN} and {END}, between which the figures go", path.display()))
+/// The text before and after a section, its first and last line included.
+fn frame<'a>(path: &Path, text: &'a str, section: &str) -> Result<(&'a str, &'a str), String> {
+    let (begin, end) = (format!("<!-- {section}:begin -->"), format!("<!-- {section}:end -->"));
+    let parts = || {
+        let first = text.find(&begin)? + begin.len();
+        Some((&text[..first], &text[first + text[first..].find(&end)?..]))
+    };
+    parts()
+        .ok_or_else(|| format!("{}: needs the lines {begin} and {end}, between which the figures go", path.display()))
 }
 
 fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Whether the figures can be written into a file: asked before minutes go into them.
-pub(super) fn check_markdown(path: &Path) -> Result<(), String> {
-    frame(path, &read(path)?)?;
+/// Whether a section can be written into a file: asked before minutes go into its figures.
+pub(crate) fn check_section(path: &Path, section: &str) -> Result<(), String> {
+    frame(path, &read(path)?, section)?;
     fs::OpenOptions::new().append(true).open(path).map(drop).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Replaces the section of a Markdown file.
+/// Replaces a section of a Markdown file.
+pub(crate) fn write_section(path: &Path, section: &str, text: &str) -> Result<(), String> {
+    let whole = read(path)?;
+    let (before, after) = frame(path, &whole, section)?;
+    fs::write(path, format!("{before}\n{}\n{after}", text.trim_end())).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Whether the bench can write its figures into a file.
+pub(super) fn check_markdown(path: &Path) -> Result<(), String> {
+    check_section(path, SECTION)
+}
+
+/// Writes them.
 pub(super) fn write_markdown(path: &Path, figures: &Figures) -> Result<(), String> {
-    let text = read(path)?;
-    let (before, after) = frame(path, &text)?;
-    fs::write(path, format!("{before}{}{after}", markdown(figures))).map_err(|e| format!("{}: {e}", path.display()))
+    write_section(path, SECTION, &markdown(figures))
 }
 
 #[cfg(test)]
@@ -332,14 +347,14 @@ mod tests {
         let path = folder.path().join("p.md");
         fs::write(&path, "no markers").unwrap();
         assert!(check_markdown(&path).is_err());
-        fs::write(&path, format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();
+        fs::write(&path, "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n").unwrap();
         check_markdown(&path).unwrap();
         for _ in 0..2 {
             write_markdown(&path, &Figures::new(None)).unwrap();
         }
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("before\n<!--") && text.ends_with("-->\nafter\n") && !text.contains("old"));
-        assert_eq!(text.matches(BEGIN).count(), 1);
+        assert_eq!(text.matches("<!-- bench:begin -->").count(), 1);
     }
 
     #[test]

@@ -27,16 +27,16 @@ const VCPU_PERIOD: Duration = Duration::from_millis(5);
 const END: Duration = Duration::from_secs(20);
 
 /// A folder for sockets and files, removed at the end.
-pub(super) struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    pub(super) fn new() -> Result<Self, String> {
+    pub(crate) fn new() -> Result<Self, String> {
         let path = std::env::temp_dir().join(format!("minivmm-bench-{}", std::process::id()));
         fs::create_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(Self(path))
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 }
@@ -49,7 +49,7 @@ impl Drop for Folder {
 }
 
 /// A child process, killed when dropped.
-pub(super) struct Process {
+pub(crate) struct Process {
     child: Child,
     name: &'static str,
     log: PathBuf,
@@ -341,7 +341,7 @@ pub(super) struct Beyond {
 }
 
 /// The first line of a file that starts with `key`, behind the colon.
-pub(super) fn field(path: &Path, key: &str) -> Option<String> {
+pub(crate) fn field(path: &Path, key: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|l| l.starts_with(key))?;
     Some(line.split_once(':')?.1.trim().to_owned())

@@ -1,0 +1,211 @@
+//! `minivmm eval`: our techniques beside what their papers measured, on this machine, in one run.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | run.rs | one migration between two processes, and what both sides and the guest say of it |
+//! | plan.rs | which migrations there are, in which order |
+//! | withhold.rs | a push order that pushes nothing at first: the idle link |
+//! | figures.rs | medians over runs, and the targets |
+//! | tables.rs | the figures as tables |
+//! | plot.rs | the figures as SVG |
+
+mod figures;
+mod plan;
+mod plot;
+mod run;
+mod tables;
+mod withhold;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, Subcommand, ValueEnum};
+use figures::Figures;
+use indicatif::{ProgressBar, ProgressStyle};
+use migration_core::strategy::{PushOrder, push_order};
+use serde_json::json;
+
+use crate::bench::{attempt, figures::Machine, output, process::Folder, tell};
+
+/// The section of a Markdown file that the figures go into.
+const SECTION: &str = "eval";
+
+/// Our techniques beside their papers.
+#[derive(Debug, Args)]
+pub(crate) struct Eval {
+    #[command(subcommand)]
+    what: Technique,
+}
+
+#[derive(Debug, Subcommand)]
+enum Technique {
+    /// Network faults by push order, self-ballooning, a storm of faults, and the latency of a fault.
+    PostCopy(PostCopy),
+}
+
+/// How it is measured and shown.
+#[derive(Debug, Args)]
+struct PostCopy {
+    /// One run of each kind instead of several.
+    #[arg(long)]
+    quick: bool,
+    /// Runs of each kind; figures are their medians.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with = "quick")]
+    repeat: u32,
+    /// Measure only this; can be given several times.
+    #[arg(long, value_name = "PART")]
+    only: Vec<Part>,
+    /// Of the guests' data, and of the push order `random`.
+    #[arg(long, default_value_t = 1)]
+    seed: u32,
+    /// Write all figures, raw ones too, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the figures into this Markdown file, between the lines `<!-- eval:begin -->` and `<!-- eval:end -->`.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if there is one.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// A part of the measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Part {
+    /// Network faults of each push order.
+    Faults,
+    /// The same after a round of pre-copy, which gives `hot-first` a history.
+    Hybrid,
+    /// Four vCPUs that need the same pages.
+    Storm,
+    /// A fault beside a push at full rate, and beside none.
+    Latency,
+    /// Bytes with and without a balloon.
+    Balloon,
+}
+
+/// Runs an evaluation; the exit status.
+pub(crate) fn run(args: &Eval) -> u8 {
+    let Technique::PostCopy(args) = &args.what;
+    match post_copy(args) {
+        Ok(()) => 0,
+        Err(why) => {
+            eprintln!("minivmm eval: {why}");
+            1
+        }
+    }
+}
+
+/// The push order of that name: one that users have, or the one with which an idle link is measured.
+pub(crate) fn order(text: &str) -> Result<Box<dyn PushOrder>, String> {
+    match withhold::parse(text) {
+        Some(order) => Ok(Box::new(order)),
+        None => push_order::parse(text).map_err(|e| e.to_string()),
+    }
+}
+
+/// Where the plots go, if anywhere.
+fn plots(args: &PostCopy) -> Option<PathBuf> {
+    let beside = |markdown: &PathBuf| markdown.parent().map(|folder| folder.join("plots"));
+    args.out.clone().or_else(|| args.markdown.as_ref().and_then(beside))
+}
+
+/// How a Markdown file refers to a file: relative to its own folder, where that is possible.
+fn reference(markdown: &Path, file: &Path) -> String {
+    let folder = markdown.parent().unwrap_or(Path::new(""));
+    file.strip_prefix(folder).unwrap_or(file).display().to_string()
+}
+
+fn post_copy(args: &PostCopy) -> Result<(), String> {
+    if let Some(path) = &args.markdown {
+        output::check_section(path, SECTION)?;
+    }
+    let plots = plots(args);
+    if let Some(folder) = &plots {
+        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    }
+    if !Path::new("/dev/kvm").exists() {
+        return Err("there is no /dev/kvm here, and the figures of software guests would say nothing".into());
+    }
+    let steps = plan::steps(&args.only, if args.quick { 1 } else { args.repeat }, args.seed);
+    let folder = Folder::new()?;
+    let bar = ProgressBar::new(steps.len() as u64);
+    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut figures = Figures::new(Machine::here(None), args.seed);
+    for step in &steps {
+        tell(&bar, &step.to_string());
+        let run = attempt(&bar, &mut figures.failures, || run::run(&folder, step))?;
+        if run.guest_errors > 0 {
+            return Err(format!("the guest found {} wrong pages after {step}", run.guest_errors));
+        }
+        tell(&bar, &format!("    {}", run.brief()));
+        figures.runs.push(run);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    print!("{}", tables::text(&figures));
+    if let Some(path) = &args.json {
+        let all = json!({"machine": figures.machine, "seed": figures.seed, "verdicts": figures.verdicts(),
+            "failures": figures.failures, "runs": figures.runs});
+        fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    let mut images = Vec::new();
+    if let Some(folder) = &plots {
+        for plot in plot::all(&figures)? {
+            let path = folder.join(plot.file);
+            fs::write(&path, plot.svg).map_err(|e| format!("{}: {e}", path.display()))?;
+            images.push((plot.title, path));
+        }
+    }
+    if let Some(path) = &args.markdown {
+        let images = images.iter().map(|(title, file)| (*title, reference(path, file))).collect::<Vec<_>>();
+        output::write_section(path, SECTION, &tables::markdown(&figures, &images))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        eval: Eval,
+    }
+
+    fn parse(line: &[&str]) -> Result<PostCopy, clap::Error> {
+        let Technique::PostCopy(args) = Line::try_parse_from([&["eval", "post-copy"], line].concat())?.eval.what;
+        Ok(args)
+    }
+
+    #[test]
+    fn command_lines() {
+        let args = parse(&["--quick", "--only", "storm", "--only", "hybrid"]).unwrap();
+        assert!(args.quick && args.only == [Part::Storm, Part::Hybrid] && plots(&args).is_none());
+        assert!(parse(&["--quick", "--repeat", "3"]).is_err() && parse(&["--only", "weather"]).is_err());
+        let args = parse(&["--markdown", "docs/post-copy.md"]).unwrap();
+        assert_eq!(plots(&args), Some("docs/plots".into()));
+        assert_eq!(plots(&parse(&["--markdown", "a.md", "--out", "b"]).unwrap()), Some("b".into()));
+    }
+
+    #[test]
+    fn files_are_referred_to_from_the_page() {
+        assert_eq!(reference("docs/post-copy.md".as_ref(), "docs/plots/a.svg".as_ref()), "plots/a.svg");
+        assert_eq!(reference("post-copy.md".as_ref(), "plots/a.svg".as_ref()), "plots/a.svg");
+        assert_eq!(reference("docs/post-copy.md".as_ref(), "/tmp/a.svg".as_ref()), "/tmp/a.svg");
+    }
+
+    #[test]
+    fn orders_have_names() {
+        assert_eq!(order("withhold:faults=5").unwrap().name(), "withhold");
+        assert_eq!(order("multi-pivot:k=3").unwrap().name(), "multi-pivot");
+        assert!(order("withhold").is_err() && order("withhold:faults=x").is_err() && order("best").is_err());
+    }
+}

@@ -1,0 +1,203 @@
+//! The figures for people.
+
+use super::{
+    Part,
+    figures::Figures,
+    plan::{HISTORY_ORDERS, ORDERS, WORKLOADS},
+    run::Run,
+};
+use crate::bench::{
+    figures::median,
+    output::{Table, machine, spread, times},
+};
+
+/// A figure of a run, if it has it.
+type Of = fn(&Run) -> Option<f64>;
+
+/// What the guest's clock and the report have of a fault.
+const LATENCIES: [(&str, Of, Of); 5] = [
+    ("p50", |r| r.access("p50"), |r| r.number("/faults/p50_us")),
+    ("p90", |r| r.access("p90"), |r| r.number("/faults/p90_us")),
+    ("p99", |r| r.access("p99"), |r| r.number("/faults/p99_us")),
+    ("p999", |r| r.access("p999"), |r| r.number("/faults/p999_us")),
+    ("max", |r| r.access("max"), |r| r.number("/faults/max_us")),
+];
+
+fn network(run: &Run) -> Option<f64> {
+    run.number("/faults/network")
+}
+
+/// A number with two decimals, or three digits.
+fn exact(value: f64) -> String {
+    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
+}
+
+/// Faults of the orders of a part, each beside the first.
+fn faults(figures: &Figures, part: Part, orders: &[&'static str], title: &str) -> Table {
+    let mut rows = Vec::new();
+    for workload in WORKLOADS {
+        for order in orders {
+            let of = |figure: Of| spread(&figures.values(part, workload.name, order, figure));
+            let ratio = median(figures.ratios(part, workload.name, [order, orders[0]], network));
+            rows.push(vec![
+                format!("{} · {order}", workload.name),
+                of(network),
+                of(|r| r.number("/faults/count")),
+                of(Run::left_behind),
+                of(Run::share),
+                times(ratio),
+            ]);
+        }
+    }
+    rows.retain(|row| row[1] != "-");
+    let head = vec!["workload · order", "network faults", "all faults", "pages left behind", "network, %", "of linear"];
+    Table { title: title.into(), head, rows }
+}
+
+/// All tables that there are figures for.
+fn tables(figures: &Figures) -> Vec<Table> {
+    let verdicts = figures.verdicts().into_iter().map(|v| {
+        let met = if v.met { "met" } else { "missed" };
+        let (value, limit) = (exact(v.value), exact(v.limit));
+        vec![v.what.into(), format!("{value} {}", v.unit), format!("≤ {limit} {}", v.unit), v.beside.into(), met.into()]
+    });
+    let mut all = vec![
+        Table {
+            title: "Targets (medians)".into(),
+            head: vec!["figure", "measured", "target", "paper", ""],
+            rows: verdicts.collect(),
+        },
+        faults(
+            figures,
+            Part::Faults,
+            &ORDERS,
+            "Network faults by push order: post-copy, 1 Gbit/s (median (least–most))",
+        ),
+        faults(
+            figures,
+            Part::Hybrid,
+            &HISTORY_ORDERS,
+            "The same after one round of pre-copy, which is the history of hot-first: hybrid, 1 Gbit/s (median (least–most))",
+        ),
+    ];
+
+    let latencies = |part, guest: &str, kind: &str, figure: Of| spread(&figures.values(part, guest, kind, figure));
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for (name, guest, report) in LATENCIES {
+        let of = |kind, figure| latencies(Part::Storm, "storm", kind, figure);
+        rows.push(vec![name.into(), of("migrates", guest), of("migrates", report), of("stays", guest)]);
+    }
+    let gap: Of = |r| Some(r.gap_ms * 1e3);
+    let of = |kind| latencies(Part::Storm, "storm", kind, gap);
+    rows.push(vec!["longest gap".into(), of("migrates"), "-".into(), of("stays")]);
+    rows.retain(|row| row[1] != "-");
+    all.push(Table {
+        title: "Storm: four vCPUs that need the same pages, 1 Gbit/s (µs, median (least–most))".into(),
+        head: vec!["", "guest's clock", "report", "guest that stays"],
+        rows,
+    });
+
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for (name, guest, report) in LATENCIES {
+        let of = |kind, figure| latencies(Part::Latency, "random", kind, figure);
+        rows.push(vec![name.into(), of("push", guest), of("idle", guest), of("push", report), of("idle", report)]);
+    }
+    rows.retain(|row| row[1] != "-");
+    all.push(Table {
+        title: "A fault's latency beside a push at full rate, and beside none: 4 KiB pages, no limit (µs, median (least–most))"
+            .into(),
+        head: vec!["", "guest's clock, push", "idle", "report, push", "idle"],
+        rows,
+    });
+
+    let mut rows = Vec::new();
+    for strategy in ["pre-copy", "post-copy"] {
+        for balloon in ["off", "on"] {
+            let of = |figure: Of| latencies(Part::Balloon, strategy, balloon, figure);
+            let bytes = |r: &Run| r.number("/wire_bytes");
+            rows.push(vec![
+                format!("{strategy} · balloon {balloon}"),
+                of(|r| Some(r.number("/wire_bytes")? / 1e6)),
+                times(median(figures.ratios(Part::Balloon, strategy, [balloon, "off"], bytes))),
+                of(|r| r.number("/pages/free")),
+                of(|r| r.number("/total_ms")),
+                of(|r| r.number("/downtime_ms")),
+            ]);
+        }
+    }
+    rows.retain(|row| row[1] != "-");
+    all.push(Table {
+        title: "Self-ballooning: churn over 512 MiB of which a quarter is in use, 1 Gbit/s (median (least–most))"
+            .into(),
+        head: vec!["strategy · guest", "MB moved", "of balloon off", "free pages", "total, ms", "downtime, ms"],
+        rows,
+    });
+    all.retain(|table| !table.rows.is_empty());
+    all
+}
+
+/// The machine, its load, and the runs.
+fn head(figures: &Figures) -> String {
+    let (least, most) = figures.loads();
+    let repeats = figures.runs.iter().map(|r| r.step.repeat + 1).max().unwrap_or(0);
+    format!(
+        "{}. Load before a run {least:.2}–{most:.2}; runs of each kind: {repeats}; seed {}",
+        machine(&figures.machine),
+        figures.seed
+    )
+}
+
+/// The figures as aligned tables.
+pub(super) fn text(figures: &Figures) -> String {
+    let mut text = format!("{}\n", head(figures));
+    for table in tables(figures) {
+        text += &format!("\n{}", table.text());
+    }
+    for failure in &figures.failures {
+        text += &format!("\nfailed and run again: {failure}\n");
+    }
+    text
+}
+
+/// The section of a Markdown file, with images by their title and file.
+pub(super) fn markdown(figures: &Figures, images: &[(&str, String)]) -> String {
+    let mut text = String::from("_Written by `minivmm eval post-copy --markdown`; do not edit by hand._\n\n");
+    text += &format!("{}.\n", head(figures));
+    for table in tables(figures) {
+        text += &format!("\n{}", table.markdown());
+    }
+    for (title, file) in images {
+        text += &format!("\n![{title}]({file})\n");
+    }
+    for failure in &figures.failures {
+        text += &format!("\nFailed and run again: {}\n", failure.replace('\n', " "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::figures::test_util, *};
+
+    #[test]
+    fn every_part_has_its_table() {
+        let figures = test_util::figures(2, |step| if step.kind == "linear" { 100 } else { 25 });
+        let text = text(&figures);
+        let lines = ["quicksort · multi-pivot", "random · hot-first", "longest gap", "post-copy · balloon on"];
+        for line in lines {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
+        let multi_pivot = text.lines().find(|l| l.contains("quicksort · multi-pivot")).unwrap();
+        assert!(multi_pivot.ends_with("0.25×"), "{multi_pivot}");
+        assert_eq!(tables(&figures).len(), 6);
+        let page = markdown(&figures, &[("A plot", "plots/a.svg".into())]);
+        assert!(page.contains("![A plot](plots/a.svg)"));
+    }
+
+    #[test]
+    fn what_was_not_measured_has_none() {
+        let mut figures = test_util::figures(1, |_| 10);
+        figures.runs.retain(|r| r.step.part == Part::Storm);
+        assert_eq!(tables(&figures).len(), 2, "the targets and the storm");
+    }
+}
