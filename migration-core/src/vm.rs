@@ -261,4 +261,11 @@ pub trait DestinationHost: Send {
 
     /// The VM was started and is the host's from now on.
     fn adopted(&mut self, vm: Box<dyn DestinationVm>);
+
+    /// The VM runs here with pages missing, and the link to its source is lost. vCPUs that need one wait for it anyway; a host
+    /// whose guest shall not go on in part stops all of them here. Must not wait for a vCPU: it may wait for a page.
+    fn link_lost(&mut self) {}
+
+    /// The link is back, or not needed any more.
+    fn link_found(&mut self) {}
 }

@@ -84,6 +84,10 @@ pub(crate) struct Receive {
     /// How guest RAM is backed; as at the source if not given.
     #[arg(long)]
     pub(crate) backing: Option<Backing>,
+    /// In post-copy, what the guest does while the link to its source is lost: run, where it needs no page that is missing, or
+    /// pause altogether.
+    #[arg(long, default_value = "run")]
+    pub(crate) on_link_loss: OnLinkLoss,
     /// A folder in which sources put forward checkpoints (`--fail-safe forward:dir=D`).
     #[arg(long, value_name = "D")]
     pub(crate) checkpoints: Option<PathBuf>,
@@ -188,6 +192,13 @@ impl fmt::Display for StrategyKind {
             Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
         }
     }
+}
+
+/// What a guest with missing pages does without its source.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum OnLinkLoss {
+    Run,
+    Pause,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -368,7 +379,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// How the VM is protected, as users write it.
-fn fail_safe(text: &str) -> Result<FailSafe, String> {
+pub(crate) fn fail_safe(text: &str) -> Result<FailSafe, String> {
     let (name, options) = text.split_once(':').unwrap_or((text, ""));
     let (reverse, forward) = match name {
         "none" if options.is_empty() => return Ok(None),

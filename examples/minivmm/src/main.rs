@@ -17,7 +17,7 @@ mod workload;
 use std::{io::Write, process::ExitCode, sync::Arc};
 
 use clap::Parser;
-use cli::{Cli, Command, Common, Receive, Run, Workload};
+use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
 use control::ControlSocket;
 use instance::Instance;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
@@ -82,6 +82,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
         tracker: args.tracker,
+        pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
     };
     let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;

@@ -612,6 +612,7 @@ impl Hub {
                 self.tell_phase();
             }
             DestinationAction::AnswerRunning => {
+                lock(&self.host).link_found();
                 drop(state);
                 self.answer(session, attachment)?;
             }
@@ -746,6 +747,9 @@ impl Hub {
             OnDestinationLoss::Discard => state.session.take(),
             OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
+        if state.machine.is_served() {
+            lock(&self.host).link_lost();
+        }
         drop(state);
         self.discard(given_up, why);
     }

@@ -33,6 +33,8 @@ pub(crate) struct Options {
     pub(crate) push_order: String,
     /// Bits a second; 0 for no limit.
     pub(crate) bandwidth_bits: u64,
+    /// As `--fail-safe` takes it.
+    pub(crate) fail_safe: String,
 }
 
 impl From<&Setup> for Options {
@@ -47,6 +49,7 @@ impl From<&Setup> for Options {
             strategy: setup.strategy.clone(),
             push_order: "linear".into(),
             bandwidth_bits: 0,
+            fail_safe: "none".into(),
         }
     }
 }
@@ -131,9 +134,9 @@ impl Source {
 impl Pair {
     /// Migrates; returns when the source says that it is complete.
     pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
-        let Options { streams, impact, strategy, push_order, bandwidth_bits, .. } = &self.options;
+        let Options { streams, impact, strategy, push_order, bandwidth_bits, fail_safe, .. } = &self.options;
         let request = MigrateRequest {
-            fail_safe: None,
+            fail_safe: crate::cli::fail_safe(fail_safe)?,
             to: self.url.clone(),
             strategy: strategy.clone(),
             streams: *streams,

@@ -126,7 +126,16 @@ pub(super) mod test_util {
             let accesses = json!({"above": 20.0, "count": 100, "p50": 60.0, "p90": 70.0, "p99": 80.0, "p999": 1500.0, "max": 2000.0});
             let distribution = vec![(32.0, 70), (64.0, 29), (1024.0, 1)];
             let report = if step.stays.is_some() { json!(null) } else { report };
-            figures.runs.push(Run { step, load: 0.5, report, accesses, distribution, gap_ms: 4.0, guest_errors: 0 });
+            figures.runs.push(Run {
+                step,
+                load: 0.5,
+                report,
+                accesses,
+                distribution,
+                gap_ms: 4.0,
+                kept: None,
+                guest_errors: 0,
+            });
         }
         figures
     }

@@ -41,7 +41,8 @@ pub(crate) struct Eval {
 
 #[derive(Debug, Subcommand)]
 enum Technique {
-    /// Network faults by push order, self-ballooning, a storm of faults, and the latency of a fault.
+    /// Network faults by push order, self-ballooning, a storm of faults, the latency of a fault, and the costs of fail-safe
+    /// post-copy.
     PostCopy(PostCopy),
 }
 
@@ -83,6 +84,8 @@ enum Part {
     Storm,
     /// A fault beside a push at full rate, and beside none.
     Latency,
+    /// What reverse checkpoints cost, at several intervals.
+    FailSafe,
     /// Bytes with and without a balloon.
     Balloon,
 }

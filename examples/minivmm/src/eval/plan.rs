@@ -35,6 +35,11 @@ pub(super) const WORKLOADS: [Workload; 3] = [
     Workload { name: "quicksort", spec: "quicksort:regions=32,size=16M", memory: 1024 * MIB },
 ];
 
+/// Guests that are protected: one that writes to pages far apart, and one that works on a few.
+pub(super) const PROTECTED: [(&str, &str); 2] = [("random", "random:size=256M"), ("hot", "hot:size=16M,data=256M")];
+/// Intervals of reverse checkpoints; the first is no protection, with which the others are compared.
+pub(super) const INTERVALS: [&str; 5] = ["none", "500ms", "200ms", "100ms", "20ms"];
+
 /// A migration that is to be measured, or a guest that is only watched.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Step {
@@ -70,6 +75,7 @@ fn options(workload: String, memory: u64, strategy: &str, push_order: String) ->
         strategy: strategy.into(),
         push_order,
         bandwidth_bits: GIGABIT,
+        fail_safe: "none".into(),
     }
 }
 
@@ -117,6 +123,18 @@ pub(super) fn steps(only: &[Part], repeats: u32, seed: u32) -> Vec<Step> {
         }
     }
     for repeat in 0..repeats {
+        for (guest, spec) in PROTECTED {
+            for interval in INTERVALS {
+                let options = options(format!("{spec},seed={seed}"), 512 * MIB, "post-copy", "multi-pivot".into());
+                let fail_safe = match interval {
+                    "none" => "none".into(),
+                    time => format!("reverse:interval={time}"),
+                };
+                add(Part::FailSafe, guest, interval, repeat, Options { fail_safe, ..options }, None);
+            }
+        }
+    }
+    for repeat in 0..repeats {
         for (guest, strategy) in [("pre-copy", "pre-copy"), ("post-copy", "post-copy")] {
             for balloon in ["off", "on"] {
                 let spec = format!("churn:size=512M,live=25,pages=10000,interval=1s,balloon={balloon},seed={seed}");
@@ -135,7 +153,7 @@ mod tests {
     #[test]
     fn what_is_compared_alternates() {
         let all = steps(&[], 2, 1);
-        assert_eq!(all.len(), 2 * (3 * 4 + 3 * 2 + 2 + 2 + 4));
+        assert_eq!(all.len(), 2 * (3 * 4 + 3 * 2 + 2 + 2 + 2 * 5 + 4));
         let kinds: Vec<_> = steps(&[Part::Latency], 2, 1).into_iter().map(|s| (s.kind, s.repeat)).collect();
         let of = |kind: &str, repeat| (kind.to_owned(), repeat);
         assert_eq!(kinds, [of("push", 0), of("idle", 0), of("push", 1), of("idle", 1)]);
@@ -148,6 +166,7 @@ mod tests {
         for step in steps(&[], 1, 9) {
             crate::workload::check_spec(&step.options.workload).unwrap();
             super::super::order(&step.options.push_order).unwrap();
+            crate::cli::fail_safe(&step.options.fail_safe).unwrap();
             step.options.strategy.parse::<crate::cli::StrategyKind>().unwrap();
             assert!(step.options.workload.contains("seed=9"));
         }

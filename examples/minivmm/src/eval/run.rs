@@ -1,6 +1,6 @@
 //! One migration between two processes, and what both sides and the guest say of it.
 
-use std::{fs, thread};
+use std::{fs, thread, time::Instant};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -31,6 +31,8 @@ pub(super) struct Run {
     pub(super) distribution: Vec<(f64, u64)>,
     /// The guest's longest gap in that time.
     pub(super) gap_ms: f64,
+    /// The guest's operations a second from the request until the end, as a share of those before, in percent.
+    pub(super) kept: Option<f64>,
     /// Pages that the guest found wrong when it checked all of them at the end.
     pub(super) guest_errors: u64,
 }
@@ -94,21 +96,27 @@ pub(super) fn run(folder: &Folder, step: &Step) -> Result<Run, String> {
         thread::sleep(BEFORE + step.later);
         guest.reset_gap()?;
         thread::sleep(window);
-        return finish(step, load, json!(null), &guest);
+        return finish(step, load, json!(null), None, &guest);
     }
     let mut pair = source.pair(folder, options)?;
     let warm = warm(options.memory)?;
+    let (early, began) = (guest.board()?.operations, Instant::now());
     thread::sleep(BEFORE + step.later);
     drop(warm);
     guest.reset_gap()?;
+    let (before, asked) = (guest.board()?.operations, Instant::now());
+    let usual = (before - early) as f64 / (asked - began).as_secs_f64();
     let report = pair.migrate()?.report;
+    let took = asked.elapsed().as_secs_f64();
     let arrived = Guest::find(&mut pair.destination, options.memory, FILL)?;
+    let during = arrived.board()?.operations.saturating_sub(before) as f64 / took;
+    let kept = (usual > 0.0).then(|| 100.0 * during / usual);
     thread::sleep(AFTER);
-    finish(step, load, report, &arrived)
+    finish(step, load, report, kept, &arrived)
 }
 
 /// Reads the guest's figures, then lets it check its pages.
-fn finish(step: &Step, load: f64, report: Value, guest: &Guest) -> Result<Run, String> {
+fn finish(step: &Step, load: f64, report: Value, kept: Option<f64>, guest: &Guest) -> Result<Run, String> {
     let board = guest.board()?;
     Ok(Run {
         step: step.clone(),
@@ -117,6 +125,7 @@ fn finish(step: &Step, load: f64, report: Value, guest: &Guest) -> Result<Run, S
         accesses: accesses_to_json(&board),
         distribution: distribution(&board),
         gap_ms: ms(board.longest_gap()),
+        kept,
         guest_errors: guest.verify()?,
     })
 }

@@ -3,7 +3,7 @@
 use super::{
     Part,
     figures::Figures,
-    plan::{HISTORY_ORDERS, ORDERS, WORKLOADS},
+    plan::{HISTORY_ORDERS, INTERVALS, ORDERS, PROTECTED, WORKLOADS},
     run::Run,
 };
 use crate::bench::{
@@ -111,6 +111,39 @@ fn tables(figures: &Figures) -> Vec<Table> {
     });
 
     let mut rows = Vec::new();
+    for (guest, _) in PROTECTED {
+        for interval in INTERVALS {
+            let of = |figure: Of| latencies(Part::FailSafe, guest, interval, figure);
+            let total: Of = |r| r.number("/total_ms");
+            rows.push(vec![
+                format!("{guest} · {interval}"),
+                of(|r| r.number("/checkpoints/count")),
+                of(|r| Some(r.number("/checkpoints/bytes")? / 1e6)),
+                of(total),
+                times(median(figures.ratios(Part::FailSafe, guest, [interval, INTERVALS[0]], total))),
+                of(|r| r.number("/downtime_ms")),
+                of(|r| Some(r.gap_ms)),
+                of(|r| r.kept),
+            ]);
+        }
+    }
+    rows.retain(|row| row[3] != "-");
+    all.push(Table {
+        title: "Fail-safe: reverse checkpoints in memory, by interval, 1 Gbit/s (median (least–most))".into(),
+        head: vec![
+            "guest · interval",
+            "checkpoints",
+            "MB in them",
+            "total, ms",
+            "of none",
+            "downtime, ms",
+            "longest gap, ms",
+            "guest's speed meanwhile, %",
+        ],
+        rows,
+    });
+
+    let mut rows = Vec::new();
     for strategy in ["pre-copy", "post-copy"] {
         for balloon in ["off", "on"] {
             let of = |figure: Of| latencies(Part::Balloon, strategy, balloon, figure);
@@ -189,7 +222,7 @@ mod tests {
         }
         let multi_pivot = text.lines().find(|l| l.contains("quicksort · multi-pivot")).unwrap();
         assert!(multi_pivot.ends_with("0.25×"), "{multi_pivot}");
-        assert_eq!(tables(&figures).len(), 6);
+        assert_eq!(tables(&figures).len(), 7);
         let page = markdown(&figures, &[("A plot", "plots/a.svg".into())]);
         assert!(page.contains("![A plot](plots/a.svg)"));
     }

@@ -153,6 +153,8 @@ pub(crate) struct HostOptions {
     pub(crate) serial: SerialTarget,
     pub(crate) backing: Option<Backing>,
     pub(crate) tracker: Option<TrackerKind>,
+    /// While the link is lost and pages are missing, no vCPU runs.
+    pub(crate) pause_on_loss: bool,
 }
 
 /// Builds machines for VMs that arrive, and passes those on that are owned.
@@ -198,6 +200,18 @@ impl DestinationHost for Host {
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
         if let Some(machine) = self.arriving.upgrade() {
             (self.arrived)(machine);
+        }
+    }
+
+    fn link_lost(&mut self) {
+        if let Some(machine) = self.arriving.upgrade().filter(|_| self.options.pause_on_loss) {
+            machine.processors.hold(true);
+        }
+    }
+
+    fn link_found(&mut self) {
+        if let Some(machine) = self.arriving.upgrade() {
+            machine.processors.hold(false);
         }
     }
 }

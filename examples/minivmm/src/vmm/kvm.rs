@@ -158,6 +158,10 @@ impl Processors for KvmProcessors {
         self.vcpus.pause();
     }
 
+    fn hold(&self, held: bool) {
+        self.vcpus.hold(held);
+    }
+
     fn throttle(&self, percent: u8) -> Result<(), VmError> {
         self.vcpus.throttle(percent).map_err(|e| VmError::because("starting the throttle", e))
     }

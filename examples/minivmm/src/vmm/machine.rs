@@ -58,6 +58,8 @@ pub(super) trait Processors: Send + Sync {
     fn run(&self);
     /// Stops them; returns when none runs.
     fn pause(&self);
+    /// Holds them, whether or not they run otherwise, or ends that. Waits for none of them: it may wait for a page.
+    fn hold(&self, held: bool);
     /// Slows them down.
     fn throttle(&self, percent: u8) -> Result<(), VmError>;
     /// Adds their state, and the VM's.

@@ -91,9 +91,16 @@ fn record(cpu: usize) -> u64 {
 struct Control {
     plan: Plan,
     run: bool,
+    held: bool,
     exit: bool,
     stopped: usize,
     throttle: u32,
+}
+
+impl Control {
+    fn may_run(&self) -> bool {
+        self.run && !self.held && !self.exit
+    }
 }
 
 struct Shared {
@@ -189,7 +196,7 @@ impl SoftwareProcessors {
         fault: Option<Arc<UserFault>>,
     ) -> io::Result<Self> {
         let bitmap = DirtyBitmap::new(ram.layout().clone());
-        let control = Control { plan: Plan::default(), run: false, exit: false, stopped: 0, throttle: 0 };
+        let control = Control { held: false, plan: Plan::default(), run: false, exit: false, stopped: 0, throttle: 0 };
         let shared = Arc::new(Shared {
             ram,
             bitmap,
@@ -215,7 +222,7 @@ fn thread_main(cpu: usize, shared: &Shared) {
         let mut control = shared.lock();
         control.stopped += 1;
         shared.changed.notify_all();
-        while !control.run && !control.exit {
+        while !control.may_run() && !control.exit {
             control = shared.changed.wait(control).unwrap_or_else(|e| e.into_inner());
         }
         if control.exit {
@@ -250,7 +257,7 @@ fn work(cpu: usize, plan: &Plan, shared: &Shared) {
         }
         last = now;
         let control = shared.lock();
-        if control.run && !control.exit {
+        if control.may_run() {
             // a pause ends the rest
             let rest = REST * 100 / (100 - control.throttle.min(99));
             drop(shared.changed.wait_timeout(control, rest));
@@ -289,6 +296,14 @@ impl Processors for SoftwareProcessors {
         while control.stopped < self.threads.len() {
             control = self.shared.changed.wait(control).unwrap_or_else(|e| e.into_inner());
         }
+    }
+
+    fn hold(&self, held: bool) {
+        let mut control = self.shared.lock();
+        control.held = held;
+        let runs = control.may_run();
+        self.shared.stop.store(!runs, Ordering::SeqCst);
+        self.shared.changed.notify_all();
     }
 
     fn throttle(&self, percent: u8) -> Result<(), VmError> {

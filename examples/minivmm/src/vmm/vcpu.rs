@@ -37,6 +37,8 @@ type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 struct Control {
     /// The user, or a migration, lets the vCPUs run.
     run: bool,
+    /// Pages that they need cannot come.
+    held: bool,
     /// A throttle holds them, for a moment.
     rest: bool,
     throttle: u8,
@@ -50,7 +52,7 @@ struct Control {
 
 impl Control {
     fn may_run(&self) -> bool {
-        self.run && !self.rest && !self.exit && self.end.is_none()
+        self.run && !self.held && !self.rest && !self.exit && self.end.is_none()
     }
 }
 
@@ -91,7 +93,8 @@ impl Vcpus {
     ) -> std::io::Result<Self> {
         kick::install()?;
         let jobs = vcpus.iter().map(|_| VecDeque::new()).collect();
-        let control = Control { run: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
+        let control =
+            Control { run: false, held: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
         let (control, changed, stop) = (Mutex::new(control), Condvar::new(), AtomicBool::new(true));
         let shared = Arc::new(Shared { control, changed, stop, bus, ring_full });
         // if a thread cannot be had, dropping this ends those that were started
@@ -109,6 +112,17 @@ impl Vcpus {
         let mut control = self.shared.lock();
         control.run = true;
         self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
+        self.shared.changed.notify_all();
+    }
+
+    /// Holds them beside all else, or ends that; waits for none.
+    pub(super) fn hold(&self, held: bool) {
+        let mut control = self.shared.lock();
+        control.held = held;
+        self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
+        if held {
+            self.kick_all();
+        }
         self.shared.changed.notify_all();
     }
 

@@ -34,6 +34,11 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     suite.post_copy("post_copy/faults/cut_around_the_hand_over", "anon", cut_around);
     suite.post_copy("post_copy/faults/status_while_the_link_is_cut", "anon", status_while_cut);
+    for policy in ["run", "pause"] {
+        suite.post_copy(format!("post_copy/faults/without_a_link/{policy}"), "anon", move |lab| {
+            without_a_link(lab, policy)
+        });
+    }
     suite.post_copy("post_copy/faults/destination_dies", "anon", destination_dies);
     suite.post_copy("post_copy/faults/source_dies", "anon", source_dies);
 }
@@ -252,6 +257,32 @@ fn status_while_cut(lab: &Lab) -> Outcome {
     let status = destination.status()?;
     ensure(status["state"] == "paused" && status["workload"]["errors"] == 0, || format!("{status}"))?;
     destination.ask(&["resume"])?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// A guest that has what it works on runs without its source, unless it shall not.
+fn without_a_link(lab: &Lab, policy: &str) -> Outcome {
+    let mut source = lab.workload("source", "hot:size=1M,data=32M", &["--backing", "anon"])?;
+    let destination = lab.receive("destination", &["--on-link-loss", policy])?;
+    let (relay, address) = relay_to(&destination)?;
+    relay.cut_after(8 << 20);
+    let client = source.start_migrate(&address, &["--strategy", "post-copy", "--bandwidth", "100Mbit"])?;
+    wait_for("the link is cut", || Ok((relay.relayed() >= 8 << 20).then_some(())))?;
+    wait_for("the destination has noticed", || Ok(destination.stderr().contains("link to").then_some(())))?;
+    let beats = || Ok::<_, Failed>(destination.status()?["workload"]["heartbeats"].as_u64().unwrap_or(0));
+    // so many looks in a row that find it moving, or standing
+    let (mut looks, mut last) = (0, beats()?);
+    wait_for(&format!("the guest does what {policy} says"), || {
+        let now = beats()?;
+        looks = if (now != last) == (policy == "run") { looks + 1 } else { 0 };
+        last = now;
+        Ok((looks >= 5).then_some(()))
+    })?;
+    relay.restore();
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0) && answer.json["recoveries"].as_u64() >= Some(1), || format!("{answer:?}"))?;
+    source.ended_well()?;
     destination.works()?;
     destination.quit()
 }

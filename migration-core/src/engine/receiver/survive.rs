@@ -92,6 +92,7 @@ impl Hub {
         if let Some((_, store)) = &mut store {
             missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
         }
+        lock(&self.host).link_found();
         // nobody restarts it any more
         self.unprotect(protection);
         if let Some((stores, _)) = store {
