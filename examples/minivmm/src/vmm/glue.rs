@@ -10,14 +10,14 @@ use migration_core::{
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError},
 };
-use migration_kvm::{fence::ProcessIdentity, ram::Backing, tracker::TrackerKind};
+use migration_kvm::{ram::Backing, tracker::TrackerKind};
 
-use super::{Machine, MachineConfig, SerialTarget};
+use super::{Machine, MachineConfig, SerialTarget, protect::identity};
 
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
-    machine: Arc<Machine>,
-    tracker: Box<dyn DirtyTracker>,
+    pub(super) machine: Arc<Machine>,
+    pub(super) tracker: Box<dyn DirtyTracker>,
 }
 
 impl MachineSource {
@@ -108,43 +108,6 @@ impl SourceVm for MachineSource {
 
     fn restart(&mut self, state: &VmState) -> Result<(), VmError> {
         self.machine.restart(state)
-    }
-}
-
-/// Who a fence has to end.
-fn identity() -> Bytes {
-    // without it no fence can: the VM waits then
-    ProcessIdentity::own().map(|own| own.encode().into()).unwrap_or_default()
-}
-
-/// Checkpoints are taken as a migration would take the machine away.
-impl ProtectedVm for MachineSource {
-    fn tracker(&mut self) -> &mut dyn DirtyTracker {
-        &mut *self.tracker
-    }
-
-    fn pause(&mut self) -> Result<(), VmError> {
-        SourceVm::pause(self)
-    }
-
-    fn resume(&mut self) -> Result<(), VmError> {
-        SourceVm::resume(self)
-    }
-
-    fn save_state(&mut self) -> Result<VmState, VmError> {
-        SourceVm::save_state(self)
-    }
-
-    fn hold_output(&mut self) {
-        self.machine.bus.hold_output();
-    }
-
-    fn output(&mut self) -> u64 {
-        self.machine.bus.output()
-    }
-
-    fn release_output(&mut self, until: Option<u64>) {
-        self.machine.bus.release_output(until);
     }
 }
 

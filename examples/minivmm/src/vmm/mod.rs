@@ -11,6 +11,7 @@ mod glue;
 mod kick;
 mod kvm;
 mod machine;
+mod protect;
 mod software;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,48 @@
+//! The glue for fail-safe post-copy, beside that of every migration.
+
+use bytes::Bytes;
+use migration_core::{
+    state::VmState,
+    tracker::DirtyTracker,
+    vm::{ProtectedVm, SourceVm, VmError},
+};
+use migration_kvm::fence::ProcessIdentity;
+
+use super::MachineSource;
+
+/// Who a fence has to end.
+pub(super) fn identity() -> Bytes {
+    // without it no fence can: the VM waits then
+    ProcessIdentity::own().map(|own| own.encode().into()).unwrap_or_default()
+}
+
+/// Checkpoints are taken as a migration would take the machine away.
+impl ProtectedVm for MachineSource {
+    fn tracker(&mut self) -> &mut dyn DirtyTracker {
+        &mut *self.tracker
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        SourceVm::pause(self)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        SourceVm::resume(self)
+    }
+
+    fn save_state(&mut self) -> Result<VmState, VmError> {
+        SourceVm::save_state(self)
+    }
+
+    fn hold_output(&mut self) {
+        self.machine.bus.hold_output();
+    }
+
+    fn output(&mut self) -> u64 {
+        self.machine.bus.output()
+    }
+
+    fn release_output(&mut self, until: Option<u64>) {
+        self.machine.bus.release_output(until);
+    }
+}
