@@ -1,6 +1,6 @@
 //! Preambles, headers and frames.
 
-use migration_core::wire::{Bulk, Control, ErrorCode, Header, Preamble};
+use migration_core::wire::{Bulk, Checkpoint, Control, ErrorCode, Header, Preamble};
 
 use crate::repair;
 
@@ -30,6 +30,8 @@ pub fn check(input: &[u8]) {
     let frame = &bytes[..Header::LEN + body.len()];
     if what & 3 == 1 {
         control(&header, body, frame);
+    } else if Checkpoint::is_kind(header.kind) {
+        checkpoint(&header, body, frame);
     } else {
         bulk(&header, body, frame);
     }
@@ -53,6 +55,15 @@ fn control(header: &Header, body: &[u8], frame: &[u8]) {
         if !matches!(control, Control::Error { code: ErrorCode::Other, .. }) {
             assert_eq!(again, frame, "{} encodes to other bytes than it was decoded from", control.name());
         }
+    }
+}
+
+fn checkpoint(header: &Header, body: &[u8], frame: &[u8]) {
+    if let Ok(checkpoint) = Checkpoint::decode(header, body)
+        && header.vm == 0
+    {
+        let again = checkpoint.encode(header.sequence, header.number);
+        assert_eq!(again, frame, "a checkpoint frame encodes to other bytes than it was decoded from");
     }
 }
 

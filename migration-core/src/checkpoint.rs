@@ -69,8 +69,8 @@ pub trait ForwardStores: Send + Sync {
 pub struct FailSafe {
     /// From the end of one reverse checkpoint to the beginning of the next.
     pub interval: Duration,
-    /// How long the other side may be silent, or its link lost, before it counts as dead. Safety does not depend on it: the
-    /// fence is asked before anything restarts.
+    /// How long the other side may be silent (half a second at the least), or its link lost, before it counts as dead. Safety
+    /// does not depend on it: the fence is asked before anything restarts.
     pub detect: Duration,
     /// Where reverse checkpoints are kept, of this attempt only; `None` for none.
     pub reverse: Option<Arc<Mutex<dyn CheckpointStore>>>,

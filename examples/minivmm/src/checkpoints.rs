@@ -9,6 +9,7 @@ use std::{
 
 use migration_core::{
     checkpoint::{CheckpointStore, FailSafe, ForwardStores, MemoryStore},
+    report::Outcome,
     vm::VmId,
 };
 use migration_kvm::fence::ProcessFence;
@@ -24,7 +25,7 @@ fn folder(dir: &Path, VmId(id): VmId, epoch: u32, kind: &str) -> PathBuf {
     dir.join(format!("{id}-{epoch}.{kind}"))
 }
 
-/// The protection that a user asked for, of one attempt. Its folders go when it is dropped.
+/// The protection that a user asked for, of one attempt.
 pub(crate) struct Protection {
     pub(crate) fail_safe: FailSafe,
     folders: Vec<PathBuf>,
@@ -51,9 +52,10 @@ impl Protection {
     }
 }
 
-impl Drop for Protection {
-    fn drop(&mut self) {
-        for folder in &self.folders {
+impl Protection {
+    /// The attempt has ended. What a VM that is lost could be restored from stays.
+    pub(crate) fn end(self, outcome: Outcome) {
+        for folder in self.folders.iter().filter(|_| outcome != Outcome::Lost) {
             remove(folder);
         }
     }

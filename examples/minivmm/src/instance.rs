@@ -361,7 +361,9 @@ impl Instance {
             let mut source = MachineSource::new(machine);
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
             drop(source);
-            drop(protect);
+            if let Some(protect) = protect {
+                protect.end(report.outcome);
+            }
             instance.ended(&report);
         };
         if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {

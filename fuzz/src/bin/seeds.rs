@@ -8,7 +8,7 @@ use migration_core::{
     device::DeviceKind,
     state::{Section, VmState},
     vm::{VmDescription, VmId},
-    wire::{Bulk, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken, Welcome},
+    wire::{Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken, Welcome},
 };
 use migration_fuzz::receiver::{self, NO_ROUND, PAGER, REPAIR, TOKEN, TOUCH};
 
@@ -66,7 +66,7 @@ fn pages(extents: &[(u64, u64, Content)], crc: bool) -> (Bulk, Vec<u8>) {
 /// Bytes 1 and 2 say what it is, 4 that checksums are repaired.
 fn frames() -> Vec<Seed> {
     let mut seeds = Vec::new();
-    for kind in [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach, LaneKind::Demand] {
+    for kind in [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach, LaneKind::Demand, LaneKind::Checkpoint] {
         let bytes = Preamble::new(kind, 1, SessionToken([9; 16])).encode();
         seeds.push((format!("preamble {kind:?}").to_lowercase(), [&[4], &bytes[..]].concat()));
     }
@@ -94,6 +94,15 @@ fn frames() -> Vec<Seed> {
         ("request", Bulk::Request { pages: vec![513, 3] }),
     ] {
         seeds.push((name.to_owned(), [&[6], &frame.encode(0, 0, 2)[..]].concat()));
+    }
+    let identity = Bytes::from_static(b"host");
+    for (name, frame) in [
+        ("every", Checkpoint::Every { interval_us: 7, detect_us: 8, identity: identity.clone() }),
+        ("identity", Checkpoint::Identity(identity)),
+        ("checkpoint state", Checkpoint::State(Bytes::from(state().encode()))),
+        ("commit", Checkpoint::Commit { pages: 3, state_bytes: 5 }),
+    ] {
+        seeds.push((name.to_owned(), [&[6], &frame.encode(0, 2)[..]].concat()));
     }
     seeds
 }

@@ -43,6 +43,8 @@ use crate::{
 
 /// How often progress is told while pages move.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so often.
+const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pieces of device state a round.
@@ -289,7 +291,7 @@ impl<'a> Engine<'a> {
     /// How long the destination may be silent.
     pub(super) fn patience(&self) -> Duration {
         let detect = self.options.fail_safe.as_ref().filter(|_| !self.machine.owns()).map(|f| f.detect);
-        detect.map_or(self.options.idle_timeout, |detect| detect.min(self.options.idle_timeout))
+        detect.map_or(self.options.idle_timeout, |detect| detect.max(LEAST_SILENCE).min(self.options.idle_timeout))
     }
 
     /// An error when `deadline` has passed.

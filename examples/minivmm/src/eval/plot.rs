@@ -68,7 +68,8 @@ impl Bars<'_> {
             let most = self.all().map(|(_, _, bar)| bar.most).fold(1.0, f64::max);
             // the axis of a logarithmic plot begins at 1: a value of 0 has a bar of no height
             let scale = |value: f64| if self.log { value.max(1.0).log10() } else { value };
-            self.draw(&area, scale(most) * 1.08, scale)?;
+            // room for the legend above the bars
+            self.draw(&area, scale(most) * 1.35, scale)?;
             area.present().map_err(text)?;
         }
         Ok(svg)
