@@ -47,6 +47,12 @@ pub trait Spawner: Send + Sync {
         name: &str,
         body: Box<dyn FnOnce() + Send>,
     ) -> io::Result<Box<dyn Joiner>>;
+
+    /// The calling thread, which this spawner has started, has this role from now on: what a connection is for is known
+    /// only once its peer has said so. Does nothing by default.
+    fn assume(&self, role: Role, impact: GuestImpact) {
+        let _ = (role, impact);
+    }
 }
 
 /// A [`Spawner`] of plain threads, without priorities.

@@ -14,11 +14,12 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 /// |---|---|---|---|
 /// | bulk | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | nice −5 |
 /// | background | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | unchanged |
-/// | demand, control | unchanged | unchanged | unchanged |
+/// | demand | nice −10 | nice −10 | nice −10 |
+/// | control | unchanged | unchanged | unchanged |
 ///
 /// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose cores are all busy it
 /// hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt when it wakes. A priority that cannot be had
-/// (nice −5 needs CAP_SYS_NICE) is left as it was.
+/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it.
 #[derive(Clone, Default)]
 pub struct KvmSpawner {
     setup: Option<Arc<Setup>>,
@@ -69,6 +70,10 @@ impl Spawner for KvmSpawner {
             }
         }
     }
+
+    fn assume(&self, role: Role, impact: GuestImpact) {
+        sched::apply(priority(role, impact).unwrap_or(Priority::Nice(0)));
+    }
 }
 
 /// How the scheduler is to treat a thread.
@@ -76,6 +81,7 @@ impl Spawner for KvmSpawner {
 enum Priority {
     Idle,
     Batch,
+    /// Of normal threads.
     Nice(i32),
 }
 
@@ -84,6 +90,7 @@ fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
         (Role::Bulk | Role::Background, GuestImpact::Low) => Some(Priority::Idle),
         (Role::Bulk | Role::Background, GuestImpact::Balanced) => Some(Priority::Batch),
         (Role::Bulk, GuestImpact::Fast) => Some(Priority::Nice(-5)),
+        (Role::Demand, _) => Some(Priority::Nice(-10)),
         _ => None,
     }
 }
@@ -98,7 +105,10 @@ mod sched {
             Priority::Idle if set_policy(libc::SCHED_IDLE) => {}
             Priority::Idle => set_nice(19),
             Priority::Batch => drop(set_policy(libc::SCHED_BATCH)),
-            Priority::Nice(nice) => set_nice(nice),
+            Priority::Nice(nice) => {
+                set_policy(libc::SCHED_OTHER);
+                set_nice(nice);
+            }
         }
     }
 
@@ -147,6 +157,23 @@ mod tests {
         assert_eq!(policy_of(Role::Background, GuestImpact::Balanced).1, libc::SCHED_BATCH);
         assert_eq!(policy_of(Role::Demand, GuestImpact::Low).1, libc::SCHED_OTHER);
         assert_eq!(policy_of(Role::Bulk, GuestImpact::Fast).1, libc::SCHED_OTHER);
+    }
+
+    #[test]
+    fn a_thread_takes_up_another_role() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let body = {
+            let seen = seen.clone();
+            move || {
+                let spawner = KvmSpawner::new();
+                for role in [Role::Demand, Role::Bulk, Role::Control] {
+                    spawner.assume(role, GuestImpact::Balanced);
+                    seen.lock().unwrap().push(sched::policy());
+                }
+            }
+        };
+        KvmSpawner::new().spawn(Role::Bulk, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
+        assert_eq!(*seen.lock().unwrap(), [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_OTHER]);
     }
 
     #[test]

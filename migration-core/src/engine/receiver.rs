@@ -288,6 +288,12 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
+        // it was started for pages in volume, which is what most connections carry
+        match preamble.kind {
+            LaneKind::Bulk => {}
+            LaneKind::Demand => self.options.spawner.assume(Role::Demand, GuestImpact::Balanced),
+            _ => self.options.spawner.assume(Role::Control, GuestImpact::Balanced),
+        }
         match preamble.kind {
             LaneKind::Bulk => {
                 let session = self.session(preamble.session)?;
