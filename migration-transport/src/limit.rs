@@ -106,12 +106,8 @@ impl Limiter {
         self.pass_as(false, bytes, closed)
     }
 
-    /// The same for bytes that others must not hold up: they may use [`URGENT_SHARE`] of the limit, at the expense of
-    /// the others, to whom the rest is left.
-    fn pass_urgently(&self, bytes: u64, closed: &AtomicBool) -> bool {
-        self.pass_as(true, bytes, closed)
-    }
-
+    /// The same; bytes that are urgent may use [`URGENT_SHARE`] of the limit, at the expense of the others, to whom the rest
+    /// is left.
     fn pass_as(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
@@ -249,7 +245,7 @@ struct LimitedWriter {
 
 impl LimitedWriter {
     fn pass(&self, bytes: usize) -> io::Result<()> {
-        let passed = self.limiter.pass(bytes as u64, &self.closed);
+        let passed = self.limiter.pass_as(self.urgent, bytes as u64, &self.closed);
         passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))
     }
 }
@@ -257,11 +253,6 @@ impl LimitedWriter {
 impl WriteHalf for LimitedWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let mut gather = Gather::new(head, slices);
-        if self.urgent {
-            let passed = self.limiter.pass_urgently(gather.remaining() as u64, &self.closed);
-            passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))?;
-            return self.inner.write_all(head, slices);
-        }
         if gather.remaining() <= self.limiter.piece() {
             self.pass(gather.remaining())?;
             return self.inner.write_all(head, slices);
@@ -302,7 +293,7 @@ impl Closer for LimitedCloser {
 mod tests {
     use std::thread;
 
-    use migration_core::GuestRam;
+    use migration_core::{GuestRam, channel::Listener};
 
     use super::*;
     use crate::{
@@ -357,6 +348,27 @@ mod tests {
             reader.read_exact(&mut got).unwrap();
         });
         assert!(got == [head, bytes].concat());
+    }
+
+    #[test]
+    fn what_is_urgent_does_not_wait_for_all_of_what_is_urgent_too() {
+        let (connector, mut listener) = memory::link(8 << 20);
+        let limited = Limited::new(Box::new(connector), "1Mbit".parse().unwrap());
+        let open = |kind| limited.connect_as(kind).unwrap().split().unwrap();
+        let (mut block, mut word) = (open(LaneKind::Demand), open(LaneKind::Control));
+        let mut peer = listener.accept(Duration::MAX).unwrap().unwrap().split().unwrap();
+        let sent = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                block.writer.write_all(&pattern(2 << 20), &[]).unwrap();
+                sent.store(true, Ordering::Release);
+            });
+            peer.reader.read_exact(&mut [0; 1]).unwrap();
+            word.writer.write_all(&[0; 32], &[]).unwrap();
+            let all = sent.load(Ordering::Acquire);
+            limited.limiter().set_bandwidth(Bandwidth::UNLIMITED);
+            assert!(!all);
+        });
     }
 
     #[test]

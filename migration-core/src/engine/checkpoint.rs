@@ -265,6 +265,8 @@ pub(super) struct Kept {
     pub(super) identity: Mutex<Option<Bytes>>,
     /// The VM was handed over: from then on it is protected.
     pub(super) handed_over: AtomicBool,
+    /// Something came from the destination since the engine last looked: it is alive.
+    pub(super) heard: AtomicBool,
     pub(super) count: AtomicU64,
     pub(super) bytes: AtomicU64,
 }
@@ -336,6 +338,7 @@ impl Keeper {
         let (header, body) = read_frame(&mut *self.reader, sequence, &self.peer)?;
         let bytes = (crate::wire::Header::LEN + body.len()) as u64 + u64::from(header.payload);
         self.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.kept.heard.store(true, Ordering::Relaxed);
         incoming.bytes += bytes;
         if !Checkpoint::is_kind(header.kind) {
             incoming.check(header.number)?;

@@ -41,13 +41,19 @@ pub(super) struct Missing {
 
 struct State {
     pages: PageSet,
-    /// Who waits: by block, since when, and for how many faults.
-    waiting: HashMap<u64, Vec<Instant>>,
+    /// Who waits, by block.
+    waiting: HashMap<u64, Vec<Waiter>>,
     vcpus: Vec<u32>,
     latencies: Latencies,
     faults: u64,
     vcpu_faults: u64,
     duplicates: u64,
+}
+
+/// A fault that is not served yet.
+struct Waiter {
+    thread: Option<u32>,
+    since: Instant,
 }
 
 /// The sending side of a demand lane.
@@ -145,6 +151,13 @@ impl Missing {
         let mut wanted = Vec::new();
         let mut state = lock(&self.state);
         for fault in faults {
+            if fault.thread.is_some()
+                && let Some(waits) = state.waiting.get(&(fault.page / granule))
+                && waits.iter().any(|waiter| waiter.thread == fault.thread)
+            {
+                // a signal took it out of its wait, for a pause or a checkpoint, and it came back: the same fault
+                continue;
+            }
             state.faults += 1;
             let by_vcpu = fault.thread.is_some_and(|thread| state.vcpus.contains(&thread));
             state.vcpu_faults += u64::from(by_vcpu);
@@ -158,7 +171,7 @@ impl Missing {
             if waits.is_empty() {
                 wanted.push(fault.page);
             }
-            waits.push(now);
+            waits.push(Waiter { thread: fault.thread, since: now });
         }
         wanted
     }
@@ -188,7 +201,7 @@ impl Missing {
             let now = Instant::now();
             let blocks = range.first / granule..=(range.end().max(range.first + 1) - 1) / granule;
             let State { waiting, latencies, .. } = &mut *state;
-            let mut served = |waits: Vec<Instant>| waits.iter().for_each(|&since| latencies.record(now - since));
+            let mut served = |waits: Vec<Waiter>| waits.iter().for_each(|w| latencies.record(now - w.since));
             // whichever is shorter: the range or the list of those who wait
             if (waiting.len() as u64) < range.count {
                 let found: Vec<u64> = waiting.keys().copied().filter(|block| blocks.contains(block)).collect();

@@ -96,7 +96,8 @@ pub(super) struct Engine<'a> {
 
     start: Instant,
     last_ping: Instant,
-    last_heard: Instant,
+    /// Since when an answer is due: the first ping that was sent after the destination was last heard.
+    unanswered: Option<Instant>,
     last_progress: Instant,
     cancelled: Option<String>,
     /// Whether the VMM tracked before we came; it then gets its dirty bits back.
@@ -193,7 +194,7 @@ impl<'a> Engine<'a> {
             counters: Arc::new(Counters::default()),
             start: now,
             last_ping: now,
-            last_heard: now,
+            unanswered: None,
             last_progress: now,
             cancelled: None,
             tracked_before: false,
@@ -311,14 +312,20 @@ impl<'a> Engine<'a> {
         if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.last_progress = Instant::now();
             self.tell_progress();
+            if self.kept.heard.swap(false, Ordering::Relaxed) {
+                self.unanswered = None;
+            }
             let (phase, patience) = (self.machine.phase(), self.patience());
             if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
                 && self.last_ping.elapsed() >= PING_INTERVAL.min(patience / 4)
             {
-                self.last_ping = Instant::now();
                 self.say(&Control::Ping)?;
+                // only now: it may have waited for its turn on the link
+                self.last_ping = Instant::now();
+                self.unanswered.get_or_insert(self.last_ping);
             }
-            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving) && self.last_heard.elapsed() >= patience {
+            let silent = self.unanswered.is_some_and(|since| since.elapsed() >= patience);
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving) && silent {
                 let why = format!("the destination has been silent for {patience:?}");
                 let cause = io::Error::new(io::ErrorKind::TimedOut, why);
                 return Err(MigrationError::link(&self.connector().address())(cause));
@@ -340,6 +347,10 @@ impl<'a> Engine<'a> {
                 self.post_copy_wanted = true;
                 Ok(Some(Input::PostCopy))
             }
+            Ok(Input::Demanded(page)) => {
+                self.unanswered = None;
+                Ok(Some(Input::Demanded(page)))
+            }
             Ok(Input::ControlLost(error)) => Err(error),
             Ok(Input::Lane(Err(error))) => Err(match error {
                 MigrationError::Link { .. } => self.last_words(error),
@@ -352,7 +363,7 @@ impl<'a> Engine<'a> {
     }
 
     pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
-        self.last_heard = Instant::now();
+        self.unanswered = None;
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
             let unsent = self.never_sent().len();

@@ -36,6 +36,7 @@ pub(crate) fn add(suite: &mut Suite) {
     for backing in BACKINGS {
         suite.post_copy(format!("fail_safe/nobody_dies/{backing}"), backing, move |lab| nobody_dies(lab, backing));
     }
+    suite.post_copy("fail_safe/slow_link", "hugetlb", slow_link);
     suite.post_copy("fail_safe/link_lost_and_found", "anon", link_lost_and_found);
     suite.post_copy("fail_safe/link_lost_for_good", "anon", link_lost_for_good);
     suite.post_copy("fail_safe/refused_without_demand_lanes", "anon", refused);
@@ -185,6 +186,21 @@ fn source_dies_unprotected(lab: &Lab) -> Outcome {
 /// Waits until the guest has said more; how many lines it has said.
 fn source_goes_on(lab: &Lab, before: u64) -> Result<u64, Failed> {
     wait_for("the guest says more", || Ok(Some(lines_in_order(lab)?).filter(|&lines| lines > before + 2)))
+}
+
+/// A huge page takes as long as nearly half of what counts as silence: nobody is taken for dead, and a vCPU that is taken out
+/// of its wait for each checkpoint, and comes back to it, faults once.
+fn slow_link(lab: &Lab) -> Outcome {
+    let mut source = source(lab, "hugetlb", "2")?;
+    let there = destination(lab, "destination")?;
+    let link = ["--strategy", "post-copy", "--bandwidth", "40Mbit"];
+    let report = source.migrate_well(&there.address, &with(&link, "reverse:interval=10ms"))?;
+    ensure(report["recoveries"] == 0, || format!("{report}"))?;
+    // two vCPUs, and as many threads of KVM and of the VMM, for each huge page of 64 MiB, is far more than there can be
+    ensure(number(&report, "faults", "count") <= 4 * 32, || format!("{report}"))?;
+    checks_all(&there)?;
+    lines_in_order(lab)?;
+    there.quit()
 }
 
 fn nobody_dies(lab: &Lab, backing: &str) -> Outcome {
