@@ -71,6 +71,7 @@
 mod accept;
 mod bandwidth;
 mod cut;
+mod dir_leases;
 mod dir_store;
 mod gather;
 #[allow(unsafe_code)]
@@ -99,6 +100,7 @@ pub use cut::Cut;
 pub use relay::Relay;
 pub use {
     bandwidth::{Bandwidth, BandwidthError},
+    dir_leases::DirLeases,
     dir_store::DirStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},

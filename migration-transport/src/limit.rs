@@ -101,14 +101,9 @@ impl Limiter {
         }
     }
 
-    /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile.
-    pub(crate) fn pass(&self, bytes: u64, closed: &AtomicBool) -> bool {
-        self.pass_as(false, bytes, closed)
-    }
-
-    /// The same; bytes that are urgent may use [`URGENT_SHARE`] of the limit, at the expense of the others, to whom the rest
-    /// is left.
-    fn pass_as(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
+    /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile. Bytes that are urgent may use [`URGENT_SHARE`]
+    /// of the limit, at the expense of the others, to whom the rest is left.
+    pub(crate) fn pass(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
             if bucket.bandwidth == Bandwidth::UNLIMITED {
@@ -245,7 +240,7 @@ struct LimitedWriter {
 
 impl LimitedWriter {
     fn pass(&self, bytes: usize) -> io::Result<()> {
-        let passed = self.limiter.pass_as(self.urgent, bytes as u64, &self.closed);
+        let passed = self.limiter.pass(self.urgent, bytes as u64, &self.closed);
         passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))
     }
 }
@@ -312,7 +307,7 @@ mod tests {
                     scope.spawn(move || {
                         let mut sent = 0;
                         for _ in 0..100 {
-                            assert!(limiter.pass(60_000, &AtomicBool::new(false)));
+                            assert!(limiter.pass(false, 60_000, &AtomicBool::new(false)));
                             sent += 60_000;
                         }
                         sent
