@@ -72,6 +72,7 @@ mod accept;
 mod bandwidth;
 mod cut;
 mod dir_store;
+mod fd_passing;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
@@ -100,6 +101,7 @@ pub use relay::Relay;
 pub use {
     bandwidth::{Bandwidth, BandwidthError},
     dir_store::DirStore,
+    fd_passing::{MAX_FILES, receive_files, send_files},
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     stream::StreamChannel,
