@@ -14,7 +14,7 @@
 //! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
 //! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
 //!
-//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory.
+//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, [`FileStore`] a snapshot in one file.
 //!
 //! # Example
 //!
@@ -73,6 +73,7 @@ mod bandwidth;
 mod cut;
 mod dir_store;
 mod fd_passing;
+mod file_store;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
@@ -102,6 +103,7 @@ pub use {
     bandwidth::{Bandwidth, BandwidthError},
     dir_store::DirStore,
     fd_passing::{MAX_FILES, receive_files, send_files},
+    file_store::FileStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     stream::StreamChannel,
