@@ -37,31 +37,45 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Run {
     /// Guest RAM, such as 512M or 4G.
-    #[arg(long, default_value = "1G", value_parser = size)]
+    #[arg(long, default_value = "1G", value_parser = size, conflicts_with = "restore")]
     pub(crate) memory: u64,
     /// vCPUs.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=16),
+        conflicts_with = "restore"
+    )]
     pub(crate) cpus: u32,
     /// An ELF64 with a PVH entry note.
-    #[arg(long, value_name = "ELF", conflicts_with = "workload", required_unless_present = "workload")]
+    #[arg(
+        long,
+        value_name = "ELF",
+        conflicts_with_all = ["workload", "restore"],
+        required_unless_present_any = ["workload", "restore"]
+    )]
     pub(crate) kernel: Option<PathBuf>,
     /// The kernel's command line.
     #[arg(long, requires = "kernel", default_value = "")]
     pub(crate) cmdline: String,
     /// A built-in workload, NAME[:k=v,…]; see `minivmm workload --list`.
-    #[arg(long, value_name = "NAME[:k=v,…]")]
+    #[arg(long, value_name = "NAME[:k=v,…]", conflicts_with = "restore")]
     pub(crate) workload: Option<String>,
+    /// A snapshot (`ctl snapshot`): the VM goes on as it was, and is the same VM. See to it that no other instance of it
+    /// runs on the same disks and addresses.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) restore: Option<PathBuf>,
     /// Do not start the vCPUs.
     #[arg(long)]
     pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) common: Common,
-    /// How guest RAM is backed.
-    #[arg(long, default_value = "thp")]
-    pub(crate) backing: Backing,
-    /// How dirty pages are found.
-    #[arg(long, default_value = "auto")]
-    pub(crate) tracker: TrackerKind,
+    /// How guest RAM is backed: anon, thp, memfd or hugetlb; thp if not given, of a restored VM as it was.
+    #[arg(long)]
+    pub(crate) backing: Option<Backing>,
+    /// How dirty pages are found; auto if not given, of a restored VM as it was.
+    #[arg(long)]
+    pub(crate) tracker: Option<TrackerKind>,
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +138,8 @@ pub(crate) enum CtlCommand {
     Quit,
     /// Copy guest RAM to a file.
     Memory(Memory),
+    /// Write the VM as it is at one moment to a file, while it runs on; `run --restore` goes on from there.
+    Snapshot(Snapshot),
     /// Move the VM.
     Migrate(Migrate),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
@@ -138,6 +154,25 @@ pub(crate) struct Recover {
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
     /// Show progress.
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// The file; one that is there is replaced once the snapshot is complete.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// The longest pause that is acceptable.
+    #[arg(long, default_value = "100ms", value_parser = duration)]
+    pub(crate) downtime_limit: Duration,
+    /// After this time the guest is paused for as long as it takes; 0 to go on as long as that helps.
+    #[arg(long, default_value = "1m", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// How much the guest may be disturbed.
+    #[arg(long, default_value = "balanced")]
+    pub(crate) guest_impact: Impact,
+    /// Show progress on stderr.
     #[arg(long)]
     pub(crate) progress: bool,
 }

@@ -14,12 +14,13 @@ mod report;
 mod vmm;
 mod workload;
 
-use std::{io::Write, process::ExitCode, sync::Arc};
+use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
 use control::ControlSocket;
 use instance::Instance;
+use migration_kvm::ram::Backing;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
 
 fn main() -> ExitCode {
@@ -61,7 +62,11 @@ fn run(args: &Run) -> Result<u8, String> {
         eprintln!("minivmm: {error}");
         return Ok(2);
     }
-    let config = MachineConfig::new(args.memory, args.cpus, args.backing, args.tracker);
+    if let Some(path) = &args.restore {
+        return restore(args, path);
+    }
+    let (backing, tracker) = (args.backing.unwrap_or(Backing::TransparentHuge), args.tracker.unwrap_or_default());
+    let config = MachineConfig::new(args.memory, args.cpus, backing, tracker);
     let machine = Machine::new(config, &SerialTarget::from(args.common.serial.as_str())).map_err(|e| e.to_string())?;
     match (&args.kernel, &args.workload) {
         (Some(path), _) => machine.boot_file(path, &args.cmdline).map_err(|e| e.to_string())?,
@@ -73,6 +78,19 @@ fn run(args: &Run) -> Result<u8, String> {
     instance.own(machine.clone());
     serve(&args.common, &instance)?;
     machine.start(!args.paused).map_err(|e| e.to_string())?;
+    Ok(instance.wait_exit())
+}
+
+fn restore(args: &Run, path: &Path) -> Result<u8, String> {
+    let instance = Instance::new();
+    let host = HostOptions {
+        serial: SerialTarget::from(args.common.serial.as_str()),
+        backing: args.backing,
+        tracker: args.tracker,
+        pause_on_loss: false,
+    };
+    instance.restore(path, host, args.paused)?;
+    serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
 }
 
