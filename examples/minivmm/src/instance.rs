@@ -392,11 +392,7 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
-    fn snapshot(
-        self: &Arc<Self>,
-        request: &SnapshotRequest,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
+    fn snapshot(self: &Arc<Self>, request: &SnapshotRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let machine = self.home("snapshot")?;
         let out = request.out.clone();
         let mut store = FileStore::create(&out, machine.pages()).map_err(|e| format!("snapshot: {e}"))?;

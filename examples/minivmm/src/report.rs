@@ -68,9 +68,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
 }
 
 fn rounds_to_json(rounds: &[RoundReport]) -> Vec<Value> {
-    let round = |r: &RoundReport| {
-        json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent})
-    };
+    let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
     rounds.iter().map(round).collect()
 }
 

@@ -14,6 +14,7 @@ mod moves;
 mod one_edge;
 mod post_copy;
 mod post_copy_faults;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
+    snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()
