@@ -205,7 +205,8 @@ impl<'a> Taking<'a> {
         let frozen = self.freeze(description, pages, &mut copied);
         self.resume()?;
         let saved = frozen?;
-        // nothing has to be tracked any more, while the rest is put
+        // the guest's moment is over: neither throttle nor tracker is needed while the store gets the rest
+        self.lift_throttle();
         self.stop_tracking();
         let report = &mut self.report.pages;
         for (n, (page, data)) in copied.pages().enumerate() {
@@ -381,16 +382,19 @@ impl<'a> Taking<'a> {
 
     /// Everything as it was before: the guest runs at full speed, its dirty bits are whole.
     fn give_back(&mut self) {
-        let observer = &self.options.observer;
         if let Err(error) = self.resume() {
-            observer.event(&Event::Warning(error.to_string()));
+            self.options.observer.event(&Event::Warning(error.to_string()));
         }
+        self.lift_throttle();
+        self.stop_tracking();
+    }
+
+    fn lift_throttle(&mut self) {
         if std::mem::take(&mut self.throttle) != 0
             && let Err(error) = self.vm.throttle(0)
         {
-            observer.event(&Event::Warning(format!("lifting the throttle: {error}")));
+            self.options.observer.event(&Event::Warning(format!("lifting the throttle: {error}")));
         }
-        self.stop_tracking();
     }
 
     fn tell_progress(&mut self) {
