@@ -3,7 +3,7 @@
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use migration_core::{engine::OnTimeout, spawner::GuestImpact};
+use migration_core::{engine::OnTimeout, spawner::GuestImpact, vm::VmId};
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,8 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Talk to a running minivmm.
     Ctl(Ctl),
+    /// Keep the RAM of VMs, so that it outlives a minivmm that dies; or look at what is kept.
+    Broker(Broker),
     /// The built-in workloads.
     Workload(Workload),
     /// A migration between two processes, from start to end, with a table of what happened.
@@ -86,6 +88,40 @@ pub(crate) struct Common {
     /// Path of the control socket.
     #[arg(long, value_name = "SOCK")]
     pub(crate) control: Option<PathBuf>,
+    /// A broker (`minivmm broker`) that keeps the VM's RAM if this process dies. Needs --backing memfd or hugetlb.
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
+    pub(crate) broker: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Broker {
+    /// Be the broker, at unix:PATH, until this process ends; what is kept goes with it.
+    #[arg(
+        long,
+        value_name = "unix:PATH",
+        value_parser = unix_path,
+        required_unless_present = "at",
+        conflicts_with_all = ["at", "list", "dump", "forget"]
+    )]
+    pub(crate) listen: Option<PathBuf>,
+    /// The broker to ask.
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
+    pub(crate) at: Option<PathBuf>,
+    /// List what it keeps.
+    #[arg(long, requires = "at")]
+    pub(crate) list: bool,
+    /// Write the RAM of a VM to a file, each byte at its guest physical address.
+    #[arg(long, value_name = "VM", requires = "at", requires = "out", value_parser = vm_id, conflicts_with = "list")]
+    pub(crate) dump: Option<VmId>,
+    /// The file to write.
+    #[arg(long, value_name = "FILE", requires = "dump")]
+    pub(crate) out: Option<PathBuf>,
+    /// Free the RAM of a VM whose owner is gone.
+    #[arg(long, value_name = "VM", requires = "at", value_parser = vm_id, conflicts_with_all = ["list", "dump"])]
+    pub(crate) forget: Option<VmId>,
+    /// Print exactly one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -374,6 +410,23 @@ pub(crate) struct Demo {
     pub(crate) workload: String,
 }
 
+/// The path of a Unix socket, as `unix:PATH`.
+fn unix_path(text: &str) -> Result<PathBuf, String> {
+    match text.parse() {
+        // processes have working directories of their own
+        Ok(Address::Unix(path)) => std::path::absolute(path).map_err(|e| format!("{text}: {e}")),
+        Ok(Address::Tcp { .. }) => Err(format!("{text}: memory passes through unix:PATH only")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A VM, by the 32 hexadecimal digits that `status` and `broker --list` show.
+fn vm_id(text: &str) -> Result<VmId, String> {
+    let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let id = u128::from_str_radix(text, 16).ok().filter(|_| digits);
+    id.map(|id| VmId(id.to_be_bytes())).ok_or_else(|| format!("{text}: a VM is named by 32 hexadecimal digits"))
+}
+
 /// Bytes, with K, M, G or T (binary).
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
@@ -500,5 +553,9 @@ mod tests {
         assert!(duration("-1s").is_err() && duration("5 parsecs").is_err());
         assert_eq!(number("0x100000"), Ok(1 << 20));
         assert!(number("zz").is_err());
+        assert_eq!(vm_id("0102030405060708090a0b0c0d0e0f10").map(|VmId(id)| id[15]), Ok(16));
+        assert!(vm_id("+102030405060708090a0b0c0d0e0f10").is_err() && vm_id("12").is_err());
+        assert_eq!(unix_path("unix:/b"), Ok("/b".into()));
+        assert!(unix_path("tcp:h:1").is_err() && unix_path("/b").is_err());
     }
 }

@@ -19,11 +19,13 @@ use migration_core::{
     strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
-use migration_transport::{Address, Bandwidth, ConnectOptions, FileStore, Limited, bind, connector};
+use migration_transport::{
+    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
+};
 use serde_json::{Value, json};
 
 use crate::{
-    checkpoints::{Folder, Protection},
+    checkpoints::{Folder, Protection, name_of},
     cli::StrategyKind,
     control::{MigrateRequest, Request, SnapshotRequest},
     report,
@@ -38,6 +40,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub(crate) struct Instance {
     state: Mutex<State>,
     changed: Condvar,
+    /// What keeps the VM's RAM.
+    broker: Option<BrokerClient>,
 }
 
 #[derive(Default)]
@@ -58,6 +62,8 @@ struct State {
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<PathBuf>,
+    /// The VM's RAM at the broker.
+    deposit: Option<Deposit>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,8 +80,10 @@ enum Role {
 }
 
 impl Instance {
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new() })
+    /// `broker` is the path of a RAM broker's socket.
+    pub(crate) fn new(broker: Option<PathBuf>) -> Arc<Self> {
+        let broker = broker.map(BrokerClient::new);
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), broker })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -84,8 +92,14 @@ impl Instance {
     }
 
     /// The VM is here.
-    pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) {
+    ///
+    /// # Errors
+    /// When the broker does not keep its RAM; the VM is here all the same.
+    pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) -> Result<(), String> {
+        let deposit = self.broker.as_ref().map(|broker| machine.deposit(broker)).transpose();
+        let (deposit, kept) = deposit.map_or_else(|why| (None, Err(why)), |deposit| (deposit, Ok(())));
         let mut state = self.lock();
+        state.deposit = deposit;
         state.machine = Some(machine.clone());
         state.role = Role::Home;
         drop(state);
@@ -104,13 +118,21 @@ impl Instance {
         if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
             eprintln!("minivmm: nobody watches for the end of the VM: {error}");
         }
+        kept
+    }
+
+    /// As [`own`](Self::own), for a VM that runs already.
+    fn adopt_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
+        if let Err(why) = self.own(machine) {
+            eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
+        }
     }
 
     /// Restores the VM of a snapshot, which is here when this returns.
     pub(crate) fn restore(self: &Arc<Self>, path: &Path, host: HostOptions, paused: bool) -> Result<(), String> {
         let options = RestoreOptions { paused, ..RestoreOptions::default() };
         let adopter = self.clone();
-        let mut host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
+        let mut host = Host::new(host, Box::new(move |machine| adopter.adopt_arrived(machine)));
         let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
         let restored = engine::restore(&mut store, &mut host, &options);
         self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
@@ -127,7 +149,7 @@ impl Instance {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
         let adopter = self.clone();
-        let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
+        let host = Host::new(host, Box::new(move |machine| adopter.adopt_arrived(machine)));
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
@@ -169,6 +191,12 @@ impl Instance {
         for path in state.remove.drain(..) {
             // it may be gone already
             let _ = std::fs::remove_file(path);
+        }
+        // of a VM that has ended well or moved away; any other's stays, for somebody to look at
+        if let Some(deposit) = state.deposit.take_if(|_| status == 0)
+            && let Err(error) = deposit.forget()
+        {
+            eprintln!("minivmm: {error}");
         }
         status
     }
@@ -236,6 +264,7 @@ impl Instance {
             (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => report::progress_to_json(p, &state.checkpoints),
             _ => last.unwrap_or(Value::Null),
         };
+        let kept_by = state.deposit.as_ref().and(self.broker.as_ref()).map(|broker| broker.path().to_owned());
         drop(state);
         let mut name = role.name();
         if let Some(receiver) = receiver {
@@ -244,6 +273,7 @@ impl Instance {
                 name = "ready";
             }
         }
+        let vm = machine.as_ref().map(|m| name_of(m.id()));
         let snapshot = machine.as_ref().map(|m| m.snapshot());
         if matches!(role, Role::Home | Role::Saving) {
             name = match &snapshot {
@@ -253,7 +283,7 @@ impl Instance {
             };
         }
         let mut status = json!({
-            "state": name, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
+            "state": name, "vm": vm, "kept_by": kept_by, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
             "tracker": null, "migration": migration, "workload": null,
         });
         if let Some(s) = snapshot {

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod broker;
 mod checkpoints;
 mod cli;
 mod client;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(args),
         Command::Receive(args) => receive(args),
         Command::Ctl(args) => Ok(client::run(args)),
+        Command::Broker(args) => Ok(broker::run(args)),
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
@@ -74,20 +76,21 @@ fn run(args: &Run) -> Result<u8, String> {
         (None, None) => {}
     }
     let machine = Arc::new(machine);
-    let instance = Instance::new();
-    instance.own(machine.clone());
+    let instance = Instance::new(args.common.broker.clone());
+    instance.own(machine.clone())?;
     serve(&args.common, &instance)?;
     machine.start(!args.paused).map_err(|e| e.to_string())?;
     Ok(instance.wait_exit())
 }
 
 fn restore(args: &Run, path: &Path) -> Result<u8, String> {
-    let instance = Instance::new();
+    let instance = Instance::new(args.common.broker.clone());
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
         tracker: args.tracker,
         pause_on_loss: false,
+        shared_ram: args.common.broker.is_some(),
     };
     instance.restore(path, host, args.paused)?;
     serve(&args.common, &instance)?;
@@ -95,12 +98,13 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
 }
 
 fn receive(args: &Receive) -> Result<u8, String> {
-    let instance = Instance::new();
+    let instance = Instance::new(args.common.broker.clone());
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
+        shared_ram: args.common.broker.is_some(),
     };
     let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;
