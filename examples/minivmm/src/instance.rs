@@ -92,14 +92,8 @@ impl Instance {
     }
 
     /// The VM is here.
-    ///
-    /// # Errors
-    /// When the broker does not keep its RAM; the VM is here all the same.
-    pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) -> Result<(), String> {
-        let deposit = self.broker.as_ref().map(|broker| machine.deposit(broker)).transpose();
-        let (deposit, kept) = deposit.map_or_else(|why| (None, Err(why)), |deposit| (deposit, Ok(())));
+    pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) {
         let mut state = self.lock();
-        state.deposit = deposit;
         state.machine = Some(machine.clone());
         state.role = Role::Home;
         drop(state);
@@ -118,13 +112,26 @@ impl Instance {
         if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
             eprintln!("minivmm: nobody watches for the end of the VM: {error}");
         }
-        kept
     }
 
-    /// As [`own`](Self::own), for a VM that runs already.
-    fn adopt_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
-        if let Err(why) = self.own(machine) {
-            eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
+    /// Has the broker, if there is one, keep the VM's RAM.
+    pub(crate) fn keep_ram(&self, machine: &Machine) -> Result<(), String> {
+        if let Some(broker) = &self.broker {
+            let deposit = machine.deposit(broker)?;
+            self.lock().deposit = Some(deposit);
+        }
+        Ok(())
+    }
+
+    /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
+    fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
+        self.own(machine.clone());
+        let instance = self.clone();
+        let keep = move || instance.keep_ram(&machine);
+        let warn = |why: String| eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
+        let deposit = thread::Builder::new().name("deposit".into()).spawn(move || keep().unwrap_or_else(warn));
+        if let Err(error) = deposit {
+            warn(error.to_string());
         }
     }
 
@@ -132,7 +139,7 @@ impl Instance {
     pub(crate) fn restore(self: &Arc<Self>, path: &Path, host: HostOptions, paused: bool) -> Result<(), String> {
         let options = RestoreOptions { paused, ..RestoreOptions::default() };
         let adopter = self.clone();
-        let mut host = Host::new(host, Box::new(move |machine| adopter.adopt_arrived(machine)));
+        let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
         let restored = engine::restore(&mut store, &mut host, &options);
         self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
@@ -149,7 +156,7 @@ impl Instance {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
         let adopter = self.clone();
-        let host = Host::new(host, Box::new(move |machine| adopter.adopt_arrived(machine)));
+        let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),

@@ -77,7 +77,8 @@ fn run(args: &Run) -> Result<u8, String> {
     }
     let machine = Arc::new(machine);
     let instance = Instance::new(args.common.broker.clone());
-    instance.own(machine.clone())?;
+    instance.own(machine.clone());
+    instance.keep_ram(&machine)?;
     serve(&args.common, &instance)?;
     machine.start(!args.paused).map_err(|e| e.to_string())?;
     Ok(instance.wait_exit())

@@ -98,7 +98,7 @@ fn restored(lab: &Lab, backing: &str, cpus: &str) -> Outcome {
         let vm = restore(lab, "restored", file, &[other, &["--paused"]].concat())?;
         let status = vm.status()?;
         let told = || format!("taken from {earliest} to {latest}: {status}");
-        ensure(status["state"] == "paused" && status["cpus"].to_string() == cpus, told)?;
+        ensure(status["state"] == "paused" && status["cpus"].as_u64() == cpus.parse().ok(), told)?;
         ensure(status["memory_bytes"] == 64 << 20 && status["epoch"] == 1, told)?;
         ensure(status["backing"] == *other.get(1).unwrap_or(&backing), told)?;
         // the moment is one while it was taken
