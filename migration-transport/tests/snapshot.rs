@@ -154,9 +154,9 @@ fn a_store_that_fails_anywhere_leaves_the_guest_untouched() {
 
 #[test]
 fn cancelled_anywhere() {
-    let all = calls();
     let mut vm = TestVm::new();
-    for at in [1, all / 3, all * 2 / 3] {
+    // the first pass has two pages of three at the least
+    for at in [1, 300, 682] {
         let (controller, commands) = Controller::new();
         let mut then = || {
             controller.cancel("by the test");
