@@ -105,6 +105,13 @@ impl UnixListener {
     }
 }
 
+impl UnixListener {
+    /// The next connection as a socket, within `timeout`.
+    pub(crate) fn accept_socket(&mut self, timeout: Duration) -> io::Result<Option<Socket>> {
+        Ok(accept_within(self.socket.as_fd(), timeout, || self.socket.accept())?.map(|(socket, _)| socket))
+    }
+}
+
 fn listen(path: &Path) -> io::Result<(Socket, (u64, u64))> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;

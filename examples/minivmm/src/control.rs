@@ -35,12 +35,23 @@ pub(crate) enum Request {
         len: u64,
         out: PathBuf,
     },
+    Snapshot(SnapshotRequest),
     Migrate(MigrateRequest),
     PostCopy,
     Recover {
         to: String,
         progress: bool,
     },
+}
+
+/// Everything about a snapshot. The server writes the file itself.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct SnapshotRequest {
+    pub(crate) out: PathBuf,
+    pub(crate) downtime_limit_us: u64,
+    pub(crate) timeout_us: u64,
+    pub(crate) impact: String,
+    pub(crate) progress: bool,
 }
 
 /// Everything about a migration, in plain numbers.

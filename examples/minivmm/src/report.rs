@@ -1,8 +1,12 @@
 //! Migrations as JSON, and as lines for people.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use migration_core::report::{CheckpointCounts, Progress, Report};
+use migration_core::{
+    MigrationError,
+    engine::SnapshotReport,
+    report::{CheckpointCounts, Progress, Report, RoundReport},
+};
 use serde_json::{Value, json};
 
 use crate::workload::Board;
@@ -14,11 +18,6 @@ fn ms(time: Duration) -> f64 {
 
 /// The fields of the contract, and more.
 pub(crate) fn to_json(report: &Report) -> Value {
-    let rounds: Vec<Value> = report
-        .rounds
-        .iter()
-        .map(|r| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent}))
-        .collect();
     let seconds = report.total.as_secs_f64();
     let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
     json!({
@@ -31,7 +30,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "downtime_ms": report.downtime.map(ms),
         "predicted_downtime_ms": report.predicted_downtime.map(ms),
         "rounds": report.rounds.len(),
-        "round_details": rounds,
+        "round_details": rounds_to_json(&report.rounds),
         "streams": report.streams,
         "wire_bytes": report.wire_bytes,
         "downtime_bytes": report.downtime_bytes,
@@ -64,6 +63,48 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "recoveries": report.recoveries,
         "checkpoints": checkpoints_to_json(&report.checkpoints),
         "dirty_pages_per_second": report.dirty_pages_per_second.map(f64::round),
+        "throttle_percent": report.throttle_percent,
+    })
+}
+
+fn rounds_to_json(rounds: &[RoundReport]) -> Vec<Value> {
+    let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
+    rounds.iter().map(round).collect()
+}
+
+/// A snapshot that was taken, or not.
+pub(crate) fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &Path) -> Value {
+    let report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            let outcome = if matches!(error, MigrationError::Cancelled(_)) { "cancelled" } else { "failed" };
+            return json!({
+                "strategy": "snapshot", "outcome": outcome, "reason": error.to_string(), "out": out, "total_ms": null,
+                "downtime_ms": null, "rounds": null, "ram_bytes": null, "state_bytes": null, "copied_pages": null,
+                "pages": null, "throttle_percent": null,
+            });
+        }
+    };
+    json!({
+        "strategy": "snapshot",
+        "outcome": "completed",
+        "reason": null,
+        "out": out,
+        "total_ms": ms(report.total),
+        "downtime_ms": ms(report.downtime),
+        "rounds": report.rounds.len(),
+        "round_details": rounds_to_json(&report.rounds),
+        "ram_bytes": report.pages.total << migration_core::PAGE_SHIFT,
+        "state_bytes": report.state_bytes,
+        "copied_pages": report.copied,
+        "pages": {
+            "total": report.pages.total,
+            "zero": report.pages.zero,
+            "hole": report.pages.hole,
+            "free": report.pages.free,
+            "plain": report.pages.plain,
+            "distinct": report.pages.distinct,
+        },
         "throttle_percent": report.throttle_percent,
     })
 }

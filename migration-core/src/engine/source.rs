@@ -23,6 +23,7 @@ use super::{
     control::{ControlReader, ControlWriter},
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    pages,
     serve::{DemandLane, Left},
 };
 use crate::{
@@ -459,12 +460,7 @@ impl<'a> Engine<'a> {
     /// Takes the pages out that are free now, and returns all that are. Only after tracking has begun, or after the harvest
     /// that `pages` are of, or while the guest is paused: see [`SourceVm::free_pages`] for why.
     fn spare(&mut self, pages: &mut PageSet) -> PageSet {
-        let mut free = PageSet::empty(self.pages());
-        if let Err(error) = self.vm.free_pages(&mut free) {
-            let why = format!("free pages are not known, they are sent like others: {error}");
-            self.options.observer.event(&Event::Warning(why));
-            free.clear();
-        }
+        let free = pages::free(self.vm, self.report.pages.total, &*self.options.observer);
         let mut spared = free.clone();
         spared.intersect_with(pages);
         self.spared.union_with(&spared);
@@ -549,13 +545,7 @@ impl Verbs for Engine<'_> {
         tracker.start()?;
         self.tracking = true;
         self.last_harvest = Instant::now();
-        // after the tracker started: a page that is touched later is dirty
-        let mut pages = PageSet::empty(self.pages());
-        if let Err(error) = self.ram.populated(&mut pages) {
-            let why = format!("holes are not known, all of RAM is sent: {error}");
-            self.options.observer.event(&Event::Warning(why));
-            pages = PageSet::full(self.pages());
-        }
+        let mut pages = pages::populated(&*self.ram, &*self.options.observer);
         self.report.pages.hole = self.pages() - pages.len();
         self.spare(&mut pages);
         Ok(pages)

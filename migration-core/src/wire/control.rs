@@ -375,7 +375,8 @@ impl Control {
     }
 }
 
-fn encode_vm(vm: &VmDescription, w: &mut Writer) {
+/// How a VM's description travels, and stands in a snapshot.
+pub(crate) fn encode_vm(vm: &VmDescription, w: &mut Writer) {
     w.bytes(&vm.id.0).count(vm.layout.regions().len());
     for r in vm.layout.regions() {
         w.u64(r.gpa).u64(r.len);
@@ -387,7 +388,8 @@ fn encode_vm(vm: &VmDescription, w: &mut Writer) {
     w.blob(&vm.host_needs).blob(&vm.config);
 }
 
-fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
+/// Reads what [`encode_vm`] wrote.
+pub(crate) fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
     let id = VmId(r.array("vm id")?);
     let mut regions = Vec::new();
     for _ in 0..r.count(MAX_REGIONS, "number of RAM regions")? {

@@ -13,6 +13,7 @@ pub use checkpoint::{Checkpoint, MAX_IDENTITY};
 pub use control::{
     Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
 };
+pub(crate) use control::{decode_vm, encode_vm};
 
 use crate::codec::{DecodeError, Reader, Writer};
 

@@ -267,6 +267,13 @@ pub struct TestHost {
     last: Option<Arc<Guest>>,
 }
 
+impl TestHost {
+    pub fn new(failing_loads: u32) -> (Self, mpsc::Receiver<Arc<Guest>>) {
+        let (tx, arrived) = mpsc::channel();
+        (Self { failing_loads, arrived: tx, last: None }, arrived)
+    }
+}
+
 impl DestinationHost for TestHost {
     fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
         if vm.layout != layout() {
@@ -329,9 +336,9 @@ pub struct Destination {
 
 impl Destination {
     pub fn start(mut listener: Box<dyn migration_core::channel::Listener>, failing_loads: u32) -> Self {
-        let (tx, arrived) = mpsc::channel();
+        let (host, arrived) = TestHost::new(failing_loads);
         let options = ReceiverOptions { idle_timeout: std::time::Duration::from_secs(2), ..ReceiverOptions::default() };
-        let receiver = Receiver::new(Box::new(TestHost { failing_loads, arrived: tx, last: None }), options);
+        let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
             // a test that stops it knows why

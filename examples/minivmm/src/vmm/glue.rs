@@ -118,6 +118,8 @@ pub(crate) struct HostOptions {
     pub(crate) tracker: Option<TrackerKind>,
     /// While the link is lost and pages are missing, no vCPU runs.
     pub(crate) pause_on_loss: bool,
+    /// Its RAM must be memory that other processes can map.
+    pub(crate) shared_ram: bool,
 }
 
 /// Builds machines for VMs that arrive, and passes those on that are owned.
@@ -150,6 +152,12 @@ impl DestinationHost for Host {
             tracker: self.options.tracker.unwrap_or(config.tracker),
             ..config
         };
+        if self.options.shared_ram && !config.backing.is_shared() {
+            return Err(VmError::new(format!(
+                "a broker keeps no {} memory: use --backing memfd or hugetlb",
+                config.backing
+            )));
+        }
         let machine = Machine::new(config, &self.options.serial).map_err(|e| VmError::because("building the VM", e))?;
         let here = machine.devices().kinds();
         if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {

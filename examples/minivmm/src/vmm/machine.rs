@@ -23,6 +23,7 @@ use migration_kvm::{
     state::HostNeeds,
     tracker::UserFault,
 };
+use migration_transport::{BrokerClient, Deposit};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -331,6 +332,15 @@ impl Machine {
     /// Which VM it is.
     pub(crate) fn id(&self) -> VmId {
         self.config.id
+    }
+
+    /// Has a broker keep its RAM.
+    pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, String> {
+        let (layout, backing) = (self.ram.layout(), self.config.backing);
+        let files: Option<Vec<_>> = (0..layout.regions().len()).map(|index| self.ram.memory_file(index)).collect();
+        let files =
+            files.ok_or_else(|| format!("a broker keeps no {backing} memory: use --backing memfd or hugetlb"))?;
+        broker.deposit(self.config.id, layout, backing.name(), &files).map_err(|e| e.to_string())
     }
 
     /// Pages of its RAM.

@@ -126,6 +126,11 @@ impl Lab {
         self.receive_at(name, "tcp:127.0.0.1:0", args)
     }
 
+    /// `minivmm broker`.
+    pub(crate) fn broker(&self, name: &str) -> Result<Process, Failed> {
+        Process::start(self, name, "broker", &["--listen", &format!("unix:{}", self.arg(name))], &[])
+    }
+
     pub(crate) fn receive_at(&self, name: &str, listen: &str, args: &[&str]) -> Result<Process, Failed> {
         Process::start(self, name, "receive", &[&["--listen", listen], args].concat(), &[])
     }

@@ -29,7 +29,7 @@ impl Drop for Guard {
     }
 }
 
-/// `minivmm run` or `minivmm receive`, ready for `ctl`.
+/// `minivmm run` or `minivmm receive`, ready for `ctl`; or `minivmm broker`.
 pub(crate) struct Process {
     guard: Guard,
     name: String,
@@ -63,11 +63,12 @@ impl Process {
     ) -> Result<Self, Failed> {
         let (socket, stdout, stderr) =
             (lab.path(name), lab.path(&format!("{name}.stdout")), lab.path(&format!("{name}.stderr")));
+        let controlled = command != "broker";
+        let control = if controlled { &["--control".as_ref(), socket.as_os_str()][..] } else { &[] };
         let child = minivmm()
             .arg(command)
             .args(args)
-            .arg("--control")
-            .arg(&socket)
+            .args(control)
             .envs(env.iter().copied())
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)
@@ -78,9 +79,10 @@ impl Process {
                 return Err(format!("{name} ended with {status}: {}", this.stderr()).into());
             }
             let line = read_text(&this.stdout);
-            Ok((this.socket.exists() && (command == "run" || line.contains('\n'))).then_some(()))
+            let listens = command == "run" || line.contains('\n');
+            Ok((listens && (this.socket.exists() || !controlled)).then_some(()))
         })?;
-        if command == "receive" {
+        if command != "run" {
             let line = this.stdout();
             let address = line.strip_prefix("listening ").and_then(|l| l.strip_suffix('\n'));
             let address = address.filter(|a| !a.contains('\n')).ok_or_else(|| format!("not one line: {line:?}"))?;

@@ -3,6 +3,7 @@
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
 mod balloon;
+mod broker;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
@@ -14,6 +15,7 @@ mod moves;
 mod one_edge;
 mod post_copy;
 mod post_copy_faults;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
     balloon::add(&mut suite);
+    broker::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
+    snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()
