@@ -72,6 +72,8 @@ mod accept;
 mod bandwidth;
 mod cut;
 mod dir_store;
+#[allow(unsafe_code)]
+mod files;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;

@@ -1,6 +1,9 @@
 //! The glue: all that a VMM implements to let its VMs migrate. Counted in the README.
 
-use std::sync::{Arc, Weak};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{Arc, Weak},
+};
 
 use bytes::Bytes;
 use migration_core::{
@@ -55,6 +58,11 @@ impl SourceVm for MachineSource {
 
     fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         self.machine.bus.balloon.free_pages(into)
+    }
+
+    fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
+        let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
+        self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
     fn blocked(&self, strategy: &str) -> Option<String> {
@@ -132,10 +140,8 @@ impl Host {
     pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
         Self { options, arriving: Weak::new(), arrived }
     }
-}
 
-impl DestinationHost for Host {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn make(&mut self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<Box<dyn DestinationVm>, VmError> {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
         // the engine has checked this layout against its limits, nobody the configuration's
         if config.layout().ok().as_ref() != Some(&vm.layout) {
@@ -145,12 +151,18 @@ impl DestinationHost for Host {
             )));
         }
         Machine::check_host(&config, &vm.host_needs)?;
-        let config = MachineConfig {
-            backing: self.options.backing.unwrap_or(config.backing),
-            tracker: self.options.tracker.unwrap_or(config.tracker),
-            ..config
+        let backing = self.options.backing.unwrap_or(config.backing);
+        if shared.is_some() && backing != config.backing {
+            let why = format!("the VM's RAM is {}, and stays that: --backing {backing} rules it out", config.backing);
+            return Err(VmError::new(why));
+        }
+        let tracker = self.options.tracker.unwrap_or(config.tracker);
+        let config = MachineConfig { backing, tracker, ..config };
+        let machine = match shared {
+            None => Machine::new(config, &self.options.serial),
+            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial),
         };
-        let machine = Machine::new(config, &self.options.serial).map_err(|e| VmError::because("building the VM", e))?;
+        let machine = machine.map_err(|e| VmError::because("building the VM", e))?;
         let here = machine.devices().kinds();
         if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {
             return Err(VmError::new(why));
@@ -158,6 +170,16 @@ impl DestinationHost for Host {
         let machine = Arc::new(machine);
         self.arriving = Arc::downgrade(&machine);
         Ok(Box::new(MachineDestination(machine)))
+    }
+}
+
+impl DestinationHost for Host {
+    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+        self.make(vm, None)
+    }
+
+    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+        self.make(vm, Some(files))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {

@@ -86,6 +86,7 @@ impl Engine<'_> {
         report.checkpoints = self.kept.counts();
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
+        report.page_bytes = self.counters.page_bytes.load(Ordering::Relaxed);
         report.pages.distinct = self.touched.len();
         report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
         report.faults.network = self.left.requests.load(Ordering::Relaxed);
