@@ -11,7 +11,7 @@ use migration_core::{
     engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    spawner::GuestImpact,
+    spawner::{GuestImpact, Role as ThreadRole},
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
@@ -359,8 +359,14 @@ impl Instance {
         drop(state);
         let instance = self.clone();
         let body = move || {
+            if strategy.shares_ram() {
+                // the guest waits for this thread, and hardly for any other
+                options.spawner.assume(ThreadRole::Demand, impact);
+            }
             let mut source = MachineSource::new(machine);
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
+            // what is left to do is to free things, beside a guest that may run in another process
+            options.spawner.assume(ThreadRole::Background, impact);
             drop(source);
             if let Some(protect) = protect {
                 protect.end(report.outcome);

@@ -437,6 +437,10 @@ impl Hub {
                 return Err(error);
             }
         };
+        if features & FEATURE_SHARED_RAM != 0 {
+            // the guest waits for all that this thread will do; up to here it competed with it
+            self.options.spawner.assume(Role::Demand, GuestImpact::Balanced);
+        }
         let opened = self.open(&session, attachment, features);
         let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
         self.ended(&session, attachment, peer, served);

@@ -136,7 +136,9 @@ impl Engine<'_> {
                 }
             }
         });
-        self.spawn(Role::Control, "mig-control", body)
+        // in a hand-over the guest waits for all that is said
+        let role = if self.shared { Role::Demand } else { Role::Control };
+        self.spawn(role, "mig-control", body)
     }
 
     fn accept(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
