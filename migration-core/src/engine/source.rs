@@ -37,8 +37,8 @@ use crate::{
     vm::{SourceVm, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
-        FEATURE_SHARED_RAM, Hello,
-        LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
+        FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
+        VERSION, Welcome,
     },
 };
 
@@ -514,8 +514,10 @@ impl Engine<'_> {
         } else {
             Some(self.begin_round(&rest)?.0)
         };
-        let mut chunks: Vec<_> =
-            (0..state.len()).step_by(STATE_CHUNK).map(|at| state.slice(at..state.len().min(at + STATE_CHUNK))).collect();
+        let mut chunks: Vec<_> = (0..state.len())
+            .step_by(STATE_CHUNK)
+            .map(|at| state.slice(at..state.len().min(at + STATE_CHUNK)))
+            .collect();
         let last = chunks.pop().map(Control::State);
         for chunk in chunks {
             self.say(&Control::State(chunk))?;

@@ -382,6 +382,47 @@ mod tests {
         let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
         nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
         assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
+        // may grow still
+        let [a, _] = files();
+        let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
+        let seal = nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK);
+        nix::fcntl::fcntl(&open, seal).unwrap();
+        assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
+        // a file of a file system, and what is no file at all
+        let [a, _] = files();
+        let plain = fs::File::open(std::env::current_exe().unwrap()).unwrap();
+        let len = plain.metadata().unwrap().len();
+        let one = RamLayout::new(vec![RamRegion { gpa: 0, len: len / 4096 * 4096 }]).unwrap();
+        let error = MappedRam::from_memory_files(one, vec![plain.into()], Backing::Memfd).map(|_| ()).unwrap_err();
+        assert!(matches!(error, RamError::NotMemory { index: 0, .. } | RamError::FileSize { .. }), "{error}");
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert!(from(vec![a, pipe]).is_err());
+        // of another page size, of another number, and where private memory is wanted
+        let [a, b] = files();
+        let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x40_0000 }]).unwrap();
+        let small = vec![map::memory_file(0x40_0000, false).unwrap()];
+        let error = MappedRam::from_memory_files(huge, small, Backing::Hugetlb).map(|_| ()).unwrap_err();
+        assert!(matches!(error, RamError::NotMemory { index: 0, backing: Backing::Hugetlb }), "{error}");
+        let [c, _] = files();
+        assert!(matches!(from(vec![a, b, c]), Err(RamError::FileSize { index: 2, .. })));
+        let error = MappedRam::from_memory_files(layout(), files().into(), Backing::Anonymous).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("memfd or hugetlb can"), "{error}");
+    }
+
+    #[test]
+    fn another_mapping_is_warmed_where_there_is_something() {
+        let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
+        (&ram as &dyn GuestRam).write(0x5000, &[1; 0x3000]).unwrap();
+        let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
+        let other = MappedRam::from_memory_files(layout(), files, Backing::Memfd).unwrap();
+        other.warm_shared().unwrap();
+        // holes stay holes
+        assert!(populated(&other).iter().eq([4, 5, 6]), "{:?}", populated(&other));
+        let mut byte = [0];
+        (&other as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
+        assert_eq!(byte, [1]);
+        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
     }
 
     #[test]

@@ -55,7 +55,11 @@ impl Engine<'_> {
         match self.vm.shared_ram() {
             Ok(files) if files.len() == description.layout.regions().len() => {}
             Ok(files) => {
-                return blocked(format!("{} memory files for {} regions", files.len(), description.layout.regions().len()));
+                return blocked(format!(
+                    "{} memory files for {} regions",
+                    files.len(),
+                    description.layout.regions().len()
+                ));
             }
             Err(why) => return blocked(why.to_string()),
         }
