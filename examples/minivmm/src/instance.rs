@@ -11,7 +11,7 @@ use migration_core::{
     engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    spawner::{GuestImpact, Role as ThreadRole},
+    spawner::{GuestImpact, Role as ThreadRole, Spawner},
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
@@ -149,6 +149,8 @@ impl Instance {
         while state.clients > 0 && Instant::now() < deadline {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
+        // what is left is to free memory, beside a guest that may run in another process of this machine
+        KvmSpawner::default().assume(ThreadRole::Background, GuestImpact::Low);
         for path in state.remove.drain(..) {
             // it may be gone already
             let _ = std::fs::remove_file(path);
@@ -359,14 +361,8 @@ impl Instance {
         drop(state);
         let instance = self.clone();
         let body = move || {
-            if strategy.shares_ram() {
-                // the guest waits for this thread, and hardly for any other
-                options.spawner.assume(ThreadRole::Demand, impact);
-            }
             let mut source = MachineSource::new(machine);
             let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
-            // what is left to do is to free things, beside a guest that may run in another process
-            options.spawner.assume(ThreadRole::Background, impact);
             drop(source);
             if let Some(protect) = protect {
                 protect.end(report.outcome);

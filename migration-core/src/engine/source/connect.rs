@@ -20,6 +20,7 @@ impl Engine<'_> {
             self.check_sharing(&description)?;
             // lanes for pages that do not move
             self.report.streams = 1;
+            self.options.spawner.assume(Role::Demand, self.options.impact);
         }
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
