@@ -11,7 +11,7 @@ use migration_core::{
     engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    spawner::{GuestImpact, Role as ThreadRole, Spawner},
+    spawner::GuestImpact,
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
@@ -149,8 +149,6 @@ impl Instance {
         while state.clients > 0 && Instant::now() < deadline {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
-        // what is left is to free memory, beside a guest that may run in another process of this machine
-        KvmSpawner::default().assume(ThreadRole::Background, GuestImpact::Low);
         for path in state.remove.drain(..) {
             // it may be gone already
             let _ = std::fs::remove_file(path);

@@ -438,8 +438,8 @@ impl Hub {
             }
         };
         if features & FEATURE_SHARED_RAM != 0 {
-            // the guest waits for all that this thread will do; up to here it competed with it
-            self.options.spawner.assume(Role::Demand, GuestImpact::Balanced);
+            // up to here this thread competed with the guest
+            self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
         let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));

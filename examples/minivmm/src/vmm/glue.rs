@@ -2,7 +2,10 @@
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -13,7 +16,7 @@ use migration_core::{
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError},
 };
-use migration_kvm::{ram::Backing, tracker::TrackerKind};
+use migration_kvm::{ram::Backing, spawner::stand_back, tracker::TrackerKind};
 
 use super::{Machine, MachineConfig, SerialTarget, protect::identity};
 
@@ -21,12 +24,14 @@ use super::{Machine, MachineConfig, SerialTarget, protect::identity};
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
+    /// Whether RAM was shared with another process.
+    shared: AtomicBool,
 }
 
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker }
+        Self { machine, tracker, shared: AtomicBool::new(false) }
     }
 }
 
@@ -62,6 +67,7 @@ impl SourceVm for MachineSource {
 
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
         let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
+        self.shared.store(true, Ordering::Relaxed);
         self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
@@ -111,6 +117,9 @@ impl SourceVm for MachineSource {
     }
 
     fn released(&mut self) {
+        if self.shared.load(Ordering::Relaxed) {
+            stand_back();
+        }
         self.machine.shut_down();
     }
 

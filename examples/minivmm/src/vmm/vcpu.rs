@@ -12,7 +12,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence},
+        atomic::{AtomicBool, Ordering, compiler_fence},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -31,11 +31,6 @@ const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
 const LONGEST_REST: Duration = Duration::from_millis(9);
 /// Rest that is owed beyond this is waived: a host that was busy for a while does not slow the guest down for long after.
 const MOST_OWED: Duration = Duration::from_millis(100);
-
-/// In a hand-over a stopped vCPU is saved, or loaded and started, in less time than this after it was stopped or loaded. To
-/// sleep and be woken costs the guest tens of microseconds each time, and some milliseconds where another thread has taken
-/// the core.
-const LOOK: Duration = Duration::from_micros(400);
 
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
@@ -64,10 +59,6 @@ impl Control {
 struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
-    /// Counts what is told to those who wait, for those who look instead.
-    told: AtomicU32,
-    /// How long a vCPU that has stopped, or done a job, looks for what comes next before it sleeps.
-    look: Duration,
     /// Looked at before every entry into the guest.
     stop: AtomicBool,
     bus: Arc<Bus>,
@@ -91,26 +82,6 @@ impl Shared {
     fn wait<'a>(&self, guard: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
         self.changed.wait(guard).unwrap_or_else(|e| e.into_inner())
     }
-
-    /// Something has changed, under the lock.
-    fn notify(&self) {
-        self.told.fetch_add(1, Ordering::Release);
-        self.changed.notify_all();
-    }
-
-    /// Waits until something changes: at first awake, until `awake`.
-    fn wait_awake<'a>(&'a self, guard: MutexGuard<'a, Control>, awake: Instant) -> MutexGuard<'a, Control> {
-        let told = self.told.load(Ordering::Acquire);
-        drop(guard);
-        while Instant::now() < awake {
-            if self.told.load(Ordering::Acquire) != told {
-                return self.lock();
-            }
-            std::hint::spin_loop();
-        }
-        let guard = self.lock();
-        if self.told.load(Ordering::Acquire) == told { self.wait(guard) } else { guard }
-    }
 }
 
 impl Vcpus {
@@ -125,10 +96,7 @@ impl Vcpus {
         let control =
             Control { run: false, held: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
         let (control, changed, stop) = (Mutex::new(control), Condvar::new(), AtomicBool::new(true));
-        // not where they would keep those from the cores on whom they wait
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let look = if vcpus.len() < cores { LOOK } else { Duration::ZERO };
-        let shared = Arc::new(Shared { control, changed, told: AtomicU32::new(0), look, stop, bus, ring_full });
+        let shared = Arc::new(Shared { control, changed, stop, bus, ring_full });
         // if a thread cannot be had, dropping this ends those that were started
         let mut started = Self { shared: shared.clone(), threads: Vec::new(), throttler: Mutex::new(None) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -144,7 +112,7 @@ impl Vcpus {
         let mut control = self.shared.lock();
         control.run = true;
         self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
-        self.shared.notify();
+        self.shared.changed.notify_all();
     }
 
     /// Holds them beside all else, or ends that; waits for none.
@@ -155,7 +123,7 @@ impl Vcpus {
         if held {
             self.kick_all();
         }
-        self.shared.notify();
+        self.shared.changed.notify_all();
     }
 
     /// Stops them; returns when none is in the guest any more.
@@ -190,8 +158,8 @@ impl Vcpus {
                 }));
                 results.push(rx);
             }
-            self.shared.notify();
         }
+        self.shared.changed.notify_all();
         // a thread that still has work does not end: see `thread_main`
         results.into_iter().map(|rx| rx.recv().ok()).collect()
     }
@@ -199,7 +167,7 @@ impl Vcpus {
     /// Lets them run `100 - percent` of the time.
     pub(super) fn throttle(self: &Arc<Self>, percent: u8) -> std::io::Result<()> {
         self.shared.lock().throttle = percent.min(99);
-        self.shared.notify();
+        self.shared.changed.notify_all();
         let mut throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner());
         if percent == 0 {
             let thread = throttler.take();
@@ -255,7 +223,7 @@ impl Vcpus {
     pub(super) fn shut_down(&self) {
         self.shared.lock().exit = true;
         self.kick_all();
-        self.shared.notify();
+        self.shared.changed.notify_all();
     }
 }
 
@@ -278,13 +246,11 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
         {
             let mut control = shared.lock();
             control.stopped += 1;
-            shared.notify();
-            let mut awake = Instant::now() + shared.look;
+            shared.changed.notify_all();
             loop {
                 if let Some(job) = control.jobs[index].pop_front() {
                     drop(control);
                     job(&mut vcpu);
-                    awake = Instant::now() + shared.look;
                     control = shared.lock();
                 } else if control.exit {
                     drop(control);
@@ -293,7 +259,7 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
                 } else if control.may_run() {
                     break;
                 } else {
-                    control = shared.wait_awake(control, awake);
+                    control = shared.wait(control);
                 }
             }
             control.stopped -= 1;
@@ -304,7 +270,7 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
         if let Some(end) = run(index, &mut vcpu, shared) {
             let mut control = shared.lock();
             control.end.get_or_insert(end);
-            shared.notify();
+            shared.changed.notify_all();
         }
     }
 }
@@ -392,12 +358,12 @@ fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
         let share = f64::from(control.throttle) / 100.0;
         if share == 0.0 || control.exit {
             control.rest = false;
-            shared.notify();
+            shared.changed.notify_all();
             return;
         }
         // a paused guest rests anyway
         control.rest = false;
-        shared.notify();
+        shared.changed.notify_all();
         let ran;
         (control, ran) = sleep(shared, control, THROTTLE_PERIOD.mul_f64(1.0 - share));
         // the throttle is at most 99

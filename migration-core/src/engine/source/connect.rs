@@ -20,7 +20,7 @@ impl Engine<'_> {
             self.check_sharing(&description)?;
             // lanes for pages that do not move
             self.report.streams = 1;
-            self.options.spawner.assume(Role::Demand, self.options.impact);
+            self.options.spawner.assume(Role::HandOver, self.options.impact);
         }
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
@@ -141,8 +141,7 @@ impl Engine<'_> {
                 }
             }
         });
-        // in a hand-over the guest waits for all that is said
-        let role = if self.shared { Role::Demand } else { Role::Control };
+        let role = if self.shared { Role::HandOver } else { Role::Control };
         self.spawn(role, "mig-control", body)
     }
 
