@@ -77,6 +77,8 @@ mod dir_leases;
 mod dir_store;
 mod fd_passing;
 mod file_store;
+#[allow(unsafe_code)]
+mod files;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;

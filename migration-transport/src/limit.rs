@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::fd::BorrowedFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -201,6 +202,10 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
     }
 
+    fn carries_files(&self) -> bool {
+        self.inner.carries_files()
+    }
+
     fn address(&self) -> String {
         self.inner.address()
     }
@@ -267,6 +272,11 @@ impl WriteHalf for LimitedWriter {
 
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
+    }
+
+    /// The files weigh nothing.
+    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.send_files(files)
     }
 }
 

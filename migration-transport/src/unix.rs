@@ -66,6 +66,10 @@ impl Connector for UnixConnector {
         }
     }
 
+    fn carries_files(&self) -> bool {
+        true
+    }
+
     fn address(&self) -> String {
         Address::Unix(self.path.clone()).to_string()
     }

@@ -233,6 +233,7 @@ pub(crate) enum StrategyKind {
     StopAndCopy,
     PostCopy,
     Hybrid { rounds: u32 },
+    HandOver,
 }
 
 impl FromStr for StrategyKind {
@@ -247,9 +248,10 @@ impl FromStr for StrategyKind {
             ("pre-copy", None) => Ok(Self::PreCopy),
             ("stop-and-copy", None) => Ok(Self::StopAndCopy),
             ("post-copy", None) => Ok(Self::PostCopy),
+            ("handover", None) => Ok(Self::HandOver),
             ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
             ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
-            _ => Err("pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N] is meant".into()),
+            _ => Err("pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N] or handover is meant".into()),
         }
     }
 }
@@ -260,6 +262,7 @@ impl fmt::Display for StrategyKind {
             Self::PreCopy => f.write_str("pre-copy"),
             Self::StopAndCopy => f.write_str("stop-and-copy"),
             Self::PostCopy => f.write_str("post-copy"),
+            Self::HandOver => f.write_str("handover"),
             Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
         }
     }
@@ -337,7 +340,8 @@ pub(crate) struct Migrate {
     /// Where a minivmm receives: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
-    /// How it moves: pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N].
+    /// How it moves: pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], or, to a process of this machine (unix:PATH) that
+    /// takes over RAM where it is, handover.
     #[arg(long, default_value = "pre-copy")]
     pub(crate) strategy: StrategyKind,
     /// In post-copy, in which order pages are pushed that nobody waits for: linear, bubbling,

@@ -16,7 +16,7 @@ use migration_core::{
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
-    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
+    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
 use migration_transport::{
@@ -374,6 +374,7 @@ impl Instance {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
             StrategyKind::PostCopy => Box::new(PostCopy { order }),
+            StrategyKind::HandOver => Box::new(HandOver),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
         let machine = self.home("migrate")?;

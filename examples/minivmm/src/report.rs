@@ -27,6 +27,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "epoch": report.epoch,
         "total_ms": ms(report.total),
         "setup_ms": ms(report.setup),
+        "prepare_ms": ms(report.setup),
         "downtime_ms": report.downtime.map(ms),
         "predicted_downtime_ms": report.predicted_downtime.map(ms),
         "rounds": report.rounds.len(),
@@ -34,6 +35,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "streams": report.streams,
         "wire_bytes": report.wire_bytes,
         "downtime_bytes": report.downtime_bytes,
+        "memory_copied_bytes": report.page_bytes,
         "mbps": (mbps * 10.0).round() / 10.0,
         "ram_bytes": report.ram_bytes,
         "state_bytes": report.state_bytes,
@@ -112,9 +114,9 @@ pub(crate) fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, 
 /// A migration that never began.
 pub(crate) fn not_begun(strategy: &str, reason: &str) -> Value {
     json!({
-        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null,
+        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null, "prepare_ms": null,
         "downtime_ms": null, "predicted_downtime_ms": null, "rounds": null, "streams": null, "wire_bytes": null,
-        "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
+        "memory_copied_bytes": null, "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
     })
 }
 

@@ -37,8 +37,9 @@ use crate::{
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello,
-        LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
+        FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
+        VERSION, Welcome,
     },
 };
 
@@ -64,6 +65,10 @@ pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 /// In every outcome but `Completed` (and `InDoubt`, which is only told through
 /// [`Event::InDoubt`]: the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
 /// dirty bits, speed, threads and descriptors as they were before.
+///
+/// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the pause, and runs beside it
+/// afterwards, on the same cores: the spawner has it [assume](crate::spawner::Spawner::assume) the role of such a
+/// thread, and when the VM has moved, that of a background thread of low impact.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,
@@ -71,7 +76,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
-    let mut engine = Engine::new(vm, connector, strategy.name(), options, commands);
+    let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     let result = engine.attempt(strategy);
     engine.settle(result)
 }
@@ -82,6 +87,8 @@ pub(super) struct Engine<'a> {
     /// Where the user says that the destination is to be found after a loss.
     elsewhere: Option<Arc<dyn Connector>>,
     strategy: &'static str,
+    /// Whether the destination maps the RAM that is here: then no page moves.
+    shared: bool,
     pub(super) options: &'a SourceOptions,
     pub(super) inputs: mpsc::Receiver<Input>,
     tx: mpsc::Sender<Input>,
@@ -145,7 +152,7 @@ impl<'a> Engine<'a> {
     fn new(
         vm: &'a mut dyn SourceVm,
         connector: &'a dyn Connector,
-        strategy: &'static str,
+        (strategy, shared): (&'static str, bool),
         options: &'a SourceOptions,
         commands: Commands,
     ) -> Self {
@@ -166,6 +173,7 @@ impl<'a> Engine<'a> {
             streams: options.streams.clamp(1, MAX_STREAMS),
             wire_bytes: 0,
             downtime_bytes: 0,
+            page_bytes: 0,
             ram_bytes: ram.layout().bytes(),
             state_bytes: 0,
             pages: PageCounts { total: pages, ..PageCounts::default() },
@@ -181,6 +189,7 @@ impl<'a> Engine<'a> {
             connector,
             elsewhere: None,
             strategy,
+            shared,
             options,
             inputs: commands.rx,
             tx: commands.tx,
@@ -246,8 +255,13 @@ impl<'a> Engine<'a> {
     // ---- talking and waiting ---------------------------------------------------------------------------------
 
     pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+        self.say_all(std::slice::from_ref(frame))
+    }
+
+    /// Says several things in one go: the destination is woken once.
+    fn say_all(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
-        let result = self.control.as_mut().ok_or_else(lost)?.send(self.machine.epoch(), frame);
+        let result = self.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
         match result {
             Err(error @ MigrationError::Link { .. }) => Err(self.last_words(error)),
             other => other,
@@ -413,6 +427,9 @@ impl<'a> Engine<'a> {
 
     /// Gives a round to the lanes.
     fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
+        if self.shared {
+            return Err(MigrationError::Blocked("RAM is shared with the destination: no page moves".into()));
+        }
         let generation = self.machine.begin_round()?;
         let stop = Arc::new(AtomicBool::new(false));
         self.counters.round_sent.store(0, Ordering::Relaxed);
@@ -478,6 +495,15 @@ impl<'a> Engine<'a> {
 }
 
 impl Engine<'_> {
+    /// What is to move while the guest is paused: `pages`, and what was dirtied up to now.
+    fn rest(&mut self, pages: PageSet) -> Result<PageSet, MigrationError> {
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        // of `pages` too: some may have become free since they were harvested
+        self.spare(&mut rest);
+        Ok(rest)
+    }
+
     /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.
     fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         let began = Instant::now();
@@ -488,29 +514,33 @@ impl Engine<'_> {
             self.handed_over = state.clone();
         }
         self.report.state_bytes += state.len() as u64;
-        // after saving: that dirtied pages too
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        // of `pages` too: some may have become free since they were harvested
-        self.spare(&mut rest);
+        // after saving: that dirtied pages too. RAM that is shared is there already, whatever was dirtied
+        let rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(pages)? };
         let rest = Arc::new(rest);
-        let round = if leave {
+        let round = if self.shared {
+            None
+        } else if leave {
             self.leave_behind(PageSet::clone(&rest))?;
             None
         } else {
             Some(self.begin_round(&rest)?.0)
         };
-        for at in (0..state.len()).step_by(STATE_CHUNK) {
-            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
+        let mut chunks: Vec<_> = (0..state.len())
+            .step_by(STATE_CHUNK)
+            .map(|at| state.slice(at..state.len().min(at + STATE_CHUNK)))
+            .collect();
+        let last = chunks.pop().map(Control::State);
+        for chunk in chunks {
+            self.say(&Control::State(chunk))?;
         }
         let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
-        self.say(&offer)?;
-        if leave {
+        self.say_all(&last.into_iter().chain([offer]).collect::<Vec<_>>())?;
+        if leave && !self.shared {
             self.put_rest_ahead()?;
         }
         // it may have come while the forward checkpoint was completed
         let (mut ready, mut heard, mut sent) = (self.machine.phase() == SourcePhase::Ready, Instant::now(), 0);
-        let mut lanes = if leave { self.report.streams } else { 0 };
+        let mut lanes = if round.is_none() { self.report.streams } else { 0 };
         while lanes < self.report.streams || !ready {
             match self.next_input(heard + self.options.setup_timeout)? {
                 Some(Input::Lane(Ok(_))) => lanes += 1,

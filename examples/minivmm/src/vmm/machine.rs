@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Write},
+    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
     time::Duration,
@@ -139,10 +140,29 @@ pub(crate) struct Snapshot {
 
 impl Machine {
     /// Builds a machine. Without KVM it becomes a software guest, and says so.
-    pub(crate) fn new(mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
+    pub(crate) fn new(config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
-        let ram = MappedRam::new(layout.clone(), config.backing).map_err(|e| MachineError(e.to_string()))?;
-        let ram = Arc::new(ram);
+        let ram = MappedRam::new(layout, config.backing).map_err(|e| MachineError(e.to_string()))?;
+        Self::around(ram, config, serial)
+    }
+
+    /// Builds a machine in RAM that another process shares with this one, and that its guest may still use there.
+    pub(super) fn in_shared_ram(
+        files: Vec<OwnedFd>,
+        config: MachineConfig,
+        serial: &SerialTarget,
+    ) -> Result<Self, MachineError> {
+        let layout = config.layout().map_err(MachineError)?;
+        let ram = MappedRam::from_memory_files(layout, files, config.backing);
+        let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
+        if let Err(error) = machine.ram.warm_shared() {
+            eprintln!("minivmm: the guest will be slow at first: {error}");
+        }
+        Ok(machine)
+    }
+
+    fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
+        let (layout, ram) = (ram.layout().clone(), Arc::new(ram));
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let pager: Arc<OnceLock<Arc<UserFaultPager>>> = Arc::default();

@@ -11,6 +11,7 @@ mod convergence;
 mod elf;
 mod fail_safe;
 mod faults;
+mod hand_over;
 mod moves;
 mod one_edge;
 mod post_copy;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     convergence::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
+    hand_over::add(&mut suite);
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
