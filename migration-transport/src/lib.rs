@@ -77,8 +77,6 @@ mod dir_leases;
 mod dir_store;
 mod fd_passing;
 mod file_store;
-#[allow(unsafe_code)]
-mod files;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;

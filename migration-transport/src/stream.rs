@@ -14,7 +14,10 @@ use migration_core::{
 use nix::sys::socket::{MsgFlags, recv};
 use socket2::{Domain, SockRef, Type};
 
-use crate::{files, gather::Gather, iovec};
+use crate::{fd_passing, gather::Gather, iovec};
+
+#[cfg(test)]
+mod file_tests;
 
 /// Bytes that a TCP connection queues beyond what is on its way, when its queue is to be short.
 const SHORT_QUEUE: u32 = 128 << 10;
@@ -155,12 +158,13 @@ impl ReadHalf for StreamReader {
         let mut files = Vec::new();
         while files.len() < count {
             let due = (count - files.len()).min(FILES_PER_BYTE);
-            let (said, mut came) = match files::receive(self.socket.as_fd(), due) {
-                Ok(Some(received)) => received,
-                Ok(None) => return Err(closed()),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(explain(e, self.idle, "sent nothing")),
-            };
+            let mut said = [0];
+            let (bytes, mut came) = fd_passing::receive_files(self.socket.as_fd(), &mut said, due)
+                .map_err(|e| explain(e, self.idle, "sent nothing"))?;
+            if bytes == 0 {
+                return Err(closed());
+            }
+            let [said] = said;
             if usize::from(said) != due || came.len() != due {
                 let why = format!("{} open files came with a byte of {said} where {due} are due", came.len());
                 return Err(io::Error::new(io::ErrorKind::InvalidData, why));
@@ -200,13 +204,9 @@ impl WriteHalf for StreamWriter {
     fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         carries_files(&self.socket)?;
         for files in files.chunks(FILES_PER_BYTE) {
-            loop {
-                match files::send(self.socket.as_fd(), files) {
-                    Ok(_) => break,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(explain(e, self.idle, "took nothing")),
-                }
-            }
+            let count = u8::try_from(files.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+            fd_passing::send_files(self.socket.as_fd(), &[count], files)
+                .map_err(|e| explain(e, self.idle, "took nothing"))?;
         }
         Ok(())
     }
