@@ -8,6 +8,8 @@ use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 
+use crate::refresh::Trigger;
+
 /// A small VMM that shows the migration crates at work.
 #[derive(Debug, Parser)]
 #[command(name = "minivmm", version, arg_required_else_help = true)]
@@ -144,6 +146,12 @@ pub(crate) struct Receive {
     /// How dirty pages are found when the VM moves on; as at the source if not given.
     #[arg(long)]
     pub(crate) tracker: Option<TrackerKind>,
+    /// With the VM, its control socket gets this path.
+    #[arg(long, hide = true, value_name = "SOCK")]
+    pub(crate) successor_of: Option<PathBuf>,
+    /// When to refresh again.
+    #[arg(long, hide = true, value_name = "JSON")]
+    pub(crate) refresh: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -178,10 +186,26 @@ pub(crate) enum CtlCommand {
     Snapshot(Snapshot),
     /// Move the VM.
     Migrate(Migrate),
+    /// Replace this VMM under its running VM: a successor, started by itself, takes over the VM, the control socket's path and the
+    /// serial port (HyperFresh).
+    Refresh(Refresh),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
     PostCopy,
     /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.
     Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Refresh {
+    /// Again and again, so long from one to the next; the first in so long.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) every: Option<Duration>,
+    /// Whenever the VMM has more memory of its own, as in rss>500M.
+    #[arg(long, value_name = "rss>SIZE", conflicts_with = "every")]
+    pub(crate) when: Option<Trigger>,
+    /// The successor's program, such as a new build; the one that runs here if not given.
+    #[arg(long, value_name = "BINARY")]
+    pub(crate) exec: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -6,8 +6,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Snapshot, TimeoutAction},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction},
     control::{MigrateRequest, Request, SnapshotRequest, ask},
+    refresh::{Plan, Trigger},
     report,
 };
 
@@ -24,6 +25,10 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
         }
         CtlCommand::Snapshot(args) => match snapshot_request(args) {
             Ok(request) => migrate(socket, &Request::Snapshot(request), "snapshot", args.progress, ctl.json),
+            Err(why) => usage(ctl.json, &why),
+        },
+        CtlCommand::Refresh(args) if args.every.is_none() && args.when.is_none() => match plan(args) {
+            Ok(plan) => migrate(socket, &Request::Refresh(plan), "handover", false, ctl.json),
             Err(why) => usage(ctl.json, &why),
         },
         CtlCommand::Recover(args) => {
@@ -86,7 +91,15 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             return Err("that waits for its end".into());
         }
         CtlCommand::PostCopy => Request::PostCopy,
+        CtlCommand::Refresh(args) => Request::Refresh(plan(args)?),
     })
+}
+
+fn plan(args: &Refresh) -> Result<Plan, String> {
+    // as above
+    let exec = args.exec.as_ref().map(std::path::absolute).transpose().map_err(|e| e.to_string())?;
+    let every = args.every.map(|time| Trigger::Every(us(time)));
+    Ok(Plan { exec, trigger: every.or(args.when.clone()) })
 }
 
 fn us(time: Duration) -> u64 {

@@ -14,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{cli::Protect, instance::Instance};
+use crate::{cli::Protect, instance::Instance, refresh::Plan};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -37,6 +37,7 @@ pub(crate) enum Request {
     },
     Snapshot(SnapshotRequest),
     Migrate(MigrateRequest),
+    Refresh(Plan),
     PostCopy,
     Recover {
         to: String,

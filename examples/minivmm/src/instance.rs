@@ -28,6 +28,7 @@ use crate::{
     checkpoints::{Folder, Protection, name_of},
     cli::StrategyKind,
     control::{MigrateRequest, Request, SnapshotRequest},
+    refresh::{self, Place, Plan},
     report,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
@@ -64,6 +65,9 @@ struct State {
     remove: Vec<PathBuf>,
     /// The VM's RAM at the broker.
     deposit: Option<Deposit>,
+    place: Option<Place>,
+    /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
+    succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,12 +131,61 @@ impl Instance {
     fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
         self.own(machine.clone());
         let instance = self.clone();
-        let keep = move || instance.keep_ram(&machine);
+        let keep = move || {
+            instance.take_place();
+            instance.keep_ram(&machine)
+        };
         let warn = |why: String| eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
         let deposit = thread::Builder::new().name("deposit".into()).spawn(move || keep().unwrap_or_else(warn));
         if let Err(error) = deposit {
             warn(error.to_string());
         }
+    }
+
+    /// Where this minivmm is found.
+    pub(crate) fn set_place(&self, place: Place) {
+        self.lock().place = Some(place);
+    }
+
+    pub(crate) fn place(&self) -> Option<Place> {
+        self.lock().place.clone()
+    }
+
+    /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
+    pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
+        self.lock().succeeds = Some((own, place, plan));
+    }
+
+    fn take_place(self: &Arc<Self>) {
+        let mut state = self.lock();
+        let Some((own, path, plan)) = state.succeeds.take() else { return };
+        if let Err(why) = refresh::take_place(&own, &path) {
+            eprintln!("minivmm: the control socket stays at {}: {why}", own.display());
+            return;
+        }
+        state.remove.retain(|p| *p != own);
+        state.remove.push(path.clone());
+        if let Some(place) = &mut state.place {
+            place.control = path;
+        }
+        drop(state);
+        if let Some(plan) = plan
+            && let Err(why) = refresh::schedule(self, plan)
+        {
+            eprintln!("minivmm: it is not replaced again: {why}");
+        }
+    }
+
+    /// An error says why the VM cannot be handed over to a successor.
+    pub(crate) fn can_hand_over(&self) -> Result<(), String> {
+        self.home("refresh")?.cannot_hand_over().map_or(Ok(()), Err)
+    }
+
+    /// Waits so long, unless the process ends: whether it goes on.
+    pub(crate) fn runs_on(&self, time: Duration) -> bool {
+        let waiting = |state: &mut State| state.exit.is_none();
+        let waited = self.changed.wait_timeout_while(self.lock(), time, waiting);
+        waited.unwrap_or_else(|e| e.into_inner()).0.exit.is_none()
     }
 
     /// Restores the VM of a snapshot, which is here when this returns.
@@ -214,6 +267,11 @@ impl Instance {
         self.changed.notify_all();
     }
 
+    /// This path is left to somebody else.
+    pub(crate) fn keep_at_exit(&self, path: &Path) {
+        self.lock().remove.retain(|p| p != path);
+    }
+
     pub(crate) fn remove_at_exit(&self, path: PathBuf) {
         self.lock().remove.push(path);
     }
@@ -240,6 +298,7 @@ impl Instance {
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Snapshot(request) => self.snapshot(&request, progress),
+            Request::Refresh(plan) => refresh::schedule(self, plan),
             Request::Migrate(request) => self.migrate(&request, progress),
         }
     }
@@ -367,7 +426,11 @@ impl Instance {
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
 
-    fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    pub(crate) fn migrate(
+        self: &Arc<Self>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let order = crate::eval::order(&request.push_order)?;
         let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {

@@ -11,6 +11,7 @@ mod control;
 mod demo;
 mod eval;
 mod instance;
+mod refresh;
 mod report;
 mod vmm;
 mod workload;
@@ -22,6 +23,7 @@ use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
 use control::ControlSocket;
 use instance::Instance;
 use migration_kvm::ram::Backing;
+use refresh::Place;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
 
 fn main() -> ExitCode {
@@ -107,8 +109,16 @@ fn receive(args: &Receive) -> Result<u8, String> {
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
         shared_ram: args.common.broker.is_some(),
     };
+    if let Some(place) = &args.successor_of {
+        let own = args.common.control.clone().ok_or("--successor-of needs --control")?;
+        let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
+        instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
+    }
     let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;
+    if args.successor_of.is_some() {
+        return Ok(instance.wait_exit());
+    }
     println!("listening {address}");
     // whoever reads the address may wait for it
     let _ = std::io::stdout().flush();
@@ -117,7 +127,11 @@ fn receive(args: &Receive) -> Result<u8, String> {
 
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
     match &common.control {
-        Some(path) => ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string()),
+        Some(path) => {
+            let (serial, broker) = (common.serial.clone(), common.broker.clone());
+            instance.set_place(Place { control: path.clone(), serial, broker });
+            ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
+        }
         None => Ok(()),
     }
 }

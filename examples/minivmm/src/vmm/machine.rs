@@ -390,6 +390,12 @@ impl Machine {
             .then(|| format!("{missing} pages of the VM are missing: they are on their way from its last host"))
     }
 
+    /// Why it cannot be handed over to another process of this host.
+    pub(crate) fn cannot_hand_over(&self) -> Option<String> {
+        let private = || Some(format!("its RAM is private to this process: {}", self.ram.memory_files().err()?));
+        self.blocked().or_else(private)
+    }
+
     /// Whether the page at this address can be looked at without waiting for it to come.
     fn is_here(&self, gpa: u64) -> bool {
         let page = self.ram.layout().page_of(gpa);
