@@ -119,6 +119,8 @@ impl Successor {
         while self.control.exists() && Instant::now() < deadline {
             thread::sleep(LOOK);
         }
+        // it has ceased to listen, or is about to
+        let _ = std::fs::remove_file(&self.listen);
         self.child.take().map_or(0, |child| child.id())
     }
 }

@@ -16,6 +16,7 @@ mod moves;
 mod one_edge;
 mod post_copy;
 mod post_copy_faults;
+mod refresh;
 mod snapshot;
 
 use std::process::ExitCode;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
+    refresh::add(&mut suite);
     snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
