@@ -47,7 +47,7 @@ fn serial_is_whole(lab: &Lab) -> Outcome {
 
 fn again_and_again(lab: &Lab, cpus: &str) -> Outcome {
     let mut first = guest(lab, &["--backing", "memfd", "--cpus", cpus])?;
-    let (own, mut before) = (u64::from(first.pid()), u64::from(first.pid()));
+    let mut before = u64::from(first.pid());
     for epoch in 1..=5 {
         let report = first.ask(&["refresh"])?;
         ensure(report["outcome"] == "completed" && report["memory_copied_bytes"] == 0, || format!("{report}"))?;
