@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::common::{Lab, Outcome, Process, Suite, ensure, ensure_says, wait_for};
+use crate::common::{Lab, Outcome, Process, Suite, ensure, ensure_says, usage, wait_for};
 
 pub(crate) fn add(suite: &mut Suite) {
     for cpus in ["1", "4"] {
@@ -17,12 +17,18 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// Whoever has the VM in the end is not a child of this process: it is told to end, however the trial goes.
-struct Last<'a>(&'a Process);
+struct Last(String);
 
-impl Drop for Last<'_> {
+impl Last {
+    fn of(lab: &Lab) -> Self {
+        Self(lab.arg("vmm.control"))
+    }
+}
+
+impl Drop for Last {
     fn drop(&mut self) {
         // it may have ended
-        let _ = self.0.ctl(&["quit"]);
+        let _ = usage(&["ctl", "--control", &self.0, "quit"]);
     }
 }
 
@@ -47,6 +53,7 @@ fn serial_is_whole(lab: &Lab) -> Outcome {
 
 fn again_and_again(lab: &Lab, cpus: &str) -> Outcome {
     let mut first = guest(lab, &["--backing", "memfd", "--cpus", cpus])?;
+    let last = Last::of(lab);
     let mut before = u64::from(first.pid());
     for epoch in 1..=5 {
         let report = first.ask(&["refresh"])?;
@@ -60,7 +67,6 @@ fn again_and_again(lab: &Lab, cpus: &str) -> Outcome {
             ensure(first.ended()?.success(), || "the first one failed".into())?;
         }
     }
-    let last = Last(&first);
     first.works()?;
     drop(last);
     wait_for("the control socket to go", || Ok((!lab.path("vmm.control").exists()).then_some(())))?;
@@ -70,10 +76,10 @@ fn again_and_again(lab: &Lab, cpus: &str) -> Outcome {
 /// A copy stands for a new build.
 fn another_build(lab: &Lab) -> Outcome {
     let first = guest(lab, &["--backing", "memfd"])?;
+    let last = Last::of(lab);
     let build = lab.path("build");
     fs::copy(format!("/proc/{}/exe", first.pid()), &build)?;
     let report = first.ask(&["refresh", "--exec", &lab.arg("build")])?;
-    let last = Last(&first);
     let exe = fs::read_link(format!("/proc/{}/exe", pid(&report)))?;
     ensure(exe == build.canonicalize()?, || format!("{} runs", exe.display()))?;
     first.works()?;
@@ -83,8 +89,8 @@ fn another_build(lab: &Lab) -> Outcome {
 
 fn by_policy(lab: &Lab, policy: &[&str]) -> Outcome {
     let first = guest(lab, &["--backing", "memfd"])?;
+    let last = Last::of(lab);
     let answer = first.ask(&[&["refresh"], policy].concat())?;
-    let last = Last(&first);
     ensure(answer["scheduled"] == true, || format!("{answer}"))?;
     // between two that succeed each other there may be a moment in which a question is not answered
     wait_for("three successors", || {
@@ -105,6 +111,7 @@ fn refused(lab: &Lab) -> Outcome {
     private.quit()?;
 
     let vmm = guest(lab, &["--backing", "memfd"])?;
+    let last = Last::of(lab);
     let bad: [(&str, &str); 3] =
         [("/nowhere/minivmm", "/nowhere/minivmm"), ("/bin/false", "ended"), ("/bin/true", "ended")];
     for (exec, words) in bad {
@@ -114,7 +121,6 @@ fn refused(lab: &Lab) -> Outcome {
         vmm.works()?;
     }
     let report = vmm.ask(&["refresh"])?;
-    let last = Last(&vmm);
     ensure(pid(&report) != u64::from(vmm.pid()), || format!("{report}"))?;
     vmm.works()?;
     drop(last);
