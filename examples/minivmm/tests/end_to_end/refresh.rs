@@ -21,7 +21,7 @@ struct Last(String);
 
 impl Last {
     fn of(lab: &Lab) -> Self {
-        Self(lab.arg("vmm.control"))
+        Self(lab.arg("vmm"))
     }
 }
 
@@ -69,7 +69,7 @@ fn again_and_again(lab: &Lab, cpus: &str) -> Outcome {
     }
     first.works()?;
     drop(last);
-    wait_for("the control socket to go", || Ok((!lab.path("vmm.control").exists()).then_some(())))?;
+    wait_for("the control socket to go", || Ok((!lab.path("vmm").exists()).then_some(())))?;
     serial_is_whole(lab)
 }
 
