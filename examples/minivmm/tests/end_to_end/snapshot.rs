@@ -330,6 +330,8 @@ fn disk_full(lab: &Lab) -> Outcome {
     let vm = lab.workload("vm", GUEST, &[])?;
     // one fits, and the next one beside it does not
     snapshot_well(&vm, &file)?;
+    // its thread has answered, and is about to end
+    wait_for("the snapshot's thread to end", || Ok((!vm.threads()?.contains_key("snapshot")).then_some(())))?;
     let before = vm.resources()?;
     for _ in 0..3 {
         let answer = snapshot(&vm, &file, &[])?;
