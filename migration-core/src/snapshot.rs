@@ -1,10 +1,8 @@
 //! What a snapshot of a VM holds beside its pages: everything that is needed to build, load and start it.
 
-use bytes::Bytes;
-
 use crate::{
     codec::{DecodeError, Reader, Writer},
-    state::{MAX_SECTION, MAX_SECTION_NAME, MAX_SECTIONS, MAX_STATE, Section, VmState},
+    state::{MAX_SECTION, MAX_SECTIONS, MAX_STATE, Section, VmState},
     vm::VmDescription,
     wire::{decode_vm, encode_vm},
 };
@@ -36,7 +34,7 @@ impl SavedVm {
         encode_vm(&self.vm, &mut w);
         w.count(self.pieces.len());
         for piece in &self.pieces {
-            w.text(&piece.name).u32(piece.instance).u32(piece.version).blob(&piece.data);
+            piece.encode(&mut w);
         }
         w.blob(&self.state.encode());
         w.into_bytes()
@@ -56,12 +54,7 @@ impl SavedVm {
         let vm = decode_vm(&mut r)?;
         let mut pieces = Vec::new();
         for _ in 0..r.count(MAX_SECTIONS, "number of pieces")? {
-            pieces.push(Section {
-                name: r.text(MAX_SECTION_NAME, "piece name")?,
-                instance: r.u32("piece instance")?,
-                version: r.u32("piece version")?,
-                data: Bytes::copy_from_slice(r.blob(MAX_SECTION, "piece data")?),
-            });
+            pieces.push(Section::decode_piece(&mut r, MAX_SECTION)?);
         }
         let state = VmState::decode(r.blob(MAX_STATE, "state")?)?;
         r.finish()?;

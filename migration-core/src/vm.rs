@@ -62,6 +62,13 @@ impl Error for VmError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct VmId(pub [u8; 16]);
 
+/// 32 hexadecimal digits.
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
 /// What the source tells about its VM before any RAM moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmDescription {

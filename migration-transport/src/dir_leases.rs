@@ -36,8 +36,7 @@ impl DirLeases {
     }
 
     fn path(&self, vm: VmId) -> PathBuf {
-        let name: String = vm.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.dir.join(format!("{name}.lease"))
+        self.dir.join(format!("{vm}.lease"))
     }
 }
 

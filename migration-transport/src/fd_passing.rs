@@ -6,6 +6,7 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
+use migration_core::channel::FILES_PER_BYTE;
 use rustix::{
     cmsg_space,
     io::Errno,
@@ -16,7 +17,7 @@ use rustix::{
 };
 
 /// Most files that go with one message: the kernel's limit (`SCM_MAX_FD`).
-pub const MAX_FILES: usize = 253;
+pub const MAX_FILES: usize = FILES_PER_BYTE;
 
 /// Writes all of `bytes`, and hands `files` over with the first of them. They stay open here.
 ///

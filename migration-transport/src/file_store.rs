@@ -25,8 +25,12 @@ use migration_core::{
     state::MAX_STATE,
 };
 
+use crate::file_errors::{at, cut, damaged, invalid};
+
 const MAGIC: [u8; 8] = *b"LMSNAPSH";
 const VERSION: u32 = 1;
+/// How a snapshot may be damaged.
+const SHORT: &str = "it is cut short";
 /// As long as a page, so that pages are aligned.
 const HEADER: u64 = PAGE_SIZE as u64;
 /// Pages that are written, or read, at once.
@@ -136,8 +140,8 @@ impl FileStore {
         if !metadata.is_file() {
             return Err(damaged(&path, "not a regular file"));
         }
-        let header = Header::read(&file, metadata.len(), max_pages.min(MAX_PAGES)).map_err(cut(&path))?;
-        let table = Table::read(&file, &header).map_err(cut(&path))?;
+        let header = Header::read(&file, metadata.len(), max_pages.min(MAX_PAGES)).map_err(cut(&path, SHORT))?;
+        let table = Table::read(&file, &header).map_err(cut(&path, SHORT))?;
         Ok(Self { path, file, pages: header.pages, stage: Stage::Finished(table) })
     }
 
@@ -262,7 +266,7 @@ impl CheckpointStore for FileStore {
                 let most = (run.end() - page).min(RUN as u64);
                 let count = table.data.run_at(page, most).map_or(1, |run| run.count.min(most));
                 let bytes = &mut buffer[..count as usize * PAGE_SIZE];
-                self.file.read_exact_at(bytes, page_at(page)).map_err(cut(&self.path))?;
+                self.file.read_exact_at(bytes, page_at(page)).map_err(cut(&self.path, SHORT))?;
                 for data in bytes.as_chunks::<PAGE_SIZE>().0 {
                     if crcs.next() != Some(&crc32fast::hash(data)) {
                         return Err(damaged(&self.path, format!("page {page}: checksum mismatch")));
@@ -448,11 +452,6 @@ fn lock_new(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Says which file an error is about.
-fn at(path: &Path) -> impl Fn(io::Error) -> io::Error + '_ {
-    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
-}
-
 /// As [`at`], and how much room is needed if there is too little.
 fn roomless(path: &Path, pages: u64) -> impl Fn(io::Error) -> io::Error + '_ {
     move |error| match error.kind() {
@@ -461,22 +460,6 @@ fn roomless(path: &Path, pages: u64) -> impl Fn(io::Error) -> io::Error + '_ {
             let why = format!("{error}; make room, up to {} MiB, or name another place", most >> 20);
             at(path)(io::Error::new(error.kind(), why))
         }
-        _ => at(path)(error),
-    }
-}
-
-fn invalid(why: impl ToString) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, why.to_string())
-}
-
-fn damaged(path: &Path, why: impl ToString) -> io::Error {
-    at(path)(invalid(why))
-}
-
-/// As [`at`], for what must not end here.
-fn cut(path: &Path) -> impl Fn(io::Error) -> io::Error + '_ {
-    move |error| match error.kind() {
-        ErrorKind::UnexpectedEof => damaged(path, "it is cut short"),
         _ => at(path)(error),
     }
 }

@@ -76,6 +76,7 @@ mod cut;
 mod dir_leases;
 mod dir_store;
 mod fd_passing;
+mod file_errors;
 mod file_store;
 mod gather;
 #[allow(unsafe_code)]

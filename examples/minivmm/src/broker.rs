@@ -13,7 +13,7 @@ use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
 use serde_json::{Value, json};
 
-use crate::{checkpoints::name_of, cli::Broker};
+use crate::cli::Broker;
 
 /// Bytes that are looked at, and written, at once.
 const PIECE: usize = 64 << 10;
@@ -54,7 +54,7 @@ fn serve(path: &Path) -> Result<Value, String> {
 fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
     if let Some(vm) = args.forget {
         broker.forget(vm).map_err(|e| e.to_string())?;
-        return Ok(json!({"vm": name_of(vm), "forgotten": true}));
+        return Ok(json!({"vm": vm.to_string(), "forgotten": true}));
     }
     if let (Some(vm), Some(out)) = (args.dump, &args.out) {
         return dump(broker, vm, out);
@@ -64,7 +64,7 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
         .into_iter()
         .map(|kept| {
             let state = if kept.owned { "owned" } else { "lost" };
-            json!({"vm": name_of(kept.id), "state": state, "pid": kept.pid, "backing": kept.label, "bytes": kept.bytes})
+            json!({"vm": kept.id.to_string(), "state": state, "pid": kept.pid, "backing": kept.label, "bytes": kept.bytes})
         })
         .collect();
     Ok(json!({"kept": kept}))
@@ -92,7 +92,7 @@ fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
     }
     file.set_len(end).and_then(|()| file.sync_all()).map_err(context)?;
     let bytes = ram.layout.bytes();
-    Ok(json!({"vm": name_of(vm), "out": out, "backing": ram.label, "ram_bytes": bytes, "written_bytes": written}))
+    Ok(json!({"vm": vm.to_string(), "out": out, "backing": ram.label, "ram_bytes": bytes, "written_bytes": written}))
 }
 
 /// The answer for a person: a line for each VM that is kept, or for each field.

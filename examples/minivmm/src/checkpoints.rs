@@ -21,12 +21,7 @@ type Store = Arc<Mutex<dyn CheckpointStore>>;
 
 /// The folder of one attempt's checkpoints of one kind, below `dir`: both ends find it by what both know.
 fn folder(dir: &Path, vm: VmId, epoch: u32, kind: &str) -> PathBuf {
-    dir.join(format!("{}-{epoch}.{kind}", name_of(vm)))
-}
-
-/// A VM as people and folders name it: 32 hexadecimal digits.
-pub(crate) fn name_of(VmId(id): VmId) -> String {
-    format!("{:032x}", u128::from_be_bytes(id))
+    dir.join(format!("{vm}-{epoch}.{kind}"))
 }
 
 /// The protection that a user asked for, of one attempt.

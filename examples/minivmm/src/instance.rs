@@ -25,7 +25,7 @@ use migration_transport::{
 use serde_json::{Value, json};
 
 use crate::{
-    checkpoints::{Folder, Protection, name_of},
+    checkpoints::{Folder, Protection},
     cli::StrategyKind,
     control::{MigrateRequest, Request, SnapshotRequest},
     refresh::{self, Place, Plan},
@@ -147,8 +147,14 @@ impl Instance {
         self.lock().place = Some(place);
     }
 
-    pub(crate) fn place(&self) -> Option<Place> {
-        self.lock().place.clone()
+    /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found there; else why not.
+    pub(crate) fn succession(&self) -> Result<Place, String> {
+        let place = self.lock().place.clone();
+        let place = place.ok_or("refresh: a successor is reached by the control socket, and there is none")?;
+        match self.home("refresh")?.cannot_hand_over() {
+            Some(why) => Err(format!("refresh: {why}")),
+            None => Ok(place),
+        }
     }
 
     /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
@@ -159,8 +165,8 @@ impl Instance {
     fn take_place(self: &Arc<Self>) {
         let mut state = self.lock();
         let Some((own, path, plan)) = state.succeeds.take() else { return };
-        if let Err(why) = refresh::take_place(&own, &path) {
-            eprintln!("minivmm: the control socket stays at {}: {why}", own.display());
+        if let Err(why) = std::fs::rename(&own, &path) {
+            eprintln!("minivmm: the control socket stays at {}: {}: {why}", own.display(), path.display());
             return;
         }
         state.remove.retain(|p| *p != own);
@@ -174,11 +180,6 @@ impl Instance {
         {
             eprintln!("minivmm: it is not replaced again: {why}");
         }
-    }
-
-    /// An error says why the VM cannot be handed over to a successor.
-    pub(crate) fn can_hand_over(&self) -> Result<(), String> {
-        self.home("refresh")?.cannot_hand_over().map_or(Ok(()), Err)
     }
 
     /// Waits so long, unless the process ends: whether it goes on.
@@ -339,7 +340,7 @@ impl Instance {
                 name = "ready";
             }
         }
-        let vm = machine.as_ref().map(|m| name_of(m.id()));
+        let vm = machine.as_ref().map(|m| m.id().to_string());
         let snapshot = machine.as_ref().map(|m| m.snapshot());
         if matches!(role, Role::Home | Role::Saving) {
             name = match &snapshot {
@@ -447,8 +448,7 @@ impl Instance {
         if state.role != Role::Home {
             return Err(format!("migrate: this minivmm is {}", state.role.name()));
         }
-        // the thread that received the VM may still wait for its source's last word
-        let last_epoch = state.receiver.as_ref().map_or(state.epoch, |r| r.epoch());
+        let last_epoch = state.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = request.fail_safe.as_ref().map(|p| Protection::new(p, id, last_epoch + 1, pages)).transpose()?;
         let options = SourceOptions {
@@ -473,11 +473,7 @@ impl Instance {
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
         let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
         let (controller, commands) = Controller::new();
-        state.controller = Some(controller);
-        state.waiting = vec![tx];
-        state.role = Role::Outgoing;
-        state.progress = None;
-        state.checkpoints = CheckpointCounts::default();
+        state.begin(Role::Outgoing, controller, tx);
         drop(state);
         let instance = self.clone();
         let body = move || {
@@ -507,15 +503,11 @@ impl Instance {
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
             timeout: (!timeout.is_zero()).then_some(timeout),
             impact: impact(&request.impact),
-            epoch: state.receiver.as_ref().map_or(state.epoch, |r| r.epoch()),
+            epoch: state.last_epoch(),
             observer: Arc::new(Told(self.clone())),
         };
         let (controller, commands) = Controller::new();
-        state.controller = Some(controller);
-        state.waiting = vec![tx];
-        state.role = Role::Saving;
-        state.progress = None;
-        state.checkpoints = CheckpointCounts::default();
+        state.begin(Role::Saving, controller, tx);
         drop(state);
         let instance = self.clone();
         let body = move || {
@@ -540,9 +532,7 @@ impl Instance {
 
     fn saved(&self, report: Value) {
         let mut state = self.lock();
-        state.tell_end(&report);
-        state.last = Some(report);
-        state.controller = None;
+        state.end(report);
         // the guest may have ended meanwhile
         if state.role == Role::Saving {
             state.role = Role::Home;
@@ -565,11 +555,8 @@ impl Instance {
 
     fn ended(&self, report: &Report) {
         let mut state = self.lock();
-        let shown = report::to_json(report);
-        state.tell_end(&shown);
+        state.end(report::to_json(report));
         state.epoch = report.epoch;
-        state.last = Some(shown);
-        state.controller = None;
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Ended, Some(0)),
             Outcome::Lost => (Role::Ended, Some(5)),
@@ -605,12 +592,34 @@ enum Update {
 struct Told(Arc<Instance>);
 
 impl State {
+    /// The epoch under which the VM is owned here.
+    fn last_epoch(&self) -> u32 {
+        // the thread that received it may still wait for its source's last word
+        self.receiver.as_ref().map_or(self.epoch, |receiver| receiver.epoch())
+    }
+
+    /// A migration or a snapshot begins, for whose end this client waits.
+    fn begin(&mut self, role: Role, controller: Controller, client: mpsc::Sender<Update>) {
+        self.controller = Some(controller);
+        self.waiting = vec![client];
+        self.role = role;
+        self.progress = None;
+        self.checkpoints = CheckpointCounts::default();
+    }
+
+    /// It has come to this.
+    fn end(&mut self, report: Value) {
+        self.tell(report);
+        self.controller = None;
+    }
+
     /// Answers those who wait for the end.
-    fn tell_end(&mut self, report: &Value) {
+    fn tell(&mut self, report: Value) {
         for client in self.waiting.drain(..) {
             // it may be gone
             let _ = client.send(Update::Ended(report.clone()));
         }
+        self.last = Some(report);
     }
 }
 
@@ -647,9 +656,7 @@ impl Observer for Told {
             Event::InDoubt(report) => {
                 let mut state = self.0.lock();
                 state.role = Role::InDoubt;
-                let shown = report::to_json(report);
-                state.tell_end(&shown);
-                state.last = Some(shown);
+                state.tell(report::to_json(report));
                 drop(state);
                 self.0.changed.notify_all();
             }

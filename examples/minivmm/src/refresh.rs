@@ -2,7 +2,7 @@
 //! the control socket and the serial port.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command},
     str::FromStr,
     sync::Arc,
@@ -139,8 +139,7 @@ impl Drop for Successor {
 
 /// Hands the VM to a successor. Comes back when that has taken over (this process then ends), or with the VM still here.
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
-    let place = instance.place().ok_or("refresh: a successor is reached by the control socket, and there is none")?;
-    instance.can_hand_over().map_err(|why| format!("refresh: {why}"))?;
+    let place = instance.succession()?;
     let successor = Successor::start(&place, plan).map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
@@ -180,8 +179,7 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
 /// Refreshes when `trigger` says so; a successor goes on with that.
 pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
     let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
-    instance.place().ok_or("refresh: a successor is reached by the control socket, and there is none")?;
-    instance.can_hand_over().map_err(|why| format!("refresh: {why}"))?;
+    instance.succession()?;
     let policy = move || -> Box<dyn RefreshPolicy> {
         match trigger {
             Trigger::Every(us) => Box::new(Interval::new(Duration::from_micros(us))),
@@ -210,9 +208,4 @@ pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, St
     };
     thread::Builder::new().name("refresh".into()).spawn(body).map_err(|e| format!("refresh: no thread: {e}"))?;
     Ok(json!({"scheduled": true, "pid": std::process::id()}))
-}
-
-/// A successor has the VM: it takes the place of its predecessor.
-pub(crate) fn take_place(own: &Path, place: &Path) -> Result<(), String> {
-    std::fs::rename(own, place).map_err(|e| format!("{}: {e}", place.display()))
 }

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use migration_core::{
     MigrationError,
     engine::SnapshotReport,
-    report::{CheckpointCounts, Progress, Report, RoundReport},
+    report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport},
 };
 use serde_json::{Value, json};
 
@@ -20,6 +20,10 @@ fn ms(time: Duration) -> f64 {
 pub(crate) fn to_json(report: &Report) -> Value {
     let seconds = report.total.as_secs_f64();
     let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
+    let mut pages = pages_to_json(&report.pages);
+    pages["pushed"] = json!(report.pages.pushed);
+    pages["prepaged"] = json!(report.pages.prepaged);
+    pages["demanded"] = json!(report.pages.demanded);
     json!({
         "strategy": report.strategy,
         "outcome": report.outcome.as_str(),
@@ -39,17 +43,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "mbps": (mbps * 10.0).round() / 10.0,
         "ram_bytes": report.ram_bytes,
         "state_bytes": report.state_bytes,
-        "pages": {
-            "total": report.pages.total,
-            "zero": report.pages.zero,
-            "hole": report.pages.hole,
-            "free": report.pages.free,
-            "plain": report.pages.plain,
-            "distinct": report.pages.distinct,
-            "pushed": report.pages.pushed,
-            "prepaged": report.pages.prepaged,
-            "demanded": report.pages.demanded,
-        },
+        "pages": pages,
         "faults": (report.pages.pushed + report.pages.demanded > 0).then(|| json!({
             "count": report.faults.served.count,
             "vcpu": report.faults.served.vcpu,
@@ -72,6 +66,14 @@ pub(crate) fn to_json(report: &Report) -> Value {
 fn rounds_to_json(rounds: &[RoundReport]) -> Vec<Value> {
     let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
     rounds.iter().map(round).collect()
+}
+
+/// What every migration and snapshot has of them.
+fn pages_to_json(pages: &PageCounts) -> Value {
+    json!({
+        "total": pages.total, "zero": pages.zero, "hole": pages.hole, "free": pages.free, "plain": pages.plain,
+        "distinct": pages.distinct,
+    })
 }
 
 /// A snapshot that was taken, or not.
@@ -99,14 +101,7 @@ pub(crate) fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, 
         "ram_bytes": report.pages.total << migration_core::PAGE_SHIFT,
         "state_bytes": report.state_bytes,
         "copied_pages": report.copied,
-        "pages": {
-            "total": report.pages.total,
-            "zero": report.pages.zero,
-            "hole": report.pages.hole,
-            "free": report.pages.free,
-            "plain": report.pages.plain,
-            "distinct": report.pages.distinct,
-        },
+        "pages": pages_to_json(&report.pages),
         "throttle_percent": report.throttle_percent,
     })
 }

@@ -17,6 +17,7 @@ mod serve;
 mod session;
 mod snapshot;
 mod source;
+mod tracking;
 
 use std::{sync::Arc, time::Duration};
 

@@ -13,6 +13,8 @@ use super::{
     handle::{Commands, Input},
     lane::{stripe_pages, stripes},
     pages::{self, Copied, not_put},
+    source::{FIXED_DOWNTIME, PIECE_BUDGET, PROGRESS_INTERVAL},
+    tracking::Tracking,
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
@@ -25,7 +27,6 @@ use crate::{
     state::{MAX_SECTIONS, MAX_STATE, Section},
     strategy::{Convergence, Link, ModelConvergence, Next, Round},
     vm::{DestinationHost, SourceVm, VmDescription, VmError, VmId},
-    wire::STATE_CHUNK,
 };
 
 /// Passes over the running guest's memory, at most: then it is paused, however much is left.
@@ -36,12 +37,6 @@ const MAX_COPY: u64 = (256 << 20) / PAGE_SIZE as u64;
 const SPARE_ROOM: u64 = 1024;
 /// Bytes a second that are copied in memory, at the least.
 const COPY_SPEED: f64 = 1e9;
-/// First guess of the part of the pause that does not depend on pages: pausing, saving, resuming.
-const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
-/// How often progress is told.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// Pieces of device state a pass.
-const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 
 /// Limits and choices of one snapshot.
 #[derive(Clone)]
@@ -123,10 +118,7 @@ struct Taking<'a> {
     commands: Commands,
     ram: Arc<dyn GuestRam>,
     start: Instant,
-    tracking: bool,
-    /// Whether the VMM tracked before we came; it then gets its dirty bits back.
-    tracked_before: bool,
-    harvested: PageSet,
+    tracking: Tracking,
     paused_at: Option<Instant>,
     throttle: u8,
     touched: PageSet,
@@ -157,9 +149,7 @@ impl<'a> Taking<'a> {
             commands,
             ram,
             start: now,
-            tracking: false,
-            tracked_before: false,
-            harvested: PageSet::empty(pages),
+            tracking: Tracking::new(pages),
             paused_at: None,
             throttle: 0,
             touched: PageSet::empty(pages),
@@ -256,10 +246,7 @@ impl<'a> Taking<'a> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        let tracker = self.vm.tracker();
-        self.tracked_before = tracker.is_active();
-        tracker.start()?;
-        self.tracking = true;
+        self.tracking.start(self.vm.tracker())?;
         self.last_harvest = Instant::now();
         let mut pages = pages::populated(&*self.ram, &*self.options.observer);
         self.report.pages.hole = pages.capacity() - pages.len();
@@ -268,11 +255,7 @@ impl<'a> Taking<'a> {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = PageSet::empty(self.report.pages.total);
-        self.vm.tracker().harvest(&mut pages)?;
-        if self.tracked_before {
-            self.harvested.union_with(&pages);
-        }
+        let mut pages = self.tracking.harvest(self.vm.tracker())?;
         self.spare(&mut pages);
         if self.paused_at.is_none() {
             let since = self.last_harvest.elapsed().as_secs_f64();
@@ -369,13 +352,7 @@ impl<'a> Taking<'a> {
     }
 
     fn stop_tracking(&mut self) {
-        if !std::mem::take(&mut self.tracking) {
-            return;
-        }
-        let tracker = self.vm.tracker();
-        if self.tracked_before {
-            tracker.put_back(&self.harvested);
-        } else if let Err(error) = tracker.stop() {
+        if let Err(error) = self.tracking.give_back(self.vm.tracker(), None) {
             self.options.observer.event(&Event::Warning(format!("stopping the tracker: {error}")));
         }
     }

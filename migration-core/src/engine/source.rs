@@ -25,6 +25,7 @@ use super::{
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     pages,
     serve::{DemandLane, Left},
+    tracking::Tracking,
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
@@ -44,15 +45,15 @@ use crate::{
 };
 
 /// How often progress is told while pages move.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so often.
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pieces of device state a round.
-const PIECE_BUDGET: usize = STATE_CHUNK / 2;
+pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
-const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
+pub(super) const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
@@ -108,13 +109,9 @@ pub(super) struct Engine<'a> {
     unanswered: Option<Instant>,
     last_progress: Instant,
     cancelled: Option<String>,
-    /// Whether the VMM tracked before we came; it then gets its dirty bits back.
-    tracked_before: bool,
-    tracking: bool,
+    tracking: Tracking,
     /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
     pub(super) owed: PageSet,
-    /// Everything harvested, for a tracker that the VMM had started.
-    harvested: PageSet,
     pub(super) touched: PageSet,
     /// Pages that were left out at least once, because they were free.
     spared: PageSet,
@@ -207,10 +204,8 @@ impl<'a> Engine<'a> {
             unanswered: None,
             last_progress: now,
             cancelled: None,
-            tracked_before: false,
-            tracking: false,
+            tracking: Tracking::new(pages),
             owed: PageSet::empty(pages),
-            harvested: PageSet::empty(pages),
             touched: PageSet::empty(pages),
             spared: PageSet::empty(pages),
             last_harvest: now,
@@ -568,12 +563,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        let tracker = self.vm.tracker();
-        if !self.tracking {
-            self.tracked_before = tracker.is_active();
-        }
-        tracker.start()?;
-        self.tracking = true;
+        self.tracking.start(self.vm.tracker())?;
         self.last_harvest = Instant::now();
         let mut pages = pages::populated(&*self.ram, &*self.options.observer);
         self.report.pages.hole = self.pages() - pages.len();
@@ -613,12 +603,8 @@ impl Verbs for Engine<'_> {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = PageSet::empty(self.pages());
-        self.vm.tracker().harvest(&mut pages)?;
+        let mut pages = self.tracking.harvest(self.vm.tracker())?;
         self.saved.subtract(&pages);
-        if self.tracked_before {
-            self.harvested.union_with(&pages);
-        }
         // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
         // re-arms only when it is sent stays reported, until it is free no more
         let free = self.spare(&mut pages);

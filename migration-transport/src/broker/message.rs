@@ -6,7 +6,7 @@ use std::{
 };
 
 use migration_core::{
-    RamLayout, RamRegion,
+    RamLayout,
     codec::{DecodeError, Reader, Writer},
     vm::VmId,
 };
@@ -60,7 +60,7 @@ impl Message {
         match self {
             Self::Deposit { id, layout, label } => {
                 w.u8(1).bytes(&id.0).text(label);
-                encode_layout(layout, &mut w);
+                layout.encode(&mut w);
             }
             Self::Return => {
                 w.u8(2);
@@ -85,7 +85,7 @@ impl Message {
             }
             Self::Withdrawn { layout, label } => {
                 w.u8(8).text(label);
-                encode_layout(layout, &mut w);
+                layout.encode(&mut w);
             }
             Self::Refused(why) => {
                 w.u8(9).text(why);
@@ -100,7 +100,7 @@ impl Message {
         let message = match r.u8("kind")? {
             1 => {
                 let (id, label) = (id(&mut r)?, r.text(MAX_LABEL, "label")?);
-                Self::Deposit { id, label, layout: decode_layout(&mut r)? }
+                Self::Deposit { id, label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
             }
             2 => Self::Return,
             3 => Self::List,
@@ -122,7 +122,7 @@ impl Message {
             }
             8 => {
                 let label = r.text(MAX_LABEL, "label")?;
-                Self::Withdrawn { label, layout: decode_layout(&mut r)? }
+                Self::Withdrawn { label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
             }
             9 => Self::Refused(r.text(MAX_REASON, "reason")?),
             kind => return Err(DecodeError::invalid("kind", format!("{kind} is no message"))),
@@ -174,19 +174,4 @@ fn fill(socket: BorrowedFd<'_>, buf: &mut [u8], files: &mut Vec<OwnedFd>) -> io:
         }
     }
     Ok(filled)
-}
-
-fn encode_layout(layout: &RamLayout, w: &mut Writer) {
-    w.count(layout.regions().len());
-    for region in layout.regions() {
-        w.u64(region.gpa).u64(region.len);
-    }
-}
-
-fn decode_layout(r: &mut Reader<'_>) -> Result<RamLayout, DecodeError> {
-    let mut regions = Vec::new();
-    for _ in 0..r.count(MAX_FILES, "number of RAM regions")? {
-        regions.push(RamRegion { gpa: r.u64("region address")?, len: r.u64("region length")? });
-    }
-    RamLayout::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))
 }

@@ -18,7 +18,7 @@ use migration_core::{
 };
 use migration_kvm::{ram::Backing, spawner::stand_back, tracker::TrackerKind};
 
-use super::{Machine, MachineConfig, SerialTarget, protect::identity};
+use super::{Machine, MachineConfig, SerialTarget, machine::not_kept, protect::identity};
 
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
@@ -170,10 +170,7 @@ impl Host {
         let tracker = self.options.tracker.unwrap_or(config.tracker);
         let config = MachineConfig { backing, tracker, ..config };
         if self.options.shared_ram && !config.backing.is_shared() {
-            return Err(VmError::new(format!(
-                "a broker keeps no {} memory: use --backing memfd or hugetlb",
-                config.backing
-            )));
+            return Err(VmError::new(not_kept(config.backing)));
         }
         let machine = match shared {
             None => Machine::new(config, &self.options.serial),

@@ -138,6 +138,11 @@ pub(crate) struct Snapshot {
     pub(crate) warnings: Vec<String>,
 }
 
+/// Why a broker cannot keep RAM that is private to a process.
+pub(super) fn not_kept(backing: Backing) -> String {
+    format!("a broker keeps no {backing} memory: use --backing memfd or hugetlb")
+}
+
 impl Machine {
     /// Builds a machine. Without KVM it becomes a software guest, and says so.
     pub(crate) fn new(config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
@@ -356,11 +361,9 @@ impl Machine {
 
     /// Has a broker keep its RAM.
     pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, String> {
-        let (layout, backing) = (self.ram.layout(), self.config.backing);
-        let files: Option<Vec<_>> = (0..layout.regions().len()).map(|index| self.ram.memory_file(index)).collect();
-        let files =
-            files.ok_or_else(|| format!("a broker keeps no {backing} memory: use --backing memfd or hugetlb"))?;
-        broker.deposit(self.config.id, layout, backing.name(), &files).map_err(|e| e.to_string())
+        let backing = self.config.backing;
+        let files = self.ram.memory_files().map_err(|_| not_kept(backing))?;
+        broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files).map_err(|e| e.to_string())
     }
 
     /// Pages of its RAM.

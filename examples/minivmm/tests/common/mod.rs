@@ -161,6 +161,19 @@ pub(crate) fn ensure(condition: bool, why: impl FnOnce() -> String) -> Outcome {
 }
 
 /// Fails a trial unless the text contains the words.
+/// A serial file begins with `first`, and has each beat once and in order; how many there are. The last one may be on its way.
+pub(crate) fn beats_in_order(text: &str, first: &str) -> Result<u64, Failed> {
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let mut lines = whole.lines();
+    ensure(lines.next() == Some(first), || format!("the first line is missing in {text}"))?;
+    let mut beats = 0;
+    for line in lines {
+        beats += 1;
+        ensure(line == format!("beat {beats}"), || format!("`{line}` where `beat {beats}` is due"))?;
+    }
+    Ok(beats)
+}
+
 pub(crate) fn ensure_says(text: &str, words: &str) -> Outcome {
     ensure(text.contains(words), || format!("`{words}` is missing in: {text}"))
 }

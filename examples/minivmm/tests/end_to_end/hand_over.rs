@@ -5,7 +5,7 @@ use std::fs;
 use libtest_mimic::Failed;
 
 use super::faults::random;
-use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for};
+use crate::common::{Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says, wait_for};
 
 const HAND_OVER: [&str; 2] = ["--strategy", "handover"];
 /// Workloads that find a page which is not what it was.
@@ -79,16 +79,8 @@ fn chain(lab: &Lab, cpus: &str) -> Outcome {
     at.ask(&["pause"])?;
     let text = fs::read_to_string(lab.path("serial"))?;
     at.quit()?;
-    let mut lines = text.lines();
-    ensure(lines.next() == Some("ready hot"), || format!("the first line is missing in {text}"))?;
-    let mut complete: Vec<&str> = lines.collect();
-    if !text.ends_with('\n') {
-        complete.pop();
-    }
-    for (n, line) in (1..).zip(&complete) {
-        ensure(*line == format!("beat {n}"), || format!("`{line}` where `beat {n}` is due"))?;
-    }
-    ensure(complete.len() as u64 > CHAIN, || format!("only {} lines", complete.len()))
+    let beats = beats_in_order(&text, "ready hot")?;
+    ensure(beats > CHAIN, || format!("only {} lines", beats))
 }
 
 fn paused(lab: &Lab) -> Outcome {

@@ -23,9 +23,7 @@ impl Engine<'_> {
         let mut pages = self.start_tracking()?;
         for _ in 0..PASSES {
             self.put(&store, &pages)?;
-            pages.clear();
-            self.vm.tracker().harvest(&mut pages)?;
-            self.harvested.union_with(&pages);
+            pages = self.tracking.harvest(self.vm.tracker())?;
             self.saved.subtract(&pages);
             if pages.len() <= FEW {
                 break;

@@ -75,16 +75,8 @@ impl Engine<'_> {
             warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
             self.throttle = 0;
         }
-        if self.tracking {
-            let tracker = self.vm.tracker();
-            if self.tracked_before {
-                self.harvested.union_with(&self.owed);
-                tracker.put_back(&self.harvested);
-            } else {
-                warn("stopping the tracker", tracker.stop().map_err(|e| e.to_string()));
-            }
-            self.tracking = false;
-        }
+        let given_back = self.tracking.give_back(self.vm.tracker(), Some(&self.owed));
+        warn("stopping the tracker", given_back.map_err(|e| e.to_string()));
     }
 
     fn finish_report(&mut self) {
@@ -192,7 +184,7 @@ impl Engine<'_> {
             Err(error) => {
                 let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
                 self.aftermath = Some((Outcome::Lost, reason));
-                (self.paused, self.tracking, self.throttle) = (false, false, 0);
+                (self.paused, self.tracking.active, self.throttle) = (false, false, 0);
                 return self.vm.released();
             }
         };
@@ -219,7 +211,7 @@ impl Engine<'_> {
         self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
         // it is whatever a checkpoint made it, and runs
         self.paused = false;
-        self.harvested = PageSet::full(self.report.pages.total);
+        self.tracking.all_dirty();
         Ok(number)
     }
 
