@@ -130,6 +130,9 @@ impl Instance {
     /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
     fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
         self.own(machine.clone());
+        if self.broker.is_none() && self.lock().succeeds.is_none() {
+            return;
+        }
         let instance = self.clone();
         let keep = move || {
             instance.take_place();
