@@ -229,7 +229,7 @@ impl Hostile {
     }
 
     /// It is told why, and the link ends.
-    fn is_refused(mut self, code: ErrorCode, words: &str) {
+    fn ends_with(mut self, code: ErrorCode, words: &str) {
         loop {
             match frame(&mut self.0) {
                 Ok((_, Control::Error { code: found, text })) => {
@@ -263,19 +263,19 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
     // a frame where the files are due
     let mut source = greet(&mut world, shared);
     say(&mut source.0, 1, 1, &Control::Ping);
-    source.is_refused(ErrorCode::Mismatch, "0 open files came");
+    source.ends_with(ErrorCode::Mismatch, "0 open files came");
     // too many, too few
     for count in [1, 3, 200] {
         let mut source = greet(&mut world, shared);
         source.files(count);
         let words = if count == 1 { "1 open files came" } else { "more than 2 open files came" };
-        source.is_refused(ErrorCode::Mismatch, words);
+        source.ends_with(ErrorCode::Mismatch, words);
     }
     // what does not go together
     for more in [FEATURE_POST_COPY, FEATURE_CHECKPOINTS, 1] {
         let mut source = greet(&mut world, shared | more);
         source.files(2);
-        source.is_refused(ErrorCode::Mismatch, "goes with no other");
+        source.ends_with(ErrorCode::Mismatch, "goes with no other");
     }
     // the files without the feature: a byte where a frame is due
     let mut source = greet(&mut world, 0);
