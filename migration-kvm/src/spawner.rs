@@ -79,9 +79,10 @@ impl Spawner for KvmSpawner {
     }
 }
 
-/// Lets all threads that this process has now run only where nobody else wants the core (`SCHED_IDLE`), as far as permitted: for
-/// a process that has handed its VM over to another one of this machine. To free the VM and to unmap its RAM takes
-/// milliseconds in the kernel, in whichever thread is the last one to let go of them, and the guest runs on the same cores.
+/// Lets others go first (`SCHED_BATCH`, nice 19) in all threads that this process has now, as far as permitted: for a process
+/// that has handed its VM over to another one of this machine. To free the VM and to unmap its RAM takes milliseconds in the
+/// kernel, in whichever thread is the last one to let go of them, and the guest runs on the same cores. (Under `SCHED_IDLE` it
+/// would take seconds beside vCPUs that are busy.)
 pub fn stand_back() {
     // a thread that is missed does its part at its own priority
     let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
@@ -118,20 +119,21 @@ mod sched {
     pub(super) fn apply(priority: Priority) {
         match priority {
             Priority::RealTime if set_policy(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) => {}
-            Priority::RealTime => set_nice(-10),
+            Priority::RealTime => set_nice(0, -10),
             Priority::Idle if set_policy(0, libc::SCHED_IDLE, 0) => {}
-            Priority::Idle => set_nice(19),
+            Priority::Idle => set_nice(0, 19),
             Priority::Batch => drop(set_policy(0, libc::SCHED_BATCH, 0)),
             Priority::Nice(nice) => {
                 set_policy(0, libc::SCHED_OTHER, 0);
-                set_nice(nice);
+                set_nice(0, nice);
             }
         }
     }
 
-    /// Lets a thread run only where nobody else wants the core.
+    /// Lets others go before a thread.
     pub(super) fn stand_back(thread: libc::pid_t) {
-        set_policy(thread, libc::SCHED_IDLE, 0);
+        set_policy(thread, libc::SCHED_BATCH, 0);
+        set_nice(thread, 19);
     }
 
     fn set_policy(thread: libc::pid_t, policy: libc::c_int, sched_priority: libc::c_int) -> bool {
@@ -140,10 +142,10 @@ mod sched {
         unsafe { libc::sched_setscheduler(thread, policy, &raw const param) == 0 }
     }
 
-    fn set_nice(nice: libc::c_int) {
+    fn set_nice(thread: libc::pid_t, nice: libc::c_int) {
         // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not being permitted to is
         // no failure, see `KvmSpawner`.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, thread.unsigned_abs(), nice) };
     }
 
     #[cfg(test)]

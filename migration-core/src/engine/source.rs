@@ -69,7 +69,7 @@ pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 ///
 /// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the pause, and runs beside it
 /// afterwards, on the same cores: the spawner has it [assume](crate::spawner::Spawner::assume) the role of such a
-/// thread, and when the VM has moved, that of a background thread of low impact.
+/// thread, and when the VM has moved, that of a background thread.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,

@@ -45,6 +45,9 @@ const BOARD: u64 = 0x10_0000;
 /// How long a migration waits for the end of the one before.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
+/// How long a hand-over waits for page tables to be filled: enough for 8 GiB.
+const WARMING: Duration = Duration::from_secs(2);
+
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
 #[error("{0}")]
@@ -160,7 +163,7 @@ impl Machine {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
-        if let Err(error) = machine.ram.warm_shared() {
+        if let Err(error) = machine.ram.warm_shared(WARMING) {
             eprintln!("minivmm: the guest will be slow at first: {error}");
         }
         Ok(machine)

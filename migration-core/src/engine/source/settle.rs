@@ -29,7 +29,7 @@ impl Engine<'_> {
             // best effort: without it the destination only keeps listening a little longer
             let _ = self.say(&Control::Done);
             // the guest runs, on the cores on which things are freed now
-            after(&self, Role::Background, GuestImpact::Low);
+            after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = Outcome::Completed;
             self.finish_report();
             self.close();
