@@ -14,7 +14,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{cli::Protect, instance::Instance, refresh::Plan};
+use crate::{
+    cli::Protect,
+    instance::{Instance, LendRequest},
+    refresh::Plan,
+};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -38,6 +42,16 @@ pub(crate) enum Request {
     Snapshot(SnapshotRequest),
     Migrate(MigrateRequest),
     Refresh(Plan),
+    /// What a borrower has to know of the VM's home.
+    Place,
+    Lend(LendRequest),
+    /// To a borrower.
+    GiveBack,
+    /// From a borrower.
+    Gone {
+        report: Value,
+        status: u8,
+    },
     PostCopy,
     Recover {
         to: String,
@@ -73,6 +87,28 @@ pub(crate) struct MigrateRequest {
     pub(crate) impact: String,
     pub(crate) checksum: bool,
     pub(crate) progress: bool,
+}
+
+impl MigrateRequest {
+    /// Without limits or choices.
+    pub(crate) fn plain(to: impl ToString, strategy: &str, streams: u16) -> Self {
+        Self {
+            to: to.to_string(),
+            strategy: strategy.into(),
+            streams,
+            downtime_limit_us: 300_000,
+            bandwidth_bits: 0,
+            timeout_us: 0,
+            on_timeout: "cancel".into(),
+            push_order: "linear".into(),
+            demand_lanes: 0,
+            whole_huge_pages: false,
+            impact: "balanced".into(),
+            fail_safe: None,
+            checksum: false,
+            progress: false,
+        }
+    }
 }
 
 /// A line of an answer.

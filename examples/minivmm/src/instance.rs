@@ -1,5 +1,7 @@
 //! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
 
+mod lend;
+
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
@@ -7,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use lend::LendRequest;
+use lend::Lent;
 use migration_core::{
     PAGE_SHIFT,
     engine::{
@@ -18,7 +22,10 @@ use migration_core::{
     spawner::GuestImpact,
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
-use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
+use migration_kvm::{
+    fence::{ProcessFence, ProcessIdentity},
+    spawner::KvmSpawner,
+};
 use migration_transport::{
     Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
 };
@@ -66,6 +73,10 @@ struct State {
     /// The VM's RAM at the broker.
     deposit: Option<Deposit>,
     place: Option<Place>,
+    /// Who has borrowed the guest.
+    lent: Option<Lent>,
+    /// Of a borrower: the guest's owner wants it back.
+    asked_back: bool,
     /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
@@ -80,6 +91,10 @@ enum Role {
     Incoming,
     Outgoing,
     InDoubt,
+    /// Another minivmm has borrowed the guest.
+    Lent,
+    /// The guest that is borrowed now and then is at home.
+    Dormant,
     Ended,
 }
 
@@ -187,9 +202,12 @@ impl Instance {
 
     /// Waits so long, unless the process ends: whether it goes on.
     pub(crate) fn runs_on(&self, time: Duration) -> bool {
-        let waiting = |state: &mut State| state.exit.is_none();
-        let waited = self.changed.wait_timeout_while(self.lock(), time, waiting);
-        waited.unwrap_or_else(|e| e.into_inner()).0.exit.is_none()
+        self.wait_while(time, |state| state.exit.is_none()).exit.is_none()
+    }
+
+    fn wait_while(&self, most: Duration, mut waiting: impl FnMut(&State) -> bool) -> MutexGuard<'_, State> {
+        let waited = self.changed.wait_timeout_while(self.lock(), most, |state| waiting(state));
+        waited.unwrap_or_else(|e| e.into_inner()).0
     }
 
     /// Restores the VM of a snapshot, which is here when this returns.
@@ -214,13 +232,7 @@ impl Instance {
         let address = listener.address();
         let adopter = self.clone();
         let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
-        let options = ReceiverOptions {
-            spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told(self.clone())),
-            fence: Arc::new(ProcessFence),
-            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
-            ..ReceiverOptions::default()
-        };
+        let options = self.receiver_options(checkpoints);
         let receiver = Receiver::new(Box::new(host), options);
         let mut state = self.lock();
         state.receiver = Some(receiver.handle());
@@ -237,6 +249,24 @@ impl Instance {
         };
         thread::Builder::new().name("receive".into()).spawn(body).map_err(|e| e.to_string())?;
         Ok(address)
+    }
+
+    fn receiver_options(self: &Arc<Self>, checkpoints: Option<PathBuf>) -> ReceiverOptions {
+        ReceiverOptions {
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told(self.clone())),
+            fence: Arc::new(ProcessFence),
+            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
+            ..ReceiverOptions::default()
+        }
+    }
+
+    fn source_options(self: &Arc<Self>) -> SourceOptions {
+        SourceOptions {
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told(self.clone())),
+            ..SourceOptions::default()
+        }
     }
 
     /// Blocks until the process shall end, and gives clients time to be answered.
@@ -303,6 +333,10 @@ impl Instance {
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Snapshot(request) => self.snapshot(&request, progress),
             Request::Refresh(plan) => refresh::schedule(self, plan),
+            Request::Place => self.place(),
+            Request::Lend(request) => self.lend(request),
+            Request::GiveBack => self.give_back(),
+            Request::Gone { report, status } => self.gone(report, status),
             Request::Migrate(request) => self.migrate(&request, progress),
         }
     }
@@ -334,6 +368,7 @@ impl Instance {
             (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => report::progress_to_json(p, &state.checkpoints),
             _ => last.unwrap_or(Value::Null),
         };
+        let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
         let kept_by = state.deposit.as_ref().and(self.broker.as_ref()).map(|broker| broker.path().to_owned());
         drop(state);
         let mut name = role.name();
@@ -354,7 +389,7 @@ impl Instance {
         }
         let mut status = json!({
             "state": name, "vm": vm, "kept_by": kept_by, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
-            "tracker": null, "migration": migration, "workload": null,
+            "tracker": null, "migration": migration, "workload": null, "lent": lent,
         });
         if let Some(s) = snapshot {
             let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, .. } = s;
@@ -383,6 +418,13 @@ impl Instance {
             }
         }
         status
+    }
+
+    /// Where this minivmm is found, and which process it is.
+    fn place(&self) -> Result<Value, String> {
+        let place = self.lock().place.clone().ok_or("place: there is no control socket")?;
+        let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
+        Ok(json!({"serial": place.serial, "identity": identity.encode(), "pid": std::process::id()}))
     }
 
     fn cancel(&self) -> Result<Value, String> {
@@ -469,9 +511,7 @@ impl Instance {
             impact: impact(&request.impact),
             payload_crc: request.checksum,
             last_epoch,
-            spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told(self.clone())),
-            ..SourceOptions::default()
+            ..self.source_options()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
         let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
@@ -492,7 +532,11 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
-    fn snapshot(self: &Arc<Self>, request: &SnapshotRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    pub(crate) fn snapshot(
+        self: &Arc<Self>,
+        request: &SnapshotRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
         let machine = self.home("snapshot")?;
         let out = request.out.clone();
         let mut store = FileStore::create(&out, machine.pages()).map_err(|e| format!("snapshot: {e}"))?;
@@ -580,6 +624,8 @@ impl Role {
             Role::Incoming => "incoming",
             Role::Outgoing => "outgoing",
             Role::InDoubt => "in-doubt",
+            Role::Lent => "lent",
+            Role::Dormant => "dormant",
             Role::Ended => "ended",
         }
     }

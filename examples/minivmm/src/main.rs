@@ -4,12 +4,14 @@
 
 mod bench;
 mod broker;
+mod check;
 mod checkpoints;
 mod cli;
 mod client;
 mod control;
 mod demo;
 mod eval;
+mod feature;
 mod instance;
 mod refresh;
 mod report;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(args),
         Command::Receive(args) => receive(args),
         Command::Ctl(args) => Ok(client::run(args)),
+        Command::Feature(args) => Ok(feature::run(args)),
         Command::Broker(args) => Ok(broker::run(args)),
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),

@@ -143,22 +143,8 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     let successor = Successor::start(&place, plan).map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
-    let request = MigrateRequest {
-        to: format!("unix:{}", successor.listen.display()),
-        strategy: "handover".into(),
-        streams: 1,
-        downtime_limit_us: 300_000,
-        bandwidth_bits: 0,
-        timeout_us: 0,
-        on_timeout: "cancel".into(),
-        push_order: "linear".into(),
-        demand_lanes: 0,
-        whole_huge_pages: false,
-        impact: "balanced".into(),
-        fail_safe: None,
-        checksum: false,
-        progress: false,
-    };
+    let to = format!("unix:{}", successor.listen.display());
+    let request = MigrateRequest::plain(to, "handover", 1);
     let moved = instance.migrate(&request, &mut |_| {});
     if let Ok(report) = &moved
         && report["outcome"] == "completed"

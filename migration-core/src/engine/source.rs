@@ -21,6 +21,7 @@ use super::{
     HugePages, OnTimeout, SourceOptions,
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
+    dirty_log,
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     pages,
@@ -35,6 +36,7 @@ use crate::{
     ram::GuestRam,
     report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
     spawner::{Joiner, Role},
+    state::{Section, VmState},
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
@@ -54,6 +56,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
 pub(super) const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
+/// Most pages that are sent in the pause of a post-copy for the guest's first steps: a millisecond at 2 Gbit/s.
+const MOST_ENTRY_PAGES: u64 = 64;
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
@@ -499,27 +503,55 @@ impl Engine<'_> {
         Ok(rest)
     }
 
+    /// Of the pages that would be left behind, those that the guest needs at once.
+    fn entry_pages(&mut self, state: &VmState, rest: &PageSet) -> PageSet {
+        let mut entry = PageSet::empty(rest.capacity());
+        if self.left.block.load(Ordering::Relaxed) > 1 {
+            // whole huge pages would have to go
+            return entry;
+        }
+        self.vm.entry_pages(state, &mut entry);
+        entry.intersect_with(rest);
+        if entry.len() > MOST_ENTRY_PAGES {
+            entry.clear();
+        }
+        entry
+    }
+
+    /// The dirty log of a VMM that tracks for itself: it goes along with a VM whose RAM stays where it is.
+    fn log_to_carry(&mut self) -> Result<Option<Section>, MigrationError> {
+        if !self.shared || !self.vm.tracker().is_active() {
+            return Ok(None);
+        }
+        self.tracking.start(self.vm.tracker())?;
+        Ok(Some(dirty_log::section(&self.tracking.harvest(self.vm.tracker())?)))
+    }
+
     /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.
     fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         let began = Instant::now();
         let before = self.counters.wire_bytes.load(Ordering::Relaxed);
-        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        let mut state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        state.sections.extend(self.log_to_carry()?);
+        // after saving: that dirtied pages too. RAM that is shared is there already, whatever was dirtied
+        let mut rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(pages)? };
+        let mut now = PageSet::empty(self.pages());
+        if leave && !self.shared {
+            now = self.entry_pages(&state, &rest);
+            rest.subtract(&now);
+        } else {
+            std::mem::swap(&mut now, &mut rest);
+        }
         let state = Bytes::from(state.encode());
         if self.options.fail_safe.is_some() {
             self.handed_over = state.clone();
         }
         self.report.state_bytes += state.len() as u64;
-        // after saving: that dirtied pages too. RAM that is shared is there already, whatever was dirtied
-        let rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(pages)? };
-        let rest = Arc::new(rest);
-        let round = if self.shared {
-            None
-        } else if leave {
-            self.leave_behind(PageSet::clone(&rest))?;
-            None
-        } else {
-            Some(self.begin_round(&rest)?.0)
-        };
+        let now = Arc::new(now);
+        let round = if self.shared || leave && now.is_empty() { None } else { Some(self.begin_round(&now)?.0) };
+        if leave && !self.shared {
+            self.leave_behind(rest)?;
+        }
         let mut chunks: Vec<_> = (0..state.len())
             .step_by(STATE_CHUNK)
             .map(|at| state.slice(at..state.len().min(at + STATE_CHUNK)))
@@ -543,14 +575,14 @@ impl Engine<'_> {
                 _ => {}
             }
             // as long as pages move or frames come, somebody is there
-            let now = self.counters.wire_bytes.load(Ordering::Relaxed);
-            if now != sent {
-                (sent, heard) = (now, Instant::now());
+            let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+            if bytes != sent {
+                (sent, heard) = (bytes, Instant::now());
             }
             self.in_time(heard + self.options.setup_timeout, "the destination to get ready")?;
         }
         if let Some(generation) = round {
-            self.end_round(generation, &rest, &[], began);
+            self.end_round(generation, &now, &[], began);
         }
         self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
         Ok(())

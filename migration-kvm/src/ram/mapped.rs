@@ -156,6 +156,27 @@ impl MappedRam {
         files.ok_or(RamError::NotShared(self.backing))
     }
 
+    /// Whether these are the very files behind RAM, region by region, whatever their descriptors.
+    ///
+    /// # Errors
+    /// [`RamError::NotShared`], [`RamError::System`].
+    pub fn is_in(&self, files: &[impl AsFd]) -> Result<bool, RamError> {
+        let own = self.memory_files()?;
+        if own.len() != files.len() {
+            return Ok(false);
+        }
+        let identity = |file: BorrowedFd<'_>| {
+            let stat = fstat(file).map_err(io::Error::from).map_err(RamError::system("look at a memory file"))?;
+            Ok((stat.st_dev, stat.st_ino))
+        };
+        for (own, other) in own.into_iter().zip(files) {
+            if identity(own)? != identity(other.as_fd())? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Fills the page tables of this process for what the memory files hold already, so that the guest does not fault on
     /// each page after it was handed over to here; whether all of it was done within `patience`. Takes 120 to 220 ms a GiB, half
     /// of which is rests: the guest runs meanwhile, in another process and perhaps on this core, and would else have to wait for

@@ -17,6 +17,7 @@ use migration_core::{codec::DecodeError, state::Section, vm::VmError};
 use thiserror::Error;
 
 mod cpuid;
+mod entry;
 mod items;
 mod msrs;
 mod needs;
@@ -26,6 +27,7 @@ mod vcpu;
 mod vm;
 
 pub use cpuid::{CpuidBits, Register};
+pub use entry::entry_pages;
 pub use items::OPTIONAL;
 pub use msrs::{MAX_MSRS, Msr, MsrList};
 pub use needs::{HostNeeds, Mismatch, TSC_TOLERANCE_PPM};

@@ -92,7 +92,7 @@ pub(crate) struct Machine {
     // processors end before their memory goes away: fields are dropped in order
     pub(super) processors: Box<dyn Processors>,
     devices: Mutex<DeviceSet>,
-    tracker: Mutex<Option<UnionTracker>>,
+    tracker: Mutex<Option<Box<dyn DirtyTracker>>>,
     tracker_is_back: Condvar,
     tracker_name: &'static str,
     pub(super) ram: Arc<MappedRam>,
@@ -163,10 +163,15 @@ impl Machine {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
-        if let Err(error) = machine.ram.warm_shared(WARMING) {
+        machine.warm();
+        Ok(machine)
+    }
+
+    /// Fills page tables for a guest that runs in this RAM elsewhere, and is about to come.
+    pub(super) fn warm(&self) {
+        if let Err(error) = self.ram.warm_shared(WARMING) {
             eprintln!("minivmm: the guest will be slow at first: {error}");
         }
-        Ok(machine)
     }
 
     fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
@@ -210,7 +215,7 @@ impl Machine {
             Box::new(BitmapTracker::new(writes.clone())) as Box<dyn DirtyTracker>,
         ];
         let tracker = UnionTracker::new(parts);
-        let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
+        let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(Box::new(tracker) as _)));
         let devices = Mutex::new(DeviceSet::new(vec![
             Box::new(SerialDevice(bus.clone())),
             Box::new(BalloonDevice(bus.balloon.clone())),
@@ -264,7 +269,8 @@ impl Machine {
     /// Starts the guest, or leaves it paused.
     pub(crate) fn start(&self, running: bool) -> Result<(), MachineError> {
         let mut standing = self.standing();
-        standing.by_user = !running;
+        // whatever an earlier stay of the guest had left behind
+        *standing = Standing { by_user: !running, ..Standing::default() };
         self.settle(&standing);
         Ok(())
     }
@@ -369,6 +375,11 @@ impl Machine {
         broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files).map_err(|e| e.to_string())
     }
 
+    /// Its RAM.
+    pub(crate) fn ram(&self) -> &MappedRam {
+        &self.ram
+    }
+
     /// Pages of its RAM.
     pub(crate) fn pages(&self) -> u64 {
         self.ram.layout().pages()
@@ -460,20 +471,50 @@ impl Machine {
     pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
         let guard = self.tracker.lock().unwrap_or_else(|e| e.into_inner());
         let waited = self.tracker_is_back.wait_timeout_while(guard, LAST_MIGRATION, |tracker| tracker.is_none());
-        match waited.unwrap_or_else(|e| e.into_inner()).0.take() {
-            Some(tracker) => Box::new(tracker),
-            None => Box::new(Absent),
-        }
+        waited.unwrap_or_else(|e| e.into_inner()).0.take().unwrap_or_else(|| Box::new(Absent))
     }
 
-    /// Makes a tracker for the next migration.
-    pub(super) fn put_tracker(&self) {
-        let made = self
-            .processors
-            .tracker()
-            .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
-        *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
+    /// The tracker goes back: as it is if it still tracks for the VMM, else one made for the next migration.
+    pub(super) fn put_tracker(&self, tracker: Box<dyn DirtyTracker>) {
+        if tracker.name() == ABSENT {
+            // somebody else has it
+            return;
+        }
+        let tracker = if tracker.is_active() { Ok(tracker) } else { self.make_tracker() };
+        *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = tracker.ok();
         self.tracker_is_back.notify_all();
+    }
+
+    fn make_tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
+        let parts = vec![self.processors.tracker()?, Box::new(BitmapTracker::new(self.writes.clone())) as _];
+        Ok(Box::new(UnionTracker::new(parts)))
+    }
+
+    /// Pages that were written since this was last called, here and wherever else the guest ran meanwhile; all of RAM at first.
+    /// From then on every write is logged.
+    pub(crate) fn dirty_since_last_time(&self) -> Result<PageSet, TrackerError> {
+        let mut tracker = self.take_tracker();
+        let mut dirty = PageSet::empty(self.pages());
+        let harvested = if tracker.is_active() {
+            let harvested = tracker.harvest(&mut dirty);
+            let rearm = tracker.rearm();
+            let again = |range| rearm.as_ref().map_or(Ok(()), |rearm| rearm.before_read(range, &dirty));
+            harvested.and_then(|()| dirty.ranges().try_for_each(again))
+        } else {
+            dirty = PageSet::full(self.pages());
+            tracker.start()
+        };
+        self.put_tracker(tracker);
+        harvested.map(|()| dirty)
+    }
+
+    /// Goes on with the log of another VMM, which has these pages.
+    pub(super) fn continue_log(&self, dirty: &PageSet) -> Result<(), TrackerError> {
+        let mut tracker = self.take_tracker();
+        let started = tracker.start();
+        tracker.put_back(dirty);
+        self.put_tracker(tracker);
+        started
     }
 }
 
@@ -488,17 +529,19 @@ fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Di
 }
 
 /// In place of a tracker that another migration has.
-struct Absent;
+pub(super) struct Absent;
+
+const ABSENT: &str = "none";
 
 impl Absent {
     fn error() -> TrackerError {
-        TrackerError { tracker: "none", what: "another migration has the tracker".into() }
+        TrackerError { tracker: ABSENT, what: "another migration has the tracker".into() }
     }
 }
 
 impl DirtyTracker for Absent {
     fn name(&self) -> &'static str {
-        "none"
+        ABSENT
     }
 
     fn is_active(&self) -> bool {

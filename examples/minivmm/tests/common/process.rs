@@ -219,6 +219,25 @@ impl Process {
         Ok(Client(Guard(child)))
     }
 
+    /// `minivmm feature`, which borrows its VM, without waiting for it.
+    pub(crate) fn start_feature(&self, args: &[&str]) -> Result<Client, Failed> {
+        let child = minivmm()
+            .args(["feature", "--json", "--attach"])
+            .arg(&self.socket)
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        Ok(Client(Guard(child)))
+    }
+
+    /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
+    pub(crate) fn feature(&self, args: &[&str]) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
+        let output = minivmm().args(["feature", "--json", "--attach"]).arg(&self.socket).args(args).output()?;
+        let trips = String::from_utf8(output.stdout)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        Ok((output.status.code(), trips, String::from_utf8(output.stderr)?))
+    }
+
     /// A part of guest RAM, by `ctl memory`.
     pub(crate) fn memory(&self, lab: &Lab, gpa: u64, len: u64) -> Result<Vec<u8>, Failed> {
         let file = lab.path(&format!("{}.memory", self.name));
@@ -288,6 +307,16 @@ impl Process {
 }
 
 impl Client {
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.0.id()
+    }
+
+    /// Sends it this signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) -> Outcome {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        Ok(nix::sys::signal::kill(pid, signal)?)
+    }
+
     /// Whether it has ended.
     pub(crate) fn has_ended(&mut self) -> Result<bool, Failed> {
         Ok(self.0.0.try_wait()?.is_some())

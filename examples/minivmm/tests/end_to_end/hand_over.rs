@@ -15,7 +15,7 @@ const WORKLOADS: [&str; 4] = [
     "quicksort:size=16M,segment=64K,data=8M",
     "kv:percent=60,step=100ms,data=8M",
 ];
-const KILLS: u64 = 12;
+const KILLS: u64 = 38;
 /// Processes that have the VM one after the other.
 const CHAIN: u64 = 100;
 

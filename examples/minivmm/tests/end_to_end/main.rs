@@ -9,6 +9,7 @@ mod common;
 mod contract;
 mod convergence;
 mod elf;
+mod ephemeral;
 mod fail_safe;
 mod faults;
 mod hand_over;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
+    ephemeral::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
     hand_over::add(&mut suite);
