@@ -22,6 +22,7 @@ use crate::{
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
     instance::{Instance, LendRequest},
     refresh::Place,
+    report,
     vmm::{HostOptions, SerialTarget, Tenant},
 };
 
@@ -218,24 +219,27 @@ impl<'a> Borrower<'a> {
     }
 
     fn migrate(&self, to: &Address) -> Result<(Value, Option<String>), String> {
-        self.instance.migrate(&MigrateRequest::plain(to, "precopy", 2), &mut |_| {}).map(judged)
+        self.instance.migrate(&MigrateRequest::plain(to, "pre-copy", 2), &mut |_| {}).map(judged)
     }
 
     /// Hands the guest back. If its owner has died, this is its home from now on.
     fn give_back(&self, mut guest: Resident<Tenant>, to: &Address, owner: &[u8]) -> (End, Value) {
         let mut last = Value::Null;
         for _ in 0..RETURNS {
+            if self.instance.guest_has_ended() {
+                // its home would wait for ever
+                let report = report::not_begun("handover", "the guest has ended by itself");
+                if let Err(why) = ask(&self.args.attach, &Request::Gone { report: report.clone(), status: 5 }, |_| {}) {
+                    eprintln!("minivmm: the VM's home is not told that its guest has ended: {why}");
+                }
+                return (End::Over(5), report);
+            }
             let (gone, report) = self.instance.return_guest(guest, to, owner);
             guest = match gone {
                 Ok(dormant) => return (End::Home(dormant), report),
                 Err(guest) => guest,
             };
             last = report;
-            if self.instance.guest_has_ended() {
-                // its home would wait for ever
-                let _ = ask(&self.args.attach, &Request::Gone { report: last.clone(), status: 5 }, |_| {});
-                return (End::Over(5), last);
-            }
             if dead(owner) {
                 eprintln!("minivmm: the VM's home has died; it stays here, at {}", self.args.attach.display());
                 self.instance.inherit_place(&self.control, &self.args.attach);

@@ -81,15 +81,15 @@ impl Instance {
                 Ok(dormant) => {
                     let awaiting = dormant.await_guest(instance.receiver_options(None));
                     instance.left(&report, awaiting.handle(), listener.address());
-                    instance.await_return(awaiting, &mut *listener);
+                    instance.await_return(awaiting, &mut *listener, &back);
                 }
                 Err(_stays) => {
+                    // as below
+                    let _ = std::fs::remove_file(&back);
                     instance.lock().lent = None;
                     instance.ended(&report);
                 }
             }
-            // nobody comes to it any more
-            let _ = std::fs::remove_file(back);
         };
         self.spawn("lend", body)?;
         await_end(updates, false, &mut |_| {})
@@ -109,8 +109,10 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    fn await_return(&self, awaiting: Awaiting<Tenant>, listener: &mut dyn Listener) {
+    fn await_return(&self, awaiting: Awaiting<Tenant>, listener: &mut dyn Listener, back: &Path) {
         let returned = awaiting.wait_for_guest(listener);
+        // nobody comes to it any more; the next borrower gets one at the same place
+        let _ = std::fs::remove_file(back);
         let mut state = self.lock();
         if state.role != Role::Lent {
             // it has gone for good, and that was told

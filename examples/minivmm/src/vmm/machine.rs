@@ -496,26 +496,33 @@ impl Machine {
         let mut tracker = self.take_tracker();
         let mut dirty = PageSet::empty(self.pages());
         let harvested = if tracker.is_active() {
-            let harvested = tracker.harvest(&mut dirty);
-            let rearm = tracker.rearm();
-            let again = |range| rearm.as_ref().map_or(Ok(()), |rearm| rearm.before_read(range, &dirty));
-            harvested.and_then(|()| dirty.ranges().try_for_each(again))
+            harvest_anew(&mut *tracker, &mut dirty)
         } else {
+            let started = tracker.start().and_then(|()| harvest_anew(&mut *tracker, &mut dirty));
             dirty = PageSet::full(self.pages());
-            tracker.start()
+            started
         };
         self.put_tracker(tracker);
         harvested.map(|()| dirty)
     }
 
-    /// Goes on with the log of another VMM, which has these pages.
+    /// Goes on with the log of another VMM, which has these pages, while no vCPU runs.
     pub(super) fn continue_log(&self, dirty: &PageSet) -> Result<(), TrackerError> {
         let mut tracker = self.take_tracker();
-        let started = tracker.start();
+        // a tracker may begin with all pages dirty; nothing writes yet
+        let mut none = PageSet::empty(self.pages());
+        let started = tracker.start().and_then(|()| harvest_anew(&mut *tracker, &mut none));
         tracker.put_back(dirty);
         self.put_tracker(tracker);
         started
     }
+}
+
+/// Harvests, and re-arms at once what is re-armed page by page.
+fn harvest_anew(tracker: &mut dyn DirtyTracker, dirty: &mut PageSet) -> Result<(), TrackerError> {
+    tracker.harvest(dirty)?;
+    let Some(rearm) = tracker.rearm() else { return Ok(()) };
+    dirty.ranges().try_for_each(|range| rearm.before_read(range, dirty))
 }
 
 /// What the balloon does with the pages that the guest does not need.

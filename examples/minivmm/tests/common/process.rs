@@ -233,7 +233,7 @@ impl Process {
 
     /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
     pub(crate) fn feature(&self, args: &[&str]) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
-        let output = minivmm().args(["feature", "--json", "--attach"]).arg(&self.socket).args(args).output()?;
+        let output = self.start_feature(args)?.output()?;
         let trips = String::from_utf8(output.stdout)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
         Ok((output.status.code(), trips, String::from_utf8(output.stderr)?))
     }
@@ -323,8 +323,13 @@ impl Client {
     }
 
     /// Waits for its answer.
-    pub(crate) fn answer(mut self) -> Result<Answer, Failed> {
-        let status = wait_for("ctl ends", || Ok(self.0.0.try_wait()?))?;
+    pub(crate) fn answer(self) -> Result<Answer, Failed> {
+        Answer::new(self.output()?)
+    }
+
+    /// Waits for its end.
+    fn output(mut self) -> Result<Output, Failed> {
+        let status = wait_for("a client ends", || Ok(self.0.0.try_wait()?))?;
         let read = |pipe: Option<&mut dyn std::io::Read>| -> Result<Vec<u8>, Failed> {
             let mut bytes = Vec::new();
             pipe.ok_or("no pipe")?.read_to_end(&mut bytes)?;
@@ -332,7 +337,7 @@ impl Client {
         };
         let stdout = read(self.0.0.stdout.as_mut().map(|p| p as _))?;
         let stderr = read(self.0.0.stderr.as_mut().map(|p| p as _))?;
-        Answer::new(Output { status, stdout, stderr })
+        Ok(Output { status, stdout, stderr })
     }
 
     /// Kills the client, not the migration.

@@ -57,7 +57,11 @@ fn home(lab: &Lab, args: &[&str]) -> Result<Process, Failed> {
 }
 
 fn serial_is_whole(lab: &Lab) -> Outcome {
-    let beats = beats_in_order(&fs::read_to_string(lab.path("serial"))?, "ready random")?;
+    serial_goes_on(lab, "ready random")
+}
+
+fn serial_goes_on(lab: &Lab, first: &str) -> Outcome {
+    let beats = beats_in_order(&fs::read_to_string(lab.path("serial"))?, first)?;
     ensure(beats > 2, || "hardly a line".into())
 }
 
@@ -103,13 +107,16 @@ fn snapshots(lab: &Lab, backing: &str, cpus: &str) -> Outcome {
 
 /// What changed at either VMM is in the log.
 fn check(lab: &Lab, backing: &str, cpus: &str) -> Outcome {
-    let home = home(lab, &["--backing", backing, "--cpus", cpus])?;
+    // slowly, so that pages change between two looks, and not all of them during one
+    let spec = "rate:pages=2000,serial=1,every=5ms";
+    let options = ["--backing", backing, "--cpus", cpus, "--serial", &lab.arg("serial")];
+    let home = lab.workload("home", spec, &options)?;
     let (code, trips, stderr) =
         home.feature(&["--do", "check", "--every", "150ms", "--times", "6", "--hold", "20ms"])?;
     ensure(code == Some(0) && trips.len() == 6, || format!("{code:?} {trips:?} {stderr}"))?;
     for (n, trip) in trips.iter().enumerate() {
         let result = &trip["result"];
-        let told = || format!("{n}: {trips:?}");
+        let told = || format!("{n}: {result}");
         ensure(result["not_logged"] == 0 && result["workload_errors"] == 0, told)?;
         ensure(result["pages"] == (64 << 8) && result["zero"].as_u64() > Some(0), told)?;
         if n == 0 {
@@ -117,13 +124,13 @@ fn check(lab: &Lab, backing: &str, cpus: &str) -> Outcome {
         } else {
             // the guest writes all the time, and far from everywhere
             let (logged, changed) = (result["logged"].as_u64(), result["changed"].as_u64());
-            ensure(changed > Some(0) && logged >= changed && logged < Some(64 << 8), told)?;
+            ensure(changed > Some(0) && logged > Some(0) && logged < Some(64 << 8), told)?;
         }
     }
     at_home(&home)?;
-    checks_all(&home)?;
+    home.works()?;
     home.quit()?;
-    serial_is_whole(lab)
+    serial_goes_on(lab, "ready rate")
 }
 
 fn migrate(lab: &Lab) -> Outcome {
@@ -131,7 +138,7 @@ fn migrate(lab: &Lab) -> Outcome {
     let there = lab.receive("there", &["--serial", &lab.arg("serial")])?;
     let (code, trips, stderr) = home.feature(&["--do", &format!("migrate:{}", there.address)])?;
     ensure(code == Some(0) && trips.len() == 1, || format!("{code:?} {trips:?} {stderr}"))?;
-    ensure(trips[0]["result"]["strategy"] == "precopy" && trips[0]["return"].is_null(), || format!("{trips:?}"))?;
+    ensure(trips[0]["result"]["strategy"] == "pre-copy" && trips[0]["return"].is_null(), || format!("{trips:?}"))?;
     home.ended_well()?;
     checks_all(&there)?;
     let status = there.status()?;
@@ -252,11 +259,14 @@ fn guest_ends(lab: &Lab) -> Outcome {
     fs::write(&kernel, elf::triple_fault())?;
     let args = ["--memory", "64M", "--kernel", &kernel, "--paused", "--backing", "memfd"];
     let mut home = lab.run("home", &args)?;
-    let client = lent(&home, &["--do", "check", "--hold", "1h"])?;
+    let mut client = lent(&home, &["--do", "check", "--hold", "1h"])?;
     let status = home.wait_state("lent")?;
     let borrower = status["lent"]["control"].as_str().unwrap_or("").to_owned();
-    // the answer may be lost with the process
-    let _ = usage(&["ctl", "--control", &borrower, "resume"])?;
+    wait_for("the guest runs, and has ended", || {
+        // the answer may be lost with the process
+        let _ = usage(&["ctl", "--control", &borrower, "resume"])?;
+        Ok(client.has_ended()?.then_some(()))
+    })?;
     let answer = client.answer()?;
     ensure(answer.code == Some(5), || format!("{answer:?}"))?;
     ensure_says(&answer.stderr, "triple fault")?;
@@ -278,7 +288,7 @@ fn other_techniques_afterwards(lab: &Lab) -> Outcome {
     ensure(code == Some(0), || format!("{trips:?}"))?;
     at_home(&next)?;
     let last = lab.receive("last", &["--serial", &lab.arg("serial")])?;
-    next.migrate_well(&last.address, &["--strategy", "postcopy"])?;
+    next.migrate_well(&last.address, &["--strategy", "post-copy"])?;
     checks_all(&last)?;
     last.quit()?;
     serial_is_whole(lab)
@@ -332,7 +342,7 @@ fn borrower_dies(lab: &Lab) -> Outcome {
             let (code, listed, _) = usage(&["broker", "--at", &broker.address, "--list", "--json"])?;
             ensure(code == Some(0), || listed.clone())?;
             let listed: Value = serde_json::from_str(&listed)?;
-            let vm = listed["vms"][0]["vm"].as_str().ok_or_else(|| format!("nothing is kept: {listed}"))?.to_owned();
+            let vm = listed["kept"][0]["vm"].as_str().ok_or_else(|| format!("nothing is kept: {listed}"))?.to_owned();
             let (code, _, stderr) = usage(&["broker", "--at", &broker.address, "--forget", &vm])?;
             ensure(code == Some(0), || stderr)?;
         }
