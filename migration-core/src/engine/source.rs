@@ -538,6 +538,7 @@ impl Engine<'_> {
         let mut now = PageSet::empty(self.pages());
         if leave && !self.shared {
             now = self.entry_pages(&state, &rest);
+            self.report.pages.entry = now.len();
             rest.subtract(&now);
         } else {
             std::mem::swap(&mut now, &mut rest);

@@ -121,7 +121,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     ensure(answer.code == Some(0) && report["outcome"] == "completed", told)?;
     ensure(report["recoveries"].as_u64() >= Some(cuts.len() as u64), told)?;
     // what was under way when the link was cut was sent again
-    let sent = number(report, "pages", "pushed") + number(report, "pages", "demanded");
+    let sent = ["entry", "pushed", "demanded"].iter().map(|kind| number(report, "pages", kind)).sum::<u64>();
     ensure(sent >= number(report, "pages", "distinct"), told)?;
     source.ended_well()?;
     destination.wait_until("the guest works", at_work)?;
