@@ -73,6 +73,8 @@ struct State {
     /// The VM's RAM at the broker.
     deposit: Option<Deposit>,
     place: Option<Place>,
+    /// When this VMM is replaced by itself, and the how manieth such plan that is.
+    schedule: (u64, Option<Plan>),
     /// Who has borrowed the guest.
     lent: Option<Lent>,
     /// Of a borrower: the guest's owner wants it back.
@@ -173,6 +175,18 @@ impl Instance {
             Some(why) => Err(format!("refresh: {why}")),
             None => Ok(place),
         }
+    }
+
+    /// From now on this VMM is replaced as planned, and not as it was planned before; the plan's number.
+    pub(crate) fn plan_succession(&self, plan: &Plan) -> u64 {
+        let mut state = self.lock();
+        state.schedule = (state.schedule.0 + 1, Some(plan.clone()));
+        state.schedule.0
+    }
+
+    /// The plan for this VMM's replacement, with its number.
+    pub(crate) fn planned_succession(&self) -> (u64, Option<Plan>) {
+        self.lock().schedule.clone()
     }
 
     /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.

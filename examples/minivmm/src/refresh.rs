@@ -2,7 +2,7 @@
 //! the control socket and the serial port.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command},
     str::FromStr,
     sync::Arc,
@@ -68,9 +68,10 @@ struct Successor {
 }
 
 impl Successor {
-    fn start(place: &Place, plan: &Plan) -> Result<Self, String> {
-        let exec = match &plan.exec {
-            Some(exec) => exec.clone(),
+    /// Of this program, if one is given; it goes on with the schedule.
+    fn start(place: &Place, exec: Option<&Path>, schedule: Option<&Plan>) -> Result<Self, String> {
+        let exec = match exec {
+            Some(exec) => exec.to_owned(),
             // the name that it was started by may lead elsewhere by now: that is an upgrade, which `--exec` is for
             None => PathBuf::from("/proc/self/exe"),
         };
@@ -87,8 +88,8 @@ impl Successor {
         if let Some(broker) = &place.broker {
             command.arg("--broker").arg(broker);
         }
-        if plan.trigger.is_some() {
-            command.arg("--refresh").arg(serde_json::to_string(plan).map_err(|e| e.to_string())?);
+        if let Some(schedule) = schedule {
+            command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
         }
         let child = command.spawn().map_err(|e| format!("starting {}: {e}", exec.display()))?;
         let mut successor = Self { child: Some(child), control, listen };
@@ -140,7 +141,9 @@ impl Drop for Successor {
 /// Hands the VM to a successor. Comes back when that has taken over (this process then ends), or with the VM still here.
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     let place = instance.succession()?;
-    let successor = Successor::start(&place, plan).map_err(|why| format!("refresh: {why}"))?;
+    let (_, schedule) = instance.planned_succession();
+    let successor =
+        Successor::start(&place, plan.exec.as_deref(), schedule.as_ref()).map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
     let to = format!("unix:{}", successor.listen.display());
@@ -162,10 +165,12 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     moved
 }
 
-/// Refreshes when `trigger` says so; a successor goes on with that.
+/// Refreshes when the plan's trigger says so, and no longer when an earlier one's did; a successor goes on with that. Without a
+/// trigger, now.
 pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
     let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
     instance.succession()?;
+    let number = instance.plan_succession(&plan);
     let policy = move || -> Box<dyn RefreshPolicy> {
         match trigger {
             Trigger::Every(us) => Box::new(Interval::new(Duration::from_micros(us))),
@@ -175,7 +180,7 @@ pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, St
     let instance = instance.clone();
     let body = move || {
         let mut present = policy();
-        while instance.runs_on(TICK) {
+        while instance.runs_on(TICK) && instance.planned_succession().0 == number {
             match present.due() {
                 Ok(false) => continue,
                 Ok(true) => match refresh(&instance, &plan) {
