@@ -168,8 +168,8 @@ pub trait SourceVm: Send {
 
     /// Adds to `into` the pages that the vCPUs of `state`, which was just saved, touch as soon as they run: where they execute, their
     /// stacks, the page tables on the way there. In post-copy they go ahead of the hand-over, so that the guest does not begin by
-    /// waiting for one after the other. A hint: pages outside RAM are ignored, and so are all if they are many. The default knows none;
-    /// migration-kvm has `entry_pages`.
+    /// waiting for one after the other. A hint: pages outside RAM are ignored, and so are those beyond the first 128. The default knows
+    /// none; migration-kvm has `entry_pages`.
     fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
         let _ = (state, into);
     }

@@ -47,6 +47,8 @@ pub(crate) enum Request {
     Lend(LendRequest),
     /// To a borrower.
     GiveBack,
+    /// From a borrower: it does not need the dirty log any more.
+    StopLog,
     /// From a borrower.
     Gone {
         report: Value,

@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::engine::ephemeral::{Dormant, Resident};
+use migration_core::{
+    engine::ephemeral::{Dormant, Resident},
+    fence::{Fence, Fenced},
+    protocol::DestinationPhase,
+};
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{Address, bind};
 use nix::sys::signal::{SigSet, Signal};
@@ -20,7 +24,7 @@ use crate::{
     cli::{Feature, Work},
     client,
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
-    instance::{Instance, LendRequest},
+    instance::{Fate, Instance, LendRequest},
     refresh::Place,
     report,
     vmm::{HostOptions, SerialTarget, Tenant},
@@ -33,6 +37,8 @@ const WITHIN: Duration = Duration::from_secs(60);
 /// How often an owner that does not take its guest back is tried again, and at which intervals.
 const RETURNS: u32 = 10;
 const RETRY: Duration = Duration::from_millis(500);
+/// How often it is looked whether a guest that is late has come.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Runs the command; the exit status.
 pub(crate) fn run(args: &Feature) -> u8 {
@@ -66,6 +72,8 @@ fn show(args: &Feature, trip: &Value) {
 struct Borrower<'a> {
     args: &'a Feature,
     instance: Arc<Instance>,
+    /// The control socket of the VM's home.
+    attach: PathBuf,
     control: PathBuf,
     listen: PathBuf,
     checker: Checker,
@@ -81,20 +89,24 @@ enum End {
 
 impl<'a> Borrower<'a> {
     fn new(args: &'a Feature) -> Result<Self, String> {
+        // its home has a working directory of its own
+        let attach = std::path::absolute(&args.attach).map_err(|e| format!("{}: {e}", args.attach.display()))?;
         let beside = |what: &str| {
-            let mut path = args.attach.clone().into_os_string();
+            let mut path = attach.clone().into_os_string();
             path.push(format!(".{what}{}", process::id()));
             PathBuf::from(path)
         };
         let (control, listen) = (beside("f"), beside("g"));
-        Ok(Self { args, instance: Instance::new(None), control, listen, checker: Checker::default() })
+        Ok(Self { args, instance: Instance::new(None), attach, control, listen, checker: Checker::default() })
+    }
+
+    fn ask(&self, request: &Request) -> Result<Value, String> {
+        ask(&self.attach, request, |_| {}).map_err(|why| format!("feature: {why}"))
     }
 
     fn run(mut self) -> Result<u8, String> {
-        let attach = |why: String| format!("feature: {why}");
-        let home = ask(&self.args.attach, &Request::Place, |_| {}).map_err(attach)?;
+        let home = self.ask(&Request::Place)?;
         let serial = home["serial"].as_str().unwrap_or("null").to_owned();
-        let owner: Vec<u8> = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
         self.end_on_signals()?;
         let host = HostOptions {
             serial: SerialTarget::from(serial.as_str()),
@@ -110,7 +122,7 @@ impl<'a> Borrower<'a> {
         let mut status = 0;
         for number in 1.. {
             let began = Instant::now();
-            let (trip, end) = self.trip(dormant, number, &owner)?;
+            let (trip, end) = self.trip(dormant, number)?;
             show(self.args, &trip);
             match end {
                 End::Home(back) => dormant = back,
@@ -125,15 +137,19 @@ impl<'a> Borrower<'a> {
                 break;
             }
         }
+        if self.args.work == Work::Check
+            && let Err(why) = self.ask(&Request::StopLog)
+        {
+            eprintln!("minivmm: the dirty log of the VM goes on, and slows it down a little: {why}");
+        }
         self.instance.exit(status);
         Ok(self.instance.wait_exit())
     }
 
     /// There and back, once.
-    fn trip(&mut self, dormant: Dormant<Tenant>, number: u32, owner: &[u8]) -> Result<(Value, End), String> {
-        let (guest, lent) = self.borrow(dormant)?;
+    fn trip(&mut self, dormant: Dormant<Tenant>, number: u32) -> Result<(Value, End), String> {
+        let (guest, lent, owner) = self.borrow(dormant)?;
         let began = Instant::now();
-        let back: Address = lent["back"].as_str().unwrap_or_default().parse().map_err(|e| format!("feature: {e}"))?;
         let machine = guest.vm().machine().cloned().ok_or("feature: no machine came")?;
         self.instance.visited(&machine, guest.epoch());
         let done = match &self.args.work {
@@ -146,25 +162,21 @@ impl<'a> Borrower<'a> {
             "feature": name(&self.args.work), "trip": number, "outcome": if wrong.is_some() { "failed" } else { "completed" },
             "reason": wrong, "result": result, "borrow": lent, "return": null, "held_ms": null,
         });
-        if matches!(self.args.work, Work::Migrate(_)) && trip["outcome"] == "completed" {
-            // it is not to come back: whoever had it at home ends, as after a migration of its own
-            let told = ask(&self.args.attach, &Request::Gone { report: result, status: 0 }, |_| {});
-            if let Err(why) = told {
-                eprintln!("minivmm: the VM's home is not told that it has gone: {why}");
-            }
-            return Ok((trip, End::Over(0)));
+        if let Fate::Here = self.instance.fate() {
+            self.instance.hold(self.args.hold.saturating_sub(began.elapsed()));
         }
-        self.instance.hold(self.args.hold.saturating_sub(began.elapsed()));
         trip["held_ms"] = json!(began.elapsed().as_secs_f64() * 1e3);
-        let (end, returned) = self.give_back(guest, &back, owner);
+        let back = trip["borrow"]["back"].as_str().and_then(|back| back.parse().ok());
+        let (end, returned) = self.give_back(guest, back.as_ref(), &owner);
         trip["return"] = returned;
         Ok((trip, end))
     }
 
-    /// Waits for the guest, and has its owner hand it over; the report of that.
-    fn borrow(&self, dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value), String> {
-        // of a process of this number that has died
-        let _ = std::fs::remove_file(&self.listen);
+    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is.
+    fn borrow(&self, dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value, Vec<u8>), String> {
+        // it may have been replaced since
+        let home = self.ask(&Request::Place)?;
+        let owner: Vec<u8> = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
         let listen = Address::Unix(self.listen.clone());
         let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
         let identity = migration_kvm::fence::ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;
@@ -177,33 +189,42 @@ impl<'a> Borrower<'a> {
             within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),
         });
         let awaiting = dormant.await_guest(self.instance.visit_options(COMING));
-        let (handle, attach) = (awaiting.handle(), self.args.attach.clone());
+        let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.clone());
         let (tx, answer) = mpsc::channel();
         let asks = move || {
             let answer = ask(&attach, &request, |_| {});
-            if answer.as_ref().map_or(true, |report| report["outcome"] != "completed") {
-                // nothing will come, unless it has
-                handle.stop();
-            }
+            let completed = answer.as_ref().is_ok_and(|report| report["outcome"] == "completed");
             // who asked may have given up
             let _ = tx.send(answer);
+            while !completed && handle.phase() != DestinationPhase::Running {
+                match handle.phase() {
+                    // nothing will come
+                    DestinationPhase::Empty => return handle.stop(),
+                    // it has brought all of the VM, and is dead for certain
+                    DestinationPhase::Ready if ProcessFence.is_dead(&lender) => {
+                        let inherited = Fenced::by(&ProcessFence, &lender).map_err(|e| e.to_string());
+                        if let Err(why) = inherited.and_then(|dead| handle.inherit(dead).map_err(|e| e.to_string())) {
+                            eprintln!("minivmm: the VM is complete here, and does not run: {why}");
+                        }
+                    }
+                    // its source decides
+                    _ => {}
+                }
+                thread::sleep(LOOK);
+            }
         };
         thread::Builder::new().name("borrow".into()).spawn(asks).map_err(|e| format!("feature: no thread: {e}"))?;
         let came = awaiting.wait_for_guest(&mut *listener);
-        let _ = std::fs::remove_file(&self.listen);
-        let answer = answer.recv_timeout(COMING).map_err(|_| "feature: the VM's home does not answer".to_owned());
+        let answer = answer.recv_timeout(COMING).unwrap_or_else(|_| Err("the VM's home does not answer".into()));
         match (came, answer) {
-            (Ok(guest), Ok(Ok(report))) => Ok((guest, report)),
-            // it is here all the same, and its owner is gone: there is no way back
-            (Ok(guest), Ok(Err(why)) | Err(why)) => {
-                Ok((guest, json!({"outcome": "completed", "reason": why, "back": "unix:/nowhere"})))
-            }
-            (Err(_), Ok(Ok(report))) => {
+            (Ok(guest), Ok(report)) => Ok((guest, report, owner)),
+            // it is here all the same, and its owner may be gone: then there is no way back
+            (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why), owner)),
+            (Err(_), Ok(report)) => {
                 let reason = report["reason"].as_str().unwrap_or("the VM's home gives no reason");
                 Err(format!("the VM was not lent: {reason}"))
             }
-            (Err(_), Ok(Err(why))) => Err(format!("the VM was not lent: {why}")),
-            (Err((_, error)), Err(_)) => Err(format!("the VM did not come: {error}")),
+            (Err((_, error)), Err(why)) => Err(format!("the VM was not lent ({error}): {why}")),
         }
     }
 
@@ -222,39 +243,52 @@ impl<'a> Borrower<'a> {
         self.instance.migrate(&MigrateRequest::plain(to, "pre-copy", 2), &mut |_| {}).map(judged)
     }
 
-    /// Hands the guest back. If its owner has died, this is its home from now on.
-    fn give_back(&self, mut guest: Resident<Tenant>, to: &Address, owner: &[u8]) -> (End, Value) {
-        let mut last = Value::Null;
+    /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.
+    fn give_back(&self, mut guest: Resident<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
+        let mut last = report::not_begun("handover", "its home has not said where it takes the VM back");
         for _ in 0..RETURNS {
-            if self.instance.guest_has_ended() {
-                // its home would wait for ever
-                let report = report::not_begun("handover", "the guest has ended by itself");
-                if let Err(why) = ask(&self.args.attach, &Request::Gone { report: report.clone(), status: 5 }, |_| {}) {
-                    eprintln!("minivmm: the VM's home is not told that its guest has ended: {why}");
+            match self.instance.fate() {
+                Fate::Here => {}
+                // its home ends as after a migration, or an end, of its own
+                Fate::Moved(report) => return (self.gone(report, 0), Value::Null),
+                Fate::Ended => {
+                    let report = report::not_begun("handover", "the guest has ended by itself");
+                    return (self.gone(report.clone(), 5), report);
                 }
-                return (End::Over(5), report);
             }
-            let (gone, report) = self.instance.return_guest(guest, to, owner);
-            guest = match gone {
-                Ok(dormant) => return (End::Home(dormant), report),
-                Err(guest) => guest,
-            };
-            last = report;
-            if dead(owner) {
-                eprintln!("minivmm: the VM's home has died; it stays here, at {}", self.args.attach.display());
-                self.instance.inherit_place(&self.control, &self.args.attach);
-                return (End::Over(self.serve(&guest)), last);
+            if let Some(to) = to {
+                let (gone, report) = self.instance.return_guest(guest, to, owner);
+                last = report;
+                guest = match gone {
+                    Some(Ok(dormant)) => return (End::Home(dormant), last),
+                    Some(Err(guest)) => guest,
+                    None => return (End::Over(5), last),
+                };
+            }
+            if ProcessFence.is_dead(owner) {
+                eprintln!("minivmm: the VM's home has died; it stays here, at {}", self.attach.display());
+                self.instance.inherit_place(&self.control, &self.attach);
+                return (self.serve(guest), last);
             }
             thread::sleep(RETRY);
         }
         let why = last["reason"].as_str().unwrap_or_default().to_owned();
         eprintln!("minivmm: the VM's home does not take it back; it stays here, at {}: {why}", self.control.display());
-        (End::Over(self.serve(&guest)), last)
+        (self.serve(guest), last)
+    }
+
+    /// The guest will not come home.
+    fn gone(&self, report: Value, status: u8) -> End {
+        if let Err(why) = self.ask(&Request::Gone { report, status }) {
+            eprintln!("minivmm: the VM's home is not told that it has gone: {why}");
+        }
+        End::Over(status)
     }
 
     /// Is the guest's home.
-    fn serve(&self, _guest: &Resident<Tenant>) -> u8 {
-        self.instance.wait_exit()
+    fn serve(&self, _guest: Resident<Tenant>) -> End {
+        self.instance.stay();
+        End::Over(self.instance.wait_exit())
     }
 
     /// SIGINT and SIGTERM end the command, but not before the guest is at home; a second one ends it at once.
@@ -287,11 +321,6 @@ impl Drop for Borrower<'_> {
             let _ = std::fs::remove_file(path);
         }
     }
-}
-
-fn dead(owner: &[u8]) -> bool {
-    use migration_core::fence::Fence;
-    ProcessFence.is_dead(owner)
 }
 
 /// A report, and what it says is wrong.

@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use lend::LendRequest;
 use lend::Lent;
+pub(crate) use lend::{Fate, LendRequest};
 use migration_core::{
     PAGE_SHIFT,
     engine::{
@@ -75,8 +75,9 @@ struct State {
     place: Option<Place>,
     /// When this VMM is replaced by itself, and the how manieth such plan that is.
     schedule: (u64, Option<Plan>),
-    /// Who has borrowed the guest.
+    /// Who has borrowed the guest, and how many have so far.
     lent: Option<Lent>,
+    lends: u64,
     /// Of a borrower: the guest's owner wants it back.
     asked_back: bool,
     /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
@@ -97,6 +98,8 @@ enum Role {
     Lent,
     /// The guest that is borrowed now and then is at home.
     Dormant,
+    /// The VM has moved away for good.
+    Moved,
     Ended,
 }
 
@@ -350,6 +353,7 @@ impl Instance {
             Request::Place => self.place(),
             Request::Lend(request) => self.lend(request),
             Request::GiveBack => self.give_back(),
+            Request::StopLog => self.stop_log(),
             Request::Gone { report, status } => self.gone(report, status),
             Request::Migrate(request) => self.migrate(&request, progress),
         }
@@ -437,6 +441,11 @@ impl Instance {
     /// Where this minivmm is found, and which process it is.
     fn place(&self) -> Result<Value, String> {
         let place = self.lock().place.clone().ok_or("place: there is no control socket")?;
+        if place.serial == "stdio" {
+            return Err(
+                "its serial port is this process's stdout, which no other process has: use a file, or null".into()
+            );
+        }
         let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
         Ok(json!({"serial": place.serial, "identity": identity.encode(), "pid": std::process::id()}))
     }
@@ -619,7 +628,7 @@ impl Instance {
         state.end(report::to_json(report));
         state.epoch = report.epoch;
         let (role, exit) = match report.outcome {
-            Outcome::Completed => (Role::Ended, Some(0)),
+            Outcome::Completed => (Role::Moved, Some(0)),
             Outcome::Lost => (Role::Ended, Some(5)),
             _ => (Role::Home, None),
         };
@@ -640,7 +649,7 @@ impl Role {
             Role::InDoubt => "in-doubt",
             Role::Lent => "lent",
             Role::Dormant => "dormant",
-            Role::Ended => "ended",
+            Role::Moved | Role::Ended => "ended",
         }
     }
 }

@@ -131,8 +131,13 @@ fn receive(args: &Receive) -> Result<u8, String> {
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
     match &common.control {
         Some(path) => {
-            let (serial, broker) = (common.serial.clone(), common.broker.clone());
-            instance.set_place(Place { control: path.clone(), serial, broker });
+            // others have working directories of their own
+            let path = &std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let serial = match common.serial.as_str() {
+                word @ ("stdio" | "null") => word.to_owned(),
+                file => std::path::absolute(file).map_err(|e| format!("{file}: {e}"))?.display().to_string(),
+            };
+            instance.set_place(Place { control: path.clone(), serial, broker: common.broker.clone() });
             ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
         }
         None => Ok(()),

@@ -278,6 +278,10 @@ impl ReceiverHandle {
     /// When no complete VM is held.
     pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
         let mut state = lock(&self.hub.state);
+        if !state.machine.is_complete() {
+            let (epoch, phase) = (state.machine.epoch(), state.machine.phase());
+            return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
+        }
         let action = state.machine.inherit(source)?;
         self.hub.take(&state, &action);
         Ok(())

@@ -229,6 +229,11 @@ impl DestinationMachine {
         Ok(())
     }
 
+    /// Whether no page of the VM is missing, or those that were have arrived.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     /// Whether the VM runs here, but lacks pages.
     pub fn is_served(&self) -> bool {
         self.phase == DestinationPhase::Running && !self.complete

@@ -26,6 +26,8 @@ pub(crate) struct LendRequest {
 
 /// Who has the guest.
 pub(super) struct Lent {
+    /// How many were lent before, and this one.
+    number: u64,
     request: LendRequest,
     since: Instant,
     overdue: bool,
@@ -51,24 +53,28 @@ impl Instance {
         if let Some(why) = machine.cannot_hand_over() {
             return Err(format!("lend: {why}"));
         }
-        let mut back = place.control.into_os_string();
-        back.push(format!(".b{}", std::process::id()));
-        let back = PathBuf::from(back);
-        // one of an earlier time; nobody is on the way to it
-        let _ = std::fs::remove_file(&back);
-        let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("lend: this minivmm is {}", state.role.name()));
         }
+        state.lends += 1;
+        let number = state.lends;
+        let mut back = place.control.into_os_string();
+        back.push(format!(".b{}.{number}", std::process::id()));
+        let back = PathBuf::from(back);
+        let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
         let resident = Resident::new(Tenant::of(machine), state.last_epoch());
         let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
-        state.lent = Some(Lent { request, since: Instant::now(), overdue: false, receiver: None });
+        state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
         drop(state);
         let instance = self.clone();
-        let watch = move || while instance.runs_on(TICK) && instance.look_after_lent() {};
+        let watch = move || {
+            while instance.look_after_lent(number) {
+                thread::sleep(TICK);
+            }
+        };
         let watch = thread::Builder::new().name("lent".into()).spawn(watch);
         if let Err(error) = watch {
             eprintln!("minivmm: nobody sees whether the borrower dies: {error}");
@@ -84,14 +90,18 @@ impl Instance {
                     instance.await_return(awaiting, &mut *listener, &back);
                 }
                 Err(_stays) => {
-                    // as below
+                    // as in `await_return`
                     let _ = std::fs::remove_file(&back);
                     instance.lock().lent = None;
                     instance.ended(&report);
                 }
             }
         };
-        self.spawn("lend", body)?;
+        let begun = self.spawn("lend", body);
+        if begun.is_err() {
+            self.lock().lent = None;
+        }
+        begun?;
         await_end(updates, false, &mut |_| {})
     }
 
@@ -131,10 +141,10 @@ impl Instance {
     }
 
     /// Looks whether the borrower lives, and whether it is late; whether to go on with that.
-    fn look_after_lent(&self) -> bool {
+    fn look_after_lent(&self, number: u64) -> bool {
         let mut state = self.lock();
         let role = state.role;
-        let Some(lent) = &mut state.lent else { return false };
+        let Some(lent) = state.lent.as_mut().filter(|lent| lent.number == number) else { return false };
         if !ProcessFence.is_dead(&lent.request.borrower) {
             if role == Role::Lent && !lent.overdue && lent.since.elapsed().as_micros() > lent.request.within_us.into() {
                 lent.overdue = true;
@@ -246,54 +256,88 @@ impl Instance {
         drop(self.wait_while(time, |state| !state.asked_back && state.exit.is_none()));
     }
 
-    /// Whether the guest has ended by itself.
-    pub(crate) fn guest_has_ended(&self) -> bool {
-        self.lock().role == Role::Ended
+    /// What has become of the guest, once no migration of it is under way or in doubt any more.
+    pub(crate) fn fate(&self) -> Fate {
+        let mut state = self.lock();
+        loop {
+            match state.role {
+                Role::Moved => return Fate::Moved(state.last.clone().unwrap_or_default()),
+                Role::Ended => return Fate::Ended,
+                Role::Outgoing | Role::InDoubt | Role::Saving => {
+                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                }
+                Role::Home | Role::Incoming | Role::Lent | Role::Dormant => return Fate::Here,
+            }
+        }
     }
 
-    /// Hands the guest back to `to`, where its owner awaits it; the report, and whether it has gone.
+    /// It stays here, for whatever reason: not even a signal that came before ends this process now.
+    pub(crate) fn stay(&self) {
+        let mut state = self.lock();
+        if state.role == Role::Home {
+            state.exit = None;
+        }
+    }
+
+    /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is lost.
     pub(crate) fn return_guest(
         self: &Arc<Self>,
         guest: Resident<Tenant>,
         to: &Address,
         owner: &[u8],
-    ) -> (Result<Dormant<Tenant>, Resident<Tenant>>, Value) {
+    ) -> (Option<Returned>, Value) {
         let (controller, commands) = Controller::new();
         let (tx, _updates) = mpsc::channel();
-        self.lock().begin(Role::Outgoing, controller, tx);
-        let (instance, owner) = (self.clone(), owner.to_owned());
-        let watch = move || {
-            while instance.runs_on(TICK) {
-                let mut state = instance.lock();
-                match state.role {
-                    Role::Outgoing => {}
-                    Role::InDoubt if ProcessFence.is_dead(&owner) => {
-                        state.lost("its owner died when it was about to run the VM again, or just after");
-                        drop(state);
-                        return instance.changed.notify_all();
-                    }
-                    Role::InDoubt => {}
-                    _ => return,
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            // somebody was faster
+            let report = report::not_begun("handover", &format!("this minivmm is {}", state.role.name()));
+            return (Some(Err(guest)), report);
+        }
+        state.begin(Role::Outgoing, controller, tx);
+        drop(state);
+        let (link, options) = (connector(to, ConnectOptions::default()), self.source_options());
+        let (tx, returned) = mpsc::channel();
+        // if it stays in doubt this never ends
+        let body = move || drop(tx.send(guest.relinquish(&*link, &options, commands)));
+        if let Err(why) = self.spawn("return", body) {
+            return (None, report::not_begun("handover", &why));
+        }
+        let (gone, report) = loop {
+            match returned.recv_timeout(TICK) {
+                Ok(returned) => break returned,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return (None, report::not_begun("handover", "the thread that returns the guest has died"));
                 }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            let mut state = self.lock();
+            if state.role == Role::InDoubt && ProcessFence.is_dead(owner) {
+                state.lost("its owner died when it was about to run the VM again, or just after");
+                let report = state.last.clone().unwrap_or_default();
+                drop(state);
+                self.changed.notify_all();
+                return (None, report);
             }
         };
-        if let Err(error) = thread::Builder::new().name("return".into()).spawn(watch) {
-            eprintln!("minivmm: nobody sees whether the owner dies: {error}");
-        }
-        let link = connector(to, ConnectOptions::default());
-        let (gone, report) = guest.relinquish(&*link, &self.source_options(), commands);
         let mut state = self.lock();
         state.epoch = report.epoch;
         match (&gone, state.role) {
             (Ok(_), _) => state.role = Role::Dormant,
-            (Err(_), Role::Outgoing) => state.role = Role::Home,
+            (Err(_), Role::Outgoing | Role::InDoubt) => state.role = Role::Home,
             (Err(_), _) => {}
         }
         let report = report::to_json(&report);
         state.end(report.clone());
         drop(state);
         self.changed.notify_all();
-        (gone, report)
+        (Some(gone), report)
+    }
+
+    /// A borrower has no use for the dirty log any more.
+    pub(crate) fn stop_log(&self) -> Result<Value, String> {
+        self.home("stop log")?.stop_log().map_err(|e| format!("stop log: {e}"))?;
+        Ok(json!({"log": false}))
     }
 
     /// Its owner has died while its guest was here: this minivmm is its home from now on, and is found where that was.
@@ -301,6 +345,17 @@ impl Instance {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();
     }
+}
+
+/// The VM, whose guest has gone, or is still here.
+pub(crate) type Returned = Result<Dormant<Tenant>, Resident<Tenant>>;
+
+/// What has become of a guest.
+pub(crate) enum Fate {
+    Here,
+    /// It has moved elsewhere; the report.
+    Moved(Value),
+    Ended,
 }
 
 impl State {

@@ -269,10 +269,17 @@ impl Machine {
     /// Starts the guest, or leaves it paused.
     pub(crate) fn start(&self, running: bool) -> Result<(), MachineError> {
         let mut standing = self.standing();
-        // whatever an earlier stay of the guest had left behind
-        *standing = Standing { by_user: !running, ..Standing::default() };
+        standing.by_user = !running;
         self.settle(&standing);
         Ok(())
+    }
+
+    /// Starts a guest that has arrived, maybe not for the first time.
+    pub(super) fn arrive(&self, running: bool) {
+        let mut standing = self.standing();
+        // whatever an earlier stay had left behind
+        *standing = Standing { by_user: !running, ..Standing::default() };
+        self.settle(&standing);
     }
 
     pub(crate) fn pause_by_user(&self) -> Result<(), String> {
@@ -300,6 +307,9 @@ impl Machine {
     /// When the guest has ended by itself: there is nothing to move then.
     pub(super) fn stop(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
+        if standing.given_up {
+            return Err(VmError::new("the VM may run at its destination"));
+        }
         standing.by_migration = true;
         self.processors.pause();
         match self.processors.end() {
@@ -502,8 +512,19 @@ impl Machine {
             dirty = PageSet::full(self.pages());
             started
         };
+        if harvested.is_err() {
+            tracker.put_back(&dirty);
+        }
         self.put_tracker(tracker);
         harvested.map(|()| dirty)
+    }
+
+    /// Ends the log.
+    pub(crate) fn stop_log(&self) -> Result<(), TrackerError> {
+        let mut tracker = self.take_tracker();
+        let stopped = tracker.stop();
+        self.put_tracker(tracker);
+        stopped
     }
 
     /// Goes on with the log of another VMM, which has these pages, while no vCPU runs.

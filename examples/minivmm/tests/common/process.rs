@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
 };
 
@@ -233,9 +233,7 @@ impl Process {
 
     /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
     pub(crate) fn feature(&self, args: &[&str]) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
-        let output = self.start_feature(args)?.output()?;
-        let trips = String::from_utf8(output.stdout)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-        Ok((output.status.code(), trips, String::from_utf8(output.stderr)?))
+        self.start_feature(args)?.trips()
     }
 
     /// A part of guest RAM, by `ctl memory`.
@@ -325,6 +323,19 @@ impl Client {
     /// Waits for its answer.
     pub(crate) fn answer(self) -> Result<Answer, Failed> {
         Answer::new(self.output()?)
+    }
+
+    /// Any command, from this directory.
+    pub(crate) fn start_in(folder: &Path, args: &[&str]) -> Result<Self, Failed> {
+        let child = minivmm().args(args).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        Ok(Self(Guard(child)))
+    }
+
+    /// Waits for the end of a `feature`: its status, what it printed a trip, and its stderr.
+    pub(crate) fn trips(self) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
+        let output = self.output()?;
+        let trips = String::from_utf8(output.stdout)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        Ok((output.status.code(), trips, String::from_utf8(output.stderr)?))
     }
 
     /// Waits for its end.

@@ -46,6 +46,11 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("ephemeral/late", late);
     suite.kvm("ephemeral/interrupted", interrupted);
     suite.kvm("ephemeral/guest_ends", guest_ends);
+    suite.kvm("ephemeral/moved_away_by_a_user", moved_away_by_a_user);
+    suite.kvm("ephemeral/home_dies_and_a_signal_comes", home_dies_and_a_signal_comes);
+    suite.kvm("ephemeral/home_is_refreshed_between_trips", home_is_refreshed_between_trips);
+    suite.kvm("ephemeral/many_borrowers", many_borrowers);
+    suite.kvm("ephemeral/from_another_directory", from_another_directory);
     suite.kvm("ephemeral/other_techniques_afterwards", other_techniques_afterwards);
     suite.kvm("ephemeral/borrower_dies", borrower_dies);
     suite.kvm("ephemeral/home_dies", home_dies);
@@ -272,6 +277,96 @@ fn guest_ends(lab: &Lab) -> Outcome {
     ensure_says(&answer.stderr, "triple fault")?;
     let status = home.ended()?;
     ensure(status.code() == Some(5), || format!("{status}: {}", home.stderr()))
+}
+
+/// While it is borrowed somebody moves it from there: it does not come back, and its home ends well.
+fn moved_away_by_a_user(lab: &Lab) -> Outcome {
+    let mut home = home(lab, &["--backing", "memfd"])?;
+    let there = lab.receive("there", &["--serial", &lab.arg("serial")])?;
+    let client = lent(&home, &["--do", "check", "--hold", "1h"])?;
+    let status = home.wait_state("lent")?;
+    let borrower = status["lent"]["control"].as_str().unwrap_or("").to_owned();
+    wait_for("the guest moves", || {
+        let (code, _, _) = usage(&["ctl", "--control", &borrower, "migrate", "--to", &there.address])?;
+        Ok((code == Some(0)).then_some(()))
+    })?;
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0) && answer.json["return"].is_null(), || format!("{answer:?}"))?;
+    home.ended_well()?;
+    checks_all(&there)?;
+    there.quit()?;
+    serial_is_whole(lab)
+}
+
+/// The borrower was told to end, but not to take the guest along.
+fn home_dies_and_a_signal_comes(lab: &Lab) -> Outcome {
+    let mut home = home(lab, &["--backing", "memfd"])?;
+    let mut client = lent(&home, &["--do", "check", "--hold", "1h"])?;
+    home.kill()?;
+    client.signal(Signal::SIGTERM)?;
+    wait_for("the borrower is the guest's home", || {
+        ensure(!client.has_ended()?, || "it has ended, and the guest with it".into())?;
+        Ok(home.status().is_ok_and(|s| s["state"] == "running" && s["pid"] == client.pid()).then_some(()))
+    })?;
+    checks_all(&home)?;
+    home.ask(&["quit"])?;
+    wait_for("the borrower ends", || Ok(client.has_ended()?.then_some(())))?;
+    serial_is_whole(lab)
+}
+
+fn home_is_refreshed_between_trips(lab: &Lab) -> Outcome {
+    let home = home(lab, &["--backing", "memfd"])?;
+    let client = home.start_feature(&["--do", "check", "--every", "500ms", "--times", "3"])?;
+    home.wait_until("a trip is over", |s| s["state"] == "running" && s["epoch"].as_u64() >= Some(2))?;
+    // it may just be away again
+    let refreshed = wait_for("a successor", || {
+        let answer = home.ctl(&["refresh"])?;
+        Ok((answer.code == Some(0)).then_some(answer.json))
+    })?;
+    let (code, trips, stderr) = client.trips()?;
+    ensure(code == Some(0) && trips.len() == 3, || format!("{code:?} {trips:?} {stderr}"))?;
+    let status = at_home(&home)?;
+    ensure(status["pid"] == refreshed["pid"], || format!("{status}"))?;
+    home.works()?;
+    home.ask(&["quit"])?;
+    wait_for("the control socket to go", || Ok((!lab.path("home").exists()).then_some(())))?;
+    serial_is_whole(lab)
+}
+
+/// They take turns, or are told that another one has the guest.
+fn many_borrowers(lab: &Lab) -> Outcome {
+    let home = home(lab, &["--backing", "memfd"])?;
+    let clients: Vec<Client> = (0..4).map(|_| home.start_feature(&["--do", "check"])).collect::<Result<_, Failed>>()?;
+    let mut served = 0;
+    for client in clients {
+        let (code, trips, stderr) = client.trips()?;
+        if code == Some(0) {
+            served += 1;
+        } else {
+            ensure(code == Some(1), || format!("{code:?} {trips:?} {stderr}"))?;
+            ensure_says(trips[0]["reason"].as_str().unwrap_or(""), "lent")?;
+        }
+    }
+    ensure(served > 0, || "nobody was served".into())?;
+    at_home(&home)?;
+    checks_all(&home)?;
+    home.quit()?;
+    serial_is_whole(lab)
+}
+
+/// The paths of both are relative to where they were started.
+fn from_another_directory(lab: &Lab) -> Outcome {
+    let (here, there) = (lab.path("here"), lab.path("there"));
+    fs::create_dir(&here)?;
+    fs::create_dir(&there)?;
+    let args = ["run", "--memory", "64M", "--workload", GUEST, "--backing", "memfd", "--control", "c", "--serial", "s"];
+    let _home = Client::start_in(&here, &args)?;
+    wait_for("the guest runs", || Ok(here.join("c").exists().then_some(())))?;
+    let (code, trips, stderr) =
+        Client::start_in(&there, &["feature", "--attach", "../here/c", "--do", "check", "--json"])?.trips()?;
+    ensure(code == Some(0), || format!("{code:?} {trips:?} {stderr}"))?;
+    ensure(trips[0]["return"]["outcome"] == "completed", || format!("{trips:?}"))?;
+    ensure(fs::read_dir(&there)?.next().is_none(), || "the borrower has left files in its directory".into())
 }
 
 /// A VM that was away is as good as any.
