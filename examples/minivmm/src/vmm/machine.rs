@@ -159,11 +159,12 @@ impl Machine {
         files: Vec<OwnedFd>,
         config: MachineConfig,
         serial: &SerialTarget,
+        cold: bool,
     ) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
-        if let Err(error) = machine.ram.warm_shared(WARMING) {
+        if !cold && let Err(error) = machine.ram.warm_shared(WARMING) {
             eprintln!("minivmm: the guest will be slow at first: {error}");
         }
         Ok(machine)
