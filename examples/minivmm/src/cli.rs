@@ -195,6 +195,9 @@ pub(crate) struct Receive {
     /// How dirty pages are found when the VM moves on; as at the source if not given.
     #[arg(long)]
     pub(crate) tracker: Option<TrackerKind>,
+    /// In a hand-over, leave page tables empty, so that the guest faults on each page: to measure what filling them is worth.
+    #[arg(long, hide = true)]
+    pub(crate) cold: bool,
     /// With the VM, its control socket gets this path.
     #[arg(long, hide = true, value_name = "SOCK")]
     pub(crate) successor_of: Option<PathBuf>,

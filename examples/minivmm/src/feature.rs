@@ -114,6 +114,7 @@ impl<'a> Borrower<'a> {
             tracker: None,
             pause_on_loss: false,
             shared_ram: false,
+            cold: false,
         };
         self.instance.borrows();
         self.instance.set_place(Place { control: self.control.clone(), serial, broker: None });

@@ -97,6 +97,7 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
         tracker: args.tracker,
         pause_on_loss: false,
         shared_ram: args.common.broker.is_some(),
+        cold: false,
     };
     instance.restore(path, host, args.paused)?;
     serve(&args.common, &instance)?;
@@ -111,6 +112,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
         shared_ram: args.common.broker.is_some(),
+        cold: args.cold,
     };
     if let Some(place) = &args.successor_of {
         let own = args.common.control.clone().ok_or("--successor-of needs --control")?;

@@ -160,6 +160,8 @@ pub(crate) struct HostOptions {
     pub(crate) pause_on_loss: bool,
     /// Its RAM must be memory that other processes can map.
     pub(crate) shared_ram: bool,
+    /// Page tables of RAM that is handed over stay empty.
+    pub(crate) cold: bool,
 }
 
 /// Builds machines for VMs that arrive, and passes those on that are owned.
@@ -197,7 +199,7 @@ impl Host {
         }
         let machine = match shared {
             None => Machine::new(config, &self.options.serial),
-            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial),
+            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
         };
         let machine = machine.map_err(|e| VmError::because("building the VM", e))?;
         let here = machine.devices().kinds();

@@ -159,11 +159,14 @@ impl Machine {
         files: Vec<OwnedFd>,
         config: MachineConfig,
         serial: &SerialTarget,
+        cold: bool,
     ) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
-        machine.warm();
+        if !cold {
+            machine.warm();
+        }
         Ok(machine)
     }
 

@@ -3,6 +3,7 @@
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
 mod balloon;
+mod bench;
 mod broker;
 #[path = "../common/mod.rs"]
 mod common;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
     balloon::add(&mut suite);
+    bench::add(&mut suite);
     broker::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
