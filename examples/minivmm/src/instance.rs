@@ -303,6 +303,11 @@ impl Instance {
             // it may be gone already
             let _ = std::fs::remove_file(path);
         }
+        if state.role == Role::Moved
+            && let Some(machine) = state.machine.clone()
+        {
+            machine.let_go();
+        }
         // of a VM that has ended well or moved away; any other's stays, for somebody to look at
         if let Some(deposit) = state.deposit.take_if(|_| status == 0)
             && let Err(error) = deposit.forget()

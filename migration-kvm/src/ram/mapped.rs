@@ -17,8 +17,38 @@ use super::{
     pagemap::{Pagemap, data_extents},
 };
 
-/// Pages whose page table entries are filled in one go: 2 MiB, about a tenth of a millisecond.
-const WARM_PIECE: u64 = 512;
+/// Pages whose page table entries are filled in one go: 1 MiB, about a tenth of a millisecond, less than the scheduler's tick.
+const WARM_PIECE: u64 = 256;
+/// Pages that are unmapped in one go: 4 MiB, and whole huge pages.
+const COOL_PIECE: u64 = 1024;
+/// The longest rest after a piece, in times that it took.
+const LONGEST_REST: u32 = 16;
+
+/// Rests between pieces of work beside a guest: as long as the work took, and longer the more others want the cores.
+struct Rests(u32);
+
+impl Default for Rests {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+impl Rests {
+    fn after<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let result = work();
+        let took = began.elapsed();
+        let rest = took * self.0;
+        thread::sleep(rest);
+        // who is woken late shares its core
+        let late = began.elapsed().saturating_sub(took + rest);
+        self.0 = if late > LATE { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
+        result
+    }
+}
+
+/// A thread that is woken later than this was not woken on an idle core.
+const LATE: Duration = Duration::from_micros(300);
 
 /// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
 ///
@@ -187,18 +217,55 @@ impl MappedRam {
     /// # Errors
     /// [`RamError::System`].
     pub fn warm_shared(&self, patience: Duration) -> Result<bool, RamError> {
+        self.warm_shared_by(patience, &mut |range| self.warm_for_reading(range))
+    }
+
+    /// As [`warm_shared`](Self::warm_shared), by other means, such as [`pre_fault`](crate::state::pre_fault) or a device's; `fill`
+    /// gets pieces of up to 1 MiB, each in one region.
+    ///
+    /// # Errors
+    /// Those of `fill`, and [`RamError::System`].
+    pub fn warm_shared_by(
+        &self,
+        patience: Duration,
+        fill: &mut dyn FnMut(PageRange) -> Result<(), RamError>,
+    ) -> Result<bool, RamError> {
         let (populated, start) = (self.contents()?, Instant::now());
-        for range in populated.ranges() {
-            for first in range.pages().step_by(WARM_PIECE as usize) {
-                let began = Instant::now();
-                if began - start >= patience {
-                    return Ok(false);
+        let mut rests = Rests::default();
+        for region in 0..self.regions.len() {
+            let Some(pages) = self.layout.region_pages(region) else { continue };
+            for range in populated.ranges_in(pages) {
+                for first in range.pages().step_by(WARM_PIECE as usize) {
+                    if start.elapsed() >= patience {
+                        return Ok(false);
+                    }
+                    let piece = PageRange::new(first, WARM_PIECE.min(range.end() - first));
+                    rests.after(|| fill(piece))?;
                 }
-                self.warm_for_reading(PageRange::new(first, WARM_PIECE.min(range.end() - first)))?;
-                thread::sleep(began.elapsed());
             }
         }
         Ok(true)
+    }
+
+    /// Takes the guest's memory out of the page tables of this process, and of KVM's for VMs here, in pieces with rests: when the
+    /// VM runs elsewhere, on the same cores, and its RAM lives on in memory files. To unmap all of it at once would take tens of
+    /// milliseconds a GiB. Accesses map it again. Does nothing for private memory.
+    ///
+    /// # Errors
+    /// [`RamError::System`].
+    pub fn cool_shared(&self) -> Result<(), RamError> {
+        if !self.backing.is_shared() {
+            return Ok(());
+        }
+        let mut rests = Rests::default();
+        for region in 0..self.regions.len() {
+            let Some(pages) = self.layout.region_pages(region) else { continue };
+            for first in pages.pages().step_by(COOL_PIECE as usize) {
+                let piece = PageRange::new(first, COOL_PIECE.min(pages.end() - first));
+                rests.after(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The pages that memory files hold, mapped here or not. Without those of hugetlb, which cannot say where its data is, if

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use kvm_ioctls::Kvm;
 use migration_core::{
-    GuestRam, PAGE_SIZE, PageSet,
+    GuestRam, PAGE_SIZE, PageRange, PageSet,
     device::DeviceSet,
     state::VmState,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
@@ -45,8 +45,8 @@ const BOARD: u64 = 0x10_0000;
 /// How long a migration waits for the end of the one before.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
-/// How long a hand-over waits for page tables to be filled: enough for 8 GiB.
-const WARMING: Duration = Duration::from_secs(2);
+/// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has something else to do.
+const WARMING: Duration = Duration::from_secs(10);
 
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
@@ -83,6 +83,8 @@ pub(super) trait Processors: Send + Sync {
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send>;
     /// Why the guest has ended.
     fn end(&self) -> Option<String>;
+    /// Fills the page tables that they use for this memory, before the guest comes.
+    fn pre_fault(&self, gpa: u64, len: u64) -> io::Result<()>;
     /// Frees threads and vCPUs.
     fn shut_down(&self);
 }
@@ -172,8 +174,26 @@ impl Machine {
 
     /// Fills page tables for a guest that runs in this RAM elsewhere, and is about to come.
     pub(super) fn warm(&self) {
-        if let Err(error) = self.ram.warm_shared(WARMING) {
+        let mut pre_faults = true;
+        let mut fill = |range: PageRange| {
+            // KVM's page tables and ours; where it cannot do that, ours
+            pre_faults = pre_faults && self.pre_fault(range);
+            if pre_faults { Ok(()) } else { self.ram.warm_for_reading(range) }
+        };
+        if let Err(error) = self.ram.warm_shared_by(WARMING, &mut fill) {
             eprintln!("minivmm: the guest will be slow at first: {error}");
+        }
+    }
+
+    fn pre_fault(&self, range: PageRange) -> bool {
+        let gpa = self.ram.layout().gpa_of(range.first);
+        gpa.is_some_and(|gpa| self.processors.pre_fault(gpa, range.bytes()).is_ok())
+    }
+
+    /// Its guest runs elsewhere, in the same RAM: unmaps that without disturbing it.
+    pub(crate) fn let_go(&self) {
+        if let Err(error) = self.ram.cool_shared() {
+            eprintln!("minivmm: {error}");
         }
     }
 
