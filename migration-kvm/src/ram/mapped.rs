@@ -78,6 +78,15 @@ struct Region {
     file: Option<OwnedFd>,
 }
 
+impl Region {
+    /// Whether its memory file has no hole; hugetlbfs does not say where its data is.
+    fn is_full(&self, pages: PageRange) -> bool {
+        let blocks =
+            self.file.as_ref().and_then(|file| fstat(file).ok()).map(|stat| stat.st_blocks.max(0) as u64 * 512);
+        blocks.is_some_and(|bytes| bytes >= pages.bytes())
+    }
+}
+
 impl MappedRam {
     /// Maps zeroed RAM of this layout.
     ///
@@ -230,21 +239,43 @@ impl MappedRam {
         patience: Duration,
         fill: &mut dyn FnMut(PageRange) -> Result<(), RamError>,
     ) -> Result<bool, RamError> {
-        let (populated, start) = (self.contents()?, Instant::now());
-        let mut rests = Rests::default();
-        for region in 0..self.regions.len() {
-            let Some(pages) = self.layout.region_pages(region) else { continue };
-            for range in populated.ranges_in(pages) {
-                for first in range.pages().step_by(WARM_PIECE as usize) {
-                    if start.elapsed() >= patience {
-                        return Ok(false);
-                    }
-                    let piece = PageRange::new(first, WARM_PIECE.min(range.end() - first));
-                    rests.after(|| fill(piece))?;
+        let (start, mut rests) = (Instant::now(), Rests::default());
+        for (index, region) in self.regions.iter().enumerate() {
+            let Some(pages) = self.layout.region_pages(index) else { continue };
+            if self.backing == Backing::Hugetlb && !region.is_full(pages) {
+                continue;
+            }
+            for first in pages.pages().step_by(WARM_PIECE as usize) {
+                if start.elapsed() >= patience {
+                    return Ok(false);
+                }
+                let piece = PageRange::new(first, WARM_PIECE.min(pages.end() - first));
+                let held = self.held(index, PageRange::new(first - pages.first, piece.count))?;
+                if !held.is_empty() {
+                    let held = held.iter().map(|range| PageRange::new(pages.first + range.first, range.count));
+                    rests.after(|| held.into_iter().try_for_each(&mut *fill))?;
                 }
             }
         }
         Ok(true)
+    }
+
+    /// The pages of a memory file that memory holds, of so many from `range.first` on, which count from the region's begin. Asked
+    /// piece by piece: to seek the file's next hole the kernel may go through all of it, and nobody else gets the core meanwhile.
+    fn held(&self, region: usize, range: PageRange) -> Result<Vec<PageRange>, RamError> {
+        if self.backing == Backing::Hugetlb {
+            // only of what is mapped the kernel would say that it is held
+            return Ok(vec![range]);
+        }
+        let mut resident = [0; WARM_PIECE as usize];
+        let resident = &mut resident[..range.count as usize];
+        let asked = self.regions[region].mapping.resident(range.first << PAGE_SHIFT, resident);
+        asked.map_err(RamError::system("look for what a memory file holds"))?;
+        let mut held = PageSet::empty(range.count);
+        for (page, _) in (0..).zip(&*resident).filter(|(_, byte)| **byte & 1 == 1) {
+            held.insert(page);
+        }
+        Ok(held.ranges().map(|r| PageRange::new(range.first + r.first, r.count)).collect())
     }
 
     /// Takes the guest's memory out of the page tables of this process, and of KVM's for VMs here, in pieces with rests: when the
@@ -266,25 +297,6 @@ impl MappedRam {
             }
         }
         Ok(())
-    }
-
-    /// The pages that memory files hold, mapped here or not. Without those of hugetlb, which cannot say where its data is, if
-    /// there is any hole.
-    fn contents(&self) -> Result<PageSet, RamError> {
-        let mut populated = PageSet::empty(self.layout.pages());
-        for (index, region) in self.regions.iter().enumerate() {
-            let (Some(file), Some(pages)) = (&region.file, self.layout.region_pages(index)) else { continue };
-            let found = |from: u64, end: u64| {
-                populated.insert_range(PageRange::new(pages.first + (from >> PAGE_SHIFT), (end - from) >> PAGE_SHIFT));
-            };
-            if self.backing == Backing::Memfd {
-                let extents = data_extents(file.as_fd(), pages.bytes(), found);
-                extents.map_err(RamError::system("look for what a memory file holds"))?;
-            } else if fstat(file).is_ok_and(|stat| stat.st_blocks.max(0) as u64 * 512 >= pages.bytes()) {
-                populated.insert_range(pages);
-            }
-        }
-        Ok(populated)
     }
 
     /// A second mapping of the same memory; `None` for private memory. For a pager that fills pages behind the
