@@ -547,6 +547,35 @@ mod tests {
         (&other as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);
         assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
+        // by other means, which are asked for what is there alone
+        let mut pieces = Vec::new();
+        let mut note = |piece: PageRange| {
+            pieces.push(piece);
+            Ok(())
+        };
+        assert!(other.warm_shared_by(Duration::from_secs(60), &mut note).unwrap());
+        assert_eq!(pieces, [PageRange::new(4, 3)]);
+        assert!(!other.warm_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
+        let failed = other.warm_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
+        assert!(matches!(failed, Err(RamError::Unsealed(9))));
+        // what is unmapped in one of them is where it was, for both
+        ram.cool_shared().unwrap();
+        assert!(populated(&ram).iter().eq([4, 5, 6]));
+        (&ram as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn memory_files_are_told_apart() {
+        let (ram, stranger) =
+            (MappedRam::new(layout(), Backing::Memfd).unwrap(), MappedRam::new(layout(), Backing::Memfd).unwrap());
+        let files = ram.memory_files().unwrap();
+        let copies: Vec<OwnedFd> = files.iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
+        assert!(ram.is_in(&copies).unwrap() && !stranger.is_in(&copies).unwrap());
+        assert!(!ram.is_in(&copies[1..]).unwrap());
+        let swapped: Vec<_> = files.iter().rev().collect();
+        assert!(!ram.is_in(&swapped).unwrap());
+        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().is_in(&copies).is_err());
     }
 
     #[test]
