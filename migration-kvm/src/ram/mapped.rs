@@ -280,23 +280,26 @@ impl MappedRam {
 
     /// Takes the guest's memory out of the page tables of this process, and of KVM's for VMs here, in pieces with rests: when the
     /// VM runs elsewhere, on the same cores, and its RAM lives on in memory files. To unmap all of it at once would take tens of
-    /// milliseconds a GiB. Accesses map it again. Does nothing for private memory.
+    /// milliseconds a GiB. Accesses map it again. Whether all of it was done within `patience`. Does nothing for private memory.
     ///
     /// # Errors
     /// [`RamError::System`].
-    pub fn cool_shared(&self) -> Result<(), RamError> {
+    pub fn cool_shared(&self, patience: Duration) -> Result<bool, RamError> {
         if !self.backing.is_shared() {
-            return Ok(());
+            return Ok(true);
         }
-        let mut rests = Rests::default();
+        let (start, mut rests) = (Instant::now(), Rests::default());
         for region in 0..self.regions.len() {
             let Some(pages) = self.layout.region_pages(region) else { continue };
             for first in pages.pages().step_by(COOL_PIECE as usize) {
                 let piece = PageRange::new(first, COOL_PIECE.min(pages.end() - first));
+                if start.elapsed() >= patience {
+                    return Ok(false);
+                }
                 rests.after(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// A second mapping of the same memory; `None` for private memory. For a pager that fills pages behind the
@@ -559,7 +562,7 @@ mod tests {
         let failed = other.warm_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
         assert!(matches!(failed, Err(RamError::Unsealed(9))));
         // what is unmapped in one of them is where it was, for both
-        ram.cool_shared().unwrap();
+        assert!(ram.cool_shared(Duration::from_secs(60)).unwrap());
         assert!(populated(&ram).iter().eq([4, 5, 6]));
         (&ram as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);

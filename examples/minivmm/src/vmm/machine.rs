@@ -48,6 +48,9 @@ const LAST_MIGRATION: Duration = Duration::from_secs(2);
 /// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has something else to do.
 const WARMING: Duration = Duration::from_secs(10);
 
+/// How long a process that has handed its VM over takes to unmap that: enough for 2 to 4 GiB.
+const COOLING: Duration = Duration::from_secs(1);
+
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
 #[error("{0}")]
@@ -192,7 +195,8 @@ impl Machine {
 
     /// Its guest runs elsewhere, in the same RAM: unmaps that without disturbing it.
     pub(crate) fn let_go(&self) {
-        if let Err(error) = self.ram.cool_shared() {
+        // what is left then goes with the process
+        if let Err(error) = self.ram.cool_shared(COOLING) {
             eprintln!("minivmm: {error}");
         }
     }
