@@ -590,6 +590,10 @@ impl Engine<'_> {
         }
         if let Some(generation) = round {
             self.end_round(generation, &now, &[], began);
+            if leave {
+                // they are counted as what they are
+                self.report.rounds.pop();
+            }
         }
         self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
         Ok(())

@@ -88,6 +88,8 @@ fn refresh(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
 /// Another VMM borrows it, looks at its memory and gives it back: `feature`.
 fn ephemeral(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
     let act = move || {
+        // all of it, process included, lives as long as this
+        let source = &source;
         let exe = std::env::current_exe().map_err(|e| e.to_string())?;
         let mut borrower = Command::new(exe);
         borrower.args(["feature", "--json", "--do", "check", "--hold", STAY, "--attach"]).arg(&source.socket);
@@ -97,7 +99,7 @@ fn ephemeral(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
             return Err(format!("the borrower: {trip}"));
         }
         let both = ["borrow", "return"].iter().filter_map(|way| trip[way]["downtime_ms"].as_f64()).sum::<f64>();
-        Ok(json!({"downtime_ms": both, "trip": trip}))
+        Ok(json!({"outcome": trip["outcome"], "downtime_ms": both, "trip": trip}))
     };
     Ok(Stage { act: Box::new(act), destination: None })
 }

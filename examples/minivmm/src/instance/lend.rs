@@ -227,7 +227,7 @@ impl Instance {
     pub(crate) fn visited(self: &Arc<Self>, machine: &Arc<Machine>, epoch: u32) {
         let mut state = self.lock();
         let known = state.machine.as_ref().is_some_and(|known| Arc::ptr_eq(known, machine));
-        (state.epoch, state.asked_back) = (epoch, false);
+        state.epoch = epoch;
         if known {
             state.role = Role::Home;
         }
@@ -242,7 +242,8 @@ impl Instance {
     pub(crate) fn give_back(&self) -> Result<Value, String> {
         let mut state = self.lock();
         match state.role {
-            Role::Home | Role::Saving | Role::Outgoing => {}
+            // it may have come just now, or be on its way
+            Role::Home | Role::Saving | Role::Outgoing | Role::Dormant => {}
             role => return Err(format!("give back: this minivmm is {}", role.name())),
         }
         state.asked_back = true;
@@ -323,7 +324,7 @@ impl Instance {
         let mut state = self.lock();
         state.epoch = report.epoch;
         match (&gone, state.role) {
-            (Ok(_), _) => state.role = Role::Dormant,
+            (Ok(_), _) => (state.role, state.asked_back) = (Role::Dormant, false),
             (Err(_), Role::Outgoing | Role::InDoubt) => state.role = Role::Home,
             (Err(_), _) => {}
         }
