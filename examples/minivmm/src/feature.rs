@@ -11,7 +11,7 @@ use std::{
 
 use migration_core::{
     engine::ephemeral::{Dormant, Resident},
-    fence::{Fence, Fenced},
+    fence::Fence,
     protocol::DestinationPhase,
 };
 use migration_kvm::fence::ProcessFence;
@@ -24,7 +24,7 @@ use crate::{
     cli::{Feature, Work},
     client,
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
-    instance::{Fate, Instance, LendRequest},
+    instance::{Fate, Instance, LendRequest, inherit},
     refresh::Place,
     report,
     vmm::{HostOptions, SerialTarget, Tenant},
@@ -202,12 +202,7 @@ impl<'a> Borrower<'a> {
                     // nothing will come
                     DestinationPhase::Empty => return handle.stop(),
                     // it has brought all of the VM, and is dead for certain
-                    DestinationPhase::Ready if ProcessFence.is_dead(&lender) => {
-                        let inherited = Fenced::by(&ProcessFence, &lender).map_err(|e| e.to_string());
-                        if let Err(why) = inherited.and_then(|dead| handle.inherit(dead).map_err(|e| e.to_string())) {
-                            eprintln!("minivmm: the VM is complete here, and does not run: {why}");
-                        }
-                    }
+                    DestinationPhase::Ready if ProcessFence.is_dead(&lender) => inherit(&handle, &lender),
                     // its source decides
                     _ => {}
                 }

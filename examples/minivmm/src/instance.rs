@@ -10,7 +10,7 @@ use std::{
 };
 
 use lend::Lent;
-pub(crate) use lend::{Fate, LendRequest};
+pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
     engine::{

@@ -1,9 +1,8 @@
 //! The dirty log of a VMM that tracks for itself, as it goes along with a VM whose RAM stays where it is.
 
-use bytes::Bytes;
-
+use super::serve::{add_missing, encode_bitmap};
 use crate::{
-    codec::{DecodeError, Reader, Writer},
+    codec::DecodeError,
     page_set::PageSet,
     state::{MAX_SECTION, Section, VmState},
 };
@@ -16,13 +15,9 @@ pub(crate) const MOST_PAGES: u64 = MAX_SECTION as u64 * 8;
 
 /// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for each 2 GiB of RAM at most.
 pub(crate) fn section(pages: &PageSet) -> Section {
-    let mut w = Writer::new();
     let words = pages.words();
     let used = words.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
-    for &word in &words[..used] {
-        w.u64(word);
-    }
-    Section { name: NAME.into(), instance: 0, version: VERSION, data: Bytes::from(w.into_bytes()) }
+    Section { name: NAME.into(), instance: 0, version: VERSION, data: encode_bitmap(&words[..used]) }
 }
 
 /// Takes the log out of a state, if there is one; of a VM of so many pages.
@@ -39,17 +34,8 @@ pub(crate) fn take(state: &mut VmState, pages: u64) -> Result<Option<PageSet>, D
     if section.data.len() as u64 > most || !section.data.len().is_multiple_of(8) {
         return Err(DecodeError::invalid(NAME, format!("{} bytes for {pages} pages", section.data.len())));
     }
-    let (mut set, mut r) = (PageSet::empty(pages), Reader::new(&section.data));
-    for first in (0..pages).step_by(64) {
-        if r.remaining() == 0 {
-            break;
-        }
-        let (word, count) = (r.u64(NAME)?, (pages - first).min(64));
-        if count < 64 && word >> count != 0 {
-            return Err(DecodeError::invalid(NAME, "pages outside RAM"));
-        }
-        set.insert_bitmap(first, count, &[word]);
-    }
+    let mut set = PageSet::empty(pages);
+    add_missing(&mut set, 0, &section.data)?;
     Ok(Some(set))
 }
 

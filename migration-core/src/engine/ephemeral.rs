@@ -147,11 +147,12 @@ impl<V: PersistentVm> Awaiting<V> {
         let (handle, gone) = (self.receiver.handle(), self.gone);
         let vm = lock(&self.place).take().expect("nothing else takes the VM out of its place");
         match ended {
-            // whatever ended the wait: it is ours
-            _ if handle.phase() == DestinationPhase::Running => Ok(Resident { vm, epoch: handle.epoch() }),
-            Ok(()) => Ok(Resident { vm, epoch: handle.epoch() }),
             // attempts that failed have used up epochs
-            Err(why) => Err((Dormant { vm, gone: gone.map(|(id, epoch)| (id, epoch.max(handle.epoch()))) }, why)),
+            Err(why) if handle.phase() != DestinationPhase::Running => {
+                Err((Dormant { vm, gone: gone.map(|(id, epoch)| (id, epoch.max(handle.epoch()))) }, why))
+            }
+            // whatever ended the wait: it is ours
+            _ => Ok(Resident { vm, epoch: handle.epoch() }),
         }
     }
 }

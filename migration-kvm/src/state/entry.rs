@@ -3,7 +3,7 @@
 
 use migration_core::{GuestRam, PAGE_SIZE, PageSet, state::VmState};
 
-use super::{SpecialRegs, VCPU_SECTION, VcpuState};
+use super::{VCPU_SECTION, VcpuState};
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
@@ -48,36 +48,20 @@ impl Entry<'_> {
         for msr in vcpu.msrs.iter().filter(|msr| MEMORY_MSRS.contains(&msr.index) && msr.data & 1 == 1) {
             self.physical(msr.data & !0x3f);
         }
-        let (cr0, cr3, cr4, efer, segments, tables) = match &vcpu.sregs {
-            SpecialRegs::Plain(s) => (
-                s.cr0,
-                s.cr3,
-                s.cr4,
-                s.efer,
-                [s.tr, s.fs, s.gs],
-                [(s.gdt.base, s.gdt.limit), (s.idt.base, s.idt.limit)],
-            ),
-            SpecialRegs::WithPdptrs(s) => (
-                s.cr0,
-                s.cr3,
-                s.cr4,
-                s.efer,
-                [s.tr, s.fs, s.gs],
-                [(s.gdt.base, s.gdt.limit), (s.idt.base, s.idt.limit)],
-            ),
-        };
-        let paging = match (cr0 & CR0_PAGING != 0, efer & EFER_LONG_MODE != 0) {
+        let s = vcpu.sregs.plain(&vcpu.events);
+        let paging = match (s.cr0 & CR0_PAGING != 0, s.efer & EFER_LONG_MODE != 0) {
             (false, _) => None,
-            (true, true) => Some(Paging { cr3, levels: if cr4 & CR4_FIVE_LEVELS != 0 { 5 } else { 4 } }),
-            (true, false) => return self.physical(cr3),
+            (true, true) => Some(Paging { cr3: s.cr3, levels: if s.cr4 & CR4_FIVE_LEVELS != 0 { 5 } else { 4 } }),
+            (true, false) => return self.physical(s.cr3),
         };
         let page = PAGE_SIZE as u64;
         let code = [vcpu.regs.rip, vcpu.regs.rip.wrapping_add(page)];
         // a stack grows down, and what is returned to lies above
         let stack = [vcpu.regs.rsp, vcpu.regs.rsp.wrapping_sub(page), vcpu.regs.rsp.wrapping_add(page)];
-        let ends = tables.iter().flat_map(|&(base, limit)| [base, base.wrapping_add(limit.into())]);
+        let ends =
+            [s.gdt, s.idt].into_iter().flat_map(|table| [table.base, table.base.wrapping_add(table.limit.into())]);
         // a segment that is not used has the base 0
-        let bases = segments.iter().map(|segment| segment.base).filter(|&base| base != 0);
+        let bases = [s.tr, s.fs, s.gs].into_iter().map(|segment| segment.base).filter(|&base| base != 0);
         for linear in code.into_iter().chain(stack).chain(ends).chain(bases) {
             match paging {
                 None => self.physical(linear),

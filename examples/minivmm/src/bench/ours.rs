@@ -59,19 +59,11 @@ impl Options {
     pub(super) fn request(&self, to: &str) -> Result<MigrateRequest, String> {
         Ok(MigrateRequest {
             fail_safe: crate::cli::fail_safe(&self.fail_safe)?,
-            to: to.into(),
-            strategy: self.strategy.clone(),
-            streams: self.streams,
-            downtime_limit_us: 300_000,
             bandwidth_bits: self.bandwidth_bits,
-            timeout_us: 0,
-            on_timeout: "cancel".into(),
             push_order: self.push_order.clone(),
             demand_lanes: 2,
-            whole_huge_pages: false,
             impact: self.impact.into(),
-            checksum: false,
-            progress: false,
+            ..MigrateRequest::plain(to, &self.strategy, self.streams)
         })
     }
 }

@@ -127,10 +127,7 @@ impl Pair {
         }
         self.source_qmp.complete()?;
         self.destination_qmp.event(|e| e["event"] == "RESUME")?;
-        let total = start.elapsed();
-        let report = self.source_qmp.call("query-migrate", json!({}))?;
-        let ms = |key: &str| report[key].as_f64();
-        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+        self.source_qmp.moved(start.elapsed())
     }
 
     /// Ends the source.
@@ -202,10 +199,7 @@ impl Replaced {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        let total = start.elapsed();
-        let report = self.qmp.call("query-migrate", json!({}))?;
-        let ms = |key: &str| report[key].as_f64();
-        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+        self.qmp.moved(start.elapsed())
     }
 
     /// Ends it, when its VM is elsewhere.
@@ -229,6 +223,13 @@ struct Qmp {
 }
 
 impl Qmp {
+    /// What QEMU says of a migration that is complete, which took so long.
+    fn moved(&mut self, total: Duration) -> Result<Moved, String> {
+        let report = self.call("query-migrate", json!({}))?;
+        let ms = |key: &str| report[key].as_f64();
+        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+    }
+
     fn connect(process: &mut Process, path: PathBuf) -> Result<Self, String> {
         let deadline = Instant::now() + ANSWER;
         let stream = loop {

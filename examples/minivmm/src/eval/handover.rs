@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    path::PathBuf,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -14,7 +13,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{
-    SECTION, plots, reference, speed,
+    Files, SECTION, reference, speed,
     timeline::{Act, Stage, Timeline},
 };
 use crate::{
@@ -42,15 +41,8 @@ pub(super) struct Handover {
     /// RAM of the guest, of which it writes half all the time.
     #[arg(long, default_value = "1G", value_parser = crate::cli::size)]
     memory: u64,
-    /// Write all figures, raw ones too, as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Write the figures into this Markdown file, between the lines `<!-- eval:begin -->` and `<!-- eval:end -->`.
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
-    /// Write the plot into this folder; without it, into `plots` beside the Markdown file, if there is one.
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    #[command(flatten)]
+    files: Files,
 }
 
 /// What is done to the guest, a guest of its own each time.
@@ -112,22 +104,11 @@ fn pre_copy(folder: &Folder, source: Source, options: &Options) -> Result<Stage,
 }
 
 pub(super) fn handover(args: &Handover) -> Result<(), String> {
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         output::check_section(path, SECTION)?;
     }
-    let plots = plots(args.out.as_ref(), args.markdown.as_ref())?;
-    let options = Options {
-        workload: format!("hot:size={}M,data={}M", args.memory / MIB / 2, args.memory / MIB * 700 / 1024),
-        memory: args.memory,
-        cpus: 1,
-        backing: "memfd",
-        streams: 2,
-        impact: "balanced",
-        strategy: "pre-copy".into(),
-        push_order: "linear".into(),
-        bandwidth_bits: 0,
-        fail_safe: "none".into(),
-    };
+    let plots = args.files.plots()?;
+    let options = guest(args.memory);
     let folder = Folder::new()?;
     let bar = ProgressBar::new(ACTS.len() as u64);
     bar.set_style(super::style());
@@ -141,7 +122,7 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
     let here = Machine::here(None);
     let table = table(&options, &timelines);
     println!("{}\n\n{}", machine(&here), table.text());
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.files.json {
         let all = json!({"machine": here, "guest": options, "timelines": timelines, "failures": failures});
         fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
     }
@@ -151,7 +132,7 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
         fs::write(&path, speed::svg(&timelines)?).map_err(|e| format!("{}: {e}", path.display()))?;
         image = Some(path);
     }
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         let mut text = String::from("_Written by `minivmm eval handover --markdown`; do not edit by hand._\n\n");
         text += &format!("{}.\n\n{}", machine(&here), table.markdown());
         if let Some(image) = image {
@@ -160,6 +141,22 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
         output::write_section(path, SECTION, &text)?;
     }
     Ok(())
+}
+
+/// The guest, with so much RAM.
+fn guest(memory: u64) -> Options {
+    Options {
+        workload: format!("hot:size={}M,data={}M", memory / MIB / 2, memory / MIB * 700 / 1024),
+        memory,
+        cpus: 1,
+        backing: "memfd",
+        streams: 2,
+        impact: "balanced",
+        strategy: "pre-copy".into(),
+        push_order: "linear".into(),
+        bandwidth_bits: 0,
+        fail_safe: "none".into(),
+    }
 }
 
 fn table(options: &Options, timelines: &[Timeline]) -> Table {
@@ -194,18 +191,8 @@ mod tests {
 
     #[test]
     fn every_timeline_has_its_line() {
-        let options = Options {
-            workload: "hot:size=512M,data=700M".into(),
-            memory: 1 << 30,
-            cpus: 1,
-            backing: "memfd",
-            streams: 2,
-            impact: "balanced",
-            strategy: "pre-copy".into(),
-            push_order: "linear".into(),
-            bandwidth_bits: 0,
-            fail_safe: "none".into(),
-        };
+        let options = guest(1 << 30);
+        assert_eq!(options.workload, "hot:size=512M,data=700M");
         crate::workload::check_spec(&options.workload).unwrap();
         let table = table(&options, &ACTS.map(|act| timeline(act.name, 200.0)));
         let text = table.text();

@@ -70,6 +70,13 @@ struct PostCopy {
     /// Of the guests' data, and of the push order `random`.
     #[arg(long, default_value_t = 1)]
     seed: u32,
+    #[command(flatten)]
+    files: Files,
+}
+
+/// Where figures and plots are written.
+#[derive(Debug, Args)]
+struct Files {
     /// Write all figures, raw ones too, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -79,6 +86,22 @@ struct PostCopy {
     /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if there is one.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+}
+
+impl Files {
+    /// The folder that the plots go into, if any: made if it is missing.
+    fn plots(&self) -> Result<Option<PathBuf>, String> {
+        let folder = self.plots_folder();
+        if let Some(folder) = &folder {
+            fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        }
+        Ok(folder)
+    }
+
+    fn plots_folder(&self) -> Option<PathBuf> {
+        let beside = |markdown: &PathBuf| markdown.parent().map(|folder| folder.join("plots"));
+        self.out.clone().or_else(|| self.markdown.as_ref().and_then(beside))
+    }
 }
 
 /// A part of the measurement.
@@ -133,20 +156,6 @@ fn style() -> ProgressStyle {
     style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// The folder that the plots go into, if any: made if it is missing.
-fn plots(out: Option<&PathBuf>, markdown: Option<&PathBuf>) -> Result<Option<PathBuf>, String> {
-    let folder = plots_folder(out, markdown);
-    if let Some(folder) = &folder {
-        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    }
-    Ok(folder)
-}
-
-fn plots_folder(out: Option<&PathBuf>, markdown: Option<&PathBuf>) -> Option<PathBuf> {
-    let beside = |markdown: &PathBuf| markdown.parent().map(|folder| folder.join("plots"));
-    out.cloned().or_else(|| markdown.and_then(beside))
-}
-
 /// How a Markdown file refers to a file: relative to its own folder, where that is possible.
 fn reference(markdown: &Path, file: &Path) -> String {
     let folder = markdown.parent().unwrap_or(Path::new(""));
@@ -154,10 +163,10 @@ fn reference(markdown: &Path, file: &Path) -> String {
 }
 
 fn post_copy(args: &PostCopy) -> Result<(), String> {
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         output::check_section(path, SECTION)?;
     }
-    let plots = plots(args.out.as_ref(), args.markdown.as_ref())?;
+    let plots = args.files.plots()?;
     let steps = plan::steps(&args.only, if args.quick { 1 } else { args.repeat }, args.seed);
     let folder = Folder::new()?;
     let bar = ProgressBar::new(steps.len() as u64);
@@ -175,7 +184,7 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
     }
     bar.finish_and_clear();
     print!("{}", tables::text(&figures));
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.files.json {
         let all = json!({"machine": figures.machine, "seed": figures.seed, "verdicts": figures.verdicts(),
             "failures": figures.failures, "runs": figures.runs});
         fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -188,7 +197,7 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
             images.push((plot.title, path));
         }
     }
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         let images = images.iter().map(|(title, file)| (*title, reference(path, file))).collect::<Vec<_>>();
         output::write_section(path, SECTION, &tables::markdown(&figures, &images))?;
     }
@@ -217,16 +226,12 @@ mod tests {
     #[test]
     fn command_lines() {
         let args = parse(&["--quick", "--only", "storm", "--only", "hybrid"]).unwrap();
-        assert!(
-            args.quick
-                && args.only == [Part::Storm, Part::Hybrid]
-                && plots_folder(args.out.as_ref(), args.markdown.as_ref()).is_none()
-        );
+        assert!(args.quick && args.only == [Part::Storm, Part::Hybrid] && args.files.plots_folder().is_none());
         assert!(parse(&["--quick", "--repeat", "3"]).is_err() && parse(&["--only", "weather"]).is_err());
         let args = parse(&["--markdown", "docs/post-copy.md"]).unwrap();
-        assert_eq!(plots_folder(args.out.as_ref(), args.markdown.as_ref()), Some("docs/plots".into()));
+        assert_eq!(args.files.plots_folder(), Some("docs/plots".into()));
         let args = parse(&["--markdown", "a.md", "--out", "b"]).unwrap();
-        assert_eq!(plots_folder(args.out.as_ref(), args.markdown.as_ref()), Some("b".into()));
+        assert_eq!(args.files.plots_folder(), Some("b".into()));
         let line = ["eval", "handover", "--memory", "256M", "--out", "b"];
         assert!(matches!(Line::try_parse_from(line).unwrap().eval.what, Technique::Handover(_)));
     }

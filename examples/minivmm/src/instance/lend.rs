@@ -177,12 +177,7 @@ impl Instance {
                 drop(state);
                 match receiver.phase() {
                     // it had brought all of the VM back, and is dead for certain
-                    DestinationPhase::Ready => {
-                        let inherited = Fenced::by(&ProcessFence, &borrower).map_err(|e| e.to_string());
-                        if let Err(why) = inherited.and_then(|dead| receiver.inherit(dead).map_err(|e| e.to_string())) {
-                            eprintln!("minivmm: the VM is complete here, and does not run: {why}");
-                        }
-                    }
+                    DestinationPhase::Ready => inherit(&receiver, &borrower),
                     // an attempt to bring it back ends by itself, one way or the other
                     DestinationPhase::Preparing | DestinationPhase::Receiving | DestinationPhase::Loading => {}
                     DestinationPhase::Empty | DestinationPhase::Running => receiver.stop(),
@@ -345,6 +340,14 @@ impl Instance {
     pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();
+    }
+}
+
+/// Takes the VM that a process which is dead had brought here as a whole.
+pub(crate) fn inherit(receiver: &ReceiverHandle, from: &[u8]) {
+    let fenced = Fenced::by(&ProcessFence, from).map_err(|e| e.to_string());
+    if let Err(why) = fenced.and_then(|dead| receiver.inherit(dead).map_err(|e| e.to_string())) {
+        eprintln!("minivmm: the VM is complete here, and does not run: {why}");
     }
 }
 

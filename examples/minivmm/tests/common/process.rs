@@ -209,26 +209,12 @@ impl Process {
 
     /// `ctl`, without waiting for it.
     pub(crate) fn start_ctl(&self, args: &[&str]) -> Result<Client, Failed> {
-        let child = minivmm()
-            .args(["ctl", "--json", "--control"])
-            .arg(&self.socket)
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        Ok(Client(Guard(child)))
+        Client::start(minivmm().args(["ctl", "--json", "--control"]).arg(&self.socket).args(args))
     }
 
     /// `minivmm feature`, which borrows its VM, without waiting for it.
     pub(crate) fn start_feature(&self, args: &[&str]) -> Result<Client, Failed> {
-        let child = minivmm()
-            .args(["feature", "--json", "--attach"])
-            .arg(&self.socket)
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        Ok(Client(Guard(child)))
+        Client::start(minivmm().args(["feature", "--json", "--attach"]).arg(&self.socket).args(args))
     }
 
     /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
@@ -327,8 +313,11 @@ impl Client {
 
     /// Any command, from this directory.
     pub(crate) fn start_in(folder: &Path, args: &[&str]) -> Result<Self, Failed> {
-        let child = minivmm().args(args).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        Ok(Self(Guard(child)))
+        Self::start(minivmm().args(args).current_dir(folder))
+    }
+
+    fn start(command: &mut Command) -> Result<Self, Failed> {
+        Ok(Self(Guard(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)))
     }
 
     /// Waits for the end of a `feature`: its status, what it printed a trip, and its stderr.

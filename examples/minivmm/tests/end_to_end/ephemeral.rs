@@ -1,9 +1,6 @@
 //! Ephemeral virtualization: a VM is borrowed by a VMM that has a feature, and given back.
 
-use std::{
-    fs, thread,
-    time::{Duration, Instant},
-};
+use std::{fs, time::Duration};
 
 use libtest_mimic::Failed;
 use nix::sys::signal::Signal;
@@ -13,6 +10,7 @@ use crate::{
     common::{Client, Lab, Outcome, Process, Suite, beats_in_order, ensure, ensure_says, usage, wait_for},
     elf,
     fail_safe::checks_all,
+    faults::a_while,
 };
 
 const GUEST: &str = "random:size=16M,serial=1,every=5ms";
@@ -21,6 +19,8 @@ const BACKINGS: [&str; 2] = ["memfd", "hugetlb"];
 const TRIPS: usize = 13;
 /// Moments at which a process is killed.
 const KILLS: u64 = 12;
+/// What some trips there and back take.
+const SOME_TRIPS: Duration = Duration::from_millis(300);
 
 /// Of a backing, with a number of vCPUs.
 type Kind = fn(&Lab, &str, &str) -> Outcome;
@@ -31,10 +31,7 @@ pub(crate) fn add(suite: &mut Suite) {
             for (kind, trial) in [("snapshots", snapshots as Kind), ("check", check)] {
                 let name = format!("ephemeral/{kind}/{backing}/{cpus}_cpus");
                 let run = move |lab: &Lab| trial(lab, backing, cpus);
-                match backing {
-                    "hugetlb" => suite.kvm_and_huge_pages(name, run),
-                    _ => suite.kvm(name, run),
-                }
+                suite.kvm_backed(name, backing, run);
             }
         }
     }
@@ -389,23 +386,6 @@ fn other_techniques_afterwards(lab: &Lab) -> Outcome {
     serial_is_whole(lab)
 }
 
-/// Milliseconds, up to `most`, as good as random.
-fn moment(seed: u64, most: u64) -> Duration {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (seed << 7);
-    x ^= x >> 29;
-    x = x.wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x ^= x >> 32;
-    Duration::from_micros(x % (most * 1000))
-}
-
-/// Lets the time of a trial's moment pass: it is one of the things that are tried.
-fn pass(time: Duration) {
-    let end = Instant::now() + time;
-    while Instant::now() < end {
-        thread::sleep(Duration::from_micros(200));
-    }
-}
-
 fn borrower_dies(lab: &Lab) -> Outcome {
     let broker = lab.broker("broker")?;
     let (mut at_home_then, mut lost) = (0, 0);
@@ -415,7 +395,7 @@ fn borrower_dies(lab: &Lab) -> Outcome {
             lab.workload("home", GUEST, &["--backing", "memfd", "--broker", &broker.address, "--serial", &serial])?;
         // it goes and comes all the time
         let client = home.start_feature(&["--do", "check", "--every", "1ms"])?;
-        pass(moment(kill, 300));
+        a_while(kill, SOME_TRIPS);
         client.signal(Signal::SIGKILL)?;
         drop(client);
         let ended = wait_for("it is known what became of the guest", || match home.status() {
@@ -452,7 +432,7 @@ fn home_dies(lab: &Lab) -> Outcome {
     for kill in 0..KILLS {
         let mut home = home(lab, &["--backing", "memfd"])?;
         let client = home.start_feature(&["--do", "check", "--every", "1ms"])?;
-        pass(moment(1000 + kill, 300));
+        a_while(1000 + kill, SOME_TRIPS);
         home.kill()?;
         // a borrower that has the guest is its home from then on, at the same place; one that has not has nothing more to do
         let mut client = client;

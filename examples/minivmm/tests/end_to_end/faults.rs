@@ -4,6 +4,8 @@ use std::{
     io::Write,
     net::{Shutdown, SocketAddr, TcpStream},
     sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
 use libtest_mimic::Failed;
@@ -43,6 +45,11 @@ pub(crate) fn relay_to(process: &Process) -> Result<(Relay, String), Failed> {
 pub(crate) fn random(seed: u64) -> u64 {
     let word = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (word ^ word >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 7
+}
+
+/// Waits for a moment between nothing and `most`: it is what is tried.
+pub(crate) fn a_while(seed: u64, most: Duration) {
+    thread::sleep(most.mul_f64((random(seed) % 60_000) as f64 / 60_000.0));
 }
 
 const RUNNING_GUEST: &str = "random:size=8M";
