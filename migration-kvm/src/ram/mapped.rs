@@ -23,6 +23,8 @@ const WARM_PIECE: u64 = 256;
 const COOL_PIECE: u64 = 1024;
 /// The longest rest after a piece, in times that it took.
 const LONGEST_REST: u32 = 16;
+/// A thread that is woken later than this was not woken on an idle core.
+const LATE: Duration = Duration::from_micros(300);
 
 /// Rests between pieces of work beside a guest: as long as the work took, and longer the more others want the cores.
 struct Rests(u32);
@@ -46,9 +48,6 @@ impl Rests {
         result
     }
 }
-
-/// A thread that is woken later than this was not woken on an idle core.
-const LATE: Duration = Duration::from_micros(300);
 
 /// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
 ///

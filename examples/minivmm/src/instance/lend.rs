@@ -121,7 +121,7 @@ impl Instance {
 
     fn await_return(&self, awaiting: Awaiting<Tenant>, listener: &mut dyn Listener, back: &Path) {
         let returned = awaiting.wait_for_guest(listener);
-        // nobody comes to it any more; the next borrower gets one at the same place
+        // nobody comes to it any more; the next borrower gets another one
         let _ = std::fs::remove_file(back);
         let mut state = self.lock();
         if state.role != Role::Lent {
