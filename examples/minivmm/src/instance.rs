@@ -374,6 +374,7 @@ impl Instance {
     /// Does what a client asks; every call is followed by [`answered`](Instance::answered).
     pub(crate) fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         self.lock().clients += 1;
+        self.wait_arrival();
         match request {
             Request::Status => Ok(self.status()),
             Request::Pause => self.here("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
@@ -397,6 +398,22 @@ impl Instance {
                 Ok(Value::Null)
             }
             Request::Migrate(request) => self.migrate(&request, progress),
+        }
+    }
+
+    /// A VM that runs here already is about to be known here, too.
+    fn wait_arrival(&self) {
+        let deadline = Instant::now() + LAST_ANSWERS;
+        loop {
+            let receiver = self.lock().receiver.clone().filter(|_| Instant::now() < deadline);
+            // not under the lock: the receiver takes that when a VM arrives
+            if receiver.is_none_or(|receiver| receiver.phase() != DestinationPhase::Running) {
+                return;
+            }
+            drop(self.wait_while(TICK, |state| state.role == Role::Incoming));
+            if self.lock().role != Role::Incoming {
+                return;
+            }
         }
     }
 

@@ -515,9 +515,21 @@ impl Hub {
                 self.tell_phase();
             }
             DestinationAction::Start { running } => {
-                self.start(&state, running);
-                drop(state);
-                self.answer(session, attachment)?;
+                let started = self.start(&state, running);
+                let answered = if session.shared {
+                    drop(state);
+                    // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
+                    // any more, on a core that a vCPU may have been woken for
+                    let answered = self.answer(session, attachment);
+                    self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
+                    self.adopt(started);
+                    answered
+                } else {
+                    self.adopt(started);
+                    drop(state);
+                    self.answer(session, attachment)
+                };
+                answered?;
                 self.tell_phase();
             }
             DestinationAction::AnswerRunning => {
@@ -635,14 +647,15 @@ impl Hub {
     /// The VM is ours without its source's word.
     fn take(&self, state: &State, action: &DestinationAction) {
         if let DestinationAction::Start { running } = *action {
-            self.start(state, running);
+            self.adopt(self.start(state, running));
         }
         self.finished.store(true, Ordering::Relaxed);
     }
 
-    fn start(&self, state: &State, running: bool) {
-        let Some(session) = &state.session else { return };
-        let Some(mut vm) = lock(&session.vm).take() else { return };
+    #[must_use = "it is to be adopted"]
+    fn start(&self, state: &State, running: bool) -> Option<Box<dyn DestinationVm>> {
+        let session = state.session.as_ref()?;
+        let mut vm = lock(&session.vm).take()?;
         if let Err(error) = vm.start(running) {
             let why = format!("the VM is owned here but could not be started: {error}");
             self.options.observer.event(&Event::Warning(why));
@@ -650,8 +663,15 @@ impl Hub {
         if let Some(missing) = session.missing() {
             missing.set_vcpus(vm.vcpu_threads());
         }
-        lock(&self.host).adopted(vm);
         session.set_running();
+        Some(vm)
+    }
+
+    /// The VM runs, and is the host's from now on.
+    fn adopt(&self, vm: Option<Box<dyn DestinationVm>>) {
+        if let Some(vm) = vm {
+            lock(&self.host).adopted(vm);
+        }
     }
 
     /// The control lane of this attachment is gone.

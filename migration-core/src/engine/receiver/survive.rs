@@ -85,7 +85,7 @@ impl Hub {
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
         if let DestinationAction::Start { running } = state.machine.inherit(dead).map_err(|e| e.to_string())? {
-            self.start(&state, running);
+            self.adopt(self.start(&state, running));
         }
         drop(state);
         // first the pages: a checkpoint that is under way may wait for one
