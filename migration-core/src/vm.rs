@@ -124,6 +124,21 @@ pub trait SourceVm: Send {
         Ok(())
     }
 
+    /// Adds to `into` the pages that the guest has referenced lately, read or written, for push orders that go by
+    /// [heat](crate::strategy::PushOrder::begin). The default knows none; migration-kvm has `IdlePages`, over what Linux offers.
+    ///
+    /// Asked for once, while the guest runs, when all is set up and before any page is read: to send a page is to reference it, so
+    /// later nobody could tell the guest's looks from ours. A VMM therefore begins to watch before it begins the migration; and as
+    /// that has a price, only if the order will use it. Not asked for where the destination cannot serve missing pages.
+    ///
+    /// # Errors
+    /// When it cannot be told. It is only a hint, as are pages outside RAM, which are ignored: the engine warns, and the order
+    /// goes by what was dirtied.
+    fn referenced_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        let _ = into;
+        Ok(())
+    }
+
     /// The memory files behind RAM, one a region of the layout in its order, for a process of this machine to which the VM
     /// is handed over without moving RAM. Asked for before the pause.
     ///

@@ -11,10 +11,10 @@ use thiserror::Error;
 
 use crate::{
     ram::pagemap::Pagemap,
-    tracker::{TrackerKind, UserFault, features},
+    tracker::{IdlePages, TrackerKind, UserFault, features},
 };
 
-/// The dirty trackers that this host offers, and why it lacks the others.
+/// The dirty trackers that this host offers, and what else is told of guest memory; and why it lacks the others.
 ///
 /// ```no_run
 /// # use kvm_ioctls::Kvm;
@@ -30,6 +30,7 @@ pub struct Probe {
     initially_set: bool,
     ring_entries: u32,
     user_fault: Result<u64, String>,
+    idle_pages: Result<(), String>,
 }
 
 /// The tracker asked for cannot be had here.
@@ -43,7 +44,7 @@ pub struct Unavailable {
 }
 
 impl Probe {
-    /// Asks KVM for its capabilities, and tries userfaultfd and PAGEMAP_SCAN; takes well under a millisecond.
+    /// Asks KVM for its capabilities, and tries userfaultfd, PAGEMAP_SCAN and idle page tracking; takes well under a millisecond.
     pub fn new(kvm: &Kvm) -> Self {
         let ask = |cap: u32| kvm.check_extension_raw(cap.into()).max(0) as u32;
         let offers = |value: u32, name: &str| {
@@ -67,6 +68,7 @@ impl Probe {
             initially_set: manual & KVM_DIRTY_LOG_INITIALLY_SET != 0,
             ring_entries: ring / size_of::<kvm_dirty_gfn>() as u32,
             user_fault,
+            idle_pages: IdlePages::offered().map_err(|e| e.to_string()),
         }
     }
 
@@ -90,6 +92,11 @@ impl Probe {
         self.user_fault.as_ref().copied().map_err(String::as_str)
     }
 
+    /// Whether [`IdlePages`] can be had, or why not.
+    pub fn idle_pages(&self) -> Result<(), &str> {
+        self.idle_pages.as_ref().copied().map_err(String::as_str)
+    }
+
     /// The tracker to use for a request: itself if it is offered; for [`TrackerKind::Auto`] the first of
     /// [`TrackerKind::ALL`] that is, except the dirty ring, which works only if the VMM enabled it before the first
     /// vCPU and so must be asked for by name.
@@ -102,7 +109,7 @@ impl Probe {
                 offered.is_ok() && *kind != TrackerKind::DirtyRing
             };
             let found = self.trackers.iter().find(usable).map(|(kind, _)| *kind);
-            return found.ok_or_else(|| Unavailable { kind, reason: self.to_string() });
+            return found.ok_or_else(|| Unavailable { kind, reason: self.in_words() });
         }
         let offered = self.trackers.iter().find(|(k, _)| *k == kind).map(|(_, offered)| offered.clone());
         let reason = match offered {
@@ -112,15 +119,17 @@ impl Probe {
         };
         Err(Unavailable { kind, reason })
     }
+
+    fn in_words(&self) -> String {
+        let trackers =
+            self.trackers().map(|(kind, offered)| format!("{kind}: {}", offered.err().unwrap_or("available")));
+        trackers.collect::<Vec<_>>().join("; ")
+    }
 }
 
 impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (kind, offered)) in self.trackers().enumerate() {
-            let separator = if i == 0 { "" } else { "; " };
-            write!(f, "{separator}{kind}: {}", offered.err().unwrap_or("available"))?;
-        }
-        Ok(())
+        write!(f, "{}; idle pages: {}", self.in_words(), self.idle_pages().err().unwrap_or("available"))
     }
 }
 
@@ -144,6 +153,7 @@ mod tests {
             initially_set: false,
             ring_entries: 0,
             user_fault: Err(String::new()),
+            idle_pages: Err("no one looks".into()),
         }
     }
 
@@ -153,7 +163,9 @@ mod tests {
         assert_eq!(auto([true; 4]), Ok(TrackerKind::ManualProtect));
         assert_eq!(auto([false, true, true, true]), Ok(TrackerKind::DirtyLog));
         assert_eq!(auto([false, false, true, true]), Ok(TrackerKind::WriteProtect));
-        assert!(auto([false; 4]).unwrap_err().contains("dirty-log: it is absent"));
+        let nothing = auto([false; 4]).unwrap_err();
+        assert!(nothing.contains("dirty-log: it is absent; ") && !nothing.contains("idle"), "{nothing}");
+        assert!(probe([true; 4]).to_string().ends_with("write-protect: available; idle pages: no one looks"));
         assert_eq!(probe([true; 4]).choose(TrackerKind::DirtyRing), Ok(TrackerKind::DirtyRing));
         let error = probe([true, true, false, true]).choose(TrackerKind::DirtyRing).unwrap_err();
         assert_eq!(error.to_string(), "dirty tracker dirty-ring is not available: it is absent");

@@ -572,6 +572,8 @@ impl Instance {
     ) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let order = crate::eval::order(&request.push_order)?;
+        // the others have no use for them
+        let references = order.name() == "hot-first";
         let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
@@ -618,6 +620,9 @@ impl Instance {
         let instance = self.clone();
         let body = move || {
             let mut source = MachineSource::new(machine);
+            if references {
+                source.note_references();
+            }
             let report = engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
             drop(source);
             if let Some(protect) = protect {

@@ -35,6 +35,16 @@ pub(super) fn free(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -
     free
 }
 
+/// The pages that the guest has referenced lately, as far as is known. When to ask: see [`SourceVm::referenced_pages`].
+pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -> PageSet {
+    let mut referenced = PageSet::empty(pages);
+    if let Err(error) = vm.referenced_pages(&mut referenced) {
+        observer.event(&Event::Warning(format!("referenced pages are not known: {error}")));
+        referenced.clear();
+    }
+    referenced
+}
+
 /// Puts those of `pages` that lie in `range` into a store. `rearm` is the tracker's, `None` if the guest is paused: it
 /// writes nothing then.
 pub(super) fn put(

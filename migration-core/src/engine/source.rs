@@ -37,7 +37,10 @@ use crate::{
     report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
     spawner::{Joiner, Role},
     state::{Section, VmState},
-    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
+    strategy::{
+        Linear, Link, PushOrder, Round, Running, Strategy, Verbs,
+        push_order::{DIRTIED, REFERENCED},
+    },
     vm::{SourceVm, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
@@ -129,7 +132,7 @@ pub(super) struct Engine<'a> {
     bytes_per_second: f64,
     round_trip: Duration,
     pub(super) report: Report,
-    /// How often each page was dirtied, 255 at most; empty before the first harvest.
+    /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
     pub(super) heat: Vec<u8>,
     pub(super) left: Arc<Left>,
     /// The pages that were missing at the hand-over.
@@ -492,6 +495,16 @@ impl<'a> Engine<'a> {
         free
     }
 
+    /// The guest has used these pages, which says so much about them.
+    fn heat_up(&mut self, pages: &PageSet, by: u8) {
+        self.heat.resize(self.report.pages.total as usize, 0);
+        for page in pages.iter() {
+            if let Some(heat) = self.heat.get_mut(page as usize) {
+                *heat = heat.saturating_add(by);
+            }
+        }
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.options.timeout.map(|t| self.start + t)
     }
@@ -606,6 +619,11 @@ impl Verbs for Engine<'_> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        // nothing was read yet, unless this is not the first time; and what is written meanwhile need not be tracked
+        if self.report.demand_lanes > 0 && !self.tracking.active {
+            let referenced = pages::referenced(self.vm, self.report.pages.total, &*self.options.observer);
+            self.heat_up(&referenced, REFERENCED);
+        }
         self.tracking.start(self.vm.tracker())?;
         self.last_harvest = Instant::now();
         let mut pages = pages::populated(&*self.ram, &*self.options.observer);
@@ -658,11 +676,7 @@ impl Verbs for Engine<'_> {
             self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
         }
         if self.report.demand_lanes > 0 {
-            self.heat.resize(self.report.pages.total as usize, 0);
-            for page in pages.iter() {
-                let heat = &mut self.heat[page as usize];
-                *heat = heat.saturating_add(1);
-            }
+            self.heat_up(&pages, DIRTIED);
         }
         pages.union_with(&self.owed);
         Ok(pages)

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    GuestRam, HeapRam, PAGE_SIZE, PageRange, RamLayout, RamRegion,
+    GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
     device::DeviceKind,
     pager::Pager,
     state::{Section, VmState},
@@ -36,6 +36,8 @@ pub(crate) struct RecordedVm {
     pub(crate) dirty: Arc<DirtyBitmap>,
     pub(crate) tracker: BitmapTracker,
     pub(crate) wrote: bool,
+    /// The pages that it has referenced, if that can be told.
+    pub(crate) referenced: Option<&'static [u64]>,
     /// What the engine has done with it that cannot be undone: `resume`, `released`.
     pub(crate) calls: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -49,7 +51,8 @@ impl RecordedVm {
         let dirty = DirtyBitmap::new(description.layout.clone());
         let tracker = BitmapTracker::new(dirty.clone());
         let ram = Arc::new(HeapRam::new(description.layout.clone()).unwrap());
-        let vm = Self { description, during, ram, dirty, tracker, wrote: false, calls: Arc::default() };
+        let (wrote, referenced, calls) = (false, Some(&[][..]), Arc::default());
+        let vm = Self { description, during, ram, dirty, tracker, wrote, referenced, calls };
         before.iter().for_each(|&(page, byte)| vm.write(page, byte));
         vm
     }
@@ -83,6 +86,13 @@ impl SourceVm for RecordedVm {
 
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut self.tracker
+    }
+
+    fn referenced_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        assert!(!self.tracker.is_active(), "pages may have been read already");
+        let referenced = self.referenced.ok_or_else(|| VmError::new("nobody has looked"))?;
+        referenced.iter().for_each(|&page| _ = into.insert(page));
+        Ok(())
     }
 
     fn iterate_state(&mut self, _budget: usize) -> Result<(Vec<Section>, u64), VmError> {

@@ -8,11 +8,14 @@ use std::{
 };
 
 use migration_core::{
-    RamLayout, RamRegion,
+    PageRange, PageSet, RamLayout, RamRegion,
     channel::{Channel, Connector},
     engine::{Controller, HugePages, SourceOptions, migrate},
     report::{Outcome, Report},
-    strategy::{Linear, PostCopy},
+    strategy::{
+        Hybrid, Linear, PostCopy, PushOrder,
+        push_order::{DIRTIED, REFERENCED},
+    },
     vm::VmDescription,
     wire::{Header, LaneKind},
 };
@@ -20,9 +23,10 @@ use migration_core::{
 use crate::{
     HANG,
     channels::{Cut, End, pair},
-    destination::Destination,
+    destination::{Destination, Log},
     guest::{Host, RecordedVm, checksums, description_of},
     pager::Paging,
+    post_copy,
 };
 
 const BEFORE: [(u64, u8); 8] = [(0, 1), (1, 2), (3, 3), (200, 4), (511, 5), (512, 6), (513, 7), (600, 8)];
@@ -138,6 +142,51 @@ fn each_page_arrives_once() {
             assert_eq!(report.recoveries, 0, "{what}: {said}");
             assert_eq!(report.pages.zero + report.pages.plain, all, "{what}: sent once");
         }
+    }
+}
+
+/// Keeps the heat of which it is told.
+struct Told(Arc<Mutex<Vec<u8>>>, Linear);
+
+impl PushOrder for Told {
+    fn name(&self) -> &'static str {
+        "told"
+    }
+
+    fn begin(&mut self, unsent: &PageSet, heat: &[u8]) {
+        *self.0.lock().unwrap() = heat.to_vec();
+        self.1.begin(unsent, heat);
+    }
+
+    fn fault(&mut self, page: u64) {
+        self.1.fault(page);
+    }
+
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
+        self.1.next(unsent, most)
+    }
+}
+
+#[test]
+fn the_order_is_told_what_the_guest_has_used() {
+    for referenced in [Some(&[0, 3, 1 << 40][..]), None] {
+        let (destination, mut vm, heat) = (post_copy::destination(), post_copy::guest(), Arc::default());
+        vm.referenced = referenced;
+        let (tx, log) = mpsc::channel();
+        let observer = Arc::new(Log(Mutex::new(tx)));
+        let options = SourceOptions { observer, ..options(false, HugePages::Split) };
+        // a round, for which the engine reads all pages
+        let mut strategy = Hybrid { rounds: 1, order: Box::new(Told(Arc::clone(&heat), Linear::default())) };
+        let link = Link::new(&destination, None);
+        let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);
+        assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+        let mut expected = vec![0; vm.ram_pages() as usize];
+        post_copy::DURING.iter().for_each(|&(page, _)| expected[page as usize] += DIRTIED);
+        referenced.iter().for_each(|_| [0, 3].iter().for_each(|&page: &usize| expected[page] += REFERENCED));
+        assert_eq!(*heat.lock().unwrap(), expected);
+        drop((options, destination.finish()));
+        let told: Vec<String> = log.iter().collect();
+        assert_eq!(told.iter().any(|w| w.contains("nobody has looked")), referenced.is_none(), "{told:?}");
     }
 }
 

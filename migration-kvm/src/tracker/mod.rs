@@ -11,6 +11,8 @@
 //! with a [`DirtyBitmap`](migration_core::tracker::DirtyBitmap) in a
 //! [`UnionTracker`](migration_core::tracker::UnionTracker). None of them sees memory that is *discarded* (a balloon's
 //! `MADV_DONTNEED`, a punched hole), nor writes through another process's mapping of the same memory file.
+//!
+//! [`IdlePages`] is none of them: it tells which pages were referenced, read or written, and only as a hint.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -21,6 +23,7 @@ use crate::ram::UnknownName;
 
 mod dirty_log;
 mod dirty_ring;
+mod idle_pages;
 mod manual_protect;
 #[allow(unsafe_code)]
 mod ring_map;
@@ -33,6 +36,7 @@ mod write_protect;
 
 pub use dirty_log::DirtyLog;
 pub use dirty_ring::{DirtyRing, EnabledRing, RingCollector};
+pub use idle_pages::IdlePages;
 pub use manual_protect::ManualProtect;
 pub use slots::{GuestSlots, MemorySlot, SlotError};
 pub use user_fault::{Modes, UserFault, UserFaultError, features};

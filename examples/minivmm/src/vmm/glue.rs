@@ -17,7 +17,12 @@ use migration_core::{
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError, VmId},
 };
-use migration_kvm::{ram::Backing, spawner::stand_back, state::entry_pages, tracker::TrackerKind};
+use migration_kvm::{
+    ram::Backing,
+    spawner::stand_back,
+    state::entry_pages,
+    tracker::{IdlePages, TrackerKind},
+};
 
 use super::{
     Machine, MachineConfig, SerialTarget,
@@ -33,12 +38,19 @@ pub(crate) struct MachineSource {
     shared: AtomicBool,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
+    /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
+    idle: Option<Result<IdlePages, String>>,
 }
 
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: AtomicBool::new(false), stays: false }
+        Self { machine, tracker, shared: AtomicBool::new(false), stays: false, idle: None }
+    }
+
+    /// From here on, the pages that the guest references are noted, where the kernel can tell.
+    pub(crate) fn note_references(&mut self) {
+        self.idle = Some(IdlePages::watch(self.machine.ram.clone()).map_err(|e| e.to_string()));
     }
 
     /// Of a machine that stays when its guest goes.
@@ -77,6 +89,14 @@ impl SourceVm for MachineSource {
 
     fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         self.machine.bus.balloon.free_pages(into)
+    }
+
+    fn referenced_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        match &self.idle {
+            None => Ok(()),
+            Some(Ok(idle)) => idle.referenced(into).map_err(|e| VmError::new(e.to_string())),
+            Some(Err(why)) => Err(VmError::new(why)),
+        }
     }
 
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {

@@ -2,11 +2,12 @@ use super::{Linear, PushOrder, run_up};
 use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
 
 /// The pages that were dirtied in most rounds before the switch-over come first: what a guest wrote often it will
-/// probably use at once. The papers' *LRU order*, with the dirty log in the place of referenced bits.
+/// probably use at once. Then come those that it has [referenced](super::REFERENCED) before the first round, as far as the VMM
+/// knows. The papers' *LRU order*, with the dirty log in the place of most referenced bits.
 ///
 /// Rounds are counted in classes (1, 2–3, 4–7, …), so that neighbours of about the same heat go in one run; within a
-/// class the order is ascending. The 8 pages on either side of a fault go before everything else. Pages that were never
-/// dirtied, all of them if there were no rounds, come last, ascending.
+/// class the order is ascending. The 8 pages on either side of a fault go before everything else. Pages that were neither
+/// dirtied nor referenced, all of them if nothing is known, come last, ascending.
 ///
 /// `begin` looks at the heat of every unsent page (about 1 ms for each million), and keeps a set for each class that
 /// occurs, at most 8.
@@ -27,7 +28,7 @@ const NEIGHBOURS: u64 = 8;
 /// Faults remembered between two pushes; older ones are forgotten. More come at once only if more threads wait.
 const MAX_FAULTS: usize = 256;
 
-/// 0 for pages that were never dirtied, else 1 to 8.
+/// 0 for pages of which nothing is known, 1 for those that were only referenced, else 2 to 8.
 fn class(heat: u8) -> u32 {
     u8::BITS - heat.leading_zeros()
 }
@@ -108,7 +109,44 @@ impl PushOrder for HotFirst {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::test_util::*, *};
+    use std::cmp::Reverse;
+
+    use proptest::prelude::*;
+
+    use super::{
+        super::{DIRTIED, REFERENCED, test_util::*},
+        *,
+    };
+
+    #[test]
+    fn a_reference_counts_less_than_any_write() {
+        assert!(class(0) < class(REFERENCED));
+        for rounds in 1..128 {
+            let dirtied = rounds * DIRTIED;
+            assert!(class(REFERENCED) < class(dirtied));
+            assert_eq!(class(dirtied + REFERENCED), class(dirtied), "and beside one it counts nothing");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_page_goes_before_a_hotter_one(
+            pages in 1u64..3000,
+            hole in (0u64..3000, 0u64..600),
+            heat in prop::collection::vec(prop_oneof![Just(0), Just(REFERENCED), Just(DIRTIED), any::<u8>()], 0..3000),
+            most in 1u64..700,
+        ) {
+            let mut unsent = PageSet::full(pages);
+            unsent.remove_range(PageRange::new(hole.0, hole.1));
+            let mut expected: Vec<u64> = unsent.iter().collect();
+            expected.sort_by_key(|&page| Reverse(class(heat.get(page as usize).copied().unwrap_or(0))));
+            let mut order = HotFirst::default();
+            order.begin(&unsent, &heat);
+            let runs = push(&mut order, &mut unsent, most, usize::MAX);
+            let pushed: Vec<u64> = runs.into_iter().flat_map(|(first, count)| first..first + count).collect();
+            prop_assert_eq!(pushed, expected);
+        }
+    }
 
     #[test]
     fn hottest_first_then_the_rest() {

@@ -5,7 +5,7 @@
 //! | [`Linear`] | the next page, ascending |
 //! | [`Bubbling`] | the page nearest to the last fault |
 //! | [`MultiPivot`] | around each of the last faults, in turn |
-//! | [`HotFirst`] | the pages that were dirtied most often before the switch-over |
+//! | [`HotFirst`] | the pages that were dirtied most often before the switch-over, then those that were referenced |
 //! | [`Random`] | any page: what the others are to be compared with |
 //!
 //! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a stripe
@@ -27,6 +27,12 @@ pub use multi_pivot::{DEFAULT_PIVOTS, Direction, MultiPivot};
 pub use random::Random;
 
 use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
+
+/// What a round in which a page was dirtied adds to its [heat](PushOrder::begin).
+pub const DIRTIED: u8 = 2;
+/// What it adds to the heat of a page that the guest has referenced before the first round, read or written, where the VMM
+/// [knows](crate::vm::SourceVm::referenced_pages). Less than [`DIRTIED`]: it is older, and it does not say how often.
+pub const REFERENCED: u8 = 1;
 
 /// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what was sent out of
 /// `unsent` by itself.
@@ -68,8 +74,9 @@ pub trait PushOrder: Send {
     /// Its name, as users write it.
     fn name(&self) -> &'static str;
 
-    /// The serving begins: these pages are to move. `heat` says for each page in how many rounds it was dirtied before
-    /// (255 at most); empty if there were none.
+    /// The serving begins: these pages are to move. `heat` says for each page how much the guest has used it: [`DIRTIED`] for
+    /// each round in which it was dirtied and [`REFERENCED`] if it was referenced before, 255 at most. Pages beyond its end have 0;
+    /// it is empty if nothing is known.
     fn begin(&mut self, unsent: &PageSet, heat: &[u8]);
 
     /// The guest has faulted at `page`, which has been sent by now.
