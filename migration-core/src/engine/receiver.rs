@@ -39,7 +39,7 @@ use crate::{
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello,
-        LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION, Welcome, negotiate,
+        LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, Welcome, negotiate,
     },
 };
 
@@ -278,8 +278,12 @@ impl Hub {
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
         reader.read_exact(&mut bytes).map_err(link())?;
-        let preamble = Preamble::decode(&bytes)?;
         let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
+        let preamble = Preamble::decode(&bytes).inspect_err(|error| {
+            if bytes.starts_with(&SEALED_MAGIC) {
+                refuse_sealed(&mut *reader, &mut control, error);
+            }
+        })?;
         if negotiate(preamble.oldest, preamble.newest).is_none() {
             let why = format!(
                 "the source speaks versions {} to {}, this destination {OLDEST_VERSION} to {VERSION}",
@@ -805,6 +809,21 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
     };
     let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
     wanted & FEATURES & !without | post_copy
+}
+
+/// Tells a source that encrypts why it is refused, and waits until it has gone: what is unread when a connection closes
+/// makes some transports forget what was written last.
+fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &dyn std::fmt::Display) {
+    // best effort: the lane ends either way
+    if control.send(0, &Control::error(ErrorCode::Security, why.to_string())).is_err() {
+        return;
+    }
+    // a handshake's first message is far shorter
+    for _ in 0..4096 {
+        if reader.read_exact(&mut [0]).is_err() {
+            return;
+        }
+    }
 }
 
 fn no_vm() -> MigrationError {

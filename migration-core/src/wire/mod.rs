@@ -22,6 +22,8 @@ pub const OLDEST_VERSION: u16 = 1;
 pub const VERSION: u16 = 1;
 /// First bytes of every lane.
 pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
+/// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this format but of migration-crypto.
+pub const SEALED_MAGIC: [u8; 8] = *b"LIVESEAL";
 /// Most lanes for pages: as many as the largest hosts have use for.
 pub const MAX_STREAMS: u16 = 128;
 /// Largest body of a frame: a state chunk with its fields. Page data is not part of the body.
@@ -109,7 +111,15 @@ impl Preamble {
     /// Reads a preamble. The version window is not judged here: see [`negotiate`].
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
-        if r.array("magic")? != MAGIC {
+        let magic: [u8; 8] = r.array("magic")?;
+        if magic == SEALED_MAGIC {
+            return Err(DecodeError::invalid(
+                "magic",
+                "this destination takes only plain migrations, the source wants an encrypted one: start both with --encrypt and \
+                 the same kind of key, or neither",
+            ));
+        }
+        if magic != MAGIC {
             return Err(DecodeError::invalid("magic", "the peer does not speak this protocol"));
         }
         let (oldest, newest) = (r.u16("oldest version")?, r.u16("newest version")?);
