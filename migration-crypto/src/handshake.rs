@@ -235,8 +235,9 @@ impl Wire<'_> {
 
 /// The first of what is offered that is also taken, in the order of the destination.
 pub(crate) fn choose(offered: &[Suite], taken: &[Suite]) -> Result<Suite, HandshakeError> {
-    taken.iter().copied().find(|suite| offered.contains(suite)).ok_or_else(|| HandshakeError::Suites {
-        offered: suite::names(offered),
-        taken: suite::names(taken),
-    })
+    taken
+        .iter()
+        .copied()
+        .find(|suite| offered.contains(suite))
+        .ok_or_else(|| HandshakeError::Suites { offered: suite::names(offered), taken: suite::names(taken) })
 }

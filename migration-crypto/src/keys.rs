@@ -239,7 +239,9 @@ mod tests {
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         let good = fs::read_to_string(&path).unwrap();
-        for bad in [String::new(), good[1..].into(), format!("0{good}"), good.replacen(|_| true, "g", 1), good.repeat(2)] {
+        for bad in
+            [String::new(), good[1..].into(), format!("0{good}"), good.replacen(|_| true, "g", 1), good.repeat(2)]
+        {
             fs::write(&path, &bad).unwrap();
             assert!(matches!(Psk::load(&path), Err(KeyError::Malformed { .. })), "{bad}");
         }

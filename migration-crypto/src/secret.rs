@@ -4,19 +4,18 @@ use std::fmt;
 
 use hkdf::Hkdf;
 use sha2::Sha256;
-use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+use zeroize::{Zeroize, Zeroizing};
 
 /// Bytes of every secret that keys are derived from.
 pub(crate) const SECRET_LEN: usize = 32;
 
 /// 32 bytes that nobody else may know. They are erased from memory when dropped, and never printed.
-#[derive(Clone, Zeroize, ZeroizeOnDrop)]
-pub(crate) struct Secret(Box<[u8; SECRET_LEN]>);
+#[derive(Clone)]
+pub(crate) struct Secret(Box<Zeroizing<[u8; SECRET_LEN]>>);
 
 impl Secret {
     pub(crate) fn new(bytes: [u8; SECRET_LEN]) -> Self {
-        let bytes = Zeroizing::new(bytes);
-        Self(Box::new(*bytes))
+        Self(Box::new(Zeroizing::new(bytes)))
     }
 
     /// A secret from input that holds enough entropy but is not uniform, or several inputs laid end to end
@@ -33,7 +32,7 @@ impl Secret {
     /// # Errors
     /// When it has none to give.
     pub(crate) fn random() -> Result<Self, getrandom::Error> {
-        let mut this = Self(Box::new([0; SECRET_LEN]));
+        let mut this = Self::new([0; SECRET_LEN]);
         getrandom::fill(&mut this.0[..])?;
         Ok(this)
     }
@@ -57,7 +56,7 @@ impl Secret {
 
     /// Another secret, for this purpose.
     pub(crate) fn derive(&self, purpose: &[&[u8]]) -> Self {
-        let mut derived = Self(Box::new([0; SECRET_LEN]));
+        let mut derived = Self::new([0; SECRET_LEN]);
         self.expand(purpose, &mut derived.0[..]);
         derived
     }

@@ -364,7 +364,7 @@ impl Channel for AcceptedChannel {
 /// What the halves of an accepted channel share until each has its part.
 enum Opening {
     Due(Box<Due>),
-    Done(Option<SecureReader>, Option<SecureWriter>),
+    Done(Option<Box<SecureReader>>, Option<Box<SecureWriter>>),
     Failed(io::ErrorKind, String),
 }
 
@@ -379,7 +379,7 @@ struct Due {
 fn opened<T>(
     opening: &Mutex<Opening>,
     patience: Option<Duration>,
-    take: impl FnOnce(&mut Option<SecureReader>, &mut Option<SecureWriter>) -> Option<T>,
+    take: impl FnOnce(&mut Option<Box<SecureReader>>, &mut Option<Box<SecureWriter>>) -> Option<T>,
 ) -> io::Result<T> {
     let mut opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
     if let Opening::Due(_) = &*opening {
@@ -389,7 +389,7 @@ fn opened<T>(
             let most = acceptor.security.handshake_timeout;
             let patience = patience.map_or(most, |patience| patience.min(most));
             match acceptor.open(reader, writer, patience, &closed) {
-                Ok((reader, writer)) => *opening = Opening::Done(Some(reader), Some(writer)),
+                Ok((reader, writer)) => *opening = Opening::Done(Some(Box::new(reader)), Some(Box::new(writer))),
                 Err(error) => {
                     *opening = Opening::Failed(error.kind(), error.to_string());
                     return Err(error);
@@ -407,7 +407,7 @@ fn opened<T>(
 
 struct LateReader {
     opening: Arc<Mutex<Opening>>,
-    opened: Option<SecureReader>,
+    opened: Option<Box<SecureReader>>,
     idle: Option<Duration>,
 }
 
@@ -439,7 +439,7 @@ impl ReadHalf for LateReader {
 
 struct LateWriter {
     opening: Arc<Mutex<Opening>>,
-    opened: Option<SecureWriter>,
+    opened: Option<Box<SecureWriter>>,
     idle: Option<Duration>,
     short: bool,
 }

@@ -38,9 +38,7 @@ impl Proofs<'_> {
         let builder = Builder::new(params).prologue(prologue)?;
         let builder = match self {
             Self::Psk(key) => builder.psk(0, key.bytes())?,
-            Self::Static { own, peer } => {
-                builder.local_private_key(own.private.bytes())?.remote_public_key(&peer.0)?
-            }
+            Self::Static { own, peer } => builder.local_private_key(own.private.bytes())?.remote_public_key(&peer.0)?,
         };
         if initiator { builder.build_initiator() } else { builder.build_responder() }
     }

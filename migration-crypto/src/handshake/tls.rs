@@ -58,8 +58,8 @@ impl TlsIdentity {
         for root in certificates("ca.pem")? {
             roots.add(root).map_err(|e| bad("ca.pem", e.to_string()))?;
         }
-        let key = PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?)
-            .map_err(|e| bad("key.pem", e.to_string()))?;
+        let key =
+            PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?).map_err(|e| bad("key.pem", e.to_string()))?;
         let peer = ServerName::try_from(peer_name.to_owned())
             .map_err(|_| bad("", format!("{peer_name:?} is no name that a certificate can have")))?;
         let this = Self { roots: Arc::new(roots), chain: certificates("cert.pem")?, key: Arc::new(key), peer };
