@@ -8,6 +8,8 @@ use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 
+use crate::encryption::{Encryption, Keygen};
+
 /// A small VMM that shows the migration crates at work.
 #[derive(Debug, Parser)]
 #[command(name = "minivmm", version, arg_required_else_help = true)]
@@ -32,6 +34,8 @@ pub(crate) enum Command {
     Bench(crate::bench::Bench),
     /// Measure our techniques beside what their papers have.
     Eval(crate::eval::Eval),
+    /// Make a key for encrypted migrations.
+    Keygen(Keygen),
 }
 
 #[derive(Debug, Args)]
@@ -94,6 +98,8 @@ pub(crate) struct Receive {
     /// How dirty pages are found when the VM moves on; as at the source if not given.
     #[arg(long)]
     pub(crate) tracker: Option<TrackerKind>,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
 }
 
 #[derive(Debug, Args)]
@@ -305,6 +311,8 @@ pub(crate) struct Migrate {
     /// Checksum of page data, beside TCP's own.
     #[arg(long)]
     pub(crate) checksum: bool,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
     /// Show progress on stderr.
     #[arg(long)]
     pub(crate) progress: bool,

@@ -18,7 +18,10 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
     };
     match &ctl.command {
         CtlCommand::Migrate(args) => {
-            let request = migrate_request(args);
+            let request = match args.encryption.check().and_then(|()| migrate_request(args)) {
+                Ok(request) => request,
+                Err(why) => return usage(ctl.json, &why),
+            };
             let strategy = request.strategy.clone();
             migrate(socket, &Request::Migrate(request), &strategy, args.progress, ctl.json)
         }
@@ -83,9 +86,9 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
     })
 }
 
-fn migrate_request(args: &Migrate) -> MigrateRequest {
+fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
     let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
-    MigrateRequest {
+    Ok(MigrateRequest {
         to: args.to.to_string(),
         strategy: args.strategy.to_string(),
         streams: args.streams,
@@ -109,8 +112,10 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
         .into(),
         fail_safe: args.fail_safe.clone(),
         checksum: args.checksum,
+        // the server reads the keys
+        encryption: args.encryption.absolute()?,
         progress: args.progress,
-    }
+    })
 }
 
 /// Sends a request that ends when a migration does, and tells how.

@@ -14,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{cli::Protect, instance::Instance};
+use crate::{cli::Protect, encryption::Encryption, instance::Instance};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -60,6 +60,7 @@ pub(crate) struct MigrateRequest {
     pub(crate) fail_safe: Option<Protect>,
     pub(crate) impact: String,
     pub(crate) checksum: bool,
+    pub(crate) encryption: Encryption,
     pub(crate) progress: bool,
 }
 

@@ -91,6 +91,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
         whole_huge_pages: false,
         impact: "balanced".into(),
         checksum: false,
+        encryption: Default::default(),
         progress: true,
     };
     let report = ask(&source_socket, &Request::Migrate(request), |p| {

@@ -8,12 +8,14 @@ use std::{
 };
 
 use migration_core::{
+    channel::Connector,
     engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
     strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
+use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
 use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
 use serde_json::{Value, json};
@@ -48,6 +50,8 @@ struct State {
     /// The last report, kept for `status`.
     last: Option<Value>,
     controller: Option<Controller>,
+    /// What the channels of the migration under way have in common, if it is encrypted.
+    session: Option<SourceSession>,
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
     clients: u32,
@@ -104,11 +108,15 @@ impl Instance {
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,
+        security: Option<Security>,
         host: HostOptions,
         checkpoints: Option<PathBuf>,
     ) -> Result<String, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
+        if let Some(security) = security {
+            listener = Box::new(SecureListener::new(listener, security));
+        }
         let adopter = self.clone();
         let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
         let options = ReceiverOptions {
@@ -305,6 +313,7 @@ impl Instance {
 
     fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
         let order = crate::eval::order(&request.push_order)?;
         let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
@@ -348,9 +357,11 @@ impl Instance {
             ..SourceOptions::default()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
-        let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
+        let link =
+            secured(session.as_ref(), Box::new(Limited::new(connector(&to, ConnectOptions::default()), bandwidth)));
         let (controller, commands) = Controller::new();
         state.controller = Some(controller);
+        state.session = session;
         state.waiting = vec![tx];
         state.role = Role::Outgoing;
         state.progress = None;
@@ -359,7 +370,7 @@ impl Instance {
         let instance = self.clone();
         let body = move || {
             let mut source = MachineSource::new(machine);
-            let report = migration_core::engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
+            let report = migration_core::engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
             drop(source);
             if let Some(protect) = protect {
                 protect.end(report.outcome);
@@ -368,7 +379,7 @@ impl Instance {
         };
         if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {
             let mut state = self.lock();
-            (state.controller, state.role) = (None, Role::Home);
+            (state.controller, state.session, state.role) = (None, None, Role::Home);
             state.waiting.clear();
             return Err(format!("migrate: no thread: {error}"));
         }
@@ -382,8 +393,9 @@ impl Instance {
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
         let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
         state.waiting.push(tx);
+        let link = secured(state.session.as_ref(), connector(&to, ConnectOptions::default()));
         drop(state);
-        controller.recover(connector(&to, ConnectOptions::default()).into());
+        controller.recover(link.into());
         await_end(updates, wanted, progress)
     }
 
@@ -392,7 +404,7 @@ impl Instance {
         state.tell_end(report);
         state.epoch = report.epoch;
         state.last = Some(report::to_json(report));
-        state.controller = None;
+        (state.controller, state.session) = (None, None);
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Ended, Some(0)),
             Outcome::Lost => (Role::Ended, Some(5)),
@@ -402,6 +414,14 @@ impl Instance {
         state.exit = state.exit.or(exit);
         drop(state);
         self.changed.notify_all();
+    }
+}
+
+/// The channels of `link`, in the session if there is one.
+fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn Connector> {
+    match session {
+        Some(session) => Box::new(session.connector(link)),
+        None => link,
     }
 }
 

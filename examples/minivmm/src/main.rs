@@ -8,6 +8,7 @@ mod cli;
 mod client;
 mod control;
 mod demo;
+mod encryption;
 mod eval;
 mod instance;
 mod report;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
         Command::Eval(args) => Ok(eval::run(args)),
+        Command::Keygen(args) => encryption::keygen(args),
     };
     ExitCode::from(result.unwrap_or_else(|why| {
         eprintln!("minivmm: {why}");
@@ -77,6 +79,11 @@ fn run(args: &Run) -> Result<u8, String> {
 }
 
 fn receive(args: &Receive) -> Result<u8, String> {
+    if let Err(why) = args.encryption.check() {
+        eprintln!("minivmm: {why}");
+        return Ok(2);
+    }
+    let security = args.encryption.security(None)?;
     let instance = Instance::new();
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
@@ -84,7 +91,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
     };
-    let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
+    let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;
     println!("listening {address}");
     // whoever reads the address may wait for it

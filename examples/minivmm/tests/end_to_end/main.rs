@@ -8,6 +8,7 @@ mod common;
 mod contract;
 mod convergence;
 mod elf;
+mod encrypted;
 mod fail_safe;
 mod faults;
 mod moves;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
+    encrypted::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
     one_edge::add(&mut suite);
