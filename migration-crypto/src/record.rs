@@ -7,10 +7,10 @@
 //! | 0 | `u32` | bits 0 to 23: bytes of plaintext; bit 24: the stream ends here; the others 0 |
 //! | 4 | `u32` | number of the key |
 //!
-//! The header is authenticated (it is the AAD). The nonce is the number of the key and a counter of the records under it, which are
-//! not sent: a record that is replayed, dropped or moved opens under the wrong nonce, hence not at all. Each direction
-//! of each lane has a secret of its own, and each key of the direction comes from the one before by HKDF, so a nonce
-//! comes once under its key by construction.
+//! The header is authenticated (it is the AAD). The nonce is the number of the key and that of the record, counted from the beginning
+//! of the direction and not sent: a record that is replayed, dropped or moved meets the wrong nonce, hence does not open. Each
+//! direction of each lane has a secret of its own, and each key of the direction comes from the one before by HKDF, so a
+//! nonce comes once under its key by construction.
 
 use thiserror::Error;
 
@@ -91,7 +91,7 @@ struct Keys {
     key: Box<dyn AeadKey>,
     /// Which key it is.
     number: u32,
-    /// The record that comes next under it.
+    /// Counts all records of the direction, whatever their key: one that is dropped before a change of keys is missed, too.
     next: u64,
 }
 
@@ -106,7 +106,6 @@ impl Keys {
         self.number = self.number.checked_add(1).ok_or(RecordError::Exhausted)?;
         self.secret = self.secret.derive(&[b"next key"]);
         self.key = key(self.suite, self.backend, &self.secret)?;
-        self.next = 0;
         Ok(())
     }
 
@@ -132,6 +131,7 @@ pub(crate) struct RecordSealer {
     keys: Keys,
     limits: KeyLimits,
     /// Under the present key.
+    records: u64,
     bytes: u64,
     state: State,
 }
@@ -166,7 +166,7 @@ impl RecordSealer {
         secret: Secret,
         limits: KeyLimits,
     ) -> Result<Self, RecordError> {
-        Ok(Self { keys: Keys::new(suite, backend, secret)?, limits, bytes: 0, state: State::Open })
+        Ok(Self { keys: Keys::new(suite, backend, secret)?, limits, records: 0, bytes: 0, state: State::Open })
     }
 
     /// Seals a record in place. `record` has [`HEADER_LEN`] bytes of room, at most [`MAX_PLAINTEXT`] of plaintext, and room
@@ -184,12 +184,12 @@ impl RecordSealer {
 
     fn seal_next(&mut self, record: &mut [u8], last: bool) -> Result<(), RecordError> {
         let len = record.len().checked_sub(OVERHEAD).filter(|&len| len <= MAX_PLAINTEXT).ok_or(RecordError::Header)?;
-        if self.keys.next >= self.limits.records || self.bytes >= self.limits.bytes {
+        if self.records >= self.limits.records || self.bytes >= self.limits.bytes {
             if self.keys.number.saturating_add(1) >= self.limits.keys {
                 return Err(RecordError::Exhausted);
             }
             self.keys.update()?;
-            self.bytes = 0;
+            (self.records, self.bytes) = (0, 0);
         }
         let header = Header { len, last, key: self.keys.number }.encode();
         let nonce = self.keys.nonce()?;
@@ -197,6 +197,7 @@ impl RecordSealer {
         let (data, tag) = rest.split_at_mut(len);
         head.copy_from_slice(&header);
         tag.copy_from_slice(&self.keys.key.seal(&nonce, &header, data).map_err(|_| RecordError::Broken)?);
+        self.records += 1;
         self.bytes = self.bytes.saturating_add(len as u64);
         Ok(())
     }
@@ -246,6 +247,29 @@ impl RecordOpener {
         let nonce = self.keys.nonce()?;
         self.keys.key.open(&nonce, header, sealed).map_err(|_| RecordError::NotAuthentic)?;
         Ok(last)
+    }
+}
+
+#[doc(hidden)]
+pub mod bench {
+    //! For the example that measures.
+
+    use std::{io, sync::Arc};
+
+    use migration_core::channel::WriteHalf;
+
+    use super::*;
+    use crate::channel::SecureWriter;
+
+    /// Seals what goes to `inner`, under a key of no secrecy.
+    pub fn writer(
+        inner: Box<dyn WriteHalf>,
+        suite: Suite,
+        backend: &'static dyn Backend,
+        record_bytes: usize,
+    ) -> io::Result<impl WriteHalf> {
+        let sealer = RecordSealer::new(suite, backend, Secret::new([1; 32]), KeyLimits::default())?;
+        Ok(SecureWriter::new(inner, sealer, record_bytes, Arc::default()))
     }
 }
 

@@ -418,7 +418,7 @@ impl LateReader {
             reader.set_idle_timeout(self.idle)?;
             self.opened = Some(reader);
         }
-        self.opened.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        self.opened.as_deref_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 
@@ -454,7 +454,7 @@ impl LateWriter {
             }
             self.opened = Some(writer);
         }
-        self.opened.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        self.opened.as_deref_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 

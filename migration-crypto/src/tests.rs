@@ -9,7 +9,7 @@ use std::{
 
 use migration_core::{
     GuestRam, HeapRam, RamLayout, RamRegion, RamSlice,
-    channel::{Channel, Connector, Halves, Listener, ReadHalf, WriteHalf},
+    channel::{Channel, Connector, Halves, Listener, WriteHalf},
     wire::{Control, ErrorCode, Header, LaneKind, MAGIC, Preamble, SessionToken},
 };
 use migration_transport::memory;

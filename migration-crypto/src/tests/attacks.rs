@@ -182,10 +182,9 @@ fn any_flipped_bit_of_a_handshake_is_noticed() {
             }
         };
         let mut pair = meddled(psk(1), psk(1), note);
-        pair.open_well(LaneKind::Control);
-        if lane != LaneKind::Control {
-            pair.open_well(lane);
-        }
+        // kept, lest their last words are among the writes
+        let _control = pair.open_well(LaneKind::Control);
+        let _lane = (lane != LaneKind::Control).then(|| pair.open_well(lane));
         let len = *len.lock().unwrap();
         assert!(len > Preamble::LEN);
         for bit in (0..len * 8).step_by(3) {
@@ -198,9 +197,7 @@ fn any_flipped_bit_of_a_handshake_is_noticed() {
                     bytes[bit / 8] ^= 1 << (bit % 8)
                 }
             });
-            if lane != LaneKind::Control {
-                pair.open_well(LaneKind::Control);
-            }
+            let _control = (lane != LaneKind::Control).then(|| pair.open_well(LaneKind::Control));
             let (here, there) = pair.open(lane);
             assert!(here.is_err() && there.is_err(), "bit {bit}");
         }
@@ -213,10 +210,9 @@ fn a_replayed_handshake_opens_nothing() {
         let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
         let keep = kept.clone();
         let mut pair = meddled(psk(1), psk(1), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
-        pair.open_well(LaneKind::Control);
-        if lane != LaneKind::Control {
-            pair.open_well(lane);
-        }
+        // kept, lest their last words are among the writes
+        let _control = pair.open_well(LaneKind::Control);
+        let _lane = (lane != LaneKind::Control).then(|| pair.open_well(lane));
         let replay: Vec<u8> = kept.lock().unwrap()[first..first + 3].concat();
         let mut again = pair.plain.connect().unwrap().split().unwrap();
         again.writer.write_all(&replay, &[]).unwrap();
@@ -289,7 +285,7 @@ fn records_that_are_changed_replayed_dropped_or_moved_end_the_lane() {
 }
 
 #[test]
-fn records_of_another_lane_or_session_or_direction_are_refused() {
+fn records_of_another_lane_or_session_are_refused() {
     // a relay that puts what was sent on one lane into another one
     for (first, second) in [
         (LaneKind::Control, LaneKind::Bulk),
@@ -306,9 +302,7 @@ fn records_of_another_lane_or_session_or_direction_are_refused() {
             Some(7) => bytes.clone_from(swap.lock().unwrap().as_ref().unwrap()),
             _ => {}
         });
-        if first != LaneKind::Control {
-            pair.open_well(LaneKind::Control);
-        }
+        let _control = (first != LaneKind::Control).then(|| pair.open_well(LaneKind::Control));
         let (mut a, _a) = pair.open_well(first);
         let (mut b, mut b_there) = pair.open_well(second);
         a.writer.write_all(b"from one", &[]).unwrap();
@@ -316,10 +310,6 @@ fn records_of_another_lane_or_session_or_direction_are_refused() {
         let error = b_there.reader.read_exact(&mut [0; 8]).unwrap_err();
         assert!(error.to_string().contains("not authentic"), "{error}");
     }
-    let mut pair = Pair::new(psk(1), psk(1));
-    let mut raw = pair.plain.connect().unwrap().split().unwrap();
-    drop(pair.listener.accept(Duration::from_secs(60)).unwrap());
-    assert!(raw.reader.read_exact(&mut [0]).is_err());
 }
 
 #[test]
