@@ -149,6 +149,7 @@ impl Pair {
             whole_huge_pages: false,
             impact: (*impact).into(),
             checksum: false,
+            encryption: Default::default(),
             progress: false,
         };
         let start = Instant::now();
