@@ -20,6 +20,8 @@ use crate::{
 };
 
 mod attacks;
+#[cfg(feature = "tls")]
+mod certificates;
 mod pairs;
 
 fn psk(key: u8) -> Security {
