@@ -131,7 +131,7 @@ pub(crate) enum CtlCommand {
     /// Copy guest RAM to a file.
     Memory(Memory),
     /// Move the VM.
-    Migrate(Migrate),
+    Migrate(Box<Migrate>),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
     PostCopy,
     /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.

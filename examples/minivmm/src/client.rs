@@ -23,7 +23,7 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
                 Err(why) => return usage(ctl.json, &why),
             };
             let strategy = request.strategy.clone();
-            migrate(socket, &Request::Migrate(request), &strategy, args.progress, ctl.json)
+            migrate(socket, &Request::Migrate(Box::new(request)), &strategy, args.progress, ctl.json)
         }
         CtlCommand::Recover(args) => {
             let request = Request::Recover { to: args.to.to_string(), progress: args.progress };

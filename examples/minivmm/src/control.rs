@@ -35,7 +35,7 @@ pub(crate) enum Request {
         len: u64,
         out: PathBuf,
     },
-    Migrate(MigrateRequest),
+    Migrate(Box<MigrateRequest>),
     PostCopy,
     Recover {
         to: String,

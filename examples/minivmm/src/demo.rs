@@ -94,7 +94,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
         encryption: Default::default(),
         progress: true,
     };
-    let report = ask(&source_socket, &Request::Migrate(request), |p| {
+    let report = ask(&source_socket, &Request::Migrate(Box::new(request)), |p| {
         eprintln!("  round {} · {} of {} pages", p["round"], p["round_sent"], p["round_pages"]);
     })?;
     if report["outcome"] != "completed" {

@@ -153,7 +153,7 @@ impl Pair {
             progress: false,
         };
         let start = Instant::now();
-        let report = ask(&self.source_socket, &Request::Migrate(request), |_| {})?;
+        let report = ask(&self.source_socket, &Request::Migrate(Box::new(request)), |_| {})?;
         let total = start.elapsed();
         if report["outcome"] != "completed" {
             return Err(format!("the migration is {}: {}", report["outcome"], report["reason"]));
