@@ -2,13 +2,16 @@
 
 use std::{
     collections::HashSet,
+    fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
 use libtest_mimic::Failed;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::Value;
 
 use crate::{
@@ -17,7 +20,12 @@ use crate::{
     post_copy::faulted,
 };
 
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
 const CIPHERS: [&str; 3] = ["aes128-gcm", "aes256-gcm", "chacha20-poly1305"];
+/// The streams that went by.
+type Kept = Arc<Mutex<Vec<Vec<u8>>>>;
+
 /// Bytes of a run that must not be seen on the wire.
 const RUN: usize = 16;
 
@@ -29,6 +37,7 @@ pub(crate) fn add(suite: &mut Suite) {
         suite.post_copy(format!("encrypted/post-copy/{cipher}"), "anon", move |lab| post_copy(lab, cipher));
     }
     suite.kvm("encrypted/static_keys", static_keys);
+    suite.kvm("encrypted/certificates", certificates);
     for seed in 0..8 {
         suite.post_copy(format!("encrypted/cut_in_post_copy/{seed}"), "anon", move |lab| cut(lab, seed));
     }
@@ -90,6 +99,44 @@ fn static_keys(lab: &Lab) -> Outcome {
     ensure_says(answer.reason(), "not the one expected")?;
     source.works()?;
     source.migrate_well(&destination.address, &own(&ours, &their_public).each_ref().map(String::as_str))?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// A folder with certificate and key for `name`, and whom to trust.
+fn certified(lab: &Lab, folder: &str, name: &str, authority: &Authority) -> Result<String, Failed> {
+    let path = lab.path(folder);
+    fs::create_dir(&path)?;
+    let key = KeyPair::generate()?;
+    let certificate = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, authority)?;
+    fs::write(path.join("ca.pem"), authority.pem())?;
+    fs::write(path.join("cert.pem"), certificate.pem())?;
+    fs::write(path.join("key.pem"), key.serialize_pem())?;
+    fs::set_permissions(path.join("key.pem"), PermissionsExt::from_mode(0o600))?;
+    Ok(lab.arg(folder))
+}
+
+fn authority() -> Result<Authority, Failed> {
+    let mut params = CertificateParams::new(Vec::new())?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    Ok(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?)
+}
+
+fn certificates(lab: &Lab) -> Outcome {
+    let (ours, theirs) = (authority()?, authority()?);
+    let there = certified(lab, "there", "127.0.0.1", &ours)?;
+    let here = certified(lab, "here", "source", &ours)?;
+    let elsewhere = certified(lab, "elsewhere", "192.0.2.1", &ours)?;
+    let stranger = certified(lab, "stranger", "source", &theirs)?;
+    let options = |dir| ["--encrypt", "tls", "--tls-dir", dir];
+    // whom the source does not trust, who is another host, whom the destination does not trust
+    refused(lab, &options(&there), &options(&stranger), "TLS: ", "TLS: ")?;
+    refused(lab, &options(&elsewhere), &options(&here), "TLS: ", "TLS: ")?;
+    fs::copy(lab.path("here").join("ca.pem"), lab.path("stranger").join("ca.pem"))?;
+    refused(lab, &options(&there), &options(&stranger), "TLS: ", "TLS: ")?;
+    let mut source = lab.workload("source", "random:size=16M", &["--backing", "anon"])?;
+    let destination = lab.receive("destination", &options(&there))?;
+    source.migrate_well(&destination.address, &options(&here))?;
     destination.works()?;
     destination.quit()
 }
@@ -163,11 +210,10 @@ fn encrypted_to_plain(lab: &Lab) -> Outcome {
 }
 
 fn key_files(lab: &Lab) -> Outcome {
-    use std::os::unix::fs::PermissionsExt;
     let file = key(lab, "key")?;
     let source = lab.workload("source", "idle", &[])?;
     let migrate = |file: &str| source.migrate("tcp:127.0.0.1:1", &["--encrypt", "aes256-gcm", "--psk-file", file]);
-    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644))?;
+    fs::set_permissions(&file, PermissionsExt::from_mode(0o644))?;
     for (file, why) in [(file.as_str(), "others can read"), ("/no/such/key", "No such file")] {
         let answer = migrate(file)?;
         ensure(answer.code == Some(1), || format!("{answer:?}"))?;
@@ -204,10 +250,10 @@ fn wrong_command_lines(lab: &Lab) -> Outcome {
 }
 
 /// Passes connections on, and keeps all that goes by.
-fn tap(target: SocketAddr) -> Result<(String, Arc<Mutex<Vec<Vec<u8>>>>), Failed> {
+fn tap(target: SocketAddr) -> Result<(String, Kept), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = format!("tcp:{}", listener.local_addr()?);
-    let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+    let kept = Kept::default();
     let keep = kept.clone();
     thread::spawn(move || {
         for near in listener.incoming().flatten() {
