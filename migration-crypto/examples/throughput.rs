@@ -11,9 +11,9 @@ use std::{
 
 use migration_core::{GuestRam, HeapRam, RamLayout, RamRegion, RamSlice, channel::WriteHalf};
 use migration_crypto::{
-    Suite,
+    KeyLimits, Suite,
     aead::{self, Backend, RustCrypto},
-    record::bench,
+    record::fixed_key,
 };
 
 const TIME: Duration = Duration::from_millis(400);
@@ -69,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             });
             print!("{:<12} {:<18} {seal:>9.2} {open:>9.2} |", backend.name(), suite.name());
             for record_bytes in [64 << 10, 256 << 10, 1 << 20] {
-                let mut writer = bench::writer(Box::new(Sink), suite, backend, record_bytes)?;
+                let mut writer = fixed_key::writer(Box::new(Sink), suite, backend, record_bytes, KeyLimits::default())?;
                 let mut at = 0;
                 let rate = measure(FRAME as usize, || {
                     let slice = ram.slice_at(at, FRAME);

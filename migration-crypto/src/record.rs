@@ -251,25 +251,31 @@ impl RecordOpener {
 }
 
 #[doc(hidden)]
-pub mod bench {
-    //! For the example that measures.
+pub mod fixed_key {
+    //! Records under a key of no secrecy, to measure and to fuzz them.
 
     use std::{io, sync::Arc};
 
-    use migration_core::channel::WriteHalf;
+    use migration_core::channel::{ReadHalf, WriteHalf};
 
     use super::*;
-    use crate::channel::SecureWriter;
+    use crate::channel::{SecureReader, SecureWriter};
 
-    /// Seals what goes to `inner`, under a key of no secrecy.
+    const KEY: [u8; 32] = [1; 32];
+
     pub fn writer(
         inner: Box<dyn WriteHalf>,
         suite: Suite,
         backend: &'static dyn Backend,
         record_bytes: usize,
+        limits: KeyLimits,
     ) -> io::Result<impl WriteHalf> {
-        let sealer = RecordSealer::new(suite, backend, Secret::new([1; 32]), KeyLimits::default())?;
+        let sealer = RecordSealer::new(suite, backend, Secret::new(KEY), limits)?;
         Ok(SecureWriter::new(inner, sealer, record_bytes, Arc::default()))
+    }
+
+    pub fn reader(inner: Box<dyn ReadHalf>, suite: Suite, backend: &'static dyn Backend) -> io::Result<impl ReadHalf> {
+        Ok(SecureReader::new(inner, RecordOpener::new(suite, backend, Secret::new(KEY))?))
     }
 }
 
