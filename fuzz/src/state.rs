@@ -1,8 +1,8 @@
 //! The state of a VM.
 
-use migration_core::state::VmState;
+use migration_core::{snapshot::SavedVm, state::VmState};
 
-/// The first byte says what the rest is: a VM's state, or one of migration-kvm's encodings.
+/// The first byte says what the rest is: a VM's state, one of migration-kvm's encodings, or what a snapshot holds.
 pub fn check(input: &[u8]) {
     match input {
         [0, rest @ ..] => {
@@ -12,6 +12,11 @@ pub fn check(input: &[u8]) {
         }
         #[cfg(feature = "kvm")]
         [kind @ 1..=3, rest @ ..] => kvm(*kind, rest),
+        [4, rest @ ..] => {
+            if let Ok(saved) = SavedVm::decode(rest) {
+                assert_eq!(SavedVm::decode(&saved.encode()).ok().as_ref(), Some(&saved));
+            }
+        }
         _ => {}
     }
 }

@@ -1,6 +1,10 @@
 //! Byte streams between two hosts, as the engine needs them. migration-transport implements them.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    time::Duration,
+};
 
 use crate::{ram::RamSlice, wire::LaneKind};
 
@@ -37,6 +41,16 @@ pub trait ReadHalf: Send {
 
     /// How long a read may go without a byte; `None` for ever.
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Receives exactly `count` open files, as [`WriteHalf::send_files`] sends them.
+    ///
+    /// # Errors
+    /// `InvalidData` when the peer sent another number of them; none stays open then. `Unsupported`, which is what the
+    /// default says, when files cannot travel on this channel. Any error ends the lane.
+    fn receive_files(&mut self, count: usize) -> io::Result<Vec<OwnedFd>> {
+        let _ = count;
+        Err(no_files())
+    }
 }
 
 /// The sending direction of a [`Channel`].
@@ -53,6 +67,23 @@ pub trait WriteHalf: Send {
     /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
     /// link somebody waits for an answer. A hint; does nothing by default.
     fn keep_queue_short(&mut self) {}
+
+    /// Sends open files to a peer on this machine, which gets descriptors of its own for them. On the wire they take a
+    /// byte for every [`FILES_PER_BYTE`] of them, whose value is how many go with it.
+    ///
+    /// # Errors
+    /// `Unsupported`, which is what the default says, when files cannot travel on this channel. Any error ends the lane.
+    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let _ = files;
+        Err(no_files())
+    }
+}
+
+/// As many open files travel with one byte: the kernel's limit for a message.
+pub const FILES_PER_BYTE: usize = 253;
+
+fn no_files() -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, "open files travel only over a Unix socket")
 }
 
 /// Ends a [`Channel`] from any thread: blocked reads and writes return at once with an error.
@@ -70,6 +101,11 @@ pub trait Connector: Send + Sync {
     /// channels must not wait behind others.
     fn connect_as(&self, _kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         self.connect()
+    }
+
+    /// Whether open files can travel on its channels ([`WriteHalf::send_files`]): those of Unix sockets.
+    fn carries_files(&self) -> bool {
+        false
     }
 
     /// The destination's address, for messages.

@@ -18,7 +18,7 @@ use crate::{PAGE_SIZE, fence::Fence, vm::VmId};
 /// A page of a checkpoint; `None` stands for zeros.
 pub type PageData<'a> = Option<&'a [u8; PAGE_SIZE]>;
 
-/// Keeps the checkpoints of one VM, merged into the last one.
+/// Keeps the checkpoints of one VM, merged into the last one; or a single one, which is a snapshot.
 pub trait CheckpointStore: Send {
     /// Takes a page of the next checkpoint. If it was put before since the last commit, this is its newer content.
     ///
@@ -26,8 +26,8 @@ pub trait CheckpointStore: Send {
     /// When it cannot be kept. The checkpoint then fails, and the last committed one stays.
     fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()>;
 
-    /// Everything that was put since the last commit, and `state` (an encoded [`VmState`](crate::state::VmState)), are
-    /// checkpoint `number` from now on: as durable as the store makes anything when this returns.
+    /// Everything that was put since the last commit, and `state` (an encoded [`VmState`](crate::state::VmState), in a snapshot an
+    /// encoded [`SavedVm`](crate::snapshot::SavedVm)), are checkpoint `number` from now on: as durable as the store makes anything when this returns.
     ///
     /// # Errors
     /// The last committed checkpoint stays.
@@ -39,7 +39,8 @@ pub trait CheckpointStore: Send {
     /// Number and state of the last committed checkpoint.
     fn latest(&self) -> Option<(u32, Bytes)>;
 
-    /// Hands out every page of the last committed checkpoint, those of earlier ones that it did not replace included.
+    /// Hands out every page of the last committed checkpoint, those of earlier ones that it did not replace included, in
+    /// ascending order.
     ///
     /// # Errors
     /// When one cannot be read, or `take` fails: the VM must not be started then.

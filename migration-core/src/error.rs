@@ -43,6 +43,14 @@ pub enum MigrationError {
         /// Why it failed.
         cause: VmError,
     },
+    /// A store of checkpoints or snapshots failed: there is no room, or it cannot be read. The guest is not touched by that.
+    #[error("{step}: {cause}")]
+    Store {
+        /// What was tried.
+        step: &'static str,
+        /// What the store says, with the file.
+        cause: io::Error,
+    },
     /// The dirty tracker failed.
     #[error(transparent)]
     Tracker(#[from] TrackerError),
@@ -87,7 +95,7 @@ impl MigrationError {
             Self::Protocol(violation) => violation.code,
             Self::Malformed(_) => ErrorCode::Protocol,
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
-            Self::Thread { .. } => ErrorCode::Resources,
+            Self::Thread { .. } | Self::Store { .. } => ErrorCode::Resources,
             Self::Vm { .. } => ErrorCode::State,
             _ => ErrorCode::Other,
         }

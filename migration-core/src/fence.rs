@@ -3,6 +3,9 @@
 //! Two hosts cannot tell a death from a cut. So nobody restarts a VM because its owner is silent: somebody who can know,
 //! or who can end it, has to say so first.
 
+mod lease;
+
+pub use lease::{Holder, Lease, LeaseError, LeaseFence, LeaseHolder, LeaseStore};
 use thiserror::Error;
 
 /// It is not certain that the other side is dead: nothing may be restarted.

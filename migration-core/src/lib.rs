@@ -66,6 +66,7 @@ pub mod protocol;
 pub mod ram;
 pub mod report;
 pub mod sim;
+pub mod snapshot;
 pub mod spawner;
 pub mod state;
 pub mod strategy;

@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+use crate::codec::{DecodeError, Reader, Writer};
+
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
 /// log2 of [`PAGE_SIZE`].
@@ -141,6 +143,26 @@ impl RamLayout {
         }
         first.push(pages);
         Ok(Self { regions, first })
+    }
+
+    /// Writes the regions: how many, then address and length of each.
+    pub fn encode(&self, w: &mut Writer) {
+        w.count(self.regions.len());
+        for region in &self.regions {
+            w.u64(region.gpa).u64(region.len);
+        }
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// When there are more than `most` regions, or they make no layout.
+    pub fn decode(r: &mut Reader<'_>, most: usize) -> Result<Self, DecodeError> {
+        let mut regions = Vec::new();
+        for _ in 0..r.count(most, "number of RAM regions")? {
+            regions.push(RamRegion { gpa: r.u64("region address")?, len: r.u64("region length")? });
+        }
+        Self::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))
     }
 
     /// The regions, ascending.

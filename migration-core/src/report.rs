@@ -122,6 +122,8 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Of it, bytes while the guest was paused.
     pub downtime_bytes: u64,
+    /// Bytes of page data that moved; none if RAM is shared.
+    pub page_bytes: u64,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
     /// Bytes of state.

@@ -36,7 +36,7 @@ use crate::{
     state::VmState,
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{VmDescription, VmId},
-    wire::{Control, FaultSummary, Hello, SessionToken, Welcome},
+    wire::{Control, FEATURE_SHARED_RAM, FaultSummary, Hello, SessionToken, Welcome},
 };
 
 /// How the guest writes while it runs.
@@ -199,6 +199,8 @@ pub struct Simulation {
     paused_at: Option<Duration>,
     link: (f64, f64),
     post_copy: PostCopyState,
+    /// Whether the destination maps the source's memory.
+    shared: bool,
     attempt: Attempt,
     broken: Vec<String>,
 }
@@ -249,6 +251,7 @@ impl Simulation {
             paused_at: None,
             link: (0.0, PAGE_SIZE as f64),
             post_copy: PostCopyState::default(),
+            shared: false,
             attempt: Attempt::new(),
             broken: Vec::new(),
             config,
@@ -266,6 +269,7 @@ impl Simulation {
         let none = || PageSet::empty(self.config.pages);
         self.post_copy = PostCopyState { left: none(), missing: none(), listed: none(), ..PostCopyState::default() };
         let name = strategy.name();
+        self.shared = strategy.shares_ram();
         let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
         let mut error = result.err();
         while self.source.phase() == SourcePhase::InDoubt && !self.source_dead {
@@ -366,7 +370,8 @@ impl Simulation {
         let layout = RamLayout::new(vec![region]).map_err(|e| MigrationError::GaveUp(e.to_string()))?;
         let (host_needs, config) = (Bytes::new(), Bytes::new());
         let vm = VmDescription { id: VmId([1; 16]), layout, devices: Vec::new(), host_needs, config };
-        let hello = Hello { features: 0, streams: 1, strategy: strategy.to_owned(), vm };
+        let features = if self.shared { FEATURE_SHARED_RAM } else { 0 };
+        let hello = Hello { features, streams: 1, strategy: strategy.to_owned(), vm };
         self.deliver(Control::Hello(Box::new(hello)))?;
         self.expect(SourcePhase::Copying)
     }
@@ -497,6 +502,10 @@ impl Simulation {
         let Some(copy) = &self.copy else {
             return self.broken.push("the destination starts a VM that it does not have".into());
         };
+        if self.shared {
+            // both have the same
+            return;
+        }
         let missing = &self.post_copy.missing;
         let pages = copy.iter().zip(&self.memory).enumerate();
         let counts = |page| !missing.contains(page) && !self.free.contains(page);
@@ -817,7 +826,9 @@ impl Simulation {
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
         self.spare(&mut rest);
-        if leave {
+        if self.shared {
+            // it is there already
+        } else if leave {
             for frame in missing_frames(&rest) {
                 self.deliver(frame)?;
             }

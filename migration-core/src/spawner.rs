@@ -6,6 +6,8 @@ use std::{io, thread};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
+    /// Hands a paused VM over to another process of this machine: does little, and the guest waits for all of it.
+    HandOver,
     /// Serves faults of a running guest; urgent.
     Demand,
     /// Moves pages in volume; may be slowed down for the guest's sake.

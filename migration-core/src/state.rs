@@ -27,6 +27,22 @@ pub struct Section {
     pub data: Bytes,
 }
 
+impl Section {
+    pub(crate) fn encode(&self, w: &mut Writer) {
+        w.text(&self.name).u32(self.instance).u32(self.version).blob(&self.data);
+    }
+
+    /// A piece of device state that was saved while the guest ran, of at most so many bytes.
+    pub(crate) fn decode_piece(r: &mut Reader<'_>, most: usize) -> Result<Self, DecodeError> {
+        Ok(Self {
+            name: r.text(MAX_SECTION_NAME, "piece name")?,
+            instance: r.u32("piece instance")?,
+            version: r.u32("piece version")?,
+            data: Bytes::copy_from_slice(r.blob(most, "piece data")?),
+        })
+    }
+}
+
 /// All sections of a VM, in the order in which they are to be loaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VmState {
@@ -50,7 +66,7 @@ impl VmState {
         let mut w = Writer::new();
         w.count(self.sections.len());
         for s in &self.sections {
-            w.text(&s.name).u32(s.instance).u32(s.version).blob(&s.data);
+            s.encode(&mut w);
         }
         w.into_bytes()
     }

@@ -1,6 +1,11 @@
 //! What a VMM implements: the VM at the source, the VM at the destination, and the host that makes one.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{
+    error::Error,
+    fmt,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
@@ -57,6 +62,13 @@ impl Error for VmError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct VmId(pub [u8; 16]);
 
+/// 32 hexadecimal digits.
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
 /// What the source tells about its VM before any RAM moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmDescription {
@@ -112,6 +124,15 @@ pub trait SourceVm: Send {
         Ok(())
     }
 
+    /// The memory files behind RAM, one a region of the layout in its order, for a process of this machine to which the VM
+    /// is handed over without moving RAM. Asked for before the pause.
+    ///
+    /// # Errors
+    /// The default has none. An error says which backing the VM would need; the VM runs on.
+    fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
+        Err(VmError::new("this VMM does not share the RAM of its VMs: it would have to be in memory files (memfd)"))
+    }
+
     /// Why the VM cannot move by the strategy of this name, if so.
     fn blocked(&self, strategy: &str) -> Option<String> {
         let _ = strategy;
@@ -160,7 +181,8 @@ pub trait SourceVm: Send {
         Bytes::new()
     }
 
-    /// The VM belongs to the destination for certain: free it.
+    /// The VM belongs to the destination for certain: free it. If its RAM is [shared](Self::shared_ram), that goes on living
+    /// there: it may be unmapped here, and neither be written nor discarded.
     fn released(&mut self);
 
     /// The destination is dead for certain (a [`Fence`](crate::fence::Fence) has said so), and the VM is ours again, as a new
@@ -176,7 +198,8 @@ pub trait SourceVm: Send {
     }
 }
 
-/// A VM that is being received. It has been built when the object exists; its RAM is empty.
+/// A VM that is being received. It has been built when the object exists; its RAM is empty, or
+/// [shared](DestinationHost::build_shared).
 pub trait DestinationVm: Send {
     /// The guest's RAM.
     fn ram(&self) -> Arc<dyn GuestRam>;
@@ -258,6 +281,18 @@ pub trait DestinationHost: Send {
     /// # Errors
     /// What cannot be loaded is refused here, before RAM moves; the source is told the reason.
     fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError>;
+
+    /// As [`build`](Self::build), of a VM whose RAM is in these memory files, one a region of the layout: it runs in them while
+    /// this is called, and goes on to run in another process until the hand-over, for ever if that fails. So RAM is neither
+    /// written nor discarded before [`DestinationVm::load_state`], but mapped, and page tables are filled as far as the
+    /// operating system lets that be done beforehand. The files are a peer's: check number, lengths and seals.
+    ///
+    /// # Errors
+    /// Likewise. The default cannot share RAM.
+    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+        let _ = (vm, files);
+        Err(VmError::new("this VMM does not take over RAM that another process shares with it"))
+    }
 
     /// The VM was started and is the host's from now on.
     fn adopted(&mut self, vm: Box<dyn DestinationVm>);

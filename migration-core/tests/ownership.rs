@@ -6,7 +6,7 @@ use migration_core::{
     PageRange,
     protocol::DestinationPhase,
     sim::{Dirtying, Owner, SimConfig, Simulation, Touching},
-    strategy::{Hybrid, Linear, PostCopy, PreCopy, StopAndCopy, Strategy},
+    strategy::{HandOver, Hybrid, Linear, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 
 fn config(cuts: Vec<u64>) -> SimConfig {
@@ -28,6 +28,7 @@ fn strategies() -> Vec<Box<dyn Strategy>> {
         Box::new(StopAndCopy),
         Box::new(PostCopy { order: Box::new(Linear::default()) }),
         Box::new(Hybrid { rounds: 1, order: Box::new(Linear::default()) }),
+        Box::new(HandOver),
     ]
 }
 
@@ -62,7 +63,7 @@ fn actions_without_a_cut(which: usize) -> u64 {
 fn cut_after_every_action() {
     for which in 0..strategies().len() {
         let actions = actions_without_a_cut(which);
-        assert!(actions > 20);
+        assert!(actions > 16);
         for cut in 1..=actions {
             settle(Simulation::new(config(vec![cut])), &format!("strategy {which}, cut after {cut}"), which);
         }

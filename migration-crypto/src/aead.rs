@@ -1,11 +1,13 @@
 //! AEADs behind one trait, so that a machine's best implementation can be chosen.
 
 #[cfg(feature = "accelerated")]
+#[allow(unsafe_code, reason = "calls a C library")]
 mod accelerated;
 mod rust_crypto;
 #[cfg(test)]
 mod tests;
 
+use migration_core::RamSlice;
 use thiserror::Error;
 
 #[cfg(feature = "accelerated")]
@@ -50,6 +52,45 @@ pub trait AeadKey: Send + Sync {
     /// # Errors
     /// When anything about it, `aad` or the nonce is not as it was sealed. What `sealed` then holds must not be used.
     fn open(&self, nonce: &[u8; NONCE_LEN], aad: &[u8], sealed: &mut [u8]) -> Result<(), AeadError>;
+
+    /// As [`seal`](AeadKey::seal), of guest memory, which may change at any time, into `to`, which has its length. Each
+    /// byte of guest memory is read once: what is encrypted and what is authenticated are the same.
+    ///
+    /// # Errors
+    /// As `seal`, and when the lengths differ. What `to` then holds may be plaintext.
+    fn seal_from(
+        &self,
+        nonce: &[u8; NONCE_LEN],
+        aad: &[u8],
+        from: RamSlice<'_>,
+        to: &mut [u8],
+    ) -> Result<[u8; TAG_LEN], AeadError> {
+        if from.len() != to.len() {
+            return Err(AeadError);
+        }
+        from.copy_to(to);
+        self.seal(nonce, aad, to)
+    }
+
+    /// As [`open`](AeadKey::open), into guest memory of the length of what was sealed.
+    ///
+    /// # Errors
+    /// As `open`, and when the lengths differ. `to` then holds what it held, zeros, or any mixture: never what was not
+    /// authentic.
+    fn open_into(
+        &self,
+        nonce: &[u8; NONCE_LEN],
+        aad: &[u8],
+        sealed: &mut [u8],
+        to: RamSlice<'_>,
+    ) -> Result<(), AeadError> {
+        if sealed.len().checked_sub(TAG_LEN) != Some(to.len()) {
+            return Err(AeadError);
+        }
+        self.open(nonce, aad, sealed)?;
+        to.copy_from(sealed);
+        Ok(())
+    }
 }
 
 /// The fastest back-end of this build.

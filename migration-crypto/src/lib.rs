@@ -33,7 +33,7 @@
 //! [`PageSealer`] seals single pages for stores that are not trusted.
 //!
 //! Features: `accelerated` (AWS-LC for the ciphers) and `tls`, both on by default.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod aead;
 mod channel;

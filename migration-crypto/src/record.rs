@@ -12,11 +12,12 @@
 //! direction of each lane has a secret of its own, and each key of the direction comes from the one before by HKDF, so a
 //! nonce comes once under its key by construction.
 
+use migration_core::RamSlice;
 use thiserror::Error;
 
 use crate::{
     Suite,
-    aead::{AeadKey, Backend, NONCE_LEN, TAG_LEN},
+    aead::{AeadError, AeadKey, Backend, NONCE_LEN, TAG_LEN},
     secret::Secret,
 };
 
@@ -172,8 +173,17 @@ impl RecordSealer {
     /// Seals a record in place. `record` has [`HEADER_LEN`] bytes of room, at most [`MAX_PLAINTEXT`] of plaintext, and room
     /// for the tag.
     pub(crate) fn seal(&mut self, record: &mut [u8], last: bool) -> Result<(), RecordError> {
+        self.seal_or_break(record, None, last)
+    }
+
+    /// Seals guest memory into `record`, which has [`OVERHEAD`] bytes more than that.
+    pub(crate) fn seal_from(&mut self, from: RamSlice<'_>, record: &mut [u8]) -> Result<(), RecordError> {
+        self.seal_or_break(record, Some(from), false)
+    }
+
+    fn seal_or_break(&mut self, record: &mut [u8], from: Option<RamSlice<'_>>, last: bool) -> Result<(), RecordError> {
         self.state.check()?;
-        let sealed = self.seal_next(record, last);
+        let sealed = self.seal_next(record, from, last);
         self.state = match sealed {
             Ok(()) if last => State::Ended,
             Ok(()) => State::Open,
@@ -182,7 +192,7 @@ impl RecordSealer {
         sealed
     }
 
-    fn seal_next(&mut self, record: &mut [u8], last: bool) -> Result<(), RecordError> {
+    fn seal_next(&mut self, record: &mut [u8], from: Option<RamSlice<'_>>, last: bool) -> Result<(), RecordError> {
         let len = record.len().checked_sub(OVERHEAD).filter(|&len| len <= MAX_PLAINTEXT).ok_or(RecordError::Header)?;
         if self.records >= self.limits.records || self.bytes >= self.limits.bytes {
             if self.keys.number.saturating_add(1) >= self.limits.keys {
@@ -196,7 +206,11 @@ impl RecordSealer {
         let (head, rest) = record.split_at_mut(HEADER_LEN);
         let (data, tag) = rest.split_at_mut(len);
         head.copy_from_slice(&header);
-        tag.copy_from_slice(&self.keys.key.seal(&nonce, &header, data).map_err(|_| RecordError::Broken)?);
+        let sealed = match from {
+            Some(from) => self.keys.key.seal_from(&nonce, &header, from, data),
+            None => self.keys.key.seal(&nonce, &header, data),
+        };
+        tag.copy_from_slice(&sealed.map_err(|AeadError| RecordError::Broken)?);
         self.records += 1;
         self.bytes = self.bytes.saturating_add(len as u64);
         Ok(())
@@ -221,8 +235,27 @@ impl RecordOpener {
 
     /// Opens the record of this header in place; the plaintext is the beginning of `sealed`, all but [`TAG_LEN`] bytes.
     pub(crate) fn open(&mut self, header: &[u8; HEADER_LEN], sealed: &mut [u8]) -> Result<(), RecordError> {
+        self.open_or_break(header, sealed, None)
+    }
+
+    /// Opens it into guest memory, which has the length of its plaintext.
+    pub(crate) fn open_into(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: RamSlice<'_>,
+    ) -> Result<(), RecordError> {
+        self.open_or_break(header, sealed, Some(to))
+    }
+
+    fn open_or_break(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: Option<RamSlice<'_>>,
+    ) -> Result<(), RecordError> {
         self.state.check()?;
-        let opened = self.open_next(header, sealed);
+        let opened = self.open_next(header, sealed, to);
         self.state = match opened {
             Ok(true) => State::Ended,
             Ok(false) => State::Open,
@@ -231,7 +264,12 @@ impl RecordOpener {
         opened.map(drop)
     }
 
-    fn open_next(&mut self, header: &[u8; HEADER_LEN], sealed: &mut [u8]) -> Result<bool, RecordError> {
+    fn open_next(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: Option<RamSlice<'_>>,
+    ) -> Result<bool, RecordError> {
         let Header { len, last, key } = Header::decode(header)?;
         if sealed.len() != len + TAG_LEN {
             return Err(RecordError::Header);
@@ -245,7 +283,11 @@ impl RecordOpener {
             self.keys.update()?;
         }
         let nonce = self.keys.nonce()?;
-        self.keys.key.open(&nonce, header, sealed).map_err(|_| RecordError::NotAuthentic)?;
+        let opened = match to {
+            Some(to) => self.keys.key.open_into(&nonce, header, sealed, to),
+            None => self.keys.key.open(&nonce, header, sealed),
+        };
+        opened.map_err(|AeadError| RecordError::NotAuthentic)?;
         Ok(last)
     }
 }

@@ -22,7 +22,7 @@ use crate::{
         preface::{Preface, Proof},
     },
     keys::{Psk, PublicKey, StaticKey},
-    record::{KeyLimits, RecordOpener, RecordSealer},
+    record::{KeyLimits, OVERHEAD, RecordOpener, RecordSealer},
     secret::Secret,
     session::{Own, Session, Sessions},
 };
@@ -325,12 +325,16 @@ impl Acceptor {
         let deadline = Instant::now() + patience;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
         let (agreed, lane, session) = self.respond(&mut wire).inspect_err(|error| wire.refuse(error))?;
-        let ends = Ends::new(&self.security, &agreed, &lane)?;
-        let (mut reader, writer) = ends.destination(reader, writer, closed, &self.security);
-        reader.next_record()?;
-        if !reader.is_drained() {
+        let mut ends = Ends::new(&self.security, &agreed, &lane)?;
+        // one of a fixed length, by the deadline: who has only replayed a message gets no memory and no more time
+        let mut proof = [0; OVERHEAD];
+        wire.read(&mut proof)?;
+        let (header, sealed) = proof.split_first_chunk_mut().ok_or(HandshakeError::Malformed("proof"))?;
+        if ends.to_destination.opener.following(header)? != sealed.len() {
             return Err(HandshakeError::Malformed("the first record is not empty").into());
         }
+        ends.to_destination.opener.open(header, sealed)?;
+        let (reader, writer) = ends.destination(reader, writer, closed, &self.security);
         if let Some(session) = session {
             self.sessions.insert(session);
         }

@@ -12,6 +12,7 @@ pub mod fence;
 pub mod pager;
 pub mod probe;
 pub mod ram;
+pub mod refresh;
 pub mod spawner;
 pub mod state;
 pub mod tracker;

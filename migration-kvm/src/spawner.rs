@@ -14,12 +14,15 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 /// |---|---|---|---|
 /// | bulk | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | nice −5 |
 /// | background | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | unchanged |
+/// | hand-over | `SCHED_RR` (else nice −10) | the same | the same |
 /// | demand | nice −10 | nice −10 | nice −10 |
 /// | control | unchanged | unchanged | unchanged |
 ///
 /// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose cores are all busy it
 /// hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt when it wakes. A priority that cannot be had
-/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it.
+/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it. In a
+/// hand-over it does so too, and each thread wakes another one, or a vCPU: under the fair scheduler one of the two may wait for
+/// the next tick, which is 4 ms, beside a core that is idle.
 #[derive(Clone, Default)]
 pub struct KvmSpawner {
     setup: Option<Arc<Setup>>,
@@ -76,9 +79,21 @@ impl Spawner for KvmSpawner {
     }
 }
 
+/// Lets others go first (`SCHED_BATCH`, nice 19) in all threads that this process has now, as far as permitted: for a process
+/// that has handed its VM over to another one of this machine. To free the VM and to unmap its RAM takes milliseconds in the
+/// kernel, in whichever thread is the last one to let go of them, and the guest runs on the same cores. (Under `SCHED_IDLE` it
+/// would take seconds beside vCPUs that are busy.)
+pub fn stand_back() {
+    // a thread that is missed does its part at its own priority
+    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::stand_back);
+}
+
 /// How the scheduler is to treat a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Priority {
+    /// Before all others, a core's time slice at a time. Threads that it starts are normal ones.
+    RealTime,
     Idle,
     Batch,
     /// Of normal threads.
@@ -90,6 +105,7 @@ fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
         (Role::Bulk | Role::Background, GuestImpact::Low) => Some(Priority::Idle),
         (Role::Bulk | Role::Background, GuestImpact::Balanced) => Some(Priority::Batch),
         (Role::Bulk, GuestImpact::Fast) => Some(Priority::Nice(-5)),
+        (Role::HandOver, _) => Some(Priority::RealTime),
         (Role::Demand, _) => Some(Priority::Nice(-10)),
         _ => None,
     }
@@ -102,26 +118,34 @@ mod sched {
     /// Sets the calling thread's priority, as far as permitted.
     pub(super) fn apply(priority: Priority) {
         match priority {
-            Priority::Idle if set_policy(libc::SCHED_IDLE) => {}
-            Priority::Idle => set_nice(19),
-            Priority::Batch => drop(set_policy(libc::SCHED_BATCH)),
+            Priority::RealTime if set_policy(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) => {}
+            Priority::RealTime => set_nice(0, -10),
+            Priority::Idle if set_policy(0, libc::SCHED_IDLE, 0) => {}
+            Priority::Idle => set_nice(0, 19),
+            Priority::Batch => drop(set_policy(0, libc::SCHED_BATCH, 0)),
             Priority::Nice(nice) => {
-                set_policy(libc::SCHED_OTHER);
-                set_nice(nice);
+                set_policy(0, libc::SCHED_OTHER, 0);
+                set_nice(0, nice);
             }
         }
     }
 
-    fn set_policy(policy: libc::c_int) -> bool {
-        let param = libc::sched_param { sched_priority: 0 };
-        // SAFETY: `param` is valid for the call; 0 names the calling thread.
-        unsafe { libc::sched_setscheduler(0, policy, &raw const param) == 0 }
+    /// Lets others go before a thread.
+    pub(super) fn stand_back(thread: libc::pid_t) {
+        set_policy(thread, libc::SCHED_BATCH, 0);
+        set_nice(thread, 19);
     }
 
-    fn set_nice(nice: libc::c_int) {
+    fn set_policy(thread: libc::pid_t, policy: libc::c_int, sched_priority: libc::c_int) -> bool {
+        let param = libc::sched_param { sched_priority };
+        // SAFETY: `param` is valid for the call; 0 names the calling thread.
+        unsafe { libc::sched_setscheduler(thread, policy, &raw const param) == 0 }
+    }
+
+    fn set_nice(thread: libc::pid_t, nice: libc::c_int) {
         // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not being permitted to is
         // no failure, see `KvmSpawner`.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, thread.unsigned_abs(), nice) };
     }
 
     #[cfg(test)]

@@ -24,7 +24,9 @@ use migration_core::{
     state::MAX_STATE,
 };
 
-use files::{Appender, Files, Increment, Index, MAX_INCREMENTS, Manifest, Place, at, increment_of};
+use files::{Appender, Files, Increment, Index, MAX_INCREMENTS, Manifest, Place, increment_of};
+
+use crate::file_errors::at;
 
 const MANIFEST: &str = "latest";
 const NEW_MANIFEST: &str = "latest.new";

@@ -1,4 +1,4 @@
-//! System calls on guest memory: the crate's only unsafe module.
+//! System calls on guest memory: an unsafe module.
 //!
 //! Guest memory is never a `&[u8]`, because the guest changes it at any time. The kernel does not mind: it gets the
 //! addresses as iovecs, and no Rust reference to the memory ever exists.

@@ -14,7 +14,8 @@
 //! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
 //! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
 //!
-//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory.
+//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, [`FileStore`] a snapshot in one file; [`RamBroker`] keeps the
+//! memory files of VMs, so that they outlive a VMM that dies.
 //!
 //! # Example
 //!
@@ -70,8 +71,13 @@
 
 mod accept;
 mod bandwidth;
+mod broker;
 mod cut;
+mod dir_leases;
 mod dir_store;
+mod fd_passing;
+mod file_errors;
+mod file_store;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
@@ -99,7 +105,11 @@ pub use cut::Cut;
 pub use relay::Relay;
 pub use {
     bandwidth::{Bandwidth, BandwidthError},
+    broker::{BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
+    dir_leases::DirLeases,
     dir_store::DirStore,
+    fd_passing::{MAX_FILES, receive_files, send_files},
+    file_store::FileStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     stream::StreamChannel,

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::fd::BorrowedFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -101,14 +102,9 @@ impl Limiter {
         }
     }
 
-    /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile.
-    pub(crate) fn pass(&self, bytes: u64, closed: &AtomicBool) -> bool {
-        self.pass_as(false, bytes, closed)
-    }
-
-    /// The same; bytes that are urgent may use [`URGENT_SHARE`] of the limit, at the expense of the others, to whom the rest
-    /// is left.
-    fn pass_as(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
+    /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile. Bytes that are urgent may use [`URGENT_SHARE`]
+    /// of the limit, at the expense of the others, to whom the rest is left.
+    pub(crate) fn pass(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
             if bucket.bandwidth == Bandwidth::UNLIMITED {
@@ -206,6 +202,10 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
     }
 
+    fn carries_files(&self) -> bool {
+        self.inner.carries_files()
+    }
+
     fn address(&self) -> String {
         self.inner.address()
     }
@@ -245,7 +245,7 @@ struct LimitedWriter {
 
 impl LimitedWriter {
     fn pass(&self, bytes: usize) -> io::Result<()> {
-        let passed = self.limiter.pass_as(self.urgent, bytes as u64, &self.closed);
+        let passed = self.limiter.pass(self.urgent, bytes as u64, &self.closed);
         passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))
     }
 }
@@ -272,6 +272,11 @@ impl WriteHalf for LimitedWriter {
 
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
+    }
+
+    /// The files weigh nothing.
+    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.inner.send_files(files)
     }
 }
 
@@ -312,7 +317,7 @@ mod tests {
                     scope.spawn(move || {
                         let mut sent = 0;
                         for _ in 0..100 {
-                            assert!(limiter.pass(60_000, &AtomicBool::new(false)));
+                            assert!(limiter.pass(false, 60_000, &AtomicBool::new(false)));
                             sent += 60_000;
                         }
                         sent

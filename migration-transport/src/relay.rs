@@ -219,7 +219,7 @@ impl Shared {
     fn write(&self, mut to: TcpStream, receiver: &Receiver<(Instant, Vec<u8>)>, limit: &Limiter) {
         while let Ok((due, chunk)) = receiver.recv() {
             thread::sleep(due.saturating_duration_since(Instant::now()));
-            if !limit.pass(chunk.len() as u64, &self.ended) {
+            if !limit.pass(false, chunk.len() as u64, &self.ended) {
                 return;
             }
             let mut state = self.lock();

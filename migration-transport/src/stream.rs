@@ -9,12 +9,15 @@ use std::{
 
 use migration_core::{
     RamSlice,
-    channel::{Channel, Closer, Halves, ReadHalf, WriteHalf},
+    channel::{Channel, Closer, FILES_PER_BYTE, Halves, ReadHalf, WriteHalf},
 };
 use nix::sys::socket::{MsgFlags, recv};
-use socket2::{SockRef, Type};
+use socket2::{Domain, SockRef, Type};
 
-use crate::{gather::Gather, iovec};
+use crate::{fd_passing, gather::Gather, iovec};
+
+#[cfg(test)]
+mod file_tests;
 
 /// Bytes that a TCP connection queues beyond what is on its way, when its queue is to be short.
 const SHORT_QUEUE: u32 = 128 << 10;
@@ -97,6 +100,18 @@ fn explain(error: io::Error, idle: Option<Duration>, what: &str) -> io::Error {
     }
 }
 
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
+}
+
+/// An error unless it is a Unix socket.
+fn carries_files(socket: &OwnedFd) -> io::Result<()> {
+    if SockRef::from(socket).domain()? == Domain::UNIX {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::Unsupported, "open files travel only over a Unix socket"))
+}
+
 struct StreamReader {
     socket: Arc<OwnedFd>,
     idle: Option<Duration>,
@@ -106,7 +121,7 @@ impl StreamReader {
     /// Turns what one receiving call gave into the number of bytes to move on by: 0 only after an interruption.
     fn received(&self, result: io::Result<usize>) -> io::Result<usize> {
         match result {
-            Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")),
+            Ok(0) => Err(closed()),
             Ok(bytes) => Ok(bytes),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
             Err(e) => Err(explain(e, self.idle, "sent nothing")),
@@ -137,6 +152,27 @@ impl ReadHalf for StreamReader {
         self.idle = timeout.map(clamp);
         SockRef::from(&self.socket).set_read_timeout(self.idle)
     }
+
+    fn receive_files(&mut self, count: usize) -> io::Result<Vec<OwnedFd>> {
+        carries_files(&self.socket)?;
+        let mut files = Vec::new();
+        while files.len() < count {
+            let due = (count - files.len()).min(FILES_PER_BYTE);
+            let mut said = [0];
+            let (bytes, mut came) = fd_passing::receive_files(self.socket.as_fd(), &mut said, due)
+                .map_err(|e| explain(e, self.idle, "sent nothing"))?;
+            if bytes == 0 {
+                return Err(closed());
+            }
+            let [said] = said;
+            if usize::from(said) != due || came.len() != due {
+                let why = format!("{} open files came with a byte of {said} where {due} are due", came.len());
+                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
+            files.append(&mut came);
+        }
+        Ok(files)
+    }
 }
 
 struct StreamWriter {
@@ -163,6 +199,16 @@ impl WriteHalf for StreamWriter {
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.idle = timeout.map(clamp);
         SockRef::from(&self.socket).set_write_timeout(self.idle)
+    }
+
+    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        carries_files(&self.socket)?;
+        for files in files.chunks(FILES_PER_BYTE) {
+            let count = u8::try_from(files.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+            fd_passing::send_files(self.socket.as_fd(), &[count], files)
+                .map_err(|e| explain(e, self.idle, "took nothing"))?;
+        }
+        Ok(())
     }
 
     fn keep_queue_short(&mut self) {

@@ -1,6 +1,9 @@
 //! Helpers of this crate's unit tests.
 
-use migration_core::{HeapRam, RamLayout, RamRegion};
+use std::io;
+
+use bytes::Bytes;
+use migration_core::{HeapRam, RamLayout, RamRegion, checkpoint::CheckpointStore};
 
 /// Zeroed RAM of `pages` pages at guest physical address 0.
 pub(crate) fn ram(pages: u64) -> HeapRam {
@@ -10,4 +13,19 @@ pub(crate) fn ram(pages: u64) -> HeapRam {
 /// Bytes with a long period, so that misplaced ones show.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
+}
+
+/// Number and state, and the byte that fills each page.
+pub(crate) type Contents = (Option<(u32, Bytes)>, Vec<(u64, Option<u8>)>);
+
+/// What a store restores.
+pub(crate) fn contents(store: &mut dyn CheckpointStore) -> io::Result<Contents> {
+    let mut pages = Vec::new();
+    store.restore(&mut |page, data| {
+        let fill = data.map(|data| data[0]);
+        assert!(data.is_none_or(|data| data.iter().all(|&byte| Some(byte) == fill)));
+        pages.push((page, fill));
+        Ok(())
+    })?;
+    Ok((store.latest(), pages))
 }

@@ -66,6 +66,10 @@ impl Connector for UnixConnector {
         }
     }
 
+    fn carries_files(&self) -> bool {
+        true
+    }
+
     fn address(&self) -> String {
         Address::Unix(self.path.clone()).to_string()
     }
@@ -102,6 +106,13 @@ impl UnixListener {
         let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen at unix:{}: {e}", path.display()));
         let (socket, file) = listen(&path).map_err(named)?;
         Ok(Self { socket, path, file, options })
+    }
+}
+
+impl UnixListener {
+    /// The next connection as a socket, within `timeout`.
+    pub(crate) fn accept_socket(&mut self, timeout: Duration) -> io::Result<Option<Socket>> {
+        Ok(accept_within(self.socket.as_fd(), timeout, || self.socket.accept())?.map(|(socket, _)| socket))
     }
 }
 

@@ -20,9 +20,8 @@ use crate::cli::Protect;
 type Store = Arc<Mutex<dyn CheckpointStore>>;
 
 /// The folder of one attempt's checkpoints of one kind, below `dir`: both ends find it by what both know.
-fn folder(dir: &Path, VmId(id): VmId, epoch: u32, kind: &str) -> PathBuf {
-    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-    dir.join(format!("{id}-{epoch}.{kind}"))
+fn folder(dir: &Path, vm: VmId, epoch: u32, kind: &str) -> PathBuf {
+    dir.join(format!("{vm}-{epoch}.{kind}"))
 }
 
 /// The protection that a user asked for, of one attempt.

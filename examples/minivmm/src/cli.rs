@@ -3,12 +3,15 @@
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use migration_core::{engine::OnTimeout, spawner::GuestImpact};
+use migration_core::{engine::OnTimeout, spawner::GuestImpact, vm::VmId};
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 
-use crate::encryption::{Encryption, Keygen};
+use crate::{
+    encryption::{Encryption, Keygen},
+    refresh::Trigger,
+};
 
 /// A small VMM that shows the migration crates at work.
 #[derive(Debug, Parser)]
@@ -26,6 +29,8 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Talk to a running minivmm.
     Ctl(Ctl),
+    /// Keep the RAM of VMs, so that it outlives a minivmm that dies; or look at what is kept.
+    Broker(Broker),
     /// The built-in workloads.
     Workload(Workload),
     /// A migration between two processes, from start to end, with a table of what happened.
@@ -41,31 +46,45 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Run {
     /// Guest RAM, such as 512M or 4G.
-    #[arg(long, default_value = "1G", value_parser = size)]
+    #[arg(long, default_value = "1G", value_parser = size, conflicts_with = "restore")]
     pub(crate) memory: u64,
     /// vCPUs.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=16),
+        conflicts_with = "restore"
+    )]
     pub(crate) cpus: u32,
     /// An ELF64 with a PVH entry note.
-    #[arg(long, value_name = "ELF", conflicts_with = "workload", required_unless_present = "workload")]
+    #[arg(
+        long,
+        value_name = "ELF",
+        conflicts_with_all = ["workload", "restore"],
+        required_unless_present_any = ["workload", "restore"]
+    )]
     pub(crate) kernel: Option<PathBuf>,
     /// The kernel's command line.
     #[arg(long, requires = "kernel", default_value = "")]
     pub(crate) cmdline: String,
     /// A built-in workload, NAME[:k=v,…]; see `minivmm workload --list`.
-    #[arg(long, value_name = "NAME[:k=v,…]")]
+    #[arg(long, value_name = "NAME[:k=v,…]", conflicts_with = "restore")]
     pub(crate) workload: Option<String>,
+    /// A snapshot (`ctl snapshot`): the VM goes on as it was, and is the same VM. See to it that no other instance of it
+    /// runs on the same disks and addresses.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) restore: Option<PathBuf>,
     /// Do not start the vCPUs.
     #[arg(long)]
     pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) common: Common,
-    /// How guest RAM is backed.
-    #[arg(long, default_value = "thp")]
-    pub(crate) backing: Backing,
-    /// How dirty pages are found.
-    #[arg(long, default_value = "auto")]
-    pub(crate) tracker: TrackerKind,
+    /// How guest RAM is backed: anon, thp, memfd or hugetlb; thp if not given, of a restored VM as it was.
+    #[arg(long)]
+    pub(crate) backing: Option<Backing>,
+    /// How dirty pages are found; auto if not given, of a restored VM as it was.
+    #[arg(long)]
+    pub(crate) tracker: Option<TrackerKind>,
 }
 
 #[derive(Debug, Args)]
@@ -76,6 +95,40 @@ pub(crate) struct Common {
     /// Path of the control socket.
     #[arg(long, value_name = "SOCK")]
     pub(crate) control: Option<PathBuf>,
+    /// A broker (`minivmm broker`) that keeps the VM's RAM if this process dies. Needs --backing memfd or hugetlb.
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
+    pub(crate) broker: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Broker {
+    /// Be the broker, at unix:PATH, until this process ends; what is kept goes with it.
+    #[arg(
+        long,
+        value_name = "unix:PATH",
+        value_parser = unix_path,
+        required_unless_present = "at",
+        conflicts_with_all = ["at", "list", "dump", "forget"]
+    )]
+    pub(crate) listen: Option<PathBuf>,
+    /// The broker to ask.
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
+    pub(crate) at: Option<PathBuf>,
+    /// List what it keeps.
+    #[arg(long, requires = "at")]
+    pub(crate) list: bool,
+    /// Write the RAM of a VM to a file, each byte at its guest physical address.
+    #[arg(long, value_name = "VM", requires = "at", requires = "out", value_parser = vm_id, conflicts_with = "list")]
+    pub(crate) dump: Option<VmId>,
+    /// The file to write.
+    #[arg(long, value_name = "FILE", requires = "dump")]
+    pub(crate) out: Option<PathBuf>,
+    /// Free the RAM of a VM whose owner is gone.
+    #[arg(long, value_name = "VM", requires = "at", value_parser = vm_id, conflicts_with_all = ["list", "dump"])]
+    pub(crate) forget: Option<VmId>,
+    /// Print exactly one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -100,6 +153,12 @@ pub(crate) struct Receive {
     pub(crate) tracker: Option<TrackerKind>,
     #[command(flatten)]
     pub(crate) encryption: Encryption,
+    /// With the VM, its control socket gets this path.
+    #[arg(long, hide = true, value_name = "SOCK")]
+    pub(crate) successor_of: Option<PathBuf>,
+    /// When to refresh again.
+    #[arg(long, hide = true, value_name = "JSON")]
+    pub(crate) refresh: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -130,12 +189,30 @@ pub(crate) enum CtlCommand {
     Quit,
     /// Copy guest RAM to a file.
     Memory(Memory),
+    /// Write the VM as it is at one moment to a file, while it runs on; `run --restore` goes on from there.
+    Snapshot(Snapshot),
     /// Move the VM.
     Migrate(Box<Migrate>),
+    /// Replace this VMM under its running VM: a successor, started by itself, takes over the VM, the control socket's path and the
+    /// serial port (HyperFresh).
+    Refresh(Refresh),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
     PostCopy,
     /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.
     Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Refresh {
+    /// Again and again, so long from one to the next; the first in so long.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) every: Option<Duration>,
+    /// Whenever the VMM has more memory of its own, as in rss>500M.
+    #[arg(long, value_name = "rss>SIZE", conflicts_with = "every")]
+    pub(crate) when: Option<Trigger>,
+    /// The successor's program, such as a new build; the one that runs here if not given.
+    #[arg(long, value_name = "BINARY")]
+    pub(crate) exec: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -144,6 +221,25 @@ pub(crate) struct Recover {
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
     /// Show progress.
+    #[arg(long)]
+    pub(crate) progress: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// The file; one that is there is replaced once the snapshot is complete.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// The longest pause that is acceptable.
+    #[arg(long, default_value = "100ms", value_parser = duration)]
+    pub(crate) downtime_limit: Duration,
+    /// After this time the guest is paused for as long as it takes; 0 to go on as long as that helps.
+    #[arg(long, default_value = "1m", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// How much the guest may be disturbed.
+    #[arg(long, default_value = "balanced")]
+    pub(crate) guest_impact: Impact,
+    /// Show progress on stderr.
     #[arg(long)]
     pub(crate) progress: bool,
 }
@@ -168,6 +264,7 @@ pub(crate) enum StrategyKind {
     StopAndCopy,
     PostCopy,
     Hybrid { rounds: u32 },
+    HandOver,
 }
 
 impl FromStr for StrategyKind {
@@ -182,9 +279,10 @@ impl FromStr for StrategyKind {
             ("pre-copy", None) => Ok(Self::PreCopy),
             ("stop-and-copy", None) => Ok(Self::StopAndCopy),
             ("post-copy", None) => Ok(Self::PostCopy),
+            ("handover", None) => Ok(Self::HandOver),
             ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
             ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
-            _ => Err("pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N] is meant".into()),
+            _ => Err("pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N] or handover is meant".into()),
         }
     }
 }
@@ -195,6 +293,7 @@ impl fmt::Display for StrategyKind {
             Self::PreCopy => f.write_str("pre-copy"),
             Self::StopAndCopy => f.write_str("stop-and-copy"),
             Self::PostCopy => f.write_str("post-copy"),
+            Self::HandOver => f.write_str("handover"),
             Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
         }
     }
@@ -272,7 +371,8 @@ pub(crate) struct Migrate {
     /// Where a minivmm receives: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "URL")]
     pub(crate) to: Address,
-    /// How it moves: pre-copy, stop-and-copy, post-copy or hybrid[:rounds=N].
+    /// How it moves: pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], or, to a process of this machine (unix:PATH) that
+    /// takes over RAM where it is, handover.
     #[arg(long, default_value = "pre-copy")]
     pub(crate) strategy: StrategyKind,
     /// In post-copy, in which order pages are pushed that nobody waits for: linear, bubbling,
@@ -345,6 +445,23 @@ pub(crate) struct Demo {
     /// The workload that moves.
     #[arg(long, default_value = "hot:size=64M,data=700M")]
     pub(crate) workload: String,
+}
+
+/// The path of a Unix socket, as `unix:PATH`.
+fn unix_path(text: &str) -> Result<PathBuf, String> {
+    match text.parse() {
+        // processes have working directories of their own
+        Ok(Address::Unix(path)) => std::path::absolute(path).map_err(|e| format!("{text}: {e}")),
+        Ok(Address::Tcp { .. }) => Err(format!("{text}: memory passes through unix:PATH only")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A VM, by the 32 hexadecimal digits that `status` and `broker --list` show.
+fn vm_id(text: &str) -> Result<VmId, String> {
+    let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    let id = u128::from_str_radix(text, 16).ok().filter(|_| digits);
+    id.map(|id| VmId(id.to_be_bytes())).ok_or_else(|| format!("{text}: a VM is named by 32 hexadecimal digits"))
 }
 
 /// Bytes, with K, M, G or T (binary).
@@ -473,5 +590,9 @@ mod tests {
         assert!(duration("-1s").is_err() && duration("5 parsecs").is_err());
         assert_eq!(number("0x100000"), Ok(1 << 20));
         assert!(number("zz").is_err());
+        assert_eq!(vm_id("0102030405060708090a0b0c0d0e0f10").map(|VmId(id)| id[15]), Ok(16));
+        assert!(vm_id("+102030405060708090a0b0c0d0e0f10").is_err() && vm_id("12").is_err());
+        assert_eq!(unix_path("unix:/b"), Ok("/b".into()));
+        assert!(unix_path("tcp:h:1").is_err() && unix_path("/b").is_err());
     }
 }

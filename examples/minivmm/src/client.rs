@@ -1,13 +1,14 @@
 //! `minivmm ctl`: asks a running minivmm, and shows the answer to a person or a program.
 
-use std::{io::IsTerminal, path::Path};
+use std::{io::IsTerminal, path::Path, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, TimeoutAction},
-    control::{MigrateRequest, Request, ask},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction},
+    control::{MigrateRequest, Request, SnapshotRequest, ask},
+    refresh::{Plan, Trigger},
     report,
 };
 
@@ -25,6 +26,14 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
             let strategy = request.strategy.clone();
             migrate(socket, &Request::Migrate(Box::new(request)), &strategy, args.progress, ctl.json)
         }
+        CtlCommand::Snapshot(args) => match snapshot_request(args) {
+            Ok(request) => migrate(socket, &Request::Snapshot(request), "snapshot", args.progress, ctl.json),
+            Err(why) => usage(ctl.json, &why),
+        },
+        CtlCommand::Refresh(args) if args.every.is_none() && args.when.is_none() => match plan(args) {
+            Ok(plan) => migrate(socket, &Request::Refresh(plan), "handover", false, ctl.json),
+            Err(why) => usage(ctl.json, &why),
+        },
         CtlCommand::Recover(args) => {
             let request = Request::Recover { to: args.to.to_string(), progress: args.progress };
             migrate(socket, &request, "", args.progress, ctl.json)
@@ -81,13 +90,46 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             let out = std::path::absolute(&m.out).map_err(|e| format!("{}: {e}", m.out.display()))?;
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
-        CtlCommand::Migrate(_) | CtlCommand::Recover(_) => return Err("that waits for a migration".into()),
+        CtlCommand::Migrate(_) | CtlCommand::Recover(_) | CtlCommand::Snapshot(_) => {
+            return Err("that waits for its end".into());
+        }
         CtlCommand::PostCopy => Request::PostCopy,
+        CtlCommand::Refresh(args) => Request::Refresh(plan(args)?),
+    })
+}
+
+fn plan(args: &Refresh) -> Result<Plan, String> {
+    // as above
+    let exec = args.exec.as_ref().map(std::path::absolute).transpose().map_err(|e| e.to_string())?;
+    let every = args.every.map(|time| Trigger::Every(us(time)));
+    Ok(Plan { exec, trigger: every.or(args.when.clone()) })
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn impact(impact: Impact) -> String {
+    match impact {
+        Impact::Low => "low",
+        Impact::Balanced => "balanced",
+        Impact::Fast => "fast",
+    }
+    .into()
+}
+
+fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, String> {
+    Ok(SnapshotRequest {
+        // as for `memory`
+        out: std::path::absolute(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?,
+        downtime_limit_us: us(args.downtime_limit),
+        timeout_us: us(args.timeout),
+        impact: impact(args.guest_impact),
+        progress: args.progress,
     })
 }
 
 fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
-    let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Ok(MigrateRequest {
         to: args.to.to_string(),
         strategy: args.strategy.to_string(),
@@ -104,12 +146,7 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
         push_order: args.push_order.clone(),
         demand_lanes: args.demand_lanes,
         whole_huge_pages: matches!(args.huge, Huge::Whole),
-        impact: match args.guest_impact {
-            Impact::Low => "low",
-            Impact::Balanced => "balanced",
-            Impact::Fast => "fast",
-        }
-        .into(),
+        impact: impact(args.guest_impact),
         fail_safe: args.fail_safe.clone(),
         checksum: args.checksum,
         // the server reads the keys
@@ -118,7 +155,7 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
     })
 }
 
-/// Sends a request that ends when a migration does, and tells how.
+/// Sends a request that ends when a migration or a snapshot does, and tells how.
 fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_json: bool) -> u8 {
     let bar = progress.then(Bar::new);
     let answer = ask(socket, request, |p| {

@@ -14,7 +14,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{cli::Protect, encryption::Encryption, instance::Instance};
+use crate::{cli::Protect, encryption::Encryption, instance::Instance, refresh::Plan};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -35,12 +35,24 @@ pub(crate) enum Request {
         len: u64,
         out: PathBuf,
     },
+    Snapshot(SnapshotRequest),
     Migrate(Box<MigrateRequest>),
+    Refresh(Plan),
     PostCopy,
     Recover {
         to: String,
         progress: bool,
     },
+}
+
+/// Everything about a snapshot. The server writes the file itself.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct SnapshotRequest {
+    pub(crate) out: PathBuf,
+    pub(crate) downtime_limit_us: u64,
+    pub(crate) timeout_us: u64,
+    pub(crate) impact: String,
+    pub(crate) progress: bool,
 }
 
 /// Everything about a migration, in plain numbers.

@@ -3,7 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use migration_crypto::{Credentials, KeyError, Psk, PublicKey, Security, StaticKey, Suite, TlsIdentity, keys};
+use migration_crypto::{
+    Credentials, KeyError, Psk, PublicKey, Security, StaticKey, Suite, TlsIdentity,
+    aead::{self, Backend, RustCrypto},
+    keys,
+};
 use migration_transport::Address;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +29,26 @@ pub(crate) enum Encrypt {
     Tls,
 }
 
+/// Who does the ciphers' work.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Library {
+    /// The fastest of this build.
+    #[default]
+    Fastest,
+    /// The crates of RustCrypto.
+    Rust,
+}
+
+impl Library {
+    pub(crate) fn backend(self) -> &'static dyn Backend {
+        match self {
+            Self::Fastest => aead::best(),
+            Self::Rust => &RustCrypto,
+        }
+    }
+}
+
 #[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Encryption {
     /// The cipher; both sides must say the same, and prove who they are in the same way.
@@ -42,6 +66,9 @@ pub(crate) struct Encryption {
     /// A folder with ca.pem, cert.pem and key.pem.
     #[arg(long, value_name = "D")]
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Who does the ciphers' work; each side may say what it likes.
+    #[arg(long, default_value = "fastest")]
+    pub(crate) cipher_library: Library,
 }
 
 #[derive(Args, Debug)]
@@ -76,7 +103,23 @@ impl Encryption {
             static_key: absolute(&self.static_key)?,
             peer_key: absolute(&self.peer_key)?,
             tls_dir: absolute(&self.tls_dir)?,
+            cipher_library: self.cipher_library,
         })
+    }
+
+    /// As a command line has it.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let named = |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_owned());
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.display().to_string());
+        let options = [
+            ("--encrypt", named(self.encrypt.to_possible_value())),
+            ("--psk-file", path(&self.psk_file)),
+            ("--static-key", path(&self.static_key)),
+            ("--peer-key", path(&self.peer_key)),
+            ("--tls-dir", path(&self.tls_dir)),
+            ("--cipher-library", named(self.cipher_library.to_possible_value())),
+        ];
+        options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
     }
 
     /// Reads the keys. `peer` is the destination's address, whose host its certificate must name; `None` at the
@@ -92,7 +135,7 @@ impl Encryption {
         };
         let credentials = self.credentials(peer).map_err(|e| e.to_string())?;
         let credentials = credentials.ok_or("no key is given")?;
-        Ok(Some(Security { suites, ..Security::new(credentials) }))
+        Ok(Some(Security { suites, backend: self.cipher_library.backend(), ..Security::new(credentials) }))
     }
 
     fn credentials(&self, peer: Option<&Address>) -> Result<Option<Credentials>, KeyError> {

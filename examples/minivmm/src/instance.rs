@@ -8,22 +8,29 @@ use std::{
 };
 
 use migration_core::{
+    PAGE_SHIFT,
     channel::Connector,
-    engine::{Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions},
+    engine::{
+        self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
+        SnapshotOptions, SourceOptions,
+    },
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
-    strategy::{Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
+    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
-use migration_transport::{Address, Bandwidth, ConnectOptions, Limited, bind, connector};
+use migration_transport::{
+    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
+};
 use serde_json::{Value, json};
 
 use crate::{
     checkpoints::{Folder, Protection},
     cli::StrategyKind,
-    control::{MigrateRequest, Request},
+    control::{MigrateRequest, Request, SnapshotRequest},
+    refresh::{self, Place, Plan},
     report,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
@@ -36,6 +43,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub(crate) struct Instance {
     state: Mutex<State>,
     changed: Condvar,
+    /// What keeps the VM's RAM.
+    broker: Option<BrokerClient>,
 }
 
 #[derive(Default)]
@@ -58,6 +67,11 @@ struct State {
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<PathBuf>,
+    /// The VM's RAM at the broker.
+    deposit: Option<Deposit>,
+    place: Option<Place>,
+    /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
+    succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,6 +79,8 @@ enum Role {
     /// The VM is here and stays.
     #[default]
     Home,
+    /// It is here, and a snapshot of it is being taken.
+    Saving,
     Incoming,
     Outgoing,
     InDoubt,
@@ -72,8 +88,10 @@ enum Role {
 }
 
 impl Instance {
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new() })
+    /// `broker` is the path of a RAM broker's socket.
+    pub(crate) fn new(broker: Option<PathBuf>) -> Arc<Self> {
+        let broker = broker.map(BrokerClient::new);
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), broker })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -104,6 +122,91 @@ impl Instance {
         }
     }
 
+    /// Has the broker, if there is one, keep the VM's RAM.
+    pub(crate) fn keep_ram(&self, machine: &Machine) -> Result<(), String> {
+        if let Some(broker) = &self.broker {
+            let deposit = machine.deposit(broker)?;
+            self.lock().deposit = Some(deposit);
+        }
+        Ok(())
+    }
+
+    /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
+    fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
+        self.own(machine.clone());
+        if self.broker.is_none() && self.lock().succeeds.is_none() {
+            return;
+        }
+        let instance = self.clone();
+        let keep = move || {
+            instance.take_place();
+            instance.keep_ram(&machine)
+        };
+        let warn = |why: String| eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
+        let deposit = thread::Builder::new().name("deposit".into()).spawn(move || keep().unwrap_or_else(warn));
+        if let Err(error) = deposit {
+            warn(error.to_string());
+        }
+    }
+
+    /// Where this minivmm is found.
+    pub(crate) fn set_place(&self, place: Place) {
+        self.lock().place = Some(place);
+    }
+
+    /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found there; else why not.
+    pub(crate) fn succession(&self) -> Result<Place, String> {
+        let place = self.lock().place.clone();
+        let place = place.ok_or("refresh: a successor is reached by the control socket, and there is none")?;
+        match self.home("refresh")?.cannot_hand_over() {
+            Some(why) => Err(format!("refresh: {why}")),
+            None => Ok(place),
+        }
+    }
+
+    /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
+    pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
+        self.lock().succeeds = Some((own, place, plan));
+    }
+
+    fn take_place(self: &Arc<Self>) {
+        let mut state = self.lock();
+        let Some((own, path, plan)) = state.succeeds.take() else { return };
+        if let Err(why) = std::fs::rename(&own, &path) {
+            eprintln!("minivmm: the control socket stays at {}: {}: {why}", own.display(), path.display());
+            return;
+        }
+        state.remove.retain(|p| *p != own);
+        state.remove.push(path.clone());
+        if let Some(place) = &mut state.place {
+            place.control = path;
+        }
+        drop(state);
+        if let Some(plan) = plan
+            && let Err(why) = refresh::schedule(self, plan)
+        {
+            eprintln!("minivmm: it is not replaced again: {why}");
+        }
+    }
+
+    /// Waits so long, unless the process ends: whether it goes on.
+    pub(crate) fn runs_on(&self, time: Duration) -> bool {
+        let waiting = |state: &mut State| state.exit.is_none();
+        let waited = self.changed.wait_timeout_while(self.lock(), time, waiting);
+        waited.unwrap_or_else(|e| e.into_inner()).0.exit.is_none()
+    }
+
+    /// Restores the VM of a snapshot, which is here when this returns.
+    pub(crate) fn restore(self: &Arc<Self>, path: &Path, host: HostOptions, paused: bool) -> Result<(), String> {
+        let options = RestoreOptions { paused, ..RestoreOptions::default() };
+        let adopter = self.clone();
+        let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
+        let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
+        let restored = engine::restore(&mut store, &mut host, &options);
+        self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
+        Ok(())
+    }
+
     /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at.
     pub(crate) fn receive(
         self: &Arc<Self>,
@@ -118,7 +221,7 @@ impl Instance {
             listener = Box::new(SecureListener::new(listener, security));
         }
         let adopter = self.clone();
-        let host = Host::new(host, Box::new(move |machine| adopter.own(machine)));
+        let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let options = ReceiverOptions {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
@@ -161,6 +264,12 @@ impl Instance {
             // it may be gone already
             let _ = std::fs::remove_file(path);
         }
+        // of a VM that has ended well or moved away; any other's stays, for somebody to look at
+        if let Some(deposit) = state.deposit.take_if(|_| status == 0)
+            && let Err(error) = deposit.forget()
+        {
+            eprintln!("minivmm: {error}");
+        }
         status
     }
 
@@ -168,6 +277,11 @@ impl Instance {
     pub(crate) fn exit(&self, status: u8) {
         self.lock().exit.get_or_insert(status);
         self.changed.notify_all();
+    }
+
+    /// This path is left to somebody else.
+    pub(crate) fn keep_at_exit(&self, path: &Path) {
+        self.lock().remove.retain(|p| p != path);
     }
 
     pub(crate) fn remove_at_exit(&self, path: PathBuf) {
@@ -187,24 +301,35 @@ impl Instance {
         self.lock().clients += 1;
         match request {
             Request::Status => Ok(self.status()),
-            Request::Pause => self.home("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
-            Request::Resume => self.home("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
+            Request::Pause => self.here("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
+            Request::Resume => self.here("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
             Request::Cancel => self.cancel(),
             Request::Adopt => self.adopt(),
             Request::PostCopy => self.post_copy(),
             Request::Recover { to, progress: wanted } => self.recover(&to, wanted, progress),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
+            Request::Snapshot(request) => self.snapshot(&request, progress),
+            Request::Refresh(plan) => refresh::schedule(self, plan),
             Request::Migrate(request) => self.migrate(&request, progress),
         }
     }
 
     /// The VM, if it is here and not on the move.
-    fn home(&self, what: &str) -> Result<Arc<Machine>, String> {
+    fn here(&self, what: &str) -> Result<Arc<Machine>, String> {
         let state = self.lock();
         match (state.role, &state.machine) {
-            (Role::Home, Some(machine)) => Ok(machine.clone()),
+            (Role::Home | Role::Saving, Some(machine)) => Ok(machine.clone()),
             (role, _) => Err(format!("{what}: no VM is at rest here, this minivmm is {}", role.name())),
+        }
+    }
+
+    /// The VM, if neither a migration nor a snapshot is under way either.
+    fn home(&self, what: &str) -> Result<Arc<Machine>, String> {
+        let machine = self.here(what)?;
+        match self.lock().role {
+            Role::Home => Ok(machine),
+            role => Err(format!("{what}: this minivmm is {}", role.name())),
         }
     }
 
@@ -214,9 +339,10 @@ impl Instance {
         let (role, receiver) = (state.role, state.receiver.clone());
         let (mut epoch, last) = (state.epoch, state.last.clone());
         let migration = match (&state.progress, role) {
-            (Some(p), Role::Outgoing | Role::InDoubt) => report::progress_to_json(p, &state.checkpoints),
+            (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => report::progress_to_json(p, &state.checkpoints),
             _ => last.unwrap_or(Value::Null),
         };
+        let kept_by = state.deposit.as_ref().and(self.broker.as_ref()).map(|broker| broker.path().to_owned());
         drop(state);
         let mut name = role.name();
         if let Some(receiver) = receiver {
@@ -225,8 +351,9 @@ impl Instance {
                 name = "ready";
             }
         }
+        let vm = machine.as_ref().map(|m| m.id().to_string());
         let snapshot = machine.as_ref().map(|m| m.snapshot());
-        if role == Role::Home {
+        if matches!(role, Role::Home | Role::Saving) {
             name = match &snapshot {
                 Some(s) if s.paused => "paused",
                 Some(_) => "running",
@@ -234,7 +361,7 @@ impl Instance {
             };
         }
         let mut status = json!({
-            "state": name, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
+            "state": name, "vm": vm, "kept_by": kept_by, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
             "tracker": null, "migration": migration, "workload": null,
         });
         if let Some(s) = snapshot {
@@ -275,7 +402,7 @@ impl Instance {
             return Err("cancel: too late, the VM may run at the destination".into());
         }
         controller.cancel("by the user");
-        while state.controller.is_some() && state.role == Role::Outgoing {
+        while state.controller.is_some() && matches!(state.role, Role::Outgoing | Role::Saving) {
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         let outcome = state.last.as_ref().map_or(Value::Null, |r| r["outcome"].clone());
@@ -311,7 +438,11 @@ impl Instance {
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
 
-    fn migrate(self: &Arc<Self>, request: &MigrateRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    pub(crate) fn migrate(
+        self: &Arc<Self>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
         let order = crate::eval::order(&request.push_order)?;
@@ -319,22 +450,24 @@ impl Instance {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
             StrategyKind::PostCopy => Box::new(PostCopy { order }),
+            StrategyKind::HandOver => Box::new(HandOver),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
+        if strategy.shares_ram() && session.is_some() {
+            return Err(
+                "migrate: a hand-over passes open files to a process of this machine, which no encrypted channel can \
+                        carry: leave --encrypt out, at both ends"
+                    .into(),
+            );
+        }
         let machine = self.home("migrate")?;
         let (tx, updates) = mpsc::channel();
-        let impact = match request.impact.as_str() {
-            "low" => GuestImpact::Low,
-            "fast" => GuestImpact::Fast,
-            _ => GuestImpact::Balanced,
-        };
         let timeout = Duration::from_micros(request.timeout_us);
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("migrate: this minivmm is {}", state.role.name()));
         }
-        // the thread that received the VM may still wait for its source's last word
-        let last_epoch = state.receiver.as_ref().map_or(state.epoch, |r| r.epoch());
+        let last_epoch = state.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = request.fail_safe.as_ref().map(|p| Protection::new(p, id, last_epoch + 1, pages)).transpose()?;
         let options = SourceOptions {
@@ -349,7 +482,7 @@ impl Instance {
             demand_lanes: request.demand_lanes,
             huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
             fail_safe: protect.as_ref().map(|p| p.fail_safe.clone()),
-            impact,
+            impact: impact(&request.impact),
             payload_crc: request.checksum,
             last_epoch,
             spawner: Arc::new(KvmSpawner::default()),
@@ -360,30 +493,73 @@ impl Instance {
         let link =
             secured(session.as_ref(), Box::new(Limited::new(connector(&to, ConnectOptions::default()), bandwidth)));
         let (controller, commands) = Controller::new();
-        state.controller = Some(controller);
+        state.begin(Role::Outgoing, controller, tx);
         state.session = session;
-        state.waiting = vec![tx];
-        state.role = Role::Outgoing;
-        state.progress = None;
-        state.checkpoints = CheckpointCounts::default();
         drop(state);
         let instance = self.clone();
         let body = move || {
             let mut source = MachineSource::new(machine);
-            let report = migration_core::engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
+            let report = engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
             drop(source);
             if let Some(protect) = protect {
                 protect.end(report.outcome);
             }
             instance.ended(&report);
         };
-        if let Err(error) = thread::Builder::new().name("migration".into()).spawn(body) {
+        self.spawn("migration", body)?;
+        await_end(updates, request.progress, progress)
+    }
+
+    fn snapshot(self: &Arc<Self>, request: &SnapshotRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+        let machine = self.home("snapshot")?;
+        let out = request.out.clone();
+        let mut store = FileStore::create(&out, machine.pages()).map_err(|e| format!("snapshot: {e}"))?;
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            return Err(format!("snapshot: this minivmm is {}", state.role.name()));
+        }
+        let timeout = Duration::from_micros(request.timeout_us);
+        let options = SnapshotOptions {
+            downtime_limit: Duration::from_micros(request.downtime_limit_us),
+            timeout: (!timeout.is_zero()).then_some(timeout),
+            impact: impact(&request.impact),
+            epoch: state.last_epoch(),
+            observer: Arc::new(Told(self.clone())),
+        };
+        let (controller, commands) = Controller::new();
+        state.begin(Role::Saving, controller, tx);
+        drop(state);
+        let instance = self.clone();
+        let body = move || {
+            let mut source = MachineSource::new(machine);
+            let result = engine::snapshot(&mut source, &mut store, &options, commands);
+            drop((source, store));
+            instance.saved(report::snapshot_to_json(&result, &out));
+        };
+        self.spawn("snapshot", body)?;
+        await_end(updates, request.progress, progress)
+    }
+
+    /// Runs a migration or a snapshot on a thread of its own.
+    fn spawn(&self, what: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
+        thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|error| {
             let mut state = self.lock();
             (state.controller, state.session, state.role) = (None, None, Role::Home);
             state.waiting.clear();
-            return Err(format!("migrate: no thread: {error}"));
+            format!("{what}: no thread: {error}")
+        })
+    }
+
+    fn saved(&self, report: Value) {
+        let mut state = self.lock();
+        state.end(report);
+        // the guest may have ended meanwhile
+        if state.role == Role::Saving {
+            state.role = Role::Home;
         }
-        await_end(updates, request.progress, progress)
+        drop(state);
+        self.changed.notify_all();
     }
 
     fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
@@ -401,10 +577,8 @@ impl Instance {
 
     fn ended(&self, report: &Report) {
         let mut state = self.lock();
-        state.tell_end(report);
+        state.end(report::to_json(report));
         state.epoch = report.epoch;
-        state.last = Some(report::to_json(report));
-        (state.controller, state.session) = (None, None);
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Ended, Some(0)),
             Outcome::Lost => (Role::Ended, Some(5)),
@@ -429,6 +603,7 @@ impl Role {
     fn name(self) -> &'static str {
         match self {
             Role::Home => "running",
+            Role::Saving => "taking a snapshot",
             Role::Incoming => "incoming",
             Role::Outgoing => "outgoing",
             Role::InDoubt => "in-doubt",
@@ -447,16 +622,46 @@ enum Update {
 struct Told(Arc<Instance>);
 
 impl State {
+    /// The epoch under which the VM is owned here.
+    fn last_epoch(&self) -> u32 {
+        // the thread that received it may still wait for its source's last word
+        self.receiver.as_ref().map_or(self.epoch, |receiver| receiver.epoch())
+    }
+
+    /// A migration or a snapshot begins, for whose end this client waits.
+    fn begin(&mut self, role: Role, controller: Controller, client: mpsc::Sender<Update>) {
+        self.controller = Some(controller);
+        self.waiting = vec![client];
+        self.role = role;
+        self.progress = None;
+        self.checkpoints = CheckpointCounts::default();
+    }
+
+    /// It has come to this.
+    fn end(&mut self, report: Value) {
+        self.tell(report);
+        (self.controller, self.session) = (None, None);
+    }
+
     /// Answers those who wait for the end.
-    fn tell_end(&mut self, report: &Report) {
+    fn tell(&mut self, report: Value) {
         for client in self.waiting.drain(..) {
             // it may be gone
-            let _ = client.send(Update::Ended(report::to_json(report)));
+            let _ = client.send(Update::Ended(report.clone()));
         }
+        self.last = Some(report);
     }
 }
 
-/// Waits for the end of a migration, or until it is in doubt.
+fn impact(name: &str) -> GuestImpact {
+    match name {
+        "low" => GuestImpact::Low,
+        "fast" => GuestImpact::Fast,
+        _ => GuestImpact::Balanced,
+    }
+}
+
+/// Waits for the end of a migration or a snapshot, or until it is in doubt.
 fn await_end(updates: mpsc::Receiver<Update>, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
     for update in updates {
         match update {
@@ -481,8 +686,7 @@ impl Observer for Told {
             Event::InDoubt(report) => {
                 let mut state = self.0.lock();
                 state.role = Role::InDoubt;
-                state.last = Some(report::to_json(report));
-                state.tell_end(report);
+                state.tell(report::to_json(report));
                 drop(state);
                 self.0.changed.notify_all();
             }

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod bench;
+mod broker;
 mod checkpoints;
 mod cli;
 mod client;
@@ -11,16 +12,19 @@ mod demo;
 mod encryption;
 mod eval;
 mod instance;
+mod refresh;
 mod report;
 mod vmm;
 mod workload;
 
-use std::{io::Write, process::ExitCode, sync::Arc};
+use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
 use control::ControlSocket;
 use instance::Instance;
+use migration_kvm::ram::Backing;
+use refresh::Place;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
 
 fn main() -> ExitCode {
@@ -32,6 +36,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(args),
         Command::Receive(args) => receive(args),
         Command::Ctl(args) => Ok(client::run(args)),
+        Command::Broker(args) => Ok(broker::run(args)),
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
@@ -63,7 +68,11 @@ fn run(args: &Run) -> Result<u8, String> {
         eprintln!("minivmm: {error}");
         return Ok(2);
     }
-    let config = MachineConfig::new(args.memory, args.cpus, args.backing, args.tracker);
+    if let Some(path) = &args.restore {
+        return restore(args, path);
+    }
+    let (backing, tracker) = (args.backing.unwrap_or(Backing::TransparentHuge), args.tracker.unwrap_or_default());
+    let config = MachineConfig::new(args.memory, args.cpus, backing, tracker);
     let machine = Machine::new(config, &SerialTarget::from(args.common.serial.as_str())).map_err(|e| e.to_string())?;
     match (&args.kernel, &args.workload) {
         (Some(path), _) => machine.boot_file(path, &args.cmdline).map_err(|e| e.to_string())?,
@@ -71,10 +80,25 @@ fn run(args: &Run) -> Result<u8, String> {
         (None, None) => {}
     }
     let machine = Arc::new(machine);
-    let instance = Instance::new();
+    let instance = Instance::new(args.common.broker.clone());
     instance.own(machine.clone());
+    instance.keep_ram(&machine)?;
     serve(&args.common, &instance)?;
     machine.start(!args.paused).map_err(|e| e.to_string())?;
+    Ok(instance.wait_exit())
+}
+
+fn restore(args: &Run, path: &Path) -> Result<u8, String> {
+    let instance = Instance::new(args.common.broker.clone());
+    let host = HostOptions {
+        serial: SerialTarget::from(args.common.serial.as_str()),
+        backing: args.backing,
+        tracker: args.tracker,
+        pause_on_loss: false,
+        shared_ram: args.common.broker.is_some(),
+    };
+    instance.restore(path, host, args.paused)?;
+    serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
 }
 
@@ -84,15 +108,24 @@ fn receive(args: &Receive) -> Result<u8, String> {
         return Ok(2);
     }
     let security = args.encryption.security(None)?;
-    let instance = Instance::new();
+    let instance = Instance::new(args.common.broker.clone());
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
+        shared_ram: args.common.broker.is_some(),
     };
+    if let Some(place) = &args.successor_of {
+        let own = args.common.control.clone().ok_or("--successor-of needs --control")?;
+        let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
+        instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
+    }
     let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     serve(&args.common, &instance)?;
+    if args.successor_of.is_some() {
+        return Ok(instance.wait_exit());
+    }
     println!("listening {address}");
     // whoever reads the address may wait for it
     let _ = std::io::stdout().flush();
@@ -101,7 +134,11 @@ fn receive(args: &Receive) -> Result<u8, String> {
 
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
     match &common.control {
-        Some(path) => ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string()),
+        Some(path) => {
+            let (serial, broker) = (common.serial.clone(), common.broker.clone());
+            instance.set_place(Place { control: path.clone(), serial, broker });
+            ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
+        }
         None => Ok(()),
     }
 }

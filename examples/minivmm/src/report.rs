@@ -1,8 +1,12 @@
 //! Migrations as JSON, and as lines for people.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use migration_core::report::{CheckpointCounts, Progress, Report};
+use migration_core::{
+    MigrationError,
+    engine::SnapshotReport,
+    report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport},
+};
 use serde_json::{Value, json};
 
 use crate::workload::Board;
@@ -14,13 +18,12 @@ fn ms(time: Duration) -> f64 {
 
 /// The fields of the contract, and more.
 pub(crate) fn to_json(report: &Report) -> Value {
-    let rounds: Vec<Value> = report
-        .rounds
-        .iter()
-        .map(|r| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent}))
-        .collect();
     let seconds = report.total.as_secs_f64();
     let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
+    let mut pages = pages_to_json(&report.pages);
+    pages["pushed"] = json!(report.pages.pushed);
+    pages["prepaged"] = json!(report.pages.prepaged);
+    pages["demanded"] = json!(report.pages.demanded);
     json!({
         "strategy": report.strategy,
         "outcome": report.outcome.as_str(),
@@ -28,27 +31,19 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "epoch": report.epoch,
         "total_ms": ms(report.total),
         "setup_ms": ms(report.setup),
+        "prepare_ms": ms(report.setup),
         "downtime_ms": report.downtime.map(ms),
         "predicted_downtime_ms": report.predicted_downtime.map(ms),
         "rounds": report.rounds.len(),
-        "round_details": rounds,
+        "round_details": rounds_to_json(&report.rounds),
         "streams": report.streams,
         "wire_bytes": report.wire_bytes,
         "downtime_bytes": report.downtime_bytes,
+        "memory_copied_bytes": report.page_bytes,
         "mbps": (mbps * 10.0).round() / 10.0,
         "ram_bytes": report.ram_bytes,
         "state_bytes": report.state_bytes,
-        "pages": {
-            "total": report.pages.total,
-            "zero": report.pages.zero,
-            "hole": report.pages.hole,
-            "free": report.pages.free,
-            "plain": report.pages.plain,
-            "distinct": report.pages.distinct,
-            "pushed": report.pages.pushed,
-            "prepaged": report.pages.prepaged,
-            "demanded": report.pages.demanded,
-        },
+        "pages": pages,
         "faults": (report.pages.pushed + report.pages.demanded > 0).then(|| json!({
             "count": report.faults.served.count,
             "vcpu": report.faults.served.vcpu,
@@ -68,12 +63,55 @@ pub(crate) fn to_json(report: &Report) -> Value {
     })
 }
 
+fn rounds_to_json(rounds: &[RoundReport]) -> Vec<Value> {
+    let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
+    rounds.iter().map(round).collect()
+}
+
+/// What every migration and snapshot has of them.
+fn pages_to_json(pages: &PageCounts) -> Value {
+    json!({
+        "total": pages.total, "zero": pages.zero, "hole": pages.hole, "free": pages.free, "plain": pages.plain,
+        "distinct": pages.distinct,
+    })
+}
+
+/// A snapshot that was taken, or not.
+pub(crate) fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &Path) -> Value {
+    let report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            let outcome = if matches!(error, MigrationError::Cancelled(_)) { "cancelled" } else { "failed" };
+            return json!({
+                "strategy": "snapshot", "outcome": outcome, "reason": error.to_string(), "out": out, "total_ms": null,
+                "downtime_ms": null, "rounds": null, "ram_bytes": null, "state_bytes": null, "copied_pages": null,
+                "pages": null, "throttle_percent": null,
+            });
+        }
+    };
+    json!({
+        "strategy": "snapshot",
+        "outcome": "completed",
+        "reason": null,
+        "out": out,
+        "total_ms": ms(report.total),
+        "downtime_ms": ms(report.downtime),
+        "rounds": report.rounds.len(),
+        "round_details": rounds_to_json(&report.rounds),
+        "ram_bytes": report.pages.total << migration_core::PAGE_SHIFT,
+        "state_bytes": report.state_bytes,
+        "copied_pages": report.copied,
+        "pages": pages_to_json(&report.pages),
+        "throttle_percent": report.throttle_percent,
+    })
+}
+
 /// A migration that never began.
 pub(crate) fn not_begun(strategy: &str, reason: &str) -> Value {
     json!({
-        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null,
+        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null, "prepare_ms": null,
         "downtime_ms": null, "predicted_downtime_ms": null, "rounds": null, "streams": null, "wire_bytes": null,
-        "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
+        "memory_copied_bytes": null, "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
     })
 }
 

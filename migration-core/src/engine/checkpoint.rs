@@ -21,9 +21,10 @@ use super::{
     handle::{Input, lock},
     lane::{Job, Lane},
     missing::Missing,
+    pages::Copied,
 };
 use crate::{
-    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    MigrationError, PAGE_SIZE, PageSet,
     channel::{ReadHalf, WriteHalf},
     checkpoint::{CheckpointStore, FailSafe},
     codec::DecodeError,
@@ -34,9 +35,6 @@ use crate::{
     vm::{ProtectedVm, VmError},
     wire::{Bulk, Checkpoint, Content, Extent, STATE_CHUNK},
 };
-
-/// Pages of a frame that was copied before it is sent.
-const COPIED_PAGES: u64 = 256;
 
 // ---- at the destination ------------------------------------------------------------------------------------------
 
@@ -61,8 +59,7 @@ struct Protected {
 
 /// What the guest wrote during stage I, and its state, of one moment.
 struct Frozen {
-    ranges: Vec<PageRange>,
-    data: Vec<u8>,
+    copied: Copied,
     state: Vec<u8>,
     output: u64,
 }
@@ -150,24 +147,9 @@ fn freeze(
     let output = vm.output();
     // behind the save, which writes too
     let rest = harvest(vm, ram.layout().pages())?;
-    let mut data = vec![0; rest.len() as usize * PAGE_SIZE];
-    let (mut ranges, mut at) = (Vec::new(), 0);
-    for run in rest.ranges() {
-        if let Some(rearm) = rearm {
-            rearm.before_read(run, &rest)?;
-        }
-        for (_, _, mut piece) in ram.layout().split(run) {
-            while piece.count > 0 {
-                let range = PageRange::new(piece.first, piece.count.min(COPIED_PAGES));
-                let bytes = range.count as usize * PAGE_SIZE;
-                ram.slice(range)?.copy_to(&mut data[at..at + bytes]);
-                at += bytes;
-                ranges.push(range);
-                piece = PageRange::new(range.end(), piece.count - range.count);
-            }
-        }
-    }
-    Ok((rest, Frozen { ranges, data, state, output }))
+    let mut copied = Copied::default();
+    copied.take(ram, &rest, rearm)?;
+    Ok((rest, Frozen { copied, state, output }))
 }
 
 /// The destination's end of the checkpoint lane.
@@ -235,14 +217,13 @@ impl CheckpointLane {
     }
 
     fn send_copy(&mut self, frozen: &Frozen, number: u32) -> Result<u64, MigrationError> {
-        let (mut at, mut pages) = (0, 0);
-        for &range in &frozen.ranges {
-            let bytes = range.count as usize * PAGE_SIZE;
+        let mut pages = 0;
+        for (range, data) in frozen.copied.pieces() {
             let extents = vec![Extent { range, content: Content::Plain }];
             let mut frame = Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.lane.sequence, number);
-            frame.extend_from_slice(&frozen.data[at..at + bytes]);
+            frame.extend_from_slice(data);
             self.lane.write(&frame, &[])?;
-            (at, pages) = (at + bytes, pages + range.count);
+            pages += range.count;
         }
         Ok(pages)
     }
@@ -433,7 +414,7 @@ impl Incoming {
 }
 
 fn not_kept(cause: io::Error) -> MigrationError {
-    MigrationError::Vm { step: "keeping a checkpoint", cause: VmError::because("the store", cause) }
+    MigrationError::Store { step: "keeping a checkpoint", cause }
 }
 
 #[cfg(test)]
@@ -441,7 +422,9 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
-    use crate::{HeapRam, RamLayout, RamRegion, RamSlice, checkpoint::MemoryStore, fence::NoFence, report::NoObserver};
+    use crate::{
+        HeapRam, PageRange, RamLayout, RamRegion, RamSlice, checkpoint::MemoryStore, fence::NoFence, report::NoObserver,
+    };
 
     struct Script(VecDeque<u8>);
 

@@ -1,13 +1,17 @@
 //! One end of a control lane: whole frames in, whole frames out.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use crate::{
     MigrationError,
-    channel::{ReadHalf, WriteHalf},
+    channel::{FILES_PER_BYTE, ReadHalf, WriteHalf},
     codec::DecodeError,
     wire::{Control, Header},
 };
@@ -31,10 +35,25 @@ impl ControlWriter {
     }
 
     pub(super) fn send(&mut self, epoch: u32, frame: &Control) -> Result<(), MigrationError> {
-        let bytes = frame.encode(0, self.sequence, epoch);
-        self.sequence = self.sequence.wrapping_add(1);
+        self.send_all(epoch, std::slice::from_ref(frame))
+    }
+
+    /// Sends frames in one go: the peer is woken once.
+    pub(super) fn send_all(&mut self, epoch: u32, frames: &[Control]) -> Result<(), MigrationError> {
+        let mut bytes = Vec::new();
+        for frame in frames {
+            bytes.append(&mut frame.encode(0, self.sequence, epoch));
+            self.sequence = self.sequence.wrapping_add(1);
+        }
         self.half.write_all(&bytes, &[]).map_err(MigrationError::link(&self.peer))?;
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sends open files behind the frames so far.
+    pub(super) fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), MigrationError> {
+        self.half.send_files(files).map_err(MigrationError::link(&self.peer))?;
+        self.bytes.fetch_add(files.len().div_ceil(FILES_PER_BYTE) as u64, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -50,6 +69,16 @@ pub(super) struct ControlReader {
 impl ControlReader {
     pub(super) fn new(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
         Self { half, peer, sequence: 0, bytes }
+    }
+
+    /// Open files that follow the frames so far: exactly so many.
+    pub(super) fn files(&mut self, count: usize) -> Result<Vec<OwnedFd>, MigrationError> {
+        let files = self.half.receive_files(count).map_err(|cause| match cause.kind() {
+            io::ErrorKind::InvalidData => DecodeError::invalid("open files", cause.to_string()).into(),
+            _ => MigrationError::link(&self.peer)(cause),
+        })?;
+        self.bytes.fetch_add(count.div_ceil(FILES_PER_BYTE) as u64, Ordering::Relaxed);
+        Ok(files)
     }
 
     /// The next frame and the epoch in its header.

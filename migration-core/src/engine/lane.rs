@@ -26,6 +26,8 @@ pub(super) struct Counters {
     pub(super) wire_bytes: Arc<AtomicU64>,
     pub(super) zero: AtomicU64,
     pub(super) plain: AtomicU64,
+    /// Bytes of page data that were written to lanes.
+    pub(super) page_bytes: AtomicU64,
     /// Pages of the present round.
     pub(super) round_sent: AtomicU64,
 }
@@ -274,6 +276,7 @@ impl Lane {
             let bytes = Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.sequence, generation);
             self.write(&bytes, &slices)?;
         }
+        self.counters.page_bytes.fetch_add(payload as u64, Ordering::Relaxed);
         self.counters.round_sent.fetch_add(pages, Ordering::Relaxed);
         Ok(())
     }

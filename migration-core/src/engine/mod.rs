@@ -11,16 +11,20 @@ mod handle;
 mod install;
 mod lane;
 mod missing;
+mod pages;
 mod receiver;
 mod serve;
 mod session;
+mod snapshot;
 mod source;
+mod tracking;
 
 use std::{sync::Arc, time::Duration};
 
 pub use handle::{Commands, Controller, Migration, NoPostCopy};
 pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub(crate) use serve::{add_missing, missing_frames};
+pub use snapshot::{RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot};
 pub use source::migrate;
 
 use crate::{

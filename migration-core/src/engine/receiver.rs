@@ -38,8 +38,9 @@ use crate::{
     state::VmState,
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURES, HUGE_BLOCK, Hello,
-        LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, Welcome, negotiate,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, FEATURES,
+        HUGE_BLOCK, Hello, LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION,
+        Welcome, negotiate,
     },
 };
 
@@ -433,13 +434,18 @@ impl Hub {
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
         let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
-        let (session, features) = match self.build(epoch, attachment, *hello, (streams, features), control, closer) {
+        let wanted = (streams, features);
+        let (session, features) = match self.build(epoch, attachment, *hello, wanted, (&mut frames, control), closer) {
             Ok(built) => built,
             Err(error) => {
                 self.lost(attachment, &error.to_string());
                 return Err(error);
             }
         };
+        if features & FEATURE_SHARED_RAM != 0 {
+            // up to here this thread competed with the guest
+            self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
+        }
         let opened = self.open(&session, attachment, features);
         let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
         self.ended(&session, attachment, peer, served);
@@ -453,9 +459,10 @@ impl Hub {
         attachment: u64,
         hello: Hello,
         (streams, features): (u16, u32),
-        mut control: ControlWriter,
+        (frames, mut control): (&mut ControlReader, ControlWriter),
         closer: Arc<dyn Closer>,
     ) -> Result<(Arc<Session>, u32), MigrationError> {
+        let shared = features & FEATURE_SHARED_RAM != 0;
         // a VM of an earlier epoch is void: free it before the new one needs the memory
         let earlier = self.current(attachment)?.session.take();
         self.free_vm(earlier, "a newer attempt of its source takes its place");
@@ -464,6 +471,8 @@ impl Hub {
         let built = if ram_bytes > self.options.max_ram_bytes {
             let limit = self.options.max_ram_bytes;
             Err(VmError::new(format!("the VM has {ram_bytes} bytes of RAM, this destination takes {limit}")))
+        } else if shared {
+            self.receive_ram(&hello, frames)
         } else {
             lock(&self.host).build(&hello.vm)
         };
@@ -474,8 +483,8 @@ impl Hub {
                 return Err(MigrationError::Vm { step: "building the VM", cause });
             }
         };
-        let pager = vm.pager();
-        let mut features = granted(features, pager.as_deref());
+        let pager = if shared { None } else { vm.pager() };
+        let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
         let protection = match self.protection(&mut *vm, &mut features) {
             Ok(protection) => protection.map(Arc::new),
             Err(cause) => {
@@ -486,10 +495,21 @@ impl Hub {
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
-        let parts = (pager, protection);
-        let session = Arc::new(Session::new((token, epoch), streams, crc, vm, parts, control, closer));
+        let session = Session::new((token, epoch), streams, (crc, shared), vm, (pager, protection), control, closer);
+        let session = Arc::new(session);
         self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))
+    }
+
+    /// Builds a VM in the RAM that its source shares.
+    fn receive_ram(&self, hello: &Hello, frames: &mut ControlReader) -> Result<Box<dyn DestinationVm>, VmError> {
+        if hello.features != FEATURE_SHARED_RAM {
+            let why = format!("features {:#x}: shared RAM goes with no other", hello.features);
+            return Err(VmError::new(why));
+        }
+        let files = frames.files(hello.vm.layout.regions().len());
+        let files = files.map_err(|e| VmError::because("the memory files behind RAM", e))?;
+        lock(&self.host).build_shared(&hello.vm, files)
     }
 
     /// Readies the VM for checkpoints if they are wanted, or takes the feature back.

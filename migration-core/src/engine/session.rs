@@ -25,6 +25,8 @@ pub(super) struct Session {
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
+    /// RAM is the source's too: no page may arrive.
+    shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
     /// The VM, until it is started or discarded. Locked while its state is loaded, which may wait for missing pages.
     pub(super) vm: Mutex<Option<Box<dyn DestinationVm>>>,
@@ -93,7 +95,7 @@ impl Session {
     pub(super) fn new(
         (token, epoch): (SessionToken, u32),
         lanes: u16,
-        payload_crc: bool,
+        (payload_crc, shared): (bool, bool),
         vm: Box<dyn DestinationVm>,
         (pager, protection): (Option<Arc<dyn Pager>>, Option<Arc<Protection>>),
         control: ControlWriter,
@@ -122,6 +124,7 @@ impl Session {
             epoch,
             lanes,
             payload_crc,
+            shared,
             ram,
             vm: Mutex::new(Some(vm)),
             pager,
@@ -345,6 +348,9 @@ impl Session {
 
     /// A lane is about to receive pages of `generation` into RAM.
     pub(super) fn lane_starts(&self, index: u16, generation: u32) -> Result<(), MigrationError> {
+        if self.shared {
+            return Err(DecodeError::invalid("pages", "RAM is shared, no page moves").into());
+        }
         let mut state = lock(&self.lane_state);
         if state.sealed {
             let why = format!("pages of round {generation} after the VM was offered");

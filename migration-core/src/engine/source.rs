@@ -23,7 +23,9 @@ use super::{
     control::{ControlReader, ControlWriter},
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    pages,
     serve::{DemandLane, Left},
+    tracking::Tracking,
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
@@ -36,21 +38,22 @@ use crate::{
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{SourceVm, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY, Hello,
-        LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken, VERSION, Welcome,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
+        FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
+        VERSION, Welcome,
     },
 };
 
 /// How often progress is told while pages move.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so often.
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pieces of device state a round.
-const PIECE_BUDGET: usize = STATE_CHUNK / 2;
+pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
-const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
+pub(super) const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
@@ -63,6 +66,10 @@ pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
 /// In every outcome but `Completed` (and `InDoubt`, which is only told through
 /// [`Event::InDoubt`]: the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
 /// dirty bits, speed, threads and descriptors as they were before.
+///
+/// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the pause, and runs beside it
+/// afterwards, on the same cores: the spawner has it [assume](crate::spawner::Spawner::assume) the role of such a
+/// thread, and when the VM has moved, that of a background thread.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,
@@ -70,7 +77,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
-    let mut engine = Engine::new(vm, connector, strategy.name(), options, commands);
+    let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     let result = engine.attempt(strategy);
     engine.settle(result)
 }
@@ -81,6 +88,8 @@ pub(super) struct Engine<'a> {
     /// Where the user says that the destination is to be found after a loss.
     elsewhere: Option<Arc<dyn Connector>>,
     strategy: &'static str,
+    /// Whether the destination maps the RAM that is here: then no page moves.
+    shared: bool,
     pub(super) options: &'a SourceOptions,
     pub(super) inputs: mpsc::Receiver<Input>,
     tx: mpsc::Sender<Input>,
@@ -100,13 +109,9 @@ pub(super) struct Engine<'a> {
     unanswered: Option<Instant>,
     last_progress: Instant,
     cancelled: Option<String>,
-    /// Whether the VMM tracked before we came; it then gets its dirty bits back.
-    tracked_before: bool,
-    tracking: bool,
+    tracking: Tracking,
     /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
     pub(super) owed: PageSet,
-    /// Everything harvested, for a tracker that the VMM had started.
-    harvested: PageSet,
     pub(super) touched: PageSet,
     /// Pages that were left out at least once, because they were free.
     spared: PageSet,
@@ -144,7 +149,7 @@ impl<'a> Engine<'a> {
     fn new(
         vm: &'a mut dyn SourceVm,
         connector: &'a dyn Connector,
-        strategy: &'static str,
+        (strategy, shared): (&'static str, bool),
         options: &'a SourceOptions,
         commands: Commands,
     ) -> Self {
@@ -165,6 +170,7 @@ impl<'a> Engine<'a> {
             streams: options.streams.clamp(1, MAX_STREAMS),
             wire_bytes: 0,
             downtime_bytes: 0,
+            page_bytes: 0,
             ram_bytes: ram.layout().bytes(),
             state_bytes: 0,
             pages: PageCounts { total: pages, ..PageCounts::default() },
@@ -180,6 +186,7 @@ impl<'a> Engine<'a> {
             connector,
             elsewhere: None,
             strategy,
+            shared,
             options,
             inputs: commands.rx,
             tx: commands.tx,
@@ -197,10 +204,8 @@ impl<'a> Engine<'a> {
             unanswered: None,
             last_progress: now,
             cancelled: None,
-            tracked_before: false,
-            tracking: false,
+            tracking: Tracking::new(pages),
             owed: PageSet::empty(pages),
-            harvested: PageSet::empty(pages),
             touched: PageSet::empty(pages),
             spared: PageSet::empty(pages),
             last_harvest: now,
@@ -245,8 +250,13 @@ impl<'a> Engine<'a> {
     // ---- talking and waiting ---------------------------------------------------------------------------------
 
     pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+        self.say_all(std::slice::from_ref(frame))
+    }
+
+    /// Says several things in one go: the destination is woken once.
+    fn say_all(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
-        let result = self.control.as_mut().ok_or_else(lost)?.send(self.machine.epoch(), frame);
+        let result = self.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
         match result {
             Err(error @ MigrationError::Link { .. }) => Err(self.last_words(error)),
             other => other,
@@ -412,6 +422,9 @@ impl<'a> Engine<'a> {
 
     /// Gives a round to the lanes.
     fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
+        if self.shared {
+            return Err(MigrationError::Blocked("RAM is shared with the destination: no page moves".into()));
+        }
         let generation = self.machine.begin_round()?;
         let stop = Arc::new(AtomicBool::new(false));
         self.counters.round_sent.store(0, Ordering::Relaxed);
@@ -459,12 +472,7 @@ impl<'a> Engine<'a> {
     /// Takes the pages out that are free now, and returns all that are. Only after tracking has begun, or after the harvest
     /// that `pages` are of, or while the guest is paused: see [`SourceVm::free_pages`] for why.
     fn spare(&mut self, pages: &mut PageSet) -> PageSet {
-        let mut free = PageSet::empty(self.pages());
-        if let Err(error) = self.vm.free_pages(&mut free) {
-            let why = format!("free pages are not known, they are sent like others: {error}");
-            self.options.observer.event(&Event::Warning(why));
-            free.clear();
-        }
+        let free = pages::free(self.vm, self.report.pages.total, &*self.options.observer);
         let mut spared = free.clone();
         spared.intersect_with(pages);
         self.spared.union_with(&spared);
@@ -482,6 +490,15 @@ impl<'a> Engine<'a> {
 }
 
 impl Engine<'_> {
+    /// What is to move while the guest is paused: `pages`, and what was dirtied up to now.
+    fn rest(&mut self, pages: PageSet) -> Result<PageSet, MigrationError> {
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        // of `pages` too: some may have become free since they were harvested
+        self.spare(&mut rest);
+        Ok(rest)
+    }
+
     /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.
     fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         let began = Instant::now();
@@ -492,29 +509,33 @@ impl Engine<'_> {
             self.handed_over = state.clone();
         }
         self.report.state_bytes += state.len() as u64;
-        // after saving: that dirtied pages too
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        // of `pages` too: some may have become free since they were harvested
-        self.spare(&mut rest);
+        // after saving: that dirtied pages too. RAM that is shared is there already, whatever was dirtied
+        let rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(pages)? };
         let rest = Arc::new(rest);
-        let round = if leave {
+        let round = if self.shared {
+            None
+        } else if leave {
             self.leave_behind(PageSet::clone(&rest))?;
             None
         } else {
             Some(self.begin_round(&rest)?.0)
         };
-        for at in (0..state.len()).step_by(STATE_CHUNK) {
-            self.say(&Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
+        let mut chunks: Vec<_> = (0..state.len())
+            .step_by(STATE_CHUNK)
+            .map(|at| state.slice(at..state.len().min(at + STATE_CHUNK)))
+            .collect();
+        let last = chunks.pop().map(Control::State);
+        for chunk in chunks {
+            self.say(&Control::State(chunk))?;
         }
         let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
-        self.say(&offer)?;
-        if leave {
+        self.say_all(&last.into_iter().chain([offer]).collect::<Vec<_>>())?;
+        if leave && !self.shared {
             self.put_rest_ahead()?;
         }
         // it may have come while the forward checkpoint was completed
         let (mut ready, mut heard, mut sent) = (self.machine.phase() == SourcePhase::Ready, Instant::now(), 0);
-        let mut lanes = if leave { self.report.streams } else { 0 };
+        let mut lanes = if round.is_none() { self.report.streams } else { 0 };
         while lanes < self.report.streams || !ready {
             match self.next_input(heard + self.options.setup_timeout)? {
                 Some(Input::Lane(Ok(_))) => lanes += 1,
@@ -542,20 +563,9 @@ impl Verbs for Engine<'_> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        let tracker = self.vm.tracker();
-        if !self.tracking {
-            self.tracked_before = tracker.is_active();
-        }
-        tracker.start()?;
-        self.tracking = true;
+        self.tracking.start(self.vm.tracker())?;
         self.last_harvest = Instant::now();
-        // after the tracker started: a page that is touched later is dirty
-        let mut pages = PageSet::empty(self.pages());
-        if let Err(error) = self.ram.populated(&mut pages) {
-            let why = format!("holes are not known, all of RAM is sent: {error}");
-            self.options.observer.event(&Event::Warning(why));
-            pages = PageSet::full(self.pages());
-        }
+        let mut pages = pages::populated(&*self.ram, &*self.options.observer);
         self.report.pages.hole = self.pages() - pages.len();
         self.spare(&mut pages);
         Ok(pages)
@@ -593,12 +603,8 @@ impl Verbs for Engine<'_> {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = PageSet::empty(self.pages());
-        self.vm.tracker().harvest(&mut pages)?;
+        let mut pages = self.tracking.harvest(self.vm.tracker())?;
         self.saved.subtract(&pages);
-        if self.tracked_before {
-            self.harvested.union_with(&pages);
-        }
         // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
         // re-arms only when it is sent stays reported, until it is free no more
         let free = self.spare(&mut pages);

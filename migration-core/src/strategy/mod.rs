@@ -7,6 +7,7 @@
 //! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
 
 mod convergence;
+mod hand_over;
 mod post_copy;
 mod precopy;
 pub mod push_order;
@@ -15,6 +16,7 @@ mod stop_and_copy;
 use std::time::Duration;
 
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
+pub use hand_over::HandOver;
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
 pub use push_order::{Linear, PushOrder};
@@ -30,6 +32,12 @@ pub trait Strategy: Send {
     /// Whether it hands the VM over with pages missing: a destination that cannot serve them is then refused before
     /// any page moves.
     fn needs_post_copy(&self) -> bool {
+        false
+    }
+
+    /// Whether source and destination, on one machine, share the VM's RAM, so that no page moves. The destination maps it
+    /// before [`migrate`](Self::migrate) is called; where that cannot be, the migration is refused then.
+    fn shares_ram(&self) -> bool {
         false
     }
 

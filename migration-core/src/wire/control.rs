@@ -6,7 +6,7 @@ use super::{Header, MAX_DEMAND_LANES, MAX_STREAMS, SessionToken, frame};
 use crate::{
     codec::{DecodeError, Reader, Writer},
     device::DeviceKind,
-    page::{MAX_REGIONS, RamLayout, RamRegion},
+    page::{MAX_REGIONS, RamLayout},
     state::{MAX_SECTION_NAME, Section},
     vm::{VmDescription, VmId},
 };
@@ -245,7 +245,7 @@ impl Control {
                 0x04
             }
             Control::Piece(s) => {
-                w.text(&s.name).u32(s.instance).u32(s.version).blob(&s.data);
+                s.encode(&mut w);
                 0x05
             }
             Control::State(chunk) => {
@@ -315,12 +315,7 @@ impl Control {
             }),
             0x03 => Control::Prepared,
             0x04 => Control::RoundReceived { generation: r.u32("generation")? },
-            0x05 => Control::Piece(Section {
-                name: r.text(MAX_SECTION_NAME, "piece name")?,
-                instance: r.u32("piece instance")?,
-                version: r.u32("piece version")?,
-                data: Bytes::copy_from_slice(r.blob(STATE_CHUNK, "piece data")?),
-            }),
+            0x05 => Control::Piece(Section::decode_piece(&mut r, STATE_CHUNK)?),
             0x06 => {
                 let chunk = r.bytes(r.remaining().min(STATE_CHUNK), "state")?;
                 Control::State(Bytes::copy_from_slice(chunk))
@@ -378,11 +373,10 @@ impl Control {
     }
 }
 
-fn encode_vm(vm: &VmDescription, w: &mut Writer) {
-    w.bytes(&vm.id.0).count(vm.layout.regions().len());
-    for r in vm.layout.regions() {
-        w.u64(r.gpa).u64(r.len);
-    }
+/// How a VM's description travels, and stands in a snapshot.
+pub(crate) fn encode_vm(vm: &VmDescription, w: &mut Writer) {
+    w.bytes(&vm.id.0);
+    vm.layout.encode(w);
     w.count(vm.devices.len());
     for d in &vm.devices {
         w.text(&d.name).u32(d.instance).u32(d.oldest).u32(d.version);
@@ -390,13 +384,10 @@ fn encode_vm(vm: &VmDescription, w: &mut Writer) {
     w.blob(&vm.host_needs).blob(&vm.config);
 }
 
-fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
+/// Reads what [`encode_vm`] wrote.
+pub(crate) fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
     let id = VmId(r.array("vm id")?);
-    let mut regions = Vec::new();
-    for _ in 0..r.count(MAX_REGIONS, "number of RAM regions")? {
-        regions.push(RamRegion { gpa: r.u64("region address")?, len: r.u64("region length")? });
-    }
-    let layout = RamLayout::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))?;
+    let layout = RamLayout::decode(r, MAX_REGIONS)?;
     let mut devices = Vec::new();
     for _ in 0..r.count(MAX_DEVICES, "number of devices")? {
         devices.push(DeviceKind {
@@ -416,6 +407,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::RamRegion;
 
     /// One frame of each kind.
     pub(crate) fn samples() -> Vec<Control> {

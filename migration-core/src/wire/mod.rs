@@ -13,6 +13,7 @@ pub use checkpoint::{Checkpoint, MAX_IDENTITY};
 pub use control::{
     Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
 };
+pub(crate) use control::{decode_vm, encode_vm};
 
 use crate::codec::{DecodeError, Reader, Writer};
 
@@ -40,8 +41,12 @@ pub const FEATURE_HUGE_BLOCKS: u32 = 4;
 /// Feature bit: while pages are missing at the destination, it sends checkpoints of the running VM back on a checkpoint lane,
 /// and holds the VM's output until they are committed. Granted only together with [`FEATURE_POST_COPY`].
 pub const FEATURE_CHECKPOINTS: u32 = 8;
+/// Feature bit: source and destination are on one machine and share the VM's RAM. The memory files behind it follow the
+/// hello, one a region, and no page moves. Excludes all other bits.
+pub const FEATURE_SHARED_RAM: u32 = 16;
 /// Every feature bit that this build knows.
-pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS | FEATURE_CHECKPOINTS;
+pub const FEATURES: u32 =
+    FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS | FEATURE_CHECKPOINTS | FEATURE_SHARED_RAM;
 /// Pages of a huge page.
 pub const HUGE_BLOCK: u64 = 512;
 /// Most demand lanes.

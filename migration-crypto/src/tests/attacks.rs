@@ -330,24 +330,55 @@ fn nothing_of_guest_memory_is_readable_on_the_wire() {
     assert!(bytes.windows(16).all(|run| !runs.contains(run)));
 }
 
-#[test]
-fn a_byte_at_a_time_does_not_buy_time() {
-    let mut pair = Pair::new(psk(1), Security { handshake_timeout: Duration::from_millis(50), ..psk(1) });
+/// Sends `first` at once, then the other bytes one by one, until the destination has had enough; how many it has taken.
+fn dribble(pair: &mut Pair, first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
     let mut slow = pair.plain.connect().unwrap().split().unwrap();
-    let ended = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let tell = ended.clone();
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    let ended = &ended;
     thread::scope(|scope| {
-        scope.spawn(move || {
-            let preface = pattern(Preamble::LEN);
-            for byte in preface.iter().cycle() {
-                if tell.load(std::sync::atomic::Ordering::Acquire) || slow.writer.write_all(&[*byte], &[]).is_err() {
-                    return;
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
+        let taken = scope.spawn(move || {
+            slow.writer.write_all(&first, &[]).unwrap();
+            rest.iter()
+                .take_while(|byte| {
+                    thread::sleep(Duration::from_millis(30));
+                    !ended.load(std::sync::atomic::Ordering::Acquire) && slow.writer.write_all(&[**byte], &[]).is_ok()
+                })
+                .count()
         });
         let error = accept(&mut pair.listener).err().unwrap();
-        assert!(matches!(why(&error), HandshakeError::TimedOut | HandshakeError::Stranger), "{error}");
         ended.store(true, std::sync::atomic::Ordering::Release);
-    });
+        (error, taken.join().unwrap())
+    })
+}
+
+fn impatient() -> Security {
+    Security { handshake_timeout: Duration::from_millis(300), ..psk(1) }
+}
+
+#[test]
+fn a_byte_at_a_time_does_not_buy_time() {
+    let mut pair = Pair::new(psk(1), impatient());
+    let (error, taken) = dribble(&mut pair, Vec::new(), &pattern(Preamble::LEN));
+    assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
+    assert!(taken < Preamble::LEN - 4, "{taken} bytes were waited for");
+}
+
+#[test]
+fn a_replayed_message_buys_neither_time_nor_memory() {
+    let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+    let keep = kept.clone();
+    let mut pair = meddled(psk(1), impatient(), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
+    drop(pair.open_well(LaneKind::Control));
+    let first = kept.lock().unwrap()[0].clone();
+    // the first record's header claims a megabyte
+    let mut record = (crate::record::MAX_PLAINTEXT as u32).to_le_bytes().to_vec();
+    record.extend([0; 200]);
+    let (error, taken) = dribble(&mut pair, first.clone(), &record);
+    assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
+    assert!(taken < crate::record::OVERHEAD, "{taken} bytes were waited for");
+    // all at once
+    let mut again = pair.plain.connect().unwrap().split().unwrap();
+    again.writer.write_all(&[first, record].concat(), &[]).unwrap();
+    let error = accept(&mut pair.listener).err().unwrap();
+    assert!(matches!(why(&error), HandshakeError::Malformed(_)), "{error}");
 }

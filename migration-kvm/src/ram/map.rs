@@ -8,8 +8,12 @@ use std::{
 
 use migration_core::PAGE_SIZE;
 use nix::{
+    errno::Errno,
     fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
-    sys::memfd::{MFdFlags, memfd_create},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        statfs::fstatfs,
+    },
     unistd::ftruncate,
 };
 
@@ -129,10 +133,22 @@ pub(super) fn memory_file(len: u64, huge: bool) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Whether the length of a memory file cannot shrink any more.
-pub(super) fn is_sealed(file: BorrowedFd<'_>) -> io::Result<bool> {
-    let seals = fcntl(file, FcntlArg::F_GET_SEALS)?;
-    Ok(SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK))
+/// Whether a memory file can neither shrink nor grow any more; `None` if it is no memory file.
+pub(super) fn is_sealed(file: BorrowedFd<'_>) -> io::Result<Option<bool>> {
+    match fcntl(file, FcntlArg::F_GET_SEALS) {
+        Ok(seals) => {
+            let length = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+            Ok(Some(SealFlag::from_bits_retain(seals).contains(length)))
+        }
+        Err(Errno::EINVAL) => Ok(None),
+        Err(other) => Err(other.into()),
+    }
+}
+
+/// The size of a memory file's pages.
+pub(super) fn page_size(file: BorrowedFd<'_>) -> io::Result<u64> {
+    let system = fstatfs(file)?;
+    Ok(u64::try_from(system.block_size()).unwrap_or(0))
 }
 
 /// Frees `len` bytes of a memory file from `offset`; they read as zeros, in every process that maps it.

@@ -115,9 +115,20 @@ pub enum RamError {
         /// The file's length in bytes; zero when it is missing.
         size: u64,
     },
-    /// A memory file could still be cut short, and an access beyond its end kills the process.
-    #[error("memory file {0} is not sealed against shrinking")]
+    /// A memory file's length could still change: an access beyond its end kills the process.
+    #[error("memory file {0} is not sealed against shrinking and growing")]
     Unsealed(usize),
+    /// A file is something else than a memory file (`memfd_create`) with the backing's page size.
+    #[error("file {index} is no memory file with pages as {backing} has them")]
+    NotMemory {
+        /// Which region of the layout.
+        index: usize,
+        /// What was to be mapped.
+        backing: Backing,
+    },
+    /// Memory of this backing is private to a process.
+    #[error("memory backed by {0} cannot be shared with another process: memfd or hugetlb can")]
+    NotShared(Backing),
     /// The pages asked for are not all RAM.
     #[error("pages {first}+{count} are not inside guest RAM")]
     Outside {

@@ -16,8 +16,12 @@ use migration_core::{
     state::MAX_STATE,
 };
 
+use crate::file_errors::{at, cut, damaged};
+
 const MAGIC: [u8; 8] = *b"LMCHECKP";
 const VERSION: u32 = 1;
+/// How an increment may be damaged.
+const SHORT: &str = "it ends inside a record";
 
 /// Page number, length, CRC-32.
 const HEAD: usize = 8 + 4 + 4;
@@ -65,11 +69,11 @@ impl Increment {
         let mut buffer = [0; HEAD + PAGE_SIZE];
         let (mut offset, mut records) = (0, 0);
         while offset < bytes {
-            input.read_exact(&mut buffer[..HEAD]).map_err(cut(&path))?;
+            input.read_exact(&mut buffer[..HEAD]).map_err(cut(&path, SHORT))?;
             // the length decides how much is read; the check below is of all of it
             let data = buffer[8..12] != [0; 4];
             let record = &mut buffer[..record_len(data)];
-            input.read_exact(&mut record[HEAD..]).map_err(cut(&path))?;
+            input.read_exact(&mut record[HEAD..]).map_err(cut(&path, SHORT))?;
             let (page, _) = decode_record(record).map_err(|error| damaged(&path, format!("at {offset}: {error}")))?;
             if page >= pages {
                 return Err(damaged(&path, format!("at {offset}: page {page} of a VM with {pages}")));
@@ -149,7 +153,7 @@ impl<'a> Files<'a> {
             self.open.insert(place.file, file);
         }
         let record = &mut self.buffer[..record_len(place.data)];
-        self.open[&place.file].read_exact_at(record, place.offset).map_err(|error| cut(&path())(error))?;
+        self.open[&place.file].read_exact_at(record, place.offset).map_err(|error| cut(&path(), SHORT)(error))?;
         match decode_record(record) {
             Ok((found, data)) if found == page => Ok(data),
             Ok((found, _)) => Err(damaged(&path(), format!("at {}: page {found} instead of {page}", place.offset))),
@@ -273,21 +277,4 @@ fn open_regular(path: &Path) -> io::Result<Option<(File, u64)>> {
         }
         Err(error) => Err(at(path)(error)),
     }
-}
-
-/// Says which file an error is about.
-pub(super) fn at(path: &Path) -> impl Fn(io::Error) -> io::Error + '_ {
-    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
-}
-
-/// As [`at`], for what must not end here.
-fn cut(path: &Path) -> impl Fn(io::Error) -> io::Error + '_ {
-    move |error| match error.kind() {
-        ErrorKind::UnexpectedEof => damaged(path, "it ends inside a record"),
-        _ => at(path)(error),
-    }
-}
-
-pub(super) fn damaged(path: &Path, why: impl Into<String>) -> io::Error {
-    at(path)(io::Error::new(ErrorKind::InvalidData, why.into()))
 }

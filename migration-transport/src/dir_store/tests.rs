@@ -7,24 +7,12 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::testing::{Contents, contents};
 
 const PAGES: u64 = 16;
 
-/// Number and state, and the byte that fills each page.
-type Contents = (Option<(u32, Bytes)>, Vec<(u64, Option<u8>)>);
 /// The files of a directory.
 type Snapshot = BTreeMap<String, Vec<u8>>;
-
-fn contents(store: &mut dyn CheckpointStore) -> io::Result<Contents> {
-    let mut pages = Vec::new();
-    store.restore(&mut |page, data| {
-        let fill = data.map(|data| data[0]);
-        assert!(data.is_none_or(|data| data.iter().all(|&byte| Some(byte) == fill)));
-        pages.push((page, fill));
-        Ok(())
-    })?;
-    Ok((store.latest(), pages))
-}
 
 fn put(store: &mut dyn CheckpointStore, page: u64, fill: Option<u8>) {
     store.put(page, fill.map(|fill| [fill; PAGE_SIZE]).as_ref()).unwrap();

@@ -1,6 +1,8 @@
 //! A VM without a CPU: a thread that writes RAM on the heap, and marks what it writes.
 
 use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -39,7 +41,10 @@ pub fn layout() -> RamLayout {
 
 impl Guest {
     fn new() -> Arc<Self> {
-        let (ram, bitmap) = (Arc::new(HeapRam::new(layout()).unwrap()), DirtyBitmap::new(layout()));
+        Self::of(Arc::new(HeapRam::new(layout()).unwrap()), DirtyBitmap::new(layout()))
+    }
+
+    fn of(ram: Arc<HeapRam>, bitmap: Arc<DirtyBitmap>) -> Arc<Self> {
         let (at, throttle) = (AtomicU64::new(0), AtomicU32::new(0));
         let state = Mutex::new((false, false));
         Arc::new(Self { ram, bitmap, state, changed: Condvar::new(), at, idle: AtomicBool::new(true), throttle })
@@ -119,6 +124,8 @@ pub struct TestVm {
     pub confused: bool,
     pub released: bool,
     pub doubt: bool,
+    /// What it says are the memory files behind its RAM.
+    pub files: Vec<File>,
     /// Pieces of device state sent in this attempt.
     pieces: u64,
 }
@@ -135,7 +142,8 @@ impl TestVm {
         let tracker = BitmapTracker::new(guest.bitmap.clone());
         let thread = Some(guest.clone().run());
         guest.set_running(true);
-        Self { guest, tracker, thread, failing_saves: 0, confused: false, released: false, doubt: false, pieces: 0 }
+        let (failing_saves, confused, released, doubt, files, pieces) = (0, false, false, false, Vec::new(), 0);
+        Self { guest, tracker, thread, failing_saves, confused, released, doubt, files, pieces }
     }
 
     pub fn tracks(&self) -> bool {
@@ -171,6 +179,13 @@ impl SourceVm for TestVm {
             return Err(VmError::new("the balloon has burst"));
         }
         Ok(())
+    }
+
+    fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
+        if self.files.is_empty() {
+            return Err(VmError::new("its RAM is private: it would have to be a memfd"));
+        }
+        Ok(self.files.iter().map(AsFd::as_fd).collect())
     }
 
     fn start(&mut self) -> Result<(), VmError> {
@@ -265,6 +280,15 @@ pub struct TestHost {
     pub failing_loads: u32,
     pub arrived: mpsc::Sender<Arc<Guest>>,
     last: Option<Arc<Guest>>,
+    /// Whose RAM is shared, in this process: the files stand for it.
+    shared: Option<Arc<Guest>>,
+}
+
+impl TestHost {
+    pub fn new(failing_loads: u32) -> (Self, mpsc::Receiver<Arc<Guest>>) {
+        let (tx, arrived) = mpsc::channel();
+        (Self { failing_loads, arrived: tx, last: None, shared: None }, arrived)
+    }
 }
 
 impl DestinationHost for TestHost {
@@ -273,6 +297,16 @@ impl DestinationHost for TestHost {
             return Err(VmError::new("another layout"));
         }
         let guest = Guest::new();
+        self.last = Some(guest.clone());
+        let fail = self.failing_loads > 0;
+        self.failing_loads = self.failing_loads.saturating_sub(1);
+        Ok(Box::new(Arriving { guest, fail, pieces: 0 }))
+    }
+
+    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+        let Some(source) = &self.shared else { return Err(VmError::new("nobody shares RAM with this host")) };
+        assert_eq!(files.len(), vm.layout.regions().len());
+        let guest = Guest::of(source.ram.clone(), source.bitmap.clone());
         self.last = Some(guest.clone());
         let fail = self.failing_loads > 0;
         self.failing_loads = self.failing_loads.saturating_sub(1);
@@ -312,6 +346,7 @@ impl Spawner for CountingSpawner {
 
 /// Keeps what happened, for messages of failing tests.
 #[derive(Default)]
+#[allow(dead_code, reason = "not every test looks")]
 pub struct Log(pub Mutex<Vec<String>>);
 
 impl Observer for Log {
@@ -328,10 +363,20 @@ pub struct Destination {
 }
 
 impl Destination {
-    pub fn start(mut listener: Box<dyn migration_core::channel::Listener>, failing_loads: u32) -> Self {
-        let (tx, arrived) = mpsc::channel();
+    pub fn start(listener: Box<dyn migration_core::channel::Listener>, failing_loads: u32) -> Self {
+        Self::sharing(listener, failing_loads, None)
+    }
+
+    /// With a host to which this guest's RAM is handed over.
+    pub fn sharing(
+        mut listener: Box<dyn migration_core::channel::Listener>,
+        failing_loads: u32,
+        shared: Option<Arc<Guest>>,
+    ) -> Self {
+        let (mut host, arrived) = TestHost::new(failing_loads);
+        host.shared = shared;
         let options = ReceiverOptions { idle_timeout: std::time::Duration::from_secs(2), ..ReceiverOptions::default() };
-        let receiver = Receiver::new(Box::new(TestHost { failing_loads, arrived: tx, last: None }), options);
+        let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
             // a test that stops it knows why

@@ -7,9 +7,12 @@
 //! | ours.rs, qemu.rs | the two VMMs |
 //! | measure.rs | one run, the bare copy, the control |
 //! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
+//! | encrypt.rs | encryption: its runs, tables and targets |
+//! | records.rs | the record layer and the bare ciphers, on one core |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
+pub(crate) mod encrypt;
 pub(crate) mod figures;
 pub(crate) mod guest;
 pub(crate) mod measure;
@@ -18,6 +21,7 @@ pub(crate) mod output;
 mod postcopy;
 pub(crate) mod process;
 mod qemu;
+mod records;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -56,6 +60,10 @@ pub(crate) struct Bench {
     /// Post-copy against QEMU's, with and without preemption, and nothing else.
     #[arg(long, conflicts_with_all = ["only", "sizes"])]
     post_copy: bool,
+    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes between the lines
+    /// `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
+    encrypt: bool,
     /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]
     strategy: String,
@@ -99,7 +107,8 @@ enum Mode {
 
 /// Runs the bench; the exit status.
 pub(crate) fn run(args: &Bench) -> u8 {
-    match bench(args) {
+    let result = if args.encrypt { encrypt::bench(args) } else { bench(args) };
+    match result {
         Ok(good) => u8::from(args.strict && !good),
         Err(why) => {
             eprintln!("minivmm bench: {why}");
@@ -145,7 +154,19 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
         let workload = workload(hot, DATA * gib);
         let (label, strategy) = (label.into(), "pre-copy".into());
-        Setup { vmm, label, workload, memory: gib * GIB, streams, impact, strategy, watch_memory, watch_speed: false }
+        let way = encrypt::Way::default();
+        Setup {
+            vmm,
+            label,
+            workload,
+            memory: gib * GIB,
+            streams,
+            impact,
+            strategy,
+            watch_memory,
+            watch_speed: false,
+            way,
+        }
     };
     let mut steps = Vec::new();
     let ours = vmms.contains(&Vmm::Minivmm);
@@ -240,6 +261,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
                     strategy: "pre-copy".into(),
                     watch_memory: false,
                     watch_speed: false,
+                    way: encrypt::Way::default(),
                 };
                 tell(&bar, &format!("control, {}, beside {streams} copies", setup.workload));
                 let gap_ms = attempt(&bar, &mut figures.failures, || {

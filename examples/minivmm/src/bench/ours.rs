@@ -3,7 +3,6 @@
 use std::{
     io::{BufRead, BufReader},
     path::PathBuf,
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -11,10 +10,14 @@ use std::{
 use serde_json::Value;
 
 use super::{
+    encrypt::{Link, Way},
     measure::{Moved, Setup},
     process::{Folder, Process},
 };
-use crate::control::{MigrateRequest, Request, ask};
+use crate::{
+    control::{MigrateRequest, Request, ask},
+    encryption::Encryption,
+};
 
 /// How long a process may take until its control socket is there.
 const READY: Duration = Duration::from_secs(30);
@@ -35,6 +38,8 @@ pub(crate) struct Options {
     pub(crate) bandwidth_bits: u64,
     /// As `--fail-safe` takes it.
     pub(crate) fail_safe: String,
+    /// Over which link, and how protected.
+    pub(crate) way: Way,
 }
 
 impl From<&Setup> for Options {
@@ -48,8 +53,9 @@ impl From<&Setup> for Options {
             impact: setup.impact,
             strategy: setup.strategy.clone(),
             push_order: "linear".into(),
-            bandwidth_bits: 0,
+            bandwidth_bits: setup.way.link.limit_bits(),
             fail_safe: "none".into(),
+            way: setup.way,
         }
     }
 }
@@ -68,11 +74,12 @@ pub(crate) struct Pair {
     destination_socket: PathBuf,
     url: String,
     options: Options,
+    encryption: Encryption,
 }
 
-fn minivmm(name: &'static str, folder: &Folder, args: &[&str]) -> Result<Process, String> {
+fn minivmm(name: &'static str, folder: &Folder, link: Link, args: &[&str]) -> Result<Process, String> {
     let exe = std::env::current_exe().map_err(|e| format!("the own program: {e}"))?;
-    let mut command = Command::new(exe);
+    let mut command = link.command(exe.as_os_str());
     command.args(args);
     Process::start(name, command, folder.path(&format!("{name}.log")))
 }
@@ -97,7 +104,7 @@ impl Source {
         let args = ["run", "--memory", &memory, "--workload", options.workload.as_str(), "--control", &control];
         let cpus = options.cpus.to_string();
         let more = ["--cpus", &cpus, "--backing", options.backing];
-        let mut process = minivmm("minivmm-source", folder, &[&args[..], &more].concat())?;
+        let mut process = minivmm("minivmm-source", folder, Link::Loopback, &[&args[..], &more].concat())?;
         ready(&mut process, &socket)?;
         let status = ask(&socket, &Request::Status, |_| {})?;
         if status["software_guest"] == true {
@@ -110,8 +117,13 @@ impl Source {
     pub(crate) fn pair(self, folder: &Folder, options: &Options) -> Result<Pair, String> {
         let destination_socket = folder.path("destination");
         let control = destination_socket.to_string_lossy().into_owned();
-        let args = ["receive", "--listen", "tcp:127.0.0.1:0", "--control", &control];
-        let mut destination = minivmm("minivmm-destination", folder, &args)?;
+        let Way { cipher, link } = options.way;
+        let encryption = cipher.encryption(folder)?;
+        let listen = format!("tcp:{}:0", link.host());
+        let args = ["receive", "--listen", &listen, "--control", &control];
+        let secure = encryption.arguments();
+        let secure: Vec<&str> = secure.iter().map(String::as_str).collect();
+        let mut destination = minivmm("minivmm-destination", folder, link, &[&args[..], &secure].concat())?;
         let mut line = String::new();
         let output = destination.output()?;
         BufReader::new(output).read_line(&mut line).map_err(|e| format!("the destination's output: {e}"))?;
@@ -127,6 +139,7 @@ impl Source {
             destination_socket,
             url,
             options: options.clone(),
+            encryption,
         })
     }
 }
@@ -149,7 +162,7 @@ impl Pair {
             whole_huge_pages: false,
             impact: (*impact).into(),
             checksum: false,
-            encryption: Default::default(),
+            encryption: self.encryption.clone(),
             progress: false,
         };
         let start = Instant::now();

@@ -1,6 +1,12 @@
 //! The glue: all that a VMM implements to let its VMs migrate. Counted in the README.
 
-use std::sync::{Arc, Weak};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use migration_core::{
@@ -10,20 +16,22 @@ use migration_core::{
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError},
 };
-use migration_kvm::{ram::Backing, tracker::TrackerKind};
+use migration_kvm::{ram::Backing, spawner::stand_back, tracker::TrackerKind};
 
-use super::{Machine, MachineConfig, SerialTarget, protect::identity};
+use super::{Machine, MachineConfig, SerialTarget, machine::not_kept, protect::identity};
 
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
+    /// Whether RAM was shared with another process.
+    shared: AtomicBool,
 }
 
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker }
+        Self { machine, tracker, shared: AtomicBool::new(false) }
     }
 }
 
@@ -55,6 +63,12 @@ impl SourceVm for MachineSource {
 
     fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         self.machine.bus.balloon.free_pages(into)
+    }
+
+    fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
+        let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
+        self.shared.store(true, Ordering::Relaxed);
+        self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
     fn blocked(&self, strategy: &str) -> Option<String> {
@@ -103,6 +117,9 @@ impl SourceVm for MachineSource {
     }
 
     fn released(&mut self) {
+        if self.shared.load(Ordering::Relaxed) {
+            stand_back();
+        }
         self.machine.shut_down();
     }
 
@@ -118,6 +135,8 @@ pub(crate) struct HostOptions {
     pub(crate) tracker: Option<TrackerKind>,
     /// While the link is lost and pages are missing, no vCPU runs.
     pub(crate) pause_on_loss: bool,
+    /// Its RAM must be memory that other processes can map.
+    pub(crate) shared_ram: bool,
 }
 
 /// Builds machines for VMs that arrive, and passes those on that are owned.
@@ -132,10 +151,8 @@ impl Host {
     pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
         Self { options, arriving: Weak::new(), arrived }
     }
-}
 
-impl DestinationHost for Host {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn make(&mut self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<Box<dyn DestinationVm>, VmError> {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
         // the engine has checked this layout against its limits, nobody the configuration's
         if config.layout().ok().as_ref() != Some(&vm.layout) {
@@ -145,12 +162,21 @@ impl DestinationHost for Host {
             )));
         }
         Machine::check_host(&config, &vm.host_needs)?;
-        let config = MachineConfig {
-            backing: self.options.backing.unwrap_or(config.backing),
-            tracker: self.options.tracker.unwrap_or(config.tracker),
-            ..config
+        let backing = self.options.backing.unwrap_or(config.backing);
+        if shared.is_some() && backing != config.backing {
+            let why = format!("the VM's RAM is {}, and stays that: --backing {backing} rules it out", config.backing);
+            return Err(VmError::new(why));
+        }
+        let tracker = self.options.tracker.unwrap_or(config.tracker);
+        let config = MachineConfig { backing, tracker, ..config };
+        if self.options.shared_ram && !config.backing.is_shared() {
+            return Err(VmError::new(not_kept(config.backing)));
+        }
+        let machine = match shared {
+            None => Machine::new(config, &self.options.serial),
+            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial),
         };
-        let machine = Machine::new(config, &self.options.serial).map_err(|e| VmError::because("building the VM", e))?;
+        let machine = machine.map_err(|e| VmError::because("building the VM", e))?;
         let here = machine.devices().kinds();
         if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {
             return Err(VmError::new(why));
@@ -158,6 +184,16 @@ impl DestinationHost for Host {
         let machine = Arc::new(machine);
         self.arriving = Arc::downgrade(&machine);
         Ok(Box::new(MachineDestination(machine)))
+    }
+}
+
+impl DestinationHost for Host {
+    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+        self.make(vm, None)
+    }
+
+    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+        self.make(vm, Some(files))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Write},
+    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
     time::Duration,
@@ -23,6 +24,7 @@ use migration_kvm::{
     state::HostNeeds,
     tracker::UserFault,
 };
+use migration_transport::{BrokerClient, Deposit};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -42,6 +44,9 @@ const BOARD: u64 = 0x10_0000;
 
 /// How long a migration waits for the end of the one before.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
+
+/// How long a hand-over waits for page tables to be filled: enough for 8 GiB.
+const WARMING: Duration = Duration::from_secs(2);
 
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
@@ -136,12 +141,36 @@ pub(crate) struct Snapshot {
     pub(crate) warnings: Vec<String>,
 }
 
+/// Why a broker cannot keep RAM that is private to a process.
+pub(super) fn not_kept(backing: Backing) -> String {
+    format!("a broker keeps no {backing} memory: use --backing memfd or hugetlb")
+}
+
 impl Machine {
     /// Builds a machine. Without KVM it becomes a software guest, and says so.
-    pub(crate) fn new(mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
+    pub(crate) fn new(config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
-        let ram = MappedRam::new(layout.clone(), config.backing).map_err(|e| MachineError(e.to_string()))?;
-        let ram = Arc::new(ram);
+        let ram = MappedRam::new(layout, config.backing).map_err(|e| MachineError(e.to_string()))?;
+        Self::around(ram, config, serial)
+    }
+
+    /// Builds a machine in RAM that another process shares with this one, and that its guest may still use there.
+    pub(super) fn in_shared_ram(
+        files: Vec<OwnedFd>,
+        config: MachineConfig,
+        serial: &SerialTarget,
+    ) -> Result<Self, MachineError> {
+        let layout = config.layout().map_err(MachineError)?;
+        let ram = MappedRam::from_memory_files(layout, files, config.backing);
+        let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
+        if let Err(error) = machine.ram.warm_shared(WARMING) {
+            eprintln!("minivmm: the guest will be slow at first: {error}");
+        }
+        Ok(machine)
+    }
+
+    fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
+        let (layout, ram) = (ram.layout().clone(), Arc::new(ram));
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let bus_line = line.try_clone().map_err(|e| MachineError(format!("an eventfd: {e}")))?;
         let pager: Arc<OnceLock<Arc<UserFaultPager>>> = Arc::default();
@@ -333,6 +362,13 @@ impl Machine {
         self.config.id
     }
 
+    /// Has a broker keep its RAM.
+    pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, String> {
+        let backing = self.config.backing;
+        let files = self.ram.memory_files().map_err(|_| not_kept(backing))?;
+        broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files).map_err(|e| e.to_string())
+    }
+
     /// Pages of its RAM.
     pub(crate) fn pages(&self) -> u64 {
         self.ram.layout().pages()
@@ -358,6 +394,12 @@ impl Machine {
         let missing = self.pager.get().map_or(0, |pager| pager.missing());
         (missing > 0)
             .then(|| format!("{missing} pages of the VM are missing: they are on their way from its last host"))
+    }
+
+    /// Why it cannot be handed over to another process of this host.
+    pub(crate) fn cannot_hand_over(&self) -> Option<String> {
+        let private = || Some(format!("its RAM is private to this process: {}", self.ram.memory_files().err()?));
+        self.blocked().or_else(private)
     }
 
     /// Whether the page at this address can be looked at without waiting for it to come.

@@ -82,7 +82,8 @@ fn works(machine: &Machine) {
 fn host(serial: SerialTarget) -> (Host, mpsc::Receiver<Arc<Machine>>) {
     let (tx, rx) = mpsc::channel();
     let arrived = Box::new(move |machine| tx.send(machine).unwrap());
-    (Host::new(HostOptions { serial, backing: Some(Backing::Memfd), tracker: None, pause_on_loss: false }, arrived), rx)
+    let backing = Some(Backing::Memfd);
+    (Host::new(HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true }, arrived), rx)
 }
 
 fn copy_ram(from: &dyn GuestRam, to: &dyn GuestRam) {

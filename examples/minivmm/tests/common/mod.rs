@@ -50,7 +50,7 @@ impl Suite {
     }
 
     /// A trial that needs KVM.
-    pub(crate) fn kvm(&mut self, name: impl Into<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
+    pub(crate) fn kvm(&mut self, name: impl Into<String>, run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static) {
         self.add(name.into(), self.no_kvm.clone(), run);
     }
 
@@ -58,7 +58,7 @@ impl Suite {
     pub(crate) fn kvm_and_huge_pages(
         &mut self,
         name: impl Into<String>,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
         self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_huge_pages.clone()), run);
     }
@@ -68,22 +68,55 @@ impl Suite {
         &mut self,
         name: impl Into<String>,
         backing: &str,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
         let missing = self.no_kvm.clone().or_else(|| self.no_userfaultfd.clone());
         let no_huge_pages = if backing == "hugetlb" { self.no_huge_pages.clone() } else { None };
         self.add(name.into(), missing.or(no_huge_pages), run);
     }
 
-    fn add(&mut self, name: String, missing: Option<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
+    fn add(
+        &mut self,
+        name: String,
+        missing: Option<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
+    ) {
+        if also_encrypted(&name) {
+            let run = run.clone();
+            self.trial(format!("{name}/encrypted"), missing.clone(), move || run(&Lab::encrypted()?));
+        }
+        self.trial(name, missing, move || run(&Lab::new()?));
+    }
+
+    fn trial(&mut self, name: String, missing: Option<String>, run: impl FnOnce() -> Outcome + Send + 'static) {
         self.trials.push(match missing {
             Some(why) if self.required => Trial::test(name, move || Err(why.into())),
             Some(why) => {
                 eprintln!("{name} is ignored: {why}");
                 Trial::test(name, || Ok(())).with_ignored_flag(true)
             }
-            None => Trial::test(name, move || run(&Lab::new()?)),
+            None => Trial::test(name, run),
         });
+    }
+}
+
+/// Whether a trial runs once more with all its migrations encrypted: of every kind some, but for those that count the
+/// bytes of plain frames.
+fn also_encrypted(name: &str) -> bool {
+    let seed = |seed: &str| seed.parse::<u32>().is_ok_and(|seed| seed.is_multiple_of(8));
+    match name.split('/').collect::<Vec<_>>()[..] {
+        ["one_edge", _, _, "2_streams", cpus] => cpus == "4_cpus",
+        ["post_copy", "one_edge", .., lanes, _] => lanes == "2_lanes",
+        ["post_copy", "faults", "cut_around_the_hand_over"] => false,
+        ["post_copy", "faults", .., "run" | "pause"] => true,
+        ["post_copy", "faults", _, .., last] => seed(last),
+        ["faults", "cut_while_the_guest_runs", last] => seed(last),
+        ["faults", "destination_dies" | "source_dies_when_ready"] => true,
+        ["balloon", "there_and_back", _] | ["contract", "cancel", _] => true,
+        ["contract", "client_dies" | "progress_goes_to_stderr"] => true,
+        ["snapshot", "restored_vm_moves"] | ["broker", "ram_moves_with_its_vm"] => true,
+        ["moves" | "convergence" | "post_copy" | "fail_safe", ..] => true,
+        _ => false,
     }
 }
 
@@ -93,15 +126,35 @@ fn no_userfaultfd() -> Option<String> {
 }
 
 /// A folder of a trial's own, with its sockets and files; removed at its end.
-pub(crate) struct Lab(TempDir);
+pub(crate) struct Lab {
+    folder: TempDir,
+    /// What both sides of every migration are told beside what the trial says.
+    secure: Vec<String>,
+}
 
 impl Lab {
     fn new() -> Result<Self, Failed> {
-        Ok(Self(tempfile::Builder::new().prefix("minivmm-test-").tempdir()?))
+        Ok(Self { folder: tempfile::Builder::new().prefix("minivmm-test-").tempdir()?, secure: Vec::new() })
+    }
+
+    /// Where all migrations are encrypted.
+    fn encrypted() -> Result<Self, Failed> {
+        let mut lab = Self::new()?;
+        let key = lab.key("lab-key")?;
+        lab.secure = ["--encrypt", "aes256-gcm", "--psk-file", &key].map(str::to_owned).into();
+        Ok(lab)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
+    }
+
+    /// Makes a key; its path.
+    pub(crate) fn key(&self, name: &str) -> Result<String, Failed> {
+        let file = self.arg(name);
+        let (code, stdout, stderr) = usage(&["keygen", "--out", &file])?;
+        ensure(code == Some(0) && stdout.starts_with("public "), || format!("{code:?}: {stdout}{stderr}"))?;
+        Ok(file)
     }
 
     /// The path as an argument.
@@ -124,6 +177,11 @@ impl Lab {
     /// `minivmm receive` at a TCP port of its own choice.
     pub(crate) fn receive(&self, name: &str, args: &[&str]) -> Result<Process, Failed> {
         self.receive_at(name, "tcp:127.0.0.1:0", args)
+    }
+
+    /// `minivmm broker`.
+    pub(crate) fn broker(&self, name: &str) -> Result<Process, Failed> {
+        Process::start(self, name, "broker", &["--listen", &format!("unix:{}", self.arg(name))], &[])
     }
 
     pub(crate) fn receive_at(&self, name: &str, listen: &str, args: &[&str]) -> Result<Process, Failed> {
@@ -156,6 +214,19 @@ pub(crate) fn ensure(condition: bool, why: impl FnOnce() -> String) -> Outcome {
 }
 
 /// Fails a trial unless the text contains the words.
+/// A serial file begins with `first`, and has each beat once and in order; how many there are. The last one may be on its way.
+pub(crate) fn beats_in_order(text: &str, first: &str) -> Result<u64, Failed> {
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let mut lines = whole.lines();
+    ensure(lines.next() == Some(first), || format!("the first line is missing in {text}"))?;
+    let mut beats = 0;
+    for line in lines {
+        beats += 1;
+        ensure(line == format!("beat {beats}"), || format!("`{line}` where `beat {beats}` is due"))?;
+    }
+    Ok(beats)
+}
+
 pub(crate) fn ensure_says(text: &str, words: &str) -> Outcome {
     ensure(text.contains(words), || format!("`{words}` is missing in: {text}"))
 }

@@ -50,16 +50,8 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.anywhere("encrypted/wrong_command_lines", wrong_command_lines);
 }
 
-/// Makes a key; its path.
-fn key(lab: &Lab, name: &str) -> Result<String, Failed> {
-    let file = lab.arg(name);
-    let (code, stdout, stderr) = usage(&["keygen", "--out", &file])?;
-    ensure(code == Some(0) && stdout.starts_with("public "), || format!("{code:?}: {stdout}{stderr}"))?;
-    Ok(file)
-}
-
 fn moves(lab: &Lab, strategy: &str, cipher: &str) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let options = ["--encrypt", cipher, "--psk-file", &key];
     let mut source = lab.workload("source", "random:size=24M,for=1500ms", &["--cpus", "2"])?;
     let destination = lab.receive("destination", &options)?;
@@ -72,7 +64,7 @@ fn moves(lab: &Lab, strategy: &str, cipher: &str) -> Outcome {
 }
 
 fn post_copy(lab: &Lab, cipher: &str) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let options = ["--encrypt", cipher, "--psk-file", &key];
     let mut source = lab.workload("source", "random:size=16M", &["--backing", "anon"])?;
     let destination = lab.receive("destination", &options)?;
@@ -85,7 +77,7 @@ fn post_copy(lab: &Lab, cipher: &str) -> Outcome {
 }
 
 fn static_keys(lab: &Lab) -> Outcome {
-    let (ours, theirs) = (key(lab, "ours")?, key(lab, "theirs")?);
+    let (ours, theirs) = (lab.key("ours")?, lab.key("theirs")?);
     let (our_public, their_public) = (format!("{ours}.pub"), format!("{theirs}.pub"));
     let own =
         |own: &str, peer: &str| ["--encrypt", "aes256-gcm", "--static-key", own, "--peer-key", peer].map(str::to_owned);
@@ -93,7 +85,7 @@ fn static_keys(lab: &Lab) -> Outcome {
     let destination = lab.receive("destination", &there.each_ref().map(String::as_str))?;
     let mut source = lab.workload("source", "random:size=8M", &[])?;
     // one whose key nobody has pinned
-    let stranger = key(lab, "stranger")?;
+    let stranger = lab.key("stranger")?;
     let answer = source.migrate(&destination.address, &own(&stranger, &their_public).each_ref().map(String::as_str))?;
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;
     ensure_says(answer.reason(), "not the one expected")?;
@@ -143,7 +135,7 @@ fn certificates(lab: &Lab) -> Outcome {
 
 /// The link is cut in post-copy; every new lane belongs to the session that there was.
 fn cut(lab: &Lab, seed: u64) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let options = ["--encrypt", "aes256-gcm", "--psk-file", &key];
     let mut source = lab.workload("source", "random:size=16M", &["--backing", "anon", "--cpus", "2"])?;
     let destination = lab.receive("destination", &options)?;
@@ -185,32 +177,32 @@ fn refused(lab: &Lab, there: &[&str], here: &[&str], reason: &str, told: &str) -
 }
 
 fn wrong_key(lab: &Lab) -> Outcome {
-    let (ours, theirs) = (key(lab, "ours")?, key(lab, "theirs")?);
+    let (ours, theirs) = (lab.key("ours")?, lab.key("theirs")?);
     let options = |key| ["--encrypt", "aes256-gcm", "--psk-file", key];
     refused(lab, &options(&theirs), &options(&ours), "not the one expected", "not the one expected").map(drop)
 }
 
 fn wrong_cipher(lab: &Lab) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let options = |cipher| ["--encrypt", cipher, "--psk-file", &key];
     let why = "no cipher in common: the source offers aes128-gcm, this destination takes aes256-gcm";
     refused(lab, &options("aes256-gcm"), &options("aes128-gcm"), why, why).map(drop)
 }
 
 fn plain_to_encrypted(lab: &Lab) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let why = "this destination takes only encrypted migrations";
     refused(lab, &["--encrypt", "aes256-gcm", "--psk-file", &key], &[], why, why).map(drop)
 }
 
 fn encrypted_to_plain(lab: &Lab) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     let why = "this destination takes only plain migrations";
     refused(lab, &[], &["--encrypt", "aes256-gcm", "--psk-file", &key], why, why).map(drop)
 }
 
 fn key_files(lab: &Lab) -> Outcome {
-    let file = key(lab, "key")?;
+    let file = lab.key("key")?;
     let source = lab.workload("source", "idle", &[])?;
     let migrate = |file: &str| source.migrate("tcp:127.0.0.1:1", &["--encrypt", "aes256-gcm", "--psk-file", file]);
     fs::set_permissions(&file, PermissionsExt::from_mode(0o644))?;
@@ -231,7 +223,7 @@ fn key_files(lab: &Lab) -> Outcome {
 }
 
 fn wrong_command_lines(lab: &Lab) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     for options in [
         &["--encrypt", "aes256-gcm"][..],
         &["--psk-file", &key],
@@ -279,7 +271,7 @@ fn tap(target: SocketAddr) -> Result<(String, Kept), Failed> {
 }
 
 fn nothing_is_readable(lab: &Lab) -> Outcome {
-    let key = key(lab, "key")?;
+    let key = lab.key("key")?;
     for encrypted in [true, false] {
         let options: &[&str] = if encrypted { &["--encrypt", "aes256-gcm", "--psk-file", &key] } else { &[] };
         let mut source = lab.workload("source", "hot:size=4M,data=4M", &["--backing", "anon"])?;

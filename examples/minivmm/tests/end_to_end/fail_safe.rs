@@ -75,7 +75,7 @@ fn operations(status: &Value) -> u64 {
 }
 
 /// Has the guest check all its pages once more, each several times on average, without an error.
-fn checks_all(process: &Process) -> Outcome {
+pub(crate) fn checks_all(process: &Process) -> Outcome {
     let before = operations(&process.status()?);
     process.wait_until("another pass", |s| operations(s) > before + 2 * (16 << 8))?;
     process.works()

@@ -3,6 +3,7 @@
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
 mod balloon;
+mod broker;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
@@ -11,10 +12,13 @@ mod elf;
 mod encrypted;
 mod fail_safe;
 mod faults;
+mod hand_over;
 mod moves;
 mod one_edge;
 mod post_copy;
 mod post_copy_faults;
+mod refresh;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -28,15 +32,19 @@ fn main() -> ExitCode {
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
     balloon::add(&mut suite);
+    broker::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
     encrypted::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
+    hand_over::add(&mut suite);
     one_edge::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
+    refresh::add(&mut suite);
+    snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()

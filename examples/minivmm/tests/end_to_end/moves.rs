@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says};
+use crate::common::{Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says};
 
 /// Small enough to be quick; `for` lets the guest check everything once more, at the destination, and say when it has.
 const WORKLOADS: [&str; 15] = [
@@ -67,16 +67,8 @@ fn a_to_b_to_c_to_a(lab: &Lab) -> Outcome {
     at.ask(&["pause"])?;
     let text = fs::read_to_string(&file)?;
     at.quit()?;
-    let mut lines = text.lines();
-    ensure(lines.next() == Some("ready hot"), || format!("the first line is missing in {text}"))?;
-    let mut complete: Vec<&str> = lines.collect();
-    if !text.ends_with('\n') {
-        complete.pop();
-    }
-    for (n, line) in (1..).zip(&complete) {
-        ensure(*line == format!("beat {n}"), || format!("`{line}` where `beat {n}` is due"))?;
-    }
-    ensure(complete.len() > 8, || format!("only {} lines", complete.len()))
+    let beats = beats_in_order(&text, "ready hot")?;
+    ensure(beats > 8, || format!("only {} lines", beats))
 }
 
 fn every_page_is_right(lab: &Lab, spec: &str) -> Outcome {

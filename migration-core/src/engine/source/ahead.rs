@@ -2,7 +2,10 @@
 //! after it.
 
 use super::*;
-use crate::{PageRange, checkpoint::CheckpointStore, vm::VmError};
+use crate::{
+    checkpoint::{CheckpointStore, PageData},
+    engine::pages::{self, not_put},
+};
 
 /// Passes over the running guest's memory, at most: each puts what was written during the one before.
 const PASSES: usize = 3;
@@ -20,9 +23,7 @@ impl Engine<'_> {
         let mut pages = self.start_tracking()?;
         for _ in 0..PASSES {
             self.put(&store, &pages)?;
-            pages.clear();
-            self.vm.tracker().harvest(&mut pages)?;
-            self.harvested.union_with(&pages);
+            pages = self.tracking.harvest(self.vm.tracker())?;
             self.saved.subtract(&pages);
             if pages.len() <= FEW {
                 break;
@@ -43,23 +44,18 @@ impl Engine<'_> {
     fn put(&mut self, store: &Mutex<dyn CheckpointStore>, pages: &PageSet) -> Result<(), MigrationError> {
         // a paused guest writes nothing: there is nothing to re-arm for
         let rearm = if self.paused { None } else { self.vm.tracker().rearm() };
-        let (ram, mut page) = (self.ram.clone(), [0; PAGE_SIZE]);
+        let ram = self.ram.clone();
         for stripe in stripes(0, 1, pages.capacity()) {
             let range = stripe_pages(stripe);
             if pages.count_in(range) == 0 {
                 continue;
             }
-            if let Some(rearm) = &rearm {
-                rearm.before_read(range, pages)?;
-            }
-            for number in pages.ranges_in(range).flat_map(PageRange::pages) {
-                let memory = ram.slice(PageRange::new(number, 1))?;
-                // into a copy first: the guest may write between two looks
-                memory.copy_to(&mut page);
-                let data = page.iter().any(|&byte| byte != 0).then_some(&page);
-                lock(store).put(number, data).map_err(not_put)?;
+            let mut put_one = |number, data: PageData<'_>| {
+                lock(store).put(number, data)?;
                 self.saved.insert(number);
-            }
+                Ok(())
+            };
+            pages::put(&*ram, range, pages, rearm.as_deref(), &mut put_one)?;
             while let Some(input) = self.next_input(Instant::now())? {
                 if let Input::Control(epoch, frame) = input {
                     self.frame(epoch, frame)?;
@@ -67,12 +63,5 @@ impl Engine<'_> {
             }
         }
         Ok(())
-    }
-}
-
-fn not_put(cause: io::Error) -> MigrationError {
-    MigrationError::Vm {
-        step: "putting pages into the forward checkpoint",
-        cause: VmError::because("the store", cause),
     }
 }

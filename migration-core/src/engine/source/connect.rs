@@ -1,6 +1,7 @@
 //! Setting up: the control lane, what both sides agree on, and the other lanes.
 
 use super::*;
+use crate::vm::VmDescription;
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
@@ -15,10 +16,19 @@ impl Engine<'_> {
                 "the checkpoint store holds a checkpoint already, of what is not known".into(),
             ));
         }
+        if self.shared {
+            self.check_sharing(&description)?;
+            // lanes for pages that do not move
+            self.report.streams = 1;
+            self.options.spawner.assume(Role::HandOver, self.options.impact);
+        }
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
         let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
         self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
+        if self.shared {
+            self.share_ram()?;
+        }
         let timeout = self.options.setup_timeout;
         let welcome = self.wait("the destination to build the VM", timeout, |event| match event {
             SourceEvent::Welcomed(welcome) => Some(welcome),
@@ -40,6 +50,41 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Whether RAM can be shared with a destination of this machine: found out before one is asked.
+    fn check_sharing(&self, description: &VmDescription) -> Result<(), MigrationError> {
+        let blocked = |why: String| Err(MigrationError::Blocked(why));
+        match self.vm.shared_ram() {
+            Ok(files) if files.len() == description.layout.regions().len() => {}
+            Ok(files) => {
+                return blocked(format!(
+                    "{} memory files for {} regions",
+                    files.len(),
+                    description.layout.regions().len()
+                ));
+            }
+            Err(why) => return blocked(why.to_string()),
+        }
+        if !self.connector().carries_files() {
+            let address = self.connector().address();
+            let way = "over a Unix socket (unix:PATH) with nothing around it";
+            return blocked(format!("RAM is shared {way}, which the link to {address} is not"));
+        }
+        if self.options.fail_safe.is_some() {
+            return blocked("no checkpoints are taken of RAM that is shared: leave fail-safe post-copy out".into());
+        }
+        Ok(())
+    }
+
+    /// Sends the memory files behind RAM.
+    fn share_ram(&mut self) -> Result<(), MigrationError> {
+        let files = self.vm.shared_ram().map_err(MigrationError::vm("sharing RAM"))?;
+        match self.control.as_mut().map(|control| control.send_files(&files)) {
+            Some(Err(error @ MigrationError::Link { .. })) => Err(self.last_words(error)),
+            Some(sent) => sent,
+            None => Ok(()),
+        }
+    }
+
     /// Notes what controllers are answered that ask for post-copy from now on.
     pub(super) fn tell_post_copy(&self) {
         *lock(&self.can_post_copy) = match self.report.demand_lanes {
@@ -56,6 +101,9 @@ impl Engine<'_> {
     }
 
     fn wanted_features(&self) -> u32 {
+        if self.shared {
+            return FEATURE_SHARED_RAM;
+        }
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
         let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
         let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
@@ -94,7 +142,8 @@ impl Engine<'_> {
                 }
             }
         });
-        self.spawn(Role::Control, "mig-control", body)
+        let role = if self.shared { Role::HandOver } else { Role::Control };
+        self.spawn(role, "mig-control", body)
     }
 
     fn accept(&mut self, welcome: &Welcome) -> Result<(), MigrationError> {
@@ -104,6 +153,9 @@ impl Engine<'_> {
             let text =
                 format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
+        }
+        if self.shared && welcome.features & FEATURE_SHARED_RAM == 0 {
+            return Err(MigrationError::Blocked("the destination does not share RAM: its version is too old".into()));
         }
         (self.session, self.features, self.report.streams) = (welcome.session, welcome.features, lanes);
         if welcome.features & FEATURE_POST_COPY != 0 {

@@ -1,11 +1,16 @@
 //! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
 
 use super::*;
-use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, state::VmState, vm::VmError};
+use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, spawner::GuestImpact, state::VmState, vm::VmError};
 
 impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
         let mut error = result.err();
+        let after = |engine: &Self, role, impact| {
+            if engine.shared {
+                engine.options.spawner.assume(role, impact);
+            }
+        };
         if self.machine.phase() == SourcePhase::InDoubt {
             let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
             self.reconnect(first);
@@ -23,6 +28,8 @@ impl Engine<'_> {
         } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
             let _ = self.say(&Control::Done);
+            // the guest runs, on the cores on which things are freed now
+            after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = Outcome::Completed;
             self.finish_report();
             self.close();
@@ -35,6 +42,7 @@ impl Engine<'_> {
             self.report.reason = Some(error.to_string());
             // resume first: every moment until then is downtime
             self.give_back();
+            after(&self, Role::Control, self.options.impact);
             if !matches!(error, MigrationError::Link { .. }) {
                 let last_word = match self.machine.abandon() {
                     Some(abandon) if cancelled => abandon,
@@ -67,16 +75,8 @@ impl Engine<'_> {
             warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
             self.throttle = 0;
         }
-        if self.tracking {
-            let tracker = self.vm.tracker();
-            if self.tracked_before {
-                self.harvested.union_with(&self.owed);
-                tracker.put_back(&self.harvested);
-            } else {
-                warn("stopping the tracker", tracker.stop().map_err(|e| e.to_string()));
-            }
-            self.tracking = false;
-        }
+        let given_back = self.tracking.give_back(self.vm.tracker(), Some(&self.owed));
+        warn("stopping the tracker", given_back.map_err(|e| e.to_string()));
     }
 
     fn finish_report(&mut self) {
@@ -86,6 +86,7 @@ impl Engine<'_> {
         report.checkpoints = self.kept.counts();
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
+        report.page_bytes = self.counters.page_bytes.load(Ordering::Relaxed);
         report.pages.distinct = self.touched.len();
         report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
         report.faults.network = self.left.requests.load(Ordering::Relaxed);
@@ -183,7 +184,7 @@ impl Engine<'_> {
             Err(error) => {
                 let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
                 self.aftermath = Some((Outcome::Lost, reason));
-                (self.paused, self.tracking, self.throttle) = (false, false, 0);
+                (self.paused, self.tracking.active, self.throttle) = (false, false, 0);
                 return self.vm.released();
             }
         };
@@ -210,7 +211,7 @@ impl Engine<'_> {
         self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
         // it is whatever a checkpoint made it, and runs
         self.paused = false;
-        self.harvested = PageSet::full(self.report.pages.total);
+        self.tracking.all_dirty();
         Ok(number)
     }
 

@@ -1,0 +1,213 @@
+//! HyperFresh: this process starts a successor, another build of itself maybe, which takes its VM over, and with it the path of
+//! the control socket and the serial port.
+
+use std::{
+    path::PathBuf,
+    process::{Child, Command},
+    str::FromStr,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use migration_kvm::refresh::{Interval, MemoryGrowth, RefreshPolicy};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{cli, control::MigrateRequest, encryption::Encryption, instance::Instance};
+
+/// How long a successor may take until it can receive, and until it has taken its place.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Policies, and what a successor has done, are looked at this often.
+const LOOK: Duration = Duration::from_millis(5);
+const TICK: Duration = Duration::from_millis(100);
+
+/// When a VM gets a new VMM.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Trigger {
+    /// Again and again, so many microseconds from one to the next.
+    Every(u64),
+    /// When the VMM has more bytes of its own than this.
+    Memory(u64),
+}
+
+impl FromStr for Trigger {
+    type Err = String;
+
+    /// As in `--when rss>500M`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let limit = text.strip_prefix("rss>").ok_or("rss>SIZE is meant, such as rss>500M")?;
+        cli::size(limit.trim()).map(Self::Memory)
+    }
+}
+
+/// What a client asks.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Plan {
+    /// The successor's program; this one's if none is given.
+    pub(crate) exec: Option<PathBuf>,
+    /// Now, if there is none. It goes on in the successor.
+    pub(crate) trigger: Option<Trigger>,
+}
+
+/// Where a minivmm is found, and what its successor needs to be found there.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) control: PathBuf,
+    pub(crate) serial: String,
+    pub(crate) broker: Option<PathBuf>,
+}
+
+/// A successor that has not taken over yet. Dropped, it is ended.
+struct Successor {
+    child: Option<Child>,
+    /// Its control socket, until it takes the place of ours.
+    control: PathBuf,
+    listen: PathBuf,
+}
+
+impl Successor {
+    fn start(place: &Place, plan: &Plan) -> Result<Self, String> {
+        let exec = match &plan.exec {
+            Some(exec) => exec.clone(),
+            // the name that it was started by may lead elsewhere by now: that is an upgrade, which `--exec` is for
+            None => PathBuf::from("/proc/self/exe"),
+        };
+        let beside = |what: &str| {
+            let mut path = place.control.clone().into_os_string();
+            path.push(format!(".{what}{}", std::process::id()));
+            PathBuf::from(path)
+        };
+        let (control, listen) = (beside("c"), beside("l"));
+        let mut command = Command::new(&exec);
+        command.arg("receive").arg("--listen").arg(format!("unix:{}", listen.display()));
+        command.arg("--control").arg(&control).arg("--successor-of").arg(&place.control);
+        command.arg("--serial").arg(&place.serial);
+        if let Some(broker) = &place.broker {
+            command.arg("--broker").arg(broker);
+        }
+        if plan.trigger.is_some() {
+            command.arg("--refresh").arg(serde_json::to_string(plan).map_err(|e| e.to_string())?);
+        }
+        let child = command.spawn().map_err(|e| format!("starting {}: {e}", exec.display()))?;
+        let mut successor = Self { child: Some(child), control, listen };
+        successor.wait_listening().map_err(|why| format!("the successor {} {why}", exec.display()))?;
+        Ok(successor)
+    }
+
+    /// It listens before it has a control socket.
+    fn wait_listening(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.control.exists() {
+            if let Some(child) = &mut self.child
+                && let Some(status) = child.try_wait().map_err(|e| e.to_string())?
+            {
+                return Err(format!("has ended ({status}) before it could receive"));
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("does not receive after {PATIENCE:?}"));
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// It has the VM: waits until it has our place. Its number.
+    fn let_go(mut self) -> u32 {
+        let deadline = Instant::now() + PATIENCE;
+        while self.control.exists() && Instant::now() < deadline {
+            thread::sleep(LOOK);
+        }
+        // it has ceased to listen, or is about to
+        let _ = std::fs::remove_file(&self.listen);
+        self.child.take().map_or(0, |child| child.id())
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        // it may have ended by itself
+        let _ = child.kill();
+        let _ = child.wait();
+        for path in [&self.control, &self.listen] {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Hands the VM to a successor. Comes back when that has taken over (this process then ends), or with the VM still here.
+pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
+    let place = instance.succession()?;
+    let successor = Successor::start(&place, plan).map_err(|why| format!("refresh: {why}"))?;
+    // the path is the successor's as soon as it has the VM
+    instance.keep_at_exit(&place.control);
+    let request = MigrateRequest {
+        to: format!("unix:{}", successor.listen.display()),
+        strategy: "handover".into(),
+        streams: 1,
+        downtime_limit_us: 300_000,
+        bandwidth_bits: 0,
+        timeout_us: 0,
+        on_timeout: "cancel".into(),
+        push_order: "linear".into(),
+        demand_lanes: 0,
+        whole_huge_pages: false,
+        impact: "balanced".into(),
+        fail_safe: None,
+        checksum: false,
+        // the files themselves pass between two processes of this machine: there is no channel to encrypt
+        encryption: Encryption::default(),
+        progress: false,
+    };
+    let moved = instance.migrate(&request, &mut |_| {});
+    if let Ok(report) = &moved
+        && report["outcome"] == "completed"
+    {
+        let mut report = report.clone();
+        report["pid"] = json!(successor.let_go());
+        return Ok(report);
+    }
+    if moved.as_ref().is_ok_and(|report| report["outcome"] == "in-doubt") {
+        // whoever has the VM by now is not to be ended
+        successor.let_go();
+        return moved;
+    }
+    instance.remove_at_exit(place.control);
+    moved
+}
+
+/// Refreshes when `trigger` says so; a successor goes on with that.
+pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
+    let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
+    instance.succession()?;
+    let policy = move || -> Box<dyn RefreshPolicy> {
+        match trigger {
+            Trigger::Every(us) => Box::new(Interval::new(Duration::from_micros(us))),
+            Trigger::Memory(limit) => Box::new(MemoryGrowth::above(limit)),
+        }
+    };
+    let instance = instance.clone();
+    let body = move || {
+        let mut present = policy();
+        while instance.runs_on(TICK) {
+            match present.due() {
+                Ok(false) => continue,
+                Ok(true) => match refresh(&instance, &plan) {
+                    Ok(report) if report["outcome"] == "completed" => return,
+                    Ok(report) => eprintln!("minivmm: refresh: {}", report["reason"]),
+                    Err(why) => eprintln!("minivmm: {why}"),
+                },
+                Err(error) => eprintln!("minivmm: refresh: {error}"),
+            }
+            // from anew, not at once again
+            present = policy();
+            if !instance.runs_on(Duration::from_secs(1)) {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("refresh".into()).spawn(body).map_err(|e| format!("refresh: no thread: {e}"))?;
+    Ok(json!({"scheduled": true, "pid": std::process::id()}))
+}

@@ -1,0 +1,499 @@
+//! A consistent snapshot of a running VM in a store, and a VM from it.
+//!
+//! A snapshot is a pre-copy whose destination is the store. Pages are put while the guest runs, and again those that it wrote
+//! meanwhile, as long as that makes them fewer. The pause that makes all of it one moment only *copies* what is left, in
+//! memory; the store gets it after the guest has gone on.
+
+use std::{
+    sync::{Arc, mpsc::TryRecvError},
+    time::{Duration, Instant},
+};
+
+use super::{
+    handle::{Commands, Input},
+    lane::{stripe_pages, stripes},
+    pages::{self, Copied, not_put},
+    source::{FIXED_DOWNTIME, PIECE_BUDGET, PROGRESS_INTERVAL},
+    tracking::Tracking,
+};
+use crate::{
+    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    checkpoint::{CheckpointStore, PageData},
+    protocol::SourcePhase,
+    ram::GuestRam,
+    report::{Event, NoObserver, Observer, PageCounts, Progress, RoundReport},
+    snapshot::SavedVm,
+    spawner::GuestImpact,
+    state::{MAX_SECTIONS, MAX_STATE, Section},
+    strategy::{Convergence, Link, ModelConvergence, Next, Round},
+    vm::{DestinationHost, SourceVm, VmDescription, VmError, VmId},
+};
+
+/// Passes over the running guest's memory, at most: then it is paused, however much is left.
+const MAX_PASSES: usize = 30;
+/// Most that is copied in memory during the pause. What is left beyond it goes to the store while the guest waits.
+const MAX_COPY: u64 = (256 << 20) / PAGE_SIZE as u64;
+/// Room for pages that the guest writes between the last harvest and the pause.
+const SPARE_ROOM: u64 = 1024;
+/// Bytes a second that are copied in memory, at the least.
+const COPY_SPEED: f64 = 1e9;
+
+/// Limits and choices of one snapshot.
+#[derive(Clone)]
+pub struct SnapshotOptions {
+    /// How long the pause shall be at the most. The guest is throttled for its sake as in a pre-copy.
+    pub downtime_limit: Duration,
+    /// After this time the guest is paused however much is left; `None` to go on as long as that helps.
+    pub timeout: Option<Duration>,
+    /// How much the guest may be disturbed.
+    pub impact: GuestImpact,
+    /// The epoch under which the VM is owned here.
+    pub epoch: u32,
+    /// Is told how it goes: progress and rounds as of a migration, with bytes put in place of bytes on the wire.
+    pub observer: Arc<dyn Observer>,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(100),
+            timeout: Some(Duration::from_secs(60)),
+            impact: GuestImpact::Balanced,
+            epoch: 0,
+            observer: Arc::new(NoObserver),
+        }
+    }
+}
+
+/// What a snapshot came to.
+#[derive(Clone, Debug)]
+pub struct SnapshotReport {
+    /// From the start until it was committed.
+    pub total: Duration,
+    /// How long the guest was paused.
+    pub downtime: Duration,
+    /// Passes over the running guest's memory; `wire_bytes` are bytes put.
+    pub rounds: Vec<RoundReport>,
+    /// Pages by kind.
+    pub pages: PageCounts,
+    /// Of them, copied in memory during the pause.
+    pub copied: u64,
+    /// Bytes of the state and of what the VM is built from.
+    pub state_bytes: u64,
+    /// The strongest throttle that was used.
+    pub throttle_percent: u8,
+}
+
+/// Puts `vm`, as it is at one moment, into `store`, and commits it as checkpoint 1. The guest runs on, but for a short pause.
+/// Returns when the store has it for good.
+///
+/// What is committed in place of a state is a [`SavedVm`]: [`restore`] needs nothing else. It blocks: call it on a thread of its
+/// own, and cancel it through the [`Controller`](super::Controller) of `commands`.
+///
+/// # Errors
+/// In every one the guest runs on (unless its user had paused it), at full speed, the tracker is as it was, with its dirty bits,
+/// and the store has discarded what was put. [`MigrationError::Store`] when it has no room, [`MigrationError::Cancelled`],
+/// [`MigrationError::Blocked`] when the VM cannot be saved now; else what the VMM or its tracker says.
+pub fn snapshot(
+    vm: &mut dyn SourceVm,
+    store: &mut dyn CheckpointStore,
+    options: &SnapshotOptions,
+    commands: Commands,
+) -> Result<SnapshotReport, MigrationError> {
+    let mut taking = Taking::new(vm, store, options, commands);
+    let result = taking.run();
+    taking.give_back();
+    if result.is_err() {
+        taking.store.discard();
+    }
+    let mut report = taking.report;
+    report.total = taking.start.elapsed();
+    result.map(|()| report)
+}
+
+struct Taking<'a> {
+    vm: &'a mut dyn SourceVm,
+    store: &'a mut dyn CheckpointStore,
+    options: &'a SnapshotOptions,
+    commands: Commands,
+    ram: Arc<dyn GuestRam>,
+    start: Instant,
+    tracking: Tracking,
+    paused_at: Option<Instant>,
+    throttle: u8,
+    touched: PageSet,
+    /// Pages that were left out at least once, because they were free.
+    spared: PageSet,
+    pieces: Vec<Section>,
+    round_began: Instant,
+    round_put: u64,
+    last_harvest: Instant,
+    dirty_rate: Option<f64>,
+    last_progress: Instant,
+    report: SnapshotReport,
+}
+
+impl<'a> Taking<'a> {
+    fn new(
+        vm: &'a mut dyn SourceVm,
+        store: &'a mut dyn CheckpointStore,
+        options: &'a SnapshotOptions,
+        commands: Commands,
+    ) -> Self {
+        let ram = vm.ram();
+        let (now, pages) = (Instant::now(), ram.layout().pages());
+        Self {
+            vm,
+            store,
+            options,
+            commands,
+            ram,
+            start: now,
+            tracking: Tracking::new(pages),
+            paused_at: None,
+            throttle: 0,
+            touched: PageSet::empty(pages),
+            spared: PageSet::empty(pages),
+            pieces: Vec::new(),
+            round_began: now,
+            round_put: 0,
+            last_harvest: now,
+            dirty_rate: None,
+            last_progress: now,
+            report: SnapshotReport {
+                total: Duration::ZERO,
+                downtime: Duration::ZERO,
+                rounds: Vec::new(),
+                pages: PageCounts { total: pages, ..PageCounts::default() },
+                copied: 0,
+                state_bytes: 0,
+                throttle_percent: 0,
+            },
+        }
+    }
+
+    fn run(&mut self) -> Result<(), MigrationError> {
+        if let Some(why) = self.vm.blocked("snapshot") {
+            return Err(MigrationError::Blocked(why));
+        }
+        let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
+        self.vm.start().map_err(MigrationError::vm("starting to save device state"))?;
+        let mut pages = self.start_tracking()?;
+        let mut convergence = ModelConvergence::default();
+        for _ in 0..MAX_PASSES {
+            let round = self.put(&pages)?;
+            pages = self.harvest()?;
+            match convergence.judge(&round, &pages, &self.link()) {
+                Next::Round => {}
+                Next::Throttle(percent) => self.throttle(percent)?,
+                Next::GiveUp(why) => return Err(MigrationError::GaveUp(why)),
+                _ => break,
+            }
+        }
+        let mut copied = Copied::with_room(pages.len().saturating_add(SPARE_ROOM).min(MAX_COPY));
+        self.pause()?;
+        let frozen = self.freeze(description, pages, &mut copied);
+        self.resume()?;
+        let saved = frozen?;
+        // the guest's moment is over: neither throttle nor tracker is needed while the store gets the rest
+        self.lift_throttle();
+        self.stop_tracking();
+        let report = &mut self.report.pages;
+        for (n, (page, data)) in copied.pages().enumerate() {
+            if n.is_multiple_of(512) {
+                heard(&self.commands)?;
+            }
+            self.store.put(page, data).map_err(not_put)?;
+            count(report, &mut self.touched, page, data);
+        }
+        self.spared.subtract(&self.touched);
+        report.free = self.spared.len();
+        report.distinct = self.touched.len();
+        heard(&self.commands)?;
+        let committing = |cause| MigrationError::Store { step: "committing the snapshot", cause };
+        self.store.commit(1, saved.into()).map_err(committing)
+    }
+
+    /// While the guest is paused: its state, and a copy of the pages that are not in the store yet.
+    fn freeze(&mut self, vm: VmDescription, pages: PageSet, copied: &mut Copied) -> Result<Vec<u8>, MigrationError> {
+        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        // after saving: that dirtied pages too
+        let mut rest = self.harvest()?;
+        rest.union_with(&pages);
+        self.spare(&mut rest);
+        let mut few = PageSet::empty(rest.capacity());
+        for run in rest.ranges() {
+            let room = MAX_COPY - few.len();
+            if room == 0 {
+                break;
+            }
+            few.insert_range(PageRange::new(run.first, run.count.min(room)));
+        }
+        copied.take(&*self.ram, &few, None)?;
+        self.report.copied = few.len();
+        rest.subtract(&few);
+        if !rest.is_empty() {
+            self.put(&rest)?;
+        }
+        let (running, pieces) = (self.vm.starts_running(), std::mem::take(&mut self.pieces));
+        let saved = SavedVm { vm, epoch: self.options.epoch, running, pieces, state }.encode();
+        self.report.state_bytes = saved.len() as u64;
+        if saved.len() > MAX_STATE {
+            let cause = VmError::new(format!("{} bytes, above the limit of {MAX_STATE}", saved.len()));
+            return Err(MigrationError::Vm { step: "saving the state", cause });
+        }
+        Ok(saved)
+    }
+
+    fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        self.tracking.start(self.vm.tracker())?;
+        self.last_harvest = Instant::now();
+        let mut pages = pages::populated(&*self.ram, &*self.options.observer);
+        self.report.pages.hole = pages.capacity() - pages.len();
+        self.spare(&mut pages);
+        Ok(pages)
+    }
+
+    fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+        let mut pages = self.tracking.harvest(self.vm.tracker())?;
+        self.spare(&mut pages);
+        if self.paused_at.is_none() {
+            let since = self.last_harvest.elapsed().as_secs_f64();
+            self.dirty_rate = (since > 0.0).then(|| pages.len() as f64 / since);
+            self.last_harvest = Instant::now();
+        }
+        Ok(pages)
+    }
+
+    /// Takes out the pages that are free now; when, see [`SourceVm::free_pages`].
+    fn spare(&mut self, pages: &mut PageSet) {
+        let mut free = pages::free(self.vm, pages.capacity(), &*self.options.observer);
+        free.intersect_with(pages);
+        pages.subtract(&free);
+        self.spared.union_with(&free);
+    }
+
+    /// A pass over `pages`, into the store.
+    fn put(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+        if self.paused_at.is_none() {
+            let (pieces, _pending) =
+                self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+            self.pieces.extend(pieces);
+            if self.pieces.len() > MAX_SECTIONS {
+                let cause = VmError::new(format!("more than {MAX_SECTIONS} pieces of device state"));
+                return Err(MigrationError::Vm { step: "saving a piece of device state", cause });
+            }
+        }
+        (self.round_began, self.round_put) = (Instant::now(), 0);
+        let throttle_percent = self.throttle;
+        self.report.rounds.push(RoundReport {
+            pages: pages.len(),
+            wire_bytes: 0,
+            time: Duration::ZERO,
+            throttle_percent,
+        });
+        // a paused guest writes nothing: there is nothing to re-arm for
+        let rearm = if self.paused_at.is_some() { None } else { self.vm.tracker().rearm() };
+        let plain = self.report.pages.plain;
+        for range in stripes(0, 1, pages.capacity()).map(stripe_pages).filter(|&range| pages.count_in(range) > 0) {
+            heard(&self.commands)?;
+            let mut put = |page, data: PageData<'_>| {
+                count(&mut self.report.pages, &mut self.touched, page, data);
+                self.store.put(page, data)
+            };
+            pages::put(&*self.ram, range, pages, rearm.as_deref(), &mut put)?;
+            self.round_put += pages.count_in(range);
+            self.tell_progress();
+        }
+        let wire_bytes = (self.report.pages.plain - plain) * PAGE_SIZE as u64;
+        let time = self.round_began.elapsed();
+        if let Some(round) = self.report.rounds.last_mut() {
+            (round.wire_bytes, round.time) = (wire_bytes, time);
+            self.options.observer.event(&Event::RoundEnded(*round));
+        }
+        let (generation, asked) = (self.report.rounds.len() as u32, pages.len());
+        Ok(Round { generation, asked, sent: asked, wire_bytes, time })
+    }
+
+    fn link(&self) -> Link {
+        Link {
+            // the pause copies in memory
+            bytes_per_second: COPY_SPEED,
+            bytes_per_page: PAGE_SIZE as f64,
+            fixed_downtime: FIXED_DOWNTIME,
+            state_bytes: self.report.state_bytes,
+            downtime_limit: self.options.downtime_limit,
+            elapsed: self.start.elapsed(),
+            timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
+            stop_on_timeout: true,
+            impact: self.options.impact,
+            can_post_copy: false,
+            post_copy_wanted: false,
+        }
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        self.vm.throttle(percent).map_err(MigrationError::vm("throttling the guest"))?;
+        self.throttle = percent;
+        self.report.throttle_percent = self.report.throttle_percent.max(percent);
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        self.paused_at = Some(Instant::now());
+        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
+    }
+
+    fn resume(&mut self) -> Result<(), MigrationError> {
+        let Some(paused) = self.paused_at.take() else { return Ok(()) };
+        let resumed = self.vm.resume().map_err(MigrationError::vm("resuming the guest"));
+        self.report.downtime = paused.elapsed();
+        resumed
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(error) = self.tracking.give_back(self.vm.tracker(), None) {
+            self.options.observer.event(&Event::Warning(format!("stopping the tracker: {error}")));
+        }
+    }
+
+    /// Everything as it was before: the guest runs at full speed, its dirty bits are whole.
+    fn give_back(&mut self) {
+        if let Err(error) = self.resume() {
+            self.options.observer.event(&Event::Warning(error.to_string()));
+        }
+        self.lift_throttle();
+        self.stop_tracking();
+    }
+
+    fn lift_throttle(&mut self) {
+        if std::mem::take(&mut self.throttle) != 0
+            && let Err(error) = self.vm.throttle(0)
+        {
+            self.options.observer.event(&Event::Warning(format!("lifting the throttle: {error}")));
+        }
+    }
+
+    fn tell_progress(&mut self) {
+        if self.last_progress.elapsed() < PROGRESS_INTERVAL {
+            return;
+        }
+        self.last_progress = Instant::now();
+        let round_pages = self.report.rounds.last().map_or(0, |round| round.pages);
+        let speed = self.round_put as f64 / self.round_began.elapsed().as_secs_f64().max(1e-6);
+        let left = round_pages.saturating_sub(self.round_put) as f64 / speed.max(1.0);
+        self.options.observer.event(&Event::Progress(Progress {
+            phase: SourcePhase::Copying,
+            round: self.report.rounds.len() as u32,
+            round_pages,
+            round_sent: self.round_put,
+            wire_bytes: self.report.pages.plain * PAGE_SIZE as u64,
+            bytes_per_second: speed * PAGE_SIZE as f64,
+            pages_per_second: speed,
+            dirty_pages_per_second: self.dirty_rate,
+            expected_downtime: None,
+            throttle_percent: self.throttle,
+            elapsed: self.start.elapsed(),
+            eta: Duration::try_from_secs_f64(left).ok(),
+        }));
+    }
+}
+
+fn count(pages: &mut PageCounts, touched: &mut PageSet, page: u64, data: PageData<'_>) {
+    match data {
+        Some(_) => pages.plain += 1,
+        None => pages.zero += 1,
+    }
+    touched.insert(page);
+}
+
+/// An error if the user has cancelled. Other commands mean nothing here.
+fn heard(commands: &Commands) -> Result<(), MigrationError> {
+    loop {
+        match commands.rx.try_recv() {
+            Ok(Input::Cancel(why)) => return Err(MigrationError::Cancelled(why)),
+            Ok(_) => {}
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+// ---- and back ------------------------------------------------------------------------------------------------------
+
+/// Limits and choices when a VM is restored.
+#[derive(Clone)]
+pub struct RestoreOptions {
+    /// Most bytes of RAM that a VM may have.
+    pub max_ram_bytes: u64,
+    /// Leaves the guest paused, although it ran.
+    pub paused: bool,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self { max_ram_bytes: 1 << 40, paused: false }
+    }
+}
+
+/// What was restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RestoreReport {
+    /// Which VM: it goes on as the one that was saved.
+    pub id: VmId,
+    /// The epoch under which it is owned now.
+    pub epoch: u32,
+    /// Pages that hold data.
+    pub pages: u64,
+    /// Whether its guest runs.
+    pub running: bool,
+}
+
+/// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state and starts it; `host` gets it as it gets one
+/// that arrives.
+///
+/// It is the *same* VM, of the same [`VmId`], under a new epoch. That no other instance of it runs on the same disks and addresses
+/// is the caller's to see to: no protocol can, the snapshot may be as old as it likes.
+///
+/// # Errors
+/// [`MigrationError::Store`] when there is no snapshot, or it is damaged or cut short; [`MigrationError::Vm`] when this host
+/// cannot build, load or start it. Nothing of it is left then.
+pub fn restore(
+    store: &mut dyn CheckpointStore,
+    host: &mut dyn DestinationHost,
+    options: &RestoreOptions,
+) -> Result<RestoreReport, MigrationError> {
+    let unreadable = |cause| MigrationError::Store { step: "reading the snapshot", cause };
+    let invalid = |why: String| unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, why));
+    let (_, saved) = store.latest().ok_or_else(|| invalid("there is none".into()))?;
+    let saved = SavedVm::decode(&saved).map_err(|e| invalid(e.to_string()))?;
+    let (layout, limit) = (&saved.vm.layout, options.max_ram_bytes);
+    let build = MigrationError::vm("building the VM");
+    if layout.bytes() > limit {
+        return Err(build(VmError::new(format!("it has {} bytes of RAM, {limit} are allowed", layout.bytes()))));
+    }
+    let mut vm = host.build(&saved.vm).map_err(build)?;
+    let ram = vm.ram();
+    if ram.layout() != layout {
+        let cause = VmError::new("it was built with another RAM layout than the snapshot's");
+        return Err(MigrationError::Vm { step: "building the VM", cause });
+    }
+    let mut pages = 0;
+    let mut fill = |page, data: PageData<'_>| {
+        let memory = ram.slice(PageRange::new(page, 1)).map_err(std::io::Error::other)?;
+        // RAM that was just built holds zeros
+        if let Some(data) = data {
+            memory.copy_from(data);
+            pages += 1;
+        }
+        Ok(())
+    };
+    store.restore(&mut fill).map_err(unreadable)?;
+    for piece in &saved.pieces {
+        vm.load_piece(piece).map_err(MigrationError::vm("loading a piece of device state"))?;
+    }
+    vm.load_state(&saved.state).map_err(MigrationError::vm("loading the state"))?;
+    let running = saved.running && !options.paused;
+    vm.start(running).map_err(MigrationError::vm("starting the VM"))?;
+    host.adopted(vm);
+    Ok(RestoreReport { id: saved.vm.id, epoch: saved.epoch.saturating_add(1), pages, running })
+}

@@ -1,0 +1,165 @@
+//! The client's end of a RAM broker.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use migration_core::{RamLayout, vm::VmId};
+use rustix::{net::sockopt::socket_peercred, process::geteuid};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{
+    BrokerError, KeptRam, WithdrawnRam, check_files,
+    message::{MAX_LABEL, Message},
+};
+use crate::MAX_FILES;
+
+/// How long a broker may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Talks to a [`RamBroker`](super::RamBroker).
+#[derive(Clone, Debug)]
+pub struct BrokerClient {
+    path: PathBuf,
+}
+
+impl BrokerClient {
+    /// A client of the broker whose socket is at `path`. Nothing is opened yet.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Where the broker's socket is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Has the broker keep the RAM of a VM until the [`Deposit`] says that it is not needed any more. If that is dropped, or this
+    /// process dies, the RAM stays. An earlier deposit of the same VM, such as that of the VMM from which it came, is replaced.
+    ///
+    /// `files` are the memory files of the layout's regions, in their order; `label` is for people, at most 256 bytes.
+    ///
+    /// # Errors
+    /// [`BrokerError::Files`] unless there is one for each of at most [`MAX_FILES`] regions; [`BrokerError::Refused`] when
+    /// they are not sealed, of another length, or the broker keeps as many VMs as it may.
+    pub fn deposit(
+        &self,
+        id: VmId,
+        layout: &RamLayout,
+        label: &str,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Deposit, BrokerError> {
+        let regions = layout.regions().len();
+        if files.len() != regions || regions > MAX_FILES || label.len() > MAX_LABEL {
+            let why = format!(
+                "{} memory files for {regions} regions of RAM (at most {MAX_FILES}), or too long a label",
+                files.len()
+            );
+            return Err(BrokerError::Files(why));
+        }
+        let socket = self.connect()?;
+        let message = Message::Deposit { id, layout: layout.clone(), label: label.to_owned() };
+        match self.ask(&socket, &message, files)? {
+            (Message::Done, _) => Ok(Deposit { client: self.clone(), socket }),
+            other => Err(unexpected(&other.0)),
+        }
+    }
+
+    /// Everything that the broker keeps.
+    ///
+    /// # Errors
+    /// When the broker cannot be reached, or refuses.
+    pub fn list(&self) -> Result<Vec<KeptRam>, BrokerError> {
+        match self.ask(&self.connect()?, &Message::List, &[])? {
+            (Message::Listed(list), _) => Ok(list),
+            other => Err(unexpected(&other.0)),
+        }
+    }
+
+    /// The RAM of a VM. The broker keeps it as well, until it is [forgotten](Self::forget).
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`] when the broker has none of this VM; [`BrokerError::Files`] when what came is not what its
+    /// layout says.
+    pub fn withdraw(&self, id: VmId) -> Result<WithdrawnRam, BrokerError> {
+        match self.ask(&self.connect()?, &Message::Withdraw(id), &[])? {
+            (Message::Withdrawn { layout, label }, files) => {
+                check_files(&layout, &files).map_err(BrokerError::Files)?;
+                Ok(WithdrawnRam { layout, label, files })
+            }
+            other => Err(unexpected(&other.0)),
+        }
+    }
+
+    /// Frees the RAM of a VM whose owner is gone.
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`] when the broker has none of this VM, or its owner lives.
+    pub fn forget(&self, id: VmId) -> Result<(), BrokerError> {
+        done(self.ask(&self.connect()?, &Message::Forget(id), &[])?.0)
+    }
+
+    fn connect(&self) -> Result<Socket, BrokerError> {
+        let open = || {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_write_timeout(Some(PATIENCE))?;
+            socket.connect(&SockAddr::unix(&self.path)?)?;
+            Ok(socket)
+        };
+        let socket = open().map_err(self.link())?;
+        let uid = socket_peercred(&socket).map_err(io::Error::from).map_err(self.link())?.uid;
+        if uid != geteuid() && !uid.is_root() {
+            return Err(BrokerError::Stranger { path: self.path.clone(), uid: uid.as_raw() });
+        }
+        Ok(socket)
+    }
+
+    fn ask(
+        &self,
+        socket: &Socket,
+        message: &Message,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Message, Vec<OwnedFd>), BrokerError> {
+        let answer = message.send(socket.as_fd(), files).and_then(|()| Message::receive(socket.as_fd()));
+        match answer.map_err(self.link())? {
+            Some((Message::Refused(why), _)) => Err(BrokerError::Refused(why)),
+            Some(answer) => Ok(answer),
+            None => Err(self.link()(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection"))),
+        }
+    }
+
+    fn link(&self) -> impl FnOnce(io::Error) -> BrokerError + use<> {
+        let path = self.path.clone();
+        |cause| BrokerError::Link { path, cause }
+    }
+}
+
+/// RAM that a broker keeps for this process. Dropping it leaves it there, as the death of this process does.
+#[derive(Debug)]
+pub struct Deposit {
+    client: BrokerClient,
+    socket: Socket,
+}
+
+impl Deposit {
+    /// The VM has ended well, or moved away: the broker does not keep its RAM any more. (If another process has deposited the
+    /// same VM since, that one stays.)
+    ///
+    /// # Errors
+    /// When the broker is gone, and the RAM with it.
+    pub fn forget(self) -> Result<(), BrokerError> {
+        done(self.client.ask(&self.socket, &Message::Return, &[])?.0)
+    }
+}
+
+fn done(answer: Message) -> Result<(), BrokerError> {
+    if answer == Message::Done { Ok(()) } else { Err(unexpected(&answer)) }
+}
+
+fn unexpected(_answer: &Message) -> BrokerError {
+    BrokerError::Malformed(migration_core::codec::DecodeError::invalid("answer", "it fits no question"))
+}

@@ -1,0 +1,275 @@
+//! The broker itself.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use migration_core::{
+    RamLayout,
+    spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
+    vm::VmId,
+};
+use rustix::{net::sockopt::socket_peercred, process::geteuid};
+use socket2::Socket;
+
+use super::{
+    KeptRam, check_files,
+    message::{MAX_LIST, Message},
+};
+use crate::UnixListener;
+
+/// How often it is looked whether the broker is to stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Limits of a broker.
+#[derive(Clone)]
+pub struct BrokerOptions {
+    /// Most VMs whose RAM it keeps, at most 1024; further ones are refused.
+    pub max_vms: usize,
+    /// Most connections at a time; an owner has one for as long as it lives.
+    pub max_clients: usize,
+    /// How long a client may be silent before its first request, or in the middle of one.
+    pub timeout: Duration,
+    /// Starts a thread for each client.
+    pub spawner: Arc<dyn Spawner>,
+}
+
+impl Default for BrokerOptions {
+    fn default() -> Self {
+        Self { max_vms: 64, max_clients: 256, timeout: Duration::from_secs(5), spawner: Arc::new(StdSpawner) }
+    }
+}
+
+/// Keeps descriptors of the memory files of VMs, for VMMs of the same user on the same host.
+///
+/// The memory stays as long as the broker lives and is not told to forget it. It never maps the files, and looks at nothing in
+/// them. Let it run in a process of its own, which has no reason to die; a thread of a VMM keeps RAM for *other* VMMs only.
+pub struct RamBroker {
+    options: BrokerOptions,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    vms: BTreeMap<[u8; 16], Entry>,
+    /// Of the next deposit; none is used twice.
+    next: u64,
+}
+
+struct Entry {
+    /// Which deposit it is.
+    number: u64,
+    layout: RamLayout,
+    label: String,
+    files: Vec<Arc<OwnedFd>>,
+    pid: u32,
+    owned: bool,
+}
+
+/// A client, from outside its thread.
+struct Client {
+    socket: Socket,
+    ended: Arc<AtomicBool>,
+    thread: Box<dyn Joiner>,
+}
+
+impl RamBroker {
+    /// A broker that keeps nothing yet.
+    pub fn new(options: BrokerOptions) -> Arc<Self> {
+        let max_vms = options.max_vms.min(MAX_LIST);
+        Arc::new(Self { options: BrokerOptions { max_vms, ..options }, kept: Mutex::default() })
+    }
+
+    /// What it keeps.
+    pub fn list(&self) -> Vec<KeptRam> {
+        let kept = self.lock();
+        let of = |(&id, entry): (&[u8; 16], &Entry)| KeptRam {
+            id: VmId(id),
+            bytes: entry.layout.bytes(),
+            label: entry.label.clone(),
+            pid: entry.pid,
+            owned: entry.owned,
+        };
+        kept.vms.iter().map(of).collect()
+    }
+
+    /// Serves clients until `stop` is set, on the calling thread and on one more for each client; all of these have ended
+    /// when it returns. What is kept stays until the broker is dropped.
+    ///
+    /// Only processes of the broker's own user are served.
+    ///
+    /// # Errors
+    /// When the listener breaks.
+    pub fn serve(self: &Arc<Self>, listener: &mut UnixListener, stop: &AtomicBool) -> io::Result<()> {
+        let mut clients: Vec<Client> = Vec::new();
+        let mut broken = Ok(());
+        while broken.is_ok() && !stop.load(Ordering::Relaxed) {
+            match listener.accept_socket(TICK) {
+                Ok(Some(socket)) => {
+                    reap(&mut clients, |client| client.ended.load(Ordering::Acquire));
+                    // one that cannot be served is closed, and may try again
+                    clients.extend(self.admit(socket, clients.len()));
+                }
+                Ok(None) => reap(&mut clients, |client| client.ended.load(Ordering::Acquire)),
+                Err(error) => broken = Err(error),
+            }
+        }
+        for client in &clients {
+            // it may have ended already
+            let _ = client.socket.shutdown(std::net::Shutdown::Both);
+        }
+        reap(&mut clients, |_| true);
+        broken
+    }
+
+    fn admit(self: &Arc<Self>, socket: Socket, clients: usize) -> Option<Client> {
+        socket.set_nonblocking(false).ok()?;
+        socket.set_read_timeout(Some(self.options.timeout)).ok()?;
+        socket.set_write_timeout(Some(self.options.timeout)).ok()?;
+        let peer = socket_peercred(&socket).ok()?;
+        let refusal = if peer.uid != geteuid() {
+            Some(format!("it serves user {} only", geteuid().as_raw()))
+        } else if clients >= self.options.max_clients {
+            Some(format!("it has {clients} clients, as many as it takes"))
+        } else {
+            None
+        };
+        if let Some(why) = refusal {
+            // whoever is refused may be gone
+            let _ = Message::refused(why).send(socket.as_fd(), &[]);
+            return None;
+        }
+        let (broker, ended) = (self.clone(), Arc::new(AtomicBool::new(false)));
+        let (served, over) = (socket.try_clone().ok()?, ended.clone());
+        let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
+        let body = Box::new(move || {
+            broker.client(&served, pid);
+            over.store(true, Ordering::Release);
+        });
+        let thread = self.options.spawner.spawn(Role::Background, GuestImpact::Balanced, "broker", body).ok()?;
+        Some(Client { socket, ended, thread })
+    }
+
+    /// Serves one client to its end, be it a bad one.
+    fn client(&self, socket: &Socket, pid: u32) {
+        let mut deposit = None;
+        // an error ends the connection, as its end does
+        while let Ok(Some((message, files))) = Message::receive(socket.as_fd()) {
+            let (answer, files) = self.answer(message, files, pid, &mut deposit);
+            let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+            if answer.send(socket.as_fd(), &files).is_err() {
+                break;
+            }
+            // an owner says nothing for as long as it lives
+            let timeout = if deposit.is_some() { None } else { Some(self.options.timeout) };
+            if socket.set_read_timeout(timeout).is_err() {
+                break;
+            }
+        }
+        // so that nothing half-read keeps it open
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+        if let Some((id, number)) = deposit
+            && let Some(entry) = self.lock().vms.get_mut(&id).filter(|entry| entry.number == number)
+        {
+            entry.owned = false;
+        }
+    }
+
+    fn answer(
+        &self,
+        message: Message,
+        files: Vec<OwnedFd>,
+        pid: u32,
+        deposit: &mut Option<([u8; 16], u64)>,
+    ) -> (Message, Vec<Arc<OwnedFd>>) {
+        let answer = match message {
+            Message::Deposit { .. } if deposit.is_some() => Message::refused("one connection deposits one VM"),
+            Message::Deposit { id, layout, label } => match check_files(&layout, &files) {
+                Ok(()) => self.keep(id, (layout, label), files, pid, deposit),
+                Err(why) => Message::refused(why),
+            },
+            _ if !files.is_empty() => Message::refused("files come with deposits only"),
+            Message::Return => match deposit.take() {
+                Some((id, number)) => {
+                    let mut kept = self.lock();
+                    if kept.vms.get(&id).is_some_and(|entry| entry.number == number) {
+                        kept.vms.remove(&id);
+                    }
+                    Message::Done
+                }
+                None => Message::refused("nothing was deposited over this connection"),
+            },
+            Message::List => Message::Listed(self.list()),
+            Message::Withdraw(id) => match self.lock().vms.get(&id.0) {
+                Some(entry) => {
+                    let answer = Message::Withdrawn { layout: entry.layout.clone(), label: entry.label.clone() };
+                    return (answer, entry.files.clone());
+                }
+                None => Message::refused(NONE_KEPT),
+            },
+            Message::Forget(id) => {
+                let mut kept = self.lock();
+                match kept.vms.get(&id.0) {
+                    Some(entry) if entry.owned => {
+                        Message::refused(format!("its owner, process {}, lives: it forgets it when it ends", entry.pid))
+                    }
+                    Some(_) => {
+                        kept.vms.remove(&id.0);
+                        Message::Done
+                    }
+                    None => Message::refused(NONE_KEPT),
+                }
+            }
+            _ => Message::refused("that is no request"),
+        };
+        (answer, Vec::new())
+    }
+
+    fn keep(
+        &self,
+        VmId(id): VmId,
+        (layout, label): (RamLayout, String),
+        files: Vec<OwnedFd>,
+        pid: u32,
+        deposit: &mut Option<([u8; 16], u64)>,
+    ) -> Message {
+        let mut kept = self.lock();
+        if kept.vms.len() >= self.options.max_vms && !kept.vms.contains_key(&id) {
+            let most = self.options.max_vms;
+            return Message::refused(format!("it keeps the RAM of {most} VMs, as many as it takes: forget some"));
+        }
+        let number = kept.next;
+        kept.next += 1;
+        let files = files.into_iter().map(Arc::new).collect();
+        kept.vms.insert(id, Entry { number, layout, label, files, pid, owned: true });
+        *deposit = Some((id, number));
+        Message::Done
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        // no invariant spans a panic: every entry is inserted or removed whole
+        self.kept.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+const NONE_KEPT: &str = "it keeps no RAM of this VM";
+
+impl fmt::Debug for RamBroker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RamBroker").field("kept", &self.list()).finish_non_exhaustive()
+    }
+}
+
+/// Joins the threads of those clients that `which` picks.
+fn reap(clients: &mut Vec<Client>, which: impl Fn(&Client) -> bool) {
+    for client in clients.extract_if(.., |client| which(client)) {
+        client.thread.join();
+    }
+}

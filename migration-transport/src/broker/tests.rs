@@ -1,0 +1,235 @@
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    os::{
+        fd::BorrowedFd,
+        unix::{fs::FileExt as _, net::UnixStream},
+    },
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use migration_core::RamRegion;
+use nix::{
+    fcntl::{FcntlArg, SealFlag, fcntl},
+    sys::memfd::{MFdFlags, memfd_create},
+};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::{message::Message, *};
+use crate::{SocketOptions, UnixListener};
+
+struct Lab {
+    broker: Arc<RamBroker>,
+    client: BrokerClient,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    _dir: TempDir,
+}
+
+impl Lab {
+    fn new(options: BrokerOptions) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("broker");
+        let mut listener = UnixListener::bind(&path, SocketOptions::default()).unwrap();
+        let (broker, stop) = (RamBroker::new(options), Arc::new(AtomicBool::new(false)));
+        let (serving, stopped) = (broker.clone(), stop.clone());
+        let thread = Some(thread::spawn(move || serving.serve(&mut listener, &stopped).unwrap()));
+        Self { broker, client: BrokerClient::new(path), stop, thread, _dir: dir }
+    }
+
+    /// Looks until the broker keeps what is wished.
+    fn wait(&self, wished: impl Fn(&[KeptRam]) -> bool) {
+        while !wished(&self.broker.list()) {
+            thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn layout() -> RamLayout {
+    RamLayout::new(vec![RamRegion { gpa: 0, len: 0x3000 }, RamRegion { gpa: 0x10_0000, len: 0x1000 }]).unwrap()
+}
+
+fn file(len: u64, seals: SealFlag) -> OwnedFd {
+    let file = memfd_create(c"t", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    nix::unistd::ftruncate(&file, len as i64).unwrap();
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    file
+}
+
+fn files() -> Vec<OwnedFd> {
+    [0x3000, 0x1000].map(|len| file(len, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)).into()
+}
+
+fn borrowed(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
+    files.iter().map(AsFd::as_fd).collect()
+}
+
+fn deposit(client: &BrokerClient, id: u8, text: &[u8]) -> Deposit {
+    let files = files();
+    let deposit = client.deposit(VmId([id; 16]), &layout(), "memfd", &borrowed(&files)).unwrap();
+    // after it was deposited: it is the same memory
+    File::from(files.into_iter().next().unwrap()).write_all(text).unwrap();
+    deposit
+}
+
+fn text(ram: WithdrawnRam) -> Vec<u8> {
+    let mut text = vec![0; 3];
+    File::from(ram.files.into_iter().next().unwrap()).read_exact_at(&mut text, 0).unwrap();
+    text
+}
+
+#[test]
+fn ram_outlives_its_owner_and_no_more_than_that() {
+    let lab = Lab::new(BrokerOptions::default());
+    assert_eq!(lab.client.list().unwrap(), []);
+    let one = deposit(&lab.client, 1, b"one");
+    let two = deposit(&lab.client, 2, b"two");
+    let kept = |id, owned| KeptRam {
+        id: VmId([id; 16]),
+        bytes: 0x4000,
+        label: "memfd".into(),
+        pid: std::process::id(),
+        owned,
+    };
+    assert_eq!(lab.client.list().unwrap(), [kept(1, true), kept(2, true)]);
+    let error = lab.client.forget(VmId([1; 16])).unwrap_err();
+    assert!(error.to_string().contains("lives"), "{error}");
+    // the owner of one dies, that of the other ends
+    drop(one);
+    two.forget().unwrap();
+    lab.wait(|list| list == [kept(1, false)]);
+    let ram = lab.client.withdraw(VmId([1; 16])).unwrap();
+    assert_eq!((&ram.layout, ram.label.as_str()), (&layout(), "memfd"));
+    assert_eq!(text(ram), b"one");
+    assert_eq!(text(lab.client.withdraw(VmId([1; 16])).unwrap()), b"one");
+    lab.client.forget(VmId([1; 16])).unwrap();
+    assert!(matches!(lab.client.withdraw(VmId([1; 16])), Err(BrokerError::Refused(_))));
+    assert!(matches!(lab.client.forget(VmId([1; 16])), Err(BrokerError::Refused(_))));
+    assert_eq!(lab.client.list().unwrap(), []);
+}
+
+/// A VM that moved to another VMM is that one's, whenever the first one ends and however.
+#[test]
+fn the_last_deposit_of_a_vm_counts() {
+    let lab = Lab::new(BrokerOptions::default());
+    for ends_well in [false, true] {
+        let source = deposit(&lab.client, 1, b"old");
+        let destination = deposit(&lab.client, 1, b"new");
+        if ends_well {
+            source.forget().unwrap();
+        } else {
+            drop(source);
+        }
+        assert!(matches!(lab.client.list().unwrap()[..], [KeptRam { owned: true, .. }]));
+        assert_eq!(text(lab.client.withdraw(VmId([1; 16])).unwrap()), b"new");
+        destination.forget().unwrap();
+        assert_eq!(lab.client.list().unwrap(), []);
+    }
+}
+
+#[test]
+fn wrong_files_are_refused() {
+    let lab = Lab::new(BrokerOptions::default());
+    let both = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    let refused = |files: &[OwnedFd], why: &str| {
+        let error = lab.client.deposit(VmId([1; 16]), &layout(), "", &borrowed(files)).unwrap_err();
+        assert!(error.to_string().contains(why), "{why}: {error}");
+    };
+    refused(&[file(0x1000, both), file(0x3000, both)], "has 4096 bytes");
+    refused(&[file(0x3000, both), file(0x1000, SealFlag::F_SEAL_SHRINK)], "not sealed");
+    refused(&[file(0x3000, SealFlag::F_SEAL_GROW), file(0x1000, both)], "not sealed");
+    refused(&[file(0x3000, both)], "1 memory files for 2 regions");
+    refused(&[tempfile::tempfile().unwrap().into(), file(0x1000, both)], "no memory file");
+    refused(&[io::pipe().unwrap().0.into(), file(0x1000, both)], "no memory file");
+    assert_eq!(lab.client.list().unwrap(), []);
+}
+
+#[test]
+fn limits() {
+    let lab = Lab::new(BrokerOptions { max_vms: 2, max_clients: 3, ..BrokerOptions::default() });
+    let deposits = [deposit(&lab.client, 1, b""), deposit(&lab.client, 2, b"")];
+    let refused = || lab.client.deposit(VmId([3; 16]), &layout(), "", &borrowed(&files())).unwrap_err().to_string();
+    assert!(refused().contains("as many as it takes: forget some"));
+    // a third client that just sits there
+    let sits = UnixStream::connect(lab.client.path()).unwrap();
+    while lab.client.list().is_ok() {}
+    // it sits no longer
+    drop(sits);
+    while lab.client.list().is_err() {}
+    for deposit in deposits {
+        deposit.forget().unwrap();
+    }
+    deposit(&lab.client, 3, b"").forget().unwrap();
+    let nobody = BrokerClient::new(lab._dir.path().join("nobody"));
+    assert!(matches!(nobody.list(), Err(BrokerError::Link { .. })));
+}
+
+/// A client that says nonsense, or nothing, is closed, and disturbs nobody.
+#[test]
+fn bad_clients() {
+    let lab = Lab::new(BrokerOptions { timeout: Duration::from_millis(20), ..BrokerOptions::default() });
+    let _kept = deposit(&lab.client, 1, b"one");
+    let long = u32::MAX.to_le_bytes();
+    for bytes in [&long[..], &[1, 0, 0, 0, 99], &[3, 0], &[2, 0, 0, 0, 1, 1], &[]] {
+        let mut bad = UnixStream::connect(lab.client.path()).unwrap();
+        bad.write_all(bytes).unwrap();
+        let mut rest = Vec::new();
+        // closed, at the latest when it has been silent for long
+        let _ = bad.read_to_end(&mut rest);
+        assert!(rest.is_empty());
+    }
+    let ask = |message: Message, files: &[OwnedFd]| {
+        let socket = UnixStream::connect(lab.client.path()).unwrap();
+        message.send(&socket, &borrowed(files)).unwrap();
+        Message::receive(&socket).unwrap().unwrap().0
+    };
+    for message in [Message::Done, Message::Return, Message::Listed(vec![]), Message::refused("x".repeat(600))] {
+        assert!(matches!(ask(message.clone(), &[]), Message::Refused(_)), "{message:?}");
+    }
+    assert!(matches!(ask(Message::List, &files()), Message::Refused(_)));
+    // an owner may be silent for as long as it likes
+    assert!(matches!(lab.client.list().unwrap()[..], [KeptRam { owned: true, .. }]));
+}
+
+proptest! {
+    #[test]
+    fn messages_travel(id in any::<[u8; 16]>(), label in "[a-z]{0,40}", bytes in any::<u64>(), pid in any::<u32>()) {
+        let kept = KeptRam { id: VmId(id), bytes, label: label.clone(), pid, owned: pid % 2 == 0 };
+        let messages = [
+            Message::Deposit { id: VmId(id), layout: layout(), label: label.clone() },
+            Message::Return,
+            Message::List,
+            Message::Withdraw(VmId(id)),
+            Message::Forget(VmId(id)),
+            Message::Done,
+            Message::Listed(vec![kept; 3]),
+            Message::Withdrawn { layout: layout(), label },
+            Message::refused("no"),
+        ];
+        for message in messages {
+            let body = message.encode();
+            prop_assert_eq!(Message::decode(&body), Ok(message));
+            for end in 0..body.len() {
+                prop_assert!(Message::decode(&body[..end]).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = Message::decode(&bytes);
+    }
+}

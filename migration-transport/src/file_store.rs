@@ -1,0 +1,465 @@
+//! A snapshot of a VM in one file.
+//!
+//! | at | what |
+//! |---|---|
+//! | 0 | the header, 4096 bytes, with a CRC-32 of itself and of the table |
+//! | 4096 × (1 + *n*) | page *n*, where the RAM regions are laid end to end; a hole for a page of zeros |
+//! | behind the last page | the table: which pages were put, which of them hold data, a CRC-32 of each of these, the state |
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, ErrorKind},
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{self, Path, PathBuf},
+};
+
+use bytes::Bytes;
+use migration_core::{
+    PAGE_SIZE, PageSet,
+    checkpoint::{CheckpointStore, PageData},
+    codec::{DecodeError, Reader, Writer},
+    page::MAX_PAGES,
+    state::MAX_STATE,
+};
+
+use crate::file_errors::{at, cut, damaged, invalid};
+
+const MAGIC: [u8; 8] = *b"LMSNAPSH";
+const VERSION: u32 = 1;
+/// How a snapshot may be damaged.
+const SHORT: &str = "it is cut short";
+/// As long as a page, so that pages are aligned.
+const HEADER: u64 = PAGE_SIZE as u64;
+/// Pages that are written, or read, at once.
+const RUN: usize = 256;
+
+/// Keeps one snapshot of a VM in a file that is whole or not there.
+///
+/// What is put goes into `FILE.new`, beside the file; [`commit`](CheckpointStore::commit) renames it when all of it has reached the
+/// disk. So a crash at any moment, of the process or of the host, leaves what was there before or the new snapshot, and when
+/// `commit` returns it is the new one. A `FILE.new` that a crash has left is overwritten by the next attempt.
+///
+/// It takes **one** checkpoint: after its commit the file is finished, and a further `put` is an error. The file is sparse: pages
+/// that were not put and pages of zeros take no room. In memory, a page takes about 4 bytes while the file is written or read.
+///
+/// CRCs find damage; **they do not stop anyone who can write there from replacing the VM's memory**, and nothing is encrypted.
+/// The file's mode is 0600.
+///
+/// # Example
+///
+/// ```
+/// use migration_core::{PAGE_SIZE, checkpoint::CheckpointStore};
+/// use migration_transport::FileStore;
+///
+/// # let parent = tempfile::tempdir()?;
+/// # let path = parent.path().join("vm-7.snapshot");
+/// let mut store = FileStore::create(&path, 1024)?;
+/// store.put(3, Some(&[7; PAGE_SIZE]))?;
+/// store.put(4, None)?;
+/// assert!(!path.exists());
+/// store.commit(1, b"state".as_slice().into())?;
+///
+/// // another process, later
+/// let mut store = FileStore::open(&path, 1 << 20)?;
+/// assert_eq!(store.latest(), Some((1, b"state".as_slice().into())));
+/// let mut pages = Vec::new();
+/// store.restore(&mut |page, data| Ok(pages.push((page, data.is_some()))))?;
+/// assert_eq!(pages, [(3, true), (4, false)]);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub struct FileStore {
+    path: PathBuf,
+    file: File,
+    pages: u64,
+    stage: Stage,
+}
+
+enum Stage {
+    Writing(Writing),
+    /// Everything but the pages' data was checked.
+    Finished(Table),
+    /// A part could not be kept: what is left is to discard it.
+    Failed,
+    /// It was discarded, or it is not known whether the rename reached the disk.
+    Ended(&'static str),
+}
+
+/// What is put, until it is committed.
+struct Writing {
+    put: PageSet,
+    data: PageSet,
+    /// Of every page with data; of others it means nothing.
+    crcs: Vec<u32>,
+    /// Data that goes to the file in one piece, from the page `first` on.
+    run: Vec<u8>,
+    first: u64,
+}
+
+impl FileStore {
+    /// Begins a snapshot of a VM with `pages` pages that is to be found at `path` once it is committed. A file that is there
+    /// already stays until then, and is replaced.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ResourceBusy`] when a snapshot is just being written to this file; [`ErrorKind::AlreadyExists`] when
+    /// something else than a file is there; what the file system says.
+    pub fn create(path: &Path, pages: u64) -> io::Result<Self> {
+        let path = path::absolute(path)?;
+        if pages > MAX_PAGES || path.file_name().is_none() {
+            let why = format!("not a file, or {pages} pages, more than {MAX_PAGES}");
+            return Err(at(&path)(io::Error::new(ErrorKind::InvalidInput, why)));
+        }
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
+            return Err(at(&path)(io::Error::new(ErrorKind::AlreadyExists, "something else than a file is there")));
+        }
+        let new = new_path(&path);
+        let file = lock_new(&new).map_err(at(&new))?;
+        let prepare = || {
+            file.set_len(0)?;
+            // one hole, which pages and table fill
+            file.set_len(HEADER + pages * PAGE_SIZE as u64)
+        };
+        prepare().map_err(roomless(&new, pages)).inspect_err(|_| drop(fs::remove_file(&new)))?;
+        let (put, data) = (PageSet::empty(pages), PageSet::empty(pages));
+        let crcs = vec![0; pages as usize];
+        let stage = Stage::Writing(Writing { put, data, crcs, run: Vec::with_capacity(RUN * PAGE_SIZE), first: 0 });
+        Ok(Self { path, file, pages, stage })
+    }
+
+    /// Opens a snapshot of a VM that has `max_pages` pages at the most, and checks all but its pages; these are checked one by
+    /// one when they are [restored](CheckpointStore::restore).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidData`] when it is no snapshot, damaged or cut short: the words say where; what the file system says.
+    pub fn open(path: &Path, max_pages: u64) -> io::Result<Self> {
+        let path = path::absolute(path)?;
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).map_err(at(&path))?;
+        let metadata = file.metadata().map_err(at(&path))?;
+        if !metadata.is_file() {
+            return Err(damaged(&path, "not a regular file"));
+        }
+        let header = Header::read(&file, metadata.len(), max_pages.min(MAX_PAGES)).map_err(cut(&path, SHORT))?;
+        let table = Table::read(&file, &header).map_err(cut(&path, SHORT))?;
+        Ok(Self { path, file, pages: header.pages, stage: Stage::Finished(table) })
+    }
+
+    /// How many pages the VM has.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    fn writing(&mut self) -> io::Result<(&mut Writing, &File)> {
+        let why = match &mut self.stage {
+            Stage::Writing(writing) => return Ok((writing, &self.file)),
+            Stage::Finished(_) => "the snapshot is finished: another one needs a store of its own",
+            Stage::Failed => "a part of the snapshot could not be kept: it must be discarded",
+            Stage::Ended(why) => why,
+        };
+        Err(at(&self.path)(io::Error::other(why)))
+    }
+
+    fn append(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+        let pages = self.pages;
+        let (writing, file) = self.writing()?;
+        if page >= pages {
+            return Err(io::Error::new(ErrorKind::InvalidInput, format!("page {page} of a VM with {pages}")));
+        }
+        writing.put.insert(page);
+        let data = match data {
+            Some(data) => {
+                writing.data.insert(page);
+                writing.crcs[page as usize] = crc32fast::hash(data);
+                data
+            }
+            // what was there before must not stay in the image
+            None if writing.data.remove(page) => &[0; PAGE_SIZE],
+            None => return Ok(()),
+        };
+        let follows = writing.first + (writing.run.len() / PAGE_SIZE) as u64 == page;
+        if !follows || writing.run.len() >= RUN * PAGE_SIZE {
+            writing.flush(file)?;
+            writing.first = page;
+        }
+        writing.run.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// Everything of a commit that can be taken back.
+    fn prepare(&mut self, number: u32, state: &[u8]) -> io::Result<Table> {
+        let pages = self.pages;
+        let (writing, file) = self.writing()?;
+        writing.flush(file)?;
+        let crcs = writing.data.iter().map(|page| writing.crcs[page as usize]).collect();
+        let (put, data) = (writing.put.clone(), writing.data.clone());
+        let table = Table { number, put, data, crcs, state: Bytes::copy_from_slice(state) };
+        let bytes = table.encode();
+        file.write_all_at(&bytes, table_at(pages))?;
+        let header = Header { pages, table: bytes.len() as u64, crc: crc32fast::hash(&bytes) };
+        file.write_all_at(&header.encode(), 0)?;
+        file.sync_all()?;
+        Ok(table)
+    }
+
+    fn fail(&mut self) {
+        self.stage = Stage::Failed;
+    }
+
+    fn sync_names(&self) -> io::Result<()> {
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        File::open(parent)?.sync_all()
+    }
+}
+
+impl CheckpointStore for FileStore {
+    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+        self.writing()?;
+        // without this page it would not be a snapshot, even if the caller went on
+        self.append(page, data).map_err(roomless(&new_path(&self.path), self.pages)).inspect_err(|_| self.fail())
+    }
+
+    fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
+        self.writing()?;
+        let new = new_path(&self.path);
+        if state.len() > MAX_STATE {
+            let why = format!("a state of {} bytes, above the limit of {MAX_STATE}", state.len());
+            return Err(at(&new)(io::Error::new(ErrorKind::InvalidInput, why)));
+        }
+        let prepared = self.prepare(number, &state).map_err(roomless(&new, self.pages));
+        // a failed `fsync` is not tried again: the kernel may have dropped what it could not write, and then says success
+        let table = prepared.inspect_err(|_| self.fail())?;
+        fs::rename(&new, &self.path).map_err(at(&self.path)).inspect_err(|_| self.fail())?;
+        self.stage = Stage::Ended("whether the snapshot reached the disk is not known: open it to find out");
+        self.sync_names().map_err(at(&self.path))?;
+        self.stage = Stage::Finished(table);
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        if matches!(self.stage, Stage::Writing(_) | Stage::Failed) {
+            // it is locked by this store, so it is ours; what cannot be removed the next attempt overwrites
+            let _ = fs::remove_file(new_path(&self.path));
+            self.stage = Stage::Ended("the snapshot was discarded: another one needs a store of its own");
+        }
+    }
+
+    fn latest(&self) -> Option<(u32, Bytes)> {
+        match &self.stage {
+            Stage::Finished(table) => Some((table.number, table.state.clone())),
+            _ => None,
+        }
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+        let Stage::Finished(table) = &self.stage else { return Ok(()) };
+        let mut crcs = table.crcs.iter();
+        let mut buffer = vec![0; RUN * PAGE_SIZE];
+        for run in table.put.ranges() {
+            let mut page = run.first;
+            while page < run.end() {
+                if !table.data.contains(page) {
+                    take(page, None)?;
+                    page += 1;
+                    continue;
+                }
+                let most = (run.end() - page).min(RUN as u64);
+                let count = table.data.run_at(page, most).map_or(1, |run| run.count.min(most));
+                let bytes = &mut buffer[..count as usize * PAGE_SIZE];
+                self.file.read_exact_at(bytes, page_at(page)).map_err(cut(&self.path, SHORT))?;
+                for data in bytes.as_chunks::<PAGE_SIZE>().0 {
+                    if crcs.next() != Some(&crc32fast::hash(data)) {
+                        return Err(damaged(&self.path, format!("page {page}: checksum mismatch")));
+                    }
+                    take(page, Some(data))?;
+                    page += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+impl Drop for FileStore {
+    fn drop(&mut self) {
+        self.discard();
+    }
+}
+
+impl Writing {
+    fn flush(&mut self, file: &File) -> io::Result<()> {
+        file.write_all_at(&self.run, page_at(self.first))?;
+        self.run.clear();
+        Ok(())
+    }
+}
+
+/// What stands behind the pages.
+struct Table {
+    number: u32,
+    put: PageSet,
+    data: PageSet,
+    /// Of the pages with data, ascending.
+    crcs: Vec<u32>,
+    state: Bytes,
+}
+
+impl Table {
+    fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.u32(self.number);
+        for set in [&self.put, &self.data] {
+            for &word in set.words() {
+                w.u64(word);
+            }
+        }
+        for &crc in &self.crcs {
+            w.u32(crc);
+        }
+        w.blob(&self.state);
+        w.into_bytes()
+    }
+
+    /// The longest that there can be for so many pages.
+    fn most(pages: u64) -> u64 {
+        4 + 2 * 8 * pages.div_ceil(64) + 4 * pages + 4 + MAX_STATE as u64
+    }
+
+    fn read(file: &File, header: &Header) -> io::Result<Self> {
+        // bounded by the number of pages that are allowed, and by the file's length
+        let mut bytes = vec![0; header.table as usize];
+        file.read_exact_at(&mut bytes, table_at(header.pages))?;
+        if crc32fast::hash(&bytes) != header.crc {
+            return Err(invalid(DecodeError::Checksum { field: "table" }));
+        }
+        Self::decode(&bytes, header.pages).map_err(invalid)
+    }
+
+    fn decode(bytes: &[u8], pages: u64) -> Result<Self, DecodeError> {
+        let mut r = Reader::new(bytes);
+        let number = r.u32("number")?;
+        let mut set = |field| {
+            let mut set = PageSet::empty(pages);
+            let bytes = r.bytes(pages.div_ceil(64) as usize * 8, field)?;
+            let words: Vec<u64> = bytes.as_chunks().0.iter().map(|&word| u64::from_le_bytes(word)).collect();
+            set.insert_bitmap(0, pages, &words);
+            match set.words() == words {
+                true => Ok(set),
+                false => Err(DecodeError::invalid(field, "there are pages beyond the last one")),
+            }
+        };
+        let (put, data) = (set("pages")?, set("pages with data")?);
+        let mut stray = data.clone();
+        stray.subtract(&put);
+        if !stray.is_empty() {
+            return Err(DecodeError::invalid("pages with data", "not all of them were put"));
+        }
+        let crcs = r.bytes(data.len() as usize * 4, "checksums")?;
+        let crcs = crcs.as_chunks().0.iter().map(|&crc| u32::from_le_bytes(crc)).collect();
+        let state = Bytes::copy_from_slice(r.blob(MAX_STATE, "state")?);
+        r.finish()?;
+        Ok(Self { number, put, data, crcs, state })
+    }
+}
+
+struct Header {
+    pages: u64,
+    /// Bytes of the table.
+    table: u64,
+    /// Its CRC-32.
+    crc: u32,
+}
+
+impl Header {
+    fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.bytes(&MAGIC).u32(VERSION).u64(self.pages).u64(self.table).u32(self.crc);
+        let mut bytes = w.into_bytes();
+        bytes.resize(HEADER as usize - 4, 0);
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        bytes
+    }
+
+    fn read(file: &File, len: u64, max_pages: u64) -> io::Result<Self> {
+        let mut bytes = [0; HEADER as usize];
+        file.read_exact_at(&mut bytes, 0)?;
+        let header = Self::decode(&bytes).map_err(invalid)?;
+        let Self { pages, table, .. } = header;
+        if pages > max_pages {
+            return Err(invalid(format!("a VM of {pages} pages, {max_pages} are allowed")));
+        }
+        if table > Table::most(pages) || table_at(pages) + table != len {
+            return Err(invalid(format!("{len} bytes, {} are said to be", table_at(pages).saturating_add(table))));
+        }
+        Ok(header)
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let (bytes, crc) = bytes.split_last_chunk().ok_or(DecodeError::Truncated { field: "header" })?;
+        let mut r = Reader::new(bytes);
+        if r.array("magic")? != MAGIC {
+            return Err(DecodeError::invalid("magic", "not a snapshot"));
+        }
+        if crc32fast::hash(bytes) != u32::from_le_bytes(*crc) {
+            return Err(DecodeError::Checksum { field: "header" });
+        }
+        match r.u32("version")? {
+            VERSION => {}
+            other => return Err(DecodeError::invalid("version", format!("{other}, only {VERSION} is known"))),
+        }
+        Ok(Self { pages: r.u64("pages")?, table: r.u64("length of the table")?, crc: r.u32("crc")? })
+    }
+}
+
+fn page_at(page: u64) -> u64 {
+    HEADER + page * PAGE_SIZE as u64
+}
+
+fn table_at(pages: u64) -> u64 {
+    page_at(pages)
+}
+
+fn new_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
+/// Opens the file that is written, and locks it. One that was renamed between the two belongs to another snapshot by then.
+fn lock_new(path: &Path) -> io::Result<File> {
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(ErrorKind::ResourceBusy, "another snapshot is being written there"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        let here = file.metadata()?;
+        if !here.is_file() {
+            return Err(io::Error::new(ErrorKind::AlreadyExists, "something else than a file is there"));
+        }
+        if fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (here.dev(), here.ino())) {
+            return Ok(file);
+        }
+    }
+}
+
+/// As [`at`], and how much room is needed if there is too little.
+fn roomless(path: &Path, pages: u64) -> impl Fn(io::Error) -> io::Error + '_ {
+    move |error| match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            let most = table_at(pages) + Table::most(pages);
+            let why = format!("{error}; make room, up to {} MiB, or name another place", most >> 20);
+            at(path)(io::Error::new(error.kind(), why))
+        }
+        _ => at(path)(error),
+    }
+}

@@ -1,0 +1,219 @@
+use migration_core::checkpoint::MemoryStore;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::testing::{Contents, contents};
+
+const PAGES: u64 = 5;
+
+fn put(store: &mut dyn CheckpointStore, page: u64, fill: Option<u8>) -> io::Result<()> {
+    store.put(page, fill.map(|fill| [fill; PAGE_SIZE]).as_ref())
+}
+
+/// In memory where that is possible: for tests that open thousands of files.
+fn dir() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+fn names(dir: &TempDir) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn write(path: &Path, fill: u8) -> Contents {
+    let mut store = FileStore::create(path, PAGES).unwrap();
+    for (page, fill) in [(3, Some(9)), (1, Some(fill)), (2, Some(fill)), (4, None), (3, None)] {
+        put(&mut store, page, fill).unwrap();
+    }
+    store.commit(1, vec![fill; 7].into()).unwrap();
+    contents(&mut store).unwrap()
+}
+
+fn read(path: &Path) -> io::Result<Contents> {
+    contents(&mut FileStore::open(path, PAGES)?)
+}
+
+#[test]
+fn a_snapshot_is_there_from_its_commit_on() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let mut store = FileStore::create(&path, PAGES).unwrap();
+    put(&mut store, 1, Some(1)).unwrap();
+    assert_eq!((names(&dir), contents(&mut store).unwrap()), (vec!["vm.new".into()], (None, vec![])));
+    assert_eq!(FileStore::create(&path, PAGES).err().unwrap().kind(), ErrorKind::ResourceBusy);
+    store.discard();
+    assert!(names(&dir).is_empty() && put(&mut store, 1, None).is_err());
+    let one = write(&path, 1);
+    assert_eq!(one, (Some((1, vec![1; 7].into())), vec![(1, Some(1)), (2, Some(1)), (3, None), (4, None)]));
+    assert_eq!((names(&dir), read(&path).unwrap()), (vec!["vm".into()], one.clone()));
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    // pages that were not put, or are zeros again, hold no data in the image
+    let bytes = fs::read(&path).unwrap();
+    assert!([0, 3, 4].iter().all(|&page| bytes[page_at(page) as usize..][..PAGE_SIZE].iter().all(|&byte| byte == 0)));
+    // the next one replaces it when it is complete; dropped before, it does not
+    let mut store = FileStore::create(&path, PAGES).unwrap();
+    put(&mut store, 1, Some(2)).unwrap();
+    drop(store);
+    assert_eq!((names(&dir), read(&path).unwrap()), (vec!["vm".into()], one));
+    let two = write(&path, 2);
+    assert_eq!(read(&path).unwrap(), two);
+    // it is finished
+    let mut store = FileStore::open(&path, PAGES).unwrap();
+    assert!(put(&mut store, 1, None).is_err() && store.commit(2, Bytes::new()).is_err());
+    store.discard();
+    assert_eq!(contents(&mut store).unwrap(), two);
+}
+
+#[test]
+fn what_fails_leaves_nothing_behind() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let mut store = FileStore::create(&path, PAGES).unwrap();
+    assert_eq!(put(&mut store, PAGES, None).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert!(put(&mut store, 1, None).is_err() && store.commit(1, Bytes::new()).is_err());
+    drop(store);
+    let mut store = FileStore::create(&path, PAGES).unwrap();
+    assert_eq!(store.commit(1, vec![0; MAX_STATE + 1].into()).unwrap_err().kind(), ErrorKind::InvalidInput);
+    // its place is taken meanwhile
+    fs::create_dir(&path).unwrap();
+    store.commit(1, Bytes::new()).unwrap_err();
+    drop(store);
+    assert_eq!(names(&dir), ["vm"]);
+    assert_eq!(FileStore::create(&path, PAGES).err().unwrap().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::InvalidData);
+    let absent = dir.path().join("absent");
+    assert_eq!(FileStore::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
+    assert_eq!(read(&absent).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// Whatever a crash leaves of the file that is being written, the one before is whole, and the next attempt succeeds.
+#[test]
+fn a_crash_leaves_the_old_or_the_new_snapshot() {
+    let dir = dir();
+    let (path, other) = (dir.path().join("vm"), dir.path().join("other"));
+    write(&other, 2);
+    let written = fs::read(&other).unwrap();
+    fs::remove_file(&other).unwrap();
+    for len in (0..=written.len()).rev().step_by(7) {
+        let old = write(&path, 1);
+        fs::write(new_path(&path), &written[..len]).unwrap();
+        assert_eq!(read(&path).unwrap(), old);
+        let new = write(&path, 3);
+        assert_eq!((read(&path).unwrap(), names(&dir)), (new, vec!["vm".into()]));
+    }
+    // it was renamed, or was not
+    let old = write(&path, 1);
+    fs::write(new_path(&path), &written).unwrap();
+    assert_eq!(read(&path).unwrap(), old);
+    fs::rename(new_path(&path), &path).unwrap();
+    assert_eq!(read(&path).unwrap().0, Some((1, vec![2; 7].into())));
+}
+
+#[test]
+fn damage_is_noticed() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let whole = write(&path, 1);
+    let bytes = fs::read(&path).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let refused = |what: &str| {
+        let error = read(&path).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidData, "{what}: {error}");
+        assert!(error.to_string().contains("vm: "), "{error}");
+    };
+    for at in 0..bytes.len() {
+        file.write_all_at(&[bytes[at] ^ 1 << (at % 8)], at as u64).unwrap();
+        let page = (at as u64).checked_sub(HEADER).map(|at| at / PAGE_SIZE as u64).filter(|&page| page < PAGES);
+        match page {
+            // no page of the snapshot lies there
+            Some(0 | 3 | 4) => assert_eq!(read(&path).unwrap(), whole),
+            _ => refused(&format!("byte {at} flipped")),
+        }
+        file.write_all_at(&bytes[at..=at], at as u64).unwrap();
+    }
+    file.set_len(bytes.len() as u64 + 1).unwrap();
+    refused("a byte too many");
+    for len in (0..bytes.len()).rev() {
+        file.set_len(len as u64).unwrap();
+        refused(&format!("cut to {len}"));
+    }
+}
+
+/// A file whose checksums are right, with this table.
+fn forged(path: &Path, header: impl FnOnce(&mut Header), table: &[u8]) -> io::Result<Contents> {
+    let mut head = Header { pages: PAGES, table: table.len() as u64, crc: crc32fast::hash(table) };
+    header(&mut head);
+    let mut bytes = head.encode();
+    bytes.resize(table_at(PAGES) as usize, 0);
+    bytes.extend_from_slice(table);
+    fs::write(path, bytes)?;
+    read(path)
+}
+
+#[test]
+fn hostile_files() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let table = |put: u64, data: u64, crcs: &[u32], state: &[u8]| {
+        let mut w = Writer::new();
+        w.u32(1).u64(put).u64(data);
+        for &crc in crcs {
+            w.u32(crc);
+        }
+        w.blob(state);
+        w.into_bytes()
+    };
+    let zeros = crc32fast::hash(&[0; PAGE_SIZE]);
+    let good = table(0b10110, 0b00010, &[zeros], b"s");
+    let pages = vec![(1, Some(0)), (2, None), (4, None)];
+    assert_eq!(forged(&path, |_| (), &good).unwrap(), (Some((1, b"s".as_slice().into())), pages));
+    let refused = |header: fn(&mut Header), table: &[u8], why: &str| {
+        let error = forged(&path, header, table).unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidData && error.to_string().contains(why), "{why}: {error}");
+    };
+    refused(|_| (), &table(1 << PAGES, 0, &[], b""), "beyond the last one");
+    refused(|_| (), &table(0b01, 0b10, &[zeros], b""), "not all of them were put");
+    refused(|_| (), &table(0b10, 0b10, &[], b"s"), "truncated");
+    refused(|_| (), &table(0b10, 0b10, &[zeros ^ 1], b"s"), "page 1: checksum");
+    refused(|_| (), &[&good[..], &[0]].concat(), "too many");
+    let long = [&good[..good.len() - 5], &u32::MAX.to_le_bytes()].concat();
+    refused(|_| (), &long, "limit");
+    refused(|header| header.pages = PAGES + 1, &good, "are allowed");
+    refused(|header| header.pages = u64::MAX, &good, "are allowed");
+    refused(|header| header.pages = 0, &good, "are said to be");
+    refused(|header| header.table = u64::MAX, &good, "are said to be");
+    refused(|header| header.crc ^= 1, &good, "table: checksum");
+    // far more than is there, in a file that takes no room
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(1 << 40).unwrap();
+    assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::InvalidData);
+    fs::write(&path, b"#!/bin/sh").unwrap();
+    assert!(read(&path).unwrap_err().to_string().contains("cut short"));
+    fs::write(&path, [b'x'; 10_000]).unwrap();
+    assert!(read(&path).unwrap_err().to_string().contains("not a snapshot"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn agrees_with_memory(puts in prop::collection::vec((0..600u64, any::<Option<u8>>()), 0..80), run in 0..600u64) {
+        let dir = dir();
+        let path = dir.path().join("vm");
+        let mut store = FileStore::create(&path, 1200).unwrap();
+        let mut model = MemoryStore::default();
+        let runs = (run..run + 520).map(|page| (page, Some(page as u8)));
+        for (page, fill) in puts.iter().copied().chain(runs).chain(puts.iter().rev().copied()) {
+            put(&mut store, page, fill).unwrap();
+            put(&mut model, page, fill).unwrap();
+        }
+        store.commit(4, Bytes::from_static(b"s")).unwrap();
+        model.commit(4, Bytes::from_static(b"s")).unwrap();
+        let expected = contents(&mut model).unwrap();
+        prop_assert_eq!(&contents(&mut store).unwrap(), &expected);
+        prop_assert_eq!(&contents(&mut FileStore::open(&path, 1200).unwrap()).unwrap(), &expected);
+    }
+}

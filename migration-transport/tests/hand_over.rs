@@ -1,0 +1,330 @@
+//! Hand-over with shared RAM over Unix sockets: what moves, what is refused, and peers that do not keep to it. The RAM that is
+//! shared is on the heap of this process, and the files that travel only stand for it.
+
+mod common;
+
+use std::{
+    fs::File,
+    io::ErrorKind,
+    os::fd::AsFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use common::{CountingSpawner, Destination, TestVm, layout};
+use migration_core::{
+    PageRange,
+    channel::{Halves, Listener},
+    engine::{Controller, SourceOptions, migrate},
+    report::{Outcome, Report},
+    strategy::{Done, HandOver, Running, Strategy},
+    vm::SourceVm,
+    wire::{
+        Bulk, Content, Control, ErrorCode, Extent, FEATURE_CHECKPOINTS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, Header,
+        Hello, LaneKind, Preamble, SessionToken, Welcome,
+    },
+};
+use migration_transport::{Address, ConnectOptions, UnixConnector, UnixListener, bind, connector};
+use tempfile::TempDir;
+
+struct World {
+    folder: TempDir,
+    vm: TestVm,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut vm = TestVm::new();
+        vm.files = layout().regions().iter().map(|_| tempfile::tempfile().unwrap()).collect();
+        Self { folder: tempfile::tempdir().unwrap(), vm }
+    }
+
+    fn address(&self) -> Address {
+        Address::Unix(self.folder.path().join("socket"))
+    }
+
+    fn destination(&self, failing_loads: u32) -> Destination {
+        Destination::sharing(bind(&self.address()).unwrap(), failing_loads, Some(self.vm.guest.clone()))
+    }
+
+    fn hand_over(&mut self, strategy: &mut dyn Strategy, options: &SourceOptions) -> Report {
+        self.hand_over_to(&self.address(), strategy, options)
+    }
+
+    fn hand_over_to(&mut self, to: &Address, strategy: &mut dyn Strategy, options: &SourceOptions) -> Report {
+        let (_controller, commands) = Controller::new();
+        migrate(&mut self.vm, &*connector(to, ConnectOptions::default()), strategy, options, commands)
+    }
+
+    /// It is refused before the pause, for this reason, and all is as before.
+    fn is_refused(&mut self, to: &Address, words: &str) {
+        let report = self.hand_over_to(to, &mut HandOver, &options());
+        assert_eq!((report.outcome, report.downtime), (Outcome::Failed, None));
+        let reason = report.reason.unwrap();
+        assert!(reason.contains(words), "{reason}");
+        assert!(self.vm.guest.is_running() && !self.vm.tracks() && !self.vm.released);
+    }
+}
+
+fn options() -> SourceOptions {
+    SourceOptions { idle_timeout: Duration::from_secs(2), ..SourceOptions::default() }
+}
+
+#[test]
+fn state_moves_and_ram_does_not() {
+    let mut world = World::new();
+    let destination = world.destination(0);
+    let spawner = Arc::new(CountingSpawner::default());
+    let report = world.hand_over(&mut HandOver, &SourceOptions { spawner: spawner.clone(), ..options() });
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let guest = destination.arrived.recv().unwrap();
+    assert!(guest.is_running() && world.vm.released && !world.vm.guest.is_running());
+    guest.set_running(false);
+    guest.check();
+    assert!(report.page_bytes == 0 && report.rounds.is_empty() && report.state_bytes > 0, "{report:?}");
+    assert!(report.wire_bytes < 4096, "{report:?}");
+    assert_eq!(spawner.running.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn the_guest_runs_on_where_it_was_when_the_successor_fails() {
+    let mut world = World::new();
+    let destination = world.destination(3);
+    let mut last_epoch = 0;
+    for _ in 0..3 {
+        let report = world.hand_over(&mut HandOver, &SourceOptions { last_epoch, ..options() });
+        assert_eq!(report.outcome, Outcome::Failed);
+        assert!(report.reason.unwrap().contains("refused, as asked") && report.downtime.is_some());
+        assert!(world.vm.guest.is_running() && !world.vm.doubt);
+        last_epoch = report.epoch;
+    }
+    world.vm.failing_saves = 1;
+    let report = world.hand_over(&mut HandOver, &SourceOptions { last_epoch, ..options() });
+    assert!(report.reason.unwrap().contains("the device is busy") && world.vm.guest.is_running());
+    last_epoch = report.epoch;
+    let report = world.hand_over(&mut HandOver, &SourceOptions { last_epoch, ..options() });
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let guest = destination.arrived.recv().unwrap();
+    guest.set_running(false);
+    guest.check();
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_before_the_pause() {
+    let mut world = World::new();
+    let tcp = bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    world.is_refused(&tcp.address().parse().unwrap(), "Unix socket (unix:PATH)");
+    let address = world.address();
+    world.is_refused(&address, "cannot connect");
+    let unshared = Destination::start(bind(&address).unwrap(), 0);
+    world.is_refused(&address, "nobody shares RAM with this host");
+    drop(unshared);
+    let file = world.vm.files.pop();
+    world.is_refused(&address, "1 memory files for 2 regions");
+    world.vm.files.clear();
+    world.is_refused(&address, "it would have to be a memfd");
+    world.vm.files = file.into_iter().collect();
+}
+
+/// Asks for what does not go with shared RAM.
+struct Sends;
+
+impl Strategy for Sends {
+    fn name(&self) -> &'static str {
+        "sends"
+    }
+
+    fn shares_ram(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, migration_core::MigrationError> {
+        let pages = vm.start_tracking()?;
+        vm.send(&pages)?;
+        vm.cancel("it could send")
+    }
+}
+
+#[test]
+fn a_strategy_that_shares_ram_sends_no_pages() {
+    let mut world = World::new();
+    let _destination = world.destination(0);
+    let report = world.hand_over(&mut Sends, &options());
+    assert!(report.reason.unwrap().contains("no page moves"));
+    assert!(world.vm.guest.is_running() && !world.vm.tracks());
+}
+
+/// A destination of an earlier build builds a VM of its own, and leaves the feature out.
+#[test]
+fn a_destination_that_does_not_know_shared_ram_is_left() {
+    let mut world = World::new();
+    let UnixHost { mut listener } = UnixHost::new(&world.address());
+    let old = std::thread::spawn(move || {
+        let mut halves = listener.accept(Duration::from_secs(20)).unwrap().unwrap().split().unwrap();
+        let mut preamble = [0; Preamble::LEN];
+        halves.reader.read_exact(&mut preamble).unwrap();
+        let (epoch, _) = frame(&mut halves).unwrap();
+        let session = SessionToken([1; 16]);
+        say(&mut halves, 0, epoch, &Control::Welcome(Welcome { version: 1, features: 0, streams: 1, session }));
+        // until the source has gone
+        while frame(&mut halves).is_ok() {}
+    });
+    let address = world.address();
+    world.is_refused(&address, "its version is too old");
+    old.join().unwrap();
+}
+
+struct UnixHost {
+    listener: UnixListener,
+}
+
+impl UnixHost {
+    fn new(address: &Address) -> Self {
+        let Address::Unix(path) = address else { unreachable!() };
+        Self { listener: UnixListener::bind(path, Default::default()).unwrap() }
+    }
+}
+
+fn say(halves: &mut Halves, sequence: u32, epoch: u32, frame: &Control) {
+    halves.writer.write_all(&frame.encode(0, sequence, epoch), &[]).unwrap();
+}
+
+/// The next frame, and its epoch.
+fn frame(halves: &mut Halves) -> std::io::Result<(u32, Control)> {
+    let mut header = [0; Header::LEN];
+    halves.reader.read_exact(&mut header)?;
+    let header = Header::decode(&header).map_err(std::io::Error::other)?;
+    let mut body = vec![0; header.body as usize];
+    halves.reader.read_exact(&mut body)?;
+    let frame = Control::decode(&header, &body).map_err(std::io::Error::other)?;
+    Ok((header.number, frame))
+}
+
+/// A source that is not to be trusted.
+struct Hostile(Halves);
+
+impl Hostile {
+    fn connect(world: &World, kind: LaneKind, session: SessionToken) -> Self {
+        let Address::Unix(path) = world.address() else { unreachable!() };
+        let options = ConnectOptions::default();
+        let channel = migration_core::channel::Connector::connect(&UnixConnector::new(path, options)).unwrap();
+        let mut halves = channel.split().unwrap();
+        halves.reader.set_idle_timeout(Some(Duration::from_secs(20))).unwrap();
+        halves.writer.write_all(&Preamble::new(kind, 0, session).encode(), &[]).unwrap();
+        Self(halves)
+    }
+
+    fn greet(world: &mut World, epoch: u32, features: u32) -> Self {
+        let mut this = Self::connect(world, LaneKind::Control, SessionToken::default());
+        let vm = world.vm.describe().unwrap();
+        let hello = Hello { features, streams: 1, strategy: "handover".into(), vm };
+        say(&mut this.0, 0, epoch, &Control::Hello(Box::new(hello)));
+        this
+    }
+
+    fn files(&mut self, count: usize) {
+        let files: Vec<File> = (0..count).map(|_| tempfile::tempfile().unwrap()).collect();
+        // who has been refused already is told so, and may not send any more
+        let _ = self.0.writer.send_files(&files.iter().map(AsFd::as_fd).collect::<Vec<_>>());
+    }
+
+    /// It is told why, and the link ends.
+    fn ends_with(mut self, code: ErrorCode, words: &str) {
+        loop {
+            match frame(&mut self.0) {
+                Ok((_, Control::Error { code: found, text })) => {
+                    assert!(text.contains(words) && found == code, "{found:?}: {text}");
+                    break;
+                }
+                Ok((_, Control::Welcome(_) | Control::Prepared | Control::Pong)) => {}
+                other => panic!("{words}: {other:?}"),
+            }
+        }
+        let end = loop {
+            if let Err(end) = frame(&mut self.0) {
+                break end;
+            }
+        };
+        assert!(matches!(end.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset), "{words}: {end}");
+    }
+}
+
+#[test]
+fn hostile_sources_are_refused_and_the_next_one_is_served() {
+    let mut world = World::new();
+    let destination = world.destination(0);
+    let shared = FEATURE_SHARED_RAM;
+    let mut epoch = 0;
+    let mut greet = |world: &mut World, features| {
+        epoch += 1;
+        Hostile::greet(world, epoch, features)
+    };
+
+    // a frame where the files are due
+    let mut source = greet(&mut world, shared);
+    say(&mut source.0, 1, 1, &Control::Ping);
+    source.ends_with(ErrorCode::Mismatch, "0 open files came");
+    // too many, too few
+    for count in [1, 3, 200] {
+        let mut source = greet(&mut world, shared);
+        source.files(count);
+        let words = if count == 1 {
+            "1 open files came".into()
+        } else {
+            format!("{count} files came with a message that may have 2")
+        };
+        source.ends_with(ErrorCode::Mismatch, &words);
+    }
+    // what does not go together
+    for more in [FEATURE_POST_COPY, FEATURE_CHECKPOINTS, 1] {
+        let mut source = greet(&mut world, shared | more);
+        source.files(2);
+        source.ends_with(ErrorCode::Mismatch, "goes with no other");
+    }
+    // the files without the feature: a byte where a frame is due
+    let mut source = greet(&mut world, 0);
+    source.files(2);
+    drop(source.0.writer);
+    drop(source.0.reader);
+
+    // pages, although RAM is shared
+    let mut source = loop {
+        epoch_free(&destination);
+        epoch += 1;
+        let mut source = Hostile::greet(&mut world, epoch, shared);
+        source.files(2);
+        let (_, answer) = frame(&mut source.0).unwrap();
+        if let Control::Welcome(Welcome { features, session, .. }) = answer {
+            assert_eq!(features, shared);
+            let mut lane = Hostile::connect(&world, LaneKind::Bulk, session);
+            let range = PageRange::new(0, 1);
+            let extents = vec![Extent { range, content: Content::Zero }];
+            let bytes = Bulk::Pages { extents, payload_crc: 0 }.encode(0, 0, 1);
+            lane.0.writer.write_all(&bytes, &[]).unwrap();
+            break source;
+        }
+    };
+    let refused = loop {
+        match frame(&mut source.0) {
+            Ok((_, Control::Prepared)) => {}
+            Ok((_, Control::Error { text, .. })) => break text,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(refused.contains("no page moves"), "{refused}");
+    drop(source);
+    epoch_free(&destination);
+
+    let report = world.hand_over(&mut HandOver, &SourceOptions { last_epoch: epoch, ..options() });
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let guest = destination.arrived.recv().unwrap();
+    guest.set_running(false);
+    guest.check();
+}
+
+/// Waits until the destination has noticed that the last source is gone.
+fn epoch_free(destination: &Destination) {
+    while destination.handle.phase() != migration_core::protocol::DestinationPhase::Empty {
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,263 @@
+//! Snapshots of a running guest in a file and in memory, and guests that are restored from them.
+
+#[allow(dead_code, reason = "the same VM is also moved, in other tests")]
+mod common;
+
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use common::{Guest, TestHost, TestVm, layout};
+use migration_core::{
+    MigrationError, PageSet,
+    checkpoint::{CheckpointStore, MemoryStore, PageData},
+    engine::{Controller, RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot},
+    report::{Event, Observer},
+    vm::{SourceVm, VmId},
+};
+use migration_transport::FileStore;
+
+fn take(vm: &mut TestVm, store: &mut dyn CheckpointStore) -> Result<SnapshotReport, MigrationError> {
+    let (_controller, commands) = Controller::new();
+    snapshot(vm, store, &SnapshotOptions { epoch: 4, ..SnapshotOptions::default() }, commands)
+}
+
+fn back(store: &mut dyn CheckpointStore) -> Result<(Arc<Guest>, RestoreReport), MigrationError> {
+    let (mut host, arrived) = TestHost::new(0);
+    let report = restore(store, &mut host, &RestoreOptions::default())?;
+    Ok((arrived.recv().unwrap(), report))
+}
+
+/// It runs, as fast as ever, nothing is tracked, and its memory is whole.
+fn check_untouched(vm: &TestVm) {
+    assert!(vm.guest.is_running() && !vm.tracks() && vm.guest.throttle.load(Ordering::SeqCst) == 0);
+    vm.guest.set_running(false);
+    vm.guest.check();
+    vm.guest.set_running(true);
+}
+
+fn open(path: &Path) -> io::Result<FileStore> {
+    FileStore::open(path, layout().pages())
+}
+
+#[test]
+fn a_running_guest_is_saved_and_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("snapshot");
+    let mut vm = TestVm::new();
+    for n in 0..20 {
+        let mut memory = MemoryStore::default();
+        let mut file = FileStore::create(&path, layout().pages()).unwrap();
+        let store: &mut dyn CheckpointStore = if n % 2 == 0 { &mut file } else { &mut memory };
+        let report = take(&mut vm, store).unwrap();
+        assert!(!report.rounds.is_empty() && report.downtime < report.total && report.state_bytes > 0);
+        assert!(report.pages.total == 1024 && report.pages.distinct + report.pages.hole >= 1024);
+        check_untouched(&vm);
+        let at = vm.guest.at.load(Ordering::SeqCst);
+        drop(file);
+        let mut file = open(&path).unwrap();
+        let store: &mut dyn CheckpointStore = if n % 2 == 0 { &mut file } else { &mut memory };
+        // `start` has checked each page against the position in the state
+        let (guest, report) = back(store).unwrap();
+        assert_eq!((report.id, report.epoch, report.running), (VmId([3; 16]), 5, true));
+        assert!(guest.is_running());
+        guest.set_running(false);
+        guest.check();
+        assert!(vm.guest.at.load(Ordering::SeqCst) > at, "both run");
+    }
+}
+
+#[test]
+fn a_guest_that_may_not_run_stays_paused() {
+    let mut store = MemoryStore::default();
+    take(&mut TestVm::new(), &mut store).unwrap();
+    let (mut host, arrived) = TestHost::new(0);
+    let report = restore(&mut store, &mut host, &RestoreOptions { paused: true, ..RestoreOptions::default() }).unwrap();
+    assert!(!report.running && !arrived.recv().unwrap().is_running());
+}
+
+/// Fails, or does something, at the nth call.
+struct At<'a> {
+    store: MemoryStore,
+    calls: u64,
+    at: u64,
+    then: &'a mut (dyn FnMut() -> io::Result<()> + Send),
+    discarded: bool,
+}
+
+impl At<'_> {
+    fn call(&mut self) -> io::Result<()> {
+        self.calls += 1;
+        if self.calls == self.at { (self.then)() } else { Ok(()) }
+    }
+}
+
+impl CheckpointStore for At<'_> {
+    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+        self.call()?;
+        self.store.put(page, data)
+    }
+
+    fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
+        self.call()?;
+        self.store.commit(number, state)
+    }
+
+    fn discard(&mut self) {
+        self.discarded = true;
+        self.store.discard();
+    }
+
+    fn latest(&self) -> Option<(u32, Bytes)> {
+        self.store.latest()
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+        self.store.restore(take)
+    }
+}
+
+/// How often a store is called in one snapshot.
+fn calls() -> u64 {
+    let mut store = At { store: MemoryStore::default(), calls: 0, at: 0, then: &mut || Ok(()), discarded: false };
+    take(&mut TestVm::new(), &mut store).unwrap();
+    store.calls
+}
+
+#[test]
+fn a_store_that_fails_anywhere_leaves_the_guest_untouched() {
+    let all = calls();
+    let mut vm = TestVm::new();
+    let (mut failed, mut taken) = (0, 0);
+    for at in (1..=all).step_by(97).chain(all - 40..all + 10) {
+        let mut then = || Err(io::Error::from(io::ErrorKind::StorageFull));
+        let mut store = At { store: MemoryStore::default(), calls: 0, at, then: &mut then, discarded: false };
+        match take(&mut vm, &mut store) {
+            Err(error) => {
+                assert!(matches!(error, MigrationError::Store { .. }), "{error}");
+                assert!(store.discarded && store.latest().is_none());
+                failed += 1;
+            }
+            Ok(_) => taken += 1,
+        }
+        check_untouched(&vm);
+    }
+    assert!(failed > 10, "{failed} failed, {taken} were taken");
+    take(&mut vm, &mut MemoryStore::default()).unwrap();
+}
+
+#[test]
+fn cancelled_anywhere() {
+    let mut vm = TestVm::new();
+    // the first pass has two pages of three at the least
+    for at in [1, 300, 682] {
+        let (controller, commands) = Controller::new();
+        let mut then = || {
+            controller.cancel("by the test");
+            Ok(())
+        };
+        let mut store = At { store: MemoryStore::default(), calls: 0, at, then: &mut then, discarded: false };
+        let error = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), commands).unwrap_err();
+        assert!(matches!(error, MigrationError::Cancelled(_)), "{error}");
+        assert!(store.discarded && store.latest().is_none());
+        check_untouched(&vm);
+    }
+}
+
+#[test]
+fn a_vm_that_cannot_be_saved_runs_on() {
+    let mut vm = TestVm::new();
+    vm.failing_saves = 1;
+    let mut store = MemoryStore::default();
+    let error = take(&mut vm, &mut store).unwrap_err();
+    assert!(error.to_string().contains("the device is busy"), "{error}");
+    check_untouched(&vm);
+    take(&mut vm, &mut store).unwrap();
+    back(&mut store).unwrap();
+}
+
+/// A VMM that tracks for itself misses no page that was written before or during a snapshot.
+#[test]
+fn dirty_bits_of_others_are_given_back() {
+    for fails in [false, true] {
+        let mut vm = TestVm::new();
+        vm.tracker().start().unwrap();
+        let first = vm.guest.at.load(Ordering::SeqCst);
+        vm.failing_saves = fails.into();
+        assert_eq!(take(&mut vm, &mut MemoryStore::default()).is_err(), fails);
+        assert!(vm.tracks() && vm.guest.is_running());
+        vm.guest.set_running(false);
+        let mut dirty = PageSet::empty(layout().pages());
+        vm.tracker().harvest(&mut dirty).unwrap();
+        let pages = layout().pages();
+        // a step may have come before the tracker did
+        for step in first + 64..vm.guest.at.load(Ordering::SeqCst) {
+            assert!(dirty.contains(step % pages), "step {step}, from {first} on: {dirty:?}");
+        }
+    }
+}
+
+/// Counts what it is told.
+#[derive(Default)]
+struct Counts {
+    rounds: AtomicU64,
+    warnings: Mutex<Vec<String>>,
+}
+
+impl Observer for Counts {
+    fn event(&self, event: &Event) {
+        match event {
+            Event::RoundEnded(_) => drop(self.rounds.fetch_add(1, Ordering::SeqCst)),
+            Event::Warning(why) => self.warnings.lock().unwrap().push(why.clone()),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn free_pages_that_are_not_known_are_saved() {
+    let mut vm = TestVm::new();
+    vm.confused = true;
+    let counts = Arc::new(Counts::default());
+    let options = SnapshotOptions { observer: counts.clone(), ..SnapshotOptions::default() };
+    let (_controller, commands) = Controller::new();
+    let mut store = MemoryStore::default();
+    let report = snapshot(&mut vm, &mut store, &options, commands).unwrap();
+    assert_eq!((counts.rounds.load(Ordering::SeqCst), report.pages.free), (report.rounds.len() as u64, 0));
+    assert!(counts.warnings.lock().unwrap().iter().all(|why| why.contains("the balloon has burst")));
+    back(&mut store).unwrap();
+}
+
+#[test]
+fn what_is_no_snapshot_is_refused() {
+    let reason = |store: &mut dyn CheckpointStore| back(store).map(|_| ()).unwrap_err().to_string();
+    let mut none = MemoryStore::default();
+    assert!(reason(&mut none).contains("there is none"));
+    none.commit(1, Bytes::from_static(b"state of something else")).unwrap();
+    assert!(reason(&mut none).contains("version"));
+    // a whole one, with a page too many
+    let mut store = MemoryStore::default();
+    take(&mut TestVm::new(), &mut store).unwrap();
+    let (number, saved) = store.latest().unwrap();
+    store.put(layout().pages(), Some(&[1; 4096])).unwrap();
+    store.commit(number, saved).unwrap();
+    assert!(reason(&mut store).contains("not inside"));
+    // a host with too little room, and one that cannot load it
+    let mut store = MemoryStore::default();
+    take(&mut TestVm::new(), &mut store).unwrap();
+    let (mut host, arrived) = TestHost::new(1);
+    let small = RestoreOptions { max_ram_bytes: 1 << 20, ..RestoreOptions::default() };
+    let error = restore(&mut store, &mut host, &small).unwrap_err();
+    assert!(error.to_string().contains("are allowed"), "{error}");
+    let error = restore(&mut store, &mut host, &RestoreOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("the state is refused, as asked"), "{error}");
+    assert!(arrived.try_recv().is_err());
+    restore(&mut store, &mut host, &RestoreOptions::default()).unwrap();
+    arrived.recv().unwrap();
+}
