@@ -8,6 +8,7 @@ use rustls::{
     client::Resumption,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
+    sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 use zeroize::Zeroizing;
@@ -33,8 +34,8 @@ const MAX_PEM: u64 = 1 << 20;
 #[derive(Clone)]
 pub struct TlsIdentity {
     roots: Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: Arc<PrivateKeyDer<'static>>,
+    /// The chain, and its private key as the library keeps it: read once, so that no copy is left by each handshake.
+    own: Arc<SingleCertAndKey>,
     peer: ServerName<'static>,
 }
 
@@ -62,7 +63,9 @@ impl TlsIdentity {
             PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?).map_err(|e| bad("key.pem", e.to_string()))?;
         let peer = ServerName::try_from(peer_name.to_owned())
             .map_err(|_| bad("", format!("{peer_name:?} is no name that a certificate can have")))?;
-        let this = Self { roots: Arc::new(roots), chain: certificates("cert.pem")?, key: Arc::new(key), peer };
+        let own = CertifiedKey::from_der(certificates("cert.pem")?, key, &provider());
+        let own = own.map_err(|e| bad("cert.pem", format!("it and key.pem: {e}")))?;
+        let this = Self { roots: Arc::new(roots), own: Arc::new(SingleCertAndKey::from(own)), peer };
         // now, rather than when the first peer comes
         this.client(&[]).and_then(|_| this.server(&[])).map_err(|e| bad("", e.to_string()))?;
         Ok(this)
@@ -72,7 +75,7 @@ impl TlsIdentity {
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(Arc::clone(&self.roots))
-            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())?;
+            .with_client_cert_resolver(self.own.clone());
         config.resumption = Resumption::disabled();
         config.alpn_protocols = protocols(suites);
         Ok(config)
@@ -85,7 +88,7 @@ impl TlsIdentity {
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(self.chain.clone(), self.key.clone_key())?;
+            .with_cert_resolver(self.own.clone());
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config.alpn_protocols = protocols(suites);

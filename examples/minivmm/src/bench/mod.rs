@@ -64,6 +64,9 @@ pub(crate) struct Bench {
     /// `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
     encrypt: bool,
+    /// Of that, only the ciphers and the record layer on one core, without any migration.
+    #[arg(long, requires = "encrypt")]
+    records: bool,
     /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]
     strategy: String,
