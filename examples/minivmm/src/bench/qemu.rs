@@ -118,9 +118,12 @@ impl Source {
                 qmp.call("migrate-set-parameters", json!({"multifd-channels": setup.streams}))?;
             }
             if let Some(keys) = &keys {
-                let end = if is_source { "client" } else { "server" };
                 let (kind, id) = ("tls-creds-psk", "keys");
-                let object = json!({"qom-type": kind, "id": id, "endpoint": end, "dir": keys, "username": TLS_USER});
+                let mut object = json!({"qom-type": kind, "id": id, "endpoint": "server", "dir": keys});
+                if is_source {
+                    object["endpoint"] = "client".into();
+                    object["username"] = TLS_USER.into();
+                }
                 qmp.call("object-add", object)?;
                 qmp.call("migrate-set-parameters", json!({"tls-creds": id}))?;
             }
