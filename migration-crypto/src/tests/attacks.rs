@@ -330,6 +330,38 @@ fn nothing_of_guest_memory_is_readable_on_the_wire() {
     assert!(bytes.windows(16).all(|run| !runs.contains(run)));
 }
 
+/// A record that goes straight into guest memory leaves nothing there unless it is authentic, nor does any after it.
+#[test]
+fn guest_memory_gets_nothing_of_a_changed_record() {
+    const RECORD: usize = crate::record::MIN_PLAINTEXT;
+    for backend in [crate::aead::best(), &RustCrypto] {
+        let security = || Security { record_bytes: RECORD, backend, ..psk(1) };
+        let mut sent = 0;
+        let mut pair = meddled(security(), security(), move |_, bytes| {
+            // the second of three large records
+            if bytes.len() > RECORD {
+                sent += 1;
+                if sent == 2 {
+                    bytes[RECORD / 2] ^= 1;
+                }
+            }
+        });
+        let (mut here, mut there) = pair.open_well(LaneKind::Control);
+        let (from, to) = (ram(48), ram(48));
+        let (from, to): (&dyn GuestRam, &dyn GuestRam) = (&from, &to);
+        let bytes = pattern(3 * RECORD);
+        from.write(0, &bytes).unwrap();
+        here.writer.write_all(b"", &[from.slice_at(0, 3 * RECORD as u64).unwrap()]).unwrap();
+        let error = there.reader.read_ram(&[to.slice_at(0, 3 * RECORD as u64).unwrap()]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+        let mut got = vec![0xff; 3 * RECORD];
+        to.read(0, &mut got).unwrap();
+        assert!(got[..RECORD] == bytes[..RECORD], "the first was authentic");
+        assert!(got[RECORD..].iter().all(|&byte| byte == 0), "guest memory holds what is not authentic");
+        assert!(there.reader.read_ram(&[to.slice_at(0, 1).unwrap()]).is_err());
+    }
+}
+
 /// Sends `first` at once, then the other bytes one by one, until the destination has had enough; how many it has taken.
 fn dribble(pair: &mut Pair, first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
     let mut slow = pair.plain.connect().unwrap().split().unwrap();
