@@ -3,7 +3,7 @@
 use std::{
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -69,7 +69,15 @@ impl Destination {
     pub(crate) fn finish(mut self) -> (Arrived, String) {
         // it may have seen the end by itself already
         let _ = self.door.send(None);
-        self.thread.take().unwrap().join().unwrap().unwrap();
+        let thread = self.thread.take().unwrap();
+        let deadline = Instant::now() + HANG;
+        while !thread.is_finished() {
+            // said here, rather than by whoever stops a test that hangs
+            let told = || self.log.try_iter().collect::<Vec<_>>().join("\n");
+            assert!(Instant::now() < deadline, "the receiver listens on, in {:?}: {}", self.handle.phase(), told());
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread.join().unwrap().unwrap();
         let arrived = self.arrived.recv_timeout(HANG).expect("a VM has arrived");
         // its threads have ended: nothing more will come
         (arrived, self.log.try_iter().collect::<Vec<_>>().join("\n"))

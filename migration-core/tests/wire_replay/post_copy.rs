@@ -133,6 +133,17 @@ pub(crate) fn feed(
     stream: &Stream,
     spoil: Spoil<'_>,
 ) -> (Option<SessionToken>, Vec<Control>) {
+    let (token, words, _) = feed_and_look(destination, stream, spoil);
+    (token, words)
+}
+
+/// The same; also whether the destination has read all of the control lane. It has not when the link ended for it first: also
+/// after it has said *complete*, which a lane may make happen that ended a moment before.
+fn feed_and_look(
+    destination: &Destination,
+    stream: &Stream,
+    spoil: Spoil<'_>,
+) -> (Option<SessionToken>, Vec<Control>, bool) {
     let mut bytes = stream.lanes[0].clone();
     spoil(0, &mut bytes);
     let mut control = Lane::open(destination, &stream.lanes[0], 0, bytes);
@@ -180,7 +191,7 @@ pub(crate) fn feed(
         words.push(frame);
     }
     control.end.outgoing.update(|s| s.ended = true);
-    drop(control.end.outgoing.wait("the end of the control lane", |s| s.unread));
+    let read = control.end.outgoing.wait("the end of the control lane", |s| s.unread).bytes.is_empty();
     // nobody answers on a lane whose session is over, so that the end comes from here
     for lane in &bulk {
         lane.end.outgoing.update(|s| s.ended = true);
@@ -188,7 +199,7 @@ pub(crate) fn feed(
     for lane in demand {
         lane.join().unwrap().end.outgoing.update(|s| s.ended = true);
     }
-    (token, words)
+    (token, words, read)
 }
 
 /// Pages of the guest as they are when it is paused, in one frame.
@@ -250,16 +261,17 @@ pub(crate) fn check_paged(arrived: &Arrived) -> u64 {
 /// As [`spoilt`](crate::streams::spoilt). Behind the hand-over nothing is given up: the source comes back.
 fn spoilt(good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = destination();
-    let (token, words) = feed(&destination, good, spoil);
+    let (token, words, read) = feed_and_look(&destination, good, spoil);
     let mut control = good.lanes[0].clone();
     spoil(0, &mut control);
     let complete = words.iter().any(|word| matches!(word, Control::Complete(_)));
     // its last word has arrived too
-    let heard = complete && control == good.lanes[0];
+    let heard = complete && read && control == good.lanes[0];
     let refused = match destination.handle.phase() {
         DestinationPhase::Empty | DestinationPhase::Ready => {
             assert!(destination.arrived.try_recv().is_err(), "{what}: a VM runs");
-            feed(&destination, &good.clone().epoch(2), &as_recorded);
+            let (_, words) = feed(&destination, &good.clone().epoch(2), &as_recorded);
+            assert!(words.iter().any(|word| matches!(word, Control::Complete(_))), "{what}: then {words:?}");
             true
         }
         DestinationPhase::Running if heard => false,
