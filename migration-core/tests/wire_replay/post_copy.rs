@@ -118,12 +118,13 @@ impl Lane {
         Self { end, rest, ends }
     }
 
-    fn go_on(&mut self) {
-        // a lane that the destination has closed takes nothing any more
-        let _ = self.end.outgoing.write(&std::mem::take(&mut self.rest));
+    /// Whether the lane took it: one that the destination has closed takes nothing any more.
+    fn go_on(&mut self) -> bool {
+        let taken = self.end.outgoing.write(&std::mem::take(&mut self.rest)).is_ok();
         if self.ends {
             self.end.outgoing.update(|s| s.ended = true);
         }
+        taken
     }
 }
 
@@ -148,6 +149,7 @@ fn feed_and_look(
     spoil(0, &mut bytes);
     let mut control = Lane::open(destination, &stream.lanes[0], 0, bytes);
     let (mut token, mut words, mut bulk, mut demand) = (None, Vec::new(), Vec::new(), Vec::new());
+    let mut taken = true;
     while let Some(frame) = said(&control.end) {
         match frame {
             Control::Welcome(welcome) => {
@@ -181,9 +183,9 @@ fn feed_and_look(
                 }
                 continue;
             }
-            Control::Running => bulk.iter_mut().for_each(Lane::go_on),
+            Control::Running => bulk.iter_mut().for_each(|lane| _ = lane.go_on()),
             Control::Complete(_) => {
-                control.go_on();
+                taken = control.go_on();
                 control.end.outgoing.update(|s| s.ended = true);
             }
             _ => {}
@@ -191,7 +193,7 @@ fn feed_and_look(
         words.push(frame);
     }
     control.end.outgoing.update(|s| s.ended = true);
-    let read = control.end.outgoing.wait("the end of the control lane", |s| s.unread).bytes.is_empty();
+    let left = control.end.outgoing.wait("the end of the control lane", |s| s.unread).bytes.len();
     // nobody answers on a lane whose session is over, so that the end comes from here
     for lane in &bulk {
         lane.end.outgoing.update(|s| s.ended = true);
@@ -199,7 +201,7 @@ fn feed_and_look(
     for lane in demand {
         lane.join().unwrap().end.outgoing.update(|s| s.ended = true);
     }
-    (token, words, read)
+    (token, words, taken && left == 0)
 }
 
 /// Pages of the guest as they are when it is paused, in one frame.
