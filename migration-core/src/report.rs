@@ -54,6 +54,9 @@ pub struct PageCounts {
     pub plain: u64,
     /// Pages sent at least once.
     pub distinct: u64,
+    /// Of a VM that is handed over before all of it was sent: sent in the pause, for its first steps (see
+    /// [`entry_pages`](crate::vm::SourceVm::entry_pages)).
+    pub entry: u64,
     /// After the hand-over, sent unasked.
     pub pushed: u64,
     /// Of these, chosen because they lie around a page that the guest had faulted on.

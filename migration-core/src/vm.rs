@@ -166,6 +166,14 @@ pub trait SourceVm: Send {
     /// The state of vCPUs, VM and devices, while paused. May dirty guest memory: the engine harvests afterwards.
     fn save_state(&mut self) -> Result<VmState, VmError>;
 
+    /// Adds to `into` the pages that the vCPUs of `state`, which was just saved, touch as soon as they run: where they execute, their
+    /// stacks, the page tables on the way there. In post-copy they go ahead of the hand-over, so that the guest does not begin by
+    /// waiting for one after the other. A hint: pages outside RAM are ignored, and so are those beyond the first 128. The default knows
+    /// none; migration-kvm has `entry_pages`.
+    fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
+        let _ = (state, into);
+    }
+
     /// Whether the guest shall run after the hand-over, or stay paused because its user paused it.
     fn starts_running(&self) -> bool {
         true
@@ -207,6 +215,17 @@ pub trait DestinationVm: Send {
     /// Takes pieces of device state that came while the guest ran at the source.
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
         Err(VmError::new(format!("no device {} {} takes its state in pieces", piece.name, piece.instance)))
+    }
+
+    /// Goes on with the dirty log of the source's VMM, which was tracking for itself (for incremental backups, say): from here
+    /// on a tracker has `dirty` and whatever is written to RAM that stayed where it is. Called before
+    /// [`load_state`](Self::load_state), in the pause, and only if the VM's RAM is [shared](DestinationHost::build_shared).
+    ///
+    /// # Errors
+    /// The default cannot: the attempt fails rather than lose the log.
+    fn continue_log(&mut self, dirty: &PageSet) -> Result<(), VmError> {
+        let _ = dirty;
+        Err(VmError::new("the VM's dirty log cannot go on here: this VMM does not implement continue_log"))
     }
 
     /// Loads the state. RAM is complete by then.

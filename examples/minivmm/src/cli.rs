@@ -29,6 +29,8 @@ pub(crate) enum Command {
     Receive(Receive),
     /// Talk to a running minivmm.
     Ctl(Ctl),
+    /// Borrow a running VM for something that its VMM does not do, and give it back (ephemeral virtualization).
+    Feature(Feature),
     /// Keep the RAM of VMs, so that it outlives a minivmm that dies; or look at what is kept.
     Broker(Broker),
     /// The built-in workloads.
@@ -101,6 +103,55 @@ pub(crate) struct Common {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Feature {
+    /// The control socket of the minivmm at which the VM is at home. Its RAM must be memfd or hugetlb.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) attach: PathBuf,
+    /// What to do with the VM: a snapshot to a file ({trip} in its name is the number of the trip), a pre-copy migration to another
+    /// host (encrypted by --encrypt), or a check of its memory.
+    #[arg(long = "do", value_name = "snapshot:FILE|migrate:URL|check")]
+    pub(crate) work: Work,
+    /// Keep the VM at least so long.
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
+    pub(crate) hold: Duration,
+    /// Again and again, so long from one beginning to the next. End it with SIGINT or SIGTERM: the VM is given back first.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) every: Option<Duration>,
+    /// So many times, then end.
+    #[arg(long, value_name = "N", requires = "every", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) times: Option<u32>,
+    /// The VM's home asks for it back when it has been away for so long; a minute more than --hold if not given.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) within: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
+    /// Print a JSON object a trip, and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What a VM is borrowed for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    Snapshot(String),
+    Migrate(Address),
+    Check,
+}
+
+impl FromStr for Work {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("snapshot", file)) if !file.is_empty() => Ok(Self::Snapshot(file.into())),
+            Some(("migrate", url)) => url.parse().map(Self::Migrate).map_err(|e| format!("{url}: {e}")),
+            None if text == "check" => Ok(Self::Check),
+            _ => Err(format!("{text}: snapshot:FILE, migrate:URL or check is meant")),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Broker {
     /// Be the broker, at unix:PATH, until this process ends; what is kept goes with it.
     #[arg(
@@ -153,6 +204,9 @@ pub(crate) struct Receive {
     pub(crate) tracker: Option<TrackerKind>,
     #[command(flatten)]
     pub(crate) encryption: Encryption,
+    /// In a hand-over, leave page tables empty, so that the guest faults on each page: to measure what filling them is worth.
+    #[arg(long, hide = true)]
+    pub(crate) cold: bool,
     /// With the VM, its control socket gets this path.
     #[arg(long, hide = true, value_name = "SOCK")]
     pub(crate) successor_of: Option<PathBuf>,

@@ -224,7 +224,7 @@ impl Bar {
 }
 
 /// A JSON value as aligned lines.
-fn lines(prefix: &str, value: &Value) -> String {
+pub(crate) fn lines(prefix: &str, value: &Value) -> String {
     match value {
         Value::Object(map) => map
             .iter()

@@ -14,7 +14,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{cli::Protect, encryption::Encryption, instance::Instance, refresh::Plan};
+use crate::{
+    cli::Protect,
+    encryption::Encryption,
+    instance::{Instance, LendRequest},
+    refresh::Plan,
+};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -38,6 +43,18 @@ pub(crate) enum Request {
     Snapshot(SnapshotRequest),
     Migrate(Box<MigrateRequest>),
     Refresh(Plan),
+    /// What a borrower has to know of the VM's home.
+    Place,
+    Lend(LendRequest),
+    /// To a borrower.
+    GiveBack,
+    /// From a borrower: it does not need the dirty log any more.
+    StopLog,
+    /// From a borrower.
+    Gone {
+        report: Value,
+        status: u8,
+    },
     PostCopy,
     Recover {
         to: String,
@@ -74,6 +91,29 @@ pub(crate) struct MigrateRequest {
     pub(crate) checksum: bool,
     pub(crate) encryption: Encryption,
     pub(crate) progress: bool,
+}
+
+impl MigrateRequest {
+    /// Without limits or choices, and not encrypted.
+    pub(crate) fn plain(to: impl ToString, strategy: &str, streams: u16) -> Self {
+        Self {
+            to: to.to_string(),
+            strategy: strategy.into(),
+            streams,
+            downtime_limit_us: 300_000,
+            bandwidth_bits: 0,
+            timeout_us: 0,
+            on_timeout: "cancel".into(),
+            push_order: "linear".into(),
+            demand_lanes: 0,
+            whole_huge_pages: false,
+            impact: "balanced".into(),
+            fail_safe: None,
+            checksum: false,
+            encryption: Encryption::default(),
+            progress: false,
+        }
+    }
 }
 
 /// A line of an answer.

@@ -1,5 +1,7 @@
 //! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
 
+mod lend;
+
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
@@ -7,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lend::Lent;
+pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
     channel::Connector,
@@ -20,7 +24,10 @@ use migration_core::{
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
-use migration_kvm::{fence::ProcessFence, spawner::KvmSpawner};
+use migration_kvm::{
+    fence::{ProcessFence, ProcessIdentity},
+    spawner::KvmSpawner,
+};
 use migration_transport::{
     Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
 };
@@ -70,6 +77,13 @@ struct State {
     /// The VM's RAM at the broker.
     deposit: Option<Deposit>,
     place: Option<Place>,
+    /// When this VMM is replaced by itself, and the how manieth such plan that is.
+    schedule: (u64, Option<Plan>),
+    /// Who has borrowed the guest, and how many have so far.
+    lent: Option<Lent>,
+    lends: u64,
+    /// Of a borrower: the guest's owner wants it back.
+    asked_back: bool,
     /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
@@ -84,6 +98,12 @@ enum Role {
     Incoming,
     Outgoing,
     InDoubt,
+    /// Another minivmm has borrowed the guest.
+    Lent,
+    /// The guest that is borrowed now and then is at home.
+    Dormant,
+    /// The VM has moved away for good.
+    Moved,
     Ended,
 }
 
@@ -164,6 +184,18 @@ impl Instance {
         }
     }
 
+    /// From now on this VMM is replaced as planned, and not as it was planned before; the plan's number.
+    pub(crate) fn plan_succession(&self, plan: &Plan) -> u64 {
+        let mut state = self.lock();
+        state.schedule = (state.schedule.0 + 1, Some(plan.clone()));
+        state.schedule.0
+    }
+
+    /// The plan for this VMM's replacement, with its number.
+    pub(crate) fn planned_succession(&self) -> (u64, Option<Plan>) {
+        self.lock().schedule.clone()
+    }
+
     /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
     pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
         self.lock().succeeds = Some((own, place, plan));
@@ -191,9 +223,12 @@ impl Instance {
 
     /// Waits so long, unless the process ends: whether it goes on.
     pub(crate) fn runs_on(&self, time: Duration) -> bool {
-        let waiting = |state: &mut State| state.exit.is_none();
-        let waited = self.changed.wait_timeout_while(self.lock(), time, waiting);
-        waited.unwrap_or_else(|e| e.into_inner()).0.exit.is_none()
+        self.wait_while(time, |state| state.exit.is_none()).exit.is_none()
+    }
+
+    fn wait_while(&self, most: Duration, mut waiting: impl FnMut(&State) -> bool) -> MutexGuard<'_, State> {
+        let waited = self.changed.wait_timeout_while(self.lock(), most, |state| waiting(state));
+        waited.unwrap_or_else(|e| e.into_inner()).0
     }
 
     /// Restores the VM of a snapshot, which is here when this returns.
@@ -222,13 +257,7 @@ impl Instance {
         }
         let adopter = self.clone();
         let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
-        let options = ReceiverOptions {
-            spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told(self.clone())),
-            fence: Arc::new(ProcessFence),
-            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
-            ..ReceiverOptions::default()
-        };
+        let options = self.receiver_options(checkpoints);
         let receiver = Receiver::new(Box::new(host), options);
         let mut state = self.lock();
         state.receiver = Some(receiver.handle());
@@ -247,6 +276,24 @@ impl Instance {
         Ok(address)
     }
 
+    fn receiver_options(self: &Arc<Self>, checkpoints: Option<PathBuf>) -> ReceiverOptions {
+        ReceiverOptions {
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told(self.clone())),
+            fence: Arc::new(ProcessFence),
+            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
+            ..ReceiverOptions::default()
+        }
+    }
+
+    fn source_options(self: &Arc<Self>) -> SourceOptions {
+        SourceOptions {
+            spawner: Arc::new(KvmSpawner::default()),
+            observer: Arc::new(Told(self.clone())),
+            ..SourceOptions::default()
+        }
+    }
+
     /// Blocks until the process shall end, and gives clients time to be answered.
     pub(crate) fn wait_exit(&self) -> u8 {
         let mut state = self.lock();
@@ -263,6 +310,11 @@ impl Instance {
         for path in state.remove.drain(..) {
             // it may be gone already
             let _ = std::fs::remove_file(path);
+        }
+        if state.role == Role::Moved
+            && let Some(machine) = state.machine.clone()
+        {
+            machine.let_go();
         }
         // of a VM that has ended well or moved away; any other's stays, for somebody to look at
         if let Some(deposit) = state.deposit.take_if(|_| status == 0)
@@ -311,6 +363,11 @@ impl Instance {
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
             Request::Snapshot(request) => self.snapshot(&request, progress),
             Request::Refresh(plan) => refresh::schedule(self, plan),
+            Request::Place => self.place(),
+            Request::Lend(request) => self.lend(request),
+            Request::GiveBack => self.give_back(),
+            Request::StopLog => self.stop_log(),
+            Request::Gone { report, status } => self.gone(report, status),
             Request::Migrate(request) => self.migrate(&request, progress),
         }
     }
@@ -342,6 +399,7 @@ impl Instance {
             (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => report::progress_to_json(p, &state.checkpoints),
             _ => last.unwrap_or(Value::Null),
         };
+        let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
         let kept_by = state.deposit.as_ref().and(self.broker.as_ref()).map(|broker| broker.path().to_owned());
         drop(state);
         let mut name = role.name();
@@ -362,7 +420,7 @@ impl Instance {
         }
         let mut status = json!({
             "state": name, "vm": vm, "kept_by": kept_by, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
-            "tracker": null, "migration": migration, "workload": null,
+            "tracker": null, "migration": migration, "workload": null, "lent": lent,
         });
         if let Some(s) = snapshot {
             let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, .. } = s;
@@ -391,6 +449,18 @@ impl Instance {
             }
         }
         status
+    }
+
+    /// Where this minivmm is found, and which process it is.
+    fn place(&self) -> Result<Value, String> {
+        let place = self.lock().place.clone().ok_or("place: there is no control socket")?;
+        if place.serial == "stdio" {
+            return Err(
+                "its serial port is this process's stdout, which no other process has: use a file, or null".into()
+            );
+        }
+        let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
+        Ok(json!({"serial": place.serial, "identity": identity.encode(), "pid": std::process::id()}))
     }
 
     fn cancel(&self) -> Result<Value, String> {
@@ -485,9 +555,7 @@ impl Instance {
             impact: impact(&request.impact),
             payload_crc: request.checksum,
             last_epoch,
-            spawner: Arc::new(KvmSpawner::default()),
-            observer: Arc::new(Told(self.clone())),
-            ..SourceOptions::default()
+            ..self.source_options()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
         let link =
@@ -510,7 +578,11 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
-    fn snapshot(self: &Arc<Self>, request: &SnapshotRequest, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    pub(crate) fn snapshot(
+        self: &Arc<Self>,
+        request: &SnapshotRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
         let machine = self.home("snapshot")?;
         let out = request.out.clone();
         let mut store = FileStore::create(&out, machine.pages()).map_err(|e| format!("snapshot: {e}"))?;
@@ -580,7 +652,7 @@ impl Instance {
         state.end(report::to_json(report));
         state.epoch = report.epoch;
         let (role, exit) = match report.outcome {
-            Outcome::Completed => (Role::Ended, Some(0)),
+            Outcome::Completed => (Role::Moved, Some(0)),
             Outcome::Lost => (Role::Ended, Some(5)),
             _ => (Role::Home, None),
         };
@@ -607,7 +679,9 @@ impl Role {
             Role::Incoming => "incoming",
             Role::Outgoing => "outgoing",
             Role::InDoubt => "in-doubt",
-            Role::Ended => "ended",
+            Role::Lent => "lent",
+            Role::Dormant => "dormant",
+            Role::Moved | Role::Ended => "ended",
         }
     }
 }

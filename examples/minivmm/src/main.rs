@@ -4,6 +4,7 @@
 
 mod bench;
 mod broker;
+mod check;
 mod checkpoints;
 mod cli;
 mod client;
@@ -11,6 +12,7 @@ mod control;
 mod demo;
 mod encryption;
 mod eval;
+mod feature;
 mod instance;
 mod refresh;
 mod report;
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(args),
         Command::Receive(args) => receive(args),
         Command::Ctl(args) => Ok(client::run(args)),
+        Command::Feature(args) => Ok(feature::run(args)),
         Command::Broker(args) => Ok(broker::run(args)),
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
@@ -96,6 +99,7 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
         tracker: args.tracker,
         pause_on_loss: false,
         shared_ram: args.common.broker.is_some(),
+        cold: false,
     };
     instance.restore(path, host, args.paused)?;
     serve(&args.common, &instance)?;
@@ -115,6 +119,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
         shared_ram: args.common.broker.is_some(),
+        cold: args.cold,
     };
     if let Some(place) = &args.successor_of {
         let own = args.common.control.clone().ok_or("--successor-of needs --control")?;
@@ -135,8 +140,13 @@ fn receive(args: &Receive) -> Result<u8, String> {
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
     match &common.control {
         Some(path) => {
-            let (serial, broker) = (common.serial.clone(), common.broker.clone());
-            instance.set_place(Place { control: path.clone(), serial, broker });
+            // others have working directories of their own
+            let path = &std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let serial = match common.serial.as_str() {
+                word @ ("stdio" | "null") => word.to_owned(),
+                file => std::path::absolute(file).map_err(|e| format!("{file}: {e}"))?.display().to_string(),
+            };
+            instance.set_place(Place { control: path.clone(), serial, broker: common.broker.clone() });
             ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
         }
         None => Ok(()),

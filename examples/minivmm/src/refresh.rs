@@ -2,7 +2,7 @@
 //! the control socket and the serial port.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command},
     str::FromStr,
     sync::Arc,
@@ -14,7 +14,7 @@ use migration_kvm::refresh::{Interval, MemoryGrowth, RefreshPolicy};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{cli, control::MigrateRequest, encryption::Encryption, instance::Instance};
+use crate::{cli, control::MigrateRequest, instance::Instance};
 
 /// How long a successor may take until it can receive, and until it has taken its place.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -68,9 +68,10 @@ struct Successor {
 }
 
 impl Successor {
-    fn start(place: &Place, plan: &Plan) -> Result<Self, String> {
-        let exec = match &plan.exec {
-            Some(exec) => exec.clone(),
+    /// Of this program, if one is given; it goes on with the schedule.
+    fn start(place: &Place, exec: Option<&Path>, schedule: Option<&Plan>) -> Result<Self, String> {
+        let exec = match exec {
+            Some(exec) => exec.to_owned(),
             // the name that it was started by may lead elsewhere by now: that is an upgrade, which `--exec` is for
             None => PathBuf::from("/proc/self/exe"),
         };
@@ -87,8 +88,8 @@ impl Successor {
         if let Some(broker) = &place.broker {
             command.arg("--broker").arg(broker);
         }
-        if plan.trigger.is_some() {
-            command.arg("--refresh").arg(serde_json::to_string(plan).map_err(|e| e.to_string())?);
+        if let Some(schedule) = schedule {
+            command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
         }
         let child = command.spawn().map_err(|e| format!("starting {}: {e}", exec.display()))?;
         let mut successor = Self { child: Some(child), control, listen };
@@ -140,27 +141,14 @@ impl Drop for Successor {
 /// Hands the VM to a successor. Comes back when that has taken over (this process then ends), or with the VM still here.
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     let place = instance.succession()?;
-    let successor = Successor::start(&place, plan).map_err(|why| format!("refresh: {why}"))?;
+    let (_, schedule) = instance.planned_succession();
+    let successor =
+        Successor::start(&place, plan.exec.as_deref(), schedule.as_ref()).map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
-    let request = MigrateRequest {
-        to: format!("unix:{}", successor.listen.display()),
-        strategy: "handover".into(),
-        streams: 1,
-        downtime_limit_us: 300_000,
-        bandwidth_bits: 0,
-        timeout_us: 0,
-        on_timeout: "cancel".into(),
-        push_order: "linear".into(),
-        demand_lanes: 0,
-        whole_huge_pages: false,
-        impact: "balanced".into(),
-        fail_safe: None,
-        checksum: false,
-        // the files themselves pass between two processes of this machine: there is no channel to encrypt
-        encryption: Encryption::default(),
-        progress: false,
-    };
+    let to = format!("unix:{}", successor.listen.display());
+    // without encryption: the files themselves pass between two processes of this machine
+    let request = MigrateRequest::plain(to, "handover", 1);
     let moved = instance.migrate(&request, &mut |_| {});
     if let Ok(report) = &moved
         && report["outcome"] == "completed"
@@ -178,10 +166,12 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     moved
 }
 
-/// Refreshes when `trigger` says so; a successor goes on with that.
+/// Refreshes when the plan's trigger says so, and no longer when an earlier one's did; a successor goes on with that. Without a
+/// trigger, now.
 pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
     let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
     instance.succession()?;
+    let number = instance.plan_succession(&plan);
     let policy = move || -> Box<dyn RefreshPolicy> {
         match trigger {
             Trigger::Every(us) => Box::new(Interval::new(Duration::from_micros(us))),
@@ -191,7 +181,7 @@ pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, St
     let instance = instance.clone();
     let body = move || {
         let mut present = policy();
-        while instance.runs_on(TICK) {
+        while instance.runs_on(TICK) && instance.planned_succession().0 == number {
             match present.due() {
                 Ok(false) => continue,
                 Ok(true) => match refresh(&instance, &plan) {

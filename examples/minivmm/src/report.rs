@@ -21,6 +21,7 @@ pub(crate) fn to_json(report: &Report) -> Value {
     let seconds = report.total.as_secs_f64();
     let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
     let mut pages = pages_to_json(&report.pages);
+    pages["entry"] = json!(report.pages.entry);
     pages["pushed"] = json!(report.pages.pushed);
     pages["prepaged"] = json!(report.pages.prepaged);
     pages["demanded"] = json!(report.pages.demanded);

@@ -7,6 +7,8 @@
 
 mod checkpoint;
 mod control;
+mod dirty_log;
+pub mod ephemeral;
 mod handle;
 mod install;
 mod lane;

@@ -1,17 +1,17 @@
 //! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
 
+mod attempt;
 mod survive;
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, RandomState},
     io,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use thiserror::Error;
@@ -19,6 +19,7 @@ use thiserror::Error;
 use super::{
     checkpoint::Protection,
     control::{ControlReader, ControlWriter},
+    dirty_log,
     handle::lock,
     install::LaneReceiver,
     missing::Missing,
@@ -30,7 +31,7 @@ use crate::{
     channel::{Channel, Closer, Halves, Listener, ReadHalf},
     checkpoint::ForwardStores,
     codec::DecodeError,
-    fence::{Fence, NoFence},
+    fence::{Fence, Fenced, NoFence},
     pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
@@ -38,9 +39,8 @@ use crate::{
     state::VmState,
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
-        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, FEATURES,
-        HUGE_BLOCK, Hello, LaneKind, MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION,
-        Welcome, negotiate,
+        Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, LaneKind,
+        MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, negotiate,
     },
 };
 
@@ -58,6 +58,12 @@ pub struct ReceiverOptions {
     pub max_ram_bytes: u64,
     /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
     pub idle_timeout: Duration,
+    /// The VM that may come, and the epoch above which: one that was [lent](super::ephemeral) comes back as what it was, and by
+    /// nothing older than its leaving. `None` for any.
+    pub awaits: Option<(VmId, u32)>,
+    /// How long to wait for a source, and, once the VM runs here, for its source's last word; `None` for ever. An attempt that
+    /// is under way when the time passes has the time-outs of an attempt.
+    pub patience: Option<Duration>,
     /// In fail-safe post-copy, makes certain that a source is dead: output that is held for its sake may then leave.
     pub fence: Arc<dyn Fence>,
     /// In fail-safe post-copy, where to find what a source that has died had left behind; `None` if nowhere.
@@ -74,6 +80,8 @@ impl Default for ReceiverOptions {
             max_streams: MAX_STREAMS,
             max_ram_bytes: 1 << 40,
             idle_timeout: Duration::from_secs(10),
+            awaits: None,
+            patience: None,
             fence: Arc::new(NoFence),
             forward: None,
             spawner: Arc::new(StdSpawner),
@@ -89,6 +97,9 @@ pub enum ReceiveError {
     /// [`ReceiverHandle::stop`] was called.
     #[error("stopped")]
     Stopped,
+    /// No source came in time.
+    #[error("no VM was handed over within {0:?}")]
+    TimedOut(Duration),
     /// The listener is broken.
     #[error("listening: {0}")]
     Listener(#[from] io::Error),
@@ -128,7 +139,11 @@ struct State {
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
-        let state = State { machine: DestinationMachine::new(), session: None, attachment: 0 };
+        let machine = match options.awaits {
+            Some((vm, epoch)) => DestinationMachine::awaiting(vm, epoch),
+            None => DestinationMachine::new(),
+        };
+        let state = State { machine, session: None, attachment: 0 };
         let hub = Hub {
             options,
             host: Mutex::new(host),
@@ -155,12 +170,26 @@ impl Receiver {
         let (ended_tx, ended) = mpsc::channel();
         let mut threads: HashMap<u64, Box<dyn Joiner>> = HashMap::new();
         let mut next = 0u64;
+        let (begun, mut running_since) = (Instant::now(), None);
         let result = loop {
             if hub.stop.load(Ordering::Relaxed) {
                 break Err(ReceiveError::Stopped);
             }
             if hub.finished.load(Ordering::Relaxed) {
                 break Ok(());
+            }
+            if let Some(patience) = hub.options.patience {
+                match lock(&hub.state).machine.phase() {
+                    DestinationPhase::Empty if begun.elapsed() >= patience => {
+                        break Err(ReceiveError::TimedOut(patience));
+                    }
+                    DestinationPhase::Running
+                        if running_since.get_or_insert_with(Instant::now).elapsed() >= patience =>
+                    {
+                        break Ok(());
+                    }
+                    _ => {}
+                }
             }
             let accepted = match listener.accept(ACCEPT_TICK) {
                 Ok(accepted) => accepted,
@@ -239,11 +268,22 @@ impl ReceiverHandle {
     pub fn adopt(&self) -> Result<(), Violation> {
         let mut state = lock(&self.hub.state);
         let action = state.machine.adopt()?;
-        if let DestinationAction::Start { running } = action {
-            self.hub.start(&state, running);
+        self.hub.take(&state, &action);
+        Ok(())
+    }
+
+    /// The source is dead for certain: the VM that is held becomes ours and starts, if all of it is here.
+    ///
+    /// # Errors
+    /// When no complete VM is held.
+    pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
+        let mut state = lock(&self.hub.state);
+        if !state.machine.is_complete() {
+            let (epoch, phase) = (state.machine.epoch(), state.machine.phase());
+            return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
         }
-        drop(state);
-        self.hub.finished.store(true, Ordering::Relaxed);
+        let action = state.machine.inherit(source)?;
+        self.hub.take(&state, &action);
         Ok(())
     }
 }
@@ -374,167 +414,6 @@ impl Hub {
             .ok_or_else(|| DecodeError::invalid("session", "no such session is under way here").into())
     }
 
-    /// A source that is in doubt comes back.
-    fn reattach(
-        self: &Arc<Self>,
-        token: SessionToken,
-        (vm, epoch): (VmId, u32),
-        mut frames: ControlReader,
-        mut control: ControlWriter,
-        closer: Arc<dyn Closer>,
-        peer: &str,
-    ) -> Result<(), MigrationError> {
-        let refuse = |control: &mut ControlWriter, why: &str| {
-            control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
-            Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
-        };
-        let Ok(session) = self.session(token) else {
-            return refuse(&mut control, "this session is not known here");
-        };
-        let attachment = {
-            let mut state = lock(&self.state);
-            if !state.machine.may_reattach(vm, epoch) {
-                drop(state);
-                return refuse(&mut control, "no VM of this epoch is held here");
-            }
-            session.replace_control(control, closer);
-            state.machine.handle(epoch, Control::Reattach(vm))?;
-            state.attachment += 1;
-            state.attachment
-        };
-        let served = self.frames(&mut frames, &session, attachment);
-        self.ended(&session, attachment, peer, served);
-        Ok(())
-    }
-
-    /// A source begins an attempt.
-    fn attempt(
-        self: &Arc<Self>,
-        epoch: u32,
-        hello: Control,
-        mut frames: ControlReader,
-        mut control: ControlWriter,
-        closer: Arc<dyn Closer>,
-        peer: &str,
-    ) -> Result<(), MigrationError> {
-        let begun = {
-            let mut state = lock(&self.state);
-            state.machine.handle(epoch, hello).map(|action| {
-                state.attachment += 1;
-                (action, state.attachment)
-            })
-        };
-        let (action, attachment) = match begun {
-            Ok(begun) => begun,
-            Err(violation) => {
-                control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
-                return Err(violation.into());
-            }
-        };
-        self.tell_phase();
-        let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
-        let wanted = (streams, features);
-        let (session, features) = match self.build(epoch, attachment, *hello, wanted, (&mut frames, control), closer) {
-            Ok(built) => built,
-            Err(error) => {
-                self.lost(attachment, &error.to_string());
-                return Err(error);
-            }
-        };
-        if features & FEATURE_SHARED_RAM != 0 {
-            // up to here this thread competed with the guest
-            self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
-        }
-        let opened = self.open(&session, attachment, features);
-        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
-        self.ended(&session, attachment, peer, served);
-        Ok(())
-    }
-
-    /// Builds the VM and the session in which it is received.
-    fn build(
-        &self,
-        epoch: u32,
-        attachment: u64,
-        hello: Hello,
-        (streams, features): (u16, u32),
-        (frames, mut control): (&mut ControlReader, ControlWriter),
-        closer: Arc<dyn Closer>,
-    ) -> Result<(Arc<Session>, u32), MigrationError> {
-        let shared = features & FEATURE_SHARED_RAM != 0;
-        // a VM of an earlier epoch is void: free it before the new one needs the memory
-        let earlier = self.current(attachment)?.session.take();
-        self.free_vm(earlier, "a newer attempt of its source takes its place");
-        self.join_watchers();
-        let ram_bytes = hello.vm.layout.bytes();
-        let built = if ram_bytes > self.options.max_ram_bytes {
-            let limit = self.options.max_ram_bytes;
-            Err(VmError::new(format!("the VM has {ram_bytes} bytes of RAM, this destination takes {limit}")))
-        } else if shared {
-            self.receive_ram(&hello, frames)
-        } else {
-            lock(&self.host).build(&hello.vm)
-        };
-        let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
-            Ok(vm) => vm,
-            Err(cause) => {
-                control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
-                return Err(MigrationError::Vm { step: "building the VM", cause });
-            }
-        };
-        let pager = if shared { None } else { vm.pager() };
-        let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
-        let protection = match self.protection(&mut *vm, &mut features) {
-            Ok(protection) => protection.map(Arc::new),
-            Err(cause) => {
-                control.send(epoch, &Control::error(ErrorCode::State, cause.to_string()))?;
-                return Err(MigrationError::Vm { step: "building the VM", cause });
-            }
-        };
-        let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
-        let token = new_token(hello.vm.id, epoch);
-        let crc = features & crate::wire::FEATURE_PAYLOAD_CRC != 0;
-        let session = Session::new((token, epoch), streams, (crc, shared), vm, (pager, protection), control, closer);
-        let session = Arc::new(session);
-        self.current(attachment)?.session = Some(session.clone());
-        Ok((session, features))
-    }
-
-    /// Builds a VM in the RAM that its source shares.
-    fn receive_ram(&self, hello: &Hello, frames: &mut ControlReader) -> Result<Box<dyn DestinationVm>, VmError> {
-        if hello.features != FEATURE_SHARED_RAM {
-            let why = format!("features {:#x}: shared RAM goes with no other", hello.features);
-            return Err(VmError::new(why));
-        }
-        let files = frames.files(hello.vm.layout.regions().len());
-        let files = files.map_err(|e| VmError::because("the memory files behind RAM", e))?;
-        lock(&self.host).build_shared(&hello.vm, files)
-    }
-
-    /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
-    fn protection(&self, vm: &mut dyn DestinationVm, features: &mut u32) -> Result<Option<Protection>, VmError> {
-        if *features & FEATURE_CHECKPOINTS == 0 {
-            return Ok(None);
-        }
-        let Some(protected) = vm.protected() else {
-            *features &= !FEATURE_CHECKPOINTS;
-            return Ok(None);
-        };
-        Protection::new(protected, vm.identity(), vm.ram().layout().pages()).map(Some)
-    }
-
-    /// Has the source open its lanes, and tells it when everything stands ready for pages.
-    fn open(&self, session: &Session, attachment: u64, features: u32) -> Result<(), MigrationError> {
-        let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
-        session.say(&Control::Welcome(welcome))?;
-        session.wait_attached(self.options.idle_timeout)?;
-        let prepared = self.current(attachment)?.machine.prepared()?;
-        session.say(&prepared)?;
-        self.tell_phase();
-        Ok(())
-    }
-
     /// The state, if `attachment` is still the control lane that speaks for it.
     fn current(&self, attachment: u64) -> Result<MutexGuard<'_, State>, MigrationError> {
         let state = lock(&self.state);
@@ -618,12 +497,16 @@ impl Hub {
                     // before anything is loaded, which touches RAM
                     self.arm(session, attachment, generation, announced)?;
                 }
-                let vm_state = VmState::decode(&bytes)?;
+                let mut vm_state = VmState::decode(&bytes)?;
+                let log =
+                    if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
                 // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
                 let loaded = match lock(&session.vm).as_mut() {
-                    Some(vm) => vm.load_state(&vm_state).map_err(MigrationError::vm("loading the state")),
-                    None => Err(no_vm()),
+                    // loading writes RAM too
+                    Some(vm) => log.map_or(Ok(()), |log| vm.continue_log(&log)).and_then(|()| vm.load_state(&vm_state)),
+                    None => Err(no_longer_here()),
                 };
+                let loaded = loaded.map_err(MigrationError::vm("loading the state"));
                 let mut state = lock(&self.state);
                 if state.attachment != attachment {
                     return Ok(Flow::End);
@@ -753,6 +636,14 @@ impl Hub {
         Ok(())
     }
 
+    /// The VM is ours without its source's word.
+    fn take(&self, state: &State, action: &DestinationAction) {
+        if let DestinationAction::Start { running } = *action {
+            self.start(state, running);
+        }
+        self.finished.store(true, Ordering::Relaxed);
+    }
+
     fn start(&self, state: &State, running: bool) {
         let Some(session) = &state.session else { return };
         let Some(mut vm) = lock(&session.vm).take() else { return };
@@ -818,19 +709,6 @@ impl Hub {
     }
 }
 
-/// Of the feature bits that a source wants, those that a VM with this pager supports.
-fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
-    let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
-    let post_copy = match pager.map(|pager| pager.granule()) {
-        Some(1) => wanted & FEATURE_POST_COPY,
-        // a source that would send single pages cannot serve it
-        Some(HUGE_BLOCK) if wanted & both == both => both,
-        _ => 0,
-    };
-    let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
-    wanted & FEATURES & !without | post_copy
-}
-
 /// Tells a source that encrypts why it is refused, and waits until it has gone: what is unread when a connection closes
 /// makes some transports forget what was written last.
 fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &dyn std::fmt::Display) {
@@ -847,24 +725,9 @@ fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &d
 }
 
 fn no_vm() -> MigrationError {
-    MigrationError::Vm { step: "receiving", cause: VmError::new("the VM was discarded meanwhile") }
+    MigrationError::Vm { step: "receiving", cause: no_longer_here() }
 }
 
-/// Pages are checked against the hello's layout: the VM must have been built with the very same.
-fn check_layout(vm: Box<dyn DestinationVm>, hello: &Hello) -> Result<Box<dyn DestinationVm>, VmError> {
-    if *vm.ram().layout() == hello.vm.layout {
-        Ok(vm)
-    } else {
-        Err(VmError::new("the VM was built with another RAM layout than the source's"))
-    }
-}
-
-/// A token that nobody can guess: SipHash under keys that the standard library draws from the operating system.
-fn new_token(vm: VmId, epoch: u32) -> SessionToken {
-    let mut token = [0; 16];
-    for half in token.chunks_mut(8) {
-        // every `RandomState` has keys of its own
-        half.copy_from_slice(&RandomState::new().hash_one((vm, epoch)).to_le_bytes());
-    }
-    SessionToken(token)
+fn no_longer_here() -> VmError {
+    VmError::new("the VM was discarded meanwhile")
 }

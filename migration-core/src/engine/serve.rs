@@ -201,11 +201,16 @@ pub(crate) fn missing_frames(pages: &PageSet) -> Vec<Control> {
     let pieces = pages.words().chunks(words_each).enumerate();
     let with_some = pieces.filter(|(_, words)| words.iter().any(|&word| word != 0));
     let frames = with_some.map(|(i, words)| {
-        let bitmap: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let bitmap = encode_bitmap(words);
         debug_assert!(bitmap.len() < MAX_BODY);
-        Control::Missing { first: (i * words_each * 64) as u64, bitmap: Bytes::from(bitmap) }
+        Control::Missing { first: (i * words_each * 64) as u64, bitmap }
     });
     frames.collect()
+}
+
+/// Words of a page set as they travel.
+pub(super) fn encode_bitmap(words: &[u64]) -> Bytes {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
 /// Adds pages from the wire to a set.

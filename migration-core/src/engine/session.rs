@@ -26,7 +26,7 @@ pub(super) struct Session {
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
     /// RAM is the source's too: no page may arrive.
-    shared: bool,
+    pub(super) shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
     /// The VM, until it is started or discarded. Locked while its state is loaded, which may wait for missing pages.
     pub(super) vm: Mutex<Option<Box<dyn DestinationVm>>>,

@@ -32,11 +32,12 @@ impl Tracking {
     /// Pages that were written since the last harvest.
     pub(super) fn harvest(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
         let mut pages = PageSet::empty(self.harvested.capacity());
-        tracker.harvest(&mut pages)?;
+        let harvested = tracker.harvest(&mut pages);
         if self.before {
+            // what it has found before it failed is not in the tracker any more
             self.harvested.union_with(&pages);
         }
-        Ok(pages)
+        harvested.map(|()| pages)
     }
 
     /// Whatever was harvested: all of RAM has changed.

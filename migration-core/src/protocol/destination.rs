@@ -91,6 +91,8 @@ pub struct DestinationMachine {
     phase: DestinationPhase,
     vm: Option<VmId>,
     epoch: u32,
+    /// Whether no other VM may come.
+    awaits: bool,
     /// Whether a control lane is attached.
     attached: bool,
     state: Vec<u8>,
@@ -110,7 +112,13 @@ impl DestinationMachine {
     /// A machine without a VM.
     pub fn new() -> Self {
         let (state, phase) = (Vec::new(), DestinationPhase::Empty);
-        Self { phase, vm: None, epoch: 0, attached: false, state, run_vcpus: true, post_copy: None, complete: true }
+        let (vm, epoch, awaits, attached) = (None, 0, false, false);
+        Self { phase, vm, epoch, awaits, attached, state, run_vcpus: true, post_copy: None, complete: true }
+    }
+
+    /// A machine that takes back this VM, which left here under this epoch, and no other.
+    pub fn awaiting(vm: VmId, epoch: u32) -> Self {
+        Self { vm: Some(vm), epoch, awaits: true, ..Self::new() }
     }
 
     /// Where it stands.
@@ -221,6 +229,11 @@ impl DestinationMachine {
         Ok(())
     }
 
+    /// Whether no page of the VM is missing, or those that were have arrived.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     /// Whether the VM runs here, but lacks pages.
     pub fn is_served(&self) -> bool {
         self.phase == DestinationPhase::Running && !self.complete
@@ -283,6 +296,9 @@ impl DestinationMachine {
         use DestinationPhase::*;
         let phase = self.phase;
         let violation = |code, why| Violation::new("hello", epoch, phase, why).with_code(code);
+        if self.awaits && self.vm != Some(hello.vm.id) {
+            return Err(violation(ErrorCode::Busy, "the return of another VM is awaited here"));
+        }
         // a source that begins anew has given its last attempt up, though we may not have noticed that its link is dead
         let supersedes = self.vm == Some(hello.vm.id) && epoch > self.epoch;
         let discard = match self.phase {

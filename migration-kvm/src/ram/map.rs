@@ -99,6 +99,22 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Of each of these pages of a memory file whether memory holds it, mapped here or not; a byte a page, of which the lowest bit
+    /// counts.
+    pub(super) fn resident(&self, offset: u64, pages: &mut [u8]) -> io::Result<()> {
+        let len = pages.len() as u64 * PAGE_SIZE as u64;
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
+        if !inside || !offset.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let address = self.address.as_ptr().wrapping_add(offset as usize);
+        // SAFETY: the range lies inside this mapping, and `pages` has a byte for each of its pages.
+        let done = unsafe { libc::mincore(address.cast(), len as usize, pages.as_mut_ptr()) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped in `new`, unmapped only here.

@@ -17,8 +17,37 @@ use super::{
     pagemap::{Pagemap, data_extents},
 };
 
-/// Pages whose page table entries are filled in one go: 2 MiB, about a tenth of a millisecond.
-const WARM_PIECE: u64 = 512;
+/// Pages whose page table entries are filled in one go: 1 MiB, about a tenth of a millisecond, less than the scheduler's tick.
+const WARM_PIECE: u64 = 256;
+/// Pages that are unmapped in one go: 4 MiB, and whole huge pages.
+const COOL_PIECE: u64 = 1024;
+/// The longest rest after a piece, in times that it took.
+const LONGEST_REST: u32 = 16;
+/// A thread that is woken later than this was not woken on an idle core.
+const LATE: Duration = Duration::from_micros(300);
+
+/// Rests between pieces of work beside a guest: as long as the work took, and longer the more others want the cores.
+struct Rests(u32);
+
+impl Default for Rests {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+impl Rests {
+    fn after<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let result = work();
+        let took = began.elapsed();
+        let rest = took * self.0;
+        thread::sleep(rest);
+        // who is woken late shares its core
+        let late = began.elapsed().saturating_sub(took + rest);
+        self.0 = if late > LATE { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
+        result
+    }
+}
 
 /// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
 ///
@@ -46,6 +75,15 @@ pub struct MappedRam {
 struct Region {
     mapping: Mapping,
     file: Option<OwnedFd>,
+}
+
+impl Region {
+    /// Whether its memory file has no hole; hugetlbfs does not say where its data is.
+    fn is_full(&self, pages: PageRange) -> bool {
+        let blocks =
+            self.file.as_ref().and_then(|file| fstat(file).ok()).map(|stat| stat.st_blocks.max(0) as u64 * 512);
+        blocks.is_some_and(|bytes| bytes >= pages.bytes())
+    }
 }
 
 impl MappedRam {
@@ -156,6 +194,27 @@ impl MappedRam {
         files.ok_or(RamError::NotShared(self.backing))
     }
 
+    /// Whether these are the very files behind RAM, region by region, whatever their descriptors.
+    ///
+    /// # Errors
+    /// [`RamError::NotShared`], [`RamError::System`].
+    pub fn is_in(&self, files: &[impl AsFd]) -> Result<bool, RamError> {
+        let own = self.memory_files()?;
+        if own.len() != files.len() {
+            return Ok(false);
+        }
+        let identity = |file: BorrowedFd<'_>| {
+            let stat = fstat(file).map_err(io::Error::from).map_err(RamError::system("look at a memory file"))?;
+            Ok((stat.st_dev, stat.st_ino))
+        };
+        for (own, other) in own.into_iter().zip(files) {
+            if identity(own)? != identity(other.as_fd())? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Fills the page tables of this process for what the memory files hold already, so that the guest does not fault on
     /// each page after it was handed over to here; whether all of it was done within `patience`. Takes 120 to 220 ms a GiB, half
     /// of which is rests: the guest runs meanwhile, in another process and perhaps on this core, and would else have to wait for
@@ -166,37 +225,80 @@ impl MappedRam {
     /// # Errors
     /// [`RamError::System`].
     pub fn warm_shared(&self, patience: Duration) -> Result<bool, RamError> {
-        let (populated, start) = (self.contents()?, Instant::now());
-        for range in populated.ranges() {
-            for first in range.pages().step_by(WARM_PIECE as usize) {
-                let began = Instant::now();
-                if began - start >= patience {
+        self.warm_shared_by(patience, &mut |range| self.warm_for_reading(range))
+    }
+
+    /// As [`warm_shared`](Self::warm_shared), by other means, such as [`pre_fault`](crate::state::pre_fault) or a device's; `fill`
+    /// gets pieces of up to 1 MiB, each in one region.
+    ///
+    /// # Errors
+    /// Those of `fill`, and [`RamError::System`].
+    pub fn warm_shared_by(
+        &self,
+        patience: Duration,
+        fill: &mut dyn FnMut(PageRange) -> Result<(), RamError>,
+    ) -> Result<bool, RamError> {
+        let (start, mut rests) = (Instant::now(), Rests::default());
+        for (index, region) in self.regions.iter().enumerate() {
+            let Some(pages) = self.layout.region_pages(index) else { continue };
+            if self.backing == Backing::Hugetlb && !region.is_full(pages) {
+                continue;
+            }
+            for first in pages.pages().step_by(WARM_PIECE as usize) {
+                if start.elapsed() >= patience {
                     return Ok(false);
                 }
-                self.warm_for_reading(PageRange::new(first, WARM_PIECE.min(range.end() - first)))?;
-                thread::sleep(began.elapsed());
+                let piece = PageRange::new(first, WARM_PIECE.min(pages.end() - first));
+                let held = self.held(index, PageRange::new(first - pages.first, piece.count))?;
+                if !held.is_empty() {
+                    let held = held.iter().map(|range| PageRange::new(pages.first + range.first, range.count));
+                    rests.after(|| held.into_iter().try_for_each(&mut *fill))?;
+                }
             }
         }
         Ok(true)
     }
 
-    /// The pages that memory files hold, mapped here or not. Without those of hugetlb, which cannot say where its data is, if
-    /// there is any hole.
-    fn contents(&self) -> Result<PageSet, RamError> {
-        let mut populated = PageSet::empty(self.layout.pages());
-        for (index, region) in self.regions.iter().enumerate() {
-            let (Some(file), Some(pages)) = (&region.file, self.layout.region_pages(index)) else { continue };
-            let found = |from: u64, end: u64| {
-                populated.insert_range(PageRange::new(pages.first + (from >> PAGE_SHIFT), (end - from) >> PAGE_SHIFT));
-            };
-            if self.backing == Backing::Memfd {
-                let extents = data_extents(file.as_fd(), pages.bytes(), found);
-                extents.map_err(RamError::system("look for what a memory file holds"))?;
-            } else if fstat(file).is_ok_and(|stat| stat.st_blocks.max(0) as u64 * 512 >= pages.bytes()) {
-                populated.insert_range(pages);
+    /// The pages of a memory file that memory holds, of so many from `range.first` on, which count from the region's begin. Asked
+    /// piece by piece: to seek the file's next hole the kernel may go through all of it, and nobody else gets the core meanwhile.
+    fn held(&self, region: usize, range: PageRange) -> Result<Vec<PageRange>, RamError> {
+        if self.backing == Backing::Hugetlb {
+            // only of what is mapped the kernel would say that it is held
+            return Ok(vec![range]);
+        }
+        let mut resident = [0; WARM_PIECE as usize];
+        let resident = &mut resident[..range.count as usize];
+        let asked = self.regions[region].mapping.resident(range.first << PAGE_SHIFT, resident);
+        asked.map_err(RamError::system("look for what a memory file holds"))?;
+        let mut held = PageSet::empty(range.count);
+        for (page, _) in (0..).zip(&*resident).filter(|(_, byte)| **byte & 1 == 1) {
+            held.insert(page);
+        }
+        Ok(held.ranges().map(|r| PageRange::new(range.first + r.first, r.count)).collect())
+    }
+
+    /// Takes the guest's memory out of the page tables of this process, and of KVM's for VMs here, in pieces with rests: when the
+    /// VM runs elsewhere, on the same cores, and its RAM lives on in memory files. To unmap all of it at once would take tens of
+    /// milliseconds a GiB. Accesses map it again. Whether all of it was done within `patience`. Does nothing for private memory.
+    ///
+    /// # Errors
+    /// [`RamError::System`].
+    pub fn cool_shared(&self, patience: Duration) -> Result<bool, RamError> {
+        if !self.backing.is_shared() {
+            return Ok(true);
+        }
+        let (start, mut rests) = (Instant::now(), Rests::default());
+        for region in 0..self.regions.len() {
+            let Some(pages) = self.layout.region_pages(region) else { continue };
+            for first in pages.pages().step_by(COOL_PIECE as usize) {
+                let piece = PageRange::new(first, COOL_PIECE.min(pages.end() - first));
+                if start.elapsed() >= patience {
+                    return Ok(false);
+                }
+                rests.after(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
             }
         }
-        Ok(populated)
+        Ok(true)
     }
 
     /// A second mapping of the same memory; `None` for private memory. For a pager that fills pages behind the
@@ -447,6 +549,35 @@ mod tests {
         (&other as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);
         assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
+        // by other means, which are asked for what is there alone
+        let mut pieces = Vec::new();
+        let mut note = |piece: PageRange| {
+            pieces.push(piece);
+            Ok(())
+        };
+        assert!(other.warm_shared_by(Duration::from_secs(60), &mut note).unwrap());
+        assert_eq!(pieces, [PageRange::new(4, 3)]);
+        assert!(!other.warm_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
+        let failed = other.warm_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
+        assert!(matches!(failed, Err(RamError::Unsealed(9))));
+        // what is unmapped in one of them is where it was, for both
+        assert!(ram.cool_shared(Duration::from_secs(60)).unwrap());
+        assert!(populated(&ram).iter().eq([4, 5, 6]));
+        (&ram as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn memory_files_are_told_apart() {
+        let (ram, stranger) =
+            (MappedRam::new(layout(), Backing::Memfd).unwrap(), MappedRam::new(layout(), Backing::Memfd).unwrap());
+        let files = ram.memory_files().unwrap();
+        let copies: Vec<OwnedFd> = files.iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
+        assert!(ram.is_in(&copies).unwrap() && !stranger.is_in(&copies).unwrap());
+        assert!(!ram.is_in(&copies[1..]).unwrap());
+        let swapped: Vec<_> = files.iter().rev().collect();
+        assert!(!ram.is_in(&swapped).unwrap());
+        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().is_in(&copies).is_err());
     }
 
     #[test]

@@ -17,18 +17,22 @@ use migration_core::{codec::DecodeError, state::Section, vm::VmError};
 use thiserror::Error;
 
 mod cpuid;
+mod entry;
 mod items;
 mod msrs;
 mod needs;
+mod pre_fault;
 #[allow(unsafe_code)]
 mod sys;
 mod vcpu;
 mod vm;
 
 pub use cpuid::{CpuidBits, Register};
+pub use entry::entry_pages;
 pub use items::OPTIONAL;
 pub use msrs::{MAX_MSRS, Msr, MsrList};
 pub use needs::{HostNeeds, Mismatch, TSC_TOLERANCE_PPM};
+pub use pre_fault::pre_fault;
 pub use sys::Sregs2;
 pub use vcpu::{LoadedVcpu, SpecialRegs, VcpuSaver, VcpuState, complete_io, note_pause};
 pub use vm::{ClockLoaded, Irqchip, KvmState};

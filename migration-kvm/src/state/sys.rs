@@ -118,6 +118,23 @@ pub(super) fn set_sregs2(vcpu: &VcpuFd, sregs: &Sregs2) -> io::Result<()> {
     unsafe { ioctl(vcpu, kvm(WRITE, 0xcd, size_of::<Sregs2>()), &mut sregs) }
 }
 
+/// `struct kvm_pre_fault_memory`, which KVM counts down as it goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PreFault {
+    pub(super) gpa: u64,
+    pub(super) size: u64,
+    pub(super) flags: u64,
+    pub(super) padding: [u64; 5],
+}
+
+/// `KVM_PRE_FAULT_MEMORY`.
+pub(super) fn pre_fault(vcpu: &VcpuFd, range: &mut PreFault) -> io::Result<()> {
+    // SAFETY: KVM reads and writes one `struct kvm_pre_fault_memory`, which `PreFault` is; it maps guest memory, which it does
+    // for any guest that runs.
+    unsafe { ioctl(vcpu, kvm(READ | WRITE, 0xd5, size_of::<PreFault>()), range) }
+}
+
 /// A zeroed buffer that is large enough for KVM's XSAVE area of `size` bytes. Of words, as KVM's struct is aligned.
 fn xsave_room(size: usize) -> Vec<u64> {
     vec![0; size.max(XSAVE_ROOM).div_ceil(8)]

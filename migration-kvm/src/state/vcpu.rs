@@ -63,6 +63,14 @@ impl SpecialRegs {
             Self::WithPdptrs(s) => s.cr4,
         }
     }
+
+    /// In the older form, whichever it is in.
+    pub(super) fn plain(&self, events: &kvm_vcpu_events) -> kvm_sregs {
+        match self {
+            Self::Plain(s) => *s,
+            Self::WithPdptrs(s) => plain(s, events),
+        }
+    }
 }
 
 /// All state of a vCPU. Absent parts are those that the source's KVM or VM does not have.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    Bench, DATA, GIB, attempt,
+    Bench, DATA, GIB, REPEAT, attempt,
     figures::{Machine, median, name},
     measure::{self, Run, Setup, Vmm},
     output::{self, Table},
@@ -379,7 +379,7 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     let folder = Folder::new()?;
     let shaper = Shaper::new().inspect_err(|why| eprintln!("no network namespace, so each tool limits itself: {why}"));
     let link = if shaper.is_ok() { Link::Shaped } else { Link::Limited };
-    let repeat = if args.quick { 1 } else { args.repeat };
+    let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let setups = [Link::Loopback, link].map(|link| setups(&vmms, link, repeat)).concat();
     let bar = ProgressBar::new(1 + setups.len() as u64);
     let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}");

@@ -1,15 +1,22 @@
-//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`.
+//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`, or in a mapping of its memory file.
 //!
 //! The same for every VMM, and none of them takes part in it: the board page is looked for in the process's memory,
-//! one MiB behind the start of a mapping that is large enough for the guest's RAM.
+//! one MiB behind the start of a mapping that is large enough for the guest's RAM. A memory file stays the same, whichever process
+//! has the VM.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     ops::Range,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     thread,
     time::{Duration, Instant},
 };
+
+use migration_core::{
+    page::{RamLayout, RamRegion},
+    ram::GuestRam,
+};
+use migration_kvm::ram::{Backing, MappedRam};
 
 use super::process::{Process, maps};
 use crate::workload::{
@@ -22,11 +29,64 @@ const LOOK: Duration = Duration::from_millis(2);
 /// Up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first, and that is at least this.
 const LOW: u64 = 2 << 30;
 
-/// A guest in a process.
+/// A memory file has at most RAM below the hole.
+const FILE: u64 = 3 << 30;
+
+/// A guest in a process, or in memory that processes share.
 pub(crate) struct Guest {
-    memory: File,
-    base: u64,
+    memory: Memory,
     len: u64,
+}
+
+/// Where its RAM is found.
+enum Memory {
+    /// From `base` on in a process.
+    Process { file: File, base: u64 },
+    /// Mapped here too.
+    Shared(MappedRam),
+}
+
+impl Memory {
+    fn read(&self, gpa: u64, to: &mut [u8]) -> Result<(), String> {
+        match self {
+            Self::Process { file, base } => file.read_exact_at(to, base + gpa).map_err(|e| e.to_string()),
+            Self::Shared(ram) => (ram as &dyn GuestRam).read(gpa, to).map_err(|e| e.to_string()),
+        }
+        .map_err(|why| format!("guest memory at {gpa:#x}: {why}"))
+    }
+
+    fn write(&self, gpa: u64, from: &[u8]) -> Result<(), String> {
+        match self {
+            Self::Process { file, base } => file.write_all_at(from, base + gpa).map_err(|e| e.to_string()),
+            Self::Shared(ram) => (ram as &dyn GuestRam).write(gpa, from).map_err(|e| e.to_string()),
+        }
+        .map_err(|why| format!("guest memory at {gpa:#x}: {why}"))
+    }
+}
+
+/// The file that holds the RAM of `pid` from 0 on, mapped here too.
+fn memory_file(pid: u32, len: u64, backing: Backing) -> Result<Option<MappedRam>, String> {
+    let (folder, len) = (format!("/proc/{pid}/fd"), len.min(FILE));
+    let context = |e: std::io::Error| format!("{folder}: {e}");
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(context)? {
+        numbers.extend(entry.map_err(context)?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    // RAM beyond the hole may be as large, and has the later one
+    numbers.sort_unstable();
+    for number in numbers {
+        let path = format!("{folder}/{number}");
+        // what is closed meanwhile was none
+        let is_memory = fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
+        if !is_memory || !fs::metadata(&path).is_ok_and(|file| file.size() == len) {
+            continue;
+        }
+        let file = File::options().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len }]).map_err(|e| e.to_string())?;
+        let ram = MappedRam::from_memory_files(layout, vec![file.into()], backing);
+        return ram.map(Some).map_err(|e| format!("{path}: {e}"));
+    }
+    Ok(None)
 }
 
 impl Guest {
@@ -44,14 +104,9 @@ impl Guest {
                 // a mapping may have grown together with its neighbour: only then the rest of it is looked at
                 let places = if start.elapsed() > limit / 2 { mapping.range.end - mapping.range.start } else { 1 };
                 for base in (mapping.range.start..mapping.range.start + places).step_by(2 << 20) {
-                    let guest = Self { memory: open()?, base, len };
-                    match guest.board() {
-                        Ok(board) if board.state == State::Running && board.cpus_online > 0 => return Ok(guest),
-                        Ok(board) if board.state == State::Failed => {
-                            return Err(format!("the guest failed: {:?}", board.first_error));
-                        }
-                        // something else, or a guest that has not begun
-                        _ => {}
+                    let guest = Self { memory: Memory::Process { file: open()?, base }, len };
+                    if guest.works()? {
+                        return Ok(guest);
                     }
                 }
             }
@@ -62,28 +117,59 @@ impl Guest {
         }
     }
 
-    /// Where its RAM (up to the hole) is in the process.
+    /// Waits until a guest of ours with `len` bytes of RAM in memory files works in `process`. It is found again without looking in
+    /// whichever process has the VM later, and a look costs that process nothing.
+    pub(crate) fn shared(process: &mut Process, len: u64, backing: Backing, limit: Duration) -> Result<Self, String> {
+        let deadline = Instant::now() + limit;
+        let mut guest = None;
+        loop {
+            process.check()?;
+            if guest.is_none() {
+                guest = memory_file(process.pid(), len, backing)?.map(|ram| Self { memory: Memory::Shared(ram), len });
+            }
+            if guest.as_ref().map_or(Ok(false), Self::works)? {
+                return guest.ok_or_else(|| "no guest".into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("no guest works in the memory files of process {} after {limit:?}", process.pid()));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Whether it is at work by now.
+    fn works(&self) -> Result<bool, String> {
+        match self.board() {
+            Ok(board) if board.state == State::Failed => Err(format!("the guest failed: {:?}", board.first_error)),
+            Ok(board) => Ok(board.state == State::Running && board.cpus_online > 0),
+            // something else, or a guest that has not begun
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Where its RAM (up to the hole) is in the process that it was found in; nowhere, if that is not one's own.
     pub(super) fn ram(&self) -> Range<u64> {
-        self.base..self.base + self.len
+        match &self.memory {
+            Memory::Process { base, .. } => *base..base + self.len,
+            Memory::Shared(_) => 0..0,
+        }
     }
 
     /// The same guest, for looks while it moves.
     pub(super) fn peek(&self, pid: u32) -> Result<Peek, String> {
-        Peek::open(pid, self.base)
+        Peek::open(pid, self.ram().start)
     }
 
     /// The board as it is now.
     pub(crate) fn board(&self) -> Result<Board, String> {
         let mut page = [0; 4096];
-        let at = self.base + BOARD_ADDRESS;
-        self.memory.read_exact_at(&mut page, at).map_err(|e| format!("guest memory at {at:#x}: {e}"))?;
+        self.memory.read(BOARD_ADDRESS, &mut page)?;
         Board::parse(&page).ok_or_else(|| "no board where it was".into())
     }
 
     /// Writes a control word of the board.
     fn set(&self, word: usize, value: u64) -> Result<(), String> {
-        let at = self.base + BOARD_ADDRESS + word as u64;
-        self.memory.write_all_at(&value.to_le_bytes(), at).map_err(|e| format!("guest memory at {at:#x}: {e}"))
+        self.memory.write(BOARD_ADDRESS + word as u64, &value.to_le_bytes())
     }
 
     fn wait(&self, what: &str, limit: Duration, done: impl Fn(&Board) -> bool) -> Result<Board, String> {
@@ -118,7 +204,7 @@ impl Guest {
 
 /// A guest that may be moving, in a process. A look never brings a page in: a page that is read where there is none yet would be a page of
 /// zeros from then on, or the request for a page that the guest did not make.
-pub(super) struct Peek {
+pub(crate) struct Peek {
     memory: File,
     pages: File,
     base: u64,
@@ -134,7 +220,7 @@ impl Peek {
     }
 
     /// A guest of ours with `len` bytes of RAM in process `pid`, if its board is there.
-    pub(super) fn find(pid: u32, len: u64) -> Option<Self> {
+    pub(crate) fn find(pid: u32, len: u64) -> Option<Self> {
         let low = len.min(LOW);
         let mut peek = Self::open(pid, 0).ok()?;
         for mapping in maps(pid).ok()?.iter().filter(|m| m.writable) {
@@ -150,7 +236,8 @@ impl Peek {
         None
     }
 
-    fn board(&self) -> Option<Board> {
+    /// The board, if it is there.
+    pub(crate) fn board(&self) -> Option<Board> {
         const PRESENT: u64 = 1 << 63;
         let (mut entry, mut page) = ([0; 8], [0; 4096]);
         let at = self.base + BOARD_ADDRESS;
@@ -163,7 +250,7 @@ impl Peek {
     }
 
     /// What the guest has done so far, if its board is there.
-    pub(super) fn operations(&self) -> Option<u64> {
+    pub(crate) fn operations(&self) -> Option<u64> {
         self.board().map(|board| board.operations)
     }
 }

@@ -9,12 +9,15 @@
 //! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
 //! | encrypt.rs | encryption: its runs, tables and targets |
 //! | records.rs | the record layer and the bare ciphers, on one core |
+//! | handover/ | hand-overs on one host |
+//! | samples.rs | how fast a guest is from moment to moment |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
 pub(crate) mod encrypt;
 pub(crate) mod figures;
 pub(crate) mod guest;
+mod handover;
 pub(crate) mod measure;
 pub(crate) mod ours;
 pub(crate) mod output;
@@ -22,6 +25,7 @@ mod postcopy;
 pub(crate) mod process;
 mod qemu;
 mod records;
+pub(crate) mod samples;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -37,6 +41,8 @@ const GIB: u64 = 1 << 30;
 const DATA: u64 = 700;
 /// Megabytes that the guest writes all the time.
 const HOT: [u64; 3] = [0, 64, 512];
+/// Runs of each kind.
+const REPEAT: u32 = 5;
 /// How often a run is tried.
 const ATTEMPTS: usize = 2;
 /// How long the guests of the control are watched: about as long as a migration takes.
@@ -45,12 +51,12 @@ const CONTROL: Duration = Duration::from_millis(600);
 /// What to measure, and how it is shown.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Bench {
-    /// One run of each kind instead of five, and only those against QEMU.
+    /// One run of each kind instead of five, and only those against QEMU; of hand-overs a few, and only of some guests.
     #[arg(long)]
     quick: bool,
-    /// Runs of each kind; figures are their medians.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with = "quick")]
-    repeat: u32,
+    /// Runs of each kind; figures are their medians. 5 if not given, 100 hand-overs.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "quick")]
+    repeat: Option<u32>,
     /// Measure only this; can be given several times.
     #[arg(long, value_name = "MODE")]
     only: Vec<Mode>,
@@ -67,6 +73,15 @@ pub(crate) struct Bench {
     /// Of that, only the ciphers and the record layer on one core, without any migration.
     #[arg(long, requires = "encrypt")]
     records: bool,
+    /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
+    handover: bool,
+    /// Measure only this part of hand-overs; can be given several times.
+    #[arg(long, hide = true, requires = "handover")]
+    part: Vec<handover::Part>,
+    /// So many bytes stand for a GiB: to try the measurement of hand-overs itself.
+    #[arg(long, hide = true, requires = "handover", default_value = "1G", value_parser = crate::cli::size)]
+    unit: u64,
     /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]
     strategy: String,
@@ -79,7 +94,8 @@ pub(crate) struct Bench {
     /// Leave minivmm out, to look at QEMU alone.
     #[arg(long, hide = true, conflicts_with = "no_qemu")]
     no_minivmm: bool,
-    /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`.
+    /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; those
+    /// of hand-overs between `<!-- handover:begin -->` and `<!-- handover:end -->`.
     #[arg(long, value_name = "FILE", alias = "write")]
     markdown: Option<PathBuf>,
     /// Exit with 1 if a figure misses its target.
@@ -153,7 +169,7 @@ enum Step {
 
 /// All steps in the order in which they are done: those that are compared alternate.
 fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
-    let repeat = if args.quick { 1 } else { args.repeat };
+    let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
         let workload = workload(hot, DATA * gib);
         let (label, strategy) = (label.into(), "pre-copy".into());
@@ -223,11 +239,14 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
 
 /// Measures; whether every figure is within its target.
 fn bench(args: &Bench) -> Result<bool, String> {
-    if let Some(path) = &args.markdown {
-        output::check_markdown(path)?;
-    }
     if !std::path::Path::new("/dev/kvm").exists() {
         return Err("there is no /dev/kvm here, and a comparison of software guests would say nothing".into());
+    }
+    if args.handover {
+        return handover::bench(args);
+    }
+    if let Some(path) = &args.markdown {
+        output::check_markdown(path)?;
     }
     let version = qemu::version();
     let mut vmms = Vec::new();

@@ -60,10 +60,32 @@ impl From<&Setup> for Options {
     }
 }
 
+impl Options {
+    /// What a client asks to have it moved.
+    pub(super) fn request(&self, to: &str) -> Result<MigrateRequest, String> {
+        Ok(MigrateRequest {
+            fail_safe: crate::cli::fail_safe(&self.fail_safe)?,
+            bandwidth_bits: self.bandwidth_bits,
+            push_order: self.push_order.clone(),
+            demand_lanes: 2,
+            impact: self.impact.into(),
+            ..MigrateRequest::plain(to, &self.strategy, self.streams)
+        })
+    }
+}
+
+/// The report, if it is of a migration that came to its end.
+pub(crate) fn completed(report: Value) -> Result<Value, String> {
+    match report["outcome"] == "completed" {
+        true => Ok(report),
+        false => Err(format!("the migration is {}: {}", report["outcome"], report["reason"])),
+    }
+}
+
 /// A minivmm with the guest.
 pub(crate) struct Source {
     pub(crate) process: Process,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
 }
 
 /// Two minivmms: the guest runs in one, the other waits.
@@ -77,11 +99,33 @@ pub(crate) struct Pair {
     encryption: Encryption,
 }
 
-fn minivmm(name: &'static str, folder: &Folder, link: Link, args: &[&str]) -> Result<Process, String> {
+fn minivmm(name: &str, folder: &Folder, link: Link, args: &[&str]) -> Result<Process, String> {
     let exe = std::env::current_exe().map_err(|e| format!("the own program: {e}"))?;
     let mut command = link.command(exe.as_os_str());
     command.args(args);
-    Process::start(name, command, folder.path(&format!("{name}.log")))
+    Process::start(&format!("minivmm-{name}"), command, folder.path(&format!("minivmm-{name}.log")))
+}
+
+/// A minivmm that receives at `listen`, beyond the link; its control socket and where it listens, in its own words.
+pub(super) fn receiver(
+    folder: &Folder,
+    name: &str,
+    listen: &str,
+    link: Link,
+    more: &[&str],
+) -> Result<(Process, PathBuf, String), String> {
+    let socket = folder.path(name);
+    let control = socket.to_string_lossy().into_owned();
+    let args = ["receive", "--listen", listen, "--control", &control];
+    let mut process = minivmm(name, folder, link, &[&args[..], more].concat())?;
+    let mut line = String::new();
+    BufReader::new(process.output()?).read_line(&mut line).map_err(|e| format!("the {name}'s output: {e}"))?;
+    let Some(url) = line.trim().strip_prefix("listening ").map(str::to_owned) else {
+        process.check()?;
+        return Err(format!("the {name} says {line:?} instead of where it listens"));
+    };
+    ready(&mut process, &socket)?;
+    Ok((process, socket, url))
 }
 
 /// Waits until the control socket answers.
@@ -99,12 +143,17 @@ fn ready(process: &mut Process, socket: &std::path::Path) -> Result<(), String> 
 
 impl Source {
     pub(crate) fn start(folder: &Folder, options: &Options) -> Result<Self, String> {
-        let socket = folder.path("source");
+        Self::named(folder, "source", options)
+    }
+
+    /// The same under a name of its own, beside others.
+    pub(crate) fn named(folder: &Folder, name: &str, options: &Options) -> Result<Self, String> {
+        let socket = folder.path(name);
         let (memory, control) = (options.memory.to_string(), socket.to_string_lossy().into_owned());
         let args = ["run", "--memory", &memory, "--workload", options.workload.as_str(), "--control", &control];
         let cpus = options.cpus.to_string();
         let more = ["--cpus", &cpus, "--backing", options.backing];
-        let mut process = minivmm("minivmm-source", folder, Link::Loopback, &[&args[..], &more].concat())?;
+        let mut process = minivmm(name, folder, Link::Loopback, &[&args[..], &more].concat())?;
         ready(&mut process, &socket)?;
         let status = ask(&socket, &Request::Status, |_| {})?;
         if status["software_guest"] == true {
@@ -115,23 +164,12 @@ impl Source {
 
     /// Starts the destination.
     pub(crate) fn pair(self, folder: &Folder, options: &Options) -> Result<Pair, String> {
-        let destination_socket = folder.path("destination");
-        let control = destination_socket.to_string_lossy().into_owned();
         let Way { cipher, link } = options.way;
         let encryption = cipher.encryption(folder)?;
-        let listen = format!("tcp:{}:0", link.host());
-        let args = ["receive", "--listen", &listen, "--control", &control];
         let secure = encryption.arguments();
         let secure: Vec<&str> = secure.iter().map(String::as_str).collect();
-        let mut destination = minivmm("minivmm-destination", folder, link, &[&args[..], &secure].concat())?;
-        let mut line = String::new();
-        let output = destination.output()?;
-        BufReader::new(output).read_line(&mut line).map_err(|e| format!("the destination's output: {e}"))?;
-        let Some(url) = line.trim().strip_prefix("listening ").map(str::to_owned) else {
-            destination.check()?;
-            return Err(format!("the destination says {line:?} instead of where it listens"));
-        };
-        ready(&mut destination, &destination_socket)?;
+        let (destination, destination_socket, url) =
+            receiver(folder, "destination", &format!("tcp:{}:0", link.host()), link, &secure)?;
         Ok(Pair {
             source: self.process,
             destination,
@@ -147,30 +185,12 @@ impl Source {
 impl Pair {
     /// Migrates; returns when the source says that it is complete.
     pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
-        let Options { streams, impact, strategy, push_order, bandwidth_bits, fail_safe, .. } = &self.options;
-        let request = MigrateRequest {
-            fail_safe: crate::cli::fail_safe(fail_safe)?,
-            to: self.url.clone(),
-            strategy: strategy.clone(),
-            streams: *streams,
-            downtime_limit_us: 300_000,
-            bandwidth_bits: *bandwidth_bits,
-            timeout_us: 0,
-            on_timeout: "cancel".into(),
-            push_order: push_order.clone(),
-            demand_lanes: 2,
-            whole_huge_pages: false,
-            impact: (*impact).into(),
-            checksum: false,
-            encryption: self.encryption.clone(),
-            progress: false,
-        };
+        let request = MigrateRequest { encryption: self.encryption.clone(), ..self.options.request(&self.url)? };
+        let request = Request::Migrate(Box::new(request));
         let start = Instant::now();
-        let report = ask(&self.source_socket, &Request::Migrate(Box::new(request)), |_| {})?;
+        let report = ask(&self.source_socket, &request, |_| {})?;
         let total = start.elapsed();
-        if report["outcome"] != "completed" {
-            return Err(format!("the migration is {}: {}", report["outcome"], report["reason"]));
-        }
+        let report = completed(report)?;
         let ms = |key: &str| report[key].as_f64();
         Ok(Moved { total, own_total_ms: ms("total_ms"), own_downtime_ms: ms("downtime_ms"), report })
     }

@@ -51,20 +51,20 @@ impl Drop for Folder {
 /// A child process, killed when dropped.
 pub(crate) struct Process {
     child: Child,
-    name: &'static str,
+    name: String,
     log: PathBuf,
 }
 
 impl Process {
     /// Starts `command`; what it says on stderr goes to `log`.
-    pub(super) fn start(name: &'static str, mut command: Command, log: PathBuf) -> Result<Self, String> {
+    pub(super) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self, String> {
         let file = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file).spawn();
         let child = child.map_err(|e| format!("starting {name} ({:?}): {e}", command.get_program()))?;
-        Ok(Self { child, name, log })
+        Ok(Self { child, name: name.into(), log })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
@@ -99,7 +99,7 @@ impl Process {
 
     /// Waits for it to end by itself and returns the CPU seconds of its whole life. No other child may be reaped by
     /// another thread meanwhile.
-    pub(super) fn wait(&mut self) -> Result<f64, String> {
+    pub(crate) fn wait(&mut self) -> Result<f64, String> {
         let reaped = || {
             let usage = getrusage(UsageWho::RUSAGE_CHILDREN).map_err(|e| format!("getrusage: {e}"))?;
             let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();

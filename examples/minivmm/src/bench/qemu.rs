@@ -64,12 +64,26 @@ pub(super) struct Source {
 
 fn start(
     folder: &Folder,
-    name: &'static str,
-    setup: &Setup,
+    name: &str,
+    memory: u64,
     elf: &Path,
     link: Link,
     more: &[&str],
 ) -> Result<(Process, Qmp), String> {
+    let (mut process, socket) = launch(folder, name, memory, elf, link, more)?;
+    let qmp = Qmp::connect(&mut process, socket)?;
+    Ok((process, qmp))
+}
+
+/// A QEMU that may not answer yet, and where it will.
+fn launch(
+    folder: &Folder,
+    name: &str,
+    memory: u64,
+    elf: &Path,
+    link: Link,
+    more: &[&str],
+) -> Result<(Process, PathBuf), String> {
     let socket = folder.path(&format!("{name}.qmp"));
     // a socket of an earlier run would answer before this one does
     let _ = std::fs::remove_file(&socket);
@@ -77,27 +91,25 @@ fn start(
     command
         .args(["-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", "1", "-nodefaults", "-nographic"])
         .args(["-display", "none", "-serial", "none", "-monitor", "none", "-name", "bench,debug-threads=on"])
-        .args(["-m", &format!("{}M", setup.memory >> 20)])
+        .args(["-m", &format!("{}M", memory >> 20)])
         .arg("-kernel")
         .arg(elf)
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
         .args(more);
-    let mut process = Process::start(name, command, folder.path(&format!("{name}.log")))?;
-    let qmp = Qmp::connect(&mut process, socket)?;
-    Ok((process, qmp))
+    Ok((Process::start(name, command, folder.path(&format!("{name}.log")))?, socket))
 }
 
 impl Source {
     pub(super) fn start(folder: &Folder, setup: &Setup, elf: &Path) -> Result<Self, String> {
-        let (process, qmp) = start(folder, "qemu-source", setup, elf, Link::Loopback, &[])?;
+        let (process, qmp) = start(folder, "qemu-source", setup.memory, elf, Link::Loopback, &[])?;
         Ok(Self { process, qmp })
     }
 
     /// Starts the destination and readies both.
     pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
         let (destination, mut destination_qmp) =
-            start(folder, "qemu-destination", setup, elf, setup.way.link, &["-incoming", "defer"])?;
+            start(folder, "qemu-destination", setup.memory, elf, setup.way.link, &["-incoming", "defer"])?;
         let Way { cipher, link } = setup.way;
         let keys = if cipher == Cipher::None { None } else { Some(tls_keys(folder)?) };
         let mut source_qmp = self.qmp;
@@ -157,25 +169,95 @@ impl Pair {
         if self.post_copy {
             self.source_qmp.call("migrate-start-postcopy", json!({}))?;
         }
-        let end = self.source_qmp.event(|e| {
-            e["event"] == "MIGRATION"
-                && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
-        })?;
-        if end["data"]["status"] != "completed" {
-            let why = self.source_qmp.call("query-migrate", json!({}))?;
-            return Err(format!("QEMU's migration is {}: {}", end["data"]["status"], why["error-desc"]));
-        }
+        self.source_qmp.complete()?;
         self.destination_qmp.event(|e| e["event"] == "RESUME")?;
-        let total = start.elapsed();
-        let report = self.source_qmp.call("query-migrate", json!({}))?;
-        let ms = |key: &str| report[key].as_f64();
-        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+        self.source_qmp.moved(start.elapsed())
     }
 
     /// Ends the source.
     pub(super) fn end_source(&mut self) -> Result<(), String> {
         self.source_qmp.call("quit", json!({})).map(drop)
     }
+}
+
+/// A QEMU that is to be replaced under its VM: mode `cpr-transfer`, in which RAM stays in its memory file.
+pub(super) struct Replaced {
+    pub(super) process: Process,
+    qmp: Qmp,
+    memory: u64,
+    elf: PathBuf,
+}
+
+impl Replaced {
+    /// RAM in a memory file, and what QEMU allocates beside it too, which the mode asks for.
+    fn args(memory: u64) -> [String; 4] {
+        let ram = format!("memory-backend-memfd,id=ram0,size={}M,share=on", memory >> 20);
+        ["-object".into(), ram, "-machine".into(), "memory-backend=ram0,aux-ram-share=on".into()]
+    }
+
+    pub(super) fn start(folder: &Folder, memory: u64, elf: &Path) -> Result<Self, String> {
+        let args = Self::args(memory);
+        let (process, qmp) =
+            start(folder, "qemu-source", memory, elf, Link::Loopback, &args.each_ref().map(String::as_str))?;
+        Ok(Self { process, qmp, memory, elf: elf.to_owned() })
+    }
+
+    /// Starts the QEMU that takes over, and has it wait for that.
+    pub(super) fn successor(&mut self, folder: &Folder) -> Result<Successor, String> {
+        let channels = ["main", "cpr"].map(|name| {
+            let path = folder.path(&format!("qemu-{name}.sock"));
+            // one of an earlier run would be taken for this one's
+            let _ = std::fs::remove_file(&path);
+            json!({"channel-type": name, "addr": {"transport": "socket", "type": "unix", "path": path}})
+        });
+        let [main, cpr] = channels.each_ref().map(Value::to_string);
+        let args = Self::args(self.memory);
+        let mut all: Vec<&str> = args.iter().map(String::as_str).collect();
+        all.extend(["-incoming", &main, "-incoming", &cpr]);
+        let (mut process, socket) = launch(folder, "qemu-destination", self.memory, &self.elf, Link::Loopback, &all)?;
+        // until the state comes it does not answer anything, but it listens
+        let deadline = Instant::now() + ANSWER;
+        while !folder.path("qemu-cpr.sock").exists() {
+            process.check()?;
+            if Instant::now() > deadline {
+                return Err("QEMU does not listen for the state of the one that it is to replace".into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        let capabilities = json!({"capabilities": [{"capability": "events", "state": true}]});
+        self.qmp.call("migrate-set-capabilities", capabilities)?;
+        self.qmp.call("migrate-set-parameters", json!({"mode": "cpr-transfer"}))?;
+        Ok(Successor { process, socket, channels: json!(channels) })
+    }
+
+    /// Hands the VM over; returns when it runs there.
+    pub(super) fn hand_over(&mut self, to: &mut Successor) -> Result<Moved, String> {
+        let start = Instant::now();
+        self.qmp.call("migrate", json!({"channels": to.channels}))?;
+        let mut there = Qmp::connect(&mut to.process, to.socket.clone())?;
+        self.qmp.complete()?;
+        let deadline = Instant::now() + ANSWER;
+        // the event that it runs may have come before there was anybody to see it
+        while there.call("query-status", json!({}))?["status"] != "running" {
+            if Instant::now() > deadline {
+                return Err("QEMU's migration is complete, but the guest does not run".into());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.qmp.moved(start.elapsed())
+    }
+
+    /// Ends it, when its VM is elsewhere.
+    pub(super) fn end(&mut self) -> Result<(), String> {
+        self.qmp.call("quit", json!({})).map(drop)
+    }
+}
+
+/// The QEMU that replaces it.
+pub(super) struct Successor {
+    pub(super) process: Process,
+    socket: PathBuf,
+    channels: Value,
 }
 
 /// A connection to a QEMU.
@@ -186,6 +268,13 @@ struct Qmp {
 }
 
 impl Qmp {
+    /// What QEMU says of a migration that is complete, which took so long.
+    fn moved(&mut self, total: Duration) -> Result<Moved, String> {
+        let report = self.call("query-migrate", json!({}))?;
+        let ms = |key: &str| report[key].as_f64();
+        Ok(Moved { total, own_total_ms: ms("total-time"), own_downtime_ms: ms("downtime"), report })
+    }
+
     fn connect(process: &mut Process, path: PathBuf) -> Result<Self, String> {
         let deadline = Instant::now() + ANSWER;
         let stream = loop {
@@ -230,6 +319,19 @@ impl Qmp {
                 return Err(format!("QEMU, {command}: {}", answer["error"]["desc"]));
             }
         }
+    }
+
+    /// Waits for the end of a migration.
+    fn complete(&mut self) -> Result<(), String> {
+        let end = self.event(|e| {
+            e["event"] == "MIGRATION"
+                && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
+        })?;
+        if end["data"]["status"] == "completed" {
+            return Ok(());
+        }
+        let why = self.call("query-migrate", json!({}))?;
+        Err(format!("QEMU's migration is {}: {}", end["data"]["status"], why["error-desc"]))
     }
 
     /// The next event that is wanted; those before it are dropped.

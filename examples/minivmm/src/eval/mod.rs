@@ -4,16 +4,22 @@
 //! |---|---|
 //! | run.rs | one migration between two processes, and what both sides and the guest say of it |
 //! | plan.rs | which migrations there are, in which order |
+//! | handover.rs | hand-overs: what is done to a guest |
+//! | timeline.rs | how fast a guest is while something is done to it |
+//! | speed.rs | that as SVG |
 //! | withhold.rs | a push order that pushes nothing at first: the idle link |
 //! | figures.rs | medians over runs, and the targets |
 //! | tables.rs | the figures as tables |
 //! | plot.rs | the figures as SVG |
 
 mod figures;
+mod handover;
 mod plan;
 mod plot;
 mod run;
+mod speed;
 mod tables;
+mod timeline;
 mod withhold;
 
 use std::{
@@ -23,6 +29,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 use figures::Figures;
+use handover::Handover;
 use indicatif::{ProgressBar, ProgressStyle};
 use migration_core::strategy::{PushOrder, push_order};
 use serde_json::json;
@@ -44,6 +51,8 @@ enum Technique {
     /// Network faults by push order, self-ballooning, a storm of faults, the latency of a fault, and the costs of fail-safe
     /// post-copy.
     PostCopy(PostCopy),
+    /// The guest's speed while its VMM is replaced, and while it is moved by pre-copy.
+    Handover(Handover),
 }
 
 /// How it is measured and shown.
@@ -61,6 +70,13 @@ struct PostCopy {
     /// Of the guests' data, and of the push order `random`.
     #[arg(long, default_value_t = 1)]
     seed: u32,
+    #[command(flatten)]
+    files: Files,
+}
+
+/// Where figures and plots are written.
+#[derive(Debug, Args)]
+struct Files {
     /// Write all figures, raw ones too, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -70,6 +86,22 @@ struct PostCopy {
     /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if there is one.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+}
+
+impl Files {
+    /// The folder that the plots go into, if any: made if it is missing.
+    fn plots(&self) -> Result<Option<PathBuf>, String> {
+        let folder = self.plots_folder();
+        if let Some(folder) = &folder {
+            fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        }
+        Ok(folder)
+    }
+
+    fn plots_folder(&self) -> Option<PathBuf> {
+        let beside = |markdown: &PathBuf| markdown.parent().map(|folder| folder.join("plots"));
+        self.out.clone().or_else(|| self.markdown.as_ref().and_then(beside))
+    }
 }
 
 /// A part of the measurement.
@@ -92,8 +124,7 @@ enum Part {
 
 /// Runs an evaluation; the exit status.
 pub(crate) fn run(args: &Eval) -> u8 {
-    let Technique::PostCopy(args) = &args.what;
-    match post_copy(args) {
+    match measure(&args.what) {
         Ok(()) => 0,
         Err(why) => {
             eprintln!("minivmm eval: {why}");
@@ -110,10 +141,19 @@ pub(crate) fn order(text: &str) -> Result<Box<dyn PushOrder>, String> {
     }
 }
 
-/// Where the plots go, if anywhere.
-fn plots(args: &PostCopy) -> Option<PathBuf> {
-    let beside = |markdown: &PathBuf| markdown.parent().map(|folder| folder.join("plots"));
-    args.out.clone().or_else(|| args.markdown.as_ref().and_then(beside))
+fn measure(technique: &Technique) -> Result<(), String> {
+    if !Path::new("/dev/kvm").exists() {
+        return Err("there is no /dev/kvm here, and the figures of software guests would say nothing".into());
+    }
+    match technique {
+        Technique::PostCopy(args) => post_copy(args),
+        Technique::Handover(args) => handover::handover(args),
+    }
+}
+
+fn style() -> ProgressStyle {
+    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}");
+    style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// How a Markdown file refers to a file: relative to its own folder, where that is possible.
@@ -123,21 +163,14 @@ fn reference(markdown: &Path, file: &Path) -> String {
 }
 
 fn post_copy(args: &PostCopy) -> Result<(), String> {
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         output::check_section(path, SECTION)?;
     }
-    let plots = plots(args);
-    if let Some(folder) = &plots {
-        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    }
-    if !Path::new("/dev/kvm").exists() {
-        return Err("there is no /dev/kvm here, and the figures of software guests would say nothing".into());
-    }
+    let plots = args.files.plots()?;
     let steps = plan::steps(&args.only, if args.quick { 1 } else { args.repeat }, args.seed);
     let folder = Folder::new()?;
     let bar = ProgressBar::new(steps.len() as u64);
-    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_style(style());
     let mut figures = Figures::new(Machine::here(None), args.seed);
     for step in &steps {
         tell(&bar, &step.to_string());
@@ -151,7 +184,7 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
     }
     bar.finish_and_clear();
     print!("{}", tables::text(&figures));
-    if let Some(path) = &args.json {
+    if let Some(path) = &args.files.json {
         let all = json!({"machine": figures.machine, "seed": figures.seed, "verdicts": figures.verdicts(),
             "failures": figures.failures, "runs": figures.runs});
         fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -164,7 +197,7 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
             images.push((plot.title, path));
         }
     }
-    if let Some(path) = &args.markdown {
+    if let Some(path) = &args.files.markdown {
         let images = images.iter().map(|(title, file)| (*title, reference(path, file))).collect::<Vec<_>>();
         output::write_section(path, SECTION, &tables::markdown(&figures, &images))?;
     }
@@ -184,18 +217,23 @@ mod tests {
     }
 
     fn parse(line: &[&str]) -> Result<PostCopy, clap::Error> {
-        let Technique::PostCopy(args) = Line::try_parse_from([&["eval", "post-copy"], line].concat())?.eval.what;
-        Ok(args)
+        match Line::try_parse_from([&["eval", "post-copy"], line].concat())?.eval.what {
+            Technique::PostCopy(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
     fn command_lines() {
         let args = parse(&["--quick", "--only", "storm", "--only", "hybrid"]).unwrap();
-        assert!(args.quick && args.only == [Part::Storm, Part::Hybrid] && plots(&args).is_none());
+        assert!(args.quick && args.only == [Part::Storm, Part::Hybrid] && args.files.plots_folder().is_none());
         assert!(parse(&["--quick", "--repeat", "3"]).is_err() && parse(&["--only", "weather"]).is_err());
         let args = parse(&["--markdown", "docs/post-copy.md"]).unwrap();
-        assert_eq!(plots(&args), Some("docs/plots".into()));
-        assert_eq!(plots(&parse(&["--markdown", "a.md", "--out", "b"]).unwrap()), Some("b".into()));
+        assert_eq!(args.files.plots_folder(), Some("docs/plots".into()));
+        let args = parse(&["--markdown", "a.md", "--out", "b"]).unwrap();
+        assert_eq!(args.files.plots_folder(), Some("b".into()));
+        let line = ["eval", "handover", "--memory", "256M", "--out", "b"];
+        assert!(matches!(Line::try_parse_from(line).unwrap().eval.what, Technique::Handover(_)));
     }
 
     #[test]

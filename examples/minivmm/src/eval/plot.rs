@@ -12,9 +12,9 @@ use super::{
 };
 
 const SIZE: (u32, u32) = (800, 420);
-const FONT: &str = "sans-serif";
+pub(super) const FONT: &str = "sans-serif";
 /// Told apart also without colours, by their lightness.
-const COLOURS: [RGBColor; 4] =
+pub(super) const COLOURS: [RGBColor; 4] =
     [RGBColor(31, 60, 110), RGBColor(70, 130, 180), RGBColor(230, 120, 40), RGBColor(190, 190, 190)];
 
 /// A plot.
@@ -50,7 +50,7 @@ struct Bars<'a> {
     log: bool,
 }
 
-fn text<E: std::fmt::Display>(error: E) -> String {
+pub(super) fn text<E: std::fmt::Display>(error: E) -> String {
     format!("plot: {error}")
 }
 

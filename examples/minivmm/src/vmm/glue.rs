@@ -11,14 +11,19 @@ use std::{
 use bytes::Bytes;
 use migration_core::{
     GuestRam, PageSet,
+    engine::ephemeral::PersistentVm,
     pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
-    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError},
+    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError, VmId},
 };
-use migration_kvm::{ram::Backing, spawner::stand_back, tracker::TrackerKind};
+use migration_kvm::{ram::Backing, spawner::stand_back, state::entry_pages, tracker::TrackerKind};
 
-use super::{Machine, MachineConfig, SerialTarget, machine::not_kept, protect::identity};
+use super::{
+    Machine, MachineConfig, SerialTarget,
+    machine::{Absent, not_kept},
+    protect::identity,
+};
 
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
@@ -26,18 +31,27 @@ pub(crate) struct MachineSource {
     pub(super) tracker: Box<dyn DirtyTracker>,
     /// Whether RAM was shared with another process.
     shared: AtomicBool,
+    /// Whether the machine stays when its guest has gone.
+    stays: bool,
 }
 
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: AtomicBool::new(false) }
+        Self { machine, tracker, shared: AtomicBool::new(false), stays: false }
+    }
+
+    /// Of a machine that stays when its guest goes.
+    fn lending(machine: Arc<Machine>) -> Self {
+        let mut source = Self::new(machine);
+        source.stays = true;
+        source
     }
 }
 
 impl Drop for MachineSource {
     fn drop(&mut self) {
-        self.machine.put_tracker();
+        self.machine.put_tracker(std::mem::replace(&mut self.tracker, Box::new(Absent)));
     }
 }
 
@@ -104,6 +118,10 @@ impl SourceVm for MachineSource {
         Ok(state)
     }
 
+    fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
+        entry_pages(state, &*self.machine.ram, into);
+    }
+
     fn starts_running(&self) -> bool {
         !self.machine.is_paused_by_user()
     }
@@ -117,6 +135,11 @@ impl SourceVm for MachineSource {
     }
 
     fn released(&mut self) {
+        if self.stays {
+            // best effort: the guest, which it would slow down, is not here
+            let _ = self.tracker.stop();
+            return;
+        }
         if self.shared.load(Ordering::Relaxed) {
             stand_back();
         }
@@ -137,6 +160,8 @@ pub(crate) struct HostOptions {
     pub(crate) pause_on_loss: bool,
     /// Its RAM must be memory that other processes can map.
     pub(crate) shared_ram: bool,
+    /// Page tables of RAM that is handed over stay empty.
+    pub(crate) cold: bool,
 }
 
 /// Builds machines for VMs that arrive, and passes those on that are owned.
@@ -174,7 +199,7 @@ impl Host {
         }
         let machine = match shared {
             None => Machine::new(config, &self.options.serial),
-            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial),
+            Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
         };
         let machine = machine.map_err(|e| VmError::because("building the VM", e))?;
         let here = machine.devices().kinds();
@@ -243,6 +268,10 @@ impl DestinationVm for MachineDestination {
         self.0.devices().load_piece(piece)
     }
 
+    fn continue_log(&mut self, dirty: &PageSet) -> Result<(), VmError> {
+        self.0.continue_log(dirty).map_err(|e| VmError::because("going on with the dirty log", e))
+    }
+
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
         self.0.processors.load(state)?;
         self.0.devices().load(state)
@@ -250,6 +279,57 @@ impl DestinationVm for MachineDestination {
 
     fn start(&mut self, running: bool) -> Result<(), VmError> {
         self.0.devices().resume()?;
-        self.0.start(running).map_err(|e| VmError::because("starting the VM", e))
+        self.0.arrive(running);
+        Ok(())
+    }
+}
+
+/// A machine that stays when its guest goes, and takes it back.
+pub(crate) struct Tenant {
+    machine: Option<Arc<Machine>>,
+    /// Builds it for the guest's first visit.
+    host: Option<Host>,
+}
+
+impl Tenant {
+    /// Of a guest that is at home here.
+    pub(crate) fn of(machine: Arc<Machine>) -> Self {
+        Self { machine: Some(machine), host: None }
+    }
+
+    /// Of a guest that will come.
+    pub(crate) fn expecting(options: HostOptions) -> Self {
+        Self { machine: None, host: Some(Host::new(options, Box::new(drop))) }
+    }
+
+    /// The machine; `None` before the guest's first visit.
+    pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
+        self.machine.as_ref()
+    }
+}
+
+impl PersistentVm for Tenant {
+    fn id(&self) -> VmId {
+        self.machine().map(|machine| machine.id()).unwrap_or_default()
+    }
+
+    fn leaving(&mut self) -> Box<dyn SourceVm> {
+        let machine = self.machine.clone().expect("a guest that is here is in a machine");
+        Box::new(MachineSource::lending(machine))
+    }
+
+    fn coming(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+        if let Some(machine) = &self.machine {
+            let here = machine.ram.is_in(&files).map_err(|e| VmError::because("the memory of the VM", e))?;
+            if !here || machine.id() != vm.id {
+                return Err(VmError::new("another VM is at home here, in other memory"));
+            }
+            machine.warm();
+            return Ok(Box::new(MachineDestination(machine.clone())));
+        }
+        let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;
+        let built = host.make(vm, Some(files))?;
+        self.machine = host.arriving.upgrade();
+        Ok(built)
     }
 }

@@ -1,6 +1,6 @@
 //! A machine on KVM: memory slots, irqchip, vCPUs, their state and their trackers.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use bytes::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_pit_config};
@@ -216,6 +216,11 @@ impl Processors for KvmProcessors {
 
     fn end(&self) -> Option<String> {
         self.vcpus.end()
+    }
+
+    fn pre_fault(&self, gpa: u64, len: u64) -> io::Result<()> {
+        let ended = || io::Error::other(ENDED);
+        self.vcpus.on_first(move |vcpu| state::pre_fault(vcpu, gpa, len)).ok_or_else(ended)?
     }
 
     fn shut_down(&self) {

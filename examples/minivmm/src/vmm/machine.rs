@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use kvm_ioctls::Kvm;
 use migration_core::{
-    GuestRam, PAGE_SIZE, PageSet,
+    GuestRam, PAGE_SIZE, PageRange, PageSet,
     device::DeviceSet,
     state::VmState,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
@@ -45,8 +45,11 @@ const BOARD: u64 = 0x10_0000;
 /// How long a migration waits for the end of the one before.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
-/// How long a hand-over waits for page tables to be filled: enough for 8 GiB.
-const WARMING: Duration = Duration::from_secs(2);
+/// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has something else to do.
+const WARMING: Duration = Duration::from_secs(10);
+
+/// How long a process that has handed its VM over takes to unmap that: enough for 2 to 4 GiB.
+const COOLING: Duration = Duration::from_secs(1);
 
 /// A machine cannot be built or started.
 #[derive(Debug, Error)]
@@ -83,6 +86,8 @@ pub(super) trait Processors: Send + Sync {
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send>;
     /// Why the guest has ended.
     fn end(&self) -> Option<String>;
+    /// Fills the page tables that they use for this memory, before the guest comes.
+    fn pre_fault(&self, gpa: u64, len: u64) -> io::Result<()>;
     /// Frees threads and vCPUs.
     fn shut_down(&self);
 }
@@ -92,7 +97,7 @@ pub(crate) struct Machine {
     // processors end before their memory goes away: fields are dropped in order
     pub(super) processors: Box<dyn Processors>,
     devices: Mutex<DeviceSet>,
-    tracker: Mutex<Option<UnionTracker>>,
+    tracker: Mutex<Option<Box<dyn DirtyTracker>>>,
     tracker_is_back: Condvar,
     tracker_name: &'static str,
     pub(super) ram: Arc<MappedRam>,
@@ -159,14 +164,41 @@ impl Machine {
         files: Vec<OwnedFd>,
         config: MachineConfig,
         serial: &SerialTarget,
+        cold: bool,
     ) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
-        if let Err(error) = machine.ram.warm_shared(WARMING) {
-            eprintln!("minivmm: the guest will be slow at first: {error}");
+        if !cold {
+            machine.warm();
         }
         Ok(machine)
+    }
+
+    /// Fills page tables for a guest that runs in this RAM elsewhere, and is about to come.
+    pub(super) fn warm(&self) {
+        let mut pre_faults = true;
+        let mut fill = |range: PageRange| {
+            // KVM's page tables and ours; where it cannot do that, ours
+            pre_faults = pre_faults && self.pre_fault(range);
+            if pre_faults { Ok(()) } else { self.ram.warm_for_reading(range) }
+        };
+        if let Err(error) = self.ram.warm_shared_by(WARMING, &mut fill) {
+            eprintln!("minivmm: the guest will be slow at first: {error}");
+        }
+    }
+
+    fn pre_fault(&self, range: PageRange) -> bool {
+        let gpa = self.ram.layout().gpa_of(range.first);
+        gpa.is_some_and(|gpa| self.processors.pre_fault(gpa, range.bytes()).is_ok())
+    }
+
+    /// Its guest runs elsewhere, in the same RAM: unmaps that without disturbing it.
+    pub(crate) fn let_go(&self) {
+        // what is left then goes with the process
+        if let Err(error) = self.ram.cool_shared(COOLING) {
+            eprintln!("minivmm: {error}");
+        }
     }
 
     fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
@@ -210,7 +242,7 @@ impl Machine {
             Box::new(BitmapTracker::new(writes.clone())) as Box<dyn DirtyTracker>,
         ];
         let tracker = UnionTracker::new(parts);
-        let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(tracker)));
+        let (tracker_name, tracker) = (tracker.name(), Mutex::new(Some(Box::new(tracker) as _)));
         let devices = Mutex::new(DeviceSet::new(vec![
             Box::new(SerialDevice(bus.clone())),
             Box::new(BalloonDevice(bus.balloon.clone())),
@@ -269,6 +301,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Starts a guest that has arrived, maybe not for the first time.
+    pub(super) fn arrive(&self, running: bool) {
+        let mut standing = self.standing();
+        // whatever an earlier stay had left behind
+        *standing = Standing { by_user: !running, ..Standing::default() };
+        self.settle(&standing);
+    }
+
     pub(crate) fn pause_by_user(&self) -> Result<(), String> {
         let mut standing = self.standing();
         standing.refuse("pause")?;
@@ -294,6 +334,9 @@ impl Machine {
     /// When the guest has ended by itself: there is nothing to move then.
     pub(super) fn stop(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
+        if standing.given_up {
+            return Err(VmError::new("the VM may run at its destination"));
+        }
         standing.by_migration = true;
         self.processors.pause();
         match self.processors.end() {
@@ -367,6 +410,11 @@ impl Machine {
         let backing = self.config.backing;
         let files = self.ram.memory_files().map_err(|_| not_kept(backing))?;
         broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files).map_err(|e| e.to_string())
+    }
+
+    /// Its RAM.
+    pub(crate) fn ram(&self) -> &MappedRam {
+        &self.ram
     }
 
     /// Pages of its RAM.
@@ -460,21 +508,69 @@ impl Machine {
     pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
         let guard = self.tracker.lock().unwrap_or_else(|e| e.into_inner());
         let waited = self.tracker_is_back.wait_timeout_while(guard, LAST_MIGRATION, |tracker| tracker.is_none());
-        match waited.unwrap_or_else(|e| e.into_inner()).0.take() {
-            Some(tracker) => Box::new(tracker),
-            None => Box::new(Absent),
-        }
+        waited.unwrap_or_else(|e| e.into_inner()).0.take().unwrap_or_else(|| Box::new(Absent))
     }
 
-    /// Makes a tracker for the next migration.
-    pub(super) fn put_tracker(&self) {
-        let made = self
-            .processors
-            .tracker()
-            .map(|vcpus| UnionTracker::new(vec![vcpus, Box::new(BitmapTracker::new(self.writes.clone()))]));
-        *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = made.ok();
+    /// The tracker goes back: as it is if it still tracks for the VMM, else one made for the next migration.
+    pub(super) fn put_tracker(&self, tracker: Box<dyn DirtyTracker>) {
+        if tracker.name() == ABSENT {
+            // somebody else has it
+            return;
+        }
+        let tracker = if tracker.is_active() { Ok(tracker) } else { self.make_tracker() };
+        *self.tracker.lock().unwrap_or_else(|e| e.into_inner()) = tracker.ok();
         self.tracker_is_back.notify_all();
     }
+
+    fn make_tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
+        let parts = vec![self.processors.tracker()?, Box::new(BitmapTracker::new(self.writes.clone())) as _];
+        Ok(Box::new(UnionTracker::new(parts)))
+    }
+
+    /// Pages that were written since this was last called, here and wherever else the guest ran meanwhile; all of RAM at first.
+    /// From then on every write is logged.
+    pub(crate) fn dirty_since_last_time(&self) -> Result<PageSet, TrackerError> {
+        let mut tracker = self.take_tracker();
+        let mut dirty = PageSet::empty(self.pages());
+        let harvested = if tracker.is_active() {
+            harvest_anew(&mut *tracker, &mut dirty)
+        } else {
+            let started = tracker.start().and_then(|()| harvest_anew(&mut *tracker, &mut dirty));
+            dirty = PageSet::full(self.pages());
+            started
+        };
+        if harvested.is_err() {
+            tracker.put_back(&dirty);
+        }
+        self.put_tracker(tracker);
+        harvested.map(|()| dirty)
+    }
+
+    /// Ends the log.
+    pub(crate) fn stop_log(&self) -> Result<(), TrackerError> {
+        let mut tracker = self.take_tracker();
+        let stopped = tracker.stop();
+        self.put_tracker(tracker);
+        stopped
+    }
+
+    /// Goes on with the log of another VMM, which has these pages, while no vCPU runs.
+    pub(super) fn continue_log(&self, dirty: &PageSet) -> Result<(), TrackerError> {
+        let mut tracker = self.take_tracker();
+        // a tracker may begin with all pages dirty; nothing writes yet
+        let mut none = PageSet::empty(self.pages());
+        let started = tracker.start().and_then(|()| harvest_anew(&mut *tracker, &mut none));
+        tracker.put_back(dirty);
+        self.put_tracker(tracker);
+        started
+    }
+}
+
+/// Harvests, and re-arms at once what is re-armed page by page.
+fn harvest_anew(tracker: &mut dyn DirtyTracker, dirty: &mut PageSet) -> Result<(), TrackerError> {
+    tracker.harvest(dirty)?;
+    let Some(rearm) = tracker.rearm() else { return Ok(()) };
+    dirty.ranges().try_for_each(|range| rearm.before_read(range, dirty))
 }
 
 /// What the balloon does with the pages that the guest does not need.
@@ -488,17 +584,19 @@ fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Di
 }
 
 /// In place of a tracker that another migration has.
-struct Absent;
+pub(super) struct Absent;
+
+const ABSENT: &str = "none";
 
 impl Absent {
     fn error() -> TrackerError {
-        TrackerError { tracker: "none", what: "another migration has the tracker".into() }
+        TrackerError { tracker: ABSENT, what: "another migration has the tracker".into() }
     }
 }
 
 impl DirtyTracker for Absent {
     fn name(&self) -> &'static str {
-        "none"
+        ABSENT
     }
 
     fn is_active(&self) -> bool {

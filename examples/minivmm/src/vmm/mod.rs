@@ -19,5 +19,5 @@ mod vcpu;
 
 pub(crate) use config::MachineConfig;
 pub(crate) use devices::SerialTarget;
-pub(crate) use glue::{Host, HostOptions, MachineSource};
+pub(crate) use glue::{Host, HostOptions, MachineSource, Tenant};
 pub(crate) use machine::{Machine, Snapshot, host_tsc_khz};

@@ -387,6 +387,10 @@ impl Processors for SoftwareProcessors {
         None
     }
 
+    fn pre_fault(&self, _gpa: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn shut_down(&self) {
         self.shared.lock().exit = true;
         self.shared.stop.store(true, Ordering::SeqCst);

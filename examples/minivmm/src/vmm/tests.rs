@@ -83,7 +83,13 @@ fn host(serial: SerialTarget) -> (Host, mpsc::Receiver<Arc<Machine>>) {
     let (tx, rx) = mpsc::channel();
     let arrived = Box::new(move |machine| tx.send(machine).unwrap());
     let backing = Some(Backing::Memfd);
-    (Host::new(HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true }, arrived), rx)
+    (
+        Host::new(
+            HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true, cold: false },
+            arrived,
+        ),
+        rx,
+    )
 }
 
 fn copy_ram(from: &dyn GuestRam, to: &dyn GuestRam) {

@@ -142,6 +142,22 @@ impl Vcpus {
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Option<Vec<T>> {
+        self.on_those_below(usize::MAX, work)
+    }
+
+    /// As [`on_each`](Self::on_each), on the first one's.
+    pub(super) fn on_first<T: Send + 'static>(
+        &self,
+        work: impl Fn(&mut VcpuFd) -> T + Send + Sync + 'static,
+    ) -> Option<T> {
+        self.on_those_below(1, move |_, vcpu| work(vcpu))?.pop()
+    }
+
+    fn on_those_below<T: Send + 'static>(
+        &self,
+        end: usize,
+        work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
+    ) -> Option<Vec<T>> {
         let work = Arc::new(work);
         let mut results = Vec::new();
         {
@@ -149,7 +165,7 @@ impl Vcpus {
             if control.exit {
                 return None;
             }
-            for (index, jobs) in control.jobs.iter_mut().enumerate() {
+            for (index, jobs) in control.jobs.iter_mut().enumerate().take(end) {
                 let (tx, rx) = mpsc::channel();
                 let work = work.clone();
                 jobs.push_back(Box::new(move |vcpu| {

@@ -54,13 +54,19 @@ impl Suite {
         self.add(name.into(), self.no_kvm.clone(), run);
     }
 
-    /// A trial that needs KVM and reserved huge pages.
-    pub(crate) fn kvm_and_huge_pages(
+    /// A trial that needs KVM, and for hugetlb reserved huge pages.
+    pub(crate) fn kvm_backed(
         &mut self,
         name: impl Into<String>,
+        backing: &str,
         run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
-        self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_huge_pages.clone()), run);
+        self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_backing(backing)), run);
+    }
+
+    /// Why there is no memory with this backing.
+    fn no_backing(&self, backing: &str) -> Option<String> {
+        self.no_huge_pages.clone().filter(|_| backing == "hugetlb")
     }
 
     /// A trial in which a guest runs while pages of it are missing, in memory with this backing.
@@ -71,8 +77,7 @@ impl Suite {
         run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
         let missing = self.no_kvm.clone().or_else(|| self.no_userfaultfd.clone());
-        let no_huge_pages = if backing == "hugetlb" { self.no_huge_pages.clone() } else { None };
-        self.add(name.into(), missing.or(no_huge_pages), run);
+        self.add(name.into(), missing.or_else(|| self.no_backing(backing)), run);
     }
 
     fn add(

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
 };
 
@@ -219,14 +219,17 @@ impl Process {
 
     /// `ctl`, without waiting for it.
     pub(crate) fn start_ctl(&self, args: &[&str]) -> Result<Client, Failed> {
-        let child = minivmm()
-            .args(["ctl", "--json", "--control"])
-            .arg(&self.socket)
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        Ok(Client(Guard(child)))
+        Client::start(minivmm().args(["ctl", "--json", "--control"]).arg(&self.socket).args(args))
+    }
+
+    /// `minivmm feature`, which borrows its VM, without waiting for it.
+    pub(crate) fn start_feature(&self, args: &[&str]) -> Result<Client, Failed> {
+        Client::start(minivmm().args(["feature", "--json", "--attach"]).arg(&self.socket).args(args))
+    }
+
+    /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
+    pub(crate) fn feature(&self, args: &[&str]) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
+        self.start_feature(args)?.trips()
     }
 
     /// A part of guest RAM, by `ctl memory`.
@@ -298,14 +301,45 @@ impl Process {
 }
 
 impl Client {
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.0.id()
+    }
+
+    /// Sends it this signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) -> Outcome {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        Ok(nix::sys::signal::kill(pid, signal)?)
+    }
+
     /// Whether it has ended.
     pub(crate) fn has_ended(&mut self) -> Result<bool, Failed> {
         Ok(self.0.0.try_wait()?.is_some())
     }
 
     /// Waits for its answer.
-    pub(crate) fn answer(mut self) -> Result<Answer, Failed> {
-        let status = wait_for("ctl ends", || Ok(self.0.0.try_wait()?))?;
+    pub(crate) fn answer(self) -> Result<Answer, Failed> {
+        Answer::new(self.output()?)
+    }
+
+    /// Any command, from this directory.
+    pub(crate) fn start_in(folder: &Path, args: &[&str]) -> Result<Self, Failed> {
+        Self::start(minivmm().args(args).current_dir(folder))
+    }
+
+    fn start(command: &mut Command) -> Result<Self, Failed> {
+        Ok(Self(Guard(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)))
+    }
+
+    /// Waits for the end of a `feature`: its status, what it printed a trip, and its stderr.
+    pub(crate) fn trips(self) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
+        let output = self.output()?;
+        let trips = String::from_utf8(output.stdout)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        Ok((output.status.code(), trips, String::from_utf8(output.stderr)?))
+    }
+
+    /// Waits for its end.
+    fn output(mut self) -> Result<Output, Failed> {
+        let status = wait_for("a client ends", || Ok(self.0.0.try_wait()?))?;
         let read = |pipe: Option<&mut dyn std::io::Read>| -> Result<Vec<u8>, Failed> {
             let mut bytes = Vec::new();
             pipe.ok_or("no pipe")?.read_to_end(&mut bytes)?;
@@ -313,7 +347,7 @@ impl Client {
         };
         let stdout = read(self.0.0.stdout.as_mut().map(|p| p as _))?;
         let stderr = read(self.0.0.stderr.as_mut().map(|p| p as _))?;
-        Answer::new(Output { status, stdout, stderr })
+        Ok(Output { status, stdout, stderr })
     }
 
     /// Kills the client, not the migration.

@@ -10,8 +10,9 @@ use crate::common::{Lab, Outcome, Process, Suite, ensure, ensure_says, usage, wa
 const GUEST: &str = "random:size=16M";
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.kvm("broker/ram_of_a_killed_vmm/memfd", |lab| killed(lab, "memfd"));
-    suite.kvm_and_huge_pages("broker/ram_of_a_killed_vmm/hugetlb", |lab| killed(lab, "hugetlb"));
+    for backing in ["memfd", "hugetlb"] {
+        suite.kvm_backed(format!("broker/ram_of_a_killed_vmm/{backing}"), backing, move |lab| killed(lab, backing));
+    }
     suite.kvm("broker/ram_moves_with_its_vm", moves);
     suite.kvm("broker/killed", broker_killed);
     suite.kvm("broker/refused", refused);

@@ -4,6 +4,8 @@ use std::{
     io::Write,
     net::{Shutdown, SocketAddr, TcpStream},
     sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
 use libtest_mimic::Failed;
@@ -45,6 +47,11 @@ pub(crate) fn random(seed: u64) -> u64 {
     (word ^ word >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 7
 }
 
+/// Waits for a moment between nothing and `most`: it is what is tried.
+pub(crate) fn a_while(seed: u64, most: Duration) {
+    thread::sleep(most.mul_f64((random(seed) % 60_000) as f64 / 60_000.0));
+}
+
 const RUNNING_GUEST: &str = "random:size=8M";
 /// Without huge pages, which are there or not as the host's memory is: the same pages are touched each time.
 const PAUSED_GUEST: [&str; 7] = ["--memory", "64M", "--workload", "hot:size=8M", "--paused", "--backing", "anon"];
@@ -57,7 +64,8 @@ fn bytes_while_running(lab: &Lab) -> Result<u64, Failed> {
     measured(&BYTES, lab, || lab.workload("measured-source", RUNNING_GUEST, &[]), &[])
 }
 
-/// Bytes of a whole migration of the guest that is paused: always the same.
+/// Bytes of a whole migration of the guest that is paused: always the same, but for pings. Only a migration that stood
+/// still for a second sends one.
 fn bytes_while_paused(lab: &Lab) -> Result<u64, Failed> {
     static BYTES: OnceLock<u64> = OnceLock::new();
     measured(&BYTES, lab, || lab.run("measured-source", &PAUSED_GUEST), &IN_ORDER)
@@ -169,14 +177,24 @@ struct Separated {
 fn separated(lab: &Lab) -> Result<Separated, Failed> {
     let [run, running, done] = last_frames();
     let cut = bytes_while_paused(lab)? - done - running - run / 2;
-    let source = lab.run("source", &PAUSED_GUEST)?;
-    let destination = lab.receive("destination", &[])?;
-    let (relay, address) = relay_to(&destination)?;
-    relay.cut_after(cut);
-    let client = source.start_migrate(&address, &IN_ORDER)?;
-    wait_for("the link is cut", || Ok((relay.relayed() >= cut).then_some(())))?;
-    destination.wait_state("ready")?;
-    Ok(Separated { source, destination, relay, client })
+    for attempt in 0..5 {
+        let source = lab.run(&format!("source-{attempt}"), &PAUSED_GUEST)?;
+        let destination = lab.receive(&format!("destination-{attempt}"), &[])?;
+        let (relay, address) = relay_to(&destination)?;
+        relay.cut_after(cut);
+        let mut client = source.start_migrate(&address, &IN_ORDER)?;
+        wait_for("the link is cut", || Ok((relay.relayed() >= cut).then_some(())))?;
+        destination.wait_state("ready")?;
+        let doubt = || Ok::<_, Failed>(source.status()?["state"] == "in-doubt");
+        if wait_for("the source knows", || {
+            Ok(if doubt()? { Some(true) } else { client.has_ended()?.then_some(false) })
+        })? {
+            return Ok(Separated { source, destination, relay, client });
+        }
+        // a ping went along, and the source has not come to its *run*
+        destination.quit()?;
+    }
+    Err("five pings".into())
 }
 
 fn source_dies(lab: &Lab) -> Outcome {

@@ -1,10 +1,10 @@
 //! Hand-over between processes of one machine: RAM stays where it is.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use libtest_mimic::Failed;
 
-use super::faults::random;
+use super::faults::a_while;
 use crate::common::{Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says, wait_for};
 
 const HAND_OVER: [&str; 2] = ["--strategy", "handover"];
@@ -15,7 +15,9 @@ const WORKLOADS: [&str; 4] = [
     "quicksort:size=16M,segment=64K,data=8M",
     "kv:percent=60,step=100ms,data=8M",
 ];
-const KILLS: u64 = 12;
+const KILLS: u64 = 38;
+/// The whole time that a hand-over takes here.
+const WHOLE: Duration = Duration::from_millis(60);
 /// Processes that have the VM one after the other.
 const CHAIN: u64 = 100;
 
@@ -26,7 +28,7 @@ pub(crate) fn add(suite: &mut Suite) {
                 let name = spec.split(':').next().unwrap_or(spec);
                 let run = move |lab: &Lab| every_page_is_right(lab, spec, backing, cpus);
                 let name = format!("hand_over/{backing}/{cpus}/{name}");
-                if backing == "hugetlb" { suite.kvm_and_huge_pages(name, run) } else { suite.kvm(name, run) }
+                suite.kvm_backed(name, backing, run);
             }
         }
     }
@@ -188,17 +190,12 @@ fn then_away(lab: &Lab) -> Outcome {
     last.quit()
 }
 
-/// Waits for a moment between nothing and the whole time that a hand-over takes here, which is some tens of milliseconds.
-fn a_while(seed: u64) {
-    std::thread::sleep(std::time::Duration::from_micros(random(seed) % 60_000));
-}
-
 /// If it did not own the VM, that lives on where it was, and can be handed to another successor.
 fn successor_dies(lab: &Lab, seed: u64) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--backing", "memfd"])?;
     let mut first = successor(lab, "first", &[])?;
     let client = source.start_migrate(&first.address, &HAND_OVER)?;
-    a_while(seed);
+    a_while(seed, WHOLE);
     first.kill()?;
     // it had the VM, and took it along, or may have had it: the source says so, and never runs it again
     let in_doubt = |source: &Process| -> Result<bool, Failed> { Ok(source.status()?["state"] == "in-doubt") };
@@ -231,7 +228,7 @@ fn predecessor_dies(lab: &Lab, seed: u64) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--backing", "memfd"])?;
     let destination = successor(lab, "destination", &[])?;
     let client = source.start_migrate(&destination.address, &HAND_OVER)?;
-    a_while(seed.wrapping_add(1000));
+    a_while(seed.wrapping_add(1000), WHOLE);
     source.kill()?;
     drop(client);
     let state = wait_for("it is known what became of the VM", || {

@@ -3,6 +3,7 @@
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
 
 mod balloon;
+mod bench;
 mod broker;
 #[path = "../common/mod.rs"]
 mod common;
@@ -10,6 +11,7 @@ mod contract;
 mod convergence;
 mod elf;
 mod encrypted;
+mod ephemeral;
 mod fail_safe;
 mod faults;
 mod hand_over;
@@ -32,11 +34,13 @@ fn main() -> ExitCode {
     let huge_pages = if arguments.list { Err("only listed".into()) } else { HugePages::reserve() };
     let mut suite = Suite::new(huge_pages.as_ref().err().cloned());
     balloon::add(&mut suite);
+    bench::add(&mut suite);
     broker::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
     encrypted::add(&mut suite);
+    ephemeral::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
     hand_over::add(&mut suite);

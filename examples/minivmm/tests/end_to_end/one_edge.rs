@@ -17,11 +17,7 @@ pub(crate) fn add(suite: &mut Suite) {
                 for cpus in CPUS {
                     let name = format!("one_edge/{tracker}/{backing}/{streams}_streams/{cpus}_cpus");
                     let run = move |lab: &Lab| one_edge(lab, tracker, backing, streams, cpus);
-                    if backing == "hugetlb" {
-                        suite.kvm_and_huge_pages(name, run);
-                    } else {
-                        suite.kvm(name, run);
-                    }
+                    suite.kvm_backed(name, backing, run);
                 }
             }
         }

@@ -87,10 +87,11 @@ pub(crate) fn number(report: &Value, group: &str, name: &str) -> u64 {
 pub(crate) fn moved_each_page_once(report: &Value) -> Outcome {
     let pages = |name: &str| number(report, "pages", name);
     ensure(report["outcome"] == "completed" && report["reason"].is_null(), || format!("{report}"))?;
-    let after = pages("pushed") + pages("demanded");
+    let left = pages("pushed") + pages("demanded");
+    let after = pages("entry") + left;
     ensure(pages("prepaged") <= pages("pushed"), || format!("{report}"))?;
-    if after == 0 && report["strategy"] == "hybrid" {
-        // the guest has not been scheduled in the last round
+    if left == 0 && report["strategy"] == "hybrid" {
+        // the guest has hardly been scheduled in the last round
         return ensure(report["faults"].is_null(), || format!("no page was left behind: {report}"));
     }
     ensure(report["faults"].is_object(), || format!("no faults are told: {report}"))?;

@@ -121,7 +121,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     ensure(answer.code == Some(0) && report["outcome"] == "completed", told)?;
     ensure(report["recoveries"].as_u64() >= Some(cuts.len() as u64), told)?;
     // what was under way when the link was cut was sent again
-    let sent = number(report, "pages", "pushed") + number(report, "pages", "demanded");
+    let sent = ["entry", "pushed", "demanded"].iter().map(|kind| number(report, "pages", kind)).sum::<u64>();
     ensure(sent >= number(report, "pages", "distinct"), told)?;
     source.ended_well()?;
     destination.wait_until("the guest works", at_work)?;
@@ -134,7 +134,7 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     destination.quit()
 }
 
-/// A guest that does not run: each byte up to the hand-over is the same each time.
+/// A guest that does not run: each byte up to the hand-over is the same each time, but for pings.
 const STILL: [&str; 7] = ["--memory", "64M", "--workload", "hot:size=8M", "--paused", "--backing", "anon"];
 const IN_ORDER: [&str; 6] = ["--strategy", "post-copy", "--streams", "1", "--demand-lanes", "1"];
 
@@ -204,7 +204,10 @@ fn cut_around(lab: &Lab) -> Outcome {
     }
     let [run, running, _] = last_frames();
     for after in [0, 1, run / 2, run - 1, run, run + 1, run + running - 1, run + running] {
-        let end = pair.cut(given + after)?;
+        // a migration that stood still for a second has sent a ping too: its hand-over comes some bytes later, and a cut
+        // before it is no cut at this place. Were the VM there as well, the next one would be refused
+        let ends = (0..5).map(|_| pair.cut(given + after)).find(|end| !matches!(end, Ok(End::AtTheSource)));
+        let end = ends.unwrap_or(Ok(End::AtTheSource))?;
         ensure(matches!(end, End::Moved(1..)), || format!("{after} bytes after the hand-over: {end:?}"))?;
     }
     Ok(())

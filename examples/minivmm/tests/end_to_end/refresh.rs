@@ -13,6 +13,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("refresh/another_build", another_build);
     suite.kvm("refresh/every", |lab| by_policy(lab, &["--every", "200ms"]));
     suite.kvm("refresh/when_memory_has_grown", |lab| by_policy(lab, &["--when", "rss>64K"]));
+    suite.kvm("refresh/only_the_last_schedule_counts", only_the_last_schedule_counts);
     suite.kvm("refresh/refused", refused);
 }
 
@@ -93,6 +94,26 @@ fn by_policy(lab: &Lab, policy: &[&str]) -> Outcome {
     })?;
     let status = wait_for("an answer", || Ok(first.status().ok().filter(|s| s["workload"].is_object())))?;
     ensure(status["workload"]["errors"] == 0, || format!("{status}"))?;
+    drop(last);
+    serial_is_whole(lab)
+}
+
+/// A later schedule takes the place of an earlier one, and one successor that is asked for in between keeps to it.
+fn only_the_last_schedule_counts(lab: &Lab) -> Outcome {
+    let first = guest(lab, &["--backing", "memfd"])?;
+    let last = Last::of(lab);
+    for every in ["300ms", "1h"] {
+        ensure(first.ask(&["refresh", "--every", every])?["scheduled"] == true, || "not scheduled".into())?;
+    }
+    // the earlier one would be due long before these lines are written
+    let said =
+        || -> Result<usize, libtest_mimic::Failed> { Ok(fs::read_to_string(lab.path("serial"))?.lines().count()) };
+    let before = said()?;
+    wait_for("the guest has gone on for a while", || Ok((said()? > before + 200).then_some(())))?;
+    ensure(first.status()?["epoch"] == 0, || "the earlier schedule counts".into())?;
+    let report = first.ask(&["refresh"])?;
+    let command = fs::read(format!("/proc/{}/cmdline", pid(&report)))?;
+    ensure_says(&String::from_utf8_lossy(&command), &(3600 * 1_000_000u64).to_string())?;
     drop(last);
     serial_is_whole(lab)
 }

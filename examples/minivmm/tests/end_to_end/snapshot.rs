@@ -29,10 +29,7 @@ pub(crate) fn add(suite: &mut Suite) {
         for cpus in ["1", "4"] {
             let name = format!("snapshot/restored/{backing}/{cpus}_cpus");
             let run = move |lab: &Lab| restored(lab, backing, cpus);
-            match backing {
-                "hugetlb" => suite.kvm_and_huge_pages(name, run),
-                _ => suite.kvm(name, run),
-            }
+            suite.kvm_backed(name, backing, run);
         }
     }
     suite.kvm("snapshot/of_a_restored_vm", again_and_again);

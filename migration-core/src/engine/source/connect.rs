@@ -51,8 +51,14 @@ impl Engine<'_> {
     }
 
     /// Whether RAM can be shared with a destination of this machine: found out before one is asked.
-    fn check_sharing(&self, description: &VmDescription) -> Result<(), MigrationError> {
+    fn check_sharing(&mut self, description: &VmDescription) -> Result<(), MigrationError> {
         let blocked = |why: String| Err(MigrationError::Blocked(why));
+        if self.vm.tracker().is_active() && self.pages() > dirty_log::MOST_PAGES {
+            return blocked(format!(
+                "the dirty log of more than {} pages does not go along: end it before",
+                dirty_log::MOST_PAGES
+            ));
+        }
         match self.vm.shared_ram() {
             Ok(files) if files.len() == description.layout.regions().len() => {}
             Ok(files) => {

@@ -1,0 +1,337 @@
+//! `minivmm feature`: a VMM with a feature borrows a VM from the one at which it is at home, uses it, and gives it back.
+//! Between two trips the VM stays built here, at rest.
+
+use std::{
+    path::PathBuf,
+    process,
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use migration_core::{
+    engine::ephemeral::{Dormant, Resident},
+    fence::Fence,
+    protocol::DestinationPhase,
+};
+use migration_kvm::fence::ProcessFence;
+use migration_transport::{Address, bind};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::{Value, json};
+
+use crate::{
+    check::Checker,
+    cli::{Feature, Work},
+    client,
+    control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
+    encryption::Encrypt,
+    instance::{Fate, Instance, LendRequest, inherit},
+    refresh::Place,
+    report,
+    vmm::{HostOptions, SerialTarget, Tenant},
+};
+
+/// How long the guest may take to come, once it was asked for.
+const COMING: Duration = Duration::from_secs(30);
+/// How long a trip may take beyond the time for which the guest is held.
+const WITHIN: Duration = Duration::from_secs(60);
+/// How often an owner that does not take its guest back is tried again, and at which intervals.
+const RETURNS: u32 = 10;
+const RETRY: Duration = Duration::from_millis(500);
+/// How often it is looked whether a guest that is late has come.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Runs the command; the exit status.
+pub(crate) fn run(args: &Feature) -> u8 {
+    match Borrower::new(args).and_then(|borrower| borrower.run()) {
+        Ok(status) => status,
+        Err(why) => {
+            let report = json!({"feature": name(&args.work), "outcome": "failed", "reason": why});
+            show(args, &report);
+            1
+        }
+    }
+}
+
+fn name(work: &Work) -> &'static str {
+    match work {
+        Work::Snapshot(_) => "snapshot",
+        Work::Migrate(_) => "migrate",
+        Work::Check => "check",
+    }
+}
+
+fn show(args: &Feature, trip: &Value) {
+    if args.json {
+        println!("{trip}");
+    } else {
+        print!("{}", client::lines("", trip));
+    }
+}
+
+/// A VMM that borrows.
+struct Borrower<'a> {
+    args: &'a Feature,
+    instance: Arc<Instance>,
+    /// The control socket of the VM's home.
+    attach: PathBuf,
+    control: PathBuf,
+    listen: PathBuf,
+    checker: Checker,
+}
+
+/// How a trip has ended.
+enum End {
+    /// The guest is at home again.
+    Home(Dormant<Tenant>),
+    /// This process has nothing to do any more, and ends with this status.
+    Over(u8),
+}
+
+impl<'a> Borrower<'a> {
+    fn new(args: &'a Feature) -> Result<Self, String> {
+        match &args.work {
+            // nothing is borrowed for what cannot be done with these keys
+            Work::Migrate(to) => drop(args.encryption.security(Some(to))?),
+            Work::Snapshot(_) | Work::Check if args.encryption.encrypt != Encrypt::None => {
+                return Err("--encrypt goes with --do migrate:URL, nothing else leaves this host".into());
+            }
+            Work::Snapshot(_) | Work::Check => args.encryption.check()?,
+        }
+        // its home has a working directory of its own
+        let attach = std::path::absolute(&args.attach).map_err(|e| format!("{}: {e}", args.attach.display()))?;
+        let beside = |what: &str| {
+            let mut path = attach.clone().into_os_string();
+            path.push(format!(".{what}{}", process::id()));
+            PathBuf::from(path)
+        };
+        let (control, listen) = (beside("f"), beside("g"));
+        Ok(Self { args, instance: Instance::new(None), attach, control, listen, checker: Checker::default() })
+    }
+
+    fn ask(&self, request: &Request) -> Result<Value, String> {
+        ask(&self.attach, request, |_| {}).map_err(|why| format!("feature: {why}"))
+    }
+
+    fn run(mut self) -> Result<u8, String> {
+        let home = self.ask(&Request::Place)?;
+        let serial = home["serial"].as_str().unwrap_or("null").to_owned();
+        self.end_on_signals()?;
+        let host = HostOptions {
+            serial: SerialTarget::from(serial.as_str()),
+            backing: None,
+            tracker: None,
+            pause_on_loss: false,
+            shared_ram: false,
+            cold: false,
+        };
+        self.instance.borrows();
+        self.instance.set_place(Place { control: self.control.clone(), serial, broker: None });
+        ControlSocket::bind(&self.control).and_then(|s| s.serve(self.instance.clone())).map_err(|e| e.to_string())?;
+        let mut dormant = Dormant::new(Tenant::expecting(host));
+        let mut status = 0;
+        for number in 1.. {
+            let began = Instant::now();
+            let (trip, end) = self.trip(dormant, number)?;
+            show(self.args, &trip);
+            match end {
+                End::Home(back) => dormant = back,
+                End::Over(status) => return Ok(status),
+            }
+            if trip["outcome"] != "completed" {
+                status = 1;
+            }
+            let every = self.args.every.filter(|_| self.args.times.is_none_or(|times| number < times));
+            let Some(every) = every else { break };
+            if !self.instance.runs_on(every.saturating_sub(began.elapsed())) {
+                break;
+            }
+        }
+        if self.args.work == Work::Check
+            && let Err(why) = self.ask(&Request::StopLog)
+        {
+            eprintln!("minivmm: the dirty log of the VM goes on, and slows it down a little: {why}");
+        }
+        self.instance.exit(status);
+        Ok(self.instance.wait_exit())
+    }
+
+    /// There and back, once.
+    fn trip(&mut self, dormant: Dormant<Tenant>, number: u32) -> Result<(Value, End), String> {
+        let (guest, lent, owner) = self.borrow(dormant)?;
+        let began = Instant::now();
+        let machine = guest.vm().machine().cloned().ok_or("feature: no machine came")?;
+        self.instance.visited(&machine, guest.epoch());
+        let done = match &self.args.work {
+            Work::Snapshot(file) => self.snapshot(&file.replace("{trip}", &number.to_string())),
+            Work::Migrate(to) => self.migrate(to),
+            Work::Check => self.checker.check(&machine),
+        };
+        let (result, wrong) = done.unwrap_or_else(|why| (Value::Null, Some(why)));
+        let mut trip = json!({
+            "feature": name(&self.args.work), "trip": number, "outcome": if wrong.is_some() { "failed" } else { "completed" },
+            "reason": wrong, "result": result, "borrow": lent, "return": null, "held_ms": null,
+        });
+        if let Fate::Here = self.instance.fate() {
+            self.instance.hold(self.args.hold.saturating_sub(began.elapsed()));
+        }
+        trip["held_ms"] = json!(began.elapsed().as_secs_f64() * 1e3);
+        let back = trip["borrow"]["back"].as_str().and_then(|back| back.parse().ok());
+        let (end, returned) = self.give_back(guest, back.as_ref(), &owner);
+        trip["return"] = returned;
+        Ok((trip, end))
+    }
+
+    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is.
+    fn borrow(&self, dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value, Vec<u8>), String> {
+        // it may have been replaced since
+        let home = self.ask(&Request::Place)?;
+        let owner: Vec<u8> = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
+        let listen = Address::Unix(self.listen.clone());
+        let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
+        let identity = migration_kvm::fence::ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;
+        let within = self.args.within.unwrap_or(self.args.hold.saturating_add(WITHIN));
+        let request = Request::Lend(LendRequest {
+            to: listener.address(),
+            control: self.control.clone(),
+            borrower: identity.encode(),
+            pid: process::id(),
+            within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),
+        });
+        let awaiting = dormant.await_guest(self.instance.visit_options(COMING));
+        let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.clone());
+        let (tx, answer) = mpsc::channel();
+        let asks = move || {
+            let answer = ask(&attach, &request, |_| {});
+            let completed = answer.as_ref().is_ok_and(|report| report["outcome"] == "completed");
+            // who asked may have given up
+            let _ = tx.send(answer);
+            while !completed && handle.phase() != DestinationPhase::Running {
+                match handle.phase() {
+                    // nothing will come
+                    DestinationPhase::Empty => return handle.stop(),
+                    // it has brought all of the VM, and is dead for certain
+                    DestinationPhase::Ready if ProcessFence.is_dead(&lender) => inherit(&handle, &lender),
+                    // its source decides
+                    _ => {}
+                }
+                thread::sleep(LOOK);
+            }
+        };
+        thread::Builder::new().name("borrow".into()).spawn(asks).map_err(|e| format!("feature: no thread: {e}"))?;
+        let came = awaiting.wait_for_guest(&mut *listener);
+        let answer = answer.recv_timeout(COMING).unwrap_or_else(|_| Err("the VM's home does not answer".into()));
+        match (came, answer) {
+            (Ok(guest), Ok(report)) => Ok((guest, report, owner)),
+            // it is here all the same, and its owner may be gone: then there is no way back
+            (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why), owner)),
+            (Err(_), Ok(report)) => {
+                let reason = report["reason"].as_str().unwrap_or("the VM's home gives no reason");
+                Err(format!("the VM was not lent: {reason}"))
+            }
+            (Err((_, error)), Err(why)) => Err(format!("the VM was not lent ({error}): {why}")),
+        }
+    }
+
+    fn snapshot(&self, file: &str) -> Result<(Value, Option<String>), String> {
+        let request = SnapshotRequest {
+            out: std::path::absolute(file).map_err(|e| format!("{file}: {e}"))?,
+            downtime_limit_us: 100_000,
+            timeout_us: 60_000_000,
+            impact: "balanced".into(),
+            progress: false,
+        };
+        self.instance.snapshot(&request, &mut |_| {}).map(judged)
+    }
+
+    fn migrate(&self, to: &Address) -> Result<(Value, Option<String>), String> {
+        let encryption = self.args.encryption.clone();
+        let request = MigrateRequest { encryption, ..MigrateRequest::plain(to, "pre-copy", 2) };
+        self.instance.migrate(&request, &mut |_| {}).map(judged)
+    }
+
+    /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.
+    fn give_back(&self, mut guest: Resident<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
+        let mut last = report::not_begun("handover", "its home has not said where it takes the VM back");
+        for _ in 0..RETURNS {
+            match self.instance.fate() {
+                Fate::Here => {}
+                // its home ends as after a migration, or an end, of its own
+                Fate::Moved(report) => return (self.gone(report, 0), Value::Null),
+                Fate::Ended => {
+                    let report = report::not_begun("handover", "the guest has ended by itself");
+                    return (self.gone(report.clone(), 5), report);
+                }
+            }
+            if let Some(to) = to {
+                let (gone, report) = self.instance.return_guest(guest, to, owner);
+                last = report;
+                guest = match gone {
+                    Some(Ok(dormant)) => return (End::Home(dormant), last),
+                    Some(Err(guest)) => guest,
+                    None => return (End::Over(5), last),
+                };
+            }
+            if ProcessFence.is_dead(owner) {
+                eprintln!("minivmm: the VM's home has died; it stays here, at {}", self.attach.display());
+                self.instance.inherit_place(&self.control, &self.attach);
+                return (self.serve(guest), last);
+            }
+            thread::sleep(RETRY);
+        }
+        let why = last["reason"].as_str().unwrap_or_default().to_owned();
+        eprintln!("minivmm: the VM's home does not take it back; it stays here, at {}: {why}", self.control.display());
+        (self.serve(guest), last)
+    }
+
+    /// The guest will not come home.
+    fn gone(&self, report: Value, status: u8) -> End {
+        if let Err(why) = self.ask(&Request::Gone { report, status }) {
+            eprintln!("minivmm: the VM's home is not told that it has gone: {why}");
+        }
+        End::Over(status)
+    }
+
+    /// Is the guest's home.
+    fn serve(&self, _guest: Resident<Tenant>) -> End {
+        self.instance.stay();
+        End::Over(self.instance.wait_exit())
+    }
+
+    /// SIGINT and SIGTERM end the command, but not before the guest is at home; a second one ends it at once.
+    fn end_on_signals(&self) -> Result<(), String> {
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGINT);
+        signals.add(Signal::SIGTERM);
+        signals.thread_block().map_err(|e| format!("feature: {e}"))?;
+        let instance = self.instance.clone();
+        let body = move || {
+            let mut second = false;
+            while let Ok(signal) = signals.wait() {
+                let status = 128 + signal as u8;
+                if second {
+                    process::exit(status.into());
+                }
+                second = true;
+                eprintln!("minivmm: ends as soon as the VM is at home");
+                instance.exit(status);
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(body).map(drop).map_err(|e| e.to_string())
+    }
+}
+
+impl Drop for Borrower<'_> {
+    fn drop(&mut self) {
+        for path in [&self.control, &self.listen] {
+            // they may be gone
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A report, and what it says is wrong.
+fn judged(report: Value) -> (Value, Option<String>) {
+    let wrong = (report["outcome"] != "completed").then(|| report["reason"].as_str().unwrap_or("no reason").to_owned());
+    (report, wrong)
+}

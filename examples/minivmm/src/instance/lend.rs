@@ -1,0 +1,375 @@
+//! Ephemeral virtualization: the VMM at which a VM is at home lends it to one that has a feature, and gets it back.
+
+use migration_core::{
+    channel::Listener,
+    engine::ephemeral::{Awaiting, Dormant, Resident},
+    fence::{Fence, Fenced},
+};
+use serde::{Deserialize, Serialize};
+
+use super::*;
+use crate::{control, vmm::Tenant};
+
+/// What a borrower asks.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct LendRequest {
+    /// Where it awaits the guest.
+    pub(crate) to: String,
+    /// Its control socket.
+    pub(crate) control: PathBuf,
+    /// Which process it is: an encoded `ProcessIdentity`.
+    pub(crate) borrower: Vec<u8>,
+    pub(crate) pid: u32,
+    /// In so long it means to have given the guest back; after that it is asked to.
+    pub(crate) within_us: u64,
+}
+
+/// Who has the guest.
+pub(super) struct Lent {
+    /// How many were lent before, and this one.
+    number: u64,
+    request: LendRequest,
+    since: Instant,
+    overdue: bool,
+    /// Takes the guest back; there is none before it has left.
+    receiver: Option<ReceiverHandle>,
+}
+
+impl Lent {
+    pub(super) fn to_json(&self) -> Value {
+        let ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        json!({"pid": self.request.pid, "control": self.request.control, "for_ms": ms, "overdue": self.overdue})
+    }
+}
+
+impl Instance {
+    /// Lends the guest. Answers when the borrower runs it, with the address at which it is taken back.
+    pub(crate) fn lend(self: &Arc<Self>, request: LendRequest) -> Result<Value, String> {
+        let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let place = self.lock().place.clone();
+        let place = place.ok_or("lend: the guest is asked back by the control socket, and there is none")?;
+        drop(self.wait_while(LAST_ANSWERS, |state| state.lent.is_some()));
+        let machine = self.home("lend")?;
+        if let Some(why) = machine.cannot_hand_over() {
+            return Err(format!("lend: {why}"));
+        }
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            return Err(format!("lend: this minivmm is {}", state.role.name()));
+        }
+        state.lends += 1;
+        let number = state.lends;
+        let mut back = place.control.into_os_string();
+        back.push(format!(".b{}.{number}", std::process::id()));
+        let back = PathBuf::from(back);
+        let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
+        let resident = Resident::new(Tenant::of(machine), state.last_epoch());
+        let (controller, commands) = Controller::new();
+        state.begin(Role::Outgoing, controller, tx);
+        state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
+        drop(state);
+        let instance = self.clone();
+        let watch = move || {
+            while instance.look_after_lent(number) {
+                thread::sleep(TICK);
+            }
+        };
+        let watch = thread::Builder::new().name("lent".into()).spawn(watch);
+        if let Err(error) = watch {
+            eprintln!("minivmm: nobody sees whether the borrower dies: {error}");
+        }
+        let instance = self.clone();
+        let body = move || {
+            let link = connector(&to, ConnectOptions::default());
+            let (gone, report) = resident.relinquish(&*link, &instance.source_options(), commands);
+            match gone {
+                Ok(dormant) => {
+                    let awaiting = dormant.await_guest(instance.receiver_options(None));
+                    instance.left(&report, awaiting.handle(), listener.address());
+                    instance.await_return(awaiting, &mut *listener, &back);
+                }
+                Err(_stays) => {
+                    // as in `await_return`
+                    let _ = std::fs::remove_file(&back);
+                    instance.lock().lent = None;
+                    instance.ended(&report);
+                }
+            }
+        };
+        let begun = self.spawn("lend", body);
+        if begun.is_err() {
+            self.lock().lent = None;
+        }
+        begun?;
+        await_end(updates, false, &mut |_| {})
+    }
+
+    /// The guest has gone; whoever asked for it is told where to bring it.
+    fn left(&self, report: &Report, receiver: ReceiverHandle, back: String) {
+        let mut state = self.lock();
+        let mut report = report::to_json(report);
+        report["back"] = json!(back);
+        state.role = Role::Lent;
+        if let Some(lent) = &mut state.lent {
+            lent.receiver = Some(receiver);
+        }
+        state.end(report);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn await_return(&self, awaiting: Awaiting<Tenant>, listener: &mut dyn Listener, back: &Path) {
+        let returned = awaiting.wait_for_guest(listener);
+        // nobody comes to it any more; the next borrower gets another one
+        let _ = std::fs::remove_file(back);
+        let mut state = self.lock();
+        if state.role != Role::Lent {
+            // it has gone for good, and that was told
+            return;
+        }
+        match returned {
+            Ok(resident) => {
+                state.epoch = resident.epoch();
+                state.role = Role::Home;
+                state.lent = None;
+            }
+            Err((_, why)) => state.lost(&format!("its guest was lent, and does not come back: {why}")),
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Looks whether the borrower lives, and whether it is late; whether to go on with that.
+    fn look_after_lent(&self, number: u64) -> bool {
+        let mut state = self.lock();
+        let role = state.role;
+        let Some(lent) = state.lent.as_mut().filter(|lent| lent.number == number) else { return false };
+        if !ProcessFence.is_dead(&lent.request.borrower) {
+            if role == Role::Lent && !lent.overdue && lent.since.elapsed().as_micros() > lent.request.within_us.into() {
+                lent.overdue = true;
+                let (pid, control) = (lent.request.pid, lent.request.control.clone());
+                drop(state);
+                eprintln!("minivmm: process {pid} is late to give the VM back, and is asked to");
+                let ask = move || {
+                    if let Err(why) = control::ask(&control, &Request::GiveBack, |_| {}) {
+                        eprintln!("minivmm: process {pid} does not give the VM back: {why}");
+                    }
+                };
+                // it may never answer
+                if let Err(error) = thread::Builder::new().name("ask back".into()).spawn(ask) {
+                    eprintln!("minivmm: it cannot be asked: {error}");
+                }
+            }
+            return true;
+        }
+        let pid = lent.request.pid;
+        let receiver = lent.receiver.clone();
+        match (role, receiver) {
+            (Role::InDoubt, _) => {
+                state.lost(&format!("process {pid} died when it was about to run the VM, or just after"));
+                drop(state);
+                self.changed.notify_all();
+                false
+            }
+            (Role::Lent, Some(receiver)) => {
+                let borrower = lent.request.borrower.clone();
+                drop(state);
+                match receiver.phase() {
+                    // it had brought all of the VM back, and is dead for certain
+                    DestinationPhase::Ready => inherit(&receiver, &borrower),
+                    // an attempt to bring it back ends by itself, one way or the other
+                    DestinationPhase::Preparing | DestinationPhase::Receiving | DestinationPhase::Loading => {}
+                    DestinationPhase::Empty | DestinationPhase::Running => receiver.stop(),
+                }
+                true
+            }
+            // the migration ends by itself, one way or the other
+            _ => true,
+        }
+    }
+
+    /// A borrower says that the guest will not come back, since it went on elsewhere, or has ended.
+    pub(crate) fn gone(&self, report: Value, status: u8) -> Result<Value, String> {
+        let mut state = self.lock();
+        if state.role != Role::Lent {
+            return Err(format!("gone: this minivmm is {}", state.role.name()));
+        }
+        state.role = Role::Ended;
+        state.last = Some(report);
+        let receiver = state.lent.take().and_then(|lent| lent.receiver);
+        drop(state);
+        if let Some(receiver) = receiver {
+            receiver.stop();
+        }
+        self.exit(status);
+        Ok(json!({"state": "ended"}))
+    }
+
+    // ---- the borrower's side -----------------------------------------------------------------------------------
+
+    /// This minivmm runs VMs of others, now and then.
+    pub(crate) fn borrows(&self) {
+        self.lock().role = Role::Dormant;
+    }
+
+    /// How to wait for a guest.
+    pub(crate) fn visit_options(self: &Arc<Self>, patience: Duration) -> ReceiverOptions {
+        ReceiverOptions { patience: Some(patience), ..self.receiver_options(None) }
+    }
+
+    /// A guest is here for a while.
+    pub(crate) fn visited(self: &Arc<Self>, machine: &Arc<Machine>, epoch: u32) {
+        let mut state = self.lock();
+        let known = state.machine.as_ref().is_some_and(|known| Arc::ptr_eq(known, machine));
+        state.epoch = epoch;
+        if known {
+            state.role = Role::Home;
+        }
+        drop(state);
+        if !known {
+            self.own(machine.clone());
+        }
+        self.changed.notify_all();
+    }
+
+    /// Its owner wants it.
+    pub(crate) fn give_back(&self) -> Result<Value, String> {
+        let mut state = self.lock();
+        match state.role {
+            // it may have come just now, or be on its way
+            Role::Home | Role::Saving | Role::Outgoing | Role::Dormant => {}
+            role => return Err(format!("give back: this minivmm is {}", role.name())),
+        }
+        state.asked_back = true;
+        drop(state);
+        self.changed.notify_all();
+        Ok(json!({"asked": true}))
+    }
+
+    /// Waits so long with a guest, unless it is asked back, or the process shall end.
+    pub(crate) fn hold(&self, time: Duration) {
+        drop(self.wait_while(time, |state| !state.asked_back && state.exit.is_none()));
+    }
+
+    /// What has become of the guest, once no migration of it is under way or in doubt any more.
+    pub(crate) fn fate(&self) -> Fate {
+        let mut state = self.lock();
+        loop {
+            match state.role {
+                Role::Moved => return Fate::Moved(state.last.clone().unwrap_or_default()),
+                Role::Ended => return Fate::Ended,
+                Role::Outgoing | Role::InDoubt | Role::Saving => {
+                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                }
+                Role::Home | Role::Incoming | Role::Lent | Role::Dormant => return Fate::Here,
+            }
+        }
+    }
+
+    /// It stays here, for whatever reason: not even a signal that came before ends this process now.
+    pub(crate) fn stay(&self) {
+        let mut state = self.lock();
+        if state.role == Role::Home {
+            state.exit = None;
+        }
+    }
+
+    /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is lost.
+    pub(crate) fn return_guest(
+        self: &Arc<Self>,
+        guest: Resident<Tenant>,
+        to: &Address,
+        owner: &[u8],
+    ) -> (Option<Returned>, Value) {
+        let (controller, commands) = Controller::new();
+        let (tx, _updates) = mpsc::channel();
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            // somebody was faster
+            let report = report::not_begun("handover", &format!("this minivmm is {}", state.role.name()));
+            return (Some(Err(guest)), report);
+        }
+        state.begin(Role::Outgoing, controller, tx);
+        drop(state);
+        let (link, options) = (connector(to, ConnectOptions::default()), self.source_options());
+        let (tx, returned) = mpsc::channel();
+        // if it stays in doubt this never ends
+        let body = move || drop(tx.send(guest.relinquish(&*link, &options, commands)));
+        if let Err(why) = self.spawn("return", body) {
+            return (None, report::not_begun("handover", &why));
+        }
+        let (gone, report) = loop {
+            match returned.recv_timeout(TICK) {
+                Ok(returned) => break returned,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return (None, report::not_begun("handover", "the thread that returns the guest has died"));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            let mut state = self.lock();
+            if state.role == Role::InDoubt && ProcessFence.is_dead(owner) {
+                state.lost("its owner died when it was about to run the VM again, or just after");
+                let report = state.last.clone().unwrap_or_default();
+                drop(state);
+                self.changed.notify_all();
+                return (None, report);
+            }
+        };
+        let mut state = self.lock();
+        state.epoch = report.epoch;
+        match (&gone, state.role) {
+            (Ok(_), _) => (state.role, state.asked_back) = (Role::Dormant, false),
+            (Err(_), Role::Outgoing | Role::InDoubt) => state.role = Role::Home,
+            (Err(_), _) => {}
+        }
+        let report = report::to_json(&report);
+        state.end(report.clone());
+        drop(state);
+        self.changed.notify_all();
+        (Some(gone), report)
+    }
+
+    /// A borrower has no use for the dirty log any more.
+    pub(crate) fn stop_log(&self) -> Result<Value, String> {
+        self.home("stop log")?.stop_log().map_err(|e| format!("stop log: {e}"))?;
+        Ok(json!({"log": false}))
+    }
+
+    /// Its owner has died while its guest was here: this minivmm is its home from now on, and is found where that was.
+    pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
+        self.succeed(own.to_owned(), owners.to_owned(), None);
+        self.take_place();
+    }
+}
+
+/// Takes the VM that a process which is dead had brought here as a whole.
+pub(crate) fn inherit(receiver: &ReceiverHandle, from: &[u8]) {
+    let fenced = Fenced::by(&ProcessFence, from).map_err(|e| e.to_string());
+    if let Err(why) = fenced.and_then(|dead| receiver.inherit(dead).map_err(|e| e.to_string())) {
+        eprintln!("minivmm: the VM is complete here, and does not run: {why}");
+    }
+}
+
+/// The VM, whose guest has gone, or is still here.
+pub(crate) type Returned = Result<Dormant<Tenant>, Resident<Tenant>>;
+
+/// What has become of a guest.
+pub(crate) enum Fate {
+    Here,
+    /// It has moved elsewhere; the report.
+    Moved(Value),
+    Ended,
+}
+
+impl State {
+    /// The VM is lost.
+    fn lost(&mut self, why: &str) {
+        eprintln!("minivmm: the VM is lost: {why}");
+        let mut report = report::not_begun("handover", why);
+        report["outcome"] = json!("lost");
+        self.tell(report);
+        self.role = Role::Ended;
+        self.exit.get_or_insert(5);
+    }
+}

@@ -1,0 +1,56 @@
+//! The measurements themselves: that they run, and that their figures are of what they say. Not what the figures are.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::common::{Lab, Outcome, Suite, ensure, usage};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.kvm("bench/hand_over", hand_over);
+    suite.kvm("eval/hand_over", timelines);
+}
+
+/// Small guests, a few times each, and the parts whose course is their own.
+fn hand_over(lab: &Lab) -> Outcome {
+    let page = lab.path("page.md");
+    fs::write(&page, "# Title\n<!-- handover:begin -->\n<!-- handover:end -->\nend\n")?;
+    let args = ["bench", "--handover", "--quick", "--unit", "64M", "--json", "--markdown", &lab.arg("page.md")];
+    let parts = ["--part", "sizes", "--part", "at-once", "--part", "recovery"];
+    let (code, out, err) = usage(&[&args[..], &parts].concat())?;
+    ensure(code == Some(0), || format!("{code:?}: {err}"))?;
+    let figures: Value = serde_json::from_str(&out)?;
+    let series = figures["series"].as_array().ok_or("no series")?;
+    ensure(series.len() == 3, || out.clone())?;
+    for series in series {
+        let own = series["hand_overs"].as_array().ok_or("no hand-overs")?;
+        ensure(own.len() == 8 && !series["stays"].as_array().is_none_or(Vec::is_empty), || format!("{series}"))?;
+        for one in own {
+            let (gap, downtime) = (one["gap_ms"].as_f64(), one["downtime_ms"].as_f64());
+            // the guest sees more of it than the source: the way there and back
+            ensure(gap > Some(0.0) && downtime > Some(0.0) && one["memory_copied_bytes"] == 0, || format!("{one}"))?;
+        }
+    }
+    let recoveries = figures["recoveries"].as_array().ok_or("no recoveries")?;
+    let warmed =
+        |wanted| recoveries.iter().filter(|r| r["warmed"] == wanted && r["before"].as_f64() > Some(0.0)).count();
+    ensure((warmed(true), warmed(false)) == (2, 2), || format!("{}", figures["recoveries"]))?;
+    ensure(figures["failures"].as_array().is_some_and(Vec::is_empty), || format!("{}", figures["failures"]))?;
+    let page = fs::read_to_string(page)?;
+    ensure(page.contains("| 4 at once, sleep, 64 MiB |") && page.ends_with("-->\nend\n"), || page.clone())
+}
+
+fn timelines(lab: &Lab) -> Outcome {
+    let (json, out) = (lab.arg("figures.json"), lab.arg("plots"));
+    let (code, text, err) = usage(&["eval", "handover", "--memory", "64M", "--json", &json, "--out", &out])?;
+    ensure(code == Some(0), || format!("{code:?}: {err}"))?;
+    ensure(text.contains("refresh") && text.contains("pre-copy"), || text.clone())?;
+    let figures: Value = serde_json::from_str(&fs::read_to_string(json)?)?;
+    for timeline in figures["timelines"].as_array().ok_or("no timelines")? {
+        let points = timeline["points"].as_array().map_or(0, Vec::len);
+        ensure(points > 100 && timeline["report"]["outcome"] == "completed", || {
+            format!("{points} points: {timeline}")
+        })?;
+    }
+    ensure(fs::read_to_string(lab.path("plots").join("handover-speed.svg"))?.contains("</svg>"), || "no plot".into())
+}

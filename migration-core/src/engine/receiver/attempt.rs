@@ -1,0 +1,200 @@
+//! How an attempt begins at the destination: the VM is built, its session opened; or a source takes up one that was cut.
+
+use std::hash::{BuildHasher, RandomState};
+
+use super::*;
+use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
+
+impl Hub {
+    /// A source that is in doubt comes back.
+    pub(super) fn reattach(
+        self: &Arc<Self>,
+        token: SessionToken,
+        (vm, epoch): (VmId, u32),
+        mut frames: ControlReader,
+        mut control: ControlWriter,
+        closer: Arc<dyn Closer>,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let refuse = |control: &mut ControlWriter, why: &str| {
+            control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
+            Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
+        };
+        let Ok(session) = self.session(token) else {
+            return refuse(&mut control, "this session is not known here");
+        };
+        let attachment = {
+            let mut state = lock(&self.state);
+            if !state.machine.may_reattach(vm, epoch) {
+                drop(state);
+                return refuse(&mut control, "no VM of this epoch is held here");
+            }
+            session.replace_control(control, closer);
+            state.machine.handle(epoch, Control::Reattach(vm))?;
+            state.attachment += 1;
+            state.attachment
+        };
+        let served = self.frames(&mut frames, &session, attachment);
+        self.ended(&session, attachment, peer, served);
+        Ok(())
+    }
+
+    /// A source begins an attempt.
+    pub(super) fn attempt(
+        self: &Arc<Self>,
+        epoch: u32,
+        hello: Control,
+        mut frames: ControlReader,
+        mut control: ControlWriter,
+        closer: Arc<dyn Closer>,
+        peer: &str,
+    ) -> Result<(), MigrationError> {
+        let begun = {
+            let mut state = lock(&self.state);
+            state.machine.handle(epoch, hello).map(|action| {
+                state.attachment += 1;
+                (action, state.attachment)
+            })
+        };
+        let (action, attachment) = match begun {
+            Ok(begun) => begun,
+            Err(violation) => {
+                control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
+                return Err(violation.into());
+            }
+        };
+        self.tell_phase();
+        let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
+        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
+        let wanted = (streams, features);
+        let (session, features) = match self.build(epoch, attachment, *hello, wanted, (&mut frames, control), closer) {
+            Ok(built) => built,
+            Err(error) => {
+                self.lost(attachment, &error.to_string());
+                return Err(error);
+            }
+        };
+        if features & FEATURE_SHARED_RAM != 0 {
+            // up to here this thread competed with the guest
+            self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
+        }
+        let opened = self.open(&session, attachment, features);
+        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
+        self.ended(&session, attachment, peer, served);
+        Ok(())
+    }
+
+    /// Builds the VM and the session in which it is received.
+    fn build(
+        &self,
+        epoch: u32,
+        attachment: u64,
+        hello: Hello,
+        (streams, features): (u16, u32),
+        (frames, mut control): (&mut ControlReader, ControlWriter),
+        closer: Arc<dyn Closer>,
+    ) -> Result<(Arc<Session>, u32), MigrationError> {
+        let shared = features & FEATURE_SHARED_RAM != 0;
+        // a VM of an earlier epoch is void: free it before the new one needs the memory
+        let earlier = self.current(attachment)?.session.take();
+        self.free_vm(earlier, "a newer attempt of its source takes its place");
+        self.join_watchers();
+        let ram_bytes = hello.vm.layout.bytes();
+        let built = if ram_bytes > self.options.max_ram_bytes {
+            let limit = self.options.max_ram_bytes;
+            Err(VmError::new(format!("the VM has {ram_bytes} bytes of RAM, this destination takes {limit}")))
+        } else if shared {
+            self.receive_ram(&hello, frames)
+        } else {
+            lock(&self.host).build(&hello.vm)
+        };
+        let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
+            Ok(vm) => vm,
+            Err(cause) => {
+                control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
+                return Err(MigrationError::Vm { step: "building the VM", cause });
+            }
+        };
+        let pager = if shared { None } else { vm.pager() };
+        let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
+        let protection = match self.protection(&mut *vm, &mut features) {
+            Ok(protection) => protection.map(Arc::new),
+            Err(cause) => {
+                control.send(epoch, &Control::error(ErrorCode::State, cause.to_string()))?;
+                return Err(MigrationError::Vm { step: "building the VM", cause });
+            }
+        };
+        let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
+        let token = new_token(hello.vm.id, epoch);
+        let crc = features & FEATURE_PAYLOAD_CRC != 0;
+        let session = Session::new((token, epoch), streams, (crc, shared), vm, (pager, protection), control, closer);
+        let session = Arc::new(session);
+        self.current(attachment)?.session = Some(session.clone());
+        Ok((session, features))
+    }
+
+    /// Builds a VM in the RAM that its source shares.
+    fn receive_ram(&self, hello: &Hello, frames: &mut ControlReader) -> Result<Box<dyn DestinationVm>, VmError> {
+        if hello.features != FEATURE_SHARED_RAM {
+            let why = format!("features {:#x}: shared RAM goes with no other", hello.features);
+            return Err(VmError::new(why));
+        }
+        let files = frames.files(hello.vm.layout.regions().len());
+        let files = files.map_err(|e| VmError::because("the memory files behind RAM", e))?;
+        lock(&self.host).build_shared(&hello.vm, files)
+    }
+
+    /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
+    fn protection(&self, vm: &mut dyn DestinationVm, features: &mut u32) -> Result<Option<Protection>, VmError> {
+        if *features & FEATURE_CHECKPOINTS == 0 {
+            return Ok(None);
+        }
+        let Some(protected) = vm.protected() else {
+            *features &= !FEATURE_CHECKPOINTS;
+            return Ok(None);
+        };
+        Protection::new(protected, vm.identity(), vm.ram().layout().pages()).map(Some)
+    }
+
+    /// Has the source open its lanes, and tells it when everything stands ready for pages.
+    fn open(&self, session: &Session, attachment: u64, features: u32) -> Result<(), MigrationError> {
+        let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
+        session.say(&Control::Welcome(welcome))?;
+        session.wait_attached(self.options.idle_timeout)?;
+        let prepared = self.current(attachment)?.machine.prepared()?;
+        session.say(&prepared)?;
+        self.tell_phase();
+        Ok(())
+    }
+}
+
+/// Of the feature bits that a source wants, those that a VM with this pager supports.
+fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
+    let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+    let post_copy = match pager.map(|pager| pager.granule()) {
+        Some(1) => wanted & FEATURE_POST_COPY,
+        // a source that would send single pages cannot serve it
+        Some(HUGE_BLOCK) if wanted & both == both => both,
+        _ => 0,
+    };
+    let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
+    wanted & FEATURES & !without | post_copy
+}
+/// Pages are checked against the hello's layout: the VM must have been built with the very same.
+fn check_layout(vm: Box<dyn DestinationVm>, hello: &Hello) -> Result<Box<dyn DestinationVm>, VmError> {
+    if *vm.ram().layout() == hello.vm.layout {
+        Ok(vm)
+    } else {
+        Err(VmError::new("the VM was built with another RAM layout than the source's"))
+    }
+}
+
+/// A token that nobody can guess: SipHash under keys that the standard library draws from the operating system.
+fn new_token(vm: VmId, epoch: u32) -> SessionToken {
+    let mut token = [0; 16];
+    for half in token.chunks_mut(8) {
+        // every `RandomState` has keys of its own
+        half.copy_from_slice(&RandomState::new().hash_one((vm, epoch)).to_le_bytes());
+    }
+    SessionToken(token)
+}
