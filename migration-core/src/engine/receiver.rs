@@ -322,7 +322,7 @@ impl Hub {
         let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
         let preamble = Preamble::decode(&bytes).inspect_err(|error| {
             if bytes.starts_with(&SEALED_MAGIC) {
-                refuse_sealed(&mut *reader, &mut control, error);
+                refuse_sealed(&mut *reader, &mut control, error, self.options.idle_timeout);
             }
         })?;
         if negotiate(preamble.oldest, preamble.newest).is_none() {
@@ -711,14 +711,15 @@ impl Hub {
 
 /// Tells a source that encrypts why it is refused, and waits until it has gone: what is unread when a connection closes
 /// makes some transports forget what was written last.
-fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &dyn std::fmt::Display) {
+fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &DecodeError, patience: Duration) {
     // best effort: the lane ends either way
     if control.send(0, &Control::error(ErrorCode::Security, why.to_string())).is_err() {
         return;
     }
-    // a handshake's first message is far shorter
+    let end = Instant::now() + patience;
+    // a handshake's first message is far shorter; one that comes a byte at a time is waited for no longer
     for _ in 0..4096 {
-        if reader.read_exact(&mut [0]).is_err() {
+        if Instant::now() > end || reader.read_exact(&mut [0]).is_err() {
             return;
         }
     }
