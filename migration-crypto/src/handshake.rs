@@ -35,9 +35,7 @@ const DRAIN: usize = 16 << 10;
 #[non_exhaustive]
 pub enum HandshakeError {
     /// The source does not encrypt.
-    #[error(
-        "this destination takes only encrypted migrations: start the source's migration with --encrypt and the same kind of key"
-    )]
+    #[error("this destination takes only encrypted migrations: encrypt at the source, too, with the same kind of key")]
     PlainPeer,
     /// The other side does not speak this protocol at all.
     #[error("the peer speaks neither this protocol nor its plain form")]
@@ -148,7 +146,7 @@ impl Wire<'_> {
     }
 
     /// Fills `buf`. A peer that sends now and then a byte is never idle, so the clock is looked at after each: some hundreds in
-    /// all.
+    /// all, with certificates some thousands.
     pub(crate) fn read(&mut self, buf: &mut [u8]) -> Result<(), HandshakeError> {
         for piece in buf.chunks_mut(1) {
             let left = self.left()?;
