@@ -165,10 +165,7 @@ impl fmt::Debug for PageSealer {
 }
 
 fn key(secret: &Secret, suite: Suite, backend: &dyn Backend) -> Result<Box<dyn AeadKey>, PageError> {
-    let mut bytes = zeroize::Zeroizing::new([0; 32]);
-    let bytes = &mut bytes[..suite.key_len()];
-    secret.expand(&[b"key", suite.name().as_bytes()], bytes);
-    backend.key(suite, bytes).map_err(|AeadError| PageError::Crypto)
+    secret.key(suite, backend).map_err(|AeadError| PageError::Crypto)
 }
 
 fn prefix() -> Result<[u8; PREFIX], PageError> {

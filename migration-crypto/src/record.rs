@@ -98,7 +98,7 @@ struct Keys {
 
 impl Keys {
     fn new(suite: Suite, backend: &'static dyn Backend, secret: Secret) -> Result<Self, RecordError> {
-        let key = key(suite, backend, &secret)?;
+        let key = secret.key(suite, backend).map_err(|AeadError| RecordError::Broken)?;
         Ok(Self { suite, backend, secret, key, number: 0, next: 0 })
     }
 
@@ -106,7 +106,7 @@ impl Keys {
     fn update(&mut self) -> Result<(), RecordError> {
         self.number = self.number.checked_add(1).ok_or(RecordError::Exhausted)?;
         self.secret = self.secret.derive(&[b"next key"]);
-        self.key = key(self.suite, self.backend, &self.secret)?;
+        self.key = self.secret.key(self.suite, self.backend).map_err(|AeadError| RecordError::Broken)?;
         Ok(())
     }
 
@@ -118,13 +118,6 @@ impl Keys {
         self.next = self.next.checked_add(1).ok_or(RecordError::Exhausted)?;
         Ok(nonce)
     }
-}
-
-fn key(suite: Suite, backend: &dyn Backend, secret: &Secret) -> Result<Box<dyn AeadKey>, RecordError> {
-    let mut bytes = zeroize::Zeroizing::new([0; 32]);
-    let bytes = &mut bytes[..suite.key_len()];
-    secret.expand(&[b"key", suite.name().as_bytes()], bytes);
-    backend.key(suite, bytes).map_err(|_| RecordError::Broken)
 }
 
 /// Seals the records of one direction, in order.

@@ -6,6 +6,11 @@ use hkdf::Hkdf;
 use sha2::Sha256;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::{
+    Suite,
+    aead::{AeadError, AeadKey, Backend},
+};
+
 /// Bytes of every secret that keys are derived from.
 pub(crate) const SECRET_LEN: usize = 32;
 
@@ -52,6 +57,14 @@ impl Secret {
         // a secret has the length of the hash and keys are far shorter than 255 of them: neither step can fail
         let done = Hkdf::<Sha256>::from_prk(&self.0[..]).is_ok_and(|hkdf| hkdf.expand(&info, key).is_ok());
         debug_assert!(done);
+    }
+
+    /// A cipher's key, ready for use.
+    pub(crate) fn key(&self, suite: Suite, backend: &dyn Backend) -> Result<Box<dyn AeadKey>, AeadError> {
+        let mut bytes = Zeroizing::new([0; SECRET_LEN]);
+        let bytes = &mut bytes[..suite.key_len()];
+        self.expand(&[b"key", suite.name().as_bytes()], bytes);
+        backend.key(suite, bytes)
     }
 
     /// Another secret, for this purpose.

@@ -23,7 +23,6 @@ use crate::{
     },
     keys::{Psk, PublicKey, StaticKey},
     record::{KeyLimits, OVERHEAD, RecordOpener, RecordSealer},
-    secret::Secret,
     session::{Own, Session, Sessions},
 };
 
@@ -113,7 +112,7 @@ impl SourceSession {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn initiate(&self, wire: &mut Wire<'_>, kind: LaneKind) -> Result<(Agreed, Secret), HandshakeError> {
+    fn initiate(&self, wire: &mut Wire<'_>, kind: LaneKind) -> Result<Agreed, HandshakeError> {
         let security = &*self.security;
         let mut preface = Preface { proof: Proof::Session, kind, counter: 0, session: [0; 16], message: 0 };
         if kind != LaneKind::Control {
@@ -125,9 +124,7 @@ impl SourceSession {
                 own.session.clone()
             };
             preface.session = session.id;
-            let agreed = noise::initiate(wire, preface, &Proofs::Psk(&session.resumption), &[session.suite])?;
-            let lane = agreed.secret.derive(&[b"lane"]);
-            return Ok((agreed, lane));
+            return noise::initiate(wire, preface, &Proofs::Psk(&session.resumption), &[session.suite]);
         }
         preface.proof = security.credentials.proof();
         let agreed = match &security.credentials {
@@ -138,9 +135,8 @@ impl SourceSession {
             #[cfg(feature = "tls")]
             Credentials::Tls(identity) => crate::handshake::tls::initiate(wire, &preface, identity, &security.suites)?,
         };
-        let lane = agreed.secret.derive(&[b"lane"]);
         *self.lock() = Some(Own { session: Session::new(&agreed), opened: 0 });
-        Ok((agreed, lane))
+        Ok(agreed)
     }
 }
 
@@ -174,10 +170,10 @@ impl Connector for SecureConnector {
         let Halves { mut reader, mut writer, closer } = channel.split()?;
         let deadline = Instant::now() + security.handshake_timeout;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
-        let (agreed, lane) = self.session.initiate(&mut wire, kind)?;
+        let agreed = self.session.initiate(&mut wire, kind)?;
         let closed = Arc::new(AtomicBool::new(false));
-        let ends = Ends::new(security, &agreed, &lane)?;
-        let (mut reader, mut writer) = ends.source(reader, writer, &closed, security);
+        let ends = Ends::new(security, &agreed, [TO_DESTINATION, TO_SOURCE])?;
+        let (mut reader, mut writer) = ends.halves(reader, writer, &closed, security);
         writer.send_empty(false)?;
         reader.set_idle_timeout(None)?;
         writer.set_idle_timeout(None)?;
@@ -207,48 +203,36 @@ impl Channel for SecureChannel {
     }
 }
 
-/// What seals and opens the two directions of a lane.
-struct Ends {
-    to_destination: Direction,
-    to_source: Direction,
-}
+/// What the secrets of a lane's two directions are derived for.
+const TO_DESTINATION: &[u8] = b"to destination";
+const TO_SOURCE: &[u8] = b"to source";
 
-struct Direction {
+/// What a side of a lane seals and opens its two directions with.
+struct Ends {
     sealer: RecordSealer,
     opener: RecordOpener,
 }
 
 impl Ends {
-    fn new(security: &Security, agreed: &Agreed, lane: &Secret) -> io::Result<Self> {
-        let direction = |name: &[u8]| -> io::Result<Direction> {
-            let secret = lane.derive(&[name]);
-            let sealer = RecordSealer::new(agreed.suite, security.backend, secret.clone(), security.limits)?;
-            Ok(Direction { sealer, opener: RecordOpener::new(agreed.suite, security.backend, secret)? })
-        };
-        Ok(Self { to_destination: direction(b"to destination")?, to_source: direction(b"to source")? })
+    fn new(security: &Security, agreed: &Agreed, [out, back]: [&[u8]; 2]) -> io::Result<Self> {
+        // what a session keeps of its first lane's agreement is not what that lane's records are keyed by
+        let lane = agreed.secret.derive(&[b"lane"]);
+        let secret = |direction| lane.derive(&[direction]);
+        Ok(Self {
+            sealer: RecordSealer::new(agreed.suite, security.backend, secret(out), security.limits)?,
+            opener: RecordOpener::new(agreed.suite, security.backend, secret(back))?,
+        })
     }
 
-    fn source(
+    fn halves(
         self,
         reader: Box<dyn ReadHalf>,
         writer: Box<dyn WriteHalf>,
         closed: &Arc<AtomicBool>,
         security: &Security,
     ) -> (SecureReader, SecureWriter) {
-        let Self { to_destination, to_source } = self;
-        let writer = SecureWriter::new(writer, to_destination.sealer, security.record_bytes, Arc::clone(closed));
-        (SecureReader::new(reader, to_source.opener), writer)
-    }
-
-    fn destination(
-        self,
-        reader: Box<dyn ReadHalf>,
-        writer: Box<dyn WriteHalf>,
-        closed: &Arc<AtomicBool>,
-        security: &Security,
-    ) -> (SecureReader, SecureWriter) {
-        let Self { to_destination, to_source } = self;
-        Self { to_destination: to_source, to_source: to_destination }.source(reader, writer, closed, security)
+        let writer = SecureWriter::new(writer, self.sealer, security.record_bytes, Arc::clone(closed));
+        (SecureReader::new(reader, self.opener), writer)
     }
 }
 
@@ -285,7 +269,7 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    fn respond(&self, wire: &mut Wire<'_>) -> Result<(Agreed, Secret, Option<Session>), HandshakeError> {
+    fn respond(&self, wire: &mut Wire<'_>) -> Result<(Agreed, Option<Session>), HandshakeError> {
         let mut bytes = [0; Preface::LEN];
         wire.read(&mut bytes)?;
         let preface = Preface::decode(&bytes)?;
@@ -295,8 +279,7 @@ impl Acceptor {
             let accept = || self.sessions.accept(&session.id, preface.counter);
             let proofs = Proofs::Psk(&session.resumption);
             let agreed = noise::respond(wire, &preface, &proofs, &[session.suite], accept)?;
-            let lane = agreed.secret.derive(&[b"lane"]);
-            return Ok((agreed, lane, None));
+            return Ok((agreed, None));
         }
         if preface.proof != credentials.proof() {
             let (theirs, ours) = (preface.proof.name(), credentials.proof().name());
@@ -310,8 +293,8 @@ impl Acceptor {
             #[cfg(feature = "tls")]
             Credentials::Tls(identity) => crate::handshake::tls::respond(wire, &preface, identity, suites)?,
         };
-        let (lane, session) = (agreed.secret.derive(&[b"lane"]), Session::new(&agreed));
-        Ok((agreed, lane, Some(session)))
+        let session = Session::new(&agreed);
+        Ok((agreed, Some(session)))
     }
 
     /// The handshake, up to the source's proof that it is here.
@@ -324,17 +307,17 @@ impl Acceptor {
     ) -> io::Result<(SecureReader, SecureWriter)> {
         let deadline = Instant::now() + patience;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
-        let (agreed, lane, session) = self.respond(&mut wire).inspect_err(|error| wire.refuse(error))?;
-        let mut ends = Ends::new(&self.security, &agreed, &lane)?;
+        let (agreed, session) = self.respond(&mut wire).inspect_err(|error| wire.refuse(error))?;
+        let mut ends = Ends::new(&self.security, &agreed, [TO_SOURCE, TO_DESTINATION])?;
         // one of a fixed length, by the deadline: who has only replayed a message gets no memory and no more time
         let mut proof = [0; OVERHEAD];
         wire.read(&mut proof)?;
         let (header, sealed) = proof.split_first_chunk_mut().ok_or(HandshakeError::Malformed("proof"))?;
-        if ends.to_destination.opener.following(header)? != sealed.len() {
+        if ends.opener.following(header)? != sealed.len() {
             return Err(HandshakeError::Malformed("the first record is not empty").into());
         }
-        ends.to_destination.opener.open(header, sealed)?;
-        let (reader, writer) = ends.destination(reader, writer, closed, &self.security);
+        ends.opener.open(header, sealed)?;
+        let (reader, writer) = ends.halves(reader, writer, closed, &self.security);
         if let Some(session) = session {
             self.sessions.insert(session);
         }

@@ -52,16 +52,9 @@ impl Preface {
             Proof::Tls => 3,
             Proof::Session => 4,
         };
-        let kind = match self.kind {
-            LaneKind::Control => 0,
-            LaneKind::Bulk => 1,
-            LaneKind::Reattach => 2,
-            LaneKind::Demand => 3,
-            LaneKind::Checkpoint => 4,
-        };
         let mut bytes = [0; Self::LEN];
         bytes[..8].copy_from_slice(&SEALED_MAGIC);
-        bytes[8..11].copy_from_slice(&[VERSION, proof, kind]);
+        bytes[8..11].copy_from_slice(&[VERSION, proof, self.kind.code()]);
         bytes[12..16].copy_from_slice(&self.counter.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.session);
         bytes[32..34].copy_from_slice(&self.message.to_le_bytes());
@@ -85,14 +78,7 @@ impl Preface {
             4 => Proof::Session,
             _ => return Err(HandshakeError::Malformed("proof")),
         };
-        let kind = match bytes[10] {
-            0 => LaneKind::Control,
-            1 => LaneKind::Bulk,
-            2 => LaneKind::Reattach,
-            3 => LaneKind::Demand,
-            4 => LaneKind::Checkpoint,
-            _ => return Err(HandshakeError::Malformed("lane kind")),
-        };
+        let kind = LaneKind::from_code(bytes[10]).ok_or(HandshakeError::Malformed("lane kind"))?;
         let counter = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
         let mut session = [0; 16];
         session.copy_from_slice(&bytes[16..32]);

@@ -168,11 +168,9 @@ fn agreed<D>(connection: &ConnectionCommon<D>, prologue: &[u8], suites: &[Suite]
     let chosen = connection.alpn_protocol().ok_or(HandshakeError::Downgrade)?;
     let named: Vec<Suite> = Suite::ALL.into_iter().filter(|&s| protocols(&[s])[0] == chosen).collect();
     let suite = choose(&named, suites).map_err(|_| HandshakeError::Downgrade)?;
-    let secret = Zeroizing::new([0; SECRET_LEN]);
-    let mut secret = connection.export_keying_material(*secret, EXPORTER, Some(prologue)).map_err(tls)?;
-    let agreed = Agreed { suite, secret: Secret::new(secret) };
-    zeroize::Zeroize::zeroize(&mut secret);
-    Ok(agreed)
+    let secret = connection.export_keying_material([0; SECRET_LEN], EXPORTER, Some(prologue)).map_err(tls)?;
+    let secret = Zeroizing::new(secret);
+    Ok(Agreed { suite, secret: Secret::new(*secret) })
 }
 
 /// Runs the handshake to its end.
