@@ -147,6 +147,8 @@ impl Shaper {
             if output.status.success() { Ok(()) } else { Err(format!("{line}: {}", why.trim())) }
         };
         let (namespace, here, there) = (Self::NAMESPACE, Self::HERE, Self::THERE);
+        // a bench that was killed has left it behind; if not, there is nothing to delete
+        let _ = run(&format!("ip netns del {namespace}"));
         run(&format!("ip netns add {namespace}"))?;
         // from here on it is removed whatever happens
         let shaper = Self;
