@@ -37,7 +37,14 @@ impl ProcessIdentity {
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn own() -> io::Result<Self> {
-        let pid = std::process::id();
+        Self::of(std::process::id())
+    }
+
+    /// The process that has this number now, in the caller's PID namespace.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none; else when `/proc` cannot be read.
+    pub fn of(pid: u32) -> io::Result<Self> {
         let started = started(pid)?.ok_or(io::ErrorKind::NotFound)?;
         Ok(Self { boot: boot_id()?, namespace: namespace()?, pid, started })
     }
@@ -171,8 +178,7 @@ mod tests {
     use super::*;
 
     fn identity_of(child: &Child) -> ProcessIdentity {
-        let pid = child.id();
-        ProcessIdentity { pid, started: started(pid).unwrap().unwrap(), ..ProcessIdentity::own().unwrap() }
+        ProcessIdentity::of(child.id()).unwrap()
     }
 
     fn sleeper() -> Child {

@@ -20,13 +20,13 @@ use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use thiserror::Error;
 
 pub use client::{BrokerClient, Deposit};
-pub use server::{BrokerOptions, RamBroker};
+pub use server::{Bereft, BrokerOptions, RamBroker};
 
 /// A broker did not do what it was asked for.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BrokerError {
-    /// It cannot be reached, or went away.
+    /// It cannot be reached, or went away, or does not answer.
     #[error("the RAM broker at unix:{}: {cause}", path.display())]
     Link {
         /// Its socket.

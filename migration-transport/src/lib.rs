@@ -105,7 +105,7 @@ pub use cut::Cut;
 pub use relay::Relay;
 pub use {
     bandwidth::{Bandwidth, BandwidthError},
-    broker::{BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
+    broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
     dir_leases::DirLeases,
     dir_store::DirStore,
     fd_passing::{MAX_FILES, receive_files, send_files},

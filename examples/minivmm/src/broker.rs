@@ -13,7 +13,7 @@ use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
 use serde_json::{Value, json};
 
-use crate::cli::Broker;
+use crate::{cli::Broker, restart::Restarter};
 
 /// Bytes that are looked at, and written, at once.
 const PIECE: usize = 64 << 10;
@@ -21,7 +21,7 @@ const PIECE: usize = 64 << 10;
 /// Runs the command; the exit status.
 pub(crate) fn run(args: &Broker) -> u8 {
     let answer = match (&args.listen, &args.at) {
-        (Some(path), _) => serve(path),
+        (Some(path), _) => serve(path, args),
         (None, Some(path)) => ask(args, &BrokerClient::new(path)),
         (None, None) => Err("--listen or --at is missing".into()),
     };
@@ -41,12 +41,15 @@ pub(crate) fn run(args: &Broker) -> u8 {
 }
 
 /// Until the process ends.
-fn serve(path: &Path) -> Result<Value, String> {
+fn serve(path: &Path, args: &Broker) -> Result<Value, String> {
     let mut listener = UnixListener::bind(path, SocketOptions::default()).map_err(|e| e.to_string())?;
     println!("listening unix:{}", path.display());
     // whoever reads the address may wait for it
     let _ = io::stdout().flush();
-    let broker = RamBroker::new(BrokerOptions { spawner: Arc::new(KvmSpawner::default()), ..BrokerOptions::default() });
+    let at = std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let bereft = args.restart.then(|| Arc::new(Restarter::new(&at, args.json)) as _);
+    let broker =
+        RamBroker::new(BrokerOptions { spawner: Arc::new(KvmSpawner::default()), bereft, ..BrokerOptions::default() });
     broker.serve(&mut listener, &AtomicBool::new(false)).map_err(|e| e.to_string())?;
     Ok(Value::Null)
 }

@@ -162,6 +162,10 @@ pub(crate) struct Broker {
         conflicts_with_all = ["at", "list", "dump", "forget"]
     )]
     pub(crate) listen: Option<PathBuf>,
+    /// Of a VM whose VMM has died, start another one, from the last snapshot (`ctl snapshot`, `feature --do snapshot`), once no
+    /// process is left that may run the VM. What is done is printed.
+    #[arg(long, requires = "listen")]
+    pub(crate) restart: bool,
     /// The broker to ask.
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
     pub(crate) at: Option<PathBuf>,
@@ -213,6 +217,9 @@ pub(crate) struct Receive {
     /// When to refresh again.
     #[arg(long, hide = true, value_name = "JSON")]
     pub(crate) refresh: Option<String>,
+    /// The process that has the VM.
+    #[arg(long, hide = true, value_name = "JSON")]
+    pub(crate) predecessor: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -55,6 +55,14 @@ pub(crate) enum Request {
         report: Value,
         status: u8,
     },
+    /// From a borrower: the guest may run there from now on, or only at the borrower.
+    Elsewhere {
+        to: Option<String>,
+    },
+    /// From a borrower: a whole snapshot.
+    Saved {
+        snapshot: PathBuf,
+    },
     PostCopy,
     Recover {
         to: String,

@@ -187,6 +187,7 @@ impl<'a> Borrower<'a> {
         // it may have been replaced since
         let home = self.ask(&Request::Place)?;
         let owner: Vec<u8> = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
+        self.instance.borrows_from(&self.attach, home["broker"].as_str().map(PathBuf::from));
         let listen = Address::Unix(self.listen.clone());
         let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
         let identity = migration_kvm::fence::ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;

@@ -1,5 +1,6 @@
 //! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
 
+mod kept;
 mod lend;
 
 use std::{
@@ -9,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kept::Kept;
 use lend::Lent;
 pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
@@ -18,6 +20,7 @@ use migration_core::{
         self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
         SnapshotOptions, SourceOptions,
     },
+    fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     spawner::GuestImpact,
@@ -50,8 +53,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub(crate) struct Instance {
     state: Mutex<State>,
     changed: Condvar,
-    /// What keeps the VM's RAM.
-    broker: Option<BrokerClient>,
+    /// The VM's RAM at a broker. Locked after the state, if both are.
+    kept: Mutex<Kept>,
 }
 
 #[derive(Default)]
@@ -74,8 +77,6 @@ struct State {
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<PathBuf>,
-    /// The VM's RAM at the broker.
-    deposit: Option<Deposit>,
     place: Option<Place>,
     /// When this VMM is replaced by itself, and the how manieth such plan that is.
     schedule: (u64, Option<Plan>),
@@ -84,6 +85,8 @@ struct State {
     lends: u64,
     /// Of a borrower: the guest's owner wants it back.
     asked_back: bool,
+    /// Of a borrower: the control socket of an owner that has a broker.
+    lender: Option<PathBuf>,
     /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
@@ -110,8 +113,7 @@ enum Role {
 impl Instance {
     /// `broker` is the path of a RAM broker's socket.
     pub(crate) fn new(broker: Option<PathBuf>) -> Arc<Self> {
-        let broker = broker.map(BrokerClient::new);
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), broker })
+        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), kept: Kept::at(broker) })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -133,6 +135,7 @@ impl Instance {
         let watch = move || {
             if let Some(end) = end() {
                 eprintln!("minivmm: the VM has ended: {end}");
+                instance.guest_ended();
                 instance.lock().role = Role::Ended;
                 instance.exit(5);
             }
@@ -142,30 +145,20 @@ impl Instance {
         }
     }
 
-    /// Has the broker, if there is one, keep the VM's RAM.
-    pub(crate) fn keep_ram(&self, machine: &Machine) -> Result<(), String> {
-        if let Some(broker) = &self.broker {
-            let deposit = machine.deposit(broker)?;
-            self.lock().deposit = Some(deposit);
-        }
-        Ok(())
-    }
-
     /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
     fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
-        self.own(machine.clone());
-        if self.broker.is_none() && self.lock().succeeds.is_none() {
+        self.own(machine);
+        if self.broker().is_none() && self.lock().succeeds.is_none() {
             return;
         }
         let instance = self.clone();
         let keep = move || {
             instance.take_place();
-            instance.keep_ram(&machine)
+            instance.keep_ram()
         };
-        let warn = |why: String| eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
-        let deposit = thread::Builder::new().name("deposit".into()).spawn(move || keep().unwrap_or_else(warn));
-        if let Err(error) = deposit {
-            warn(error.to_string());
+        let keep = move || keep().unwrap_or_else(|why| not_kept(&why));
+        if let Err(error) = thread::Builder::new().name("deposit".into()).spawn(keep) {
+            not_kept(&error.to_string());
         }
     }
 
@@ -199,6 +192,43 @@ impl Instance {
     /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
     pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
         self.lock().succeeds = Some((own, place, plan));
+    }
+
+    /// A successor has nothing to wait for once its predecessor is dead: it inherits the VM, or ends.
+    pub(crate) fn succeeds_process(self: &Arc<Self>, predecessor: Vec<u8>) -> Result<(), String> {
+        let instance = self.clone();
+        let watch = move || {
+            while instance.runs_on(TICK) {
+                let state = instance.lock();
+                let (role, receiver) = (state.role, state.receiver.clone());
+                drop(state);
+                let Some(receiver) = receiver.filter(|_| role == Role::Incoming) else { return };
+                if !ProcessFence.is_dead(&predecessor) {
+                    continue;
+                }
+                match receiver.phase() {
+                    DestinationPhase::Ready => inherit(&receiver, &predecessor),
+                    DestinationPhase::Empty => {
+                        eprintln!("minivmm: the VMM to be replaced has died, and its VM did not come");
+                        instance.exit(1);
+                    }
+                    // it runs, or what has come is about to be discarded
+                    _ => {}
+                }
+            }
+        };
+        thread::Builder::new().name("watch".into()).spawn(watch).map(drop).map_err(|e| format!("no thread: {e}"))
+    }
+
+    /// Until it is known what has become of the VM: whether it is in doubt still, after so long.
+    pub(crate) fn in_doubt(&self, time: Duration) -> bool {
+        self.wait_while(time, |state| state.role == Role::InDoubt).role == Role::InDoubt
+    }
+
+    /// The VM is lost with the process that had it.
+    pub(crate) fn lost_with(&self, pid: u32) {
+        self.lock().lost(&format!("process {pid} died when it was about to run the VM, or just after"));
+        self.changed.notify_all();
     }
 
     fn take_place(self: &Arc<Self>) {
@@ -237,6 +267,8 @@ impl Instance {
         let adopter = self.clone();
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
+        // it is what the VM goes on from as long as there is no other
+        self.has_snapshot(&std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?);
         let restored = engine::restore(&mut store, &mut host, &options);
         self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
         Ok(())
@@ -316,11 +348,10 @@ impl Instance {
         {
             machine.let_go();
         }
-        // of a VM that has ended well or moved away; any other's stays, for somebody to look at
-        if let Some(deposit) = state.deposit.take_if(|_| status == 0)
-            && let Err(error) = deposit.forget()
-        {
-            eprintln!("minivmm: {error}");
+        drop(state);
+        if status == 0 {
+            // any other VM's stays, for somebody to look at
+            self.forget_ram();
         }
         status
     }
@@ -368,6 +399,11 @@ impl Instance {
             Request::GiveBack => self.give_back(),
             Request::StopLog => self.stop_log(),
             Request::Gone { report, status } => self.gone(report, status),
+            Request::Elsewhere { to } => self.is_elsewhere(to).map(|()| Value::Null),
+            Request::Saved { snapshot } => {
+                self.has_snapshot(&snapshot);
+                Ok(Value::Null)
+            }
             Request::Migrate(request) => self.migrate(&request, progress),
         }
     }
@@ -400,8 +436,8 @@ impl Instance {
             _ => last.unwrap_or(Value::Null),
         };
         let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
-        let kept_by = state.deposit.as_ref().and(self.broker.as_ref()).map(|broker| broker.path().to_owned());
         drop(state);
+        let (kept_by, restart_from) = self.kept_by();
         let mut name = role.name();
         if let Some(receiver) = receiver {
             epoch = receiver.epoch();
@@ -419,7 +455,7 @@ impl Instance {
             };
         }
         let mut status = json!({
-            "state": name, "vm": vm, "kept_by": kept_by, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
+            "state": name, "vm": vm, "kept_by": kept_by, "restart_from": restart_from, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
             "tracker": null, "migration": migration, "workload": null, "lent": lent,
         });
         if let Some(s) = snapshot {
@@ -460,7 +496,9 @@ impl Instance {
             );
         }
         let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
-        Ok(json!({"serial": place.serial, "identity": identity.encode(), "pid": std::process::id()}))
+        Ok(json!({
+            "serial": place.serial, "identity": identity.encode(), "pid": std::process::id(), "broker": place.broker,
+        }))
     }
 
     fn cancel(&self) -> Result<Value, String> {
@@ -510,6 +548,16 @@ impl Instance {
 
     pub(crate) fn migrate(
         self: &Arc<Self>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        self.migrate_to(None, request, progress)
+    }
+
+    /// As [`migrate`](Self::migrate), to this process, an encoded `ProcessIdentity`.
+    pub(crate) fn migrate_to(
+        self: &Arc<Self>,
+        heir: Option<Vec<u8>>,
         request: &MigrateRequest,
         progress: &mut dyn FnMut(Value),
     ) -> Result<Value, String> {
@@ -564,6 +612,10 @@ impl Instance {
         state.begin(Role::Outgoing, controller, tx);
         state.session = session;
         drop(state);
+        if let Err(why) = self.leaves_for(&to, heir) {
+            self.not_begun();
+            return Err(format!("migrate: {why}"));
+        }
         let instance = self.clone();
         let body = move || {
             let mut source = MachineSource::new(machine);
@@ -607,7 +659,11 @@ impl Instance {
             let mut source = MachineSource::new(machine);
             let result = engine::snapshot(&mut source, &mut store, &options, commands);
             drop((source, store));
-            instance.saved(report::snapshot_to_json(&result, &out));
+            let report = report::snapshot_to_json(&result, &out);
+            if report["outcome"] == "completed" {
+                instance.has_snapshot(&out);
+            }
+            instance.saved(report);
         };
         self.spawn("snapshot", body)?;
         await_end(updates, request.progress, progress)
@@ -616,11 +672,19 @@ impl Instance {
     /// Runs a migration or a snapshot on a thread of its own.
     fn spawn(&self, what: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
         thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|error| {
-            let mut state = self.lock();
-            (state.controller, state.session, state.role) = (None, None, Role::Home);
-            state.waiting.clear();
+            self.not_begun();
             format!("{what}: no thread: {error}")
         })
+    }
+
+    /// The migration or snapshot that was to begin does not.
+    fn not_begun(&self) {
+        let mut state = self.lock();
+        (state.controller, state.session, state.role) = (None, None, Role::Home);
+        state.waiting.clear();
+        drop(state);
+        self.changed.notify_all();
+        self.stays();
     }
 
     fn saved(&self, report: Value) {
@@ -648,6 +712,9 @@ impl Instance {
     }
 
     fn ended(&self, report: &Report) {
+        if !matches!(report.outcome, Outcome::Completed | Outcome::Lost) {
+            self.stays();
+        }
         let mut state = self.lock();
         state.end(report::to_json(report));
         state.epoch = report.epoch;
@@ -669,6 +736,10 @@ fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn
         Some(session) => Box::new(session.connector(link)),
         None => link,
     }
+}
+
+fn not_kept(why: &str) {
+    eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
 }
 
 impl Role {

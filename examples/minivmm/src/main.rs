@@ -16,6 +16,7 @@ mod feature;
 mod instance;
 mod refresh;
 mod report;
+mod restart;
 mod vmm;
 mod workload;
 
@@ -84,8 +85,9 @@ fn run(args: &Run) -> Result<u8, String> {
     }
     let machine = Arc::new(machine);
     let instance = Instance::new(args.common.broker.clone());
+    settle(&args.common, &instance)?;
     instance.own(machine.clone());
-    instance.keep_ram(&machine)?;
+    instance.keep_ram()?;
     serve(&args.common, &instance)?;
     machine.start(!args.paused).map_err(|e| e.to_string())?;
     Ok(instance.wait_exit())
@@ -101,6 +103,7 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
         shared_ram: args.common.broker.is_some(),
         cold: false,
     };
+    settle(&args.common, &instance)?;
     instance.restore(path, host, args.paused)?;
     serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
@@ -121,12 +124,17 @@ fn receive(args: &Receive) -> Result<u8, String> {
         shared_ram: args.common.broker.is_some(),
         cold: args.cold,
     };
+    settle(&args.common, &instance)?;
     if let Some(place) = &args.successor_of {
         let own = args.common.control.clone().ok_or("--successor-of needs --control")?;
         let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
         instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
     }
     let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
+    if let Some(predecessor) = args.predecessor.as_deref() {
+        let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
+        instance.succeeds_process(predecessor)?;
+    }
     serve(&args.common, &instance)?;
     if args.successor_of.is_some() {
         return Ok(instance.wait_exit());
@@ -137,20 +145,24 @@ fn receive(args: &Receive) -> Result<u8, String> {
     Ok(instance.wait_exit())
 }
 
+/// Where this minivmm is to be found.
+fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
+    let Some(control) = &common.control else { return Ok(()) };
+    // others have working directories of their own
+    let absolute = |path: &Path| std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()));
+    let serial = match common.serial.as_str() {
+        word @ ("stdio" | "null") => word.to_owned(),
+        file => absolute(Path::new(file))?.display().to_string(),
+    };
+    let broker = common.broker.as_deref().map(absolute).transpose()?;
+    instance.set_place(Place { control: absolute(control)?, serial, broker });
+    Ok(())
+}
+
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
-    match &common.control {
-        Some(path) => {
-            // others have working directories of their own
-            let path = &std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            let serial = match common.serial.as_str() {
-                word @ ("stdio" | "null") => word.to_owned(),
-                file => std::path::absolute(file).map_err(|e| format!("{file}: {e}"))?.display().to_string(),
-            };
-            instance.set_place(Place { control: path.clone(), serial, broker: common.broker.clone() });
-            ControlSocket::bind(path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
-        }
-        None => Ok(()),
-    }
+    let Some(control) = &common.control else { return Ok(()) };
+    let path = std::path::absolute(control).map_err(|e| format!("{}: {e}", control.display()))?;
+    ControlSocket::bind(&path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
 }
 
 fn workload(args: &Workload) -> Result<u8, String> {

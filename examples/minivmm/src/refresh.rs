@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_kvm::refresh::{Interval, MemoryGrowth, RefreshPolicy};
+use migration_kvm::{
+    fence::ProcessIdentity,
+    refresh::{Interval, MemoryGrowth, RefreshPolicy},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -59,9 +62,10 @@ pub(crate) struct Place {
     pub(crate) broker: Option<PathBuf>,
 }
 
-/// A successor that has not taken over yet. Dropped, it is ended.
+/// A successor that has not taken over yet. Dropped, it is ended, unless it may have the VM.
 struct Successor {
-    child: Option<Child>,
+    child: Child,
+    may_have_it: bool,
     /// Its control socket, until it takes the place of ours.
     control: PathBuf,
     listen: PathBuf,
@@ -84,6 +88,8 @@ impl Successor {
         let mut command = Command::new(&exec);
         command.arg("receive").arg("--listen").arg(format!("unix:{}", listen.display()));
         command.arg("--control").arg(&control).arg("--successor-of").arg(&place.control);
+        let own = ProcessIdentity::own().map_err(|e| format!("this process: {e}"))?.encode();
+        command.arg("--predecessor").arg(serde_json::to_string(&own).map_err(|e| e.to_string())?);
         command.arg("--serial").arg(&place.serial);
         if let Some(broker) = &place.broker {
             command.arg("--broker").arg(broker);
@@ -92,7 +98,7 @@ impl Successor {
             command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
         }
         let child = command.spawn().map_err(|e| format!("starting {}: {e}", exec.display()))?;
-        let mut successor = Self { child: Some(child), control, listen };
+        let mut successor = Self { child, may_have_it: false, control, listen };
         successor.wait_listening().map_err(|why| format!("the successor {} {why}", exec.display()))?;
         Ok(successor)
     }
@@ -101,9 +107,7 @@ impl Successor {
     fn wait_listening(&mut self) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         while !self.control.exists() {
-            if let Some(child) = &mut self.child
-                && let Some(status) = child.try_wait().map_err(|e| e.to_string())?
-            {
+            if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
                 return Err(format!("has ended ({status}) before it could receive"));
             }
             if Instant::now() >= deadline {
@@ -114,24 +118,51 @@ impl Successor {
         Ok(())
     }
 
+    /// Which process it is.
+    fn identity(&self) -> Result<Vec<u8>, String> {
+        ProcessIdentity::of(self.child.id())
+            .map(|identity| identity.encode())
+            .map_err(|e| format!("the successor: {e}"))
+    }
+
     /// It has the VM: waits until it has our place. Its number.
     fn let_go(mut self) -> u32 {
+        self.may_have_it = true;
+        self.take_place();
+        self.child.id()
+    }
+
+    /// It may have the VM: waits until that is known, or it has died.
+    fn in_doubt(mut self, instance: &Instance) {
+        while instance.in_doubt(TICK) {
+            match self.child.try_wait() {
+                // if it ended well it has given the VM to yet another one
+                Ok(Some(status)) if !status.success() => return instance.lost_with(self.child.id()),
+                Ok(None) => {}
+                Ok(Some(_)) | Err(_) => return,
+            }
+        }
+        self.take_place();
+    }
+
+    fn take_place(&self) {
         let deadline = Instant::now() + PATIENCE;
         while self.control.exists() && Instant::now() < deadline {
             thread::sleep(LOOK);
         }
         // it has ceased to listen, or is about to
         let _ = std::fs::remove_file(&self.listen);
-        self.child.take().map_or(0, |child| child.id())
     }
 }
 
 impl Drop for Successor {
     fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
+        if self.may_have_it {
+            return;
+        }
         // it may have ended by itself
-        let _ = child.kill();
-        let _ = child.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
         for path in [&self.control, &self.listen] {
             let _ = std::fs::remove_file(path);
         }
@@ -142,14 +173,14 @@ impl Drop for Successor {
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     let place = instance.succession()?;
     let (_, schedule) = instance.planned_succession();
-    let successor =
+    let mut successor =
         Successor::start(&place, plan.exec.as_deref(), schedule.as_ref()).map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
     let to = format!("unix:{}", successor.listen.display());
     // without encryption: the files themselves pass between two processes of this machine
     let request = MigrateRequest::plain(to, "handover", 1);
-    let moved = instance.migrate(&request, &mut |_| {});
+    let moved = successor.identity().and_then(|heir| instance.migrate_to(Some(heir), &request, &mut |_| {}));
     if let Ok(report) = &moved
         && report["outcome"] == "completed"
     {
@@ -158,8 +189,12 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
         return Ok(report);
     }
     if moved.as_ref().is_ok_and(|report| report["outcome"] == "in-doubt") {
-        // whoever has the VM by now is not to be ended
-        successor.let_go();
+        successor.may_have_it = true;
+        let doubtful = instance.clone();
+        let wait = move || successor.in_doubt(&doubtful);
+        if let Err(error) = thread::Builder::new().name("in doubt".into()).spawn(wait) {
+            eprintln!("minivmm: nobody sees whether the successor dies: {error}");
+        }
         return moved;
     }
     instance.remove_at_exit(place.control);

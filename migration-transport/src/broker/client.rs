@@ -13,7 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
     BrokerError, KeptRam, WithdrawnRam, check_files,
-    message::{MAX_LABEL, Message},
+    message::{MAX_LABEL, MAX_NOTE, Message},
 };
 use crate::MAX_FILES;
 
@@ -63,7 +63,7 @@ impl BrokerClient {
         let socket = self.connect()?;
         let message = Message::Deposit { id, layout: layout.clone(), label: label.to_owned() };
         match self.ask(&socket, &message, files)? {
-            (Message::Done, _) => Ok(Deposit { client: self.clone(), socket }),
+            (Message::Deposited(last_note), _) => Ok(Deposit { client: self.clone(), socket, last_note }),
             other => Err(unexpected(&other.0)),
         }
     }
@@ -143,9 +143,29 @@ impl BrokerClient {
 pub struct Deposit {
     client: BrokerClient,
     socket: Socket,
+    last_note: Vec<u8>,
 }
 
 impl Deposit {
+    /// What the VM's owner before this one, if it deposited there, had [noted](Self::note) last: empty if nothing. The broker
+    /// keeps it as the note of this deposit until there is another.
+    pub fn last_note(&self) -> &[u8] {
+        &self.last_note
+    }
+
+    /// Leaves a note with the broker, in place of the one before, for the time after this process: whoever is
+    /// [told](super::Bereft) of its death gets it, and so does the next owner. At most 16 KiB, of any form.
+    ///
+    /// # Errors
+    /// [`BrokerError::Refused`] when it is too long, or another process owns the VM by now; [`BrokerError::Link`] when the broker
+    /// has gone, or closed the connection: then the note before may still count.
+    pub fn note(&self, note: &[u8]) -> Result<(), BrokerError> {
+        if note.len() > MAX_NOTE {
+            return Err(BrokerError::Refused(format!("a note of {} bytes is too long", note.len())));
+        }
+        done(self.client.ask(&self.socket, &Message::Note(note.to_vec()), &[])?.0)
+    }
+
     /// The VM has ended well, or moved away: the broker does not keep its RAM any more. (If another process has deposited the
     /// same VM since, that one stays.)
     ///

@@ -20,6 +20,8 @@ const MAX_BODY: usize = 512 << 10;
 pub(super) const MAX_LIST: usize = 1024;
 /// Longest label.
 pub(super) const MAX_LABEL: usize = 256;
+/// Longest note: some paths, and what names a few processes.
+pub(super) const MAX_NOTE: usize = 16 << 10;
 /// Longest reason of a refusal.
 const MAX_REASON: usize = 512;
 
@@ -31,6 +33,10 @@ pub(super) enum Message {
         layout: RamLayout,
         label: String,
     },
+    /// It is kept; what the VM's owner before had noted.
+    Deposited(Vec<u8>),
+    /// From now on this is the owner's note.
+    Note(Vec<u8>),
     /// The owner does not need it to be kept any more.
     Return,
     List,
@@ -90,6 +96,12 @@ impl Message {
             Self::Refused(why) => {
                 w.u8(9).text(why);
             }
+            Self::Deposited(note) => {
+                w.u8(10).blob(note);
+            }
+            Self::Note(note) => {
+                w.u8(11).blob(note);
+            }
         }
         w.into_bytes()
     }
@@ -125,6 +137,8 @@ impl Message {
                 Self::Withdrawn { label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
             }
             9 => Self::Refused(r.text(MAX_REASON, "reason")?),
+            10 => Self::Deposited(r.blob(MAX_NOTE, "note")?.to_vec()),
+            11 => Self::Note(r.blob(MAX_NOTE, "note")?.to_vec()),
             kind => return Err(DecodeError::invalid("kind", format!("{kind} is no message"))),
         };
         r.finish()?;

@@ -39,11 +39,22 @@ pub struct BrokerOptions {
     pub timeout: Duration,
     /// Starts a thread for each client.
     pub spawner: Arc<dyn Spawner>,
+    /// Is told of VMs whose owner has gone.
+    pub bereft: Option<Arc<dyn Bereft>>,
+}
+
+/// Is told when the owner of RAM has gone without taking it along: it has died, or its connection has broken.
+///
+/// Whoever restarts the VM then makes certain first that no process runs it any more; a closed connection is no proof of that.
+pub trait Bereft: Send + Sync {
+    /// `note` is what the owner has [left](super::Deposit::note). Called on the thread that served the owner, which ends with it.
+    fn lost(&self, ram: &KeptRam, note: &[u8]);
 }
 
 impl Default for BrokerOptions {
     fn default() -> Self {
-        Self { max_vms: 64, max_clients: 256, timeout: Duration::from_secs(5), spawner: Arc::new(StdSpawner) }
+        let spawner = Arc::new(StdSpawner);
+        Self { max_vms: 64, max_clients: 256, timeout: Duration::from_secs(5), spawner, bereft: None }
     }
 }
 
@@ -71,6 +82,19 @@ struct Entry {
     files: Vec<Arc<OwnedFd>>,
     pid: u32,
     owned: bool,
+    note: Vec<u8>,
+}
+
+impl Entry {
+    fn describe(&self, id: [u8; 16]) -> KeptRam {
+        KeptRam {
+            id: VmId(id),
+            bytes: self.layout.bytes(),
+            label: self.label.clone(),
+            pid: self.pid,
+            owned: self.owned,
+        }
+    }
 }
 
 /// A client, from outside its thread.
@@ -89,15 +113,7 @@ impl RamBroker {
 
     /// What it keeps.
     pub fn list(&self) -> Vec<KeptRam> {
-        let kept = self.lock();
-        let of = |(&id, entry): (&[u8; 16], &Entry)| KeptRam {
-            id: VmId(id),
-            bytes: entry.layout.bytes(),
-            label: entry.label.clone(),
-            pid: entry.pid,
-            owned: entry.owned,
-        };
-        kept.vms.iter().map(of).collect()
+        self.lock().vms.iter().map(|(&id, entry)| entry.describe(id)).collect()
     }
 
     /// Serves clients until `stop` is set, on the calling thread and on one more for each client; all of these have ended
@@ -175,11 +191,18 @@ impl RamBroker {
         }
         // so that nothing half-read keeps it open
         let _ = socket.shutdown(std::net::Shutdown::Both);
-        if let Some((id, number)) = deposit
-            && let Some(entry) = self.lock().vms.get_mut(&id).filter(|entry| entry.number == number)
-        {
-            entry.owned = false;
+        let lost = deposit.and_then(|(id, number)| self.lose(id, number));
+        if let (Some((ram, note)), Some(bereft)) = (lost, &self.options.bereft) {
+            bereft.lost(&ram, &note);
         }
+    }
+
+    /// The owner of this deposit has gone; what it leaves, unless another owner has the VM.
+    fn lose(&self, id: [u8; 16], number: u64) -> Option<(KeptRam, Vec<u8>)> {
+        let mut kept = self.lock();
+        let entry = kept.vms.get_mut(&id).filter(|entry| entry.number == number)?;
+        entry.owned = false;
+        Some((entry.describe(id), entry.note.clone()))
     }
 
     fn answer(
@@ -196,6 +219,19 @@ impl RamBroker {
                 Err(why) => Message::refused(why),
             },
             _ if !files.is_empty() => Message::refused("files come with deposits only"),
+            Message::Note(note) => match *deposit {
+                Some((id, number)) => {
+                    let mut kept = self.lock();
+                    match kept.vms.get_mut(&id).filter(|entry| entry.number == number) {
+                        Some(entry) => {
+                            entry.note = note;
+                            Message::Done
+                        }
+                        None => Message::refused("another process has deposited this VM since"),
+                    }
+                }
+                None => Message::refused(NONE_DEPOSITED),
+            },
             Message::Return => match deposit.take() {
                 Some((id, number)) => {
                     let mut kept = self.lock();
@@ -204,7 +240,7 @@ impl RamBroker {
                     }
                     Message::Done
                 }
-                None => Message::refused("nothing was deposited over this connection"),
+                None => Message::refused(NONE_DEPOSITED),
             },
             Message::List => Message::Listed(self.list()),
             Message::Withdraw(id) => match self.lock().vms.get(&id.0) {
@@ -248,9 +284,10 @@ impl RamBroker {
         let number = kept.next;
         kept.next += 1;
         let files = files.into_iter().map(Arc::new).collect();
-        kept.vms.insert(id, Entry { number, layout, label, files, pid, owned: true });
+        let note = kept.vms.get(&id).map(|entry| entry.note.clone()).unwrap_or_default();
+        kept.vms.insert(id, Entry { number, layout, label, files, pid, owned: true, note: note.clone() });
         *deposit = Some((id, number));
-        Message::Done
+        Message::Deposited(note)
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -260,6 +297,7 @@ impl RamBroker {
 }
 
 const NONE_KEPT: &str = "it keeps no RAM of this VM";
+const NONE_DEPOSITED: &str = "nothing was deposited over this connection";
 
 impl fmt::Debug for RamBroker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

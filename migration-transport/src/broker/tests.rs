@@ -6,7 +6,7 @@ use std::{
         unix::{fs::FileExt as _, net::UnixStream},
     },
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -140,6 +140,48 @@ fn the_last_deposit_of_a_vm_counts() {
     }
 }
 
+/// Whoever is told of lost VMs, and of what.
+#[derive(Default)]
+struct Told(Mutex<Vec<(VmId, Vec<u8>)>>);
+
+impl Bereft for Told {
+    fn lost(&self, ram: &KeptRam, note: &[u8]) {
+        assert!(!ram.owned);
+        self.0.lock().unwrap().push((ram.id, note.to_vec()));
+    }
+}
+
+#[test]
+fn the_note_of_a_vm_goes_from_owner_to_owner() {
+    let told = Arc::new(Told::default());
+    let lab = Lab::new(BrokerOptions { bereft: Some(told.clone()), ..BrokerOptions::default() });
+    let first = deposit(&lab.client, 1, b"one");
+    assert_eq!(first.last_note(), b"");
+    first.note(b"a").unwrap();
+    first.note(b"b").unwrap();
+    assert!(matches!(first.note(&[0; (16 << 10) + 1]), Err(BrokerError::Refused(_))));
+    let second = deposit(&lab.client, 1, b"one");
+    assert_eq!(second.last_note(), b"b");
+    // it has nothing to say any more, and nobody mourns it
+    assert!(matches!(first.note(b"c"), Err(BrokerError::Refused(_))));
+    drop(first);
+    second.note(&[7; 16 << 10]).unwrap();
+    let third = deposit(&lab.client, 1, b"one");
+    assert_eq!(third.last_note(), [7; 16 << 10]);
+    third.note(b"d").unwrap();
+    drop((second, third));
+    lab.wait(|list| matches!(list, [KeptRam { owned: false, .. }]));
+    // one that ends in order takes its note along
+    let last = deposit(&lab.client, 2, b"two");
+    last.note(b"e").unwrap();
+    last.forget().unwrap();
+    assert_eq!(deposit(&lab.client, 2, b"two").last_note(), b"");
+    while told.0.lock().unwrap().len() < 2 {
+        thread::yield_now();
+    }
+    assert_eq!(*told.0.lock().unwrap(), [(VmId([1; 16]), b"d".to_vec()), (VmId([2; 16]), Vec::new())]);
+}
+
 #[test]
 fn wrong_files_are_refused() {
     let lab = Lab::new(BrokerOptions::default());
@@ -196,7 +238,14 @@ fn bad_clients() {
         message.send(&socket, &borrowed(files)).unwrap();
         Message::receive(&socket).unwrap().unwrap().0
     };
-    for message in [Message::Done, Message::Return, Message::Listed(vec![]), Message::refused("x".repeat(600))] {
+    for message in [
+        Message::Done,
+        Message::Return,
+        Message::Note(vec![1]),
+        Message::Deposited(vec![]),
+        Message::Listed(vec![]),
+        Message::refused("x".repeat(600)),
+    ] {
         assert!(matches!(ask(message.clone(), &[]), Message::Refused(_)), "{message:?}");
     }
     assert!(matches!(ask(Message::List, &files()), Message::Refused(_)));
@@ -218,6 +267,8 @@ proptest! {
             Message::Listed(vec![kept; 3]),
             Message::Withdrawn { layout: layout(), label },
             Message::refused("no"),
+            Message::Deposited(id.to_vec()),
+            Message::Note(Vec::new()),
         ];
         for message in messages {
             let body = message.encode();

@@ -3,7 +3,7 @@
 use migration_core::{
     channel::Listener,
     engine::ephemeral::{Awaiting, Dormant, Resident},
-    fence::{Fence, Fenced},
+    fence::Fenced,
 };
 use serde::{Deserialize, Serialize};
 
@@ -46,6 +46,7 @@ impl Instance {
     /// Lends the guest. Answers when the borrower runs it, with the address at which it is taken back.
     pub(crate) fn lend(self: &Arc<Self>, request: LendRequest) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let borrower = request.borrower.clone();
         let place = self.lock().place.clone();
         let place = place.ok_or("lend: the guest is asked back by the control socket, and there is none")?;
         drop(self.wait_while(LAST_ANSWERS, |state| state.lent.is_some()));
@@ -69,6 +70,11 @@ impl Instance {
         state.begin(Role::Outgoing, controller, tx);
         state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
         drop(state);
+        if let Err(why) = self.may_be_at(borrower, &to) {
+            self.lock().lent = None;
+            self.not_begun();
+            return Err(format!("lend: {why}"));
+        }
         let instance = self.clone();
         let watch = move || {
             while instance.look_after_lent(number) {
@@ -123,6 +129,9 @@ impl Instance {
         let returned = awaiting.wait_for_guest(listener);
         // nobody comes to it any more; the next borrower gets another one
         let _ = std::fs::remove_file(back);
+        if returned.is_ok() {
+            self.stays();
+        }
         let mut state = self.lock();
         if state.role != Role::Lent {
             // it has gone for good, and that was told
@@ -167,9 +176,8 @@ impl Instance {
         let receiver = lent.receiver.clone();
         match (role, receiver) {
             (Role::InDoubt, _) => {
-                state.lost(&format!("process {pid} died when it was about to run the VM, or just after"));
                 drop(state);
-                self.changed.notify_all();
+                self.lost_with(pid);
                 false
             }
             (Role::Lent, Some(receiver)) => {
@@ -197,6 +205,11 @@ impl Instance {
         }
         state.role = Role::Ended;
         state.last = Some(report);
+        if status != 0 {
+            drop(state);
+            self.guest_ended();
+            state = self.lock();
+        }
         let receiver = state.lent.take().and_then(|lent| lent.receiver);
         drop(state);
         if let Some(receiver) = receiver {
@@ -211,6 +224,12 @@ impl Instance {
     /// This minivmm runs VMs of others, now and then.
     pub(crate) fn borrows(&self) {
         self.lock().role = Role::Dormant;
+    }
+
+    /// The VM is that of the minivmm at this control socket, which has this broker.
+    pub(crate) fn borrows_from(&self, lender: &Path, broker: Option<PathBuf>) {
+        self.lock().lender = broker.is_some().then(|| lender.to_owned());
+        self.set_broker(broker);
     }
 
     /// How to wait for a guest.
@@ -340,6 +359,15 @@ impl Instance {
     pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();
+        let mut state = self.lock();
+        state.lender = None;
+        if let Some(place) = &mut state.place {
+            place.broker = self.broker();
+        }
+        drop(state);
+        if let Err(why) = self.keep_ram() {
+            not_kept(&why);
+        }
     }
 }
 
@@ -364,7 +392,7 @@ pub(crate) enum Fate {
 
 impl State {
     /// The VM is lost.
-    fn lost(&mut self, why: &str) {
+    pub(super) fn lost(&mut self, why: &str) {
         eprintln!("minivmm: the VM is lost: {why}");
         let mut report = report::not_begun("handover", why);
         report["outcome"] = json!("lost");

@@ -34,7 +34,6 @@ pub(super) struct KvmProcessors {
     ring: Option<EnabledRing>,
     kind: TrackerKind,
     fault: Option<Arc<UserFault>>,
-    vcpu_threads: Vec<u32>,
     needs: Bytes,
     tsc_khz: u64,
 }
@@ -85,8 +84,7 @@ impl KvmProcessors {
         });
         let vcpus = Vcpus::new(fds, bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
         let (vcpus, saver) = (Arc::new(vcpus), Arc::new(saver));
-        let vcpu_threads = vcpus.on_each(|_, _| nix::unistd::gettid().as_raw() as u32).ok_or(ENDED)?;
-        Ok(Self { vcpus, saver, vm, slots, ring, kind, fault, vcpu_threads, needs: needs.into(), tsc_khz })
+        Ok(Self { vcpus, saver, vm, slots, ring, kind, fault, needs: needs.into(), tsc_khz })
     }
 }
 
@@ -207,7 +205,7 @@ impl Processors for KvmProcessors {
     }
 
     fn threads(&self) -> Vec<u32> {
-        self.vcpu_threads.clone()
+        self.vcpus.thread_ids().to_vec()
     }
 
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send> {

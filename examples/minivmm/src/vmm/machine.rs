@@ -24,7 +24,7 @@ use migration_kvm::{
     state::HostNeeds,
     tracker::UserFault,
 };
-use migration_transport::{BrokerClient, Deposit};
+use migration_transport::{BrokerClient, BrokerError, Deposit};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -406,10 +406,10 @@ impl Machine {
     }
 
     /// Has a broker keep its RAM.
-    pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, String> {
+    pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, BrokerError> {
         let backing = self.config.backing;
-        let files = self.ram.memory_files().map_err(|_| not_kept(backing))?;
-        broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files).map_err(|e| e.to_string())
+        let files = self.ram.memory_files().map_err(|_| BrokerError::Files(not_kept(backing)))?;
+        broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files)
     }
 
     /// Its RAM.

@@ -1,4 +1,4 @@
-//! vCPU threads: run, stop, throttle, and work that must be done on a vCPU's own thread.
+//! vCPU threads: run, stop, throttle, and work on vCPUs that stand still.
 //!
 //! A vCPU runs while it may: the user wants it (`run`), no throttle holds it, and the VM has not ended. Whoever changes
 //! that does so under the lock, then sets `stop` and kicks. A kick is never lost: its handler sets `immediate_exit`, and
@@ -10,6 +10,7 @@
 
 use std::{
     collections::VecDeque,
+    iter,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering, compiler_fence},
@@ -59,6 +60,10 @@ impl Control {
 struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
+    /// The VM has ended, or is taken apart: who waits for that alone is not woken by all else.
+    ended: Condvar,
+    /// Held by a vCPU's thread while that runs, and by whoever works on it; empty when the thread has ended.
+    vcpus: Vec<Mutex<Option<VcpuFd>>>,
     /// Looked at before every entry into the guest.
     stop: AtomicBool,
     bus: Arc<Bus>,
@@ -70,6 +75,7 @@ struct Shared {
 pub(super) struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    thread_ids: Vec<u32>,
     throttler: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -81,6 +87,11 @@ impl Shared {
 
     fn wait<'a>(&self, guard: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
         self.changed.wait(guard).unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn vcpu(&self, index: usize) -> MutexGuard<'_, Option<VcpuFd>> {
+        // KVM's part of it is as the last ioctl left it
+        self.vcpus[index].lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -95,16 +106,32 @@ impl Vcpus {
         let jobs = vcpus.iter().map(|_| VecDeque::new()).collect();
         let control =
             Control { run: false, held: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
-        let (control, changed, stop) = (Mutex::new(control), Condvar::new(), AtomicBool::new(true));
-        let shared = Arc::new(Shared { control, changed, stop, bus, ring_full });
+        let (count, vcpus) = (vcpus.len(), vcpus.into_iter().map(|vcpu| Mutex::new(Some(vcpu))).collect());
+        let (control, stop) = (Mutex::new(control), AtomicBool::new(true));
+        let (changed, ended) = (Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { control, changed, ended, vcpus, stop, bus, ring_full });
+        let throttler = Mutex::new(None);
         // if a thread cannot be had, dropping this ends those that were started
-        let mut started = Self { shared: shared.clone(), threads: Vec::new(), throttler: Mutex::new(None) };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let shared = shared.clone();
-            let body = move || thread_main(index, vcpu, &shared);
+        let mut started = Self { shared: shared.clone(), threads: Vec::new(), thread_ids: Vec::new(), throttler };
+        let (tx, ids) = mpsc::channel();
+        for index in 0..count {
+            let (shared, tx) = (shared.clone(), tx.clone());
+            let body = move || {
+                // the other end waits right below
+                let _ = tx.send((index, nix::unistd::gettid().as_raw().unsigned_abs()));
+                thread_main(index, &shared);
+            };
             started.threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
         }
+        let mut ids: Vec<_> = ids.iter().take(count).collect();
+        ids.sort_unstable();
+        started.thread_ids = ids.into_iter().map(|(_, id)| id).collect();
         Ok(started)
+    }
+
+    /// The threads' ids, in the vCPUs' order.
+    pub(super) fn thread_ids(&self) -> &[u32] {
+        &self.thread_ids
     }
 
     /// Lets them run.
@@ -136,8 +163,9 @@ impl Vcpus {
         }
     }
 
-    /// Runs `work` on every vCPU's own thread, on all of them at once; the results are in the vCPUs' order. They must be
-    /// stopped: a vCPU that runs gets to it when it stops. `None` if the threads have ended.
+    /// Does `work` on all vCPUs at once; the results are in the vCPUs' order. They must be stopped: a vCPU that runs gets to it
+    /// when it stops. `None` if the threads have ended. The first one's is done here and now: a thread that has to be woken for it,
+    /// and to wake this one, would cost about as much as the work.
     pub(super) fn on_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
@@ -165,7 +193,7 @@ impl Vcpus {
             if control.exit {
                 return None;
             }
-            for (index, jobs) in control.jobs.iter_mut().enumerate().take(end) {
+            for (index, jobs) in control.jobs.iter_mut().enumerate().take(end).skip(1) {
                 let (tx, rx) = mpsc::channel();
                 let work = work.clone();
                 jobs.push_back(Box::new(move |vcpu| {
@@ -175,9 +203,12 @@ impl Vcpus {
                 results.push(rx);
             }
         }
-        self.shared.changed.notify_all();
+        if !results.is_empty() {
+            self.shared.changed.notify_all();
+        }
+        let first = self.shared.vcpu(0).as_mut().map(|vcpu| work(0, vcpu));
         // a thread that still has work does not end: see `thread_main`
-        results.into_iter().map(|rx| rx.recv().ok()).collect()
+        iter::once(first).chain(results.into_iter().map(|rx| rx.recv().ok())).collect()
     }
 
     /// Lets them run `100 - percent` of the time.
@@ -217,7 +248,7 @@ impl Vcpus {
         move || {
             let mut control = shared.lock();
             while control.end.is_none() && !control.exit {
-                control = shared.wait(control);
+                control = shared.ended.wait(control).unwrap_or_else(|e| e.into_inner());
             }
             let end = control.end.clone();
             drop(control);
@@ -240,6 +271,7 @@ impl Vcpus {
         self.shared.lock().exit = true;
         self.kick_all();
         self.shared.changed.notify_all();
+        self.shared.ended.notify_all();
     }
 }
 
@@ -256,8 +288,8 @@ impl Drop for Vcpus {
     }
 }
 
-fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
-    let registered = kick::Registered::new(&mut vcpu);
+fn thread_main(index: usize, shared: &Shared) {
+    let Some(registered) = shared.vcpu(index).as_mut().map(kick::Registered::new) else { return };
     loop {
         {
             let mut control = shared.lock();
@@ -266,11 +298,15 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
             loop {
                 if let Some(job) = control.jobs[index].pop_front() {
                     drop(control);
-                    job(&mut vcpu);
+                    if let Some(vcpu) = shared.vcpu(index).as_mut() {
+                        job(vcpu);
+                    }
                     control = shared.lock();
                 } else if control.exit {
                     drop(control);
                     drop(registered);
+                    // the VM goes with the last one
+                    drop(shared.vcpu(index).take());
                     return;
                 } else if control.may_run() {
                     break;
@@ -281,12 +317,16 @@ fn thread_main(index: usize, mut vcpu: VcpuFd, shared: &Shared) {
             control.stopped -= 1;
             shared.stop.store(false, Ordering::SeqCst);
         }
+        let mut guard = shared.vcpu(index);
+        let Some(vcpu) = guard.as_mut() else { return };
         // it stood still, for whatever reason: its clock tells its watchdogs
-        state::note_pause(&vcpu);
-        if let Some(end) = run(index, &mut vcpu, shared) {
-            let mut control = shared.lock();
-            control.end.get_or_insert(end);
+        state::note_pause(vcpu);
+        let end = run(index, vcpu, shared);
+        drop(guard);
+        if let Some(end) = end {
+            shared.lock().end.get_or_insert(end);
             shared.changed.notify_all();
+            shared.ended.notify_all();
         }
     }
 }

@@ -200,7 +200,12 @@ impl Lab {
 
     /// `minivmm broker`.
     pub(crate) fn broker(&self, name: &str) -> Result<Process, Failed> {
-        Process::start(self, name, "broker", &["--listen", &format!("unix:{}", self.arg(name))], &[])
+        self.broker_with(name, &[])
+    }
+
+    pub(crate) fn broker_with(&self, name: &str, args: &[&str]) -> Result<Process, Failed> {
+        let listen = format!("unix:{}", self.arg(name));
+        Process::start(self, name, "broker", &[&["--listen", &listen], args].concat(), &[])
     }
 
     pub(crate) fn receive_at(&self, name: &str, listen: &str, args: &[&str]) -> Result<Process, Failed> {

@@ -26,29 +26,29 @@ fn kept(lab: &Lab, name: &str, broker: &Process, backing: &str) -> Result<Proces
 }
 
 /// `minivmm broker` as a client: its answer.
-fn ask(broker: &Process, args: &[&str]) -> Result<(Option<i32>, Value), Failed> {
+pub(crate) fn ask(broker: &Process, args: &[&str]) -> Result<(Option<i32>, Value), Failed> {
     let (code, stdout, stderr) = usage(&[&["broker", "--json", "--at", &broker.address], args].concat())?;
     let json = serde_json::from_str(&stdout).map_err(|e| format!("{args:?}: {e}: {stdout:?} {stderr}"))?;
     Ok((code, json))
 }
 
 /// What it keeps: VM, state and process of each.
-fn list(broker: &Process) -> Result<Vec<(String, String, u64)>, Failed> {
+pub(crate) fn kept_vms(broker: &Process) -> Result<Vec<(String, String, u64)>, Failed> {
     let (code, list) = ask(broker, &["--list"])?;
     let kept = list["kept"].as_array().filter(|_| code == Some(0)).ok_or_else(|| format!("{code:?} {list}"))?;
     let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
     Ok(kept.iter().map(|k| (text(&k["vm"]), text(&k["state"]), k["pid"].as_u64().unwrap_or(0))).collect())
 }
 
-fn name(vm: &Process) -> Result<String, Failed> {
+pub(crate) fn vm_name(vm: &Process) -> Result<String, Failed> {
     Ok(vm.status()?["vm"].as_str().ok_or("no name")?.to_owned())
 }
 
 fn killed(lab: &Lab, backing: &str) -> Outcome {
     let broker = lab.broker("broker")?;
     let mut vm = kept(lab, "vm", &broker, backing)?;
-    let (id, pid) = (name(&vm)?, u64::from(vm.pid()));
-    ensure(list(&broker)? == [(id.clone(), "owned".into(), pid)], || format!("{:?}", list(&broker)))?;
+    let (id, pid) = (vm_name(&vm)?, u64::from(vm.pid()));
+    ensure(kept_vms(&broker)? == [(id.clone(), "owned".into(), pid)], || format!("{:?}", kept_vms(&broker)))?;
     let (code, answer) = ask(&broker, &["--forget", &id])?;
     ensure(code == Some(1), || format!("{answer}"))?;
     ensure_says(&answer.to_string(), "lives")?;
@@ -57,7 +57,10 @@ fn killed(lab: &Lab, backing: &str) -> Outcome {
     vm.ask(&["pause"])?;
     let expected = vm.memory(lab, 0, 64 << 20)?;
     vm.kill()?;
-    wait_for("the broker has noticed", || Ok((list(&broker)? == [(id.clone(), "lost".into(), pid)]).then_some(())))?;
+    wait_for(
+        "the broker has noticed",
+        || Ok((kept_vms(&broker)? == [(id.clone(), "lost".into(), pid)]).then_some(())),
+    )?;
     let out = lab.arg("dump");
     let (code, answer) = ask(&broker, &["--dump", &id, "--out", &out])?;
     ensure(code == Some(0) && answer["backing"] == backing, || format!("{answer}"))?;
@@ -68,23 +71,23 @@ fn killed(lab: &Lab, backing: &str) -> Outcome {
     ensure(found.len() == expected.len() && same(area, len), || "the guest's pages are other ones".into())?;
     ensure(found == expected, || "the rest of RAM is another one".into())?;
     let (code, answer) = ask(&broker, &["--forget", &id])?;
-    ensure(code == Some(0) && list(&broker)?.is_empty(), || format!("{answer}"))?;
+    ensure(code == Some(0) && kept_vms(&broker)?.is_empty(), || format!("{answer}"))?;
     let (code, answer) = ask(&broker, &["--dump", &id, "--out", &out])?;
     ensure(code == Some(1), || format!("{answer}"))?;
     // who ends well takes its RAM along
     let vm = kept(lab, "other", &broker, backing)?;
     vm.quit()?;
-    ensure(list(&broker)?.is_empty(), || format!("{:?}", list(&broker)))
+    ensure(kept_vms(&broker)?.is_empty(), || format!("{:?}", kept_vms(&broker)))
 }
 
 fn moves(lab: &Lab) -> Outcome {
     let broker = lab.broker("broker")?;
     let mut source = kept(lab, "source", &broker, "memfd")?;
     let mut there = lab.receive("there", &["--broker", &broker.address])?;
-    let (id, pid) = (name(&source)?, u64::from(there.pid()));
+    let (id, pid) = (vm_name(&source)?, u64::from(there.pid()));
     source.migrate_well(&there.address, &[])?;
     let owned = || (id.clone(), "owned".to_owned(), pid);
-    wait_for("it is the destination's", || Ok((list(&broker)? == [owned()]).then_some(())))?;
+    wait_for("it is the destination's", || Ok((kept_vms(&broker)? == [owned()]).then_some(())))?;
     there.works()?;
     // a snapshot and its RAM are of the same VM
     let snapshot = lab.arg("snapshot");
@@ -93,10 +96,10 @@ fn moves(lab: &Lab) -> Outcome {
     let restored = lab.run("restored", &["--restore", &snapshot, "--broker", &broker.address])?;
     let pid = u64::from(restored.pid());
     let owned = || (id.clone(), "owned".to_owned(), pid);
-    wait_for("it is the restored one's", || Ok((list(&broker)? == [owned()]).then_some(())))?;
+    wait_for("it is the restored one's", || Ok((kept_vms(&broker)? == [owned()]).then_some(())))?;
     restored.works()?;
     restored.quit()?;
-    ensure(list(&broker)?.is_empty(), || format!("{:?}", list(&broker)))
+    ensure(kept_vms(&broker)?.is_empty(), || format!("{:?}", kept_vms(&broker)))
 }
 
 /// Nothing depends on the broker but what it keeps.
@@ -136,5 +139,5 @@ fn refused(lab: &Lab) -> Outcome {
     source.works()?;
     source.quit()?;
     there.quit()?;
-    ensure(list(&broker)?.is_empty(), || format!("{:?}", list(&broker)))
+    ensure(kept_vms(&broker)?.is_empty(), || format!("{:?}", kept_vms(&broker)))
 }

@@ -20,6 +20,7 @@ mod one_edge;
 mod post_copy;
 mod post_copy_faults;
 mod refresh;
+mod restart;
 mod snapshot;
 
 use std::process::ExitCode;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
+    restart::add(&mut suite);
     snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
