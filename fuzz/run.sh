@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 seconds=${1:-30}
 shift || true
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(frames protocol state receiver)
+[ ${#targets[@]} -gt 0 ] || targets=(frames protocol state receiver handshake records)
 features=${FUZZ_FEATURES-kvm}
 
 cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked >&2

@@ -2,8 +2,10 @@
 //! corpora they start from.
 
 pub mod frames;
+pub mod handshake;
 pub mod pager;
 pub mod protocol;
 pub mod receiver;
+pub mod records;
 pub mod repair;
 pub mod state;

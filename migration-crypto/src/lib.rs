@@ -1,6 +1,60 @@
-//! Encryption for live migration: a placeholder crate.
+//! Encryption for live migration: who takes part is proved, what travels is secret and cannot be changed, and what rests
+//! elsewhere is sealed.
 //!
-//! Nothing is implemented here yet. What it will hold: a handshake by well-kept libraries, a record layer that wraps any
-//! [`Channel`](migration_core::channel::Channel), and sealing of pages that rest in stores. Until then, migrate inside a
-//! network that you trust.
-#![forbid(unsafe_code)]
+//! [`SecureConnector`] and [`SecureListener`] wrap those of any transport. The first channel of a source begins a session:
+//! both sides prove who they are ([`Credentials`]: a common key, static keys, or TLS certificates) and agree on a secret
+//! that neither can find again later. Every further channel, also after a link was lost, proves that it belongs to that
+//! session. What follows are [records](record): sealed pieces of up to 1 MiB, each opened only whole, in its place and order.
+//!
+//! ```
+//! use std::{thread, time::Duration};
+//!
+//! use migration_core::channel::{Connector, Listener};
+//! use migration_crypto::{Credentials, Psk, SecureConnector, SecureListener, Security};
+//! use migration_transport::memory;
+//!
+//! let (connector, listener) = memory::link(1 << 20);
+//! // as a rule, of a file: `Psk::load`
+//! let security = || Security::new(Credentials::Psk(Psk::new([7; 32])));
+//! let mut listener = SecureListener::new(Box::new(listener), security());
+//! let source = SecureConnector::new(Box::new(connector), security());
+//!
+//! let destination = thread::spawn(move || -> std::io::Result<[u8; 5]> {
+//!     let channel = listener.accept(Duration::from_secs(5))?.ok_or(std::io::ErrorKind::TimedOut)?;
+//!     let mut word = [0; 5];
+//!     channel.split()?.reader.read_exact(&mut word)?;
+//!     Ok(word)
+//! });
+//! source.connect()?.split()?.writer.write_all(b"hello", &[])?;
+//! assert_eq!(&destination.join().unwrap()?, b"hello");
+//! # Ok::<(), std::io::Error>(())
+//! ```
+//!
+//! [`PageSealer`] seals single pages for stores that are not trusted.
+//!
+//! Features: `accelerated` (AWS-LC for the ciphers) and `tls`, both on by default.
+#![deny(unsafe_code)]
+
+pub mod aead;
+mod channel;
+mod handshake;
+pub mod keys;
+mod page;
+pub mod record;
+mod secret;
+mod secure;
+mod session;
+mod suite;
+#[cfg(test)]
+mod tests;
+
+#[cfg(feature = "tls")]
+pub use handshake::tls::TlsIdentity;
+pub use {
+    handshake::HandshakeError,
+    keys::{KeyError, Psk, PublicKey, StaticKey},
+    page::{PageError, PageSealer, Purpose, SEAL_OVERHEAD},
+    record::{KeyLimits, RecordError},
+    secure::{Credentials, SecureConnector, SecureListener, Security, SourceSession},
+    suite::{Suite, UnknownSuite},
+};

@@ -8,7 +8,10 @@ use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 
-use crate::refresh::Trigger;
+use crate::{
+    encryption::{Encryption, Keygen},
+    refresh::Trigger,
+};
 
 /// A small VMM that shows the migration crates at work.
 #[derive(Debug, Parser)]
@@ -38,6 +41,8 @@ pub(crate) enum Command {
     Bench(crate::bench::Bench),
     /// Measure our techniques beside what their papers have.
     Eval(crate::eval::Eval),
+    /// Make a key for encrypted migrations.
+    Keygen(Keygen),
 }
 
 #[derive(Debug, Args)]
@@ -103,7 +108,7 @@ pub(crate) struct Feature {
     #[arg(long, value_name = "SOCK")]
     pub(crate) attach: PathBuf,
     /// What to do with the VM: a snapshot to a file ({trip} in its name is the number of the trip), a pre-copy migration to another
-    /// host, or a check of its memory.
+    /// host (encrypted by --encrypt), or a check of its memory.
     #[arg(long = "do", value_name = "snapshot:FILE|migrate:URL|check")]
     pub(crate) work: Work,
     /// Keep the VM at least so long.
@@ -118,6 +123,8 @@ pub(crate) struct Feature {
     /// The VM's home asks for it back when it has been away for so long; a minute more than --hold if not given.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) within: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
     /// Print a JSON object a trip, and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
@@ -199,6 +206,8 @@ pub(crate) struct Receive {
     /// How dirty pages are found when the VM moves on; as at the source if not given.
     #[arg(long)]
     pub(crate) tracker: Option<TrackerKind>,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
     /// In a hand-over, leave page tables empty, so that the guest faults on each page: to measure what filling them is worth.
     #[arg(long, hide = true)]
     pub(crate) cold: bool,
@@ -244,7 +253,7 @@ pub(crate) enum CtlCommand {
     /// Write the VM as it is at one moment to a file, while it runs on; `run --restore` goes on from there.
     Snapshot(Snapshot),
     /// Move the VM.
-    Migrate(Migrate),
+    Migrate(Box<Migrate>),
     /// Replace this VMM under its running VM: a successor, started by itself, takes over the VM, the control socket's path and the
     /// serial port (HyperFresh).
     Refresh(Refresh),
@@ -463,6 +472,8 @@ pub(crate) struct Migrate {
     /// Checksum of page data, beside TCP's own.
     #[arg(long)]
     pub(crate) checksum: bool,
+    #[command(flatten)]
+    pub(crate) encryption: Encryption,
     /// Show progress on stderr.
     #[arg(long)]
     pub(crate) progress: bool,

@@ -19,9 +19,12 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
     };
     match &ctl.command {
         CtlCommand::Migrate(args) => {
-            let request = migrate_request(args);
+            let request = match args.encryption.check().and_then(|()| migrate_request(args)) {
+                Ok(request) => request,
+                Err(why) => return usage(ctl.json, &why),
+            };
             let strategy = request.strategy.clone();
-            migrate(socket, &Request::Migrate(request), &strategy, args.progress, ctl.json)
+            migrate(socket, &Request::Migrate(Box::new(request)), &strategy, args.progress, ctl.json)
         }
         CtlCommand::Snapshot(args) => match snapshot_request(args) {
             Ok(request) => migrate(socket, &Request::Snapshot(request), "snapshot", args.progress, ctl.json),
@@ -126,8 +129,8 @@ fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, String> {
     })
 }
 
-fn migrate_request(args: &Migrate) -> MigrateRequest {
-    MigrateRequest {
+fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
+    Ok(MigrateRequest {
         to: args.to.to_string(),
         strategy: args.strategy.to_string(),
         streams: args.streams,
@@ -146,8 +149,10 @@ fn migrate_request(args: &Migrate) -> MigrateRequest {
         impact: impact(args.guest_impact),
         fail_safe: args.fail_safe.clone(),
         checksum: args.checksum,
+        // the server reads the keys
+        encryption: args.encryption.absolute()?,
         progress: args.progress,
-    }
+    })
 }
 
 /// Sends a request that ends when a migration or a snapshot does, and tells how.

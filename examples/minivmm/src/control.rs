@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::{
     cli::Protect,
+    encryption::Encryption,
     instance::{Instance, LendRequest},
     refresh::Plan,
 };
@@ -40,7 +41,7 @@ pub(crate) enum Request {
         out: PathBuf,
     },
     Snapshot(SnapshotRequest),
-    Migrate(MigrateRequest),
+    Migrate(Box<MigrateRequest>),
     Refresh(Plan),
     /// What a borrower has to know of the VM's home.
     Place,
@@ -96,11 +97,12 @@ pub(crate) struct MigrateRequest {
     pub(crate) fail_safe: Option<Protect>,
     pub(crate) impact: String,
     pub(crate) checksum: bool,
+    pub(crate) encryption: Encryption,
     pub(crate) progress: bool,
 }
 
 impl MigrateRequest {
-    /// Without limits or choices.
+    /// Without limits or choices, and not encrypted.
     pub(crate) fn plain(to: impl ToString, strategy: &str, streams: u16) -> Self {
         Self {
             to: to.to_string(),
@@ -116,6 +118,7 @@ impl MigrateRequest {
             impact: "balanced".into(),
             fail_safe: None,
             checksum: false,
+            encryption: Encryption::default(),
             progress: false,
         }
     }

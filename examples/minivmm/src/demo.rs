@@ -77,23 +77,8 @@ fn demo(args: &Demo) -> Result<bool, String> {
     })?;
     let before = ask(&source_socket, &Request::Status, |_| {})?;
     say("the guest works; migrating it", "");
-    let request = MigrateRequest {
-        fail_safe: None,
-        to: url,
-        strategy: "pre-copy".into(),
-        streams: 2,
-        downtime_limit_us: 300_000,
-        bandwidth_bits: 0,
-        timeout_us: 0,
-        on_timeout: "cancel".into(),
-        push_order: "linear".into(),
-        demand_lanes: 2,
-        whole_huge_pages: false,
-        impact: "balanced".into(),
-        checksum: false,
-        progress: true,
-    };
-    let report = ask(&source_socket, &Request::Migrate(request), |p| {
+    let request = MigrateRequest { progress: true, ..MigrateRequest::plain(url, "pre-copy", 2) };
+    let report = ask(&source_socket, &Request::Migrate(Box::new(request)), |p| {
         eprintln!("  round {} · {} of {} pages", p["round"], p["round_sent"], p["round_pages"]);
     })?;
     if report["outcome"] != "completed" {

@@ -24,6 +24,7 @@ use crate::{
     cli::{Feature, Work},
     client,
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
+    encryption::Encrypt,
     instance::{Fate, Instance, LendRequest, inherit},
     refresh::Place,
     report,
@@ -89,6 +90,14 @@ enum End {
 
 impl<'a> Borrower<'a> {
     fn new(args: &'a Feature) -> Result<Self, String> {
+        match &args.work {
+            // nothing is borrowed for what cannot be done with these keys
+            Work::Migrate(to) => drop(args.encryption.security(Some(to))?),
+            Work::Snapshot(_) | Work::Check if args.encryption.encrypt != Encrypt::None => {
+                return Err("--encrypt goes with --do migrate:URL, nothing else leaves this host".into());
+            }
+            Work::Snapshot(_) | Work::Check => args.encryption.check()?,
+        }
         // its home has a working directory of its own
         let attach = std::path::absolute(&args.attach).map_err(|e| format!("{}: {e}", args.attach.display()))?;
         let beside = |what: &str| {
@@ -237,7 +246,9 @@ impl<'a> Borrower<'a> {
     }
 
     fn migrate(&self, to: &Address) -> Result<(Value, Option<String>), String> {
-        self.instance.migrate(&MigrateRequest::plain(to, "pre-copy", 2), &mut |_| {}).map(judged)
+        let encryption = self.args.encryption.clone();
+        let request = MigrateRequest { encryption, ..MigrateRequest::plain(to, "pre-copy", 2) };
+        self.instance.migrate(&request, &mut |_| {}).map(judged)
     }
 
     /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.

@@ -15,6 +15,7 @@ use lend::Lent;
 pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
+    channel::Connector,
     engine::{
         self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
         SnapshotOptions, SourceOptions,
@@ -25,6 +26,7 @@ use migration_core::{
     spawner::GuestImpact,
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
 };
+use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{
     fence::{ProcessFence, ProcessIdentity},
     spawner::KvmSpawner,
@@ -67,6 +69,8 @@ struct State {
     /// The last report, kept for `status`.
     last: Option<Value>,
     controller: Option<Controller>,
+    /// What the channels of the migration under way have in common, if it is encrypted.
+    session: Option<SourceSession>,
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
     clients: u32,
@@ -274,11 +278,15 @@ impl Instance {
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,
+        security: Option<Security>,
         host: HostOptions,
         checkpoints: Option<PathBuf>,
     ) -> Result<String, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
+        if let Some(security) = security {
+            listener = Box::new(SecureListener::new(listener, security));
+        }
         let adopter = self.clone();
         let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let options = self.receiver_options(checkpoints);
@@ -571,6 +579,7 @@ impl Instance {
         progress: &mut dyn FnMut(Value),
     ) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
         let order = crate::eval::order(&request.push_order)?;
         // the others have no use for them
         let references = order.name() == "hot-first";
@@ -581,6 +590,13 @@ impl Instance {
             StrategyKind::HandOver => Box::new(HandOver),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
+        if strategy.shares_ram() && session.is_some() {
+            return Err(
+                "migrate: a hand-over passes open files to a process of this machine, which no encrypted channel can \
+                        carry: leave --encrypt out, at both ends"
+                    .into(),
+            );
+        }
         let machine = self.home("migrate")?;
         let (tx, updates) = mpsc::channel();
         let timeout = Duration::from_micros(request.timeout_us);
@@ -609,9 +625,11 @@ impl Instance {
             ..self.source_options()
         };
         let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
-        let link = Limited::new(connector(&to, ConnectOptions::default()), bandwidth);
+        let link =
+            secured(session.as_ref(), Box::new(Limited::new(connector(&to, ConnectOptions::default()), bandwidth)));
         let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
+        state.session = session;
         drop(state);
         if let Err(why) = self.leaves_for(&to, heir) {
             self.not_begun();
@@ -623,7 +641,7 @@ impl Instance {
             if references {
                 source.note_references();
             }
-            let report = engine::migrate(&mut source, &link, &mut *strategy, &options, commands);
+            let report = engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
             drop(source);
             if let Some(protect) = protect {
                 protect.end(report.outcome);
@@ -684,7 +702,7 @@ impl Instance {
     /// The migration or snapshot that was to begin does not.
     fn not_begun(&self) {
         let mut state = self.lock();
-        (state.controller, state.role) = (None, Role::Home);
+        (state.controller, state.session, state.role) = (None, None, Role::Home);
         state.waiting.clear();
         drop(state);
         self.changed.notify_all();
@@ -709,8 +727,9 @@ impl Instance {
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
         let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
         state.waiting.push(tx);
+        let link = secured(state.session.as_ref(), connector(&to, ConnectOptions::default()));
         drop(state);
-        controller.recover(connector(&to, ConnectOptions::default()).into());
+        controller.recover(link.into());
         await_end(updates, wanted, progress)
     }
 
@@ -730,6 +749,14 @@ impl Instance {
         state.exit = state.exit.or(exit);
         drop(state);
         self.changed.notify_all();
+    }
+}
+
+/// The channels of `link`, in the session if there is one.
+fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn Connector> {
+    match session {
+        Some(session) => Box::new(session.connector(link)),
+        None => link,
     }
 }
 
@@ -780,7 +807,7 @@ impl State {
     /// It has come to this.
     fn end(&mut self, report: Value) {
         self.tell(report);
-        self.controller = None;
+        (self.controller, self.session) = (None, None);
     }
 
     /// Answers those who wait for the end.

@@ -10,6 +10,7 @@ mod cli;
 mod client;
 mod control;
 mod demo;
+mod encryption;
 mod eval;
 mod feature;
 mod instance;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
         Command::Eval(args) => Ok(eval::run(args)),
+        Command::Keygen(args) => encryption::keygen(args),
     };
     ExitCode::from(result.unwrap_or_else(|why| {
         eprintln!("minivmm: {why}");
@@ -108,6 +110,11 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
 }
 
 fn receive(args: &Receive) -> Result<u8, String> {
+    if let Err(why) = args.encryption.check() {
+        eprintln!("minivmm: {why}");
+        return Ok(2);
+    }
+    let security = args.encryption.security(None)?;
     let instance = Instance::new(args.common.broker.clone());
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
@@ -123,7 +130,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
         instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
     }
-    let address = instance.receive(&args.listen, host, args.checkpoints.clone())?;
+    let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
         instance.succeeds_process(predecessor)?;

@@ -178,6 +178,7 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
     let to = format!("unix:{}", successor.listen.display());
+    // without encryption: the files themselves pass between two processes of this machine
     let request = MigrateRequest::plain(to, "handover", 1);
     let moved = successor.identity().and_then(|heir| instance.migrate_to(Some(heir), &request, &mut |_| {}));
     if let Ok(report) = &moved

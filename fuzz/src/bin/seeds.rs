@@ -8,15 +8,26 @@ use migration_core::{
     device::DeviceKind,
     state::{Section, VmState},
     vm::{VmDescription, VmId},
-    wire::{Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken, Welcome},
+    wire::{
+        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken,
+        Welcome,
+    },
 };
-use migration_fuzz::receiver::{self, NO_ROUND, PAGER, REPAIR, TOKEN, TOUCH};
+use migration_fuzz::{
+    handshake,
+    receiver::{self, NO_ROUND, PAGER, REPAIR, TOKEN, TOUCH},
+};
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    for (target, seeds) in
-        [("frames", frames()), ("protocol", protocol()), ("state", states()), ("receiver", receiver())]
-    {
+    for (target, seeds) in [
+        ("frames", frames()),
+        ("protocol", protocol()),
+        ("state", states()),
+        ("receiver", receiver()),
+        ("handshake", handshakes()),
+        ("records", records()),
+    ] {
         let folder = corpus.join(target);
         fs::create_dir_all(&folder)?;
         for (name, bytes) in seeds {
@@ -30,6 +41,34 @@ fn main() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// First messages of each kind of peer, and answers.
+fn handshakes() -> Vec<Seed> {
+    let mut seeds = Vec::new();
+    for kind in 0..4u8 {
+        let recorded = handshake::first_message(kind);
+        seeds.push((format!("source {kind}"), [&[kind][..], &recorded].concat()));
+    }
+    seeds.push((
+        "plain".into(),
+        [&[0][..], &Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode()].concat(),
+    ));
+    let refusal = Control::error(ErrorCode::Security, "no").encode(0, 0, 0);
+    seeds.push(("refused".into(), [&[handshake::SOURCE][..], &refusal].concat()));
+    seeds.push(("answer".into(), [&[handshake::SOURCE][..], b"SEAL\x51\0\0\0", &[9; 81]].concat()));
+    seeds
+}
+
+fn records() -> Vec<Seed> {
+    let seed = |name: &str, bytes: &[u8]| (name.to_owned(), bytes.to_vec());
+    vec![
+        seed("all well", &[0; 16]),
+        seed("flipped", &[0, 0, 1, 70, 0, 0]),
+        seed("dropped before a key", &[0, 0, 0, 0, 2, 0, 0, 0, 0, 0]),
+        seed("repeated", &[0, 0, 3, 0, 0, 0]),
+        seed("cut", &[0, 0, 4, 3]),
+    ]
 }
 
 /// A name and an input.

@@ -40,7 +40,7 @@ use crate::{
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, LaneKind,
-        MAX_STREAMS, OLDEST_VERSION, Preamble, SessionToken, VERSION, negotiate,
+        MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, negotiate,
     },
 };
 
@@ -319,8 +319,12 @@ impl Hub {
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
         reader.read_exact(&mut bytes).map_err(link())?;
-        let preamble = Preamble::decode(&bytes)?;
         let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
+        let preamble = Preamble::decode(&bytes).inspect_err(|error| {
+            if bytes.starts_with(&SEALED_MAGIC) {
+                refuse_sealed(&mut *reader, &mut control, error, self.options.idle_timeout);
+            }
+        })?;
         if negotiate(preamble.oldest, preamble.newest).is_none() {
             let why = format!(
                 "the source speaks versions {} to {}, this destination {OLDEST_VERSION} to {VERSION}",
@@ -722,6 +726,22 @@ impl Hub {
     fn tell_phase(&self) {
         let phase = lock(&self.state).machine.phase();
         self.options.observer.event(&Event::Destination(phase));
+    }
+}
+
+/// Tells a source that encrypts why it is refused, and waits until it has gone: what is unread when a connection closes
+/// makes some transports forget what was written last.
+fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &DecodeError, patience: Duration) {
+    // best effort: the lane ends either way
+    if control.send(0, &Control::error(ErrorCode::Security, why.to_string())).is_err() {
+        return;
+    }
+    let end = Instant::now() + patience;
+    // a handshake's first message is far shorter; one that comes a byte at a time is waited for no longer
+    for _ in 0..4096 {
+        if Instant::now() > end || reader.read_exact(&mut [0]).is_err() {
+            return;
+        }
     }
 }
 

@@ -114,7 +114,9 @@ impl SourceMachine {
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, Violation> {
         use SourcePhase::*;
         let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
-        if epoch != self.epoch {
+        // a destination that refuses what comes before the hello does not know its epoch
+        let unread = epoch == 0 && self.phase == Greeting && matches!(frame, Control::Error { .. });
+        if epoch != self.epoch && !unread {
             return Err(violation("it is of another epoch"));
         }
         match (&frame, self.phase) {

@@ -44,9 +44,11 @@ pub enum ErrorCode {
     UnknownSession,
     /// The epoch is not above the last one seen.
     StaleEpoch,
+    /// The two sides do not agree on who they are or whether and how to encrypt.
+    Security,
 }
 
-const CODES: [ErrorCode; 10] = [
+const CODES: [ErrorCode; 11] = [
     ErrorCode::Other,
     ErrorCode::Version,
     ErrorCode::Protocol,
@@ -57,6 +59,7 @@ const CODES: [ErrorCode; 10] = [
     ErrorCode::Cancelled,
     ErrorCode::UnknownSession,
     ErrorCode::StaleEpoch,
+    ErrorCode::Security,
 ];
 
 impl ErrorCode {

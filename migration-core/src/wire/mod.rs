@@ -23,6 +23,8 @@ pub const OLDEST_VERSION: u16 = 1;
 pub const VERSION: u16 = 1;
 /// First bytes of every lane.
 pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
+/// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this format but of migration-crypto.
+pub const SEALED_MAGIC: [u8; 8] = *b"LIVESEAL";
 /// Most lanes for pages: as many as the largest hosts have use for.
 pub const MAX_STREAMS: u16 = 128;
 /// Largest body of a frame: a state chunk with its fields. Page data is not part of the body.
@@ -65,6 +67,31 @@ pub enum LaneKind {
     Checkpoint,
 }
 
+impl LaneKind {
+    /// Its number on the wire.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Control => 0,
+            Self::Bulk => 1,
+            Self::Reattach => 2,
+            Self::Demand => 3,
+            Self::Checkpoint => 4,
+        }
+    }
+
+    /// The kind with this number.
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Control,
+            1 => Self::Bulk,
+            2 => Self::Reattach,
+            3 => Self::Demand,
+            4 => Self::Checkpoint,
+            _ => return None,
+        })
+    }
+}
+
 /// Identifies a session, and proves that a further lane belongs to it: drawn at random by the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct SessionToken(pub [u8; 16]);
@@ -95,15 +122,14 @@ impl Preamble {
 
     /// Its bytes.
     pub fn encode(&self) -> [u8; Self::LEN] {
-        let kind = match self.kind {
-            LaneKind::Control => 0,
-            LaneKind::Bulk => 1,
-            LaneKind::Reattach => 2,
-            LaneKind::Demand => 3,
-            LaneKind::Checkpoint => 4,
-        };
         let mut w = Writer::new();
-        w.bytes(&MAGIC).u16(self.oldest).u16(self.newest).u8(kind).u8(0).u16(self.index).bytes(&self.session.0);
+        w.bytes(&MAGIC)
+            .u16(self.oldest)
+            .u16(self.newest)
+            .u8(self.kind.code())
+            .u8(0)
+            .u16(self.index)
+            .bytes(&self.session.0);
         let mut bytes = [0; Self::LEN];
         bytes[..32].copy_from_slice(&w.into_bytes());
         let crc = crc32fast::hash(&bytes[..32]);
@@ -114,18 +140,21 @@ impl Preamble {
     /// Reads a preamble. The version window is not judged here: see [`negotiate`].
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
-        if r.array("magic")? != MAGIC {
+        let magic: [u8; 8] = r.array("magic")?;
+        if magic == SEALED_MAGIC {
+            return Err(DecodeError::invalid(
+                "magic",
+                "this destination takes only plain migrations, the source wants an encrypted one: encrypt at both ends, with \
+                 the same kind of key, or at neither",
+            ));
+        }
+        if magic != MAGIC {
             return Err(DecodeError::invalid("magic", "the peer does not speak this protocol"));
         }
         let (oldest, newest) = (r.u16("oldest version")?, r.u16("newest version")?);
-        let kind = match r.u8("lane kind")? {
-            0 => LaneKind::Control,
-            1 => LaneKind::Bulk,
-            2 => LaneKind::Reattach,
-            3 => LaneKind::Demand,
-            4 => LaneKind::Checkpoint,
-            other => return Err(DecodeError::invalid("lane kind", format!("unknown kind {other}"))),
-        };
+        let code = r.u8("lane kind")?;
+        let unknown = || DecodeError::invalid("lane kind", format!("unknown kind {code}"));
+        let kind = LaneKind::from_code(code).ok_or_else(unknown)?;
         if r.u8("reserved")? != 0 {
             return Err(DecodeError::invalid("reserved", "not zero"));
         }

@@ -87,6 +87,7 @@ pub(crate) fn every_frame_is_encoded_as_it_always_was() {
     assert_eq!(lines.lines().count(), golden.lines().count());
     let code = |code| Control::error(code, "").encode(0, 0, 0)[Header::LEN];
     use ErrorCode::*;
-    let codes = [Other, Version, Protocol, Busy, Mismatch, State, Resources, Cancelled, UnknownSession, StaleEpoch];
-    assert!(codes.into_iter().map(code).eq(0..10), "error codes keep their numbers");
+    let codes =
+        [Other, Version, Protocol, Busy, Mismatch, State, Resources, Cancelled, UnknownSession, StaleEpoch, Security];
+    assert!(codes.into_iter().map(code).eq(0..11), "error codes keep their numbers");
 }

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
+    encrypt::Way,
     guest::Guest,
     ours, postcopy,
     process::{Beyond, Folder, MemorySampler, Process, VcpuSampler, field, vcpu_seconds},
@@ -60,6 +61,8 @@ pub(super) struct Setup {
     pub(super) watch_memory: bool,
     /// Follows how fast the guest is, before, during and after the migration.
     pub(super) watch_speed: bool,
+    /// Over which link it moves, and how that is protected.
+    pub(super) way: Way,
 }
 
 /// What a VMM says of a migration.

@@ -7,11 +7,14 @@
 //! | ours.rs, qemu.rs | the two VMMs |
 //! | measure.rs | one run, the bare copy, the control |
 //! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
+//! | encrypt.rs | encryption: its runs, tables and targets |
+//! | records.rs | the record layer and the bare ciphers, on one core |
 //! | handover/ | hand-overs on one host |
 //! | samples.rs | how fast a guest is from moment to moment |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
+pub(crate) mod encrypt;
 pub(crate) mod figures;
 pub(crate) mod guest;
 mod handover;
@@ -21,6 +24,7 @@ pub(crate) mod output;
 mod postcopy;
 pub(crate) mod process;
 mod qemu;
+mod records;
 pub(crate) mod samples;
 
 use std::{path::PathBuf, time::Duration};
@@ -62,8 +66,15 @@ pub(crate) struct Bench {
     /// Post-copy against QEMU's, with and without preemption, and nothing else.
     #[arg(long, conflicts_with_all = ["only", "sizes"])]
     post_copy: bool,
-    /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
+    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes between the lines
+    /// `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
+    encrypt: bool,
+    /// Of that, only the ciphers and the record layer on one core, without any migration.
+    #[arg(long, requires = "encrypt")]
+    records: bool,
+    /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
     handover: bool,
     /// Measure only this part of hand-overs; can be given several times.
     #[arg(long, hide = true, requires = "handover")]
@@ -115,7 +126,8 @@ enum Mode {
 
 /// Runs the bench; the exit status.
 pub(crate) fn run(args: &Bench) -> u8 {
-    match bench(args) {
+    let result = if args.encrypt { encrypt::bench(args) } else { bench(args) };
+    match result {
         Ok(good) => u8::from(args.strict && !good),
         Err(why) => {
             eprintln!("minivmm bench: {why}");
@@ -161,7 +173,19 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
         let workload = workload(hot, DATA * gib);
         let (label, strategy) = (label.into(), "pre-copy".into());
-        Setup { vmm, label, workload, memory: gib * GIB, streams, impact, strategy, watch_memory, watch_speed: false }
+        let way = encrypt::Way::default();
+        Setup {
+            vmm,
+            label,
+            workload,
+            memory: gib * GIB,
+            streams,
+            impact,
+            strategy,
+            watch_memory,
+            watch_speed: false,
+            way,
+        }
     };
     let mut steps = Vec::new();
     let ours = vmms.contains(&Vmm::Minivmm);
@@ -259,6 +283,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
                     strategy: "pre-copy".into(),
                     watch_memory: false,
                     watch_speed: false,
+                    way: encrypt::Way::default(),
                 };
                 tell(&bar, &format!("control, {}, beside {streams} copies", setup.workload));
                 let gap_ms = attempt(&bar, &mut figures.failures, || {

@@ -3,7 +3,6 @@
 use std::{
     io::{BufRead, BufReader},
     path::PathBuf,
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -11,10 +10,14 @@ use std::{
 use serde_json::Value;
 
 use super::{
+    encrypt::{Link, Way},
     measure::{Moved, Setup},
     process::{Folder, Process},
 };
-use crate::control::{MigrateRequest, Request, ask};
+use crate::{
+    control::{MigrateRequest, Request, ask},
+    encryption::Encryption,
+};
 
 /// How long a process may take until its control socket is there.
 const READY: Duration = Duration::from_secs(30);
@@ -35,6 +38,8 @@ pub(crate) struct Options {
     pub(crate) bandwidth_bits: u64,
     /// As `--fail-safe` takes it.
     pub(crate) fail_safe: String,
+    /// Over which link, and how protected.
+    pub(crate) way: Way,
 }
 
 impl From<&Setup> for Options {
@@ -48,8 +53,9 @@ impl From<&Setup> for Options {
             impact: setup.impact,
             strategy: setup.strategy.clone(),
             push_order: "linear".into(),
-            bandwidth_bits: 0,
+            bandwidth_bits: setup.way.link.limit_bits(),
             fail_safe: "none".into(),
+            way: setup.way,
         }
     }
 }
@@ -90,26 +96,28 @@ pub(crate) struct Pair {
     destination_socket: PathBuf,
     url: String,
     options: Options,
+    encryption: Encryption,
 }
 
-fn minivmm(name: &str, folder: &Folder, args: &[&str]) -> Result<Process, String> {
+fn minivmm(name: &str, folder: &Folder, link: Link, args: &[&str]) -> Result<Process, String> {
     let exe = std::env::current_exe().map_err(|e| format!("the own program: {e}"))?;
-    let mut command = Command::new(exe);
+    let mut command = link.command(exe.as_os_str());
     command.args(args);
     Process::start(&format!("minivmm-{name}"), command, folder.path(&format!("minivmm-{name}.log")))
 }
 
-/// A minivmm that receives at `listen`, its control socket and where it listens, in its own words.
+/// A minivmm that receives at `listen`, beyond the link; its control socket and where it listens, in its own words.
 pub(super) fn receiver(
     folder: &Folder,
     name: &str,
     listen: &str,
+    link: Link,
     more: &[&str],
 ) -> Result<(Process, PathBuf, String), String> {
     let socket = folder.path(name);
     let control = socket.to_string_lossy().into_owned();
     let args = ["receive", "--listen", listen, "--control", &control];
-    let mut process = minivmm(name, folder, &[&args[..], more].concat())?;
+    let mut process = minivmm(name, folder, link, &[&args[..], more].concat())?;
     let mut line = String::new();
     BufReader::new(process.output()?).read_line(&mut line).map_err(|e| format!("the {name}'s output: {e}"))?;
     let Some(url) = line.trim().strip_prefix("listening ").map(str::to_owned) else {
@@ -145,7 +153,7 @@ impl Source {
         let args = ["run", "--memory", &memory, "--workload", options.workload.as_str(), "--control", &control];
         let cpus = options.cpus.to_string();
         let more = ["--cpus", &cpus, "--backing", options.backing];
-        let mut process = minivmm(name, folder, &[&args[..], &more].concat())?;
+        let mut process = minivmm(name, folder, Link::Loopback, &[&args[..], &more].concat())?;
         ready(&mut process, &socket)?;
         let status = ask(&socket, &Request::Status, |_| {})?;
         if status["software_guest"] == true {
@@ -156,7 +164,12 @@ impl Source {
 
     /// Starts the destination.
     pub(crate) fn pair(self, folder: &Folder, options: &Options) -> Result<Pair, String> {
-        let (destination, destination_socket, url) = receiver(folder, "destination", "tcp:127.0.0.1:0", &[])?;
+        let Way { cipher, link } = options.way;
+        let encryption = cipher.encryption(folder)?;
+        let secure = encryption.arguments();
+        let secure: Vec<&str> = secure.iter().map(String::as_str).collect();
+        let (destination, destination_socket, url) =
+            receiver(folder, "destination", &format!("tcp:{}:0", link.host()), link, &secure)?;
         Ok(Pair {
             source: self.process,
             destination,
@@ -164,6 +177,7 @@ impl Source {
             destination_socket,
             url,
             options: options.clone(),
+            encryption,
         })
     }
 }
@@ -171,7 +185,8 @@ impl Source {
 impl Pair {
     /// Migrates; returns when the source says that it is complete.
     pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
-        let request = Request::Migrate(self.options.request(&self.url)?);
+        let request = MigrateRequest { encryption: self.encryption.clone(), ..self.options.request(&self.url)? };
+        let request = Request::Migrate(Box::new(request));
         let start = Instant::now();
         let report = ask(&self.source_socket, &request, |_| {})?;
         let total = start.elapsed();

@@ -16,6 +16,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
+    encrypt::Way,
     figures::median,
     guest::Peek,
     measure::{Setup, Vmm},
@@ -53,6 +54,7 @@ pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) 
         strategy: strategy.into(),
         watch_memory: false,
         watch_speed: true,
+        way: Way::default(),
     };
     let of = |vmm: &Vmm| match vmm {
         Vmm::Minivmm => vec![setup(Vmm::Minivmm, PLAIN, STREAMS, strategy)],

@@ -12,6 +12,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
+    encrypt::{Cipher, Link, Way},
     measure::{Moved, Setup},
     postcopy,
     process::{Folder, Process},
@@ -24,12 +25,25 @@ const ANSWER: Duration = Duration::from_secs(60);
 const BANDWIDTH: u64 = 100_000_000_000;
 /// Milliseconds, as for minivmm.
 const DOWNTIME_LIMIT: u64 = 300;
+/// Who has the pre-shared key.
+const TLS_USER: &str = "bench";
 
 /// The version line, if QEMU is installed.
 pub(super) fn version() -> Option<String> {
     let output = Command::new(PROGRAM).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines().next().map(|line| line.trim_start_matches("QEMU emulator version").trim().to_owned())
+}
+
+/// Makes a pre-shared key as QEMU's TLS takes it; the folder that it is in.
+fn tls_keys(folder: &Folder) -> Result<PathBuf, String> {
+    let keys = folder.path("tls");
+    std::fs::create_dir_all(&keys).map_err(|e| format!("{}: {e}", keys.display()))?;
+    // of no secrecy: nothing leaves this machine
+    let line = format!("{TLS_USER}:{}\n", "5a".repeat(32));
+    let file = keys.join("keys.psk");
+    std::fs::write(&file, line).map_err(|e| format!("{}: {e}", file.display()))?;
+    Ok(keys)
 }
 
 /// Two QEMUs: the guest runs in one, the other waits.
@@ -48,18 +62,32 @@ pub(super) struct Source {
     qmp: Qmp,
 }
 
-fn start(folder: &Folder, name: &str, memory: u64, elf: &Path, more: &[&str]) -> Result<(Process, Qmp), String> {
-    let (mut process, socket) = launch(folder, name, memory, elf, more)?;
+fn start(
+    folder: &Folder,
+    name: &str,
+    memory: u64,
+    elf: &Path,
+    link: Link,
+    more: &[&str],
+) -> Result<(Process, Qmp), String> {
+    let (mut process, socket) = launch(folder, name, memory, elf, link, more)?;
     let qmp = Qmp::connect(&mut process, socket)?;
     Ok((process, qmp))
 }
 
 /// A QEMU that may not answer yet, and where it will.
-fn launch(folder: &Folder, name: &str, memory: u64, elf: &Path, more: &[&str]) -> Result<(Process, PathBuf), String> {
+fn launch(
+    folder: &Folder,
+    name: &str,
+    memory: u64,
+    elf: &Path,
+    link: Link,
+    more: &[&str],
+) -> Result<(Process, PathBuf), String> {
     let socket = folder.path(&format!("{name}.qmp"));
     // a socket of an earlier run would answer before this one does
     let _ = std::fs::remove_file(&socket);
-    let mut command = Command::new(PROGRAM);
+    let mut command = link.command(PROGRAM.as_ref());
     command
         .args(["-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", "1", "-nodefaults", "-nographic"])
         .args(["-display", "none", "-serial", "none", "-monitor", "none", "-name", "bench,debug-threads=on"])
@@ -74,14 +102,16 @@ fn launch(folder: &Folder, name: &str, memory: u64, elf: &Path, more: &[&str]) -
 
 impl Source {
     pub(super) fn start(folder: &Folder, setup: &Setup, elf: &Path) -> Result<Self, String> {
-        let (process, qmp) = start(folder, "qemu-source", setup.memory, elf, &[])?;
+        let (process, qmp) = start(folder, "qemu-source", setup.memory, elf, Link::Loopback, &[])?;
         Ok(Self { process, qmp })
     }
 
     /// Starts the destination and readies both.
     pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
         let (destination, mut destination_qmp) =
-            start(folder, "qemu-destination", setup.memory, elf, &["-incoming", "defer"])?;
+            start(folder, "qemu-destination", setup.memory, elf, setup.way.link, &["-incoming", "defer"])?;
+        let Way { cipher, link } = setup.way;
+        let keys = if cipher == Cipher::None { None } else { Some(tls_keys(folder)?) };
         let mut source_qmp = self.qmp;
         let multifd = setup.streams > 1;
         let preempt = setup.strategy == postcopy::PREEMPT;
@@ -99,8 +129,22 @@ impl Source {
             if multifd {
                 qmp.call("migrate-set-parameters", json!({"multifd-channels": setup.streams}))?;
             }
+            if let Some(keys) = &keys {
+                let (kind, id) = ("tls-creds-psk", "keys");
+                let mut object = json!({"qom-type": kind, "id": id, "endpoint": "server", "dir": keys});
+                if is_source {
+                    object["endpoint"] = "client".into();
+                    object["username"] = TLS_USER.into();
+                }
+                qmp.call("object-add", object)?;
+                qmp.call("migrate-set-parameters", json!({"tls-creds": id}))?;
+            }
             if is_source {
-                let limits = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT});
+                let most = match link.limit_bits() {
+                    0 => BANDWIDTH,
+                    bits => bits / 8,
+                };
+                let limits = json!({"max-bandwidth": most, "downtime-limit": DOWNTIME_LIMIT});
                 qmp.call("migrate-set-parameters", limits)?;
             }
             if is_source && post_copy {
@@ -108,11 +152,11 @@ impl Source {
                 qmp.call("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
             }
         }
-        destination_qmp.call("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
+        destination_qmp.call("migrate-incoming", json!({"uri": format!("tcp:{}:0", link.host())}))?;
         let port = destination_qmp.call("query-migrate", json!({}))?;
         let port = port["socket-address"][0]["port"].as_str().map(str::to_owned);
         let port = port.ok_or("QEMU does not say at which port it listens")?;
-        let uri = format!("tcp:127.0.0.1:{port}");
+        let uri = format!("tcp:{}:{port}", link.host());
         Ok(Pair { source: self.process, destination, source_qmp, destination_qmp, uri, post_copy })
     }
 }
@@ -153,7 +197,8 @@ impl Replaced {
 
     pub(super) fn start(folder: &Folder, memory: u64, elf: &Path) -> Result<Self, String> {
         let args = Self::args(memory);
-        let (process, qmp) = start(folder, "qemu-source", memory, elf, &args.each_ref().map(String::as_str))?;
+        let (process, qmp) =
+            start(folder, "qemu-source", memory, elf, Link::Loopback, &args.each_ref().map(String::as_str))?;
         Ok(Self { process, qmp, memory, elf: elf.to_owned() })
     }
 
@@ -169,7 +214,7 @@ impl Replaced {
         let args = Self::args(self.memory);
         let mut all: Vec<&str> = args.iter().map(String::as_str).collect();
         all.extend(["-incoming", &main, "-incoming", &cpr]);
-        let (mut process, socket) = launch(folder, "qemu-destination", self.memory, &self.elf, &all)?;
+        let (mut process, socket) = launch(folder, "qemu-destination", self.memory, &self.elf, Link::Loopback, &all)?;
         // until the state comes it does not answer anything, but it listens
         let deadline = Instant::now() + ANSWER;
         while !folder.path("qemu-cpr.sock").exists() {

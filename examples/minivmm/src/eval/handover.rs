@@ -156,6 +156,7 @@ fn guest(memory: u64) -> Options {
         push_order: "linear".into(),
         bandwidth_bits: 0,
         fail_safe: "none".into(),
+        way: Default::default(),
     }
 }
 

@@ -76,6 +76,7 @@ fn options(workload: String, memory: u64, strategy: &str, push_order: String) ->
         push_order,
         bandwidth_bits: GIGABIT,
         fail_safe: "none".into(),
+        way: Default::default(),
     }
 }
 

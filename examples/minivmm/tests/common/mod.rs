@@ -50,7 +50,7 @@ impl Suite {
     }
 
     /// A trial that needs KVM.
-    pub(crate) fn kvm(&mut self, name: impl Into<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
+    pub(crate) fn kvm(&mut self, name: impl Into<String>, run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static) {
         self.add(name.into(), self.no_kvm.clone(), run);
     }
 
@@ -59,7 +59,7 @@ impl Suite {
         &mut self,
         name: impl Into<String>,
         backing: &str,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
         self.add(name.into(), self.no_kvm.clone().or_else(|| self.no_backing(backing)), run);
     }
@@ -74,21 +74,68 @@ impl Suite {
         &mut self,
         name: impl Into<String>,
         backing: &str,
-        run: impl FnOnce(&Lab) -> Outcome + Send + 'static,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
     ) {
         let missing = self.no_kvm.clone().or_else(|| self.no_userfaultfd.clone());
         self.add(name.into(), missing.or_else(|| self.no_backing(backing)), run);
     }
 
-    fn add(&mut self, name: String, missing: Option<String>, run: impl FnOnce(&Lab) -> Outcome + Send + 'static) {
+    fn add(
+        &mut self,
+        name: String,
+        missing: Option<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
+    ) {
+        if also_encrypted(&name) {
+            let run = run.clone();
+            self.trial(format!("{name}/encrypted"), missing.clone(), move || run(&Lab::encrypted()?));
+        }
+        self.trial(name, missing, move || run(&Lab::new()?));
+    }
+
+    fn trial(&mut self, name: String, missing: Option<String>, run: impl FnOnce() -> Outcome + Send + 'static) {
         self.trials.push(match missing {
             Some(why) if self.required => Trial::test(name, move || Err(why.into())),
             Some(why) => {
                 eprintln!("{name} is ignored: {why}");
                 Trial::test(name, || Ok(())).with_ignored_flag(true)
             }
-            None => Trial::test(name, move || run(&Lab::new()?)),
+            None => Trial::test(name, run),
         });
+    }
+}
+
+/// Whether a trial runs once more with all its migrations encrypted: of every kind some, as all would take too long; none that
+/// counts the bytes of plain frames.
+fn also_encrypted(name: &str) -> bool {
+    let seed = |seed: &str| seed.parse::<u32>().is_ok_and(|seed| seed.is_multiple_of(8));
+    match name.split('/').collect::<Vec<_>>()[..] {
+        ["one_edge", tracker, backing, "2_streams", "4_cpus"] => {
+            let each_once = [
+                ("dirty-log", "anon"),
+                ("manual-protect", "thp"),
+                ("dirty-ring", "memfd"),
+                ("write-protect", "hugetlb"),
+            ];
+            each_once.contains(&(tracker, backing))
+        }
+        ["moves", "workload", spec] => ["hot", "quicksort", "kv", "log"].contains(&spec),
+        ["moves", what, ..] => what != "software_guest" && what != "across_the_hole_below_4_gib",
+        ["convergence", what] => what != "cancelled_at_the_timeout",
+        ["faults", "cut_while_the_guest_runs", last] => seed(last),
+        ["faults", "destination_dies"] => true,
+        ["post_copy", "one_edge", .., "2_lanes", _] | ["post_copy", "workload", _] => true,
+        ["post_copy", "faults", "cut_before_the_hand_over" | "cut_in_post_copy", .., last] => seed(last),
+        ["post_copy", "faults", "cut_around_the_hand_over"] => false,
+        ["post_copy", "faults", ..] | ["post_copy", "huge_pages", "whole"] => true,
+        ["post_copy", "switch", how] => ["by_the_user", "at_the_timeout"].contains(&how),
+        ["post_copy", "a_to_b_to_c_to_a" | "another_backing" | "pause_at_the_destination"] => true,
+        ["fail_safe", "destination_killed" | "source_killed", _, "4_cpus", _] => true,
+        ["fail_safe", "nobody_dies", "memfd"] | ["fail_safe", "link_lost_and_found"] => true,
+        ["contract", "cancel", "dirty-log"] | ["contract", "client_dies"] => true,
+        ["balloon", "there_and_back", "thp"] => true,
+        ["snapshot", "restored_vm_moves"] | ["broker", "ram_moves_with_its_vm"] => true,
+        _ => false,
     }
 }
 
@@ -98,15 +145,35 @@ fn no_userfaultfd() -> Option<String> {
 }
 
 /// A folder of a trial's own, with its sockets and files; removed at its end.
-pub(crate) struct Lab(TempDir);
+pub(crate) struct Lab {
+    folder: TempDir,
+    /// What both sides of every migration are told beside what the trial says.
+    secure: Vec<String>,
+}
 
 impl Lab {
     fn new() -> Result<Self, Failed> {
-        Ok(Self(tempfile::Builder::new().prefix("minivmm-test-").tempdir()?))
+        Ok(Self { folder: tempfile::Builder::new().prefix("minivmm-test-").tempdir()?, secure: Vec::new() })
+    }
+
+    /// Where all migrations are encrypted.
+    fn encrypted() -> Result<Self, Failed> {
+        let mut lab = Self::new()?;
+        let key = lab.key("lab-key")?;
+        lab.secure = ["--encrypt", "aes256-gcm", "--psk-file", &key].map(str::to_owned).into();
+        Ok(lab)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
+    }
+
+    /// Makes a key; its path.
+    pub(crate) fn key(&self, name: &str) -> Result<String, Failed> {
+        let file = self.arg(name);
+        let (code, stdout, stderr) = usage(&["keygen", "--out", &file])?;
+        ensure(code == Some(0) && stdout.starts_with("public "), || format!("{code:?}: {stdout}{stderr}"))?;
+        Ok(file)
     }
 
     /// The path as an argument.

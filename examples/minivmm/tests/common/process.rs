@@ -36,6 +36,8 @@ pub(crate) struct Process {
     socket: PathBuf,
     stdout: PathBuf,
     stderr: PathBuf,
+    /// Options of every migration in its lab.
+    secure: Vec<String>,
     /// Where it listens.
     pub(crate) address: String,
 }
@@ -65,18 +67,21 @@ impl Process {
             (lab.path(name), lab.path(&format!("{name}.stdout")), lab.path(&format!("{name}.stderr")));
         let controlled = command != "broker";
         let control = if controlled { &["--control".as_ref(), socket.as_os_str()][..] } else { &[] };
+        let secure = lab.secure.clone();
         let child = minivmm()
             .arg(command)
             .args(args)
+            .args(secure.iter().filter(|_| command == "receive"))
             .args(control)
             .envs(env.iter().copied())
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)
             .spawn()?;
-        let mut this = Self { guard: Guard(child), name: name.into(), socket, stdout, stderr, address: String::new() };
-        wait_for(&format!("{name} is ready"), || {
+        let (name, guard, address) = (name.to_owned(), Guard(child), String::new());
+        let mut this = Self { guard, name, socket, stdout, stderr, secure, address };
+        wait_for(&format!("{} is ready", this.name.clone()), || {
             if let Some(status) = this.guard.0.try_wait()? {
-                return Err(format!("{name} ended with {status}: {}", this.stderr()).into());
+                return Err(format!("{} ended with {status}: {}", this.name, this.stderr()).into());
             }
             let line = read_text(&this.stdout);
             let listens = command == "run" || line.contains('\n');
@@ -176,7 +181,12 @@ impl Process {
 
     /// `ctl migrate`, to its end.
     pub(crate) fn migrate(&self, to: &str, args: &[&str]) -> Result<Answer, Failed> {
-        self.ctl(&[&["migrate", "--to", to], args].concat())
+        self.ctl(&self.migration(to, args))
+    }
+
+    fn migration<'a>(&'a self, to: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+        let secure: Vec<&str> = self.secure.iter().map(String::as_str).collect();
+        [&["migrate", "--to", to], args, &secure].concat()
     }
 
     /// Migrates, which must succeed, and waits for the end of this process; the report.
@@ -204,7 +214,7 @@ impl Process {
 
     /// `ctl migrate`, without waiting for it.
     pub(crate) fn start_migrate(&self, to: &str, args: &[&str]) -> Result<Client, Failed> {
-        self.start_ctl(&[&["migrate", "--to", to], args].concat())
+        self.start_ctl(&self.migration(to, args))
     }
 
     /// `ctl`, without waiting for it.

@@ -37,6 +37,7 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     suite.kvm("ephemeral/migrate", migrate);
     suite.kvm("ephemeral/migrate_to_nowhere", migrate_to_nowhere);
+    suite.kvm("ephemeral/migrate_encrypted", migrate_encrypted);
     suite.kvm("ephemeral/disk_full", disk_full);
     suite.kvm("ephemeral/refused", refused);
     suite.kvm("ephemeral/asked_back", asked_back);
@@ -157,6 +158,37 @@ fn migrate_to_nowhere(lab: &Lab) -> Outcome {
     at_home(&home)?;
     checks_all(&home)?;
     home.quit()?;
+    serial_is_whole(lab)
+}
+
+/// Out to a destination that takes only encrypted migrations. Without the key the guest goes home; a key that will not do is
+/// found before it is borrowed.
+fn migrate_encrypted(lab: &Lab) -> Outcome {
+    let key = lab.key("key")?;
+    let secure = ["--encrypt", "aes256-gcm", "--psk-file", &key];
+    let mut home = home(lab, &["--backing", "memfd"])?;
+    let there = lab.receive("there", &[&secure[..], &["--serial", &lab.arg("serial")]].concat())?;
+    let out = format!("migrate:{}", there.address);
+    let reason = |trips: &[Value]| trips[0]["reason"].as_str().unwrap_or("").to_owned();
+    let (code, trips, _) = home.feature(&["--do", &out])?;
+    ensure(code == Some(1) && trips[0]["return"]["outcome"] == "completed", || format!("{code:?} {trips:?}"))?;
+    ensure_says(&reason(&trips), "takes only encrypted migrations")?;
+    let epoch = at_home(&home)?["epoch"].clone();
+    for (work, options, words) in [
+        (out.as_str(), &["--encrypt", "aes256-gcm", "--psk-file", "/no/such/key"][..], "No such file"),
+        (out.as_str(), &["--encrypt", "aes256-gcm"][..], "--encrypt needs"),
+        ("check", &secure[..], "--encrypt goes with --do migrate:URL"),
+    ] {
+        let (code, trips, _) = home.feature(&[&["--do", work], options].concat())?;
+        ensure(code == Some(1), || format!("{code:?} {trips:?}"))?;
+        ensure_says(&reason(&trips), words)?;
+        ensure(home.status()?["epoch"] == epoch, || format!("it was lent all the same: {trips:?}"))?;
+    }
+    let (code, trips, stderr) = home.feature(&[&["--do", &out], &secure[..]].concat())?;
+    ensure(code == Some(0) && trips[0]["result"]["outcome"] == "completed", || format!("{code:?} {trips:?} {stderr}"))?;
+    home.ended_well()?;
+    checks_all(&there)?;
+    there.quit()?;
     serial_is_whole(lab)
 }
 

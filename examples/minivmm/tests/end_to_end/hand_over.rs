@@ -37,6 +37,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("hand_over/paused", paused);
     suite.kvm("hand_over/across_the_hole_below_4_gib", across_the_hole);
     suite.kvm("hand_over/refused", refused);
+    suite.kvm("hand_over/encrypted", encrypted);
     suite.kvm("hand_over/then_away", then_away);
     for seed in 0..KILLS {
         suite.kvm(format!("hand_over/successor_dies/{seed}"), move |lab| successor_dies(lab, seed));
@@ -149,6 +150,31 @@ fn refused(lab: &Lab) -> Outcome {
     tcp.quit()?;
     other.quit()?;
     destination.quit()
+}
+
+/// Open files travel over no secure channel: refused before the guest is paused, whichever side encrypts.
+fn encrypted(lab: &Lab) -> Outcome {
+    let key = lab.key("key")?;
+    let secure = ["--encrypt", "aes256-gcm", "--psk-file", &key];
+    let mut source = lab.workload("source", "hot:size=8M", &["--backing", "memfd"])?;
+    let before = source.resources()?;
+    let closed = successor(lab, "closed", &secure)?;
+    for (options, words) in [
+        ([&HAND_OVER[..], &secure].concat(), "no encrypted channel can carry"),
+        (HAND_OVER.to_vec(), "takes only encrypted migrations"),
+    ] {
+        let answer = source.migrate(&closed.address, &options)?;
+        ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
+        ensure(answer.json["downtime_ms"].is_null(), || format!("it was paused: {answer:?}"))?;
+        ensure_says(answer.reason(), words)?;
+        source.works()?;
+        source.is_back_at(&before)?;
+    }
+    closed.quit()?;
+    let open = successor(lab, "open", &[])?;
+    source.migrate_well(&open.address, &HAND_OVER)?;
+    open.works()?;
+    open.quit()
 }
 
 /// A VM that was handed over migrates like any other, and its dirty pages are seen.

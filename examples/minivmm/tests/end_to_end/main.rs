@@ -10,6 +10,7 @@ mod common;
 mod contract;
 mod convergence;
 mod elf;
+mod encrypted;
 mod ephemeral;
 mod fail_safe;
 mod faults;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
     moves::add(&mut suite);
     contract::add(&mut suite);
     convergence::add(&mut suite);
+    encrypted::add(&mut suite);
     ephemeral::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);

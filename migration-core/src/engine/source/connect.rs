@@ -72,7 +72,8 @@ impl Engine<'_> {
         }
         if !self.connector().carries_files() {
             let address = self.connector().address();
-            return blocked(format!("RAM is shared over a Unix socket (unix:PATH), which {address} is not"));
+            let way = "over a Unix socket (unix:PATH) with nothing around it";
+            return blocked(format!("RAM is shared {way}, which the link to {address} is not"));
         }
         if self.options.fail_safe.is_some() {
             return blocked("no checkpoints are taken of RAM that is shared: leave fail-safe post-copy out".into());

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::{
     bench::{
+        encrypt::Link,
         guest::Guest,
         measure::{AFTER, BEFORE, FILL, ms},
         ours::{Options, Source, completed, receiver},
@@ -96,8 +97,9 @@ impl Chain {
         self.successors += 1;
         let name = format!("{}-{}", self.name, self.successors);
         let listen = format!("unix:{}", folder.path(&format!("{name}.ram")).display());
-        let (process, socket, url) = receiver(folder, &name, &listen, if cold { &["--cold"] } else { &[] })?;
-        Ok(Successor { process, socket, request: Request::Migrate(self.options.request(&url)?) })
+        let (process, socket, url) =
+            receiver(folder, &name, &listen, Link::Loopback, if cold { &["--cold"] } else { &[] })?;
+        Ok(Successor { process, socket, request: Request::Migrate(Box::new(self.options.request(&url)?)) })
     }
 
     /// Moves on to the successor; the process that it has left.

@@ -75,6 +75,7 @@ impl Guests {
             push_order: "linear".into(),
             bandwidth_bits: 0,
             fail_safe: "none".into(),
+            way: Default::default(),
         }
     }
 

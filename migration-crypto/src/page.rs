@@ -1,0 +1,237 @@
+//! Pages that rest elsewhere: in stores, at intermediaries, in checkpoints.
+
+use std::fmt;
+
+use migration_core::vm::VmId;
+use thiserror::Error;
+
+use crate::{
+    Suite,
+    aead::{AeadError, AeadKey, Backend, NONCE_LEN, TAG_LEN},
+    keys::Psk,
+    secret::Secret,
+};
+
+/// Bytes that a sealed page has beside the page: its nonce and its tag.
+pub const SEAL_OVERHEAD: usize = NONCE_LEN + TAG_LEN;
+/// Bytes of a nonce that are a sealer's own, drawn at random; the others count.
+const PREFIX: usize = 8;
+
+/// What pages are sealed for. Keys of one purpose are of no use for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Purpose {
+    /// Pages evicted to a store.
+    Store,
+    /// Pages on their way by intermediaries.
+    Transit,
+    /// Pages of a checkpoint.
+    Checkpoint,
+}
+
+impl Purpose {
+    fn name(self) -> &'static [u8] {
+        match self {
+            Self::Store => b"store",
+            Self::Transit => b"transit",
+            Self::Checkpoint => b"checkpoint",
+        }
+    }
+}
+
+/// Why a page could not be sealed or opened.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PageError {
+    /// It is not what was sealed for this VM, page and generation: changed, swapped, of another time, or made up.
+    #[error("the page is not what was sealed for this VM, address and generation")]
+    NotAuthentic,
+    /// It is shorter than any sealed page.
+    #[error("a sealed page of {0} bytes is too short to be one")]
+    TooShort(usize),
+    /// No random bytes, or the cipher failed.
+    #[error("cryptography failed")]
+    Crypto,
+}
+
+/// Seals pages so that who keeps them can neither read, change, swap nor replay them, nor make any up.
+///
+/// A page is bound to its VM, its address and its generation, all of which the opener has to know from elsewhere. What is
+/// sealed twice looks different each time.
+///
+/// **Convergent** sealing ([`convergent`](PageSealer::convergent)) makes equal pages equal when sealed, also those of several VMs,
+/// for stores that keep each content once. Whoever sees the store then sees *which pages are equal*, over time and
+/// across VMs, and who can write pages of one VM can find out whether another VM has a page of a guessed content. It is
+/// not bound to addresses either: the store could swap pages unless a trusted index names each by its hash. Only
+/// for VMs that trust each other.
+pub struct PageSealer {
+    key: Box<dyn AeadKey>,
+    mode: Mode,
+}
+
+enum Mode {
+    Bound { vm: VmId, prefix: [u8; PREFIX], counter: u32 },
+    Convergent { nonces: Secret },
+}
+
+impl PageSealer {
+    /// For the pages of `vm`. Sealers of the same key, VM and purpose open each other's pages.
+    ///
+    /// # Errors
+    /// When the operating system has no random bytes to give.
+    pub fn new(
+        master: &Psk,
+        vm: VmId,
+        purpose: Purpose,
+        suite: Suite,
+        backend: &dyn Backend,
+    ) -> Result<Self, PageError> {
+        let secret = master.0.derive(&[b"pages", purpose.name(), &vm.0]);
+        Ok(Self { key: key(&secret, suite, backend)?, mode: Mode::Bound { vm, prefix: prefix()?, counter: 0 } })
+    }
+
+    /// For the pages of all VMs of one trust domain, equal ones alike. Read what that tells others, above.
+    ///
+    /// # Errors
+    /// When the cipher refuses its key, which it does not.
+    pub fn convergent(
+        master: &Psk,
+        domain: &[u8],
+        purpose: Purpose,
+        suite: Suite,
+        backend: &dyn Backend,
+    ) -> Result<Self, PageError> {
+        let secret = master.0.derive(&[b"convergent pages", purpose.name(), domain]);
+        Ok(Self { key: key(&secret, suite, backend)?, mode: Mode::Convergent { nonces: secret.derive(&[b"nonces"]) } })
+    }
+
+    /// Seals the page at page number `page`, as it is in `generation`: nonce, sealed bytes, tag.
+    ///
+    /// # Errors
+    /// When the operating system has no random bytes to give, once in 2³² pages.
+    pub fn seal(&mut self, page: u64, generation: u64, content: &[u8]) -> Result<Vec<u8>, PageError> {
+        let mut nonce = [0; NONCE_LEN];
+        match &mut self.mode {
+            // NIST SP 800-38D, 8.2.1 with a fixed field that is random: it comes twice only if two sealers draw the same
+            Mode::Bound { prefix: own, counter, .. } => {
+                nonce[..PREFIX].copy_from_slice(own);
+                nonce[PREFIX..].copy_from_slice(&counter.to_le_bytes());
+                match counter.checked_add(1) {
+                    Some(next) => *counter = next,
+                    None => (*own, *counter) = (prefix()?, 0),
+                }
+            }
+            // what is the same nonce is the same content, but for a collision of 96 bits
+            Mode::Convergent { nonces } => {
+                let hash = Secret::extract(nonces.bytes(), content);
+                nonce.copy_from_slice(&hash.bytes()[..NONCE_LEN]);
+            }
+        }
+        let mut sealed = Vec::with_capacity(content.len() + SEAL_OVERHEAD);
+        sealed.extend_from_slice(&nonce);
+        sealed.extend_from_slice(content);
+        let bound = self.bound(page, generation);
+        let tag = self.key.seal(&nonce, &bound, &mut sealed[NONCE_LEN..]).map_err(|AeadError| PageError::Crypto)?;
+        sealed.extend_from_slice(&tag);
+        Ok(sealed)
+    }
+
+    /// Opens what [`seal`](PageSealer::seal) made, in place; the page.
+    ///
+    /// # Errors
+    /// When it is anything else than that. `sealed` then holds nothing of use.
+    pub fn open<'a>(&self, page: u64, generation: u64, sealed: &'a mut [u8]) -> Result<&'a [u8], PageError> {
+        if sealed.len() < SEAL_OVERHEAD {
+            return Err(PageError::TooShort(sealed.len()));
+        }
+        let (nonce, rest) = sealed.split_first_chunk_mut().ok_or(PageError::TooShort(0))?;
+        self.key.open(nonce, &self.bound(page, generation), rest).map_err(|AeadError| PageError::NotAuthentic)?;
+        Ok(&rest[..rest.len() - TAG_LEN])
+    }
+
+    /// What a page is bound to.
+    fn bound(&self, page: u64, generation: u64) -> Vec<u8> {
+        match &self.mode {
+            Mode::Bound { vm, .. } => [&vm.0[..], &page.to_le_bytes(), &generation.to_le_bytes()].concat(),
+            Mode::Convergent { .. } => Vec::new(),
+        }
+    }
+}
+
+impl fmt::Debug for PageSealer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageSealer").finish_non_exhaustive()
+    }
+}
+
+fn key(secret: &Secret, suite: Suite, backend: &dyn Backend) -> Result<Box<dyn AeadKey>, PageError> {
+    secret.key(suite, backend).map_err(|AeadError| PageError::Crypto)
+}
+
+fn prefix() -> Result<[u8; PREFIX], PageError> {
+    let mut prefix = [0; PREFIX];
+    getrandom::fill(&mut prefix).map_err(|_| PageError::Crypto)?;
+    Ok(prefix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aead::RustCrypto;
+
+    const PAGE: [u8; 4096] = [0x5a; 4096];
+
+    fn sealer(vm: u8, purpose: Purpose) -> PageSealer {
+        PageSealer::new(&Psk::new([1; 32]), VmId([vm; 16]), purpose, Suite::Aes256Gcm, &RustCrypto).unwrap()
+    }
+
+    #[test]
+    fn a_page_opens_only_as_what_it_is() {
+        let mut here = sealer(1, Purpose::Store);
+        let sealed = here.seal(7, 3, &PAGE).unwrap();
+        assert_eq!(sealed.len(), PAGE.len() + SEAL_OVERHEAD);
+        let open = |sealer: &PageSealer, page, generation, mut bytes: Vec<u8>| {
+            sealer.open(page, generation, &mut bytes).map(<[u8]>::to_vec)
+        };
+        assert_eq!(open(&sealer(1, Purpose::Store), 7, 3, sealed.clone()).unwrap(), PAGE);
+        let no = Err(PageError::NotAuthentic);
+        assert_eq!(open(&here, 8, 3, sealed.clone()), no);
+        assert_eq!(open(&here, 7, 2, sealed.clone()), no);
+        assert_eq!(open(&sealer(2, Purpose::Store), 7, 3, sealed.clone()), no);
+        assert_eq!(open(&sealer(1, Purpose::Transit), 7, 3, sealed.clone()), no);
+        for at in (0..sealed.len()).step_by(97).chain([0, 11, 12, sealed.len() - 1]) {
+            let mut changed = sealed.clone();
+            changed[at] ^= 1;
+            assert_eq!(open(&here, 7, 3, changed), no);
+        }
+        assert_eq!(open(&here, 7, 3, sealed[..4000].to_vec()), no);
+        assert_eq!(open(&here, 7, 3, vec![0; 27]), Err(PageError::TooShort(27)));
+        assert_ne!(here.seal(7, 3, &PAGE).unwrap(), sealed);
+    }
+
+    #[test]
+    fn equal_pages_are_alike_only_inside_a_domain_that_wants_it() {
+        let domain = |name: &[u8]| {
+            PageSealer::convergent(&Psk::new([1; 32]), name, Purpose::Store, Suite::Aes256Gcm, &RustCrypto).unwrap()
+        };
+        let (mut here, mut there) = (domain(b"a"), domain(b"a"));
+        let sealed = here.seal(1, 1, &PAGE).unwrap();
+        assert_eq!(there.seal(2, 9, &PAGE).unwrap(), sealed);
+        assert_ne!(domain(b"b").seal(1, 1, &PAGE).unwrap(), sealed);
+        let mut other = PAGE;
+        other[4095] = 0;
+        assert_ne!(here.seal(1, 1, &other).unwrap()[..NONCE_LEN], sealed[..NONCE_LEN]);
+        assert_eq!(there.open(5, 5, &mut sealed.clone()).unwrap(), PAGE);
+    }
+
+    #[test]
+    fn nonces_go_on_with_a_new_prefix() {
+        let mut sealer = sealer(1, Purpose::Store);
+        if let Mode::Bound { counter, .. } = &mut sealer.mode {
+            *counter = u32::MAX;
+        }
+        let [last, first] = [0; 2].map(|_| sealer.seal(0, 0, &PAGE).unwrap());
+        assert_ne!(last[..PREFIX], first[..PREFIX]);
+        assert_eq!(first[PREFIX..NONCE_LEN], [0; 4]);
+    }
+}

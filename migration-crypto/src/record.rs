@@ -1,0 +1,345 @@
+//! Records: what a lane's bytes become on the wire, without I/O.
+//!
+//! A record is a header of 8 bytes, the sealed plaintext, and a tag of 16 bytes.
+//!
+//! | at | | |
+//! |---|---|---|
+//! | 0 | `u32` | bits 0 to 23: bytes of plaintext; bit 24: the stream ends here; the others 0 |
+//! | 4 | `u32` | number of the key |
+//!
+//! The header is authenticated (it is the AAD). The nonce is the number of the key and that of the record, counted from the beginning
+//! of the direction and not sent: a record that is replayed, dropped or moved meets the wrong nonce, hence does not open. Each
+//! direction of each lane has a secret of its own, and each key of the direction comes from the one before by HKDF, so a
+//! nonce comes once under its key by construction.
+
+use migration_core::RamSlice;
+use thiserror::Error;
+
+use crate::{
+    Suite,
+    aead::{AeadError, AeadKey, Backend, NONCE_LEN, TAG_LEN},
+    secret::Secret,
+};
+
+/// Bytes in front of a record's plaintext.
+pub const HEADER_LEN: usize = 8;
+/// Bytes that a record has beside its plaintext.
+pub const OVERHEAD: usize = HEADER_LEN + TAG_LEN;
+/// Most bytes of plaintext in a record, whatever the sender's choice: what a receiver's buffer has to hold.
+pub const MAX_PLAINTEXT: usize = 1 << 20;
+/// Fewest bytes of plaintext that a sender's records may be limited to.
+pub const MIN_PLAINTEXT: usize = 64 << 10;
+
+const FINAL: u32 = 1 << 24;
+const LENGTH: u32 = FINAL - 1;
+
+/// When a key is replaced by the next. A sender's choice; a receiver follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyLimits {
+    /// Records under one key, at least 1.
+    pub records: u64,
+    /// Bytes under one key. A record that begins below the limit may end above it.
+    pub bytes: u64,
+    /// Keys of one direction of one lane. Once they are used up the lane ends with [`RecordError::Exhausted`].
+    pub keys: u32,
+}
+
+impl Default for KeyLimits {
+    /// 64 GiB a key. An attacker's advantage against GCM grows with the square of the blocks under one key; with 2³² of them
+    /// it is below 2⁻⁶⁰ (RFC 9001, appendix B, has the formulas). A key is replaced in a microsecond.
+    fn default() -> Self {
+        Self { records: 1 << 32, bytes: 64 << 30, keys: u32::MAX }
+    }
+}
+
+/// Why a record was refused, or could not be made. The lane ends with it.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RecordError {
+    /// Changed, replayed, dropped, out of order, of another lane or session: which of them cannot be told.
+    #[error("a record is not authentic: it was changed, replayed, dropped, reordered, or belongs to another lane")]
+    NotAuthentic,
+    /// Its header makes no sense.
+    #[error("a record's header makes no sense (is the peer encrypting?)")]
+    Header,
+    /// It names neither the present key nor the next.
+    #[error("a record names key {found}, key {expected} is in use")]
+    Key {
+        /// The key in use.
+        expected: u32,
+        /// What the header has.
+        found: u32,
+    },
+    /// A record after the closing one.
+    #[error("a record came after the last one")]
+    AfterEnd,
+    /// The stream ended without its closing record: something may have been cut off.
+    #[error("the stream was cut off: it ended without its closing record")]
+    Truncated,
+    /// All keys of this direction are used up; open a new lane.
+    #[error("all keys of this lane are used up: open a new one")]
+    Exhausted,
+    /// An earlier record failed, so this one cannot be trusted.
+    #[error("an earlier record of this lane failed")]
+    Broken,
+}
+
+/// The keys of one direction, one after another.
+struct Keys {
+    suite: Suite,
+    backend: &'static dyn Backend,
+    secret: Secret,
+    key: Box<dyn AeadKey>,
+    /// Which key it is.
+    number: u32,
+    /// Counts all records of the direction, whatever their key: one that is dropped before a change of keys is missed, too.
+    next: u64,
+}
+
+impl Keys {
+    fn new(suite: Suite, backend: &'static dyn Backend, secret: Secret) -> Result<Self, RecordError> {
+        let key = secret.key(suite, backend).map_err(|AeadError| RecordError::Broken)?;
+        Ok(Self { suite, backend, secret, key, number: 0, next: 0 })
+    }
+
+    /// Replaces the key. The one before cannot be found from it.
+    fn update(&mut self) -> Result<(), RecordError> {
+        self.number = self.number.checked_add(1).ok_or(RecordError::Exhausted)?;
+        self.secret = self.secret.derive(&[b"next key"]);
+        self.key = self.secret.key(self.suite, self.backend).map_err(|AeadError| RecordError::Broken)?;
+        Ok(())
+    }
+
+    /// The nonce of the next record.
+    fn nonce(&mut self) -> Result<[u8; NONCE_LEN], RecordError> {
+        let mut nonce = [0; NONCE_LEN];
+        nonce[..4].copy_from_slice(&self.number.to_le_bytes());
+        nonce[4..].copy_from_slice(&self.next.to_le_bytes());
+        self.next = self.next.checked_add(1).ok_or(RecordError::Exhausted)?;
+        Ok(nonce)
+    }
+}
+
+/// Seals the records of one direction, in order.
+pub(crate) struct RecordSealer {
+    keys: Keys,
+    limits: KeyLimits,
+    /// Under the present key.
+    records: u64,
+    bytes: u64,
+    state: State,
+}
+
+/// Opens the records of one direction, in order.
+pub(crate) struct RecordOpener {
+    keys: Keys,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Ended,
+    Broken,
+}
+
+impl State {
+    fn check(self) -> Result<(), RecordError> {
+        match self {
+            Self::Open => Ok(()),
+            Self::Ended => Err(RecordError::AfterEnd),
+            Self::Broken => Err(RecordError::Broken),
+        }
+    }
+}
+
+impl RecordSealer {
+    pub(crate) fn new(
+        suite: Suite,
+        backend: &'static dyn Backend,
+        secret: Secret,
+        limits: KeyLimits,
+    ) -> Result<Self, RecordError> {
+        Ok(Self { keys: Keys::new(suite, backend, secret)?, limits, records: 0, bytes: 0, state: State::Open })
+    }
+
+    /// Seals a record in place. `record` has [`HEADER_LEN`] bytes of room, at most [`MAX_PLAINTEXT`] of plaintext, and room
+    /// for the tag.
+    pub(crate) fn seal(&mut self, record: &mut [u8], last: bool) -> Result<(), RecordError> {
+        self.seal_or_break(record, None, last)
+    }
+
+    /// Seals guest memory into `record`, which has [`OVERHEAD`] bytes more than that.
+    pub(crate) fn seal_from(&mut self, from: RamSlice<'_>, record: &mut [u8]) -> Result<(), RecordError> {
+        self.seal_or_break(record, Some(from), false)
+    }
+
+    fn seal_or_break(&mut self, record: &mut [u8], from: Option<RamSlice<'_>>, last: bool) -> Result<(), RecordError> {
+        self.state.check()?;
+        let sealed = self.seal_next(record, from, last);
+        self.state = match sealed {
+            Ok(()) if last => State::Ended,
+            Ok(()) => State::Open,
+            Err(_) => State::Broken,
+        };
+        sealed
+    }
+
+    fn seal_next(&mut self, record: &mut [u8], from: Option<RamSlice<'_>>, last: bool) -> Result<(), RecordError> {
+        let len = record.len().checked_sub(OVERHEAD).filter(|&len| len <= MAX_PLAINTEXT).ok_or(RecordError::Header)?;
+        if self.records >= self.limits.records || self.bytes >= self.limits.bytes {
+            if self.keys.number.saturating_add(1) >= self.limits.keys {
+                return Err(RecordError::Exhausted);
+            }
+            self.keys.update()?;
+            (self.records, self.bytes) = (0, 0);
+        }
+        let header = Header { len, last, key: self.keys.number }.encode();
+        let nonce = self.keys.nonce()?;
+        let (head, rest) = record.split_at_mut(HEADER_LEN);
+        let (data, tag) = rest.split_at_mut(len);
+        head.copy_from_slice(&header);
+        let sealed = match from {
+            Some(from) => self.keys.key.seal_from(&nonce, &header, from, data),
+            None => self.keys.key.seal(&nonce, &header, data),
+        };
+        tag.copy_from_slice(&sealed.map_err(|AeadError| RecordError::Broken)?);
+        self.records += 1;
+        self.bytes = self.bytes.saturating_add(len as u64);
+        Ok(())
+    }
+}
+
+impl RecordOpener {
+    pub(crate) fn new(suite: Suite, backend: &'static dyn Backend, secret: Secret) -> Result<Self, RecordError> {
+        Ok(Self { keys: Keys::new(suite, backend, secret)?, state: State::Open })
+    }
+
+    /// Whether the closing record has come.
+    pub(crate) fn ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// How many bytes follow this header, which is not authenticated yet: a bound, and no more.
+    pub(crate) fn following(&self, header: &[u8; HEADER_LEN]) -> Result<usize, RecordError> {
+        self.state.check()?;
+        Ok(Header::decode(header)?.len + TAG_LEN)
+    }
+
+    /// Opens the record of this header in place; the plaintext is the beginning of `sealed`, all but [`TAG_LEN`] bytes.
+    pub(crate) fn open(&mut self, header: &[u8; HEADER_LEN], sealed: &mut [u8]) -> Result<(), RecordError> {
+        self.open_or_break(header, sealed, None)
+    }
+
+    /// Opens it into guest memory, which has the length of its plaintext.
+    pub(crate) fn open_into(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: RamSlice<'_>,
+    ) -> Result<(), RecordError> {
+        self.open_or_break(header, sealed, Some(to))
+    }
+
+    fn open_or_break(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: Option<RamSlice<'_>>,
+    ) -> Result<(), RecordError> {
+        self.state.check()?;
+        let opened = self.open_next(header, sealed, to);
+        self.state = match opened {
+            Ok(true) => State::Ended,
+            Ok(false) => State::Open,
+            Err(_) => State::Broken,
+        };
+        opened.map(drop)
+    }
+
+    fn open_next(
+        &mut self,
+        header: &[u8; HEADER_LEN],
+        sealed: &mut [u8],
+        to: Option<RamSlice<'_>>,
+    ) -> Result<bool, RecordError> {
+        let Header { len, last, key } = Header::decode(header)?;
+        if sealed.len() != len + TAG_LEN {
+            return Err(RecordError::Header);
+        }
+        let expected = self.keys.number;
+        if key != expected {
+            // forward only, and one at a time: a forged number makes no work, and nothing is opened after it
+            if Some(key) != expected.checked_add(1) {
+                return Err(RecordError::Key { expected, found: key });
+            }
+            self.keys.update()?;
+        }
+        let nonce = self.keys.nonce()?;
+        let opened = match to {
+            Some(to) => self.keys.key.open_into(&nonce, header, sealed, to),
+            None => self.keys.key.open(&nonce, header, sealed),
+        };
+        opened.map_err(|AeadError| RecordError::NotAuthentic)?;
+        Ok(last)
+    }
+}
+
+#[doc(hidden)]
+pub mod fixed_key {
+    //! Records under a key of no secrecy, to measure and to fuzz them.
+
+    use std::{io, sync::Arc};
+
+    use migration_core::channel::{ReadHalf, WriteHalf};
+
+    use super::*;
+    use crate::channel::{SecureReader, SecureWriter};
+
+    const KEY: [u8; 32] = [1; 32];
+
+    pub fn writer(
+        inner: Box<dyn WriteHalf>,
+        suite: Suite,
+        backend: &'static dyn Backend,
+        record_bytes: usize,
+        limits: KeyLimits,
+    ) -> io::Result<impl WriteHalf> {
+        let sealer = RecordSealer::new(suite, backend, Secret::new(KEY), limits)?;
+        Ok(SecureWriter::new(inner, sealer, record_bytes, Arc::default()))
+    }
+
+    pub fn reader(inner: Box<dyn ReadHalf>, suite: Suite, backend: &'static dyn Backend) -> io::Result<impl ReadHalf> {
+        Ok(SecureReader::new(inner, RecordOpener::new(suite, backend, Secret::new(KEY))?))
+    }
+}
+
+struct Header {
+    len: usize,
+    last: bool,
+    key: u32,
+}
+
+impl Header {
+    fn encode(&self) -> [u8; HEADER_LEN] {
+        // the length is at most MAX_PLAINTEXT
+        let first = self.len as u32 | if self.last { FINAL } else { 0 };
+        let mut bytes = [0; HEADER_LEN];
+        bytes[..4].copy_from_slice(&first.to_le_bytes());
+        bytes[4..].copy_from_slice(&self.key.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Self, RecordError> {
+        let [a, b, c, d, e, f, g, h] = *bytes;
+        let (first, key) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        let len = (first & LENGTH) as usize;
+        if first & !(LENGTH | FINAL) != 0 || len > MAX_PLAINTEXT {
+            return Err(RecordError::Header);
+        }
+        Ok(Self { len, last: first & FINAL != 0, key })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+//! TLS with certificates on both sides.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
+use tempfile::TempDir;
+
+use super::*;
+use crate::{KeyError, TlsIdentity};
+
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    /// A folder for a host of this name, as users have it.
+    fn folder(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        change(&mut params);
+        let certificate = params.signed_by(&key, &self.0).unwrap();
+        fs::write(folder.path().join("ca.pem"), self.0.pem()).unwrap();
+        fs::write(folder.path().join("cert.pem"), certificate.pem()).unwrap();
+        let path = folder.path().join("key.pem");
+        fs::write(&path, key.serialize_pem()).unwrap();
+        fs::set_permissions(path, PermissionsExt::from_mode(0o600)).unwrap();
+        folder
+    }
+
+    fn security(&self, name: &str, peer: &str) -> Security {
+        tls(&self.folder(name, |_| {}), peer)
+    }
+}
+
+fn tls(folder: &TempDir, peer: &str) -> Security {
+    Security::new(Credentials::Tls(TlsIdentity::load(folder.path(), peer).unwrap()))
+}
+
+#[test]
+fn certificates_of_one_authority_work() {
+    let authority = Authority::new();
+    let mut pair = Pair::new(authority.security("source", "destination"), authority.security("destination", "any"));
+    for kind in [LaneKind::Control, LaneKind::Bulk, LaneKind::Reattach, LaneKind::Control] {
+        let (mut here, mut there) = pair.open_well(kind);
+        there.writer.write_all(b"answer", &[]).unwrap();
+        let mut got = [0; 6];
+        here.reader.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"answer");
+    }
+}
+
+#[test]
+fn wrong_certificates_are_refused() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let old = ours.folder("destination", |params| params.not_after = date_time_ymd(2001, 1, 1));
+    let old_source = ours.folder("source", |params| params.not_after = date_time_ymd(2001, 1, 1));
+    let good = || ours.security("source", "destination");
+    let there = || ours.security("destination", "any");
+    for (what, source, destination) in [
+        ("another name", ours.security("source", "elsewhere"), there()),
+        ("another authority", good(), theirs.security("destination", "any")),
+        ("a source of another authority", theirs.security("source", "destination"), there()),
+        ("expired", good(), tls(&old, "any")),
+        ("an expired source", tls(&old_source, "destination"), there()),
+        (
+            "no cipher",
+            Security { suites: vec![Suite::Aes128Gcm], ..good() },
+            Security { suites: vec![Suite::Aes256Gcm], ..there() },
+        ),
+    ] {
+        let (here, there) = Pair::new(source, destination).open(LaneKind::Control);
+        let (here, there) = (here.err().unwrap(), there.err().unwrap());
+        assert!(matches!(why(&here), HandshakeError::Tls(_)), "{what}: {here}");
+        assert!(!here.to_string().is_empty() && !there.to_string().is_empty(), "{what}");
+    }
+}
+
+#[test]
+fn other_kinds_of_peers_are_refused() {
+    let authority = Authority::new();
+    let (here, there) = Pair::new(authority.security("source", "destination"), psk(1)).open(LaneKind::Control);
+    assert!(matches!(why(&there.err().unwrap()), HandshakeError::Credentials { .. }));
+    assert!(here.err().unwrap().to_string().contains("comes with a TLS certificate"));
+    let (here, there) = Pair::new(psk(1), authority.security("destination", "any")).open(LaneKind::Control);
+    assert!(matches!(why(&there.err().unwrap()), HandshakeError::Credentials { .. }));
+    assert!(here.err().unwrap().to_string().contains("wants a TLS certificate"));
+}
+
+#[test]
+fn bad_folders_are_refused() {
+    let authority = Authority::new();
+    let change = |file: &'static str, text: Option<&str>, mode: u32| {
+        let folder = authority.folder("destination", |_| {});
+        let path: PathBuf = folder.path().join(file);
+        match text {
+            Some(text) => fs::write(&path, text).unwrap(),
+            None if mode == 0 => fs::remove_file(&path).unwrap(),
+            None => fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap(),
+        }
+        TlsIdentity::load(folder.path(), "peer").unwrap_err()
+    };
+    for file in ["ca.pem", "cert.pem", "key.pem"] {
+        assert!(matches!(change(file, None, 0), KeyError::File { .. }), "{file}");
+        assert!(matches!(change(file, Some("nothing"), 0), KeyError::Certificate { .. }), "{file}");
+    }
+    assert!(matches!(change("key.pem", None, 0o640), KeyError::Exposed { .. }));
+    // a key that is not the certificate's
+    let other = KeyPair::generate().unwrap().serialize_pem();
+    assert!(matches!(change("key.pem", Some(&other), 0), KeyError::Certificate { .. }));
+    let folder = authority.folder("destination", |_| {});
+    assert!(matches!(TlsIdentity::load(folder.path(), "no name!"), Err(KeyError::Certificate { .. })));
+}
