@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use migration_core::channel::Connector;
 use migration_crypto::{
-    Credentials, KeyError, Psk, PublicKey, Security, StaticKey, Suite, TlsIdentity,
+    Credentials, KeyError, Psk, PublicKey, Security, SourceSession, StaticKey, Suite, TlsIdentity,
     aead::{self, Backend, RustCrypto},
     keys,
 };
@@ -153,6 +154,14 @@ impl Encryption {
             }
             _ => None,
         })
+    }
+}
+
+/// The channels of `link`, in the session if there is one.
+pub(crate) fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn Connector> {
+    match session {
+        Some(session) => Box::new(session.connector(link)),
+        None => link,
     }
 }
 

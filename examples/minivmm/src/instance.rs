@@ -16,7 +16,6 @@ use lend::Lent;
 pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
-    channel::Connector,
     engine::{
         self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
         SnapshotOptions, SourceOptions,
@@ -41,6 +40,7 @@ use crate::{
     checkpoints::{Folder, Protection},
     cli::StrategyKind,
     control::{MigrateRequest, Request, SnapshotRequest},
+    encryption::secured,
     refresh::{self, Place, Plan},
     report,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
@@ -503,11 +503,9 @@ impl Instance {
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
         if strategy.shares_ram() && session.is_some() {
-            return Err(
-                "migrate: a hand-over passes open files to a process of this machine, which no encrypted channel can \
-                        carry: leave --encrypt out, at both ends"
-                    .into(),
-            );
+            let why =
+                "a hand-over passes open files to a process of this machine, which no encrypted channel can carry";
+            return Err(format!("migrate: {why}: leave --encrypt out, at both ends"));
         }
         let machine = self.home("migrate")?;
         let (tx, updates) = mpsc::channel();
@@ -661,14 +659,6 @@ impl Instance {
         state.exit = state.exit.or(exit);
         drop(state);
         self.changed.notify_all();
-    }
-}
-
-/// The channels of `link`, in the session if there is one.
-fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn Connector> {
-    match session {
-        Some(session) => Box::new(session.connector(link)),
-        None => link,
     }
 }
 
