@@ -1,0 +1,142 @@
+//! `minivmm eval encryption`: what ciphers cost, after Hu et al. 2015: by strategy, workload, link and core.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | plan.rs | which migrations there are, in which order |
+//! | run.rs | one of them |
+//! | cage.rs | a part of a core for a process |
+//! | stream.rs | a stream beside the migration |
+//! | report.rs | medians, tables, CSV, and what the paper has |
+//! | html.rs | all of it as one page |
+
+mod cage;
+mod html;
+mod plan;
+mod report;
+mod run;
+mod stream;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use cage::Cage;
+use clap::Args;
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use plan::{Cell, Core, Kind, Net};
+use report::Figures;
+use run::Means;
+
+use super::SECTION;
+use crate::bench::{attempt, encrypt::Shaper, figures::Machine, output, process::Folder, tell};
+
+/// How it is measured and shown.
+#[derive(Debug, Args)]
+pub(super) struct EncryptionEval {
+    /// A part of it, one run each: not aes128-gcm, guests with 256 MiB, no stream, full cores.
+    #[arg(long)]
+    quick: bool,
+    /// Runs of each kind; figures are their medians.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with = "quick")]
+    repeat: u32,
+    /// Of the guests' data.
+    #[arg(long, default_value_t = 1)]
+    seed: u32,
+    /// Measure only this: a cipher, strategy, workload (`writer-64`, or `writer` for all of them), link or core. Can be given several times.
+    #[arg(long, value_name = "WORD")]
+    only: Vec<String>,
+    /// Write all figures, raw ones too, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write every run as a line of a table.
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write a page with all tables and plots that needs no other file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the medians into this Markdown file, between the lines `<!-- eval:begin -->` and `<!-- eval:end -->`.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// So many bytes stand for a MiB: to try the measurement itself.
+    #[arg(long, hide = true, default_value = "1M", value_parser = crate::cli::size)]
+    unit: u64,
+}
+
+/// Finds out what this machine can do, and leaves out of the plan what it cannot; why.
+fn means(args: &EncryptionEval, cells: &mut Vec<Cell>) -> (Means, Option<Shaper>, Vec<String>) {
+    let mut left_out = Vec::new();
+    let mut leave = |what: &str, why: String, out: &dyn Fn(&Cell) -> bool| {
+        let before = cells.len();
+        cells.retain(|cell| !out(cell));
+        if cells.len() < before {
+            left_out.push(format!("{what}, as {why}"));
+        }
+    };
+    let caged = ["source", "destination"].iter().try_for_each(|name| Cage::new(name, Core::Half.percent()).map(drop));
+    if let Err(why) = &caged {
+        let what = "half cores (and a full one is what the scheduler gives)";
+        leave(what, format!("no control group can be made: {why}"), &|cell| cell.core == Core::Half);
+    }
+    let shaper = Shaper::new("1gbit");
+    if let Err(why) = &shaper {
+        let what = "the stream over 1 Gbit/s (and the migrations keep to that by themselves)";
+        let is_stream = |cell: &Cell| cell.work.kind == Kind::Stream && cell.net == Net::Gigabit;
+        leave(what, format!("there is no network namespace: {why}"), &is_stream);
+    }
+    let means = Means { shaped: shaper.is_ok(), caged: caged.is_ok(), unit: args.unit, seed: args.seed };
+    (means, shaper.ok(), left_out)
+}
+
+fn write(path: Option<&Path>, text: impl FnOnce() -> Result<String, String>) -> Result<(), String> {
+    let Some(path) = path else { return Ok(()) };
+    fs::write(path, text()?).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Says that it can be written, before hours go into it.
+fn check_files(args: &EncryptionEval) -> Result<(), String> {
+    for path in [&args.json, &args.csv, &args.html].into_iter().flatten() {
+        let open = fs::OpenOptions::new().append(true).create(true).open(path);
+        open.map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    args.markdown.as_ref().map_or(Ok(()), |path| output::check_section(path, SECTION))
+}
+
+pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
+    check_files(args)?;
+    let mut cells = plan::cells(args.quick);
+    plan::keep(&mut cells, &args.only)?;
+    // the link lasts until the end
+    let (means, _link, left_out) = means(args, &mut cells);
+    left_out.iter().for_each(|what| eprintln!("left out: {what}"));
+    let repeats = if args.quick { 1 } else { args.repeat };
+    let estimate = cells.iter().map(Cell::seconds).sum::<f64>() * f64::from(repeats);
+    let runs = cells.len() * repeats as usize;
+    let about = HumanDuration(std::time::Duration::from_secs_f64(estimate));
+    eprintln!("{runs} migrations, about {about:#} in all; each has {} s", run::LIMIT.as_secs());
+    let bar = ProgressBar::new(runs as u64);
+    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len}, {eta} left, {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let (folder, began) = (Folder::new()?, Instant::now());
+    let mut figures = Figures::new(Machine::here(None), args.seed, &means, estimate, left_out);
+    for repeat in 0..repeats {
+        for cell in &cells {
+            tell(&bar, &format!("{cell} ({})", repeat + 1));
+            let run = attempt(&bar, &mut figures.failures, || run::run(&folder, cell, repeat, &means))?;
+            if run.guest_errors > 0 {
+                return Err(format!("the guest found {} wrong pages after {cell}", run.guest_errors));
+            }
+            tell(&bar, &format!("    {}", run.brief()));
+            figures.runs.push(run);
+            bar.inc(1);
+        }
+    }
+    figures.took_s = began.elapsed().as_secs_f64().round();
+    bar.finish_and_clear();
+    print!("{}", figures.text());
+    write(args.json.as_deref(), || Ok(format!("{:#}\n", figures.json())))?;
+    write(args.csv.as_deref(), || Ok(figures.csv()))?;
+    write(args.html.as_deref(), || html::page(&figures))?;
+    args.markdown.as_ref().map_or(Ok(()), |path| output::write_section(path, SECTION, &figures.markdown()))
+}
