@@ -21,10 +21,8 @@ impl Cage {
     pub(super) fn new(name: &str, percent: u64) -> Result<Self, String> {
         let root = Path::new("/sys/fs/cgroup");
         let second = root.join("cgroup.controllers").exists();
-        let (parent, name) = (if second { root.to_owned() } else { root.join("cpu") }, format!("minivmm-eval-{name}"));
-        let folder = parent.join(name);
-        // one that was killed may have left it
-        let _ = fs::remove_dir(&folder);
+        let parent = if second { root.to_owned() } else { root.join("cpu") };
+        let folder = parent.join(format!("minivmm-eval-{}-{name}", std::process::id()));
         fs::create_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         let cage = Self(folder);
         let quota = PERIOD * percent / 100;
@@ -47,7 +45,7 @@ impl Cage {
 
 impl Drop for Cage {
     fn drop(&mut self) {
-        // one that is left over has no process and costs nothing
+        // one that is left over holds nobody
         let _ = fs::remove_dir(&self.0);
     }
 }

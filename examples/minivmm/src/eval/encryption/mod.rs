@@ -67,26 +67,22 @@ pub(super) struct EncryptionEval {
 /// Finds out what this machine can do, and leaves out of the plan what it cannot; why.
 fn means(args: &EncryptionEval, cells: &mut Vec<Cell>) -> (Means, Option<Shaper>, Vec<String>) {
     let mut left_out = Vec::new();
-    let mut leave = |what: &str, why: String, out: &dyn Fn(&Cell) -> bool| {
-        let before = cells.len();
-        cells.retain(|cell| !out(cell));
-        if cells.len() < before {
-            left_out.push(format!("{what}, as {why}"));
-        }
-    };
     let caged = ["source", "destination"].iter().try_for_each(|name| Cage::new(name, Core::Half.percent()).map(drop));
     if let Err(why) = &caged {
-        let what = "half cores (and a full one is what the scheduler gives)";
-        leave(what, format!("no control group can be made: {why}"), &|cell| cell.core == Core::Half);
+        left_out.push(format!(
+            "half cores (and a full one is what the scheduler gives), as no control group can be made: {why}"
+        ));
+        cells.retain(|cell| cell.core != Core::Half);
     }
-    let shaper = Shaper::new("1gbit");
+    // nobody else's is disturbed for nothing
+    let needed = cells.iter().any(|cell| cell.net == Net::Gigabit);
+    let shaper = needed.then(|| Shaper::new("1gbit")).transpose();
     if let Err(why) = &shaper {
-        let what = "the stream over 1 Gbit/s (and the migrations keep to that by themselves)";
-        let is_stream = |cell: &Cell| cell.work.kind == Kind::Stream && cell.net == Net::Gigabit;
-        leave(what, format!("there is no network namespace: {why}"), &is_stream);
+        left_out.push(format!("the stream over 1 Gbit/s (and migrations keep to that by themselves), as there is no network namespace: {why}"));
+        cells.retain(|cell| (cell.work.kind, cell.net) != (Kind::Stream, Net::Gigabit));
     }
     let means = Means { shaped: shaper.is_ok(), caged: caged.is_ok(), unit: args.unit, seed: args.seed };
-    (means, shaper.ok(), left_out)
+    (means, shaper.ok().flatten(), left_out)
 }
 
 fn write(path: Option<&Path>, text: impl FnOnce() -> Result<String, String>) -> Result<(), String> {
