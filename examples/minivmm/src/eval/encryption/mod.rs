@@ -114,25 +114,51 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     let bar = ProgressBar::new(runs as u64);
     let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len}, {eta} left, {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let (folder, began) = (Folder::new()?, Instant::now());
+    let began = Instant::now();
     let mut figures = Figures::new(Machine::here(None), args.seed, &means, estimate, left_out);
-    for repeat in 0..repeats {
-        for cell in &cells {
-            tell(&bar, &format!("{cell} ({})", repeat + 1));
-            let run = attempt(&bar, &mut figures.failures, || run::run(&folder, cell, repeat, &means))?;
-            if run.guest_errors > 0 {
-                return Err(format!("the guest found {} wrong pages after {cell}", run.guest_errors));
-            }
-            tell(&bar, &format!("    {}", run.brief()));
-            figures.runs.push(run);
-            bar.inc(1);
-        }
-    }
+    let result = measure(&bar, &cells, repeats, &means, args.csv.as_deref(), &mut figures);
     figures.took_s = began.elapsed().as_secs_f64().round();
     bar.finish_and_clear();
     print!("{}", figures.text());
     write(args.json.as_deref(), || Ok(format!("{:#}\n", figures.json())))?;
-    write(args.csv.as_deref(), || Ok(figures.csv()))?;
     write(args.html.as_deref(), || html::page(&figures))?;
-    args.markdown.as_ref().map_or(Ok(()), |path| output::write_section(path, SECTION, &figures.markdown()))
+    if let Some(path) = &args.markdown {
+        output::write_section(path, SECTION, &figures.markdown())?;
+    }
+    result
+}
+
+/// Does all runs, and writes each as soon as it is done: it may take hours. What fails twice is left out, and an error in the end.
+fn measure(
+    bar: &ProgressBar,
+    cells: &[Cell],
+    repeats: u32,
+    means: &Means,
+    csv: Option<&Path>,
+    figures: &mut Figures,
+) -> Result<(), String> {
+    let folder = Folder::new()?;
+    let mut failed = 0;
+    for repeat in 0..repeats {
+        for cell in cells {
+            tell(bar, &format!("{cell} ({})", repeat + 1));
+            match attempt(bar, &mut figures.failures, || run::run(&folder, cell, repeat, means)) {
+                Ok(run) => {
+                    tell(bar, &format!("    {}", run.brief()));
+                    let wrong = run.guest_errors;
+                    figures.runs.push(run);
+                    write(csv, || Ok(figures.csv()))?;
+                    if wrong > 0 {
+                        return Err(format!("the guest found {wrong} wrong pages after {cell}"));
+                    }
+                }
+                Err(why) => {
+                    figures.left_out.push(format!("{cell} ({}), as it failed again: {why}", repeat + 1));
+                    failed += 1;
+                }
+            }
+            bar.inc(1);
+        }
+    }
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} of the migrations failed twice")) }
 }
