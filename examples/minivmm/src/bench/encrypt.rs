@@ -94,7 +94,7 @@ pub(crate) enum Link {
     /// As fast as it goes.
     #[default]
     Loopback,
-    /// 10 Gbit/s to a network namespace, where the destination is.
+    /// To a network namespace, where the destination is, at the rate of its [`Shaper`].
     Shaped,
     /// Loopback, and each tool is told to keep to 10 Gbit/s: where there can be no namespace.
     Limited,
@@ -102,7 +102,7 @@ pub(crate) enum Link {
 
 impl Link {
     /// The destination's address.
-    pub(super) fn host(self) -> &'static str {
+    pub(crate) fn host(self) -> &'static str {
         if self == Self::Shaped { Shaper::THERE } else { "127.0.0.1" }
     }
 
@@ -130,15 +130,16 @@ impl Link {
     }
 }
 
-/// A network namespace behind a link of 10 Gbit/s; gone with this.
-struct Shaper;
+/// A network namespace behind a link of a given rate; gone with this.
+pub(crate) struct Shaper;
 
 impl Shaper {
-    const NAMESPACE: &str = "minivmm-bench";
+    pub(crate) const NAMESPACE: &str = "minivmm-bench";
     const HERE: &str = "10.213.77.1";
     const THERE: &str = "10.213.77.2";
 
-    fn new() -> Result<Self, String> {
+    /// A link with a rate as `tc` has it.
+    pub(crate) fn new(rate: &str) -> Result<Self, String> {
         let run = |line: &str| -> Result<(), String> {
             let mut words = line.split(' ');
             let program = words.next().unwrap_or_default();
@@ -158,7 +159,7 @@ impl Shaper {
         run(&format!("ip -n {namespace} addr add {there}/30 dev mvbench1"))?;
         run(&format!("ip -n {namespace} link set mvbench1 up"))?;
         run(&format!("ip -n {namespace} link set lo up"))?;
-        run("tc qdisc add dev mvbench0 root tbf rate 10gbit burst 2mb latency 10ms")?;
+        run(&format!("tc qdisc add dev mvbench0 root tbf rate {rate} burst 2mb latency 10ms"))?;
         Ok(shaper)
     }
 }
@@ -379,7 +380,8 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
         None => {}
     }
     let folder = Folder::new()?;
-    let shaper = Shaper::new().inspect_err(|why| eprintln!("no network namespace, so each tool limits itself: {why}"));
+    let shaper =
+        Shaper::new("10gbit").inspect_err(|why| eprintln!("no network namespace, so each tool limits itself: {why}"));
     let link = if shaper.is_ok() { Link::Shaped } else { Link::Limited };
     let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let setups = [Link::Loopback, link].map(|link| setups(&vmms, link, repeat)).concat();

@@ -185,14 +185,21 @@ impl Source {
 impl Pair {
     /// Migrates; returns when the source says that it is complete.
     pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
-        let request = MigrateRequest { encryption: self.encryption.clone(), ..self.options.request(&self.url)? };
-        let request = Request::Migrate(Box::new(request));
         let start = Instant::now();
-        let report = ask(&self.source_socket, &request, |_| {})?;
+        let report = self.attempt(Duration::ZERO)?;
         let total = start.elapsed();
         let report = completed(report)?;
         let ms = |key: &str| report[key].as_f64();
         Ok(Moved { total, own_total_ms: ms("total_ms"), own_downtime_ms: ms("downtime_ms"), report })
+    }
+
+    /// Asks for the migration; the source's report, whatever came of it. It is cancelled if it has not handed over within `limit`, unless
+    /// that is zero.
+    pub(crate) fn attempt(&mut self, limit: Duration) -> Result<Value, String> {
+        let timeout_us = limit.as_micros() as u64;
+        let plain = self.options.request(&self.url)?;
+        let request = MigrateRequest { encryption: self.encryption.clone(), timeout_us, ..plain };
+        ask(&self.source_socket, &Request::Migrate(Box::new(request)), |_| {})
     }
 
     /// What the destination says of itself.

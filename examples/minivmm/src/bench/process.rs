@@ -88,7 +88,7 @@ impl Process {
     }
 
     /// CPU seconds that it has used so far, over all threads that it has and had.
-    pub(super) fn cpu_seconds(&self) -> Result<f64, String> {
+    pub(crate) fn cpu_seconds(&self) -> Result<f64, String> {
         let path = format!("/proc/{}/stat", self.pid());
         let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
         // the second field, the name in parentheses, may contain anything
@@ -225,18 +225,18 @@ impl VcpuClock {
 }
 
 /// The vCPU time of a process so far.
-pub(super) fn vcpu_seconds(pid: u32) -> f64 {
+pub(crate) fn vcpu_seconds(pid: u32) -> f64 {
     VcpuClock::open(pid).read()
 }
 
 /// Follows the vCPU time of a process that may end meanwhile.
-pub(super) struct VcpuSampler {
+pub(crate) struct VcpuSampler {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<f64>>,
 }
 
 impl VcpuSampler {
-    pub(super) fn start(pid: u32) -> Result<Self, String> {
+    pub(crate) fn start(pid: u32) -> Result<Self, String> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut clock = VcpuClock::open(pid);
         let seen = stop.clone();
@@ -253,7 +253,7 @@ impl VcpuSampler {
     }
 
     /// The vCPU seconds since the start.
-    pub(super) fn finish(mut self) -> f64 {
+    pub(crate) fn finish(mut self) -> f64 {
         self.end().unwrap_or(0.0)
     }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | run.rs | one migration between two processes, and what both sides and the guest say of it |
 //! | plan.rs | which migrations there are, in which order |
+//! | encryption/ | ciphers: what they cost |
 //! | handover.rs | hand-overs: what is done to a guest |
 //! | timeline.rs | how fast a guest is while something is done to it |
 //! | speed.rs | that as SVG |
@@ -12,6 +13,7 @@
 //! | tables.rs | the figures as tables |
 //! | plot.rs | the figures as SVG |
 
+mod encryption;
 mod figures;
 mod handover;
 mod plan;
@@ -28,6 +30,7 @@ use std::{
 };
 
 use clap::{Args, Subcommand, ValueEnum};
+use encryption::EncryptionEval;
 use figures::Figures;
 use handover::Handover;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -53,6 +56,8 @@ enum Technique {
     PostCopy(PostCopy),
     /// The guest's speed while its VMM is replaced, and while it is moved by pre-copy.
     Handover(Handover),
+    /// What ciphers cost, by strategy, workload, link and core.
+    Encryption(EncryptionEval),
 }
 
 /// How it is measured and shown.
@@ -148,6 +153,7 @@ fn measure(technique: &Technique) -> Result<(), String> {
     match technique {
         Technique::PostCopy(args) => post_copy(args),
         Technique::Handover(args) => handover::handover(args),
+        Technique::Encryption(args) => encryption::eval(args),
     }
 }
 

@@ -25,29 +25,32 @@ pub(super) struct Plot {
 }
 
 /// A value of a bar chart, with the least and the most of its runs.
-struct Bar {
+pub(super) struct Bar {
     median: f64,
     least: f64,
     most: f64,
 }
 
 impl Bar {
-    fn of(values: &[f64]) -> Option<Self> {
+    pub(super) fn of(values: &[f64]) -> Option<Self> {
         let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, m), v| (l.min(*v), m.max(*v)));
         Some(Self { median: crate::bench::figures::median(values.iter().copied())?, least, most })
     }
 }
 
 /// Bars in groups. One that was not measured leaves its place empty.
-struct Bars<'a> {
-    title: &'a str,
-    unit: &'a str,
-    groups: Vec<&'a str>,
+pub(super) struct Bars<'a> {
+    pub(super) title: &'a str,
+    pub(super) unit: &'a str,
+    pub(super) groups: Vec<&'a str>,
     /// The bars of each group.
-    names: Vec<&'a str>,
+    pub(super) names: Vec<&'a str>,
     /// By group, then by name.
-    values: Vec<Vec<Option<Bar>>>,
-    log: bool,
+    pub(super) values: Vec<Vec<Option<Bar>>>,
+    pub(super) log: bool,
+    /// Of the values that are written above the bars.
+    pub(super) decimals: usize,
+    pub(super) size: (u32, u32),
 }
 
 pub(super) fn text<E: std::fmt::Display>(error: E) -> String {
@@ -60,10 +63,10 @@ impl Bars<'_> {
         groups.flat_map(|(g, bars)| bars.iter().enumerate().filter_map(move |(n, bar)| Some((g, n, bar.as_ref()?))))
     }
 
-    fn svg(&self) -> Result<String, String> {
+    pub(super) fn svg(&self) -> Result<String, String> {
         let mut svg = String::new();
         {
-            let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+            let area = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
             area.fill(&WHITE).map_err(text)?;
             let most = self.all().map(|(_, _, bar)| bar.most).fold(1.0, f64::max);
             // the axis of a logarithmic plot begins at 1: a value of 0 has a bar of no height
@@ -120,7 +123,7 @@ impl Bars<'_> {
         chart.draw_series(spans).map_err(text)?;
         let values = self.all().map(|(g, n, bar)| {
             let at = (left(g, n) + width * 0.2, scale(bar.most) + top * 0.035);
-            Text::new(format!("{:.0}", bar.median), at, (FONT, 11))
+            Text::new(format!("{:.*}", self.decimals, bar.median), at, (FONT, 11))
         });
         chart.draw_series(values).map_err(text)?;
         for (g, group) in self.groups.iter().enumerate() {
@@ -149,6 +152,8 @@ fn faults(figures: &Figures) -> Result<String, String> {
         names: ORDERS.into(),
         values: WORKLOADS.map(|w| bars(w.name)).into(),
         log: true,
+        decimals: 0,
+        size: SIZE,
     }
     .svg()
 }
@@ -165,6 +170,8 @@ fn balloon(figures: &Figures) -> Result<String, String> {
         names: vec!["balloon off", "balloon on"],
         values: groups.map(bars).into(),
         log: false,
+        decimals: 0,
+        size: SIZE,
     }
     .svg()
 }

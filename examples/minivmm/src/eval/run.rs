@@ -74,7 +74,7 @@ impl Run {
 }
 
 /// The machine's load over the last minute.
-fn load() -> f64 {
+pub(super) fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0)
 }

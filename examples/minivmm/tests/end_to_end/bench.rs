@@ -9,6 +9,7 @@ use crate::common::{Lab, Outcome, Suite, ensure, usage};
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("bench/hand_over", hand_over);
     suite.kvm("eval/hand_over", timelines);
+    suite.kvm("eval/encryption", encryption);
 }
 
 /// Small guests, a few times each, and the parts whose course is their own.
@@ -53,4 +54,39 @@ fn timelines(lab: &Lab) -> Outcome {
         })?;
     }
     ensure(fs::read_to_string(lab.path("plots").join("handover-speed.svg"))?.contains("</svg>"), || "no plot".into())
+}
+
+/// Two migrations of a small guest: what is written of them agrees.
+fn encryption(lab: &Lab) -> Outcome {
+    let (json, csv, html) = (lab.arg("figures.json"), lab.arg("runs.csv"), lab.arg("page.html"));
+    let page = lab.path("page.md");
+    fs::write(&page, "# Title\n<!-- eval:begin -->\n<!-- eval:end -->\nend\n")?;
+    let markdown = lab.arg("page.md");
+    let files = ["--json", &json, "--csv", &csv, "--html", &html, "--markdown", &markdown];
+    let only = ["none", "aes256-gcm", "post-copy", "writer-256", "unlimited"].map(|word| ["--only", word]).concat();
+    let (code, text, err) = usage(&[&["eval", "encryption", "--quick", "--unit", "64K"], &only[..], &files].concat())?;
+    ensure(code == Some(0) && err.contains("2 migrations"), || format!("{code:?}: {err}"))?;
+    ensure(text.contains("writer-256 · post-copy · aes256-gcm"), || text.clone())?;
+    let figures: Value = serde_json::from_str(&fs::read_to_string(json)?)?;
+    let runs = figures["runs"].as_array().ok_or("no runs")?;
+    ensure(runs.len() == 2 && figures["failures"].as_array().is_some_and(Vec::is_empty), || format!("{figures}"))?;
+    let (csv, html) = (fs::read_to_string(csv)?, fs::read_to_string(html)?);
+    let mut lines = csv.lines();
+    let columns: Vec<&str> = lines.next().ok_or("no columns")?.split(',').collect();
+    for (run, line) in runs.iter().zip(lines.by_ref()) {
+        // the machine's name, which may hold commas, comes after these
+        for (column, cell) in columns.iter().zip(line.split(',')).take(5) {
+            ensure(run[column] == cell, || format!("{column}: {line}: {run}"))?;
+        }
+        let total = columns.iter().position(|column| *column == "total_ms").and_then(|n| line.split(',').nth(n));
+        ensure(total.and_then(|cell| cell.parse().ok()) == run["total_ms"].as_f64(), || format!("{line}: {run}"))?;
+        ensure(run["outcome"] == "completed" && run["wire_bytes"].as_f64() > Some(15e6), || format!("{run}"))?;
+        let cipher = run["cipher"].as_str().ok_or("no cipher")?;
+        ensure(html.contains(&format!("<td>writer-256 · post-copy · {cipher}</td>")), || {
+            format!("{cipher}: {html}")
+        })?;
+    }
+    ensure(lines.next().is_none() && html.contains("<svg") && html.ends_with("</html>\n"), || csv.clone())?;
+    let page = fs::read_to_string(page)?;
+    ensure(page.contains("| writer-256 · post-copy · none |") && page.ends_with("-->\nend\n"), || page.clone())
 }
