@@ -48,7 +48,7 @@ pub(super) struct Bars<'a> {
     /// By group, then by name.
     pub(super) values: Vec<Vec<Option<Bar>>>,
     pub(super) log: bool,
-    /// Of the values that are written above the bars.
+    /// Of all values but logarithmic ones on the axis.
     pub(super) decimals: usize,
     pub(super) size: (u32, u32),
 }
@@ -68,7 +68,7 @@ impl Bars<'_> {
         {
             let area = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
             area.fill(&WHITE).map_err(text)?;
-            let most = self.all().map(|(_, _, bar)| bar.most).fold(1.0, f64::max);
+            let most = self.all().map(|(_, _, bar)| bar.most).fold(0.1f64.powi(self.decimals as i32), f64::max);
             // the axis of a logarithmic plot begins at 1: a value of 0 has a bar of no height
             let scale = |value: f64| if self.log { value.max(1.0).log10() } else { value };
             // room for the legend above the bars
@@ -91,7 +91,8 @@ impl Bars<'_> {
             .y_label_area_size(70)
             .build_cartesian_2d(0.0..self.groups.len() as f64, 0.0..top)
             .map_err(text)?;
-        let label = |y: &f64| if self.log { format!("{:.0}", 10f64.powf(*y)) } else { format!("{y:.0}") };
+        let label =
+            |y: &f64| if self.log { format!("{:.0}", 10f64.powf(*y)) } else { format!("{y:.*}", self.decimals) };
         chart
             .configure_mesh()
             .disable_x_mesh()

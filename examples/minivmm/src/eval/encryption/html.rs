@@ -60,7 +60,7 @@ struct Figure {
 }
 
 const FIGURES: [Figure; 3] = [
-    Figure { name: "Total time", unit: "s", of: |r| Some(r.total_ms? / 1e3), decimals: 1, log: false },
+    Figure { name: "Total time", unit: "s", of: |r| Some(r.total_ms? / 1e3), decimals: 2, log: false },
     Figure { name: "Downtime", unit: "ms (logarithmic)", of: |r| r.downtime_ms, decimals: 0, log: true },
     Figure { name: "Kept speed", unit: "% of before", of: |r| r.kept_percent, decimals: 0, log: false },
 ];
