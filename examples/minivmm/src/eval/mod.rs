@@ -240,6 +240,9 @@ mod tests {
         assert_eq!(args.files.plots_folder(), Some("b".into()));
         let line = ["eval", "handover", "--memory", "256M", "--out", "b"];
         assert!(matches!(Line::try_parse_from(line).unwrap().eval.what, Technique::Handover(_)));
+        let line = ["eval", "encryption", "--quick", "--only", "writer-64", "--csv", "a.csv"];
+        assert!(matches!(Line::try_parse_from(line).unwrap().eval.what, Technique::Encryption(_)));
+        assert!(Line::try_parse_from(["eval", "encryption", "--quick", "--repeat", "3"]).is_err());
     }
 
     #[test]

@@ -162,7 +162,7 @@ impl Cell {
             _ => 1.2,
         };
         let slow = if self.core == Core::Half { 1.5 } else { 1.0 };
-        (AROUND + again * bits / rate) * slow
+        AROUND + again * slow * bits / rate
     }
 
     fn quick(&self) -> bool {
