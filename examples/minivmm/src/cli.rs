@@ -220,6 +220,9 @@ pub(crate) struct Receive {
     /// The process that has the VM.
     #[arg(long, hide = true, value_name = "JSON")]
     pub(crate) predecessor: Option<String>,
+    /// The last snapshot of the VM.
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub(crate) restart_from: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

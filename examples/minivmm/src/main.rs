@@ -130,6 +130,9 @@ fn receive(args: &Receive) -> Result<u8, String> {
         let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
         instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
     }
+    if let Some(snapshot) = &args.restart_from {
+        instance.has_snapshot(snapshot);
+    }
     let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;

@@ -73,7 +73,12 @@ struct Successor {
 
 impl Successor {
     /// Of this program, if one is given; it goes on with the schedule.
-    fn start(place: &Place, exec: Option<&Path>, schedule: Option<&Plan>) -> Result<Self, String> {
+    fn start(
+        place: &Place,
+        exec: Option<&Path>,
+        schedule: Option<&Plan>,
+        snapshot: Option<&Path>,
+    ) -> Result<Self, String> {
         let exec = match exec {
             Some(exec) => exec.to_owned(),
             // the name that it was started by may lead elsewhere by now: that is an upgrade, which `--exec` is for
@@ -92,7 +97,11 @@ impl Successor {
         command.arg("--predecessor").arg(serde_json::to_string(&own).map_err(|e| e.to_string())?);
         command.arg("--serial").arg(&place.serial);
         if let Some(broker) = &place.broker {
-            command.arg("--broker").arg(broker);
+            command.arg("--broker").arg(format!("unix:{}", broker.display()));
+        }
+        if let Some(snapshot) = snapshot {
+            // the broker may have forgotten about this process before it hears of the successor
+            command.arg("--restart-from").arg(snapshot);
         }
         if let Some(schedule) = schedule {
             command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
@@ -173,8 +182,9 @@ impl Drop for Successor {
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     let place = instance.succession()?;
     let (_, schedule) = instance.planned_succession();
-    let mut successor =
-        Successor::start(&place, plan.exec.as_deref(), schedule.as_ref()).map_err(|why| format!("refresh: {why}"))?;
+    let (_, snapshot) = instance.kept_by();
+    let successor = Successor::start(&place, plan.exec.as_deref(), schedule.as_ref(), snapshot.as_deref());
+    let mut successor = successor.map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
     let to = format!("unix:{}", successor.listen.display());

@@ -50,7 +50,7 @@ impl Instance {
     }
 
     /// Where it is, if it has the VM's RAM; and from what the VM can be restarted.
-    pub(super) fn kept_by(&self) -> (Option<PathBuf>, Option<PathBuf>) {
+    pub(crate) fn kept_by(&self) -> (Option<PathBuf>, Option<PathBuf>) {
         let kept = self.kept();
         let broker = kept.deposit.as_ref().and(kept.broker.as_ref()).map(|broker| broker.path().to_owned());
         let snapshot = broker.as_ref().and(kept.will.snapshot.clone());
@@ -62,9 +62,12 @@ impl Instance {
         self.kept().broker = broker.map(BrokerClient::new);
     }
 
-    /// The VM has ended well or moved away: the broker need not keep it.
+    /// The VM has ended well or moved away: the broker need not keep it. If it has gone to a process of this host that one deposits it,
+    /// unless it dies before: so what is there stays until then.
     pub(super) fn forget_ram(&self) {
-        if let Some(deposit) = self.kept().deposit.take()
+        let mut kept = self.kept();
+        let inherited = kept.heir.is_some() && kept.will.elsewhere.is_none();
+        if let Some(deposit) = kept.deposit.take().filter(|_| !inherited)
             && let Err(error) = deposit.forget()
         {
             eprintln!("minivmm: {error}");
@@ -106,7 +109,7 @@ impl Instance {
         use std::io::ErrorKind::{ConnectionRefused, NotFound};
         match self.tell_broker(change) {
             Err(BrokerError::Link { cause, .. }) if matches!(cause.kind(), ConnectionRefused | NotFound) => Ok(()),
-            told => told.map_err(|e| format!("if this process dies, {e} restarts the VM, wherever it is then")),
+            told => told.map_err(|e| format!("the broker would not know where the VM is, and might restart it: {e}")),
         }
     }
 
@@ -153,7 +156,7 @@ impl Instance {
     }
 
     /// This is a whole snapshot of the VM, to go on from.
-    pub(super) fn has_snapshot(&self, path: &Path) {
+    pub(crate) fn has_snapshot(&self, path: &Path) {
         let told = match self.lender() {
             Some(lender) => control::ask(&lender, &Request::Saved { snapshot: path.to_owned() }, |_| {}).map(drop),
             None => self.tell_broker(|kept| kept.will.snapshot = Some(path.to_owned())).map_err(|e| e.to_string()),

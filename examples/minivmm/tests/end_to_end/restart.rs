@@ -32,6 +32,7 @@ pub(crate) fn add(suite: &mut Suite) {
             suite.kvm(format!("restart/borrowed/{name}/{seed}"), move |lab| borrowed(lab, seed, victim));
         }
     }
+    suite.kvm("restart/after_refreshes", after_refreshes);
     suite.kvm("restart/without_a_snapshot", without_a_snapshot);
     suite.kvm("restart/guest_that_ended", guest_that_ended);
     suite.kvm("restart/on_its_way_elsewhere", on_its_way_elsewhere);
@@ -87,7 +88,8 @@ impl Kept {
 
     /// It works, there is one of it, and it ends with all that is its.
     fn ends_well(&self, lab: &Lab) -> Outcome {
-        self.vm.works()?;
+        // a borrower that was killed may have asked for it a moment before
+        wait_for("it works", || Ok(self.vm.works().ok()))?;
         let status = self.vm.status()?;
         let pid = status["pid"].as_u64().ok_or("no process")?;
         wait_for("there is one owner", || Ok((owners(lab)? == [pid]).then_some(())))?;
@@ -150,12 +152,19 @@ fn kill(pid: &Value) -> Outcome {
 
 /// Whoever has the VM in the end, it is one process, at the VM's path.
 fn refresh(lab: &Lab, seed: u64, victim: Victim) -> Outcome {
-    let mut kept = Kept::with_snapshot(lab, &["--backing", "memfd"])?;
+    let kept = Kept::with_snapshot(lab, &["--backing", "memfd"])?;
     let first = u64::from(kept.vm.pid());
+    // one that goes well, so that the others would
+    kept.vm.ask(&["refresh"])?;
+    let first = wait_for("the second process is kept", || {
+        let status = kept.vm.status().ok().filter(|status| !status["kept_by"].is_null());
+        Ok(status.and_then(|status| status["pid"].as_u64()).filter(|&pid| pid != first))
+    })?;
     let mut client = kept.vm.start_ctl(&["refresh"])?;
     a_while(seed, REFRESH);
     match victim {
-        Victim::Owner => kept.vm.kill()?,
+        // it may have handed the VM over, and have ended
+        Victim::Owner => drop(kill(&first.into())),
         Victim::Other => {
             let successor = wait_for("a successor", || {
                 let other = owners(lab)?.into_iter().find(|&pid| pid != first);
@@ -169,6 +178,28 @@ fn refresh(lab: &Lab, seed: u64, victim: Victim) -> Outcome {
     }
     let status = kept.found("running")?;
     ensure(status["workload"]["errors"] == 0, || format!("{status}"))?;
+    kept.ends_well(lab)
+}
+
+/// Each successor knows the snapshot, however soon its predecessor ends.
+fn after_refreshes(lab: &Lab) -> Outcome {
+    let kept = Kept::with_snapshot(lab, &["--backing", "memfd"])?;
+    kept.vm.ask(&["refresh", "--every", "100ms"])?;
+    for epoch in 1..=8u64 {
+        wait_for("a successor that is kept", || {
+            let status = kept.vm.status().ok().filter(|status| status["epoch"].as_u64() >= Some(epoch));
+            let Some(status) = status.filter(|status| !status["kept_by"].is_null()) else { return Ok(None) };
+            ensure(status["restart_from"] == lab.arg("snapshot"), || format!("{status}"))?;
+            Ok(Some(()))
+        })?;
+    }
+    // no more of them
+    kept.vm.ask(&["refresh", "--every", "1h"])?;
+    let status = kept.found("running")?;
+    kill(&status["pid"])?;
+    let said = kept.said(0)?;
+    ensure(said["event"] == "restarted", || format!("{said}"))?;
+    kept.found("running")?;
     kept.ends_well(lab)
 }
 
