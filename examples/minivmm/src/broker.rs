@@ -46,8 +46,7 @@ fn serve(path: &Path, args: &Broker) -> Result<Value, String> {
     println!("listening unix:{}", path.display());
     // whoever reads the address may wait for it
     let _ = io::stdout().flush();
-    let at = std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let bereft = args.restart.then(|| Arc::new(Restarter::new(&at, args.json)) as _);
+    let bereft = args.restart.then(|| Arc::new(Restarter::new(path, args.json)) as _);
     let broker =
         RamBroker::new(BrokerOptions { spawner: Arc::new(KvmSpawner::default()), bereft, ..BrokerOptions::default() });
     broker.serve(&mut listener, &AtomicBool::new(false)).map_err(|e| e.to_string())?;

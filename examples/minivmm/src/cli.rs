@@ -1,6 +1,11 @@
 //! The command line.
 
-use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migration_core::{engine::OnTimeout, spawner::GuestImpact, vm::VmId};
@@ -519,6 +524,12 @@ fn unix_path(text: &str) -> Result<PathBuf, String> {
         Ok(Address::Tcp { .. }) => Err(format!("{text}: memory passes through unix:PATH only")),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// The path for another process, whose working directory may be another one.
+pub(crate) fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, String> {
+    let path = path.as_ref();
+    std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// A VM, by the 32 hexadecimal digits that `status` and `broker --list` show.

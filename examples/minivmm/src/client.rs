@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction, absolute},
     control::{MigrateRequest, Request, SnapshotRequest, ask},
     refresh::{Plan, Trigger},
     report,
@@ -87,7 +87,7 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
         CtlCommand::Quit => Request::Quit,
         CtlCommand::Memory(m) => {
             // the server writes the file: its working directory may be another one
-            let out = std::path::absolute(&m.out).map_err(|e| format!("{}: {e}", m.out.display()))?;
+            let out = absolute(&m.out)?;
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
         CtlCommand::Migrate(_) | CtlCommand::Recover(_) | CtlCommand::Snapshot(_) => {
@@ -100,7 +100,7 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
 
 fn plan(args: &Refresh) -> Result<Plan, String> {
     // as above
-    let exec = args.exec.as_ref().map(std::path::absolute).transpose().map_err(|e| e.to_string())?;
+    let exec = args.exec.as_ref().map(absolute).transpose()?;
     let every = args.every.map(|time| Trigger::Every(us(time)));
     Ok(Plan { exec, trigger: every.or(args.when.clone()) })
 }
@@ -121,7 +121,7 @@ fn impact(impact: Impact) -> String {
 fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, String> {
     Ok(SnapshotRequest {
         // as for `memory`
-        out: std::path::absolute(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?,
+        out: absolute(&args.out)?,
         downtime_limit_us: us(args.downtime_limit),
         timeout_us: us(args.timeout),
         impact: impact(args.guest_impact),

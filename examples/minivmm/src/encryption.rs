@@ -12,6 +12,8 @@ use migration_crypto::{
 use migration_transport::Address;
 use serde::{Deserialize, Serialize};
 
+use crate::cli;
+
 /// How a migration is encrypted.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -92,12 +94,9 @@ impl Encryption {
         }
     }
 
-    /// The same for another process, whose working directory may be another one.
+    /// The same for another process.
     pub(crate) fn absolute(&self) -> Result<Self, String> {
-        let absolute = |path: &Option<PathBuf>| {
-            let made = path.as_ref().map(|p| std::path::absolute(p).map_err(|e| format!("{}: {e}", p.display())));
-            made.transpose()
-        };
+        let absolute = |path: &Option<PathBuf>| path.as_ref().map(cli::absolute).transpose();
         Ok(Self {
             encrypt: self.encrypt,
             psk_file: absolute(&self.psk_file)?,

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::{
     check::Checker,
-    cli::{Feature, Work},
+    cli::{Feature, Work, absolute},
     client,
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
     encryption::Encrypt,
@@ -98,8 +98,7 @@ impl<'a> Borrower<'a> {
             }
             Work::Snapshot(_) | Work::Check => args.encryption.check()?,
         }
-        // its home has a working directory of its own
-        let attach = std::path::absolute(&args.attach).map_err(|e| format!("{}: {e}", args.attach.display()))?;
+        let attach = absolute(&args.attach)?;
         let beside = |what: &str| {
             let mut path = attach.clone().into_os_string();
             path.push(format!(".{what}{}", process::id()));
@@ -236,7 +235,7 @@ impl<'a> Borrower<'a> {
 
     fn snapshot(&self, file: &str) -> Result<(Value, Option<String>), String> {
         let request = SnapshotRequest {
-            out: std::path::absolute(file).map_err(|e| format!("{file}: {e}"))?,
+            out: absolute(file)?,
             downtime_limit_us: 100_000,
             timeout_us: 60_000_000,
             impact: "balanced".into(),

@@ -38,7 +38,7 @@ use serde_json::{Value, json};
 
 use crate::{
     checkpoints::{Folder, Protection},
-    cli::StrategyKind,
+    cli::{StrategyKind, absolute},
     control::{MigrateRequest, Request, SnapshotRequest},
     encryption::secured,
     refresh::{self, Place, Plan},
@@ -180,7 +180,7 @@ impl Instance {
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
         // it is what the VM goes on from as long as there is no other
-        self.has_snapshot(&std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?);
+        self.has_snapshot(&absolute(path)?);
         let restored = engine::restore(&mut store, &mut host, &options);
         self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
         Ok(())

@@ -23,7 +23,7 @@ mod workload;
 use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
-use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
+use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
 use control::ControlSocket;
 use instance::Instance;
 use migration_kvm::ram::Backing;
@@ -151,21 +151,17 @@ fn receive(args: &Receive) -> Result<u8, String> {
 /// Where this minivmm is to be found.
 fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
     let Some(control) = &common.control else { return Ok(()) };
-    // others have working directories of their own
-    let absolute = |path: &Path| std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()));
     let serial = match common.serial.as_str() {
         word @ ("stdio" | "null") => word.to_owned(),
-        file => absolute(Path::new(file))?.display().to_string(),
+        file => absolute(file)?.display().to_string(),
     };
-    let broker = common.broker.as_deref().map(absolute).transpose()?;
-    instance.set_place(Place { control: absolute(control)?, serial, broker });
+    instance.set_place(Place { control: absolute(control)?, serial, broker: common.broker.clone() });
     Ok(())
 }
 
 fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
     let Some(control) = &common.control else { return Ok(()) };
-    let path = std::path::absolute(control).map_err(|e| format!("{}: {e}", control.display()))?;
-    ControlSocket::bind(&path).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
+    ControlSocket::bind(&absolute(control)?).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
 }
 
 fn workload(args: &Workload) -> Result<u8, String> {

@@ -103,14 +103,16 @@ impl Shared {
     fn restart(&self, ram: &KeptRam, will: &Will) -> Result<Option<Child>, String> {
         let snapshot = will.last_snapshot()?;
         // the successor that was about to get the VM may have it, and deposit it, and die; or be about to end
-        while !will.all_dead() {
+        loop {
+            // first this look: who is dead by then deposits nothing any more
+            let all_dead = will.all_dead();
             if self.owner(ram.id)? != Owner::Dead(ram.pid) {
                 return Ok(None);
             }
+            if all_dead {
+                break;
+            }
             thread::sleep(LOOK);
-        }
-        if self.owner(ram.id)? != Owner::Dead(ram.pid) {
-            return Ok(None);
         }
         self.count(ram.id)?;
         let mut child = self.start(snapshot, will).map_err(|e| format!("starting another minivmm: {e}"))?;
