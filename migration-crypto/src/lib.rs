@@ -30,7 +30,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! [`PageSealer`] seals single pages for stores that are not trusted.
+//! [`PageSealer`] seals single pages for stores that are not trusted, [`SealedStore`] whole checkpoints and snapshots.
 //!
 //! Features: `accelerated` (AWS-LC for the ciphers) and `tls`, both on by default.
 #![deny(unsafe_code)]
@@ -44,6 +44,7 @@ pub mod record;
 mod secret;
 mod secure;
 mod session;
+mod store;
 mod suite;
 #[cfg(test)]
 mod tests;
@@ -56,5 +57,6 @@ pub use {
     page::{PageError, PageSealer, Purpose, SEAL_OVERHEAD},
     record::{KeyLimits, RecordError},
     secure::{Credentials, SecureConnector, SecureListener, Security, SourceSession},
+    store::SealedStore,
     suite::{Suite, UnknownSuite},
 };

@@ -110,6 +110,22 @@ impl PageSealer {
     /// # Errors
     /// When the operating system has no random bytes to give, once in 2³² pages.
     pub fn seal(&mut self, page: u64, generation: u64, content: &[u8]) -> Result<Vec<u8>, PageError> {
+        let mut sealed = Vec::with_capacity(content.len() + SEAL_OVERHEAD);
+        sealed.extend_from_slice(&[0; NONCE_LEN]);
+        sealed.extend_from_slice(content);
+        let (nonce, tag) = self.seal_in_place(page, generation, &mut sealed[NONCE_LEN..])?;
+        sealed[..NONCE_LEN].copy_from_slice(&nonce);
+        sealed.extend_from_slice(&tag);
+        Ok(sealed)
+    }
+
+    /// As [`seal`](PageSealer::seal), for who keeps nonce and tag elsewhere.
+    pub(crate) fn seal_in_place(
+        &mut self,
+        page: u64,
+        generation: u64,
+        content: &mut [u8],
+    ) -> Result<([u8; NONCE_LEN], [u8; TAG_LEN]), PageError> {
         let mut nonce = [0; NONCE_LEN];
         match &mut self.mode {
             // NIST SP 800-38D, 8.2.1 with a fixed field that is random: it comes twice only if two sealers draw the same
@@ -127,13 +143,9 @@ impl PageSealer {
                 nonce.copy_from_slice(&hash.bytes()[..NONCE_LEN]);
             }
         }
-        let mut sealed = Vec::with_capacity(content.len() + SEAL_OVERHEAD);
-        sealed.extend_from_slice(&nonce);
-        sealed.extend_from_slice(content);
         let bound = self.bound(page, generation);
-        let tag = self.key.seal(&nonce, &bound, &mut sealed[NONCE_LEN..]).map_err(|AeadError| PageError::Crypto)?;
-        sealed.extend_from_slice(&tag);
-        Ok(sealed)
+        let tag = self.key.seal(&nonce, &bound, content).map_err(|AeadError| PageError::Crypto)?;
+        Ok((nonce, tag))
     }
 
     /// Opens what [`seal`](PageSealer::seal) made, in place; the page.
@@ -145,8 +157,20 @@ impl PageSealer {
             return Err(PageError::TooShort(sealed.len()));
         }
         let (nonce, rest) = sealed.split_first_chunk_mut().ok_or(PageError::TooShort(0))?;
-        self.key.open(nonce, &self.bound(page, generation), rest).map_err(|AeadError| PageError::NotAuthentic)?;
-        Ok(&rest[..rest.len() - TAG_LEN])
+        self.open_in_place(page, generation, nonce, rest)
+    }
+
+    /// As [`open`](PageSealer::open), with the nonce from elsewhere: `sealed` is what was sealed, then its tag.
+    pub(crate) fn open_in_place<'a>(
+        &self,
+        page: u64,
+        generation: u64,
+        nonce: &[u8; NONCE_LEN],
+        sealed: &'a mut [u8],
+    ) -> Result<&'a [u8], PageError> {
+        let content = sealed.len().checked_sub(TAG_LEN).ok_or(PageError::TooShort(sealed.len()))?;
+        self.key.open(nonce, &self.bound(page, generation), sealed).map_err(|AeadError| PageError::NotAuthentic)?;
+        Ok(&sealed[..content])
     }
 
     /// What a page is bound to.
