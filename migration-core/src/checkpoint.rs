@@ -47,6 +47,28 @@ pub trait CheckpointStore: Send {
     fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()>;
 }
 
+impl<S: CheckpointStore + ?Sized> CheckpointStore for Box<S> {
+    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+        (**self).put(page, data)
+    }
+
+    fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
+        (**self).commit(number, state)
+    }
+
+    fn discard(&mut self) {
+        (**self).discard();
+    }
+
+    fn latest(&self) -> Option<(u32, Bytes)> {
+        (**self).latest()
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+        (**self).restore(take)
+    }
+}
+
 /// Where a destination finds the forward checkpoint of a VM whose source has died.
 pub trait ForwardStores: Send + Sync {
     /// The store into which the source of this VM, of `pages` pages, has put what it left behind in the attempt with this

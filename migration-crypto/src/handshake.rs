@@ -55,7 +55,9 @@ pub enum HandshakeError {
         ours: &'static str,
     },
     /// The other side does not have the key that is expected of it.
-    #[error("the peer is not the one expected: its {0} is another one")]
+    #[error(
+        "the peer is not the one expected: its {0} is another one; check the key at both sides, and that the address is right"
+    )]
     WrongKey(&'static str),
     /// No cipher in common.
     #[error("no cipher in common: the source offers {offered}, this destination takes {taken}")]
@@ -66,10 +68,14 @@ pub enum HandshakeError {
         taken: String,
     },
     /// A cipher was chosen that was not offered: somebody meddles.
-    #[error("the destination chose a cipher that was not offered to it")]
+    #[error(
+        "the destination chose no cipher of those offered to it: somebody may meddle, or what listens there is something else"
+    )]
     Downgrade,
     /// The session is not remembered here, or the lane was opened before.
-    #[error("no such session, or this lane of it was opened before")]
+    #[error(
+        "no such session, or this lane of it was opened before: the destination may have been started anew, begin a new migration"
+    )]
     UnknownSession,
     /// A lane was asked for before there was a session.
     #[error("the first channel of a session must be its control lane")]

@@ -15,7 +15,7 @@ use migration_core::{
 use migration_kvm::fence::ProcessFence;
 use migration_transport::DirStore;
 
-use crate::cli::Protect;
+use crate::{cli::Protect, sealing::Sealing};
 
 type Store = Arc<Mutex<dyn CheckpointStore>>;
 
@@ -31,12 +31,13 @@ pub(crate) struct Protection {
 }
 
 impl Protection {
-    pub(crate) fn new(protect: &Protect, vm: VmId, epoch: u32, pages: u64) -> Result<Self, String> {
+    pub(crate) fn new(protect: &Protect, sealing: &Sealing, vm: VmId, epoch: u32, pages: u64) -> Result<Self, String> {
         let mut folders = Vec::new();
         let mut store = |kind: &str| -> Result<Store, String> {
             let Some(dir) = &protect.dir else { return Ok(Arc::new(Mutex::new(MemoryStore::default()))) };
             let path = folder(dir, vm, epoch, kind);
-            let store = DirStore::create(&path, pages).map_err(|e| format!("{}: {e}", path.display()))?;
+            let store = sealing.create(vm, pages, |pages| DirStore::create(&path, pages));
+            let store = store.map_err(|e| format!("{}: {e}", path.display()))?;
             folders.push(path);
             Ok(Arc::new(Mutex::new(store)))
         };
@@ -69,14 +70,18 @@ fn remove(folder: &Path) {
 }
 
 /// The folder in which sources put forward checkpoints.
-pub(crate) struct Folder(pub(crate) PathBuf);
+pub(crate) struct Folder {
+    pub(crate) dir: PathBuf,
+    pub(crate) sealing: Arc<Sealing>,
+}
 
 impl ForwardStores for Folder {
     fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
-        Ok(Box::new(DirStore::open(&folder(&self.0, vm, epoch, "forward"), pages)?))
+        let folder = folder(&self.dir, vm, epoch, "forward");
+        self.sealing.open(Some(vm), pages, |pages| DirStore::open(&folder, pages))
     }
 
     fn done(&self, vm: VmId, epoch: u32) {
-        remove(&folder(&self.0, vm, epoch, "forward"));
+        remove(&folder(&self.dir, vm, epoch, "forward"));
     }
 }

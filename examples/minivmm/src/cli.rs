@@ -105,6 +105,16 @@ pub(crate) struct Common {
     /// A broker (`minivmm broker`) that keeps the VM's RAM if this process dies. Needs --backing memfd or hugetlb.
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
     pub(crate) broker: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) seal: Seal,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Seal {
+    /// A key (`minivmm keygen`) by which snapshots and the folders of checkpoints are sealed: who has the files can neither read nor
+    /// change them, and what is not sealed by it is not taken.
+    #[arg(long, value_name = "F")]
+    pub(crate) seal_key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -130,6 +140,8 @@ pub(crate) struct Feature {
     pub(crate) within: Option<Duration>,
     #[command(flatten)]
     pub(crate) encryption: Encryption,
+    #[command(flatten)]
+    pub(crate) seal: Seal,
     /// Print a JSON object a trip, and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
@@ -226,8 +238,8 @@ pub(crate) struct Receive {
     #[arg(long, hide = true, value_name = "JSON")]
     pub(crate) predecessor: Option<String>,
     /// The last snapshot of the VM.
-    #[arg(long, hide = true, value_name = "FILE")]
-    pub(crate) restart_from: Option<PathBuf>,
+    #[arg(long, hide = true, value_name = "JSON")]
+    pub(crate) restart_from: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -19,6 +19,7 @@ use crate::{
     encryption::Encryption,
     instance::{Instance, LendRequest},
     refresh::Plan,
+    sealing::Saved,
 };
 
 /// Longest request line: a request is a few hundred bytes.
@@ -61,7 +62,7 @@ pub(crate) enum Request {
     },
     /// From a borrower: a whole snapshot.
     Saved {
-        snapshot: PathBuf,
+        snapshot: Saved,
     },
     PostCopy,
     Recover {

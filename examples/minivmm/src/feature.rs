@@ -28,6 +28,7 @@ use crate::{
     instance::{Fate, Instance, LendRequest, inherit},
     refresh::Place,
     report,
+    sealing::Sealing,
     vmm::{HostOptions, SerialTarget, Tenant},
 };
 
@@ -105,7 +106,8 @@ impl<'a> Borrower<'a> {
             PathBuf::from(path)
         };
         let (control, listen) = (beside("f"), beside("g"));
-        Ok(Self { args, instance: Instance::new(None), attach, control, listen, checker: Checker::default() })
+        let sealing = Sealing::load(args.seal.seal_key_file.as_deref())?;
+        Ok(Self { args, instance: Instance::new(None, sealing), attach, control, listen, checker: Checker::default() })
     }
 
     fn ask(&self, request: &Request) -> Result<Value, String> {
@@ -125,7 +127,12 @@ impl<'a> Borrower<'a> {
             cold: false,
         };
         self.instance.borrows();
-        self.instance.set_place(Place { control: self.control.clone(), serial, broker: None });
+        self.instance.set_place(Place {
+            control: self.control.clone(),
+            serial,
+            broker: None,
+            seal_key: self.instance.seal_key(),
+        });
         ControlSocket::bind(&self.control).and_then(|s| s.serve(self.instance.clone())).map_err(|e| e.to_string())?;
         let mut dormant = Dormant::new(Tenant::expecting(host));
         let mut status = 0;

@@ -43,6 +43,7 @@ use crate::{
     encryption::secured,
     refresh::{self, Place, Plan},
     report,
+    sealing::{Saved, Sealing},
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
 
@@ -56,6 +57,8 @@ pub(crate) struct Instance {
     changed: Condvar,
     /// The VM's RAM at a broker. Locked after the state, if both are.
     kept: Mutex<Kept>,
+    /// Of what rests in files.
+    sealing: Arc<Sealing>,
 }
 
 #[derive(Default)]
@@ -113,8 +116,18 @@ enum Role {
 
 impl Instance {
     /// `broker` is the path of a RAM broker's socket.
-    pub(crate) fn new(broker: Option<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), kept: Kept::at(broker) })
+    pub(crate) fn new(broker: Option<PathBuf>, sealing: Sealing) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            kept: Kept::at(broker),
+            sealing: Arc::new(sealing),
+        })
+    }
+
+    /// Where the key is that seals what rests in files.
+    pub(crate) fn seal_key(&self) -> Option<PathBuf> {
+        self.sealing.file().map(Path::to_owned)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -178,10 +191,12 @@ impl Instance {
         let options = RestoreOptions { paused, ..RestoreOptions::default() };
         let adopter = self.clone();
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
-        let mut store = FileStore::open(path, options.max_ram_bytes >> PAGE_SHIFT).map_err(|e| e.to_string())?;
+        let pages = options.max_ram_bytes >> PAGE_SHIFT;
+        let store = self.sealing.open(None, pages, |pages| FileStore::open(path, pages));
+        let mut store = store.map_err(|e| format!("restoring {}: {e}", path.display()))?;
         // it is what the VM goes on from as long as there is no other
-        self.has_snapshot(&absolute(path)?);
-        let restored = engine::restore(&mut store, &mut host, &options);
+        self.has_snapshot(self.saved_by_us(&absolute(path)?));
+        let restored = engine::restore(&mut *store, &mut host, &options);
         self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
         Ok(())
     }
@@ -225,7 +240,7 @@ impl Instance {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             fence: Arc::new(ProcessFence),
-            forward: checkpoints.map(|dir| Arc::new(Folder(dir)) as _),
+            forward: checkpoints.map(|dir| Arc::new(Folder { dir, sealing: self.sealing.clone() }) as _),
             ..ReceiverOptions::default()
         }
     }
@@ -314,7 +329,7 @@ impl Instance {
             Request::Gone { report, status } => self.gone(report, status),
             Request::Elsewhere { to } => self.is_elsewhere(to).map(|()| Value::Null),
             Request::Saved { snapshot } => {
-                self.has_snapshot(&snapshot);
+                self.has_snapshot(snapshot);
                 Ok(Value::Null)
             }
             Request::Migrate(request) => self.migrate(&request, progress),
@@ -374,6 +389,7 @@ impl Instance {
                 name = "ready";
             }
         }
+        let restart_from = restart_from.map(|saved| saved.file);
         let vm = machine.as_ref().map(|m| m.id().to_string());
         let snapshot = machine.as_ref().map(|m| m.snapshot());
         if matches!(role, Role::Home | Role::Saving) {
@@ -516,7 +532,8 @@ impl Instance {
         }
         let last_epoch = state.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
-        let protect = request.fail_safe.as_ref().map(|p| Protection::new(p, id, last_epoch + 1, pages)).transpose()?;
+        let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
+        let protect = request.fail_safe.as_ref().map(protect).transpose()?;
         let options = SourceOptions {
             streams: request.streams,
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
@@ -569,7 +586,8 @@ impl Instance {
     ) -> Result<Value, String> {
         let machine = self.home("snapshot")?;
         let out = request.out.clone();
-        let mut store = FileStore::create(&out, machine.pages()).map_err(|e| format!("snapshot: {e}"))?;
+        let store = self.sealing.create(machine.id(), machine.pages(), |pages| FileStore::create(&out, pages));
+        let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
@@ -589,11 +607,11 @@ impl Instance {
         let instance = self.clone();
         let body = move || {
             let mut source = MachineSource::new(machine);
-            let result = engine::snapshot(&mut source, &mut store, &options, commands);
+            let result = engine::snapshot(&mut source, &mut *store, &options, commands);
             drop((source, store));
             let report = report::snapshot_to_json(&result, &out);
             if report["outcome"] == "completed" {
-                instance.has_snapshot(&out);
+                instance.has_snapshot(instance.saved_by_us(&out));
             }
             instance.saved(report);
         };

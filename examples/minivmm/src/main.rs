@@ -17,6 +17,7 @@ mod instance;
 mod refresh;
 mod report;
 mod restart;
+mod sealing;
 mod vmm;
 mod workload;
 
@@ -28,6 +29,7 @@ use control::ControlSocket;
 use instance::Instance;
 use migration_kvm::ram::Backing;
 use refresh::Place;
+use sealing::Sealing;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
 
 fn main() -> ExitCode {
@@ -84,7 +86,7 @@ fn run(args: &Run) -> Result<u8, String> {
         (None, None) => {}
     }
     let machine = Arc::new(machine);
-    let instance = Instance::new(args.common.broker.clone());
+    let instance = instance(&args.common)?;
     settle(&args.common, &instance)?;
     instance.own(machine.clone());
     instance.keep_ram()?;
@@ -94,7 +96,7 @@ fn run(args: &Run) -> Result<u8, String> {
 }
 
 fn restore(args: &Run, path: &Path) -> Result<u8, String> {
-    let instance = Instance::new(args.common.broker.clone());
+    let instance = instance(&args.common)?;
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
@@ -115,7 +117,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         return Ok(2);
     }
     let security = args.encryption.security(None)?;
-    let instance = Instance::new(args.common.broker.clone());
+    let instance = instance(&args.common)?;
     let host = HostOptions {
         serial: SerialTarget::from(args.common.serial.as_str()),
         backing: args.backing,
@@ -130,8 +132,8 @@ fn receive(args: &Receive) -> Result<u8, String> {
         let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
         instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
     }
-    if let Some(snapshot) = &args.restart_from {
-        instance.has_snapshot(snapshot);
+    if let Some(snapshot) = args.restart_from.as_deref() {
+        instance.has_snapshot(serde_json::from_str(snapshot).map_err(|e| format!("--restart-from: {e}"))?);
     }
     let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     if let Some(predecessor) = args.predecessor.as_deref() {
@@ -148,6 +150,10 @@ fn receive(args: &Receive) -> Result<u8, String> {
     Ok(instance.wait_exit())
 }
 
+fn instance(common: &Common) -> Result<Arc<Instance>, String> {
+    Ok(Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?))
+}
+
 /// Where this minivmm is to be found.
 fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
     let Some(control) = &common.control else { return Ok(()) };
@@ -155,7 +161,12 @@ fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
         word @ ("stdio" | "null") => word.to_owned(),
         file => absolute(file)?.display().to_string(),
     };
-    instance.set_place(Place { control: absolute(control)?, serial, broker: common.broker.clone() });
+    instance.set_place(Place {
+        control: absolute(control)?,
+        serial,
+        broker: common.broker.clone(),
+        seal_key: instance.seal_key(),
+    });
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use migration_kvm::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{cli, control::MigrateRequest, instance::Instance};
+use crate::{cli, control::MigrateRequest, instance::Instance, sealing::Saved};
 
 /// How long a successor may take until it can receive, and until it has taken its place.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,6 +60,7 @@ pub(crate) struct Place {
     pub(crate) control: PathBuf,
     pub(crate) serial: String,
     pub(crate) broker: Option<PathBuf>,
+    pub(crate) seal_key: Option<PathBuf>,
 }
 
 /// A successor that has not taken over yet. Dropped, it is ended, unless it may have the VM.
@@ -77,7 +78,7 @@ impl Successor {
         place: &Place,
         exec: Option<&Path>,
         schedule: Option<&Plan>,
-        snapshot: Option<&Path>,
+        snapshot: Option<&Saved>,
     ) -> Result<Self, String> {
         let exec = match exec {
             Some(exec) => exec.to_owned(),
@@ -99,9 +100,12 @@ impl Successor {
         if let Some(broker) = &place.broker {
             command.arg("--broker").arg(format!("unix:{}", broker.display()));
         }
+        if let Some(key) = &place.seal_key {
+            command.arg("--seal-key-file").arg(key);
+        }
         if let Some(snapshot) = snapshot {
             // the broker may have forgotten about this process before it hears of the successor
-            command.arg("--restart-from").arg(snapshot);
+            command.arg("--restart-from").arg(serde_json::to_string(snapshot).map_err(|e| e.to_string())?);
         }
         if let Some(schedule) = schedule {
             command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
@@ -183,7 +187,7 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     let place = instance.succession()?;
     let (_, schedule) = instance.planned_succession();
     let (_, snapshot) = instance.kept_by();
-    let successor = Successor::start(&place, plan.exec.as_deref(), schedule.as_ref(), snapshot.as_deref());
+    let successor = Successor::start(&place, plan.exec.as_deref(), schedule.as_ref(), snapshot.as_ref());
     let mut successor = successor.map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);

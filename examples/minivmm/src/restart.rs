@@ -16,6 +16,8 @@ use migration_transport::{Bereft, BrokerClient, KeptRam};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::sealing::Saved;
+
 /// Processes that are to be dead, and one that is to have the VM, are looked at this often.
 const LOOK: Duration = Duration::from_millis(20);
 /// A VM that is lost again after so many restarts within [`A_WHILE`] stays so: going on from its snapshot kills it.
@@ -26,7 +28,7 @@ const A_WHILE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub(crate) struct Will {
     /// The last whole one.
-    pub(crate) snapshot: Option<PathBuf>,
+    pub(crate) snapshot: Option<Saved>,
     /// Where the VM is to be found again.
     pub(crate) control: Option<PathBuf>,
     pub(crate) serial: String,
@@ -49,7 +51,7 @@ impl Will {
     }
 
     /// The snapshot to go on from, unless the VM must not be restarted, or cannot.
-    fn last_snapshot(&self) -> Result<&Path, String> {
+    fn last_snapshot(&self) -> Result<&Saved, String> {
         if self.ended {
             return Err("its guest has ended by itself".into());
         }
@@ -59,7 +61,7 @@ impl Will {
         if self.holders.is_empty() {
             return Err("it is not known which process ran it".into());
         }
-        self.snapshot.as_deref().ok_or_else(|| "no snapshot of it was taken".into())
+        self.snapshot.as_ref().ok_or_else(|| "no snapshot of it was taken".into())
     }
 
     fn all_dead(&self) -> bool {
@@ -118,7 +120,7 @@ impl Shared {
         let mut child = self.start(snapshot, will).map_err(|e| format!("starting another minivmm: {e}"))?;
         loop {
             if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
-                return Err(format!("restoring {} has failed ({status})", snapshot.display()));
+                return Err(format!("restoring {} has failed ({status})", snapshot.file.display()));
             }
             if self.owner(ram.id)? == Owner::Lives(child.id()) {
                 break;
@@ -127,9 +129,9 @@ impl Shared {
         }
         if self.json {
             let (vm, pid) = (ram.id.to_string(), child.id());
-            println!("{}", json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": snapshot}));
+            println!("{}", json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": snapshot.file}));
         } else {
-            println!("restarted {} from {}: process {}", ram.id, snapshot.display(), child.id());
+            println!("restarted {} from {}: process {}", ram.id, snapshot.file.display(), child.id());
         }
         Ok(Some(child))
     }
@@ -158,14 +160,17 @@ impl Shared {
         Ok(())
     }
 
-    fn start(&self, snapshot: &Path, will: &Will) -> std::io::Result<Child> {
+    fn start(&self, snapshot: &Saved, will: &Will) -> std::io::Result<Child> {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new("/proc/self/exe");
         // what is typed at the broker's terminal is not for it, and neither is its serial port
         command.process_group(0);
         let serial = if will.serial == "stdio" { "null" } else { &will.serial };
-        command.arg("run").arg("--restore").arg(snapshot).arg("--serial").arg(serial);
+        command.arg("run").arg("--restore").arg(&snapshot.file).arg("--serial").arg(serial);
         command.arg("--broker").arg(format!("unix:{}", self.broker.path().display()));
+        if let Some(key) = &snapshot.key {
+            command.arg("--seal-key-file").arg(key);
+        }
         if let Some(control) = &will.control {
             command.arg("--control").arg(control);
         }
@@ -195,10 +200,11 @@ mod tests {
 
     #[test]
     fn what_must_not_be_restarted_is_not() {
+        let snapshot = Saved { file: "/s".into(), key: Some("/k".into()) };
         let whole =
-            Will { snapshot: Some("/s".into()), holders: vec![vec![1]], serial: "null".into(), ..Will::default() };
+            Will { snapshot: Some(snapshot.clone()), holders: vec![vec![1]], serial: "null".into(), ..Will::default() };
         assert_eq!(Will::decode(&whole.encode()), Ok(whole.clone()));
-        assert_eq!(whole.last_snapshot(), Ok(Path::new("/s")));
+        assert_eq!(whole.last_snapshot(), Ok(&snapshot));
         // nobody can tell whether a process of this identity lives
         assert!(!whole.all_dead());
         for (will, words) in [

@@ -50,7 +50,7 @@ impl Instance {
     }
 
     /// Where it is, if it has the VM's RAM; and from what the VM can be restarted.
-    pub(crate) fn kept_by(&self) -> (Option<PathBuf>, Option<PathBuf>) {
+    pub(crate) fn kept_by(&self) -> (Option<PathBuf>, Option<Saved>) {
         let kept = self.kept();
         let broker = kept.deposit.as_ref().and(kept.broker.as_ref()).map(|broker| broker.path().to_owned());
         let snapshot = broker.as_ref().and(kept.will.snapshot.clone());
@@ -156,14 +156,20 @@ impl Instance {
     }
 
     /// This is a whole snapshot of the VM, to go on from.
-    pub(crate) fn has_snapshot(&self, path: &Path) {
+    pub(crate) fn has_snapshot(&self, snapshot: Saved) {
+        let file = snapshot.file.clone();
         let told = match self.lender() {
-            Some(lender) => control::ask(&lender, &Request::Saved { snapshot: path.to_owned() }, |_| {}).map(drop),
-            None => self.tell_broker(|kept| kept.will.snapshot = Some(path.to_owned())).map_err(|e| e.to_string()),
+            Some(lender) => control::ask(&lender, &Request::Saved { snapshot }, |_| {}).map(drop),
+            None => self.tell_broker(|kept| kept.will.snapshot = Some(snapshot)).map_err(|e| e.to_string()),
         };
         if let Err(why) = told {
-            eprintln!("minivmm: the VM is not restarted from {}: {why}", path.display());
+            eprintln!("minivmm: the VM is not restarted from {}: {why}", file.display());
         }
+    }
+
+    /// A snapshot that this process writes, or reads.
+    pub(super) fn saved_by_us(&self, file: &Path) -> Saved {
+        Saved { file: file.to_owned(), key: self.seal_key() }
     }
 
     /// Whose broker is to know, if the VM is borrowed from a home that has one.

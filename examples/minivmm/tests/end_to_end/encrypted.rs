@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use serde_json::Value;
 
 use crate::{
-    common::{Lab, Outcome, Suite, at_work, ensure, ensure_says, usage, wait_for},
+    common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, usage, wait_for},
     faults::relay_to,
     post_copy::faulted,
 };
@@ -270,18 +270,28 @@ fn tap(target: SocketAddr) -> Result<(String, Kept), Failed> {
     Ok((address, kept))
 }
 
+/// Runs of the memory that the guest works on, of which none is of a kind that anything could have in it.
+pub(crate) fn telling_runs(lab: &Lab, source: &Process) -> Result<HashSet<[u8; RUN]>, Failed> {
+    let (at, len) = source.work_area(lab)?;
+    let memory = source.memory(lab, at, len)?;
+    let telling = |run: &&[u8; RUN]| run.iter().collect::<HashSet<_>>().len() >= 6;
+    let runs: HashSet<_> = memory.as_chunks().0.iter().filter(telling).copied().collect();
+    ensure(runs.len() > 100, || format!("only {} runs to look for", runs.len()))?;
+    Ok(runs)
+}
+
+/// Whether any of the runs is in it, wherever.
+pub(crate) fn holds_any(bytes: &[u8], runs: &HashSet<[u8; RUN]>) -> bool {
+    bytes.windows(RUN).any(|run| runs.contains(run))
+}
+
 fn nothing_is_readable(lab: &Lab) -> Outcome {
     let key = lab.key("key")?;
     for encrypted in [true, false] {
         let options: &[&str] = if encrypted { &["--encrypt", "aes256-gcm", "--psk-file", &key] } else { &[] };
         let mut source = lab.workload("source", "hot:size=4M,data=4M", &["--backing", "anon"])?;
         source.ask(&["pause"])?;
-        let (at, len) = source.work_area(lab)?;
-        let memory = source.memory(lab, at, len)?;
-        // runs that are not of a kind that anything could have in it
-        let telling = |run: &[u8]| run.iter().collect::<HashSet<_>>().len() >= 6;
-        let marked: HashSet<&[u8]> = memory.chunks(RUN).filter(|run| telling(run)).collect();
-        ensure(marked.len() > 100, || format!("only {} runs to look for", marked.len()))?;
+        let marked = telling_runs(lab, &source)?;
         let destination = lab.receive("destination", options)?;
         let (address, kept) = tap(destination.address.trim_start_matches("tcp:").parse()?)?;
         source.migrate_well(&address, options)?;
@@ -289,9 +299,9 @@ fn nothing_is_readable(lab: &Lab) -> Outcome {
         let streams = wait_for("all connections have ended", || {
             let kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
             let bytes: usize = kept.iter().map(Vec::len).sum();
-            Ok((bytes as u64 > len).then(|| kept.clone()))
+            Ok((bytes > marked.len() * RUN).then(|| kept.clone()))
         })?;
-        let seen = streams.iter().any(|stream| stream.windows(RUN).any(|run| marked.contains(run)));
+        let seen = streams.iter().any(|stream| holds_any(stream, &marked));
         ensure(seen != encrypted, || format!("encrypted: {encrypted}, guest memory on the wire: {seen}"))?;
     }
     Ok(())

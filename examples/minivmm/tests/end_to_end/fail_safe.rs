@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use serde_json::Value;
 
 use crate::{
-    common::{Lab, Outcome, Process, Suite, at_work, ensure, wait_for},
+    common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for},
     faults::{random, relay_to},
     post_copy::number,
 };
@@ -31,6 +31,17 @@ pub(crate) fn add(suite: &mut Suite) {
             sources_die(lab, seed as u64, backing, cpus)
         });
     }
+    for backing in ["memfd", "hugetlb"] {
+        suite.post_copy(format!("fail_safe/sealed/destination_killed/{backing}"), backing, move |lab| {
+            lab.key(SEAL_KEY)?;
+            destinations_die(lab, 7, backing, "2")
+        });
+        suite.post_copy(format!("fail_safe/sealed/source_killed/{backing}"), backing, move |lab| {
+            lab.key(SEAL_KEY)?;
+            sources_die(lab, 7, backing, "2")
+        });
+    }
+    suite.post_copy("fail_safe/sealed/another_key", "anon", another_seal_key);
     suite.post_copy("fail_safe/source_killed_early", "anon", source_dies_early);
     suite.post_copy("fail_safe/source_killed_without_a_forward_checkpoint", "anon", source_dies_unprotected);
     for backing in BACKINGS {
@@ -42,14 +53,31 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.post_copy("fail_safe/refused_without_demand_lanes", "anon", refused);
 }
 
+/// A trial that has this key keeps its checkpoints on disk, sealed.
+const SEAL_KEY: &str = "seal-key";
+
+fn sealing(lab: &Lab, key: &str) -> Vec<String> {
+    let sealed = lab.path(key).exists();
+    if sealed { vec!["--seal-key-file".into(), lab.arg(key)] } else { Vec::new() }
+}
+
 /// Both ends write to one file, as they would on shared storage.
 fn source(lab: &Lab, backing: &str, cpus: &str) -> Result<Process, Failed> {
-    lab.workload("source", GUEST, &["--cpus", cpus, "--backing", backing, "--serial", &lab.arg("serial")])
+    let (serial, sealing) = (lab.arg("serial"), sealing(lab, SEAL_KEY));
+    let options = ["--cpus", cpus, "--backing", backing, "--serial", &serial];
+    let sealing = sealing.iter().map(String::as_str);
+    lab.workload("source", GUEST, &options.into_iter().chain(sealing).collect::<Vec<_>>())
 }
 
 fn destination(lab: &Lab, name: &str) -> Result<Process, Failed> {
+    destination_with(lab, name, SEAL_KEY)
+}
+
+fn destination_with(lab: &Lab, name: &str, seal_key: &str) -> Result<Process, Failed> {
     fs::create_dir_all(lab.path("checkpoints"))?;
-    lab.receive(name, &["--serial", &lab.arg("serial"), "--checkpoints", &lab.arg("checkpoints")])
+    let (serial, checkpoints, sealing) = (lab.arg("serial"), lab.arg("checkpoints"), sealing(lab, seal_key));
+    let options = ["--serial", &serial, "--checkpoints", &checkpoints];
+    lab.receive(name, &options.into_iter().chain(sealing.iter().map(String::as_str)).collect::<Vec<_>>())
 }
 
 fn with<'a>(options: &[&'a str], fail_safe: &'a str) -> Vec<&'a str> {
@@ -87,7 +115,8 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
     for kill in 0..KILLS {
         let mut there = destination(lab, &format!("destination-{kill}"))?;
         let interval = ["reverse:interval=5ms", "reverse:interval=30ms"][(kill % 2) as usize];
-        let client = source.start_migrate(&there.address, &with(&LINK, interval))?;
+        let kept = if lab.path(SEAL_KEY).exists() { format!(",dir={}", lab.arg("checkpoints")) } else { String::new() };
+        let client = source.start_migrate(&there.address, &with(&LINK, &format!("{interval}{kept}")))?;
         // as many checkpoints as chance has it; few where each has whole huge pages, or all pages would be there before
         let most = if backing == "hugetlb" { 3 } else { [4, 12][(kill % 2 == 0) as usize] };
         let wished = random(seed * 100 + kill) % most;
@@ -180,6 +209,24 @@ fn source_dies_unprotected(lab: &Lab) -> Outcome {
     lines_in_order(lab)?;
     let answer = there.migrate("tcp:127.0.0.1:1", &[])?;
     ensure(answer.reason().contains("missing"), || format!("{answer:?}"))?;
+    there.quit()
+}
+
+/// What cannot be opened is no checkpoint: the guest waits, as without one.
+fn another_seal_key(lab: &Lab) -> Outcome {
+    lab.key(SEAL_KEY)?;
+    lab.key("another-key")?;
+    let mut source = source(lab, "anon", "1")?;
+    let there = destination_with(lab, "destination", "another-key")?;
+    let protected = format!("forward:detect=50ms,dir={}", lab.arg("checkpoints"));
+    let client = source.start_migrate(&there.address, &with(&LINK, &protected))?;
+    wait_for("the VM runs there", || Ok((source.status()?["migration"]["phase"] == "serving").then_some(())))?;
+    source.kill()?;
+    client.kill();
+    let said = "the VM still depends on it: its forward checkpoint";
+    wait_for("the destination says why it has none", || Ok(there.stderr().contains(said).then_some(())))?;
+    ensure_says(&there.stderr(), "not what was sealed with this key")?;
+    lines_in_order(lab)?;
     there.quit()
 }
 

@@ -21,6 +21,7 @@ mod post_copy;
 mod post_copy_faults;
 mod refresh;
 mod restart;
+mod sealed;
 mod snapshot;
 
 use std::process::ExitCode;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
     restart::add(&mut suite);
+    sealed::add(&mut suite);
     snapshot::add(&mut suite);
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);

@@ -49,20 +49,20 @@ enum Victim {
 
 /// A broker that restarts VMs, with one that it keeps, and of which there is a snapshot. Whatever process has the VM is ended
 /// with it.
-struct Kept {
-    broker: Process,
-    vm: Process,
+pub(crate) struct Kept {
+    pub(crate) broker: Process,
+    pub(crate) vm: Process,
 }
 
 impl Kept {
-    fn new(lab: &Lab, args: &[&str]) -> Result<Self, Failed> {
+    pub(crate) fn new(lab: &Lab, args: &[&str]) -> Result<Self, Failed> {
         let broker = lab.broker_with("broker", &["--restart", "--json"])?;
         let options = ["--serial", &lab.arg("serial"), "--broker", &broker.address];
         let vm = lab.workload("vm", GUEST, &[&options[..], args].concat())?;
         Ok(Self { broker, vm })
     }
 
-    fn with_snapshot(lab: &Lab, args: &[&str]) -> Result<Self, Failed> {
+    pub(crate) fn with_snapshot(lab: &Lab, args: &[&str]) -> Result<Self, Failed> {
         let kept = Self::new(lab, args)?;
         kept.vm.ask(&["snapshot", "--out", &lab.arg("snapshot")])?;
         ensure(kept.vm.status()?["restart_from"] == lab.arg("snapshot"), || format!("{:?}", kept.vm.status()))?;
@@ -70,7 +70,7 @@ impl Kept {
     }
 
     /// The line in which the broker says what it did for the `nth` VM.
-    fn said(&self, nth: usize) -> Result<Value, Failed> {
+    pub(crate) fn said(&self, nth: usize) -> Result<Value, Failed> {
         let line = wait_for("the broker says something", || {
             // the first one is where it listens
             Ok(self.broker.stdout().lines().nth(1 + nth).map(str::to_owned))
@@ -79,7 +79,7 @@ impl Kept {
     }
 
     /// The VM is found again at its control socket.
-    fn found(&self, state: &str) -> Result<Value, Failed> {
+    pub(crate) fn found(&self, state: &str) -> Result<Value, Failed> {
         wait_for("the VM is found", || {
             // nobody may be there for a moment
             Ok(self.vm.status().ok().filter(|status| status["state"] == state))
@@ -87,7 +87,7 @@ impl Kept {
     }
 
     /// It works, there is one of it, and it ends with all that is its.
-    fn ends_well(&self, lab: &Lab) -> Outcome {
+    pub(crate) fn ends_well(&self, lab: &Lab) -> Outcome {
         // a borrower that was killed may have asked for it a moment before
         wait_for("it works", || Ok(self.vm.works().ok()))?;
         let status = self.vm.status()?;

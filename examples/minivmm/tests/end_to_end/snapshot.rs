@@ -49,7 +49,7 @@ fn snapshot(process: &Process, out: &str, args: &[&str]) -> Result<Answer, Faile
 }
 
 /// Takes one, which must succeed, and leaves the guest at work; the report.
-fn snapshot_well(process: &Process, out: &str) -> Result<Value, Failed> {
+pub(crate) fn snapshot_well(process: &Process, out: &str) -> Result<Value, Failed> {
     let answer = snapshot(process, out, &[])?;
     let report = answer.json.clone();
     let told = || format!("{answer:?}; stderr: {}", process.stderr());
@@ -59,7 +59,7 @@ fn snapshot_well(process: &Process, out: &str) -> Result<Value, Failed> {
     Ok(report)
 }
 
-fn restore(lab: &Lab, name: &str, from: &str, args: &[&str]) -> Result<Process, Failed> {
+pub(crate) fn restore(lab: &Lab, name: &str, from: &str, args: &[&str]) -> Result<Process, Failed> {
     lab.run(name, &[&["--restore", from, "--serial", &lab.arg(&format!("{name}.serial"))], args].concat())
 }
 

@@ -1,0 +1,68 @@
+//! What of a VM rests in files: sealed, if this minivmm has a key for that (`--seal-key-file`).
+
+use std::{
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+};
+
+use migration_core::{checkpoint::CheckpointStore, vm::VmId};
+use migration_crypto::{Psk, SealedStore, Suite, aead};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::absolute;
+
+/// A snapshot to go on from.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub(crate) struct Saved {
+    pub(crate) file: PathBuf,
+    /// The file with the key that it is sealed by, if it is.
+    pub(crate) key: Option<PathBuf>,
+}
+
+/// The key, and the file that it is in.
+#[derive(Default)]
+pub(crate) struct Sealing(Option<(PathBuf, Psk)>);
+
+impl Sealing {
+    /// Seals nothing if no file is named.
+    pub(crate) fn load(file: Option<&Path>) -> Result<Self, String> {
+        let load = |file| Ok((absolute(file)?, Psk::load(file).map_err(|e| e.to_string())?));
+        file.map(load).transpose().map(Self)
+    }
+
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.0.as_ref().map(|(file, _)| file.as_path())
+    }
+
+    /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room for.
+    pub(crate) fn create<S: CheckpointStore + 'static>(
+        &self,
+        vm: VmId,
+        pages: u64,
+        make: impl FnOnce(u64) -> io::Result<S>,
+    ) -> io::Result<Box<dyn CheckpointStore>> {
+        let Some((_, key)) = &self.0 else { return Ok(Box::new(make(pages)?)) };
+        let store = Box::new(make(SealedStore::store_pages(pages))?);
+        Ok(Box::new(SealedStore::create(store, pages, key, vm, Suite::Aes256Gcm, aead::best())?))
+    }
+
+    /// Opens what rests of a VM that has so many pages at the most, and is that one if it is known. `open` is told how many the store
+    /// may have.
+    pub(crate) fn open<S: CheckpointStore + 'static>(
+        &self,
+        vm: Option<VmId>,
+        pages: u64,
+        open: impl FnOnce(u64) -> io::Result<S>,
+    ) -> io::Result<Box<dyn CheckpointStore>> {
+        if let Some((_, key)) = &self.0 {
+            let store = Box::new(open(SealedStore::store_pages(pages))?);
+            return Ok(Box::new(SealedStore::open(store, pages, vm, key, aead::best())?));
+        }
+        // a sealed one has more pages, which is not what is wrong with it
+        let store = open(SealedStore::store_pages(pages))?;
+        if store.latest().is_some_and(|(_, state)| SealedStore::is_sealed(&state)) {
+            return Err(io::Error::new(ErrorKind::PermissionDenied, "it is sealed: name its key by --seal-key-file"));
+        }
+        Ok(Box::new(store))
+    }
+}
