@@ -66,7 +66,8 @@ const STATE_PAGE: u64 = u64::MAX;
 /// VM and key, also one of another store. Whoever opens it must compare its number, or what its state says, with what is expected.
 ///
 /// The inner store must have room for [`store_pages`](Self::store_pages), and a state may have up to
-/// [`MAX_STATE`](Self::MAX_STATE) bytes. In memory, each page that was put takes 32 bytes, from the first `put` or `restore` on.
+/// [`MAX_STATE`](Self::MAX_STATE) bytes. In memory, each page takes 32 bytes, by 128 of which at least one was put, from the first
+/// `put` or `restore` on.
 ///
 /// After a failed `put` or `commit`, [`discard`](CheckpointStore::discard) must be called before the next checkpoint can be taken.
 ///
@@ -194,7 +195,7 @@ impl SealedStore {
 
         let sealer = sealer(&header, master, backend)?;
         let not_ours = |cause| {
-            let what = "the checkpoint is not what was sealed with this key: it is another key's, or was changed";
+            let what = "the checkpoint is not what was sealed with this key: another key is needed, or it was changed";
             io::Error::new(ErrorKind::PermissionDenied, Refused { what: what.to_owned(), cause })
         };
         let plain =
@@ -540,7 +541,11 @@ impl Layout {
     }
 
     fn refused(&self, page: u64, cause: PageError) -> io::Error {
-        io::Error::new(ErrorKind::InvalidData, Refused { what: self.name(page), cause })
+        let what = format!(
+            "{}: it is not what was put there: it was changed, or is of another time or store",
+            self.name(page)
+        );
+        io::Error::new(ErrorKind::InvalidData, Refused { what, cause })
     }
 }
 
@@ -629,7 +634,7 @@ impl Header {
 
 /// Why what a store has handed out is refused.
 #[derive(Debug, Error)]
-#[error("{what}: {cause}")]
+#[error("{what}")]
 struct Refused {
     what: String,
     #[source]

@@ -5,6 +5,7 @@ mod attacks;
 use std::sync::{Arc, Mutex};
 
 use migration_core::checkpoint::MemoryStore;
+use migration_transport::{DirStore, FileStore};
 use proptest::prelude::*;
 
 use super::*;
@@ -309,6 +310,35 @@ fn opening_says_what_is_wrong() {
 }
 
 #[test]
+fn stores_on_disk() {
+    let parent = tempfile::tempdir().unwrap();
+    let (dir, file) = (parent.path().join("dir"), parent.path().join("file"));
+    let all = SealedStore::store_pages(TALL);
+    let open = |inner| SealedStore::open(inner, TALL, None, &key(), aead::best()).unwrap();
+    let mut pages = vec![(7, page(7)), (8, page(8)), (200, None), (TALL - 1, page(1))];
+    let to_dir = create(DirStore::create(&dir, all).unwrap(), TALL);
+    let to_file = create(FileStore::create(&file, all).unwrap(), TALL);
+    for mut store in [to_dir, to_file] {
+        // in no order
+        put(&mut store, &pages[2..]);
+        put(&mut store, &pages[..2]);
+        store.commit(5, state("five")).unwrap();
+        assert_eq!(contents(&mut store), pages);
+    }
+    let mut from_dir = open(Box::new(DirStore::open(&dir, all).unwrap()));
+    let mut from_file = open(Box::new(FileStore::open(&file, all).unwrap()));
+    for store in [&mut from_dir, &mut from_file] {
+        assert_eq!(store.latest(), Some((5, state("five"))));
+        assert_eq!(contents(store), pages);
+    }
+    put(&mut from_dir, &[(200, page(2))]);
+    from_dir.commit(6, state("six")).unwrap();
+    drop(from_dir);
+    pages[2].1 = page(2);
+    assert_eq!(contents(&mut open(Box::new(DirStore::open(&dir, all).unwrap()))), pages);
+}
+
+#[test]
 fn who_takes_may_fail() {
     let (_, shelf, genuine) = two_checkpoints();
     let mut store = shelf.open().unwrap();
@@ -343,10 +373,13 @@ proptest! {
         (pages, steps) in prop::sample::select(vec![1, 128, 129, 300, TALL])
             .prop_flat_map(|pages| (Just(pages), prop::collection::vec(step(pages), 1..80))),
         suite in prop::sample::select(Suite::ALL.to_vec()),
+        rust in any::<bool>(),
     ) {
         let shelf = Shelf::default();
         let new = || {
-            SealedStore::create(Box::new(shelf.clone()), pages, &key(), VM, suite, aead::best()).unwrap()
+            // whatever library opens it
+            let backend = if rust { &aead::RustCrypto } else { aead::best() };
+            SealedStore::create(Box::new(shelf.clone()), pages, &key(), VM, suite, backend).unwrap()
         };
         let (mut store, mut model) = (new(), MemoryStore::default());
         let mut number = 0;
