@@ -2,10 +2,9 @@
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, Weak},
+    thread,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,7 +18,7 @@ use migration_core::{
 };
 use migration_kvm::{
     ram::Backing,
-    spawner::stand_back,
+    spawner::{Preferred, stand_back},
     state::entry_pages,
     tracker::{IdlePages, TrackerKind},
 };
@@ -30,12 +29,15 @@ use super::{
     protect::identity,
 };
 
+/// For so long after a hand-over the guest goes before others: the process that it comes from takes 60 to 90 ms a GiB to end.
+const AFTERWARDS: Duration = Duration::from_millis(200);
+
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
-    /// Whether RAM was shared with another process.
-    shared: AtomicBool,
+    /// Since RAM is shared with another process, the guest goes before what is done there.
+    shared: OnceLock<Arc<Preferred>>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
     /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
@@ -45,7 +47,7 @@ pub(crate) struct MachineSource {
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: AtomicBool::new(false), stays: false, idle: None }
+        Self { machine, tracker, shared: OnceLock::new(), stays: false, idle: None }
     }
 
     /// From here on, the pages that the guest references are noted, where the kernel can tell.
@@ -101,7 +103,7 @@ impl SourceVm for MachineSource {
 
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
         let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
-        self.shared.store(true, Ordering::Relaxed);
+        self.shared.get_or_init(|| self.machine.prefer());
         self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
@@ -155,12 +157,13 @@ impl SourceVm for MachineSource {
     }
 
     fn released(&mut self) {
+        let shared = self.shared.take().is_some();
         if self.stays {
             // best effort: the guest, which it would slow down, is not here
             let _ = self.tracker.stop();
             return;
         }
-        if self.shared.load(Ordering::Relaxed) {
+        if shared {
             stand_back();
         }
         self.machine.shut_down();
@@ -217,6 +220,7 @@ impl Host {
         if self.options.shared_ram && !config.backing.is_shared() {
             return Err(VmError::new(not_kept(config.backing)));
         }
+        let is_shared = shared.is_some();
         let machine = match shared {
             None => Machine::new(config, &self.options.serial),
             Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
@@ -228,7 +232,7 @@ impl Host {
         }
         let machine = Arc::new(machine);
         self.arriving = Arc::downgrade(&machine);
-        Ok(Box::new(MachineDestination(machine)))
+        Ok(Box::new(MachineDestination::new(machine, is_shared)))
     }
 }
 
@@ -241,10 +245,18 @@ impl DestinationHost for Host {
         self.make(vm, Some(files))
     }
 
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
-        if let Some(machine) = self.arriving.upgrade() {
-            (self.arrived)(machine);
+    fn adopted(&mut self, vm: Box<dyn DestinationVm>) {
+        let Some(machine) = self.arriving.upgrade() else { return };
+        if let Some(preferred) = machine.preferred() {
+            let rest = move || {
+                thread::sleep(AFTERWARDS);
+                drop(preferred);
+            };
+            // without a thread it is preferred no longer
+            let _ = thread::Builder::new().name("preferred".into()).spawn(rest);
         }
+        drop(vm);
+        (self.arrived)(machine);
     }
 
     fn link_lost(&mut self) {
@@ -261,7 +273,15 @@ impl DestinationHost for Host {
 }
 
 /// The machine, as it arrives.
-struct MachineDestination(Arc<Machine>);
+struct MachineDestination(Arc<Machine>, #[expect(dead_code, reason = "held")] Option<Arc<Preferred>>);
+
+impl MachineDestination {
+    /// The guest of RAM that is shared goes before what its last process does.
+    fn new(machine: Arc<Machine>, shared: bool) -> Self {
+        let preferred = shared.then(|| machine.prefer());
+        Self(machine, preferred)
+    }
+}
 
 impl DestinationVm for MachineDestination {
     fn ram(&self) -> Arc<dyn GuestRam> {
@@ -345,7 +365,7 @@ impl PersistentVm for Tenant {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
             machine.warm();
-            return Ok(Box::new(MachineDestination(machine.clone())));
+            return Ok(Box::new(MachineDestination::new(machine.clone(), true)));
         }
         let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;
         let built = host.make(vm, Some(files))?;

@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     os::fd::OwnedFd,
     path::Path,
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak},
     time::Duration,
 };
 
@@ -21,6 +21,7 @@ use migration_core::{
 use migration_kvm::{
     pager::UserFaultPager,
     ram::{Backing, MappedRam},
+    spawner::Preferred,
     state::HostNeeds,
     tracker::UserFault,
 };
@@ -105,6 +106,8 @@ pub(crate) struct Machine {
     writes: Arc<DirtyBitmap>,
     pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
+    /// While a hand-over is under way at either end.
+    preferred: Mutex<Weak<Preferred>>,
     /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
     fault: Option<Arc<UserFault>>,
     /// Shared with the balloon, which must not act behind its back.
@@ -201,6 +204,21 @@ impl Machine {
         }
     }
 
+    /// Lets its vCPUs go before others as long as somebody holds this.
+    pub(super) fn prefer(&self) -> Arc<Preferred> {
+        let mut preferred = self.preferred.lock().unwrap_or_else(|e| e.into_inner());
+        preferred.upgrade().unwrap_or_else(|| {
+            let anew = Arc::new(Preferred::new(&self.processors.threads()));
+            *preferred = Arc::downgrade(&anew);
+            anew
+        })
+    }
+
+    /// If somebody does.
+    pub(super) fn preferred(&self) -> Option<Arc<Preferred>> {
+        self.preferred.lock().unwrap_or_else(|e| e.into_inner()).upgrade()
+    }
+
     fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
         let (layout, ram) = (ram.layout().clone(), Arc::new(ram));
         let line = EventFd::new(EFD_NONBLOCK).map_err(|e| MachineError(format!("an eventfd: {e}")))?;
@@ -259,6 +277,7 @@ impl Machine {
             writes,
             bus,
             standing,
+            preferred: Mutex::default(),
             fault,
             pager,
         })
