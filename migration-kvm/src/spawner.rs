@@ -89,18 +89,27 @@ pub fn stand_back() {
     threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::stand_back);
 }
 
-/// The threads of a VM's vCPUs go before others (nice −10 and short time slices) as long as this lives, each as far as permitted: for
-/// a hand-over on one machine, which has work to do on the cores on which the guest runs, before and after the pause. Else a vCPU may
-/// wait until that work, or a thread of the kernel that happens to wake up on its core, rests: where the kernel does not preempt
-/// itself that is a tick, or several. Threads under another policy than the usual ones stay as they are, and so does what somebody else
-/// changes meanwhile.
+/// The threads of a VM's vCPUs go before others as long as this lives, each as far as permitted: for a hand-over on one machine,
+/// which has work to do on the cores on which the guest runs. Else a vCPU may wait until that work, or a thread of the kernel that
+/// happens to wake up on its core, rests: where the kernel does not preempt itself that is a tick, or several. Threads under another
+/// policy than the usual ones stay as they are, and so does what somebody else changes meanwhile.
 #[derive(Debug, Default)]
 pub struct Preferred(Vec<sched::Change>);
 
 impl Preferred {
-    /// Of these threads, by the operating system's numbers.
-    pub fn new(threads: &[u32]) -> Self {
-        Self(threads.iter().filter_map(|&thread| sched::prefer(thread)).collect())
+    /// These threads, by the operating system's numbers, have short time slices: they wait less for their turn, and have as much of a
+    /// core as before. (Where the kernel has no such thing, before Linux 6.12, nothing changes.)
+    pub fn sooner(threads: &[u32]) -> Self {
+        Self::with(threads, None)
+    }
+
+    /// And they have more of it, nice −10. For a short time: others have a tenth.
+    pub fn first(threads: &[u32]) -> Self {
+        Self::with(threads, Some(sched::PREFERRED))
+    }
+
+    fn with(threads: &[u32], nice: Option<i32>) -> Self {
+        Self(threads.iter().filter_map(|&thread| sched::prefer(thread, nice)).collect())
     }
 }
 
@@ -136,7 +145,7 @@ fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
 mod sched {
     use super::Priority;
 
-    const PREFERRED: libc::c_int = -10;
+    pub(super) const PREFERRED: libc::c_int = -10;
     /// The shortest time slice that the kernel gives, in ns.
     const SHORT: u64 = 100_000;
 
@@ -221,12 +230,13 @@ mod sched {
         }
     }
 
-    /// Lets a thread go before others.
-    pub(super) fn prefer(thread: u32) -> Option<Change> {
+    /// Lets a thread go before others, and have more than they, if it is to be so nice.
+    pub(super) fn prefer(thread: u32, nice: Option<i32>) -> Option<Change> {
         let was = Share::of(thread)?;
         let slice = if was.slice == 0 { SHORT } else { was.slice.min(SHORT) };
         let short = Share { slice, ..was };
-        let given = Share { nice: was.nice.min(PREFERRED), ..short }.give(thread) || short.give(thread);
+        let nice = nice.map_or(was.nice, |nice| nice.min(was.nice));
+        let given = Share { nice, ..short }.give(thread) || short.give(thread);
         given.then(|| Some(Change { thread, was, is: Share::of(thread)? })).flatten()
     }
 
@@ -300,14 +310,22 @@ mod tests {
         #[allow(unsafe_code)]
         let this = unsafe { libc::gettid() }.unsigned_abs();
         let was = sched::Share::of(this).unwrap();
-        let preferred = Preferred::new(&[this, u32::MAX >> 1]);
-        assert_eq!(preferred.0.len(), 1);
+        let sooner = Preferred::sooner(&[this, u32::MAX >> 1]);
+        assert_eq!(sooner.0.len(), 1);
+        assert_eq!(sched::Share::of(this).unwrap().nice, was.nice);
+        drop(sooner);
+        assert_eq!(sched::Share::of(this), Some(was));
+        // it leaves again before it is at rest
+        let preferred = Preferred::first(&[this]);
+        let sooner = Preferred::sooner(&[this]);
         let is = sched::Share::of(this).unwrap();
         // without the capability it is as nice as before
         assert!([was.nice, -10].contains(&is.nice), "{is:?}");
         drop(preferred);
         assert_eq!(sched::Share::of(this), Some(was));
-        let preferred = Preferred::new(&[this]);
+        drop(sooner);
+        assert_eq!(sched::Share::of(this), Some(was));
+        let preferred = Preferred::first(&[this]);
         sched::apply(Priority::Idle);
         drop(preferred);
         assert_eq!(sched::policy(), libc::SCHED_IDLE, "somebody else's wish");

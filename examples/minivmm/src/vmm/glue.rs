@@ -3,8 +3,6 @@
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
     sync::{Arc, OnceLock, Weak},
-    thread,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -29,15 +27,12 @@ use super::{
     protect::identity,
 };
 
-/// For so long after a hand-over the guest goes before others: the process that it comes from takes 60 to 90 ms a GiB to end.
-const AFTERWARDS: Duration = Duration::from_millis(200);
-
 /// The machine, as the engine moves it away.
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
-    /// Since RAM is shared with another process, the guest goes before what is done there.
-    shared: OnceLock<Arc<Preferred>>,
+    /// Since RAM is shared with another process, the guest has its turn before what is done there.
+    shared: OnceLock<Preferred>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
     /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
@@ -103,7 +98,7 @@ impl SourceVm for MachineSource {
 
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
         let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
-        self.shared.get_or_init(|| self.machine.prefer());
+        self.shared.get_or_init(|| self.machine.sooner());
         self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
@@ -231,8 +226,12 @@ impl Host {
             return Err(VmError::new(why));
         }
         let machine = Arc::new(machine);
+        // it goes before what the process that it comes from does
+        if is_shared {
+            machine.prefer();
+        }
         self.arriving = Arc::downgrade(&machine);
-        Ok(Box::new(MachineDestination::new(machine, is_shared)))
+        Ok(Box::new(MachineDestination(machine)))
     }
 }
 
@@ -245,18 +244,10 @@ impl DestinationHost for Host {
         self.make(vm, Some(files))
     }
 
-    fn adopted(&mut self, vm: Box<dyn DestinationVm>) {
-        let Some(machine) = self.arriving.upgrade() else { return };
-        if let Some(preferred) = machine.preferred() {
-            let rest = move || {
-                thread::sleep(AFTERWARDS);
-                drop(preferred);
-            };
-            // without a thread it is preferred no longer
-            let _ = thread::Builder::new().name("preferred".into()).spawn(rest);
+    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
+        if let Some(machine) = self.arriving.upgrade() {
+            (self.arrived)(machine);
         }
-        drop(vm);
-        (self.arrived)(machine);
     }
 
     fn link_lost(&mut self) {
@@ -273,15 +264,7 @@ impl DestinationHost for Host {
 }
 
 /// The machine, as it arrives.
-struct MachineDestination(Arc<Machine>, #[expect(dead_code, reason = "held")] Option<Arc<Preferred>>);
-
-impl MachineDestination {
-    /// The guest of RAM that is shared goes before what its last process does.
-    fn new(machine: Arc<Machine>, shared: bool) -> Self {
-        let preferred = shared.then(|| machine.prefer());
-        Self(machine, preferred)
-    }
-}
+struct MachineDestination(Arc<Machine>);
 
 impl DestinationVm for MachineDestination {
     fn ram(&self) -> Arc<dyn GuestRam> {
@@ -320,6 +303,7 @@ impl DestinationVm for MachineDestination {
     fn start(&mut self, running: bool) -> Result<(), VmError> {
         self.0.devices().resume()?;
         self.0.arrive(running);
+        self.0.prefer_no_longer();
         Ok(())
     }
 }
@@ -365,7 +349,8 @@ impl PersistentVm for Tenant {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
             machine.warm();
-            return Ok(Box::new(MachineDestination::new(machine.clone(), true)));
+            machine.prefer();
+            return Ok(Box::new(MachineDestination(machine.clone())));
         }
         let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;
         let built = host.make(vm, Some(files))?;
