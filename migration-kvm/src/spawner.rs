@@ -89,6 +89,36 @@ pub fn stand_back() {
     threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::stand_back);
 }
 
+/// The threads of a VM's vCPUs go before others as long as this lives, each as far as permitted: for a hand-over on one machine,
+/// which has work to do on the cores on which the guest runs. Else a vCPU may wait until that work, or a thread of the kernel that
+/// happens to wake up on its core, rests: where the kernel does not preempt itself that is a tick, or several. Threads under another
+/// policy than the usual ones stay as they are, and so does what somebody else changes meanwhile.
+#[derive(Debug, Default)]
+pub struct Preferred(Vec<sched::Change>);
+
+impl Preferred {
+    /// These threads, by the operating system's numbers, have short time slices: they wait less for their turn, and have as much of a
+    /// core as before. (Where the kernel has no such thing, before Linux 6.12, nothing changes.)
+    pub fn sooner(threads: &[u32]) -> Self {
+        Self::with(threads, None)
+    }
+
+    /// And they have more of it, nice −10. For a short time: others have a tenth.
+    pub fn first(threads: &[u32]) -> Self {
+        Self::with(threads, Some(sched::PREFERRED))
+    }
+
+    fn with(threads: &[u32], nice: Option<i32>) -> Self {
+        Self(threads.iter().filter_map(|&thread| sched::prefer(thread, nice)).collect())
+    }
+}
+
+impl Drop for Preferred {
+    fn drop(&mut self) {
+        self.0.iter().for_each(sched::Change::take_back);
+    }
+}
+
 /// How the scheduler is to treat a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Priority {
@@ -115,11 +145,15 @@ fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
 mod sched {
     use super::Priority;
 
+    pub(super) const PREFERRED: libc::c_int = -10;
+    /// The shortest time slice that the kernel gives, in ns.
+    const SHORT: u64 = 100_000;
+
     /// Sets the calling thread's priority, as far as permitted.
     pub(super) fn apply(priority: Priority) {
         match priority {
             Priority::RealTime if set_policy(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) => {}
-            Priority::RealTime => set_nice(0, -10),
+            Priority::RealTime => set_nice(0, PREFERRED),
             Priority::Idle if set_policy(0, libc::SCHED_IDLE, 0) => {}
             Priority::Idle => set_nice(0, 19),
             Priority::Batch => drop(set_policy(0, libc::SCHED_BATCH, 0)),
@@ -134,6 +168,76 @@ mod sched {
     pub(super) fn stand_back(thread: libc::pid_t) {
         set_policy(thread, libc::SCHED_BATCH, 0);
         set_nice(thread, 19);
+    }
+
+    /// A thread's share of a core, under one of the usual policies.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct Share {
+        policy: u32,
+        flags: u64,
+        pub(super) nice: i32,
+        /// In ns; 0 where the kernel knows none (before Linux 6.12).
+        slice: u64,
+    }
+
+    impl Share {
+        const SIZE: u32 = size_of::<libc::sched_attr>() as u32;
+
+        pub(super) fn of(thread: u32) -> Option<Self> {
+            // SAFETY: all of it are numbers.
+            let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
+            // SAFETY: the kernel writes up to so many bytes.
+            let got = unsafe { libc::syscall(libc::SYS_sched_getattr, thread, &raw mut attr, Self::SIZE, 0) };
+            let usual = [libc::SCHED_OTHER, libc::SCHED_BATCH].map(libc::c_int::unsigned_abs);
+            (got == 0 && usual.contains(&attr.sched_policy)).then_some(Self {
+                policy: attr.sched_policy,
+                flags: attr.sched_flags,
+                nice: attr.sched_nice,
+                slice: attr.sched_runtime,
+            })
+        }
+
+        fn give(self, thread: u32) -> bool {
+            let attr = libc::sched_attr {
+                size: Self::SIZE,
+                sched_policy: self.policy,
+                sched_flags: self.flags,
+                sched_nice: self.nice,
+                sched_priority: 0,
+                sched_runtime: self.slice,
+                sched_deadline: 0,
+                sched_period: 0,
+            };
+            // SAFETY: `attr` is valid for the call, and says how long it is.
+            unsafe { libc::syscall(libc::SYS_sched_setattr, thread, &raw const attr, 0) == 0 }
+        }
+    }
+
+    /// What has become of a thread's share.
+    #[derive(Debug)]
+    pub(super) struct Change {
+        thread: u32,
+        was: Share,
+        is: Share,
+    }
+
+    impl Change {
+        /// Unless somebody else has changed it since, or the thread has ended.
+        pub(super) fn take_back(&self) {
+            if Share::of(self.thread) == Some(self.is) {
+                self.was.give(self.thread);
+            }
+        }
+    }
+
+    /// Lets a thread go before others, and have more than they, if it is to be so nice.
+    pub(super) fn prefer(thread: u32, nice: Option<i32>) -> Option<Change> {
+        let was = Share::of(thread)?;
+        let slice = if was.slice == 0 { SHORT } else { was.slice.min(SHORT) };
+        let short = Share { slice, ..was };
+        let nice = nice.map_or(was.nice, |nice| nice.min(was.nice));
+        let given = Share { nice, ..short }.give(thread) || short.give(thread);
+        given.then(|| Some(Change { thread, was, is: Share::of(thread)? })).flatten()
     }
 
     fn set_policy(thread: libc::pid_t, policy: libc::c_int, sched_priority: libc::c_int) -> bool {
@@ -198,6 +302,33 @@ mod tests {
         };
         KvmSpawner::new().spawn(Role::Bulk, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
         assert_eq!(*seen.lock().unwrap(), [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_OTHER]);
+    }
+
+    #[test]
+    fn vcpus_are_preferred_for_a_while() {
+        // SAFETY: takes no arguments.
+        #[allow(unsafe_code)]
+        let this = unsafe { libc::gettid() }.unsigned_abs();
+        let was = sched::Share::of(this).unwrap();
+        let sooner = Preferred::sooner(&[this, u32::MAX >> 1]);
+        assert_eq!(sooner.0.len(), 1);
+        assert_eq!(sched::Share::of(this).unwrap().nice, was.nice);
+        drop(sooner);
+        assert_eq!(sched::Share::of(this), Some(was));
+        // it leaves again before it is at rest
+        let preferred = Preferred::first(&[this]);
+        let sooner = Preferred::sooner(&[this]);
+        let is = sched::Share::of(this).unwrap();
+        // without the capability it is as nice as before
+        assert!([was.nice, -10].contains(&is.nice), "{is:?}");
+        drop(preferred);
+        assert_eq!(sched::Share::of(this), Some(was));
+        drop(sooner);
+        assert_eq!(sched::Share::of(this), Some(was));
+        let preferred = Preferred::first(&[this]);
+        sched::apply(Priority::Idle);
+        drop(preferred);
+        assert_eq!(sched::policy(), libc::SCHED_IDLE, "somebody else's wish");
     }
 
     #[test]

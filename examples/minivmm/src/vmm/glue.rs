@@ -2,10 +2,7 @@
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock, Weak},
 };
 
 use bytes::Bytes;
@@ -19,7 +16,7 @@ use migration_core::{
 };
 use migration_kvm::{
     ram::Backing,
-    spawner::stand_back,
+    spawner::{Preferred, stand_back},
     state::entry_pages,
     tracker::{IdlePages, TrackerKind},
 };
@@ -34,8 +31,8 @@ use super::{
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
-    /// Whether RAM was shared with another process.
-    shared: AtomicBool,
+    /// Since RAM is shared with another process, the guest has its turn before what is done there.
+    shared: OnceLock<Preferred>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
     /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
@@ -45,7 +42,7 @@ pub(crate) struct MachineSource {
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: AtomicBool::new(false), stays: false, idle: None }
+        Self { machine, tracker, shared: OnceLock::new(), stays: false, idle: None }
     }
 
     /// From here on, the pages that the guest references are noted, where the kernel can tell.
@@ -101,7 +98,7 @@ impl SourceVm for MachineSource {
 
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
         let needed = "a hand-over needs a VM that was run with --backing memfd or --backing hugetlb";
-        self.shared.store(true, Ordering::Relaxed);
+        self.shared.get_or_init(|| self.machine.sooner());
         self.machine.ram.memory_files().map_err(|e| VmError::because(needed, e))
     }
 
@@ -155,12 +152,13 @@ impl SourceVm for MachineSource {
     }
 
     fn released(&mut self) {
+        let shared = self.shared.take().is_some();
         if self.stays {
             // best effort: the guest, which it would slow down, is not here
             let _ = self.tracker.stop();
             return;
         }
-        if self.shared.load(Ordering::Relaxed) {
+        if shared {
             stand_back();
         }
         self.machine.shut_down();
@@ -217,6 +215,7 @@ impl Host {
         if self.options.shared_ram && !config.backing.is_shared() {
             return Err(VmError::new(not_kept(config.backing)));
         }
+        let is_shared = shared.is_some();
         let machine = match shared {
             None => Machine::new(config, &self.options.serial),
             Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
@@ -227,6 +226,10 @@ impl Host {
             return Err(VmError::new(why));
         }
         let machine = Arc::new(machine);
+        // it goes before what the process that it comes from does
+        if is_shared {
+            machine.prefer();
+        }
         self.arriving = Arc::downgrade(&machine);
         Ok(Box::new(MachineDestination(machine)))
     }
@@ -300,6 +303,7 @@ impl DestinationVm for MachineDestination {
     fn start(&mut self, running: bool) -> Result<(), VmError> {
         self.0.devices().resume()?;
         self.0.arrive(running);
+        self.0.prefer_no_longer();
         Ok(())
     }
 }
@@ -345,6 +349,7 @@ impl PersistentVm for Tenant {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
             machine.warm();
+            machine.prefer();
             return Ok(Box::new(MachineDestination(machine.clone())));
         }
         let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;
