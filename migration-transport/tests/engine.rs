@@ -12,7 +12,8 @@ use std::{
 use common::{CountingSpawner, Destination, Log, TestVm};
 use migration_core::{
     engine::{Controller, Migration, SourceOptions, migrate},
-    report::{Outcome, Report},
+    protocol::SourcePhase,
+    report::{Event, Observer, Outcome, Report},
     strategy::{PreCopy, StopAndCopy, Strategy},
 };
 use migration_transport::{Address, ConnectOptions, Relay, bind, connector};
@@ -107,14 +108,18 @@ fn cut_at_random_bytes_on_real_sockets() {
     for seed in 0u64..200 {
         let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
         random ^= random >> 29;
-        // a third of the cuts near the end, where ownership changes
-        let cut = if seed % 3 == 0 { whole.saturating_sub(random % 600) } else { random % whole };
         let (destination, address) = tcp();
-        let relay = Relay::new(socket_address(&address)).unwrap();
-        relay.cut_after(cut);
+        // a third of the cuts at the end, where ownership changes; how much comes before is each time something else
+        let at_end = match seed % 6 {
+            0 => Some((SourcePhase::Offered, random % 600)),
+            3 => Some((SourcePhase::Ready, random % 600)),
+            _ => None,
+        };
+        let restore = RestoreOnDoubt::new(&address, at_end);
+        if at_end.is_none() {
+            restore.relay.cut_after(random % whole);
+        }
         let mut vm = TestVm::new();
-        // the network comes back when the source is in doubt
-        let restore = Arc::new(RestoreOnDoubt { relay, log: Log::default() });
         let options = SourceOptions { observer: restore.clone(), ..options() };
         let report = move_to(&mut vm, &restore.relay.address(), &mut <PreCopy>::default(), &options);
         match report.outcome {
@@ -157,16 +162,32 @@ fn retry_until_free(vm: &mut TestVm, to: &Address, options: &SourceOptions) -> R
     }
 }
 
+/// The network comes back when the source is in doubt.
 struct RestoreOnDoubt {
     relay: Relay,
     log: Log,
+    /// When the source has come so far, it is cut after so many further bytes.
+    cut: Option<(SourcePhase, u64)>,
 }
 
-impl migration_core::report::Observer for RestoreOnDoubt {
-    fn event(&self, event: &migration_core::report::Event) {
+impl RestoreOnDoubt {
+    fn new(to: &Address, cut: Option<(SourcePhase, u64)>) -> Arc<Self> {
+        let relay = Relay::new(socket_address(to)).unwrap();
+        Arc::new(Self { relay, log: Log::default(), cut })
+    }
+}
+
+impl Observer for RestoreOnDoubt {
+    fn event(&self, event: &Event) {
         self.log.event(event);
-        if matches!(event, migration_core::report::Event::Reconnecting { .. }) {
-            self.relay.restore();
+        match event {
+            Event::Reconnecting { .. } => self.relay.restore(),
+            Event::Source(phase) => {
+                if let Some((_, bytes)) = self.cut.filter(|(at, _)| at == phase) {
+                    self.relay.cut_after(bytes);
+                }
+            }
+            _ => {}
         }
     }
 }

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     encryption::{Encryption, Keygen},
     refresh::Trigger,
+    sealing::Saved,
 };
 
 /// A small VMM that shows the migration crates at work.
@@ -81,6 +82,9 @@ pub(crate) struct Run {
     /// runs on the same disks and addresses.
     #[arg(long, value_name = "FILE")]
     pub(crate) restore: Option<PathBuf>,
+    /// Of a broker: which VM the snapshot is of, and by which key it is sealed.
+    #[arg(long, hide = true, requires = "restore", value_name = "JSON")]
+    pub(crate) restart: Option<String>,
     /// Do not start the vCPUs.
     #[arg(long)]
     pub(crate) paused: bool,
@@ -238,8 +242,8 @@ pub(crate) struct Receive {
     #[arg(long, hide = true, value_name = "JSON")]
     pub(crate) predecessor: Option<String>,
     /// The last snapshot of the VM.
-    #[arg(long, hide = true, value_name = "JSON")]
-    pub(crate) restart_from: Option<String>,
+    #[arg(long, hide = true, value_name = "FILE|JSON")]
+    pub(crate) restart_from: Option<Saved>,
 }
 
 #[derive(Debug, Args)]

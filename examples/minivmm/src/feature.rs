@@ -76,6 +76,8 @@ struct Borrower<'a> {
     instance: Arc<Instance>,
     /// The control socket of the VM's home.
     attach: PathBuf,
+    /// Where its serial port goes.
+    serial: String,
     control: PathBuf,
     listen: PathBuf,
     checker: Checker,
@@ -106,8 +108,12 @@ impl<'a> Borrower<'a> {
             PathBuf::from(path)
         };
         let (control, listen) = (beside("f"), beside("g"));
-        let sealing = Sealing::load(args.seal.seal_key_file.as_deref())?;
-        Ok(Self { args, instance: Instance::new(None, sealing), attach, control, listen, checker: Checker::default() })
+        let home = ask(&attach, &Request::Place, |_| {}).map_err(|why| format!("feature: {why}"))?;
+        let serial = home["serial"].as_str().unwrap_or("null").to_owned();
+        // what is sealed at home is sealed here as well
+        let key = args.seal.seal_key_file.clone().or_else(|| home["seal_key"].as_str().map(PathBuf::from));
+        let instance = Instance::new(None, Sealing::load(key.as_deref())?);
+        Ok(Self { args, instance, attach, serial, control, listen, checker: Checker::default() })
     }
 
     fn ask(&self, request: &Request) -> Result<Value, String> {
@@ -115,8 +121,7 @@ impl<'a> Borrower<'a> {
     }
 
     fn run(mut self) -> Result<u8, String> {
-        let home = self.ask(&Request::Place)?;
-        let serial = home["serial"].as_str().unwrap_or("null").to_owned();
+        let serial = self.serial.clone();
         self.end_on_signals()?;
         let host = HostOptions {
             serial: SerialTarget::from(serial.as_str()),

@@ -23,8 +23,10 @@ use migration_core::{
     fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
+    snapshot::SavedVm,
     spawner::GuestImpact,
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
+    vm::VmId,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{
@@ -43,7 +45,7 @@ use crate::{
     encryption::secured,
     refresh::{self, Place, Plan},
     report,
-    sealing::{Saved, Sealing},
+    sealing::{Restart, Saved, Sealing},
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
 
@@ -186,18 +188,33 @@ impl Instance {
         waited.unwrap_or_else(|e| e.into_inner()).0
     }
 
-    /// Restores the VM of a snapshot, which is here when this returns.
-    pub(crate) fn restore(self: &Arc<Self>, path: &Path, host: HostOptions, paused: bool) -> Result<(), String> {
+    /// Restores the VM of a snapshot, which is here when this returns. A broker knows more of it.
+    pub(crate) fn restore(
+        self: &Arc<Self>,
+        path: &Path,
+        restart: Option<Restart>,
+        host: HostOptions,
+        paused: bool,
+    ) -> Result<(), String> {
         let options = RestoreOptions { paused, ..RestoreOptions::default() };
         let adopter = self.clone();
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let pages = options.max_ram_bytes >> PAGE_SHIFT;
-        let store = self.sealing.open(None, pages, |pages| FileStore::open(path, pages));
-        let mut store = store.map_err(|e| format!("restoring {}: {e}", path.display()))?;
+        let (vm, sealing) = match restart {
+            None => (None, self.sealing.clone()),
+            Some(restart) => (Some(VmId(restart.vm)), Arc::new(Sealing::load(restart.key.as_deref())?)),
+        };
+        let failed = |why: String| format!("restoring {}: {why}", path.display());
+        let store = sealing.open(vm, pages, |pages| FileStore::open(path, pages));
+        let mut store = store.map_err(|e| failed(e.to_string()))?;
+        let saved = store.latest().and_then(|(_, saved)| SavedVm::decode(&saved).ok());
+        if let Some((vm, saved)) = vm.zip(saved).filter(|(vm, saved)| *vm != saved.vm.id) {
+            return Err(failed(format!("it is of VM {}, not of VM {vm}", saved.vm.id)));
+        }
         // it is what the VM goes on from as long as there is no other
-        self.has_snapshot(self.saved_by_us(&absolute(path)?));
+        self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });
         let restored = engine::restore(&mut *store, &mut host, &options);
-        self.lock().epoch = restored.map_err(|e| format!("restoring {}: {e}", path.display()))?.epoch;
+        self.lock().epoch = restored.map_err(|e| failed(e.to_string()))?.epoch;
         Ok(())
     }
 
@@ -443,6 +460,7 @@ impl Instance {
         let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
         Ok(json!({
             "serial": place.serial, "identity": identity.encode(), "pid": std::process::id(), "broker": place.broker,
+            "seal_key": place.seal_key,
         }))
     }
 
@@ -611,7 +629,7 @@ impl Instance {
             drop((source, store));
             let report = report::snapshot_to_json(&result, &out);
             if report["outcome"] == "completed" {
-                instance.has_snapshot(instance.saved_by_us(&out));
+                instance.has_snapshot(Saved { file: out, key: instance.seal_key() });
             }
             instance.saved(report);
         };

@@ -106,7 +106,8 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
         cold: false,
     };
     settle(&args.common, &instance)?;
-    instance.restore(path, host, args.paused)?;
+    let restart = args.restart.as_deref().map(serde_json::from_str).transpose();
+    instance.restore(path, restart.map_err(|e| format!("--restart: {e}"))?, host, args.paused)?;
     serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
 }
@@ -132,8 +133,8 @@ fn receive(args: &Receive) -> Result<u8, String> {
         let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
         instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
     }
-    if let Some(snapshot) = args.restart_from.as_deref() {
-        instance.has_snapshot(serde_json::from_str(snapshot).map_err(|e| format!("--restart-from: {e}"))?);
+    if let Some(snapshot) = &args.restart_from {
+        instance.has_snapshot(snapshot.clone());
     }
     let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     if let Some(predecessor) = args.predecessor.as_deref() {

@@ -105,7 +105,7 @@ impl Successor {
         }
         if let Some(snapshot) = snapshot {
             // the broker may have forgotten about this process before it hears of the successor
-            command.arg("--restart-from").arg(serde_json::to_string(snapshot).map_err(|e| e.to_string())?);
+            command.arg("--restart-from").arg(snapshot.argument()?);
         }
         if let Some(schedule) = schedule {
             command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);

@@ -16,7 +16,7 @@ use migration_transport::{Bereft, BrokerClient, KeptRam};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::sealing::Saved;
+use crate::sealing::{Restart, Saved};
 
 /// Processes that are to be dead, and one that is to have the VM, are looked at this often.
 const LOOK: Duration = Duration::from_millis(20);
@@ -29,6 +29,9 @@ const A_WHILE: Duration = Duration::from_secs(60);
 pub(crate) struct Will {
     /// The last whole one.
     pub(crate) snapshot: Option<Saved>,
+    /// What its VMM seals by.
+    #[serde(default)]
+    pub(crate) seal_key: Option<PathBuf>,
     /// Where the VM is to be found again.
     pub(crate) control: Option<PathBuf>,
     pub(crate) serial: String,
@@ -117,7 +120,7 @@ impl Shared {
             thread::sleep(LOOK);
         }
         self.count(ram.id)?;
-        let mut child = self.start(snapshot, will).map_err(|e| format!("starting another minivmm: {e}"))?;
+        let mut child = self.start(ram.id, snapshot, will).map_err(|e| format!("starting another minivmm: {e}"))?;
         loop {
             if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
                 return Err(format!("restoring {} has failed ({status})", snapshot.file.display()));
@@ -160,7 +163,7 @@ impl Shared {
         Ok(())
     }
 
-    fn start(&self, snapshot: &Saved, will: &Will) -> std::io::Result<Child> {
+    fn start(&self, vm: VmId, snapshot: &Saved, will: &Will) -> std::io::Result<Child> {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new("/proc/self/exe");
         // what is typed at the broker's terminal is not for it, and neither is its serial port
@@ -168,7 +171,10 @@ impl Shared {
         let serial = if will.serial == "stdio" { "null" } else { &will.serial };
         command.arg("run").arg("--restore").arg(&snapshot.file).arg("--serial").arg(serial);
         command.arg("--broker").arg(format!("unix:{}", self.broker.path().display()));
-        if let Some(key) = &snapshot.key {
+        // whoever keeps the file may put another VM's in its place
+        let restart = Restart { vm: vm.0, key: snapshot.key.clone() };
+        command.arg("--restart").arg(serde_json::to_string(&restart)?);
+        if let Some(key) = &will.seal_key {
             command.arg("--seal-key-file").arg(key);
         }
         if let Some(control) = &will.control {

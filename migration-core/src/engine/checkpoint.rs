@@ -47,6 +47,8 @@ pub(super) struct Protection {
     wanted: AtomicBool,
     /// After how long without a link the source counts as dead, and its identity.
     pub(super) source: Mutex<Option<(Duration, Bytes)>>,
+    /// With which the VM was handed over: its forward checkpoint has the same, and no other one has.
+    pub(super) state: Mutex<Bytes>,
 }
 
 struct Protected {
@@ -73,6 +75,7 @@ impl Protection {
             identity,
             wanted: AtomicBool::new(false),
             source: Mutex::default(),
+            state: Mutex::default(),
         })
     }
 

@@ -26,6 +26,8 @@ const VMX_CAPABILITIES: std::ops::RangeInclusive<u32> = 0x480..=0x491;
 /// `KVM_X86_SETUP_MCE` allows 32 banks of four registers.
 const MC_BANKS: std::ops::Range<u32> = 0x400..0x400 + 4 * 32;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+/// Bits of these that tell of a weakness, not of a feature: RSBA and RRSBA.
+const WEAKNESSES: u64 = 1 << 2 | 1 << 19;
 const IA32_PERF_CAPABILITIES: u32 = 0x345;
 
 /// MSRs that are part of the state, whether or not KVM's list has them. The list leaves out those that "always exist"
@@ -162,6 +164,16 @@ pub(super) fn is_feature(index: u32, cpuid: &[kvm_cpuid_entry2]) -> Option<bool>
         index if VMX_CAPABILITIES.contains(&index) => Some(has(1, Register::Ecx, 5)),
         _ => None,
     }
+}
+
+/// Feature MSRs with bits that this host does not have, though KVM takes any value of them from a VMM.
+pub(super) fn beyond_host(kvm: &Kvm, features: &[Msr]) -> Result<Vec<Msr>, StateError> {
+    let Some(&told) = features.iter().find(|msr| msr.index == IA32_ARCH_CAPABILITIES) else { return Ok(Vec::new()) };
+    let mut here = from_entries(&[kvm_msr_entry { index: told.index, ..Default::default() }])?;
+    let read = kvm.get_msrs(&mut here).map_err(ioctl_error("KVM_GET_MSRS of features"))?;
+    // one that cannot be read does not exist here
+    let here = here.as_slice().first().filter(|_| read == 1).map_or(0, |msr| msr.data);
+    Ok(if told.data & !here & !WEAKNESSES == 0 { Vec::new() } else { vec![told] })
 }
 
 /// Reads MSRs; also returns which could not be read.

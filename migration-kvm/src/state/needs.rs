@@ -272,6 +272,8 @@ impl HostNeeds {
                 Mismatch::Capability { number, name }
             },
         ));
+        let beyond = msrs::beyond_host(kvm, &self.feature_msrs).map_err(|e| probe(&e))?;
+        found.extend(beyond.into_iter().map(Mismatch::FeatureMsr));
         // Only if nothing better explains it.
         if found.is_empty() {
             match self.try_features(&vm) {

@@ -87,6 +87,7 @@ impl Instance {
         change(kept);
         if let Some(place) = place {
             (kept.will.control, kept.will.serial) = (Some(place.control), place.serial);
+            kept.will.seal_key = place.seal_key;
         }
         let (Some(broker), Some(machine)) = (&kept.broker, machine) else { return Ok(()) };
         if kept.deposit.as_ref().is_some_and(|deposit| deposit.note(&kept.note()).is_ok()) {
@@ -165,11 +166,6 @@ impl Instance {
         if let Err(why) = told {
             eprintln!("minivmm: the VM is not restarted from {}: {why}", file.display());
         }
-    }
-
-    /// A snapshot that this process writes, or reads.
-    pub(super) fn saved_by_us(&self, file: &Path) -> Saved {
-        Saved { file: file.to_owned(), key: self.seal_key() }
     }
 
     /// Whose broker is to know, if the VM is borrowed from a home that has one.

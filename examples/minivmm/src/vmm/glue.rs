@@ -349,7 +349,6 @@ impl PersistentVm for Tenant {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
             machine.warm();
-            machine.prefer();
             return Ok(Box::new(MachineDestination(machine.clone())));
         }
         let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;

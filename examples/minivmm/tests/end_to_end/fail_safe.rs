@@ -1,6 +1,9 @@
 //! Fail-safe post-copy: whichever side dies, the VM lives on, whole, and what it has said stands once in its serial file.
 
-use std::fs;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use libtest_mimic::Failed;
 use serde_json::Value;
@@ -41,6 +44,7 @@ pub(crate) fn add(suite: &mut Suite) {
             sources_die(lab, 7, backing, "2")
         });
     }
+    suite.post_copy("fail_safe/sealed/replayed", "anon", replayed);
     suite.post_copy("fail_safe/sealed/another_key", "anon", another_seal_key);
     suite.post_copy("fail_safe/source_killed_early", "anon", source_dies_early);
     suite.post_copy("fail_safe/source_killed_without_a_forward_checkpoint", "anon", source_dies_unprotected);
@@ -126,6 +130,10 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
             let reached = status["migration"]["phase"] == "serving" && counted(&status) >= wished;
             Ok(reached.then_some(status))
         })?;
+        if !kept.is_empty() {
+            let sealed = folders(lab, "reverse")?.iter().all(|folder| is_sealed(folder));
+            ensure(sealed, || "a checkpoint in clear".into())?;
+        }
         there.kill()?;
         let answer = client.answer()?;
         let told = || format!("killed after {wished} checkpoints ({state}): {answer:?}");
@@ -143,6 +151,51 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
     checks_all(&there)?;
     source_goes_on(lab, lines)?;
     there.quit()
+}
+
+/// Where checkpoints of this kind are kept.
+fn folders(lab: &Lab, kind: &str) -> Result<Vec<PathBuf>, Failed> {
+    let all = fs::read_dir(lab.path("checkpoints"))?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    Ok(all.into_iter().filter(|path| path.extension().is_some_and(|found| found == kind)).collect())
+}
+
+/// Whether a checkpoint was committed there, and is sealed: its state says so.
+fn is_sealed(folder: &Path) -> bool {
+    // a next one may just replace it: it is open for a moment only under one of its names
+    fs::read(folder.join("latest")).is_ok_and(|state| state.windows(8).any(|word| word == b"LMSEALED"))
+}
+
+/// An older checkpoint of the same VM, by the same key, is not taken for the one that is needed.
+fn replayed(lab: &Lab) -> Outcome {
+    lab.key(SEAL_KEY)?;
+    let source = source(lab, "anon", "1")?;
+    let there = destination(lab, "destination")?;
+    let protected = format!("forward:detect=50ms,dir={}", lab.arg("checkpoints"));
+    let first = source.start_migrate(&there.address, &with(&["--strategy", "post-copy"], &protected))?;
+    let older = wait_for("a checkpoint", || {
+        let found = folders(lab, "forward")?.into_iter().find(|folder| is_sealed(folder));
+        let Some(found) = found else { return Ok(None) };
+        let copy = lab.path("older");
+        fs::create_dir_all(&copy)?;
+        for entry in fs::read_dir(&found)? {
+            let path = entry?.path();
+            fs::copy(&path, copy.join(path.file_name().ok_or("no name")?))?;
+        }
+        Ok(Some(copy))
+    })?;
+    first.answer()?;
+    let next = destination(lab, "next")?;
+    let client = there.start_migrate(&next.address, &with(&LINK, &protected))?;
+    wait_for("the VM runs there", || Ok((there.status()?["migration"]["phase"] == "serving").then_some(())))?;
+    let newer = folders(lab, "forward")?.pop().ok_or("no forward checkpoint")?;
+    fs::remove_dir_all(&newer)?;
+    fs::rename(older, &newer)?;
+    let mut there = there;
+    there.kill()?;
+    client.kill();
+    let said = "its forward checkpoint is of another moment";
+    wait_for("the destination refuses it", || Ok(next.stderr().contains(said).then_some(())))?;
+    next.quit()
 }
 
 /// One after the other: each destination is the next source.

@@ -82,7 +82,7 @@ fn refused(lab: &Lab) -> Outcome {
         ensure_says(&stderr, why)
     };
     refuses(&file, &[], "--seal-key-file")?;
-    refuses(&file, &["--seal-key-file", &other], "key")?;
+    refuses(&file, &["--seal-key-file", &other], "not what was sealed with this key")?;
     refuses(&plain, &["--seal-key-file", &key], "not sealed")?;
     // all that whoever keeps the file can do: it is a whole snapshot, in which two pages have changed places
     let mut store = FileStore::open(&lab.path("snapshot"), u64::MAX)?;
@@ -100,13 +100,13 @@ fn refused(lab: &Lab) -> Outcome {
     }
     let (number, state) = store.latest().ok_or("no snapshot")?;
     forged.commit(number, state)?;
-    refuses(&lab.arg("forged"), &["--seal-key-file", &key], "is not what was sealed")?;
+    refuses(&lab.arg("forged"), &["--seal-key-file", &key], "it was changed, or is of another time")?;
     let restored = restore(lab, "restored", &file, &["--seal-key-file", &key])?;
     checks_all(&restored)?;
     restored.quit()
 }
 
-/// The key goes with the VM: to a new process by the broker, and to a successor.
+/// The key goes with the VM: to a new process by the broker, to a successor, and to a borrower.
 fn restart(lab: &Lab) -> Outcome {
     let key = lab.key("seal-key")?;
     let mut kept = Kept::with_snapshot(lab, &["--backing", "memfd", "--seal-key-file", &key])?;
@@ -116,10 +116,14 @@ fn restart(lab: &Lab) -> Outcome {
     kept.found("running")?;
     kept.vm.ask(&["refresh"])?;
     kept.found("running")?;
-    kept.vm.ask(&["snapshot", "--out", &lab.arg("second")])?;
-    let (code, _, stderr) = usage(&["run", "--restore", &lab.arg("second")])?;
-    ensure(code == Some(1), || format!("the successor does not seal: {stderr}"))?;
-    ensure_says(&stderr, "--seal-key-file")?;
+    kept.vm.ask(&["snapshot", "--out", &lab.arg("successors")])?;
+    let (code, trips, stderr) = kept.vm.feature(&["--do", &format!("snapshot:{}", lab.arg("borrowers"))])?;
+    ensure(code == Some(0), || format!("{trips:?} {stderr}"))?;
+    for file in ["successors", "borrowers"] {
+        let (code, _, stderr) = usage(&["run", "--restore", &lab.arg(file)])?;
+        ensure(code == Some(1), || format!("{file}: not sealed: {stderr}"))?;
+        ensure_says(&stderr, "--seal-key-file")?;
+    }
     kept.ends_well(lab)
 }
 

@@ -11,6 +11,8 @@ use crate::{
 
 /// Time between two looks whether a lost source is dead.
 const WATCH: Duration = Duration::from_millis(10);
+/// And the longest, when what is needed then cannot be had: to look may mean to read all of a checkpoint.
+const WATCH_REFUSED: Duration = Duration::from_secs(2);
 /// How many times as long as the source this side waits before it asks its fence.
 const LAST: u32 = 4;
 
@@ -42,14 +44,17 @@ impl Hub {
         let Some(protection) = &session.protection else { return };
         let Some((detect, identity)) = lock(&protection.source).clone() else { return };
         let (lost, patience, mut refused) = (Instant::now(), detect.saturating_mul(LAST), None);
-        while session.stays_lost(link, WATCH) {
+        let mut pause = WATCH;
+        while session.stays_lost(link, pause) {
             if self.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
                 return;
             }
             if lost.elapsed() < patience && !self.options.fence.is_dead(&identity) {
                 continue;
             }
-            match self.survive(session, protection, &identity) {
+            let survived = self.survive(session, protection, &identity);
+            pause = (2 * pause).min(WATCH_REFUSED);
+            match survived {
                 Ok(()) => {
                     self.finished.store(true, Ordering::Relaxed);
                     return self.tell_phase();
@@ -79,7 +84,10 @@ impl Hub {
             let stores = self.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
             let opened =
                 stores.open(vm, session.epoch, layout.pages()).map_err(|e| format!("its forward checkpoint: {e}"))?;
-            opened.latest().ok_or("its forward checkpoint is not complete")?;
+            let (_, state) = opened.latest().ok_or("its forward checkpoint is not complete")?;
+            if state != *lock(&protection.state) {
+                return Err("its forward checkpoint is of another moment".into());
+            }
             store = Some((stores, opened));
         }
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
