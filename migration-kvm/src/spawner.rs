@@ -93,7 +93,7 @@ pub fn stand_back() {
 /// which has work to do on the cores on which the guest runs. Else a vCPU may wait until that work, or a thread of the kernel that
 /// happens to wake up on its core, rests: where the kernel does not preempt itself that is a tick, or several. Threads under another
 /// policy than the usual ones stay as they are, and so does what somebody else changes meanwhile.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Preferred(Vec<sched::Change>);
 
 impl Preferred {

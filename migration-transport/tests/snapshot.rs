@@ -82,6 +82,22 @@ fn a_guest_that_may_not_run_stays_paused() {
     assert!(!report.running && !arrived.recv().unwrap().is_running());
 }
 
+#[test]
+fn another_vm_is_not_restored() {
+    let mut store = MemoryStore::default();
+    take(&mut TestVm::new(), &mut store).unwrap();
+    let (mut host, arrived) = TestHost::new(0);
+    let mut restore_as = |id| {
+        let options = RestoreOptions { expected: Some(VmId([id; 16])), ..RestoreOptions::default() };
+        restore(&mut store, &mut host, &options)
+    };
+    let error = restore_as(4).unwrap_err().to_string();
+    assert!(error.contains(&format!("of VM {}, not of VM {}", VmId([3; 16]), VmId([4; 16]))), "{error}");
+    assert!(arrived.try_recv().is_err());
+    restore_as(3).unwrap();
+    assert!(arrived.recv().unwrap().is_running());
+}
+
 /// Fails, or does something, at the nth call.
 struct At<'a> {
     store: MemoryStore,

@@ -2,7 +2,7 @@
 //! Between two trips the VM stays built here, at rest.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process,
     sync::{Arc, mpsc},
     thread,
@@ -39,8 +39,10 @@ const WITHIN: Duration = Duration::from_secs(60);
 /// How often an owner that does not take its guest back is tried again, and at which intervals.
 const RETURNS: u32 = 10;
 const RETRY: Duration = Duration::from_millis(500);
-/// How often it is looked whether a guest that is late has come.
+/// How often it is looked whether a guest that is late has come, or who the VM's home is.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long a home that is being replaced by its successor may leave requests without a good answer.
+const SUCCESSION: Duration = Duration::from_secs(1);
 
 /// Runs the command; the exit status.
 pub(crate) fn run(args: &Feature) -> u8 {
@@ -91,6 +93,26 @@ enum End {
     Over(u8),
 }
 
+/// The VMM at which the VM is at home.
+struct Owner {
+    identity: Vec<u8>,
+    broker: Option<PathBuf>,
+}
+
+/// The guest with the report of its coming, or the VM without it and why.
+type Borrowed = Result<(Resident<Tenant>, Value), (Dormant<Tenant>, String)>;
+
+/// Where the VM's home is found. One that ends just now has a successor there, or the socket is gone as well.
+fn place_of(home: &Path) -> Result<Value, String> {
+    let deadline = Instant::now() + SUCCESSION;
+    loop {
+        match ask(home, &Request::Place, |_| {}) {
+            Err(_) if home.exists() && Instant::now() < deadline => thread::sleep(LOOK),
+            answer => return answer.map_err(|why| format!("feature: {why}")),
+        }
+    }
+}
+
 impl<'a> Borrower<'a> {
     fn new(args: &'a Feature) -> Result<Self, String> {
         match &args.work {
@@ -108,7 +130,7 @@ impl<'a> Borrower<'a> {
             PathBuf::from(path)
         };
         let (control, listen) = (beside("f"), beside("g"));
-        let home = ask(&attach, &Request::Place, |_| {}).map_err(|why| format!("feature: {why}"))?;
+        let home = place_of(&attach)?;
         let serial = home["serial"].as_str().unwrap_or("null").to_owned();
         // what is sealed at home is sealed here as well
         let key = args.seal.seal_key_file.clone().or_else(|| home["seal_key"].as_str().map(PathBuf::from));
@@ -132,12 +154,7 @@ impl<'a> Borrower<'a> {
             cold: false,
         };
         self.instance.borrows();
-        self.instance.set_place(Place {
-            control: self.control.clone(),
-            serial,
-            broker: None,
-            seal_key: self.instance.seal_key(),
-        });
+        self.instance.set_place(Place { control: self.control.clone(), serial, broker: None });
         ControlSocket::bind(&self.control).and_then(|s| s.serve(self.instance.clone())).map_err(|e| e.to_string())?;
         let mut dormant = Dormant::new(Tenant::expecting(host));
         let mut status = 0;
@@ -193,12 +210,47 @@ impl<'a> Borrower<'a> {
         Ok((trip, end))
     }
 
-    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is.
-    fn borrow(&self, dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value, Vec<u8>), String> {
-        // it may have been replaced since
-        let home = self.ask(&Request::Place)?;
-        let owner: Vec<u8> = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
-        self.instance.borrows_from(&self.attach, home["broker"].as_str().map(PathBuf::from));
+    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is. If that is replaced meanwhile,
+    /// its successor is asked.
+    fn borrow(&self, mut dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value, Vec<u8>), String> {
+        let deadline = Instant::now() + COMING;
+        let mut owner = self.owner()?;
+        loop {
+            let why = match self.borrow_from(&owner, dormant)? {
+                Ok((guest, report)) => return Ok((guest, report, owner.identity)),
+                Err((back, why)) => {
+                    dormant = back;
+                    why
+                }
+            };
+            if Instant::now() >= deadline {
+                return Err(why);
+            }
+            owner = self.successor(&owner).ok_or(why)?;
+        }
+    }
+
+    fn owner(&self) -> Result<Owner, String> {
+        let home = place_of(&self.attach)?;
+        let identity = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
+        Ok(Owner { identity, broker: home["broker"].as_str().map(PathBuf::from) })
+    }
+
+    /// Who is found in its place now, if that is another one.
+    fn successor(&self, owner: &Owner) -> Option<Owner> {
+        let deadline = Instant::now() + SUCCESSION;
+        while Instant::now() < deadline {
+            let found = self.owner().ok()?;
+            if found.identity != owner.identity {
+                return Some(found);
+            }
+            thread::sleep(LOOK);
+        }
+        None
+    }
+
+    fn borrow_from(&self, owner: &Owner, dormant: Dormant<Tenant>) -> Result<Borrowed, String> {
+        self.instance.borrows_from(&self.attach, owner.broker.clone());
         let listen = Address::Unix(self.listen.clone());
         let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
         let identity = migration_kvm::fence::ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;
@@ -211,7 +263,7 @@ impl<'a> Borrower<'a> {
             within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),
         });
         let awaiting = dormant.await_guest(self.instance.visit_options(COMING));
-        let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.clone());
+        let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.identity.clone());
         let (tx, answer) = mpsc::channel();
         let asks = move || {
             let answer = ask(&attach, &request, |_| {});
@@ -233,16 +285,16 @@ impl<'a> Borrower<'a> {
         thread::Builder::new().name("borrow".into()).spawn(asks).map_err(|e| format!("feature: no thread: {e}"))?;
         let came = awaiting.wait_for_guest(&mut *listener);
         let answer = answer.recv_timeout(COMING).unwrap_or_else(|_| Err("the VM's home does not answer".into()));
-        match (came, answer) {
-            (Ok(guest), Ok(report)) => Ok((guest, report, owner)),
+        Ok(match (came, answer) {
+            (Ok(guest), Ok(report)) => Ok((guest, report)),
             // it is here all the same, and its owner may be gone: then there is no way back
-            (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why), owner)),
-            (Err(_), Ok(report)) => {
+            (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why))),
+            (Err((dormant, _)), Ok(report)) => {
                 let reason = report["reason"].as_str().unwrap_or("the VM's home gives no reason");
-                Err(format!("the VM was not lent: {reason}"))
+                Err((dormant, format!("the VM was not lent: {reason}")))
             }
-            (Err((_, error)), Err(why)) => Err(format!("the VM was not lent ({error}): {why}")),
-        }
+            (Err((dormant, error)), Err(why)) => Err((dormant, format!("the VM was not lent ({error}): {why}"))),
+        })
     }
 
     fn snapshot(&self, file: &str) -> Result<(Value, Option<String>), String> {

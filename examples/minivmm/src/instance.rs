@@ -23,7 +23,6 @@ use migration_core::{
     fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    snapshot::SavedVm,
     spawner::GuestImpact,
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
     vm::VmId,
@@ -196,21 +195,18 @@ impl Instance {
         host: HostOptions,
         paused: bool,
     ) -> Result<(), String> {
-        let options = RestoreOptions { paused, ..RestoreOptions::default() };
+        let expected = restart.as_ref().map(|restart| VmId(restart.vm));
+        let options = RestoreOptions { paused, expected, ..RestoreOptions::default() };
         let adopter = self.clone();
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let pages = options.max_ram_bytes >> PAGE_SHIFT;
-        let (vm, sealing) = match restart {
-            None => (None, self.sealing.clone()),
-            Some(restart) => (Some(VmId(restart.vm)), Arc::new(Sealing::load(restart.key.as_deref())?)),
+        let sealing = match restart {
+            None => self.sealing.clone(),
+            Some(restart) => Arc::new(Sealing::load(restart.key.as_deref())?),
         };
         let failed = |why: String| format!("restoring {}: {why}", path.display());
-        let store = sealing.open(vm, pages, |pages| FileStore::open(path, pages));
+        let store = sealing.open(None, pages, |pages| FileStore::open(path, pages));
         let mut store = store.map_err(|e| failed(e.to_string()))?;
-        let saved = store.latest().and_then(|(_, saved)| SavedVm::decode(&saved).ok());
-        if let Some((vm, saved)) = vm.zip(saved).filter(|(vm, saved)| *vm != saved.vm.id) {
-            return Err(failed(format!("it is of VM {}, not of VM {vm}", saved.vm.id)));
-        }
         // it is what the VM goes on from as long as there is no other
         self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });
         let restored = engine::restore(&mut *store, &mut host, &options);
@@ -460,7 +456,7 @@ impl Instance {
         let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
         Ok(json!({
             "serial": place.serial, "identity": identity.encode(), "pid": std::process::id(), "broker": place.broker,
-            "seal_key": place.seal_key,
+            "seal_key": self.seal_key(),
         }))
     }
 

@@ -162,12 +162,7 @@ fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
         word @ ("stdio" | "null") => word.to_owned(),
         file => absolute(file)?.display().to_string(),
     };
-    instance.set_place(Place {
-        control: absolute(control)?,
-        serial,
-        broker: common.broker.clone(),
-        seal_key: instance.seal_key(),
-    });
+    instance.set_place(Place { control: absolute(control)?, serial, broker: common.broker.clone() });
     Ok(())
 }
 

@@ -60,7 +60,6 @@ pub(crate) struct Place {
     pub(crate) control: PathBuf,
     pub(crate) serial: String,
     pub(crate) broker: Option<PathBuf>,
-    pub(crate) seal_key: Option<PathBuf>,
 }
 
 /// A successor that has not taken over yet. Dropped, it is ended, unless it may have the VM.
@@ -76,6 +75,7 @@ impl Successor {
     /// Of this program, if one is given; it goes on with the schedule.
     fn start(
         place: &Place,
+        seal_key: Option<&Path>,
         exec: Option<&Path>,
         schedule: Option<&Plan>,
         snapshot: Option<&Saved>,
@@ -100,7 +100,7 @@ impl Successor {
         if let Some(broker) = &place.broker {
             command.arg("--broker").arg(format!("unix:{}", broker.display()));
         }
-        if let Some(key) = &place.seal_key {
+        if let Some(key) = seal_key {
             command.arg("--seal-key-file").arg(key);
         }
         if let Some(snapshot) = snapshot {
@@ -187,7 +187,9 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     let place = instance.succession()?;
     let (_, schedule) = instance.planned_succession();
     let (_, snapshot) = instance.kept_by();
-    let successor = Successor::start(&place, plan.exec.as_deref(), schedule.as_ref(), snapshot.as_ref());
+    let seal_key = instance.seal_key();
+    let exec = plan.exec.as_deref();
+    let successor = Successor::start(&place, seal_key.as_deref(), exec, schedule.as_ref(), snapshot.as_ref());
     let mut successor = successor.map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);

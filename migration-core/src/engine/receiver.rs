@@ -507,7 +507,9 @@ impl Hub {
                     None => Err(no_longer_here()),
                 };
                 let loaded = loaded.map_err(MigrationError::vm("loading the state"));
-                if let Some(protection) = &session.protection {
+                if self.options.forward.is_some()
+                    && let Some(protection) = &session.protection
+                {
                     *lock(&protection.state) = bytes.into();
                 }
                 let mut state = lock(&self.state);

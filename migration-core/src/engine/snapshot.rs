@@ -427,11 +427,13 @@ pub struct RestoreOptions {
     pub max_ram_bytes: u64,
     /// Leaves the guest paused, although it ran.
     pub paused: bool,
+    /// Which VM it has to be, if that is known: the snapshot of another one is refused.
+    pub expected: Option<VmId>,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
-        Self { max_ram_bytes: 1 << 40, paused: false }
+        Self { max_ram_bytes: 1 << 40, paused: false, expected: None }
     }
 }
 
@@ -455,8 +457,8 @@ pub struct RestoreReport {
 /// is the caller's to see to: no protocol can, the snapshot may be as old as it likes.
 ///
 /// # Errors
-/// [`MigrationError::Store`] when there is no snapshot, or it is damaged or cut short; [`MigrationError::Vm`] when this host
-/// cannot build, load or start it. Nothing of it is left then.
+/// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged or cut short;
+/// [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of it is left then.
 pub fn restore(
     store: &mut dyn CheckpointStore,
     host: &mut dyn DestinationHost,
@@ -466,6 +468,9 @@ pub fn restore(
     let invalid = |why: String| unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, why));
     let (_, saved) = store.latest().ok_or_else(|| invalid("there is none".into()))?;
     let saved = SavedVm::decode(&saved).map_err(|e| invalid(e.to_string()))?;
+    if let Some(expected) = options.expected.filter(|&expected| expected != saved.vm.id) {
+        return Err(invalid(format!("it is of VM {}, not of VM {expected}", saved.vm.id)));
+    }
     let (layout, limit) = (&saved.vm.layout, options.max_ram_bytes);
     let build = MigrationError::vm("building the VM");
     if layout.bytes() > limit {

@@ -87,7 +87,7 @@ impl Instance {
         change(kept);
         if let Some(place) = place {
             (kept.will.control, kept.will.serial) = (Some(place.control), place.serial);
-            kept.will.seal_key = place.seal_key;
+            kept.will.seal_key = self.seal_key();
         }
         let (Some(broker), Some(machine)) = (&kept.broker, machine) else { return Ok(()) };
         if kept.deposit.as_ref().is_some_and(|deposit| deposit.note(&kept.note()).is_ok()) {

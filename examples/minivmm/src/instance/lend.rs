@@ -49,7 +49,9 @@ impl Instance {
         let borrower = request.borrower.clone();
         let place = self.lock().place.clone();
         let place = place.ok_or("lend: the guest is asked back by the control socket, and there is none")?;
-        drop(self.wait_while(LAST_ANSWERS, |state| state.lent.is_some()));
+        // whoever has the VM may be about to return it; a successor takes the request, if one is about to take the VM
+        let busy = |state: &State| state.lent.is_some() || matches!(state.role, Role::Outgoing | Role::Saving);
+        drop(self.wait_while(LAST_ANSWERS, busy));
         let machine = self.home("lend")?;
         if let Some(why) = machine.cannot_hand_over() {
             return Err(format!("lend: {why}"));

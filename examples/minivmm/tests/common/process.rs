@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io::{Read, Seek},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
 };
@@ -51,8 +52,13 @@ pub(crate) struct Answer {
     pub(crate) stderr: String,
 }
 
-/// A `ctl` under way.
-pub(crate) struct Client(Guard);
+/// A `ctl` or a `feature` under way.
+pub(crate) struct Client {
+    guard: Guard,
+    /// What it prints; a pipe might fill up.
+    stdout: File,
+    stderr: File,
+}
 
 impl Process {
     /// Starts it and waits until it is ready, which its control socket and, of a receiver, its first line show.
@@ -302,7 +308,7 @@ impl Process {
 
 impl Client {
     pub(crate) fn pid(&self) -> u32 {
-        self.0.0.id()
+        self.guard.0.id()
     }
 
     /// Sends it this signal.
@@ -313,7 +319,7 @@ impl Client {
 
     /// Whether it has ended.
     pub(crate) fn has_ended(&mut self) -> Result<bool, Failed> {
-        Ok(self.0.0.try_wait()?.is_some())
+        Ok(self.guard.0.try_wait()?.is_some())
     }
 
     /// Waits for its answer.
@@ -327,7 +333,9 @@ impl Client {
     }
 
     fn start(command: &mut Command) -> Result<Self, Failed> {
-        Ok(Self(Guard(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)))
+        let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+        let child = command.stdout(stdout.try_clone()?).stderr(stderr.try_clone()?).spawn()?;
+        Ok(Self { guard: Guard(child), stdout, stderr })
     }
 
     /// Waits for the end of a `feature`: its status, what it printed a trip, and its stderr.
@@ -339,15 +347,14 @@ impl Client {
 
     /// Waits for its end.
     fn output(mut self) -> Result<Output, Failed> {
-        let status = wait_for("a client ends", || Ok(self.0.0.try_wait()?))?;
-        let read = |pipe: Option<&mut dyn std::io::Read>| -> Result<Vec<u8>, Failed> {
+        let status = wait_for("a client ends", || Ok(self.guard.0.try_wait()?))?;
+        let read = |mut file: File| -> Result<Vec<u8>, Failed> {
             let mut bytes = Vec::new();
-            pipe.ok_or("no pipe")?.read_to_end(&mut bytes)?;
+            file.rewind()?;
+            file.read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        let stdout = read(self.0.0.stdout.as_mut().map(|p| p as _))?;
-        let stderr = read(self.0.0.stderr.as_mut().map(|p| p as _))?;
-        Ok(Output { status, stdout, stderr })
+        Ok(Output { status, stdout: read(self.stdout)?, stderr: read(self.stderr)? })
     }
 
     /// Kills the client, not the migration.

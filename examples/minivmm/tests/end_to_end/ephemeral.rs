@@ -47,6 +47,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("ephemeral/moved_away_by_a_user", moved_away_by_a_user);
     suite.kvm("ephemeral/home_dies_and_a_signal_comes", home_dies_and_a_signal_comes);
     suite.kvm("ephemeral/home_is_refreshed_between_trips", home_is_refreshed_between_trips);
+    suite.kvm("ephemeral/home_is_refreshed_all_the_time", home_is_refreshed_all_the_time);
     suite.kvm("ephemeral/many_borrowers", many_borrowers);
     suite.kvm("ephemeral/from_another_directory", from_another_directory);
     suite.kvm("ephemeral/other_techniques_afterwards", other_techniques_afterwards);
@@ -356,6 +357,26 @@ fn home_is_refreshed_between_trips(lab: &Lab) -> Outcome {
     ensure(code == Some(0) && trips.len() == 3, || format!("{code:?} {trips:?} {stderr}"))?;
     let status = at_home(&home)?;
     ensure(status["pid"] == refreshed["pid"], || format!("{status}"))?;
+    home.works()?;
+    home.ask(&["quit"])?;
+    wait_for("the control socket to go", || Ok((!lab.path("home").exists()).then_some(())))?;
+    serial_is_whole(lab)
+}
+
+/// Trips begin at any moment of a refresh.
+fn home_is_refreshed_all_the_time(lab: &Lab) -> Outcome {
+    let home = home(lab, &["--backing", "memfd"])?;
+    let mut client = home.start_feature(&["--do", "check", "--every", "600ms"])?;
+    let mut refreshed = 0;
+    while refreshed < 10 && !client.has_ended()? {
+        // it may just be away
+        refreshed += usize::from(home.ctl(&["refresh"])?.code == Some(0));
+    }
+    client.signal(Signal::SIGTERM)?;
+    let (code, trips, stderr) = client.trips()?;
+    let well = trips.iter().all(|trip| trip["outcome"] == "completed" && trip["return"]["outcome"] == "completed");
+    ensure(code == Some(143) && !trips.is_empty() && well, || format!("{code:?} {trips:?} {stderr}"))?;
+    at_home(&home)?;
     home.works()?;
     home.ask(&["quit"])?;
     wait_for("the control socket to go", || Ok((!lab.path("home").exists()).then_some(())))?;

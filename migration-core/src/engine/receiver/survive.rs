@@ -44,16 +44,17 @@ impl Hub {
         let Some(protection) = &session.protection else { return };
         let Some((detect, identity)) = lock(&protection.source).clone() else { return };
         let (lost, patience, mut refused) = (Instant::now(), detect.saturating_mul(LAST), None);
-        let mut pause = WATCH;
-        while session.stays_lost(link, pause) {
+        let (mut pause, mut next) = (WATCH, lost);
+        while session.stays_lost(link, WATCH) {
             if self.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
                 return;
             }
-            if lost.elapsed() < patience && !self.options.fence.is_dead(&identity) {
+            if Instant::now() < next || lost.elapsed() < patience && !self.options.fence.is_dead(&identity) {
                 continue;
             }
             let survived = self.survive(session, protection, &identity);
             pause = (2 * pause).min(WATCH_REFUSED);
+            next = Instant::now() + pause;
             match survived {
                 Ok(()) => {
                     self.finished.store(true, Ordering::Relaxed);
