@@ -11,6 +11,7 @@ use migration_kvm::ram::Backing;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::plan::Guests;
 use crate::{
     bench::{
         encrypt::Link,
@@ -178,7 +179,9 @@ pub(super) fn stay(chains: &[Chain], window: Duration) -> Result<Vec<Stay>, Stri
 }
 
 /// Windows after a hand-over in which the guest's speed is looked at, in ms.
-pub(super) const WINDOWS: [u64; 3] = [10, 50, 100];
+pub(super) const WINDOWS: [u64; 3] = [10, 100, 1000];
+/// How long it is looked at, after the hand-over is over.
+pub(super) const FOLLOWED: Duration = Duration::from_secs(3);
 /// The speed before is that of so long before the request.
 const USUAL: Duration = Duration::from_millis(300);
 /// How often it is looked at.
@@ -191,6 +194,8 @@ const STRETCH: Duration = Duration::from_millis(20);
 /// How fast a guest is right after a hand-over.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Recovery {
+    /// The guest.
+    pub(super) guest: String,
     /// Whether the successor filled its page tables.
     pub(super) warmed: bool,
     /// Operations a second before it.
@@ -204,7 +209,7 @@ pub(super) struct Recovery {
 }
 
 /// Hands a guest over and follows its speed.
-pub(super) fn recover(folder: &Folder, chain: &mut Chain, warmed: bool) -> Result<Recovery, String> {
+pub(super) fn recover(folder: &Folder, chain: &mut Chain, guests: &Guests, warmed: bool) -> Result<Recovery, String> {
     // another look at the board, as the chain moves meanwhile
     let backing: Backing = chain.options.backing.parse().map_err(|e| format!("{e}"))?;
     let eye = Guest::shared(&mut chain.process, chain.options.memory, backing, FILL)?;
@@ -212,14 +217,17 @@ pub(super) fn recover(folder: &Folder, chain: &mut Chain, warmed: bool) -> Resul
     let look = || eye.board().ok().map(|board| board.operations);
     let act = || {
         thread::sleep(USUAL);
-        hand_over(folder, std::slice::from_mut(chain), !warmed)
+        let round = hand_over(folder, std::slice::from_mut(chain), !warmed);
+        thread::sleep(FOLLOWED);
+        round
     };
     let (round, samples) = samples::during(PERIOD, look, act)?;
     let round = round?;
-    recovery(&samples, began, &round, warmed).ok_or_else(|| "too few samples of the guest's speed".into())
+    let seen = recovery(&samples, began, &round, (guests.name(), warmed));
+    seen.ok_or_else(|| "too few samples of the guest's speed".into())
 }
 
-fn recovery(samples: &[Sample], began: Instant, round: &Round, warmed: bool) -> Option<Recovery> {
+fn recovery(samples: &[Sample], began: Instant, round: &Round, (guest, warmed): (String, bool)) -> Option<Recovery> {
     let hand_over = round.each.first()?.clone();
     // the successor's start is left out: it takes a core for a while
     let before = samples::rate(samples, samples.first()?.at.max(began), began + USUAL * 9 / 10)?;
@@ -228,7 +236,7 @@ fn recovery(samples: &[Sample], began: Instant, round: &Round, warmed: bool) -> 
     let share = |rate: f64| 100.0 * rate / before.max(1.0);
     let kept = [share(a?), share(b?), share(c?)];
     let until_fast_ms = until(samples, round.switched, FAST * before).map(ms);
-    Some(Recovery { warmed, before: before.round(), kept, until_fast_ms, hand_over })
+    Some(Recovery { guest, warmed, before: before.round(), kept, until_fast_ms, hand_over })
 }
 
 /// How long after `from` a [`STRETCH`] begins in which the guest does so much a second.
@@ -248,21 +256,22 @@ mod tests {
     fn recovery_is_seen() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        // 1000 operations a ms, from 500 on a tenth of it for 100 ms, then as before
+        // 1000 operations a ms, from 500 on a tenth of it for a second, then as before
         let operations = |ms: u64| match ms {
             0..=500 => ms * 1000,
-            501..=600 => 500_000 + (ms - 500) * 100,
-            _ => 510_000 + (ms - 600) * 1000,
+            501..=1500 => 500_000 + (ms - 500) * 100,
+            _ => 600_000 + (ms - 1500) * 1000,
         };
-        let samples: Vec<_> = (0..800).map(|ms| Sample { at: at(ms), operations: operations(ms) }).collect();
+        let samples: Vec<_> = (0..1700).map(|ms| Sample { at: at(ms), operations: operations(ms) }).collect();
         let each = vec![crate::bench::handover::figures::test_util::hand_over(0, 0.9)];
-        let round = Round { each, window: Duration::from_millis(800), switched: at(500) };
-        let seen = recovery(&samples, start, &round, false).unwrap();
+        let round = Round { each, window: Duration::from_millis(1700), switched: at(500) };
+        let seen_in = |samples| recovery(samples, start, &round, ("hot".into(), false));
+        let seen = seen_in(&samples).unwrap();
         assert_eq!((seen.before, seen.kept.map(f64::round), seen.warmed), (1e6, [10.0; 3], false));
         // the stretch that has nine tenths begins before the guest is fast
         let until_fast = seen.until_fast_ms.unwrap();
-        assert!((97.0..=98.0).contains(&until_fast), "{until_fast}");
-        assert!(recovery(&samples[..590], start, &round, false).is_none(), "not watched long enough");
-        assert_eq!(recovery(&samples[..610], start, &round, false).unwrap().until_fast_ms, None);
+        assert!((997.0..=998.0).contains(&until_fast), "{until_fast}");
+        assert!(seen_in(&samples[..1490]).is_none(), "not watched long enough");
+        assert_eq!(seen_in(&samples[..1510]).unwrap().until_fast_ms, None);
     }
 }

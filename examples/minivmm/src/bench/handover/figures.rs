@@ -130,6 +130,17 @@ impl Figures {
         Self { machine, series, others, recoveries, notes: Vec::new(), failures: Vec::new() }
     }
 
+    /// A turn of these guests.
+    pub(super) fn add(&mut self, turn: Series) {
+        match self.series.iter_mut().find(|series| series.guests == turn.guests) {
+            None => self.series.push(turn),
+            Some(series) => {
+                series.hand_overs.extend(turn.hand_overs);
+                series.stays.extend(turn.stays);
+            }
+        }
+    }
+
     /// Idle guests of one vCPU in 4 KiB pages, the smallest first.
     fn idle(&self) -> impl Iterator<Item = &Series> {
         self.series.iter().filter(|s| s.guests.is_of_sizes())
@@ -212,6 +223,18 @@ mod tests {
     fn how_far_medians_are_apart() {
         assert_eq!(apart(&[1.0, 1.25, 1.1]), Some(0.25));
         assert_eq!((apart(&[1.0]), apart(&[]), apart(&[0.0, 1.0])), (None, None, None));
+    }
+
+    #[test]
+    fn turns_are_put_together() {
+        let mut figures = Figures::new(Machine::here(None));
+        for gap in [0.8, 1.2, 1.4] {
+            figures.add(series(Guests::idle(1 << 30, 1), &[gap, gap]));
+            figures.add(series(Guests::huge(1 << 30), &[gap]));
+        }
+        let of = |n: usize| figures.series[n].values(|h| h.gap_ms);
+        assert_eq!((figures.series.len(), of(0), of(1)), (2, vec![0.8, 0.8, 1.2, 1.2, 1.4, 1.4], vec![0.8, 1.2, 1.4]));
+        assert_eq!(figures.series[0].stays.len(), 3);
     }
 
     #[test]

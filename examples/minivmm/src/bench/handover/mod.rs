@@ -16,6 +16,7 @@ mod tables;
 
 use std::{fmt, time::Duration};
 
+use chain::FOLLOWED;
 use clap::ValueEnum;
 use figures::{Figures, Means, Series};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,6 +43,8 @@ const AT_ONCE: [usize; 2] = [4, 8];
 /// Moves by each of the other means, and hand-overs after which the guest's speed is followed.
 const OTHERS: u32 = 5;
 const RECOVERIES: u32 = 10;
+/// The kinds take turns, in so many parts of each: the machine's moods are everybody's.
+const TURNS: u32 = 4;
 /// What everything else on the machine may need while guests run.
 const SPARE: u64 = 1 << 30;
 
@@ -93,7 +96,7 @@ impl Step {
         match self {
             Self::Series(guests, rounds) => guests.start_time() + guests.round_time() * *rounds,
             Self::Other(_) => BEFORE + Duration::from_secs(8),
-            Self::Recoveries(guests, rounds) => guests.start_time() + (guests.round_time() + COLD) * 2 * *rounds,
+            Self::Recoveries(guests, rounds) => guests.start_time() + (guests.round_time() + FOLLOWED) * 2 * *rounds,
         }
     }
 
@@ -106,32 +109,31 @@ impl Step {
     }
 }
 
-/// How long a guest whose page tables were empty has to fill them, before it is handed over again.
-const COLD: Duration = Duration::from_millis(1500);
-
 /// All steps in the order in which they are done.
 fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
     let hand_overs = args.repeat.unwrap_or(if args.quick { QUICK } else { HAND_OVERS });
     let wants = |part| args.part.is_empty() || args.part.contains(&part);
     let (unit, quick) = (args.unit, args.quick);
-    let mut steps = Vec::new();
-    let mut series = |guests: Guests| {
-        let rounds = guests.rounds(hand_overs);
-        steps.push(Step::Series(guests, rounds));
-    };
+    let mut kinds = Vec::new();
     if wants(Part::Sizes) {
         let sizes = if quick { &SIZES[..2] } else { &SIZES };
-        sizes.iter().for_each(|&times| series(Guests::idle(unit, times)));
+        kinds.extend(sizes.iter().map(|&times| Guests::idle(unit, times)));
     }
     if wants(Part::Hot) {
-        series(Guests::hot(unit));
+        kinds.push(Guests::hot(unit));
     }
     if wants(Part::Huge) {
-        series(Guests::huge(unit));
+        kinds.push(Guests::huge(unit));
     }
     if wants(Part::AtOnce) {
         let at_once = if quick { &AT_ONCE[..1] } else { &AT_ONCE };
-        at_once.iter().for_each(|&vms| series(Guests::sleeping(unit, vms)));
+        kinds.extend(at_once.iter().map(|&vms| Guests::sleeping(unit, vms)));
+    }
+    let turns = if quick { 1 } else { TURNS.min(hand_overs) };
+    let mut steps = Vec::new();
+    for _ in 0..turns {
+        let turn = |guests: &Guests| Step::Series(guests.clone(), guests.rounds(hand_overs.div_ceil(turns)));
+        steps.extend(kinds.iter().map(turn));
     }
     if wants(Part::Others) {
         // they alternate
@@ -141,7 +143,8 @@ fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
         }
     }
     if wants(Part::Recovery) {
-        steps.push(Step::Recoveries(Guests::hot(unit), if quick { 2 } else { RECOVERIES.min(hand_overs) }));
+        let rounds = if quick { 2 } else { RECOVERIES.min(hand_overs) };
+        steps.extend([Guests::hot(unit), Guests::hot_huge(unit)].map(|guests| Step::Recoveries(guests, rounds)));
     }
     steps
 }
@@ -149,7 +152,7 @@ fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
 /// Why there is not enough memory of the kind that these guests need.
 fn too_little(step: &Step) -> Option<String> {
     let meminfo = |key| field("/proc/meminfo".as_ref(), key)?.split(' ').next()?.parse::<u64>().ok();
-    if let Step::Series(guests, _) = step
+    if let Step::Series(guests, _) | Step::Recoveries(guests, _) = step
         && guests.backing == "hugetlb"
     {
         let (needed, free) = (guests.bytes().div_ceil(2 << 20), meminfo("HugePages_Free").unwrap_or(0));
@@ -181,7 +184,12 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     for step in &steps {
         tell(&bar, &step.to_string());
         match too_little(step) {
-            Some(why) => figures.notes.push(format!("{step}: not measured: {why}")),
+            Some(why) => {
+                let note = format!("{step}: not measured: {why}");
+                if !figures.notes.contains(&note) {
+                    figures.notes.push(note);
+                }
+            }
             None => perform(args, &folder, step, &bar, begun, &mut figures)?,
         }
         begun += step.time();
@@ -213,7 +221,7 @@ fn perform(
             let series = attempt(bar, &mut figures.failures, || series(folder, guests, *rounds, progress))?;
             let spread = series.spread(|h| h.gap_ms);
             tell(bar, &spread.map_or(String::new(), |s| format!("    gap p50 {:.2} ms, max {:.2} ms", s.p50, s.max)));
-            figures.series.push(series);
+            figures.add(series);
         }
         Step::Other(Means::PreCopy) => {
             let other = attempt(bar, &mut figures.failures, || others::pre_copy(folder, &Guests::idle(args.unit, 1)))?;
@@ -260,9 +268,8 @@ fn recoveries(folder: &Folder, guests: &Guests, rounds: u32) -> Result<Vec<chain
     let mut all = Vec::new();
     for n in 0..2 * rounds {
         for chain in &mut chains {
-            all.push(chain::recover(folder, chain, n % 2 == 0)?);
+            all.push(chain::recover(folder, chain, guests, n % 2 == 0)?);
         }
-        std::thread::sleep(COLD);
     }
     chains.iter().try_for_each(chain::Chain::verify)?;
     Ok(all)

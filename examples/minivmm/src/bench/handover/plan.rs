@@ -37,7 +37,16 @@ impl Guests {
 
     /// One that writes most of its data all the time, in pages of 4 KiB.
     pub(super) fn hot(unit: u64) -> Self {
-        Self::one(&format!("hot:size={}M,", unit / MIB / 2), unit, "memfd")
+        Self::hot_in(unit, "memfd")
+    }
+
+    /// The same in huge pages.
+    pub(super) fn hot_huge(unit: u64) -> Self {
+        Self::hot_in(unit, "hugetlb")
+    }
+
+    fn hot_in(unit: u64, backing: &'static str) -> Self {
+        Self::one(&format!("hot:size={}M,", unit / MIB / 2), unit, backing)
     }
 
     /// Some that sleep from one tick of their clock to the next.

@@ -130,12 +130,13 @@ fn beside(figures: &Figures) -> Table {
 
 fn recovery(recoveries: &[Recovery]) -> Table {
     let mut rows = Vec::new();
-    for (warmed, name) in [(true, "page tables filled beforehand"), (false, "not filled")] {
-        let own: Vec<_> = recoveries.iter().filter(|r| r.warmed == warmed).collect();
-        if own.is_empty() {
-            continue;
-        }
-        let mut row = vec![name.to_owned(), own.len().to_string()];
+    let mut kinds: Vec<_> = recoveries.iter().map(|r| (&r.guest, r.warmed)).collect();
+    kinds.sort_by_key(|&(guest, warmed)| (guest, !warmed));
+    kinds.dedup();
+    for (guest, warmed) in kinds {
+        let own: Vec<_> = recoveries.iter().filter(|r| (&r.guest, r.warmed) == (guest, warmed)).collect();
+        let tables = if warmed { "filled beforehand" } else { "not filled" };
+        let mut row = vec![guest.clone(), tables.into(), own.len().to_string()];
         for n in 0..WINDOWS.len() {
             row.push(spread(&own.iter().map(|r| r.kept[n]).collect::<Vec<_>>()));
         }
@@ -146,7 +147,16 @@ fn recovery(recoveries: &[Recovery]) -> Table {
     }
     Table {
         title: "The guest's speed right after a hand-over, hot over half of its RAM (% of that before, median (least–most))".into(),
-        head: vec!["", "hand-overs", "first 10 ms", "first 50 ms", "first 100 ms", "until 90 %, ms", "Mop/s before"],
+        head: vec![
+            "guest",
+            "page tables",
+            "hand-overs",
+            "first 10 ms",
+            "first 100 ms",
+            "first second",
+            "until 90 %, ms",
+            "Mop/s before",
+        ],
         rows,
     }
 }
@@ -225,6 +235,7 @@ mod tests {
         let hand_over = test_util::hand_over(0, 0.9);
         for (warmed, kept) in [(true, [90.0, 95.0, 99.0]), (false, [10.0, 11.0, 15.0])] {
             figures.recoveries.push(Recovery {
+                guest: "hot, 1 GiB".into(),
                 warmed,
                 before: 40e6,
                 kept,
