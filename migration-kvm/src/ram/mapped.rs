@@ -104,7 +104,7 @@ impl MappedRam {
                 backing.is_shared().then(file).transpose().map_err(RamError::system("create a memory file"))
             })
             .collect::<Result<_, _>>()?;
-        Self::map(layout, backing, files)
+        Self::map(layout, backing, files).map(Self::ask_for_shared_huge_pages)
     }
 
     /// Maps memory files that exist already, in the order of the layout's regions: those of
@@ -141,7 +141,19 @@ impl MappedRam {
                 Some(true) => {}
             }
         }
-        Self::map(layout, backing, files.into_iter().map(Some).collect())
+        let ram = Self::map(layout, backing, files.into_iter().map(Some).collect())?;
+        Ok(ram.ask_for_shared_huge_pages())
+    }
+
+    /// Of transparent huge pages, for a memory file that a guest runs in.
+    fn ask_for_shared_huge_pages(self) -> Self {
+        if self.backing == Backing::Memfd {
+            // fails where the kernel has none: then it stays with small ones, as it does where the administrator allows no others
+            for (mapped, region) in self.regions.iter().zip(self.layout.regions()) {
+                drop(mapped.mapping.advise(0, region.len, Advice::HugePages));
+            }
+        }
+        self
     }
 
     fn map(layout: RamLayout, backing: Backing, files: Vec<Option<OwnedFd>>) -> Result<Self, RamError> {
@@ -307,11 +319,13 @@ impl MappedRam {
     /// # Errors
     /// [`RamError::System`].
     pub fn alias(&self) -> Result<Option<Self>, RamError> {
-        let files: Option<Vec<_>> = self.regions.iter().map(|r| r.file.as_ref().map(OwnedFd::try_clone)).collect();
-        let Some(files) = files else { return Ok(None) };
-        let files = files.into_iter().collect::<io::Result<_>>();
+        if !self.backing.is_shared() {
+            return Ok(None);
+        }
+        let files: io::Result<Vec<_>> =
+            self.regions.iter().map(|r| r.file.as_ref().map(OwnedFd::try_clone).transpose()).collect();
         let files = files.map_err(RamError::system("duplicate a memory file's descriptor"))?;
-        Self::from_memory_files(self.layout.clone(), files, self.backing).map(Some)
+        Self::map(self.layout.clone(), self.backing, files).map(Some)
     }
 
     /// Gives every page of `range` memory and a writable page table entry, without changing what it holds: later

@@ -29,7 +29,8 @@ pub enum Backing {
     Anonymous,
     /// Private anonymous memory for which the kernel is asked to use 2 MiB pages where it can: `thp`.
     TransparentHuge,
-    /// A shared memory file of 4 KiB pages, which another process can map too: `memfd`.
+    /// A shared memory file, which another process can map too: `memfd`. In pages of 4 KiB, and of 2 MiB where the kernel may use them
+    /// for shared memory on request (`advise` or more in `/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
     Memfd,
     /// A shared memory file of 2 MiB pages out of the reserve in `/proc/sys/vm/nr_hugepages`: `hugetlb`.
     Hugetlb,

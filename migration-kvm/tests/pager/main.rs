@@ -23,7 +23,7 @@ use migration_core::{
 };
 use migration_kvm::{
     pager::{PagerError, UserFaultPager},
-    ram::Backing,
+    ram::{Backing, MappedRam},
     tracker::{Modes, UserFault, WriteProtect, features},
 };
 
@@ -313,15 +313,15 @@ fn across_regions(backing: Backing) -> Outcome {
     Ok(())
 }
 
-/// Kilobytes of transparent huge pages in the mapping that `address` lies in.
-fn huge_kilobytes(address: u64) -> Result<u64, Failed> {
+/// Kilobytes of transparent huge pages in the mapping that `address` lies in, of this kind of memory.
+fn huge_kilobytes(address: u64, kind: &str) -> Result<u64, Failed> {
     let (smaps, mut inside) = (fs::read_to_string("/proc/self/smaps")?, false);
     for line in smaps.lines() {
         let head = line.split(' ').next().and_then(|range| range.split_once('-'));
         let bounds = head.map(|(a, b)| (u64::from_str_radix(a, 16), u64::from_str_radix(b, 16)));
         if let Some((Ok(start), Ok(end))) = bounds {
             inside = (start..end).contains(&address);
-        } else if let Some(rest) = line.strip_prefix("AnonHugePages:").filter(|_| inside) {
+        } else if let Some(rest) = line.strip_prefix(kind).filter(|_| inside) {
             return Ok(rest.trim().trim_end_matches(" kB").parse()?);
         }
     }
@@ -332,10 +332,11 @@ fn huge_kilobytes(address: u64) -> Result<u64, Failed> {
 fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
     let control = World::new(backing)?;
     control.ram.warm(range(0, 512))?;
-    if huge_kilobytes(control.ram.host_address(0).as_ptr() as u64)? == 0 {
+    let huge = |ram: &MappedRam, index| huge_kilobytes(ram.host_address(index).as_ptr() as u64, "AnonHugePages:");
+    let possible = huge(&control.ram, 0)? != 0;
+    if !possible {
         eprintln!("the host has no free huge page: huge_blocks_stay_huge checks contents only");
     }
-    let possible = huge_kilobytes(control.ram.host_address(0).as_ptr() as u64)? != 0;
     let world = World::new(backing)?;
     if world.fault.features() & features::MOVE == 0 {
         eprintln!("userfaultfd has no MOVE: huge_blocks_stay_huge checks contents only");
@@ -349,10 +350,44 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
         expect(world.install(range(first, 512), 2)?, pages, duplicates)?;
     }
     for index in 0..2 {
-        let huge = huge_kilobytes(world.ram.host_address(index).as_ptr() as u64)?;
+        let huge = huge(&world.ram, index)?;
         ensure(huge >= 2048 || !possible, || format!("region {index}: {huge} kB of huge pages"))?;
     }
     world.pages_of(|page| world.holds(range(page, 1), if page == 600 { 1 } else { 2 }))?;
+    world.pager.disarm()?;
+    Ok(())
+}
+
+/// Where the kernel may use them for shared memory, there are huge pages for whoever maps the files; to install pages does
+/// not depend on it.
+fn shared_huge_pages(backing: Backing) -> Outcome {
+    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    let possible = ["[advise]", "[within_size]", "[always]", "[force]"].iter().any(|word| setting.contains(word));
+    if !possible {
+        eprintln!("the host has no huge pages for shared memory: shared_huge_pages checks contents only: {setting}");
+    }
+    let huge = |ram: &MappedRam| -> Outcome {
+        let huge = huge_kilobytes(ram.host_address(0).as_ptr() as u64, "ShmemPmdMapped:")?;
+        ensure(huge >= 2048 || !possible, || format!("{huge} kB of huge pages"))
+    };
+    let world = World::new(backing)?;
+    world.ram.warm(range(0, 512))?;
+    huge(&world.ram)?;
+    world.write(7, b"shared")?;
+    let files = world.ram.memory_files()?.iter().map(|file| file.try_clone_to_owned()).collect::<Result<_, _>>()?;
+    let other = MappedRam::from_memory_files(world.ram.layout().clone(), files, backing)?;
+    other.warm_for_reading(range(0, 512))?;
+    huge(&other)?;
+    let mut there = [0; 6];
+    (&other as &dyn GuestRam).read(7 << 12, &mut there)?;
+    ensure(&there == b"shared", || format!("{there:?}"))?;
+    drop(other);
+    // stale pages inside a huge one, and all of another one
+    world.pager.arm(&world.all())?;
+    for first in (0..world.pages()).step_by(256) {
+        expect(world.install(range(first, 256), 2)?, 256, 0)?;
+    }
+    world.holds(range(0, 512), 2)?;
     world.pager.disarm()?;
     Ok(())
 }
@@ -581,6 +616,8 @@ fn main() -> ExitCode {
         }
     }
     add("huge_blocks_stay_huge", Backing::TransparentHuge, 0, huge_blocks_stay_huge);
+    let shared = features::MISSING_SHMEM | features::MINOR_SHMEM;
+    add("shared_huge_pages", Backing::Memfd, shared, shared_huge_pages);
     for backing in Backing::ALL {
         trials.push(Trial::test(format!("{backing}/cost"), move || cost(backing)).with_ignored_flag(true));
     }
