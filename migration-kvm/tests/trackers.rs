@@ -179,8 +179,19 @@ fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) 
 }
 
 fn granule(kind: TrackerKind, backing: Backing) -> u64 {
-    let huge = matches!(backing, Backing::Hugetlb | Backing::TransparentHuge);
+    let huge = may_be_huge(backing);
     if kind == TrackerKind::WriteProtect && huge { 512 } else { 1 }
+}
+
+/// Whether its pages may be of 2 MiB.
+fn may_be_huge(backing: Backing) -> bool {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let shared = || fs::read_to_string(path).is_ok_and(|text| !text.contains("[never]") && !text.contains("[deny]"));
+    match backing {
+        Backing::Hugetlb | Backing::TransparentHuge => true,
+        Backing::Memfd => shared(),
+        Backing::Anonymous => false,
+    }
 }
 
 fn ring_entries(kind: TrackerKind) -> Option<u32> {
@@ -245,7 +256,7 @@ fn contract(kind: TrackerKind, backing: Backing) -> Outcome {
 /// Memory that nobody touched is not reported; a first write to it is.
 fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     let mut guest = Guest::new(backing, ring_entries(kind))?;
-    let granule = if backing == Backing::Anonymous || backing == Backing::Memfd { 1 } else { 512 };
+    let granule = if may_be_huge(backing) { 512 } else { 1 };
     let mut tracker = guest.tracker(kind)?;
     tracker.start()?;
     let none = PageSet::empty(guest.ram.layout().pages());
@@ -348,7 +359,7 @@ fn trackers_follow_each_other() -> Outcome {
         let mut written = guest.write(3, 4, 90)?;
         bitmap.mark(DATA + 0x10_0000, 1);
         written.insert(guest.data().first + 0x100);
-        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &written, 1)?;
+        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &written, granule(kind, Backing::Memfd))?;
         let none = PageSet::empty(written.capacity());
         same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &none, 1)?;
     }
@@ -371,7 +382,8 @@ fn an_unmapped_page_is_still_dirty() -> Outcome {
     ensure(unmapped == 0, || "madvise failed".into())?;
     let mut want = PageSet::empty(guest.ram.layout().pages());
     want.insert(guest.data().first + 5);
-    same(&guest, "unmapped after the write", &harvest(&guest, &mut tracker)?, &want, 1)
+    let granule = granule(TrackerKind::WriteProtect, Backing::Memfd);
+    same(&guest, "unmapped after the write", &harvest(&guest, &mut tracker)?, &want, granule)
 }
 
 fn probe_agrees() -> Outcome {

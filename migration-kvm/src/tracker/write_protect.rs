@@ -17,7 +17,7 @@ const NAME: &str = "write-protect";
 ///
 /// It sees every write through this mapping: of vCPUs, KVM, devices and the VMM; not those through *another* mapping
 /// (another process, vhost-user, or [`MappedRam::alias`](crate::ram::MappedRam::alias)). It works with every backing. On
-/// hugetlb a write makes all 512 pages of its huge page dirty; a transparent huge page is reported whole when it is
+/// hugetlb a write makes all 512 pages of its huge page dirty; a transparent huge page (a memory file can have them too) is reported whole when it is
 /// new or was not split yet, and is split into 4 KiB pages by the first write.
 ///
 /// On shared memory, starting marks every page table entry, also of holes: page tables for all of RAM (8 bytes a page).
