@@ -55,7 +55,7 @@ pub(super) enum Part {
     Sizes,
     /// A guest that writes all the time.
     Hot,
-    /// An idle guest in huge pages.
+    /// An idle guest in huge pages; with `recovery` also the other one's speed in them.
     Huge,
     /// Several guests at once.
     AtOnce,
@@ -144,7 +144,10 @@ fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
     }
     if wants(Part::Recovery) {
         let rounds = if quick { 2 } else { RECOVERIES.min(hand_overs) };
-        steps.extend([Guests::hot(unit), Guests::hot_huge(unit)].map(|guests| Step::Recoveries(guests, rounds)));
+        steps.push(Step::Recoveries(Guests::hot(unit), rounds));
+        if wants(Part::Huge) {
+            steps.push(Step::Recoveries(Guests::hot_huge(unit), rounds));
+        }
     }
     steps
 }
