@@ -55,7 +55,7 @@ pub(super) enum Part {
     Sizes,
     /// A guest that writes all the time.
     Hot,
-    /// An idle guest in huge pages; with `recovery` also the other one's speed in them.
+    /// An idle guest in huge pages; with `recovery`, also the speed of one that writes.
     Huge,
     /// Several guests at once.
     AtOnce,
