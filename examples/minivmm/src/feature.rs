@@ -39,10 +39,9 @@ const WITHIN: Duration = Duration::from_secs(60);
 /// How often an owner that does not take its guest back is tried again, and at which intervals.
 const RETURNS: u32 = 10;
 const RETRY: Duration = Duration::from_millis(500);
-/// How often it is looked whether a guest that is late has come, or who the VM's home is.
+/// How often it is looked whether a guest that is late has come, and whether a home that is being replaced is.
 const LOOK: Duration = Duration::from_millis(5);
-/// How long a home that is being replaced by its successor may leave requests without a good answer.
-const SUCCESSION: Duration = Duration::from_secs(1);
+const LOOK_AT_HOME: Duration = Duration::from_millis(20);
 
 /// Runs the command; the exit status.
 pub(crate) fn run(args: &Feature) -> u8 {
@@ -97,20 +96,17 @@ enum End {
 struct Owner {
     identity: Vec<u8>,
     broker: Option<PathBuf>,
+    /// Whether its VM is on the way elsewhere.
+    leaving: bool,
 }
 
 /// The guest with the report of its coming, or the VM without it and why.
 type Borrowed = Result<(Resident<Tenant>, Value), (Dormant<Tenant>, String)>;
 
-/// Where the VM's home is found. One that ends just now has a successor there, or the socket is gone as well.
+/// Where the VM's home is found. One that ended before it could answer had left its place to a successor.
 fn place_of(home: &Path) -> Result<Value, String> {
-    let deadline = Instant::now() + SUCCESSION;
-    loop {
-        match ask(home, &Request::Place, |_| {}) {
-            Err(_) if home.exists() && Instant::now() < deadline => thread::sleep(LOOK),
-            answer => return answer.map_err(|why| format!("feature: {why}")),
-        }
-    }
+    let place = || ask(home, &Request::Place, |_| {});
+    place().or_else(|_| place()).map_err(|why| format!("feature: {why}"))
 }
 
 impl<'a> Borrower<'a> {
@@ -176,7 +172,7 @@ impl<'a> Borrower<'a> {
             }
         }
         if self.args.work == Work::Check
-            && let Err(why) = self.ask(&Request::StopLog)
+            && let Err(why) = self.stop_log()
         {
             eprintln!("minivmm: the dirty log of the VM goes on, and slows it down a little: {why}");
         }
@@ -223,30 +219,43 @@ impl<'a> Borrower<'a> {
                     why
                 }
             };
-            if Instant::now() >= deadline {
-                return Err(why);
-            }
-            owner = self.successor(&owner).ok_or(why)?;
+            owner = self.next_owner(&owner, deadline).ok_or(why)?;
         }
     }
 
     fn owner(&self) -> Result<Owner, String> {
         let home = place_of(&self.attach)?;
         let identity = serde_json::from_value(home["identity"].clone()).map_err(|e| format!("feature: {e}"))?;
-        Ok(Owner { identity, broker: home["broker"].as_str().map(PathBuf::from) })
+        let broker = home["broker"].as_str().map(PathBuf::from);
+        Ok(Owner { identity, broker, leaving: home["leaving"] == true })
     }
 
-    /// Who is found in its place now, if that is another one.
-    fn successor(&self, owner: &Owner) -> Option<Owner> {
-        let deadline = Instant::now() + SUCCESSION;
+    /// Whom to ask after this one has refused: who is found in its place, or itself, if its VM was on the way elsewhere and stays.
+    fn next_owner(&self, refused: &Owner, deadline: Instant) -> Option<Owner> {
+        let mut was_leaving = false;
         while Instant::now() < deadline {
             let found = self.owner().ok()?;
-            if found.identity != owner.identity {
+            if found.identity != refused.identity || was_leaving && !found.leaving {
                 return Some(found);
             }
-            thread::sleep(LOOK);
+            if !found.leaving {
+                return None;
+            }
+            was_leaving = true;
+            thread::sleep(LOOK_AT_HOME);
         }
         None
+    }
+
+    /// Nobody looks at the dirty log any more.
+    fn stop_log(&self) -> Result<(), String> {
+        let owner = self.owner()?;
+        let asked = self.ask(&Request::StopLog);
+        let asked = asked.or_else(|why| {
+            self.next_owner(&owner, Instant::now() + COMING).ok_or(why)?;
+            self.ask(&Request::StopLog)
+        });
+        asked.map(drop)
     }
 
     fn borrow_from(&self, owner: &Owner, dormant: Dormant<Tenant>) -> Result<Borrowed, String> {
@@ -258,6 +267,7 @@ impl<'a> Borrower<'a> {
         let request = Request::Lend(LendRequest {
             to: listener.address(),
             control: self.control.clone(),
+            lender: Some(owner.identity.clone()),
             borrower: identity.encode(),
             pid: process::id(),
             within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),

@@ -456,8 +456,14 @@ impl Instance {
         let identity = ProcessIdentity::own().map_err(|e| format!("place: {e}"))?;
         Ok(json!({
             "serial": place.serial, "identity": identity.encode(), "pid": std::process::id(), "broker": place.broker,
-            "seal_key": self.seal_key(),
+            "seal_key": self.seal_key(), "leaving": self.is_leaving(),
         }))
+    }
+
+    /// Whether the VM is on its way elsewhere for good, or has just gone there.
+    fn is_leaving(&self) -> bool {
+        let state = self.lock();
+        state.lent.is_none() && matches!(state.role, Role::Outgoing | Role::InDoubt | Role::Moved)
     }
 
     fn cancel(&self) -> Result<Value, String> {

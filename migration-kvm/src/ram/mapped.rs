@@ -357,8 +357,9 @@ impl MappedRam {
     }
 
     /// Frees the memory of `range`, which then reads as zeros, for every process that maps it. No dirty tracker
-    /// reports this. On hugetlb the range must cover whole huge pages, and touching it again takes a free huge page
-    /// from the reserve (SIGBUS if there is none).
+    /// reports this. A part of a transparent huge page that cannot be split becomes zeros without being freed. On hugetlb
+    /// the range must cover whole huge pages, and touching it again takes a free huge page from the reserve (SIGBUS if
+    /// there is none).
     ///
     /// # Errors
     /// [`RamError::Outside`], [`RamError::System`].

@@ -17,6 +17,9 @@ pub(crate) struct LendRequest {
     pub(crate) to: String,
     /// Its control socket.
     pub(crate) control: PathBuf,
+    /// Which process it asks: another one may be found at the control socket by now. `None` of builds that do not say.
+    #[serde(default)]
+    pub(crate) lender: Option<Vec<u8>>,
     /// Which process it is: an encoded `ProcessIdentity`.
     pub(crate) borrower: Vec<u8>,
     pub(crate) pid: u32,
@@ -49,9 +52,12 @@ impl Instance {
         let borrower = request.borrower.clone();
         let place = self.lock().place.clone();
         let place = place.ok_or("lend: the guest is asked back by the control socket, and there is none")?;
-        // whoever has the VM may be about to return it; a successor takes the request, if one is about to take the VM
-        let busy = |state: &State| state.lent.is_some() || matches!(state.role, Role::Outgoing | Role::Saving);
-        drop(self.wait_while(LAST_ANSWERS, busy));
+        // it means to be given the VM by a process that it can tell dead
+        let own = ProcessIdentity::own().map_err(|e| format!("lend: {e}"))?.encode();
+        if request.lender.as_ref().is_some_and(|lender| *lender != own) {
+            return Err("lend: another process has the VM since the request was written".into());
+        }
+        drop(self.wait_while(LAST_ANSWERS, |state| state.lent.is_some()));
         let machine = self.home("lend")?;
         if let Some(why) = machine.cannot_hand_over() {
             return Err(format!("lend: {why}"));

@@ -368,11 +368,15 @@ fn home_is_refreshed_all_the_time(lab: &Lab) -> Outcome {
     let home = home(lab, &["--backing", "memfd"])?;
     let mut client = home.start_feature(&["--do", "check", "--every", "600ms"])?;
     let mut refreshed = 0;
-    while refreshed < 10 && !client.has_ended()? {
+    let ended = wait_for("ten refreshes between trips", || {
         // it may just be away
         refreshed += usize::from(home.ctl(&["refresh"])?.code == Some(0));
+        let ended = client.has_ended()?;
+        Ok((ended || refreshed == 10).then_some(ended))
+    })?;
+    if !ended {
+        client.signal(Signal::SIGTERM)?;
     }
-    client.signal(Signal::SIGTERM)?;
     let (code, trips, stderr) = client.trips()?;
     let well = trips.iter().all(|trip| trip["outcome"] == "completed" && trip["return"]["outcome"] == "completed");
     ensure(code == Some(143) && !trips.is_empty() && well, || format!("{code:?} {trips:?} {stderr}"))?;
