@@ -219,8 +219,8 @@ fn contract(kind: TrackerKind, backing: Backing) -> Outcome {
     same(&guest, "guest writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
     same(&guest, "reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
     let written = guest.write(5, 3, 40)?;
-    // what was a huge page is split by now, but for hugetlb's
-    let split = if backing == Backing::Hugetlb { granule } else { 1 };
+    // what was a huge page is split by now, if it is not one of a file
+    let split = if backing == Backing::TransparentHuge { 1 } else { granule };
     same(&guest, "the same pages again", &harvest(&guest, &mut *tracker)?, &written, split)?;
     let last = guest.data().count - 1;
     let written = guest.write(last, 1, 1)?;

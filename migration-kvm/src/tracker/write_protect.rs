@@ -16,9 +16,10 @@ const NAME: &str = "write-protect";
 /// protection at the first write and remembers it, no thread handles a fault. A harvest is a PAGEMAP_SCAN.
 ///
 /// It sees every write through this mapping: of vCPUs, KVM, devices and the VMM; not those through *another* mapping
-/// (another process, vhost-user, or [`MappedRam::alias`](crate::ram::MappedRam::alias)). It works with every backing. On
-/// hugetlb a write makes all 512 pages of its huge page dirty; a transparent huge page (a memory file can have them too) is reported whole when it is
-/// new or was not split yet, and is split into 4 KiB pages by the first write.
+/// (another process, vhost-user, or [`MappedRam::alias`](crate::ram::MappedRam::alias)). It works with every backing. A
+/// write to a huge page of a file, hugetlb's or a transparent one, makes all 512 pages dirty, each time; a transparent
+/// huge page of private memory is reported whole when it is new or was not split yet, and is split into 4 KiB pages by
+/// the first write.
 ///
 /// On shared memory, starting marks every page table entry, also of holes: page tables for all of RAM (8 bytes a page).
 /// On private memory holes cost nothing.
