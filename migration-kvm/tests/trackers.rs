@@ -179,19 +179,7 @@ fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) 
 }
 
 fn granule(kind: TrackerKind, backing: Backing) -> u64 {
-    let huge = may_be_huge(backing);
-    if kind == TrackerKind::WriteProtect && huge { 512 } else { 1 }
-}
-
-/// Whether its pages may be of 2 MiB.
-fn may_be_huge(backing: Backing) -> bool {
-    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let shared = || fs::read_to_string(path).is_ok_and(|text| !text.contains("[never]") && !text.contains("[deny]"));
-    match backing {
-        Backing::Hugetlb | Backing::TransparentHuge => true,
-        Backing::Memfd => shared(),
-        Backing::Anonymous => false,
-    }
+    if kind == TrackerKind::WriteProtect && backing.may_be_huge() { 512 } else { 1 }
 }
 
 fn ring_entries(kind: TrackerKind) -> Option<u32> {
@@ -258,7 +246,7 @@ fn contract(kind: TrackerKind, backing: Backing) -> Outcome {
 /// Memory that nobody touched is not reported; a first write to it is.
 fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     let mut guest = Guest::new(backing, ring_entries(kind))?;
-    let granule = if may_be_huge(backing) { 512 } else { 1 };
+    let granule = if backing.may_be_huge() { 512 } else { 1 };
     let mut tracker = guest.tracker(kind)?;
     tracker.start()?;
     let none = PageSet::empty(guest.ram.layout().pages());

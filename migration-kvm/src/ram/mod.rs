@@ -1,6 +1,6 @@
 //! Guest RAM: mapped by this crate ([`MappedRam`]), or by a VMM that uses vm-memory ([`VmMemoryRam`]).
 
-use std::{fmt, io, str::FromStr};
+use std::{fmt, fs, io, path::Path, str::FromStr};
 
 use thiserror::Error;
 
@@ -47,6 +47,23 @@ impl Backing {
             Self::TransparentHuge => "thp",
             Self::Memfd => "memfd",
             Self::Hugetlb => "hugetlb",
+        }
+    }
+
+    /// Whether its pages may be of 2 MiB, as the kernel is set now. (Whether one is depends on the memory that is free.)
+    pub fn may_be_huge(self) -> bool {
+        match self {
+            Self::Anonymous => false,
+            Self::TransparentHuge | Self::Hugetlb => true,
+            Self::Memfd => {
+                let folder = Path::new("/sys/kernel/mm/transparent_hugepage");
+                let setting = |name: &str| fs::read_to_string(folder.join(name)).ok();
+                let Some(all) = setting("shmem_enabled") else { return false };
+                // before Linux 6.10 there is no setting for each size
+                let own = setting("hugepages-2048kB/shmem_enabled").filter(|own| !own.contains("[inherit]"));
+                let never = own.as_ref().unwrap_or(&all).contains("[never]");
+                !all.contains("[deny]") && (all.contains("[force]") || !never)
+            }
         }
     }
 

@@ -361,15 +361,11 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
 /// Where the kernel may use them for shared memory, there are huge pages for whoever maps the files; to install pages does
 /// not depend on it.
 fn shared_huge_pages(backing: Backing) -> Outcome {
-    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
-    let of_this_size = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled");
-    let allowed = ["[advise]", "[within_size]", "[always]", "[force]"].iter().any(|word| setting.contains(word))
-        && of_this_size.is_ok_and(|own| own.contains("[inherit]"));
     let control = World::new(backing)?;
     control.ram.warm(range(0, 512))?;
-    let possible = allowed && control.ram.assemble_huge_pages(range(0, 512)).is_ok();
+    let possible = backing.may_be_huge() && control.ram.assemble_huge_pages(range(0, 512)).is_ok();
     if !possible {
-        eprintln!("the host has no huge pages for shared memory: shared_huge_pages checks contents only: {setting}");
+        eprintln!("the host has no huge pages for shared memory: shared_huge_pages checks contents only");
     }
     let huge = |ram: &MappedRam| -> Outcome {
         let huge = huge_kilobytes(ram.host_address(0).as_ptr() as u64, "ShmemPmdMapped:")?;

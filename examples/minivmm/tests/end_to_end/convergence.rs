@@ -23,13 +23,16 @@ fn throttled_and_moved(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-const HOPELESS: [&str; 6] = ["--guest-impact", "low", "--downtime-limit", "1ms", "--timeout", "2s"];
+/// A limit for the downtime that is not to be had, and little time to find that out.
+fn hopeless(limit: &str) -> [&str; 6] {
+    ["--guest-impact", "low", "--downtime-limit", limit, "--timeout", "2s"]
+}
 
 fn cancelled(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", GUEST, &[])?;
     let destination = lab.receive("destination", &[])?;
     let before = source.resources()?;
-    let answer = source.migrate(&destination.address, &[&LINK[..], &HOPELESS].concat())?;
+    let answer = source.migrate(&destination.address, &[&LINK[..], &hopeless("1ms")].concat())?;
     ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
     ensure_says(answer.reason(), "not converged in time")?;
     ensure_says(answer.reason(), "of the 1 ms allowed")?;
@@ -44,8 +47,8 @@ fn stopped(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", GUEST, &[])?;
     let destination = lab.receive("destination", &[])?;
     // less than the state alone takes, however little a guest writes that gets no core
-    let limit = ["--guest-impact", "low", "--downtime-limit", "100us", "--timeout", "2s", "--on-timeout", "stop"];
-    let report = source.migrate_well(&destination.address, &[&LINK[..], &limit].concat())?;
+    let options = [&LINK[..], &hopeless("100us"), &["--on-timeout", "stop"]].concat();
+    let report = source.migrate_well(&destination.address, &options)?;
     ensure(report["downtime_ms"].as_f64() > Some(0.1), || format!("within a limit that is impossible: {report}"))?;
     destination.works()?;
     destination.quit()

@@ -357,6 +357,11 @@ fn home_is_refreshed_between_trips(lab: &Lab) -> Outcome {
     ensure(code == Some(0) && trips.len() == 3, || format!("{code:?} {trips:?} {stderr}"))?;
     let status = at_home(&home)?;
     ensure(status["pid"] == refreshed["pid"], || format!("{status}"))?;
+    successor_quits(lab, &home)
+}
+
+/// The home is no child of the trial by now.
+fn successor_quits(lab: &Lab, home: &Process) -> Outcome {
     home.works()?;
     home.ask(&["quit"])?;
     wait_for("the control socket to go", || Ok((!lab.path("home").exists()).then_some(())))?;
@@ -381,10 +386,7 @@ fn home_is_refreshed_all_the_time(lab: &Lab) -> Outcome {
     let well = trips.iter().all(|trip| trip["outcome"] == "completed" && trip["return"]["outcome"] == "completed");
     ensure(code == Some(143) && !trips.is_empty() && well, || format!("{code:?} {trips:?} {stderr}"))?;
     at_home(&home)?;
-    home.works()?;
-    home.ask(&["quit"])?;
-    wait_for("the control socket to go", || Ok((!lab.path("home").exists()).then_some(())))?;
-    serial_is_whole(lab)
+    successor_quits(lab, &home)
 }
 
 /// They take turns, or are told that another one has the guest.

@@ -20,6 +20,7 @@ use chain::FOLLOWED;
 use clap::ValueEnum;
 use figures::{Figures, Means, Series};
 use indicatif::{ProgressBar, ProgressStyle};
+use migration_kvm::ram::Backing;
 use plan::Guests;
 
 use super::{
@@ -166,14 +167,6 @@ fn too_little(step: &Step) -> Option<String> {
     (free < needed).then(|| format!("{} MiB of memory are free, and {} needed", free >> 20, needed >> 20))
 }
 
-/// Whether the kernel may put memory files into huge pages, if it says so.
-fn shared_huge_pages() -> Option<String> {
-    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let text = std::fs::read_to_string(path).ok()?;
-    let (chosen, _) = text.split_once('[')?.1.split_once(']')?;
-    Some(format!("Transparent huge pages for memory files without reserved ones: {chosen} ({path})"))
-}
-
 /// Measures; whether every figure is within its target.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if let Some(path) = &args.markdown {
@@ -184,7 +177,8 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if version.is_none() && !args.no_qemu {
         figures.notes.push("QEMU's cpr-transfer: not measured: qemu-system-x86_64 is not installed".into());
     }
-    figures.notes.extend(shared_huge_pages());
+    let allowed = if Backing::Memfd.may_be_huge() { "allowed" } else { "not allowed" };
+    figures.notes.push(format!("Transparent huge pages for a memfd: {allowed} (shmem_enabled)"));
     let steps = steps(args, version.is_some());
     let folder = Folder::new()?;
     let time: Duration = steps.iter().map(Step::time).sum();
