@@ -30,10 +30,10 @@ pub(crate) fn add(suite: &mut Suite) {
                 let name = format!("hand_over/{backing}/{cpus}/{name}");
                 suite.kvm_backed(name, backing, run);
             }
+            let run = move |lab: &Lab| chain(lab, backing, cpus);
+            suite.kvm_backed(format!("hand_over/chain/{backing}/{cpus}"), backing, run);
         }
     }
-    suite.kvm("hand_over/chain/1", |lab| chain(lab, "1"));
-    suite.kvm("hand_over/chain/4", |lab| chain(lab, "4"));
     suite.kvm("hand_over/paused", paused);
     suite.kvm("hand_over/across_the_hole_below_4_gib", across_the_hole);
     suite.kvm("hand_over/refused", refused);
@@ -68,9 +68,9 @@ fn every_page_is_right(lab: &Lab, spec: &str, backing: &str, cpus: &str) -> Outc
 }
 
 /// From process to process; one file takes the serial output of all.
-fn chain(lab: &Lab, cpus: &str) -> Outcome {
+fn chain(lab: &Lab, backing: &str, cpus: &str) -> Outcome {
     let serial = ["--serial", &lab.arg("serial")];
-    let options = [&["--backing", "memfd", "--cpus", cpus][..], &serial].concat();
+    let options = [&["--backing", backing, "--cpus", cpus][..], &serial].concat();
     let mut at = lab.workload("vmm-0", "hot:size=8M,data=16M,serial=1,every=10ms", &options)?;
     for epoch in 1..=CHAIN {
         let next = successor(lab, &format!("vmm-{epoch}"), &serial)?;
