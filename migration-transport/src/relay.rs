@@ -1,6 +1,7 @@
 //! A TCP relay that can be cut, stalled, delayed and slowed down: a bad network, for tests.
 
 use std::{
+    fmt,
     io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
@@ -42,10 +43,14 @@ struct Shared {
     ended: AtomicBool,
 }
 
-#[derive(Debug, Default)]
+/// Finds the place of a cut in bytes that are about to be forwarded.
+type Place = Box<dyn FnMut(&[u8]) -> Option<usize> + Send>;
+
+#[derive(Default)]
 struct State {
     relayed: u64,
     limit: Option<u64>,
+    place: Option<Place>,
     cut: bool,
     stalled: bool,
     delay: Duration,
@@ -90,6 +95,13 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
+    /// Cuts all connections at the place that `place` finds in bytes of either direction that are about to be forwarded:
+    /// so many of them still arrive. It sees them as they come from a socket: at a message that follows an answer, that
+    /// message is in one piece.
+    pub fn cut_where(&self, place: impl FnMut(&[u8]) -> Option<usize> + Send + 'static) {
+        self.shared.lock().place = Some(Box::new(place));
+    }
+
     /// Cuts all connections now: both ends see the end of the stream, or a reset when they send. New connections end
     /// at once in the same way, until [`restore`](Self::restore).
     pub fn cut(&self) {
@@ -106,7 +118,7 @@ impl Relay {
     /// Ends a cut or a stall. What was cut stays so; new connections work.
     pub fn restore(&self) {
         let mut state = self.shared.lock();
-        (state.cut, state.stalled, state.limit) = (false, false, None);
+        (state.cut, state.stalled, state.limit, state.place) = (false, false, None, None);
         drop(state);
         self.shared.changed.notify_all();
     }
@@ -150,7 +162,21 @@ impl Drop for Relay {
     }
 }
 
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").field("relayed", &self.relayed).field("cut", &self.cut).finish_non_exhaustive()
+    }
+}
+
 impl State {
+    /// How many bytes of a chunk may pass before the cut; nothing if it is not in this chunk.
+    fn grant(&mut self, chunk: &[u8]) -> Option<usize> {
+        let left = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.relayed));
+        let by_count = usize::try_from(left).ok().filter(|left| *left <= chunk.len());
+        let by_place = self.place.as_mut().and_then(|place| place(chunk)).filter(|place| *place <= chunk.len());
+        by_count.into_iter().chain(by_place).min()
+    }
+
     fn cut(&mut self) {
         self.cut = true;
         for (near, far) in self.connections.drain(..) {
@@ -229,14 +255,13 @@ impl Shared {
             if state.cut {
                 return;
             }
-            let left = state.limit.map_or(u64::MAX, |limit| limit.saturating_sub(state.relayed));
-            let granted = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
-            state.relayed += granted as u64;
+            let granted = state.grant(&chunk);
+            state.relayed += granted.unwrap_or(chunk.len()) as u64;
             drop(state);
-            if to.write_all(&chunk[..granted]).is_err() {
+            if to.write_all(&chunk[..granted.unwrap_or(chunk.len())]).is_err() {
                 return;
             }
-            if granted as u64 == left {
+            if granted.is_some() {
                 return self.lock().cut();
             }
         }

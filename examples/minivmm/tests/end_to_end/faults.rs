@@ -9,7 +9,7 @@ use std::{
 };
 
 use libtest_mimic::Failed;
-use migration_core::wire::Control;
+use migration_core::wire::{Control, Header};
 use migration_transport::Relay;
 use serde_json::Value;
 
@@ -175,26 +175,22 @@ struct Separated {
 }
 
 fn separated(lab: &Lab) -> Result<Separated, Failed> {
-    let [run, running, done] = last_frames();
-    let cut = bytes_while_paused(lab)? - done - running - run / 2;
-    for attempt in 0..5 {
-        let source = lab.run(&format!("source-{attempt}"), &PAUSED_GUEST)?;
-        let destination = lab.receive(&format!("destination-{attempt}"), &[])?;
-        let (relay, address) = relay_to(&destination)?;
-        relay.cut_after(cut);
-        let mut client = source.start_migrate(&address, &IN_ORDER)?;
-        wait_for("the link is cut", || Ok((relay.relayed() >= cut).then_some(())))?;
-        destination.wait_state("ready")?;
-        let doubt = || Ok::<_, Failed>(source.status()?["state"] == "in-doubt");
-        if wait_for("the source knows", || {
-            Ok(if doubt()? { Some(true) } else { client.has_ended()?.then_some(false) })
-        })? {
-            return Ok(Separated { source, destination, relay, client });
-        }
-        // a ping went along, and the source has not come to its *run*
-        destination.quit()?;
-    }
-    Err("five pings".into())
+    let source = lab.run("source", &PAUSED_GUEST)?;
+    let destination = lab.receive("destination", &[])?;
+    let (relay, address) = relay_to(&destination)?;
+    relay.cut_where(middle_of_run);
+    let client = source.start_migrate(&address, &IN_ORDER)?;
+    destination.wait_state("ready")?;
+    source.wait_state("in-doubt")?;
+    Ok(Separated { source, destination, relay, client })
+}
+
+/// The middle of the frame *run*, if these bytes hold one.
+fn middle_of_run(bytes: &[u8]) -> Option<usize> {
+    let run = Control::Run.encode(0, 0, 1);
+    let header = |bytes: &[u8]| Header::decode(bytes.try_into().ok()?).ok();
+    let start = bytes.windows(Header::LEN).position(|bytes| header(bytes).is_some_and(|header| header.kind == run[0]))?;
+    Some(start + run.len() / 2)
 }
 
 fn source_dies(lab: &Lab) -> Outcome {
