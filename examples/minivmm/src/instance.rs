@@ -58,6 +58,8 @@ pub(crate) struct Instance {
     changed: Condvar,
     /// The VM's RAM at a broker. Locked after the state, if both are.
     kept: Mutex<Kept>,
+    /// Held while a successor is prepared and takes over: there is one at a time.
+    succession: Mutex<()>,
     /// Of what rests in files.
     sealing: Arc<Sealing>,
 }
@@ -122,6 +124,7 @@ impl Instance {
             state: Mutex::default(),
             changed: Condvar::new(),
             kept: Kept::at(broker),
+            succession: Mutex::default(),
             sealing: Arc::new(sealing),
         })
     }

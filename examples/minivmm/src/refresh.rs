@@ -184,7 +184,7 @@ impl Drop for Successor {
 
 /// Hands the VM to a successor. Comes back when that has taken over (this process then ends), or with the VM still here.
 pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
-    let place = instance.succession()?;
+    let (place, _one_at_a_time) = instance.begin_succession()?;
     let (_, schedule) = instance.planned_succession();
     let (_, snapshot) = instance.kept_by();
     let seal_key = instance.seal_key();

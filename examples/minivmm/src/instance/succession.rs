@@ -1,5 +1,7 @@
 //! Where the VM is found, and who takes this process's place there: HyperFresh.
 
+use std::sync::TryLockError;
+
 use super::*;
 
 impl Instance {
@@ -16,6 +18,17 @@ impl Instance {
             Some(why) => Err(format!("refresh: {why}")),
             None => Ok(place),
         }
+    }
+
+    /// As [`succession`](Self::succession), for the one successor that may take over until the guard is dropped.
+    pub(crate) fn begin_succession(&self) -> Result<(Place, MutexGuard<'_, ()>), String> {
+        let guard = match self.succession.try_lock() {
+            Ok(guard) => guard,
+            // it guards no data
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err("refresh: a successor is being prepared already".into()),
+        };
+        Ok((self.succession()?, guard))
     }
 
     /// From now on this VMM is replaced as planned, and not as it was planned before; the plan's number.

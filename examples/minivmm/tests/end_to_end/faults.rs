@@ -189,7 +189,8 @@ fn separated(lab: &Lab) -> Result<Separated, Failed> {
 fn middle_of_run(bytes: &[u8]) -> Option<usize> {
     let run = Control::Run.encode(0, 0, 1);
     let header = |bytes: &[u8]| Header::decode(bytes.try_into().ok()?).ok();
-    let start = bytes.windows(Header::LEN).position(|bytes| header(bytes).is_some_and(|header| header.kind == run[0]))?;
+    let start =
+        bytes.windows(Header::LEN).position(|bytes| header(bytes).is_some_and(|header| header.kind == run[0]))?;
     Some(start + run.len() / 2)
 }
 

@@ -1,6 +1,6 @@
 //! Hand-over between processes of one machine: RAM stays where it is.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::net::UnixListener, time::Duration};
 
 use libtest_mimic::Failed;
 
@@ -37,6 +37,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("hand_over/paused", paused);
     suite.kvm("hand_over/across_the_hole_below_4_gib", across_the_hole);
     suite.kvm("hand_over/refused", refused);
+    suite.kvm("hand_over/two_successors", two_successors);
     suite.kvm("hand_over/encrypted", encrypted);
     suite.kvm("hand_over/then_away", then_away);
     for seed in 0..KILLS {
@@ -150,6 +151,26 @@ fn refused(lab: &Lab) -> Outcome {
     tcp.quit()?;
     other.quit()?;
     destination.quit()
+}
+
+/// One that says nothing, and then another one: the VM goes to one at a time.
+fn two_successors(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "hot:size=8M", &["--backing", "memfd"])?;
+    let silent = UnixListener::bind(lab.path("silent"))?;
+    let first = source.start_migrate(&format!("unix:{}", lab.arg("silent")), &HAND_OVER)?;
+    let (connection, _) = silent.accept()?;
+    let other = successor(lab, "other", &[])?;
+    let second = source.migrate(&other.address, &HAND_OVER)?;
+    ensure(second.code == Some(1), || format!("{second:?}"))?;
+    ensure_says(second.reason(), "outgoing")?;
+    ensure(other.status()?["state"] == "incoming", || "the other one has something".into())?;
+    drop((connection, silent));
+    let first = first.answer()?;
+    ensure(first.code == Some(1) && first.json["downtime_ms"].is_null(), || format!("{first:?}"))?;
+    source.works()?;
+    source.migrate_well(&other.address, &HAND_OVER)?;
+    other.works()?;
+    other.quit()
 }
 
 /// Open files travel over no secure channel: refused before the guest is paused, whichever side encrypts.

@@ -1,6 +1,6 @@
 //! The VMM is replaced under its running VM: the successor is started by itself, and found at the same place.
 
-use std::fs;
+use std::{fs, io::Write, os::unix::fs::PermissionsExt};
 
 use serde_json::Value;
 
@@ -14,6 +14,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("refresh/every", |lab| by_policy(lab, &["--every", "200ms"]));
     suite.kvm("refresh/when_memory_has_grown", |lab| by_policy(lab, &["--when", "rss>64K"]));
     suite.kvm("refresh/only_the_last_schedule_counts", only_the_last_schedule_counts);
+    suite.kvm("refresh/two_at_once", two_at_once);
     suite.kvm("refresh/refused", refused);
 }
 
@@ -114,6 +115,32 @@ fn only_the_last_schedule_counts(lab: &Lab) -> Outcome {
     let report = first.ask(&["refresh"])?;
     let command = fs::read(format!("/proc/{}/cmdline", pid(&report)))?;
     ensure_says(&String::from_utf8_lossy(&command), &(3600 * 1_000_000u64).to_string())?;
+    drop(last);
+    serial_is_whole(lab)
+}
+
+/// The second is refused while the first one's successor gets ready, and leaves that alone.
+fn two_at_once(lab: &Lab) -> Outcome {
+    let mut first = guest(lab, &["--backing", "memfd"])?;
+    let last = Last::of(lab);
+    let (slow, gate) = (lab.path("slow"), lab.path("gate"));
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU)?;
+    let script = format!("#!/bin/sh\nread -r go <{}\nexec /proc/{}/exe \"$@\"\n", gate.display(), first.pid());
+    fs::write(&slow, script)?;
+    fs::set_permissions(&slow, fs::Permissions::from_mode(0o700))?;
+    let client = first.start_ctl(&["refresh", "--exec", &lab.arg("slow")])?;
+    // it opens once its successor reads from it
+    let mut go = fs::OpenOptions::new().write(true).open(&gate)?;
+    let second = first.ctl(&["refresh"])?;
+    ensure(second.code == Some(1), || format!("{second:?}"))?;
+    ensure_says(second.reason(), "a successor is being prepared")?;
+    first.works()?;
+    go.write_all(b"go\n")?;
+    let report = client.answer()?;
+    ensure(report.code == Some(0), || format!("{report:?}"))?;
+    ensure(pid(&report.json) == pid(&first.status()?), || format!("{report:?}"))?;
+    ensure(first.ended()?.success(), || "the first one failed".into())?;
+    first.works()?;
     drop(last);
     serial_is_whole(lab)
 }
