@@ -348,6 +348,12 @@ impl Hub {
             LaneKind::Demand => {
                 let session = self.session(preamble.session)?;
                 let link = session.attach_demand(preamble.index, closer, control.into_half())?;
+                if link == 0
+                    && let Err(error) = self.await_faults(&session, preamble.index)
+                {
+                    session.fail(error.code(), &error.to_string());
+                    return Err(error);
+                }
                 return self.pages(session, (preamble, link), reader, peer);
             }
             LaneKind::Checkpoint => {
@@ -566,7 +572,7 @@ impl Hub {
 
     /// Readies the VM to run without the pages that were listed.
     fn arm(
-        self: &Arc<Self>,
+        &self,
         session: &Arc<Session>,
         attachment: u64,
         last: u32,
@@ -589,20 +595,29 @@ impl Hub {
             protection.begin()?;
         }
         let missing = Arc::new(Missing::new(pager, pages, last + 1, lanes, self.bytes.clone()));
-        session.set_missing(&missing)?;
-        for number in 0..usize::from(lanes) {
-            let (hub, missing) = (self.clone(), missing.clone());
-            let body = Box::new(move || {
-                if let Err(error) = missing.watch(number) {
-                    let why = format!("faults are not served any more: {error}");
-                    hub.options.observer.event(&Event::Warning(why));
-                }
-            });
-            self.watcher(Role::Demand, "mig-fault", body)?;
+        session.set_missing(&missing)
+    }
+
+    /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and with the first one a thread that
+    /// waits for the end of that: here, and not in the pause.
+    fn await_faults(self: &Arc<Self>, session: &Arc<Session>, lane: u16) -> Result<(), MigrationError> {
+        let (hub, faulted) = (self.clone(), session.clone());
+        let body = Box::new(move || {
+            let watched = faulted.wait_missing().map_or(Ok(()), |missing| missing.watch(lane.into()));
+            if let Err(error) = watched {
+                let why = format!("faults are not served any more: {error}");
+                hub.options.observer.event(&Event::Warning(why));
+            }
+        });
+        self.watcher(Role::Demand, "mig-fault", body)?;
+        if lane > 0 {
+            return Ok(());
         }
         let (hub, session) = (self.clone(), session.clone());
         let body = Box::new(move || {
-            if missing.wait_ended() {
+            if let Some(missing) = session.wait_missing()
+                && missing.wait_ended()
+            {
                 hub.all_there(&session, &missing);
                 missing.pager.settle();
             }

@@ -25,7 +25,7 @@ use crate::{
     channel::ReadHalf,
     codec::DecodeError,
     protocol::{SourceEvent, SourcePhase},
-    strategy::PushOrder,
+    strategy::{PushOrder, push_order::DIRTIED},
     wire::{Bulk, Control, HUGE_BLOCK, MAX_BODY, STATE_CHUNK},
 };
 
@@ -253,6 +253,8 @@ impl Engine<'_> {
 
     /// Sends all that was left behind, across as many losses of the link as come.
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        let dirtied = std::mem::take(&mut self.dirtied_last);
+        self.heat_up(&dirtied, DIRTIED);
         order.begin(&lock(&self.left.pages), &self.heat);
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {

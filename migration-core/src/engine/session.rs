@@ -299,6 +299,7 @@ impl Session {
             return Err(MigrationError::link("the source")(cause));
         }
         state.missing = Some(missing.clone());
+        self.changed.notify_all();
         let lanes = state.demand.iter_mut().enumerate();
         let writers: Vec<_> = lanes.filter_map(|(i, lane)| Some((i, lane.as_mut()?.writer.take()?))).collect();
         drop(state);
@@ -306,6 +307,13 @@ impl Session {
             missing.attach(index as u16, writer).map_err(MigrationError::link("the source"))?;
         }
         Ok(())
+    }
+
+    /// Waits until pages are missing, for as long as the session lasts.
+    pub(super) fn wait_missing(&self) -> Option<Arc<Missing>> {
+        let waiting = |s: &mut LaneState| s.over.is_none() && s.missing.is_none();
+        let guard = self.changed.wait_while(lock(&self.lane_state), waiting);
+        guard.unwrap_or_else(|e| e.into_inner()).missing.clone()
     }
 
     pub(super) fn missing(&self) -> Option<Arc<Missing>> {

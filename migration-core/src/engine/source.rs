@@ -134,6 +134,8 @@ pub(super) struct Engine<'a> {
     pub(super) report: Report,
     /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
     pub(super) heat: Vec<u8>,
+    /// What was dirtied last before the pause: not in `heat` yet.
+    pub(super) dirtied_last: PageSet,
     pub(super) left: Arc<Left>,
     /// The pages that were missing at the hand-over.
     pub(super) left_behind: PageSet,
@@ -227,6 +229,7 @@ impl<'a> Engine<'a> {
             round_trip: Duration::ZERO,
             report,
             heat: Vec::new(),
+            dirtied_last: PageSet::default(),
             left: Arc::default(),
             left_behind: PageSet::empty(pages),
             never_sent: PageSet::empty(pages),
@@ -496,7 +499,7 @@ impl<'a> Engine<'a> {
     }
 
     /// The guest has used these pages, which says so much about them.
-    fn heat_up(&mut self, pages: &PageSet, by: u8) {
+    pub(super) fn heat_up(&mut self, pages: &PageSet, by: u8) {
         self.heat.resize(self.report.pages.total as usize, 0);
         for page in pages.iter() {
             if let Some(heat) = self.heat.get_mut(page as usize) {
@@ -676,7 +679,12 @@ impl Verbs for Engine<'_> {
             self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
         }
         if self.report.demand_lanes > 0 {
-            self.heat_up(&pages, DIRTIED);
+            if self.paused {
+                // the guest waits: it is soon enough when it runs again
+                self.dirtied_last = pages.clone();
+            } else {
+                self.heat_up(&pages, DIRTIED);
+            }
         }
         pages.union_with(&self.owed);
         Ok(pages)
