@@ -78,7 +78,7 @@ pub trait ForwardStores: Send + Sync {
     /// When there is none, or it cannot be read.
     fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn CheckpointStore>>;
 
-    /// It is not needed any more.
+    /// It is not needed any more, if there is one.
     fn done(&self, vm: VmId, epoch: u32);
 }
 

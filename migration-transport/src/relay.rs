@@ -256,13 +256,16 @@ impl Shared {
                 return;
             }
             let granted = state.grant(&chunk);
-            state.relayed += granted.unwrap_or(chunk.len()) as u64;
-            drop(state);
-            if to.write_all(&chunk[..granted.unwrap_or(chunk.len())]).is_err() {
-                return;
-            }
+            let len = granted.unwrap_or(chunk.len());
+            state.relayed += len as u64;
             if granted.is_some() {
-                return self.lock().cut();
+                // under the lock: who sees that so much was relayed may mend the link at once
+                let _ = to.write_all(&chunk[..len]);
+                return state.cut();
+            }
+            drop(state);
+            if to.write_all(&chunk[..len]).is_err() {
+                return;
             }
         }
         // the sending end has ended this direction in order

@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// How long the end of the process waits for clients to be answered.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
+const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// Status and end of a guest are looked at this often while nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
 

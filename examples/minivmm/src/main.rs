@@ -90,8 +90,14 @@ fn run(args: &Run) -> Result<u8, String> {
     settle(&args.common, &instance)?;
     instance.own(machine.clone());
     instance.keep_ram()?;
+    if args.paused {
+        // whoever can ask already hears that it is
+        machine.start(false).map_err(|e| e.to_string())?;
+    }
     serve(&args.common, &instance)?;
-    machine.start(!args.paused).map_err(|e| e.to_string())?;
+    if !args.paused {
+        machine.start(true).map_err(|e| e.to_string())?;
+    }
     Ok(instance.wait_exit())
 }
 

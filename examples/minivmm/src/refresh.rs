@@ -221,8 +221,7 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
 /// trigger, now.
 pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
     let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
-    instance.succession()?;
-    let number = instance.plan_succession(&plan);
+    let number = instance.plan_succession(&plan)?;
     let policy = move || -> Box<dyn RefreshPolicy> {
         match trigger {
             Trigger::Every(us) => Box::new(Interval::new(Duration::from_micros(us))),

@@ -6,6 +6,7 @@ mod connect;
 mod settle;
 
 use std::{
+    collections::VecDeque,
     io,
     sync::{
         Arc, Mutex,
@@ -112,6 +113,8 @@ pub(super) struct Engine<'a> {
 
     start: Instant,
     last_ping: Instant,
+    /// When the pings of this link were sent that have no answer yet, in order.
+    pub(super) pings: VecDeque<Instant>,
     /// Since when an answer is due: the first ping that was sent after the destination was last heard.
     unanswered: Option<Instant>,
     last_progress: Instant,
@@ -212,6 +215,7 @@ impl<'a> Engine<'a> {
             counters: Arc::new(Counters::default()),
             start: now,
             last_ping: now,
+            pings: VecDeque::new(),
             unanswered: None,
             last_progress: now,
             cancelled: None,
@@ -345,6 +349,7 @@ impl<'a> Engine<'a> {
                 self.say(&Control::Ping)?;
                 // only now: it may have waited for its turn on the link
                 self.last_ping = Instant::now();
+                self.pings.push_back(self.last_ping);
                 self.unanswered.get_or_insert(self.last_ping);
             }
             let silent = self.unanswered.is_some_and(|since| since.elapsed() >= patience);
@@ -401,6 +406,13 @@ impl<'a> Engine<'a> {
         }
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            SourceEvent::Pong => {
+                // one answer may have been late, for a reason that has nothing to do with the link
+                if let Some(asked) = self.pings.pop_front() {
+                    self.round_trip = self.round_trip.min(asked.elapsed());
+                }
+                Ok(SourceEvent::Pong)
+            }
             event => Ok(event),
         }
     }

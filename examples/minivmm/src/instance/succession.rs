@@ -32,10 +32,16 @@ impl Instance {
     }
 
     /// From now on this VMM is replaced as planned, and not as it was planned before; the plan's number.
-    pub(crate) fn plan_succession(&self, plan: &Plan) -> u64 {
+    ///
+    /// # Errors
+    /// When it cannot be replaced, or has been meanwhile.
+    pub(crate) fn plan_succession(&self, plan: &Plan) -> Result<u64, String> {
+        // a successor that is being prepared was told of the plan before
+        let _until_it_is_known = self.succession.lock().unwrap_or_else(|e| e.into_inner());
+        self.succession()?;
         let mut state = self.lock();
         state.schedule = (state.schedule.0 + 1, Some(plan.clone()));
-        state.schedule.0
+        Ok(state.schedule.0)
     }
 
     /// The plan for this VMM's replacement, with its number.

@@ -6,11 +6,12 @@ use std::{
 };
 
 use libtest_mimic::Failed;
+use migration_core::wire::{Control, FaultSummary};
 use serde_json::Value;
 
 use crate::{
     common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for},
-    faults::{random, relay_to},
+    faults::{middle_of, random, relay_to},
     post_copy::number,
 };
 
@@ -19,7 +20,19 @@ const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
 /// Killed destinations in one trial, one after the other.
 const KILLS: u64 = 10;
 /// Slow enough that pages are missing for a second or two.
-const LINK: [&str; 4] = ["--strategy", "post-copy", "--bandwidth", "100Mbit"];
+const LINK: [&str; 4] = link("100Mbit");
+/// For a migration that a death ends: no page is the last one before that.
+const SLOW_LINK: [&str; 4] = link("20Mbit");
+/// As slow as may be where each page is a huge one.
+const SLOW_LINK_FOR_HUGE_PAGES: [&str; 4] = link("50Mbit");
+
+const fn link(bandwidth: &str) -> [&str; 4] {
+    ["--strategy", "post-copy", "--bandwidth", bandwidth]
+}
+
+fn slow_link_for(backing: &str) -> &'static [&'static str] {
+    if backing == "hugetlb" { &SLOW_LINK_FOR_HUGE_PAGES } else { &SLOW_LINK }
+}
 
 pub(crate) fn add(suite: &mut Suite) {
     for (seed, backing) in BACKINGS.into_iter().chain(["thp"]).enumerate() {
@@ -47,6 +60,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.post_copy("fail_safe/sealed/replayed", "anon", replayed);
     suite.post_copy("fail_safe/sealed/another_key", "anon", another_seal_key);
     suite.post_copy("fail_safe/source_killed_early", "anon", source_dies_early);
+    suite.post_copy("fail_safe/source_killed_when_nothing_is_missing", "anon", source_dies_at_the_end);
     suite.post_copy("fail_safe/source_killed_without_a_forward_checkpoint", "anon", source_dies_unprotected);
     for backing in BACKINGS {
         suite.post_copy(format!("fail_safe/nobody_dies/{backing}"), backing, move |lab| nobody_dies(lab, backing));
@@ -120,7 +134,8 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
         let mut there = destination(lab, &format!("destination-{kill}"))?;
         let interval = ["reverse:interval=5ms", "reverse:interval=30ms"][(kill % 2) as usize];
         let kept = if lab.path(SEAL_KEY).exists() { format!(",dir={}", lab.arg("checkpoints")) } else { String::new() };
-        let client = source.start_migrate(&there.address, &with(&LINK, &format!("{interval}{kept}")))?;
+        let client =
+            source.start_migrate(&there.address, &with(slow_link_for(backing), &format!("{interval}{kept}")))?;
         // as many checkpoints as chance has it; few where each has whole huge pages, or all pages would be there before
         let most = if backing == "hugetlb" { 3 } else { [4, 12][(kill % 2 == 0) as usize] };
         let wished = random(seed * 100 + kill) % most;
@@ -168,24 +183,27 @@ fn is_sealed(folder: &Path) -> bool {
 /// An older checkpoint of the same VM, by the same key, is not taken for the one that is needed.
 fn replayed(lab: &Lab) -> Outcome {
     lab.key(SEAL_KEY)?;
-    let source = source(lab, "anon", "1")?;
+    let mut source = source(lab, "anon", "1")?;
     let there = destination(lab, "destination")?;
+    let (relay, address) = relay_to(&there)?;
     let protected = format!("forward:detect=50ms,dir={}", lab.arg("checkpoints"));
-    let first = source.start_migrate(&there.address, &with(&["--strategy", "post-copy"], &protected))?;
-    let older = wait_for("a checkpoint", || {
-        let found = folders(lab, "forward")?.into_iter().find(|folder| is_sealed(folder));
-        let Some(found) = found else { return Ok(None) };
-        let copy = lab.path("older");
-        fs::create_dir_all(&copy)?;
-        for entry in fs::read_dir(&found)? {
-            let path = entry?.path();
-            fs::copy(&path, copy.join(path.file_name().ok_or("no name")?))?;
-        }
-        Ok(Some(copy))
-    })?;
+    // the VM is offered, and its checkpoint stays until that is known to have arrived
+    relay.cut_where(|bytes| middle_of(&Control::Run, bytes));
+    let first = source.start_migrate(&address, &with(&["--strategy", "post-copy"], &protected))?;
+    there.wait_state("ready")?;
+    let found = wait_for("a checkpoint", || Ok(folders(lab, "forward")?.into_iter().find(|found| is_sealed(found))))?;
+    let older = lab.path("older");
+    fs::create_dir_all(&older)?;
+    for entry in fs::read_dir(&found)? {
+        let path = entry?.path();
+        fs::copy(&path, older.join(path.file_name().ok_or("no name")?))?;
+    }
+    relay.restore();
+    // in doubt, if that took long
     first.answer()?;
+    source.ended_well()?;
     let next = destination(lab, "next")?;
-    let client = there.start_migrate(&next.address, &with(&LINK, &protected))?;
+    let client = there.start_migrate(&next.address, &with(&SLOW_LINK, &protected))?;
     wait_for("the VM runs there", || Ok((there.status()?["migration"]["phase"] == "serving").then_some(())))?;
     let newer = folders(lab, "forward")?.pop().ok_or("no forward checkpoint")?;
     fs::remove_dir_all(&newer)?;
@@ -206,7 +224,7 @@ fn sources_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome {
         let there = destination(lab, &format!("destination-{kill}"))?;
         let kind = ["both:interval=5ms", "forward:detect=500ms"][(kill % 2) as usize];
         let protected = format!("{kind},dir={}", lab.arg("checkpoints"));
-        let mut client = here.start_migrate(&there.address, &with(&LINK, &protected))?;
+        let mut client = here.start_migrate(&there.address, &with(slow_link_for(backing), &protected))?;
         let most = if backing == "hugetlb" { 3 } else { 12 };
         let wished = if kill % 2 == 0 { random(seed * 100 + kill) % most } else { 0 };
         wait_for("the VM is protected", || {
@@ -249,11 +267,28 @@ fn source_dies_early(lab: &Lab) -> Outcome {
     there.quit()
 }
 
+/// It dies before it has heard that every page has arrived: what it left for the VM is removed all the same.
+fn source_dies_at_the_end(lab: &Lab) -> Outcome {
+    let mut source = source(lab, "anon", "1")?;
+    let there = destination(lab, "destination")?;
+    let (relay, address) = relay_to(&there)?;
+    relay.cut_where(|bytes| middle_of(&Control::Complete(FaultSummary::default()), bytes));
+    let protected = format!("forward:detect=500ms,dir={}", lab.arg("checkpoints"));
+    let client = source.start_migrate(&address, &with(&["--strategy", "post-copy"], &protected))?;
+    wait_for("the destination has the last page", || Ok(there.stderr().contains("the source is lost").then_some(())))?;
+    source.kill()?;
+    client.kill();
+    wait_for("the forward checkpoint is removed", || Ok(folders(lab, "forward")?.is_empty().then_some(())))?;
+    checks_all(&there)?;
+    source_goes_on(lab, 0)?;
+    there.quit()
+}
+
 /// With reverse checkpoints only, pages that the source had are lost with it: the guest waits, and its output is held.
 fn source_dies_unprotected(lab: &Lab) -> Outcome {
     let mut source = source(lab, "anon", "1")?;
     let there = destination(lab, "destination")?;
-    let client = source.start_migrate(&there.address, &with(&LINK, "reverse:interval=5ms,detect=50ms"))?;
+    let client = source.start_migrate(&there.address, &with(&SLOW_LINK, "reverse:interval=5ms,detect=50ms"))?;
     wait_for("the VM runs there", || Ok((source.status()?["migration"]["phase"] == "serving").then_some(())))?;
     source.kill()?;
     client.kill();
@@ -272,7 +307,7 @@ fn another_seal_key(lab: &Lab) -> Outcome {
     let mut source = source(lab, "anon", "1")?;
     let there = destination_with(lab, "destination", "another-key")?;
     let protected = format!("forward:detect=50ms,dir={}", lab.arg("checkpoints"));
-    let client = source.start_migrate(&there.address, &with(&LINK, &protected))?;
+    let client = source.start_migrate(&there.address, &with(&SLOW_LINK, &protected))?;
     wait_for("the VM runs there", || Ok((source.status()?["migration"]["phase"] == "serving").then_some(())))?;
     source.kill()?;
     client.kill();
@@ -293,8 +328,7 @@ fn source_goes_on(lab: &Lab, before: u64) -> Result<u64, Failed> {
 fn slow_link(lab: &Lab) -> Outcome {
     let mut source = source(lab, "hugetlb", "2")?;
     let there = destination(lab, "destination")?;
-    let link = ["--strategy", "post-copy", "--bandwidth", "40Mbit"];
-    let report = source.migrate_well(&there.address, &with(&link, "reverse:interval=10ms"))?;
+    let report = source.migrate_well(&there.address, &with(&link("20Mbit"), "reverse:interval=10ms,detect=2s"))?;
     ensure(report["recoveries"] == 0, || format!("{report}"))?;
     // two vCPUs, and as many threads of KVM and of the VMM, for each huge page of 64 MiB, is far more than there can be
     ensure(number(&report, "faults", "count") <= 4 * 32, || format!("{report}"))?;

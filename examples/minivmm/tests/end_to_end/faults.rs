@@ -152,8 +152,8 @@ fn destination_dies(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "hot:size=32M", &["--cpus", "2"])?;
     let before = source.resources()?;
     let mut doomed = lab.receive("doomed", &[])?;
-    let client = source.start_migrate(&doomed.address, &["--bandwidth", "500Mbit"])?;
-    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(4 << 20))?;
+    let client = source.start_migrate(&doomed.address, &["--bandwidth", "50Mbit"])?;
+    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
     doomed.kill()?;
     let answer = client.answer()?;
     ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
@@ -178,20 +178,20 @@ fn separated(lab: &Lab) -> Result<Separated, Failed> {
     let source = lab.run("source", &PAUSED_GUEST)?;
     let destination = lab.receive("destination", &[])?;
     let (relay, address) = relay_to(&destination)?;
-    relay.cut_where(middle_of_run);
+    relay.cut_where(|bytes| middle_of(&Control::Run, bytes));
     let client = source.start_migrate(&address, &IN_ORDER)?;
     destination.wait_state("ready")?;
     source.wait_state("in-doubt")?;
     Ok(Separated { source, destination, relay, client })
 }
 
-/// The middle of the frame *run*, if these bytes hold one.
-fn middle_of_run(bytes: &[u8]) -> Option<usize> {
-    let run = Control::Run.encode(0, 0, 1);
+/// The middle of a frame like this one, if these bytes hold one.
+pub(crate) fn middle_of(frame: &Control, bytes: &[u8]) -> Option<usize> {
+    let frame = frame.encode(0, 0, 1);
     let header = |bytes: &[u8]| Header::decode(bytes.try_into().ok()?).ok();
-    let start =
-        bytes.windows(Header::LEN).position(|bytes| header(bytes).is_some_and(|header| header.kind == run[0]))?;
-    Some(start + run.len() / 2)
+    let is_one = |bytes: &[u8]| header(bytes).is_some_and(|header| header.kind == frame[0]);
+    let start = bytes.windows(Header::LEN).position(is_one)?;
+    Some(start + frame.len() / 2)
 }
 
 fn source_dies(lab: &Lab) -> Outcome {

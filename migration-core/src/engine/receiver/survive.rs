@@ -89,7 +89,7 @@ impl Hub {
             if state != *lock(&protection.state) {
                 return Err("its forward checkpoint is of another moment".into());
             }
-            store = Some((stores, opened));
+            store = Some(opened);
         }
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
@@ -98,13 +98,13 @@ impl Hub {
         }
         drop(state);
         // first the pages: a checkpoint that is under way may wait for one
-        if let Some((_, store)) = &mut store {
+        if let Some(store) = &mut store {
             missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
         }
         lock(&self.host).link_found();
         // nobody restarts it any more
         self.unprotect(protection);
-        if let Some((stores, _)) = store {
+        if let Some(stores) = &self.options.forward {
             stores.done(vm, session.epoch);
         }
         Ok(())

@@ -131,6 +131,7 @@ impl Engine<'_> {
                 self.options.observer.event(&Event::InDoubt(Box::new(report)));
             }
             self.close();
+            self.pings.clear();
             // inputs of the lost lanes, which their threads left behind before they ended
             while let Ok(input) = self.inputs.try_recv() {
                 if let Input::Recover(connector) = input {
