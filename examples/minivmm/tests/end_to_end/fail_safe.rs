@@ -3,6 +3,10 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use libtest_mimic::Failed;
@@ -272,10 +276,16 @@ fn source_dies_at_the_end(lab: &Lab) -> Outcome {
     let mut source = source(lab, "anon", "1")?;
     let there = destination(lab, "destination")?;
     let (relay, address) = relay_to(&there)?;
-    relay.cut_where(|bytes| middle_of(&Control::Complete(FaultSummary::default()), bytes));
-    let protected = format!("forward:detect=500ms,dir={}", lab.arg("checkpoints"));
+    let all_there = Arc::new(AtomicBool::new(false));
+    let said = all_there.clone();
+    relay.cut_where(move |bytes| {
+        let place = middle_of(&Control::Complete(FaultSummary::default()), bytes);
+        said.fetch_or(place.is_some(), Ordering::Relaxed);
+        place
+    });
+    let protected = format!("forward:detect=60s,dir={}", lab.arg("checkpoints"));
     let client = source.start_migrate(&address, &with(&["--strategy", "post-copy"], &protected))?;
-    wait_for("the destination has the last page", || Ok(there.stderr().contains("the source is lost").then_some(())))?;
+    wait_for("the destination has the last page", || Ok(all_there.load(Ordering::Relaxed).then_some(())))?;
     source.kill()?;
     client.kill();
     wait_for("the forward checkpoint is removed", || Ok(folders(lab, "forward")?.is_empty().then_some(())))?;
