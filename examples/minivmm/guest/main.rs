@@ -233,7 +233,7 @@ fn start_cpus(wanted: usize) -> usize {
         (1..wanted).for_each(platform::send_startup);
         platform::spin(200);
         (1..wanted).for_each(platform::send_startup);
-        let deadline = platform::now() + platform::ticks(2_000_000);
+        let deadline = platform::now() + platform::ticks(60_000_000);
         while cpus_online() < wanted && platform::now() < deadline {
             core::hint::spin_loop();
         }

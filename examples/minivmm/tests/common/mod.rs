@@ -23,7 +23,7 @@ pub(crate) mod layout;
 pub(crate) type Outcome = Result<(), Failed>;
 
 /// How long anything may take that must come: far longer than it does, also on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -213,9 +213,10 @@ impl Lab {
     }
 }
 
-/// The guest is in its workload's loop.
+/// The guest is in its workload's loop, or has been all the time that it was to be.
 pub(crate) fn at_work(status: &Value) -> bool {
-    status["workload"]["state"] == "running" && status["workload"]["heartbeats"].as_u64() > Some(0)
+    let workload = &status["workload"];
+    workload["state"] == "finished" || workload["state"] == "running" && workload["heartbeats"].as_u64() > Some(0)
 }
 
 /// Looks until `look` finds something. Its error, or the lack of a find for a long time, ends the trial.

@@ -144,8 +144,7 @@ impl Process {
 
     /// `ctl`, whatever comes of it.
     pub(crate) fn ctl(&self, args: &[&str]) -> Result<Answer, Failed> {
-        let output = minivmm().args(["ctl", "--json", "--control"]).arg(&self.socket).args(args).output()?;
-        Answer::new(output)
+        self.start_ctl(args)?.answer()
     }
 
     /// `ctl` that must succeed.

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     common::{Answer, Lab, Outcome, Suite, at_work, ensure, ensure_says, layout, usage, wait_for},
     elf,
+    faults::relay_to,
 };
 
 pub(crate) fn add(suite: &mut Suite) {
@@ -286,8 +287,9 @@ fn memory(lab: &Lab) -> Outcome {
 fn client_dies(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "touch:size=8M,data=24M", &[])?;
     let destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &["--bandwidth", "500Mbit", "--progress"])?;
-    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
+    let (relay, address) = relay_to(&destination)?;
+    let client = source.start_migrate(&address, &["--bandwidth", "500Mbit", "--progress"])?;
+    wait_for("it moves", || Ok((relay.relayed() > 1 << 20).then_some(())))?;
     client.kill();
     source.ended_well()?;
     destination.works()?;
@@ -315,7 +317,7 @@ fn cancel(lab: &Lab, tracker: &str) -> Outcome {
     ];
     for moment in moments {
         let client = wait_for("the destination is free", || {
-            let mut client = source.start_migrate(&destination.address, &["--bandwidth", "400Mbit"])?;
+            let mut client = source.start_migrate(&destination.address, &["--bandwidth", "200Mbit"])?;
             let reached = wait_for("the moment to cancel", || {
                 let (ended, reached) = (client.has_ended()?, moment(&source.status()?));
                 Ok((ended || reached).then_some(!ended))

@@ -1,6 +1,11 @@
 //! A guest that writes faster than the network carries.
 
-use crate::common::{Lab, Outcome, Suite, ensure, ensure_says};
+use std::time::Duration;
+
+use crate::{
+    common::{Lab, Outcome, Suite, ensure, ensure_says},
+    faults::relay_to,
+};
 
 /// 32 MiB, all of it written many times a second, where 500 Mbit/s take half a second for it.
 const GUEST: &str = "hot:size=32M";
@@ -8,6 +13,7 @@ const LINK: [&str; 2] = ["--bandwidth", "500Mbit"];
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("convergence/throttled_and_moved", throttled_and_moved);
+    suite.kvm("convergence/slow_answers_at_first", slow_answers_at_first);
     suite.kvm("convergence/cancelled_at_the_timeout", cancelled);
     suite.kvm("convergence/stopped_at_the_timeout", stopped);
 }
@@ -19,6 +25,22 @@ fn throttled_and_moved(lab: &Lab) -> Outcome {
     ensure(report["throttle_percent"].as_u64() > Some(0), || format!("not throttled: {report}"))?;
     // decided within the limit; how long it took in the end, this machine decides
     ensure(report["predicted_downtime_ms"].as_f64() <= Some(300.0), || format!("above the limit: {report}"))?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// Round trips of 400 ms fit into no downtime of 300 ms. Once they are short, the migration comes to its end.
+fn slow_answers_at_first(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "hot:size=8M", &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let (relay, address) = relay_to(&destination)?;
+    relay.set_delay(Duration::from_millis(200));
+    let client = source.start_migrate(&address, &[])?;
+    source.wait_until("a second round", |s| s["migration"]["round"].as_u64() >= Some(2))?;
+    relay.set_delay(Duration::ZERO);
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0), || format!("{answer:?}"))?;
+    source.ended_well()?;
     destination.works()?;
     destination.quit()
 }

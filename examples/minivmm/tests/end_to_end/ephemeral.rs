@@ -261,8 +261,24 @@ fn asked_back(lab: &Lab) -> Outcome {
 /// It cannot give the guest back for a while: the home says so, and waits.
 fn late(lab: &Lab) -> Outcome {
     let home = home(lab, &["--backing", "memfd"])?;
-    let client = lent(&home, &["--do", "check", "--hold", "1h", "--within", "500ms"])?;
-    client.signal(Signal::SIGSTOP)?;
+    let mut client = None;
+    for within in ["500ms", "2s", "8s", "30s"] {
+        let mut borrower = home.start_feature(&["--do", "check", "--hold", "1h", "--within", within])?;
+        let has_guest = || Ok::<_, Failed>(home.status()?["state"] == "lent");
+        wait_for("it has the guest, or had it", || Ok((has_guest()? || borrower.has_ended()?).then_some(())))?;
+        if !borrower.has_ended()? {
+            borrower.signal(Signal::SIGSTOP)?;
+            if has_guest()? {
+                client = Some(borrower);
+                break;
+            }
+            borrower.signal(Signal::SIGCONT)?;
+        }
+        // it was asked before it could be stopped
+        borrower.answer()?;
+        at_home(&home)?;
+    }
+    let client = client.ok_or("always too late")?;
     home.wait_until("the guest is overdue", |s| s["lent"]["overdue"] == true)?;
     ensure(home.status()?["state"] == "lent", || "nobody has the guest, or two have".into())?;
     client.signal(Signal::SIGCONT)?;
@@ -473,9 +489,12 @@ fn borrower_dies(lab: &Lab) -> Outcome {
             ensure(status.code() == Some(5), || format!("{status}: {}", home.stderr()))?;
             ensure_says(&home.stderr(), "the VM is lost")?;
             // its RAM is there to be looked at, and is not run
-            let (code, listed, _) = usage(&["broker", "--at", &broker.address, "--list", "--json"])?;
-            ensure(code == Some(0), || listed.clone())?;
-            let listed: Value = serde_json::from_str(&listed)?;
+            let listed = wait_for("the broker has noticed", || {
+                let (code, listed, _) = usage(&["broker", "--at", &broker.address, "--list", "--json"])?;
+                ensure(code == Some(0), || listed.clone())?;
+                let listed: Value = serde_json::from_str(&listed)?;
+                Ok((listed["kept"][0]["state"] == "lost").then_some(listed))
+            })?;
             let vm = listed["kept"][0]["vm"].as_str().ok_or_else(|| format!("nothing is kept: {listed}"))?.to_owned();
             let (code, _, stderr) = usage(&["broker", "--at", &broker.address, "--forget", &vm])?;
             ensure(code == Some(0), || stderr)?;

@@ -253,18 +253,22 @@ fn predecessor_dies(lab: &Lab, seed: u64) -> Outcome {
     source.kill()?;
     drop(client);
     let state = wait_for("it is known what became of the VM", || {
+        // in this order: it may become ready before its thread ends
+        let receives = destination.threads()?.contains_key("mig-receive");
         let status = destination.status()?;
         Ok(match status["state"].as_str() {
             Some("running") => Some("running"),
             Some("ready") => Some("ready"),
-            Some("incoming") if !destination.threads()?.contains_key("mig-receive") => Some("incoming"),
+            Some("incoming") if !receives => Some("incoming"),
             _ => None,
         })
     })?;
     match state {
         "running" => destination.works()?,
         "ready" => {
-            destination.ask(&["adopt"])?;
+            // it may take a moment until it sees that its source is gone
+            let adopted = || Ok((destination.ctl(&["adopt"])?.code == Some(0)).then_some(()));
+            wait_for("the VM is adopted", adopted)?;
             destination.works()?;
         }
         _ => {

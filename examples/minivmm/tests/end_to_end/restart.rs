@@ -152,7 +152,7 @@ fn kill(pid: &Value) -> Outcome {
 
 /// Whoever has the VM in the end, it is one process, at the VM's path.
 fn refresh(lab: &Lab, seed: u64, victim: Victim) -> Outcome {
-    let kept = Kept::with_snapshot(lab, &["--backing", "memfd"])?;
+    let mut kept = Kept::with_snapshot(lab, &["--backing", "memfd"])?;
     let first = u64::from(kept.vm.pid());
     // one that goes well, so that the others would
     kept.vm.ask(&["refresh"])?;
@@ -160,6 +160,8 @@ fn refresh(lab: &Lab, seed: u64, victim: Victim) -> Outcome {
         let status = kept.vm.status().ok().filter(|status| !status["kept_by"].is_null());
         Ok(status.and_then(|status| status["pid"].as_u64()).filter(|&pid| pid != first))
     })?;
+    // it would be taken for a successor
+    kept.vm.ended()?;
     let mut client = kept.vm.start_ctl(&["refresh"])?;
     a_while(seed, REFRESH);
     match victim {
@@ -176,6 +178,8 @@ fn refresh(lab: &Lab, seed: u64, victim: Victim) -> Outcome {
             }
         }
     }
+    // it may not have begun
+    wait_for("the refresh has ended", || Ok(client.has_ended()?.then_some(())))?;
     let status = kept.found("running")?;
     ensure(status["workload"]["errors"] == 0, || format!("{status}"))?;
     kept.ends_well(lab)
@@ -193,8 +197,8 @@ fn after_refreshes(lab: &Lab) -> Outcome {
             Ok(Some(()))
         })?;
     }
-    // no more of them
-    kept.vm.ask(&["refresh", "--every", "1h"])?;
+    // no more of them; one that is about to take over cannot be asked
+    wait_for("another plan", || Ok((kept.vm.ctl(&["refresh", "--every", "1h"])?.code == Some(0)).then_some(())))?;
     let status = kept.found("running")?;
     kill(&status["pid"])?;
     let said = kept.said(0)?;
