@@ -205,13 +205,13 @@ fn armed_lapic_timer_survives() -> Test {
         let mut set = |at: usize, value: u32| {
             state.lapic.as_mut().unwrap()[at..at + 4].copy_from_slice(&value.to_le_bytes());
         };
-        // One-shot, vector 0x41, 200 ms at 1 GHz; the priority keeps it pending, as the guest has no handlers.
+        // One-shot, vector 0x41, 512 s at 1 GHz / 128; the priority keeps it pending, as the guest has no handlers.
         set(TPR, 0xff);
         set(SVR, 0x1ff);
         set(LVT_TIMER, 0x41);
-        set(DIVIDE, 0xb);
-        set(INITIAL, 200_000_000);
-        set(CURRENT, 200_000_000);
+        set(DIVIDE, 0xa);
+        set(INITIAL, 4_000_000_000);
+        set(CURRENT, 4_000_000_000);
         if let SpecialRegs::WithPdptrs(s) = &mut state.sregs {
             s.cr8 = 0xf;
         } else if let SpecialRegs::Plain(s) = &mut state.sregs {
@@ -224,15 +224,27 @@ fn armed_lapic_timer_survives() -> Test {
         assert_eq!(reg(&saved, IRR_2), 0);
         // What passes here is not running time of the guest: the timer starts again from the saved count.
         thread::sleep(Duration::from_millis(300));
+        let start = Instant::now();
         let mut destination = Guest::loaded(&source, &vm, &vcpus)?;
         let (_, again) = destination.save_all();
+        let most = 1 + start.elapsed().as_nanos() / 128;
         let again = VcpuState::decode(&again[0].data)?;
-        assert_eq!(reg(&again, INITIAL), 200_000_000);
-        let left = reg(&again, CURRENT);
-        assert!(left > 0 && left <= reg(&saved, CURRENT), "{left} after {}", reg(&saved, CURRENT));
-        let after = destination.run_and_save(Duration::from_millis(600));
-        let after = VcpuState::decode(&after[0].data)?;
-        assert_eq!(reg(&after, IRR_2), 1 << 1, "the timer did not fire");
+        assert_eq!(reg(&again, INITIAL), 4_000_000_000);
+        let (before, left) = (reg(&saved, CURRENT), reg(&again, CURRENT));
+        assert!(left <= before && u128::from(before - left) <= most, "{left} after {before}, in at most {most}");
+        // The same timer with 1 ms left fires.
+        let mut soon = saved;
+        soon.lapic.as_mut().unwrap()[CURRENT..CURRENT + 4].copy_from_slice(&7_812u32.to_le_bytes());
+        let soon = Section { data: soon.encode().into(), ..vcpus[0].clone() };
+        let mut destination = Guest::loaded(&source, &vm, &[soon])?;
+        let after = loop {
+            let after = destination.run_and_save(Duration::from_millis(5));
+            let after = VcpuState::decode(&after[0].data)?;
+            if reg(&after, IRR_2) != 0 {
+                break after;
+            }
+        };
+        assert_eq!(reg(&after, IRR_2), 1 << 1);
         assert_eq!(reg(&after, CURRENT), 0);
     }
     Ok(())

@@ -223,9 +223,10 @@ fn peers_and_addresses_have_names() {
 
 #[test]
 fn nobody_there_is_refused_with_the_address_in_the_message() {
-    let listener = TcpListener::bind("127.0.0.1", 0, SocketOptions::default()).unwrap();
-    let address = listener.address();
-    drop(listener);
+    // bound, so that nobody else gets the port, and it never listens
+    let deaf = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    deaf.bind(&net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = format!("tcp:{}", deaf.local_addr().unwrap().as_socket().unwrap());
     let error = connector(&address.parse().unwrap(), ConnectOptions::default()).connect().err().unwrap();
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     assert!(error.to_string().contains(&address), "{error}");

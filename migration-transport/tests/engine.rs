@@ -19,7 +19,7 @@ use migration_core::{
 use migration_transport::{Address, ConnectOptions, Relay, bind, connector};
 
 fn options() -> SourceOptions {
-    SourceOptions { idle_timeout: Duration::from_secs(2), ..SourceOptions::default() }
+    SourceOptions { idle_timeout: Duration::from_secs(20), ..SourceOptions::default() }
 }
 
 fn move_to(vm: &mut TestVm, to: &Address, strategy: &mut dyn Strategy, options: &SourceOptions) -> Report {

@@ -232,12 +232,12 @@ type Came = Result<Resident<Vm>, (Dormant<Vm>, ReceiveError)>;
 
 fn relinquish(from: Resident<Vm>, to: PathBuf) -> Gone {
     let (_controller, commands) = Controller::new();
-    let options = SourceOptions { idle_timeout: Duration::from_secs(2), ..SourceOptions::default() };
+    let options = SourceOptions { idle_timeout: Duration::from_secs(20), ..SourceOptions::default() };
     from.relinquish(&*connector(&Address::Unix(to), ConnectOptions::default()), &options, commands)
 }
 
 fn options() -> ReceiverOptions {
-    let idle_timeout = Duration::from_secs(2);
+    let idle_timeout = Duration::from_secs(20);
     ReceiverOptions { idle_timeout, patience: Some(Duration::from_secs(20)), ..ReceiverOptions::default() }
 }
 

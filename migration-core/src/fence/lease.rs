@@ -8,7 +8,7 @@
 
 use std::{
     fmt, io,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -64,9 +64,31 @@ pub enum LeaseError {
     Expired(String),
 }
 
+/// How time passes; tests have it pass by hand.
+trait Clock: Send + Sync {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn sleep(&self, time: Duration) {
+        thread::sleep(time);
+    }
+
+    /// Waits until then, or until the lease has ended.
+    fn keep<'a>(&self, held: MutexGuard<'a, Held>, changed: &Condvar, until: Instant) -> MutexGuard<'a, Held> {
+        let wait = until.saturating_duration_since(self.now());
+        changed.wait_timeout_while(held, wait, |h| !h.ended).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+struct Real;
+
+impl Clock for Real {}
+
 /// Holds the lease of a VM that runs here.
 pub struct LeaseHolder {
     store: Arc<dyn LeaseStore>,
+    clock: Arc<dyn Clock>,
     vm: VmId,
     state: Mutex<Held>,
     changed: Condvar,
@@ -92,17 +114,27 @@ impl LeaseHolder {
     /// # Errors
     /// [`LeaseError::Held`] when another has it, whether or not it has expired; [`LeaseError::Store`].
     pub fn take(store: Arc<dyn LeaseStore>, vm: VmId, own: Holder, term: Duration) -> Result<Self, LeaseError> {
+        Self::take_by(Arc::new(Real), store, vm, own, term)
+    }
+
+    fn take_by(
+        clock: Arc<dyn Clock>,
+        store: Arc<dyn LeaseStore>,
+        vm: VmId,
+        own: Holder,
+        term: Duration,
+    ) -> Result<Self, LeaseError> {
         let present = store.read(vm)?;
         if let Some(Lease { holder, .. }) = present.filter(|lease| lease.holder != own) {
             return Err(LeaseError::Held(holder));
         }
         let lease = Lease { holder: own, number: next(present), term };
-        let until = Instant::now() + term;
+        let until = clock.now() + term;
         if !store.swap(vm, present, lease)? {
             let holder = store.read(vm)?.map_or(own, |lease| lease.holder);
             return Err(LeaseError::Held(holder));
         }
-        Ok(Self { store, vm, state: Mutex::new(Held { lease, until, ended: false }), changed: Condvar::new() })
+        Ok(Self { store, clock, vm, state: Mutex::new(Held { lease, until, ended: false }), changed: Condvar::new() })
     }
 
     /// Renews the lease three times a term, until it is [passed on](Self::pass_on) or [ended](Self::end). Run it on a thread of
@@ -117,8 +149,7 @@ impl LeaseHolder {
         let before = |end: Instant, part: Duration| end.checked_sub(part).unwrap_or(end);
         let mut due = before(held.until, term * 2 / 3);
         loop {
-            let wait = due.saturating_duration_since(Instant::now());
-            held = self.changed.wait_timeout_while(held, wait, |h| !h.ended).unwrap_or_else(PoisonError::into_inner).0;
+            held = self.clock.keep(held, &self.changed, due);
             if held.ended {
                 return Ok(());
             }
@@ -126,7 +157,7 @@ impl LeaseHolder {
             // under the lock: a lease that is passed on is not renewed behind that
             let (why, lost) = match self.renew(&mut held) {
                 // later it has renewed what others may count as expired
-                Ok(true) if Instant::now() < last => {
+                Ok(true) if self.clock.now() < last => {
                     due = before(held.until, term * 2 / 3);
                     continue;
                 }
@@ -134,8 +165,8 @@ impl LeaseHolder {
                 Ok(false) => ("another instance has taken it".to_owned(), true),
                 Err(error) => (error.to_string(), false),
             };
-            if !lost && Instant::now() < last {
-                due = last.min(Instant::now() + term / 20);
+            if !lost && self.clock.now() < last {
+                due = last.min(self.clock.now() + term / 20);
                 continue;
             }
             held.ended = true;
@@ -147,7 +178,7 @@ impl LeaseHolder {
 
     /// Whether the lease is still ours.
     fn renew(&self, held: &mut Held) -> io::Result<bool> {
-        let asked = Instant::now();
+        let asked = self.clock.now();
         let renewed = Lease { number: held.lease.number + 1, ..held.lease };
         if self.store.swap(self.vm, Some(held.lease), renewed)? {
             (held.lease, held.until) = (renewed, asked + renewed.term);
@@ -187,7 +218,7 @@ impl LeaseHolder {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Held> {
+    fn lock(&self) -> MutexGuard<'_, Held> {
         // every field is replaced whole
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -201,6 +232,7 @@ fn next(lease: Option<Lease>) -> u64 {
 /// this side's, to be [taken](LeaseHolder::take) with the same name.
 pub struct LeaseFence {
     store: Arc<dyn LeaseStore>,
+    clock: Arc<dyn Clock>,
     vm: VmId,
     own: Holder,
 }
@@ -211,7 +243,7 @@ const LOOKS: u32 = 8;
 impl LeaseFence {
     /// A fence for `vm` of the side that is `own`.
     pub fn new(store: Arc<dyn LeaseStore>, vm: VmId, own: Holder) -> Self {
-        Self { store, vm, own }
+        Self { store, clock: Arc::new(Real), vm, own }
     }
 
     fn read(&self) -> Result<Lease, NotFenced> {
@@ -229,9 +261,10 @@ impl Fence for LeaseFence {
         if lease.holder.0 != identity {
             return Err(NotFenced("its lease is not the other side's, but a third one's".into()));
         }
-        let (seen, look) = (Instant::now(), lease.term / LOOKS);
-        while seen.elapsed() < lease.term {
-            thread::sleep(look.min(lease.term.saturating_sub(seen.elapsed())));
+        let (seen, look) = (self.clock.now(), lease.term / LOOKS);
+        let elapsed = || self.clock.now().saturating_duration_since(seen);
+        while elapsed() < lease.term {
+            self.clock.sleep(look.min(lease.term.saturating_sub(elapsed())));
             if self.read()? != lease {
                 return Err(NotFenced("it renews its lease: it is alive".into()));
             }
@@ -293,20 +326,88 @@ mod tests {
         }
     }
 
+    /// Time that passes while a fence sleeps, and never without the holder: that does at once what is due.
+    struct ByHand(Mutex<(Instant, Option<Instant>)>);
+
+    impl ByHand {
+        fn new() -> Arc<Self> {
+            Arc::new(Self(Mutex::new((Instant::now(), None))))
+        }
+
+        /// For when the holder waits next; `None` if none does any more.
+        fn due(&self, at: Option<Instant>) {
+            self.0.lock().unwrap().1 = at;
+        }
+
+        /// The holder's thread has begun.
+        fn is_kept(&self) {
+            while self.0.lock().unwrap().1.is_none() {
+                thread::yield_now();
+            }
+        }
+
+        fn fence(self: &Arc<Self>, store: &Arc<Store>, own: Holder) -> LeaseFence {
+            LeaseFence { clock: self.clone(), ..LeaseFence::new(store.clone(), VM, own) }
+        }
+    }
+
+    /// Ends the lease also when a test fails: no time passes then for who keeps it.
+    struct Ends<'a>(&'a LeaseHolder);
+
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.end();
+        }
+    }
+
+    impl Clock for ByHand {
+        fn now(&self) -> Instant {
+            self.0.lock().unwrap().0
+        }
+
+        fn sleep(&self, time: Duration) {
+            let end = self.now() + time;
+            loop {
+                let mut time = self.0.lock().unwrap();
+                match time.1 {
+                    Some(due) if due <= time.0 => {}
+                    _ if time.0 == end => break,
+                    due => time.0 = due.map_or(end, |due| due.min(end)),
+                }
+                drop(time);
+                thread::yield_now();
+            }
+        }
+
+        fn keep<'a>(&self, mut held: MutexGuard<'a, Held>, changed: &Condvar, until: Instant) -> MutexGuard<'a, Held> {
+            self.due(Some(until));
+            while !held.ended && self.now() < until {
+                // only lets go of the lock
+                held = changed.wait_timeout(held, Duration::from_millis(1)).unwrap().0;
+            }
+            held
+        }
+    }
+
     #[test]
     fn a_holder_that_is_cut_off_has_stopped_before_another_takes_over() {
-        let store = Arc::new(Store::default());
-        let holder = LeaseHolder::take(Arc::new(Near(store.clone())), VM, A, TERM).unwrap();
+        let (store, clock) = (Arc::new(Store::default()), ByHand::new());
+        let holder = LeaseHolder::take_by(clock.clone(), Arc::new(Near(store.clone())), VM, A, TERM).unwrap();
         let running = AtomicBool::new(true);
+        let stop = || {
+            running.store(false, Ordering::SeqCst);
+            clock.due(None);
+        };
         thread::scope(|scope| {
-            let kept = scope.spawn(|| holder.keep(&|| running.store(false, Ordering::SeqCst)));
-            let fence = LeaseFence::new(store.clone(), VM, B);
+            let _ends = Ends(&holder);
+            let kept = scope.spawn(|| holder.keep(&stop));
+            clock.is_kept();
+            let fence = clock.fence(&store, B);
             // alive: it is not taken over
             assert!(Fenced::by(&fence, &A.0).unwrap_err().to_string().contains("alive"));
             assert!(running.load(Ordering::SeqCst));
             store.cut.store(true, Ordering::SeqCst);
-            // a renewal may have come in between
-            while Fenced::by(&fence, &A.0).is_err() {}
+            Fenced::by(&fence, &A.0).unwrap();
             assert!(!running.load(Ordering::SeqCst));
             assert!(matches!(kept.join().unwrap(), Err(LeaseError::Expired(_))));
         });
@@ -324,25 +425,27 @@ mod tests {
         source.pass_on(B).unwrap();
         assert!(source.keep(&|| unreachable!("nothing to stop")).is_ok());
         assert!(source.pass_on(B).is_err());
-        let destination = LeaseHolder::take(store.clone(), VM, B, TERM).unwrap();
+        let clock = ByHand::new();
+        let destination = LeaseHolder::take_by(clock.clone(), store.clone(), VM, B, TERM).unwrap();
+        let fence = clock.fence(&store, A);
         // the source comes back: the destination lives
         thread::scope(|scope| {
+            let _ends = Ends(&destination);
             scope.spawn(|| destination.keep(&|| ()).unwrap());
-            let fence = LeaseFence::new(store.clone(), VM, A);
+            clock.is_kept();
             assert!(Fenced::by(&fence, &B.0).is_err());
             assert!(Fenced::by(&fence, &[3; 16]).unwrap_err().to_string().contains("third"));
-            destination.end();
         });
+        clock.due(None);
         // it has ended without a word, as if it were dead
-        assert!(Fenced::by(&LeaseFence::new(store, VM, A), &B.0).is_ok());
+        assert!(Fenced::by(&fence, &B.0).is_ok());
     }
 
     #[test]
     fn an_heir_that_never_comes_is_outwaited() {
         let store = Arc::new(Store::default());
         LeaseHolder::take(store.clone(), VM, A, TERM).unwrap().pass_on(B).unwrap();
-        let fence = LeaseFence::new(store.clone(), VM, A);
-        assert!(Fenced::by(&fence, &B.0).is_ok());
+        assert!(Fenced::by(&ByHand::new().fence(&store, A), &B.0).is_ok());
         // too late
         assert!(matches!(LeaseHolder::take(store.clone(), VM, B, TERM), Err(LeaseError::Held(A))));
         LeaseHolder::take(store, VM, A, TERM).unwrap();

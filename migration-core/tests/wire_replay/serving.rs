@@ -267,7 +267,10 @@ fn what_is_refused() {
         ("a control frame on a demand lane", demand(Control::Running.encode(0, 0, 1))),
         ("a frame out of sequence", demand(Bulk::Request { pages: vec![3] }.encode(0, 1, GENERATION))),
         ("no frame at all", demand(vec![0xff; Header::LEN])),
-        ("the end of the demand lane", Box::new(|peer| peer.demand = None)),
+        (
+            "the end of the demand lane",
+            Box::new(|peer| peer.demand.as_ref().unwrap().outgoing.update(|s| s.ended = true)),
+        ),
         ("ready again", control(Control::Ready)),
         ("a round again", control(Control::RoundReceived { generation: 1 })),
         ("a source's frame", control(Control::Run)),

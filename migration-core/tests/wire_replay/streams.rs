@@ -160,6 +160,16 @@ pub(crate) fn feed(
     stream: &Stream,
     spoil: Spoil<'_>,
 ) -> (Option<SessionToken>, Vec<Control>) {
+    let (token, words, _) = feed_and_look(destination, stream, spoil);
+    (token, words)
+}
+
+/// The same; also whether the receiver has read all of the control lane.
+fn feed_and_look(
+    destination: &Destination,
+    stream: &Stream,
+    spoil: Spoil<'_>,
+) -> (Option<SessionToken>, Vec<Control>, bool) {
     let (mut control, mut token) = (stream.lanes[0].clone(), None);
     spoil(0, &mut control);
     let whole = control.len() >= stream.lanes[0].len();
@@ -200,11 +210,11 @@ pub(crate) fn feed(
     }
     // the machine has been told of the loss when the receiver lets go of the lane
     control.outgoing.update(|s| s.ended = true);
-    drop(control.outgoing.wait("the end of the control lane", |s| s.unread));
+    let left = control.outgoing.wait("the end of the control lane", |s| s.unread).bytes.len();
     for lane in bulk {
         lane.outgoing.update(|s| s.ended = true);
     }
-    (token, words)
+    (token, words, left == 0)
 }
 
 pub(crate) fn check(name: &str, arrived: &Arrived) {
@@ -221,13 +231,18 @@ pub(crate) fn check(name: &str, arrived: &Arrived) {
 /// all that it said, or nothing if the stream was whole up to the hand-over.
 pub(crate) fn spoilt(name: &str, good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = Destination::new();
-    let (token, _) = feed(&destination, good, spoil);
+    let (token, _, read) = feed_and_look(&destination, good, spoil);
+    let mut control = good.lanes[0].clone();
+    spoil(0, &mut control);
+    // its last word has arrived too
+    let heard = read && control == good.lanes[0];
     let refused = match destination.handle.phase() {
         DestinationPhase::Empty | DestinationPhase::Ready => {
             assert!(destination.arrived.try_recv().is_err(), "{what}: a VM runs");
             feed(&destination, &good.clone().epoch(2), &as_recorded);
             true
         }
+        DestinationPhase::Running if heard => false,
         DestinationPhase::Running => {
             // the hand-over went well and only its last word was lost: the source is told again
             let mut lane = Preamble::new(LaneKind::Reattach, 0, token.unwrap()).encode().to_vec();

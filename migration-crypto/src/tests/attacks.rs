@@ -1,5 +1,9 @@
 //! What must not work.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use migration_core::channel::ReadHalf;
+
 use super::*;
 
 /// How a relay treats what one side sends: may change it, or do something else with it.
@@ -362,35 +366,78 @@ fn guest_memory_gets_nothing_of_a_changed_record() {
     }
 }
 
-/// Sends `first` at once, then the other bytes one by one, until the destination has had enough; how many it has taken.
-fn dribble(pair: &mut Pair, first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
-    let mut slow = pair.plain.connect().unwrap().split().unwrap();
-    let ended = std::sync::atomic::AtomicBool::new(false);
-    let ended = &ended;
-    thread::scope(|scope| {
-        let taken = scope.spawn(move || {
-            slow.writer.write_all(&first, &[]).unwrap();
-            rest.iter()
-                .take_while(|byte| {
-                    thread::sleep(Duration::from_millis(30));
-                    !ended.load(std::sync::atomic::Ordering::Acquire) && slow.writer.write_all(&[**byte], &[]).is_ok()
-                })
-                .count()
-        });
-        let error = accept(&mut pair.listener).err().unwrap();
-        ended.store(true, std::sync::atomic::Ordering::Release);
-        (error, taken.join().unwrap())
-    })
+/// Counts how many bytes the destination has asked for: in a handshake one at a time.
+struct Counted<T>(T, Arc<AtomicUsize>);
+
+impl Listener for Counted<memory::MemoryListener> {
+    fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>> {
+        let channel = self.0.accept(timeout)?;
+        Ok(channel.map(|channel| Box::new(Counted(channel, self.1.clone())) as Box<dyn Channel>))
+    }
+
+    fn address(&self) -> String {
+        self.0.address()
+    }
 }
 
-fn impatient() -> Security {
-    Security { handshake_timeout: Duration::from_millis(300), ..psk(1) }
+impl Channel for Counted<Box<dyn Channel>> {
+    fn split(self: Box<Self>) -> io::Result<Halves> {
+        let halves = self.0.split()?;
+        Ok(Halves { reader: Box::new(Counted(halves.reader, self.1)), ..halves })
+    }
+
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+}
+
+impl ReadHalf for Counted<Box<dyn ReadHalf>> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.1.fetch_add(1, Ordering::AcqRel);
+        self.0.read_exact(buf)
+    }
+
+    fn read_ram(&mut self, slices: &[RamSlice<'_>]) -> io::Result<()> {
+        self.0.read_ram(slices)
+    }
+
+    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.0.set_idle_timeout(timeout)
+    }
+}
+
+/// Sends `first` at once, then the other bytes one by one, until an impatient destination has had enough; how many of these it
+/// has read.
+fn dribble(first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
+    let (plain, listener) = memory::link(1 << 20);
+    let (asked, ended) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
+    let security = Security { handshake_timeout: Duration::from_millis(300), ..psk(1) };
+    let mut listener = SecureListener::new(Box::new(Counted(listener, asked.clone())), security);
+    let mut slow = plain.connect().unwrap().split().unwrap();
+    let before = first.len() + 1;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            slow.writer.write_all(&first, &[]).unwrap();
+            // its time has begun when it asks for the first of them
+            while asked.load(Ordering::Acquire) < before && !ended.load(Ordering::Acquire) {
+                thread::yield_now();
+            }
+            for byte in rest {
+                thread::sleep(Duration::from_millis(30));
+                if ended.load(Ordering::Acquire) || slow.writer.write_all(&[*byte], &[]).is_err() {
+                    break;
+                }
+            }
+        });
+        let error = accept(&mut listener).err().unwrap();
+        ended.store(true, Ordering::Release);
+        (error, asked.load(Ordering::Acquire).saturating_sub(before))
+    })
 }
 
 #[test]
 fn a_byte_at_a_time_does_not_buy_time() {
-    let mut pair = Pair::new(psk(1), impatient());
-    let (error, taken) = dribble(&mut pair, Vec::new(), &pattern(Preamble::LEN));
+    let (error, taken) = dribble(Vec::new(), &pattern(Preamble::LEN));
     assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
     assert!(taken < Preamble::LEN - 4, "{taken} bytes were waited for");
 }
@@ -399,13 +446,13 @@ fn a_byte_at_a_time_does_not_buy_time() {
 fn a_replayed_message_buys_neither_time_nor_memory() {
     let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
     let keep = kept.clone();
-    let mut pair = meddled(psk(1), impatient(), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
+    let mut pair = meddled(psk(1), psk(1), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
     drop(pair.open_well(LaneKind::Control));
     let first = kept.lock().unwrap()[0].clone();
     // the first record's header claims a megabyte
     let mut record = (crate::record::MAX_PLAINTEXT as u32).to_le_bytes().to_vec();
     record.extend([0; 200]);
-    let (error, taken) = dribble(&mut pair, first.clone(), &record);
+    let (error, taken) = dribble(first.clone(), &record);
     assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
     assert!(taken < crate::record::OVERHEAD, "{taken} bytes were waited for");
     // all at once

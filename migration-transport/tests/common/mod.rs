@@ -375,7 +375,8 @@ impl Destination {
     ) -> Self {
         let (mut host, arrived) = TestHost::new(failing_loads);
         host.shared = shared;
-        let options = ReceiverOptions { idle_timeout: std::time::Duration::from_secs(2), ..ReceiverOptions::default() };
+        let options =
+            ReceiverOptions { idle_timeout: std::time::Duration::from_secs(20), ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {

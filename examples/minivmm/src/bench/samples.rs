@@ -59,6 +59,8 @@ pub(crate) fn rate(samples: &[Sample], from: Instant, to: Instant) -> Option<f64
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+
     use super::*;
 
     #[test]
@@ -78,12 +80,13 @@ mod tests {
 
     #[test]
     fn samples_are_taken_meanwhile() {
-        let mut count = 0;
-        let look = || {
-            count += 1;
-            Some(count).filter(|n| n % 2 == 0)
+        let count = AtomicU64::new(0);
+        let look = || Some(1 + count.fetch_add(1, Ordering::Relaxed)).filter(|n| n % 2 == 0);
+        let act = || {
+            while count.load(Ordering::Relaxed) < 4 {
+                thread::yield_now();
+            }
         };
-        let act = || thread::sleep(Duration::from_millis(50));
         let (_, samples) = during(Duration::from_millis(1), look, act).unwrap();
         assert!(!samples.is_empty() && samples.iter().zip(1..).all(|(s, n)| s.operations == 2 * n), "{samples:?}");
     }
