@@ -17,7 +17,7 @@ use migration_core::{
         push_order::{DIRTIED, REFERENCED},
     },
     vm::VmDescription,
-    wire::{Header, LaneKind},
+    wire::{Control, Header, LaneKind},
 };
 
 use crate::{
@@ -208,8 +208,8 @@ fn cut_in_the_post_copy_phase() {
             // but for *done*: the source is gone then, and the destination listens for it on; and but for all pings after
             // the first, which a slow run has and the next one may not have
             let kind = |at: &&usize| Header::decode(sent[**at..].first_chunk().unwrap()).unwrap().kind;
-            let starts = frames(sent);
-            let pings = starts[..starts.len() - 1].iter().filter(|at| kind(at) == 0x0f).count();
+            let (starts, ping) = (frames(sent), Control::Ping.encode(0, 0, 1)[0]);
+            let pings = starts[..starts.len() - 1].iter().filter(|at| kind(at) == ping).count();
             starts[starts.len() - 2] - (pings - 1) * Header::LEN
         };
         let taps = link.taps.lock().unwrap();

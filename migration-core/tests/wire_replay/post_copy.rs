@@ -20,7 +20,7 @@ use crate::{
     guest::{Arrived, Host, RecordedVm, checksums, description_of, state},
     hostile::positions,
     pager::Paging,
-    streams::{Recorder, Spoil, Stream, as_recorded, check, folder, frames, recording},
+    streams::{Fed, Recorder, Spoil, Stream, as_recorded, check, folder, frames, recording},
 };
 
 const NAME: &str = "post-copy";
@@ -128,25 +128,12 @@ impl Lane {
     }
 }
 
-/// Feeds the stream, as [`feed`](crate::streams::feed) does, with each part of it when it is due.
-pub(crate) fn feed(
-    destination: &Destination,
-    stream: &Stream,
-    spoil: Spoil<'_>,
-) -> (Option<SessionToken>, Vec<Control>) {
-    let (token, words, _) = feed_and_look(destination, stream, spoil);
-    (token, words)
-}
-
-/// The same; also whether the destination has read all of the control lane. It has not when the link ended for it first: also
-/// after it has said *complete*, which a lane may make happen that ended a moment before.
-fn feed_and_look(
-    destination: &Destination,
-    stream: &Stream,
-    spoil: Spoil<'_>,
-) -> (Option<SessionToken>, Vec<Control>, bool) {
+/// Feeds the stream, as [`feed`](crate::streams::feed) does, with each part of it when it is due. The destination has not heard all
+/// when the link ended for it first: also after it has said *complete*, which a lane may make happen that ended a moment before.
+pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>) -> Fed {
     let mut bytes = stream.lanes[0].clone();
     spoil(0, &mut bytes);
+    let unchanged = bytes == stream.lanes[0];
     let mut control = Lane::open(destination, &stream.lanes[0], 0, bytes);
     let (mut token, mut words, mut bulk, mut demand) = (None, Vec::new(), Vec::new(), Vec::new());
     let mut taken = true;
@@ -201,7 +188,7 @@ fn feed_and_look(
     for lane in demand {
         lane.join().unwrap().end.outgoing.update(|s| s.ended = true);
     }
-    (token, words, taken && left == 0)
+    Fed { token, words, heard: unchanged && taken && left == 0 }
 }
 
 /// Pages of the guest as they are when it is paused, in one frame.
@@ -263,17 +250,14 @@ pub(crate) fn check_paged(arrived: &Arrived) -> u64 {
 /// As [`spoilt`](crate::streams::spoilt). Behind the hand-over nothing is given up: the source comes back.
 fn spoilt(good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = destination();
-    let (token, words, read) = feed_and_look(&destination, good, spoil);
-    let mut control = good.lanes[0].clone();
-    spoil(0, &mut control);
-    let complete = words.iter().any(|word| matches!(word, Control::Complete(_)));
-    // its last word has arrived too
-    let heard = complete && read && control == good.lanes[0];
+    let Fed { token, words, heard } = feed(&destination, good, spoil);
+    let complete = |words: &[Control]| words.iter().any(|word| matches!(word, Control::Complete(_)));
+    let heard = complete(&words) && heard;
     let refused = match destination.handle.phase() {
         DestinationPhase::Empty | DestinationPhase::Ready => {
             assert!(destination.arrived.try_recv().is_err(), "{what}: a VM runs");
-            let (_, words) = feed(&destination, &good.clone().epoch(2), &as_recorded);
-            assert!(words.iter().any(|word| matches!(word, Control::Complete(_))), "{what}: then {words:?}");
+            let words = feed(&destination, &good.clone().epoch(2), &as_recorded).words;
+            assert!(complete(&words), "{what}: then {words:?}");
             true
         }
         DestinationPhase::Running if heard => false,
@@ -292,7 +276,7 @@ fn spoilt(good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
 #[test]
 fn the_recorded_stream_arrives() {
     let destination = destination();
-    let (_, said) = feed(&destination, &recorded(), &as_recorded);
+    let said = feed(&destination, &recorded(), &as_recorded).words;
     let names: Vec<_> = said.iter().map(Control::name).filter(|n| *n != "round received").collect();
     assert_eq!(names, ["prepared", "pong", "ready", "running", "complete"]);
     let Some(Control::Complete(summary)) = said.last() else { unreachable!() };

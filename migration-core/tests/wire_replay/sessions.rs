@@ -13,7 +13,7 @@ use crate::{
     channels::End,
     destination::{Destination, said},
     guest::{description, state},
-    streams::{as_recorded, check, feed, frames, stream, with_header},
+    streams::{Fed, as_recorded, check, feed, frames, stream, with_header},
 };
 /// A whole session, sent again as it was, is refused: its epoch is void. The receiver is in the middle of the next one.
 #[test]
@@ -28,7 +28,7 @@ pub(crate) fn a_replayed_session_is_refused() {
         }
     });
     assert_eq!(destination.handle.phase(), DestinationPhase::Ready, "all but *run* and *done*");
-    let (token, words) = feed(&destination, &good, &as_recorded);
+    let Fed { token, words, .. } = feed(&destination, &good, &as_recorded);
     assert_eq!(token, None);
     assert!(matches!(&words[..], [Control::Error { code: ErrorCode::StaleEpoch, .. }]), "{words:?}");
     assert_eq!(destination.handle.phase(), DestinationPhase::Ready, "the VM is still held");

@@ -153,26 +153,22 @@ pub(crate) type Spoil<'a> = &'a dyn Fn(usize, &mut Vec<u8>);
 
 pub(crate) fn as_recorded(_lane: usize, _bytes: &mut Vec<u8>) {}
 
-/// Feeds a stream whose bytes `spoil` may change, and waits until the receiver is done with it. Lanes that end early
-/// do so without a word. Returns what the receiver said on the control lane behind *welcome*.
-pub(crate) fn feed(
-    destination: &Destination,
-    stream: &Stream,
-    spoil: Spoil<'_>,
-) -> (Option<SessionToken>, Vec<Control>) {
-    let (token, words, _) = feed_and_look(destination, stream, spoil);
-    (token, words)
+/// How a receiver took a stream.
+pub(crate) struct Fed {
+    pub(crate) token: Option<SessionToken>,
+    /// What it said on the control lane behind *welcome*.
+    pub(crate) words: Vec<Control>,
+    /// Whether the control lane was as recorded, and the receiver has read all of it.
+    pub(crate) heard: bool,
 }
 
-/// The same; also whether the receiver has read all of the control lane.
-fn feed_and_look(
-    destination: &Destination,
-    stream: &Stream,
-    spoil: Spoil<'_>,
-) -> (Option<SessionToken>, Vec<Control>, bool) {
+/// Feeds a stream whose bytes `spoil` may change, and waits until the receiver is done with it. Lanes that end early
+/// do so without a word.
+pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>) -> Fed {
     let (mut control, mut token) = (stream.lanes[0].clone(), None);
     spoil(0, &mut control);
     let whole = control.len() >= stream.lanes[0].len();
+    let unchanged = control == stream.lanes[0];
     let control = destination.connect(&control);
     if !whole {
         control.outgoing.update(|s| s.ended = true);
@@ -214,7 +210,7 @@ fn feed_and_look(
     for lane in bulk {
         lane.outgoing.update(|s| s.ended = true);
     }
-    (token, words, left == 0)
+    Fed { token, words, heard: unchanged && left == 0 }
 }
 
 pub(crate) fn check(name: &str, arrived: &Arrived) {
@@ -231,11 +227,7 @@ pub(crate) fn check(name: &str, arrived: &Arrived) {
 /// all that it said, or nothing if the stream was whole up to the hand-over.
 pub(crate) fn spoilt(name: &str, good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = Destination::new();
-    let (token, _, read) = feed_and_look(&destination, good, spoil);
-    let mut control = good.lanes[0].clone();
-    spoil(0, &mut control);
-    // its last word has arrived too
-    let heard = read && control == good.lanes[0];
+    let Fed { token, heard, .. } = feed(&destination, good, spoil);
     let refused = match destination.handle.phase() {
         DestinationPhase::Empty | DestinationPhase::Ready => {
             assert!(destination.arrived.try_recv().is_err(), "{what}: a VM runs");
@@ -266,8 +258,8 @@ pub(crate) fn recorded_streams_arrive() {
     for (name, pieces) in [("pre-copy", 1), ("stop-and-copy-crc", 0)] {
         let stream = stream(name);
         let destination = Destination::new();
-        let (_, said) = feed(&destination, &stream, &as_recorded);
-        let names: Vec<_> = said.iter().map(Control::name).filter(|n| *n != "round received").collect();
+        let fed = feed(&destination, &stream, &as_recorded);
+        let names: Vec<_> = fed.words.iter().map(Control::name).filter(|n| *n != "round received").collect();
         assert_eq!(names, ["prepared", "pong", "ready", "running"], "{name}");
         let (arrived, _) = destination.finish();
         check(name, &arrived);

@@ -78,11 +78,15 @@ fn borrowed(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
 }
 
 fn deposit(client: &BrokerClient, id: u8, text: &[u8]) -> Deposit {
+    try_deposit(client, id, text).unwrap()
+}
+
+fn try_deposit(client: &BrokerClient, id: u8, text: &[u8]) -> Result<Deposit, BrokerError> {
     let files = files();
-    let deposit = client.deposit(VmId([id; 16]), &layout(), "memfd", &borrowed(&files)).unwrap();
+    let deposit = client.deposit(VmId([id; 16]), &layout(), "memfd", &borrowed(&files))?;
     // after it was deposited: it is the same memory
     File::from(files.into_iter().next().unwrap()).write_all(text).unwrap();
-    deposit
+    Ok(deposit)
 }
 
 fn text(ram: WithdrawnRam) -> Vec<u8> {
@@ -219,7 +223,7 @@ fn limits() {
         deposit.forget().unwrap();
     }
     let third = loop {
-        match lab.client.deposit(VmId([3; 16]), &layout(), "", &borrowed(&files())) {
+        match try_deposit(&lab.client, 3, b"") {
             Ok(third) => break third,
             // clients that have gone may still count as such
             Err(error) => assert!(!error.to_string().contains("forget some"), "{error}"),
@@ -266,7 +270,7 @@ fn bad_clients() {
 
     let impatient = Lab::new(BrokerOptions { timeout: Duration::from_millis(20), ..BrokerOptions::default() });
     // this test may be too slow for it
-    let deposit = || impatient.client.deposit(VmId([1; 16]), &layout(), "", &borrowed(&files()));
+    let deposit = || try_deposit(&impatient.client, 1, b"");
     let _kept = std::iter::repeat_with(deposit).find_map(Result::ok).unwrap();
     for bytes in [&[3, 0][..], &[]] {
         is_closed(&impatient, bytes);

@@ -154,6 +154,14 @@ impl Process {
         Ok(answer.json)
     }
 
+    /// `ctl adopt`, as soon as it has seen that its source is gone.
+    pub(crate) fn adopt(&self) -> Result<Value, Failed> {
+        wait_for("the VM is adopted", || {
+            let answer = self.ctl(&["adopt"])?;
+            Ok((answer.code == Some(0)).then_some(answer.json))
+        })
+    }
+
     /// The status, which is never long in coming: a trial does not wait for it for ever.
     pub(crate) fn status(&self) -> Result<Value, Failed> {
         let answer = self.start_ctl(&["status"])?.answer().map_err(|why| format!("{}: status: {why:?}", self.name))?;

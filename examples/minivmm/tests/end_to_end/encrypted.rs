@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::{
     common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, usage, wait_for},
     faults::relay_to,
-    post_copy::faulted,
+    post_copy::{faulted, post_copy_at},
 };
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
@@ -68,7 +68,7 @@ fn post_copy(lab: &Lab, cipher: &str) -> Outcome {
     let options = ["--encrypt", cipher, "--psk-file", &key];
     let mut source = lab.workload("source", "random:size=16M", &["--backing", "anon"])?;
     let destination = lab.receive("destination", &options)?;
-    let slow = ["--strategy", "post-copy", "--bandwidth", "300Mbit"];
+    let slow = post_copy_at("300Mbit");
     let report = source.migrate_well(&destination.address, &[&options[..], &slow].concat())?;
     faulted(&report)?;
     destination.wait_until("the guest works", at_work)?;
@@ -142,7 +142,7 @@ fn cut(lab: &Lab, seed: u64) -> Outcome {
     let (relay, address) = relay_to(&destination)?;
     let cut = (256 << 10) + seed * (1 << 20);
     relay.cut_after(cut);
-    let slow = ["--strategy", "post-copy", "--bandwidth", "300Mbit"];
+    let slow = post_copy_at("300Mbit");
     let mut client = source.start_migrate(&address, &[&options[..], &slow].concat())?;
     wait_for("the link is cut", || Ok((relay.relayed() >= cut).then_some(())))?;
     let there = destination.status()?;

@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
+    broker::{ask, kept_vms},
     common::{Client, Lab, Outcome, Process, Suite, beats_in_order, ensure, ensure_says, usage, wait_for},
     elf,
     fail_safe::checks_all,
@@ -489,15 +490,11 @@ fn borrower_dies(lab: &Lab) -> Outcome {
             ensure(status.code() == Some(5), || format!("{status}: {}", home.stderr()))?;
             ensure_says(&home.stderr(), "the VM is lost")?;
             // its RAM is there to be looked at, and is not run
-            let listed = wait_for("the broker has noticed", || {
-                let (code, listed, _) = usage(&["broker", "--at", &broker.address, "--list", "--json"])?;
-                ensure(code == Some(0), || listed.clone())?;
-                let listed: Value = serde_json::from_str(&listed)?;
-                Ok((listed["kept"][0]["state"] == "lost").then_some(listed))
+            let vm = wait_for("the broker has noticed", || {
+                Ok(kept_vms(&broker)?.into_iter().find_map(|(vm, state, _)| (state == "lost").then_some(vm)))
             })?;
-            let vm = listed["kept"][0]["vm"].as_str().ok_or_else(|| format!("nothing is kept: {listed}"))?.to_owned();
-            let (code, _, stderr) = usage(&["broker", "--at", &broker.address, "--forget", &vm])?;
-            ensure(code == Some(0), || stderr)?;
+            let (code, answer) = ask(&broker, &["--forget", &vm])?;
+            ensure(code == Some(0), || format!("{answer}"))?;
         }
         fs::remove_file(lab.path("serial"))?;
     }

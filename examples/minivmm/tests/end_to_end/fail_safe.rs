@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for},
     faults::{middle_of, random, relay_to},
-    post_copy::number,
+    post_copy::{number, post_copy_at},
 };
 
 const GUEST: &str = "random:size=16M,serial=1,every=5ms";
@@ -24,15 +24,11 @@ const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
 /// Killed destinations in one trial, one after the other.
 const KILLS: u64 = 10;
 /// Slow enough that pages are missing for a second or two.
-const LINK: [&str; 4] = link("100Mbit");
+const LINK: [&str; 4] = post_copy_at("100Mbit");
 /// For a migration that a death ends: no page is the last one before that.
-const SLOW_LINK: [&str; 4] = link("20Mbit");
+const SLOW_LINK: [&str; 4] = post_copy_at("20Mbit");
 /// As slow as may be where each page is a huge one.
-const SLOW_LINK_FOR_HUGE_PAGES: [&str; 4] = link("50Mbit");
-
-const fn link(bandwidth: &str) -> [&str; 4] {
-    ["--strategy", "post-copy", "--bandwidth", bandwidth]
-}
+const SLOW_LINK_FOR_HUGE_PAGES: [&str; 4] = post_copy_at("50Mbit");
 
 fn slow_link_for(backing: &str) -> &'static [&'static str] {
     if backing == "hugetlb" { &SLOW_LINK_FOR_HUGE_PAGES } else { &SLOW_LINK }
@@ -338,7 +334,7 @@ fn source_goes_on(lab: &Lab, before: u64) -> Result<u64, Failed> {
 fn slow_link(lab: &Lab) -> Outcome {
     let mut source = source(lab, "hugetlb", "2")?;
     let there = destination(lab, "destination")?;
-    let report = source.migrate_well(&there.address, &with(&link("20Mbit"), "reverse:interval=10ms,detect=2s"))?;
+    let report = source.migrate_well(&there.address, &with(&SLOW_LINK, "reverse:interval=10ms,detect=2s"))?;
     ensure(report["recoveries"] == 0, || format!("{report}"))?;
     // two vCPUs, and as many threads of KVM and of the VMM, for each huge page of 64 MiB, is far more than there can be
     ensure(number(&report, "faults", "count") <= 4 * 32, || format!("{report}"))?;

@@ -199,11 +199,7 @@ fn source_dies(lab: &Lab) -> Outcome {
     source.kill()?;
     client.kill();
     drop(relay);
-    // it may take a moment until the destination sees that its source is gone
-    let adopted = wait_for("the VM is adopted", || {
-        let answer = destination.ctl(&["adopt"])?;
-        Ok((answer.code == Some(0)).then_some(answer.json))
-    })?;
+    let adopted = destination.adopt()?;
     // the source's epoch is void; the VM was paused, and stays so
     ensure(adopted["epoch"] == 2 && adopted["state"] == "paused", || format!("{adopted}"))?;
     destination.wait_state("paused")?;

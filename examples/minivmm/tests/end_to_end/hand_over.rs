@@ -266,9 +266,7 @@ fn predecessor_dies(lab: &Lab, seed: u64) -> Outcome {
     match state {
         "running" => destination.works()?,
         "ready" => {
-            // it may take a moment until it sees that its source is gone
-            let adopted = || Ok((destination.ctl(&["adopt"])?.code == Some(0)).then_some(()));
-            wait_for("the VM is adopted", adopted)?;
+            destination.adopt()?;
             destination.works()?;
         }
         _ => {

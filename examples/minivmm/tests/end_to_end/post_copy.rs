@@ -17,7 +17,12 @@ const STRATEGIES: [&str; 3] = ["post-copy", "hybrid:rounds=1", "hybrid:rounds=3"
 /// The guests' work areas of 24 MiB take about half a second: they fault a lot.
 pub(crate) const SLOW: [&str; 2] = ["--bandwidth", "400Mbit"];
 /// So slow that a trial can do something before the last page has arrived.
-const SLOWER: [&str; 2] = ["--bandwidth", "80Mbit"];
+const SLOWER: [&str; 4] = post_copy_at("80Mbit");
+
+/// Post-copy over a link that is no faster than this.
+pub(crate) const fn post_copy_at(bandwidth: &str) -> [&str; 4] {
+    ["--strategy", "post-copy", "--bandwidth", bandwidth]
+}
 
 /// Guests that notice a wrong page at once, and with `for`, each one that is wrong at its end.
 const WORKLOADS: [&str; 7] = [
@@ -256,7 +261,7 @@ fn paused_stays_paused(lab: &Lab) -> Outcome {
     source.ask(&["pause"])?;
     let before = source.status()?["workload"]["heartbeats"].clone();
     let destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &[&["--strategy", "post-copy"], &SLOWER[..]].concat())?;
+    let client = source.start_migrate(&destination.address, &SLOWER)?;
     destination.wait_state("paused")?;
     let answer = client.answer()?;
     ensure(answer.code == Some(0), || format!("{answer:?}"))?;
@@ -273,8 +278,7 @@ fn paused_stays_paused(lab: &Lab) -> Outcome {
 fn status_at_any_time(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--cpus", "4"])?;
     let destination = lab.receive("destination", &[])?;
-    let mut client =
-        source.start_migrate(&destination.address, &[&["--strategy", "post-copy"], &SLOWER[..]].concat())?;
+    let mut client = source.start_migrate(&destination.address, &SLOWER)?;
     let mut running = 0;
     while !client.has_ended()? {
         let (here, there) = (source.ctl(&["status"])?, destination.status()?);
@@ -301,7 +305,7 @@ fn status_at_any_time(lab: &Lab) -> Outcome {
 fn pause_at_the_destination(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--cpus", "4"])?;
     let destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &[&["--strategy", "post-copy"], &SLOWER[..]].concat())?;
+    let client = source.start_migrate(&destination.address, &SLOWER)?;
     destination.wait_state("running")?;
     let mut pauses = 0;
     while source.ctl(&["status"])?.json["state"] == "outgoing" {
@@ -324,7 +328,7 @@ fn no_further(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M,data=8M", &[])?;
     let mut middle = lab.receive("middle", &[])?;
     let last = lab.receive("last", &[])?;
-    let client = source.start_migrate(&middle.address, &["--strategy", "post-copy", "--bandwidth", "50Mbit"])?;
+    let client = source.start_migrate(&middle.address, &post_copy_at("50Mbit"))?;
     middle.wait_state("running")?;
     for strategy in ["pre-copy", "post-copy", "stop-and-copy"] {
         let answer = middle.migrate(&last.address, &["--strategy", strategy])?;
@@ -360,7 +364,7 @@ fn switched_by_the_user(lab: &Lab) -> Outcome {
     destination.works()?;
     // in the middle of the first round, whose rest is left behind
     let (mut source, last) = (destination, lab.receive("last", &[])?);
-    let client = source.start_migrate(&last.address, &[&HOPELESS[2..], &SLOWER].concat())?;
+    let client = source.start_migrate(&last.address, &[&HOPELESS[2..], &SLOWER[2..]].concat())?;
     source.wait_until("it moves", |s| s["migration"]["round_sent"].as_u64() > Some(0))?;
     source.ask(&["post-copy"])?;
     let answer = client.answer()?;
@@ -394,7 +398,7 @@ fn no_switch_without_lanes(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "touch:size=24M,data=24M,mode=read", &[])?;
     let before = source.resources()?;
     let destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &[&["--demand-lanes", "0"], &SLOWER[..]].concat())?;
+    let client = source.start_migrate(&destination.address, &[&["--demand-lanes", "0"], &SLOWER[2..]].concat())?;
     source.wait_state("outgoing")?;
     no_switch(&source, "demand lanes are off")?;
     let answer = client.answer()?;
@@ -457,7 +461,7 @@ fn no_demand_lanes(lab: &Lab) -> Outcome {
 fn cancel_comes_too_late(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &[])?;
     let destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &[&["--strategy", "post-copy"], &SLOWER[..]].concat())?;
+    let client = source.start_migrate(&destination.address, &SLOWER)?;
     destination.wait_state("running")?;
     for late in ["pause", "resume"] {
         let answer = source.ctl(&[late])?;

@@ -6,7 +6,7 @@ use migration_transport::{Bandwidth, Relay};
 use crate::{
     common::{Client, Lab, Outcome, Process, Suite, at_work, ensure, wait_for},
     faults::{last_frames, random, relay_to},
-    post_copy::{faulted, number},
+    post_copy::{faulted, number, post_copy_at},
 };
 
 /// Cuts before the hand-over, and after it: a third of those once more. A trial takes about half a second.
@@ -64,7 +64,7 @@ fn cut_before(lab: &Lab, seed: u64) -> Outcome {
     let (relay, address) = relay_to(&destination)?;
     let cut = random(seed) % EARLY;
     relay.cut_after(cut);
-    let options = ["--strategy", "post-copy", "--bandwidth", "300Mbit"];
+    let options = post_copy_at("300Mbit");
     let mut client = source.start_migrate(&address, &options)?;
     mended(&relay, cut, &mut client)?;
     let answer = client.answer()?;
@@ -227,7 +227,7 @@ fn separated(lab: &Lab) -> Result<Separated, Failed> {
     let (relay, address) = relay_to(&destination)?;
     let cut = 2 << 20;
     relay.cut_after(cut);
-    let client = source.start_migrate(&address, &["--strategy", "post-copy", "--bandwidth", "300Mbit"])?;
+    let client = source.start_migrate(&address, &post_copy_at("300Mbit"))?;
     wait_for("the link is cut", || Ok((relay.relayed() >= cut).then_some(())))?;
     destination.wait_state("running")?;
     Ok(Separated { source, destination, relay, client })
@@ -270,7 +270,7 @@ fn without_a_link(lab: &Lab, policy: &str) -> Outcome {
     let destination = lab.receive("destination", &["--on-link-loss", policy])?;
     let (relay, address) = relay_to(&destination)?;
     relay.cut_after(8 << 20);
-    let client = source.start_migrate(&address, &["--strategy", "post-copy", "--bandwidth", "100Mbit"])?;
+    let client = source.start_migrate(&address, &post_copy_at("100Mbit"))?;
     wait_for("the link is cut", || Ok((relay.relayed() >= 8 << 20).then_some(())))?;
     wait_for("the destination has noticed", || Ok(destination.stderr().contains("link to").then_some(())))?;
     let beats = || Ok::<_, Failed>(destination.status()?["workload"]["heartbeats"].as_u64().unwrap_or(0));
@@ -293,7 +293,7 @@ fn without_a_link(lab: &Lab, policy: &str) -> Outcome {
 fn destination_dies(lab: &Lab) -> Outcome {
     let mut source = guest(lab, "2", "anon")?;
     let mut destination = lab.receive("destination", &[])?;
-    let client = source.start_migrate(&destination.address, &["--strategy", "post-copy", "--bandwidth", "50Mbit"])?;
+    let client = source.start_migrate(&destination.address, &post_copy_at("50Mbit"))?;
     destination.wait_state("running")?;
     destination.kill()?;
     let beats = source.status()?["workload"]["heartbeats"].clone();

@@ -1,6 +1,6 @@
 //! The VMM is replaced under its running VM: the successor is started by itself, and found at the same place.
 
-use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path, thread, time::Duration};
+use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path};
 
 use serde_json::Value;
 
@@ -30,13 +30,10 @@ impl Last {
 impl Drop for Last {
     fn drop(&mut self) {
         // it may have ended; or be about to be replaced, and its successor does not hear this
-        for _ in 0..100 {
+        let _ = wait_for("its control socket to go", || {
             let _ = usage(&["ctl", "--control", &self.0, "quit"]);
-            if !Path::new(&self.0).exists() {
-                return;
-            }
-            thread::sleep(Duration::from_millis(100));
-        }
+            Ok((!Path::new(&self.0).exists()).then_some(()))
+        });
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     common::{Lab, Outcome, Process, Suite, ensure, ensure_says, wait_for},
     elf,
     faults::{a_while, relay_to},
+    post_copy::post_copy_at,
 };
 
 const GUEST: &str = "random:size=16M,serial=1,every=5ms";
@@ -287,7 +288,7 @@ fn on_its_way_elsewhere(lab: &Lab) -> Outcome {
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;
     relay.restore();
     relay.cut_after(4 << 20);
-    let client = kept.vm.start_migrate(&address, &["--strategy", "post-copy", "--bandwidth", "300Mbit"])?;
+    let client = kept.vm.start_migrate(&address, &post_copy_at("300Mbit"))?;
     there.wait_state("running")?;
     kept.vm.wait_state("in-doubt")?;
     kept.vm.kill()?;
