@@ -293,7 +293,7 @@ impl<'a> Taking<'a> {
             throttle_percent,
         });
         // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused_at.is_some() { None } else { self.vm.tracker().rearm() };
+        let rearm = if self.paused_at.is_some() { None } else { self.tracking.rearm(self.vm.tracker()) };
         let plain = self.report.pages.plain;
         for range in stripes(0, 1, pages.capacity()).map(stripe_pages).filter(|&range| pages.count_in(range) > 0) {
             heard(&self.commands)?;
@@ -352,7 +352,7 @@ impl<'a> Taking<'a> {
     }
 
     fn stop_tracking(&mut self) {
-        if let Err(error) = self.tracking.give_back(self.vm.tracker(), None) {
+        if let Err(error) = self.tracking.give_back(self.vm.tracker()) {
             self.options.observer.event(&Event::Warning(format!("stopping the tracker: {error}")));
         }
     }

@@ -465,7 +465,7 @@ impl<'a> Engine<'a> {
         // until the destination says that it has them, they are owed
         self.owed.union_with(pages);
         // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused { None } else { self.vm.tracker().rearm() };
+        let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
         for lane in &self.lanes {
             let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
             // a lane that is gone has said why, which arrives as an input
@@ -561,7 +561,7 @@ impl Engine<'_> {
             return Ok(None);
         }
         self.tracking.start(self.vm.tracker())?;
-        Ok(Some(dirty_log::section(&self.tracking.harvest(self.vm.tracker())?)))
+        Ok(Some(dirty_log::section(&self.tracking.written(self.vm.tracker())?)))
     }
 
     /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.

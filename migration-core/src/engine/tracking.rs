@@ -1,16 +1,18 @@
 //! A tracker that is borrowed from its VMM, and given back as it was.
 
+use std::sync::Arc;
+
 use crate::{
-    PageSet,
-    tracker::{DirtyTracker, TrackerError},
+    PageRange, PageSet,
+    tracker::{DirtyTracker, Rearm, TrackerError},
 };
 
 /// What has to be known of a VM's tracker to give it back.
 pub(super) struct Tracking {
     pub(super) active: bool,
-    /// Whether the VMM tracked before we came; it then gets its dirty bits back.
+    /// Whether the VMM had started the tracker; it then gets its dirty bits back.
     before: bool,
-    /// Everything harvested, for a tracker that the VMM had started.
+    /// All pages that were reported, for a tracker that the VMM had started.
     harvested: PageSet,
 }
 
@@ -19,46 +21,62 @@ impl Tracking {
         Self { active: false, before: false, harvested: PageSet::empty(pages) }
     }
 
-    /// Starts the tracker, which may be started already.
+    /// Starts the tracker, which the VMM may have started already.
+    ///
+    /// What such a tracker has to report is taken first, so that the VMM can have it back.
     pub(super) fn start(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
-        if !self.active {
+        let first = !self.active;
+        if first {
             self.before = tracker.is_active();
         }
         tracker.start()?;
         self.active = true;
+        if first && self.before {
+            self.harvest(tracker)?;
+        }
         Ok(())
     }
 
-    /// Pages that were written since the last harvest.
+    /// Returns all pages that a tracker which the VMM had started has reported since the VMM's last harvest.
+    pub(super) fn written(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
+        self.harvest(tracker)?;
+        Ok(self.harvested.clone())
+    }
+
+    /// Returns the pages that were written since the last harvest.
     pub(super) fn harvest(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
         let mut pages = PageSet::empty(self.harvested.capacity());
         let harvested = tracker.harvest(&mut pages);
         if self.before {
             // what it has found before it failed is not in the tracker any more
             self.harvested.union_with(&pages);
+            if let Some(rearm) = tracker.rearm() {
+                rearm.before_read(PageRange::new(0, pages.capacity()), &pages)?;
+            }
         }
         harvested.map(|()| pages)
     }
 
-    /// Whatever was harvested: all of RAM has changed.
+    /// Returns what re-arms pages just before they are read, if the tracker works like that.
+    ///
+    /// A tracker that the VMM had started is re-armed at each harvest instead: a page that is written between a
+    /// harvest and its turn in the round would be re-armed without having been reported, and the VMM would lose it.
+    pub(super) fn rearm(&self, tracker: &dyn DirtyTracker) -> Option<Arc<dyn Rearm>> {
+        if self.before { None } else { tracker.rearm() }
+    }
+
+    /// Records that all of RAM has changed.
     pub(super) fn all_dirty(&mut self) {
         self.harvested = PageSet::full(self.harvested.capacity());
     }
 
-    /// The tracker as it was, with what was harvested and these pages dirty if the VMM had started it.
-    pub(super) fn give_back(
-        &mut self,
-        tracker: &mut dyn DirtyTracker,
-        dirty: Option<&PageSet>,
-    ) -> Result<(), TrackerError> {
+    /// Leaves the tracker as it was found. The VMM's own tracker reports again all that was harvested from it.
+    pub(super) fn give_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
         if !std::mem::take(&mut self.active) {
             return Ok(());
         }
         if !self.before {
             return tracker.stop();
-        }
-        if let Some(dirty) = dirty {
-            self.harvested.union_with(dirty);
         }
         tracker.put_back(&self.harvested);
         Ok(())

@@ -18,6 +18,7 @@ mod live;
 mod pager;
 mod post_copy;
 mod refusals;
+mod rounds;
 mod serving;
 mod sessions;
 mod streams;

@@ -43,7 +43,7 @@ impl Engine<'_> {
 
     fn put(&mut self, store: &Mutex<dyn CheckpointStore>, pages: &PageSet) -> Result<(), MigrationError> {
         // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused { None } else { self.vm.tracker().rearm() };
+        let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
         let ram = self.ram.clone();
         for stripe in stripes(0, 1, pages.capacity()) {
             let range = stripe_pages(stripe);

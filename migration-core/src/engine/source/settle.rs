@@ -23,7 +23,8 @@ impl Engine<'_> {
             self.report.outcome = outcome;
             self.report.reason = Some(reason);
             self.report.epoch = self.machine.epoch();
-            self.give_back();
+            self.resume_guest();
+            self.give_tracker_back();
             self.finish_report();
         } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
@@ -41,7 +42,7 @@ impl Engine<'_> {
             self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
             self.report.reason = Some(error.to_string());
             // resume first: every moment until then is downtime
-            self.give_back();
+            self.resume_guest();
             after(&self, Role::Control, self.options.impact);
             if !matches!(error, MigrationError::Link { .. }) {
                 let last_word = match self.machine.abandon() {
@@ -54,29 +55,38 @@ impl Engine<'_> {
             self.machine.link_lost();
             self.finish_report();
             self.close();
+            // only now: a lane in the middle of a round would re-arm pages that the VMM is to find dirty
+            self.give_tracker_back();
         }
         *lock(&self.can_post_copy) = Err(NoPostCopy::Ended);
         self.tell_phase();
         self.report
     }
 
-    /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
-    fn give_back(&mut self) {
-        let warn = |what: &str, result: Result<(), String>| {
-            if let Err(why) = result {
-                self.options.observer.event(&Event::Warning(format!("{what}: {why}")));
-            }
-        };
+    /// Lets the guest run as it did before the migration: at full speed, unless it was paused then.
+    fn resume_guest(&mut self) {
         if self.paused {
-            warn("resuming the guest", self.vm.resume().map_err(|e| e.to_string()));
+            let resumed = self.vm.resume();
+            self.warn_if("resuming the guest", resumed);
             self.paused = false;
         }
         if self.throttle != 0 {
-            warn("lifting the throttle", self.vm.throttle(0).map_err(|e| e.to_string()));
+            let lifted = self.vm.throttle(0);
+            self.warn_if("lifting the throttle", lifted);
             self.throttle = 0;
         }
-        let given_back = self.tracking.give_back(self.vm.tracker(), Some(&self.owed));
-        warn("stopping the tracker", given_back.map_err(|e| e.to_string()));
+    }
+
+    /// Leaves the tracker as it was before the migration. No lane may be at work any more.
+    fn give_tracker_back(&mut self) {
+        let given_back = self.tracking.give_back(self.vm.tracker());
+        self.warn_if("stopping the tracker", given_back);
+    }
+
+    fn warn_if<E: std::fmt::Display>(&self, what: &str, result: Result<(), E>) {
+        if let Err(why) = result {
+            self.options.observer.event(&Event::Warning(format!("{what}: {why}")));
+        }
     }
 
     fn finish_report(&mut self) {
