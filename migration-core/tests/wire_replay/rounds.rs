@@ -10,10 +10,12 @@ use std::{
     },
 };
 
+use bytes::Bytes;
 use migration_core::{
     GuestRam, HeapRam, MigrationError, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
     channel::{Channel, Closer, Connector, Halves, WriteHalf},
-    engine::{Controller, SourceOptions, migrate},
+    checkpoint::{CheckpointStore, MemoryStore, PageData},
+    engine::{Controller, SnapshotOptions, SourceOptions, migrate, snapshot},
     report::{Event, Observer, Outcome, Report},
     state::{Section, VmState},
     strategy::{Done, Linear, PreCopy, Running, Strategy},
@@ -523,5 +525,70 @@ fn writes_in_every_frame_arrive() {
         completed(&report, "every frame");
         let (arrived, said) = destination.finish();
         assert_same(&arrived, &vm, &format!("re-arming: {rearming}: {said}"));
+    }
+}
+
+/// A store in memory during whose puts the guest writes, and which may fail.
+struct Writing<'a> {
+    store: MemoryStore,
+    guest: &'a Guest,
+    puts: u64,
+    fails_at: u64,
+    written: Vec<u64>,
+}
+
+impl CheckpointStore for Writing<'_> {
+    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+        self.puts += 1;
+        if self.puts == self.fails_at {
+            return Err(io::Error::other("no room, as asked"));
+        }
+        if self.puts.is_multiple_of(100) && !self.guest.paused.load(Ordering::SeqCst) {
+            // some pages that were put already, and some whose turn has not come
+            let page = self.puts * 7 % PAGES;
+            self.guest.write(page, 33);
+            self.written.push(page);
+        }
+        self.store.put(page, data)
+    }
+
+    fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
+        self.store.commit(number, state)
+    }
+
+    fn discard(&mut self) {
+        self.store.discard();
+    }
+
+    fn latest(&self) -> Option<(u32, Bytes)> {
+        self.store.latest()
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+        self.store.restore(take)
+    }
+}
+
+/// The same for a snapshot, complete or not.
+#[test]
+fn a_snapshot_gives_the_vmm_its_dirty_bits_back() {
+    for rearming in [false, true] {
+        for fails_at in [1, 300, 1500, 0] {
+            let what = format!("re-arming: {rearming}, failing at put {fails_at}");
+            let mut vm = Tracked::new(rearming);
+            let before: Vec<_> = (0..STRIPES).map(|stripe| stripe * STRIPE + WRITTEN).collect();
+            vm.track(&before);
+            let guest = vm.guest.clone();
+            let store = MemoryStore::default();
+            let mut store = Writing { store, guest: &guest, puts: 0, fails_at, written: Vec::new() };
+            let result = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), Controller::new().1);
+            assert_eq!(result.is_err(), fails_at != 0, "{what}: {result:?}");
+            let mut dirty = PageSet::empty(PAGES);
+            vm.tracker().harvest(&mut dirty).unwrap();
+            for page in before.into_iter().chain(store.written) {
+                assert!(dirty.contains(page), "{what}: page {page} is not dirty any more");
+            }
+            assert!(!dirty.contains(QUIET), "{what}: page {QUIET} was never written");
+        }
     }
 }
