@@ -13,7 +13,9 @@ use super::{
     measure::{self, Run, Setup, Vmm},
     output::{self, Table},
     process::Folder,
-    qemu, records, tell, workload,
+    qemu, records, tell,
+    tuning::Tuning,
+    workload,
 };
 use crate::encryption::{Encrypt, Encryption, Library};
 
@@ -184,6 +186,7 @@ fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
         watch_memory: false,
         watch_speed: false,
         way: Way { cipher, link },
+        tuning: Tuning::AsItComes,
     };
     let mut round = Vec::new();
     for vmm in vmms {

@@ -8,6 +8,7 @@ use super::{
     measure::{Run, Vmm},
     postcopy,
     process::field,
+    tuning::Tuning,
 };
 
 /// A bare copy.
@@ -203,7 +204,9 @@ impl Figures {
     /// Every figure of every mode and workload.
     pub(super) fn comparisons(&self) -> Vec<Comparison> {
         let mut all = Vec::new();
-        for mode in ["plain", "multifd", postcopy::PLAIN, postcopy::PREEMPT] {
+        let pre_copy = ["plain", "multifd"].into_iter().flat_map(|mode| Tuning::ALL.map(|tuning| tuning.label(mode)));
+        for mode in pre_copy.chain([postcopy::PLAIN, postcopy::PREEMPT].map(str::to_owned)) {
+            let mode = mode.as_str();
             for workload in self.workloads(mode) {
                 for figure in Figure::ALL {
                     let of = |vmm| {

@@ -23,6 +23,7 @@ use super::{
     ours, postcopy,
     process::{Beyond, Folder, MemorySampler, Process, VcpuSampler, field, vcpu_seconds},
     qemu,
+    tuning::Tuning,
 };
 use crate::{vmm::host_tsc_khz, workload};
 
@@ -63,6 +64,8 @@ pub(super) struct Setup {
     pub(super) watch_speed: bool,
     /// Over which link it moves, and how that is protected.
     pub(super) way: Way,
+    /// How the VMM is set up.
+    pub(super) tuning: Tuning,
 }
 
 /// What a VMM says of a migration.

@@ -5,6 +5,7 @@
 //! | process.rs | child processes, and what `/proc` says about them |
 //! | guest.rs | the guest's board, read from outside, the same way for every VMM |
 //! | ours.rs, qemu.rs | the two VMMs |
+//! | tuning.rs | how they are set up |
 //! | measure.rs | one run, the bare copy, the control |
 //! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
 //! | encrypt.rs | encryption: its runs, tables and targets |
@@ -26,6 +27,7 @@ pub(crate) mod process;
 mod qemu;
 mod records;
 pub(crate) mod samples;
+pub(crate) mod tuning;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -34,6 +36,7 @@ use figures::{Control, Figures, Floor};
 use indicatif::{ProgressBar, ProgressStyle};
 use measure::{Run, Setup, Vmm};
 use process::Folder;
+use tuning::Tuning;
 
 pub(crate) const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -185,6 +188,7 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
             watch_memory,
             watch_speed: false,
             way,
+            tuning: Tuning::AsItComes,
         }
     };
     let mut steps = Vec::new();
@@ -202,10 +206,15 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     for hot in HOT {
         for _ in 0..repeat {
             for (mode, label, streams) in [(Mode::Plain, "plain", 1), (Mode::Multifd, "multifd", 4)] {
-                if args.wants(mode) {
-                    steps.extend(
-                        vmms.iter().map(|&vmm| Step::Run(setup(vmm, label, hot, 1, streams, "balanced", false))),
-                    );
+                if !args.wants(mode) {
+                    continue;
+                }
+                for tuning in Tuning::ALL {
+                    let tuned = |&vmm: &Vmm| {
+                        let plain = setup(vmm, label, hot, 1, streams, "balanced", false);
+                        Step::Run(Setup { label: tuning.label(label), tuning, ..plain })
+                    };
+                    steps.extend(vmms.iter().map(tuned));
                 }
             }
         }
@@ -284,6 +293,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
                     watch_memory: false,
                     watch_speed: false,
                     way: encrypt::Way::default(),
+                    tuning: Tuning::AsItComes,
                 };
                 tell(&bar, &format!("control, {}, beside {streams} copies", setup.workload));
                 let gap_ms = attempt(&bar, &mut figures.failures, || {
@@ -373,11 +383,11 @@ mod tests {
     #[test]
     fn what_is_compared_alternates() {
         let all = runs(&["--quick"]);
-        assert_eq!(all.len(), 3 * 4);
+        assert_eq!(all.len(), 3 * 8);
         assert!(
             all.chunks(2).all(|pair| pair[0].0 == Vmm::Minivmm && pair[1].0 == Vmm::Qemu && pair[0].1 == pair[1].1)
         );
-        assert_eq!(runs(&["--only", "plain", "--repeat", "3"]).len(), 3 * 3 * 2);
+        assert_eq!(runs(&["--only", "plain", "--repeat", "3"]).len(), 3 * 3 * 4);
         let sizes = runs(&["--only", "sizes", "--repeat", "1"]);
         assert_eq!(sizes.iter().map(|s| s.2).collect::<Vec<_>>(), [1, 2, 4, 8]);
         assert!(!runs(&[]).iter().any(|s| s.1 == "sizes") && runs(&["--sizes"]).iter().any(|s| s.1 == "sizes"));

@@ -38,6 +38,8 @@ pub(crate) struct Options {
     pub(crate) bandwidth_bits: u64,
     /// As `--fail-safe` takes it.
     pub(crate) fail_safe: String,
+    /// The longest downtime that is acceptable, in milliseconds.
+    pub(crate) downtime_limit_ms: u64,
     /// Over which link, and how protected.
     pub(crate) way: Way,
 }
@@ -55,6 +57,7 @@ impl From<&Setup> for Options {
             push_order: "linear".into(),
             bandwidth_bits: setup.way.link.limit_bits(),
             fail_safe: "none".into(),
+            downtime_limit_ms: setup.tuning.downtime_limit_ms(),
             way: setup.way,
         }
     }
@@ -69,6 +72,7 @@ impl Options {
             push_order: self.push_order.clone(),
             demand_lanes: 2,
             impact: self.impact.into(),
+            downtime_limit_us: self.downtime_limit_ms * 1000,
             ..MigrateRequest::plain(to, &self.strategy, self.streams)
         })
     }

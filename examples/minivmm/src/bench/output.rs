@@ -80,8 +80,10 @@ fn tables(figures: &Figures) -> Vec<Table> {
     let runs = |keep: &dyn Fn(&&Run) -> bool| figures.runs.iter().filter(keep).cloned().collect::<Vec<Run>>();
     let comparisons = figures.comparisons();
     for (mode, title) in [
-        ("plain", "1 stream against QEMU's plain pre-copy (median (least–most), ms)"),
-        ("multifd", "4 streams against QEMU's multifd with 4 channels (median (least–most), ms)"),
+        ("plain-careful", "1 stream against QEMU's plain pre-copy, both set up with care (median (least–most), ms)"),
+        ("multifd-careful", "4 streams against QEMU's multifd, both set up with care (median (least–most), ms)"),
+        ("plain", "1 stream against QEMU's plain pre-copy, both as they come (median (least–most), ms)"),
+        ("multifd", "4 streams against QEMU's multifd with 4 channels, both as they come (median (least–most), ms)"),
         (postcopy::PLAIN, "Post-copy, 2 streams, against QEMU's plain post-copy (median (least–most), ms)"),
         (postcopy::PREEMPT, "The same runs against QEMU's post-copy with preemption (median (least–most), ms)"),
     ] {

@@ -20,6 +20,7 @@ use super::{
     figures::median,
     guest::Peek,
     measure::{Setup, Vmm},
+    tuning::Tuning,
 };
 
 /// Label of our runs, and of QEMU's plain post-copy.
@@ -55,6 +56,7 @@ pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) 
         watch_memory: false,
         watch_speed: true,
         way: Way::default(),
+        tuning: Tuning::AsItComes,
     };
     let of = |vmm: &Vmm| match vmm {
         Vmm::Minivmm => vec![setup(Vmm::Minivmm, PLAIN, STREAMS, strategy)],

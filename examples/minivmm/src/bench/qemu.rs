@@ -23,8 +23,6 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const ANSWER: Duration = Duration::from_secs(60);
 /// Bytes a second: no limit in effect.
 const BANDWIDTH: u64 = 100_000_000_000;
-/// Milliseconds, as for minivmm.
-const DOWNTIME_LIMIT: u64 = 300;
 /// Who has the pre-shared key.
 const TLS_USER: &str = "bench";
 
@@ -108,8 +106,13 @@ impl Source {
 
     /// Starts the destination and readies both.
     pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
+        let mut more = vec!["-incoming", "defer"];
+        let populated = format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", setup.memory >> 20);
+        if setup.tuning.populates() {
+            more.extend(["-object", &populated, "-machine", "memory-backend=ram0"]);
+        }
         let (destination, mut destination_qmp) =
-            start(folder, "qemu-destination", setup.memory, elf, setup.way.link, &["-incoming", "defer"])?;
+            start(folder, "qemu-destination", setup.memory, elf, setup.way.link, &more)?;
         let Way { cipher, link } = setup.way;
         let keys = if cipher == Cipher::None { None } else { Some(tls_keys(folder)?) };
         let mut source_qmp = self.qmp;
@@ -123,6 +126,7 @@ impl Source {
                     {"capability": "multifd", "state": multifd},
                     {"capability": "postcopy-ram", "state": post_copy},
                     {"capability": "postcopy-preempt", "state": preempt},
+                    {"capability": "auto-converge", "state": setup.tuning.auto_converge()},
                     {"capability": "events", "state": true},
                 ]}),
             )?;
@@ -144,7 +148,7 @@ impl Source {
                     0 => BANDWIDTH,
                     bits => bits / 8,
                 };
-                let limits = json!({"max-bandwidth": most, "downtime-limit": DOWNTIME_LIMIT});
+                let limits = json!({"max-bandwidth": most, "downtime-limit": setup.tuning.downtime_limit_ms()});
                 qmp.call("migrate-set-parameters", limits)?;
             }
             if is_source && post_copy {

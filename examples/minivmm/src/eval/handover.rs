@@ -24,6 +24,7 @@ use crate::{
         output::{self, Table, machine, number},
         process::Folder,
         tell,
+        tuning::DEFAULT_LIMIT_MS,
     },
     control::{Request, ask},
     refresh::Plan,
@@ -156,6 +157,7 @@ fn guest(memory: u64) -> Options {
         push_order: "linear".into(),
         bandwidth_bits: 0,
         fail_safe: "none".into(),
+        downtime_limit_ms: DEFAULT_LIMIT_MS,
         way: Default::default(),
     }
 }

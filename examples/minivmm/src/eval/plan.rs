@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use serde::Serialize;
 
 use super::Part;
-use crate::bench::{MIB, ours::Options};
+use crate::bench::{MIB, ours::Options, tuning::DEFAULT_LIMIT_MS};
 
 /// The link of the papers.
 const GIGABIT: u64 = 1_000_000_000;
@@ -76,6 +76,7 @@ fn options(workload: String, memory: u64, strategy: &str, push_order: String) ->
         push_order,
         bandwidth_bits: GIGABIT,
         fail_safe: "none".into(),
+        downtime_limit_ms: DEFAULT_LIMIT_MS,
         way: Default::default(),
     }
 }

@@ -8,6 +8,7 @@ use crate::bench::{
     DATA, MIB,
     measure::{AFTER, BEFORE},
     ours::Options,
+    tuning::DEFAULT_LIMIT_MS,
 };
 
 /// Guests that are handed over at once, or the one that is.
@@ -84,6 +85,7 @@ impl Guests {
             push_order: "linear".into(),
             bandwidth_bits: 0,
             fail_safe: "none".into(),
+            downtime_limit_ms: DEFAULT_LIMIT_MS,
             way: Default::default(),
         }
     }

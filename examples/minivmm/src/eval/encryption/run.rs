@@ -25,6 +25,7 @@ use crate::bench::{
     measure::{AFTER, BEFORE, FILL, ms, warm},
     ours::{Options, Pair, Source},
     process::{Folder, VcpuSampler, vcpu_seconds},
+    tuning::DEFAULT_LIMIT_MS,
 };
 
 /// A migration that has not handed over by then is cancelled.
@@ -141,6 +142,7 @@ fn options(cell: &Cell, means: &Means) -> Options {
         push_order: "multi-pivot".into(),
         bandwidth_bits: if own_limit { Net::GIGABIT_BITS } else { 0 },
         fail_safe: "none".into(),
+        downtime_limit_ms: DEFAULT_LIMIT_MS,
         way: Way { cipher: cell.cipher, link },
     }
 }

@@ -1,0 +1,54 @@
+//! How the VMMs that are compared are set up: as they come, and as a careful user sets them up.
+//!
+//! A default says more about its authors' caution than about what a VMM can do. QEMU, for one, stops the guest as soon as the rest
+//! fits into its downtime limit, and that is 300 ms unless somebody sets it. So pre-copy is compared twice, each time with the same
+//! limit for both.
+
+use serde::Serialize;
+
+/// A set of options for all VMMs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Tuning {
+    /// Every option at its default, but for those that the mode itself is about.
+    #[default]
+    AsItComes,
+    /// What a user sets who wants short pauses, and has read the manual: a downtime limit of [`CAREFUL_LIMIT_MS`] for both, and for
+    /// QEMU `auto-converge`, so that the migration of a busy guest ends, and RAM that the destination has populated before.
+    Careful,
+}
+
+/// The downtime limit that QEMU and minivmm have by default, in milliseconds.
+pub(crate) const DEFAULT_LIMIT_MS: u64 = 300;
+/// The downtime limit of a user who wants short pauses, in milliseconds.
+const CAREFUL_LIMIT_MS: u64 = 20;
+
+impl Tuning {
+    pub(super) const ALL: [Self; 2] = [Self::AsItComes, Self::Careful];
+
+    /// The longest downtime that the VMM may choose, in milliseconds.
+    pub(super) fn downtime_limit_ms(self) -> u64 {
+        match self {
+            Self::AsItComes => DEFAULT_LIMIT_MS,
+            Self::Careful => CAREFUL_LIMIT_MS,
+        }
+    }
+
+    /// Whether QEMU slows a guest down whose migration does not end.
+    pub(super) fn auto_converge(self) -> bool {
+        self == Self::Careful
+    }
+
+    /// Whether QEMU's destination populates its RAM before the migration begins.
+    pub(super) fn populates(self) -> bool {
+        self == Self::Careful
+    }
+
+    /// The label of the runs of a mode.
+    pub(super) fn label(self, mode: &str) -> String {
+        match self {
+            Self::AsItComes => mode.to_owned(),
+            Self::Careful => format!("{mode}-careful"),
+        }
+    }
+}
