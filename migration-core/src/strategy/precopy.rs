@@ -24,11 +24,18 @@ impl<C: Convergence> Strategy for PreCopy<C> {
     }
 
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        if let Next::GiveUp(why) = self.convergence.begin(&vm.link()) {
+            return vm.cancel(why);
+        }
         let mut pages = vm.start_tracking()?;
         loop {
             let round = vm.send(&pages)?;
             pages = vm.harvest()?;
-            match self.convergence.judge(&round, &pages, &vm.link()) {
+            let next = self.convergence.judge(&round, &pages, &vm.link());
+            if let Some(why) = self.convergence.stalled() {
+                vm.stalled(why);
+            }
+            match next {
                 Next::Round => {}
                 Next::Throttle(percent) => vm.throttle(percent)?,
                 Next::SwitchOver(Wanted { downtime }) => {
