@@ -352,7 +352,7 @@ fn ms(time: Duration) -> String {
     match ms {
         ms if ms >= 100.0 => format!("{ms:.0} ms"),
         ms => {
-            let text = format!("{ms:.2}");
+            let text = if ms >= 1.0 { format!("{ms:.2}") } else { format!("{ms:.3}") };
             format!("{} ms", text.trim_end_matches('0').trim_end_matches('.'))
         }
     }

@@ -25,6 +25,7 @@ impl<C: Convergence> Strategy for PreCopy<C> {
 
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
         if let Next::GiveUp(why) = self.convergence.begin(&vm.link()) {
+            vm.stalled(&why);
             return vm.cancel(why);
         }
         let mut pages = vm.start_tracking()?;

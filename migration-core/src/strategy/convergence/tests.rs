@@ -199,7 +199,7 @@ fn milliseconds_have_the_decimals_that_mean_something() {
     let shown = |us| ms(Duration::from_micros(us));
     assert_eq!(
         [0, 1, 100, 1000, 1500, 12_340, 300_000].map(shown),
-        ["0 ms", "0 ms", "0.1 ms", "1 ms", "1.5 ms", "12.34 ms", "300 ms"]
+        ["0 ms", "0.001 ms", "0.1 ms", "1 ms", "1.5 ms", "12.34 ms", "300 ms"]
     );
 }
 
