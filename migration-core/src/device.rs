@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{
     state::{Section, VmState},
-    vm::VmError,
+    vm::{SectionEstimate, VmError},
 };
 
 /// The two steps in which devices come to rest, after the vCPUs were paused.
@@ -76,6 +76,13 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// Returns about how many bytes [`save`](Device::save) would give now, beside what [`iterate`](Device::iterate) reports as
+    /// pending; for the predicted downtime, and to refuse what is too large before the guest is paused. 0 by default: right
+    /// for any device whose state is a few kilobytes.
+    fn state_bytes(&self) -> u64 {
+        0
+    }
+
     /// The (rest of the) state, at rest.
     fn save(&mut self) -> Result<Bytes, VmError>;
 
@@ -138,6 +145,17 @@ impl DeviceSet {
             }
         }
         Ok((pieces, pending))
+    }
+
+    /// Returns the sizes of those devices' sections that report one, for
+    /// [`SourceVm::estimate_state`](crate::vm::SourceVm::estimate_state).
+    pub fn estimates(&self) -> Vec<SectionEstimate> {
+        let estimate = |d: &dyn Device| SectionEstimate {
+            name: d.name().to_owned(),
+            instance: d.instance(),
+            bytes: d.state_bytes(),
+        };
+        self.devices.iter().map(|d| estimate(&**d)).filter(|e| e.bytes > 0).collect()
     }
 
     /// Brings all to rest, step by step: no device drains before all have stopped to initiate.

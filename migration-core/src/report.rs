@@ -1,6 +1,6 @@
 //! What a migration tells: events and progress while it goes on, a report at its end.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     protocol::{DestinationPhase, SourcePhase},
@@ -86,7 +86,7 @@ pub struct FaultCounts {
 }
 
 /// One round of a report.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RoundReport {
     /// Pages asked for.
     pub pages: u64,
@@ -96,6 +96,88 @@ pub struct RoundReport {
     pub time: Duration,
     /// How far the guest was throttled in it.
     pub throttle_percent: u8,
+}
+
+/// How many rounds at the beginning of a migration, and how many at its end, are kept one by one.
+const KEPT_ROUNDS: usize = 32;
+
+/// The rounds of an attempt: the first 32 and the last 32 one by one, those between them as a sum. So a report stays small
+/// however many rounds there were.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rounds {
+    first: Vec<RoundReport>,
+    last: VecDeque<RoundReport>,
+    left_out: LeftOut,
+}
+
+/// Rounds that are not kept one by one, put together.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LeftOut {
+    /// How many.
+    pub count: u64,
+    /// Pages that they asked for, repeats counted.
+    pub pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// How long they took together.
+    pub time: Duration,
+    /// The strongest throttle in any of them.
+    pub throttle_percent: u8,
+}
+
+impl Rounds {
+    /// Returns the number of all rounds, those that are left out included.
+    pub fn len(&self) -> usize {
+        let left_out = usize::try_from(self.left_out.count).unwrap_or(usize::MAX);
+        left_out.saturating_add(self.first.len() + self.last.len())
+    }
+
+    /// Whether there was no round.
+    pub fn is_empty(&self) -> bool {
+        self.first.is_empty()
+    }
+
+    /// Returns the rounds that are kept one by one, in order. Those that are [left out](Self::left_out) lie between the first
+    /// 32 and the others.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &RoundReport> {
+        self.first.iter().chain(&self.last)
+    }
+
+    /// Returns the last round.
+    pub fn last(&self) -> Option<&RoundReport> {
+        self.last.back().or(self.first.last())
+    }
+
+    /// Returns the sum of the rounds that are not kept one by one.
+    pub fn left_out(&self) -> LeftOut {
+        self.left_out
+    }
+
+    pub(crate) fn last_mut(&mut self) -> Option<&mut RoundReport> {
+        self.last.back_mut().or(self.first.last_mut())
+    }
+
+    pub(crate) fn push(&mut self, round: RoundReport) {
+        if self.first.len() < KEPT_ROUNDS {
+            return self.first.push(round);
+        }
+        self.last.push_back(round);
+        if self.last.len() > KEPT_ROUNDS
+            && let Some(oldest) = self.last.pop_front()
+        {
+            let sum = &mut self.left_out;
+            sum.count += 1;
+            sum.pages = sum.pages.saturating_add(oldest.pages);
+            sum.wire_bytes = sum.wire_bytes.saturating_add(oldest.wire_bytes);
+            sum.time = sum.time.saturating_add(oldest.time);
+            sum.throttle_percent = sum.throttle_percent.max(oldest.throttle_percent);
+        }
+    }
+
+    /// Takes the last round back.
+    pub(crate) fn pop(&mut self) -> Option<RoundReport> {
+        self.last.pop_back().or_else(|| self.first.pop())
+    }
 }
 
 /// Everything that is known of an attempt.
@@ -117,8 +199,10 @@ pub struct Report {
     pub downtime: Option<Duration>,
     /// What the strategy expected it to be.
     pub predicted_downtime: Option<Duration>,
+    /// Why the downtime limit was not kept, or was given up, with the figures; `None` if it was aimed at to the end.
+    pub stalled: Option<String>,
     /// Rounds, the last one with the guest paused included.
-    pub rounds: Vec<RoundReport>,
+    pub rounds: Rounds,
     /// Bulk lanes.
     pub streams: u16,
     /// Bytes on the wire, both directions, all lanes.
@@ -160,20 +244,27 @@ pub struct Progress {
     pub round_sent: u64,
     /// Bytes on the wire so far.
     pub wire_bytes: u64,
-    /// Bytes a second, lately.
+    /// Bytes a second over the last second, or since pages began to move if that is less.
     pub bytes_per_second: f64,
-    /// Pages sent a second in this round.
+    /// Pages sent a second, likewise.
     pub pages_per_second: f64,
     /// Pages that the guest dirties a second.
     pub dirty_pages_per_second: Option<f64>,
-    /// Downtime to expect if the guest were paused after this round.
+    /// The downtime to expect when the rounds have come to their end; `None` as long as it is not known how fast the guest
+    /// writes, and after the hand-over.
     pub expected_downtime: Option<Duration>,
+    /// The downtime that a switch-over takes at the least, whatever the guest writes; `None` after the hand-over.
+    pub least_downtime: Option<Duration>,
     /// The throttle in force.
     pub throttle_percent: u8,
     /// Time since the start.
     pub elapsed: Duration,
-    /// Until the end of this round, and so at the least until the end.
+    /// Until the end of the migration; `None` if nothing moves, or no end is in sight.
     pub eta: Option<Duration>,
+    /// Until the end of this round.
+    pub round_eta: Option<Duration>,
+    /// The share of the whole that is done, from 0 to 1. What later rounds will have to send is estimated; it never falls.
+    pub share_done: f64,
 }
 
 /// Something happened.
@@ -224,4 +315,42 @@ pub struct NoObserver;
 
 impl Observer for NoObserver {
     fn event(&self, _event: &Event) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(pages: u64) -> RoundReport {
+        RoundReport { pages, wire_bytes: 10 * pages, time: Duration::from_millis(pages), throttle_percent: 3 }
+    }
+
+    #[test]
+    fn a_report_keeps_the_first_and_the_last_rounds_and_the_sum_of_the_others() {
+        let mut rounds = Rounds::default();
+        assert!(rounds.is_empty() && rounds.last().is_none() && rounds.pop().is_none());
+        (0..64).for_each(|n| rounds.push(round(n)));
+        assert_eq!((rounds.len(), rounds.left_out()), (64, LeftOut::default()));
+        (64..100_000).for_each(|n| rounds.push(round(n)));
+        let kept: Vec<u64> = rounds.iter().map(|round| round.pages).collect();
+        let expected: Vec<u64> = (0..32).chain(99_968..100_000).collect();
+        assert_eq!((rounds.len(), kept), (100_000, expected));
+        let (sum, pages) = (rounds.left_out(), (32..99_968).sum());
+        assert_eq!((sum.count, sum.pages, sum.wire_bytes), (99_936, pages, 10 * pages));
+        assert_eq!((sum.time, sum.throttle_percent), (Duration::from_millis(pages), 3));
+    }
+
+    #[test]
+    fn the_last_round_can_be_changed_and_taken_back() {
+        let mut rounds = Rounds::default();
+        for n in 0..40 {
+            rounds.push(round(n));
+            rounds.last_mut().unwrap().pages += 1;
+            assert_eq!(rounds.last().unwrap().pages, n + 1);
+        }
+        for n in (0..40).rev() {
+            assert_eq!(rounds.pop().unwrap().pages, n + 1);
+            assert_eq!(rounds.len() as u64, n);
+        }
+    }
 }

@@ -33,10 +33,10 @@ use crate::{
         SourcePhase,
     },
     spawner::GuestImpact,
-    state::VmState,
+    state::{Section, VmState},
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{VmDescription, VmId},
-    wire::{Control, FEATURE_SHARED_RAM, FaultSummary, Hello, SessionToken, Welcome},
+    wire::{Control, FEATURE_SHARED_RAM, FaultSummary, Hello, STATE_CHUNK, SessionToken, Welcome},
 };
 
 /// How the guest writes while it runs.
@@ -98,6 +98,12 @@ pub struct SimConfig {
     pub cuts: Vec<u64>,
     /// Loading the state fails at the destination this many times.
     pub failing_loads: u32,
+    /// Bytes of the VM's state.
+    pub state_bytes: usize,
+    /// How long saving it takes, and how long loading it takes. Both VMMs say so beforehand.
+    pub save_time: Duration,
+    /// Likewise.
+    pub load_time: Duration,
     /// See [`crate::engine::SourceOptions`].
     pub downtime_limit: Duration,
     /// Likewise.
@@ -122,6 +128,9 @@ impl Default for SimConfig {
             touching: Touching::Nothing,
             cuts: Vec::new(),
             failing_loads: 0,
+            state_bytes: 0,
+            save_time: Duration::ZERO,
+            load_time: Duration::ZERO,
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             stop_on_timeout: false,
@@ -154,6 +163,8 @@ pub struct Attempt {
     pub downtime: Option<Duration>,
     /// What the strategy expected.
     pub predicted_downtime: Option<Duration>,
+    /// Why the downtime limit was not kept, if the strategy said so.
+    pub stalled: Option<String>,
     /// Virtual time it took.
     pub total: Duration,
     /// Pages sent in each round.
@@ -448,7 +459,7 @@ impl Simulation {
                 let session = SessionToken([1; 16]);
                 let welcome = Control::Welcome(Welcome { version: 1, features: 0, streams: 1, session });
                 let mut replies = vec![welcome];
-                replies.extend(self.destination.prepared().ok());
+                replies.extend(self.destination.prepared(Some(self.config.load_time)).ok());
                 replies
             }
             DestinationAction::Missing { first, bitmap } => {
@@ -460,6 +471,7 @@ impl Simulation {
             DestinationAction::Load { state, .. } => {
                 let failing = self.loads < self.config.failing_loads;
                 self.loads += 1;
+                self.pass(self.config.load_time);
                 if failing || VmState::decode(&state).is_err() {
                     self.destination_loss();
                     return vec![Control::error(crate::wire::ErrorCode::State, "the state cannot be loaded")];
@@ -691,6 +703,7 @@ impl Attempt {
             error: None,
             downtime: None,
             predicted_downtime: None,
+            stalled: None,
             total: Duration::ZERO,
             rounds: Vec::new(),
             spared: 0,
@@ -745,12 +758,19 @@ impl Verbs for Simulation {
         Link {
             bytes_per_second: self.link.0,
             bytes_per_page: self.link.1,
-            fixed_downtime: self.config.latency * 4,
-            state_bytes: 0,
+            seconds_per_page: 0.0,
+            fixed_downtime: self.config.latency * (4 + self.state_chunks())
+                + self.config.save_time
+                + self.config.load_time,
+            round_trip: self.config.latency * 2,
+            round_trips: self.attempt.rounds.len() as u32 + 1,
+            state_bytes: self.config.state_bytes as u64,
+            pending_bytes: 0,
             downtime_limit: self.config.downtime_limit,
             elapsed: self.clock,
             timed_out: self.config.timeout.is_some_and(|t| self.clock >= t),
             stop_on_timeout: self.config.stop_on_timeout,
+            post_copy_on_timeout: self.config.post_copy_on_timeout,
             impact: self.config.impact,
             can_post_copy: true,
             post_copy_wanted: self.config.post_copy_on_timeout && self.config.timeout.is_some_and(|t| self.clock >= t),
@@ -759,6 +779,10 @@ impl Verbs for Simulation {
 
     fn expect_downtime(&mut self, prediction: Duration) {
         self.attempt.predicted_downtime = Some(prediction);
+    }
+
+    fn stalled(&mut self, why: &str) {
+        self.attempt.stalled = Some(why.to_owned());
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {
@@ -819,8 +843,20 @@ impl Simulation {
         self.attempt.spared += before - pages.len();
     }
 
+    /// The encoded state.
+    fn state(&self) -> Bytes {
+        let data = Bytes::from(vec![0; self.config.state_bytes]);
+        Bytes::from(VmState { sections: vec![Section { name: "vm".into(), instance: 0, version: 1, data }] }.encode())
+    }
+
+    /// In how many frames it travels.
+    fn state_chunks(&self) -> u32 {
+        self.config.state_bytes.div_ceil(STATE_CHUNK).max(1) as u32
+    }
+
     /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
     fn offer(&mut self, pages: PageSet, leave: bool) -> Result<(), MigrationError> {
+        self.pass(self.config.save_time);
         // saving the state dirties a page, as kvmclock and steal time do
         self.write(self.config.pages - 1);
         let mut rest = self.harvest()?;
@@ -841,10 +877,11 @@ impl Simulation {
             self.attempt.rounds.push(rest.len());
             self.transfer(&rest)?;
         }
-        let state = Bytes::from(VmState::default().encode());
-        let bytes = state.len() as u64;
-        self.deliver(Control::State(state))?;
-        let offer = self.source.offer(bytes, true)?;
+        let state = self.state();
+        for at in (0..state.len()).step_by(STATE_CHUNK) {
+            self.deliver(Control::State(state.slice(at..state.len().min(at + STATE_CHUNK))))?;
+        }
+        let offer = self.source.offer(state.len() as u64, true)?;
         self.deliver(offer)?;
         self.expect(SourcePhase::Ready)
     }

@@ -5,6 +5,7 @@ use std::{
     fmt,
     os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -85,6 +86,34 @@ pub struct VmDescription {
     pub config: Bytes,
 }
 
+/// How large a section of state is expected to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SectionEstimate {
+    /// The section's [name](Section::name).
+    pub name: String,
+    /// Which of several of that name.
+    pub instance: u32,
+    /// Bytes of data.
+    pub bytes: u64,
+}
+
+/// What saving a VM's state in the pause is expected to take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StateEstimate {
+    /// The sections that [`SourceVm::save_state`] would return now, without what
+    /// [`iterate_state`](SourceVm::iterate_state) reports as pending. Sections that are small and never grow may be left out.
+    pub sections: Vec<SectionEstimate>,
+    /// How long saving them takes; `None` if that is not known.
+    pub save_time: Option<Duration>,
+}
+
+impl StateEstimate {
+    /// Returns the bytes of all sections together.
+    pub fn bytes(&self) -> u64 {
+        self.sections.iter().fold(0, |sum, section| sum.saturating_add(section.bytes))
+    }
+}
+
 /// A running (or paused) VM, seen by the engine at its source.
 ///
 /// The engine calls these methods from one thread, in an order that follows from the strategy; `pause` and `resume`
@@ -159,7 +188,21 @@ pub trait SourceVm: Send {
         Ok(())
     }
 
-    /// Pieces of device state while the guest runs, at most `budget` bytes, and how many bytes are pending.
+    /// Estimates what saving the state in the pause will take, for the predicted downtime. Called before the first round,
+    /// after each round, and before the pause, while the guest runs; it must be quick.
+    ///
+    /// A section above [`MAX_SECTION`](crate::state::MAX_SECTION) bytes is refused by this estimate before the guest is
+    /// paused, rather than in the pause. The default knows nothing; the engine then assumes a few milliseconds, and what
+    /// `iterate_state` reports as pending.
+    fn estimate_state(&mut self) -> Option<StateEstimate> {
+        None
+    }
+
+    /// Pieces of device state while the guest runs, at most `budget` bytes, and how many bytes are pending after them. What is
+    /// pending counts in the predicted downtime: in the pause it is part of [`save_state`](Self::save_state).
+    ///
+    /// Called before each round, and again as long as at least a budget's worth is pending and becomes less. A piece has at
+    /// most [`STATE_CHUNK`](crate::wire::STATE_CHUNK) bytes.
     fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
         let _ = budget;
         Ok((Vec::new(), 0))
@@ -241,6 +284,12 @@ pub trait DestinationVm: Send {
     fn continue_log(&mut self, dirty: &PageSet) -> Result<(), VmError> {
         let _ = dirty;
         Err(VmError::new("the VM's dirty log cannot go on here: this VMM does not implement continue_log"))
+    }
+
+    /// Estimates how long [`load_state`](Self::load_state) will take, for the downtime that the source predicts. Called once,
+    /// after the VM is built. The default knows nothing; the source then assumes a millisecond, and a second for each gigabyte.
+    fn estimate_load(&mut self) -> Option<Duration> {
+        None
     }
 
     /// Loads the state. RAM is complete by then.

@@ -236,7 +236,7 @@ impl Hostile {
                     assert!(text.contains(words) && found == code, "{found:?}: {text}");
                     break;
                 }
-                Ok((_, Control::Welcome(_) | Control::Prepared | Control::Pong)) => {}
+                Ok((_, Control::Welcome(_) | Control::Prepared { .. } | Control::Pong)) => {}
                 other => panic!("{words}: {other:?}"),
             }
         }
@@ -296,7 +296,7 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
     assert_eq!(features, shared);
     let mut lane = Hostile::connect(&world, LaneKind::Bulk, session);
     // who still waits for lanes may close this one before it is told why
-    assert_eq!(frame(&mut source.0).unwrap().1, Control::Prepared);
+    assert_eq!(frame(&mut source.0).unwrap().1, Control::Prepared { load_us: None });
     let extents = vec![Extent { range: PageRange::new(0, 1), content: Content::Zero }];
     lane.0.writer.write_all(&Bulk::Pages { extents, payload_crc: 0 }.encode(0, 0, 1), &[]).unwrap();
     let Control::Error { text: refused, .. } = frame(&mut source.0).unwrap().1 else { panic!("no reason") };

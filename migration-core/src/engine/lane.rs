@@ -1,9 +1,12 @@
 //! A bulk lane at the source: finds out what the pages of its stripes hold, and sends them.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
-    mpsc,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
 };
 
 use super::{STRIPE_PAGES, handle::Input};
@@ -55,6 +58,8 @@ pub(super) struct LaneDone {
     pub(super) lane: u16,
     /// The first stripe that was not sent, if the round was stopped.
     pub(super) stopped_at: Option<u64>,
+    /// The time of a round in which it did not write, but read pages.
+    pub(super) reading: Duration,
 }
 
 pub(super) struct Lane {
@@ -68,6 +73,8 @@ pub(super) struct Lane {
     /// After the hand-over, pages move in blocks that the destination cannot split.
     pub(super) whole_blocks: bool,
     pub(super) counters: Arc<Counters>,
+    /// Time spent writing so far.
+    pub(super) writing: Duration,
 }
 
 /// The stripes of one lane among `lanes`, of a VM with `pages` pages.
@@ -105,7 +112,8 @@ impl Lane {
         wire_bytes: Arc<AtomicU64>,
     ) -> Self {
         let counters = Arc::new(Counters { wire_bytes, ..Counters::default() });
-        Self { index: 0, lanes: 1, ram, writer, peer, sequence: 0, payload_crc: false, whole_blocks: false, counters }
+        let (index, lanes, sequence, payload_crc, whole_blocks, writing) = (0, 1, 0, false, false, Duration::ZERO);
+        Self { index, lanes, ram, writer, peer, sequence, payload_crc, whole_blocks, counters, writing }
     }
 
     /// Works until the sender of work is gone or the link fails.
@@ -120,7 +128,7 @@ impl Lane {
                         self.writer.keep_queue_short();
                     }
                     let lane = self.index;
-                    self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None })
+                    self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None, reading: Duration::ZERO })
                 }
             };
             let failed = done.is_err();
@@ -134,6 +142,7 @@ impl Lane {
     pub(super) fn round(&mut self, job: &Job) -> Result<LaneDone, MigrationError> {
         let ram = self.ram.clone();
         let (layout, mut batch, mut pages) = (ram.layout(), Batch::default(), 0);
+        let (began, written) = (Instant::now(), self.writing);
         let mut stopped_at = None;
         for stripe in stripes(self.index, self.lanes, layout.pages()) {
             if job.stop.load(Ordering::Relaxed) {
@@ -159,7 +168,8 @@ impl Lane {
         let end = Bulk::RoundEnd { pages };
         let bytes = end.encode(0, self.sequence, job.generation);
         self.write(&bytes, &[])?;
-        Ok(LaneDone { lane: self.index, stopped_at })
+        let reading = began.elapsed().saturating_sub(self.writing - written);
+        Ok(LaneDone { lane: self.index, stopped_at, reading })
     }
 
     /// Sends a run of pages.
@@ -283,7 +293,9 @@ impl Lane {
 
     pub(super) fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
         self.sequence = self.sequence.wrapping_add(1);
+        let began = Instant::now();
         self.writer.write_all(head, slices).map_err(MigrationError::link(&self.peer))?;
+        self.writing += began.elapsed();
         let bytes = head.len() + slices.iter().map(|s| s.len()).sum::<usize>();
         self.counters.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())

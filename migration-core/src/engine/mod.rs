@@ -9,11 +9,14 @@ mod checkpoint;
 mod control;
 mod dirty_log;
 pub mod ephemeral;
+mod estimate;
 mod handle;
 mod install;
 mod lane;
+mod limits;
 mod missing;
 mod pages;
+mod progress;
 mod receiver;
 mod serve;
 mod session;
@@ -39,7 +42,9 @@ use crate::{
 /// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.
 pub const STRIPE_PAGES: u64 = 512;
 
-/// What to do when the time that the user allowed has passed before the hand-over.
+/// What to do when the downtime limit cannot be kept: when the time that the user allowed has passed before the hand-over, or
+/// as soon as it is certain that neither another round nor a throttle can help (see
+/// [`ModelConvergence`](crate::strategy::ModelConvergence)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnTimeout {
     /// The guest runs on at the source.
@@ -71,7 +76,7 @@ pub struct SourceOptions {
     pub downtime_limit: Duration,
     /// How long the migration may take until the hand-over; `None` for ever.
     pub timeout: Option<Duration>,
-    /// What happens then.
+    /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be kept.
     pub on_timeout: OnTimeout,
     /// Lanes for pages that the guest waits for at the destination, 1 to
     /// [`MAX_DEMAND_LANES`](crate::wire::MAX_DEMAND_LANES); 0 rules post-copy out.

@@ -242,6 +242,7 @@ impl Engine<'_> {
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
         self.lacking = missing.len();
+        self.missing_pages = self.lacking;
         (self.left_behind, self.never_sent) = (missing.clone(), missing.clone());
         self.touched.union_with(&missing);
         // until the hand-over they are the guest's here, and may have to be given back
@@ -348,6 +349,8 @@ impl Engine<'_> {
             }
         }
         self.lacking = expected;
+        let sent = self.report.pages.pushed + self.left.demanded.load(Ordering::Relaxed);
+        self.missing_pages = expected.saturating_add(sent);
         self.left.set(missing);
         self.open_lanes()
     }

@@ -10,10 +10,13 @@ use std::{
 };
 
 use super::{
+    estimate::Calibration,
     handle::{Commands, Input},
     lane::{stripe_pages, stripes},
+    limits::{check_description, check_estimate, check_state},
     pages::{self, Copied, not_put},
-    source::{FIXED_DOWNTIME, PIECE_BUDGET, PROGRESS_INTERVAL},
+    progress::{ProgressMeter, Reading},
+    source::{PIECE_BUDGET, PROGRESS_INTERVAL},
     tracking::Tracking,
 };
 use crate::{
@@ -21,12 +24,12 @@ use crate::{
     checkpoint::{CheckpointStore, PageData},
     protocol::SourcePhase,
     ram::GuestRam,
-    report::{Event, NoObserver, Observer, PageCounts, Progress, RoundReport},
+    report::{Event, NoObserver, Observer, PageCounts, RoundReport, Rounds},
     snapshot::SavedVm,
     spawner::GuestImpact,
     state::{MAX_SECTIONS, MAX_STATE, Section},
     strategy::{Convergence, Link, ModelConvergence, Next, Round},
-    vm::{DestinationHost, SourceVm, VmDescription, VmError, VmId},
+    vm::{DestinationHost, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
 /// Passes over the running guest's memory, at most: then it is paused, however much is left.
@@ -73,7 +76,7 @@ pub struct SnapshotReport {
     /// How long the guest was paused.
     pub downtime: Duration,
     /// Passes over the running guest's memory; `wire_bytes` are bytes put.
-    pub rounds: Vec<RoundReport>,
+    pub rounds: Rounds,
     /// Pages by kind.
     pub pages: PageCounts,
     /// Of them, copied in memory during the pause.
@@ -125,7 +128,11 @@ struct Taking<'a> {
     /// Pages that were left out at least once, because they were free.
     spared: PageSet,
     pieces: Vec<Section>,
+    calibration: Calibration,
+    meter: ProgressMeter,
     round_began: Instant,
+    /// Pages that all passes had to put.
+    pages_due: u64,
     round_put: u64,
     last_harvest: Instant,
     dirty_rate: Option<f64>,
@@ -155,7 +162,10 @@ impl<'a> Taking<'a> {
             touched: PageSet::empty(pages),
             spared: PageSet::empty(pages),
             pieces: Vec::new(),
+            calibration: Calibration::default(),
+            meter: ProgressMeter::default(),
             round_began: now,
+            pages_due: 0,
             round_put: 0,
             last_harvest: now,
             dirty_rate: None,
@@ -163,7 +173,7 @@ impl<'a> Taking<'a> {
             report: SnapshotReport {
                 total: Duration::ZERO,
                 downtime: Duration::ZERO,
-                rounds: Vec::new(),
+                rounds: Rounds::default(),
                 pages: PageCounts { total: pages, ..PageCounts::default() },
                 copied: 0,
                 state_bytes: 0,
@@ -177,7 +187,9 @@ impl<'a> Taking<'a> {
             return Err(MigrationError::Blocked(why));
         }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
+        check_description(&description)?;
         self.vm.start().map_err(MigrationError::vm("starting to save device state"))?;
+        self.check_state_limits()?;
         let mut pages = self.start_tracking()?;
         let mut convergence = ModelConvergence::default();
         for _ in 0..MAX_PASSES {
@@ -191,6 +203,7 @@ impl<'a> Taking<'a> {
             }
         }
         let mut copied = Copied::with_room(pages.len().saturating_add(SPARE_ROOM).min(MAX_COPY));
+        self.check_state_limits()?;
         self.pause()?;
         let frozen = self.freeze(description, pages, &mut copied);
         self.resume()?;
@@ -217,6 +230,7 @@ impl<'a> Taking<'a> {
     /// While the guest is paused: its state, and a copy of the pages that are not in the store yet.
     fn freeze(&mut self, vm: VmDescription, pages: PageSet, copied: &mut Copied) -> Result<Vec<u8>, MigrationError> {
         let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        check_state(&state)?;
         // after saving: that dirtied pages too
         let mut rest = self.harvest()?;
         rest.union_with(&pages);
@@ -276,8 +290,9 @@ impl<'a> Taking<'a> {
     /// A pass over `pages`, into the store.
     fn put(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
         if self.paused_at.is_none() {
-            let (pieces, _pending) =
+            let (pieces, pending) =
                 self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+            self.calibration.pending(pending);
             self.pieces.extend(pieces);
             if self.pieces.len() > MAX_SECTIONS {
                 let cause = VmError::new(format!("more than {MAX_SECTIONS} pieces of device state"));
@@ -285,6 +300,7 @@ impl<'a> Taking<'a> {
             }
         }
         (self.round_began, self.round_put) = (Instant::now(), 0);
+        self.pages_due = self.pages_due.saturating_add(pages.len());
         let throttle_percent = self.throttle;
         self.report.rounds.push(RoundReport {
             pages: pages.len(),
@@ -292,6 +308,10 @@ impl<'a> Taking<'a> {
             time: Duration::ZERO,
             throttle_percent,
         });
+        if self.report.rounds.len() == 1 {
+            let reading = self.reading();
+            self.meter.begin(&reading);
+        }
         // a paused guest writes nothing: there is nothing to re-arm for
         let rearm = if self.paused_at.is_some() { None } else { self.tracking.rearm(self.vm.tracker()) };
         let plain = self.report.pages.plain;
@@ -315,21 +335,27 @@ impl<'a> Taking<'a> {
         Ok(Round { generation, asked, sent: asked, wire_bytes, time })
     }
 
+    /// Asks the VMM what the pause will have to save, and refuses what a snapshot cannot hold while the guest still runs.
+    fn check_state_limits(&mut self) -> Result<(), MigrationError> {
+        self.calibration.saves(self.vm.estimate_state());
+        let unknown = StateEstimate::default();
+        let pieces: usize = self.pieces.iter().map(|piece| piece.data.len()).sum();
+        let besides = self.calibration.pending_bytes().saturating_add(pieces as u64);
+        check_estimate(self.calibration.state().unwrap_or(&unknown), besides)
+    }
+
     fn link(&self) -> Link {
-        Link {
-            // the pause copies in memory
-            bytes_per_second: COPY_SPEED,
-            bytes_per_page: PAGE_SIZE as f64,
-            fixed_downtime: FIXED_DOWNTIME,
-            state_bytes: self.report.state_bytes,
+        let known = self.calibration.describe(Link {
             downtime_limit: self.options.downtime_limit,
             elapsed: self.start.elapsed(),
             timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
             stop_on_timeout: true,
             impact: self.options.impact,
-            can_post_copy: false,
-            post_copy_wanted: false,
-        }
+            ..Link::default()
+        });
+        // the pause copies in memory, and nobody loads anything
+        let fixed_downtime = self.calibration.pause_and_save();
+        Link { bytes_per_second: COPY_SPEED, bytes_per_page: PAGE_SIZE as f64, fixed_downtime, ..known }
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
@@ -379,23 +405,28 @@ impl<'a> Taking<'a> {
             return;
         }
         self.last_progress = Instant::now();
+        let reading = self.reading();
+        let progress = self.meter.read(&reading);
+        self.options.observer.event(&Event::Progress(progress));
+    }
+
+    fn reading(&self) -> Reading {
         let round_pages = self.report.rounds.last().map_or(0, |round| round.pages);
-        let speed = self.round_put as f64 / self.round_began.elapsed().as_secs_f64().max(1e-6);
-        let left = round_pages.saturating_sub(self.round_put) as f64 / speed.max(1.0);
-        self.options.observer.event(&Event::Progress(Progress {
+        Reading {
+            at: self.start.elapsed(),
             phase: SourcePhase::Copying,
+            wire_bytes: self.report.pages.plain * PAGE_SIZE as u64,
             round: self.report.rounds.len() as u32,
             round_pages,
             round_sent: self.round_put,
-            wire_bytes: self.report.pages.plain * PAGE_SIZE as u64,
-            bytes_per_second: speed * PAGE_SIZE as f64,
-            pages_per_second: speed,
+            earlier_pages: self.pages_due.saturating_sub(round_pages),
+            missing: 0,
+            served: 0,
+            total: self.report.pages.total,
             dirty_pages_per_second: self.dirty_rate,
-            expected_downtime: None,
             throttle_percent: self.throttle,
-            elapsed: self.start.elapsed(),
-            eta: Duration::try_from_secs_f64(left).ok(),
-        }));
+            link: self.link(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod ahead;
 mod connect;
+mod measure;
 mod settle;
 
 use std::{
@@ -23,26 +24,29 @@ use super::{
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
     dirty_log,
+    estimate::Calibration,
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    limits::check_state,
     pages,
+    progress::ProgressMeter,
     serve::{DemandLane, Left},
     tracking::Tracking,
 };
 use crate::{
-    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    MigrationError, PageRange, PageSet,
     channel::{Closer, Connector, Halves, ReadHalf},
     codec::DecodeError,
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
-    report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Progress, Report, RoundReport},
+    report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Report, RoundReport, Rounds},
     spawner::{Joiner, Role},
     state::{Section, VmState},
     strategy::{
         Linear, Link, PushOrder, Round, Running, Strategy, Verbs,
         push_order::{DIRTIED, REFERENCED},
     },
-    vm::{SourceVm, VmId},
+    vm::{SourceVm, StateEstimate, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
         FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, SessionToken,
@@ -58,12 +62,8 @@ const LEAST_SILENCE: Duration = Duration::from_millis(500);
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pieces of device state a round.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
-/// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
-pub(super) const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
 const MOST_ENTRY_PAGES: usize = 128;
-/// A round shorter than this tells more about latency than about bandwidth.
-const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
 pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
@@ -126,14 +126,17 @@ pub(super) struct Engine<'a> {
     /// Pages that were left out at least once, because they were free.
     spared: PageSet,
     last_harvest: Instant,
-    round_began: Instant,
     /// How many lanes have sent their part of the round.
     lanes_done: u16,
     paused_at: Option<Instant>,
     paused: bool,
     throttle: u8,
-    bytes_per_second: f64,
-    round_trip: Duration,
+    calibration: Calibration,
+    meter: ProgressMeter,
+    /// Time in which lanes read pages in this round, all of them together.
+    reading: Duration,
+    /// Pages that all rounds had to send, and have sent but for the one under way.
+    pages_due: u64,
     pub(super) report: Report,
     /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
     pub(super) heat: Vec<u8>,
@@ -146,6 +149,8 @@ pub(super) struct Engine<'a> {
     pub(super) never_sent: PageSet,
     /// How many of them were missing when the destination last said so.
     pub(super) lacking: u64,
+    /// How many there were to be sent after the hand-over, those that were sent before the last loss included.
+    pub(super) missing_pages: u64,
     /// What the destination agreed to.
     features: u32,
     post_copy_wanted: bool,
@@ -180,7 +185,8 @@ impl<'a> Engine<'a> {
             setup: Duration::ZERO,
             downtime: None,
             predicted_downtime: None,
-            rounds: Vec::new(),
+            stalled: None,
+            rounds: Rounds::default(),
             streams: options.streams.clamp(1, MAX_STREAMS),
             wire_bytes: 0,
             downtime_bytes: 0,
@@ -224,13 +230,14 @@ impl<'a> Engine<'a> {
             touched: PageSet::empty(pages),
             spared: PageSet::empty(pages),
             last_harvest: now,
-            round_began: now,
             lanes_done: 0,
             paused_at: None,
             paused: false,
             throttle: 0,
-            bytes_per_second: 0.0,
-            round_trip: Duration::ZERO,
+            calibration: Calibration::default(),
+            meter: ProgressMeter::default(),
+            reading: Duration::ZERO,
+            pages_due: 0,
             report,
             heat: Vec::new(),
             dirtied_last: PageSet::default(),
@@ -238,6 +245,7 @@ impl<'a> Engine<'a> {
             left_behind: PageSet::empty(pages),
             never_sent: PageSet::empty(pages),
             lacking: 0,
+            missing_pages: 0,
             features: 0,
             post_copy_wanted: false,
             kept: Arc::default(),
@@ -373,6 +381,7 @@ impl<'a> Engine<'a> {
             }
             Ok(Input::Lane(Ok(done))) => {
                 self.lanes_done = self.lanes_done.saturating_add(1);
+                self.reading = self.reading.saturating_add(done.reading);
                 Ok(Some(Input::Lane(Ok(done))))
             }
             Ok(Input::PostCopy) => {
@@ -407,9 +416,8 @@ impl<'a> Engine<'a> {
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
             SourceEvent::Pong => {
-                // one answer may have been late, for a reason that has nothing to do with the link
                 if let Some(asked) = self.pings.pop_front() {
-                    self.round_trip = self.round_trip.min(asked.elapsed());
+                    self.calibration.round_trip(asked.elapsed());
                 }
                 Ok(SourceEvent::Pong)
             }
@@ -419,32 +427,6 @@ impl<'a> Engine<'a> {
 
     fn tell_phase(&self) {
         self.options.observer.event(&Event::Source(self.machine.phase()));
-    }
-
-    fn tell_progress(&self) {
-        let counters = &self.counters;
-        let round_sent = counters.round_sent.load(Ordering::Relaxed);
-        let round_pages = self.report.rounds.last().map_or(0, |r| r.pages);
-        let link = self.link();
-        let eta = (self.bytes_per_second > 0.0).then(|| link.predict(round_pages.saturating_sub(round_sent)));
-        let expected = self.report.dirty_pages_per_second.map(|rate| {
-            let round = link.predict(round_pages).as_secs_f64();
-            link.predict(((rate * round) as u64).min(self.report.pages.total))
-        });
-        self.options.observer.event(&Event::Progress(Progress {
-            phase: self.machine.phase(),
-            round: self.report.rounds.len() as u32,
-            round_pages,
-            round_sent,
-            wire_bytes: counters.wire_bytes.load(Ordering::Relaxed),
-            bytes_per_second: self.bytes_per_second,
-            pages_per_second: round_sent as f64 / self.round_began.elapsed().as_secs_f64().max(1e-6),
-            dirty_pages_per_second: self.report.dirty_pages_per_second,
-            expected_downtime: expected,
-            throttle_percent: self.throttle,
-            elapsed: self.start.elapsed(),
-            eta,
-        }));
     }
 
     // ---- rounds ----------------------------------------------------------------------------------------------
@@ -457,8 +439,12 @@ impl<'a> Engine<'a> {
         let generation = self.machine.begin_round()?;
         let stop = Arc::new(AtomicBool::new(false));
         self.lanes_done = 0;
+        self.reading = Duration::ZERO;
         self.counters.round_sent.store(0, Ordering::Relaxed);
-        self.round_began = Instant::now();
+        if self.report.rounds.is_empty() {
+            self.begin_progress();
+        }
+        self.pages_due = self.pages_due.saturating_add(pages.len());
         let (wire_bytes, time) = (self.counters.wire_bytes.load(Ordering::Relaxed), Duration::ZERO);
         let round = RoundReport { pages: pages.len(), wire_bytes, time, throttle_percent: self.throttle };
         self.report.rounds.push(round);
@@ -492,10 +478,7 @@ impl<'a> Engine<'a> {
             (round.wire_bytes, round.time) = (wire_bytes, time);
             self.options.observer.event(&Event::RoundEnded(*round));
         }
-        if wire_bytes >= LEAST_SAMPLE || self.bytes_per_second == 0.0 {
-            let transfer = time.saturating_sub(self.round_trip).max(Duration::from_micros(1));
-            self.bytes_per_second = wire_bytes as f64 / transfer.as_secs_f64();
-        }
+        self.pages_due = self.pages_due.saturating_sub(pages.len() - sent.len());
         Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time }
     }
 
@@ -580,6 +563,7 @@ impl Engine<'_> {
         } else {
             std::mem::swap(&mut now, &mut rest);
         }
+        check_state(&state)?;
         let state = Bytes::from(state.encode());
         if self.options.fail_safe.is_some() {
             self.handed_over = state.clone();
@@ -621,6 +605,7 @@ impl Engine<'_> {
             if leave {
                 // they are counted as what they are
                 self.report.rounds.pop();
+                self.pages_due = self.pages_due.saturating_sub(now.len());
             }
         }
         self.report.downtime_bytes = self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before);
@@ -648,13 +633,9 @@ impl Verbs for Engine<'_> {
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
-        let (pages, began) = (Arc::new(pages.clone()), Instant::now());
-        let (pieces, _pending) =
-            self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
-        for piece in pieces {
-            self.report.state_bytes += piece.data.len() as u64;
-            self.say(&Control::Piece(piece))?;
-        }
+        let pages = Arc::new(pages.clone());
+        self.send_pieces()?;
+        let began = Instant::now();
         let (generation, stop) = self.begin_round(&pages)?;
         let far = began + Duration::from_secs(1 << 30);
         let deadline = self.deadline().unwrap_or(far);
@@ -675,7 +656,9 @@ impl Verbs for Engine<'_> {
                 stop.store(true, Ordering::Relaxed);
             }
         }
-        Ok(self.end_round(generation, &pages, &stopped, began))
+        let round = self.end_round(generation, &pages, &stopped, began);
+        self.learn(round.sent, round.wire_bytes, round.time);
+        Ok(round)
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
@@ -710,29 +693,19 @@ impl Verbs for Engine<'_> {
     }
 
     fn link(&self) -> Link {
-        let rounds = &self.report.rounds;
-        let (pages, bytes) = rounds.iter().rev().take(2).fold((0, 0), |(p, b), r| (p + r.pages, b + r.wire_bytes));
-        Link {
-            bytes_per_second: self.bytes_per_second,
-            bytes_per_page: if pages == 0 { PAGE_SIZE as f64 } else { bytes as f64 / pages as f64 },
-            fixed_downtime: FIXED_DOWNTIME + 2 * self.round_trip,
-            state_bytes: self.report.state_bytes,
-            downtime_limit: self.options.downtime_limit,
-            elapsed: self.start.elapsed(),
-            timed_out: self.timed_out(),
-            stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
-            impact: self.options.impact,
-            can_post_copy: self.report.demand_lanes > 0,
-            post_copy_wanted: self.report.demand_lanes > 0
-                && (self.post_copy_wanted || self.timed_out() && self.options.on_timeout == OnTimeout::PostCopy),
-        }
+        self.known()
     }
 
     fn expect_downtime(&mut self, prediction: Duration) {
         self.report.predicted_downtime = Some(prediction);
     }
 
+    fn stalled(&mut self, why: &str) {
+        self.report.stalled = Some(why.to_owned());
+    }
+
     fn pause(&mut self) -> Result<(), MigrationError> {
+        self.check_state_limits()?;
         self.paused_at = Some(Instant::now());
         self.report.downtime = None;
         self.paused = true;

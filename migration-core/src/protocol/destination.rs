@@ -1,5 +1,7 @@
 //! The destination's side of the protocol.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::Violation;
@@ -206,10 +208,14 @@ impl DestinationMachine {
         }
     }
 
-    /// The VM is built and all lanes are there: the frame to send.
-    pub fn prepared(&mut self) -> Result<Control, Violation> {
+    /// The VM is built, is expected to take `load` for loading its state, and all lanes are there: the frame to send.
+    ///
+    /// # Errors
+    /// When no VM is being prepared.
+    pub fn prepared(&mut self, load: Option<Duration>) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Preparing, DestinationPhase::Receiving, "prepared")?;
-        Ok(Control::Prepared)
+        let load_us = load.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+        Ok(Control::Prepared { load_us })
     }
 
     /// Pages are complete and the state is loaded: the frame to send. From here on only the source's word, or a

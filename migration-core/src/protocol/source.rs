@@ -1,5 +1,7 @@
 //! The source's side of the protocol.
 
+use std::time::Duration;
+
 use super::Violation;
 use crate::{
     fence::Fenced,
@@ -35,7 +37,10 @@ pub enum SourceEvent {
     /// Open the lanes.
     Welcomed(Welcome),
     /// All lanes are there: begin.
-    Prepared,
+    Prepared {
+        /// How long the destination expects to load the state.
+        load: Option<Duration>,
+    },
     /// Rounds up to this generation are at the destination.
     RoundReceived(u32),
     /// The VM can be handed over.
@@ -131,9 +136,9 @@ impl SourceMachine {
                 self.phase = Welcomed;
                 Ok(SourceEvent::Welcomed(welcome.clone()))
             }
-            (Control::Prepared, Welcomed) => {
+            (&Control::Prepared { load_us }, Welcomed) => {
                 self.phase = Copying;
-                Ok(SourceEvent::Prepared)
+                Ok(SourceEvent::Prepared { load: load_us.map(Duration::from_micros) })
             }
             (&Control::RoundReceived { generation }, Copying | Offered) => {
                 if generation <= self.received || generation > self.sent {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Link, Round};
-use crate::{page_set::PageSet, spawner::GuestImpact};
+use crate::{PAGE_SIZE, page_set::PageSet, spawner::GuestImpact};
 
 /// What to do after a round.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,28 +30,70 @@ pub struct Wanted {
 
 /// Decides, after every round of a pre-copy, how it goes on.
 pub trait Convergence: Send {
+    /// Called before the first round: [`Next::Round`] unless it is certain already that no round can help. The default has
+    /// no opinion.
+    fn begin(&mut self, link: &Link) -> Next {
+        let _ = link;
+        Next::Round
+    }
+
     /// `round` is what the last round did, `dirty` what is to be sent next.
     fn judge(&mut self, round: &Round, dirty: &PageSet, link: &Link) -> Next;
+
+    /// Why the last decision does not keep the downtime limit, with the figures; `None` if it does, or aims to.
+    fn stalled(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Convergence by a model instead of by time-outs.
 ///
 /// After each round the downtime of a switch-over *now* is predicted from wire bytes, and the outcome of *one more
-/// round* from the rate at which the guest dirtied pages during this one. Another round is worth its time as long as
-/// it shrinks what is left by a good part. When it does not (a stall), the vCPUs are slowed down by as much as the
-/// model says is needed, step by step, within the bounds of [`GuestImpact`]; if that does not help and the prediction
-/// is within the limit, the guest is switched over; if it is not, the rounds go on until the user's time-out.
+/// round* from the rate at which the guest dirtied pages during this one. A prediction has two parts: the
+/// [floor](Link::floor), which nothing can lower, and the time of the dirty pages.
+///
+/// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model does at once what the user
+///    chose for this case (see [`Link::stop_on_timeout`]) and says why.
+/// 2. Otherwise another round is worth its time as long as it shrinks what is left by a good part.
+/// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model says is needed, step by step, within the
+///    bounds of [`GuestImpact`]: always if the dirty pages are what exceeds the limit; within the limit only if their part
+///    of the downtime is substantial.
+/// 4. What then remains is switched over if it is within the limit. If it is not, and several more rounds have brought no new
+///    minimum, the model does what the user chose, as in step 1.
+///
+/// The number of rounds is bounded whatever the link and the guest do.
 #[derive(Clone, Debug)]
 pub struct ModelConvergence {
     throttle: u8,
+    /// Rounds since the last new minimum of what is left, or since the last change of the throttle.
     stalls: u32,
     rounds: u32,
+    /// The least that was left, in bytes.
     best: u64,
+    /// Bytes of state that were pending after the last round.
+    pending: u64,
+    /// Rounds after which the floor was above the limit.
+    floor_looks: u32,
+    /// Whether a switch-over would have been within the limit after an earlier round.
+    was_within: bool,
+    /// Whether a later one was above it. The next chance is taken then.
+    lost: bool,
+    stalled: Option<String>,
 }
 
 impl Default for ModelConvergence {
     fn default() -> Self {
-        Self { throttle: 0, stalls: 0, rounds: 0, best: u64::MAX }
+        Self {
+            throttle: 0,
+            stalls: 0,
+            rounds: 0,
+            best: u64::MAX,
+            pending: u64::MAX,
+            floor_looks: 0,
+            was_within: false,
+            lost: false,
+            stalled: None,
+        }
     }
 }
 
@@ -62,6 +104,45 @@ const MAX_STALLS: u32 = 2;
 /// Rounds after which a migration within its limit is switched over whatever the model hopes for: a bound on the
 /// total time that does not depend on estimates.
 const MAX_ROUNDS: u32 = 30;
+/// Rounds without a new minimum, at the strongest throttle, after which a migration above its limit does not converge. More
+/// than within the limit, because what follows is worse than a long downtime.
+const HOPELESS_STALLS: u32 = 8;
+/// Rounds after which a migration above its limit does not converge, however it moves up and down.
+const MOST_ROUNDS: u32 = 100;
+/// What is left must be smaller than the old minimum by one part in so many to be a new one: a bound on how many there can
+/// be.
+const LEAST_GAIN: u64 = 20;
+/// Round trips to look at before one that is too long counts as a property of the link: the first ones may have met a
+/// busy host.
+const FLOOR_LOOKS: u32 = 4;
+/// Within the limit the guest is throttled only for dirty pages that take at least one part in so many of the limit.
+const SUBSTANTIAL: u32 = 20;
+
+/// One prediction, with its parts.
+struct Prediction {
+    /// Dirty pages.
+    left: u64,
+    downtime: Duration,
+    /// The part of it that dirty pages are to blame for.
+    pages: Duration,
+    /// The part of it that nothing can lower.
+    floor: Duration,
+}
+
+impl Prediction {
+    fn of(left: u64, link: &Link) -> Self {
+        Self { left, downtime: link.predict(left), pages: link.pages_time(left), floor: link.floor() }
+    }
+
+    /// Whether the downtime would be within the limit if no page were dirty.
+    fn blames_pages(&self, link: &Link) -> bool {
+        self.downtime.saturating_sub(self.pages) <= link.downtime_limit
+    }
+
+    fn switch_over(&self) -> Next {
+        Next::SwitchOver(Wanted { downtime: self.downtime })
+    }
+}
 
 impl ModelConvergence {
     /// The most that vCPUs may be slowed down, in percent: while the prediction is within the downtime limit, and
@@ -75,135 +156,207 @@ impl ModelConvergence {
     }
 
     /// Below this prediction, nothing is left to gain by another round.
-    fn good_enough(link: &Link) -> Duration {
+    pub(crate) fn good_enough(link: &Link) -> Duration {
         let share = match link.impact {
             GuestImpact::Low => 3,
             _ => 50,
         };
-        (link.downtime_limit / share).max(link.fixed_downtime * 2).min(link.downtime_limit)
+        (link.downtime_limit / share).max(link.floor().saturating_mul(2)).min(link.downtime_limit)
     }
-}
 
-impl Convergence for ModelConvergence {
-    fn judge(&mut self, round: &Round, dirty: &PageSet, link: &Link) -> Next {
-        let left = dirty.len();
-        let downtime = link.predict(left);
-        let switch_over = Next::SwitchOver(Wanted { downtime });
+    /// Within the limit, the least time of dirty pages for which the guest is throttled. Below it, the guest would lose more
+    /// by the throttle than by the downtime.
+    fn substantial(link: &Link) -> Duration {
+        (link.downtime_limit / SUBSTANTIAL).max(link.floor().saturating_mul(2))
+    }
+
+    /// Counts the rounds that brought no new minimum.
+    fn note(&mut self, now: &Prediction, link: &Link) {
         self.rounds += 1;
-        if link.post_copy_wanted {
-            return Next::PostCopy;
-        }
-        if link.timed_out {
-            return if link.stop_on_timeout {
-                switch_over
-            } else {
-                let limit = link.downtime_limit;
-                Next::GiveUp(format!(
-                    "not converged in time: {left} pages are dirty after {} rounds, a switch-over would take {} ms of the \
-                     {} ms allowed, with the guest throttled by {} %",
-                    self.rounds,
-                    downtime.as_millis(),
-                    limit.as_millis(),
-                    self.throttle
-                ))
-            };
-        }
-        if downtime <= Self::good_enough(link) {
-            return switch_over;
-        }
-        let within = downtime <= link.downtime_limit;
-        // what one more round would leave: the pages dirtied while `left` pages are sent
-        let shrink = left as f64 / (round.sent.max(1)) as f64;
-        self.stalls = if left < self.best { 0 } else { self.stalls + 1 };
+        let left = now.left.saturating_mul(PAGE_SIZE as u64).saturating_add(link.pending_bytes);
+        let gained = left < self.best - self.best / LEAST_GAIN;
+        self.stalls = if gained { 0 } else { self.stalls + 1 };
         self.best = self.best.min(left);
-        if within && (self.stalls >= MAX_STALLS || self.rounds >= MAX_ROUNDS) {
-            return switch_over;
+    }
+
+    /// The next stronger throttle, for a round that leaves `shrink` of what it sent, measured under the present one.
+    fn stronger(&mut self, shrink: f64, most: u8) -> Next {
+        // the share of time the vCPUs may keep so that the next round shrinks well, half of it to be sure
+        let keep = (1.0 - f64::from(self.throttle) / 100.0) * GOOD_SHRINK / 2.0 / shrink;
+        let wanted = ((1.0 - keep) * 100.0).max(f64::from(self.throttle) + 5.0).min(f64::from(most));
+        self.throttle = wanted as u8;
+        self.stalls = 0;
+        Next::Throttle(self.throttle)
+    }
+
+    /// The limit cannot be kept, for this reason: does what the user chose.
+    fn give_in(&mut self, now: &Prediction, link: &Link, why: String) -> Next {
+        self.stalled = Some(why.clone());
+        if link.post_copy_on_timeout && link.can_post_copy {
+            Next::PostCopy
+        } else if link.stop_on_timeout {
+            now.switch_over()
+        } else {
+            Next::GiveUp(why)
+        }
+    }
+
+    /// The floor is above the limit.
+    fn floor_above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
+        self.floor_looks += 1;
+        let sure = above_without_link(link) || self.floor_looks.max(link.round_trips) >= FLOOR_LOOKS;
+        if !sure {
+            return Next::Round;
+        }
+        let stops = link.stop_on_timeout && !(link.post_copy_on_timeout && link.can_post_copy);
+        let helps = shrink <= GOOD_SHRINK && self.stalls < MAX_STALLS && self.rounds < MAX_ROUNDS;
+        if stops && helps && now.pages > now.floor / 2 {
+            // the limit is lost, but the downtime can still be as short as the link allows
+            return Next::Round;
+        }
+        self.give_in(now, link, floor_text(link))
+    }
+
+    /// A switch-over now would be within the limit.
+    fn within(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
+        self.was_within = true;
+        if self.lost || self.stalls >= MAX_STALLS || self.rounds >= MAX_ROUNDS {
+            return now.switch_over();
         }
         if shrink <= GOOD_SHRINK {
             return Next::Round;
         }
-        let (gentle, most) = Self::most_throttle(link.impact);
-        let most = if within { gentle } else { most };
-        if self.throttle < most {
-            // the share of time the vCPUs may keep so that the next round shrinks well, half of it to be sure;
-            // `shrink` was measured under the present throttle
-            let keep = (1.0 - f64::from(self.throttle) / 100.0) * GOOD_SHRINK / 2.0 / shrink;
-            let wanted = ((1.0 - keep) * 100.0).max(f64::from(self.throttle) + 5.0).min(f64::from(most));
-            self.throttle = wanted as u8;
-            return Next::Throttle(self.throttle);
+        let (gentle, _) = Self::most_throttle(link.impact);
+        if now.pages >= Self::substantial(link) && self.throttle < gentle {
+            return self.stronger(shrink, gentle);
         }
-        if within { switch_over } else { Next::Round }
+        now.switch_over()
+    }
+
+    /// A switch-over now would be above the limit, for which dirty pages or pending state are to blame.
+    fn above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
+        if self.rounds < MOST_ROUNDS {
+            if shrink <= GOOD_SHRINK && now.left > 0 {
+                return Next::Round;
+            }
+            let (_, most) = Self::most_throttle(link.impact);
+            if now.blames_pages(link) && self.throttle < most {
+                return self.stronger(shrink, most);
+            }
+            if self.stalls < HOPELESS_STALLS {
+                return Next::Round;
+            }
+        }
+        let pending = match link.pending_bytes {
+            0 => String::new(),
+            bytes => format!(", {bytes} bytes of device state are pending"),
+        };
+        let why = format!(
+            "not converging: {} pages are dirty after {} rounds, of which the last {} brought no new minimum{pending}, {}",
+            now.left,
+            self.rounds,
+            self.stalls,
+            self.figures(now, link)
+        );
+        self.give_in(now, link, why)
+    }
+
+    fn figures(&self, now: &Prediction, link: &Link) -> String {
+        format!(
+            "a switch-over would take {} of the {} allowed, with the guest throttled by {} %",
+            ms(now.downtime),
+            ms(link.downtime_limit),
+            self.throttle
+        )
+    }
+}
+
+impl Convergence for ModelConvergence {
+    fn begin(&mut self, link: &Link) -> Next {
+        let goes_on = link.stop_on_timeout || link.post_copy_on_timeout && link.can_post_copy;
+        if goes_on || !above_without_link(link) {
+            return Next::Round;
+        }
+        let why = floor_text(link);
+        self.stalled = Some(why.clone());
+        Next::GiveUp(why)
+    }
+
+    fn judge(&mut self, round: &Round, dirty: &PageSet, link: &Link) -> Next {
+        let now = Prediction::of(dirty.len(), link);
+        self.note(&now, link);
+        if link.post_copy_wanted {
+            return Next::PostCopy;
+        }
+        let is_within = now.downtime <= link.downtime_limit;
+        if now.downtime <= Self::good_enough(link) || link.timed_out && is_within {
+            return now.switch_over();
+        }
+        // what one more round would leave: the pages dirtied while `left` pages are sent
+        let shrink = now.left as f64 / round.sent.max(1) as f64;
+        if link.timed_out {
+            let why = format!(
+                "not converged in time: {} pages are dirty after {} rounds, {}{}",
+                now.left,
+                self.rounds,
+                self.figures(&now, link),
+                if now.floor > link.downtime_limit { format!("; {}", floor_text(link)) } else { String::new() }
+            );
+            return self.give_in(&now, link, why);
+        }
+        let pending_falls = link.pending_bytes < self.pending.saturating_sub(self.pending / LEAST_GAIN);
+        self.pending = link.pending_bytes;
+        if now.floor > link.downtime_limit {
+            self.floor_above(shrink, &now, link)
+        } else if pending_falls && link.pending_bytes > 0 && self.rounds < MAX_ROUNDS {
+            // pieces of state move with a round, whatever the pages do
+            Next::Round
+        } else if is_within {
+            self.within(shrink, &now, link)
+        } else {
+            self.lost = self.was_within;
+            self.above(shrink, &now, link)
+        }
+    }
+
+    fn stalled(&self) -> Option<&str> {
+        self.stalled.as_deref()
+    }
+}
+
+/// Whether the limit is below what the VMMs at both ends say they need, on any link.
+fn above_without_link(link: &Link) -> bool {
+    link.fixed_downtime.saturating_sub(link.round_trip.saturating_mul(2)) > link.downtime_limit
+}
+
+/// Why the limit cannot be kept, if its floor is above it.
+fn floor_text(link: &Link) -> String {
+    let round_trips = link.round_trip.saturating_mul(2);
+    let state = match link.bytes_per_second > 0.0 {
+        true => format!("{} for {} bytes of state", ms(link.state_time()), link.state_bytes),
+        false => format!("and as long as {} bytes of state take", link.state_bytes),
+    };
+    format!(
+        "a downtime of {} cannot be kept: a switch-over takes {} at the least, whatever the guest writes ({} to pause, save \
+         and load, {} for two round trips, {state}); allow a longer one, or a stop or post-copy in this case",
+        ms(link.downtime_limit),
+        ms(link.floor()),
+        ms(link.fixed_downtime.saturating_sub(round_trips)),
+        ms(round_trips),
+    )
+}
+
+/// Milliseconds, with as many decimals as mean something.
+fn ms(time: Duration) -> String {
+    let ms = time.as_secs_f64() * 1e3;
+    match ms {
+        ms if ms >= 100.0 => format!("{ms:.0} ms"),
+        ms => {
+            let text = if ms >= 1.0 { format!("{ms:.2}") } else { format!("{ms:.3}") };
+            format!("{} ms", text.trim_end_matches('0').trim_end_matches('.'))
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn link(limit_ms: u64) -> Link {
-        Link {
-            can_post_copy: false,
-            post_copy_wanted: false,
-            bytes_per_second: 1e9,
-            bytes_per_page: 4096.0,
-            fixed_downtime: Duration::from_millis(2),
-            state_bytes: 10_000,
-            downtime_limit: Duration::from_millis(limit_ms),
-            elapsed: Duration::from_secs(1),
-            timed_out: false,
-            stop_on_timeout: false,
-            impact: GuestImpact::Balanced,
-        }
-    }
-
-    fn dirty(pages: u64) -> PageSet {
-        let mut set = PageSet::empty(1 << 20);
-        set.insert_range(crate::PageRange::new(0, pages));
-        set
-    }
-
-    fn round(sent: u64) -> Round {
-        Round { generation: 1, asked: sent, sent, wire_bytes: sent * 4096, time: Duration::from_millis(100) }
-    }
-
-    #[test]
-    fn a_quiet_guest_is_switched_over_at_once() {
-        let next = ModelConvergence::default().judge(&round(100_000), &dirty(10), &link(300));
-        assert!(
-            matches!(next, Next::SwitchOver(Wanted { downtime }) if downtime < Duration::from_millis(3)),
-            "{next:?}"
-        );
-    }
-
-    #[test]
-    fn a_stall_throttles_within_bounds_then_ends() {
-        let mut model = ModelConvergence::default();
-        let mut throttle = 0;
-        for _ in 0..100 {
-            match model.judge(&round(100_000), &dirty(100_000), &link(50)) {
-                Next::Throttle(percent) => {
-                    assert!(percent > throttle && percent <= 99);
-                    throttle = percent;
-                }
-                Next::Round => assert_eq!(throttle, 99),
-                other => panic!("{other:?}"),
-            }
-        }
-        let mut late = link(50);
-        late.timed_out = true;
-        assert!(matches!(model.judge(&round(1), &dirty(100_000), &late), Next::GiveUp(_)));
-        late.stop_on_timeout = true;
-        assert!(matches!(model.judge(&round(1), &dirty(100_000), &late), Next::SwitchOver(_)));
-    }
-
-    #[test]
-    fn a_stall_within_the_limit_ends_without_a_time_out() {
-        for impact in [GuestImpact::Low, GuestImpact::Balanced, GuestImpact::Fast] {
-            let mut model = ModelConvergence::default();
-            let link = Link { impact, ..link(1000) };
-            let ended =
-                (0..20).any(|_| matches!(model.judge(&round(100_000), &dirty(100_000), &link), Next::SwitchOver(_)));
-            assert!(ended, "{impact:?}");
-        }
-    }
-}
+mod tests;

@@ -65,25 +65,38 @@ pub struct Round {
     pub time: Duration,
 }
 
-/// What is known of the link and the session, to judge by.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What is known of the link and the session, to judge by. The default knows nothing, and allows no downtime.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Link {
-    /// Bytes a second that the last rounds achieved; 0 before the first.
+    /// Bytes a second that the link carries, by the last rounds; 0 before the first.
     pub bytes_per_second: f64,
     /// Wire bytes per page sent, zero pages included, in the last rounds.
     pub bytes_per_page: f64,
-    /// The part of the downtime that does not depend on the number of pages: pausing, saving, loading, round trips.
+    /// Seconds that a page takes beside its way over the link, in the last rounds: reading it, finding that it is zero.
+    pub seconds_per_page: f64,
+    /// The part of the downtime that depends neither on pages nor on the bandwidth: pausing, saving, loading, and two
+    /// [round trips](Self::round_trip).
     pub fixed_downtime: Duration,
-    /// Bytes of state expected.
+    /// The shortest round trip that was seen.
+    pub round_trip: Duration,
+    /// How many round trips were looked at.
+    pub round_trips: u32,
+    /// Bytes of state that only the pause can move.
     pub state_bytes: u64,
+    /// Bytes of state that devices have still to send in pieces, while the guest runs or else in the pause.
+    pub pending_bytes: u64,
     /// The longest downtime that is acceptable.
     pub downtime_limit: Duration,
     /// Time since the migration began.
     pub elapsed: Duration,
     /// Whether the time that the user allowed has passed.
     pub timed_out: bool,
-    /// What to do then: `true` stops the guest whatever the downtime, `false` gives up.
+    /// What to do then, or as soon as it is certain that the limit cannot be kept: `true` stops the guest whatever the
+    /// downtime, `false` gives up.
     pub stop_on_timeout: bool,
+    /// In the same case, before all else: hand the guest over and let the rest follow, if the destination can
+    /// [serve missing pages](Self::can_post_copy).
+    pub post_copy_on_timeout: bool,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Whether the destination can serve missing pages.
@@ -95,13 +108,45 @@ pub struct Link {
 impl Link {
     /// The downtime to expect if the guest were paused now with `pages` pages to send.
     pub fn predict(&self, pages: u64) -> Duration {
-        if self.bytes_per_second <= 0.0 {
-            return if pages == 0 { self.fixed_downtime } else { Duration::MAX };
+        let pending = self.transfer(self.pending_bytes as f64);
+        self.floor().saturating_add(pending).saturating_add(self.pages_time(pages))
+    }
+
+    /// The part of the predicted downtime that `pages` pages are to blame for. It is what another round or a throttle can
+    /// lower.
+    pub fn pages_time(&self, pages: u64) -> Duration {
+        if pages == 0 {
+            return Duration::ZERO;
         }
-        let bytes = pages as f64 * self.bytes_per_page + self.state_bytes as f64;
-        self.fixed_downtime + Duration::try_from_secs_f64(bytes / self.bytes_per_second).unwrap_or(Duration::MAX / 2)
+        if self.bytes_per_second <= 0.0 {
+            return NEVER;
+        }
+        let seconds = pages as f64 * (self.bytes_per_page / self.bytes_per_second + self.seconds_per_page);
+        Duration::try_from_secs_f64(seconds).unwrap_or(NEVER).min(NEVER)
+    }
+
+    /// The downtime that is left when no page is dirty and no piece of state is pending. Neither another round nor a
+    /// throttle can lower it.
+    pub fn floor(&self) -> Duration {
+        self.fixed_downtime.saturating_add(self.state_time())
+    }
+
+    /// The part of the [floor](Self::floor) that the state takes on the link; nothing as long as the bandwidth is unknown.
+    pub fn state_time(&self) -> Duration {
+        self.transfer(self.state_bytes as f64)
+    }
+
+    /// The time that so many bytes take on the link; nothing as long as the bandwidth is unknown.
+    fn transfer(&self, bytes: f64) -> Duration {
+        if self.bytes_per_second <= 0.0 {
+            return Duration::ZERO;
+        }
+        Duration::try_from_secs_f64(bytes / self.bytes_per_second).unwrap_or(NEVER).min(NEVER)
     }
 }
+
+/// Longer than any migration; small enough to be added to.
+const NEVER: Duration = Duration::from_secs(1 << 40);
 
 /// What an engine can do. Strategies use it through the tokens, which keep the order.
 pub trait Verbs {
@@ -119,6 +164,11 @@ pub trait Verbs {
     fn link(&self) -> Link;
     /// Notes the downtime that the strategy expects, to be reported beside the real one.
     fn expect_downtime(&mut self, prediction: Duration);
+    /// Notes why the downtime limit is not kept, or why the strategy stopped trying to, to be reported. Does nothing by
+    /// default.
+    fn stalled(&mut self, why: &str) {
+        let _ = why;
+    }
     /// Stops vCPUs and devices.
     fn pause(&mut self) -> Result<(), MigrationError>;
     /// Lets them go on.
@@ -181,6 +231,11 @@ impl<'a> Running<'a> {
     /// Notes the downtime that is expected if the guest is paused now.
     pub fn expect_downtime(&mut self, prediction: Duration) {
         self.verbs.expect_downtime(prediction);
+    }
+
+    /// Notes why the downtime limit is not kept, with the figures.
+    pub fn stalled(&mut self, why: &str) {
+        self.verbs.stalled(why);
     }
 
     /// Gives up; the engine gives everything back.

@@ -24,11 +24,19 @@ impl<C: Convergence> Strategy for PreCopy<C> {
     }
 
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        if let Next::GiveUp(why) = self.convergence.begin(&vm.link()) {
+            vm.stalled(&why);
+            return vm.cancel(why);
+        }
         let mut pages = vm.start_tracking()?;
         loop {
             let round = vm.send(&pages)?;
             pages = vm.harvest()?;
-            match self.convergence.judge(&round, &pages, &vm.link()) {
+            let next = self.convergence.judge(&round, &pages, &vm.link());
+            if let Some(why) = self.convergence.stalled() {
+                vm.stalled(why);
+            }
+            match next {
                 Next::Round => {}
                 Next::Throttle(percent) => vm.throttle(percent)?,
                 Next::SwitchOver(Wanted { downtime }) => {

@@ -128,7 +128,10 @@ pub enum Control {
     /// D: the VM is built; lanes may be opened.
     Welcome(Welcome),
     /// D: all lanes of the session are there.
-    Prepared,
+    Prepared {
+        /// How long loading the state will take there, in microseconds; `None` if that is not known.
+        load_us: Option<u64>,
+    },
     /// D: every page of rounds up to this generation is in RAM.
     RoundReceived {
         /// The generation.
@@ -195,7 +198,7 @@ impl Control {
         match self {
             Control::Hello(_) => "hello",
             Control::Welcome(_) => "welcome",
-            Control::Prepared => "prepared",
+            Control::Prepared { .. } => "prepared",
             Control::RoundReceived { .. } => "round received",
             Control::Piece(_) => "piece",
             Control::State(_) => "state",
@@ -239,7 +242,13 @@ impl Control {
                 w.u16(m.version).u32(m.features).u16(m.streams).bytes(&m.session.0);
                 0x02
             }
-            Control::Prepared => 0x03,
+            Control::Prepared { load_us } => {
+                // what is not known is not sent
+                if let Some(time) = load_us {
+                    w.u64(*time);
+                }
+                0x03
+            }
             Control::RoundReceived { generation } => {
                 w.u32(*generation);
                 0x04
@@ -313,7 +322,8 @@ impl Control {
                 streams: r.u16("streams")?,
                 session: SessionToken(r.array("session")?),
             }),
-            0x03 => Control::Prepared,
+            0x03 if r.remaining() == 0 => Control::Prepared { load_us: None },
+            0x03 => Control::Prepared { load_us: Some(r.u64("time to load the state")?) },
             0x04 => Control::RoundReceived { generation: r.u32("generation")? },
             0x05 => Control::Piece(Section::decode_piece(&mut r, STATE_CHUNK)?),
             0x06 => {
@@ -424,7 +434,8 @@ pub(crate) mod tests {
         vec![
             Control::Hello(Box::new(Hello { features: 1, streams: 4, strategy: "pre-copy".into(), vm })),
             Control::Welcome(Welcome { version: 1, features: 0, streams: 4, session: SessionToken([9; 16]) }),
-            Control::Prepared,
+            Control::Prepared { load_us: None },
+            Control::Prepared { load_us: Some(u64::MAX) },
             Control::RoundReceived { generation: 3 },
             Control::Piece(section),
             Control::State(Bytes::from_static(b"state")),
@@ -461,7 +472,9 @@ pub(crate) mod tests {
             if matches!(sample, Control::State(_)) {
                 continue;
             }
-            for end in 0..body.len() {
+            // nothing at all is the other form of *prepared*
+            let least = usize::from(matches!(sample, Control::Prepared { .. }));
+            for end in least..body.len() {
                 assert!(decode(&frame(bytes[0], 0, 1, 2, 0, &body[..end])).is_err(), "{} at {end}", sample.name());
             }
             let mut longer = body.to_vec();

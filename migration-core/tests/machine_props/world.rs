@@ -47,7 +47,7 @@ impl Choices<'_> {
         match self.byte() % 19 {
             0 => hello(if self.byte().is_multiple_of(4) { STRANGER } else { VM }),
             1 => welcome(),
-            2 => Control::Prepared,
+            2 => Control::Prepared { load_us: None },
             3 => Control::RoundReceived { generation: self.number() },
             4 => Control::Piece(Section { name: "gpu".into(), instance: 0, version: 1, data: Bytes::new() }),
             5 => Control::State(Bytes::from(vec![0; self.below(8)])),
@@ -119,7 +119,7 @@ pub fn lone_destination(input: &[u8]) {
                     Err(_) => assert_eq!(machine.phase(), before, "a refused frame changes nothing"),
                 }
             }
-            4 => drop(machine.prepared()),
+            4 => drop(machine.prepared(None)),
             5 => complete |= machine.loaded().is_ok(),
             6 => {
                 if machine.link_lost() == OnDestinationLoss::Discard {
@@ -386,7 +386,7 @@ impl Pair {
         let epoch = self.destination.epoch();
         match self.destination.phase() {
             DestinationPhase::Preparing => {
-                if let Ok(prepared) = self.destination.prepared() {
+                if let Ok(prepared) = self.destination.prepared(None) {
                     self.answer(epoch, prepared);
                 }
             }

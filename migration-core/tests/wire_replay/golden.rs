@@ -23,7 +23,7 @@ pub(crate) fn samples() -> Vec<(String, Vec<u8>)> {
     let control = [
         Control::Hello(Box::new(hello)),
         Control::Welcome(Welcome { version: 1, features: FEATURE_PAYLOAD_CRC, streams: 4, session: token }),
-        Control::Prepared,
+        Control::Prepared { load_us: None },
         Control::RoundReceived { generation: 3 },
         Control::Piece(piece()),
         Control::State(Bytes::from(state().encode())),
@@ -68,6 +68,8 @@ pub(crate) fn samples() -> Vec<(String, Vec<u8>)> {
     let checkpoints = checkpoints.map(|(name, f)| (name.to_owned(), f.encode(21, 6)));
     let later = [preamble(LaneKind::Demand)].into_iter().chain(post_copy).chain([request]);
     let later = later.chain([preamble(LaneKind::Checkpoint)]).chain(checkpoints);
+    let prepared = Control::Prepared { load_us: Some(1500) }.encode(0, 22, 3);
+    let later = later.chain([("prepared, with a time to load".to_owned(), prepared)]);
     preambles.into_iter().chain(control).chain(bulk).chain(later).collect()
 }
 

@@ -109,7 +109,7 @@ impl Peer {
         let session = SessionToken([7; 16]);
         peer.say(&Control::Welcome(Welcome { version: VERSION, features: FEATURE_POST_COPY, streams: 1, session }));
         peer.open();
-        peer.say(&Control::Prepared);
+        peer.say(&Control::Prepared { load_us: None });
         peer.hear("ping");
         peer.say(&Control::Pong);
         while !peer.take_pages(false) {}

@@ -161,7 +161,8 @@ impl Hub {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.say(&Control::Welcome(welcome))?;
         session.wait_attached(self.options.idle_timeout)?;
-        let prepared = self.current(attachment)?.machine.prepared()?;
+        let load = lock(&session.vm).as_mut().and_then(|vm| vm.estimate_load());
+        let prepared = self.current(attachment)?.machine.prepared(load)?;
         session.say(&prepared)?;
         self.tell_phase();
         Ok(())

@@ -1,7 +1,7 @@
 //! Setting up: the control lane, what both sides agree on, and the other lanes.
 
 use super::*;
-use crate::vm::VmDescription;
+use crate::{engine::limits::check_description, vm::VmDescription};
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
@@ -9,6 +9,7 @@ impl Engine<'_> {
             return Err(MigrationError::Blocked(why));
         }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
+        check_description(&description)?;
         self.id = description.id;
         let stores = self.options.fail_safe.iter().flat_map(|f| [&f.reverse, &f.forward]).flatten();
         if stores.into_iter().any(|store| lock(store).latest().is_some()) {
@@ -36,15 +37,20 @@ impl Engine<'_> {
         })?;
         self.accept(&welcome)?;
         self.open_lanes()?;
-        self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
+        let load = self.wait("the destination's lanes", timeout, |event| match event {
+            SourceEvent::Prepared { load } => Some(load),
+            _ => None,
+        })?;
+        self.calibration.loads_in(load);
         if self.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
         let asked = Instant::now();
         self.say(&Control::Ping)?;
         self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
-        self.round_trip = asked.elapsed();
+        self.calibration.round_trip(asked.elapsed());
         self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
+        self.check_state_limits()?;
         self.report.setup = self.start.elapsed();
         self.tell_phase();
         Ok(())
@@ -230,6 +236,7 @@ impl Engine<'_> {
             payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
             whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
             counters: self.counters.clone(),
+            writing: Duration::ZERO,
         };
         Ok((lane, reader))
     }

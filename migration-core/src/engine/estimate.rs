@@ -1,0 +1,281 @@
+//! What a switch-over will take, from what both VMMs say and what the rounds so far have measured.
+
+use std::time::Duration;
+
+use crate::{PAGE_SIZE, strategy::Link, vm::StateEstimate};
+
+/// What pausing and starting the guest take: a few signals, and wake-ups of threads at both ends.
+const PAUSE_AND_START: Duration = Duration::from_millis(1);
+/// What saving takes, and what loading takes, if the VMM does not say.
+const UNKNOWN_STEP: Duration = Duration::from_millis(1);
+/// Bytes of state that are saved, or loaded, a second, if the VMM does not say: they are copied a few times.
+const UNKNOWN_SPEED: f64 = 1e9;
+/// Bytes of state of a VM that does not say: that of a vCPU. Rather too little, because a migration is given up for too much.
+const UNKNOWN_STATE: u64 = 20 << 10;
+/// A round of fewer bytes says more about latency than about bandwidth. As long as there was no larger one, the best of
+/// those that are not [tiny](LEAST_HINT) counts.
+const LEAST_SAMPLE: u64 = 4 << 20;
+/// A round of fewer bytes says nothing about bandwidth, and its time is a round trip with little beside it.
+const LEAST_HINT: u64 = 64 << 10;
+/// A round of fewer pages says nothing about the time that reading a page takes: it has looked at all others, too.
+const LEAST_PAGES: u64 = 512;
+/// Bytes a second, as long as no round says anything about bandwidth: 1 Gbit/s.
+const ASSUMED_BANDWIDTH: f64 = 125e6;
+
+/// One round, as it was measured.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sample {
+    /// Pages that were sent.
+    pub(super) pages: u64,
+    /// Bytes on the wire.
+    pub(super) wire_bytes: u64,
+    /// From its beginning to the destination's acknowledgement.
+    pub(super) time: Duration,
+    /// Of it, the time that a lane did not write: it read pages.
+    pub(super) reading: Duration,
+}
+
+/// What is known of the link and of both VMMs. The fields of a [`Link`] come from here.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Calibration {
+    round_trip: Option<Duration>,
+    round_trips: u32,
+    /// What a round takes beside round trip and transfer: its threads wake up, its end is told.
+    round_overhead: Option<Duration>,
+    /// From a round that was large enough.
+    bandwidth: Option<f64>,
+    /// The best of the small rounds.
+    hint: f64,
+    /// The last two rounds.
+    last: [Sample; 2],
+    rounds: u32,
+    seconds_per_page: f64,
+    state: Option<StateEstimate>,
+    pending: u64,
+    /// What the destination expects to load the state.
+    load: Option<Duration>,
+}
+
+impl Calibration {
+    /// A round trip was measured.
+    pub(super) fn round_trip(&mut self, time: Duration) {
+        self.round_trips = self.round_trips.saturating_add(1);
+        // one answer may have been late, for a reason that has nothing to do with the link
+        self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
+    }
+
+    /// The destination expects to load the state in this time.
+    pub(super) fn loads_in(&mut self, load: Option<Duration>) {
+        self.load = load;
+    }
+
+    /// What the source's VMM expects to save in the pause.
+    pub(super) fn saves(&mut self, state: Option<StateEstimate>) {
+        self.state = state;
+    }
+
+    /// Bytes of state that are still to come in pieces.
+    pub(super) fn pending(&mut self, bytes: u64) {
+        self.pending = bytes;
+    }
+
+    /// A round has ended.
+    pub(super) fn round(&mut self, sample: Sample) {
+        self.rounds = self.rounds.saturating_add(1);
+        self.last = [self.last[1], sample];
+        if sample.pages >= LEAST_PAGES {
+            self.seconds_per_page = sample.reading.as_secs_f64() / sample.pages as f64;
+        }
+        let round_trip = self.round_trip.unwrap_or_default();
+        let moved = sample.time.saturating_sub(sample.reading);
+        if sample.wire_bytes < LEAST_HINT {
+            // the destination's answer came after a round trip and a bit
+            self.round_trip(moved);
+            let transfer = Duration::try_from_secs_f64(sample.wire_bytes as f64 / self.bytes_per_second());
+            let beside = moved.saturating_sub(round_trip).saturating_sub(transfer.unwrap_or_default());
+            self.round_overhead = Some(self.round_overhead.map_or(beside, |least| least.min(beside)));
+            return;
+        }
+        // never all of it: how long a round trip takes is not known to the microsecond
+        let transfer = moved.saturating_sub(round_trip).max(sample.time / 8).max(Duration::from_micros(1));
+        let speed = sample.wire_bytes as f64 / transfer.as_secs_f64();
+        if sample.wire_bytes >= LEAST_SAMPLE {
+            self.bandwidth = Some(speed);
+        } else {
+            self.hint = self.hint.max(speed);
+        }
+    }
+
+    /// Returns what the VMM expects to save, if it has said so.
+    pub(super) fn state(&self) -> Option<&StateEstimate> {
+        self.state.as_ref()
+    }
+
+    /// Returns the bytes of state that are pending.
+    pub(super) fn pending_bytes(&self) -> u64 {
+        self.pending
+    }
+
+    fn bytes_per_second(&self) -> f64 {
+        match (self.bandwidth, self.hint) {
+            (Some(bandwidth), _) => bandwidth,
+            (None, hint) if hint > 0.0 => hint,
+            _ => ASSUMED_BANDWIDTH,
+        }
+    }
+
+    fn state_bytes(&self) -> u64 {
+        self.state.as_ref().map_or(UNKNOWN_STATE, StateEstimate::bytes)
+    }
+
+    /// Returns what the guest is paused for, beside pages and the transfer of state, at a store of one's own: there is nobody to
+    /// load it.
+    pub(super) fn pause_and_save(&self) -> Duration {
+        let save = self.state.as_ref().and_then(|state| state.save_time);
+        PAUSE_AND_START.saturating_add(save.unwrap_or_else(|| unknown_step(self.state_bytes() + self.pending)))
+    }
+
+    /// Fills in what is known here; the rest of `link` is the session's.
+    pub(super) fn describe(&self, link: Link) -> Link {
+        let bytes = self.state_bytes().saturating_add(self.pending);
+        let load = self.load.unwrap_or_else(|| unknown_step(bytes));
+        let (round_trip, overhead) = (self.round_trip.unwrap_or_default(), self.round_overhead.unwrap_or_default());
+        let fixed =
+            [load, overhead, round_trip, round_trip].into_iter().fold(self.pause_and_save(), Duration::saturating_add);
+        let pages: u64 = self.last.iter().map(|sample| sample.pages).sum();
+        let wire_bytes: u64 = self.last.iter().map(|sample| sample.wire_bytes).sum();
+        Link {
+            bytes_per_second: if self.rounds == 0 { 0.0 } else { self.bytes_per_second() },
+            bytes_per_page: if pages == 0 { PAGE_SIZE as f64 } else { wire_bytes as f64 / pages as f64 },
+            seconds_per_page: self.seconds_per_page,
+            fixed_downtime: fixed,
+            round_trip,
+            round_trips: self.round_trips,
+            state_bytes: self.state_bytes(),
+            pending_bytes: self.pending,
+            ..link
+        }
+    }
+}
+
+/// How long saving or loading takes a VMM that does not say.
+fn unknown_step(bytes: u64) -> Duration {
+    let copies = Duration::try_from_secs_f64(bytes as f64 / UNKNOWN_SPEED).unwrap_or(Duration::MAX);
+    UNKNOWN_STEP.saturating_add(copies)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::SectionEstimate;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn link() -> Link {
+        Link { downtime_limit: 300 * MS, ..Link::default() }
+    }
+
+    fn sample(pages: u64, wire_bytes: u64, time: Duration, reading: Duration) -> Sample {
+        Sample { pages, wire_bytes, time, reading }
+    }
+
+    /// 15 MB in one device, saved in 20 ms.
+    fn large() -> StateEstimate {
+        let gpu = SectionEstimate { name: "gpu".into(), instance: 0, bytes: 15_000_000 };
+        StateEstimate { sections: vec![gpu], save_time: Some(20 * MS) }
+    }
+
+    #[test]
+    fn the_fixed_costs_are_what_both_ends_say() {
+        let mut known = Calibration::default();
+        assert_eq!(known.describe(link()).fixed_downtime.as_millis(), 3, "nobody says anything");
+        known.round_trip(2 * MS);
+        known.round_trip(5 * MS);
+        known.saves(Some(large()));
+        known.loads_in(Some(100 * MS));
+        let link = known.describe(link());
+        assert_eq!(link.fixed_downtime, PAUSE_AND_START + (20 + 100 + 2 * 2) * MS);
+        assert_eq!((link.round_trip, link.round_trips, link.state_bytes), (2 * MS, 2, 15_000_000));
+        assert_eq!(link.floor(), link.fixed_downtime, "as long as the bandwidth is unknown");
+        assert_eq!(known.pause_and_save(), PAUSE_AND_START + 20 * MS);
+    }
+
+    #[test]
+    fn what_is_not_said_grows_with_what_is_pending() {
+        let mut known = Calibration::default();
+        let before = known.describe(link());
+        known.pending(15_000_000);
+        let link = known.describe(link());
+        assert_eq!(link.pending_bytes, 15_000_000);
+        assert!(link.fixed_downtime >= before.fixed_downtime + 30 * MS, "{link:?}");
+        assert!(link.predict(0) >= link.floor());
+    }
+
+    #[test]
+    fn state_counts_at_the_bandwidth_that_rounds_have_had() {
+        let mut known = Calibration::default();
+        known.round_trip(10 * MS);
+        known.saves(Some(large()));
+        known.loads_in(Some(100 * MS));
+        // 100 MB in 1 s beside a round trip and 90 ms of reading
+        known.round(sample(25_000, 100_000_000, 1100 * MS, 90 * MS));
+        let link = known.describe(link());
+        assert!((link.bytes_per_second - 100e6).abs() < 1.0, "{link:?}");
+        assert_eq!(link.state_time(), 150 * MS);
+        assert_eq!(link.floor(), link.fixed_downtime + 150 * MS);
+        let pages = link.predict(25_000) - link.floor();
+        assert!((pages.as_secs_f64() - 1.09).abs() < 1e-6, "reading counts for pages: {pages:?}");
+    }
+
+    #[test]
+    fn a_guest_of_zeros_does_not_make_the_link_look_slow() {
+        let mut known = Calibration::default();
+        known.round_trip(MS / 5);
+        // a gigabyte of zeros: 100 ms of reading, and marks
+        known.round(sample(262_144, 40_000, 101 * MS, 100 * MS));
+        let link = known.describe(link());
+        assert_eq!(link.bytes_per_second, ASSUMED_BANDWIDTH);
+        assert!(link.predict(10) < 5 * MS, "{:?}", link.predict(10));
+        // what was read that fast still takes that long
+        let all = link.predict(262_144) - link.floor();
+        assert!(all >= 100 * MS && all < 102 * MS, "{all:?}");
+    }
+
+    #[test]
+    fn small_rounds_are_a_lower_bound_of_the_bandwidth_and_large_ones_replace_it() {
+        let mut known = Calibration::default();
+        known.round(sample(100, 400_000, 100 * MS, Duration::ZERO));
+        assert_eq!(known.describe(link()).bytes_per_second, 4e6);
+        known.round(sample(100, 400_000, 10 * MS, Duration::ZERO));
+        known.round(sample(100, 400_000, 50 * MS, Duration::ZERO));
+        assert_eq!(known.describe(link()).bytes_per_second, 40e6);
+        known.round(sample(2000, 8_000_000, 1000 * MS, Duration::ZERO));
+        known.round(sample(100, 400_000, 10 * MS, Duration::ZERO));
+        assert_eq!(known.describe(link()).bytes_per_second, 8e6);
+    }
+
+    #[test]
+    fn empty_rounds_are_round_trips_and_show_what_a_round_costs() {
+        let mut known = Calibration::default();
+        known.round_trip(MS);
+        known.round(sample(0, 80, 3 * MS, Duration::ZERO));
+        known.round(sample(0, 80, 2 * MS, Duration::ZERO));
+        let link = known.describe(link());
+        assert_eq!((link.round_trip, link.round_trips), (MS, 3));
+        let overhead = link.fixed_downtime - known.pause_and_save() - unknown_step(UNKNOWN_STATE) - 2 * MS;
+        assert!(overhead > MS * 99 / 100 && overhead < MS, "{overhead:?}");
+    }
+
+    #[test]
+    fn claims_of_a_peer_do_not_overflow() {
+        let mut known = Calibration::default();
+        known.loads_in(Some(Duration::from_micros(u64::MAX)));
+        known.pending(u64::MAX);
+        let section = SectionEstimate { name: "gpu".into(), instance: 0, bytes: u64::MAX };
+        known.saves(Some(StateEstimate { sections: vec![section.clone(), section], save_time: Some(Duration::MAX) }));
+        known.round_trip(Duration::MAX);
+        known.round(sample(u64::MAX / 2, 5 << 20, Duration::MAX, Duration::ZERO));
+        let link = known.describe(link());
+        assert!(link.predict(u64::MAX) > link.downtime_limit);
+    }
+}

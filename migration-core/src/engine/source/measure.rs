@@ -1,0 +1,111 @@
+//! What the source measures and is told of the link and of both VMMs, and what it reports of it.
+
+use super::*;
+use crate::engine::{
+    estimate::Sample,
+    limits::{check_estimate, check_piece},
+    progress::Reading,
+};
+
+impl Engine<'_> {
+    /// Asks the VMM what the pause will have to save.
+    pub(super) fn estimate_state(&mut self) {
+        self.calibration.saves(self.vm.estimate_state());
+    }
+
+    /// Asks the VMM once more, and refuses what the destination could not take, while the guest still runs.
+    pub(super) fn check_state_limits(&mut self) -> Result<(), MigrationError> {
+        self.estimate_state();
+        let unknown = StateEstimate::default();
+        check_estimate(self.calibration.state().unwrap_or(&unknown), self.calibration.pending_bytes())
+    }
+
+    /// Sends pieces of device state: at least one budget's worth, and all that was pending before, if the devices come to the
+    /// end of it. What a device adds meanwhile waits for the next round.
+    pub(super) fn send_pieces(&mut self) -> Result<(), MigrationError> {
+        let (mut before, mut sent) = (u64::MAX, 0);
+        let mut most = None;
+        loop {
+            let (pieces, pending) =
+                self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+            for piece in pieces {
+                check_piece(&piece)?;
+                sent += piece.data.len() as u64;
+                self.report.state_bytes += piece.data.len() as u64;
+                self.say(&Control::Piece(piece))?;
+            }
+            self.calibration.pending(pending);
+            if pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending) {
+                return Ok(());
+            }
+            before = pending;
+            // a cancel is not kept waiting
+            while let Some(input) = self.next_input(Instant::now())? {
+                if let Input::Control(epoch, frame) = input {
+                    self.frame(epoch, frame)?;
+                }
+            }
+        }
+    }
+
+    /// What is known of the link and the session.
+    pub(super) fn known(&self) -> Link {
+        let can_post_copy = self.report.demand_lanes > 0;
+        let post_copy_on_timeout = self.options.on_timeout == OnTimeout::PostCopy;
+        self.calibration.describe(Link {
+            downtime_limit: self.options.downtime_limit,
+            elapsed: self.start.elapsed(),
+            timed_out: self.timed_out(),
+            stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
+            post_copy_on_timeout,
+            impact: self.options.impact,
+            can_post_copy,
+            post_copy_wanted: can_post_copy && (self.post_copy_wanted || self.timed_out() && post_copy_on_timeout),
+            ..Link::default()
+        })
+    }
+
+    /// Learns from a round that has ended.
+    pub(super) fn learn(&mut self, pages: u64, wire_bytes: u64, time: Duration) {
+        let lanes = u32::from(self.report.streams.max(1));
+        // lanes read beside each other
+        let reading = std::mem::take(&mut self.reading) / lanes;
+        self.calibration.round(Sample { pages, wire_bytes, time, reading });
+        self.estimate_state();
+    }
+
+    pub(super) fn tell_progress(&mut self) {
+        let reading = self.reading();
+        let progress = self.meter.read(&reading);
+        self.options.observer.event(&Event::Progress(progress));
+    }
+
+    /// Rates are measured from here.
+    pub(super) fn begin_progress(&mut self) {
+        let reading = self.reading();
+        self.meter.begin(&reading);
+    }
+
+    fn reading(&self) -> Reading {
+        let rounds = &self.report.rounds;
+        let handed_over = !self.machine.owns();
+        // lanes count what they push after the hand-over, too
+        let under_way = if handed_over { 0 } else { rounds.last().map_or(0, |round| round.pages) };
+        let served = self.report.pages.pushed.saturating_add(self.left.demanded.load(Ordering::Relaxed));
+        Reading {
+            at: self.start.elapsed(),
+            phase: self.machine.phase(),
+            wire_bytes: self.counters.wire_bytes.load(Ordering::Relaxed),
+            round: u32::try_from(rounds.len()).unwrap_or(u32::MAX),
+            round_pages: under_way,
+            round_sent: self.counters.round_sent.load(Ordering::Relaxed).min(under_way),
+            earlier_pages: self.pages_due.saturating_sub(under_way),
+            missing: if handed_over { self.missing_pages } else { 0 },
+            served: if handed_over { served } else { 0 },
+            total: self.report.pages.total,
+            dirty_pages_per_second: self.report.dirty_pages_per_second,
+            throttle_percent: self.throttle,
+            link: self.known(),
+        }
+    }
+}
