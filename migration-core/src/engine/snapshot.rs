@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    events::Guarded,
     handle::{Commands, Input},
     lane::{stripe_pages, stripes},
     pages::{self, Copied, not_put},
@@ -100,6 +101,7 @@ pub fn snapshot(
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
+    let options = &SnapshotOptions { observer: Guarded::new(&options.observer), ..options.clone() };
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run();
     taking.give_back();

@@ -23,6 +23,7 @@ use super::{
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
     dirty_log,
+    events::Guarded,
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     pages,
@@ -85,6 +86,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
+    let options = &SourceOptions { observer: Guarded::new(&options.observer), ..options.clone() };
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     let result = engine.attempt(strategy);
     engine.settle(result)
