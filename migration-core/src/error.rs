@@ -10,6 +10,9 @@ use crate::{
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
 /// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running at the source.
+///
+/// What it displays may hold text of the other end as that was sent: show it to people through
+/// [`Escaped`](crate::text::Escaped).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum MigrationError {
@@ -26,7 +29,7 @@ pub enum MigrationError {
     Peer {
         /// The kind of reason.
         code: ErrorCode,
-        /// Its words.
+        /// Its words, as they came: see [`Escaped`](crate::text::Escaped).
         text: String,
     },
     /// The other end broke the protocol, or a strategy asked for a step out of order.

@@ -70,6 +70,7 @@ pub mod snapshot;
 pub mod spawner;
 pub mod state;
 pub mod strategy;
+pub mod text;
 pub mod tracker;
 pub mod vm;
 pub mod wire;

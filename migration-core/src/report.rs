@@ -303,9 +303,22 @@ pub enum Event {
     Warning(String),
 }
 
-/// Receives events. Called from the SDK's threads: return soon.
+/// Receives events, on the threads that do the work.
+///
+/// An event comes after the change that it reports, and no lock of the engine is held meanwhile: an observer may call every
+/// method of a [`ReceiverHandle`](crate::engine::ReceiverHandle) or a [`Controller`](crate::engine::Controller) that does
+/// not wait.
+///
+/// An observer must not block and must not panic. While it blocks, the thread that called it does nothing else: a source sends
+/// no page, a destination reads no frame, and a guest that is paused stays so. A VMM that writes events to a file or a pipe
+/// therefore puts them into a queue with a bound, which another thread empties. If an observer panics, the panic ends there,
+/// that event is lost, and the migration goes on; the next event comes as usual. (Where a panic aborts the process, it does
+/// that here too.)
+///
+/// Strings in events may hold text that the other end sent, as it was sent. Show them to people through
+/// [`Escaped`](crate::text::Escaped).
 pub trait Observer: Send + Sync {
-    /// Something happened.
+    /// Reports that something happened.
     fn event(&self, event: &Event);
 }
 

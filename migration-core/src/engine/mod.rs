@@ -10,6 +10,7 @@ mod control;
 mod dirty_log;
 pub mod ephemeral;
 mod estimate;
+mod events;
 mod handle;
 mod install;
 mod lane;
@@ -100,7 +101,7 @@ pub struct SourceOptions {
     pub in_doubt_grace: Duration,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
-    /// Is told how it goes.
+    /// Is told how it goes; see [`Observer`] for what it may not do.
     pub observer: Arc<dyn Observer>,
 }
 

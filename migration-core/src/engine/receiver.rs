@@ -20,6 +20,7 @@ use super::{
     checkpoint::Protection,
     control::{ControlReader, ControlWriter},
     dirty_log,
+    events::Guarded,
     handle::lock,
     install::LaneReceiver,
     missing::Missing,
@@ -70,7 +71,7 @@ pub struct ReceiverOptions {
     pub forward: Option<Arc<dyn ForwardStores>>,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
-    /// Is told how it goes.
+    /// Is told how it goes; see [`Observer`] for what it may not do.
     pub observer: Arc<dyn Observer>,
 }
 
@@ -139,6 +140,7 @@ struct State {
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
+        let options = ReceiverOptions { observer: Guarded::new(&options.observer), ..options };
         let machine = match options.awaits {
             Some((vm, epoch)) => DestinationMachine::awaiting(vm, epoch),
             None => DestinationMachine::new(),
@@ -268,7 +270,7 @@ impl ReceiverHandle {
     pub fn adopt(&self) -> Result<(), Violation> {
         let mut state = lock(&self.hub.state);
         let action = state.machine.adopt()?;
-        self.hub.take(&state, &action);
+        self.hub.take(state, &action);
         Ok(())
     }
 
@@ -283,7 +285,7 @@ impl ReceiverHandle {
             return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
         }
         let action = state.machine.inherit(source)?;
-        self.hub.take(&state, &action);
+        self.hub.take(state, &action);
         Ok(())
     }
 }
@@ -460,9 +462,9 @@ impl Hub {
         }
         // that a bulk lane failed is the cause; what followed from it on this one is not
         let why = session.over().unwrap_or_else(|| error.to_string());
-        self.bad_peer(peer, &why);
         let link = session.link();
         self.lost(attachment, &why);
+        self.bad_peer(peer, &why);
         if self.current(attachment).is_ok() {
             self.watch_source(session, link);
         }
@@ -530,7 +532,7 @@ impl Hub {
                 self.tell_phase();
             }
             DestinationAction::Start { running } => {
-                let started = self.start(&state, running);
+                let (started, unstarted) = self.start(&state, running);
                 let answered = if session.shared {
                     drop(state);
                     // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
@@ -544,6 +546,7 @@ impl Hub {
                     drop(state);
                     self.answer(session, attachment)
                 };
+                self.warn(unstarted);
                 answered?;
                 self.tell_phase();
             }
@@ -669,26 +672,38 @@ impl Hub {
     }
 
     /// The VM is ours without its source's word.
-    fn take(&self, state: &State, action: &DestinationAction) {
+    fn take(&self, state: MutexGuard<'_, State>, action: &DestinationAction) {
+        let mut unstarted = None;
         if let DestinationAction::Start { running } = *action {
-            self.adopt(self.start(state, running));
+            let started;
+            (started, unstarted) = self.start(&state, running);
+            self.adopt(started);
         }
         self.finished.store(true, Ordering::Relaxed);
+        drop(state);
+        self.warn(unstarted);
     }
 
+    /// Starts the VM, which is to be adopted, and says why if it does not start: [`warn`](Self::warn) of that once the lock
+    /// on the state is free.
     #[must_use = "it is to be adopted"]
-    fn start(&self, state: &State, running: bool) -> Option<Box<dyn DestinationVm>> {
-        let session = state.session.as_ref()?;
-        let mut vm = lock(&session.vm).take()?;
-        if let Err(error) = vm.start(running) {
-            let why = format!("the VM is owned here but could not be started: {error}");
-            self.options.observer.event(&Event::Warning(why));
-        }
+    fn start(&self, state: &State, running: bool) -> (Option<Box<dyn DestinationVm>>, Option<String>) {
+        let Some(session) = &state.session else { return (None, None) };
+        let Some(mut vm) = lock(&session.vm).take() else { return (None, None) };
+        let failed = vm.start(running).err();
         if let Some(missing) = session.missing() {
             missing.set_vcpus(vm.vcpu_threads());
         }
         session.set_running();
-        Some(vm)
+        (Some(vm), failed.map(|error| format!("the VM is owned here but could not be started: {error}")))
+    }
+
+    /// Tells the observer of this, if it has happened. Like every event, never under a lock: an observer may call the
+    /// [`ReceiverHandle`].
+    fn warn(&self, what: Option<String>) {
+        if let Some(what) = what {
+            self.options.observer.event(&Event::Warning(what));
+        }
     }
 
     /// The VM runs, and is the host's from now on.

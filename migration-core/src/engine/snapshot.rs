@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     estimate::Calibration,
+    events::Guarded,
     handle::{Commands, Input},
     lane::{stripe_pages, stripes},
     limits::{check_description, check_estimate, check_state},
@@ -103,6 +104,7 @@ pub fn snapshot(
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
+    let options = &SnapshotOptions { observer: Guarded::new(&options.observer), ..options.clone() };
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run();
     taking.give_back();

@@ -25,6 +25,7 @@ use super::{
     control::{ControlReader, ControlWriter},
     dirty_log,
     estimate::Calibration,
+    events::Guarded,
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     limits::check_state,
@@ -85,6 +86,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
+    let options = &SourceOptions { observer: Guarded::new(&options.observer), ..options.clone() };
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     let result = engine.attempt(strategy);
     engine.settle(result)

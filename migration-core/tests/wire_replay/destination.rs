@@ -9,6 +9,7 @@ use std::{
 use migration_core::{
     engine::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions},
     report::{Event, Observer},
+    vm::DestinationHost,
     wire::{Control, Header},
 };
 
@@ -47,12 +48,21 @@ impl Destination {
     }
 
     pub(crate) fn of(idle_timeout: Duration, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
-        let (door, ends) = mpsc::channel();
-        let (arrived_tx, arrived) = mpsc::channel();
         let (log_tx, log) = mpsc::channel();
-        let observer = Arc::new(Log(Mutex::new(log_tx)));
+        let (arrived_tx, arrived) = mpsc::channel();
+        Self::observed(idle_timeout, (host(arrived_tx), arrived), Arc::new(Log(Mutex::new(log_tx))), log)
+    }
+
+    /// A receiver with this observer, which may write to the other end of `log`.
+    pub(crate) fn observed(
+        idle_timeout: Duration,
+        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        observer: Arc<dyn Observer>,
+        log: mpsc::Receiver<String>,
+    ) -> Self {
+        let (door, ends) = mpsc::channel();
         let options = ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() };
-        let receiver = Receiver::new(Box::new(host(arrived_tx)), options);
+        let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || receiver.run(&mut Door(ends)));
         Self { door, handle, thread: Some(thread), arrived, log }
@@ -89,9 +99,9 @@ impl Drop for Destination {
         if let Some(thread) = self.thread.take() {
             self.handle.stop();
             let _ = self.door.send(None);
-            let ended = thread.join();
+            // a test that has failed may have found a receiver that hangs
             if !thread::panicking() {
-                ended.unwrap().expect_err("stopped without a VM");
+                thread.join().unwrap().expect_err("stopped without a VM");
             }
         }
     }

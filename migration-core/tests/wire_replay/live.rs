@@ -13,7 +13,7 @@ use migration_core::{
     engine::{Controller, HugePages, SourceOptions, migrate},
     report::{Outcome, Report},
     strategy::{
-        Hybrid, Linear, PostCopy, PushOrder,
+        Hybrid, Linear, PostCopy, PushOrder, Strategy,
         push_order::{DIRTIED, REFERENCED},
     },
     vm::VmDescription,
@@ -96,10 +96,20 @@ impl Connector for Link {
 
 /// One migration: the report, the source's VM, and whether the link was cut.
 fn run(destination: &Destination, link: Link, vm: RecordedVm, options: SourceOptions) -> (Report, RecordedVm, Link) {
+    let strategy = PostCopy { order: Box::new(Linear::default()) };
+    run_by(strategy, destination, link, vm, options)
+}
+
+/// As [`run`], by any strategy.
+pub(crate) fn run_by(
+    mut strategy: impl Strategy + 'static,
+    destination: &Destination,
+    link: Link,
+    mut vm: RecordedVm,
+    options: SourceOptions,
+) -> (Report, RecordedVm, Link) {
     let (tx, rx) = mpsc::channel();
     thread::spawn(move || {
-        let mut vm = vm;
-        let mut strategy = PostCopy { order: Box::new(Linear::default()) };
         let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);
         // a test that hangs has gone
         let _ = tx.send((report, vm, link));

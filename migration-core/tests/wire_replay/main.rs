@@ -15,6 +15,7 @@ mod golden;
 mod guest;
 mod hostile;
 mod live;
+mod observers;
 mod pager;
 mod post_copy;
 mod refusals;

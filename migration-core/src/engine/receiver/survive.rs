@@ -93,10 +93,14 @@ impl Hub {
         }
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
+        let mut unstarted = None;
         if let DestinationAction::Start { running } = state.machine.inherit(dead).map_err(|e| e.to_string())? {
-            self.adopt(self.start(&state, running));
+            let started;
+            (started, unstarted) = self.start(&state, running);
+            self.adopt(started);
         }
         drop(state);
+        self.warn(unstarted);
         // first the pages: a checkpoint that is under way may wait for one
         if let Some(store) = &mut store {
             missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;

@@ -1,0 +1,97 @@
+//! Text that comes from outside, made fit for a terminal and for a line of a log.
+
+use std::fmt::{self, Write};
+
+/// Bytes of the text that [`Escaped`] shows; what is beyond them is counted. Longer than any reason that this crate gives.
+pub const MAX_SHOWN: usize = 2048;
+
+/// Shows text from outside (a peer's reason, an address, a name, what a file or another process says) so that it can neither
+/// begin a new line nor steer a terminal nor reorder what is read.
+///
+/// Control characters, line and paragraph separators, format characters (those that change the direction of text among them),
+/// unassigned and private characters and unusual spaces appear as in a Rust string, such as `\n` and `\u{1b}`. Everything else
+/// appears as it is, quotes and backslashes too: text that is escaped twice is the same as text that is escaped once. At most
+/// [`MAX_SHOWN`] bytes of the text are shown.
+///
+/// Values stay as they came wherever they are data, in a report or in an error: they are escaped where a person sees them.
+///
+/// ```
+/// use migration_core::text::Escaped;
+///
+/// assert_eq!(Escaped("no room\n\x1b]0;owned\x07").to_string(), r"no room\n\u{1b}]0;owned\u{7}");
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Escaped<'a>(pub &'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut end = self.0.len().min(MAX_SHOWN);
+        while !self.0.is_char_boundary(end) {
+            end -= 1;
+        }
+        let (shown, rest) = self.0.split_at(end);
+        shown.chars().try_for_each(|c| write_char(f, c))?;
+        if !rest.is_empty() {
+            write!(f, "… ({} bytes more)", rest.len())?;
+        }
+        Ok(())
+    }
+}
+
+fn write_char(f: &mut fmt::Formatter<'_>, c: char) -> fmt::Result {
+    if matches!(c, '\\' | '\'' | '"') {
+        return f.write_char(c);
+    }
+    // behind another character, so that a combining mark is no more escaped than in the middle of a word
+    let mut pair = [b'a'; 5];
+    let len = 1 + c.encode_utf8(&mut pair[1..]).len();
+    let pair = std::str::from_utf8(&pair[..len]).map_err(|_| fmt::Error)?;
+    pair.escape_debug().skip(1).try_for_each(|c| f.write_char(c))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn escaped(text: &str) -> String {
+        Escaped(text).to_string()
+    }
+
+    #[test]
+    fn nothing_that_steers_a_terminal_is_left() {
+        let bad = ('\0'..='\x1f')
+            .chain('\x7f'..='\u{9f}')
+            .chain(['\u{ad}', '\u{61c}', '\u{180e}', '\u{2028}', '\u{2029}', '\u{fff9}', '\u{e0041}', '\u{feff}'])
+            .chain('\u{200b}'..='\u{200f}')
+            .chain('\u{202a}'..='\u{202e}')
+            .chain('\u{2060}'..='\u{206f}');
+        for c in bad {
+            let text = escaped(&format!("<{c}>"));
+            assert!(text.starts_with("<\\") && text.ends_with('>'), "{c:?}: {text:?}");
+            assert!(text.bytes().all(|b| (0x20..0x7f).contains(&b)), "{c:?}: {text:?}");
+        }
+    }
+
+    #[test]
+    fn plain_text_of_any_script_stays_as_it_is() {
+        for text in ["tcp:127.0.0.1:4444: it's \"busy\" \\ 100 %", "Gerät läuft", "नमस्ते", "e\u{301}", "虚拟机", "🚚"]
+        {
+            assert_eq!(escaped(text), text);
+        }
+    }
+
+    #[test]
+    fn escaping_twice_changes_nothing() {
+        let once = escaped("a\u{1b}[2J\\\n\u{202e}");
+        assert_eq!(once, r"a\u{1b}[2J\\n\u{202e}");
+        assert_eq!(escaped(&once), once);
+    }
+
+    #[test]
+    fn long_text_is_cut_between_characters_and_says_so() {
+        let text = format!("x{}", "é".repeat(MAX_SHOWN));
+        let shown = escaped(&text);
+        assert!(shown.starts_with("xé") && shown.len() < MAX_SHOWN + 40);
+        assert!(shown.ends_with(&format!("é… ({} bytes more)", text.len() - (MAX_SHOWN - 1))), "{shown}");
+    }
+}
