@@ -483,6 +483,14 @@ pub(crate) struct Migrate {
     /// The longest downtime that is acceptable.
     #[arg(long, default_value = "300ms", value_parser = duration)]
     pub(crate) downtime_limit: Duration,
+    /// The longest time in the pause without a sign of life from the destination: after it the guest runs on here, and the
+    /// migration has failed. Four times the downtime limit, but at least 2s, if not given.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) pause_limit: Option<Duration>,
+    /// The longest pause, although the destination makes progress. Ten times the predicted downtime or the downtime limit, but at
+    /// least 10s, if not given; more where much memory moves in the pause.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) pause_total: Option<Duration>,
     /// Most bandwidth, such as 10Gbit or 100MB/s; 0 for no limit.
     #[arg(long, default_value = "0")]
     pub(crate) bandwidth: Bandwidth,

@@ -17,8 +17,8 @@ pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
     engine::{
-        self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
-        SnapshotOptions, SourceOptions,
+        self, Controller, HugePages, NoPostCopy, OnTimeout, PauseLimits, Receiver, ReceiverHandle, ReceiverOptions,
+        RestoreOptions, SnapshotOptions, SourceOptions,
     },
     fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
@@ -575,6 +575,10 @@ impl Instance {
         let options = SourceOptions {
             streams: request.streams,
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
+            pause_limits: PauseLimits {
+                silence: request.pause_limit_us.map(Duration::from_micros),
+                total: request.pause_total_us.map(Duration::from_micros),
+            },
             timeout: (!timeout.is_zero()).then_some(timeout),
             on_timeout: match request.on_timeout.as_str() {
                 "stop" => OnTimeout::Stop,

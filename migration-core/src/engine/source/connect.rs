@@ -230,6 +230,7 @@ impl Engine<'_> {
             payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
             whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
             counters: self.counters.clone(),
+            piece: FIRST_PIECE,
         };
         Ok((lane, reader))
     }

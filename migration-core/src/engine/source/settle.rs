@@ -42,7 +42,9 @@ impl Engine<'_> {
             self.report.reason = Some(error.to_string());
             // resume first: every moment until then is downtime
             self.give_back();
+            self.watch = None;
             after(&self, Role::Control, self.options.impact);
+            self.hurry_last_word();
             if !matches!(error, MigrationError::Link { .. }) {
                 let last_word = match self.machine.abandon() {
                     Some(abandon) if cancelled => abandon,
