@@ -1,6 +1,6 @@
 //! How a migration fails.
 
-use std::io;
+use std::{io, time::Duration};
 
 use thiserror::Error;
 
@@ -74,6 +74,14 @@ pub enum MigrationError {
     /// The strategy gave up.
     #[error("gave up: {0}")]
     GaveUp(String),
+    /// The guest was paused for the hand-over, and the destination did not get ready in time: the guest runs on at the source.
+    #[error("the guest was paused for {paused:?} for the hand-over, and the destination {why}: the guest runs on here")]
+    PausedTooLong {
+        /// How long the guest had been paused.
+        paused: Duration,
+        /// What the destination did or did not do.
+        why: String,
+    },
     /// The VM cannot move by this strategy.
     #[error("blocked: {0}")]
     Blocked(String),

@@ -135,6 +135,8 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
         strategy: args.strategy.to_string(),
         streams: args.streams,
         downtime_limit_us: us(args.downtime_limit),
+        pause_limit_us: args.pause_limit.map(us),
+        pause_total_us: args.pause_total.map(us),
         bandwidth_bits: args.bandwidth.bits_per_second().unwrap_or(0),
         timeout_us: us(args.timeout),
         on_timeout: match args.on_timeout {

@@ -88,6 +88,8 @@ pub(crate) struct MigrateRequest {
     pub(crate) strategy: String,
     pub(crate) streams: u16,
     pub(crate) downtime_limit_us: u64,
+    pub(crate) pause_limit_us: Option<u64>,
+    pub(crate) pause_total_us: Option<u64>,
     pub(crate) bandwidth_bits: u64,
     pub(crate) timeout_us: u64,
     /// cancel, stop or post-copy.
@@ -110,6 +112,8 @@ impl MigrateRequest {
             strategy: strategy.into(),
             streams,
             downtime_limit_us: 300_000,
+            pause_limit_us: None,
+            pause_total_us: None,
             bandwidth_bits: 0,
             timeout_us: 0,
             on_timeout: "cancel".into(),

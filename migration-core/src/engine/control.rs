@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crate::{
@@ -15,6 +16,9 @@ use crate::{
     codec::DecodeError,
     wire::{Control, Header},
 };
+
+/// Bytes that are written at once.
+const PIECE: usize = 64 << 10;
 
 /// Sends frames, counted and numbered.
 pub(super) struct ControlWriter {
@@ -27,6 +31,11 @@ pub(super) struct ControlWriter {
 impl ControlWriter {
     pub(super) fn new(half: Box<dyn WriteHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
         Self { half, peer, sequence: 0, bytes }
+    }
+
+    /// How long a write may go without a byte taken by the peer.
+    pub(super) fn set_idle_timeout(&mut self, timeout: Duration) -> io::Result<()> {
+        self.half.set_idle_timeout(Some(timeout))
     }
 
     /// The bare half: what was sent so far was no frame.
@@ -45,8 +54,11 @@ impl ControlWriter {
             bytes.append(&mut frame.encode(0, self.sequence, epoch));
             self.sequence = self.sequence.wrapping_add(1);
         }
-        self.half.write_all(&bytes, &[]).map_err(MigrationError::link(&self.peer))?;
-        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        // counted piece by piece: on a slow link all of it takes long
+        for piece in bytes.chunks(PIECE) {
+            self.half.write_all(piece, &[]).map_err(MigrationError::link(&self.peer))?;
+            self.bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
+        }
         Ok(())
     }
 

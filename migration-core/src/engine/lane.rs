@@ -23,6 +23,13 @@ const FRAME_PAYLOAD: usize = 1 << 20;
 /// Most pieces of memory in one frame; a system call takes 1024.
 const MAX_SLICES: usize = 1000;
 
+/// The first piece of a frame that is written at once, and the smallest one, in bytes.
+pub(super) const FIRST_PIECE: usize = 256 << 10;
+const LEAST_PIECE: usize = 16 << 10;
+/// After a piece that took less time than this the next one is larger, and smaller after one that took longer than that.
+const QUICK_PIECE: Duration = Duration::from_millis(10);
+const SLOW_PIECE: Duration = Duration::from_millis(100);
+
 /// What all lanes count together.
 #[derive(Default)]
 pub(super) struct Counters {
@@ -75,6 +82,8 @@ pub(super) struct Lane {
     pub(super) counters: Arc<Counters>,
     /// Time spent writing so far.
     pub(super) writing: Duration,
+    /// Bytes that are written at once.
+    pub(super) piece: usize,
 }
 
 /// The stripes of one lane among `lanes`, of a VM with `pages` pages.
@@ -112,8 +121,19 @@ impl Lane {
         wire_bytes: Arc<AtomicU64>,
     ) -> Self {
         let counters = Arc::new(Counters { wire_bytes, ..Counters::default() });
-        let (index, lanes, sequence, payload_crc, whole_blocks, writing) = (0, 1, 0, false, false, Duration::ZERO);
-        Self { index, lanes, ram, writer, peer, sequence, payload_crc, whole_blocks, counters, writing }
+        Self {
+            index: 0,
+            lanes: 1,
+            ram,
+            writer,
+            peer,
+            sequence: 0,
+            payload_crc: false,
+            whole_blocks: false,
+            counters,
+            piece: FIRST_PIECE,
+            writing: Duration::ZERO,
+        }
     }
 
     /// Works until the sender of work is gone or the link fails.
@@ -291,13 +311,43 @@ impl Lane {
         Ok(())
     }
 
+    /// Writes a frame, in pieces of which each is counted when it is written: on a slow link a whole frame takes so long that the
+    /// destination would seem to take nothing.
     pub(super) fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
         self.sequence = self.sequence.wrapping_add(1);
-        let began = Instant::now();
-        self.writer.write_all(head, slices).map_err(MigrationError::link(&self.peer))?;
-        self.writing += began.elapsed();
-        let bytes = head.len() + slices.iter().map(|s| s.len()).sum::<usize>();
-        self.counters.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(())
+        let (mut head, mut from, mut skip) = (head, 0, 0);
+        loop {
+            let (mut bytes, mut piece) = (head.len(), Vec::new());
+            while bytes < self.piece
+                && let Some(slice) = slices.get(from)
+            {
+                let part = slice.skip(skip).take(self.piece - bytes);
+                bytes += part.len();
+                skip += part.len();
+                if skip == slice.len() {
+                    (from, skip) = (from + 1, 0);
+                }
+                piece.push(part);
+            }
+            let began = Instant::now();
+            self.writer.write_all(head, &piece).map_err(MigrationError::link(&self.peer))?;
+            self.counters.wire_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            let time = began.elapsed();
+            self.writing += time;
+            self.pace(time);
+            head = &[];
+            if from == slices.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The next piece is as large as the time of the last one suggests.
+    fn pace(&mut self, time: Duration) {
+        if time < QUICK_PIECE {
+            self.piece = (self.piece * 2).min(MAX_PAYLOAD);
+        } else if time > SLOW_PIECE {
+            self.piece = (self.piece / 2).max(LEAST_PIECE);
+        }
     }
 }

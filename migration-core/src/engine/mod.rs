@@ -31,7 +31,7 @@ pub use handle::{Commands, Controller, Migration, NoPostCopy};
 pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub(crate) use serve::{add_missing, missing_frames};
 pub use snapshot::{RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot};
-pub use source::migrate;
+pub use source::{PauseLimits, migrate};
 
 use crate::{
     checkpoint::FailSafe,
@@ -75,6 +75,8 @@ pub struct SourceOptions {
     pub streams: u16,
     /// The longest downtime that is acceptable.
     pub downtime_limit: Duration,
+    /// How long the guest may stay paused for a hand-over that does not come about.
+    pub pause_limits: PauseLimits,
     /// How long the migration may take until the hand-over; `None` for ever.
     pub timeout: Option<Duration>,
     /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be kept.
@@ -110,6 +112,7 @@ impl Default for SourceOptions {
         Self {
             streams: 2,
             downtime_limit: Duration::from_millis(300),
+            pause_limits: PauseLimits::default(),
             timeout: None,
             on_timeout: OnTimeout::Cancel,
             demand_lanes: 2,

@@ -499,6 +499,7 @@ impl Hub {
             DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
             DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
+                let loading = session.loads();
                 session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
                 session.seal(generation)?;
                 if let Some(announced) = post_copy {
@@ -525,6 +526,7 @@ impl Hub {
                     return Ok(Flow::End);
                 }
                 loaded?;
+                drop(loading);
                 // ready before it is said: if saying it fails, the source may have heard it all the same
                 let ready = state.machine.loaded()?;
                 drop(state);
@@ -630,7 +632,7 @@ impl Hub {
 
     fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
         let thread = self.options.spawner.spawn(role, GuestImpact::Balanced, name, body);
-        let thread = thread.map_err(|cause| MigrationError::Thread { role: "serving faults", cause })?;
+        let thread = thread.map_err(|cause| MigrationError::Thread { role: "the session", cause })?;
         lock(&self.watchers).push(thread);
         Ok(())
     }

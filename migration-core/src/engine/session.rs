@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -18,6 +18,10 @@ use crate::{
     vm::DestinationVm,
     wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken},
 };
+
+/// How often a destination that loads the VM says that it is alive: a fraction of the time for which a source waits
+/// ([`PauseLimits`](super::PauseLimits)).
+const ALIVE: Duration = Duration::from_millis(250);
 
 /// One attempt of a source, from its hello on.
 pub(super) struct Session {
@@ -36,6 +40,8 @@ pub(super) struct Session {
     pub(super) protection: Option<Arc<Protection>>,
     /// Pages that the source has said will be missing.
     pub(super) listed: Mutex<PageSet>,
+    /// Whether the VM is being loaded, on the thread that else answers the source.
+    loading: AtomicBool,
     told: Mutex<Told>,
     /// With the number of its link.
     control: Mutex<(u32, ControlWriter)>,
@@ -91,6 +97,15 @@ struct DemandLane {
     writer: Option<Box<dyn WriteHalf>>,
 }
 
+/// See [`Session::loads`].
+pub(super) struct Loading<'a>(&'a AtomicBool);
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 impl Session {
     pub(super) fn new(
         (token, epoch): (SessionToken, u32),
@@ -130,6 +145,7 @@ impl Session {
             pager,
             protection,
             listed,
+            loading: AtomicBool::new(false),
             told: Mutex::default(),
             control: Mutex::new((0, control)),
             announced: Mutex::new(0),
@@ -140,6 +156,30 @@ impl Session {
 
     pub(super) fn say(&self, frame: &Control) -> Result<(), MigrationError> {
         lock(&self.control).1.send(self.epoch, frame)
+    }
+
+    /// While the guard lives, the VM is being loaded.
+    pub(super) fn loads(&self) -> Loading<'_> {
+        self.loading.store(true, Ordering::Relaxed);
+        Loading(&self.loading)
+    }
+
+    /// Says *pong* every [`ALIVE`] while the VM is being loaded, which may take long: the source, whose guest is paused, cannot
+    /// tell it from death else. Returns when the session is over, or the VM runs.
+    pub(super) fn keep_alive(&self) {
+        loop {
+            let waiting = |s: &mut LaneState| s.over.is_none() && !s.running;
+            let guard = lock(&self.lane_state);
+            let mut waited = self.changed.wait_timeout_while(guard, ALIVE, waiting).unwrap_or_else(|e| e.into_inner());
+            if !waiting(&mut waited.0) {
+                return;
+            }
+            drop(waited);
+            if self.loading.load(Ordering::Relaxed) {
+                // a source that has gone is noticed by others
+                let _ = self.say(&Control::Pong);
+            }
+        }
     }
 
     /// A new control lane takes the lost one's place; the other lanes are lost with it.

@@ -4,6 +4,7 @@
 mod ahead;
 mod connect;
 mod measure;
+mod pause;
 mod settle;
 
 use std::{
@@ -18,7 +19,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use pause::PauseWatch;
 
+pub use self::pause::PauseLimits;
 use super::{
     HugePages, OnTimeout, SourceOptions,
     checkpoint::{Keeper, Kept},
@@ -27,7 +30,7 @@ use super::{
     estimate::Calibration,
     events::Guarded,
     handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
-    lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
+    lane::{Counters, FIRST_PIECE, Job, Lane, Work, stripe_pages, stripes},
     limits::check_state,
     pages,
     progress::ProgressMeter,
@@ -132,6 +135,8 @@ pub(super) struct Engine<'a> {
     lanes_done: u16,
     paused_at: Option<Instant>,
     paused: bool,
+    /// Watches the pause, from its beginning until the guest runs again or *run* is sent.
+    watch: Option<PauseWatch>,
     throttle: u8,
     calibration: Calibration,
     meter: ProgressMeter,
@@ -235,6 +240,7 @@ impl<'a> Engine<'a> {
             lanes_done: 0,
             paused_at: None,
             paused: false,
+            watch: None,
             throttle: 0,
             calibration: Calibration::default(),
             meter: ProgressMeter::default(),
@@ -285,7 +291,10 @@ impl<'a> Engine<'a> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
         let result = self.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
         match result {
-            Err(error @ MigrationError::Link { .. }) => Err(self.last_words(error)),
+            Err(error @ MigrationError::Link { .. }) => {
+                let error = self.last_words(error);
+                Err(self.silent_in_pause(error))
+            }
             other => other,
         }
     }
@@ -345,18 +354,21 @@ impl<'a> Engine<'a> {
     /// failures of lanes become errors here; pings and progress are seen to.
     pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         let tick = (self.last_progress + PROGRESS_INTERVAL).min(deadline);
+        let tick = self.next_look().map_or(tick, |look| tick.min(look));
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
         if self.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.last_progress = Instant::now();
             self.tell_progress();
             if self.kept.heard.swap(false, Ordering::Relaxed) {
-                self.unanswered = None;
+                self.is_alive();
             }
             let (phase, patience) = (self.machine.phase(), self.patience());
             if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
                 && self.last_ping.elapsed() >= PING_INTERVAL.min(patience / 4)
             {
+                let before = self.counters.wire_bytes.load(Ordering::Relaxed);
                 self.say(&Control::Ping)?;
+                self.discount(self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
                 // only now: it may have waited for its turn on the link
                 self.last_ping = Instant::now();
                 self.pings.push_back(self.last_ping);
@@ -391,7 +403,7 @@ impl<'a> Engine<'a> {
                 Ok(Some(Input::PostCopy))
             }
             Ok(Input::Demanded(page)) => {
-                self.unanswered = None;
+                self.is_alive();
                 Ok(Some(Input::Demanded(page)))
             }
             Ok(Input::ControlLost(error)) => Err(error),
@@ -399,14 +411,19 @@ impl<'a> Engine<'a> {
                 MigrationError::Link { .. } => self.last_words(error),
                 other => other,
             }),
+            Ok(Input::Control(epoch, frame)) => {
+                // what it says counts, also when it says it at the last moment
+                self.is_alive();
+                Ok(Some(Input::Control(epoch, frame)))
+            }
             Ok(other) => Ok(Some(other)),
             // the engine itself holds a sender, so it cannot be disconnected
-            Err(_) => Ok(None),
+            Err(_) => self.within_pause().map(|()| None),
         }
     }
 
     pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
-        self.unanswered = None;
+        self.is_alive();
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
             let unsent = self.never_sent().len();
@@ -418,7 +435,11 @@ impl<'a> Engine<'a> {
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
             SourceEvent::Pong => {
-                if let Some(asked) = self.pings.pop_front() {
+                // one answer may have been late, for a reason that has nothing to do with the link; and while it loads the state
+                // the destination says that it lives without being asked
+                if let Some(asked) = self.pings.pop_front()
+                    && self.machine.phase() != SourcePhase::Offered
+                {
                     self.calibration.round_trip(asked.elapsed());
                 }
                 Ok(SourceEvent::Pong)
@@ -452,6 +473,7 @@ impl<'a> Engine<'a> {
         self.report.rounds.push(round);
         // until the destination says that it has them, they are owed
         self.owed.union_with(pages);
+        self.prolong_pause(pages.len());
         // a paused guest writes nothing: there is nothing to re-arm for
         let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
         for lane in &self.lanes {
@@ -583,6 +605,7 @@ impl Engine<'_> {
         let last = chunks.pop().map(Control::State);
         for chunk in chunks {
             self.say(&Control::State(chunk))?;
+            self.within_pause()?;
         }
         let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
         self.say_all(&last.into_iter().chain([offer]).collect::<Vec<_>>())?;
@@ -594,6 +617,9 @@ impl Engine<'_> {
         while round.is_some() && self.lanes_done < self.report.streams || !ready {
             if let Some(Input::Control(epoch, frame)) = self.next_input(heard + self.options.setup_timeout)? {
                 ready |= self.frame(epoch, frame)? == SourceEvent::Ready;
+            }
+            if !ready {
+                self.within_pause()?;
             }
             // as long as pages move or frames come, somebody is there
             let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
@@ -712,12 +738,15 @@ impl Verbs for Engine<'_> {
         self.report.downtime = None;
         self.paused = true;
         self.tell_post_copy();
-        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
+        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))?;
+        self.begin_watch();
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
+        self.end_watch();
         self.tell_post_copy();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
         Ok(())
@@ -735,6 +764,7 @@ impl Verbs for Engine<'_> {
             return Err(MigrationError::Blocked(why));
         }
         let run = self.machine.run()?;
+        self.end_watch();
         // before the frame goes out: from here on the VM may run there
         self.vm.owner_in_doubt();
         if self.options.fail_safe.is_some() {

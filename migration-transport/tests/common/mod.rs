@@ -9,6 +9,7 @@ use std::{
         mpsc,
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -126,6 +127,11 @@ pub struct TestVm {
     pub doubt: bool,
     /// What it says are the memory files behind its RAM.
     pub files: Vec<File>,
+    /// Called when the guest has been paused.
+    #[allow(dead_code, reason = "not every test looks")]
+    pub on_pause: Option<Box<dyn FnMut() + Send>>,
+    /// Whether its user has paused it, so that it does not run at the destination either.
+    pub paused_by_user: bool,
     /// Pieces of device state sent in this attempt.
     pieces: u64,
 }
@@ -143,7 +149,20 @@ impl TestVm {
         let thread = Some(guest.clone().run());
         guest.set_running(true);
         let (failing_saves, confused, released, doubt, files, pieces) = (0, false, false, false, Vec::new(), 0);
-        Self { guest, tracker, thread, failing_saves, confused, released, doubt, files, pieces }
+        let (on_pause, paused_by_user) = (None, false);
+        Self {
+            guest,
+            tracker,
+            thread,
+            failing_saves,
+            confused,
+            released,
+            doubt,
+            files,
+            on_pause,
+            paused_by_user,
+            pieces,
+        }
     }
 
     pub fn tracks(&self) -> bool {
@@ -201,7 +220,14 @@ impl SourceVm for TestVm {
 
     fn pause(&mut self) -> Result<(), VmError> {
         self.guest.set_running(false);
+        if let Some(paused) = &mut self.on_pause {
+            paused();
+        }
         Ok(())
+    }
+
+    fn starts_running(&self) -> bool {
+        !self.paused_by_user
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
@@ -239,6 +265,8 @@ impl SourceVm for TestVm {
 struct Arriving {
     guest: Arc<Guest>,
     fail: bool,
+    /// How long it takes to load the state.
+    loading: Duration,
     pieces: u64,
 }
 
@@ -257,6 +285,7 @@ impl DestinationVm for Arriving {
         if self.fail {
             return Err(VmError::new("the state is refused, as asked"));
         }
+        thread::sleep(self.loading);
         let gpu = state.find("gpu", 0).ok_or_else(|| VmError::new("no gpu"))?;
         if gpu.data[..] != self.pieces.to_le_bytes() {
             return Err(VmError::new("pieces are missing"));
@@ -278,6 +307,8 @@ impl DestinationVm for Arriving {
 /// Builds VMs, and passes on those that arrive.
 pub struct TestHost {
     pub failing_loads: u32,
+    /// How long its VMs take to load their state.
+    pub loading: Duration,
     pub arrived: mpsc::Sender<Arc<Guest>>,
     last: Option<Arc<Guest>>,
     /// Whose RAM is shared, in this process: the files stand for it.
@@ -287,7 +318,7 @@ pub struct TestHost {
 impl TestHost {
     pub fn new(failing_loads: u32) -> (Self, mpsc::Receiver<Arc<Guest>>) {
         let (tx, arrived) = mpsc::channel();
-        (Self { failing_loads, arrived: tx, last: None, shared: None }, arrived)
+        (Self { failing_loads, loading: Duration::ZERO, arrived: tx, last: None, shared: None }, arrived)
     }
 }
 
@@ -300,7 +331,7 @@ impl DestinationHost for TestHost {
         self.last = Some(guest.clone());
         let fail = self.failing_loads > 0;
         self.failing_loads = self.failing_loads.saturating_sub(1);
-        Ok(Box::new(Arriving { guest, fail, pieces: 0 }))
+        Ok(Box::new(Arriving { guest, fail, loading: self.loading, pieces: 0 }))
     }
 
     fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
@@ -310,7 +341,7 @@ impl DestinationHost for TestHost {
         self.last = Some(guest.clone());
         let fail = self.failing_loads > 0;
         self.failing_loads = self.failing_loads.saturating_sub(1);
-        Ok(Box::new(Arriving { guest, fail, pieces: 0 }))
+        Ok(Box::new(Arriving { guest, fail, loading: self.loading, pieces: 0 }))
     }
 
     fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
@@ -322,6 +353,7 @@ impl DestinationHost for TestHost {
 
 /// Counts threads, so that a test can see that all have ended.
 #[derive(Default)]
+#[allow(dead_code, reason = "not every test counts")]
 pub struct CountingSpawner {
     pub running: Arc<AtomicU32>,
 }
@@ -369,14 +401,29 @@ impl Destination {
 
     /// With a host to which this guest's RAM is handed over.
     pub fn sharing(
-        mut listener: Box<dyn migration_core::channel::Listener>,
+        listener: Box<dyn migration_core::channel::Listener>,
         failing_loads: u32,
         shared: Option<Arc<Guest>>,
     ) -> Self {
         let (mut host, arrived) = TestHost::new(failing_loads);
         host.shared = shared;
-        let options =
-            ReceiverOptions { idle_timeout: std::time::Duration::from_secs(20), ..ReceiverOptions::default() };
+        Self::with(host, arrived, listener)
+    }
+
+    /// With a host whose VMs take so long to load their state.
+    #[allow(dead_code, reason = "not every test waits")]
+    pub fn loading_for(listener: Box<dyn migration_core::channel::Listener>, loading: Duration) -> Self {
+        let (mut host, arrived) = TestHost::new(0);
+        host.loading = loading;
+        Self::with(host, arrived, listener)
+    }
+
+    fn with(
+        host: TestHost,
+        arrived: mpsc::Receiver<Arc<Guest>>,
+        mut listener: Box<dyn migration_core::channel::Listener>,
+    ) -> Self {
+        let options = ReceiverOptions { idle_timeout: Duration::from_secs(20), ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {

@@ -157,9 +157,11 @@ impl Hub {
     }
 
     /// Has the source open its lanes, and tells it when everything stands ready for pages.
-    fn open(&self, session: &Session, attachment: u64, features: u32) -> Result<(), MigrationError> {
+    fn open(&self, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.say(&Control::Welcome(welcome))?;
+        let alive = session.clone();
+        self.watcher(Role::Control, "mig-alive", Box::new(move || alive.keep_alive()))?;
         session.wait_attached(self.options.idle_timeout)?;
         let load = lock(&session.vm).as_mut().and_then(|vm| vm.estimate_load());
         let prepared = self.current(attachment)?.machine.prepared(load)?;

@@ -237,6 +237,7 @@ impl Engine<'_> {
             whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
             counters: self.counters.clone(),
             writing: Duration::ZERO,
+            piece: FIRST_PIECE,
         };
         Ok((lane, reader))
     }

@@ -43,7 +43,9 @@ impl Engine<'_> {
             self.report.reason = Some(error.to_string());
             // resume first: every moment until then is downtime
             self.resume_guest();
+            self.watch = None;
             after(&self, Role::Control, self.options.impact);
+            self.hurry_last_word();
             if !matches!(error, MigrationError::Link { .. }) {
                 let last_word = match self.machine.abandon() {
                     Some(abandon) if cancelled => abandon,

@@ -1,0 +1,62 @@
+//! Peers that are silent, slow, or strangers: nobody's VM stands still for them, and nobody is kept out.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use migration_core::wire::Control;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    common::{Lab, Outcome, Process, Suite, ensure, ensure_says},
+    faults::{middle_of, relay_to},
+};
+
+pub(crate) fn add(suite: &mut Suite) {
+    for (name, strategy) in [("pre_copy", "pre-copy"), ("stop_and_copy", "stop-and-copy"), ("post_copy", "post-copy")] {
+        suite.kvm(format!("peers/stopped_in_the_pause/{name}"), move |lab| stopped_in_the_pause(lab, strategy));
+    }
+}
+
+fn signal(process: &Process, signal: Signal) -> Outcome {
+    let pid = i32::try_from(process.pid())?;
+    kill(Pid::from_raw(pid), signal).map_err(|e| format!("{signal}: {e}").into())
+}
+
+/// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the source; a destination that
+/// wakes later has nothing.
+fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
+    let mut source = lab.workload("source", "random:size=8M", &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let (relay, address) = relay_to(&destination)?;
+    let pid = Pid::from_raw(i32::try_from(destination.pid())?);
+    let stopped = Arc::new(AtomicBool::new(false));
+    let at = stopped.clone();
+    relay.cut_where(move |bytes| {
+        let offer = Control::Offer { generation: 0, state_bytes: 0, running: true };
+        if middle_of(&offer, bytes).is_some() && kill(pid, Signal::SIGSTOP).is_ok() {
+            at.store(true, Ordering::SeqCst);
+        }
+        None
+    });
+    let before = source.resources()?;
+    let answer = source.migrate(&address, &["--strategy", strategy, "--pause-limit", "1s"])?;
+    ensure(stopped.load(Ordering::SeqCst), || "there was no offer".into())?;
+    ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
+    ensure_says(answer.reason(), "the guest was paused for")?;
+    ensure_says(answer.reason(), "was silent for 1s")?;
+    source.works()?;
+    source.is_back_at(&before)?;
+    signal(&destination, Signal::SIGCONT)?;
+    // what it had received meanwhile ends with the source's word that it keeps the VM
+    destination.wait_state("incoming")?;
+    source.works()?;
+    drop(relay);
+    source.retry_well(&destination.address, &["--strategy", strategy])?;
+    destination.works()?;
+    destination.quit()
+}
