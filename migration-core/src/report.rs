@@ -117,6 +117,10 @@ pub struct Report {
     pub downtime: Option<Duration>,
     /// What the strategy expected it to be.
     pub predicted_downtime: Option<Duration>,
+    /// The longest downtime that was acceptable, as it was set last.
+    pub downtime_limit: Duration,
+    /// Whether the user has [forced](crate::engine::Controller::switch_over) the switch-over.
+    pub forced_switch_over: bool,
     /// Rounds, the last one with the guest paused included.
     pub rounds: Vec<RoundReport>,
     /// Bulk lanes.
@@ -174,6 +178,8 @@ pub struct Progress {
     pub elapsed: Duration,
     /// Until the end of this round, and so at the least until the end.
     pub eta: Option<Duration>,
+    /// The longest downtime that is acceptable, as it was set last.
+    pub downtime_limit: Duration,
 }
 
 /// Something happened.

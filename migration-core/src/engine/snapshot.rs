@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    handle::{Commands, Input},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, lock},
     lane::{stripe_pages, stripes},
     pages::{self, Copied, not_put},
     source::{FIXED_DOWNTIME, PIECE_BUDGET, PROGRESS_INTERVAL},
@@ -100,9 +100,13 @@ pub fn snapshot(
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
+    let mut requests = lock(&commands.requests);
+    (requests.post_copy, requests.switch_over) = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot));
+    drop(requests);
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run();
     taking.give_back();
+    lock(&taking.commands.requests).end();
     if result.is_err() {
         taking.store.discard();
     }
@@ -315,6 +319,11 @@ impl<'a> Taking<'a> {
         Ok(Round { generation, asked, sent: asked, wire_bytes, time })
     }
 
+    /// The longest acceptable pause, as it was set last.
+    fn downtime_limit(&self) -> Duration {
+        lock(&self.commands.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
+    }
+
     fn link(&self) -> Link {
         Link {
             // the pause copies in memory
@@ -322,7 +331,7 @@ impl<'a> Taking<'a> {
             bytes_per_page: PAGE_SIZE as f64,
             fixed_downtime: FIXED_DOWNTIME,
             state_bytes: self.report.state_bytes,
-            downtime_limit: self.options.downtime_limit,
+            downtime_limit: self.downtime_limit(),
             elapsed: self.start.elapsed(),
             timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
             stop_on_timeout: true,
@@ -395,6 +404,7 @@ impl<'a> Taking<'a> {
             throttle_percent: self.throttle,
             elapsed: self.start.elapsed(),
             eta: Duration::try_from_secs_f64(left).ok(),
+            downtime_limit: self.downtime_limit(),
         }));
     }
 }

@@ -23,7 +23,7 @@ use super::{
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
     dirty_log,
-    handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, Requests, lock},
     lane::{Counters, Job, Lane, Work, stripe_pages, stripes},
     pages,
     serve::{DemandLane, Left},
@@ -86,6 +86,10 @@ pub fn migrate(
     commands: Commands,
 ) -> Report {
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
+    engine.can_switch_over = strategy.can_switch_over();
+    if !engine.can_switch_over {
+        lock(&engine.requests).switch_over = Err(NoSwitchOver::Strategy);
+    }
     let result = engine.attempt(strategy);
     engine.settle(result)
 }
@@ -156,7 +160,10 @@ pub(super) struct Engine<'a> {
     saved: PageSet,
     /// What became of the VM after its destination died.
     aftermath: Option<(Outcome, String)>,
-    can_post_copy: CanPostCopy,
+    /// What controllers share with this engine.
+    requests: Arc<Mutex<Requests>>,
+    /// Whether the strategy has rounds that can be cut short.
+    can_switch_over: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -180,6 +187,8 @@ impl<'a> Engine<'a> {
             setup: Duration::ZERO,
             downtime: None,
             predicted_downtime: None,
+            downtime_limit: options.downtime_limit,
+            forced_switch_over: false,
             rounds: Vec::new(),
             streams: options.streams.clamp(1, MAX_STREAMS),
             wire_bytes: 0,
@@ -244,7 +253,8 @@ impl<'a> Engine<'a> {
             handed_over: Bytes::new(),
             saved: PageSet::empty(pages),
             aftermath: None,
-            can_post_copy: commands.can_post_copy,
+            requests: commands.requests,
+            can_switch_over: false,
         }
     }
 
@@ -444,6 +454,7 @@ impl<'a> Engine<'a> {
             throttle_percent: self.throttle,
             elapsed: self.start.elapsed(),
             eta,
+            downtime_limit: self.downtime_limit(),
         }));
     }
 
@@ -518,6 +529,11 @@ impl<'a> Engine<'a> {
                 *heat = heat.saturating_add(by);
             }
         }
+    }
+
+    /// The longest acceptable downtime, as it was set last.
+    pub(super) fn downtime_limit(&self) -> Duration {
+        lock(&self.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -671,7 +687,8 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            if self.timed_out() || self.post_copy_wanted && self.report.demand_lanes > 0 {
+            let now = self.post_copy_wanted && self.report.demand_lanes > 0 || self.switch_over_wanted();
+            if now || self.timed_out() {
                 stop.store(true, Ordering::Relaxed);
             }
         }
@@ -717,7 +734,7 @@ impl Verbs for Engine<'_> {
             bytes_per_page: if pages == 0 { PAGE_SIZE as f64 } else { bytes as f64 / pages as f64 },
             fixed_downtime: FIXED_DOWNTIME + 2 * self.round_trip,
             state_bytes: self.report.state_bytes,
-            downtime_limit: self.options.downtime_limit,
+            downtime_limit: self.downtime_limit(),
             elapsed: self.start.elapsed(),
             timed_out: self.timed_out(),
             stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,
@@ -728,6 +745,10 @@ impl Verbs for Engine<'_> {
         }
     }
 
+    fn switch_over_wanted(&self) -> bool {
+        lock(&self.requests).switch_over_wanted
+    }
+
     fn expect_downtime(&mut self, prediction: Duration) {
         self.report.predicted_downtime = Some(prediction);
     }
@@ -735,15 +756,16 @@ impl Verbs for Engine<'_> {
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.paused_at = Some(Instant::now());
         self.report.downtime = None;
+        self.report.forced_switch_over = self.switch_over_wanted();
         self.paused = true;
-        self.tell_post_copy();
+        self.tell_controllers();
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
 
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
-        self.tell_post_copy();
+        self.tell_controllers();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
         Ok(())
     }

@@ -22,6 +22,7 @@ mod serving;
 mod sessions;
 mod streams;
 mod switch;
+mod tune;
 
 use std::time::Duration;
 

@@ -55,7 +55,7 @@ impl Engine<'_> {
             self.finish_report();
             self.close();
         }
-        *lock(&self.can_post_copy) = Err(NoPostCopy::Ended);
+        lock(&self.requests).end();
         self.tell_phase();
         self.report
     }
@@ -82,6 +82,7 @@ impl Engine<'_> {
     fn finish_report(&mut self) {
         let report = &mut self.report;
         report.total = self.start.elapsed();
+        report.downtime_limit = lock(&self.requests).downtime_limit.unwrap_or(report.downtime_limit);
         report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
         report.checkpoints = self.kept.counts();
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
