@@ -201,6 +201,10 @@ pub struct Report {
     pub predicted_downtime: Option<Duration>,
     /// Why the downtime limit was not kept, or was given up, with the figures; `None` if it was aimed at to the end.
     pub stalled: Option<String>,
+    /// The longest downtime that was acceptable, as it was set last.
+    pub downtime_limit: Duration,
+    /// Whether the user has [forced](crate::engine::Controller::switch_over) the switch-over.
+    pub forced_switch_over: bool,
     /// Rounds, the last one with the guest paused included.
     pub rounds: Rounds,
     /// Bulk lanes.
@@ -265,6 +269,8 @@ pub struct Progress {
     pub round_eta: Option<Duration>,
     /// The share of the whole that is done, from 0 to 1. What later rounds will have to send is estimated; it never falls.
     pub share_done: f64,
+    /// The longest downtime that is acceptable, as it was set last.
+    pub downtime_limit: Duration,
 }
 
 /// Something happened.

@@ -1,5 +1,7 @@
 //! A bandwidth limit over all lanes of a migration.
 
+mod bucket;
+
 use std::{
     io,
     os::fd::BorrowedFd,
@@ -16,26 +18,19 @@ use migration_core::{
     wire::LaneKind,
 };
 
+pub(crate) use bucket::Class;
+use bucket::{Bucket, Turn};
+
 use crate::{Bandwidth, gather::Gather};
 
-/// The largest and the smallest piece that a write is split into, in bytes; in between it is what the limit lets pass
-/// in [`PIECE_TIME`].
-const PIECES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 20;
-/// How much time a piece takes on the wire, about: short enough for a smooth rate and to hear a closer, long enough for
-/// the timer's inexactness not to matter.
-const PIECE_TIME: Duration = Duration::from_millis(4);
-/// What may be sent at once after a pause: so much time's worth, but at least [`MIN_BURST`].
-const BURST_TIME: Duration = Duration::from_millis(10);
-/// Bytes.
-const MIN_BURST: u64 = 64 << 10;
-
-/// How much of the limit goes to what is urgent, if there is so much of it: enough that it hardly waits, and not all, as
-/// one may wait for the rest too (a fault, for a page that is being pushed).
-const URGENT_SHARE: f64 = 0.75;
+/// Bytes that a lane may send without waiting before its first bulk data: its preamble and, where the channel is encrypted,
+/// its handshake, certificates included. They are sent by the thread that sets up the migration and hears a cancel.
+const SETUP_ALLOWANCE: usize = 16 << 10;
 
 /// A bandwidth limit that any number of writers share: a token bucket of 10 ms worth, or 64 KiB if that is more.
 ///
-/// It counts what is handed to channels, without the headers of lower layers. Clones are the same limit.
+/// It counts what is handed to channels, without the headers of lower layers. Clones are the same limit: keep one to
+/// [change](Limiter::set_bandwidth) the limit while channels are in use.
 #[derive(Clone, Debug)]
 pub struct Limiter {
     shared: Arc<Shared>,
@@ -47,23 +42,11 @@ struct Shared {
     changed: Condvar,
 }
 
-#[derive(Debug)]
-struct Bucket {
-    bandwidth: Bandwidth,
-    /// When everything that was let pass will have been sent at exactly the limit. The bucket is full when that is a
-    /// burst's time ago.
-    next: Instant,
-    /// Likewise for what is urgent, at its share of the limit.
-    urgent: Instant,
-    /// Counts changes of the limit. Who waits under an older one asks again.
-    generation: u64,
-}
-
 impl Limiter {
     /// A limit of `bandwidth`.
     pub fn new(bandwidth: Bandwidth) -> Self {
-        let bucket = Bucket { bandwidth, next: Instant::now(), urgent: Instant::now(), generation: 0 };
-        Self { shared: Arc::new(Shared { bucket: Mutex::new(bucket), changed: Condvar::new() }) }
+        let bucket = Mutex::new(Bucket::new(bandwidth, Instant::now()));
+        Self { shared: Arc::new(Shared { bucket, changed: Condvar::new() }) }
     }
 
     /// The limit at the moment.
@@ -73,17 +56,14 @@ impl Limiter {
 
     /// Changes the limit, for writes that wait already as well.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
-        let mut bucket = self.lock();
-        let now = Instant::now();
-        *bucket = Bucket { bandwidth, next: now, urgent: now, generation: bucket.generation + 1 };
-        drop(bucket);
+        self.lock().change(bandwidth, Instant::now());
         self.shared.changed.notify_all();
     }
 
     /// Puts the sending direction of `channel` under this limit: for channels that a listener accepted, or where only
     /// some of a connector's channels are to be limited.
     pub fn wrap(&self, channel: Box<dyn Channel>) -> Box<dyn Channel> {
-        Box::new(LimitedChannel { inner: channel, limiter: self.clone(), urgent: false })
+        Box::new(LimitedChannel { inner: channel, limiter: self.clone(), class: Class::Bulk, allowance: 0 })
     }
 
     fn lock(&self) -> MutexGuard<'_, Bucket> {
@@ -91,47 +71,25 @@ impl Limiter {
         self.shared.bucket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many bytes to send in one piece.
+    /// Returns the largest number of bytes to send in one piece.
     fn piece(&self) -> usize {
-        match self.bandwidth().bytes_per_second() {
-            None => usize::MAX,
-            Some(rate) => {
-                let bytes = (rate * PIECE_TIME.as_secs_f64()) as u64;
-                bytes.clamp(*PIECES.start(), *PIECES.end()) as usize
-            }
-        }
+        self.lock().piece()
     }
 
-    /// Waits until `bytes` may pass. `false` when `closed` was set meanwhile. Bytes that are urgent may use [`URGENT_SHARE`]
-    /// of the limit, at the expense of the others, to whom the rest is left.
-    pub(crate) fn pass(&self, urgent: bool, bytes: u64, closed: &AtomicBool) -> bool {
+    /// Waits until `bytes` of this class may pass. `false` when `closed` was set meanwhile.
+    pub(crate) fn pass(&self, class: Class, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
-            if bucket.bandwidth == Bandwidth::UNLIMITED {
-                return !closed.load(Ordering::Acquire);
-            }
-            let burst = BURST_TIME.max(bucket.bandwidth.time_for(MIN_BURST));
-            let now = Instant::now();
-            let time = bucket.bandwidth.time_for(bytes);
-            let full = |next: Instant| now.checked_sub(burst).map_or(next, |full| next.max(full));
-            // Writers queue up by reserving their time; a rate so low that the time overflows waits for a new limit.
-            let all = full(bucket.next).checked_add(time);
-            let start = if urgent {
-                let start = full(bucket.urgent);
-                let Some(next) = start.checked_add(time.div_f64(URGENT_SHARE)) else { return false };
-                bucket.urgent = next;
-                start
-            } else {
-                full(bucket.next)
-            };
-            let Some(all) = all else { return false };
-            bucket.next = all;
+            let turn = bucket.reserve(Instant::now(), class, bytes);
             let generation = bucket.generation;
             loop {
                 if closed.load(Ordering::Acquire) {
                     return false;
                 }
-                let left = start.saturating_duration_since(Instant::now());
+                let left = match turn {
+                    Turn::At(turn) => turn.saturating_duration_since(Instant::now()),
+                    Turn::Never => Duration::MAX,
+                };
                 if left.is_zero() {
                     return true;
                 }
@@ -153,14 +111,14 @@ impl Limiter {
 /// A [`Connector`] whose channels share a bandwidth limit for what they send.
 ///
 /// ```
-/// use migration_core::channel::Connector;
+/// use migration_core::{channel::Connector, wire::LaneKind};
 /// use migration_transport::{Bandwidth, Limited, memory};
 ///
 /// let (connector, _listener) = memory::link(memory::DEFAULT_CAPACITY);
 /// let limited = Limited::new(Box::new(connector), "1Gbit/s".parse()?);
 /// let limiter = limited.limiter(); // to change it while it runs
-/// let lane = limited.connect()?; // under the limit
-/// let control = limited.inner().connect()?; // exempt
+/// let lane = limited.connect_as(LaneKind::Bulk)?; // under the limit
+/// let control = limited.connect_as(LaneKind::Control)?; // never waits, but counts
 /// limiter.set_bandwidth(Bandwidth::UNLIMITED);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -185,7 +143,7 @@ impl<C: Connector + ?Sized> Limited<C> {
         self.limiter.clone()
     }
 
-    /// The connector without the limit: a control channel opened by it never waits behind bulk data's allowance.
+    /// Returns the connector without the limit: what its channels send neither waits nor counts.
     pub fn inner(&self) -> &C {
         &self.inner
     }
@@ -196,10 +154,17 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
 
-    /// What other lanes than bulk ones send goes first, up to three quarters of the limit.
+    /// Control lanes, and the acknowledgements of checkpoints, never wait; their bytes count, so that others wait for
+    /// them. Pages that a guest waits for go first, up to three quarters of the limit. What sets a lane up never waits
+    /// either.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let class = match kind {
+            LaneKind::Control | LaneKind::Reattach | LaneKind::Checkpoint => Class::Exempt,
+            LaneKind::Demand => Class::Urgent,
+            LaneKind::Bulk => Class::Bulk,
+        };
         let (inner, limiter) = (self.inner.connect_as(kind)?, self.limiter.clone());
-        Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
+        Ok(Box::new(LimitedChannel { inner, limiter, class, allowance: SETUP_ALLOWANCE }))
     }
 
     fn carries_files(&self) -> bool {
@@ -214,7 +179,8 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
 struct LimitedChannel {
     inner: Box<dyn Channel>,
     limiter: Limiter,
-    urgent: bool,
+    class: Class,
+    allowance: usize,
 }
 
 impl Channel for LimitedChannel {
@@ -225,7 +191,8 @@ impl Channel for LimitedChannel {
             inner: writer,
             limiter: self.limiter.clone(),
             closed: Arc::clone(&closed),
-            urgent: self.urgent,
+            class: self.class,
+            allowance: self.allowance,
         };
         let closer = LimitedCloser { inner: closer, limiter: self.limiter, closed };
         Ok(Halves { reader, writer: Box::new(writer), closer: Box::new(closer) })
@@ -240,26 +207,43 @@ struct LimitedWriter {
     inner: Box<dyn WriteHalf>,
     limiter: Limiter,
     closed: Arc<AtomicBool>,
-    urgent: bool,
+    class: Class,
+    /// Bytes that the lane may still send without waiting. Its first bulk data ends that.
+    allowance: usize,
 }
 
 impl LimitedWriter {
-    fn pass(&self, bytes: usize) -> io::Result<()> {
-        let passed = self.limiter.pass(self.urgent, bytes as u64, &self.closed);
+    /// Returns how soon a write may pass: small ones that come before any guest memory set the lane up.
+    fn class_of(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Class {
+        match self.allowance.checked_sub(head.len()) {
+            Some(left) if slices.is_empty() && left > 0 => {
+                self.allowance = left;
+                Class::Exempt
+            }
+            _ => {
+                self.allowance = 0;
+                self.class
+            }
+        }
+    }
+
+    fn pass(&self, class: Class, bytes: usize) -> io::Result<()> {
+        let passed = self.limiter.pass(class, bytes as u64, &self.closed);
         passed.then_some(()).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "the channel was closed"))
     }
 }
 
 impl WriteHalf for LimitedWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
+        let class = self.class_of(head, slices);
         let mut gather = Gather::new(head, slices);
-        if gather.remaining() <= self.limiter.piece() {
-            self.pass(gather.remaining())?;
+        if class == Class::Exempt || gather.remaining() <= self.limiter.piece() {
+            self.pass(class, gather.remaining())?;
             return self.inner.write_all(head, slices);
         }
         while gather.remaining() > 0 {
             let piece = self.limiter.piece().min(gather.remaining()); // anew each time: the limit may change
-            self.pass(piece)?;
+            self.pass(class, piece)?;
             let (head, slices) = gather.take(piece);
             self.inner.write_all(head, &slices)?;
         }
@@ -317,7 +301,7 @@ mod tests {
                     scope.spawn(move || {
                         let mut sent = 0;
                         for _ in 0..100 {
-                            assert!(limiter.pass(false, 60_000, &AtomicBool::new(false)));
+                            assert!(limiter.pass(Class::Bulk, 60_000, &AtomicBool::new(false)));
                             sent += 60_000;
                         }
                         sent
@@ -328,7 +312,7 @@ mod tests {
         });
         // Never faster than the limit, but for the burst (10 ms = 500,000 bytes) and the last piece. How much slower is
         // up to the machine: the reservations themselves add up to exactly the limit.
-        let least = limiter.bandwidth().time_for(sent - 60_000 - MIN_BURST.max(500_000));
+        let least = limiter.bandwidth().time_for(sent - 60_000 - bucket::MIN_BURST.max(500_000));
         assert!(start.elapsed() >= least, "{:?} < {least:?}", start.elapsed());
     }
 
@@ -360,7 +344,7 @@ mod tests {
         let (connector, mut listener) = memory::link(8 << 20);
         let limited = Limited::new(Box::new(connector), "1Mbit".parse().unwrap());
         let open = |kind| limited.connect_as(kind).unwrap().split().unwrap();
-        let (mut block, mut word) = (open(LaneKind::Demand), open(LaneKind::Control));
+        let (mut block, mut word) = (open(LaneKind::Demand), open(LaneKind::Demand));
         let mut peer = listener.accept(Duration::MAX).unwrap().unwrap().split().unwrap();
         let sent = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -376,6 +360,38 @@ mod tests {
         });
     }
 
+    /// Every kind of lane at 1 bit/s, while a bulk lane waits for the limit: what sets it up passes, and control lanes go
+    /// on to pass. Without that, this test would take longer than anybody waits.
+    #[test]
+    fn control_and_the_setup_of_every_lane_never_wait() {
+        let (connector, mut listener) = memory::link(8 << 20);
+        let limited = Limited::new(Box::new(connector), Bandwidth::from_bits_per_second(1));
+        let mut peers = Vec::new();
+        let mut open = |kind| {
+            let near = limited.connect_as(kind).unwrap().split().unwrap();
+            peers.push(listener.accept(Duration::MAX).unwrap().unwrap().split().unwrap());
+            near
+        };
+        let Halves { mut writer, closer, .. } = open(LaneKind::Bulk);
+        thread::scope(|scope| {
+            scope.spawn(move || assert!(writer.write_all(&pattern(2 << 20), &[]).is_err()));
+            for kind in [LaneKind::Bulk, LaneKind::Demand, LaneKind::Checkpoint, LaneKind::Control, LaneKind::Reattach]
+            {
+                // a handshake and a preamble
+                let mut lane = open(kind);
+                for _ in 0..10 {
+                    lane.writer.write_all(&[0; 1500], &[]).unwrap();
+                }
+                if !matches!(kind, LaneKind::Bulk | LaneKind::Demand) {
+                    // state of the pause, and many frames after it
+                    lane.writer.write_all(&pattern(1 << 20), &[]).unwrap();
+                    (0..1000).for_each(|_| lane.writer.write_all(&[0; 32], &[]).unwrap());
+                }
+            }
+            closer.close();
+        });
+    }
+
     #[test]
     fn closing_ends_a_wait() {
         let (near, _far) = memory::pair(1 << 20);
@@ -384,6 +400,18 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(move || assert!(writer.write_all(&[0; 200_000], &[]).is_err()));
             closer.close();
+        });
+    }
+
+    #[test]
+    fn closing_ends_a_wait_that_no_clock_can_measure() {
+        let limiter = Limiter::new(Bandwidth::from_bits_per_second(1));
+        let closed = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| limiter.pass(Class::Bulk, u64::MAX, &closed));
+            closed.store(true, Ordering::Release);
+            limiter.wake();
+            assert!(!waiter.join().unwrap());
         });
     }
 

@@ -15,7 +15,7 @@ use std::{
 
 use socket2::SockRef;
 
-use crate::{Address, Bandwidth, Limiter};
+use crate::{Address, Bandwidth, Limiter, limit::Class};
 
 /// The most bytes that are read at once.
 const CHUNK: usize = 64 << 10;
@@ -245,7 +245,7 @@ impl Shared {
     fn write(&self, mut to: TcpStream, receiver: &Receiver<(Instant, Vec<u8>)>, limit: &Limiter) {
         while let Ok((due, chunk)) = receiver.recv() {
             thread::sleep(due.saturating_duration_since(Instant::now()));
-            if !limit.pass(false, chunk.len() as u64, &self.ended) {
+            if !limit.pass(Class::Bulk, chunk.len() as u64, &self.ended) {
                 return;
             }
             let mut state = self.lock();

@@ -35,6 +35,8 @@ pub(super) enum Input {
     Cancel(String),
     /// The user wants the hand-over now, and the rest to follow.
     PostCopy,
+    /// The user wants the switch-over now: see [`Requests::switch_over_wanted`].
+    SwitchOver,
     /// After a loss of the link the destination is to be found there.
     Recover(Arc<dyn Connector>),
 }
@@ -58,24 +60,87 @@ pub enum NoPostCopy {
     /// There is nothing to switch any more.
     #[error("the migration has ended")]
     Ended,
+    /// What is under way moves no VM.
+    #[error("a snapshot is being taken, no migration is under way")]
+    Snapshot,
 }
 
-/// Whether a migration can be switched to post-copy: the engine says, controllers ask.
-pub(super) type CanPostCopy = Arc<Mutex<Result<(), NoPostCopy>>>;
+/// Why a switch-over cannot be forced.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
+pub enum NoSwitchOver {
+    /// The destination has not built the VM yet: the observer is told of
+    /// [`Copying`](crate::protocol::SourcePhase::Copying) when it has.
+    #[error("the destination is not ready yet")]
+    NotYet,
+    /// The strategy has no rounds that could be cut short.
+    #[error("this strategy has no rounds to cut short: it switches over by itself as soon as it can")]
+    Strategy,
+    /// The guest is paused for the hand-over, or was handed over.
+    #[error("too late, the hand-over has begun")]
+    TooLate,
+    /// There is nothing to switch over any more.
+    #[error("the migration has ended")]
+    Ended,
+    /// What is under way moves no VM.
+    #[error("a snapshot is being taken: it pauses the guest by itself, for as long as its downtime limit allows")]
+    Snapshot,
+}
+
+/// Why limits cannot be changed.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
+pub enum NoTuning {
+    /// The guest is paused for the hand-over, or was handed over: nothing is decided by the limit any more.
+    #[error("too late, the hand-over has begun")]
+    TooLate,
+    /// There is nothing to tune any more.
+    #[error("the migration has ended")]
+    Ended,
+}
+
+/// What controllers and the engine share: what can be asked for at the moment, which the engine says, and what was.
+pub(super) struct Requests {
+    pub(super) post_copy: Result<(), NoPostCopy>,
+    pub(super) switch_over: Result<(), NoSwitchOver>,
+    pub(super) tuning: Result<(), NoTuning>,
+    /// The limit that takes the place of the one in the options.
+    pub(super) downtime_limit: Option<Duration>,
+    /// Whether the switch-over is to come now, whatever is left to send.
+    pub(super) switch_over_wanted: bool,
+}
+
+impl Requests {
+    /// Nothing can be asked for any more.
+    pub(super) fn end(&mut self) {
+        (self.post_copy, self.switch_over) = (Err(NoPostCopy::Ended), Err(NoSwitchOver::Ended));
+        self.tuning = Err(NoTuning::Ended);
+    }
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self {
+            post_copy: Err(NoPostCopy::NotYet),
+            switch_over: Err(NoSwitchOver::NotYet),
+            tuning: Ok(()),
+            downtime_limit: None,
+            switch_over_wanted: false,
+        }
+    }
+}
 
 /// Sends commands to a migration; may be cloned and used from any thread.
 #[derive(Clone)]
 pub struct Controller {
     inputs: mpsc::Sender<Input>,
-    can_post_copy: CanPostCopy,
+    requests: Arc<Mutex<Requests>>,
 }
 
 impl Controller {
     /// A controller, and the other end, which goes to [`migrate`](super::migrate).
     pub fn new() -> (Self, Commands) {
         let (tx, rx) = mpsc::channel();
-        let can_post_copy = Arc::new(Mutex::new(Err(NoPostCopy::NotYet)));
-        (Self { inputs: tx.clone(), can_post_copy: can_post_copy.clone() }, Commands { tx, rx, can_post_copy })
+        let requests = Arc::<Mutex<Requests>>::default();
+        (Self { inputs: tx.clone(), requests: requests.clone() }, Commands { tx, rx, requests })
     }
 
     /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait: the report tells.
@@ -97,8 +162,36 @@ impl Controller {
     /// # Errors
     /// When it cannot happen; the migration goes on as if nobody had asked.
     pub fn post_copy(&self) -> Result<(), NoPostCopy> {
-        (*lock(&self.can_post_copy))?;
+        lock(&self.requests).post_copy?;
         self.inputs.send(Input::PostCopy).map_err(|_| NoPostCopy::Ended)
+    }
+
+    /// Forces the switch-over now, as if the rounds had converged: the round under way ends early, the guest is paused, and
+    /// all that is left is sent in the pause, however long that takes. A strategy that hands over with pages missing
+    /// ([`Hybrid`](crate::strategy::Hybrid)) hands over now, and they follow. Does not wait for that. What the pause is
+    /// predicted to take is in the report beside what it took.
+    ///
+    /// # Errors
+    /// When it cannot happen; the migration goes on as if nobody had asked. After [`NoSwitchOver::NotYet`], ask again once
+    /// the observer is told of the next phase.
+    pub fn switch_over(&self) -> Result<(), NoSwitchOver> {
+        let mut requests = lock(&self.requests);
+        requests.switch_over?;
+        requests.switch_over_wanted = true;
+        drop(requests);
+        self.inputs.send(Input::SwitchOver).map_err(|_| NoSwitchOver::Ended)
+    }
+
+    /// Changes the longest acceptable downtime. It holds from the next decision on: that after the round under way, or, for
+    /// a snapshot, after the pass under way. May be called before the destination has answered.
+    ///
+    /// # Errors
+    /// When nothing is decided by it any more.
+    pub fn set_downtime_limit(&self, limit: Duration) -> Result<(), NoTuning> {
+        let mut requests = lock(&self.requests);
+        requests.tuning?;
+        requests.downtime_limit = Some(limit);
+        Ok(())
     }
 }
 
@@ -112,7 +205,7 @@ impl fmt::Debug for Controller {
 pub struct Commands {
     pub(super) tx: mpsc::Sender<Input>,
     pub(super) rx: mpsc::Receiver<Input>,
-    pub(super) can_post_copy: CanPostCopy,
+    pub(super) requests: Arc<Mutex<Requests>>,
 }
 
 /// What is left after a migration: the VM (still ours unless the report says completed) and the report.

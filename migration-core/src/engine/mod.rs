@@ -27,7 +27,7 @@ mod tracking;
 
 use std::{sync::Arc, time::Duration};
 
-pub use handle::{Commands, Controller, Migration, NoPostCopy};
+pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
 pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub(crate) use serve::{add_missing, missing_frames};
 pub use snapshot::{RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot};
@@ -73,7 +73,7 @@ pub enum HugePages {
 pub struct SourceOptions {
     /// Bulk lanes, 1 to [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
     pub streams: u16,
-    /// The longest downtime that is acceptable.
+    /// The longest downtime that is acceptable, until a [`Controller`] sets another one.
     pub downtime_limit: Duration,
     /// How long the guest may stay paused for a hand-over that does not come about.
     pub pause_limits: PauseLimits,

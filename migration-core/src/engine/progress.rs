@@ -113,6 +113,7 @@ impl ProgressMeter {
             eta: time_for(forecast.pages).map(|time| time.saturating_add(pause)),
             round_eta: if serving { None } else { time_for(left as f64) },
             share_done: self.share,
+            downtime_limit: now.link.downtime_limit,
         }
     }
 

@@ -12,7 +12,7 @@ use std::{
 use super::{
     estimate::Calibration,
     events::Guarded,
-    handle::{Commands, Input},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, lock},
     lane::{stripe_pages, stripes},
     limits::{check_description, check_estimate, check_state},
     pages::{self, Copied, not_put},
@@ -105,9 +105,13 @@ pub fn snapshot(
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
     let options = &SnapshotOptions { observer: Guarded::new(&options.observer), ..options.clone() };
+    let mut requests = lock(&commands.requests);
+    (requests.post_copy, requests.switch_over) = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot));
+    drop(requests);
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run();
     taking.give_back();
+    lock(&taking.commands.requests).end();
     if result.is_err() {
         taking.store.discard();
     }
@@ -346,9 +350,14 @@ impl<'a> Taking<'a> {
         check_estimate(self.calibration.state().unwrap_or(&unknown), besides)
     }
 
+    /// The longest acceptable pause, as it was set last.
+    fn downtime_limit(&self) -> Duration {
+        lock(&self.commands.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
+    }
+
     fn link(&self) -> Link {
         let known = self.calibration.describe(Link {
-            downtime_limit: self.options.downtime_limit,
+            downtime_limit: self.downtime_limit(),
             elapsed: self.start.elapsed(),
             timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
             stop_on_timeout: true,

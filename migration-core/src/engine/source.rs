@@ -29,7 +29,7 @@ use super::{
     dirty_log,
     estimate::Calibration,
     events::Guarded,
-    handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, Requests, lock},
     lane::{Counters, FIRST_PIECE, Job, Lane, Work, stripe_pages, stripes},
     limits::check_state,
     pages,
@@ -91,6 +91,10 @@ pub fn migrate(
 ) -> Report {
     let options = &SourceOptions { observer: Guarded::new(&options.observer), ..options.clone() };
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
+    engine.can_switch_over = strategy.can_switch_over();
+    if !engine.can_switch_over {
+        lock(&engine.requests).switch_over = Err(NoSwitchOver::Strategy);
+    }
     let result = engine.attempt(strategy);
     engine.settle(result)
 }
@@ -168,7 +172,10 @@ pub(super) struct Engine<'a> {
     saved: PageSet,
     /// What became of the VM after its destination died.
     aftermath: Option<(Outcome, String)>,
-    can_post_copy: CanPostCopy,
+    /// What controllers share with this engine.
+    requests: Arc<Mutex<Requests>>,
+    /// Whether the strategy has rounds that can be cut short.
+    can_switch_over: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -193,6 +200,8 @@ impl<'a> Engine<'a> {
             downtime: None,
             predicted_downtime: None,
             stalled: None,
+            downtime_limit: options.downtime_limit,
+            forced_switch_over: false,
             rounds: Rounds::default(),
             streams: options.streams.clamp(1, MAX_STREAMS),
             wire_bytes: 0,
@@ -260,7 +269,8 @@ impl<'a> Engine<'a> {
             handed_over: Bytes::new(),
             saved: PageSet::empty(pages),
             aftermath: None,
-            can_post_copy: commands.can_post_copy,
+            requests: commands.requests,
+            can_switch_over: false,
         }
     }
 
@@ -527,6 +537,11 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// The longest acceptable downtime, as it was set last.
+    pub(super) fn downtime_limit(&self) -> Duration {
+        lock(&self.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.options.timeout.map(|t| self.start + t)
     }
@@ -680,7 +695,8 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            if self.timed_out() || self.post_copy_wanted && self.report.demand_lanes > 0 {
+            let now = self.post_copy_wanted && self.report.demand_lanes > 0 || self.switch_over_wanted();
+            if now || self.timed_out() {
                 stop.store(true, Ordering::Relaxed);
             }
         }
@@ -724,6 +740,10 @@ impl Verbs for Engine<'_> {
         self.known()
     }
 
+    fn switch_over_wanted(&self) -> bool {
+        lock(&self.requests).switch_over_wanted
+    }
+
     fn expect_downtime(&mut self, prediction: Duration) {
         self.report.predicted_downtime = Some(prediction);
     }
@@ -736,8 +756,9 @@ impl Verbs for Engine<'_> {
         self.check_state_limits()?;
         self.paused_at = Some(Instant::now());
         self.report.downtime = None;
+        self.report.forced_switch_over = self.switch_over_wanted();
         self.paused = true;
-        self.tell_post_copy();
+        self.tell_controllers();
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))?;
         self.begin_watch();
         Ok(())
@@ -747,7 +768,7 @@ impl Verbs for Engine<'_> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
         self.end_watch();
-        self.tell_post_copy();
+        self.tell_controllers();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
         Ok(())
     }

@@ -41,6 +41,12 @@ pub trait Strategy: Send {
         false
     }
 
+    /// Whether the user can force its switch-over: it then ends its rounds as soon as
+    /// [`Running::switch_over_wanted`] says so. Where this is `false` the user is refused.
+    fn can_switch_over(&self) -> bool {
+        false
+    }
+
     /// Moves the VM. Comes back with [`Done`] when the destination runs it.
     ///
     /// # Errors
@@ -162,6 +168,10 @@ pub trait Verbs {
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
     /// What is known of the link.
     fn link(&self) -> Link;
+    /// Whether the user has asked to switch over now, whatever is left to send.
+    fn switch_over_wanted(&self) -> bool {
+        false
+    }
     /// Notes the downtime that the strategy expects, to be reported beside the real one.
     fn expect_downtime(&mut self, prediction: Duration);
     /// Notes why the downtime limit is not kept, or why the strategy stopped trying to, to be reported. Does nothing by
@@ -226,6 +236,12 @@ impl<'a> Running<'a> {
     /// What is known of the link.
     pub fn link(&self) -> Link {
         self.verbs.link()
+    }
+
+    /// Returns whether the user has asked to switch over now, whatever is left to send. Rounds end early then, so a
+    /// strategy that [can](Strategy::can_switch_over) looks at this after each.
+    pub fn switch_over_wanted(&self) -> bool {
+        self.verbs.switch_over_wanted()
     }
 
     /// Notes the downtime that is expected if the guest is paused now.

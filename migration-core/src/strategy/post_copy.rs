@@ -40,6 +40,10 @@ impl Strategy for Hybrid {
         "hybrid"
     }
 
+    fn can_switch_over(&self) -> bool {
+        true
+    }
+
     fn needs_post_copy(&self) -> bool {
         true
     }
@@ -47,7 +51,7 @@ impl Strategy for Hybrid {
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
         let mut pages = vm.start_tracking()?;
         for _ in 0..self.rounds {
-            if vm.link().post_copy_wanted {
+            if vm.link().post_copy_wanted || vm.switch_over_wanted() {
                 break;
             }
             vm.send(&pages)?;

@@ -1,5 +1,7 @@
 //! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is left.
 
+use std::time::Duration;
+
 use super::{Convergence, Done, Linear, ModelConvergence, Next, PushOrder, Running, Strategy, Wanted};
 use crate::MigrationError;
 
@@ -23,6 +25,10 @@ impl<C: Convergence> Strategy for PreCopy<C> {
         "pre-copy"
     }
 
+    fn can_switch_over(&self) -> bool {
+        true
+    }
+
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
         if let Next::GiveUp(why) = self.convergence.begin(&vm.link()) {
             vm.stalled(&why);
@@ -32,6 +38,14 @@ impl<C: Convergence> Strategy for PreCopy<C> {
         loop {
             let round = vm.send(&pages)?;
             pages = vm.harvest()?;
+            if vm.switch_over_wanted() {
+                // nothing is predicted before the bandwidth is known
+                let downtime = vm.link().predict(pages.len());
+                if downtime < Duration::MAX / 2 {
+                    vm.expect_downtime(downtime);
+                }
+                break;
+            }
             let next = self.convergence.judge(&round, &pages, &vm.link());
             if let Some(why) = self.convergence.stalled() {
                 vm.stalled(why);

@@ -24,6 +24,7 @@ mod serving;
 mod sessions;
 mod streams;
 mod switch;
+mod tune;
 
 use std::time::Duration;
 

@@ -97,15 +97,22 @@ impl Engine<'_> {
         }
     }
 
-    /// Notes what controllers are answered that ask for post-copy from now on.
-    pub(super) fn tell_post_copy(&self) {
-        *lock(&self.can_post_copy) = match self.report.demand_lanes {
+    /// Notes what controllers are answered that ask for something from now on.
+    pub(super) fn tell_controllers(&self) {
+        let mut requests = lock(&self.requests);
+        requests.post_copy = match self.report.demand_lanes {
             0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
             0 => Err(NoPostCopy::NotAgreed),
             // the strategy has decided how it hands over
             _ if self.paused => Err(NoPostCopy::TooLate),
             _ => Ok(()),
         };
+        requests.switch_over = match self.paused {
+            _ if !self.can_switch_over => Err(NoSwitchOver::Strategy),
+            true => Err(NoSwitchOver::TooLate),
+            false => Ok(()),
+        };
+        requests.tuning = if self.paused { Err(NoTuning::TooLate) } else { Ok(()) };
     }
 
     pub(super) fn connector(&self) -> &dyn Connector {
@@ -173,7 +180,7 @@ impl Engine<'_> {
         if welcome.features & FEATURE_POST_COPY != 0 {
             self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
         }
-        self.tell_post_copy();
+        self.tell_controllers();
         self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
         Ok(())
     }

@@ -53,7 +53,7 @@ impl Engine<'_> {
         let can_post_copy = self.report.demand_lanes > 0;
         let post_copy_on_timeout = self.options.on_timeout == OnTimeout::PostCopy;
         self.calibration.describe(Link {
-            downtime_limit: self.options.downtime_limit,
+            downtime_limit: self.downtime_limit(),
             elapsed: self.start.elapsed(),
             timed_out: self.timed_out(),
             stop_on_timeout: self.options.on_timeout == OnTimeout::Stop,

@@ -69,10 +69,10 @@ pub(super) struct PauseWatch {
 
 impl PauseWatch {
     fn new(options: &SourceOptions, predicted: Option<Duration>, now: Instant, bytes: u64) -> Self {
-        let limits = &options.pause_limits;
+        let (limits, downtime_limit) = (&options.pause_limits, options.downtime_limit);
         Self {
-            silence: limits.silence(options.downtime_limit),
-            total: limits.total(options.downtime_limit, predicted),
+            silence: limits.silence(downtime_limit),
+            total: limits.total(downtime_limit, predicted),
             by_pages: limits.total.is_none() && predicted.is_none(),
             began: now,
             looked: now,
@@ -111,7 +111,7 @@ impl Engine<'_> {
             return;
         }
         let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
-        let watch = PauseWatch::new(self.options, self.report.predicted_downtime, Instant::now(), bytes);
+        let watch = PauseWatch::new(&options, self.report.predicted_downtime, Instant::now(), bytes);
         let silence = watch.silence;
         self.watch = Some(watch);
         self.limit_writes(silence);

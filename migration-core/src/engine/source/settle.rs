@@ -60,7 +60,7 @@ impl Engine<'_> {
             // only now: a lane in the middle of a round would re-arm pages that the VMM is to find dirty
             self.give_tracker_back();
         }
-        *lock(&self.can_post_copy) = Err(NoPostCopy::Ended);
+        lock(&self.requests).end();
         self.tell_phase();
         self.report
     }
@@ -94,6 +94,7 @@ impl Engine<'_> {
     fn finish_report(&mut self) {
         let report = &mut self.report;
         report.total = self.start.elapsed();
+        report.downtime_limit = lock(&self.requests).downtime_limit.unwrap_or(report.downtime_limit);
         report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
         report.checkpoints = self.kept.counts();
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);

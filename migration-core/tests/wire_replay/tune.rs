@@ -1,0 +1,187 @@
+//! What a user can change while a migration runs: its downtime limit, and when it switches over.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use migration_core::{
+    MigrationError, PageSet,
+    engine::{Commands, Controller, NoSwitchOver, NoTuning, SourceOptions, migrate},
+    report::{Outcome, Report},
+    strategy::{
+        Convergence, Done, HandOver, Hybrid, Linear, Link as Known, Next, PostCopy, PreCopy, Round, Running,
+        StopAndCopy, Strategy, Wanted,
+    },
+};
+
+use crate::{
+    HANG,
+    destination::Destination,
+    guest::{Host, RecordedVm, checksums},
+    live::Link,
+    post_copy::{guest, paged_description, paging},
+};
+
+const TUNED: Duration = Duration::from_secs(7);
+
+fn run(strategy: &mut dyn Strategy, vm: &mut RecordedVm, controller: (Controller, Commands)) -> Report {
+    let paging = Some(paging()).filter(|_| strategy.needs_post_copy());
+    let destination = Destination::of(HANG, |to| Host { description: paged_description(), to, paging });
+    let options = SourceOptions { demand_lanes: 1, ..SourceOptions::default() };
+    let report = migrate(vm, &Link::new(&destination, None), strategy, &options, controller.1);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let (arrived, said) = destination.finish();
+    assert_eq!(arrived.pages(), checksums(&vm.ram), "{said}");
+    report
+}
+
+/// Never content; after its third round it acts as a user would at that moment.
+struct Endless<F> {
+    rounds: u32,
+    act: F,
+    limits: Arc<Mutex<Vec<Duration>>>,
+}
+
+impl<F: FnMut() -> Option<Next> + Send> Convergence for Endless<F> {
+    fn judge(&mut self, _round: &Round, _dirty: &PageSet, link: &Known) -> Next {
+        self.rounds += 1;
+        self.limits.lock().unwrap().push(link.downtime_limit);
+        assert!(self.rounds < 1000, "nothing ends it");
+        let next = if self.rounds >= 3 { (self.act)() } else { None };
+        next.unwrap_or(Next::Round)
+    }
+}
+
+fn endless<F: FnMut() -> Option<Next> + Send>(act: F) -> PreCopy<Endless<F>> {
+    let convergence = Endless { rounds: 0, act, limits: Arc::default() };
+    PreCopy { convergence, order: Box::new(Linear::default()) }
+}
+
+#[test]
+fn a_forced_switch_over_ends_rounds_that_would_never_end() {
+    let (controller, commands) = Controller::new();
+    let user = controller.clone();
+    let mut strategy = endless(move || {
+        assert_eq!(user.switch_over(), Ok(()));
+        None
+    });
+    let report = run(&mut strategy, &mut guest(), (controller.clone(), commands));
+    assert!(report.forced_switch_over);
+    assert_eq!(strategy.convergence.rounds, 3, "the next round is the last one");
+    assert_eq!(controller.switch_over(), Err(NoSwitchOver::Ended));
+}
+
+#[test]
+fn a_forced_switch_over_of_a_hybrid_hands_over_and_serves() {
+    let (controller, commands) = Controller::new();
+    /// Asks as soon as it can be asked for.
+    struct Forced(Hybrid, Controller);
+    impl Strategy for Forced {
+        fn name(&self) -> &'static str {
+            "forced"
+        }
+
+        fn needs_post_copy(&self) -> bool {
+            true
+        }
+
+        fn can_switch_over(&self) -> bool {
+            self.0.can_switch_over()
+        }
+
+        fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError> {
+            assert_eq!(self.1.switch_over(), Ok(()));
+            self.0.migrate(vm)
+        }
+    }
+    let hybrid = Hybrid { rounds: u32::MAX, order: Box::new(Linear::default()) };
+    let report = run(&mut Forced(hybrid, controller.clone()), &mut guest(), (controller, commands));
+    assert!(report.forced_switch_over && report.pages.pushed + report.pages.demanded > 0, "{report:?}");
+}
+
+#[test]
+fn a_new_downtime_limit_holds_from_the_next_decision_on() {
+    let (controller, commands) = Controller::new();
+    let limits = Arc::<Mutex<Vec<Duration>>>::default();
+    let user = controller.clone();
+    let seen = limits.clone();
+    let act = move || {
+        assert_eq!(user.set_downtime_limit(TUNED), Ok(()));
+        let tuned = seen.lock().unwrap().last() == Some(&TUNED);
+        tuned.then_some(Next::SwitchOver(Wanted { downtime: Duration::ZERO }))
+    };
+    let convergence = Endless { rounds: 0, act, limits: limits.clone() };
+    let mut strategy = PreCopy { convergence, order: Box::new(Linear::default()) };
+    let report = run(&mut strategy, &mut guest(), (controller.clone(), commands));
+    let default = SourceOptions::default().downtime_limit;
+    assert_eq!(*limits.lock().unwrap(), [default, default, default, TUNED]);
+    assert_eq!((report.downtime_limit, report.forced_switch_over), (TUNED, false));
+    assert_eq!(controller.set_downtime_limit(TUNED), Err(NoTuning::Ended));
+}
+
+/// Asks at every step of a migration, after a pause that was in vain.
+struct Asks {
+    controller: Controller,
+    can: bool,
+    answers: Vec<(Result<(), NoSwitchOver>, Result<(), NoTuning>)>,
+}
+
+impl Asks {
+    fn ask(&mut self) {
+        let answer = (self.controller.switch_over(), self.controller.set_downtime_limit(TUNED));
+        self.answers.push(answer);
+    }
+}
+
+impl Strategy for Asks {
+    fn name(&self) -> &'static str {
+        "asks"
+    }
+
+    fn can_switch_over(&self) -> bool {
+        self.can
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        self.ask();
+        let pages = vm.start_tracking()?;
+        let vm = vm.pause()?;
+        self.ask();
+        let vm = vm.resume()?;
+        self.ask();
+        let mut vm = vm.pause()?;
+        vm.send_rest(pages)?;
+        let nothing = vm.no_pages();
+        let vm = vm.hand_over(nothing)?;
+        self.ask();
+        vm.finish()
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_the_reason() {
+    use NoSwitchOver::{Ended, NotYet, Strategy as NoRounds, TooLate};
+    let late = Err(NoTuning::TooLate);
+    for can in [true, false] {
+        let (controller, commands) = Controller::new();
+        let mut asks = Asks { controller: controller.clone(), can, answers: Vec::new() };
+        asks.ask();
+        run(&mut asks, &mut guest(), (controller, commands));
+        asks.ask();
+        let running = if can { Ok(()) } else { Err(NoRounds) };
+        let paused = Err(if can { TooLate } else { NoRounds });
+        let expected = [
+            (Err(NotYet), Ok(())),
+            (running, Ok(())),
+            (paused, late),
+            (running, Ok(())),
+            (paused, late),
+            (Err(Ended), Err(NoTuning::Ended)),
+        ];
+        assert_eq!(asks.answers, expected);
+    }
+    let at_once: [&dyn Strategy; 3] = [&StopAndCopy, &HandOver, &PostCopy { order: Box::new(Linear::default()) }];
+    assert!(at_once.iter().all(|strategy| !strategy.can_switch_over()));
+    assert!(<PreCopy>::default().can_switch_over());
+}

@@ -1,0 +1,209 @@
+//! The arithmetic of a bandwidth limit: when bytes may pass, given when others have passed. Pure: the caller has the clock.
+
+use std::time::{Duration, Instant};
+
+use crate::Bandwidth;
+
+/// The largest and the smallest usual piece that a write is split into, in bytes; in between it is what the limit lets
+/// pass in [`PIECE_TIME`].
+const PIECES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 20;
+/// How much time a piece takes on the wire, about: short enough for a smooth rate and to hear a closer, long enough for
+/// the timer's inexactness not to matter.
+const PIECE_TIME: Duration = Duration::from_millis(4);
+/// The longest time that a piece may take at a very low limit, even if it then has less than the least of [`PIECES`]: a
+/// receiver counts a lane as lost on which nothing arrives for seconds.
+const LONGEST_PIECE_TIME: Duration = Duration::from_millis(250);
+/// No piece has less than so many bytes, so that headers of lower layers do not outweigh it.
+const LEAST_PIECE: u64 = 256;
+/// What may be sent at once after a pause: so much time's worth, but at least [`MIN_BURST`].
+const BURST_TIME: Duration = Duration::from_millis(10);
+/// Bytes.
+pub(super) const MIN_BURST: u64 = 64 << 10;
+
+/// How much of the limit goes to what is urgent, if there is so much of it: enough that it hardly waits, and not all, as
+/// one may wait for the rest too (a fault, for a page that is being pushed).
+const URGENT_SHARE: f64 = 0.75;
+
+/// How soon bytes pass a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Never wait, but count: what others send waits for them. For control frames.
+    Exempt,
+    /// Go first, up to three quarters of the limit. For pages that a guest waits for.
+    Urgent,
+    /// Have what is left.
+    Bulk,
+}
+
+/// A token bucket whose tokens are time: writers queue up by reserving the time that their bytes take.
+#[derive(Clone, Debug)]
+pub(super) struct Bucket {
+    pub(super) bandwidth: Bandwidth,
+    /// When everything that was let pass will have been sent at exactly the limit. The bucket is full when that is a
+    /// burst's time ago.
+    next: Instant,
+    /// The same for urgent bytes, at their share of the limit.
+    urgent: Instant,
+    /// Counts changes of the limit. A writer that waits under an older one asks again.
+    pub(super) generation: u64,
+}
+
+/// When a writer may send what it has reserved the time for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Not before this moment, which may have passed already.
+    At(Instant),
+    /// Not before the limit changes: at this rate it takes longer than a clock can show.
+    Never,
+}
+
+impl Bucket {
+    /// An empty bucket at the moment `now`.
+    pub(super) fn new(bandwidth: Bandwidth, now: Instant) -> Self {
+        Self { bandwidth, next: now, urgent: now, generation: 0 }
+    }
+
+    /// Changes the limit. What was reserved under the old one is void.
+    pub(super) fn change(&mut self, bandwidth: Bandwidth, now: Instant) {
+        *self = Self { generation: self.generation + 1, ..Self::new(bandwidth, now) };
+    }
+
+    /// Returns the largest number of bytes to send in one piece.
+    pub(super) fn piece(&self) -> usize {
+        let Some(rate) = self.bandwidth.bytes_per_second() else { return usize::MAX };
+        let within = |time: Duration| (rate * time.as_secs_f64()) as u64;
+        let usual = within(PIECE_TIME).clamp(*PIECES.start(), *PIECES.end());
+        usual.min(within(LONGEST_PIECE_TIME).max(LEAST_PIECE)) as usize
+    }
+
+    /// Reserves the time that `bytes` take, and returns when it begins.
+    pub(super) fn reserve(&mut self, now: Instant, class: Class, bytes: u64) -> Turn {
+        if self.bandwidth == Bandwidth::UNLIMITED {
+            return Turn::At(now);
+        }
+        let burst = BURST_TIME.max(self.bandwidth.time_for(MIN_BURST));
+        let time = self.bandwidth.time_for(bytes);
+        let since_full = |next: Instant| now.checked_sub(burst).map_or(next, |full| next.max(full));
+        let (next, urgent) = (since_full(self.next), since_full(self.urgent));
+        let (turn, urgent_time) = match class {
+            // urgent bytes give way to them as all others do: together they stay within the limit
+            Class::Exempt => (now, time),
+            Class::Urgent => (urgent, time.div_f64(URGENT_SHARE)),
+            Class::Bulk => (next, Duration::ZERO),
+        };
+        let (Some(next), Some(urgent)) = (next.checked_add(time), urgent.checked_add(urgent_time)) else {
+            // what never waits passes all the same
+            return if class == Class::Exempt { Turn::At(now) } else { Turn::Never };
+        };
+        (self.next, self.urgent) = (next, urgent);
+        Turn::At(turn)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Bytes that were let pass by when.
+    struct Passed {
+        bytes: u64,
+        exempt: u64,
+        until: Instant,
+    }
+
+    /// Two bulk lanes that always have something to send, for `time`; and control frames of `control` bytes, one each
+    /// `every`. The clock is moved by hand from one turn to the next.
+    fn flood(bucket: &mut Bucket, start: Instant, time: Duration, (control, every): (u64, Duration)) -> Passed {
+        let piece = bucket.piece() as u64;
+        let end = start + time;
+        let mut passed = Passed { bytes: 0, exempt: 0, until: start };
+        let mut next_control = start;
+        let mut waiting: Vec<Instant> = Vec::new();
+        let mut now = start;
+        while now < end {
+            while waiting.len() < 2 {
+                match bucket.reserve(now, Class::Bulk, piece) {
+                    Turn::At(turn) => waiting.push(turn.max(now)),
+                    Turn::Never => panic!("no turn"),
+                }
+            }
+            now = waiting.iter().copied().min().unwrap_or(end).min(next_control);
+            if now == next_control {
+                assert_eq!(bucket.reserve(now, Class::Exempt, control), Turn::At(now));
+                (passed.exempt, next_control) = (passed.exempt + control, next_control + every);
+            }
+            let due = waiting.len();
+            waiting.retain(|&turn| turn > now);
+            passed.bytes += (due - waiting.len()) as u64 * piece;
+            passed.until = now;
+        }
+        passed
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn the_limit_holds_with_control_frames_that_never_wait(
+            kbit in 1u64..10_000_000,
+            control in 32u64..4096,
+            share in 0.01f64..0.9,
+        ) {
+            let bandwidth = Bandwidth::from_bits_per_second(kbit * 1000);
+            let start = Instant::now();
+            let mut bucket = Bucket::new(bandwidth, start);
+            let piece = bucket.piece() as u64;
+            // long enough for a few thousand pieces and frames, and for the burst to be a small part
+            let time = bandwidth.time_for((piece * 2000).max(control * 2000).max(100 * MIN_BURST));
+            let every = bandwidth.time_for(control).div_f64(share).max(Duration::from_nanos(1));
+            let passed = flood(&mut bucket, start, time, (control, every));
+            let limit = bandwidth.bytes_per_second().unwrap_or(0.0) * (passed.until - start).as_secs_f64();
+            let sent = (passed.bytes + passed.exempt) as f64;
+            prop_assert!(sent <= limit * 1.02 + (3 * piece + control) as f64, "{sent} of {limit}");
+            prop_assert!(sent >= limit * 0.97 - (3 * piece + control) as f64, "{sent} of {limit}");
+        }
+
+        #[test]
+        fn control_frames_pass_at_once_whatever_waits(bits in 1u64..1_000_000, waiting in 1u64..1 << 40, frames in 1u64..100) {
+            let start = Instant::now();
+            let mut bucket = Bucket::new(Bandwidth::from_bits_per_second(bits), start);
+            bucket.reserve(start, Class::Bulk, waiting);
+            bucket.reserve(start, Class::Urgent, waiting);
+            for _ in 0..frames {
+                prop_assert_eq!(bucket.reserve(start, Class::Exempt, 32), Turn::At(start));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_urgent_takes_three_quarters_and_control_is_part_of_the_whole() {
+        let start = Instant::now();
+        let bandwidth = Bandwidth::from_bytes_per_second(1_000_000);
+        let mut bucket = Bucket::new(bandwidth, start);
+        bucket.reserve(start, Class::Exempt, 400_000);
+        bucket.reserve(start, Class::Urgent, 450_000);
+        // 0.4 s for the control frames, and 0.45 s at three quarters of the limit
+        let Turn::At(turn) = bucket.reserve(start, Class::Urgent, 1) else { panic!("no turn") };
+        assert_eq!(turn - start, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn pieces_are_short_at_every_rate() {
+        let piece = |bits| Bucket::new(Bandwidth::from_bits_per_second(bits), Instant::now()).piece();
+        assert_eq!([1, 1_000, 8_000, 64_000].map(piece), [256, 256, 256, 2_000]);
+        assert_eq!([1_000_000, 100_000_000, 100_000_000_000].map(piece), [4_096, 50_000, 1 << 20]);
+        assert_eq!(piece(0), usize::MAX);
+    }
+
+    #[test]
+    fn a_new_limit_voids_what_was_reserved() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(Bandwidth::from_bits_per_second(1), start);
+        bucket.reserve(start, Class::Bulk, 1 << 30);
+        bucket.change(Bandwidth::from_bits_per_second(1_000_000), start);
+        assert_eq!((bucket.reserve(start, Class::Bulk, 1), bucket.generation), (Turn::At(start), 1));
+        assert_eq!(Bucket::new(Bandwidth::UNLIMITED, start).reserve(start, Class::Bulk, u64::MAX), Turn::At(start));
+    }
+}
