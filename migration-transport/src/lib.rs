@@ -70,6 +70,7 @@
 #![deny(unsafe_code)]
 
 mod accept;
+mod atomic_file;
 mod bandwidth;
 mod broker;
 mod cut;
@@ -104,6 +105,7 @@ pub use cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
 pub use {
+    atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
     broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
     dir_leases::DirLeases,
