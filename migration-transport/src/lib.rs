@@ -85,6 +85,7 @@ mod iovec;
 mod limit;
 pub mod memory;
 mod options;
+mod private_socket;
 #[cfg(any(test, feature = "test-utils"))]
 mod relay;
 mod stream;
@@ -114,6 +115,7 @@ pub use {
     file_store::FileStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
+    private_socket::listen_private,
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},
