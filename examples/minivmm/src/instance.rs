@@ -33,7 +33,7 @@ use migration_kvm::{
     spawner::KvmSpawner,
 };
 use migration_transport::{
-    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
+    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
 };
 use serde_json::{Value, json};
 
@@ -507,10 +507,13 @@ impl Instance {
         Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 
+    /// Writes a part of guest memory to a file of mode 0600, which is there when it is complete.
     fn memory(&self, gpa: u64, len: u64, out: &Path) -> Result<Value, String> {
         let machine = self.lock().machine.clone().ok_or("memory: no VM is here")?;
-        let file = std::fs::File::create(out).map_err(|e| format!("{}: {e}", out.display()))?;
-        machine.dump(gpa, len, file).map_err(|e| format!("memory: {e}"))?;
+        machine.check_ram(gpa, len).map_err(|e| format!("memory: {e}"))?;
+        let file = AtomicFile::create(out).map_err(|e| format!("memory: {e}"))?;
+        machine.dump(gpa, len, file.file()).map_err(|e| format!("memory: {}: {e}", out.display()))?;
+        file.commit().map_err(|e| format!("memory: {e}"))?;
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
 
