@@ -217,16 +217,18 @@ impl Instance {
         Ok(())
     }
 
-    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at.
+    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at, and, where that is a name, what it
+    /// stands for.
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,
         security: Option<Security>,
         host: HostOptions,
         checkpoints: Option<PathBuf>,
-    ) -> Result<String, String> {
+    ) -> Result<Listening, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
-        let address = listener.address();
+        let (address, mut bound) = (listener.address(), listener.bound());
+        bound.retain(|bound| *bound != address);
         if let Some(security) = security {
             listener = Box::new(SecureListener::new(listener, security));
         }
@@ -248,7 +250,7 @@ impl Instance {
             state.epoch = state.receiver.take().map_or(state.epoch, |r| r.epoch());
         };
         thread::Builder::new().name("receive".into()).spawn(body).map_err(|e| e.to_string())?;
-        Ok(address)
+        Ok(Listening { address, bound })
     }
 
     fn receiver_options(self: &Arc<Self>, checkpoints: Option<PathBuf>) -> ReceiverOptions {
@@ -704,6 +706,14 @@ impl Instance {
         drop(state);
         self.changed.notify_all();
     }
+}
+
+/// Where a destination listens.
+pub(crate) struct Listening {
+    /// As a source names it.
+    pub(crate) address: String,
+    /// What a host's name in it stands for.
+    pub(crate) bound: Vec<String>,
 }
 
 fn not_kept(why: &str) {

@@ -143,7 +143,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
     if let Some(snapshot) = &args.restart_from {
         instance.has_snapshot(snapshot.clone());
     }
-    let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
+    let listening = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
         instance.succeeds_process(predecessor)?;
@@ -152,7 +152,11 @@ fn receive(args: &Receive) -> Result<u8, String> {
     if args.successor_of.is_some() {
         return Ok(instance.wait_exit());
     }
-    println!("listening {address}");
+    println!("listening {}", listening.address);
+    // what a name stands for
+    for bound in &listening.bound {
+        println!("bound {bound}");
+    }
     // whoever reads the address may wait for it
     let _ = std::io::stdout().flush();
     Ok(instance.wait_exit())
