@@ -1,10 +1,14 @@
 //! Keys in files: a secret is 64 hexadecimal digits in a file that only its owner can read.
+//!
+//! A file with a secret is a regular file, no symbolic link, of the user who reads it or of root, and nobody else can read or change
+//! it. Symbolic links in the path of its folder are followed. A public key or a certificate may be a symbolic link and anyone's, but
+//! not writable for everyone: it decides who is trusted.
 
 use std::{
     fmt,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -39,6 +43,20 @@ pub enum KeyError {
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
+    },
+    /// It belongs to somebody else, who can read and change it.
+    #[error("{}: this key belongs to another user (uid {owner}): make a new one, or `chown` it if that user never had it", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
+    /// It is no regular file. A secret must not be a symbolic link either.
+    #[error("{}: not a regular file (the last part of a secret's path must not be a symbolic link)", path.display())]
+    NotRegular {
+        /// What was to be read.
+        path: PathBuf,
     },
     /// It holds no key.
     #[error("{}: a key is 64 hexadecimal digits and nothing else", path.display())]
@@ -83,7 +101,7 @@ impl Psk {
     /// Reads a key file.
     ///
     /// # Errors
-    /// When it is missing, no key, or exposed to others.
+    /// When it is missing, no key, exposed to others, another user's, or a symbolic link.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self(Secret::new(*load(path, true)?)))
     }
@@ -110,7 +128,7 @@ impl StaticKey {
     /// Reads a key file; any that [`generate`] made will do.
     ///
     /// # Errors
-    /// When it is missing, no key, or exposed to others.
+    /// When it is missing, no key, exposed to others, another user's, or a symbolic link.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self::new(*load(path, true)?))
     }
@@ -131,7 +149,7 @@ impl PublicKey {
     /// Reads a public key's file. Anyone may read it.
     ///
     /// # Errors
-    /// When it is missing or no key.
+    /// When it is missing or no key, or everyone can change it.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self(*load(path, false)?))
     }
@@ -147,7 +165,7 @@ impl fmt::Display for PublicKey {
 /// latter beside it, in a file of the same name with `.pub` behind it. Use it as one of the two only.
 ///
 /// # Errors
-/// When one of the files exists or cannot be written.
+/// When one of the files exists or cannot be written. Neither is left behind then.
 pub fn generate(path: &Path) -> Result<PublicKey, KeyError> {
     let secret = Secret::random().map_err(|e| KeyError::Random(e.to_string()))?;
     let mut digits = Zeroizing::new(String::with_capacity(FILE_LEN));
@@ -159,7 +177,9 @@ pub fn generate(path: &Path) -> Result<PublicKey, KeyError> {
     digits.push('\n');
     let public = StaticKey::new(*secret.bytes()).public();
     write_new(path, 0o600, digits.as_bytes())?;
-    write_new(&public_path(path), 0o644, format!("{public}\n").as_bytes())?;
+    // half of a pair is of no use, and would be in the way of the next attempt
+    let written = write_new(&public_path(path), 0o644, format!("{public}\n").as_bytes());
+    written.inspect_err(|_| drop(fs::remove_file(path)))?;
     Ok(public)
 }
 
@@ -170,27 +190,67 @@ pub fn public_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// Writes a new file with exactly this mode; one that cannot be completed is removed.
 fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), KeyError> {
     let failed = |cause| KeyError::File { path: path.to_owned(), cause };
+    // fails if anything is there, also a symbolic link
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)
+    let mut write = || {
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    // who could not write it may be unable to remove it, too
+    write().map_err(failed).inspect_err(|_| drop(fs::remove_file(path)))
 }
 
 /// Opens a file with a secret, if nobody else can read or change it.
 pub(crate) fn open_private(path: &Path) -> Result<File, KeyError> {
-    let failed = |cause| KeyError::File { path: path.to_owned(), cause };
-    let file = File::open(path).map_err(failed)?;
-    // of what was opened, which the path may not lead to any more
-    let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
-    if mode & 0o077 != 0 {
+    let (file, found) = open_regular(path, libc::O_NOFOLLOW)?;
+    if ![0, effective_user()].contains(&found.uid()) {
+        return Err(KeyError::Foreign { path: path.to_owned(), owner: found.uid() });
+    }
+    exposed_by(path, &found, 0o077)?;
+    Ok(file)
+}
+
+/// Opens a file with a public key or certificates, if not everyone can change it.
+pub(crate) fn open_public(path: &Path) -> Result<File, KeyError> {
+    let (file, found) = open_regular(path, 0)?;
+    exposed_by(path, &found, 0o002)?;
+    Ok(file)
+}
+
+/// Opens a regular file, without waiting for the writer of a FIFO; what is returned is about the file that was opened, which the path
+/// may not lead to any more.
+fn open_regular(path: &Path, flags: i32) -> Result<(File, fs::Metadata), KeyError> {
+    let failed = |cause: io::Error| match cause.raw_os_error() {
+        Some(libc::ELOOP | libc::ENXIO) => KeyError::NotRegular { path: path.to_owned() },
+        _ => KeyError::File { path: path.to_owned(), cause },
+    };
+    let file = OpenOptions::new().read(true).custom_flags(flags | libc::O_NONBLOCK).open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?;
+    if !found.is_file() {
+        return Err(KeyError::NotRegular { path: path.to_owned() });
+    }
+    Ok((file, found))
+}
+
+fn exposed_by(path: &Path, found: &fs::Metadata, bits: u32) -> Result<(), KeyError> {
+    let mode = found.mode() & 0o7777;
+    if mode & bits != 0 {
         return Err(KeyError::Exposed { path: path.to_owned(), mode });
     }
-    Ok(file)
+    Ok(())
+}
+
+fn effective_user() -> u32 {
+    rustix::process::geteuid().as_raw()
 }
 
 fn load(path: &Path, private: bool) -> Result<Zeroizing<[u8; SECRET_LEN]>, KeyError> {
     let failed = |cause| KeyError::File { path: path.to_owned(), cause };
-    let file = if private { open_private(path)? } else { File::open(path).map_err(failed)? };
+    let file = if private { open_private(path)? } else { open_public(path)? };
     // more than a key is no key: no need to read it all
     let mut text = Zeroizing::new(Vec::with_capacity(FILE_LEN + 1));
     file.take(FILE_LEN as u64 + 1).read_to_end(&mut text).map_err(failed)?;
@@ -209,7 +269,7 @@ fn load(path: &Path, private: bool) -> Result<Zeroizing<[u8; SECRET_LEN]>, KeyEr
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt};
+    use std::os::unix::fs::{chown, symlink};
 
     use super::*;
 
@@ -234,10 +294,10 @@ mod tests {
         let path = folder.path().join("key");
         generate(&path).unwrap();
         for mode in [0o640, 0o604, 0o620, 0o602, 0o666] {
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
             assert!(matches!(Psk::load(&path), Err(KeyError::Exposed { .. })), "{mode:o}");
         }
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         let good = fs::read_to_string(&path).unwrap();
         for bad in
             [String::new(), good[1..].into(), format!("0{good}"), good.replacen(|_| true, "g", 1), good.repeat(2)]
@@ -246,5 +306,54 @@ mod tests {
             assert!(matches!(Psk::load(&path), Err(KeyError::Malformed { .. })), "{bad}");
         }
         assert!(matches!(Psk::load(folder.path().join("none").as_path()), Err(KeyError::File { .. })));
+    }
+
+    #[test]
+    fn keys_of_others_links_and_what_is_no_file_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link, fifo) = (folder.path().join("key"), folder.path().join("link"), folder.path().join("fifo"));
+        generate(&path).unwrap();
+        symlink(&path, &link).unwrap();
+        assert!(matches!(Psk::load(&link), Err(KeyError::NotRegular { .. })));
+        assert!(matches!(StaticKey::load(folder.path()), Err(KeyError::NotRegular { .. })));
+        // what only waits for a writer would be waited for for ever
+        let mkfifo = std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&fifo).status().unwrap();
+        assert!(mkfifo.success());
+        assert!(matches!(Psk::load(&fifo), Err(KeyError::NotRegular { .. })));
+        assert!(matches!(PublicKey::load(&fifo), Err(KeyError::NotRegular { .. })));
+        // a folder's path may have links, and a public key may be one
+        let other = folder.path().join("other");
+        symlink(folder.path(), &other).unwrap();
+        Psk::load(&other.join("key")).unwrap();
+        symlink(public_path(&path), folder.path().join("link.pub")).unwrap();
+        PublicKey::load(&public_path(&link)).unwrap();
+        // but it decides who is trusted
+        fs::set_permissions(public_path(&path), Permissions::from_mode(0o646)).unwrap();
+        assert!(matches!(PublicKey::load(&public_path(&path)), Err(KeyError::Exposed { mode: 0o646, .. })));
+        if effective_user() != 0 {
+            return eprintln!("without keys of another owner: that needs root");
+        }
+        chown(&path, Some(54321), None).unwrap();
+        assert!(matches!(Psk::load(&path), Err(KeyError::Foreign { owner: 54321, .. })));
+        assert!(matches!(StaticKey::load(&path), Err(KeyError::Foreign { .. })));
+    }
+
+    #[test]
+    fn half_a_pair_is_not_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, victim) = (folder.path().join("key"), folder.path().join("victim"));
+        let public = public_path(&path);
+        for plant in [fs::hard_link::<&Path, &Path>, symlink] {
+            fs::write(&victim, "untouched").unwrap();
+            plant(&victim, &public).unwrap();
+            assert!(matches!(generate(&path), Err(KeyError::File { .. })));
+            assert!(!path.exists());
+            // a planted link in place of the secret is not followed either
+            plant(&victim, &path).unwrap();
+            assert!(matches!(generate(&path), Err(KeyError::File { .. })));
+            assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+            fs::remove_file(&path).unwrap();
+            fs::remove_file(&public).unwrap();
+        }
     }
 }

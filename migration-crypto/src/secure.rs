@@ -261,6 +261,10 @@ impl Listener for SecureListener {
     fn address(&self) -> String {
         self.inner.address()
     }
+
+    fn bound(&self) -> Vec<String> {
+        self.inner.bound()
+    }
 }
 
 struct Acceptor {

@@ -45,8 +45,10 @@ impl ProcessIdentity {
     /// # Errors
     /// `NotFound` when there is none; else when `/proc` cannot be read.
     pub fn of(pid: u32) -> io::Result<Self> {
+        // first what fails without `/proc`: there, no process seems to have this number
+        let (boot, namespace) = (boot_id()?, namespace()?);
         let started = started(pid)?.ok_or(io::ErrorKind::NotFound)?;
-        Ok(Self { boot: boot_id()?, namespace: namespace()?, pid, started })
+        Ok(Self { boot, namespace, pid, started })
     }
 
     /// The form in which it travels, for [`identity`](migration_core::vm::DestinationVm::identity).
@@ -125,9 +127,19 @@ fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
         Err(Errno::SRCH) => return Ok(None),
         Err(e) => return Err(NotFenced(format!("process {}: {e}", other.pid))),
     };
-    // if that differs it has ended, and its number is another's now, or nobody's
-    let same = started(other.pid).map_err(unknown)? == Some(other.started);
+    let same = is_it(&process, started(other.pid).map_err(unknown)?, &other)?;
     Ok(same.then_some((process, other.pid)))
+}
+
+/// Whether a process, with the start that `/proc` gives for its number, is the one that `identity` names. If not, that one has
+/// ended, and its number is another's now, or nobody's.
+fn is_it(process: &OwnedFd, started: Option<u64>, identity: &ProcessIdentity) -> Result<bool, NotFenced> {
+    match started {
+        Some(started) => Ok(started == identity.started),
+        None if has_ended(process, Duration::ZERO)? => Ok(false),
+        // the processes of other users are invisible with the mount option `hidepid`: nobody may take them for dead
+        None => Err(NotFenced(format!("process {} lives, and /proc does not show it (hidepid?)", identity.pid))),
+    }
 }
 
 /// Whether every thread of the process has ended within this time: no vCPU runs then.
@@ -145,29 +157,39 @@ fn has_ended(process: &OwnedFd, within: Duration) -> Result<bool, NotFenced> {
 }
 
 fn boot_id() -> io::Result<[u8; 36]> {
-    let id = fs::read(BOOT_ID)?;
+    let id = fs::read(BOOT_ID).map_err(at(BOOT_ID))?;
     id.first_chunk().copied().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, BOOT_ID))
 }
 
 fn namespace() -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt;
-    Ok(fs::metadata("/proc/self/ns/pid")?.ino())
+    const OWN: &str = "/proc/self/ns/pid";
+    Ok(fs::metadata(OWN).map_err(at(OWN))?.ino())
+}
+
+/// Says which file an error is about, and what is the matter in a jail.
+fn at(path: &str) -> impl Fn(io::Error) -> io::Error + '_ {
+    move |error| {
+        let help = if error.kind() == io::ErrorKind::NotFound { " (is /proc mounted?)" } else { "" };
+        io::Error::new(error.kind(), format!("{path}: {error}{help}"))
+    }
 }
 
 /// When a process started, in ticks since boot; `None` if there is none of this number, or it has ended and is only not
 /// waited for yet.
 fn started(pid: u32) -> io::Result<Option<u64>> {
-    let stat = match fs::read_to_string(format!("/proc/{pid}/stat")) {
+    let path = format!("/proc/{pid}/stat");
+    let stat = match fs::read_to_string(&path) {
         Ok(stat) => stat,
         Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
-        Err(e) => return Err(e),
+        Err(e) => return Err(at(&path)(e)),
     };
     // the name before it may hold anything, parentheses and blanks included
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     match (fields.first(), fields.get(19).and_then(|f| f.parse().ok())) {
         (Some(&"X"), _) => Ok(None),
         (_, Some(started)) => Ok(Some(started)),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat: {stat}"))),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{path}: {stat}"))),
     }
 }
 
@@ -214,5 +236,20 @@ mod tests {
         assert!(child.try_wait().unwrap().is_none(), "it lives");
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// As with `hidepid`, where `/proc` has nothing about the processes of other users.
+    #[test]
+    fn a_process_that_is_hidden_does_not_count_as_dead() {
+        let mut child = sleeper();
+        let identity = identity_of(&child);
+        let pid = Pid::from_raw(identity.pid as i32).unwrap();
+        let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        assert!(is_it(&process, Some(identity.started), &identity).unwrap());
+        assert!(!is_it(&process, Some(identity.started + 1), &identity).unwrap());
+        assert!(is_it(&process, None, &identity).unwrap_err().to_string().contains("hidepid"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_it(&process, None, &identity).unwrap());
     }
 }

@@ -138,7 +138,7 @@ fn write_protect(user_fault: &Result<u64, String>) -> Result<(), String> {
     if missing != 0 {
         return Err(format!("userfaultfd lacks features {missing:#x}"));
     }
-    let pagemap = Pagemap::open().map_err(|e| format!("/proc/self/pagemap: {e}"))?;
+    let pagemap = Pagemap::open().map_err(|e| format!("/proc/self/pagemap: {e} (is /proc mounted?)"))?;
     if pagemap.can_scan() { Ok(()) } else { Err("the kernel lacks PAGEMAP_SCAN".into()) }
 }
 

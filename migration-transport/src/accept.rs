@@ -1,6 +1,7 @@
 //! Waiting for connections, in a way that bad peers and a lack of descriptors do not end.
 
 use std::{
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     os::fd::BorrowedFd,
     thread,
@@ -22,12 +23,21 @@ pub(crate) fn accept_within<T>(
     timeout: Duration,
     mut accept: impl FnMut() -> io::Result<T>,
 ) -> io::Result<Option<T>> {
+    accept_any_within(&[fd], timeout, |_| accept())
+}
+
+/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits.
+pub(crate) fn accept_any_within<T>(
+    fds: &[BorrowedFd<'_>],
+    timeout: Duration,
+    mut accept: impl FnMut(usize) -> io::Result<T>,
+) -> io::Result<Option<T>> {
     // a time-out beyond what `Instant` can hold is none
     let deadline = Instant::now().checked_add(timeout);
     let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
     loop {
-        if readable(fd, left())? {
-            match accept() {
+        if let Some(index) = readable(fds, left())? {
+            match accept(index) {
                 Ok(accepted) => return Ok(Some(accepted)),
                 Err(e) => match verdict(&e) {
                     Verdict::Skip => {}
@@ -43,13 +53,22 @@ pub(crate) fn accept_within<T>(
     }
 }
 
-fn readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps no other out.
+fn readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Option<usize>> {
     // rounded up, lest the last fraction of a millisecond is spent spinning
     let millis = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
-    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)) {
-        Ok(ready) => Ok(ready > 0), // errors of the socket count as well: accept says what they are
-        Err(Errno::EINTR) => Ok(false),
+    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    match poll(&mut polled, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)) {
+        Ok(_) => {
+            // errors of a socket count as well: accept says what they are
+            let ready: Vec<_> = (0..fds.len()).filter(|&index| polled[index].any().unwrap_or(true)).collect();
+            match ready[..] {
+                [] => Ok(None),
+                [one] => Ok(Some(one)),
+                _ => Ok(Some(ready[RandomState::new().build_hasher().finish() as usize % ready.len()])),
+            }
+        }
+        Err(Errno::EINTR) => Ok(None),
         Err(e) => Err(e.into()),
     }
 }

@@ -1,10 +1,12 @@
 //! Leases in a folder that all hosts share.
 
 use std::{
-    fs::{self, File},
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
     io::{self, ErrorKind, Read as _, Write as _},
-    path::PathBuf,
-    time::Duration,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -13,26 +15,40 @@ use migration_core::{
     vm::VmId,
 };
 
+use crate::{
+    atomic_file::{AtomicFile, open_regular},
+    file_errors::{at, damaged},
+};
+
+/// How long another process may have the lock of a lease. It needs it for two writes to the disk.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is tried to get the lock.
+const RETRY: Duration = Duration::from_millis(2);
+
 const MAGIC: [u8; 8] = *b"LMLEASE1";
 /// Magic, holder, number, term, CRC-32.
 const LEN: usize = 8 + 16 + 8 + 8 + 4;
 
 /// A [`LeaseStore`] of one small file a VM, in a folder on a file system that keeps locks (`flock`) and renames across all
 /// hosts that use it: a local one, NFS from version 4 on, a cluster file system.
+///
+/// Leases and locks have mode 0600 whatever the umask, and no link is followed or written through. Whoever can write to the folder
+/// decides who may run which VM.
 #[derive(Clone, Debug)]
 pub struct DirLeases {
     dir: PathBuf,
+    patience: Duration,
 }
 
 impl DirLeases {
-    /// Leases in `dir`, which is made if it is not there.
+    /// Leases in `dir`, which is made with mode 0700 if it is not there.
     ///
     /// # Errors
     /// When it cannot be.
     pub fn new(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
-        fs::create_dir_all(&dir)?;
-        Ok(Self { dir })
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(at(&dir))?;
+        Ok(Self { dir, patience: PATIENCE })
     }
 
     fn path(&self, vm: VmId) -> PathBuf {
@@ -43,32 +59,54 @@ impl DirLeases {
 impl LeaseStore for DirLeases {
     fn read(&self, vm: VmId) -> io::Result<Option<Lease>> {
         let path = self.path(vm);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
+        let Some((file, _)) = open_regular(&path)? else { return Ok(None) };
         let mut bytes = Vec::new();
-        file.take(LEN as u64 + 1).read_to_end(&mut bytes)?;
-        let damaged = |e: DecodeError| io::Error::new(ErrorKind::InvalidData, format!("{}: {e}", path.display()));
-        decode(&bytes).map(Some).map_err(damaged)
+        file.take(LEN as u64 + 1).read_to_end(&mut bytes).map_err(at(&path))?;
+        decode(&bytes).map(Some).map_err(|error| damaged(&path, error))
     }
 
     fn swap(&self, vm: VmId, expected: Option<Lease>, new: Lease) -> io::Result<bool> {
         let path = self.path(vm);
         // the lock is on a file of its own: the lease's is replaced
-        let lock = File::options().create(true).write(true).truncate(false).open(path.with_extension("lock"))?;
-        lock.lock()?;
+        let _lock = lock(&path.with_extension("lock"), self.patience)?;
         if self.read(vm)? != expected {
             return Ok(false);
         }
-        let fresh = path.with_extension("new");
-        let mut file = File::create(&fresh)?;
-        file.write_all(&encode(new))?;
-        file.sync_all()?;
-        fs::rename(&fresh, &path)?;
-        File::open(&self.dir)?.sync_all()?;
+        let fresh = AtomicFile::create(&path)?;
+        fresh.file().write_all(&encode(new)).map_err(at(&path))?;
+        fresh.commit()?;
         Ok(true)
+    }
+}
+
+/// Waits for the lock of a lease, and holds it until the file is dropped.
+///
+/// # Errors
+/// [`ErrorKind::TimedOut`] when somebody else holds it for longer than `patience`; [`ErrorKind::InvalidData`] when something else
+/// than a file of its own is there.
+fn lock(path: &Path, patience: Duration) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let open = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).custom_flags(flags).open(path);
+    let file = match open {
+        Ok(file) => file,
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => return Err(damaged(path, "not a regular file")),
+        Err(error) => return Err(at(path)(error)),
+    };
+    let found = file.metadata().map_err(at(path))?;
+    if !found.is_file() || found.nlink() != 1 {
+        return Err(damaged(path, "not a regular file, or one with several names"));
+    }
+    let deadline = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(RETRY),
+            Err(TryLockError::WouldBlock) => {
+                let why = format!("another process has held the lock (flock) of this file for {patience:?}");
+                return Err(at(path)(io::Error::new(ErrorKind::TimedOut, why)));
+            }
+            Err(TryLockError::Error(error)) => return Err(at(path)(error)),
+        }
     }
 }
 
@@ -98,7 +136,12 @@ fn decode(bytes: &[u8]) -> Result<Lease, DecodeError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, thread};
+    use std::{
+        fs::{self, Permissions},
+        os::unix::fs::{PermissionsExt as _, symlink},
+        sync::Arc,
+        thread,
+    };
 
     use migration_core::fence::{Fence, LeaseFence, LeaseHolder};
 
@@ -168,6 +211,53 @@ mod tests {
             assert!(refused(&bad));
         }
         assert!(refused(&[&good[..], &[0]].concat()));
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn leases_are_private_and_written_through_no_link() {
+        let dir = folder("links");
+        let store = DirLeases::new(&dir).unwrap();
+        let mode = |path: &Path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
+        assert_eq!(mode(&dir), 0o700);
+        // as under a umask of 0
+        fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
+        let victim = dir.join("victim");
+        fs::write(&victim, "untouched").unwrap();
+        let path = store.path(VM);
+        for name in ["new", "lease.new"] {
+            fs::hard_link(&victim, path.with_extension(name)).unwrap();
+        }
+        assert!(store.swap(VM, None, lease(1, 1)).unwrap());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        assert_eq!((mode(&path), mode(&path.with_extension("lock"))), (0o600, 0o600));
+        assert!(store.swap(VM, Some(lease(1, 1)), lease(1, 2)).unwrap());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        // a lease or a lock that is a link is none
+        for name in ["lease", "lock"] {
+            fs::remove_file(path.with_extension(name)).unwrap();
+            symlink(&victim, path.with_extension(name)).unwrap();
+            assert_eq!(store.swap(VM, None, lease(1, 3)).unwrap_err().kind(), ErrorKind::InvalidData, "{name}");
+            fs::remove_file(path.with_extension(name)).unwrap();
+        }
+        fs::hard_link(&victim, path.with_extension("lock")).unwrap();
+        assert_eq!(store.swap(VM, None, lease(1, 3)).unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_never_released_is_an_error() {
+        let dir = folder("locked");
+        let store = DirLeases { patience: Duration::from_millis(50), ..DirLeases::new(&dir).unwrap() };
+        let path = store.path(VM).with_extension("lock");
+        let held = File::create(&path).unwrap();
+        held.lock().unwrap();
+        let error = store.swap(VM, None, lease(1, 1)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(error.to_string().contains(".lock: ") && error.to_string().contains("flock"), "{error}");
+        drop(held);
+        assert!(store.swap(VM, None, lease(1, 1)).unwrap());
         fs::remove_dir_all(dir).unwrap();
     }
 }

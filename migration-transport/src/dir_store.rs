@@ -14,7 +14,7 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError},
     io::{self, ErrorKind, Write as _},
     iter,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{self, Path, PathBuf},
 };
 
@@ -23,6 +23,7 @@ use migration_core::{
     checkpoint::{CheckpointStore, PageData},
     state::MAX_STATE,
 };
+use rustix::process::geteuid;
 
 use files::{Appender, Files, Increment, Index, MAX_INCREMENTS, Manifest, Place, increment_of};
 
@@ -92,21 +93,30 @@ pub struct DirStore {
 }
 
 impl DirStore {
-    /// Makes `dir`, in a directory that exists, with mode 0700; an empty directory is taken as it is, but for its mode.
+    /// Makes `dir`, in a directory that exists, with mode 0700; an empty directory of the same user is taken as it is, but for its
+    /// mode. A symbolic link is not followed.
     /// The VM has `pages` pages: no page at or beyond that is taken.
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] when there is anything in it; [`ErrorKind::ResourceBusy`] when another store has it;
-    /// what the file system says.
+    /// [`ErrorKind::PermissionDenied`] when it belongs to another user than the caller or root; what the file system says.
     pub fn create(dir: &Path, pages: u64) -> io::Result<Self> {
         let dir = path::absolute(dir)?;
+        // only of one that was there already it matters whose it is: the file system decides whom new ones belong to
+        let mut made = true;
         match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all()),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                made = false;
+                Ok(())
+            }
             Err(error) => Err(error),
         }
         .map_err(at(&dir))?;
         let store = Self::lock(dir, pages)?;
+        if !made {
+            store.check_owner()?;
+        }
         if fs::read_dir(&store.dir)?.next().is_some() {
             return Err(at(&store.dir)(io::Error::new(ErrorKind::AlreadyExists, "the directory is not empty")));
         }
@@ -120,9 +130,15 @@ impl DirStore {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidData`] when a file is damaged, missing, or holds a page at or beyond `pages`: the words say
-    /// which; [`ErrorKind::ResourceBusy`] when another store has the directory; what the file system says.
+    /// which; [`ErrorKind::ResourceBusy`] when another store has the directory; [`ErrorKind::PermissionDenied`] when it belongs to
+    /// another user than the caller or root, or others can change it; what the file system says.
     pub fn open(dir: &Path, pages: u64) -> io::Result<Self> {
         let mut store = Self::lock(path::absolute(dir)?, pages)?;
+        let mode = store.check_owner()?;
+        if mode & 0o022 != 0 {
+            let why = format!("others can change what is in this directory (mode {mode:04o})");
+            return Err(at(&store.dir)(io::Error::new(ErrorKind::PermissionDenied, why)));
+        }
         if let Some(manifest) = Manifest::read(&store.dir.join(MANIFEST))? {
             for increment in &manifest.increments {
                 increment.scan(&store.dir, pages, &mut store.index)?;
@@ -155,7 +171,8 @@ impl DirStore {
     }
 
     fn lock(dir: PathBuf, pages: u64) -> io::Result<Self> {
-        let handle = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&dir).map_err(at(&dir))?;
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let handle = OpenOptions::new().read(true).custom_flags(flags).open(&dir).map_err(at(&dir))?;
         handle
             .try_lock()
             .map_err(|error| match error {
@@ -175,6 +192,16 @@ impl DirStore {
             staged: None,
             health: Health::Good,
         })
+    }
+
+    /// Refuses a directory that belongs to somebody else, who can change what is in it; returns its mode.
+    fn check_owner(&self) -> io::Result<u32> {
+        let found = self.handle.metadata().map_err(at(&self.dir))?;
+        if ![0, geteuid().as_raw()].contains(&found.uid()) {
+            let why = format!("this directory belongs to another user (uid {})", found.uid());
+            return Err(at(&self.dir)(io::Error::new(ErrorKind::PermissionDenied, why)));
+        }
+        Ok(found.mode() & 0o7777)
     }
 
     fn usable(&self) -> io::Result<()> {
@@ -231,13 +258,12 @@ impl DirStore {
         let path = self.dir.join(NEW_MANIFEST);
         let bytes = Manifest::encode(number, &increments, state);
         let write = || {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&path)?;
+            // a file that is there is a leftover of a crash, or a link that somebody has put there: it goes, whatever it leads to
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             file.write_all(&bytes)?;
             file.sync_all()
         };

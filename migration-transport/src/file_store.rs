@@ -10,9 +10,9 @@
 mod tests;
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{File, OpenOptions},
     io::{self, ErrorKind},
-    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{self, Path, PathBuf},
 };
 
@@ -25,7 +25,10 @@ use migration_core::{
     state::MAX_STATE,
 };
 
-use crate::file_errors::{at, cut, damaged, invalid};
+use crate::{
+    atomic_file::AtomicFile,
+    file_errors::{at, cut, damaged, invalid},
+};
 
 const MAGIC: [u8; 8] = *b"LMSNAPSH";
 const VERSION: u32 = 1;
@@ -40,13 +43,14 @@ const RUN: usize = 256;
 ///
 /// What is put goes into `FILE.new`, beside the file; [`commit`](CheckpointStore::commit) renames it when all of it has reached the
 /// disk. So a crash at any moment, of the process or of the host, leaves what was there before or the new snapshot, and when
-/// `commit` returns it is the new one. A `FILE.new` that a crash has left is overwritten by the next attempt.
+/// `commit` returns it is the new one. A `FILE.new` that a crash has left is removed by the next attempt. If `FILE.new` is something
+/// that others have put there, it is left alone, and another name is used (see [`AtomicFile`]).
 ///
 /// It takes **one** checkpoint: after its commit the file is finished, and a further `put` is an error. The file is sparse: pages
 /// that were not put and pages of zeros take no room. In memory, a page takes about 4 bytes while the file is written or read.
 ///
 /// CRCs find damage; **they do not stop anyone who can write there from replacing the VM's memory**, and nothing is encrypted.
-/// The file's mode is 0600.
+/// The file's mode is 0600 whatever the umask.
 ///
 /// # Example
 ///
@@ -72,9 +76,26 @@ const RUN: usize = 256;
 /// ```
 pub struct FileStore {
     path: PathBuf,
-    file: File,
+    file: Handle,
     pages: u64,
     stage: Stage,
+}
+
+/// The file of a snapshot.
+enum Handle {
+    /// It is, or was, written by this store.
+    New(AtomicFile),
+    /// It was opened.
+    Whole(File),
+}
+
+impl Handle {
+    fn file(&self) -> &File {
+        match self {
+            Self::New(new) => new.file(),
+            Self::Whole(file) => file,
+        }
+    }
 }
 
 enum Stage {
@@ -104,28 +125,21 @@ impl FileStore {
     ///
     /// # Errors
     /// [`ErrorKind::ResourceBusy`] when a snapshot is just being written to this file; [`ErrorKind::AlreadyExists`] when
-    /// something else than a file is there; what the file system says.
+    /// something else than a file is there; [`ErrorKind::PermissionDenied`] when the file there belongs to another user; what the
+    /// file system says.
     pub fn create(path: &Path, pages: u64) -> io::Result<Self> {
         let path = path::absolute(path)?;
         if pages > MAX_PAGES || path.file_name().is_none() {
             let why = format!("not a file, or {pages} pages, more than {MAX_PAGES}");
             return Err(at(&path)(io::Error::new(ErrorKind::InvalidInput, why)));
         }
-        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_file()) {
-            return Err(at(&path)(io::Error::new(ErrorKind::AlreadyExists, "something else than a file is there")));
-        }
-        let new = new_path(&path);
-        let file = lock_new(&new).map_err(at(&new))?;
-        let prepare = || {
-            file.set_len(0)?;
-            // one hole, which pages and table fill
-            file.set_len(HEADER + pages * PAGE_SIZE as u64)
-        };
-        prepare().map_err(roomless(&new, pages)).inspect_err(|_| drop(fs::remove_file(&new)))?;
+        let new = AtomicFile::create(&path)?;
+        // one hole, which pages and table fill
+        new.file().set_len(HEADER + pages * PAGE_SIZE as u64).map_err(roomless(&new.unfinished_path(), pages))?;
         let (put, data) = (PageSet::empty(pages), PageSet::empty(pages));
         let crcs = vec![0; pages as usize];
         let stage = Stage::Writing(Writing { put, data, crcs, run: Vec::with_capacity(RUN * PAGE_SIZE), first: 0 });
-        Ok(Self { path, file, pages, stage })
+        Ok(Self { path, file: Handle::New(new), pages, stage })
     }
 
     /// Opens a snapshot of a VM that has `max_pages` pages at the most, and checks all but its pages; these are checked one by
@@ -142,7 +156,7 @@ impl FileStore {
         }
         let header = Header::read(&file, metadata.len(), max_pages.min(MAX_PAGES)).map_err(cut(&path, SHORT))?;
         let table = Table::read(&file, &header).map_err(cut(&path, SHORT))?;
-        Ok(Self { path, file, pages: header.pages, stage: Stage::Finished(table) })
+        Ok(Self { path, file: Handle::Whole(file), pages: header.pages, stage: Stage::Finished(table) })
     }
 
     /// How many pages the VM has.
@@ -152,7 +166,7 @@ impl FileStore {
 
     fn writing(&mut self) -> io::Result<(&mut Writing, &File)> {
         let why = match &mut self.stage {
-            Stage::Writing(writing) => return Ok((writing, &self.file)),
+            Stage::Writing(writing) => return Ok((writing, self.file.file())),
             Stage::Finished(_) => "the snapshot is finished: another one needs a store of its own",
             Stage::Failed => "a part of the snapshot could not be kept: it must be discarded",
             Stage::Ended(why) => why,
@@ -206,9 +220,12 @@ impl FileStore {
         self.stage = Stage::Failed;
     }
 
-    fn sync_names(&self) -> io::Result<()> {
-        let parent = self.path.parent().unwrap_or(Path::new("/"));
-        File::open(parent)?.sync_all()
+    /// Returns the path of what is written, for messages.
+    fn unfinished_path(&self) -> PathBuf {
+        match &self.file {
+            Handle::New(new) => new.unfinished_path(),
+            Handle::Whole(_) => self.path.clone(),
+        }
     }
 }
 
@@ -216,12 +233,13 @@ impl CheckpointStore for FileStore {
     fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
         self.writing()?;
         // without this page it would not be a snapshot, even if the caller went on
-        self.append(page, data).map_err(roomless(&new_path(&self.path), self.pages)).inspect_err(|_| self.fail())
+        let new = self.unfinished_path();
+        self.append(page, data).map_err(roomless(&new, self.pages)).inspect_err(|_| self.fail())
     }
 
     fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
         self.writing()?;
-        let new = new_path(&self.path);
+        let new = self.unfinished_path();
         if state.len() > MAX_STATE {
             let why = format!("a state of {} bytes, above the limit of {MAX_STATE}", state.len());
             return Err(at(&new)(io::Error::new(ErrorKind::InvalidInput, why)));
@@ -229,17 +247,20 @@ impl CheckpointStore for FileStore {
         let prepared = self.prepare(number, &state).map_err(roomless(&new, self.pages));
         // a failed `fsync` is not tried again: the kernel may have dropped what it could not write, and then says success
         let table = prepared.inspect_err(|_| self.fail())?;
-        fs::rename(&new, &self.path).map_err(at(&self.path)).inspect_err(|_| self.fail())?;
-        self.stage = Stage::Ended("whether the snapshot reached the disk is not known: open it to find out");
-        self.sync_names().map_err(at(&self.path))?;
+        if let Handle::New(new) = &mut self.file {
+            new.rename().inspect_err(|_| self.stage = Stage::Failed)?;
+            self.stage = Stage::Ended("whether the snapshot reached the disk is not known: open it to find out");
+            new.sync_name()?;
+        }
         self.stage = Stage::Finished(table);
         Ok(())
     }
 
     fn discard(&mut self) {
-        if matches!(self.stage, Stage::Writing(_) | Stage::Failed) {
-            // it is locked by this store, so it is ours; what cannot be removed the next attempt overwrites
-            let _ = fs::remove_file(new_path(&self.path));
+        if let Stage::Writing(_) | Stage::Failed = self.stage
+            && let Handle::New(new) = &mut self.file
+        {
+            new.discard();
             self.stage = Stage::Ended("the snapshot was discarded: another one needs a store of its own");
         }
     }
@@ -266,7 +287,7 @@ impl CheckpointStore for FileStore {
                 let most = (run.end() - page).min(RUN as u64);
                 let count = table.data.run_at(page, most).map_or(1, |run| run.count.min(most));
                 let bytes = &mut buffer[..count as usize * PAGE_SIZE];
-                self.file.read_exact_at(bytes, page_at(page)).map_err(cut(&self.path, SHORT))?;
+                self.file.file().read_exact_at(bytes, page_at(page)).map_err(cut(&self.path, SHORT))?;
                 for data in bytes.as_chunks::<PAGE_SIZE>().0 {
                     if crcs.next() != Some(&crc32fast::hash(data)) {
                         return Err(damaged(&self.path, format!("page {page}: checksum mismatch")));
@@ -416,40 +437,6 @@ fn page_at(page: u64) -> u64 {
 
 fn table_at(pages: u64) -> u64 {
     page_at(pages)
-}
-
-fn new_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    name.into()
-}
-
-/// Opens the file that is written, and locks it. One that was renamed between the two belongs to another snapshot by then.
-fn lock_new(path: &Path) -> io::Result<File> {
-    loop {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(ErrorKind::ResourceBusy, "another snapshot is being written there"));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-        let here = file.metadata()?;
-        if !here.is_file() {
-            return Err(io::Error::new(ErrorKind::AlreadyExists, "something else than a file is there"));
-        }
-        if fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (here.dev(), here.ino())) {
-            return Ok(file);
-        }
-    }
 }
 
 /// As [`at`], and how much room is needed if there is too little.

@@ -70,6 +70,7 @@
 #![deny(unsafe_code)]
 
 mod accept;
+mod atomic_file;
 mod bandwidth;
 mod broker;
 mod cut;
@@ -84,6 +85,7 @@ mod iovec;
 mod limit;
 pub mod memory;
 mod options;
+mod private_socket;
 #[cfg(any(test, feature = "test-utils"))]
 mod relay;
 mod stream;
@@ -104,6 +106,7 @@ pub use cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
 pub use {
+    atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
     broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
     dir_leases::DirLeases,
@@ -112,6 +115,7 @@ pub use {
     file_store::FileStore,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
+    private_socket::listen_private,
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},

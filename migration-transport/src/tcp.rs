@@ -10,8 +10,10 @@ use std::{
 use migration_core::channel::{Channel, Connector, Listener};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use crate::{Address, ConnectOptions, SocketOptions, StreamChannel, accept::accept_within};
+use crate::{Address, ConnectOptions, SocketOptions, StreamChannel, accept::accept_any_within};
 
+/// How often a free port is looked for that is free at all addresses of a host.
+const PORTS: usize = 64;
 /// Connections that the kernel may finish before [`Listener::accept`] takes them.
 const BACKLOG: i32 = 128;
 
@@ -80,48 +82,109 @@ fn channel(socket: Socket, peer: String, options: &SocketOptions) -> io::Result<
     Ok(channel)
 }
 
-/// Accepts TCP connections.
+/// Accepts TCP connections, at every address of a host.
 #[derive(Debug)]
 pub struct TcpListener {
-    socket: Socket,
+    /// At least one.
+    sockets: Vec<Socket>,
+    addresses: Vec<SocketAddr>,
     host: String,
     port: u16,
     options: SocketOptions,
 }
 
 impl TcpListener {
-    /// Listens on `port` of the first address of `host` that can be bound: an IP address or name of this host, or
-    /// `0.0.0.0` or `::` for all of its interfaces. Port 0 picks a free one, which
-    /// [`address`](Listener::address) then tells. `options` apply to each connection.
+    /// Listens on `port` of every address of `host`: an IP address or name of this host, or `0.0.0.0` or `::` for all of its
+    /// interfaces. A name may stand for several addresses, of IPv4 and IPv6; those that this host does not have are left out.
+    /// Port 0 picks one that is free at all of them, which [`address`](Listener::address) then tells, and
+    /// [`addresses`](Self::addresses) each address. `options` apply to each connection.
     ///
     /// # Errors
-    /// When no address can be bound, for example `AddrInUse`.
+    /// When no address can be bound; `AddrInUse` also when the port is taken at one of several, at which a source might find a
+    /// stranger instead.
     pub fn bind(host: &str, port: u16, options: SocketOptions) -> io::Result<Self> {
-        let mut error = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-        for address in (host, port).to_socket_addrs()? {
-            match listen(&address, &options) {
-                Ok(socket) => {
-                    let bound = socket.local_addr()?.as_socket().map_or(port, |address| address.port());
-                    return Ok(Self { socket, host: host.to_owned(), port: bound, options });
-                }
-                Err(e) => error = e,
+        let failed = |error: io::Error| {
+            let address = Address::Tcp { host: host.to_owned(), port };
+            io::Error::new(error.kind(), format!("cannot listen at {address}: {error}"))
+        };
+        let mut addresses: Vec<SocketAddr> = Vec::new();
+        for address in (host, port).to_socket_addrs().map_err(failed)? {
+            // name services repeat them
+            if !addresses.contains(&address) {
+                addresses.push(address);
             }
         }
-        let address = Address::Tcp { host: host.to_owned(), port };
-        Err(io::Error::new(error.kind(), format!("cannot listen at {address}: {error}")))
+        let sockets = bind_all(&addresses, &options).map_err(failed)?;
+        let bound: Vec<_> = sockets.iter().map(|s| Ok(s.local_addr()?.as_socket())).collect::<io::Result<_>>()?;
+        let addresses: Vec<_> = bound.into_iter().flatten().collect();
+        let port = addresses.first().map_or(port, SocketAddr::port);
+        Ok(Self { sockets, addresses, host: host.to_owned(), port, options })
     }
 
-    /// The port it listens on.
+    /// The port it listens on, which is the same at all addresses.
     pub fn port(&self) -> u16 {
         self.port
     }
+
+    /// The addresses at which it listens.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
 }
 
-fn listen(address: &SocketAddr, options: &SocketOptions) -> io::Result<Socket> {
+/// Binds all of these that this host has. For port 0 all get the port that the first one gets; another one is tried where that is
+/// taken at a later one.
+fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec<Socket>> {
+    let alone = addresses.len() == 1;
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for _ in 0..PORTS {
+        let mut sockets: Vec<Socket> = Vec::new();
+        let mut port = 0;
+        let mut taken = false;
+        for &address in addresses {
+            let mut at = address;
+            if at.port() == 0 {
+                at.set_port(port);
+            }
+            match listen(&at, alone, options) {
+                Ok(socket) => {
+                    port = socket.local_addr()?.as_socket().map_or(port, |bound| bound.port());
+                    sockets.push(socket);
+                }
+                Err(error) => {
+                    taken |= !is_elsewhere(&error);
+                    last = if alone { error } else { io::Error::new(error.kind(), format!("{at}: {error}")) };
+                    if taken {
+                        break;
+                    }
+                }
+            }
+        }
+        match (taken, sockets.is_empty()) {
+            (false, false) => return Ok(sockets),
+            // free at the first address, and taken at another one
+            (true, false) if last.kind() == io::ErrorKind::AddrInUse && addresses[0].port() == 0 => {}
+            _ => return Err(last),
+        }
+    }
+    Err(last)
+}
+
+/// Whether an address is none of this host: a name's, or of a protocol that the host does not speak.
+fn is_elsewhere(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
+}
+
+/// Listens at one address, which is the only one or one of several.
+fn listen(address: &SocketAddr, alone: bool, options: &SocketOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
     // a migration that failed must not keep the port from the next one for the minute of TIME_WAIT
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
+    if address.is_ipv6() && !alone {
+        // those of IPv4 have a socket of their own
+        socket.set_only_v6(true)?;
+    }
     // connections inherit these, some of which count from their first packet on
     options.apply_tcp(SockRef::from(&socket), None);
     socket.bind(&(*address).into())?;
@@ -133,7 +196,8 @@ impl Listener for TcpListener {
     fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>> {
         let deadline = Instant::now().checked_add(timeout);
         let mut left = timeout;
-        while let Some((socket, peer)) = accept_within(self.socket.as_fd(), left, || self.socket.accept())? {
+        let sockets: Vec<_> = self.sockets.iter().map(AsFd::as_fd).collect();
+        while let Some((socket, peer)) = accept_any_within(&sockets, left, |index| self.sockets[index].accept())? {
             let peer = peer.as_socket();
             self.options.apply_tcp(SockRef::from(&socket), peer.map(|peer| peer.ip()));
             let name = peer.map_or_else(|| "tcp:?".into(), |peer| Address::from(peer).to_string());
@@ -150,5 +214,68 @@ impl Listener for TcpListener {
 
     fn address(&self) -> String {
         Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
+    }
+
+    fn bound(&self) -> Vec<String> {
+        self.addresses.iter().map(|&address| Address::from(address).to_string()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind(addresses: &[&str]) -> io::Result<Vec<SocketAddr>> {
+        let addresses: Vec<_> = addresses.iter().map(|address| address.parse().unwrap()).collect();
+        let sockets = bind_all(&addresses, &SocketOptions::default())?;
+        Ok(sockets.iter().map(|socket| socket.local_addr().unwrap().as_socket().unwrap()).collect())
+    }
+
+    /// A listener as one for a name with these addresses.
+    fn listener(addresses: &[&str]) -> TcpListener {
+        let addresses: Vec<_> = addresses.iter().map(|address| address.parse().unwrap()).collect();
+        let options = SocketOptions::default();
+        let sockets = bind_all(&addresses, &options).unwrap();
+        let addresses: Vec<_> = sockets.iter().map(|s| s.local_addr().unwrap().as_socket().unwrap()).collect();
+        TcpListener { sockets, port: addresses[0].port(), addresses, host: "name".into(), options }
+    }
+
+    #[test]
+    fn every_address_of_a_name_is_bound_to_one_port() {
+        // 192.0.2.1 is nobody's (RFC 5737), so not of this host either
+        let mut listener = listener(&["127.8.7.5:0", "192.0.2.1:0", "127.8.7.6:0", "[::1]:0"]);
+        let port = listener.port();
+        let ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+        let mut expected = vec![format!("tcp:127.8.7.5:{port}"), format!("tcp:127.8.7.6:{port}")];
+        expected.extend(ipv6.then(|| format!("tcp:[::1]:{port}")));
+        assert_eq!((listener.bound(), listener.address()), (expected, format!("tcp:name:{port}")));
+        // a peer comes by any of them, whatever waits at the others
+        for address in listener.addresses().to_vec() {
+            let _near = std::net::TcpStream::connect(address).unwrap();
+            let far = listener.accept(Duration::from_secs(20)).unwrap().expect("a connection waits");
+            assert!(far.peer().starts_with("tcp:"), "{}", far.peer());
+        }
+        let _both: Vec<_> = listener.addresses().iter().map(|at| std::net::TcpStream::connect(at).unwrap()).collect();
+        for _ in 0..listener.addresses().len() {
+            assert!(listener.accept(Duration::from_secs(20)).unwrap().is_some());
+        }
+        assert!(listener.accept(Duration::ZERO).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_port_that_is_taken_at_one_address_is_an_error_or_another_one_is_chosen() {
+        let taken = std::net::TcpListener::bind("127.8.7.6:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let error = bind(&[&format!("127.8.7.5:{port}"), &format!("127.8.7.6:{port}")]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert!(error.to_string().contains(&format!("127.8.7.6:{port}")), "{error}");
+        // the first address is free again
+        bind(&[&format!("127.8.7.5:{port}")]).unwrap();
+        // of ports to choose from, one is free at both
+        let bound = bind(&["127.8.7.5:0", "127.8.7.6:0"]).unwrap();
+        assert!(bound.len() == 2 && bound[0].port() == bound[1].port(), "{bound:?}");
+        let elsewhere = bind(&["192.0.2.1:0"]).unwrap_err();
+        assert_eq!(elsewhere.kind(), io::ErrorKind::AddrNotAvailable);
+        assert_eq!(bind(&[]).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

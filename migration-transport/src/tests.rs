@@ -305,7 +305,7 @@ fn a_unix_socket_belongs_to_its_owner_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
     let mut listener = UnixListener::bind(&path, SocketOptions::default()).unwrap();
-    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o077, 0);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
     let _near = UnixConnector::new(&path, ConnectOptions::default()).connect().unwrap();
     let peer = accept(&mut listener).peer();
     assert!(peer.contains(&format!("process {}", std::process::id())), "{peer}");

@@ -1,13 +1,9 @@
 //! Unix socket connections.
 
 use std::{
-    fs::{self, File, Permissions},
-    io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    },
-    path::{Path, PathBuf},
+    fs, io,
+    os::fd::AsFd,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -15,10 +11,11 @@ use migration_core::channel::{Channel, Connector, Listener};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use crate::{Address, ConnectOptions, SocketOptions, StreamChannel, accept::accept_within};
-
-/// Connections that may wait for [`Listener::accept`]; further ones block until their connect time-out.
-const BACKLOG: i32 = 128;
+use crate::{
+    Address, ConnectOptions, SocketOptions, StreamChannel,
+    accept::accept_within,
+    private_socket::{self, identity},
+};
 
 /// Opens connections to a Unix socket.
 #[derive(Clone, Debug)]
@@ -83,8 +80,9 @@ fn channel(socket: Socket, peer: String, options: &SocketOptions) -> io::Result<
 
 /// Accepts connections at a Unix socket.
 ///
-/// The socket file is made for its owner alone (mode 0600, less the umask): whoever connects can replace a VM's
-/// memory. It is removed when the listener is dropped, unless something else has taken its place by then.
+/// The socket file is made for its owner alone (mode 0600 whatever the umask): whoever connects can replace a VM's
+/// memory. It appears when it can be connected to. It is removed when the listener is dropped, unless something else has taken
+/// its place by then.
 #[derive(Debug)]
 pub struct UnixListener {
     socket: Socket,
@@ -104,8 +102,9 @@ impl UnixListener {
     pub fn bind(path: impl Into<PathBuf>, options: SocketOptions) -> io::Result<Self> {
         let path = path.into();
         let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen at unix:{}: {e}", path.display()));
-        let (socket, file) = listen(&path).map_err(named)?;
-        Ok(Self { socket, path, file, options })
+        let bound = private_socket::listen(&path).map_err(named)?;
+        bound.socket.set_nonblocking(true).map_err(named)?;
+        Ok(Self { socket: bound.socket, path, file: bound.file, options })
     }
 }
 
@@ -114,50 +113,6 @@ impl UnixListener {
     pub(crate) fn accept_socket(&mut self, timeout: Duration) -> io::Result<Option<Socket>> {
         Ok(accept_within(self.socket.as_fd(), timeout, || self.socket.accept())?.map(|(socket, _)| socket))
     }
-}
-
-fn listen(path: &Path) -> io::Result<(Socket, (u64, u64))> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    // on Linux a socket's file gets the mode that the socket has when it is bound
-    File::from(OwnedFd::from(socket.try_clone()?)).set_permissions(Permissions::from_mode(0o600))?;
-    let address = SockAddr::unix(path)?;
-
-    // Two processes that find the same stale file must not both replace it, the second one unlinking the first one's
-    // new socket. A lock on the directory, held from the look to the listening, leaves no file behind.
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = File::open(parent)?;
-    directory.lock()?;
-
-    if let Err(e) = socket.bind(&address) {
-        if e.kind() != io::ErrorKind::AddrInUse {
-            return Err(e);
-        }
-        remove_stale(path, &address)?;
-        socket.bind(&address)?;
-    }
-    socket.listen(BACKLOG)?;
-    Ok((socket, identity(path)?))
-}
-
-/// Removes the socket file at `path` if nothing listens there.
-fn remove_stale(path: &Path, address: &SockAddr) -> io::Result<()> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
-    }
-    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    probe.set_nonblocking(true)?; // a listener whose backlog is full lives, too
-    match probe.connect(address) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        // whatever else comes of it, even a refusal of access, someone may be there
-        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Listener for UnixListener {

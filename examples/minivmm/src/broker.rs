@@ -1,16 +1,16 @@
 //! `minivmm broker`: keeps the RAM of VMs, and shows what is kept.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, Write as _},
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::FileExt as _,
     path::Path,
     sync::{Arc, atomic::AtomicBool},
 };
 
 use migration_core::vm::VmId;
 use migration_kvm::spawner::KvmSpawner;
-use migration_transport::{BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
+use migration_transport::{AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
 use serde_json::{Value, json};
 
 use crate::{cli::Broker, restart::Restarter};
@@ -72,12 +72,12 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
     Ok(json!({"kept": kept}))
 }
 
-/// Writes RAM to a sparse file, each byte at its guest physical address.
+/// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is there when it is complete.
 fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
     let ram = broker.withdraw(vm).map_err(|e| e.to_string())?;
     let context = |e: io::Error| format!("{}: {e}", out.display());
-    let create = || fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(out);
-    let file = create().map_err(context)?;
+    let new = AtomicFile::create(out).map_err(|e| e.to_string())?;
+    let file = new.file();
     let mut written = 0;
     let mut end = 0;
     let mut piece = vec![0; PIECE];
@@ -92,7 +92,8 @@ fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
         }
         end = region.gpa + region.len;
     }
-    file.set_len(end).and_then(|()| file.sync_all()).map_err(context)?;
+    file.set_len(end).map_err(context)?;
+    new.commit().map_err(|e| e.to_string())?;
     let bytes = ram.layout.bytes();
     Ok(json!({"vm": vm.to_string(), "out": out, "backing": ram.label, "ram_bytes": bytes, "written_bytes": written}))
 }

@@ -168,7 +168,11 @@ impl FromStr for Work {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("snapshot", file)) if !file.is_empty() => Ok(Self::Snapshot(file.into())),
-            Some(("migrate", url)) => url.parse().map(Self::Migrate).map_err(|e| format!("{url}: {e}")),
+            Some(("migrate", url)) => {
+                let to = url.parse().map_err(|e| format!("{url}: {e}"))?;
+                // the VM's home is told where it goes
+                absolute_address(&to).map(Self::Migrate)
+            }
             None if text == "check" => Ok(Self::Check),
             _ => Err(format!("{text}: snapshot:FILE, migrate:URL or check is meant")),
         }
@@ -212,7 +216,8 @@ pub(crate) struct Broker {
 
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
-    /// Where to listen: tcp:HOST:PORT (port 0 picks one) or unix:PATH.
+    /// Where to listen: tcp:HOST:PORT (port 0 picks one) or unix:PATH. Prints `listening URL`, and for a host name a line
+    /// `bound URL` for each of its addresses.
     #[arg(long, value_name = "URL")]
     pub(crate) listen: Address,
     #[command(flatten)]
@@ -563,6 +568,18 @@ pub(crate) fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, String> {
     std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
+/// The address for another process, whose working directory may be another one.
+pub(crate) fn absolute_address(address: &Address) -> Result<Address, String> {
+    match address {
+        Address::Tcp { .. } => Ok(address.clone()),
+        // read again, since it may have become too long for a socket
+        Address::Unix(path) => {
+            let absolute = Address::Unix(absolute(path)?).to_string();
+            absolute.parse().map_err(|e| format!("{address}: {e}"))
+        }
+    }
+}
+
 /// A VM, by the 32 hexadecimal digits that `status` and `broker --list` show.
 fn vm_id(text: &str) -> Result<VmId, String> {
     let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
@@ -699,6 +716,13 @@ mod tests {
         assert_eq!(vm_id("0102030405060708090a0b0c0d0e0f10").map(|VmId(id)| id[15]), Ok(16));
         assert!(vm_id("+102030405060708090a0b0c0d0e0f10").is_err() && vm_id("12").is_err());
         assert_eq!(unix_path("unix:/b"), Ok("/b".into()));
+        let here = std::env::current_dir().unwrap();
+        let address = |text: &str| absolute_address(&text.parse().unwrap());
+        assert_eq!(address("unix:sock"), Ok(Address::Unix(here.join("sock"))));
+        assert_eq!(address("unix:/b"), Ok(Address::Unix("/b".into())));
+        assert_eq!(address("tcp:h:1").unwrap().to_string(), "tcp:h:1");
+        // for a person in this directory it was short enough
+        assert!(address(&format!("unix:{}", "x".repeat(107))).unwrap_err().contains("at most 107 bytes"));
         assert!(unix_path("tcp:h:1").is_err() && unix_path("/b").is_err());
     }
 }

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction, absolute},
+    cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction, absolute, absolute_address},
     control::{MigrateRequest, Request, SnapshotRequest, ask},
     refresh::{Plan, Trigger},
     report,
@@ -35,7 +35,12 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
             Err(why) => usage(ctl.json, &why),
         },
         CtlCommand::Recover(args) => {
-            let request = Request::Recover { to: args.to.to_string(), progress: args.progress };
+            // the server connects: its working directory may be another one
+            let to = match absolute_address(&args.to) {
+                Ok(to) => to.to_string(),
+                Err(why) => return usage(ctl.json, &why),
+            };
+            let request = Request::Recover { to, progress: args.progress };
             migrate(socket, &request, "", args.progress, ctl.json)
         }
         other => {
@@ -131,7 +136,8 @@ fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, String> {
 
 fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
     Ok(MigrateRequest {
-        to: args.to.to_string(),
+        // the server connects: its working directory may be another one
+        to: absolute_address(&args.to)?.to_string(),
         strategy: args.strategy.to_string(),
         streams: args.streams,
         downtime_limit_us: us(args.downtime_limit),

@@ -2,15 +2,13 @@
 
 use std::{
     io::{self, BufRead, BufReader, Write},
-    os::unix::{
-        fs::FileTypeExt,
-        net::{UnixListener, UnixStream},
-    },
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
 
+use migration_transport::listen_private;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -148,18 +146,12 @@ pub(crate) struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Binds `path`; a socket file on which nobody listens is replaced.
+    /// Binds `path`, for this user alone (mode 0600 whatever the umask); a socket file on which nobody listens is replaced.
     ///
     /// The file appears only when it can be connected to: a socket is bound before it listens, so it gets its name last.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let context = |e: io::Error| io::Error::new(e.kind(), format!("control socket {}: {e}", path.display()));
-        let other_file = path.symlink_metadata().is_ok_and(|m| !m.file_type().is_socket());
-        if other_file || UnixStream::connect(path).is_ok() {
-            return Err(context(io::ErrorKind::AddrInUse.into()));
-        }
-        let unnamed = path.with_file_name(format!(".{}", std::process::id()));
-        let listener = UnixListener::bind(&unnamed).map_err(context)?;
-        std::fs::rename(&unnamed, path).map_err(context)?;
+        let listener = listen_private(path).map_err(context)?;
         Ok(Self { listener, path: path.to_owned() })
     }
 

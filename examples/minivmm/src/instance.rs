@@ -33,7 +33,7 @@ use migration_kvm::{
     spawner::KvmSpawner,
 };
 use migration_transport::{
-    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
+    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
 };
 use serde_json::{Value, json};
 
@@ -230,16 +230,18 @@ impl Instance {
         Ok(())
     }
 
-    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at.
+    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at, and, where that is a name, what it
+    /// stands for.
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,
         security: Option<Security>,
         host: HostOptions,
         arrival: Arrival,
-    ) -> Result<String, String> {
+    ) -> Result<Listening, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
-        let address = listener.address();
+        let (address, mut bound) = (listener.address(), listener.bound());
+        bound.retain(|bound| *bound != address);
         if let Some(security) = security {
             listener = Box::new(SecureListener::new(listener, security));
         }
@@ -261,7 +263,7 @@ impl Instance {
             state.epoch = state.receiver.take().map_or(state.epoch, |r| r.epoch());
         };
         thread::Builder::new().name("receive".into()).spawn(body).map_err(|e| e.to_string())?;
-        Ok(address)
+        Ok(Listening { address, bound })
     }
 
     fn receiver_options(self: &Arc<Self>, arrival: Arrival) -> ReceiverOptions {
@@ -522,10 +524,13 @@ impl Instance {
         Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 
+    /// Writes a part of guest memory to a file of mode 0600, which is there when it is complete.
     fn memory(&self, gpa: u64, len: u64, out: &Path) -> Result<Value, String> {
         let machine = self.lock().machine.clone().ok_or("memory: no VM is here")?;
-        let file = std::fs::File::create(out).map_err(|e| format!("{}: {e}", out.display()))?;
-        machine.dump(gpa, len, file).map_err(|e| format!("memory: {e}"))?;
+        machine.check_ram(gpa, len).map_err(|e| format!("memory: {e}"))?;
+        let file = AtomicFile::create(out).map_err(|e| format!("memory: {e}"))?;
+        machine.dump(gpa, len, file.file()).map_err(|e| format!("memory: {}: {e}", out.display()))?;
+        file.commit().map_err(|e| format!("memory: {e}"))?;
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
 
@@ -720,6 +725,14 @@ impl Instance {
         drop(state);
         self.changed.notify_all();
     }
+}
+
+/// Where a destination listens.
+pub(crate) struct Listening {
+    /// As a source names it.
+    pub(crate) address: String,
+    /// What a host's name in it stands for.
+    pub(crate) bound: Vec<String>,
 }
 
 fn not_kept(why: &str) {

@@ -29,6 +29,7 @@ use control::ControlSocket;
 use instance::{Arrival, Instance};
 use migration_core::engine::RestoreOptions;
 use migration_kvm::ram::Backing;
+use migration_transport::AtomicFile;
 use refresh::Place;
 use sealing::Sealing;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
@@ -156,7 +157,7 @@ fn receive(args: &Receive) -> Result<u8, String> {
         None => max_memory(args.max_memory)?,
     };
     let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory };
-    let address = instance.receive(&args.listen, security, host, arrival)?;
+    let listening = instance.receive(&args.listen, security, host, arrival)?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
         instance.succeeds_process(predecessor)?;
@@ -165,7 +166,11 @@ fn receive(args: &Receive) -> Result<u8, String> {
     if args.successor_of.is_some() {
         return Ok(instance.wait_exit());
     }
-    println!("listening {address}");
+    println!("listening {}", listening.address);
+    // what a name stands for
+    for bound in &listening.bound {
+        println!("bound {bound}");
+    }
     // whoever reads the address may wait for it
     let _ = std::io::stdout().flush();
     Ok(instance.wait_exit())
@@ -211,7 +216,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
                     return Ok(2);
                 }
             };
-            std::fs::write(out, elf).map_err(|e| format!("{}: {e}", out.display()))?;
+            write_whole(out, &elf)?;
         }
         _ => {
             for info in workload::LIST {
@@ -223,4 +228,18 @@ fn workload(args: &Workload) -> Result<u8, String> {
         }
     }
     Ok(0)
+}
+
+/// Writes a file that is no secret: it is there when it is complete. A symbolic link is followed, and to what is no file, such as
+/// `/dev/stdout`, the bytes go as they are.
+fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), String> {
+    let context = |e: std::io::Error| format!("{}: {e}", out.display());
+    let file = match std::fs::metadata(out) {
+        Ok(found) if !found.is_file() => return std::fs::write(out, bytes).map_err(context),
+        Ok(_) => std::fs::canonicalize(out).map_err(context)?,
+        Err(_) => out.to_owned(),
+    };
+    let new = AtomicFile::create_shared(&file).map_err(|e| e.to_string())?;
+    new.file().write_all(bytes).map_err(context)?;
+    new.commit().map_err(|e| e.to_string())
 }

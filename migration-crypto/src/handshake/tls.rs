@@ -1,7 +1,7 @@
 //! TLS 1.3 with certificates on both sides, by the crate `rustls`: for the handshake only. Its exporter (RFC 8446, 7.5) keys our
 //! records.
 
-use std::{fmt, fs, io::Read, path::Path, sync::Arc};
+use std::{fmt, io::Read, path::Path, sync::Arc};
 
 use rustls::{
     ClientConfig, ClientConnection, ConnectionCommon, RootCertStore, ServerConfig, ServerConnection,
@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 use super::{Agreed, HandshakeError, Wire, choose, preface::Preface};
 use crate::{
     Suite,
-    keys::{KeyError, open_private},
+    keys::{KeyError, open_private, open_public},
     secret::{SECRET_LEN, Secret},
 };
 
@@ -104,7 +104,7 @@ impl fmt::Debug for TlsIdentity {
 
 fn read(path: &Path, private: bool) -> Result<Zeroizing<Vec<u8>>, KeyError> {
     let failed = |cause| KeyError::File { path: path.to_owned(), cause };
-    let file = if private { open_private(path)? } else { fs::File::open(path).map_err(failed)? };
+    let file = if private { open_private(path)? } else { open_public(path)? };
     let mut bytes = Zeroizing::new(Vec::new());
     file.take(MAX_PEM).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)

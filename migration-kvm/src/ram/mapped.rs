@@ -51,6 +51,9 @@ impl Rests {
 
 /// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
 ///
+/// Without `/proc` (in a jail), all pages of private memory count as [populated](GuestRam::populated), and those of hugetlb as soon as
+/// one is: holes are read, and sent as pages of zeros. Memory files do not need it.
+///
 /// It is left out of core dumps, and takes memory only for pages that are touched (hugetlb: reserves all of it at
 /// once, so that no access can fail later).
 ///
@@ -69,7 +72,8 @@ pub struct MappedRam {
     layout: RamLayout,
     backing: Backing,
     regions: Vec<Region>,
-    pagemap: Pagemap,
+    /// `None` without `/proc`: then nobody can tell which pages of private memory were ever touched.
+    pagemap: Option<Pagemap>,
 }
 
 struct Region {
@@ -181,7 +185,7 @@ impl MappedRam {
             advise(Advice::DontDump).map_err(RamError::system("exclude memory from core dumps"))?;
             regions.push(Region { mapping, file });
         }
-        let pagemap = Pagemap::open().map_err(RamError::system("open /proc/self/pagemap"))?;
+        let pagemap = Pagemap::open_if_any().map_err(RamError::system("open /proc/self/pagemap"))?;
         Ok(Self { layout, backing, regions, pagemap })
     }
 
@@ -419,10 +423,12 @@ unsafe impl GuestRam for MappedRam {
                 // pages of a file may be populated without being mapped here: ask the file
                 (Some(file), Backing::Memfd) => data_extents(file.as_fd(), len, |from, end| add(from, end, into))?,
                 (Some(file), _) => {
-                    self.pagemap.resident(address, len, |from, end| {
-                        mapped += end - from;
-                        add(from - address, end - address, into);
-                    })?;
+                    if let Some(pagemap) = &self.pagemap {
+                        pagemap.resident(address, len, |from, end| {
+                            mapped += end - from;
+                            add(from - address, end - address, into);
+                        })?;
+                    }
                     // hugetlbfs cannot say where its data is, only how much: where there are pages that are not
                     // mapped here (another process populated them, or one is just being moved), any may be one
                     let blocks = fstat(file)?.st_blocks.max(0) as u64;
@@ -430,10 +436,14 @@ unsafe impl GuestRam for MappedRam {
                         into.insert_range(pages);
                     }
                 }
-                (None, _) => {
-                    let found = |from, end| add(from - address, end - address, into);
-                    self.pagemap.populated(address, len, found)?;
-                }
+                (None, _) => match &self.pagemap {
+                    Some(pagemap) => {
+                        pagemap.populated(address, len, |from, end| add(from - address, end - address, into))?
+                    }
+                    // Pages that were swapped out look absent to mincore(2), so nothing may be left out. Pages of zeros are
+                    // found when they are read.
+                    None => into.insert_range(pages),
+                },
             }
         }
         Ok(())
@@ -496,6 +506,20 @@ mod tests {
             assert_eq!(populated(&ram).count_in(PageRange::new(0x2fe, 4)), 4, "{backing}");
             assert!(matches!(ram.warm(PageRange::new(0x500, 4)), Err(RamError::Outside { .. })));
             assert!(ram.discard(PageRange::new(u64::MAX, 2)).is_err());
+        }
+    }
+
+    /// Without `/proc`, no page that may hold something is left out.
+    #[test]
+    fn without_proc_holes_of_private_memory_are_not_known() {
+        for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
+            let mut ram = MappedRam::new(layout(), backing).unwrap();
+            ram.pagemap = Pagemap::open_if_at("/no/such/proc/self/pagemap").unwrap();
+            assert!(ram.pagemap.is_none());
+            (&ram as &dyn GuestRam).write(0x5000, &[1]).unwrap();
+            let (found, all) = (populated(&ram), ram.layout().pages());
+            assert_eq!(found.len(), if backing == Backing::Memfd { 1 } else { all }, "{backing}");
+            assert!(found.contains(4));
         }
     }
 

@@ -90,6 +90,9 @@ impl Query {
     }
 }
 
+/// What [`Pagemap`] reads.
+const PAGEMAP: &str = "/proc/self/pagemap";
+
 /// This process's `/proc/self/pagemap`.
 pub(crate) struct Pagemap {
     file: File,
@@ -97,8 +100,29 @@ pub(crate) struct Pagemap {
 }
 
 impl Pagemap {
+    /// # Errors
+    /// `NotFound` where `/proc` is not mounted, as in a jail; what the file system says.
     pub(crate) fn open() -> io::Result<Self> {
-        let mut pagemap = Self { file: File::open("/proc/self/pagemap")?, can_scan: true };
+        Self::open_at(PAGEMAP)
+    }
+
+    /// As [`open`](Self::open), for what can do without: `None` where `/proc` is not mounted, or may not be read.
+    pub(crate) fn open_if_any() -> io::Result<Option<Self>> {
+        Self::open_if_at(PAGEMAP)
+    }
+
+    /// As [`open_if_any`](Self::open_if_any), at another path.
+    pub(crate) fn open_if_at(path: &str) -> io::Result<Option<Self>> {
+        use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+        match Self::open_at(path) {
+            Ok(pagemap) => Ok(Some(pagemap)),
+            Err(error) if matches!(error.kind(), NotFound | NotADirectory | PermissionDenied) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_at(path: &str) -> io::Result<Self> {
+        let mut pagemap = Self { file: File::open(path)?, can_scan: true };
         // an empty range is valid where the ioctl exists (Linux 6.7)
         pagemap.can_scan = pagemap.scan(PAGE_SIZE as u64, 0, present(), |_, _| ()).is_ok();
         Ok(pagemap)

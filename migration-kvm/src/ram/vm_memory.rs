@@ -24,21 +24,23 @@ pub enum VmMemoryError {
     /// A region is not mapped into this process whole, or not at a page border.
     #[error("the region at {0:#x} is not mapped into this process whole and page-aligned")]
     NotMapped(u64),
-    /// /proc/self/pagemap cannot be opened.
+    /// /proc/self/pagemap is there, and cannot be opened.
     #[error("open /proc/self/pagemap: {0}")]
     Pagemap(#[source] io::Error),
 }
 
 /// A [`GuestRam`] over memory of the vm-memory crate, which it keeps alive.
 ///
-/// Each vm-memory region becomes one region of the layout, in ascending order.
+/// Each vm-memory region becomes one region of the layout, in ascending order. Without `/proc` (in a jail), all pages count as
+/// [populated](GuestRam::populated).
 pub struct VmMemoryRam<M> {
     memory: Arc<M>,
     layout: RamLayout,
     addresses: Vec<NonNull<u8>>,
     /// Per region, whether it is mapped shared: then only its file knows what is populated.
     shared: Vec<bool>,
-    pagemap: Pagemap,
+    /// `None` without `/proc`: then all of private memory counts as populated.
+    pagemap: Option<Pagemap>,
 }
 
 // SAFETY: the addresses point into `memory`, which is `Send` and `Sync` itself and reached only through raw addresses.
@@ -82,7 +84,8 @@ impl<M: GuestMemoryBackend + Send + Sync> VmMemoryRam<M> {
         found.sort_by_key(|(region, ..)| region.gpa);
         let layout = RamLayout::new(found.iter().map(|f| f.0).collect())?;
         let (addresses, shared) = found.into_iter().map(|f| (f.1, f.2)).unzip();
-        Ok(Self { memory, layout, addresses, shared, pagemap: Pagemap::open().map_err(VmMemoryError::Pagemap)? })
+        let pagemap = Pagemap::open_if_any().map_err(VmMemoryError::Pagemap)?;
+        Ok(Self { memory, layout, addresses, shared, pagemap })
     }
 
     /// The vm-memory object.
@@ -128,7 +131,10 @@ unsafe impl<M: GuestMemoryBackend + Send + Sync> GuestRam for VmMemoryRam<M> {
                 }
             }
             let address = self.addresses[index].as_ptr() as u64;
-            self.pagemap.populated(address, len, |from, end| add(from - address, end - address))?;
+            match &self.pagemap {
+                Some(pagemap) => pagemap.populated(address, len, |from, end| add(from - address, end - address))?,
+                None => add(0, len),
+            }
         }
         Ok(())
     }

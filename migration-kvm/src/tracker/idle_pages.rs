@@ -149,7 +149,9 @@ impl Files {
         let open = |file: &str, writes: bool| {
             OpenOptions::new().read(true).write(writes).open(root.join(file)).map_err(|error| {
                 let why = match error.kind() {
-                    io::ErrorKind::NotFound => "the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING)".into(),
+                    io::ErrorKind::NotFound => {
+                        "the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING), or /proc or /sys is not mounted".into()
+                    }
                     io::ErrorKind::PermissionDenied => "it needs root and CAP_SYS_ADMIN".into(),
                     _ => error.to_string(),
                 };

@@ -58,7 +58,8 @@ impl WriteProtect {
         if missing != 0 {
             return Err(failed(NAME, "start")(format!("userfaultfd lacks features {missing:#x}")));
         }
-        let pagemap = Pagemap::open().map_err(failed(NAME, "open /proc/self/pagemap"))?;
+        // it is this tracker's only source: without `/proc`, the probe offers others
+        let pagemap = Pagemap::open().map_err(failed(NAME, "open /proc/self/pagemap (is /proc mounted?)"))?;
         if !pagemap.can_scan() {
             return Err(failed(NAME, "start")("the kernel has no PAGEMAP_SCAN"));
         }

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{File, OpenOptions},
-    io::{self, BufReader, BufWriter, ErrorKind, Read as _, Write as _},
+    io::{self, BufReader, BufWriter, Read as _, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -16,7 +16,10 @@ use migration_core::{
     state::MAX_STATE,
 };
 
-use crate::file_errors::{at, cut, damaged};
+use crate::{
+    atomic_file::open_regular,
+    file_errors::{at, cut, damaged},
+};
 
 const MAGIC: [u8; 8] = *b"LMCHECKP";
 const VERSION: u32 = 1;
@@ -262,19 +265,4 @@ pub(super) fn increment_name(file: u32) -> String {
 pub(super) fn increment_of(name: &str) -> Option<u32> {
     let file = name.strip_prefix("pages-")?.parse().ok()?;
     (increment_name(file) == name).then_some(file)
-}
-
-/// A file and its length; `None` if there is none. Never follows a link, nor waits for the writer of a FIFO.
-fn open_regular(path: &Path) -> io::Result<Option<(File, u64)>> {
-    match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
-        Ok(file) => match file.metadata().map_err(at(path))? {
-            found if found.is_file() => Ok(Some((file, found.len()))),
-            _ => Err(damaged(path, "not a regular file")),
-        },
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => {
-            Err(damaged(path, "not a regular file"))
-        }
-        Err(error) => Err(at(path)(error)),
-    }
 }

@@ -391,3 +391,45 @@ proptest! {
         }
     }
 }
+
+/// What others put into the way is neither followed, nor written through, nor taken over.
+#[test]
+fn links_and_directories_of_others() {
+    let (parent, dir, mut store) = created();
+    let victim = parent.path().join("victim");
+    fs::write(&victim, "untouched").unwrap();
+    for number in 1..3 {
+        let new = dir.join(NEW_MANIFEST);
+        match number {
+            1 => fs::hard_link(&victim, &new).unwrap(),
+            _ => symlink(&victim, &new).unwrap(),
+        }
+        put(&mut store, 1, Some(1));
+        store.commit(number, state("s")).unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        assert!(fs::symlink_metadata(dir.join(MANIFEST)).unwrap().is_file());
+    }
+    drop(store);
+    let link = parent.path().join("link");
+    symlink(&dir, &link).unwrap();
+    assert!(DirStore::open(&link, PAGES).is_err() && DirStore::create(&link, PAGES).is_err());
+    let refused = |result: io::Result<DirStore>, why: &str| {
+        let error = result.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert!(error.to_string().contains(why), "{error}");
+    };
+    // others could change it
+    fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
+    refused(DirStore::open(&dir, PAGES), "0777");
+    fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
+    if !geteuid().is_root() {
+        return eprintln!("without directories of another owner: that needs root");
+    }
+    let empty = parent.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    for dir in [&dir, &empty] {
+        std::os::unix::fs::chown(dir, Some(54321), None).unwrap();
+    }
+    refused(DirStore::open(&dir, PAGES), "another user");
+    refused(DirStore::create(&empty, PAGES), "another user");
+}

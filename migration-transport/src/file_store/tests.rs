@@ -1,3 +1,5 @@
+use std::{fs, os::unix::fs::MetadataExt as _};
+
 use migration_core::checkpoint::MemoryStore;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -14,6 +16,10 @@ fn put(store: &mut dyn CheckpointStore, page: u64, fill: Option<u8>) -> io::Resu
 /// In memory where that is possible: for tests that open thousands of files.
 fn dir() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+fn new_path(path: &Path) -> PathBuf {
+    path.with_extension("new")
 }
 
 fn names(dir: &TempDir) -> Vec<String> {
@@ -87,6 +93,28 @@ fn what_fails_leaves_nothing_behind() {
     let absent = dir.path().join("absent");
     assert_eq!(FileStore::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
     assert_eq!(read(&absent).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// A snapshot takes over neither the owner, nor the mode, nor the links of what somebody has put at the unfinished name.
+#[test]
+fn a_planted_file_is_left_alone() {
+    let (dir, outside) = (dir(), dir());
+    let (path, victim) = (dir.path().join("vm"), outside.path().join("victim"));
+    let plants: [fn(&Path, &Path); 2] = [
+        |victim, new| fs::hard_link(victim, new).unwrap(),
+        |victim, new| std::os::unix::fs::symlink(victim, new).unwrap(),
+    ];
+    for plant in plants {
+        fs::write(&victim, "untouched").unwrap();
+        plant(&victim, &new_path(&path));
+        write(&path, 1);
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        let found = fs::symlink_metadata(&path).unwrap();
+        assert!(found.is_file() && found.nlink() == 1 && found.mode() & 0o777 == 0o600);
+        assert_eq!(names(&dir), ["vm", "vm.new"]);
+        fs::remove_file(new_path(&path)).unwrap();
+        fs::remove_file(&path).unwrap();
+    }
 }
 
 /// Whatever a crash leaves of the file that is being written, the one before is whole, and the next attempt succeeds.

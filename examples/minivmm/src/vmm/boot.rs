@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, SeekFrom},
+    os::unix::fs::OpenOptionsExt as _,
     path::Path,
 };
 
@@ -50,7 +51,12 @@ pub(crate) enum BootError {
 /// Loads an ELF file into guest RAM; the address of its PVH entry.
 pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError> {
     let name = path.display().to_string();
-    let mut file = File::open(path).map_err(|cause| BootError::File { file: name.clone(), cause })?;
+    let failed = |cause| BootError::File { file: name.clone(), cause };
+    // it does not wait for the writer of a FIFO
+    let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
+    }
     load(&name, &mut file, ram, memory)
 }
 

@@ -529,8 +529,21 @@ impl Machine {
         }
     }
 
+    /// Checks that `len` bytes from guest physical address `gpa` on are RAM.
+    pub(crate) fn check_ram(&self, gpa: u64, len: u64) -> Result<(), String> {
+        let end = gpa.checked_add(len).ok_or("the address overflows")?;
+        let mut at = gpa;
+        // regions ascend
+        for region in self.ram.layout().regions() {
+            if region.gpa <= at && at < region.gpa + region.len {
+                at = end.min(region.gpa + region.len);
+            }
+        }
+        if at == end { Ok(()) } else { Err(format!("there is no RAM at {at:#x}")) }
+    }
+
     /// Copies guest memory to a file, in pieces.
-    pub(crate) fn dump(&self, gpa: u64, len: u64, mut to: File) -> Result<(), String> {
+    pub(crate) fn dump(&self, gpa: u64, len: u64, mut to: &File) -> Result<(), String> {
         let ram: &dyn GuestRam = &*self.ram;
         let mut piece = vec![0; 1 << 20];
         let mut at = 0;

@@ -111,6 +111,8 @@ impl Engine<'_> {
             return;
         }
         let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+        // as it was set last
+        let options = SourceOptions { downtime_limit: self.downtime_limit(), ..self.options.clone() };
         let watch = PauseWatch::new(&options, self.report.predicted_downtime, Instant::now(), bytes);
         let silence = watch.silence;
         self.watch = Some(watch);

@@ -1,0 +1,272 @@
+//! Listening Unix sockets for their owner alone.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File, OpenOptions, Permissions, TryLockError},
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    io::{self, ErrorKind},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::{
+            ffi::OsStrExt as _,
+            fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+            net,
+        },
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    io::Errno,
+    process::geteuid,
+};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::UNIX_PATH_MAX;
+
+/// Connections that may wait to be accepted; further ones block until their connect time-out.
+const BACKLOG: i32 = 128;
+/// The owner may connect, and nobody else but root.
+const MODE: u32 = 0o600;
+/// How long another process of this user may hold the lock, which it needs for an instant.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_millis(2);
+/// How often a name is tried again that others take, or give up, at the same moment.
+const ATTEMPTS: usize = 64;
+
+/// A socket that listens, and the device and inode of its file.
+pub(crate) struct Bound {
+    pub(crate) socket: Socket,
+    pub(crate) file: (u64, u64),
+}
+
+/// Listens at the path of a Unix socket to which nobody but the caller's user, and root, can connect.
+///
+/// The socket's file has mode 0600 whatever the umask, which this does not touch. It appears under its name when it can be
+/// connected to. A socket file that was left there by a process that has ended is replaced.
+///
+/// To do so, the socket is bound to an unpredictable name in the same folder, and renamed: what others put into the folder is not in
+/// the way. (Tools such as `ss` show the name that it was bound to, `.NAME.` and some digits.) Only while a socket file is replaced
+/// there is a lock, a file `.NAME.lock` of mode 0600, so that no other user can hold it.
+///
+/// # Errors
+/// [`ErrorKind::AddrInUse`] when a living process listens there; [`ErrorKind::AlreadyExists`] when something else than a socket is
+/// there; [`ErrorKind::TimedOut`] when another process of this user has the lock for 10 s; everything that the operating system
+/// reports. Nothing is left behind then.
+pub fn listen_private(path: &Path) -> io::Result<net::UnixListener> {
+    Ok(OwnedFd::from(listen(path)?.socket).into())
+}
+
+pub(crate) fn listen(path: &Path) -> io::Result<Bound> {
+    // the path itself must fit for those who connect
+    SockAddr::unix(path)?;
+    let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "not a file's path"))?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // on Linux a socket's file gets the mode that the socket has when it is bound, less the umask
+    File::from(OwnedFd::from(socket.try_clone()?)).set_permissions(Permissions::from_mode(MODE))?;
+    let unnamed = Unnamed::bind(&socket, path, name)?;
+    socket.listen(BACKLOG)?;
+    let file = unnamed.file;
+    unnamed.rename(path)?;
+    Ok(Bound { socket, file })
+}
+
+/// Device and inode of what is at `path`, without following a link.
+pub(crate) fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// The file of a socket that has not got its name yet. Dropped before, it is removed.
+struct Unnamed {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl Unnamed {
+    /// Binds the socket beside `path`. To bind creates the file, and fails if anything is there, also a link.
+    fn bind(socket: &Socket, path: &Path, name: &OsStr) -> io::Result<Self> {
+        for _ in 0..ATTEMPTS {
+            let unnamed = path.with_file_name(unnamed(path, name));
+            match bind(socket, &unnamed) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::AddrInUse => continue,
+                Err(error) => return Err(error),
+            }
+            let unnamed = Self { file: identity(&unnamed)?, path: unnamed };
+            // a umask that takes the owner's own rights
+            if fs::symlink_metadata(&unnamed.path)?.mode() & 0o7777 != MODE {
+                fs::set_permissions(&unnamed.path, Permissions::from_mode(MODE))?;
+            }
+            return Ok(unnamed);
+        }
+        Err(io::Error::new(ErrorKind::AddrInUse, format!("{ATTEMPTS} names beside it are taken")))
+    }
+
+    fn rename(self, path: &Path) -> io::Result<()> {
+        // Two processes that find the same stale file must not both replace it, the second one removing the first one's new
+        // socket. Whoever removes one has the lock; who finds the name free needs none.
+        let mut lock = None;
+        for _ in 0..ATTEMPTS {
+            match rename_if_free(&self.path, path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    if lock.is_none() {
+                        lock = Lock::take(path)?;
+                    }
+                    remove_stale(path)?;
+                }
+                done => return done,
+            }
+        }
+        Err(io::Error::new(ErrorKind::AddrInUse, "other processes want to listen there at the same moment"))
+    }
+}
+
+impl Drop for Unnamed {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A lock on the replacement of a socket file, which only processes of this user can hold.
+struct Lock {
+    path: PathBuf,
+    file: File,
+}
+
+impl Lock {
+    /// Waits for the lock; `None` if somebody has put something else at its place. Then nothing keeps two processes of this user
+    /// that find a stale socket at the very same moment from displacing each other.
+    fn take(socket: &Path) -> io::Result<Option<Self>> {
+        let mut name = OsString::from(".");
+        name.push(socket.file_name().unwrap_or_default());
+        name.push(".lock");
+        let path = socket.with_file_name(name);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut options = OpenOptions::new();
+            options
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(MODE)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            let Ok(file) = options.open(&path) else { return Ok(None) };
+            let found = file.metadata()?;
+            let ours = found.is_file() && found.uid() == geteuid().as_raw() && found.nlink() <= 1;
+            if !ours || found.mode() & 0o077 != 0 {
+                return Ok(None);
+            }
+            match file.try_lock() {
+                Ok(()) if identity(&path).is_ok_and(|there| there == (found.dev(), found.ino())) => {
+                    return Ok(Some(Self { path, file }));
+                }
+                // its last owner has removed it
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(RETRY),
+                Err(TryLockError::WouldBlock) => {
+                    let why =
+                        format!("another process has held the lock (flock) of {} for {PATIENCE:?}", path.display());
+                    return Err(io::Error::new(ErrorKind::TimedOut, why));
+                }
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // while it is locked: whoever waits for it finds that it has no name any more
+        let _ = fs::remove_file(&self.path);
+        let _ = self.file.unlock();
+    }
+}
+
+/// A name beside `path`, as that of `name` for those who look for it; a short one where a long one does not fit.
+fn unnamed(path: &Path, name: &OsStr) -> OsString {
+    let digits = RandomState::new().build_hasher().finish() as u32;
+    let mut long = OsString::from(".");
+    long.push(name);
+    long.push(format!(".{digits:08x}"));
+    let fits = long.len() <= 255 && path.with_file_name(&long).as_os_str().len() <= UNIX_PATH_MAX;
+    if fits { long } else { format!(".{digits:08x}").into() }
+}
+
+fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
+    if path.as_os_str().len() <= UNIX_PATH_MAX {
+        return socket.bind(&SockAddr::unix(path)?);
+    }
+    // a name of a few characters in a folder whose path leaves no room for more: the folder by its descriptor
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(ErrorKind::InvalidInput.into());
+    };
+    let folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_PATH).open(folder)?;
+    let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string());
+    if !short.exists() {
+        let why = format!(
+            "its folder's path is too long ({} bytes), unless /proc is mounted",
+            path.as_os_str().as_bytes().len()
+        );
+        return Err(io::Error::new(ErrorKind::InvalidInput, why));
+    }
+    socket.bind(&SockAddr::unix(short.join(name))?)
+}
+
+/// Renames a socket's file, unless there is something already.
+fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        // the file system does not know how: by a second name
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Removes the socket file at `path` if nothing listens there.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Ok(found) => found,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !found.file_type().is_socket() {
+        return Err(io::Error::new(ErrorKind::AlreadyExists, "there is a file that is no socket"));
+    }
+    let in_use = || io::Error::new(ErrorKind::AddrInUse, "another process listens there");
+    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    probe.set_nonblocking(true)?; // a listener whose backlog is full lives, too
+    match probe.connect(&SockAddr::unix(path)?) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        // whatever else comes of it, even a refusal of access, someone may be there
+        _ => return Err(in_use()),
+    }
+    // Without the lock, another process may have replaced it by now: what was taken away is looked at.
+    let name = path.file_name().unwrap_or_default();
+    let taken = path.with_file_name(unnamed(path, name));
+    match rename_if_free(path, &taken) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        done => done?,
+    }
+    if identity(&taken)? == (found.dev(), found.ino()) {
+        return fs::remove_file(&taken);
+    }
+    // a living one, which goes back
+    if rename_if_free(&taken, path).is_err() {
+        // and so a third process must have won
+        let _ = fs::remove_file(&taken);
+    }
+    Err(in_use())
+}
