@@ -85,6 +85,9 @@ pub(crate) struct Run {
     /// Of a broker: which VM the snapshot is of, and by which key it is sealed.
     #[arg(long, hide = true, requires = "restore", value_name = "JSON")]
     pub(crate) restart: Option<String>,
+    /// The most RAM that the VM of a snapshot may have; this host's memory if not given.
+    #[arg(long, requires = "restore", value_name = "SIZE", value_parser = size)]
+    pub(crate) max_memory: Option<u64>,
     /// Do not start the vCPUs.
     #[arg(long)]
     pub(crate) paused: bool,
@@ -214,6 +217,10 @@ pub(crate) struct Receive {
     pub(crate) listen: Address,
     #[command(flatten)]
     pub(crate) common: Common,
+    /// The most RAM that an arriving VM may have, such as 256G; this host's memory if not given. A VM with more is refused
+    /// before any memory is mapped for it.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) max_memory: Option<u64>,
     /// How guest RAM is backed; as at the source if not given.
     #[arg(long)]
     pub(crate) backing: Option<Backing>,

@@ -98,6 +98,19 @@ struct State {
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
 
+/// What a VM that arrives may need, and where to find what its source has put aside.
+pub(crate) struct Arrival {
+    /// The folder of forward checkpoints, if there is one.
+    pub(crate) checkpoints: Option<PathBuf>,
+    /// The most bytes of RAM that the VM may have.
+    pub(crate) max_memory: u64,
+}
+
+impl Arrival {
+    /// A VM whose RAM is mapped on this host already, however large it is.
+    pub(crate) const SHARED: Self = Self { checkpoints: None, max_memory: u64::MAX };
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Role {
     /// The VM is here and stays.
@@ -196,10 +209,10 @@ impl Instance {
         path: &Path,
         restart: Option<Restart>,
         host: HostOptions,
-        paused: bool,
+        options: RestoreOptions,
     ) -> Result<(), String> {
         let expected = restart.as_ref().map(|restart| VmId(restart.vm));
-        let options = RestoreOptions { paused, expected, ..RestoreOptions::default() };
+        let options = RestoreOptions { expected, ..options };
         let adopter = self.clone();
         let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let pages = options.max_ram_bytes >> PAGE_SHIFT;
@@ -223,7 +236,7 @@ impl Instance {
         listen: &Address,
         security: Option<Security>,
         host: HostOptions,
-        checkpoints: Option<PathBuf>,
+        arrival: Arrival,
     ) -> Result<String, String> {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let address = listener.address();
@@ -232,7 +245,7 @@ impl Instance {
         }
         let adopter = self.clone();
         let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
-        let options = self.receiver_options(checkpoints);
+        let options = self.receiver_options(arrival);
         let receiver = Receiver::new(Box::new(host), options);
         let mut state = self.lock();
         state.receiver = Some(receiver.handle());
@@ -251,8 +264,10 @@ impl Instance {
         Ok(address)
     }
 
-    fn receiver_options(self: &Arc<Self>, checkpoints: Option<PathBuf>) -> ReceiverOptions {
+    fn receiver_options(self: &Arc<Self>, arrival: Arrival) -> ReceiverOptions {
+        let Arrival { checkpoints, max_memory } = arrival;
         ReceiverOptions {
+            max_ram_bytes: max_memory,
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             fence: Arc::new(ProcessFence),

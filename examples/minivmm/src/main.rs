@@ -26,7 +26,8 @@ use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
 use clap::Parser;
 use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
 use control::ControlSocket;
-use instance::Instance;
+use instance::{Arrival, Instance};
+use migration_core::engine::RestoreOptions;
 use migration_kvm::ram::Backing;
 use refresh::Place;
 use sealing::Sealing;
@@ -113,7 +114,14 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
     };
     settle(&args.common, &instance)?;
     let restart = args.restart.as_deref().map(serde_json::from_str).transpose();
-    instance.restore(path, restart.map_err(|e| format!("--restart: {e}"))?, host, args.paused)?;
+    let restart = restart.map_err(|e| format!("--restart: {e}"))?;
+    let max_ram_bytes = match restart {
+        // it ran on this host when it was saved
+        Some(_) => u64::MAX,
+        None => max_memory(args.max_memory)?,
+    };
+    let options = RestoreOptions { max_ram_bytes, paused: args.paused, ..RestoreOptions::default() };
+    instance.restore(path, restart, host, options)?;
     serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
 }
@@ -142,7 +150,13 @@ fn receive(args: &Receive) -> Result<u8, String> {
     if let Some(snapshot) = &args.restart_from {
         instance.has_snapshot(snapshot.clone());
     }
-    let address = instance.receive(&args.listen, security, host, args.checkpoints.clone())?;
+    let max_memory = match args.successor_of {
+        // its RAM is on this host already, whatever its size
+        Some(_) => Arrival::SHARED.max_memory,
+        None => max_memory(args.max_memory)?,
+    };
+    let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory };
+    let address = instance.receive(&args.listen, security, host, arrival)?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
         instance.succeeds_process(predecessor)?;
@@ -155,6 +169,16 @@ fn receive(args: &Receive) -> Result<u8, String> {
     // whoever reads the address may wait for it
     let _ = std::io::stdout().flush();
     Ok(instance.wait_exit())
+}
+
+/// The most RAM that a VM from outside may have: what the user allows, else as much as this host has.
+fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
+    match allowed {
+        Some(bytes) => Ok(bytes),
+        None => nix::sys::sysinfo::sysinfo()
+            .map(|host| host.ram_total())
+            .map_err(|e| format!("the size of this host's memory: {e}; it can be given by --max-memory")),
+    }
 }
 
 fn instance(common: &Common) -> Result<Arc<Instance>, String> {

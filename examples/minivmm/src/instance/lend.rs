@@ -99,7 +99,7 @@ impl Instance {
             let (gone, report) = resident.relinquish(&*link, &instance.source_options(), commands);
             match gone {
                 Ok(dormant) => {
-                    let awaiting = dormant.await_guest(instance.receiver_options(None));
+                    let awaiting = dormant.await_guest(instance.receiver_options(Arrival::SHARED));
                     instance.left(&report, awaiting.handle(), listener.address());
                     instance.await_return(awaiting, &mut *listener, &back);
                 }
@@ -242,7 +242,7 @@ impl Instance {
 
     /// How to wait for a guest.
     pub(crate) fn visit_options(self: &Arc<Self>, patience: Duration) -> ReceiverOptions {
-        ReceiverOptions { patience: Some(patience), ..self.receiver_options(None) }
+        ReceiverOptions { patience: Some(patience), ..self.receiver_options(Arrival::SHARED) }
     }
 
     /// A guest is here for a while.
