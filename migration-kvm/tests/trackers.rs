@@ -15,8 +15,8 @@ use migration_kvm::{
     probe::Probe,
     ram::{Backing, MappedRam},
     tracker::{
-        DirtyRing, EnabledRing, GuestSlots, ManualProtect, Parts, RingCollector, TrackerKind, UserFault, WriteProtect,
-        build,
+        DirtyRing, EnabledRing, GuestSlots, MAX_SLOT_BYTES, ManualProtect, Parts, RingCollector, TrackerKind,
+        UserFault, WriteProtect, build,
     },
 };
 
@@ -35,6 +35,10 @@ const DOORBELL: u64 = 0x1000_0000;
 /// `rcx` times: write `al` to `[rdi]`, advance `rdi` by `rsi`. Then ring the doorbell at `[rbx]`.
 const PROGRAM: [u8; 14] = [0x88, 0x07, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf6, 0x88, 0x03, 0xeb, 0xfe];
 
+/// Sizes of memory slots: as usual, and one of so few pages, and so odd a number of them, that the data region has many and
+/// that runs of pages reach over their ends.
+const SLOTS: [(&str, u64); 2] = [("", MAX_SLOT_BYTES), ("_in_many_slots", 53 << 12)];
+
 /// A VM whose one vCPU writes bytes where it is told to.
 struct Guest {
     // declared in the order in which they must go: the memory last
@@ -49,13 +53,18 @@ struct Guest {
 
 impl Guest {
     fn new(backing: Backing, ring_entries: Option<u32>) -> Result<Self, Failed> {
+        Self::in_slots(MAX_SLOT_BYTES, backing, ring_entries)
+    }
+
+    /// In memory slots of at most this size.
+    fn in_slots(most: u64, backing: Backing, ring_entries: Option<u32>) -> Result<Self, Failed> {
         // an odd number of pages, so that page numbers and slots' bits are not aligned alike
         let odd = if backing == Backing::Hugetlb { [0x20_0000, 0x80_0000] } else { [0x20_5000, 0x80_0000 - 0x3000] };
         let regions = vec![RamRegion { gpa: 0, len: odd[0] }, RamRegion { gpa: DATA, len: odd[1] }];
         let ram = Arc::new(MappedRam::new(RamLayout::new(regions)?, backing)?);
         let vm = Arc::new(Kvm::new()?.create_vm()?);
         // SAFETY: the VM is new, and `Guest` drops it before the RAM; nothing else keeps it alive.
-        let slots = Arc::new(unsafe { GuestSlots::of_regions(ram.clone(), 3)? });
+        let slots = Arc::new(unsafe { GuestSlots::in_pieces(ram.clone(), 3, most)? });
         slots.install(&vm)?;
         let ring = ring_entries.map(|entries| DirtyRing::enable(vm.clone(), entries)).transpose()?;
         let vcpu = vm.create_vcpu(0)?;
@@ -186,9 +195,10 @@ fn ring_entries(kind: TrackerKind) -> Option<u32> {
     (kind == TrackerKind::DirtyRing).then_some(4096)
 }
 
-/// The life of a tracker over populated memory.
-fn contract(kind: TrackerKind, backing: Backing) -> Outcome {
-    let mut guest = Guest::new(backing, ring_entries(kind))?;
+/// The life of a tracker over populated memory, in memory slots of at most this size.
+fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
+    let mut guest = Guest::in_slots(slots, backing, ring_entries(kind))?;
+    ensure(slots == MAX_SLOT_BYTES || guest.slots.slots().len() > 3, || format!("{:?}", guest.slots.slots()))?;
     let granule = granule(kind, backing);
     guest.ram.warm(guest.ram.layout().all())?;
     guest.write(0, 1, 2000)?;
@@ -262,8 +272,8 @@ fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
 }
 
 /// Manual protection: a page is dirty until it is re-armed, and only the pages named are re-armed.
-fn rearm_is_exact(backing: Backing) -> Outcome {
-    let mut guest = Guest::new(backing, None)?;
+fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
+    let mut guest = Guest::in_slots(slots, backing, None)?;
     guest.ram.warm(guest.ram.layout().all())?;
     let mut tracker = ManualProtect::new(guest.vm.clone(), guest.slots.clone());
     tracker.start()?;
@@ -443,13 +453,19 @@ fn main() -> ExitCode {
     };
     for kind in TrackerKind::ALL {
         for backing in Backing::ALL {
-            add(format!("{kind}/{backing}/contract"), kind, backing, Box::new(move || contract(kind, backing)));
+            for (name, slots) in SLOTS {
+                let run = Box::new(move || contract(kind, backing, slots));
+                add(format!("{kind}/{backing}/contract{name}"), kind, backing, run);
+            }
             add(format!("{kind}/{backing}/holes"), kind, backing, Box::new(move || holes(kind, backing)));
         }
     }
     for backing in Backing::ALL {
         let kind = TrackerKind::ManualProtect;
-        add(format!("{kind}/{backing}/rearm_is_exact"), kind, backing, Box::new(move || rearm_is_exact(backing)));
+        for (name, slots) in SLOTS {
+            let run = Box::new(move || rearm_is_exact(backing, slots));
+            add(format!("{kind}/{backing}/rearm_is_exact{name}"), kind, backing, run);
+        }
     }
     let one: [(&str, TrackerKind, Check); 5] = [
         ("a_full_ring_loses_nothing", TrackerKind::DirtyRing, a_full_ring_loses_nothing),

@@ -85,11 +85,9 @@ impl RingCollector {
             while let Some((slot, offset)) = ring.take() {
                 taken += 1;
                 let Some(tracking) = &mut state.tracking else { continue };
-                // twice for SMM's address space; slots that are no RAM are none of ours
-                for slot in tracking.slots.slots().iter().filter(|s| s.slot == slot) {
-                    if offset < slot.pages().count {
-                        tracking.pending.insert(slot.first_page + offset);
-                    }
+                // slots that are no RAM are none of ours
+                if let Some(page) = tracking.slots.page_in_slot(slot, offset) {
+                    tracking.pending.insert(page);
                 }
             }
         }

@@ -38,7 +38,7 @@ pub use dirty_log::DirtyLog;
 pub use dirty_ring::{DirtyRing, EnabledRing, RingCollector};
 pub use idle_pages::IdlePages;
 pub use manual_protect::ManualProtect;
-pub use slots::{GuestSlots, MemorySlot, SlotError};
+pub use slots::{GuestSlots, MAX_SLOT_BYTES, MemorySlot, SlotError, slot_pieces};
 pub use user_fault::{Modes, UserFault, UserFaultError, features};
 pub use write_protect::WriteProtect;
 

@@ -7,7 +7,7 @@ use kvm_bindings::{
     kvm_dirty_log__bindgen_ty_1, kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
-use migration_core::{GuestRam, PAGE_SHIFT, PageRange, PageSet};
+use migration_core::{GuestRam, PAGE_SHIFT, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion};
 use thiserror::Error;
 use vmm_sys_util::{
     ioctl::{ioctl_with_mut_ref, ioctl_with_ref},
@@ -16,6 +16,53 @@ use vmm_sys_util::{
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, kvm_bindings::KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, kvm_bindings::KVMIO, 0xc0, kvm_clear_dirty_log);
+
+/// The most bytes of RAM that this crate puts into one memory slot.
+///
+/// KVM sets a slot in one system call, which a kernel without preemption does not interrupt, and which takes more than
+/// twice as long for twice the size: 2 TiB in one slot hold a core for 10 s, the longest of the calls for slots of this size
+/// 0.15 s. Every other thread of that core waits, whoever it belongs to. See `docs/performance.md` for figures.
+pub const MAX_SLOT_BYTES: u64 = 16 << 30;
+
+/// Sizes of pages that KVM can map, the largest first.
+const PAGE_SIZES: [u64; 3] = [1 << 30, 2 << 20, PAGE_SIZE as u64];
+
+/// Splits the regions of `layout` into pieces of at most `most` bytes, for a memory slot each.
+///
+/// A region is cut at an address that is a multiple of the largest page size (1 GiB, 2 MiB, 4 KiB) that is not larger than
+/// `most`, so that no huge page lies in two slots. Each piece is as large as that permits. A `most` below 4 KiB counts
+/// as 4 KiB.
+///
+/// ```
+/// use migration_core::{RamLayout, RamRegion};
+/// use migration_kvm::tracker::slot_pieces;
+/// let layout = RamLayout::new(vec![
+///     RamRegion { gpa: 0, len: 3 << 30 },
+///     RamRegion { gpa: 4 << 30, len: 20 << 30 },
+/// ])?;
+/// let pieces: Vec<_> = slot_pieces(&layout, 16 << 30).map(|p| (p.gpa >> 30, p.len >> 30)).collect();
+/// assert_eq!(pieces, [(0, 3), (4, 16), (20, 4)]);
+/// # Ok::<(), migration_core::LayoutError>(())
+/// ```
+pub fn slot_pieces(layout: &RamLayout, most: u64) -> impl Iterator<Item = RamRegion> + '_ {
+    let most = most.max(PAGE_SIZE as u64);
+    let align = PAGE_SIZES.into_iter().find(|&size| size <= most).unwrap_or(PAGE_SIZE as u64);
+    layout.regions().iter().flat_map(move |region| {
+        // a layout's regions do not wrap around
+        let end = region.gpa + region.len;
+        let mut gpa = region.gpa;
+        std::iter::from_fn(move || {
+            if gpa == end {
+                return None;
+            }
+            // more than `gpa`, since `most` is at least `align`, and in whole pages, since `align` is
+            let cut = gpa.checked_add(most).map_or(end, |to| to / align * align);
+            let piece = RamRegion { gpa, len: cut.min(end) - gpa };
+            gpa += piece.len;
+            Some(piece)
+        })
+    })
+}
 
 /// One memory slot of KVM that holds guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +104,8 @@ pub struct SlotError {
 pub struct GuestSlots {
     ram: Arc<dyn GuestRam>,
     slots: Vec<MemorySlot>,
+    /// Positions in `slots`, by the slots' numbers: a VM with terabytes of RAM has hundreds of slots.
+    by_number: Vec<usize>,
 }
 
 impl GuestSlots {
@@ -82,18 +131,36 @@ impl GuestSlots {
             let flags = flags & !KVM_MEM_LOG_DIRTY_PAGES;
             aligned.then_some(MemorySlot { slot, gpa, len, first_page, host_address, flags }).ok_or(error)
         };
-        let slots = slots.into_iter().map(describe).collect::<Result<_, _>>()?;
-        Ok(Self { ram, slots })
+        let slots = slots.into_iter().map(describe).collect::<Result<Vec<_>, _>>()?;
+        let mut by_number: Vec<_> = (0..slots.len()).collect();
+        by_number.sort_by_key(|&at| slots[at].slot);
+        Ok(Self { ram, slots, by_number })
     }
 
-    /// One slot for each region of `ram`, numbered from `first_slot`, without flags.
+    /// Slots of at most [`MAX_SLOT_BYTES`] for all of `ram`, numbered from `first_slot`, without flags. A region that is
+    /// larger has several.
     ///
     /// # Safety
     /// As for [`new`](Self::new).
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new); slots that are made here do not cause any.
     pub unsafe fn of_regions(ram: Arc<dyn GuestRam>, first_slot: u32) -> Result<Self, SlotError> {
-        let regions = ram.layout().regions().to_vec();
+        // SAFETY: the caller's promise is the one that `in_pieces` wants.
+        unsafe { Self::in_pieces(ram, first_slot, MAX_SLOT_BYTES) }
+    }
+
+    /// Slots of at most `most` bytes for all of `ram`, as [`slot_pieces`] cuts it, numbered from `first_slot`, without flags.
+    ///
+    /// # Safety
+    /// As for [`new`](Self::new).
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new); slots that are made here do not cause any.
+    pub unsafe fn in_pieces(ram: Arc<dyn GuestRam>, first_slot: u32, most: u64) -> Result<Self, SlotError> {
+        let pieces: Vec<_> = slot_pieces(ram.layout(), most).collect();
         // SAFETY: the caller's promise is the one that `new` wants.
-        unsafe { Self::new(ram, (first_slot..).zip(regions).map(|(slot, r)| (slot, r.gpa, r.len, 0))) }
+        unsafe { Self::new(ram, (first_slot..).zip(pieces).map(|(slot, r)| (slot, r.gpa, r.len, 0))) }
     }
 
     /// Sets all slots in `vm`, as a VMM does when it creates the VM. (After the irqchip exists this can cost
@@ -102,7 +169,13 @@ impl GuestSlots {
     /// # Errors
     /// KVM's. Slots before the failing one stay set.
     pub fn install(&self, vm: &VmFd) -> io::Result<()> {
-        self.slots.iter().try_for_each(|slot| set(vm, slot, 0))
+        self.installing(vm).try_for_each(|set| set.map(drop))
+    }
+
+    /// Sets a slot in `vm` each time it is asked for the next one: for a VMM that does something else in between, or measures
+    /// the calls. Each item is the slot that was set, or KVM's error.
+    pub fn installing<'a>(&'a self, vm: &'a VmFd) -> impl Iterator<Item = io::Result<&'a MemorySlot>> + 'a {
+        self.slots.iter().map(|slot| set(vm, slot, 0).map(|()| slot))
     }
 
     /// The RAM.
@@ -113,6 +186,14 @@ impl GuestSlots {
     /// The slots.
     pub fn slots(&self) -> &[MemorySlot] {
         &self.slots
+    }
+
+    /// The page with this offset in the slot of this number, by its number in RAM; `None` when there is no such page, or the
+    /// slot holds no RAM.
+    pub(super) fn page_in_slot(&self, slot: u32, offset: u64) -> Option<u64> {
+        let at = self.by_number.binary_search_by_key(&slot, |&at| self.slots[at].slot).ok()?;
+        let pages = self.slots[self.by_number[at]].pages();
+        (offset < pages.count).then(|| pages.first + offset)
     }
 
     /// How many pages RAM has.
@@ -215,11 +296,59 @@ fn clear_request(slot: PageRange, range: PageRange, pages: &PageSet) -> Option<(
 
 #[cfg(test)]
 mod tests {
+    use migration_core::ram::HeapRam;
     use proptest::prelude::*;
 
     use super::*;
 
+    fn layout(regions: &[(u64, u64)]) -> RamLayout {
+        RamLayout::new(regions.iter().map(|&(gpa, len)| RamRegion { gpa, len }).collect()).unwrap()
+    }
+
+    #[test]
+    fn a_piece_ends_where_a_huge_page_does() {
+        let pieces = |regions: &[(u64, u64)], most| -> Vec<_> {
+            slot_pieces(&layout(regions), most).map(|piece| (piece.gpa, piece.len)).collect()
+        };
+        const GIB: u64 = 1 << 30;
+        let odd = pieces(&[(0x1000, 40 * GIB)], MAX_SLOT_BYTES);
+        assert_eq!(odd.iter().map(|p| p.0 + p.1).collect::<Vec<_>>(), [16 * GIB, 32 * GIB, 40 * GIB + 0x1000]);
+        assert_eq!(pieces(&[(0, 3 * GIB), (4 * GIB, 13 * GIB)], MAX_SLOT_BYTES), [(0, 3 * GIB), (4 * GIB, 13 * GIB)]);
+        assert_eq!(pieces(&[(0, 2048 * GIB)], MAX_SLOT_BYTES).len(), 128);
+        assert_eq!(pieces(&[(0, 0x3000)], 0), [(0, 0x1000), (0x1000, 0x1000), (0x2000, 0x1000)]);
+        // up to the end of the address space
+        assert_eq!(pieces(&[(0u64.wrapping_sub(0x3000), 0x2000)], u64::MAX).len(), 1);
+    }
+
+    #[test]
+    fn pages_are_found_by_slot_and_offset() {
+        let ram = Arc::new(HeapRam::new(layout(&[(0, 0x5000), (0x8000, 0x3000)])).unwrap());
+        let described = [(9, 0x8000, 0x3000, 0), (7, 0x3000, 0x2000, 0), (8, 0, 0x3000, 0)];
+        // SAFETY: no VM is used with it.
+        let slots = unsafe { GuestSlots::new(ram, described) }.unwrap();
+        let found = [(9, 2), (7, 1), (8, 0), (8, 3), (6, 0), (1 << 16 | 8, 0)].map(|(s, o)| slots.page_in_slot(s, o));
+        assert_eq!(found, [Some(7), Some(4), Some(0), None, None, None]);
+    }
+
     proptest! {
+        #[test]
+        fn pieces_are_the_regions(
+            (gap, first, second) in (0u64..700, 1u64..3000, 1u64..3000),
+            most in 0u64..5_000_000,
+        ) {
+            let regions = [(gap << 12, first << 12), ((gap + first + 1) << 12, second << 12)];
+            let pieces: Vec<_> = slot_pieces(&layout(&regions), most).collect();
+            prop_assert!(pieces.iter().all(|p| p.len > 0 && p.len <= most.max(4096) && (p.gpa | p.len) % 4096 == 0));
+            for (gpa, len) in regions {
+                let mut at = gpa;
+                for piece in pieces.iter().filter(|p| (gpa..gpa + len).contains(&p.gpa)) {
+                    prop_assert_eq!(piece.gpa, at);
+                    at += piece.len;
+                }
+                prop_assert_eq!(at, gpa + len);
+            }
+        }
+
         #[test]
         fn clearing_takes_exactly_the_pages_asked_for(
             (slot_first, slot_count) in (0u64..200, 1u64..400),

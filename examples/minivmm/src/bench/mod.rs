@@ -11,6 +11,7 @@
 //! | encrypt.rs | encryption: its runs, tables and targets |
 //! | records.rs | the record layer and the bare ciphers, on one core |
 //! | handover/ | hand-overs on one host |
+//! | slots.rs | how long KVM takes to set memory slots |
 //! | samples.rs | how fast a guest is from moment to moment |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
@@ -27,6 +28,7 @@ pub(crate) mod process;
 mod qemu;
 mod records;
 pub(crate) mod samples;
+mod slots;
 pub(crate) mod tuning;
 
 use std::{path::PathBuf, time::Duration};
@@ -79,6 +81,23 @@ pub(crate) struct Bench {
     /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
     handover: bool,
+    /// Hand-overs beside a process whose system call holds a core for seconds, and without it, and nothing else.
+    #[arg(long, requires = "handover", conflicts_with = "part")]
+    beside_kernel_work: bool,
+    /// How long KVM takes to set the memory slots of a VM, as one slot and in slots of 16 GiB, and nothing else. Run it alone:
+    /// each call holds a core.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover"])]
+    slots: bool,
+    /// With `--slots`, also 2 TiB in one slot: a system call of some 10 s that nothing interrupts, on a core on which nothing
+    /// else runs meanwhile.
+    #[arg(long, requires = "slots")]
+    long_calls: bool,
+    /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement of hand-overs, and by tests.
+    #[arg(long, hide = true, value_name = "SIZE", value_parser = crate::cli::size)]
+    occupy: Option<u64>,
+    /// For so long; the last call may take longer.
+    #[arg(long = "for", hide = true, requires = "occupy", default_value = "1s", value_parser = crate::cli::duration)]
+    occupy_for: Duration,
     /// Measure only this part of hand-overs; can be given several times.
     #[arg(long, hide = true, requires = "handover")]
     part: Vec<handover::Part>,
@@ -250,6 +269,12 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
 fn bench(args: &Bench) -> Result<bool, String> {
     if !std::path::Path::new("/dev/kvm").exists() {
         return Err("there is no /dev/kvm here, and a comparison of software guests would say nothing".into());
+    }
+    if let Some(bytes) = args.occupy {
+        return slots::occupy(bytes, args.occupy_for);
+    }
+    if args.slots {
+        return slots::bench(args);
     }
     if args.handover {
         return handover::bench(args);

@@ -38,7 +38,7 @@ pub(super) struct Chain {
 }
 
 /// A process that waits for the VM.
-struct Successor {
+pub(super) struct Successor {
     process: Process,
     socket: PathBuf,
     request: Request,
@@ -94,7 +94,7 @@ pub(super) fn start(folder: &Folder, options: &Options, vms: usize) -> Result<Ve
 
 impl Chain {
     /// Starts a process that waits for it; `cold`: one that does not fill page tables.
-    fn successor(&mut self, folder: &Folder, cold: bool) -> Result<Successor, String> {
+    pub(super) fn successor(&mut self, folder: &Folder, cold: bool) -> Result<Successor, String> {
         self.successors += 1;
         let name = format!("{}-{}", self.name, self.successors);
         let listen = format!("unix:{}", folder.path(&format!("{name}.ram")).display());
@@ -130,6 +130,11 @@ struct Answer {
 pub(super) fn hand_over(folder: &Folder, chains: &mut [Chain], cold: bool) -> Result<Round, String> {
     let successors = chains.iter_mut().map(|chain| chain.successor(folder, cold)).collect::<Result<Vec<_>, _>>()?;
     thread::sleep(SETTLE);
+    hand_over_to(chains, successors)
+}
+
+/// Hands each of them over to the successor that was started for it, all at the same moment.
+pub(super) fn hand_over_to(chains: &mut [Chain], successors: Vec<Successor>) -> Result<Round, String> {
     chains.iter().try_for_each(|chain| chain.guest.reset_gap().map(drop))?;
     let (begin, began) = (Barrier::new(chains.len()), Instant::now());
     let one = |chain: &Chain, to: &Successor| {

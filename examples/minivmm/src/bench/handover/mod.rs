@@ -4,10 +4,12 @@
 //! |---|---|
 //! | plan.rs | the guests |
 //! | chain.rs | a VM that goes from process to process, and how fast its guest is afterwards |
+//! | beside.rs | the same beside a process that holds a core in the kernel |
 //! | others.rs | the same VM by pre-copy, and a QEMU that is replaced |
 //! | figures.rs | percentiles, targets |
 //! | tables.rs | tables, JSON, Markdown |
 
+mod beside;
 mod chain;
 mod figures;
 mod others;
@@ -169,6 +171,9 @@ fn too_little(step: &Step) -> Option<String> {
 
 /// Measures; whether every figure is within its target.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
+    if args.beside_kernel_work {
+        return beside::bench(args);
+    }
     if let Some(path) = &args.markdown {
         output::check_section(path, SECTION)?;
     }

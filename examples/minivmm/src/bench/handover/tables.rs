@@ -19,7 +19,7 @@ fn ms(value: Option<f64>) -> String {
     }
 }
 
-fn three(spread: Option<Spread>) -> [String; 3] {
+pub(super) fn three(spread: Option<Spread>) -> [String; 3] {
     [spread.map(|s| s.p50), spread.map(|s| s.p99), spread.map(|s| s.max)].map(ms)
 }
 
