@@ -62,6 +62,8 @@ pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 pub(super) const FIXED_DOWNTIME: Duration = Duration::from_millis(3);
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
 const MOST_ENTRY_PAGES: usize = 128;
+/// Most inputs that are looked at before *run* is sent, in the pause: a destination may say anything without end.
+const MOST_HEEDED: usize = 256;
 /// A round shorter than this tells more about latency than about bandwidth.
 const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
@@ -285,7 +287,11 @@ impl<'a> Engine<'a> {
         let deadline = Instant::now() + Duration::from_millis(200);
         while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             match input {
+                Input::Control(epoch, frame @ Control::Error { code: ErrorCode::VmEnded, .. }) => {
+                    return self.frame(epoch, frame).err().unwrap_or(error);
+                }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
+                Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
                 Input::ControlLost(_) => break,
                 _ => {}
             }
@@ -367,6 +373,9 @@ impl<'a> Engine<'a> {
                 }
                 Ok(None)
             }
+            Ok(Input::VmEnded(why)) if self.machine.owns() => Err(MigrationError::VmEnded(why)),
+            // where it runs now it may still end
+            Ok(Input::VmEnded(_)) => Ok(None),
             Ok(Input::Recover(connector)) => {
                 self.elsewhere = Some(connector);
                 Ok(None)
@@ -406,6 +415,12 @@ impl<'a> Engine<'a> {
         }
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            SourceEvent::VmEnded(text) => {
+                let left = self.lacking;
+                let reason = format!("at the destination: {text}; {left} pages that were missing there are not needed");
+                self.aftermath = Some((Outcome::Ended, reason));
+                Err(MigrationError::VmEnded(text))
+            }
             SourceEvent::Pong => {
                 // one answer may have been late, for a reason that has nothing to do with the link
                 if let Some(asked) = self.pings.pop_front() {
@@ -518,6 +533,19 @@ impl<'a> Engine<'a> {
                 *heat = heat.saturating_add(by);
             }
         }
+    }
+
+    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an error.
+    fn heed(&mut self) -> Result<(), MigrationError> {
+        let now = Instant::now();
+        for _ in 0..MOST_HEEDED {
+            match self.next_input(now)? {
+                Some(Input::Control(epoch, frame)) => drop(self.frame(epoch, frame)?),
+                Some(_) => {}
+                None => break,
+            }
+        }
+        Ok(())
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -759,6 +787,7 @@ impl Verbs for Engine<'_> {
             let why = format!("{} pages are to be left behind, but the state was sent already", missing.len());
             return Err(MigrationError::Blocked(why));
         }
+        self.heed()?;
         let run = self.machine.run()?;
         // before the frame goes out: from here on the VM may run there
         self.vm.owner_in_doubt();

@@ -23,7 +23,11 @@ impl Engine<'_> {
             self.report.outcome = outcome;
             self.report.reason = Some(reason);
             self.report.epoch = self.machine.epoch();
-            self.give_back();
+            if outcome == Outcome::Ended {
+                self.let_go();
+            } else {
+                self.give_back();
+            }
             self.finish_report();
         } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
@@ -58,6 +62,14 @@ impl Engine<'_> {
         *lock(&self.can_post_copy) = Err(NoPostCopy::Ended);
         self.tell_phase();
         self.report
+    }
+
+    /// The VM has ended at the destination: nobody needs what is here.
+    fn let_go(&mut self) {
+        // best effort: without it the destination only keeps listening a little longer
+        let _ = self.say(&Control::Done);
+        self.close();
+        self.vm.released();
     }
 
     /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
