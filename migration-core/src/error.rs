@@ -68,6 +68,9 @@ pub enum MigrationError {
         /// Why not.
         cause: io::Error,
     },
+    /// The guest has ended by itself, for this reason: there is no VM to move any more.
+    #[error("the VM has ended: {0}")]
+    VmEnded(String),
     /// The user cancelled.
     #[error("cancelled: {0}")]
     Cancelled(String),
@@ -88,9 +91,12 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
-    /// Wraps an error of the VMM with the step that failed.
+    /// Wraps an error of the VMM with the step that failed. If the step failed because the guest has ended, that is the error.
     pub fn vm(step: &'static str) -> impl FnOnce(VmError) -> Self {
-        move |cause| Self::Vm { step, cause }
+        move |cause| match cause.has_ended() {
+            Some(reason) => Self::VmEnded(reason.to_owned()),
+            None => Self::Vm { step, cause },
+        }
     }
 
     /// Wraps an error of a link.
@@ -108,6 +114,7 @@ impl MigrationError {
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
             Self::Thread { .. } | Self::Store { .. } => ErrorCode::Resources,
             Self::Vm { .. } => ErrorCode::State,
+            Self::VmEnded(_) => ErrorCode::VmEnded,
             _ => ErrorCode::Other,
         }
     }

@@ -22,6 +22,8 @@ pub enum Outcome {
     Restarted,
     /// The destination died after the hand-over, and the VM could not be restarted: it is gone.
     Lost,
+    /// The VM was handed over, and its guest ended there by itself before it had all its pages: there is no VM any more.
+    Ended,
 }
 
 impl Outcome {
@@ -34,6 +36,7 @@ impl Outcome {
             Outcome::InDoubt => "in-doubt",
             Outcome::Restarted => "restarted",
             Outcome::Lost => "lost",
+            Outcome::Ended => "ended",
         }
     }
 }

@@ -25,17 +25,31 @@ use crate::{
 pub struct VmError {
     what: String,
     cause: Option<Box<dyn Error + Send + Sync>>,
+    ended: bool,
 }
 
 impl VmError {
     /// An error that says what failed, and what the caller can do about it.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), cause: None }
+        Self { what: what.into(), cause: None, ended: false }
     }
 
     /// An error with the one that caused it.
     pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { what: what.into(), cause: Some(cause.into()) }
+        Self { what: what.into(), cause: Some(cause.into()), ended: false }
+    }
+
+    /// What was asked cannot be done because the guest has ended by itself (it has powered off, crashed, or met an error that
+    /// its vCPUs do not survive), for this reason. A migration then fails with [`MigrationError::VmEnded`] at both ends.
+    ///
+    /// [`MigrationError::VmEnded`]: crate::MigrationError::VmEnded
+    pub fn ended(reason: impl Into<String>) -> Self {
+        Self { what: reason.into(), cause: None, ended: true }
+    }
+
+    /// Returns why the guest has ended, if that is the error.
+    pub fn has_ended(&self) -> Option<&str> {
+        self.ended.then_some(&self.what)
     }
 
     /// State of a version that cannot be loaded.
@@ -48,6 +62,7 @@ impl fmt::Display for VmError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.cause {
             Some(cause) => write!(f, "{}: {cause}", self.what),
+            None if self.ended => write!(f, "the VM has ended: {}", self.what),
             None => f.write_str(&self.what),
         }
     }
@@ -211,7 +226,8 @@ pub trait SourceVm: Send {
     /// Stops all vCPUs, then brings the devices to rest; returns when neither writes guest memory any more.
     ///
     /// # Errors
-    /// The engine calls `resume` then.
+    /// The engine calls `resume` then. [`VmError::ended`] when the guest has ended by itself: there is nothing to move. A
+    /// VMM that knows this earlier says so by [`Controller::vm_ended`](crate::engine::Controller::vm_ended).
     fn pause(&mut self) -> Result<(), VmError>;
 
     /// Lets devices and vCPUs go on: after a pause that did not end in a hand-over. If the user had paused the VM

@@ -301,12 +301,16 @@ fn run<W: Workload>(cpu: &mut Cpu, plan: &'static Plan) -> ! {
     let every =
         if cpu.index == 0 && spec.value("serial") == 1 { platform::ticks(spec.value("every").max(1)) } else { 0 };
     let (mut line, mut next_line) = (0u64, start + every);
-    let end = match spec.value("for") {
+    let after = |key| match spec.value(key) {
         0 => u64::MAX,
         time => start.saturating_add(platform::ticks(time)),
     };
+    let (end, crash) = (after("for"), after("crash"));
     loop {
         let now = cpu.beat();
+        if now >= crash {
+            platform::shut_down();
+        }
         if now >= end {
             finish(cpu, plan, &mut work, &mut data);
         }

@@ -68,6 +68,7 @@ pub const COMMON_KEYS: &[Key] = &[
     key("serial", SWITCH, "0", "1: print `beat N` to the serial port"),
     key("every", Kind::Time, "100ms", "time between two such lines"),
     key("for", Kind::Time, "0", "check everything and finish after this time; 0: never"),
+    key("crash", Kind::Time, "0", "end with a triple fault after this time; 0: never"),
 ];
 
 /// The workloads.

@@ -80,6 +80,8 @@ struct State {
     session: Option<SourceSession>,
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
+    /// Whether the guest has ended here by itself.
+    guest_ended: bool,
     clients: u32,
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
@@ -166,14 +168,29 @@ impl Instance {
         let watch = move || {
             if let Some(end) = end() {
                 eprintln!("minivmm: the VM has ended: {end}");
+                instance.tell_ended(&end);
                 instance.guest_ended();
-                instance.lock().role = Role::Ended;
                 instance.exit(5);
             }
         };
         if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
             eprintln!("minivmm: nobody watches for the end of the VM: {error}");
         }
+    }
+
+    /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the guest has ended.
+    fn tell_ended(&self, why: &str) {
+        let mut state = self.lock();
+        (state.role, state.guest_ended) = (Role::Ended, true);
+        let (controller, receiver) = (state.controller.clone(), state.receiver.clone());
+        drop(state);
+        if let Some(controller) = controller {
+            controller.vm_ended(why);
+        }
+        if let Some(receiver) = receiver {
+            receiver.vm_ended(why);
+        }
+        self.changed.notify_all();
     }
 
     /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
@@ -296,7 +313,7 @@ impl Instance {
             }
         };
         let deadline = Instant::now() + LAST_ANSWERS;
-        while state.clients > 0 && Instant::now() < deadline {
+        while (state.clients > 0 || state.last_words_are_due()) && Instant::now() < deadline {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
         for path in state.remove.drain(..) {
@@ -677,7 +694,8 @@ impl Instance {
     /// The migration or snapshot that was to begin does not.
     fn not_begun(&self) {
         let mut state = self.lock();
-        (state.controller, state.session, state.role) = (None, None, Role::Home);
+        let role = if state.guest_ended { Role::Ended } else { Role::Home };
+        (state.controller, state.session, state.role) = (None, None, role);
         state.waiting.clear();
         drop(state);
         self.changed.notify_all();
@@ -709,15 +727,18 @@ impl Instance {
     }
 
     fn ended(&self, report: &Report) {
-        if !matches!(report.outcome, Outcome::Completed | Outcome::Lost) {
-            self.stays();
+        match report.outcome {
+            Outcome::Completed | Outcome::Lost => {}
+            Outcome::Ended => self.guest_ended(),
+            _ => self.stays(),
         }
         let mut state = self.lock();
         state.end(report::to_json(report));
         state.epoch = report.epoch;
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Moved, Some(0)),
-            Outcome::Lost => (Role::Ended, Some(5)),
+            Outcome::Lost | Outcome::Ended => (Role::Ended, Some(5)),
+            _ if state.guest_ended => (Role::Ended, None),
             _ => (Role::Home, None),
         };
         state.role = role;
@@ -768,6 +789,11 @@ impl State {
     fn last_epoch(&self) -> u32 {
         // the thread that received it may still wait for its source's last word
         self.receiver.as_ref().map_or(self.epoch, |receiver| receiver.epoch())
+    }
+
+    /// Whether the guest has ended, and the other end of a migration may not have heard it yet.
+    fn last_words_are_due(&self) -> bool {
+        self.guest_ended && (self.controller.is_some() || self.receiver.is_some())
     }
 
     /// A migration or a snapshot begins, for whose end this client waits.

@@ -138,7 +138,7 @@ pub(crate) fn exit_status(outcome: &str) -> u8 {
         "completed" => 0,
         "cancelled" => 3,
         "in-doubt" => 4,
-        "lost" => 5,
+        "lost" | "ended" => 5,
         "restarted" => 6,
         _ => 1,
     }

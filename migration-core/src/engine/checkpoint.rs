@@ -116,8 +116,9 @@ impl Protection {
         let rearm = vm.tracker().rearm();
         let mut pages = lane.send_live(owed, rearm.clone(), number)?;
         // stage II
-        vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"))?;
-        let frozen = freeze(&mut **vm, &*lane.lane.ram, rearm.as_deref());
+        let paused = vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"));
+        let frozen = paused.and_then(|()| freeze(&mut **vm, &*lane.lane.ram, rearm.as_deref()));
+        // also behind a pause that failed: some vCPUs may have stopped
         vm.resume().map_err(MigrationError::vm("resuming the guest after a checkpoint"))?;
         let (rest, frozen) = frozen?;
         owed.union_with(&rest);

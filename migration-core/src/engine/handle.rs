@@ -33,6 +33,8 @@ pub(super) enum Input {
     Introduced,
     /// The user cancels, for this reason.
     Cancel(String),
+    /// The guest has ended by itself, for this reason.
+    VmEnded(String),
     /// The user wants the hand-over now, and the rest to follow.
     PostCopy,
     /// The user wants the switch-over now: see [`Requests::switch_over_wanted`].
@@ -147,6 +149,17 @@ impl Controller {
     pub fn cancel(&self, why: impl Into<String>) {
         // a migration that has ended does not listen any more
         let _ = self.inputs.send(Input::Cancel(why.into()));
+    }
+
+    /// The guest has ended by itself, for this reason: it has powered off or crashed. Ends the migration (or the snapshot) at
+    /// once with [`MigrationError::VmEnded`], and tells the destination, if *run* was not sent yet; afterwards there is no
+    /// guest here that could end, and nothing happens. Does not wait: the report tells.
+    ///
+    /// A VMM calls this when it sees the end, whatever the migration is doing. That a guest has ended is else found out
+    /// only when [`SourceVm::pause`] fails.
+    pub fn vm_ended(&self, reason: impl Into<String>) {
+        // as above
+        let _ = self.inputs.send(Input::VmEnded(reason.into()));
     }
 
     /// While the link is lost after the hand-over: tries again at once, and from now on where `connector` leads. Else it is

@@ -274,6 +274,14 @@ impl ReceiverHandle {
         Ok(())
     }
 
+    /// The guest of the VM that was received here has ended by itself, for this reason. If pages of it are missing, its source is
+    /// told, frees them, and ends with [`Outcome::Ended`](crate::report::Outcome::Ended), instead of serving them for ever; if
+    /// the link is lost it is told when it comes back. The VMM keeps the receiver until [`Receiver::run`] returns, or for
+    /// as long as it means to wait for that. Else nothing happens. Does not wait.
+    pub fn vm_ended(&self, reason: &str) {
+        self.hub.vm_ended(reason);
+    }
+
     /// The source is dead for certain: the VM that is held becomes ours and starts, if all of it is here.
     ///
     /// # Errors
@@ -657,6 +665,20 @@ impl Hub {
             // best effort: a source that does not hear it comes back and asks
             let _ = session.tell_complete(missing);
             self.tell_phase();
+        }
+    }
+
+    /// The guest has ended by itself.
+    fn vm_ended(&self, reason: &str) {
+        let mut state = lock(&self.state);
+        let Some(ended) = state.machine.vm_ended(reason) else { return };
+        let Some(session) = state.session.clone() else { return };
+        drop(state);
+        // best effort: a source that does not hear it comes back and asks
+        let _ = session.tell_ended(ended);
+        if let Some(missing) = session.missing() {
+            // nobody waits for pages any more
+            missing.end();
         }
     }
 

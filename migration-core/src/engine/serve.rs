@@ -260,6 +260,10 @@ impl Engine<'_> {
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
+            if self.machine.phase() != SourcePhase::Serving {
+                // the VM has ended
+                break;
+            }
             let lacked = self.lacking;
             self.reconnect(error.to_string());
             if self.lacking == lacked && self.machine.phase() == SourcePhase::Serving {

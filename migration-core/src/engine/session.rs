@@ -58,6 +58,8 @@ pub(super) struct Session {
 struct Told {
     running: bool,
     complete: bool,
+    /// What the source is to hear instead: the VM has ended. Stays so on every control lane.
+    ended: Option<Control>,
 }
 
 struct LaneState {
@@ -203,7 +205,7 @@ impl Session {
         self.changed.notify_all();
         drop(state);
         let mut told = lock(&self.told);
-        *told = Told::default();
+        *told = Told { ended: told.ended.take(), ..Told::default() };
         *lock(&self.control) = (link, control);
     }
 
@@ -212,6 +214,11 @@ impl Session {
         let mut told = lock(&self.told);
         self.say(&Control::Running)?;
         told.running = true;
+        if let Some(ended) = &told.ended {
+            self.say(ended)?;
+            told.complete = true;
+            return Ok(());
+        }
         let Some(missing) = self.missing() else { return Ok(()) };
         let pages = missing.pages();
         if !pages.is_empty() && lock(&self.lane_state).link > 0 {
@@ -231,6 +238,16 @@ impl Session {
         }
         told.complete = true;
         self.say(&Control::Complete(missing.summary()))
+    }
+
+    /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows that.
+    pub(super) fn tell_ended(&self, ended: Control) -> Result<(), MigrationError> {
+        let mut told = lock(&self.told);
+        let now = told.running && !told.complete;
+        told.complete |= now;
+        let said = if now { self.say(&ended) } else { Ok(()) };
+        told.ended = Some(ended);
+        said
     }
 
     /// A lane of `link` has ended. What was under way on it may be lost without the source noticing, which does not read

@@ -97,7 +97,7 @@ pub struct SnapshotReport {
 /// # Errors
 /// In every one the guest runs on (unless its user had paused it), at full speed, the tracker is as it was, with its dirty bits,
 /// and the store has discarded what was put. [`MigrationError::Store`] when it has no room, [`MigrationError::Cancelled`],
-/// [`MigrationError::Blocked`] when the VM cannot be saved now; else what the VMM or its tracker says.
+/// [`MigrationError::Blocked`] when the VM cannot be saved now, [`MigrationError::VmEnded`] when its guest has ended; else what the VMM or its tracker says.
 pub fn snapshot(
     vm: &mut dyn SourceVm,
     store: &mut dyn CheckpointStore,
@@ -449,11 +449,12 @@ fn count(pages: &mut PageCounts, touched: &mut PageSet, page: u64, data: PageDat
     touched.insert(page);
 }
 
-/// An error if the user has cancelled. Other commands mean nothing here.
+/// An error if the user has cancelled, or the guest has ended. Other commands mean nothing here.
 fn heard(commands: &Commands) -> Result<(), MigrationError> {
     loop {
         match commands.rx.try_recv() {
             Ok(Input::Cancel(why)) => return Err(MigrationError::Cancelled(why)),
+            Ok(Input::VmEnded(why)) => return Err(MigrationError::VmEnded(why)),
             Ok(_) => {}
             Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
         }

@@ -68,6 +68,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
 const MOST_ENTRY_PAGES: usize = 128;
+/// Most inputs that are looked at before *run* is sent, in the pause: a destination may say anything without end.
+const MOST_HEEDED: usize = 256;
 /// First wait between two attempts to reconnect.
 pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
@@ -314,7 +316,11 @@ impl<'a> Engine<'a> {
         let deadline = Instant::now() + Duration::from_millis(200);
         while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             match input {
+                Input::Control(epoch, frame @ Control::Error { code: ErrorCode::VmEnded, .. }) => {
+                    return self.frame(epoch, frame).err().unwrap_or(error);
+                }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
+                Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
                 Input::ControlLost(_) => break,
                 _ => {}
             }
@@ -399,6 +405,9 @@ impl<'a> Engine<'a> {
                 }
                 Ok(None)
             }
+            Ok(Input::VmEnded(why)) if self.machine.owns() => Err(MigrationError::VmEnded(why)),
+            // where it runs now it may still end
+            Ok(Input::VmEnded(_)) => Ok(None),
             Ok(Input::Recover(connector)) => {
                 self.elsewhere = Some(connector);
                 Ok(None)
@@ -444,6 +453,12 @@ impl<'a> Engine<'a> {
         }
         match self.machine.handle(epoch, frame)? {
             SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            SourceEvent::VmEnded(text) => {
+                let left = self.lacking;
+                let reason = format!("at the destination: {text}; {left} pages that were missing there are not needed");
+                self.aftermath = Some((Outcome::Ended, reason));
+                Err(MigrationError::VmEnded(text))
+            }
             SourceEvent::Pong => {
                 // one answer may have been late, for a reason that has nothing to do with the link; and while it loads the state
                 // the destination says that it lives without being asked
@@ -540,6 +555,19 @@ impl<'a> Engine<'a> {
     /// The longest acceptable downtime, as it was set last.
     pub(super) fn downtime_limit(&self) -> Duration {
         lock(&self.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
+    }
+
+    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an error.
+    fn heed(&mut self) -> Result<(), MigrationError> {
+        let now = Instant::now();
+        for _ in 0..MOST_HEEDED {
+            match self.next_input(now)? {
+                Some(Input::Control(epoch, frame)) => drop(self.frame(epoch, frame)?),
+                Some(_) => {}
+                None => break,
+            }
+        }
+        Ok(())
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -784,6 +812,7 @@ impl Verbs for Engine<'_> {
             let why = format!("{} pages are to be left behind, but the state was sent already", missing.len());
             return Err(MigrationError::Blocked(why));
         }
+        self.heed()?;
         let run = self.machine.run()?;
         self.end_watch();
         // before the frame goes out: from here on the VM may run there

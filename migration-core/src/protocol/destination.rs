@@ -235,6 +235,16 @@ impl DestinationMachine {
         Ok(())
     }
 
+    /// The guest has ended by itself, in these words. The frame to send if the VM runs here and lacks pages: they are not needed
+    /// any more, and its source may free them.
+    pub fn vm_ended(&mut self, reason: &str) -> Option<Control> {
+        if !self.is_served() {
+            return None;
+        }
+        self.complete = true;
+        Some(Control::error(ErrorCode::VmEnded, format!("the VM has ended: {reason}")))
+    }
+
     /// Whether no page of the VM is missing, or those that were have arrived.
     pub fn is_complete(&self) -> bool {
         self.complete

@@ -25,7 +25,7 @@ pub enum SourcePhase {
     InDoubt,
     /// The destination runs the VM, but lacks pages, which are here.
     Serving,
-    /// The destination runs the VM, and has all of it.
+    /// The destination runs the VM, and has all of it; or it ran the VM, which has ended.
     Completed,
     /// The attempt has ended and the VM is ours.
     Ended,
@@ -63,6 +63,8 @@ pub enum SourceEvent {
     Complete(FaultSummary),
     /// The destination has ended the attempt.
     Refused(ErrorCode, String),
+    /// The VM that was handed over has ended there by itself, in these words: send *done*, and free what is here.
+    VmEnded(String),
     /// The peer is alive.
     Pong,
 }
@@ -126,6 +128,11 @@ impl SourceMachine {
         }
         match (&frame, self.phase) {
             (Control::Pong, _) => Ok(SourceEvent::Pong),
+            // what it lacks is not needed any more; and before *run* the guest is here
+            (Control::Error { code: ErrorCode::VmEnded, text }, InDoubt | Serving) => {
+                self.phase = Completed;
+                Ok(SourceEvent::VmEnded(text.clone()))
+            }
             (Control::Error { code, text }, _) => {
                 if self.owns() {
                     self.phase = Ended;

@@ -46,9 +46,11 @@ pub enum ErrorCode {
     StaleEpoch,
     /// The two sides do not agree on who they are or whether and how to encrypt.
     Security,
+    /// The guest has ended by itself: there is no VM any more. From the destination, of a VM that runs there with pages missing.
+    VmEnded,
 }
 
-const CODES: [ErrorCode; 11] = [
+const CODES: [ErrorCode; 12] = [
     ErrorCode::Other,
     ErrorCode::Version,
     ErrorCode::Protocol,
@@ -60,6 +62,7 @@ const CODES: [ErrorCode; 11] = [
     ErrorCode::UnknownSession,
     ErrorCode::StaleEpoch,
     ErrorCode::Security,
+    ErrorCode::VmEnded,
 ];
 
 impl ErrorCode {

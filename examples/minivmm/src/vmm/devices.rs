@@ -6,7 +6,9 @@ use std::{
     io::{self, Write},
     os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, TryLockError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -29,6 +31,8 @@ pub(super) const SERIAL_GSI: u32 = 4;
 /// Output that is kept while the file takes none, or while it is held for checkpoints (a byte costs the guest an exit, so that
 /// is at least 20 s of it); beyond it the oldest bytes are dropped, and counted.
 const MAX_PENDING: usize = 1 << 20;
+/// The longest time that a question about the port waits for a vCPU that uses it.
+const MOST_IN_USE: Duration = Duration::from_millis(200);
 /// Longest receive buffer of the port.
 const MAX_INPUT: usize = 64;
 
@@ -207,8 +211,9 @@ impl Write for Output {
     }
 }
 
-/// Raises the serial port's interrupt line.
-pub(super) struct Line(pub(super) EventFd);
+/// Raises the serial port's interrupt line. Shared: to load a state, in the pause of a migration, takes no descriptor.
+#[derive(Clone)]
+pub(super) struct Line(pub(super) Arc<EventFd>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -229,7 +234,7 @@ pub(super) struct Bus {
 impl Bus {
     /// A bus with a serial port that writes to `target` and interrupts through `line`, and with this balloon.
     pub(super) fn new(target: &SerialTarget, line: EventFd, balloon: Arc<Balloon>) -> io::Result<Arc<Self>> {
-        let serial = Serial::new(Line(line), target.open()?);
+        let serial = Serial::new(Line(Arc::new(line)), target.open()?);
         Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon }))
     }
 
@@ -289,13 +294,34 @@ impl Bus {
         }
     }
 
-    /// What the user should know of the output, after another try to write what is pending.
+    /// As [`lock`](Self::lock), unless a vCPU's thread that has the port does not come back from there.
+    fn lock_in_time(&self) -> Option<MutexGuard<'_, Option<Port>>> {
+        let began = Instant::now();
+        loop {
+            match self.serial.try_lock() {
+                Ok(serial) => return Some(serial),
+                Err(TryLockError::Poisoned(e)) => return Some(e.into_inner()),
+                Err(TryLockError::WouldBlock) if began.elapsed() >= MOST_IN_USE => return None,
+                Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    /// Keeps every vCPU in the port that uses it, until the guard is dropped.
+    #[cfg(test)]
+    pub(super) fn block(&self) -> impl Drop + '_ {
+        self.lock()
+    }
+
+    /// What the user should know of the output, after another try to write what is pending. Does not wait for a vCPU.
     pub(super) fn warnings(&self) -> Vec<String> {
-        let mut serial = self.lock();
-        let warning = serial.as_mut().and_then(|s| {
-            s.writer_mut().drain();
-            s.writer().warning()
-        });
+        let warning = match self.lock_in_time() {
+            Some(mut serial) => serial.as_mut().and_then(|s| {
+                s.writer_mut().drain();
+                s.writer().warning()
+            }),
+            None => Some("the serial port is in use, and a vCPU waits there".into()),
+        };
         warning.into_iter().chain(self.balloon.warning()).collect()
     }
 }
@@ -373,7 +399,7 @@ impl Device for SerialDevice {
         };
         let mut slot = self.0.lock();
         let old = slot.take().ok_or_else(|| VmError::new("the serial port is gone"))?;
-        let line = old.interrupt_evt().0.try_clone().map_err(|e| VmError::because("the serial line", e))?;
+        let line = old.interrupt_evt().clone();
         let mut output = old.into_writer();
         output.pending = pending.iter().copied().collect();
         output.made = made;
@@ -381,7 +407,7 @@ impl Device for SerialDevice {
         output.held = true;
         output.locate();
         // raises the interrupt anew if one is pending: the one raised at the source may not have reached the saved irqchip
-        let loaded = Serial::from_state(&state, Line(line), NoEvents, output);
+        let loaded = Serial::from_state(&state, line, NoEvents, output);
         *slot = Some(loaded.map_err(|e| VmError::new(format!("state of the serial port makes no sense: {e:?}")))?);
         Ok(())
     }

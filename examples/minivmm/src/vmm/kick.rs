@@ -1,18 +1,22 @@
-//! Getting a vCPU thread out of `KVM_RUN`, without ever losing a kick. The only unsafe code of minivmm.
+//! Getting a vCPU thread out of `KVM_RUN`, without ever losing a kick. Beside `alias`, the only unsafe code of minivmm.
+//!
+//! The kick is a *standard* signal, as QEMU's is. The kernel keeps a real-time signal in a queue, and refuses it (`EAGAIN`) when
+//! the user has as many pending as `RLIMIT_SIGPENDING` permits, which may be none. A standard signal that is pending is one bit: it
+//! needs no memory, and cannot be refused. And it is unblocked by every thread that is kicked: a thread inherits the mask
+//! of whoever started the process.
 
 use std::{cell::Cell, io, sync::OnceLock, thread::JoinHandle};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, register_signal_handler, unblock_signal};
 
 thread_local! {
     /// The `immediate_exit` byte of the vCPU that this thread runs, or null.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-fn signal() -> i32 {
-    SIGRTMIN()
-}
+/// The signal that kicks.
+pub(super) const SIGNAL: i32 = libc::SIGUSR1;
 
 /// Runs on the vCPU's own thread: if it is about to enter `KVM_RUN`, the flag makes that return at once; if it is inside,
 /// the signal itself does.
@@ -28,7 +32,7 @@ extern "C" fn handler(_signal: libc::c_int, _info: *mut libc::siginfo_t, _contex
 /// Installs the handler, once a process; before the first thread that may be kicked: without it the signal ends the process.
 pub(super) fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-    let installed = INSTALLED.get_or_init(|| register_signal_handler(signal(), handler).map_err(|e| e.errno()));
+    let installed = INSTALLED.get_or_init(|| register_signal_handler(SIGNAL, handler).map_err(|e| e.errno()));
     installed.map_err(io::Error::from_raw_os_error)
 }
 
@@ -36,9 +40,13 @@ pub(super) fn install() -> io::Result<()> {
 pub(super) struct Registered(());
 
 impl Registered {
-    pub(super) fn new(vcpu: &mut VcpuFd) -> Self {
+    /// # Errors
+    /// When the signal cannot be unblocked: the vCPU could not be stopped.
+    pub(super) fn new(vcpu: &mut VcpuFd) -> Result<Self, String> {
         IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
-        Self(())
+        let registered = Self(());
+        unblock_signal(SIGNAL).map_err(|e| format!("unblocking signal {SIGNAL}, which stops a vCPU: {e}"))?;
+        Ok(registered)
     }
 }
 
@@ -51,5 +59,5 @@ impl Drop for Registered {
 /// Kicks the thread. It may have ended.
 pub(super) fn kick<T>(thread: &JoinHandle<T>) {
     // fails only for a thread that has ended, which needs no kick
-    let _ = thread.kill(signal());
+    let _ = thread.kill(SIGNAL);
 }

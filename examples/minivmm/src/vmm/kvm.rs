@@ -17,11 +17,9 @@ use super::{
     boot,
     devices::{Bus, SERIAL_GSI},
     machine::Processors,
-    vcpu::Vcpus,
+    vcpu::{RingFull, Vcpus},
 };
 
-/// Why nothing can be done with vCPUs any more.
-const ENDED: &str = "the vCPUs' threads have ended";
 /// What the VM has.
 const IRQCHIP: Irqchip = Irqchip::Full;
 
@@ -80,9 +78,9 @@ impl KvmProcessors {
         let collect = ring.as_ref().map(|ring| {
             let collector = ring.collector();
             let collect = move || collector.collect().map(drop).map_err(|e| e.to_string());
-            Box::new(collect) as Box<dyn Fn() -> Result<(), String> + Send + Sync>
+            Box::new(collect) as RingFull
         });
-        let vcpus = Vcpus::new(fds, bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
+        let vcpus = Vcpus::new(fds, slots.clone(), bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
         let (vcpus, saver) = (Arc::new(vcpus), Arc::new(saver));
         Ok(Self { vcpus, saver, vm, slots, ring, kind, fault, needs: needs.into(), tsc_khz })
     }
@@ -142,7 +140,7 @@ impl Processors for KvmProcessors {
             vcpu.set_sregs(&sregs)?;
             vcpu.set_regs(&regs)
         };
-        let done = self.vcpus.on_each(set).ok_or(ENDED)?;
+        let done = self.vcpus.on_each(set).map_err(|e| e.to_string())?;
         done.into_iter()
             .collect::<Result<(), kvm_ioctls::Error>>()
             .map_err(|e| format!("setting the boot CPU's registers: {e}"))
@@ -152,8 +150,8 @@ impl Processors for KvmProcessors {
         self.vcpus.run();
     }
 
-    fn pause(&self) {
-        self.vcpus.pause();
+    fn pause(&self) -> Result<(), VmError> {
+        Ok(self.vcpus.pause()?)
     }
 
     fn hold(&self, held: bool) {
@@ -169,7 +167,7 @@ impl Processors for KvmProcessors {
         let saver = self.saver.clone();
         // every exit was completed when the vCPUs stopped
         let save = move |index: usize, vcpu: &mut VcpuFd| state::save_vcpu(vcpu, index as u32, &saver, |_| false);
-        for section in self.vcpus.on_each(save).ok_or_else(|| VmError::new(ENDED))? {
+        for section in self.vcpus.on_each(save)? {
             into.sections.push(section?);
         }
         Ok(())
@@ -185,7 +183,7 @@ impl Processors for KvmProcessors {
             state::load_vcpu(vcpu, section, &saver, &its_clock)?;
             Ok(())
         };
-        let loaded = self.vcpus.on_each(load).ok_or_else(|| VmError::new(ENDED))?;
+        let loaded = self.vcpus.on_each(load)?;
         loaded.into_iter().collect::<Result<(), _>>()?;
         Ok(state::load_vm(&self.vm, vm, IRQCHIP, &clock)?)
     }
@@ -217,8 +215,7 @@ impl Processors for KvmProcessors {
     }
 
     fn pre_fault(&self, gpa: u64, len: u64) -> io::Result<()> {
-        let ended = || io::Error::other(ENDED);
-        self.vcpus.on_first(move |vcpu| state::pre_fault(vcpu, gpa, len)).ok_or_else(ended)?
+        self.vcpus.on_first(move |vcpu| state::pre_fault(vcpu, gpa, len)).map_err(io::Error::other)?
     }
 
     fn shut_down(&self) {

@@ -5,7 +5,10 @@ use std::{
     io::{self, Write},
     os::fd::OwnedFd,
     path::Path,
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -70,7 +73,10 @@ pub(super) trait Processors: Send + Sync {
     /// Lets them run.
     fn run(&self);
     /// Stops them; returns when none runs.
-    fn pause(&self);
+    ///
+    /// # Errors
+    /// When one does not stop in time. [`run`](Self::run) takes the stop back, also for that one.
+    fn pause(&self) -> Result<(), VmError>;
     /// Holds them, whether or not they run otherwise, or ends that. Waits for none of them: it may wait for a page.
     fn hold(&self, held: bool);
     /// Slows them down.
@@ -110,6 +116,8 @@ pub(crate) struct Machine {
     writes: Arc<DirtyBitmap>,
     pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
+    /// Whether the user has paused it, as `standing` says; known without that lock, whose holder may wait for a vCPU.
+    paused: AtomicBool,
     /// Of a guest that comes from another process of this machine.
     preferred: Mutex<Option<Preferred>>,
     /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
@@ -299,6 +307,7 @@ impl Machine {
             writes,
             bus,
             standing,
+            paused: AtomicBool::new(false),
             preferred: Mutex::default(),
             fault,
             pager,
@@ -353,9 +362,11 @@ impl Machine {
     pub(crate) fn pause_by_user(&self) -> Result<(), String> {
         let mut standing = self.standing();
         standing.refuse("pause")?;
-        standing.by_user = true;
-        self.processors.pause();
-        Ok(())
+        let was_paused = std::mem::replace(&mut standing.by_user, true);
+        let paused = self.processors.pause();
+        standing.by_user = was_paused || paused.is_ok();
+        self.settle(&standing);
+        paused.map_err(|why| format!("pause: {why}; the VM is as it was"))
     }
 
     pub(crate) fn resume_by_user(&self) -> Result<(), String> {
@@ -372,17 +383,18 @@ impl Machine {
     /// Stops it for a hand-over.
     ///
     /// # Errors
-    /// When the guest has ended by itself: there is nothing to move then.
+    /// When the guest has ended by itself, as [`VmError::ended`]: there is nothing to move then. When a vCPU does not stop.
+    /// [`go_on`](Machine::go_on) takes back what has happened.
     pub(super) fn stop(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
         if standing.given_up {
             return Err(VmError::new("the VM may run at its destination"));
         }
         standing.by_migration = true;
-        self.processors.pause();
+        let paused = self.processors.pause();
         match self.processors.end() {
-            Some(end) => Err(VmError::new(format!("the VM has ended by itself: {end}"))),
-            None => Ok(()),
+            Some(end) => Err(VmError::ended(end)),
+            None => paused,
         }
     }
 
@@ -414,7 +426,9 @@ impl Machine {
         self.standing().given_up = true;
     }
 
+    /// Has everybody know how it stands.
     fn settle(&self, standing: &Standing) {
+        self.paused.store(standing.by_user, Ordering::SeqCst);
         if !(standing.by_user || standing.by_migration || standing.given_up) {
             self.processors.run();
         }
@@ -497,9 +511,9 @@ impl Machine {
         self.pager.get().zip(page).is_none_or(|(pager, page)| !pager.is_missing(page))
     }
 
-    /// Whether the user paused it.
+    /// Whether the user paused it. Waits for nobody.
     pub(super) fn is_paused_by_user(&self) -> bool {
-        self.standing().by_user
+        self.paused.load(Ordering::SeqCst)
     }
 
     /// Waits until the guest has ended by itself (the reason), or the machine is shut down.

@@ -13,6 +13,7 @@ mod kvm;
 mod machine;
 mod protect;
 mod software;
+mod stuck;
 #[cfg(test)]
 mod tests;
 mod vcpu;

@@ -25,7 +25,10 @@ use migration_kvm::{
     tracker::{TrackerKind, UserFault, WriteProtect},
 };
 
-use super::machine::Processors;
+use super::{
+    machine::Processors,
+    stuck::{Doing, MOST_WAIT, VcpuError},
+};
 use crate::workload::{
     layout::{self, board},
     spec::Spec,
@@ -93,7 +96,8 @@ struct Control {
     run: bool,
     held: bool,
     exit: bool,
-    stopped: usize,
+    /// Which threads do not work.
+    stopped: Vec<bool>,
     throttle: u32,
 }
 
@@ -196,7 +200,8 @@ impl SoftwareProcessors {
         fault: Option<Arc<UserFault>>,
     ) -> io::Result<Self> {
         let bitmap = DirtyBitmap::new(ram.layout().clone());
-        let control = Control { held: false, plan: Plan::default(), run: false, exit: false, stopped: 0, throttle: 0 };
+        let stopped = vec![false; cpus as usize];
+        let control = Control { held: false, plan: Plan::default(), run: false, exit: false, stopped, throttle: 0 };
         let shared = Arc::new(Shared {
             ram,
             bitmap,
@@ -220,7 +225,7 @@ impl SoftwareProcessors {
 fn thread_main(cpu: usize, shared: &Shared) {
     loop {
         let mut control = shared.lock();
-        control.stopped += 1;
+        control.stopped[cpu] = true;
         shared.changed.notify_all();
         while !control.may_run() && !control.exit {
             control = shared.changed.wait(control).unwrap_or_else(|e| e.into_inner());
@@ -228,7 +233,7 @@ fn thread_main(cpu: usize, shared: &Shared) {
         if control.exit {
             return;
         }
-        control.stopped -= 1;
+        control.stopped[cpu] = false;
         let plan = control.plan;
         shared.stop.store(false, Ordering::SeqCst);
         drop(control);
@@ -284,17 +289,25 @@ impl Processors for SoftwareProcessors {
     }
 
     fn run(&self) {
-        self.shared.lock().run = true;
+        let mut control = self.shared.lock();
+        control.run = true;
+        // of a thread that was late to stop
+        self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
         self.shared.changed.notify_all();
     }
 
-    fn pause(&self) {
+    fn pause(&self) -> Result<(), VmError> {
         let mut control = self.shared.lock();
         control.run = false;
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.changed.notify_all();
-        while control.stopped < self.threads.len() {
-            control = self.shared.changed.wait(control).unwrap_or_else(|e| e.into_inner());
+        let late = |control: &mut Control| control.stopped.contains(&false);
+        let waited = self.shared.changed.wait_timeout_while(control, MOST_WAIT, late);
+        let (control, _) = waited.unwrap_or_else(|e| e.into_inner());
+        match control.stopped.iter().position(|&stopped| !stopped) {
+            // it waits for a page: there is nothing else that it could wait for
+            Some(vcpu) => Err(VcpuError::Stuck { vcpu, what: "stop", doing: Doing::Guest }.into()),
+            None => Ok(()),
         }
     }
 
@@ -417,8 +430,17 @@ fn words<const N: usize>(state: &VmState, name: &str, instance: u32) -> Result<[
 impl Drop for SoftwareProcessors {
     fn drop(&mut self) {
         self.shut_down();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
+        let began = Instant::now();
+        for (cpu, thread) in self.threads.drain(..).enumerate() {
+            while !thread.is_finished() && began.elapsed() < MOST_WAIT {
+                thread::sleep(REST);
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            } else {
+                // it waits for a page, and has what it may still touch
+                eprintln!("minivmm: the thread of software CPU {cpu} does not end, and is left behind");
+            }
         }
     }
 }

@@ -7,12 +7,15 @@
 //!
 //! `stop` is cleared only under the lock and only while vCPUs may run. So no thread, woken late from an earlier stop, takes
 //! back the stop of a pause.
+//!
+//! Every wait for a vCPU ends after [`MOST_WAIT`] with an error that names the vCPU and what it does. Until then a vCPU that
+//! was to stop is kicked again and again. One that is late stops, or works, when it can; [`Vcpus::run`] takes the stop back.
 
 use std::{
     collections::VecDeque,
-    iter,
+    io, iter,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard,
+        Arc, Condvar, Mutex, MutexGuard, TryLockError,
         atomic::{AtomicBool, Ordering, compiler_fence},
         mpsc,
     },
@@ -22,9 +25,13 @@ use std::{
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use migration_kvm::state;
+use migration_kvm::{state, tracker::GuestSlots};
 
-use super::{devices::Bus, kick};
+use super::{
+    devices::Bus,
+    kick,
+    stuck::{Doing, Doings, KICK_AGAIN, MOST_WAIT, VcpuError},
+};
 
 /// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
@@ -32,6 +39,9 @@ const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
 const LONGEST_REST: Duration = Duration::from_millis(9);
 /// Rest that is owed beyond this is waived: a host that was busy for a while does not slow the guest down for long after.
 const MOST_OWED: Duration = Duration::from_millis(100);
+
+/// A vCPU that is in use by its own thread is looked at again after this time. Only one that should be stopped and is not.
+const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
@@ -47,8 +57,10 @@ struct Control {
     /// Why the VM has ended.
     end: Option<String>,
     jobs: Vec<VecDeque<Job>>,
-    /// Threads that are not inside the run loop.
-    stopped: u32,
+    /// Which threads are not inside the run loop.
+    stopped: Vec<bool>,
+    /// Which threads have let go of their vCPU.
+    ended: Vec<bool>,
 }
 
 impl Control {
@@ -66,10 +78,16 @@ struct Shared {
     vcpus: Vec<Mutex<Option<VcpuFd>>>,
     /// Looked at before every entry into the guest.
     stop: AtomicBool,
+    doing: Doings,
     bus: Arc<Bus>,
     /// Called when a dirty ring is full.
-    ring_full: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
+    ring_full: Option<RingFull>,
+    /// Guest memory: it stays mapped for as long as there is a vCPU, even one that does not end when it should.
+    _memory: Arc<GuestSlots>,
 }
+
+/// Collects a dirty ring that is full.
+pub(super) type RingFull = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 /// All vCPUs of a VM.
 pub(super) struct Vcpus {
@@ -89,6 +107,28 @@ impl Shared {
         self.changed.wait(guard).unwrap_or_else(|e| e.into_inner())
     }
 
+    fn wait_for<'a>(&self, guard: MutexGuard<'a, Control>, time: Duration) -> MutexGuard<'a, Control> {
+        self.changed.wait_timeout(guard, time).unwrap_or_else(|e| e.into_inner()).0
+    }
+
+    fn stuck(&self, vcpu: usize, what: &'static str) -> VcpuError {
+        VcpuError::Stuck { vcpu, what, doing: self.doing.get(vcpu) }
+    }
+
+    /// A vCPU that is stopped, for another thread than its own.
+    fn stopped_vcpu(&self, index: usize) -> Result<MutexGuard<'_, Option<VcpuFd>>, VcpuError> {
+        let began = Instant::now();
+        loop {
+            match self.vcpus[index].try_lock() {
+                Ok(vcpu) => return Ok(vcpu),
+                // as in `vcpu`
+                Err(TryLockError::Poisoned(e)) => return Ok(e.into_inner()),
+                Err(TryLockError::WouldBlock) if began.elapsed() < MOST_WAIT => thread::sleep(LOOK_AGAIN),
+                Err(TryLockError::WouldBlock) => return Err(self.stuck(index, "stop")),
+            }
+        }
+    }
+
     fn vcpu(&self, index: usize) -> MutexGuard<'_, Option<VcpuFd>> {
         // KVM's part of it is as the last ioctl left it
         self.vcpus[index].lock().unwrap_or_else(|e| e.into_inner())
@@ -99,17 +139,26 @@ impl Vcpus {
     /// Starts a thread for each vCPU; none runs yet.
     pub(super) fn new(
         vcpus: Vec<VcpuFd>,
+        memory: Arc<GuestSlots>,
         bus: Arc<Bus>,
-        ring_full: Option<Box<dyn Fn() -> Result<(), String> + Send + Sync>>,
-    ) -> std::io::Result<Self> {
+        ring_full: Option<RingFull>,
+    ) -> io::Result<Self> {
         kick::install()?;
-        let jobs = vcpus.iter().map(|_| VecDeque::new()).collect();
-        let control =
-            Control { run: false, held: false, rest: false, throttle: 0, exit: false, end: None, jobs, stopped: 0 };
         let (count, vcpus) = (vcpus.len(), vcpus.into_iter().map(|vcpu| Mutex::new(Some(vcpu))).collect());
-        let (control, stop) = (Mutex::new(control), AtomicBool::new(true));
+        let control = Control {
+            run: false,
+            held: false,
+            rest: false,
+            throttle: 0,
+            exit: false,
+            end: None,
+            jobs: (0..count).map(|_| VecDeque::new()).collect(),
+            stopped: vec![false; count],
+            ended: vec![false; count],
+        };
+        let (control, stop, doing) = (Mutex::new(control), AtomicBool::new(true), Doings::new(count));
         let (changed, ended) = (Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { control, changed, ended, vcpus, stop, bus, ring_full });
+        let shared = Arc::new(Shared { control, changed, ended, vcpus, stop, doing, bus, ring_full, _memory: memory });
         let throttler = Mutex::new(None);
         // if a thread cannot be had, dropping this ends those that were started
         let mut started = Self { shared: shared.clone(), threads: Vec::new(), thread_ids: Vec::new(), throttler };
@@ -123,7 +172,8 @@ impl Vcpus {
             };
             started.threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
         }
-        let mut ids: Vec<_> = ids.iter().take(count).collect();
+        let id = |_| ids.recv_timeout(MOST_WAIT).map_err(|_| io::Error::other("a vCPU's thread does not begin"));
+        let mut ids = (0..count).map(id).collect::<Result<Vec<_>, _>>()?;
         ids.sort_unstable();
         started.thread_ids = ids.into_iter().map(|(_, id)| id).collect();
         Ok(started)
@@ -142,7 +192,7 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
-    /// Holds them beside all else, or ends that; waits for none.
+    /// Holds them beside all else, or ends that; waits for none, and so kicks them once: a kick is not lost.
     pub(super) fn hold(&self, held: bool) {
         let mut control = self.shared.lock();
         control.held = held;
@@ -154,22 +204,37 @@ impl Vcpus {
     }
 
     /// Stops them; returns when none is in the guest any more.
-    pub(super) fn pause(&self) {
+    ///
+    /// # Errors
+    /// When one does not stop. It stops as soon as it can, and the others have stopped, until [`run`](Self::run) is called.
+    pub(super) fn pause(&self) -> Result<(), VcpuError> {
         let mut control = self.shared.lock();
         control.run = false;
         self.kick_all();
-        while control.stopped < self.threads.len() as u32 {
-            control = self.shared.wait(control);
+        let (began, mut kicked) = (Instant::now(), Instant::now());
+        while let Some(late) = control.stopped.iter().position(|&stopped| !stopped) {
+            if began.elapsed() >= MOST_WAIT {
+                return Err(self.shared.stuck(late, "stop"));
+            }
+            control = self.shared.wait_for(control, KICK_AGAIN);
+            if kicked.elapsed() >= KICK_AGAIN {
+                kicked = Instant::now();
+                self.kick_where(&control.stopped);
+            }
         }
+        Ok(())
     }
 
     /// Does `work` on all vCPUs at once; the results are in the vCPUs' order. They must be stopped: a vCPU that runs gets to it
-    /// when it stops. `None` if the threads have ended. The first one's is done here and now: a thread that has to be woken for it,
-    /// and to wake this one, would cost about as much as the work.
+    /// when it stops. The first one's is done here and now: a thread that has to be woken for it, and to wake this one, would
+    /// cost about as much as the work.
+    ///
+    /// # Errors
+    /// When the threads have ended, or a vCPU does not get to it: then it never does.
     pub(super) fn on_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
-    ) -> Option<Vec<T>> {
+    ) -> Result<Vec<T>, VcpuError> {
         self.on_those_below(usize::MAX, work)
     }
 
@@ -177,42 +242,60 @@ impl Vcpus {
     pub(super) fn on_first<T: Send + 'static>(
         &self,
         work: impl Fn(&mut VcpuFd) -> T + Send + Sync + 'static,
-    ) -> Option<T> {
-        self.on_those_below(1, move |_, vcpu| work(vcpu))?.pop()
+    ) -> Result<T, VcpuError> {
+        self.on_those_below(1, move |_, vcpu| work(vcpu))?.pop().ok_or(VcpuError::Ended)
     }
 
     fn on_those_below<T: Send + 'static>(
         &self,
         end: usize,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
-    ) -> Option<Vec<T>> {
+    ) -> Result<Vec<T>, VcpuError> {
         let work = Arc::new(work);
+        // once this is set, no thread begins with it any more
+        let given_up = Arc::new(AtomicBool::new(false));
         let mut results = Vec::new();
         {
             let mut control = self.shared.lock();
-            if control.exit {
-                return None;
+            if control.exit || control.ended.contains(&true) {
+                return Err(VcpuError::Ended);
             }
             for (index, jobs) in control.jobs.iter_mut().enumerate().take(end).skip(1) {
                 let (tx, rx) = mpsc::channel();
-                let work = work.clone();
+                let (work, given_up) = (work.clone(), given_up.clone());
                 jobs.push_back(Box::new(move |vcpu| {
-                    // the other end waits right below
-                    let _ = tx.send(work(index, vcpu));
+                    if !given_up.load(Ordering::SeqCst) {
+                        // the other end waits below, or has given up
+                        let _ = tx.send(work(index, vcpu));
+                    }
                 }));
-                results.push(rx);
+                results.push((index, rx));
             }
         }
         if !results.is_empty() {
             self.shared.changed.notify_all();
         }
-        let first = self.shared.vcpu(0).as_mut().map(|vcpu| work(0, vcpu));
+        let began = Instant::now();
+        let first = match self.shared.stopped_vcpu(0) {
+            Ok(mut vcpu) => vcpu.as_mut().map(|vcpu| work(0, vcpu)).ok_or(VcpuError::Ended),
+            Err(stuck) => Err(stuck),
+        };
         // a thread that still has work does not end: see `thread_main`
-        iter::once(first).chain(results.into_iter().map(|rx| rx.recv().ok())).collect()
+        let others = results.into_iter().map(|(index, rx)| {
+            rx.recv_timeout(MOST_WAIT.saturating_sub(began.elapsed())).map_err(|why| match why {
+                mpsc::RecvTimeoutError::Timeout => self.shared.stuck(index, "get to work on its state"),
+                mpsc::RecvTimeoutError::Disconnected => VcpuError::Ended,
+            })
+        });
+        let results = iter::once(first).chain(others).collect::<Result<Vec<_>, _>>();
+        if results.is_err() {
+            given_up.store(true, Ordering::SeqCst);
+        }
+        results
     }
 
     /// Lets them run `100 - percent` of the time.
-    pub(super) fn throttle(self: &Arc<Self>, percent: u8) -> std::io::Result<()> {
+    pub(super) fn throttle(self: &Arc<Self>, percent: u8) -> io::Result<()> {
         self.shared.lock().throttle = percent.min(99);
         self.shared.changed.notify_all();
         let mut throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner());
@@ -261,9 +344,27 @@ impl Vcpus {
 
     fn kick_all(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        for thread in &self.threads {
-            kick::kick(thread);
+        self.threads.iter().for_each(kick::kick);
+    }
+
+    /// Kicks those again that are not there yet.
+    fn kick_where(&self, there: &[bool]) {
+        self.threads.iter().zip(there).filter(|(_, there)| !**there).for_each(|(thread, _)| kick::kick(thread));
+    }
+
+    /// Waits until all threads have let go of their vCPUs; those that do not.
+    fn wait_ended(&self) -> Vec<bool> {
+        let (began, mut kicked) = (Instant::now(), Instant::now());
+        let mut control = self.shared.lock();
+        // if a thread could not be started, the ones after it are not there
+        while control.ended.iter().take(self.threads.len()).any(|ended| !ended) && began.elapsed() < MOST_WAIT {
+            control = self.shared.wait_for(control, KICK_AGAIN);
+            if kicked.elapsed() >= KICK_AGAIN {
+                kicked = Instant::now();
+                self.kick_where(&control.ended);
+            }
         }
+        control.ended.clone()
     }
 
     /// Ends all threads, and with them the vCPUs.
@@ -279,46 +380,62 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         self.shut_down();
         let throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner()).take();
-        for thread in self.threads.drain(..).chain(throttler) {
+        if let Some(throttler) = throttler
             // the last reference may be dropped by the throttler itself
-            if thread.thread().id() != thread::current().id() {
+            && throttler.thread().id() != thread::current().id()
+        {
+            let _ = throttler.join();
+        }
+        let ended = self.wait_ended();
+        for (index, thread) in self.threads.drain(..).enumerate() {
+            if ended.get(index) == Some(&true) {
                 let _ = thread.join();
+            } else {
+                // it never enters the guest again, and has what it may still touch
+                eprintln!("minivmm: {}; its thread is left behind", self.shared.stuck(index, "end"));
             }
         }
     }
 }
 
-fn thread_main(index: usize, shared: &Shared) {
-    let Some(registered) = shared.vcpu(index).as_mut().map(kick::Registered::new) else { return };
-    loop {
-        {
-            let mut control = shared.lock();
-            control.stopped += 1;
-            shared.changed.notify_all();
-            loop {
-                if let Some(job) = control.jobs[index].pop_front() {
-                    drop(control);
-                    if let Some(vcpu) = shared.vcpu(index).as_mut() {
-                        job(vcpu);
-                    }
-                    control = shared.lock();
-                } else if control.exit {
-                    drop(control);
-                    drop(registered);
-                    // the VM goes with the last one
-                    drop(shared.vcpu(index).take());
-                    return;
-                } else if control.may_run() {
-                    break;
-                } else {
-                    control = shared.wait(control);
-                }
-            }
-            control.stopped -= 1;
-            shared.stop.store(false, Ordering::SeqCst);
+/// Notes that a vCPU's thread has let go of it, also when it panics: nobody waits for it any more, and the VM has ended.
+struct Ending<'a> {
+    index: usize,
+    shared: &'a Shared,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let Self { index, shared } = *self;
+        // the VM goes with the last one
+        drop(shared.vcpu(index).take());
+        let mut control = shared.lock();
+        if !control.exit {
+            control.end.get_or_insert_with(|| format!("the thread of vCPU {index} has died"));
         }
-        let mut guard = shared.vcpu(index);
-        let Some(vcpu) = guard.as_mut() else { return };
+        shared.doing.set(index, Doing::Ended);
+        (control.stopped[index], control.ended[index]) = (true, true);
+        // whoever waits for them hears that nothing comes of them
+        let never_done = std::mem::take(&mut control.jobs[index]);
+        drop(control);
+        drop(never_done);
+        shared.changed.notify_all();
+        shared.ended.notify_all();
+    }
+}
+
+fn thread_main(index: usize, shared: &Shared) {
+    let _ending = Ending { index, shared };
+    let registered = match shared.vcpu(index).as_mut().map(kick::Registered::new) {
+        Some(Ok(registered)) => registered,
+        Some(Err(why)) => {
+            shared.lock().end.get_or_insert(why);
+            return;
+        }
+        None => return,
+    };
+    while let Some(mut guard) = wait_to_run(index, shared) {
+        let Some(vcpu) = guard.as_mut() else { break };
         // it stood still, for whatever reason: its clock tells its watchdogs
         state::note_pause(vcpu);
         let end = run(index, vcpu, shared);
@@ -329,6 +446,37 @@ fn thread_main(index: usize, shared: &Shared) {
             shared.ended.notify_all();
         }
     }
+    // before the vCPU goes
+    drop(registered);
+}
+
+/// Does what others want done to the vCPU, until it may run; `None` when it shall end.
+fn wait_to_run(index: usize, shared: &Shared) -> Option<MutexGuard<'_, Option<VcpuFd>>> {
+    let mut control = shared.lock();
+    control.stopped[index] = true;
+    shared.doing.set(index, Doing::Stopped);
+    shared.changed.notify_all();
+    loop {
+        if let Some(job) = control.jobs[index].pop_front() {
+            drop(control);
+            shared.doing.set(index, Doing::Job);
+            if let Some(vcpu) = shared.vcpu(index).as_mut() {
+                job(vcpu);
+            }
+            shared.doing.set(index, Doing::Stopped);
+            control = shared.lock();
+        } else if control.exit {
+            return None;
+        } else if control.may_run() {
+            break;
+        } else {
+            control = shared.wait(control);
+        }
+    }
+    control.stopped[index] = false;
+    shared.stop.store(false, Ordering::SeqCst);
+    drop(control);
+    Some(shared.vcpu(index))
 }
 
 /// Runs the guest until somebody wants the vCPU to stop, or the VM ends for the reason returned.
@@ -351,7 +499,8 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
 /// puts the value into the register.
 fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     let mut end = None;
-    let completed = state::complete_io(vcpu, |exit| match handle(exit, shared) {
+    shared.doing.set(index, Doing::Completing);
+    let completed = state::complete_io(vcpu, |exit| match handle(index, exit, shared) {
         Ok(()) => true,
         Err(why) => {
             end = Some(why);
@@ -364,8 +513,9 @@ fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<Strin
 
 /// Enters the guest once, and handles the exit. An error ends the VM.
 fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), String> {
+    shared.doing.set(index, Doing::Guest);
     let why = match vcpu.run() {
-        Ok(exit) => match handle(exit, shared) {
+        Ok(exit) => match handle(index, exit, shared) {
             Ok(()) => return Ok(()),
             Err(why) => why,
         },
@@ -376,7 +526,16 @@ fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), String> 
     Err(format!("{why} on vCPU {index}{}", place(vcpu)))
 }
 
-fn handle(exit: VcpuExit<'_>, shared: &Shared) -> Result<(), String> {
+fn handle(index: usize, exit: VcpuExit<'_>, shared: &Shared) -> Result<(), String> {
+    shared.doing.set(
+        index,
+        match exit {
+            VcpuExit::IoOut(port, _) => Doing::Write(port),
+            VcpuExit::IoIn(port, _) => Doing::Read(port),
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => Doing::RingFull,
+            _ => Doing::Exit,
+        },
+    );
     match exit {
         VcpuExit::IoOut(port, data) => shared.bus.port_write(port, data),
         VcpuExit::IoIn(port, data) => shared.bus.port_read(port, data),

@@ -29,6 +29,10 @@ impl Hub {
         let wait_running = || session.wait_running(link);
         let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &wait_running);
         let Err(error) = served else { return Ok(()) };
+        if let MigrationError::VmEnded(reason) = &error {
+            self.vm_ended(reason);
+            return Ok(());
+        }
         let cut = session.lane_lost(link, error.code(), &error.to_string());
         if cut || !matches!(error, MigrationError::Link { .. }) {
             return Err(error);

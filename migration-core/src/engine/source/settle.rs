@@ -23,8 +23,12 @@ impl Engine<'_> {
             self.report.outcome = outcome;
             self.report.reason = Some(reason);
             self.report.epoch = self.machine.epoch();
-            self.resume_guest();
-            self.give_tracker_back();
+            if outcome == Outcome::Ended {
+                self.let_go();
+            } else {
+                self.resume_guest();
+                self.give_tracker_back();
+            }
             self.finish_report();
         } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
@@ -63,6 +67,14 @@ impl Engine<'_> {
         lock(&self.requests).end();
         self.tell_phase();
         self.report
+    }
+
+    /// The VM has ended at the destination: nobody needs what is here.
+    fn let_go(&mut self) {
+        // best effort: without it the destination only keeps listening a little longer
+        let _ = self.say(&Control::Done);
+        self.close();
+        self.vm.released();
     }
 
     /// Lets the guest run as it did before the migration: at full speed, unless it was paused then.
