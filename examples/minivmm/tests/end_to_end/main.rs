@@ -1,6 +1,9 @@
 //! `minivmm` from end to end: real processes, real KVM, driven through the command line as a user's scripts would.
 //!
 //! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
+//!
+//! `MIGRATION_TEST_SHUFFLE=SEED` runs the trials in another order for each seed, so that other trials run beside each
+//! other.
 
 mod balloon;
 mod bench;
@@ -25,10 +28,13 @@ mod restart;
 mod sealed;
 mod snapshot;
 
-use std::process::ExitCode;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    process::ExitCode,
+};
 
 use common::{HugePages, Suite};
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -55,7 +61,20 @@ fn main() -> ExitCode {
     restart::add(&mut suite);
     sealed::add(&mut suite);
     snapshot::add(&mut suite);
+    if let Ok(seed) = std::env::var("MIGRATION_TEST_SHUFFLE") {
+        shuffle(&mut suite.trials, &seed);
+    }
     let conclusion = libtest_mimic::run(&arguments, suite.trials);
     drop(huge_pages);
     conclusion.exit_code()
+}
+
+/// Brings the trials into an order that only the seed and their names decide.
+fn shuffle(trials: &mut [Trial], seed: &str) {
+    trials.sort_by_cached_key(|trial| {
+        let mut hasher = DefaultHasher::new();
+        (seed, trial.name()).hash(&mut hasher);
+        hasher.finish()
+    });
+    println!("trials in the order of MIGRATION_TEST_SHUFFLE={seed}");
 }
