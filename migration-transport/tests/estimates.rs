@@ -4,7 +4,8 @@
 mod common;
 
 use std::{
-    sync::{Arc, mpsc},
+    net::ToSocketAddrs,
+    sync::{Arc, Mutex, mpsc},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -17,13 +18,14 @@ use migration_core::{
         Controller, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SnapshotOptions, SourceOptions, migrate,
         snapshot,
     },
-    report::{Outcome, Report},
+    protocol::SourcePhase,
+    report::{Event, Observer, Outcome, Progress, Report},
     state::{MAX_SECTION, Section, VmState},
     strategy::{PreCopy, StopAndCopy, Strategy},
     tracker::DirtyTracker,
     vm::{DestinationHost, DestinationVm, SectionEstimate, SourceVm, StateEstimate, VmDescription, VmError},
 };
-use migration_transport::{Address, ConnectOptions, bind, connector};
+use migration_transport::{Address, Bandwidth, ConnectOptions, Relay, bind, connector};
 
 const LARGE: usize = 15_000_000;
 const SAVE: Duration = Duration::from_millis(5);
@@ -282,4 +284,43 @@ fn a_snapshot_refuses_it_too() {
     assert!(why.contains("large 7") && vm.pauses == 0 && vm.vm.guest.is_running(), "{why}");
     let mut dirty = PageSet::empty(1024);
     assert!(vm.tracker().harvest(&mut dirty).is_err() || !vm.vm.tracks());
+}
+
+/// Keeps all progress that is reported.
+#[derive(Default)]
+struct Seen(Mutex<Vec<Progress>>);
+
+impl Observer for Seen {
+    fn event(&self, event: &Event) {
+        if let Event::Progress(progress) = event {
+            self.0.lock().unwrap().push(progress.clone());
+        }
+    }
+}
+
+#[test]
+fn progress_is_live_in_the_first_round_and_never_absurd() {
+    let (destination, mut vm) = (Destination::start(None), LargeVm::new(100));
+    let address = destination.address.to_string();
+    let address = address.strip_prefix("tcp:").unwrap().to_socket_addrs().unwrap().next().unwrap();
+    let relay = Relay::new(address).unwrap();
+    // a second for all of RAM
+    relay.set_bandwidth(Bandwidth::from_bytes_per_second(4 << 20));
+    let seen = Arc::new(Seen::default());
+    let options = SourceOptions { observer: seen.clone(), ..limit(5000) };
+    let link = connector(&relay.address(), ConnectOptions::default());
+    let report = migrate(&mut vm, &*link, &mut <PreCopy>::default(), &options, Controller::new().1);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    destination.arrived.recv().unwrap().set_running(false);
+    let seen = seen.0.lock().unwrap();
+    let first: Vec<_> = seen.iter().filter(|p| p.round == 1 && p.phase == SourcePhase::Copying).collect();
+    assert!(first.iter().any(|p| p.bytes_per_second > 0.0 && p.share_done > 0.0 && p.eta.is_some()), "{first:?}");
+    assert!(first.iter().all(|p| p.expected_downtime.is_none() && p.least_downtime.is_some()), "{first:?}");
+    for pair in seen.windows(2) {
+        assert!(pair[0].share_done <= pair[1].share_done, "{pair:?}");
+    }
+    for p in seen.iter() {
+        let most = p.least_downtime.unwrap_or_default().max(options.downtime_limit);
+        assert!(p.expected_downtime.is_none_or(|expected| expected <= most), "{p:?}");
+    }
 }
