@@ -485,7 +485,8 @@ pub(crate) struct Migrate {
     /// Connections for pages.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=128))]
     pub(crate) streams: u16,
-    /// The longest downtime that is acceptable.
+    /// The longest downtime that is acceptable. Where it cannot be kept, however long the migration goes on, what
+    /// --on-timeout says is done at once.
     #[arg(long, default_value = "300ms", value_parser = duration)]
     pub(crate) downtime_limit: Duration,
     /// The longest time in the pause without a sign of life from the destination: after it the guest runs on here, and the
@@ -502,7 +503,8 @@ pub(crate) struct Migrate {
     /// How long it may take until the hand-over; 0 for ever.
     #[arg(long, default_value = "0", value_parser = duration)]
     pub(crate) timeout: Duration,
-    /// What happens then.
+    /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be kept: cancel, stop (switch over
+    /// whatever the downtime), or post-copy.
     #[arg(long, default_value = "cancel")]
     pub(crate) on_timeout: TimeoutAction,
     /// In post-copy, protect the VM against the death of its destination (reverse), of its source (forward), or of either:

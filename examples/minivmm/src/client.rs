@@ -192,35 +192,32 @@ fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_
 /// Progress on stderr: a bar on a terminal, a line now and then elsewhere.
 struct Bar(Option<ProgressBar>);
 
+/// Steps of the whole bar.
+const STEPS: u64 = 1000;
+
 impl Bar {
     fn new() -> Self {
         if !std::io::stderr().is_terminal() {
             return Self(None);
         }
-        let bar = ProgressBar::new(1);
+        let bar = ProgressBar::new(STEPS);
         let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {percent:>3}% {msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         Self(Some(bar))
     }
 
     fn show(&self, p: &Value) {
-        let number = |key: &str| p[key].as_f64().map_or("-".to_owned(), |n| format!("{n:.0}"));
-        let message = format!(
-            "round {} · {} Mbit/s · dirty {}/s · throttle {} % · downtime {} ms · left {} ms",
-            number("round"),
-            number("mbps"),
-            number("dirty_pages_per_second"),
-            number("throttle_percent"),
-            number("expected_downtime_ms"),
-            number("eta_ms"),
-        );
+        let message = progress_line(p);
+        let share = p["share_done"].as_f64().unwrap_or(0.0);
         match &self.0 {
             Some(bar) => {
-                bar.set_length(p["round_pages"].as_u64().unwrap_or(1).max(1));
-                bar.set_position(p["round_sent"].as_u64().unwrap_or(0));
+                bar.set_position((share * STEPS as f64) as u64);
                 bar.set_message(message);
             }
-            None => eprintln!("{:>8} ms  {message}", number("elapsed_ms")),
+            None => {
+                let elapsed = p["elapsed_ms"].as_f64().unwrap_or(0.0);
+                eprintln!("{elapsed:>8.0} ms  {:>3.0} %  {message}", (share * 100.0).floor());
+            }
         }
     }
 
@@ -229,6 +226,27 @@ impl Bar {
             bar.finish_and_clear();
         }
     }
+}
+
+/// What is shown of a migration's progress. A figure that is not known is a dash.
+fn progress_line(p: &Value) -> String {
+    let number = |key: &str| p[key].as_f64().map_or("-".to_owned(), |n| format!("{n:.0}"));
+    let ms =
+        |key: &str| p[key].as_f64().map(|ms| if ms < 10.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") });
+    // in the first round nobody knows how fast the guest writes: only what nothing can shorten
+    let downtime = match (ms("expected_downtime_ms"), ms("least_downtime_ms")) {
+        (Some(expected), _) => expected,
+        (None, Some(least)) => format!("- (at least {least})"),
+        (None, None) => "-".into(),
+    };
+    let left = p["eta_ms"].as_f64().map_or("-".to_owned(), |ms| format!("{:.1} s", ms / 1e3));
+    format!(
+        "round {} · {} Mbit/s · dirty {}/s · throttle {} % · downtime {downtime} · left {left}",
+        number("round"),
+        number("mbps"),
+        number("dirty_pages_per_second"),
+        number("throttle_percent"),
+    )
 }
 
 /// A JSON value as aligned lines.
@@ -244,5 +262,24 @@ pub(crate) fn lines(prefix: &str, value: &Value) -> String {
         Value::String(text) => format!("{prefix:<32}{text}\n"),
         Value::Null => format!("{prefix:<32}-\n"),
         other => format!("{prefix:<32}{other}\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_shows_what_is_known_and_dashes_for_the_rest() {
+        let first = json!({"round": 1, "mbps": 812.0, "dirty_pages_per_second": null, "throttle_percent": 0,
+            "expected_downtime_ms": null, "least_downtime_ms": 3.25, "eta_ms": 12_345.6, "share_done": 0.1});
+        let shown = "round 1 · 812 Mbit/s · dirty -/s · throttle 0 % · downtime - (at least 3.2 ms) · left 12.3 s";
+        assert_eq!(progress_line(&first), shown);
+        let later = json!({"round": 2, "mbps": 812.0, "dirty_pages_per_second": 99.6, "throttle_percent": 20,
+            "expected_downtime_ms": 12.4, "least_downtime_ms": 3.25, "eta_ms": null});
+        let shown = "round 2 · 812 Mbit/s · dirty 100/s · throttle 20 % · downtime 12 ms · left -";
+        assert_eq!(progress_line(&later), shown);
+        // a server of an earlier build
+        assert!(progress_line(&json!({"round": 1})).ends_with("downtime - · left -"));
     }
 }

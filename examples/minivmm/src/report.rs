@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use migration_core::{
     MigrationError,
     engine::SnapshotReport,
-    report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport},
+    report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport, Rounds},
 };
 use serde_json::{Value, json};
 
@@ -35,8 +35,10 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "prepare_ms": ms(report.setup),
         "downtime_ms": report.downtime.map(ms),
         "predicted_downtime_ms": report.predicted_downtime.map(ms),
+        "stalled": report.stalled,
         "rounds": report.rounds.len(),
         "round_details": rounds_to_json(&report.rounds),
+        "rounds_left_out": left_out_to_json(&report.rounds),
         "streams": report.streams,
         "wire_bytes": report.wire_bytes,
         "downtime_bytes": report.downtime_bytes,
@@ -64,9 +66,22 @@ pub(crate) fn to_json(report: &Report) -> Value {
     })
 }
 
-fn rounds_to_json(rounds: &[RoundReport]) -> Vec<Value> {
+/// The rounds that are kept one by one: the first and the last ones.
+fn rounds_to_json(rounds: &Rounds) -> Vec<Value> {
     let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
     rounds.iter().map(round).collect()
+}
+
+/// The rounds between them, put together; null if there are none.
+fn left_out_to_json(rounds: &Rounds) -> Value {
+    let sum = rounds.left_out();
+    if sum.count == 0 {
+        return Value::Null;
+    }
+    json!({
+        "count": sum.count, "pages": sum.pages, "wire_bytes": sum.wire_bytes, "ms": ms(sum.time),
+        "throttle_percent": sum.throttle_percent,
+    })
 }
 
 /// What every migration and snapshot has of them.
@@ -99,6 +114,7 @@ pub(crate) fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, 
         "downtime_ms": ms(report.downtime),
         "rounds": report.rounds.len(),
         "round_details": rounds_to_json(&report.rounds),
+        "rounds_left_out": left_out_to_json(&report.rounds),
         "ram_bytes": report.pages.total << migration_core::PAGE_SHIFT,
         "state_bytes": report.state_bytes,
         "copied_pages": report.copied,
@@ -160,9 +176,12 @@ pub(crate) fn progress_to_json(p: &Progress, checkpoints: &CheckpointCounts) -> 
         "mbps": (p.bytes_per_second * 8.0 / 1e6).round(),
         "dirty_pages_per_second": p.dirty_pages_per_second.map(f64::round),
         "expected_downtime_ms": p.expected_downtime.map(ms),
+        "least_downtime_ms": p.least_downtime.map(ms),
         "throttle_percent": p.throttle_percent,
         "elapsed_ms": ms(p.elapsed),
         "eta_ms": p.eta.map(ms),
+        "round_eta_ms": p.round_eta.map(ms),
+        "share_done": (p.share_done * 1e4).round() / 1e4,
         "checkpoints": checkpoints_to_json(checkpoints),
     })
 }
@@ -186,6 +205,7 @@ pub(crate) fn to_lines(report: &Value) -> String {
         ("setup_ms", " ms"),
         ("downtime_ms", " ms"),
         ("predicted_downtime_ms", " ms"),
+        ("stalled", ""),
         ("rounds", ""),
         ("streams", ""),
         ("wire_bytes", ""),

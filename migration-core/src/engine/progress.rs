@@ -248,6 +248,11 @@ mod tests {
         let p = meter.read(&second(10_600, 2457, 100_000.0));
         assert_eq!(p.expected_downtime, Some(300 * MS));
         assert!(p.share_done < 1.0 && p.eta.is_some());
+        // until the throttle shows
+        let slow = Reading { throttle_percent: 99, ..second(10_700, 2867, 1000.0) };
+        let p = meter.read(&slow);
+        assert_eq!((p.throttle_percent, p.round), (99, 2));
+        assert!(p.expected_downtime < Some(50 * MS), "{p:?}");
     }
 
     #[test]

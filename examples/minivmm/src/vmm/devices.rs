@@ -335,6 +335,9 @@ fn balloon_offset(port: u16) -> Option<u16> {
     port.checked_sub(balloon::BASE).filter(|&offset| offset < balloon::PORTS)
 }
 
+/// Bytes of the serial port's state beside output that waits, about.
+const SERIAL_REGISTERS: usize = 64;
+
 /// The serial port as a device that migrates.
 pub(super) struct SerialDevice(pub(super) Arc<Bus>);
 
@@ -346,6 +349,11 @@ impl Device for SerialDevice {
     // 2: output that could not be written yet moves too; 3: and how much there was in all
     fn version(&self) -> u32 {
         3
+    }
+
+    // output that waits moves along
+    fn state_bytes(&self) -> u64 {
+        self.0.lock().as_ref().map_or(0, |serial| (SERIAL_REGISTERS + serial.writer().pending.len()) as u64)
     }
 
     fn resume(&mut self) -> Result<(), VmError> {

@@ -3,6 +3,7 @@
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
     sync::{Arc, OnceLock, Weak},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use migration_core::{
     pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
-    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, VmDescription, VmError, VmId},
+    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 use migration_kvm::{
     ram::Backing,
@@ -108,6 +109,10 @@ impl SourceVm for MachineSource {
 
     fn start(&mut self) -> Result<(), VmError> {
         self.machine.devices().start()
+    }
+
+    fn estimate_state(&mut self) -> Option<StateEstimate> {
+        Some(self.machine.estimate_state())
     }
 
     fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
@@ -285,6 +290,10 @@ impl DestinationVm for MachineDestination {
 
     fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
         Some(Box::new(MachineSource::new(self.0.clone())))
+    }
+
+    fn estimate_load(&mut self) -> Option<Duration> {
+        Some(self.0.estimate_load())
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {

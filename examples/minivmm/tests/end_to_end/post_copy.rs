@@ -346,7 +346,7 @@ fn no_further(lab: &Lab) -> Outcome {
 }
 
 /// A guest that writes faster than the network carries, as in `convergence`, and whose user does not mind.
-const HOPELESS: [&str; 6] = ["--bandwidth", "500Mbit", "--guest-impact", "low", "--downtime-limit", "1ms"];
+const HOPELESS: [&str; 6] = ["--bandwidth", "500Mbit", "--guest-impact", "low", "--downtime-limit", "20ms"];
 
 fn switched_by_the_user(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "hot:size=32M", &["--cpus", "2"])?;

@@ -18,8 +18,8 @@ use crate::{
 const GUEST: &str = "random:size=16M,serial=1,every=5ms";
 /// Writes all over its memory, faster than a snapshot keeps up with.
 const BUSY: &str = "hot:size=32M";
-/// Passes go on to the last one: a snapshot that takes its time.
-const SLOWLY: [&str; 4] = ["--downtime-limit", "0ms", "--guest-impact", "low"];
+/// Passes go on until it is clear that they do not help: a snapshot that takes its time.
+const SLOWLY: [&str; 4] = ["--downtime-limit", "10ms", "--guest-impact", "low"];
 const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
 /// Snapshots of one guest, each of which is restored.
 const SNAPSHOTS: usize = 5;
