@@ -2,55 +2,72 @@
 
 use std::{
     fs::File,
-    io::{self, Write as _},
+    io,
     os::unix::fs::FileExt as _,
     path::Path,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
 };
 
-use migration_core::vm::VmId;
+use migration_core::{text::Escaped, vm::VmId};
 use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
 use serde_json::{Value, json};
 
-use crate::{cli::Broker, restart::Restarter};
+use crate::{cli::Broker, log, restart::Restarter, signals::Signals};
 
 /// Bytes that are looked at, and written, at once.
 const PIECE: usize = 64 << 10;
 
 /// Runs the command; the exit status.
-pub(crate) fn run(args: &Broker) -> u8 {
+pub(crate) fn run(args: &Broker, signals: Option<&Signals>) -> u8 {
     let answer = match (&args.listen, &args.at) {
-        (Some(path), _) => serve(path, args),
+        (Some(path), _) => return serve(path, args, signals),
         (None, Some(path)) => ask(args, &BrokerClient::new(path)),
         (None, None) => Err("--listen or --at is missing".into()),
     };
     match answer {
-        Ok(answer) if args.json => println!("{answer}"),
-        Ok(answer) => print!("{}", lines(&answer)),
-        Err(why) if args.json => {
-            println!("{}", json!({"error": why}));
-            return 1;
-        }
-        Err(why) => {
-            eprintln!("minivmm: {why}");
-            return 1;
-        }
+        Ok(answer) if args.json => out!("{answer}"),
+        Ok(answer) => log::print(&lines(&answer)),
+        Err(why) => return fail(args, &why),
     }
     0
 }
 
-/// Until the process ends.
-fn serve(path: &Path, args: &Broker) -> Result<Value, String> {
+/// Until a signal ends the process; the exit status.
+fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
+    let ended = Arc::new((AtomicBool::new(false), AtomicU8::new(0)));
+    if let Some(signals) = signals {
+        let ends = ended.clone();
+        signals.end_by(move |status| {
+            ends.1.store(status, Ordering::Relaxed);
+            ends.0.store(true, Ordering::Release);
+        });
+    }
+    match serve_until(path, args, &ended.0) {
+        Ok(()) => ended.1.load(Ordering::Relaxed),
+        Err(why) => fail(args, &why),
+    }
+}
+
+fn serve_until(path: &Path, args: &Broker, ended: &AtomicBool) -> Result<(), String> {
     let mut listener = UnixListener::bind(path, SocketOptions::default()).map_err(|e| e.to_string())?;
-    println!("listening unix:{}", path.display());
-    // whoever reads the address may wait for it
-    let _ = io::stdout().flush();
+    log::announce(format!("listening unix:{}\n", path.display()));
     let bereft = args.restart.then(|| Arc::new(Restarter::new(path, args.json)) as _);
     let broker =
         RamBroker::new(BrokerOptions { spawner: Arc::new(KvmSpawner::default()), bereft, ..BrokerOptions::default() });
-    broker.serve(&mut listener, &AtomicBool::new(false)).map_err(|e| e.to_string())?;
-    Ok(Value::Null)
+    broker.serve(&mut listener, ended).map_err(|e| e.to_string())
+}
+
+fn fail(args: &Broker, why: &str) -> u8 {
+    if args.json {
+        out!("{}", json!({"error": why}));
+    } else {
+        log!("{why}");
+    }
+    1
 }
 
 fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
@@ -101,7 +118,7 @@ fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
 /// The answer for a person: a line for each VM that is kept, or for each field.
 fn lines(answer: &Value) -> String {
     let line = |vm: &Value| {
-        let text = |key: &str| vm[key].as_str().unwrap_or("-").to_owned();
+        let text = |key: &str| Escaped(vm[key].as_str().unwrap_or("-")).to_string();
         format!(
             "{}  {:<6} process {:<8} {:<8} {} bytes\n",
             text("vm"),
@@ -113,7 +130,9 @@ fn lines(answer: &Value) -> String {
     };
     match (answer["kept"].as_array(), answer.as_object()) {
         (Some(kept), _) => kept.iter().map(line).collect(),
-        (None, Some(fields)) => fields.iter().map(|(key, value)| format!("{key:<32}{value}\n")).collect(),
+        (None, Some(fields)) => {
+            fields.iter().map(|(key, value)| format!("{key:<32}{}\n", Escaped(&value.to_string()))).collect()
+        }
         (None, None) => String::new(),
     }
 }

@@ -86,7 +86,7 @@ mod tests {
         let config = MachineConfig::new(16 << 20, 1, Backing::Memfd, TrackerKind::default());
         let machine = Machine::new(config, &SerialTarget::Null).unwrap();
         if machine.snapshot().software {
-            eprintln!("skipped: without KVM every write is logged, whoever makes it");
+            note!("skipped: without KVM every write is logged, whoever makes it");
             return;
         }
         let mut checker = Checker::default();

@@ -65,7 +65,7 @@ fn remove(folder: &Path) {
     if let Err(error) = fs::remove_dir_all(folder)
         && error.kind() != io::ErrorKind::NotFound
     {
-        eprintln!("minivmm: {}: {error}; it can be removed by hand", folder.display());
+        log!("{}: {error}; it can be removed by hand", folder.display());
     }
 }
 

@@ -3,11 +3,13 @@
 use std::{io::IsTerminal, path::Path, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use migration_core::text::Escaped;
 use serde_json::{Value, json};
 
 use crate::{
     cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction, absolute, absolute_address},
     control::{MigrateRequest, Request, SnapshotRequest, ask},
+    log,
     refresh::{Plan, Trigger},
     report,
 };
@@ -51,9 +53,9 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
             match ask(socket, &request, |_| {}) {
                 Ok(answer) => {
                     if ctl.json {
-                        println!("{answer}");
+                        out!("{answer}");
                     } else {
-                        print!("{}", lines("", &answer));
+                        log::print(&lines("", &answer));
                     }
                     0
                 }
@@ -66,18 +68,18 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
 /// A wrong command line: status 2.
 pub(crate) fn usage(as_json: bool, why: &str) -> u8 {
     if as_json {
-        println!("{}", json!({"error": why, "outcome": "failed", "reason": why}));
+        out!("{}", json!({"error": why, "outcome": "failed", "reason": why}));
     } else {
-        eprintln!("minivmm: {why}");
+        log!("{why}");
     }
     2
 }
 
 fn fail(as_json: bool, why: &str) -> u8 {
     if as_json {
-        println!("{}", json!({"error": why}));
+        out!("{}", json!({"error": why}));
     } else {
-        eprintln!("minivmm: {why}");
+        log!("{why}");
     }
     1
 }
@@ -182,9 +184,9 @@ fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_
         Err(why) => (report::not_begun(strategy, &why), 1),
     };
     if as_json {
-        println!("{report}");
+        out!("{report}");
     } else {
-        print!("{}", report::to_lines(&report));
+        log::print(&report::to_lines(&report));
     }
     status
 }
@@ -216,7 +218,7 @@ impl Bar {
             }
             None => {
                 let elapsed = p["elapsed_ms"].as_f64().unwrap_or(0.0);
-                eprintln!("{elapsed:>8.0} ms  {:>3.0} %  {message}", (share * 100.0).floor());
+                note!("{elapsed:>8.0} ms  {:>3.0} %  {message}", (share * 100.0).floor());
             }
         }
     }
@@ -255,13 +257,15 @@ pub(crate) fn lines(prefix: &str, value: &Value) -> String {
         Value::Object(map) => map
             .iter()
             .map(|(key, value)| {
-                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                // the process at the socket may be any
+                let key = Escaped(key);
+                let name = if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
                 lines(&name, value)
             })
             .collect(),
-        Value::String(text) => format!("{prefix:<32}{text}\n"),
+        Value::String(text) => format!("{prefix:<32}{}\n", Escaped(text)),
         Value::Null => format!("{prefix:<32}-\n"),
-        other => format!("{prefix:<32}{other}\n"),
+        other => format!("{prefix:<32}{}\n", Escaped(&other.to_string())),
     }
 }
 

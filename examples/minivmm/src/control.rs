@@ -167,7 +167,7 @@ impl ControlSocket {
                     let _ = serve_client(client, &instance);
                 });
                 if let Err(error) = served {
-                    eprintln!("minivmm: control: {error}");
+                    log!("control: {error}");
                 }
             }
         })?;

@@ -1,7 +1,7 @@
 //! `minivmm demo`: two processes, a guest that works, a migration, a table.
 
 use std::{
-    io::{BufRead, BufReader, IsTerminal},
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::{
     cli::Demo,
     control::{MigrateRequest, Request, ask},
+    log,
 };
 
 /// How long the guest may take to get to work.
@@ -23,7 +24,7 @@ pub(crate) fn run(args: &Demo) -> u8 {
         Ok(true) => 0,
         Ok(false) => 1,
         Err(why) => {
-            eprintln!("minivmm demo: {why}");
+            note!("minivmm demo: {why}");
             1
         }
     }
@@ -79,7 +80,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
     say("the guest works; migrating it", "");
     let request = MigrateRequest { progress: true, ..MigrateRequest::plain(url, "pre-copy", 2) };
     let report = ask(&source_socket, &Request::Migrate(Box::new(request)), |p| {
-        eprintln!("  round {} · {} of {} pages", p["round"], p["round_sent"], p["round_pages"]);
+        note!("  round {} · {} of {} pages", p["round"], p["round_sent"], p["round_pages"]);
     })?;
     if report["outcome"] != "completed" {
         return Err(format!("the migration {}: {}", report["outcome"], report["reason"]));
@@ -95,7 +96,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
     let ms = |key: &str| report[key].as_f64().map_or("-".into(), |v| format!("{v:.1} ms"));
     let mib = |key: &str| report[key].as_f64().map_or("-".into(), |v| format!("{:.1} MiB", v / 1048576.0));
     let errors = after["workload"]["errors"].as_u64();
-    println!();
+    out!("");
     for (name, value) in [
         ("strategy", report["strategy"].as_str().unwrap_or("-").to_owned()),
         ("guest RAM", mib("ram_bytes")),
@@ -117,10 +118,10 @@ fn demo(args: &Demo) -> Result<bool, String> {
         ("errors the guest found", errors.map_or("-".into(), |e| e.to_string())),
         ("source's exit status", ended.code().map_or("-".into(), |c| c.to_string())),
     ] {
-        println!("  {name:<26}{value:>14}");
+        out!("  {name:<26}{value:>14}");
     }
     let good = errors == Some(0) && ended.success();
-    println!(
+    out!(
         "\n  {}",
         if good { "the guest runs on at the destination, and found every page as it left it" } else { "FAILED" }
     );
@@ -147,11 +148,7 @@ fn wait_for(socket: &Path, process: &mut Process, done: impl Fn(&Value) -> bool)
 }
 
 fn say(what: &str, detail: &str) {
-    if std::io::stderr().is_terminal() {
-        eprintln!("\x1b[1m{what}\x1b[0m {detail}");
-    } else {
-        eprintln!("{what} {detail}");
-    }
+    log::heading(what, detail);
 }
 
 /// A folder for sockets, removed at the end.

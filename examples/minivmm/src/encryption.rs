@@ -167,6 +167,6 @@ pub(crate) fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>)
 /// `minivmm keygen`.
 pub(crate) fn keygen(args: &Keygen) -> Result<u8, String> {
     let public = keys::generate(&args.out).map_err(|e| e.to_string())?;
-    println!("public {public}");
+    out!("public {public}");
     Ok(0)
 }

@@ -16,7 +16,6 @@ use migration_core::{
 };
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{Address, bind};
-use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 use crate::{
@@ -26,9 +25,11 @@ use crate::{
     control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
     encryption::Encrypt,
     instance::{Fate, Instance, LendRequest, inherit},
+    log,
     refresh::Place,
     report,
     sealing::Sealing,
+    signals::Signals,
     vmm::{HostOptions, SerialTarget, Tenant},
 };
 
@@ -44,8 +45,8 @@ const LOOK: Duration = Duration::from_millis(5);
 const LOOK_AT_HOME: Duration = Duration::from_millis(20);
 
 /// Runs the command; the exit status.
-pub(crate) fn run(args: &Feature) -> u8 {
-    match Borrower::new(args).and_then(|borrower| borrower.run()) {
+pub(crate) fn run(args: &Feature, signals: &Signals) -> u8 {
+    match Borrower::new(args).and_then(|borrower| borrower.run(signals)) {
         Ok(status) => status,
         Err(why) => {
             let report = json!({"feature": name(&args.work), "outcome": "failed", "reason": why});
@@ -65,9 +66,9 @@ fn name(work: &Work) -> &'static str {
 
 fn show(args: &Feature, trip: &Value) {
     if args.json {
-        println!("{trip}");
+        log::announce(format!("{trip}\n"));
     } else {
-        print!("{}", client::lines("", trip));
+        log::announce(client::lines("", trip));
     }
 }
 
@@ -138,11 +139,13 @@ impl<'a> Borrower<'a> {
         ask(&self.attach, request, |_| {}).map_err(|why| format!("feature: {why}"))
     }
 
-    fn run(mut self) -> Result<u8, String> {
+    fn run(mut self, signals: &Signals) -> Result<u8, String> {
         let serial = self.serial.clone();
-        self.end_on_signals()?;
+        self.end_on_signals(signals);
+        let target = SerialTarget::from(serial.as_str());
+        target.check().map_err(|e| format!("feature: {e}"))?;
         let host = HostOptions {
-            serial: SerialTarget::from(serial.as_str()),
+            serial: target,
             backing: None,
             tracker: None,
             pause_on_loss: false,
@@ -174,7 +177,7 @@ impl<'a> Borrower<'a> {
         if self.args.work == Work::Check
             && let Err(why) = self.stop_log()
         {
-            eprintln!("minivmm: the dirty log of the VM goes on, and slows it down a little: {why}");
+            log!("the dirty log of the VM goes on, and slows it down a little: {why}");
         }
         self.instance.exit(status);
         Ok(self.instance.wait_exit())
@@ -347,21 +350,21 @@ impl<'a> Borrower<'a> {
                 };
             }
             if ProcessFence.is_dead(owner) {
-                eprintln!("minivmm: the VM's home has died; it stays here, at {}", self.attach.display());
+                log!("the VM's home has died; it stays here, at {}", self.attach.display());
                 self.instance.inherit_place(&self.control, &self.attach);
                 return (self.serve(guest), last);
             }
             thread::sleep(RETRY);
         }
         let why = last["reason"].as_str().unwrap_or_default().to_owned();
-        eprintln!("minivmm: the VM's home does not take it back; it stays here, at {}: {why}", self.control.display());
+        log!("the VM's home does not take it back; it stays here, at {}: {why}", self.control.display());
         (self.serve(guest), last)
     }
 
     /// The guest will not come home.
     fn gone(&self, report: Value, status: u8) -> End {
         if let Err(why) = self.ask(&Request::Gone { report, status }) {
-            eprintln!("minivmm: the VM's home is not told that it has gone: {why}");
+            log!("the VM's home is not told that it has gone: {why}");
         }
         End::Over(status)
     }
@@ -372,26 +375,13 @@ impl<'a> Borrower<'a> {
         End::Over(self.instance.wait_exit())
     }
 
-    /// SIGINT and SIGTERM end the command, but not before the guest is at home; a second one ends it at once.
-    fn end_on_signals(&self) -> Result<(), String> {
-        let mut signals = SigSet::empty();
-        signals.add(Signal::SIGINT);
-        signals.add(Signal::SIGTERM);
-        signals.thread_block().map_err(|e| format!("feature: {e}"))?;
+    /// A signal ends the command, but not before the guest is at home; a second one ends it at once.
+    fn end_on_signals(&self, signals: &Signals) {
         let instance = self.instance.clone();
-        let body = move || {
-            let mut second = false;
-            while let Ok(signal) = signals.wait() {
-                let status = 128 + signal as u8;
-                if second {
-                    process::exit(status.into());
-                }
-                second = true;
-                eprintln!("minivmm: ends as soon as the VM is at home");
-                instance.exit(status);
-            }
-        };
-        thread::Builder::new().name("signals".into()).spawn(body).map(drop).map_err(|e| e.to_string())
+        signals.end_by(move |status| {
+            log!("ends as soon as the VM is at home");
+            instance.exit(status);
+        });
     }
 }
 

@@ -5,6 +5,7 @@ mod lend;
 mod succession;
 
 use std::{
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread,
@@ -85,7 +86,7 @@ struct State {
     clients: u32,
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
-    remove: Vec<PathBuf>,
+    remove: Vec<OwnSocket>,
     place: Option<Place>,
     /// When this VMM is replaced by itself, and the how manieth such plan that is.
     schedule: (u64, Option<Plan>),
@@ -167,14 +168,14 @@ impl Instance {
         drop(machine);
         let watch = move || {
             if let Some(end) = end() {
-                eprintln!("minivmm: the VM has ended: {end}");
+                log!("the VM has ended: {end}");
                 instance.tell_ended(&end);
                 instance.guest_ended();
                 instance.exit(5);
             }
         };
         if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
-            eprintln!("minivmm: nobody watches for the end of the VM: {error}");
+            log!("nobody watches for the end of the VM: {error}");
         }
     }
 
@@ -259,6 +260,10 @@ impl Instance {
         let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
         let (address, mut bound) = (listener.address(), listener.bound());
         bound.retain(|bound| *bound != address);
+        if let Address::Unix(path) = listen {
+            // the thread that listens does not end with the process
+            self.remove_at_exit(path.clone());
+        }
         if let Some(security) = security {
             listener = Box::new(SecureListener::new(listener, security));
         }
@@ -273,7 +278,7 @@ impl Instance {
         let instance = self.clone();
         let body = move || {
             if let Err(error) = receiver.run(&mut *listener) {
-                eprintln!("minivmm: receiving: {error}");
+                log!("receiving: {error}");
                 instance.exit(1);
             }
             let mut state = instance.lock();
@@ -316,10 +321,7 @@ impl Instance {
         while (state.clients > 0 || state.last_words_are_due()) && Instant::now() < deadline {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
-        for path in state.remove.drain(..) {
-            // it may be gone already
-            let _ = std::fs::remove_file(path);
-        }
+        state.remove_sockets();
         if state.role == Role::Moved
             && let Some(machine) = state.machine.clone()
         {
@@ -341,11 +343,21 @@ impl Instance {
 
     /// This path is left to somebody else.
     pub(crate) fn keep_at_exit(&self, path: &Path) {
-        self.lock().remove.retain(|p| p != path);
+        self.lock().remove.retain(|socket| socket.path != path);
     }
 
+    /// This socket goes when the process ends, unless another one has its path by then.
     pub(crate) fn remove_at_exit(&self, path: PathBuf) {
-        self.lock().remove.push(path);
+        self.lock().remove.push(OwnSocket::at(path));
+    }
+
+    /// A signal ends the process with this status. Clients that wait for a migration are told that it will not end here.
+    pub(crate) fn end_by_signal(&self, status: u8) {
+        let mut state = self.lock();
+        state.waiting.clear();
+        state.exit.get_or_insert(status);
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// A client has its answer.
@@ -451,16 +463,20 @@ impl Instance {
         }
         let mut status = json!({
             "state": name, "vm": vm, "kept_by": kept_by, "restart_from": restart_from, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
-            "tracker": null, "migration": migration, "workload": null, "lent": lent,
+            "tracker": null, "migration": migration, "workload": null, "lent": lent, "serial": null,
         });
         if let Some(s) = snapshot {
-            let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, .. } = s;
+            let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, serial, .. } = s;
             status["cpus"] = json!(cpus);
             status["memory_bytes"] = json!(memory_bytes);
             status["backing"] = json!(backing);
             status["tracker"] = json!(tracker);
             status["software_guest"] = json!(software);
             status["warnings"] = json!(warnings);
+            status["serial"] = json!({
+                "to": serial.to, "bytes": serial.made, "pending_bytes": serial.pending,
+                "dropped_bytes": serial.dropped, "failure": serial.failure,
+            });
             if let Some(w) = workload {
                 status["workload"] = json!({
                     "heartbeats": w.heartbeats,
@@ -757,7 +773,7 @@ pub(crate) struct Listening {
 }
 
 fn not_kept(why: &str) {
-    eprintln!("minivmm: the VM's RAM is not kept if this process dies: {why}");
+    log!("the VM's RAM is not kept if this process dies: {why}");
 }
 
 impl Role {
@@ -784,7 +800,35 @@ enum Update {
 /// Passes events on.
 struct Told(Arc<Instance>);
 
+/// A socket file of this process.
+struct OwnSocket {
+    path: PathBuf,
+    /// Device and inode.
+    file: Option<(u64, u64)>,
+}
+
+impl OwnSocket {
+    fn at(path: PathBuf) -> Self {
+        Self { file: Self::identity(&path), path }
+    }
+
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        path.symlink_metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
+    }
+
+    fn remove(self) {
+        if self.file.is_some() && self.file == Self::identity(&self.path) {
+            // it may be gone already
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
+}
+
 impl State {
+    fn remove_sockets(&mut self) {
+        self.remove.drain(..).for_each(OwnSocket::remove);
+    }
+
     /// The epoch under which the VM is owned here.
     fn last_epoch(&self) -> u32 {
         // the thread that received it may still wait for its source's last word
@@ -838,7 +882,7 @@ fn await_end(updates: mpsc::Receiver<Update>, wanted: bool, progress: &mut dyn F
             Update::Ended(report) => return Ok(report),
         }
     }
-    Err("the migration's thread ended without a report".into())
+    Err("the migration has not ended, but this minivmm or its thread ends".into())
 }
 
 impl Observer for Told {
@@ -869,10 +913,10 @@ impl Observer for Told {
                 // who asks for post-copy waits for what the destination can
                 self.0.changed.notify_all();
             }
-            Event::BadPeer { peer, why } => eprintln!("minivmm: {peer}: {why}"),
-            Event::Discarded(why) => eprintln!("minivmm: what was received is discarded: {why}"),
-            Event::Warning(why) => eprintln!("minivmm: {why}"),
-            Event::Reconnecting { attempt, why } => eprintln!("minivmm: in doubt, reconnecting ({attempt}): {why}"),
+            Event::BadPeer { peer, why } => log!("{peer}: {why}"),
+            Event::Discarded(why) => log!("what was received is discarded: {why}"),
+            Event::Warning(why) => log!("{why}"),
+            Event::Reconnecting { attempt, why } => log!("in doubt, reconnecting ({attempt}): {why}"),
             _ => {}
         }
     }

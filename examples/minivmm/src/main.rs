@@ -1,6 +1,11 @@
 //! `minivmm`, the reference VMM: small but real, and the place to see how a VMM plugs into the migration crates. The
 //! glue is `vmm/glue.rs`; everything else is what any VMM has.
 #![deny(unsafe_code)]
+// a process that has a VM must not wait for its log, nor end with it
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod log;
 
 mod bench;
 mod broker;
@@ -18,10 +23,11 @@ mod refresh;
 mod report;
 mod restart;
 mod sealing;
+mod signals;
 mod vmm;
 mod workload;
 
-use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
+use std::{io::Write as _, path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
@@ -30,8 +36,10 @@ use instance::{Arrival, Instance};
 use migration_core::engine::RestoreOptions;
 use migration_kvm::ram::Backing;
 use migration_transport::AtomicFile;
+use nix::errno::Errno;
 use refresh::Place;
 use sealing::Sealing;
+use signals::Signals;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
 
 fn main() -> ExitCode {
@@ -39,22 +47,34 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    signals::survive_file_limits();
     let result = match &cli.command {
-        Command::Run(args) => run(args),
-        Command::Receive(args) => receive(args),
+        Command::Run(args) => with_a_vm(|signals| run(args, signals)),
+        Command::Receive(args) => with_a_vm(|signals| receive(args, signals)),
         Command::Ctl(args) => Ok(client::run(args)),
-        Command::Feature(args) => Ok(feature::run(args)),
-        Command::Broker(args) => Ok(broker::run(args)),
+        Command::Feature(args) => with_a_vm(|signals| Ok(feature::run(args, signals))),
+        Command::Broker(args) if args.listen.is_some() => with_a_vm(|signals| Ok(broker::run(args, Some(signals)))),
+        Command::Broker(args) => Ok(broker::run(args, None)),
         Command::Workload(args) => workload(args),
         Command::Demo(args) => Ok(demo::run(args)),
         Command::Bench(args) => Ok(bench::run(args)),
         Command::Eval(args) => Ok(eval::run(args)),
         Command::Keygen(args) => encryption::keygen(args),
     };
-    ExitCode::from(result.unwrap_or_else(|why| {
-        eprintln!("minivmm: {why}");
+    let status = result.unwrap_or_else(|why| {
+        log!("{why}");
         1
-    }))
+    });
+    // how a VMM ends says what became of its VM, not of its words
+    let output_counts = !matches!(cli.command, Command::Run(_) | Command::Receive(_));
+    ExitCode::from(log::finish(status, output_counts))
+}
+
+/// Readies a process that is to have a VM, or keeps the RAM of some, before it has another thread.
+fn with_a_vm(command: impl FnOnce(&Signals) -> Result<u8, String>) -> Result<u8, String> {
+    let signals = Signals::wait()?;
+    log::start();
+    command(&signals)
 }
 
 /// A wrong command line. Programs that asked for JSON get JSON.
@@ -62,22 +82,27 @@ fn usage(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args().any(|a| a == "--json");
     if wants_json && error.use_stderr() {
         let why = error.render().to_string();
-        return ExitCode::from(client::usage(true, why.lines().next().unwrap_or("wrong command line")));
+        let status = client::usage(true, why.lines().next().unwrap_or("wrong command line"));
+        return ExitCode::from(log::finish(status, true));
     }
-    // best effort: there is nobody else to tell
-    let _ = error.print();
-    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+    let status = if error.use_stderr() { 2 } else { 0 };
+    if let Err(why) = error.print()
+        && status == 0
+    {
+        log::stdout_failed(why.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
+    }
+    ExitCode::from(log::finish(status, true))
 }
 
-fn run(args: &Run) -> Result<u8, String> {
+fn run(args: &Run, signals: &Signals) -> Result<u8, String> {
     if let Some(spec) = &args.workload
         && let Err(error) = workload::check_spec(spec)
     {
-        eprintln!("minivmm: {error}");
+        log!("{error}");
         return Ok(2);
     }
     if let Some(path) = &args.restore {
-        return restore(args, path);
+        return restore(args, path, signals);
     }
     let (backing, tracker) = (args.backing.unwrap_or(Backing::TransparentHuge), args.tracker.unwrap_or_default());
     let config = MachineConfig::new(args.memory, args.cpus, backing, tracker);
@@ -88,7 +113,7 @@ fn run(args: &Run) -> Result<u8, String> {
         (None, None) => {}
     }
     let machine = Arc::new(machine);
-    let instance = instance(&args.common)?;
+    let instance = instance(&args.common, signals)?;
     settle(&args.common, &instance)?;
     instance.own(machine.clone());
     instance.keep_ram()?;
@@ -103,10 +128,10 @@ fn run(args: &Run) -> Result<u8, String> {
     Ok(instance.wait_exit())
 }
 
-fn restore(args: &Run, path: &Path) -> Result<u8, String> {
-    let instance = instance(&args.common)?;
+fn restore(args: &Run, path: &Path, signals: &Signals) -> Result<u8, String> {
+    let instance = instance(&args.common, signals)?;
     let host = HostOptions {
-        serial: SerialTarget::from(args.common.serial.as_str()),
+        serial: serial(&args.common)?,
         backing: args.backing,
         tracker: args.tracker,
         pause_on_loss: false,
@@ -127,15 +152,15 @@ fn restore(args: &Run, path: &Path) -> Result<u8, String> {
     Ok(instance.wait_exit())
 }
 
-fn receive(args: &Receive) -> Result<u8, String> {
+fn receive(args: &Receive, signals: &Signals) -> Result<u8, String> {
     if let Err(why) = args.encryption.check() {
-        eprintln!("minivmm: {why}");
+        log!("{why}");
         return Ok(2);
     }
     let security = args.encryption.security(None)?;
-    let instance = instance(&args.common)?;
+    let instance = instance(&args.common, signals)?;
     let host = HostOptions {
-        serial: SerialTarget::from(args.common.serial.as_str()),
+        serial: serial(&args.common)?,
         backing: args.backing,
         tracker: args.tracker,
         pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
@@ -166,13 +191,9 @@ fn receive(args: &Receive) -> Result<u8, String> {
     if args.successor_of.is_some() {
         return Ok(instance.wait_exit());
     }
-    println!("listening {}", listening.address);
     // what a name stands for
-    for bound in &listening.bound {
-        println!("bound {bound}");
-    }
-    // whoever reads the address may wait for it
-    let _ = std::io::stdout().flush();
+    let bound: String = listening.bound.iter().map(|bound| format!("bound {bound}\n")).collect();
+    log::announce(format!("listening {}\n{bound}", listening.address));
     Ok(instance.wait_exit())
 }
 
@@ -186,8 +207,18 @@ fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
     }
 }
 
-fn instance(common: &Common) -> Result<Arc<Instance>, String> {
-    Ok(Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?))
+fn instance(common: &Common, signals: &Signals) -> Result<Arc<Instance>, String> {
+    let instance = Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?);
+    let ends = instance.clone();
+    signals.end_by(move |status| ends.end_by_signal(status));
+    Ok(instance)
+}
+
+/// Where the serial port of a VM that is to come will write: found out now, and not when the VM has moved.
+fn serial(common: &Common) -> Result<SerialTarget, String> {
+    let target = SerialTarget::from(common.serial.as_str());
+    target.check().map_err(|e| e.to_string())?;
+    Ok(target)
 }
 
 /// Where this minivmm is to be found.
@@ -212,7 +243,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
             let elf = match workload::elf(spec, args.cpus, vmm::host_tsc_khz().unwrap_or(0)) {
                 Ok(elf) => elf,
                 Err(error) => {
-                    eprintln!("minivmm: {error}");
+                    log!("{error}");
                     return Ok(2);
                 }
             };
@@ -220,9 +251,9 @@ fn workload(args: &Workload) -> Result<u8, String> {
         }
         _ => {
             for info in workload::LIST {
-                println!("{:<12}{}", info.name, info.summary);
+                out!("{:<12}{}", info.name, info.summary);
                 for key in info.keys.iter().chain(workload::COMMON_KEYS) {
-                    println!("{:<12}    {}={}", "", key.name, key.default);
+                    out!("{:<12}    {}={}", "", key.name, key.default);
                 }
             }
         }

@@ -209,7 +209,7 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
         let doubtful = instance.clone();
         let wait = move || successor.in_doubt(&doubtful);
         if let Err(error) = thread::Builder::new().name("in doubt".into()).spawn(wait) {
-            eprintln!("minivmm: nobody sees whether the successor dies: {error}");
+            log!("nobody sees whether the successor dies: {error}");
         }
         return moved;
     }
@@ -236,10 +236,10 @@ pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, St
                 Ok(false) => continue,
                 Ok(true) => match refresh(&instance, &plan) {
                     Ok(report) if report["outcome"] == "completed" => return,
-                    Ok(report) => eprintln!("minivmm: refresh: {}", report["reason"]),
-                    Err(why) => eprintln!("minivmm: {why}"),
+                    Ok(report) => log!("refresh: {}", report["reason"]),
+                    Err(why) => log!("{why}"),
                 },
-                Err(error) => eprintln!("minivmm: refresh: {error}"),
+                Err(error) => log!("refresh: {error}"),
             }
             // from anew, not at once again
             present = policy();

@@ -6,6 +6,7 @@ use migration_core::{
     MigrationError,
     engine::SnapshotReport,
     report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport, Rounds},
+    text::Escaped,
 };
 use serde_json::{Value, json};
 
@@ -190,8 +191,8 @@ pub(crate) fn progress_to_json(p: &Progress, checkpoints: &CheckpointCounts) -> 
 pub(crate) fn to_lines(report: &Value) -> String {
     let text = |v: &Value| match v {
         Value::Null => "-".to_owned(),
-        Value::String(s) => s.clone(),
-        other => other.to_string(),
+        Value::String(s) => Escaped(s).to_string(),
+        other => Escaped(&other.to_string()).to_string(),
     };
     let mut lines = String::new();
     let mut line = |name: &str, value: String| {
@@ -221,7 +222,7 @@ pub(crate) fn to_lines(report: &Value) -> String {
         }
     }
     if let Some(pages) = report["pages"].as_object() {
-        let pages: Vec<String> = pages.iter().map(|(k, v)| format!("{k} {v}")).collect();
+        let pages: Vec<String> = pages.iter().map(|(k, v)| format!("{} {}", Escaped(k), text(v))).collect();
         line("pages", pages.join(", "));
     }
     lines

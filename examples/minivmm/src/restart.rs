@@ -10,13 +10,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::{fence::Fence, vm::VmId};
+use migration_core::{fence::Fence, text::Escaped, vm::VmId};
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{Bereft, BrokerClient, KeptRam};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::sealing::{Restart, Saved};
+use crate::{
+    log,
+    sealing::{Restart, Saved},
+};
 
 /// Processes that are to be dead, and one that is to have the VM, are looked at this often.
 const LOOK: Duration = Duration::from_millis(20);
@@ -132,9 +135,13 @@ impl Shared {
         }
         if self.json {
             let (vm, pid) = (ram.id.to_string(), child.id());
-            println!("{}", json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": snapshot.file}));
+            log::announce(format!(
+                "{}\n",
+                json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": snapshot.file})
+            ));
         } else {
-            println!("restarted {} from {}: process {}", ram.id, snapshot.file.display(), child.id());
+            let (file, pid) = (snapshot.file.display().to_string(), child.id());
+            log::announce(format!("restarted {} from {}: process {pid}\n", ram.id, Escaped(&file)));
         }
         Ok(Some(child))
     }
@@ -185,9 +192,9 @@ impl Shared {
 
     fn say_lost(&self, vm: VmId, why: &str) {
         if self.json {
-            println!("{}", json!({"event": "lost", "vm": vm.to_string(), "reason": why}));
+            log::announce(format!("{}\n", json!({"event": "lost", "vm": vm.to_string(), "reason": why})));
         } else {
-            println!("lost {vm}: {why}");
+            log::announce(format!("lost {vm}: {}\n", Escaped(why)));
         }
     }
 }

@@ -379,12 +379,12 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     let mut vmms = vec![Vmm::Minivmm];
     match &version {
         Some(_) => vmms.push(Vmm::Qemu),
-        None if !args.no_qemu => eprintln!("qemu-system-x86_64 is not installed: measuring minivmm alone"),
+        None if !args.no_qemu => note!("qemu-system-x86_64 is not installed: measuring minivmm alone"),
         None => {}
     }
     let folder = Folder::new()?;
     let shaper =
-        Shaper::new("10gbit").inspect_err(|why| eprintln!("no network namespace, so each tool limits itself: {why}"));
+        Shaper::new("10gbit").inspect_err(|why| note!("no network namespace, so each tool limits itself: {why}"));
     let link = if shaper.is_ok() { Link::Shaped } else { Link::Limited };
     let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let setups = [Link::Loopback, link].map(|link| setups(&vmms, link, repeat)).concat();
@@ -414,9 +414,9 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
 fn show(args: &Bench, figures: &Figures) -> Result<bool, String> {
     let targets = figures.targets();
     if args.json {
-        println!("{}", json!({"figures": figures, "targets": targets}));
+        out!("{}", json!({"figures": figures, "targets": targets}));
     } else {
-        print!("{}", figures.text());
+        crate::log::print(&figures.text());
     }
     if let Some(path) = &args.markdown {
         output::write_section(path, SECTION, &figures.markdown())?;

@@ -152,7 +152,7 @@ pub(crate) fn run(args: &Bench) -> u8 {
     match result {
         Ok(good) => u8::from(args.strict && !good),
         Err(why) => {
-            eprintln!("minivmm bench: {why}");
+            note!("minivmm bench: {why}");
             1
         }
     }
@@ -289,7 +289,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
     }
     match &version {
         Some(_) if !args.no_qemu => vmms.push(Vmm::Qemu),
-        None if !args.no_qemu => eprintln!("qemu-system-x86_64 is not installed: measuring minivmm alone"),
+        None if !args.no_qemu => note!("qemu-system-x86_64 is not installed: measuring minivmm alone"),
         _ => {}
     }
     let folder = Folder::new()?;
@@ -345,9 +345,9 @@ fn bench(args: &Bench) -> Result<bool, String> {
     }
     bar.finish_and_clear();
     if args.json {
-        println!("{}", output::json(&figures));
+        out!("{}", output::json(&figures));
     } else {
-        print!("{}", output::text(&figures));
+        crate::log::print(&output::text(&figures));
     }
     if let Some(path) = &args.markdown {
         output::write_markdown(path, &figures)?;
@@ -358,7 +358,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
 /// Says what is done, on a bar, or on lines where there is no terminal.
 pub(crate) fn tell(bar: &ProgressBar, what: &str) {
     if bar.is_hidden() {
-        eprintln!("{what}");
+        note!("{what}");
     } else {
         bar.set_message(what.to_owned());
     }
@@ -374,7 +374,7 @@ pub(crate) fn attempt<T>(
     loop {
         match what() {
             Err(why) if tried < ATTEMPTS => {
-                bar.suspend(|| eprintln!("minivmm: once more, as this failed: {why}"));
+                bar.suspend(|| log!("once more, as this failed: {why}"));
                 failures.push(why);
                 tried += 1;
             }

@@ -122,7 +122,7 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
     bar.finish_and_clear();
     let here = Machine::here(None);
     let table = table(&options, &timelines);
-    println!("{}\n\n{}", machine(&here), table.text());
+    out!("{}\n\n{}", machine(&here), table.text());
     if let Some(path) = &args.files.json {
         let all = json!({"machine": here, "guest": options, "timelines": timelines, "failures": failures});
         fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;

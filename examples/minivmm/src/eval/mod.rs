@@ -132,7 +132,7 @@ pub(crate) fn run(args: &Eval) -> u8 {
     match measure(&args.what) {
         Ok(()) => 0,
         Err(why) => {
-            eprintln!("minivmm eval: {why}");
+            note!("minivmm eval: {why}");
             1
         }
     }
@@ -189,7 +189,7 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
         bar.inc(1);
     }
     bar.finish_and_clear();
-    print!("{}", tables::text(&figures));
+    crate::log::print(&tables::text(&figures));
     if let Some(path) = &args.files.json {
         let all = json!({"machine": figures.machine, "seed": figures.seed, "verdicts": figures.verdicts(),
             "failures": figures.failures, "runs": figures.runs});

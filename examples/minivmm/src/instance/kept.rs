@@ -70,7 +70,7 @@ impl Instance {
         if let Some(deposit) = kept.deposit.take().filter(|_| !inherited)
             && let Err(error) = deposit.forget()
         {
-            eprintln!("minivmm: {error}");
+            log!("{error}");
         }
     }
 
@@ -145,14 +145,14 @@ impl Instance {
             None => self.must_tell_broker(|kept| (kept.heir, kept.will.elsewhere) = (None, None)),
         };
         if let Err(why) = told {
-            eprintln!("minivmm: the VM is not restarted if it is lost now: {why}");
+            log!("the VM is not restarted if it is lost now: {why}");
         }
     }
 
     /// The guest has come to its end.
     pub(super) fn guest_ended(&self) {
         if let Err(why) = self.must_tell_broker(|kept| kept.will.ended = true) {
-            eprintln!("minivmm: {why}");
+            log!("{why}");
         }
     }
 
@@ -164,7 +164,7 @@ impl Instance {
             None => self.tell_broker(|kept| kept.will.snapshot = Some(snapshot)).map_err(|e| e.to_string()),
         };
         if let Err(why) = told {
-            eprintln!("minivmm: the VM is not restarted from {}: {why}", file.display());
+            log!("the VM is not restarted from {}: {why}", file.display());
         }
     }
 

@@ -73,6 +73,7 @@ impl Instance {
         back.push(format!(".b{}.{number}", std::process::id()));
         let back = PathBuf::from(back);
         let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
+        state.remove.push(OwnSocket::at(back.clone()));
         let resident = Resident::new(Tenant::of(machine), state.last_epoch());
         let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
@@ -91,7 +92,7 @@ impl Instance {
         };
         let watch = thread::Builder::new().name("lent".into()).spawn(watch);
         if let Err(error) = watch {
-            eprintln!("minivmm: nobody sees whether the borrower dies: {error}");
+            log!("nobody sees whether the borrower dies: {error}");
         }
         let instance = self.clone();
         let body = move || {
@@ -106,6 +107,7 @@ impl Instance {
                 Err(_stays) => {
                     // as in `await_return`
                     let _ = std::fs::remove_file(&back);
+                    instance.keep_at_exit(&back);
                     instance.lock().lent = None;
                     instance.ended(&report);
                 }
@@ -137,6 +139,7 @@ impl Instance {
         let returned = awaiting.wait_for_guest(listener);
         // nobody comes to it any more; the next borrower gets another one
         let _ = std::fs::remove_file(back);
+        self.keep_at_exit(back);
         if returned.is_ok() {
             self.stays();
         }
@@ -167,15 +170,15 @@ impl Instance {
                 lent.overdue = true;
                 let (pid, control) = (lent.request.pid, lent.request.control.clone());
                 drop(state);
-                eprintln!("minivmm: process {pid} is late to give the VM back, and is asked to");
+                log!("process {pid} is late to give the VM back, and is asked to");
                 let ask = move || {
                     if let Err(why) = control::ask(&control, &Request::GiveBack, |_| {}) {
-                        eprintln!("minivmm: process {pid} does not give the VM back: {why}");
+                        log!("process {pid} does not give the VM back: {why}");
                     }
                 };
                 // it may never answer
                 if let Err(error) = thread::Builder::new().name("ask back".into()).spawn(ask) {
-                    eprintln!("minivmm: it cannot be asked: {error}");
+                    log!("it cannot be asked: {error}");
                 }
             }
             return true;
@@ -383,7 +386,7 @@ impl Instance {
 pub(crate) fn inherit(receiver: &ReceiverHandle, from: &[u8]) {
     let fenced = Fenced::by(&ProcessFence, from).map_err(|e| e.to_string());
     if let Err(why) = fenced.and_then(|dead| receiver.inherit(dead).map_err(|e| e.to_string())) {
-        eprintln!("minivmm: the VM is complete here, and does not run: {why}");
+        log!("the VM is complete here, and does not run: {why}");
     }
 }
 
@@ -401,7 +404,7 @@ pub(crate) enum Fate {
 impl State {
     /// The VM is lost.
     pub(super) fn lost(&mut self, why: &str) {
-        eprintln!("minivmm: the VM is lost: {why}");
+        log!("the VM is lost: {why}");
         let mut report = report::not_begun("handover", why);
         report["outcome"] = json!("lost");
         self.tell(report);

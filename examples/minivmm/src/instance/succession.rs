@@ -69,7 +69,7 @@ impl Instance {
                 match receiver.phase() {
                     DestinationPhase::Ready => inherit(&receiver, &predecessor),
                     DestinationPhase::Empty => {
-                        eprintln!("minivmm: the VMM to be replaced has died, and its VM did not come");
+                        log!("the VMM to be replaced has died, and its VM did not come");
                         instance.exit(1);
                     }
                     // it runs, or what has come is about to be discarded
@@ -95,11 +95,11 @@ impl Instance {
         let mut state = self.lock();
         let Some((own, path, plan)) = state.succeeds.take() else { return };
         if let Err(why) = std::fs::rename(&own, &path) {
-            eprintln!("minivmm: the control socket stays at {}: {}: {why}", own.display(), path.display());
+            log!("the control socket stays at {}: {}: {why}", own.display(), path.display());
             return;
         }
-        state.remove.retain(|p| *p != own);
-        state.remove.push(path.clone());
+        state.remove.retain(|socket| socket.path != own);
+        state.remove.push(OwnSocket::at(path.clone()));
         if let Some(place) = &mut state.place {
             place.control = path;
         }
@@ -107,7 +107,7 @@ impl Instance {
         if let Some(plan) = plan
             && let Err(why) = refresh::schedule(self, plan)
         {
-            eprintln!("minivmm: it is not replaced again: {why}");
+            log!("it is not replaced again: {why}");
         }
     }
 }

@@ -4,8 +4,11 @@ use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::fd::AsFd,
-    path::PathBuf,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, TryLockError},
     thread,
     time::{Duration, Instant},
@@ -55,17 +58,35 @@ impl From<&str> for SerialTarget {
     }
 }
 
+/// What has become of the serial port's output.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SerialOutput {
+    /// Where it goes.
+    pub(crate) to: String,
+    /// Bytes that the VM has put out in its life.
+    pub(crate) made: u64,
+    /// Of them, those that wait to be written.
+    pub(crate) pending: u64,
+    /// Bytes that were dropped here.
+    pub(crate) dropped: u64,
+    /// Why the last write failed.
+    pub(crate) failure: Option<String>,
+}
+
 impl SerialTarget {
+    /// Whether it can be written to: for one that is opened only when its VM has come.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        self.open().map(drop)
+    }
+
     fn open(&self) -> io::Result<Output> {
         let (sink, name) = match self {
-            // the descriptor itself: `Stdout` would try again by itself, where nobody can stop it
-            Self::Stdio => (Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)), "stdout".into()),
+            Self::Stdio => (Some(stdout()?), "stdout".into()),
             Self::Null => (None, "null".into()),
             Self::File(path) => {
-                let file = OpenOptions::new().append(true).create(true).open(path);
                 let name = path.display().to_string();
                 let context = |e: io::Error| io::Error::new(e.kind(), format!("serial file {name}: {e}"));
-                (Some(file.map_err(context)?), name)
+                (Some(open_file(path).map_err(context)?), name)
             }
         };
         Ok(Output {
@@ -80,6 +101,37 @@ impl SerialTarget {
             limit: None,
         })
     }
+}
+
+/// Opens a file so that neither opening nor writing it waits for somebody else. A FIFO takes bytes as long as there is room,
+/// whether somebody reads it yet or not.
+fn open_file(path: &Path) -> io::Result<File> {
+    let found = path.metadata().ok().map(|metadata| metadata.file_type());
+    if found.is_some_and(|found| found.is_socket()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket cannot be opened as a file"));
+    }
+    // the end of a FIFO that only writes can be opened only while somebody reads
+    let reads = found.is_some_and(|found| found.is_fifo());
+    OpenOptions::new()
+        .read(reads)
+        .append(true)
+        .create(!reads)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+}
+
+/// Stdout, as a descriptor of its own: `Stdout` would try again by itself, where nobody can stop it.
+fn stdout() -> io::Result<File> {
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let kind = stdout.metadata()?.file_type();
+    if kind.is_fifo() || kind.is_char_device() {
+        // Others may write to the same pipe or terminal, and fill it between a look whether there is room and a write. So
+        // this end does not wait, which must not be changed for them: that takes an opening of its own.
+        let again =
+            OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/proc/self/fd/1");
+        return Ok(again.unwrap_or(stdout));
+    }
+    Ok(stdout)
 }
 
 /// Output that never stops the guest, nor a pause of it: what cannot be written now is kept, moves with the VM, and is tried
@@ -157,7 +209,7 @@ impl Output {
 
     fn failed(&mut self, why: String) {
         if self.failure.is_none() {
-            eprintln!("minivmm: serial output to {}: {why}; the guest goes on, output is kept", self.name);
+            log!("serial output to {}: {why}; the guest goes on, output is kept", self.name);
         }
         self.failure = Some(why);
     }
@@ -165,10 +217,7 @@ impl Output {
     fn push(&mut self, byte: u8) {
         if self.pending.len() >= MAX_PENDING {
             if self.dropped == 0 {
-                eprintln!(
-                    "minivmm: serial output to {}: more than {MAX_PENDING} bytes wait, the oldest are dropped",
-                    self.name
-                );
+                log!("serial output to {}: more than {MAX_PENDING} bytes wait, the oldest are dropped", self.name);
             }
             self.pending.pop_front();
             self.dropped += 1;
@@ -180,6 +229,16 @@ impl Output {
     fn release(&mut self) {
         self.held = false;
         self.drain();
+    }
+
+    fn so_far(&self) -> SerialOutput {
+        SerialOutput {
+            to: self.name.clone(),
+            made: self.made,
+            pending: self.pending.len() as u64,
+            dropped: self.dropped,
+            failure: self.failure.clone(),
+        }
     }
 
     fn warning(&self) -> Option<String> {
@@ -311,6 +370,12 @@ impl Bus {
     #[cfg(test)]
     pub(super) fn block(&self) -> impl Drop + '_ {
         self.lock()
+    }
+
+    /// How much output there was, and what has become of it.
+    pub(super) fn serial_output(&self) -> SerialOutput {
+        let serial = self.lock_in_time();
+        serial.as_deref().and_then(Option::as_ref).map_or_else(SerialOutput::default, |s| s.writer().so_far())
     }
 
     /// What the user should know of the output, after another try to write what is pending. Does not wait for a vCPU.

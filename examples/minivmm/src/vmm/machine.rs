@@ -38,7 +38,7 @@ use super::{
     balloon::{Balloon, BalloonDevice, Discard},
     boot,
     config::MachineConfig,
-    devices::{Bus, SerialDevice, SerialTarget},
+    devices::{Bus, SerialDevice, SerialOutput, SerialTarget},
     kvm::KvmProcessors,
     software::SoftwareProcessors,
 };
@@ -166,6 +166,7 @@ pub(crate) struct Snapshot {
     pub(crate) software: bool,
     pub(crate) workload: Option<Board>,
     pub(crate) warnings: Vec<String>,
+    pub(crate) serial: SerialOutput,
 }
 
 /// Why a broker cannot keep RAM that is private to a process.
@@ -206,7 +207,7 @@ impl Machine {
             if pre_faults { Ok(()) } else { self.ram.warm_for_reading(range) }
         };
         if let Err(error) = self.ram.warm_shared_by(WARMING, &mut fill) {
-            eprintln!("minivmm: the guest will be slow at first: {error}");
+            log!("the guest will be slow at first: {error}");
         }
     }
 
@@ -219,7 +220,7 @@ impl Machine {
     pub(crate) fn let_go(&self) {
         // what is left then goes with the process
         if let Err(error) = self.ram.cool_shared(COOLING) {
-            eprintln!("minivmm: {error}");
+            log!("{error}");
         }
     }
 
@@ -269,7 +270,7 @@ impl Machine {
             _ if config.software => None,
             Ok(kvm) => Some(kvm),
             Err(why) => {
-                eprintln!("minivmm: {why}; a software guest takes the place of the real one");
+                log!("{why}; a software guest takes the place of the real one");
                 config.software = true;
                 None
             }
@@ -506,7 +507,7 @@ impl Machine {
         match made {
             Ok(pager) => Some(self.pager.get_or_init(|| Arc::new(pager)).clone()),
             Err(why) => {
-                eprintln!("minivmm: no post-copy to here: {why}");
+                log!("no post-copy to here: {why}");
                 None
             }
         }
@@ -560,6 +561,7 @@ impl Machine {
             software: self.config.software,
             workload,
             warnings: self.bus.warnings(),
+            serial: self.bus.serial_output(),
         }
     }
 

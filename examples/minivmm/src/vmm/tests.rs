@@ -3,6 +3,8 @@
 //! RAM is copied here by hand, and the traits are called in the engine's order: what fails here is the VMM's fault, not the
 //! engine's. Tests that need KVM say so and pass where it is missing.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests print what they measure or leave out")]
+
 use std::{
     io::{Cursor, Read},
     path::Path,

@@ -209,9 +209,9 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     }
     bar.finish_and_clear();
     if args.json {
-        println!("{}", tables::json(&figures));
+        out!("{}", tables::json(&figures));
     } else {
-        print!("{}", tables::text(&figures));
+        crate::log::print(&tables::text(&figures));
     }
     if let Some(path) = &args.markdown {
         output::write_section(path, SECTION, &tables::markdown(&figures))?;

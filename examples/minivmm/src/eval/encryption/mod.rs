@@ -105,12 +105,12 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     plan::keep(&mut cells, &args.only)?;
     // the link lasts until the end
     let (means, _link, left_out) = means(args, &mut cells);
-    left_out.iter().for_each(|what| eprintln!("left out: {what}"));
+    left_out.iter().for_each(|what| note!("left out: {what}"));
     let repeats = if args.quick { 1 } else { args.repeat };
     let estimate = cells.iter().map(Cell::seconds).sum::<f64>() * f64::from(repeats);
     let runs = cells.len() * repeats as usize;
     let about = HumanDuration(std::time::Duration::from_secs_f64(estimate));
-    eprintln!("{runs} migrations, about {about:#} in all; each has {} s", run::LIMIT.as_secs());
+    note!("{runs} migrations, about {about:#} in all; each has {} s", run::LIMIT.as_secs());
     let bar = ProgressBar::new(runs as u64);
     let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len}, {eta} left, {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -119,7 +119,7 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     let result = measure(&bar, &cells, repeats, &means, args.csv.as_deref(), &mut figures);
     figures.took_s = began.elapsed().as_secs_f64().round();
     bar.finish_and_clear();
-    print!("{}", figures.text());
+    crate::log::print(&figures.text());
     write(args.json.as_deref(), || Ok(format!("{:#}\n", figures.json())))?;
     write(args.html.as_deref(), || html::page(&figures))?;
     if let Some(path) = &args.markdown {
