@@ -202,6 +202,11 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
     }
 
+    fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        let (inner, limiter) = (self.inner.connect_within(kind, timeout)?, self.limiter.clone());
+        Ok(Box::new(LimitedChannel { inner, limiter, urgent: kind != LaneKind::Bulk }))
+    }
+
     fn carries_files(&self) -> bool {
         self.inner.carries_files()
     }

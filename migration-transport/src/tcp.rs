@@ -4,13 +4,20 @@ use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
     os::fd::AsFd,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use migration_core::channel::{Channel, Connector, Listener};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use migration_core::{
+    channel::{Channel, Connector, Listener, Room},
+    wire::LaneKind,
+};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
-use crate::{Address, ConnectOptions, SocketOptions, StreamChannel, accept::accept_within};
+use crate::{
+    Address, ConnectOptions, SocketOptions, StreamChannel,
+    accept::{Descriptors, Shortage},
+};
 
 /// Connections that the kernel may finish before [`Listener::accept`] takes them.
 const BACKLOG: i32 = 128;
@@ -37,8 +44,22 @@ impl Connector for TcpConnector {
     /// # Errors
     /// What the last address said, with all of them in the message.
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        self.open(self.options.connect_timeout)
+    }
+
+    fn connect_within(&self, _kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        self.open(timeout.min(self.options.connect_timeout))
+    }
+
+    fn address(&self) -> String {
+        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
+    }
+}
+
+impl TcpConnector {
+    fn open(&self, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         let addresses: Vec<_> = (self.host.as_str(), self.port).to_socket_addrs()?.collect();
-        let deadline = Instant::now().checked_add(self.options.connect_timeout);
+        let deadline = Instant::now().checked_add(timeout);
         let mut failures = Vec::new();
         let mut kind = io::ErrorKind::NotFound;
         for (i, address) in addresses.iter().enumerate() {
@@ -54,10 +75,6 @@ impl Connector for TcpConnector {
         }
         let why = if failures.is_empty() { "the host has no address".into() } else { failures.join("; ") };
         Err(io::Error::new(kind, format!("cannot connect to {}: {why}", self.address())))
-    }
-
-    fn address(&self) -> String {
-        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
     }
 }
 
@@ -87,6 +104,7 @@ pub struct TcpListener {
     host: String,
     port: u16,
     options: SocketOptions,
+    shortage: Shortage,
 }
 
 impl TcpListener {
@@ -102,7 +120,7 @@ impl TcpListener {
             match listen(&address, &options) {
                 Ok(socket) => {
                     let bound = socket.local_addr()?.as_socket().map_or(port, |address| address.port());
-                    return Ok(Self { socket, host: host.to_owned(), port: bound, options });
+                    return Ok(Self { socket, host: host.to_owned(), port: bound, options, shortage: Shortage::new() });
                 }
                 Err(e) => error = e,
             }
@@ -114,6 +132,18 @@ impl TcpListener {
     /// The port it listens on.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    fn next(&mut self, timeout: Duration) -> io::Result<Option<(Socket, SockAddr)>> {
+        let socket = &self.socket;
+        self.shortage.accept_within(socket.as_fd(), timeout, || socket.accept())
+    }
+
+    fn channel(&self, socket: Socket, peer: &SockAddr) -> io::Result<StreamChannel> {
+        let peer = peer.as_socket();
+        self.options.apply_tcp(SockRef::from(&socket), peer.map(|peer| peer.ip()));
+        let name = peer.map_or_else(|| "tcp:?".into(), |peer| Address::from(peer).to_string());
+        channel(socket, name, &self.options)
     }
 }
 
@@ -133,11 +163,8 @@ impl Listener for TcpListener {
     fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>> {
         let deadline = Instant::now().checked_add(timeout);
         let mut left = timeout;
-        while let Some((socket, peer)) = accept_within(self.socket.as_fd(), left, || self.socket.accept())? {
-            let peer = peer.as_socket();
-            self.options.apply_tcp(SockRef::from(&socket), peer.map(|peer| peer.ip()));
-            let name = peer.map_or_else(|| "tcp:?".into(), |peer| Address::from(peer).to_string());
-            match channel(socket, name, &self.options) {
+        while let Some((socket, peer)) = self.next(left)? {
+            match self.channel(socket, &peer) {
                 Ok(channel) => return Ok(Some(Box::new(channel))),
                 // it has failed already: the next one
                 Err(_) => {
@@ -150,5 +177,19 @@ impl Listener for TcpListener {
 
     fn address(&self) -> String {
         Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
+    }
+
+    fn trouble(&mut self) -> Option<io::Error> {
+        self.shortage.take()
+    }
+
+    fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
+        let socket = &self.socket;
+        let (socket, peer) = self.shortage.accept_to_refuse(|| socket.accept())?;
+        Some(Box::new(self.channel(socket, &peer).ok()?))
+    }
+
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        Some(Arc::new(Descriptors))
     }
 }

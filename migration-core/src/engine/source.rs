@@ -19,6 +19,7 @@ use std::{
 
 use bytes::Bytes;
 use pause::PauseWatch;
+use settle::Hurry;
 
 pub use self::pause::PauseLimits;
 use super::{
@@ -70,7 +71,7 @@ const LEAST_SAMPLE: u64 = 4 << 20;
 /// First wait between two attempts to reconnect.
 pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
-pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
+pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
 ///
@@ -162,6 +163,8 @@ pub(super) struct Engine<'a> {
     /// What became of the VM after its destination died.
     aftermath: Option<(Outcome, String)>,
     can_post_copy: CanPostCopy,
+    /// How long this attempt to reconnect may wait; `None` while none is under way.
+    hurry: Option<Hurry>,
 }
 
 impl<'a> Engine<'a> {
@@ -251,6 +254,7 @@ impl<'a> Engine<'a> {
             saved: PageSet::empty(pages),
             aftermath: None,
             can_post_copy: commands.can_post_copy,
+            hurry: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Setting up: the control lane, what both sides agree on, and the other lanes.
 
 use super::*;
-use crate::vm::VmDescription;
+use crate::{channel::Channel, vm::VmDescription};
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
@@ -116,14 +116,18 @@ impl Engine<'_> {
         crc | post_copy | checkpoints
     }
 
+    fn open_channel(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        match &self.hurry {
+            Some(hurry) => self.connector().connect_within(kind, hurry.connect),
+            None => self.connector().connect_as(kind),
+        }
+    }
+
     /// Opens a control lane and a thread that reads it.
     pub(super) fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
         let peer = self.connector().address();
-        let Halves { mut reader, mut writer, closer } = self
-            .connector()
-            .connect_as(kind)
-            .and_then(|channel| channel.split())
-            .map_err(MigrationError::link(&peer))?;
+        let Halves { mut reader, mut writer, closer } =
+            self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
@@ -210,11 +214,8 @@ impl Engine<'_> {
 
     fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
         let peer = self.connector().address();
-        let Halves { mut writer, reader, closer } = self
-            .connector()
-            .connect_as(kind)
-            .and_then(|channel| channel.split())
-            .map_err(MigrationError::link(&peer))?;
+        let Halves { mut writer, reader, closer } =
+            self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
         let preamble = Preamble::new(kind, index, self.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
