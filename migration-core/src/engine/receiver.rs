@@ -1,6 +1,7 @@
 //! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
 
 mod accept;
+mod allowance;
 mod attempt;
 mod connections;
 mod reserve;
@@ -18,6 +19,7 @@ use std::{
 };
 
 use accept::Accepting;
+pub(super) use allowance::Allowance;
 use connections::{Connections, Stage};
 use reserve::{Reservation, Reserved};
 use thiserror::Error;
@@ -62,6 +64,10 @@ pub struct ReceiverOptions {
     pub max_ram_bytes: u64,
     /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
     pub idle_timeout: Duration,
+    /// How long an attempt that has sent no page may keep other sources out. Page data earns more time, at 1 MiB/s and up to what
+    /// all of RAM earns once. After that the next source takes the session; after 16 times as long the attempt ends in any case.
+    /// Once the VM is ready, or runs here, this does not apply.
+    pub progress_grace: Duration,
     /// The VM that may come, and the epoch above which: one that was [lent](super::ephemeral) comes back as what it was, and by
     /// nothing older than its leaving. `None` for any.
     pub awaits: Option<(VmId, u32)>,
@@ -84,6 +90,7 @@ impl Default for ReceiverOptions {
             max_streams: MAX_STREAMS,
             max_ram_bytes: 1 << 40,
             idle_timeout: Duration::from_secs(10),
+            progress_grace: Duration::from_secs(60),
             awaits: None,
             patience: None,
             fence: Arc::new(NoFence),
@@ -481,6 +488,12 @@ impl Hub {
         if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
             return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
         }
+        match &frame {
+            Control::Ping => session.allowance.ping()?,
+            Control::Piece(piece) => session.allowance.piece(piece.data.len())?,
+            Control::Missing { .. } => session.allowance.list(session.ram.layout().pages())?,
+            _ => {}
+        }
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
             DestinationAction::Pong => {
@@ -689,6 +702,20 @@ impl Hub {
         }
         session.set_running();
         Some(vm)
+    }
+
+    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete.
+    fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) {
+        use DestinationPhase::{Loading, Preparing, Receiving};
+        let state = lock(&self.state);
+        let Some(session) = state.session.clone() else { return };
+        if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
+            return;
+        }
+        let attachment = state.attachment;
+        drop(state);
+        session.last_word(ErrorCode::Busy, why);
+        self.lost(attachment, why);
     }
 
     /// The VM runs, and is the host's from now on.

@@ -27,7 +27,7 @@ use super::{
     checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
     dirty_log,
-    handle::{CanPostCopy, Commands, Input, NoPostCopy, lock},
+    handle::{CanPostCopy, Commands, Input, Inputs, NoPostCopy, PeerInputs, lock},
     lane::{Counters, FIRST_PIECE, Job, Lane, Work, stripe_pages, stripes},
     pages,
     serve::{DemandLane, Left},
@@ -60,6 +60,8 @@ pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Pings without an answer whose time is kept: a destination that never answers one is not asked to.
+const MOST_PINGS: usize = 64;
 /// Pieces of device state a round.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// First guess of the part of the downtime that does not depend on pages: pausing, saving, loading.
@@ -103,8 +105,10 @@ pub(super) struct Engine<'a> {
     /// Whether the destination maps the RAM that is here: then no page moves.
     shared: bool,
     pub(super) options: &'a SourceOptions,
-    pub(super) inputs: mpsc::Receiver<Input>,
+    pub(super) inputs: Inputs,
     tx: mpsc::Sender<Input>,
+    /// Set when the present link is closed here.
+    link_ended: Arc<AtomicBool>,
     pub(super) machine: SourceMachine,
     id: VmId,
     pub(super) ram: Arc<dyn GuestRam>,
@@ -210,8 +214,9 @@ impl<'a> Engine<'a> {
             strategy,
             shared,
             options,
-            inputs: commands.rx,
+            inputs: Inputs::new(commands.rx),
             tx: commands.tx,
+            link_ended: Arc::default(),
             machine: SourceMachine::new(epoch),
             id: VmId::default(),
             ram,
@@ -365,7 +370,9 @@ impl<'a> Engine<'a> {
                 self.discount(self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
                 // only now: it may have waited for its turn on the link
                 self.last_ping = Instant::now();
-                self.pings.push_back(self.last_ping);
+                if self.pings.len() < MOST_PINGS {
+                    self.pings.push_back(self.last_ping);
+                }
                 self.unanswered.get_or_insert(self.last_ping);
             }
             let silent = self.unanswered.is_some_and(|since| since.elapsed() >= patience);

@@ -47,11 +47,15 @@ impl Destination {
     }
 
     pub(crate) fn of(idle_timeout: Duration, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
+        Self::with(ReceiverOptions { idle_timeout, ..ReceiverOptions::default() }, host)
+    }
+
+    pub(crate) fn with(options: ReceiverOptions, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
         let (door, ends) = mpsc::channel();
         let (arrived_tx, arrived) = mpsc::channel();
         let (log_tx, log) = mpsc::channel();
         let observer = Arc::new(Log(Mutex::new(log_tx)));
-        let options = ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() };
+        let options = ReceiverOptions { observer, ..options };
         let receiver = Receiver::new(Box::new(host(arrived_tx)), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || receiver.run(&mut Door(ends)));

@@ -30,6 +30,7 @@ impl<'a> Accepting<'a> {
     /// Waits a moment for a connection, and starts a thread for it.
     pub(super) fn step(&mut self, listener: &mut dyn Listener) -> io::Result<()> {
         lock(&self.hub.connections).close_overdue(self.hub.options.idle_timeout);
+        self.hub.end_attempt("the attempt has made too little progress for the time it took", Allowance::is_exceeded);
         self.reap(Duration::ZERO);
         if self.threads.len() >= MAX_THREADS {
             // most of them are ending

@@ -48,6 +48,11 @@ impl Hub {
         (id, closer): (u64, Arc<dyn Closer>),
         peer: &str,
     ) -> Result<(), MigrationError> {
+        let another = matches!(&hello, Control::Hello(hello) if lock(&self.state).machine.vm() != Some(hello.vm.id));
+        if another {
+            let why = "the attempt has made too little progress for the time it took, and another source wants to come";
+            self.end_attempt(why, Allowance::is_used_up);
+        }
         let begun = {
             let mut state = lock(&self.state);
             state.machine.handle(epoch, hello).map(|action| {
@@ -139,7 +144,8 @@ impl Hub {
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & FEATURE_PAYLOAD_CRC != 0;
-        let session = Session::new((token, epoch), streams, (crc, shared), vm, (pager, protection), control, closer);
+        let lanes = (streams, self.options.progress_grace);
+        let session = Session::new((token, epoch), lanes, (crc, shared), vm, (pager, protection), control, closer);
         let session = Arc::new(session);
         self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))

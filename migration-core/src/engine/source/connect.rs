@@ -116,6 +116,11 @@ impl Engine<'_> {
         crc | post_copy | checkpoints
     }
 
+    /// By which the threads of the present link pass on what the destination sends.
+    fn peer_inputs(&self) -> PeerInputs {
+        PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.link_ended.clone())
+    }
+
     fn open_channel(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         match &self.hurry {
             Some(hurry) => self.connector().connect_within(kind, hurry.connect),
@@ -139,7 +144,8 @@ impl Engine<'_> {
         self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
         self.closers.push(closer);
         let mut control = ControlReader::new(reader, peer, bytes);
-        let tx = self.tx.clone();
+        self.link_ended = Arc::default();
+        let tx = self.peer_inputs();
         let body = Box::new(move || {
             loop {
                 let input = match control.read() {
@@ -188,7 +194,7 @@ impl Engine<'_> {
             let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
             // silent for as long as the guest does not fault; that the link lives is seen on the control lane
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
-            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
+            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.peer_inputs());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
         }
         if let Some(fail_safe) = self.options.fail_safe.clone().filter(|_| self.features & FEATURE_CHECKPOINTS != 0) {
@@ -205,8 +211,9 @@ impl Engine<'_> {
                 wire_bytes: self.counters.wire_bytes.clone(),
                 observer: self.options.observer.clone(),
                 sent: 0,
+                zeros: PageSet::empty(self.report.pages.total),
             };
-            let tx = self.tx.clone();
+            let tx = self.peer_inputs();
             self.spawn(Role::Control, "mig-checkpoint", Box::new(move || keeper.run(tx)))?;
         }
         Ok(())

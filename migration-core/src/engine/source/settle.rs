@@ -126,6 +126,7 @@ impl Engine<'_> {
 
     /// Ends all lanes and their threads.
     pub(super) fn close(&mut self) {
+        self.link_ended.store(true, Ordering::Relaxed);
         self.lanes.clear();
         self.control = None;
         // a lane that still has something to send may finish it: closing shuts the stream behind what was written
