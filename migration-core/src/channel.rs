@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -103,6 +104,14 @@ pub trait Connector: Send + Sync {
         self.connect()
     }
 
+    /// As [`connect_as`](Self::connect_as), but gives up after `timeout` if that is shorter than the time-outs of the connector:
+    /// a connection that was lost is looked for again and again, and no attempt may hold up the next one. The default has only the
+    /// connector's own time-outs.
+    fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        let _ = timeout;
+        self.connect_as(kind)
+    }
+
     /// Whether open files can travel on its channels ([`WriteHalf::send_files`]): those of Unix sockets.
     fn carries_files(&self) -> bool {
         false
@@ -128,4 +137,28 @@ pub trait Listener: Send {
     fn bound(&self) -> Vec<String> {
         vec![self.address()]
     }
+
+    /// Why connections that wait could not be accepted since this was last asked, such as a lack of descriptors; `None`, which
+    /// is what the default says, when nothing was in the way.
+    fn trouble(&mut self) -> Option<io::Error> {
+        None
+    }
+
+    /// Accepts a connection that waits although [`accept`](Self::accept) has no descriptor for it, by one that is kept for this:
+    /// so that its peer can be told why it is refused. It must be dropped before the next call. The default accepts none.
+    fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
+        None
+    }
+
+    /// What tells other threads whether lanes that are due can be accepted; `None`, which is the default, where that is not
+    /// known.
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        None
+    }
+}
+
+/// Tells for how many channels a listener has descriptors.
+pub trait Room: Send + Sync {
+    /// Returns how many of `wanted` further channels can be accepted, as things are: others may take descriptors at any time.
+    fn channels(&self, wanted: usize) -> usize;
 }

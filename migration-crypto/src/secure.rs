@@ -8,7 +8,7 @@ use std::{
 
 use migration_core::{
     RamSlice,
-    channel::{Channel, Connector, Halves, Listener, ReadHalf, WriteHalf},
+    channel::{Channel, Connector, Halves, Listener, ReadHalf, Room, WriteHalf},
     wire::LaneKind,
 };
 
@@ -164,11 +164,29 @@ impl Connector for SecureConnector {
     /// # Errors
     /// Beside those of the inner connector, a [`HandshakeError`] that says why one side refuses the other.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
-        let channel = self.inner.connect_as(kind)?;
+        self.secure(self.inner.connect_as(kind)?, kind, self.session.security.handshake_timeout)
+    }
+
+    /// # Errors
+    /// As those of [`connect_as`](Self::connect_as).
+    fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        let deadline = Instant::now() + timeout;
+        let channel = self.inner.connect_within(kind, timeout)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.secure(channel, kind, left.min(self.session.security.handshake_timeout))
+    }
+
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+}
+
+impl SecureConnector {
+    fn secure(&self, channel: Box<dyn Channel>, kind: LaneKind, patience: Duration) -> io::Result<Box<dyn Channel>> {
         let peer = channel.peer();
         let security = &self.session.security;
         let Halves { mut reader, mut writer, closer } = channel.split()?;
-        let deadline = Instant::now() + security.handshake_timeout;
+        let deadline = Instant::now() + patience;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
         let agreed = self.session.initiate(&mut wire, kind)?;
         let closed = Arc::new(AtomicBool::new(false));
@@ -180,10 +198,6 @@ impl Connector for SecureConnector {
         let closer = Box::new(SecureCloser { inner: closer, closed });
         let halves = Halves { reader: Box::new(reader), writer: Box::new(writer), closer };
         Ok(Box::new(SecureChannel { halves, peer }))
-    }
-
-    fn address(&self) -> String {
-        self.inner.address()
     }
 }
 
@@ -264,6 +278,20 @@ impl Listener for SecureListener {
 
     fn bound(&self) -> Vec<String> {
         self.inner.bound()
+    }
+
+    fn trouble(&mut self) -> Option<io::Error> {
+        self.inner.trouble()
+    }
+
+    // whoever is refused so would have to be told after a handshake: it is not
+    fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
+        self.inner.accept_to_refuse().map(drop);
+        None
+    }
+
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        self.inner.room()
     }
 }
 

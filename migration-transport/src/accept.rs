@@ -1,6 +1,7 @@
 //! Waiting for connections, in a way that bad peers and a lack of descriptors do not end.
 
 use std::{
+    fs::File,
     hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     os::fd::BorrowedFd,
@@ -8,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use migration_core::channel::Room;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -16,6 +18,64 @@ use nix::{
 /// How long to leave a host alone that has run out of descriptors or memory.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
+/// What a listener lacks to accept the connections that wait, and a descriptor that is kept for that case.
+#[derive(Debug)]
+pub(crate) struct Shortage {
+    error: Option<io::Error>,
+    /// `None` while it is in use, or none can be had.
+    spare: Option<File>,
+}
+
+impl Shortage {
+    pub(crate) fn new() -> Self {
+        Self { error: None, spare: spare() }
+    }
+
+    /// As [`accept_within`], of several sockets, and returns soon once something is lacking; `accept` gets the index of the
+    /// socket at which somebody waits.
+    pub(crate) fn accept_within<T>(
+        &mut self,
+        fds: &[BorrowedFd<'_>],
+        timeout: Duration,
+        accept: impl FnMut(usize) -> io::Result<T>,
+    ) -> io::Result<Option<T>> {
+        if self.spare.is_none() {
+            self.spare = spare();
+        }
+        accept_noting(fds, timeout, &mut self.error, accept)
+    }
+
+    /// Why nothing could be accepted since this was last asked.
+    pub(crate) fn take(&mut self) -> Option<io::Error> {
+        self.error.take()
+    }
+
+    /// Calls `accept` with the descriptor that is kept for it, for one of `sockets` after another until it gives a connection.
+    pub(crate) fn accept_to_refuse<T>(
+        &mut self,
+        sockets: usize,
+        accept: impl FnMut(usize) -> io::Result<T>,
+    ) -> Option<T> {
+        drop(self.spare.take()?);
+        (0..sockets).map(accept).find_map(Result::ok)
+    }
+}
+
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+/// Counts the descriptors that are left, by taking them for a moment: no more than are asked for.
+pub(crate) struct Descriptors;
+
+impl Room for Descriptors {
+    fn channels(&self, wanted: usize) -> usize {
+        let Ok(first) = File::open("/dev/null") else { return 0 };
+        let copies: Vec<_> = (1..wanted).map_while(|_| first.try_clone().ok()).collect();
+        wanted.min(1 + copies.len())
+    }
+}
+
 /// Polls `fd`, a listening socket that does not block, and calls `accept` until it gives a connection (`Some`), the
 /// listener breaks (`Err`) or `timeout` passes (`None`).
 pub(crate) fn accept_within<T>(
@@ -23,13 +83,15 @@ pub(crate) fn accept_within<T>(
     timeout: Duration,
     mut accept: impl FnMut() -> io::Result<T>,
 ) -> io::Result<Option<T>> {
-    accept_any_within(&[fd], timeout, |_| accept())
+    accept_noting(&[fd], timeout, &mut None, |_| accept())
 }
 
-/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits.
-pub(crate) fn accept_any_within<T>(
+/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits. What this host lacks
+/// to accept a connection is noted in `shortage`.
+fn accept_noting<T>(
     fds: &[BorrowedFd<'_>],
     timeout: Duration,
+    shortage: &mut Option<io::Error>,
     mut accept: impl FnMut(usize) -> io::Result<T>,
 ) -> io::Result<Option<T>> {
     // a time-out beyond what `Instant` can hold is none
@@ -42,7 +104,10 @@ pub(crate) fn accept_any_within<T>(
                 Err(e) => match verdict(&e) {
                     Verdict::Skip => {}
                     // the connection stays in the queue, so poll would return at once, again and again
-                    Verdict::BackOff => thread::sleep(BACK_OFF.min(left())),
+                    Verdict::BackOff => {
+                        *shortage = Some(e);
+                        thread::sleep(BACK_OFF.min(left()));
+                    }
                     Verdict::Broken => return Err(e),
                 },
             }

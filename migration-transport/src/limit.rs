@@ -147,6 +147,15 @@ impl<C: Connector + ?Sized> Limited<C> {
     pub fn inner(&self) -> &C {
         &self.inner
     }
+
+    fn limited(&self, inner: Box<dyn Channel>, kind: LaneKind) -> Box<dyn Channel> {
+        let class = match kind {
+            LaneKind::Control | LaneKind::Reattach | LaneKind::Checkpoint => Class::Exempt,
+            LaneKind::Demand => Class::Urgent,
+            LaneKind::Bulk => Class::Bulk,
+        };
+        Box::new(LimitedChannel { inner, limiter: self.limiter.clone(), class, allowance: SETUP_ALLOWANCE })
+    }
 }
 
 impl<C: Connector + ?Sized> Connector for Limited<C> {
@@ -158,13 +167,11 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
     /// them. Pages that a guest waits for go first, up to three quarters of the limit. What sets a lane up never waits
     /// either.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
-        let class = match kind {
-            LaneKind::Control | LaneKind::Reattach | LaneKind::Checkpoint => Class::Exempt,
-            LaneKind::Demand => Class::Urgent,
-            LaneKind::Bulk => Class::Bulk,
-        };
-        let (inner, limiter) = (self.inner.connect_as(kind)?, self.limiter.clone());
-        Ok(Box::new(LimitedChannel { inner, limiter, class, allowance: SETUP_ALLOWANCE }))
+        Ok(self.limited(self.inner.connect_as(kind)?, kind))
+    }
+
+    fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        Ok(self.limited(self.inner.connect_within(kind, timeout)?, kind))
     }
 
     fn carries_files(&self) -> bool {

@@ -4,13 +4,20 @@ use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
     os::fd::AsFd,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use migration_core::channel::{Channel, Connector, Listener};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use migration_core::{
+    channel::{Channel, Connector, Listener, Room},
+    wire::LaneKind,
+};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
-use crate::{Address, ConnectOptions, SocketOptions, StreamChannel, accept::accept_any_within};
+use crate::{
+    Address, ConnectOptions, SocketOptions, StreamChannel,
+    accept::{Descriptors, Shortage},
+};
 
 /// How often a free port is looked for that is free at all addresses of a host.
 const PORTS: usize = 64;
@@ -39,8 +46,22 @@ impl Connector for TcpConnector {
     /// # Errors
     /// What the last address said, with all of them in the message.
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        self.open(self.options.connect_timeout)
+    }
+
+    fn connect_within(&self, _kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        self.open(timeout.min(self.options.connect_timeout))
+    }
+
+    fn address(&self) -> String {
+        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
+    }
+}
+
+impl TcpConnector {
+    fn open(&self, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         let addresses: Vec<_> = (self.host.as_str(), self.port).to_socket_addrs()?.collect();
-        let deadline = Instant::now().checked_add(self.options.connect_timeout);
+        let deadline = Instant::now().checked_add(timeout);
         let mut failures = Vec::new();
         let mut kind = io::ErrorKind::NotFound;
         for (i, address) in addresses.iter().enumerate() {
@@ -56,10 +77,6 @@ impl Connector for TcpConnector {
         }
         let why = if failures.is_empty() { "the host has no address".into() } else { failures.join("; ") };
         Err(io::Error::new(kind, format!("cannot connect to {}: {why}", self.address())))
-    }
-
-    fn address(&self) -> String {
-        Address::Tcp { host: self.host.clone(), port: self.port }.to_string()
     }
 }
 
@@ -91,6 +108,7 @@ pub struct TcpListener {
     host: String,
     port: u16,
     options: SocketOptions,
+    shortage: Shortage,
 }
 
 impl TcpListener {
@@ -118,7 +136,7 @@ impl TcpListener {
         let bound: Vec<_> = sockets.iter().map(|s| Ok(s.local_addr()?.as_socket())).collect::<io::Result<_>>()?;
         let addresses: Vec<_> = bound.into_iter().flatten().collect();
         let port = addresses.first().map_or(port, SocketAddr::port);
-        Ok(Self { sockets, addresses, host: host.to_owned(), port, options })
+        Ok(Self { sockets, addresses, host: host.to_owned(), port, options, shortage: Shortage::new() })
     }
 
     /// The port it listens on, which is the same at all addresses.
@@ -129,6 +147,18 @@ impl TcpListener {
     /// The addresses at which it listens.
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    fn next(&mut self, timeout: Duration) -> io::Result<Option<(Socket, SockAddr)>> {
+        let waiting: Vec<_> = self.sockets.iter().map(AsFd::as_fd).collect();
+        self.shortage.accept_within(&waiting, timeout, |index| self.sockets[index].accept())
+    }
+
+    fn channel(&self, socket: Socket, peer: &SockAddr) -> io::Result<StreamChannel> {
+        let peer = peer.as_socket();
+        self.options.apply_tcp(SockRef::from(&socket), peer.map(|peer| peer.ip()));
+        let name = peer.map_or_else(|| "tcp:?".into(), |peer| Address::from(peer).to_string());
+        channel(socket, name, &self.options)
     }
 }
 
@@ -196,12 +226,8 @@ impl Listener for TcpListener {
     fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>> {
         let deadline = Instant::now().checked_add(timeout);
         let mut left = timeout;
-        let sockets: Vec<_> = self.sockets.iter().map(AsFd::as_fd).collect();
-        while let Some((socket, peer)) = accept_any_within(&sockets, left, |index| self.sockets[index].accept())? {
-            let peer = peer.as_socket();
-            self.options.apply_tcp(SockRef::from(&socket), peer.map(|peer| peer.ip()));
-            let name = peer.map_or_else(|| "tcp:?".into(), |peer| Address::from(peer).to_string());
-            match channel(socket, name, &self.options) {
+        while let Some((socket, peer)) = self.next(left)? {
+            match self.channel(socket, &peer) {
                 Ok(channel) => return Ok(Some(Box::new(channel))),
                 // it has failed already: the next one
                 Err(_) => {
@@ -218,6 +244,20 @@ impl Listener for TcpListener {
 
     fn bound(&self) -> Vec<String> {
         self.addresses.iter().map(|&address| Address::from(address).to_string()).collect()
+    }
+
+    fn trouble(&mut self) -> Option<io::Error> {
+        self.shortage.take()
+    }
+
+    fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
+        let sockets = &self.sockets;
+        let (socket, peer) = self.shortage.accept_to_refuse(sockets.len(), |index| sockets[index].accept())?;
+        Some(Box::new(self.channel(socket, &peer).ok()?))
+    }
+
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        Some(Arc::new(Descriptors))
     }
 }
 
@@ -237,7 +277,14 @@ mod tests {
         let options = SocketOptions::default();
         let sockets = bind_all(&addresses, &options).unwrap();
         let addresses: Vec<_> = sockets.iter().map(|s| s.local_addr().unwrap().as_socket().unwrap()).collect();
-        TcpListener { sockets, port: addresses[0].port(), addresses, host: "name".into(), options }
+        TcpListener {
+            sockets,
+            port: addresses[0].port(),
+            addresses,
+            host: "name".into(),
+            options,
+            shortage: Shortage::new(),
+        }
     }
 
     #[test]

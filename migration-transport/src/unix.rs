@@ -4,16 +4,20 @@ use std::{
     fs, io,
     os::fd::AsFd,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use migration_core::channel::{Channel, Connector, Listener};
+use migration_core::{
+    channel::{Channel, Connector, Listener, Room},
+    wire::LaneKind,
+};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::{
     Address, ConnectOptions, SocketOptions, StreamChannel,
-    accept::accept_within,
+    accept::{Descriptors, Shortage, accept_within},
     private_socket::{self, identity},
 };
 
@@ -30,11 +34,11 @@ impl UnixConnector {
         Self { path: path.into(), options }
     }
 
-    fn open(&self) -> io::Result<StreamChannel> {
+    fn open(&self, timeout: Duration) -> io::Result<StreamChannel> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         self.options.socket.apply_unix(SockRef::from(&socket));
         let address = SockAddr::unix(&self.path)?;
-        let deadline = Instant::now().checked_add(self.options.connect_timeout);
+        let deadline = Instant::now().checked_add(timeout);
         loop {
             // Connecting blocks only while the listener's backlog is full, and then for the send time-out. A year is
             // as good as for ever, and fits.
@@ -45,7 +49,7 @@ impl UnixConnector {
                 Ok(()) => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted && !left.is_zero() => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    let why = format!("nobody accepted for {:?}", self.options.connect_timeout);
+                    let why = format!("nobody accepted for {timeout:?}");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
                 Err(e) => return Err(e),
@@ -57,7 +61,11 @@ impl UnixConnector {
 
 impl Connector for UnixConnector {
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
-        match self.open() {
+        self.connect_within(LaneKind::Control, self.options.connect_timeout)
+    }
+
+    fn connect_within(&self, _kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
+        match self.open(timeout.min(self.options.connect_timeout)) {
             Ok(channel) => Ok(Box::new(channel)),
             Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect to {}: {e}", self.address()))),
         }
@@ -90,6 +98,7 @@ pub struct UnixListener {
     /// Device and inode of the socket file.
     file: (u64, u64),
     options: SocketOptions,
+    shortage: Shortage,
 }
 
 impl UnixListener {
@@ -104,7 +113,7 @@ impl UnixListener {
         let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen at unix:{}: {e}", path.display()));
         let bound = private_socket::listen(&path).map_err(named)?;
         bound.socket.set_nonblocking(true).map_err(named)?;
-        Ok(Self { socket: bound.socket, path, file: bound.file, options })
+        Ok(Self { socket: bound.socket, path, file: bound.file, options, shortage: Shortage::new() })
     }
 }
 
@@ -113,16 +122,25 @@ impl UnixListener {
     pub(crate) fn accept_socket(&mut self, timeout: Duration) -> io::Result<Option<Socket>> {
         Ok(accept_within(self.socket.as_fd(), timeout, || self.socket.accept())?.map(|(socket, _)| socket))
     }
+
+    fn next(&mut self, timeout: Duration) -> io::Result<Option<(Socket, SockAddr)>> {
+        let socket = &self.socket;
+        self.shortage.accept_within(&[socket.as_fd()], timeout, |_| socket.accept())
+    }
+
+    fn channel(&self, socket: Socket) -> io::Result<StreamChannel> {
+        self.options.apply_unix(SockRef::from(&socket));
+        let pid = getsockopt(&socket, PeerCredentials).map_or(0, |credentials| credentials.pid());
+        channel(socket, format!("{} (process {pid})", self.address()), &self.options)
+    }
 }
 
 impl Listener for UnixListener {
     fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>> {
         let deadline = Instant::now().checked_add(timeout);
         let mut left = timeout;
-        while let Some((socket, _)) = accept_within(self.socket.as_fd(), left, || self.socket.accept())? {
-            self.options.apply_unix(SockRef::from(&socket));
-            let pid = getsockopt(&socket, PeerCredentials).map_or(0, |credentials| credentials.pid());
-            match channel(socket, format!("{} (process {pid})", self.address()), &self.options) {
+        while let Some((socket, _)) = self.next(left)? {
+            match self.channel(socket) {
                 Ok(channel) => return Ok(Some(Box::new(channel))),
                 // it has failed already: the next one
                 Err(_) => {
@@ -135,6 +153,20 @@ impl Listener for UnixListener {
 
     fn address(&self) -> String {
         Address::Unix(self.path.clone()).to_string()
+    }
+
+    fn trouble(&mut self) -> Option<io::Error> {
+        self.shortage.take()
+    }
+
+    fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
+        let socket = &self.socket;
+        let (socket, _) = self.shortage.accept_to_refuse(1, |_| socket.accept())?;
+        Some(Box::new(self.channel(socket).ok()?))
+    }
+
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        Some(Arc::new(Descriptors))
     }
 }
 

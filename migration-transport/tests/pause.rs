@@ -1,6 +1,7 @@
 //! The pause at the source has a limit, whatever the destination does: the link stops at every step of the pause, and the
 //! guest runs on.
 
+#[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
 
 use std::{

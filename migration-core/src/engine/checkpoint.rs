@@ -9,7 +9,6 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc,
     },
     time::Duration,
 };
@@ -18,7 +17,7 @@ use bytes::Bytes;
 
 use super::{
     control::read_frame,
-    handle::{Input, lock},
+    handle::{Input, PeerInputs, lock},
     lane::{Job, Lane},
     missing::Missing,
     pages::Copied,
@@ -278,7 +277,13 @@ pub(super) struct Keeper {
     pub(super) wire_bytes: Arc<AtomicU64>,
     pub(super) observer: Arc<dyn Observer>,
     pub(super) sent: u32,
+    /// Pages that were put as zeros over this link, and not with data since: to put them again would change nothing, and takes
+    /// hardly a byte of a peer that wants the store to grow.
+    pub(super) zeros: PageSet,
 }
+
+/// How often a checkpoint may hold each page: once from the running guest, and once from the paused one.
+const PAGES_A_CHECKPOINT: u64 = 2;
 
 /// A checkpoint that is coming in.
 #[derive(Default)]
@@ -291,7 +296,7 @@ struct Incoming {
 
 impl Keeper {
     /// Keeps checkpoints until the link ends.
-    pub(super) fn run(mut self, inputs: mpsc::Sender<Input>) {
+    pub(super) fn run(mut self, inputs: PeerInputs) {
         // what the lost link has left half-done; the last committed checkpoint counts
         if let Some(store) = &self.fail_safe.reverse {
             lock(store).discard();
@@ -318,7 +323,7 @@ impl Keeper {
         &mut self,
         sequence: &mut u32,
         incoming: &mut Incoming,
-        inputs: &mpsc::Sender<Input>,
+        inputs: &PeerInputs,
     ) -> Result<(), MigrationError> {
         let (header, body) = read_frame(&mut *self.reader, sequence, &self.peer)?;
         let bytes = (crate::wire::Header::LEN + body.len()) as u64 + u64::from(header.payload);
@@ -369,12 +374,19 @@ impl Keeper {
 
     fn pages(&mut self, extents: &[Extent], incoming: &mut Incoming) -> Result<(), MigrationError> {
         let mut page = [0; PAGE_SIZE];
+        let most = PAGES_A_CHECKPOINT.saturating_mul(self.ram.layout().pages());
         for extent in extents {
             incoming.pages += extent.range.count;
+            if incoming.pages > most {
+                let (field, len) = ("pages of a checkpoint", incoming.pages);
+                return Err(DecodeError::TooLong { field, len, limit: most }.into());
+            }
             for number in extent.range.pages() {
                 let data = match extent.content {
+                    Content::Zero if !self.zeros.insert(number) => continue,
                     Content::Zero => None,
                     Content::Plain => {
+                        self.zeros.remove(number);
                         self.reader.read_exact(&mut page).map_err(MigrationError::link(&self.peer))?;
                         Some(&page)
                     }
@@ -423,11 +435,14 @@ fn not_kept(cause: io::Error) -> MigrationError {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::VecDeque;
+    use std::{collections::VecDeque, sync::mpsc};
 
     use super::*;
     use crate::{
-        HeapRam, PageRange, RamLayout, RamRegion, RamSlice, checkpoint::MemoryStore, fence::NoFence, report::NoObserver,
+        HeapRam, PageRange, RamLayout, RamRegion, RamSlice,
+        checkpoint::{MemoryStore, PageData},
+        fence::NoFence,
+        report::NoObserver,
     };
 
     struct Script(VecDeque<u8>);
@@ -488,6 +503,13 @@ mod tests {
             self
         }
 
+        fn zeros(mut self, first: u64, count: u64, number: u32) -> Self {
+            let extents = vec![Extent { range: PageRange::new(first, count), content: Content::Zero }];
+            self.bytes.extend(Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.sequence, number));
+            self.sequence += 1;
+            self
+        }
+
         fn whole(self, number: u32) -> Self {
             let state = VmState::default().encode();
             let state_bytes = state.len() as u64;
@@ -499,9 +521,24 @@ mod tests {
 
     /// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane ended.
     fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
-        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
         let store = Arc::new(Mutex::new(MemoryStore::default()));
         let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn CheckpointStore>>);
+        let error = kept_in(reverse, destination);
+        let mut page = 0;
+        let mut store = lock(&store);
+        let read = store.restore(&mut |number, data| {
+            if number == 4 {
+                page = data.map_or(0, |data| data[9]);
+            }
+            Ok(())
+        });
+        read.unwrap();
+        (store.latest().map(|(number, _)| number), page, error)
+    }
+
+    /// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
+    fn kept_in(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> MigrationError {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
         let keeper = Keeper {
             reader: Box::new(Script(destination.bytes.into())),
             writer: Box::new(Said::default()),
@@ -513,23 +550,72 @@ mod tests {
             wire_bytes: Arc::default(),
             observer: Arc::new(NoObserver),
             sent: 0,
+            zeros: PageSet::empty(16),
         };
         let (tx, inputs) = mpsc::channel();
-        keeper.run(tx);
+        keeper.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
         let ended = inputs.iter().find_map(|input| match input {
             Input::Lane(Err(error)) => Some(error),
             _ => None,
         });
-        let mut page = 0;
-        let mut store = lock(&store);
-        let read = store.restore(&mut |number, data| {
-            if number == 4 {
-                page = data.map_or(0, |data| data[9]);
-            }
+        ended.unwrap()
+    }
+
+    /// Counts what is put.
+    #[derive(Default)]
+    struct Counting(u64);
+
+    impl CheckpointStore for Counting {
+        fn put(&mut self, _page: u64, _data: PageData<'_>) -> io::Result<()> {
+            self.0 += 1;
             Ok(())
-        });
-        read.unwrap();
-        (store.latest().map(|(number, _)| number), page, ended.unwrap())
+        }
+
+        fn commit(&mut self, _number: u32, _state: Bytes) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn discard(&mut self) {}
+
+        fn latest(&self) -> Option<(u32, Bytes)> {
+            None
+        }
+
+        fn restore(&mut self, _take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn pages_that_cost_a_peer_nothing_do_not_make_the_store_grow() {
+        let state = || Bytes::from(VmState::default().encode());
+        // checkpoint after checkpoint of zeros
+        let mut destination = Destination::default();
+        for number in 1..=100 {
+            let commit = Checkpoint::Commit { pages: 16, state_bytes: state().len() as u64 };
+            destination =
+                destination.zeros(0, 16, number).frame(Checkpoint::State(state()), number).frame(commit, number);
+        }
+        // a page that was written in between counts again
+        let destination = destination.pages(3, 1, 7, 101).zeros(3, 1, 101);
+        let store = Arc::new(Mutex::new(Counting::default()));
+        let error = kept_in(Some(store.clone()), destination);
+        assert!(matches!(error, MigrationError::Link { .. }), "{error}");
+        assert_eq!(lock(&store).0, 16 + 2);
+    }
+
+    #[test]
+    fn a_checkpoint_that_never_ends_is_refused() {
+        for zero in [false, true] {
+            let mut destination = Destination::default();
+            for _ in 0..3 {
+                destination = if zero { destination.zeros(0, 16, 1) } else { destination.pages(0, 16, 9, 1) };
+            }
+            let store = Arc::new(Mutex::new(Counting::default()));
+            let error = kept_in(Some(store.clone()), destination);
+            assert!(matches!(error, MigrationError::Malformed(DecodeError::TooLong { .. })), "{error}");
+            assert!(lock(&store).0 <= 32);
+        }
     }
 
     #[test]

@@ -57,6 +57,11 @@ pub(super) struct Calibration {
 }
 
 impl Calibration {
+    /// Returns the shortest round trip seen; zero before the first.
+    pub(super) fn shortest_round_trip(&self) -> Duration {
+        self.round_trip.unwrap_or_default()
+    }
+
     /// A round trip was measured.
     pub(super) fn round_trip(&mut self, time: Duration) {
         self.round_trips = self.round_trips.saturating_add(1);

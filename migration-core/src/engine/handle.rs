@@ -2,7 +2,12 @@
 
 use std::{
     fmt,
-    sync::{Arc, Condvar, Mutex, mpsc},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread,
     time::Duration,
 };
 
@@ -41,6 +46,73 @@ pub(super) enum Input {
     SwitchOver,
     /// After a loss of the link the destination is to be found there.
     Recover(Arc<dyn Connector>),
+}
+
+/// Inputs that the peer causes and that may wait for the engine. When there are more, the peer waits.
+const MOST_WAITING: usize = 1024;
+/// How long a thread that reads for the engine waits before it looks again whether the engine has caught up.
+const CATCH_UP: Duration = Duration::from_millis(1);
+
+/// Counts the inputs that the peer has caused and that the engine has not taken yet.
+pub(super) type Waiting = Arc<AtomicUsize>;
+
+/// How the threads of one link pass on what its peer sends: no faster than the engine takes it.
+#[derive(Clone)]
+pub(super) struct PeerInputs {
+    tx: mpsc::Sender<Input>,
+    waiting: Waiting,
+    /// Set when the link ends: nobody takes anything of it any more.
+    ended: Arc<AtomicBool>,
+}
+
+impl PeerInputs {
+    pub(super) fn new(tx: mpsc::Sender<Input>, waiting: Waiting, ended: Arc<AtomicBool>) -> Self {
+        Self { tx, waiting, ended }
+    }
+
+    /// Passes an input on. An error when nobody listens any more.
+    pub(super) fn send(&self, input: Input) -> Result<(), mpsc::SendError<Input>> {
+        if input.is_counted() {
+            while self.waiting.load(Ordering::Relaxed) >= MOST_WAITING && !self.ended.load(Ordering::Relaxed) {
+                thread::sleep(CATCH_UP);
+            }
+            self.waiting.fetch_add(1, Ordering::Relaxed);
+        }
+        self.tx.send(input)
+    }
+}
+
+/// Where the engine takes its inputs.
+pub(super) struct Inputs {
+    rx: mpsc::Receiver<Input>,
+    pub(super) waiting: Waiting,
+}
+
+impl Inputs {
+    pub(super) fn new(rx: mpsc::Receiver<Input>) -> Self {
+        Self { rx, waiting: Waiting::default() }
+    }
+
+    pub(super) fn recv_timeout(&self, timeout: Duration) -> Result<Input, mpsc::RecvTimeoutError> {
+        self.rx.recv_timeout(timeout).inspect(|input| self.taken(input))
+    }
+
+    pub(super) fn try_recv(&self) -> Result<Input, mpsc::TryRecvError> {
+        self.rx.try_recv().inspect(|input| self.taken(input))
+    }
+
+    fn taken(&self, input: &Input) {
+        if input.is_counted() {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Input {
+    /// Whether a peer can cause any number of it.
+    fn is_counted(&self) -> bool {
+        matches!(self, Self::Control(..) | Self::Demanded(_) | Self::Introduced)
+    }
 }
 
 /// Why a migration cannot be switched to post-copy.

@@ -97,6 +97,8 @@ impl LaneReceiver {
         match frame {
             Bulk::Pages { extents, payload_crc } => {
                 self.check_stripes(&extents)?;
+                self.check_count(&extents)?;
+                self.session.allowance.received(header.payload.into());
                 if self.session.payload_crc {
                     self.install_checked(&extents, payload_crc, header.payload as usize)
                 } else {
@@ -128,6 +130,13 @@ impl LaneReceiver {
             }
         }
         Ok(())
+    }
+
+    /// A round has each page once: one that has more would never end.
+    fn check_count(&self, extents: &[Extent]) -> Result<(), DecodeError> {
+        let pages = extents.iter().fold(self.pages, |pages, extent| pages.saturating_add(extent.range.count));
+        let limit = self.session.ram.layout().pages();
+        if pages <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "pages of a round", len: pages, limit }) }
     }
 
     fn install(&mut self, extents: &[Extent]) -> Result<(), MigrationError> {

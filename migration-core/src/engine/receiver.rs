@@ -1,6 +1,10 @@
 //! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
 
+mod accept;
+mod allowance;
 mod attempt;
+mod connections;
+mod reserve;
 mod survive;
 
 use std::{
@@ -14,6 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use accept::Accepting;
+pub(super) use allowance::Allowance;
+use connections::{Connections, Stage};
+use reserve::{Reservation, Reserved};
 use thiserror::Error;
 
 use super::{
@@ -29,7 +37,7 @@ use super::{
 };
 use crate::{
     MigrationError,
-    channel::{Channel, Closer, Halves, Listener, ReadHalf},
+    channel::{Channel, Closer, Halves, Listener, ReadHalf, Room, WriteHalf},
     checkpoint::ForwardStores,
     codec::DecodeError,
     fence::{Fence, Fenced, NoFence},
@@ -47,8 +55,6 @@ use crate::{
 
 /// How often the accept loop looks whether it shall stop.
 const ACCEPT_TICK: Duration = Duration::from_millis(50);
-/// Connections beyond the lanes of a session that may be open at once; more are closed unheard.
-const MAX_STRANGERS: usize = 64;
 
 /// Limits and choices at a destination.
 #[derive(Clone)]
@@ -59,6 +65,10 @@ pub struct ReceiverOptions {
     pub max_ram_bytes: u64,
     /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
     pub idle_timeout: Duration,
+    /// How long an attempt that has sent no page may keep other sources out. Page data earns more time, at 1 MiB/s and up to what
+    /// all of RAM earns once. After that the next source takes the session; after 16 times as long the attempt ends in any case.
+    /// Once the VM is ready, or runs here, this does not apply.
+    pub progress_grace: Duration,
     /// The VM that may come, and the epoch above which: one that was [lent](super::ephemeral) comes back as what it was, and by
     /// nothing older than its leaving. `None` for any.
     pub awaits: Option<(VmId, u32)>,
@@ -81,6 +91,7 @@ impl Default for ReceiverOptions {
             max_streams: MAX_STREAMS,
             max_ram_bytes: 1 << 40,
             idle_timeout: Duration::from_secs(10),
+            progress_grace: Duration::from_secs(60),
             awaits: None,
             patience: None,
             fence: Arc::new(NoFence),
@@ -124,8 +135,11 @@ struct Hub {
     stop: AtomicBool,
     finished: AtomicBool,
     bytes: Arc<AtomicU64>,
-    /// Ends each open connection; `None` once the receiver has ended.
-    closers: Mutex<Option<HashMap<u64, Arc<dyn Closer>>>>,
+    connections: Mutex<Connections>,
+    /// Threads for lanes that are due.
+    reserved: Mutex<Vec<Reserved>>,
+    /// Finds out whether lanes can be accepted; `None` before there is a listener, or where that cannot be told.
+    room: Mutex<Option<Arc<dyn Room>>>,
     /// Threads that serve faults.
     watchers: Mutex<Vec<Box<dyn Joiner>>>,
 }
@@ -153,7 +167,9 @@ impl Receiver {
             stop: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             bytes: Arc::default(),
-            closers: Mutex::new(Some(HashMap::new())),
+            connections: Mutex::default(),
+            reserved: Mutex::default(),
+            room: Mutex::default(),
             watchers: Mutex::default(),
         };
         Self { hub: Arc::new(hub) }
@@ -169,9 +185,8 @@ impl Receiver {
     /// this returns if the source's last word is lost.
     pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
         let hub = &self.hub;
-        let (ended_tx, ended) = mpsc::channel();
-        let mut threads: HashMap<u64, Box<dyn Joiner>> = HashMap::new();
-        let mut next = 0u64;
+        *lock(&hub.room) = listener.room();
+        let mut accepting = Accepting::new(hub);
         let (begun, mut running_since) = (Instant::now(), None);
         let result = loop {
             if hub.stop.load(Ordering::Relaxed) {
@@ -193,32 +208,8 @@ impl Receiver {
                     _ => {}
                 }
             }
-            let accepted = match listener.accept(ACCEPT_TICK) {
-                Ok(accepted) => accepted,
-                Err(error) => break Err(error.into()),
-            };
-            for id in ended.try_iter() {
-                if let Some(thread) = threads.remove(&id) {
-                    thread.join();
-                }
-            }
-            let Some(channel) = accepted else { continue };
-            if threads.len() >= usize::from(hub.options.max_streams) + MAX_STRANGERS {
-                hub.bad_peer(&channel.peer(), "too many connections");
-                continue;
-            }
-            let (id, peer, hub_of_thread, ended) = (next, channel.peer(), hub.clone(), ended_tx.clone());
-            next += 1;
-            let body = Box::new(move || {
-                hub_of_thread.serve(id, channel);
-                drop(lock(&hub_of_thread.closers).as_mut().map(|open| open.remove(&id)));
-                // the loop may have ended: it joins all threads by itself then
-                let _ = ended.send(id);
-            });
-            // which role it gets is known only once it has introduced itself; pages are what most of them carry
-            match hub.options.spawner.spawn(Role::Bulk, GuestImpact::Balanced, "mig-receive", body) {
-                Ok(thread) => drop(threads.insert(id, thread)),
-                Err(error) => hub.bad_peer(&peer, &format!("no thread: {error}")),
+            if let Err(error) = accepting.step(listener) {
+                break Err(error.into());
             }
         };
         let (session, owned) = {
@@ -231,12 +222,8 @@ impl Receiver {
             Some(session) => drop(session.discard("the receiver has ended")),
             None => {}
         }
-        for closer in lock(&hub.closers).take().iter().flat_map(HashMap::values) {
-            closer.close();
-        }
-        for (_, thread) in threads {
-            thread.join();
-        }
+        lock(&hub.connections).end();
+        accepting.join();
         hub.join_watchers();
         result
     }
@@ -298,6 +285,15 @@ impl ReceiverHandle {
     }
 }
 
+/// A connection that has just come.
+struct Incoming {
+    /// Counts the connections of this receiver.
+    id: u64,
+    reader: Box<dyn ReadHalf>,
+    writer: Box<dyn WriteHalf>,
+    closer: Arc<dyn Closer>,
+}
+
 /// How a control lane goes on after a frame.
 enum Flow {
     Continue,
@@ -309,22 +305,27 @@ impl Hub {
         self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
     }
 
-    fn serve(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>) {
-        let peer = channel.peer();
-        if let Err(error) = self.introduce(id, channel, &peer) {
-            self.bad_peer(&peer, &error.to_string());
+    fn serve(self: &Arc<Self>, connection: Incoming, peer: &str) {
+        let id = connection.id;
+        if let Err(error) = self.introduce(connection, peer) {
+            // what happened on a connection that was closed here is not the reason
+            let closed = lock(&self.connections).why_closed(id);
+            self.bad_peer(peer, &closed.map_or_else(|| error.to_string(), str::to_owned));
         }
     }
 
-    /// Reads the preamble of a new connection and lets it do what it is for.
-    fn introduce(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>, peer: &str) -> Result<(), MigrationError> {
-        let link = || MigrationError::link(peer);
-        let Halves { mut reader, mut writer, closer } = channel.split().map_err(link())?;
-        let closer: Arc<dyn Closer> = closer.into();
-        match lock(&self.closers).as_mut() {
-            Some(open) => drop(open.insert(id, closer.clone())),
-            None => return Ok(()),
+    /// A connection has shown what it is: it is not one of those any more that give way to others.
+    fn advance(&self, id: u64, stage: Stage, peer: &str) -> Result<(), MigrationError> {
+        if lock(&self.connections).advance(id, stage) {
+            return Ok(());
         }
+        Err(MigrationError::link(peer)(io::ErrorKind::ConnectionAborted.into()))
+    }
+
+    /// Reads the preamble of a new connection and lets it do what it is for.
+    fn introduce(self: &Arc<Self>, connection: Incoming, peer: &str) -> Result<(), MigrationError> {
+        let link = || MigrationError::link(peer);
+        let Incoming { id, mut reader, mut writer, closer } = connection;
         reader.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
@@ -343,6 +344,8 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
+        let known = self.session(preamble.session).is_ok();
+        self.advance(id, if known { Stage::Identified } else { Stage::Greeting }, peer)?;
         // it was started for pages in volume, which is what most connections carry
         match preamble.kind {
             LaneKind::Bulk => {}
@@ -383,7 +386,7 @@ impl Hub {
         });
         match (preamble.kind, first?) {
             (LaneKind::Control, (epoch, hello @ Control::Hello(_))) => {
-                self.attempt(epoch, hello, frames, control, closer, peer)
+                self.attempt(epoch, hello, (frames, control), (id, closer), peer)
             }
             (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
                 self.reattach(preamble.session, (vm, epoch), frames, control, closer, peer)
@@ -446,9 +449,11 @@ impl Hub {
         frames: &mut ControlReader,
         session: &Arc<Session>,
         attachment: u64,
+        mut until_first: Option<Reservation<'_>>,
     ) -> Result<(), MigrationError> {
         loop {
             let (epoch, frame) = frames.read()?;
+            drop(until_first.take());
             if let Flow::End = self.frame(session, attachment, epoch, frame)? {
                 return Ok(());
             }
@@ -492,6 +497,12 @@ impl Hub {
         }
         if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
             return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
+        }
+        match &frame {
+            Control::Ping => session.allowance.ping()?,
+            Control::Piece(piece) => session.allowance.piece(piece.data.len())?,
+            Control::Missing { .. } => session.allowance.list(session.ram.layout().pages())?,
+            _ => {}
         }
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
@@ -639,7 +650,7 @@ impl Hub {
     }
 
     fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
-        let thread = self.options.spawner.spawn(role, GuestImpact::Balanced, name, body);
+        let thread = self.spawn(role, name, body);
         let thread = thread.map_err(|cause| MigrationError::Thread { role: "the session", cause })?;
         lock(&self.watchers).push(thread);
         Ok(())
@@ -728,6 +739,20 @@ impl Hub {
         if let Some(what) = what {
             self.options.observer.event(&Event::Warning(what));
         }
+    }
+
+    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete.
+    fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) {
+        use DestinationPhase::{Loading, Preparing, Receiving};
+        let state = lock(&self.state);
+        let Some(session) = state.session.clone() else { return };
+        if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
+            return;
+        }
+        let attachment = state.attachment;
+        drop(state);
+        session.last_word(ErrorCode::Busy, why);
+        self.lost(attachment, why);
     }
 
     /// The VM runs, and is the host's from now on.

@@ -5,7 +5,6 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
-        mpsc,
     },
     thread,
     time::{Duration, Instant},
@@ -16,7 +15,7 @@ use bytes::Bytes;
 use super::{
     STRIPE_PAGES,
     control::read_frame,
-    handle::{Input, lock},
+    handle::{Input, PeerInputs, lock},
     lane::{Lane, Work},
     source::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF},
 };
@@ -159,7 +158,7 @@ pub(super) struct DemandLane {
 
 impl DemandLane {
     /// Serves until the link ends.
-    pub(super) fn run(mut self, inputs: mpsc::Sender<Input>) {
+    pub(super) fn run(mut self, inputs: PeerInputs) {
         let mut sequence = 0;
         loop {
             if let Err(error) = self.request(&mut sequence, &inputs) {
@@ -170,7 +169,7 @@ impl DemandLane {
         }
     }
 
-    fn request(&mut self, sequence: &mut u32, inputs: &mpsc::Sender<Input>) -> Result<(), MigrationError> {
+    fn request(&mut self, sequence: &mut u32, inputs: &PeerInputs) -> Result<(), MigrationError> {
         let (header, body) = read_frame(&mut *self.reader, sequence, &self.lane.peer)?;
         let generation = self.left.generation.load(Ordering::Acquire);
         let Bulk::Request { pages } = Bulk::decode(&header, &body, self.lane.ram.layout().pages())? else {

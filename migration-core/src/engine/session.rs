@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use super::{checkpoint::Protection, control::ControlWriter, handle::lock, missing::Missing, serve::missing_frames};
+use super::{
+    checkpoint::Protection, control::ControlWriter, handle::lock, missing::Missing, receiver::Allowance,
+    serve::missing_frames,
+};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
@@ -22,6 +25,9 @@ use crate::{
 /// How often a destination that loads the VM says that it is alive: a fraction of the time for which a source waits
 /// ([`PauseLimits`](super::PauseLimits)).
 const ALIVE: Duration = Duration::from_millis(250);
+
+/// How long a source that loses the session may take to take the reason.
+const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// One attempt of a source, from its hello on.
 pub(super) struct Session {
@@ -40,6 +46,8 @@ pub(super) struct Session {
     pub(super) protection: Option<Arc<Protection>>,
     /// Pages that the source has said will be missing.
     pub(super) listed: Mutex<PageSet>,
+    /// For how long the session may last before the VM is offered.
+    pub(super) allowance: Allowance,
     /// Whether the VM is being loaded, on the thread that else answers the source.
     loading: AtomicBool,
     told: Mutex<Told>,
@@ -111,7 +119,7 @@ impl Drop for Loading<'_> {
 impl Session {
     pub(super) fn new(
         (token, epoch): (SessionToken, u32),
-        lanes: u16,
+        (lanes, grace): (u16, Duration),
         (payload_crc, shared): (bool, bool),
         vm: Box<dyn DestinationVm>,
         (pager, protection): (Option<Arc<dyn Pager>>, Option<Arc<Protection>>),
@@ -121,6 +129,7 @@ impl Session {
         let count = usize::from(lanes);
         let ram = vm.ram();
         let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
+        let allowance = Allowance::new(ram.layout().bytes(), grace);
         let lane_state = LaneState {
             control: closer,
             attached: vec![None; count],
@@ -147,6 +156,7 @@ impl Session {
             pager,
             protection,
             listed,
+            allowance,
             loading: AtomicBool::new(false),
             told: Mutex::default(),
             control: Mutex::new((0, control)),
@@ -158,6 +168,15 @@ impl Session {
 
     pub(super) fn say(&self, frame: &Control) -> Result<(), MigrationError> {
         lock(&self.control).1.send(self.epoch, frame)
+    }
+
+    /// Tells the source why it loses the session, if that can be done at once: it may be one that does not listen.
+    pub(super) fn last_word(&self, code: ErrorCode, why: &str) {
+        let Ok(mut control) = self.control.try_lock() else { return };
+        if control.1.set_idle_timeout(LAST_WORD).is_ok() {
+            // best effort: it also notices that the link ends
+            let _ = control.1.send(self.epoch, &Control::error(code, why));
+        }
     }
 
     /// While the guard lives, the VM is being loaded.
@@ -177,9 +196,11 @@ impl Session {
                 return;
             }
             drop(waited);
+            let mut control = lock(&self.control);
+            // looked at under the lock by which *ready* is said, which comes after it
             if self.loading.load(Ordering::Relaxed) {
                 // a source that has gone is noticed by others
-                let _ = self.say(&Control::Pong);
+                let _ = control.1.send(self.epoch, &Control::Pong);
             }
         }
     }

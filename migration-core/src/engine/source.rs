@@ -20,6 +20,7 @@ use std::{
 
 use bytes::Bytes;
 use pause::PauseWatch;
+use settle::Hurry;
 
 pub use self::pause::PauseLimits;
 use super::{
@@ -29,7 +30,7 @@ use super::{
     dirty_log,
     estimate::Calibration,
     events::Guarded,
-    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, Requests, lock},
+    handle::{Commands, Input, Inputs, NoPostCopy, NoSwitchOver, NoTuning, PeerInputs, Requests, lock},
     lane::{Counters, FIRST_PIECE, Job, Lane, Work, stripe_pages, stripes},
     limits::check_state,
     pages,
@@ -64,6 +65,8 @@ pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Pings without an answer whose time is kept: a destination that never answers one is not asked to.
+const MOST_PINGS: usize = 64;
 /// Pieces of device state a round.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
@@ -73,7 +76,7 @@ const MOST_HEEDED: usize = 256;
 /// First wait between two attempts to reconnect.
 pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
-pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(2);
+pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
 ///
@@ -110,8 +113,10 @@ pub(super) struct Engine<'a> {
     /// Whether the destination maps the RAM that is here: then no page moves.
     shared: bool,
     pub(super) options: &'a SourceOptions,
-    pub(super) inputs: mpsc::Receiver<Input>,
+    pub(super) inputs: Inputs,
     tx: mpsc::Sender<Input>,
+    /// Set when the present link is closed here.
+    link_ended: Arc<AtomicBool>,
     pub(super) machine: SourceMachine,
     id: VmId,
     pub(super) ram: Arc<dyn GuestRam>,
@@ -178,6 +183,8 @@ pub(super) struct Engine<'a> {
     requests: Arc<Mutex<Requests>>,
     /// Whether the strategy has rounds that can be cut short.
     can_switch_over: bool,
+    /// How long this attempt to reconnect may wait; `None` while none is under way.
+    hurry: Option<Hurry>,
 }
 
 impl<'a> Engine<'a> {
@@ -226,8 +233,9 @@ impl<'a> Engine<'a> {
             strategy,
             shared,
             options,
-            inputs: commands.rx,
+            inputs: Inputs::new(commands.rx),
             tx: commands.tx,
+            link_ended: Arc::default(),
             machine: SourceMachine::new(epoch),
             id: VmId::default(),
             ram,
@@ -273,6 +281,7 @@ impl<'a> Engine<'a> {
             aftermath: None,
             requests: commands.requests,
             can_switch_over: false,
+            hurry: None,
         }
     }
 
@@ -387,7 +396,9 @@ impl<'a> Engine<'a> {
                 self.discount(self.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
                 // only now: it may have waited for its turn on the link
                 self.last_ping = Instant::now();
-                self.pings.push_back(self.last_ping);
+                if self.pings.len() < MOST_PINGS {
+                    self.pings.push_back(self.last_ping);
+                }
                 self.unanswered.get_or_insert(self.last_ping);
             }
             let silent = self.unanswered.is_some_and(|since| since.elapsed() >= patience);

@@ -48,20 +48,32 @@ impl Destination {
     }
 
     pub(crate) fn of(idle_timeout: Duration, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
+        Self::with(ReceiverOptions { idle_timeout, ..ReceiverOptions::default() }, host)
+    }
+
+    pub(crate) fn with(options: ReceiverOptions, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
         let (log_tx, log) = mpsc::channel();
         let (arrived_tx, arrived) = mpsc::channel();
-        Self::observed(idle_timeout, (host(arrived_tx), arrived), Arc::new(Log(Mutex::new(log_tx))), log)
+        let options = ReceiverOptions { observer: Arc::new(Log(Mutex::new(log_tx))), ..options };
+        Self::receiving((host(arrived_tx), arrived), options, log)
     }
 
     /// A receiver with this observer, which may write to the other end of `log`.
     pub(crate) fn observed(
         idle_timeout: Duration,
-        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        host: (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
         observer: Arc<dyn Observer>,
         log: mpsc::Receiver<String>,
     ) -> Self {
+        Self::receiving(host, ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() }, log)
+    }
+
+    fn receiving(
+        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        options: ReceiverOptions,
+        log: mpsc::Receiver<String>,
+    ) -> Self {
         let (door, ends) = mpsc::channel();
-        let options = ReceiverOptions { observer, idle_timeout, ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || receiver.run(&mut Door(ends)));

@@ -277,7 +277,9 @@ fn spoilt(good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
 fn the_recorded_stream_arrives() {
     let destination = destination();
     let said = feed(&destination, &recorded(), &as_recorded).words;
-    let names: Vec<_> = said.iter().map(Control::name).filter(|n| *n != "round received").collect();
+    let mut names: Vec<_> = said.iter().map(Control::name).filter(|n| *n != "round received").collect();
+    // a destination that loads for long says more than once that it lives
+    names.dedup();
     assert_eq!(names, ["prepared", "pong", "ready", "running", "complete"]);
     let Some(Control::Complete(summary)) = said.last() else { unreachable!() };
     // how many faults are read before their pages come is a matter of time

@@ -259,7 +259,9 @@ pub(crate) fn recorded_streams_arrive() {
         let stream = stream(name);
         let destination = Destination::new();
         let fed = feed(&destination, &stream, &as_recorded);
-        let names: Vec<_> = fed.words.iter().map(Control::name).filter(|n| *n != "round received").collect();
+        let mut names: Vec<_> = fed.words.iter().map(Control::name).filter(|n| *n != "round received").collect();
+        // a destination that loads for long says more than once that it lives
+        names.dedup();
         assert_eq!(names, ["prepared", "pong", "ready", "running"], "{name}");
         let (arrived, _) = destination.finish();
         check(name, &arrived);

@@ -130,6 +130,9 @@ pub struct TestVm {
     /// Called when the guest has been paused.
     #[allow(dead_code, reason = "not every test looks")]
     pub on_pause: Option<Box<dyn FnMut() + Send>>,
+    /// Called when the guest is about to be handed over.
+    #[allow(dead_code, reason = "not every test looks")]
+    pub on_doubt: Option<Box<dyn FnMut() + Send>>,
     /// Whether its user has paused it, so that it does not run at the destination either.
     pub paused_by_user: bool,
     /// Pieces of device state sent in this attempt.
@@ -149,7 +152,7 @@ impl TestVm {
         let thread = Some(guest.clone().run());
         guest.set_running(true);
         let (failing_saves, confused, released, doubt, files, pieces) = (0, false, false, false, Vec::new(), 0);
-        let (on_pause, paused_by_user) = (None, false);
+        let (on_pause, on_doubt, paused_by_user) = (None, None, false);
         Self {
             guest,
             tracker,
@@ -160,6 +163,7 @@ impl TestVm {
             doubt,
             files,
             on_pause,
+            on_doubt,
             paused_by_user,
             pieces,
         }
@@ -254,6 +258,9 @@ impl SourceVm for TestVm {
 
     fn owner_in_doubt(&mut self) {
         self.doubt = true;
+        if let Some(doubt) = &mut self.on_doubt {
+            doubt();
+        }
     }
 
     fn released(&mut self) {
@@ -387,6 +394,9 @@ impl Observer for Log {
     }
 }
 
+/// How long a destination waits for its peers, unless a test says otherwise.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// A receiver on a thread of its own.
 pub struct Destination {
     pub handle: ReceiverHandle,
@@ -407,7 +417,20 @@ impl Destination {
     ) -> Self {
         let (mut host, arrived) = TestHost::new(failing_loads);
         host.shared = shared;
-        Self::with(host, arrived, listener)
+        Self::with(host, arrived, listener, PATIENCE)
+    }
+
+    /// That never loses its patience.
+    #[allow(dead_code, reason = "not every test waits")]
+    pub fn patient(listener: Box<dyn migration_core::channel::Listener>) -> Self {
+        Self::with_idle_timeout(listener, Duration::from_secs(3600))
+    }
+
+    /// That gives peers so long.
+    #[allow(dead_code, reason = "not every test waits")]
+    pub fn with_idle_timeout(listener: Box<dyn migration_core::channel::Listener>, idle_timeout: Duration) -> Self {
+        let (host, arrived) = TestHost::new(0);
+        Self::with(host, arrived, listener, idle_timeout)
     }
 
     /// With a host whose VMs take so long to load their state.
@@ -415,15 +438,16 @@ impl Destination {
     pub fn loading_for(listener: Box<dyn migration_core::channel::Listener>, loading: Duration) -> Self {
         let (mut host, arrived) = TestHost::new(0);
         host.loading = loading;
-        Self::with(host, arrived, listener)
+        Self::with(host, arrived, listener, PATIENCE)
     }
 
     fn with(
         host: TestHost,
         arrived: mpsc::Receiver<Arc<Guest>>,
         mut listener: Box<dyn migration_core::channel::Listener>,
+        idle_timeout: Duration,
     ) -> Self {
-        let options = ReceiverOptions { idle_timeout: Duration::from_secs(20), ..ReceiverOptions::default() };
+        let options = ReceiverOptions { idle_timeout, ..ReceiverOptions::default() };
         let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {

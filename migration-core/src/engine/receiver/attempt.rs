@@ -34,7 +34,7 @@ impl Hub {
             state.attachment += 1;
             state.attachment
         };
-        let served = self.frames(&mut frames, &session, attachment);
+        let served = self.frames(&mut frames, &session, attachment, None);
         self.ended(&session, attachment, peer, served);
         Ok(())
     }
@@ -44,11 +44,15 @@ impl Hub {
         self: &Arc<Self>,
         epoch: u32,
         hello: Control,
-        mut frames: ControlReader,
-        mut control: ControlWriter,
-        closer: Arc<dyn Closer>,
+        (mut frames, mut control): (ControlReader, ControlWriter),
+        (id, closer): (u64, Arc<dyn Closer>),
         peer: &str,
     ) -> Result<(), MigrationError> {
+        let another = matches!(&hello, Control::Hello(hello) if lock(&self.state).machine.vm() != Some(hello.vm.id));
+        if another {
+            let why = "the attempt has made too little progress for the time it took, and another source wants to come";
+            self.end_attempt(why, Allowance::is_used_up);
+        }
         let begun = {
             let mut state = lock(&self.state);
             state.machine.handle(epoch, hello).map(|action| {
@@ -63,10 +67,22 @@ impl Hub {
                 return Err(violation.into());
             }
         };
+        if let Err(error) = self.advance(id, Stage::Identified, peer) {
+            self.lost(attachment, &error.to_string());
+            return Err(error);
+        }
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
         let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
-        let wanted = (streams, features);
+        let reserved = match self.reserve(streams, features) {
+            Ok(reserved) => reserved,
+            Err(error) => {
+                control.send(epoch, &Control::error(error.code(), error.to_string()))?;
+                self.lost(attachment, &error.to_string());
+                return Err(error);
+            }
+        };
+        let wanted = (reserved.streams, features);
         let (session, features) = match self.build(epoch, attachment, *hello, wanted, (&mut frames, control), closer) {
             Ok(built) => built,
             Err(error) => {
@@ -79,7 +95,8 @@ impl Hub {
             self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
-        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment));
+        // by its first frame after the answer all its lanes are here
+        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment, Some(reserved)));
         self.ended(&session, attachment, peer, served);
         Ok(())
     }
@@ -127,7 +144,8 @@ impl Hub {
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
         let crc = features & FEATURE_PAYLOAD_CRC != 0;
-        let session = Session::new((token, epoch), streams, (crc, shared), vm, (pager, protection), control, closer);
+        let lanes = (streams, self.options.progress_grace);
+        let session = Session::new((token, epoch), lanes, (crc, shared), vm, (pager, protection), control, closer);
         let session = Arc::new(session);
         self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))

@@ -1,7 +1,7 @@
 //! Setting up: the control lane, what both sides agree on, and the other lanes.
 
 use super::*;
-use crate::{engine::limits::check_description, vm::VmDescription};
+use crate::{channel::Channel, engine::limits::check_description, vm::VmDescription};
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
@@ -129,14 +129,23 @@ impl Engine<'_> {
         crc | post_copy | checkpoints
     }
 
+    /// By which the threads of the present link pass on what the destination sends.
+    fn peer_inputs(&self) -> PeerInputs {
+        PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.link_ended.clone())
+    }
+
+    fn open_channel(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        match &self.hurry {
+            Some(hurry) => self.connector().connect_within(kind, hurry.connect),
+            None => self.connector().connect_as(kind),
+        }
+    }
+
     /// Opens a control lane and a thread that reads it.
     pub(super) fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
         let peer = self.connector().address();
-        let Halves { mut reader, mut writer, closer } = self
-            .connector()
-            .connect_as(kind)
-            .and_then(|channel| channel.split())
-            .map_err(MigrationError::link(&peer))?;
+        let Halves { mut reader, mut writer, closer } =
+            self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
@@ -148,7 +157,8 @@ impl Engine<'_> {
         self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
         self.closers.push(closer);
         let mut control = ControlReader::new(reader, peer, bytes);
-        let tx = self.tx.clone();
+        self.link_ended = Arc::default();
+        let tx = self.peer_inputs();
         let body = Box::new(move || {
             loop {
                 let input = match control.read() {
@@ -197,7 +207,7 @@ impl Engine<'_> {
             let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
             // silent for as long as the guest does not fault; that the link lives is seen on the control lane
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
-            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.tx.clone());
+            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.peer_inputs());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
         }
         if let Some(fail_safe) = self.options.fail_safe.clone().filter(|_| self.features & FEATURE_CHECKPOINTS != 0) {
@@ -214,8 +224,9 @@ impl Engine<'_> {
                 wire_bytes: self.counters.wire_bytes.clone(),
                 observer: self.options.observer.clone(),
                 sent: 0,
+                zeros: PageSet::empty(self.report.pages.total),
             };
-            let tx = self.tx.clone();
+            let tx = self.peer_inputs();
             self.spawn(Role::Control, "mig-checkpoint", Box::new(move || keeper.run(tx)))?;
         }
         Ok(())
@@ -223,11 +234,8 @@ impl Engine<'_> {
 
     fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
         let peer = self.connector().address();
-        let Halves { mut writer, reader, closer } = self
-            .connector()
-            .connect_as(kind)
-            .and_then(|channel| channel.split())
-            .map_err(MigrationError::link(&peer))?;
+        let Halves { mut writer, reader, closer } =
+            self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
         let preamble = Preamble::new(kind, index, self.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;

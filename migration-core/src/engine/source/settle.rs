@@ -3,6 +3,31 @@
 use super::*;
 use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, spawner::GuestImpact, state::VmState, vm::VmError};
 
+/// How long an attempt to reconnect may wait for a connection, and for the answer to *run*. The first attempts are short: a
+/// connection that proves its session is answered in round trips, and what was under way when the network failed is not
+/// waited for once the network is back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hurry {
+    pub(super) connect: Duration,
+    answer: Duration,
+}
+
+/// The shortest attempt, and in round trips: a connection, a handshake, and *run*.
+const LEAST_ATTEMPT: Duration = Duration::from_millis(500);
+const LEAST_ROUND_TRIPS: u32 = 8;
+/// The longest wait for a connection, unless round trips are long. The first packet of a new connection is sent at once, that of
+/// an older one after pauses which grow.
+const MOST_CONNECT: Duration = Duration::from_secs(2);
+
+impl Hurry {
+    /// The limits of the attempt with this number, from 1 on.
+    fn of_attempt(attempt: u32, round_trip: Duration, patience: Duration) -> Self {
+        let least = LEAST_ATTEMPT.max(round_trip.saturating_mul(LEAST_ROUND_TRIPS)).min(patience);
+        let time = least.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(patience);
+        Self { connect: time.min(MOST_CONNECT.max(least)), answer: time }
+    }
+}
+
 impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
         let mut error = result.err();
@@ -124,6 +149,7 @@ impl Engine<'_> {
 
     /// Ends all lanes and their threads.
     pub(super) fn close(&mut self) {
+        self.link_ended.store(true, Ordering::Relaxed);
         self.lanes.clear();
         self.control = None;
         // a lane that still has something to send may finish it: closing shuts the stream behind what was written
@@ -141,6 +167,8 @@ impl Engine<'_> {
         self.report.recoveries += 1;
         let (lost, mut refused) = (Instant::now(), None);
         let (mut since, mut told, mut back_off) = (lost, false, FIRST_BACK_OFF);
+        // the last attempt before the present series of ever longer ones
+        let mut begun = 0;
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
             if !told && since.elapsed() >= self.options.in_doubt_grace {
@@ -163,7 +191,11 @@ impl Engine<'_> {
                     self.elsewhere = Some(connector);
                 }
             }
-            match self.repeat_run() {
+            self.hurry =
+                Some(Hurry::of_attempt(attempt - begun, self.calibration.shortest_round_trip(), self.patience()));
+            let repeated = self.repeat_run();
+            self.hurry = None;
+            match repeated {
                 Ok(()) => return self.tell_phase(),
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
@@ -190,7 +222,7 @@ impl Engine<'_> {
                 if let Input::Recover(connector) = input {
                     self.elsewhere = Some(connector);
                     // who asks wants to hear how that goes
-                    (since, told, back_off) = (Instant::now(), false, FIRST_BACK_OFF);
+                    (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
                     break;
                 }
             }
@@ -263,10 +295,29 @@ impl Engine<'_> {
 
     pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
         let running = |event| matches!(event, SourceEvent::Running).then_some(());
-        self.wait("the destination to run the VM", self.patience(), running)?;
+        let patience = self.hurry.map_or(self.patience(), |hurry| hurry.answer);
+        self.wait("the destination to run the VM", patience, running)?;
         if let Some(paused) = self.paused_at {
             self.report.downtime.get_or_insert(paused.elapsed());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_to_reconnect_are_short_at_first_and_grow_to_what_is_allowed() {
+        let patience = Duration::from_secs(10);
+        let attempt = |number, round_trip| Hurry::of_attempt(number, Duration::from_millis(round_trip), patience);
+        assert_eq!(attempt(1, 0).answer, LEAST_ATTEMPT);
+        assert_eq!(attempt(1, 300).answer, Duration::from_millis(2400));
+        assert_eq!(attempt(2, 0).answer, 2 * LEAST_ATTEMPT);
+        assert_eq!((attempt(50, 0).answer, attempt(50, 0).connect), (patience, MOST_CONNECT));
+        assert_eq!(attempt(u32::MAX, 400).connect, Duration::from_millis(3200));
+        let least = Duration::from_millis(20);
+        assert_eq!(Hurry::of_attempt(1, Duration::ZERO, least).answer, least);
     }
 }

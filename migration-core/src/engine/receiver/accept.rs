@@ -1,0 +1,136 @@
+//! The accept loop of a receiver: a thread for each connection, within bounds that no peer can move.
+
+use super::*;
+use crate::wire::MAX_DEMAND_LANES;
+
+/// Threads for connections that a receiver has at once: the places for unidentified connections, the lanes of the largest
+/// session, and as many again that are just ending.
+const MAX_THREADS: usize =
+    2 * (connections::MAX_SILENT + connections::MAX_GREETING + (MAX_STREAMS + MAX_DEMAND_LANES) as usize + 4);
+/// How long a connection that is refused for lack of resources may take to take the reason.
+const LAST_WORD: Duration = Duration::from_millis(200);
+
+/// The accept loop.
+pub(super) struct Accepting<'a> {
+    hub: &'a Arc<Hub>,
+    threads: HashMap<u64, Box<dyn Joiner>>,
+    ended_tx: mpsc::Sender<u64>,
+    ended: mpsc::Receiver<u64>,
+    next: u64,
+    /// Whether the user was told that no connection can be accepted, since one was.
+    told: bool,
+}
+
+impl<'a> Accepting<'a> {
+    pub(super) fn new(hub: &'a Arc<Hub>) -> Self {
+        let (ended_tx, ended) = mpsc::channel();
+        Self { hub, threads: HashMap::new(), ended_tx, ended, next: 0, told: false }
+    }
+
+    /// Waits a moment for a connection, and starts a thread for it.
+    pub(super) fn step(&mut self, listener: &mut dyn Listener) -> io::Result<()> {
+        lock(&self.hub.connections).close_overdue(self.hub.options.idle_timeout);
+        self.hub.end_attempt("the attempt has made too little progress for the time it took", Allowance::is_exceeded);
+        self.reap(Duration::ZERO);
+        if self.threads.len() >= MAX_THREADS {
+            // most of them are ending
+            self.reap(ACCEPT_TICK);
+            return Ok(());
+        }
+        let accepted = listener.accept(ACCEPT_TICK)?;
+        if let Some(error) = listener.trouble() {
+            self.trouble(listener, &error);
+        }
+        let Some(channel) = accepted else { return Ok(()) };
+        self.told = false;
+        self.serve(channel);
+        Ok(())
+    }
+
+    /// Joins all threads, which have nothing to wait for any more.
+    pub(super) fn join(self) {
+        for (_, thread) in self.threads {
+            thread.join();
+        }
+    }
+
+    fn reap(&mut self, patience: Duration) {
+        let first = self.ended.recv_timeout(patience).ok();
+        for id in first.into_iter().chain(self.ended.try_iter()).collect::<Vec<_>>() {
+            if let Some(thread) = self.threads.remove(&id) {
+                thread.join();
+            }
+        }
+    }
+
+    /// Connections wait that cannot be accepted. Whoever has proved nothing gives its descriptor up for one; if there is nobody,
+    /// one that waits is told why it is refused.
+    fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
+        if !std::mem::replace(&mut self.told, true) {
+            let why = format!("no connection can be accepted at the moment: {error}");
+            self.hub.options.observer.event(&Event::Warning(why));
+        }
+        if lock(&self.hub.connections).close_oldest_silent() {
+            return;
+        }
+        if let Some(channel) = listener.accept_to_refuse() {
+            let peer = channel.peer();
+            if let Ok(Halves { writer, .. }) = channel.split() {
+                self.refuse(writer, &peer, &format!("the destination cannot take another connection: {error}"));
+            }
+        }
+    }
+
+    fn serve(&mut self, channel: Box<dyn Channel>) {
+        let (id, peer) = (self.next, channel.peer());
+        self.next += 1;
+        let Halves { reader, writer, closer } = match channel.split() {
+            Ok(halves) => halves,
+            Err(error) => return self.hub.bad_peer(&peer, &error.to_string()),
+        };
+        let closer: Arc<dyn Closer> = closer.into();
+        if !lock(&self.hub.connections).enter(id, closer.clone()) {
+            return;
+        }
+        // in a cell, so that it can be taken back if there is no thread
+        let cell = Arc::new(Mutex::new(Some((reader, writer))));
+        let (hub, name, ended, taken) = (self.hub.clone(), peer.clone(), self.ended_tx.clone(), cell.clone());
+        let body: Box<dyn FnOnce() + Send> = Box::new(move || {
+            let halves = lock(&taken).take();
+            if let Some((reader, writer)) = halves {
+                hub.serve(Incoming { id, reader, writer, closer }, &name);
+            }
+            lock(&hub.connections).remove(id);
+            // the loop may have ended: it joins all threads by itself then
+            let _ = ended.send(id);
+        });
+        // which role it gets is known only once it has introduced itself; pages are what most of them carry
+        match self.hub.spawn(Role::Bulk, "mig-receive", body) {
+            Ok(thread) => drop(self.threads.insert(id, thread)),
+            Err(error) => {
+                let halves = lock(&cell).take();
+                lock(&self.hub.connections).remove(id);
+                if let Some((_reader, writer)) = halves {
+                    self.refuse(writer, &peer, &format!("the destination has no thread for a connection: {error}"));
+                }
+            }
+        }
+    }
+
+    /// Tells a source why it is not served. If a session is waiting for its lanes, this may have been one: it ends.
+    fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
+        self.hub.bad_peer(peer, why);
+        // best effort: the connection ends either way
+        if writer.set_idle_timeout(Some(LAST_WORD)).is_ok() {
+            let mut control = ControlWriter::new(writer, peer.to_owned(), self.hub.bytes.clone());
+            let _ = control.send(0, &Control::error(ErrorCode::Resources, why));
+        }
+        let state = lock(&self.hub.state);
+        let preparing = state.machine.phase() == DestinationPhase::Preparing;
+        let session = state.session.clone().filter(|_| preparing);
+        drop(state);
+        if let Some(session) = session {
+            session.fail(ErrorCode::Resources, why);
+        }
+    }
+}

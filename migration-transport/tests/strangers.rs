@@ -1,0 +1,235 @@
+//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one that comes back.
+
+#[allow(dead_code, reason = "these tests need a part of it")]
+mod common;
+
+use std::{
+    io,
+    net::TcpStream,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use common::{Destination, TestVm};
+use migration_core::{
+    channel::{Channel, Connector, Halves},
+    engine::{Controller, SourceOptions, migrate},
+    report::{Event, Observer, Outcome, Report},
+    strategy::{PreCopy, StopAndCopy},
+    wire::{LaneKind, Preamble, SessionToken},
+};
+use migration_transport::{
+    Address, ConnectOptions, Cut, Relay, bind, connector,
+    memory::{self, MemoryConnector},
+};
+
+/// Longer than any test takes: whatever ends a wait, it is not this.
+const FAR: Duration = Duration::from_secs(3600);
+
+fn options() -> SourceOptions {
+    SourceOptions { setup_timeout: FAR, in_doubt_grace: FAR, ..SourceOptions::default() }
+}
+
+/// What a stranger says.
+#[derive(Clone, Copy, Debug)]
+enum Says {
+    Nothing,
+    OneByte,
+    /// All that comes before a hello.
+    Preamble,
+}
+
+impl Says {
+    fn bytes(self) -> Vec<u8> {
+        match self {
+            Says::Nothing => Vec::new(),
+            Says::OneByte => vec![b'L'],
+            Says::Preamble => Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode().to_vec(),
+        }
+    }
+}
+
+fn stranger(connector: &MemoryConnector, says: Says) -> Halves {
+    let mut halves = connector.connect().and_then(|channel| channel.split()).unwrap();
+    // one that was closed for a newer one meanwhile does not hear it
+    let _ = halves.writer.write_all(&says.bytes(), &[]);
+    halves
+}
+
+fn arrives(report: &Report, destination: &Destination, what: &str) {
+    assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
+    let guest = destination.arrived.recv().unwrap();
+    guest.set_running(false);
+    guest.check();
+}
+
+#[test]
+fn a_source_comes_in_past_a_thousand_silent_connections() {
+    for says in [Says::Nothing, Says::OneByte, Says::Preamble] {
+        for strangers in [220, 1000] {
+            let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
+            let destination = Destination::patient(Box::new(listener));
+            let held: Vec<_> = (0..strangers).map(|_| stranger(&connector, says)).collect();
+            let (_controller, commands) = Controller::new();
+            let options = SourceOptions { streams: 8, ..options() };
+            let report = migrate(&mut TestVm::new(), &connector, &mut StopAndCopy, &options, commands);
+            arrives(&report, &destination, &format!("{strangers} that say {says:?}"));
+            drop(held);
+        }
+    }
+}
+
+#[test]
+fn a_source_comes_in_past_silent_connections_over_tcp() {
+    let listener = bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let address: Address = listener.address().parse().unwrap();
+    let target = address.to_string().trim_start_matches("tcp:").to_owned();
+    let destination = Destination::patient(listener);
+    let held: Vec<_> = (0..220).map(|_| TcpStream::connect(&target).unwrap()).collect();
+    let link = connector(&address, ConnectOptions::default());
+    let (_controller, commands) = Controller::new();
+    let report = migrate(&mut TestVm::new(), &*link, &mut <PreCopy>::default(), &options(), commands);
+    arrives(&report, &destination, "past 220");
+    drop(held);
+}
+
+/// Mends the link when the source looks for it for this time, and has strangers come first.
+struct Mender {
+    connector: MemoryConnector,
+    cut: Cut,
+    held: Mutex<Vec<Halves>>,
+}
+
+impl Observer for Mender {
+    fn event(&self, event: &Event) {
+        if let Event::Reconnecting { attempt: 3, .. } = event {
+            self.cut.restore();
+            let strangers = (0..192).map(|_| stranger(&self.connector, Says::OneByte));
+            self.held.lock().unwrap().extend(strangers);
+        }
+    }
+}
+
+/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections, with a byte each.
+#[test]
+fn a_source_in_doubt_comes_back_past_strangers() {
+    let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
+    let destination = Destination::patient(Box::new(listener));
+    let cut = connector.cut();
+    let mender = Arc::new(Mender { connector: connector.clone(), cut: cut.clone(), held: Mutex::default() });
+    let mut vm = TestVm::new();
+    vm.on_doubt = Some(Box::new(move || cut.cut()));
+    let options = SourceOptions { observer: mender.clone(), ..options() };
+    let (_controller, commands) = Controller::new();
+    let report = migrate(&mut vm, &connector, &mut <PreCopy>::default(), &options, commands);
+    arrives(&report, &destination, "past strangers");
+    assert!(!mender.held.lock().unwrap().is_empty());
+}
+
+/// A link on which the first connections that take a session up are swallowed.
+struct Swallowing {
+    inner: MemoryConnector,
+    left: AtomicU32,
+    /// Both ends: so long as they are here, nothing ends.
+    swallowed: Mutex<Vec<memory::MemoryChannel>>,
+}
+
+impl Connector for Swallowing {
+    fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        self.inner.connect()
+    }
+
+    fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let left = self.left.load(Ordering::SeqCst);
+        if kind != LaneKind::Reattach || left == 0 {
+            return self.inner.connect_as(kind);
+        }
+        self.left.store(left - 1, Ordering::SeqCst);
+        let (near, far) = memory::pair(memory::DEFAULT_CAPACITY);
+        self.swallowed.lock().unwrap().push(far);
+        Ok(Box::new(near))
+    }
+
+    fn address(&self) -> String {
+        "memory:swallowing".into()
+    }
+}
+
+/// What was sent while the network was down is not waited for: the time-outs of the link are an hour here.
+#[test]
+fn attempts_to_reconnect_are_not_held_up_by_the_time_outs_of_a_link() {
+    let (inner, listener) = memory::link(memory::DEFAULT_CAPACITY);
+    let destination = Destination::patient(Box::new(listener));
+    let cut = inner.cut();
+    let link = Swallowing { inner, left: AtomicU32::new(3), swallowed: Mutex::default() };
+    let mut vm = TestVm::new();
+    let mending = cut.clone();
+    vm.on_doubt = Some(Box::new(move || {
+        mending.cut();
+        mending.restore();
+    }));
+    let options = SourceOptions { idle_timeout: FAR, ..options() };
+    let (_controller, commands) = Controller::new();
+    let report = migrate(&mut vm, &link, &mut <PreCopy>::default(), &options, commands);
+    arrives(&report, &destination, "after three attempts");
+    assert_eq!(link.left.load(Ordering::SeqCst), 0);
+}
+
+/// One byte at a time does not prolong the time in which a connection has to introduce itself.
+#[test]
+fn a_preamble_that_drips_has_a_deadline() {
+    let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
+    let _destination = Destination::with_idle_timeout(Box::new(listener), Duration::from_secs(1));
+    let Halves { mut writer, reader: _reader, .. } = connector.connect().and_then(|channel| channel.split()).unwrap();
+    let preamble = Says::Preamble.bytes();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // each byte comes well before the idle time-out
+    let mut bytes = preamble[..35].iter();
+    let mut sent = 0;
+    while let Some(byte) = bytes.next() {
+        if writer.write_all(&[*byte], &[]).is_err() {
+            break;
+        }
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(sent < 35 && Instant::now() < deadline, "{sent} bytes were taken");
+}
+
+/// The network is gone for a while at the hand-over, while strangers hold connections: over TCP.
+#[test]
+fn a_source_in_doubt_comes_back_over_tcp() {
+    let listener = bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let address: Address = listener.address().parse().unwrap();
+    let target = address.to_string().trim_start_matches("tcp:").to_owned();
+    let destination = Destination::patient(listener);
+    let relay = Arc::new(Relay::new(target.parse().unwrap()).unwrap());
+    let link = connector(&relay.address(), ConnectOptions::default());
+    let held = Arc::new(Mutex::new(Vec::new()));
+    let mut vm = TestVm::new();
+    let (at_doubt, strangers) = (relay.clone(), held.clone());
+    vm.on_doubt = Some(Box::new(move || {
+        let come = (0..192).map(|_| TcpStream::connect(&target).unwrap());
+        strangers.lock().unwrap().extend(come);
+        at_doubt.cut();
+    }));
+    let mending = Arc::new(Mending(relay.clone()));
+    let options = SourceOptions { observer: mending, ..options() };
+    let (_controller, commands) = Controller::new();
+    let report = migrate(&mut vm, &*link, &mut <PreCopy>::default(), &options, commands);
+    arrives(&report, &destination, "over TCP");
+    drop(held);
+}
+
+struct Mending(Arc<Relay>);
+
+impl Observer for Mending {
+    fn event(&self, event: &Event) {
+        if let Event::Reconnecting { attempt: 4, .. } = event {
+            self.0.restore();
+        }
+    }
+}
