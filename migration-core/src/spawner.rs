@@ -6,7 +6,9 @@ use std::{io, thread};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
-    /// Hands a paused VM over to another process of this machine: does little, and the guest waits for all of it.
+    /// Hands a VM over to another process of this machine: does little, asleep while the guest runs, and the guest waits for all
+    /// of it. Not for a real-time policy: it sleeps in the pause until another thread wakes it, and some kernels leave a real-time thread
+    /// that is woken on a core behind another process's system call there, however long that is.
     HandOver,
     /// Serves faults of a running guest; urgent.
     Demand,

@@ -14,15 +14,19 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 /// |---|---|---|---|
 /// | bulk | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | nice −5 |
 /// | background | `SCHED_IDLE` (else nice 19) | `SCHED_BATCH` | unchanged |
-/// | hand-over | `SCHED_RR` (else nice −10) | the same | the same |
+/// | hand-over | nice −10, time slices of 0.1 ms | the same | the same |
 /// | demand | nice −10 | nice −10 | nice −10 |
 /// | control | unchanged | unchanged | unchanged |
 ///
 /// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose cores are all busy it
 /// hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt when it wakes. A priority that cannot be had
-/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it. In a
-/// hand-over it does so too, and each thread wakes another one, or a vCPU: under the fair scheduler one of the two may wait for
-/// the next tick, which is 4 ms, beside a core that is idle.
+/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it.
+///
+/// In a hand-over the guest waits too, and each thread wakes another one, or a vCPU. A short time slice lets a thread that is
+/// woken go before one that has a longer slice, without waiting for the next tick (4 ms); it needs no permission, and
+/// Linux 6.12. No thread is a real-time one: the scheduler moves threads of the usual policies away from a core on which another
+/// process is in the kernel for long, and leaves a real-time thread that was woken there behind it, for seconds if it comes to
+/// that, however idle the other cores are.
 #[derive(Clone, Default)]
 pub struct KvmSpawner {
     setup: Option<Arc<Setup>>,
@@ -122,8 +126,8 @@ impl Drop for Preferred {
 /// How the scheduler is to treat a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Priority {
-    /// Before all others, a core's time slice at a time. Threads that it starts are normal ones.
-    RealTime,
+    /// Has its turn soon after it is woken, and more of a core than others. Threads that it starts are normal ones.
+    Prompt,
     Idle,
     Batch,
     /// Of normal threads.
@@ -135,7 +139,7 @@ fn priority(role: Role, impact: GuestImpact) -> Option<Priority> {
         (Role::Bulk | Role::Background, GuestImpact::Low) => Some(Priority::Idle),
         (Role::Bulk | Role::Background, GuestImpact::Balanced) => Some(Priority::Batch),
         (Role::Bulk, GuestImpact::Fast) => Some(Priority::Nice(-5)),
-        (Role::HandOver, _) => Some(Priority::RealTime),
+        (Role::HandOver, _) => Some(Priority::Prompt),
         (Role::Demand, _) => Some(Priority::Nice(-10)),
         _ => None,
     }
@@ -146,21 +150,35 @@ mod sched {
     use super::Priority;
 
     pub(super) const PREFERRED: libc::c_int = -10;
+    /// Threads that a thread starts are normal ones.
+    const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK.unsigned_abs() as u64;
     /// The shortest time slice that the kernel gives, in ns.
     const SHORT: u64 = 100_000;
 
     /// Sets the calling thread's priority, as far as permitted.
     pub(super) fn apply(priority: Priority) {
         match priority {
-            Priority::RealTime if set_policy(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1) => {}
-            Priority::RealTime => set_nice(0, PREFERRED),
+            Priority::Prompt => {
+                normal(libc::SCHED_OTHER, 0);
+                if prefer(0, Some(PREFERRED)).is_none() {
+                    set_nice(0, PREFERRED);
+                }
+            }
             Priority::Idle if set_policy(0, libc::SCHED_IDLE, 0) => {}
             Priority::Idle => set_nice(0, 19),
-            Priority::Batch => drop(set_policy(0, libc::SCHED_BATCH, 0)),
-            Priority::Nice(nice) => {
-                set_policy(0, libc::SCHED_OTHER, 0);
-                set_nice(0, nice);
-            }
+            // what it had as a prompt thread ends
+            Priority::Batch => normal(libc::SCHED_BATCH, Share::of(0).map_or(0, |share| share.nice.max(0))),
+            Priority::Nice(nice) => normal(libc::SCHED_OTHER, nice),
+        }
+    }
+
+    /// Gives the calling thread one of the usual policies, and time slices as all have them.
+    fn normal(policy: libc::c_int, nice: i32) {
+        let share = |flags| Share { policy: policy.unsigned_abs(), flags, nice, slice: 0 };
+        // a thread whose children are normal ones may have to stay so
+        if !share(0).give(0) && !share(RESET_ON_FORK).give(0) {
+            set_policy(0, policy, 0);
+            set_nice(0, nice);
         }
     }
 
@@ -176,8 +194,8 @@ mod sched {
         policy: u32,
         flags: u64,
         pub(super) nice: i32,
-        /// In ns; 0 where the kernel knows none (before Linux 6.12).
-        slice: u64,
+        /// In ns. The kernel says 0 if it knows none (before Linux 6.12), and gives the usual one for 0.
+        pub(super) slice: u64,
     }
 
     impl Share {
@@ -237,15 +255,18 @@ mod sched {
         let short = Share { slice, ..was };
         let more = nice.filter(|nice| *nice < was.nice);
         // not for threads that it starts, as KVM starts one of its own at a vCPU's first run
-        let flags = was.flags | u64::from(libc::SCHED_FLAG_RESET_ON_FORK.unsigned_abs());
+        let flags = was.flags | RESET_ON_FORK;
         let given = more.is_some_and(|nice| Share { nice, flags, ..short }.give(thread)) || short.give(thread);
         given.then(|| Some(Change { thread, was, is: Share::of(thread)? })).flatten()
     }
 
     fn set_policy(thread: libc::pid_t, policy: libc::c_int, sched_priority: libc::c_int) -> bool {
         let param = libc::sched_param { sched_priority };
-        // SAFETY: `param` is valid for the call; 0 names the calling thread.
-        unsafe { libc::sched_setscheduler(thread, policy, &raw const param) == 0 }
+        // a thread whose children are normal ones may have to stay so
+        [policy, policy | libc::SCHED_RESET_ON_FORK].into_iter().any(|policy| {
+            // SAFETY: `param` is valid for the call; 0 names the calling thread.
+            unsafe { libc::sched_setscheduler(thread, policy, &raw const param) == 0 }
+        })
     }
 
     fn set_nice(thread: libc::pid_t, nice: libc::c_int) {
@@ -304,6 +325,35 @@ mod tests {
         };
         KvmSpawner::new().spawn(Role::Bulk, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
         assert_eq!(*seen.lock().unwrap(), [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_OTHER]);
+    }
+
+    #[test]
+    fn a_thread_of_a_hand_over_is_prompt_and_never_a_real_time_one() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let body = {
+            let seen = seen.clone();
+            move || {
+                let spawner = KvmSpawner::new();
+                for role in [Role::Control, Role::HandOver, Role::Control, Role::HandOver, Role::Background] {
+                    spawner.assume(role, GuestImpact::Balanced);
+                    let child = thread::spawn(|| sched::Share::of(0)).join().unwrap();
+                    seen.lock().unwrap().push((sched::policy(), sched::Share::of(0), child));
+                }
+            }
+        };
+        KvmSpawner::new().spawn(Role::HandOver, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
+        let seen = seen.lock().unwrap();
+        let policies: Vec<_> = seen.iter().map(|s| s.0 & !libc::SCHED_RESET_ON_FORK).collect();
+        assert_eq!(policies, [&[libc::SCHED_OTHER; 4][..], &[libc::SCHED_BATCH]].concat());
+        let [control, prompt, ..] = [0, 1, 2].map(|n| seen[n].1.unwrap());
+        assert!(prompt.nice <= control.nice && control.nice >= 0, "{control:?} {prompt:?}");
+        assert!(prompt.slice < control.slice || control.slice == 0, "{control:?} {prompt:?}");
+        // nothing of it is left
+        let after = |n: usize| seen[n].1.map(|share| (share.nice, share.slice));
+        assert_eq!([after(2), after(4)], [after(0); 2]);
+        if prompt.nice < control.nice {
+            assert_eq!(seen[1].2.map(|share| share.nice), Some(0), "a thread that it starts is a normal one");
+        }
     }
 
     #[test]

@@ -90,6 +90,10 @@ impl Suite {
             let run = run.clone();
             self.trial(format!("{name}/encrypted"), missing.clone(), move || run(&Lab::encrypted()?));
         }
+        if also_in_small_slots(&name) {
+            let run = run.clone();
+            self.trial(format!("{name}/in_small_slots"), missing.clone(), move || run(&Lab::in_small_slots()?));
+        }
         self.trial(name, missing, move || run(&Lab::new()?));
     }
 
@@ -105,20 +109,32 @@ impl Suite {
     }
 }
 
+/// Whether a trial runs once more with VMs that have many memory slots a RAM region, as VMs with terabytes have: each tracker,
+/// each technique, and what copies RAM out.
+fn also_in_small_slots(name: &str) -> bool {
+    match name.split('/').collect::<Vec<_>>()[..] {
+        ["one_edge", tracker, backing, "2_streams", "4_cpus"] => each_tracker_once(tracker, backing),
+        ["hand_over", "memfd" | "hugetlb", "4", "random"] | ["hand_over", "paused"] => true,
+        ["post_copy", "workload", "hot"] | ["post_copy", "huge_pages", "whole"] => true,
+        ["balloon", "there_and_back", "thp"] | ["snapshot", "restored_vm_moves"] => true,
+        ["ephemeral", "other_techniques_afterwards"] => true,
+        _ => false,
+    }
+}
+
+/// Of all trackers and backings, pairs in which each occurs once.
+fn each_tracker_once(tracker: &str, backing: &str) -> bool {
+    let pairs =
+        [("dirty-log", "anon"), ("manual-protect", "thp"), ("dirty-ring", "memfd"), ("write-protect", "hugetlb")];
+    pairs.contains(&(tracker, backing))
+}
+
 /// Whether a trial runs once more with all its migrations encrypted: of every kind some, as all would take too long; none that
 /// counts the bytes of plain frames.
 fn also_encrypted(name: &str) -> bool {
     let seed = |seed: &str| seed.parse::<u32>().is_ok_and(|seed| seed.is_multiple_of(8));
     match name.split('/').collect::<Vec<_>>()[..] {
-        ["one_edge", tracker, backing, "2_streams", "4_cpus"] => {
-            let each_once = [
-                ("dirty-log", "anon"),
-                ("manual-protect", "thp"),
-                ("dirty-ring", "memfd"),
-                ("write-protect", "hugetlb"),
-            ];
-            each_once.contains(&(tracker, backing))
-        }
+        ["one_edge", tracker, backing, "2_streams", "4_cpus"] => each_tracker_once(tracker, backing),
         ["moves", "workload", spec] => ["hot", "quicksort", "kv", "log"].contains(&spec),
         ["moves", what, ..] => what != "software_guest" && what != "across_the_hole_below_4_gib",
         ["convergence", what] => what != "cancelled_at_the_timeout",
@@ -149,11 +165,19 @@ pub(crate) struct Lab {
     folder: TempDir,
     /// What both sides of every migration are told beside what the trial says.
     secure: Vec<String>,
+    /// The most bytes of a memory slot of any VM, if it is not the usual number.
+    slots: Option<&'static str>,
 }
 
 impl Lab {
     fn new() -> Result<Self, Failed> {
-        Ok(Self { folder: tempfile::Builder::new().prefix("minivmm-test-").tempdir()?, secure: Vec::new() })
+        let folder = tempfile::Builder::new().prefix("minivmm-test-").tempdir()?;
+        Ok(Self { folder, secure: Vec::new(), slots: None })
+    }
+
+    /// Where RAM is in memory slots of a few pages each: an odd number of them, so that runs of pages reach over their ends.
+    fn in_small_slots() -> Result<Self, Failed> {
+        Ok(Self { slots: Some("748K"), ..Self::new()? })
     }
 
     /// Where all migrations are encrypted.

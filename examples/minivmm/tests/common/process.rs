@@ -15,8 +15,13 @@ use super::{Lab, Outcome, ensure, layout, read_text, wait_for};
 
 fn minivmm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
-    command.stdin(Stdio::null()).env_remove("MINIVMM_SOFTWARE_GUEST");
+    command.stdin(Stdio::null()).env_remove("MINIVMM_SOFTWARE_GUEST").env_remove("MINIVMM_SLOT_SIZE");
     command
+}
+
+/// What tells a process how large its memory slots are.
+fn slots(most: Option<&'static str>) -> Option<(&'static str, &'static str)> {
+    most.map(|most| ("MINIVMM_SLOT_SIZE", most))
 }
 
 /// A child that does not outlive its trial.
@@ -39,8 +44,18 @@ pub(crate) struct Process {
     stderr: PathBuf,
     /// Options of every migration in its lab.
     secure: Vec<String>,
+    /// The most bytes of a memory slot, if it is not the usual number.
+    slots: Option<&'static str>,
     /// Where it listens.
     pub(crate) address: String,
+}
+
+/// How the scheduler treats a thread.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Scheduling {
+    name: String,
+    pub(crate) policy: i64,
+    nice: i64,
 }
 
 /// What a client printed, and how it ended.
@@ -79,12 +94,13 @@ impl Process {
             .args(args)
             .args(secure.iter().filter(|_| command == "receive"))
             .args(control)
-            .envs(env.iter().copied())
+            .envs(env.iter().copied().chain(slots(lab.slots)))
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)
             .spawn()?;
         let (name, guard, address) = (name.to_owned(), Guard(child), String::new());
-        let mut this = Self { guard, name, socket, stdout, stderr, secure, address };
+        let slots = lab.slots;
+        let mut this = Self { guard, name, socket, stdout, stderr, secure, slots, address };
         wait_for(&format!("{} is ready", this.name.clone()), || {
             if let Some(status) = this.guard.0.try_wait()? {
                 return Err(format!("{} ended with {status}: {}", this.name, this.stderr()).into());
@@ -237,7 +253,9 @@ impl Process {
 
     /// `minivmm feature`, which borrows its VM, without waiting for it.
     pub(crate) fn start_feature(&self, args: &[&str]) -> Result<Client, Failed> {
-        Client::start(minivmm().args(["feature", "--json", "--attach"]).arg(&self.socket).args(args))
+        let mut command = minivmm();
+        command.args(["feature", "--json", "--attach"]).arg(&self.socket).args(args).envs(slots(self.slots));
+        Client::start(&mut command)
     }
 
     /// `minivmm feature`, to its end: its status, what it printed a trip, and its stderr.
@@ -293,6 +311,24 @@ impl Process {
             }
         }
         Ok(threads)
+    }
+
+    /// How the scheduler treats its threads, and their names: the policy's number, and the niceness.
+    pub(crate) fn scheduling(&self) -> Result<Vec<Scheduling>, Failed> {
+        let mut all = Vec::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let stat = read_text(&task?.path().join("stat"));
+            // a thread that ended meanwhile has nothing to say; a name may contain anything
+            let Some((name, rest)) = stat.rsplit_once(") ") else { continue };
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            // proc(5) counts from 1, and these begin with its third
+            let field =
+                |n: usize| fields.get(n - 3).and_then(|f| f.parse().ok()).ok_or(format!("no field {n}: {stat}"));
+            let name = name.split_once('(').map_or(name, |(_, name)| name).to_owned();
+            all.push(Scheduling { name, policy: field(41)?, nice: field(19)? });
+        }
+        all.sort();
+        Ok(all)
     }
 
     /// Everything is as it was before a migration: threads, descriptors.

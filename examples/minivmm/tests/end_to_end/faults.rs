@@ -310,8 +310,8 @@ fn no_huge_pages(lab: &Lab) -> Outcome {
 }
 
 fn too_much_memory(lab: &Lab) -> Outcome {
-    let source = lab.run("source", &["--memory", "2T", "--workload", "idle:data=1M", "--paused"])?;
-    let destination = lab.receive("destination", &[])?;
+    let source = lab.run("source", &["--memory", "128M", "--workload", "idle:data=1M", "--paused"])?;
+    let destination = lab.receive("destination", &["--max-memory", "96M"])?;
     is_refused(&source, &destination, "this destination takes")?;
     // and it takes another
     let mut other = lab.workload("other", "random:size=8M", &[])?;

@@ -5,7 +5,7 @@ use std::{fs, os::unix::net::UnixListener, time::Duration};
 use libtest_mimic::Failed;
 
 use super::faults::a_while;
-use crate::common::{Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says, wait_for};
+use crate::common::{Client, Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says, wait_for};
 
 const HAND_OVER: [&str; 2] = ["--strategy", "handover"];
 /// Workloads that find a page which is not what it was.
@@ -40,6 +40,8 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("hand_over/two_successors", two_successors);
     suite.kvm("hand_over/encrypted", encrypted);
     suite.kvm("hand_over/then_away", then_away);
+    suite.kvm("hand_over/no_real_time_thread", no_real_time_thread);
+    suite.kvm("hand_over/beside_kernel_work", beside_kernel_work);
     for seed in 0..KILLS {
         suite.kvm(format!("hand_over/successor_dies/{seed}"), move |lab| successor_dies(lab, seed));
         suite.kvm(format!("hand_over/predecessor_dies/{seed}"), move |lab| predecessor_dies(lab, seed));
@@ -209,6 +211,67 @@ fn then_away(lab: &Lab) -> Outcome {
     let status = last.wait_until("the guest has checked everything", |s| s["workload"]["state"] == "finished")?;
     ensure(status["workload"]["errors"] == 0, || format!("{status}"))?;
     last.quit()
+}
+
+/// Policies under which a thread goes before all others, whatever it does: `SCHED_FIFO`, `SCHED_RR`, `SCHED_DEADLINE`.
+const REAL_TIME: [i64; 3] = [1, 2, 6];
+
+/// No thread of either side is ever a real-time one: such a thread is not moved away from a core that another process holds in
+/// the kernel. After a hand-over that failed, all threads are as they were.
+fn no_real_time_thread(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "hot:size=8M", &["--backing", "memfd", "--cpus", "2"])?;
+    let before = source.resources().and_then(|_| source.scheduling())?;
+    let is_back = |source: &Process| {
+        let mut now = Vec::new();
+        let back = wait_for("threads are as they were", || {
+            now = source.scheduling()?;
+            Ok((now == before).then_some(()))
+        });
+        back.map_err(|_| Failed::from(format!("{before:?} have become {now:?}")))
+    };
+    // it fails while the successor builds the VM; and later, before the pause or in it
+    let other = successor(lab, "other", &["--backing", "anon"])?;
+    ensure(source.migrate(&other.address, &HAND_OVER)?.code == Some(1), || "it is not refused".into())?;
+    is_back(&source)?;
+    let silent = UnixListener::bind(lab.path("silent"))?;
+    let client = source.start_migrate(&format!("unix:{}", lab.arg("silent")), &HAND_OVER)?;
+    drop((silent.accept()?, silent));
+    ensure(client.answer()?.code == Some(1), || "nobody took it".into())?;
+    is_back(&source)?;
+    let destination = successor(lab, "destination", &[])?;
+    let mut client = source.start_migrate(&destination.address, &HAND_OVER)?;
+    let mut looks = 0;
+    while !client.has_ended()? {
+        for process in [&source, &destination] {
+            // the source ends meanwhile
+            let threads = process.scheduling().unwrap_or_default();
+            let urgent = threads.iter().find(|thread| REAL_TIME.contains(&thread.policy));
+            ensure(urgent.is_none(), || format!("{urgent:?} among {threads:?}"))?;
+        }
+        looks += 1;
+    }
+    ensure(looks > 0, || "nothing was seen".into())?;
+    ensure(client.answer()?.code == Some(0), || "it failed".into())?;
+    source.ended_well()?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// Another process holds a core in the kernel, for a while each time: hand-overs come to their end all the same. Its memory slot
+/// takes 300 MiB of the kernel's memory, and no RAM.
+fn beside_kernel_work(lab: &Lab) -> Outcome {
+    let mut at = lab.workload("vmm-0", "hot:size=8M", &["--backing", "memfd", "--cpus", "2"])?;
+    let mut work = Client::start_in(&std::env::temp_dir(), &["bench", "--occupy", "128G", "--for", "2s"])?;
+    for n in 1.. {
+        let next = successor(lab, &format!("vmm-{n}"), &[])?;
+        at.migrate_well(&next.address, &HAND_OVER)?;
+        next.works()?;
+        at = next;
+        if work.has_ended()? {
+            break;
+        }
+    }
+    at.quit()
 }
 
 /// If it did not own the VM, that lives on where it was, and can be handed to another successor.

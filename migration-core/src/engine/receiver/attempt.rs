@@ -97,6 +97,10 @@ impl Hub {
         let opened = self.open(&session, attachment, features);
         // by its first frame after the answer all its lanes are here
         let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment, Some(reserved)));
+        if features & FEATURE_SHARED_RAM != 0 {
+            // whatever came of it, the guest does not wait for this thread any more
+            self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
+        }
         self.ended(&session, attachment, peer, served);
         Ok(())
     }

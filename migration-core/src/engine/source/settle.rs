@@ -37,6 +37,8 @@ impl Engine<'_> {
             }
         };
         if self.machine.phase() == SourcePhase::InDoubt {
+            // the guest does not run here any more, nor does it wait for this thread
+            after(&self, Role::Control, self.options.impact);
             let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
             self.reconnect(first);
         }

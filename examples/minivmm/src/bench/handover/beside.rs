@@ -108,7 +108,8 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
 fn look(folder: &Folder, chain: &mut Chain, kind: Kind) -> Result<Seen, String> {
     // a process that starts is no part of it
     let successor = if kind == Kind::StaysBeside { None } else { Some(chain.successor(folder, false)?) };
-    let occupied = if kind == Kind::Quiet { None } else { Some(Occupied::start(folder, SLOT, Duration::ZERO)?) };
+    let occupied =
+        if kind == Kind::Quiet { None } else { Some(Occupied::start(folder, SLOT, Duration::from_millis(1))?) };
     thread::sleep(BEGINS);
     let mut seen = Seen { kind, gap_ms: 0.0, total_ms: None, failed: None };
     match successor {
