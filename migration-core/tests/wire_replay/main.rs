@@ -11,6 +11,7 @@
 
 mod channels;
 mod destination;
+mod ended;
 mod golden;
 mod guest;
 mod hostile;

@@ -3,6 +3,9 @@
 use super::*;
 use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, spawner::GuestImpact, state::VmState, vm::VmError};
 
+/// The longest time that the end of a failed attempt waits for the destination to hear why. The guest runs meanwhile.
+const GOODBYE: Duration = Duration::from_millis(500);
+
 impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
         let mut error = result.err();
@@ -53,7 +56,9 @@ impl Engine<'_> {
                     _ => Control::error(error.code(), error.to_string()),
                 };
                 // best effort: a destination that does not hear it notices the closed link
-                let _ = self.say(&last_word);
+                if self.say(&last_word).is_ok() {
+                    self.await_goodbye();
+                }
             }
             self.machine.link_lost();
             self.finish_report();
@@ -70,6 +75,17 @@ impl Engine<'_> {
         let _ = self.say(&Control::Done);
         self.close();
         self.vm.released();
+    }
+
+    /// Waits until the destination has closed the control lane, behind our last word: one that sees other lanes end before it has
+    /// read that word would not know why.
+    fn await_goodbye(&mut self) {
+        let deadline = Instant::now() + GOODBYE;
+        while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            if matches!(input, Input::ControlLost(_)) {
+                return;
+            }
+        }
     }
 
     /// Everything as it was before the migration: the guest runs at full speed, its dirty bits are whole.
