@@ -1,5 +1,7 @@
 //! The control socket: requests and answers, a JSON object a line.
 
+mod accept;
+
 use std::{
     io::{self, BufRead, BufReader, Write},
     os::unix::net::{UnixListener, UnixStream},
@@ -8,6 +10,7 @@ use std::{
     thread,
 };
 
+use accept::Limits;
 use migration_transport::listen_private;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -159,51 +162,10 @@ impl ControlSocket {
     pub(crate) fn serve(self, instance: Arc<Instance>) -> io::Result<()> {
         instance.remove_at_exit(self.path);
         let listener = self.listener;
-        thread::Builder::new().name("control".into()).spawn(move || {
-            for client in listener.incoming().flatten() {
-                let instance = instance.clone();
-                let served = thread::Builder::new().name("client".into()).spawn(move || {
-                    // a client that went away has nobody to be told
-                    let _ = serve_client(client, &instance);
-                });
-                if let Err(error) = served {
-                    log!("control: {error}");
-                }
-            }
-        })?;
+        let body = move || accept::serve(&listener, &instance, Limits::default());
+        thread::Builder::new().name("control".into()).spawn(body)?;
         Ok(())
     }
-}
-
-fn serve_client(client: UnixStream, instance: &Arc<Instance>) -> io::Result<()> {
-    let mut line = String::new();
-    BufReader::new(io::Read::take(client.try_clone()?, MAX_REQUEST)).read_line(&mut line)?;
-    let mut say = {
-        let mut client = client.try_clone()?;
-        move |answer: &Answer| -> io::Result<()> {
-            let mut line = serde_json::to_vec(answer)?;
-            line.push(b'\n');
-            client.write_all(&line)
-        }
-    };
-    let request = match serde_json::from_str(&line) {
-        Ok(request) => request,
-        Err(error) => return say(&Answer::Failed(format!("not a request: {error}"))),
-    };
-    let quit = matches!(request, Request::Quit);
-    let result = instance.handle(request, &mut |progress| {
-        // the migration goes on without its client
-        let _ = say(&Answer::Progress(progress));
-    });
-    let said = match result {
-        Ok(value) => say(&Answer::Done(value)),
-        Err(why) => say(&Answer::Failed(why)),
-    };
-    if quit {
-        instance.exit(0);
-    }
-    instance.answered();
-    said
 }
 
 /// Sends a request and returns the last answer; `progress` is called for the lines before it.

@@ -12,6 +12,7 @@
 mod bounds;
 mod channels;
 mod destination;
+mod ended;
 mod golden;
 mod guest;
 mod hostile;

@@ -36,6 +36,9 @@ pub(crate) struct MachineSource {
     shared: OnceLock<Preferred>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
+    /// Whether vCPUs have stopped, and devices were brought to rest: only then do these have to be woken. A vCPU that has not
+    /// stopped may have one of them.
+    at_rest: bool,
     /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
     idle: Option<Result<IdlePages, String>>,
 }
@@ -43,7 +46,7 @@ pub(crate) struct MachineSource {
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: OnceLock::new(), stays: false, idle: None }
+        Self { machine, tracker, shared: OnceLock::new(), stays: false, at_rest: false, idle: None }
     }
 
     /// From here on, the pages that the guest references are noted, where the kernel can tell.
@@ -121,11 +124,14 @@ impl SourceVm for MachineSource {
 
     fn pause(&mut self) -> Result<(), VmError> {
         self.machine.stop()?;
+        self.at_rest = true;
         self.machine.devices().quiesce()
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        self.machine.devices().resume()?;
+        if std::mem::take(&mut self.at_rest) {
+            self.machine.devices().resume()?;
+        }
         self.machine.go_on()
     }
 

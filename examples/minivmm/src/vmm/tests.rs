@@ -380,6 +380,88 @@ fn a_triple_fault_ends_the_machine() {
 }
 
 #[test]
+fn vcpus_stop_although_the_signal_was_blocked_by_whoever_started_the_process() {
+    if no_kvm() {
+        return;
+    }
+    // the vCPUs' threads inherit it
+    nix::sys::signal::SigSet::all().thread_block().unwrap();
+    let machine = machine(2, "hot:size=4M");
+    machine.start(true).unwrap();
+    works(&machine);
+    machine.pause_by_user().unwrap();
+    let paused = board(&machine).heartbeats;
+    assert_eq!(board(&machine).heartbeats, paused);
+    machine.resume_by_user().unwrap();
+    works(&machine);
+}
+
+/// A machine of two CPUs, the first of which prints often.
+fn printing() -> Arc<Machine> {
+    let machine = machine(2, "hot:size=4M,serial=1,every=1ms");
+    machine.start(true).unwrap();
+    works(&machine);
+    machine
+}
+
+#[test]
+fn a_vcpu_that_does_not_stop_fails_the_pause_and_nothing_else() {
+    if no_kvm() {
+        return;
+    }
+    let machine = printing();
+    let stuck = machine.bus.block();
+    let mut why = String::new();
+    until("the first vCPU prints", || match machine.pause_by_user() {
+        Ok(()) => {
+            machine.resume_by_user().unwrap();
+            false
+        }
+        Err(error) => {
+            why = error;
+            true
+        }
+    });
+    assert!(why.contains("vCPU 0 does not stop within 10 s: it handles a write to port 0x3f8"), "{why}");
+    // a migration fails likewise, and meanwhile whoever asks is answered
+    let mut source = MachineSource::new(machine.clone());
+    let (mut answers, mut refused) = (0, None);
+    thread::scope(|scope| {
+        let pause = scope.spawn(|| source.pause());
+        while !pause.is_finished() {
+            let status = machine.snapshot();
+            assert!(!status.paused && status.warnings.concat().contains("in use"), "{:?}", status.warnings);
+            answers += 1;
+        }
+        refused = pause.join().unwrap().err();
+    });
+    assert!(answers > 1 && refused.unwrap().to_string().contains("vCPU 0 does not stop"));
+    source.resume().unwrap();
+    drop(stuck);
+    works(&machine);
+    // nothing is left of it
+    machine.pause_by_user().unwrap();
+    assert!(machine.snapshot().paused);
+    machine.resume_by_user().unwrap();
+    works(&migrate(&mut source, SerialTarget::Null));
+}
+
+#[test]
+fn a_vcpu_that_does_not_end_holds_nobody_up() {
+    if no_kvm() {
+        return;
+    }
+    let machine = printing();
+    let bus = machine.bus.clone();
+    let stuck = bus.block();
+    until("the first vCPU prints", || machine.pause_by_user().is_err() || machine.resume_by_user().is_err());
+    machine.shut_down();
+    drop(machine);
+    // what it still has is there for it
+    drop(stuck);
+}
+
+#[test]
 fn serial_output_that_cannot_be_written_moves_with_the_machine() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let full = SerialTarget::from("/dev/full");

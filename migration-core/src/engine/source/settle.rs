@@ -3,6 +3,9 @@
 use super::*;
 use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, spawner::GuestImpact, state::VmState, vm::VmError};
 
+/// The longest time that the end of a failed attempt waits for the destination to hear why. The guest runs meanwhile.
+const GOODBYE: Duration = Duration::from_millis(500);
+
 /// How long an attempt to reconnect may wait for a connection, and for the answer to *run*. The first attempts are short: a
 /// connection that proves its session is answered in round trips, and what was under way when the network failed is not
 /// waited for once the network is back.
@@ -83,7 +86,9 @@ impl Engine<'_> {
                     _ => Control::error(error.code(), error.to_string()),
                 };
                 // best effort: a destination that does not hear it notices the closed link
-                let _ = self.say(&last_word);
+                if self.say(&last_word).is_ok() {
+                    self.await_goodbye();
+                }
             }
             self.machine.link_lost();
             self.finish_report();
@@ -102,6 +107,19 @@ impl Engine<'_> {
         let _ = self.say(&Control::Done);
         self.close();
         self.vm.released();
+    }
+
+    /// Waits until the destination has closed the control lane, behind our last word: one that sees other lanes end before it has
+    /// read that word would not know why.
+    fn await_goodbye(&mut self) {
+        let deadline = Instant::now() + GOODBYE;
+        // whatever else it goes on to say
+        while Instant::now() < deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if matches!(self.inputs.recv_timeout(left), Ok(Input::ControlLost(_))) {
+                return;
+            }
+        }
     }
 
     /// Lets the guest run as it did before the migration: at full speed, unless it was paused then.

@@ -1,0 +1,289 @@
+//! The control socket's accept loop: a thread for each client, bounds for clients that say nothing, and an answer for those that
+//! cannot be served.
+//!
+//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve:
+//! without one the connection could neither be accepted nor be answered, and would be found waiting again and again.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{self, Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{Answer, MAX_REQUEST, Request};
+use crate::instance::Instance;
+
+/// Bounds for the clients of a control socket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Most clients at once, those included that wait for the end of a migration.
+    pub(super) clients: usize,
+    /// Of these, most that have not sent their request yet. Beyond it the oldest one is let go.
+    pub(super) silent: usize,
+    /// The longest time until a request is there, and the longest time in which a client takes nothing of its answer.
+    pub(super) patience: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { clients: 128, silent: 32, patience: Duration::from_secs(10) }
+    }
+}
+
+/// Time between two attempts to accept a client when that has failed.
+const BACK_OFF: Duration = Duration::from_millis(50);
+/// The longest time that a client which is refused has to send its request: one that writes to a closed socket would not read why.
+const LAST_REQUEST: Duration = Duration::from_millis(200);
+/// Clients that are refused are written about this often at most.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
+
+/// The clients that are served.
+struct Clients {
+    limits: Limits,
+    count: AtomicUsize,
+    /// Those that have not sent their request yet, the oldest one first.
+    silent: Mutex<VecDeque<Arc<UnixStream>>>,
+}
+
+/// Counts a client for as long as it lives.
+struct Counted(Arc<Clients>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Serves clients for ever.
+pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: Limits) {
+    let clients = Arc::new(Clients { limits, count: AtomicUsize::new(0), silent: Mutex::default() });
+    let (mut reserve, mut told) = (reserve(), None);
+    loop {
+        let refused = match listener.accept() {
+            Ok((client, _)) => clients.begin(client, instance),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => {
+                // gives the reserve to this client, for an answer
+                drop(reserve.take());
+                let why = format!("this minivmm can accept no client: {error}");
+                let accepted = listener.set_nonblocking(true).and_then(|()| listener.accept());
+                // an error that lasts is found again
+                let _ = listener.set_nonblocking(false);
+                match accepted {
+                    Ok((client, _)) => refuse(&client, &why),
+                    Err(_) => thread::sleep(BACK_OFF),
+                }
+                Err(why)
+            }
+        };
+        reserve = reserve.or_else(self::reserve);
+        if let Err(why) = refused
+            && told.is_none_or(|at: Instant| at.elapsed() >= TELL_AGAIN)
+        {
+            told = Some(Instant::now());
+            eprintln!("minivmm: control: {why}");
+        }
+    }
+}
+
+/// A descriptor that can be given up for another one.
+fn reserve() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+impl Clients {
+    fn silent(&self) -> MutexGuard<'_, VecDeque<Arc<UnixStream>>> {
+        // a list of whole items
+        self.silent.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Serves a client on a thread of its own, or says why it is not served.
+    fn begin(self: &Arc<Self>, client: UnixStream, instance: &Arc<Instance>) -> Result<(), String> {
+        let client = Arc::new(client);
+        let mut silent = self.silent();
+        if silent.len() >= self.limits.silent || self.count.load(Ordering::SeqCst) >= self.limits.clients {
+            match silent.pop_front() {
+                Some(oldest) => let_go(&oldest, "no request came, and others wait"),
+                None => {
+                    drop(silent);
+                    let why = format!("{} clients are served already", self.limits.clients);
+                    refuse(&client, &why);
+                    return Err(why);
+                }
+            }
+        }
+        silent.push_back(client.clone());
+        drop(silent);
+        self.count.fetch_add(1, Ordering::SeqCst);
+        let counted = Counted(self.clone());
+        let (served, instance) = (client.clone(), instance.clone());
+        let body = move || {
+            // a client that went away has nobody to be told
+            let _ = serve_client(&served, &instance, &counted.0);
+        };
+        thread::Builder::new().name("client".into()).spawn(body).map(drop).map_err(|error| {
+            self.heard(&client);
+            let why = format!("this minivmm has no thread for another client: {error}");
+            refuse(&client, &why);
+            why
+        })
+    }
+
+    /// This client is silent no more.
+    fn heard(&self, client: &Arc<UnixStream>) {
+        self.silent().retain(|other| !Arc::ptr_eq(other, client));
+    }
+}
+
+/// Says why, and closes the connection for both sides.
+fn let_go(client: &UnixStream, why: &str) {
+    // best effort: it may have gone
+    let _ = client.set_write_timeout(Some(LAST_REQUEST)).and_then(|()| say(client, &Answer::Failed(why.into())));
+    let _ = client.shutdown(std::net::Shutdown::Both);
+}
+
+/// Answers a client that is not served.
+fn refuse(client: &UnixStream, why: &str) {
+    let _ = read_request(client, LAST_REQUEST);
+    let_go(client, why);
+}
+
+fn say(mut client: &UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    client.write_all(&line)
+}
+
+/// The request: a line, or all that comes before the end.
+fn read_request(mut client: &UnixStream, within: Duration) -> io::Result<Vec<u8>> {
+    let deadline = Instant::now() + within;
+    let (mut line, mut piece) = (Vec::new(), [0; 4096]);
+    while (line.len() as u64) < MAX_REQUEST {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        client.set_read_timeout(Some(left))?;
+        match client.read(&mut piece) {
+            Ok(0) => break,
+            Ok(n) => line.extend_from_slice(&piece[..n]),
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => continue,
+            Err(e) => return Err(e),
+        }
+        if let Some(end) = line.iter().position(|&byte| byte == b'\n') {
+            line.truncate(end);
+            break;
+        }
+    }
+    Ok(line)
+}
+
+fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Clients) -> io::Result<()> {
+    let patience = clients.limits.patience;
+    let line = read_request(client, patience);
+    clients.heard(client);
+    client.set_write_timeout(Some(patience))?;
+    let line = match line {
+        Ok(line) => line,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            return say(client, &Answer::Failed(format!("no request came within {patience:?}")));
+        }
+        Err(error) => return Err(error),
+    };
+    let request = match serde_json::from_slice(&line) {
+        Ok(request) => request,
+        Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
+    };
+    let quit = matches!(request, Request::Quit);
+    // a client that takes nothing for too long has half a line, and no use for another one
+    let mut gone = false;
+    let result = instance.handle(request, &mut |progress| {
+        // the migration goes on without its client
+        gone = gone || say(client, &Answer::Progress(progress)).is_err();
+    });
+    let said = match result {
+        _ if gone => client.shutdown(std::net::Shutdown::Both),
+        Ok(value) => say(client, &Answer::Done(value)),
+        Err(why) => say(client, &Answer::Failed(why)),
+    };
+    if quit {
+        instance.exit(0);
+    }
+    instance.answered();
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::sealing::Sealing;
+
+    fn socket(limits: Limits) -> (tempfile::TempDir, impl Fn() -> UnixStream) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let listener = UnixListener::bind(&path).unwrap();
+        let instance = Instance::new(None, Sealing::load(None).unwrap());
+        thread::spawn(move || serve(&listener, &instance, limits));
+        (folder, move || UnixStream::connect(&path).unwrap())
+    }
+
+    /// What a client is told in the end.
+    fn told(client: &UnixStream) -> Value {
+        let mut line = String::new();
+        BufReader::new(client).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn status(mut client: UnixStream) -> Value {
+        client.write_all(b"{\"command\":\"status\"}\n").unwrap();
+        told(&client)
+    }
+
+    fn why(answer: &Value) -> &str {
+        answer["failed"].as_str().unwrap_or_default()
+    }
+
+    #[test]
+    fn the_oldest_silent_client_makes_room() {
+        let limits = Limits { silent: 3, patience: Duration::from_secs(3600), ..Limits::default() };
+        let (_folder, connect) = socket(limits);
+        let silent: Vec<_> = (0..5).map(|_| connect()).collect();
+        for oldest in &silent[..2] {
+            assert!(why(&told(oldest)).contains("no request came"));
+        }
+        // one that asks takes the place of another one, and its own is free then
+        assert!(status(connect())["done"].is_object());
+        assert!(why(&told(&silent[2])).contains("others wait"));
+        for patient in [connect(), silent[3].try_clone().unwrap(), silent[4].try_clone().unwrap()] {
+            assert!(status(patient)["done"].is_object());
+        }
+    }
+
+    #[test]
+    fn a_client_that_sends_no_whole_request_is_given_up() {
+        let limits = Limits { patience: Duration::from_millis(50), ..Limits::default() };
+        let (_folder, connect) = socket(limits);
+        let mut half = connect();
+        half.write_all(b"{\"command\":").unwrap();
+        for client in [connect(), half] {
+            assert!(why(&told(&client)).contains("within 50ms"));
+        }
+    }
+
+    #[test]
+    fn one_client_too_many_hears_why() {
+        let (_folder, connect) = socket(Limits { clients: 0, ..Limits::default() });
+        assert_eq!(why(&status(connect())), "0 clients are served already");
+    }
+}

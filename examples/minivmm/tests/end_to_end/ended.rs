@@ -1,0 +1,76 @@
+//! Guests that end by themselves while they move: whoever is concerned hears it at once, and why.
+
+use libtest_mimic::Failed;
+
+use crate::common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for};
+
+/// Ends a few seconds after it began to work, which is long after its migration has begun.
+const GUEST: &str = "random:size=8M,data=40M,crash=5s";
+/// So slow that it takes far longer than that.
+const SLOW: [&str; 2] = ["--bandwidth", "10Mbit"];
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.kvm("ended/in_pre_copy", in_pre_copy);
+    suite.kvm("ended/without_a_client", without_a_client);
+    suite.post_copy("ended/in_post_copy", "anon", |lab| in_post_copy(lab, &[]));
+    suite.post_copy("ended/in_fail_safe_post_copy", "anon", |lab| in_post_copy(lab, &["--fail-safe", "reverse"]));
+}
+
+/// Both of them, as soon as the guest works, or has ended already on a machine that was busy: then once more.
+fn pair(lab: &Lab) -> Result<(Process, Process), Failed> {
+    let source = lab.run("source", &["--memory", "64M", "--workload", GUEST])?;
+    let destination = lab.receive("destination", &[])?;
+    source.wait_until("the guest works", at_work)?;
+    Ok((source, destination))
+}
+
+fn has_crashed(process: &mut Process) -> Outcome {
+    let status = process.ended()?;
+    ensure(status.code() == Some(5), || format!("{status}: {}", process.stderr()))?;
+    ensure_says(&process.stderr(), "the VM has ended: triple fault on vCPU 0")
+}
+
+fn in_pre_copy(lab: &Lab) -> Outcome {
+    let (mut source, destination) = pair(lab)?;
+    let answer = source.migrate(&destination.address, &SLOW)?;
+    ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
+    ensure(answer.reason().starts_with("the VM has ended: triple fault on vCPU 0"), || format!("{answer:?}"))?;
+    has_crashed(&mut source)?;
+    hears_of_it(lab, destination)
+}
+
+/// The destination knows why it has discarded what came, and takes another VM.
+fn hears_of_it(lab: &Lab, destination: Process) -> Outcome {
+    let heard = || {
+        let said = destination.stderr();
+        Ok(said.contains("the source ended the attempt: the VM has ended: triple fault on vCPU 0").then_some(()))
+    };
+    wait_for("the destination hears why", heard)?;
+    destination.wait_state("incoming")?;
+    lab.workload("other", "random:size=8M", &[])?.migrate_well(&destination.address, &[])?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// Nobody waits for the migration: the process ends only after it has told the destination.
+fn without_a_client(lab: &Lab) -> Outcome {
+    let (mut source, destination) = pair(lab)?;
+    let client = source.start_migrate(&destination.address, &SLOW)?;
+    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(100_000))?;
+    client.kill();
+    has_crashed(&mut source)?;
+    hears_of_it(lab, destination)
+}
+
+/// At the destination, while pages are missing there.
+fn in_post_copy(lab: &Lab, options: &[&str]) -> Outcome {
+    let (mut source, mut destination) = pair(lab)?;
+    let args = [&SLOW[..], &["--strategy", "post-copy"], options].concat();
+    let answer = source.migrate(&destination.address, &args)?;
+    ensure(answer.code == Some(5) && answer.json["outcome"] == "ended", || format!("{answer:?}"))?;
+    ensure_says(answer.reason(), "at the destination: the VM has ended: triple fault on vCPU 0")?;
+    has_crashed(&mut destination)?;
+    // it neither serves for ever nor runs the guest once more
+    let status = source.ended()?;
+    ensure(status.code() == Some(5), || format!("{status}: {}", source.stderr()))
+}

@@ -1,0 +1,114 @@
+//! Processes that have run out of what the kernel grants: queued signals, descriptors.
+
+use std::os::unix::net::UnixStream;
+
+use libtest_mimic::Failed;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+
+use crate::{
+    common::{Lab, Outcome, Process, Suite, ensure, ensure_says},
+    post_copy::post_copy_at,
+};
+
+pub(crate) fn add(suite: &mut Suite) {
+    suite.kvm("limits/no_queued_signals", no_queued_signals);
+    suite.kvm("limits/no_descriptor_in_the_pause/pre_copy", |lab| no_descriptor(lab, &["--bandwidth", "100Mbit"]));
+    suite.post_copy("limits/no_descriptor_in_the_pause/hybrid", "anon", |lab| {
+        no_descriptor(lab, &["--strategy", "hybrid:rounds=1", "--bandwidth", "100Mbit"])
+    });
+    suite.post_copy("limits/no_descriptor_in_post_copy", "anon", |lab| no_descriptor(lab, &post_copy_at("100Mbit")));
+    suite.kvm("limits/no_descriptor_for_a_client", no_descriptor_for_a_client);
+    suite.kvm("limits/silent_clients", silent_clients);
+}
+
+/// Grants a process this much of something, for now.
+fn grant(process: &Process, what: Resource, current: Option<u64>) -> Outcome {
+    let pid = Pid::from_raw(i32::try_from(process.pid())?).ok_or("no process")?;
+    let most = getrlimit(what).maximum;
+    prlimit(Some(pid), what, Rlimit { current, maximum: most })?;
+    Ok(())
+}
+
+/// The descriptors that it has are all it gets.
+fn no_more_descriptors(process: &Process) -> Outcome {
+    grant(process, Resource::Nofile, Some(3))
+}
+
+fn descriptors_again(process: &Process) -> Outcome {
+    grant(process, Resource::Nofile, getrlimit(Resource::Nofile).current)
+}
+
+fn no_queued_signals(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "hot:size=4M", &["--cpus", "2"])?;
+    let destination = lab.receive("destination", &[])?;
+    for process in [&source, &destination] {
+        grant(process, Resource::Sigpending, Some(0))?;
+    }
+    source.ask(&["pause"])?;
+    ensure(source.status()?["state"] == "paused", || "not paused".into())?;
+    source.ask(&["resume"])?;
+    source.works()?;
+    // throttled, and cancelled
+    let client = source.start_migrate(&destination.address, &["--bandwidth", "20Mbit"])?;
+    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
+    source.ask(&["cancel"])?;
+    ensure(client.answer()?.code == Some(3), || "not cancelled".into())?;
+    source.works()?;
+    source.retry_well(&destination.address, &[])?;
+    destination.works()?;
+    destination.ask(&["pause"])?;
+    destination.ask(&["resume"])?;
+    destination.works()?;
+    destination.quit()
+}
+
+/// A migration that is under way when no descriptor is left, at both ends, needs none to its end.
+fn no_descriptor(lab: &Lab, options: &[&str]) -> Outcome {
+    let serial = lab.arg("serial");
+    let spec = "random:size=8M,data=16M,serial=1,every=5ms";
+    let mut source = lab.workload("source", spec, &["--serial", &serial])?;
+    let destination = lab.receive("destination", &["--serial", &serial])?;
+    let client = source.start_migrate(&destination.address, options)?;
+    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
+    for process in [&source, &destination] {
+        no_more_descriptors(process)?;
+    }
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0) && answer.json["outcome"] == "completed", || {
+        format!("{answer:?}; {}; {}", source.stderr(), destination.stderr())
+    })?;
+    source.ended_well()?;
+    descriptors_again(&destination)?;
+    destination.works()?;
+    destination.quit()
+}
+
+fn no_descriptor_for_a_client(lab: &Lab) -> Outcome {
+    let process = lab.workload("vm", "hot:size=4M", &[])?;
+    let before = process.resources()?;
+    no_more_descriptors(&process)?;
+    for _ in 0..3 {
+        let refused = process.ctl(&["status"])?;
+        ensure(refused.code == Some(1), || format!("{refused:?}"))?;
+        ensure_says(&refused.stdout.to_lowercase(), "too many open files")?;
+    }
+    descriptors_again(&process)?;
+    process.works()?;
+    process.is_back_at(&before)?;
+    // once, and not for each of them
+    let told = process.stderr().matches("can accept no client").count();
+    ensure(told == 1, || process.stderr())?;
+    process.quit()
+}
+
+/// More connections that say nothing than there are threads for: who asks is answered.
+fn silent_clients(lab: &Lab) -> Outcome {
+    let process = lab.workload("vm", "hot:size=4M", &[])?;
+    let connect = |_| UnixStream::connect(lab.path("vm")).map_err(Failed::from);
+    let silent: Vec<_> = (0..200).map(connect).collect::<Result<_, _>>()?;
+    process.works()?;
+    let threads = process.threads()?.get("client").copied().unwrap_or(0);
+    ensure(threads <= 64, || format!("{threads} threads for clients that say nothing"))?;
+    drop(silent);
+    process.quit()
+}
