@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
@@ -44,7 +44,8 @@ impl Connector for TcpConnector {
     /// left, so that one which swallows packets does not use up the time of the others.
     ///
     /// # Errors
-    /// What the last address said, with all of them in the message.
+    /// What the address said; of a host name, what each of its addresses said, under the kind of the last one. The host
+    /// itself is not in the message: the caller has its [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         self.open(self.options.connect_timeout)
     }
@@ -71,12 +72,13 @@ impl TcpConnector {
                 Ok(channel) => return Ok(Box::new(channel)),
                 Err(e) => {
                     kind = e.kind();
-                    failures.push(format!("{address}: {e}"));
+                    let literal = self.host.parse::<IpAddr>().is_ok();
+                    failures.push(if literal { e.to_string() } else { format!("{}: {e}", address.ip()) });
                 }
             }
         }
         let why = if failures.is_empty() { "the host has no address".into() } else { failures.join("; ") };
-        Err(io::Error::new(kind, format!("cannot connect to {}: {why}", self.address())))
+        Err(io::Error::new(kind, format!("cannot connect: {why}")))
     }
 }
 

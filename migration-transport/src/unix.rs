@@ -60,6 +60,8 @@ impl UnixConnector {
 }
 
 impl Connector for UnixConnector {
+    /// # Errors
+    /// What the operating system says, without the path: the caller has the [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         self.connect_within(LaneKind::Control, self.options.connect_timeout)
     }
@@ -67,7 +69,7 @@ impl Connector for UnixConnector {
     fn connect_within(&self, _kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         match self.open(timeout.min(self.options.connect_timeout)) {
             Ok(channel) => Ok(Box::new(channel)),
-            Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect to {}: {e}", self.address()))),
+            Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect: {e}"))),
         }
     }
 

@@ -68,7 +68,7 @@ fn show(args: &Feature, trip: &Value) {
     if args.json {
         log::announce(format!("{trip}\n"));
     } else {
-        log::announce(client::lines("", trip));
+        log::announce(client::lines(trip));
     }
 }
 

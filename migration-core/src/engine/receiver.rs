@@ -310,7 +310,7 @@ impl Hub {
         if let Err(error) = self.introduce(connection, peer) {
             // what happened on a connection that was closed here is not the reason
             let closed = lock(&self.connections).why_closed(id);
-            self.bad_peer(peer, &closed.map_or_else(|| error.to_string(), str::to_owned));
+            self.bad_peer(peer, &closed.map_or_else(|| error.at_peer(peer), str::to_owned));
         }
     }
 

@@ -330,6 +330,8 @@ impl<'a> Engine<'a> {
                 }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
                 Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
+                // what has read nothing but a stranger's words knows more than who wrote
+                Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
                 _ => {}
             }
@@ -340,7 +342,7 @@ impl<'a> Engine<'a> {
     /// Waits for the frame that `pick` takes.
     fn wait<T>(
         &mut self,
-        what: &'static str,
+        what: &str,
         timeout: Duration,
         mut pick: impl FnMut(SourceEvent) -> Option<T>,
     ) -> Result<T, MigrationError> {

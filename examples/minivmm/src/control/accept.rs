@@ -12,12 +12,15 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
+        mpsc::{self, RecvTimeoutError},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use super::{Answer, MAX_REQUEST, Request};
+use serde_json::Value;
+
+use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request};
 use crate::instance::Instance;
 
 /// Bounds for the clients of a control socket.
@@ -88,7 +91,7 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
             && told.is_none_or(|at: Instant| at.elapsed() >= TELL_AGAIN)
         {
             told = Some(Instant::now());
-            eprintln!("minivmm: control: {why}");
+            log!("control: {why}");
         }
     }
 }
@@ -197,22 +200,17 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
         }
         Err(error) => return Err(error),
     };
-    let request = match serde_json::from_slice(&line) {
+    let request: Request = match serde_json::from_slice(&line) {
         Ok(request) => request,
         Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
     };
     let quit = matches!(request, Request::Quit);
-    // a client that takes nothing for too long has half a line, and no use for another one
-    let mut gone = false;
-    let result = instance.handle(request, &mut |progress| {
-        // the migration goes on without its client
-        gone = gone || say(client, &Answer::Progress(progress)).is_err();
-    });
-    let said = match result {
-        _ if gone => client.shutdown(std::net::Shutdown::Both),
-        Ok(value) => say(client, &Answer::Done(value)),
-        Err(why) => say(client, &Answer::Failed(why)),
+    let answers = Answers { client, gone: Mutex::new(false) };
+    let answer = match handle(&answers, instance, request) {
+        Ok(value) => Answer::Done(value),
+        Err(why) => Answer::Failed(why),
     };
+    let said = if answers.say(&answer) { Ok(()) } else { client.shutdown(std::net::Shutdown::Both) };
     if quit {
         instance.exit(0);
     }
@@ -220,11 +218,46 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
     said
 }
 
+/// Does what is asked, and shows the client of a long request that somebody is at work.
+fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request) -> Result<Value, String> {
+    thread::scope(|scope| {
+        // dropped when the request is done
+        let (_done, ended) = mpsc::channel::<()>();
+        if request.takes_long() {
+            let alive = move || {
+                // at once: who is interrupted then knows that the request has arrived
+                while answers.say(&Answer::Alive) && ended.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
+                }
+            };
+            let started = thread::Builder::new().name("client".into()).spawn_scoped(scope, alive);
+            started.map_err(|error| format!("this minivmm has no thread for the request: {error}"))?;
+        }
+        instance.handle(request, &mut |progress| {
+            // the migration goes on without its client
+            let _ = answers.say(&Answer::Progress(progress));
+        })
+    })
+}
+
+/// Writes answers to a client, from several threads.
+struct Answers<'a> {
+    client: &'a UnixStream,
+    /// A client that takes nothing for too long has half a line, and no use for another one.
+    gone: Mutex<bool>,
+}
+
+impl Answers<'_> {
+    /// Whether the client has taken it.
+    fn say(&self, answer: &Answer) -> bool {
+        let mut gone = self.gone.lock().unwrap_or_else(|e| e.into_inner());
+        *gone = *gone || say(self.client, answer).is_err();
+        !*gone
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
-
-    use serde_json::Value;
 
     use super::*;
     use crate::sealing::Sealing;

@@ -9,7 +9,7 @@ use std::{
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::{KernelLoader, elf::Elf};
-use migration_core::{GuestRam, RamLayout, codec::Writer};
+use migration_core::{GuestRam, RamLayout, RamRegion, codec::Writer};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -32,6 +32,8 @@ const MAX_NOTES: u64 = 1 << 20;
 /// The end of conventional memory; above it a PC has its legacy areas.
 const CONVENTIONAL_END: u64 = 0x9fc00;
 const HIGH_START: u64 = 0x10_0000;
+/// More RAM than any kernel is linked for: half of what 52 bits of address reach.
+const MOST_MEMORY: u64 = 1 << 51;
 
 /// A kernel cannot be loaded.
 #[derive(Debug, Error)]
@@ -60,6 +62,19 @@ pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMma
     load(&name, &mut file, ram, memory)
 }
 
+/// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64 that can be loaded, which
+/// loading it explains.
+pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
+    let name = path.display().to_string();
+    let wrong = |cause| BootError::File { file: name.clone(), cause };
+    let mut file = File::open(path).map_err(wrong)?;
+    let mut least = START_INFO_END;
+    // any address is RAM here: only what is wrong with the file itself is found
+    let Ok(layout) = RamLayout::new(vec![RamRegion { gpa: 0, len: MOST_MEMORY }]) else { return Ok(0) };
+    let checked = check(&mut file, &layout, &mut |end| least = least.max(end));
+    Ok(checked.map_or(0, |_| least))
+}
+
 /// Loads an ELF from any source. The crate's loader would take a file of another class or machine, and a segment that ends
 /// beyond RAM: so the headers are checked here first, and what is wrong is named.
 pub(crate) fn load<F>(name: &str, file: &mut F, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError>
@@ -67,7 +82,8 @@ where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
 {
     let wrong = |cause: String| BootError::Elf { file: name.to_owned(), memory: ram.layout().bytes(), cause };
-    let entry = check(file, ram.layout()).map_err(wrong)?.ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
+    let entry =
+        check(file, ram.layout(), &mut |_| {}).map_err(wrong)?.ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
     Elf::load(memory, None, file, None).map_err(|e| wrong(e.to_string()))?;
     Ok(entry)
 }
@@ -79,8 +95,12 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Checks headers and segments; the PVH entry, if a note names one.
-fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Option<u64>, String> {
+/// Checks headers and segments; the PVH entry, if a note names one. `ends` is told where each segment ends.
+fn check<F: io::Read + io::Seek>(
+    file: &mut F,
+    layout: &RamLayout,
+    ends: &mut dyn FnMut(u64),
+) -> Result<Option<u64>, String> {
     let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
     let mut read = |at: u64, bytes: usize, what: &str| {
         if at.checked_add(bytes as u64).is_none_or(|end| end > length) {
@@ -117,6 +137,7 @@ fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Opt
                         "the file of {length} bytes ends before {place}, which has {in_file:#x} bytes there at {offset:#x}"
                     ));
                 }
+                ends(end);
                 if !layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len) {
                     return Err(format!("{place} does not lie in RAM"));
                 }

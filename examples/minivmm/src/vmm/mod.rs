@@ -19,6 +19,7 @@ mod tests;
 mod vcpu;
 
 pub(crate) use alias::time_slots;
+pub(crate) use boot::least_memory;
 pub(crate) use config::MachineConfig;
 pub(crate) use devices::SerialTarget;
 pub(crate) use glue::{Host, HostOptions, MachineSource, Tenant};
