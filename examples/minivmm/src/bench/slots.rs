@@ -101,9 +101,9 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     let head = vec!["RAM", "one slot, longest call", "sum", "slots of 16 GiB, longest call", "sum"];
     let (table, here) = (Table { title, head, rows }, machine(&Machine::here(None)));
     if args.json {
-        println!("{}", json!({ "machine": here, "rows": raw }));
+        out!("{}", json!({ "machine": here, "rows": raw }));
     } else {
-        print!("{here}\n\n{}", table.text());
+        crate::log::print(&format!("{here}\n\n{}", table.text()));
     }
     if let Some(path) = &args.markdown {
         let by = "_Written by `minivmm bench --slots --markdown`; do not edit by hand._";

@@ -439,7 +439,7 @@ impl Drop for SoftwareProcessors {
                 let _ = thread.join();
             } else {
                 // it waits for a page, and has what it may still touch
-                eprintln!("minivmm: the thread of software CPU {cpu} does not end, and is left behind");
+                log!("the thread of software CPU {cpu} does not end, and is left behind");
             }
         }
     }

@@ -392,7 +392,7 @@ impl Drop for Vcpus {
                 let _ = thread.join();
             } else {
                 // it never enters the guest again, and has what it may still touch
-                eprintln!("minivmm: {}; its thread is left behind", self.shared.stuck(index, "end"));
+                log!("{}; its thread is left behind", self.shared.stuck(index, "end"));
             }
         }
     }

@@ -94,9 +94,9 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     }
     let (table, here) = (table(&seen, &guests), machine(&Machine::here(None)));
     if args.json {
-        println!("{}", json!({ "machine": here, "seen": seen }));
+        out!("{}", json!({ "machine": here, "seen": seen }));
     } else {
-        print!("{here}\n\n{}", table.text());
+        crate::log::print(&format!("{here}\n\n{}", table.text()));
     }
     if let Some(path) = &args.markdown {
         let by = "_Written by `minivmm bench --handover --beside-kernel-work --markdown`; do not edit by hand._";
