@@ -95,7 +95,8 @@ impl AtomicFile {
 
     fn create_with(path: &Path, mode: Mode) -> io::Result<Self> {
         let path = path::absolute(path)?;
-        let name = path.file_name().ok_or_else(|| at(&path)(io::Error::new(ErrorKind::InvalidInput, "not a file's path")))?;
+        let name =
+            path.file_name().ok_or_else(|| at(&path)(io::Error::new(ErrorKind::InvalidInput, "not a file's path")))?;
         let folder = Folder::open(path.parent().unwrap_or(Path::new("/")))?;
         let replaced = folder.look(name).map_err(at(&path))?;
         if replaced.is_some_and(|found| !is_regular(&found)) {

@@ -153,7 +153,12 @@ impl Lock {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut options = OpenOptions::new();
-            options.create(true).truncate(false).write(true).mode(MODE).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            options
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(MODE)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
             let Ok(file) = options.open(&path) else { return Ok(None) };
             let found = file.metadata()?;
             let ours = found.is_file() && found.uid() == geteuid().as_raw() && found.nlink() <= 1;
@@ -168,7 +173,8 @@ impl Lock {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(RETRY),
                 Err(TryLockError::WouldBlock) => {
-                    let why = format!("another process has held the lock (flock) of {} for {PATIENCE:?}", path.display());
+                    let why =
+                        format!("another process has held the lock (flock) of {} for {PATIENCE:?}", path.display());
                     return Err(io::Error::new(ErrorKind::TimedOut, why));
                 }
                 Err(TryLockError::Error(error)) => return Err(error),
@@ -206,7 +212,10 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     let folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_PATH).open(folder)?;
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string());
     if !short.exists() {
-        let why = format!("its folder's path is too long ({} bytes), unless /proc is mounted", path.as_os_str().as_bytes().len());
+        let why = format!(
+            "its folder's path is too long ({} bytes), unless /proc is mounted",
+            path.as_os_str().as_bytes().len()
+        );
         return Err(io::Error::new(ErrorKind::InvalidInput, why));
     }
     socket.bind(&SockAddr::unix(short.join(name))?)

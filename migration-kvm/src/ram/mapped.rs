@@ -437,7 +437,9 @@ unsafe impl GuestRam for MappedRam {
                     }
                 }
                 (None, _) => match &self.pagemap {
-                    Some(pagemap) => pagemap.populated(address, len, |from, end| add(from - address, end - address, into))?,
+                    Some(pagemap) => {
+                        pagemap.populated(address, len, |from, end| add(from - address, end - address, into))?
+                    }
                     // Pages that were swapped out look absent to mincore(2), so nothing may be left out. Pages of zeros are
                     // found when they are read.
                     None => into.insert_range(pages),

@@ -99,7 +99,11 @@ fn what_is_no_file_of_ours_is_not_replaced() {
             let kinds = [ErrorKind::AlreadyExists, ErrorKind::PermissionDenied];
             assert!(kinds.contains(&error.kind()) && error.to_string().contains("/vm: "), "{what}: {error}");
         }
-        assert_eq!((names(&dir), fs::read_to_string(&victim).unwrap()), (vec!["vm".into()], "untouched".into()), "{what}");
+        assert_eq!(
+            (names(&dir), fs::read_to_string(&victim).unwrap()),
+            (vec!["vm".into()], "untouched".into()),
+            "{what}"
+        );
     }
 }
 

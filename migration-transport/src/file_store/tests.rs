@@ -100,8 +100,10 @@ fn what_fails_leaves_nothing_behind() {
 fn a_planted_file_is_left_alone() {
     let (dir, outside) = (dir(), dir());
     let (path, victim) = (dir.path().join("vm"), outside.path().join("victim"));
-    let plants: [fn(&Path, &Path); 2] =
-        [|victim, new| fs::hard_link(victim, new).unwrap(), |victim, new| std::os::unix::fs::symlink(victim, new).unwrap()];
+    let plants: [fn(&Path, &Path); 2] = [
+        |victim, new| fs::hard_link(victim, new).unwrap(),
+        |victim, new| std::os::unix::fs::symlink(victim, new).unwrap(),
+    ];
     for plant in plants {
         fs::write(&victim, "untouched").unwrap();
         plant(&victim, &new_path(&path));
