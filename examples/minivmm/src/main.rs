@@ -19,6 +19,7 @@ mod report;
 mod restart;
 mod sealing;
 mod vmm;
+mod whole_file;
 mod workload;
 
 use std::{io::Write, path::Path, process::ExitCode, sync::Arc};
@@ -28,7 +29,6 @@ use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
 use control::ControlSocket;
 use instance::Instance;
 use migration_kvm::ram::Backing;
-use migration_transport::AtomicFile;
 use refresh::Place;
 use sealing::Sealing;
 use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
@@ -192,7 +192,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
                     return Ok(2);
                 }
             };
-            write_whole(out, &elf)?;
+            whole_file::write(out, &elf)?;
         }
         _ => {
             for info in workload::LIST {
@@ -204,18 +204,4 @@ fn workload(args: &Workload) -> Result<u8, String> {
         }
     }
     Ok(0)
-}
-
-/// Writes a file that is no secret: it is there when it is complete. A symbolic link is followed, and to what is no file, such as
-/// `/dev/stdout`, the bytes go as they are.
-fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), String> {
-    let context = |e: std::io::Error| format!("{}: {e}", out.display());
-    let file = match std::fs::metadata(out) {
-        Ok(found) if !found.is_file() => return std::fs::write(out, bytes).map_err(context),
-        Ok(_) => std::fs::canonicalize(out).map_err(context)?,
-        Err(_) => out.to_owned(),
-    };
-    let new = AtomicFile::create_shared(&file).map_err(|e| e.to_string())?;
-    new.file().write_all(bytes).map_err(context)?;
-    new.commit().map_err(|e| e.to_string())
 }
