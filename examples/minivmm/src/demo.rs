@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -10,6 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
+    bench::process::Folder,
     cli::Demo,
     control::{MigrateRequest, Request, ask},
     log,
@@ -48,8 +49,8 @@ fn spawn(args: &[&str]) -> Result<Process, String> {
 }
 
 fn demo(args: &Demo) -> Result<bool, String> {
-    let folder = Folder::new()?;
-    let (source_socket, destination_socket) = (folder.0.join("source"), folder.0.join("destination"));
+    let folder = Folder::named("demo")?;
+    let (source_socket, destination_socket) = (folder.path("source"), folder.path("destination"));
     let text = |p: &Path| p.to_string_lossy().into_owned();
     let (memory, cpus) = (args.memory.to_string(), args.cpus.to_string());
 
@@ -149,22 +150,4 @@ fn wait_for(socket: &Path, process: &mut Process, done: impl Fn(&Value) -> bool)
 
 fn say(what: &str, detail: &str) {
     log::heading(what, detail);
-}
-
-/// A folder for sockets, removed at the end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self, String> {
-        let path = std::env::temp_dir().join(format!("minivmm-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // what is left of it is a socket or two in the folder for temporary files
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }

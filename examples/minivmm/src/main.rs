@@ -25,9 +25,10 @@ mod restart;
 mod sealing;
 mod signals;
 mod vmm;
+mod whole_file;
 mod workload;
 
-use std::{io::Write as _, path::Path, process::ExitCode, sync::Arc};
+use std::{path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
@@ -35,7 +36,6 @@ use control::ControlSocket;
 use instance::{Arrival, Instance};
 use migration_core::engine::RestoreOptions;
 use migration_kvm::ram::Backing;
-use migration_transport::AtomicFile;
 use nix::errno::Errno;
 use refresh::Place;
 use sealing::Sealing;
@@ -264,25 +264,11 @@ fn workload(args: &Workload) -> Result<u8, String> {
                     return Ok(2);
                 }
             };
-            write_whole(out, &elf)?;
+            whole_file::write(out, &elf)?;
         }
         _ => {
             log::print(&workload::listing());
         }
     }
     Ok(0)
-}
-
-/// Writes a file that is no secret: it is there when it is complete. A symbolic link is followed, and to what is no file, such as
-/// `/dev/stdout`, the bytes go as they are.
-fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), String> {
-    let context = |e: std::io::Error| format!("{}: {e}", out.display());
-    let file = match std::fs::metadata(out) {
-        Ok(found) if !found.is_file() => return std::fs::write(out, bytes).map_err(context),
-        Ok(_) => std::fs::canonicalize(out).map_err(context)?,
-        Err(_) => out.to_owned(),
-    };
-    let new = AtomicFile::create_shared(&file).map_err(|e| e.to_string())?;
-    new.file().write_all(bytes).map_err(context)?;
-    new.commit().map_err(|e| e.to_string())
 }

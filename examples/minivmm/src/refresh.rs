@@ -2,6 +2,7 @@
 //! the control socket and the serial port.
 
 use std::{
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::{Child, Command},
     str::FromStr,
@@ -14,6 +15,7 @@ use migration_kvm::{
     fence::ProcessIdentity,
     refresh::{Interval, MemoryGrowth, RefreshPolicy},
 };
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -91,6 +93,12 @@ impl Successor {
             PathBuf::from(path)
         };
         let (control, listen) = (beside("c"), beside("l"));
+        // of a process that had this number before; another user's stays, and is an error
+        for path in [&control, &listen] {
+            if is_own_socket(path)? {
+                std::fs::remove_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            }
+        }
         let mut command = Command::new(&exec);
         command.arg("receive").arg("--listen").arg(format!("unix:{}", listen.display()));
         command.arg("--control").arg(&control).arg("--successor-of").arg(&place.control);
@@ -119,7 +127,7 @@ impl Successor {
     /// It listens before it has a control socket.
     fn wait_listening(&mut self) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
-        while !self.control.exists() {
+        while !is_own_socket(&self.control)? {
             if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
                 return Err(format!("has ended ({status}) before it could receive"));
             }
@@ -179,6 +187,16 @@ impl Drop for Successor {
         for path in [&self.control, &self.listen] {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+/// Whether there is a socket of this user. The successor makes its own ones; whoever is found at another user's would get the VM.
+fn is_own_socket(path: &Path) -> Result<bool, String> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() && found.uid() == geteuid().as_raw() => Ok(true),
+        Ok(_) => Err(format!("finds {}, which is no socket of this user", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }
 

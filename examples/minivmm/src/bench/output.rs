@@ -318,7 +318,7 @@ pub(crate) fn check_section(path: &Path, section: &str) -> Result<(), String> {
 pub(crate) fn write_section(path: &Path, section: &str, text: &str) -> Result<(), String> {
     let whole = read(path)?;
     let (before, after) = frame(path, &whole, section)?;
-    fs::write(path, format!("{before}\n{}\n{after}", text.trim_end())).map_err(|e| format!("{}: {e}", path.display()))
+    crate::whole_file::write(path, format!("{before}\n{}\n{after}", text.trim_end()))
 }
 
 /// Whether the bench can write its figures into a file.

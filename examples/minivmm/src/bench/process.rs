@@ -1,9 +1,10 @@
 //! Child processes that do not outlive the bench, and what `/proc` says about them.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
+    io,
     ops::Range,
-    os::unix::fs::FileExt,
+    os::unix::fs::{DirBuilderExt as _, FileExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
@@ -26,14 +27,30 @@ const VCPU_PERIOD: Duration = Duration::from_millis(5);
 /// How long a process may take to end.
 const END: Duration = Duration::from_secs(20);
 
-/// A folder for sockets and files, removed at the end.
+/// Names that are tried for a folder: others may have made folders in the one for temporary files.
+const FOLDERS: u32 = 1000;
+
+/// A new folder for sockets and files, which nobody else can enter; removed at the end.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
     pub(crate) fn new() -> Result<Self, String> {
-        let path = std::env::temp_dir().join(format!("minivmm-bench-{}", std::process::id()));
-        fs::create_dir_all(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Self(path))
+        Self::named("bench")
+    }
+
+    /// Makes one that is told from others by `purpose`.
+    pub(crate) fn named(purpose: &str) -> Result<Self, String> {
+        let parent = std::env::temp_dir();
+        for number in 0..FOLDERS {
+            let path = parent.join(format!("minivmm-{purpose}-{}-{number}", std::process::id()));
+            // fails if anything is there, also a link
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self(path)),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(format!("{}: {error}", path.display())),
+            }
+        }
+        Err(format!("{}: {FOLDERS} names for a new folder are taken", parent.display()))
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

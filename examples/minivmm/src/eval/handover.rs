@@ -2,7 +2,6 @@
 //! pre-copy.
 
 use std::{
-    fs,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -125,12 +124,12 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
     out!("{}\n\n{}", machine(&here), table.text());
     if let Some(path) = &args.files.json {
         let all = json!({"machine": here, "guest": options, "timelines": timelines, "failures": failures});
-        fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
+        crate::whole_file::write(path, format!("{all:#}\n"))?;
     }
     let mut image = None;
     if let Some(folder) = plots {
         let path = folder.join(FILE);
-        fs::write(&path, speed::svg(&timelines)?).map_err(|e| format!("{}: {e}", path.display()))?;
+        crate::whole_file::write(&path, speed::svg(&timelines)?)?;
         image = Some(path);
     }
     if let Some(path) = &args.files.markdown {

@@ -193,13 +193,13 @@ fn post_copy(args: &PostCopy) -> Result<(), String> {
     if let Some(path) = &args.files.json {
         let all = json!({"machine": figures.machine, "seed": figures.seed, "verdicts": figures.verdicts(),
             "failures": figures.failures, "runs": figures.runs});
-        fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
+        crate::whole_file::write(path, format!("{all:#}\n"))?;
     }
     let mut images = Vec::new();
     if let Some(folder) = &plots {
         for plot in plot::all(&figures)? {
             let path = folder.join(plot.file);
-            fs::write(&path, plot.svg).map_err(|e| format!("{}: {e}", path.display()))?;
+            crate::whole_file::write(&path, plot.svg)?;
             images.push((plot.title, path));
         }
     }

@@ -5,13 +5,14 @@ mod process;
 
 use std::{
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
 pub(crate) use huge_pages::HugePages;
 use libtest_mimic::{Failed, Trial};
 use migration_kvm::tracker::UserFault;
-pub(crate) use process::{Answer, Client, Process, usage};
+pub(crate) use process::{Answer, Client, Process, minivmm_after, usage};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -215,6 +216,11 @@ impl Lab {
         let source = self.run(name, &[&["--memory", "64M", "--workload", spec], args].concat())?;
         source.wait_until("the guest works", at_work)?;
         Ok(source)
+    }
+
+    /// A command of `minivmm` by another program, which sees the control socket at this path. `args` begin with name and command.
+    pub(crate) fn start_by(&self, program: Command, control: &Path, args: &[&str]) -> Result<Process, Failed> {
+        Process::start_by(self, program, control, args)
     }
 
     /// `minivmm receive` at a TCP port of its own choice.

@@ -24,6 +24,14 @@ fn slots(most: Option<&'static str>) -> Option<(&'static str, &'static str)> {
     most.map(|most| ("MINIVMM_SLOT_SIZE", most))
 }
 
+/// `minivmm` by a shell that first does this: `umask 0`.
+pub(crate) fn minivmm_after(shell: &str) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &format!("{shell}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_minivmm")]);
+    command.stdin(Stdio::null()).env_remove("MINIVMM_SOFTWARE_GUEST");
+    command
+}
+
 /// A child that does not outlive its trial.
 struct Guard(Child);
 
@@ -84,17 +92,27 @@ impl Process {
         args: &[&str],
         env: &[(&str, &str)],
     ) -> Result<Self, Failed> {
+        let mut program = minivmm();
+        program.envs(env.iter().copied());
+        Self::start_by(lab, program, &lab.path(name), &[&[name, command], args].concat())
+    }
+
+    /// As [`start`](Self::start), by a program that may see `control` as another path than `name` in the lab. `args` begin with name
+    /// and command.
+    pub(super) fn start_by(lab: &Lab, mut program: Command, control: &Path, args: &[&str]) -> Result<Self, Failed> {
+        let [name, command, args @ ..] = args else { return Err("a name and a command are missing".into()) };
+        let (name, command) = (*name, *command);
         let (socket, stdout, stderr) =
             (lab.path(name), lab.path(&format!("{name}.stdout")), lab.path(&format!("{name}.stderr")));
         let controlled = command != "broker";
-        let control = if controlled { &["--control".as_ref(), socket.as_os_str()][..] } else { &[] };
+        let control = if controlled { &["--control".as_ref(), control.as_os_str()][..] } else { &[] };
         let secure = lab.secure.clone();
-        let child = minivmm()
+        let child = program
             .arg(command)
             .args(args)
             .args(secure.iter().filter(|_| command == "receive"))
             .args(control)
-            .envs(env.iter().copied().chain(slots(lab.slots)))
+            .envs(slots(lab.slots))
             .stdout(File::create(&stdout)?)
             .stderr(File::create(&stderr)?)
             .spawn()?;
@@ -110,9 +128,12 @@ impl Process {
             Ok((listens && (this.socket.exists() || !controlled)).then_some(()))
         })?;
         if command != "run" {
-            let line = this.stdout();
-            let address = line.strip_prefix("listening ").and_then(|l| l.strip_suffix('\n'));
-            let address = address.filter(|a| !a.contains('\n')).ok_or_else(|| format!("not one line: {line:?}"))?;
+            let text = this.stdout();
+            let (address, others) =
+                text.strip_prefix("listening ").and_then(|l| l.split_once('\n')).unwrap_or_default();
+            // a name stands for several
+            let well = !address.is_empty() && others.lines().all(|line| line.starts_with("bound "));
+            ensure(well, || format!("not an address: {text:?}"))?;
             address.clone_into(&mut this.address);
         }
         Ok(this)

@@ -87,7 +87,7 @@ fn means(args: &EncryptionEval, cells: &mut Vec<Cell>) -> (Means, Option<Shaper>
 
 fn write(path: Option<&Path>, text: impl FnOnce() -> Result<String, String>) -> Result<(), String> {
     let Some(path) = path else { return Ok(()) };
-    fs::write(path, text()?).map_err(|e| format!("{}: {e}", path.display()))
+    crate::whole_file::write(path, text()?)
 }
 
 /// Says that it can be written, before hours go into it.
