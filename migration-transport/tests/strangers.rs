@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::{Destination, TestVm};
@@ -185,18 +185,16 @@ fn a_preamble_that_drips_has_a_deadline() {
     let _destination = Destination::with_idle_timeout(Box::new(listener), Duration::from_secs(1));
     let Halves { mut writer, reader: _reader, .. } = connector.connect().and_then(|channel| channel.split()).unwrap();
     let preamble = Says::Preamble.bytes();
-    let deadline = Instant::now() + Duration::from_secs(60);
     // each byte comes well before the idle time-out
-    let mut bytes = preamble[..35].iter();
     let mut sent = 0;
-    while let Some(byte) = bytes.next() {
+    for byte in &preamble[..35] {
         if writer.write_all(&[*byte], &[]).is_err() {
             break;
         }
         sent += 1;
         std::thread::sleep(Duration::from_millis(200));
     }
-    assert!(sent < 35 && Instant::now() < deadline, "{sent} bytes were taken");
+    assert!(sent < 35, "all of it was taken");
 }
 
 /// The network is gone for a while at the hand-over, while strangers hold connections: over TCP.
