@@ -1,5 +1,5 @@
-//! A destination that has run out of descriptors: it says so, to its user once and to its sources, and goes on when there are
-//! some again. A test of its own process, whose limit it lowers.
+//! A destination that has run out of descriptors: it says so, to its user once and to its sources,
+//! and goes on when there are some again. A test of its own process, whose limit it lowers.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;

@@ -1,4 +1,5 @@
-//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one that comes back.
+//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one
+//! that comes back.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -113,7 +114,8 @@ impl Observer for Mender {
     }
 }
 
-/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections, with a byte each.
+/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections,
+/// with a byte each.
 #[test]
 fn a_source_in_doubt_comes_back_past_strangers() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -158,7 +160,8 @@ impl Connector for Swallowing {
     }
 }
 
-/// What was sent while the network was down is not waited for: the time-outs of the link are an hour here.
+/// What was sent while the network was down is not waited for: the time-outs of the link are an
+/// hour here.
 #[test]
 fn attempts_to_reconnect_are_not_held_up_by_the_time_outs_of_a_link() {
     let (inner, listener) = memory::link(memory::DEFAULT_CAPACITY);

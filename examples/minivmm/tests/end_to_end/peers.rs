@@ -1,4 +1,5 @@
-//! Peers that are silent, slow, or strangers: nobody's VM stands still for them, and nobody is kept out.
+//! Peers that are silent, slow, or strangers: nobody's VM stands still for them, and nobody is kept
+//! out.
 
 use std::{
     io::Write,
@@ -90,8 +91,8 @@ fn signal(process: &Process, signal: Signal) -> Outcome {
     kill(Pid::from_raw(pid), signal).map_err(|e| format!("{signal}: {e}").into())
 }
 
-/// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the source; a destination that
-/// wakes later has nothing.
+/// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the
+/// source; a destination that wakes later has nothing.
 fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
     let mut source = lab.workload("source", "random:size=8M", &[])?;
     let destination = lab.receive("destination", &[])?;
