@@ -286,7 +286,7 @@ impl Listener for SecureListener {
 
     // whoever is refused so would have to be told after a handshake: it is not
     fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
-        self.inner.accept_to_refuse().map(drop);
+        drop(self.inner.accept_to_refuse());
         None
     }
 

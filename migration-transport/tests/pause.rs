@@ -1,5 +1,5 @@
-//! The pause at the source has a limit, whatever the destination does: the link stops at every step of the pause, and the
-//! guest runs on.
+//! The pause at the source has a limit, whatever the destination does: the link stops at every step
+//! of the pause, and the guest runs on.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -34,7 +34,8 @@ enum Stop {
     Blocks,
 }
 
-/// A link that stops at a step of the pause: the write or the read with this number, on whatever channel it is.
+/// A link that stops at a step of the pause: the write or the read with this number, on whatever
+/// channel it is.
 struct Stopper {
     how: Stop,
     state: Mutex<State>,
@@ -224,8 +225,8 @@ fn strategy(which: u64) -> Box<dyn Strategy> {
     if which == 0 { Box::new(<PreCopy>::default()) } else { Box::new(StopAndCopy) }
 }
 
-/// Migrates over a link that stops at this step of the pause, and then over one that works. Returns how the first attempt
-/// ended, and whether the link has stopped in it.
+/// Migrates over a link that stops at this step of the pause, and then over one that works. Returns
+/// how the first attempt ended, and whether the link has stopped in it.
 fn attempt(how: Stop, which: u64, steps: u64) -> (Report, bool) {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
     let destination = Destination::start(Box::new(listener), 0);
@@ -291,7 +292,8 @@ fn wherever_the_link_stops_in_the_pause_the_guest_runs_on() {
     }
 }
 
-/// The destination loads for longer than the source waits without a sign of life. It says that it lives.
+/// The destination loads for longer than the source waits without a sign of life. It says that it
+/// lives.
 #[test]
 fn a_destination_that_loads_for_long_is_not_silent() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -335,7 +337,8 @@ impl Observer for Phases {
     }
 }
 
-/// A guest that its user has paused loses nothing while the destination is silent: the time-outs of the link count.
+/// A guest that its user has paused loses nothing while the destination is silent: the time-outs of
+/// the link count.
 #[test]
 fn a_guest_that_does_not_run_is_not_hurried() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);

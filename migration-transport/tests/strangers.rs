@@ -1,4 +1,5 @@
-//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one that comes back.
+//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one
+//! that comes back.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -10,7 +11,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::{Destination, TestVm};
@@ -113,7 +114,8 @@ impl Observer for Mender {
     }
 }
 
-/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections, with a byte each.
+/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections,
+/// with a byte each.
 #[test]
 fn a_source_in_doubt_comes_back_past_strangers() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -158,7 +160,8 @@ impl Connector for Swallowing {
     }
 }
 
-/// What was sent while the network was down is not waited for: the time-outs of the link are an hour here.
+/// What was sent while the network was down is not waited for: the time-outs of the link are an
+/// hour here.
 #[test]
 fn attempts_to_reconnect_are_not_held_up_by_the_time_outs_of_a_link() {
     let (inner, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -185,18 +188,16 @@ fn a_preamble_that_drips_has_a_deadline() {
     let _destination = Destination::with_idle_timeout(Box::new(listener), Duration::from_secs(1));
     let Halves { mut writer, reader: _reader, .. } = connector.connect().and_then(|channel| channel.split()).unwrap();
     let preamble = Says::Preamble.bytes();
-    let deadline = Instant::now() + Duration::from_secs(60);
     // each byte comes well before the idle time-out
-    let mut bytes = preamble[..35].iter();
     let mut sent = 0;
-    while let Some(byte) = bytes.next() {
+    for byte in &preamble[..35] {
         if writer.write_all(&[*byte], &[]).is_err() {
             break;
         }
         sent += 1;
         std::thread::sleep(Duration::from_millis(200));
     }
-    assert!(sent < 35 && Instant::now() < deadline, "{sent} bytes were taken");
+    assert!(sent < 35, "all of it was taken");
 }
 
 /// The network is gone for a while at the hand-over, while strangers hold connections: over TCP.

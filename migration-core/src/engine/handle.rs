@@ -380,3 +380,39 @@ impl Migration {
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_says_more_than_is_taken_waits() {
+        let (tx, rx) = mpsc::channel();
+        let inputs = Inputs::new(rx);
+        let peer = PeerInputs::new(tx, inputs.waiting.clone(), Arc::default());
+        const MANY: usize = 5 * MOST_WAITING;
+        let speaks = thread::spawn(move || (0..MANY).all(|_| peer.send(Input::Control(1, Control::Pong)).is_ok()));
+        while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {
+            thread::yield_now();
+        }
+        for _ in 0..MANY {
+            // two threads at the most look at the count before they are counted
+            assert!(inputs.waiting.load(Ordering::Relaxed) <= MOST_WAITING + 1);
+            assert!(matches!(inputs.recv_timeout(Duration::from_secs(60)), Ok(Input::Control(1, Control::Pong))));
+        }
+        assert!(speaks.join().unwrap() && inputs.waiting.load(Ordering::Relaxed) == 0);
+    }
+
+    #[test]
+    fn nobody_waits_once_the_link_has_ended() {
+        let (tx, rx) = mpsc::channel();
+        let (inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
+        let peer = PeerInputs::new(tx, inputs.waiting.clone(), ended.clone());
+        let speaks = thread::spawn(move || (0..=MOST_WAITING).all(|_| peer.send(Input::Demanded(1)).is_ok()));
+        while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {
+            thread::yield_now();
+        }
+        ended.store(true, Ordering::Relaxed);
+        assert!(speaks.join().unwrap());
+    }
+}

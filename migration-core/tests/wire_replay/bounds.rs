@@ -1,5 +1,5 @@
-//! A source that keeps a destination busy and gets nowhere: what it can make the destination do, and for how long it keeps
-//! others out, has bounds.
+//! A source that keeps a destination busy and gets nowhere: what it can make the destination do,
+//! and for how long it keeps others out, has bounds.
 
 use std::{
     sync::{Arc, Mutex, mpsc},

@@ -1,10 +1,16 @@
-//! Peers that are silent, slow, or strangers: nobody's VM stands still for them, and nobody is kept out.
+//! Peers that are silent, slow, or strangers: nobody's VM stands still for them, and nobody is kept
+//! out.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    io::Write,
+    net::{SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use libtest_mimic::Failed;
 use migration_core::wire::Control;
 use nix::{
     sys::signal::{Signal, kill},
@@ -20,6 +26,64 @@ pub(crate) fn add(suite: &mut Suite) {
     for (name, strategy) in [("pre_copy", "pre-copy"), ("stop_and_copy", "stop-and-copy"), ("post_copy", "post-copy")] {
         suite.kvm(format!("peers/stopped_in_the_pause/{name}"), move |lab| stopped_in_the_pause(lab, strategy));
     }
+    suite.kvm("peers/past_strangers", past_strangers);
+    suite.kvm("peers/in_doubt_past_strangers", in_doubt_past_strangers);
+    suite.kvm("peers/more_memory_than_allowed", more_memory_than_allowed);
+}
+
+/// Connections to a destination that say nothing, or one byte.
+fn strangers(to: &Process, count: usize, says: &[u8]) -> Result<Vec<TcpStream>, Failed> {
+    let target: SocketAddr = to.address.trim_start_matches("tcp:").parse()?;
+    let connect = |_| {
+        let mut stream = TcpStream::connect(target)?;
+        // one that gave way to a later one is closed
+        let _ = stream.write_all(says);
+        Ok(stream)
+    };
+    (0..count).map(connect).collect()
+}
+
+fn past_strangers(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "random:size=8M", &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let held = [strangers(&destination, 110, b"")?, strangers(&destination, 110, b"L")?];
+    source.migrate_well(&destination.address, &["--streams", "8"])?;
+    destination.works()?;
+    drop(held);
+    destination.quit()
+}
+
+/// The link is cut at *run*; when it is back, strangers hold all places that they can have.
+fn in_doubt_past_strangers(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "random:size=8M", &[])?;
+    let destination = lab.receive("destination", &[])?;
+    let (relay, address) = relay_to(&destination)?;
+    relay.cut_where(|bytes| middle_of(&Control::Run, bytes));
+    let client = source.start_migrate(&address, &[])?;
+    source.wait_state("in-doubt")?;
+    let held = strangers(&destination, 192, b"L")?;
+    relay.restore();
+    source.ended_well()?;
+    drop(client);
+    destination.wait_state("running")?;
+    destination.works()?;
+    drop(held);
+    destination.quit()
+}
+
+fn more_memory_than_allowed(lab: &Lab) -> Outcome {
+    let mut source = lab.run("source", &["--memory", "64M", "--workload", "random:size=8M"])?;
+    let small = lab.receive("small", &["--max-memory", "32M"])?;
+    let answer = source.migrate(&small.address, &[])?;
+    ensure(answer.code == Some(1) && answer.json["outcome"] == "failed", || format!("{answer:?}"))?;
+    ensure_says(answer.reason(), "this destination takes 33554432")?;
+    source.works()?;
+    small.wait_state("incoming")?;
+    let large = lab.receive("large", &["--max-memory", "64M"])?;
+    source.migrate_well(&large.address, &[])?;
+    large.works()?;
+    large.quit()?;
+    small.quit()
 }
 
 fn signal(process: &Process, signal: Signal) -> Outcome {
@@ -27,8 +91,8 @@ fn signal(process: &Process, signal: Signal) -> Outcome {
     kill(Pid::from_raw(pid), signal).map_err(|e| format!("{signal}: {e}").into())
 }
 
-/// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the source; a destination that
-/// wakes later has nothing.
+/// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the
+/// source; a destination that wakes later has nothing.
 fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
     let mut source = lab.workload("source", "random:size=8M", &[])?;
     let destination = lab.receive("destination", &[])?;

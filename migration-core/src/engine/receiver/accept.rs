@@ -1,10 +1,11 @@
-//! The accept loop of a receiver: a thread for each connection, within bounds that no peer can move.
+//! The accept loop of a receiver: a thread for each connection, within bounds that no peer can
+//! move.
 
 use super::*;
 use crate::wire::MAX_DEMAND_LANES;
 
-/// Threads for connections that a receiver has at once: the places for unidentified connections, the lanes of the largest
-/// session, and as many again that are just ending.
+/// Threads for connections that a receiver has at once: the places for unidentified connections,
+/// the lanes of the largest session, and as many again that are just ending.
 const MAX_THREADS: usize =
     2 * (connections::MAX_SILENT + connections::MAX_GREETING + (MAX_STREAMS + MAX_DEMAND_LANES) as usize + 4);
 /// How long a connection that is refused for lack of resources may take to take the reason.
@@ -63,8 +64,8 @@ impl<'a> Accepting<'a> {
         }
     }
 
-    /// Connections wait that cannot be accepted. Whoever has proved nothing gives its descriptor up for one; if there is nobody,
-    /// one that waits is told why it is refused.
+    /// Connections wait that cannot be accepted. Whoever has proved nothing gives its descriptor up
+    /// for one; if there is nobody, one that waits is told why it is refused.
     fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
             let why = format!("no connection can be accepted at the moment: {error}");
@@ -104,7 +105,8 @@ impl<'a> Accepting<'a> {
             // the loop may have ended: it joins all threads by itself then
             let _ = ended.send(id);
         });
-        // which role it gets is known only once it has introduced itself; pages are what most of them carry
+        // which role it gets is known only once it has introduced itself; pages are what most of
+        // them carry
         match self.hub.spawn(Role::Bulk, "mig-receive", body) {
             Ok(thread) => drop(self.threads.insert(id, thread)),
             Err(error) => {
@@ -117,7 +119,8 @@ impl<'a> Accepting<'a> {
         }
     }
 
-    /// Tells a source why it is not served. If a session is waiting for its lanes, this may have been one: it ends.
+    /// Tells a source why it is not served. If a session is waiting for its lanes, this may have
+    /// been one: it ends.
     fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
         self.hub.bad_peer(peer, why);
         // best effort: the connection ends either way

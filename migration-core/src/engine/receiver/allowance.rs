@@ -1,4 +1,5 @@
-//! For how long, and with how much, an attempt may hold the one session of a receiver: in proportion to what it has sent.
+//! For how long, and with how much, an attempt may hold the one session of a receiver: in
+//! proportion to what it has sent.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,14 +8,17 @@ use std::{
 
 use crate::{codec::DecodeError, wire::STATE_CHUNK};
 
-/// The slowest link, in bytes of page data a second, on which an attempt earns its time as fast as it uses it up.
+/// The slowest link, in bytes of page data a second, on which an attempt earns its time as fast as
+/// it uses it up.
 const LEAST_RATE: u64 = 1 << 20;
-/// An attempt ends when it has held the session for this many times what it has earned, though nobody else asks.
+/// An attempt ends when it has held the session for this many times what it has earned, though
+/// nobody else asks.
 const END_FACTOR: u32 = 16;
 /// Pings that may come at once, and in a second: a source sends four a second at the most.
 const PING_BURST: u64 = 1000;
 const PINGS_A_SECOND: u64 = 100;
-/// Bytes of device state that may come in pieces while the guest runs: a device may send what has changed again and again.
+/// Bytes of device state that may come in pieces while the guest runs: a device may send what has
+/// changed again and again.
 const PIECES_PER_RAM: u64 = 4;
 const LEAST_PIECES: u64 = 1 << 30;
 
@@ -23,8 +27,8 @@ pub(in crate::engine) struct Allowance {
     begun: Instant,
     /// Without a page.
     grace: Duration,
-    /// Time that was granted in advance, beside what pages earn. Nothing grants any today; a session that stages a VM for
-    /// hours will have it from a lease.
+    /// Time that was granted in advance, beside what pages earn. Nothing grants any today; a
+    /// session that stages a VM for hours will have it from a lease.
     granted: Duration,
     ram_bytes: u64,
     /// Bytes of page data that have come.
@@ -53,8 +57,8 @@ impl Allowance {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// How long the attempt may hold the session while another source wants it. Pages that come again do not earn more than all
-    /// of RAM does once.
+    /// How long the attempt may hold the session while another source wants it. Pages that come
+    /// again do not earn more than all of RAM does once.
     fn earned(&self) -> Duration {
         let pages = self.received.load(Ordering::Relaxed).min(self.ram_bytes);
         self.grace + self.granted + Duration::from_secs(pages / LEAST_RATE)

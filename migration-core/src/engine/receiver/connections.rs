@@ -1,8 +1,9 @@
-//! The open connections of a receiver: what each has shown of itself, and which one gives way when there are too many.
+//! The open connections of a receiver: what each has shown of itself, and which one gives way when
+//! there are too many.
 //!
-//! Whoever has proved nothing holds one of a few places, and only until somebody else needs it. A connection leaves these
-//! places when it names the session that is under way here, or when its hello is accepted: from then on the session bounds
-//! how many there are.
+//! Whoever has proved nothing holds one of a few places, and only until somebody else needs it. A
+//! connection leaves these places when it names the session that is under way here, or when its
+//! hello is accepted: from then on the session bounds how many there are.
 
 use std::{
     collections::HashMap,
@@ -12,11 +13,13 @@ use std::{
 
 use crate::channel::Closer;
 
-/// Connections that may be open at once of which nothing is known. With one more, the oldest is closed: a peer in good
-/// faith introduces itself in a round trip, the newest one is the one that may still do so.
+/// Connections that may be open at once of which nothing is known. With one more, the oldest is
+/// closed: a peer in good faith introduces itself in a round trip, the newest one is the one that
+/// may still do so.
 pub(super) const MAX_SILENT: usize = 64;
-/// Connections that may be open at once that have said that they begin a session, and whose hello has not come or is not
-/// accepted yet. They have places of their own, so that those who say nothing cannot close them.
+/// Connections that may be open at once that have said that they begin a session, and whose hello
+/// has not come or is not accepted yet. They have places of their own, so that those who say
+/// nothing cannot close them.
 pub(super) const MAX_GREETING: usize = 16;
 
 /// What a connection has shown of itself.
@@ -83,7 +86,8 @@ impl Connections {
         self.open.remove(&id);
     }
 
-    /// Closes those that have not come to the next stage for so long, however many bytes they have sent.
+    /// Closes those that have not come to the next stage for so long, however many bytes they have
+    /// sent.
     pub(super) fn close_overdue(&mut self, limit: Duration) {
         for connection in self.open.values_mut() {
             if matches!(connection.stage, Stage::Silent | Stage::Greeting) && connection.since.elapsed() >= limit {
@@ -92,7 +96,8 @@ impl Connections {
         }
     }
 
-    /// Closes the oldest connection of which nothing is known, as its descriptor is needed. False if there is none.
+    /// Closes the oldest connection of which nothing is known, as its descriptor is needed. False
+    /// if there is none.
     pub(super) fn close_oldest_silent(&mut self) -> bool {
         self.close_oldest(Stage::Silent)
     }

@@ -1,13 +1,15 @@
-//! What a session's lanes need is taken before they are offered: a source is told in *welcome* how many there can be, and
-//! not by a lane that fails later.
+//! What a session's lanes need is taken before they are offered: a source is told in *welcome* how
+//! many there can be, and not by a lane that fails later.
 
 use super::*;
 
 type Body = Box<dyn FnOnce() + Send>;
 
-/// Demand lanes that room is kept for, if post-copy is wanted: how many there will be only the source knows.
+/// Demand lanes that room is kept for, if post-copy is wanted: how many there will be only the
+/// source knows.
 const DEMAND_LANES: usize = 2;
-/// Threads of every session beside those of its lanes: the one that says that the destination is alive.
+/// Threads of every session beside those of its lanes: the one that says that the destination is
+/// alive.
 const SESSION_THREADS: usize = 1;
 
 /// A thread that waits for a connection.
@@ -16,7 +18,8 @@ pub(super) struct Reserved {
     thread: Box<dyn Joiner>,
 }
 
-/// Threads that are kept for the lanes of a session until this is dropped. They are used when no other can be had.
+/// Threads that are kept for the lanes of a session until this is dropped. They are used when no
+/// other can be had.
 pub(super) struct Reservation<'a> {
     hub: &'a Hub,
     /// How many bulk lanes there can be.
@@ -30,7 +33,8 @@ impl Drop for Reservation<'_> {
 }
 
 impl Hub {
-    /// Takes what `streams` bulk lanes need and what goes with `features`, or as many fewer bulk lanes as can be had.
+    /// Takes what `streams` bulk lanes need and what goes with `features`, or as many fewer bulk
+    /// lanes as can be had.
     ///
     /// # Errors
     /// When there is not enough for a single one.
@@ -39,7 +43,8 @@ impl Hub {
         let (mut lanes, mut threads) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
-            // each lane has one beside its own that serves faults, and one waits for the end of that
+            // each lane has one beside its own that serves faults, and one waits for the end of
+            // that
             threads += 2 * DEMAND_LANES + 1;
         }
         if features & FEATURE_CHECKPOINTS != 0 {

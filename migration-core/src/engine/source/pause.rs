@@ -1,28 +1,31 @@
-//! How long the guest may stay paused before the hand-over: until *run* is sent the VM is ours, and a destination that
-//! does not answer must not keep it from running.
+//! How long the guest may stay paused before the hand-over: until *run* is sent the VM is ours, and
+//! a destination that does not answer must not keep it from running.
 
 use super::*;
 use crate::PAGE_SIZE;
 
-/// How long the guest may stay paused for a hand-over that does not come about. When a limit is exceeded before *run* is
-/// sent, the guest runs on at the source, everything is rolled back, and the migration has failed.
+/// How long the guest may stay paused for a hand-over that does not come about. When a limit is
+/// exceeded before *run* is sent, the guest runs on at the source, everything is rolled back, and
+/// the migration has failed.
 ///
 /// A guest that was paused by its user before the migration is not subject to them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PauseLimits {
-    /// The longest time in the pause without a sign of life: no frame has come from the destination, and it has taken no
-    /// byte. Time in which this process itself did not run does not count. `None` for four times the downtime limit, but
-    /// at least [`LEAST_SILENCE`](Self::LEAST_SILENCE).
+    /// The longest time in the pause without a sign of life: no frame has come from the
+    /// destination, and it has taken no byte. Time in which this process itself did not run does
+    /// not count. `None` for four times the downtime limit, but at least
+    /// [`LEAST_SILENCE`](Self::LEAST_SILENCE).
     pub silence: Option<Duration>,
-    /// The longest pause, although the destination makes progress. `None` for ten times the downtime limit, or ten times
-    /// the predicted downtime if that is longer, but at least [`LEAST_TOTAL`](Self::LEAST_TOTAL). Where no downtime was
-    /// predicted (stop-and-copy), the time that the pages need at 1 MiB/s is added.
+    /// The longest pause, although the destination makes progress. `None` for ten times the
+    /// downtime limit, or ten times the predicted downtime if that is longer, but at least
+    /// [`LEAST_TOTAL`](Self::LEAST_TOTAL). Where no downtime was predicted (stop-and-copy), the
+    /// time that the pages need at 1 MiB/s is added.
     pub total: Option<Duration>,
 }
 
 impl PauseLimits {
-    /// The shortest time without a sign of life that counts as silence if none is given: less would punish a destination on
-    /// a busy host.
+    /// The shortest time without a sign of life that counts as silence if none is given: less would
+    /// punish a destination on a busy host.
     pub const LEAST_SILENCE: Duration = Duration::from_secs(2);
     /// The shortest limit of the whole pause if none is given.
     pub const LEAST_TOTAL: Duration = Duration::from_secs(10);
@@ -46,9 +49,11 @@ impl PauseLimits {
 
 /// How often the engine looks for a sign of life.
 const LOOK: Duration = Duration::from_millis(100);
-/// The most time that counts as silence from one look to the next: this process did not run for the rest of it.
+/// The most time that counts as silence from one look to the next: this process did not run for the
+/// rest of it.
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
-/// Pages move faster than this, in bytes a second, where a pause whose length was not predicted makes progress.
+/// Pages move faster than this, in bytes a second, where a pause whose length was not predicted
+/// makes progress.
 const LEAST_RATE: u64 = 1 << 20;
 /// How long the last word to a destination may wait until the destination takes it.
 const LAST_WORD: Duration = Duration::from_millis(200);
@@ -126,7 +131,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Whether the destination takes it or not, the last word does not hold up the end of the migration.
+    /// Whether the destination takes it or not, the last word does not hold up the end of the
+    /// migration.
     pub(super) fn hurry_last_word(&mut self) {
         self.limit_writes(LAST_WORD);
     }
