@@ -322,7 +322,8 @@ impl Process {
             let Some((name, rest)) = stat.rsplit_once(") ") else { continue };
             let fields: Vec<&str> = rest.split_whitespace().collect();
             // proc(5) counts from 1, and these begin with its third
-            let field = |n: usize| fields.get(n - 3).and_then(|f| f.parse().ok()).ok_or(format!("no field {n}: {stat}"));
+            let field =
+                |n: usize| fields.get(n - 3).and_then(|f| f.parse().ok()).ok_or(format!("no field {n}: {stat}"));
             let name = name.split_once('(').map_or(name, |(_, name)| name).to_owned();
             all.push(Scheduling { name, policy: field(41)?, nice: field(19)? });
         }
