@@ -101,8 +101,8 @@ pub(crate) struct Bench {
     /// Measure only this part of hand-overs; can be given several times.
     #[arg(long, hide = true, requires = "handover")]
     part: Vec<handover::Part>,
-    /// So many bytes stand for a GiB: to try the measurement of hand-overs itself.
-    #[arg(long, hide = true, requires = "handover", default_value = "1G", value_parser = crate::cli::size)]
+    /// So many bytes stand for a GiB: to try the measurement of hand-overs, or of slots, itself.
+    #[arg(long, hide = true, default_value = "1G", value_parser = crate::cli::size)]
     unit: u64,
     /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]

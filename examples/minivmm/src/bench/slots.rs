@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use kvm_ioctls::Kvm;
-use migration_core::{GuestRam, RamLayout, RamRegion};
+use migration_core::{GuestRam, PAGE_SHIFT, RamLayout, RamRegion};
 use migration_kvm::{
     ram::{Backing, MappedRam},
     tracker::MAX_SLOT_BYTES,
@@ -21,7 +21,7 @@ use super::{
     Bench, GIB,
     figures::{Machine, median},
     measure::ms,
-    output::{self, Table, machine, number},
+    output::{self, Table, machine},
     process::{Folder, Process, field},
     tell,
 };
@@ -41,10 +41,10 @@ const SPARE: u64 = 2 * GIB;
 /// What a process says that is about to occupy a core.
 const BUSY: &str = "busy";
 
-/// A VM of this size, in slots of at most this size.
+/// A VM of this size, in so many slots.
 #[derive(Debug, Serialize)]
 struct Row {
-    gib: u64,
+    bytes: u64,
     slots: usize,
     /// The longest of all calls.
     longest_ms: f64,
@@ -61,19 +61,23 @@ fn kvm() -> Result<Kvm, String> {
     Kvm::new().map_err(|e| format!("/dev/kvm: {e}"))
 }
 
-fn measure(gib: u64, most: u64, repeat: u32) -> Result<Row, String> {
-    let (kvm, ram) = (kvm()?, sparse(gib * GIB)?);
+fn measure(bytes: u64, most: u64, repeat: u32) -> Result<Row, String> {
+    let (kvm, ram) = (kvm()?, sparse(bytes)?);
     let runs = (0..repeat).map(|_| time_slots(&kvm, ram.clone(), most)).collect::<Result<Vec<_>, _>>()?;
     let longest = runs.iter().flatten().max().copied().unwrap_or_default();
     let sums = runs.iter().map(|run| ms(run.iter().sum()));
     let slots = runs.first().map_or(0, Vec::len);
-    Ok(Row { gib, slots, longest_ms: ms(longest), sum_ms: median(sums).unwrap_or_default() })
+    Ok(Row { bytes, slots, longest_ms: ms(longest), sum_ms: median(sums).unwrap_or_default() })
 }
 
 /// Whether KVM's own memory for such a VM fits.
-fn fits(gib: u64) -> bool {
+fn fits(bytes: u64) -> bool {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable").and_then(|f| f.split(' ').next()?.parse().ok());
-    available.is_none_or(|kib: u64| kib << 10 > (gib * GIB >> 12) * BYTES_A_PAGE + SPARE)
+    available.is_none_or(|kib: u64| (kib << 10) > (bytes >> PAGE_SHIFT) * BYTES_A_PAGE + SPARE)
+}
+
+fn name(bytes: u64) -> String {
+    if bytes >= GIB { format!("{} GiB", bytes / GIB) } else { format!("{} KiB", bytes >> 10) }
 }
 
 /// Measures, and prints the table.
@@ -83,17 +87,20 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     }
     let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let (bar, mut rows, mut raw) = (ProgressBar::hidden(), Vec::new(), Vec::new());
-    for gib in SIZES {
-        let mut row = vec![format!("{gib} GiB")];
-        for most in [u64::MAX, MAX_SLOT_BYTES] {
-            if !fits(gib) || most == u64::MAX && gib > LARGEST && !args.long_calls {
+    let (unit, small) = (args.unit, MAX_SLOT_BYTES / GIB * args.unit);
+    for size in SIZES {
+        let bytes = size * unit;
+        let mut row = vec![name(bytes)];
+        for most in [u64::MAX, small] {
+            let long = most == u64::MAX && size > LARGEST;
+            if long && !args.long_calls || !fits(bytes) {
                 row.extend(["-".into(), "-".into()]);
-            } else {
-                tell(&bar, &format!("{gib} GiB, {}", if most == u64::MAX { "one slot" } else { "slots of 16 GiB" }));
-                let measured = measure(gib, most, if gib > LARGEST { 1 } else { repeat })?;
-                row.extend([measured.longest_ms, measured.sum_ms].map(|ms| number(Some(ms))));
-                raw.push(measured);
+                continue;
             }
+            tell(&bar, &format!("{}, {}", name(bytes), if most == small { "slots of 16 GiB" } else { "one slot" }));
+            let measured = measure(bytes, most, if size > LARGEST { 1 } else { repeat })?;
+            row.extend([measured.longest_ms, measured.sum_ms].map(|ms| format!("{ms:.2}")));
+            raw.push(measured);
         }
         rows.push(row);
     }

@@ -8,6 +8,7 @@ use crate::common::{Lab, Outcome, Suite, ensure, usage};
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("bench/hand_over", hand_over);
+    suite.kvm("bench/slots", slots);
     suite.kvm("eval/hand_over", timelines);
     suite.kvm("eval/encryption", encryption);
 }
@@ -39,6 +40,23 @@ fn hand_over(lab: &Lab) -> Outcome {
     ensure(figures["failures"].as_array().is_some_and(Vec::is_empty), || format!("{}", figures["failures"]))?;
     let page = fs::read_to_string(page)?;
     ensure(page.contains("| 4 at once, sleep, 64 MiB |") && page.ends_with("-->\nend\n"), || page.clone())
+}
+
+/// Sizes that take KVM no time, in as many slots as large ones have.
+fn slots(lab: &Lab) -> Outcome {
+    let page = lab.path("page.md");
+    fs::write(&page, "<!-- slots:begin -->\n<!-- slots:end -->\nend\n")?;
+    let args = ["bench", "--slots", "--long-calls", "--unit", "64K", "--json", "--markdown", &lab.arg("page.md")];
+    let (code, out, err) = usage(&args)?;
+    ensure(code == Some(0), || format!("{code:?}: {err}"))?;
+    let figures: Value = serde_json::from_str(&out)?;
+    let rows = figures["rows"].as_array().ok_or("no rows")?;
+    let slots: Vec<_> = rows.iter().filter_map(|row| row["slots"].as_u64()).collect();
+    ensure(slots == [1, 1, 1, 1, 1, 4, 1, 16, 1, 128], || out.clone())?;
+    let plausible = |row: &Value| row["longest_ms"].as_f64() > Some(0.0) && row["sum_ms"].as_f64() > Some(0.0);
+    ensure(rows.iter().all(plausible), || out.clone())?;
+    let page = fs::read_to_string(page)?;
+    ensure(page.contains("| 16384 KiB |") && page.ends_with("-->\nend\n"), || page.clone())
 }
 
 fn timelines(lab: &Lab) -> Outcome {
