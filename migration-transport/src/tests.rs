@@ -9,7 +9,7 @@ use std::{
 };
 
 use migration_core::{
-    GuestRam,
+    GuestRam, MigrationError,
     channel::{Channel, Connector, Halves, Listener},
 };
 use proptest::prelude::*;
@@ -222,17 +222,23 @@ fn peers_and_addresses_have_names() {
 }
 
 #[test]
-fn nobody_there_is_refused_with_the_address_in_the_message() {
+fn nobody_there_is_refused_in_a_message_to_which_the_caller_adds_the_address() {
     // bound, so that nobody else gets the port, and it never listens
     let deaf = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     deaf.bind(&net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let address = format!("tcp:{}", deaf.local_addr().unwrap().as_socket().unwrap());
-    let error = connector(&address.parse().unwrap(), ConnectOptions::default()).connect().err().unwrap();
-    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-    assert!(error.to_string().contains(&address), "{error}");
-    let error = UnixConnector::new("/nonexistent/socket", ConnectOptions::default()).connect().err().unwrap();
-    assert_eq!(error.kind(), ErrorKind::NotFound);
-    assert!(error.to_string().contains("unix:/nonexistent/socket"), "{error}");
+    let tcp = connector(&address.parse().unwrap(), ConnectOptions::default());
+    let unix = UnixConnector::new("/nonexistent/socket", ConnectOptions::default());
+    let cases: [(&dyn Connector, &str, ErrorKind); 2] =
+        [(&*tcp, &address, ErrorKind::ConnectionRefused), (&unix, "unix:/nonexistent/socket", ErrorKind::NotFound)];
+    for (connector, address, kind) in cases {
+        let error = connector.connect().err().unwrap();
+        assert_eq!(error.kind(), kind);
+        assert_eq!(connector.address(), address);
+        // the link's error names it, once
+        let error = MigrationError::link(&connector.address())(error).to_string();
+        assert_eq!(error.matches(address).count(), 1, "{error}");
+    }
 }
 
 #[test]
