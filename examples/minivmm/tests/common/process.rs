@@ -97,9 +97,40 @@ impl Process {
         Self::start_by(lab, program, &lab.path(name), &[&[name, command], args].concat())
     }
 
+    /// As [`start`](Self::start), with another stderr than a file.
+    pub(crate) fn with_stderr(
+        lab: &Lab,
+        name: &str,
+        command: &str,
+        args: &[&str],
+        stderr: Stdio,
+    ) -> Result<Self, Failed> {
+        let mut program = minivmm();
+        program.stderr(stderr);
+        Self::launch(lab, program, &lab.path(name), &[&[name, command], args].concat())
+    }
+
+    /// As [`start`](Self::start), where no file may grow beyond this many blocks of the shell's.
+    pub(crate) fn with_file_limit(
+        lab: &Lab,
+        name: &str,
+        command: &str,
+        args: &[&str],
+        blocks: u32,
+    ) -> Result<Self, Failed> {
+        let program = minivmm_after(&format!("ulimit -f {blocks}"));
+        Self::start_by(lab, program, &lab.path(name), &[&[name, command], args].concat())
+    }
+
     /// As [`start`](Self::start), by a program that may see `control` as another path than `name` in the lab. `args` begin with name
     /// and command.
     pub(super) fn start_by(lab: &Lab, mut program: Command, control: &Path, args: &[&str]) -> Result<Self, Failed> {
+        let name = args.first().ok_or("a name is missing")?;
+        program.stderr(File::create(lab.path(&format!("{name}.stderr")))?);
+        Self::launch(lab, program, control, args)
+    }
+
+    fn launch(lab: &Lab, mut program: Command, control: &Path, args: &[&str]) -> Result<Self, Failed> {
         let [name, command, args @ ..] = args else { return Err("a name and a command are missing".into()) };
         let (name, command) = (*name, *command);
         let (socket, stdout, stderr) =
@@ -114,7 +145,6 @@ impl Process {
             .args(control)
             .envs(slots(lab.slots))
             .stdout(File::create(&stdout)?)
-            .stderr(File::create(&stderr)?)
             .spawn()?;
         let (name, guard, address) = (name.to_owned(), Guard(child), String::new());
         let slots = lab.slots;
@@ -154,6 +184,17 @@ impl Process {
 
     pub(crate) fn pid(&self) -> u32 {
         self.guard.0.id()
+    }
+
+    /// Where its control socket is.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Sends it this signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) -> Outcome {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        Ok(nix::sys::signal::kill(pid, signal)?)
     }
 
     /// As a power cut would.
@@ -440,6 +481,12 @@ impl Answer {
     pub(crate) fn reason(&self) -> &str {
         self.json["reason"].as_str().unwrap_or("")
     }
+}
+
+/// `minivmm` with any arguments and this stdout, whatever comes of it: status, stderr.
+pub(crate) fn usage_with_stdout(args: &[&str], stdout: impl Into<Stdio>) -> Result<(Option<i32>, String), Failed> {
+    let output = minivmm().args(args).stdout(stdout).stderr(Stdio::piped()).output()?;
+    Ok((output.status.code(), String::from_utf8(output.stderr)?))
 }
 
 /// `minivmm` with any arguments, whatever comes of it: status, stdout, stderr.

@@ -25,6 +25,7 @@ mod jail;
 mod limits;
 mod moves;
 mod one_edge;
+mod output;
 mod peers;
 mod post_copy;
 mod post_copy_faults;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
     jail::add(&mut suite);
     one_edge::add(&mut suite);
     peers::add(&mut suite);
+    output::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
