@@ -116,7 +116,7 @@ fn also_in_small_slots(name: &str) -> bool {
     match name.split('/').collect::<Vec<_>>()[..] {
         ["one_edge", tracker, backing, "2_streams", "4_cpus"] => each_tracker_once(tracker, backing),
         ["hand_over", "memfd" | "hugetlb", "4", "random"] | ["hand_over", "paused"] => true,
-        ["post_copy", "workload", "hot"] | ["post_copy", "huge_pages", "whole"] => true,
+        ["post_copy", "workload", "random"] | ["post_copy", "huge_pages", "whole"] => true,
         ["balloon", "there_and_back", "thp"] | ["snapshot", "restored_vm_moves"] => true,
         ["ephemeral", "other_techniques_afterwards"] => true,
         _ => false,
