@@ -26,7 +26,8 @@ pub(crate) fn accept_within<T>(
     accept_any_within(&[fd], timeout, |_| accept())
 }
 
-/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits.
+/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody
+/// waits.
 pub(crate) fn accept_any_within<T>(
     fds: &[BorrowedFd<'_>],
     timeout: Duration,
@@ -53,7 +54,8 @@ pub(crate) fn accept_any_within<T>(
     }
 }
 
-/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps no other out.
+/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps
+/// no other out.
 fn readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Option<usize>> {
     // rounded up, lest the last fraction of a millisecond is spent spinning
     let millis = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
