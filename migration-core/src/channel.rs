@@ -132,8 +132,8 @@ pub trait Listener: Send {
     /// Where it listens, in the form in which a source names it.
     fn address(&self) -> String;
 
-    /// Returns the addresses that are bound, in numbers where there are any: a host name in [`address`](Self::address) may stand for
-    /// several. Without those it is that one.
+    /// Returns the addresses that are bound, in numbers where there are any: a host name in
+    /// [`address`](Self::address) may stand for several. Without those it is that one.
     fn bound(&self) -> Vec<String> {
         vec![self.address()]
     }

@@ -1,8 +1,9 @@
 //! Keys in files: a secret is 64 hexadecimal digits in a file that only its owner can read.
 //!
-//! A file with a secret is a regular file, no symbolic link, of the user who reads it or of root, and nobody else can read or change
-//! it. Symbolic links in the path of its folder are followed. A public key or a certificate may be a symbolic link and anyone's, but
-//! not writable for everyone: it decides who is trusted.
+//! A file with a secret is a regular file, no symbolic link, of the user who reads it or of root,
+//! and nobody else can read or change it. Symbolic links in the path of its folder are followed. A
+//! public key or a certificate may be a symbolic link and anyone's, but not writable for everyone:
+//! it decides who is trusted.
 
 use std::{
     fmt,
@@ -221,8 +222,8 @@ pub(crate) fn open_public(path: &Path) -> Result<File, KeyError> {
     Ok(file)
 }
 
-/// Opens a regular file, without waiting for the writer of a FIFO; what is returned is about the file that was opened, which the path
-/// may not lead to any more.
+/// Opens a regular file, without waiting for the writer of a FIFO; what is returned is about the
+/// file that was opened, which the path may not lead to any more.
 fn open_regular(path: &Path, flags: i32) -> Result<(File, fs::Metadata), KeyError> {
     let failed = |cause: io::Error| match cause.raw_os_error() {
         Some(libc::ELOOP | libc::ENXIO) => KeyError::NotRegular { path: path.to_owned() },

@@ -131,13 +131,14 @@ fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
     Ok(same.then_some((process, other.pid)))
 }
 
-/// Whether a process, with the start that `/proc` gives for its number, is the one that `identity` names. If not, that one has
-/// ended, and its number is another's now, or nobody's.
+/// Whether a process, with the start that `/proc` gives for its number, is the one that `identity`
+/// names. If not, that one has ended, and its number is another's now, or nobody's.
 fn is_it(process: &OwnedFd, started: Option<u64>, identity: &ProcessIdentity) -> Result<bool, NotFenced> {
     match started {
         Some(started) => Ok(started == identity.started),
         None if has_ended(process, Duration::ZERO)? => Ok(false),
-        // the processes of other users are invisible with the mount option `hidepid`: nobody may take them for dead
+        // the processes of other users are invisible with the mount option `hidepid`: nobody may
+        // take them for dead
         None => Err(NotFenced(format!("process {} lives, and /proc does not show it (hidepid?)", identity.pid))),
     }
 }

@@ -56,7 +56,8 @@ impl RefreshPolicy for MemoryGrowth {
 
 /// Resident anonymous memory of the calling process, in bytes.
 fn own_memory() -> io::Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
+    let status = fs::read_to_string("/proc/self/status");
+    let status = status.map_err(|e| io::Error::new(e.kind(), format!("/proc/self/status: {e} (is /proc mounted?)")))?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     let kilobytes = line.and_then(|text| text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
     let bytes = kilobytes.and_then(|kb| kb.checked_mul(1024));

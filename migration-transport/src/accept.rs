@@ -118,7 +118,8 @@ fn accept_noting<T>(
     }
 }
 
-/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps no other out.
+/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps
+/// no other out.
 fn readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Option<usize>> {
     // rounded up, lest the last fraction of a millisecond is spent spinning
     let millis = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;

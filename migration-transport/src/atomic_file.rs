@@ -1,4 +1,5 @@
-//! Files that appear whole or not at all, and files that are opened without trusting who put them there.
+//! Files that appear whole or not at all, and files that are opened without trusting who put them
+//! there.
 
 #[cfg(test)]
 mod tests;
@@ -26,25 +27,28 @@ use crate::file_errors::{at, damaged};
 const PRIVATE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// The mode of files that anyone may read, less the umask.
 const SHARED: Mode = PRIVATE.union(Mode::RGRP).union(Mode::WGRP).union(Mode::ROTH).union(Mode::WOTH);
-/// Names that are tried for the unfinished file. More than one is taken only if somebody means to be in the way.
+/// Names that are tried for the unfinished file. More than one is taken only if somebody means to
+/// be in the way.
 const MOST_NAMES: usize = 64;
 
-/// A new file that gets its name when it is complete: until then, a file that had the name stays as it was.
+/// A new file that gets its name when it is complete: until then, a file that had the name stays as
+/// it was.
 ///
-/// The data goes to an unfinished file in the same folder, `NAME.new`. [`commit`](Self::commit) writes it to the disk and renames
-/// it. Dropped before that, the unfinished file is removed.
+/// The data goes to an unfinished file in the same folder, `NAME.new`. [`commit`](Self::commit)
+/// writes it to the disk and renames it. Dropped before that, the unfinished file is removed.
 ///
 /// It is safe in a folder in which others may create files, too:
 ///
-/// - The unfinished file is created exclusively. What others have put at `NAME.new` (a file of another owner, a hard link, a
-///   symbolic link, a FIFO) is neither opened for writing nor removed; another name is chosen, which nobody can predict.
-/// - A `NAME.new` that a crash has left is removed: it is a regular file of the caller without further links that no process has
-///   locked (`flock`).
+/// - The unfinished file is created exclusively. What others have put at `NAME.new` (a file of
+///   another owner, a hard link, a symbolic link, a FIFO) is neither opened for writing nor
+///   removed; another name is chosen, which nobody can predict.
+/// - A `NAME.new` that a crash has left is removed: it is a regular file of the caller without
+///   further links that no process has locked (`flock`).
 /// - The mode is 0600 whatever the umask, unless [`create_shared`](Self::create_shared) was called.
 /// - The folder is opened once. If its path leads elsewhere later, nothing goes there.
 ///
-/// Symbolic links in the path of the folder are followed. A folder in which others may rename or remove files of the caller
-/// (writable for others, without the sticky bit) is never safe.
+/// Symbolic links in the path of the folder are followed. A folder in which others may rename or
+/// remove files of the caller (writable for others, without the sticky bit) is never safe.
 ///
 /// # Example
 ///
@@ -75,8 +79,10 @@ impl AtomicFile {
     /// Creates the unfinished file for `path`. Its mode is 0600.
     ///
     /// # Errors
-    /// - [`ErrorKind::AlreadyExists`]: something else than a regular file is at `path`, such as a symbolic link.
-    /// - [`ErrorKind::PermissionDenied`]: the file at `path` belongs to somebody else; or the folder must not be written.
+    /// - [`ErrorKind::AlreadyExists`]: something else than a regular file is at `path`, such as a
+    ///   symbolic link.
+    /// - [`ErrorKind::PermissionDenied`]: the file at `path` belongs to somebody else; or the
+    ///   folder must not be written.
     /// - [`ErrorKind::ResourceBusy`]: a process of this user writes a new file for `path` already.
     /// - [`ErrorKind::InvalidInput`]: `path` has no file name.
     /// - Everything that the file system reports.
@@ -84,8 +90,8 @@ impl AtomicFile {
         Self::create_with(path, PRIVATE)
     }
 
-    /// As [`create`](Self::create), for a file that is no secret: its mode is 0666 less the umask, and it may replace a file of
-    /// somebody else.
+    /// As [`create`](Self::create), for a file that is no secret: its mode is 0666 less the umask,
+    /// and it may replace a file of somebody else.
     ///
     /// # Errors
     /// As [`create`](Self::create).
@@ -120,23 +126,27 @@ impl AtomicFile {
         &self.file
     }
 
-    /// Writes everything to the disk and gives the file its name. When it returns, the file outlives a crash of the host.
+    /// Writes everything to the disk and gives the file its name. When it returns, the file
+    /// outlives a crash of the host.
     ///
     /// # Errors
-    /// Everything that the file system reports. The unfinished file is removed then, unless the last step failed: the file has its
-    /// name by then, and only whether that outlives a crash of the host is not known.
+    /// Everything that the file system reports. The unfinished file is removed then, unless the
+    /// last step failed: the file has its name by then, and only whether that outlives a crash of
+    /// the host is not known.
     pub fn commit(mut self) -> io::Result<()> {
         self.file.sync_all().map_err(at(&self.unfinished_path()))?;
         self.rename()?;
         self.sync_name()
     }
 
-    /// Returns the path of the unfinished file for messages; of the finished one when it was renamed.
+    /// Returns the path of the unfinished file for messages; of the finished one when it was
+    /// renamed.
     pub(crate) fn unfinished_path(&self) -> PathBuf {
         self.folder.path.join(self.unfinished.as_ref().unwrap_or(&self.name))
     }
 
-    /// Gives the file its name. It replaces a file that has the name; a link that has it is replaced itself.
+    /// Gives the file its name. It replaces a file that has the name; a link that has it is
+    /// replaced itself.
     pub(crate) fn rename(&mut self) -> io::Result<()> {
         let Some(unfinished) = &self.unfinished else { return Ok(()) };
         let path = self.folder.path.join(&self.name);
@@ -173,7 +183,8 @@ impl Drop for AtomicFile {
     }
 }
 
-/// The folder of a file. Every name is looked up in this very folder, whatever its path leads to later.
+/// The folder of a file. Every name is looked up in this very folder, whatever its path leads to
+/// later.
 #[derive(Debug)]
 struct Folder {
     handle: File,
@@ -241,7 +252,8 @@ impl Folder {
         Err(at(&self.path.join(name))(io::Error::new(ErrorKind::AlreadyExists, why)))
     }
 
-    /// Removes an unfinished file of the caller that a crash has left; returns whether the name may be free now.
+    /// Removes an unfinished file of the caller that a crash has left; returns whether the name may
+    /// be free now.
     ///
     /// # Errors
     /// [`ErrorKind::ResourceBusy`] if it is not left over: a process writes it.
@@ -265,7 +277,8 @@ impl Folder {
         }
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            // whoever can only read a file can lock it: that is no sign of a writer where others may read
+            // whoever can only read a file can lock it: that is no sign of a writer where others
+            // may read
             Err(Errno::WOULDBLOCK) if found.st_mode & 0o077 != 0 => return Ok(false),
             Err(Errno::WOULDBLOCK) => {
                 let why = io::Error::new(ErrorKind::ResourceBusy, "another process is writing this file");
@@ -286,16 +299,18 @@ fn is_regular(found: &Stat) -> bool {
     FileType::from_raw_mode(found.st_mode) == FileType::RegularFile
 }
 
-/// Returns a name that nobody else can have put something at. Files are created exclusively all the same.
+/// Returns a name that nobody else can have put something at. Files are created exclusively all the
+/// same.
 pub(crate) fn unpredictable_name() -> OsString {
     format!(".{:016x}.new", RandomState::new().build_hasher().finish()).into()
 }
 
-/// Opens a regular file for reading and returns it with its length in bytes; `None` if there is none. Follows no link at the end of
-/// the path, and does not wait for the writer of a FIFO.
+/// Opens a regular file for reading and returns it with its length in bytes; `None` if there is
+/// none. Follows no link at the end of the path, and does not wait for the writer of a FIFO.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidData`] when something else than a regular file is there; everything that the file system reports.
+/// [`ErrorKind::InvalidData`] when something else than a regular file is there; everything that the
+/// file system reports.
 pub(crate) fn open_regular(path: &Path) -> io::Result<Option<(File, u64)>> {
     match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
         Ok(file) => match file.metadata().map_err(at(path))? {

@@ -29,11 +29,12 @@ const MAGIC: [u8; 8] = *b"LMLEASE1";
 /// Magic, holder, number, term, CRC-32.
 const LEN: usize = 8 + 16 + 8 + 8 + 4;
 
-/// A [`LeaseStore`] of one small file a VM, in a folder on a file system that keeps locks (`flock`) and renames across all
-/// hosts that use it: a local one, NFS from version 4 on, a cluster file system.
+/// A [`LeaseStore`] of one small file a VM, in a folder on a file system that keeps locks (`flock`)
+/// and renames across all hosts that use it: a local one, NFS from version 4 on, a cluster file
+/// system.
 ///
-/// Leases and locks have mode 0600 whatever the umask, and no link is followed or written through. Whoever can write to the folder
-/// decides who may run which VM.
+/// Leases and locks have mode 0600 whatever the umask, and no link is followed or written through.
+/// Whoever can write to the folder decides who may run which VM.
 #[derive(Clone, Debug)]
 pub struct DirLeases {
     dir: PathBuf,
@@ -82,8 +83,8 @@ impl LeaseStore for DirLeases {
 /// Waits for the lock of a lease, and holds it until the file is dropped.
 ///
 /// # Errors
-/// [`ErrorKind::TimedOut`] when somebody else holds it for longer than `patience`; [`ErrorKind::InvalidData`] when something else
-/// than a file of its own is there.
+/// [`ErrorKind::TimedOut`] when somebody else holds it for longer than `patience`;
+/// [`ErrorKind::InvalidData`] when something else than a file of its own is there.
 fn lock(path: &Path, patience: Duration) -> io::Result<File> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let open = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).custom_flags(flags).open(path);

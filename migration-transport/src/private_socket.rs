@@ -46,19 +46,23 @@ pub(crate) struct Bound {
     pub(crate) file: (u64, u64),
 }
 
-/// Listens at the path of a Unix socket to which nobody but the caller's user, and root, can connect.
+/// Listens at the path of a Unix socket to which nobody but the caller's user, and root, can
+/// connect.
 ///
-/// The socket's file has mode 0600 whatever the umask, which this does not touch. It appears under its name when it can be
-/// connected to. A socket file that was left there by a process that has ended is replaced.
+/// The socket's file has mode 0600 whatever the umask, which this does not touch. It appears under
+/// its name when it can be connected to. A socket file that was left there by a process that has
+/// ended is replaced.
 ///
-/// To do so, the socket is bound to an unpredictable name in the same folder, and renamed: what others put into the folder is not in
-/// the way. (Tools such as `ss` show the name that it was bound to, `.NAME.` and some digits.) Only while a socket file is replaced
-/// there is a lock, a file `.NAME.lock` of mode 0600, so that no other user can hold it.
+/// To do so, the socket is bound to an unpredictable name in the same folder, and renamed: what
+/// others put into the folder is not in the way. (Tools such as `ss` show the name that it was
+/// bound to, `.NAME.` and some digits.) Only while a socket file is replaced there is a lock, a
+/// file `.NAME.lock` of mode 0600, so that no other user can hold it.
 ///
 /// # Errors
-/// [`ErrorKind::AddrInUse`] when a living process listens there; [`ErrorKind::AlreadyExists`] when something else than a socket is
-/// there; [`ErrorKind::TimedOut`] when another process of this user has the lock for 10 s; everything that the operating system
-/// reports. Nothing is left behind then.
+/// [`ErrorKind::AddrInUse`] when a living process listens there; [`ErrorKind::AlreadyExists`] when
+/// something else than a socket is there; [`ErrorKind::TimedOut`] when another process of this user
+/// has the lock for 10 s; everything that the operating system reports. Nothing is left behind
+/// then.
 pub fn listen_private(path: &Path) -> io::Result<net::UnixListener> {
     Ok(OwnedFd::from(listen(path)?.socket).into())
 }
@@ -90,7 +94,8 @@ struct Unnamed {
 }
 
 impl Unnamed {
-    /// Binds the socket beside `path`. To bind creates the file, and fails if anything is there, also a link.
+    /// Binds the socket beside `path`. To bind creates the file, and fails if anything is there,
+    /// also a link.
     fn bind(socket: &Socket, path: &Path, name: &OsStr) -> io::Result<Self> {
         for _ in 0..ATTEMPTS {
             let unnamed = path.with_file_name(unnamed(path, name));
@@ -110,8 +115,9 @@ impl Unnamed {
     }
 
     fn rename(self, path: &Path) -> io::Result<()> {
-        // Two processes that find the same stale file must not both replace it, the second one removing the first one's new
-        // socket. Whoever removes one has the lock; who finds the name free needs none.
+        // Two processes that find the same stale file must not both replace it, the second one
+        // removing the first one's new socket. Whoever removes one has the lock; who finds the name
+        // free needs none.
         let mut lock = None;
         for _ in 0..ATTEMPTS {
             match rename_if_free(&self.path, path) {
@@ -143,8 +149,9 @@ struct Lock {
 }
 
 impl Lock {
-    /// Waits for the lock; `None` if somebody has put something else at its place. Then nothing keeps two processes of this user
-    /// that find a stale socket at the very same moment from displacing each other.
+    /// Waits for the lock; `None` if somebody has put something else at its place. Then nothing
+    /// keeps two processes of this user that find a stale socket at the very same moment from
+    /// displacing each other.
     fn take(socket: &Path) -> io::Result<Option<Self>> {
         let mut name = OsString::from(".");
         name.push(socket.file_name().unwrap_or_default());
@@ -191,7 +198,8 @@ impl Drop for Lock {
     }
 }
 
-/// A name beside `path`, as that of `name` for those who look for it; a short one where a long one does not fit.
+/// A name beside `path`, as that of `name` for those who look for it; a short one where a long one
+/// does not fit.
 fn unnamed(path: &Path, name: &OsStr) -> OsString {
     let digits = RandomState::new().build_hasher().finish() as u32;
     let mut long = OsString::from(".");
@@ -205,7 +213,8 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     if path.as_os_str().len() <= UNIX_PATH_MAX {
         return socket.bind(&SockAddr::unix(path)?);
     }
-    // a name of a few characters in a folder whose path leaves no room for more: the folder by its descriptor
+    // a name of a few characters in a folder whose path leaves no room for more: the folder by its
+    // descriptor
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(ErrorKind::InvalidInput.into());
     };
@@ -253,7 +262,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         // whatever else comes of it, even a refusal of access, someone may be there
         _ => return Err(in_use()),
     }
-    // Without the lock, another process may have replaced it by now: what was taken away is looked at.
+    // Without the lock, another process may have replaced it by now: what was taken away is looked
+    // at.
     let name = path.file_name().unwrap_or_default();
     let taken = path.with_file_name(unnamed(path, name));
     match rename_if_free(path, &taken) {

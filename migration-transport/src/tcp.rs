@@ -114,14 +114,15 @@ pub struct TcpListener {
 }
 
 impl TcpListener {
-    /// Listens on `port` of every address of `host`: an IP address or name of this host, or `0.0.0.0` or `::` for all of its
-    /// interfaces. A name may stand for several addresses, of IPv4 and IPv6; those that this host does not have are left out.
-    /// Port 0 picks one that is free at all of them, which [`address`](Listener::address) then tells, and
+    /// Listens on `port` of every address of `host`: an IP address or name of this host, or
+    /// `0.0.0.0` or `::` for all of its interfaces. A name may stand for several addresses, of IPv4
+    /// and IPv6; those that this host does not have are left out. Port 0 picks one that is free at
+    /// all of them, which [`address`](Listener::address) then tells, and
     /// [`addresses`](Self::addresses) each address. `options` apply to each connection.
     ///
     /// # Errors
-    /// When no address can be bound; `AddrInUse` also when the port is taken at one of several, at which a source might find a
-    /// stranger instead.
+    /// When no address can be bound; `AddrInUse` also when the port is taken at one of several, at
+    /// which a source might find a stranger instead.
     pub fn bind(host: &str, port: u16, options: SocketOptions) -> io::Result<Self> {
         let failed = |error: io::Error| {
             let address = Address::Tcp { host: host.to_owned(), port };
@@ -164,8 +165,8 @@ impl TcpListener {
     }
 }
 
-/// Binds all of these that this host has. For port 0 all get the port that the first one gets; another one is tried where that is
-/// taken at a later one.
+/// Binds all of these that this host has. For port 0 all get the port that the first one gets;
+/// another one is tried where that is taken at a later one.
 fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec<Socket>> {
     let alone = addresses.len() == 1;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
@@ -202,7 +203,8 @@ fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec
     Err(last)
 }
 
-/// Whether an address is none of this host: a name's, or of a protocol that the host does not speak.
+/// Whether an address is none of this host: a name's, or of a protocol that the host does not
+/// speak.
 fn is_elsewhere(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }

@@ -90,9 +90,9 @@ fn channel(socket: Socket, peer: String, options: &SocketOptions) -> io::Result<
 
 /// Accepts connections at a Unix socket.
 ///
-/// The socket file is made for its owner alone (mode 0600 whatever the umask): whoever connects can replace a VM's
-/// memory. It appears when it can be connected to. It is removed when the listener is dropped, unless something else has taken
-/// its place by then.
+/// The socket file is made for its owner alone (mode 0600 whatever the umask): whoever connects can
+/// replace a VM's memory. It appears when it can be connected to. It is removed when the listener
+/// is dropped, unless something else has taken its place by then.
 #[derive(Debug)]
 pub struct UnixListener {
     socket: Socket,

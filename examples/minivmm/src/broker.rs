@@ -1,7 +1,7 @@
 //! `minivmm broker`: keeps the RAM of VMs, and shows what is kept.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::unix::fs::FileExt as _,
     path::Path,
@@ -99,7 +99,8 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
     Ok(json!({"kept": kept}))
 }
 
-/// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is there when it is complete.
+/// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is
+/// there when it is complete.
 fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
     let ram = broker.withdraw(vm).map_err(|e| e.to_string())?;
     let context = |e: io::Error| format!("{}: {e}", out.display());

@@ -219,8 +219,8 @@ pub(crate) struct Broker {
 
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
-    /// Where to listen: tcp:HOST:PORT (port 0 picks one) or unix:PATH. Prints `listening URL`, and for a host name a line
-    /// `bound URL` for each of its addresses.
+    /// Where to listen: tcp:HOST:PORT (port 0 picks one) or unix:PATH. Prints `listening URL`, and
+    /// for a host name a line `bound URL` for each of its addresses.
     #[arg(long, value_name = "URL")]
     pub(crate) listen: Address,
     #[command(flatten)]

@@ -172,9 +172,11 @@ pub(crate) struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Binds `path`, for this user alone (mode 0600 whatever the umask); a socket file on which nobody listens is replaced.
+    /// Binds `path`, for this user alone (mode 0600 whatever the umask); a socket file on which
+    /// nobody listens is replaced.
     ///
-    /// The file appears only when it can be connected to: a socket is bound before it listens, so it gets its name last.
+    /// The file appears only when it can be connected to: a socket is bound before it listens, so
+    /// it gets its name last.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let context = |e: io::Error| io::Error::new(e.kind(), format!("control socket {}: {e}", path.display()));
         let listener = listen_private(path).map_err(context)?;

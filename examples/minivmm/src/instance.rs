@@ -253,8 +253,8 @@ impl Instance {
         Ok(())
     }
 
-    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at, and, where that is a name, what it
-    /// stands for.
+    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at, and,
+    /// where that is a name, what it stands for.
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,

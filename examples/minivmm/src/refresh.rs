@@ -190,7 +190,8 @@ impl Drop for Successor {
     }
 }
 
-/// Whether there is a socket of this user. The successor makes its own ones; whoever is found at another user's would get the VM.
+/// Whether there is a socket of this user. The successor makes its own ones; whoever is found at
+/// another user's would get the VM.
 fn is_own_socket(path: &Path) -> Result<bool, String> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_socket() && found.uid() == geteuid().as_raw() => Ok(true),

@@ -4,8 +4,9 @@ use std::{fs, io, io::Write as _, path::Path};
 
 use migration_transport::AtomicFile;
 
-/// Writes a file, which is there when it is complete; one that was there stays until then. A symbolic link is followed, and what is no
-/// file, such as `/dev/stdout`, gets the bytes as they are.
+/// Writes a file, which is there when it is complete; one that was there stays until then. A
+/// symbolic link is followed, and what is no file, such as `/dev/stdout`, gets the bytes as they
+/// are.
 pub(crate) fn write(out: &Path, bytes: impl AsRef<[u8]>) -> Result<(), String> {
     let context = |e: io::Error| format!("{}: {e}", out.display());
     let file = match fs::metadata(out) {

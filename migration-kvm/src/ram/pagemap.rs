@@ -106,7 +106,8 @@ impl Pagemap {
         Self::open_at(PAGEMAP)
     }
 
-    /// As [`open`](Self::open), for what can do without: `None` where `/proc` is not mounted, or may not be read.
+    /// As [`open`](Self::open), for what can do without: `None` where `/proc` is not mounted, or
+    /// may not be read.
     pub(crate) fn open_if_any() -> io::Result<Option<Self>> {
         Self::open_if_at(PAGEMAP)
     }

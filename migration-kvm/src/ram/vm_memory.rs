@@ -31,8 +31,8 @@ pub enum VmMemoryError {
 
 /// A [`GuestRam`] over memory of the vm-memory crate, which it keeps alive.
 ///
-/// Each vm-memory region becomes one region of the layout, in ascending order. Without `/proc` (in a jail), all pages count as
-/// [populated](GuestRam::populated).
+/// Each vm-memory region becomes one region of the layout, in ascending order. Without `/proc` (in
+/// a jail), all pages count as [populated](GuestRam::populated).
 pub struct VmMemoryRam<M> {
     memory: Arc<M>,
     layout: RamLayout,

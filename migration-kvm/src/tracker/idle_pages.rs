@@ -146,12 +146,12 @@ struct Files {
 
 impl Files {
     fn open(root: &Path) -> io::Result<Self> {
+        let mounted = root.join("proc/self").exists() && root.join("sys/kernel").exists();
         let open = |file: &str, writes: bool| {
             OpenOptions::new().read(true).write(writes).open(root.join(file)).map_err(|error| {
                 let why = match error.kind() {
-                    io::ErrorKind::NotFound => {
-                        "the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING), or /proc or /sys is not mounted".into()
-                    }
+                    io::ErrorKind::NotFound if !mounted => "/proc or /sys is not mounted".into(),
+                    io::ErrorKind::NotFound => "the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING)".into(),
                     io::ErrorKind::PermissionDenied => "it needs root and CAP_SYS_ADMIN".into(),
                     _ => error.to_string(),
                 };
@@ -311,6 +311,9 @@ mod tests {
         let kernel = Kernel::new();
         fs::remove_file(kernel.root.path().join(BITMAP)).unwrap();
         assert!(why(&kernel).ends_with("page_idle/bitmap: the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING)"));
+        // as in a jail
+        fs::remove_dir_all(kernel.root.path().join("sys")).unwrap();
+        assert!(why(&kernel).ends_with("page_idle/bitmap: /proc or /sys is not mounted"));
         let kernel = Kernel::new();
         kernel.map(3, 0, 0);
         assert!(why(&kernel).contains("CAP_SYS_ADMIN"));

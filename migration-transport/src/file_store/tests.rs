@@ -95,7 +95,8 @@ fn what_fails_leaves_nothing_behind() {
     assert_eq!(read(&absent).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
-/// A snapshot takes over neither the owner, nor the mode, nor the links of what somebody has put at the unfinished name.
+/// A snapshot takes over neither the owner, nor the mode, nor the links of what somebody has put at
+/// the unfinished name.
 #[test]
 fn a_planted_file_is_left_alone() {
     let (dir, outside) = (dir(), dir());

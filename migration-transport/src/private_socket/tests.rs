@@ -108,7 +108,8 @@ fn a_planted_lock_keeps_nobody_out() {
     assert!(!lock.exists());
 }
 
-/// Every path to which a client can connect can be listened at, also where no longer name beside it fits.
+/// Every path to which a client can connect can be listened at, also where no longer name beside it
+/// fits.
 #[test]
 fn the_longest_paths() {
     let folder = tempfile::tempdir().unwrap();

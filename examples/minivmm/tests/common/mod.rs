@@ -218,7 +218,8 @@ impl Lab {
         Ok(source)
     }
 
-    /// A command of `minivmm` by another program, which sees the control socket at this path. `args` begin with name and command.
+    /// A command of `minivmm` by another program, which sees the control socket at this path.
+    /// `args` begin with name and command.
     pub(crate) fn start_by(&self, program: Command, control: &Path, args: &[&str]) -> Result<Process, Failed> {
         Process::start_by(self, program, control, args)
     }

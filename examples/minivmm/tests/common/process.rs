@@ -122,8 +122,8 @@ impl Process {
         Self::start_by(lab, program, &lab.path(name), &[&[name, command], args].concat())
     }
 
-    /// As [`start`](Self::start), by a program that may see `control` as another path than `name` in the lab. `args` begin with name
-    /// and command.
+    /// As [`start`](Self::start), by a program that may see `control` as another path than `name`
+    /// in the lab. `args` begin with name and command.
     pub(super) fn start_by(lab: &Lab, mut program: Command, control: &Path, args: &[&str]) -> Result<Self, Failed> {
         let name = args.first().ok_or("a name is missing")?;
         program.stderr(File::create(lab.path(&format!("{name}.stderr")))?);

@@ -99,7 +99,8 @@ fn modes_under_umask_0(lab: &Lab) -> Outcome {
 fn sockets(lab: &Lab) -> Outcome {
     fs::create_dir(lab.path("s"))?;
     let (folder, listen) = (lab.path("s"), format!("unix:{}", lab.arg("s/listen")));
-    // a lock on the folder, a stale socket, and what stands where minivmm used to put the socket first
+    // a lock on the folder, a stale socket, and what stands where minivmm used to put the socket
+    // first
     let held = File::open(&folder)?;
     held.lock()?;
     drop(UnixListener::bind(lab.path("s/listen"))?);

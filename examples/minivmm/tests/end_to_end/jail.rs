@@ -1,4 +1,5 @@
-//! VMs in a jail: a folder of their own as root, with the devices that they need, and without `/proc` and `/sys`.
+//! VMs in a jail: a folder of their own as root, with the devices that they need, and without
+//! `/proc` and `/sys`.
 
 use std::{
     fs,
@@ -51,6 +52,8 @@ fn jail(lab: &Lab) -> Result<bool, Failed> {
     fs::create_dir(lab.path("dev"))?;
     fs::create_dir(lab.path("etc"))?;
     fs::write(lab.path("etc/hosts"), "127.0.0.1 several\n127.0.0.2 several\n::1 several\n")?;
+    // without this, a name in that file has one address
+    fs::write(lab.path("etc/host.conf"), "multi on\n")?;
     fs::copy(program, lab.path("program"))?;
     for library in libraries(program)? {
         let inside = lab.path(library.strip_prefix("/")?.to_str().ok_or("not text")?);
