@@ -104,7 +104,7 @@ pub fn snapshot(
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
-    let options = &SnapshotOptions { observer: Guarded::new(&options.observer), ..options.clone() };
+    let options = &SnapshotOptions { observer: Guarded::around(&options.observer), ..options.clone() };
     let mut requests = lock(&commands.requests);
     (requests.post_copy, requests.switch_over) = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot));
     drop(requests);

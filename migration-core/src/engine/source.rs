@@ -94,7 +94,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
-    let options = &SourceOptions { observer: Guarded::new(&options.observer), ..options.clone() };
+    let options = &SourceOptions { observer: Guarded::around(&options.observer), ..options.clone() };
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     engine.can_switch_over = strategy.can_switch_over();
     if !engine.can_switch_over {
