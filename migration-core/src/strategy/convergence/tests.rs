@@ -312,7 +312,7 @@ proptest! {
                     break;
                 }
                 Next::GiveUp(why) => {
-                    prop_assert!(!within && !world.stop && !(world.post_copy && world.can_post_copy));
+                    prop_assert!(!(within || world.stop || world.post_copy && world.can_post_copy));
                     // all that the guest ever writes fits into the limit: then any moment is good
                     prop_assert!(link.predict(world.working_set) > world.limit, "given away: {}", why);
                     prop_assert!(why.contains(&ms(world.limit)), "{}", why);
