@@ -324,3 +324,21 @@ fn progress_is_live_in_the_first_round_and_never_absurd() {
         assert!(p.expected_downtime.is_none_or(|expected| expected <= most), "{p:?}");
     }
 }
+
+/// Pings go out every second, so that here a second one is on its way before the first is answered.
+#[test]
+fn a_round_trip_is_longer_than_the_time_between_two_pings() {
+    let (destination, mut vm) = (Destination::start(None), LargeVm::new(100));
+    let address = destination.address.to_string();
+    let address = address.strip_prefix("tcp:").unwrap().to_socket_addrs().unwrap().next().unwrap();
+    let relay = Relay::new(address).unwrap();
+    relay.set_delay(Duration::from_millis(600));
+    let options = SourceOptions { on_timeout: OnTimeout::Stop, ..limit(300) };
+    let link = connector(&relay.address(), ConnectOptions::default());
+    let report = migrate(&mut vm, &*link, &mut <PreCopy>::default(), &options, Controller::new().1);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    destination.arrived.recv().unwrap().set_running(false);
+    // two round trips, each of which has the delay twice
+    assert!(report.predicted_downtime >= Some(Duration::from_millis(2400)), "{:?}", report.predicted_downtime);
+    assert!(report.stalled.is_some_and(|why| why.contains("two round trips")) && report.throttle_percent == 0);
+}

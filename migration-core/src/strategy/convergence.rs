@@ -112,8 +112,8 @@ const MOST_ROUNDS: u32 = 100;
 /// What is left must be smaller than the old minimum by one part in so many to be a new one: a bound on how many there can
 /// be.
 const LEAST_GAIN: u64 = 20;
-/// Round trips to look at before one that is too long counts as a property of the link: the first ones may have met a
-/// busy host.
+/// Round trips to look at, after at least two rounds, before one that is too long counts as a property of the link: the first ones
+/// may have met a busy host.
 const FLOOR_LOOKS: u32 = 4;
 /// Within the limit the guest is throttled only for dirty pages that take at least one part in so many of the limit.
 const SUBSTANTIAL: u32 = 20;
@@ -204,7 +204,8 @@ impl ModelConvergence {
     /// The floor is above the limit.
     fn floor_above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
         self.floor_looks += 1;
-        let sure = above_without_link(link) || self.floor_looks.max(link.round_trips) >= FLOOR_LOOKS;
+        let seen = self.floor_looks >= FLOOR_LOOKS || self.floor_looks > 1 && link.round_trips >= FLOOR_LOOKS;
+        let sure = above_without_link(link) || seen;
         if !sure {
             return Next::Round;
         }

@@ -51,10 +51,11 @@ impl Engine<'_> {
         if self.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
-        let asked = Instant::now();
+        // in the queue with those that follow while its answer is awaited: answers come in their order
+        self.last_ping = Instant::now();
+        self.pings.push_back(self.last_ping);
         self.say(&Control::Ping)?;
         self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
-        self.calibration.round_trip(asked.elapsed());
         self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
         self.check_state_limits()?;
         self.report.setup = self.start.elapsed();
