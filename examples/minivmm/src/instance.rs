@@ -88,6 +88,8 @@ struct State {
     exit: Option<u8>,
     /// Whether the guest has ended here by itself.
     guest_ended: bool,
+    /// Whether there was no thread to wait for that: the main thread looks now and then.
+    unwatched: bool,
     clients: u32,
     /// Who waits for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
@@ -173,15 +175,21 @@ impl Instance {
         drop(machine);
         let watch = move || {
             if let Some(end) = end() {
-                log!("the VM has ended: {end}");
-                instance.tell_ended(&end);
-                instance.guest_ended();
-                instance.exit(5);
+                instance.has_ended(&end);
             }
         };
-        if let Err(error) = thread::Builder::new().name("watch".into()).spawn(watch) {
-            log!("nobody watches for the end of the VM: {error}");
+        if thread::Builder::new().name("watch".into()).spawn(watch).is_err() {
+            self.lock().unwatched = true;
+            self.changed.notify_all();
         }
+    }
+
+    /// The guest has ended by itself, and with it this process does.
+    fn has_ended(&self, why: &str) {
+        eprintln!("minivmm: the VM has ended: {why}");
+        self.tell_ended(why);
+        self.guest_ended();
+        self.exit(5);
     }
 
     /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the guest has ended.
@@ -320,6 +328,14 @@ impl Instance {
         let status = loop {
             match state.exit {
                 Some(status) => break status,
+                None if state.unwatched => {
+                    state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
+                    if let Some(why) = state.machine.as_ref().filter(|_| !state.guest_ended).and_then(|m| m.end()) {
+                        drop(state);
+                        self.has_ended(&why);
+                        state = self.lock();
+                    }
+                }
                 None => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
             }
         };

@@ -80,6 +80,8 @@ struct LaneState {
     missing: Option<Arc<Missing>>,
     /// Whether the VM runs here.
     running: bool,
+    /// Whether its guest has ended here: what is missing need not come any more.
+    guest_ended: bool,
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
@@ -137,6 +139,7 @@ impl Session {
             checkpoint: None,
             missing: None,
             running: false,
+            guest_ended: false,
             started: vec![0; count],
             ended: vec![0; count],
             sealed: false,
@@ -263,6 +266,7 @@ impl Session {
 
     /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows that.
     pub(super) fn tell_ended(&self, ended: Control) -> Result<(), MigrationError> {
+        lock(&self.lane_state).guest_ended = true;
         let mut told = lock(&self.told);
         let now = told.running && !told.complete;
         told.complete |= now;
@@ -281,7 +285,9 @@ impl Session {
         }
         let first = !std::mem::replace(&mut state.lost, true);
         self.changed.notify_all();
-        let cut = first && state.sealed && state.missing.as_ref().is_some_and(|missing| !missing.pages().is_empty());
+        let lacks = state.missing.as_ref().is_some_and(|missing| !missing.pages().is_empty());
+        // a source that has heard of the guest's end closes its lanes behind *done*
+        let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();
         drop(state);
         if cut {

@@ -542,6 +542,11 @@ impl Machine {
         self.processors.end_watch()
     }
 
+    /// Why the guest has ended by itself, if it has.
+    pub(crate) fn end(&self) -> Option<String> {
+        self.processors.end()
+    }
+
     /// Frees what the machine holds but its memory.
     pub(super) fn shut_down(&self) {
         self.processors.shut_down();

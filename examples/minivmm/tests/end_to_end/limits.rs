@@ -1,6 +1,6 @@
 //! Processes that have run out of what the kernel grants: queued signals, descriptors.
 
-use std::os::unix::net::UnixStream;
+use std::{fs, os::unix::net::UnixStream, path::PathBuf};
 
 use libtest_mimic::Failed;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -17,6 +17,7 @@ pub(crate) fn add(suite: &mut Suite) {
         no_descriptor(lab, &["--strategy", "hybrid:rounds=1", "--bandwidth", "100Mbit"])
     });
     suite.post_copy("limits/no_descriptor_in_post_copy", "anon", |lab| no_descriptor(lab, &post_copy_at("100Mbit")));
+    suite.kvm("limits/no_thread_in_the_pause", no_thread);
     suite.kvm("limits/no_descriptor_for_a_client", no_descriptor_for_a_client);
     suite.kvm("limits/silent_clients", silent_clients);
 }
@@ -81,6 +82,62 @@ fn no_descriptor(lab: &Lab, options: &[&str]) -> Outcome {
     descriptors_again(&destination)?;
     destination.works()?;
     destination.quit()
+}
+
+/// A control group that bounds how many threads there are, removed when it is empty.
+struct Threads(PathBuf);
+
+impl Threads {
+    /// `None`, with the reason on stderr, where this user may make none.
+    fn of(process: &Process) -> Result<Option<Self>, Failed> {
+        let group = PathBuf::from(format!("/sys/fs/cgroup/pids/minivmm-test-{}", process.pid()));
+        if let Err(why) = fs::create_dir(&group) {
+            eprintln!("threads are not bounded: {}: {why}", group.display());
+            return Ok(None);
+        }
+        let this = Self(group);
+        fs::write(this.0.join("cgroup.procs"), process.pid().to_string())?;
+        Ok(Some(this))
+    }
+
+    /// The threads that there are now are all it gets.
+    fn no_more(&self) -> Outcome {
+        Ok(fs::write(self.0.join("pids.max"), "1")?)
+    }
+
+    fn again(&self) -> Outcome {
+        Ok(fs::write(self.0.join("pids.max"), "max")?)
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // a process that is still there keeps it
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// A migration needs no thread that it does not have when it moves; and the end of the guest is noticed at the destination.
+fn no_thread(lab: &Lab) -> Outcome {
+    let mut source = lab.workload("source", "random:size=8M,data=16M,crash=15s", &[])?;
+    let mut destination = lab.receive("destination", &[])?;
+    let groups = [Threads::of(&source)?, Threads::of(&destination)?];
+    let [Some(here), Some(there)] = &groups else { return Ok(()) };
+    let client = source.start_migrate(&destination.address, &["--bandwidth", "50Mbit"])?;
+    source.wait_until("it moves", |s| s["migration"]["wire_bytes"].as_u64() > Some(1 << 20))?;
+    here.no_more()?;
+    there.no_more()?;
+    let refused = destination.ctl(&["status"])?;
+    ensure(refused.code == Some(1), || format!("{refused:?}"))?;
+    ensure_says(&refused.stdout, "has no thread for another client")?;
+    let answer = client.answer()?;
+    ensure(answer.code == Some(0), || format!("{answer:?}; {}; {}", source.stderr(), destination.stderr()))?;
+    source.ended_well()?;
+    there.again()?;
+    destination.works()?;
+    let status = destination.ended()?;
+    ensure(status.code() == Some(5), || format!("{status}: {}", destination.stderr()))?;
+    ensure_says(&destination.stderr(), "the VM has ended: triple fault on vCPU 0")
 }
 
 fn no_descriptor_for_a_client(lab: &Lab) -> Outcome {

@@ -104,7 +104,9 @@ impl Engine<'_> {
     /// The VM has ended at the destination: nobody needs what is here.
     fn let_go(&mut self) {
         // best effort: without it the destination only keeps listening a little longer
-        let _ = self.say(&Control::Done);
+        if self.say(&Control::Done).is_ok() {
+            self.await_goodbye();
+        }
         self.close();
         self.vm.released();
     }
