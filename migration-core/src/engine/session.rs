@@ -131,7 +131,7 @@ impl Session {
         let count = usize::from(lanes);
         let ram = vm.ram();
         let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
-        let allowance = Allowance::new(ram.layout().bytes(), grace);
+        let allowance = Allowance::new(ram.layout().bytes(), grace, protection.is_some());
         let lane_state = LaneState {
             control: closer,
             attached: vec![None; count],

@@ -26,7 +26,10 @@ pub(crate) fn add(suite: &mut Suite) {
     for (name, strategy) in [("pre_copy", "pre-copy"), ("stop_and_copy", "stop-and-copy"), ("post_copy", "post-copy")] {
         suite.kvm(format!("peers/stopped_in_the_pause/{name}"), move |lab| stopped_in_the_pause(lab, strategy));
     }
-    suite.kvm("peers/past_strangers", past_strangers);
+    suite.kvm("peers/past_strangers/plain", |lab| past_strangers(lab, &[]));
+    suite.kvm("peers/past_strangers/encrypted", |lab| {
+        past_strangers(lab, &["--encrypt", "aes128-gcm", "--psk-file", &lab.key("key")?])
+    });
     suite.kvm("peers/in_doubt_past_strangers", in_doubt_past_strangers);
     suite.kvm("peers/more_memory_than_allowed", more_memory_than_allowed);
 }
@@ -43,11 +46,11 @@ fn strangers(to: &Process, count: usize, says: &[u8]) -> Result<Vec<TcpStream>, 
     (0..count).map(connect).collect()
 }
 
-fn past_strangers(lab: &Lab) -> Outcome {
+fn past_strangers(lab: &Lab, options: &[&str]) -> Outcome {
     let mut source = lab.workload("source", "random:size=8M", &[])?;
-    let destination = lab.receive("destination", &[])?;
+    let destination = lab.receive("destination", options)?;
     let held = [strangers(&destination, 110, b"")?, strangers(&destination, 110, b"L")?];
-    source.migrate_well(&destination.address, &["--streams", "8"])?;
+    source.migrate_well(&destination.address, &[options, &["--streams", "8"]].concat())?;
     destination.works()?;
     drop(held);
     destination.quit()

@@ -30,6 +30,9 @@ pub(in crate::engine) struct Allowance {
     /// Time that was granted in advance, beside what pages earn. Nothing grants any today; a
     /// session that stages a VM for hours will have it from a lease.
     granted: Duration,
+    /// Whether the source may put all of RAM into a store before it sends the first page (a
+    /// forward checkpoint). If nobody else asks, it has the time for that.
+    puts_ahead: bool,
     ram_bytes: u64,
     /// Bytes of page data that have come.
     received: AtomicU64,
@@ -39,11 +42,12 @@ pub(in crate::engine) struct Allowance {
 }
 
 impl Allowance {
-    pub(in crate::engine) fn new(ram_bytes: u64, grace: Duration) -> Self {
+    pub(in crate::engine) fn new(ram_bytes: u64, grace: Duration, puts_ahead: bool) -> Self {
         Self {
             begun: Instant::now(),
             grace,
             granted: Duration::ZERO,
+            puts_ahead,
             ram_bytes,
             received: AtomicU64::new(0),
             pings: AtomicU64::new(0),
@@ -60,8 +64,11 @@ impl Allowance {
     /// How long the attempt may hold the session while another source wants it. Pages that come
     /// again do not earn more than all of RAM does once.
     fn earned(&self) -> Duration {
-        let pages = self.received.load(Ordering::Relaxed).min(self.ram_bytes);
-        self.grace + self.granted + Duration::from_secs(pages / LEAST_RATE)
+        self.earned_by(self.received.load(Ordering::Relaxed))
+    }
+
+    fn earned_by(&self, bytes: u64) -> Duration {
+        self.grace + self.granted + Duration::from_secs(bytes.min(self.ram_bytes) / LEAST_RATE)
     }
 
     /// Whether another source may take the session.
@@ -71,7 +78,8 @@ impl Allowance {
 
     /// Whether the attempt must end in any case.
     pub(in crate::engine) fn is_exceeded(&self) -> bool {
-        self.begun.elapsed() > self.earned().saturating_mul(END_FACTOR)
+        let earned = if self.puts_ahead { self.earned_by(self.ram_bytes) } else { self.earned() };
+        self.begun.elapsed() > earned.saturating_mul(END_FACTOR)
     }
 
     /// A ping has come.
@@ -103,7 +111,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     fn after(time: Duration, received: u64) -> Allowance {
-        let allowance = Allowance::new(1 << 30, Duration::from_secs(60));
+        let allowance = Allowance::new(1 << 30, Duration::from_secs(60), false);
         allowance.received(received);
         Allowance { begun: Instant::now().checked_sub(time).unwrap(), ..allowance }
     }
@@ -120,6 +128,10 @@ mod tests {
         // the same pages over and over
         assert!(after(Duration::from_secs(1100), u64::MAX).is_used_up());
         assert!(!after(HOUR, u64::MAX).is_exceeded() && after(6 * HOUR, u64::MAX).is_exceeded());
+        // a forward checkpoint comes before the first page
+        let ahead = |time| Allowance { puts_ahead: true, ..after(time, 0) };
+        assert!(ahead(Duration::from_secs(90)).is_used_up());
+        assert!(!ahead(HOUR).is_exceeded() && ahead(6 * HOUR).is_exceeded());
     }
 
     #[test]
