@@ -7,16 +7,18 @@ use std::{
     fs::File,
     io::ErrorKind,
     os::fd::AsFd,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, atomic::Ordering},
+    thread::{self, ThreadId},
     time::Duration,
 };
 
-use common::{CountingSpawner, Destination, TestVm, layout};
+use common::{CountingSpawner, Destination, TestHost, TestVm, layout};
 use migration_core::{
     PageRange,
     channel::{Halves, Listener},
-    engine::{Controller, SourceOptions, migrate},
+    engine::{Controller, Receiver, ReceiverOptions, SourceOptions, migrate},
     report::{Outcome, Report},
+    spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     strategy::{Done, HandOver, Running, Strategy},
     vm::SourceVm,
     wire::{
@@ -84,6 +86,65 @@ fn state_moves_and_ram_does_not() {
     assert!(report.page_bytes == 0 && report.rounds.is_empty() && report.state_bytes > 0, "{report:?}");
     assert!(report.wire_bytes < 4096, "{report:?}");
     assert_eq!(spawner.running.load(Ordering::SeqCst), 0);
+}
+
+/// Notes which roles threads assume beside the one that they were started for.
+#[derive(Default)]
+struct Roles(Mutex<Vec<(ThreadId, Role)>>);
+
+impl Spawner for Roles {
+    fn spawn(
+        &self,
+        role: Role,
+        impact: GuestImpact,
+        name: &str,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> std::io::Result<Box<dyn Joiner>> {
+        StdSpawner.spawn(role, impact, name, body)
+    }
+
+    fn assume(&self, role: Role, _impact: GuestImpact) {
+        self.0.lock().unwrap().push((thread::current().id(), role));
+    }
+}
+
+impl Roles {
+    /// For each thread that handed over, what it did afterwards.
+    fn after_hand_overs(&self) -> Vec<Option<Role>> {
+        let all = std::mem::take(&mut *self.0.lock().unwrap());
+        let after = |(n, (thread, role)): (usize, &(ThreadId, Role))| {
+            let next = || all[n + 1..].iter().find(|(id, _)| id == thread).map(|(_, role)| *role);
+            (*role == Role::HandOver).then(next)
+        };
+        all.iter().enumerate().filter_map(after).collect()
+    }
+}
+
+/// At both ends, however it ends: a thread that goes before others goes on as one that has no hurry.
+#[test]
+fn the_role_of_a_hand_over_ends_with_it() {
+    let mut world = World::new();
+    let (mut host, arrived) = TestHost::new(1);
+    host.shared = Some(world.vm.guest.clone());
+    let (leaving, arriving) = (Arc::new(Roles::default()), Arc::new(Roles::default()));
+    let receiving =
+        ReceiverOptions { idle_timeout: options().idle_timeout, spawner: arriving.clone(), ..Default::default() };
+    let receiver = Receiver::new(Box::new(host), receiving);
+    let mut listener = bind(&world.address()).unwrap();
+    let receives = thread::spawn(move || receiver.run(&mut *listener));
+    let attempt = |world: &mut World, last_epoch| {
+        let options = SourceOptions { last_epoch, spawner: leaving.clone(), ..options() };
+        let outcome = world.hand_over(&mut HandOver, &options).outcome;
+        (outcome, leaving.after_hand_overs())
+    };
+    // the successor cannot load it; its predecessor cannot save it; nothing is wrong
+    assert_eq!(attempt(&mut world, 0), (Outcome::Failed, vec![Some(Role::Control)]));
+    world.vm.failing_saves = 1;
+    assert_eq!(attempt(&mut world, 1), (Outcome::Failed, vec![Some(Role::Control)]));
+    assert_eq!(attempt(&mut world, 2), (Outcome::Completed, vec![Some(Role::Background)]));
+    arrived.recv().unwrap();
+    receives.join().unwrap().unwrap();
+    assert_eq!(arriving.after_hand_overs(), [Some(Role::Control); 3]);
 }
 
 #[test]
@@ -159,7 +220,7 @@ fn a_strategy_that_shares_ram_sends_no_pages() {
 fn a_destination_that_does_not_know_shared_ram_is_left() {
     let mut world = World::new();
     let UnixHost { mut listener } = UnixHost::new(&world.address());
-    let old = std::thread::spawn(move || {
+    let old = thread::spawn(move || {
         let mut halves = listener.accept(Duration::from_secs(20)).unwrap().unwrap().split().unwrap();
         let mut preamble = [0; Preamble::LEN];
         halves.reader.read_exact(&mut preamble).unwrap();
@@ -314,6 +375,6 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
 /// Waits until the destination has noticed that the last source is gone.
 fn epoch_free(destination: &Destination) {
     while destination.handle.phase() != migration_core::protocol::DestinationPhase::Empty {
-        std::thread::yield_now();
+        thread::yield_now();
     }
 }

@@ -319,7 +319,7 @@ pub struct TestHost {
     pub arrived: mpsc::Sender<Arc<Guest>>,
     last: Option<Arc<Guest>>,
     /// Whose RAM is shared, in this process: the files stand for it.
-    shared: Option<Arc<Guest>>,
+    pub shared: Option<Arc<Guest>>,
 }
 
 impl TestHost {
