@@ -7,8 +7,11 @@ use std::{
 
 use migration_core::{
     MigrationError, PageSet,
-    engine::{Commands, Controller, NoSwitchOver, NoTuning, SourceOptions, migrate},
-    report::{Outcome, Report},
+    checkpoint::MemoryStore,
+    engine::{
+        Commands, Controller, NoPostCopy, NoSwitchOver, NoTuning, SnapshotOptions, SourceOptions, migrate, snapshot,
+    },
+    report::{Event, Observer, Outcome, Report},
     strategy::{
         Convergence, Done, HandOver, Hybrid, Linear, Link as Known, Next, PostCopy, PreCopy, Round, Running,
         StopAndCopy, Strategy, Wanted,
@@ -184,4 +187,34 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
     let at_once: [&dyn Strategy; 3] = [&StopAndCopy, &HandOver, &PostCopy { order: Box::new(Linear::default()) }];
     assert!(at_once.iter().all(|strategy| !strategy.can_switch_over()));
     assert!(<PreCopy>::default().can_switch_over());
+}
+
+/// Asks for everything while a snapshot is taken.
+struct Curious {
+    controller: Controller,
+    answers: Mutex<Vec<(Result<(), NoPostCopy>, Result<(), NoSwitchOver>, Result<(), NoTuning>)>>,
+}
+
+impl Observer for Curious {
+    fn event(&self, event: &Event) {
+        if matches!(event, Event::RoundEnded(_)) {
+            let Self { controller, answers } = self;
+            let answer = (controller.post_copy(), controller.switch_over(), controller.set_downtime_limit(TUNED));
+            answers.lock().unwrap().push(answer);
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_can_be_tuned_and_refuses_what_moves_a_vm() {
+    let (controller, commands) = Controller::new();
+    let curious = Arc::new(Curious { controller: controller.clone(), answers: Mutex::default() });
+    let options = SnapshotOptions { observer: curious.clone(), ..SnapshotOptions::default() };
+    snapshot(&mut guest(), &mut MemoryStore::default(), &options, commands).unwrap();
+    let answers = curious.answers.lock().unwrap().clone();
+    assert!(!answers.is_empty());
+    let expected = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot), Ok(()));
+    assert!(answers.iter().all(|answer| *answer == expected), "{answers:?}");
+    assert_eq!(controller.set_downtime_limit(TUNED), Err(NoTuning::Ended));
+    assert_eq!(controller.post_copy(), Err(NoPostCopy::Ended));
 }
