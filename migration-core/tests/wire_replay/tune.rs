@@ -189,17 +189,28 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
     assert!(<PreCopy>::default().can_switch_over());
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Answer {
+    post_copy: Result<(), NoPostCopy>,
+    switch_over: Result<(), NoSwitchOver>,
+    tuning: Result<(), NoTuning>,
+}
+
 /// Asks for everything while a snapshot is taken.
 struct Curious {
     controller: Controller,
-    answers: Mutex<Vec<(Result<(), NoPostCopy>, Result<(), NoSwitchOver>, Result<(), NoTuning>)>>,
+    answers: Mutex<Vec<Answer>>,
 }
 
 impl Observer for Curious {
     fn event(&self, event: &Event) {
         if matches!(event, Event::RoundEnded(_)) {
             let Self { controller, answers } = self;
-            let answer = (controller.post_copy(), controller.switch_over(), controller.set_downtime_limit(TUNED));
+            let answer = Answer {
+                post_copy: controller.post_copy(),
+                switch_over: controller.switch_over(),
+                tuning: controller.set_downtime_limit(TUNED),
+            };
             answers.lock().unwrap().push(answer);
         }
     }
@@ -213,7 +224,8 @@ fn a_snapshot_can_be_tuned_and_refuses_what_moves_a_vm() {
     snapshot(&mut guest(), &mut MemoryStore::default(), &options, commands).unwrap();
     let answers = curious.answers.lock().unwrap().clone();
     assert!(!answers.is_empty());
-    let expected = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot), Ok(()));
+    let expected =
+        Answer { post_copy: Err(NoPostCopy::Snapshot), switch_over: Err(NoSwitchOver::Snapshot), tuning: Ok(()) };
     assert!(answers.iter().all(|answer| *answer == expected), "{answers:?}");
     assert_eq!(controller.set_downtime_limit(TUNED), Err(NoTuning::Ended));
     assert_eq!(controller.post_copy(), Err(NoPostCopy::Ended));
