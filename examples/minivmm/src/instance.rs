@@ -186,7 +186,7 @@ impl Instance {
 
     /// The guest has ended by itself, and with it this process does.
     fn has_ended(&self, why: &str) {
-        eprintln!("minivmm: the VM has ended: {why}");
+        log!("the VM has ended: {why}");
         self.tell_ended(why);
         self.guest_ended();
         self.exit(5);

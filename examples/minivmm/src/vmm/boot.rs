@@ -9,7 +9,7 @@ use std::{
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::{KernelLoader, elf::Elf};
-use migration_core::{GuestRam, RamLayout, RamRegion, codec::Writer};
+use migration_core::{GuestRam, RamLayout, codec::Writer};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -32,8 +32,6 @@ const MAX_NOTES: u64 = 1 << 20;
 /// The end of conventional memory; above it a PC has its legacy areas.
 const CONVENTIONAL_END: u64 = 0x9fc00;
 const HIGH_START: u64 = 0x10_0000;
-/// More RAM than any kernel is linked for: half of what 52 bits of address reach.
-const MOST_MEMORY: u64 = 1 << 51;
 
 /// A kernel cannot be loaded.
 #[derive(Debug, Error)]
@@ -69,9 +67,7 @@ pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     let wrong = |cause| BootError::File { file: name.clone(), cause };
     let mut file = File::open(path).map_err(wrong)?;
     let mut least = START_INFO_END;
-    // any address is RAM here: only what is wrong with the file itself is found
-    let Ok(layout) = RamLayout::new(vec![RamRegion { gpa: 0, len: MOST_MEMORY }]) else { return Ok(0) };
-    let checked = check(&mut file, &layout, &mut |end| least = least.max(end));
+    let checked = check(&mut file, None, &mut |end| least = least.max(end));
     Ok(checked.map_or(0, |_| least))
 }
 
@@ -82,8 +78,9 @@ where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
 {
     let wrong = |cause: String| BootError::Elf { file: name.to_owned(), memory: ram.layout().bytes(), cause };
-    let entry =
-        check(file, ram.layout(), &mut |_| {}).map_err(wrong)?.ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
+    let entry = check(file, Some(ram.layout()), &mut |_| {})
+        .map_err(wrong)?
+        .ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
     Elf::load(memory, None, file, None).map_err(|e| wrong(e.to_string()))?;
     Ok(entry)
 }
@@ -95,10 +92,11 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Checks headers and segments; the PVH entry, if a note names one. `ends` is told where each segment ends.
+/// Checks headers and segments, also against the RAM that there is, if it is known; the PVH entry, if a note names one. `ends`
+/// is told where each segment ends.
 fn check<F: io::Read + io::Seek>(
     file: &mut F,
-    layout: &RamLayout,
+    layout: Option<&RamLayout>,
     ends: &mut dyn FnMut(u64),
 ) -> Result<Option<u64>, String> {
     let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
@@ -138,7 +136,9 @@ fn check<F: io::Read + io::Seek>(
                     ));
                 }
                 ends(end);
-                if !layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len) {
+                let is_ram =
+                    |layout: &RamLayout| layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len);
+                if !layout.is_none_or(is_ram) {
                     return Err(format!("{place} does not lie in RAM"));
                 }
                 if address < START_INFO_END && end > START_INFO {
