@@ -60,8 +60,8 @@ mod tests {
     #[test]
     fn every_key_that_the_guest_reads_is_listed() {
         let sources = [
-            include_str!("../../guest/main.rs"),
             include_str!("../../guest/spec.rs"),
+            include_str!("../../guest/main.rs"),
             include_str!("../../guest/programs.rs"),
             include_str!("../../guest/writers.rs"),
             include_str!("../../guest/touches.rs"),
@@ -80,7 +80,9 @@ mod tests {
         let known = |name: &str| LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS).any(|key| key.name == name);
         assert!(read.iter().all(|name| known(name)), "{read:?}");
         let every = LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS);
-        let unread: Vec<_> = every.map(|key| key.name).filter(|name| !read.contains(name)).collect();
+        // some are asked for by a name that a helper gets; the table in the first source has them all
+        let named = |name: &str| sources[1..].iter().any(|source| source.contains(&format!("\"{name}\"")));
+        let unread: Vec<_> = every.map(|key| key.name).filter(|name| !read.contains(name) && !named(name)).collect();
         assert!(unread.is_empty(), "nobody reads {unread:?}");
     }
 }
