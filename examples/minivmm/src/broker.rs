@@ -16,7 +16,12 @@ use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
 use serde_json::{Value, json};
 
-use crate::{cli::Broker, log, restart::Restarter, signals::Signals};
+use crate::{
+    cli::Broker,
+    log,
+    restart::Restarter,
+    signals::{Asked, Signals},
+};
 
 /// Bytes that are looked at, and written, at once.
 const PIECE: usize = 64 << 10;
@@ -41,9 +46,14 @@ fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
     let ended = Arc::new((AtomicBool::new(false), AtomicU8::new(0)));
     if let Some(signals) = signals {
         let ends = ended.clone();
-        signals.end_by(move |status| {
-            ends.1.store(status, Ordering::Relaxed);
-            ends.0.store(true, Ordering::Release);
+        let socket = path.to_owned();
+        signals.end_by(move |asked| match asked {
+            Asked::ToEnd(status) => {
+                ends.1.store(status, Ordering::Relaxed);
+                ends.0.store(true, Ordering::Release);
+            }
+            // it may be gone already
+            Asked::Again => drop(fs::remove_file(&socket)),
         });
     }
     match serve_until(path, args, &ended.0) {

@@ -29,7 +29,7 @@ use crate::{
     refresh::Place,
     report,
     sealing::Sealing,
-    signals::Signals,
+    signals::{Asked, Signals},
     vmm::{HostOptions, SerialTarget, Tenant},
 };
 
@@ -377,10 +377,17 @@ impl<'a> Borrower<'a> {
 
     /// A signal ends the command, but not before the guest is at home; a second one ends it at once.
     fn end_on_signals(&self, signals: &Signals) {
-        let instance = self.instance.clone();
-        signals.end_by(move |status| {
-            log!("ends as soon as the VM is at home");
-            instance.exit(status);
+        let (instance, listen) = (self.instance.clone(), self.listen.clone());
+        signals.end_by(move |asked| match asked {
+            Asked::ToEnd(status) => {
+                log!("ends as soon as the VM is at home");
+                instance.exit(status);
+            }
+            Asked::Again => {
+                instance.end_by_signal(asked);
+                // it is there during a trip only
+                let _ = std::fs::remove_file(&listen);
+            }
         });
     }
 }

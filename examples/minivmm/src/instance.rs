@@ -46,6 +46,7 @@ use crate::{
     refresh::{self, Place, Plan},
     report,
     sealing::{Restart, Saved, Sealing},
+    signals::Asked,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
 
@@ -317,9 +318,10 @@ impl Instance {
         self.lock().remove.push(OwnSocket::at(path));
     }
 
-    /// A signal ends the process with this status. Clients that wait for a migration are told that it will not end here.
-    pub(crate) fn end_by_signal(&self, status: u8) {
+    /// A signal ends the process. Clients that wait for a migration are told that it will not end here.
+    pub(crate) fn end_by_signal(&self, asked: Asked) {
         let mut state = self.lock();
+        let Asked::ToEnd(status) = asked else { return state.remove_sockets() };
         state.waiting.clear();
         state.exit.get_or_insert(status);
         drop(state);

@@ -183,7 +183,7 @@ fn receive(args: &Receive, signals: &Signals) -> Result<u8, String> {
 fn instance(common: &Common, signals: &Signals) -> Result<Arc<Instance>, String> {
     let instance = Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?);
     let ends = instance.clone();
-    signals.end_by(move |status| ends.end_by_signal(status));
+    signals.end_by(move |asked| ends.end_by_signal(asked));
     Ok(instance)
 }
 

@@ -11,8 +11,17 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use crate::log;
 
-/// What is done at a signal that is to end the process: called with the status to end with.
-type End = Box<dyn Fn(u8) + Send + Sync>;
+/// What is done at a signal that is to end the process.
+type End = Box<dyn Fn(Asked) + Send + Sync>;
+
+/// How a signal asks a process to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// In order, with this status.
+    ToEnd(u8),
+    /// At once: the process is gone when this was handled.
+    Again,
+}
 
 extern "C" fn nothing(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
 
@@ -50,14 +59,15 @@ impl Signals {
             let mut asked = false;
             while let Ok(signal) = signals.wait() {
                 let status = 128 + signal as u8;
-                match waits.orderly.get() {
-                    Some(end) if !asked => {
-                        log!("{signal}: this minivmm ends");
-                        end(status);
-                    }
-                    _ => process::exit(log::finish(status, false).into()),
+                let end = waits.orderly.get();
+                if let Some(end) = end.filter(|_| !asked) {
+                    log!("{signal}: this minivmm ends");
+                    end(Asked::ToEnd(status));
+                    asked = true;
+                    continue;
                 }
-                asked = true;
+                end.iter().for_each(|end| end(Asked::Again));
+                process::exit(log::finish(status, false).into());
             }
         };
         thread::Builder::new().name("signals".into()).spawn(body).map_err(|e| format!("signals: no thread: {e}"))?;
@@ -66,7 +76,7 @@ impl Signals {
 
     /// From now on the first signal does this, and a second one ends the process at once. Until then already the first one
     /// does.
-    pub(crate) fn end_by(&self, end: impl Fn(u8) + Send + Sync + 'static) {
+    pub(crate) fn end_by(&self, end: impl Fn(Asked) + Send + Sync + 'static) {
         // it is said once
         let _ = self.orderly.set(Box::new(end));
     }

@@ -11,7 +11,7 @@ use std::{
 pub(crate) use huge_pages::HugePages;
 use libtest_mimic::{Failed, Trial};
 use migration_kvm::tracker::UserFault;
-pub(crate) use process::{Answer, Client, Process, usage};
+pub(crate) use process::{Answer, Client, Process, usage, usage_with_stdout};
 use serde_json::Value;
 use tempfile::TempDir;
 

@@ -69,19 +69,50 @@ impl Process {
         args: &[&str],
         env: &[(&str, &str)],
     ) -> Result<Self, Failed> {
+        let mut minivmm = minivmm();
+        minivmm.envs(env.iter().copied()).stderr(File::create(lab.path(&format!("{name}.stderr")))?);
+        Self::launch(lab, name, command, args, minivmm)
+    }
+
+    /// As [`start`](Self::start), with another stderr than a file.
+    pub(crate) fn with_stderr(
+        lab: &Lab,
+        name: &str,
+        command: &str,
+        args: &[&str],
+        stderr: Stdio,
+    ) -> Result<Self, Failed> {
+        let mut minivmm = minivmm();
+        minivmm.stderr(stderr);
+        Self::launch(lab, name, command, args, minivmm)
+    }
+
+    /// As [`start`](Self::start), where no file may grow beyond this many blocks of the shell's.
+    pub(crate) fn with_file_limit(
+        lab: &Lab,
+        name: &str,
+        command: &str,
+        args: &[&str],
+        blocks: u32,
+    ) -> Result<Self, Failed> {
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("ulimit -f {blocks}; exec \"$0\" \"$@\"")).arg(env!("CARGO_BIN_EXE_minivmm"));
+        shell.stdin(Stdio::null()).stderr(File::create(lab.path(&format!("{name}.stderr")))?);
+        Self::launch(lab, name, command, args, shell)
+    }
+
+    fn launch(lab: &Lab, name: &str, command: &str, args: &[&str], mut minivmm: Command) -> Result<Self, Failed> {
         let (socket, stdout, stderr) =
             (lab.path(name), lab.path(&format!("{name}.stdout")), lab.path(&format!("{name}.stderr")));
         let controlled = command != "broker";
         let control = if controlled { &["--control".as_ref(), socket.as_os_str()][..] } else { &[] };
         let secure = lab.secure.clone();
-        let child = minivmm()
+        let child = minivmm
             .arg(command)
             .args(args)
             .args(secure.iter().filter(|_| command == "receive"))
             .args(control)
-            .envs(env.iter().copied())
             .stdout(File::create(&stdout)?)
-            .stderr(File::create(&stderr)?)
             .spawn()?;
         let (name, guard, address) = (name.to_owned(), Guard(child), String::new());
         let mut this = Self { guard, name, socket, stdout, stderr, secure, address };
@@ -117,6 +148,17 @@ impl Process {
 
     pub(crate) fn pid(&self) -> u32 {
         self.guard.0.id()
+    }
+
+    /// Where its control socket is.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Sends it this signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) -> Outcome {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        Ok(nix::sys::signal::kill(pid, signal)?)
     }
 
     /// As a power cut would.
@@ -383,6 +425,12 @@ impl Answer {
     pub(crate) fn reason(&self) -> &str {
         self.json["reason"].as_str().unwrap_or("")
     }
+}
+
+/// `minivmm` with any arguments and this stdout, whatever comes of it: status, stderr.
+pub(crate) fn usage_with_stdout(args: &[&str], stdout: impl Into<Stdio>) -> Result<(Option<i32>, String), Failed> {
+    let output = minivmm().args(args).stdout(stdout).stderr(Stdio::piped()).output()?;
+    Ok((output.status.code(), String::from_utf8(output.stderr)?))
 }
 
 /// `minivmm` with any arguments, whatever comes of it: status, stdout, stderr.

@@ -17,6 +17,7 @@ mod faults;
 mod hand_over;
 mod moves;
 mod one_edge;
+mod output;
 mod post_copy;
 mod post_copy_faults;
 mod refresh;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     faults::add(&mut suite);
     hand_over::add(&mut suite);
     one_edge::add(&mut suite);
+    output::add(&mut suite);
     post_copy::add(&mut suite);
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
