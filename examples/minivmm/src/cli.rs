@@ -100,7 +100,8 @@ pub(crate) struct Run {
 
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Where the serial port goes: stdio, null, or a file that is appended to.
+    /// Where the serial port goes: stdio, null, or a file that is appended to (a FIFO, too). It is never waited for: output
+    /// that cannot be written is kept, up to 1 MiB, and then dropped and counted in `ctl status`.
     #[arg(long, default_value = "null", value_name = "stdio|null|FILE")]
     pub(crate) serial: String,
     /// Path of the control socket.

@@ -12,7 +12,7 @@ use crate::report::{Event, Observer};
 pub(super) struct Guarded(Arc<dyn Observer>);
 
 impl Guarded {
-    pub(super) fn new(observer: &Arc<dyn Observer>) -> Arc<dyn Observer> {
+    pub(super) fn around(observer: &Arc<dyn Observer>) -> Arc<dyn Observer> {
         Arc::new(Self(observer.clone()))
     }
 }
@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn an_observer_that_has_panicked_is_told_of_the_next_event() {
         let observer = Arc::new(Panics::default());
-        let guarded = Guarded::new(&(observer.clone() as Arc<dyn Observer>));
+        let guarded = Guarded::around(&(observer.clone() as Arc<dyn Observer>));
         for text in ["one", "two"] {
             guarded.event(&Event::Warning(text.into()));
         }

@@ -140,7 +140,7 @@ struct State {
 impl Receiver {
     /// A receiver that builds its VM on `host`.
     pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
-        let options = ReceiverOptions { observer: Guarded::new(&options.observer), ..options };
+        let options = ReceiverOptions { observer: Guarded::around(&options.observer), ..options };
         let machine = match options.awaits {
             Some((vm, epoch)) => DestinationMachine::awaiting(vm, epoch),
             None => DestinationMachine::new(),

@@ -101,7 +101,7 @@ pub fn snapshot(
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
-    let options = &SnapshotOptions { observer: Guarded::new(&options.observer), ..options.clone() };
+    let options = &SnapshotOptions { observer: Guarded::around(&options.observer), ..options.clone() };
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run();
     taking.give_back();

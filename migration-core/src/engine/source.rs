@@ -86,7 +86,7 @@ pub fn migrate(
     options: &SourceOptions,
     commands: Commands,
 ) -> Report {
-    let options = &SourceOptions { observer: Guarded::new(&options.observer), ..options.clone() };
+    let options = &SourceOptions { observer: Guarded::around(&options.observer), ..options.clone() };
     let mut engine = Engine::new(vm, connector, (strategy.name(), strategy.shares_ram()), options, commands);
     let result = engine.attempt(strategy);
     engine.settle(result)
