@@ -283,8 +283,11 @@ fn harmless(text: &str) -> Outcome {
     ensure(!text.lines().any(|line| line == "minivmm: all is well"), || format!("a line of the peer's: {text:?}"))
 }
 
+/// What a peer was sent.
+type Heard = thread::JoinHandle<std::io::Result<Vec<u8>>>;
+
 /// A destination that answers the first frame with an error, and the bytes that it was sent before that.
-fn evil_destination() -> Result<(SocketAddr, thread::JoinHandle<std::io::Result<Vec<u8>>>), Failed> {
+fn evil_destination() -> Result<(SocketAddr, Heard), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let body = move || {
