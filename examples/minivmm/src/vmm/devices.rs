@@ -93,6 +93,7 @@ impl SerialTarget {
             first: None,
             dropped: 0,
             failure: None,
+            told: false,
             held: false,
             limit: None,
         })
@@ -142,6 +143,8 @@ pub(super) struct Output {
     first: Option<i64>,
     dropped: u64,
     failure: Option<String>,
+    /// The log has it that a write failed; nothing more is said until all is written.
+    told: bool,
     /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end writes it.
     held: bool,
     /// What was made after this point is kept until a checkpoint that has it is safe.
@@ -195,6 +198,8 @@ impl Output {
                 Ok(n) => {
                     self.pending.drain(..n);
                     self.failure = None;
+                    // a reader that is slow makes it fail again and again
+                    self.told &= !self.pending.is_empty();
                 }
                 // a kick
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -204,7 +209,7 @@ impl Output {
     }
 
     fn failed(&mut self, why: String) {
-        if self.failure.is_none() {
+        if !std::mem::replace(&mut self.told, true) {
             log!("serial output to {}: {why}; the guest goes on, output is kept", self.name);
         }
         self.failure = Some(why);
