@@ -36,9 +36,10 @@ impl Pool {
         Self { backing, buffers: Mutex::new(buffers), returned: Condvar::new() }
     }
 
+    /// A buffer for the calling thread.
+    ///
     /// # Errors
     /// When no buffer can be mapped, and none is in use that would come back.
-
     pub(super) fn take(&self) -> io::Result<Staging<'_>> {
         let mut buffers = self.lock();
         while buffers.free.is_empty() {
