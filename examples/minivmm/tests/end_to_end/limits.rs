@@ -119,7 +119,7 @@ impl Drop for Threads {
 
 /// A migration needs no thread that it does not have when it moves; and the end of the guest is noticed at the destination.
 fn no_thread(lab: &Lab) -> Outcome {
-    let mut source = lab.workload("source", "random:size=8M,data=16M,crash=15s", &[])?;
+    let mut source = lab.workload("source", "sleep:data=24M,crash=15s", &[])?;
     let mut destination = lab.receive("destination", &[])?;
     let groups = [Threads::of(&source)?, Threads::of(&destination)?];
     let [Some(here), Some(there)] = &groups else { return Ok(()) };
@@ -143,18 +143,22 @@ fn no_thread(lab: &Lab) -> Outcome {
 fn no_descriptor_for_a_client(lab: &Lab) -> Outcome {
     let process = lab.workload("vm", "hot:size=4M", &[])?;
     let before = process.resources()?;
-    no_more_descriptors(&process)?;
-    for _ in 0..3 {
-        let refused = process.ctl(&["status"])?;
-        ensure(refused.code == Some(1), || format!("{refused:?}"))?;
-        ensure_says(&refused.stdout.to_lowercase(), "too many open files")?;
-    }
-    descriptors_again(&process)?;
-    process.works()?;
-    process.is_back_at(&before)?;
+    let open = fs::read_dir(format!("/proc/{}/fd", process.pid()))?;
+    let highest = open.filter_map(|fd| fd.ok()?.file_name().to_str()?.parse::<u64>().ok()).max();
+    // what is free below is soon taken by clients that say nothing
+    grant(&process, Resource::Nofile, Some(highest.unwrap_or(0) + 1))?;
+    let connect = |_| UnixStream::connect(lab.path("vm")).map_err(Failed::from);
+    let silent: Vec<_> = (0..31).map(connect).collect::<Result<_, _>>()?;
+    let refused = process.ctl(&["status"])?;
+    ensure(refused.code == Some(1), || format!("{refused:?}"))?;
+    ensure_says(&refused.stdout.to_lowercase(), "too many open files")?;
     // once, and not for each of them
     let told = process.stderr().matches("can accept no client").count();
     ensure(told == 1, || process.stderr())?;
+    drop(silent);
+    descriptors_again(&process)?;
+    process.works()?;
+    process.is_back_at(&before)?;
     process.quit()
 }
 
