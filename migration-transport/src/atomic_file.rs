@@ -103,7 +103,7 @@ impl AtomicFile {
         let path = path::absolute(path)?;
         let name =
             path.file_name().ok_or_else(|| at(&path)(io::Error::new(ErrorKind::InvalidInput, "not a file's path")))?;
-        let folder = Folder::open(path.parent().unwrap_or(Path::new("/")))?;
+        let folder = Folder::open(path.parent().unwrap_or(Path::new("/"))).map_err(at(&path))?;
         let replaced = folder.look(name).map_err(at(&path))?;
         if replaced.is_some_and(|found| !is_regular(&found)) {
             return Err(at(&path)(io::Error::new(ErrorKind::AlreadyExists, "something else than a file is there")));
@@ -193,7 +193,7 @@ struct Folder {
 
 impl Folder {
     fn open(path: &Path) -> io::Result<Self> {
-        let handle = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path).map_err(at(path))?;
+        let handle = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path)?;
         Ok(Self { handle, path: path.to_owned() })
     }
 
