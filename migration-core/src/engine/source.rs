@@ -737,6 +737,9 @@ impl Verbs for Engine<'_> {
         self.report.downtime = None;
         self.paused = true;
         self.tell_post_copy();
+        if self.shared {
+            self.options.spawner.begin_switch_over();
+        }
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
 

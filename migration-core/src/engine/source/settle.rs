@@ -8,6 +8,7 @@ impl Engine<'_> {
         let mut error = result.err();
         let after = |engine: &Self, role, impact| {
             if engine.shared {
+                engine.options.spawner.end_switch_over();
                 engine.options.spawner.assume(role, impact);
             }
         };
@@ -241,6 +242,9 @@ impl Engine<'_> {
     pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
         let running = |event| matches!(event, SourceEvent::Running).then_some(());
         self.wait("the destination to run the VM", self.patience(), running)?;
+        if self.shared {
+            self.options.spawner.end_switch_over();
+        }
         if let Some(paused) = self.paused_at {
             self.report.downtime.get_or_insert(paused.elapsed());
         }
