@@ -6,9 +6,10 @@ use std::{io, thread};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
-    /// Hands a VM over to another process of this machine: does little, asleep while the guest runs, and the guest waits for all
-    /// of it. Not for a real-time policy: it sleeps in the pause until another thread wakes it, and some kernels leave a real-time thread
-    /// that is woken on a core behind another process's system call there, however long that is.
+    /// Hands a VM over to another process of this machine: does little, asleep while the guest runs; and from
+    /// [`begin_switch_over`](Spawner::begin_switch_over) to [`end_switch_over`](Spawner::end_switch_over) the guest waits for all of it.
+    /// Not for a real-time policy beyond that: it sleeps until another thread wakes it, and some kernels leave a real-time
+    /// thread that is woken on a core behind another process's system call there, however long that is.
     HandOver,
     /// Serves faults of a running guest; urgent.
     Demand,
@@ -57,6 +58,14 @@ pub trait Spawner: Send + Sync {
     fn assume(&self, role: Role, impact: GuestImpact) {
         let _ = (role, impact);
     }
+
+    /// A guest is about to be paused for a hand-over, or is paused: it waits for the threads of this spawner that have the role
+    /// [`Role::HandOver`]. Does nothing by default.
+    fn begin_switch_over(&self) {}
+
+    /// It does not wait for them any more, whatever came of the hand-over. May be called without, or more often than,
+    /// [`begin_switch_over`](Self::begin_switch_over). Does nothing by default.
+    fn end_switch_over(&self) {}
 }
 
 /// A [`Spawner`] of plain threads, without priorities.

@@ -4,6 +4,10 @@ use std::{io, sync::Arc, sync::mpsc, thread};
 
 use migration_core::spawner::{GuestImpact, Joiner, Role, Spawner, StdJoiner};
 
+use urgent::{Member, Urgent};
+
+mod urgent;
+
 /// What a VMM does on each new thread before the SDK's code runs there, such as setting an affinity or installing a
 /// seccomp filter. An error ends the thread, and `spawn` returns it.
 pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
@@ -24,12 +28,14 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 ///
 /// In a hand-over the guest waits too, and each thread wakes another one, or a vCPU. A short time slice lets a thread that is
 /// woken go before one that has a longer slice, without waiting for the next tick (4 ms); it needs no permission, and
-/// Linux 6.12. No thread is a real-time one: the scheduler moves threads of the usual policies away from a core on which another
-/// process is in the kernel for long, and leaves a real-time thread that was woken there behind it, for seconds if it comes to
-/// that, however idle the other cores are.
+/// Linux 6.12. In the pause these threads are real-time ones (`SCHED_RR`) where that is permitted, for 5 ms at most: the scheduler
+/// moves threads of the usual policies away from a core on which another process is in the kernel for long, and leaves
+/// a real-time thread that was woken there behind it, for seconds if it comes to that, however idle the other cores are.
+/// A thread called `mig-urgent` ends it.
 #[derive(Clone, Default)]
 pub struct KvmSpawner {
     setup: Option<Arc<Setup>>,
+    urgent: Arc<Urgent>,
 }
 
 impl KvmSpawner {
@@ -41,7 +47,7 @@ impl KvmSpawner {
     /// A spawner that also runs `setup` on each new thread, after its priority is set: a seccomp filter need not
     /// allow `sched_setscheduler`.
     pub fn with_setup(setup: impl Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync + 'static) -> Self {
-        Self { setup: Some(Arc::new(setup)) }
+        Self { setup: Some(Arc::new(setup)), urgent: Arc::default() }
     }
 }
 
@@ -54,12 +60,16 @@ impl Spawner for KvmSpawner {
         name: &str,
         body: Box<dyn FnOnce() + Send>,
     ) -> io::Result<Box<dyn Joiner>> {
-        let setup = self.setup.clone();
+        let (setup, urgent) = (self.setup.clone(), self.urgent.clone());
         let (report, ready) = mpsc::sync_channel(1);
         let handle = thread::Builder::new().name(name.to_owned()).spawn(move || {
             if let Some(priority) = priority(role, impact) {
                 sched::apply(priority);
             }
+            let member = (role == Role::HandOver).then(|| {
+                urgent.join(setup.clone());
+                Member(&urgent)
+            });
             let done = setup.map_or(Ok(()), |setup| setup(role, impact));
             let run = done.is_ok();
             // the other end waits for this, so it is there
@@ -67,6 +77,7 @@ impl Spawner for KvmSpawner {
             if run {
                 body();
             }
+            drop(member);
         })?;
         // a set-up that panicked sends nothing
         match ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread's set-up panicked"))) {
@@ -80,6 +91,18 @@ impl Spawner for KvmSpawner {
 
     fn assume(&self, role: Role, impact: GuestImpact) {
         sched::apply(priority(role, impact).unwrap_or(Priority::Nice(0)));
+        match role {
+            Role::HandOver => self.urgent.join(self.setup.clone()),
+            _ => self.urgent.leave(),
+        }
+    }
+
+    fn begin_switch_over(&self) {
+        self.urgent.begin();
+    }
+
+    fn end_switch_over(&self) {
+        self.urgent.end();
     }
 }
 
@@ -180,6 +203,31 @@ mod sched {
             set_policy(0, policy, 0);
             set_nice(0, nice);
         }
+    }
+
+    pub(super) fn this_thread() -> libc::pid_t {
+        // SAFETY: takes no arguments.
+        unsafe { libc::gettid() }
+    }
+
+    /// Makes a thread a real-time one, as far as permitted, or ends that. Its niceness and time slice come back then.
+    pub(super) fn set_real_time(thread: libc::pid_t, on: bool) {
+        let (policy, priority) = if on { (libc::SCHED_RR, 1) } else { (libc::SCHED_OTHER, 0) };
+        set_policy(thread, policy | libc::SCHED_RESET_ON_FORK, priority);
+    }
+
+    /// If the calling thread is a real-time one, ends that.
+    pub(super) fn set_usual_if_real_time() {
+        // SAFETY: takes a number only; 0 names the calling thread.
+        let policy = unsafe { libc::sched_getscheduler(0) } & !libc::SCHED_RESET_ON_FORK;
+        if policy == libc::SCHED_RR {
+            set_real_time(0, false);
+        }
+    }
+
+    /// Whether the calling thread may set policies at all.
+    pub(super) fn may_change_policies() -> bool {
+        set_policy(0, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, 0)
     }
 
     /// Lets others go before a thread.
@@ -328,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_of_a_hand_over_is_prompt_and_never_a_real_time_one() {
+    fn a_thread_of_a_hand_over_is_prompt_and_not_a_real_time_one() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let body = {
             let seen = seen.clone();

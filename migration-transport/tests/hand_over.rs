@@ -7,7 +7,10 @@ use std::{
     fs::File,
     io::ErrorKind,
     os::fd::AsFd,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, ThreadId},
     time::Duration,
 };
@@ -90,7 +93,11 @@ fn state_moves_and_ram_does_not() {
 
 /// Notes which roles threads assume beside the one that they were started for.
 #[derive(Default)]
-struct Roles(Mutex<Vec<(ThreadId, Role)>>);
+struct Roles {
+    assumed: Mutex<Vec<(ThreadId, Role)>>,
+    /// Whether the guest waits, as the engine says.
+    switching: AtomicBool,
+}
 
 impl Spawner for Roles {
     fn spawn(
@@ -104,14 +111,23 @@ impl Spawner for Roles {
     }
 
     fn assume(&self, role: Role, _impact: GuestImpact) {
-        self.0.lock().unwrap().push((thread::current().id(), role));
+        self.assumed.lock().unwrap().push((thread::current().id(), role));
+    }
+
+    fn begin_switch_over(&self) {
+        self.switching.store(true, Ordering::SeqCst);
+    }
+
+    fn end_switch_over(&self) {
+        self.switching.store(false, Ordering::SeqCst);
     }
 }
 
 impl Roles {
     /// For each thread that handed over, what it did afterwards.
     fn after_hand_overs(&self) -> Vec<Option<Role>> {
-        let all = std::mem::take(&mut *self.0.lock().unwrap());
+        let all = std::mem::take(&mut *self.assumed.lock().unwrap());
+        assert!(!self.switching.load(Ordering::SeqCst), "the guest does not wait any more");
         let after = |(n, (thread, role)): (usize, &(ThreadId, Role))| {
             let next = || all[n + 1..].iter().find(|(id, _)| id == thread).map(|(_, role)| *role);
             (*role == Role::HandOver).then(next)

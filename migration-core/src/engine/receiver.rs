@@ -518,6 +518,9 @@ impl Hub {
             DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
             DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
+                if session.shared {
+                    self.options.spawner.begin_switch_over();
+                }
                 let loading = session.loads();
                 session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
                 session.seal(generation)?;
@@ -559,6 +562,7 @@ impl Hub {
                     // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
                     // any more, on a core that a vCPU may have been woken for
                     let answered = self.answer(session, attachment);
+                    self.options.spawner.end_switch_over();
                     self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
                     self.adopt(started);
                     answered

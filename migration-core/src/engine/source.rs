@@ -800,6 +800,9 @@ impl Verbs for Engine<'_> {
         self.report.forced_switch_over = self.switch_over_wanted();
         self.paused = true;
         self.tell_controllers();
+        if self.shared {
+            self.options.spawner.begin_switch_over();
+        }
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))?;
         self.begin_watch();
         Ok(())

@@ -99,6 +99,7 @@ impl Hub {
         let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment, Some(reserved)));
         if features & FEATURE_SHARED_RAM != 0 {
             // whatever came of it, the guest does not wait for this thread any more
+            self.options.spawner.end_switch_over();
             self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
         }
         self.ended(&session, attachment, peer, served);

@@ -36,6 +36,7 @@ impl Engine<'_> {
         let mut error = result.err();
         let after = |engine: &Self, role, impact| {
             if engine.shared {
+                engine.options.spawner.end_switch_over();
                 engine.options.spawner.assume(role, impact);
             }
         };
@@ -319,6 +320,9 @@ impl Engine<'_> {
         let running = |event| matches!(event, SourceEvent::Running).then_some(());
         let patience = self.hurry.map_or(self.patience(), |hurry| hurry.answer);
         self.wait("the destination to run the VM", patience, running)?;
+        if self.shared {
+            self.options.spawner.end_switch_over();
+        }
         if let Some(paused) = self.paused_at {
             self.report.downtime.get_or_insert(paused.elapsed());
         }
