@@ -80,7 +80,9 @@ mod tests {
         let known = |name: &str| LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS).any(|key| key.name == name);
         assert!(read.iter().all(|name| known(name)), "{read:?}");
         let every = LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS);
-        let unread: Vec<_> = every.map(|key| key.name).filter(|name| !read.contains(name)).collect();
+        // some are read by names in a list
+        let named = |name: &str| sources[2..].iter().any(|source| source.contains(&format!("\"{name}\"")));
+        let unread: Vec<_> = every.map(|key| key.name).filter(|name| !read.contains(name) && !named(name)).collect();
         assert!(unread.is_empty(), "nobody reads {unread:?}");
     }
 }
