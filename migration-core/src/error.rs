@@ -21,6 +21,14 @@ pub enum MigrationError {
         /// What happened.
         cause: io::Error,
     },
+    /// Something else than a migration destination listens there.
+    #[error("{peer} is not a migration destination: {what}")]
+    Stranger {
+        /// Its address.
+        peer: String,
+        /// What it seems to be: see [`describe_stranger`](crate::describe_stranger).
+        what: String,
+    },
     /// The other end refused or gave up.
     #[error("the other end: {text} ({code:?})")]
     Peer {
@@ -86,6 +94,14 @@ impl MigrationError {
     pub fn link(peer: &str) -> impl FnOnce(io::Error) -> Self {
         let peer = peer.to_owned();
         move |cause| Self::Link { peer, cause }
+    }
+
+    /// Returns the text for a message that names the peer already: that of a link to it is left out.
+    pub fn at_peer(&self, peer: &str) -> String {
+        match self {
+            Self::Link { peer: named, cause } if named == peer => cause.to_string(),
+            other => other.to_string(),
+        }
     }
 
     /// The code under which the other end is told.

@@ -16,7 +16,9 @@ use std::{
 };
 
 use migration_core::{
+    STRANGER_BYTES,
     channel::{ReadHalf, WriteHalf},
+    describe_stranger,
     wire::{Control, ErrorCode, Header},
 };
 use thiserror::Error;
@@ -27,6 +29,8 @@ use crate::{Suite, secret::Secret, suite};
 pub(crate) const MAX_MESSAGE: usize = 1024;
 /// First bytes of what a destination answers to a preface.
 const ANSWER: [u8; 4] = *b"SEAL";
+/// How long something else than a destination has to finish what it says. It is only shown.
+const STRANGER_PATIENCE: Duration = Duration::from_millis(200);
 /// Bytes of a refused peer that are read, so that it gets to read why it was refused.
 const DRAIN: usize = 16 << 10;
 
@@ -37,9 +41,12 @@ pub enum HandshakeError {
     /// The source does not encrypt.
     #[error("this destination takes only encrypted migrations: encrypt at the source, too, with the same kind of key")]
     PlainPeer,
-    /// The other side does not speak this protocol at all.
+    /// The source does not speak this protocol at all.
     #[error("the peer speaks neither this protocol nor its plain form")]
     Stranger,
+    /// Something else than a migration destination listens there.
+    #[error("this is not a migration destination: {0}")]
+    NotADestination(String),
     /// The other side speaks another version of the handshake.
     #[error("the source's handshake is of version {0}, this destination's of version {VERSION}", VERSION = preface::VERSION)]
     Version(u8),
@@ -92,7 +99,7 @@ pub enum HandshakeError {
     #[error("the destination closed the connection during the handshake: does it take encrypted migrations?")]
     Closed,
     /// The peer took too long.
-    #[error("the peer did not finish the handshake in time")]
+    #[error("the peer was silent, or did not finish the handshake in time")]
     TimedOut,
     /// TLS failed.
     #[error("TLS: {0}")]
@@ -122,7 +129,12 @@ impl HandshakeError {
     /// Under which code the source is told, if it shall be told anything.
     fn code(&self) -> Option<ErrorCode> {
         match self {
-            Self::Link(_) | Self::TimedOut | Self::Stranger | Self::Closed | Self::Refused { .. } => None,
+            Self::Link(_)
+            | Self::TimedOut
+            | Self::Stranger
+            | Self::NotADestination(_)
+            | Self::Closed
+            | Self::Refused { .. } => None,
             Self::Version(_) => Some(ErrorCode::Version),
             Self::UnknownSession => Some(ErrorCode::UnknownSession),
             Self::Malformed(_) => Some(ErrorCode::Protocol),
@@ -194,7 +206,7 @@ impl Wire<'_> {
         let mut head = [0; 8];
         self.read(&mut head).map_err(closed)?;
         if head[..4] != ANSWER {
-            return Err(self.refusal(&head).unwrap_or(HandshakeError::Stranger));
+            return Err(self.refusal(&head).unwrap_or_else(|| self.stranger(&head)));
         }
         let len = usize::from(u16::from_le_bytes([head[4], head[5]]));
         if len > MAX_MESSAGE || head[6..] != [0; 2] {
@@ -205,8 +217,23 @@ impl Wire<'_> {
         Ok(message)
     }
 
+    /// Reads some more of what something else than a destination says, to the end of its line.
+    fn stranger(&mut self, begun: &[u8]) -> HandshakeError {
+        let mut said = begun.to_vec();
+        self.deadline = self.deadline.min(Instant::now() + STRANGER_PATIENCE);
+        let mut byte = [0];
+        while said.len() < STRANGER_BYTES && !said.ends_with(b"\n") && self.read(&mut byte).is_ok() {
+            said.push(byte[0]);
+        }
+        HandshakeError::NotADestination(describe_stranger(&said))
+    }
+
     /// A frame of the plain protocol says why there is no answer.
     fn refusal(&mut self, begun: &[u8; 8]) -> Option<HandshakeError> {
+        // flags and what is reserved are zero in a header: without that, nobody waits for the rest of one
+        if begun[1..4] != [0; 3] {
+            return None;
+        }
         let mut header = [0; Header::LEN];
         header[..begun.len()].copy_from_slice(begun);
         self.read(&mut header[begun.len()..]).ok()?;

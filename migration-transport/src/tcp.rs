@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
     os::fd::AsFd,
     time::{Duration, Instant},
 };
@@ -35,7 +35,8 @@ impl Connector for TcpConnector {
     /// left, so that one which swallows packets does not use up the time of the others.
     ///
     /// # Errors
-    /// What the last address said, with all of them in the message.
+    /// What the address said; of a host name, what each of its addresses said, under the kind of the last one. The host
+    /// itself is not in the message: the caller has its [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         let addresses: Vec<_> = (self.host.as_str(), self.port).to_socket_addrs()?.collect();
         let deadline = Instant::now().checked_add(self.options.connect_timeout);
@@ -48,12 +49,13 @@ impl Connector for TcpConnector {
                 Ok(channel) => return Ok(Box::new(channel)),
                 Err(e) => {
                     kind = e.kind();
-                    failures.push(format!("{address}: {e}"));
+                    let literal = self.host.parse::<IpAddr>().is_ok();
+                    failures.push(if literal { e.to_string() } else { format!("{}: {e}", address.ip()) });
                 }
             }
         }
         let why = if failures.is_empty() { "the host has no address".into() } else { failures.join("; ") };
-        Err(io::Error::new(kind, format!("cannot connect to {}: {why}", self.address())))
+        Err(io::Error::new(kind, format!("cannot connect: {why}")))
     }
 
     fn address(&self) -> String {
@@ -98,7 +100,8 @@ impl TcpListener {
     /// When no address can be bound, for example `AddrInUse`.
     pub fn bind(host: &str, port: u16, options: SocketOptions) -> io::Result<Self> {
         let mut error = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-        for address in (host, port).to_socket_addrs()? {
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen at tcp:{host}:{port}: {e}"));
+        for address in (host, port).to_socket_addrs().map_err(named)? {
             match listen(&address, &options) {
                 Ok(socket) => {
                     let bound = socket.local_addr()?.as_socket().map_or(port, |address| address.port());

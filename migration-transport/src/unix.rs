@@ -59,10 +59,12 @@ impl UnixConnector {
 }
 
 impl Connector for UnixConnector {
+    /// # Errors
+    /// What the operating system says, without the path: the caller has the [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         match self.open() {
             Ok(channel) => Ok(Box::new(channel)),
-            Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect to {}: {e}", self.address()))),
+            Err(e) => Err(io::Error::new(e.kind(), format!("cannot connect: {e}"))),
         }
     }
 

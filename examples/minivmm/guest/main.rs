@@ -40,7 +40,7 @@ use cpu::{Barrier, Cpu, Fault, board_write, cpus_online, give_up};
 use layout::{MAX_CPUS, MAX_SPEC, PAGE_SIZE, PARAMS_ADDRESS, board, fault, params, state};
 use memory::{Area, Loader};
 use page::{check, fill, load, mix};
-use spec::Spec;
+use spec::{LEAST_AREA, LEAST_RAM, Spec};
 
 /// What a workload does on each CPU.
 trait Workload {
@@ -170,8 +170,7 @@ fn set_up(start_info: u64) -> Plan {
     }
     let wanted = (load(PARAMS_ADDRESS + params::CPUS as u64) as u32 as usize).clamp(1, MAX_CPUS);
     let (work, data) = lay_out(&spec, ram);
-    // Less than this, and a CPU might have no page at all.
-    if ram.pages() < 512 || work.pages() < 8 * wanted as u64 {
+    if ram.pages() < LEAST_RAM || work.pages() < LEAST_AREA * wanted as u64 {
         give_up(setup(3, ram.pages()));
     }
     for (place, area) in [(board::WORK_RANGES, &work), (board::DATA_RANGES, &data)] {
@@ -200,24 +199,15 @@ fn spec_text(loader: &Loader) -> ([u8; MAX_SPEC], usize) {
     (text, spec.len())
 }
 
-/// Divides RAM between the workload and the data pages. Sizes are clamped: the workload's first, as it cannot do without.
+/// Divides RAM between the workload and the data pages.
 fn lay_out(spec: &Spec<'_>, mut ram: Area) -> (Area, Area) {
-    let pages = |key| spec.value(key).div_ceil(PAGE_SIZE);
-    let data = pages("data");
-    if spec.info.key("percent").is_some() {
-        // A share of what `data` leaves, which must leave something.
-        let data = ram.take(data.min(ram.pages() * 9 / 10));
-        return (ram.take(ram.pages() * spec.value("percent") / 100), data);
+    let shares = spec.shares(ram.pages());
+    if shares.data_first {
+        let data = ram.take(shares.data);
+        return (ram.take(shares.work), data);
     }
-    if spec.info.key("size").is_none() {
-        // A nominal area, which idle and sleep do not touch.
-        let work = ram.take(8 * MAX_CPUS as u64);
-        return (work, ram.take(data));
-    }
-    let work = ram.take(spec.area().div_ceil(PAGE_SIZE));
-    // The hot area is a part of the data.
-    let part = if spec.info.name == "hot" { work.pages() } else { 0 };
-    (work, ram.take(data.saturating_sub(part)))
+    let work = ram.take(shares.work);
+    (work, ram.take(shares.data))
 }
 
 /// Starts the other CPUs and returns how many there are in all. The waits are those of real hardware; a CPU that is not there by the end

@@ -244,6 +244,47 @@ impl Spec<'_> {
     pub fn area(&self) -> u64 {
         self.value("size").saturating_mul(self.value("regions").max(1))
     }
+
+    /// How `ram` pages are divided: those of the workload's area, and those of `data`. Sizes are clamped: the workload's first, as it
+    /// cannot do without.
+    pub fn shares(&self, ram: u64) -> Shares {
+        let data = self.value("data").div_ceil(PAGE);
+        if self.info.key("percent").is_some() {
+            // A share of what `data` leaves, which must leave something.
+            let data = data.min(ram * 9 / 10);
+            return Shares { work: (ram - data) * self.value("percent") / 100, data, data_first: true };
+        }
+        let work = match self.info.key("size") {
+            // A nominal area, which idle and sleep do not touch.
+            None => LEAST_AREA * MOST_CPUS,
+            Some(_) => self.area().div_ceil(PAGE),
+        };
+        let work = work.min(ram);
+        // The hot area is a part of the data.
+        let part = if self.info.name == "hot" { work } else { 0 };
+        Shares { work, data: data.saturating_sub(part).min(ram - work), data_first: false }
+    }
+}
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+/// Most CPUs of a guest.
+const MOST_CPUS: u64 = 16;
+/// Pages that a CPU needs to work on: with fewer, one might have none at all.
+pub const LEAST_AREA: u64 = 8;
+/// Pages of RAM beside image and balloon that a guest needs.
+pub const LEAST_RAM: u64 = 512;
+
+/// Pages of a guest, by what they are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// Of the area that the workload works on.
+    pub work: u64,
+    /// Filled once, and verified on demand.
+    pub data: u64,
+    /// Whether those of `data` come first.
+    #[allow(dead_code)] // Only the guest lays them out.
+    pub data_first: bool,
 }
 
 fn pairs(options: &str) -> impl Iterator<Item = &str> {

@@ -1,13 +1,16 @@
 //! The command line.
 
 use std::{
-    fmt,
+    fmt, iter,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use migration_core::{engine::OnTimeout, spawner::GuestImpact, vm::VmId};
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::{Address, Bandwidth};
@@ -90,11 +93,11 @@ pub(crate) struct Run {
     pub(crate) paused: bool,
     #[command(flatten)]
     pub(crate) common: Common,
-    /// How guest RAM is backed: anon, thp, memfd or hugetlb; thp if not given, of a restored VM as it was.
-    #[arg(long)]
+    /// How guest RAM is backed; thp if not given, of a restored VM as it was.
+    #[arg(long, value_parser = backing())]
     pub(crate) backing: Option<Backing>,
     /// How dirty pages are found; auto if not given, of a restored VM as it was.
-    #[arg(long)]
+    #[arg(long, value_parser = tracker())]
     pub(crate) tracker: Option<TrackerKind>,
 }
 
@@ -215,7 +218,7 @@ pub(crate) struct Receive {
     #[command(flatten)]
     pub(crate) common: Common,
     /// How guest RAM is backed; as at the source if not given.
-    #[arg(long)]
+    #[arg(long, value_parser = backing())]
     pub(crate) backing: Option<Backing>,
     /// In post-copy, what the guest does while the link to its source is lost: run, where it needs no page that is missing, or
     /// pause altogether.
@@ -225,7 +228,7 @@ pub(crate) struct Receive {
     #[arg(long, value_name = "D")]
     pub(crate) checkpoints: Option<PathBuf>,
     /// How dirty pages are found when the VM moves on; as at the source if not given.
-    #[arg(long)]
+    #[arg(long, value_parser = tracker())]
     pub(crate) tracker: Option<TrackerKind>,
     #[command(flatten)]
     pub(crate) encryption: Encryption,
@@ -254,6 +257,10 @@ pub(crate) struct Ctl {
     /// Print exactly one JSON object.
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// How long the minivmm may take to answer; for commands that take long (migrate, recover, refresh, snapshot, memory,
+    /// cancel, post-copy, switch-over), how long it may show no sign of life.
+    #[arg(long, value_name = "TIME", default_value = "10s", global = true, value_parser = duration)]
+    pub(crate) answer_timeout: Duration,
     #[command(subcommand)]
     pub(crate) command: CtlCommand,
 }
@@ -262,9 +269,10 @@ pub(crate) struct Ctl {
 pub(crate) enum CtlCommand {
     /// What the VM and a migration do.
     Status,
-    /// Stop the vCPUs.
+    /// Stop the vCPUs. While a migration copies pages, too: the VM then stays paused where it arrives, or here if the
+    /// migration fails.
     Pause,
-    /// Let them run.
+    /// Let them run, also while a migration copies pages.
     Resume,
     /// Cancel the migration under way; returns when everything is given back.
     Cancel,
@@ -283,8 +291,24 @@ pub(crate) enum CtlCommand {
     Refresh(Refresh),
     /// Switch a migration that copies pages to post-copy: the VM is handed over, the rest follows.
     PostCopy,
+    /// Switch a migration that copies pages over now: the guest is paused and all that is left is sent, however long that
+    /// takes. A hybrid hands over now, and the rest follows.
+    SwitchOver,
+    /// Change the limits of the migration under way, at once; of a snapshot, the downtime limit. `status` shows them.
+    Tune(Tune),
     /// At a source that has lost its link after the hand-over: reconnect there, and wait as `migrate` does.
     Recover(Recover),
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Tune {
+    /// Most bandwidth from now on, such as 10Gbit or 100MB/s; 0 or unlimited for no limit.
+    #[arg(long)]
+    pub(crate) bandwidth: Option<Bandwidth>,
+    /// The longest downtime that is acceptable from now on.
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) downtime_limit: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -485,6 +509,9 @@ pub(crate) struct Migrate {
     /// What happens then.
     #[arg(long, default_value = "cancel")]
     pub(crate) on_timeout: TimeoutAction,
+    /// How long the destination may take until it has built the VM, and be silent until then.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub(crate) setup_timeout: Duration,
     /// In post-copy, protect the VM against the death of its destination (reverse), of its source (forward), or of either:
     /// none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]. Both ends run on one host: nobody can tell a death
     /// from a cut across hosts.
@@ -530,6 +557,17 @@ pub(crate) struct Demo {
     /// The workload that moves.
     #[arg(long, default_value = "hot:size=64M,data=700M")]
     pub(crate) workload: String,
+}
+
+/// Reads a backing, and lists them all in the help and in errors.
+pub(crate) fn backing() -> impl TypedValueParser<Value = Backing> {
+    PossibleValuesParser::new(Backing::ALL.map(Backing::name)).try_map(|name| name.parse::<Backing>())
+}
+
+/// Reads a kind of tracker, and lists them all in the help and in errors.
+pub(crate) fn tracker() -> impl TypedValueParser<Value = TrackerKind> {
+    let kinds = iter::once(TrackerKind::Auto).chain(TrackerKind::ALL);
+    PossibleValuesParser::new(kinds.map(TrackerKind::name)).try_map(|name| name.parse::<TrackerKind>())
 }
 
 /// The path of a Unix socket, as `unix:PATH`.

@@ -1,22 +1,33 @@
 //! `minivmm ctl`: asks a running minivmm, and shows the answer to a person or a program.
 
-use std::{io::IsTerminal, path::Path, time::Duration};
+use std::{
+    io::IsTerminal,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 use crate::{
     cli::{Ctl, CtlCommand, Huge, Impact, Migrate, Refresh, Snapshot, TimeoutAction, absolute},
-    control::{MigrateRequest, Request, SnapshotRequest, ask},
+    control::{MigrateRequest, Request, SnapshotRequest, ask_within},
     refresh::{Plan, Trigger},
     report,
 };
 
 /// Runs a `ctl` command; the exit status.
 pub(crate) fn run(ctl: &Ctl) -> u8 {
-    let Some(socket) = &ctl.control else {
+    let Some(socket) = ctl.control.as_deref() else {
         return usage(ctl.json, "--control SOCK is missing");
     };
+    let server = Server { socket, patience: ctl.answer_timeout, as_json: ctl.json };
     match &ctl.command {
         CtlCommand::Migrate(args) => {
             let request = match args.encryption.check().and_then(|()| migrate_request(args)) {
@@ -24,31 +35,31 @@ pub(crate) fn run(ctl: &Ctl) -> u8 {
                 Err(why) => return usage(ctl.json, &why),
             };
             let strategy = request.strategy.clone();
-            migrate(socket, &Request::Migrate(Box::new(request)), &strategy, args.progress, ctl.json)
+            server.wait_for_end(&Request::Migrate(Box::new(request)), "migration", &strategy, args.progress)
         }
         CtlCommand::Snapshot(args) => match snapshot_request(args) {
-            Ok(request) => migrate(socket, &Request::Snapshot(request), "snapshot", args.progress, ctl.json),
+            Ok(request) => server.wait_for_end(&Request::Snapshot(request), "snapshot", "snapshot", args.progress),
             Err(why) => usage(ctl.json, &why),
         },
         CtlCommand::Refresh(args) if args.every.is_none() && args.when.is_none() => match plan(args) {
-            Ok(plan) => migrate(socket, &Request::Refresh(plan), "handover", false, ctl.json),
+            Ok(plan) => server.wait_for_end(&Request::Refresh(plan), "refresh", "handover", false),
             Err(why) => usage(ctl.json, &why),
         },
         CtlCommand::Recover(args) => {
             let request = Request::Recover { to: args.to.to_string(), progress: args.progress };
-            migrate(socket, &request, "", args.progress, ctl.json)
+            server.wait_for_end(&request, "migration", "", args.progress)
         }
         other => {
             let request = match request(other) {
                 Ok(request) => request,
                 Err(why) => return usage(ctl.json, &why),
             };
-            match ask(socket, &request, |_| {}) {
+            match ask_within(socket, &request, ctl.answer_timeout, &mut |_| {}) {
                 Ok(answer) => {
                     if ctl.json {
                         println!("{answer}");
                     } else {
-                        print!("{}", lines("", &answer));
+                        print!("{}", lines(&answer));
                     }
                     0
                 }
@@ -94,6 +105,12 @@ fn request(command: &CtlCommand) -> Result<Request, String> {
             return Err("that waits for its end".into());
         }
         CtlCommand::PostCopy => Request::PostCopy,
+        CtlCommand::SwitchOver => Request::SwitchOver,
+        CtlCommand::Tune(args) => Request::Tune {
+            // as in a migration's request
+            bandwidth_bits: args.bandwidth.map(|bandwidth| bandwidth.bits_per_second().unwrap_or(0)),
+            downtime_limit_us: args.downtime_limit.map(us),
+        },
         CtlCommand::Refresh(args) => Request::Refresh(plan(args)?),
     })
 }
@@ -143,6 +160,7 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
             TimeoutAction::PostCopy => "post-copy",
         }
         .into(),
+        setup_timeout_us: us(args.setup_timeout),
         push_order: args.push_order.clone(),
         demand_lanes: args.demand_lanes,
         whole_huge_pages: matches!(args.huge, Huge::Whole),
@@ -155,30 +173,82 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, String> {
     })
 }
 
-/// Sends a request that ends when a migration or a snapshot does, and tells how.
-fn migrate(socket: &Path, request: &Request, strategy: &str, progress: bool, as_json: bool) -> u8 {
-    let bar = progress.then(Bar::new);
-    let answer = ask(socket, request, |p| {
-        if let Some(bar) = &bar {
-            bar.show(p);
+/// Exit status of a command that was interrupted by SIGINT, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// The minivmm that is asked, and how its answers are shown.
+struct Server<'a> {
+    socket: &'a Path,
+    /// How long it may show no sign of life.
+    patience: Duration,
+    as_json: bool,
+}
+
+impl Server<'_> {
+    /// Sends a request that ends when a migration or a snapshot (`what`) does, and tells how.
+    fn wait_for_end(&self, request: &Request, what: &'static str, strategy: &str, progress: bool) -> u8 {
+        let begun = Arc::new(AtomicBool::new(false));
+        if let Err(why) = self.say_what_goes_on(what, strategy, begun.clone()) {
+            return fail(self.as_json, &why);
         }
-    });
-    if let Some(bar) = bar {
-        bar.finish();
-    }
-    let (report, status) = match answer {
-        Ok(report) => {
-            let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
-            (report, status)
+        let bar = progress.then(Bar::new);
+        let answer = ask_within(self.socket, request, self.patience, &mut |line| {
+            begun.store(true, Ordering::Relaxed);
+            if let (Some(bar), Some(p)) = (&bar, line) {
+                bar.show(p);
+            }
+        });
+        if let Some(bar) = bar {
+            bar.finish();
         }
-        Err(why) => (report::not_begun(strategy, &why), 1),
-    };
-    if as_json {
-        println!("{report}");
-    } else {
-        print!("{}", report::to_lines(&report));
+        let (report, status) = match answer {
+            Ok(report) => {
+                let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
+                (report, status)
+            }
+            Err(why) => (report::not_begun(strategy, &why), 1),
+        };
+        self.show(&report);
+        status
     }
-    status
+
+    fn show(&self, report: &Value) {
+        if self.as_json {
+            println!("{report}");
+        } else {
+            print!("{}", report::to_lines(report));
+        }
+    }
+
+    /// From here on SIGINT ends this command with a word about what goes on without it.
+    fn say_what_goes_on(&self, what: &'static str, strategy: &str, begun: Arc<AtomicBool>) -> Result<(), String> {
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGINT);
+        // threads that are started from here on inherit that
+        signals.thread_block().map_err(|e| format!("SIGINT: {e}"))?;
+        let socket = self.socket.display().to_string();
+        let (as_json, mut report) = (self.as_json, report::not_begun(strategy, ""));
+        let body = move || {
+            if signals.wait().is_err() {
+                return;
+            }
+            let ctl = |command: &str| format!("`minivmm ctl --control {socket} {command}`");
+            let (cancel, status) = (ctl("cancel"), ctl("status"));
+            let why = if begun.load(Ordering::Relaxed) {
+                format!("interrupted: the {what} goes on; {cancel} ends it, {status} shows it")
+            } else {
+                format!("interrupted before the minivmm has answered: {status} shows whether the {what} has begun")
+            };
+            if as_json {
+                (report["outcome"], report["reason"]) = (json!("under-way"), json!(why));
+                println!("{report}");
+            } else {
+                eprintln!("\nminivmm: {why}");
+            }
+            std::process::exit(INTERRUPTED.into());
+        };
+        thread::Builder::new().name("signals".into()).spawn(body).map(drop).map_err(|e| format!("no thread: {e}"))
+    }
 }
 
 /// Progress on stderr: a bar on a terminal, a line now and then elsewhere.
@@ -224,17 +294,19 @@ impl Bar {
 }
 
 /// A JSON value as aligned lines.
-pub(crate) fn lines(prefix: &str, value: &Value) -> String {
-    match value {
-        Value::Object(map) => map
-            .iter()
-            .map(|(key, value)| {
-                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                lines(&name, value)
-            })
-            .collect(),
-        Value::String(text) => format!("{prefix:<32}{text}\n"),
-        Value::Null => format!("{prefix:<32}-\n"),
-        other => format!("{prefix:<32}{other}\n"),
+pub(crate) fn lines(value: &Value) -> String {
+    fn add(rows: &mut Vec<(String, String)>, name: String, value: &Value) {
+        match value {
+            Value::Object(map) => {
+                let prefix = if name.is_empty() { name } else { name + "." };
+                map.iter().for_each(|(key, value)| add(rows, format!("{prefix}{key}"), value));
+            }
+            Value::String(text) => rows.push((name, text.clone())),
+            Value::Null => rows.push((name, "-".into())),
+            other => rows.push((name, other.to_string())),
+        }
     }
+    let mut rows = Vec::new();
+    add(&mut rows, String::new(), value);
+    report::aligned(&rows)
 }

@@ -7,8 +7,12 @@ use std::{
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +28,11 @@ use crate::{
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
+/// How often a client of a long request gets a sign of life: several times within the shortest patience that makes sense.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a client may leave what it is told unread.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a client asks.
 #[derive(Debug, Deserialize, Serialize)]
@@ -65,6 +74,12 @@ pub(crate) enum Request {
         snapshot: Saved,
     },
     PostCopy,
+    SwitchOver,
+    /// What is not given stays as it is; 0 bits for no limit.
+    Tune {
+        bandwidth_bits: Option<u64>,
+        downtime_limit_us: Option<u64>,
+    },
     Recover {
         to: String,
         progress: bool,
@@ -92,6 +107,7 @@ pub(crate) struct MigrateRequest {
     pub(crate) timeout_us: u64,
     /// cancel, stop or post-copy.
     pub(crate) on_timeout: String,
+    pub(crate) setup_timeout_us: u64,
     pub(crate) push_order: String,
     pub(crate) demand_lanes: u16,
     pub(crate) whole_huge_pages: bool,
@@ -100,6 +116,16 @@ pub(crate) struct MigrateRequest {
     pub(crate) checksum: bool,
     pub(crate) encryption: Encryption,
     pub(crate) progress: bool,
+}
+
+impl Request {
+    /// Whether it may take long, as it waits for a guest or copies memory. The server then gives signs of life.
+    pub(crate) fn takes_long(&self) -> bool {
+        !matches!(
+            self,
+            Self::Status | Self::Pause | Self::Resume | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place
+        )
+    }
 }
 
 impl MigrateRequest {
@@ -113,6 +139,7 @@ impl MigrateRequest {
             bandwidth_bits: 0,
             timeout_us: 0,
             on_timeout: "cancel".into(),
+            setup_timeout_us: 60_000_000,
             push_order: "linear".into(),
             demand_lanes: 0,
             whole_huge_pages: false,
@@ -131,6 +158,8 @@ impl MigrateRequest {
 pub(crate) enum Answer {
     /// How far a migration is; more lines follow.
     Progress(Value),
+    /// The request is being worked on; more lines follow.
+    Alive,
     /// The result; the last line.
     Done(Value),
     /// What failed; the last line.
@@ -182,23 +211,41 @@ impl ControlSocket {
 fn serve_client(client: UnixStream, instance: &Arc<Instance>) -> io::Result<()> {
     let mut line = String::new();
     BufReader::new(io::Read::take(client.try_clone()?, MAX_REQUEST)).read_line(&mut line)?;
-    let mut say = {
-        let mut client = client.try_clone()?;
-        move |answer: &Answer| -> io::Result<()> {
-            let mut line = serde_json::to_vec(answer)?;
-            line.push(b'\n');
-            client.write_all(&line)
-        }
+    // one that does not read keeps nobody for ever
+    client.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    let client = Mutex::new(client);
+    let say = |answer: &Answer| -> io::Result<()> {
+        let mut line = serde_json::to_vec(answer)?;
+        line.push(b'\n');
+        // a write that failed half-way leaves nothing behind that others rely on
+        client.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line)
     };
-    let request = match serde_json::from_str(&line) {
+    let request: Request = match serde_json::from_str(&line) {
         Ok(request) => request,
         Err(error) => return say(&Answer::Failed(format!("not a request: {error}"))),
     };
     let quit = matches!(request, Request::Quit);
-    let result = instance.handle(request, &mut |progress| {
-        // the migration goes on without its client
-        let _ = say(&Answer::Progress(progress));
+    let handled = thread::scope(|scope| {
+        // dropped when the request is done
+        let (_done, ended) = mpsc::channel::<()>();
+        if request.takes_long() {
+            let say = &say;
+            let alive = move || {
+                // at once: who is interrupted then knows that the request has arrived
+                while say(&Answer::Alive).is_ok() && ended.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
+                }
+            };
+            thread::Builder::new().name("client".into()).spawn_scoped(scope, alive)?;
+        }
+        Ok(instance.handle(request, &mut |progress| {
+            // the migration goes on without its client
+            let _ = say(&Answer::Progress(progress));
+        }))
     });
+    let result = match handled {
+        Ok(result) => result,
+        Err(error) => return say(&Answer::Failed(format!("no thread: {}", io::Error::to_string(&error)))),
+    };
     let said = match result {
         Ok(value) => say(&Answer::Done(value)),
         Err(why) => say(&Answer::Failed(why)),
@@ -210,20 +257,78 @@ fn serve_client(client: UnixStream, instance: &Arc<Instance>) -> io::Result<()> 
     said
 }
 
-/// Sends a request and returns the last answer; `progress` is called for the lines before it.
+/// Sends a request and returns the last answer, whenever it comes; `progress` is called for the lines before it.
 pub(crate) fn ask(path: &Path, request: &Request, mut progress: impl FnMut(&Value)) -> Result<Value, String> {
     let context = |e: io::Error| format!("control socket {}: {e}", path.display());
-    let mut server = UnixStream::connect(path).map_err(context)?;
+    let server = UnixStream::connect(path).map_err(context)?;
+    converse(path, server, request, None, &mut |value| value.into_iter().for_each(&mut progress))
+}
+
+/// As [`ask`], of a server that shows signs of life: one that is stopped or stuck is given up after `patience`. `alive` is
+/// called for each line before the last one; some have progress.
+pub(crate) fn ask_within(
+    path: &Path,
+    request: &Request,
+    patience: Duration,
+    alive: &mut dyn FnMut(Option<&Value>),
+) -> Result<Value, String> {
+    let server = connect_within(path, patience).map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => no_answer(path, patience),
+        _ => format!("control socket {}: {error}", path.display()),
+    })?;
+    converse(path, server, request, Some(patience), alive)
+}
+
+fn no_answer(path: &Path, patience: Duration) -> String {
+    format!(
+        "the minivmm at {} does not answer within {patience:?}: it may be stopped or stuck; what was asked for may still \
+         happen (--answer-timeout sets how long to wait)",
+        path.display()
+    )
+}
+
+/// Connecting waits while too many others do that the server has not accepted, and has no time-out of its own.
+fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let (tx, rx) = mpsc::channel();
+    let socket = path.to_owned();
+    // a thread that comes too late goes with this process
+    thread::Builder::new().name("connect".into()).spawn(move || tx.send(UnixStream::connect(socket)))?;
+    rx.recv_timeout(patience).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+fn converse(
+    path: &Path,
+    mut server: UnixStream,
+    request: &Request,
+    patience: Option<Duration>,
+    alive: &mut dyn FnMut(Option<&Value>),
+) -> Result<Value, String> {
+    let late = |e: &io::Error| matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+    let context = |e: io::Error| match patience.filter(|_| late(&e)) {
+        Some(patience) => no_answer(path, patience),
+        None => format!("control socket {}: {e}", path.display()),
+    };
     let mut line = serde_json::to_vec(request).map_err(|e| e.to_string())?;
     line.push(b'\n');
+    // zero would be refused as an argument
+    let bound = |left: Duration| Some(left.max(Duration::from_millis(1)));
+    server.set_write_timeout(patience.and_then(bound)).map_err(context)?;
     server.write_all(&line).map_err(context)?;
-    for line in BufReader::new(server).lines() {
-        let line = line.map_err(context)?;
+    let began = Instant::now();
+    let mut server = BufReader::new(server);
+    loop {
+        // a short request is answered in time; during a long one no silence lasts longer than that
+        let left = patience.map(|most| if request.takes_long() { most } else { most.saturating_sub(began.elapsed()) });
+        server.get_ref().set_read_timeout(left.and_then(bound)).map_err(context)?;
+        let mut line = String::new();
+        if server.read_line(&mut line).map_err(context)? == 0 {
+            return Err(format!("{} closed the connection without an answer", path.display()));
+        }
         match serde_json::from_str(&line).map_err(|e| format!("answer of {}: {e}", path.display()))? {
-            Answer::Progress(value) => progress(&value),
+            Answer::Progress(value) => alive(Some(&value)),
+            Answer::Alive => alive(None),
             Answer::Done(value) => return Ok(value),
             Answer::Failed(why) => return Err(why),
         }
     }
-    Err(format!("{} closed the connection without an answer", path.display()))
 }

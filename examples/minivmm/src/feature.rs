@@ -67,7 +67,7 @@ fn show(args: &Feature, trip: &Value) {
     if args.json {
         println!("{trip}");
     } else {
-        print!("{}", client::lines("", trip));
+        print!("{}", client::lines(trip));
     }
 }
 

@@ -3,6 +3,7 @@
 mod kept;
 mod lend;
 mod succession;
+mod under_way;
 
 use std::{
     path::{Path, PathBuf},
@@ -17,8 +18,8 @@ pub(crate) use lend::{Fate, LendRequest, inherit};
 use migration_core::{
     PAGE_SHIFT,
     engine::{
-        self, Controller, HugePages, NoPostCopy, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
-        SnapshotOptions, SourceOptions,
+        self, Controller, HugePages, NoPostCopy, NoSwitchOver, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions,
+        RestoreOptions, SnapshotOptions, SourceOptions,
     },
     fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
@@ -33,9 +34,10 @@ use migration_kvm::{
     spawner::KvmSpawner,
 };
 use migration_transport::{
-    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, bind, connector,
+    Address, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, Limiter, bind, connector,
 };
 use serde_json::{Value, json};
+use under_way::UnderWay;
 
 use crate::{
     checkpoints::{Folder, Protection},
@@ -76,6 +78,8 @@ struct State {
     /// The last report, kept for `status`.
     last: Option<Value>,
     controller: Option<Controller>,
+    /// What it controls.
+    under_way: Option<UnderWay>,
     /// What the channels of the migration under way have in common, if it is encrypted.
     session: Option<SourceSession>,
     receiver: Option<ReceiverHandle>,
@@ -225,7 +229,8 @@ impl Instance {
         host: HostOptions,
         checkpoints: Option<PathBuf>,
     ) -> Result<String, String> {
-        let mut listener = bind(listen).map_err(|e| format!("{listen}: {e}"))?;
+        // it names the address itself
+        let mut listener = bind(listen).map_err(|e| e.to_string())?;
         let address = listener.address();
         if let Some(security) = security {
             listener = Box::new(SecureListener::new(listener, security));
@@ -328,11 +333,15 @@ impl Instance {
         self.wait_arrival();
         match request {
             Request::Status => Ok(self.status()),
-            Request::Pause => self.here("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
-            Request::Resume => self.here("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
+            Request::Pause => self.not_gone("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
+            Request::Resume => self.not_gone("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
             Request::Cancel => self.cancel(),
             Request::Adopt => self.adopt(),
             Request::PostCopy => self.post_copy(),
+            Request::SwitchOver => self.switch_over(),
+            Request::Tune { bandwidth_bits, downtime_limit_us } => {
+                self.tune(bandwidth_bits, downtime_limit_us.map(Duration::from_micros))
+            }
             Request::Recover { to, progress: wanted } => self.recover(&to, wanted, progress),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
@@ -368,22 +377,11 @@ impl Instance {
         }
     }
 
-    /// The VM, if it is here and not on the move.
-    fn here(&self, what: &str) -> Result<Arc<Machine>, String> {
-        let state = self.lock();
-        match (state.role, &state.machine) {
-            (Role::Home | Role::Saving, Some(machine)) => Ok(machine.clone()),
-            (role, _) => Err(format!("{what}: no VM is at rest here, this minivmm is {}", role.name())),
-        }
-    }
-
-    /// The VM, if neither a migration nor a snapshot is under way either.
+    /// The VM, if it is here and neither a migration nor a snapshot is under way.
     fn home(&self, what: &str) -> Result<Arc<Machine>, String> {
-        let machine = self.here(what)?;
-        match self.lock().role {
-            Role::Home => Ok(machine),
-            role => Err(format!("{what}: this minivmm is {}", role.name())),
-        }
+        let machine = self.not_gone(what)?;
+        let state = self.lock();
+        if state.role == Role::Home { Ok(machine) } else { Err(state.busy(what)) }
     }
 
     fn status(&self) -> Value {
@@ -392,7 +390,11 @@ impl Instance {
         let (role, receiver) = (state.role, state.receiver.clone());
         let (mut epoch, last) = (state.epoch, state.last.clone());
         let migration = match (&state.progress, role) {
-            (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => report::progress_to_json(p, &state.checkpoints),
+            (Some(p), Role::Outgoing | Role::InDoubt | Role::Saving) => {
+                let mut progress = report::progress_to_json(p, &state.checkpoints);
+                progress["bandwidth_bits"] = state.bandwidth();
+                progress
+            }
             _ => last.unwrap_or(Value::Null),
         };
         let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
@@ -420,6 +422,7 @@ impl Instance {
             "tracker": null, "migration": migration, "workload": null, "lent": lent,
         });
         if let Some(s) = snapshot {
+            status["paused"] = json!(s.paused);
             let Snapshot { cpus, memory_bytes, backing, tracker, workload, software, warnings, .. } = s;
             status["cpus"] = json!(cpus);
             status["memory_bytes"] = json!(memory_bytes);
@@ -488,19 +491,6 @@ impl Instance {
         Err(format!("cancel: too late, the migration is {}", outcome.as_str().unwrap_or("in doubt")))
     }
 
-    fn post_copy(&self) -> Result<Value, String> {
-        let mut state = self.lock();
-        loop {
-            let controller = state.controller.as_ref().ok_or("post-copy: no migration is under way")?;
-            match controller.post_copy() {
-                Ok(()) => return Ok(json!({"asked": true})),
-                // the next phase tells, or the end
-                Err(NoPostCopy::NotYet) => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
-                Err(why) => return Err(format!("post-copy: {why}")),
-            }
-        }
-    }
-
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
         receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
@@ -551,7 +541,7 @@ impl Instance {
         let timeout = Duration::from_micros(request.timeout_us);
         let mut state = self.lock();
         if state.role != Role::Home {
-            return Err(format!("migrate: this minivmm is {}", state.role.name()));
+            return Err(state.busy("migrate"));
         }
         let last_epoch = state.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
@@ -571,14 +561,16 @@ impl Instance {
             fail_safe: protect.as_ref().map(|p| p.fail_safe.clone()),
             impact: impact(&request.impact),
             payload_crc: request.checksum,
+            setup_timeout: Duration::from_micros(request.setup_timeout_us),
             last_epoch,
             ..self.source_options()
         };
-        let bandwidth = Bandwidth::from_bits_per_second(request.bandwidth_bits);
-        let link =
-            secured(session.as_ref(), Box::new(Limited::new(connector(&to, ConnectOptions::default()), bandwidth)));
+        let limiter = Limiter::new(Bandwidth::from_bits_per_second(request.bandwidth_bits));
+        let limited = Limited::with_limiter(connector(&to, ConnectOptions::default()), limiter.clone());
+        let link = secured(session.as_ref(), Box::new(limited));
         let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
+        state.under_way = Some(UnderWay::migration(strategy.name(), &to, limiter));
         state.session = session;
         drop(state);
         if let Err(why) = self.leaves_for(&to, heir) {
@@ -614,7 +606,7 @@ impl Instance {
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
-            return Err(format!("snapshot: this minivmm is {}", state.role.name()));
+            return Err(state.busy("snapshot"));
         }
         let timeout = Duration::from_micros(request.timeout_us);
         let options = SnapshotOptions {
@@ -626,6 +618,7 @@ impl Instance {
         };
         let (controller, commands) = Controller::new();
         state.begin(Role::Saving, controller, tx);
+        state.under_way = Some(UnderWay::snapshot(&out));
         drop(state);
         let instance = self.clone();
         let body = move || {
@@ -653,7 +646,7 @@ impl Instance {
     /// The migration or snapshot that was to begin does not.
     fn not_begun(&self) {
         let mut state = self.lock();
-        (state.controller, state.session, state.role) = (None, None, Role::Home);
+        (state.controller, state.session, state.under_way, state.role) = (None, None, None, Role::Home);
         state.waiting.clear();
         drop(state);
         self.changed.notify_all();
@@ -678,7 +671,11 @@ impl Instance {
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
         let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
         state.waiting.push(tx);
-        let link = secured(state.session.as_ref(), connector(&to, ConnectOptions::default()));
+        let mut link = connector(&to, ConnectOptions::default());
+        if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {
+            link = Box::new(Limited::with_limiter(link, limiter));
+        }
+        let link = secured(state.session.as_ref(), link);
         drop(state);
         controller.recover(link.into());
         await_end(updates, wanted, progress)
@@ -689,7 +686,9 @@ impl Instance {
             self.stays();
         }
         let mut state = self.lock();
-        state.end(report::to_json(report));
+        let mut json = report::to_json(report);
+        json["bandwidth_bits"] = state.bandwidth();
+        state.end(json);
         state.epoch = report.epoch;
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Moved, Some(0)),
@@ -750,7 +749,7 @@ impl State {
     /// It has come to this.
     fn end(&mut self, report: Value) {
         self.tell(report);
-        (self.controller, self.session) = (None, None);
+        (self.controller, self.session, self.under_way) = (None, None, None);
     }
 
     /// Answers those who wait for the end.
@@ -789,7 +788,8 @@ impl Observer for Told {
             Event::Progress(p) => {
                 let mut state = self.0.lock();
                 state.progress = Some(p.clone());
-                let shown = report::progress_to_json(p, &state.checkpoints);
+                let mut shown = report::progress_to_json(p, &state.checkpoints);
+                shown["bandwidth_bits"] = state.bandwidth();
                 // who has gone is found out here
                 state.waiting.retain(|client| client.send(Update::Progress(shown.clone())).is_ok());
             }

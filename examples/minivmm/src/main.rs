@@ -77,6 +77,14 @@ fn run(args: &Run) -> Result<u8, String> {
     if let Some(path) = &args.restore {
         return restore(args, path);
     }
+    if let Some(spec) = &args.workload {
+        let least = workload::least_memory(spec, args.cpus).map_err(|e| format!("{spec}: {e}"))?;
+        enough_memory(args.memory, least, &format!("the workload {spec} on {} vCPUs", args.cpus))?;
+    }
+    if let Some(path) = &args.kernel {
+        let least = vmm::least_memory(path).map_err(|e| e.to_string())?;
+        enough_memory(args.memory, least, &path.display().to_string())?;
+    }
     let (backing, tracker) = (args.backing.unwrap_or(Backing::TransparentHuge), args.tracker.unwrap_or_default());
     let config = MachineConfig::new(args.memory, args.cpus, backing, tracker);
     let machine = Machine::new(config, &SerialTarget::from(args.common.serial.as_str())).map_err(|e| e.to_string())?;
@@ -99,6 +107,15 @@ fn run(args: &Run) -> Result<u8, String> {
         machine.start(true).map_err(|e| e.to_string())?;
     }
     Ok(instance.wait_exit())
+}
+
+/// An error if there is less memory than `what` needs.
+fn enough_memory(memory: u64, least: u64, what: &str) -> Result<(), String> {
+    if memory >= least {
+        return Ok(());
+    }
+    let mib = least.div_ceil(1 << 20);
+    Err(format!("--memory of {memory} bytes is too little: {what} needs at least {mib} MiB (--memory {mib}M)"))
 }
 
 fn restore(args: &Run, path: &Path) -> Result<u8, String> {
@@ -190,12 +207,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
             std::fs::write(out, elf).map_err(|e| format!("{}: {e}", out.display()))?;
         }
         _ => {
-            for info in workload::LIST {
-                println!("{:<12}{}", info.name, info.summary);
-                for key in info.keys.iter().chain(workload::COMMON_KEYS) {
-                    println!("{:<12}    {}={}", "", key.name, key.default);
-                }
-            }
+            print!("{}", workload::listing());
         }
     }
     Ok(0)

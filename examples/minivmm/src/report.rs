@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::workload::Board;
 
 /// Milliseconds with three decimals.
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -35,6 +35,8 @@ pub(crate) fn to_json(report: &Report) -> Value {
         "prepare_ms": ms(report.setup),
         "downtime_ms": report.downtime.map(ms),
         "predicted_downtime_ms": report.predicted_downtime.map(ms),
+        "downtime_limit_ms": ms(report.downtime_limit),
+        "forced_switch_over": report.forced_switch_over,
         "rounds": report.rounds.len(),
         "round_details": rounds_to_json(&report.rounds),
         "streams": report.streams,
@@ -163,6 +165,7 @@ pub(crate) fn progress_to_json(p: &Progress, checkpoints: &CheckpointCounts) -> 
         "throttle_percent": p.throttle_percent,
         "elapsed_ms": ms(p.elapsed),
         "eta_ms": p.eta.map(ms),
+        "downtime_limit_ms": ms(p.downtime_limit),
         "checkpoints": checkpoints_to_json(checkpoints),
     })
 }
@@ -174,10 +177,8 @@ pub(crate) fn to_lines(report: &Value) -> String {
         Value::String(s) => s.clone(),
         other => other.to_string(),
     };
-    let mut lines = String::new();
-    let mut line = |name: &str, value: String| {
-        lines.push_str(&format!("{name:<24}{value}\n"));
-    };
+    let mut rows = Vec::new();
+    let mut line = |name: &str, value: String| rows.push((name.to_owned(), value));
     for (key, unit) in [
         ("strategy", ""),
         ("outcome", ""),
@@ -186,6 +187,7 @@ pub(crate) fn to_lines(report: &Value) -> String {
         ("setup_ms", " ms"),
         ("downtime_ms", " ms"),
         ("predicted_downtime_ms", " ms"),
+        ("downtime_limit_ms", " ms"),
         ("rounds", ""),
         ("streams", ""),
         ("wire_bytes", ""),
@@ -204,5 +206,11 @@ pub(crate) fn to_lines(report: &Value) -> String {
         let pages: Vec<String> = pages.iter().map(|(k, v)| format!("{k} {v}")).collect();
         line("pages", pages.join(", "));
     }
-    lines
+    aligned(&rows)
+}
+
+/// Names and values in two columns, with two spaces between them at the least.
+pub(crate) fn aligned(rows: &[(String, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) + 2;
+    rows.iter().map(|(name, value)| format!("{name:<width$}{value}\n")).collect()
 }

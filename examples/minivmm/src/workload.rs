@@ -10,10 +10,15 @@ pub mod layout;
 #[path = "../guest/spec.rs"]
 pub mod spec;
 
+mod listing;
+mod needs;
+
 use layout::{
     ACCESS_BUCKETS, BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, MAX_SPEC, PARAMS_ADDRESS, PARAMS_MAGIC, access_bucket_start,
     board, fault, params, record,
 };
+pub use listing::listing;
+pub use needs::least_memory;
 pub use spec::{COMMON_KEYS, LIST};
 use spec::{Kind, Spec, SpecError};
 
@@ -60,6 +65,18 @@ pub enum WorkloadError {
     /// More CPUs than the board has records for, or none.
     #[error("{0} CPUs: the guest runs on 1 to {MAX_CPUS}")]
     Cpus(u32),
+    /// The workload has too little to work on, whatever RAM there is.
+    #[error(
+        "its area has {pages} pages, and {cpus} CPUs need {wanted}: give it a larger size or percent, or fewer CPUs"
+    )]
+    Area {
+        /// Pages of its area.
+        pages: u64,
+        /// Pages that the CPUs need.
+        wanted: u64,
+        /// How many CPUs there are.
+        cpus: u32,
+    },
     /// The compiled image has no parameter page where it should.
     #[error("the guest's image has no parameter page")]
     Image,
@@ -124,20 +141,31 @@ pub fn elf(spec: &str, cpus: u32, tsc_khz: u64) -> Result<Vec<u8>, WorkloadError
     Ok(image)
 }
 
-/// Where in an ELF64 file the byte of a physical address is, by its program headers.
-fn file_offset(image: &[u8], address: u64) -> Option<usize> {
+/// The program headers of an ELF64's segments that are loaded.
+fn segments(image: &[u8]) -> impl Iterator<Item = &[u8]> {
     const PROGRAM_HEADERS: usize = 32;
     const HEADER_COUNT: usize = 56;
     const HEADER_SIZE: usize = 56;
     const PT_LOAD: u32 = 1;
-    let first = word_checked(image, PROGRAM_HEADERS)? as usize;
-    let count = usize::from(u16::from_le_bytes(image.get(HEADER_COUNT..HEADER_COUNT + 2)?.try_into().ok()?));
-    (0..count).find_map(|n| {
-        let header = image.get(first + n * HEADER_SIZE..)?.get(..HEADER_SIZE)?;
+    let first = word_checked(image, PROGRAM_HEADERS).unwrap_or(u64::MAX) as usize;
+    let count = image.get(HEADER_COUNT..HEADER_COUNT + 2).map_or(0, |n| u16::from_le_bytes([n[0], n[1]]));
+    let headers = (0..usize::from(count))
+        .filter_map(move |n| image.get(first.checked_add(n * HEADER_SIZE)?..)?.get(..HEADER_SIZE));
+    headers.filter(|header| word(header, 0) as u32 == PT_LOAD)
+}
+
+/// Where in an ELF64 file the byte of a physical address is, by its program headers.
+fn file_offset(image: &[u8], address: u64) -> Option<usize> {
+    segments(image).find_map(|header| {
         let (offset, start, size) = (word(header, 8), word(header, 24), word(header, 32));
         let inside = address >= start && address - start < size;
-        (word(header, 0) as u32 == PT_LOAD && inside).then_some((offset + address - start) as usize)
+        inside.then_some((offset + address - start) as usize)
     })
+}
+
+/// The first physical address behind what an ELF64 takes in memory.
+fn loaded_end(image: &[u8]) -> u64 {
+    segments(image).map(|header| word(header, 24).saturating_add(word(header, 40))).max().unwrap_or(0)
 }
 
 fn word_checked(bytes: &[u8], at: usize) -> Option<u64> {

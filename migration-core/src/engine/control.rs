@@ -7,12 +7,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crate::{
-    MigrationError,
+    MigrationError, STRANGER_BYTES,
     channel::{FILES_PER_BYTE, ReadHalf, WriteHalf},
     codec::DecodeError,
+    describe_stranger,
     wire::{Control, Header},
 };
 
@@ -64,11 +66,22 @@ pub(super) struct ControlReader {
     peer: String,
     sequence: u32,
     bytes: Arc<AtomicU64>,
+    /// Whether anything may be at the other end, as nothing has come from there yet.
+    unknown: bool,
 }
+
+/// How long a stranger has to finish what it says. It is only shown, so little time will do.
+const STRANGER_PATIENCE: Duration = Duration::from_millis(200);
 
 impl ControlReader {
     pub(super) fn new(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
-        Self { half, peer, sequence: 0, bytes }
+        Self { half, peer, sequence: 0, bytes, unknown: false }
+    }
+
+    /// Reads from an address at which a destination is expected. What does not begin with a frame is called a
+    /// [stranger](MigrationError::Stranger).
+    pub(super) fn of_destination(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
+        Self { unknown: true, ..Self::new(half, peer, bytes) }
     }
 
     /// Open files that follow the frames so far: exactly so many.
@@ -83,9 +96,50 @@ impl ControlReader {
 
     /// The next frame and the epoch in its header.
     pub(super) fn read(&mut self) -> Result<(u32, Control), MigrationError> {
-        let (header, body) = read_frame(&mut *self.half, &mut self.sequence, &self.peer)?;
+        let (header, body) = if std::mem::take(&mut self.unknown) {
+            self.first_frame()?
+        } else {
+            read_frame(&mut *self.half, &mut self.sequence, &self.peer)?
+        };
         self.bytes.fetch_add((Header::LEN + body.len()) as u64, Ordering::Relaxed);
         Ok((header.number, Control::decode(&header, &body)?))
+    }
+}
+
+impl ControlReader {
+    /// The first frame of all. It is read byte by byte: a stranger may say less than a header.
+    fn first_frame(&mut self) -> Result<(Header, Vec<u8>), MigrationError> {
+        let mut said = Vec::with_capacity(STRANGER_BYTES);
+        while said.len() < Header::LEN {
+            let mut byte = [0];
+            if let Err(cause) = self.half.read_exact(&mut byte) {
+                let ended = matches!(cause.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset);
+                let unanswered = "it closed the connection without an answer: is that a migration destination?";
+                let cause = if ended && said.is_empty() { io::Error::new(cause.kind(), unanswered) } else { cause };
+                return Err(MigrationError::link(&self.peer)(cause));
+            }
+            said.push(byte[0]);
+            // flags and what is reserved: zero in a header
+            if matches!(said.len(), 2..=4) && byte[0] != 0 {
+                return Err(self.stranger(said));
+            }
+        }
+        let bytes = said.first_chunk().copied().unwrap_or([0; Header::LEN]);
+        if Header::decode(&bytes).is_err() {
+            return Err(self.stranger(said));
+        }
+        read_body(&mut *self.half, bytes, &mut self.sequence, &self.peer)
+    }
+
+    /// Reads some more of what a stranger says, to the end of its line.
+    fn stranger(&mut self, mut said: Vec<u8>) -> MigrationError {
+        // where that cannot be set, the time-out in force will do
+        let _ = self.half.set_idle_timeout(Some(STRANGER_PATIENCE));
+        let mut byte = [0];
+        while said.len() < STRANGER_BYTES && !said.ends_with(b"\n") && self.half.read_exact(&mut byte).is_ok() {
+            said.push(byte[0]);
+        }
+        MigrationError::Stranger { peer: self.peer.clone(), what: describe_stranger(&said) }
     }
 }
 
@@ -97,7 +151,17 @@ pub(super) fn read_frame(
 ) -> Result<(Header, Vec<u8>), MigrationError> {
     let mut bytes = [0; Header::LEN];
     half.read_exact(&mut bytes).map_err(MigrationError::link(peer))?;
-    let header = Header::decode(&bytes)?;
+    read_body(half, bytes, sequence, peer)
+}
+
+/// The rest of a frame whose header has these bytes.
+fn read_body(
+    half: &mut dyn ReadHalf,
+    header: [u8; Header::LEN],
+    sequence: &mut u32,
+    peer: &str,
+) -> Result<(Header, Vec<u8>), MigrationError> {
+    let header = Header::decode(&header)?;
     if header.sequence != *sequence {
         let why = format!("frame {} where {} is due", header.sequence, sequence);
         return Err(DecodeError::invalid("sequence", why).into());
@@ -109,4 +173,66 @@ pub(super) fn read_frame(
     let mut body = vec![0; header.body as usize];
     half.read_exact(&mut body).map_err(MigrationError::link(peer))?;
     Ok((header, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::RamSlice;
+
+    /// Says this, and then nothing (`ends` is how that shows).
+    struct Said(std::collections::VecDeque<u8>, io::ErrorKind);
+
+    impl ReadHalf for Said {
+        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            for byte in buf {
+                *byte = self.0.pop_front().ok_or(self.1)?;
+            }
+            Ok(())
+        }
+
+        fn read_ram(&mut self, _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            unreachable!("no page comes on a control lane")
+        }
+
+        fn set_idle_timeout(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn first(said: &[u8], ends: io::ErrorKind) -> Result<(u32, Control), MigrationError> {
+        let half = Box::new(Said(said.iter().copied().collect(), ends));
+        ControlReader::of_destination(half, "tcp:there:1".into(), Arc::default()).read()
+    }
+
+    #[test]
+    fn strangers_are_named_whether_they_close_or_stay_silent() {
+        for ends in [io::ErrorKind::UnexpectedEof, io::ErrorKind::ConnectionReset, io::ErrorKind::TimedOut] {
+            let http = first(b"HTTP/1.1 400 Bad Request\r\nServer: x\r\n", ends).unwrap_err().to_string();
+            let named = "tcp:there:1 is not a migration destination: it answers as an HTTP server does: \
+                         \"HTTP/1.1 400 Bad Request\"";
+            assert_eq!(http, named);
+            // less than a header
+            let short = first(b"220 hi\r\n", ends).unwrap_err().to_string();
+            assert!(short.ends_with("it says \"220 hi\""), "{short}");
+        }
+        // a header's zeros, but not a header
+        let database = [&[0x4a, 0, 0, 0, 10][..], &[b'x'; 40]].concat();
+        let error = first(&database, io::ErrorKind::TimedOut).unwrap_err();
+        assert!(matches!(error, MigrationError::Stranger { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_says_nothing_is_no_stranger_and_a_frame_is_read() {
+        for (ends, words) in [
+            (io::ErrorKind::UnexpectedEof, "without an answer"),
+            (io::ErrorKind::ConnectionReset, "without an answer"),
+            (io::ErrorKind::TimedOut, "timed out"),
+        ] {
+            let error = first(b"", ends).unwrap_err();
+            assert!(matches!(error, MigrationError::Link { .. }) && error.to_string().contains(words), "{error}");
+        }
+        let frame = Control::Ping.encode(0, 0, 7);
+        assert_eq!(first(&frame, io::ErrorKind::TimedOut).unwrap(), (7, Control::Ping));
+    }
 }

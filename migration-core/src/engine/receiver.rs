@@ -302,7 +302,7 @@ impl Hub {
     fn serve(self: &Arc<Self>, id: u64, channel: Box<dyn Channel>) {
         let peer = channel.peer();
         if let Err(error) = self.introduce(id, channel, &peer) {
-            self.bad_peer(&peer, &error.to_string());
+            self.bad_peer(&peer, &error.at_peer(&peer));
         }
     }
 

@@ -296,6 +296,8 @@ impl<'a> Engine<'a> {
         while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             match input {
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
+                // what has read nothing but a stranger's words knows more than who wrote
+                Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
                 _ => {}
             }
@@ -306,7 +308,7 @@ impl<'a> Engine<'a> {
     /// Waits for the frame that `pick` takes.
     fn wait<T>(
         &mut self,
-        what: &'static str,
+        what: &str,
         timeout: Duration,
         mut pick: impl FnMut(SourceEvent) -> Option<T>,
     ) -> Result<T, MigrationError> {

@@ -7,8 +7,11 @@ use std::{
 
 use migration_core::{
     MigrationError, PageSet,
-    engine::{Commands, Controller, NoSwitchOver, NoTuning, SourceOptions, migrate},
-    report::{Outcome, Report},
+    checkpoint::MemoryStore,
+    engine::{
+        Commands, Controller, NoPostCopy, NoSwitchOver, NoTuning, SnapshotOptions, SourceOptions, migrate, snapshot,
+    },
+    report::{Event, Observer, Outcome, Report},
     strategy::{
         Convergence, Done, HandOver, Hybrid, Linear, Link as Known, Next, PostCopy, PreCopy, Round, Running,
         StopAndCopy, Strategy, Wanted,
@@ -184,4 +187,46 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
     let at_once: [&dyn Strategy; 3] = [&StopAndCopy, &HandOver, &PostCopy { order: Box::new(Linear::default()) }];
     assert!(at_once.iter().all(|strategy| !strategy.can_switch_over()));
     assert!(<PreCopy>::default().can_switch_over());
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Answer {
+    post_copy: Result<(), NoPostCopy>,
+    switch_over: Result<(), NoSwitchOver>,
+    tuning: Result<(), NoTuning>,
+}
+
+/// Asks for everything while a snapshot is taken.
+struct Curious {
+    controller: Controller,
+    answers: Mutex<Vec<Answer>>,
+}
+
+impl Observer for Curious {
+    fn event(&self, event: &Event) {
+        if matches!(event, Event::RoundEnded(_)) {
+            let Self { controller, answers } = self;
+            let answer = Answer {
+                post_copy: controller.post_copy(),
+                switch_over: controller.switch_over(),
+                tuning: controller.set_downtime_limit(TUNED),
+            };
+            answers.lock().unwrap().push(answer);
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_can_be_tuned_and_refuses_what_moves_a_vm() {
+    let (controller, commands) = Controller::new();
+    let curious = Arc::new(Curious { controller: controller.clone(), answers: Mutex::default() });
+    let options = SnapshotOptions { observer: curious.clone(), ..SnapshotOptions::default() };
+    snapshot(&mut guest(), &mut MemoryStore::default(), &options, commands).unwrap();
+    let answers = curious.answers.lock().unwrap().clone();
+    assert!(!answers.is_empty());
+    let expected =
+        Answer { post_copy: Err(NoPostCopy::Snapshot), switch_over: Err(NoSwitchOver::Snapshot), tuning: Ok(()) };
+    assert!(answers.iter().all(|answer| *answer == expected), "{answers:?}");
+    assert_eq!(controller.set_downtime_limit(TUNED), Err(NoTuning::Ended));
+    assert_eq!(controller.post_copy(), Err(NoPostCopy::Ended));
 }

@@ -54,6 +54,17 @@ pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMma
     load(&name, &mut file, ram, memory)
 }
 
+/// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64 that can be loaded, which
+/// loading it explains.
+pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
+    let name = path.display().to_string();
+    let wrong = |cause| BootError::File { file: name.clone(), cause };
+    let mut file = File::open(path).map_err(wrong)?;
+    let mut least = START_INFO_END;
+    let checked = check(&mut file, None, &mut |end| least = least.max(end));
+    Ok(checked.map_or(0, |_| least))
+}
+
 /// Loads an ELF from any source. The crate's loader would take a file of another class or machine, and a segment that ends
 /// beyond RAM: so the headers are checked here first, and what is wrong is named.
 pub(crate) fn load<F>(name: &str, file: &mut F, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError>
@@ -61,7 +72,9 @@ where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
 {
     let wrong = |cause: String| BootError::Elf { file: name.to_owned(), memory: ram.layout().bytes(), cause };
-    let entry = check(file, ram.layout()).map_err(wrong)?.ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
+    let entry = check(file, Some(ram.layout()), &mut |_| {})
+        .map_err(wrong)?
+        .ok_or_else(|| BootError::NoPvhNote(name.to_owned()))?;
     Elf::load(memory, None, file, None).map_err(|e| wrong(e.to_string()))?;
     Ok(entry)
 }
@@ -73,8 +86,13 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Checks headers and segments; the PVH entry, if a note names one.
-fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Option<u64>, String> {
+/// Checks headers and segments, also against the RAM that there is, if it is known; the PVH entry, if a note names one. `ends`
+/// is told where each segment ends.
+fn check<F: io::Read + io::Seek>(
+    file: &mut F,
+    layout: Option<&RamLayout>,
+    ends: &mut dyn FnMut(u64),
+) -> Result<Option<u64>, String> {
     let length = file.seek(SeekFrom::End(0)).map_err(|e| e.to_string())?;
     let mut read = |at: u64, bytes: usize, what: &str| {
         if at.checked_add(bytes as u64).is_none_or(|end| end > length) {
@@ -111,7 +129,10 @@ fn check<F: io::Read + io::Seek>(file: &mut F, layout: &RamLayout) -> Result<Opt
                         "the file of {length} bytes ends before {place}, which has {in_file:#x} bytes there at {offset:#x}"
                     ));
                 }
-                if !layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len) {
+                ends(end);
+                let is_ram =
+                    |layout: &RamLayout| layout.regions().iter().any(|r| r.gpa <= address && end <= r.gpa + r.len);
+                if !layout.is_none_or(is_ram) {
                     return Err(format!("{place} does not lie in RAM"));
                 }
                 if address < START_INFO_END && end > START_INFO {

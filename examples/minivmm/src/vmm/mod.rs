@@ -17,6 +17,7 @@ mod software;
 mod tests;
 mod vcpu;
 
+pub(crate) use boot::least_memory;
 pub(crate) use config::MachineConfig;
 pub(crate) use devices::SerialTarget;
 pub(crate) use glue::{Host, HostOptions, MachineSource, Tenant};

@@ -8,6 +8,7 @@ mod broker;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod control;
 mod convergence;
 mod elf;
 mod encrypted;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     broker::add(&mut suite);
     moves::add(&mut suite);
     contract::add(&mut suite);
+    control::add(&mut suite);
     convergence::add(&mut suite);
     encrypted::add(&mut suite);
     ephemeral::add(&mut suite);

@@ -30,13 +30,19 @@ impl Engine<'_> {
             self.share_ram()?;
         }
         let timeout = self.options.setup_timeout;
-        let welcome = self.wait("the destination to build the VM", timeout, |event| match event {
-            SourceEvent::Welcomed(welcome) => Some(welcome),
-            _ => None,
-        })?;
+        let silent = format!("it was silent for the setup time-out of {timeout:?}");
+        let welcome =
+            self.wait(&format!("the destination to build the VM: {silent}"), timeout, |event| match event {
+                SourceEvent::Welcomed(welcome) => Some(welcome),
+                _ => None,
+            })?;
         self.accept(&welcome)?;
-        self.open_lanes()?;
-        self.wait("the destination's lanes", timeout, |event| matches!(event, SourceEvent::Prepared).then_some(()))?;
+        if let Err(error) = self.open_lanes() {
+            // the destination may have said why it takes no further one
+            return Err(if matches!(error, MigrationError::Link { .. }) { self.last_words(error) } else { error });
+        }
+        let prepared = |event| matches!(event, SourceEvent::Prepared).then_some(());
+        self.wait(&format!("the destination to take the lanes: {silent}"), timeout, prepared)?;
         if self.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
@@ -141,7 +147,7 @@ impl Engine<'_> {
         bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
         self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
         self.closers.push(closer);
-        let mut control = ControlReader::new(reader, peer, bytes);
+        let mut control = ControlReader::of_destination(reader, peer, bytes);
         let tx = self.tx.clone();
         let body = Box::new(move || {
             loop {
