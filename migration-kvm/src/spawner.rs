@@ -66,10 +66,11 @@ impl Spawner for KvmSpawner {
             if let Some(priority) = priority(role, impact) {
                 sched::apply(priority);
             }
-            let member = (role == Role::HandOver).then(|| {
+            // also of a thread that assumes the role later, and of one that panics
+            let member = Member { urgent: &urgent, always: role == Role::HandOver };
+            if member.always {
                 urgent.join(setup.clone());
-                Member(&urgent)
-            });
+            }
             let done = setup.map_or(Ok(()), |setup| setup(role, impact));
             let run = done.is_ok();
             // the other end waits for this, so it is there

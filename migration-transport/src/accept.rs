@@ -1,10 +1,12 @@
 //! Waiting for connections, in a way that bad peers and a lack of descriptors do not end.
 
 use std::{
-    fs::File,
     hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
-    os::fd::BorrowedFd,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixDatagram,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -23,7 +25,7 @@ const BACK_OFF: Duration = Duration::from_millis(20);
 pub(crate) struct Shortage {
     error: Option<io::Error>,
     /// `None` while it is in use, or none can be had.
-    spare: Option<File>,
+    spare: Option<OwnedFd>,
 }
 
 impl Shortage {
@@ -61,8 +63,9 @@ impl Shortage {
     }
 }
 
-fn spare() -> Option<File> {
-    File::open("/dev/null").ok()
+/// A descriptor of no use, which can be had without any file: in a jail there may be none.
+fn spare() -> Option<OwnedFd> {
+    UnixDatagram::unbound().ok().map(OwnedFd::from)
 }
 
 /// Counts the descriptors that are left, by taking them for a moment: no more than are asked for.
@@ -70,7 +73,7 @@ pub(crate) struct Descriptors;
 
 impl Room for Descriptors {
     fn channels(&self, wanted: usize) -> usize {
-        let Ok(first) = File::open("/dev/null") else { return 0 };
+        let Some(first) = spare() else { return 0 };
         let copies: Vec<_> = (1..wanted).map_while(|_| first.try_clone().ok()).collect();
         wanted.min(1 + copies.len())
     }

@@ -87,7 +87,13 @@ impl AtomicFile {
     /// - [`ErrorKind::InvalidInput`]: `path` has no file name.
     /// - Everything that the file system reports.
     pub fn create(path: &Path) -> io::Result<Self> {
-        Self::create_with(path, PRIVATE)
+        Self::create_with(path, PRIVATE, false)
+    }
+
+    /// As [`create`](Self::create), and may replace a file of somebody else: for a caller that has checked what
+    /// is there.
+    pub(crate) fn create_over(path: &Path) -> io::Result<Self> {
+        Self::create_with(path, PRIVATE, true)
     }
 
     /// As [`create`](Self::create), for a file that is no secret: its mode is 0666 less the umask,
@@ -96,10 +102,10 @@ impl AtomicFile {
     /// # Errors
     /// As [`create`](Self::create).
     pub fn create_shared(path: &Path) -> io::Result<Self> {
-        Self::create_with(path, SHARED)
+        Self::create_with(path, SHARED, true)
     }
 
-    fn create_with(path: &Path, mode: Mode) -> io::Result<Self> {
+    fn create_with(path: &Path, mode: Mode, over_others: bool) -> io::Result<Self> {
         let path = path::absolute(path)?;
         let name =
             path.file_name().ok_or_else(|| at(&path)(io::Error::new(ErrorKind::InvalidInput, "not a file's path")))?;
@@ -113,7 +119,7 @@ impl AtomicFile {
         // whom files of ours belong to, the file system decides (NFS has its own idea of root)
         let own = fstat(&new.file).map_err(io::Error::from).map_err(at(&path))?.st_uid;
         match replaced {
-            Some(found) if mode == PRIVATE && found.st_uid != own => {
+            Some(found) if !over_others && found.st_uid != own => {
                 let why = format!("the file there belongs to another user (uid {})", found.st_uid);
                 Err(at(&path)(io::Error::new(ErrorKind::PermissionDenied, why)))
             }

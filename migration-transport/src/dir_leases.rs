@@ -73,7 +73,8 @@ impl LeaseStore for DirLeases {
         if self.read(vm)? != expected {
             return Ok(false);
         }
-        let fresh = AtomicFile::create(&path)?;
+        // whoever fences may be another user than whoever held it
+        let fresh = AtomicFile::create_over(&path)?;
         fresh.file().write_all(&encode(new)).map_err(at(&path))?;
         fresh.commit()?;
         Ok(true)
@@ -159,6 +160,21 @@ mod tests {
 
     fn lease(holder: u8, number: u64) -> Lease {
         Lease { holder: Holder([holder; 16]), number, term: Duration::from_millis(100) }
+    }
+
+    #[test]
+    fn whoever_fences_may_be_another_user() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: to give a file away needs root");
+            return;
+        }
+        let dir = folder("other");
+        let store = DirLeases::new(&dir).unwrap();
+        assert!(store.swap(VM, None, lease(1, 1)).unwrap());
+        std::os::unix::fs::chown(store.path(VM), Some(54321), None).unwrap();
+        assert!(store.swap(VM, Some(lease(1, 1)), lease(2, 2)).unwrap());
+        assert_eq!(store.read(VM).unwrap(), Some(lease(2, 2)));
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -354,6 +354,8 @@ mod tests {
         let (mut block, mut word) = (open(LaneKind::Demand), open(LaneKind::Demand));
         let mut peer = listener.accept(Duration::MAX).unwrap().unwrap().split().unwrap();
         let sent = AtomicBool::new(false);
+        // behind what sets the lane up, which never waits
+        word.writer.write_all(&[0; SETUP_ALLOWANCE], &[]).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| {
                 block.writer.write_all(&pattern(2 << 20), &[]).unwrap();

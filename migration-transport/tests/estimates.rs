@@ -15,8 +15,8 @@ use common::{Guest, TestHost, TestVm};
 use migration_core::{
     GuestRam, PageSet,
     engine::{
-        Controller, OnTimeout, Receiver, ReceiverHandle, ReceiverOptions, SnapshotOptions, SourceOptions, migrate,
-        snapshot,
+        Controller, OnTimeout, PauseLimits, Receiver, ReceiverHandle, ReceiverOptions, SnapshotOptions, SourceOptions,
+        migrate, snapshot,
     },
     protocol::SourcePhase,
     report::{Event, Observer, Outcome, Progress, Report},
@@ -333,7 +333,10 @@ fn a_round_trip_is_longer_than_the_time_between_two_pings() {
     let address = address.strip_prefix("tcp:").unwrap().to_socket_addrs().unwrap().next().unwrap();
     let relay = Relay::new(address).unwrap();
     relay.set_delay(Duration::from_millis(600));
-    let options = SourceOptions { on_timeout: OnTimeout::Stop, ..limit(300) };
+    // the pause has more than a second without a word from the destination
+    let far = Some(Duration::from_secs(3600));
+    let pause_limits = PauseLimits { silence: far, total: far };
+    let options = SourceOptions { on_timeout: OnTimeout::Stop, pause_limits, ..limit(300) };
     let link = connector(&relay.address(), ConnectOptions::default());
     let report = migrate(&mut vm, &*link, &mut <PreCopy>::default(), &options, Controller::new().1);
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);

@@ -215,7 +215,7 @@ impl Closer for Ends {
 const FAR: Duration = Duration::from_secs(3600);
 
 fn options() -> SourceOptions {
-    let pause_limits = PauseLimits { silence: Some(Duration::from_secs(1)), total: None };
+    let pause_limits = PauseLimits { silence: Some(Duration::from_secs(3)), total: None };
     // only an answer to *run* is waited for as long as that
     let idle_timeout = Duration::from_secs(5);
     SourceOptions { pause_limits, idle_timeout, setup_timeout: FAR, streams: 1, ..SourceOptions::default() }
@@ -275,7 +275,7 @@ fn wherever_the_link_stops_in_the_pause_the_guest_runs_on() {
             let done = Mutex::new(false);
             // each stop is waited for: several at once
             thread::scope(|scope| {
-                for _ in 0..8 {
+                for _ in 0..4 {
                     scope.spawn(|| {
                         while !*done.lock().unwrap() {
                             let (report, stopped) = attempt(how, which, next.fetch_add(1, Ordering::SeqCst));

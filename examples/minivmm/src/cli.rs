@@ -270,8 +270,8 @@ pub(crate) struct Ctl {
     /// Print exactly one JSON object.
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// How long the minivmm may take to answer; for commands that take long (migrate, recover, refresh, snapshot, memory,
-    /// cancel, post-copy, switch-over), how long it may show no sign of life.
+    /// How long the minivmm may take to answer; for commands that may take long (migrate, recover, refresh, snapshot,
+    /// memory, cancel, post-copy, switch-over, pause, resume), how long it may show no sign of life.
     #[arg(long, value_name = "TIME", default_value = "10s", global = true, value_parser = duration)]
     pub(crate) answer_timeout: Duration,
     #[command(subcommand)]

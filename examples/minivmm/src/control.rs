@@ -104,6 +104,7 @@ pub(crate) struct MigrateRequest {
     pub(crate) timeout_us: u64,
     /// cancel, stop or post-copy.
     pub(crate) on_timeout: String,
+    #[serde(default = "default_setup_timeout_us")]
     pub(crate) setup_timeout_us: u64,
     pub(crate) push_order: String,
     pub(crate) demand_lanes: u16,
@@ -118,11 +119,13 @@ pub(crate) struct MigrateRequest {
 impl Request {
     /// Whether it may take long, as it waits for a guest or copies memory. The server then gives signs of life.
     pub(crate) fn takes_long(&self) -> bool {
-        !matches!(
-            self,
-            Self::Status | Self::Pause | Self::Resume | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place
-        )
+        !matches!(self, Self::Status | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place)
     }
+}
+
+/// A request of a client that does not know the option.
+fn default_setup_timeout_us() -> u64 {
+    60_000_000
 }
 
 impl MigrateRequest {
@@ -138,7 +141,7 @@ impl MigrateRequest {
             bandwidth_bits: 0,
             timeout_us: 0,
             on_timeout: "cancel".into(),
-            setup_timeout_us: 60_000_000,
+            setup_timeout_us: default_setup_timeout_us(),
             push_order: "linear".into(),
             demand_lanes: 0,
             whole_huge_pages: false,
@@ -213,6 +216,14 @@ pub(crate) fn ask_within(
         _ => format!("control socket {}: {error}", path.display()),
     })?;
     converse(path, server, request, Some(patience), alive)
+}
+
+/// How long another minivmm may show no sign of life when a VM's process asks it something.
+const PEER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// As [`ask`], of another minivmm, by a process that has a VM: one that is stopped is given up.
+pub(crate) fn ask_peer(path: &Path, request: &Request) -> Result<Value, String> {
+    ask_within(path, request, PEER_PATIENCE, &mut |_| {})
 }
 
 fn no_answer(path: &Path, patience: Duration) -> String {

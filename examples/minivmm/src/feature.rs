@@ -22,7 +22,7 @@ use crate::{
     check::Checker,
     cli::{Feature, Work, absolute},
     client,
-    control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask},
+    control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask_peer},
     encryption::Encrypt,
     instance::{Fate, Instance, LendRequest, inherit},
     log,
@@ -106,7 +106,7 @@ type Borrowed = Result<(Resident<Tenant>, Value), (Dormant<Tenant>, String)>;
 
 /// Where the VM's home is found. One that ended before it could answer had left its place to a successor.
 fn place_of(home: &Path) -> Result<Value, String> {
-    let place = || ask(home, &Request::Place, |_| {});
+    let place = || ask_peer(home, &Request::Place);
     place().or_else(|_| place()).map_err(|why| format!("feature: {why}"))
 }
 
@@ -136,7 +136,7 @@ impl<'a> Borrower<'a> {
     }
 
     fn ask(&self, request: &Request) -> Result<Value, String> {
-        ask(&self.attach, request, |_| {}).map_err(|why| format!("feature: {why}"))
+        ask_peer(&self.attach, request).map_err(|why| format!("feature: {why}"))
     }
 
     fn run(mut self, signals: &Signals) -> Result<u8, String> {
@@ -279,7 +279,7 @@ impl<'a> Borrower<'a> {
         let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.identity.clone());
         let (tx, answer) = mpsc::channel();
         let asks = move || {
-            let answer = ask(&attach, &request, |_| {});
+            let answer = ask_peer(&attach, &request);
             let completed = answer.as_ref().is_ok_and(|report| report["outcome"] == "completed");
             // who asked may have given up
             let _ = tx.send(answer);

@@ -229,6 +229,17 @@ impl Instance {
         self.wait_while(time, |state| state.exit.is_none()).exit.is_none()
     }
 
+    /// The epoch under which the VM is owned here.
+    fn last_epoch(&self) -> u32 {
+        let (receiver, epoch) = {
+            let state = self.lock();
+            (state.receiver.clone(), state.epoch)
+        };
+        // The thread that received the VM may still wait for its source's last word. Not under the lock: the receiver takes
+        // that when a VM arrives.
+        receiver.map_or(epoch, |receiver| receiver.epoch())
+    }
+
     fn wait_while(&self, most: Duration, mut waiting: impl FnMut(&State) -> bool) -> MutexGuard<'_, State> {
         let waited = self.changed.wait_timeout_while(self.lock(), most, |state| waiting(state));
         waited.unwrap_or_else(|e| e.into_inner()).0
@@ -383,6 +394,11 @@ impl Instance {
         self.changed.notify_all();
     }
 
+    /// A client has asked for something; [`answered`](Self::answered) follows.
+    pub(crate) fn asked(&self) {
+        self.lock().clients += 1;
+    }
+
     /// A client has its answer.
     pub(crate) fn answered(&self) {
         let mut state = self.lock();
@@ -393,7 +409,6 @@ impl Instance {
 
     /// Does what a client asks; every call is followed by [`answered`](Instance::answered).
     pub(crate) fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
-        self.lock().clients += 1;
         self.wait_arrival();
         match request {
             Request::Status => Ok(self.status()),
@@ -610,11 +625,11 @@ impl Instance {
         let machine = self.home("migrate")?;
         let (tx, updates) = mpsc::channel();
         let timeout = Duration::from_micros(request.timeout_us);
+        let last_epoch = self.last_epoch();
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(state.busy("migrate"));
         }
-        let last_epoch = state.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
         let protect = request.fail_safe.as_ref().map(protect).transpose()?;
@@ -679,6 +694,7 @@ impl Instance {
         let store = self.sealing.create(machine.id(), machine.pages(), |pages| FileStore::create(&out, pages));
         let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
         let (tx, updates) = mpsc::channel();
+        let epoch = self.last_epoch();
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(state.busy("snapshot"));
@@ -688,7 +704,7 @@ impl Instance {
             downtime_limit: Duration::from_micros(request.downtime_limit_us),
             timeout: (!timeout.is_zero()).then_some(timeout),
             impact: impact(&request.impact),
-            epoch: state.last_epoch(),
+            epoch,
             observer: Arc::new(Told(self.clone())),
         };
         let (controller, commands) = Controller::new();
@@ -844,12 +860,6 @@ impl OwnSocket {
 impl State {
     fn remove_sockets(&mut self) {
         self.remove.drain(..).for_each(OwnSocket::remove);
-    }
-
-    /// The epoch under which the VM is owned here.
-    fn last_epoch(&self) -> u32 {
-        // the thread that received it may still wait for its source's last word
-        self.receiver.as_ref().map_or(self.epoch, |receiver| receiver.epoch())
     }
 
     /// Whether the guest has ended, and the other end of a migration may not have heard it yet.

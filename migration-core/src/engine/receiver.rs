@@ -345,7 +345,14 @@ impl Hub {
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
         let known = self.session(preamble.session).is_ok();
-        self.advance(id, if known { Stage::Identified } else { Stage::Greeting }, peer)?;
+        let stage = match preamble.kind {
+            // on a link that is not encrypted anybody may have read the token: it opens only lanes that then take a place
+            LaneKind::Control => Stage::Greeting,
+            LaneKind::Reattach if known => Stage::Returning,
+            _ if known => Stage::Identified,
+            _ => Stage::Greeting,
+        };
+        self.advance(id, stage, peer)?;
         // it was started for pages in volume, which is what most connections carry
         match preamble.kind {
             LaneKind::Bulk => {}
@@ -389,6 +396,9 @@ impl Hub {
                 self.attempt(epoch, hello, (frames, control), (id, closer), peer)
             }
             (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
+                if lock(&self.state).machine.may_reattach(vm, epoch) {
+                    self.advance(id, Stage::Identified, peer)?;
+                }
                 self.reattach(preamble.session, (vm, epoch), frames, control, closer, peer)
             }
             (kind, (epoch, other)) => {
@@ -552,7 +562,9 @@ impl Hub {
                 // ready before it is said: if saying it fails, the source may have heard it all the same
                 let ready = state.machine.loaded()?;
                 drop(state);
-                session.say(&ready)?;
+                // A source that has gone may have said why before, while the state was loaded. That is still to be read,
+                // and it decides; without it, the lane's end does.
+                let _ = session.say(&ready);
                 self.tell_phase();
             }
             DestinationAction::Start { running } => {
@@ -749,7 +761,9 @@ impl Hub {
     fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let state = lock(&self.state);
-        let Some(session) = state.session.clone() else { return };
+        // a newer attempt may have begun whose session is not there yet
+        let session = state.session.clone().filter(|session| session.epoch == state.machine.epoch());
+        let Some(session) = session else { return };
         if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
             return;
         }

@@ -24,12 +24,12 @@ use crate::{
     hostile::zeros,
 };
 
-fn hello_of(id: VmId, features: u32, streams: u16) -> Control {
+pub(crate) fn hello_of(id: VmId, features: u32, streams: u16) -> Control {
     let vm = migration_core::vm::VmDescription { id, ..description() };
     Control::Hello(Box::new(Hello { features, streams, strategy: "by hand".into(), vm }))
 }
 
-fn greet(destination: &Destination, hello: &Control) -> End {
+pub(crate) fn greet(destination: &Destination, hello: &Control) -> End {
     let preamble = Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode();
     destination.connect(&[&preamble[..], &hello.encode(0, 0, 1)].concat())
 }
@@ -51,7 +51,7 @@ fn session(destination: &Destination) -> (End, End) {
 }
 
 /// What the session ends with.
-fn end(control: &End) -> (ErrorCode, String) {
+pub(crate) fn end(control: &End) -> (ErrorCode, String) {
     loop {
         match said(control) {
             Some(Control::Error { code, text }) => return (code, text),
@@ -113,7 +113,7 @@ fn a_list_of_missing_pages_without_end_is_refused() {
     assert!(code == ErrorCode::Protocol && text.contains("parts of a list"), "{code:?}: {text}");
 }
 
-const OTHER: VmId = VmId(*b"another guest...");
+pub(crate) const OTHER: VmId = VmId(*b"another guest...");
 
 /// The answer to another VM's source, while a session without progress is under way.
 fn answer_to_another(grace: Duration) -> (End, ErrorCode) {

@@ -101,13 +101,13 @@ fn run(destination: &Destination, link: Link, vm: RecordedVm, options: SourceOpt
 }
 
 /// As [`run`], by any strategy.
-pub(crate) fn run_by(
+pub(crate) fn run_by<C: Connector + 'static>(
     mut strategy: impl Strategy + 'static,
     destination: &Destination,
-    link: Link,
+    link: C,
     mut vm: RecordedVm,
     options: SourceOptions,
-) -> (Report, RecordedVm, Link) {
+) -> (Report, RecordedVm, C) {
     let (tx, rx) = mpsc::channel();
     thread::spawn(move || {
         let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);

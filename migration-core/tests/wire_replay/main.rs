@@ -24,6 +24,7 @@ mod refusals;
 mod rounds;
 mod serving;
 mod sessions;
+mod silence;
 mod streams;
 mod switch;
 mod tune;

@@ -3,6 +3,7 @@
 use std::{
     sync::{Arc, Mutex, OnceLock, mpsc},
     thread,
+    time::Instant,
 };
 
 use migration_core::{
@@ -14,11 +15,12 @@ use migration_core::{
     state::{Section, VmState},
     strategy::{Linear, PostCopy, PreCopy},
     vm::{DestinationHost, DestinationVm, VmDescription, VmError},
-    wire::{LaneKind, Preamble, SessionToken},
+    wire::{ErrorCode, LaneKind, Preamble, SessionToken},
 };
 
 use crate::{
     HANG,
+    bounds::{OTHER, end, greet, hello_of},
     destination::{Destination, Log},
     guest::{Arrived, Host, RecordedVm, checksums},
     live::{Link, run_by},
@@ -127,6 +129,16 @@ fn an_observer_that_panics_at_a_lost_source_does_not_keep_the_next_one_out() {
     // a preamble that is none: a bad peer, of whom the observer hears too
     drop(destination.connect(&[0xff; Preamble::LEN]));
     destination.log.recv_timeout(HANG).expect("the lost source is noticed");
+    // another VM's source, which does not supersede anything: the host refuses its VM, and the receiver is not busy
+    let deadline = Instant::now() + HANG;
+    loop {
+        let (code, text) = end(&greet(&destination, &hello_of(OTHER, 0, 1)));
+        if code != ErrorCode::Busy {
+            assert_eq!(code, ErrorCode::Mismatch, "{text}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "it stays busy: {text}");
+    }
     let again = SourceOptions { last_epoch: report.epoch, ..options(observer) };
     let link = Link::new(&destination, None);
     let (report, vm, _) = run_by(<PreCopy>::default(), &destination, link, vm, again);

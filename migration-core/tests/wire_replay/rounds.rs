@@ -392,10 +392,11 @@ struct Ticks {
 }
 
 impl Ticks {
-    /// Waits until the engine has looked at its inputs twice.
+    /// Waits until the engine has come back to its inputs after it has looked at them: three looks, of which the first may
+    /// have begun before.
     fn pass(&self) {
         let seen = self.seen.lock().unwrap();
-        let enough = *seen + 2;
+        let enough = *seen + 3;
         let (_seen, waited) = self.changed.wait_timeout_while(seen, HANG, |seen| *seen < enough).unwrap();
         assert!(!waited.timed_out(), "hangs: the engine says nothing of its progress");
     }

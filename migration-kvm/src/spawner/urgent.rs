@@ -3,8 +3,8 @@
 //! Beside busy threads, a real-time thread is the only one that has its turn at once when it is woken. But one that is woken on a
 //! core on which another process is in the kernel waits for all of that system call, where the kernel does not preempt itself, and
 //! no scheduler moves it elsewhere. So threads are real-time ones from the pause on, and for [`LONGEST`] at most: then a thread
-//! of the usual policy, which the scheduler does move, makes them threads of the usual policy too. Whoever holds the
-//! lock is never a real-time thread: such a thread would not sleep for it in vain.
+//! of the usual policy, which the scheduler does move, makes them threads of the usual policy too. Whoever takes the
+//! lock is not a real-time thread then: such a thread would not sleep for it in vain.
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -68,11 +68,17 @@ impl Urgent {
         }
     }
 
-    /// The calling thread is none any more. It is not a real-time one now.
+    /// The calling thread is none any more, and not a real-time one. Does nothing for a thread that never joined.
     pub(super) fn leave(&self) {
         let this = sched::this_thread();
         let mut state = self.lock();
+        let before = state.threads.len();
         state.threads.retain(|&thread| thread != this);
+        if state.threads.len() == before {
+            return;
+        }
+        // another thread may have begun since this one was made a usual one; nobody can from here on
+        sched::set_usual_if_real_time();
         if state.threads.is_empty() {
             state.until = None;
             self.changed.notify_all();
@@ -87,13 +93,14 @@ impl Urgent {
         }
         state.until = Some(Instant::now() + self.longest);
         let (threads, this) = (state.threads.clone(), sched::this_thread());
-        // this one last, and without the lock
+        // This one last, and under the lock: after it the watch may have ended all this already, and nobody would end it
+        // for this thread. Nothing sleeps from here to the end.
         threads.iter().filter(|&&thread| thread != this).for_each(|&thread| sched::set_real_time(thread, true));
-        drop(state);
-        self.changed.notify_all();
         if threads.contains(&this) {
             sched::set_real_time(this, true);
         }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// The guest waits for none of them any more.
@@ -138,13 +145,19 @@ impl Urgent {
     }
 }
 
-/// A thread of a hand-over, until its end.
-pub(super) struct Member<'a>(pub(super) &'a Urgent);
+/// A thread that may be one of a hand-over, until its end.
+pub(super) struct Member<'a> {
+    pub(super) urgent: &'a Urgent,
+    /// Whether it is one from its beginning.
+    pub(super) always: bool,
+}
 
 impl Drop for Member<'_> {
     fn drop(&mut self) {
-        sched::set_usual_if_real_time();
-        self.0.leave();
+        if self.always {
+            sched::set_usual_if_real_time();
+        }
+        self.urgent.leave();
     }
 }
 

@@ -6,9 +6,8 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
     io::{self, Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::net::{UnixDatagram, UnixListener, UnixStream},
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
@@ -97,8 +96,9 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
 }
 
 /// A descriptor that can be given up for another one.
-fn reserve() -> Option<File> {
-    File::open("/dev/null").ok()
+fn reserve() -> Option<UnixDatagram> {
+    // it needs no file, of which a jail may have none
+    UnixDatagram::unbound().ok()
 }
 
 impl Clients {
@@ -205,6 +205,7 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
         Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
     };
     let quit = matches!(request, Request::Quit);
+    instance.asked();
     let answers = Answers { client, gone: Mutex::new(false) };
     let answer = match handle(&answers, instance, request) {
         Ok(value) => Answer::Done(value),

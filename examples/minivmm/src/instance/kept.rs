@@ -133,7 +133,7 @@ impl Instance {
     /// The VM may run where its processes cannot be told dead.
     pub(super) fn is_elsewhere(&self, to: Option<String>) -> Result<(), String> {
         match self.lender() {
-            Some(lender) => control::ask(&lender, &Request::Elsewhere { to }, |_| {}).map(drop),
+            Some(lender) => control::ask_peer(&lender, &Request::Elsewhere { to }).map(drop),
             None => self.must_tell_broker(|kept| kept.will.elsewhere = to),
         }
     }
@@ -160,7 +160,7 @@ impl Instance {
     pub(crate) fn has_snapshot(&self, snapshot: Saved) {
         let file = snapshot.file.clone();
         let told = match self.lender() {
-            Some(lender) => control::ask(&lender, &Request::Saved { snapshot }, |_| {}).map(drop),
+            Some(lender) => control::ask_peer(&lender, &Request::Saved { snapshot }).map(drop),
             None => self.tell_broker(|kept| kept.will.snapshot = Some(snapshot)).map_err(|e| e.to_string()),
         };
         if let Err(why) = told {

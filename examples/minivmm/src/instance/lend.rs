@@ -63,6 +63,7 @@ impl Instance {
             return Err(format!("lend: {why}"));
         }
         let (tx, updates) = mpsc::channel();
+        let epoch = self.last_epoch();
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("lend: this minivmm is {}", state.role.name()));
@@ -74,7 +75,7 @@ impl Instance {
         let back = PathBuf::from(back);
         let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
         state.remove.push(OwnSocket::at(back.clone()));
-        let resident = Resident::new(Tenant::of(machine), state.last_epoch());
+        let resident = Resident::new(Tenant::of(machine), epoch);
         let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
         state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
@@ -172,7 +173,7 @@ impl Instance {
                 drop(state);
                 log!("process {pid} is late to give the VM back, and is asked to");
                 let ask = move || {
-                    if let Err(why) = control::ask(&control, &Request::GiveBack, |_| {}) {
+                    if let Err(why) = control::ask_peer(&control, &Request::GiveBack) {
                         log!("process {pid} does not give the VM back: {why}");
                     }
                 };

@@ -52,12 +52,17 @@ pub(crate) enum BootError {
 pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError> {
     let name = path.display().to_string();
     let failed = |cause| BootError::File { file: name.clone(), cause };
-    // it does not wait for the writer of a FIFO
-    let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")));
-    }
+    let mut file = open(path).map_err(failed)?;
     load(&name, &mut file, ram, memory)
+}
+
+/// Opens a kernel. It must be a regular file: a FIFO's writer is not waited for.
+fn open(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
 }
 
 /// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64 that can be loaded, which
@@ -65,7 +70,7 @@ pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMma
 pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     let name = path.display().to_string();
     let wrong = |cause| BootError::File { file: name.clone(), cause };
-    let mut file = File::open(path).map_err(wrong)?;
+    let mut file = open(path).map_err(wrong)?;
     let mut least = START_INFO_END;
     let checked = check(&mut file, None, &mut |end| least = least.max(end));
     Ok(checked.map_or(0, |_| least))

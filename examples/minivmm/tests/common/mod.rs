@@ -45,6 +45,14 @@ impl Suite {
         Self { trials: Vec::new(), no_kvm, no_userfaultfd: no_userfaultfd(), no_huge_pages, required }
     }
 
+    /// The trials that `add` adds need something more, of which this says that it is missing.
+    pub(crate) fn unless(&mut self, missing: Option<String>, add: impl FnOnce(&mut Self)) {
+        let before = self.no_kvm.clone();
+        self.no_kvm = before.clone().or(missing);
+        add(self);
+        self.no_kvm = before;
+    }
+
     /// A trial that runs everywhere.
     pub(crate) fn anywhere(&mut self, name: &str, run: fn(&Lab) -> Outcome) {
         self.trials.push(Trial::test(name, move || run(&Lab::new()?)));

@@ -164,7 +164,8 @@ fn two_successors(lab: &Lab) -> Outcome {
     let other = successor(lab, "other", &[])?;
     let second = source.migrate(&other.address, &HAND_OVER)?;
     ensure(second.code == Some(1), || format!("{second:?}"))?;
-    ensure_says(second.reason(), "outgoing")?;
+    ensure_says(second.reason(), "a handover migration to")?;
+    ensure_says(second.reason(), "has been under way")?;
     ensure(other.status()?["state"] == "incoming", || "the other one has something".into())?;
     drop((connection, silent));
     let first = first.answer()?;
@@ -271,6 +272,8 @@ fn beside_kernel_work(lab: &Lab) -> Outcome {
             break;
         }
     }
+    let work = work.answer()?;
+    ensure(work.code == Some(0), || format!("the core was not occupied: {work:?}"))?;
     at.quit()
 }
 

@@ -24,12 +24,15 @@ const GUEST: &str = "random:size=16M,every=5ms";
 const DEVICES: [&str; 2] = ["kvm", "userfaultfd"];
 
 pub(crate) fn add(suite: &mut Suite) {
-    for backing in ["thp", "anon", "memfd", "hugetlb"] {
-        suite.kvm_backed(format!("jail/pre_copy/{backing}"), backing, move |lab| moves(lab, backing, "pre-copy"));
-        suite.post_copy(format!("jail/post_copy/{backing}"), backing, move |lab| moves(lab, backing, "post-copy"));
-    }
-    suite.kvm("jail/every_address_of_a_name", every_address_of_a_name);
-    suite.kvm("jail/what_needs_proc_says_so", what_needs_proc_says_so);
+    let missing = (!geteuid().is_root()).then(|| "chroot and mknod need root".into());
+    suite.unless(missing, |suite| {
+        for backing in ["thp", "anon", "memfd", "hugetlb"] {
+            suite.kvm_backed(format!("jail/pre_copy/{backing}"), backing, move |lab| moves(lab, backing, "pre-copy"));
+            suite.post_copy(format!("jail/post_copy/{backing}"), backing, move |lab| moves(lab, backing, "post-copy"));
+        }
+        suite.kvm("jail/every_address_of_a_name", every_address_of_a_name);
+        suite.kvm("jail/what_needs_proc_says_so", what_needs_proc_says_so);
+    });
 }
 
 /// The files that a program needs to start, by `ldd`.
@@ -39,15 +42,8 @@ fn libraries(program: &str) -> Result<Vec<PathBuf>, Failed> {
     Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// Makes a jail of the lab's folder; whether it can be had here.
-fn jail(lab: &Lab) -> Result<bool, Failed> {
-    let unable = |why: String| {
-        eprintln!("no jail is made: {why}");
-        Ok(false)
-    };
-    if !geteuid().is_root() {
-        return unable("chroot and mknod need root".into());
-    }
+/// Makes a jail of the lab's folder.
+fn jail(lab: &Lab) -> Outcome {
     let program = env!("CARGO_BIN_EXE_minivmm");
     fs::create_dir(lab.path("dev"))?;
     fs::create_dir(lab.path("etc"))?;
@@ -65,11 +61,10 @@ fn jail(lab: &Lab) -> Result<bool, Failed> {
         // without the device there is a system call
         let Ok(found) = fs::metadata(outside) else { continue };
         let made = mknod(&inside, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, found.rdev());
-        if let Err(why) = made.map_err(Into::into).and_then(|()| fs::File::open(&inside)) {
-            return unable(format!("/dev/{device} there: {why}"));
-        }
+        let opened = made.map_err(std::io::Error::from).and_then(|()| fs::File::open(&inside));
+        opened.map_err(|why| format!("/dev/{device} in the jail: {why}"))?;
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A command of `minivmm` in the jail. `args` begin with name and command.
@@ -86,9 +81,7 @@ fn run(lab: &Lab, backing: &str) -> Result<Process, Failed> {
 }
 
 fn moves(lab: &Lab, backing: &str, strategy: &str) -> Outcome {
-    if !jail(lab)? {
-        return Ok(());
-    }
+    jail(lab)?;
     let mut source = run(lab, backing)?;
     let destination = start(lab, &["destination", "receive", "--listen", "tcp:127.0.0.1:0"])?;
     let report = source.migrate_well(&destination.address, &["--strategy", strategy])?;
@@ -100,9 +93,7 @@ fn moves(lab: &Lab, backing: &str, strategy: &str) -> Outcome {
 
 /// A destination by a name is found at each of its addresses, and prints all that it has.
 fn every_address_of_a_name(lab: &Lab) -> Outcome {
-    if !jail(lab)? {
-        return Ok(());
-    }
+    jail(lab)?;
     let ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
     for address in ["127.0.0.1", "127.0.0.2", "[::1]"] {
         if address.starts_with('[') && !ipv6 {
@@ -131,9 +122,7 @@ fn every_address_of_a_name(lab: &Lab) -> Outcome {
 
 /// What tells processes apart needs `/proc`.
 fn what_needs_proc_says_so(lab: &Lab) -> Outcome {
-    if !jail(lab)? {
-        return Ok(());
-    }
+    jail(lab)?;
     let vm = run(lab, "memfd")?;
     let answer = vm.ctl(&["refresh"])?;
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;

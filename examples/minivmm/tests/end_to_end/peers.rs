@@ -18,7 +18,7 @@ use nix::{
 };
 
 use crate::{
-    common::{Lab, Outcome, Process, Suite, ensure, ensure_says},
+    common::{Lab, Outcome, Process, Suite, ensure, ensure_says, wait_for},
     faults::{middle_of, relay_to},
 };
 
@@ -94,6 +94,20 @@ fn signal(process: &Process, signal: Signal) -> Outcome {
     kill(Pid::from_raw(pid), signal).map_err(|e| format!("{signal}: {e}").into())
 }
 
+/// Waits until all threads of a process that was sent SIGSTOP have stopped: until then they go on.
+fn all_stopped(pid: Pid) -> bool {
+    let stopped = |task: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        // behind the name, which is in parentheses
+        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+    };
+    let all = || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+        Ok(tasks.is_ok_and(|tasks| tasks.flatten().all(stopped)).then_some(()))
+    };
+    wait_for("the destination has stopped", all).is_ok()
+}
+
 /// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the
 /// source; a destination that wakes later has nothing.
 fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
@@ -106,7 +120,7 @@ fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
     relay.cut_where(move |bytes| {
         let offer = Control::Offer { generation: 0, state_bytes: 0, running: true };
         if middle_of(&offer, bytes).is_some() && kill(pid, Signal::SIGSTOP).is_ok() {
-            at.store(true, Ordering::SeqCst);
+            at.store(all_stopped(pid), Ordering::SeqCst);
         }
         None
     });

@@ -251,7 +251,7 @@ fn cancelled(lab: &Lab) -> Outcome {
     // only one at a time
     let answer = snapshot(&vm, &lab.arg("other"), &[])?;
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;
-    ensure_says(answer.reason(), "taking a snapshot")?;
+    ensure_says(answer.reason(), "a snapshot to ")?;
     vm.ask(&["cancel"])?;
     let answer = client.answer()?;
     ensure(answer.code == Some(3) && answer.json["outcome"] == "cancelled", || format!("{answer:?}"))?;
@@ -288,7 +288,7 @@ fn not_beside_a_migration(lab: &Lab) -> Outcome {
     source.wait_until("pages move", |s| s["migration"]["round_sent"].as_u64() > Some(100))?;
     let answer = snapshot(&source, &lab.arg("snapshot"), &[])?;
     ensure(answer.code == Some(1), || format!("{answer:?}"))?;
-    ensure_says(answer.reason(), "outgoing")?;
+    ensure_says(answer.reason(), "a pre-copy migration to")?;
     source.ask(&["cancel"])?;
     client.answer()?;
     snapshot_well(&source, &lab.arg("snapshot"))?;

@@ -130,7 +130,8 @@ impl<'a> Accepting<'a> {
         }
         let state = lock(&self.hub.state);
         let preparing = state.machine.phase() == DestinationPhase::Preparing;
-        let session = state.session.clone().filter(|_| preparing);
+        let epoch = state.machine.epoch();
+        let session = state.session.clone().filter(|session| preparing && session.epoch == epoch);
         drop(state);
         if let Some(session) = session {
             session.fail(ErrorCode::Resources, why);

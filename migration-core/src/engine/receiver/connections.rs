@@ -22,6 +22,10 @@ pub(super) const MAX_SILENT: usize = 64;
 /// nothing cannot close them.
 pub(super) const MAX_GREETING: usize = 16;
 
+/// Connections that may be open at once that name the session which is under way here, and have not
+/// said yet with what they come back to it.
+pub(super) const MAX_RETURNING: usize = 8;
+
 /// What a connection has shown of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -29,6 +33,8 @@ pub(super) enum Stage {
     Silent,
     /// That it wants to begin a session.
     Greeting,
+    /// That it wants to go on with the session that is under way here.
+    Returning,
     /// That it belongs to the session that is under way here.
     Identified,
     /// It was closed here, for this reason; its thread is about to end.
@@ -70,6 +76,7 @@ impl Connections {
         }
         (connection.stage, connection.since) = (stage, Instant::now());
         self.make_room(Stage::Greeting, MAX_GREETING);
+        self.make_room(Stage::Returning, MAX_RETURNING);
         true
     }
 
@@ -90,7 +97,8 @@ impl Connections {
     /// sent.
     pub(super) fn close_overdue(&mut self, limit: Duration) {
         for connection in self.open.values_mut() {
-            if matches!(connection.stage, Stage::Silent | Stage::Greeting) && connection.since.elapsed() >= limit {
+            let unknown = matches!(connection.stage, Stage::Silent | Stage::Greeting | Stage::Returning);
+            if unknown && connection.since.elapsed() >= limit {
                 connection.close("it has not introduced itself in time");
             }
         }
@@ -199,5 +207,21 @@ mod tests {
         connections.end();
         assert!(!open(&lane));
         assert!(!connections.enter(3, Arc::new(End::default())));
+    }
+
+    #[test]
+    fn those_that_come_back_have_few_places_until_they_say_with_what() {
+        let mut connections = Connections::default();
+        let ends: Vec<_> = (0..2 * MAX_RETURNING as u64).map(|id| enter(&mut connections, id)).collect();
+        for id in 0..ends.len() as u64 {
+            assert!(connections.advance(id, Stage::Returning));
+        }
+        let closed = |end: &Arc<End>| end.0.load(Ordering::Relaxed);
+        assert_eq!(ends.iter().filter(|end| closed(end)).count(), MAX_RETURNING);
+        let last = ends.len() as u64 - 1;
+        assert!(connections.advance(last, Stage::Identified));
+        connections.close_overdue(Duration::ZERO);
+        // only the one that is identified may take its time
+        assert_eq!(ends.iter().filter(|end| !closed(end)).count(), 1);
     }
 }

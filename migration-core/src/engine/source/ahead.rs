@@ -56,11 +56,8 @@ impl Engine<'_> {
                 Ok(())
             };
             pages::put(&*ram, range, pages, rearm.as_deref(), &mut put_one)?;
-            while let Some(input) = self.next_input(Instant::now())? {
-                if let Input::Control(epoch, frame) = input {
-                    self.frame(epoch, frame)?;
-                }
-            }
+            self.heed()?;
+            self.within_pause()?;
         }
         Ok(())
     }

@@ -40,11 +40,7 @@ impl Engine<'_> {
             }
             before = pending;
             // a cancel is not kept waiting
-            while let Some(input) = self.next_input(Instant::now())? {
-                if let Input::Control(epoch, frame) = input {
-                    self.frame(epoch, frame)?;
-                }
-            }
+            self.heed()?;
         }
     }
 

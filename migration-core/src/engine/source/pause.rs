@@ -174,6 +174,12 @@ impl Engine<'_> {
 
     /// An error when the guest has been paused for too long.
     pub(super) fn within_pause(&mut self) -> Result<(), MigrationError> {
+        if self.machine.phase() == SourcePhase::Ready {
+            // nothing is due from the destination any more: what still takes time is done here
+            if let Some(watch) = &mut self.watch {
+                watch.alive();
+            }
+        }
         let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
         let why = self.watch.as_mut().and_then(|watch| watch.look(Instant::now(), bytes));
         why.map_or(Ok(()), |why| Err(self.pause_exceeded(why)))

@@ -51,6 +51,7 @@ impl Engine<'_> {
             error = self.serve_all(&mut Linear::default()).err();
         }
         if let Some((outcome, reason)) = self.aftermath.take() {
+            after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = outcome;
             self.report.reason = Some(reason);
             self.report.epoch = self.machine.epoch();
@@ -208,6 +209,8 @@ impl Engine<'_> {
             }
             self.close();
             self.pings.clear();
+            // what the lost link did not answer says nothing of the next one
+            self.unanswered = None;
             // inputs of the lost lanes, which their threads left behind before they ended
             while let Ok(input) = self.inputs.try_recv() {
                 if let Input::Recover(connector) = input {
