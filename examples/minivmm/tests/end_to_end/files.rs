@@ -26,7 +26,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("files/modes_under_umask_0", modes_under_umask_0);
     suite.kvm("files/sockets", sockets);
     suite.kvm("files/dumps", dumps);
-    let missing = (!nix::unistd::geteuid().is_root()).then(|| "to mount a small file system needs root".into());
+    let missing = (!geteuid().is_root()).then(|| "to mount a small file system needs root".into());
     suite.unless(missing, |suite| suite.kvm("files/dump_disk_full", dump_disk_full));
     suite.kvm("files/relative_addresses", relative_addresses);
     suite.anywhere("files/keys", keys);

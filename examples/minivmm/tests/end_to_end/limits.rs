@@ -1,6 +1,10 @@
 //! Processes that have run out of what the kernel grants: queued signals, descriptors.
 
-use std::{fs, os::unix::net::UnixStream, path::PathBuf};
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+};
 
 use libtest_mimic::Failed;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
