@@ -21,7 +21,7 @@ use std::{
 use accept::Accepting;
 pub(super) use allowance::Allowance;
 use connections::{Connections, Stage};
-use reserve::{Reservation, Reserved};
+use reserve::{Parked, Reservation};
 use thiserror::Error;
 
 use super::{
@@ -137,7 +137,7 @@ struct Hub {
     bytes: Arc<AtomicU64>,
     connections: Mutex<Connections>,
     /// Threads for lanes that are due.
-    reserved: Mutex<Vec<Reserved>>,
+    reserved: Mutex<Parked>,
     /// Finds out whether lanes can be accepted; `None` before there is a listener, or where that cannot be told.
     room: Mutex<Option<Arc<dyn Room>>>,
     /// Threads that serve faults.

@@ -12,7 +12,7 @@ use std::{
 use super::{
     estimate::Calibration,
     events::Guarded,
-    handle::{Commands, Input, NoPostCopy, NoSwitchOver, lock},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, lock},
     lane::{stripe_pages, stripes},
     limits::{check_description, check_estimate, check_state},
     pages::{self, Copied, not_put},
@@ -378,6 +378,8 @@ impl<'a> Taking<'a> {
 
     fn pause(&mut self) -> Result<(), MigrationError> {
         self.paused_at = Some(Instant::now());
+        // nothing is decided by the limit any more
+        lock(&self.commands.requests).tuning = Err(NoTuning::TooLate);
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
 

@@ -443,6 +443,12 @@ impl Client {
         Ok(Self { guard: Guard(child), stdout, stderr })
     }
 
+    /// Waits for the end of a command that must succeed.
+    pub(crate) fn succeeds(self) -> Outcome {
+        let output = self.output()?;
+        ensure(output.status.success(), || format!("{output:?}"))
+    }
+
     /// Waits for the end of a `feature`: its status, what it printed a trip, and its stderr.
     pub(crate) fn trips(self) -> Result<(Option<i32>, Vec<Value>, String), Failed> {
         let output = self.output()?;

@@ -272,8 +272,7 @@ fn beside_kernel_work(lab: &Lab) -> Outcome {
             break;
         }
     }
-    let work = work.answer()?;
-    ensure(work.code == Some(0), || format!("the core was not occupied: {work:?}"))?;
+    work.succeeds()?;
     at.quit()
 }
 

@@ -12,8 +12,16 @@ const DEMAND_LANES: usize = 2;
 /// alive.
 const SESSION_THREADS: usize = 1;
 
+/// The threads that are reserved for the lanes of one session, the newest.
+#[derive(Default)]
+pub(super) struct Parked {
+    /// The number of the reservation that they belong to.
+    number: u64,
+    threads: Vec<Reserved>,
+}
+
 /// A thread that waits for a connection.
-pub(super) struct Reserved {
+struct Reserved {
     work: mpsc::Sender<Body>,
     thread: Box<dyn Joiner>,
 }
@@ -22,13 +30,15 @@ pub(super) struct Reserved {
 /// other can be had.
 pub(super) struct Reservation<'a> {
     hub: &'a Hub,
+    number: u64,
     /// How many bulk lanes there can be.
     pub(super) streams: u16,
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        self.hub.release();
+        // a newer attempt may have reserved threads of its own
+        self.hub.release(Some(self.number));
     }
 }
 
@@ -39,7 +49,12 @@ impl Hub {
     /// # Errors
     /// When there is not enough for a single one.
     pub(super) fn reserve(&self, streams: u16, features: u32) -> Result<Reservation<'_>, MigrationError> {
-        self.release();
+        self.release(None);
+        let number = {
+            let mut parked = lock(&self.reserved);
+            parked.number += 1;
+            parked.number
+        };
         let (mut lanes, mut threads) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
@@ -52,7 +67,7 @@ impl Hub {
             threads += 1;
         }
         // from here on, whatever is reserved is released with it
-        let mut reservation = Reservation { hub: self, streams };
+        let mut reservation = Reservation { hub: self, number, streams };
         let wanted = usize::from(streams);
         let room = lock(&self.room).clone();
         let channels = room.map_or(wanted + lanes, |room| room.channels(wanted + lanes));
@@ -60,7 +75,7 @@ impl Hub {
         let mut reserved = 0;
         while reserved < wanted + threads && failed.is_none() {
             match self.park() {
-                Ok(thread) => lock(&self.reserved).push(thread),
+                Ok(thread) => lock(&self.reserved).threads.push(thread),
                 Err(cause) => failed = Some(cause),
             }
             reserved += usize::from(failed.is_none());
@@ -90,9 +105,14 @@ impl Hub {
         Ok(Reserved { work, thread })
     }
 
-    /// Ends the threads that are reserved and not in use.
-    fn release(&self) {
-        let reserved = std::mem::take(&mut *lock(&self.reserved));
+    /// Ends the threads that are reserved and not in use, if they belong to this reservation, or to whichever.
+    fn release(&self, number: Option<u64>) {
+        let mut parked = lock(&self.reserved);
+        if number.is_some_and(|number| number != parked.number) {
+            return;
+        }
+        let reserved = std::mem::take(&mut parked.threads);
+        drop(parked);
         for Reserved { work, thread } in reserved {
             drop(work);
             thread.join();
@@ -113,7 +133,7 @@ impl Hub {
         let spawned = self.options.spawner.spawn(role, GuestImpact::Balanced, name, run);
         let Err(error) = spawned else { return spawned };
         let Some(body) = lock(&cell).take() else { return Err(error) };
-        let Some(Reserved { work, thread }) = lock(&self.reserved).pop() else { return Err(error) };
+        let Some(Reserved { work, thread }) = lock(&self.reserved).threads.pop() else { return Err(error) };
         let spawner = self.options.spawner.clone();
         let run = Box::new(move || {
             spawner.assume(role, GuestImpact::Balanced);
