@@ -100,6 +100,8 @@ pub struct DestinationMachine {
     state: Vec<u8>,
     run_vcpus: bool,
     post_copy: Option<(u64, u16)>,
+    /// Whether pages were listed that will be missing, and more of the list is to come.
+    listing: bool,
     /// Whether no page is missing, or those that were have arrived.
     complete: bool,
 }
@@ -115,7 +117,18 @@ impl DestinationMachine {
     pub fn new() -> Self {
         let (state, phase) = (Vec::new(), DestinationPhase::Empty);
         let (vm, epoch, awaits, attached) = (None, 0, false, false);
-        Self { phase, vm, epoch, awaits, attached, state, run_vcpus: true, post_copy: None, complete: true }
+        Self {
+            phase,
+            vm,
+            epoch,
+            awaits,
+            attached,
+            state,
+            run_vcpus: true,
+            post_copy: None,
+            complete: true,
+            listing: false,
+        }
     }
 
     /// A machine that takes back this VM, which left here under this epoch, and no other.
@@ -173,14 +186,24 @@ impl DestinationMachine {
                 Ok(DestinationAction::None)
             }
             (Control::Missing { first, bitmap }, Receiving) if self.post_copy.is_none() => {
+                self.listing = true;
                 Ok(DestinationAction::Missing { first, bitmap })
             }
             (Control::PostCopy { missing, demand_lanes }, Receiving) if self.post_copy.is_none() => {
                 self.post_copy = Some((missing, demand_lanes));
-                self.complete = false;
+                (self.complete, self.listing) = (false, false);
                 Ok(DestinationAction::None)
             }
             (Control::Offer { generation, state_bytes, running }, Receiving) => {
+                if self.listing {
+                    // a VM that lacks pages would pass for a complete one
+                    return Err(Violation::new(
+                        "offer",
+                        epoch,
+                        self.phase,
+                        "the list of missing pages is not complete",
+                    ));
+                }
                 if state_bytes != self.state.len() as u64 {
                     return Err(Violation::new("offer", epoch, self.phase, "the state is not complete"));
                 }
@@ -362,6 +385,51 @@ impl DestinationMachine {
         self.phase = DestinationPhase::Empty;
         self.state = Vec::new();
         self.attached = false;
-        (self.post_copy, self.complete) = (None, true);
+        (self.post_copy, self.complete, self.listing) = (None, true, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        page::{RamLayout, RamRegion},
+        vm::VmDescription,
+        wire::Hello,
+    };
+
+    fn receiving() -> DestinationMachine {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 4096 }]).unwrap();
+        let (host_needs, config) = (Bytes::new(), Bytes::new());
+        let vm = VmDescription { id: VmId([1; 16]), layout, devices: Vec::new(), host_needs, config };
+        let hello = Hello { features: 0, streams: 1, strategy: "any".into(), vm };
+        let mut machine = DestinationMachine::new();
+        machine.handle(1, Control::Hello(Box::new(hello))).unwrap();
+        machine.prepared(None).unwrap();
+        machine
+    }
+
+    /// Else a VM that lacks pages would pass for a complete one, which a person may adopt.
+    #[test]
+    fn an_offer_before_the_end_of_the_list_of_missing_pages_is_refused() {
+        let missing = Control::Missing { first: 0, bitmap: Bytes::from_static(&[1; 8]) };
+        let end = Control::PostCopy { missing: 1, demand_lanes: 1 };
+        let offer = Control::Offer { generation: 1, state_bytes: 0, running: true };
+        for with_end in [false, true] {
+            let mut machine = receiving();
+            machine.handle(1, missing.clone()).unwrap();
+            if with_end {
+                machine.handle(1, end.clone()).unwrap();
+            }
+            let loads = matches!(machine.handle(1, offer.clone()), Ok(DestinationAction::Load { .. }));
+            assert_eq!(loads, with_end);
+        }
+        // the next attempt begins anew
+        let mut machine = receiving();
+        machine.handle(1, missing).unwrap();
+        assert_eq!(machine.link_lost(), OnDestinationLoss::Discard);
+        assert!(!machine.listing);
     }
 }

@@ -296,10 +296,15 @@ impl Pair {
                 }
             }
             17 => {
-                // on the session's own lane
-                let (epoch, frame) = self.sent[choices.below(self.sent.len())].clone();
-                if self.to_destination.is_some() && !self.destination_takes(epoch, frame) {
-                    self.destination_loss();
+                // Once more on the session's own lane. Nothing there overtakes what was sent before it: what is still on
+                // its way is delivered in its turn.
+                let under_way = self.to_destination.as_ref().map_or(0, VecDeque::len);
+                let delivered = self.sent.len() - under_way;
+                if self.to_destination.is_some() && delivered > 0 {
+                    let (epoch, frame) = self.sent[choices.below(delivered)].clone();
+                    if !self.destination_takes(epoch, frame) {
+                        self.destination_loss();
+                    }
                 }
             }
             18 if !self.answered.is_empty() => {
