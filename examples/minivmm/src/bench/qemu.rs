@@ -107,9 +107,10 @@ impl Source {
     /// Starts the destination and readies both.
     pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
         let mut more = vec!["-incoming", "defer"];
-        let populated = format!("memory-backend-ram,id=ram0,size={}M,prealloc=on", setup.memory >> 20);
+        // by the name that it has at the source, which has its RAM as it comes
+        let populated = format!("memory-backend-ram,id=pc.ram,size={}M,prealloc=on", setup.memory >> 20);
         if setup.tuning.populates() {
-            more.extend(["-object", &populated, "-machine", "memory-backend=ram0"]);
+            more.extend(["-object", &populated, "-machine", "memory-backend=pc.ram"]);
         }
         let (destination, mut destination_qmp) =
             start(folder, "qemu-destination", setup.memory, elf, setup.way.link, &more)?;
