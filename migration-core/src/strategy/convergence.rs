@@ -307,13 +307,12 @@ impl Convergence for ModelConvergence {
         }
         let pending_falls = link.pending_bytes < self.pending.saturating_sub(self.pending / LEAST_GAIN);
         self.pending = link.pending_bytes;
-        if now.floor <= link.downtime_limit {
-            // what was above it was a moment's bandwidth, or another limit
-            self.floor_looks = 0;
-        }
         if now.floor > link.downtime_limit {
-            self.floor_above(shrink, &now, link)
-        } else if pending_falls && link.pending_bytes > 0 && self.rounds < MAX_ROUNDS {
+            return self.floor_above(shrink, &now, link);
+        }
+        // what was above it before was a moment's bandwidth, or another limit
+        self.floor_looks = 0;
+        if pending_falls && link.pending_bytes > 0 && self.rounds < MAX_ROUNDS {
             // pieces of state move with a round, whatever the pages do
             Next::Round
         } else if is_within {

@@ -73,8 +73,13 @@ pub(super) struct PauseWatch {
 }
 
 impl PauseWatch {
-    fn new(options: &SourceOptions, predicted: Option<Duration>, now: Instant, bytes: u64) -> Self {
-        let (limits, downtime_limit) = (&options.pause_limits, options.downtime_limit);
+    fn new(
+        limits: PauseLimits,
+        downtime_limit: Duration,
+        predicted: Option<Duration>,
+        now: Instant,
+        bytes: u64,
+    ) -> Self {
         Self {
             silence: limits.silence(downtime_limit),
             total: limits.total(downtime_limit, predicted),
@@ -116,9 +121,8 @@ impl Engine<'_> {
             return;
         }
         let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
-        // as it was set last
-        let options = SourceOptions { downtime_limit: self.downtime_limit(), ..self.options.clone() };
-        let watch = PauseWatch::new(&options, self.report.predicted_downtime, Instant::now(), bytes);
+        let (limits, predicted) = (self.options.pause_limits, self.report.predicted_downtime);
+        let watch = PauseWatch::new(limits, self.downtime_limit(), predicted, Instant::now(), bytes);
         let silence = watch.silence;
         self.watch = Some(watch);
         self.limit_writes(silence);
@@ -210,9 +214,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn watch(limits: PauseLimits, predicted: Option<Duration>) -> (PauseWatch, Instant) {
-        let options = SourceOptions { pause_limits: limits, ..SourceOptions::default() };
         let now = Instant::now();
-        (PauseWatch::new(&options, predicted, now, 0), now)
+        (PauseWatch::new(limits, SourceOptions::default().downtime_limit, predicted, now, 0), now)
     }
 
     #[test]
