@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     common::{Client, Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, minivmm_after, usage, wait_for},
-    snapshot::snapshot_well,
+    snapshot::{Small, snapshot_well},
 };
 
 /// Guest memory that is written out.
@@ -185,34 +185,24 @@ fn dumps(lab: &Lab) -> Outcome {
 
 /// What cannot be completed leaves nothing.
 fn dump_disk_full(lab: &Lab) -> Outcome {
-    let folder = lab.path("small");
-    fs::create_dir(&folder)?;
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=1M,mode=0700", "tmpfs"])
-        .arg(&folder)
-        .status();
-    ensure(mounted.is_ok_and(|status| status.success()), || "no small file system can be mounted".into())?;
-    let full = || -> Outcome {
-        let vm = run(lab, "vm")?;
-        let out = lab.arg("small/dump");
-        fs::write(&out, "precious")?;
-        let answer = vm.ctl(&["memory", "--gpa", "0", "--len", "0x2000000", "--out", &out])?;
-        ensure(answer.code == Some(1), || format!("{answer:?}"))?;
-        ensure_says(answer.json["error"].as_str().unwrap_or(""), "No space left")?;
-        ensure(names(&folder)? == ["dump"] && fs::read(&out)? == b"precious", || format!("{:?}", names(&folder)))?;
-        let elf = lab.arg("small/elf");
-        fs::write(lab.path("small/filler"), vec![1; (1 << 20) - (16 << 10)])?;
-        let (code, _, stderr) = usage(&["workload", "--emit", "hot:size=8M", "--out", &elf])?;
-        ensure(code == Some(1), || format!("{code:?}"))?;
-        ensure_says(&stderr, "No space left")?;
-        ensure(names(&folder)? == ["dump", "filler"], || format!("{:?}", names(&folder)))?;
-        vm.works()?;
-        vm.quit()
-    };
-    let result = full();
-    let unmounted = std::process::Command::new("umount").arg(&folder).status();
-    ensure(unmounted.is_ok_and(|status| status.success()), || "it cannot be unmounted".into())?;
-    result
+    let small = Small::mount(lab, "1M,mode=0700")?.ok_or("no small file system can be mounted")?;
+    let folder = &small.0;
+    let vm = run(lab, "vm")?;
+    let out = lab.arg("small/dump");
+    fs::write(&out, "precious")?;
+    let answer = vm.ctl(&["memory", "--gpa", "0", "--len", "0x2000000", "--out", &out])?;
+    ensure(answer.code == Some(1), || format!("{answer:?}"))?;
+    ensure_says(answer.json["error"].as_str().unwrap_or(""), "No space left")?;
+    ensure(names(folder)? == ["dump"] && fs::read(&out)? == b"precious", || format!("{:?}", names(folder)))?;
+    let elf = lab.arg("small/elf");
+    fs::write(lab.path("small/filler"), vec![1; (1 << 20) - (16 << 10)])?;
+    let (code, _, stderr) = usage(&["workload", "--emit", "hot:size=8M", "--out", &elf])?;
+    ensure(code == Some(1), || format!("{code:?}"))?;
+    ensure_says(&stderr, "No space left")?;
+    ensure(names(folder)? == ["dump", "filler"], || format!("{:?}", names(folder)))?;
+    vm.works()?;
+    vm.quit()?;
+    small.unmount()
 }
 
 /// A relative path is one of the client's working directory, not of the server's.

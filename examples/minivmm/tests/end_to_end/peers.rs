@@ -89,11 +89,6 @@ fn more_memory_than_allowed(lab: &Lab) -> Outcome {
     small.quit()
 }
 
-fn signal(process: &Process, signal: Signal) -> Outcome {
-    let pid = i32::try_from(process.pid())?;
-    kill(Pid::from_raw(pid), signal).map_err(|e| format!("{signal}: {e}").into())
-}
-
 /// Waits until all threads of a process that was sent SIGSTOP have stopped: until then they go on.
 fn all_stopped(pid: Pid) -> bool {
     let stopped = |task: std::fs::DirEntry| {
@@ -132,7 +127,7 @@ fn stopped_in_the_pause(lab: &Lab, strategy: &str) -> Outcome {
     ensure_says(answer.reason(), "was silent for 1s")?;
     source.works()?;
     source.is_back_at(&before)?;
-    signal(&destination, Signal::SIGCONT)?;
+    destination.signal(Signal::SIGCONT)?;
     // what it had received meanwhile ends with the source's word that it keeps the VM
     destination.wait_state("incoming")?;
     source.works()?;

@@ -298,23 +298,29 @@ fn not_beside_a_migration(lab: &Lab) -> Outcome {
 }
 
 /// A small file system, unmounted when dropped.
-struct Small(PathBuf);
+pub(crate) struct Small(pub(crate) PathBuf);
 
 impl Small {
-    /// `None` where one may not be mounted.
-    fn mount(lab: &Lab, bytes: &str) -> Result<Option<Self>, Failed> {
+    /// `None` where one may not be mounted. `size` may have other options after it.
+    pub(crate) fn mount(lab: &Lab, size: &str) -> Result<Option<Self>, Failed> {
         let path = lab.path("small");
         fs::create_dir(&path)?;
-        let options = format!("size={bytes}");
+        let options = format!("size={size}");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "small"]).arg(&path).output()?;
         Ok(mounted.status.success().then_some(Self(path)))
+    }
+
+    /// Unmounts it, which nothing uses any more.
+    pub(crate) fn unmount(self) -> Outcome {
+        let unmounted = Command::new("umount").arg(&self.0).status()?;
+        ensure(unmounted.success(), || "it cannot be unmounted".into())
     }
 }
 
 impl Drop for Small {
     fn drop(&mut self) {
         // nothing uses it any more; a busy one is only hidden
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
     }
 }
 
