@@ -58,10 +58,12 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(100);
 
 pub(crate) struct Instance {
+    /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it while a file system, another
+    /// process, a peer or a vCPU is waited for.
     state: Mutex<State>,
     changed: Condvar,
-    /// The VM's RAM at a broker. Locked after the state, if both are.
-    kept: Mutex<Kept>,
+    /// The VM's RAM at a broker.
+    kept: Kept,
     /// Held while a successor is prepared and takes over: there is one at a time.
     succession: Mutex<()>,
     /// Of what rests in files.
