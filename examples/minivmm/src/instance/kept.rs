@@ -250,10 +250,8 @@ mod tests {
 
     /// A software guest in memory that a broker can keep.
     fn machine() -> Arc<Machine> {
-        let config = MachineConfig {
-            software: true,
-            ..MachineConfig::new(64 << 20, 1, Backing::Memfd, TrackerKind::Auto)
-        };
+        let config =
+            MachineConfig { software: true, ..MachineConfig::new(64 << 20, 1, Backing::Memfd, TrackerKind::Auto) };
         Arc::new(Machine::new(config, &SerialTarget::Null).unwrap())
     }
 
