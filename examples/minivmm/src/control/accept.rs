@@ -1,13 +1,16 @@
 //! The control socket's accept loop: a thread for each client, bounds for clients that say nothing, and an answer for those that
 //! cannot be served.
 //!
-//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve:
-//! without one the connection could neither be accepted nor be answered, and would be found waiting again and again.
+//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve
+//! ([`Shortage`]).
 
 use std::{
     collections::VecDeque,
     io::{self, Read, Write},
-    os::unix::net::{UnixDatagram, UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
@@ -17,6 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use migration_transport::Shortage;
 use serde_json::Value;
 
 use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request};
@@ -39,8 +43,8 @@ impl Default for Limits {
     }
 }
 
-/// Time between two attempts to accept a client when that has failed.
-const BACK_OFF: Duration = Duration::from_millis(50);
+/// What is lacking to accept a client is looked at this often.
+const LOOK: Duration = Duration::from_millis(100);
 /// The longest time that a client which is refused has to send its request: one that writes to a closed socket would not read why.
 const LAST_REQUEST: Duration = Duration::from_millis(200);
 /// Clients that are refused are written about this often at most.
@@ -63,29 +67,25 @@ impl Drop for Counted {
     }
 }
 
-/// Serves clients for ever.
+/// Serves clients until the listener breaks.
 pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: Limits) {
     let clients = Arc::new(Clients { limits, count: AtomicUsize::new(0), silent: Mutex::default() });
-    let (mut reserve, mut told) = (reserve(), None);
+    if let Err(error) = listener.set_nonblocking(true) {
+        return log!("control: no client is served: {error}");
+    }
+    let (mut shortage, mut told) = (Shortage::new(), None);
     loop {
-        let refused = match listener.accept() {
-            Ok((client, _)) => clients.begin(client, instance),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => {
-                // gives the reserve to this client, for an answer
-                drop(reserve.take());
+        let refused = match shortage.accept_within(&[listener.as_fd()], LOOK, |_| listener.accept()) {
+            Ok(Some((client, _))) => clients.begin(client, instance),
+            Ok(None) => shortage.take().map_or(Ok(()), |error| {
                 let why = format!("this minivmm can accept no client: {error}");
-                let accepted = listener.set_nonblocking(true).and_then(|()| listener.accept());
-                // an error that lasts is found again
-                let _ = listener.set_nonblocking(false);
-                match accepted {
-                    Ok((client, _)) => refuse(&client, &why),
-                    Err(_) => thread::sleep(BACK_OFF),
+                if let Some((client, _)) = shortage.accept_to_refuse(1, |_| listener.accept()) {
+                    refuse(&client, &why);
                 }
                 Err(why)
-            }
+            }),
+            Err(error) => return log!("control: no client is served any more: {error}"),
         };
-        reserve = reserve.or_else(self::reserve);
         if let Err(why) = refused
             && told.is_none_or(|at: Instant| at.elapsed() >= TELL_AGAIN)
         {
@@ -93,12 +93,6 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
             log!("control: {why}");
         }
     }
-}
-
-/// A descriptor that can be given up for another one.
-fn reserve() -> Option<UnixDatagram> {
-    // it needs no file, of which a jail may have none
-    UnixDatagram::unbound().ok()
 }
 
 impl Clients {
@@ -220,7 +214,7 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
 }
 
 /// Does what is asked, and shows the client of a long request that somebody is at work.
-fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request) -> Result<Value, String> {
+fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
         // dropped when the request is done
         let (_done, ended) = mpsc::channel::<()>();
