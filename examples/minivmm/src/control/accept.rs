@@ -23,7 +23,7 @@ use std::{
 use migration_transport::Shortage;
 use serde_json::Value;
 
-use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request};
+use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request, Wishes};
 use crate::instance::Instance;
 
 /// Bounds for the clients of a control socket.
@@ -198,10 +198,12 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
         Ok(request) => request,
         Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
     };
+    // what is a request is an object
+    let wishes: Wishes = serde_json::from_slice(&line).unwrap_or_default();
     let quit = matches!(request, Request::Quit);
     instance.asked();
     let answers = Answers { client, gone: Mutex::new(false) };
-    let answer = match handle(&answers, instance, request) {
+    let answer = match handle(&answers, instance, request, wishes) {
         Ok(value) => Answer::Done(value),
         Err(why) => Answer::Failed(why),
     };
@@ -213,12 +215,12 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
     said
 }
 
-/// Does what is asked, and shows the client of a long request that somebody is at work.
+/// Does what is asked, and shows the client of a long request that somebody is at work, if it wishes that.
 fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
         // dropped when the request is done
         let (_done, ended) = mpsc::channel::<()>();
-        if request.takes_long() {
+        if wishes.alive && request.takes_long() {
             let alive = move || {
                 // at once: who is interrupted then knows that the request has arrived
                 while answers.say(&Answer::Alive) && ended.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
@@ -307,6 +309,24 @@ mod tests {
         for client in [connect(), half] {
             assert!(why(&told(&client)).contains("within 50ms"));
         }
+    }
+
+    #[test]
+    fn only_who_asks_gets_signs_of_life() {
+        let (_folder, connect) = socket(Limits::default());
+        let lines = |request: &[u8]| {
+            let mut client = connect();
+            client.write_all(request).unwrap();
+            BufReader::new(client).lines().map(Result::unwrap).collect::<Vec<_>>()
+        };
+        // there is no VM: the answer comes at once
+        let old = lines(b"{\"command\":\"pause\"}\n");
+        assert!(old.len() == 1 && old[0].starts_with("{\"failed\""), "{old:?}");
+        let new = lines(b"{\"command\":\"pause\",\"alive\":true}\n");
+        assert_eq!((new[0].as_str(), &new[1..]), ("\"alive\"", &old[..]));
+        // a short request is answered before there would be any
+        let status = lines(b"{\"command\":\"status\",\"alive\":true}\n");
+        assert!(status.len() == 1 && status[0].starts_with("{\"done\""), "{status:?}");
     }
 
     #[test]
