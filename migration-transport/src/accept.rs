@@ -19,6 +19,8 @@ use nix::{
 
 /// How long to leave a host alone that has run out of descriptors or memory.
 const BACK_OFF: Duration = Duration::from_millis(20);
+/// How long a shortage is waited out before whoever waits for connections hears of it.
+const REPORT: Duration = Duration::from_millis(50);
 
 /// What a listener lacks to accept the connections that wait, and a descriptor that is kept for that
 /// case.
@@ -74,7 +76,8 @@ impl Shortage {
     /// accepts the connection by `accept`, which gets the index of the socket. Of several sockets at
     /// which somebody waits it is any. Errors of a connection that has gone already are passed over.
     ///
-    /// Returns `None` when `timeout` has passed. Then [`take`](Self::take) returns what was lacking.
+    /// Returns `None` when `timeout` has passed, and before that if something is lacking for more
+    /// than a moment: [`take`](Self::take) then returns it.
     ///
     /// # Errors
     /// When a socket does not listen any more.
@@ -87,7 +90,7 @@ impl Shortage {
         if self.spare.is_none() {
             self.spare = spare();
         }
-        accept_noting(fds, timeout, &mut self.error, accept)
+        accept_noting(fds, timeout, Some(&mut self.error), accept)
     }
 
     /// Returns why nothing could be accepted since this was last asked; `None` if nothing was lacking.
@@ -127,36 +130,41 @@ pub(crate) fn accept_within<T>(
     timeout: Duration,
     mut accept: impl FnMut() -> io::Result<T>,
 ) -> io::Result<Option<T>> {
-    accept_noting(&[fd], timeout, &mut None, |_| accept())
+    accept_noting(&[fd], timeout, None, |_| accept())
 }
 
-/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits. What this host lacks
-/// to accept a connection is noted in `shortage`.
+/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits. Where there is a
+/// `shortage`, what this host lacks to accept a connection is noted there, and ends the wait unless it is over in a moment.
 fn accept_noting<T>(
     fds: &[BorrowedFd<'_>],
     timeout: Duration,
-    shortage: &mut Option<io::Error>,
+    mut shortage: Option<&mut Option<io::Error>>,
     mut accept: impl FnMut(usize) -> io::Result<T>,
 ) -> io::Result<Option<T>> {
     // a time-out beyond what `Instant` can hold is none
-    let deadline = Instant::now().checked_add(timeout);
-    let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+    let mut deadline = Instant::now().checked_add(timeout);
+    let left =
+        |deadline: Option<Instant>| deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
     loop {
-        if let Some(index) = readable(fds, left())? {
+        if let Some(index) = readable(fds, left(deadline))? {
             match accept(index) {
                 Ok(accepted) => return Ok(Some(accepted)),
                 Err(e) => match verdict(&e) {
                     Verdict::Skip => {}
                     // the connection stays in the queue, so poll would return at once, again and again
                     Verdict::BackOff => {
-                        *shortage = Some(e);
-                        thread::sleep(BACK_OFF.min(left()));
+                        if let Some(shortage) = &mut shortage {
+                            **shortage = Some(e);
+                            let soon = Instant::now() + REPORT;
+                            deadline = Some(deadline.map_or(soon, |at| at.min(soon)));
+                        }
+                        thread::sleep(BACK_OFF.min(left(deadline)));
                     }
                     Verdict::Broken => return Err(e),
                 },
             }
         }
-        if left().is_zero() {
+        if left(deadline).is_zero() {
             return Ok(None);
         }
     }
@@ -227,7 +235,7 @@ mod tests {
         for _ in 0..3 {
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let none = |_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE));
-            assert!(shortage.accept_within(&[listener.as_fd()], Duration::ZERO, none).unwrap().is_none());
+            assert!(shortage.accept_within(&[listener.as_fd()], Duration::MAX, none).unwrap().is_none());
             assert_eq!(shortage.take().unwrap().raw_os_error(), Some(libc::EMFILE));
             assert!(shortage.take().is_none());
             let (_, peer) = shortage.accept_to_refuse(1, |_| listener.accept()).unwrap();

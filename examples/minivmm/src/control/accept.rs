@@ -43,8 +43,6 @@ impl Default for Limits {
     }
 }
 
-/// What is lacking to accept a client is looked at this often.
-const LOOK: Duration = Duration::from_millis(100);
 /// The longest time that a client which is refused has to send its request: one that writes to a closed socket would not read why.
 const LAST_REQUEST: Duration = Duration::from_millis(200);
 /// Clients that are refused are written about this often at most.
@@ -75,7 +73,7 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
     }
     let (mut shortage, mut told) = (Shortage::new(), None);
     loop {
-        let refused = match shortage.accept_within(&[listener.as_fd()], LOOK, |_| listener.accept()) {
+        let refused = match shortage.accept_within(&[listener.as_fd()], Duration::MAX, |_| listener.accept()) {
             Ok(Some((client, _))) => clients.begin(client, instance),
             Ok(None) => shortage.take().map_or(Ok(()), |error| {
                 let why = format!("this minivmm can accept no client: {error}");
