@@ -421,3 +421,51 @@ impl State {
         self.exit.get_or_insert(5);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{File, Permissions},
+        os::unix::{fs::PermissionsExt, net::UnixListener},
+    };
+
+    use migration_kvm::{ram::Backing, tracker::TrackerKind};
+
+    use super::*;
+    use crate::vmm::{MachineConfig, SerialTarget};
+
+    #[test]
+    fn status_is_told_while_the_way_back_waits_for_a_file_system() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let instance = Instance::new(None, Sealing::load(None).unwrap());
+        instance.set_place(Place { control: path("control"), serial: "null".into(), broker: None });
+        let config = MachineConfig::new(64 << 20, 1, Backing::Memfd, TrackerKind::Auto);
+        let machine = Machine::new(MachineConfig { software: true, ..config }, &SerialTarget::Null).unwrap();
+        instance.own(Arc::new(machine));
+        // a socket of a process that has ended, which another one is just replacing
+        let back = format!("control.b{}.1", std::process::id());
+        drop(UnixListener::bind(path(&back)).unwrap());
+        let lock = File::create(path(&format!(".{back}.lock"))).unwrap();
+        lock.set_permissions(Permissions::from_mode(0o600)).unwrap();
+        lock.lock().unwrap();
+        let request = LendRequest {
+            to: format!("unix:{}", path("nobody").display()),
+            control: path("borrower"),
+            lender: None,
+            borrower: ProcessIdentity::own().unwrap().encode(),
+            pid: std::process::id(),
+            within_us: 1,
+        };
+        let lender = instance.clone();
+        let lending = thread::spawn(move || lender.lend(request));
+        while instance.status()["state"] != "outgoing" {
+            thread::yield_now();
+        }
+        drop(lock);
+        // had `status` waited for the lock of the socket, that would have been the error
+        let report = lending.join().unwrap().unwrap();
+        assert_eq!(report["outcome"], "failed", "{report}");
+        assert_eq!(instance.status()["state"], "running");
+    }
+}
