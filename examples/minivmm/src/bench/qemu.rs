@@ -141,6 +141,9 @@ impl Source {
                     object["endpoint"] = "client".into();
                     object["username"] = TLS_USER.into();
                 }
+                if cipher == Cipher::Aes128 {
+                    object["priority"] = "NORMAL:-CIPHER-ALL:+AES-128-GCM".into();
+                }
                 qmp.call("object-add", object)?;
                 qmp.call("migrate-set-parameters", json!({"tls-creds": id}))?;
             }
