@@ -16,8 +16,8 @@ pub(crate) enum Tuning {
     #[default]
     AsItComes,
     /// What a user sets who wants short pauses, and has read the manual: a downtime limit of [`CAREFUL_LIMIT_MS`] for both. For QEMU
-    /// also `auto-converge`, so that the migration of a busy guest ends; RAM that the destination has populated before; and, with
-    /// TLS, a `priority` that leaves ChaCha20 out.
+    /// also `auto-converge`, so that the migration of a busy guest ends; RAM that the destination has populated before; with TLS, a
+    /// `priority` that leaves ChaCha20 out. Post-copy begins after a pass of pre-copy, for both.
     Careful,
 }
 
