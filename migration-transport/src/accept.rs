@@ -20,22 +20,65 @@ use nix::{
 /// How long to leave a host alone that has run out of descriptors or memory.
 const BACK_OFF: Duration = Duration::from_millis(20);
 
-/// What a listener lacks to accept the connections that wait, and a descriptor that is kept for that case.
+/// What a listener lacks to accept the connections that wait, and a descriptor that is kept for that
+/// case.
+///
+/// A process without descriptors can neither accept a connection nor refuse it: it would find the
+/// same one waiting again and again. With the descriptor that is kept, one connection at a time can
+/// be accepted and told why it is not served.
+///
+/// ```
+/// use std::{os::fd::AsFd, os::unix::net::{UnixListener, UnixStream}, time::Duration};
+///
+/// use migration_transport::Shortage;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("socket");
+/// let listener = UnixListener::bind(&path)?;
+/// listener.set_nonblocking(true)?;
+/// let mut shortage = Shortage::new();
+/// # let client = UnixStream::connect(&path)?;
+/// match shortage.accept_within(&[listener.as_fd()], Duration::from_millis(100), |_| listener.accept())? {
+///     Some((connection, _)) => drop(connection), // to be served
+///     None => {
+///         if let Some(why) = shortage.take()
+///             && let Some((connection, _)) = shortage.accept_to_refuse(1, |_| listener.accept())
+///         {
+///             eprintln!("to be told {why}");
+///             drop(connection);
+///         }
+///     }
+/// }
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
-pub(crate) struct Shortage {
+pub struct Shortage {
     error: Option<io::Error>,
     /// `None` while it is in use, or none can be had.
     spare: Option<OwnedFd>,
 }
 
+impl Default for Shortage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Shortage {
-    pub(crate) fn new() -> Self {
+    /// Nothing is lacking yet; a descriptor is kept if one can be had.
+    pub fn new() -> Self {
         Self { error: None, spare: spare() }
     }
 
-    /// As [`accept_within`], of several sockets, and returns soon once something is lacking; `accept` gets the index of the
-    /// socket at which somebody waits.
-    pub(crate) fn accept_within<T>(
+    /// Waits until somebody connects to one of the listening sockets `fds`, which do not block, and
+    /// accepts the connection by `accept`, which gets the index of the socket. Of several sockets at
+    /// which somebody waits it is any. Errors of a connection that has gone already are passed over.
+    ///
+    /// Returns `None` when `timeout` has passed. Then [`take`](Self::take) returns what was lacking.
+    ///
+    /// # Errors
+    /// When a socket does not listen any more.
+    pub fn accept_within<T>(
         &mut self,
         fds: &[BorrowedFd<'_>],
         timeout: Duration,
@@ -47,17 +90,15 @@ impl Shortage {
         accept_noting(fds, timeout, &mut self.error, accept)
     }
 
-    /// Why nothing could be accepted since this was last asked.
-    pub(crate) fn take(&mut self) -> Option<io::Error> {
+    /// Returns why nothing could be accepted since this was last asked; `None` if nothing was lacking.
+    pub fn take(&mut self) -> Option<io::Error> {
         self.error.take()
     }
 
-    /// Calls `accept` with the descriptor that is kept for it, for one of `sockets` after another until it gives a connection.
-    pub(crate) fn accept_to_refuse<T>(
-        &mut self,
-        sockets: usize,
-        accept: impl FnMut(usize) -> io::Result<T>,
-    ) -> Option<T> {
+    /// Gives up the descriptor that is kept, and calls `accept` with the indexes from 0 to `sockets`
+    /// until it returns a connection, which is to be told that it is not served, and closed. The
+    /// next [`accept_within`](Self::accept_within) takes a descriptor back.
+    pub fn accept_to_refuse<T>(&mut self, sockets: usize, accept: impl FnMut(usize) -> io::Result<T>) -> Option<T> {
         drop(self.spare.take()?);
         (0..sockets).map(accept).find_map(Result::ok)
     }
@@ -177,6 +218,24 @@ mod tests {
     };
 
     use super::*;
+
+    #[test]
+    fn a_connection_that_cannot_be_accepted_can_be_refused_again_and_again() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut shortage = Shortage::new();
+        for _ in 0..3 {
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let none = |_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE));
+            assert!(shortage.accept_within(&[listener.as_fd()], Duration::ZERO, none).unwrap().is_none());
+            assert_eq!(shortage.take().unwrap().raw_os_error(), Some(libc::EMFILE));
+            assert!(shortage.take().is_none());
+            let (_, peer) = shortage.accept_to_refuse(1, |_| listener.accept()).unwrap();
+            assert_eq!(peer, client.local_addr().unwrap());
+            // it is given up once, until there is one again
+            assert!(shortage.accept_to_refuse(1, |_| Ok(())).is_none());
+        }
+    }
 
     #[test]
     fn lack_of_descriptors_and_bad_peers_are_survived() {

@@ -7,6 +7,7 @@
 //! | `latest.new` | a manifest that is being written |
 
 mod files;
+mod owner;
 #[cfg(test)]
 mod tests;
 
@@ -14,7 +15,7 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError},
     io::{self, ErrorKind, Write as _},
     iter,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{self, Path, PathBuf},
 };
 
@@ -23,7 +24,6 @@ use migration_core::{
     checkpoint::{CheckpointStore, PageData},
     state::MAX_STATE,
 };
-use rustix::process::geteuid;
 
 use files::{Appender, Files, Increment, Index, MAX_INCREMENTS, Manifest, Place, increment_of};
 
@@ -45,6 +45,10 @@ const SLACK: u64 = 16384;
 /// most 4096 increments; when a commit would leave more, it first writes all live pages into one new increment, which
 /// needs room for these once more, and takes as long as that takes. In memory, each live page takes about 40 bytes, and
 /// twice that meanwhile. A state may have up to [`MAX_STATE`] bytes.
+///
+/// The directory must belong to the user of this process or to root. On NFS it may also belong to the user to which the
+/// server gives what this process makes there (`root_squash`, `all_squash`): whoever else is mapped to that user can
+/// change it.
 ///
 /// The directory is locked (`flock`) while a store has it. CRCs find damage; **they do not stop anyone who can write
 /// there from replacing the VM's memory**, and nothing is encrypted.
@@ -99,7 +103,7 @@ impl DirStore {
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] when there is anything in it; [`ErrorKind::ResourceBusy`] when another store has it;
-    /// [`ErrorKind::PermissionDenied`] when it belongs to another user than the caller or root; what the file system says.
+    /// [`ErrorKind::PermissionDenied`] when it belongs to another user than it may; what the file system says.
     pub fn create(dir: &Path, pages: u64) -> io::Result<Self> {
         let dir = path::absolute(dir)?;
         // only of one that was there already it matters whose it is: the file system decides whom new ones belong to
@@ -115,7 +119,7 @@ impl DirStore {
         .map_err(at(&dir))?;
         let store = Self::lock(dir, pages)?;
         if !made {
-            store.check_owner()?;
+            owner::check(&store.handle, &store.dir)?;
         }
         if fs::read_dir(&store.dir)?.next().is_some() {
             return Err(at(&store.dir)(io::Error::new(ErrorKind::AlreadyExists, "the directory is not empty")));
@@ -131,10 +135,10 @@ impl DirStore {
     /// # Errors
     /// [`ErrorKind::InvalidData`] when a file is damaged, missing, or holds a page at or beyond `pages`: the words say
     /// which; [`ErrorKind::ResourceBusy`] when another store has the directory; [`ErrorKind::PermissionDenied`] when it belongs to
-    /// another user than the caller or root, or others can change it; what the file system says.
+    /// another user than it may, or others can change it; what the file system says.
     pub fn open(dir: &Path, pages: u64) -> io::Result<Self> {
         let mut store = Self::lock(path::absolute(dir)?, pages)?;
-        let mode = store.check_owner()?;
+        let mode = owner::check(&store.handle, &store.dir)?;
         if mode & 0o022 != 0 {
             let why = format!("others can change what is in this directory (mode {mode:04o})");
             return Err(at(&store.dir)(io::Error::new(ErrorKind::PermissionDenied, why)));
@@ -192,16 +196,6 @@ impl DirStore {
             staged: None,
             health: Health::Good,
         })
-    }
-
-    /// Refuses a directory that belongs to somebody else, who can change what is in it; returns its mode.
-    fn check_owner(&self) -> io::Result<u32> {
-        let found = self.handle.metadata().map_err(at(&self.dir))?;
-        if ![0, geteuid().as_raw()].contains(&found.uid()) {
-            let why = format!("this directory belongs to another user (uid {})", found.uid());
-            return Err(at(&self.dir)(io::Error::new(ErrorKind::PermissionDenied, why)));
-        }
-        Ok(found.mode() & 0o7777)
     }
 
     fn usable(&self) -> io::Result<()> {

@@ -106,6 +106,7 @@ pub use cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
 pub use {
+    accept::Shortage,
     atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
     broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},

@@ -154,13 +154,36 @@ impl MigrateRequest {
     }
 }
 
+/// What a client's request says of how it is to be answered. A server that does not know a wish takes
+/// no notice of it.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(crate) struct Wishes {
+    /// Whether the client of a request that takes long is to get signs of life.
+    #[serde(default)]
+    pub(crate) alive: bool,
+}
+
+impl Request {
+    /// Returns the line of this request, with or without the wish for signs of life.
+    fn line(&self, alive: bool) -> Result<Vec<u8>, String> {
+        let mut request = serde_json::to_value(self).map_err(|e| e.to_string())?;
+        if alive {
+            request["alive"] = Value::Bool(true);
+        }
+        let mut line = serde_json::to_vec(&request).map_err(|e| e.to_string())?;
+        line.push(b'\n');
+        Ok(line)
+    }
+}
+
 /// A line of an answer.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Answer {
     /// How far a migration is; more lines follow.
     Progress(Value),
-    /// The request is being worked on; more lines follow.
+    /// The request is being worked on; more lines follow. Only for a client that has
+    /// [asked](Wishes::alive) for it: others do not know this line.
     Alive,
     /// The result; the last line.
     Done(Value),
@@ -255,8 +278,7 @@ fn converse(
         Some(patience) => no_answer(path, patience),
         None => format!("control socket {}: {e}", path.display()),
     };
-    let mut line = serde_json::to_vec(request).map_err(|e| e.to_string())?;
-    line.push(b'\n');
+    let line = request.line(patience.is_some() && request.takes_long())?;
     // zero would be refused as an argument
     let bound = |left: Duration| Some(left.max(Duration::from_millis(1)));
     server.set_write_timeout(patience.and_then(bound)).map_err(context)?;
@@ -276,6 +298,60 @@ fn converse(
             Answer::Alive => alive(None),
             Answer::Done(value) => return Ok(value),
             Answer::Failed(why) => return Err(why),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// One of each kind that takes long.
+    fn requests() -> Vec<Request> {
+        let snapshot = SnapshotRequest {
+            out: "s".into(),
+            downtime_limit_us: 1,
+            timeout_us: 2,
+            impact: "low".into(),
+            progress: true,
+        };
+        let saved = Saved { file: "s".into(), key: Some("k".into()) };
+        vec![
+            Request::Pause,
+            Request::Cancel,
+            Request::Snapshot(snapshot),
+            Request::Migrate(Box::new(MigrateRequest::plain("unix:x", "hybrid", 3))),
+            Request::Refresh(Plan::default()),
+            Request::Gone { report: json!({"outcome": "lost"}), status: 5 },
+            Request::Elsewhere { to: None },
+            Request::Saved { snapshot: saved },
+            Request::Recover { to: "unix:x".into(), progress: false },
+        ]
+    }
+
+    #[test]
+    fn a_server_that_does_not_know_signs_of_life_understands_who_asks_for_them() {
+        for request in requests() {
+            assert!(request.takes_long());
+            let line = request.line(true).unwrap();
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            assert_eq!(value["alive"], true);
+            // as an earlier server reads it
+            let read: Request = serde_json::from_slice(&line).unwrap();
+            assert_eq!(format!("{read:?}"), format!("{request:?}"));
+            assert!(serde_json::from_slice::<Wishes>(&line).unwrap().alive);
+        }
+    }
+
+    #[test]
+    fn a_client_that_does_not_ask_gets_no_signs_of_life() {
+        for request in requests() {
+            let line = request.line(false).unwrap();
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            assert_eq!(value, serde_json::to_value(&request).unwrap());
+            assert!(!serde_json::from_slice::<Wishes>(&line).unwrap().alive);
         }
     }
 }

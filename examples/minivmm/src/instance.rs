@@ -2,6 +2,7 @@
 
 mod kept;
 mod lend;
+mod outgoing;
 mod succession;
 mod under_way;
 
@@ -37,6 +38,7 @@ use migration_kvm::{
 use migration_transport::{
     Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, Limiter, bind, connector,
 };
+use outgoing::{Update, await_end};
 use serde_json::{Value, json};
 use under_way::UnderWay;
 
@@ -58,10 +60,12 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(100);
 
 pub(crate) struct Instance {
+    /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it while a file system, another
+    /// process, a peer or a vCPU is waited for.
     state: Mutex<State>,
     changed: Condvar,
-    /// The VM's RAM at a broker. Locked after the state, if both are.
-    kept: Mutex<Kept>,
+    /// The VM's RAM at a broker.
+    kept: Kept,
     /// Held while a successor is prepared and takes over: there is one at a time.
     succession: Mutex<()>,
     /// Of what rests in files.
@@ -354,13 +358,13 @@ impl Instance {
         while (state.clients > 0 || state.last_words_are_due()) && Instant::now() < deadline {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
-        state.remove_sockets();
-        if state.role == Role::Moved
-            && let Some(machine) = state.machine.clone()
-        {
+        let sockets = std::mem::take(&mut state.remove);
+        let moved = state.machine.clone().filter(|_| state.role == Role::Moved);
+        drop(state);
+        sockets.into_iter().for_each(OwnSocket::remove);
+        if let Some(machine) = moved {
             machine.let_go();
         }
-        drop(state);
         if status == 0 {
             // any other VM's stays, for somebody to look at
             self.forget_ram();
@@ -381,13 +385,18 @@ impl Instance {
 
     /// This socket goes when the process ends, unless another one has its path by then.
     pub(crate) fn remove_at_exit(&self, path: PathBuf) {
-        self.lock().remove.push(OwnSocket::at(path));
+        let socket = OwnSocket::at(path);
+        self.lock().remove.push(socket);
     }
 
     /// A signal ends the process. Clients that wait for a migration are told that it will not end here.
     pub(crate) fn end_by_signal(&self, asked: Asked) {
         let mut state = self.lock();
-        let Asked::ToEnd(status) = asked else { return state.remove_sockets() };
+        let Asked::ToEnd(status) = asked else {
+            let sockets = std::mem::take(&mut state.remove);
+            drop(state);
+            return sockets.into_iter().for_each(OwnSocket::remove);
+        };
         state.waiting.clear();
         state.exit.get_or_insert(status);
         drop(state);
@@ -589,212 +598,6 @@ impl Instance {
         file.commit().map_err(|e| format!("memory: {e}"))?;
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
     }
-
-    pub(crate) fn migrate(
-        self: &Arc<Self>,
-        request: &MigrateRequest,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
-        self.migrate_to(None, request, progress)
-    }
-
-    /// As [`migrate`](Self::migrate), to this process, an encoded `ProcessIdentity`.
-    pub(crate) fn migrate_to(
-        self: &Arc<Self>,
-        heir: Option<Vec<u8>>,
-        request: &MigrateRequest,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
-        let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
-        let order = crate::eval::order(&request.push_order)?;
-        // the others have no use for them
-        let references = order.name() == "hot-first";
-        let mut strategy: Box<dyn Strategy> = match request.strategy.parse()? {
-            StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
-            StrategyKind::StopAndCopy => Box::new(StopAndCopy),
-            StrategyKind::PostCopy => Box::new(PostCopy { order }),
-            StrategyKind::HandOver => Box::new(HandOver),
-            StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
-        };
-        if strategy.shares_ram() && session.is_some() {
-            let why =
-                "a hand-over passes open files to a process of this machine, which no encrypted channel can carry";
-            return Err(format!("migrate: {why}: leave --encrypt out, at both ends"));
-        }
-        let machine = self.home("migrate")?;
-        let (tx, updates) = mpsc::channel();
-        let timeout = Duration::from_micros(request.timeout_us);
-        let last_epoch = self.last_epoch();
-        let mut state = self.lock();
-        if state.role != Role::Home {
-            return Err(state.busy("migrate"));
-        }
-        let (id, pages) = (machine.id(), machine.pages());
-        let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
-        let protect = request.fail_safe.as_ref().map(protect).transpose()?;
-        let options = SourceOptions {
-            streams: request.streams,
-            downtime_limit: Duration::from_micros(request.downtime_limit_us),
-            pause_limits: PauseLimits {
-                silence: request.pause_limit_us.map(Duration::from_micros),
-                total: request.pause_total_us.map(Duration::from_micros),
-            },
-            timeout: (!timeout.is_zero()).then_some(timeout),
-            on_timeout: match request.on_timeout.as_str() {
-                "stop" => OnTimeout::Stop,
-                "post-copy" => OnTimeout::PostCopy,
-                _ => OnTimeout::Cancel,
-            },
-            demand_lanes: request.demand_lanes,
-            huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
-            fail_safe: protect.as_ref().map(|p| p.fail_safe.clone()),
-            impact: impact(&request.impact),
-            payload_crc: request.checksum,
-            setup_timeout: Duration::from_micros(request.setup_timeout_us),
-            last_epoch,
-            ..self.source_options()
-        };
-        let limiter = Limiter::new(Bandwidth::from_bits_per_second(request.bandwidth_bits));
-        let limited = Limited::with_limiter(connector(&to, ConnectOptions::default()), limiter.clone());
-        let link = secured(session.as_ref(), Box::new(limited));
-        let (controller, commands) = Controller::new();
-        state.begin(Role::Outgoing, controller, tx);
-        state.under_way = Some(UnderWay::migration(strategy.name(), &to, limiter));
-        state.session = session;
-        drop(state);
-        if let Err(why) = self.leaves_for(&to, heir) {
-            self.not_begun();
-            return Err(format!("migrate: {why}"));
-        }
-        let instance = self.clone();
-        let body = move || {
-            let mut source = MachineSource::new(machine);
-            if references {
-                source.note_references();
-            }
-            let report = engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
-            drop(source);
-            if let Some(protect) = protect {
-                protect.end(report.outcome);
-            }
-            instance.ended(&report);
-        };
-        self.spawn("migration", body)?;
-        await_end(updates, request.progress, progress)
-    }
-
-    pub(crate) fn snapshot(
-        self: &Arc<Self>,
-        request: &SnapshotRequest,
-        progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
-        let machine = self.home("snapshot")?;
-        let out = request.out.clone();
-        let store = self.sealing.create(machine.id(), machine.pages(), |pages| FileStore::create(&out, pages));
-        let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
-        let (tx, updates) = mpsc::channel();
-        let epoch = self.last_epoch();
-        let mut state = self.lock();
-        if state.role != Role::Home {
-            return Err(state.busy("snapshot"));
-        }
-        let timeout = Duration::from_micros(request.timeout_us);
-        let options = SnapshotOptions {
-            downtime_limit: Duration::from_micros(request.downtime_limit_us),
-            timeout: (!timeout.is_zero()).then_some(timeout),
-            impact: impact(&request.impact),
-            epoch,
-            observer: Arc::new(Told(self.clone())),
-        };
-        let (controller, commands) = Controller::new();
-        state.begin(Role::Saving, controller, tx);
-        state.under_way = Some(UnderWay::snapshot(&out));
-        drop(state);
-        let instance = self.clone();
-        let body = move || {
-            let mut source = MachineSource::new(machine);
-            let result = engine::snapshot(&mut source, &mut *store, &options, commands);
-            drop((source, store));
-            let report = report::snapshot_to_json(&result, &out);
-            if report["outcome"] == "completed" {
-                instance.has_snapshot(Saved { file: out, key: instance.seal_key() });
-            }
-            instance.saved(report);
-        };
-        self.spawn("snapshot", body)?;
-        await_end(updates, request.progress, progress)
-    }
-
-    /// Runs a migration or a snapshot on a thread of its own.
-    fn spawn(&self, what: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
-        thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|error| {
-            self.not_begun();
-            format!("{what}: no thread: {error}")
-        })
-    }
-
-    /// The migration or snapshot that was to begin does not.
-    fn not_begun(&self) {
-        let mut state = self.lock();
-        let role = if state.guest_ended { Role::Ended } else { Role::Home };
-        (state.controller, state.session, state.under_way, state.role) = (None, None, None, role);
-        state.waiting.clear();
-        drop(state);
-        self.changed.notify_all();
-        self.stays();
-    }
-
-    fn saved(&self, report: Value) {
-        let mut state = self.lock();
-        state.end(report);
-        // the guest may have ended meanwhile
-        if state.role == Role::Saving {
-            state.role = Role::Home;
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
-        let to: Address = to.parse().map_err(|e| format!("{to}: {e}"))?;
-        let (tx, updates) = mpsc::channel();
-        let mut state = self.lock();
-        let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
-        let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
-        state.waiting.push(tx);
-        let mut link = connector(&to, ConnectOptions::default());
-        if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {
-            link = Box::new(Limited::with_limiter(link, limiter));
-        }
-        let link = secured(state.session.as_ref(), link);
-        drop(state);
-        controller.recover(link.into());
-        await_end(updates, wanted, progress)
-    }
-
-    fn ended(&self, report: &Report) {
-        match report.outcome {
-            Outcome::Completed | Outcome::Lost => {}
-            Outcome::Ended => self.guest_ended(),
-            _ => self.stays(),
-        }
-        let mut state = self.lock();
-        let mut json = report::to_json(report);
-        json["bandwidth_bits"] = state.bandwidth();
-        state.end(json);
-        state.epoch = report.epoch;
-        let (role, exit) = match report.outcome {
-            Outcome::Completed => (Role::Moved, Some(0)),
-            Outcome::Lost | Outcome::Ended => (Role::Ended, Some(5)),
-            _ if state.guest_ended => (Role::Ended, None),
-            _ => (Role::Home, None),
-        };
-        state.role = role;
-        state.exit = state.exit.or(exit);
-        drop(state);
-        self.changed.notify_all();
-    }
 }
 
 /// Where a destination listens.
@@ -822,12 +625,6 @@ impl Role {
             Role::Moved | Role::Ended => "ended",
         }
     }
-}
-
-/// What the client of a migration is told.
-enum Update {
-    Progress(Value),
-    Ended(Value),
 }
 
 /// Passes events on.
@@ -858,58 +655,10 @@ impl OwnSocket {
 }
 
 impl State {
-    fn remove_sockets(&mut self) {
-        self.remove.drain(..).for_each(OwnSocket::remove);
-    }
-
     /// Whether the guest has ended, and the other end of a migration may not have heard it yet.
     fn last_words_are_due(&self) -> bool {
         self.guest_ended && (self.controller.is_some() || self.receiver.is_some())
     }
-
-    /// A migration or a snapshot begins, for whose end this client waits.
-    fn begin(&mut self, role: Role, controller: Controller, client: mpsc::Sender<Update>) {
-        self.controller = Some(controller);
-        self.waiting = vec![client];
-        self.role = role;
-        self.progress = None;
-        self.checkpoints = CheckpointCounts::default();
-    }
-
-    /// It has come to this.
-    fn end(&mut self, report: Value) {
-        self.tell(report);
-        (self.controller, self.session, self.under_way) = (None, None, None);
-    }
-
-    /// Answers those who wait for the end.
-    fn tell(&mut self, report: Value) {
-        for client in self.waiting.drain(..) {
-            // it may be gone
-            let _ = client.send(Update::Ended(report.clone()));
-        }
-        self.last = Some(report);
-    }
-}
-
-fn impact(name: &str) -> GuestImpact {
-    match name {
-        "low" => GuestImpact::Low,
-        "fast" => GuestImpact::Fast,
-        _ => GuestImpact::Balanced,
-    }
-}
-
-/// Waits for the end of a migration or a snapshot, or until it is in doubt.
-fn await_end(updates: mpsc::Receiver<Update>, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
-    for update in updates {
-        match update {
-            Update::Progress(p) if wanted => progress(p),
-            Update::Progress(_) => {}
-            Update::Ended(report) => return Ok(report),
-        }
-    }
-    Err("the migration has not ended, but this minivmm or its thread ends".into())
 }
 
 impl Observer for Told {

@@ -159,12 +159,7 @@ impl LaneReceiver {
 
     /// With checksums, pages are looked at before they go into RAM.
     fn install_checked(&mut self, extents: &[Extent], crc: u32, payload: usize) -> Result<(), MigrationError> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(payload, 0);
-        self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
-        if crc32fast::hash(&buffer) != crc {
-            return Err(DecodeError::Checksum { field: "page data" }.into());
-        }
+        let buffer = self.read_checked(crc, payload)?;
         let (ram, mut at) = (self.session.ram.clone(), 0);
         for extent in extents {
             match extent.content {
@@ -195,12 +190,7 @@ impl LaneReceiver {
         extents.iter().try_for_each(|extent| missing.check(extent.range))?;
         let mut checked = None;
         if self.session.payload_crc {
-            let mut buffer = std::mem::take(&mut self.buffer);
-            buffer.resize(payload, 0);
-            self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
-            if crc32fast::hash(&buffer) != crc {
-                return Err(DecodeError::Checksum { field: "page data" }.into());
-            }
+            let buffer = self.read_checked(crc, payload)?;
             checked = Some((buffer, 0));
         }
         let layout = self.session.ram.layout().clone();
@@ -237,6 +227,18 @@ impl LaneReceiver {
             self.buffer = buffer;
         }
         Ok(())
+    }
+
+    /// Reads `payload` bytes of page data into the buffer of this lane, which the caller gives back. They are those that the
+    /// source has sent: of another checksum they are an error.
+    fn read_checked(&mut self, crc: u32, payload: usize) -> Result<Vec<u8>, MigrationError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(payload, 0);
+        self.reader.read_exact(&mut buffer).map_err(MigrationError::link(&self.peer))?;
+        if crc32fast::hash(&buffer) != crc {
+            return Err(DecodeError::Checksum { field: "page data" }.into());
+        }
+        Ok(buffer)
     }
 
     fn zero(&mut self, range: PageRange) -> Result<(), MigrationError> {

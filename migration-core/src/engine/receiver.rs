@@ -724,15 +724,19 @@ impl Hub {
 
     /// The VM is ours without its source's word.
     fn take(&self, state: MutexGuard<'_, State>, action: &DestinationAction) {
-        let mut unstarted = None;
-        if let DestinationAction::Start { running } = *action {
-            let started;
-            (started, unstarted) = self.start(&state, running);
-            self.adopt(started);
-        }
+        let unstarted = self.start_and_adopt(&state, action);
         self.finished.store(true, Ordering::Relaxed);
         drop(state);
         self.warn(unstarted);
+    }
+
+    /// Starts the VM if `action` says so, and has it adopted. Returns why it did not start, as [`start`](Self::start) does.
+    #[must_use = "the observer is to be warned"]
+    fn start_and_adopt(&self, state: &State, action: &DestinationAction) -> Option<String> {
+        let DestinationAction::Start { running } = *action else { return None };
+        let (started, unstarted) = self.start(state, running);
+        self.adopt(started);
+        unstarted
     }
 
     /// Starts the VM, which is to be adopted, and says why if it does not start: [`warn`](Self::warn) of that once the lock

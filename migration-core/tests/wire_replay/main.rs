@@ -9,6 +9,7 @@
 //! The token of a session is drawn by the destination, so it is put into the preambles of recorded bulk lanes, whose
 //! checksum is then made right again. Likewise, an attempt after another one needs a higher epoch in its control frames.
 
+mod asks;
 mod bounds;
 mod channels;
 mod destination;

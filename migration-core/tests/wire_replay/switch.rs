@@ -1,62 +1,18 @@
 //! When a migration under way can be switched to post-copy, and what the user is told when it cannot.
 
-use std::sync::{Arc, Mutex};
-
 use migration_core::{
-    MigrationError,
     engine::{Controller, NoPostCopy, SourceOptions, migrate},
     report::Outcome,
-    strategy::{Done, Linear, Running, Strategy},
 };
 
 use crate::{
     HANG,
+    asks::Asks,
     destination::Destination,
     guest::Host,
     live::Link,
     post_copy::{guest, paged_description, paging},
 };
-
-type Answers = Arc<Mutex<Vec<Result<(), NoPostCopy>>>>;
-
-/// Asks for post-copy at every step of a hand-over, after a pause that was in vain.
-struct Asks {
-    controller: Controller,
-    answers: Answers,
-    leaves: bool,
-}
-
-impl Asks {
-    fn ask(&self) {
-        self.answers.lock().unwrap().push(self.controller.post_copy());
-    }
-}
-
-impl Strategy for Asks {
-    fn name(&self) -> &'static str {
-        "asks"
-    }
-
-    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
-        self.ask();
-        let pages = vm.start_tracking()?;
-        let vm = vm.pause()?;
-        self.ask();
-        let vm = vm.resume()?;
-        self.ask();
-        let mut vm = vm.pause()?;
-        if self.leaves {
-            let vm = vm.hand_over(pages)?;
-            self.ask();
-            return vm.serve(&mut Linear::default());
-        }
-        vm.send_rest(pages)?;
-        let nothing = vm.no_pages();
-        let vm = vm.hand_over(nothing)?;
-        self.ask();
-        vm.finish()
-    }
-}
 
 /// The answers before the migration, in it, and after it.
 fn asked(demand_lanes: u16, can: bool) -> Vec<Result<(), NoPostCopy>> {
@@ -64,7 +20,8 @@ fn asked(demand_lanes: u16, can: bool) -> Vec<Result<(), NoPostCopy>> {
     let destination = Destination::of(HANG, |to| Host { description: paged_description(), to, paging });
     let (controller, commands) = Controller::new();
     let leaves = can && demand_lanes > 0;
-    let mut asks = Asks { controller, answers: Answers::default(), leaves };
+    let question = Controller::post_copy;
+    let mut asks = Asks { controller, question, answers: Vec::new(), can_switch_over: false, leaves };
     asks.ask();
     let options = SourceOptions { demand_lanes, ..SourceOptions::default() };
     let link = Link::new(&destination, None);
@@ -72,7 +29,7 @@ fn asked(demand_lanes: u16, can: bool) -> Vec<Result<(), NoPostCopy>> {
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     asks.ask();
     drop(destination.finish());
-    asks.answers.lock().unwrap().clone()
+    asks.answers
 }
 
 #[test]

@@ -20,6 +20,7 @@ use migration_core::{
 
 use crate::{
     HANG,
+    asks::Asks,
     destination::Destination,
     guest::{Host, RecordedVm, checksums},
     live::Link,
@@ -123,52 +124,15 @@ fn a_new_downtime_limit_holds_from_the_next_decision_on() {
     assert_eq!(controller.set_downtime_limit(TUNED), Err(NoTuning::Ended));
 }
 
-/// Asks at every step of a migration, after a pause that was in vain.
-struct Asks {
-    controller: Controller,
-    can: bool,
-    answers: Vec<(Result<(), NoSwitchOver>, Result<(), NoTuning>)>,
-}
-
-impl Asks {
-    fn ask(&mut self) {
-        let answer = (self.controller.switch_over(), self.controller.set_downtime_limit(TUNED));
-        self.answers.push(answer);
-    }
-}
-
-impl Strategy for Asks {
-    fn name(&self) -> &'static str {
-        "asks"
-    }
-
-    fn can_switch_over(&self) -> bool {
-        self.can
-    }
-
-    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
-        self.ask();
-        let pages = vm.start_tracking()?;
-        let vm = vm.pause()?;
-        self.ask();
-        let vm = vm.resume()?;
-        self.ask();
-        let mut vm = vm.pause()?;
-        vm.send_rest(pages)?;
-        let nothing = vm.no_pages();
-        let vm = vm.hand_over(nothing)?;
-        self.ask();
-        vm.finish()
-    }
-}
-
 #[test]
 fn what_makes_no_sense_is_refused_with_the_reason() {
     use NoSwitchOver::{Ended, NotYet, Strategy as NoRounds, TooLate};
     let late = Err(NoTuning::TooLate);
     for can in [true, false] {
         let (controller, commands) = Controller::new();
-        let mut asks = Asks { controller: controller.clone(), can, answers: Vec::new() };
+        let question = |user: &Controller| (user.switch_over(), user.set_downtime_limit(TUNED));
+        let mut asks =
+            Asks { controller: controller.clone(), question, answers: Vec::new(), can_switch_over: can, leaves: false };
         asks.ask();
         run(&mut asks, &mut guest(), (controller, commands));
         asks.ask();

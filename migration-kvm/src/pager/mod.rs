@@ -35,6 +35,7 @@ mod faults;
 mod missing;
 #[allow(unsafe_code)]
 mod pages;
+mod patience;
 mod staging;
 
 use faults::{Faults, Kind, RawFault};
@@ -78,7 +79,8 @@ pub enum PagerError {
 ///
 /// Two calls that install the same page: the first to have its contents wins, and the other finds a duplicate. On shared memory
 /// a call may fill pages in place; another call that has one of them waits after its own `fill` until the first one is
-/// done, since it may still fail. Nothing else waits.
+/// done, since it may still fail. Where memory or descriptors have run out, a call waits for a buffer of another one.
+/// Nothing else waits; after a minute in vain the call fails, and names the threads that it has waited for.
 ///
 /// When [`install`](Pager::install) fails for lack of memory, part of the range may be there; if it is repeated, these pages
 /// count as duplicates. [`missing`](Self::missing) has the exact number.
@@ -181,7 +183,7 @@ impl UserFaultPager {
         mut work: impl FnMut(&mut Claim<'_>) -> io::Result<u64>,
     ) -> io::Result<Installed> {
         let mut pages = 0;
-        while let Some(mut claim) = self.missing.claim(range) {
+        while let Some(mut claim) = self.missing.claim(range)? {
             let claimed: u64 = claim.runs().iter().map(|run| run.count).sum();
             let worked = work(&mut claim);
             self.finish(claim)?;
@@ -324,7 +326,7 @@ impl Pager for UserFaultPager {
         if let Some(installed) = self.install_in_place(range, &mut fill) {
             return installed;
         }
-        let staging = self.staging.take()?;
+        let staging = self.staging.take(range)?;
         fill(&[staging.slice(PageRange::new(0, range.count))?])?;
         self.each_claim(range, |claim| {
             let (runs, mut already) = (claim.runs(), 0);

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, os::unix::fs::symlink};
 
 use migration_core::{PAGE_SIZE, checkpoint::MemoryStore, codec::Writer};
 use proptest::prelude::*;
+use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use super::*;

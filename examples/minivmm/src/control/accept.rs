@@ -1,13 +1,16 @@
 //! The control socket's accept loop: a thread for each client, bounds for clients that say nothing, and an answer for those that
 //! cannot be served.
 //!
-//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve:
-//! without one the connection could neither be accepted nor be answered, and would be found waiting again and again.
+//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve
+//! ([`Shortage`]).
 
 use std::{
     collections::VecDeque,
     io::{self, Read, Write},
-    os::unix::net::{UnixDatagram, UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
@@ -17,9 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use migration_transport::Shortage;
 use serde_json::Value;
 
-use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request};
+use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request, Wishes};
 use crate::instance::Instance;
 
 /// Bounds for the clients of a control socket.
@@ -39,8 +43,8 @@ impl Default for Limits {
     }
 }
 
-/// Time between two attempts to accept a client when that has failed.
-const BACK_OFF: Duration = Duration::from_millis(50);
+/// What is lacking to accept a client is looked at this often.
+const LOOK: Duration = Duration::from_millis(100);
 /// The longest time that a client which is refused has to send its request: one that writes to a closed socket would not read why.
 const LAST_REQUEST: Duration = Duration::from_millis(200);
 /// Clients that are refused are written about this often at most.
@@ -63,29 +67,25 @@ impl Drop for Counted {
     }
 }
 
-/// Serves clients for ever.
+/// Serves clients until the listener breaks.
 pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: Limits) {
     let clients = Arc::new(Clients { limits, count: AtomicUsize::new(0), silent: Mutex::default() });
-    let (mut reserve, mut told) = (reserve(), None);
+    if let Err(error) = listener.set_nonblocking(true) {
+        return log!("control: no client is served: {error}");
+    }
+    let (mut shortage, mut told) = (Shortage::new(), None);
     loop {
-        let refused = match listener.accept() {
-            Ok((client, _)) => clients.begin(client, instance),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => {
-                // gives the reserve to this client, for an answer
-                drop(reserve.take());
+        let refused = match shortage.accept_within(&[listener.as_fd()], LOOK, |_| listener.accept()) {
+            Ok(Some((client, _))) => clients.begin(client, instance),
+            Ok(None) => shortage.take().map_or(Ok(()), |error| {
                 let why = format!("this minivmm can accept no client: {error}");
-                let accepted = listener.set_nonblocking(true).and_then(|()| listener.accept());
-                // an error that lasts is found again
-                let _ = listener.set_nonblocking(false);
-                match accepted {
-                    Ok((client, _)) => refuse(&client, &why),
-                    Err(_) => thread::sleep(BACK_OFF),
+                if let Some((client, _)) = shortage.accept_to_refuse(1, |_| listener.accept()) {
+                    refuse(&client, &why);
                 }
                 Err(why)
-            }
+            }),
+            Err(error) => return log!("control: no client is served any more: {error}"),
         };
-        reserve = reserve.or_else(self::reserve);
         if let Err(why) = refused
             && told.is_none_or(|at: Instant| at.elapsed() >= TELL_AGAIN)
         {
@@ -93,12 +93,6 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
             log!("control: {why}");
         }
     }
-}
-
-/// A descriptor that can be given up for another one.
-fn reserve() -> Option<UnixDatagram> {
-    // it needs no file, of which a jail may have none
-    UnixDatagram::unbound().ok()
 }
 
 impl Clients {
@@ -204,10 +198,12 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
         Ok(request) => request,
         Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
     };
+    // what is a request is an object
+    let wishes: Wishes = serde_json::from_slice(&line).unwrap_or_default();
     let quit = matches!(request, Request::Quit);
     instance.asked();
     let answers = Answers { client, gone: Mutex::new(false) };
-    let answer = match handle(&answers, instance, request) {
+    let answer = match handle(&answers, instance, request, wishes) {
         Ok(value) => Answer::Done(value),
         Err(why) => Answer::Failed(why),
     };
@@ -219,12 +215,12 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
     said
 }
 
-/// Does what is asked, and shows the client of a long request that somebody is at work.
-fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request) -> Result<Value, String> {
+/// Does what is asked, and shows the client of a long request that somebody is at work, if it wishes that.
+fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
         // dropped when the request is done
         let (_done, ended) = mpsc::channel::<()>();
-        if request.takes_long() {
+        if wishes.alive && request.takes_long() {
             let alive = move || {
                 // at once: who is interrupted then knows that the request has arrived
                 while answers.say(&Answer::Alive) && ended.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
@@ -313,6 +309,24 @@ mod tests {
         for client in [connect(), half] {
             assert!(why(&told(&client)).contains("within 50ms"));
         }
+    }
+
+    #[test]
+    fn only_who_asks_gets_signs_of_life() {
+        let (_folder, connect) = socket(Limits::default());
+        let lines = |request: &[u8]| {
+            let mut client = connect();
+            client.write_all(request).unwrap();
+            BufReader::new(client).lines().map(Result::unwrap).collect::<Vec<_>>()
+        };
+        // there is no VM: the answer comes at once
+        let old = lines(b"{\"command\":\"pause\"}\n");
+        assert!(old.len() == 1 && old[0].starts_with("{\"failed\""), "{old:?}");
+        let new = lines(b"{\"command\":\"pause\",\"alive\":true}\n");
+        assert_eq!((new[0].as_str(), &new[1..]), ("\"alive\"", &old[..]));
+        // a short request is answered before there would be any
+        let status = lines(b"{\"command\":\"status\",\"alive\":true}\n");
+        assert!(status.len() == 1 && status[0].starts_with("{\"done\""), "{status:?}");
     }
 
     #[test]

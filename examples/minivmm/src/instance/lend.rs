@@ -62,29 +62,26 @@ impl Instance {
         if let Some(why) = machine.cannot_hand_over() {
             return Err(format!("lend: {why}"));
         }
+        let (controller, commands) = Controller::new();
         let (tx, updates) = mpsc::channel();
-        let epoch = self.last_epoch();
         let mut state = self.lock();
         if state.role != Role::Home {
             return Err(format!("lend: this minivmm is {}", state.role.name()));
         }
         state.lends += 1;
         let number = state.lends;
-        let mut back = place.control.into_os_string();
-        back.push(format!(".b{}.{number}", std::process::id()));
-        let back = PathBuf::from(back);
-        let mut listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("lend: {}: {e}", back.display()))?;
-        state.remove.push(OwnSocket::at(back.clone()));
-        let resident = Resident::new(Tenant::of(machine), epoch);
-        let (controller, commands) = Controller::new();
         state.begin(Role::Outgoing, controller, tx);
         state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
         drop(state);
-        if let Err(why) = self.may_be_at(borrower, &to) {
+        // as in `migrate_to`
+        let way_back = self.way_back(&place, number);
+        let told = way_back.and_then(|way_back| self.may_be_at(borrower, &to).map(|()| way_back));
+        let (back, mut listener) = told.map_err(|why| {
             self.lock().lent = None;
             self.not_begun();
-            return Err(format!("lend: {why}"));
-        }
+            format!("lend: {why}")
+        })?;
+        let resident = Resident::new(Tenant::of(machine), self.last_epoch());
         let instance = self.clone();
         let watch = move || {
             while instance.look_after_lent(number) {
@@ -120,6 +117,16 @@ impl Instance {
         }
         begun?;
         await_end(updates, false, &mut |_| {})
+    }
+
+    /// Where the guest comes back to, and the listener there.
+    fn way_back(&self, place: &Place, number: u64) -> Result<(PathBuf, Box<dyn Listener>), String> {
+        let mut back = place.control.clone().into_os_string();
+        back.push(format!(".b{}.{number}", std::process::id()));
+        let back = PathBuf::from(back);
+        let listener = bind(&Address::Unix(back.clone())).map_err(|e| format!("{}: {e}", back.display()))?;
+        self.remove_at_exit(back.clone());
+        Ok((back, listener))
     }
 
     /// The guest has gone; whoever asked for it is told where to bring it.
@@ -371,10 +378,11 @@ impl Instance {
     pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();
+        let broker = self.broker();
         let mut state = self.lock();
         state.lender = None;
         if let Some(place) = &mut state.place {
-            place.broker = self.broker();
+            place.broker = broker;
         }
         drop(state);
         if let Err(why) = self.keep_ram() {

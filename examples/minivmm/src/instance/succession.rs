@@ -92,14 +92,15 @@ impl Instance {
     }
 
     pub(super) fn take_place(self: &Arc<Self>) {
-        let mut state = self.lock();
-        let Some((own, path, plan)) = state.succeeds.take() else { return };
+        let Some((own, path, plan)) = self.lock().succeeds.take() else { return };
         if let Err(why) = std::fs::rename(&own, &path) {
             log!("the control socket stays at {}: {}: {why}", own.display(), path.display());
             return;
         }
+        let socket = OwnSocket::at(path.clone());
+        let mut state = self.lock();
         state.remove.retain(|socket| socket.path != own);
-        state.remove.push(OwnSocket::at(path.clone()));
+        state.remove.push(socket);
         if let Some(place) = &mut state.place {
             place.control = path;
         }

@@ -25,6 +25,7 @@ use migration_kvm::{
 use super::{
     Machine, MachineConfig, SerialTarget,
     machine::{Absent, not_kept},
+    measured::Measured,
     protect::identity,
 };
 
@@ -140,10 +141,7 @@ impl SourceVm for MachineSource {
     }
 
     fn save_state(&mut self) -> Result<VmState, VmError> {
-        let mut state = VmState::default();
-        self.machine.processors.save(&mut state)?;
-        self.machine.devices().save(&mut state)?;
-        Ok(state)
+        self.machine.save()
     }
 
     fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
@@ -198,12 +196,14 @@ pub(crate) struct Host {
     options: HostOptions,
     /// Not held: what is discarded must be gone at once.
     arriving: Weak<Machine>,
+    /// What was measured of the last VM that was built, for the next attempt to receive it.
+    measured: (VmId, Arc<Measured>),
     arrived: Box<dyn Fn(Arc<Machine>) + Send>,
 }
 
 impl Host {
     pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
-        Self { options, arriving: Weak::new(), arrived }
+        Self { options, arriving: Weak::new(), measured: Default::default(), arrived }
     }
 
     fn make(&mut self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<Box<dyn DestinationVm>, VmError> {
@@ -231,7 +231,12 @@ impl Host {
             None => Machine::new(config, &self.options.serial),
             Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
         };
-        let machine = machine.map_err(|e| VmError::because("building the VM", e))?;
+        let mut machine = machine.map_err(|e| VmError::because("building the VM", e))?;
+        if self.measured.0 == vm.id {
+            machine.measured = self.measured.1.clone();
+        } else {
+            self.measured = (vm.id, machine.measured.clone());
+        }
         let here = machine.devices().kinds();
         if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {
             return Err(VmError::new(why));
@@ -311,8 +316,7 @@ impl DestinationVm for MachineDestination {
     }
 
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
-        self.0.processors.load(state)?;
-        self.0.devices().load(state)
+        self.0.load(state)
     }
 
     fn start(&mut self, running: bool) -> Result<(), VmError> {

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -40,6 +40,7 @@ use super::{
     config::MachineConfig,
     devices::{Bus, SerialDevice, SerialOutput, SerialTarget},
     kvm::KvmProcessors,
+    measured::Measured,
     software::SoftwareProcessors,
 };
 use crate::workload::{self, Board};
@@ -47,7 +48,8 @@ use crate::workload::{self, Board};
 /// Where the built-in workloads keep their figures.
 const BOARD: u64 = 0x10_0000;
 
-/// Bytes of a vCPU's state, about: what `KVM_GET_XSAVE2` and a few hundred MSRs give.
+/// Bytes of a vCPU's state, about: what `KVM_GET_XSAVE2` and a few hundred MSRs give. This and the
+/// next ones hold until the VM's state was saved, or loaded, for the first time.
 const VCPU_BYTES: u64 = 12 << 10;
 /// About what saving a vCPU takes, and loading it, its thread's way there included. They are saved beside each other, but for
 /// want of cores.
@@ -131,6 +133,8 @@ pub(crate) struct Machine {
     fault: Option<Arc<UserFault>>,
     /// Shared with the balloon, which must not act behind its back.
     pager: Arc<OnceLock<Arc<UserFaultPager>>>,
+    /// What saving and loading its state took. Shared with whoever builds the VM once more.
+    pub(super) measured: Arc<Measured>,
 }
 
 /// Who wants the machine to stand still. It runs only while nobody does; every change is made, with its effect on the
@@ -319,6 +323,7 @@ impl Machine {
             preferred: Mutex::default(),
             fault,
             pager,
+            measured: Arc::default(),
         })
     }
 
@@ -419,8 +424,7 @@ impl Machine {
 
     /// The destination is dead: the machine is here again, as this state and RAM say, and runs if its user lets it.
     pub(super) fn restart(&self, state: &VmState) -> Result<(), VmError> {
-        self.processors.load(state)?;
-        self.devices().load(state)?;
+        self.load(state)?;
         self.bus.leave_out_what_is_written();
         self.devices().resume()?;
         let mut standing = self.standing();
@@ -463,17 +467,41 @@ impl Machine {
         self.devices.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// What saving the state in the pause will take.
-    pub(super) fn estimate_state(&self) -> StateEstimate {
-        let vcpu = |instance| SectionEstimate { name: VCPU_SECTION.into(), instance, bytes: VCPU_BYTES };
-        let mut sections: Vec<_> = (0..self.config.cpus).map(vcpu).collect();
-        sections.extend(self.devices().estimates());
-        StateEstimate { sections, save_time: Some(VCPU_SAVE * self.config.cpus) }
+    /// Saves its state, and notes what that takes.
+    pub(super) fn save(&self) -> Result<VmState, VmError> {
+        let began = Instant::now();
+        let mut state = VmState::default();
+        self.processors.save(&mut state)?;
+        let of_processors = state.clone();
+        self.devices().save(&mut state)?;
+        self.measured.saved(&of_processors, began.elapsed());
+        Ok(state)
     }
 
-    /// What loading it will take here.
+    /// Loads its state, and notes what that takes.
+    pub(super) fn load(&self, state: &VmState) -> Result<(), VmError> {
+        let began = Instant::now();
+        self.processors.load(state)?;
+        self.devices().load(state)?;
+        self.measured.loaded(began.elapsed());
+        Ok(())
+    }
+
+    /// What saving the state in the pause will take: as much as the last time.
+    pub(super) fn estimate_state(&self) -> StateEstimate {
+        let mut estimate = self.measured.last_save().unwrap_or_else(|| {
+            let vcpu = |instance| SectionEstimate { name: VCPU_SECTION.into(), instance, bytes: VCPU_BYTES };
+            let sections = (0..self.config.cpus).map(vcpu).collect();
+            StateEstimate { sections, save_time: Some(VCPU_SAVE * self.config.cpus) }
+        });
+        // devices know what they have now
+        estimate.sections.extend(self.devices().estimates());
+        estimate
+    }
+
+    /// What loading it will take here: as much as it took before.
     pub(super) fn estimate_load(&self) -> Duration {
-        VCPU_LOAD * self.config.cpus
+        self.measured.load_time().unwrap_or(VCPU_LOAD * self.config.cpus)
     }
 
     /// Which VM it is.

@@ -11,6 +11,7 @@ mod glue;
 mod kick;
 mod kvm;
 mod machine;
+mod measured;
 mod protect;
 mod software;
 mod stuck;

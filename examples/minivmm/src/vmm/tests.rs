@@ -159,6 +159,39 @@ fn a_software_guest_goes_on_in_another_machine() {
 }
 
 #[test]
+fn estimates_go_by_what_saving_and_loading_took_before() {
+    let first = software(1, "idle:data=1M");
+    first.start(true).unwrap();
+    let mut source = MachineSource::new(first);
+    let guessed = source.estimate_state().unwrap();
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    // as when a snapshot was taken, or a migration has failed
+    source.resume().unwrap();
+    let estimate = source.estimate_state().unwrap();
+    assert_ne!(estimate.save_time, guessed.save_time);
+    let devices = source.machine.devices().estimates();
+    let of_processors = state.sections.iter().filter(|s| s.name.starts_with("software"));
+    let saved: Vec<_> = of_processors.map(|s| (s.name.clone(), s.instance, s.data.len() as u64)).collect();
+    let expected = saved.iter().cloned().chain(devices.into_iter().map(|d| (d.name, d.instance, d.bytes)));
+    let estimated = estimate.sections.into_iter().map(|s| (s.name, s.instance, s.bytes));
+    assert!(!saved.is_empty() && estimated.eq(expected), "{saved:?}");
+
+    let (mut host, _arrived) = host(SerialTarget::Null);
+    let description = source.describe().unwrap();
+    let mut vm = host.build(&description).unwrap();
+    let guessed = vm.estimate_load();
+    vm.load_state(&state).unwrap();
+    // the attempt fails, and its source comes again
+    drop(vm);
+    let again = host.build(&description).unwrap().estimate_load();
+    assert_ne!(again, guessed);
+    // of another VM nothing is known
+    let mut other = MachineSource::new(software(1, "idle:data=1M"));
+    assert_eq!(host.build(&other.describe().unwrap()).unwrap().estimate_load(), guessed);
+}
+
+#[test]
 fn a_software_guest_takes_no_kernel_and_no_nonsense() {
     let machine = software(1, "idle:data=1M");
     let refused = machine.boot_file(Path::new("/dev/null"), "").unwrap_err().to_string();

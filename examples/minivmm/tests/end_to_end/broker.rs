@@ -3,9 +3,13 @@
 use std::fs;
 
 use libtest_mimic::Failed;
+use nix::{sys::signal::Signal, unistd::Pid};
 use serde_json::Value;
 
-use crate::common::{Lab, Outcome, Process, Suite, ensure, ensure_says, usage, wait_for};
+use crate::{
+    common::{Lab, Outcome, Process, Suite, ensure, ensure_says, usage, wait_for},
+    peers::all_stopped,
+};
 
 const GUEST: &str = "random:size=16M";
 
@@ -15,6 +19,7 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     suite.kvm("broker/ram_moves_with_its_vm", moves);
     suite.kvm("broker/killed", broker_killed);
+    suite.kvm("broker/stopped", broker_stopped);
     suite.kvm("broker/refused", refused);
 }
 
@@ -114,6 +119,27 @@ fn broker_killed(lab: &Lab) -> Outcome {
     other.quit()?;
     vm.works()?;
     vm.quit()
+}
+
+/// While its VM's owner waits for the broker, it says how it is.
+fn broker_stopped(lab: &Lab) -> Outcome {
+    let broker = lab.broker("broker")?;
+    let mut source = kept(lab, "source", &broker, "memfd")?;
+    let destination = lab.receive("destination", &["--backing", "memfd"])?;
+    let pid = Pid::from_raw(i32::try_from(broker.pid())?);
+    broker.signal(Signal::SIGSTOP)?;
+    ensure(all_stopped(pid), || "it goes on".into())?;
+    let client = source.start_migrate(&destination.address, &[])?;
+    // it leaves only when the broker knows that, for which it has a few seconds
+    let status = source.wait_state("outgoing")?;
+    ensure(status["kept_by"] == lab.arg("broker"), || format!("{status}"))?;
+    ensure(destination.status()?["state"] == "incoming", || "it has left".into())?;
+    broker.signal(Signal::SIGCONT)?;
+    // whoever had waited with `status` would have outlasted the patience with the broker
+    client.succeeds()?;
+    source.ended_well()?;
+    destination.works()?;
+    destination.quit()
 }
 
 fn refused(lab: &Lab) -> Outcome {

@@ -90,7 +90,7 @@ fn more_memory_than_allowed(lab: &Lab) -> Outcome {
 }
 
 /// Waits until all threads of a process that was sent SIGSTOP have stopped: until then they go on.
-fn all_stopped(pid: Pid) -> bool {
+pub(crate) fn all_stopped(pid: Pid) -> bool {
     let stopped = |task: std::fs::DirEntry| {
         let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
         // behind the name, which is in parentheses
@@ -100,7 +100,7 @@ fn all_stopped(pid: Pid) -> bool {
         let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
         Ok(tasks.is_ok_and(|tasks| tasks.flatten().all(stopped)).then_some(()))
     };
-    wait_for("the destination has stopped", all).is_ok()
+    wait_for("the process has stopped", all).is_ok()
 }
 
 /// The destination is stopped when the offer comes, with the guest paused. The guest runs on at the

@@ -97,12 +97,8 @@ impl Hub {
         }
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
-        let mut unstarted = None;
-        if let DestinationAction::Start { running } = state.machine.inherit(dead).map_err(|e| e.to_string())? {
-            let started;
-            (started, unstarted) = self.start(&state, running);
-            self.adopt(started);
-        }
+        let action = state.machine.inherit(dead).map_err(|e| e.to_string())?;
+        let unstarted = self.start_and_adopt(&state, &action);
         drop(state);
         self.warn(unstarted);
         // first the pages: a checkpoint that is under way may wait for one

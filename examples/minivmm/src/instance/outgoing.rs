@@ -1,0 +1,289 @@
+//! Migrations and snapshots that begin here: from a client's request to what has come of it.
+
+use super::*;
+
+impl Instance {
+    pub(crate) fn migrate(
+        self: &Arc<Self>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        self.migrate_to(None, request, progress)
+    }
+
+    /// As [`migrate`](Self::migrate), to this process, an encoded `ProcessIdentity`.
+    pub(crate) fn migrate_to(
+        self: &Arc<Self>,
+        heir: Option<Vec<u8>>,
+        request: &MigrateRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
+        let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
+        let Chosen { mut strategy, references } = Chosen::by(request)?;
+        if strategy.shares_ram() && session.is_some() {
+            let why =
+                "a hand-over passes open files to a process of this machine, which no encrypted channel can carry";
+            return Err(format!("migrate: {why}: leave --encrypt out, at both ends"));
+        }
+        let machine = self.home("migrate")?;
+        let limiter = Limiter::new(Bandwidth::from_bits_per_second(request.bandwidth_bits));
+        let limited = Limited::with_limiter(connector(&to, ConnectOptions::default()), limiter.clone());
+        let link = secured(session.as_ref(), Box::new(limited));
+        let (controller, commands) = Controller::new();
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            return Err(state.busy("migrate"));
+        }
+        state.begin(Role::Outgoing, controller, tx);
+        state.under_way = Some(UnderWay::migration(strategy.name(), &to, limiter));
+        state.session = session;
+        drop(state);
+        // From here on nobody else begins anything, so the epoch is the last one. What follows may wait for a file system, and
+        // for a broker.
+        let last_epoch = self.last_epoch();
+        let (id, pages) = (machine.id(), machine.pages());
+        let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
+        let protect = request.fail_safe.as_ref().map(protect).transpose();
+        let protect = match protect.and_then(|protect| self.leaves_for(&to, heir).map(|()| protect)) {
+            Ok(protect) => protect,
+            Err(why) => {
+                self.not_begun();
+                return Err(format!("migrate: {why}"));
+            }
+        };
+        let fail_safe = protect.as_ref().map(|protect| protect.fail_safe.clone());
+        let options = SourceOptions { fail_safe, last_epoch, ..self.options_of(request) };
+        let instance = self.clone();
+        let body = move || {
+            let protect = protect.map(Protection::begin);
+            let mut source = MachineSource::new(machine);
+            if references {
+                source.note_references();
+            }
+            let report = engine::migrate(&mut source, &*link, &mut *strategy, &options, commands);
+            drop(source);
+            if let Some(protect) = protect {
+                protect.end(report.outcome);
+            }
+            instance.ended(&report);
+        };
+        self.spawn("migration", body)?;
+        await_end(updates, request.progress, progress)
+    }
+
+    /// What the user wants of a migration, apart from its protection.
+    fn options_of(self: &Arc<Self>, request: &MigrateRequest) -> SourceOptions {
+        let timeout = Duration::from_micros(request.timeout_us);
+        SourceOptions {
+            streams: request.streams,
+            downtime_limit: Duration::from_micros(request.downtime_limit_us),
+            pause_limits: PauseLimits {
+                silence: request.pause_limit_us.map(Duration::from_micros),
+                total: request.pause_total_us.map(Duration::from_micros),
+            },
+            timeout: (!timeout.is_zero()).then_some(timeout),
+            on_timeout: match request.on_timeout.as_str() {
+                "stop" => OnTimeout::Stop,
+                "post-copy" => OnTimeout::PostCopy,
+                _ => OnTimeout::Cancel,
+            },
+            demand_lanes: request.demand_lanes,
+            huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
+            impact: impact(&request.impact),
+            payload_crc: request.checksum,
+            setup_timeout: Duration::from_micros(request.setup_timeout_us),
+            ..self.source_options()
+        }
+    }
+
+    pub(crate) fn snapshot(
+        self: &Arc<Self>,
+        request: &SnapshotRequest,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, String> {
+        let machine = self.home("snapshot")?;
+        let out = request.out.clone();
+        let store = self.sealing.create(machine.id(), machine.pages(), |pages| FileStore::create(&out, pages));
+        let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
+        let (controller, commands) = Controller::new();
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        if state.role != Role::Home {
+            return Err(state.busy("snapshot"));
+        }
+        state.begin(Role::Saving, controller, tx);
+        state.under_way = Some(UnderWay::snapshot(&out));
+        drop(state);
+        let timeout = Duration::from_micros(request.timeout_us);
+        let options = SnapshotOptions {
+            downtime_limit: Duration::from_micros(request.downtime_limit_us),
+            timeout: (!timeout.is_zero()).then_some(timeout),
+            impact: impact(&request.impact),
+            epoch: self.last_epoch(),
+            observer: Arc::new(Told(self.clone())),
+        };
+        let instance = self.clone();
+        let body = move || {
+            let mut source = MachineSource::new(machine);
+            let result = engine::snapshot(&mut source, &mut *store, &options, commands);
+            drop((source, store));
+            let report = report::snapshot_to_json(&result, &out);
+            if report["outcome"] == "completed" {
+                instance.has_snapshot(Saved { file: out, key: instance.seal_key() });
+            }
+            instance.saved(report);
+        };
+        self.spawn("snapshot", body)?;
+        await_end(updates, request.progress, progress)
+    }
+
+    /// Runs a migration or a snapshot on a thread of its own.
+    pub(super) fn spawn(&self, what: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
+        thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|error| {
+            self.not_begun();
+            format!("{what}: no thread: {error}")
+        })
+    }
+
+    /// The migration or snapshot that was to begin does not.
+    pub(super) fn not_begun(&self) {
+        let mut state = self.lock();
+        let role = if state.guest_ended { Role::Ended } else { Role::Home };
+        (state.controller, state.session, state.under_way, state.role) = (None, None, None, role);
+        state.waiting.clear();
+        drop(state);
+        self.changed.notify_all();
+        self.stays();
+    }
+
+    fn saved(&self, report: Value) {
+        let mut state = self.lock();
+        state.end(report);
+        // the guest may have ended meanwhile
+        if state.role == Role::Saving {
+            state.role = Role::Home;
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+        let to: Address = to.parse().map_err(|e| format!("{to}: {e}"))?;
+        let (tx, updates) = mpsc::channel();
+        let mut state = self.lock();
+        let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
+        let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
+        state.waiting.push(tx);
+        let mut link = connector(&to, ConnectOptions::default());
+        if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {
+            link = Box::new(Limited::with_limiter(link, limiter));
+        }
+        let link = secured(state.session.as_ref(), link);
+        drop(state);
+        controller.recover(link.into());
+        await_end(updates, wanted, progress)
+    }
+
+    pub(super) fn ended(&self, report: &Report) {
+        match report.outcome {
+            Outcome::Completed | Outcome::Lost => {}
+            Outcome::Ended => self.guest_ended(),
+            _ => self.stays(),
+        }
+        let mut state = self.lock();
+        let mut json = report::to_json(report);
+        json["bandwidth_bits"] = state.bandwidth();
+        state.end(json);
+        state.epoch = report.epoch;
+        let (role, exit) = match report.outcome {
+            Outcome::Completed => (Role::Moved, Some(0)),
+            Outcome::Lost | Outcome::Ended => (Role::Ended, Some(5)),
+            _ if state.guest_ended => (Role::Ended, None),
+            _ => (Role::Home, None),
+        };
+        state.role = role;
+        state.exit = state.exit.or(exit);
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+/// What a migration does.
+struct Chosen {
+    strategy: Box<dyn Strategy>,
+    /// Whether the strategy uses what is known of pages that the guest reads.
+    references: bool,
+}
+
+impl Chosen {
+    fn by(request: &MigrateRequest) -> Result<Self, String> {
+        let order = crate::eval::order(&request.push_order)?;
+        let references = order.name() == "hot-first";
+        let strategy: Box<dyn Strategy> = match request.strategy.parse()? {
+            StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
+            StrategyKind::StopAndCopy => Box::new(StopAndCopy),
+            StrategyKind::PostCopy => Box::new(PostCopy { order }),
+            StrategyKind::HandOver => Box::new(HandOver),
+            StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
+        };
+        Ok(Self { strategy, references })
+    }
+}
+
+/// What the client of a migration is told.
+pub(super) enum Update {
+    Progress(Value),
+    Ended(Value),
+}
+
+impl State {
+    /// A migration or a snapshot begins, for whose end this client waits.
+    pub(super) fn begin(&mut self, role: Role, controller: Controller, client: mpsc::Sender<Update>) {
+        self.controller = Some(controller);
+        self.waiting = vec![client];
+        self.role = role;
+        self.progress = None;
+        self.checkpoints = CheckpointCounts::default();
+    }
+
+    /// It has come to this.
+    pub(super) fn end(&mut self, report: Value) {
+        self.tell(report);
+        (self.controller, self.session, self.under_way) = (None, None, None);
+    }
+
+    /// Answers those who wait for the end.
+    pub(super) fn tell(&mut self, report: Value) {
+        for client in self.waiting.drain(..) {
+            // it may be gone
+            let _ = client.send(Update::Ended(report.clone()));
+        }
+        self.last = Some(report);
+    }
+}
+
+fn impact(name: &str) -> GuestImpact {
+    match name {
+        "low" => GuestImpact::Low,
+        "fast" => GuestImpact::Fast,
+        _ => GuestImpact::Balanced,
+    }
+}
+
+/// Waits for the end of a migration or a snapshot, or until it is in doubt.
+pub(super) fn await_end(
+    updates: mpsc::Receiver<Update>,
+    wanted: bool,
+    progress: &mut dyn FnMut(Value),
+) -> Result<Value, String> {
+    for update in updates {
+        match update {
+            Update::Progress(p) if wanted => progress(p),
+            Update::Progress(_) => {}
+            Update::Ended(report) => return Ok(report),
+        }
+    }
+    Err("the migration has not ended, but this minivmm or its thread ends".into())
+}

@@ -1,0 +1,82 @@
+//! How long one thread of a pager waits for another one, and what it reports when that was in vain.
+
+use std::{
+    io,
+    sync::{Condvar, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use migration_core::PageRange;
+use thiserror::Error;
+
+/// The longest wait for another thread of the same pager. It is several times the time after which
+/// a lane gives up a silent peer: a thread that only waits for its contents ends by itself first.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+/// The most holders that an error names: as many as lanes usually install at once.
+const NAMED: usize = 16;
+
+/// A thread that holds what others may wait for.
+#[derive(Clone, Debug)]
+pub(super) struct Holder {
+    thread: String,
+    pub(super) pages: PageRange,
+    since: Instant,
+}
+
+impl Holder {
+    /// Returns the calling thread, which is about to install `pages`.
+    pub(super) fn this_thread(pages: PageRange) -> Self {
+        let thread = thread::current();
+        let name = thread.name().map_or_else(|| format!("{:?}", thread.id()), str::to_owned);
+        Self { thread: name, pages, since: Instant::now() }
+    }
+}
+
+/// A wait for other threads of the pager that has lasted too long.
+#[derive(Debug, Error)]
+#[error("pages {}+{}: {what} was not to be had within {patience:?}; {holders}", pages.first, pages.count)]
+pub(super) struct StillHeld {
+    /// What was waited for.
+    what: &'static str,
+    /// The pages that were to be installed.
+    pages: PageRange,
+    patience: Duration,
+    holders: String,
+    /// Why there was no other way than to wait.
+    source: Option<io::Error>,
+}
+
+impl StillHeld {
+    pub(super) fn new<'a>(
+        what: &'static str,
+        pages: PageRange,
+        patience: Duration,
+        holders: impl Iterator<Item = &'a Holder>,
+        source: Option<io::Error>,
+    ) -> Self {
+        let mut holders: Vec<_> = holders
+            .map(|Holder { thread, pages, since }| {
+                let seconds = since.elapsed().as_secs_f64();
+                format!("{thread} has had one for pages {}+{} for {seconds:.1} s", pages.first, pages.count)
+            })
+            .collect();
+        let others = holders.len().saturating_sub(NAMED);
+        if others != 0 {
+            holders.truncate(NAMED);
+            holders.push(format!("and {others} more threads"));
+        }
+        Self { what, pages, patience, holders: holders.join(", "), source }
+    }
+}
+
+/// Waits on `changed` until it is notified. Returns `None` once `deadline` has passed.
+pub(super) fn wait_until<'a, T>(
+    changed: &Condvar,
+    guard: MutexGuard<'a, T>,
+    deadline: Instant,
+) -> Option<MutexGuard<'a, T>> {
+    let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+    let waited = changed.wait_timeout(guard, left);
+    Some(waited.unwrap_or_else(PoisonError::into_inner).0)
+}
