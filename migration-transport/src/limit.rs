@@ -261,6 +261,10 @@ impl WriteHalf for LimitedWriter {
         self.inner.set_idle_timeout(timeout)
     }
 
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.inner.set_deadline(deadline);
+    }
+
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
     }

@@ -313,7 +313,7 @@ impl<'a> Engine<'a> {
         match result {
             Err(error @ MigrationError::Link { .. }) => {
                 let error = self.last_words(error);
-                Err(self.silent_in_pause(error))
+                Err(self.stuck_in_pause(error))
             }
             other => other,
         }

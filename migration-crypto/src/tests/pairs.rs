@@ -124,6 +124,34 @@ fn an_end_in_order_differs_from_a_cut() {
 }
 
 #[test]
+fn deadlines_of_writes_hold_before_and_after_the_handshake() {
+    let mut pair = Pair::new(psk(1), psk(1));
+    let write = |halves: &mut Halves, deadline: Option<Instant>| {
+        halves.writer.set_deadline(deadline);
+        halves.writer.write_all(b"word", &[]).map_err(|error| error.kind())
+    };
+    let past = Some(Instant::now());
+    let (mut here, mut there) = pair.open_well(LaneKind::Control);
+    // the destination's writer was not used yet
+    for halves in [&mut there, &mut here] {
+        assert_eq!(write(halves, past), Err(io::ErrorKind::TimedOut));
+    }
+    // a deadline that is taken back leaves a channel that works, if nothing was begun
+    let (mut here, mut there) = pair.open_well(LaneKind::Control);
+    for halves in [&mut there, &mut here] {
+        halves.writer.set_deadline(past);
+        assert_eq!(write(halves, None), Ok(()));
+    }
+    // one that has passed does not keep the closing record back
+    here.writer.set_deadline(past);
+    drop(here);
+    let mut word = [0; 4];
+    there.reader.read_exact(&mut word).unwrap();
+    let end = there.reader.read_exact(&mut word).unwrap_err();
+    assert!(end.get_ref().is_some_and(|why| why.to_string().contains("closed the connection")), "{end:?}");
+}
+
+#[test]
 fn idle_timeouts_and_closers_work_before_and_after_the_handshake() {
     let mut pair = Pair::new(psk(1), psk(1));
     let _silent = pair.plain.connect().unwrap();
