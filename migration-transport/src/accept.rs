@@ -33,8 +33,15 @@ impl Shortage {
         Self { error: None, spare: spare() }
     }
 
-    /// As [`accept_within`], of several sockets, and returns soon once something is lacking; `accept` gets the index of the
-    /// socket at which somebody waits.
+    /// Waits for a connection at any of the listening sockets `fds`, none of which blocks, and calls
+    /// `accept` with the index of a socket at which one waits. Returns what `accept` has made of it,
+    /// or `None` when `timeout` has passed.
+    ///
+    /// A lack of descriptors or memory does not end the wait: `accept` is called again and again,
+    /// with short pauses, until `timeout`. [`take`](Self::take) then returns what was lacking.
+    ///
+    /// # Errors
+    /// When a listening socket is broken.
     pub(crate) fn accept_within<T>(
         &mut self,
         fds: &[BorrowedFd<'_>],
