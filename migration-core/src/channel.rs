@@ -73,6 +73,13 @@ pub trait WriteHalf: Send {
         let _ = deadline;
     }
 
+    /// Returns how long what was sent so far exceeds a limit on the bandwidth: nothing that can wait
+    /// is to be written before. Writes that never wait for a limit are how it is exceeded. Zero by
+    /// default. What wraps a channel passes it on.
+    fn ahead_of_limit(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
     /// link somebody waits for an answer. A hint; does nothing by default.
     fn keep_queue_short(&mut self) {}

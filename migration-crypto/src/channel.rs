@@ -184,6 +184,10 @@ impl WriteHalf for SecureWriter {
         self.inner.set_deadline(deadline);
     }
 
+    fn ahead_of_limit(&self) -> Duration {
+        self.inner.ahead_of_limit()
+    }
+
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
     }

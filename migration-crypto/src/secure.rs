@@ -496,6 +496,11 @@ impl WriteHalf for LateWriter {
         }
     }
 
+    /// Before the handshake nothing was sent.
+    fn ahead_of_limit(&self) -> Duration {
+        self.opened.as_ref().map_or(Duration::ZERO, |writer| writer.ahead_of_limit())
+    }
+
     fn keep_queue_short(&mut self) {
         self.short = true;
         if let Some(writer) = &mut self.opened {

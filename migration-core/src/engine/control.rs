@@ -73,6 +73,11 @@ impl ControlWriter {
         Ok(())
     }
 
+    /// Returns how long a frame that can wait has to, to keep to a limit on the bandwidth.
+    pub(super) fn ahead_of_limit(&self) -> Duration {
+        self.half.ahead_of_limit()
+    }
+
     /// Not every channel looks at the deadline by itself.
     fn in_time(&self) -> io::Result<()> {
         match self.deadline {

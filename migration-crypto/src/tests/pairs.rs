@@ -1,5 +1,7 @@
 //! What works.
 
+use migration_transport::{Bandwidth, Limited};
+
 use super::*;
 
 fn both_ways((mut here, mut there): (Halves, Halves)) {
@@ -149,6 +151,16 @@ fn deadlines_of_writes_hold_before_and_after_the_handshake() {
     there.reader.read_exact(&mut word).unwrap();
     let end = there.reader.read_exact(&mut word).unwrap_err();
     assert!(end.get_ref().is_some_and(|why| why.to_string().contains("closed the connection")), "{end:?}");
+}
+
+#[test]
+fn a_limit_on_the_bandwidth_below_is_known_above() {
+    let mut pair = Pair::new(psk(1), psk(1));
+    let limited = Limited::new(Box::new(pair.plain.clone()), Bandwidth::from_bits_per_second(1));
+    pair.connector = pair.source.connector(Box::new(limited));
+    let (here, there) = pair.open_well(LaneKind::Control);
+    assert!(here.writer.ahead_of_limit() > Duration::ZERO);
+    assert_eq!(there.writer.ahead_of_limit(), Duration::ZERO);
 }
 
 #[test]
