@@ -70,14 +70,15 @@ impl Shortage {
         Self { error: None, spare: spare() }
     }
 
-    /// Waits until somebody connects to one of the listening sockets `fds`, which do not block, and
-    /// accepts the connection by `accept`, which gets the index of the socket. Of several sockets at
-    /// which somebody waits it is any. Errors of a connection that has gone already are passed over.
+    /// Waits for a connection at any of the listening sockets `fds`, none of which blocks, and calls
+    /// `accept` with the index of a socket at which one waits. Returns what `accept` has made of it,
+    /// or `None` when `timeout` has passed.
     ///
-    /// Returns `None` when `timeout` has passed. Then [`take`](Self::take) returns what was lacking.
+    /// A lack of descriptors or memory does not end the wait: `accept` is called again and again,
+    /// with short pauses, until `timeout`. [`take`](Self::take) then returns what was lacking.
     ///
     /// # Errors
-    /// When a socket does not listen any more.
+    /// When a listening socket is broken.
     pub fn accept_within<T>(
         &mut self,
         fds: &[BorrowedFd<'_>],
