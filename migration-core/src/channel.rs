@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{ram::RamSlice, wire::LaneKind};
@@ -64,6 +64,21 @@ pub trait WriteHalf: Send {
 
     /// How long a write may go without a byte taken by the peer; `None` for ever.
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Sets the moment at which writes end, although the peer takes bytes: `None` for no such
+    /// moment. The idle time-out alone does not end a write to a peer that takes a byte now and
+    /// then. A write that is not complete at the deadline, and every later one, fails with
+    /// `TimedOut`. A hint: the default does nothing. What wraps a channel passes it on.
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        let _ = deadline;
+    }
+
+    /// Returns how long what was sent so far exceeds a limit on the bandwidth: nothing that can wait
+    /// is to be written before. Writes that never wait for a limit are how it is exceeded. Zero by
+    /// default. What wraps a channel passes it on.
+    fn ahead_of_limit(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
     /// link somebody waits for an answer. A hint; does nothing by default.

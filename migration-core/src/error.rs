@@ -11,6 +11,9 @@ use crate::{
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
 /// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running at the source.
 ///
+/// What it displays has the text of its causes in it: print it, and not the chain of causes as well. The chain
+/// ([`source`](std::error::Error::source)) is there to find a cause by its type.
+///
 /// What it displays may hold text of the other end as that was sent: show it to people through
 /// [`Escaped`](crate::text::Escaped).
 #[derive(Debug, Error)]
@@ -22,6 +25,7 @@ pub enum MigrationError {
         /// The other end.
         peer: String,
         /// What happened.
+        #[source]
         cause: io::Error,
     },
     /// Something else than a migration destination listens there.
@@ -52,6 +56,7 @@ pub enum MigrationError {
         /// What was asked.
         step: &'static str,
         /// Why it failed.
+        #[source]
         cause: VmError,
     },
     /// A store of checkpoints or snapshots failed: there is no room, or it cannot be read. The guest is not touched by that.
@@ -60,6 +65,7 @@ pub enum MigrationError {
         /// What was tried.
         step: &'static str,
         /// What the store says, with the file.
+        #[source]
         cause: io::Error,
     },
     /// The dirty tracker failed.
@@ -74,6 +80,7 @@ pub enum MigrationError {
         /// What it was for.
         role: &'static str,
         /// Why not.
+        #[source]
         cause: io::Error,
     },
     /// The guest has ended by itself, for this reason: there is no VM to move any more.
@@ -133,5 +140,43 @@ impl MigrationError {
             Self::VmEnded(_) => ErrorCode::VmEnded,
             _ => ErrorCode::Other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    /// The cause with this text, which the whole text has once.
+    #[track_caller]
+    fn cause<'a, E: Error + 'static>(error: &'a MigrationError, text: &str) -> &'a E {
+        let mut next = error.source();
+        while let Some(source) = next {
+            if let Some(found) = source.downcast_ref::<E>() {
+                assert_eq!(error.to_string().matches(text).count(), 1, "{error}");
+                return found;
+            }
+            next = source.source();
+        }
+        panic!("{error:?} has not this cause");
+    }
+
+    #[test]
+    fn every_cause_can_be_found_by_its_type_and_is_printed_once() {
+        let disk = || io::Error::new(io::ErrorKind::StorageFull, "the disk is full");
+        let kind = |error| cause::<io::Error>(&error, "the disk is full").kind();
+        let full = io::ErrorKind::StorageFull;
+        assert_eq!(kind(MigrationError::link("tcp:there:1")(disk())), full);
+        assert_eq!(kind(MigrationError::Store { step: "writing", cause: disk() }), full);
+        assert_eq!(kind(MigrationError::Thread { role: "a lane", cause: disk() }), full);
+        // that of a VMM's own error, below the VMM's
+        assert_eq!(kind(MigrationError::vm("saving the state")(VmError::because("the disk image", disk()))), full);
+        assert_eq!(kind(TrackerError::because("dirty-log", "read the log", disk()).into()), full);
+        let vm = MigrationError::vm("saving the state")(VmError::new("the device is busy"));
+        assert_eq!(cause::<VmError>(&vm, "the device is busy").to_string(), "the device is busy");
+        let malformed = MigrationError::from(DecodeError::invalid("length", "odd"));
+        cause::<DecodeError>(&malformed, "odd");
     }
 }

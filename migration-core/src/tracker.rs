@@ -1,11 +1,13 @@
 //! Dirty-page tracking: which pages were written since one last asked.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    error::Error,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
-
-use thiserror::Error;
 
 use crate::{
     page::{PageRange, RamLayout},
@@ -13,13 +15,47 @@ use crate::{
 };
 
 /// A dirty tracker failed. The migration ends and the source's guest runs on.
-#[derive(Debug, Error)]
-#[error("dirty tracker {tracker}: {what}")]
+///
+/// Its text has that of its cause.
+#[derive(Debug)]
 pub struct TrackerError {
-    /// Name of the tracker, see [`DirtyTracker::name`].
-    pub tracker: &'static str,
-    /// What failed, with the cause.
-    pub what: String,
+    tracker: &'static str,
+    what: String,
+    cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl TrackerError {
+    /// Returns an error of the tracker with this [name](DirtyTracker::name), which says what failed.
+    pub fn new(tracker: &'static str, what: impl Into<String>) -> Self {
+        Self { tracker, what: what.into(), cause: None }
+    }
+
+    /// Returns the same with the error that caused it.
+    pub fn because(
+        tracker: &'static str,
+        what: impl Into<String>,
+        cause: impl Into<Box<dyn Error + Send + Sync>>,
+    ) -> Self {
+        Self { tracker, what: what.into(), cause: Some(cause.into()) }
+    }
+
+    /// Returns the name of the tracker, see [`DirtyTracker::name`].
+    pub fn tracker(&self) -> &'static str {
+        self.tracker
+    }
+}
+
+impl fmt::Display for TrackerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "dirty tracker {}: {}", self.tracker, self.what)?;
+        self.cause.as_ref().map_or(Ok(()), |cause| write!(f, ": {cause}"))
+    }
+}
+
+impl Error for TrackerError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_ref().map(|cause| &**cause as &(dyn Error + 'static))
+    }
 }
 
 /// Reports the pages that were written, by whomever: vCPUs, KVM, devices, the VMM.

@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -180,6 +180,14 @@ impl WriteHalf for SecureWriter {
         self.inner.set_idle_timeout(timeout)
     }
 
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.inner.set_deadline(deadline);
+    }
+
+    fn ahead_of_limit(&self) -> Duration {
+        self.inner.ahead_of_limit()
+    }
+
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
     }
@@ -189,6 +197,7 @@ impl Drop for SecureWriter {
     fn drop(&mut self) {
         if self.healthy && !self.closed.load(Ordering::Acquire) {
             // without it the peer takes the end for a cut, which is true of a link that does not take it
+            self.inner.set_deadline(Instant::now().checked_add(CLOSING_PATIENCE));
             let _ = self.inner.set_idle_timeout(Some(CLOSING_PATIENCE)).and_then(|()| self.send_empty(true));
         }
         // a record that failed to be sealed would be plaintext

@@ -11,6 +11,7 @@ pub(crate) mod preface;
 pub(crate) mod tls;
 
 use std::{
+    error::Error,
     io,
     time::{Duration, Instant},
 };
@@ -34,7 +35,7 @@ const STRANGER_PATIENCE: Duration = Duration::from_millis(200);
 /// Bytes of a refused peer that are read, so that it gets to read why it was refused.
 const DRAIN: usize = 16 << 10;
 
-/// Why no secure channel came about.
+/// Why no secure channel came about. Its text has that of its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
@@ -103,10 +104,10 @@ pub enum HandshakeError {
     TimedOut,
     /// TLS failed.
     #[error("TLS: {0}")]
-    Tls(String),
+    Tls(#[source] Box<dyn Error + Send + Sync>),
     /// The operating system has no random bytes to give, or a primitive failed.
     #[error("cryptography failed: {0}")]
-    Crypto(String),
+    Crypto(#[source] Box<dyn Error + Send + Sync>),
     /// The link failed.
     #[error(transparent)]
     Link(#[from] io::Error),

@@ -6,6 +6,7 @@
 //! it decides who is trusted.
 
 use std::{
+    error::Error,
     fmt,
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Read, Write},
@@ -25,7 +26,7 @@ use crate::secret::{SECRET_LEN, Secret};
 /// Digits of a key, and a line's end.
 const FILE_LEN: usize = 2 * SECRET_LEN + 2;
 
-/// What is wrong with a key file.
+/// What is wrong with a key file. Its text has that of its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KeyError {
@@ -35,6 +36,7 @@ pub enum KeyError {
         /// The file.
         path: PathBuf,
         /// Why not.
+        #[source]
         cause: io::Error,
     },
     /// Others than its owner can read or change it.
@@ -67,14 +69,15 @@ pub enum KeyError {
     },
     /// The operating system has no random bytes to give.
     #[error("no random bytes: {0}")]
-    Random(String),
+    Random(#[source] Box<dyn Error + Send + Sync>),
     /// The certificates or the private key of a TLS identity are of no use.
-    #[error("{}: {why}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Certificate {
         /// The file or folder.
         path: PathBuf,
         /// What is wrong.
-        why: String,
+        #[source]
+        cause: Box<dyn Error + Send + Sync>,
     },
 }
 
@@ -168,7 +171,7 @@ impl fmt::Display for PublicKey {
 /// # Errors
 /// When one of the files exists or cannot be written. Neither is left behind then.
 pub fn generate(path: &Path) -> Result<PublicKey, KeyError> {
-    let secret = Secret::random().map_err(|e| KeyError::Random(e.to_string()))?;
+    let secret = Secret::random().map_err(|e| KeyError::Random(e.into()))?;
     let mut digits = Zeroizing::new(String::with_capacity(FILE_LEN));
     for byte in secret.bytes() {
         for nibble in [byte >> 4, byte & 15] {
@@ -284,7 +287,10 @@ mod tests {
         assert_eq!(PublicKey::load(&public_path(&path)).unwrap(), public);
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(text.trim_end().len(), 64);
-        assert!(matches!(generate(&path), Err(KeyError::File { .. })));
+        let taken = generate(&path).unwrap_err();
+        assert!(matches!(taken, KeyError::File { .. }));
+        let cause = taken.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+        assert_eq!(cause.map(io::Error::kind), Some(io::ErrorKind::AlreadyExists));
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!(format!("{:?}", Psk::load(&path).unwrap()), "Psk(…)");
     }

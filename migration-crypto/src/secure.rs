@@ -370,7 +370,7 @@ impl Channel for AcceptedChannel {
         let due = Due { reader, writer, acceptor: self.acceptor, closed: Arc::clone(&closed) };
         let opening = Arc::new(Mutex::new(Opening::Due(Box::new(due))));
         let reader = LateReader { opening: Arc::clone(&opening), opened: None, idle: None };
-        let writer = LateWriter { opening, opened: None, idle: None, short: false };
+        let writer = LateWriter { opening, opened: None, idle: None, deadline: None, short: false };
         let closer = Box::new(SecureCloser { inner: closer, closed });
         Ok(Halves { reader: Box::new(reader), writer: Box::new(writer), closer })
     }
@@ -460,6 +460,7 @@ struct LateWriter {
     opening: Arc<Mutex<Opening>>,
     opened: Option<Box<SecureWriter>>,
     idle: Option<Duration>,
+    deadline: Option<Instant>,
     short: bool,
 }
 
@@ -468,6 +469,7 @@ impl LateWriter {
         if self.opened.is_none() {
             let mut writer = opened(&self.opening, self.idle, |_, writer| writer.take())?;
             writer.set_idle_timeout(self.idle)?;
+            writer.set_deadline(self.deadline);
             if self.short {
                 writer.keep_queue_short();
             }
@@ -485,6 +487,18 @@ impl WriteHalf for LateWriter {
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.idle = timeout;
         self.opened.as_mut().map_or(Ok(()), |writer| writer.set_idle_timeout(timeout))
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+        if let Some(writer) = &mut self.opened {
+            writer.set_deadline(deadline);
+        }
+    }
+
+    /// Before the handshake nothing was sent.
+    fn ahead_of_limit(&self) -> Duration {
+        self.opened.as_ref().map_or(Duration::ZERO, |writer| writer.ahead_of_limit())
     }
 
     fn keep_queue_short(&mut self) {

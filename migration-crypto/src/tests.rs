@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{Arc, Mutex},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{

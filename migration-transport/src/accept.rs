@@ -72,15 +72,16 @@ impl Shortage {
         Self { error: None, spare: spare() }
     }
 
-    /// Waits until somebody connects to one of the listening sockets `fds`, which do not block, and
-    /// accepts the connection by `accept`, which gets the index of the socket. Of several sockets at
-    /// which somebody waits it is any. Errors of a connection that has gone already are passed over.
+    /// Waits for a connection at any of the listening sockets `fds`, none of which blocks, and calls
+    /// `accept` with the index of a socket at which one waits. Returns what `accept` has made of it,
+    /// or `None` when `timeout` has passed.
     ///
-    /// Returns `None` when `timeout` has passed, and before that if something is lacking for more
-    /// than a moment: [`take`](Self::take) then returns it.
+    /// A lack of descriptors or memory is waited out for a moment: `accept` is called again, with short
+    /// pauses. If it lasts, this returns `None` before `timeout`, and [`take`](Self::take) then
+    /// returns what was lacking.
     ///
     /// # Errors
-    /// When a socket does not listen any more.
+    /// When a listening socket is broken.
     pub fn accept_within<T>(
         &mut self,
         fds: &[BorrowedFd<'_>],

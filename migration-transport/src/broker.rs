@@ -22,7 +22,7 @@ use thiserror::Error;
 pub use client::{BrokerClient, Deposit};
 pub use server::{Bereft, BrokerOptions, RamBroker};
 
-/// A broker did not do what it was asked for.
+/// A broker did not do what it was asked for. Its text has that of its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BrokerError {
@@ -32,6 +32,7 @@ pub enum BrokerError {
         /// Its socket.
         path: PathBuf,
         /// What happened.
+        #[source]
         cause: io::Error,
     },
     /// It runs as another user, who would get the VM's memory.

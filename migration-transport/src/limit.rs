@@ -261,6 +261,14 @@ impl WriteHalf for LimitedWriter {
         self.inner.set_idle_timeout(timeout)
     }
 
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.inner.set_deadline(deadline);
+    }
+
+    fn ahead_of_limit(&self) -> Duration {
+        self.limiter.lock().ahead(Instant::now()).max(self.inner.ahead_of_limit())
+    }
+
     fn keep_queue_short(&mut self) {
         self.inner.keep_queue_short();
     }

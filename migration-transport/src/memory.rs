@@ -115,8 +115,13 @@ impl Pipe {
         Ok(state)
     }
 
-    fn write(&self, mut gather: Gather<'_>, idle: Option<Duration>) -> io::Result<()> {
+    fn write(&self, mut gather: Gather<'_>, idle: Option<Duration>, deadline: Option<Instant>) -> io::Result<()> {
         while gather.remaining() > 0 {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"));
+            }
+            let idle = idle.into_iter().chain(left).min();
             let mut state = self.wait(idle, "took nothing", |state| state.bytes.len() < self.capacity)?;
             match state.ending {
                 None => {}
@@ -187,7 +192,7 @@ impl Channel for MemoryChannel {
     fn split(self: Box<Self>) -> io::Result<Halves> {
         let closer = MemoryCloser { end: Arc::downgrade(&self.end) };
         let reader = MemoryReader { end: Arc::clone(&self.end), idle: None };
-        let writer = MemoryWriter { end: self.end, idle: None };
+        let writer = MemoryWriter { end: self.end, idle: None, deadline: None };
         Ok(Halves { reader: Box::new(reader), writer: Box::new(writer), closer: Box::new(closer) })
     }
 
@@ -226,11 +231,16 @@ impl ReadHalf for MemoryReader {
 struct MemoryWriter {
     end: Arc<End>,
     idle: Option<Duration>,
+    deadline: Option<Instant>,
 }
 
 impl WriteHalf for MemoryWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
-        self.end.outgoing.write(Gather::new(head, slices), self.idle)
+        self.end.outgoing.write(Gather::new(head, slices), self.idle, self.deadline)
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {

@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -76,7 +76,7 @@ impl Channel for StreamChannel {
     fn split(self: Box<Self>) -> io::Result<Halves> {
         let closer = StreamCloser { socket: Arc::downgrade(&self.socket) };
         let reader = StreamReader { socket: Arc::clone(&self.socket), idle: self.idle };
-        let writer = StreamWriter { socket: self.socket, idle: self.idle };
+        let writer = StreamWriter { socket: self.socket, idle: self.idle, deadline: None };
         Ok(Halves { reader: Box::new(reader), writer: Box::new(writer), closer: Box::new(closer) })
     }
 
@@ -178,6 +178,30 @@ impl ReadHalf for StreamReader {
 struct StreamWriter {
     socket: Arc<OwnedFd>,
     idle: Option<Duration>,
+    deadline: Option<Instant>,
+}
+
+impl StreamWriter {
+    /// Sets how long the next call may take: the idle time-out, or what is left until the deadline.
+    fn limit_call(&self) -> io::Result<()> {
+        let Some(deadline) = self.deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"));
+        }
+        let timeout = clamp(self.idle.map_or(left, |idle| idle.min(left)));
+        SockRef::from(&self.socket).set_write_timeout(Some(timeout))
+    }
+
+    /// Returns what the failure of a call means; `Ok` if the call is to be repeated.
+    fn failed(&self, error: io::Error) -> io::Result<()> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            // the idle time-out counts from the last byte taken, and the call may have been cut short
+            io::ErrorKind::WouldBlock if self.deadline.is_some_and(|at| Instant::now() >= at) => Ok(()),
+            _ => Err(explain(error, self.idle, "took nothing")),
+        }
+    }
 }
 
 impl WriteHalf for StreamWriter {
@@ -186,14 +210,22 @@ impl WriteHalf for StreamWriter {
         while gather.remaining() > 0 {
             // The kernel's send time-out covers a whole call. When it passes after part was taken, the call returns
             // that part, and the next call starts a new time-out: only a peer that takes nothing at all times out.
+            self.limit_call()?;
             match iovec::send(self.socket.as_fd(), &gather) {
                 Ok(0) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the connection takes no more bytes")),
                 Ok(bytes) => gather.advance(bytes),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(explain(e, self.idle, "took nothing")),
+                Err(e) => self.failed(e)?,
             }
         }
         Ok(())
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        if self.deadline.is_some() && deadline.is_none() {
+            // calls were limited by what was left of it; fails only where the next write fails too
+            let _ = SockRef::from(&self.socket).set_write_timeout(self.idle);
+        }
+        self.deadline = deadline;
     }
 
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {

@@ -3,9 +3,9 @@
 use std::{
     io::{self, ErrorKind, Read, Write},
     net, os,
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -15,8 +15,8 @@ use migration_core::{
 use proptest::prelude::*;
 
 use crate::{
-    Address, Bandwidth, Congestion, ConnectOptions, Relay, SocketOptions, StreamChannel, TcpConnector, TcpListener,
-    UnixConnector, UnixListener, bind, connector, memory,
+    Address, Bandwidth, Congestion, ConnectOptions, Limiter, Relay, SocketOptions, StreamChannel, TcpConnector,
+    TcpListener, UnixConnector, UnixListener, bind, connector, memory,
     testing::{pattern, ram},
 };
 
@@ -147,6 +147,59 @@ fn silence_times_out() {
         let error = near.writer.write_all(&vec![0; 64 << 20], &[]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{name}");
         assert!(error.to_string().contains("20ms"), "{name}: {error}");
+    }
+}
+
+/// Writes to a peer that takes a byte now and then, as long as the writer is at work.
+fn write_to_a_dripping_peer(near: &mut Halves, far: &mut Halves) -> io::Result<()> {
+    let (done, work) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let reader = &mut far.reader;
+        scope.spawn(move || {
+            let began = Instant::now();
+            while reader.read_exact(&mut [0]).is_ok() {
+                // whoever writes on for as long as this has missed its deadline
+                let pause = if began.elapsed() < SOON { Duration::from_millis(1) } else { Duration::ZERO };
+                if work.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Disconnected) {
+                    return;
+                }
+            }
+        });
+        let written = near.writer.write_all(&vec![0; 64 << 20], &[]);
+        drop(done);
+        // the peer may wait for a byte
+        near.closer.close();
+        written
+    })
+}
+
+#[test]
+fn a_peer_that_drips_does_not_outlast_a_deadline() {
+    let limiter = Limiter::new("100Gbit/s".parse().unwrap());
+    let (limited, far) = memory::pair(1000);
+    let limited = (limiter.wrap(Box::new(limited)).split().unwrap(), Box::new(far).split().unwrap());
+    for (name, (mut near, mut far)) in pairs().into_iter().chain([("limited", limited)]) {
+        near.writer.set_idle_timeout(Some(Duration::from_secs(3600))).unwrap();
+        near.writer.set_deadline(Some(Instant::now() + SHORT));
+        assert_eq!(kind(write_to_a_dripping_peer(&mut near, &mut far)), ErrorKind::TimedOut, "{name}");
+    }
+}
+
+#[test]
+fn a_deadline_that_has_passed_ends_writes_until_it_is_taken_back() {
+    for (name, (mut near, mut far)) in pairs() {
+        near.writer.set_deadline(Some(Instant::now()));
+        assert_eq!(kind(near.writer.write_all(b"a", &[])), ErrorKind::TimedOut, "{name}");
+        near.writer.set_deadline(None);
+        near.writer.write_all(b"b", &[]).unwrap();
+        let mut got = [0];
+        far.reader.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"b", "{name}");
+        // and the time-out that was set before the deadline holds again
+        near.writer.set_idle_timeout(Some(SHORT)).unwrap();
+        near.writer.set_deadline(Some(Instant::now() + 3600 * SOON));
+        near.writer.set_deadline(None);
+        assert_eq!(kind(near.writer.write_all(&vec![0; 64 << 20], &[])), ErrorKind::TimedOut, "{name}");
     }
 }
 

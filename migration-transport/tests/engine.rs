@@ -4,19 +4,24 @@
 mod common;
 
 use std::{
+    io,
     net::{SocketAddr, ToSocketAddrs},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use common::{CountingSpawner, Destination, Log, TestVm};
 use migration_core::{
+    channel::{Channel, Connector},
     engine::{Controller, Migration, SourceOptions, migrate},
     protocol::SourcePhase,
     report::{Event, Observer, Outcome, Report},
     strategy::{PreCopy, StopAndCopy, Strategy},
 };
-use migration_transport::{Address, ConnectOptions, Relay, bind, connector};
+use migration_transport::{Address, ConnectOptions, Relay, bind, connector, memory};
 
 fn options() -> SourceOptions {
     SourceOptions { idle_timeout: Duration::from_secs(20), ..SourceOptions::default() }
@@ -343,4 +348,52 @@ fn a_migration_on_its_own_thread_notifies() {
     // too late, and harmless
     migration.controller().cancel("late");
     destination.arrived.recv().unwrap().set_running(false);
+}
+
+/// Cancels when the channel with this number is opened, and counts all that are.
+struct Cancelling {
+    inner: memory::MemoryConnector,
+    controller: Controller,
+    at: usize,
+    opened: AtomicUsize,
+}
+
+impl Connector for Cancelling {
+    fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        if self.opened.fetch_add(1, Ordering::SeqCst) == self.at {
+            self.controller.cancel("while a channel is opened");
+        }
+        self.inner.connect()
+    }
+
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+}
+
+#[test]
+fn a_cancel_is_heard_after_the_channel_that_is_being_opened() {
+    // the control lane, and lanes for pages
+    for at in [0, 1, 4] {
+        let (inner, listener) = memory::link(memory::DEFAULT_CAPACITY);
+        let _destination = Destination::start(Box::new(listener), 0);
+        let (controller, commands) = Controller::new();
+        let link = Cancelling { inner, controller, at, opened: AtomicUsize::new(0) };
+        let options = SourceOptions { streams: 8, ..SourceOptions::default() };
+        let report = migrate(&mut TestVm::new(), &link, &mut <PreCopy>::default(), &options, commands);
+        assert_eq!(report.outcome, Outcome::Cancelled, "{:?}", report.reason);
+        assert_eq!(link.opened.load(Ordering::SeqCst), at + 1, "channels are opened after the cancel");
+    }
+}
+
+#[test]
+fn a_migration_that_is_cancelled_before_it_begins_opens_no_channel() {
+    let (inner, _listener) = memory::link(memory::DEFAULT_CAPACITY);
+    let (controller, commands) = Controller::new();
+    controller.cancel("never mind");
+    let link = Cancelling { inner, controller, at: usize::MAX, opened: AtomicUsize::new(0) };
+    let options = SourceOptions::default();
+    let report = migrate(&mut TestVm::new(), &link, &mut <PreCopy>::default(), &options, commands);
+    assert_eq!(report.outcome, Outcome::Cancelled, "{:?}", report.reason);
+    assert_eq!(link.opened.load(Ordering::SeqCst), 0);
 }

@@ -32,7 +32,14 @@ enum Stop {
     Swallows,
     /// It takes no byte.
     Blocks,
+    /// It takes the pieces of large frames, each of them after [`DRIP`].
+    Drips,
 }
+
+/// Longer than a piece of a frame takes on any link that works.
+const DRIP: Duration = Duration::from_millis(300);
+/// Writes that have more bytes outside guest memory are pieces of a large frame.
+const LARGE: usize = 32 << 10;
 
 /// A link that stops at a step of the pause: the write or the read with this number, on whatever
 /// channel it is.
@@ -48,6 +55,8 @@ struct State {
     stopped: bool,
     /// The channels that are open when the link stops stay so; later ones work.
     generation: u64,
+    /// Pieces of large frames that the link has taken since it drips.
+    drops: u64,
 }
 
 impl Stopper {
@@ -189,6 +198,13 @@ impl WriteHalf for Writer {
         match self.half.stopper.how {
             Stop::Swallows => Ok(()),
             Stop::Blocks => Err(stand_still(&self.half.closed, self.half.idle)),
+            Stop::Drips => {
+                if head.len() > LARGE {
+                    stand_still(&self.half.closed, Some(DRIP));
+                    self.half.stopper.state.lock().unwrap().drops += 1;
+                }
+                self.inner.write_all(head, slices)
+            }
         }
     }
 
@@ -322,6 +338,31 @@ fn a_destination_that_never_gets_ready_is_given_up_although_it_lives() {
     let reason = report.reason.unwrap_or_default();
     assert!(report.outcome == Outcome::Failed && reason.contains("although it made progress"), "{reason}");
     assert!(vm.guest.is_running() && !vm.tracks() && !vm.doubt);
+    assert!(destination.arrived.try_recv().is_err());
+}
+
+/// Nor does one that takes the state drop by drop: the limit is looked at within a frame.
+#[test]
+fn a_destination_that_takes_a_frame_drop_by_drop_does_not_prolong_the_pause() {
+    let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
+    let destination = Destination::start(Box::new(listener), 0);
+    let stopper = Stopper::new(Stop::Drips);
+    let link = StoppingConnector { inner: connector, stopper: stopper.clone() };
+    let mut vm = TestVm::new();
+    vm.large_state = 3 << 20;
+    let armed = stopper.clone();
+    vm.on_pause = Some(Box::new(move || armed.arm(0)));
+    let (_controller, commands) = Controller::new();
+    let total = 3 * DRIP;
+    let pause_limits = PauseLimits { silence: Some(FAR), total: Some(total) };
+    let options = SourceOptions { pause_limits, ..options() };
+    let report = migrate(&mut vm, &link, &mut <PreCopy>::default(), &options, commands);
+    let reason = report.reason.unwrap_or_default();
+    assert!(report.outcome == Outcome::Failed && reason.contains("although it made progress"), "{reason}");
+    assert!(vm.guest.is_running() && !vm.tracks() && !vm.doubt);
+    // the one that was under way at the limit was the last one
+    let drops = stopper.state.lock().unwrap().drops;
+    assert!((1..=3).contains(&drops), "{drops} pieces were sent, each after {DRIP:?}, in a pause of {total:?}");
     assert!(destination.arrived.try_recv().is_err());
 }
 

@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -27,11 +27,20 @@ pub(super) struct ControlWriter {
     peer: String,
     sequence: u32,
     bytes: Arc<AtomicU64>,
+    /// When the frames must have been written.
+    deadline: Option<Instant>,
 }
 
 impl ControlWriter {
     pub(super) fn new(half: Box<dyn WriteHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
-        Self { half, peer, sequence: 0, bytes }
+        Self { half, peer, sequence: 0, bytes, deadline: None }
+    }
+
+    /// Sets the moment from which on nothing more is written, not even the rest of a frame that has
+    /// begun; `None` for no such moment.
+    pub(super) fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+        self.half.set_deadline(deadline);
     }
 
     /// How long a write may go without a byte taken by the peer.
@@ -55,12 +64,28 @@ impl ControlWriter {
             bytes.append(&mut frame.encode(0, self.sequence, epoch));
             self.sequence = self.sequence.wrapping_add(1);
         }
-        // counted piece by piece: on a slow link all of it takes long
+        // counted, and its deadline looked at, piece by piece: on a slow link all of it takes long
         for piece in bytes.chunks(PIECE) {
+            self.in_time().map_err(MigrationError::link(&self.peer))?;
             self.half.write_all(piece, &[]).map_err(MigrationError::link(&self.peer))?;
             self.bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Returns how long a frame that can wait has to, to keep to a limit on the bandwidth.
+    pub(super) fn ahead_of_limit(&self) -> Duration {
+        self.half.ahead_of_limit()
+    }
+
+    /// Not every channel looks at the deadline by itself.
+    fn in_time(&self) -> io::Result<()> {
+        match self.deadline {
+            Some(deadline) if Instant::now() >= deadline => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sends open files behind the frames so far.
@@ -188,6 +213,8 @@ fn read_body(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::ram::RamSlice;
 
@@ -231,6 +258,51 @@ mod tests {
         let database = [&[0x4a, 0, 0, 0, 10][..], &[b'x'; 40]].concat();
         let error = first(&database, io::ErrorKind::TimedOut).unwrap_err();
         assert!(matches!(error, MigrationError::Stranger { .. }), "{error}");
+    }
+
+    /// A peer that takes a piece, and then no other one before this moment.
+    struct Drips {
+        until: Instant,
+        taken: Arc<AtomicU64>,
+        told: Arc<Mutex<Option<Instant>>>,
+    }
+
+    impl WriteHalf for Drips {
+        fn write_all(&mut self, head: &[u8], _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            self.taken.fetch_add(head.len() as u64, Ordering::Relaxed);
+            while Instant::now() < self.until {
+                std::thread::yield_now();
+            }
+            Ok(())
+        }
+
+        fn set_idle_timeout(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn set_deadline(&mut self, deadline: Option<Instant>) {
+            *self.told.lock().unwrap() = deadline;
+        }
+    }
+
+    #[test]
+    fn a_deadline_ends_a_frame_between_its_pieces() {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let (taken, told, bytes) = (Arc::<AtomicU64>::default(), Arc::default(), Arc::<AtomicU64>::default());
+        let half = Drips { until: deadline, taken: taken.clone(), told: Arc::clone(&told) };
+        let mut control = ControlWriter::new(Box::new(half), "memory:".into(), bytes.clone());
+        control.set_deadline(Some(deadline));
+        // the channel below knows it too: within a piece only that can look
+        assert_eq!(*told.lock().unwrap(), Some(deadline));
+        let large = Control::State(vec![0; 1 << 20].into());
+        let Err(MigrationError::Link { cause, .. }) = control.send(1, &large) else { panic!("all of it was sent") };
+        assert_eq!(cause.kind(), io::ErrorKind::TimedOut);
+        assert_eq!((taken.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed)), (PIECE as u64, PIECE as u64));
+        // and nothing is begun behind it
+        assert!(control.send(1, &Control::Ping).is_err());
+        assert_eq!(taken.load(Ordering::Relaxed), PIECE as u64);
+        control.set_deadline(None);
+        control.send(1, &large).unwrap();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How others talk to a migration that is under way.
 
 use std::{
+    collections::VecDeque,
     fmt,
     sync::{
         Arc, Condvar, Mutex,
@@ -86,19 +87,31 @@ impl PeerInputs {
 pub(super) struct Inputs {
     rx: mpsc::Receiver<Input>,
     pub(super) waiting: Waiting,
+    /// Inputs that came while another one was looked for, in order: the next ones to be taken.
+    passed: VecDeque<Input>,
 }
 
 impl Inputs {
     pub(super) fn new(rx: mpsc::Receiver<Input>) -> Self {
-        Self { rx, waiting: Waiting::default() }
+        Self { rx, waiting: Waiting::default(), passed: VecDeque::new() }
     }
 
-    pub(super) fn recv_timeout(&self, timeout: Duration) -> Result<Input, mpsc::RecvTimeoutError> {
-        self.rx.recv_timeout(timeout).inspect(|input| self.taken(input))
+    pub(super) fn recv_timeout(&mut self, timeout: Duration) -> Result<Input, mpsc::RecvTimeoutError> {
+        let next = self.passed.pop_front().map_or_else(|| self.rx.recv_timeout(timeout), Ok);
+        next.inspect(|input| self.taken(input))
     }
 
-    pub(super) fn try_recv(&self) -> Result<Input, mpsc::TryRecvError> {
-        self.rx.try_recv().inspect(|input| self.taken(input))
+    pub(super) fn try_recv(&mut self) -> Result<Input, mpsc::TryRecvError> {
+        let next = self.passed.pop_front().map_or_else(|| self.rx.try_recv(), Ok);
+        next.inspect(|input| self.taken(input))
+    }
+
+    /// Takes an input out of turn, without waiting for it. All others stay where they are.
+    pub(super) fn find(&mut self, wanted: impl Fn(&Input) -> bool) -> Option<Input> {
+        // those of the peer are bounded, as they count until they are taken
+        self.passed.extend(self.rx.try_iter());
+        let at = self.passed.iter().position(wanted)?;
+        self.passed.remove(at).inspect(|input| self.taken(input))
     }
 
     fn taken(&self, input: &Input) {
@@ -218,6 +231,14 @@ impl Controller {
     }
 
     /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait: the report tells.
+    ///
+    /// The engine hears this at once, unless it is in a call that it cannot interrupt: one of the VMM
+    /// or of a store, a write to a destination that takes nothing
+    /// ([`SourceOptions::idle_timeout`](super::SourceOptions)), or the opening of one channel. The
+    /// last takes the connector's time-out and that of the resolver of names, and on an encrypted
+    /// link that of the handshake, at the most: in migration-transport
+    /// `ConnectOptions::connect_timeout`, in migration-crypto `Security::handshake_timeout`, both
+    /// 10 s by default. No further channel is opened then.
     pub fn cancel(&self, why: impl Into<String>) {
         // a migration that has ended does not listen any more
         let _ = self.inputs.send(Input::Cancel(why.into()));
@@ -388,7 +409,7 @@ mod tests {
     #[test]
     fn a_peer_that_says_more_than_is_taken_waits() {
         let (tx, rx) = mpsc::channel();
-        let inputs = Inputs::new(rx);
+        let mut inputs = Inputs::new(rx);
         let peer = PeerInputs::new(tx, inputs.waiting.clone(), Arc::default());
         const MANY: usize = 5 * MOST_WAITING;
         let speaks = thread::spawn(move || (0..MANY).all(|_| peer.send(Input::Control(1, Control::Pong)).is_ok()));
@@ -404,9 +425,31 @@ mod tests {
     }
 
     #[test]
+    fn an_input_is_found_out_of_turn_and_all_others_stay_in_order() {
+        let (tx, rx) = mpsc::channel();
+        let mut inputs = Inputs::new(rx);
+        let peer = PeerInputs::new(tx.clone(), inputs.waiting.clone(), Arc::default());
+        let cancelled = |input: &Input| matches!(input, Input::Cancel(_));
+        assert!(inputs.find(cancelled).is_none());
+        for epoch in 0..MOST_WAITING as u32 {
+            peer.send(Input::Control(epoch, Control::Pong)).unwrap();
+        }
+        tx.send(Input::Cancel("enough".into())).unwrap();
+        assert!(matches!(inputs.find(cancelled), Some(Input::Cancel(why)) if why == "enough"));
+        assert!(inputs.find(cancelled).is_none());
+        // what was passed over counts until it is taken: the peer waits
+        assert_eq!(inputs.waiting.load(Ordering::Relaxed), MOST_WAITING);
+        for expected in 0..MOST_WAITING as u32 {
+            assert!(matches!(inputs.try_recv(), Ok(Input::Control(epoch, _)) if epoch == expected));
+        }
+        assert_eq!(inputs.waiting.load(Ordering::Relaxed), 0);
+        assert!(inputs.try_recv().is_err());
+    }
+
+    #[test]
     fn nobody_waits_once_the_link_has_ended() {
         let (tx, rx) = mpsc::channel();
-        let (inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
+        let (mut inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
         let peer = PeerInputs::new(tx, inputs.waiting.clone(), ended.clone());
         let speaks = thread::spawn(move || (0..=MOST_WAITING).all(|_| peer.send(Input::Demanded(1)).is_ok()));
         while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {

@@ -313,7 +313,7 @@ impl<'a> Engine<'a> {
         match result {
             Err(error @ MigrationError::Link { .. }) => {
                 let error = self.last_words(error);
-                Err(self.silent_in_pause(error))
+                Err(self.stuck_in_pause(error))
             }
             other => other,
         }
@@ -582,6 +582,12 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    /// Whether the round is to end before all of it is sent.
+    fn round_is_over(&self) -> bool {
+        let post_copy = self.post_copy_wanted && self.report.demand_lanes > 0;
+        post_copy || self.switch_over_wanted() || self.timed_out()
+    }
+
     fn deadline(&self) -> Option<Instant> {
         self.options.timeout.map(|t| self.start + t)
     }
@@ -630,8 +636,7 @@ impl Verbs for Engine<'_> {
                 }
                 _ => {}
             }
-            let now = self.post_copy_wanted && self.report.demand_lanes > 0 || self.switch_over_wanted();
-            if now || self.timed_out() {
+            if self.round_is_over() {
                 stop.store(true, Ordering::Relaxed);
             }
         }

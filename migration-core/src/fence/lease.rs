@@ -60,8 +60,20 @@ pub enum LeaseError {
     #[error("the store of leases: {0}")]
     Store(#[from] io::Error),
     /// It could not be renewed in time. The VM was stopped.
-    #[error("the lease could not be renewed before its end: {0}")]
-    Expired(String),
+    #[error("the lease could not be renewed before its end: {why}")]
+    Expired {
+        /// Why not, with the text of the cause.
+        why: String,
+        /// What the store said, if that was why.
+        #[source]
+        cause: Option<io::Error>,
+    },
+}
+
+impl LeaseError {
+    fn expired(why: &str) -> Self {
+        Self::Expired { why: why.to_owned(), cause: None }
+    }
 }
 
 /// How time passes; tests have it pass by hand.
@@ -161,9 +173,9 @@ impl LeaseHolder {
                     due = before(held.until, term * 2 / 3);
                     continue;
                 }
-                Ok(true) => ("the store took too long".to_owned(), true),
-                Ok(false) => ("another instance has taken it".to_owned(), true),
-                Err(error) => (error.to_string(), false),
+                Ok(true) => (LeaseError::expired("the store took too long"), true),
+                Ok(false) => (LeaseError::expired("another instance has taken it"), true),
+                Err(error) => (LeaseError::Expired { why: error.to_string(), cause: Some(error) }, false),
             };
             if !lost && self.clock.now() < last {
                 due = last.min(self.clock.now() + term / 20);
@@ -172,7 +184,7 @@ impl LeaseHolder {
             held.ended = true;
             drop(held);
             stop();
-            return Err(LeaseError::Expired(why));
+            return Err(why);
         }
     }
 
@@ -202,14 +214,14 @@ impl LeaseHolder {
     pub fn pass_on(&self, heir: Holder) -> Result<(), LeaseError> {
         let mut held = self.lock();
         if std::mem::replace(&mut held.ended, true) {
-            return Err(LeaseError::Expired("it is not held any more".into()));
+            return Err(LeaseError::expired("it is not held any more"));
         }
         self.changed.notify_all();
         let passed = Lease { holder: heir, number: held.lease.number + 1, ..held.lease };
         if self.store.swap(self.vm, Some(held.lease), passed)? {
             return Ok(());
         }
-        Err(LeaseError::Expired("another instance has taken it".into()))
+        Err(LeaseError::expired("another instance has taken it"))
     }
 
     /// The VM has ended: the lease is not renewed any more.
@@ -409,7 +421,10 @@ mod tests {
             store.cut.store(true, Ordering::SeqCst);
             Fenced::by(&fence, &A.0).unwrap();
             assert!(!running.load(Ordering::SeqCst));
-            assert!(matches!(kept.join().unwrap(), Err(LeaseError::Expired(_))));
+            let expired = kept.join().unwrap().unwrap_err();
+            assert!(matches!(expired, LeaseError::Expired { .. }));
+            let cause = std::error::Error::source(&expired).and_then(|cause| cause.downcast_ref::<io::Error>());
+            assert!(cause.is_some(), "{expired:?}");
         });
         assert_eq!(store.read(VM).unwrap().unwrap().holder, B);
         // asked again, it has succeeded already

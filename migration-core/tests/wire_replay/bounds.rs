@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
+    channel::{Channel, Listener, Room},
     engine::ReceiverOptions,
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     vm::VmId,
@@ -18,7 +19,7 @@ use migration_core::{
 
 use crate::{
     HANG,
-    channels::End,
+    channels::{Door, End, Pipe, pair},
     destination::{Destination, said},
     guest::{Host, description, layout},
     hostile::zeros,
@@ -207,5 +208,98 @@ fn a_source_for_which_there_is_no_thread_is_told_so() {
         let control = greet(&destination, &hello_of(description().id, 0, 4));
         let (code, text) = end(&control);
         assert!(code == ErrorCode::Resources && text.contains("thread"), "{threads}: {code:?}: {text}");
+    }
+}
+
+/// Opens bulk lanes, as many as were offered, and waits until all of them are there.
+fn open_lanes(destination: &Destination, control: &End, welcome: &Welcome) -> Vec<End> {
+    let lanes = (0..welcome.streams)
+        .map(|index| destination.connect(&Preamble::new(LaneKind::Bulk, index, welcome.session).encode()))
+        .collect();
+    match said(control) {
+        Some(Control::Prepared { .. }) => lanes,
+        other => panic!("{other:?} instead of prepared"),
+    }
+}
+
+/// Connections that say nothing.
+fn strangers(destination: &Destination, count: usize) -> Vec<End> {
+    (0..count).map(|_| destination.connect(&[])).collect()
+}
+
+#[test]
+fn strangers_give_way_to_a_source_where_threads_are_few() {
+    // as many as there are threads, and as many as wait for one
+    for count in [5, 12] {
+        let destination = with_threads(2 + 3);
+        let held = strangers(&destination, count);
+        let control = greet(&destination, &hello_of(description().id, 0, 3));
+        let welcome = welcome(&control);
+        assert_eq!(welcome.streams, 3, "{count} strangers");
+        open_lanes(&destination, &control, &welcome);
+        drop(held);
+    }
+}
+
+#[test]
+fn strangers_do_not_keep_the_threads_that_are_reserved_for_lanes() {
+    for count in [3, 12] {
+        let destination = with_threads(2 + 3);
+        let control = greet(&destination, &hello_of(description().id, 0, 3));
+        let welcome = welcome(&control);
+        assert_eq!(welcome.streams, 3);
+        let held = strangers(&destination, count);
+        open_lanes(&destination, &control, &welcome);
+        drop(held);
+    }
+}
+
+/// Has descriptors for so many connections, and for one more for each of these that was closed.
+struct Cramped(usize, Vec<Arc<Pipe>>);
+
+impl Room for Cramped {
+    fn channels(&self, wanted: usize) -> usize {
+        let given_up = self.1.iter().filter(|pipe| pipe.lock().ended).count();
+        wanted.min(self.0 + given_up)
+    }
+}
+
+#[test]
+fn strangers_give_way_to_a_source_where_descriptors_are_few() {
+    let (door, ends) = mpsc::channel();
+    let pairs: Vec<_> = (0..3).map(|_| pair()).collect();
+    let (held, far): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    far.into_iter().for_each(|end| door.send(Some(end)).unwrap());
+    let room = Cramped(1, held.iter().map(|end| end.incoming.clone()).collect());
+    let destination = Destination::behind(CrampedDoor(Door(ends), Arc::new(room)), door, host);
+    let control = greet(&destination, &hello_of(description().id, 0, 4));
+    assert_eq!(welcome(&control).streams, 4);
+}
+
+#[test]
+fn where_there_is_room_no_stranger_gives_way() {
+    let (door, ends) = mpsc::channel();
+    let (held, far) = pair();
+    door.send(Some(far)).unwrap();
+    let room = Cramped(4, vec![held.incoming.clone()]);
+    let destination = Destination::behind(CrampedDoor(Door(ends), Arc::new(room)), door, host);
+    let control = greet(&destination, &hello_of(description().id, 0, 4));
+    assert_eq!(welcome(&control).streams, 4);
+    assert!(!held.incoming.lock().ended);
+}
+
+struct CrampedDoor(Door, Arc<Cramped>);
+
+impl Listener for CrampedDoor {
+    fn accept(&mut self, timeout: Duration) -> std::io::Result<Option<Box<dyn Channel>>> {
+        self.0.accept(timeout)
+    }
+
+    fn address(&self) -> String {
+        self.0.address()
+    }
+
+    fn room(&self) -> Option<Arc<dyn Room>> {
+        Some(self.1.clone())
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use migration_core::{
+    channel::Listener,
     engine::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions},
     report::{Event, Observer},
     vm::DestinationHost,
@@ -74,9 +75,31 @@ impl Destination {
         log: mpsc::Receiver<String>,
     ) -> Self {
         let (door, ends) = mpsc::channel();
+        Self::listening((Door(ends), door), (host, arrived), options, log)
+    }
+
+    /// A receiver at this listener, which gets the ends that are sent to `door`.
+    pub(crate) fn behind(
+        listener: impl Listener + 'static,
+        door: mpsc::Sender<Option<End>>,
+        host: impl FnOnce(mpsc::Sender<Arrived>) -> Host,
+    ) -> Self {
+        let (log_tx, log) = mpsc::channel();
+        let (arrived_tx, arrived) = mpsc::channel();
+        let observer = Arc::new(Log(Mutex::new(log_tx)));
+        let options = ReceiverOptions { observer, idle_timeout: HANG, ..ReceiverOptions::default() };
+        Self::listening((listener, door), (host(arrived_tx), arrived), options, log)
+    }
+
+    fn listening(
+        (mut listener, door): (impl Listener + 'static, mpsc::Sender<Option<End>>),
+        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        options: ReceiverOptions,
+        log: mpsc::Receiver<String>,
+    ) -> Self {
         let receiver = Receiver::new(Box::new(host), options);
         let handle = receiver.handle();
-        let thread = thread::spawn(move || receiver.run(&mut Door(ends)));
+        let thread = thread::spawn(move || receiver.run(&mut listener));
         Self { door, handle, thread: Some(thread), arrived, log }
     }
 

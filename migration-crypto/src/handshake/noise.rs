@@ -45,7 +45,7 @@ impl Proofs<'_> {
 }
 
 fn crypto(error: snow::Error) -> HandshakeError {
-    HandshakeError::Crypto(error.to_string())
+    HandshakeError::Crypto(error.into())
 }
 
 /// The source's side. `preface` has everything but the message's length.
@@ -102,7 +102,7 @@ pub(crate) fn respond(
     accepted()?;
 
     // behind both ephemeral keys, so that it stays secret even if all other keys become known
-    let secret = Secret::random().map_err(|e| HandshakeError::Crypto(e.to_string()))?;
+    let secret = Secret::random().map_err(|e| HandshakeError::Crypto(e.into()))?;
     let mut payload = Zeroizing::new([0; 1 + SECRET_LEN]);
     payload[0] = suite.code();
     payload[1..].copy_from_slice(secret.bytes());

@@ -1,7 +1,7 @@
 //! TLS 1.3 with certificates on both sides, by the crate `rustls`: for the handshake only. Its exporter (RFC 8446, 7.5) keys our
 //! records.
 
-use std::{fmt, io::Read, path::Path, sync::Arc};
+use std::{error::Error, fmt, io::Read, path::Path, sync::Arc};
 
 use rustls::{
     ClientConfig, ClientConnection, ConnectionCommon, RootCertStore, ServerConfig, ServerConnection,
@@ -48,26 +48,26 @@ impl TlsIdentity {
     /// When a file is missing or of no use, the name is none, or others can read the key.
     pub fn load(dir: &Path, peer_name: &str) -> Result<Self, KeyError> {
         let file = |name: &str| dir.join(name);
-        let bad = |name: &str, why: String| KeyError::Certificate { path: file(name), why };
+        let bad = |name: &str, cause: Box<dyn Error + Send + Sync>| KeyError::Certificate { path: file(name), cause };
         let certificates = |name: &str| {
             let pem = read(&file(name), false)?;
             let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-            let list = list.map_err(|e| bad(name, e.to_string()))?;
+            let list = list.map_err(|e| bad(name, e.into()))?;
             if list.is_empty() { Err(bad(name, "it holds no certificate".into())) } else { Ok(list) }
         };
         let mut roots = RootCertStore::empty();
         for root in certificates("ca.pem")? {
-            roots.add(root).map_err(|e| bad("ca.pem", e.to_string()))?;
+            roots.add(root).map_err(|e| bad("ca.pem", e.into()))?;
         }
         let key =
-            PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?).map_err(|e| bad("key.pem", e.to_string()))?;
+            PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?).map_err(|e| bad("key.pem", e.into()))?;
         let peer = ServerName::try_from(peer_name.to_owned())
-            .map_err(|_| bad("", format!("{peer_name:?} is no name that a certificate can have")))?;
+            .map_err(|_| bad("", format!("{peer_name:?} is no name that a certificate can have").into()))?;
         let own = CertifiedKey::from_der(certificates("cert.pem")?, key, &provider());
-        let own = own.map_err(|e| bad("cert.pem", format!("it and key.pem: {e}")))?;
+        let own = own.map_err(|e| bad("cert.pem", format!("it and key.pem: {e}").into()))?;
         let this = Self { roots: Arc::new(roots), own: Arc::new(SingleCertAndKey::from(own)), peer };
         // now, rather than when the first peer comes
-        this.client(&[]).and_then(|_| this.server(&[])).map_err(|e| bad("", e.to_string()))?;
+        this.client(&[]).and_then(|_| this.server(&[])).map_err(|e| bad("", e.into()))?;
         Ok(this)
     }
 
@@ -119,8 +119,8 @@ fn protocols(suites: &[Suite]) -> Vec<Vec<u8>> {
     suites.iter().map(|suite| format!("live-migration/{suite}").into_bytes()).collect()
 }
 
-fn tls(error: impl fmt::Display) -> HandshakeError {
-    HandshakeError::Tls(error.to_string())
+fn tls(error: impl Into<Box<dyn Error + Send + Sync>>) -> HandshakeError {
+    HandshakeError::Tls(error.into())
 }
 
 /// The source's side.

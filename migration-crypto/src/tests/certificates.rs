@@ -106,7 +106,10 @@ fn bad_folders_are_refused() {
     };
     for file in ["ca.pem", "cert.pem", "key.pem"] {
         assert!(matches!(change(file, None, 0), KeyError::File { .. }), "{file}");
-        assert!(matches!(change(file, Some("nothing"), 0), KeyError::Certificate { .. }), "{file}");
+        let useless = change(file, Some("nothing"), 0);
+        assert!(matches!(useless, KeyError::Certificate { .. }), "{file}");
+        let cause = std::error::Error::source(&useless).unwrap().to_string();
+        assert_eq!(useless.to_string().matches(&cause).count(), 1, "{useless}");
     }
     assert!(matches!(change("key.pem", None, 0o640), KeyError::Exposed { .. }));
     // a key that is not the certificate's

@@ -1,5 +1,7 @@
 //! What works.
 
+use migration_transport::{Bandwidth, Limited};
+
 use super::*;
 
 fn both_ways((mut here, mut there): (Halves, Halves)) {
@@ -121,6 +123,44 @@ fn an_end_in_order_differs_from_a_cut() {
     let cut = there.reader.read_exact(&mut [0]).unwrap_err();
     assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
     assert!(cut.to_string().contains("cut off"), "{cut}");
+}
+
+#[test]
+fn deadlines_of_writes_hold_before_and_after_the_handshake() {
+    let mut pair = Pair::new(psk(1), psk(1));
+    let write = |halves: &mut Halves, deadline: Option<Instant>| {
+        halves.writer.set_deadline(deadline);
+        halves.writer.write_all(b"word", &[]).map_err(|error| error.kind())
+    };
+    let past = Some(Instant::now());
+    let (mut here, mut there) = pair.open_well(LaneKind::Control);
+    // the destination's writer was not used yet
+    for halves in [&mut there, &mut here] {
+        assert_eq!(write(halves, past), Err(io::ErrorKind::TimedOut));
+    }
+    // a deadline that is taken back leaves a channel that works, if nothing was begun
+    let (mut here, mut there) = pair.open_well(LaneKind::Control);
+    for halves in [&mut there, &mut here] {
+        halves.writer.set_deadline(past);
+        assert_eq!(write(halves, None), Ok(()));
+    }
+    // one that has passed does not keep the closing record back
+    here.writer.set_deadline(past);
+    drop(here);
+    let mut word = [0; 4];
+    there.reader.read_exact(&mut word).unwrap();
+    let end = there.reader.read_exact(&mut word).unwrap_err();
+    assert!(end.get_ref().is_some_and(|why| why.to_string().contains("closed the connection")), "{end:?}");
+}
+
+#[test]
+fn a_limit_on_the_bandwidth_below_is_known_above() {
+    let mut pair = Pair::new(psk(1), psk(1));
+    let limited = Limited::new(Box::new(pair.plain.clone()), Bandwidth::from_bits_per_second(1));
+    pair.connector = pair.source.connector(Box::new(limited));
+    let (here, there) = pair.open_well(LaneKind::Control);
+    assert!(here.writer.ahead_of_limit() > Duration::ZERO);
+    assert_eq!(there.writer.ahead_of_limit(), Duration::ZERO);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{Condvar, MutexGuard, PoisonError},
-    thread,
+    thread::{self, Thread},
     time::{Duration, Instant},
 };
 
@@ -19,7 +19,7 @@ const NAMED: usize = 16;
 /// A thread that holds what others may wait for.
 #[derive(Clone, Debug)]
 pub(super) struct Holder {
-    thread: String,
+    thread: Thread,
     pub(super) pages: PageRange,
     since: Instant,
 }
@@ -27,9 +27,7 @@ pub(super) struct Holder {
 impl Holder {
     /// Returns the calling thread, which is about to install `pages`.
     pub(super) fn this_thread(pages: PageRange) -> Self {
-        let thread = thread::current();
-        let name = thread.name().map_or_else(|| format!("{:?}", thread.id()), str::to_owned);
-        Self { thread: name, pages, since: Instant::now() }
+        Self { thread: thread::current(), pages, since: Instant::now() }
     }
 }
 
@@ -58,6 +56,7 @@ impl StillHeld {
         let mut holders: Vec<_> = holders
             .map(|Holder { thread, pages, since }| {
                 let seconds = since.elapsed().as_secs_f64();
+                let thread = thread.name().map_or_else(|| format!("{:?}", thread.id()), str::to_owned);
                 format!("{thread} has had one for pages {}+{} for {seconds:.1} s", pages.first, pages.count)
             })
             .collect();

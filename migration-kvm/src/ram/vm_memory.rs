@@ -182,7 +182,7 @@ impl DirtyTracker for VmMemoryBitmap {
             return Ok(());
         }
         if self.memory.iter().any(|r| (**r).bitmap().len() as u64 != r.len() >> PAGE_SHIFT) {
-            return Err(TrackerError { tracker: self.name(), what: "a bitmap's page size is not 4 KiB".into() });
+            return Err(TrackerError::new(self.name(), "a bitmap's page size is not 4 KiB"));
         }
         self.take(&mut PageSet::empty(self.layout.pages()));
         self.pending.clear();

@@ -14,7 +14,7 @@
 //!
 //! [`IdlePages`] is none of them: it tells which pages were referenced, read or written, and only as a hint.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{error::Error, fmt, str::FromStr, sync::Arc};
 
 use kvm_ioctls::VmFd;
 use migration_core::tracker::{DirtyTracker, TrackerError};
@@ -121,19 +121,19 @@ pub struct Parts<'a> {
 /// When the userfaultfd cannot be created, the ring is missing, or for [`TrackerKind::Auto`], which is no tracker.
 pub fn build(kind: TrackerKind, parts: Parts<'_>) -> Result<Box<dyn DirtyTracker>, TrackerError> {
     let Parts { vm, slots, user_fault, ring } = parts;
-    let error = |what: String| TrackerError { tracker: kind.name(), what };
+    let error = |what: &str| TrackerError::new(kind.name(), what);
     Ok(match kind {
-        TrackerKind::Auto => return Err(error("choose a tracker with a Probe first".into())),
+        TrackerKind::Auto => return Err(error("choose a tracker with a Probe first")),
         TrackerKind::DirtyLog => Box::new(DirtyLog::new(vm, slots)),
         TrackerKind::ManualProtect => Box::new(ManualProtect::new(vm, slots)),
         TrackerKind::DirtyRing => match ring {
             Some(ring) => Box::new(DirtyRing::new(ring, slots)),
-            None => return Err(error("the ring was not enabled before the first vCPU".into())),
+            None => return Err(error("the ring was not enabled before the first vCPU")),
         },
         TrackerKind::WriteProtect => {
             let user_fault = match user_fault {
                 Some(user_fault) => user_fault,
-                None => Arc::new(UserFault::new().map_err(|e| error(e.to_string()))?),
+                None => Arc::new(UserFault::new().map_err(failed(kind.name(), "create a userfaultfd"))?),
             };
             Box::new(WriteProtect::new(slots.ram().clone(), user_fault))
         }
@@ -141,17 +141,30 @@ pub fn build(kind: TrackerKind, parts: Parts<'_>) -> Result<Box<dyn DirtyTracker
 }
 
 /// An error of the tracker called `tracker`: what it did, and why it failed.
-fn failed<E: fmt::Display>(tracker: &'static str, what: &'static str) -> impl Fn(E) -> TrackerError {
-    move |error| TrackerError { tracker, what: format!("{what}: {error}") }
+fn failed<E: Into<Box<dyn Error + Send + Sync>>>(
+    tracker: &'static str,
+    what: &'static str,
+) -> impl Fn(E) -> TrackerError {
+    move |error| TrackerError::because(tracker, what, error)
 }
 
 fn inactive(tracker: &'static str) -> TrackerError {
-    TrackerError { tracker, what: "it was not started".into() }
+    TrackerError::new(tracker, "it was not started")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_cause_of_a_failure_can_be_found_and_is_printed_once() {
+        let refused = || std::io::Error::from_raw_os_error(libc::EPERM);
+        let error = failed("dirty-log", "turn logging on")(refused());
+        let cause = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+        assert_eq!(cause.and_then(std::io::Error::raw_os_error), Some(libc::EPERM));
+        assert_eq!(error.to_string(), format!("dirty tracker dirty-log: turn logging on: {}", refused()));
+        assert!(inactive("dirty-log").source().is_none());
+    }
 
     #[test]
     fn names_read_back() {

@@ -1,7 +1,7 @@
 //! One userfaultfd, shared by a write-protecting tracker and a pager.
 
 use std::{
-    fmt, io,
+    io,
     os::fd::{AsFd, BorrowedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -84,31 +84,33 @@ impl std::ops::BitOr for Modes {
 }
 
 /// A userfaultfd request failed.
+///
+/// Its text has that of its cause.
 #[derive(Debug, Error)]
-#[error("userfaultfd: {what}: {cause}")]
+#[error("userfaultfd: {what}: {cause}{advice}")]
 pub struct UserFaultError {
     /// What was tried.
     pub what: &'static str,
     /// Why it failed.
-    pub cause: String,
-}
-
-fn failed<E: fmt::Display>(what: &'static str) -> impl Fn(E) -> UserFaultError {
-    move |error| UserFaultError { what, cause: error.to_string() }
+    #[source]
+    pub cause: Box<dyn std::error::Error + Send + Sync>,
+    /// What to do about it; empty where nothing is known.
+    advice: &'static str,
 }
 
 /// What to do where the kernel does not let us.
-fn helped<E: fmt::Display>(error: E, permission: bool) -> String {
-    let help = "; it needs read and write access to /dev/userfaultfd, or without that device CAP_SYS_PTRACE or the \
-                sysctl vm.unprivileged_userfaultfd=1";
-    format!("{error}{}", if permission { help } else { "" })
+const PERMISSION: &str = "; it needs read and write access to /dev/userfaultfd, or without that device CAP_SYS_PTRACE or \
+                          the sysctl vm.unprivileged_userfaultfd=1";
+
+fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl Fn(E) -> UserFaultError {
+    move |error| UserFaultError { what, cause: error.into(), advice: "" }
 }
 
 /// The crate's `Display` leaves the error number out, which is what one wants to know.
-fn cause(error: &userfaultfd::Error) -> String {
+fn cause(error: userfaultfd::Error) -> Box<dyn std::error::Error + Send + Sync> {
     match error {
-        userfaultfd::Error::SystemError(errno) => errno.to_string(),
-        other => other.to_string(),
+        userfaultfd::Error::SystemError(errno) => errno.into(),
+        other => other.into(),
     }
 }
 
@@ -145,8 +147,8 @@ impl UserFault {
     /// As [`new`](Self::new).
     pub fn with_features(wanted: u64) -> Result<Self, UserFaultError> {
         let refused = |e: io::Error| {
-            let permission = e.kind() == io::ErrorKind::PermissionDenied;
-            failed("ask for features")(helped(e, permission))
+            let advice = if e.kind() == io::ErrorKind::PermissionDenied { PERMISSION } else { "" };
+            UserFaultError { advice, ..failed("ask for features")(e) }
         };
         let features = Self::offered().map_err(refused)? & wanted;
         let uffd = UffdBuilder::new()
@@ -156,7 +158,7 @@ impl UserFault {
             .user_mode_only(false)
             .require_features(FeatureFlags::from_bits_retain(features))
             .create()
-            .map_err(|e| failed("create")(cause(&e)))?;
+            .map_err(|e| failed("create")(cause(e)))?;
         Ok(Self { uffd, features, ranges: Mutex::default() })
     }
 
@@ -201,7 +203,7 @@ impl UserFault {
         }
         let mode = RegisterMode::from_bits_retain(all.0.into());
         let start = std::ptr::without_provenance_mut(address as usize);
-        self.uffd.register_with_mode(start, len as usize, mode).map_err(|e| failed("register")(cause(&e)))?;
+        self.uffd.register_with_mode(start, len as usize, mode).map_err(|e| failed("register")(cause(e)))?;
         match index {
             Some(i) => ranges[i].modes = all,
             None => ranges.push(Registered { address, len, modes }),
@@ -226,21 +228,21 @@ impl UserFault {
         let left = Modes(ranges[index].modes.0 & !modes.0);
         let start = std::ptr::without_provenance_mut(address as usize);
         if left == Modes::default() {
-            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(&e)))?;
+            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(e)))?;
             ranges.swap_remove(index);
             return Ok(());
         }
         if modes.contains(Modes::WRITE_PROTECT) {
             let lifted = self.uffd.remove_write_protection(start, len as usize, true);
-            lifted.map_err(|e| failed("lift write-protection")(cause(&e)))?;
+            lifted.map_err(|e| failed("lift write-protection")(cause(e)))?;
         }
         if !left.intersects(Modes::MISSING | Modes::MINOR) {
             // registering for less than before has no effect
-            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(&e)))?;
+            self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(e)))?;
             let mode = RegisterMode::from_bits_retain(left.0.into());
             if let Err(error) = self.uffd.register_with_mode(start, len as usize, mode) {
                 ranges.swap_remove(index);
-                return Err(failed("register again")(cause(&error)));
+                return Err(failed("register again")(cause(error)));
             }
         }
         ranges[index].modes = left;

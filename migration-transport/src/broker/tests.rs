@@ -231,7 +231,9 @@ fn limits() {
     };
     third.forget().unwrap();
     let nobody = BrokerClient::new(lab._dir.path().join("nobody"));
-    assert!(matches!(nobody.list(), Err(BrokerError::Link { .. })));
+    let unreachable = nobody.list().unwrap_err();
+    assert!(matches!(unreachable, BrokerError::Link { .. }));
+    assert!(std::error::Error::source(&unreachable).is_some_and(|cause| cause.is::<io::Error>()));
 }
 
 /// A client that says nonsense, or nothing, is closed, and disturbs nobody.

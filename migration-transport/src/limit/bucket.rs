@@ -76,6 +76,11 @@ impl Bucket {
         usual.min(within(LONGEST_PIECE_TIME).max(LEAST_PIECE)) as usize
     }
 
+    /// Returns the time until everything that was let pass is within the limit.
+    pub(super) fn ahead(&self, now: Instant) -> Duration {
+        self.next.saturating_duration_since(now)
+    }
+
     /// Reserves the time that `bytes` take, and returns when it begins.
     pub(super) fn reserve(&mut self, now: Instant, class: Class, bytes: u64) -> Turn {
         if self.bandwidth == Bandwidth::UNLIMITED {
@@ -195,6 +200,21 @@ mod tests {
         assert_eq!([1, 1_000, 8_000, 64_000].map(piece), [256, 256, 256, 2_000]);
         assert_eq!([1_000_000, 100_000_000, 100_000_000_000].map(piece), [4_096, 50_000, 1 << 20]);
         assert_eq!(piece(0), usize::MAX);
+    }
+
+    #[test]
+    fn what_never_waits_is_ahead_of_the_limit_until_its_time_has_passed() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(Bandwidth::from_bytes_per_second(1_000_000), start);
+        assert_eq!(bucket.ahead(start), Duration::ZERO);
+        bucket.reserve(start, Class::Exempt, 500_000);
+        assert_eq!(bucket.ahead(start), Duration::from_millis(500));
+        assert_eq!(bucket.ahead(start + Duration::from_millis(200)), Duration::from_millis(300));
+        assert_eq!(bucket.ahead(start + Duration::from_secs(1)), Duration::ZERO);
+        bucket.reserve(start, Class::Exempt, u64::MAX);
+        bucket.change(Bandwidth::UNLIMITED, start);
+        bucket.reserve(start, Class::Exempt, u64::MAX);
+        assert_eq!(bucket.ahead(start), Duration::ZERO);
     }
 
     #[test]

@@ -135,6 +135,9 @@ pub struct TestVm {
     pub on_doubt: Option<Box<dyn FnMut() + Send>>,
     /// Whether its user has paused it, so that it does not run at the destination either.
     pub paused_by_user: bool,
+    /// Bytes of state that it saves in the pause, beside what it needs.
+    #[allow(dead_code, reason = "few tests need a large state")]
+    pub large_state: usize,
     /// Pieces of device state sent in this attempt.
     pieces: u64,
 }
@@ -165,6 +168,7 @@ impl TestVm {
             on_pause,
             on_doubt,
             paused_by_user,
+            large_state: 0,
             pieces,
         }
     }
@@ -253,7 +257,10 @@ impl SourceVm for TestVm {
         let data = Bytes::copy_from_slice(&self.guest.at.load(Ordering::SeqCst).to_le_bytes());
         let cpu = Section { name: "cpu".into(), instance: 0, version: 1, data };
         let data = Bytes::copy_from_slice(&self.pieces.to_le_bytes());
-        Ok(VmState { sections: vec![cpu, Section { name: "gpu".into(), instance: 0, version: 1, data }] })
+        let gpu = Section { name: "gpu".into(), instance: 0, version: 1, data };
+        let data = Bytes::from(vec![0; self.large_state]);
+        let disk = Section { name: "disk".into(), instance: 0, version: 1, data };
+        Ok(VmState { sections: vec![cpu, gpu, disk] })
     }
 
     fn owner_in_doubt(&mut self) {

@@ -41,7 +41,8 @@ pub(crate) struct Way {
     pub(crate) link: Link,
 }
 
-/// What it is encrypted with, and by whom. QEMU takes what its TLS prefers.
+/// What it is encrypted with, and by whom. QEMU's TLS takes what it prefers where this is [`Aes256`](Self::Aes256), and is told
+/// what to prefer where it is [`Aes128`](Self::Aes128).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Cipher {
@@ -175,7 +176,7 @@ impl Drop for Shaper {
 
 /// All runs in the order in which they are done: each round has one of each kind.
 fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
-    let setup = |vmm, streams, cipher| Setup {
+    let setup = |vmm, streams, cipher, tuning| Setup {
         vmm,
         label: "encrypt".into(),
         workload: workload(0, DATA),
@@ -186,19 +187,19 @@ fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
         watch_memory: false,
         watch_speed: false,
         way: Way { cipher, link },
-        tuning: Tuning::AsItComes,
+        tuning,
     };
     let mut round = Vec::new();
-    for vmm in vmms {
-        let ciphers = match vmm {
-            Vmm::Minivmm if link == Link::Loopback => &Cipher::OURS[..],
-            _ => &Cipher::OURS[..2],
-        };
-        for &cipher in ciphers {
-            // those that are not compared need no second number of streams
-            let of_both = [Cipher::None, Cipher::Aes256].contains(&cipher);
-            let streams = if of_both { &STREAMS[..] } else { &STREAMS[1..] };
-            round.extend(streams.iter().map(|&streams| setup(*vmm, streams, cipher)));
+    for tuning in Tuning::ALL {
+        let compared = [Cipher::None, tuning.cipher()];
+        for vmm in vmms {
+            let all_ours = (*vmm, link, tuning) == (Vmm::Minivmm, Link::Loopback, Tuning::AsItComes);
+            let ciphers = if all_ours { &Cipher::OURS[..] } else { &compared[..] };
+            for &cipher in ciphers {
+                // those that are not compared need no second number of streams
+                let streams = if compared.contains(&cipher) { &STREAMS[..] } else { &STREAMS[1..] };
+                round.extend(streams.iter().map(|&streams| setup(*vmm, streams, cipher, tuning)));
+            }
         }
     }
     (0..repeat).flat_map(|_| round.clone()).collect()
@@ -215,6 +216,14 @@ struct Target {
     met: bool,
 }
 
+/// Whose runs, over which link, and with which options.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    vmm: Vmm,
+    link: Link,
+    tuning: Tuning,
+}
+
 #[derive(Debug, Serialize)]
 struct Figures {
     machine: Machine,
@@ -224,18 +233,22 @@ struct Figures {
 }
 
 impl Figures {
-    fn of(&self, vmm: Vmm, link: Link, cipher: Cipher, streams: u16) -> Vec<&Run> {
-        let wanted = |r: &&Run| r.setup.vmm == vmm && r.setup.way == Way { cipher, link } && r.setup.streams == streams;
+    fn of(&self, kind: Kind, cipher: Cipher, streams: u16) -> Vec<&Run> {
+        let Kind { vmm, link, tuning } = kind;
+        let wanted = |r: &&Run| {
+            let setup = &r.setup;
+            (setup.vmm, setup.way, setup.tuning, setup.streams) == (vmm, Way { cipher, link }, tuning, streams)
+        };
         self.runs.iter().filter(wanted).collect()
     }
 
-    fn total(&self, vmm: Vmm, link: Link, cipher: Cipher, streams: u16) -> Option<f64> {
-        median(self.of(vmm, link, cipher, streams).iter().map(|r| r.total_ms))
+    fn total(&self, kind: Kind, cipher: Cipher, streams: u16) -> Option<f64> {
+        median(self.of(kind, cipher, streams).iter().map(|r| r.total_ms))
     }
 
     /// The least median total over the numbers of streams.
-    fn best(&self, vmm: Vmm, link: Link, cipher: Cipher) -> Option<f64> {
-        STREAMS.into_iter().filter_map(|n| self.total(vmm, link, cipher, n)).min_by(f64::total_cmp)
+    fn best(&self, kind: Kind, cipher: Cipher) -> Option<f64> {
+        STREAMS.into_iter().filter_map(|n| self.total(kind, cipher, n)).min_by(f64::total_cmp)
     }
 
     fn links(&self) -> Vec<Link> {
@@ -250,17 +263,19 @@ impl Figures {
             all.extend(value.map(|value| Target { what, value, at_least, target, met: good(value) }));
         };
         let ratio = |a: Option<f64>, b: Option<f64>| Some(a? / b?);
-        for link in self.links() {
-            let (ours, theirs) = (Vmm::Minivmm, Vmm::Qemu);
-            let secure = self.best(ours, link, Cipher::Aes256);
-            let what = |beside: &str| format!("total, aes256-gcm, {}, beside {beside}", link.name());
+        let of_each = self.links().into_iter().flat_map(|link| Tuning::ALL.map(|tuning| (link, tuning)));
+        for (link, tuning) in of_each {
+            let [ours, theirs] = [Vmm::Minivmm, Vmm::Qemu].map(|vmm| Kind { vmm, link, tuning });
+            let cipher = tuning.cipher();
+            let secure = self.best(ours, cipher);
+            let what = |beside: &str| format!("{}, {cipher}, {}, beside {beside}", tuning.label("total"), link.name());
             let plain_target = if link == Link::Loopback { LOOPBACK_TARGET } else { LINK_TARGET };
-            add(what("our own plain"), ratio(secure, self.best(ours, link, Cipher::None)), false, plain_target);
+            add(what("our own plain"), ratio(secure, self.best(ours, Cipher::None)), false, plain_target);
             if link == Link::Loopback {
-                let plain = self.best(theirs, link, Cipher::None);
+                let plain = self.best(theirs, Cipher::None);
                 add(what("QEMU's best plain mode"), ratio(secure, plain), false, QEMU_PLAIN_TARGET);
             }
-            let tls = self.best(theirs, link, Cipher::Aes256);
+            let tls = self.best(theirs, cipher);
             add(what("QEMU's best mode with TLS"), ratio(secure, tls), false, QEMU_TLS_TARGET);
         }
         if let Some(rates) = self.rates.iter().find(|r| r.suite == "aes256-gcm") {
@@ -281,47 +296,49 @@ impl Figures {
         let head = vec!["figure", "ratio", "target", ""];
         let mut all =
             vec![Table { title: "Targets (of the better number of streams each)".into(), head, rows: rows.collect() }];
-        for link in self.links() {
-            let mut rows = Vec::new();
-            for (vmm, ciphers) in [(Vmm::Minivmm, &Cipher::OURS[..]), (Vmm::Qemu, &Cipher::OURS[..2])] {
-                for (&cipher, streams) in ciphers.iter().flat_map(|c| STREAMS.map(|n| (c, n))) {
-                    let runs = self.of(vmm, link, cipher, streams);
-                    if runs.is_empty() {
-                        continue;
-                    }
-                    let how = match (vmm, cipher) {
-                        (Vmm::Qemu, Cipher::Aes256) => "TLS, pre-shared key".to_owned(),
-                        _ => cipher.to_string(),
-                    };
-                    let spread =
-                        |of: &dyn Fn(&Run) -> f64| output::spread(&runs.iter().map(|r| of(r)).collect::<Vec<_>>());
-                    let plain = self.total(vmm, link, Cipher::None, streams);
-                    let beside = self.total(vmm, link, cipher, streams).and_then(|t| Some(t / plain?));
-                    rows.push(vec![
-                        format!("{} · {how}", name(vmm)),
-                        streams.to_string(),
-                        spread(&|r| r.total_ms),
-                        output::times(beside),
-                        spread(&|r| r.gap_ms),
-                        spread(&|r| r.cpu_s * 1e3),
-                        spread(&|r| (r.cpu_s - r.cpu_vcpu_s) * 1e3),
-                    ]);
+        all.extend(self.links().into_iter().map(|link| self.totals(link)));
+        all.extend([self.one_core()]);
+        all.retain(|table| !table.rows.is_empty());
+        all
+    }
+
+    /// The totals over a link.
+    fn totals(&self, link: Link) -> Table {
+        let mut rows = Vec::new();
+        for (tuning, vmm) in Tuning::ALL.into_iter().flat_map(|t| [(t, Vmm::Minivmm), (t, Vmm::Qemu)]) {
+            let kind = Kind { vmm, link, tuning };
+            for (cipher, streams) in Cipher::OURS.into_iter().flat_map(|c| STREAMS.map(|n| (c, n))) {
+                let runs = self.of(kind, cipher, streams);
+                if runs.is_empty() {
+                    continue;
                 }
+                let how = match (vmm, cipher) {
+                    (Vmm::Qemu, Cipher::Aes256) => "TLS, pre-shared key".to_owned(),
+                    (Vmm::Qemu, Cipher::Aes128) => "TLS, pre-shared key, aes128-gcm by its priority".to_owned(),
+                    _ => cipher.to_string(),
+                };
+                let spread = |of: &dyn Fn(&Run) -> f64| output::spread(&runs.iter().map(|r| of(r)).collect::<Vec<_>>());
+                let plain = self.total(kind, Cipher::None, streams);
+                let beside = self.total(kind, cipher, streams).and_then(|t| Some(t / plain?));
+                rows.push(vec![
+                    format!("{} · {how}", tuning.label(name(vmm))),
+                    streams.to_string(),
+                    spread(&|r| r.total_ms),
+                    output::times(beside),
+                    spread(&|r| r.gap_ms),
+                    spread(&|r| r.cpu_s * 1e3),
+                    spread(&|r| (r.cpu_s - r.cpu_vcpu_s) * 1e3),
+                ]);
             }
-            all.push(Table {
-                title: format!("Totals, {} (median (least–most), ms)", link.name()),
-                head: vec![
-                    "tool · cipher",
-                    "streams",
-                    "total, client",
-                    "of its plain",
-                    "guest's longest gap",
-                    "CPU",
-                    "beside vCPUs",
-                ],
-                rows,
-            });
         }
+        let head =
+            ["tool · cipher", "streams", "total, client", "of its plain", "guest's longest gap", "CPU", "beside vCPUs"];
+        let title = format!("Totals, {} (median (least–most), ms)", link.name());
+        Table { title, head: head.to_vec(), rows }
+    }
+
+    /// The ciphers and the record layer.
+    fn one_core(&self) -> Table {
         let gb = |rate: f64| format!("{rate:.1}");
         let three = |of: &dyn Fn(&records::Records) -> f64, rates: &records::Rates| {
             rates.records.iter().map(|r| gb(of(r))).collect::<Vec<_>>().join(" / ")
@@ -337,14 +354,12 @@ impl Figures {
                 three(&|r| r.open_warm, r),
             ]
         });
-        all.push(Table {
+        Table {
             title: "One core, GB/s: the bare cipher in pieces of 64 KiB, and records of 64 KiB / 256 KiB / 1 MiB"
                 .into(),
             head: vec!["library · cipher", "seal warm", "records", "seal cold", "records", "copy and open", "records"],
             rows: rows.collect(),
-        });
-        all.retain(|table| !table.rows.is_empty());
-        all
+        }
     }
 
     fn text(&self) -> String {
@@ -431,11 +446,10 @@ mod tests {
     #[test]
     fn rounds_have_one_of_each_kind() {
         let all = setups(&[Vmm::Minivmm, Vmm::Qemu], Link::Loopback, 3);
-        assert_eq!(all.len(), 3 * (2 * 2 + 4 + 2 * 2));
-        assert!(all[..12].iter().enumerate().all(|(n, one)| {
-            all[..n].iter().all(|other| (other.vmm, other.way, other.streams) != (one.vmm, one.way, one.streams))
-        }));
-        assert_eq!(setups(&[Vmm::Minivmm], Link::Shaped, 1).len(), 4);
+        assert_eq!(all.len(), 3 * (2 * 2 + 4 + 2 * 2 + 2 * 2 * 2));
+        let kind = |s: &Setup| (s.vmm, s.way, s.streams, s.tuning);
+        assert!(all[..20].iter().enumerate().all(|(n, one)| all[..n].iter().all(|other| kind(other) != kind(one))));
+        assert_eq!(setups(&[Vmm::Minivmm], Link::Shaped, 1).len(), 8);
     }
 
     #[test]

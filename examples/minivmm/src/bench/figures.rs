@@ -137,7 +137,7 @@ impl Figure {
 
     /// The most that ours may be, as a share of QEMU's.
     fn target(self, mode: &str, idle: bool) -> Option<f64> {
-        if [postcopy::PLAIN, postcopy::PREEMPT].contains(&mode) {
+        if postcopy::MODES.contains(&mode) {
             return matches!(self, Self::Total | Self::Gap | Self::UntilFast).then_some(0.5);
         }
         match (self, idle) {
@@ -205,7 +205,7 @@ impl Figures {
     pub(super) fn comparisons(&self) -> Vec<Comparison> {
         let mut all = Vec::new();
         let pre_copy = ["plain", "multifd"].into_iter().flat_map(|mode| Tuning::ALL.map(|tuning| tuning.label(mode)));
-        for mode in pre_copy.chain([postcopy::PLAIN, postcopy::PREEMPT].map(str::to_owned)) {
+        for mode in pre_copy.chain(postcopy::MODES.map(str::to_owned)) {
             let mode = mode.as_str();
             for workload in self.workloads(mode) {
                 for figure in Figure::ALL {

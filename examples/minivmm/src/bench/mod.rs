@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(sizes.iter().map(|s| s.2).collect::<Vec<_>>(), [1, 2, 4, 8]);
         assert!(!runs(&[]).iter().any(|s| s.1 == "sizes") && runs(&["--sizes"]).iter().any(|s| s.1 == "sizes"));
         let post_copy = runs(&["--post-copy", "--repeat", "2"]);
-        assert_eq!(post_copy.len(), 3 * 2 * 3);
+        assert_eq!(post_copy.len(), 3 * 2 * 5);
         assert!(post_copy.iter().all(|s| s.1.starts_with("post-copy") && s.2 == 1));
         assert!(!runs(&[]).iter().any(|s| s.1.starts_with("post-copy")));
     }

@@ -86,6 +86,7 @@ fn tables(figures: &Figures) -> Vec<Table> {
         ("multifd", "4 streams against QEMU's multifd with 4 channels, both as they come (median (least–most), ms)"),
         (postcopy::PLAIN, "Post-copy, 2 streams, against QEMU's plain post-copy (median (least–most), ms)"),
         (postcopy::PREEMPT, "The same runs against QEMU's post-copy with preemption (median (least–most), ms)"),
+        (postcopy::CAREFUL, "After one pass of pre-copy, against QEMU's with preemption (median (least–most), ms)"),
     ] {
         let mut rows = Vec::new();
         for c in comparisons.iter().filter(|c| c.mode == mode) {

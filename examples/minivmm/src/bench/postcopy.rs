@@ -27,6 +27,10 @@ use super::{
 pub(super) const PLAIN: &str = "post-copy";
 /// Label of QEMU's post-copy with a channel of its own for pages that are waited for.
 pub(super) const PREEMPT: &str = "post-copy-preempt";
+/// Label of the runs of careful users, who let a pass of pre-copy go before, so that the guest waits for fewer pages.
+pub(super) const CAREFUL: &str = "post-copy-careful";
+/// All of them.
+pub(super) const MODES: [&str; 3] = [PLAIN, PREEMPT, CAREFUL];
 /// Connections for pages, ours: what `ctl migrate` has by default. QEMU's post-copy has one, and one more with preemption.
 const STREAMS: u16 = 2;
 
@@ -43,9 +47,9 @@ const SHARE: f64 = 0.9;
 /// How long after the end of the migration it may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// One round of runs with a workload, in the order in which they are done.
+/// One round of runs with a workload, in the order in which they are done. `strategy` is ours where both are as they come.
 pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) -> Vec<Setup> {
-    let setup = |vmm, label: &str, streams, strategy: &str| Setup {
+    let setup = |vmm, label: &str, streams, strategy: &str, tuning| Setup {
         vmm,
         label: label.into(),
         workload: workload.into(),
@@ -56,13 +60,15 @@ pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) 
         watch_memory: false,
         watch_speed: true,
         way: Way::default(),
-        tuning: Tuning::AsItComes,
+        tuning,
     };
-    let of = |vmm: &Vmm| match vmm {
-        Vmm::Minivmm => vec![setup(Vmm::Minivmm, PLAIN, STREAMS, strategy)],
-        Vmm::Qemu => vec![setup(Vmm::Qemu, PLAIN, 1, PLAIN), setup(Vmm::Qemu, PREEMPT, 1, PREEMPT)],
+    let of = |tuning, vmm: &Vmm| match (tuning, vmm) {
+        (Tuning::AsItComes, Vmm::Minivmm) => vec![setup(*vmm, PLAIN, STREAMS, strategy, tuning)],
+        (Tuning::AsItComes, Vmm::Qemu) => [PLAIN, PREEMPT].map(|label| setup(*vmm, label, 1, label, tuning)).to_vec(),
+        (Tuning::Careful, Vmm::Minivmm) => vec![setup(*vmm, CAREFUL, STREAMS, "hybrid:rounds=1", tuning)],
+        (Tuning::Careful, Vmm::Qemu) => vec![setup(*vmm, CAREFUL, 1, PREEMPT, tuning)],
     };
-    vmms.iter().flat_map(of).collect()
+    Tuning::ALL.into_iter().flat_map(|tuning| vmms.iter().flat_map(move |vmm| of(tuning, vmm))).collect()
 }
 
 /// What the guest had done at a moment.

@@ -16,6 +16,7 @@ use super::{
     measure::{Moved, Setup},
     postcopy,
     process::{Folder, Process},
+    tuning::Tuning,
 };
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -51,7 +52,15 @@ pub(super) struct Pair {
     source_qmp: Qmp,
     destination_qmp: Qmp,
     uri: String,
-    post_copy: bool,
+    post_copy: Option<Start>,
+}
+
+/// When post-copy begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    AtOnce,
+    /// After a pass over all memory, unless that is the end already.
+    AfterAPass,
 }
 
 /// A QEMU with the guest, not yet ready to migrate.
@@ -119,13 +128,16 @@ impl Source {
         let mut source_qmp = self.qmp;
         let multifd = setup.streams > 1;
         let preempt = setup.strategy == postcopy::PREEMPT;
-        let post_copy = preempt || setup.strategy == postcopy::PLAIN;
+        let post_copy = (preempt || setup.strategy == postcopy::PLAIN).then_some(match setup.tuning {
+            Tuning::AsItComes => Start::AtOnce,
+            Tuning::Careful => Start::AfterAPass,
+        });
         for (qmp, is_source) in [(&mut source_qmp, true), (&mut destination_qmp, false)] {
             qmp.call(
                 "migrate-set-capabilities",
                 json!({"capabilities": [
                     {"capability": "multifd", "state": multifd},
-                    {"capability": "postcopy-ram", "state": post_copy},
+                    {"capability": "postcopy-ram", "state": post_copy.is_some()},
                     {"capability": "postcopy-preempt", "state": preempt},
                     {"capability": "auto-converge", "state": setup.tuning.auto_converge()},
                     {"capability": "events", "state": true},
@@ -141,6 +153,9 @@ impl Source {
                     object["endpoint"] = "client".into();
                     object["username"] = TLS_USER.into();
                 }
+                if cipher == Cipher::Aes128 {
+                    object["priority"] = "NORMAL:-CIPHER-ALL:+AES-128-GCM".into();
+                }
                 qmp.call("object-add", object)?;
                 qmp.call("migrate-set-parameters", json!({"tls-creds": id}))?;
             }
@@ -152,7 +167,7 @@ impl Source {
                 let limits = json!({"max-bandwidth": most, "downtime-limit": setup.tuning.downtime_limit_ms()});
                 qmp.call("migrate-set-parameters", limits)?;
             }
-            if is_source && post_copy {
+            if is_source && post_copy.is_some() {
                 // 0: no limit
                 qmp.call("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
             }
@@ -166,13 +181,23 @@ impl Source {
     }
 }
 
+/// Whether an event is the end of a migration, good or bad.
+fn has_ended(event: &Value) -> bool {
+    event["event"] == "MIGRATION"
+        && matches!(event["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
+}
+
 impl Pair {
     /// Migrates; returns when the source says that it is complete and the guest runs at the destination.
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let start = Instant::now();
         self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
-        if self.post_copy {
+        if self.post_copy == Some(Start::AtOnce) {
             self.source_qmp.call("migrate-start-postcopy", json!({}))?;
+        }
+        if self.post_copy == Some(Start::AfterAPass) && self.source_qmp.passed()? {
+            // one that ended meanwhile refuses it, and says below how it ended
+            let _ = self.source_qmp.call("migrate-start-postcopy", json!({}));
         }
         self.source_qmp.complete()?;
         self.destination_qmp.event(|e| e["event"] == "RESUME")?;
@@ -328,15 +353,23 @@ impl Qmp {
 
     /// Waits for the end of a migration.
     fn complete(&mut self) -> Result<(), String> {
-        let end = self.event(|e| {
-            e["event"] == "MIGRATION"
-                && matches!(e["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
-        })?;
+        let end = self.event(has_ended)?;
         if end["data"]["status"] == "completed" {
             return Ok(());
         }
         let why = self.call("query-migrate", json!({}))?;
         Err(format!("QEMU's migration is {}: {}", end["data"]["status"], why["error-desc"]))
+    }
+
+    /// Waits until all memory was sent once; whether the migration still goes on.
+    fn passed(&mut self) -> Result<bool, String> {
+        let passed = |e: &Value| e["event"] == "MIGRATION_PASS" && e["data"]["pass"].as_u64() >= Some(2);
+        let event = self.event(|e| passed(e) || has_ended(e))?;
+        let ended = has_ended(&event);
+        if ended {
+            self.events.insert(0, event);
+        }
+        Ok(!ended)
     }
 
     /// The next event that is wanted; those before it are dropped.

@@ -713,7 +713,7 @@ const ABSENT: &str = "none";
 
 impl Absent {
     fn error() -> TrackerError {
-        TrackerError { tracker: ABSENT, what: "another migration has the tracker".into() }
+        TrackerError::new(ABSENT, "another migration has the tracker")
     }
 }
 

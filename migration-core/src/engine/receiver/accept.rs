@@ -71,7 +71,7 @@ impl<'a> Accepting<'a> {
             let why = format!("no connection can be accepted at the moment: {error}");
             self.hub.options.observer.event(&Event::Warning(why));
         }
-        if lock(&self.hub.connections).close_oldest_silent() {
+        if lock(&self.hub.connections).close_oldest_silent(None) {
             return;
         }
         if let Some(channel) = listener.accept_to_refuse() {
@@ -95,19 +95,20 @@ impl<'a> Accepting<'a> {
         }
         // in a cell, so that it can be taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some((reader, writer))));
-        let (hub, name, ended, taken) = (self.hub.clone(), peer.clone(), self.ended_tx.clone(), cell.clone());
-        let body: Box<dyn FnOnce() + Send> = Box::new(move || {
-            let halves = lock(&taken).take();
-            if let Some((reader, writer)) = halves {
-                hub.serve(Incoming { id, reader, writer, closer }, &name);
-            }
-            lock(&hub.connections).remove(id);
-            // the loop may have ended: it joins all threads by itself then
-            let _ = ended.send(id);
-        });
-        // which role it gets is known only once it has introduced itself; pages are what most of
-        // them carry
-        match self.hub.spawn(Role::Bulk, "mig-receive", body) {
+        let body = || -> Box<dyn FnOnce() + Send> {
+            let (hub, name, ended, taken) = (self.hub.clone(), peer.clone(), self.ended_tx.clone(), cell.clone());
+            let closer = closer.clone();
+            Box::new(move || {
+                let halves = lock(&taken).take();
+                if let Some((reader, writer)) = halves {
+                    hub.serve(Incoming { id, reader, writer, closer }, &name);
+                }
+                lock(&hub.connections).remove(id);
+                // the loop may have ended: it joins all threads by itself then
+                let _ = ended.send(id);
+            })
+        };
+        match self.hub.spawn_for(id, body) {
             Ok(thread) => drop(self.threads.insert(id, thread)),
             Err(error) => {
                 let halves = lock(&cell).take();

@@ -104,10 +104,11 @@ impl Connections {
         }
     }
 
-    /// Closes the oldest connection of which nothing is known, as its descriptor is needed. False
-    /// if there is none.
-    pub(super) fn close_oldest_silent(&mut self) -> bool {
-        self.close_oldest(Stage::Silent)
+    /// Closes the oldest connection of which nothing is known, as its descriptor or its thread is
+    /// needed: one that came before the connection `newest`, if that is given. False if there is
+    /// none.
+    pub(super) fn close_oldest_silent(&mut self, newest: Option<u64>) -> bool {
+        self.close_oldest(Stage::Silent, newest)
     }
 
     /// Closes everything, and takes nothing in any more.
@@ -118,12 +119,13 @@ impl Connections {
 
     fn make_room(&mut self, stage: Stage, most: usize) {
         if self.open.values().filter(|connection| connection.stage == stage).count() > most {
-            self.close_oldest(stage);
+            self.close_oldest(stage, None);
         }
     }
 
-    fn close_oldest(&mut self, stage: Stage) -> bool {
-        let at_stage = self.open.iter_mut().filter(|(_, connection)| connection.stage == stage);
+    fn close_oldest(&mut self, stage: Stage, newest: Option<u64>) -> bool {
+        let older = |id: u64| newest.is_none_or(|newest| id < newest);
+        let at_stage = self.open.iter_mut().filter(|(id, connection)| connection.stage == stage && older(**id));
         let oldest = at_stage.min_by_key(|(id, connection)| (connection.since, **id));
         let Some((_, connection)) = oldest else { return false };
         connection.close("it has not introduced itself, and others need its place");
@@ -176,6 +178,19 @@ mod tests {
         // too late
         assert!(!connections.advance(2, Stage::Identified));
         assert!(connections.advance(1001, Stage::Identified));
+    }
+
+    #[test]
+    fn none_gives_way_to_itself_or_to_an_older_one() {
+        let mut connections = Connections::default();
+        let ends: Vec<_> = (0..3).map(|id| enter(&mut connections, id)).collect();
+        assert!(connections.advance(0, Stage::Identified));
+        assert!(!connections.close_oldest_silent(Some(1)));
+        assert!(connections.close_oldest_silent(Some(2)));
+        assert!(!connections.close_oldest_silent(Some(2)));
+        assert!(connections.close_oldest_silent(None));
+        let closed: Vec<_> = ends.iter().map(|end| end.0.load(Ordering::Relaxed)).collect();
+        assert_eq!(closed, [false, true, true]);
     }
 
     #[test]

@@ -1,9 +1,24 @@
 //! What a session's lanes need is taken before they are offered: a source is told in *welcome* how
 //! many there can be, and not by a lane that fails later.
+//!
+//! Connections that say nothing give way to whoever needs a thread or a descriptor that cannot be
+//! had otherwise, the oldest one first. Nobody can tell a stranger from a lane of the session before
+//! it has said something, and lanes come several at a time. So a connection that has just come gets
+//! a reserved thread if there is one, and closes no older one for that: each lane would close the
+//! one before it. Strangers may therefore sit on the reserved threads, but only until a lane needs
+//! one, and not on those that the session has for itself.
+
+use std::thread;
 
 use super::*;
 
 type Body = Box<dyn FnOnce() + Send>;
+
+/// How long a connection that was closed may take to give back its thread and its descriptor.
+/// Whoever needs them has to do without if it takes longer.
+const GIVING_WAY: Duration = Duration::from_millis(200);
+/// How often it is looked whether it has: the kernel counts a thread for a moment after its end.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Demand lanes that room is kept for, if post-copy is wanted: how many there will be only the
 /// source knows.
@@ -18,6 +33,8 @@ pub(super) struct Parked {
     /// The number of the reservation that they belong to.
     number: u64,
     threads: Vec<Reserved>,
+    /// How many of them are for the session itself, and for no connection.
+    own: usize,
 }
 
 /// A thread that waits for a connection.
@@ -44,7 +61,7 @@ impl Drop for Reservation<'_> {
 
 impl Hub {
     /// Takes what `streams` bulk lanes need and what goes with `features`, or as many fewer bulk
-    /// lanes as can be had.
+    /// lanes as can be had when all connections that say nothing have given way.
     ///
     /// # Errors
     /// When there is not enough for a single one.
@@ -55,26 +72,26 @@ impl Hub {
             parked.number += 1;
             parked.number
         };
-        let (mut lanes, mut threads) = (0, SESSION_THREADS);
+        let (mut lanes, mut own) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
             // each lane has one beside its own that serves faults, and one waits for the end of
             // that
-            threads += 2 * DEMAND_LANES + 1;
+            own += DEMAND_LANES + 1;
         }
         if features & FEATURE_CHECKPOINTS != 0 {
             lanes += 1;
-            threads += 1;
         }
+        let threads = lanes + own;
         // from here on, whatever is reserved is released with it
         let mut reservation = Reservation { hub: self, number, streams };
         let wanted = usize::from(streams);
-        let room = lock(&self.room).clone();
-        let channels = room.map_or(wanted + lanes, |room| room.channels(wanted + lanes));
+        let channels = self.channels(wanted + lanes);
+        lock(&self.reserved).own = own;
         let mut failed = None;
         let mut reserved = 0;
         while reserved < wanted + threads && failed.is_none() {
-            match self.park() {
+            match self.past_strangers(None, || self.park()) {
                 Ok(thread) => lock(&self.reserved).threads.push(thread),
                 Err(cause) => failed = Some(cause),
             }
@@ -91,6 +108,52 @@ impl Hub {
                 let text = format!("the destination has no descriptors for {} connections", lanes + 1);
                 Err(MigrationError::Peer { code: ErrorCode::Resources, text })
             }
+        }
+    }
+
+    /// Returns for how many of `wanted` connections there are descriptors.
+    fn channels(&self, wanted: usize) -> usize {
+        let Some(room) = lock(&self.room).clone() else { return wanted };
+        let mut channels = room.channels(wanted);
+        let mut more = true;
+        while channels < wanted && more {
+            let before = channels;
+            more = self.gives_way(None, || {
+                channels = room.channels(wanted);
+                channels > before
+            });
+        }
+        channels
+    }
+
+    /// Starts something, for which a connection that says nothing gives way if need be: one that
+    /// came before the connection `newest`, if that is given.
+    fn past_strangers<T>(&self, newest: Option<u64>, mut start: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        let mut started = start();
+        if started.is_err() {
+            self.gives_way(newest, || {
+                started = start();
+                started.is_ok()
+            });
+        }
+        started
+    }
+
+    /// Closes the oldest connection that says nothing, and waits a moment until that has helped.
+    /// Returns whether it has.
+    fn gives_way(&self, newest: Option<u64>, mut helped: impl FnMut() -> bool) -> bool {
+        if !lock(&self.connections).close_oldest_silent(newest) {
+            return false;
+        }
+        let deadline = Instant::now() + GIVING_WAY;
+        loop {
+            if helped() {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(LOOK);
         }
     }
 
@@ -119,8 +182,37 @@ impl Hub {
         }
     }
 
-    /// Starts a thread for a session or a connection, or takes one of those that are reserved.
+    /// Starts a thread for a session, or takes one of those that are reserved.
     pub(super) fn spawn(&self, role: Role, name: &str, body: Body) -> io::Result<Box<dyn Joiner>> {
+        let mut parked = lock(&self.reserved);
+        let thread = self.obtain(role, name, body, &mut parked, 0)?;
+        // wherever it came from, the session needs one less
+        parked.own = parked.own.saturating_sub(1);
+        Ok(thread)
+    }
+
+    /// Starts a thread for the connection `id`, or takes one that is reserved for lanes, or that of
+    /// an older connection that says nothing. Its body is made anew for every attempt.
+    pub(super) fn spawn_for(&self, id: u64, body: impl Fn() -> Body) -> io::Result<Box<dyn Joiner>> {
+        self.past_strangers(Some(id), || {
+            let mut parked = lock(&self.reserved);
+            let own = parked.own;
+            // which role it gets is known only once it has introduced itself; pages are what most
+            // of them carry
+            self.obtain(Role::Bulk, "mig-receive", body(), &mut parked, own)
+        })
+    }
+
+    /// Starts a thread, or takes one of those that are `parked` if there are more than `rest`. The
+    /// caller holds their lock: it has to count what it got before another one looks.
+    fn obtain(
+        &self,
+        role: Role,
+        name: &str,
+        body: Body,
+        parked: &mut Parked,
+        rest: usize,
+    ) -> io::Result<Box<dyn Joiner>> {
         // in a cell, so that it can be taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some(body)));
         let taken = cell.clone();
@@ -133,7 +225,10 @@ impl Hub {
         let spawned = self.options.spawner.spawn(role, GuestImpact::Balanced, name, run);
         let Err(error) = spawned else { return spawned };
         let Some(body) = lock(&cell).take() else { return Err(error) };
-        let Some(Reserved { work, thread }) = lock(&self.reserved).threads.pop() else { return Err(error) };
+        if parked.threads.len() <= rest {
+            return Err(error);
+        }
+        let Some(Reserved { work, thread }) = parked.threads.pop() else { return Err(error) };
         let spawner = self.options.spawner.clone();
         let run = Box::new(move || {
             spawner.assume(role, GuestImpact::Balanced);
@@ -143,5 +238,48 @@ impl Hub {
             Ok(()) => Ok(thread),
             Err(_) => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::VmDescription;
+
+    /// Starts this many threads and no more.
+    struct Few(Mutex<usize>);
+
+    impl Spawner for Few {
+        fn spawn(&self, role: Role, impact: GuestImpact, name: &str, body: Body) -> io::Result<Box<dyn Joiner>> {
+            let mut left = self.0.lock().unwrap();
+            *left = left.checked_sub(1).ok_or(io::ErrorKind::WouldBlock)?;
+            StdSpawner.spawn(role, impact, name, body)
+        }
+    }
+
+    struct NoHost;
+
+    impl DestinationHost for NoHost {
+        fn build(&mut self, _vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+            unreachable!("no source comes")
+        }
+
+        fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
+            unreachable!("no source comes")
+        }
+    }
+
+    #[test]
+    fn what_a_session_needs_for_itself_goes_to_no_connection() {
+        let spawner = Arc::new(Few(Mutex::new(2 + SESSION_THREADS)));
+        let receiver = Receiver::new(Box::new(NoHost), ReceiverOptions { spawner, ..ReceiverOptions::default() });
+        let hub = &receiver.hub;
+        let reservation = hub.reserve(2, 0).unwrap();
+        assert_eq!(reservation.streams, 2);
+        let connection = |id| hub.spawn_for(id, || Box::new(|| {}));
+        let lanes = [connection(0).unwrap(), connection(1).unwrap()];
+        assert!(connection(2).is_err(), "the last one is the session's");
+        hub.spawn(Role::Control, "mig-alive", Box::new(|| {})).unwrap().join();
+        lanes.map(|lane| lane.join());
     }
 }

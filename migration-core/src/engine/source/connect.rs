@@ -141,6 +141,22 @@ impl Engine<'_> {
         PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.link_ended.clone())
     }
 
+    /// An error when the user has cancelled, or the guest has ended, while a channel was opened. What the destination has
+    /// said meanwhile is left to those who wait for it.
+    fn hear_cancel(&mut self) -> Result<(), MigrationError> {
+        if !self.machine.owns() {
+            return Ok(());
+        }
+        match self.inputs.find(|input| matches!(input, Input::Cancel(_) | Input::VmEnded(_))) {
+            Some(Input::Cancel(why)) => {
+                self.cancelled = Some(why.clone());
+                Err(MigrationError::Cancelled(why))
+            }
+            Some(Input::VmEnded(why)) => Err(MigrationError::VmEnded(why)),
+            _ => Ok(()),
+        }
+    }
+
     fn open_channel(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         match &self.hurry {
             Some(hurry) => self.connector().connect_within(kind, hurry.connect),
@@ -150,6 +166,7 @@ impl Engine<'_> {
 
     /// Opens a control lane and a thread that reads it.
     pub(super) fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
+        self.hear_cancel()?;
         let peer = self.connector().address();
         let Halves { mut reader, mut writer, closer } =
             self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
@@ -240,6 +257,7 @@ impl Engine<'_> {
     }
 
     fn open_lane(&mut self, kind: LaneKind, index: u16) -> Result<(Lane, Box<dyn ReadHalf>), MigrationError> {
+        self.hear_cancel()?;
         let peer = self.connector().address();
         let Halves { mut writer, reader, closer } =
             self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;

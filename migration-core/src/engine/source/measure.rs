@@ -22,10 +22,14 @@ impl Engine<'_> {
 
     /// Sends pieces of device state: at least one budget's worth, and all that was pending before, if the devices come to the
     /// end of it. What a device adds meanwhile waits for the next round.
+    ///
+    /// Control frames never wait for a bandwidth limit, so the limit is kept here: each budget's worth waits until what was
+    /// sent before it is within the limit.
     pub(super) fn send_pieces(&mut self) -> Result<(), MigrationError> {
         let (mut before, mut sent) = (u64::MAX, 0);
         let mut most = None;
         loop {
+            self.await_bandwidth()?;
             let (pieces, pending) =
                 self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
             for piece in pieces {
@@ -35,13 +39,37 @@ impl Engine<'_> {
                 self.say(&Control::Piece(piece))?;
             }
             self.calibration.pending(pending);
-            if pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending) {
+            let ends = pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending);
+            // what is left is part of the state that is saved in the pause
+            if ends || self.round_is_over() {
                 return Ok(());
             }
             before = pending;
             // a cancel is not kept waiting
             self.heed()?;
         }
+    }
+
+    /// Waits until what was sent is within a limit on the bandwidth. Pings, a cancel and a limit that changes are seen to
+    /// meanwhile; a round that is to end early waits no longer.
+    fn await_bandwidth(&mut self) -> Result<(), MigrationError> {
+        let mut until = None;
+        while !self.round_is_over() {
+            let now = Instant::now();
+            let ahead = self.control.as_ref().map_or(Duration::ZERO, ControlWriter::ahead_of_limit);
+            let within = now.checked_add(ahead).unwrap_or(now + PROGRESS_INTERVAL);
+            // others under the same limit may go on to send: what they send later is not waited for
+            let turn = until.map_or(within, |until: Instant| until.min(within));
+            if turn <= now {
+                break;
+            }
+            until = Some(turn);
+            // returns at the next tick at the latest
+            if let Some(Input::Control(epoch, frame)) = self.next_input(turn)? {
+                self.frame(epoch, frame)?;
+            }
+        }
+        Ok(())
     }
 
     /// What is known of the link and the session.

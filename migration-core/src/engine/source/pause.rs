@@ -109,8 +109,18 @@ impl PauseWatch {
         if self.silent >= self.silence {
             return Some(format!("was silent for {:?}", self.silence));
         }
+        self.exceeded(now)
+    }
+
+    /// Why the pause must end at `now`, although the destination makes progress; `None` before that.
+    fn exceeded(&self, now: Instant) -> Option<String> {
         (now.saturating_duration_since(self.began) >= self.total)
             .then(|| format!("was not ready within {:?}, although it made progress", self.total))
+    }
+
+    /// When the pause must end; `None` where that is beyond what a clock shows.
+    fn end(&self) -> Option<Instant> {
+        self.began.checked_add(self.total)
     }
 }
 
@@ -123,28 +133,31 @@ impl Engine<'_> {
         let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
         let (limits, predicted) = (self.options.pause_limits, self.report.predicted_downtime);
         let watch = PauseWatch::new(limits, self.downtime_limit(), predicted, Instant::now(), bytes);
-        let silence = watch.silence;
+        let (silence, end) = (watch.silence, watch.end());
         self.watch = Some(watch);
-        self.limit_writes(silence);
+        self.limit_writes(silence, end);
     }
 
     /// The guest runs again, or is not ours any more.
     pub(super) fn end_watch(&mut self) {
         if self.watch.take().is_some() {
-            self.limit_writes(self.options.idle_timeout);
+            self.limit_writes(self.options.idle_timeout, None);
         }
     }
 
     /// Whether the destination takes it or not, the last word does not hold up the end of the
     /// migration.
     pub(super) fn hurry_last_word(&mut self) {
-        self.limit_writes(LAST_WORD);
+        self.limit_writes(LAST_WORD, Instant::now().checked_add(LAST_WORD));
     }
 
-    fn limit_writes(&mut self, timeout: Duration) {
+    /// Limits the time without a byte taken by the destination, and when all must be written: a
+    /// destination that takes a large frame drop by drop is never without a byte.
+    fn limit_writes(&mut self, timeout: Duration, deadline: Option<Instant>) {
         if let Some(control) = &mut self.control {
             // it fails where the channel has ended: the next write says so
             let _ = control.set_idle_timeout(timeout);
+            control.set_deadline(deadline);
         }
     }
 
@@ -168,6 +181,10 @@ impl Engine<'_> {
         if let Some(watch) = self.watch.as_mut().filter(|watch| watch.by_pages) {
             let bytes = pages.saturating_mul(PAGE_SIZE as u64);
             watch.total = watch.total.saturating_add(Duration::from_secs(bytes / LEAST_RATE));
+            let end = watch.end();
+            if let Some(control) = &mut self.control {
+                control.set_deadline(end);
+            }
         }
     }
 
@@ -189,13 +206,14 @@ impl Engine<'_> {
         why.map_or(Ok(()), |why| Err(self.pause_exceeded(why)))
     }
 
-    /// A write in the pause has failed: whether because the destination takes nothing.
-    pub(super) fn silent_in_pause(&self, error: MigrationError) -> MigrationError {
+    /// A write in the pause has failed: whether because the destination takes nothing, or too little.
+    pub(super) fn stuck_in_pause(&self, error: MigrationError) -> MigrationError {
         match (&self.watch, &error) {
             (Some(watch), MigrationError::Link { cause, .. })
                 if matches!(cause.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
             {
-                self.pause_exceeded(format!("took nothing for {:?}", watch.silence))
+                let exceeded = watch.exceeded(Instant::now());
+                self.pause_exceeded(exceeded.unwrap_or_else(|| format!("took nothing for {:?}", watch.silence)))
             }
             _ => error,
         }
