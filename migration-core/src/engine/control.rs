@@ -120,6 +120,11 @@ impl ControlReader {
         Self { unknown: true, ..Self::new(half, peer, bytes) }
     }
 
+    /// Sets how long a read may go without a byte from the peer.
+    pub(super) fn set_idle_timeout(&mut self, timeout: Duration) -> Result<(), MigrationError> {
+        self.half.set_idle_timeout(Some(timeout)).map_err(MigrationError::link(&self.peer))
+    }
+
     /// Open files that follow the frames so far: exactly so many.
     pub(super) fn files(&mut self, count: usize) -> Result<Vec<OwnedFd>, MigrationError> {
         let files = self.half.receive_files(count).map_err(|cause| match cause.kind() {

@@ -449,7 +449,7 @@ mod tests {
     #[test]
     fn nobody_waits_once_the_link_has_ended() {
         let (tx, rx) = mpsc::channel();
-        let (mut inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
+        let (inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
         let peer = PeerInputs::new(tx, inputs.waiting.clone(), ended.clone());
         let speaks = thread::spawn(move || (0..=MOST_WAITING).all(|_| peer.send(Input::Demanded(1)).is_ok()));
         while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {

@@ -21,7 +21,7 @@ use std::{
 use accept::Accepting;
 pub(super) use allowance::Allowance;
 use connections::{Connections, Stage};
-use reserve::{Parked, Reservation};
+use reserve::Parked;
 use thiserror::Error;
 
 use super::{
@@ -453,17 +453,15 @@ impl Hub {
         Err(MigrationError::Peer { code: ErrorCode::Busy, text })
     }
 
-    /// Serves a control lane from its second frame on.
+    /// Serves a control lane, each frame in its turn.
     fn frames(
         self: &Arc<Self>,
         frames: &mut ControlReader,
         session: &Arc<Session>,
         attachment: u64,
-        mut until_first: Option<Reservation<'_>>,
     ) -> Result<(), MigrationError> {
         loop {
             let (epoch, frame) = frames.read()?;
-            drop(until_first.take());
             if let Flow::End = self.frame(session, attachment, epoch, frame)? {
                 return Ok(());
             }

@@ -78,6 +78,8 @@ struct LaneState {
     demand: Vec<Option<DemandLane>>,
     checkpoint: Option<Arc<dyn Closer>>,
     missing: Option<Arc<Missing>>,
+    /// Whether the source was told that all its lanes are here.
+    prepared: bool,
     /// Whether the VM runs here.
     running: bool,
     /// Whether its guest has ended here: what is missing need not come any more.
@@ -138,6 +140,7 @@ impl Session {
             demand: (0..MAX_DEMAND_LANES).map(|_| None).collect(),
             checkpoint: None,
             missing: None,
+            prepared: false,
             running: false,
             guest_ended: false,
             started: vec![0; count],
@@ -425,6 +428,19 @@ impl Session {
 
     pub(super) fn wait_attached(&self, timeout: Duration) -> Result<(), MigrationError> {
         self.wait_for(timeout, "the source to open its lanes", |s| s.attached.iter().all(Option::is_some))
+    }
+
+    /// Tells the source that all its lanes are here.
+    pub(super) fn tell_prepared(&self, prepared: &Control) -> Result<(), MigrationError> {
+        self.say(prepared)?;
+        lock(&self.lane_state).prepared = true;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until the source was told that all its lanes are here.
+    pub(super) fn wait_prepared(&self, timeout: Duration) -> Result<(), MigrationError> {
+        self.wait_for(timeout, "the lanes to be ready", |s| s.prepared)
     }
 
     /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes` grows within `idle`.

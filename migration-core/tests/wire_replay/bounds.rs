@@ -303,3 +303,29 @@ impl Listener for CrampedDoor {
         Some(self.1.clone())
     }
 }
+
+/// A source that gives up while its lanes are awaited, by this word or by the end of its link.
+fn gives_up(word: Option<Control>) {
+    // nothing is waited for as long as that
+    let options = ReceiverOptions { idle_timeout: 10 * HANG, ..ReceiverOptions::default() };
+    let destination = Destination::with(options, host);
+    let control = greet(&destination, &hello_of(description().id, 0, 2));
+    let token = welcome(&control).session;
+    let lane = destination.connect(&Preamble::new(LaneKind::Bulk, 0, token).encode());
+    match &word {
+        Some(word) => control.outgoing.write(&word.encode(0, 1, 1)).unwrap(),
+        None => control.outgoing.update(|state| state.ended = true),
+    }
+    drop(lane.incoming.wait("the lanes are closed", |state| state.closed || state.ended));
+    // and the next one is welcome
+    let next = Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode();
+    let next = destination.connect(&[&next[..], &hello_of(description().id, 0, 2).encode(0, 0, 2)].concat());
+    welcome(&next);
+}
+
+#[test]
+fn a_source_that_gives_up_while_its_lanes_are_awaited_is_heard_at_once() {
+    gives_up(Some(Control::Abandon));
+    gives_up(Some(Control::error(ErrorCode::VmEnded, "the VM has ended")));
+    gives_up(None);
+}

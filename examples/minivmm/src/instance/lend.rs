@@ -223,9 +223,12 @@ impl Instance {
             return Err(format!("gone: this minivmm is {}", state.role.name()));
         }
         state.role = Role::Ended;
+        let why = report["reason"].as_str().unwrap_or_default().to_owned();
         state.last = Some(report);
         if status != 0 {
+            let pid = state.lent.as_ref().map(|lent| lent.request.pid).unwrap_or_default();
             drop(state);
+            log!("the VM has ended in process {pid}, which had borrowed it and says why: {why}");
             self.guest_ended();
             state = self.lock();
         }

@@ -7,7 +7,7 @@ use libtest_mimic::Failed;
 use super::faults::a_while;
 use crate::common::{Client, Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says, wait_for};
 
-const HAND_OVER: [&str; 2] = ["--strategy", "handover"];
+pub(crate) const HAND_OVER: [&str; 2] = ["--strategy", "handover"];
 /// Workloads that find a page which is not what it was.
 const WORKLOADS: [&str; 4] = [
     "random:size=24M,data=8M",
@@ -49,7 +49,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.anywhere("hand_over/software_guest", software_guest);
 }
 
-fn successor(lab: &Lab, name: &str, args: &[&str]) -> Result<Process, Failed> {
+pub(crate) fn successor(lab: &Lab, name: &str, args: &[&str]) -> Result<Process, Failed> {
     lab.receive_at(name, &format!("unix:{}", lab.arg(&format!("{name}.migration"))), args)
 }
 

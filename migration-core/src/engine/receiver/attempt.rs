@@ -2,7 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 
-use super::*;
+use super::{reserve::Reservation, *};
 use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
 
 impl Hub {
@@ -34,7 +34,7 @@ impl Hub {
             state.attachment += 1;
             state.attachment
         };
-        let served = self.frames(&mut frames, &session, attachment, None);
+        let served = self.frames(&mut frames, &session, attachment);
         self.ended(&session, attachment, peer, served);
         Ok(())
     }
@@ -95,8 +95,11 @@ impl Hub {
             self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
-        // by its first frame after the answer all its lanes are here
-        let served = opened.and_then(|()| self.frames(&mut frames, &session, attachment, Some(reserved)));
+        let first = opened.and_then(|()| self.first_frame(&mut frames, &session, attachment, reserved));
+        let served = first.and_then(|flow| match flow {
+            Flow::Continue => self.frames(&mut frames, &session, attachment),
+            Flow::End => Ok(()),
+        });
         if features & FEATURE_SHARED_RAM != 0 {
             // whatever came of it, the guest does not wait for this thread any more
             self.options.spawner.end_switch_over();
@@ -179,16 +182,47 @@ impl Hub {
         Protection::new(protected, vm.identity(), vm.ram().layout().pages()).map(Some)
     }
 
-    /// Has the source open its lanes, and tells it when everything stands ready for pages.
-    fn open(&self, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
+    /// Has the source open its lanes. A thread of the session waits for them and tells the source when everything stands
+    /// ready for pages: this one reads the control lane meanwhile, and hears a source that gives up.
+    fn open(self: &Arc<Self>, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.say(&Control::Welcome(welcome))?;
-        let alive = session.clone();
-        self.watcher(Role::Control, "mig-alive", Box::new(move || alive.keep_alive()))?;
+        let (hub, session) = (self.clone(), session.clone());
+        let body = move || match hub.await_lanes(&session, attachment) {
+            Ok(()) => session.keep_alive(),
+            // whoever reads the control lane finds it closed, and ends the attempt
+            Err(error) => session.fail(error.code(), &error.to_string()),
+        };
+        self.watcher(Role::Control, "mig-alive", Box::new(body))
+    }
+
+    /// The first frame after the answer. It has its turn when all lanes are here, and what is reserved for them is not
+    /// needed any more; but a source that gives up is heard at once.
+    fn first_frame(
+        self: &Arc<Self>,
+        frames: &mut ControlReader,
+        session: &Arc<Session>,
+        attachment: u64,
+        reserved: Reservation<'_>,
+    ) -> Result<Flow, MigrationError> {
+        // lanes have a time-out of their own, and it is the source's turn only after that
+        let patience = self.options.idle_timeout.saturating_mul(2);
+        frames.set_idle_timeout(patience)?;
+        let (epoch, frame) = frames.read()?;
+        if !matches!(frame, Control::Abandon | Control::Error { .. }) {
+            session.wait_prepared(patience)?;
+        }
+        drop(reserved);
+        frames.set_idle_timeout(self.options.idle_timeout)?;
+        self.frame(session, attachment, epoch, frame)
+    }
+
+    /// Waits until all lanes are here, and tells the source so.
+    fn await_lanes(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
         session.wait_attached(self.options.idle_timeout)?;
         let load = lock(&session.vm).as_mut().and_then(|vm| vm.estimate_load());
         let prepared = self.current(attachment)?.machine.prepared(load)?;
-        session.say(&prepared)?;
+        session.tell_prepared(&prepared)?;
         self.tell_phase();
         Ok(())
     }

@@ -280,6 +280,6 @@ mod tests {
         let lanes = [connection(0).unwrap(), connection(1).unwrap()];
         assert!(connection(2).is_err(), "the last one is the session's");
         hub.spawn(Role::Control, "mig-alive", Box::new(|| {})).unwrap().join();
-        lanes.map(|lane| lane.join());
+        lanes.into_iter().for_each(|lane| lane.join());
     }
 }

@@ -29,9 +29,11 @@ impl Engine<'_> {
         let (mut before, mut sent) = (u64::MAX, 0);
         let mut most = None;
         loop {
-            self.await_bandwidth()?;
             let (pieces, pending) =
                 self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+            if !pieces.is_empty() {
+                self.await_bandwidth()?;
+            }
             for piece in pieces {
                 check_piece(&piece)?;
                 sent += piece.data.len() as u64;
