@@ -135,19 +135,13 @@ impl Hub {
         };
         let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
-            Err(cause) => {
-                control.send(epoch, &Control::error(ErrorCode::Mismatch, cause.to_string()))?;
-                return Err(MigrationError::Vm { step: "building the VM", cause });
-            }
+            Err(cause) => return Err(self.no_vm((attachment, epoch), &mut control, ErrorCode::Mismatch, cause)),
         };
         let pager = if shared { None } else { vm.pager() };
         let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
         let protection = match self.protection(&mut *vm, &mut features) {
             Ok(protection) => protection.map(Arc::new),
-            Err(cause) => {
-                control.send(epoch, &Control::error(ErrorCode::State, cause.to_string()))?;
-                return Err(MigrationError::Vm { step: "building the VM", cause });
-            }
+            Err(cause) => return Err(self.no_vm((attachment, epoch), &mut control, ErrorCode::State, cause)),
         };
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let token = new_token(hello.vm.id, epoch);
@@ -157,6 +151,23 @@ impl Hub {
         let session = Arc::new(session);
         self.current(attachment)?.session = Some(session.clone());
         Ok((session, features))
+    }
+
+    /// Tells the source of an attempt that there is no VM for it. Its place is free before it hears that:
+    /// whoever comes next, and as soon, is not told that the destination is busy.
+    fn no_vm(
+        &self,
+        (attachment, epoch): (u64, u32),
+        control: &mut ControlWriter,
+        code: ErrorCode,
+        cause: VmError,
+    ) -> MigrationError {
+        let text = cause.to_string();
+        self.lost(attachment, &text);
+        match control.send(epoch, &Control::error(code, text)) {
+            Ok(()) => MigrationError::Vm { step: "building the VM", cause },
+            Err(error) => error,
+        }
     }
 
     /// Builds a VM in the RAM that its source shares.
