@@ -536,10 +536,10 @@ mod tests {
         (store.latest().map(|(number, _)| number), page, error)
     }
 
-    /// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
-    fn kept_in(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> MigrationError {
+    /// A source of 16 pages, which keeps checkpoints there.
+    fn keeper(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> Keeper {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
-        let keeper = Keeper {
+        Keeper {
             reader: Box::new(Script(destination.bytes.into())),
             writer: Box::new(Said::default()),
             peer: "the destination".into(),
@@ -551,9 +551,13 @@ mod tests {
             observer: Arc::new(NoObserver),
             sent: 0,
             zeros: PageSet::empty(16),
-        };
+        }
+    }
+
+    /// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
+    fn kept_in(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> MigrationError {
         let (tx, inputs) = mpsc::channel();
-        keeper.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
+        keeper(reverse, destination).run(PeerInputs::new(tx, Arc::default(), Arc::default()));
         let ended = inputs.iter().find_map(|input| match input {
             Input::Lane(Err(error)) => Some(error),
             _ => None,
@@ -627,6 +631,54 @@ mod tests {
         // the third one ends before its commit
         let (number, page, _) = kept(introduced().whole(1).whole(2).pages(3, 2, 3, 3), true);
         assert_eq!((number, page), (Some(2), 2));
+    }
+
+    #[test]
+    fn what_is_kept_is_counted_and_acknowledged() {
+        let destination = Destination::default().frame(Checkpoint::Identity(Bytes::from_static(b"it")), 0);
+        let destination = destination.whole(1).whole(2);
+        let bytes = destination.bytes.len() as u64;
+        let said = Said::default();
+        let keeper = Keeper {
+            writer: Box::new(said.clone()),
+            ..keeper(Some(Arc::new(Mutex::new(MemoryStore::default()))), destination)
+        };
+        let (kept, wire_bytes) = (keeper.kept.clone(), keeper.wire_bytes.clone());
+        kept.handed_over.store(true, Ordering::Relaxed);
+        let (tx, _inputs) = mpsc::channel();
+        keeper.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
+        assert_eq!(kept.counts(), CheckpointCounts { protected: true, count: 2, bytes });
+        assert!(kept.heard.load(Ordering::Relaxed));
+        assert_eq!(lock(&kept.identity).as_deref(), Some(&b"it"[..]));
+        let said = lock(&said.0).clone();
+        assert_eq!(wire_bytes.load(Ordering::Relaxed), bytes + said.len() as u64);
+        let (mut script, mut sequence, mut frames) = (Script(said.into()), 0, Vec::new());
+        while let Ok((header, body)) = read_frame(&mut script, &mut sequence, "the source") {
+            frames.push((header.number, Checkpoint::decode(&header, &body).unwrap()));
+        }
+        let (interval_us, detect_us) = (100_000, 1_000_000);
+        let every = Checkpoint::Every { interval_us, detect_us, identity: Bytes::new() };
+        assert_eq!(frames, [(0, every), (1, Checkpoint::Committed), (2, Checkpoint::Committed)]);
+    }
+
+    #[test]
+    fn a_checkpoint_may_be_as_large_as_its_limits() {
+        // each page twice
+        let state = Bytes::from(VmState::default().encode());
+        let commit = Checkpoint::Commit { pages: 32, state_bytes: state.len() as u64 };
+        let destination = Destination::default().pages(0, 16, 8, 1).pages(0, 16, 9, 1);
+        let (number, page, _) = kept(destination.frame(Checkpoint::State(state), 1).frame(commit, 1), true);
+        assert_eq!((number, page), (Some(1), 9));
+
+        let chunk = |len| Checkpoint::State(Bytes::from(vec![0; len]));
+        for (len, good) in [(10, true), (11, false), (12, false)] {
+            let mut keeper = keeper(None, Destination::default().frame(chunk(len), 1));
+            let mut incoming = Incoming { state: vec![0; MAX_STATE - 10], ..Incoming::default() };
+            let (tx, _inputs) = mpsc::channel();
+            let inputs = PeerInputs::new(tx, Arc::default(), Arc::default());
+            assert_eq!(keeper.frame(&mut 0, &mut incoming, &inputs).is_ok(), good, "{len}");
+            assert!(incoming.state.len() <= MAX_STATE);
+        }
     }
 
     #[test]
