@@ -359,9 +359,11 @@ mod tests {
         }
     }
 
-    /// What was asked for on a lane.
+    /// The pages that were asked for on a lane, by the number of the frame.
     #[derive(Clone, Default)]
-    struct Asked(Arc<Mutex<Vec<(u32, Vec<u64>)>>>);
+    struct Asked(Arc<Mutex<Frames>>);
+
+    type Frames = Vec<(u32, Vec<u64>)>;
 
     impl WriteHalf for Asked {
         fn write_all(&mut self, head: &[u8], _: &[RamSlice<'_>]) -> io::Result<()> {
