@@ -303,14 +303,14 @@ impl Missing {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, pager::Fill, vm::VmError, wire::Header,
     };
 
     /// Pages of RAM on the heap that are missing, whom nobody waits for.
-    struct HeapPager {
+    pub(in crate::engine) struct HeapPager {
         ram: HeapRam,
         granule: u64,
         /// What one call of `wait` after the other returns.
@@ -383,7 +383,7 @@ mod tests {
     const PAGES: u64 = 2 * STRIPE_PAGES;
     const GENERATION: u32 = 7;
 
-    fn missing(granule: u64, pages: &[(u64, u64)]) -> (Missing, Arc<HeapPager>) {
+    pub(in crate::engine) fn missing(granule: u64, pages: &[(u64, u64)]) -> (Missing, Arc<HeapPager>) {
         let border = STRIPE_PAGES + 8;
         let regions =
             vec![RamRegion { gpa: 0, len: border << 12 }, RamRegion { gpa: 1 << 40, len: (PAGES - border) << 12 }];
