@@ -456,6 +456,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn a_set_arrives_as_it_was_sent(
             runs in prop::collection::vec((0u64..17_000_000, 1u64..200_000), 0..4), more in 0u64..65,
