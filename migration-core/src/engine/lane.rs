@@ -375,9 +375,9 @@ mod tests {
         RamLayout::new(regions).unwrap()
     }
 
-    /// What was written, and how long each write was.
+    /// What was written, and how long each write was; how often the queue was to be kept short.
     #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<(Vec<u8>, Vec<usize>)>>);
+    struct Written(Arc<Mutex<(Vec<u8>, Vec<usize>)>>, Arc<AtomicU64>);
 
     impl WriteHalf for Written {
         fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
@@ -396,6 +396,10 @@ mod tests {
 
         fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
             Ok(())
+        }
+
+        fn keep_queue_short(&mut self) {
+            self.1.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -593,6 +597,67 @@ mod tests {
     }
 
     #[test]
+    fn a_page_behind_a_full_frame_is_looked_at() {
+        // as many pages with data as a frame takes; then zeros; then data up to the end of the stripe
+        let (full, zeros) = ((FRAME_PAYLOAD / PAGE_SIZE) as u64, 10);
+        for (first, second) in [(1, 0), (0, 1)] {
+            let ram = filled(&[(0, full, first), (full, zeros, second), (full + zeros, full, first)]);
+            let (mut lane, written) = lane(&ram, 0, 1);
+            let mut set = PageSet::empty(PAGES);
+            set.insert_range(PageRange::new(0, STRIPE_PAGES));
+            let job = Job { generation: 1, pages: Arc::new(set), rearm: None, stop: Arc::default() };
+            lane.round(&job).unwrap();
+            let came = arrived(&frames(&written, false, 1), FRAME_PAYLOAD);
+            assert!(came.iter().all(|(&page, &came)| came == byte(&ram, page)) && came.len() as u64 == STRIPE_PAGES);
+            let zero = came.values().filter(|&&byte| byte == 0).count() as u64;
+            check_counts(&lane, &came, zero, &written).unwrap();
+        }
+    }
+
+    #[test]
+    fn pushes_fill_their_frames() {
+        let ram = filled(&[(0, PAGES, 1)]);
+        let most = (MAX_PAYLOAD / PAGE_SIZE) as u64;
+        for whole_blocks in [false, true] {
+            let (mut lane, written) = lane(&ram, 0, 1);
+            lane.whole_blocks = whole_blocks;
+            lane.push(PageRange::new(0, PAGES), 1).unwrap();
+            let sizes: Vec<u64> = frames(&written, false, 1).iter().map(|f| (f.1.len() / PAGE_SIZE) as u64).collect();
+            // whole blocks are not cut: the first region has one and 24 pages, the second one 16 more than that
+            let want = if whole_blocks { [most, BORDER - most, most, 16] } else { [most, most, 40, 0] };
+            assert!(sizes.iter().eq(want.iter().filter(|&&pages| pages > 0)), "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn a_lane_works_until_nobody_has_work_and_keeps_its_queue_short_for_pushes() {
+        let ram = filled(&[(0, PAGES, 1)]);
+        let (lane, written) = lane(&ram, 0, 1);
+        let ((work, jobs), (tx, inputs)) = (mpsc::channel(), mpsc::channel());
+        let job = |stop| Job { generation: 1, pages: Arc::new(PageSet::full(PAGES)), rearm: None, stop };
+        let short = || written.1.load(Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            scope.spawn(|| lane.run(jobs, tx));
+            let done = || match inputs.recv().unwrap() {
+                Input::Lane(Ok(done)) => (done.lane, done.stopped_at, short()),
+                _ => panic!("the lane has failed"),
+            };
+            work.send(Work::Round(job(Arc::default()))).unwrap();
+            assert_eq!(done(), (0, None, 0));
+            work.send(Work::Round(job(Arc::new(AtomicBool::new(true))))).unwrap();
+            assert_eq!(done(), (0, Some(0), 0));
+            for _ in 0..2 {
+                work.send(Work::Push(PageRange::new(0, 2), 2)).unwrap();
+                assert_eq!(done(), (0, None, 1));
+            }
+            work.send(Work::Push(PageRange::new(PAGES, 1), 2)).unwrap();
+            assert_eq!(done(), (0, None, 1), "there is nothing to push");
+            drop(work);
+        });
+        assert!(inputs.recv().is_err());
+    }
+
+    #[test]
     fn a_round_that_is_stopped_says_where_and_how_long_it_read() {
         let ram = filled(&[(0, PAGES, 1)]);
         let (mut lane, written) = lane(&ram, 1, 2);
@@ -613,7 +678,9 @@ mod tests {
     #[test]
     fn a_frame_is_written_in_pieces_that_suit_the_link() {
         let ram = filled(&[(0, PAGES, 1)]);
-        let (mut lane, written) = lane(&ram, 0, 1);
+        let (written, wire_bytes) = (Written::default(), Arc::<AtomicU64>::default());
+        let writer = Box::new(written.clone());
+        let mut lane = Lane::for_checkpoints(ram.clone(), writer, "there".into(), wire_bytes.clone());
         let (head, slice) = ([7; 100], (&*ram as &dyn GuestRam).slice(PageRange::new(0, 300)).unwrap());
         lane.piece = 1000 * PAGE_SIZE;
         lane.write(&head, &[slice.take(10), slice.skip(10)]).unwrap();
@@ -630,7 +697,7 @@ mod tests {
         let (bytes, sizes) = std::mem::take(&mut *written.0.lock().unwrap());
         assert!(bytes == want && sizes[0] == LEAST_PIECE && sizes.is_sorted_by(|a, b| *b <= 2 * *a));
         assert!(sizes[..sizes.len() - 1].iter().all(|&size| size >= LEAST_PIECE));
-        assert_eq!(counts(&lane)[4], 2 * want.len() as u64);
+        assert_eq!(wire_bytes.load(Ordering::Relaxed), 2 * want.len() as u64);
 
         for (piece, time, next) in [
             (FIRST_PIECE, QUICK_PIECE - Duration::from_nanos(1), 2 * FIRST_PIECE),

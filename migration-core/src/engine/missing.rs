@@ -62,6 +62,12 @@ struct Requests {
     sequence: u32,
 }
 
+/// Whether a set consists of whole blocks.
+pub(super) fn is_whole(pages: &PageSet, granule: u64) -> bool {
+    let whole = |r: PageRange| r.first.is_multiple_of(granule) && r.count.is_multiple_of(granule);
+    granule == 1 || pages.ranges().all(whole)
+}
+
 impl Missing {
     pub(super) fn new(
         pager: Arc<dyn Pager>,
@@ -336,7 +342,9 @@ pub(super) mod tests {
         fn wake_waiters(&self) {}
 
         fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
-            fill(&[(&self.ram as &dyn GuestRam).slice(range).unwrap()])?;
+            // in two pieces, where it has more than a page
+            let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
+            fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
             Ok(Installed { pages: range.count, duplicates: 0 })
         }
 
@@ -452,6 +460,21 @@ pub(super) mod tests {
         assert_eq!(missing.bytes.load(Ordering::Relaxed), 6 * (Header::LEN as u64 + 4 + 8));
         missing.end();
         missing.watch(0).unwrap();
+    }
+
+    #[test]
+    fn a_set_is_whole_when_each_of_its_runs_is() {
+        for (runs, granule, whole) in [
+            (&[(0, 4), (8, 8)][..], 4, true),
+            (&[(0, 4), (8, 9)], 4, false),
+            (&[(2, 4)], 4, false),
+            (&[(3, 5), (9, 1)], 1, true),
+            (&[], 512, true),
+        ] {
+            let mut set = PageSet::empty(100);
+            runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+            assert_eq!(is_whole(&set, granule), whole, "{runs:?} {granule}");
+        }
     }
 
     #[test]
