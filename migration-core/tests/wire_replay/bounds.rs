@@ -209,3 +209,17 @@ fn a_source_for_which_there_is_no_thread_is_told_so() {
         assert!(code == ErrorCode::Resources && text.contains("thread"), "{threads}: {code:?}: {text}");
     }
 }
+
+#[test]
+fn a_vm_may_have_as_much_ram_as_the_destination_takes() {
+    let with = |max_ram_bytes| {
+        let options = ReceiverOptions { max_ram_bytes, idle_timeout: HANG, ..ReceiverOptions::default() };
+        Destination::with(options, host)
+    };
+    drop(session(&with(layout().bytes())));
+    for less in [1, 4096] {
+        let destination = with(layout().bytes() - less);
+        let (code, text) = end(&greet(&destination, &hello_of(description().id, 0, 1)));
+        assert!(code == ErrorCode::Mismatch && text.contains("bytes of RAM"), "{code:?}: {text}");
+    }
+}

@@ -17,7 +17,7 @@ use migration_core::{
         push_order::{DIRTIED, REFERENCED},
     },
     vm::VmDescription,
-    wire::{Control, Header, LaneKind},
+    wire::{Control, Header, LaneKind, Preamble},
 };
 
 use crate::{
@@ -142,9 +142,15 @@ fn each_page_arrives_once() {
             let destination = destination(description.clone(), granule);
             let link = Link::new(&destination, None);
             let vm = RecordedVm::of(description, &BEFORE, &DURING);
-            let (report, vm, _) = run(&destination, link, vm, options(payload_crc, split));
+            let (report, vm, link) = run(&destination, link, vm, options(payload_crc, split));
             assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
+            let handle = destination.handle.clone();
             let (arrived, said) = destination.finish();
+            // each side counts all that went over the link, but for the preambles
+            let taps = link.taps.lock().unwrap();
+            let bytes: usize = taps.values().map(|tap| tap.lock().unwrap().len()).sum();
+            let bytes = (bytes - taps.len() / 2 * Preamble::LEN) as u64;
+            assert_eq!((handle.wire_bytes(), report.wire_bytes), (bytes, bytes), "{what}: {said}");
             assert_eq!(arrived.pages(), checksums(&vm.ram), "{what}: {said}");
             let pager = arrived.pager.unwrap();
             // but for holes, all of RAM was left behind

@@ -15,6 +15,7 @@ mod destination;
 mod ended;
 mod golden;
 mod guest;
+mod held;
 mod hostile;
 mod live;
 mod observers;

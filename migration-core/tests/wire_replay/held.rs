@@ -1,0 +1,66 @@
+//! A destination that holds a VM which its source has not given away: who may start it there.
+
+use migration_core::{
+    fence::{Fence, Fenced, NotFenced},
+    protocol::DestinationPhase,
+};
+
+use crate::{
+    HANG,
+    destination::Destination,
+    streams::{check, feed, frames, stream},
+};
+
+/// Makes certain that the source is dead.
+pub(crate) struct Certain;
+
+impl Fence for Certain {
+    fn fence(&self, _identity: &[u8]) -> Result<(), NotFenced> {
+        Ok(())
+    }
+}
+
+pub(crate) fn dead() -> Fenced {
+    Fenced::by(&Certain, b"").unwrap()
+}
+
+/// Up to *ready*; then the link was lost.
+fn held() -> Destination {
+    let (destination, good) = (Destination::new(), stream("pre-copy"));
+    let control = frames(&good.lanes[0]);
+    let cut = control[control.len() - 3];
+    feed(&destination, &good, &|lane, bytes| {
+        if lane == 0 {
+            bytes.truncate(cut);
+        }
+    });
+    assert_eq!(destination.handle.phase(), DestinationPhase::Ready);
+    destination
+}
+
+#[test]
+fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
+    for person in [true, false] {
+        let destination = held();
+        let handle = &destination.handle;
+        assert!(destination.arrived.try_recv().is_err(), "it does not start by itself");
+        let epoch = handle.epoch();
+        if person {
+            handle.adopt().unwrap()
+        } else {
+            handle.inherit(dead()).unwrap()
+        }
+        // so that its source is refused if it comes back after all
+        assert_eq!((handle.phase(), handle.epoch()), (DestinationPhase::Running, epoch + 1));
+        check("pre-copy", &destination.arrived.recv_timeout(HANG).unwrap());
+        assert!(handle.adopt().is_err(), "it runs already");
+        assert!(destination.arrived.try_recv().is_err(), "it started twice");
+    }
+}
+
+#[test]
+fn where_no_vm_is_held_none_starts() {
+    let destination = Destination::new();
+    assert!(destination.handle.adopt().is_err() && destination.handle.inherit(dead()).is_err());
+    assert_eq!(destination.handle.phase(), DestinationPhase::Empty);
+}
