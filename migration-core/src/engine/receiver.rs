@@ -245,7 +245,7 @@ impl ReceiverHandle {
         lock(&self.hub.state).machine.epoch()
     }
 
-    /// Bytes received and sent on all lanes so far.
+    /// Bytes of all frames that were received and sent so far, on all lanes.
     pub fn wire_bytes(&self) -> u64 {
         self.hub.bytes.load(Ordering::Relaxed)
     }

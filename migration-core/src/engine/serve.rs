@@ -25,7 +25,7 @@ use crate::{
     codec::DecodeError,
     protocol::{SourceEvent, SourcePhase},
     strategy::{PushOrder, push_order::DIRTIED},
-    wire::{Bulk, Control, HUGE_BLOCK, MAX_BODY, STATE_CHUNK},
+    wire::{Bulk, Control, HUGE_BLOCK, Header, MAX_BODY, STATE_CHUNK},
 };
 
 /// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them on a slow link; fewer,
@@ -171,6 +171,8 @@ impl DemandLane {
 
     fn request(&mut self, sequence: &mut u32, inputs: &PeerInputs) -> Result<(), MigrationError> {
         let (header, body) = read_frame(&mut *self.reader, sequence, &self.lane.peer)?;
+        let bytes = (Header::LEN + body.len()) as u64;
+        self.lane.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
         let generation = self.left.generation.load(Ordering::Acquire);
         let Bulk::Request { pages } = Bulk::decode(&header, &body, self.lane.ram.layout().pages())? else {
             return Err(DecodeError::invalid("kind", "only requests come from a destination").into());
@@ -383,9 +385,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{
-        GuestRam, HeapRam, RamLayout, RamRegion, RamSlice, channel::WriteHalf, strategy::Linear, wire::Header,
-    };
+    use crate::{GuestRam, HeapRam, RamLayout, RamRegion, RamSlice, channel::WriteHalf, strategy::Linear};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
