@@ -920,7 +920,11 @@ mod tests {
         assert_eq!(*lock(&protection.source), Some((Duration::from_secs(1), Bytes::new())));
         // only what was written came back: pages 2 and 3, and 5 to 9
         let mut pages = Vec::new();
-        lock(&store).restore(&mut |page, _| Ok(pages.push(page))).unwrap();
+        let mut take = |page, _: PageData<'_>| {
+            pages.push(page);
+            Ok(())
+        };
+        lock(&store).restore(&mut take).unwrap();
         assert_eq!(pages, [2, 3, 5, 6, 7, 8, 9]);
 
         assert!(lock(&protection.protected).as_mut().unwrap().vm.tracker().is_active());

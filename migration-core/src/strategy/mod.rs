@@ -430,7 +430,8 @@ mod tests {
 
     #[test]
     fn each_strategy_does_what_it_is_named_after() {
-        let strategies: [(Box<dyn Strategy>, &str, [bool; 2], &[&str]); 5] = [
+        type Row = (Box<dyn Strategy>, &'static str, [bool; 2], &'static [&'static str]);
+        let strategies: [Row; 5] = [
             (
                 Box::new(StopAndCopy),
                 "stop-and-copy",
