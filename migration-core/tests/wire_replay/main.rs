@@ -26,6 +26,7 @@ mod rounds;
 mod serving;
 mod sessions;
 mod silence;
+mod snapshots;
 mod streams;
 mod switch;
 mod tune;
