@@ -6,7 +6,6 @@ use migration_core::{
 };
 
 use crate::{
-    HANG,
     destination::Destination,
     streams::{check, feed, frames, stream},
 };
@@ -42,7 +41,7 @@ fn held() -> Destination {
 fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
     for person in [true, false] {
         let destination = held();
-        let handle = &destination.handle;
+        let handle = destination.handle.clone();
         assert!(destination.arrived.try_recv().is_err(), "it does not start by itself");
         let epoch = handle.epoch();
         if person {
@@ -52,9 +51,9 @@ fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
         }
         // so that its source is refused if it comes back after all
         assert_eq!((handle.phase(), handle.epoch()), (DestinationPhase::Running, epoch + 1));
-        check("pre-copy", &destination.arrived.recv_timeout(HANG).unwrap());
         assert!(handle.adopt().is_err(), "it runs already");
-        assert!(destination.arrived.try_recv().is_err(), "it started twice");
+        // there is nobody to wait for
+        check("pre-copy", &destination.finish().0);
     }
 }
 
