@@ -5,12 +5,13 @@ use std::{
     io,
     sync::{Arc, Mutex, mpsc},
     thread,
+    time::Duration,
 };
 
 use migration_core::{
     PageRange, PageSet, RamLayout, RamRegion,
     channel::{Channel, Connector},
-    engine::{Controller, HugePages, SourceOptions, migrate},
+    engine::{Controller, HugePages, Migration, SourceOptions, migrate},
     report::{Outcome, Report},
     strategy::{
         Hybrid, Linear, PostCopy, PushOrder, Strategy,
@@ -21,7 +22,7 @@ use migration_core::{
 };
 
 use crate::{
-    HANG,
+    HANG, VM,
     channels::{Cut, End, pair},
     destination::{Destination, Log},
     guest::{Host, RecordedVm, checksums, description_of},
@@ -205,6 +206,29 @@ fn the_order_is_told_what_the_guest_has_used() {
         drop((options, destination.finish()));
         let told: Vec<String> = log.iter().collect();
         assert_eq!(told.iter().any(|w| w.contains("nobody has looked")), referenced.is_none(), "{told:?}");
+    }
+}
+
+#[test]
+fn a_migration_of_its_own_thread_gives_its_vm_and_its_report_back_once() {
+    for waits in [true, false] {
+        let destination = post_copy::destination();
+        let (notify, notified) = mpsc::channel();
+        let notify = Box::new(move || notify.send(()).unwrap());
+        let strategy = Box::new(PostCopy { order: Box::new(Linear::default()) });
+        let link = Arc::new(Link::new(&destination, None));
+        let (vm, options) = (Box::new(post_copy::guest()), options(false, HugePages::Split));
+        let Ok(mut migration) = Migration::start(vm, link, strategy, options, notify) else { panic!("no thread") };
+        let ended = if waits {
+            migration.wait(HANG)
+        } else {
+            notified.recv_timeout(HANG).unwrap();
+            migration.try_take()
+        };
+        let (mut vm, report) = ended.expect("it has ended");
+        assert_eq!((report.outcome, vm.describe().unwrap().id), (Outcome::Completed, VM));
+        assert!(migration.try_take().is_none() && migration.wait(Duration::ZERO).is_none());
+        drop(destination.finish());
     }
 }
 
