@@ -30,6 +30,7 @@ mod snapshots;
 mod streams;
 mod switch;
 mod tune;
+mod verbs;
 
 use std::time::Duration;
 

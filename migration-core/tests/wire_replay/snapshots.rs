@@ -19,24 +19,24 @@ use migration_core::{
 use crate::guest::{Host, description_of, piece, state};
 
 /// A page, and the byte that it is full of.
-type Write = (u64, u8);
+pub(crate) type Write = (u64, u8);
 
-struct Scripted {
-    description: VmDescription,
+pub(crate) struct Scripted {
+    pub(crate) description: VmDescription,
     ram: Arc<HeapRam>,
     tracker: BitmapTracker,
     dirty: Arc<DirtyBitmap>,
     /// What it writes in each pass, as long as it is throttled by less than so many percent.
-    writes: Vec<Write>,
+    pub(crate) writes: Vec<Write>,
     until: u8,
     /// What saving the state writes.
     saves: Vec<Write>,
-    free: PageRange,
-    throttled: Vec<u8>,
+    pub(crate) free: PageRange,
+    pub(crate) throttled: Vec<u8>,
 }
 
 impl Scripted {
-    fn new(pages: u64, data: u64) -> Self {
+    pub(crate) fn new(pages: u64, data: u64) -> Self {
         let regions = vec![RamRegion { gpa: 0, len: pages << 12 }];
         let description = description_of(RamLayout::new(regions).unwrap());
         let dirty = DirtyBitmap::new(description.layout.clone());
@@ -105,9 +105,7 @@ impl SourceVm for Scripted {
         Ok(state())
     }
 
-    fn released(&mut self) {
-        unreachable!("a snapshot takes nothing away")
-    }
+    fn released(&mut self) {}
 }
 
 fn take(vm: &mut Scripted, options: SnapshotOptions) -> (SnapshotReport, MemoryStore) {
