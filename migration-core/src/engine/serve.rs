@@ -541,19 +541,19 @@ mod tests {
         let ram: Arc<dyn GuestRam> = Arc::new(HeapRam::new(layout).unwrap());
         let left = Arc::new(left(&[(100, 10)], 1));
         left.generation.store(generation, Ordering::Release);
-        let sent = Arc::<AtomicU64>::default();
-        let lane = Lane::for_checkpoints(
-            ram,
-            Box::new(Wire(VecDeque::new(), sent.clone())),
-            "the destination".into(),
-            Arc::default(),
-        );
+        let (sent, wire_bytes) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let writer = Box::new(Wire(VecDeque::new(), sent.clone()));
+        let lane = Lane::for_checkpoints(ram, writer, "the destination".into(), wire_bytes.clone());
         let request = Bulk::Request { pages: pages.to_vec() }.encode(0, 0, number);
+        let len = request.len() as u64;
         let reader = Box::new(Wire(request.into(), Arc::default()));
         let mut demand = DemandLane { lane, reader, left: left.clone() };
         let (tx, rx) = mpsc::channel();
         let inputs = PeerInputs::new(tx, Arc::default(), Arc::default());
         let error = demand.request(&mut 0, &inputs).err();
+        // each page that is sent is an extent of zeros
+        let pages = sent.load(Ordering::Relaxed);
+        assert_eq!(wire_bytes.load(Ordering::Relaxed), len + pages * (Header::LEN as u64 + 4 + 4 + 12));
         let told = rx.try_iter().filter_map(|input| if let Input::Demanded(page) = input { Some(page) } else { None });
         let told = told.collect();
         let counts = [&sent, &left.demanded, &left.requests].map(|count| count.load(Ordering::Relaxed));
