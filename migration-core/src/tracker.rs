@@ -243,6 +243,7 @@ mod tests {
         a.mark(0, 1);
         let mut union =
             UnionTracker::new(vec![Box::new(BitmapTracker::new(a.clone())), Box::new(BitmapTracker::new(b.clone()))]);
+        assert_eq!(union.name(), "bitmap");
         union.start().unwrap();
         a.mark(0x1fff, 2);
         b.mark(0x5000, 0x1001);
