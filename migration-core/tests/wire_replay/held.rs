@@ -3,10 +3,13 @@
 use migration_core::{
     fence::{Fence, Fenced, NotFenced},
     protocol::DestinationPhase,
+    wire::{Control, LaneKind, SessionToken},
 };
 
 use crate::{
-    destination::Destination,
+    HANG, VM,
+    destination::{Destination, said},
+    sessions::lane,
     streams::{check, feed, frames, stream},
 };
 
@@ -23,24 +26,24 @@ pub(crate) fn dead() -> Fenced {
     Fenced::by(&Certain, b"").unwrap()
 }
 
-/// Up to *ready*; then the link was lost.
-fn held() -> Destination {
+/// Up to *ready*; then the link was lost. And the session's token.
+fn held() -> (Destination, SessionToken) {
     let (destination, good) = (Destination::new(), stream("pre-copy"));
     let control = frames(&good.lanes[0]);
     let cut = control[control.len() - 3];
-    feed(&destination, &good, &|lane, bytes| {
+    let fed = feed(&destination, &good, &|lane, bytes| {
         if lane == 0 {
             bytes.truncate(cut);
         }
     });
     assert_eq!(destination.handle.phase(), DestinationPhase::Ready);
-    destination
+    (destination, fed.token.unwrap())
 }
 
 #[test]
 fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
     for person in [true, false] {
-        let destination = held();
+        let (destination, _) = held();
         let handle = destination.handle.clone();
         assert!(destination.arrived.try_recv().is_err(), "it does not start by itself");
         let epoch = handle.epoch();
@@ -55,6 +58,25 @@ fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
         // there is nobody to wait for
         check("pre-copy", &destination.finish().0);
     }
+}
+
+#[test]
+fn a_link_that_was_replaced_says_nothing_of_the_one_in_its_place() {
+    let (destination, token) = held();
+    let over = || destination.log.recv_timeout(HANG).expect("a link has ended");
+    let come_back = || {
+        let frames = [Control::Reattach(VM), Control::Ping];
+        let control = destination.connect(&lane(LaneKind::Reattach, 0, token, 1, &frames));
+        assert_eq!(said(&control), Some(Control::Pong));
+        control
+    };
+    over();
+    let _first = come_back();
+    let _second = come_back();
+    // the end of the first one is known here, and the source is still connected
+    over();
+    let why = destination.handle.adopt().unwrap_err().to_string();
+    assert!(why.contains("connected"), "{why}");
 }
 
 #[test]
