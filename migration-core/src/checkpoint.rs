@@ -168,7 +168,11 @@ mod tests {
 
     #[test]
     fn a_checkpoint_counts_from_its_commit_on() {
-        let mut store = MemoryStore::default();
+        counts_from_its_commit_on(MemoryStore::default());
+        counts_from_its_commit_on(Box::new(MemoryStore::default()));
+    }
+
+    fn counts_from_its_commit_on(mut store: impl CheckpointStore) {
         store.put(3, Some(&[1; PAGE_SIZE])).unwrap();
         store.put(9, None).unwrap();
         assert!(store.latest().is_none() && contents(&mut store).is_empty());

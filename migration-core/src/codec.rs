@@ -152,16 +152,6 @@ impl Writer {
         self.bytes
     }
 
-    /// How many bytes were written.
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Whether nothing was written.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-
     /// Appends bytes as they are.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.bytes.extend_from_slice(bytes);
@@ -206,5 +196,32 @@ impl Writer {
     /// Appends a string with its length in front.
     pub fn text(&mut self, text: &str) -> &mut Self {
         self.blob(text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_as_long_as_its_limit_is_read_and_nothing_longer() {
+        let mut w = Writer::new();
+        w.count(5).blob(b"12345").text("words");
+        let bytes = w.into_bytes();
+        for limit in 0..8 {
+            let mut r = Reader::new(&bytes);
+            let read = r.count(limit, "count").and_then(|_| Ok((r.blob(limit, "blob")?, r.text(limit, "text")?)));
+            if limit < 5 {
+                assert_eq!(read, Err(DecodeError::TooLong { field: "count", len: 5, limit: limit as u64 }));
+            } else {
+                assert_eq!(read, Ok((&b"12345"[..], "words".to_owned())));
+                assert_eq!((r.remaining(), r.finish()), (0, Ok(())));
+            }
+        }
+        assert_eq!(Reader::new(&bytes).finish(), Err(DecodeError::Trailing(bytes.len())));
+        // a count that no reader takes
+        let mut w = Writer::new();
+        w.count(usize::MAX);
+        assert!(Reader::new(&w.into_bytes()).count(u32::MAX as usize - 1, "count").is_err());
     }
 }

@@ -240,7 +240,11 @@ mod tests {
     #[test]
     fn page_numbers_skip_holes() {
         let l = layout();
-        assert_eq!(l.pages(), 6);
+        assert_eq!((l.pages(), l.bytes()), (6, 0x6000));
+        assert_eq!(
+            [0, 1, 2].map(|r| l.region_pages(r)),
+            [Some(PageRange::new(0, 4)), Some(PageRange::new(4, 2)), None]
+        );
         assert_eq!(l.page_of(0x3fff), Some(3));
         assert_eq!(l.page_of(0x4000), None);
         assert_eq!(l.page_of(0x10000), Some(4));

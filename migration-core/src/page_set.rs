@@ -381,9 +381,10 @@ mod tests {
     #[test]
     fn full_has_all_and_no_more() {
         for n in [0, 1, 63, 64, 65, 1000] {
-            let set = PageSet::full(n);
+            let mut set = PageSet::full(n);
             assert_eq!(set.len(), n);
-            assert!(!set.contains(n));
+            assert!(!set.contains(n) && !set.insert(n) && !set.insert(n + 1) && !set.remove(n));
+            assert_eq!(set, PageSet::full(n));
         }
     }
 }

@@ -347,4 +347,48 @@ mod tests {
         ram.populated(&mut populated).unwrap();
         assert!(populated.iter().eq([4]));
     }
+
+    #[test]
+    fn a_zero_is_told_from_anything_else_at_any_length_and_alignment() {
+        let ram = ram();
+        let ram: &dyn GuestRam = &ram;
+        for len in (0..140).chain([4095]) {
+            for start in [0, 3] {
+                let slice = ram.slice_at(start, len).unwrap();
+                assert!(slice.is_zero());
+                for at in [0, len / 2, len.saturating_sub(1)].into_iter().filter(|&at| at < len) {
+                    ram.write(start + at, &[0x80]).unwrap();
+                    assert!(!slice.is_zero(), "{start}+{at} of {len}");
+                    ram.write(start + at, &[0]).unwrap();
+                }
+                // just outside
+                ram.write(start + len, &[1]).unwrap();
+                assert!(slice.is_zero(), "{start}+{len}");
+                ram.write(start + len, &[0]).unwrap();
+            }
+        }
+    }
+
+    /// RAM of which nobody knows what was touched.
+    struct Plain(HeapRam);
+
+    // SAFETY: as for `HeapRam`.
+    unsafe impl GuestRam for Plain {
+        fn layout(&self) -> &RamLayout {
+            self.0.layout()
+        }
+
+        fn host_address(&self, index: usize) -> NonNull<u8> {
+            self.0.host_address(index)
+        }
+    }
+
+    #[test]
+    fn where_holes_are_not_known_there_are_none() {
+        let (mut populated, ram) = (PageSet::empty(5), Plain(ram()));
+        ram.populated(&mut populated).unwrap();
+        assert_eq!(populated, PageSet::full(5));
+        let slice = (&ram as &dyn GuestRam).slice_at(0x8010, 4).unwrap();
+        assert_eq!(slice.as_ptr(), ram.host_address(1).as_ptr().wrapping_add(0x10));
+    }
 }

@@ -130,4 +130,30 @@ mod tests {
         let twice = VmState { sections: vec![s.clone(), s] }.encode();
         assert!(matches!(VmState::decode(&twice), Err(DecodeError::Invalid { .. })));
     }
+
+    #[test]
+    fn a_section_is_found_by_name_and_instance() {
+        let section = |name: &str, instance| Section { name: name.into(), instance, version: 1, data: Bytes::new() };
+        let state = VmState { sections: vec![section("a", 1), section("a", 2), section("b", 1)] };
+        for (at, s) in state.sections.iter().enumerate() {
+            assert!(std::ptr::eq(state.find(&s.name, s.instance).unwrap(), &state.sections[at]));
+        }
+        assert!(state.find("b", 2).is_none() && state.find("c", 1).is_none());
+    }
+
+    #[test]
+    fn a_state_may_be_as_large_as_its_limit() {
+        let section = |instance, len| Section { name: "x".into(), instance, version: 1, data: vec![0; len].into() };
+        // a count, and of each section its name, three numbers and the length of its data
+        let heads = 4 + 4 * (4 + 1 + 4 + 4 + 4);
+        let mut sections: Vec<_> = (0..3).map(|i| section(i, MAX_SECTION)).collect();
+        sections.push(section(3, MAX_STATE - 3 * MAX_SECTION - heads));
+        let state = VmState { sections };
+        let mut bytes = state.encode();
+        assert_eq!(bytes.len(), MAX_STATE);
+        assert!(VmState::decode(&bytes).is_ok());
+        bytes.push(0);
+        let too_long = DecodeError::TooLong { field: "state", len: MAX_STATE as u64 + 1, limit: MAX_STATE as u64 };
+        assert_eq!(VmState::decode(&bytes), Err(too_long));
+    }
 }

@@ -279,6 +279,7 @@ mod tests {
         a.mark(0, 1);
         let mut union =
             UnionTracker::new(vec![Box::new(BitmapTracker::new(a.clone())), Box::new(BitmapTracker::new(b.clone()))]);
+        assert_eq!(union.name(), "bitmap");
         union.start().unwrap();
         a.mark(0x1fff, 2);
         b.mark(0x5000, 0x1001);
@@ -293,5 +294,104 @@ mod tests {
         again.clear();
         union.harvest(&mut again).unwrap();
         assert!(again.is_empty());
+    }
+
+    #[test]
+    fn a_write_marks_the_pages_that_it_touches() {
+        let layout =
+            RamLayout::new(vec![RamRegion { gpa: 0, len: 4 << 12 }, RamRegion { gpa: 1 << 32, len: 2 << 12 }]).unwrap();
+        let bitmap = DirtyBitmap::new(layout);
+        for (gpa, len, pages) in [
+            (0x1000, 0x1000, &[1][..]),
+            (0x1000, 0, &[]),
+            (0x1fff, 1, &[1]),
+            (0x1fff, 2, &[1, 2]),
+            (0x3000, 0x2000, &[3]),
+            ((1 << 32) - 1, 0x1002, &[4, 5]),
+        ] {
+            bitmap.mark(gpa, len);
+            let mut dirty = PageSet::empty(6);
+            bitmap.take(&mut dirty);
+            assert!(dirty.iter().eq(pages.iter().copied()), "{gpa:#x} {len:#x}: {dirty:?}");
+        }
+    }
+
+    /// A tracker that notes what is done to it, and can fail to start.
+    struct Noted {
+        fails: bool,
+        active: Arc<AtomicU64>,
+        rearmed: Option<Arc<AtomicU64>>,
+    }
+
+    impl DirtyTracker for Noted {
+        fn name(&self) -> &'static str {
+            "noted"
+        }
+
+        fn is_active(&self) -> bool {
+            self.active.load(Ordering::Relaxed) != 0
+        }
+
+        fn start(&mut self) -> Result<(), TrackerError> {
+            if self.fails {
+                return Err(TrackerError { tracker: "noted", what: "does not start".into() });
+            }
+            self.active.store(1, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn stop(&mut self) -> Result<(), TrackerError> {
+            self.active.store(0, Ordering::Relaxed);
+            if self.fails { Err(TrackerError { tracker: "noted", what: "does not stop".into() }) } else { Ok(()) }
+        }
+
+        fn harvest(&mut self, _: &mut PageSet) -> Result<(), TrackerError> {
+            Ok(())
+        }
+
+        fn put_back(&mut self, _: &PageSet) {}
+
+        fn rearm(&self) -> Option<Arc<dyn Rearm>> {
+            self.rearmed.clone().map(|count| Arc::new(Counted(count)) as _)
+        }
+    }
+
+    struct Counted(Arc<AtomicU64>);
+
+    impl Rearm for Counted {
+        fn before_read(&self, range: PageRange, _: &PageSet) -> Result<(), TrackerError> {
+            self.0.fetch_add(range.count, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_union_starts_stops_and_re_arms_all_of_its_parts() {
+        let (active, rearmed) = ([(); 3].map(|()| Arc::default()), [(); 2].map(|()| Arc::<AtomicU64>::default()));
+        let part = |index: usize, fails| {
+            let rearmed = rearmed.get(index).cloned();
+            Box::new(Noted { fails, active: Arc::clone(&active[index]), rearmed }) as Box<dyn DirtyTracker>
+        };
+        let on = || active.each_ref().map(|a: &Arc<AtomicU64>| a.load(Ordering::Relaxed));
+        let mut union = UnionTracker::new(vec![part(0, false), part(1, false), part(2, false)]);
+        assert_eq!(union.name(), "noted");
+        assert!(!union.is_active());
+        union.start().unwrap();
+        assert_eq!((union.is_active(), on()), (true, [1; 3]));
+        union.rearm().unwrap().before_read(PageRange::new(4, 3), &PageSet::full(9)).unwrap();
+        assert_eq!(rearmed.each_ref().map(|r| r.load(Ordering::Relaxed)), [3, 3]);
+        union.stop().unwrap();
+        assert_eq!((union.is_active(), on()), (false, [0; 3]));
+
+        assert!(UnionTracker::new(vec![part(2, false)]).rearm().is_none());
+        let one = UnionTracker::new(vec![part(0, false), part(2, false)]).rearm().unwrap();
+        one.before_read(PageRange::new(4, 1), &PageSet::full(9)).unwrap();
+        assert_eq!(rearmed.each_ref().map(|r| r.load(Ordering::Relaxed)), [4, 3]);
+
+        // what did start is stopped, and the first error is told
+        let mut union = UnionTracker::new(vec![part(0, false), part(1, true), part(2, false)]);
+        assert_eq!(union.start().unwrap_err().what, "does not start");
+        assert_eq!(on(), [0; 3]);
+        assert_eq!(union.stop().unwrap_err().what, "does not stop");
     }
 }

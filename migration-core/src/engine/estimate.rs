@@ -137,7 +137,8 @@ impl Calibration {
     /// load it.
     pub(super) fn pause_and_save(&self) -> Duration {
         let save = self.state.as_ref().and_then(|state| state.save_time);
-        PAUSE_AND_START.saturating_add(save.unwrap_or_else(|| unknown_step(self.state_bytes() + self.pending)))
+        PAUSE_AND_START
+            .saturating_add(save.unwrap_or_else(|| unknown_step(self.state_bytes().saturating_add(self.pending))))
     }
 
     /// Fills in what is known here; the rest of `link` is the session's.
@@ -203,6 +204,7 @@ mod tests {
         assert_eq!((link.round_trip, link.round_trips, link.state_bytes), (2 * MS, 2, 15_000_000));
         assert_eq!(link.floor(), link.fixed_downtime, "as long as the bandwidth is unknown");
         assert_eq!(known.pause_and_save(), PAUSE_AND_START + 20 * MS);
+        assert_eq!((known.shortest_round_trip(), known.state()), (2 * MS, Some(&large())));
     }
 
     #[test]
@@ -211,7 +213,9 @@ mod tests {
         let before = known.describe(link());
         known.pending(15_000_000);
         let link = known.describe(link());
-        assert_eq!(link.pending_bytes, 15_000_000);
+        assert_eq!((link.pending_bytes, known.pending_bytes(), known.state()), (15_000_000, 15_000_000, None));
+        let bytes = Duration::from_nanos(UNKNOWN_STATE + 15_000_000);
+        assert_eq!(known.pause_and_save(), PAUSE_AND_START + UNKNOWN_STEP + bytes);
         assert!(link.fixed_downtime >= before.fixed_downtime + 30 * MS, "{link:?}");
         assert!(link.predict(0) >= link.floor());
     }
@@ -249,6 +253,11 @@ mod tests {
     #[test]
     fn small_rounds_are_a_lower_bound_of_the_bandwidth_and_large_ones_replace_it() {
         let mut known = Calibration::default();
+        known.round(sample(16, LEAST_HINT - 1, 100 * MS, Duration::ZERO));
+        assert_eq!(known.describe(link()).bytes_per_second, ASSUMED_BANDWIDTH);
+        known = Calibration::default();
+        known.round(sample(16, LEAST_HINT, 64 * MS, Duration::ZERO));
+        assert_eq!(known.describe(link()).bytes_per_second, 1_024_000.0);
         known.round(sample(100, 400_000, 100 * MS, Duration::ZERO));
         assert_eq!(known.describe(link()).bytes_per_second, 4e6);
         known.round(sample(100, 400_000, 10 * MS, Duration::ZERO));
@@ -280,7 +289,9 @@ mod tests {
         known.saves(Some(StateEstimate { sections: vec![section.clone(), section], save_time: Some(Duration::MAX) }));
         known.round_trip(Duration::MAX);
         known.round(sample(u64::MAX / 2, 5 << 20, Duration::MAX, Duration::ZERO));
-        let link = known.describe(link());
-        assert!(link.predict(u64::MAX) > link.downtime_limit);
+        let claimed = known.describe(link());
+        assert!(claimed.predict(u64::MAX) > claimed.downtime_limit);
+        known.saves(None);
+        assert!(known.describe(link()).predict(0) > claimed.downtime_limit);
     }
 }

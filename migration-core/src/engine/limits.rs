@@ -17,6 +17,10 @@ fn too_large(what: &str, bytes: u64, limit: usize, advice: &str) -> String {
     format!("{what} has {bytes} bytes, more than the {limit} that a migration carries: {advice}")
 }
 
+fn name_too_long(section: &Section) -> String {
+    format!("the name of section {:?} has more than {MAX_SECTION_NAME} bytes", section.name)
+}
+
 /// Checks a description before it is sent.
 ///
 /// # Errors
@@ -73,7 +77,7 @@ pub(super) fn check_state(state: &VmState) -> Result<(), MigrationError> {
             return failed(too_large(&what, section.data.len() as u64, MAX_SECTION, IN_PIECES));
         }
         if section.name.len() > MAX_SECTION_NAME {
-            return failed(format!("the name of section {:?} has more than {MAX_SECTION_NAME} bytes", section.name));
+            return failed(name_too_long(section));
         }
     }
     if state.sections.len() > MAX_SECTIONS {
@@ -96,13 +100,16 @@ pub(super) fn check_state(state: &VmState) -> Result<(), MigrationError> {
 /// # Errors
 /// Names the device.
 pub(super) fn check_piece(piece: &Section) -> Result<(), MigrationError> {
-    if piece.data.len() <= STATE_CHUNK && piece.name.len() <= MAX_SECTION_NAME {
-        return Ok(());
+    let failed = |why| Err(MigrationError::vm("saving a piece of device state")(VmError::new(why)));
+    if piece.name.len() > MAX_SECTION_NAME {
+        return failed(name_too_long(piece));
     }
-    let what = format!("a piece of the state of {} {}", piece.name, piece.instance);
-    let advice = "smaller pieces are asked for by their budget";
-    let why = VmError::new(too_large(&what, piece.data.len() as u64, STATE_CHUNK, advice));
-    Err(MigrationError::vm("saving a piece of device state")(why))
+    if piece.data.len() > STATE_CHUNK {
+        let what = format!("a piece of the state of {} {}", piece.name, piece.instance);
+        let advice = "smaller pieces are asked for by their budget";
+        return failed(too_large(&what, piece.data.len() as u64, STATE_CHUNK, advice));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -129,14 +136,15 @@ mod tests {
     fn a_description_that_no_destination_takes_is_refused_by_its_sender() {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap();
         let blob = |len| Bytes::from(vec![0; len]);
-        let (host_needs, config, devices) = (blob(MAX_CONFIG), blob(MAX_CONFIG), Vec::new());
+        let device = |name: String| DeviceKind { name, instance: 0, oldest: 1, version: 1 };
+        let (host_needs, config) = (blob(MAX_CONFIG), blob(MAX_CONFIG));
+        let devices = vec![device("d".repeat(MAX_SECTION_NAME)); MAX_DEVICES];
         let good = VmDescription { id: VmId([1; 16]), layout, devices, host_needs, config };
         check_description(&good).unwrap();
         let bad = VmDescription { config: blob(MAX_CONFIG + 1), ..good.clone() };
         says(check_description(&bad), &["configuration", "262145", "262144"]);
         let bad = VmDescription { host_needs: blob(MAX_CONFIG + 1), ..good.clone() };
         says(check_description(&bad), &["host needs", "262145"]);
-        let device = |name: String| DeviceKind { name, instance: 0, oldest: 1, version: 1 };
         let bad = VmDescription { devices: vec![device("d".into()); MAX_DEVICES + 1], ..good.clone() };
         says(check_description(&bad), &["1025 devices"]);
         let bad = VmDescription { devices: vec![device("d".repeat(65))], ..good };
@@ -150,7 +158,8 @@ mod tests {
             save_time: None,
         };
         let most = MAX_SECTION as u64;
-        check_estimate(&estimate(&[most; 3]), most - 100).unwrap();
+        check_estimate(&estimate(&[most; 3]), most - 3 * SECTION_HEAD).unwrap();
+        says(check_estimate(&estimate(&[most; 3]), most - 3 * SECTION_HEAD + 1), &["67108865", "67108864"]);
         says(check_estimate(&estimate(&[5, most + 1]), 0), &["gpu 3", "16777217", "16777216", "pieces"]);
         says(check_estimate(&estimate(&[most; 4]), 1), &["gpu 3", "67108961", "1 bytes of it pending"]);
         says(check_estimate(&StateEstimate::default(), u64::MAX), &["pending"]);
@@ -162,7 +171,19 @@ mod tests {
         says(check_state(&state(vec![section("gpu", MAX_SECTION); 4])), &["the VM's state", "67108864"]);
         says(check_state(&state(vec![section("n", 0); MAX_SECTIONS + 1])), &["8193 sections"]);
 
-        check_piece(&section("gpu", STATE_CHUNK)).unwrap();
+        // as much as the destination takes, as it is encoded
+        check_state(&state(vec![section(&"n".repeat(MAX_SECTION_NAME), 1); MAX_SECTIONS])).unwrap();
+        let mut most = state(vec![section("gpu", MAX_SECTION); 3]);
+        most.sections.push(section("network", 0));
+        let left = MAX_STATE - most.encode().len();
+        most.sections[3].data = Bytes::from(vec![0; left]);
+        assert_eq!(most.encode().len(), MAX_STATE);
+        check_state(&most).unwrap();
+        most.sections[3].data = Bytes::from(vec![0; left + 1]);
+        says(check_state(&most), &["67108865", "67108864"]);
+
+        check_piece(&section(&"n".repeat(MAX_SECTION_NAME), STATE_CHUNK)).unwrap();
+        says(check_piece(&section(&"n".repeat(MAX_SECTION_NAME + 1), 1)), &["nnn", "64 bytes"]);
         says(check_piece(&section("gpu", STATE_CHUNK + 1)), &["gpu 3", "1048577"]);
     }
 }

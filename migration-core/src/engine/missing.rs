@@ -62,6 +62,12 @@ struct Requests {
     sequence: u32,
 }
 
+/// Whether a set consists of whole blocks.
+pub(super) fn is_whole(pages: &PageSet, granule: u64) -> bool {
+    let whole = |r: PageRange| r.first.is_multiple_of(granule) && r.count.is_multiple_of(granule);
+    granule == 1 || pages.ranges().all(whole)
+}
+
 impl Missing {
     pub(super) fn new(
         pager: Arc<dyn Pager>,
@@ -199,7 +205,7 @@ impl Missing {
         state.pages.remove_range(range);
         if !state.waiting.is_empty() {
             let now = Instant::now();
-            let blocks = range.first / granule..=(range.end().max(range.first + 1) - 1) / granule;
+            let blocks = range.first / granule..range.end().div_ceil(granule);
             let State { waiting, latencies, .. } = &mut *state;
             let mut served = |waits: Vec<Waiter>| waits.iter().for_each(|w| latencies.record(now - w.since));
             // whichever is shorter: the range or the list of those who wait
@@ -299,5 +305,219 @@ impl Missing {
             max_us: state.latencies.max().map_or(0, |d| d.as_micros() as u64),
             duplicates: state.duplicates,
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::{
+        GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, pager::Fill, vm::VmError, wire::Header,
+    };
+
+    /// Pages of RAM on the heap that are missing, whom nobody waits for.
+    pub(in crate::engine) struct HeapPager {
+        ram: HeapRam,
+        granule: u64,
+        /// What one call of `wait` after the other returns.
+        faults: Mutex<Vec<Vec<Fault>>>,
+        woken: Mutex<Vec<u64>>,
+    }
+
+    impl Pager for HeapPager {
+        fn granule(&self) -> u64 {
+            self.granule
+        }
+
+        fn arm(&self, _missing: &PageSet) -> Result<(), VmError> {
+            unreachable!()
+        }
+
+        fn wait(&self, _timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError> {
+            let next = lock(&self.faults).pop();
+            faults.extend(next.ok_or_else(|| VmError::new("no more faults"))?);
+            Ok(())
+        }
+
+        fn wake_waiters(&self) {}
+
+        fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
+            // in two pieces, where it has more than a page
+            let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
+            fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
+            Ok(Installed { pages: range.count, duplicates: 0 })
+        }
+
+        fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
+            (&self.ram as &dyn GuestRam).slice(range).unwrap().zero();
+            Ok(Installed { pages: range.count, duplicates: 0 })
+        }
+
+        fn wake(&self, page: u64) -> io::Result<()> {
+            lock(&self.woken).push(page);
+            Ok(())
+        }
+
+        fn disarm(&self) -> Result<(), VmError> {
+            unreachable!()
+        }
+
+        fn give_up(&self) {
+            unreachable!()
+        }
+    }
+
+    /// The pages that were asked for on a lane, by the number of the frame.
+    #[derive(Clone, Default)]
+    struct Asked(Arc<Mutex<Frames>>);
+
+    type Frames = Vec<(u32, Vec<u64>)>;
+
+    impl WriteHalf for Asked {
+        fn write_all(&mut self, head: &[u8], _: &[RamSlice<'_>]) -> io::Result<()> {
+            let (header, body) = head.split_first_chunk().unwrap();
+            let header = Header::decode(header).unwrap();
+            let Bulk::Request { pages } = Bulk::decode(&header, body, PAGES).unwrap() else { panic!("no request") };
+            assert_eq!(header.number, GENERATION);
+            lock(&self.0).push((header.sequence, pages));
+            Ok(())
+        }
+
+        fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    const PAGES: u64 = 2 * STRIPE_PAGES;
+    const GENERATION: u32 = 7;
+
+    pub(in crate::engine) fn missing(granule: u64, pages: &[(u64, u64)]) -> (Missing, Arc<HeapPager>) {
+        let border = STRIPE_PAGES + 8;
+        let regions =
+            vec![RamRegion { gpa: 0, len: border << 12 }, RamRegion { gpa: 1 << 40, len: (PAGES - border) << 12 }];
+        let ram = HeapRam::new(RamLayout::new(regions).unwrap()).unwrap();
+        let pager = Arc::new(HeapPager { ram, granule, faults: Mutex::default(), woken: Mutex::default() });
+        let mut set = PageSet::empty(PAGES);
+        pages.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+        (Missing::new(pager.clone(), set, GENERATION, 2, Arc::default()), pager)
+    }
+
+    fn fault(page: u64, thread: u32) -> Fault {
+        Fault { page, thread: (thread != 0).then_some(thread) }
+    }
+
+    #[test]
+    fn a_fault_is_asked_for_once_and_counted_for_each_who_waits() {
+        let (missing, pager) = missing(4, &[(0, 12)]);
+        missing.set_vcpus(vec![1, 2]);
+        assert_eq!(missing.note(&[fault(5, 1), fault(9, 3)]), [5, 9]);
+        // another thread, in the same block; the same thread, which a signal woke; and threads that are not known
+        assert_eq!(missing.note(&[fault(6, 2), fault(5, 1), fault(6, 0), fault(6, 0)]), [0u64; 0]);
+        let summary = missing.summary();
+        assert_eq!((summary.count, summary.vcpu), (5, 2));
+        assert_eq!(lock(&missing.state).waiting.values().map(Vec::len).sum::<usize>(), 5);
+
+        // longer than the list of those who wait, and shorter
+        missing.arrived(PageRange::new(4, 4), Installed { pages: 4, duplicates: 0 });
+        assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [2]);
+        assert_eq!(lock(&missing.state).latencies.count(), 4);
+        assert_eq!(missing.note(&[fault(0, 1), fault(1, 2)]), [0]);
+        missing.arrived(PageRange::new(8, 1), Installed { pages: 1, duplicates: 2 });
+        assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [0]);
+
+        // a fault that was read when its page had come already
+        assert_eq!(missing.note(&[fault(5, 1)]), [0u64; 0]);
+        assert_eq!(*lock(&pager.woken), [5]);
+        let summary = missing.summary();
+        assert_eq!((summary.count, summary.vcpu, summary.duplicates), (8, 5, 2));
+        missing.arrived(PageRange::new(9, 3), Installed { pages: 1, duplicates: 2 });
+        assert_eq!(missing.summary().duplicates, 4);
+        assert!(missing.pages().iter().eq(0..4) && !missing.wait_ended_for(Duration::ZERO));
+        missing.arrived(PageRange::new(0, 4), Installed::default());
+        assert!(lock(&missing.state).waiting.is_empty());
+        assert!(missing.wait_ended_for(Duration::from_secs(3600)) && missing.wait_ended());
+    }
+
+    #[test]
+    fn each_thread_asks_on_its_lane_and_a_lane_that_comes_late_catches_up() {
+        let (missing, pager) = missing(4, &[(0, 12)]);
+        missing.note(&[fault(5, 1)]);
+        let lanes = [Asked::default(), Asked::default()];
+        for (index, lane) in lanes.iter().enumerate() {
+            missing.attach(index as u16, Box::new(lane.clone())).unwrap();
+            assert_eq!(*lock(&lane.0), [(0, vec![4])]);
+        }
+        assert!(missing.attach(2, Box::new(lanes[0].clone())).is_err());
+        for number in [0, 1, 3] {
+            *lock(&pager.faults) = vec![vec![fault(8, number as u32)], vec![], vec![fault(1, number as u32)]];
+            assert!(missing.watch(number).is_err(), "the pager has no more");
+            missing.arrived(PageRange::new(0, 1), Installed::default());
+            missing.arrived(PageRange::new(8, 1), Installed::default());
+        }
+        assert_eq!(*lock(&lanes[0].0), [(0, vec![4]), (1, vec![1]), (2, vec![8])]);
+        assert_eq!(*lock(&lanes[1].0), [(0, vec![4]), (1, vec![1]), (2, vec![1])]);
+        // six requests for a page each
+        assert_eq!(missing.bytes.load(Ordering::Relaxed), 6 * (Header::LEN as u64 + 4 + 8));
+        missing.end();
+        missing.watch(0).unwrap();
+    }
+
+    #[test]
+    fn a_set_is_whole_when_each_of_its_runs_is() {
+        for (runs, granule, whole) in [
+            (&[(0, 4), (8, 8)][..], 4, true),
+            (&[(0, 4), (8, 9)], 4, false),
+            (&[(2, 4)], 4, false),
+            (&[(3, 5), (9, 1)], 1, true),
+            (&[], 512, true),
+        ] {
+            let mut set = PageSet::empty(100);
+            runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+            assert_eq!(is_whole(&set, granule), whole, "{runs:?} {granule}");
+        }
+    }
+
+    #[test]
+    fn only_whole_blocks_that_were_left_behind_may_come() {
+        let (missing, _) = missing(4, &[(0, 12), (16, 2)]);
+        for (first, count, good) in
+            [(0, 4, true), (8, 4, true), (8, 8, false), (12, 4, false), (0, 2, false), (2, 4, false), (16, 2, false)]
+        {
+            assert_eq!(missing.check(PageRange::new(first, count)).is_ok(), good, "{first}+{count}");
+        }
+        missing.arrived(PageRange::new(0, 4), Installed::default());
+        assert!(missing.check(PageRange::new(0, 4)).is_ok(), "again, behind a link that was lost");
+    }
+
+    #[test]
+    fn a_store_fills_what_is_missing_and_nothing_else() {
+        let (all, border) = (0..PAGES, STRIPE_PAGES + 8);
+        let gone = [(0, 3), (5, 1), (STRIPE_PAGES - 2, 4), (border - 3, 6), (PAGES - 1, 1)];
+        let (missing, pager) = missing(1, &gone);
+        let lost = missing.pages();
+        let ram: &dyn GuestRam = &pager.ram;
+        all.clone().for_each(|page| ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[0xee; PAGE_SIZE]));
+        let mut store = MemoryStore::default();
+        // the store has pages beside the missing ones, some as zeros, and lacks some
+        let kept = |page: u64| page % 7 != 5;
+        let of = |page: u64| if page % 5 == 1 { 0 } else { page as u8 | 1 };
+        for page in all.clone().filter(|&page| kept(page)) {
+            store.put(page, (of(page) != 0).then_some(&[of(page); PAGE_SIZE])).unwrap();
+        }
+        store.commit(1, Default::default()).unwrap();
+        missing.fill(pager.ram.layout(), &mut store).unwrap();
+        for page in all {
+            let mut bytes = [0; PAGE_SIZE];
+            ram.slice(PageRange::new(page, 1)).unwrap().copy_to(&mut bytes);
+            let want = if !lost.contains(page) {
+                0xee
+            } else if kept(page) {
+                of(page)
+            } else {
+                0
+            };
+            assert_eq!(bytes, [want; PAGE_SIZE], "page {page}");
+        }
+        assert!(missing.pages().is_empty() && missing.wait_ended());
     }
 }

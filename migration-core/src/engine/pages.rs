@@ -133,3 +133,90 @@ impl Copied {
         self.ranges.iter().flat_map(|range| range.pages()).zip(pages).map(|(number, page)| (number, data_of(page)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::{HeapRam, RamLayout, RamRegion, tracker::TrackerError};
+
+    /// Notes what is re-armed.
+    #[derive(Default)]
+    struct Noted(Mutex<Vec<PageRange>>);
+
+    impl Rearm for Noted {
+        fn before_read(&self, range: PageRange, _: &PageSet) -> Result<(), TrackerError> {
+            self.0.lock().unwrap().push(range);
+            Ok(())
+        }
+    }
+
+    /// Two regions; every third page is zero, the last byte of the others says which one it is.
+    fn ram() -> HeapRam {
+        let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 40, len: 20 << 12 }];
+        let ram = HeapRam::new(RamLayout::new(regions).unwrap()).unwrap();
+        for page in (0..720).filter(|page| page % 3 != 0) {
+            let slice = (&ram as &dyn GuestRam).slice(PageRange::new(page, 1)).unwrap();
+            slice.skip(PAGE_SIZE - 1).copy_from(&[mark(page)]);
+        }
+        ram
+    }
+
+    fn mark(page: u64) -> u8 {
+        if page.is_multiple_of(3) { 0 } else { page as u8 | 1 }
+    }
+
+    #[test]
+    fn copies_hold_what_was_taken_with_room_or_without() {
+        let ram = ram();
+        let (mut first, mut second) = (PageSet::empty(720), PageSet::empty(720));
+        for range in [PageRange::new(3, 600), PageRange::new(690, 20)] {
+            first.insert_range(range);
+        }
+        second.insert(719);
+        let want: Vec<u64> = first.iter().chain(second.iter()).collect();
+        for room in [0, 5, want.len() as u64, 1000] {
+            let (mut copied, noted) = (Copied::with_room(room), Noted::default());
+            // all of it is touched
+            assert!(copied.data.len() == room as usize * PAGE_SIZE && copied.data.iter().all(|&byte| byte == 1));
+            copied.take(&ram, &first, Some(&noted)).unwrap();
+            copied.take(&ram, &second, None).unwrap();
+            assert!(noted.0.into_inner().unwrap().into_iter().eq(first.ranges()));
+
+            let pieces: Vec<_> = copied.pieces().collect();
+            assert!(pieces.iter().flat_map(|(range, _)| range.pages()).eq(want.iter().copied()));
+            for (range, data) in &pieces {
+                assert!(range.count <= PIECE_PAGES && data.len() == range.count as usize * PAGE_SIZE);
+                let last = data.chunks(PAGE_SIZE).map(|page| page[PAGE_SIZE - 1]);
+                assert!(last.eq(range.pages().map(mark)), "{range:?}");
+            }
+            // runs are cut at 256 pages, and at the border of the regions
+            assert!(pieces.iter().map(|(range, _)| range.count).eq([256, 256, 88, 10, 10, 1]));
+
+            let pages: Vec<_> = copied.pages().collect();
+            assert!(pages.iter().map(|&(page, _)| page).eq(want.iter().copied()));
+            for (page, data) in pages {
+                assert_eq!(data.map_or(0, |data| data[PAGE_SIZE - 1]), mark(page), "page {page}");
+                assert_eq!(data.is_none(), mark(page) == 0, "page {page}");
+            }
+        }
+    }
+
+    #[test]
+    fn pages_are_re_armed_before_they_are_put() {
+        let (ram, noted, mut got) = (ram(), Noted::default(), Vec::new());
+        let mut pages = PageSet::empty(720);
+        [1, 5, 6, 100, 719].into_iter().for_each(|page| _ = pages.insert(page));
+        let range = PageRange::new(5, 95);
+        put(&ram, range, &pages, Some(&noted), &mut |page, data| {
+            assert_eq!(*noted.0.lock().unwrap(), [range]);
+            got.push((page, data.map(|data| data[PAGE_SIZE - 1])));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(got, [(5, Some(5)), (6, None)]);
+        let full = put(&ram, range, &pages, None, &mut |_, _| Err(io::ErrorKind::StorageFull.into()));
+        assert!(matches!(full, Err(MigrationError::Store { .. })));
+    }
+}

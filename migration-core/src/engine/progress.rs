@@ -256,6 +256,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_rate_tells_is_not_told_without_one() {
+        let mut meter = ProgressMeter::default();
+        let known = |at, sent, rate| Reading { dirty_pages_per_second: Some(rate), ..reading(at, sent) };
+        meter.begin(&known(0, 0, 100.0));
+        let p = meter.read(&known(1000, 0, 100.0));
+        assert_eq!((p.pages_per_second, p.eta, p.expected_downtime), (0.0, None, None));
+        // half of what is sent: each round is half as long as the one before
+        let p = meter.read(&known(2000, 4096, 2048.0));
+        assert_eq!(p.pages_per_second, 4096.0);
+        assert!(p.expected_downtime < Some(300 * MS), "{p:?}");
+        // all of the round is sent, and nobody knows yet of a next one
+        let p = meter.read(&reading(10_000, 40_960));
+        assert_eq!(p.share_done, ALMOST_ALL);
+    }
+
+    #[test]
     fn a_limit_below_the_floor_does_not_hide_the_floor() {
         let (mut meter, _) = after(1000);
         let mut now = Reading { dirty_pages_per_second: Some(1e6), ..reading(1100, 4505) };

@@ -31,7 +31,7 @@ use super::{
     events::Guarded,
     handle::lock,
     install::LaneReceiver,
-    missing::Missing,
+    missing::{Missing, is_whole},
     serve::add_missing,
     session::Session,
 };
@@ -245,7 +245,7 @@ impl ReceiverHandle {
         lock(&self.hub.state).machine.epoch()
     }
 
-    /// Bytes received and sent on all lanes so far.
+    /// Bytes of all frames that were received and sent so far, on all lanes.
     pub fn wire_bytes(&self) -> u64 {
         self.hub.bytes.load(Ordering::Relaxed)
     }
@@ -506,12 +506,7 @@ impl Hub {
         if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
             return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
         }
-        match &frame {
-            Control::Ping => session.allowance.ping()?,
-            Control::Piece(piece) => session.allowance.piece(piece.data.len())?,
-            Control::Missing { .. } => session.allowance.list(session.ram.layout().pages())?,
-            _ => {}
-        }
+        session.allowance.frame(&frame, session.ram.layout().pages())?;
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
             DestinationAction::Pong => {
@@ -624,8 +619,7 @@ impl Hub {
             let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        let granule = pager.granule();
-        if granule > 1 && pages.ranges().any(|r| r.first % granule != 0 || r.count % granule != 0) {
+        if !is_whole(&pages, pager.granule()) {
             return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
         }
         pager.arm(&pages).map_err(MigrationError::vm("watching for missing pages"))?;

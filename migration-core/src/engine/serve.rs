@@ -25,7 +25,7 @@ use crate::{
     codec::DecodeError,
     protocol::{SourceEvent, SourcePhase},
     strategy::{PushOrder, push_order::DIRTIED},
-    wire::{Bulk, Control, HUGE_BLOCK, MAX_BODY, STATE_CHUNK},
+    wire::{Bulk, Control, HUGE_BLOCK, Header, MAX_BODY, STATE_CHUNK},
 };
 
 /// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them on a slow link; fewer,
@@ -171,6 +171,8 @@ impl DemandLane {
 
     fn request(&mut self, sequence: &mut u32, inputs: &PeerInputs) -> Result<(), MigrationError> {
         let (header, body) = read_frame(&mut *self.reader, sequence, &self.lane.peer)?;
+        let bytes = (Header::LEN + body.len()) as u64;
+        self.lane.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
         let generation = self.left.generation.load(Ordering::Acquire);
         let Bulk::Request { pages } = Bulk::decode(&header, &body, self.lane.ram.layout().pages())? else {
             return Err(DecodeError::invalid("kind", "only requests come from a destination").into());
@@ -225,16 +227,21 @@ pub(crate) fn add_missing(pages: &mut PageSet, first: u64, bitmap: &[u8]) -> Res
     Ok(())
 }
 
+/// Widens a set to whole blocks.
+fn widen(pages: &mut PageSet, block: u64) {
+    if block <= 1 {
+        return;
+    }
+    let blocks: Vec<u64> = pages.ranges().flat_map(|r| r.first / block..r.end().div_ceil(block)).collect();
+    for at in blocks {
+        pages.insert_range(PageRange::new(at * block, block));
+    }
+}
+
 impl Engine<'_> {
     /// Widens `missing` to whole blocks, and tells the destination of it.
     pub(super) fn leave_behind(&mut self, mut missing: PageSet) -> Result<(), MigrationError> {
-        let block = self.left.block.load(Ordering::Relaxed);
-        if block > 1 {
-            let blocks: Vec<u64> = missing.ranges().flat_map(|r| r.first / block..=(r.end() - 1) / block).collect();
-            for at in blocks {
-                missing.insert_range(PageRange::new(at * block, block));
-            }
-        }
+        widen(&mut missing, self.left.block.load(Ordering::Relaxed));
         for frame in missing_frames(&missing) {
             self.say(&frame)?;
         }
@@ -368,5 +375,200 @@ impl Engine<'_> {
     /// The granularity in which pages are left behind.
     pub(super) fn set_block(&self, whole: bool) {
         self.left.block.store(if whole { HUGE_BLOCK } else { 1 }, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, sync::mpsc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{GuestRam, HeapRam, RamLayout, RamRegion, RamSlice, channel::WriteHalf, strategy::Linear};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_push_is_short_while_the_guest_faults_and_long_when_it_is_calm() {
+        let mut pace = Pace::new();
+        assert_eq!((pace.is_calm(), pace.most(1), pace.most(512)), (true, FIRST_PUSH, 512));
+        // a fault that lies ahead is as good as one just now, however slow this test is
+        pace.fault();
+        assert!(pace.last_fault.is_some());
+        for (rate, faulting, calm) in
+            [(1e4, LEAST_PUSH, 40), (1e6, 100, STRIPE_PAGES), (1e9, STRIPE_PAGES, STRIPE_PAGES)]
+        {
+            pace.rate = rate;
+            pace.last_fault = Some(Instant::now() + HOUR);
+            assert_eq!((pace.is_calm(), pace.most(1), pace.most(512)), (false, faulting, 512), "{rate}");
+            pace.last_fault = Instant::now().checked_sub(CALM);
+            assert_eq!((pace.is_calm(), pace.most(1), pace.most(512)), (true, calm, 512), "{rate}");
+        }
+    }
+
+    #[test]
+    fn the_rate_is_that_of_a_window_in_which_something_was_under_way() {
+        let mut pace = Pace::new();
+        // a window that has just begun
+        pace.since = Instant::now() + HOUR;
+        pace.pages = 5;
+        pace.pushed(20);
+        assert_eq!(pace.pages, 0, "nothing was under way before");
+        pace.since = Instant::now() + HOUR;
+        pace.pushed(30);
+        pace.done();
+        assert_eq!((pace.pages, pace.rate), (20, 0.0));
+        pace.since = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
+        pace.done();
+        // 50 in a second and a bit
+        assert!(pace.rate > 5.0 && pace.rate < 50.0 && pace.pages == 0, "{}", pace.rate);
+        pace.done();
+        assert_eq!(pace.pages, 0, "nothing is under way");
+    }
+
+    fn left(pages: &[(u64, u64)], block: u64) -> Left {
+        let mut set = PageSet::empty(2000);
+        pages.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+        let left = Left::default();
+        left.set(set);
+        left.block.store(block, Ordering::Relaxed);
+        left
+    }
+
+    #[test]
+    fn whoever_takes_a_page_takes_what_is_left_of_its_block() {
+        let range = |first, count| PageRange::new(first, count);
+        let single = left(&[(10, 20), (600, 2)], 1);
+        assert_eq!(single.claim(12), [range(12, 1)]);
+        assert!(single.claim(12).is_empty() && single.claim(5).is_empty());
+        let order = &mut Linear::default();
+        assert_eq!(single.next(order, 100), Some(range(10, 2)));
+        assert_eq!(single.next(order, 5), Some(range(13, 5)));
+
+        let huge = left(&[(512, 10), (530, 3), (1024, 512), (1536, 464)], 512);
+        assert_eq!(huge.claim(531), [range(512, 10), range(530, 3)]);
+        assert!(huge.claim(512).is_empty());
+        let order = &mut Linear::default();
+        assert_eq!(huge.next(order, 1), Some(range(1024, 512)), "a whole block, however little was asked for");
+        assert_eq!(huge.next(order, 1), Some(range(1536, 464)), "the last one of RAM is shorter");
+        assert!(huge.next(order, 1).is_none() && huge.pages().is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_set_arrives_as_it_was_sent(
+            runs in prop::collection::vec((0u64..17_000_000, 1u64..200_000), 0..4), more in 0u64..65,
+        ) {
+            let capacity = 17_000_000 + more;
+            let mut set = PageSet::empty(capacity);
+            runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+            let mut arrived = PageSet::empty(capacity);
+            for frame in missing_frames(&set) {
+                let Control::Missing { first, bitmap } = frame else { panic!("another frame") };
+                prop_assert!(bitmap.len() <= STATE_CHUNK && bitmap.iter().any(|&byte| byte != 0));
+                add_missing(&mut arrived, first, &bitmap).unwrap();
+            }
+            prop_assert_eq!(arrived, set);
+        }
+
+        #[test]
+        fn whole_blocks_and_no_others_are_left_behind(
+            runs in prop::collection::vec((0u64..2000, 1u64..600), 0..4), block in prop::sample::select(vec![1u64, 4, 512]),
+        ) {
+            let mut set = PageSet::empty(2000);
+            runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
+            let mut wide = set.clone();
+            widen(&mut wide, block);
+            for page in 0..2000 {
+                let around = PageRange::new(page / block * block, block);
+                prop_assert_eq!(wide.contains(page), set.count_in(around) > 0, "page {}", page);
+            }
+        }
+    }
+
+    #[test]
+    fn pages_outside_ram_are_no_missing_pages() {
+        let mut set = PageSet::empty(100);
+        add_missing(&mut set, 64, &encode_bitmap(&[1 << 35, 0])).unwrap();
+        assert!(set.iter().eq([99]));
+        for (first, word) in [(64, 1 << 36), (100, 1), (u64::MAX, 2)] {
+            assert!(add_missing(&mut set, first, &encode_bitmap(&[word])).is_err(), "{first}");
+        }
+    }
+
+    /// Reads what it was given, and counts what is written.
+    struct Wire(VecDeque<u8>, Arc<AtomicU64>);
+
+    impl ReadHalf for Wire {
+        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            for byte in buf {
+                *byte = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            }
+            Ok(())
+        }
+
+        fn read_ram(&mut self, _: &[RamSlice<'_>]) -> io::Result<()> {
+            unreachable!("no page comes to a source")
+        }
+
+        fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl WriteHalf for Wire {
+        fn write_all(&mut self, head: &[u8], _: &[RamSlice<'_>]) -> io::Result<()> {
+            let header = Header::decode(head.first_chunk().unwrap()).unwrap();
+            let Bulk::Pages { extents, .. } = Bulk::decode(&header, &head[Header::LEN..], 2000).unwrap() else {
+                panic!("not pages")
+            };
+            self.1.fetch_add(extents.iter().map(|e| e.range.count).sum(), Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a source says to one request, with 10 pages from page 100 left: the error, if any, and the pages that it sends, that
+    /// it counts as demanded, and how many requests it counts.
+    fn requested(generation: u32, number: u32, pages: &[u64]) -> (Option<MigrationError>, [u64; 3], Vec<u64>) {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 2000 << 12 }]).unwrap();
+        let ram: Arc<dyn GuestRam> = Arc::new(HeapRam::new(layout).unwrap());
+        let left = Arc::new(left(&[(100, 10)], 1));
+        left.generation.store(generation, Ordering::Release);
+        let (sent, wire_bytes) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let writer = Box::new(Wire(VecDeque::new(), sent.clone()));
+        let lane = Lane::for_checkpoints(ram, writer, "the destination".into(), wire_bytes.clone());
+        let request = Bulk::Request { pages: pages.to_vec() }.encode(0, 0, number);
+        let len = request.len() as u64;
+        let reader = Box::new(Wire(request.into(), Arc::default()));
+        let mut demand = DemandLane { lane, reader, left: left.clone() };
+        let (tx, rx) = mpsc::channel();
+        let inputs = PeerInputs::new(tx, Arc::default(), Arc::default());
+        let error = demand.request(&mut 0, &inputs).err();
+        // each page that is sent is an extent of zeros
+        let pages = sent.load(Ordering::Relaxed);
+        assert_eq!(wire_bytes.load(Ordering::Relaxed), len + pages * (Header::LEN as u64 + 4 + 4 + 12));
+        let told = rx.try_iter().filter_map(|input| if let Input::Demanded(page) = input { Some(page) } else { None });
+        let told = told.collect();
+        let counts = [&sent, &left.demanded, &left.requests].map(|count| count.load(Ordering::Relaxed));
+        (error, counts, told)
+    }
+
+    #[test]
+    fn only_pages_that_were_left_behind_are_sent_and_each_once() {
+        let (error, counts, told) = requested(3, 3, &[100, 105, 100, 7]);
+        assert!(error.is_none());
+        assert_eq!((counts, told), ([2, 2, 2], vec![100, 105, 100, 7]));
+        for (generation, number) in [(3, 2), (3, 0), (0, 0), (0, 3)] {
+            let (error, counts, told) = requested(generation, number, &[100]);
+            assert!(matches!(error, Some(MigrationError::Malformed(_))), "{generation} {number}");
+            assert_eq!((counts, told), ([0; 3], Vec::new()));
+        }
     }
 }

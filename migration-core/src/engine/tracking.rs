@@ -82,3 +82,67 @@ impl Tracking {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        RamLayout, RamRegion,
+        tracker::{BitmapTracker, DirtyBitmap},
+    };
+
+    fn pages(pages: &[u64]) -> PageSet {
+        let mut set = PageSet::empty(16);
+        pages.iter().for_each(|&page| _ = set.insert(page));
+        set
+    }
+
+    fn tracker() -> (Arc<DirtyBitmap>, BitmapTracker) {
+        let bitmap = DirtyBitmap::new(RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap());
+        (bitmap.clone(), BitmapTracker::new(bitmap))
+    }
+
+    #[test]
+    fn a_tracker_of_the_vmm_gets_all_of_its_bits_back() {
+        let (bitmap, mut tracker) = tracker();
+        tracker.start().unwrap();
+        bitmap.mark_page(1);
+        let mut tracking = Tracking::new(16);
+        tracking.start(&mut tracker).unwrap();
+        bitmap.mark_page(2);
+        // to start it once more takes nothing away
+        tracking.start(&mut tracker).unwrap();
+        assert_eq!(tracking.harvest(&mut tracker).unwrap(), pages(&[2]));
+        bitmap.mark_page(3);
+        assert_eq!(tracking.written(&mut tracker).unwrap(), pages(&[1, 2, 3]));
+        bitmap.mark_page(4);
+        tracking.give_back(&mut tracker).unwrap();
+        tracking.give_back(&mut tracker).unwrap();
+        assert!(tracker.is_active());
+        let mut found = PageSet::empty(16);
+        tracker.harvest(&mut found).unwrap();
+        assert_eq!(found, pages(&[1, 2, 3, 4]));
+
+        // all of RAM has changed
+        tracking.start(&mut tracker).unwrap();
+        tracking.all_dirty();
+        tracking.give_back(&mut tracker).unwrap();
+        tracker.harvest(&mut found).unwrap();
+        assert_eq!(found, PageSet::full(16));
+    }
+
+    #[test]
+    fn a_tracker_that_was_idle_is_idle_again() {
+        let (bitmap, mut tracker) = tracker();
+        bitmap.mark_page(1);
+        let mut tracking = Tracking::new(16);
+        tracking.start(&mut tracker).unwrap();
+        bitmap.mark_page(2);
+        assert_eq!(tracking.harvest(&mut tracker).unwrap(), pages(&[2]));
+        tracking.give_back(&mut tracker).unwrap();
+        assert!(!tracker.is_active());
+        let mut found = PageSet::empty(16);
+        tracker.harvest(&mut found).unwrap();
+        assert!(found.is_empty());
+    }
+}

@@ -401,12 +401,8 @@ mod tests {
     };
 
     fn receiving() -> DestinationMachine {
-        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 4096 }]).unwrap();
-        let (host_needs, config) = (Bytes::new(), Bytes::new());
-        let vm = VmDescription { id: VmId([1; 16]), layout, devices: Vec::new(), host_needs, config };
-        let hello = Hello { features: 0, streams: 1, strategy: "any".into(), vm };
         let mut machine = DestinationMachine::new();
-        machine.handle(1, Control::Hello(Box::new(hello))).unwrap();
+        machine.handle(1, hello(1)).unwrap();
         machine.prepared(None).unwrap();
         machine
     }
@@ -431,5 +427,171 @@ mod tests {
         machine.handle(1, missing).unwrap();
         assert_eq!(machine.link_lost(), OnDestinationLoss::Discard);
         assert!(!machine.listing);
+    }
+
+    const PHASES: [DestinationPhase; 6] = [
+        DestinationPhase::Empty,
+        DestinationPhase::Preparing,
+        DestinationPhase::Receiving,
+        DestinationPhase::Loading,
+        DestinationPhase::Ready,
+        DestinationPhase::Running,
+    ];
+
+    fn at(phase: DestinationPhase) -> DestinationMachine {
+        DestinationMachine { phase, vm: Some(VmId([1; 16])), epoch: 5, attached: true, ..DestinationMachine::new() }
+    }
+
+    fn hello(vm: u8) -> Control {
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 4096 }]).unwrap();
+        let (host_needs, config) = (Bytes::new(), Bytes::new());
+        let vm = VmDescription { id: VmId([vm; 16]), layout, devices: Vec::new(), host_needs, config };
+        Control::Hello(Box::new(Hello { features: 0, streams: 1, strategy: "any".into(), vm }))
+    }
+
+    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and changes nothing.
+    #[test]
+    fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
+        use DestinationPhase::*;
+        let bitmap = Bytes::from_static(&[1; 8]);
+        let data = || Bytes::from_static(b"state");
+        let piece = Section { name: "gpu".into(), instance: 0, version: 1, data: data() };
+        let frames: [(Control, &[(DestinationPhase, DestinationPhase)]); 14] = [
+            (Control::Ping, &PHASES.map(|phase| (phase, phase))),
+            (Control::Piece(piece), &[(Receiving, Receiving)]),
+            (Control::State(data()), &[(Receiving, Receiving)]),
+            (Control::Missing { first: 0, bitmap }, &[(Receiving, Receiving)]),
+            (Control::PostCopy { missing: 1, demand_lanes: 1 }, &[(Receiving, Receiving)]),
+            (Control::Offer { generation: 1, state_bytes: 0, running: true }, &[(Receiving, Loading)]),
+            (Control::Offer { generation: 1, state_bytes: 1, running: true }, &[]),
+            (Control::Run, &[(Ready, Running), (Running, Running)]),
+            (Control::Reattach(VmId([1; 16])), &[(Ready, Ready), (Running, Running)]),
+            (Control::Reattach(VmId([2; 16])), &[]),
+            (Control::Abandon, &[(Preparing, Empty), (Receiving, Empty), (Loading, Empty), (Ready, Empty)]),
+            (
+                Control::error(ErrorCode::Other, "why"),
+                &[(Preparing, Empty), (Receiving, Empty), (Loading, Empty), (Ready, Empty)],
+            ),
+            (Control::Done, &[(Running, Running)]),
+            (Control::Ready, &[]),
+        ];
+        for (frame, taken) in frames {
+            for phase in PHASES {
+                let mut machine = at(phase);
+                let to = taken.iter().find(|(from, _)| *from == phase);
+                assert_eq!(machine.handle(5, frame.clone()).is_ok(), to.is_some(), "{frame:?} {phase:?}");
+                assert_eq!(machine.phase(), to.map_or(phase, |(_, to)| *to), "{frame:?} {phase:?}");
+                for epoch in [4, 6] {
+                    let mut machine = at(phase);
+                    assert!(machine.handle(epoch, frame.clone()).is_err(), "{frame:?} {phase:?} of {epoch}");
+                    assert_eq!(machine.phase(), phase);
+                }
+            }
+            assert!(DestinationMachine::new().handle(0, frame.clone()).is_err(), "{frame:?} before a hello");
+        }
+    }
+
+    #[test]
+    fn only_a_later_attempt_of_the_same_vm_takes_the_place_of_another() {
+        use DestinationPhase::*;
+        let says = |mut machine: DestinationMachine, vm, epoch| match machine.handle(epoch, hello(vm)) {
+            Ok(DestinationAction::Build { discard, .. }) => {
+                assert_eq!((machine.phase(), machine.epoch(), machine.vm()), (Preparing, epoch, Some(VmId([vm; 16]))));
+                Ok(discard)
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(violation) => Err(violation.code),
+        };
+        for (phase, another, stale, later) in [
+            (Empty, Ok(false), Err(ErrorCode::StaleEpoch), Ok(false)),
+            (Preparing, Err(ErrorCode::Busy), Err(ErrorCode::Busy), Ok(true)),
+            (Receiving, Err(ErrorCode::Busy), Err(ErrorCode::Busy), Ok(true)),
+            (Loading, Err(ErrorCode::Busy), Err(ErrorCode::Busy), Ok(true)),
+            (Ready, Err(ErrorCode::Busy), Err(ErrorCode::StaleEpoch), Ok(true)),
+            (Running, Err(ErrorCode::Busy), Err(ErrorCode::Busy), Err(ErrorCode::Busy)),
+        ] {
+            for epoch in [4, 5, 6] {
+                assert_eq!(says(at(phase), 2, epoch), another, "{phase:?}, another VM, {epoch}");
+                assert_eq!(says(at(phase), 1, epoch), if epoch > 5 { later } else { stale }, "{phase:?}, {epoch}");
+            }
+        }
+        let awaiting = || DestinationMachine::awaiting(VmId([1; 16]), 5);
+        assert_eq!(says(awaiting(), 2, 9), Err(ErrorCode::Busy));
+        assert_eq!(says(awaiting(), 1, 5), Err(ErrorCode::StaleEpoch));
+        assert_eq!(says(awaiting(), 1, 6), Ok(false));
+        // also after an attempt that has failed
+        let mut machine = awaiting();
+        machine.handle(6, hello(1)).unwrap();
+        assert_eq!(machine.link_lost(), OnDestinationLoss::Discard);
+        assert_eq!(says(machine.clone(), 2, 9), Err(ErrorCode::Busy));
+        assert_eq!(says(machine, 1, 7), Ok(false));
+    }
+
+    struct Certain;
+
+    impl crate::fence::Fence for Certain {
+        fn fence(&self, _identity: &[u8]) -> Result<(), crate::fence::NotFenced> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_vm_that_is_held_is_reattached_adopted_or_inherited_and_no_other_one() {
+        use DestinationPhase::*;
+        let (vm, another) = (VmId([1; 16]), VmId([2; 16]));
+        for phase in PHASES {
+            let held = matches!(phase, Ready | Running);
+            assert_eq!(at(phase).may_reattach(vm, 5), held, "{phase:?}");
+            assert!(![(vm, 4), (vm, 6), (another, 5)].iter().any(|&(vm, epoch)| at(phase).may_reattach(vm, epoch)));
+            assert_eq!(at(phase).accepts_pages(), matches!(phase, Receiving | Loading), "{phase:?}");
+
+            // a person adopts what is whole, and has no source
+            for (attached, complete) in [(false, false), (false, true), (true, false), (true, true)] {
+                let mut machine = DestinationMachine { attached, complete, run_vcpus: false, ..at(phase) };
+                let adopts = phase == Ready && !attached && complete;
+                let start = DestinationAction::Start { running: false };
+                match machine.adopt() {
+                    Ok(action) => assert!(adopts && action == start, "{phase:?}"),
+                    Err(violation) => {
+                        assert!(!adopts, "{phase:?} {violation}");
+                        let lacks = violation.why.contains("only at its source");
+                        assert_eq!(lacks, phase == Ready && !attached, "{violation}");
+                        assert_eq!(violation.why.contains("connected"), phase == Ready && attached, "{violation}");
+                    }
+                }
+                let after = if adopts { (Running, 6) } else { (phase, 5) };
+                assert_eq!((machine.phase(), machine.epoch()), after);
+                let served = DestinationMachine { attached, complete, ..at(phase) };
+                assert_eq!(served.is_complete(), complete);
+                assert_eq!(served.is_served(), phase == Running && !complete);
+                assert_eq!(served.clone().vm_ended("it").is_some(), phase == Running && !complete);
+                assert_eq!(served.clone().complete().is_ok(), phase == Running);
+                assert_eq!(served.clone().handle(5, Control::Done).is_ok(), phase == Running && complete);
+            }
+            let mut machine = at(phase);
+            let dead = Fenced::by(&Certain, b"").unwrap();
+            assert_eq!(machine.inherit(dead).is_ok(), held, "{phase:?}");
+            assert_eq!(
+                (machine.phase(), machine.epoch() - 5),
+                (if held { Running } else { phase }, (phase == Ready).into())
+            );
+            // held or run, a VM outlives its link
+            let mut machine = at(phase);
+            let expected = match phase {
+                Empty | Running => OnDestinationLoss::Nothing,
+                Ready => OnDestinationLoss::Hold,
+                _ => OnDestinationLoss::Discard,
+            };
+            assert_eq!(machine.link_lost(), expected);
+            assert!(!machine.attached && (machine.phase() == phase) == (expected != OnDestinationLoss::Discard));
+        }
+    }
+
+    #[test]
+    fn a_state_may_be_as_large_as_its_limit() {
+        for (len, fits) in [(10, true), (11, false), (12, false)] {
+            let mut machine = DestinationMachine { state: vec![0; MAX_STATE - 10], ..at(DestinationPhase::Receiving) };
+            assert_eq!(machine.handle(5, Control::State(Bytes::from(vec![0; len]))).is_ok(), fits, "{len}");
+        }
     }
 }

@@ -296,4 +296,88 @@ mod tests {
             assert!(machine.run().is_err() && machine.restart(dead()).is_err());
         }
     }
+
+    const PHASES: [SourcePhase; 9] = [
+        SourcePhase::Greeting,
+        SourcePhase::Welcomed,
+        SourcePhase::Copying,
+        SourcePhase::Offered,
+        SourcePhase::Ready,
+        SourcePhase::InDoubt,
+        SourcePhase::Serving,
+        SourcePhase::Completed,
+        SourcePhase::Ended,
+    ];
+
+    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and changes nothing.
+    #[test]
+    fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
+        use SourcePhase::*;
+        let welcome = Welcome { version: 1, features: 0, streams: 1, session: crate::wire::SessionToken([1; 16]) };
+        let ends = |phase| if at(phase).owns() { Ended } else { phase };
+        let ended = |phase| if matches!(phase, InDoubt | Serving) { Completed } else { ends(phase) };
+        let frames: [(Control, &[(SourcePhase, SourcePhase)]); 13] = [
+            (Control::Pong, &PHASES.map(|phase| (phase, phase))),
+            (Control::error(ErrorCode::VmEnded, "why"), &PHASES.map(|phase| (phase, ended(phase)))),
+            (Control::error(ErrorCode::Other, "why"), &PHASES.map(|phase| (phase, ends(phase)))),
+            (Control::Welcome(welcome), &[(Greeting, Welcomed)]),
+            (Control::Prepared { load_us: Some(3) }, &[(Welcomed, Copying)]),
+            (Control::RoundReceived { generation: 3 }, &[(Copying, Copying), (Offered, Offered)]),
+            (Control::RoundReceived { generation: 1 }, &[]),
+            (Control::RoundReceived { generation: 4 }, &[]),
+            (Control::Ready, &[(Offered, Ready)]),
+            (Control::Running, &[(InDoubt, Completed), (Serving, Serving), (Completed, Completed)]),
+            (Control::PostCopy { missing: 1, demand_lanes: 1 }, &[(Serving, Serving)]),
+            (Control::Complete(FaultSummary::default()), &[(Serving, Completed)]),
+            (Control::Ping, &[]),
+        ];
+        for (frame, taken) in frames {
+            for phase in PHASES {
+                let machine = || SourceMachine { sent: 3, received: 1, ..at(phase) };
+                let mut of_it = machine();
+                let to = taken.iter().find(|(from, _)| *from == phase);
+                assert_eq!(of_it.handle(7, frame.clone()).is_ok(), to.is_some(), "{frame:?} {phase:?}");
+                assert_eq!(of_it.phase(), to.map_or(phase, |(_, to)| *to), "{frame:?} {phase:?}");
+                for epoch in [0, 6, 8] {
+                    // a destination that has not read the hello may refuse it
+                    let refuses = epoch == 0 && phase == Greeting && matches!(frame, Control::Error { .. });
+                    let mut machine = machine();
+                    assert_eq!(machine.handle(epoch, frame.clone()).is_ok(), refuses, "{frame:?} {phase:?} {epoch}");
+                    assert_eq!(machine.phase(), if refuses { Ended } else { phase });
+                }
+            }
+        }
+        let mut lacks = SourceMachine { post_copy: true, ..at(InDoubt) };
+        lacks.handle(7, Control::Running).unwrap();
+        assert_eq!(lacks.phase(), Serving);
+        let refused = at(Ready).handle(7, Control::error(ErrorCode::State, "why"));
+        assert_eq!(refused, Ok(SourceEvent::Refused(ErrorCode::State, "why".into())));
+        let ended = at(Serving).handle(7, Control::error(ErrorCode::VmEnded, "why"));
+        assert_eq!(ended, Ok(SourceEvent::VmEnded("why".into())));
+    }
+
+    #[test]
+    fn a_vm_that_may_run_elsewhere_is_not_resumed() {
+        use SourcePhase::*;
+        for phase in PHASES {
+            let (expected, after) = match phase {
+                InDoubt | Serving => (OnSourceLoss::Reconnect, phase),
+                Completed => (OnSourceLoss::Nothing, phase),
+                _ => (OnSourceLoss::Resume, Ended),
+            };
+            let mut machine = at(phase);
+            assert_eq!((machine.link_lost(), machine.phase()), (expected, after), "{phase:?}");
+            let owns = expected == OnSourceLoss::Resume;
+            let mut machine = at(phase);
+            assert_eq!(
+                (machine.owns(), machine.abandon().is_some(), machine.phase()),
+                (owns, owns, after),
+                "{phase:?}"
+            );
+            let reattaches = matches!(phase, InDoubt | Serving);
+            assert_eq!(at(phase).reattach(crate::vm::VmId([1; 16])).is_ok(), reattaches, "{phase:?}");
+            assert_eq!(at(phase).run().is_ok(), phase == Ready, "{phase:?}");
+            assert_eq!(at(phase).begin_round().ok(), (phase == Copying).then_some(1), "{phase:?}");
+        }
+    }
 }

@@ -326,3 +326,178 @@ impl HandedOver<'_> {
 /// Proof that a strategy came to its end: only [`HandedOver`] makes one.
 #[derive(Debug)]
 pub struct Done(());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PageRange;
+
+    const PAGES: u64 = 100;
+
+    /// A VM that notes what a strategy does to it. Pages 5 to 9 are dirty after each round.
+    #[derive(Default)]
+    struct Noted {
+        calls: Vec<String>,
+        link: Link,
+        /// After so many rounds the user has asked to switch over.
+        wanted_after: usize,
+        rounds: usize,
+    }
+
+    impl Noted {
+        fn note(&mut self, what: impl Into<String>) -> Result<(), MigrationError> {
+            self.calls.push(what.into());
+            Ok(())
+        }
+    }
+
+    impl Verbs for Noted {
+        fn pages(&self) -> u64 {
+            PAGES
+        }
+
+        fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+            Ok(PageSet::full(PAGES))
+        }
+
+        fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+            self.rounds += 1;
+            self.note(format!("send {}", pages.len()))?;
+            Ok(Round { asked: pages.len(), sent: pages.len(), ..Round::default() })
+        }
+
+        fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+            let mut dirty = PageSet::empty(PAGES);
+            dirty.insert_range(PageRange::new(5, 5));
+            Ok(dirty)
+        }
+
+        fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+            self.note(format!("throttle {percent}"))
+        }
+
+        fn link(&self) -> Link {
+            self.link
+        }
+
+        fn switch_over_wanted(&self) -> bool {
+            self.rounds >= self.wanted_after
+        }
+
+        fn expect_downtime(&mut self, prediction: Duration) {
+            self.calls.push(format!("expect {prediction:?}"));
+        }
+
+        fn stalled(&mut self, why: &str) {
+            self.calls.push(format!("stalled: {}", why.split(" of ").next().unwrap_or_default()));
+        }
+
+        fn pause(&mut self) -> Result<(), MigrationError> {
+            self.note("pause")
+        }
+
+        fn resume(&mut self) -> Result<(), MigrationError> {
+            self.note("resume")
+        }
+
+        fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+            self.note(format!("send the rest, {}", pages.len()))
+        }
+
+        fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError> {
+            self.note(format!("hand over without {} of {}", missing.len(), missing.capacity()))
+        }
+
+        fn left_behind(&self) -> u64 {
+            0
+        }
+
+        fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+            self.note(format!("serve {}", order.name()))
+        }
+    }
+
+    /// What a strategy does, and whether it came to its end.
+    fn done(strategy: &mut dyn Strategy, mut vm: Noted) -> (Vec<String>, bool) {
+        assert_eq!(Running::new(&mut vm).pages(), PAGES);
+        let done = strategy.migrate(Running::new(&mut vm)).is_ok();
+        (vm.calls, done)
+    }
+
+    fn linear() -> Box<dyn PushOrder> {
+        Box::new(Linear::default())
+    }
+
+    #[test]
+    fn each_strategy_does_what_it_is_named_after() {
+        type Row = (Box<dyn Strategy>, &'static str, [bool; 2], &'static [&'static str]);
+        let strategies: [Row; 5] = [
+            (
+                Box::new(StopAndCopy),
+                "stop-and-copy",
+                [false, false],
+                &["pause", "send the rest, 100", "hand over without 0 of 100"],
+            ),
+            (Box::new(HandOver), "handover", [false, false], &["pause", "hand over without 0 of 100"]),
+            (
+                Box::new(PostCopy { order: linear() }),
+                "post-copy",
+                [false, true],
+                &["pause", "hand over without 100 of 100", "serve linear"],
+            ),
+            (
+                Box::new(Hybrid { rounds: 2, order: linear() }),
+                "hybrid",
+                [true, true],
+                &["send 100", "send 5", "pause", "hand over without 5 of 100", "serve linear"],
+            ),
+            (
+                Box::new(PreCopy::<ModelConvergence>::default()),
+                "pre-copy",
+                [true, false],
+                &["send 100", "expect 0ns", "pause", "send the rest, 5", "hand over without 0 of 100"],
+            ),
+        ];
+        for (mut strategy, name, [switches_over, post_copies], calls) in strategies {
+            assert_eq!(strategy.name(), name);
+            assert_eq!(
+                (strategy.can_switch_over(), strategy.needs_post_copy()),
+                (switches_over, post_copies),
+                "{name}"
+            );
+            let link = Link { bytes_per_second: 1e9, downtime_limit: Duration::from_secs(1), ..Link::default() };
+            let (did, done) = done(&mut *strategy, Noted { link, wanted_after: usize::MAX, ..Noted::default() });
+            assert!(done && did == calls, "{name}: {did:?}");
+        }
+    }
+
+    #[test]
+    fn a_switch_over_that_is_asked_for_ends_the_rounds() {
+        let (fixed_downtime, downtime_limit) = (Duration::from_millis(7), Duration::from_secs(1));
+        let link = Link { fixed_downtime, downtime_limit, bytes_per_page: 1e6, ..Link::default() };
+        let wanted = |link| Noted { link, wanted_after: 1, ..Noted::default() };
+        let pre_copy = || PreCopy::<ModelConvergence>::default();
+        let rest = ["pause", "send the rest, 5", "hand over without 0 of 100"];
+        let (did, _) = done(&mut pre_copy(), wanted(link));
+        assert_eq!(did, [&["send 100"][..], &rest].concat(), "nothing is predicted before the bandwidth is known");
+        let (did, _) = done(&mut pre_copy(), wanted(Link { bytes_per_second: 1e9, ..link }));
+        assert_eq!(did, [&["send 100", "expect 12ms"][..], &rest].concat());
+        let (did, _) = done(&mut Hybrid { rounds: 9, order: linear() }, wanted(link));
+        assert_eq!(did, ["send 100", "pause", "hand over without 5 of 100", "serve linear"]);
+        let post_copy = Link { post_copy_wanted: true, ..link };
+        for strategy in [&mut pre_copy() as &mut dyn Strategy, &mut Hybrid { rounds: 1, order: linear() }] {
+            let (did, _) = done(strategy, Noted { link: post_copy, wanted_after: usize::MAX, ..Noted::default() });
+            assert_eq!(did[did.len() - 3], "pause");
+            assert_eq!(did[did.len() - 1], "serve linear");
+        }
+    }
+
+    #[test]
+    fn a_strategy_that_gives_up_says_why_and_leaves_the_guest() {
+        let link =
+            Link { fixed_downtime: Duration::from_secs(2), downtime_limit: Duration::from_secs(1), ..Link::default() };
+        let vm = Noted { link, wanted_after: usize::MAX, ..Noted::default() };
+        let (did, done) = done(&mut PreCopy::<ModelConvergence>::default(), vm);
+        assert!(!done && did == ["stalled: a downtime"], "{did:?}");
+    }
+}

@@ -1,7 +1,5 @@
 //! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is left.
 
-use std::time::Duration;
-
 use super::{Convergence, Done, Linear, ModelConvergence, Next, PushOrder, Running, Strategy, Wanted};
 use crate::MigrationError;
 
@@ -40,9 +38,9 @@ impl<C: Convergence> Strategy for PreCopy<C> {
             pages = vm.harvest()?;
             if vm.switch_over_wanted() {
                 // nothing is predicted before the bandwidth is known
-                let downtime = vm.link().predict(pages.len());
-                if downtime < Duration::MAX / 2 {
-                    vm.expect_downtime(downtime);
+                let link = vm.link();
+                if link.bytes_per_second > 0.0 {
+                    vm.expect_downtime(link.predict(pages.len()));
                 }
                 break;
             }

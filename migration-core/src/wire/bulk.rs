@@ -202,4 +202,15 @@ mod tests {
             assert!(decode(&bytes, 1 << 20).is_err(), "{bad:?}");
         }
     }
+
+    #[test]
+    fn only_pages_have_a_payload() {
+        for sample in [Bulk::RoundEnd { pages: 7 }, Bulk::Request { pages: vec![1, 2] }] {
+            let bytes = sample.encode(0, 3, 4);
+            assert_eq!(sample.payload(), 0);
+            assert_eq!(decode(&bytes, 8), Ok(sample.clone()));
+            let with_some = frame(bytes[0], 0, 3, 4, 4096, &bytes[Header::LEN..]);
+            assert!(matches!(decode(&with_some, 8), Err(DecodeError::Invalid { .. })), "{sample:?}");
+        }
+    }
 }

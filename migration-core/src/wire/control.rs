@@ -452,6 +452,7 @@ pub(crate) mod tests {
             Control::error(ErrorCode::Mismatch, "no AVX-512"),
             Control::Ping,
             Control::Pong,
+            Control::PostCopy { missing: 3, demand_lanes: MAX_DEMAND_LANES },
         ]
     }
 
@@ -490,6 +491,15 @@ pub(crate) mod tests {
     fn long_errors_are_cut_at_a_character() {
         let Control::Error { text, .. } = Control::error(ErrorCode::Other, "é".repeat(600)) else { unreachable!() };
         assert!(text.len() <= MAX_ERROR_TEXT && text.chars().all(|c| c == 'é'));
+        // one whose characters do not end at the limit
+        let Control::Error { text, .. } = Control::error(ErrorCode::Other, "€".repeat(600)) else { unreachable!() };
+        assert!(text.len() > MAX_ERROR_TEXT - 3 && text.len() <= MAX_ERROR_TEXT && text.chars().all(|c| c == '€'));
+    }
+
+    #[test]
+    fn no_more_demand_lanes_than_there_can_be() {
+        let frame = Control::PostCopy { missing: 3, demand_lanes: MAX_DEMAND_LANES + 1 };
+        assert!(decode(&frame.encode(0, 1, 2)).is_err());
     }
 
     proptest! {

@@ -288,4 +288,12 @@ mod tests {
         (header.body, header.payload) = (0, u32::MAX);
         assert!(matches!(Header::decode(&header.encode()), Err(DecodeError::TooLong { .. })));
     }
+
+    #[test]
+    fn lane_kinds_keep_their_numbers() {
+        use LaneKind::*;
+        assert_eq!([Control, Bulk, Reattach, Demand, Checkpoint].map(LaneKind::code), [0, 1, 2, 3, 4]);
+        assert!((0..=u8::MAX).all(|code| LaneKind::from_code(code).is_none_or(|kind| kind.code() == code)));
+        assert_eq!((0..=u8::MAX).filter_map(LaneKind::from_code).count(), 5);
+    }
 }

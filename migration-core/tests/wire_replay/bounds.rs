@@ -329,3 +329,17 @@ fn a_source_that_gives_up_while_its_lanes_are_awaited_is_heard_at_once() {
     gives_up(Some(Control::error(ErrorCode::VmEnded, "the VM has ended")));
     gives_up(None);
 }
+
+#[test]
+fn a_vm_may_have_as_much_ram_as_the_destination_takes() {
+    let with = |max_ram_bytes| {
+        let options = ReceiverOptions { max_ram_bytes, idle_timeout: HANG, ..ReceiverOptions::default() };
+        Destination::with(options, host)
+    };
+    drop(session(&with(layout().bytes())));
+    for less in [1, 4096] {
+        let destination = with(layout().bytes() - less);
+        let (code, text) = end(&greet(&destination, &hello_of(description().id, 0, 1)));
+        assert!(code == ErrorCode::Mismatch && text.contains("bytes of RAM"), "{code:?}: {text}");
+    }
+}

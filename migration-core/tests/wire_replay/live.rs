@@ -5,23 +5,24 @@ use std::{
     io,
     sync::{Arc, Mutex, mpsc},
     thread,
+    time::Duration,
 };
 
 use migration_core::{
     PageRange, PageSet, RamLayout, RamRegion,
     channel::{Channel, Connector},
-    engine::{Controller, HugePages, SourceOptions, migrate},
+    engine::{Controller, HugePages, Migration, SourceOptions, migrate},
     report::{Outcome, Report},
     strategy::{
         Hybrid, Linear, PostCopy, PushOrder, Strategy,
         push_order::{DIRTIED, REFERENCED},
     },
     vm::VmDescription,
-    wire::{Control, Header, LaneKind},
+    wire::{Control, Header, LaneKind, Preamble},
 };
 
 use crate::{
-    HANG,
+    HANG, VM,
     channels::{Cut, End, pair},
     destination::{Destination, Log},
     guest::{Host, RecordedVm, checksums, description_of},
@@ -142,9 +143,17 @@ fn each_page_arrives_once() {
             let destination = destination(description.clone(), granule);
             let link = Link::new(&destination, None);
             let vm = RecordedVm::of(description, &BEFORE, &DURING);
-            let (report, vm, _) = run(&destination, link, vm, options(payload_crc, split));
+            let (report, vm, link) = run(&destination, link, vm, options(payload_crc, split));
             assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
+            let handle = destination.handle.clone();
             let (arrived, said) = destination.finish();
+            // the destination counts every frame, and knows no lane before its preamble; the source counts preambles, too,
+            // but its threads may not have counted the last of what they wrote
+            let taps = link.taps.lock().unwrap();
+            let bytes: usize = taps.values().map(|tap| tap.lock().unwrap().len()).sum();
+            let frames = bytes - taps.len() / 2 * Preamble::LEN;
+            assert_eq!(handle.wire_bytes(), frames as u64, "{what}: {said}");
+            assert!(report.wire_bytes <= bytes as u64, "{what}: {said}");
             assert_eq!(arrived.pages(), checksums(&vm.ram), "{what}: {said}");
             let pager = arrived.pager.unwrap();
             // but for holes, all of RAM was left behind
@@ -198,6 +207,29 @@ fn the_order_is_told_what_the_guest_has_used() {
         drop((options, destination.finish()));
         let told: Vec<String> = log.iter().collect();
         assert_eq!(told.iter().any(|w| w.contains("nobody has looked")), referenced.is_none(), "{told:?}");
+    }
+}
+
+#[test]
+fn a_migration_of_its_own_thread_gives_its_vm_and_its_report_back_once() {
+    for waits in [true, false] {
+        let destination = post_copy::destination();
+        let (notify, notified) = mpsc::channel();
+        let notify = Box::new(move || notify.send(()).unwrap());
+        let strategy = Box::new(PostCopy { order: Box::new(Linear::default()) });
+        let link = Arc::new(Link::new(&destination, None));
+        let (vm, options) = (Box::new(post_copy::guest()), options(false, HugePages::Split));
+        let Ok(mut migration) = Migration::start(vm, link, strategy, options, notify) else { panic!("no thread") };
+        let ended = if waits {
+            migration.wait(HANG)
+        } else {
+            notified.recv_timeout(HANG).unwrap();
+            migration.try_take()
+        };
+        let (mut vm, report) = ended.expect("it has ended");
+        assert_eq!((report.outcome, vm.describe().unwrap().id), (Outcome::Completed, VM));
+        assert!(migration.try_take().is_none() && migration.wait(Duration::ZERO).is_none());
+        drop(destination.finish());
     }
 }
 

@@ -16,6 +16,7 @@ mod destination;
 mod ended;
 mod golden;
 mod guest;
+mod held;
 mod hostile;
 mod live;
 mod observers;
@@ -26,9 +27,11 @@ mod rounds;
 mod serving;
 mod sessions;
 mod silence;
+mod snapshots;
 mod streams;
 mod switch;
 mod tune;
+mod verbs;
 
 use std::time::Duration;
 

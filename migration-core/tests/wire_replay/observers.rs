@@ -215,3 +215,31 @@ fn an_observer_may_ask_the_receiver_for_its_phase() {
     assert_eq!(phase_at("Discarded"), Some(DestinationPhase::Empty), "{seen:?}");
     assert!(phase_at("BadPeer").is_some(), "{seen:?}");
 }
+
+/// Keeps the phases of which it is told.
+#[derive(Default)]
+struct Phases(Mutex<Vec<DestinationPhase>>);
+
+impl Observer for Phases {
+    fn event(&self, event: &Event) {
+        if let Event::Destination(phase) = event {
+            self.0.lock().unwrap().push(*phase);
+        }
+    }
+}
+
+#[test]
+fn an_observer_is_told_where_the_protocol_stands() {
+    let phases = Arc::new(Phases::default());
+    let ((to, arrived), (_unused, log)) = (mpsc::channel(), mpsc::channel());
+    let destination = Destination::observed(HANG, (host(to), arrived), phases.clone(), log);
+    let link = Link::new(&destination, None);
+    let options = SourceOptions { demand_lanes: 1, ..SourceOptions::default() };
+    let (report, ..) = run_by(PostCopy { order: Box::new(Linear::default()) }, &destination, link, guest(), options);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    drop(destination.finish());
+    let mut phases = phases.0.lock().unwrap().clone();
+    phases.dedup();
+    use DestinationPhase::*;
+    assert_eq!(phases, [Preparing, Receiving, Ready, Running]);
+}

@@ -190,7 +190,9 @@ impl Pager for HeapPager {
         if !state.missing.is_empty() {
             state.broken.push("disarmed while pages are missing".into());
         }
-        state.armed = false;
+        if !std::mem::replace(&mut state.armed, false) {
+            state.broken.push("disarmed twice".into());
+        }
         Ok(())
     }
 

@@ -13,6 +13,7 @@ use crate::{
     channels::End,
     destination::{Destination, said},
     guest::state,
+    held::dead,
     post_copy::{DURING, GENERATION, come_back, destination, paged_description, pages},
     sessions::token_of,
 };
@@ -238,4 +239,14 @@ fn done_before_all_has_come() {
     assert_eq!(session.destination.handle.phase(), DestinationPhase::Running);
     come_back(&session.destination, session.token, 1);
     crate::post_copy::check_by_hand(&session.destination.finish().0);
+}
+
+/// Its pages are only at its source: nobody else can have it.
+#[test]
+fn a_vm_that_lacks_pages_is_not_inherited() {
+    let session = Session::handed_over();
+    let handle = &session.destination.handle;
+    assert!(handle.adopt().is_err());
+    let why = handle.inherit(dead()).unwrap_err().to_string();
+    assert!(why.contains("only at its source"), "{why}");
 }

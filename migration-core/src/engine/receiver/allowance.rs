@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{codec::DecodeError, wire::STATE_CHUNK};
+use crate::{
+    codec::DecodeError,
+    wire::{Control, STATE_CHUNK},
+};
 
 /// The slowest link, in bytes of page data a second, on which an attempt earns its time as fast as
 /// it uses it up.
@@ -27,9 +30,6 @@ pub(in crate::engine) struct Allowance {
     begun: Instant,
     /// Without a page.
     grace: Duration,
-    /// Time that was granted in advance, beside what pages earn. Nothing grants any today; a
-    /// session that stages a VM for hours will have it from a lease.
-    granted: Duration,
     /// Whether the source may put all of RAM into a store before it sends the first page (a
     /// forward checkpoint). If nobody else asks, it has the time for that.
     puts_ahead: bool,
@@ -46,7 +46,6 @@ impl Allowance {
         Self {
             begun: Instant::now(),
             grace,
-            granted: Duration::ZERO,
             puts_ahead,
             ram_bytes,
             received: AtomicU64::new(0),
@@ -68,7 +67,7 @@ impl Allowance {
     }
 
     fn earned_by(&self, bytes: u64) -> Duration {
-        self.grace + self.granted + Duration::from_secs(bytes.min(self.ram_bytes) / LEAST_RATE)
+        self.grace + Duration::from_secs(bytes.min(self.ram_bytes) / LEAST_RATE)
     }
 
     /// Whether another source may take the session.
@@ -82,22 +81,35 @@ impl Allowance {
         self.begun.elapsed() > earned.saturating_mul(END_FACTOR)
     }
 
+    /// A frame has come, for a VM of so many pages.
+    ///
+    /// # Errors
+    /// When it is one too many.
+    pub(in crate::engine) fn frame(&self, frame: &Control, pages: u64) -> Result<(), DecodeError> {
+        match frame {
+            Control::Ping => self.ping(),
+            Control::Piece(piece) => self.piece(piece.data.len()),
+            Control::Missing { .. } => self.list(pages),
+            _ => Ok(()),
+        }
+    }
+
     /// A ping has come.
-    pub(in crate::engine) fn ping(&self) -> Result<(), DecodeError> {
+    fn ping(&self) -> Result<(), DecodeError> {
         let pings = self.pings.fetch_add(1, Ordering::Relaxed);
         let most = PING_BURST + PINGS_A_SECOND.saturating_mul(self.begun.elapsed().as_secs());
         if pings < most { Ok(()) } else { Err(DecodeError::invalid("ping", format!("more than {most} of them"))) }
     }
 
     /// A piece of device state has come.
-    pub(in crate::engine) fn piece(&self, bytes: usize) -> Result<(), DecodeError> {
+    fn piece(&self, bytes: usize) -> Result<(), DecodeError> {
         let limit = self.ram_bytes.saturating_mul(PIECES_PER_RAM).saturating_add(LEAST_PIECES);
         let len = self.piece_bytes.fetch_add(bytes as u64, Ordering::Relaxed).saturating_add(bytes as u64);
         if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "pieces of device state", len, limit }) }
     }
 
     /// A part of the list of missing pages has come.
-    pub(in crate::engine) fn list(&self, pages: u64) -> Result<(), DecodeError> {
+    fn list(&self, pages: u64) -> Result<(), DecodeError> {
         let limit = pages.div_ceil(STATE_CHUNK as u64 * 8);
         let len = self.lists.fetch_add(1, Ordering::Relaxed) + 1;
         if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "parts of a list of pages", len, limit }) }
@@ -107,6 +119,7 @@ impl Allowance {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Section;
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -142,6 +155,24 @@ mod tests {
         assert!((PING_BURST..1_000_000).contains(&pings), "{pings}");
         let all = (4 << 30) + LEAST_PIECES;
         assert!(allowance.piece(all as usize).is_ok() && allowance.piece(1).is_err());
-        assert!(allowance.list(1 << 18).is_ok() && allowance.list(1 << 18).is_err());
+        let each = STATE_CHUNK as u64 * 8;
+        assert!(allowance.list(each).is_ok() && allowance.list(each).is_err() && allowance.list(3 * each).is_ok());
+    }
+
+    #[test]
+    fn frames_that_carry_something_for_free_are_looked_at() {
+        let allowance = || after(HOUR, 0);
+        let data = vec![0; 9].into();
+        let piece = Control::Piece(Section { name: "gpu".into(), instance: 0, version: 1, data });
+        let list = Control::Missing { first: 0, bitmap: vec![1; 8].into() };
+        for (frame, used_up) in [
+            (Control::Ping, Allowance { pings: AtomicU64::new(u64::MAX / 2), ..allowance() }),
+            (piece, Allowance { piece_bytes: AtomicU64::new((4 << 30) + LEAST_PIECES - 8), ..allowance() }),
+            (list, Allowance { lists: AtomicU64::new(1), ..allowance() }),
+        ] {
+            assert!(allowance().frame(&frame, 100).is_ok(), "{}", frame.name());
+            assert!(used_up.frame(&frame, 100).is_err(), "{}", frame.name());
+            assert!(used_up.frame(&Control::Run, 100).is_ok());
+        }
     }
 }

@@ -269,3 +269,41 @@ fn new_token(vm: VmId, epoch: u32) -> SessionToken {
     }
     SessionToken(token)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::missing::tests::missing;
+
+    /// Every wish, and pagers of every kind.
+    #[test]
+    fn what_is_granted_fits_the_pager() {
+        let pages = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
+        for granule in [0, 1, HUGE_BLOCK, 2 * HUGE_BLOCK] {
+            let pager = (granule > 0).then(|| missing(granule, &[]).1);
+            for wanted in 0..=u32::from(u8::MAX) {
+                let granted = granted(wanted, pager.as_deref().map(|pager| pager as &dyn Pager));
+                assert_eq!(granted & !(wanted & FEATURES), 0, "{granule} {wanted:#b}: nobody wants that");
+                let serves = match granule {
+                    1 => wanted & FEATURE_POST_COPY,
+                    HUGE_BLOCK if wanted & pages == pages => pages,
+                    _ => 0,
+                };
+                assert_eq!(granted & pages, serves, "{granule} {wanted:#b}");
+                let checkpoints = if serves == 0 { 0 } else { wanted & FEATURE_CHECKPOINTS };
+                assert_eq!(granted & FEATURE_CHECKPOINTS, checkpoints, "{granule} {wanted:#b}");
+                let others = FEATURES & !pages & !FEATURE_CHECKPOINTS;
+                assert_eq!(granted & others, wanted & others, "{granule} {wanted:#b}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_two_tokens_are_alike() {
+        let tokens: std::collections::HashSet<u64> = (0..100)
+            .flat_map(|_| new_token(VmId([1; 16]), 1).0.as_chunks().0.to_vec())
+            .map(u64::from_le_bytes)
+            .collect();
+        assert_eq!(tokens.len(), 200, "each half is drawn anew");
+    }
+}

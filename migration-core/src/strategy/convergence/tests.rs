@@ -197,6 +197,152 @@ fn a_chance_that_was_missed_once_is_taken_the_next_time() {
 }
 
 #[test]
+fn the_throttle_leaves_half_of_what_a_good_round_needs() {
+    let stronger = |throttle, shrink, most| {
+        let mut model = ModelConvergence { throttle, stalls: 7, ..ModelConvergence::default() };
+        assert_eq!((model.stronger(shrink, most), model.stalls), (Next::Throttle(model.throttle), 0));
+        model.throttle
+    };
+    // a quarter of its time to a guest that dirties as much as is sent
+    let by_need = [(0, 1.0), (75, 1.0), (0, 0.625), (0, 4.0)].map(|(throttle, shrink)| stronger(throttle, shrink, 99));
+    assert_eq!(by_need, [75, 93, 60, 93]);
+    // in steps of 5 at the least, and within bounds
+    assert_eq!(
+        [stronger(0, 0.26, 99), stronger(40, 0.26, 99), stronger(97, 1.0, 99), stronger(0, 1.0, 60)],
+        [5, 45, 99, 60]
+    );
+}
+
+#[test]
+fn only_a_clear_gain_is_a_new_minimum() {
+    let (mut model, link) = (ModelConvergence::default(), link(300));
+    for (round, (left, stalls)) in (1..).zip([(100, 0), (95, 1), (91, 2), (86, 0), (120, 1)]) {
+        model.note(&Prediction::of(left, &link), &link);
+        assert_eq!((model.rounds, model.stalls), (round, stalls), "{left}");
+    }
+    assert_eq!(model.best, 86 * PAGE_SIZE as u64);
+}
+
+#[test]
+fn how_good_is_good_enough_depends_on_what_the_guest_may_feel() {
+    let good = |impact| ModelConvergence::good_enough(&Link { impact, ..link(300) });
+    assert_eq!([GuestImpact::Low, GuestImpact::Balanced, GuestImpact::Fast].map(good), [100 * MS, 6 * MS, 6 * MS]);
+}
+
+/// What a model that has seen this does next, by one of its three ways.
+fn next_of(
+    way: fn(&mut ModelConvergence, f64, &Prediction, &Link) -> Next,
+    mut seen: ModelConvergence,
+    (shrink, left): (f64, u64),
+    link: &Link,
+) -> &'static str {
+    match way(&mut seen, shrink, &Prediction::of(left, link), link) {
+        Next::Round => "round",
+        Next::Throttle(_) => "throttle",
+        Next::SwitchOver(_) => "switch-over",
+        Next::PostCopy => "post-copy",
+        Next::GiveUp(_) => "give up",
+    }
+}
+
+fn seen(rounds: u32, stalls: u32, throttle: u8) -> ModelConvergence {
+    ModelConvergence { rounds, stalls, throttle, ..ModelConvergence::default() }
+}
+
+#[test]
+fn within_the_limit_rounds_go_on_while_they_help() {
+    let next = |seen, shrink, left| next_of(ModelConvergence::within, seen, (shrink, left), &link(1000));
+    assert_eq!(next(seen(MAX_ROUNDS - 1, MAX_STALLS - 1, 0), 0.5, 50_000), "round");
+    assert_eq!(next(seen(MAX_ROUNDS, 0, 0), 0.5, 50_000), "switch-over");
+    assert_eq!(next(seen(1, MAX_STALLS, 0), 0.5, 50_000), "switch-over");
+    assert_eq!(next(ModelConvergence { lost: true, ..seen(1, 0, 0) }, 0.5, 50_000), "switch-over");
+    // one part in twenty of the limit is 50 ms: 12,208 pages
+    assert_eq!([12_207, 12_208].map(|left| next(seen(1, 0, 0), 0.51, left)), ["switch-over", "throttle"]);
+    assert_eq!([79, 80].map(|throttle| next(seen(1, 0, throttle), 0.51, 50_000)), ["throttle", "switch-over"]);
+}
+
+#[test]
+fn above_the_limit_there_is_an_end_too() {
+    let next = |seen, shrink, left| next_of(ModelConvergence::above, seen, (shrink, left), &link(50));
+    assert_eq!(next(seen(MOST_ROUNDS - 1, HOPELESS_STALLS, 99), 0.5, 50_000), "round");
+    assert_eq!(next(seen(MOST_ROUNDS, 0, 0), 0.5, 50_000), "give up");
+    assert_eq!(
+        [98, 99].map(|throttle| next(seen(1, HOPELESS_STALLS, throttle), 0.51, 50_000)),
+        ["throttle", "give up"]
+    );
+    assert_eq!(next(seen(1, HOPELESS_STALLS - 1, 99), 0.51, 50_000), "round");
+    // nothing is dirty: what is pending takes too long
+    let pending = Link { pending_bytes: 1_000_000_000, ..link(50) };
+    for (stalls, what) in [(HOPELESS_STALLS - 1, "round"), (HOPELESS_STALLS, "give up")] {
+        assert_eq!(next_of(ModelConvergence::above, seen(1, stalls, 0), (0.0, 0), &pending), what);
+    }
+}
+
+#[test]
+fn above_the_floor_a_stop_is_made_as_short_as_the_link_allows() {
+    // the floor is 2.01 ms; half of it are 246 pages
+    let stop = Link { stop_on_timeout: true, ..link(1) };
+    let next = |seen, shrink, left, link: &Link| next_of(ModelConvergence::floor_above, seen, (shrink, left), link);
+    let helps = || seen(MAX_ROUNDS - 1, MAX_STALLS - 1, 0);
+    assert_eq!([245, 246, 10_000].map(|left| next(helps(), 0.5, left, &stop)), ["switch-over", "round", "round"]);
+    assert_eq!(next(helps(), 0.51, 10_000, &stop), "switch-over");
+    assert_eq!(next(seen(MAX_ROUNDS, 0, 0), 0.5, 10_000, &stop), "switch-over");
+    assert_eq!(next(seen(1, MAX_STALLS, 0), 0.5, 10_000, &stop), "switch-over");
+    assert_eq!(next(helps(), 0.5, 10_000, &link(1)), "give up");
+    let post_copy = Link { post_copy_on_timeout: true, can_post_copy: true, ..stop };
+    assert_eq!(next(helps(), 0.5, 10_000, &post_copy), "post-copy");
+    assert_eq!(next(helps(), 0.5, 10_000, &Link { can_post_copy: false, ..post_copy }), "round");
+    assert_eq!(next(helps(), 0.5, 10_000, &Link { post_copy_on_timeout: false, ..post_copy }), "round");
+    // a round trip that is too long is measured more than once, and after more than one round
+    let far = Link { fixed_downtime: 1002 * MS, round_trip: 500 * MS, round_trips: FLOOR_LOOKS, ..link(300) };
+    let looked = |floor_looks| ModelConvergence { floor_looks, ..ModelConvergence::default() };
+    assert_eq!([0, 1].map(|looks| next(looked(looks), 1.0, 5, &far)), ["round", "give up"]);
+    let few = Link { round_trips: FLOOR_LOOKS - 1, ..far };
+    assert_eq!([1, 2, 3].map(|looks| next(looked(looks), 1.0, 5, &few)), ["round", "round", "give up"]);
+}
+
+#[test]
+fn a_limit_that_is_just_kept_is_kept() {
+    let exact = Link { fixed_downtime: 2 * MS, round_trip: Duration::ZERO, state_bytes: 0, ..link(2) };
+    assert_eq!(ModelConvergence::default().begin(&exact), Next::Round);
+    let next = ModelConvergence::default().judge(&round(1000), &dirty(1000), &exact);
+    assert!(matches!(next, Next::Throttle(_)), "pages are to blame, and not the floor: {next:?}");
+    let unknown = Link { bytes_per_second: 0.0, ..link(1) };
+    let Next::GiveUp(why) = ModelConvergence::default().begin(&unknown) else { panic!("goes on") };
+    assert!(why.contains("as long as 10000 bytes of state take"), "{why}");
+}
+
+#[test]
+fn pieces_of_state_are_given_rounds_only_while_they_become_clearly_less() {
+    let pending = |bytes| Link { pending_bytes: bytes, ..link(1000) };
+    let judge = |model: &ModelConvergence, bytes| model.clone().judge(&round(40_000), &dirty(40_000), &pending(bytes));
+    let mut model = ModelConvergence::default();
+    assert_eq!(model.judge(&round(40_000), &dirty(40_000), &pending(500_000_000)), Next::Round);
+    assert_eq!(judge(&model, 474_999_999), Next::Round);
+    for bytes in [475_000_000, 500_000_000, 600_000_000, 0] {
+        assert!(matches!(judge(&model, bytes), Next::Throttle(_)), "{bytes}");
+    }
+    model.rounds = MAX_ROUNDS - 2;
+    assert_eq!(judge(&model, 100_000_000), Next::Round);
+    model.rounds = MAX_ROUNDS - 1;
+    assert!(matches!(judge(&model, 100_000_000), Next::SwitchOver(_)));
+}
+
+/// A policy without an opinion.
+struct Any;
+
+impl Convergence for Any {
+    fn judge(&mut self, _: &Round, _: &PageSet, _: &Link) -> Next {
+        Next::Round
+    }
+}
+
+#[test]
+fn a_policy_that_says_nothing_of_the_limit_keeps_it() {
+    assert_eq!((Any.begin(&link(300)), Any.stalled()), (Next::Round, None));
+}
+
+#[test]
 fn milliseconds_have_the_decimals_that_mean_something() {
     let shown = |us| ms(Duration::from_micros(us));
     assert_eq!(
