@@ -334,7 +334,7 @@ mod tests {
 
         fn start(&mut self) -> Result<(), TrackerError> {
             if self.fails {
-                return Err(TrackerError { tracker: "noted", what: "does not start".into() });
+                return Err(TrackerError::new("noted", "does not start"));
             }
             self.active.store(1, Ordering::Relaxed);
             Ok(())
@@ -342,7 +342,7 @@ mod tests {
 
         fn stop(&mut self) -> Result<(), TrackerError> {
             self.active.store(0, Ordering::Relaxed);
-            if self.fails { Err(TrackerError { tracker: "noted", what: "does not stop".into() }) } else { Ok(()) }
+            if self.fails { Err(TrackerError::new("noted", "does not stop")) } else { Ok(()) }
         }
 
         fn harvest(&mut self, _: &mut PageSet) -> Result<(), TrackerError> {
