@@ -312,3 +312,6 @@ impl Closer for SecureCloser {
         self.inner.close();
     }
 }
+
+#[cfg(test)]
+mod tests;
