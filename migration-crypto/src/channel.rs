@@ -321,3 +321,6 @@ impl Closer for SecureCloser {
         self.inner.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

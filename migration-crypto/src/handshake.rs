@@ -268,3 +268,6 @@ pub(crate) fn choose(offered: &[Suite], taken: &[Suite]) -> Result<Suite, Handsh
         .find(|suite| offered.contains(suite))
         .ok_or_else(|| HandshakeError::Suites { offered: suite::names(offered), taken: suite::names(taken) })
 }
+
+#[cfg(test)]
+mod tests;

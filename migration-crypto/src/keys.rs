@@ -293,6 +293,7 @@ mod tests {
         assert_eq!(cause.map(io::Error::kind), Some(io::ErrorKind::AlreadyExists));
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!(format!("{:?}", Psk::load(&path).unwrap()), "Psk(…)");
+        assert_eq!(format!("{:?}", StaticKey::load(&path).unwrap()), format!("StaticKey(of {public})"));
     }
 
     #[test]
@@ -306,9 +307,14 @@ mod tests {
         }
         fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         let good = fs::read_to_string(&path).unwrap();
-        for bad in
-            [String::new(), good[1..].into(), format!("0{good}"), good.replacen(|_| true, "g", 1), good.repeat(2)]
-        {
+        for bad in [
+            String::new(),
+            good[1..].into(),
+            format!("0{good}"),
+            format!("{good}\nx"),
+            good.replacen(|_| true, "g", 1),
+            good.repeat(2),
+        ] {
             fs::write(&path, &bad).unwrap();
             assert!(matches!(Psk::load(&path), Err(KeyError::Malformed { .. })), "{bad}");
         }
@@ -337,11 +343,13 @@ mod tests {
         // but it decides who is trusted
         fs::set_permissions(public_path(&path), Permissions::from_mode(0o646)).unwrap();
         assert!(matches!(PublicKey::load(&public_path(&path)), Err(KeyError::Exposed { mode: 0o646, .. })));
-        if effective_user() != 0 {
+        if !rustix::process::geteuid().is_root() {
             return eprintln!("without keys of another owner: that needs root");
         }
-        chown(&path, Some(54321), None).unwrap();
-        assert!(matches!(Psk::load(&path), Err(KeyError::Foreign { owner: 54321, .. })));
+        for other in [1, 54321] {
+            chown(&path, Some(other), None).unwrap();
+            assert!(matches!(Psk::load(&path), Err(KeyError::Foreign { owner, .. }) if owner == other));
+        }
         assert!(matches!(StaticKey::load(&path), Err(KeyError::Foreign { .. })));
     }
 

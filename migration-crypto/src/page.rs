@@ -231,6 +231,10 @@ mod tests {
         assert_eq!(open(&here, 7, 3, sealed[..4000].to_vec()), no);
         assert_eq!(open(&here, 7, 3, vec![0; 27]), Err(PageError::TooShort(27)));
         assert_ne!(here.seal(7, 3, &PAGE).unwrap(), sealed);
+        // nothing can be sealed, too
+        let empty = here.seal(7, 3, &[]).unwrap();
+        assert!(open(&here, 7, 3, empty).unwrap().is_empty());
+        assert_eq!(format!("{here:?}"), "PageSealer { .. }");
     }
 
     #[test]

@@ -10,8 +10,6 @@ use crate::{
 
 /// Sessions that a destination remembers. It receives one VM at a time; what is beyond that are attempts that failed.
 const MAX_SESSIONS: usize = 64;
-/// How far behind the newest a channel of the same session may come: channels are opened one after another.
-const WINDOW: u32 = 64;
 
 /// A session, as both sides know it.
 #[derive(Clone, Debug)]
@@ -84,7 +82,7 @@ impl Sessions {
 #[derive(Debug, Default)]
 struct Seen {
     newest: u32,
-    /// Bit *n*: `newest - n` has come.
+    /// Bit *n*: `newest - n` has come. What comes further behind is not taken: channels are opened one after another.
     bits: u64,
 }
 
@@ -97,7 +95,7 @@ impl Seen {
             return true;
         }
         let behind = self.newest - counter;
-        let bit = 1u64.checked_shl(behind).filter(|_| behind < WINDOW).unwrap_or(0);
+        let bit = 1u64.checked_shl(behind).unwrap_or(0);
         let fresh = bit != 0 && self.bits & bit == 0;
         self.bits |= bit;
         fresh

@@ -23,6 +23,7 @@ mod attacks;
 #[cfg(feature = "tls")]
 mod certificates;
 mod pairs;
+mod wrappers;
 
 fn psk(key: u8) -> Security {
     let security = Security::new(Credentials::Psk(Psk::new([key; 32])));

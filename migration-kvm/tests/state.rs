@@ -506,8 +506,23 @@ fn states_without_kvm_round_trip() -> Test {
     nested[4..8].copy_from_slice(&128u32.to_ne_bytes());
     vcpu.nested = Some(nested);
     assert_eq!(VcpuState::decode(&vcpu.encode())?, vcpu);
+    assert_eq!([0x10, 0x6e0, 0x11].map(|index| vcpu.msr(index)), [Some(1), Some(2), None]);
+    vcpu.xsave[512..520].copy_from_slice(&0x1_0000_0203u64.to_le_bytes());
+    assert_eq!(vcpu.xstate(), 0x1_0000_0203);
     type Change = fn(&mut VcpuState);
-    let sane: [(&str, Change); 7] = [
+    // the last that will do
+    let last: [Change; 3] = [
+        |s| s.mp_state.mp_state = 10,
+        |s| s.xcrs.as_mut().unwrap().nr_xcrs = 16,
+        |s| s.msrs = (0..4096).map(|index| Msr { index, data: 0 }).collect(),
+    ];
+    for change in last {
+        let mut fits = vcpu.clone();
+        change(&mut fits);
+        assert_eq!(VcpuState::decode(&fits.encode())?, fits);
+    }
+    let sane: [(&str, Change); 8] = [
+        ("XCRs", |s| s.xcrs.as_mut().unwrap().nr_xcrs = 17),
         ("CPUID", |s| s.cpuid = vec![Default::default(); 257]),
         ("MSRs", |s| s.msrs = (0..4097).map(|index| Msr { index, data: 0 }).collect()),
         ("appears twice", |s| s.msrs = vec![Msr { index: 1, data: 0 }; 2]),

@@ -220,6 +220,9 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     // what was a huge page is split by now, if it is not one of a file
     let split = if backing == Backing::TransparentHuge { 1 } else { granule };
     same(&guest, "the same pages again", &harvest(&guest, &mut *tracker)?, &written, split)?;
+    // a harvest has armed what it reports: no other one, of nothing, has to come in between
+    let written = guest.write(5, 3, 40)?;
+    same(&guest, "and again at once", &harvest(&guest, &mut *tracker)?, &written, split)?;
     let last = guest.data().count - 1;
     let written = guest.write(last, 1, 1)?;
     same(&guest, "the last page", &harvest(&guest, &mut *tracker)?, &written, granule)?;

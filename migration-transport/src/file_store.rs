@@ -300,11 +300,6 @@ impl CheckpointStore for FileStore {
         Ok(())
     }
 }
-impl Drop for FileStore {
-    fn drop(&mut self) {
-        self.discard();
-    }
-}
 
 impl Writing {
     fn flush(&mut self, file: &File) -> io::Result<()> {

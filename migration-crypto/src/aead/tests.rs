@@ -39,6 +39,14 @@ fn check(suite: Suite, [key, nonce, aad, plain, sealed, tag]: [&str; 6]) {
 
 /// McGrew and Viega, The Galois/Counter Mode of Operation (submitted to NIST), appendix B: cases 1, 2, 4, 13, 14, 16.
 #[test]
+fn back_ends_have_names_of_their_own() {
+    let names: Vec<_> = backends().iter().map(|backend| backend.name()).collect();
+    #[cfg(feature = "accelerated")]
+    assert!(names.contains(&"aws-lc"), "{names:?}");
+    assert!(names.contains(&"rust-crypto"), "{names:?}");
+}
+
+#[test]
 fn nist_gcm() {
     let zeros = "00000000000000000000000000000000";
     let zeros_32 = &zeros.repeat(2);

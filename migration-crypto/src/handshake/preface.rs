@@ -98,6 +98,33 @@ mod tests {
 
     use super::*;
 
+    /// Each field is bounded by itself, whatever the others are.
+    #[test]
+    fn fields_that_do_not_go_together_are_refused() {
+        let message = super::super::MAX_MESSAGE as u16;
+        let first = Preface { proof: Proof::Psk, kind: LaneKind::Control, counter: 0, session: [0; 16], message };
+        let further = Preface { proof: Proof::Session, kind: LaneKind::Bulk, counter: 1, session: [7; 16], message: 1 };
+        for good in [first, further, Preface { session: [0; 16], ..further }] {
+            assert_eq!(Preface::decode(&good.encode()).unwrap(), good);
+        }
+        for bad in [
+            Preface { kind: LaneKind::Bulk, ..first },
+            Preface { counter: 1, ..first },
+            Preface { session: [1; 16], ..first },
+            Preface { message: message + 1, ..first },
+            Preface { kind: LaneKind::Control, ..further },
+            Preface { counter: 0, ..further },
+        ] {
+            let refused = Preface::decode(&bad.encode());
+            assert!(matches!(refused, Err(HandshakeError::Malformed("preface"))), "{bad:?}: {refused:?}");
+        }
+        for reserved in [11, 34, 35] {
+            let mut bytes = further.encode();
+            bytes[reserved] = 1;
+            assert!(matches!(Preface::decode(&bytes), Err(HandshakeError::Malformed("preface"))), "{reserved}");
+        }
+    }
+
     proptest! {
         #[test]
         fn what_decodes_encodes_to_the_same_bytes(noise: [u8; 27], proof in 0u8..6, kind in 0u8..6, len in 0u16..2000) {

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Largest TLS record: 2¹⁴ bytes and 256 of expansion (RFC 8446, 5.2).
-const MAX_RECORD: usize = (1 << 14) + 256;
+pub(crate) const MAX_RECORD: usize = (1 << 14) + 256;
 /// Largest flight of a peer that is not known yet: some certificates of some KiB.
 const MAX_FLIGHT: usize = 128 << 10;
 const EXPORTER: &[u8] = b"EXPORTER-live-migration";

@@ -201,6 +201,26 @@ fn checkpoints_build_on_each_other() {
 }
 
 #[test]
+fn commits_are_counted_over_reopenings_and_run_out() {
+    let shelf = Shelf::default();
+    let mut store = create(shelf.clone(), 1);
+    for number in 1..=3 {
+        put(&mut store, &[(0, page(number as u8))]);
+        store.commit(number, Bytes::new()).unwrap();
+        assert_eq!(store.header.generation, number);
+        store = shelf.open().unwrap();
+        assert_eq!(store.header.generation, number);
+        store.load().unwrap();
+        assert!(matches!(store.tree.first_sealed(1), Some((1, seal)) if seal.generation == number));
+    }
+    assert!(format!("{store:?}").contains("generation: 3"));
+    store.header.generation = u32::MAX;
+    assert!(store.put(0, None).unwrap_err().to_string().contains("ran out"));
+    store.discard();
+    assert!(store.commit(4, Bytes::new()).unwrap_err().to_string().contains("ran out"));
+}
+
+#[test]
 fn nothing_rests_in_clear() {
     let shelf = Shelf::default();
     let mut store = create(shelf.clone(), 300);
@@ -307,6 +327,7 @@ fn opening_says_what_is_wrong() {
     };
     says(create(&shelf, TALL), ErrorKind::AlreadyExists, "has a checkpoint already");
     says(create(&Shelf::default(), MAX_PAGES + 1), ErrorKind::InvalidInput, "more than");
+    self::create(Shelf::default(), MAX_PAGES);
 }
 
 #[test]

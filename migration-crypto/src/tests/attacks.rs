@@ -67,17 +67,18 @@ fn meddled(source: Security, destination: Security, meddle: impl FnMut(usize, &m
 
 #[test]
 fn wrong_keys_are_refused_and_both_sides_know_why() {
-    for (source, destination) in [
-        (psk(1), psk(2)),
-        (statics(1, 2), statics(2, 3)),
-        (statics(1, 3), statics(2, 1)),
-        (statics(4, 2), statics(2, 1)),
+    for (source, destination, what) in [
+        (psk(1), psk(2), "its key is another one"),
+        (statics(1, 2), statics(2, 3), "its static key"),
+        (statics(1, 3), statics(2, 1), "its static key"),
+        (statics(4, 2), statics(2, 1), "its static key"),
     ] {
         let (here, there) = Pair::new(source, destination).open(LaneKind::Control);
         let (here, there) = (here.err().unwrap(), there.err().unwrap());
         assert!(matches!(why(&there), HandshakeError::WrongKey(_)), "{there}");
         assert!(matches!(why(&here), HandshakeError::Refused { code: ErrorCode::Security, .. }), "{here}");
         assert!(here.to_string().contains("not the one expected"), "{here}");
+        assert!(here.to_string().contains(what), "{here}");
     }
 }
 
@@ -115,6 +116,18 @@ fn ciphers_must_agree() {
     assert!(matches!(why(&there.err().unwrap()), HandshakeError::Suites { .. }));
     let here = here.err().unwrap().to_string();
     assert!(here.contains("offers aes256-gcm, this destination takes chacha20-poly1305"), "{here}");
+}
+
+#[test]
+fn offers_are_bounded() {
+    for (count, taken) in [(16, true), (17, false)] {
+        let source = Security { suites: vec![Suite::Aes256Gcm; count], ..psk(1) };
+        let (here, there) = Pair::new(source, psk(1)).open(LaneKind::Control);
+        assert_eq!(here.is_ok(), taken, "{count} ciphers");
+        if let Err(error) = there {
+            assert!(matches!(why(&error), HandshakeError::Malformed("offer")), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,13 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair,
 use tempfile::TempDir;
 
 use super::*;
-use crate::{KeyError, TlsIdentity};
+use crate::{
+    KeyError, TlsIdentity,
+    handshake::{
+        preface::{Preface, Proof},
+        tls::MAX_RECORD,
+    },
+};
 
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
@@ -52,6 +58,52 @@ fn certificates_of_one_authority_work() {
         here.reader.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"answer");
     }
+}
+
+#[test]
+fn a_cipher_that_one_side_alone_takes_is_not_chosen() {
+    let authority = Authority::new();
+    for suite in Suite::ALL {
+        let source = Security { suites: vec![suite], ..authority.security("source", "destination") };
+        let mut pair = Pair::new(source, authority.security("destination", "any"));
+        let (mut here, mut there) = pair.open_well(LaneKind::Control);
+        there.writer.write_all(b"answer", &[]).unwrap();
+        here.reader.read_exact(&mut [0; 6]).unwrap();
+    }
+}
+
+/// A source that says so much to a destination of ours instead of a handshake; why it is refused.
+fn says(security: &Security, records: &[u8]) -> io::Error {
+    let (plain, listener) = memory::link(4 << 20);
+    let mut listener = SecureListener::new(Box::new(listener), security.clone());
+    let preface =
+        Preface { proof: Proof::Tls, kind: LaneKind::Control, counter: 0, session: [0; 16], message: 0 }.encode();
+    let mut here = plain.connect().unwrap().split().unwrap();
+    here.writer.write_all(&[&preface, records].concat(), &[]).unwrap();
+    thread::scope(|scope| {
+        let there = scope.spawn(|| accept(&mut listener).err().unwrap());
+        here.reader.read_exact(&mut [0; 8]).unwrap();
+        drop(here);
+        there.join().unwrap()
+    })
+}
+
+#[test]
+fn records_of_strangers_are_bounded() {
+    let security = Authority::new().security("destination", "any");
+    let cut =
+        |error: &io::Error| matches!(why(error), HandshakeError::Link(e) if e.kind() == io::ErrorKind::UnexpectedEof);
+    for (len, taken) in [(MAX_RECORD, true), (MAX_RECORD + 1, false)] {
+        let error = says(&security, &[&[22, 3, 1], &(len as u16).to_be_bytes()[..]].concat());
+        assert_eq!(cut(&error), taken, "{len}: {error}");
+        assert!(taken || matches!(why(&error), HandshakeError::Malformed("TLS record")), "{error}");
+    }
+}
+
+#[test]
+fn nothing_secret_is_printed() {
+    let text = format!("{:?}", Authority::new().security("destination", "peer").credentials);
+    assert!(text.contains("TlsIdentity") && text.contains("peer") && !text.contains("own"), "{text}");
 }
 
 #[test]

@@ -140,5 +140,7 @@ mod tests {
         assert_eq!(parse(&message), Some(fault));
         message[8] = 1;
         assert_eq!(parse(&message), Some(RawFault { kind: Kind::Missing, ..fault }));
+        message[8] = 1 | 2;
+        assert_eq!(parse(&message), Some(RawFault { kind: Kind::WriteProtect, ..fault }));
     }
 }

@@ -323,4 +323,53 @@ mod tests {
         assert_eq!(name(XSTATE, Eax, 18), Some("AMX-TILEDATA"));
         assert_eq!(name(1, Ecx, 16), None);
     }
+
+    fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    /// Each bit of each register by itself, in every leaf of which some bits do not count, and in one of which all do.
+    #[test]
+    fn only_what_the_guest_changes_itself_does_not_count() {
+        let dynamic = [
+            (1, 0, [0, 0, bits([3, 27]), bits([9])]),
+            (7, 0, [0, 0, bits([4]), 0]),
+            (7, 1, [0; 4]),
+            (XSTATE, 0, [0, !0, 0, 0]),
+            (XSTATE, 1, [0, !0, 0, 0]),
+            (XSTATE, 2, [0; 4]),
+            (0x8000_0001, 0, [0, 0, 0, bits([9])]),
+            (2, 0, [0; 4]),
+        ];
+        for (function, index, free) in dynamic {
+            for (register, bit) in (0..4).flat_map(|register| (0..32).map(move |bit| (register, bit))) {
+                for before in [0, !0] {
+                    let (a, mut b) = ([before; 4], [before; 4]);
+                    b[register] ^= 1 << bit;
+                    let list = |registers| [entry(0, 0, [1; 4]), entry(function, index, registers)];
+                    let same = same_but_for_dynamic_bits(&list(a), &list(b));
+                    let what = format!("leaf {function:#x}.{index}, register {register}, bit {bit}");
+                    assert_eq!(same, free[register] >> bit & 1 != 0, "{what}");
+                }
+            }
+        }
+        let one = entry(1, 0, [0; 4]);
+        assert!(!same_but_for_dynamic_bits(&[one], &[one, one]) && same_but_for_dynamic_bits(&[one], &[one]));
+        assert!(!same_but_for_dynamic_bits(&[one], &[entry(1, 1, [0; 4])]));
+    }
+
+    #[test]
+    fn features_of_kvm_count_only_under_its_signature() {
+        let kvm = entry(KVM_SIGNATURE, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]);
+        let other = entry(KVM_SIGNATURE, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4e]);
+        let guest =
+            |signature| [signature, entry(KVM_FEATURES, 0, [1 << 15 | 1 << 5, 0, 0, 0]), entry(1, 0, [0, 0, 3, 0])];
+        let found = |guest: &[kvm_cpuid_entry2]| -> Vec<_> {
+            let host = [entry(1, 0, [0, 0, 1, 0])];
+            lacking(guest, &host).map(|(f, bits)| (f.leaf, f.register, bits)).collect()
+        };
+        assert_eq!(found(&guest(kvm)), [(1, Ecx, 2), (KVM_FEATURES, Eax, 1 << 5)]);
+        assert_eq!(found(&guest(other)), [(1, Ecx, 2)]);
+    }
 }

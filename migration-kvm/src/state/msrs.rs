@@ -237,4 +237,35 @@ mod tests {
         assert_eq!(more_of_banks(&[Msr { index: 0x405, data: 1 }, Msr { index: 0x409, data: 0 }]), [0x406, 0x407]);
         assert_eq!(MORE_MSRS.iter().collect::<std::collections::HashSet<_>>().len(), MORE_MSRS.len());
     }
+
+    /// The list that the comments of `rank` and of loading rest on.
+    #[test]
+    fn ranks() {
+        for (rank, indices) in [
+            (0, &[IA32_FEAT_CTL, 0x480, 0x488, 0x491][..]),
+            (1, &[IA32_TSC]),
+            (2, &[0x47f, 0x492, 0xc000_0080, 0x38e, 0x390, 0xc000_0300]),
+            (3, &[IA32_PERF_GLOBAL_CTRL, AMD_PERF_GLOBAL_CTL]),
+            (4, &[IA32_TSC_DEADLINE]),
+        ] {
+            indices.iter().for_each(|&index| assert_eq!(super::rank(index), rank, "{index:#x}"));
+        }
+    }
+
+    #[test]
+    fn msrs_of_features_exist_where_cpuid_says_so() {
+        let entry = |function, ecx, edx| kvm_cpuid_entry2 { function, ecx, edx, ..Default::default() };
+        for (index, there, but) in [
+            (IA32_ARCH_CAPABILITIES, entry(7, 0, 1 << 29), entry(7, !0, !(1 << 29))),
+            (IA32_PERF_CAPABILITIES, entry(1, 1 << 15, 0), entry(1, !(1 << 15), !0)),
+            (0x480, entry(1, 1 << 5, 0), entry(1, !(1 << 5), !0)),
+            (0x491, entry(1, 1 << 5, 0), entry(1, !(1 << 5), !0)),
+        ] {
+            assert_eq!(is_feature(index, &[there]), Some(true), "{index:#x}");
+            assert_eq!(is_feature(index, &[but]), Some(false), "{index:#x}");
+            assert_eq!(is_feature(index, &[]), Some(false), "{index:#x}");
+        }
+        let all = [entry(1, !0, !0), entry(7, !0, !0)];
+        assert_eq!([0x10, 0x47f, 0x492].map(|index| is_feature(index, &all)), [None; 3]);
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::fd::{AsFd, AsRawFd},
     process::ExitCode,
     sync::{
         Arc, Barrier, Mutex,
@@ -349,9 +350,10 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
     for (first, pages, duplicates) in [(0, 512, 0), (512, 511, 1), (1536, 512, 0), (1024, 512, 0)] {
         expect(world.install(range(first, 512), 2)?, pages, duplicates)?;
     }
-    for index in 0..2 {
+    // beside the page that came alone, all of them
+    for (index, least) in [(0, 2048), (1, 4096)] {
         let huge = huge(&world.ram, index)?;
-        ensure(huge >= 2048 || !possible, || format!("region {index}: {huge} kB of huge pages"))?;
+        ensure(huge >= least || !possible, || format!("region {index}: {huge} kB of huge pages"))?;
     }
     world.pages_of(|page| world.holds(range(page, 1), if page == 600 { 1 } else { 2 }))?;
     world.pager.disarm()?;
@@ -547,6 +549,99 @@ fn refusals(backing: Backing) -> Outcome {
     world.holds(range(0, 512), 2)
 }
 
+/// Pages that somebody else has put there, of which the pager does not know: they count as duplicates, keep what they
+/// hold where nobody else sees it, and are missing no more.
+fn pages_of_another_handler_are_duplicates(backing: Backing) -> Outcome {
+    let world = World::new(backing)?;
+    world.pager.arm(&world.all())?;
+    let step = world.pager.granule();
+    let theirs = vec![7u8; step as usize * PAGE_SIZE];
+    let put = |first: u64| -> Outcome {
+        let (region, offset) = world.ram.layout().locate(first).ok_or("no such page")?;
+        let address = world.ram.host_address(region).as_ptr() as u64 + offset;
+        // `struct uffdio_copy`, and UFFDIO_COPY
+        let mut copy = [address, theirs.as_ptr() as u64, theirs.len() as u64, 0, 0];
+        // SAFETY: the kernel reads `theirs`, and writes missing guest memory and `copy`.
+        let failed = unsafe { libc::ioctl(world.fault.as_fd().as_raw_fd(), 0xc028_aa03, copy.as_mut_ptr()) };
+        ensure(failed == 0, || format!("UFFDIO_COPY: {}", io::Error::last_os_error()))
+    };
+    let is_missing = |page, expected| {
+        ensure(world.pager.is_missing(page) == expected, || format!("{page} is missing: {}", !expected))
+    };
+    // alone, in the middle of others, and at their head
+    for (at, run) in [(0, range(0, step)), (520, range(512, 512)), (1024, range(1024, 512))] {
+        let (at, salt) = (at / step * step, at);
+        put(at)?;
+        is_missing(at, true)?;
+        let before = world.pager.missing();
+        expect(world.install(run, salt)?, run.count - step, step)?;
+        ensure(world.pager.missing() == before - run.count, || "they are missing still".into())?;
+        is_missing(at, false)?;
+        let same = world.read(at)? == theirs[..PAGE_SIZE];
+        ensure(same || backing.is_shared(), || format!("page {at} was overwritten"))?;
+        let rest = run.pages().filter(|page| !range(at, step).pages().contains(page));
+        rest.into_iter().try_for_each(|page| world.holds(range(page, 1), salt))?;
+    }
+    // several at once, beside one that the pager has installed
+    let first = 1536;
+    put(first)?;
+    if step == 1 {
+        world.pager.install_zeros(range(first + 1, 1))?;
+        put(first + 3)?;
+        expect(world.install(range(first, 8), 9)?, 5, 3)?;
+        put(first + 9)?;
+        put(first + 11)?;
+        expect(world.pager.install_zeros(range(first + 8, 8))?, 6, 2)
+    } else {
+        expect(world.pager.install_zeros(range(first, step))?, 0, step)
+    }
+}
+
+/// Who gives up has no missing pages any more, and nobody waits for one.
+fn giving_up_ends_the_watch(backing: Backing) -> Outcome {
+    let world = World::new(backing)?;
+    world.pager.arm(&world.all())?;
+    let first = world.block(0);
+    world.install(first, 1)?;
+    world.pager.give_up();
+    ensure(world.pager.missing() == 0, || format!("{} are missing", world.pager.missing()))?;
+    world.holds(first, 1)?;
+    world.zeros(range(1024, 1))?;
+    // and it can be done anew, not only once
+    world.pager.give_up();
+    world.pager.arm(&world.all())?;
+    ensure(world.pager.missing() == world.pages(), || format!("{} are missing", world.pager.missing()))?;
+    world.pager.give_up();
+    Ok(())
+}
+
+/// Blocks that arrived in pieces become huge pages in the end, if all of them was missing.
+fn settling_makes_huge_pages(backing: Backing) -> Outcome {
+    let control = World::new(backing)?;
+    (0..512).try_for_each(|page| control.write(page, b"x"))?;
+    let possible = control.ram.assemble_huge_pages(range(0, 512)).is_ok();
+    if !possible {
+        eprintln!("the host assembles no huge pages: settling_makes_huge_pages checks contents only");
+    }
+    let world = World::new(backing)?;
+    let mut missing = world.all();
+    missing.remove(700);
+    world.pager.arm(&missing)?;
+    // blocks 0 and 3 whole, block 1 but for a page that is nobody's, nothing of block 2
+    for page in (0..1024).chain(1536..2048).filter(|&page| page != 700) {
+        expect(world.install(range(page, 1), 1)?, 1, 0)?;
+    }
+    world.pager.settle();
+    for index in 0..2 {
+        let huge = huge_kilobytes(world.ram.host_address(index).as_ptr() as u64, "AnonHugePages:")?;
+        ensure(huge == 2048 || !possible, || format!("region {index}: {huge} kB of huge pages"))?;
+    }
+    world.holds(range(0, 700), 1)?;
+    world.holds(range(1536, 512), 1)?;
+    world.pager.install_zeros(range(1024, 512))?;
+    Ok(world.pager.disarm()?)
+}
+
 /// Features that a backing needs are asked for by name.
 fn lacking_features(backing: Backing) -> Outcome {
     let ram = World::new(backing)?.ram.clone();
@@ -585,7 +680,7 @@ fn main() -> ExitCode {
             None => Trial::test(name, move || run(backing)),
         });
     };
-    let everywhere: [(&str, Check); 12] = [
+    let everywhere: [(&str, Check); 14] = [
         ("touching_sleeps", touching_sleeps),
         ("writes_wait_too", writes_wait_too),
         ("racing_installs", racing_installs),
@@ -596,6 +691,8 @@ fn main() -> ExitCode {
         ("a_failed_fill_leaves_it_missing", a_failed_fill_leaves_it_missing),
         ("a_duplicate_outlives_the_failure_of_the_first", a_duplicate_outlives_the_failure_of_the_first),
         ("refusals", refusals),
+        ("pages_of_another_handler_are_duplicates", pages_of_another_handler_are_duplicates),
+        ("giving_up_ends_the_watch", giving_up_ends_the_watch),
         ("lacking_features", lacking_features),
         ("stress", stress),
     ];
@@ -617,6 +714,7 @@ fn main() -> ExitCode {
         }
     }
     add("huge_blocks_stay_huge", Backing::TransparentHuge, 0, huge_blocks_stay_huge);
+    add("settling_makes_huge_pages", Backing::TransparentHuge, 0, settling_makes_huge_pages);
     let shared = features::MISSING_SHMEM | features::MINOR_SHMEM;
     add("shared_huge_pages", Backing::Memfd, shared, shared_huge_pages);
     for backing in Backing::ALL {

@@ -172,3 +172,12 @@ fn long_names_and_folders_that_move() {
     let error = AtomicFile::create(&parent.path().join("none/vm")).unwrap_err();
     assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("none/vm: "), "{error}");
 }
+
+#[test]
+fn what_cannot_be_opened_is_not_called_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(open_regular(&dir.path().join("none")).unwrap().is_none());
+    assert_eq!(open_regular(dir.path()).unwrap_err().kind(), ErrorKind::InvalidData);
+    let long = open_regular(&dir.path().join("x".repeat(300))).unwrap_err();
+    assert_eq!(long.kind(), ErrorKind::InvalidFilename);
+}

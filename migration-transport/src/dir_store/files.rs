@@ -33,7 +33,7 @@ const HEAD: usize = 8 + 4 + 4;
 pub(super) const MAX_INCREMENTS: usize = 4096;
 
 /// The longest manifest there can be: nothing longer is read.
-const MAX_MANIFEST: u64 = (8 + 4 + 4 + 4 + MAX_INCREMENTS * (4 + 8 + 8) + 4 + MAX_STATE + 4) as u64;
+pub(super) const MAX_MANIFEST: u64 = (8 + 4 + 4 + 4 + MAX_INCREMENTS * (4 + 8 + 8) + 4 + MAX_STATE + 4) as u64;
 
 /// Records are gathered up to this size before they are written.
 const BUFFER: usize = 256 << 10;
@@ -265,4 +265,31 @@ pub(super) fn increment_name(file: u32) -> String {
 pub(super) fn increment_of(name: &str) -> Option<u32> {
     let file = name.strip_prefix("pages-")?.parse().ok()?;
     (increment_name(file) == name).then_some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_stay_open_but_not_too_many_and_a_record_of_another_page_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let most = OPEN_FILES as u32;
+        let place = |file: u32| Place { file, data: false, offset: 0 };
+        for file in 1..=most + 1 {
+            let mut out = Appender::create(dir.path(), file).unwrap();
+            out.append(file.into(), None).unwrap();
+            out.flush().unwrap();
+        }
+        let mut files = Files::new(dir.path());
+        for file in 1..=most {
+            assert_eq!(files.read(file.into(), place(file)).unwrap(), None);
+            assert_eq!(files.open.len(), file as usize);
+        }
+        files.read(u64::from(most) + 1, place(most + 1)).unwrap();
+        assert_eq!(files.open.len(), 1);
+        // its sum is right: only its number tells
+        let error = files.read(7, place(8)).unwrap_err();
+        assert!(error.to_string().contains("page 8 instead of 7"), "{error}");
+    }
 }

@@ -394,6 +394,56 @@ proptest! {
 }
 
 /// What others put into the way is neither followed, nor written through, nor taken over.
+/// Just what the bound is: twice the live pages and the slack, and what is merged is what was put last.
+#[test]
+fn a_commit_merges_as_soon_as_the_bound_is_passed_and_not_before() {
+    let (_parent, dir, mut store) = created();
+    store.slack = 0;
+    let files = |dir| snapshot(dir).into_keys().collect::<Vec<_>>();
+    for page in [1, 2, 3] {
+        put(&mut store, page, Some(1));
+    }
+    store.commit(1, state("three records, three pages")).unwrap();
+    assert_eq!(files(&dir), ["latest", "pages-1"]);
+    for page in [1, 2, 3] {
+        put(&mut store, page, Some(2));
+    }
+    store.commit(2, state("six records, three pages")).unwrap();
+    assert_eq!(files(&dir), ["latest", "pages-1", "pages-2"]);
+    put(&mut store, 2, Some(3));
+    store.commit(3, state("seven records, three pages")).unwrap();
+    assert_eq!(files(&dir), ["latest", "pages-4"]);
+    let pages = vec![(1, Some(2)), (2, Some(3)), (3, Some(2))];
+    assert_eq!(contents(&mut store).unwrap().1, pages);
+    drop(store);
+    assert_eq!(contents(&mut DirStore::open(&dir, PAGES).unwrap()).unwrap().1, pages);
+}
+
+#[test]
+fn what_was_never_committed_can_be_removed() {
+    let (_parent, dir, mut store) = created();
+    put(&mut store, 1, Some(1));
+    store.remove().unwrap();
+    assert!(!dir.exists());
+}
+
+#[test]
+fn limits_are_the_last_that_will_do() {
+    let (_parent, dir, mut store) = created();
+    let long = Bytes::from(vec![0; MAX_STATE + 1]);
+    store.commit(1, long.slice(1..)).unwrap();
+    let error = store.commit(2, long.clone()).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("above the limit"), "{error}");
+    drop(store);
+    assert_eq!(DirStore::open(&dir, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
+    // the longest manifest is read, and found to be none; one that is longer is not read
+    for (len, why) in [(files::MAX_MANIFEST, "checksum"), (files::MAX_MANIFEST + 1, "above the limit")] {
+        File::create(dir.join(MANIFEST)).unwrap().set_len(len).unwrap();
+        let error = DirStore::open(&dir, PAGES).err().unwrap();
+        assert!(error.kind() == ErrorKind::InvalidData && error.to_string().contains(why), "{error}");
+    }
+}
+
 #[test]
 fn links_and_directories_of_others() {
     let (parent, dir, mut store) = created();

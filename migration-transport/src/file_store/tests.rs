@@ -43,6 +43,68 @@ fn read(path: &Path) -> io::Result<Contents> {
 }
 
 #[test]
+fn pages_that_follow_each_other_are_written_together() {
+    let dir = dir();
+    let pages = RUN as u64 + 10;
+    let mut store = FileStore::create(&dir.path().join("vm"), pages).unwrap();
+    assert_eq!(store.pages(), pages);
+    let mut gathered = |page| {
+        put(&mut store, page, Some(1)).unwrap();
+        let Stage::Writing(writing) = &store.stage else { panic!("not in writing") };
+        (writing.first, writing.run.len() / PAGE_SIZE)
+    };
+    for page in 0..RUN as u64 {
+        assert_eq!(gathered(page), (0, page as usize + 1));
+    }
+    // no more than that at once, and no hole
+    assert_eq!(gathered(RUN as u64), (RUN as u64, 1));
+    assert_eq!(gathered(RUN as u64 + 1), (RUN as u64, 2));
+    assert_eq!(gathered(RUN as u64 + 3), (RUN as u64 + 3, 1));
+    store.commit(1, Bytes::new()).unwrap();
+    let found = contents(&mut store).unwrap().1;
+    assert_eq!(found.len(), RUN + 3);
+}
+
+#[test]
+fn limits_are_the_last_that_will_do() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let error = FileStore::create(&path, MAX_PAGES + 1).err().unwrap();
+    assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("more than"), "{error}");
+    assert_eq!(FileStore::create(Path::new("/"), 1).err().unwrap().kind(), ErrorKind::InvalidInput);
+
+    let long = Bytes::from(vec![0; MAX_STATE + 1]);
+    let mut store = FileStore::create(&path, PAGES).unwrap();
+    (0..PAGES).for_each(|page| put(&mut store, page, Some(1)).unwrap());
+    let error = store.commit(1, long.clone()).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("above the limit"), "{error}");
+    assert!(error.to_string().contains("vm.new"), "{error}");
+    // every page with data and the longest state: that is the longest table
+    store.commit(1, long.slice(1..)).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), table_at(PAGES) + Table::most(PAGES));
+    assert_eq!(FileStore::open(&path, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
+    for pages in [0, 1, 64, 65, 1000] {
+        let all = PageSet::full(pages);
+        let crcs = vec![0; pages as usize];
+        let table = Table { number: 1, put: all.clone(), data: all, crcs, state: long.slice(1..) };
+        assert_eq!(table.encode().len() as u64, Table::most(pages), "{pages}");
+    }
+}
+
+#[test]
+fn whoever_has_no_room_is_told_how_much_it_takes() {
+    for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge] {
+        let error = roomless(Path::new("/some/file"), 1 << 18)(kind.into());
+        assert_eq!(error.kind(), kind);
+        // pages, a table of two bits and four bytes for each, the state
+        let text = error.to_string();
+        assert!(text.contains("/some/file") && text.contains("up to 1089 MiB"), "{text}");
+    }
+    let other = roomless(Path::new("/some/file"), 1)(ErrorKind::PermissionDenied.into());
+    assert!(other.kind() == ErrorKind::PermissionDenied && !other.to_string().contains("MiB"), "{other}");
+}
+
+#[test]
 fn a_snapshot_is_there_from_its_commit_on() {
     let dir = dir();
     let path = dir.path().join("vm");

@@ -1,0 +1,210 @@
+//! Records as they go out and come in, one by one.
+
+use std::sync::{Mutex, MutexGuard};
+
+use migration_core::{GuestRam, HeapRam, RamLayout, RamRegion};
+
+use super::*;
+use crate::{KeyLimits, Suite, aead::RustCrypto, secret::Secret};
+
+/// The most that a writer's records hold in these tests.
+const MOST: usize = MIN_PLAINTEXT;
+
+/// What a link was asked to do.
+#[derive(Default)]
+struct Log {
+    writes: Vec<Vec<u8>>,
+    idle: Vec<Option<Duration>>,
+    short: bool,
+    broken: bool,
+}
+
+#[derive(Clone, Default)]
+struct Tap(Arc<Mutex<Log>>);
+
+impl Tap {
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.0.lock().unwrap()
+    }
+
+    fn writer(&self, closed: &Arc<AtomicBool>) -> SecureWriter {
+        let sealer = RecordSealer::new(Suite::Aes128Gcm, &RustCrypto, Secret::new([1; 32]), KeyLimits::default());
+        SecureWriter::new(Box::new(self.clone()), sealer.unwrap(), MOST, closed.clone())
+    }
+
+    /// For each write, the plaintext in each of its records, and whether it is the last.
+    fn records(&self) -> Vec<Vec<(usize, bool)>> {
+        let log = self.log();
+        let cut = |mut bytes: &[u8]| {
+            let mut records = Vec::new();
+            while let Some((header, rest)) = bytes.split_first_chunk() {
+                let len = u32::from_le_bytes(*header) as usize & 0xff_ffff;
+                records.push((len, header[3] != 0));
+                bytes = &rest[OVERHEAD - 4 + len..];
+            }
+            records
+        };
+        log.writes.iter().map(|write| cut(write)).collect()
+    }
+}
+
+impl WriteHalf for Tap {
+    fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
+        assert!(slices.is_empty());
+        let mut log = self.log();
+        log.writes.push(head.to_vec());
+        if log.broken { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(()) }
+    }
+
+    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.log().idle.push(timeout);
+        Ok(())
+    }
+
+    fn keep_queue_short(&mut self) {
+        self.log().short = true;
+    }
+}
+
+/// Reads what was written.
+struct Tape(Vec<u8>);
+
+impl ReadHalf for Tape {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        if buf.len() > self.0.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buf.copy_from_slice(&self.0[..buf.len()]);
+        self.0.drain(..buf.len());
+        Ok(())
+    }
+
+    fn read_ram(&mut self, _: &[RamSlice<'_>]) -> io::Result<()> {
+        unreachable!("what is sealed does not go to guest memory")
+    }
+
+    fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn reader(tap: &Tap) -> SecureReader {
+    let opener = RecordOpener::new(Suite::Aes128Gcm, &RustCrypto, Secret::new([1; 32])).unwrap();
+    SecureReader::new(Box::new(Tape(tap.log().writes.concat())), opener)
+}
+
+fn ram() -> HeapRam {
+    HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: 4 * MOST as u64 }]).unwrap()).unwrap()
+}
+
+#[test]
+fn small_records_go_out_beside_a_large_one_while_there_is_room() {
+    let ram = ram();
+    let slice = |len: usize| (&ram as &dyn GuestRam).slice_at(0, len as u64).unwrap();
+    let beside = BESIDE - OVERHEAD;
+    for (head, slices, expected) in [
+        (beside, vec![MOST], vec![vec![beside, MOST]]),
+        (beside + 1, vec![MOST], vec![vec![beside + 1], vec![MOST]]),
+        // from `DIRECT` on, a piece has a record of its own
+        (10, vec![DIRECT], vec![vec![10, DIRECT]]),
+        (10, vec![DIRECT - 1], vec![vec![10 + DIRECT - 1]]),
+        (10, vec![20, 30, DIRECT, 40], vec![vec![60, DIRECT, 40]]),
+        (MOST + 1, vec![], vec![vec![MOST, 1]]),
+        (0, vec![MOST + DIRECT], vec![vec![MOST], vec![DIRECT]]),
+    ] {
+        let tap = Tap::default();
+        let mut writer = tap.writer(&Arc::default());
+        let slices: Vec<_> = slices.into_iter().map(slice).collect();
+        writer.write_all(&vec![7; head], &slices).unwrap();
+        let expected: Vec<Vec<_>> =
+            expected.into_iter().map(|records| records.into_iter().map(|len| (len, false)).collect()).collect();
+        assert_eq!(tap.records(), expected, "{head} and {slices:?}");
+    }
+}
+
+#[test]
+fn the_closing_record_is_sent_where_it_can_be_believed() {
+    let closed = Arc::new(AtomicBool::new(false));
+    // a lane on which nothing but the proof was sent has an end, too
+    let tap = Tap::default();
+    let mut writer = tap.writer(&closed);
+    writer.send_empty(false).unwrap();
+    drop(writer);
+    assert_eq!(tap.records(), [[(0, false)], [(0, true)]]);
+    assert_eq!(tap.log().idle, [Some(CLOSING_PATIENCE)]);
+    // whoever said it does not say it again
+    let tap = Tap::default();
+    let mut writer = tap.writer(&closed);
+    writer.send_empty(true).unwrap();
+    drop(writer);
+    assert_eq!(tap.records(), [[(0, true)]]);
+    // what was cut in the middle has no end in order
+    let tap = Tap::default();
+    let mut writer = tap.writer(&closed);
+    tap.log().broken = true;
+    writer.write_all(b"x", &[]).unwrap_err();
+    tap.log().broken = false;
+    drop(writer);
+    assert_eq!(tap.records(), [[(1, false)]]);
+    // nor what was closed
+    let tap = Tap::default();
+    let mut writer = tap.writer(&closed);
+    writer.write_all(b"x", &[]).unwrap();
+    closed.store(true, Ordering::Release);
+    drop(writer);
+    assert_eq!(tap.records(), [[(1, false)]]);
+}
+
+#[test]
+fn hints_reach_the_link() {
+    let tap = Tap::default();
+    let mut writer = tap.writer(&Arc::default());
+    writer.set_idle_timeout(Some(Duration::from_secs(3))).unwrap();
+    writer.keep_queue_short();
+    let log = tap.log();
+    assert_eq!((&log.idle[..], log.short), (&[Some(Duration::from_secs(3))][..], true));
+}
+
+#[test]
+fn a_record_goes_straight_into_memory_that_has_room_for_it() {
+    let tap = Tap::default();
+    let mut writer = tap.writer(&Arc::default());
+    writer.write_all(b"abcd", &[]).unwrap();
+    writer.write_all(b"efgh", &[]).unwrap();
+    let ram = ram();
+    let slice = |len| (&ram as &dyn GuestRam).slice_at(0, len).unwrap();
+    let mut reader = reader(&tap);
+    assert_eq!(reader.next_record(Some(slice(4))).unwrap(), 4);
+    assert_eq!((reader.at, reader.end), (0, 0));
+    let mut got = [0; 4];
+    <dyn GuestRam>::read(&ram, 0, &mut got).unwrap();
+    assert_eq!(&got, b"abcd");
+    // in a buffer, where there is less
+    assert_eq!(reader.next_record(Some(slice(3))).unwrap(), 0);
+    assert_eq!((reader.at, reader.end), (0, 4));
+}
+
+#[test]
+fn empty_records_end_nothing_and_the_last_one_may_have_content() {
+    let tap = Tap::default();
+    let mut writer = tap.writer(&Arc::default());
+    writer.send_empty(false).unwrap();
+    writer.write_all(b"ab", &[]).unwrap();
+    writer.send_empty(false).unwrap();
+    // no writer does this, but it is a stream like any other
+    let record = writer.room(2).unwrap();
+    writer.records[record.clone()][HEADER_LEN..HEADER_LEN + 2].copy_from_slice(b"cd");
+    writer.sealer.seal(&mut writer.records[record], true).unwrap();
+    writer.flush().unwrap();
+    let ram = ram();
+    let slice = (&ram as &dyn GuestRam).slice_at(0, 4).unwrap();
+    let mut from = reader(&tap);
+    from.read_ram(&[slice]).unwrap();
+    let mut got = [0; 4];
+    <dyn GuestRam>::read(&ram, 0, &mut got).unwrap();
+    assert_eq!(&got, b"abcd");
+    let end = from.read_exact(&mut got).unwrap_err();
+    assert!(end.to_string().contains("closed the connection"), "{end}");
+    reader(&tap).read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"abcd");
+}
