@@ -230,11 +230,16 @@ impl Closer for Ends {
 /// Longer than any test takes: whatever ends a wait, it is not this.
 const FAR: Duration = Duration::from_secs(3600);
 
+/// A host that is busy cannot keep every downtime.
+fn patient() -> SourceOptions {
+    SourceOptions { downtime_limit: Duration::from_secs(60), ..SourceOptions::default() }
+}
+
 fn options() -> SourceOptions {
     let pause_limits = PauseLimits { silence: Some(Duration::from_secs(3)), total: None };
     // only an answer to *run* is waited for as long as that
     let idle_timeout = Duration::from_secs(5);
-    SourceOptions { pause_limits, idle_timeout, setup_timeout: FAR, streams: 1, ..SourceOptions::default() }
+    SourceOptions { pause_limits, idle_timeout, setup_timeout: FAR, streams: 1, ..patient() }
 }
 
 fn strategy(which: u64) -> Box<dyn Strategy> {
@@ -272,7 +277,7 @@ fn attempt(how: Stop, which: u64, steps: u64) -> (Report, bool) {
     assert!(destination.arrived.try_recv().is_err(), "{name}: two owners");
     assert_ne!(destination.handle.phase(), DestinationPhase::Running, "{name}");
     // and the next attempt moves it
-    let options = SourceOptions { last_epoch: report.epoch, ..SourceOptions::default() };
+    let options = SourceOptions { last_epoch: report.epoch, ..patient() };
     let (_controller, commands) = Controller::new();
     let retry = migrate(&mut vm, &connector, &mut *strategy(which), &options, commands);
     assert_eq!(retry.outcome, Outcome::Completed, "{name}: {:?}", retry.reason);

@@ -124,7 +124,7 @@ fn a_source_that_serves_recovers_after_a_silence_longer_than_it_waits() {
     let destination = destination();
     let link = Silent { link: Link::new(&destination, None), attempts: AtomicU32::new(0) };
     let options =
-        SourceOptions { demand_lanes: 1, idle_timeout: Duration::from_millis(600), ..SourceOptions::default() };
+        SourceOptions { demand_lanes: 1, idle_timeout: Duration::from_millis(1500), ..SourceOptions::default() };
     let strategy = PostCopy { order: Box::new(Linear::default()) };
     let (report, vm, link) = run_by(strategy, &destination, link, guest(), options);
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
