@@ -75,7 +75,7 @@ rules! {
     "16" RoundsAfterConnect "No round starts before the destination has acknowledged all locations."
     "16" PauseSendsLocations "The pause sends every page whose location changed."
     "16" PauseSendsHeld "The pause sends every page whose *held* changed."
-    "17" NoneWillFollow "*Vacated* says that no page will follow: no put or eviction is under way."
+    "17" NoneWillFollow "*Vacated* says that every page was sent or located, and that none will follow."
     "17" MarkOnEveryLane "*Vacated* is answered when all lanes have been read up to its mark."
     "17" NoPageIsSource "The destination says *released* only if no page is `Source`."
     "17" OnlyReleasedFrees "Only *released* frees the source."

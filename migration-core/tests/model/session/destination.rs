@@ -296,7 +296,6 @@ impl Session {
                 state.destination.vacated = true;
             }),
         }
-        let _ = state;
     }
 
     fn prepare(&self, state: &mut State, home: [Option<Generation>; PAGES], held: [bool; PAGES]) {
@@ -377,7 +376,7 @@ impl Session {
         let here = own.location == Location::Here;
         let same = own.getting == Some(stored) && own.location == Location::Stored(stored);
         let any = own.getting.is_some() && !here;
-        let before_run = phase == DestinationPhase::Prepared && own.getting == Some(stored);
+        let before_run = phase == DestinationPhase::Prepared;
         let claimed = same || any && !self.has(Rule::ClaimNamesLocation) || before_run;
         let claimed = claimed || !here && !self.has(Rule::InstallUnderClaim);
         if own.getting == Some(stored) || !self.has(Rule::ClaimNamesLocation) {
@@ -407,6 +406,7 @@ impl DestinationPage {
         self.kept = None;
         self.getting = None;
         if location == Location::Here {
+            self.arrived = true;
             self.demanded = false;
         }
     }

@@ -129,11 +129,24 @@ impl Session {
     }
 
     /// Lets `change` happen, a fault that no rule can prevent, and excuses what it loses at once.
+    ///
+    /// A page is not excused if the source still has it and it never arrived, or if the destination relies on the source:
+    /// it was left there, or announced as held.
     fn fault(&self, state: &mut State, change: impl FnOnce(&mut State)) {
         let before = *state;
         change(state);
+        let serving = state.source.phase == SourcePhase::Serving;
         for page in 0..self.pages {
-            if self.obtainable(&before, page) && !self.obtainable(state, page) {
+            let lost = self.obtainable(&before, page) && !self.obtainable(state, page);
+            let own = &state.destination.pages[page];
+            let relied_on = match own.location {
+                Location::Here => false,
+                Location::Source => !self.fetch,
+                Location::Stored(_) => own.held && !state.destination.released,
+            };
+            let relied_on = relied_on && state.destination_owns();
+            let resident = state.source.pages[page].ram == Some(state.newest[page]) && !own.arrived;
+            if lost && !(serving && (relied_on || resident)) {
                 state.excused[page] = true;
             }
         }

@@ -111,6 +111,9 @@ impl Session {
             answer = PutAnswer::Stored(incarnation);
             let value = &mut kept.values[put.page as usize];
             let older = value.is_none_or(|(generation, _)| generation < put.generation);
+            if self.budget.partial_losses > 0 {
+                kept.older[put.page as usize] = *value;
+            }
             if older || !self.has(Rule::NewerGenerationStays) {
                 *value = Some((put.generation, put.content));
             }
@@ -382,19 +385,41 @@ impl Session {
                 });
             }
         }
+        self.removals(state, next);
         if state.left.partial_losses == 0 {
             return;
         }
         for (namespace, page) in Namespace::ALL.into_iter().flat_map(|namespace| [(namespace, 0), (namespace, 1)]) {
             let kept = &state.stores.namespaces[namespace as usize];
-            let Some((generation, content)) = kept.values[page] else { continue };
+            if kept.values[page].is_none() {
+                continue;
+            }
             next.page("a store falls back to an older put of a page", page, |state| {
                 state.left.partial_losses -= 1;
                 self.fault(state, |state| {
                     state.stores.incarnations[self.store_of(namespace)] += 1;
-                    let older = (generation > 1 && content > 1).then(|| (generation - 1, content - 1));
-                    state.stores.namespaces[namespace as usize].values[page] = older;
+                    let kept = &mut state.stores.namespaces[namespace as usize];
+                    kept.values[page] = kept.older[page].take();
                     self.excuse_acknowledged(state, namespace, page);
+                });
+            });
+        }
+    }
+
+    /// A person removes a namespace that is in use, against rule 14. The incarnation does not change.
+    fn removals(&self, state: &State, next: &mut Next<State>) {
+        for namespace in [Namespace::Home, Namespace::Attempt] {
+            let present = state.stores.namespaces[namespace as usize].state == NamespaceState::Present;
+            if state.left.removals == 0 || !present {
+                continue;
+            }
+            next.step("a person removes a namespace that is in use", |state| {
+                state.left.removals -= 1;
+                self.fault(state, |state| {
+                    state.stores.forget(namespace);
+                    for page in 0..self.pages {
+                        self.excuse_acknowledged(state, namespace, page);
+                    }
                 });
             });
         }

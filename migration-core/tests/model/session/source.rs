@@ -282,11 +282,8 @@ impl Session {
             let own = &source.pages[page];
             own.sent || own.announced.is_some() && own.announced == self.location(state, page)
         };
-        let quiet = |page: usize| {
-            let own = &source.pages[page];
-            own.claimed.is_none() && own.eviction == Eviction::None || !self.has(Rule::NoneWillFollow)
-        };
-        let done = (0..self.pages).all(|page| told(page) && quiet(page));
+        let quiet = |page: usize| source.pages[page].claimed.is_none() && source.pages[page].eviction == Eviction::None;
+        let done = (0..self.pages).all(|page| told(page) && quiet(page)) || !self.has(Rule::NoneWillFollow);
         let serving = source.phase == SourcePhase::Serving;
         let room = state.network.connected && !state.network.to_destination.is_full();
         if serving && done && room && !source.vacated {
@@ -451,6 +448,7 @@ impl Stores {
     pub(super) fn forget(&mut self, namespace: Namespace) {
         let kept = &mut self.namespaces[namespace as usize];
         kept.values = [None; PAGES];
+        kept.older = [None; PAGES];
         kept.state = match kept.state {
             NamespaceState::Creating => NamespaceState::ForgottenCreating,
             _ => NamespaceState::Forgotten,

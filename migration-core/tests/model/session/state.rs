@@ -147,6 +147,8 @@ pub struct DestinationPage {
     pub kept: Option<Stored>,
     /// The source still has this content in its RAM.
     pub held: bool,
+    /// It was `Here` once. The rules do not need this; the properties do.
+    pub arrived: bool,
     /// A fault has asked the source.
     pub demanded: bool,
     /// A fault has asked a store.
@@ -177,6 +179,8 @@ pub struct Kept {
     pub incarnation: u8,
     /// The newest put of each page: generation and content.
     pub values: [Option<(Generation, Content)>; PAGES],
+    /// The put before it, to which a store may fall back. Recorded only where that can happen.
+    pub older: [Option<(Generation, Content)>; PAGES],
 }
 
 /// Whether a namespace exists.
@@ -334,6 +338,8 @@ pub struct Budget {
     /// Stores that restart and have lost everything, or the newest put of one page.
     pub restarts: u8,
     pub partial_losses: u8,
+    /// Namespaces that a person removes although they are in use.
+    pub removals: u8,
     /// Checks before *released* that the store does not answer.
     pub silences: u8,
     /// Puts whose outcome the writer does not learn, puts that fail, gets that are given up and answered late.
@@ -381,7 +387,7 @@ impl State {
             vacated: false,
             failed: false,
         };
-        let kept = Kept { state: NamespaceState::Absent, incarnation: 0, values: [None; PAGES] };
+        let kept = Kept { state: NamespaceState::Absent, incarnation: 0, values: [None; PAGES], older: [None; PAGES] };
         State {
             newest: [1; PAGES],
             excused: [false; PAGES],
@@ -411,6 +417,7 @@ impl Destination {
             location: Location::Source,
             kept: None,
             held: true,
+            arrived: false,
             demanded: false,
             getting: None,
             eviction: Eviction::None,
