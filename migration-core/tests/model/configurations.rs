@@ -29,7 +29,7 @@ enum Kind {
     Table(Table),
     Evicting(Evicting),
     Replicas(Replicas),
-    Blocks(Blocks),
+    Blocks,
     Staging(Staging),
     Successor(Successor),
     Free(Free),
@@ -46,7 +46,7 @@ impl Configuration {
             Kind::Table(model) => explore(&Table { rules, ..model }, limit),
             Kind::Evicting(model) => explore(&Evicting { rules, ..model }, limit),
             Kind::Replicas(model) => explore(&Replicas { rules, ..model }, limit),
-            Kind::Blocks(_) => explore(&Blocks { rules }, limit),
+            Kind::Blocks => explore(&Blocks { rules }, limit),
             Kind::Staging(model) => explore(&Staging { rules, ..model }, limit),
             Kind::Successor(model) => explore(&Successor { rules, ..model }, limit),
             Kind::Free(model) => explore(&Free { rules, ..model }, limit),
@@ -69,8 +69,14 @@ pub fn large() -> Vec<Configuration> {
         Kind::Session(Session { stores, pages, rounds, ..session(budget) })
     };
     [
-        ("two pages", with(1, 2, false, Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..budget })),
-        ("everything at home", with(2, 1, true, Budget { writes: 2, home_puts: 2, attempt_puts: 1, restarts: 1, ..budget })),
+        (
+            "two pages, written and cut",
+            with(1, 2, false, Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..budget }),
+        ),
+        (
+            "everything at home",
+            with(2, 1, true, Budget { writes: 2, home_puts: 2, attempt_puts: 1, restarts: 1, ..budget }),
+        ),
         ("everything slow", with(1, 1, false, SLOW)),
         ("cuts and crashes", with(1, 1, true, CUTS)),
     ]
@@ -97,7 +103,8 @@ const NOTHING: Budget = Budget {
     destination_crashes: 0,
 };
 const SLOW: Budget = Budget { writes: 2, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
-const CUTS: Budget = Budget { writes: 1, home_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, restarts: 1, ..NOTHING };
+const CUTS: Budget =
+    Budget { writes: 1, home_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, restarts: 1, ..NOTHING };
 
 fn session(budget: Budget) -> Session {
     Session {
@@ -112,7 +119,7 @@ fn session(budget: Budget) -> Session {
     }
 }
 
-fn sessions() -> [(&'static str, Kind); 12] {
+fn sessions() -> [(&'static str, Kind); 14] {
     let with = |budget: Budget| session(budget);
     let quiet = Session { pages: 2, ..with(Budget { attempt_puts: 1, ..NOTHING }) };
     let cancel = with(Budget { writes: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
@@ -120,6 +127,8 @@ fn sessions() -> [(&'static str, Kind); 12] {
     let slow = Budget { writes: 2, attempt_puts: 2, unknown_puts: 1, failed_puts: 1, late_gets: 1, ..NOTHING };
     let evict = with(Budget { writes: 1, home_puts: 1, own_puts: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
     let home_loss = with(Budget { home_puts: 1, attempt_puts: 1, restarts: 1, ..NOTHING });
+    let two_pages = with(Budget { attempt_puts: 1, own_puts: 1, failed_puts: 1, ..NOTHING });
+    let attempt_loss = with(Budget { attempt_puts: 1, restarts: 1, ..NOTHING });
     let silence = Budget { own_puts: 1, attempt_puts: 1, restarts: 1, silences: 1, ..NOTHING };
     let partial = Budget { writes: 1, own_puts: 2, partial_losses: 1, ..NOTHING };
     let removal = with(Budget { home_puts: 1, attempt_puts: 1, own_puts: 1, removals: 1, ..NOTHING });
@@ -128,11 +137,13 @@ fn sessions() -> [(&'static str, Kind); 12] {
     let fetch = with(Budget { writes: 1, home_puts: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
     [
         ("quiet", Kind::Session(quiet)),
-        ("cancel", Kind::Session(Session { forgetful: true, ..cancel })),
+        ("two pages", Kind::Session(Session { pages: 2, rounds: false, ..two_pages })),
+        ("cancel", Kind::Session(Session { forgetful: true, late_create: true, ..cancel })),
         ("second attempt", Kind::Session(Session { late_create: true, ..with(again) })),
         ("slow stores", Kind::Session(with(slow))),
         ("evictions", Kind::Session(evict)),
         ("store lost", Kind::Session(home_loss)),
+        ("attempt lost", Kind::Session(Session { rounds: false, ..attempt_loss })),
         ("store silent", Kind::Session(Session { stores: 2, rounds: false, ..with(silence) })),
         ("store partly lost", Kind::Session(Session { rounds: false, ..with(partial) })),
         ("namespace removed", Kind::Session(removal)),
@@ -159,7 +170,7 @@ fn others() -> [(&'static str, Kind); 17] {
         ("eviction", Kind::Evicting(eviction)),
         ("pinned", Kind::Evicting(Evicting { device: true, ..eviction })),
         ("replicas", Kind::Replicas(Replicas { rules, writes: 1 })),
-        ("blocks", Kind::Blocks(Blocks { rules })),
+        ("blocks", Kind::Blocks),
         ("staging", Kind::Staging(Staging { rules, writes: 2, losses: 2, snapshot: true })),
         ("successor", Kind::Successor(Successor { rules, writes: 2 })),
         ("free pages", Kind::Free(Free { rules, uses: 2 })),

@@ -30,7 +30,10 @@ enum Phase {
     /// The store has answered that the content exists, without holding it (only without the atomic step).
     Exists(u8),
     /// The VM has claimed the content and copied and hashed the page. The copy is kept.
-    Claimed { hash: u8, copy: u8 },
+    Claimed {
+        hash: u8,
+        copy: u8,
+    },
     /// The put of the claimed content is done.
     Located(u8),
     /// The page was sent directly.

@@ -106,7 +106,7 @@ impl Evicting {
 
     /// Step (1): the page leaves the guest's reach. Step (2): it is put, unless its copy is current.
     fn begins(&self, state: &State, next: &mut Next<State>) {
-        let busy = state.pinned && self.rules.has(Rule::PinnedStays);
+        let busy = state.pinned && self.rules.has(Rule::BusyPageStays);
         let idle = state.putting.is_none() && !state.drop && !state.current;
         if state.place == Place::Mapped && idle && state.clean && !self.rules.has(Rule::WrittenReadAfterwards) {
             next.step("the eviction reads that the copy is current, before it takes the page away", |state| {

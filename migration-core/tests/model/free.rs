@@ -30,8 +30,10 @@ pub struct State {
     ram: u8,
     generation: u8,
     stored: u8,
-    /// The guest has touched the page since the look began.
+    /// The page came back since the look began. Touches of a resident page are not seen.
     touched: bool,
+    /// The location that a page keeps while it is resident and unwritten.
+    kept: Option<u8>,
     /// A look that found the page free: the location that the page had when it began.
     look: Option<Location>,
     /// The look's result as it was recorded for the page (only without the rule).
@@ -57,6 +59,10 @@ impl Free {
                 if !state.used {
                     state.newest = state.ram;
                 }
+                state.kept = match state.location {
+                    Location::Stored(generation) => Some(generation),
+                    _ => None,
+                };
                 state.used = true;
                 state.touched = true;
                 state.location = Location::Here;
@@ -66,13 +72,15 @@ impl Free {
             next.step("the guest takes the page into use and writes", |state| {
                 state.writes += 1;
                 state.used = true;
-                state.touched = true;
+                state.kept = None;
                 state.newest = state.writes + 1;
                 state.ram = state.newest;
                 state.sent = None;
             });
         }
-        if state.location == Location::Here && state.generation < 2 {
+        if let (Location::Here, Some(kept)) = (state.location, state.kept) {
+            next.step("the page is evicted to its current copy", |state| state.location = Location::Stored(kept));
+        } else if state.location == Location::Here && state.generation < 2 {
             next.step("the page is evicted to the store", |state| {
                 state.generation += 1;
                 state.stored = state.ram;
@@ -134,6 +142,7 @@ impl Model for Free {
             generation: 0,
             stored: 0,
             touched: false,
+            kept: None,
             look: None,
             recorded: false,
             announced: None,

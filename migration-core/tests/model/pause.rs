@@ -23,7 +23,11 @@ pub struct Pause {
 enum Phase {
     Running,
     /// The guest is paused; what is still to be read or saved before it can go on.
-    Paused { saved: bool, entries: bool, fetched: bool },
+    Paused {
+        saved: bool,
+        entries: bool,
+        fetched: bool,
+    },
     Done,
     /// The pause did not begin, because a store does not answer.
     GivenUp,

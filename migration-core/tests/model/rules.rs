@@ -48,7 +48,7 @@ rules! {
     "4" HolesAskTheMap "Holes, snapshots and dumps ask the map: a page that is not resident is not therefore zero."
     "5" FreeIsNotRecorded "Free is a look, never recorded for a resident page."
     "5" LookComparesLocation "A look counts only if the page still has the location that it had when the look began."
-    "5" LookUntouched "A look counts only if the guest has not touched the page since."
+    "5" LookUntouched "A look counts only if the page has not come back since."
     "5" ZeroIsAnnounced "A page that turned to zeros is announced, if an older location was announced."
     "6" InstalledOnce "A block whose pages differ is gathered in a buffer and installed once."
     "6" BuffersAreBounded "The number of such buffers is bounded."
@@ -114,7 +114,7 @@ rules! {
     // Eviction
     "21" OutOfReachFirst "An eviction takes the page out of the guest's reach before it is put."
     "21" TouchCancels "A touch maps the page again and cancels the eviction."
-    "21" PinnedStays "A busy or pinned page stays."
+    "21" BusyPageStays "A busy or pinned page stays."
     "22" NoEvictionFromConnect "From `connect` on the source evicts no page."
     "22" MidEvictionMappedBack "Pages in mid-eviction are mapped back before `connect` returns."
     // Staging, contents, hand-over

@@ -26,8 +26,6 @@ pub enum Violation {
     SentTwice,
     /// A bound of the design is exceeded.
     BoundExceeded,
-    /// One VM reads the memory of another.
-    Disclosed,
 }
 
 /// A set of rules at work: an initial state, the steps that are possible, and the properties.

@@ -1,13 +1,14 @@
 //! The store table of a session and its limit (rule 15).
 //!
 //! The source makes a new entry for each share that goes elsewhere, names it to the destination, and sends locations
-//! that carry only the entry's number. The table here ends at three entries instead of 255.
+//! that carry only the entry's number. The table here ends at two entries instead of 255.
+//! An entry is never removed during a session: only the next session's table can be shorter.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
 
 /// The number of entries that a table can have.
-const LIMIT: usize = 3;
+const LIMIT: usize = 2;
 const PAGES: usize = 2;
 
 /// The model.
@@ -45,8 +46,6 @@ pub struct State {
     located: Option<(u8, u8)>,
     announced: [Option<Namespace>; PAGES],
     unknown_entry: bool,
-    over_limit: bool,
-    sessions: u8,
 }
 
 impl State {
@@ -104,11 +103,10 @@ impl Table {
             Location::Here => true,
             Location::Stored(namespace) => state.told[page] == Some(namespace),
         });
-        if !calm || !told || state.sessions == 0 {
+        if !calm || !told {
             return;
         }
         next.step("the VM has migrated, and migrates again", |state| {
-            state.sessions -= 1;
             let mut table = [0; LIMIT];
             let kept = state.table.iter().filter(|&&namespace| {
                 namespace != 0 && (state.refers_to(namespace) || !self.rules.has(Rule::OnlyReferredEntries))
@@ -168,8 +166,6 @@ impl Model for Table {
             located: None,
             announced: [None; PAGES],
             unknown_entry: false,
-            over_limit: false,
-            sessions: self.shares,
         }
     }
 

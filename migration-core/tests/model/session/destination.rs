@@ -266,7 +266,7 @@ impl Session {
     }
 
     /// Delivers the first message on the control channel to the destination.
-    pub(super) fn destination_receives(&self, state: &State, message: ToDestination, next: &mut Next<State>) {
+    pub(super) fn destination_receives(&self, message: ToDestination, next: &mut Next<State>) {
         match message {
             ToDestination::Connect { home, held } => next.step("the destination receives *connect*", |state| {
                 state.network.to_destination.pop();

@@ -11,8 +11,8 @@ mod state;
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
-use state::*;
 pub use state::Budget;
+use state::*;
 
 /// A configuration of the model.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +91,8 @@ impl Session {
     fn content(&self, state: &State, page: usize) -> Option<Content> {
         let own = &state.source.pages[page];
         let home = own.home.filter(|_| self.fetch);
-        let home = home.and_then(|generation| self.read(state, page, Stored { namespace: Namespace::Home, generation }));
+        let home =
+            home.and_then(|generation| self.read(state, page, Stored { namespace: Namespace::Home, generation }));
         own.ram.or(home)
     }
 

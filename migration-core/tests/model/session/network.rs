@@ -33,7 +33,7 @@ impl Session {
                 _ => true,
             };
             if in_order && alive && !network.to_source.is_full() {
-                self.destination_receives(state, message, next);
+                self.destination_receives(message, next);
             }
         }
         if let Some(message) = network.to_source.first()

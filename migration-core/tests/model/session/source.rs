@@ -161,7 +161,8 @@ impl Session {
     /// The beginning of an attempt, its pause, and its failure before *run*.
     fn source_attempts(&self, state: &State, next: &mut Next<State>) {
         let phase = state.source.phase;
-        if phase == SourcePhase::Home && state.left.attempts > 0 && state.destination.phase != DestinationPhase::Running {
+        if phase == SourcePhase::Home && state.left.attempts > 0 && state.destination.phase != DestinationPhase::Running
+        {
             next.step("the source connects", |state| self.connect(state, false));
             if self.late_create {
                 next.step("the source connects, and its `create` is late", |state| self.connect(state, true));

@@ -263,10 +263,15 @@ pub enum Change {
 pub enum ToSource {
     Prepared,
     Ready,
-    Demand { page: u8 },
+    Demand {
+        page: u8,
+    },
     Released,
     /// The answer to *vacated* if something is lacking, or a loss that the destination found.
-    Lacks { pages: [bool; PAGES], named: [bool; 4] },
+    Lacks {
+        pages: [bool; PAGES],
+        named: [bool; 4],
+    },
 }
 
 /// A message on a lane.
