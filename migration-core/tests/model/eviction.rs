@@ -53,20 +53,21 @@ pub struct State {
     puts: u8,
 }
 
-impl State {
-    fn write(&mut self) {
-        self.newest += 1;
-        self.clean = false;
-        self.dirty = true;
-    }
-}
-
 impl Evicting {
+    /// A write: write protection tells the eviction of it, and the tracker the migration.
+    fn write(&self, state: &mut State) {
+        state.newest += 1;
+        state.dirty = true;
+        if self.rules.has(Rule::ReturnedPageIsProtected) {
+            state.clean = false;
+        }
+    }
+
     fn guest(&self, state: &State, next: &mut Next<State>) {
         let writes = state.newest <= self.writes;
         match state.place {
             Place::Mapped if writes => next.step("the guest writes", |state| {
-                state.write();
+                self.write(state);
                 state.ram = Some(state.newest);
             }),
             Place::Aside => next.step("the guest touches the page, which is mapped again", |state| {
@@ -93,7 +94,7 @@ impl Evicting {
         }
         if state.pinned && writes {
             next.step("a device writes into the page that it has pinned", |state| {
-                state.write();
+                self.write(state);
                 if state.place != Place::Gone {
                     state.ram = Some(state.newest);
                 }
@@ -144,7 +145,9 @@ impl Evicting {
             });
             next.step("the put fails, and the page is mapped back", |state| {
                 state.putting = None;
-                state.place = Place::Mapped;
+                if self.rules.has(Rule::FailedPutMapsBack) {
+                    state.place = Place::Mapped;
+                }
             });
         }
         if state.drop {
@@ -168,6 +171,12 @@ impl Evicting {
                 state.putting = None;
                 state.drop = false;
                 state.current = false;
+            });
+        }
+        if state.place == Place::Gone && !self.rules.has(Rule::ReportsRelocateNothing) {
+            next.step("the tracker reports the page, which counts as resident", |state| {
+                state.place = Place::Mapped;
+                state.ram = Some(0);
             });
         }
         if state.dirty && state.place == Place::Mapped {

@@ -51,6 +51,7 @@ pub fn experiment(rule: Rule) -> Experiment {
         MissingIsNotZero => breaks("store lost", WrongContent),
         ForgottenIsMissing => breaks("cancel", ContentLost),
         HolesAskTheMap => breaks("snapshot", WrongContent),
+        ReportsRelocateNothing => breaks("eviction", WrongContent),
         FreeIsNotRecorded | LookComparesLocation | LookUntouched | ZeroIsAnnounced => {
             breaks("free pages", WrongContent)
         }
@@ -63,7 +64,7 @@ pub fn experiment(rule: Rule) -> Experiment {
         NamespacePerAttempt => breaks("second attempt", ContentLost),
         NoDiscard => breaks("quiet", ContentLost),
         CurrentCopyConfirmed => breaks("store lost", ContentLost),
-        WrittenReadAfterwards => breaks("eviction", ContentLost),
+        ReturnedPageIsProtected | WrittenReadAfterwards => breaks("eviction", ContentLost),
         TrackerKeepsItsBits => breaks("eviction", WrongContent),
         NewerGenerationStays | RepeatedUnderNewGeneration => breaks("second attempt", ContentLost),
         AcknowledgementForClaim => breaks("cancel", ContentLost),
@@ -107,6 +108,7 @@ pub fn experiment(rule: Rule) -> Experiment {
         // Eviction
         OutOfReachFirst => breaks("evictions", ContentLost),
         TouchCancels => breaks("eviction", ContentLost),
+        FailedPutMapsBack => nothing("eviction"),
         BusyPageStays => breaks("pinned", ContentLost),
         NoEvictionFromConnect | MidEvictionMappedBack => breaks("store lost", ContentLost),
         // Staging, contents, hand-over

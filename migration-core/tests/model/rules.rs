@@ -46,6 +46,7 @@ rules! {
     "3" MissingIsNotZero "A page that a store lacks is missing, never zeros."
     "4" ForgottenIsMissing "What a script forgets is missing at the destination, never zero."
     "4" HolesAskTheMap "Holes, snapshots and dumps ask the map: a page that is not resident is not therefore zero."
+    "4" ReportsRelocateNothing "A tracker's report never changes a page that is in a store."
     "5" FreeIsNotRecorded "Free is a look, never recorded for a resident page."
     "5" LookComparesLocation "A look counts only if the page still has the location that it had when the look began."
     "5" LookUntouched "A look counts only if the page has not come back since."
@@ -59,6 +60,7 @@ rules! {
     "8" NamespacePerAttempt "An attempt makes a namespace of its own; it does not take one up again."
     "9" NoDiscard "There is no discard of single pages."
     "9" CurrentCopyConfirmed "A copy counts as current only after the store has confirmed namespace and incarnation."
+    "9" ReturnedPageIsProtected "A page that comes back and keeps its location is mapped write-protected."
     "9" WrittenReadAfterwards "Whether a page was written is read after it is out of the guest's reach."
     "9" TrackerKeepsItsBits "Reading it takes nothing from a migration's tracker."
     "10" NewerGenerationStays "A put never replaces a newer generation."
@@ -114,6 +116,7 @@ rules! {
     // Eviction
     "21" OutOfReachFirst "An eviction takes the page out of the guest's reach before it is put."
     "21" TouchCancels "A touch maps the page again and cancels the eviction."
+    "21" FailedPutMapsBack "A failed put maps the page back."
     "21" BusyPageStays "A busy or pinned page stays."
     "22" NoEvictionFromConnect "From `connect` on the source evicts no page."
     "22" MidEvictionMappedBack "Pages in mid-eviction are mapped back before `connect` returns."
