@@ -64,23 +64,20 @@ pub fn small() -> Vec<Configuration> {
 
 /// Returns the larger configurations, which take minutes.
 pub fn large() -> Vec<Configuration> {
-    let budget = Budget { attempts: 1, ..Budget::default() };
-    let with = |stores: usize, pages: usize, rounds: bool, budget: Budget| {
-        Kind::Session(Session { stores, pages, rounds, ..session(budget) })
-    };
+    let two_pages = Budget { writes: 2, attempt_puts: 1, own_puts: 1, cuts: 1, ..NOTHING };
+    let lost = Budget { writes: 2, home_puts: 2, attempt_puts: 1, own_puts: 1, restarts: 1, silences: 1, ..NOTHING };
+    let slow =
+        Budget { writes: 2, home_puts: 1, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
+    let cut = Budget { writes: 2, home_puts: 1, attempt_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, ..NOTHING };
+    let again = Budget { attempts: 2, cancels: 1, home_puts: 1, attempt_puts: 2, destination_crashes: 1, ..lost };
     [
-        (
-            "two pages, written and cut",
-            with(1, 2, false, Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..budget }),
-        ),
-        (
-            "everything at home",
-            with(2, 1, true, Budget { writes: 2, home_puts: 2, attempt_puts: 1, restarts: 1, ..budget }),
-        ),
-        ("everything slow", with(1, 1, false, SLOW)),
-        ("cuts and crashes", with(1, 1, true, CUTS)),
+        ("two pages at length", Session { pages: 2, rounds: false, ..session(two_pages) }),
+        ("losses at length", Session { stores: 2, ..session(lost) }),
+        ("slow stores at length", session(slow)),
+        ("cuts at length", session(cut)),
+        ("attempts at length", Session { late_create: true, ..session(again) }),
     ]
-    .map(|(name, kind)| Configuration { name, kind })
+    .map(|(name, model)| Configuration { name, kind: Kind::Session(model) })
     .into()
 }
 
@@ -102,10 +99,6 @@ const NOTHING: Budget = Budget {
     source_crashes: 0,
     destination_crashes: 0,
 };
-const SLOW: Budget = Budget { writes: 2, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
-const CUTS: Budget =
-    Budget { writes: 1, home_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, restarts: 1, ..NOTHING };
-
 fn session(budget: Budget) -> Session {
     Session {
         rules: Rules::all(),
@@ -114,12 +107,13 @@ fn session(budget: Budget) -> Session {
         rounds: true,
         fetch: false,
         forgetful: false,
+        late_entry: false,
         late_create: false,
         budget,
     }
 }
 
-fn sessions() -> [(&'static str, Kind); 14] {
+fn sessions() -> [(&'static str, Kind); 17] {
     let with = |budget: Budget| session(budget);
     let quiet = Session { pages: 2, ..with(Budget { attempt_puts: 1, ..NOTHING }) };
     let cancel = with(Budget { writes: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
@@ -128,6 +122,10 @@ fn sessions() -> [(&'static str, Kind); 14] {
     let evict = with(Budget { writes: 1, home_puts: 1, own_puts: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
     let home_loss = with(Budget { home_puts: 1, attempt_puts: 1, restarts: 1, ..NOTHING });
     let two_pages = with(Budget { attempt_puts: 1, own_puts: 1, failed_puts: 1, ..NOTHING });
+    let entry = with(Budget { writes: 1, attempt_puts: 1, cuts: 1, ..NOTHING });
+    let written = with(Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..NOTHING });
+    let crashes =
+        with(Budget { writes: 1, home_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, restarts: 1, ..NOTHING });
     let attempt_loss = with(Budget { attempt_puts: 1, restarts: 1, ..NOTHING });
     let silence = Budget { own_puts: 1, attempt_puts: 1, restarts: 1, silences: 1, ..NOTHING };
     let partial = Budget { writes: 1, own_puts: 2, partial_losses: 1, ..NOTHING };
@@ -138,6 +136,8 @@ fn sessions() -> [(&'static str, Kind); 14] {
     [
         ("quiet", Kind::Session(quiet)),
         ("two pages", Kind::Session(Session { pages: 2, rounds: false, ..two_pages })),
+        ("two pages, cut", Kind::Session(Session { pages: 2, rounds: false, ..written })),
+        ("cuts and crashes", Kind::Session(crashes)),
         ("cancel", Kind::Session(Session { forgetful: true, late_create: true, ..cancel })),
         ("second attempt", Kind::Session(Session { late_create: true, ..with(again) })),
         ("slow stores", Kind::Session(with(slow))),
@@ -148,6 +148,7 @@ fn sessions() -> [(&'static str, Kind); 14] {
         ("store partly lost", Kind::Session(Session { rounds: false, ..with(partial) })),
         ("namespace removed", Kind::Session(removal)),
         ("cut", Kind::Session(cut)),
+        ("late entry", Kind::Session(Session { late_entry: true, ..entry })),
         ("source crashes", Kind::Session(crash)),
         ("fetch", Kind::Session(Session { fetch: true, ..fetch })),
     ]

@@ -40,7 +40,7 @@ fn no_property_is_broken_with_all_rules() {
 
 #[test]
 #[ignore = "takes minutes and gigabytes"]
-fn no_property_is_broken_in_the_large_configurations() {
+fn no_property_is_broken_at_length() {
     for configuration in large() {
         holds(&configuration, LARGE);
     }

@@ -253,7 +253,7 @@ impl Session {
         }
         for namespace in [Namespace::Home, Namespace::Attempt, Namespace::SecondAttempt] {
             let present = state.stores.namespaces[namespace as usize].state == NamespaceState::Present;
-            let known = namespace != Namespace::Home || !self.fetch;
+            let known = if namespace == Namespace::Home { !self.fetch } else { state.destination.knows_attempt };
             let pages = &state.destination.pages[..self.pages];
             let referred = pages.iter().any(|page| page.refers_to(namespace, self.rules));
             let evicts_into = namespace == self.evicts_into();
@@ -268,6 +268,11 @@ impl Session {
     /// Delivers the first message on the control channel to the destination.
     pub(super) fn destination_receives(&self, message: ToDestination, next: &mut Next<State>) {
         match message {
+            ToDestination::Entry => next.step("the destination receives and acknowledges the entry", |state| {
+                state.network.to_destination.pop();
+                state.destination.knows_attempt = true;
+                state.network.to_source.push(ToSource::Acknowledged);
+            }),
             ToDestination::Connect { home, held } => next.step("the destination receives *connect*", |state| {
                 state.network.to_destination.pop();
                 self.prepare(state, home, held);
@@ -300,8 +305,10 @@ impl Session {
 
     fn prepare(&self, state: &mut State, home: [Option<Generation>; PAGES], held: [bool; PAGES]) {
         let gets = state.destination.pages.map(|page| page.getting);
+        let knows_attempt = state.destination.knows_attempt || !self.late_entry;
         state.destination = Destination::new();
         state.destination.phase = DestinationPhase::Prepared;
+        state.destination.knows_attempt = knows_attempt;
         for page in 0..self.pages {
             let own = &mut state.destination.pages[page];
             own.getting = gets[page];

@@ -28,6 +28,8 @@ pub struct Session {
     pub fetch: bool,
     /// Whether the source has a script that forgets pages.
     pub forgetful: bool,
+    /// Whether the entry of the attempt's namespace is named after *connect*, instead of with it.
+    pub late_entry: bool,
     /// Whether a `create` may be late.
     pub late_create: bool,
     /// How often each thing may happen.
@@ -83,7 +85,9 @@ impl Session {
         let source = &state.source;
         let home = source.pages[page].home.filter(|_| !self.fetch);
         let home = home.map(|generation| Stored { namespace: Namespace::Home, generation });
-        let attempt = source.pages[page].attempt.map(|generation| Stored { namespace: source.attempt, generation });
+        let usable = source.entry == Entry::Acknowledged || !self.has(Rule::EntryAcknowledged);
+        let attempt = source.pages[page].attempt.filter(|_| usable);
+        let attempt = attempt.map(|generation| Stored { namespace: source.attempt, generation });
         home.or(attempt)
     }
 
@@ -123,8 +127,9 @@ impl Session {
                 serving && (in_ram || stored.is_some_and(|stored| self.has_newest(state, page, stored)))
             }
             Location::Stored(stored) => {
+                let known = !stored.namespace.is_attempt() || state.destination.knows_attempt;
                 let held = own.held && serving && in_ram && !state.destination.released;
-                held || self.has_newest(state, page, stored)
+                known && (held || self.has_newest(state, page, stored))
             }
         }
     }

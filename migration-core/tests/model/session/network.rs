@@ -320,6 +320,9 @@ impl Session {
 
     fn reattach(&self, state: &mut State) {
         state.network.connected = true;
+        if state.source.entry == Entry::Sent && self.has(Rule::TableRepeated) {
+            state.source.entry = Entry::Unsent;
+        }
         if !self.has(Rule::GenerationsGoOn) {
             state.source.attempt_generation = 0;
         }

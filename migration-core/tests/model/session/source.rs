@@ -18,6 +18,7 @@ impl Session {
             self.source_puts(state, page, next);
         }
         self.source_attempts(state, next);
+        self.source_names_entry(state, next);
         self.source_vacates(state, next);
     }
 
@@ -141,7 +142,8 @@ impl Session {
         let source = &state.source;
         let own = &source.pages[page];
         let phase = source.phase == SourcePhase::Rounds || source.phase == SourcePhase::Serving && !source.vacated;
-        let free = !own.sent && own.claimed.is_none() && self.location(state, page).is_none();
+        let stored = own.attempt.is_some() || own.home.is_some() && !self.fetch;
+        let free = !own.sent && own.claimed.is_none() && !stored;
         let Some(content) = own.ram.filter(|_| phase && free) else { return };
         if state.left.attempt_puts == 0 || source.attempt_lost || !state.network.has_room_for_put() {
             return;
@@ -190,6 +192,18 @@ impl Session {
         }
     }
 
+    /// The entry of the attempt's namespace, which is used once it is acknowledged (rule 15).
+    fn source_names_entry(&self, state: &State, next: &mut Next<State>) {
+        let room = state.network.connected && !state.network.to_destination.is_full();
+        let phase = matches!(state.source.phase, SourcePhase::Rounds | SourcePhase::Serving);
+        if state.source.entry == Entry::Unsent && phase && room {
+            next.step("the source names the entry of the attempt's namespace", |state| {
+                state.source.entry = Entry::Sent;
+                state.network.to_destination.push(ToDestination::Entry);
+            });
+        }
+    }
+
     fn connect(&self, state: &mut State, late: bool) {
         state.left.attempts -= 1;
         if state.source.failed && self.has(Rule::NamespacePerAttempt) {
@@ -205,6 +219,7 @@ impl Session {
             }
         }
         self.create(state, state.source.attempt, late);
+        state.source.entry = if self.late_entry { Entry::Unsent } else { Entry::Acknowledged };
         state.network.connected = true;
         self.begin(state);
     }
@@ -310,6 +325,10 @@ impl Session {
     /// Delivers the first message on the control channel to the source.
     pub(super) fn source_receives(&self, state: &State, message: ToSource, next: &mut Next<State>) {
         match message {
+            ToSource::Acknowledged => next.step("the source learns that the entry is acknowledged", |state| {
+                state.network.to_source.pop();
+                state.source.entry = Entry::Acknowledged;
+            }),
             ToSource::Prepared => next.step("the source receives *prepared*", |state| {
                 state.network.to_source.pop();
                 if state.source.phase == SourcePhase::Connecting {
@@ -328,6 +347,9 @@ impl Session {
             ToSource::Released => next.step("the source receives *released* and frees the RAM", |state| {
                 if self.fetch && self.has(Rule::FetchForgetsAll) {
                     state.stores.forget(Namespace::Home);
+                }
+                if state.source.entry != Entry::Acknowledged && self.has(Rule::UnacknowledgedForgotten) {
+                    state.stores.forget(state.source.attempt);
                 }
                 state.source.free();
                 let lanes = (state.network.bulk, state.network.demands);

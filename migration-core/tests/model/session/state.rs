@@ -103,6 +103,14 @@ pub struct SourcePage {
     pub pushed: u8,
 }
 
+/// How far the source is with the entry of the attempt's namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Entry {
+    Unsent,
+    Sent,
+    Acknowledged,
+}
+
 /// The source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Source {
@@ -110,6 +118,8 @@ pub struct Source {
     pub pages: [SourcePage; PAGES],
     /// The attempt's namespace.
     pub attempt: Namespace,
+    /// The attempt's entry in the store table.
+    pub entry: Entry,
     /// The newest generation in the home namespace.
     pub home_generation: Generation,
     /// The newest generation in the attempt's namespace.
@@ -161,6 +171,8 @@ pub struct DestinationPage {
 pub struct Destination {
     pub phase: DestinationPhase,
     pub pages: [DestinationPage; PAGES],
+    /// Its table has the entry of the attempt's namespace.
+    pub knows_attempt: bool,
     /// The newest generation in its own namespace.
     pub generation: Generation,
     /// *Vacated* has come, and is not answered.
@@ -238,9 +250,21 @@ pub struct Get {
 /// A message on the control channel to the destination.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ToDestination {
-    Connect { home: [Option<Generation>; PAGES], held: [bool; PAGES] },
-    Located { page: u8, stored: Stored, held: bool },
-    HandOver { changes: [Change; PAGES], held: [bool; PAGES] },
+    /// The entry of the attempt's namespace.
+    Entry,
+    Connect {
+        home: [Option<Generation>; PAGES],
+        held: [bool; PAGES],
+    },
+    Located {
+        page: u8,
+        stored: Stored,
+        held: bool,
+    },
+    HandOver {
+        changes: [Change; PAGES],
+        held: [bool; PAGES],
+    },
     Run,
     Vacated,
 }
@@ -261,6 +285,8 @@ pub enum Change {
 /// A message on the control channel to the source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ToSource {
+    /// The destination has the attempt's entry.
+    Acknowledged,
     Prepared,
     Ready,
     Demand {
@@ -386,6 +412,7 @@ impl State {
             phase: SourcePhase::Home,
             pages: [source_page; PAGES],
             attempt: Namespace::Attempt,
+            entry: Entry::Unsent,
             home_generation: 0,
             attempt_generation: 0,
             attempt_lost: false,
@@ -430,6 +457,7 @@ impl Destination {
         Destination {
             phase: DestinationPhase::Absent,
             pages: [page; PAGES],
+            knows_attempt: false,
             generation: 0,
             vacated: false,
             released: false,
