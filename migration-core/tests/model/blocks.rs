@@ -1,4 +1,5 @@
-//! Blocks of two pages whose locations differ (rule 6). One page of each block is in a store, the other at the source.
+//! Blocks of two pages whose locations differ (rule 6). One page of each block is in a store, the
+//! other at the source.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -48,7 +49,8 @@ pub struct State {
 }
 
 impl Blocks {
-    /// Returns whether the source has the page in its RAM. The first page of each block is only in the store.
+    /// Returns whether the source has the page in its RAM. The first page of each block is only in
+    /// the store.
     fn source_has(part: usize) -> bool {
         part == 1
     }
@@ -119,7 +121,8 @@ impl Blocks {
                 if gathering {
                     self.part_arrives(state, 0, 1);
                 }
-                // without a buffer it is dropped: the page stays `Source`, and *vacated* is answered with it
+                // without a buffer it is dropped: the page stays `Source`, and *vacated* is
+                // answered with it
             });
         }
         if first.locations[1] == Location::Source && !first.relocated {

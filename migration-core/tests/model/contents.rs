@@ -1,7 +1,7 @@
 //! Content that several VMs share (gang): claims, hashes, references and `forget`.
 //!
-//! Two VMs have one page each, with the same content at first. The content's hash is its number; what a store keeps under
-//! a hash may be something else if a rule is missing.
+//! Two VMs have one page each, with the same content at first. The content's hash is its number;
+//! what a store keeps under a hash may be something else if a rule is missing.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -27,7 +27,8 @@ pub struct Contents {
 enum Phase {
     /// The page has no location.
     Unplaced,
-    /// The store has answered that the content exists, without holding it (only without the atomic step).
+    /// The store has answered that the content exists, without holding it (only without the atomic
+    /// step).
     Exists(u8),
     /// The VM has claimed the content and copied and hashed the page. The copy is kept.
     Claimed {
@@ -178,7 +179,8 @@ impl Contents {
         });
     }
 
-    /// Forgets a VM's namespace. A set loses its member; a count is lowered by the one that the VM knows of.
+    /// Forgets a VM's namespace. A set loses its member; a count is lowered by the one that the VM
+    /// knows of.
     fn forget(&self, state: &mut State, vm: usize) {
         for content in &mut state.contents {
             content.references[vm] = content.references[vm].saturating_sub(1);

@@ -1,6 +1,8 @@
-//! One page is evicted and comes back, step by step, while the guest, a device and a tracker use it (rules 9, 14, 21, 22).
+//! One page is evicted and comes back, step by step, while the guest, a device and a tracker use it
+//! (rules 9, 14, 21, 22).
 //!
-//! The VM is staged: a migration's tracker collects what the guest writes, and the staged copy is in a store.
+//! The VM is staged: a migration's tracker collects what the guest writes, and the staged copy is
+//! in a store.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -105,7 +107,8 @@ impl Evicting {
         }
     }
 
-    /// Step (1): the page leaves the guest's reach. Step (2): it is put, unless its copy is current.
+    /// Step (1): the page leaves the guest's reach. Step (2): it is put, unless its copy is
+    /// current.
     fn begins(&self, state: &State, next: &mut Next<State>) {
         let busy = state.pinned && self.rules.has(Rule::BusyPageStays);
         let idle = state.putting.is_none() && !state.drop && !state.current;

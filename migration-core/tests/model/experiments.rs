@@ -16,9 +16,11 @@ pub struct Experiment {
 pub enum Expected {
     /// Without the sentence this property is broken.
     Broken(Violation),
-    /// Without the sentence nothing is broken, because another one covers for it. Without both this property is broken.
+    /// Without the sentence nothing is broken, because another one covers for it. Without both this
+    /// property is broken.
     CoveredBy(Rule, Violation),
-    /// Without the sentence nothing is broken. It is there for another reason, which `docs/model.md` gives.
+    /// Without the sentence nothing is broken. It is there for another reason, which
+    /// `docs/model.md` gives.
     Nothing,
 }
 

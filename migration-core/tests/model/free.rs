@@ -174,7 +174,8 @@ impl Model for Free {
             (None, Some(Location::Stored(generation))) if generation == state.generation => state.stored,
             _ => 0,
         };
-        // a page that the source has as zeros is zeros at the destination, or the guest sees a page change by itself
+        // a page that the source has as zeros is zeros at the destination, or the guest sees a page
+        // change by itself
         let differs = state.used && there != state.newest || state.location == Location::Zero && there != 0;
         (state.handed_over && differs).then_some(Violation::WrongContent)
     }

@@ -1,8 +1,8 @@
-//! Three hosts in turn own a VM with one page: who renews and who forgets the namespaces that they leave (rules 11, 14
-//! and 15).
+//! Three hosts in turn own a VM with one page: who renews and who forgets the namespaces that they
+//! leave (rules 11, 14 and 15).
 //!
-//! The session itself is one step here; `session` has its parts. Every owner evicts into a namespace of its own. Leases
-//! end, hosts crash, and a person removes what has expired.
+//! The session itself is one step here; `session` has its parts. Every owner evicts into a
+//! namespace of its own. Leases end, hosts crash, and a person removes what has expired.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -130,7 +130,8 @@ impl Hops {
         }
     }
 
-    /// The owner does not need the host before it any more, which frees everything and renews nothing.
+    /// The owner does not need the host before it any more, which frees everything and renews
+    /// nothing.
     fn release(&self, state: &mut State) {
         state.released = true;
         let before = &mut state.hosts[state.owner - 1];

@@ -1,6 +1,7 @@
 //! The rules of the design as an executable model, and a checker that explores every state of it.
 //!
-//! `docs/model.md` says what is modelled, how to run it, and what happens without each sentence of the rules.
+//! `docs/model.md` says what is modelled, how to run it, and what happens without each sentence of
+//! the rules.
 #![forbid(unsafe_code)]
 
 mod blocks;

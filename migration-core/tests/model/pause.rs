@@ -1,6 +1,8 @@
-//! The pause while pages are in a store that may fall silent for ever, and a snapshot of the same VM (rules 4 and 20).
+//! The pause while pages are in a store that may fall silent for ever, and a snapshot of the same
+//! VM (rules 4 and 20).
 //!
-//! Two pages: page 0 is what VMM and KVM touch while they save, page 1 is one under a vCPU's instruction pointer.
+//! Two pages: page 0 is what VMM and KVM touch while they save, page 1 is one under a vCPU's
+//! instruction pointer.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};

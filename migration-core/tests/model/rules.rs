@@ -1,6 +1,7 @@
 //! The sentences of the design that can be taken out, one by one.
 
-/// Makes the enum and the list of all its variants from one table: number of the rule, name, sentence.
+/// Makes the enum and the list of all its variants from one table: number of the rule, name,
+/// sentence.
 macro_rules! rules {
     ($($number:literal $name:ident $sentence:literal)+) => {
         /// A sentence of a rule. Its document comment is the sentence, in short.

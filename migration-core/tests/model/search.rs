@@ -1,9 +1,10 @@
 //! A breadth-first search through every state that a model can reach.
 //!
-//! The search is exact: it keeps every state, and compares states, not only their hashes. It answers three questions.
-//! Does a state break a property? Is there a state from which the end can no longer be reached? Is there a state from
-//! which the end can be reached, but only with something left over? The second and third need the graph of all steps, and
-//! a walk backwards through it from the ends.
+//! The search is exact: it keeps every state, and compares states, not only their hashes. It
+//! answers three questions. Does a state break a property? Is there a state from which the end can
+//! no longer be reached? Is there a state from which the end can be reached, but only with
+//! something left over? The second and third need the graph of all steps, and a walk backwards
+//! through it from the ends.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,13 +15,15 @@ use std::hash::{BuildHasherDefault, Hash, Hasher};
 pub enum Violation {
     /// The guest reads content that is older than the newest, or zeros for a page that is missing.
     WrongContent,
-    /// The newest content of a page cannot be obtained any more, and the fault that happened does not explain it.
+    /// The newest content of a page cannot be obtained any more, and the fault that happened does
+    /// not explain it.
     ContentLost,
     /// Two hosts run the guest.
     TwoOwners,
     /// The end cannot be reached any more: a fault waits for ever, or the source is never released.
     Stuck,
-    /// The end is reached only with a namespace that nobody will forget, or without a record of one.
+    /// The end is reached only with a namespace that nobody will forget, or without a record of
+    /// one.
     LeftOver,
     /// A page travels twice although nothing failed.
     SentTwice,
@@ -39,13 +42,15 @@ pub trait Model {
     /// Adds to `next` every step that is possible in `state`.
     fn steps(&self, state: &Self::State, next: &mut Next<Self::State>);
 
-    /// Brings `state` into one of several equal forms, for instance by sorting messages without an order.
+    /// Brings `state` into one of several equal forms, for instance by sorting messages without an
+    /// order.
     fn normalise(&self, _state: &mut Self::State) {}
 
     /// Returns the property that `state` breaks.
     fn violation(&self, state: &Self::State) -> Option<Violation>;
 
-    /// Returns whether nothing is left to do for the VM: no fault waits, and every party that is alive is done.
+    /// Returns whether nothing is left to do for the VM: no fault waits, and every party that is
+    /// alive is done.
     fn settled(&self, state: &Self::State) -> bool;
 
     /// Returns whether nothing is left over. Asked only of settled states.
@@ -116,7 +121,8 @@ impl fmt::Display for Counterexample {
 pub struct Explored {
     /// The number of different states.
     pub states: usize,
-    /// Whether the search ended before it had seen all states, because there were more than it was allowed to keep.
+    /// Whether the search ended before it had seen all states, because there were more than it was
+    /// allowed to keep.
     pub truncated: bool,
     /// The shortest counterexample.
     pub counterexample: Option<Counterexample>,
@@ -225,7 +231,8 @@ impl<'a, M: Model> Graph<'a, M> {
     }
 }
 
-/// A fast hash for small fields. The default one of the standard library would take most of the time of a search.
+/// A fast hash for small fields. The default one of the standard library would take most of the
+/// time of a search.
 #[derive(Default)]
 struct Mixer(u64);
 

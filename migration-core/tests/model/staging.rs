@@ -1,6 +1,8 @@
-//! A VM is staged at a destination for a long time: the lease, the incarnation, and the return after a loss.
+//! A VM is staged at a destination for a long time: the lease, the incarnation, and the return
+//! after a loss.
 //!
-//! The source keeps a map of one page: sent or not. The destination keeps the RAM while the lease runs.
+//! The source keeps a map of one page: sent or not. The destination keeps the RAM while the lease
+//! runs.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -53,7 +55,8 @@ impl Staging {
             next.step("a snapshot collects from the tracker", |state| {
                 state.snapshot = true;
                 if self.rules.has(Rule::OneConsumer) {
-                    // staging is suspended; afterwards what the snapshot has collected is given back to it
+                    // staging is suspended; afterwards what the snapshot has collected is given
+                    // back to it
                 } else {
                     state.dirty = false;
                 }

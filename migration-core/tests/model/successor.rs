@@ -1,4 +1,5 @@
-//! A hand-over between two processes of one host that share the VM's memory file, while a page is in a store.
+//! A hand-over between two processes of one host that share the VM's memory file, while a page is
+//! in a store.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};

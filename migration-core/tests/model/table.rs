@@ -1,8 +1,9 @@
 //! The store table of a session and its limit (rule 15).
 //!
-//! The source makes a new entry for each share that goes elsewhere, names it to the destination, and sends locations
-//! that carry only the entry's number. The table here ends at two entries instead of 255.
-//! An entry is never removed during a session: only the next session's table can be shorter.
+//! The source makes a new entry for each share that goes elsewhere, names it to the destination,
+//! and sends locations that carry only the entry's number. The table here ends at two entries
+//! instead of 255. An entry is never removed during a session: only the next session's table can be
+//! shorter.
 
 use crate::rules::{Rule, Rules};
 use crate::search::{Model, Next, Violation};
@@ -80,7 +81,8 @@ impl Table {
         }
     }
 
-    /// Before the table is full the owner copies the oldest entry's pages into its newest namespace.
+    /// Before the table is full the owner copies the oldest entry's pages into its newest
+    /// namespace.
     fn copies_oldest(&self, state: &State, next: &mut Next<State>) {
         let newest = state.table.iter().copied().max().unwrap_or(0);
         let oldest = state.table[0];

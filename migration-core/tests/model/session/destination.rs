@@ -125,7 +125,8 @@ impl Session {
         }
     }
 
-    /// Returns the namespace into which the destination evicts. Without rule 8 it goes on with that of the source.
+    /// Returns the namespace into which the destination evicts. Without rule 8 it goes on with that
+    /// of the source.
     pub(super) fn evicts_into(&self) -> Namespace {
         if self.has(Rule::OwnNamespaces) { Namespace::Own } else { Namespace::Home }
     }
@@ -189,13 +190,13 @@ impl Session {
             }
         }
         let source_is_dead = state.source.phase == SourcePhase::Dead;
-        let gone = !state.network.connected && state.source.phase != SourcePhase::Freed;
-        if gone && !destination.released && !incomplete && (source_is_dead || lost.is_none()) {
-            if self.has(Rule::ReleasedWithoutSource) {
-                next.step("the destination decides *released* without the source", |state| {
-                    state.destination.released = true;
-                });
-            }
+        let cut_off = !state.network.connected && state.source.phase != SourcePhase::Freed;
+        let passed = !incomplete && (source_is_dead || lost.is_none());
+        let decides = cut_off && passed && !destination.released;
+        if decides && self.has(Rule::ReleasedWithoutSource) {
+            next.step("the destination decides *released* without the source", |state| {
+                state.destination.released = true;
+            });
         }
     }
 

@@ -1,8 +1,8 @@
 //! Pages, stores, the session and eviction: rules 1–4, 7–11, 13, 14, 16–19, 21 and 22.
 //!
-//! A VM has one or two pages, and may have evicted them into a store at home. It migrates: the guest writes, pages and
-//! locations travel, the destination runs, fetches what is missing, and evicts again. The link is cut, stores lose what
-//! they have, hosts crash, answers come late.
+//! A VM has one or two pages, and may have evicted them into a store at home. It migrates: the
+//! guest writes, pages and locations travel, the destination runs, fetches what is missing, and
+//! evicts again. The link is cut, stores lose what they have, hosts crash, answers come late.
 
 mod destination;
 mod network;
@@ -20,11 +20,13 @@ pub struct Session {
     pub rules: Rules,
     /// The number of pages, 1 or 2.
     pub pages: usize,
-    /// The number of stores. With two, the attempts' namespaces are in the first, all others in the second.
+    /// The number of stores. With two, the attempts' namespaces are in the first, all others in the
+    /// second.
     pub stores: usize,
     /// Whether the source sends pages and locations in rounds before the pause.
     pub rounds: bool,
-    /// Whether the source reads stored pages and sends them (`fetch`), instead of their locations (`keep`).
+    /// Whether the source reads stored pages and sends them (`fetch`), instead of their locations
+    /// (`keep`).
     pub fetch: bool,
     /// Whether the source has a script that forgets pages.
     pub forgetful: bool,
@@ -51,14 +53,16 @@ impl Session {
         state.stores.incarnations[self.store_of(namespace)]
     }
 
-    /// Returns whether the store, asked now, confirms the namespace and the entry's incarnation (rules 9 and 11).
+    /// Returns whether the store, asked now, confirms the namespace and the entry's incarnation
+    /// (rules 9 and 11).
     fn confirmed(&self, state: &State, namespace: Namespace) -> bool {
         let kept = &state.stores.namespaces[namespace as usize];
         let present = kept.state == NamespaceState::Present || !self.has(Rule::AbsentIsChanged);
         present && kept.incarnation == self.incarnation(state, namespace)
     }
 
-    /// Returns what a reader gets from the store: the content, or `None` if the page is missing (rule 3).
+    /// Returns what a reader gets from the store: the content, or `None` if the page is missing
+    /// (rule 3).
     fn read(&self, state: &State, page: usize, stored: Stored) -> Option<Content> {
         let kept = &state.stores.namespaces[stored.namespace as usize];
         let value = kept.values[page].filter(|_| kept.state == NamespaceState::Present);
@@ -91,7 +95,8 @@ impl Session {
         home.or(attempt)
     }
 
-    /// Returns the content that the source can send: from its RAM or, with `fetch`, from its store through a buffer.
+    /// Returns the content that the source can send: from its RAM or, with `fetch`, from its store
+    /// through a buffer.
     fn content(&self, state: &State, page: usize) -> Option<Content> {
         let own = &state.source.pages[page];
         let home = own.home.filter(|_| self.fetch);
@@ -136,8 +141,8 @@ impl Session {
 
     /// Lets `change` happen, a fault that no rule can prevent, and excuses what it loses at once.
     ///
-    /// A page is not excused if the source still has it and it never arrived, or if the destination relies on the source:
-    /// it was left there, or announced as held.
+    /// A page is not excused if the source still has it and it never arrived, or if the destination
+    /// relies on the source: it was left there, or announced as held.
     fn fault(&self, state: &mut State, change: impl FnOnce(&mut State)) {
         let before = *state;
         change(state);
@@ -158,7 +163,8 @@ impl Session {
         }
     }
 
-    /// Returns whether the namespace is gone, or something refers to it that will make somebody forget it later.
+    /// Returns whether the namespace is gone, or something refers to it that will make somebody
+    /// forget it later.
     fn accounted_for(&self, state: &State, namespace: Namespace) -> bool {
         let gone = match state.stores.namespaces[namespace as usize].state {
             NamespaceState::Absent | NamespaceState::Forgotten => true,
@@ -170,7 +176,8 @@ impl Session {
 }
 
 impl State {
-    /// Returns whether the destination owns the VM: it runs it, or the source has sent *run* and can only repeat it.
+    /// Returns whether the destination owns the VM: it runs it, or the source has sent *run* and
+    /// can only repeat it.
     fn destination_owns(&self) -> bool {
         match self.destination.phase {
             DestinationPhase::Running => true,

@@ -1,4 +1,5 @@
-//! What the network, the stores and the hosts do by themselves: messages arrive, stores answer, things fail.
+//! What the network, the stores and the hosts do by themselves: messages arrive, stores answer,
+//! things fail.
 
 use super::*;
 
@@ -71,7 +72,8 @@ impl Session {
         }
     }
 
-    /// A put is applied, answered, fails, or its writer gives it up without knowing its outcome (rule 10).
+    /// A put is applied, answered, fails, or its writer gives it up without knowing its outcome
+    /// (rule 10).
     fn put_steps(&self, state: &State, slot: usize, put: Put, next: &mut Next<State>) {
         let page = put.page as usize;
         if put.answer == PutAnswer::Requested {
@@ -378,7 +380,8 @@ impl Session {
         }
     }
 
-    /// A store loses everything, or the newest put of one page (rules 3 and 11). Its incarnation changes.
+    /// A store loses everything, or the newest put of one page (rules 3 and 11). Its incarnation
+    /// changes.
     fn losses(&self, state: &State, next: &mut Next<State>) {
         if state.left.restarts > 0 {
             for store in 0..self.stores {
@@ -409,7 +412,8 @@ impl Session {
         }
     }
 
-    /// A person removes a namespace that is in use, against rule 14. The incarnation does not change.
+    /// A person removes a namespace that is in use, against rule 14. The incarnation does not
+    /// change.
     fn removals(&self, state: &State, next: &mut Next<State>) {
         for namespace in [Namespace::Home, Namespace::Attempt] {
             let present = state.stores.namespaces[namespace as usize].state == NamespaceState::Present;
@@ -443,8 +447,8 @@ impl Session {
         }
     }
 
-    /// Excuses an eviction whose put had succeeded: the loss came after the acknowledgement, which is on its way.
-    /// Excuses also a page that is only in the store since *released*.
+    /// Excuses an eviction whose put had succeeded: the loss came after the acknowledgement, which
+    /// is on its way. Excuses also a page that is only in the store since *released*.
     fn excuse_acknowledged(&self, state: &mut State, namespace: Namespace, page: usize) {
         let acknowledged = |put: &Put| {
             let same = put.namespace == namespace && put.page as usize == page && !namespace.is_attempt();

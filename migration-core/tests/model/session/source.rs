@@ -108,7 +108,8 @@ impl Session {
         }
     }
 
-    /// *Located*: after the store has acknowledged, on the page's lane during a round, on control after *run* (rule 16).
+    /// *Located*: after the store has acknowledged, on the page's lane during a round, on control
+    /// after *run* (rule 16).
     fn source_locates(&self, state: &State, page: usize, next: &mut Next<State>) {
         let own = &state.source.pages[page];
         let mut located = self.location(state, page);
@@ -239,7 +240,8 @@ impl Session {
         state.network.to_destination.push(ToDestination::Connect { home, held });
     }
 
-    /// Pauses the guest and sends the difference between what was announced and the map (rules 4 and 16).
+    /// Pauses the guest and sends the difference between what was announced and the map (rules 4
+    /// and 16).
     fn hand_over(&self, state: &mut State) {
         state.source.phase = SourcePhase::HandedOver;
         let mut changes = [Change::Same; PAGES];
@@ -408,7 +410,8 @@ impl Session {
         }
     }
 
-    /// Returns whether no fault is possible in this configuration. Only then may each page travel just once.
+    /// Returns whether no fault is possible in this configuration. Only then may each page travel
+    /// just once.
     fn nothing_fails(&self) -> bool {
         let faults = Budget { writes: 0, attempts: 0, home_puts: 0, own_puts: 0, attempt_puts: 0, ..self.budget };
         faults == Budget::default()

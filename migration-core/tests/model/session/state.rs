@@ -1,4 +1,5 @@
-//! Everything that can change while a VM whose pages are partly in stores moves from one host to another.
+//! Everything that can change while a VM whose pages are partly in stores moves from one host to
+//! another.
 
 /// The model has at most this many pages.
 pub const PAGES: usize = 2;
@@ -59,7 +60,8 @@ pub enum Eviction {
     None,
     /// The page is out of the guest's reach, and its put is under way.
     Putting(Generation),
-    /// Without rule 21: the put has succeeded and the page was clean. It is dropped in the next step.
+    /// Without rule 21: the put has succeeded and the page was clean. It is dropped in the next
+    /// step.
     Checked(Generation),
 }
 
@@ -373,7 +375,8 @@ pub struct Budget {
     pub removals: u8,
     /// Checks before *released* that the store does not answer.
     pub silences: u8,
-    /// Puts whose outcome the writer does not learn, puts that fail, gets that are given up and answered late.
+    /// Puts whose outcome the writer does not learn, puts that fail, gets that are given up and
+    /// answered late.
     pub unknown_puts: u8,
     pub failed_puts: u8,
     pub late_gets: u8,
