@@ -69,7 +69,8 @@ pub fn large() -> Vec<Configuration> {
     let slow =
         Budget { writes: 2, home_puts: 1, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
     let cut = Budget { writes: 2, home_puts: 1, attempt_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, ..NOTHING };
-    let again = Budget { attempts: 2, cancels: 1, home_puts: 1, attempt_puts: 2, destination_crashes: 1, ..lost };
+    let again = Budget { attempts: 2, cancels: 1, attempt_puts: 2, destination_crashes: 1, ..NOTHING };
+    let again = Budget { writes: 1, home_puts: 1, unknown_puts: 1, restarts: 1, ..again };
     [
         ("two pages at length", Session { pages: 2, rounds: false, ..session(two_pages) }),
         ("losses at length", Session { stores: 2, ..session(lost) }),
@@ -113,7 +114,7 @@ fn session(budget: Budget) -> Session {
     }
 }
 
-fn sessions() -> [(&'static str, Kind); 17] {
+fn sessions() -> [(&'static str, Kind); 18] {
     let with = |budget: Budget| session(budget);
     let quiet = Session { pages: 2, ..with(Budget { attempt_puts: 1, ..NOTHING }) };
     let cancel = with(Budget { writes: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
@@ -127,11 +128,12 @@ fn sessions() -> [(&'static str, Kind); 17] {
     let crashes =
         with(Budget { writes: 1, home_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, restarts: 1, ..NOTHING });
     let attempt_loss = with(Budget { attempt_puts: 1, restarts: 1, ..NOTHING });
-    let silence = Budget { own_puts: 1, attempt_puts: 1, restarts: 1, silences: 1, ..NOTHING };
+    let silence = Budget { home_puts: 1, own_puts: 1, attempt_puts: 1, silences: 1, ..NOTHING };
     let partial = Budget { writes: 1, own_puts: 2, partial_losses: 1, ..NOTHING };
     let removal = with(Budget { home_puts: 1, attempt_puts: 1, own_puts: 1, removals: 1, ..NOTHING });
     let cut = with(Budget { writes: 1, attempt_puts: 2, cuts: 1, unknown_puts: 1, ..NOTHING });
     let crash = with(Budget { home_puts: 1, attempt_puts: 1, cuts: 1, source_crashes: 1, ..NOTHING });
+    let fetch_loss = with(Budget { home_puts: 1, attempt_puts: 1, restarts: 1, silences: 1, ..NOTHING });
     let fetch = with(Budget { writes: 1, home_puts: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
     [
         ("quiet", Kind::Session(quiet)),
@@ -150,6 +152,7 @@ fn sessions() -> [(&'static str, Kind); 17] {
         ("cut", Kind::Session(cut)),
         ("late entry", Kind::Session(Session { late_entry: true, ..entry })),
         ("source crashes", Kind::Session(crash)),
+        ("fetch, store lost", Kind::Session(Session { fetch: true, ..fetch_loss })),
         ("fetch", Kind::Session(Session { fetch: true, ..fetch })),
     ]
 }

@@ -110,7 +110,7 @@ impl Session {
         }
         let namespace = self.evicts_into();
         let absent = state.stores.namespaces[namespace as usize].state == NamespaceState::Absent;
-        let usable = absent || self.confirmed(state, namespace);
+        let usable = absent && !self.is_silent(state, namespace) || self.confirmed(state, namespace);
         if state.left.own_puts > 0 && usable && state.network.has_room_for_put() {
             next.page("the destination evicts: puts the page", page, |state| {
                 state.left.own_puts -= 1;
@@ -178,16 +178,16 @@ impl Session {
         });
         let depends: Vec<Namespace> = depends.collect();
         let lost = |namespace: Namespace| {
-            let changed = !self.confirmed(state, namespace) && self.has(Rule::ComparedBeforeReleased);
+            let ignored = self.is_silent(state, namespace) && !self.has(Rule::SilentIsChanged);
+            let changed = !self.confirmed(state, namespace) && !ignored;
+            let changed = changed && self.has(Rule::ComparedBeforeReleased);
             changed || destination.named[namespace as usize]
         };
         let lost = depends.iter().copied().find(|&namespace| lost(namespace));
         let incomplete = lacks.contains(&true) && self.has(Rule::NoPageIsSource);
-        if destination.vacated && state.network.connected && !state.network.to_source.is_full() {
+        let room = state.network.connected && !state.network.to_source.is_full();
+        if destination.vacated && room {
             self.answer_vacated(state, incomplete.then_some(lacks), lost, next);
-            if let (Some(&namespace), true) = (depends.first(), state.left.silences > 0 && !destination.released) {
-                self.silent_store(namespace, incomplete, next);
-            }
         }
         let source_is_dead = state.source.phase == SourcePhase::Dead;
         let cut_off = !state.network.connected && state.source.phase != SourcePhase::Freed;
@@ -231,20 +231,6 @@ impl Session {
                 state.network.to_source.push(ToSource::Released);
             });
         }
-    }
-
-    /// The check before *released* asks a store, which does not answer.
-    fn silent_store(&self, namespace: Namespace, incomplete: bool, next: &mut Next<State>) {
-        next.step("the store does not answer the check before *released*", |state| {
-            state.left.silences -= 1;
-            state.destination.vacated = false;
-            if self.has(Rule::SilentIsChanged) {
-                self.name(state, namespace);
-            } else if !incomplete {
-                state.destination.released = true;
-                state.network.to_source.push(ToSource::Released);
-            }
-        });
     }
 
     /// Forgets namespaces of earlier owners to which no page refers (rule 14).

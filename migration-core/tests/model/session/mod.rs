@@ -53,12 +53,18 @@ impl Session {
         state.stores.incarnations[self.store_of(namespace)]
     }
 
+    /// Returns whether the namespace's store does not answer any more.
+    fn is_silent(&self, state: &State, namespace: Namespace) -> bool {
+        state.stores.silent[self.store_of(namespace)]
+    }
+
     /// Returns whether the store, asked now, confirms the namespace and the entry's incarnation
     /// (rules 9 and 11).
     fn confirmed(&self, state: &State, namespace: Namespace) -> bool {
         let kept = &state.stores.namespaces[namespace as usize];
         let present = kept.state == NamespaceState::Present || !self.has(Rule::AbsentIsChanged);
-        present && kept.incarnation == self.incarnation(state, namespace)
+        let answers = !self.is_silent(state, namespace);
+        answers && present && kept.incarnation == self.incarnation(state, namespace)
     }
 
     /// Returns what a reader gets from the store: the content, or `None` if the page is missing
@@ -77,8 +83,9 @@ impl Session {
     /// Makes a namespace, or sends the `create` that will make it.
     fn create(&self, state: &mut State, namespace: Namespace, late: bool) {
         let incarnation = self.incarnation(state, namespace);
+        let silent = self.is_silent(state, namespace);
         let kept = &mut state.stores.namespaces[namespace as usize];
-        if kept.state == NamespaceState::Absent {
+        if kept.state == NamespaceState::Absent && !silent {
             kept.state = if late { NamespaceState::Creating } else { NamespaceState::Present };
             kept.incarnation = incarnation;
         }
@@ -99,7 +106,7 @@ impl Session {
     /// through a buffer.
     fn content(&self, state: &State, page: usize) -> Option<Content> {
         let own = &state.source.pages[page];
-        let home = own.home.filter(|_| self.fetch);
+        let home = own.home.filter(|_| self.fetch && !self.is_silent(state, Namespace::Home));
         let home =
             home.and_then(|generation| self.read(state, page, Stored { namespace: Namespace::Home, generation }));
         own.ram.or(home)
@@ -109,7 +116,8 @@ impl Session {
     fn has_newest(&self, state: &State, page: usize, stored: Stored) -> bool {
         let kept = &state.stores.namespaces[stored.namespace as usize];
         let newest = Some((stored.generation, state.newest[page]));
-        kept.state == NamespaceState::Present && kept.values[page] == newest
+        let answers = !self.is_silent(state, stored.namespace);
+        answers && kept.state == NamespaceState::Present && kept.values[page] == newest
     }
 
     /// Returns whether the owner can still obtain the newest content of the page.
@@ -171,7 +179,8 @@ impl Session {
             NamespaceState::Present => false,
             NamespaceState::Creating | NamespaceState::ForgottenCreating => return false,
         };
-        gone || state.destination.pages[..self.pages].iter().any(|page| page.refers_to(namespace, self.rules))
+        let silent = self.is_silent(state, namespace);
+        gone || silent || state.destination.pages[..self.pages].iter().any(|page| page.refers_to(namespace, self.rules))
     }
 }
 
@@ -197,6 +206,7 @@ impl DestinationPage {
         let kept = self.kept.is_some_and(|stored| stored.namespace == namespace);
         let getting = self.getting.is_some_and(|stored| stored.namespace == namespace);
         let kept = kept && rules.has(Rule::KeptLocationsRefer);
+        let getting = getting && rules.has(Rule::GetsRefer);
         located && rules.has(Rule::LocationsRefer) || kept || getting
     }
 }

@@ -76,7 +76,13 @@ impl Session {
     /// (rule 10).
     fn put_steps(&self, state: &State, slot: usize, put: Put, next: &mut Next<State>) {
         let page = put.page as usize;
-        if put.answer == PutAnswer::Requested {
+        let silent = self.is_silent(state, put.namespace);
+        if put.answer == PutAnswer::Requested && silent {
+            next.page("a put into a silent store fails at its deadline", page, |state| {
+                state.network.puts[slot] = None;
+                self.put_failed(state, put);
+            });
+        } else if put.answer == PutAnswer::Requested {
             next.page("the store applies a put", page, |state| self.apply_put(state, slot, put));
             if state.left.failed_puts > 0 {
                 next.page("a put fails", page, |state| {
@@ -246,12 +252,20 @@ impl Session {
     /// A get is answered, its answer arrives, or the reader stops waiting for it.
     fn get_steps(&self, state: &State, slot: usize, get: Get, next: &mut Next<State>) {
         let page = get.page as usize;
+        let room = !(state.network.connected && state.network.to_source.is_full());
         match get.answer {
+            None if self.is_silent(state, get.stored.namespace) && room => {
+                next.page("a get from a silent store fails at its deadline", page, |state| {
+                    state.network.gets[slot] = None;
+                    self.got(state, page, get.stored, None);
+                });
+            }
+            None if self.is_silent(state, get.stored.namespace) => (),
             None => next.page("the store answers a get", page, |state| {
                 let answer = self.read(state, page, get.stored);
                 state.network.gets[slot] = Some(Get { answer: Some(answer), ..get });
             }),
-            Some(_) if state.network.connected && state.network.to_source.is_full() => (),
+            Some(_) if !room => (),
             Some(content) => next.page("the answer to a get arrives", page, |state| {
                 state.network.gets[slot] = None;
                 self.got(state, page, get.stored, content);
@@ -391,6 +405,17 @@ impl Session {
                 });
             }
         }
+        if state.left.silences > 0 {
+            for store in 0..self.stores {
+                next.step("a store falls silent for ever", |state| {
+                    state.left.silences -= 1;
+                    self.fault(state, |state| {
+                        state.stores.silent[store] = true;
+                        self.excuse_all_acknowledged(state, store);
+                    });
+                });
+            }
+        }
         self.removals(state, next);
         if state.left.partial_losses == 0 {
             return;
@@ -435,13 +460,17 @@ impl Session {
     fn restart(&self, state: &mut State, store: usize) {
         state.stores.incarnations[store] += 1;
         for namespace in Namespace::ALL {
-            if self.store_of(namespace) != store {
-                continue;
-            }
-            if state.stores.namespaces[namespace as usize].state != NamespaceState::Absent {
+            let absent = state.stores.namespaces[namespace as usize].state == NamespaceState::Absent;
+            if self.store_of(namespace) == store && !absent {
                 state.stores.forget(namespace);
             }
-            for page in 0..self.pages {
+        }
+        self.excuse_all_acknowledged(state, store);
+    }
+
+    fn excuse_all_acknowledged(&self, state: &mut State, store: usize) {
+        for namespace in Namespace::ALL {
+            for page in (0..self.pages).filter(|_| self.store_of(namespace) == store) {
                 self.excuse_acknowledged(state, namespace, page);
             }
         }

@@ -35,7 +35,7 @@ impl Session {
         }
         if let (None, Some(generation)) = (own.ram, own.home) {
             let stored = Stored { namespace: Namespace::Home, generation };
-            if let Some(content) = self.read(state, page, stored) {
+            if let Some(content) = self.read(state, page, stored).filter(|_| !self.is_silent(state, Namespace::Home)) {
                 next.page("the source reads the page back", page, |state| {
                     state.source.pages[page].ram = Some(content);
                 });
@@ -67,6 +67,7 @@ impl Session {
             });
         }
         let absent = state.stores.namespaces[Namespace::Home as usize].state == NamespaceState::Absent;
+        let absent = absent && !self.is_silent(state, Namespace::Home);
         if own.home.is_none() && state.left.home_puts > 0 && state.network.has_room_for_put() && (confirmed || absent) {
             next.page("the source evicts: puts the page into the home namespace", page, |state| {
                 state.left.home_puts -= 1;
@@ -400,11 +401,14 @@ impl Session {
             None => next.page("the source cannot answer the demand", page, |state| {
                 state.network.to_source.pop();
                 state.source.pages[page].announced = None;
-                state.source.pages[page].sent = false;
+                if !self.has(Rule::SentStaysSent) {
+                    state.source.pages[page].sent = false;
+                }
             }),
             Some(_) if state.network.demands.is_full() => (),
             Some(content) => next.page("the source answers the demand", page, |state| {
                 state.network.to_source.pop();
+                state.source.pages[page].sent |= self.has(Rule::AnsweredIsSent);
                 state.network.demands.push(OnLane::Page { page: page as u8, content });
             }),
         }

@@ -214,6 +214,8 @@ pub enum NamespaceState {
 pub struct Stores {
     /// The present incarnation of each store.
     pub incarnations: [u8; 2],
+    /// The stores that do not answer any more.
+    pub silent: [bool; 2],
     pub namespaces: [Kept; 4],
     /// Without rule 9: a discard of one page that is on its way.
     pub discard: Option<(Namespace, u8)>,
@@ -373,7 +375,7 @@ pub struct Budget {
     pub partial_losses: u8,
     /// Namespaces that a person removes although they are in use.
     pub removals: u8,
-    /// Checks before *released* that the store does not answer.
+    /// Stores that fall silent for ever.
     pub silences: u8,
     /// Puts whose outcome the writer does not learn, puts that fail, gets that are given up and
     /// answered late.
@@ -428,7 +430,7 @@ impl State {
             excused: [false; PAGES],
             source,
             destination: Destination::new(),
-            stores: Stores { incarnations: [0; 2], namespaces: [kept; 4], discard: None },
+            stores: Stores { incarnations: [0; 2], silent: [false; 2], namespaces: [kept; 4], discard: None },
             network: Network {
                 connected: false,
                 to_destination: Queue::EMPTY,
