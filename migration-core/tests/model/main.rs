@@ -20,7 +20,7 @@ mod staging;
 mod successor;
 mod table;
 
-use configurations::{Configuration, large, small};
+use configurations::{Configuration, combinations, large, small};
 use experiments::{Expected, experiment};
 use rules::{Rule, Rules};
 use search::{Counterexample, Violation};
@@ -45,6 +45,17 @@ fn no_property_is_broken_at_length() {
     for configuration in large() {
         holds(&configuration, LARGE);
     }
+}
+
+#[test]
+fn no_two_events_break_a_property() {
+    explore_combinations(2, SMALL);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn no_three_events_break_a_property_at_length() {
+    explore_combinations(3, SMALL);
 }
 
 #[test]
@@ -122,6 +133,20 @@ fn holds(configuration: &Configuration, limit: usize) {
         panic!("\"{name}\": {counterexample}");
     }
     assert!(!explored.truncated, "\"{name}\" has more than {limit} states");
+}
+
+/// Explores the session with every combination of `events` kinds of events.
+fn explore_combinations(events: u32, limit: usize) {
+    let mut states = 0;
+    for session in combinations(events) {
+        let explored = search::explore(&session, limit);
+        states += explored.states;
+        if let Some(counterexample) = explored.counterexample {
+            panic!("{session:?}: {counterexample}");
+        }
+        assert!(!explored.truncated, "{session:?} has more than {limit} states");
+    }
+    println!("combinations of {events} kinds of events: {states} states");
 }
 
 /// Explores a small configuration with some of the rules.

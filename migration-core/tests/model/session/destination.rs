@@ -240,7 +240,7 @@ impl Session {
         }
         for namespace in [Namespace::Home, Namespace::Attempt, Namespace::SecondAttempt] {
             let present = state.stores.namespaces[namespace as usize].state == NamespaceState::Present;
-            let known = if namespace == Namespace::Home { !self.fetch } else { state.destination.knows_attempt };
+            let known = self.knows(state, namespace);
             let pages = &state.destination.pages[..self.pages];
             let referred = pages.iter().any(|page| page.refers_to(namespace, self.rules));
             let evicts_into = namespace == self.evicts_into();

@@ -171,16 +171,32 @@ impl Session {
         }
     }
 
-    /// Returns whether the namespace is gone, or something refers to it that will make somebody
-    /// forget it later.
+    /// Returns whether the namespace is gone, or somebody will still remove it: the owner of a page
+    /// that refers to it, or a person. A person removes what has expired, as its record says, if the
+    /// one who made it has crashed and nobody else knows it, or if its store is silent for ever.
     fn accounted_for(&self, state: &State, namespace: Namespace) -> bool {
-        let gone = match state.stores.namespaces[namespace as usize].state {
+        let known = self.knows(state, namespace);
+        let orphaned = state.source.phase == SourcePhase::Dead && !known;
+        if orphaned || self.is_silent(state, namespace) {
+            return true;
+        }
+        match state.stores.namespaces[namespace as usize].state {
             NamespaceState::Absent | NamespaceState::Forgotten => true,
-            NamespaceState::Present => false,
-            NamespaceState::Creating | NamespaceState::ForgottenCreating => return false,
-        };
-        let silent = self.is_silent(state, namespace);
-        gone || silent || state.destination.pages[..self.pages].iter().any(|page| page.refers_to(namespace, self.rules))
+            NamespaceState::Creating | NamespaceState::ForgottenCreating => false,
+            NamespaceState::Present => {
+                let pages = &state.destination.pages[..self.pages];
+                pages.iter().any(|page| page.refers_to(namespace, self.rules))
+            }
+        }
+    }
+
+    /// Returns whether the destination's table has the source's namespace.
+    fn knows(&self, state: &State, namespace: Namespace) -> bool {
+        match namespace {
+            Namespace::Home => !self.fetch,
+            Namespace::Own => true,
+            attempt => state.destination.knows_attempt && attempt == state.source.attempt,
+        }
     }
 }
 

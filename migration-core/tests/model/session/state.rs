@@ -386,6 +386,35 @@ pub struct Budget {
     pub destination_crashes: u8,
 }
 
+impl Budget {
+    /// The number of kinds of events.
+    pub const KINDS: u32 = 16;
+
+    /// Returns the budget in which each event of `set` may happen. Puts of an attempt may happen
+    /// twice, and there is one attempt more than `set` has.
+    pub fn of(set: u32) -> Self {
+        let bit = |kind: u32| (set >> kind & 1) as u8;
+        Budget {
+            writes: bit(0),
+            home_puts: bit(1),
+            own_puts: bit(2),
+            attempt_puts: 2 * bit(3),
+            attempts: 1 + bit(4),
+            cancels: bit(5),
+            cuts: bit(6),
+            restarts: bit(7),
+            partial_losses: bit(8),
+            removals: bit(9),
+            silences: bit(10),
+            unknown_puts: bit(11),
+            failed_puts: bit(12),
+            late_gets: bit(13),
+            source_crashes: bit(14),
+            destination_crashes: bit(15),
+        }
+    }
+}
+
 /// The whole state.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct State {
