@@ -66,7 +66,7 @@ pub fn small() -> Vec<Configuration> {
 pub fn large() -> Vec<Configuration> {
     let two_pages = Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..NOTHING };
     let lost = Budget { writes: 2, home_puts: 2, attempt_puts: 1, own_puts: 1, restarts: 1, ..NOTHING };
-    let silent = Budget { home_puts: 1, restarts: 1, silences: 1, ..two_pages };
+    let silent = Budget { writes: 1, home_puts: 1, silences: 1, ..lost };
     let slow =
         Budget { writes: 2, home_puts: 1, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
     let cut = Budget { writes: 2, home_puts: 1, attempt_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, ..NOTHING };
@@ -75,7 +75,7 @@ pub fn large() -> Vec<Configuration> {
     [
         ("two pages at length", Session { pages: 2, rounds: false, ..session(two_pages) }),
         ("losses at length", Session { stores: 2, ..session(lost) }),
-        ("silence at length", Session { stores: 2, late_entry: true, ..session(silent) }),
+        ("silence at length", Session { stores: 2, ..session(silent) }),
         ("slow stores at length", session(slow)),
         ("cuts at length", session(cut)),
         ("attempts at length", Session { late_create: true, ..session(again) }),
