@@ -294,9 +294,9 @@ fn wherever_the_link_stops_in_the_pause_the_guest_runs_on() {
             let failed = AtomicU64::new(0);
             let next = AtomicU64::new(0);
             let done = Mutex::new(false);
-            // each stop is waited for: several at once
+            // each stop is waited for: many at once
             thread::scope(|scope| {
-                for _ in 0..4 {
+                for _ in 0..12 {
                     scope.spawn(|| {
                         while !*done.lock().unwrap() {
                             let (report, stopped) = attempt(how, which, next.fetch_add(1, Ordering::SeqCst));

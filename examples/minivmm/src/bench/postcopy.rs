@@ -309,10 +309,13 @@ mod tests {
     }
 
     #[test]
-    fn ours_and_both_of_theirs_alternate() {
+    fn ours_and_all_of_theirs_alternate() {
         let all = setups(&[Vmm::Minivmm, Vmm::Qemu], "idle", 1 << 30, PLAIN);
-        let order: Vec<_> = all.iter().map(|s| (s.vmm, s.strategy.as_str())).collect();
-        assert_eq!(order, [(Vmm::Minivmm, PLAIN), (Vmm::Qemu, PLAIN), (Vmm::Qemu, PREEMPT)]);
+        let order: Vec<_> = all.iter().map(|s| (s.vmm, s.label.as_str(), s.strategy.as_str())).collect();
+        let (ours, theirs) = (Vmm::Minivmm, Vmm::Qemu);
+        let as_it_comes = [(ours, PLAIN, PLAIN), (theirs, PLAIN, PLAIN), (theirs, PREEMPT, PREEMPT)];
+        let careful = [(ours, CAREFUL, "hybrid:rounds=1"), (theirs, CAREFUL, PREEMPT)];
+        assert_eq!(order, [&as_it_comes[..], &careful].concat());
         assert!(all.iter().all(|s| s.watch_speed));
     }
 }
