@@ -67,6 +67,7 @@ pub fn large() -> Vec<Configuration> {
     let two_pages = Budget { writes: 1, attempt_puts: 1, own_puts: 1, cuts: 1, ..NOTHING };
     let lost = Budget { writes: 2, home_puts: 2, attempt_puts: 1, own_puts: 1, restarts: 1, ..NOTHING };
     let silent = Budget { writes: 1, home_puts: 1, silences: 1, ..lost };
+    let back = Budget { silences: 1, late_gets: 1, unknown_puts: 1, ..two_pages };
     let slow =
         Budget { writes: 2, home_puts: 1, own_puts: 2, attempt_puts: 1, late_gets: 1, unknown_puts: 1, ..NOTHING };
     let cut = Budget { writes: 2, home_puts: 1, attempt_puts: 1, own_puts: 1, cuts: 2, source_crashes: 1, ..NOTHING };
@@ -76,6 +77,7 @@ pub fn large() -> Vec<Configuration> {
         ("two pages at length", Session { pages: 2, rounds: false, ..session(two_pages) }),
         ("losses at length", Session { stores: 2, ..session(lost) }),
         ("silence at length", Session { stores: 2, ..session(silent) }),
+        ("return at length", Session { stores: 2, returns: true, ..session(back) }),
         ("slow stores at length", session(slow)),
         ("cuts at length", session(cut)),
         ("attempts at length", Session { late_create: true, ..session(again) }),
@@ -137,11 +139,12 @@ fn session(budget: Budget) -> Session {
         forgetful: false,
         late_entry: false,
         late_create: false,
+        returns: false,
         budget,
     }
 }
 
-fn sessions() -> [(&'static str, Kind); 16] {
+fn sessions() -> [(&'static str, Kind); 17] {
     let with = |budget: Budget| session(budget);
     let quiet = Session { pages: 2, ..with(Budget { attempt_puts: 1, ..NOTHING }) };
     let cancel = with(Budget { writes: 1, attempt_puts: 1, cancels: 1, ..NOTHING });
@@ -169,6 +172,7 @@ fn sessions() -> [(&'static str, Kind); 16] {
         ("store lost", Kind::Session(home_loss)),
         ("attempt lost", Kind::Session(Session { rounds: false, ..attempt_loss })),
         ("store silent", Kind::Session(Session { stores: 2, rounds: false, ..with(silence) })),
+        ("store comes back", Kind::Session(Session { stores: 2, returns: true, ..with(silence) })),
         ("store partly lost", Kind::Session(Session { rounds: false, ..with(partial) })),
         ("namespace removed", Kind::Session(removal)),
         ("cut", Kind::Session(cut)),

@@ -30,7 +30,7 @@ use std::time::Instant;
 /// More states than any configuration has that runs with the other tests.
 const SMALL: usize = 400_000;
 
-/// More states than any of the large configurations has. Each takes some 600 bytes.
+/// More states than any of the large configurations has. Each takes some 400 bytes.
 const LARGE: usize = 8_000_000;
 
 #[test]

@@ -32,6 +32,9 @@ pub struct Session {
     pub forgetful: bool,
     /// Whether the entry of the attempt's namespace is named after *connect*, instead of with it.
     pub late_entry: bool,
+    /// Whether a store that has fallen silent may answer again, with all that it had. If not, the
+    /// end must be reachable without it.
+    pub returns: bool,
     /// Whether a `create` may be late.
     pub late_create: bool,
     /// How often each thing may happen.

@@ -407,7 +407,7 @@ impl Session {
         }
         if state.left.silences > 0 {
             for store in 0..self.stores {
-                next.step("a store falls silent for ever", |state| {
+                next.step("a store falls silent", |state| {
                     state.left.silences -= 1;
                     self.fault(state, |state| {
                         state.stores.silent[store] = true;
@@ -415,6 +415,9 @@ impl Session {
                     });
                 });
             }
+        }
+        for store in (0..self.stores).filter(|&store| self.returns && state.stores.silent[store]) {
+            next.step("a silent store answers again", |state| state.stores.silent[store] = false);
         }
         self.removals(state, next);
         if state.left.partial_losses == 0 {

@@ -375,7 +375,7 @@ pub struct Budget {
     pub partial_losses: u8,
     /// Namespaces that a person removes although they are in use.
     pub removals: u8,
-    /// Stores that fall silent for ever.
+    /// Stores that fall silent.
     pub silences: u8,
     /// Puts whose outcome the writer does not learn, puts that fail, gets that are given up and
     /// answered late.
