@@ -655,6 +655,11 @@ impl OwnSocket {
 }
 
 impl State {
+    /// The role of a minivmm that has the VM, which may have ended meanwhile.
+    fn at_home(&self) -> Role {
+        if self.guest_ended { Role::Ended } else { Role::Home }
+    }
+
     /// Whether the guest has ended, and the other end of a migration may not have heard it yet.
     fn last_words_are_due(&self) -> bool {
         self.guest_ended && (self.controller.is_some() || self.receiver.is_some())

@@ -265,7 +265,8 @@ impl Instance {
         let known = state.machine.as_ref().is_some_and(|known| Arc::ptr_eq(known, machine));
         state.epoch = epoch;
         if known {
-            state.role = Role::Home;
+            // it runs since before this is said: it may have ended
+            state.role = state.at_home();
         }
         drop(state);
         if !known {
@@ -361,7 +362,7 @@ impl Instance {
         state.epoch = report.epoch;
         match (&gone, state.role) {
             (Ok(_), _) => (state.role, state.asked_back) = (Role::Dormant, false),
-            (Err(_), Role::Outgoing | Role::InDoubt) => state.role = Role::Home,
+            (Err(_), Role::Outgoing | Role::InDoubt) => state.role = state.at_home(),
             (Err(_), _) => {}
         }
         let report = report::to_json(&report);

@@ -150,7 +150,7 @@ impl Instance {
     /// The migration or snapshot that was to begin does not.
     pub(super) fn not_begun(&self) {
         let mut state = self.lock();
-        let role = if state.guest_ended { Role::Ended } else { Role::Home };
+        let role = state.at_home();
         (state.controller, state.session, state.under_way, state.role) = (None, None, None, role);
         state.waiting.clear();
         drop(state);
@@ -163,7 +163,7 @@ impl Instance {
         state.end(report);
         // the guest may have ended meanwhile
         if state.role == Role::Saving {
-            state.role = Role::Home;
+            state.role = state.at_home();
         }
         drop(state);
         self.changed.notify_all();
@@ -200,8 +200,7 @@ impl Instance {
         let (role, exit) = match report.outcome {
             Outcome::Completed => (Role::Moved, Some(0)),
             Outcome::Lost | Outcome::Ended => (Role::Ended, Some(5)),
-            _ if state.guest_ended => (Role::Ended, None),
-            _ => (Role::Home, None),
+            _ => (state.at_home(), None),
         };
         state.role = role;
         state.exit = state.exit.or(exit);

@@ -31,7 +31,9 @@ fn one_edge(lab: &Lab, tracker: &str, backing: &str, streams: &str, cpus: usize)
     let (start, len) = source.work_area(lab)?;
     let before = source.memory(lab, start, len)?;
     let destination = lab.receive("destination", &[])?;
-    let report = source.migrate_well(&destination.address, &["--streams", streams])?;
+    // a busy host may keep no shorter downtime
+    let options = ["--streams", streams, "--downtime-limit", "10s"];
+    let report = source.migrate_well(&destination.address, &options)?;
     ensure(report["streams"].as_u64() == streams.parse().ok(), || format!("{report}"))?;
     destination.wait_until("the guest works", at_work)?;
     destination.works()?;
