@@ -15,7 +15,7 @@ use migration_core::{
     channel::{Channel, Closer, Connector, Halves, Listener, ReadHalf, WriteHalf},
 };
 
-use crate::{cut::Cut, gather::Gather};
+use crate::{cut::Cut, gather::Gather, stream::time_left};
 
 /// The buffer size of [`pair`] and [`link`] that suits most tests, in bytes.
 pub const DEFAULT_CAPACITY: usize = 256 * 1024;
@@ -117,11 +117,7 @@ impl Pipe {
 
     fn write(&self, mut gather: Gather<'_>, idle: Option<Duration>, deadline: Option<Instant>) -> io::Result<()> {
         while gather.remaining() > 0 {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"));
-            }
-            let idle = idle.into_iter().chain(left).min();
+            let idle = idle.into_iter().chain(time_left(deadline)?).min();
             let mut state = self.wait(idle, "took nothing", |state| state.bytes.len() < self.capacity)?;
             match state.ending {
                 None => {}

@@ -175,6 +175,18 @@ impl ReadHalf for StreamReader {
     }
 }
 
+/// Returns the time that a write has until its deadline, if it has one.
+///
+/// # Errors
+/// Of kind `TimedOut`, when the deadline has passed.
+pub(crate) fn time_left(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
+    let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+    if left == Some(Duration::ZERO) {
+        return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"));
+    }
+    Ok(left)
+}
+
 struct StreamWriter {
     socket: Arc<OwnedFd>,
     idle: Option<Duration>,
@@ -184,11 +196,7 @@ struct StreamWriter {
 impl StreamWriter {
     /// Sets how long the next call may take: the idle time-out, or what is left until the deadline.
     fn limit_call(&self) -> io::Result<()> {
-        let Some(deadline) = self.deadline else { return Ok(()) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the time for the write is over"));
-        }
+        let Some(left) = time_left(self.deadline)? else { return Ok(()) };
         let timeout = clamp(self.idle.map_or(left, |idle| idle.min(left)));
         SockRef::from(&self.socket).set_write_timeout(Some(timeout))
     }

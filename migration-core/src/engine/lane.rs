@@ -362,8 +362,8 @@ mod tests {
 
     use proptest::{prelude::*, test_runner::TestCaseError};
 
-    use super::*;
-    use crate::{HeapRam, RamLayout, RamRegion, tracker::TrackerError, wire::Header};
+    use super::{super::pages::tests::Noted, *};
+    use crate::{HeapRam, RamLayout, RamRegion, wire::Header};
 
     /// Two stripes and a part of one, in two regions whose border lies in the second stripe.
     const PAGES: u64 = 2 * STRIPE_PAGES + 40;
@@ -400,17 +400,6 @@ mod tests {
 
         fn keep_queue_short(&mut self) {
             self.1.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Notes the pages that were re-armed.
-    #[derive(Default)]
-    struct Noted(Mutex<Vec<PageRange>>);
-
-    impl Rearm for Noted {
-        fn before_read(&self, range: PageRange, _: &PageSet) -> Result<(), TrackerError> {
-            self.0.lock().unwrap().push(range);
-            Ok(())
         }
     }
 

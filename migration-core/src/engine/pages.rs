@@ -135,7 +135,7 @@ impl Copied {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Mutex;
 
     use super::*;
@@ -143,7 +143,7 @@ mod tests {
 
     /// Notes what is re-armed.
     #[derive(Default)]
-    struct Noted(Mutex<Vec<PageRange>>);
+    pub(crate) struct Noted(pub(crate) Mutex<Vec<PageRange>>);
 
     impl Rearm for Noted {
         fn before_read(&self, range: PageRange, _: &PageSet) -> Result<(), TrackerError> {
