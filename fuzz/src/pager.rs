@@ -7,8 +7,10 @@ use std::{
 };
 
 use migration_core::{
-    GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
+    GuestRam, HeapRam, PAGE_SIZE, PageRange, RamLayout, RamRegion, RamSlice,
+    page_map::PageMap,
     pager::{Fault, Fill, Installed, Pager},
+    shared_map::SharedPageMap,
     vm::VmError,
 };
 
@@ -25,8 +27,7 @@ pub struct PlainPager {
 
 struct State {
     armed: bool,
-    listed: PageSet,
-    missing: PageSet,
+    map: Arc<SharedPageMap>,
     faults: u32,
     woken: bool,
     given_up: bool,
@@ -35,17 +36,16 @@ struct State {
 impl PlainPager {
     /// For this memory, in blocks of `granule` pages.
     pub fn new(ram: Arc<HeapRam>, granule: u64) -> Self {
-        let none = PageSet::empty(ram.layout().pages());
-        let state =
-            State { armed: false, listed: none.clone(), missing: none, faults: FAULTS, woken: false, given_up: false };
+        let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
+        let state = State { armed: false, map, faults: FAULTS, woken: false, given_up: false };
         Self { ram, granule, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Waits for the first page that is missing, as one who loads the state does.
     pub fn touch(&self, patience: Duration) -> Result<(), VmError> {
         let state = self.lock();
-        let Some(page) = state.missing.first_from(0) else { return Ok(()) };
-        let waits = |s: &mut State| !s.given_up && s.missing.contains(page);
+        let Some(page) = state.map.missing().first_from(0) else { return Ok(()) };
+        let waits = |s: &mut State| !s.given_up && s.map.is_missing(page);
         let (state, waited) = self.changed.wait_timeout_while(state, patience, waits).expect("a panic aborts");
         let there = !waited.timed_out() && !state.given_up;
         if there { Ok(()) } else { Err(VmError::new("a page does not come")) }
@@ -57,23 +57,25 @@ impl PlainPager {
 
     fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
         let ram: &dyn GuestRam = &*self.ram;
-        let (mut state, mut installed) = (self.lock(), Installed::default());
-        assert!(state.armed || state.missing.is_empty(), "pages before the watch has begun");
-        assert_eq!(state.listed.count_in(range), range.count, "pages that are not on the list");
+        let map = self.lock().map.clone();
+        let left_behind = map.read(|map| map.left_behind().count_in(range));
+        assert_eq!(left_behind, range.count, "pages that are not on the list");
         assert!(range.first % self.granule == 0 && range.count % self.granule == 0, "no whole blocks: {range:?}");
-        for page in range.pages() {
-            if !state.missing.remove(page) {
-                installed.duplicates += 1;
-                continue;
-            }
+        let mut installed = Installed { pages: 0, duplicates: range.count };
+        let Some(mut claim) = map.claim(range).expect("nobody waits for so long") else { return installed };
+        for page in claim.runs().into_iter().flat_map(PageRange::pages) {
             let mut bytes = [0; PAGE_SIZE];
             if let Some(from) = from {
                 from.skip((page - range.first) as usize * PAGE_SIZE).take(PAGE_SIZE).copy_to(&mut bytes);
             }
             ram.slice(PageRange::new(page, 1)).expect("a page of the list is in RAM").copy_from(&bytes);
+            claim.installed(PageRange::new(page, 1));
             installed.pages += 1;
+            installed.duplicates -= 1;
         }
-        drop(state);
+        claim.finish();
+        // so that nobody misses it between a look and its wait
+        drop(self.lock());
         self.changed.notify_all();
         installed
     }
@@ -84,21 +86,22 @@ impl Pager for PlainPager {
         self.granule
     }
 
-    fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
+    fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {
         let mut state = self.lock();
         assert!(!std::mem::replace(&mut state.armed, true), "armed twice");
-        assert!(missing.ranges().all(|r| r.end() <= self.ram.layout().pages()), "pages outside RAM are missing");
-        (state.listed, state.missing) = (missing.clone(), missing.clone());
+        assert_eq!(map.read(PageMap::pages), self.ram.layout().pages(), "the map is of another VM");
+        state.map = map.clone();
         Ok(())
     }
 
     fn wait(&self, timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError> {
-        let idle = |s: &mut State| !s.woken && (s.faults == 0 || !s.armed || s.missing.is_empty());
+        let idle = |s: &mut State| !s.woken && (s.faults == 0 || !s.armed || s.map.missing().is_empty());
         let waited = self.changed.wait_timeout_while(self.lock(), timeout, idle);
         let mut state = waited.expect("a panic aborts").0;
         if !state.woken && state.armed && state.faults > 0 {
             state.faults -= 1;
-            let pages = [state.missing.first_from(0), state.missing.last_below(state.missing.capacity())];
+            let missing = state.map.missing();
+            let pages = [missing.first_from(0), missing.last_below(missing.capacity())];
             faults.extend(pages.into_iter().flatten().map(|page| Fault { page, thread: None }));
         }
         Ok(())
@@ -123,13 +126,13 @@ impl Pager for PlainPager {
     }
 
     fn wake(&self, page: u64) -> io::Result<()> {
-        assert!(!self.lock().missing.contains(page), "page {page} is still missing");
+        assert!(!self.lock().map.is_missing(page), "page {page} is still missing");
         Ok(())
     }
 
     fn disarm(&self) -> Result<(), VmError> {
         let mut state = self.lock();
-        assert!(state.missing.is_empty(), "the watch ends while pages are missing");
+        assert!(state.map.missing().is_empty(), "the watch ends while pages are missing");
         state.armed = false;
         Ok(())
     }

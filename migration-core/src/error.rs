@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError, wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError, wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
@@ -74,6 +74,9 @@ pub enum MigrationError {
     /// Guest memory was asked for where there is none.
     #[error(transparent)]
     Ram(#[from] OutsideRam),
+    /// A strategy asked for a step that the pages do not allow, for example to send one that it has left behind.
+    #[error("page map: {0}")]
+    Pages(#[from] MapError),
     /// No thread could be started.
     #[error("no thread for {role}: {cause}")]
     Thread {

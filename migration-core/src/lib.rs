@@ -58,12 +58,8 @@ pub mod engine;
 mod error;
 pub mod fence;
 pub mod histogram;
-pub mod page;
-pub mod page_set;
-pub mod pager;
+mod memory;
 pub mod protocol;
-#[allow(unsafe_code)]
-pub mod ram;
 pub mod report;
 pub mod sim;
 pub mod snapshot;
@@ -72,11 +68,11 @@ pub mod state;
 mod stranger;
 pub mod strategy;
 pub mod text;
-pub mod tracker;
 pub mod vm;
 pub mod wire;
 
 pub use error::MigrationError;
+pub use memory::{page, page_map, page_set, pager, patience, ram, shared_map, tracker};
 pub use page::{LayoutError, PAGE_SHIFT, PAGE_SIZE, PageRange, RamLayout, RamRegion};
 pub use page_set::PageSet;
 pub use ram::{GuestRam, HeapRam, OutsideRam, RamSlice};

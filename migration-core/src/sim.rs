@@ -28,6 +28,7 @@ use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     engine::{add_missing, missing_frames},
     page::{RamLayout, RamRegion},
+    page_map::PageMap,
     protocol::{
         DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, SourceEvent, SourceMachine,
         SourcePhase,
@@ -194,7 +195,9 @@ pub struct Simulation {
     memory: Vec<u64>,
     copy: Option<Vec<u64>>,
     dirty: PageSet,
-    owed: PageSet,
+    /// Where each page is, as the source knows it, and as the destination does.
+    source_map: PageMap,
+    destination_map: PageMap,
     tracking: bool,
     source_runs: bool,
     destination_runs: bool,
@@ -219,12 +222,7 @@ pub struct Simulation {
 /// Both sides of a hand-over that left pages behind.
 #[derive(Default)]
 struct PostCopyState {
-    /// Pages that the source has still to send.
-    left: PageSet,
-    left_behind: u64,
-    /// Pages that the destination lacks.
-    missing: PageSet,
-    /// A list of them that is under way, in either direction.
+    /// The list of missing pages that the destination is sending.
     listed: PageSet,
     reattached: bool,
     /// The missing page at which the guest stands still.
@@ -247,7 +245,8 @@ impl Simulation {
             memory: (1..=pages).collect(),
             copy: None,
             dirty: PageSet::empty(pages),
-            owed: PageSet::empty(pages),
+            source_map: PageMap::new(pages),
+            destination_map: PageMap::new(pages),
             tracking: false,
             source_runs: true,
             destination_runs: false,
@@ -277,8 +276,8 @@ impl Simulation {
         self.paused_at = None;
         self.epoch += 1;
         self.source = SourceMachine::new(self.epoch);
-        let none = || PageSet::empty(self.config.pages);
-        self.post_copy = PostCopyState { left: none(), missing: none(), listed: none(), ..PostCopyState::default() };
+        self.source_map = PageMap::new(self.config.pages);
+        self.post_copy = PostCopyState { listed: PageSet::empty(self.config.pages), ..PostCopyState::default() };
         let name = strategy.name();
         self.shared = strategy.shares_ram();
         let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
@@ -445,8 +444,8 @@ impl Simulation {
             }
             SourceEvent::Resume { .. } => {
                 let none = PageSet::empty(self.config.pages);
-                self.post_copy.left = std::mem::replace(&mut self.post_copy.listed, none);
-                Ok(())
+                let lacking = std::mem::replace(&mut self.post_copy.listed, none);
+                Ok(self.source_map.lacking(&lacking)?)
             }
             _ => Ok(()),
         }
@@ -456,6 +455,7 @@ impl Simulation {
         match action {
             DestinationAction::Build { .. } => {
                 self.copy = Some(vec![0; self.config.pages as usize]);
+                self.destination_map = PageMap::new(self.config.pages);
                 let session = SessionToken([1; 16]);
                 let welcome = Control::Welcome(Welcome { version: 1, features: 0, streams: 1, session });
                 let mut replies = vec![welcome];
@@ -463,9 +463,10 @@ impl Simulation {
                 replies
             }
             DestinationAction::Missing { first, bitmap } => {
-                if let Err(error) = add_missing(&mut self.post_copy.missing, first, &bitmap) {
-                    self.broken.push(error.to_string());
-                }
+                let mut missing = PageSet::empty(self.config.pages);
+                let added = add_missing(&mut missing, first, &bitmap).map_err(MigrationError::from);
+                let left = added.and_then(|()| Ok(self.destination_map.leave_behind(&missing)?));
+                self.note_broken(left);
                 Vec::new()
             }
             DestinationAction::Load { state, .. } => {
@@ -496,10 +497,10 @@ impl Simulation {
     /// Says that the VM runs, and on a new link what it lacks.
     fn running(&mut self) -> Vec<Control> {
         let mut replies = vec![Control::Running];
-        if self.post_copy.left_behind == 0 {
+        if self.destination_map.left_behind().is_empty() {
             return replies;
         }
-        let missing = &self.post_copy.missing;
+        let missing = self.destination_map.missing();
         if missing.is_empty() {
             replies.extend(self.destination.complete().map(|()| Control::Complete(FaultSummary::default())).ok());
         } else if self.post_copy.reattached {
@@ -518,7 +519,7 @@ impl Simulation {
             // both have the same
             return;
         }
-        let missing = &self.post_copy.missing;
+        let missing = self.destination_map.missing();
         let pages = copy.iter().zip(&self.memory).enumerate();
         let counts = |page| !missing.contains(page) && !self.free.contains(page);
         let stale = pages.filter(|&(page, (a, b))| a != b && counts(page as u64)).count();
@@ -535,8 +536,9 @@ impl Simulation {
                 copy[page as usize] = self.memory[page as usize];
             }
         }
-        self.post_copy.missing.remove_range(range);
-        if self.post_copy.missing.is_empty() && self.destination.complete().is_ok() {
+        let arrived = self.destination_map.claim(range).and_then(|()| self.destination_map.arrived(range));
+        self.note_broken(arrived.map_err(Into::into));
+        if self.destination_map.missing().is_empty() && self.destination.complete().is_ok() {
             self.check_copy();
             self.act(0)?;
             return self.answer(Control::Complete(FaultSummary::default()));
@@ -548,13 +550,13 @@ impl Simulation {
         while self.source.phase() == SourcePhase::Serving {
             if let Some(page) = self.post_copy.waiting {
                 self.act(0)?;
-                if self.post_copy.left.remove(page) {
-                    self.install(PageRange::new(page, 1))?;
+                for range in self.source_map.claim_block(page, 1) {
+                    self.install(range)?;
                 }
                 order.fault(page);
                 self.post_copy.waiting = None;
-            } else if let Some(range) = order.next(&self.post_copy.left, self.config.chunk.max(1)) {
-                self.post_copy.left.remove_range(range);
+            } else if let Some(range) = order.next(self.source_map.unclaimed(), self.config.chunk.max(1)) {
+                self.source_map.claim(range)?;
                 self.install(range)?;
             } else {
                 // all was sent, and the link has not said that it was lost: that would be for ever
@@ -581,7 +583,7 @@ impl Simulation {
             state.touched += 1;
             // any odd multiplier spreads the numbers over all pages
             let page = if random { n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16 } else { n } % self.config.pages;
-            if state.missing.contains(page) {
+            if self.destination_map.missing().contains(page) {
                 self.attempt.faults += 1;
                 state.waiting = Some(page);
             }
@@ -657,6 +659,12 @@ impl Simulation {
         }
     }
 
+    fn note_broken(&mut self, result: Result<(), MigrationError>) {
+        if let Err(error) = result {
+            self.broken.push(error.to_string());
+        }
+    }
+
     /// What must hold at any moment.
     fn check(&mut self) {
         if self.source_runs && self.destination_runs {
@@ -671,7 +679,7 @@ impl Simulation {
         self.throttle = 0;
         self.tracking = false;
         self.dirty.clear();
-        self.owed.clear();
+        self.source_map = PageMap::new(self.config.pages);
         self.source_runs = !self.source_dead;
         self.check();
     }
@@ -688,6 +696,8 @@ impl Simulation {
                     for (page, version) in chunk.pages().zip(versions) {
                         copy[page as usize] = version;
                     }
+                    let received = self.destination_map.received(chunk);
+                    self.note_broken(received.map_err(Into::into));
                 }
                 self.act(0)?;
                 at = chunk.end();
@@ -722,17 +732,17 @@ impl Verbs for Simulation {
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         self.tracking = true;
-        let mut pages = PageSet::full(self.config.pages);
-        self.spare(&mut pages);
-        Ok(pages)
+        self.source_map.dirtied(&PageSet::full(self.config.pages))?;
+        self.spare();
+        Ok(self.source_map.unsent().clone())
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
         let (began, generation) = (self.clock, self.source.begin_round()?);
-        self.owed.union_with(pages);
+        self.source_map.sending(pages)?;
         self.transfer(pages)?;
         self.answer(Control::RoundReceived { generation })?;
-        self.owed.subtract(pages);
+        self.source_map.acknowledged(pages)?;
         let (sent, time) = (pages.len(), self.clock - began);
         self.attempt.rounds.push(sent);
         if time > Duration::ZERO && sent > 0 {
@@ -742,10 +752,10 @@ impl Verbs for Simulation {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = std::mem::replace(&mut self.dirty, PageSet::empty(self.config.pages));
-        pages.union_with(&self.owed);
-        self.spare(&mut pages);
-        Ok(pages)
+        let pages = std::mem::replace(&mut self.dirty, PageSet::empty(self.config.pages));
+        self.source_map.dirtied(&pages)?;
+        self.spare();
+        Ok(self.source_map.unsent().clone())
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
@@ -793,6 +803,7 @@ impl Verbs for Simulation {
 
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.source_runs = true;
+        self.source_map.taken_back();
         self.check();
         Ok(())
     }
@@ -813,11 +824,11 @@ impl Verbs for Simulation {
     }
 
     fn left_behind(&self) -> u64 {
-        self.post_copy.left_behind
+        self.source_map.left_behind().len()
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
-        order.begin(&self.post_copy.left, &[]);
+        order.begin(self.source_map.unclaimed(), &[]);
         while self.source.phase() == SourcePhase::Serving {
             if self.push(order).is_err() {
                 self.attempt.recoveries += 1;
@@ -830,17 +841,16 @@ impl Verbs for Simulation {
 }
 
 impl Simulation {
-    /// Takes the pages out that are free, as the engine does.
-    fn spare(&mut self, pages: &mut PageSet) {
+    /// Leaves out the pages that are free, as the engine does.
+    fn spare(&mut self) {
         if self.config.freeing.is_empty() {
             return;
         }
         // the guest goes on between tracker and look, so that the wrong order of the two would be seen
         self.pass(LOOK);
-        let before = pages.len();
-        pages.subtract(&self.free);
-        self.owed.subtract(&self.free);
-        self.attempt.spared += before - pages.len();
+        let before = self.source_map.unsent().len();
+        self.source_map.free_for_now(&self.free);
+        self.attempt.spared += before - self.source_map.unsent().len();
     }
 
     /// The encoded state.
@@ -859,9 +869,8 @@ impl Simulation {
         self.pass(self.config.save_time);
         // saving the state dirties a page, as kvmclock and steal time do
         self.write(self.config.pages - 1);
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        self.spare(&mut rest);
+        self.source_map.sending(&pages)?;
+        let rest = self.harvest()?;
         if self.shared {
             // it is there already
         } else if leave {
@@ -870,8 +879,7 @@ impl Simulation {
             }
             let (end, _) = self.source.post_copy(rest.len(), 1)?;
             self.deliver(end)?;
-            self.post_copy.left_behind = rest.len();
-            self.post_copy.left = rest;
+            self.source_map.leave_behind(&rest)?;
         } else {
             self.source.begin_round()?;
             self.attempt.rounds.push(rest.len());

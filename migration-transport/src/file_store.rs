@@ -319,14 +319,19 @@ struct Table {
     state: Bytes,
 }
 
+/// Returns all words of a set's bitmap.
+fn words(set: &PageSet) -> Vec<u64> {
+    let mut words = vec![0; set.capacity().div_ceil(64) as usize];
+    set.copy_words(0, &mut words);
+    words
+}
+
 impl Table {
     fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
         w.u32(self.number);
         for set in [&self.put, &self.data] {
-            for &word in set.words() {
-                w.u64(word);
-            }
+            words(set).into_iter().for_each(|word| _ = w.u64(word));
         }
         for &crc in &self.crcs {
             w.u32(crc);
@@ -358,7 +363,7 @@ impl Table {
             let bytes = r.bytes(pages.div_ceil(64) as usize * 8, field)?;
             let words: Vec<u64> = bytes.as_chunks().0.iter().map(|&word| u64::from_le_bytes(word)).collect();
             set.insert_bitmap(0, pages, &words);
-            match set.words() == words {
+            match self::words(&set) == words {
                 true => Ok(set),
                 false => Err(DecodeError::invalid(field, "there are pages beyond the last one")),
             }

@@ -15,9 +15,10 @@ pub(crate) const MOST_PAGES: u64 = MAX_SECTION as u64 * 8;
 
 /// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for each 2 GiB of RAM at most.
 pub(crate) fn section(pages: &PageSet) -> Section {
-    let words = pages.words();
-    let used = words.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
-    Section { name: NAME.into(), instance: 0, version: VERSION, data: encode_bitmap(&words[..used]) }
+    let used = pages.last_below(pages.capacity()).map_or(0, |last| last / 64 + 1);
+    let mut words = vec![0; used as usize];
+    pages.copy_words(0, &mut words);
+    Section { name: NAME.into(), instance: 0, version: VERSION, data: encode_bitmap(&words) }
 }
 
 /// Takes the log out of a state, if there is one; of a VM of so many pages.

@@ -11,9 +11,10 @@ use std::{
 
 use super::{STRIPE_PAGES, control::read_frame, missing::Missing, session::Session};
 use crate::{
-    MigrationError, PAGE_SIZE, PageRange, PageSet,
+    MigrationError, PAGE_SIZE, PageRange,
     channel::ReadHalf,
     codec::DecodeError,
+    page_map::MapError,
     vm::VmError,
     wire::{Bulk, Content, Extent, Header, LaneKind},
 };
@@ -25,8 +26,6 @@ pub(super) struct LaneReceiver {
     pub(super) peer: String,
     pub(super) session: Arc<Session>,
     pub(super) bytes: Arc<AtomicU64>,
-    /// Pages of this lane's stripes that hold data: a zero page has to be written only where there is some.
-    filled: PageSet,
     sequence: u32,
     /// The last generation that was completed.
     generation: u32,
@@ -43,7 +42,6 @@ impl LaneReceiver {
         session: Arc<Session>,
         bytes: Arc<AtomicU64>,
     ) -> Self {
-        let filled = PageSet::empty(session.ram.layout().pages());
         Self {
             kind,
             index,
@@ -51,7 +49,6 @@ impl LaneReceiver {
             peer,
             session,
             bytes,
-            filled,
             sequence: 0,
             generation: 0,
             pages: 0,
@@ -141,18 +138,12 @@ impl LaneReceiver {
 
     fn install(&mut self, extents: &[Extent]) -> Result<(), MigrationError> {
         let ram = self.session.ram.clone();
+        self.note(extents)?;
         let mut slices = Vec::with_capacity(extents.len());
-        for extent in extents {
-            match extent.content {
-                Content::Zero => self.zero(extent.range)?,
-                Content::Plain => {
-                    for (_, _, piece) in ram.layout().split(extent.range) {
-                        slices.push(ram.slice(piece)?);
-                    }
-                    self.filled.insert_range(extent.range);
-                }
+        for extent in extents.iter().filter(|extent| extent.content == Content::Plain) {
+            for (_, _, piece) in ram.layout().split(extent.range) {
+                slices.push(ram.slice(piece)?);
             }
-            self.pages += extent.range.count;
         }
         self.reader.read_ram(&slices).map_err(MigrationError::link(&self.peer))
     }
@@ -160,20 +151,14 @@ impl LaneReceiver {
     /// With checksums, pages are looked at before they go into RAM.
     fn install_checked(&mut self, extents: &[Extent], crc: u32, payload: usize) -> Result<(), MigrationError> {
         let buffer = self.read_checked(crc, payload)?;
+        self.note(extents)?;
         let (ram, mut at) = (self.session.ram.clone(), 0);
-        for extent in extents {
-            match extent.content {
-                Content::Zero => self.zero(extent.range)?,
-                Content::Plain => {
-                    for (_, _, piece) in ram.layout().split(extent.range) {
-                        let bytes = piece.count as usize * PAGE_SIZE;
-                        ram.slice(piece)?.copy_from(&buffer[at..at + bytes]);
-                        at += bytes;
-                    }
-                    self.filled.insert_range(extent.range);
-                }
+        for extent in extents.iter().filter(|extent| extent.content == Content::Plain) {
+            for (_, _, piece) in ram.layout().split(extent.range) {
+                let bytes = piece.count as usize * PAGE_SIZE;
+                ram.slice(piece)?.copy_from(&buffer[at..at + bytes]);
+                at += bytes;
             }
-            self.pages += extent.range.count;
         }
         self.buffer = buffer;
         Ok(())
@@ -241,14 +226,25 @@ impl LaneReceiver {
         Ok(buffer)
     }
 
-    fn zero(&mut self, range: PageRange) -> Result<(), MigrationError> {
-        let runs: Vec<_> = self.filled.ranges_in(range).collect();
-        for run in runs {
+    /// Records what a frame of a round brings, and clears the pages that become zeros.
+    fn note(&mut self, extents: &[Extent]) -> Result<(), MigrationError> {
+        let to_clear = self.session.map.change(|map| {
+            let mut to_clear = Vec::new();
+            for extent in extents {
+                match extent.content {
+                    Content::Zero => to_clear.extend(map.zeroed(extent.range)?),
+                    Content::Plain => map.received(extent.range)?,
+                }
+            }
+            Ok::<_, MapError>(to_clear)
+        });
+        let to_clear = to_clear.map_err(|error| DecodeError::invalid("extent", error.to_string()))?;
+        for run in to_clear {
             for (_, _, piece) in self.session.ram.layout().split(run) {
                 self.session.ram.slice(piece)?.zero();
             }
-            self.filled.remove_range(run);
         }
+        self.pages += extents.iter().map(|extent| extent.range.count).sum::<u64>();
         Ok(())
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     codec::DecodeError,
     histogram::Latencies,
     pager::{Fault, Installed, Pager},
+    shared_map::SharedPageMap,
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
 };
 
@@ -29,8 +30,8 @@ pub(super) struct Missing {
     pub(super) pager: Arc<dyn Pager>,
     /// The generation as which they move.
     pub(super) generation: u32,
-    /// All pages that were missing at the hand-over: no other may come.
-    listed: PageSet,
+    /// Which pages are missing. No page may come that the hand-over did not leave behind.
+    map: Arc<SharedPageMap>,
     state: Mutex<State>,
     /// Told when no page is missing any more, or nobody wants them.
     changed: Condvar,
@@ -40,7 +41,6 @@ pub(super) struct Missing {
 }
 
 struct State {
-    pages: PageSet,
     /// Who waits, by block.
     waiting: HashMap<u64, Vec<Waiter>>,
     vcpus: Vec<u32>,
@@ -71,14 +71,12 @@ pub(super) fn is_whole(pages: &PageSet, granule: u64) -> bool {
 impl Missing {
     pub(super) fn new(
         pager: Arc<dyn Pager>,
-        pages: PageSet,
+        map: Arc<SharedPageMap>,
         generation: u32,
         lanes: u16,
         bytes: Arc<AtomicU64>,
     ) -> Self {
-        let listed = pages.clone();
         let state = State {
-            pages,
             waiting: HashMap::new(),
             vcpus: Vec::new(),
             latencies: Latencies::default(),
@@ -89,7 +87,7 @@ impl Missing {
         Self {
             pager,
             generation,
-            listed,
+            map,
             state: Mutex::new(state),
             changed: Condvar::new(),
             lanes: (0..lanes).map(|_| Mutex::default()).collect(),
@@ -101,7 +99,7 @@ impl Missing {
     /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
     pub(super) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
         let granule = self.pager.granule();
-        if self.listed.count_in(range) != range.count {
+        if self.map.read(|map| map.left_behind().count_in(range)) != range.count {
             let why = format!("pages {}+{} were not left behind", range.first, range.count);
             return Err(DecodeError::invalid("extent", why));
         }
@@ -112,8 +110,14 @@ impl Missing {
         Ok(())
     }
 
+    /// Returns whether no page is missing.
+    pub(super) fn is_complete(&self) -> bool {
+        self.map.read(|map| map.missing().is_empty())
+    }
+
+    /// Returns the missing pages.
     pub(super) fn pages(&self) -> PageSet {
-        lock(&self.state).pages.clone()
+        self.map.missing()
     }
 
     pub(super) fn set_vcpus(&self, threads: Vec<u32>) {
@@ -167,7 +171,7 @@ impl Missing {
             state.faults += 1;
             let by_vcpu = fault.thread.is_some_and(|thread| state.vcpus.contains(&thread));
             state.vcpu_faults += u64::from(by_vcpu);
-            if !state.pages.contains(fault.page) {
+            if !self.map.is_missing(fault.page) {
                 state.latencies.record(Duration::ZERO);
                 // it came after the fault was read; if this fails the page is not there, and the next fault tells
                 let _ = self.pager.wake(fault.page);
@@ -202,7 +206,6 @@ impl Missing {
         let granule = self.pager.granule();
         let mut state = lock(&self.state);
         state.duplicates += installed.duplicates;
-        state.pages.remove_range(range);
         if !state.waiting.is_empty() {
             let now = Instant::now();
             let blocks = range.first / granule..range.end().div_ceil(granule);
@@ -216,8 +219,8 @@ impl Missing {
                 blocks.filter_map(|block| waiting.remove(&block)).for_each(&mut served);
             }
         }
-        if state.pages.is_empty() {
-            drop(state);
+        drop(state);
+        if self.is_complete() {
             self.end();
         }
     }
@@ -281,7 +284,8 @@ impl Missing {
         while !self.ended.load(Ordering::Acquire) {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
-        state.pages.is_empty()
+        drop(state);
+        self.is_complete()
     }
 
     /// Waits so long at most; whether the watch has ended.
@@ -312,12 +316,14 @@ impl Missing {
 pub(super) mod tests {
     use super::*;
     use crate::{
-        GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, pager::Fill, vm::VmError, wire::Header,
+        GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, page_map::PageMap, pager::Fill, vm::VmError,
+        wire::Header,
     };
 
     /// Pages of RAM on the heap that are missing, whom nobody waits for.
     pub(in crate::engine) struct HeapPager {
         ram: HeapRam,
+        map: Arc<SharedPageMap>,
         granule: u64,
         /// What one call of `wait` after the other returns.
         faults: Mutex<Vec<Vec<Fault>>>,
@@ -329,7 +335,7 @@ pub(super) mod tests {
             self.granule
         }
 
-        fn arm(&self, _missing: &PageSet) -> Result<(), VmError> {
+        fn arm(&self, _: &Arc<SharedPageMap>) -> Result<(), VmError> {
             unreachable!()
         }
 
@@ -345,11 +351,13 @@ pub(super) mod tests {
             // in two pieces, where it has more than a page
             let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
             fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
+            arrived(&self.map, range);
             Ok(Installed { pages: range.count, duplicates: 0 })
         }
 
         fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
             (&self.ram as &dyn GuestRam).slice(range).unwrap().zero();
+            arrived(&self.map, range);
             Ok(Installed { pages: range.count, duplicates: 0 })
         }
 
@@ -396,10 +404,27 @@ pub(super) mod tests {
         let regions =
             vec![RamRegion { gpa: 0, len: border << 12 }, RamRegion { gpa: 1 << 40, len: (PAGES - border) << 12 }];
         let ram = HeapRam::new(RamLayout::new(regions).unwrap()).unwrap();
-        let pager = Arc::new(HeapPager { ram, granule, faults: Mutex::default(), woken: Mutex::default() });
         let mut set = PageSet::empty(PAGES);
         pages.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
-        (Missing::new(pager.clone(), set, GENERATION, 2, Arc::default()), pager)
+        let mut map = PageMap::new(PAGES);
+        map.leave_behind(&set).unwrap();
+        let map = Arc::new(SharedPageMap::new(map));
+        let (faults, woken) = (Mutex::default(), Mutex::default());
+        let pager = Arc::new(HeapPager { ram, map: map.clone(), granule, faults, woken });
+        (Missing::new(pager.clone(), map, GENERATION, 2, Arc::default()), pager)
+    }
+
+    /// These pages are installed, and recorded as arrived.
+    pub(in crate::engine) fn arrive(missing: &Missing, range: PageRange, installed: Installed) {
+        arrived(&missing.map, range);
+        missing.arrived(range, installed);
+    }
+
+    /// These pages are installed.
+    pub(in crate::engine) fn arrived(map: &SharedPageMap, range: PageRange) {
+        if let Some(mut claim) = map.claim(range).unwrap() {
+            claim.runs().into_iter().for_each(|run| claim.installed(run));
+        }
     }
 
     fn fault(page: u64, thread: u32) -> Fault {
@@ -418,11 +443,11 @@ pub(super) mod tests {
         assert_eq!(lock(&missing.state).waiting.values().map(Vec::len).sum::<usize>(), 5);
 
         // longer than the list of those who wait, and shorter
-        missing.arrived(PageRange::new(4, 4), Installed { pages: 4, duplicates: 0 });
+        arrive(&missing, PageRange::new(4, 4), Installed { pages: 4, duplicates: 0 });
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [2]);
         assert_eq!(lock(&missing.state).latencies.count(), 4);
         assert_eq!(missing.note(&[fault(0, 1), fault(1, 2)]), [0]);
-        missing.arrived(PageRange::new(8, 1), Installed { pages: 1, duplicates: 2 });
+        arrive(&missing, PageRange::new(8, 1), Installed { pages: 1, duplicates: 2 });
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [0]);
 
         // a fault that was read when its page had come already
@@ -430,10 +455,10 @@ pub(super) mod tests {
         assert_eq!(*lock(&pager.woken), [5]);
         let summary = missing.summary();
         assert_eq!((summary.count, summary.vcpu, summary.duplicates), (8, 5, 2));
-        missing.arrived(PageRange::new(9, 3), Installed { pages: 1, duplicates: 2 });
+        arrive(&missing, PageRange::new(9, 3), Installed { pages: 1, duplicates: 2 });
         assert_eq!(missing.summary().duplicates, 4);
         assert!(missing.pages().iter().eq(0..4) && !missing.wait_ended_for(Duration::ZERO));
-        missing.arrived(PageRange::new(0, 4), Installed::default());
+        arrive(&missing, PageRange::new(0, 4), Installed::default());
         assert!(lock(&missing.state).waiting.is_empty());
         assert!(missing.wait_ended_for(Duration::from_secs(3600)) && missing.wait_ended());
     }
@@ -451,8 +476,8 @@ pub(super) mod tests {
         for number in [0, 1, 3] {
             *lock(&pager.faults) = vec![vec![fault(8, number as u32)], vec![], vec![fault(1, number as u32)]];
             assert!(missing.watch(number).is_err(), "the pager has no more");
-            missing.arrived(PageRange::new(0, 1), Installed::default());
-            missing.arrived(PageRange::new(8, 1), Installed::default());
+            arrive(&missing, PageRange::new(0, 1), Installed::default());
+            arrive(&missing, PageRange::new(8, 1), Installed::default());
         }
         assert_eq!(*lock(&lanes[0].0), [(0, vec![4]), (1, vec![1]), (2, vec![8])]);
         assert_eq!(*lock(&lanes[1].0), [(0, vec![4]), (1, vec![1]), (2, vec![1])]);
@@ -485,7 +510,7 @@ pub(super) mod tests {
         {
             assert_eq!(missing.check(PageRange::new(first, count)).is_ok(), good, "{first}+{count}");
         }
-        missing.arrived(PageRange::new(0, 4), Installed::default());
+        arrive(&missing, PageRange::new(0, 4), Installed::default());
         assert!(missing.check(PageRange::new(0, 4)).is_ok(), "again, behind a link that was lost");
     }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread,
@@ -23,6 +23,7 @@ use crate::{
     MigrationError, PageRange, PageSet,
     channel::ReadHalf,
     codec::DecodeError,
+    page_map::PageMap,
     protocol::{SourceEvent, SourcePhase},
     strategy::{PushOrder, push_order::DIRTIED},
     wire::{Bulk, Control, HUGE_BLOCK, Header, MAX_BODY, STATE_CHUNK},
@@ -100,10 +101,10 @@ impl Pace {
     }
 }
 
-/// The pages that are still to be sent after the hand-over. Whoever sends one takes it out first, so each moves once.
-#[derive(Default)]
+/// Where each page is, as the source knows it, and what it takes to send those that were left behind. Whoever sends one
+/// claims it first, so each moves once.
 pub(super) struct Left {
-    pages: Mutex<PageSet>,
+    pub(super) map: Mutex<PageMap>,
     /// The generation as which they move.
     pub(super) generation: AtomicU32,
     /// Pages that move together, aligned: 1, or those of a huge page.
@@ -115,36 +116,30 @@ pub(super) struct Left {
 }
 
 impl Left {
-    pub(super) fn set(&self, pages: PageSet) {
-        *lock(&self.pages) = pages;
-    }
-
-    pub(super) fn pages(&self) -> PageSet {
-        lock(&self.pages).clone()
+    pub(super) fn new(pages: u64) -> Self {
+        Self {
+            map: Mutex::new(PageMap::new(pages)),
+            generation: AtomicU32::new(0),
+            block: AtomicU64::new(1),
+            demanded: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+        }
     }
 
     /// Takes out what is left of the block around `page`; nothing if it was sent.
     fn claim(&self, page: u64) -> Vec<PageRange> {
-        let mut pages = lock(&self.pages);
-        if !pages.contains(page) {
-            return Vec::new();
-        }
-        let block = self.block.load(Ordering::Relaxed).max(1);
-        let around = PageRange::new(page / block * block, block);
-        let claimed: Vec<_> = pages.ranges_in(around).collect();
-        pages.remove_range(around);
-        claimed
+        lock(&self.map).claim_block(page, self.block.load(Ordering::Relaxed))
     }
 
     /// Takes out what `order` wants to push next, widened to whole blocks.
     fn next(&self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
-        let mut pages = lock(&self.pages);
+        let mut map = lock(&self.map);
         let block = self.block.load(Ordering::Relaxed).max(1);
-        let wanted = order.next(&pages, most.max(block))?;
+        let wanted = order.next(map.unclaimed(), most.max(block))?;
         // of a block, what is left of it
         let whole = PageRange::new(wanted.first / block * block, block);
-        let range = if block == 1 { wanted } else { pages.ranges_in(whole).next()? };
-        pages.remove_range(range);
+        let range = map.unclaimed().ranges_in(if block == 1 { wanted } else { whole }).next()?;
+        map.claim(range).ok()?;
         Some(range)
     }
 }
@@ -196,17 +191,21 @@ impl DemandLane {
     }
 }
 
-/// A page set on the wire.
+/// Returns the frames that carry a page set.
 pub(crate) fn missing_frames(pages: &PageSet) -> Vec<Control> {
-    let words_each = STATE_CHUNK / 8;
-    let pieces = pages.words().chunks(words_each).enumerate();
-    let with_some = pieces.filter(|(_, words)| words.iter().any(|&word| word != 0));
-    let frames = with_some.map(|(i, words)| {
-        let bitmap = encode_bitmap(words);
+    let words_each = STATE_CHUNK as u64 / 8;
+    let all = pages.capacity().div_ceil(64);
+    let (mut frames, mut at) = (Vec::new(), 0);
+    while let Some(page) = pages.first_from(at) {
+        let first = page / 64 / words_each * words_each;
+        let mut words = vec![0; words_each.min(all - first) as usize];
+        pages.copy_words(first, &mut words);
+        let bitmap = encode_bitmap(&words);
         debug_assert!(bitmap.len() < MAX_BODY);
-        Control::Missing { first: (i * words_each * 64) as u64, bitmap }
-    });
-    frames.collect()
+        frames.push(Control::Missing { first: first * 64, bitmap });
+        at = (first + words_each) * 64;
+    }
+    frames
 }
 
 /// Words of a page set as they travel.
@@ -249,12 +248,9 @@ impl Engine<'_> {
         self.say(&end)?;
         self.lacking = missing.len();
         self.missing_pages = self.lacking;
-        (self.left_behind, self.never_sent) = (missing.clone(), missing.clone());
         self.touched.union_with(&missing);
-        // until the hand-over they are the guest's here, and may have to be given back
-        self.owed.union_with(&missing);
+        self.map().leave_behind(&missing)?;
         self.left.generation.store(generation, Ordering::Release);
-        self.left.set(missing);
         Ok(())
     }
 
@@ -262,7 +258,7 @@ impl Engine<'_> {
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         let dirtied = std::mem::take(&mut self.dirtied_last);
         self.heat_up(&dirtied, DIRTIED);
-        order.begin(&lock(&self.left.pages), &self.heat);
+        order.begin(lock(&self.left.map).unclaimed(), &self.heat);
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
@@ -347,29 +343,17 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        let (never_sent, listed) = (self.never_sent().clone(), &self.left_behind);
-        for (of, in_, why) in [
-            (&missing, listed, "is said to be missing, and was not left behind"),
-            (&never_sent, &missing, "is not said to be missing, and was not sent"),
-        ] {
-            let mut wrong = of.clone();
-            wrong.subtract(in_);
-            if let Some(page) = wrong.first_from(0) {
-                return Err(DecodeError::invalid("missing pages", format!("page {page} {why}")).into());
-            }
-        }
+        let listed = self.map().lacking(&missing);
+        listed.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
         self.lacking = expected;
         let sent = self.report.pages.pushed + self.left.demanded.load(Ordering::Relaxed);
         self.missing_pages = expected.saturating_add(sent);
-        self.left.set(missing);
         self.open_lanes()
     }
 
-    /// The pages that were never taken out to be sent. The destination cannot have them, but may have any other: what is under
-    /// way when the link is lost may still arrive when the list of missing pages is made, or behind it.
-    pub(super) fn never_sent(&mut self) -> &PageSet {
-        self.never_sent.intersect_with(&lock(&self.left.pages));
-        &self.never_sent
+    /// Where each page is, as this side knows it.
+    pub(super) fn map(&self) -> MutexGuard<'_, PageMap> {
+        lock(&self.left.map)
     }
 
     /// The granularity in which pages are left behind.
@@ -430,8 +414,8 @@ mod tests {
     fn left(pages: &[(u64, u64)], block: u64) -> Left {
         let mut set = PageSet::empty(2000);
         pages.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
-        let left = Left::default();
-        left.set(set);
+        let left = Left::new(2000);
+        lock(&left.map).leave_behind(&set).unwrap();
         left.block.store(block, Ordering::Relaxed);
         left
     }
@@ -452,7 +436,7 @@ mod tests {
         let order = &mut Linear::default();
         assert_eq!(huge.next(order, 1), Some(range(1024, 512)), "a whole block, however little was asked for");
         assert_eq!(huge.next(order, 1), Some(range(1536, 464)), "the last one of RAM is shorter");
-        assert!(huge.next(order, 1).is_none() && huge.pages().is_empty());
+        assert!(huge.next(order, 1).is_none() && lock(&huge.map).unclaimed().is_empty());
     }
 
     proptest! {

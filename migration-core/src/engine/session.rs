@@ -13,11 +13,13 @@ use super::{
     serve::missing_frames,
 };
 use crate::{
-    MigrationError, PageSet,
+    MigrationError,
     channel::{Closer, WriteHalf},
     codec::DecodeError,
+    page_map::PageMap,
     pager::Pager,
     ram::GuestRam,
+    shared_map::SharedPageMap,
     vm::DestinationVm,
     wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken},
 };
@@ -44,8 +46,8 @@ pub(super) struct Session {
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
-    /// Pages that the source has said will be missing.
-    pub(super) listed: Mutex<PageSet>,
+    /// Where each page is: what rounds have brought, what is left behind, and what arrives of that.
+    pub(super) map: Arc<SharedPageMap>,
     /// For how long the session may last before the VM is offered.
     pub(super) allowance: Allowance,
     /// Whether the VM is being loaded, on the thread that else answers the source.
@@ -132,7 +134,7 @@ impl Session {
     ) -> Self {
         let count = usize::from(lanes);
         let ram = vm.ram();
-        let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
+        let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
         let allowance = Allowance::new(ram.layout().bytes(), grace, protection.is_some());
         let lane_state = LaneState {
             control: closer,
@@ -161,7 +163,7 @@ impl Session {
             vm: Mutex::new(Some(vm)),
             pager,
             protection,
-            listed,
+            map,
             allowance,
             loading: AtomicBool::new(false),
             told: Mutex::default(),
@@ -288,7 +290,7 @@ impl Session {
         }
         let first = !std::mem::replace(&mut state.lost, true);
         self.changed.notify_all();
-        let lacks = state.missing.as_ref().is_some_and(|missing| !missing.pages().is_empty());
+        let lacks = state.missing.as_ref().is_some_and(|missing| !missing.is_complete());
         // a source that has heard of the guest's end closes its lanes behind *done*
         let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();

@@ -135,8 +135,6 @@ pub(super) struct Engine<'a> {
     last_progress: Instant,
     cancelled: Option<String>,
     tracking: Tracking,
-    /// Pages that are dirty here, not in the tracker any more, and not at the destination in their last state.
-    pub(super) owed: PageSet,
     pub(super) touched: PageSet,
     /// Pages that were left out at least once, because they were free.
     spared: PageSet,
@@ -160,11 +158,7 @@ pub(super) struct Engine<'a> {
     /// What was dirtied last before the pause: not in `heat` yet.
     pub(super) dirtied_last: PageSet,
     pub(super) left: Arc<Left>,
-    /// The pages that were missing at the hand-over.
-    pub(super) left_behind: PageSet,
-    /// Of them, those that were not sent when this was last looked at.
-    pub(super) never_sent: PageSet,
-    /// How many of them were missing when the destination last said so.
+    /// How many of the pages that were left behind were missing when the destination last said so.
     pub(super) lacking: u64,
     /// How many there were to be sent after the hand-over, those that were sent before the last loss included.
     pub(super) missing_pages: u64,
@@ -251,7 +245,6 @@ impl<'a> Engine<'a> {
             last_progress: now,
             cancelled: None,
             tracking: Tracking::new(pages),
-            owed: PageSet::empty(pages),
             touched: PageSet::empty(pages),
             spared: PageSet::empty(pages),
             last_harvest: now,
@@ -267,9 +260,7 @@ impl<'a> Engine<'a> {
             report,
             heat: Vec::new(),
             dirtied_last: PageSet::default(),
-            left: Arc::default(),
-            left_behind: PageSet::empty(pages),
-            never_sent: PageSet::empty(pages),
+            left: Arc::new(Left::new(pages)),
             lacking: 0,
             missing_pages: 0,
             features: 0,
@@ -457,7 +448,7 @@ impl<'a> Engine<'a> {
         self.is_alive();
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
-            let unsent = self.never_sent().len();
+            let unsent = self.map().never_claimed();
             if unsent > 0 {
                 let why = format!("{unsent} pages were never sent");
                 return Err(DecodeError::invalid("complete", why).into());
@@ -508,8 +499,7 @@ impl<'a> Engine<'a> {
         let (wire_bytes, time) = (self.counters.wire_bytes.load(Ordering::Relaxed), Duration::ZERO);
         let round = RoundReport { pages: pages.len(), wire_bytes, time, throttle_percent: self.throttle };
         self.report.rounds.push(round);
-        // until the destination says that it has them, they are owed
-        self.owed.union_with(pages);
+        self.map().sending(pages)?;
         self.prolong_pause(pages.len());
         // a paused guest writes nothing: there is nothing to re-arm for
         let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
@@ -522,14 +512,20 @@ impl<'a> Engine<'a> {
     }
 
     /// A round is at the destination, but for the stripes that were not sent.
-    fn end_round(&mut self, generation: u32, pages: &PageSet, stopped: &[(u16, u64)], began: Instant) -> Round {
+    fn end_round(
+        &mut self,
+        generation: u32,
+        pages: &PageSet,
+        stopped: &[(u16, u64)],
+        began: Instant,
+    ) -> Result<Round, MigrationError> {
         let mut sent = pages.clone();
         for &(lane, at) in stopped {
             for stripe in stripes(lane, self.report.streams, sent.capacity()).filter(|&s| s >= at) {
                 sent.remove_range(stripe_pages(stripe));
             }
         }
-        self.owed.subtract(&sent);
+        self.map().acknowledged(&sent)?;
         self.touched.union_with(&sent);
         let time = began.elapsed();
         let now = self.counters.wire_bytes.load(Ordering::Relaxed);
@@ -540,17 +536,17 @@ impl<'a> Engine<'a> {
             self.options.observer.event(&Event::RoundEnded(*round));
         }
         self.pages_due = self.pages_due.saturating_sub(pages.len() - sent.len());
-        Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time }
+        Ok(Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time })
     }
 
-    /// Takes the pages out that are free now, and returns all that are. Only after tracking has begun, or after the harvest
-    /// that `pages` are of, or while the guest is paused: see [`SourceVm::free_pages`] for why.
-    fn spare(&mut self, pages: &mut PageSet) -> PageSet {
+    /// Leaves out the pages that are free now, and returns all that are. Only after tracking has begun, or after a harvest, or
+    /// while the guest is paused: see [`SourceVm::free_pages`] for why.
+    fn spare(&mut self) -> PageSet {
         let free = pages::free(self.vm, self.report.pages.total, &*self.options.observer);
         let mut spared = free.clone();
-        spared.intersect_with(pages);
+        spared.intersect_with(self.map().unsent());
         self.spared.union_with(&spared);
-        pages.subtract(&free);
+        self.map().free_for_now(&free);
         free
     }
 
@@ -610,10 +606,11 @@ impl Verbs for Engine<'_> {
         }
         self.tracking.start(self.vm.tracker())?;
         self.last_harvest = Instant::now();
-        let mut pages = pages::populated(&*self.ram, &*self.options.observer);
+        let pages = pages::populated(&*self.ram, &*self.options.observer);
         self.report.pages.hole = self.pages() - pages.len();
-        self.spare(&mut pages);
-        Ok(pages)
+        self.map().dirtied(&pages)?;
+        self.spare();
+        Ok(self.map().unsent().clone())
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
@@ -640,7 +637,7 @@ impl Verbs for Engine<'_> {
                 stop.store(true, Ordering::Relaxed);
             }
         }
-        let round = self.end_round(generation, &pages, &stopped, began);
+        let round = self.end_round(generation, &pages, &stopped, began)?;
         self.learn(round.sent, round.wire_bytes, round.time);
         Ok(round)
     }
@@ -650,8 +647,9 @@ impl Verbs for Engine<'_> {
         self.saved.subtract(&pages);
         // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
         // re-arms only when it is sent stays reported, until it is free no more
-        let free = self.spare(&mut pages);
-        self.owed.subtract(&free);
+        self.map().dirtied(&pages)?;
+        let free = self.spare();
+        pages.subtract(&free);
         let since = self.last_harvest.elapsed().as_secs_f64();
         self.last_harvest = Instant::now();
         if !self.paused && since > 0.0 {
@@ -665,8 +663,7 @@ impl Verbs for Engine<'_> {
                 self.heat_up(&pages, DIRTIED);
             }
         }
-        pages.union_with(&self.owed);
-        Ok(pages)
+        Ok(self.map().unsent().clone())
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
@@ -710,6 +707,7 @@ impl Verbs for Engine<'_> {
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
+        self.map().taken_back();
         self.end_watch();
         self.tell_controllers();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
@@ -741,7 +739,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn left_behind(&self) -> u64 {
-        self.left_behind.len()
+        self.map().left_behind().len()
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

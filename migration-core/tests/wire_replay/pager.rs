@@ -10,6 +10,7 @@ use std::{
 use migration_core::{
     GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
     pager::{Fault, Fill, Installed, Pager},
+    shared_map::SharedPageMap,
     vm::VmError,
 };
 
@@ -37,8 +38,9 @@ pub(crate) struct HeapPager {
 }
 
 struct State {
+    /// Where the pages are, once the pager is armed.
+    map: Option<Arc<SharedPageMap>>,
     armed: bool,
-    missing: PageSet,
     faults: VecDeque<Vec<u64>>,
     woken: bool,
     given_up: bool,
@@ -49,12 +51,22 @@ struct State {
     broken: Vec<String>,
 }
 
+impl State {
+    fn missing(&self) -> PageSet {
+        self.map.as_ref().map(|map| map.missing()).unwrap_or_default()
+    }
+
+    fn is_missing(&self, page: u64) -> bool {
+        self.map.as_ref().is_some_and(|map| map.is_missing(page))
+    }
+}
+
 impl HeapPager {
     pub(crate) fn new(ram: Arc<HeapRam>, paging: &Paging) -> Self {
         let pages = ram.layout().pages();
         let state = State {
+            map: None,
             armed: false,
-            missing: PageSet::empty(pages),
             faults: paging.faults.clone().into(),
             woken: false,
             given_up: false,
@@ -72,7 +84,7 @@ impl HeapPager {
 
     /// Touches the pages that loading the state needs.
     pub(crate) fn touch(&self) -> Result<(), VmError> {
-        let waits = |s: &mut State| !s.given_up && self.touched.iter().any(|&page| s.missing.contains(page));
+        let waits = |s: &mut State| !s.given_up && self.touched.iter().any(|&page| s.is_missing(page));
         let (state, waited) = self.changed.wait_timeout_while(self.lock(), HANG, waits).unwrap();
         assert!(!waited.timed_out(), "hangs: a page that loading the state needs");
         if state.given_up { Err(VmError::new("given up while the state was loaded")) } else { Ok(()) }
@@ -83,7 +95,7 @@ impl HeapPager {
         let state = self.lock();
         assert_eq!(state.broken, Vec::<String>::new());
         assert!(!state.given_up, "given up although the VM runs");
-        assert!(state.missing.is_empty(), "{:?} are missing", state.missing);
+        assert!(state.missing().is_empty(), "{:?} are missing", state.missing());
         assert!(!state.armed, "not disarmed");
         assert!(state.installed.iter().all(|&times| times <= 1), "installed twice");
         state.duplicates
@@ -106,20 +118,25 @@ impl HeapPager {
     /// Takes over what is missing of `range`, whose contents are those of `from`.
     fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
         let ram: &dyn GuestRam = &*self.ram;
-        let (mut state, mut installed) = (self.lock(), Installed::default());
-        for page in range.pages() {
-            if !state.missing.remove(page) {
-                installed.duplicates += 1;
-                continue;
-            }
+        let mut installed = Installed { pages: 0, duplicates: range.count };
+        let map = self.lock().map.clone().expect("it is armed");
+        let Some(mut claim) = map.claim(range).unwrap() else {
+            self.lock().duplicates += range.count;
+            return installed;
+        };
+        let mut state = self.lock();
+        for page in claim.runs().into_iter().flat_map(PageRange::pages) {
             let mut bytes = [0; PAGE_SIZE];
             if let Some(from) = from {
                 from.skip((page - range.first) as usize * PAGE_SIZE).take(PAGE_SIZE).copy_to(&mut bytes);
             }
             ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&bytes);
             state.installed[page as usize] += 1;
+            claim.installed(PageRange::new(page, 1));
             installed.pages += 1;
+            installed.duplicates -= 1;
         }
+        claim.finish();
         state.duplicates += installed.duplicates;
         drop(state);
         self.changed.notify_all();
@@ -132,7 +149,8 @@ impl Pager for HeapPager {
         self.granule
     }
 
-    fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
+    fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {
+        let missing = map.missing();
         let ram: &dyn GuestRam = &*self.ram;
         for page in missing.iter() {
             ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[POISON; PAGE_SIZE]);
@@ -141,7 +159,7 @@ impl Pager for HeapPager {
         if std::mem::replace(&mut state.armed, true) {
             state.broken.push("armed twice".into());
         }
-        state.missing = missing.clone();
+        state.map = Some(map.clone());
         Ok(())
     }
 
@@ -179,7 +197,7 @@ impl Pager for HeapPager {
 
     fn wake(&self, page: u64) -> io::Result<()> {
         let mut state = self.lock();
-        if state.missing.contains(page) {
+        if state.is_missing(page) {
             state.broken.push(format!("wakes who waits for page {page}, which is missing"));
         }
         Ok(())
@@ -187,7 +205,7 @@ impl Pager for HeapPager {
 
     fn disarm(&self) -> Result<(), VmError> {
         let mut state = self.lock();
-        if !state.missing.is_empty() {
+        if !state.missing().is_empty() {
             state.broken.push("disarmed while pages are missing".into());
         }
         if !std::mem::replace(&mut state.armed, false) {

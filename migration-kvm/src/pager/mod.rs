@@ -15,13 +15,15 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
 use migration_core::{
     GuestRam, PageRange, PageSet,
+    page_map::PageMap,
     pager::{Fault, Fill, Installed, Pager},
+    shared_map::{Claim, SharedPageMap},
     vm::VmError,
 };
 use thiserror::Error;
@@ -32,14 +34,11 @@ use crate::{
 };
 
 mod faults;
-mod missing;
 #[allow(unsafe_code)]
 mod pages;
-mod patience;
 mod staging;
 
 use faults::{Faults, Kind, RawFault};
-use missing::{Claim, Missing};
 use pages::Pages;
 use staging::Pool;
 
@@ -88,14 +87,15 @@ pub enum PagerError {
 /// Dropping it leaves missing pages missing: who touches them sleeps until the [`UserFault`] goes, and then reads zeros.
 pub struct UserFaultPager {
     pages: Pages,
-    missing: Missing,
+    /// Which pages are missing: the map with which this was armed, or an empty one.
+    map: RwLock<Arc<SharedPageMap>>,
     faults: Faults,
     staging: Pool,
     /// Held while arming and disarming: whether it is armed.
     armed: Mutex<bool>,
     can_move: bool,
-    /// Pages that were missing when it was armed, and blocks of [`HUGE_BLOCK`] that were not installed as huge pages.
-    split: Mutex<(PageSet, PageSet)>,
+    /// Blocks of [`HUGE_BLOCK`] that were not installed as huge pages.
+    split: Mutex<PageSet>,
 }
 
 impl UserFaultPager {
@@ -123,7 +123,7 @@ impl UserFaultPager {
         let pages = ram.layout().pages();
         Ok(Self {
             pages: Pages::new(ram, fault.clone())?,
-            missing: Missing::none(pages),
+            map: RwLock::new(nothing_missing(pages)),
             faults: Faults::new(fault)?,
             staging: Pool::new(huge),
             armed: Mutex::new(false),
@@ -132,20 +132,28 @@ impl UserFaultPager {
         })
     }
 
-    /// How many pages are missing. Takes time in proportion to the RAM (about 0.1 ms for 64 GiB).
+    /// Returns how many pages are missing.
     pub fn missing(&self) -> u64 {
-        self.missing.len()
+        self.map().read(|map| map.missing().len())
     }
 
-    /// Whether `page` is missing: looking at it would wait.
+    /// Returns whether `page` is missing: looking at it would wait.
     pub fn is_missing(&self, page: u64) -> bool {
-        self.missing.contains(page)
+        self.map().is_missing(page)
+    }
+
+    fn map(&self) -> Arc<SharedPageMap> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_map(&self, map: Arc<SharedPageMap>) {
+        *self.map.write().unwrap_or_else(PoisonError::into_inner) = map;
     }
 
     fn note_split(&self, run: PageRange) {
         if self.pages.ram().backing() == Backing::TransparentHuge {
             let mut split = self.split.lock().unwrap_or_else(PoisonError::into_inner);
-            split.1.insert(run.first / HUGE_BLOCK);
+            split.insert(run.first / HUGE_BLOCK);
         }
     }
 
@@ -182,8 +190,8 @@ impl UserFaultPager {
         range: PageRange,
         mut work: impl FnMut(&mut Claim<'_>) -> io::Result<u64>,
     ) -> io::Result<Installed> {
-        let mut pages = 0;
-        while let Some(mut claim) = self.missing.claim(range)? {
+        let (map, mut pages) = (self.map(), 0);
+        while let Some(mut claim) = map.claim(range)? {
             let claimed: u64 = claim.runs().iter().map(|run| run.count).sum();
             let worked = work(&mut claim);
             self.finish(claim)?;
@@ -201,7 +209,8 @@ impl UserFaultPager {
         if !self.pages.ram().backing().is_shared() {
             return None;
         }
-        let mut claim = self.missing.claim_whole(range)?;
+        let map = self.map();
+        let mut claim = map.claim_whole(range)?;
         let hidden = self.pages.hidden(range)?;
         if let Err(error) = fill(&hidden) {
             // what is half filled goes before the claim does. If it cannot, it stays hidden, and is overwritten.
@@ -224,7 +233,7 @@ impl UserFaultPager {
         if fault.kind == Kind::WriteProtect {
             return Err(VmError::new(format!("a write-protection fault on page {page}, which nobody asked for")));
         }
-        if self.missing.touched(page) {
+        if self.map().touched(page) {
             let known = self.pages.fault().features() & features::THREAD_ID != 0 && fault.thread != 0;
             return Ok(Some(Fault { page, thread: known.then_some(fault.thread) }));
         }
@@ -240,11 +249,11 @@ impl Pager for UserFaultPager {
 
     /// Registers first, and drops afterwards: in the other order, a touch in between would make a page of zeros that
     /// stays. So who touches RAM during this call sleeps, or reads what it held before.
-    fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
-        let ram = self.pages.ram();
+    fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {
+        let (ram, missing) = (self.pages.ram(), map.missing());
         let all = ram.layout().pages();
         if missing.capacity() != all {
-            return Err(VmError::new(format!("a set of {} pages for {all} pages of RAM", missing.capacity())));
+            return Err(VmError::new(format!("a map of {} pages for {all} pages of RAM", missing.capacity())));
         }
         for run in missing.ranges() {
             self.check(run).map_err(|e| VmError::because("watch for missing pages", e))?;
@@ -254,7 +263,7 @@ impl Pager for UserFaultPager {
             return Err(VmError::new("missing pages are watched for already"));
         }
         // before the first fault can come
-        self.missing.set(missing);
+        self.set_map(map.clone());
         let mut registered = 0;
         let mut watch = || -> Result<(), VmError> {
             for index in 0..ram.layout().regions().len() {
@@ -269,12 +278,11 @@ impl Pager for UserFaultPager {
             Ok(())
         };
         let result = watch();
-        let blocks = PageSet::empty(all.div_ceil(HUGE_BLOCK));
-        *self.split.lock().unwrap_or_else(PoisonError::into_inner) = (missing.clone(), blocks);
+        *self.split.lock().unwrap_or_else(PoisonError::into_inner) = PageSet::empty(all.div_ceil(HUGE_BLOCK));
         match result {
             Ok(()) => *armed = true,
             Err(_) => {
-                self.missing.set(&PageSet::empty(all));
+                self.set_map(nothing_missing(all));
                 let _ = self.unregister(registered); // the first error is the one to tell
             }
         }
@@ -302,7 +310,8 @@ impl Pager for UserFaultPager {
 
     /// Makes huge pages of the blocks that arrived in pieces, as far as all their pages hold data.
     fn settle(&self) {
-        let (were_missing, blocks) = std::mem::take(&mut *self.split.lock().unwrap_or_else(PoisonError::into_inner));
+        let blocks = std::mem::take(&mut *self.split.lock().unwrap_or_else(PoisonError::into_inner));
+        let were_missing = self.map().read(|map| map.left_behind().clone());
         for block in blocks.iter() {
             let range = PageRange::new(block * HUGE_BLOCK, HUGE_BLOCK);
             let whole = were_missing.count_in(range) == HUGE_BLOCK && self.pages.is_huge_block(range);
@@ -369,7 +378,7 @@ impl Pager for UserFaultPager {
     fn give_up(&self) {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::take(&mut *armed) {
-            self.missing.set(&PageSet::empty(self.pages.ram().layout().pages()));
+            self.set_map(nothing_missing(self.pages.ram().layout().pages()));
             // best effort: the memory goes with the VM, and the descriptor with it
             let _ = self.unregister(self.pages.ram().layout().regions().len());
         }
@@ -380,7 +389,7 @@ impl Pager for UserFaultPager {
         if !*armed {
             return Ok(());
         }
-        let missing = self.missing.len();
+        let missing = self.missing();
         if missing != 0 {
             return Err(VmError::new(format!("{missing} pages are missing still")));
         }
@@ -394,6 +403,10 @@ impl Drop for UserFaultPager {
     fn drop(&mut self) {
         let _ = self.disarm(); // refuses while pages are missing
     }
+}
+
+fn nothing_missing(pages: u64) -> Arc<SharedPageMap> {
+    Arc::new(SharedPageMap::new(PageMap::new(pages)))
 }
 
 /// Host address and length in bytes of RAM region `index`.

@@ -7,10 +7,10 @@ use std::{
     thread,
 };
 
-use migration_core::{GuestRam, PAGE_SHIFT, PAGE_SIZE, PageRange, RamSlice};
+use migration_core::{GuestRam, PAGE_SHIFT, PAGE_SIZE, PageRange, RamSlice, shared_map::Claim};
 use nix::errno::Errno;
 
-use super::{GRANULE, HUGE_BLOCK, faults::Kind, missing::Claim, staging::Staging};
+use super::{GRANULE, HUGE_BLOCK, faults::Kind, staging::Staging};
 use crate::{
     ram::{Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
     tracker::{

@@ -7,9 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::{GuestRam, PageRange, RamLayout, RamRegion, RamSlice};
+use migration_core::{
+    GuestRam, PageRange, RamLayout, RamRegion, RamSlice,
+    patience::{Holder, PATIENCE, StillHeld, wait_until},
+};
 
-use super::patience::{Holder, PATIENCE, StillHeld, wait_until};
 use crate::ram::{Backing, HUGE_PAGE_SIZE, MappedRam};
 
 /// Buffers kept for reuse, 2 MiB each: as many as lanes usually install at once.

@@ -30,7 +30,7 @@ pub fn stress(backing: Backing) -> Outcome {
     const ZERO_EVERY: u64 = 7;
     let world = World::new(backing)?;
     world.pages_of(|page| world.write(page, b"stale"))?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let (granule, installed) = (world.pager.granule(), AtomicU64::new(0));
     let is_zero = |page: u64| (page / granule).is_multiple_of(ZERO_EVERY);
     let count = |result: io::Result<Installed>| -> Result<(), String> {
@@ -132,7 +132,7 @@ pub fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
     // SAFETY: the VM is new and goes before the RAM does; nothing else keeps it alive.
     let slots = unsafe { GuestSlots::of_regions(world.ram.clone(), 0)? };
     slots.install(&vm)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let answer = |fault: Fault| {
         let block = world.block(fault.page);
         let copy = &mut |slices: &[RamSlice<'_>]| {
@@ -182,7 +182,7 @@ pub fn cost(backing: Backing) -> Outcome {
                 continue;
             }
             let data = vec![0x5a; PAGE_SIZE * step as usize];
-            world.pager.arm(&world.all())?;
+            world.arm(&world.all())?;
             let start = Instant::now();
             for first in (0..PAGES).step_by(step as usize) {
                 world.pager.install(range(first, step), &mut |slices| {

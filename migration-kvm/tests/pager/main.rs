@@ -39,7 +39,7 @@ type Check = fn(Backing) -> Outcome;
 /// Who touches a missing page sleeps until it is installed, and is reported with page and thread.
 fn touching_sleeps(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     for page in [0, 1500, 2047] {
         let (done, thread_id) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| -> Outcome {
@@ -74,7 +74,7 @@ fn touching_sleeps(backing: Backing) -> Outcome {
 /// A write to a missing page lands on top of its contents.
 fn writes_wait_too(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let answer = |fault: Fault| world.install(world.block(fault.page), 3).map(|_| ());
     world.serve(answer, || world.write(700, b"written"))??;
     let mut want = contents(700, 3);
@@ -87,7 +87,7 @@ fn writes_wait_too(backing: Backing) -> Outcome {
 /// Of two that install the same page at the same time, one wins, with all of its contents.
 fn racing_installs(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     for turn in 0..world.pages() / 512 {
         let block = if world.pager.granule() == 1 { range(turn * 512 + 100, 60) } else { range(turn * 512, 512) };
         let barrier = Barrier::new(2);
@@ -117,7 +117,7 @@ fn racing_installs(backing: Backing) -> Outcome {
 /// Pages that are there keep what they hold, also inside a range that is installed later.
 fn duplicates_keep_their_contents(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let granule = world.pager.granule();
     if granule == 1 {
         expect(world.install(range(3, 4), 1)?, 4, 0)?;
@@ -146,7 +146,7 @@ fn zeros(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     // stale contents, dropped by arming
     world.pages_of(|page| world.write(page, &contents(page, 9)))?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let granule = world.pager.granule();
     expect(world.install(world.block(600), 1)?, granule, 0)?;
     // leaves a half-filled page behind
@@ -187,7 +187,7 @@ fn others_are_left_alone(backing: Backing) -> Outcome {
     }
     let mut missing = PageSet::empty(world.pages());
     missing.insert_range(range(1536, 512));
-    world.pager.arm(&missing)?;
+    world.arm(&missing)?;
     let reported = Mutex::new(Vec::new());
     let answer = |fault: Fault| {
         reported.lock().map_err(|_| io::ErrorKind::Other)?.push(fault.page);
@@ -228,7 +228,7 @@ fn stale_pages_are_dropped(backing: Backing) -> Outcome {
     for first in (granule..world.pages()).step_by(3 * granule as usize) {
         missing.insert_range(range(first, granule));
     }
-    world.pager.arm(&missing)?;
+    world.arm(&missing)?;
     let answer = |fault: Fault| world.install(world.block(fault.page), 1).map(|_| ());
     let checked = world.serve(answer, || {
         world.pages_of(|page| world.holds(range(page, 1), if missing.contains(page) { 1 } else { 9 }))
@@ -242,7 +242,7 @@ fn stale_pages_are_dropped(backing: Backing) -> Outcome {
 /// When contents do not arrive, nothing is installed, and who sleeps sleeps on.
 fn a_failed_fill_leaves_it_missing(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let block = if world.pager.granule() == 1 { range(40, 64) } else { range(0, 512) };
     thread::scope(|scope| -> Outcome {
         let toucher = scope.spawn(|| world.read(50).map_err(|e| format!("{e:?}")));
@@ -272,7 +272,7 @@ fn a_failed_fill_leaves_it_missing(backing: Backing) -> Outcome {
 /// One that waits for another's claim takes over when that one fails.
 fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let block = if world.pager.granule() == 1 { range(8, 8) } else { range(0, 512) };
     let (begun, second_filled) = (Barrier::new(2), Barrier::new(2));
     thread::scope(|scope| -> Outcome {
@@ -299,7 +299,7 @@ fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
 /// A range over the border of two regions; aligned stretches of pages that are not aligned in the host's memory.
 fn across_regions(backing: Backing) -> Outcome {
     let world = World::with_regions(backing, [0x20_5000, 0x40_3000])?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     expect(world.install(range(515, 6), 1)?, 6, 0)?;
     expect(world.install(range(512, 512), 2)?, 506, 6)?;
     expect(world.install(range(1024, 512), 3)?, 512, 0)?;
@@ -345,7 +345,7 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
     let possible = possible && world.fault.features() & features::MOVE != 0;
     // stale small pages in one of them, and a stale huge page in another
     world.write(1024, b"stale")?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     expect(world.install(range(600, 1), 1)?, 1, 0)?;
     for (first, pages, duplicates) in [(0, 512, 0), (512, 511, 1), (1536, 512, 0), (1024, 512, 0)] {
         expect(world.install(range(first, 512), 2)?, pages, duplicates)?;
@@ -386,7 +386,7 @@ fn shared_huge_pages(backing: Backing) -> Outcome {
     ensure(&there == b"shared", || format!("{there:?}"))?;
     drop(other);
     // stale pages inside a huge one, and all of another one
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     for first in (0..world.pages()).step_by(256) {
         expect(world.install(range(first, 256), 2)?, 256, 0)?;
     }
@@ -416,7 +416,7 @@ fn beside_a_tracker(backing: Backing) -> Outcome {
     harvest(&mut tracker)?;
     let mut missing = world.all();
     missing.remove_range(range(1024, 512)); // holes
-    world.pager.arm(&missing)?;
+    world.arm(&missing)?;
     let answer = |fault: Fault| world.install(world.block(fault.page), 1).map(|_| ());
     world.serve(answer, || -> Outcome {
         harvest(&mut tracker)?;
@@ -455,7 +455,7 @@ fn beside_a_tracker(backing: Backing) -> Outcome {
 /// A tracker that comes and goes while pages are missing leaves them missing.
 fn a_tracker_comes_and_goes(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let mut tracker = WriteProtect::new(world.ram.clone(), world.fault.clone());
     let answer = |fault: Fault| world.install(world.block(fault.page), 1).map(|_| ());
     world.serve(answer, || -> Outcome {
@@ -475,7 +475,7 @@ fn a_tracker_comes_and_goes(backing: Backing) -> Outcome {
 /// The marks that write-protection leaves where no page is do not count as pages.
 fn protected_holes_are_missing(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     for (index, region) in world.ram.layout().regions().iter().enumerate() {
         let address = world.ram.host_address(index);
         world.fault.register(address.as_ptr() as u64, region.len, Modes::WRITE_PROTECT)?;
@@ -498,15 +498,15 @@ fn refusals(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     let granule = world.pager.granule();
     ensure(granule == if backing == Backing::Hugetlb { 512 } else { 1 }, || format!("granule {granule}"))?;
-    ensure(world.pager.arm(&PageSet::full(7)).is_err(), || "a set of another VM".into())?;
+    ensure(world.arm(&PageSet::full(7)).is_err(), || "a set of another VM".into())?;
     if granule > 1 {
         let mut half = PageSet::empty(world.pages());
         half.insert_range(range(0, 256));
-        ensure(world.pager.arm(&half).is_err(), || "half a huge page".into())?;
+        ensure(world.arm(&half).is_err(), || "half a huge page".into())?;
     }
     world.pager.disarm()?;
-    world.pager.arm(&world.all())?;
-    ensure(world.pager.arm(&world.all()).is_err(), || "armed twice".into())?;
+    world.arm(&world.all())?;
+    ensure(world.arm(&world.all()).is_err(), || "armed twice".into())?;
     let refused = world.pager.disarm().map_err(|e| e.to_string());
     ensure(refused.as_ref().is_err_and(|e| e.contains("2048 pages are missing")), || format!("{refused:?}"))?;
     let invalid = |result: io::Result<Installed>, what: PageRange| {
@@ -544,7 +544,7 @@ fn refusals(backing: Backing) -> Outcome {
     expect(late, 0, 512)?;
     ensure(called, || "the contents were left on the lane".into())?;
     // and a second life, on the same memory
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     expect(world.install(range(0, 512), 2)?, 512, 0)?;
     world.holds(range(0, 512), 2)
 }
@@ -553,7 +553,7 @@ fn refusals(backing: Backing) -> Outcome {
 /// hold where nobody else sees it, and are missing no more.
 fn pages_of_another_handler_are_duplicates(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let step = world.pager.granule();
     let theirs = vec![7u8; step as usize * PAGE_SIZE];
     let put = |first: u64| -> Outcome {
@@ -600,7 +600,7 @@ fn pages_of_another_handler_are_duplicates(backing: Backing) -> Outcome {
 /// Who gives up has no missing pages any more, and nobody waits for one.
 fn giving_up_ends_the_watch(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     let first = world.block(0);
     world.install(first, 1)?;
     world.pager.give_up();
@@ -609,7 +609,7 @@ fn giving_up_ends_the_watch(backing: Backing) -> Outcome {
     world.zeros(range(1024, 1))?;
     // and it can be done anew, not only once
     world.pager.give_up();
-    world.pager.arm(&world.all())?;
+    world.arm(&world.all())?;
     ensure(world.pager.missing() == world.pages(), || format!("{} are missing", world.pager.missing()))?;
     world.pager.give_up();
     Ok(())
@@ -626,7 +626,7 @@ fn settling_makes_huge_pages(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     let mut missing = world.all();
     missing.remove(700);
-    world.pager.arm(&missing)?;
+    world.arm(&missing)?;
     // blocks 0 and 3 whole, block 1 but for a page that is nobody's, nothing of block 2
     for page in (0..1024).chain(1536..2048).filter(|&page| page != 700) {
         expect(world.install(range(page, 1), 1)?, 1, 0)?;

@@ -5,7 +5,10 @@ use std::{fs, io, sync::Arc, thread, time::Duration};
 use libtest_mimic::Failed;
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
+    page_map::PageMap,
     pager::{Fault, Installed, Pager},
+    shared_map::SharedPageMap,
+    vm::VmError,
 };
 use migration_kvm::{
     pager::UserFaultPager,
@@ -45,6 +48,13 @@ impl World {
 
     pub fn all(&self) -> PageSet {
         PageSet::full(self.pages())
+    }
+
+    /// Arms the pager for a VM of which these pages were left behind.
+    pub fn arm(&self, missing: &PageSet) -> Result<(), VmError> {
+        let mut map = PageMap::new(missing.capacity());
+        map.leave_behind(missing).map_err(|e| VmError::because("leave pages behind", e))?;
+        self.pager.arm(&Arc::new(SharedPageMap::new(map)))
     }
 
     pub fn memory(&self) -> &dyn GuestRam {

@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     HeapRam, PageRange, RamLayout, RamRegion, RamSlice,
     checkpoint::{MemoryStore, PageData},
+    engine::missing::tests::arrive,
     fence::NoFence,
     report::NoObserver,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
@@ -414,7 +415,7 @@ impl ProtectedVm for Guest {
     fn output(&mut self) -> u64 {
         self.output += 1;
         if let Some(missing) = self.missing.as_ref().filter(|_| self.output == 2) {
-            missing.arrived(PageRange::new(0, 16), Default::default());
+            arrive(missing, PageRange::new(0, 16), Default::default());
         }
         self.output
     }

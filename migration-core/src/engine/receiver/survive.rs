@@ -85,7 +85,7 @@ impl Hub {
         let vm = lock(&self.state).machine.vm().ok_or("no VM is held")?;
         let layout = session.ram.layout();
         let mut store = None;
-        if !missing.pages().is_empty() {
+        if !missing.is_complete() {
             let stores = self.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
             let opened =
                 stores.open(vm, session.epoch, layout.pages()).map_err(|e| format!("its forward checkpoint: {e}"))?;

@@ -35,7 +35,7 @@ impl Engine<'_> {
     /// While the guest is paused: what is left behind, and was written after it was put.
     pub(super) fn put_rest_ahead(&mut self) -> Result<(), MigrationError> {
         let Some(store) = self.store_ahead() else { return Ok(()) };
-        let mut pages = self.left.pages();
+        let mut pages = self.map().unclaimed().clone();
         pages.subtract(&self.saved);
         self.put(&store, &pages)?;
         lock(&store).commit(1, self.handed_over.clone()).map_err(not_put)

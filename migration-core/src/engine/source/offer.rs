@@ -8,12 +8,9 @@ const MOST_ENTRY_PAGES: usize = 128;
 
 impl Engine<'_> {
     /// What is to move while the guest is paused: `pages`, and what was dirtied up to now.
-    fn rest(&mut self, pages: PageSet) -> Result<PageSet, MigrationError> {
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        // of `pages` too: some may have become free since they were harvested
-        self.spare(&mut rest);
-        Ok(rest)
+    fn rest(&mut self, pages: &PageSet) -> Result<PageSet, MigrationError> {
+        self.map().sending(pages)?;
+        self.harvest()
     }
 
     /// Of the pages that would be left behind, those that the guest needs at once.
@@ -48,7 +45,7 @@ impl Engine<'_> {
         let mut state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
         state.sections.extend(self.log_to_carry()?);
         // after saving: that dirtied pages too. RAM that is shared is there already, whatever was dirtied
-        let mut rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(pages)? };
+        let mut rest = if self.shared { PageSet::empty(self.pages()) } else { self.rest(&pages)? };
         let mut now = PageSet::empty(self.pages());
         if leave && !self.shared {
             now = self.entry_pages(&state, &rest);
@@ -99,7 +96,7 @@ impl Engine<'_> {
             self.in_time(heard + self.options.setup_timeout, "the destination to get ready")?;
         }
         if let Some(generation) = round {
-            self.end_round(generation, &now, &[], began);
+            self.end_round(generation, &now, &[], began)?;
             if leave {
                 // they are counted as what they are
                 self.report.rounds.pop();

@@ -1,13 +1,14 @@
 //! Serving the pages that a VM misses where it runs: what post-copy needs of the host. migration-kvm implements it over
 //! userfaultfd.
 //!
-//! A pager is *armed* with the set of missing pages before any state is loaded. From then on whoever touches one of
-//! them (a vCPU, KVM itself, a thread of the VMM) sleeps until it is installed: whole, at once, so that nobody ever reads
-//! half a page, and never as zeros that it did not hold.
+//! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on whoever touches a page that
+//! is missing there (a vCPU, KVM itself, a thread of the VMM) sleeps until it is installed: whole, at once, so that nobody
+//! ever reads half a page, and never as zeros that it did not hold.
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
-use crate::{page::PageRange, page_set::PageSet, ram::RamSlice, vm::VmError};
+use super::{page::PageRange, ram::RamSlice, shared_map::SharedPageMap};
+use crate::vm::VmError;
 
 /// Somebody touched a missing page, and sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,12 +37,13 @@ pub trait Pager: Send + Sync {
     /// huge pages that the host cannot split (hugetlb).
     fn granule(&self) -> u64;
 
-    /// Drops what these pages hold now, and begins to watch them. `missing` consists of whole blocks of
-    /// [`granule`](Self::granule) pages. Pages outside it are not touched.
+    /// Drops what the pages that are missing in `map` hold now, and begins to watch them. They are whole blocks of
+    /// [`granule`](Self::granule) pages. Pages that are not missing are not touched. The pager keeps the map, and has
+    /// a [claim](SharedPageMap::claim) in it whenever it installs a page.
     ///
     /// # Errors
     /// When the host does not permit it, saying which right is missing.
-    fn arm(&self, missing: &PageSet) -> Result<(), VmError>;
+    fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError>;
 
     /// Waits for faults, and appends those that have come to `faults`: one or more, or none when `timeout` passed or
     /// [`wake_waiters`](Self::wake_waiters) was called. The same page may be reported again, by other threads, until it

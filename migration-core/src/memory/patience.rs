@@ -1,4 +1,5 @@
-//! How long one thread of a pager waits for another one, and what it reports when that was in vain.
+//! How long threads that install pages wait for each other, and what they report when that was in
+//! vain.
 
 use std::{
     io,
@@ -7,18 +8,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::PageRange;
 use thiserror::Error;
+
+use super::page::PageRange;
 
 /// The longest wait for another thread of the same pager. It is several times the time after which
 /// a lane gives up a silent peer: a thread that only waits for its contents ends by itself first.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The most holders that an error names: as many as lanes usually install at once.
 const NAMED: usize = 16;
 
 /// A thread that holds what others may wait for.
 #[derive(Clone, Debug)]
-pub(super) struct Holder {
+pub struct Holder {
     thread: Thread,
     pub(super) pages: PageRange,
     since: Instant,
@@ -26,7 +28,7 @@ pub(super) struct Holder {
 
 impl Holder {
     /// Returns the calling thread, which is about to install `pages`.
-    pub(super) fn this_thread(pages: PageRange) -> Self {
+    pub fn this_thread(pages: PageRange) -> Self {
         Self { thread: thread::current(), pages, since: Instant::now() }
     }
 }
@@ -34,7 +36,7 @@ impl Holder {
 /// A wait for other threads of the pager that has lasted too long.
 #[derive(Debug, Error)]
 #[error("pages {}+{}: {what} was not to be had within {patience:?}; {holders}", pages.first, pages.count)]
-pub(super) struct StillHeld {
+pub struct StillHeld {
     /// What was waited for.
     what: &'static str,
     /// The pages that were to be installed.
@@ -46,7 +48,8 @@ pub(super) struct StillHeld {
 }
 
 impl StillHeld {
-    pub(super) fn new<'a>(
+    /// Describes a wait for `what`, which one of `holders` had, to install `pages`.
+    pub fn new<'a>(
         what: &'static str,
         pages: PageRange,
         patience: Duration,
@@ -69,8 +72,8 @@ impl StillHeld {
     }
 }
 
-/// Waits on `changed` until it is notified. Returns `None` once `deadline` has passed.
-pub(super) fn wait_until<'a, T>(
+/// Waits on `changed` until it is notified; wakes for no reason are passed on. Returns `None` once `deadline` has passed.
+pub fn wait_until<'a, T>(
     changed: &Condvar,
     guard: MutexGuard<'a, T>,
     deadline: Instant,

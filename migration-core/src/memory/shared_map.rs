@@ -1,0 +1,277 @@
+//! A page map that several threads use at once, each under a claim of its own.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use super::{
+    page::PageRange,
+    page_map::PageMap,
+    page_set::PageSet,
+    patience::{Holder, PATIENCE, StillHeld, wait_until},
+};
+
+/// The [`PageMap`] of a VM whose pages arrive while it runs. Its lock is held for looking at bits
+/// only, never during a system call or while contents arrive: in between, a thread has a [`Claim`].
+pub struct SharedPageMap {
+    state: Mutex<State>,
+    /// A claim was given back.
+    released: Condvar,
+    /// The longest wait for a claim of another thread.
+    patience: Duration,
+}
+
+struct State {
+    map: PageMap,
+    /// Claims by their number.
+    claims: BTreeMap<u64, Claimed>,
+    /// Number of the next claim.
+    next: u64,
+}
+
+struct Claimed {
+    holder: Holder,
+    /// The pages, and whether a fault of one of them was read meanwhile.
+    runs: Vec<(PageRange, bool)>,
+}
+
+impl SharedPageMap {
+    /// Shares `map`.
+    pub fn new(map: PageMap) -> Self {
+        let state = State { map, claims: BTreeMap::new(), next: 0 };
+        Self { state: Mutex::new(state), released: Condvar::new(), patience: PATIENCE }
+    }
+
+    /// Looks at the map. No other thread can change it meanwhile.
+    pub fn read<T>(&self, look: impl FnOnce(&PageMap) -> T) -> T {
+        look(&self.lock().map)
+    }
+
+    /// Changes the map, before anybody has a claim.
+    pub fn change<T>(&self, change: impl FnOnce(&mut PageMap) -> T) -> T {
+        change(&mut self.lock().map)
+    }
+
+    /// Returns the pages that are missing.
+    pub fn missing(&self) -> PageSet {
+        self.read(|map| map.missing().clone())
+    }
+
+    /// Returns whether `page` is missing.
+    pub fn is_missing(&self, page: u64) -> bool {
+        self.read(|map| map.missing().contains(page))
+    }
+
+    /// Records that a fault of `page` was read: somebody touched it, and sleeps. Returns whether it is
+    /// missing.
+    pub fn touched(&self, page: u64) -> bool {
+        let mut state = self.lock();
+        if !state.map.missing().contains(page) {
+            return false;
+        }
+        let runs = state.claims.values_mut().flat_map(|claim| &mut claim.runs);
+        if let Some((_, touched)) = runs.into_iter().find(|(run, _)| run.pages().contains(&page)) {
+            *touched = true;
+        }
+        true
+    }
+
+    /// Claims all of `range`; `None` unless every page of it is missing and unclaimed.
+    pub fn claim_whole(&self, range: PageRange) -> Option<Claim<'_>> {
+        self.take(&mut self.lock(), range, vec![range])
+    }
+
+    /// Claims what is missing in `range` and nobody else has claimed. When others have claimed all that
+    /// is missing there, it waits until they are done, for they may fail. Returns `None` when nothing
+    /// is missing in it any more.
+    ///
+    /// Who calls this must hold no claim: two of them could wait for each other.
+    ///
+    /// # Errors
+    /// Of kind `TimedOut`, when others have not come to an end within a minute: it names the threads.
+    pub fn claim(&self, range: PageRange) -> io::Result<Option<Claim<'_>>> {
+        let deadline = Instant::now() + self.patience;
+        let mut state = self.lock();
+        loop {
+            let free: Vec<_> = state.map.unclaimed().ranges_in(range).collect();
+            if !free.is_empty() {
+                return Ok(self.take(&mut state, range, free));
+            }
+            if state.map.missing().first_in(range).is_none() {
+                return Ok(None);
+            }
+            state = match wait_until(&self.released, state, deadline) {
+                Some(state) => state,
+                None => return Err(self.still_claimed(range)),
+            };
+        }
+    }
+
+    fn still_claimed(&self, range: PageRange) -> io::Error {
+        let state = self.lock();
+        let holders = state.claims.values().map(|claim| &claim.holder);
+        let overlap = holders.filter(|holder| holder.pages.first < range.end() && range.first < holder.pages.end());
+        let held = StillHeld::new("their claim", range, self.patience, overlap, None);
+        io::Error::new(io::ErrorKind::TimedOut, held)
+    }
+
+    /// Claims `runs`, which lie in `range`, if all of them are free.
+    fn take(&self, state: &mut State, range: PageRange, runs: Vec<PageRange>) -> Option<Claim<'_>> {
+        let free = |run: &PageRange| state.map.unclaimed().count_in(*run) == run.count;
+        if !runs.iter().all(free) {
+            return None;
+        }
+        for &run in &runs {
+            state.map.claim(run).ok()?;
+        }
+        let number = state.next;
+        state.next += 1;
+        let holder = Holder::this_thread(range);
+        state.claims.insert(number, Claimed { holder, runs: runs.iter().map(|&run| (run, false)).collect() });
+        Some(Claim { shared: self, number, runs, installed: Vec::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // no code that holds the lock leaves the map half-changed
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Missing pages that one thread may install. When it is dropped, what was not installed can be claimed
+/// again.
+pub struct Claim<'a> {
+    shared: &'a SharedPageMap,
+    number: u64,
+    runs: Vec<PageRange>,
+    installed: Vec<PageRange>,
+}
+
+impl Claim<'_> {
+    /// Returns the pages: maximal runs, ascending.
+    pub fn runs(&self) -> Vec<PageRange> {
+        self.runs.clone()
+    }
+
+    /// Records that these pages are there now. Pages of which this claim has none are ignored.
+    pub fn installed(&mut self, pages: PageRange) {
+        self.installed.push(pages);
+    }
+
+    /// Ends the claim. Returns the runs in which a fault was read meanwhile.
+    ///
+    /// Whoever reads a fault of a claimed page takes it for a missing one. But the page may have been
+    /// there already and been discarded again, before the map knew. So the installer wakes who sleeps
+    /// there, and the fault is raised once more and seen for what it is.
+    pub fn finish(mut self) -> Vec<PageRange> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Vec<PageRange> {
+        if self.runs.is_empty() {
+            return Vec::new();
+        }
+        let mut state = self.shared.lock();
+        let claimed = state.claims.remove(&self.number);
+        for run in self.installed.drain(..) {
+            // what this claim does not have is ignored
+            let _ = state.map.arrived(run);
+        }
+        for run in self.runs.drain(..) {
+            let rest: Vec<_> = state.map.missing().ranges_in(run).collect();
+            // nobody else has claimed it, so this cannot fail
+            rest.into_iter().for_each(|run| _ = state.map.unclaim(run));
+        }
+        drop(state);
+        self.shared.released.notify_all();
+        let runs = claimed.map(|claimed| claimed.runs).unwrap_or_default();
+        runs.into_iter().filter_map(|(run, touched)| touched.then_some(run)).collect()
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn range(first: u64, count: u64) -> PageRange {
+        PageRange::new(first, count)
+    }
+
+    fn missing(runs: &[PageRange]) -> SharedPageMap {
+        let (mut map, mut set) = (PageMap::new(200), PageSet::empty(200));
+        runs.iter().for_each(|&run| set.insert_range(run));
+        map.leave_behind(&set).unwrap();
+        SharedPageMap::new(map)
+    }
+
+    #[test]
+    fn a_claim_takes_what_is_free_and_gives_back_what_it_did_not_install() {
+        let record = missing(&[range(10, 20), range(40, 5)]);
+        let mut a = record.claim(range(15, 5)).unwrap().unwrap();
+        assert_eq!(a.runs(), [range(15, 5)]);
+        assert!(record.claim_whole(range(10, 20)).is_none());
+        assert!(record.claim_whole(range(28, 4)).is_none());
+        let b = record.claim(range(0, 200)).unwrap().unwrap();
+        assert_eq!(b.runs(), [range(10, 5), range(20, 10), range(40, 5)]);
+        a.installed(range(15, 2));
+        drop((a, b));
+        assert_eq!(record.missing().len(), 23);
+        assert_eq!(record.claim(range(0, 30)).unwrap().unwrap().runs(), [range(10, 5), range(17, 13)]);
+        assert!(record.claim(range(15, 2)).unwrap().is_none());
+        assert!(record.claim_whole(range(17, 13)).is_some());
+    }
+
+    #[test]
+    fn who_finds_all_claimed_waits_for_the_outcome() {
+        let record = missing(&[range(0, 2)]);
+        let mut first = record.claim_whole(range(0, 2)).unwrap();
+        thread::scope(|scope| {
+            let second = scope.spawn(|| record.claim(range(0, 2)).unwrap().map(|claim| claim.runs()));
+            first.installed(range(0, 1));
+            drop(first);
+            assert_eq!(second.join().unwrap().unwrap(), [range(1, 1)]);
+        });
+    }
+
+    #[test]
+    fn a_wait_for_a_claim_ends_and_names_who_has_it() {
+        let mut record = missing(&[range(0, 2), range(8, 4)]);
+        record.patience = Duration::from_millis(1);
+        let others = record.claim_whole(range(8, 4)).unwrap();
+        thread::scope(|scope| {
+            let record = &record;
+            let hold = move || record.claim_whole(range(0, 2)).unwrap();
+            let claim = thread::Builder::new().name("mig-lane-3".into()).spawn_scoped(scope, hold).unwrap();
+            let claim = claim.join().unwrap();
+            let error = record.claim(range(1, 1)).err().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            let text = error.to_string();
+            assert!(text.contains("mig-lane-3 has had one for pages 0+2"), "{text}");
+            assert!(!text.contains("8+4"), "{text}");
+            drop(claim);
+            assert_eq!(record.claim(range(1, 1)).unwrap().unwrap().runs(), [range(1, 1)]);
+        });
+        drop(others);
+        assert!(record.lock().claims.is_empty());
+    }
+
+    #[test]
+    fn a_fault_during_an_installation_is_told_to_the_installer() {
+        let record = missing(&[range(0, 8)]);
+        let claim = record.claim_whole(range(0, 4)).unwrap();
+        assert!(record.touched(2) && record.touched(6));
+        assert!(!record.touched(9));
+        assert_eq!(claim.finish(), [range(0, 4)]);
+        assert!(record.claim_whole(range(0, 8)).unwrap().finish().is_empty());
+    }
+}
