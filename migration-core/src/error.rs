@@ -5,7 +5,8 @@ use std::{io, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError, wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError,
+    wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the

@@ -24,6 +24,7 @@ use super::{
     lane::{Job, Lane},
     missing::Missing,
     pages::Copied,
+    rounds::RoundDriver,
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
@@ -55,8 +56,8 @@ pub(super) struct Protection {
 
 struct Protected {
     vm: Box<dyn ProtectedVm>,
-    /// Pages that were written since the last committed checkpoint, and are not in the tracker any more.
-    owed: PageSet,
+    /// What is due was written since the last committed checkpoint.
+    rounds: RoundDriver,
     /// The last checkpoint that was begun.
     number: u32,
 }
@@ -69,9 +70,15 @@ struct Frozen {
 }
 
 impl Protection {
-    pub(super) fn new(mut vm: Box<dyn ProtectedVm>, identity: Bytes, pages: u64) -> Result<Self, VmError> {
-        vm.tracker().start().map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
-        let protected = Protected { vm, owed: PageSet::empty(pages), number: 0 };
+    pub(super) fn new(
+        mut vm: Box<dyn ProtectedVm>,
+        identity: Bytes,
+        ram: Arc<dyn GuestRam>,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, VmError> {
+        let mut rounds = RoundDriver::new(ram, observer);
+        rounds.track(&mut *vm).map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
+        let protected = Protected { vm, rounds, number: 0 };
         Ok(Self {
             protected: Mutex::new(Some(protected)),
             identity,
@@ -84,8 +91,9 @@ impl Protection {
     /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
     /// out from here on is held.
     pub(super) fn begin(&self) -> Result<(), MigrationError> {
-        if let Some(Protected { vm, owed, .. }) = lock(&self.protected).as_mut() {
-            vm.tracker().harvest(&mut PageSet::empty(owed.capacity()))?;
+        if let Some(Protected { vm, rounds, .. }) = lock(&self.protected).as_mut() {
+            let written = rounds.harvest(&mut **vm)?.written;
+            rounds.arrived(&written)?;
             if self.wanted.load(Ordering::Relaxed) {
                 vm.hold_output();
             }
@@ -110,52 +118,48 @@ impl Protection {
     /// Takes a checkpoint, and returns when it is committed.
     fn checkpoint(&self, lane: &mut CheckpointLane) -> Result<(), MigrationError> {
         let mut guard = lock(&self.protected);
-        let Some(Protected { vm, owed, number }) = guard.as_mut() else { return Ok(()) };
+        let Some(Protected { vm, rounds, number }) = guard.as_mut() else { return Ok(()) };
         *number = number.wrapping_add(1);
         let number = *number;
         // stage I
-        owed.union_with(&harvest(&mut **vm, owed.capacity())?);
-        let rearm = vm.tracker().rearm();
-        let mut pages = lane.send_live(owed, rearm.clone(), number)?;
+        // (if the tracker reports a page that is still missing, to read it fetches it)
+        rounds.harvest(&mut **vm)?;
+        let live = rounds.due();
+        let rearm = rounds.begin(vm.tracker(), &live, false)?;
+        let mut pages = lane.send_live(&live, rearm.clone(), number)?;
         // stage II
         let paused = vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"));
-        let frozen = paused.and_then(|()| freeze(&mut **vm, &*lane.lane.ram, rearm.as_deref()));
+        let frozen = paused.and_then(|()| freeze(&mut **vm, rounds, &*lane.lane.ram, rearm.as_deref()));
         // also behind a pause that failed: some vCPUs may have stopped
         vm.resume().map_err(MigrationError::vm("resuming the guest after a checkpoint"))?;
-        let (rest, frozen) = frozen?;
-        owed.union_with(&rest);
+        let frozen = frozen?;
         pages += lane.send_copy(&frozen, number)?;
         for chunk in frozen.state.chunks(STATE_CHUNK) {
             lane.say(&Checkpoint::State(Bytes::copy_from_slice(chunk)), number)?;
         }
         lane.say(&Checkpoint::Commit { pages, state_bytes: frozen.state.len() as u64 }, number)?;
         lane.await_commit(number)?;
-        owed.clear();
+        let committed = rounds.due();
+        rounds.arrived(&committed)?;
         vm.release_output(Some(frozen.output));
         Ok(())
     }
 }
 
-/// Pages that the guest has written. (If the tracker reports one that is still missing, to read it fetches it.)
-fn harvest(vm: &mut dyn ProtectedVm, pages: u64) -> Result<PageSet, MigrationError> {
-    let mut dirty = PageSet::empty(pages);
-    vm.tracker().harvest(&mut dirty)?;
-    Ok(dirty)
-}
-
 /// While the guest is paused.
 fn freeze(
     vm: &mut dyn ProtectedVm,
+    rounds: &mut RoundDriver,
     ram: &dyn GuestRam,
     rearm: Option<&dyn Rearm>,
-) -> Result<(PageSet, Frozen), MigrationError> {
+) -> Result<Frozen, MigrationError> {
     let state = vm.save_state().map_err(MigrationError::vm("saving the state for a checkpoint"))?.encode();
     let output = vm.output();
     // behind the save, which writes too
-    let rest = harvest(vm, ram.layout().pages())?;
+    let rest = rounds.harvest(vm)?.written;
     let mut copied = Copied::default();
     copied.take(ram, &rest, rearm)?;
-    Ok((rest, Frozen { copied, state, output }))
+    Ok(Frozen { copied, state, output })
 }
 
 /// The destination's end of the checkpoint lane.

@@ -42,18 +42,7 @@ impl LaneReceiver {
         session: Arc<Session>,
         bytes: Arc<AtomicU64>,
     ) -> Self {
-        Self {
-            kind,
-            index,
-            reader,
-            peer,
-            session,
-            bytes,
-            sequence: 0,
-            generation: 0,
-            pages: 0,
-            buffer: Vec::new(),
-        }
+        Self { kind, index, reader, peer, session, bytes, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
     }
 
     /// Receives until the lane ends; it always ends with an error, which is no fault once the session is sealed.

@@ -19,6 +19,7 @@ mod missing;
 mod pages;
 mod progress;
 mod receiver;
+mod rounds;
 mod serve;
 mod session;
 mod snapshot;

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::rounds::Tracked;
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     checkpoint::PageData,
@@ -25,7 +26,7 @@ pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet 
 }
 
 /// The pages that are free now, if that is known. When to ask: see [`SourceVm::free_pages`].
-pub(super) fn free(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -> PageSet {
+pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut free = PageSet::empty(pages);
     if let Err(error) = vm.free_pages(&mut free) {
         let why = format!("free pages are not known, they are sent like others: {error}");

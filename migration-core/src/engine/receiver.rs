@@ -41,8 +41,6 @@ use crate::{
     checkpoint::ForwardStores,
     codec::DecodeError,
     fence::{Fence, Fenced, NoFence},
-    page_map::PageMap,
-    page_set::PageSet,
     pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
@@ -520,12 +518,7 @@ impl Hub {
                 let vm = vm.as_mut().ok_or_else(no_vm)?;
                 vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
             }
-            DestinationAction::Missing { first, bitmap } => {
-                let mut pages = PageSet::empty(session.map.read(PageMap::pages));
-                add_missing(&mut pages, first, &bitmap)?;
-                let left = session.map.change(|map| map.leave_behind(&pages));
-                left.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
-            }
+            DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
             DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
                 if session.shared {
@@ -621,7 +614,7 @@ impl Hub {
         session.wait_demand(lanes, self.options.idle_timeout)?;
         drop(self.current(attachment)?);
         let pager = session.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "it is not agreed on"))?;
-        let pages = session.map.missing();
+        let pages = std::mem::take(&mut *lock(&session.listed));
         if pages.len() != announced || lanes == 0 {
             let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
             return Err(DecodeError::invalid("missing pages", why).into());
@@ -629,6 +622,8 @@ impl Hub {
         if !is_whole(&pages, pager.granule()) {
             return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
         }
+        let left = session.map.change(|map| map.leave_behind(&pages));
+        left.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
         pager.arm(&session.map).map_err(MigrationError::vm("watching for missing pages"))?;
         if let Some(protection) = &session.protection {
             protection.begin()?;

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread,
@@ -104,7 +104,7 @@ impl Pace {
 /// Where each page is, as the source knows it, and what it takes to send those that were left behind. Whoever sends one
 /// claims it first, so each moves once.
 pub(super) struct Left {
-    pub(super) map: Mutex<PageMap>,
+    pub(super) map: Arc<Mutex<PageMap>>,
     /// The generation as which they move.
     pub(super) generation: AtomicU32,
     /// Pages that move together, aligned: 1, or those of a huge page.
@@ -116,9 +116,9 @@ pub(super) struct Left {
 }
 
 impl Left {
-    pub(super) fn new(pages: u64) -> Self {
+    pub(super) fn new(map: Arc<Mutex<PageMap>>) -> Self {
         Self {
-            map: Mutex::new(PageMap::new(pages)),
+            map,
             generation: AtomicU32::new(0),
             block: AtomicU64::new(1),
             demanded: AtomicU64::new(0),
@@ -248,8 +248,8 @@ impl Engine<'_> {
         self.say(&end)?;
         self.lacking = missing.len();
         self.missing_pages = self.lacking;
-        self.touched.union_with(&missing);
-        self.map().leave_behind(&missing)?;
+        self.rounds.gone(&missing);
+        self.rounds.map().leave_behind(&missing)?;
         self.left.generation.store(generation, Ordering::Release);
         Ok(())
     }
@@ -258,7 +258,7 @@ impl Engine<'_> {
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         let dirtied = std::mem::take(&mut self.dirtied_last);
         self.heat_up(&dirtied, DIRTIED);
-        order.begin(lock(&self.left.map).unclaimed(), &self.heat);
+        order.begin(self.rounds.map().unclaimed(), &self.heat);
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
@@ -343,17 +343,12 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        let listed = self.map().lacking(&missing);
+        let listed = self.rounds.map().lacking(&missing);
         listed.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
         self.lacking = expected;
         let sent = self.report.pages.pushed + self.left.demanded.load(Ordering::Relaxed);
         self.missing_pages = expected.saturating_add(sent);
         self.open_lanes()
-    }
-
-    /// Where each page is, as this side knows it.
-    pub(super) fn map(&self) -> MutexGuard<'_, PageMap> {
-        lock(&self.left.map)
     }
 
     /// The granularity in which pages are left behind.
@@ -414,8 +409,9 @@ mod tests {
     fn left(pages: &[(u64, u64)], block: u64) -> Left {
         let mut set = PageSet::empty(2000);
         pages.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
-        let left = Left::new(2000);
-        lock(&left.map).leave_behind(&set).unwrap();
+        let mut map = PageMap::new(2000);
+        map.leave_behind(&set).unwrap();
+        let left = Left::new(Arc::new(Mutex::new(map)));
         left.block.store(block, Ordering::Relaxed);
         left
     }

@@ -13,7 +13,7 @@ use super::{
     serve::missing_frames,
 };
 use crate::{
-    MigrationError,
+    MigrationError, PageSet,
     channel::{Closer, WriteHalf},
     codec::DecodeError,
     page_map::PageMap,
@@ -46,6 +46,8 @@ pub(super) struct Session {
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
+    /// The list of missing pages that is coming in. It counts once all rounds before it are here: see `map`.
+    pub(super) listed: Mutex<PageSet>,
     /// Where each page is: what rounds have brought, what is left behind, and what arrives of that.
     pub(super) map: Arc<SharedPageMap>,
     /// For how long the session may last before the VM is offered.
@@ -134,6 +136,7 @@ impl Session {
     ) -> Self {
         let count = usize::from(lanes);
         let ram = vm.ram();
+        let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
         let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
         let allowance = Allowance::new(ram.layout().bytes(), grace, protection.is_some());
         let lane_state = LaneState {
@@ -163,6 +166,7 @@ impl Session {
             vm: Mutex::new(Some(vm)),
             pager,
             protection,
+            listed,
             map,
             allowance,
             loading: AtomicBool::new(false),

@@ -13,12 +13,11 @@ use super::{
     estimate::Calibration,
     events::Guarded,
     handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, lock},
-    lane::{stripe_pages, stripes},
     limits::{check_description, check_estimate, check_state},
-    pages::{self, Copied, not_put},
+    pages::{Copied, not_put},
     progress::{ProgressMeter, Reading},
+    rounds::{Harvest, RoundDriver},
     source::{PIECE_BUDGET, PROGRESS_INTERVAL},
-    tracking::Tracking,
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
@@ -29,12 +28,10 @@ use crate::{
     snapshot::SavedVm,
     spawner::GuestImpact,
     state::{MAX_SECTIONS, MAX_STATE, Section},
-    strategy::{Convergence, Link, ModelConvergence, Next, Round},
+    strategy::{Link, ModelConvergence, PushOrder, Round, Running, Snapshot, Strategy, Verbs},
     vm::{DestinationHost, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
-/// Passes over the running guest's memory, at most: then it is paused, however much is left.
-const MAX_PASSES: usize = 30;
 /// Most that is copied in memory during the pause. What is left beyond it goes to the store while the guest waits.
 const MAX_COPY: u64 = (256 << 20) / PAGE_SIZE as u64;
 /// Room for pages that the guest writes between the last harvest and the pause.
@@ -109,7 +106,7 @@ pub fn snapshot(
     (requests.post_copy, requests.switch_over) = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot));
     drop(requests);
     let mut taking = Taking::new(vm, store, options, commands);
-    let result = taking.run();
+    let result = taking.run(&mut Snapshot::<ModelConvergence>::default());
     taking.give_back();
     lock(&taking.commands.requests).end();
     if result.is_err() {
@@ -126,21 +123,23 @@ struct Taking<'a> {
     options: &'a SnapshotOptions,
     commands: Commands,
     ram: Arc<dyn GuestRam>,
+    /// Set before the strategy begins.
+    description: Option<VmDescription>,
     start: Instant,
-    tracking: Tracking,
+    rounds: RoundDriver,
     paused_at: Option<Instant>,
     throttle: u8,
-    touched: PageSet,
-    /// Pages that were left out at least once, because they were free.
-    spared: PageSet,
     pieces: Vec<Section>,
+    /// What is copied in the pause.
+    copied: Copied,
+    /// The encoded VM of that moment.
+    saved: Vec<u8>,
     calibration: Calibration,
     meter: ProgressMeter,
     round_began: Instant,
     /// Pages that all passes had to put.
     pages_due: u64,
     round_put: u64,
-    last_harvest: Instant,
     dirty_rate: Option<f64>,
     last_progress: Instant,
     report: SnapshotReport,
@@ -155,25 +154,26 @@ impl<'a> Taking<'a> {
     ) -> Self {
         let ram = vm.ram();
         let (now, pages) = (Instant::now(), ram.layout().pages());
+        let rounds = RoundDriver::new(ram.clone(), options.observer.clone());
         Self {
             vm,
             store,
             options,
             commands,
             ram,
+            description: None,
             start: now,
-            tracking: Tracking::new(pages),
+            rounds,
             paused_at: None,
             throttle: 0,
-            touched: PageSet::empty(pages),
-            spared: PageSet::empty(pages),
             pieces: Vec::new(),
+            copied: Copied::default(),
+            saved: Vec::new(),
             calibration: Calibration::default(),
             meter: ProgressMeter::default(),
             round_began: now,
             pages_due: 0,
             round_put: 0,
-            last_harvest: now,
             dirty_rate: None,
             last_progress: now,
             report: SnapshotReport {
@@ -188,123 +188,37 @@ impl<'a> Taking<'a> {
         }
     }
 
-    fn run(&mut self) -> Result<(), MigrationError> {
+    fn run(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
         if let Some(why) = self.vm.blocked("snapshot") {
             return Err(MigrationError::Blocked(why));
         }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
         check_description(&description)?;
+        self.description = Some(description);
         self.vm.start().map_err(MigrationError::vm("starting to save device state"))?;
         self.check_state_limits()?;
-        let mut pages = self.start_tracking()?;
-        let mut convergence = ModelConvergence::default();
-        for _ in 0..MAX_PASSES {
-            let round = self.put(&pages)?;
-            pages = self.harvest()?;
-            match convergence.judge(&round, &pages, &self.link()) {
-                Next::Round => {}
-                Next::Throttle(percent) => self.throttle(percent)?,
-                Next::GiveUp(why) => return Err(MigrationError::GaveUp(why)),
-                _ => break,
-            }
-        }
-        let mut copied = Copied::with_room(pages.len().saturating_add(SPARE_ROOM).min(MAX_COPY));
-        self.check_state_limits()?;
-        self.pause()?;
-        let frozen = self.freeze(description, pages, &mut copied);
-        self.resume()?;
-        let saved = frozen?;
-        // the guest's moment is over: neither throttle nor tracker is needed while the store gets the rest
-        self.lift_throttle();
-        self.stop_tracking();
-        let report = &mut self.report.pages;
-        for (n, (page, data)) in copied.pages().enumerate() {
-            if n.is_multiple_of(512) {
-                heard(&self.commands)?;
-            }
-            self.store.put(page, data).map_err(not_put)?;
-            count(report, &mut self.touched, page, data);
-        }
-        self.spared.subtract(&self.touched);
-        report.free = self.spared.len();
-        report.distinct = self.touched.len();
-        heard(&self.commands)?;
-        let committing = |cause| MigrationError::Store { step: "committing the snapshot", cause };
-        self.store.commit(1, saved.into()).map_err(committing)
+        strategy.migrate(Running::new(self))?;
+        Ok(())
     }
 
-    /// While the guest is paused: its state, and a copy of the pages that are not in the store yet.
-    fn freeze(&mut self, vm: VmDescription, pages: PageSet, copied: &mut Copied) -> Result<Vec<u8>, MigrationError> {
-        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
-        check_state(&state)?;
-        // after saving: that dirtied pages too
-        let mut rest = self.harvest()?;
-        rest.union_with(&pages);
-        self.spare(&mut rest);
-        let mut few = PageSet::empty(rest.capacity());
-        for run in rest.ranges() {
+    /// While the guest is paused: copies as many of `pages` as there is room for, and puts the others.
+    fn copy(&mut self, mut pages: PageSet) -> Result<(), MigrationError> {
+        let mut few = PageSet::empty(pages.capacity());
+        for run in pages.ranges() {
             let room = MAX_COPY - few.len();
             if room == 0 {
                 break;
             }
             few.insert_range(PageRange::new(run.first, run.count.min(room)));
         }
-        copied.take(&*self.ram, &few, None)?;
+        self.copied.take(&*self.ram, &few, None)?;
         self.report.copied = few.len();
-        rest.subtract(&few);
-        if !rest.is_empty() {
-            self.put(&rest)?;
-        }
-        let (running, pieces) = (self.vm.starts_running(), std::mem::take(&mut self.pieces));
-        let saved = SavedVm { vm, epoch: self.options.epoch, running, pieces, state }.encode();
-        self.report.state_bytes = saved.len() as u64;
-        if saved.len() > MAX_STATE {
-            let cause = VmError::new(format!("{} bytes, above the limit of {MAX_STATE}", saved.len()));
-            return Err(MigrationError::Vm { step: "saving the state", cause });
-        }
-        Ok(saved)
-    }
-
-    fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        self.tracking.start(self.vm.tracker())?;
-        self.last_harvest = Instant::now();
-        let mut pages = pages::populated(&*self.ram, &*self.options.observer);
-        self.report.pages.hole = pages.capacity() - pages.len();
-        self.spare(&mut pages);
-        Ok(pages)
-    }
-
-    fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = self.tracking.harvest(self.vm.tracker())?;
-        self.spare(&mut pages);
-        if self.paused_at.is_none() {
-            let since = self.last_harvest.elapsed().as_secs_f64();
-            self.dirty_rate = (since > 0.0).then(|| pages.len() as f64 / since);
-            self.last_harvest = Instant::now();
-        }
-        Ok(pages)
-    }
-
-    /// Takes out the pages that are free now; when, see [`SourceVm::free_pages`].
-    fn spare(&mut self, pages: &mut PageSet) {
-        let mut free = pages::free(self.vm, pages.capacity(), &*self.options.observer);
-        free.intersect_with(pages);
-        pages.subtract(&free);
-        self.spared.union_with(&free);
+        pages.subtract(&few);
+        if pages.is_empty() { Ok(()) } else { self.put(&pages).map(drop) }
     }
 
     /// A pass over `pages`, into the store.
     fn put(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
-        if self.paused_at.is_none() {
-            let (pieces, pending) =
-                self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
-            self.calibration.pending(pending);
-            self.pieces.extend(pieces);
-            if self.pieces.len() > MAX_SECTIONS {
-                let cause = VmError::new(format!("more than {MAX_SECTIONS} pieces of device state"));
-                return Err(MigrationError::Vm { step: "saving a piece of device state", cause });
-            }
-        }
         (self.round_began, self.round_put) = (Instant::now(), 0);
         self.pages_due = self.pages_due.saturating_add(pages.len());
         let throttle_percent = self.throttle;
@@ -318,19 +232,19 @@ impl<'a> Taking<'a> {
             let reading = self.reading();
             self.meter.begin(&reading);
         }
-        // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused_at.is_some() { None } else { self.tracking.rearm(self.vm.tracker()) };
+        let rearm = self.rounds.begin(self.vm.tracker(), pages, self.paused_at.is_some())?;
         let plain = self.report.pages.plain;
-        for range in stripes(0, 1, pages.capacity()).map(stripe_pages).filter(|&range| pages.count_in(range) > 0) {
+        for stripe in RoundDriver::stripes(pages) {
             heard(&self.commands)?;
             let mut put = |page, data: PageData<'_>| {
-                count(&mut self.report.pages, &mut self.touched, page, data);
+                count(&mut self.report.pages, data);
                 self.store.put(page, data)
             };
-            pages::put(&*self.ram, range, pages, rearm.as_deref(), &mut put)?;
-            self.round_put += pages.count_in(range);
+            self.rounds.read(stripe, pages, rearm.as_deref(), &mut put)?;
+            self.round_put += pages.count_in(stripe);
             self.tell_progress();
         }
+        self.rounds.arrived(pages)?;
         let wire_bytes = (self.report.pages.plain - plain) * PAGE_SIZE as u64;
         let time = self.round_began.elapsed();
         if let Some(round) = self.report.rounds.last_mut() {
@@ -339,6 +253,19 @@ impl<'a> Taking<'a> {
         }
         let (generation, asked) = (self.report.rounds.len() as u32, pages.len());
         Ok(Round { generation, asked, sent: asked, wire_bytes, time })
+    }
+
+    /// Saves the pieces of device state that are ready, while the guest runs.
+    fn save_pieces(&mut self) -> Result<(), MigrationError> {
+        let (pieces, pending) =
+            self.vm.iterate_state(PIECE_BUDGET).map_err(MigrationError::vm("saving a piece of device state"))?;
+        self.calibration.pending(pending);
+        self.pieces.extend(pieces);
+        if self.pieces.len() > MAX_SECTIONS {
+            let cause = VmError::new(format!("more than {MAX_SECTIONS} pieces of device state"));
+            return Err(MigrationError::Vm { step: "saving a piece of device state", cause });
+        }
+        Ok(())
     }
 
     /// Asks the VMM what the pause will have to save, and refuses what a snapshot cannot hold while the guest still runs.
@@ -355,54 +282,27 @@ impl<'a> Taking<'a> {
         lock(&self.commands.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
     }
 
-    fn link(&self) -> Link {
-        let known = self.calibration.describe(Link {
-            downtime_limit: self.downtime_limit(),
-            elapsed: self.start.elapsed(),
-            timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
-            stop_on_timeout: true,
-            impact: self.options.impact,
-            ..Link::default()
-        });
-        // the pause copies in memory, and nobody loads anything
-        let fixed_downtime = self.calibration.pause_and_save();
-        Link { bytes_per_second: COPY_SPEED, bytes_per_page: PAGE_SIZE as f64, fixed_downtime, ..known }
-    }
-
-    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
-        self.vm.throttle(percent).map_err(MigrationError::vm("throttling the guest"))?;
-        self.throttle = percent;
-        self.report.throttle_percent = self.report.throttle_percent.max(percent);
-        Ok(())
-    }
-
-    fn pause(&mut self) -> Result<(), MigrationError> {
-        self.paused_at = Some(Instant::now());
-        // nothing is decided by the limit any more
-        lock(&self.commands.requests).tuning = Err(NoTuning::TooLate);
-        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
-    }
-
-    fn resume(&mut self) -> Result<(), MigrationError> {
+    /// Lets a guest that is paused go on.
+    fn go_on(&mut self) -> Result<(), MigrationError> {
         let Some(paused) = self.paused_at.take() else { return Ok(()) };
         let resumed = self.vm.resume().map_err(MigrationError::vm("resuming the guest"));
         self.report.downtime = paused.elapsed();
         resumed
     }
 
-    fn stop_tracking(&mut self) {
-        if let Err(error) = self.tracking.give_back(self.vm.tracker()) {
+    fn give_tracker_back(&mut self) {
+        if let Err(error) = self.rounds.give_tracker_back(self.vm.tracker()) {
             self.options.observer.event(&Event::Warning(format!("stopping the tracker: {error}")));
         }
     }
 
     /// Everything as it was before: the guest runs at full speed, its dirty bits are whole.
     fn give_back(&mut self) {
-        if let Err(error) = self.resume() {
+        if let Err(error) = self.go_on() {
             self.options.observer.event(&Event::Warning(error.to_string()));
         }
         self.lift_throttle();
-        self.stop_tracking();
+        self.give_tracker_back();
     }
 
     fn lift_throttle(&mut self) {
@@ -443,12 +343,129 @@ impl<'a> Taking<'a> {
     }
 }
 
-fn count(pages: &mut PageCounts, touched: &mut PageSet, page: u64, data: PageData<'_>) {
+impl Verbs for Taking<'_> {
+    fn pages(&self) -> u64 {
+        self.report.pages.total
+    }
+
+    fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        let pages = self.rounds.start(self.vm)?;
+        self.report.pages.hole = self.rounds.counts().holes;
+        Ok(pages)
+    }
+
+    fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
+        self.save_pieces()?;
+        self.put(pages)
+    }
+
+    fn harvest(&mut self) -> Result<PageSet, MigrationError> {
+        let Harvest { pages, time, .. } = self.rounds.harvest(self.vm)?;
+        let time = time.as_secs_f64();
+        if self.paused_at.is_none() {
+            self.dirty_rate = (time > 0.0).then(|| pages.len() as f64 / time);
+        }
+        Ok(self.rounds.due())
+    }
+
+    fn link(&self) -> Link {
+        let known = self.calibration.describe(Link {
+            downtime_limit: self.downtime_limit(),
+            elapsed: self.start.elapsed(),
+            timed_out: self.options.timeout.is_some_and(|timeout| self.start.elapsed() >= timeout),
+            stop_on_timeout: true,
+            impact: self.options.impact,
+            ..Link::default()
+        });
+        // the pause copies in memory, and nobody loads anything
+        let fixed_downtime = self.calibration.pause_and_save();
+        Link { bytes_per_second: COPY_SPEED, bytes_per_page: PAGE_SIZE as f64, fixed_downtime, ..known }
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
+        self.vm.throttle(percent).map_err(MigrationError::vm("throttling the guest"))?;
+        self.throttle = percent;
+        self.report.throttle_percent = self.report.throttle_percent.max(percent);
+        Ok(())
+    }
+
+    fn expect_downtime(&mut self, _: Duration) {}
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        // in the pause there is no time to get memory
+        self.copied = Copied::with_room(self.rounds.due().len().saturating_add(SPARE_ROOM).min(MAX_COPY));
+        self.check_state_limits()?;
+        self.paused_at = Some(Instant::now());
+        // nothing is decided by the limit any more
+        lock(&self.commands.requests).tuning = Err(NoTuning::TooLate);
+        self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
+    }
+
+    fn resume(&mut self) -> Result<(), MigrationError> {
+        self.go_on()
+    }
+
+    /// Saves the state, and copies what is not in the store.
+    fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
+        let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
+        check_state(&state)?;
+        self.rounds.map().sending(&pages)?;
+        // after saving: that dirtied pages too
+        let rest = self.harvest()?;
+        self.copy(rest)?;
+        let vm =
+            self.description.take().ok_or_else(|| MigrationError::Blocked("the state was saved already".into()))?;
+        let (running, pieces) = (self.vm.starts_running(), std::mem::take(&mut self.pieces));
+        self.saved = SavedVm { vm, epoch: self.options.epoch, running, pieces, state }.encode();
+        self.report.state_bytes = self.saved.len() as u64;
+        if self.saved.len() > MAX_STATE {
+            let cause = VmError::new(format!("{} bytes, above the limit of {MAX_STATE}", self.saved.len()));
+            return Err(MigrationError::Vm { step: "saving the state", cause });
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self, _: PageSet) -> Result<(), MigrationError> {
+        Err(MigrationError::Blocked("a snapshot has no destination".into()))
+    }
+
+    fn left_behind(&self) -> u64 {
+        0
+    }
+
+    fn serve(&mut self, _: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        Err(MigrationError::Blocked("a snapshot has no destination".into()))
+    }
+
+    /// The guest's moment is over: neither throttle nor tracker is needed while the store gets the rest.
+    fn commit(&mut self) -> Result<(), MigrationError> {
+        if self.saved.is_empty() {
+            return Err(MigrationError::Blocked("no state was saved".into()));
+        }
+        self.lift_throttle();
+        self.give_tracker_back();
+        let rest = self.rounds.due();
+        for (n, (page, data)) in self.copied.pages().enumerate() {
+            if n.is_multiple_of(512) {
+                heard(&self.commands)?;
+            }
+            self.store.put(page, data).map_err(not_put)?;
+            count(&mut self.report.pages, data);
+        }
+        self.rounds.arrived(&rest)?;
+        let counts = self.rounds.counts();
+        (self.report.pages.free, self.report.pages.distinct) = (counts.free, counts.distinct);
+        heard(&self.commands)?;
+        let committing = |cause| MigrationError::Store { step: "committing the snapshot", cause };
+        self.store.commit(1, std::mem::take(&mut self.saved).into()).map_err(committing)
+    }
+}
+
+fn count(pages: &mut PageCounts, data: PageData<'_>) {
     match data {
         Some(_) => pages.plain += 1,
         None => pages.zero += 1,
     }
-    touched.insert(page);
 }
 
 /// An error if the user has cancelled, or the guest has ended. Other commands mean nothing here.

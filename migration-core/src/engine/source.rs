@@ -36,8 +36,8 @@ use super::{
     limits::check_state,
     pages,
     progress::ProgressMeter,
+    rounds::{Harvest, RoundDriver},
     serve::{DemandLane, Left},
-    tracking::Tracking,
 };
 use crate::{
     MigrationError, PageSet,
@@ -134,11 +134,7 @@ pub(super) struct Engine<'a> {
     unanswered: Option<Instant>,
     last_progress: Instant,
     cancelled: Option<String>,
-    tracking: Tracking,
-    pub(super) touched: PageSet,
-    /// Pages that were left out at least once, because they were free.
-    spared: PageSet,
-    last_harvest: Instant,
+    pub(super) rounds: RoundDriver,
     /// How many lanes have sent their part of the round.
     lanes_done: u16,
     paused_at: Option<Instant>,
@@ -191,6 +187,8 @@ impl<'a> Engine<'a> {
         let now = Instant::now();
         let ram = vm.ram();
         let pages = ram.layout().pages();
+        let rounds = RoundDriver::new(ram.clone(), options.observer.clone());
+        let left = Arc::new(Left::new(rounds.shared_map()));
         let epoch = options.last_epoch.saturating_add(1);
         let report = Report {
             strategy,
@@ -244,10 +242,7 @@ impl<'a> Engine<'a> {
             unanswered: None,
             last_progress: now,
             cancelled: None,
-            tracking: Tracking::new(pages),
-            touched: PageSet::empty(pages),
-            spared: PageSet::empty(pages),
-            last_harvest: now,
+            rounds,
             lanes_done: 0,
             paused_at: None,
             paused: false,
@@ -260,7 +255,7 @@ impl<'a> Engine<'a> {
             report,
             heat: Vec::new(),
             dirtied_last: PageSet::default(),
-            left: Arc::new(Left::new(pages)),
+            left,
             lacking: 0,
             missing_pages: 0,
             features: 0,
@@ -448,7 +443,7 @@ impl<'a> Engine<'a> {
         self.is_alive();
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
-            let unsent = self.map().never_claimed();
+            let unsent = self.rounds.map().never_claimed();
             if unsent > 0 {
                 let why = format!("{unsent} pages were never sent");
                 return Err(DecodeError::invalid("complete", why).into());
@@ -499,10 +494,8 @@ impl<'a> Engine<'a> {
         let (wire_bytes, time) = (self.counters.wire_bytes.load(Ordering::Relaxed), Duration::ZERO);
         let round = RoundReport { pages: pages.len(), wire_bytes, time, throttle_percent: self.throttle };
         self.report.rounds.push(round);
-        self.map().sending(pages)?;
         self.prolong_pause(pages.len());
-        // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
+        let rearm = self.rounds.begin(self.vm.tracker(), pages, self.paused)?;
         for lane in &self.lanes {
             let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
             // a lane that is gone has said why, which arrives as an input
@@ -525,8 +518,7 @@ impl<'a> Engine<'a> {
                 sent.remove_range(stripe_pages(stripe));
             }
         }
-        self.map().acknowledged(&sent)?;
-        self.touched.union_with(&sent);
+        self.rounds.arrived(&sent)?;
         let time = began.elapsed();
         let now = self.counters.wire_bytes.load(Ordering::Relaxed);
         let mut wire_bytes = 0;
@@ -537,17 +529,6 @@ impl<'a> Engine<'a> {
         }
         self.pages_due = self.pages_due.saturating_sub(pages.len() - sent.len());
         Ok(Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time })
-    }
-
-    /// Leaves out the pages that are free now, and returns all that are. Only after tracking has begun, or after a harvest, or
-    /// while the guest is paused: see [`SourceVm::free_pages`] for why.
-    fn spare(&mut self) -> PageSet {
-        let free = pages::free(self.vm, self.report.pages.total, &*self.options.observer);
-        let mut spared = free.clone();
-        spared.intersect_with(self.map().unsent());
-        self.spared.union_with(&spared);
-        self.map().free_for_now(&free);
-        free
     }
 
     /// The guest has used these pages, which says so much about them.
@@ -600,17 +581,13 @@ impl Verbs for Engine<'_> {
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         // nothing was read yet, unless this is not the first time; and what is written meanwhile need not be tracked
-        if self.report.demand_lanes > 0 && !self.tracking.active {
+        if self.report.demand_lanes > 0 && !self.rounds.is_tracking() {
             let referenced = pages::referenced(self.vm, self.report.pages.total, &*self.options.observer);
             self.heat_up(&referenced, REFERENCED);
         }
-        self.tracking.start(self.vm.tracker())?;
-        self.last_harvest = Instant::now();
-        let pages = pages::populated(&*self.ram, &*self.options.observer);
-        self.report.pages.hole = self.pages() - pages.len();
-        self.map().dirtied(&pages)?;
-        self.spare();
-        Ok(self.map().unsent().clone())
+        let pages = self.rounds.start(self.vm)?;
+        self.report.pages.hole = self.rounds.counts().holes;
+        Ok(pages)
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
@@ -643,15 +620,9 @@ impl Verbs for Engine<'_> {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let mut pages = self.tracking.harvest(self.vm.tracker())?;
-        self.saved.subtract(&pages);
-        // the tracker has begun anew: a page that is free from here on is reported again once it is written. One that it
-        // re-arms only when it is sent stays reported, until it is free no more
-        self.map().dirtied(&pages)?;
-        let free = self.spare();
-        pages.subtract(&free);
-        let since = self.last_harvest.elapsed().as_secs_f64();
-        self.last_harvest = Instant::now();
+        let Harvest { written, pages, time } = self.rounds.harvest(self.vm)?;
+        self.saved.subtract(&written);
+        let since = time.as_secs_f64();
         if !self.paused && since > 0.0 {
             self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
         }
@@ -663,7 +634,7 @@ impl Verbs for Engine<'_> {
                 self.heat_up(&pages, DIRTIED);
             }
         }
-        Ok(self.map().unsent().clone())
+        Ok(self.rounds.due())
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
@@ -707,7 +678,7 @@ impl Verbs for Engine<'_> {
     fn resume(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.paused = false;
-        self.map().taken_back();
+        self.rounds.map().taken_back();
         self.end_watch();
         self.tell_controllers();
         self.report.downtime = self.paused_at.map(|at| at.elapsed());
@@ -739,7 +710,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn left_behind(&self) -> u64 {
-        self.map().left_behind().len()
+        self.rounds.map().left_behind().len()
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

@@ -452,7 +452,10 @@ mod tests {
                 Change::ClaimBlock(page) => {
                     if free(self.known[page as usize]) {
                         let around = PageRange::new(page / BLOCK * BLOCK, BLOCK.min(PAGES - page / BLOCK * BLOCK));
-                        self.set(around, |known| if free(known) { Source { claimed: true, ever: true } } else { known });
+                        self.set(
+                            around,
+                            |known| if free(known) { Source { claimed: true, ever: true } } else { known },
+                        );
                     }
                 }
                 Change::Unclaim(range) => {
@@ -469,11 +472,15 @@ mod tests {
                     let outside = [PageRange::new(0, range.first), PageRange::new(range.end(), PAGES - range.end())];
                     let unsaid = outside.into_iter().find_map(|part| self.find(part, |known, _| never(known)));
                     none(unsaid, MapError::NeverSent)?;
-                    outside.into_iter().for_each(|part| self.set(part, |known| if left(known) { Arrived } else { known }));
+                    outside
+                        .into_iter()
+                        .for_each(|part| self.set(part, |known| if left(known) { Arrived } else { known }));
                     self.set(range, |known| Source { claimed: false, ever: !never(known) });
                 }
                 Change::TakenBack => {
-                    for (known, unsent) in self.known.iter_mut().zip(&mut self.unsent).filter(|(known, _)| left(**known)) {
+                    for (known, unsent) in
+                        self.known.iter_mut().zip(&mut self.unsent).filter(|(known, _)| left(**known))
+                    {
                         (*known, *unsent) = (Here, true);
                     }
                 }
@@ -506,7 +513,8 @@ mod tests {
 
     fn changes() -> impl Strategy<Value = Vec<Change>> {
         // few borders, so that changes meet
-        let range = (0..30u64, 0..8u64).prop_map(|(first, count)| PageRange::new(10 * first, (5 * count).min(PAGES - 10 * first)));
+        let range = (0..30u64, 0..8u64)
+            .prop_map(|(first, count)| PageRange::new(10 * first, (5 * count).min(PAGES - 10 * first)));
         let change = (0..13, range).prop_map(|(kind, range)| match kind {
             0 => Change::Dirtied(range),
             1 => Change::Free(range),

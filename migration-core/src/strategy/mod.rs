@@ -11,6 +11,7 @@ mod hand_over;
 mod post_copy;
 mod precopy;
 pub mod push_order;
+mod snapshot;
 mod stop_and_copy;
 
 use std::time::Duration;
@@ -20,6 +21,7 @@ pub use hand_over::HandOver;
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
 pub use push_order::{Linear, PushOrder};
+pub use snapshot::Snapshot;
 pub use stop_and_copy::StopAndCopy;
 
 use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};
@@ -191,6 +193,10 @@ pub trait Verbs {
     fn left_behind(&self) -> u64;
     /// Serves the destination's faults and pushes all else in an order, until it has all pages.
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError>;
+    /// Makes what the store has got final. Only an engine that puts pages into a store can.
+    fn commit(&mut self) -> Result<(), MigrationError> {
+        Err(MigrationError::Blocked("pages go to a destination: there is no store to commit".into()))
+    }
 }
 
 /// The guest runs at the source.
@@ -259,6 +265,15 @@ impl<'a> Running<'a> {
         Err(MigrationError::GaveUp(why.into()))
     }
 
+    /// Ends a snapshot: the store has all pages and the state of one moment, and keeps them for good. The guest runs on.
+    ///
+    /// # Errors
+    /// [`MigrationError::Store`] when the store fails, and [`MigrationError::Blocked`] in a migration, which has no store.
+    pub fn commit(self) -> Result<Done, MigrationError> {
+        self.verbs.commit()?;
+        Ok(Done(()))
+    }
+
     /// Pauses the guest.
     pub fn pause(self) -> Result<Paused<'a>, MigrationError> {
         self.verbs.pause()?;
@@ -323,7 +338,7 @@ impl HandedOver<'_> {
     }
 }
 
-/// Proof that a strategy came to its end: only [`HandedOver`] makes one.
+/// Proof that a strategy came to its end: only [`HandedOver`] and a [commit](Running::commit) make one.
 #[derive(Debug)]
 pub struct Done(());
 

@@ -429,7 +429,11 @@ fn guest(memory: &Arc<Memory>, missing: Option<Arc<Missing>>) -> (Protection, Ar
     let calls = Arc::<Mutex<Calls>>::default();
     let tracker = BitmapTracker::new(memory.bitmap.clone());
     let guest = Guest { memory: memory.clone(), tracker, calls: calls.clone(), output: 0, missing };
-    (Protection::new(Box::new(guest), Bytes::from_static(b"here"), 16).unwrap(), calls)
+    (
+        Protection::new(Box::new(guest), Bytes::from_static(b"here"), memory.ram.clone(), Arc::new(NoObserver))
+            .unwrap(),
+        calls,
+    )
 }
 
 /// The destination's end of a lane to a source, which keeps checkpoints there until it is dropped.

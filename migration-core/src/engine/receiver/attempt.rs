@@ -190,7 +190,7 @@ impl Hub {
             *features &= !FEATURE_CHECKPOINTS;
             return Ok(None);
         };
-        Protection::new(protected, vm.identity(), vm.ram().layout().pages()).map(Some)
+        Protection::new(protected, vm.identity(), vm.ram(), self.options.observer.clone()).map(Some)
     }
 
     /// Has the source open its lanes. A thread of the session waits for them and tells the source when everything stands

@@ -4,7 +4,7 @@
 use super::*;
 use crate::{
     checkpoint::{CheckpointStore, PageData},
-    engine::pages::{self, not_put},
+    engine::pages::not_put,
 };
 
 /// Passes over the running guest's memory, at most: each puts what was written during the one before.
@@ -23,8 +23,9 @@ impl Engine<'_> {
         let mut pages = self.start_tracking()?;
         for _ in 0..PASSES {
             self.put(&store, &pages)?;
-            pages = self.tracking.harvest(self.vm.tracker())?;
-            self.saved.subtract(&pages);
+            let harvest = self.rounds.harvest(self.vm)?;
+            self.saved.subtract(&harvest.written);
+            pages = harvest.pages;
             if pages.len() <= FEW {
                 break;
             }
@@ -35,27 +36,21 @@ impl Engine<'_> {
     /// While the guest is paused: what is left behind, and was written after it was put.
     pub(super) fn put_rest_ahead(&mut self) -> Result<(), MigrationError> {
         let Some(store) = self.store_ahead() else { return Ok(()) };
-        let mut pages = self.map().unclaimed().clone();
+        let mut pages = self.rounds.map().unclaimed().clone();
         pages.subtract(&self.saved);
         self.put(&store, &pages)?;
         lock(&store).commit(1, self.handed_over.clone()).map_err(not_put)
     }
 
     fn put(&mut self, store: &Mutex<dyn CheckpointStore>, pages: &PageSet) -> Result<(), MigrationError> {
-        // a paused guest writes nothing: there is nothing to re-arm for
-        let rearm = if self.paused { None } else { self.tracking.rearm(self.vm.tracker()) };
-        let ram = self.ram.clone();
-        for stripe in stripes(0, 1, pages.capacity()) {
-            let range = stripe_pages(stripe);
-            if pages.count_in(range) == 0 {
-                continue;
-            }
+        let rearm = self.rounds.rearm(self.vm.tracker(), self.paused);
+        for stripe in RoundDriver::stripes(pages) {
             let mut put_one = |number, data: PageData<'_>| {
                 lock(store).put(number, data)?;
                 self.saved.insert(number);
                 Ok(())
             };
-            pages::put(&*ram, range, pages, rearm.as_deref(), &mut put_one)?;
+            self.rounds.read(stripe, pages, rearm.as_deref(), &mut put_one)?;
             self.heed()?;
             self.within_pause()?;
         }

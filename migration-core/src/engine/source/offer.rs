@@ -9,7 +9,7 @@ const MOST_ENTRY_PAGES: usize = 128;
 impl Engine<'_> {
     /// What is to move while the guest is paused: `pages`, and what was dirtied up to now.
     fn rest(&mut self, pages: &PageSet) -> Result<PageSet, MigrationError> {
-        self.map().sending(pages)?;
+        self.rounds.map().sending(pages)?;
         self.harvest()
     }
 
@@ -34,8 +34,7 @@ impl Engine<'_> {
         if !self.shared || !self.vm.tracker().is_active() {
             return Ok(None);
         }
-        self.tracking.start(self.vm.tracker())?;
-        Ok(Some(dirty_log::section(&self.tracking.written(self.vm.tracker())?)))
+        Ok(Some(dirty_log::section(&self.rounds.written(self.vm.tracker())?)))
     }
 
     /// Saves the state and offers the VM, with `pages` and what was dirtied up to the save sent along, or left behind.

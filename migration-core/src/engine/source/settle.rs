@@ -142,7 +142,7 @@ impl Engine<'_> {
 
     /// Leaves the tracker as it was before the migration. No lane may be at work any more.
     fn give_tracker_back(&mut self) {
-        let given_back = self.tracking.give_back(self.vm.tracker());
+        let given_back = self.rounds.give_tracker_back(self.vm.tracker());
         self.warn_if("stopping the tracker", given_back);
     }
 
@@ -161,11 +161,10 @@ impl Engine<'_> {
         report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
         report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
         report.page_bytes = self.counters.page_bytes.load(Ordering::Relaxed);
-        report.pages.distinct = self.touched.len();
+        let counts = self.rounds.counts();
+        (report.pages.distinct, report.pages.free) = (counts.distinct, counts.free);
         report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
         report.faults.network = self.left.requests.load(Ordering::Relaxed);
-        self.spared.subtract(&self.touched);
-        report.pages.free = self.spared.len();
         if let (None, Some(paused)) = (report.downtime, self.paused_at) {
             report.downtime = Some(paused.elapsed());
         }
@@ -268,7 +267,8 @@ impl Engine<'_> {
             Err(error) => {
                 let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
                 self.aftermath = Some((Outcome::Lost, reason));
-                (self.paused, self.tracking.active, self.throttle) = (false, false, 0);
+                (self.paused, self.throttle) = (false, 0);
+                self.rounds.forget_tracker();
                 return self.vm.released();
             }
         };
@@ -295,7 +295,7 @@ impl Engine<'_> {
         self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
         // it is whatever a checkpoint made it, and runs
         self.paused = false;
-        self.tracking.all_dirty();
+        self.rounds.all_dirty();
         Ok(number)
     }
 
