@@ -26,7 +26,6 @@ use bytes::Bytes;
 
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
-    engine::{add_missing, missing_frames},
     page::{RamLayout, RamRegion},
     page_map::PageMap,
     protocol::{
@@ -37,7 +36,10 @@ use crate::{
     state::{Section, VmState},
     strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
     vm::{VmDescription, VmId},
-    wire::{Control, FEATURE_SHARED_RAM, FaultSummary, Hello, STATE_CHUNK, SessionToken, Welcome},
+    wire::{
+        Control, FEATURE_SHARED_RAM, FaultSummary, Hello, STATE_CHUNK, SessionToken, Welcome, add_missing,
+        missing_frames,
+    },
 };
 
 /// How the guest writes while it runs.

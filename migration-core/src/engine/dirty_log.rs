@@ -1,10 +1,10 @@
 //! The dirty log of a VMM that tracks for itself, as it goes along with a VM whose RAM stays where it is.
 
-use super::serve::{add_missing, encode_bitmap};
 use crate::{
     codec::DecodeError,
     page_set::PageSet,
     state::{MAX_SECTION, Section, VmState},
+    wire::{add_missing, encode_bitmap},
 };
 
 const NAME: &str = "dirty-log";

@@ -18,9 +18,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Commands, ReceiveError, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions, handle::lock, migrate};
+use super::{Commands, ReceiveError, Receiver, ReceiverHandle, ReceiverOptions, SourceOptions, migrate};
 use crate::{
     channel::{Connector, Listener},
+    lock::lock,
     protocol::DestinationPhase,
     report::{Outcome, Report},
     strategy::HandOver,

@@ -18,6 +18,7 @@ use super::{SourceOptions, lane::LaneDone, source};
 use crate::{
     MigrationError,
     channel::Connector,
+    lock::lock,
     report::Report,
     spawner::{Joiner, Role},
     strategy::Strategy,
@@ -395,11 +396,6 @@ impl Migration {
             thread.join();
         }
     }
-}
-
-/// Locks, whether or not another thread panicked: what these locks guard is replaced whole, never half-written.
-pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[cfg(test)]

@@ -9,10 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{STRIPE_PAGES, handle::Input};
+use super::handle::Input;
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::WriteHalf,
+    page::STRIPE_PAGES,
     ram::{GuestRam, RamSlice},
     tracker::Rearm,
     wire::{Bulk, Content, Extent, HUGE_BLOCK, MAX_EXTENTS, MAX_PAYLOAD},

@@ -5,44 +5,35 @@
 //! [`Listener`](crate::channel::Listener) and a [`DestinationHost`](crate::vm::DestinationHost). Both create threads only
 //! through the [`Spawner`] in their options, and end all of them before they return.
 
-mod checkpoint;
 mod control;
+mod destination;
 mod dirty_log;
 pub mod ephemeral;
 mod estimate;
 mod events;
 mod handle;
-mod install;
 mod lane;
 mod limits;
-mod missing;
 mod pages;
 mod progress;
-mod receiver;
 mod rounds;
-mod serve;
-mod session;
 mod snapshot;
 mod source;
 mod tracking;
 
 use std::{sync::Arc, time::Duration};
 
+pub use destination::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
-pub use receiver::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
-pub(crate) use serve::{add_missing, missing_frames};
 pub use snapshot::{RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot};
 pub use source::{PauseLimits, migrate};
 
+pub use crate::page::STRIPE_PAGES;
 use crate::{
     checkpoint::FailSafe,
     report::{NoObserver, Observer},
     spawner::{GuestImpact, Spawner, StdSpawner},
 };
-
-/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a page never
-/// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.
-pub const STRIPE_PAGES: u64 = 512;
 
 /// What to do when the downtime limit cannot be kept: when the time that the user allowed has passed before the hand-over, or
 /// as soon as it is certain that neither another round nor a throttle can help (see

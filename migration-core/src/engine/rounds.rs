@@ -12,7 +12,6 @@ use std::{
 };
 
 use super::{
-    handle::lock,
     lane::{stripe_pages, stripes},
     pages,
     tracking::Tracking,
@@ -20,6 +19,7 @@ use super::{
 use crate::{
     MigrationError, PageRange, PageSet,
     checkpoint::PageData,
+    lock::lock,
     page_map::{MapError, PageMap},
     ram::GuestRam,
     report::Observer,

@@ -12,7 +12,7 @@ use std::{
 use super::{
     estimate::Calibration,
     events::Guarded,
-    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning, lock},
+    handle::{Commands, Input, NoPostCopy, NoSwitchOver, NoTuning},
     limits::{check_description, check_estimate, check_state},
     pages::{Copied, not_put},
     progress::{ProgressMeter, Reading},
@@ -22,6 +22,7 @@ use super::{
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     checkpoint::{CheckpointStore, PageData},
+    lock::lock,
     protocol::SourcePhase,
     ram::GuestRam,
     report::{Event, NoObserver, Observer, PageCounts, RoundReport, Rounds},

@@ -24,6 +24,10 @@ pub const MAX_REGIONS: usize = 512;
 /// [`crate::engine::ReceiverOptions::max_ram_bytes`]).
 pub const MAX_PAGES: u64 = 1 << 34;
 
+/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a page never
+/// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.
+pub const STRIPE_PAGES: u64 = 512;
+
 /// A run of consecutive pages, by page number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageRange {

@@ -7,6 +7,7 @@
 mod bulk;
 mod checkpoint;
 mod control;
+mod page_list;
 
 pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD, MAX_REQUESTS};
 pub use checkpoint::{Checkpoint, MAX_IDENTITY};
@@ -14,6 +15,7 @@ pub use control::{
     Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
 };
 pub(crate) use control::{decode_vm, encode_vm};
+pub(crate) use page_list::{add_missing, encode_bitmap, missing_frames};
 
 use crate::codec::{DecodeError, Reader, Writer};
 

@@ -3,9 +3,11 @@
 
 mod ahead;
 mod connect;
+pub(super) mod keeper;
 mod measure;
 mod offer;
 mod pause;
+mod serve;
 mod settle;
 
 use std::{
@@ -20,29 +22,30 @@ use std::{
 };
 
 use bytes::Bytes;
+use keeper::{Keeper, Kept};
 use pause::PauseWatch;
+use serve::{DemandLane, Left};
 use settle::Hurry;
 
 pub use self::pause::PauseLimits;
 use super::{
     HugePages, OnTimeout, SourceOptions,
-    checkpoint::{Keeper, Kept},
     control::{ControlReader, ControlWriter},
     dirty_log,
     estimate::Calibration,
     events::Guarded,
-    handle::{Commands, Input, Inputs, NoPostCopy, NoSwitchOver, NoTuning, PeerInputs, Requests, lock},
+    handle::{Commands, Input, Inputs, NoPostCopy, NoSwitchOver, NoTuning, PeerInputs, Requests},
     lane::{Counters, FIRST_PIECE, Job, Lane, Work, stripe_pages, stripes},
     limits::check_state,
     pages,
     progress::ProgressMeter,
     rounds::{Harvest, RoundDriver},
-    serve::{DemandLane, Left},
 };
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, Connector, Halves, ReadHalf},
     codec::DecodeError,
+    lock::lock,
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     ram::GuestRam,
     report::{CheckpointCounts, Event, FaultCounts, Outcome, PageCounts, Report, RoundReport, Rounds},
@@ -73,9 +76,9 @@ pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// Most inputs that are looked at before *run* is sent, in the pause: a destination may say anything without end.
 const MOST_HEEDED: usize = 256;
 /// First wait between two attempts to reconnect.
-pub(super) const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
+const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
-pub(super) const MAX_BACK_OFF: Duration = Duration::from_secs(1);
+const MAX_BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
 ///
@@ -103,7 +106,7 @@ pub fn migrate(
     engine.settle(result)
 }
 
-pub(super) struct Engine<'a> {
+struct Engine<'a> {
     vm: &'a mut dyn SourceVm,
     connector: &'a dyn Connector,
     /// Where the user says that the destination is to be found after a loss.
@@ -111,30 +114,30 @@ pub(super) struct Engine<'a> {
     strategy: &'static str,
     /// Whether the destination maps the RAM that is here: then no page moves.
     shared: bool,
-    pub(super) options: &'a SourceOptions,
-    pub(super) inputs: Inputs,
+    options: &'a SourceOptions,
+    inputs: Inputs,
     tx: mpsc::Sender<Input>,
     /// Set when the present link is closed here.
     link_ended: Arc<AtomicBool>,
-    pub(super) machine: SourceMachine,
+    machine: SourceMachine,
     id: VmId,
-    pub(super) ram: Arc<dyn GuestRam>,
+    ram: Arc<dyn GuestRam>,
     session: SessionToken,
     control: Option<ControlWriter>,
     closers: Vec<Box<dyn Closer>>,
-    pub(super) lanes: Vec<mpsc::Sender<Work>>,
+    lanes: Vec<mpsc::Sender<Work>>,
     threads: Vec<Box<dyn Joiner>>,
     counters: Arc<Counters>,
 
     start: Instant,
     last_ping: Instant,
     /// When the pings of this link were sent that have no answer yet, in order.
-    pub(super) pings: VecDeque<Instant>,
+    pings: VecDeque<Instant>,
     /// Since when an answer is due: the first ping that was sent after the destination was last heard.
     unanswered: Option<Instant>,
     last_progress: Instant,
     cancelled: Option<String>,
-    pub(super) rounds: RoundDriver,
+    rounds: RoundDriver,
     /// How many lanes have sent their part of the round.
     lanes_done: u16,
     paused_at: Option<Instant>,
@@ -148,20 +151,20 @@ pub(super) struct Engine<'a> {
     reading: Duration,
     /// Pages that all rounds had to send, and have sent but for the one under way.
     pages_due: u64,
-    pub(super) report: Report,
+    report: Report,
     /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
-    pub(super) heat: Vec<u8>,
+    heat: Vec<u8>,
     /// What was dirtied last before the pause: not in `heat` yet.
-    pub(super) dirtied_last: PageSet,
-    pub(super) left: Arc<Left>,
+    dirtied_last: PageSet,
+    left: Arc<Left>,
     /// How many of the pages that were left behind were missing when the destination last said so.
-    pub(super) lacking: u64,
+    lacking: u64,
     /// How many there were to be sent after the hand-over, those that were sent before the last loss included.
-    pub(super) missing_pages: u64,
+    missing_pages: u64,
     /// What the destination agreed to.
     features: u32,
     post_copy_wanted: bool,
-    pub(super) kept: Arc<Kept>,
+    kept: Arc<Kept>,
     /// The encoded state at the hand-over: the checkpoint before the first one.
     handed_over: Bytes,
     /// Pages that are in the forward checkpoint in their last state.
@@ -288,7 +291,7 @@ impl<'a> Engine<'a> {
 
     // ---- talking and waiting ---------------------------------------------------------------------------------
 
-    pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+    fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
         self.say_all(std::slice::from_ref(frame))
     }
 
@@ -348,13 +351,13 @@ impl<'a> Engine<'a> {
     }
 
     /// How long the destination may be silent.
-    pub(super) fn patience(&self) -> Duration {
+    fn patience(&self) -> Duration {
         let detect = self.options.fail_safe.as_ref().filter(|_| !self.machine.owns()).map(|f| f.detect);
         detect.map_or(self.options.idle_timeout, |detect| detect.max(LEAST_SILENCE).min(self.options.idle_timeout))
     }
 
     /// An error when `deadline` has passed.
-    pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
+    fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
         if Instant::now() < deadline {
             return Ok(());
         }
@@ -364,7 +367,7 @@ impl<'a> Engine<'a> {
 
     /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
     /// failures of lanes become errors here; pings and progress are seen to.
-    pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+    fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         let tick = (self.last_progress + PROGRESS_INTERVAL).min(deadline);
         let tick = self.next_look().map_or(tick, |look| tick.min(look));
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
@@ -439,7 +442,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
+    fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.is_alive();
         if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
             // it would free them
@@ -532,7 +535,7 @@ impl<'a> Engine<'a> {
     }
 
     /// The guest has used these pages, which says so much about them.
-    pub(super) fn heat_up(&mut self, pages: &PageSet, by: u8) {
+    fn heat_up(&mut self, pages: &PageSet, by: u8) {
         self.heat.resize(self.report.pages.total as usize, 0);
         for page in pages.iter() {
             if let Some(heat) = self.heat.get_mut(page as usize) {
@@ -542,7 +545,7 @@ impl<'a> Engine<'a> {
     }
 
     /// The longest acceptable downtime, as it was set last.
-    pub(super) fn downtime_limit(&self) -> Duration {
+    fn downtime_limit(&self) -> Duration {
         lock(&self.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
     }
 

@@ -10,13 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{STRIPE_PAGES, handle::lock};
 use crate::{
     PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
     checkpoint::CheckpointStore,
     codec::DecodeError,
     histogram::Latencies,
+    lock::lock,
+    page::STRIPE_PAGES,
     pager::{Fault, Installed, Pager},
     shared_map::SharedPageMap,
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
@@ -26,10 +27,10 @@ use crate::{
 const TICK: Duration = Duration::from_millis(200);
 
 /// The missing pages of a VM that is handed over before they have moved.
-pub(super) struct Missing {
-    pub(super) pager: Arc<dyn Pager>,
+pub(in crate::engine) struct Missing {
+    pub(in crate::engine) pager: Arc<dyn Pager>,
     /// The generation as which they move.
-    pub(super) generation: u32,
+    pub(in crate::engine) generation: u32,
     /// Which pages are missing. No page may come that the hand-over did not leave behind.
     map: Arc<SharedPageMap>,
     state: Mutex<State>,
@@ -63,13 +64,13 @@ struct Requests {
 }
 
 /// Whether a set consists of whole blocks.
-pub(super) fn is_whole(pages: &PageSet, granule: u64) -> bool {
+pub(in crate::engine) fn is_whole(pages: &PageSet, granule: u64) -> bool {
     let whole = |r: PageRange| r.first.is_multiple_of(granule) && r.count.is_multiple_of(granule);
     granule == 1 || pages.ranges().all(whole)
 }
 
 impl Missing {
-    pub(super) fn new(
+    pub(in crate::engine) fn new(
         pager: Arc<dyn Pager>,
         map: Arc<SharedPageMap>,
         generation: u32,
@@ -97,7 +98,7 @@ impl Missing {
     }
 
     /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
-    pub(super) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
+    pub(in crate::engine) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
         let granule = self.pager.granule();
         if self.map.read(|map| map.left_behind().count_in(range)) != range.count {
             let why = format!("pages {}+{} were not left behind", range.first, range.count);
@@ -111,21 +112,21 @@ impl Missing {
     }
 
     /// Returns whether no page is missing.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(in crate::engine) fn is_complete(&self) -> bool {
         self.map.read(|map| map.missing().is_empty())
     }
 
     /// Returns the missing pages.
-    pub(super) fn pages(&self) -> PageSet {
+    pub(in crate::engine) fn pages(&self) -> PageSet {
         self.map.missing()
     }
 
-    pub(super) fn set_vcpus(&self, threads: Vec<u32>) {
+    pub(in crate::engine) fn set_vcpus(&self, threads: Vec<u32>) {
         lock(&self.state).vcpus = threads;
     }
 
     /// A demand lane is there. Whoever has waited without one is asked for on it.
-    pub(super) fn attach(&self, index: u16, writer: Box<dyn WriteHalf>) -> io::Result<()> {
+    pub(in crate::engine) fn attach(&self, index: u16, writer: Box<dyn WriteHalf>) -> io::Result<()> {
         let Some(lane) = self.lanes.get(usize::from(index)) else { return Err(io::ErrorKind::InvalidInput.into()) };
         *lock(lane) = Some(Requests { writer, sequence: 0 });
         let waiting: Vec<u64> = lock(&self.state).waiting.keys().copied().collect();
@@ -138,7 +139,7 @@ impl Missing {
 
     /// Waits for faults and asks for their pages, until none is missing or nobody wants them. `number` tells the threads
     /// that do so apart.
-    pub(super) fn watch(&self, number: usize) -> Result<(), crate::vm::VmError> {
+    pub(in crate::engine) fn watch(&self, number: usize) -> Result<(), crate::vm::VmError> {
         let mut faults = Vec::new();
         while !self.ended.load(Ordering::Acquire) {
             faults.clear();
@@ -202,7 +203,7 @@ impl Missing {
     }
 
     /// Pages of `range` were installed.
-    pub(super) fn arrived(&self, range: PageRange, installed: Installed) {
+    pub(in crate::engine) fn arrived(&self, range: PageRange, installed: Installed) {
         let granule = self.pager.granule();
         let mut state = lock(&self.state);
         state.duplicates += installed.duplicates;
@@ -226,7 +227,7 @@ impl Missing {
     }
 
     /// Installs every missing page from the store that its source has put it into, those that it does not have as zeros.
-    pub(super) fn fill(&self, layout: &RamLayout, store: &mut dyn CheckpointStore) -> io::Result<()> {
+    pub(in crate::engine) fn fill(&self, layout: &RamLayout, store: &mut dyn CheckpointStore) -> io::Result<()> {
         let mut block = vec![0; STRIPE_PAGES as usize * PAGE_SIZE];
         let mut at = None;
         store.restore(&mut |page, data| {
@@ -270,7 +271,7 @@ impl Missing {
     }
 
     /// Ends the watch: all is here, or nobody wants it any more.
-    pub(super) fn end(&self) {
+    pub(in crate::engine) fn end(&self) {
         self.ended.store(true, Ordering::Release);
         // under the lock, so that nobody misses it between a look and its wait
         drop(lock(&self.state));
@@ -279,7 +280,7 @@ impl Missing {
     }
 
     /// Waits until the watch has ended; whether no page is missing.
-    pub(super) fn wait_ended(&self) -> bool {
+    pub(in crate::engine) fn wait_ended(&self) -> bool {
         let mut state = lock(&self.state);
         while !self.ended.load(Ordering::Acquire) {
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
@@ -289,14 +290,14 @@ impl Missing {
     }
 
     /// Waits so long at most; whether the watch has ended.
-    pub(super) fn wait_ended_for(&self, time: Duration) -> bool {
+    pub(in crate::engine) fn wait_ended_for(&self, time: Duration) -> bool {
         let running = |_: &mut State| !self.ended.load(Ordering::Acquire);
         let waited = self.changed.wait_timeout_while(lock(&self.state), time, running);
         drop(waited.unwrap_or_else(|e| e.into_inner()));
         self.ended.load(Ordering::Acquire)
     }
 
-    pub(super) fn summary(&self) -> FaultSummary {
+    pub(in crate::engine) fn summary(&self) -> FaultSummary {
         let state = lock(&self.state);
         let us = |q: f64| state.latencies.quantile(q).map_or(0, |d| d.as_micros() as u64);
         FaultSummary {
@@ -313,7 +314,7 @@ impl Missing {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::engine) mod tests {
     use super::*;
     use crate::{
         GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, page_map::PageMap, pager::Fill, vm::VmError,

@@ -4,7 +4,11 @@ mod accept;
 mod allowance;
 mod attempt;
 mod connections;
+mod install;
+pub(super) mod missing;
+pub(super) mod protection;
 mod reserve;
+mod session;
 mod survive;
 
 use std::{
@@ -19,21 +23,19 @@ use std::{
 };
 
 use accept::Accepting;
-pub(super) use allowance::Allowance;
+use allowance::Allowance;
 use connections::{Connections, Stage};
+use install::LaneReceiver;
+use missing::{Missing, is_whole};
+use protection::Protection;
 use reserve::Parked;
+use session::Session;
 use thiserror::Error;
 
 use super::{
-    checkpoint::Protection,
     control::{ControlReader, ControlWriter},
     dirty_log,
     events::Guarded,
-    handle::lock,
-    install::LaneReceiver,
-    missing::{Missing, is_whole},
-    serve::add_missing,
-    session::Session,
 };
 use crate::{
     MigrationError,
@@ -41,6 +43,7 @@ use crate::{
     checkpoint::ForwardStores,
     codec::DecodeError,
     fence::{Fence, Fenced, NoFence},
+    lock::lock,
     pager::Pager,
     protocol::{DestinationAction, DestinationMachine, DestinationPhase, OnDestinationLoss, Violation},
     report::{Event, NoObserver, Observer},
@@ -49,7 +52,7 @@ use crate::{
     vm::{DestinationHost, DestinationVm, VmError, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, LaneKind,
-        MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, negotiate,
+        MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, add_missing, negotiate,
     },
 };
 

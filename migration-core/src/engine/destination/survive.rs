@@ -2,12 +2,8 @@
 
 use std::time::Instant;
 
-use super::*;
-use crate::{
-    channel::WriteHalf,
-    engine::{checkpoint::CheckpointLane, lane::Lane},
-    fence::Fenced,
-};
+use super::{protection::CheckpointLane, *};
+use crate::{channel::WriteHalf, engine::lane::Lane, fence::Fenced};
 
 /// Time between two looks whether a lost source is dead.
 const WATCH: Duration = Duration::from_millis(10);

@@ -273,7 +273,7 @@ fn new_token(vm: VmId, epoch: u32) -> SessionToken {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::missing::tests::missing;
+    use crate::engine::destination::missing::tests::missing;
 
     /// Every wish, and pagers of every kind.
     #[test]

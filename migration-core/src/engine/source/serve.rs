@@ -10,23 +10,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-
-use super::{
-    STRIPE_PAGES,
-    control::read_frame,
-    handle::{Input, PeerInputs, lock},
-    lane::{Lane, Work},
-    source::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF},
-};
+use super::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF};
 use crate::{
     MigrationError, PageRange, PageSet,
     channel::ReadHalf,
     codec::DecodeError,
+    engine::{
+        control::read_frame,
+        handle::{Input, PeerInputs},
+        lane::{Lane, Work},
+    },
+    lock::lock,
+    page::STRIPE_PAGES,
     page_map::PageMap,
     protocol::{SourceEvent, SourcePhase},
     strategy::{PushOrder, push_order::DIRTIED},
-    wire::{Bulk, Control, HUGE_BLOCK, Header, MAX_BODY, STATE_CHUNK},
+    wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
 };
 
 /// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them on a slow link; fewer,
@@ -189,41 +188,6 @@ impl DemandLane {
         }
         Ok(())
     }
-}
-
-/// Returns the frames that carry a page set.
-pub(crate) fn missing_frames(pages: &PageSet) -> Vec<Control> {
-    let words_each = STATE_CHUNK as u64 / 8;
-    let all = pages.capacity().div_ceil(64);
-    let (mut frames, mut at) = (Vec::new(), 0);
-    while let Some(page) = pages.first_from(at) {
-        let first = page / 64 / words_each * words_each;
-        let mut words = vec![0; words_each.min(all - first) as usize];
-        pages.copy_words(first, &mut words);
-        let bitmap = encode_bitmap(&words);
-        debug_assert!(bitmap.len() < MAX_BODY);
-        frames.push(Control::Missing { first: first * 64, bitmap });
-        at = (first + words_each) * 64;
-    }
-    frames
-}
-
-/// Words of a page set as they travel.
-pub(super) fn encode_bitmap(words: &[u64]) -> Bytes {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-/// Adds pages from the wire to a set.
-pub(crate) fn add_missing(pages: &mut PageSet, first: u64, bitmap: &[u8]) -> Result<(), DecodeError> {
-    let words: Vec<u64> =
-        bitmap.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default())).collect();
-    let last = words.iter().rposition(|&w| w != 0).map(|i| i as u64 * 64 + 63 - u64::from(words[i].leading_zeros()));
-    let Some(last) = last else { return Ok(()) };
-    if first.checked_add(last).is_none_or(|last| last >= pages.capacity()) {
-        return Err(DecodeError::invalid("bitmap", format!("page {first}+{last} is outside RAM")));
-    }
-    pages.insert_bitmap(first, last + 1, &words);
-    Ok(())
 }
 
 /// Widens a set to whole blocks.
@@ -439,22 +403,6 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn a_set_arrives_as_it_was_sent(
-            runs in prop::collection::vec((0u64..17_000_000, 1u64..200_000), 0..4), more in 0u64..65,
-        ) {
-            let capacity = 17_000_000 + more;
-            let mut set = PageSet::empty(capacity);
-            runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
-            let mut arrived = PageSet::empty(capacity);
-            for frame in missing_frames(&set) {
-                let Control::Missing { first, bitmap } = frame else { panic!("another frame") };
-                prop_assert!(bitmap.len() <= STATE_CHUNK && bitmap.iter().any(|&byte| byte != 0));
-                add_missing(&mut arrived, first, &bitmap).unwrap();
-            }
-            prop_assert_eq!(arrived, set);
-        }
-
-        #[test]
         fn whole_blocks_and_no_others_are_left_behind(
             runs in prop::collection::vec((0u64..2000, 1u64..600), 0..4), block in prop::sample::select(vec![1u64, 4, 512]),
         ) {
@@ -466,16 +414,6 @@ mod tests {
                 let around = PageRange::new(page / block * block, block);
                 prop_assert_eq!(wide.contains(page), set.count_in(around) > 0, "page {}", page);
             }
-        }
-    }
-
-    #[test]
-    fn pages_outside_ram_are_no_missing_pages() {
-        let mut set = PageSet::empty(100);
-        add_missing(&mut set, 64, &encode_bitmap(&[1 << 35, 0])).unwrap();
-        assert!(set.iter().eq([99]));
-        for (first, word) in [(64, 1 << 36), (100, 1), (u64::MAX, 2)] {
-            assert!(add_missing(&mut set, first, &encode_bitmap(&[word])).is_err(), "{first}");
         }
     }
 

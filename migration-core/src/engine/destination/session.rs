@@ -8,24 +8,23 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    checkpoint::Protection, control::ControlWriter, handle::lock, missing::Missing, receiver::Allowance,
-    serve::missing_frames,
-};
+use super::{allowance::Allowance, missing::Missing, protection::Protection};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
     codec::DecodeError,
+    engine::control::ControlWriter,
+    lock::lock,
     page_map::PageMap,
     pager::Pager,
     ram::GuestRam,
     shared_map::SharedPageMap,
     vm::DestinationVm,
-    wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken},
+    wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken, missing_frames},
 };
 
 /// How often a destination that loads the VM says that it is alive: a fraction of the time for which a source waits
-/// ([`PauseLimits`](super::PauseLimits)).
+/// ([`PauseLimits`](crate::engine::PauseLimits)).
 const ALIVE: Duration = Duration::from_millis(250);
 
 /// How long a source that loses the session may take to take the reason.

@@ -9,11 +9,13 @@ use std::{
     time::Duration,
 };
 
-use super::{STRIPE_PAGES, control::read_frame, missing::Missing, session::Session};
+use super::{missing::Missing, session::Session};
 use crate::{
     MigrationError, PAGE_SIZE, PageRange,
     channel::ReadHalf,
     codec::DecodeError,
+    engine::control::read_frame,
+    page::STRIPE_PAGES,
     page_map::MapError,
     vm::VmError,
     wire::{Bulk, Content, Extent, Header, LaneKind},

@@ -1,0 +1,243 @@
+//! Checkpoints of a VM that runs here before all its pages are here. The [source](crate::engine::source) keeps them.
+//!
+//! One checkpoint (PostCopyFT, section III): *stage I* sends what was written since the last one while the guest runs;
+//! *stage II* pauses it, saves its state, copies what it wrote during stage I, and lets it go on. The copy and the state
+//! follow, then the commit. Output made before stage II leaves when the source has acknowledged it.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::missing::Missing;
+use crate::{
+    MigrationError, PageSet,
+    channel::ReadHalf,
+    codec::DecodeError,
+    engine::{
+        control::read_frame,
+        lane::{Job, Lane},
+        pages::Copied,
+        rounds::RoundDriver,
+    },
+    lock::lock,
+    ram::GuestRam,
+    report::Observer,
+    tracker::Rearm,
+    vm::{ProtectedVm, VmError},
+    wire::{Bulk, Checkpoint, Content, Extent, Header, STATE_CHUNK},
+};
+
+/// A VM at its destination, of which checkpoints are taken.
+pub(in crate::engine) struct Protection {
+    /// `None` once the VM was discarded.
+    protected: Mutex<Option<Protected>>,
+    identity: Bytes,
+    /// Whether the source wants checkpoints, and not only to know whom it deals with.
+    wanted: AtomicBool,
+    /// After how long without a link the source counts as dead, and its identity.
+    pub(in crate::engine) source: Mutex<Option<(Duration, Bytes)>>,
+    /// With which the VM was handed over: its forward checkpoint has the same, and no other one has.
+    pub(in crate::engine) state: Mutex<Bytes>,
+}
+
+struct Protected {
+    vm: Box<dyn ProtectedVm>,
+    /// What is due was written since the last committed checkpoint.
+    rounds: RoundDriver,
+    /// The last checkpoint that was begun.
+    number: u32,
+}
+
+/// What the guest wrote during stage I, and its state, of one moment.
+struct Frozen {
+    copied: Copied,
+    state: Vec<u8>,
+    output: u64,
+}
+
+impl Protection {
+    pub(in crate::engine) fn new(
+        mut vm: Box<dyn ProtectedVm>,
+        identity: Bytes,
+        ram: Arc<dyn GuestRam>,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, VmError> {
+        let mut rounds = RoundDriver::new(ram, observer);
+        rounds.track(&mut *vm).map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
+        let protected = Protected { vm, rounds, number: 0 };
+        Ok(Self {
+            protected: Mutex::new(Some(protected)),
+            identity,
+            wanted: AtomicBool::new(false),
+            source: Mutex::default(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
+    /// out from here on is held.
+    pub(in crate::engine) fn begin(&self) -> Result<(), MigrationError> {
+        if let Some(Protected { vm, rounds, .. }) = lock(&self.protected).as_mut() {
+            let written = rounds.harvest(&mut **vm)?.written;
+            rounds.arrived(&written)?;
+            if self.wanted.load(Ordering::Relaxed) {
+                vm.hold_output();
+            }
+        }
+        Ok(())
+    }
+
+    /// The source will never restart the VM: nothing is held any more.
+    pub(in crate::engine) fn end(&self) -> Result<(), MigrationError> {
+        if let Some(mut protected) = lock(&self.protected).take() {
+            protected.vm.release_output(None);
+            protected.vm.tracker().stop()?;
+        }
+        Ok(())
+    }
+
+    /// The VM is discarded.
+    pub(in crate::engine) fn give_up(&self) {
+        drop(lock(&self.protected).take());
+    }
+
+    /// Takes a checkpoint, and returns when it is committed.
+    fn checkpoint(&self, lane: &mut CheckpointLane) -> Result<(), MigrationError> {
+        let mut guard = lock(&self.protected);
+        let Some(Protected { vm, rounds, number }) = guard.as_mut() else { return Ok(()) };
+        *number = number.wrapping_add(1);
+        let number = *number;
+        // stage I
+        // (if the tracker reports a page that is still missing, to read it fetches it)
+        rounds.harvest(&mut **vm)?;
+        let live = rounds.due();
+        let rearm = rounds.begin(vm.tracker(), &live, false)?;
+        let mut pages = lane.send_live(&live, rearm.clone(), number)?;
+        // stage II
+        let paused = vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"));
+        let frozen = paused.and_then(|()| freeze(&mut **vm, rounds, &*lane.lane.ram, rearm.as_deref()));
+        // also behind a pause that failed: some vCPUs may have stopped
+        vm.resume().map_err(MigrationError::vm("resuming the guest after a checkpoint"))?;
+        let frozen = frozen?;
+        pages += lane.send_copy(&frozen, number)?;
+        for chunk in frozen.state.chunks(STATE_CHUNK) {
+            lane.say(&Checkpoint::State(Bytes::copy_from_slice(chunk)), number)?;
+        }
+        lane.say(&Checkpoint::Commit { pages, state_bytes: frozen.state.len() as u64 }, number)?;
+        lane.await_commit(number)?;
+        let committed = rounds.due();
+        rounds.arrived(&committed)?;
+        vm.release_output(Some(frozen.output));
+        Ok(())
+    }
+}
+
+/// While the guest is paused.
+fn freeze(
+    vm: &mut dyn ProtectedVm,
+    rounds: &mut RoundDriver,
+    ram: &dyn GuestRam,
+    rearm: Option<&dyn Rearm>,
+) -> Result<Frozen, MigrationError> {
+    let state = vm.save_state().map_err(MigrationError::vm("saving the state for a checkpoint"))?.encode();
+    let output = vm.output();
+    // behind the save, which writes too
+    let rest = rounds.harvest(vm)?.written;
+    let mut copied = Copied::default();
+    copied.take(ram, &rest, rearm)?;
+    Ok(Frozen { copied, state, output })
+}
+
+/// The destination's end of the checkpoint lane.
+pub(in crate::engine) struct CheckpointLane {
+    pub(in crate::engine) lane: Lane,
+    pub(in crate::engine) reader: Box<dyn ReadHalf>,
+    pub(in crate::engine) sequence: u32,
+}
+
+impl CheckpointLane {
+    /// Takes checkpoints until no page is missing, then waits for the end of the link. `wait_running` returns when the VM
+    /// runs, or never will.
+    pub(in crate::engine) fn run(
+        &mut self,
+        protection: &Protection,
+        wait_running: &dyn Fn() -> Option<Arc<Missing>>,
+    ) -> Result<(), MigrationError> {
+        let (header, body) = self.read()?;
+        let Checkpoint::Every { interval_us, detect_us, identity } = Checkpoint::decode(&header, &body)? else {
+            return Err(DecodeError::invalid("kind", "a checkpoint lane begins with how often").into());
+        };
+        let interval = Duration::from_micros(interval_us);
+        // before the answer, without which nothing is handed over
+        protection.wanted.store(!interval.is_zero(), Ordering::Relaxed);
+        *lock(&protection.source) = Some((Duration::from_micros(detect_us), identity));
+        self.say(&Checkpoint::Identity(protection.identity.clone()), 0)?;
+        if !interval.is_zero()
+            && let Some(missing) = wait_running()
+        {
+            while !missing.wait_ended_for(Duration::ZERO) {
+                protection.checkpoint(self)?;
+                missing.wait_ended_for(interval);
+            }
+        }
+        // the source does not speak any more; that it is alive is seen on the control lane
+        self.reader.set_idle_timeout(None).map_err(MigrationError::link(&self.lane.peer))?;
+        let (header, _) = self.read()?;
+        Err(DecodeError::invalid("kind", format!("{:#x} on an idle checkpoint lane", header.kind)).into())
+    }
+
+    fn read(&mut self) -> Result<(Header, Vec<u8>), MigrationError> {
+        let read = read_frame(&mut *self.reader, &mut self.sequence, &self.lane.peer)?;
+        if read.0.payload != 0 {
+            return Err(DecodeError::invalid("payload length", "no pages come from a source here").into());
+        }
+        Ok(read)
+    }
+
+    fn say(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
+        let bytes = frame.encode(self.lane.sequence, number);
+        self.lane.write(&bytes, &[])
+    }
+
+    /// Sends pages of the running guest: they may change meanwhile, and come again then.
+    fn send_live(
+        &mut self,
+        pages: &PageSet,
+        rearm: Option<Arc<dyn Rearm>>,
+        number: u32,
+    ) -> Result<u64, MigrationError> {
+        let pages = Arc::new(pages.clone());
+        let count = pages.len();
+        self.lane.round(&Job { generation: number, pages, rearm, stop: Arc::default() })?;
+        Ok(count)
+    }
+
+    fn send_copy(&mut self, frozen: &Frozen, number: u32) -> Result<u64, MigrationError> {
+        let mut pages = 0;
+        for (range, data) in frozen.copied.pieces() {
+            let extents = vec![Extent { range, content: Content::Plain }];
+            let mut frame = Bulk::Pages { extents, payload_crc: 0 }.encode(0, self.lane.sequence, number);
+            frame.extend_from_slice(data);
+            self.lane.write(&frame, &[])?;
+            pages += range.count;
+        }
+        Ok(pages)
+    }
+
+    fn await_commit(&mut self, number: u32) -> Result<(), MigrationError> {
+        let (header, body) = self.read()?;
+        match Checkpoint::decode(&header, &body)? {
+            Checkpoint::Committed if header.number == number => Ok(()),
+            _ => Err(DecodeError::invalid("kind", format!("no answer to checkpoint {number}")).into()),
+        }
+    }
+}
