@@ -91,6 +91,8 @@ impl Calibration {
         if sample.pages >= LEAST_PAGES {
             self.seconds_per_page = sample.reading.as_secs_f64() / sample.pages as f64;
         }
+        // its end and the answer to that took a round trip, and all else besides
+        self.round_trip = self.round_trip.map(|shortest| shortest.min(sample.time));
         let round_trip = self.round_trip.unwrap_or_default();
         let moved = sample.time.saturating_sub(sample.reading);
         if sample.wire_bytes < LEAST_HINT {
@@ -234,6 +236,18 @@ mod tests {
         assert_eq!(link.floor(), link.fixed_downtime + 150 * MS);
         let pages = link.predict(25_000) - link.floor();
         assert!((pages.as_secs_f64() - 1.09).abs() < 1e-6, "reading counts for pages: {pages:?}");
+    }
+
+    #[test]
+    fn a_round_that_is_shorter_than_the_round_trip_shows_that_the_link_has_become_faster() {
+        let mut known = Calibration::default();
+        known.round_trip(2000 * MS);
+        known.round(sample(2000, 8_000_000, 2500 * MS, MS));
+        assert_eq!(known.describe(link()).round_trip, 2000 * MS);
+        known.round(sample(2000, 8_000_000, 5 * MS, MS));
+        let link = known.describe(link());
+        assert_eq!(link.round_trip, 5 * MS);
+        assert!(link.fixed_downtime < 20 * MS, "{link:?}");
     }
 
     #[test]
