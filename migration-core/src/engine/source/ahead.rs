@@ -24,7 +24,7 @@ impl Engine<'_> {
         for _ in 0..PASSES {
             self.put(&store, &pages)?;
             let harvest = self.rounds.harvest(self.vm)?;
-            self.saved.subtract(&harvest.written);
+            self.fail_safe.saved.subtract(&harvest.written);
             pages = harvest.pages;
             if pages.len() <= FEW {
                 break;
@@ -37,17 +37,17 @@ impl Engine<'_> {
     pub(super) fn put_rest_ahead(&mut self) -> Result<(), MigrationError> {
         let Some(store) = self.store_ahead() else { return Ok(()) };
         let mut pages = self.rounds.map().unclaimed().clone();
-        pages.subtract(&self.saved);
+        pages.subtract(&self.fail_safe.saved);
         self.put(&store, &pages)?;
-        lock(&store).commit(1, self.handed_over.clone()).map_err(not_put)
+        lock(&store).commit(1, self.fail_safe.handed_over.clone()).map_err(not_put)
     }
 
     fn put(&mut self, store: &Mutex<dyn CheckpointStore>, pages: &PageSet) -> Result<(), MigrationError> {
-        let rearm = self.rounds.rearm(self.vm.tracker(), self.paused);
+        let rearm = self.rounds.rearm(self.vm.tracker(), self.guest.paused);
         for stripe in RoundDriver::stripes(pages) {
             let mut put_one = |number, data: PageData<'_>| {
                 lock(store).put(number, data)?;
-                self.saved.insert(number);
+                self.fail_safe.saved.insert(number);
                 Ok(())
             };
             self.rounds.read(stripe, pages, rearm.as_deref(), &mut put_one)?;

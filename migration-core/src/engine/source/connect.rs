@@ -5,7 +5,7 @@ use crate::{channel::Channel, engine::limits::check_description, vm::VmDescripti
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
-        if let Some(why) = self.vm.blocked(self.strategy) {
+        if let Some(why) = self.vm.blocked(self.strategy.name) {
             return Err(MigrationError::Blocked(why));
         }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
@@ -17,7 +17,7 @@ impl Engine<'_> {
                 "the checkpoint store holds a checkpoint already, of what is not known".into(),
             ));
         }
-        if self.shared {
+        if self.strategy.shares_ram {
             self.check_sharing(&description)?;
             // lanes for pages that do not move
             self.report.streams = 1;
@@ -25,9 +25,9 @@ impl Engine<'_> {
         }
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
-        let (streams, strategy) = (self.report.streams, self.strategy.to_owned());
+        let (streams, strategy) = (self.report.streams, self.strategy.name.to_owned());
         self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
-        if self.shared {
+        if self.strategy.shares_ram {
             self.share_ram()?;
         }
         let timeout = self.options.setup_timeout;
@@ -47,13 +47,13 @@ impl Engine<'_> {
             SourceEvent::Prepared { load } => Some(load),
             _ => None,
         })?;
-        self.calibration.loads_in(load);
-        if self.features & FEATURE_CHECKPOINTS != 0 {
+        self.measured.calibration.loads_in(load);
+        if self.peer.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
         // in the queue with those that follow while its answer is awaited: answers come in their order
-        self.last_ping = Instant::now();
-        self.pings.push_back(self.last_ping);
+        self.peer.last_ping = Instant::now();
+        self.peer.pings.push_back(self.peer.last_ping);
         self.say(&Control::Ping)?;
         self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
         self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
@@ -97,7 +97,7 @@ impl Engine<'_> {
     /// Sends the memory files behind RAM.
     fn share_ram(&mut self) -> Result<(), MigrationError> {
         let files = self.vm.shared_ram().map_err(MigrationError::vm("sharing RAM"))?;
-        match self.control.as_mut().map(|control| control.send_files(&files)) {
+        match self.peer.control.as_mut().map(|control| control.send_files(&files)) {
             Some(Err(error @ MigrationError::Link { .. })) => Err(self.last_words(error)),
             Some(sent) => sent,
             None => Ok(()),
@@ -111,23 +111,23 @@ impl Engine<'_> {
             0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
             0 => Err(NoPostCopy::NotAgreed),
             // the strategy has decided how it hands over
-            _ if self.paused => Err(NoPostCopy::TooLate),
+            _ if self.guest.paused => Err(NoPostCopy::TooLate),
             _ => Ok(()),
         };
-        requests.switch_over = match self.paused {
-            _ if !self.can_switch_over => Err(NoSwitchOver::Strategy),
+        requests.switch_over = match self.guest.paused {
+            _ if !self.strategy.can_switch_over => Err(NoSwitchOver::Strategy),
             true => Err(NoSwitchOver::TooLate),
             false => Ok(()),
         };
-        requests.tuning = if self.paused { Err(NoTuning::TooLate) } else { Ok(()) };
+        requests.tuning = if self.guest.paused { Err(NoTuning::TooLate) } else { Ok(()) };
     }
 
     pub(super) fn connector(&self) -> &dyn Connector {
-        self.elsewhere.as_deref().unwrap_or(self.connector)
+        self.peer.elsewhere.as_deref().unwrap_or(self.peer.connector)
     }
 
     fn wanted_features(&self) -> u32 {
-        if self.shared {
+        if self.strategy.shares_ram {
             return FEATURE_SHARED_RAM;
         }
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
@@ -138,7 +138,7 @@ impl Engine<'_> {
 
     /// By which the threads of the present link pass on what the destination sends.
     fn peer_inputs(&self) -> PeerInputs {
-        PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.link_ended.clone())
+        PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.peer.link_ended.clone())
     }
 
     /// An error when the user has cancelled, or the guest has ended, while a channel was opened. What the destination has
@@ -158,7 +158,7 @@ impl Engine<'_> {
     }
 
     fn open_channel(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
-        match &self.hurry {
+        match &self.peer.hurry {
             Some(hurry) => self.connector().connect_within(kind, hurry.connect),
             None => self.connector().connect_as(kind),
         }
@@ -174,14 +174,14 @@ impl Engine<'_> {
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
-        let preamble = Preamble::new(kind, 0, self.session);
+        let preamble = Preamble::new(kind, 0, self.peer.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
-        let bytes = self.counters.wire_bytes.clone();
+        let bytes = self.measured.counters.wire_bytes.clone();
         bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
-        self.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
-        self.closers.push(closer);
+        self.peer.control = Some(ControlWriter::new(writer, peer.clone(), bytes.clone()));
+        self.peer.closers.push(closer);
         let mut control = ControlReader::of_destination(reader, peer, bytes);
-        self.link_ended = Arc::default();
+        self.peer.link_ended = Arc::default();
         let tx = self.peer_inputs();
         let body = Box::new(move || {
             loop {
@@ -195,7 +195,7 @@ impl Engine<'_> {
                 }
             }
         });
-        let role = if self.shared { Role::HandOver } else { Role::Control };
+        let role = if self.strategy.shares_ram { Role::HandOver } else { Role::Control };
         self.spawn(role, "mig-control", body)
     }
 
@@ -207,15 +207,15 @@ impl Engine<'_> {
                 format!("it chose version {}, {lanes} streams, features {:#x}", welcome.version, welcome.features);
             return Err(MigrationError::Peer { code: ErrorCode::Version, text });
         }
-        if self.shared && welcome.features & FEATURE_SHARED_RAM == 0 {
+        if self.strategy.shares_ram && welcome.features & FEATURE_SHARED_RAM == 0 {
             return Err(MigrationError::Blocked("the destination does not share RAM: its version is too old".into()));
         }
-        (self.session, self.features, self.report.streams) = (welcome.session, welcome.features, lanes);
+        (self.peer.session, self.peer.features, self.report.streams) = (welcome.session, welcome.features, lanes);
         if welcome.features & FEATURE_POST_COPY != 0 {
             self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
         }
         self.tell_controllers();
-        self.set_block(self.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
+        self.set_block(self.peer.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
         Ok(())
     }
 
@@ -225,16 +225,18 @@ impl Engine<'_> {
             let (jobs, work) = mpsc::channel();
             let tx = self.tx.clone();
             self.spawn(Role::Bulk, &format!("mig-bulk-{index}"), Box::new(move || lane.run(work, tx)))?;
-            self.lanes.push(jobs);
+            self.peer.lanes.push(jobs);
         }
         for index in 0..self.report.demand_lanes {
             let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
             // silent for as long as the guest does not fault; that the link lives is seen on the control lane
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
-            let (demand, tx) = (DemandLane { lane, reader, left: self.left.clone() }, self.peer_inputs());
+            let (demand, tx) = (DemandLane { lane, reader, left: self.post_copy.left.clone() }, self.peer_inputs());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
         }
-        if let Some(fail_safe) = self.options.fail_safe.clone().filter(|_| self.features & FEATURE_CHECKPOINTS != 0) {
+        if let Some(fail_safe) =
+            self.options.fail_safe.clone().filter(|_| self.peer.features & FEATURE_CHECKPOINTS != 0)
+        {
             let (lane, mut reader) = self.open_lane(LaneKind::Checkpoint, 0)?;
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
             let keeper = Keeper {
@@ -244,8 +246,8 @@ impl Engine<'_> {
                 ram: lane.ram,
                 fail_safe,
                 identity: self.vm.identity(),
-                kept: self.kept.clone(),
-                wire_bytes: self.counters.wire_bytes.clone(),
+                kept: self.fail_safe.kept.clone(),
+                wire_bytes: self.measured.counters.wire_bytes.clone(),
                 observer: self.options.observer.clone(),
                 sent: 0,
                 zeros: PageSet::empty(self.report.pages.total),
@@ -262,10 +264,10 @@ impl Engine<'_> {
         let Halves { mut writer, reader, closer } =
             self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
-        let preamble = Preamble::new(kind, index, self.session);
+        let preamble = Preamble::new(kind, index, self.peer.session);
         writer.write_all(&preamble.encode(), &[]).map_err(MigrationError::link(&peer))?;
-        self.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
-        self.closers.push(closer);
+        self.measured.counters.wire_bytes.fetch_add(Preamble::LEN as u64, Ordering::Relaxed);
+        self.peer.closers.push(closer);
         let lane = Lane {
             index,
             lanes: self.report.streams,
@@ -273,9 +275,9 @@ impl Engine<'_> {
             writer,
             peer,
             sequence: 0,
-            payload_crc: self.features & FEATURE_PAYLOAD_CRC != 0,
-            whole_blocks: self.features & FEATURE_HUGE_BLOCKS != 0,
-            counters: self.counters.clone(),
+            payload_crc: self.peer.features & FEATURE_PAYLOAD_CRC != 0,
+            whole_blocks: self.peer.features & FEATURE_HUGE_BLOCKS != 0,
+            counters: self.measured.counters.clone(),
             writing: Duration::ZERO,
             piece: FIRST_PIECE,
         };
@@ -288,14 +290,14 @@ impl Engine<'_> {
             .spawner
             .spawn(role, self.options.impact, name, body)
             .map_err(|cause| MigrationError::Thread { role: "a lane", cause })?;
-        self.threads.push(thread);
+        self.peer.threads.push(thread);
         Ok(())
     }
 
     /// Without knowing whom to fence, a VM is not protected.
     fn await_introduction(&mut self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + self.options.setup_timeout;
-        while lock(&self.kept.identity).is_none() {
+        while lock(&self.fail_safe.kept.identity).is_none() {
             if let Some(Input::Control(epoch, frame)) = self.next_input(deadline)? {
                 self.frame(epoch, frame)?;
             }

@@ -10,14 +10,14 @@ use crate::engine::{
 impl Engine<'_> {
     /// Asks the VMM what the pause will have to save.
     pub(super) fn estimate_state(&mut self) {
-        self.calibration.saves(self.vm.estimate_state());
+        self.measured.calibration.saves(self.vm.estimate_state());
     }
 
     /// Asks the VMM once more, and refuses what the destination could not take, while the guest still runs.
     pub(super) fn check_state_limits(&mut self) -> Result<(), MigrationError> {
         self.estimate_state();
         let unknown = StateEstimate::default();
-        check_estimate(self.calibration.state().unwrap_or(&unknown), self.calibration.pending_bytes())
+        check_estimate(self.measured.calibration.state().unwrap_or(&unknown), self.measured.calibration.pending_bytes())
     }
 
     /// Sends pieces of device state: at least one budget's worth, and all that was pending before, if the devices come to the
@@ -40,7 +40,7 @@ impl Engine<'_> {
                 self.report.state_bytes += piece.data.len() as u64;
                 self.say(&Control::Piece(piece))?;
             }
-            self.calibration.pending(pending);
+            self.measured.calibration.pending(pending);
             let ends = pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending);
             // what is left is part of the state that is saved in the pause
             if ends || self.round_is_over() {
@@ -58,7 +58,7 @@ impl Engine<'_> {
         let mut until = None;
         while !self.round_is_over() {
             let now = Instant::now();
-            let ahead = self.control.as_ref().map_or(Duration::ZERO, ControlWriter::ahead_of_limit);
+            let ahead = self.peer.control.as_ref().map_or(Duration::ZERO, ControlWriter::ahead_of_limit);
             let within = now.checked_add(ahead).unwrap_or(now + PROGRESS_INTERVAL);
             // others under the same limit may go on to send: what they send later is not waited for
             let turn = until.map_or(within, |until: Instant| until.min(within));
@@ -78,7 +78,7 @@ impl Engine<'_> {
     pub(super) fn known(&self) -> Link {
         let can_post_copy = self.report.demand_lanes > 0;
         let post_copy_on_timeout = self.options.on_timeout == OnTimeout::PostCopy;
-        self.calibration.describe(Link {
+        self.measured.calibration.describe(Link {
             downtime_limit: self.downtime_limit(),
             elapsed: self.start.elapsed(),
             timed_out: self.timed_out(),
@@ -86,7 +86,7 @@ impl Engine<'_> {
             post_copy_on_timeout,
             impact: self.options.impact,
             can_post_copy,
-            post_copy_wanted: can_post_copy && (self.post_copy_wanted || self.timed_out() && post_copy_on_timeout),
+            post_copy_wanted: can_post_copy && (self.post_copy.wanted || self.timed_out() && post_copy_on_timeout),
             ..Link::default()
         })
     }
@@ -95,21 +95,21 @@ impl Engine<'_> {
     pub(super) fn learn(&mut self, pages: u64, wire_bytes: u64, time: Duration) {
         let lanes = u32::from(self.report.streams.max(1));
         // lanes read beside each other
-        let reading = std::mem::take(&mut self.reading) / lanes;
-        self.calibration.round(Sample { pages, wire_bytes, time, reading });
+        let reading = std::mem::take(&mut self.measured.reading) / lanes;
+        self.measured.calibration.round(Sample { pages, wire_bytes, time, reading });
         self.estimate_state();
     }
 
     pub(super) fn tell_progress(&mut self) {
         let reading = self.reading();
-        let progress = self.meter.read(&reading);
+        let progress = self.measured.meter.read(&reading);
         self.options.observer.event(&Event::Progress(progress));
     }
 
     /// Rates are measured from here.
     pub(super) fn begin_progress(&mut self) {
         let reading = self.reading();
-        self.meter.begin(&reading);
+        self.measured.meter.begin(&reading);
     }
 
     fn reading(&self) -> Reading {
@@ -117,20 +117,20 @@ impl Engine<'_> {
         let handed_over = !self.machine.owns();
         // lanes count what they push after the hand-over, too
         let under_way = if handed_over { 0 } else { rounds.last().map_or(0, |round| round.pages) };
-        let served = self.report.pages.pushed.saturating_add(self.left.demanded.load(Ordering::Relaxed));
+        let served = self.report.pages.pushed.saturating_add(self.post_copy.left.demanded.load(Ordering::Relaxed));
         Reading {
             at: self.start.elapsed(),
             phase: self.machine.phase(),
-            wire_bytes: self.counters.wire_bytes.load(Ordering::Relaxed),
+            wire_bytes: self.measured.counters.wire_bytes.load(Ordering::Relaxed),
             round: u32::try_from(rounds.len()).unwrap_or(u32::MAX),
             round_pages: under_way,
-            round_sent: self.counters.round_sent.load(Ordering::Relaxed).min(under_way),
-            earlier_pages: self.pages_due.saturating_sub(under_way),
-            missing: if handed_over { self.missing_pages } else { 0 },
+            round_sent: self.measured.counters.round_sent.load(Ordering::Relaxed).min(under_way),
+            earlier_pages: self.measured.pages_due.saturating_sub(under_way),
+            missing: if handed_over { self.post_copy.missing_pages } else { 0 },
             served: if handed_over { served } else { 0 },
             total: self.report.pages.total,
             dirty_pages_per_second: self.report.dirty_pages_per_second,
-            throttle_percent: self.throttle,
+            throttle_percent: self.guest.throttle,
             link: self.known(),
         }
     }

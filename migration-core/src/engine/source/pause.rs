@@ -130,17 +130,17 @@ impl Engine<'_> {
         if !self.vm.starts_running() {
             return;
         }
-        let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
+        let bytes = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
         let (limits, predicted) = (self.options.pause_limits, self.report.predicted_downtime);
         let watch = PauseWatch::new(limits, self.downtime_limit(), predicted, Instant::now(), bytes);
         let (silence, end) = (watch.silence, watch.end());
-        self.watch = Some(watch);
+        self.guest.watch = Some(watch);
         self.limit_writes(silence, end);
     }
 
     /// The guest runs again, or is not ours any more.
     pub(super) fn end_watch(&mut self) {
-        if self.watch.take().is_some() {
+        if self.guest.watch.take().is_some() {
             self.limit_writes(self.options.idle_timeout, None);
         }
     }
@@ -154,7 +154,7 @@ impl Engine<'_> {
     /// Limits the time without a byte taken by the destination, and when all must be written: a
     /// destination that takes a large frame drop by drop is never without a byte.
     fn limit_writes(&mut self, timeout: Duration, deadline: Option<Instant>) {
-        if let Some(control) = &mut self.control {
+        if let Some(control) = &mut self.peer.control {
             // it fails where the channel has ended: the next write says so
             let _ = control.set_idle_timeout(timeout);
             control.set_deadline(deadline);
@@ -163,26 +163,26 @@ impl Engine<'_> {
 
     /// The destination has shown that it is there.
     pub(super) fn is_alive(&mut self) {
-        self.unanswered = None;
-        if let Some(watch) = &mut self.watch {
+        self.peer.unanswered = None;
+        if let Some(watch) = &mut self.guest.watch {
             watch.alive();
         }
     }
 
     /// These bytes are no sign of life: the kernel takes them also for a peer that does not run.
     pub(super) fn discount(&mut self, bytes: u64) {
-        if let Some(watch) = &mut self.watch {
+        if let Some(watch) = &mut self.guest.watch {
             watch.bytes = watch.bytes.saturating_add(bytes);
         }
     }
 
     /// Pages that are about to move in the pause.
     pub(super) fn prolong_pause(&mut self, pages: u64) {
-        if let Some(watch) = self.watch.as_mut().filter(|watch| watch.by_pages) {
+        if let Some(watch) = self.guest.watch.as_mut().filter(|watch| watch.by_pages) {
             let bytes = pages.saturating_mul(PAGE_SIZE as u64);
             watch.total = watch.total.saturating_add(Duration::from_secs(bytes / LEAST_RATE));
             let end = watch.end();
-            if let Some(control) = &mut self.control {
+            if let Some(control) = &mut self.peer.control {
                 control.set_deadline(end);
             }
         }
@@ -190,25 +190,25 @@ impl Engine<'_> {
 
     /// When to look next, if the guest is paused.
     pub(super) fn next_look(&self) -> Option<Instant> {
-        self.watch.as_ref().map(|watch| watch.looked + LOOK)
+        self.guest.watch.as_ref().map(|watch| watch.looked + LOOK)
     }
 
     /// An error when the guest has been paused for too long.
     pub(super) fn within_pause(&mut self) -> Result<(), MigrationError> {
         if self.machine.phase() == SourcePhase::Ready {
             // nothing is due from the destination any more: what still takes time is done here
-            if let Some(watch) = &mut self.watch {
+            if let Some(watch) = &mut self.guest.watch {
                 watch.alive();
             }
         }
-        let bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
-        let why = self.watch.as_mut().and_then(|watch| watch.look(Instant::now(), bytes));
+        let bytes = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
+        let why = self.guest.watch.as_mut().and_then(|watch| watch.look(Instant::now(), bytes));
         why.map_or(Ok(()), |why| Err(self.pause_exceeded(why)))
     }
 
     /// A write in the pause has failed: whether because the destination takes nothing, or too little.
     pub(super) fn stuck_in_pause(&self, error: MigrationError) -> MigrationError {
-        match (&self.watch, &error) {
+        match (&self.guest.watch, &error) {
             (Some(watch), MigrationError::Link { cause, .. })
                 if matches!(cause.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
             {
@@ -220,7 +220,7 @@ impl Engine<'_> {
     }
 
     fn pause_exceeded(&self, why: String) -> MigrationError {
-        let paused = self.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+        let paused = self.guest.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
         MigrationError::PausedTooLong { paused, why }
     }
 }

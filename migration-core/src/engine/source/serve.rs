@@ -204,25 +204,25 @@ fn widen(pages: &mut PageSet, block: u64) {
 impl Engine<'_> {
     /// Widens `missing` to whole blocks, and tells the destination of it.
     pub(super) fn leave_behind(&mut self, mut missing: PageSet) -> Result<(), MigrationError> {
-        widen(&mut missing, self.left.block.load(Ordering::Relaxed));
+        widen(&mut missing, self.post_copy.left.block.load(Ordering::Relaxed));
         for frame in missing_frames(&missing) {
             self.say(&frame)?;
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
         self.say(&end)?;
-        self.lacking = missing.len();
-        self.missing_pages = self.lacking;
+        self.post_copy.lacking = missing.len();
+        self.post_copy.missing_pages = self.post_copy.lacking;
         self.rounds.gone(&missing);
         self.rounds.map().leave_behind(&missing)?;
-        self.left.generation.store(generation, Ordering::Release);
+        self.post_copy.left.generation.store(generation, Ordering::Release);
         Ok(())
     }
 
     /// Sends all that was left behind, across as many losses of the link as come.
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
-        let dirtied = std::mem::take(&mut self.dirtied_last);
+        let dirtied = std::mem::take(&mut self.post_copy.dirtied_last);
         self.heat_up(&dirtied, DIRTIED);
-        order.begin(self.rounds.map().unclaimed(), &self.heat);
+        order.begin(self.rounds.map().unclaimed(), &self.post_copy.heat);
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
@@ -230,9 +230,9 @@ impl Engine<'_> {
                 // the VM has ended
                 break;
             }
-            let lacked = self.lacking;
+            let lacked = self.post_copy.lacking;
             self.reconnect(error.to_string());
-            if self.lacking == lacked && self.machine.phase() == SourcePhase::Serving {
+            if self.post_copy.lacking == lacked && self.machine.phase() == SourcePhase::Serving {
                 // the links work, but no page arrives on them
                 thread::sleep(back_off);
                 back_off = (back_off * 2).min(MAX_BACK_OFF);
@@ -244,8 +244,8 @@ impl Engine<'_> {
     }
 
     fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
-        let block = self.left.block.load(Ordering::Relaxed).max(1);
-        let generation = self.left.generation.load(Ordering::Relaxed);
+        let block = self.post_copy.left.block.load(Ordering::Relaxed).max(1);
+        let generation = self.post_copy.left.generation.load(Ordering::Relaxed);
         let mut free: Vec<u16> = (0..self.report.streams).flat_map(|lane| [lane; PUSHES_AHEAD]).collect();
         let ahead = free.len();
         let mut pace = Pace::new();
@@ -254,13 +254,13 @@ impl Engine<'_> {
             // while the guest waits, a lane gets its next push only when it is done with the last one
             let least_free = if pace.is_calm() { 0 } else { ahead - ahead / PUSHES_AHEAD };
             while free.len() > least_free
-                && let Some(range) = self.left.next(order, most)
+                && let Some(range) = self.post_copy.left.next(order, most)
                 && let Some(lane) = free.pop()
             {
                 self.report.pages.pushed += range.count;
                 self.report.pages.prepaged += if order.prepaged() { range.count } else { 0 };
                 pace.pushed(range.count);
-                if let Some(lane) = self.lanes.get(usize::from(lane)) {
+                if let Some(lane) = self.peer.lanes.get(usize::from(lane)) {
                     // a lane that is gone has said why, which arrives as an input
                     let _ = lane.send(Work::Push(range, generation));
                 }
@@ -309,15 +309,15 @@ impl Engine<'_> {
         }
         let listed = self.rounds.map().lacking(&missing);
         listed.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
-        self.lacking = expected;
-        let sent = self.report.pages.pushed + self.left.demanded.load(Ordering::Relaxed);
-        self.missing_pages = expected.saturating_add(sent);
+        self.post_copy.lacking = expected;
+        let sent = self.report.pages.pushed + self.post_copy.left.demanded.load(Ordering::Relaxed);
+        self.post_copy.missing_pages = expected.saturating_add(sent);
         self.open_lanes()
     }
 
     /// The granularity in which pages are left behind.
     pub(super) fn set_block(&self, whole: bool) {
-        self.left.block.store(if whole { HUGE_BLOCK } else { 1 }, Ordering::Relaxed);
+        self.post_copy.left.block.store(if whole { HUGE_BLOCK } else { 1 }, Ordering::Relaxed);
     }
 }
 

@@ -12,7 +12,7 @@ const GOODBYE: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hurry {
     pub(super) connect: Duration,
-    answer: Duration,
+    pub(super) answer: Duration,
 }
 
 /// The shortest attempt, and in round trips: a connection, a handshake, and *run*.
@@ -35,7 +35,7 @@ impl Engine<'_> {
     pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
         let mut error = result.err();
         let after = |engine: &Self, role, impact| {
-            if engine.shared {
+            if engine.strategy.shares_ram {
                 engine.options.spawner.end_switch_over();
                 engine.options.spawner.assume(role, impact);
             }
@@ -50,7 +50,7 @@ impl Engine<'_> {
             // whatever the strategy came to: the destination needs these pages
             error = self.serve_all(&mut Linear::default()).err();
         }
-        if let Some((outcome, reason)) = self.aftermath.take() {
+        if let Some((outcome, reason)) = self.fail_safe.aftermath.take() {
             after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = outcome;
             self.report.reason = Some(reason);
@@ -79,7 +79,7 @@ impl Engine<'_> {
             self.report.reason = Some(error.to_string());
             // resume first: every moment until then is downtime
             self.resume_guest();
-            self.watch = None;
+            self.guest.watch = None;
             after(&self, Role::Control, self.options.impact);
             self.hurry_last_word();
             if !matches!(error, MigrationError::Link { .. }) {
@@ -128,15 +128,15 @@ impl Engine<'_> {
 
     /// Lets the guest run as it did before the migration: at full speed, unless it was paused then.
     fn resume_guest(&mut self) {
-        if self.paused {
+        if self.guest.paused {
             let resumed = self.vm.resume();
             self.warn_if("resuming the guest", resumed);
-            self.paused = false;
+            self.guest.paused = false;
         }
-        if self.throttle != 0 {
+        if self.guest.throttle != 0 {
             let lifted = self.vm.throttle(0);
             self.warn_if("lifting the throttle", lifted);
-            self.throttle = 0;
+            self.guest.throttle = 0;
         }
     }
 
@@ -156,30 +156,30 @@ impl Engine<'_> {
         let report = &mut self.report;
         report.total = self.start.elapsed();
         report.downtime_limit = lock(&self.requests).downtime_limit.unwrap_or(report.downtime_limit);
-        report.wire_bytes = self.counters.wire_bytes.load(Ordering::Relaxed);
-        report.checkpoints = self.kept.counts();
-        report.pages.zero = self.counters.zero.load(Ordering::Relaxed);
-        report.pages.plain = self.counters.plain.load(Ordering::Relaxed);
-        report.page_bytes = self.counters.page_bytes.load(Ordering::Relaxed);
+        report.wire_bytes = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
+        report.checkpoints = self.fail_safe.kept.counts();
+        report.pages.zero = self.measured.counters.zero.load(Ordering::Relaxed);
+        report.pages.plain = self.measured.counters.plain.load(Ordering::Relaxed);
+        report.page_bytes = self.measured.counters.page_bytes.load(Ordering::Relaxed);
         let counts = self.rounds.counts();
         (report.pages.distinct, report.pages.free) = (counts.distinct, counts.free);
-        report.pages.demanded = self.left.demanded.load(Ordering::Relaxed);
-        report.faults.network = self.left.requests.load(Ordering::Relaxed);
-        if let (None, Some(paused)) = (report.downtime, self.paused_at) {
+        report.pages.demanded = self.post_copy.left.demanded.load(Ordering::Relaxed);
+        report.faults.network = self.post_copy.left.requests.load(Ordering::Relaxed);
+        if let (None, Some(paused)) = (report.downtime, self.guest.paused_at) {
             report.downtime = Some(paused.elapsed());
         }
     }
 
     /// Ends all lanes and their threads.
     pub(super) fn close(&mut self) {
-        self.link_ended.store(true, Ordering::Relaxed);
-        self.lanes.clear();
-        self.control = None;
+        self.peer.link_ended.store(true, Ordering::Relaxed);
+        self.peer.lanes.clear();
+        self.peer.control = None;
         // a lane that still has something to send may finish it: closing shuts the stream behind what was written
-        for closer in self.closers.drain(..) {
+        for closer in self.peer.closers.drain(..) {
             closer.close();
         }
-        for thread in self.threads.drain(..) {
+        for thread in self.peer.threads.drain(..) {
             thread.join();
         }
     }
@@ -207,25 +207,28 @@ impl Engine<'_> {
                 self.options.observer.event(&Event::InDoubt(Box::new(report)));
             }
             self.close();
-            self.pings.clear();
+            self.peer.pings.clear();
             // what the lost link did not answer says nothing of the next one
-            self.unanswered = None;
+            self.peer.unanswered = None;
             // inputs of the lost lanes, which their threads left behind before they ended
             while let Ok(input) = self.inputs.try_recv() {
                 if let Input::Recover(connector) = input {
-                    self.elsewhere = Some(connector);
+                    self.peer.elsewhere = Some(connector);
                 }
             }
-            self.hurry =
-                Some(Hurry::of_attempt(attempt - begun, self.calibration.shortest_round_trip(), self.patience()));
+            self.peer.hurry = Some(Hurry::of_attempt(
+                attempt - begun,
+                self.measured.calibration.shortest_round_trip(),
+                self.patience(),
+            ));
             let repeated = self.repeat_run();
-            self.hurry = None;
+            self.peer.hurry = None;
             match repeated {
                 Ok(()) => return self.tell_phase(),
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = error.to_string(),
             }
-            let identity = lock(&self.kept.identity).clone();
+            let identity = lock(&self.fail_safe.kept.identity).clone();
             if let Some(fail_safe) = self.options.fail_safe.clone()
                 && let Some(store) = fail_safe.reverse.clone()
                 && let Some(identity) = identity
@@ -245,7 +248,7 @@ impl Engine<'_> {
             back_off = (back_off * 2).min(MAX_BACK_OFF);
             while let Ok(input) = self.inputs.recv_timeout(again.saturating_duration_since(Instant::now())) {
                 if let Input::Recover(connector) = input {
-                    self.elsewhere = Some(connector);
+                    self.peer.elsewhere = Some(connector);
                     // who asks wants to hear how that goes
                     (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
                     break;
@@ -266,20 +269,20 @@ impl Engine<'_> {
             Ok(number) => format!("as it was at checkpoint {number}"),
             Err(error) => {
                 let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
-                self.aftermath = Some((Outcome::Lost, reason));
-                (self.paused, self.throttle) = (false, 0);
+                self.fail_safe.aftermath = Some((Outcome::Lost, reason));
+                (self.guest.paused, self.guest.throttle) = (false, 0);
                 self.rounds.forget_tracker();
                 return self.vm.released();
             }
         };
         let reason = format!("the destination is dead ({why}); the VM runs on here, {after}");
-        self.aftermath = Some((Outcome::Restarted, reason));
+        self.fail_safe.aftermath = Some((Outcome::Restarted, reason));
     }
 
     /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run from there.
     fn restart(&mut self, store: &Mutex<dyn CheckpointStore>) -> Result<u32, MigrationError> {
         let mut store = lock(store);
-        let (number, state) = store.latest().unwrap_or_else(|| (0, self.handed_over.clone()));
+        let (number, state) = store.latest().unwrap_or_else(|| (0, self.fail_safe.handed_over.clone()));
         let state = VmState::decode(&state)?;
         let ram = self.ram.clone();
         let restored = store.restore(&mut |page, data| {
@@ -294,14 +297,14 @@ impl Engine<'_> {
         restored.map_err(unreadable).map_err(MigrationError::vm("restoring RAM"))?;
         self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
         // it is whatever a checkpoint made it, and runs
-        self.paused = false;
+        self.guest.paused = false;
         self.rounds.all_dirty();
         Ok(number)
     }
 
     /// What serving came to, if its VM came back.
     pub(in crate::engine) fn came_back(&self) -> Result<(), MigrationError> {
-        match &self.aftermath {
+        match &self.fail_safe.aftermath {
             Some((_, reason)) => Err(MigrationError::GaveUp(reason.clone())),
             None => Ok(()),
         }
@@ -315,19 +318,6 @@ impl Engine<'_> {
         self.await_running()?;
         if self.machine.phase() == SourcePhase::Serving {
             self.resume_serving()?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
-        let running = |event| matches!(event, SourceEvent::Running).then_some(());
-        let patience = self.hurry.map_or(self.patience(), |hurry| hurry.answer);
-        self.wait("the destination to run the VM", patience, running)?;
-        if self.shared {
-            self.options.spawner.end_switch_over();
-        }
-        if let Some(paused) = self.paused_at {
-            self.report.downtime.get_or_insert(paused.elapsed());
         }
         Ok(())
     }

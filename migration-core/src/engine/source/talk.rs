@@ -1,0 +1,205 @@
+//! What the source says and hears, and how long it waits.
+
+use super::*;
+
+impl Engine<'_> {
+    pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
+        self.say_all(std::slice::from_ref(frame))
+    }
+
+    /// Says several things in one go: the destination is woken once.
+    pub(super) fn say_all(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
+        let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
+        let result = self.peer.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
+        match result {
+            Err(error @ MigrationError::Link { .. }) => {
+                let error = self.last_words(error);
+                Err(self.stuck_in_pause(error))
+            }
+            other => other,
+        }
+    }
+
+    /// A write failed. If the peer said why before it closed the link, its word is the better error.
+    pub(super) fn last_words(&mut self, error: MigrationError) -> MigrationError {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match input {
+                Input::Control(epoch, frame @ Control::Error { code: ErrorCode::VmEnded, .. }) => {
+                    return self.frame(epoch, frame).err().unwrap_or(error);
+                }
+                Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
+                Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
+                // what has read nothing but a stranger's words knows more than who wrote
+                Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
+                Input::ControlLost(_) => break,
+                _ => {}
+            }
+        }
+        error
+    }
+
+    /// Waits for the frame that `pick` takes.
+    pub(super) fn wait<T>(
+        &mut self,
+        what: &str,
+        timeout: Duration,
+        mut pick: impl FnMut(SourceEvent) -> Option<T>,
+    ) -> Result<T, MigrationError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.next_input(deadline)? {
+                Some(Input::Control(epoch, frame)) => {
+                    let event = self.frame(epoch, frame)?;
+                    if let Some(found) = pick(event) {
+                        return Ok(found);
+                    }
+                }
+                Some(_) => {}
+                None => {}
+            }
+            self.in_time(deadline, what)?;
+        }
+    }
+
+    /// How long the destination may be silent.
+    pub(super) fn patience(&self) -> Duration {
+        let detect = self.options.fail_safe.as_ref().filter(|_| !self.machine.owns()).map(|f| f.detect);
+        detect.map_or(self.options.idle_timeout, |detect| detect.max(LEAST_SILENCE).min(self.options.idle_timeout))
+    }
+
+    /// An error when `deadline` has passed.
+    pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
+        if Instant::now() < deadline {
+            return Ok(());
+        }
+        let cause = io::Error::new(io::ErrorKind::TimedOut, format!("waited in vain for {what}"));
+        Err(MigrationError::link(&self.connector().address())(cause))
+    }
+
+    /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
+    /// failures of lanes become errors here; pings and progress are seen to.
+    pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+        let tick = (self.measured.last_progress + PROGRESS_INTERVAL).min(deadline);
+        let tick = self.next_look().map_or(tick, |look| tick.min(look));
+        let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
+        if self.measured.last_progress.elapsed() >= PROGRESS_INTERVAL {
+            self.measured.last_progress = Instant::now();
+            self.tell_progress();
+            if self.fail_safe.kept.heard.swap(false, Ordering::Relaxed) {
+                self.is_alive();
+            }
+            let (phase, patience) = (self.machine.phase(), self.patience());
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Offered | SourcePhase::Serving)
+                && self.peer.last_ping.elapsed() >= PING_INTERVAL.min(patience / 4)
+            {
+                let before = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
+                self.say(&Control::Ping)?;
+                self.discount(self.measured.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
+                // only now: it may have waited for its turn on the link
+                self.peer.last_ping = Instant::now();
+                if self.peer.pings.len() < MOST_PINGS {
+                    self.peer.pings.push_back(self.peer.last_ping);
+                }
+                self.peer.unanswered.get_or_insert(self.peer.last_ping);
+            }
+            let silent = self.peer.unanswered.is_some_and(|since| since.elapsed() >= patience);
+            if matches!(phase, SourcePhase::Copying | SourcePhase::Serving) && silent {
+                let why = format!("the destination has been silent for {patience:?}");
+                let cause = io::Error::new(io::ErrorKind::TimedOut, why);
+                return Err(MigrationError::link(&self.connector().address())(cause));
+            }
+        }
+        match input {
+            Ok(Input::Cancel(why)) => {
+                if self.machine.owns() {
+                    self.cancelled = Some(why.clone());
+                    return Err(MigrationError::Cancelled(why));
+                }
+                Ok(None)
+            }
+            Ok(Input::VmEnded(why)) if self.machine.owns() => Err(MigrationError::VmEnded(why)),
+            // where it runs now it may still end
+            Ok(Input::VmEnded(_)) => Ok(None),
+            Ok(Input::Recover(connector)) => {
+                self.peer.elsewhere = Some(connector);
+                Ok(None)
+            }
+            Ok(Input::Lane(Ok(done))) => {
+                self.lanes_done = self.lanes_done.saturating_add(1);
+                self.measured.reading = self.measured.reading.saturating_add(done.reading);
+                Ok(Some(Input::Lane(Ok(done))))
+            }
+            Ok(Input::PostCopy) => {
+                self.post_copy.wanted = true;
+                Ok(Some(Input::PostCopy))
+            }
+            Ok(Input::Demanded(page)) => {
+                self.is_alive();
+                Ok(Some(Input::Demanded(page)))
+            }
+            Ok(Input::ControlLost(error)) => Err(error),
+            Ok(Input::Lane(Err(error))) => Err(match error {
+                MigrationError::Link { .. } => self.last_words(error),
+                other => other,
+            }),
+            Ok(Input::Control(epoch, frame)) => {
+                // what it says counts, also when it says it at the last moment
+                self.is_alive();
+                Ok(Some(Input::Control(epoch, frame)))
+            }
+            Ok(other) => Ok(Some(other)),
+            // the engine itself holds a sender, so it cannot be disconnected
+            Err(_) => self.within_pause().map(|()| None),
+        }
+    }
+
+    pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
+        self.is_alive();
+        if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
+            // it would free them
+            let unsent = self.rounds.map().never_claimed();
+            if unsent > 0 {
+                let why = format!("{unsent} pages were never sent");
+                return Err(DecodeError::invalid("complete", why).into());
+            }
+        }
+        match self.machine.handle(epoch, frame)? {
+            SourceEvent::Refused(code, text) => Err(MigrationError::Peer { code, text }),
+            SourceEvent::VmEnded(text) => {
+                let left = self.post_copy.lacking;
+                let reason = format!("at the destination: {text}; {left} pages that were missing there are not needed");
+                self.fail_safe.aftermath = Some((Outcome::Ended, reason));
+                Err(MigrationError::VmEnded(text))
+            }
+            SourceEvent::Pong => {
+                // one answer may have been late, for a reason that has nothing to do with the link; and while it loads the state
+                // the destination says that it lives without being asked
+                if let Some(asked) = self.peer.pings.pop_front()
+                    && self.machine.phase() != SourcePhase::Offered
+                {
+                    self.measured.calibration.round_trip(asked.elapsed());
+                }
+                Ok(SourceEvent::Pong)
+            }
+            event => Ok(event),
+        }
+    }
+
+    pub(super) fn tell_phase(&self) {
+        self.options.observer.event(&Event::Source(self.machine.phase()));
+    }
+
+    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an error.
+    pub(super) fn heed(&mut self) -> Result<(), MigrationError> {
+        let now = Instant::now();
+        for _ in 0..MOST_HEEDED {
+            match self.next_input(now)? {
+                Some(Input::Control(epoch, frame)) => drop(self.frame(epoch, frame)?),
+                Some(_) => {}
+                None => break,
+            }
+        }
+        Ok(())
+    }
+}
