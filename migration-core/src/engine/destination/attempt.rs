@@ -2,20 +2,33 @@
 
 use std::hash::{BuildHasher, RandomState};
 
-use super::{reserve::Reservation, *};
+use super::{
+    control_lane::Flow,
+    introduce::ControlLane,
+    reserve::Reservation,
+    session::{Agreed, Built},
+    *,
+};
 use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
+
+/// An attempt for which there is room.
+struct Begun {
+    epoch: u32,
+    attachment: u64,
+    streams: u16,
+}
 
 impl Hub {
     /// A source that is in doubt comes back.
     pub(super) fn reattach(
         self: &Arc<Self>,
         token: SessionToken,
-        (vm, epoch): (VmId, u32),
-        mut frames: ControlReader,
-        mut control: ControlWriter,
-        closer: Arc<dyn Closer>,
+        vm: VmId,
+        epoch: u32,
+        lane: ControlLane,
         peer: &str,
     ) -> Result<(), MigrationError> {
+        let ControlLane { mut frames, mut control, closer, .. } = lane;
         let refuse = |control: &mut ControlWriter, why: &str| {
             control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
             Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
@@ -44,8 +57,7 @@ impl Hub {
         self: &Arc<Self>,
         epoch: u32,
         hello: Control,
-        (mut frames, mut control): (ControlReader, ControlWriter),
-        (id, closer): (u64, Arc<dyn Closer>),
+        mut lane: ControlLane,
         peer: &str,
     ) -> Result<(), MigrationError> {
         let another = matches!(&hello, Control::Hello(hello) if lock(&self.state).machine.vm() != Some(hello.vm.id));
@@ -63,11 +75,11 @@ impl Hub {
         let (action, attachment) = match begun {
             Ok(begun) => begun,
             Err(violation) => {
-                control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
+                lane.control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
                 return Err(violation.into());
             }
         };
-        if let Err(error) = self.advance(id, Stage::Identified, peer) {
+        if let Err(error) = self.advance(lane.id, Stage::Identified, peer) {
             self.lost(attachment, &error.to_string());
             return Err(error);
         }
@@ -77,13 +89,15 @@ impl Hub {
         let reserved = match self.reserve(streams, features) {
             Ok(reserved) => reserved,
             Err(error) => {
-                control.send(epoch, &Control::error(error.code(), error.to_string()))?;
+                lane.control.send(epoch, &Control::error(error.code(), error.to_string()))?;
                 self.lost(attachment, &error.to_string());
                 return Err(error);
             }
         };
-        let wanted = (reserved.streams, features);
-        let (session, features) = match self.build(epoch, attachment, *hello, wanted, (&mut frames, control), closer) {
+        let begun = Begun { epoch, attachment, streams: reserved.streams };
+        let mut frames = lane.frames;
+        let built = self.build(&begun, *hello, &mut frames, lane.control, lane.closer);
+        let (session, features) = match built {
             Ok(built) => built,
             Err(error) => {
                 self.lost(attachment, &error.to_string());
@@ -112,16 +126,16 @@ impl Hub {
     /// Builds the VM and the session in which it is received.
     fn build(
         &self,
-        epoch: u32,
-        attachment: u64,
+        begun: &Begun,
         hello: Hello,
-        (streams, features): (u16, u32),
-        (frames, mut control): (&mut ControlReader, ControlWriter),
+        frames: &mut ControlReader,
+        mut control: ControlWriter,
         closer: Arc<dyn Closer>,
     ) -> Result<(Arc<Session>, u32), MigrationError> {
+        let features = hello.features;
         let shared = features & FEATURE_SHARED_RAM != 0;
         // a VM of an earlier epoch is void: free it before the new one needs the memory
-        let earlier = self.current(attachment)?.session.take();
+        let earlier = self.current(begun.attachment)?.session.take();
         self.free_vm(earlier, "a newer attempt of its source takes its place");
         self.join_watchers();
         let ram_bytes = hello.vm.layout.bytes();
@@ -135,36 +149,34 @@ impl Hub {
         };
         let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
-            Err(cause) => return Err(self.no_vm((attachment, epoch), &mut control, ErrorCode::Mismatch, cause)),
+            Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::Mismatch, cause)),
         };
         let pager = if shared { None } else { vm.pager() };
         let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
         let protection = match self.protection(&mut *vm, &mut features) {
             Ok(protection) => protection.map(Arc::new),
-            Err(cause) => return Err(self.no_vm((attachment, epoch), &mut control, ErrorCode::State, cause)),
+            Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::State, cause)),
         };
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
-        let token = new_token(hello.vm.id, epoch);
-        let crc = features & FEATURE_PAYLOAD_CRC != 0;
-        let lanes = (streams, self.options.progress_grace);
-        let session = Session::new((token, epoch), lanes, (crc, shared), vm, (pager, protection), control, closer);
-        let session = Arc::new(session);
-        self.current(attachment)?.session = Some(session.clone());
+        let agreed = Agreed {
+            token: new_token(hello.vm.id, begun.epoch),
+            epoch: begun.epoch,
+            lanes: begun.streams,
+            payload_crc: features & FEATURE_PAYLOAD_CRC != 0,
+            shared,
+            grace: self.options.progress_grace,
+        };
+        let session = Arc::new(Session::new(agreed, Built { vm, pager, protection }, control, closer));
+        self.current(begun.attachment)?.session = Some(session.clone());
         Ok((session, features))
     }
 
     /// Tells the source of an attempt that there is no VM for it. Its place is free before it hears that:
     /// whoever comes next, and as soon, is not told that the destination is busy.
-    fn no_vm(
-        &self,
-        (attachment, epoch): (u64, u32),
-        control: &mut ControlWriter,
-        code: ErrorCode,
-        cause: VmError,
-    ) -> MigrationError {
+    fn no_vm(&self, begun: &Begun, control: &mut ControlWriter, code: ErrorCode, cause: VmError) -> MigrationError {
         let text = cause.to_string();
-        self.lost(attachment, &text);
-        match control.send(epoch, &Control::error(code, text)) {
+        self.lost(begun.attachment, &text);
+        match control.send(begun.epoch, &Control::error(code, text)) {
             Ok(()) => MigrationError::Vm { step: "building the VM", cause },
             Err(error) => error,
         }

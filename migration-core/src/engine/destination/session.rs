@@ -123,16 +123,31 @@ impl Drop for Loading<'_> {
     }
 }
 
+/// What source and destination have agreed on.
+pub(super) struct Agreed {
+    pub(super) token: SessionToken,
+    pub(super) epoch: u32,
+    pub(super) lanes: u16,
+    pub(super) payload_crc: bool,
+    /// RAM is the source's too: no page may arrive.
+    pub(super) shared: bool,
+    /// How long the attempt may make no progress.
+    pub(super) grace: Duration,
+}
+
+/// The VM that is to be received, and what its VMM offers for it.
+pub(super) struct Built {
+    pub(super) vm: Box<dyn DestinationVm>,
+    /// Serves missing pages, if post-copy is agreed on.
+    pub(super) pager: Option<Arc<dyn Pager>>,
+    /// Checkpoints, if they are agreed on.
+    pub(super) protection: Option<Arc<Protection>>,
+}
+
 impl Session {
-    pub(super) fn new(
-        (token, epoch): (SessionToken, u32),
-        (lanes, grace): (u16, Duration),
-        (payload_crc, shared): (bool, bool),
-        vm: Box<dyn DestinationVm>,
-        (pager, protection): (Option<Arc<dyn Pager>>, Option<Arc<Protection>>),
-        control: ControlWriter,
-        closer: Arc<dyn Closer>,
-    ) -> Self {
+    pub(super) fn new(agreed: Agreed, built: Built, control: ControlWriter, closer: Arc<dyn Closer>) -> Self {
+        let Agreed { token, epoch, lanes, payload_crc, shared, grace } = agreed;
+        let Built { vm, pager, protection } = built;
         let count = usize::from(lanes);
         let ram = vm.ram();
         let listed = Mutex::new(PageSet::empty(ram.layout().pages()));

@@ -12,18 +12,26 @@ const WATCH_REFUSED: Duration = Duration::from_secs(2);
 /// How many times as long as the source this side waits before it asks its fence.
 const LAST: u32 = 4;
 
+/// The two halves of a checkpoint lane.
+pub(super) struct CheckpointHalves {
+    pub(super) reader: Box<dyn ReadHalf>,
+    pub(super) writer: Box<dyn WriteHalf>,
+}
+
 impl Hub {
     /// A lane on which checkpoints go back, for as long as its link lives.
     pub(super) fn checkpoints(
         &self,
-        session: Arc<Session>,
-        (protection, link): (Arc<Protection>, u32),
-        (reader, writer): (Box<dyn ReadHalf>, Box<dyn WriteHalf>),
+        session: &Session,
+        protection: &Protection,
+        link: u32,
+        halves: CheckpointHalves,
         peer: &str,
     ) -> Result<(), MigrationError> {
+        let CheckpointHalves { reader, writer } = halves;
         let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
         let wait_running = || session.wait_running(link);
-        let served = CheckpointLane { lane, reader, sequence: 0 }.run(&protection, &wait_running);
+        let served = CheckpointLane { lane, reader, sequence: 0 }.run(protection, &wait_running);
         let Err(error) = served else { return Ok(()) };
         if let MigrationError::VmEnded(reason) = &error {
             self.vm_ended(reason);

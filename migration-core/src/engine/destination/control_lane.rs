@@ -1,0 +1,105 @@
+//! What a source says on the control lane, and what is done about it.
+
+use super::{switch_over::Offered, *};
+
+/// How a control lane goes on after a frame.
+pub(super) enum Flow {
+    Continue,
+    End,
+}
+
+impl Hub {
+    /// Serves a control lane, each frame in its turn.
+    pub(super) fn frames(
+        self: &Arc<Self>,
+        frames: &mut ControlReader,
+        session: &Arc<Session>,
+        attachment: u64,
+    ) -> Result<(), MigrationError> {
+        loop {
+            let (epoch, frame) = frames.read()?;
+            if let Flow::End = self.frame(session, attachment, epoch, frame)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A control lane is not served any more.
+    pub(super) fn ended(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        peer: &str,
+        served: Result<(), MigrationError>,
+    ) {
+        let Err(error) = served else { return };
+        if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
+            // best effort: the lane ends either way
+            let _ = session.say(&Control::error(error.code(), error.to_string()));
+        }
+        // that a bulk lane failed is the cause; what followed from it on this one is not
+        let why = session.over().unwrap_or_else(|| error.to_string());
+        let link = session.link();
+        self.lost(attachment, &why);
+        self.bad_peer(peer, &why);
+        if self.current(attachment).is_ok() {
+            self.watch_source(session, link);
+        }
+    }
+
+    pub(super) fn frame(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        epoch: u32,
+        frame: Control,
+    ) -> Result<Flow, MigrationError> {
+        let mut state = lock(&self.state);
+        if state.attachment != attachment {
+            // a newer lane speaks for the session, or a newer session took its place
+            return Ok(Flow::End);
+        }
+        if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
+            return Err(DecodeError::invalid("post-copy", "it is not agreed on").into());
+        }
+        session.allowance.frame(&frame, session.ram.layout().pages())?;
+        match state.machine.handle(epoch, frame)? {
+            DestinationAction::None | DestinationAction::Build { .. } => {}
+            DestinationAction::Pong => {
+                drop(state);
+                session.say(&Control::Pong)?;
+            }
+            DestinationAction::LoadPiece(piece) => {
+                let mut vm = lock(&session.vm);
+                let vm = vm.as_mut().ok_or_else(no_vm)?;
+                vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
+            }
+            DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
+            DestinationAction::Load { generation, state: bytes, post_copy } => {
+                drop(state);
+                return self.load(session, attachment, Offered { generation, state: bytes, post_copy });
+            }
+            DestinationAction::Start { running } => self.run(state, session, attachment, running)?,
+            DestinationAction::AnswerRunning => {
+                lock(&self.host).link_found();
+                drop(state);
+                self.answer(session, attachment)?;
+            }
+            DestinationAction::Discard(why) => {
+                let given_up = state.session.take();
+                drop(state);
+                self.discard(given_up, &why);
+                return Ok(Flow::End);
+            }
+            DestinationAction::Finish => {
+                drop(state);
+                if let Some(protection) = &session.protection {
+                    self.unprotect(protection);
+                }
+                self.finished.store(true, Ordering::Relaxed);
+                return Ok(Flow::End);
+            }
+        }
+        Ok(Flow::Continue)
+    }
+}

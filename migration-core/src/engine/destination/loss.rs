@@ -1,0 +1,93 @@
+//! An attempt that comes to nothing, and a VM that ends.
+
+use super::*;
+
+impl Hub {
+    /// The guest has ended by itself.
+    pub(super) fn vm_ended(&self, reason: &str) {
+        let mut state = lock(&self.state);
+        let Some(ended) = state.machine.vm_ended(reason) else { return };
+        let Some(session) = state.session.clone() else { return };
+        drop(state);
+        // best effort: a source that does not hear it comes back and asks
+        let _ = session.tell_ended(ended);
+        if let Some(missing) = session.missing() {
+            // nobody waits for pages any more
+            missing.end();
+        }
+    }
+
+    /// Tells the observer of this, if it has happened. Like every event, never under a lock: an observer may call the
+    /// [`ReceiverHandle`].
+    pub(super) fn warn(&self, what: Option<String>) {
+        if let Some(what) = what {
+            self.options.observer.event(&Event::Warning(what));
+        }
+    }
+
+    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete.
+    pub(super) fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) {
+        use DestinationPhase::{Loading, Preparing, Receiving};
+        let state = lock(&self.state);
+        // a newer attempt may have begun whose session is not there yet
+        let session = state.session.clone().filter(|session| session.epoch == state.machine.epoch());
+        let Some(session) = session else { return };
+        if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
+            return;
+        }
+        let attachment = state.attachment;
+        drop(state);
+        session.last_word(ErrorCode::Busy, why);
+        self.lost(attachment, why);
+    }
+
+    /// The control lane of this attachment is gone.
+    pub(super) fn lost(&self, attachment: u64, why: &str) {
+        let mut state = lock(&self.state);
+        if state.attachment != attachment {
+            return;
+        }
+        let given_up = match state.machine.link_lost() {
+            OnDestinationLoss::Discard => state.session.take(),
+            OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
+        };
+        if state.machine.is_served() {
+            lock(&self.host).link_lost();
+        }
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    /// The link of `session` is lost. Its control lane may not notice, since the thread that reads it loads the state, and
+    /// waits for a page that was under way.
+    pub(super) fn lost_while_loading(&self, session: &Arc<Session>, why: &str) {
+        let mut state = lock(&self.state);
+        let ours = state.session.as_ref().is_some_and(|present| Arc::ptr_eq(present, session));
+        if !ours || state.machine.phase() != DestinationPhase::Loading {
+            return;
+        }
+        state.machine.link_lost();
+        // who loads finds that it does not speak for the session any more
+        state.attachment += 1;
+        let given_up = state.session.take();
+        drop(state);
+        self.discard(given_up, why);
+    }
+
+    pub(super) fn discard(&self, given_up: Option<Arc<Session>>, why: &str) {
+        self.free_vm(given_up, why);
+        self.tell_phase();
+    }
+
+    /// Frees the VM that was being received or held, and ends its lanes.
+    pub(super) fn free_vm(&self, given_up: Option<Arc<Session>>, why: &str) {
+        if given_up.is_some_and(|session| session.discard(why)) {
+            self.options.observer.event(&Event::Discarded(why.to_owned()));
+        }
+    }
+
+    pub(super) fn tell_phase(&self) {
+        let phase = lock(&self.state).machine.phase();
+        self.options.observer.event(&Event::Destination(phase));
+    }
+}

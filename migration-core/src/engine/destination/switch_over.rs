@@ -1,0 +1,237 @@
+//! The destination's half of the pause, and of what follows it.
+//!
+//! 1. **Wait for the last round**, which may still be on its way on other lanes than the offer.
+//! 2. **Seal**: from here on no page of a round arrives.
+//! 3. **Arm the pager** for what is left behind, before anything is loaded: loading touches RAM.
+//! 4. **Load the state.** It may wait for missing pages, which the source sends already.
+//! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the same.
+//! 6. **Start the guest** when the source says *run*, and then answer *running*.
+
+use super::{control_lane::Flow, *};
+
+/// What a source offers.
+pub(super) struct Offered {
+    /// The last round.
+    pub(super) generation: u32,
+    /// The encoded state.
+    pub(super) state: Vec<u8>,
+    /// How many pages are left behind, and the number of demand lanes, in post-copy.
+    pub(super) post_copy: Option<(u64, u16)>,
+}
+
+impl Hub {
+    /// Steps 1 to 5.
+    pub(super) fn load(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        attachment: u64,
+        offered: Offered,
+    ) -> Result<Flow, MigrationError> {
+        let Offered { generation, state: bytes, post_copy } = offered;
+        if session.shared {
+            self.options.spawner.begin_switch_over();
+        }
+        let loading = session.loads();
+        session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
+        session.seal(generation)?;
+        if let Some((announced, lanes)) = post_copy {
+            // before anything is loaded, which touches RAM
+            self.arm(session, attachment, generation, announced, lanes)?;
+        }
+        let mut vm_state = VmState::decode(&bytes)?;
+        let log = if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
+        // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
+        let loaded = match lock(&session.vm).as_mut() {
+            // loading writes RAM too
+            Some(vm) => log.map_or(Ok(()), |log| vm.continue_log(&log)).and_then(|()| vm.load_state(&vm_state)),
+            None => Err(no_longer_here()),
+        };
+        let loaded = loaded.map_err(MigrationError::vm("loading the state"));
+        if self.options.forward.is_some()
+            && let Some(protection) = &session.protection
+        {
+            *lock(&protection.state) = bytes.into();
+        }
+        let mut state = lock(&self.state);
+        if state.attachment != attachment {
+            return Ok(Flow::End);
+        }
+        loaded?;
+        drop(loading);
+        // ready before it is said: if saying it fails, the source may have heard it all the same
+        let ready = state.machine.loaded()?;
+        drop(state);
+        // A source that has gone may have said why before, while the state was loaded. That is still to be read,
+        // and it decides; without it, the lane's end does.
+        let _ = session.say(&ready);
+        self.tell_phase();
+        Ok(Flow::Continue)
+    }
+
+    /// Step 6.
+    pub(super) fn run(
+        &self,
+        state: MutexGuard<'_, State>,
+        session: &Session,
+        attachment: u64,
+        running: bool,
+    ) -> Result<(), MigrationError> {
+        let (started, unstarted) = self.start(&state, running);
+        let answered = if session.shared {
+            drop(state);
+            // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
+            // any more, on a core that a vCPU may have been woken for
+            let answered = self.answer(session, attachment);
+            self.options.spawner.end_switch_over();
+            self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
+            self.adopt(started);
+            answered
+        } else {
+            self.adopt(started);
+            drop(state);
+            self.answer(session, attachment)
+        };
+        self.warn(unstarted);
+        answered?;
+        self.tell_phase();
+        Ok(())
+    }
+
+    /// Readies the VM to run without the pages that were listed.
+    pub(super) fn arm(
+        &self,
+        session: &Arc<Session>,
+        attachment: u64,
+        last: u32,
+        announced: u64,
+        lanes: u16,
+    ) -> Result<(), MigrationError> {
+        session.wait_demand(lanes, self.options.idle_timeout)?;
+        drop(self.current(attachment)?);
+        let pager = session.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "it is not agreed on"))?;
+        let pages = std::mem::take(&mut *lock(&session.listed));
+        if pages.len() != announced || lanes == 0 {
+            let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
+            return Err(DecodeError::invalid("missing pages", why).into());
+        }
+        if !is_whole(&pages, pager.granule()) {
+            return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
+        }
+        let left = session.map.change(|map| map.leave_behind(&pages));
+        left.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
+        pager.arm(&session.map).map_err(MigrationError::vm("watching for missing pages"))?;
+        if let Some(protection) = &session.protection {
+            protection.begin()?;
+        }
+        let missing = Arc::new(Missing::new(pager, session.map.clone(), last + 1, lanes, self.bytes.clone()));
+        session.set_missing(&missing)
+    }
+
+    /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and with the first one a thread that
+    /// waits for the end of that: here, and not in the pause.
+    pub(super) fn await_faults(self: &Arc<Self>, session: &Arc<Session>, lane: u16) -> Result<(), MigrationError> {
+        let (hub, faulted) = (self.clone(), session.clone());
+        let body = Box::new(move || {
+            let watched = faulted.wait_missing().map_or(Ok(()), |missing| missing.watch(lane.into()));
+            if let Err(error) = watched {
+                let why = format!("faults are not served any more: {error}");
+                hub.options.observer.event(&Event::Warning(why));
+            }
+        });
+        self.watcher(Role::Demand, "mig-fault", body)?;
+        if lane > 0 {
+            return Ok(());
+        }
+        let (hub, session) = (self.clone(), session.clone());
+        let body = Box::new(move || {
+            if let Some(missing) = session.wait_missing()
+                && missing.wait_ended()
+            {
+                hub.all_there(&session, &missing);
+                missing.pager.settle();
+            }
+        });
+        self.watcher(Role::Control, "mig-missing", body)
+    }
+
+    pub(super) fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
+        let thread = self.spawn(role, name, body);
+        let thread = thread.map_err(|cause| MigrationError::Thread { role: "the session", cause })?;
+        lock(&self.watchers).push(thread);
+        Ok(())
+    }
+
+    /// Waits for the threads that served a VM whose session is over.
+    pub(super) fn join_watchers(&self) {
+        let watchers = std::mem::take(&mut *lock(&self.watchers));
+        for thread in watchers {
+            thread.join();
+        }
+    }
+
+    /// No page is missing any more.
+    pub(super) fn all_there(&self, session: &Session, missing: &Missing) {
+        if let Err(error) = missing.pager.disarm() {
+            self.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
+        }
+        let mut state = lock(&self.state);
+        // before *run* the source may still take the VM back: it is told when the VM has started
+        if state.machine.complete().is_ok() {
+            drop(state);
+            // best effort: a source that does not hear it comes back and asks
+            let _ = session.tell_complete(missing);
+            self.tell_phase();
+        }
+    }
+
+    /// The VM runs here: answers *run*.
+    pub(super) fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+        session.tell_running()?;
+        if let Some(missing) = session.missing()
+            && missing.is_complete()
+        {
+            // before the source can answer to it
+            self.current(attachment)?.machine.complete()?;
+            session.tell_complete(&missing)?;
+        }
+        Ok(())
+    }
+
+    /// The VM is ours without its source's word.
+    pub(super) fn take(&self, state: MutexGuard<'_, State>, action: &DestinationAction) {
+        let unstarted = self.start_and_adopt(&state, action);
+        self.finished.store(true, Ordering::Relaxed);
+        drop(state);
+        self.warn(unstarted);
+    }
+
+    /// Starts the VM if `action` says so, and has it adopted. Returns why it did not start, as [`start`](Self::start) does.
+    #[must_use = "the observer is to be warned"]
+    pub(super) fn start_and_adopt(&self, state: &State, action: &DestinationAction) -> Option<String> {
+        let DestinationAction::Start { running } = *action else { return None };
+        let (started, unstarted) = self.start(state, running);
+        self.adopt(started);
+        unstarted
+    }
+
+    /// Starts the VM, which is to be adopted, and says why if it does not start: [`warn`](Self::warn) of that once the lock
+    /// on the state is free.
+    #[must_use = "it is to be adopted"]
+    pub(super) fn start(&self, state: &State, running: bool) -> (Option<Box<dyn DestinationVm>>, Option<String>) {
+        let Some(session) = &state.session else { return (None, None) };
+        let Some(mut vm) = lock(&session.vm).take() else { return (None, None) };
+        let failed = vm.start(running).err();
+        if let Some(missing) = session.missing() {
+            missing.set_vcpus(vm.vcpu_threads());
+        }
+        session.set_running();
+        (Some(vm), failed.map(|error| format!("the VM is owned here but could not be started: {error}")))
+    }
+
+    /// The VM runs, and is the host's from now on.
+    pub(super) fn adopt(&self, vm: Option<Box<dyn DestinationVm>>) {
+        if let Some(vm) = vm {
+            lock(&self.host).adopted(vm);
+        }
+    }
+}
