@@ -34,7 +34,7 @@ use crate::{
     },
     spawner::GuestImpact,
     state::{Section, VmState},
-    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs},
+    strategy::{Linear, Link, PushOrder, Round, Running, Strategy, Verbs, push_order::checked_next},
     vm::{VmDescription, VmId},
     wire::{
         Control, FEATURE_SHARED_RAM, FaultSummary, Hello, STATE_CHUNK, SessionToken, Welcome, add_missing,
@@ -212,6 +212,8 @@ pub struct Simulation {
     free: PageSet,
     freed: usize,
     loads: u32,
+    /// When the present attempt began.
+    began: Duration,
     paused_at: Option<Duration>,
     link: (f64, f64),
     post_copy: PostCopyState,
@@ -260,6 +262,7 @@ impl Simulation {
             free: PageSet::empty(pages),
             freed: 0,
             loads: 0,
+            began: Duration::ZERO,
             paused_at: None,
             link: (0.0, PAGE_SIZE as f64),
             post_copy: PostCopyState::default(),
@@ -273,7 +276,7 @@ impl Simulation {
     /// Runs `strategy`, and does what follows from how it ends, as the engine does: everything is given back, or *run*
     /// is repeated until it is answered.
     pub fn attempt(&mut self, strategy: &mut dyn Strategy) -> Attempt {
-        let start = self.clock;
+        self.began = self.clock;
         self.attempt = Attempt::new();
         self.paused_at = None;
         self.epoch += 1;
@@ -312,7 +315,7 @@ impl Simulation {
         if let Some(paused) = self.paused_at {
             self.attempt.downtime.get_or_insert(self.clock - paused);
         }
-        self.attempt.total = self.clock - start;
+        self.attempt.total = self.clock - self.began;
         self.attempt.error = error;
         std::mem::replace(&mut self.attempt, Attempt::new())
     }
@@ -557,7 +560,7 @@ impl Simulation {
                 }
                 order.fault(page);
                 self.post_copy.waiting = None;
-            } else if let Some(range) = order.next(self.source_map.unclaimed(), self.config.chunk.max(1)) {
+            } else if let Some(range) = self.next_push(order) {
                 self.source_map.claim(range)?;
                 self.install(range)?;
             } else {
@@ -566,6 +569,21 @@ impl Simulation {
             }
         }
         Ok(())
+    }
+
+    /// What `order` pushes next. One that is wrong is told of, and pages go one after the other in its place.
+    fn next_push(&mut self, order: &mut dyn PushOrder) -> Option<PageRange> {
+        let (unsent, most) = (self.source_map.unclaimed(), self.config.chunk.max(1));
+        match checked_next(order, unsent, most) {
+            Ok(range) => range,
+            Err(why) => {
+                let range = Linear::default().next(unsent, most);
+                if self.broken.last() != Some(&why) {
+                    self.broken.push(why);
+                }
+                range
+            }
+        }
     }
 
     fn touch(&mut self, time: Duration) {
@@ -686,10 +704,15 @@ impl Simulation {
         self.check();
     }
 
-    fn transfer(&mut self, pages: &PageSet) -> Result<(), MigrationError> {
+    /// Sends `pages`, until all are there or `enough` says so before the next chunk. Returns those that were sent.
+    fn transfer(&mut self, pages: &PageSet, enough: impl Fn(&Self) -> bool) -> Result<PageSet, MigrationError> {
+        let mut sent = PageSet::empty(pages.capacity());
         for range in pages.ranges() {
             let mut at = range.first;
             while at < range.end() {
+                if enough(self) {
+                    return Ok(sent);
+                }
                 let chunk = PageRange::new(at, self.config.chunk.max(1).min(range.end() - at));
                 // what the page holds when it is read; the guest goes on while it travels
                 let versions: Vec<u64> = chunk.pages().map(|p| self.memory[p as usize]).collect();
@@ -702,10 +725,15 @@ impl Simulation {
                     self.note_broken(received.map_err(Into::into));
                 }
                 self.act(0)?;
+                sent.insert_range(chunk);
                 at = chunk.end();
             }
         }
-        Ok(())
+        Ok(sent)
+    }
+
+    fn timed_out(&self) -> bool {
+        self.config.timeout.is_some_and(|timeout| self.clock - self.began >= timeout)
     }
 }
 
@@ -742,15 +770,15 @@ impl Verbs for Simulation {
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
         let (began, generation) = (self.clock, self.source.begin_round()?);
         self.source_map.sending(pages)?;
-        self.transfer(pages)?;
+        let sent = self.transfer(pages, Self::timed_out)?;
         self.answer(Control::RoundReceived { generation })?;
-        self.source_map.acknowledged(pages)?;
-        let (sent, time) = (pages.len(), self.clock - began);
+        self.source_map.acknowledged(&sent)?;
+        let (sent, time) = (sent.len(), self.clock - began);
         self.attempt.rounds.push(sent);
         if time > Duration::ZERO && sent > 0 {
             self.link.0 = (sent * PAGE_SIZE as u64) as f64 / time.as_secs_f64();
         }
-        Ok(Round { generation, asked: sent, sent, wire_bytes: sent * PAGE_SIZE as u64, time })
+        Ok(Round { generation, asked: pages.len(), sent, wire_bytes: sent * PAGE_SIZE as u64, time })
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
@@ -779,13 +807,13 @@ impl Verbs for Simulation {
             state_bytes: self.config.state_bytes as u64,
             pending_bytes: 0,
             downtime_limit: self.config.downtime_limit,
-            elapsed: self.clock,
-            timed_out: self.config.timeout.is_some_and(|t| self.clock >= t),
+            elapsed: self.clock - self.began,
+            timed_out: self.timed_out(),
             stop_on_timeout: self.config.stop_on_timeout,
             post_copy_on_timeout: self.config.post_copy_on_timeout,
             impact: self.config.impact,
             can_post_copy: true,
-            post_copy_wanted: self.config.post_copy_on_timeout && self.config.timeout.is_some_and(|t| self.clock >= t),
+            post_copy_wanted: self.config.post_copy_on_timeout && self.timed_out(),
         }
     }
 
@@ -885,7 +913,7 @@ impl Simulation {
         } else {
             self.source.begin_round()?;
             self.attempt.rounds.push(rest.len());
-            self.transfer(&rest)?;
+            self.transfer(&rest, |_| false)?;
         }
         let state = self.state();
         for at in (0..state.len()).step_by(STATE_CHUNK) {

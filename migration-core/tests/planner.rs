@@ -146,3 +146,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_time_out_is_that_of_one_attempt() {
+    // two seconds for all pages: the second attempt begins after two, and has as long as the first one
+    let timeout = Some(3000 * MS);
+    let mut sim = Simulation::new(SimConfig { timeout, failing_loads: 1, ..SimConfig::default() });
+    let attempts = [sim.attempt(&mut <PreCopy>::default()), sim.attempt(&mut <PreCopy>::default())];
+    assert!(attempts[0].error.is_some() && attempts[0].total > 2000 * MS, "{attempts:?}");
+    assert!(attempts[1].error.is_none(), "{attempts:?}");
+    assert_eq!((sim.owner(), sim.broken()), (Owner::Destination, &[] as &[String]));
+}
+
+#[test]
+fn a_round_ends_when_the_time_is_over() {
+    let config = SimConfig { timeout: Some(1000 * MS), ..SimConfig::default() };
+    let (attempt, owner) = run(config.clone());
+    assert_eq!(owner, Owner::Source);
+    assert!(attempt.rounds[0] < config.pages / 2 + config.chunk, "{attempt:?}");
+    assert!(attempt.total < 1100 * MS, "{attempt:?}");
+    // whoever chose to stop then has the rest in the pause
+    let (attempt, owner) = run(SimConfig { stop_on_timeout: true, ..config.clone() });
+    assert_eq!(owner, Owner::Destination, "{:?}", attempt.error);
+    assert_eq!(attempt.rounds.iter().sum::<u64>(), config.pages, "{attempt:?}");
+}

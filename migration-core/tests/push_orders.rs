@@ -3,8 +3,9 @@
 use migration_core::{
     PageRange, PageSet,
     engine::STRIPE_PAGES,
+    sim::{Owner, SimConfig, Simulation},
     strategy::{
-        PushOrder,
+        PostCopy, PushOrder,
         push_order::{Direction, KnownOrder},
     },
 };
@@ -155,4 +156,31 @@ fn pivots_follow_many_readers() {
         assert!(dual <= linear / 3, "{budget} pages a read: {dual} faults, linear {linear}");
         assert!(forward <= linear / 3, "{budget} pages a read: {forward} faults, linear {linear}");
     }
+}
+
+/// An order that gives up after a few pages.
+struct GivesUp(u32);
+
+impl PushOrder for GivesUp {
+    fn name(&self) -> &'static str {
+        "gives-up"
+    }
+
+    fn begin(&mut self, _: &PageSet, _: &[u8]) {}
+
+    fn fault(&mut self, _: u64) {}
+
+    fn next(&mut self, unsent: &PageSet, _: u64) -> Option<PageRange> {
+        self.0 = self.0.checked_sub(1)?;
+        unsent.run_at(unsent.first_from(0)?, 1)
+    }
+}
+
+#[test]
+fn an_order_that_ends_early_is_told_of_and_the_vm_arrives_all_the_same() {
+    let mut sim = Simulation::new(SimConfig { pages: 2000, ..SimConfig::default() });
+    let attempt = sim.attempt(&mut PostCopy { order: Box::new(GivesUp(3)) });
+    assert!(attempt.error.is_none(), "{attempt:?}");
+    assert_eq!(sim.owner(), Owner::Destination);
+    assert!(sim.broken()[0].contains("the push order gives-up chose nothing of 1997 pages"), "{:?}", sim.broken());
 }

@@ -114,6 +114,8 @@ pub(super) struct PostCopy {
     pub(super) missing_pages: u64,
     /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
     pub(super) heat: Vec<u8>,
+    /// Whether the user was told that the push order is wrong.
+    pub(super) order_is_wrong: bool,
     /// What was dirtied last before the pause: not in `heat` yet.
     pub(super) dirtied_last: PageSet,
 }
@@ -126,6 +128,7 @@ impl PostCopy {
             lacking: 0,
             missing_pages: 0,
             heat: Vec::new(),
+            order_is_wrong: false,
             dirtied_last: PageSet::default(),
         }
     }

@@ -24,7 +24,11 @@ use crate::{
     page::STRIPE_PAGES,
     page_map::PageMap,
     protocol::{SourceEvent, SourcePhase},
-    strategy::{PushOrder, push_order::DIRTIED},
+    report::Event,
+    strategy::{
+        Linear, PushOrder,
+        push_order::{DIRTIED, checked_next},
+    },
     wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
 };
 
@@ -131,15 +135,18 @@ impl Left {
     }
 
     /// Takes out what `order` wants to push next, widened to whole blocks.
-    fn next(&self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
+    ///
+    /// # Errors
+    /// What is wrong with the order.
+    fn next(&self, order: &mut dyn PushOrder, most: u64) -> Result<Option<PageRange>, String> {
         let mut map = lock(&self.map);
         let block = self.block.load(Ordering::Relaxed).max(1);
-        let wanted = order.next(map.unclaimed(), most.max(block))?;
+        let Some(wanted) = checked_next(order, map.unclaimed(), most.max(block))? else { return Ok(None) };
         // of a block, what is left of it
         let whole = PageRange::new(wanted.first / block * block, block);
-        let range = map.unclaimed().ranges_in(if block == 1 { wanted } else { whole }).next()?;
-        map.claim(range).ok()?;
-        Some(range)
+        let range = map.unclaimed().ranges_in(if block == 1 { wanted } else { whole }).next();
+        range.map_or(Ok(()), |range| map.claim(range)).map_err(|error| error.to_string())?;
+        Ok(range)
     }
 }
 
@@ -243,6 +250,21 @@ impl Engine<'_> {
         self.came_back()
     }
 
+    /// Takes what `order` wants to push next. One that is wrong must not keep the guest waiting: then it is the next page, and the
+    /// user is told once.
+    fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
+        let left = &self.post_copy.left;
+        let why = match left.next(order, most) {
+            Ok(range) => return range,
+            Err(why) => why,
+        };
+        let range = left.next(&mut Linear::default(), most).ok().flatten();
+        if !std::mem::replace(&mut self.post_copy.order_is_wrong, true) {
+            self.options.observer.event(&Event::Warning(format!("{why}: pages go one after the other in its place")));
+        }
+        range
+    }
+
     fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         let block = self.post_copy.left.block.load(Ordering::Relaxed).max(1);
         let generation = self.post_copy.left.generation.load(Ordering::Relaxed);
@@ -254,7 +276,7 @@ impl Engine<'_> {
             // while the guest waits, a lane gets its next push only when it is done with the last one
             let least_free = if pace.is_calm() { 0 } else { ahead - ahead / PUSHES_AHEAD };
             while free.len() > least_free
-                && let Some(range) = self.post_copy.left.next(order, most)
+                && let Some(range) = self.next_push(order, most)
                 && let Some(lane) = free.pop()
             {
                 self.report.pages.pushed += range.count;
@@ -387,16 +409,50 @@ mod tests {
         assert_eq!(single.claim(12), [range(12, 1)]);
         assert!(single.claim(12).is_empty() && single.claim(5).is_empty());
         let order = &mut Linear::default();
-        assert_eq!(single.next(order, 100), Some(range(10, 2)));
-        assert_eq!(single.next(order, 5), Some(range(13, 5)));
+        assert_eq!(single.next(order, 100).unwrap(), Some(range(10, 2)));
+        assert_eq!(single.next(order, 5).unwrap(), Some(range(13, 5)));
 
         let huge = left(&[(512, 10), (530, 3), (1024, 512), (1536, 464)], 512);
         assert_eq!(huge.claim(531), [range(512, 10), range(530, 3)]);
         assert!(huge.claim(512).is_empty());
         let order = &mut Linear::default();
-        assert_eq!(huge.next(order, 1), Some(range(1024, 512)), "a whole block, however little was asked for");
-        assert_eq!(huge.next(order, 1), Some(range(1536, 464)), "the last one of RAM is shorter");
-        assert!(huge.next(order, 1).is_none() && lock(&huge.map).unclaimed().is_empty());
+        assert_eq!(huge.next(order, 1).unwrap(), Some(range(1024, 512)), "a whole block, however little was asked for");
+        assert_eq!(huge.next(order, 1).unwrap(), Some(range(1536, 464)), "the last one of RAM is shorter");
+        assert!(huge.next(order, 1).unwrap().is_none() && lock(&huge.map).unclaimed().is_empty());
+    }
+
+    /// An order that always says the same.
+    struct Always(Option<PageRange>);
+
+    impl PushOrder for Always {
+        fn name(&self) -> &'static str {
+            "always"
+        }
+
+        fn begin(&mut self, _: &PageSet, _: &[u8]) {}
+
+        fn fault(&mut self, _: u64) {}
+
+        fn next(&mut self, _: &PageSet, _: u64) -> Option<PageRange> {
+            self.0
+        }
+    }
+
+    #[test]
+    fn an_order_that_is_wrong_is_found_out() {
+        let range = |first, count| PageRange::new(first, count);
+        for (wrong, why) in [
+            (None, "chose nothing of 20 pages"),
+            (Some(range(5, 10)), "chose pages 5+10, which are not all unsent"),
+            (Some(range(10, 0)), "chose pages 10+0"),
+            (Some(range(u64::MAX, 2)), "not all unsent"),
+        ] {
+            let left = left(&[(10, 20)], 1);
+            let said = left.next(&mut Always(wrong), 100).unwrap_err();
+            assert!(said.contains(why), "{said}");
+            assert_eq!(lock(&left.map).unclaimed().len(), 20, "nothing is claimed");
+        }
+        assert_eq!(left(&[], 1).next(&mut Always(None), 100), Ok(None));
     }
 
     proptest! {

@@ -93,6 +93,26 @@ pub trait PushOrder: Send {
     }
 }
 
+/// Asks `order` for the next run, and checks its answer.
+///
+/// # Errors
+/// What is wrong with it: it chose nothing although pages are unsent, or pages that are not.
+pub(crate) fn checked_next(
+    order: &mut dyn PushOrder,
+    unsent: &PageSet,
+    most: u64,
+) -> Result<Option<PageRange>, String> {
+    match order.next(unsent, most) {
+        None if unsent.is_empty() => Ok(None),
+        None => Err(format!("the push order {} chose nothing of {} pages", order.name(), unsent.len())),
+        Some(run) if run.count > 0 && unsent.count_in(run) == run.count => Ok(Some(run)),
+        Some(run) => {
+            let PageRange { first, count } = run;
+            Err(format!("the push order {} chose pages {first}+{count}, which are not all unsent", order.name()))
+        }
+    }
+}
+
 impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
     fn name(&self) -> &'static str {
         (**self).name()
