@@ -58,6 +58,7 @@ pub mod engine;
 mod error;
 pub mod fence;
 pub mod histogram;
+pub mod limits;
 mod lock;
 mod memory;
 pub mod protocol;

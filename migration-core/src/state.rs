@@ -3,16 +3,7 @@
 use bytes::Bytes;
 
 use crate::codec::{DecodeError, Reader, Writer};
-
-/// Most bytes in a section's name.
-pub const MAX_SECTION_NAME: usize = 64;
-/// Most bytes in one section. The largest that real devices have (a GPU's or a vhost device's state) go through
-/// several steps, see [`crate::device::Device`]; a vCPU takes about 20 KiB.
-pub const MAX_SECTION: usize = 16 << 20;
-/// Most sections in a VM's state: 16 for each of 256 vCPUs, and as many devices.
-pub const MAX_SECTIONS: usize = 8192;
-/// Most bytes in a VM's whole state. Bounds what a destination holds in memory beside guest RAM.
-pub const MAX_STATE: usize = 64 << 20;
+pub use crate::limits::{MAX_SECTION, MAX_SECTION_NAME, MAX_SECTIONS, MAX_STATE};
 
 /// A piece of state under a name, such as one vCPU's registers or one device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,19 +10,12 @@ use std::ops::Range;
 use thiserror::Error;
 
 use crate::codec::{DecodeError, Reader, Writer};
+pub use crate::limits::{MAX_PAGES, MAX_REGIONS};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
 /// log2 of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
-
-/// Most RAM regions that a layout may have. KVM itself offers 509 or 32,764 slots; real machines use a handful, and
-/// the bound keeps a hostile hello small.
-pub const MAX_REGIONS: usize = 512;
-/// Most pages that a layout may have: 2^34 pages are 64 TiB, the most that KVM maps on x86-64 with 46 address bits.
-/// The limit bounds what a peer can make us allocate for bitmaps (2 GiB for the largest; a destination refuses far less, see
-/// [`crate::engine::ReceiverOptions::max_ram_bytes`]).
-pub const MAX_PAGES: u64 = 1 << 34;
 
 /// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a page never
 /// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.

@@ -1,23 +1,14 @@
 //! Frames of bulk lanes: pages, and the end of a round.
 
-use super::{Header, frame};
+use super::{
+    Header, frame,
+    kinds::{PAGES, REQUEST, ROUND_END},
+};
 use crate::{
     codec::{DecodeError, Reader, Writer},
+    limits::{MAX_EXTENTS, MAX_REQUESTS},
     page::{PAGE_SHIFT, PageRange},
 };
-
-/// Most runs of pages in one frame.
-pub const MAX_EXTENTS: usize = 1024;
-/// Most bytes of page data in one frame: large enough that a frame's fixed cost vanishes, small enough that a fault
-/// or a cancel never waits long behind one.
-pub const MAX_PAYLOAD: usize = 2 << 20;
-
-/// Most pages in one request.
-pub const MAX_REQUESTS: usize = 1024;
-
-const PAGES: u8 = 0x40;
-const ROUND_END: u8 = 0x41;
-const REQUEST: u8 = 0x42;
 
 /// What the pages of an extent hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

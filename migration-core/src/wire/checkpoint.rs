@@ -2,17 +2,17 @@
 
 use bytes::Bytes;
 
-use super::{Header, STATE_CHUNK, frame};
-use crate::codec::{DecodeError, Reader, Writer};
-
-/// Most bytes of what a host says of itself, for a fence.
-pub const MAX_IDENTITY: usize = 1024;
-
-const EVERY: u8 = 0x60;
-const IDENTITY: u8 = 0x61;
-const STATE: u8 = 0x62;
-const COMMIT: u8 = 0x63;
-const COMMITTED: u8 = 0x64;
+use super::{
+    Header, frame,
+    kinds::{
+        CHECKPOINT_COMMIT as COMMIT, CHECKPOINT_COMMITTED as COMMITTED, CHECKPOINT_EVERY as EVERY,
+        CHECKPOINT_IDENTITY as IDENTITY, CHECKPOINT_STATE as STATE,
+    },
+};
+use crate::{
+    codec::{DecodeError, Reader, Writer},
+    limits::{MAX_IDENTITY, STATE_CHUNK},
+};
 
 /// A frame of the checkpoint lane. The header's `number` is that of the checkpoint, from 1; 0 before the first.
 #[derive(Clone, Debug, PartialEq, Eq)]

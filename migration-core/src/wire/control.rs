@@ -2,23 +2,18 @@
 
 use bytes::Bytes;
 
-use super::{Header, MAX_DEMAND_LANES, MAX_STREAMS, SessionToken, frame};
+use super::{Header, SessionToken, frame, frame_kind, kinds};
 use crate::{
     codec::{DecodeError, Reader, Writer},
     device::DeviceKind,
-    page::{MAX_REGIONS, RamLayout},
-    state::{MAX_SECTION_NAME, Section},
+    limits::{
+        MAX_CONFIG, MAX_DEMAND_LANES, MAX_DEVICES, MAX_ERROR_TEXT, MAX_REGIONS, MAX_SECTION_NAME, MAX_STRATEGY_NAME,
+        MAX_STREAMS, STATE_CHUNK,
+    },
+    page::RamLayout,
+    state::Section,
     vm::{VmDescription, VmId},
 };
-
-/// Bytes of state in one frame.
-pub const STATE_CHUNK: usize = 1 << 20;
-/// Most bytes of a VMM's own configuration, and of host needs, in a hello.
-pub const MAX_CONFIG: usize = 256 << 10;
-/// Most devices in a hello.
-pub const MAX_DEVICES: usize = 1024;
-/// Most bytes of the text of an error that goes to the peer.
-pub const MAX_ERROR_TEXT: usize = 512;
 
 /// Why a side ends an attempt, for the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -198,26 +193,31 @@ pub enum Control {
 impl Control {
     /// The name of the frame, for messages.
     pub fn name(&self) -> &'static str {
+        frame_kind(self.code()).map_or("frame", |kind| kind.name)
+    }
+
+    /// Returns its number in the [table](super::FRAME_KINDS).
+    fn code(&self) -> u8 {
         match self {
-            Control::Hello(_) => "hello",
-            Control::Welcome(_) => "welcome",
-            Control::Prepared { .. } => "prepared",
-            Control::RoundReceived { .. } => "round received",
-            Control::Piece(_) => "piece",
-            Control::State(_) => "state",
-            Control::Offer { .. } => "offer",
-            Control::Ready => "ready",
-            Control::Run => "run",
-            Control::Running => "running",
-            Control::Done => "done",
-            Control::Abandon => "abandon",
-            Control::Reattach(_) => "reattach",
-            Control::Error { .. } => "error",
-            Control::Ping => "ping",
-            Control::Pong => "pong",
-            Control::Missing { .. } => "missing",
-            Control::PostCopy { .. } => "post-copy",
-            Control::Complete(_) => "complete",
+            Control::Hello(_) => kinds::HELLO,
+            Control::Welcome(_) => kinds::WELCOME,
+            Control::Prepared { .. } => kinds::PREPARED,
+            Control::RoundReceived { .. } => kinds::ROUND_RECEIVED,
+            Control::Piece(_) => kinds::PIECE,
+            Control::State(_) => kinds::STATE,
+            Control::Offer { .. } => kinds::OFFER,
+            Control::Ready => kinds::READY,
+            Control::Run => kinds::RUN,
+            Control::Running => kinds::RUNNING,
+            Control::Done => kinds::DONE,
+            Control::Abandon => kinds::ABANDON,
+            Control::Reattach(_) => kinds::REATTACH,
+            Control::Error { .. } => kinds::ERROR,
+            Control::Ping => kinds::PING,
+            Control::Pong => kinds::PONG,
+            Control::Missing { .. } => kinds::MISSING,
+            Control::PostCopy { .. } => kinds::POST_COPY,
+            Control::Complete(_) => kinds::COMPLETE,
         }
     }
 
@@ -235,69 +235,37 @@ impl Control {
     /// Header and body.
     pub fn encode(&self, vm: u32, sequence: u32, epoch: u32) -> Vec<u8> {
         let mut w = Writer::new();
-        let kind = match self {
+        match self {
             Control::Hello(h) => {
                 w.u32(h.features).u16(h.streams).text(&h.strategy);
                 encode_vm(&h.vm, &mut w);
-                0x01
             }
-            Control::Welcome(m) => {
-                w.u16(m.version).u32(m.features).u16(m.streams).bytes(&m.session.0);
-                0x02
-            }
-            Control::Prepared { load_us } => {
-                // what is not known is not sent
-                if let Some(time) = load_us {
-                    w.u64(*time);
-                }
-                0x03
-            }
-            Control::RoundReceived { generation } => {
-                w.u32(*generation);
-                0x04
-            }
-            Control::Piece(s) => {
-                s.encode(&mut w);
-                0x05
-            }
-            Control::State(chunk) => {
-                w.bytes(chunk);
-                0x06
-            }
+            Control::Welcome(m) => _ = w.u16(m.version).u32(m.features).u16(m.streams).bytes(&m.session.0),
+            // what is not known is not sent
+            Control::Prepared { load_us } => load_us.iter().for_each(|&time| _ = w.u64(time)),
+            Control::RoundReceived { generation } => _ = w.u32(*generation),
+            Control::Piece(s) => s.encode(&mut w),
+            Control::State(chunk) => _ = w.bytes(chunk),
             Control::Offer { generation, state_bytes, running } => {
                 w.u32(*generation).u64(*state_bytes).bool(*running);
-                0x07
             }
-            Control::Ready => 0x08,
-            Control::Run => 0x09,
-            Control::Running => 0x0a,
-            Control::Done => 0x0b,
-            Control::Abandon => 0x0c,
-            Control::Reattach(id) => {
-                w.bytes(&id.0);
-                0x0d
-            }
-            Control::Error { code, text } => {
-                w.u16(code.to_wire()).text(text);
-                0x0e
-            }
-            Control::Ping => 0x0f,
-            Control::Pong => 0x10,
-            Control::Missing { first, bitmap } => {
-                w.u64(*first).bytes(bitmap);
-                0x11
-            }
-            Control::PostCopy { missing, demand_lanes } => {
-                w.u64(*missing).u16(*demand_lanes);
-                0x12
-            }
+            Control::Reattach(id) => _ = w.bytes(&id.0),
+            Control::Error { code, text } => _ = w.u16(code.to_wire()).text(text),
+            Control::Missing { first, bitmap } => _ = w.u64(*first).bytes(bitmap),
+            Control::PostCopy { missing, demand_lanes } => _ = w.u64(*missing).u16(*demand_lanes),
             Control::Complete(s) => {
                 w.u64(s.count).u64(s.vcpu);
                 w.u64(s.p50_us).u64(s.p90_us).u64(s.p99_us).u64(s.p999_us).u64(s.max_us).u64(s.duplicates);
-                0x13
             }
-        };
-        frame(kind, vm, sequence, epoch, 0, &w.into_bytes())
+            Control::Ready
+            | Control::Run
+            | Control::Running
+            | Control::Done
+            | Control::Abandon
+            | Control::Ping
+            | Control::Pong => {}
+        }
+        frame(self.code(), vm, sequence, epoch, 0, &w.into_bytes())
     }
 
     /// Reads the body of a frame whose header was read before.
@@ -311,46 +279,46 @@ impl Control {
         }
         let mut r = Reader::new(body);
         let frame = match header.kind {
-            0x01 => {
+            kinds::HELLO => {
                 let (features, streams) = (r.u32("features")?, r.u16("streams")?);
                 if !(1..=MAX_STREAMS).contains(&streams) {
                     return Err(DecodeError::invalid("streams", format!("{streams} is not in 1..={MAX_STREAMS}")));
                 }
-                let strategy = r.text(64, "strategy")?;
+                let strategy = r.text(MAX_STRATEGY_NAME, "strategy")?;
                 Control::Hello(Box::new(Hello { features, streams, strategy, vm: decode_vm(&mut r)? }))
             }
-            0x02 => Control::Welcome(Welcome {
+            kinds::WELCOME => Control::Welcome(Welcome {
                 version: r.u16("version")?,
                 features: r.u32("features")?,
                 streams: r.u16("streams")?,
                 session: SessionToken(r.array("session")?),
             }),
-            0x03 if r.remaining() == 0 => Control::Prepared { load_us: None },
-            0x03 => Control::Prepared { load_us: Some(r.u64("time to load the state")?) },
-            0x04 => Control::RoundReceived { generation: r.u32("generation")? },
-            0x05 => Control::Piece(Section::decode_piece(&mut r, STATE_CHUNK)?),
-            0x06 => {
+            kinds::PREPARED if r.remaining() == 0 => Control::Prepared { load_us: None },
+            kinds::PREPARED => Control::Prepared { load_us: Some(r.u64("time to load the state")?) },
+            kinds::ROUND_RECEIVED => Control::RoundReceived { generation: r.u32("generation")? },
+            kinds::PIECE => Control::Piece(Section::decode_piece(&mut r, STATE_CHUNK)?),
+            kinds::STATE => {
                 let chunk = r.bytes(r.remaining().min(STATE_CHUNK), "state")?;
                 Control::State(Bytes::copy_from_slice(chunk))
             }
-            0x07 => Control::Offer {
+            kinds::OFFER => Control::Offer {
                 generation: r.u32("generation")?,
                 state_bytes: r.u64("state bytes")?,
                 running: r.bool("running")?,
             },
-            0x08 => Control::Ready,
-            0x09 => Control::Run,
-            0x0a => Control::Running,
-            0x0b => Control::Done,
-            0x0c => Control::Abandon,
-            0x0d => Control::Reattach(VmId(r.array("vm id")?)),
-            0x0e => Control::Error {
+            kinds::READY => Control::Ready,
+            kinds::RUN => Control::Run,
+            kinds::RUNNING => Control::Running,
+            kinds::DONE => Control::Done,
+            kinds::ABANDON => Control::Abandon,
+            kinds::REATTACH => Control::Reattach(VmId(r.array("vm id")?)),
+            kinds::ERROR => Control::Error {
                 code: ErrorCode::from_wire(r.u16("error code")?),
                 text: r.text(MAX_ERROR_TEXT, "error text")?,
             },
-            0x0f => Control::Ping,
-            0x10 => Control::Pong,
-            0x11 => {
+            kinds::PING => Control::Ping,
+            kinds::PONG => Control::Pong,
+            kinds::MISSING => {
                 let first = r.u64("first page")?;
                 let bitmap = r.bytes(r.remaining().min(STATE_CHUNK), "bitmap")?;
                 if !first.is_multiple_of(64) || !bitmap.len().is_multiple_of(8) {
@@ -358,7 +326,7 @@ impl Control {
                 }
                 Control::Missing { first, bitmap: Bytes::copy_from_slice(bitmap) }
             }
-            0x12 => {
+            kinds::POST_COPY => {
                 let (missing, demand_lanes) = (r.u64("missing pages")?, r.u16("demand lanes")?);
                 if demand_lanes > MAX_DEMAND_LANES {
                     let why = format!("{demand_lanes} is above {MAX_DEMAND_LANES}");
@@ -366,7 +334,7 @@ impl Control {
                 }
                 Control::PostCopy { missing, demand_lanes }
             }
-            0x13 => {
+            kinds::COMPLETE => {
                 let mut field = || r.u64("fault summary");
                 Control::Complete(FaultSummary {
                     count: field()?,

@@ -1,4 +1,5 @@
-//! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation.
+//! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation. [`FRAME_KINDS`] is the table of
+//! frames, and [`limits`](crate::limits) has all bounds.
 //!
 //! A lane is one channel. The source opens it with a [`Preamble`]; then both sides send frames: a [`Header`] of 32
 //! bytes, a body whose meaning depends on the header's kind, and for [`Bulk::Pages`] the page data itself, raw.
@@ -7,17 +8,21 @@
 mod bulk;
 mod checkpoint;
 mod control;
+mod kinds;
 mod page_list;
 
-pub use bulk::{Bulk, Content, Extent, MAX_EXTENTS, MAX_PAYLOAD, MAX_REQUESTS};
-pub use checkpoint::{Checkpoint, MAX_IDENTITY};
-pub use control::{
-    Control, ErrorCode, FaultSummary, Hello, MAX_CONFIG, MAX_DEVICES, MAX_ERROR_TEXT, STATE_CHUNK, Welcome,
-};
+pub use bulk::{Bulk, Content, Extent};
+pub use checkpoint::Checkpoint;
+pub use control::{Control, ErrorCode, FaultSummary, Hello, Welcome};
 pub(crate) use control::{decode_vm, encode_vm};
+pub use kinds::{FRAME_KINDS, FrameKind, Lanes, Sender, frame_kind};
 pub(crate) use page_list::{add_missing, encode_bitmap, missing_frames};
 
 use crate::codec::{DecodeError, Reader, Writer};
+pub use crate::limits::{
+    MAX_BODY, MAX_CONFIG, MAX_DEMAND_LANES, MAX_DEVICES, MAX_ERROR_TEXT, MAX_EXTENTS, MAX_IDENTITY, MAX_PAYLOAD,
+    MAX_REQUESTS, MAX_STRATEGY_NAME, MAX_STREAMS, STATE_CHUNK,
+};
 
 /// The oldest version of the wire format that this build speaks.
 pub const OLDEST_VERSION: u16 = 1;
@@ -27,10 +32,6 @@ pub const VERSION: u16 = 1;
 pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
 /// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this format but of migration-crypto.
 pub const SEALED_MAGIC: [u8; 8] = *b"LIVESEAL";
-/// Most lanes for pages: as many as the largest hosts have use for.
-pub const MAX_STREAMS: u16 = 128;
-/// Largest body of a frame: a state chunk with its fields. Page data is not part of the body.
-pub const MAX_BODY: usize = STATE_CHUNK + 4096;
 
 /// Feature bit: page data carries a CRC-32. Costs a copy of every page at the source.
 pub const FEATURE_PAYLOAD_CRC: u32 = 1;
@@ -51,8 +52,6 @@ pub const FEATURES: u32 =
     FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS | FEATURE_CHECKPOINTS | FEATURE_SHARED_RAM;
 /// Pages of a huge page.
 pub const HUGE_BLOCK: u64 = 512;
-/// Most demand lanes.
-pub const MAX_DEMAND_LANES: u16 = 16;
 
 /// What a lane carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

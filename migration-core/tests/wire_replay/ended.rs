@@ -227,20 +227,23 @@ fn a_guest_that_ends_during_a_snapshot_ends_it() {
     }
 }
 
-/// Pushes nothing: the guest is served what it asks for, and no more.
-struct Nothing;
+/// Pushes nothing before the guest has ended.
+struct Held(Arc<AtomicBool>);
 
-impl PushOrder for Nothing {
+impl PushOrder for Held {
     fn name(&self) -> &'static str {
-        "nothing"
+        "held"
     }
 
     fn begin(&mut self, _unsent: &PageSet, _heat: &[u8]) {}
 
     fn fault(&mut self, _page: u64) {}
 
-    fn next(&mut self, _unsent: &PageSet, _most: u64) -> Option<PageRange> {
-        None
+    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
+        while !self.0.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        unsent.run_at(unsent.first_from(0)?, most)
     }
 }
 
@@ -274,7 +277,7 @@ fn ends_while_served(cut: Option<usize>) -> Option<u64> {
     let link = Link::new(&destination, cut.map(|after| ((LaneKind::Control, 0, true), after)));
     let (handle, kept) = (destination.handle.clone(), Arc::new(AtomicBool::new(false)));
     let (never_there, ended) = (kept.clone(), Arc::new(AtomicBool::new(false)));
-    let link = Late { link, ended: ended.clone() };
+    let (link, held) = (Late { link, ended: ended.clone() }, ended.clone());
     // as soon as the VM runs there its guest ends
     let ends = thread::spawn(move || {
         while handle.phase() != DestinationPhase::Running && !never_there.load(Ordering::SeqCst) {
@@ -283,7 +286,7 @@ fn ends_while_served(cut: Option<usize>) -> Option<u64> {
         handle.vm_ended(WHY);
         ended.store(true, Ordering::SeqCst);
     });
-    let (report, vm) = run(link, vm, PostCopy { order: Box::new(Nothing) }, commands);
+    let (report, vm) = run(link, vm, PostCopy { order: Box::new(Held(held)) }, commands);
     kept.store(true, Ordering::SeqCst);
     ends.join().unwrap();
     let reason = report.reason.unwrap_or_default();
