@@ -5,8 +5,8 @@ use std::{io, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, tracker::TrackerError, vm::VmError,
-    wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, strategy::StillMissing,
+    tracker::TrackerError, vm::VmError, wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
@@ -93,6 +93,9 @@ pub enum MigrationError {
     /// The user cancelled.
     #[error("cancelled: {0}")]
     Cancelled(String),
+    /// The strategy ended while pages were missing at the destination.
+    #[error(transparent)]
+    StillMissing(#[from] StillMissing),
     /// The strategy gave up.
     #[error("gave up: {0}")]
     GaveUp(String),

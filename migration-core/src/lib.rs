@@ -31,7 +31,7 @@
 //!         let mut vm = vm.pause()?;
 //!         vm.send_rest(pages)?;
 //!         let nothing = vm.no_pages();
-//!         vm.hand_over(nothing)?.finish()
+//!         Ok(vm.hand_over(nothing)?.finish()?)
 //!     }
 //! }
 //!

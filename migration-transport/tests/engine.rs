@@ -276,7 +276,7 @@ impl Strategy for CancelAfter {
             let mut vm = vm.pause()?;
             vm.send_rest(pages)?;
             let nothing = vm.no_pages();
-            return vm.hand_over(nothing)?.finish();
+            return Ok(vm.hand_over(nothing)?.finish()?);
         }
         loop {
             vm.send(&pages)?;

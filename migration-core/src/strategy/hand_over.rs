@@ -24,6 +24,6 @@ impl Strategy for HandOver {
     fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError> {
         let vm = vm.pause()?;
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }

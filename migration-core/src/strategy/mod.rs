@@ -16,6 +16,8 @@ mod stop_and_copy;
 
 use std::time::Duration;
 
+use thiserror::Error;
+
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use hand_over::HandOver;
 pub use post_copy::{Hybrid, PostCopy};
@@ -322,11 +324,11 @@ impl HandedOver<'_> {
     /// Ends a migration that left no page missing.
     ///
     /// # Errors
-    /// When one is missing after all; the engine then serves it.
-    pub fn finish(self) -> Result<Done, MigrationError> {
+    /// When pages are missing after all. The engine then serves them.
+    pub fn finish(self) -> Result<Done, StillMissing> {
         match self.verbs.left_behind() {
             0 => Ok(Done(())),
-            missing => Err(MigrationError::GaveUp(format!("{missing} pages are missing at the destination"))),
+            pages => Err(StillMissing { pages }),
         }
     }
 
@@ -336,6 +338,15 @@ impl HandedOver<'_> {
         self.verbs.serve(order)?;
         Ok(Done(()))
     }
+}
+
+/// A strategy has [finished](HandedOver::finish) a migration that left pages behind. It has to
+/// [serve](HandedOver::serve) them.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{pages} pages are missing at the destination")]
+pub struct StillMissing {
+    /// How many.
+    pub pages: u64,
 }
 
 /// Proof that a strategy came to its end: only [`HandedOver`] and a [commit](Running::commit) make one.

@@ -62,6 +62,6 @@ impl<C: Convergence> Strategy for PreCopy<C> {
         let mut vm = vm.pause()?;
         vm.send_rest(pages)?;
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }

@@ -18,6 +18,6 @@ impl Strategy for StopAndCopy {
         let mut vm = vm.pause()?;
         vm.send_rest(pages)?;
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }

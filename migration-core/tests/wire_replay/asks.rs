@@ -50,6 +50,6 @@ impl<A: Send> Strategy for Asks<A> {
         let nothing = vm.no_pages();
         let vm = vm.hand_over(nothing)?;
         self.ask();
-        vm.finish()
+        Ok(vm.finish()?)
     }
 }

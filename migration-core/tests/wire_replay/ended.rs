@@ -131,7 +131,7 @@ impl Strategy for Ready {
         vm.send_rest(pages)?;
         self.0.vm_ended(WHY);
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }
 

@@ -339,7 +339,7 @@ impl Strategy for OneRound {
         }
         vm.send_rest(self.harvested.clone())?;
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }
 
@@ -505,7 +505,7 @@ impl Strategy for Rounds {
         let mut vm = vm.pause()?;
         vm.send_rest(pages)?;
         let nothing = vm.no_pages();
-        vm.hand_over(nothing)?.finish()
+        Ok(vm.hand_over(nothing)?.finish()?)
     }
 }
 

@@ -1,0 +1,154 @@
+//! The numbered rules of the design, as far as the simulator can show them: one test for each, named after it.
+//! The model in `tests/model` explores the same rules completely, with stores, evictions and further hosts.
+
+use std::time::Duration;
+
+use migration_core::{
+    MigrationError, PageRange, PageSet,
+    page_map::{Location, MapError, PageMap},
+    sim::{Dirtying, Owner, SimConfig, Simulation, Touching},
+    strategy::{Done, Linear, PostCopy, Running, Strategy},
+};
+
+const PAGES: u64 = 4096;
+
+fn world() -> SimConfig {
+    let dirtying = Dirtying::Rate { pages_per_second: 20_000.0, working_set: 500 };
+    SimConfig { pages: PAGES, dirtying, ..SimConfig::default() }
+}
+
+fn moved(sim: &Simulation) {
+    assert_eq!((sim.owner(), sim.broken()), (Owner::Destination, &[] as &[String]));
+}
+
+/// Runs a closure as a strategy.
+struct Script<F>(F);
+
+impl<F: FnMut(Running<'_>) -> Result<Done, MigrationError> + Send> Strategy for Script<F> {
+    fn name(&self) -> &'static str {
+        "script"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError> {
+        (self.0)(vm)
+    }
+}
+
+/// A demand for a page that was claimed for a push is answered by that push, and a page whose push was lost can be
+/// claimed again.
+#[test]
+fn rule_1_a_failed_send_leaves_a_page_that_can_be_claimed() {
+    let mut map = PageMap::new(PAGES);
+    map.leave_behind(&PageSet::full(PAGES)).unwrap();
+    map.claim(PageRange::new(10, 5)).unwrap();
+    assert_eq!(map.claim_block(12, 1), [], "somebody sends it already");
+    map.unclaim(PageRange::new(10, 5)).unwrap();
+    assert_eq!(map.claim_block(12, 1), [PageRange::new(12, 1)]);
+    // with the link cut after any action of post-copy, all pages arrive
+    let touching = Touching::Random { pages_per_second: 50_000.0 };
+    for cut in (40..200).step_by(7) {
+        let mut sim = Simulation::new(SimConfig { pages: 512, chunk: 8, touching, cuts: vec![cut], ..world() });
+        let attempt = sim.attempt(&mut PostCopy { order: Box::new(Linear::default()) });
+        if attempt.error.is_some() {
+            assert!(sim.attempt(&mut PostCopy { order: Box::new(Linear::default()) }).error.is_none());
+        }
+        moved(&sim);
+    }
+}
+
+/// A page is claimed before it is installed, so a second copy never replaces a page that has arrived.
+#[test]
+fn rule_2_a_late_copy_changes_nothing() {
+    let mut map = PageMap::new(PAGES);
+    map.leave_behind(&PageSet::full(PAGES)).unwrap();
+    let page = PageRange::new(7, 1);
+    map.claim(page).unwrap();
+    assert_eq!(map.claim(page), Err(MapError::NotFree(7)), "a second copy while the first is installed");
+    map.arrived(page).unwrap();
+    assert_eq!(map.claim(page), Err(MapError::NotFree(7)), "a second copy behind the first");
+    assert_eq!(map.location(7), Location::Here);
+}
+
+/// What a script forgets is missing or sent, never zero.
+#[test]
+fn rule_4_what_a_script_forgets_is_missing_and_never_zero() {
+    let mut half = Script(|mut vm: Running<'_>| {
+        let mut pages = vm.start_tracking()?;
+        pages.remove_range(PageRange::new(0, PAGES / 2));
+        vm.send(&pages)?;
+        let vm = vm.pause()?;
+        let nothing = vm.no_pages();
+        vm.hand_over(nothing)?.serve(&mut Linear::default())
+    });
+    let mut sim = Simulation::new(world());
+    assert!(sim.attempt(&mut half).error.is_none());
+    moved(&sim);
+    let mut nothing = Script(|mut vm: Running<'_>| {
+        vm.start_tracking()?;
+        let mut vm = vm.pause()?;
+        let none = vm.no_pages();
+        vm.send_rest(none)?;
+        let none = vm.no_pages();
+        Ok(vm.hand_over(none)?.finish()?)
+    });
+    let mut sim = Simulation::new(world());
+    let attempt = sim.attempt(&mut nothing);
+    assert!(attempt.error.is_none() && attempt.rounds == [PAGES], "{attempt:?}");
+    moved(&sim);
+}
+
+/// That a page is free is a look: a page that the guest takes back between two rounds is sent.
+#[test]
+fn rule_5_free_is_a_look() {
+    let ms = Duration::from_millis;
+    let freeing = vec![(ms(0), PageRange::new(0, 1000)), (ms(40), PageRange::new(500, 1000))];
+    let dirtying = Dirtying::Script((1..20).map(|n| (ms(5 * n), PageRange::new(50 * n, 60))).collect());
+    let mut thrice = Script(|mut vm: Running<'_>| {
+        let mut pages = vm.start_tracking()?;
+        for _ in 0..3 {
+            vm.send(&pages)?;
+            pages = vm.harvest()?;
+        }
+        vm.pause()?.hand_over(pages)?.serve(&mut Linear::default())
+    });
+    let mut sim = Simulation::new(SimConfig { freeing, dirtying, ..world() });
+    let attempt = sim.attempt(&mut thrice);
+    assert!(attempt.error.is_none() && attempt.spared > 0, "{attempt:?}");
+    moved(&sim);
+}
+
+/// After a cut the destination lists what it lacks. A list that cannot be is an error, and changes nothing.
+#[test]
+fn rule_18_the_list_after_a_cut_is_checked() {
+    let mut map = PageMap::new(PAGES);
+    let mut left = PageSet::empty(PAGES);
+    left.insert_range(PageRange::new(100, 50));
+    map.leave_behind(&left).unwrap();
+    map.claim(PageRange::new(100, 20)).unwrap();
+    // it cannot have pages that were never sent, and cannot lack others than those that were left behind
+    assert_eq!(map.lacking(&PageSet::empty(PAGES)), Err(MapError::NeverSent(120)));
+    assert_eq!(map.lacking(&PageSet::full(PAGES)), Err(MapError::NotLeftBehind(0)));
+    assert_eq!((map.missing().len(), map.unclaimed().len()), (50, 30));
+    left.remove_range(PageRange::new(100, 5));
+    map.lacking(&left).unwrap();
+    assert_eq!((map.location(104), map.location(105)), (Location::Here, Location::Source));
+    assert_eq!(map.unclaimed().len(), 45, "what was under way is sent again");
+}
+
+/// An attempt that fails before the hand-over gives everything back.
+#[test]
+fn rule_18_before_run_everything_counts_as_neither() {
+    let mut map = PageMap::new(PAGES);
+    map.dirtied(&PageSet::full(PAGES)).unwrap();
+    map.acknowledged(&PageSet::full(PAGES)).unwrap();
+    let mut left = PageSet::empty(PAGES);
+    left.insert_range(PageRange::new(0, 9));
+    map.leave_behind(&left).unwrap();
+    assert_eq!(map.dirtied(&left), Err(MapError::LeftBehind(0)), "the guest runs elsewhere");
+    map.taken_back();
+    assert_eq!((map.location(0), map.unsent().len()), (Location::Here, 9));
+}
