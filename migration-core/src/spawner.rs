@@ -19,6 +19,8 @@ pub enum Role {
     Control,
     /// Has no hurry.
     Background,
+    /// Runs a vCPU, or decides when vCPUs rest.
+    Vcpu,
 }
 
 /// How much a migration may disturb the guest.

@@ -2,8 +2,8 @@
 //!
 //! Everything here implements a trait of migration-core, and can be replaced by a VMM's own. A VMM takes what it lacks:
 //! [`ram`] if it does not map guest memory by itself (or an adapter for vm-memory), a [`tracker`] that [`probe`] finds
-//! available, a [`pager`] for post-copy, [`state`] for its vCPUs, [`spawner`] for threads with
-//! priorities, and a [`fence`] for fail-safe post-copy on one host.
+//! available, a [`pager`] for post-copy, [`state`] for its vCPUs, threads that run them ([`vcpu`]), [`spawner`] for
+//! threads with priorities, and a [`fence`] for fail-safe post-copy on one host.
 //!
 //! Unsafe code lives in named modules only; each block argues why it is sound.
 #![deny(unsafe_code)]
@@ -16,3 +16,4 @@ pub mod refresh;
 pub mod spawner;
 pub mod state;
 pub mod tracker;
+pub mod vcpu;

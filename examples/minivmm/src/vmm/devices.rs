@@ -306,7 +306,7 @@ impl Bus {
         self.serial.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    pub(super) fn port_write(&self, port: u16, data: &[u8]) {
+    pub(super) fn write(&self, port: u16, data: &[u8]) {
         if let (Some(offset), [value]) = (serial_offset(port), data)
             && let Some(serial) = self.lock().as_mut()
         {
@@ -317,7 +317,7 @@ impl Bus {
         }
     }
 
-    pub(super) fn port_read(&self, port: u16, data: &mut [u8]) {
+    pub(super) fn read(&self, port: u16, data: &mut [u8]) {
         if let (Some(offset), [value]) = (balloon_offset(port), &mut *data) {
             *value = self.balloon.read(offset);
             return;

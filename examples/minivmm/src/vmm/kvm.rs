@@ -5,11 +5,19 @@ use std::{io, sync::Arc};
 use bytes::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use migration_core::{GuestRam, state::VmState, tracker::DirtyTracker, vm::VmError};
+use migration_core::{
+    GuestRam,
+    report::{Event, Observer},
+    spawner::StdSpawner,
+    state::VmState,
+    tracker::DirtyTracker,
+    vm::VmError,
+};
 use migration_kvm::{
     probe::Probe,
     state::{self, HostNeeds, Irqchip, VCPU_SECTION, VM_SECTION, VcpuSaver},
     tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, UserFault, build},
+    vcpu::{IoHandler, KickSignal, RingFull, VcpuHost, Vcpus},
 };
 
 use super::{
@@ -17,7 +25,6 @@ use super::{
     boot,
     devices::{Bus, SERIAL_GSI},
     machine::Processors,
-    vcpu::{RingFull, Vcpus},
 };
 
 /// What the VM has.
@@ -34,6 +41,27 @@ pub(super) struct KvmProcessors {
     fault: Option<Arc<UserFault>>,
     needs: Bytes,
     tsc_khz: u64,
+}
+
+/// Logs what goes wrong with vCPUs.
+struct Logged;
+
+impl Observer for Logged {
+    fn event(&self, event: &Event) {
+        if let Event::Warning(what) = event {
+            log!("{what}");
+        }
+    }
+}
+
+impl IoHandler for Bus {
+    fn port_write(&self, port: u16, data: &[u8]) {
+        self.write(port, data);
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.read(port, data);
+    }
 }
 
 impl KvmProcessors {
@@ -80,7 +108,16 @@ impl KvmProcessors {
             let collect = move || collector.collect().map(drop).map_err(|e| e.to_string());
             Box::new(collect) as RingFull
         });
-        let vcpus = Vcpus::new(fds, slots.clone(), bus, collect).map_err(|e| format!("starting vCPU threads: {e}"))?;
+        let starting = |e: io::Error| format!("starting vCPU threads: {e}");
+        let host = VcpuHost {
+            memory: slots.clone(),
+            io: bus,
+            ring_full: collect,
+            signal: KickSignal::install(libc::SIGUSR1).map_err(starting)?,
+            spawner: Arc::new(StdSpawner),
+            observer: Arc::new(Logged),
+        };
+        let vcpus = Vcpus::new(fds, host).map_err(starting)?;
         let (vcpus, saver) = (Arc::new(vcpus), Arc::new(saver));
         Ok(Self { vcpus, saver, vm, slots, ring, kind, fault, needs: needs.into(), tsc_khz })
     }

@@ -7,17 +7,13 @@ mod boot;
 mod config;
 mod devices;
 mod glue;
-#[allow(unsafe_code)]
-mod kick;
 mod kvm;
 mod machine;
 mod measured;
 mod protect;
 mod software;
-mod stuck;
 #[cfg(test)]
 mod tests;
-mod vcpu;
 
 pub(crate) use alias::time_slots;
 pub(crate) use boot::least_memory;

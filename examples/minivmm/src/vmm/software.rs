@@ -23,12 +23,10 @@ use migration_core::{
 use migration_kvm::{
     ram::MappedRam,
     tracker::{TrackerKind, UserFault, WriteProtect},
+    vcpu::{Doing, MOST_WAIT, VcpuError},
 };
 
-use super::{
-    machine::Processors,
-    stuck::{Doing, MOST_WAIT, VcpuError},
-};
+use super::machine::Processors;
 use crate::workload::{
     layout::{self, board},
     spec::Spec,

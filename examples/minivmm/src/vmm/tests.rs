@@ -500,7 +500,7 @@ fn serial_output_that_cannot_be_written_moves_with_the_machine() {
     let full = SerialTarget::from("/dev/full");
     let first = Machine::new(MachineConfig { software: true, ..config(1) }, &full).unwrap();
     let first = Arc::new(first);
-    let say = |machine: &Machine, text: &str| text.bytes().for_each(|b| machine.bus.port_write(0x3f8, &[b]));
+    let say = |machine: &Machine, text: &str| text.bytes().for_each(|b| machine.bus.write(0x3f8, &[b]));
     say(&first, "not lost, ");
     assert!(first.snapshot().warnings.concat().contains("/dev/full"));
     let target = SerialTarget::from(file.path().to_str().unwrap());
@@ -524,7 +524,7 @@ fn serial_output_that_nobody_reads_stops_nobody() {
     let machine = machine.unwrap();
     // a pipe takes 64 KiB, as much again waits here
     let text: Vec<u8> = (0..100_000u32).map(|n| b'a' + (n % 23) as u8).collect();
-    text.iter().for_each(|&b| machine.bus.port_write(0x3f8, &[b]));
+    text.iter().for_each(|&b| machine.bus.write(0x3f8, &[b]));
     assert!(machine.snapshot().warnings.concat().contains("nobody reads it"));
     let mut read: Vec<u8> = Vec::new();
     while read.len() < text.len() {

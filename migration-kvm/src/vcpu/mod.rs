@@ -1,5 +1,33 @@
 //! vCPU threads: run, stop, throttle, and work on vCPUs that stand still.
 //!
+//! A VMM that has its own run loop needs none of this. One that has not gives [`Vcpus`] its vCPUs, an
+//! [`IoHandler`] for the ports and addresses behind which its devices are, and a [`KickSignal`].
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use migration_core::{report::NoObserver, spawner::StdSpawner};
+//! # use migration_kvm::{tracker::GuestSlots, vcpu::{IoHandler, KickSignal, VcpuHost, Vcpus}};
+//! # fn example(
+//! #     fds: Vec<kvm_ioctls::VcpuFd>, memory: Arc<GuestSlots>, devices: Arc<dyn IoHandler>,
+//! # ) -> Result<(), Box<dyn std::error::Error>> {
+//! let host = VcpuHost {
+//!     memory,
+//!     io: devices,
+//!     ring_full: None,
+//!     signal: KickSignal::install(libc::SIGUSR1)?,
+//!     spawner: Arc::new(StdSpawner),
+//!     observer: Arc::new(NoObserver),
+//! };
+//! let vcpus = Arc::new(Vcpus::new(fds, host)?);
+//! vcpus.run();
+//! vcpus.throttle(50)?;
+//! vcpus.pause()?;
+//! let registers = vcpus.on_each(|_, vcpu| vcpu.get_regs())?;
+//! # let _ = registers;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A vCPU runs while it may: the user wants it (`run`), no throttle holds it, and the VM has not ended. Whoever changes
 //! that does so under the lock, then sets `stop` and kicks. A kick is never lost: its handler sets `immediate_exit`, and
 //! the thread clears that flag *before* it looks at `stop` for the last time before `KVM_RUN`. So a signal that comes before
@@ -16,22 +44,28 @@ use std::{
     io, iter,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, TryLockError,
-        atomic::{AtomicBool, Ordering, compiler_fence},
+        atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence},
         mpsc,
     },
-    thread::{self, JoinHandle},
+    thread::{self, ThreadId},
     time::{Duration, Instant},
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-
-use migration_kvm::{state, tracker::GuestSlots};
-
-use super::{
-    devices::Bus,
-    kick,
-    stuck::{Doing, Doings, KICK_AGAIN, MOST_WAIT, VcpuError},
+use migration_core::{
+    report::{Event, Observer},
+    spawner::{GuestImpact, Joiner, Role, Spawner},
 };
+
+mod doing;
+#[allow(unsafe_code)]
+mod kick;
+
+pub use doing::{Doing, MOST_WAIT, VcpuError};
+use doing::{Doings, KICK_AGAIN};
+pub use kick::KickSignal;
+
+use crate::{state, tracker::GuestSlots};
 
 /// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
@@ -79,22 +113,76 @@ struct Shared {
     /// Looked at before every entry into the guest.
     stop: AtomicBool,
     doing: Doings,
-    bus: Arc<Bus>,
+    /// The operating system's numbers of the threads; 0 before one has begun.
+    threads: Vec<AtomicU32>,
+    signal: KickSignal,
+    io: Arc<dyn IoHandler>,
     /// Called when a dirty ring is full.
     ring_full: Option<RingFull>,
+    spawner: Arc<dyn Spawner>,
+    observer: Arc<dyn Observer>,
     /// Guest memory: it stays mapped for as long as there is a vCPU, even one that does not end when it should.
     _memory: Arc<GuestSlots>,
 }
 
-/// Collects a dirty ring that is full.
-pub(super) type RingFull = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// Collects a dirty ring that is full. An error ends the VM.
+pub type RingFull = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
-/// All vCPUs of a VM.
-pub(super) struct Vcpus {
+/// Devices, behind ports and addresses. Called on the vCPUs' threads, by several at once; a pause waits
+/// for every call.
+pub trait IoHandler: Send + Sync {
+    /// The guest has written `data` to a port.
+    fn port_write(&self, port: u16, data: &[u8]);
+
+    /// The guest reads a port. What is not filled in reads as zeros; a PC's bus floats high where nothing
+    /// is.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+
+    /// The guest has written `data` to an address outside RAM. Ignored by default.
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        let _ = (gpa, data);
+    }
+
+    /// The guest reads an address outside RAM. All ones by default.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        let _ = gpa;
+        data.fill(0xff);
+    }
+
+    /// An exit that is none of those above, and none that KVM's documentation leaves only one answer to.
+    ///
+    /// # Errors
+    /// Ends the VM, for this reason. That is the default.
+    fn other(&self, vcpu: usize, exit: &VcpuExit<'_>) -> Result<(), String> {
+        let _ = vcpu;
+        Err(format!("unexpected exit {exit:?}"))
+    }
+}
+
+/// What vCPUs need besides themselves.
+pub struct VcpuHost {
+    /// Guest memory, as KVM has it. It stays mapped for as long as there is a vCPU.
+    pub memory: Arc<GuestSlots>,
+    /// Devices.
+    pub io: Arc<dyn IoHandler>,
+    /// Collects the dirty ring, if there is one.
+    pub ring_full: Option<RingFull>,
+    /// Stops vCPUs.
+    pub signal: KickSignal,
+    /// Starts their threads, with [`Role::Vcpu`].
+    pub spawner: Arc<dyn Spawner>,
+    /// Is told of a thread that does not end.
+    pub observer: Arc<dyn Observer>,
+}
+
+/// All vCPUs of a VM, each on a thread of its own.
+pub struct Vcpus {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-    thread_ids: Vec<u32>,
-    throttler: Mutex<Option<JoinHandle<()>>>,
+    /// Those that could be started.
+    threads: Mutex<Vec<Box<dyn Joiner>>>,
+    throttler: Mutex<Option<Box<dyn Joiner>>>,
+    /// The throttler's thread.
+    throttles: Arc<Mutex<Option<ThreadId>>>,
 }
 
 impl Shared {
@@ -136,15 +224,13 @@ impl Shared {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; none runs yet.
-    pub(super) fn new(
-        vcpus: Vec<VcpuFd>,
-        memory: Arc<GuestSlots>,
-        bus: Arc<Bus>,
-        ring_full: Option<RingFull>,
-    ) -> io::Result<Self> {
-        kick::install()?;
+    /// Starts a thread for each vCPU. None runs before [`run`](Self::run) is called.
+    ///
+    /// # Errors
+    /// When a thread cannot be had or does not begin.
+    pub fn new(vcpus: Vec<VcpuFd>, host: VcpuHost) -> io::Result<Self> {
         let (count, vcpus) = (vcpus.len(), vcpus.into_iter().map(|vcpu| Mutex::new(Some(vcpu))).collect());
+        let VcpuHost { memory, io, ring_full, signal, spawner, observer } = host;
         let control = Control {
             run: false,
             held: false,
@@ -156,36 +242,50 @@ impl Vcpus {
             stopped: vec![false; count],
             ended: vec![false; count],
         };
-        let (control, stop, doing) = (Mutex::new(control), AtomicBool::new(true), Doings::new(count));
-        let (changed, ended) = (Condvar::new(), Condvar::new());
-        let shared = Arc::new(Shared { control, changed, ended, vcpus, stop, doing, bus, ring_full, _memory: memory });
-        let throttler = Mutex::new(None);
+        let shared = Arc::new(Shared {
+            control: Mutex::new(control),
+            changed: Condvar::new(),
+            ended: Condvar::new(),
+            vcpus,
+            stop: AtomicBool::new(true),
+            doing: Doings::new(count),
+            threads: (0..count).map(|_| AtomicU32::new(0)).collect(),
+            signal,
+            io,
+            ring_full,
+            spawner: spawner.clone(),
+            observer,
+            _memory: memory,
+        });
         // if a thread cannot be had, dropping this ends those that were started
-        let mut started = Self { shared: shared.clone(), threads: Vec::new(), thread_ids: Vec::new(), throttler };
-        let (tx, ids) = mpsc::channel();
+        let (throttler, throttles) = (Mutex::default(), Arc::default());
+        let started = Self { shared: shared.clone(), threads: Mutex::default(), throttler, throttles };
+        let (tx, begun) = mpsc::channel();
         for index in 0..count {
             let (shared, tx) = (shared.clone(), tx.clone());
             let body = move || {
+                shared.threads[index].store(nix::unistd::gettid().as_raw().unsigned_abs(), Ordering::SeqCst);
                 // the other end waits right below
-                let _ = tx.send((index, nix::unistd::gettid().as_raw().unsigned_abs()));
+                let _ = tx.send(());
                 thread_main(index, &shared);
             };
-            started.threads.push(thread::Builder::new().name(format!("vcpu-{index}")).spawn(body)?);
+            let name = format!("vcpu-{index}");
+            let thread = spawner.spawn(Role::Vcpu, GuestImpact::default(), &name, Box::new(body))?;
+            started.threads.lock().unwrap_or_else(|e| e.into_inner()).push(thread);
         }
-        let id = |_| ids.recv_timeout(MOST_WAIT).map_err(|_| io::Error::other("a vCPU's thread does not begin"));
-        let mut ids = (0..count).map(id).collect::<Result<Vec<_>, _>>()?;
-        ids.sort_unstable();
-        started.thread_ids = ids.into_iter().map(|(_, id)| id).collect();
+        for _ in 0..count {
+            begun.recv_timeout(MOST_WAIT).map_err(|_| io::Error::other("a vCPU's thread does not begin"))?;
+        }
         Ok(started)
     }
 
-    /// The threads' ids, in the vCPUs' order.
-    pub(super) fn thread_ids(&self) -> &[u32] {
-        &self.thread_ids
+    /// Returns the operating system's numbers of the threads, in the vCPUs' order.
+    pub fn thread_ids(&self) -> Vec<u32> {
+        self.shared.threads.iter().map(|id| id.load(Ordering::SeqCst)).collect()
     }
 
     /// Lets them run.
-    pub(super) fn run(&self) {
+    pub fn run(&self) {
         let mut control = self.shared.lock();
         control.run = true;
         self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
@@ -193,7 +293,7 @@ impl Vcpus {
     }
 
     /// Holds them beside all else, or ends that; waits for none, and so kicks them once: a kick is not lost.
-    pub(super) fn hold(&self, held: bool) {
+    pub fn hold(&self, held: bool) {
         let mut control = self.shared.lock();
         control.held = held;
         self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
@@ -207,7 +307,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// When one does not stop. It stops as soon as it can, and the others have stopped, until [`run`](Self::run) is called.
-    pub(super) fn pause(&self) -> Result<(), VcpuError> {
+    pub fn pause(&self) -> Result<(), VcpuError> {
         let mut control = self.shared.lock();
         control.run = false;
         self.kick_all();
@@ -231,7 +331,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// When the threads have ended, or a vCPU does not get to it: then it never does.
-    pub(super) fn on_each<T: Send + 'static>(
+    pub fn on_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, VcpuError> {
@@ -239,7 +339,7 @@ impl Vcpus {
     }
 
     /// As [`on_each`](Self::on_each), on the first one's.
-    pub(super) fn on_first<T: Send + 'static>(
+    pub fn on_first<T: Send + 'static>(
         &self,
         work: impl Fn(&mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<T, VcpuError> {
@@ -295,7 +395,7 @@ impl Vcpus {
     }
 
     /// Lets them run `100 - percent` of the time.
-    pub(super) fn throttle(self: &Arc<Self>, percent: u8) -> io::Result<()> {
+    pub fn throttle(self: &Arc<Self>, percent: u8) -> io::Result<()> {
         self.shared.lock().throttle = percent.min(99);
         self.shared.changed.notify_all();
         let mut throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner());
@@ -303,11 +403,12 @@ impl Vcpus {
             let thread = throttler.take();
             drop(throttler);
             // it ends by itself, at once
-            let _ = thread.map(JoinHandle::join);
+            thread.into_iter().for_each(|thread| thread.join());
         } else if throttler.is_none() {
             let vcpus = Arc::downgrade(self);
-            let shared = self.shared.clone();
+            let (shared, throttles) = (self.shared.clone(), self.throttles.clone());
             let body = move || {
+                *throttles.lock().unwrap_or_else(|e| e.into_inner()) = Some(thread::current().id());
                 throttle_main(&shared, || {
                     vcpus.upgrade().is_some_and(|v| {
                         v.kick_all();
@@ -315,18 +416,19 @@ impl Vcpus {
                     })
                 })
             };
-            *throttler = Some(thread::Builder::new().name("throttle".into()).spawn(body)?);
+            let spawner = &self.shared.spawner;
+            *throttler = Some(spawner.spawn(Role::Vcpu, GuestImpact::default(), "throttle", Box::new(body))?);
         }
         Ok(())
     }
 
     /// Why the VM has ended, if it has.
-    pub(super) fn end(&self) -> Option<String> {
+    pub fn end(&self) -> Option<String> {
         self.shared.lock().end.clone()
     }
 
     /// Waits until the VM has ended by itself (`Some`), or is taken apart. Stops the other vCPUs of a VM that has ended.
-    pub(super) fn end_watch(self: &Arc<Self>) -> impl FnOnce() -> Option<String> + Send + 'static {
+    pub fn end_watch(self: &Arc<Self>) -> impl FnOnce() -> Option<String> + Send + 'static {
         let (shared, vcpus) = (self.shared.clone(), Arc::downgrade(self));
         move || {
             let mut control = shared.lock();
@@ -344,12 +446,18 @@ impl Vcpus {
 
     fn kick_all(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.threads.iter().for_each(kick::kick);
+        self.kick_where(&vec![false; self.shared.threads.len()]);
     }
 
     /// Kicks those again that are not there yet.
     fn kick_where(&self, there: &[bool]) {
-        self.threads.iter().zip(there).filter(|(_, there)| !**there).for_each(|(thread, _)| kick::kick(thread));
+        for (thread, _) in self.shared.threads.iter().zip(there).filter(|(_, there)| !**there) {
+            match thread.load(Ordering::SeqCst) {
+                // it has not begun, and is not in the guest
+                0 => {}
+                id => self.shared.signal.kick(id),
+            }
+        }
     }
 
     /// Waits until all threads have let go of their vCPUs; those that do not.
@@ -357,7 +465,8 @@ impl Vcpus {
         let (began, mut kicked) = (Instant::now(), Instant::now());
         let mut control = self.shared.lock();
         // if a thread could not be started, the ones after it are not there
-        while control.ended.iter().take(self.threads.len()).any(|ended| !ended) && began.elapsed() < MOST_WAIT {
+        let threads = self.threads.lock().unwrap_or_else(|e| e.into_inner()).len();
+        while control.ended.iter().take(threads).any(|ended| !ended) && began.elapsed() < MOST_WAIT {
             control = self.shared.wait_for(control, KICK_AGAIN);
             if kicked.elapsed() >= KICK_AGAIN {
                 kicked = Instant::now();
@@ -368,7 +477,7 @@ impl Vcpus {
     }
 
     /// Ends all threads, and with them the vCPUs.
-    pub(super) fn shut_down(&self) {
+    pub fn shut_down(&self) {
         self.shared.lock().exit = true;
         self.kick_all();
         self.shared.changed.notify_all();
@@ -382,17 +491,19 @@ impl Drop for Vcpus {
         let throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(throttler) = throttler
             // the last reference may be dropped by the throttler itself
-            && throttler.thread().id() != thread::current().id()
+            && *self.throttles.lock().unwrap_or_else(|e| e.into_inner()) != Some(thread::current().id())
         {
-            let _ = throttler.join();
+            throttler.join();
         }
         let ended = self.wait_ended();
-        for (index, thread) in self.threads.drain(..).enumerate() {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(|e| e.into_inner()));
+        for (index, thread) in threads.into_iter().enumerate() {
             if ended.get(index) == Some(&true) {
-                let _ = thread.join();
+                thread.join();
             } else {
                 // it never enters the guest again, and has what it may still touch
-                log!("{}; its thread is left behind", self.shared.stuck(index, "end"));
+                let what = format!("{}; its thread is left behind", self.shared.stuck(index, "end"));
+                self.shared.observer.event(&Event::Warning(what));
             }
         }
     }
@@ -426,7 +537,7 @@ impl Drop for Ending<'_> {
 
 fn thread_main(index: usize, shared: &Shared) {
     let _ending = Ending { index, shared };
-    let registered = match shared.vcpu(index).as_mut().map(kick::Registered::new) {
+    let registered = match shared.vcpu(index).as_mut().map(|vcpu| kick::Registered::new(vcpu, shared.signal)) {
         Some(Ok(registered)) => registered,
         Some(Err(why)) => {
             shared.lock().end.get_or_insert(why);
@@ -537,11 +648,11 @@ fn handle(index: usize, exit: VcpuExit<'_>, shared: &Shared) -> Result<(), Strin
         },
     );
     match exit {
-        VcpuExit::IoOut(port, data) => shared.bus.port_write(port, data),
-        VcpuExit::IoIn(port, data) => shared.bus.port_read(port, data),
-        // nothing is there: a PC's bus floats high
-        VcpuExit::MmioRead(_, data) => data.fill(0xff),
-        VcpuExit::MmioWrite(..) | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => {}
+        VcpuExit::IoOut(port, data) => shared.io.port_write(port, data),
+        VcpuExit::IoIn(port, data) => shared.io.port_read(port, data),
+        VcpuExit::MmioRead(gpa, data) => shared.io.mmio_read(gpa, data),
+        VcpuExit::MmioWrite(gpa, data) => shared.io.mmio_write(gpa, data),
+        VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => {}
         VcpuExit::Shutdown => return Err("triple fault".into()),
         VcpuExit::SystemEvent(kind, _) => return Err(format!("system event {kind}")),
         VcpuExit::FailEntry(reason, _) => return Err(format!("cannot enter the guest: hardware reason {reason:#x}")),
@@ -551,7 +662,7 @@ fn handle(index: usize, exit: VcpuExit<'_>, shared: &Shared) -> Result<(), Strin
                 return Err(format!("the dirty ring is full and cannot be emptied: {why}"));
             }
         }
-        other => return Err(format!("unexpected exit {other:?}")),
+        other => return shared.io.other(index, &other),
     }
     Ok(())
 }

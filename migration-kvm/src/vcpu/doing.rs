@@ -11,13 +11,14 @@ use thiserror::Error;
 
 /// The longest time that any call waits for a vCPU: to stop, to do some work, or to end. A vCPU answers within 50 µs; a host
 /// that stands still for seconds must not fail a pause.
-pub(super) const MOST_WAIT: Duration = Duration::from_secs(10);
+pub const MOST_WAIT: Duration = Duration::from_secs(10);
 /// A vCPU that has not stopped after this time is kicked again, and so on until it has.
 pub(super) const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What a vCPU's thread is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Doing {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Doing {
     /// It has not begun yet.
     Starting,
     /// It waits until the vCPU may run.
@@ -109,7 +110,8 @@ impl Doings {
 
 /// Why nothing came of a wait for a vCPU.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub(super) enum VcpuError {
+#[non_exhaustive]
+pub enum VcpuError {
     /// The threads of the vCPUs have ended.
     #[error("the vCPUs' threads have ended")]
     Ended,
