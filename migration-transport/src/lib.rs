@@ -14,7 +14,7 @@
 //! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
 //! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
 //!
-//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, [`FileStore`] a snapshot in one file; [`RamBroker`] keeps the
+//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`] that both ends have, [`FileStore`] a snapshot in one file; [`RamBroker`] keeps the
 //! memory files of VMs, so that they outlive a VMM that dies.
 //!
 //! # Example
@@ -73,6 +73,7 @@ mod accept;
 mod atomic_file;
 mod bandwidth;
 mod broker;
+mod checkpoint_folders;
 mod cut;
 mod dir_leases;
 mod dir_store;
@@ -110,6 +111,7 @@ pub use {
     atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
     broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
+    checkpoint_folders::{AttemptFolders, CheckpointFolders, CheckpointKind, OpenStore, PlainStores},
     dir_leases::DirLeases,
     dir_store::DirStore,
     fd_passing::{MAX_FILES, receive_files, send_files},

@@ -43,7 +43,7 @@ use serde_json::{Value, json};
 use under_way::UnderWay;
 
 use crate::{
-    checkpoints::{Folder, Protection},
+    checkpoints::{Protection, folders},
     cli::{StrategyKind, absolute},
     control::{MigrateRequest, Request, SnapshotRequest},
     encryption::secured,
@@ -324,7 +324,7 @@ impl Instance {
             spawner: Arc::new(KvmSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             fence: Arc::new(ProcessFence),
-            forward: checkpoints.map(|dir| Arc::new(Folder { dir, sealing: self.sealing.clone() }) as _),
+            forward: checkpoints.map(|dir| Arc::new(folders(dir, &self.sealing)) as _),
             ..ReceiverOptions::default()
         }
     }

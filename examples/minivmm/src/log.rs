@@ -26,7 +26,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::text::Escaped;
+use migration_core::{
+    report::{Event, Observer},
+    text::Escaped,
+};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -308,6 +311,17 @@ impl Queue {
                 return;
             }
             waiting = self.changed.wait_timeout(waiting, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+    }
+}
+
+/// Logs the warnings of what needs an observer for nothing else.
+pub(crate) struct Logged;
+
+impl Observer for Logged {
+    fn event(&self, event: &Event) {
+        if let Event::Warning(what) = event {
+            log!("{what}");
         }
     }
 }

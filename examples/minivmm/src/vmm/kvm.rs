@@ -5,14 +5,7 @@ use std::{io, sync::Arc};
 use bytes::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use migration_core::{
-    GuestRam,
-    report::{Event, Observer},
-    spawner::StdSpawner,
-    state::VmState,
-    tracker::DirtyTracker,
-    vm::VmError,
-};
+use migration_core::{GuestRam, spawner::StdSpawner, state::VmState, tracker::DirtyTracker, vm::VmError};
 use migration_kvm::{
     probe::Probe,
     state::{self, HostNeeds, Irqchip, VCPU_SECTION, VM_SECTION, VcpuSaver},
@@ -26,6 +19,7 @@ use super::{
     devices::{Bus, SERIAL_GSI},
     machine::Processors,
 };
+use crate::log::Logged;
 
 /// What the VM has.
 const IRQCHIP: Irqchip = Irqchip::Full;
@@ -41,17 +35,6 @@ pub(super) struct KvmProcessors {
     fault: Option<Arc<UserFault>>,
     needs: Bytes,
     tsc_khz: u64,
-}
-
-/// Logs what goes wrong with vCPUs.
-struct Logged;
-
-impl Observer for Logged {
-    fn event(&self, event: &Event) {
-        if let Event::Warning(what) = event {
-            log!("{what}");
-        }
-    }
 }
 
 impl IoHandler for Bus {
