@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, ProcessClock, Record, StoreError,
-    Stored, Trailer, Urgency, check_get, check_lease, check_put,
+    Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, ProcessClock, Record,
+    StoreError, Stored, Trailer, Urgency, check_get, check_lease, check_put,
     limits::{MAX_FORGOTTEN, MAX_NAMESPACES, UNSEEN_LEASE},
     lock,
 };
@@ -66,12 +66,7 @@ impl MemoryPageStore {
 
 impl Inner {
     fn new() -> Self {
-        Self {
-            incarnation: Incarnation::random(),
-            namespaces: BTreeMap::new(),
-            forgotten: HashMap::new(),
-            used: 0,
-        }
+        Self { incarnation: Incarnation::random(), namespaces: BTreeMap::new(), forgotten: HashMap::new(), used: 0 }
     }
 
     fn space(&mut self, id: NamespaceId) -> Result<&mut Space, StoreError> {
@@ -309,4 +304,11 @@ impl MemoryPageStore {
         let kept = inner.namespaces.get_mut(&namespace).and_then(|space| space.pages.get_mut(&page));
         kept.map(change).is_some()
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::conformance::InMemory;
+
+    crate::page_store_conformance!(InMemory::default);
 }
