@@ -32,7 +32,8 @@ pub use pages::*;
 
 use super::{
     Incarnation, Namespace, NamespaceId, Owner, PageStore, PageToGet, PageToPut, Purpose, Record, StoreError, Stored,
-    Urgency, limits::MAX_LEASE,
+    Urgency,
+    limits::{MAX_LEASE, MAX_NAMESPACES},
 };
 use crate::{PAGE_SIZE, vm::VmId};
 
@@ -47,6 +48,11 @@ pub trait TestStore {
     /// creates the namespace.
     fn introduce(&mut self, name: &Namespace, vm: VmId) {
         let _ = (name, vm);
+    }
+
+    /// Returns how many namespaces the store may keep, if that was set to fewer than [`MAX_NAMESPACES`] for the test.
+    fn max_namespaces(&self) -> usize {
+        MAX_NAMESPACES
     }
 
     /// Moves the store's clock forward.
