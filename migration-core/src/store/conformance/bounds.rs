@@ -40,10 +40,11 @@ pub fn bounds_runs_and_values_are_limited(test: &mut dyn TestStore) {
 /// Leases of no time, or of more than the longest, are refused.
 pub fn bounds_leases_are_limited(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
+    let new = introduce_many(test, 0);
     for bad in [Duration::ZERO, MAX_LEASE + Duration::from_nanos(1), Duration::MAX] {
         let refused = test.store().renew(id, SOURCE, bad);
         assert!(matches!(refused, Err(StoreError::BadLease(_))), "{refused:?}");
-        let refused = test.store().create(NamespaceId([9; 16]), &record(Purpose::Home), bad);
+        let refused = test.store().create(new, &record(Purpose::Home), bad);
         assert!(matches!(refused, Err(StoreError::BadLease(_))), "{refused:?}");
     }
     test.store().renew(id, SOURCE, MAX_LEASE).expect("the longest lease is granted");
