@@ -218,9 +218,12 @@ fn a_put_that_waited_for_a_forget_fails() {
     assert!(matches!(waiting.header_of_reader(deadline), Err(StoreError::Absent(_))));
 }
 
+/// Makes a file one that no store has written.
+type Spoil = fn(&Path);
+
 #[test]
 fn files_that_make_no_sense_are_refused_and_can_be_forgotten() {
-    let spoil: [(&str, fn(&Path)); 5] = [
+    let spoil: [(&str, Spoil); 5] = [
         ("empty", |path| fs::write(path, b"").unwrap()),
         ("of something else", |path| fs::write(path, [0xff; 5000]).unwrap()),
         ("very large", |path| File::create(path).unwrap().set_len(1 << 42).unwrap()),
