@@ -23,7 +23,8 @@ use crate::{PageError, PageSealer, Psk, Purpose, SEAL_OVERHEAD, Suite, aead::Bac
 
 /// Most bytes in a value that [`Sealed`] takes: what a store takes, less the nonce and the tag.
 const MAX_PLAIN_BYTES: usize = MAX_VALUE_BYTES - SEAL_OVERHEAD;
-/// Most names that [`Sealed`] knows: those of all namespaces of a store, and as many whose removal is still due.
+/// Most names that [`Sealed`] knows: those of all namespaces of a store, and as many whose removal
+/// is still due.
 const MAX_NAMES: usize = 2 * MAX_NAMESPACES;
 
 /// Makes the name of a new namespace, of random bytes from the operating system.
@@ -38,14 +39,15 @@ pub fn random_namespace() -> Result<Namespace, PageError> {
 
 /// Seals every page before it goes into another store, and opens every page that comes out of it.
 ///
-/// Whoever has the store can neither read a page, nor change it, nor hand out another one in its place: neither of
-/// another namespace, VM or page number, nor of an earlier put. All that counts as missing, as if the store had lost the page
-/// (rule 3). The store still sees which pages of a namespace are put and read, when, and how long they are. It can lose
-/// pages, and it can lie about its incarnation, about records and about what it took.
+/// Whoever has the store can neither read a page, nor change it, nor hand out another one in its
+/// place: neither of another namespace, VM or page number, nor of an earlier put. All that counts
+/// as missing, as if the store had lost the page (rule 3). The store still sees which pages of a
+/// namespace are put and read, when, and how long they are. It can lose pages, and it can lie about
+/// its incarnation, about records and about what it took.
 ///
-/// The key of a namespace is derived from the namespace's name and a master key, which no store sees (rule 24). So names have
-/// to be [added](Self::add) before pages can be put or read. Namespaces can be renewed, listed and forgotten
-/// without their names.
+/// The key of a namespace is derived from the namespace's name and a master key, which no store
+/// sees (rule 24). So names have to be [added](Self::add) before pages can be put or read.
+/// Namespaces can be renewed, listed and forgotten without their names.
 ///
 /// A value takes 28 bytes more in the store, and may have 28 bytes less than [`MAX_VALUE_BYTES`].
 ///
@@ -99,12 +101,13 @@ impl<S: PageStore> Sealed<S> {
         Self { inner, master, suite, backend, keys: RwLock::default() }
     }
 
-    /// Makes pages of the namespace with this name readable and writable, which must be those of `vm`. Returns the
-    /// namespace's id. It may be called again with the same arguments.
+    /// Makes pages of the namespace with this name readable and writable, which must be those of
+    /// `vm`. Returns the namespace's id. It may be called again with the same arguments.
     ///
     /// # Errors
-    /// Returns [`StoreError::Occupied`] if the name was added for another VM, [`StoreError::TooMany`] if
-    /// twice [`MAX_NAMESPACES`] names were added, and [`StoreError::Io`] if the operating system has no random bytes to give.
+    /// Returns [`StoreError::Occupied`] if the name was added for another VM,
+    /// [`StoreError::TooMany`] if twice [`MAX_NAMESPACES`] names were added, and [`StoreError::Io`]
+    /// if the operating system has no random bytes to give.
     pub fn add(&self, name: &Namespace, vm: VmId) -> Result<NamespaceId, StoreError> {
         let id = name.id();
         let mut all = self.keys.write().unwrap_or_else(PoisonError::into_inner);
@@ -164,7 +167,8 @@ impl<S: PageStore> PageStore for Sealed<S> {
         self.inner.room()
     }
 
-    /// As of the inner store. [`StoreError::NoKey`] if the name was not added, or for another VM than the record's.
+    /// As of the inner store. [`StoreError::NoKey`] if the name was not added, or for another VM
+    /// than the record's.
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {
         if self.keys(namespace)?.vm != record.vm {
             return Err(StoreError::NoKey(namespace));
@@ -186,8 +190,8 @@ impl<S: PageStore> PageStore for Sealed<S> {
         self.inner.put(namespace, generation, &run)
     }
 
-    /// The inner store is not trusted: what it hands out counts only if it was asked for, was not handed out
-    /// before, and opens as the page and generation that was asked for.
+    /// The inner store is not trusted: what it hands out counts only if it was asked for, was not
+    /// handed out before, and opens as the page and generation that was asked for.
     fn get(
         &self,
         namespace: NamespaceId,

@@ -14,13 +14,14 @@ use super::{
 
 /// Why a page store did not do what it was asked.
 ///
-/// What it displays does not repeat its cause: print the chain of [`source`](std::error::Error::source)s.
-/// [`can_retry`](Self::can_retry) says whether the same call can succeed later by itself.
+/// What it displays does not repeat its cause: print the chain of
+/// [`source`](std::error::Error::source)s. [`can_retry`](Self::can_retry) says whether the same
+/// call can succeed later by itself.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// The store has no such namespace: it was never created, was forgotten, or was lost. The caller treats
-    /// all pages of the namespace as lost in this store.
+    /// The store has no such namespace: it was never created, was forgotten, or was lost. The
+    /// caller treats all pages of the namespace as lost in this store.
     #[error("the store has no namespace {0}")]
     Absent(NamespaceId),
     /// The namespace was forgotten, and cannot be created again. Make another name.
@@ -29,8 +30,8 @@ pub enum StoreError {
     /// The namespace exists, and is of another VM or for another purpose. Make another name.
     #[error("namespace {0} exists, and belongs to something else")]
     Occupied(NamespaceId),
-    /// Some of the pages are not in the store in this generation. The others were handed out. The caller
-    /// asks the next store that has the pages.
+    /// Some of the pages are not in the store in this generation. The others were handed out. The
+    /// caller asks the next store that has the pages.
     #[error("{count} pages of namespace {namespace} are missing, the first of them is page {first}")]
     Missing {
         /// The namespace.
@@ -73,7 +74,8 @@ pub enum StoreError {
     /// The lease is zero or too long.
     #[error("a lease of {0:?}: a lease is above zero, and at most {MAX_LEASE:?}")]
     BadLease(Duration),
-    /// This wrapper was not given the name of the namespace, or not for this VM, and so has no key for it.
+    /// This wrapper was not given the name of the namespace, or not for this VM, and so has no key
+    /// for it.
     #[error("there is no key for namespace {0}: its name is not known here, or it is of another VM")]
     NoKey(NamespaceId),
     /// A value could not be sealed.
@@ -109,8 +111,9 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Returns whether the same call can succeed later without anybody's action: the store did not answer, or
-    /// the connection was lost. A put whose outcome is unknown must be repeated under a new generation.
+    /// Returns whether the same call can succeed later without anybody's action: the store did not
+    /// answer, or the connection was lost. A put whose outcome is unknown must be repeated under a
+    /// new generation.
     pub fn can_retry(&self) -> bool {
         match self {
             Self::TimedOut => true,

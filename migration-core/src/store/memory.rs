@@ -53,7 +53,8 @@ struct Kept {
 }
 
 impl MemoryPageStore {
-    /// Makes an empty store that keeps at most `limit` bytes, about 100 bytes of overhead for each page included.
+    /// Makes an empty store that keeps at most `limit` bytes, about 100 bytes of overhead for each
+    /// page included.
     pub fn new(name: impl Into<String>, limit: u64) -> Self {
         Self::with_clock(name, limit, Arc::new(ProcessClock::default()))
     }
@@ -73,7 +74,8 @@ impl Inner {
         self.namespaces.get_mut(&id).ok_or(StoreError::Absent(id))
     }
 
-    /// Stores those of `pages` of which there is no newer generation, or none if there is no room for them.
+    /// Stores those of `pages` of which there is no newer generation, or none if there is no room
+    /// for them.
     fn put(
         &mut self,
         id: NamespaceId,
@@ -259,13 +261,14 @@ impl fmt::Debug for MemoryPageStore {
 /// Faults, for tests and for simulations.
 #[cfg(any(test, feature = "test-utils"))]
 impl MemoryPageStore {
-    /// Loses everything, as a store that was started anew: its namespaces, its pages, the forgotten ids. It has
-    /// another incarnation from now on.
+    /// Loses everything, as a store that was started anew: its namespaces, its pages, the forgotten
+    /// ids. It has another incarnation from now on.
     pub fn lose_everything(&self) {
         *lock(&self.inner) = Inner::new();
     }
 
-    /// Loses one page without noticing it: the incarnation stays. Returns whether there was such a page.
+    /// Loses one page without noticing it: the incarnation stays. Returns whether there was such a
+    /// page.
     pub fn lose_page(&self, namespace: NamespaceId, page: u64) -> bool {
         let mut inner = lock(&self.inner);
         let lost = inner.namespaces.get_mut(&namespace).and_then(|space| space.pages.remove(&page));
@@ -287,8 +290,8 @@ impl MemoryPageStore {
         self.change_page(namespace, page, |kept| kept.trailer = [0; Trailer::BYTES])
     }
 
-    /// Puts the value and trailer of page `from` where those of page `to` were. Returns whether there was such a
-    /// page.
+    /// Puts the value and trailer of page `from` where those of page `to` were. Returns whether
+    /// there was such a page.
     pub fn mix_up_pages(&self, namespace: NamespaceId, from: u64, to: u64) -> bool {
         let mut inner = lock(&self.inner);
         let Some(space) = inner.namespaces.get_mut(&namespace) else { return false };
@@ -308,7 +311,31 @@ impl MemoryPageStore {
 
 #[cfg(test)]
 mod tests {
-    use super::super::conformance::InMemory;
+    use super::{
+        super::{ManualClock, conformance::InMemory},
+        *,
+    };
 
     crate::page_store_conformance!(InMemory::default);
+
+    #[test]
+    fn forgotten_ids_are_limited() {
+        let clock = Arc::new(ManualClock::default());
+        let store = MemoryPageStore::with_clock("memory", 1 << 20, clock.clone());
+        let id = |number: usize| NamespaceId((number as u128).to_be_bytes());
+        // `forget` looks at all remembered ids: a store that is nearly full comes from here
+        let until = UNSEEN_LEASE;
+        lock(&store.inner).forgotten = (1..MAX_FORGOTTEN).map(|number| (id(number), until)).collect();
+        store.forget(id(0)).unwrap();
+        assert!(matches!(store.forget(id(MAX_FORGOTTEN)), Err(StoreError::TooMany { .. })));
+        store.forget(id(0)).unwrap();
+        clock.advance(UNSEEN_LEASE);
+        store.forget(id(MAX_FORGOTTEN)).unwrap();
+    }
+
+    #[test]
+    fn nothing_of_a_page_is_printed() {
+        let shown = format!("{:?}", InMemory::default().shared());
+        assert!(shown.starts_with("MemoryPageStore { name: \"memory\", limit: 4194304, used: 0"), "{shown}");
+    }
 }

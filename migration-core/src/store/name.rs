@@ -17,9 +17,9 @@ const ID_LABEL: &[u8] = b"live migration, id of a namespace, version 1";
 
 /// The secret name of a namespace: 16 random bytes that its writer has made.
 ///
-/// Whoever has the name may read the pages (rule 24): a wrapper that seals pages derives its key from the
-/// name. The name travels only inside a migration session. It has no `Display`, and its `Debug` form shows
-/// the id instead.
+/// Whoever has the name may read the pages (rule 24): a wrapper that seals pages derives its key
+/// from the name. The name travels only inside a migration session. It has no `Display`, and its
+/// `Debug` form shows the id instead.
 ///
 /// ```
 /// use migration_core::store::Namespace;
@@ -30,8 +30,8 @@ const ID_LABEL: &[u8] = b"live migration, id of a namespace, version 1";
 pub struct Namespace([u8; 16]);
 
 impl Namespace {
-    /// Makes a name of 16 bytes, which must be as random as a key. `migration_crypto::random_namespace`
-    /// takes them from the operating system.
+    /// Makes a name of 16 bytes, which must be as random as a key.
+    /// `migration_crypto::random_namespace` takes them from the operating system.
     pub fn new(secret: [u8; 16]) -> Self {
         Self(secret)
     }
@@ -41,8 +41,8 @@ impl Namespace {
         &self.0
     }
 
-    /// Returns the id under which stores know the namespace: the first 16 bytes of a SHA-256. The name
-    /// cannot be computed from it.
+    /// Returns the id under which stores know the namespace: the first 16 bytes of a SHA-256. The
+    /// name cannot be computed from it.
     pub fn id(&self) -> NamespaceId {
         let hash = Sha256::new().chain_update(ID_LABEL).chain_update(self.0).finalize();
         let mut id = [0; 16];
@@ -73,8 +73,9 @@ impl fmt::Display for NamespaceId {
 pub struct Incarnation(pub [u8; 16]);
 
 impl Incarnation {
-    /// Returns an incarnation that no other store has, but for a collision of 128 bits. An incarnation is no
-    /// secret: the generator is the one that seeds the hash maps of the standard library.
+    /// Returns an incarnation that no other store has, but for a collision of 128 bits. An
+    /// incarnation is no secret: the generator is the one that seeds the hash maps of the standard
+    /// library.
     pub fn random() -> Self {
         let half = || RandomState::new().hash_one(ID_LABEL).to_le_bytes();
         let mut bytes = [0; 16];
@@ -91,8 +92,9 @@ impl fmt::Display for Incarnation {
     }
 }
 
-/// Identifies the process that answers for a namespace: 16 bytes that no other process has. A store does not
-/// check it (rule 8); it is recorded so that a person can see whose an expired namespace was.
+/// Identifies the process that answers for a namespace: 16 bytes that no other process has. A store
+/// does not check it (rule 8); it is recorded so that a person can see whose an expired namespace
+/// was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner(pub [u8; 16]);
 
@@ -147,8 +149,8 @@ impl fmt::Display for Purpose {
 /// Whose a namespace is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
-    /// The VM whose pages it has. A namespace is read, renewed or forgotten only by whoever has this VM
-    /// (rule 24); the caller compares.
+    /// The VM whose pages it has. A namespace is read, renewed or forgotten only by whoever has
+    /// this VM (rule 24); the caller compares.
     pub vm: VmId,
     /// What it is for.
     pub purpose: Purpose,
@@ -182,8 +184,8 @@ impl Record {
         Ok(Self { vm, purpose, owner })
     }
 
-    /// Returns whether `other` is of the same VM and for the same purpose. The owner may differ: a repeated
-    /// `create` can arrive after a renewal by the next owner.
+    /// Returns whether `other` is of the same VM and for the same purpose. The owner may differ: a
+    /// repeated `create` can arrive after a renewal by the next owner.
     pub fn same_namespace(&self, other: &Self) -> bool {
         self.vm == other.vm && self.purpose == other.purpose
     }

@@ -16,7 +16,8 @@ use std::time::Duration;
 pub struct PageToPut<'a> {
     /// Its page number.
     pub page: u64,
-    /// Its value: a page, or what a wrapper made of one. 1 to [`MAX_VALUE_BYTES`] bytes, not all of them zero.
+    /// Its value: a page, or what a wrapper made of one. 1 to [`MAX_VALUE_BYTES`] bytes, not all of
+    /// them zero.
     pub value: &'a [u8],
 }
 
@@ -25,7 +26,8 @@ pub struct PageToPut<'a> {
 pub struct PageToGet {
     /// Its page number.
     pub page: u64,
-    /// The generation of the put that has stored it. A value of any other generation is not handed out.
+    /// The generation of the put that has stored it. A value of any other generation is not handed
+    /// out.
     pub generation: u32,
 }
 
@@ -62,18 +64,19 @@ pub enum Urgency {
 /// What a put did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
-    /// The present incarnation of the store. If it is not the one of `create`, pages that were put before
-    /// may be lost.
+    /// The present incarnation of the store. If it is not the one of `create`, pages that were put
+    /// before may be lost.
     pub incarnation: Incarnation,
-    /// For each page of the put, in its order: whether the store now has it in the generation of the put. `false`
-    /// means that the store has a newer generation.
+    /// For each page of the put, in its order: whether the store now has it in the generation of
+    /// the put. `false` means that the store has a newer generation.
     pub taken: Vec<bool>,
 }
 
 /// Proves that a value is the one of a VM, a page and a generation (rule 3).
 ///
-/// A store keeps the trailer after the value or in a table, and checks it when it reads the value. A checksum finds
-/// damage and mix-ups. It does not stop anybody who can write to the store: for that, seal the pages.
+/// A store keeps the trailer after the value or in a table, and checks it when it reads the value.
+/// A checksum finds damage and mix-ups. It does not stop anybody who can write to the store: for
+/// that, seal the pages.
 ///
 /// ```
 /// use migration_core::{store::Trailer, vm::VmId};
@@ -99,7 +102,8 @@ impl Trailer {
         Self { vm, page, generation, checksum: checksum(vm, page, generation, value) }
     }
 
-    /// Returns the generation of the put. It is only a claim until [`proves`](Self::proves) was asked.
+    /// Returns the generation of the put. It is only a claim until [`proves`](Self::proves) was
+    /// asked.
     pub fn generation(&self) -> u32 {
         self.generation
     }

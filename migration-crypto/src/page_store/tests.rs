@@ -126,7 +126,8 @@ fn another_master_key_name_or_vm_opens_nothing() {
     assert_eq!(get(&same, id, 3, 1).unwrap(), PAGE);
 }
 
-/// Whoever has the store puts the sealed page where it does not belong, with a trailer that is right there.
+/// Whoever has the store puts the sealed page where it does not belong, with a trailer that is
+/// right there.
 #[test]
 fn a_sealed_page_is_good_only_in_its_place_and_generation() {
     let (store, id) = with_a_page();
@@ -150,8 +151,8 @@ fn a_sealed_page_is_good_only_in_its_place_and_generation() {
     assert!(is_missing(forge(id, 3, 3, &PAGE)), "a page that is not sealed");
 }
 
-/// A store that hands out each page twice, pages that nobody asked for, and values that are too long, and that says
-/// that nothing is missing.
+/// A store that hands out each page twice, pages that nobody asked for, and values that are too
+/// long, and that says that nothing is missing.
 struct Liar(Shared);
 
 impl PageStore for Liar {

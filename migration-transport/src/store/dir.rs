@@ -36,9 +36,9 @@ pub struct DirPageStoreOptions {
     pub limit: Option<u64>,
     /// Whether a put is on the disk when it returns.
     ///
-    /// Without this, a crash of the host loses pages, and so the incarnation includes the boot of this host: it changes
-    /// with every restart. All users must then run on one host. On others the incarnation differs, which counts as a
-    /// loss.
+    /// Without this, a crash of the host loses pages, and so the incarnation includes the boot of
+    /// this host: it changes with every restart. All users must then run on one host. On others the
+    /// incarnation differs, which counts as a loss.
     pub synchronise: bool,
     /// Most namespaces, at most [`MAX_NAMESPACES`].
     pub max_namespaces: usize,
@@ -50,22 +50,27 @@ impl Default for DirPageStoreOptions {
     }
 }
 
-/// Keeps pages in a folder, for several processes, and for several hosts if the folder is on a shared file system.
+/// Keeps pages in a folder, for several processes, and for several hosts if the folder is on a
+/// shared file system.
 ///
-/// Each namespace has a sparse file with its pages and a table with their trailers. The file system must have sparse files,
-/// hard links, and locks (`flock`) that all users see. On NFS, mount without `nolock`.
+/// Each namespace has a sparse file with its pages and a table with their trailers. The file system
+/// must have sparse files, hard links, and locks (`flock`) that all users see. On NFS, mount
+/// without `nolock`.
 ///
-/// A page takes 4224 bytes, and blocks of the table that are partly used. No state is kept in memory, so that processes may
-/// come and go, and any of them may crash. If the host of a writer crashes in the middle of a put, the pages of that
-/// put are missing: neither their earlier nor their new content is handed out.
+/// A page takes 4224 bytes, and blocks of the table that are partly used. No state is kept in
+/// memory, so that processes may come and go, and any of them may crash. If the host of a writer
+/// crashes in the middle of a put, the pages of that put are missing: neither their earlier nor
+/// their new content is handed out.
 ///
-/// The folder must belong to the user of this process or to root, and nobody else may be able to change it. Checksums find
-/// damage; **they do not stop anyone who can write there from replacing a VM's memory**, and nothing is encrypted: wrap the
-/// store in `migration_crypto::Sealed` if that matters.
+/// The folder must belong to the user of this process or to root, and nobody else may be able to
+/// change it. Checksums find damage; **they do not stop anyone who can write there from replacing a
+/// VM's memory**, and nothing is encrypted: wrap the store in `migration_crypto::Sealed` if that
+/// matters.
 ///
-/// What the store cannot notice: that the folder was replaced by an earlier copy of itself. Leases run on the
-/// clock of the host that asks, so the clocks of the hosts must agree to within a fraction of a lease. A `get`
-/// notices its deadline between reads of 1 MiB, and not while the file system blocks.
+/// What the store cannot notice: that the folder was replaced by an earlier copy of itself. Leases
+/// run on the clock of the host that asks, so the clocks of the hosts must agree to within a
+/// fraction of a lease. A `get` notices its deadline between reads of 1 MiB, and not while the file
+/// system blocks.
 ///
 /// # Example
 ///
@@ -110,17 +115,18 @@ pub struct DirPageStore {
 }
 
 impl DirPageStore {
-    /// Opens the store in `folder`, which is made with mode 0700 if it does not exist; the folder that it is in must. `name`
-    /// is the name under which both sides have configured the store.
+    /// Opens the store in `folder`, which is made with mode 0700 if it does not exist; the folder
+    /// that it is in must. `name` is the name under which both sides have configured the store.
     ///
     /// # Errors
-    /// Returns [`StoreError::Io`] if the folder cannot be used, belongs to others, or can be changed by others, and
-    /// [`StoreError::Damaged`] if it holds something else.
+    /// Returns [`StoreError::Io`] if the folder cannot be used, belongs to others, or can be
+    /// changed by others, and [`StoreError::Damaged`] if it holds something else.
     pub fn open(folder: &Path, name: impl Into<String>, options: DirPageStoreOptions) -> Result<Self, StoreError> {
         Self::open_with_clock(folder, name, options, Arc::new(WallClock))
     }
 
-    /// As [`open`](Self::open), with leases that run on `clock`. All users of the store must read the same clock.
+    /// As [`open`](Self::open), with leases that run on `clock`. All users of the store must read
+    /// the same clock.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -152,10 +158,10 @@ impl DirPageStore {
         Ok(incarnation)
     }
 
-    /// Marks the store as one that has lost something. The kernel drops what it could not write to the disk, also of
-    /// puts that were acknowledged before, and reports it once.
+    /// Marks the store as one that has lost something. The kernel drops what it could not write to
+    /// the disk, also of puts that were acknowledged before, and reports it once.
     fn note_loss(&self, error: StoreError) -> StoreError {
-        if self.options.synchronise && self.folder.change_identity().is_err() {
+        if self.folder.change_identity().is_err() {
             self.broken.store(true, Ordering::Relaxed);
         }
         error
@@ -163,7 +169,8 @@ impl DirPageStore {
 
     /// Makes the files of a namespace. The caller has the store's lock.
     ///
-    /// 1. The file for the pages. Without a table it is no namespace, and somebody else's `create` removes it.
+    /// 1. The file for the pages. Without a table it is no namespace, and somebody else's `create`
+    ///    removes it.
     /// 2. The table under another name, with its header.
     /// 3. Its right name: from now on the namespace exists, whole.
     fn make(&self, id: NamespaceId, header: &Header) -> Result<(), StoreError> {
@@ -212,7 +219,7 @@ impl DirPageStore {
     ///
     /// 1. What is newer in the store is left out.
     /// 2. The number of pages is written: it may be too large after a crash, never too small.
-    /// 3. Values and entries are written.
+    /// 3. Values and entries are written, and are on the disk if that was chosen.
     fn put_locked(
         &self,
         space: &Space,
@@ -234,7 +241,10 @@ impl DirPageStore {
             space.set_header(&header)?;
         }
         let to_store: Vec<_> = iter::zip(pages, &taken).filter_map(|(&page, &taken)| taken.then_some(page)).collect();
-        space.write(vm, generation, &to_store, self.options.synchronise).map_err(|error| self.note_loss(error))?;
+        space.write(vm, generation, &to_store)?;
+        if self.options.synchronise {
+            space.synchronise().map_err(|error| self.note_loss(error))?;
+        }
         Ok(taken)
     }
 
@@ -250,7 +260,8 @@ impl DirPageStore {
         if contents.forgotten.get(&id).is_none_or(|&remembered| remembered < until) {
             self.folder.remember(id, until, self.options.synchronise)?;
         }
-        // a put that is under way has the lock; those that come after it find that the table is gone
+        // a put that is under way has the lock; those that come after it find that the table is
+        // gone
         let space = Space::open_to_write(&self.folder, id);
         self.folder.remove(&self.folder.path(id, Kind::Table))?;
         drop(space);

@@ -1,7 +1,8 @@
-//! What whole attempts to migrate leave in a store: after success, after failure, and after a crash of either side.
+//! What whole attempts to migrate leave in a store: after success, after failure, and after a crash
+//! of either side.
 //!
-//! The source keeps cold pages in a home namespace and puts more pages into an attempt namespace. The
-//! destination renews both and makes a home namespace of its own.
+//! The source keeps cold pages in a home namespace and puts more pages into an attempt namespace.
+//! The destination renews both and makes a home namespace of its own.
 
 use super::{
     DESTINATION, Incarnation, LEASE, NamespaceId, Purpose, Record, TestStore, VM, create, expect_empty, expect_pages,
@@ -90,7 +91,8 @@ pub fn rule_14_what_a_crashed_source_leaves_is_listed(test: &mut dyn TestStore) 
     remove_what_is_left(test, &expected, room);
 }
 
-/// A destination that has crashed leaves the namespaces that it renewed. They are listed as its own.
+/// A destination that has crashed leaves the namespaces that it renewed. They are listed as its
+/// own.
 pub fn rule_14_what_a_crashed_destination_leaves_is_listed(test: &mut dyn TestStore) {
     let room = test.store().room();
     let at = begin(test);

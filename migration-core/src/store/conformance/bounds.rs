@@ -14,7 +14,8 @@ use crate::{
     },
 };
 
-/// Runs and values that are too long, empty, or out of order are refused, and nothing of them is stored.
+/// Runs and values that are too long, empty, or out of order are refused, and nothing of them is
+/// stored.
 pub fn bounds_runs_and_values_are_limited(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let room = test.store().room();

@@ -22,7 +22,8 @@ pub fn rule_14_a_lease_that_has_ended_deletes_nothing(test: &mut dyn TestStore) 
     expect_pages(test, id, &[(1, 1), (2, 2)], &[]);
 }
 
-/// `expired` lists exactly the namespaces whose lease has ended, in ascending order, and whose they were.
+/// `expired` lists exactly the namespaces whose lease has ended, in ascending order, and whose they
+/// were.
 pub fn rule_14_expired_namespaces_are_listed_with_their_records(test: &mut dyn TestStore) {
     let (home, _) = create(test, 1, Purpose::Home);
     let (stage, _) = create(test, 2, Purpose::Stage);

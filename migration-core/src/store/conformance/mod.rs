@@ -1,7 +1,7 @@
 //! Checks whether a [`PageStore`] keeps the rules of page stores. Needs the feature `test-utils`.
 //!
-//! There is a function for each rule, which panics if the store breaks it. Implement [`TestStore`] for
-//! what makes and harms one's own store, and let
+//! There is a function for each rule, which panics if the store breaks it. Implement [`TestStore`]
+//! for what makes and harms one's own store, and let
 //! [`page_store_conformance!`](crate::page_store_conformance) write a test for each function:
 //!
 //! ```
@@ -44,13 +44,14 @@ pub trait TestStore {
     /// Returns the store.
     fn store(&self) -> &dyn PageStore;
 
-    /// Makes a name known to a store that needs it, such as one that seals pages. It is called before the suite
-    /// creates the namespace.
+    /// Makes a name known to a store that needs it, such as one that seals pages. It is called
+    /// before the suite creates the namespace.
     fn introduce(&mut self, name: &Namespace, vm: VmId) {
         let _ = (name, vm);
     }
 
-    /// Returns how many namespaces the store may keep, if that was set to fewer than [`MAX_NAMESPACES`] for the test.
+    /// Returns how many namespaces the store may keep, if that was set to fewer than
+    /// [`MAX_NAMESPACES`] for the test.
     fn max_namespaces(&self) -> usize {
         MAX_NAMESPACES
     }
@@ -58,14 +59,15 @@ pub trait TestStore {
     /// Moves the store's clock forward.
     fn advance(&mut self, by: Duration);
 
-    /// Lets a process that uses the store crash and another one open the store. A store that lives in the process
-    /// itself does nothing.
+    /// Lets a process that uses the store crash and another one open the store. A store that lives
+    /// in the process itself does nothing.
     fn crash_user(&mut self) {}
 
     /// Lets the store lose everything that it keeps, in a way that it notices.
     fn lose_everything(&mut self);
 
-    /// Does harm to a page that is in the store, in a way that the store does not notice. Returns whether it could.
+    /// Does harm to a page that is in the store, in a way that the store does not notice. Returns
+    /// whether it could.
     fn harm(&mut self, namespace: NamespaceId, page: u64, harm: Harm) -> bool;
 }
 
@@ -78,12 +80,13 @@ pub enum Harm {
     Damage,
     /// The trailer is lost. A table of trailers reads as zeros there.
     LoseTrailer,
-    /// Value and trailer of this other page, which is in the store too, are where those of the page were.
+    /// Value and trailer of this other page, which is in the store too, are where those of the page
+    /// were.
     MixUp(u64),
 }
 
-/// Writes a test for each rule. The argument is a function or a closure without arguments that returns a new
-/// [`TestStore`].
+/// Writes a test for each rule. The argument is a function or a closure without arguments that
+/// returns a new [`TestStore`].
 #[macro_export]
 macro_rules! page_store_conformance {
     ($make:expr) => {
@@ -189,8 +192,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
-/// Reads pages, and checks that each is handed out at most once, was asked for, and is what was put. Returns
-/// the numbers of those that were handed out.
+/// Reads pages, and checks that each is handed out at most once, was asked for, and is what was
+/// put. Returns the numbers of those that were handed out.
 fn try_read(test: &dyn TestStore, id: NamespaceId, pages: &[(u64, u32)]) -> (Vec<u64>, Result<(), StoreError>) {
     let wanted: Vec<_> = pages.iter().map(|&(page, generation)| PageToGet { page, generation }).collect();
     let mut got = Vec::new();

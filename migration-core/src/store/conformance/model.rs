@@ -37,7 +37,8 @@ struct Model {
 
 /// Each message is delivered one to three times, in any order. The store answers as the model does.
 ///
-/// In half of the sequences one of the messages is a `forget`, and a `create`, a put or a renewal often comes after it.
+/// In half of the sequences one of the messages is a `forget`, and a `create`, a put or a renewal
+/// often comes after it.
 pub fn rule_10_delayed_repeated_and_reordered_messages_are_harmless(test: &mut dyn TestStore) {
     let room = test.store().room();
     for sequence in 0..SEQUENCES {

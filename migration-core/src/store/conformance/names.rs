@@ -1,4 +1,5 @@
-//! Rules about namespaces: who makes them, who writes them, and what the store says about its losses.
+//! Rules about namespaces: who makes them, who writes them, and what the store says about its
+//! losses.
 
 use super::{
     DESTINATION, LEASE, MAX_LEASE, OTHER_VM, Purpose, Record, SOURCE, StoreError, TestStore, VM, create, expect_empty,
@@ -57,7 +58,8 @@ pub fn rule_10_a_put_into_a_forgotten_namespace_fails(test: &mut dyn TestStore) 
     expect_empty(test, room);
 }
 
-/// A `create` that was delayed until after `forget` fails for one lease, the longest that was granted.
+/// A `create` that was delayed until after `forget` fails for one lease, the longest that was
+/// granted.
 pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Attempt);
     test.store().renew(id, SOURCE, 10 * LEASE).expect("a long lease is granted");
@@ -76,7 +78,8 @@ pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestS
     assert_eq!(left(test), []);
 }
 
-/// An answer to `create` was lost and the caller forgets the namespace. The `create` arrives even later.
+/// An answer to `create` was lost and the caller forgets the namespace. The `create` arrives even
+/// later.
 pub fn rule_10_a_create_that_arrives_after_its_forget_fails(test: &mut dyn TestStore) {
     let id = introduce(test, 1, VM);
     test.store().forget(id).expect("an unknown namespace is forgotten");
@@ -110,7 +113,8 @@ pub fn rule_11_every_answer_has_the_present_incarnation(test: &mut dyn TestStore
     assert_eq!(last, incarnation, "to forget is no loss");
 }
 
-/// After a loss, namespaces are absent and new ones get another incarnation, each time a different one.
+/// After a loss, namespaces are absent and new ones get another incarnation, each time a different
+/// one.
 pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
     let mut seen = Vec::new();
     for _ in 0..3 {
@@ -122,7 +126,8 @@ pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
         assert!(matches!(try_put(test, id, 2, &[1]), Err(StoreError::Absent(_))));
         assert!(matches!(test.store().renew(id, SOURCE, LEASE), Err(StoreError::Absent(_))));
         assert_eq!(test.store().record(id).expect("the store answers"), None);
-        // the writer's repeated create reaches the store: the incarnation tells that the page is lost
+        // the writer's repeated create reaches the store: the incarnation tells that the page is
+        // lost
         let incarnation = test.store().create(id, &record(Purpose::Home), LEASE).expect("it is created anew");
         assert!(!seen.contains(&incarnation), "a loss does not change the incarnation");
         assert_eq!(put(test, id, 3, &[2]).incarnation, incarnation);
@@ -131,7 +136,8 @@ pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
     }
 }
 
-/// A process that used the store crashes. What the store has acknowledged is there, with the same incarnation.
+/// A process that used the store crashes. What the store has acknowledged is there, with the same
+/// incarnation.
 pub fn rule_11_a_crash_of_a_user_loses_nothing(test: &mut dyn TestStore) {
     let (id, incarnation) = create(test, 1, Purpose::Stage);
     put(test, id, 1, &[1, 2]);

@@ -146,7 +146,8 @@ pub fn rule_10_a_repeated_put_counts_as_taken(test: &mut dyn TestStore) {
     expect_pages(test, id, &[(1, 5), (2, 5)], &[]);
 }
 
-/// Namespace, page and generation alone find a value, however the runs of writer and reader are cut.
+/// Namespace, page and generation alone find a value, however the runs of writer and reader are
+/// cut.
 pub fn rule_10_readers_may_cut_runs_as_they_like(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let pages: Vec<u64> = (100..164).collect();

@@ -25,8 +25,8 @@ use migration_core::store::{
 const MAGIC: [u8; 8] = *b"LMPAGES\0";
 const IDENTITY_BYTES: usize = 8 + 4 + 16 + 4;
 const VERSION: u32 = 1;
-/// Most names that are looked at in the folder: two files for each namespace, one for each forgotten id, and some that
-/// a crash has left.
+/// Most names that are looked at in the folder: two files for each namespace, one for each
+/// forgotten id, and some that a crash has left.
 const MAX_FILES: usize = 2 * MAX_NAMESPACES + MAX_FORGOTTEN + 1024;
 
 /// Kinds of files that belong to a namespace.

@@ -13,9 +13,9 @@
 //! | unused, zeros | 24 |
 //! | the bytes of the value above 4096 | 64 |
 //!
-//! A hole reads as an entry of length 0, which no value has. The lock of the table (`flock`) is held while an entry is
-//! compared and replaced. Readers hold none at first: what they read while a put is under way does not agree with its
-//! trailer, and they then read it once more with the lock.
+//! A hole reads as an entry of length 0, which no value has. The lock of the table (`flock`) is
+//! held while an entry is compared and replaced. Readers hold none at first: what they read while a
+//! put is under way does not agree with its trailer, and they then read it once more with the lock.
 
 use std::{
     fs::File,
@@ -199,16 +199,8 @@ impl Space {
         Ok(all)
     }
 
-    /// Writes the values of pages, and after them their entries: an entry is never there before its value.
-    ///
-    /// If `synchronise` is set, everything is on the disk when this returns.
-    pub(super) fn write(
-        &self,
-        vm: VmId,
-        generation: u32,
-        pages: &[PageToPut<'_>],
-        synchronise: bool,
-    ) -> Result<(), StoreError> {
+    /// Writes the values of pages, and their entries. The caller has the lock.
+    pub(super) fn write(&self, vm: VmId, generation: u32, pages: &[PageToPut<'_>]) -> Result<(), StoreError> {
         for run in runs(pages, |page| page.page) {
             let pages = &pages[run];
             let mut values = vec![0; pages.len() * PAGE_SIZE];
@@ -218,15 +210,18 @@ impl Space {
             }
             let at = pages[0].page * PAGE_SIZE as u64;
             self.pages.write_all_at(&values, at).map_err(|cause| self.io("writing the pages of", cause))?;
-        }
-        self.synchronise(&self.pages, synchronise)?;
-        for run in runs(pages, |page| page.page) {
-            let pages = &pages[run];
             let entries: Vec<u8> = pages.iter().flat_map(|page| Entry::new(vm, generation, page).0).collect();
             let at = entry_at(pages[0].page);
             self.table.write_all_at(&entries, at).map_err(|cause| self.io("writing", cause))?;
         }
-        self.synchronise(&self.table, synchronise)
+        Ok(())
+    }
+
+    /// Waits until values and entries are on the disk. In which order they get there does not
+    /// matter: a value that does not agree with its entry is missing.
+    pub(super) fn synchronise(&self) -> Result<(), StoreError> {
+        self.pages.sync_data().map_err(|cause| self.io("synchronising the pages of", cause))?;
+        self.table.sync_data().map_err(|cause| self.io("synchronising", cause))
     }
 
     /// Reads what is stored of `pages`, which follow each other, and hands the values to `take`.
@@ -281,13 +276,6 @@ impl Space {
         Ok(bytes.as_chunks().0.iter().map(|&entry| Entry(entry)).collect())
     }
 
-    fn synchronise(&self, file: &File, really: bool) -> Result<(), StoreError> {
-        match really {
-            true => file.sync_data().map_err(|cause| self.io("synchronising", cause)),
-            false => Ok(()),
-        }
-    }
-
     fn io(&self, step: &str, cause: io::Error) -> StoreError {
         StoreError::io(format!("{step} {}", self.shown))(cause)
     }
@@ -327,7 +315,8 @@ impl Entry {
         entry
     }
 
-    /// Returns the trailer and the length of the value, if the entry is one of this page and not damaged.
+    /// Returns the trailer and the length of the value, if the entry is one of this page and not
+    /// damaged.
     fn checked(&self, vm: VmId, page: u64) -> Option<(Trailer, usize)> {
         let trailer = Trailer::decode(self.0.first_chunk()?);
         let mut r = Reader::new(&self.0[Trailer::BYTES..]);
@@ -371,7 +360,8 @@ fn read_or_zeros(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<(
     Ok(())
 }
 
-/// Cuts a list of pages into runs of consecutive pages, none longer than [`CHUNK_PAGES`]. Returns positions in the list.
+/// Cuts a list of pages into runs of consecutive pages, none longer than [`CHUNK_PAGES`]. Returns
+/// positions in the list.
 pub(super) fn runs<T>(pages: &[T], number: impl Fn(&T) -> u64) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (at, page) in pages.iter().enumerate() {

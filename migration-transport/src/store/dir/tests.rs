@@ -296,8 +296,8 @@ fn forgotten_ids_leave_no_files_for_ever() {
     assert!(test.store.folder.dir().join("notes").exists());
 }
 
-/// The comparison and the replacement are one step, whoever else puts: a generation that was taken is never followed by
-/// an older one.
+/// The comparison and the replacement are one step, whoever else puts: a generation that was taken
+/// is never followed by an older one.
 #[test]
 fn puts_of_several_handles_do_not_mix() {
     let test = InFolder::with_a_page();
