@@ -223,10 +223,15 @@ type Spoil = fn(&Path);
 
 #[test]
 fn files_that_make_no_sense_are_refused_and_can_be_forgotten() {
-    let spoil: [(&str, Spoil); 5] = [
+    let spoil: [(&str, Spoil); 6] = [
         ("empty", |path| fs::write(path, b"").unwrap()),
         ("of something else", |path| fs::write(path, [0xff; 5000]).unwrap()),
         ("very large", |path| File::create(path).unwrap().set_len(1 << 42).unwrap()),
+        ("a link to a good one", |path| {
+            let elsewhere = path.with_extension("copy");
+            fs::rename(path, &elsewhere).unwrap();
+            symlink(&elsewhere, path).unwrap();
+        }),
         ("a link", |path| {
             fs::remove_file(path).unwrap();
             symlink("/dev/zero", path).unwrap();
@@ -294,6 +299,27 @@ fn forgotten_ids_leave_no_files_for_ever() {
     File::create(test.store.folder.dir().join("notes")).unwrap().write_all(b"of a person").unwrap();
     test.store.forget(other).unwrap();
     assert!(test.store.folder.dir().join("notes").exists());
+}
+
+#[test]
+fn a_put_waits_until_another_put_has_ended() {
+    let test = InFolder::with_a_page();
+    let other = test.file(ID, Kind::Table);
+    other.lock().unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let store = &test.store;
+        let put = scope.spawn(|| {
+            let value = [2; PAGE_SIZE];
+            let stored = store.put(ID, 2, &[PageToPut { page: 3, value: &value }]);
+            done.store(true, Ordering::Relaxed);
+            stored
+        });
+        thread::sleep(Duration::from_millis(100));
+        assert!(!done.load(Ordering::Relaxed));
+        other.unlock().unwrap();
+        assert_eq!(put.join().unwrap().unwrap().taken, [true]);
+    });
 }
 
 /// The comparison and the replacement are one step, whoever else puts: a generation that was taken
