@@ -1,10 +1,16 @@
 //! The clock by which a store counts its leases.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use super::lock;
 
 /// Reads the clock of a store. All users of one store have to read the same clock.
 pub trait Clock: Send + Sync {
-    /// Returns the time since a fixed moment. It never goes back.
+    /// Returns the time since a fixed moment. It should not go back: leases then end later than they
+    /// should.
     fn now(&self) -> Duration;
 }
 
@@ -29,19 +35,19 @@ impl Clock for ProcessClock {
 /// A clock that stands still until it is moved, for tests and for simulations.
 #[derive(Debug, Default)]
 pub struct ManualClock {
-    now: std::sync::Mutex<Duration>,
+    now: Mutex<Duration>,
 }
 
 impl ManualClock {
     /// Moves the clock forward. It stays at the largest [`Duration`] instead of overflowing.
     pub fn advance(&self, by: Duration) {
-        let mut now = super::lock(&self.now);
+        let mut now = lock(&self.now);
         *now = now.saturating_add(by);
     }
 }
 
 impl Clock for ManualClock {
     fn now(&self) -> Duration {
-        *super::lock(&self.now)
+        *lock(&self.now)
     }
 }

@@ -1,5 +1,7 @@
 //! What is put into a store and comes out of it, and the trailer that proves what a value is.
 
+use std::{ops::Range, time::Duration};
+
 use crc32fast::Hasher;
 
 use super::{
@@ -8,8 +10,6 @@ use super::{
     name::Incarnation,
 };
 use crate::{PAGE_SIZE, page::MAX_PAGES, vm::VmId};
-
-use std::time::Duration;
 
 /// A page to be put into a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,7 +125,8 @@ impl Trailer {
 
     /// Reads a trailer. Any 32 bytes are one; [`proves`](Self::proves) says whether it is right.
     pub fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        let part = |range: std::ops::Range<usize>| &bytes[range];
+        // each part has the length of its field, so no conversion fails
+        let part = |range: Range<usize>| &bytes[range];
         Self {
             vm: VmId(part(0..16).try_into().unwrap_or_default()),
             page: u64::from_le_bytes(part(16..24).try_into().unwrap_or_default()),

@@ -58,8 +58,8 @@ impl Default for DirPageStoreOptions {
 /// without `nolock`.
 ///
 /// A page takes 4224 bytes, and blocks of the table that are partly used. No state is kept in
-/// memory, so that processes may come and go, and any of them may crash. If the host of a writer
-/// crashes in the middle of a put, the pages of that put are missing: neither their earlier nor
+/// memory, so that processes may come and go, and any of them may crash. If a writer or its host
+/// crashes in the middle of a put, pages of that put can be missing: then neither their earlier nor
 /// their new content is handed out.
 ///
 /// The folder must belong to the user of this process or to root, and nobody else may be able to
@@ -67,10 +67,12 @@ impl Default for DirPageStoreOptions {
 /// VM's memory**, and nothing is encrypted: wrap the store in `migration_crypto::Sealed` if that
 /// matters.
 ///
-/// What the store cannot notice: that the folder was replaced by an earlier copy of itself. Leases
-/// run on the clock of the host that asks, so the clocks of the hosts must agree to within a
-/// fraction of a lease. A `get` notices its deadline between reads of 1 MiB, and not while the file
-/// system blocks.
+/// The store cannot notice that its folder was replaced by an earlier copy, or that files were
+/// removed by hand. Leases run on the clock of the host that asks, so the clocks of the hosts must
+/// agree to within a fraction of a lease. A `get` notices its deadline between reads of 1 MiB, and
+/// not while the file system blocks. It makes no difference between faults and prefetches: no read
+/// waits for another one, and only a page that seems to be missing waits for a put that is under
+/// way.
 ///
 /// # Example
 ///
