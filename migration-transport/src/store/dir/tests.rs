@@ -256,6 +256,41 @@ fn files_that_make_no_sense_are_refused_and_can_be_forgotten() {
     }
 }
 
+/// Whatever is in the files, a page is handed out as it was put or not at all, and the namespace can be
+/// forgotten.
+#[test]
+fn random_bytes_in_the_files_are_never_handed_out() {
+    let mut random = 7u64;
+    let mut below = |limit: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % limit
+    };
+    for _ in 0..200 {
+        let test = InFolder::with_a_page();
+        test.put(2, 4).unwrap();
+        for _ in 0..1 + below(3) {
+            let (kind, at) = match below(3) {
+                0 => (Kind::Table, below(100)),
+                1 => (Kind::Table, PAGE + below(8 * 128)),
+                _ => (Kind::Pages, below(5 * PAGE)),
+            };
+            let bytes: Vec<u8> = (0..1 + below(40)).map(|_| below(256) as u8).collect();
+            test.file(ID, kind).write_all_at(&bytes, at).unwrap();
+        }
+        for (page, generation) in [(3, 1), (4, 2)] {
+            if let Ok(value) = test.get(generation, page) {
+                assert_eq!(value, [generation as u8; PAGE_SIZE]);
+            }
+            assert!(test.get(generation + 1, page).is_err());
+        }
+        // these may fail
+        let _ = test.put(9, 3);
+        let _ = test.store.expired();
+        test.store.forget(ID).unwrap();
+        assert_eq!(test.store.room(), 4 << 20);
+    }
+}
+
 #[test]
 fn a_table_of_another_namespace_hands_out_no_page() {
     // somebody has exchanged the tables of two namespaces of different VMs
