@@ -67,6 +67,7 @@ pub mod sim;
 pub mod snapshot;
 pub mod spawner;
 pub mod state;
+pub mod store;
 mod stranger;
 pub mod strategy;
 pub mod text;

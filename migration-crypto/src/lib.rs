@@ -30,7 +30,8 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! [`PageSealer`] seals single pages for stores that are not trusted, [`SealedStore`] whole checkpoints and snapshots.
+//! [`PageSealer`] seals single pages for stores that are not trusted, [`Sealed`] all pages of a
+//! [page store](migration_core::store), [`SealedStore`] whole checkpoints and snapshots.
 //!
 //! Features: `accelerated` (AWS-LC for the ciphers) and `tls`, both on by default.
 #![deny(unsafe_code)]
@@ -40,6 +41,7 @@ mod channel;
 mod handshake;
 pub mod keys;
 mod page;
+mod page_store;
 pub mod record;
 mod secret;
 mod secure;
@@ -55,6 +57,7 @@ pub use {
     handshake::HandshakeError,
     keys::{KeyError, Psk, PublicKey, StaticKey},
     page::{PageError, PageSealer, Purpose, SEAL_OVERHEAD},
+    page_store::{Sealed, random_namespace},
     record::{KeyLimits, RecordError},
     secure::{Credentials, SecureConnector, SecureListener, Security, SourceSession},
     store::SealedStore,

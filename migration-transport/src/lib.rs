@@ -14,7 +14,9 @@
 //! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
 //! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
 //!
-//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`] that both ends have, [`FileStore`] a snapshot in one file; [`RamBroker`] keeps the
+//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, below
+//! [`CheckpointFolders`] that both ends have, [`FileStore`] a snapshot in one file, and
+//! [`DirPageStore`] pages for several hosts. [`RamBroker`] keeps the
 //! memory files of VMs, so that they outlive a VMM that dies.
 //!
 //! # Example
@@ -89,6 +91,7 @@ mod options;
 mod private_socket;
 #[cfg(any(test, feature = "test-utils"))]
 mod relay;
+mod store;
 mod stream;
 mod tcp;
 #[cfg(test)]
@@ -119,6 +122,7 @@ pub use {
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,
+    store::{DirPageStore, DirPageStoreOptions},
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},

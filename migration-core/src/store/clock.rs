@@ -1,0 +1,53 @@
+//! The clock by which a store counts its leases.
+
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use crate::lock::lock;
+
+/// Reads the clock of a store. All users of one store have to read the same clock.
+pub trait Clock: Send + Sync {
+    /// Returns the time since a fixed moment. It should not go back: leases then end later than they
+    /// should.
+    fn now(&self) -> Duration;
+}
+
+/// The monotonic clock of this process, for stores that live as long as the process.
+#[derive(Clone, Copy, Debug)]
+pub struct ProcessClock {
+    origin: Instant,
+}
+
+impl Default for ProcessClock {
+    fn default() -> Self {
+        Self { origin: Instant::now() }
+    }
+}
+
+impl Clock for ProcessClock {
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+}
+
+/// A clock that stands still until it is moved, for tests and for simulations.
+#[derive(Debug, Default)]
+pub struct ManualClock {
+    now: Mutex<Duration>,
+}
+
+impl ManualClock {
+    /// Moves the clock forward. It stays at the largest [`Duration`] instead of overflowing.
+    pub fn advance(&self, by: Duration) {
+        let mut now = lock(&self.now);
+        *now = now.saturating_add(by);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Duration {
+        *lock(&self.now)
+    }
+}

@@ -1,0 +1,117 @@
+//! What whole attempts to migrate leave in a store: after success, after failure, and after a crash
+//! of either side.
+//!
+//! The source keeps cold pages in a home namespace and puts more pages into an attempt namespace.
+//! The destination renews both and makes a home namespace of its own.
+
+use super::{
+    DESTINATION, Incarnation, LEASE, NamespaceId, Purpose, Record, TestStore, VM, create, expect_empty, expect_pages,
+    introduce, left, put, record, try_put,
+};
+
+/// The namespaces of an attempt whose pages the store has.
+struct Attempt {
+    home: NamespaceId,
+    attempt: NamespaceId,
+    incarnation: Incarnation,
+}
+
+/// The source has put everything.
+fn begin(test: &mut dyn TestStore) -> Attempt {
+    let (home, incarnation) = create(test, 1, Purpose::Home);
+    put(test, home, 1, &[1, 2, 3]);
+    put(test, home, 2, &[3]);
+    let (attempt, _) = create(test, 2, Purpose::Attempt);
+    put(test, attempt, 1, &[10, 11]);
+    put(test, attempt, 2, &[11, 12]);
+    Attempt { home, attempt, incarnation }
+}
+
+/// The destination runs the VM, refers to both namespaces, and has checked the incarnation.
+fn take_over(test: &mut dyn TestStore, at: &Attempt) {
+    for id in [at.home, at.attempt] {
+        let record = test.store().record(id).expect("the store answers");
+        assert_eq!(record.map(|record| record.vm), Some(VM));
+        let incarnation = test.store().renew(id, DESTINATION, LEASE).expect("the destination renews");
+        assert_eq!(incarnation, at.incarnation);
+    }
+    expect_pages(test, at.home, &[(1, 1), (2, 1), (3, 2)], &[]);
+    expect_pages(test, at.attempt, &[(10, 1), (11, 2), (12, 2)], &[]);
+}
+
+/// Requests of the source that were on their way for long arrive.
+fn deliver_late_requests(test: &mut dyn TestStore, at: &Attempt) {
+    let late = test.store().create(at.attempt, &record(Purpose::Attempt), LEASE);
+    assert!(late.is_err(), "a late create brings a namespace back");
+    assert!(try_put(test, at.attempt, 2, &[12]).is_err(), "a late put is taken");
+    assert!(test.store().renew(at.attempt, DESTINATION, LEASE).is_err(), "a late renewal succeeds");
+}
+
+/// After *released* the destination forgets the source's namespaces. Only its own is left.
+pub fn rule_14_nothing_is_left_after_success(test: &mut dyn TestStore) {
+    let room = test.store().room();
+    let at = begin(test);
+    take_over(test, &at);
+    let own = introduce(test, 3, VM);
+    let own_record = Record { owner: DESTINATION, ..record(Purpose::Home) };
+    test.store().create(own, &own_record, LEASE).expect("the destination makes a namespace");
+    put(test, own, 1, &[1, 2]);
+    // no page refers to them any more
+    test.store().forget(at.home).expect("it is forgotten");
+    test.store().forget(at.attempt).expect("it is forgotten");
+    deliver_late_requests(test, &at);
+    expect_pages(test, own, &[(1, 1), (2, 1)], &[]);
+    assert_eq!(left(test), [(own, own_record)]);
+    // the VM ends in order
+    test.store().forget(own).expect("it is forgotten");
+    expect_empty(test, room);
+}
+
+/// A failed attempt forgets the namespace that it made. The home namespace has all its pages.
+pub fn rule_14_a_failed_attempt_leaves_only_what_was_there_before(test: &mut dyn TestStore) {
+    let at = begin(test);
+    test.store().forget(at.attempt).expect("it is forgotten");
+    deliver_late_requests(test, &at);
+    expect_pages(test, at.home, &[(1, 1), (2, 1), (3, 2)], &[]);
+    // the next attempt makes another name
+    let (next, _) = create(test, 3, Purpose::Attempt);
+    put(test, next, 1, &[10]);
+    test.store().forget(next).expect("it is forgotten");
+    assert_eq!(left(test), [(at.home, record(Purpose::Home))]);
+}
+
+/// A source that has crashed leaves its namespaces. They are listed as its own, and can be removed.
+pub fn rule_14_what_a_crashed_source_leaves_is_listed(test: &mut dyn TestStore) {
+    let room = test.store().room();
+    let at = begin(test);
+    test.crash_user();
+    assert_eq!(test.store().expired().expect("the store lists"), [], "the leases have not ended");
+    let mut expected = [(at.home, record(Purpose::Home)), (at.attempt, record(Purpose::Attempt))];
+    expected.sort_by_key(|(id, _)| *id);
+    remove_what_is_left(test, &expected, room);
+}
+
+/// A destination that has crashed leaves the namespaces that it renewed. They are listed as its
+/// own.
+pub fn rule_14_what_a_crashed_destination_leaves_is_listed(test: &mut dyn TestStore) {
+    let room = test.store().room();
+    let at = begin(test);
+    take_over(test, &at);
+    test.crash_user();
+    // nobody has to hurry: the pages are there, for whoever takes over
+    expect_pages(test, at.home, &[(1, 1), (2, 1), (3, 2)], &[]);
+    let own = |purpose| Record { owner: DESTINATION, ..record(purpose) };
+    let mut expected = [(at.home, own(Purpose::Home)), (at.attempt, own(Purpose::Attempt))];
+    expected.sort_by_key(|(id, _)| *id);
+    remove_what_is_left(test, &expected, room);
+}
+
+/// A person's command lists what has expired, and removes it.
+fn remove_what_is_left(test: &mut dyn TestStore, expected: &[(NamespaceId, Record)], room: u64) {
+    let found = left(test);
+    assert_eq!(found, expected);
+    for (id, _) in found {
+        test.store().forget(id).expect("it is forgotten");
+    }
+    expect_empty(test, room);
+}

@@ -1,0 +1,74 @@
+//! Rules about leases, and about forgetting.
+
+use std::time::Duration;
+
+use super::{
+    DESTINATION, LEASE, Purpose, Record, SOURCE, TestStore, create, expect_empty, expect_pages, left, put, record,
+};
+
+/// A namespace whose lease has ended is as it was: it can be read, written and renewed.
+pub fn rule_14_a_lease_that_has_ended_deletes_nothing(test: &mut dyn TestStore) {
+    let (id, incarnation) = create(test, 1, Purpose::Home);
+    put(test, id, 1, &[1]);
+    test.advance(100 * LEASE);
+    assert_eq!(test.store().expired().expect("the store lists"), [(id, record(Purpose::Home))]);
+    // neither to list it nor another process deletes it
+    test.crash_user();
+    assert_eq!(test.store().expired().expect("the store lists").len(), 1);
+    expect_pages(test, id, &[(1, 1)], &[]);
+    assert_eq!(put(test, id, 2, &[2]).taken, [true]);
+    assert_eq!(test.store().renew(id, SOURCE, LEASE).expect("it is renewed"), incarnation);
+    assert_eq!(test.store().expired().expect("the store lists"), []);
+    expect_pages(test, id, &[(1, 1), (2, 2)], &[]);
+}
+
+/// `expired` lists exactly the namespaces whose lease has ended, in ascending order, and whose they
+/// were.
+pub fn rule_14_expired_namespaces_are_listed_with_their_records(test: &mut dyn TestStore) {
+    let (home, _) = create(test, 1, Purpose::Home);
+    let (stage, _) = create(test, 2, Purpose::Stage);
+    let (attempt, _) = create(test, 3, Purpose::Attempt);
+    assert_eq!(test.store().expired().expect("the store lists"), []);
+    test.store().renew(stage, DESTINATION, 3 * LEASE).expect("it is renewed");
+    test.advance(LEASE - Duration::from_secs(1));
+    assert_eq!(test.store().expired().expect("the store lists"), []);
+
+    test.advance(Duration::from_secs(2));
+    let mut ended = vec![(home, record(Purpose::Home)), (attempt, record(Purpose::Attempt))];
+    ended.sort_by_key(|(id, _)| *id);
+    assert_eq!(test.store().expired().expect("the store lists"), ended);
+
+    test.advance(2 * LEASE);
+    ended.push((stage, Record { owner: DESTINATION, ..record(Purpose::Stage) }));
+    ended.sort_by_key(|(id, _)| *id);
+    assert_eq!(test.store().expired().expect("the store lists"), ended);
+}
+
+/// A renewal or a `create` with a shorter lease that arrives late does not shorten a lease.
+pub fn rule_14_a_lease_is_never_shortened(test: &mut dyn TestStore) {
+    let (id, _) = create(test, 1, Purpose::Home);
+    test.store().renew(id, SOURCE, 10 * LEASE).expect("a long lease is granted");
+    test.store().renew(id, SOURCE, LEASE).expect("a short lease is granted");
+    test.store().create(id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
+    test.advance(9 * LEASE);
+    assert_eq!(test.store().expired().expect("the store lists"), []);
+    test.advance(2 * LEASE);
+    assert_eq!(test.store().expired().expect("the store lists").len(), 1);
+    // a repeated create is a use of the namespace: it extends the lease
+    test.store().create(id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
+    assert_eq!(test.store().expired().expect("the store lists"), []);
+}
+
+/// `forget` may be repeated, and may be for a namespace that never was.
+pub fn rule_14_to_forget_twice_is_harmless(test: &mut dyn TestStore) {
+    let room = test.store().room();
+    let (kept, _) = create(test, 1, Purpose::Home);
+    let (id, _) = create(test, 2, Purpose::Attempt);
+    put(test, id, 1, &[1]);
+    for _ in 0..3 {
+        test.store().forget(id).expect("it is forgotten");
+    }
+    assert_eq!(left(test), [(kept, record(Purpose::Home))]);
+    test.store().forget(kept).expect("it is forgotten");
+    expect_empty(test, room);
+}
