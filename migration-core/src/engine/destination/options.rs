@@ -19,7 +19,7 @@ pub struct ReceiverOptions {
     /// all of RAM earns once. After that the next source takes the session; after 16 times as long the attempt ends in any case.
     /// Once the VM is ready, or runs here, this does not apply.
     pub progress_grace: Duration,
-    /// The VM that may come, and the epoch above which: one that was [lent](super::ephemeral) comes back as what it was, and by
+    /// The VM that may come, and the epoch above which: one that was [lent](crate::engine::ephemeral) comes back as what it was, and by
     /// nothing older than its leaving. `None` for any.
     pub awaits: Option<(VmId, u32)>,
     /// How long to wait for a source, and, once the VM runs here, for its source's last word; `None` for ever. An attempt that
