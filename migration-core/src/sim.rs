@@ -285,7 +285,9 @@ impl Simulation {
         self.post_copy = PostCopyState { listed: PageSet::empty(self.config.pages), ..PostCopyState::default() };
         let name = strategy.name();
         self.shared = strategy.shares_ram();
-        let result = self.connect(name).and_then(|()| strategy.migrate(Running::new(self)));
+        let blocked = || MigrationError::Blocked(format!("{name} puts pages into a store, and there is none"));
+        let result = if strategy.needs_store() { Err(blocked()) } else { self.connect(name) };
+        let result = result.and_then(|()| strategy.migrate(Running::new(self)));
         let mut error = result.err();
         while self.source.phase() == SourcePhase::InDoubt && !self.source_dead {
             if self.source_runs {

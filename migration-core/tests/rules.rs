@@ -152,3 +152,12 @@ fn rule_18_before_run_everything_counts_as_neither() {
     map.taken_back();
     assert_eq!((map.location(0), map.unsent().len()), (Location::Here, 9));
 }
+
+/// A strategy that needs a store is refused before anything is done.
+#[test]
+fn a_migration_refuses_a_snapshot() {
+    let mut sim = Simulation::new(world());
+    let attempt = sim.attempt(&mut <migration_core::strategy::Snapshot>::default());
+    assert!(attempt.error.unwrap().to_string().contains("snapshot puts pages into a store"));
+    assert_eq!((sim.owner(), attempt.rounds.len(), attempt.downtime), (Owner::Source, 0, None));
+}

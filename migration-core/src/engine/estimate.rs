@@ -91,7 +91,7 @@ impl Calibration {
         if sample.pages >= LEAST_PAGES {
             self.seconds_per_page = sample.reading.as_secs_f64() / sample.pages as f64;
         }
-        // its end and the answer to that took a round trip, and all else besides
+        // a round takes at least the round trip of its end and the answer to that
         self.round_trip = self.round_trip.map(|shortest| shortest.min(sample.time));
         let round_trip = self.round_trip.unwrap_or_default();
         let moved = sample.time.saturating_sub(sample.reading);

@@ -132,8 +132,7 @@ impl RoundDriver {
         let time = self.last_harvest.elapsed();
         self.last_harvest = Instant::now();
         self.map().dirtied(&written)?;
-        // the tracker has begun anew: a page that is free from here on is reported again once it is
-        // written. One that it re-arms only when it is sent stays reported, until it is free no more
+        // The tracker has begun anew. A page that is free now and is written later is reported again.
         let mut pages = written.clone();
         pages.subtract(&self.spare(vm));
         Ok(Harvest { written, pages, time })

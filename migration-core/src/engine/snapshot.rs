@@ -108,7 +108,8 @@ pub fn snapshot(
     drop(requests);
     let mut taking = Taking::new(vm, store, options, commands);
     let result = taking.run(&mut Snapshot::<ModelConvergence>::default());
-    taking.give_back();
+    // a guest that stands still is worse than whatever went wrong before
+    let result = taking.give_back().and(result);
     lock(&taking.commands.requests).end();
     if result.is_err() {
         taking.store.discard();
@@ -298,12 +299,14 @@ impl<'a> Taking<'a> {
     }
 
     /// Everything as it was before: the guest runs at full speed, its dirty bits are whole.
-    fn give_back(&mut self) {
-        if let Err(error) = self.go_on() {
-            self.options.observer.event(&Event::Warning(error.to_string()));
-        }
+    ///
+    /// # Errors
+    /// When the guest does not go on. The rest is given back all the same.
+    fn give_back(&mut self) -> Result<(), MigrationError> {
+        let resumed = self.go_on();
         self.lift_throttle();
         self.give_tracker_back();
+        resumed
     }
 
     fn lift_throttle(&mut self) {

@@ -324,11 +324,9 @@ impl PageSet {
             if matches!(self.chunks[index], Chunk::Full) || words.iter().all(|&word| word == 0) {
                 continue;
             }
-            self.change(index, |chunk| {
-                for (word, mask) in masks(low, high) {
-                    let page = word as u64 * BITS + u64::from(mask.trailing_zeros());
-                    chunk[word] |= bits_from(bitmap, from + page - low) << (page % BITS) & mask;
-                }
+            self.change(index, low, high, |word, mask, bits| {
+                let page = word as u64 * BITS + u64::from(mask.trailing_zeros());
+                bits | bits_from(bitmap, from + page - low) << (page % BITS) & mask
             });
         }
     }
@@ -345,35 +343,29 @@ impl PageSet {
             if high - low == size {
                 self.replace(index, uniform);
             } else if self.chunks[index] != uniform {
-                self.set_bits(index, low, high, member);
+                self.change(index, low, high, |_, mask, bits| if member { bits | mask } else { bits & !mask });
             }
         }
     }
 
-    /// Makes pages `low` to `high` of chunk `index` members, or others.
-    fn set_bits(&mut self, index: usize, low: u64, high: u64, member: bool) {
+    /// Changes the words of chunk `index` that hold the bits `low` to `high`. `change` is told the number of
+    /// a word, the mask of those bits in it, and the word. It changes no other bits.
+    fn change(&mut self, index: usize, low: u64, high: u64, change: impl Fn(usize, u64, u64) -> u64) {
         let size = self.size(index);
         let chunk = std::mem::replace(&mut self.chunks[index], Chunk::Empty);
         let before = chunk.members(size);
         let mut words = chunk.into_words(size);
-        let old = count_masked(&words, low, high);
         let bits = Arc::make_mut(&mut words);
+        let (mut removed, mut added) = (0, 0);
         for (word, mask) in masks(low, high) {
-            bits[word] = if member { bits[word] | mask } else { bits[word] & !mask };
+            let new = change(word, mask, bits[word]);
+            removed += u64::from((bits[word] & mask).count_ones());
+            added += u64::from((new & mask).count_ones());
+            bits[word] = new;
         }
-        let after = before - old + if member { high - low } else { 0 };
+        let after = before - removed + added;
         self.members = self.members - before + after;
         self.chunks[index] = Chunk::of(after, size, words);
-    }
-
-    /// Changes the bitmap of chunk `index`, and counts it again.
-    fn change(&mut self, index: usize, change: impl FnOnce(&mut Words)) {
-        let size = self.size(index);
-        let chunk = std::mem::replace(&mut self.chunks[index], Chunk::Empty);
-        self.members -= chunk.members(size);
-        let mut words = chunk.into_words(size);
-        change(Arc::make_mut(&mut words));
-        self.replace(index, Chunk::of(count_masked(&words, 0, size), size, words));
     }
 
     fn replace(&mut self, index: usize, chunk: Chunk) {
@@ -391,7 +383,7 @@ impl PageSet {
                 Combined::Second => self.replace(index, theirs.clone()),
                 Combined::Words(of) => {
                     let theirs = theirs.clone().into_words(self.size(index));
-                    self.change(index, |ours| ours.iter_mut().zip(&*theirs).for_each(|(a, b)| *a = of(*a, *b)));
+                    self.change(index, 0, self.size(index), |word, _, bits| of(bits, theirs[word]));
                 }
             }
         }

@@ -14,6 +14,9 @@ use super::{
     patience::{Holder, PATIENCE, StillHeld, wait_until},
 };
 
+/// Most runs of pages of one claim.
+const MOST_RUNS: usize = 1024;
+
 /// The [`PageMap`] of a VM whose pages arrive while it runs. Its lock is held for looking at bits
 /// only, never during a system call or while contents arrive: in between, a thread has a [`Claim`].
 pub struct SharedPageMap {
@@ -84,8 +87,8 @@ impl SharedPageMap {
         self.take(&mut self.lock(), range, vec![range])
     }
 
-    /// Claims what is missing in `range` and nobody else has claimed. When others have claimed all that
-    /// is missing there, it waits until they are done, for they may fail. Returns `None` when nothing
+    /// Claims what is missing in `range` and nobody else has claimed, or the first thousand runs of it: the
+    /// lock is held for moments only. When others have claimed all that is missing there, it waits until they are done, for they may fail. Returns `None` when nothing
     /// is missing in it any more.
     ///
     /// Who calls this must hold no claim: two of them could wait for each other.
@@ -96,7 +99,7 @@ impl SharedPageMap {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();
         loop {
-            let free: Vec<_> = state.map.unclaimed().ranges_in(range).collect();
+            let free: Vec<_> = state.map.unclaimed().ranges_in(range).take(MOST_RUNS).collect();
             if !free.is_empty() {
                 return Ok(self.take(&mut state, range, free));
             }

@@ -39,6 +39,12 @@ pub trait Strategy: Send {
         false
     }
 
+    /// Whether it ends by a [commit](Running::commit): only an engine that puts pages into a store runs it, and a migration
+    /// refuses it before anything else is done.
+    fn needs_store(&self) -> bool {
+        false
+    }
+
     /// Whether source and destination, on one machine, share the VM's RAM, so that no page moves. The destination maps it
     /// before [`migrate`](Self::migrate) is called; where that cannot be, the migration is refused then.
     fn shares_ram(&self) -> bool {
@@ -166,7 +172,8 @@ pub trait Verbs {
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
     /// Sends pages of the running guest.
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
-    /// Pages written since the last harvest, and pages owed from rounds that ended early; not those that are free now.
+    /// All pages that are unsent: written since the last harvest, or not sent before, whoever forgot them. Not those that are
+    /// free now.
     fn harvest(&mut self) -> Result<PageSet, MigrationError>;
     /// Slows the vCPUs down.
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
@@ -229,8 +236,8 @@ impl<'a> Running<'a> {
         self.verbs.send(pages)
     }
 
-    /// The pages that the destination does not have in their last state: written since the last harvest (or since
-    /// tracking began), or not sent by a round that ended early. Pages that are free now are left out: one that the guest
+    /// All pages that the destination does not have in their last state: written since the last harvest (or since
+    /// tracking began), not sent by a round that ended early, or never passed to [`send`](Self::send). Pages that are free now are left out: one that the guest
     /// takes back and writes is part of the next harvest.
     pub fn harvest(&mut self) -> Result<PageSet, MigrationError> {
         self.verbs.harvest()

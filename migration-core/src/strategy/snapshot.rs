@@ -22,6 +22,10 @@ impl<C: Convergence> Strategy for Snapshot<C> {
         "snapshot"
     }
 
+    fn needs_store(&self) -> bool {
+        true
+    }
+
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
         let mut pages = vm.start_tracking()?;
         for _ in 0..MAX_PASSES {

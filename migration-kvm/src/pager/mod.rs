@@ -46,7 +46,7 @@ use staging::Pool;
 const GRANULE: u64 = 1;
 /// Pages in a huge page: those of hugetlb memory are installed together.
 const HUGE_BLOCK: u64 = HUGE_PAGE_SIZE / migration_core::PAGE_SIZE as u64;
-/// Zeros are installed by so many pages at a time (1 GiB), to hold the record's lock for microseconds only.
+/// Zeros are installed by so many pages at a time (1 GiB), so that the map's lock is held for moments only.
 const ZERO_STEP: u64 = 1 << 18;
 
 /// There can be no pager.

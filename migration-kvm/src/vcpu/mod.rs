@@ -227,8 +227,11 @@ impl Vcpus {
     /// Starts a thread for each vCPU. None runs before [`run`](Self::run) is called.
     ///
     /// # Errors
-    /// When a thread cannot be had or does not begin.
+    /// When a thread cannot be had or does not begin, or there is no vCPU.
     pub fn new(vcpus: Vec<VcpuFd>, host: VcpuHost) -> io::Result<Self> {
+        if vcpus.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a VM needs a vCPU"));
+        }
         let (count, vcpus) = (vcpus.len(), vcpus.into_iter().map(|vcpu| Mutex::new(Some(vcpu))).collect());
         let VcpuHost { memory, io, ring_full, signal, spawner, observer } = host;
         let control = Control {
@@ -279,7 +282,7 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Returns the operating system's numbers of the threads, in the vCPUs' order.
+    /// Returns the operating system's numbers of the threads, in the vCPUs' order; 0 for one that has ended.
     pub fn thread_ids(&self) -> Vec<u32> {
         self.shared.threads.iter().map(|id| id.load(Ordering::SeqCst)).collect()
     }
@@ -525,6 +528,8 @@ impl Drop for Ending<'_> {
             control.end.get_or_insert_with(|| format!("the thread of vCPU {index} has died"));
         }
         shared.doing.set(index, Doing::Ended);
+        // the number of a thread that has ended may become another's
+        shared.threads[index].store(0, Ordering::SeqCst);
         (control.stopped[index], control.ended[index]) = (true, true);
         // whoever waits for them hears that nothing comes of them
         let never_done = std::mem::take(&mut control.jobs[index]);

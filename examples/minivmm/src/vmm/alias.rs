@@ -1,4 +1,4 @@
-//! Guest RAM as the type that rust-vmm's crates take. Beside `kick`, the only unsafe code of minivmm.
+//! Guest RAM as the type that rust-vmm's crates take. The only unsafe code of minivmm.
 
 use std::{
     sync::Arc,

@@ -17,6 +17,7 @@ use crate::{
     engine::control::read_frame,
     page::STRIPE_PAGES,
     page_map::MapError,
+    ram::RamSlice,
     vm::VmError,
     wire::{Bulk, Content, Extent, Header, LaneKind},
 };
@@ -172,8 +173,8 @@ impl LaneReceiver {
         let layout = self.session.ram.layout().clone();
         for extent in extents {
             if extent.content == Content::Zero {
-                let installed = missing.pager.install_zeros(extent.range);
-                missing.arrived(extent.range, installed.map_err(not_installed)?);
+                let installed = missing.install(extent.range, |pager| pager.install_zeros(extent.range));
+                installed.map_err(not_installed)?;
                 continue;
             }
             for (_, _, piece) in layout.split(extent.range) {
@@ -182,7 +183,7 @@ impl LaneReceiver {
                     let end = piece.end().min((first / STRIPE_PAGES + 1) * STRIPE_PAGES);
                     let range = PageRange::new(first, end - first);
                     let (reader, mut lost) = (&mut self.reader, false);
-                    let installed = missing.pager.install(range, &mut |slices| match &mut checked {
+                    let mut fill = |slices: &[RamSlice<'_>]| match &mut checked {
                         None => reader.read_ram(slices).inspect_err(|_| lost = true),
                         Some((buffer, at)) => {
                             for slice in slices {
@@ -191,10 +192,11 @@ impl LaneReceiver {
                             }
                             Ok(())
                         }
-                    });
+                    };
+                    let installed = missing.install(range, |pager| pager.install(range, &mut fill));
                     let failed =
                         |cause| if lost { MigrationError::link(&self.peer)(cause) } else { not_installed(cause) };
-                    missing.arrived(range, installed.map_err(failed)?);
+                    installed.map_err(failed)?;
                     first = end;
                 }
             }

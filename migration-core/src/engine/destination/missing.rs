@@ -19,6 +19,7 @@ use crate::{
     lock::lock,
     page::STRIPE_PAGES,
     pager::{Fault, Installed, Pager},
+    ram::RamSlice,
     shared_map::SharedPageMap,
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
 };
@@ -49,6 +50,8 @@ struct State {
     faults: u64,
     vcpu_faults: u64,
     duplicates: u64,
+    /// Calls of the pager that are not recorded yet.
+    installing: u32,
 }
 
 /// A fault that is not served yet.
@@ -84,6 +87,7 @@ impl Missing {
             faults: 0,
             vcpu_faults: 0,
             duplicates: 0,
+            installing: 0,
         };
         Self {
             pager,
@@ -111,9 +115,13 @@ impl Missing {
         Ok(())
     }
 
-    /// Returns whether no page is missing.
+    /// Returns whether no page is missing, and all that has come is recorded.
     pub(in crate::engine) fn is_complete(&self) -> bool {
-        self.map.read(|map| map.missing().is_empty())
+        self.is_complete_in(&lock(&self.state))
+    }
+
+    fn is_complete_in(&self, state: &State) -> bool {
+        state.installing == 0 && self.map.read(|map| map.missing().is_empty())
     }
 
     /// Returns the missing pages.
@@ -202,28 +210,49 @@ impl Missing {
         sent
     }
 
-    /// Pages of `range` were installed.
-    pub(in crate::engine) fn arrived(&self, range: PageRange, installed: Installed) {
-        let granule = self.pager.granule();
+    /// Has the pager install pages of `range` by `work`, and records what came of it.
+    ///
+    /// # Errors
+    /// Those of `work`. Some of the pages may be there all the same.
+    pub(in crate::engine) fn install(
+        &self,
+        range: PageRange,
+        work: impl FnOnce(&dyn Pager) -> io::Result<Installed>,
+    ) -> io::Result<Installed> {
+        lock(&self.state).installing += 1;
+        let result = work(&*self.pager);
         let mut state = lock(&self.state);
-        state.duplicates += installed.duplicates;
-        if !state.waiting.is_empty() {
-            let now = Instant::now();
-            let blocks = range.first / granule..range.end().div_ceil(granule);
-            let State { waiting, latencies, .. } = &mut *state;
-            let mut served = |waits: Vec<Waiter>| waits.iter().for_each(|w| latencies.record(now - w.since));
-            // whichever is shorter: the range or the list of those who wait
-            if (waiting.len() as u64) < range.count {
-                let found: Vec<u64> = waiting.keys().copied().filter(|block| blocks.contains(block)).collect();
-                found.iter().filter_map(|block| waiting.remove(block)).for_each(&mut served);
-            } else {
-                blocks.filter_map(|block| waiting.remove(&block)).for_each(&mut served);
-            }
-        }
+        state.installing -= 1;
+        state.duplicates += result.as_ref().map_or(0, |installed| installed.duplicates);
+        self.serve_waiters(&mut state, range);
+        let complete = self.is_complete_in(&state);
         drop(state);
-        if self.is_complete() {
+        if complete {
             self.end();
         }
+        result
+    }
+
+    /// Those who have waited for pages of `range` that are there now wait no longer.
+    fn serve_waiters(&self, state: &mut State, range: PageRange) {
+        if state.waiting.is_empty() {
+            return;
+        }
+        let (now, granule) = (Instant::now(), self.pager.granule());
+        let blocks = range.first / granule..range.end().div_ceil(granule);
+        let is_here = |block: &u64| {
+            let pages = PageRange::new(block * granule, granule);
+            self.map.read(|map| map.missing().first_in(pages).is_none())
+        };
+        let State { waiting, latencies, .. } = state;
+        let mut served = |waits: Vec<Waiter>| waits.iter().for_each(|w| latencies.record(now - w.since));
+        // whichever is shorter: the range or the list of those who wait
+        let found: Vec<u64> = if (waiting.len() as u64) < range.count {
+            waiting.keys().copied().filter(|block| blocks.contains(block)).filter(is_here).collect()
+        } else {
+            blocks.filter(|block| waiting.contains_key(block)).filter(is_here).collect()
+        };
+        found.iter().filter_map(|block| waiting.remove(block)).for_each(&mut served);
     }
 
     /// Installs every missing page from the store that its source has put it into, those that it does not have as zeros.
@@ -245,8 +274,7 @@ impl Missing {
         })?;
         self.fill_stripe(layout, at, &block)?;
         for range in self.pages().ranges() {
-            let installed = self.pager.install_zeros(range)?;
-            self.arrived(range, installed);
+            self.install(range, |pager| pager.install_zeros(range))?;
         }
         Ok(())
     }
@@ -257,14 +285,14 @@ impl Missing {
         for run in self.pages().ranges_in(within) {
             for (_, _, range) in layout.split(run) {
                 let mut from = (range.first % STRIPE_PAGES) as usize * PAGE_SIZE;
-                let installed = self.pager.install(range, &mut |slices| {
+                let mut fill = |slices: &[RamSlice<'_>]| {
                     for slice in slices {
                         slice.copy_from(&block[from..from + slice.len()]);
                         from += slice.len();
                     }
                     Ok(())
-                })?;
-                self.arrived(range, installed);
+                };
+                self.install(range, |pager| pager.install(range, &mut fill))?;
             }
         }
         Ok(())
@@ -417,8 +445,11 @@ pub(in crate::engine) mod tests {
 
     /// These pages are installed, and recorded as arrived.
     pub(in crate::engine) fn arrive(missing: &Missing, range: PageRange, installed: Installed) {
-        arrived(&missing.map, range);
-        missing.arrived(range, installed);
+        let recorded = missing.install(range, |_| {
+            arrived(&missing.map, range);
+            Ok(installed)
+        });
+        recorded.unwrap();
     }
 
     /// These pages are installed.
@@ -448,7 +479,7 @@ pub(in crate::engine) mod tests {
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [2]);
         assert_eq!(lock(&missing.state).latencies.count(), 4);
         assert_eq!(missing.note(&[fault(0, 1), fault(1, 2)]), [0]);
-        arrive(&missing, PageRange::new(8, 1), Installed { pages: 1, duplicates: 2 });
+        arrive(&missing, PageRange::new(8, 4), Installed { pages: 2, duplicates: 2 });
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [0]);
 
         // a fault that was read when its page had come already
@@ -456,7 +487,7 @@ pub(in crate::engine) mod tests {
         assert_eq!(*lock(&pager.woken), [5]);
         let summary = missing.summary();
         assert_eq!((summary.count, summary.vcpu, summary.duplicates), (8, 5, 2));
-        arrive(&missing, PageRange::new(9, 3), Installed { pages: 1, duplicates: 2 });
+        arrive(&missing, PageRange::new(8, 4), Installed { pages: 0, duplicates: 2 });
         assert_eq!(missing.summary().duplicates, 4);
         assert!(missing.pages().iter().eq(0..4) && !missing.wait_ended_for(Duration::ZERO));
         arrive(&missing, PageRange::new(0, 4), Installed::default());
@@ -466,7 +497,7 @@ pub(in crate::engine) mod tests {
 
     #[test]
     fn each_thread_asks_on_its_lane_and_a_lane_that_comes_late_catches_up() {
-        let (missing, pager) = missing(4, &[(0, 12)]);
+        let (missing, pager) = missing(4, &[(0, 40)]);
         missing.note(&[fault(5, 1)]);
         let lanes = [Asked::default(), Asked::default()];
         for (index, lane) in lanes.iter().enumerate() {
@@ -474,18 +505,39 @@ pub(in crate::engine) mod tests {
             assert_eq!(*lock(&lane.0), [(0, vec![4])]);
         }
         assert!(missing.attach(2, Box::new(lanes[0].clone())).is_err());
-        for number in [0, 1, 3] {
-            *lock(&pager.faults) = vec![vec![fault(8, number as u32)], vec![], vec![fault(1, number as u32)]];
+        for (number, page) in [(0, 1), (1, 13), (3, 17)] {
+            *lock(&pager.faults) = vec![vec![fault(8, number as u32)], vec![], vec![fault(page, number as u32)]];
             assert!(missing.watch(number).is_err(), "the pager has no more");
-            arrive(&missing, PageRange::new(0, 1), Installed::default());
-            arrive(&missing, PageRange::new(8, 1), Installed::default());
+            arrive(&missing, PageRange::new(page / 4 * 4, 4), Installed::default());
+            arrive(&missing, PageRange::new(8, 4), Installed::default());
         }
         assert_eq!(*lock(&lanes[0].0), [(0, vec![4]), (1, vec![1]), (2, vec![8])]);
-        assert_eq!(*lock(&lanes[1].0), [(0, vec![4]), (1, vec![1]), (2, vec![1])]);
+        assert_eq!(*lock(&lanes[1].0), [(0, vec![4]), (1, vec![13]), (2, vec![17])]);
         // six requests for a page each
         assert_eq!(missing.bytes.load(Ordering::Relaxed), 6 * (Header::LEN as u64 + 4 + 8));
         missing.end();
         missing.watch(0).unwrap();
+    }
+
+    #[test]
+    fn what_a_failed_install_has_brought_is_recorded() {
+        let (missing, _) = missing(1, &[(0, 8)]);
+        missing.note(&[fault(1, 1), fault(6, 2)]);
+        let failed = missing.install(PageRange::new(0, 8), |_| {
+            arrived(&missing.map, PageRange::new(0, 4));
+            assert!(!missing.is_complete());
+            Err(io::ErrorKind::OutOfMemory.into())
+        });
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+        assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [6]);
+        assert_eq!(lock(&missing.state).latencies.count(), 1);
+        let last = missing.install(PageRange::new(4, 4), |_| {
+            arrived(&missing.map, PageRange::new(4, 4));
+            // nothing is missing, but not all is recorded
+            assert!(missing.pages().is_empty() && !missing.is_complete());
+            Err(io::ErrorKind::Other.into())
+        });
+        assert!(last.is_err() && missing.is_complete() && missing.wait_ended());
     }
 
     #[test]

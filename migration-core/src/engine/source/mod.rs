@@ -175,6 +175,10 @@ impl<'a> Engine<'a> {
     }
 
     fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
+        if strategy.needs_store() {
+            let why = format!("{} puts pages into a store, and there is none", strategy.name());
+            return Err(MigrationError::Blocked(why));
+        }
         self.connect()?;
         if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
             let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";

@@ -229,7 +229,9 @@ impl Engine<'_> {
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         let dirtied = std::mem::take(&mut self.post_copy.dirtied_last);
         self.heat_up(&dirtied, DIRTIED);
-        order.begin(self.rounds.map().unclaimed(), &self.post_copy.heat);
+        // without the lock: faults are served meanwhile
+        let unsent = self.rounds.map().unclaimed().clone();
+        order.begin(&unsent, &self.post_copy.heat);
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
