@@ -66,6 +66,14 @@ impl Chunk {
         }
     }
 
+    /// Returns whether both are the same bitmap in memory: a copy that has not changed.
+    fn shares(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Chunk::Mixed { words: a, .. }, Chunk::Mixed { words: b, .. }) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
     fn members(&self, size: u64) -> u64 {
         match self {
             Chunk::Empty => 0,
@@ -177,6 +185,7 @@ impl PageSet {
         self.combine(other, |a, b| match (a, b) {
             (Chunk::Full, _) | (_, Chunk::Empty) => Combined::First,
             (_, Chunk::Full) | (Chunk::Empty, _) => Combined::Second,
+            _ if a.shares(b) => Combined::First,
             _ => Combined::Words(|a, b| a | b),
         });
     }
@@ -189,6 +198,7 @@ impl PageSet {
         self.combine(other, |a, b| match (a, b) {
             (Chunk::Empty, _) | (_, Chunk::Empty) => Combined::First,
             (_, Chunk::Full) => Combined::Empty,
+            _ if a.shares(b) => Combined::Empty,
             _ => Combined::Words(|a, b| a & !b),
         });
     }
@@ -204,6 +214,7 @@ impl PageSet {
             (Chunk::Empty, _) | (_, Chunk::Full) => Combined::First,
             (_, Chunk::Empty) => Combined::Empty,
             (Chunk::Full, _) => Combined::Second,
+            _ if a.shares(b) => Combined::First,
             _ => Combined::Words(|a, b| a & b),
         });
     }
@@ -542,6 +553,12 @@ mod tests {
             prop_assert!(or.iter().eq(model_a.union(&model_b).copied()));
             prop_assert!(minus.iter().eq(model_a.difference(&model_b).copied()));
             prop_assert!(and.iter().eq(model_a.intersection(&model_b).copied()));
+            // with a copy of itself, which shares its bitmaps
+            let (mut or, mut minus, mut and) = (set_a.clone(), set_a.clone(), set_a.clone());
+            or.union_with(&set_a);
+            minus.subtract(&set_a);
+            and.intersect_with(&set_a);
+            prop_assert!(or == set_a && and == set_a && minus == PageSet::empty(capacity));
             let within = PageRange::new(probe / 2, 90);
             prop_assert_eq!(set_a.count_in(within), model_a.range(within.pages()).count() as u64);
             prop_assert!(set_a.ranges_in(within).flat_map(PageRange::pages)

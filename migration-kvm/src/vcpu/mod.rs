@@ -449,17 +449,20 @@ impl Vcpus {
 
     fn kick_all(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.kick_where(&vec![false; self.shared.threads.len()]);
+        self.shared.threads.iter().for_each(|thread| self.kick(thread));
     }
 
     /// Kicks those again that are not there yet.
     fn kick_where(&self, there: &[bool]) {
-        for (thread, _) in self.shared.threads.iter().zip(there).filter(|(_, there)| !**there) {
-            match thread.load(Ordering::SeqCst) {
-                // it has not begun, and is not in the guest
-                0 => {}
-                id => self.shared.signal.kick(id),
-            }
+        let late = self.shared.threads.iter().zip(there).filter(|(_, there)| !**there);
+        late.for_each(|(thread, _)| self.kick(thread));
+    }
+
+    fn kick(&self, thread: &AtomicU32) {
+        match thread.load(Ordering::SeqCst) {
+            // it has not begun or has ended, and is not in the guest
+            0 => {}
+            id => self.shared.signal.kick(id),
         }
     }
 
