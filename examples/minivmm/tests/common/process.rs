@@ -257,6 +257,12 @@ impl Process {
         .map_err(|e| format!("{}: {e:?}; the last status: {last}; stderr: {}", self.name, self.stderr()).into())
     }
 
+    /// Waits until its log has these words: the log is written by a thread of its own.
+    pub(crate) fn says(&self, words: &str) -> Outcome {
+        wait_for("words in the log", || Ok(self.stderr().contains(words).then_some(())))
+            .map_err(|e| format!("{}: `{words}`: {e:?}; stderr: {}", self.name, self.stderr()).into())
+    }
+
     pub(crate) fn wait_state(&self, state: &str) -> Result<Value, Failed> {
         self.wait_until(state, |status| status["state"] == state)
     }

@@ -251,7 +251,7 @@ fn asked_back(lab: &Lab) -> Outcome {
     let client = home.start_feature(&["--do", "check", "--hold", "1h", "--within", "200ms"])?;
     let answer = client.answer()?;
     ensure(answer.code == Some(0) && answer.json["return"]["outcome"] == "completed", || format!("{answer:?}"))?;
-    ensure_says(&home.stderr(), "late")?;
+    home.says("late")?;
     let status = at_home(&home)?;
     ensure(status["lent"].is_null(), || format!("{status}"))?;
     home.works()?;

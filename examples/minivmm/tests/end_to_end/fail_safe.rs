@@ -14,7 +14,7 @@ use migration_core::wire::{Control, FaultSummary};
 use serde_json::Value;
 
 use crate::{
-    common::{Lab, Outcome, Process, Suite, at_work, ensure, ensure_says, wait_for},
+    common::{Lab, Outcome, Process, Suite, at_work, ensure, wait_for},
     faults::{middle_of, random, relay_to},
     post_copy::{number, post_copy_at},
 };
@@ -319,7 +319,7 @@ fn another_seal_key(lab: &Lab) -> Outcome {
     client.kill();
     let said = "the VM still depends on it: its forward checkpoint";
     wait_for("the destination says why it has none", || Ok(there.stderr().contains(said).then_some(())))?;
-    ensure_says(&there.stderr(), "not what was sealed with this key")?;
+    there.says("not what was sealed with this key")?;
     lines_in_order(lab)?;
     there.quit()
 }

@@ -178,6 +178,7 @@ fn no_descriptor_for_a_client(lab: &Lab) -> Outcome {
     ensure(refused.code == Some(1), || format!("{refused:?}"))?;
     ensure_says(&refused.stdout.to_lowercase(), "too many open files")?;
     // once, and not for each of them
+    process.says("can accept no client")?;
     let told = process.stderr().matches("can accept no client").count();
     ensure(told == 1, || process.stderr())?;
     drop(silent);

@@ -136,7 +136,7 @@ fn across_the_hole(lab: &Lab) -> Outcome {
 fn software_guest(lab: &Lab) -> Outcome {
     let options = ["--memory", "64M", "--cpus", "2", "--workload", "hot:size=8M"];
     let mut source = Process::software(lab, "source", "run", &options)?;
-    ensure_says(&source.stderr(), "a software guest takes the place")?;
+    source.says("a software guest takes the place")?;
     let status = source.wait_until("the guest works", at_work)?;
     ensure(status["software_guest"] == true, || format!("{status}"))?;
     let mut destination = Process::software(lab, "destination", "receive", &["--listen", "tcp:127.0.0.1:0"])?;

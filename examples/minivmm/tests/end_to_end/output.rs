@@ -138,6 +138,7 @@ fn serial_is_full(lab: &Lab) -> Outcome {
     };
     process.wait_until("output is kept", fails)?;
     process.works()?;
+    process.says("serial output to /dev/full")?;
     let said = process.stderr();
     ensure(said.matches("serial output to /dev/full").count() == 1, || said.clone())?;
     process.quit()
