@@ -1,12 +1,12 @@
 //! How a migration fails.
 
-use std::{io, time::Duration};
+use std::{error::Error, io, iter, time::Duration};
 
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, strategy::StillMissing,
-    tracker::TrackerError, vm::VmError, wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, store::StoreError,
+    strategy::StillMissing, tracker::TrackerError, vm::VmError, wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
@@ -68,6 +68,15 @@ pub enum MigrationError {
         /// What the store says, with the file.
         #[source]
         cause: io::Error,
+    },
+    /// A page store failed. Pages whose put failed are still where they were.
+    #[error("page store {store}: {}", with_causes(cause))]
+    PageStore {
+        /// The name of the store.
+        store: String,
+        /// What the store says.
+        #[source]
+        cause: StoreError,
     },
     /// The dirty tracker failed.
     #[error(transparent)]
@@ -142,7 +151,7 @@ impl MigrationError {
             Self::Protocol(violation) => violation.code,
             Self::Malformed(_) => ErrorCode::Protocol,
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
-            Self::Thread { .. } | Self::Store { .. } => ErrorCode::Resources,
+            Self::Thread { .. } | Self::Store { .. } | Self::PageStore { .. } => ErrorCode::Resources,
             Self::Vm { .. } => ErrorCode::State,
             Self::VmEnded(_) => ErrorCode::VmEnded,
             _ => ErrorCode::Other,
@@ -150,9 +159,14 @@ impl MigrationError {
     }
 }
 
+/// Returns the text of an error and of all its causes.
+fn with_causes(error: &dyn Error) -> String {
+    let causes = iter::successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::error::Error;
 
     use super::*;
 
@@ -180,6 +194,7 @@ mod tests {
         assert_eq!(kind(MigrationError::Thread { role: "a lane", cause: disk() }), full);
         // that of a VMM's own error, below the VMM's
         assert_eq!(kind(MigrationError::vm("saving the state")(VmError::because("the disk image", disk()))), full);
+        assert_eq!(kind(MigrationError::page_store("rack-7")(StoreError::io("writing")(disk()))), full);
         assert_eq!(kind(TrackerError::because("dirty-log", "read the log", disk()).into()), full);
         let vm = MigrationError::vm("saving the state")(VmError::new("the device is busy"));
         assert_eq!(cause::<VmError>(&vm, "the device is busy").to_string(), "the device is busy");

@@ -1,32 +1,45 @@
 //! Strategies: in which order the pages and the ownership of a VM move.
 //!
-//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest runs, [`Paused`] while
-//! it does not, [`HandedOver`] when the destination owns it. Tokens are moved, not copied, so only a running VM can be
-//! paused, only a paused one can resume or be handed over, and nothing resumes after a hand-over. The verbs themselves
-//! are the object-safe trait [`Verbs`], which the [engine](crate::engine) implements over real channels and the
-//! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
+//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest runs,
+//! [`Paused`] while it does not, [`HandedOver`] when the destination owns it. Tokens are moved, not
+//! copied, so only a running VM can be paused, only a paused one can resume or be handed over, and
+//! nothing resumes after a hand-over. The verbs themselves are the object-safe trait [`Verbs`], which
+//! the [engine](crate::engine) implements over real channels and the [simulator](crate::sim) in
+//! virtual time: a strategy runs on both unchanged.
+//!
+//! | token | verbs |
+//! |---|---|
+//! | [`Running`] | [`start_tracking`](Running::start_tracking), [`send`](Running::send), [`put`](Running::put), [`harvest`](Running::harvest), [`wait`](Running::wait), [`connect`](Running::connect), [`throttle`](Running::throttle), [`pause`](Running::pause), [`commit`](Running::commit), [`cancel`](Running::cancel) |
+//! | [`Paused`] | [`send_rest`](Paused::send_rest), [`resume`](Paused::resume), [`hand_over`](Paused::hand_over) |
+//! | [`HandedOver`] | [`serve`](HandedOver::serve), [`finish`](HandedOver::finish) |
+//!
+//! Pages go to a [`Place`]: over the direct link to the destination, or into
+//! [page stores](crate::store). [`Running::put`], [`Running::wait`], [`Running::connect`] and
+//! [`Running::locations`] are not in every engine: one that lacks them refuses with the reason.
 
 mod convergence;
 mod hand_over;
+mod place;
 mod post_copy;
 mod precopy;
 pub mod push_order;
 mod snapshot;
 mod stop_and_copy;
+mod verbs;
 
 use std::time::Duration;
 
-use thiserror::Error;
-
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use hand_over::HandOver;
+pub use place::{Destination, Place, Portion, Put, Until, Wake};
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
 pub use push_order::{Linear, PushOrder};
 pub use snapshot::Snapshot;
 pub use stop_and_copy::StopAndCopy;
+pub use verbs::{Done, HandedOver, Paused, Running, StillMissing, Verbs};
 
-use crate::{MigrationError, page_set::PageSet, spawner::GuestImpact};
+use crate::{MigrationError, spawner::GuestImpact};
 
 /// A way to migrate a VM.
 pub trait Strategy: Send {
@@ -42,6 +55,24 @@ pub trait Strategy: Send {
     /// Whether it ends by a [commit](Running::commit): only an engine that puts pages into a store runs it, and a migration
     /// refuses it before anything else is done.
     fn needs_store(&self) -> bool {
+        false
+    }
+
+    /// Returns the places in stores into which it puts pages, now or after the hand-over. An engine that
+    /// has no such store, or whose destination has none, refuses the strategy before anything moves.
+    fn stores(&self) -> Vec<Place> {
+        Vec::new()
+    }
+
+    /// Returns whether pages that are in stores when the migration begins stay there, and only their
+    /// locations move. Otherwise they are read and sent, as all other pages.
+    fn keeps_stored_pages(&self) -> bool {
+        false
+    }
+
+    /// Returns whether the strategy [connects](Running::connect) by itself, because the destination is
+    /// named later. Otherwise the engine is connected before [`migrate`](Self::migrate) is called.
+    fn connects_itself(&self) -> bool {
         false
     }
 
@@ -164,206 +195,10 @@ impl Link {
 /// Longer than any migration; small enough to be added to.
 const NEVER: Duration = Duration::from_secs(1 << 40);
 
-/// What an engine can do. Strategies use it through the tokens, which keep the order.
-pub trait Verbs {
-    /// How many pages the VM has.
-    fn pages(&self) -> u64;
-    /// Starts dirty tracking; the pages that may hold data which the guest needs.
-    fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
-    /// Sends pages of the running guest.
-    fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
-    /// All pages that are unsent: written since the last harvest, or not sent before, whoever forgot them. Not those that are
-    /// free now.
-    fn harvest(&mut self) -> Result<PageSet, MigrationError>;
-    /// Slows the vCPUs down.
-    fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
-    /// What is known of the link.
-    fn link(&self) -> Link;
-    /// Whether the user has asked to switch over now, whatever is left to send.
-    fn switch_over_wanted(&self) -> bool {
-        false
-    }
-    /// Notes the downtime that the strategy expects, to be reported beside the real one.
-    fn expect_downtime(&mut self, prediction: Duration);
-    /// Notes why the downtime limit is not kept, or why the strategy stopped trying to, to be reported. Does nothing by
-    /// default.
-    fn stalled(&mut self, why: &str) {
-        let _ = why;
-    }
-    /// Stops vCPUs and devices.
-    fn pause(&mut self) -> Result<(), MigrationError>;
-    /// Lets them go on.
-    fn resume(&mut self) -> Result<(), MigrationError>;
-    /// Saves the state and sends it with `pages` and all that was dirtied up to the save.
-    fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError>;
-    /// Hands ownership over; `missing` are the pages that the destination does not have yet.
-    fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError>;
-    /// How many pages were left behind by the hand-over.
-    fn left_behind(&self) -> u64;
-    /// Serves the destination's faults and pushes all else in an order, until it has all pages.
-    fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError>;
-    /// Makes what the store has got final. Only an engine that puts pages into a store can.
-    fn commit(&mut self) -> Result<(), MigrationError> {
-        Err(MigrationError::Blocked("pages go to a destination: there is no store to commit".into()))
-    }
-}
-
-/// The guest runs at the source.
-pub struct Running<'a> {
-    verbs: &'a mut dyn Verbs,
-}
-
-impl<'a> Running<'a> {
-    /// The token with which the engine calls a strategy.
-    pub fn new(verbs: &'a mut dyn Verbs) -> Self {
-        Self { verbs }
-    }
-
-    /// How many pages the VM has.
-    pub fn pages(&self) -> u64 {
-        self.verbs.pages()
-    }
-
-    /// Starts dirty tracking. The result is all of RAM but the pages that were never touched, and those that the guest has
-    /// reported [free](crate::vm::SourceVm::free_pages).
-    pub fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        self.verbs.start_tracking()
-    }
-
-    /// Sends `pages` while the guest goes on, and comes back when the destination holds them. Comes back early, with
-    /// what it did, when the time-out of the migration passes.
-    pub fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
-        self.verbs.send(pages)
-    }
-
-    /// All pages that the destination does not have in their last state: written since the last harvest (or since
-    /// tracking began), not sent by a round that ended early, or never passed to [`send`](Self::send). Pages that are free now are left out: one that the guest
-    /// takes back and writes is part of the next harvest.
-    pub fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        self.verbs.harvest()
-    }
-
-    /// Lets the vCPUs run only `100 - percent` of the time.
-    pub fn throttle(&mut self, percent: u8) -> Result<(), MigrationError> {
-        self.verbs.throttle(percent)
-    }
-
-    /// What is known of the link.
-    pub fn link(&self) -> Link {
-        self.verbs.link()
-    }
-
-    /// Returns whether the user has asked to switch over now, whatever is left to send. Rounds end early then, so a
-    /// strategy that [can](Strategy::can_switch_over) looks at this after each.
-    pub fn switch_over_wanted(&self) -> bool {
-        self.verbs.switch_over_wanted()
-    }
-
-    /// Notes the downtime that is expected if the guest is paused now.
-    pub fn expect_downtime(&mut self, prediction: Duration) {
-        self.verbs.expect_downtime(prediction);
-    }
-
-    /// Notes why the downtime limit is not kept, with the figures.
-    pub fn stalled(&mut self, why: &str) {
-        self.verbs.stalled(why);
-    }
-
-    /// Gives up; the engine gives everything back.
-    pub fn cancel(self, why: impl Into<String>) -> Result<Done, MigrationError> {
-        Err(MigrationError::GaveUp(why.into()))
-    }
-
-    /// Ends a snapshot: the store has all pages and the state of one moment, and keeps them for good. The guest runs on.
-    ///
-    /// # Errors
-    /// [`MigrationError::Store`] when the store fails, and [`MigrationError::Blocked`] in a migration, which has no store.
-    pub fn commit(self) -> Result<Done, MigrationError> {
-        self.verbs.commit()?;
-        Ok(Done(()))
-    }
-
-    /// Pauses the guest.
-    pub fn pause(self) -> Result<Paused<'a>, MigrationError> {
-        self.verbs.pause()?;
-        Ok(Paused { verbs: self.verbs })
-    }
-}
-
-/// The guest is paused at the source, which owns it.
-pub struct Paused<'a> {
-    verbs: &'a mut dyn Verbs,
-}
-
-impl<'a> Paused<'a> {
-    /// Saves the state, and sends it together with `pages`, with what was dirtied since the last harvest, and with
-    /// what saving the state dirtied.
-    pub fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
-        self.verbs.send_rest(pages)
-    }
-
-    /// Lets the guest run again, at the source.
-    pub fn resume(self) -> Result<Running<'a>, MigrationError> {
-        self.verbs.resume()?;
-        Ok(Running { verbs: self.verbs })
-    }
-
-    /// Makes the destination the owner. `missing` are the pages that it does not have in their last state; if nothing was
-    /// [sent](Self::send_rest) since the pause, the state goes first, and what was dirtied since the last harvest is
-    /// missing too. Free pages are never missing: they read as zeros there.
-    pub fn hand_over(self, missing: PageSet) -> Result<HandedOver<'a>, MigrationError> {
-        self.verbs.hand_over(missing)?;
-        Ok(HandedOver { verbs: self.verbs })
-    }
-
-    /// The empty set of pages, for [`hand_over`](Paused::hand_over).
-    pub fn no_pages(&self) -> PageSet {
-        PageSet::empty(self.verbs.pages())
-    }
-}
-
-/// The destination owns the VM.
-pub struct HandedOver<'a> {
-    verbs: &'a mut dyn Verbs,
-}
-
-impl HandedOver<'_> {
-    /// Ends a migration that left no page missing.
-    ///
-    /// # Errors
-    /// When pages are missing after all. The engine then serves them.
-    pub fn finish(self) -> Result<Done, StillMissing> {
-        match self.verbs.left_behind() {
-            0 => Ok(Done(())),
-            pages => Err(StillMissing { pages }),
-        }
-    }
-
-    /// Gives the destination the pages that it faults on, at once, and pushes the others in this order, until it has all.
-    /// A lost link is waited out.
-    pub fn serve(self, order: &mut dyn PushOrder) -> Result<Done, MigrationError> {
-        self.verbs.serve(order)?;
-        Ok(Done(()))
-    }
-}
-
-/// A strategy has [finished](HandedOver::finish) a migration that left pages behind. It has to
-/// [serve](HandedOver::serve) them.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("{pages} pages are missing at the destination")]
-pub struct StillMissing {
-    /// How many.
-    pub pages: u64,
-}
-
-/// Proof that a strategy came to its end: only [`HandedOver`] and a [commit](Running::commit) make one.
-#[derive(Debug)]
-pub struct Done(());
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::PageRange;
+    use crate::{PageRange, PageSet};
 
     const PAGES: u64 = 100;
 
@@ -532,5 +367,26 @@ mod tests {
         let vm = Noted { link, wanted_after: usize::MAX, ..Noted::default() };
         let (did, done) = done(&mut PreCopy::<ModelConvergence>::default(), vm);
         assert!(!done && did == ["stalled: a downtime"], "{did:?}");
+    }
+
+    #[test]
+    fn an_engine_that_lacks_a_verb_says_so() {
+        let mut vm = Noted::default();
+        let mut vm = Running::new(&mut vm);
+        let stage = Place::stage(["rack-7"]);
+        let mut pages = PageSet::full(PAGES);
+        let refused = [
+            vm.put(&mut pages, stage.at_most(5)).map(|put| put.round.sent).unwrap_err(),
+            vm.wait(Until::command()).unwrap_err(),
+            vm.wait(Until::default()).unwrap_err(),
+            vm.connect(&Destination::named("host-2")).unwrap_err(),
+            vm.locations().unwrap_err(),
+        ]
+        .map(|error| error.to_string());
+        let words = ["stage in rack-7", "cannot wait", "waits for nothing", "host-2", "where pages are"];
+        for (text, word) in refused.iter().zip(words) {
+            assert!(text.starts_with("blocked: ") && text.contains(word), "{text}");
+        }
+        assert_eq!(pages.len(), PAGES, "nothing was put");
     }
 }

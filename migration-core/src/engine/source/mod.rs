@@ -179,6 +179,10 @@ impl<'a> Engine<'a> {
             let why = format!("{} puts pages into a store, and there is none", strategy.name());
             return Err(MigrationError::Blocked(why));
         }
+        if let Some(place) = strategy.stores().first() {
+            let why = format!("{} puts pages elsewhere, and this engine has no page stores: {place}", strategy.name());
+            return Err(MigrationError::Blocked(why));
+        }
         self.connect()?;
         if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
             let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";

@@ -8,6 +8,8 @@
 //! | [`HotFirst`] | the pages that were dirtied most often before the switch-over, then those that were referenced |
 //! | [`Random`] | any page: what the others are to be compared with |
 //!
+//! [`Through`] adds to any of them the stores through which its pages may go.
+//!
 //! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a stripe
 //! ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit: so each goes out on one lane, and with
 //! `most` at a stripe or more a transparent huge page comes whole.
@@ -18,6 +20,7 @@ mod hot_first;
 mod linear;
 mod multi_pivot;
 mod random;
+mod through;
 
 pub use bubbling::Bubbling;
 pub use choice::{KnownOrder, MAX_PIVOTS, UnknownOrder, parse};
@@ -25,7 +28,9 @@ pub use hot_first::HotFirst;
 pub use linear::Linear;
 pub use multi_pivot::{DEFAULT_PIVOTS, Direction, MultiPivot};
 pub use random::Random;
+pub use through::Through;
 
+use super::Place;
 use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
 
 /// What a round in which a page was dirtied adds to its [heat](PushOrder::begin).
@@ -91,6 +96,13 @@ pub trait PushOrder: Send {
     fn prepaged(&self) -> bool {
         false
     }
+
+    /// Returns the places in stores through which pages may go on their way, besides the direct link.
+    /// The engine fills the direct link first, and the stores with the egress that it leaves. Every
+    /// place must be one of the strategy's [`stores`](super::Strategy::stores). None by default.
+    fn through(&self) -> &[Place] {
+        &[]
+    }
 }
 
 /// Asks `order` for the next run, and checks its answer.
@@ -132,6 +144,10 @@ impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
 
     fn prepaged(&self) -> bool {
         (**self).prepaged()
+    }
+
+    fn through(&self) -> &[Place] {
+        (**self).through()
     }
 }
 
