@@ -53,7 +53,6 @@
 pub mod channel;
 pub mod checkpoint;
 pub mod codec;
-pub mod device;
 pub mod engine;
 mod error;
 pub mod fence;
@@ -66,7 +65,6 @@ pub mod report;
 pub mod sim;
 pub mod snapshot;
 pub mod spawner;
-pub mod state;
 pub mod store;
 mod stranger;
 pub mod strategy;
@@ -80,3 +78,4 @@ pub use page::{LayoutError, PAGE_SHIFT, PAGE_SIZE, PageRange, RamLayout, RamRegi
 pub use page_set::PageSet;
 pub use ram::{GuestRam, HeapRam, OutsideRam, RamSlice};
 pub use stranger::{STRANGER_BYTES, describe_stranger};
+pub use vm::{device, state};

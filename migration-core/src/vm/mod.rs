@@ -1,0 +1,15 @@
+//! What a VMM implements: the VM at the source, the VM at the destination, the host that builds it, and its devices.
+
+mod description;
+mod destination;
+pub mod device;
+mod error;
+mod source;
+pub mod state;
+
+pub use self::{
+    description::{SectionEstimate, StateEstimate, VmDescription, VmId},
+    destination::{DestinationHost, DestinationVm, ProtectedVm},
+    error::VmError,
+    source::SourceVm,
+};
