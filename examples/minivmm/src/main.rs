@@ -26,7 +26,6 @@ mod sealing;
 mod signals;
 mod vmm;
 mod whole_file;
-mod workload;
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
@@ -96,7 +95,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn run(args: &Run, signals: &Signals) -> Result<u8, String> {
     if let Some(spec) = &args.workload
-        && let Err(error) = workload::check_spec(spec)
+        && let Err(error) = guests::check_spec(spec)
     {
         log!("{error}");
         return Ok(2);
@@ -105,7 +104,7 @@ fn run(args: &Run, signals: &Signals) -> Result<u8, String> {
         return restore(args, path, signals);
     }
     if let Some(spec) = &args.workload {
-        let least = workload::least_memory(spec, args.cpus).map_err(|e| format!("{spec}: {e}"))?;
+        let least = guests::least_memory(spec, args.cpus).map_err(|e| format!("{spec}: {e}"))?;
         enough_memory(args.memory, least, &format!("the workload {spec} on {} vCPUs", args.cpus))?;
     }
     if let Some(path) = &args.kernel {
@@ -257,7 +256,7 @@ fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
 fn workload(args: &Workload) -> Result<u8, String> {
     match (&args.emit, &args.out) {
         (Some(spec), Some(out)) => {
-            let elf = match workload::elf(spec, args.cpus, vmm::host_tsc_khz().unwrap_or(0)) {
+            let elf = match guests::elf(spec, args.cpus, vmm::host_tsc_khz().unwrap_or(0)) {
                 Ok(elf) => elf,
                 Err(error) => {
                     log!("{error}");
@@ -267,7 +266,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
             whole_file::write(out, &elf)?;
         }
         _ => {
-            log::print(&workload::listing());
+            log::print(&guests::listing());
         }
     }
     Ok(0)

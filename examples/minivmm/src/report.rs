@@ -2,6 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
+use guests::Board;
 use migration_core::{
     MigrationError,
     engine::SnapshotReport,
@@ -9,8 +10,6 @@ use migration_core::{
     text::Escaped,
 };
 use serde_json::{Value, json};
-
-use crate::workload::Board;
 
 /// Milliseconds with three decimals.
 pub(crate) fn ms(time: Duration) -> f64 {

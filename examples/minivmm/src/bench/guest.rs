@@ -12,6 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use guests::{
+    Board, State,
+    layout::{BOARD_ADDRESS, board},
+};
 use migration_core::{
     page::{RamLayout, RamRegion},
     ram::GuestRam,
@@ -19,10 +23,6 @@ use migration_core::{
 use migration_kvm::ram::{Backing, MappedRam};
 
 use super::process::{Process, maps};
-use crate::workload::{
-    Board, State,
-    layout::{BOARD_ADDRESS, board},
-};
 
 /// How often the board is looked at while something is awaited.
 const LOOK: Duration = Duration::from_millis(2);

@@ -25,7 +25,7 @@ use super::{
     qemu,
     tuning::Tuning,
 };
-use crate::{vmm::host_tsc_khz, workload};
+use crate::vmm::host_tsc_khz;
 
 /// How long a guest may take to fill its pages.
 pub(crate) const FILL: Duration = Duration::from_secs(120);
@@ -127,8 +127,7 @@ impl Source {
             Vmm::Minivmm => ours::Source::start(folder, &setup.into()).map(Self::Ours),
             Vmm::Qemu => {
                 let elf = folder.path("guest.elf");
-                let image =
-                    workload::elf(&setup.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
+                let image = guests::elf(&setup.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
                 std::fs::write(&elf, image).map_err(|e| format!("{}: {e}", elf.display()))?;
                 Ok(Self::Qemu(qemu::Source::start(folder, setup, &elf)?, elf))
             }
@@ -180,7 +179,7 @@ pub(crate) fn ms(time: Duration) -> f64 {
 }
 
 /// The guest's operations a second between two looks.
-fn rate(before: &workload::Board, after: &workload::Board, time: Duration) -> f64 {
+fn rate(before: &guests::Board, after: &guests::Board, time: Duration) -> f64 {
     (after.operations.saturating_sub(before.operations) as f64 / time.as_secs_f64()).round()
 }
 

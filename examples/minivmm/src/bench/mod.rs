@@ -425,7 +425,7 @@ mod tests {
     #[test]
     fn every_workload_is_one() {
         for hot in HOT {
-            crate::workload::check_spec(&workload(hot, DATA)).unwrap();
+            guests::check_spec(&workload(hot, DATA)).unwrap();
         }
     }
 }

@@ -195,7 +195,7 @@ mod tests {
     fn every_timeline_has_its_line() {
         let options = guest(1 << 30);
         assert_eq!(options.workload, "hot:size=512M,data=700M");
-        crate::workload::check_spec(&options.workload).unwrap();
+        guests::check_spec(&options.workload).unwrap();
         let table = table(&options, &ACTS.map(|act| timeline(act.name, 200.0)));
         let text = table.text();
         let refresh = text.lines().find(|l| l.contains("refresh")).unwrap();

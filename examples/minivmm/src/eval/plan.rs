@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn all_of_it_is_understood() {
         for step in steps(&[], 1, 9) {
-            crate::workload::check_spec(&step.options.workload).unwrap();
+            guests::check_spec(&step.options.workload).unwrap();
             super::super::order(&step.options.push_order).unwrap();
             crate::cli::fail_safe(&step.options.fail_safe).unwrap();
             step.options.strategy.parse::<crate::cli::StrategyKind>().unwrap();

@@ -2,6 +2,7 @@
 
 use std::{fs, thread, time::Instant};
 
+use guests::{Board, layout::access_bucket_start};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -14,7 +15,6 @@ use crate::{
         process::Folder,
     },
     report::accesses_to_json,
-    workload::{Board, layout::access_bucket_start},
 };
 
 /// What came of a step.

@@ -20,14 +20,13 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
+use guests::layout::balloon as ports;
 use migration_core::{
     GuestRam, PAGE_SHIFT, PageRange, PageSet,
     codec::{Reader, Writer},
     device::Device,
     vm::VmError,
 };
-
-use crate::workload::layout::balloon as ports;
 
 /// Gives the memory of pages back to the host.
 pub(super) type Discard = Box<dyn Fn(&[PageRange]) -> Result<(), String> + Send + Sync>;

@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use guests::layout::balloon;
 use migration_core::{
     codec::{Reader, Writer},
     device::Device,
@@ -25,7 +26,6 @@ use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::balloon::Balloon;
-use crate::workload::layout::balloon;
 
 const SERIAL_BASE: u16 = 0x3f8;
 const SERIAL_PORTS: u16 = 8;

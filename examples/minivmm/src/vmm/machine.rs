@@ -14,6 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use guests::Board;
 use kvm_ioctls::Kvm;
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet,
@@ -43,7 +44,6 @@ use super::{
     measured::Measured,
     software::SoftwareProcessors,
 };
-use crate::workload::{self, Board};
 
 /// Where the built-in workloads keep their figures.
 const BOARD: u64 = 0x10_0000;
@@ -340,7 +340,7 @@ impl Machine {
 
     /// Loads a built-in workload.
     pub(crate) fn boot_workload(&self, spec: &str) -> Result<(), MachineError> {
-        let elf = workload::elf(spec, self.config.cpus, self.processors.tsc_khz());
+        let elf = guests::elf(spec, self.config.cpus, self.processors.tsc_khz());
         let elf = elf.map_err(|e| MachineError(e.to_string()))?;
         if self.config.software {
             return self.processors.perform(spec).map_err(MachineError);

@@ -13,6 +13,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use guests::{
+    layout::{self, board},
+    spec::Spec,
+};
 use migration_core::{
     GuestRam, PAGE_SIZE,
     codec::{Reader, Writer},
@@ -27,10 +31,6 @@ use migration_kvm::{
 };
 
 use super::machine::Processors;
-use crate::workload::{
-    layout::{self, board},
-    spec::Spec,
-};
 
 const PLAN_SECTION: &str = "software";
 const CPU_SECTION: &str = "software-cpu";

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use guests::{Board, State};
 use kvm_ioctls::Kvm;
 use migration_core::{
     GuestRam, PageRange,
@@ -22,7 +23,6 @@ use migration_core::{
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 
 use super::{Host, HostOptions, Machine, MachineConfig, MachineSource, SerialTarget, alias::Alias, boot};
-use crate::workload::{self, Board, State};
 
 const MEMORY: u64 = 64 << 20;
 /// Longest time to wait for what a guest does within milliseconds.
@@ -593,5 +593,5 @@ fn latencies() {
 
 #[test]
 fn the_workloads_image_loads() {
-    assert!(load(&workload::elf("idle", 1, 0).unwrap()).is_ok());
+    assert!(load(&guests::elf("idle", 1, 0).unwrap()).is_ok());
 }

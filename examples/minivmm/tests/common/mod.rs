@@ -9,17 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use guests::layout;
 pub(crate) use huge_pages::HugePages;
 use libtest_mimic::{Failed, Trial};
 use migration_kvm::tracker::UserFault;
 pub(crate) use process::{Answer, Client, Process, minivmm_after, usage, usage_with_stdout};
 use serde_json::Value;
 use tempfile::TempDir;
-
-/// The words that guest and VMM share.
-#[allow(dead_code, reason = "the guest's file, of which tests need the board")]
-#[path = "../../guest/layout.rs"]
-pub(crate) mod layout;
 
 pub(crate) type Outcome = Result<(), Failed>;
 

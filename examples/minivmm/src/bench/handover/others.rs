@@ -15,7 +15,6 @@ use crate::{
         qemu::Replaced,
     },
     vmm::host_tsc_khz,
-    workload,
 };
 
 /// What comes of it when the guest was found at its new place.
@@ -48,7 +47,7 @@ pub(super) fn pre_copy(folder: &Folder, guests: &Guests) -> Result<Other, String
 /// Replaces a QEMU.
 pub(super) fn qemu_cpr(folder: &Folder, guests: &Guests) -> Result<Other, String> {
     let elf = folder.path("guest.elf");
-    let image = workload::elf(&guests.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
+    let image = guests::elf(&guests.workload, 1, host_tsc_khz().unwrap_or(0)).map_err(|e| e.to_string())?;
     fs::write(&elf, image).map_err(|e| format!("{}: {e}", elf.display()))?;
     let mut old = Replaced::start(folder, guests.memory, &elf)?;
     let guest = Guest::find(&mut old.process, guests.memory, FILL)?;

@@ -133,7 +133,7 @@ mod tests {
         let unit = 1 << 30;
         let all = [Guests::idle(unit, 8), Guests::huge(unit), Guests::hot(unit), Guests::sleeping(unit, 8)];
         for guests in &all {
-            crate::workload::check_spec(&guests.workload).unwrap();
+            guests::check_spec(&guests.workload).unwrap();
         }
         assert_eq!(all[0].workload, "idle:data=5600M");
         assert_eq!(all[2].workload, "hot:size=512M,data=700M");

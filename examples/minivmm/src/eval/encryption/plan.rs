@@ -254,8 +254,8 @@ mod tests {
     #[test]
     fn every_guest_is_one() {
         for work in Work::all() {
-            crate::workload::check_spec(&work.spec(1 << 20, 7)).unwrap();
-            crate::workload::check_spec(&work.spec(64 << 10, 7)).unwrap();
+            guests::check_spec(&work.spec(1 << 20, 7)).unwrap();
+            guests::check_spec(&work.spec(64 << 10, 7)).unwrap();
         }
     }
 }

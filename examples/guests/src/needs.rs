@@ -1,10 +1,10 @@
 //! How much memory a guest needs for its workload.
 
-use super::{
-    GUEST_ELF, WorkloadError,
+use crate::{
+    GUEST_ELF, WorkloadError, check_spec,
+    image::loaded_end,
     layout::{PAGE_SIZE, balloon},
-    loaded_end, spec,
-    spec::Spec,
+    spec::{self, Spec},
 };
 
 /// The guest uses RAM in pieces of this size.
@@ -17,7 +17,7 @@ const ENOUGH: u64 = 1 << 30;
 /// # Errors
 /// When the spec is wrong, or no amount of RAM gives each CPU the pages that it needs, as the spec itself limits them.
 pub fn least_memory(text: &str, cpus: u32) -> Result<u64, WorkloadError> {
-    super::check_spec(text)?;
+    check_spec(text)?;
     // it was just checked
     let Ok(spec) = Spec::parse(text) else { return Err(WorkloadError::TooLong(text.len())) };
     let wanted = spec::LEAST_AREA * u64::from(cpus);

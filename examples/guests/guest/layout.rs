@@ -1,6 +1,6 @@
 //! The words that guest and VMM share: where the board and the parameter page are, and what is in them.
 //!
-//! Compiled twice, into the guest (`main.rs`) and into minivmm (`src/workload.rs`), so that the two sides cannot disagree.
+//! Compiled twice, into the guest (`main.rs`) and into the crate `guests`, so that the two sides cannot disagree.
 //! All numbers are little endian, all offsets are bytes from the start of the page.
 
 /// Guest-physical address of the board page, the first page of the image. The guest writes it, the VMM reads it.

@@ -1,6 +1,6 @@
 //! The workloads, their keys, and the text that chooses among them: `NAME[:key=value[,key=value…]]`.
 //!
-//! Compiled twice, into the guest and into minivmm, so that what the VMM accepts is what the guest understands. No allocation, no
+//! Compiled twice, into the guest and into the crate `guests`, so that what the VMM accepts is what the guest understands. No allocation, no
 //! operating system.
 
 /// What a key's value may be.

@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
     let target = env::var("TARGET")?;
     if !target.starts_with("x86_64-") || !target.contains("-linux-") {
-        return Err(format!("minivmm and its guest are for x86-64 Linux, not {target}").into());
+        return Err(format!("the guest is for x86-64 Linux, not {target}").into());
     }
     let guest = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("guest");
     let elf = PathBuf::from(env::var("OUT_DIR")?).join("guest.elf");

@@ -1,7 +1,7 @@
-//! The guest of minivmm: no operating system, only workloads that dirty memory in known ways and check it.
+//! The guest program: no operating system, only workloads that dirty memory in known ways and check it.
 //!
 //! It boots by the PVH protocol in minivmm and in QEMU (`-kernel`), starts the other CPUs, and runs one workload, chosen by the parameter page
-//! (which minivmm patches) or by `workload=…` on the command line. What happens is to be seen on the board, the page at 1 MiB: heartbeats, operations,
+//! (which `guests::elf` patches) or by `workload=…` on the command line. What happens is to be seen on the board, the page at 1 MiB: heartbeats, operations,
 //! errors, and the longest gap between two heartbeats, which is the downtime as the guest felt it. `layout.rs` has all offsets, `spec.rs` all
 //! workloads.
 //!

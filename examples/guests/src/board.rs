@@ -1,181 +1,11 @@
-//! The guest's workloads: the image with a spec patched in, and the board on which the guest says how it is.
-//!
-//! The guest is a program of its own in `guest/`, compiled by `build.rs`. Its layout and its specs are compiled into both sides from
-//! the same two files. The guest's pages are untrusted input as any other: [`Board::parse`] takes whatever is there.
+//! The board, a page on which the guest reports how it is.
 
-use thiserror::Error;
+use std::{fmt, time::Duration};
 
-#[path = "../guest/layout.rs"]
-pub mod layout;
-#[path = "../guest/spec.rs"]
-pub mod spec;
-
-mod listing;
-mod needs;
-
-use layout::{
-    ACCESS_BUCKETS, BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, MAX_SPEC, PARAMS_ADDRESS, PARAMS_MAGIC, access_bucket_start,
-    board, fault, params, record,
+use crate::{
+    image::word,
+    layout::{self, ACCESS_BUCKETS, BOARD_MAGIC, BOARD_VERSION, MAX_CPUS, access_bucket_start, board, fault, record},
 };
-pub use listing::listing;
-pub use needs::least_memory;
-pub use spec::{COMMON_KEYS, LIST};
-use spec::{Kind, Spec, SpecError};
-
-/// The guest as it was compiled, with an empty spec: it then looks for `workload=…` on its command line.
-pub const GUEST_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
-
-/// Why there is no guest for a spec.
-#[derive(Debug, Error, Clone, PartialEq, Eq)]
-pub enum WorkloadError {
-    /// No workload has this name.
-    #[error("no workload `{name}`; there are: {known}")]
-    Unknown {
-        /// The name asked for.
-        name: String,
-        /// The names there are.
-        known: String,
-    },
-    /// The workload has no such key.
-    #[error("workload `{workload}` has no key `{key}`; it takes: {known}")]
-    Key {
-        /// The workload.
-        workload: &'static str,
-        /// What was found where `key=value` was expected.
-        key: String,
-        /// The keys it takes.
-        known: String,
-    },
-    /// A key occurs twice.
-    #[error("key `{0}` occurs twice")]
-    Repeated(&'static str),
-    /// A key does not take this value.
-    #[error("`{value}` is no value for `{key}`, which takes {wanted}")]
-    Value {
-        /// The key.
-        key: &'static str,
-        /// The value.
-        value: String,
-        /// What would be one.
-        wanted: String,
-    },
-    /// The spec does not fit on the parameter page.
-    #[error("the spec has {0} bytes, more than {MAX_SPEC}")]
-    TooLong(usize),
-    /// More CPUs than the board has records for, or none.
-    #[error("{0} CPUs: the guest runs on 1 to {MAX_CPUS}")]
-    Cpus(u32),
-    /// The workload has too little to work on, whatever RAM there is.
-    #[error(
-        "its area has {pages} pages, and {cpus} CPUs need {wanted}: give it a larger size or percent, or fewer CPUs"
-    )]
-    Area {
-        /// Pages of its area.
-        pages: u64,
-        /// Pages that the CPUs need.
-        wanted: u64,
-        /// How many CPUs there are.
-        cpus: u32,
-    },
-    /// The compiled image has no parameter page where it should.
-    #[error("the guest's image has no parameter page")]
-    Image,
-}
-
-/// Checks a spec, `NAME[:key=value[,key=value…]]`, and says what would be right if it is wrong.
-pub fn check_spec(text: &str) -> Result<(), WorkloadError> {
-    if text.len() > MAX_SPEC {
-        return Err(WorkloadError::TooLong(text.len()));
-    }
-    let names = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<Vec<_>>().join(", ");
-    match Spec::parse(text) {
-        Ok(_) => Ok(()),
-        Err(SpecError::Workload(name)) => {
-            Err(WorkloadError::Unknown { name: name.into(), known: names(&mut LIST.iter().map(|info| info.name)) })
-        }
-        Err(SpecError::Key(info, key)) => Err(WorkloadError::Key {
-            workload: info.name,
-            key: key.into(),
-            known: names(
-                &mut info
-                    .keys
-                    .iter()
-                    .chain(COMMON_KEYS.iter().filter(|key| !info.keys.iter().any(|own| own.name == key.name)))
-                    .map(|key| key.name),
-            ),
-        }),
-        Err(SpecError::Repeated(key)) => Err(WorkloadError::Repeated(key.name)),
-        Err(SpecError::Value(key, value)) => {
-            Err(WorkloadError::Value { key: key.name, value: value.into(), wanted: wanted(key.kind) })
-        }
-    }
-}
-
-/// What a key takes, for people.
-fn wanted(kind: Kind) -> String {
-    match kind {
-        Kind::Size => "a size such as 64M (units K, M, G)".into(),
-        Kind::Count(min, max) => format!("a number from {min} to {max}"),
-        Kind::Time => "a time such as 100ms (units us, ms, s), or 0".into(),
-        Kind::Choice(words) => words.join(" or "),
-    }
-}
-
-/// The guest's image for a spec and so many CPUs. `tsc_khz` is the frequency of the guest's clock; 0 if it shall find out by itself.
-pub fn elf(spec: &str, cpus: u32, tsc_khz: u64) -> Result<Vec<u8>, WorkloadError> {
-    check_spec(spec)?;
-    if cpus == 0 || cpus as usize > MAX_CPUS {
-        return Err(WorkloadError::Cpus(cpus));
-    }
-    let mut image = GUEST_ELF.to_vec();
-    let start = file_offset(&image, PARAMS_ADDRESS).ok_or(WorkloadError::Image)?;
-    let page = image.get_mut(start..start + layout::PAGE_SIZE as usize).ok_or(WorkloadError::Image)?;
-    if word(page, params::MAGIC) != PARAMS_MAGIC {
-        return Err(WorkloadError::Image);
-    }
-    // `check_spec` bounds the length, so everything stays within the page.
-    page[params::CPUS..][..4].copy_from_slice(&cpus.to_le_bytes());
-    page[params::TSC_KHZ..][..8].copy_from_slice(&tsc_khz.to_le_bytes());
-    page[params::SPEC_LENGTH..][..4].copy_from_slice(&(spec.len() as u32).to_le_bytes());
-    page[params::SPEC..][..spec.len()].copy_from_slice(spec.as_bytes());
-    Ok(image)
-}
-
-/// The program headers of an ELF64's segments that are loaded.
-fn segments(image: &[u8]) -> impl Iterator<Item = &[u8]> {
-    const PROGRAM_HEADERS: usize = 32;
-    const HEADER_COUNT: usize = 56;
-    const HEADER_SIZE: usize = 56;
-    const PT_LOAD: u32 = 1;
-    let first = word_checked(image, PROGRAM_HEADERS).unwrap_or(u64::MAX) as usize;
-    let count = image.get(HEADER_COUNT..HEADER_COUNT + 2).map_or(0, |n| u16::from_le_bytes([n[0], n[1]]));
-    let headers = (0..usize::from(count))
-        .filter_map(move |n| image.get(first.checked_add(n * HEADER_SIZE)?..)?.get(..HEADER_SIZE));
-    headers.filter(|header| word(header, 0) as u32 == PT_LOAD)
-}
-
-/// Where in an ELF64 file the byte of a physical address is, by its program headers.
-fn file_offset(image: &[u8], address: u64) -> Option<usize> {
-    segments(image).find_map(|header| {
-        let (offset, start, size) = (word(header, 8), word(header, 24), word(header, 32));
-        let inside = address >= start && address - start < size;
-        inside.then_some((offset + address - start) as usize)
-    })
-}
-
-/// The first physical address behind what an ELF64 takes in memory.
-fn loaded_end(image: &[u8]) -> u64 {
-    segments(image).map(|header| word(header, 24).saturating_add(word(header, 40))).max().unwrap_or(0)
-}
-
-fn word_checked(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
-}
-
-/// A word of a page or header that is known to be long enough.
-fn word(bytes: &[u8], at: usize) -> u64 {
-    word_checked(bytes, at).unwrap_or(0)
-}
 
 /// What the guest is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -253,8 +83,8 @@ impl Accesses {
     }
 }
 
-impl std::fmt::Debug for Accesses {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Accesses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { limit, longest, .. } = self;
         write!(f, "{} accesses of {limit} to {longest} ticks", self.count())
     }
@@ -359,83 +189,20 @@ impl Board {
     }
 
     /// The longest gap as a time; zero if the frequency is not known yet.
-    pub fn longest_gap(&self) -> std::time::Duration {
+    pub fn longest_gap(&self) -> Duration {
         self.time(self.longest_gap_ticks)
     }
 
     /// Ticks of the guest's clock as a time; zero if its frequency is not known yet.
-    pub fn time(&self, ticks: u64) -> std::time::Duration {
+    pub fn time(&self, ticks: u64) -> Duration {
         let nanoseconds = (u128::from(ticks) * 1_000_000).checked_div(u128::from(self.tsc_khz)).unwrap_or(0);
-        std::time::Duration::from_nanos(nanoseconds.min(u128::from(u64::MAX)) as u64)
+        Duration::from_nanos(nanoseconds.min(u128::from(u64::MAX)) as u64)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_default_is_a_good_value() {
-        for info in LIST {
-            check_spec(info.name).unwrap();
-            for key in info.keys.iter().chain(COMMON_KEYS) {
-                assert!(key.kind.parse(key.default).is_some(), "{}: {}={}", info.name, key.name, key.default);
-                let twice = format!("{}:{}={},{}={}", info.name, key.name, key.default, key.name, key.default);
-                assert_eq!(check_spec(&twice), Err(WorkloadError::Repeated(key.name)));
-            }
-        }
-    }
-
-    #[test]
-    fn a_spec_says_what_the_guest_gets() {
-        let spec = Spec::parse("touch:size=64M,mode=read,every=2s").unwrap();
-        assert_eq!((spec.value("size"), spec.value("mode"), spec.value("every")), (64 << 20, 0, 2_000_000));
-        assert_eq!((spec.value("seed"), spec.value("data"), spec.value("nothing")), (1, 0, 0));
-        assert_eq!(Spec::parse("idle").unwrap().value("data"), 700 << 20);
-        let area = |text| Spec::parse(text).unwrap().area();
-        assert_eq!(area("quicksort:regions=32,size=16M"), 512 << 20);
-        assert_eq!((area("quicksort:size=16M"), area("storm:size=3M"), area("idle")), (16 << 20, 3 << 20, 0));
-    }
-
-    #[test]
-    fn a_bad_spec_is_refused_with_what_is_allowed() {
-        let message = |text: &str| check_spec(text).unwrap_err().to_string();
-        assert!(message("hott").contains("hot"));
-        assert!(message("").contains("idle"));
-        assert!(message("hot:sise=1M").contains("size"));
-        assert!(message("hot:size").contains("size"));
-        assert!(message("hot:size=1T").contains("64M"));
-        assert!(message("hot:size=99999999999999999999").contains("64M"));
-        assert!(message("hot:size=99999999999G").contains("64M"));
-        assert!(message("rate:pages=0").contains("from 1"));
-        assert!(message("touch:mode=both").contains("read or write"));
-        assert!(message("quicksort:regions=65").contains("to 64"));
-        assert!(message("idle:for=10").contains("units us, ms, s"));
-        assert_eq!(check_spec(&"x".repeat(MAX_SPEC + 1)), Err(WorkloadError::TooLong(MAX_SPEC + 1)));
-    }
-
-    #[test]
-    fn the_image_carries_the_spec() {
-        let image = elf("hot:size=64M,data=700M", 4, 2_600_000).unwrap();
-        assert_eq!(image.len(), GUEST_ELF.len());
-        assert!(image.len() < 200 << 10);
-        let page = &image[file_offset(&image, PARAMS_ADDRESS).unwrap()..];
-        assert_eq!(word(page, params::CPUS) as u32, 4);
-        assert_eq!(word(page, params::TSC_KHZ), 2_600_000);
-        assert_eq!(word(page, params::SPEC_LENGTH) as u32, 22);
-        assert_eq!(&page[params::SPEC..][..22], b"hot:size=64M,data=700M");
-        let board: &[u8; 4096] =
-            image[file_offset(&image, layout::BOARD_ADDRESS).unwrap()..][..4096].try_into().unwrap();
-        let board = Board::parse(board).unwrap();
-        assert_eq!((board.state, board.cpus_online, board.heartbeats, board.first_error), (State::Booting, 0, 0, None));
-    }
-
-    #[test]
-    fn the_guest_runs_on_one_to_sixteen_cpus() {
-        assert_eq!(elf("idle", 0, 0), Err(WorkloadError::Cpus(0)));
-        assert_eq!(elf("idle", 17, 0), Err(WorkloadError::Cpus(17)));
-        assert!(elf("idle", 16, 0).is_ok());
-    }
 
     #[test]
     fn the_board_has_room_for_everything() {
@@ -500,7 +267,7 @@ mod tests {
         let wild = Board::parse(&page).unwrap();
         assert_eq!((wild.cpus_online, wild.errors, wild.state), (16, u64::MAX, State::Unknown(u64::MAX)));
         assert_eq!(wild.first_error.unwrap().name(), "unknown");
-        assert!(wild.longest_gap() > std::time::Duration::ZERO);
+        assert!(wild.longest_gap() > Duration::ZERO);
 
         page[8..].fill(0);
         let mut put = |at: usize, value: u64| page[at..at + 8].copy_from_slice(&value.to_le_bytes());
@@ -515,7 +282,7 @@ mod tests {
         }
         let sane = Board::parse(&page).unwrap();
         assert_eq!((sane.cpus_online, sane.heartbeats, sane.longest_gap_ticks, sane.reset_seen), (2, 15, 6_000_000, 1));
-        assert_eq!(sane.longest_gap(), std::time::Duration::from_millis(3));
+        assert_eq!(sane.longest_gap(), Duration::from_millis(3));
         assert_eq!((sane.first_error, sane.accesses), (None, None));
         let mut put = |at: usize, value: u64| page[at..at + 8].copy_from_slice(&value.to_le_bytes());
         put(board::ACCESS_LIMIT, 40_000);

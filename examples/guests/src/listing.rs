@@ -1,6 +1,9 @@
 //! The workloads and their keys, for people.
 
-use super::{COMMON_KEYS, LIST, spec::Key, wanted};
+use crate::{
+    check::wanted,
+    spec::{COMMON_KEYS, Key, LIST},
+};
 
 /// Lists every workload with its keys, and once those that all of them take.
 pub fn listing() -> String {
@@ -60,14 +63,14 @@ mod tests {
     #[test]
     fn every_key_that_the_guest_reads_is_listed() {
         let sources = [
-            include_str!("../../guest/spec.rs"),
-            include_str!("../../guest/main.rs"),
-            include_str!("../../guest/programs.rs"),
-            include_str!("../../guest/writers.rs"),
-            include_str!("../../guest/touches.rs"),
-            include_str!("../../guest/regions.rs"),
-            include_str!("../../guest/churn.rs"),
-            include_str!("../../guest/balloon.rs"),
+            include_str!("../guest/spec.rs"),
+            include_str!("../guest/main.rs"),
+            include_str!("../guest/programs.rs"),
+            include_str!("../guest/writers.rs"),
+            include_str!("../guest/touches.rs"),
+            include_str!("../guest/regions.rs"),
+            include_str!("../guest/churn.rs"),
+            include_str!("../guest/balloon.rs"),
         ];
         let mut read = Vec::new();
         for source in sources {
