@@ -14,11 +14,11 @@ use std::{
 use migration_core::{text::Escaped, vm::VmId};
 use migration_kvm::spawner::KvmSpawner;
 use migration_transport::{AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
+use minivmm_client::log;
 use serde_json::{Value, json};
 
 use crate::{
     cli::Broker,
-    log,
     restart::Restarter,
     signals::{Asked, Signals},
 };

@@ -14,8 +14,9 @@ use migration_core::{
 };
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{AttemptFolders, CheckpointFolders, CheckpointKind, DirStore, OpenStore};
+use minivmm_client::{Protect, log::Logged};
 
-use crate::{cli::Protect, log::Logged, sealing::Sealing};
+use crate::sealing::Sealing;
 
 /// The protection of one attempt.
 pub(crate) struct Protection {

@@ -16,18 +16,18 @@ use migration_core::{
 };
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{Address, bind};
+use minivmm_client::{
+    Impact, LendRequest, MigrateRequest, Request, SnapshotRequest, StrategyKind, ctl, encryption::Encrypt, log, report,
+    values::absolute,
+};
 use serde_json::{Value, json};
 
 use crate::{
     check::Checker,
-    cli::{Feature, Work, absolute},
-    client,
-    control::{ControlSocket, MigrateRequest, Request, SnapshotRequest, ask_peer},
-    encryption::Encrypt,
-    instance::{Fate, Instance, LendRequest, inherit},
-    log,
+    cli::{Feature, Work},
+    control::{ControlSocket, ask_peer},
+    instance::{Fate, Instance, inherit},
     refresh::Place,
-    report,
     sealing::Sealing,
     signals::{Asked, Signals},
     vmm::{HostOptions, SerialTarget, Tenant},
@@ -68,7 +68,7 @@ fn show(args: &Feature, trip: &Value) {
     if args.json {
         log::announce(format!("{trip}\n"));
     } else {
-        log::announce(client::lines(trip));
+        log::announce(ctl::lines(trip));
     }
 }
 
@@ -313,9 +313,9 @@ impl<'a> Borrower<'a> {
     fn snapshot(&self, file: &str) -> Result<(Value, Option<String>), String> {
         let request = SnapshotRequest {
             out: absolute(file)?,
-            downtime_limit_us: 100_000,
-            timeout_us: 60_000_000,
-            impact: "balanced".into(),
+            downtime_limit: Duration::from_millis(100),
+            timeout: Duration::from_secs(60),
+            impact: Impact::Balanced,
             progress: false,
         };
         self.instance.snapshot(&request, &mut |_| {}).map(judged)
@@ -323,7 +323,7 @@ impl<'a> Borrower<'a> {
 
     fn migrate(&self, to: &Address) -> Result<(Value, Option<String>), String> {
         let encryption = self.args.encryption.clone();
-        let request = MigrateRequest { encryption, ..MigrateRequest::plain(to, "pre-copy", 2) };
+        let request = MigrateRequest { encryption, ..MigrateRequest::plain(to.clone(), StrategyKind::PreCopy, 2) };
         self.instance.migrate(&request, &mut |_| {}).map(judged)
     }
 

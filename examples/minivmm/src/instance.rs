@@ -9,25 +9,24 @@ mod under_way;
 use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use kept::Kept;
 use lend::Lent;
-pub(crate) use lend::{Fate, LendRequest, inherit};
+pub(crate) use lend::{Fate, inherit};
 use migration_core::{
     PAGE_SHIFT,
     engine::{
-        self, Controller, HugePages, NoPostCopy, NoSwitchOver, OnTimeout, PauseLimits, Receiver, ReceiverHandle,
-        ReceiverOptions, RestoreOptions, SnapshotOptions, SourceOptions,
+        self, Controller, HugePages, NoPostCopy, NoSwitchOver, PauseLimits, Receiver, ReceiverHandle, ReceiverOptions,
+        RestoreOptions, SnapshotOptions, SourceOptions,
     },
     fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    spawner::GuestImpact,
-    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, StopAndCopy, Strategy},
+    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy, push_order},
     vm::VmId,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
@@ -38,18 +37,18 @@ use migration_kvm::{
 use migration_transport::{
     Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, Limiter, bind, connector,
 };
+use minivmm_client::{
+    LendRequest, MigrateRequest, Plan, Request, Saved, SnapshotRequest, StrategyKind, encryption::secured, report,
+    values::absolute,
+};
 use outgoing::{Update, await_end};
 use serde_json::{Value, json};
 use under_way::UnderWay;
 
 use crate::{
     checkpoints::{Protection, folders},
-    cli::{StrategyKind, absolute},
-    control::{MigrateRequest, Request, SnapshotRequest},
-    encryption::secured,
-    refresh::{self, Place, Plan},
-    report,
-    sealing::{Restart, Saved, Sealing},
+    refresh::{self, Place},
+    sealing::{Restart, Sealing},
     signals::Asked,
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
@@ -58,6 +57,9 @@ use crate::{
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// Status and end of a guest are looked at this often while nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Returns a push order by its name, if it knows that.
+pub(crate) type PushOrders = fn(&str) -> Option<Box<dyn PushOrder>>;
 
 pub(crate) struct Instance {
     /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it while a file system, another
@@ -70,6 +72,8 @@ pub(crate) struct Instance {
     succession: Mutex<()>,
     /// Of what rests in files.
     sealing: Arc<Sealing>,
+    /// Push orders beside those that everybody has.
+    push_orders: OnceLock<PushOrders>,
 }
 
 #[derive(Default)]
@@ -153,7 +157,14 @@ impl Instance {
             kept: Kept::at(broker),
             succession: Mutex::default(),
             sealing: Arc::new(sealing),
+            push_orders: OnceLock::new(),
         })
+    }
+
+    /// Lets clients choose these push orders, too.
+    pub(crate) fn knows_push_orders(&self, more: PushOrders) {
+        // they are the same for every instance of a program
+        let _ = self.push_orders.set(more);
     }
 
     /// Where the key is that seals what rests in files.

@@ -5,36 +5,30 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 #[macro_use]
-mod log;
+extern crate minivmm_client;
 
-mod bench;
 mod broker;
 mod check;
 mod checkpoints;
 mod cli;
-mod client;
 mod control;
-mod demo;
-mod encryption;
-mod eval;
 mod feature;
 mod instance;
 mod refresh;
-mod report;
 mod restart;
 mod sealing;
 mod signals;
 mod vmm;
-mod whole_file;
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
 use clap::Parser;
-use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload, absolute};
+use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
 use control::ControlSocket;
 use instance::{Arrival, Instance};
 use migration_core::engine::RestoreOptions;
 use migration_kvm::ram::Backing;
+use minivmm_client::{ctl, encryption, log, values::absolute, whole_file};
 use nix::errno::Errno;
 use refresh::Place;
 use sealing::Sealing;
@@ -50,15 +44,18 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(args) => with_a_vm(|signals| run(args, signals)),
         Command::Receive(args) => with_a_vm(|signals| receive(args, signals)),
-        Command::Ctl(args) => Ok(client::run(args)),
+        Command::Ctl(args) => Ok(ctl::run(args)),
         Command::Feature(args) => with_a_vm(|signals| Ok(feature::run(args, signals))),
         Command::Broker(args) if args.listen.is_some() => with_a_vm(|signals| Ok(broker::run(args, Some(signals)))),
         Command::Broker(args) => Ok(broker::run(args, None)),
         Command::Workload(args) => workload(args),
-        Command::Demo(args) => Ok(demo::run(args)),
-        Command::Bench(args) => Ok(bench::run(args)),
-        Command::Eval(args) => Ok(eval::run(args)),
-        Command::Keygen(args) => encryption::keygen(args),
+        #[cfg(feature = "bench")]
+        Command::Demo(args) => Ok(bench::demo(args)),
+        #[cfg(feature = "bench")]
+        Command::Bench(args) => Ok(bench::bench(args)),
+        #[cfg(feature = "bench")]
+        Command::Eval(args) => Ok(bench::eval(args)),
+        Command::Keygen(args) => encryption::keygen(args).map_err(String::from),
     };
     let status = result.unwrap_or_else(|why| {
         log!("{why}");
@@ -81,7 +78,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args().any(|a| a == "--json");
     if wants_json && error.use_stderr() {
         let why = error.render().to_string();
-        let status = client::usage(true, why.lines().next().unwrap_or("wrong command line"));
+        let status = ctl::usage(true, why.lines().next().unwrap_or("wrong command line"));
         return ExitCode::from(log::finish(status, true));
     }
     let status = if error.use_stderr() { 2 } else { 0 };
@@ -225,6 +222,8 @@ fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
 
 fn instance(common: &Common, signals: &Signals) -> Result<Arc<Instance>, String> {
     let instance = Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?);
+    #[cfg(feature = "bench")]
+    instance.knows_push_orders(bench::push_order);
     let ends = instance.clone();
     signals.end_by(move |asked| ends.end_by_signal(asked));
     Ok(instance)
@@ -263,7 +262,7 @@ fn workload(args: &Workload) -> Result<u8, String> {
                     return Ok(2);
                 }
             };
-            whole_file::write(out, &elf)?;
+            whole_file::write(out, &elf).map_err(|e| e.to_string())?;
         }
         _ => {
             log::print(&guests::listing());

@@ -5,7 +5,6 @@ use std::{
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::{Child, Command},
-    str::FromStr,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -15,46 +14,18 @@ use migration_kvm::{
     fence::ProcessIdentity,
     refresh::{Interval, MemoryGrowth, RefreshPolicy},
 };
+use migration_transport::Address;
+use minivmm_client::{MigrateRequest, Plan, Saved, StrategyKind, Trigger};
 use nix::unistd::geteuid;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{cli, control::MigrateRequest, instance::Instance, sealing::Saved};
+use crate::instance::Instance;
 
 /// How long a successor may take until it can receive, and until it has taken its place.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Policies, and what a successor has done, are looked at this often.
 const LOOK: Duration = Duration::from_millis(5);
 const TICK: Duration = Duration::from_millis(100);
-
-/// When a VM gets a new VMM.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Trigger {
-    /// Again and again, so many microseconds from one to the next.
-    Every(u64),
-    /// When the VMM has more bytes of its own than this.
-    Memory(u64),
-}
-
-impl FromStr for Trigger {
-    type Err = String;
-
-    /// As in `--when rss>500M`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let limit = text.strip_prefix("rss>").ok_or("rss>SIZE is meant, such as rss>500M")?;
-        cli::size(limit.trim()).map(Self::Memory)
-    }
-}
-
-/// What a client asks.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub(crate) struct Plan {
-    /// The successor's program; this one's if none is given.
-    pub(crate) exec: Option<PathBuf>,
-    /// Now, if there is none. It goes on in the successor.
-    pub(crate) trigger: Option<Trigger>,
-}
 
 /// Where a minivmm is found, and what its successor needs to be found there.
 #[derive(Clone, Debug)]
@@ -113,7 +84,7 @@ impl Successor {
         }
         if let Some(snapshot) = snapshot {
             // the broker may have forgotten about this process before it hears of the successor
-            command.arg("--restart-from").arg(snapshot.argument()?);
+            command.arg("--restart-from").arg(snapshot.argument().map_err(|e| e.to_string())?);
         }
         if let Some(schedule) = schedule {
             command.arg("--refresh").arg(serde_json::to_string(schedule).map_err(|e| e.to_string())?);
@@ -212,9 +183,9 @@ pub(crate) fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, St
     let mut successor = successor.map_err(|why| format!("refresh: {why}"))?;
     // the path is the successor's as soon as it has the VM
     instance.keep_at_exit(&place.control);
-    let to = format!("unix:{}", successor.listen.display());
+    let to = Address::Unix(successor.listen.clone());
     // without encryption: the files themselves pass between two processes of this machine
-    let request = MigrateRequest::plain(to, "handover", 1);
+    let request = MigrateRequest::plain(to, StrategyKind::HandOver, 1);
     let moved = successor.identity().and_then(|heir| instance.migrate_to(Some(heir), &request, &mut |_| {}));
     if let Ok(report) = &moved
         && report["outcome"] == "completed"

@@ -13,13 +13,11 @@ use std::{
 use migration_core::{fence::Fence, text::Escaped, vm::VmId};
 use migration_kvm::fence::ProcessFence;
 use migration_transport::{Bereft, BrokerClient, KeptRam};
+use minivmm_client::{Saved, log};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{
-    log,
-    sealing::{Restart, Saved},
-};
+use crate::sealing::Restart;
 
 /// Processes that are to be dead, and one that is to have the VM, are looked at this often.
 const LOOK: Duration = Duration::from_millis(20);

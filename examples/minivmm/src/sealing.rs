@@ -1,73 +1,14 @@
 //! What of a VM rests in files: sealed, if this minivmm has a key for that (`--seal-key-file`).
 
 use std::{
-    ffi::OsString,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
-    str::FromStr,
 };
 
 use migration_core::{checkpoint::CheckpointStore, vm::VmId};
 use migration_crypto::{Psk, SealedStore, Suite, aead};
+use minivmm_client::values::absolute;
 use serde::{Deserialize, Serialize};
-
-use crate::cli::absolute;
-
-/// A snapshot to go on from.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(from = "Written", into = "Written")]
-pub(crate) struct Saved {
-    pub(crate) file: PathBuf,
-    /// The file with the key that it is sealed by, if it is.
-    pub(crate) key: Option<PathBuf>,
-}
-
-/// A plain one as other builds write it, which know no others.
-#[derive(Deserialize, Serialize)]
-#[serde(untagged)]
-enum Written {
-    Plain(PathBuf),
-    Sealed { file: PathBuf, key: PathBuf },
-}
-
-impl From<Written> for Saved {
-    fn from(written: Written) -> Self {
-        match written {
-            Written::Plain(file) => Self { file, key: None },
-            Written::Sealed { file, key } => Self { file, key: Some(key) },
-        }
-    }
-}
-
-impl From<Saved> for Written {
-    fn from(Saved { file, key }: Saved) -> Self {
-        match key {
-            None => Self::Plain(file),
-            Some(key) => Self::Sealed { file, key },
-        }
-    }
-}
-
-impl Saved {
-    /// As an argument: a path, which is absolute, or JSON.
-    pub(crate) fn argument(&self) -> Result<OsString, String> {
-        match &self.key {
-            None => Ok(self.file.clone().into()),
-            Some(_) => serde_json::to_string(self).map(Into::into).map_err(|e| e.to_string()),
-        }
-    }
-}
-
-impl FromStr for Saved {
-    type Err = serde_json::Error;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.starts_with('{') {
-            true => serde_json::from_str(text),
-            false => Ok(Self { file: text.into(), key: None }),
-        }
-    }
-}
 
 /// What a broker knows of a VM that it restarts from a snapshot.
 #[derive(Debug, Deserialize, Serialize)]
@@ -127,21 +68,5 @@ impl Sealing {
             return Err(io::Error::new(ErrorKind::PermissionDenied, "it is sealed: name its key by --seal-key-file"));
         }
         Ok(Box::new(store))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn snapshots_as_other_processes_write_them() {
-        let plain = Saved { file: "/s".into(), key: None };
-        let sealed = Saved { key: Some("/k".into()), ..plain.clone() };
-        assert_eq!(serde_json::to_string(&plain).unwrap(), "\"/s\"");
-        for saved in [plain, sealed] {
-            assert_eq!(serde_json::from_str::<Saved>(&serde_json::to_string(&saved).unwrap()).unwrap(), saved);
-            assert_eq!(saved.argument().unwrap().to_str().unwrap().parse::<Saved>().unwrap(), saved);
-        }
     }
 }

@@ -6,10 +6,9 @@ use std::{
     thread,
 };
 
+use minivmm_client::log;
 use nix::sys::signal::{SigSet, Signal};
 use vmm_sys_util::signal::register_signal_handler;
-
-use crate::log;
 
 /// What is done at a signal that is to end the process.
 type End = Box<dyn Fn(Asked) + Send + Sync>;

@@ -21,9 +21,10 @@ use std::{
 };
 
 use migration_transport::Shortage;
+use minivmm_client::{Answer, Request, Wishes};
 use serde_json::Value;
 
-use super::{ALIVE_EVERY, Answer, MAX_REQUEST, Request, Wishes};
+use super::{ALIVE_EVERY, MAX_REQUEST};
 use crate::instance::Instance;
 
 /// Bounds for the clients of a control socket.

@@ -5,27 +5,9 @@ use migration_core::{
     engine::ephemeral::{Awaiting, Dormant, Resident},
     fence::Fenced,
 };
-use serde::{Deserialize, Serialize};
 
 use super::*;
 use crate::{control, vmm::Tenant};
-
-/// What a borrower asks.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct LendRequest {
-    /// Where it awaits the guest.
-    pub(crate) to: String,
-    /// Its control socket.
-    pub(crate) control: PathBuf,
-    /// Which process it asks: another one may be found at the control socket by now. `None` of builds that do not say.
-    #[serde(default)]
-    pub(crate) lender: Option<Vec<u8>>,
-    /// Which process it is: an encoded `ProcessIdentity`.
-    pub(crate) borrower: Vec<u8>,
-    pub(crate) pid: u32,
-    /// In so long it means to have given the guest back; after that it is asked to.
-    pub(crate) within_us: u64,
-}
 
 /// Who has the guest.
 pub(super) struct Lent {

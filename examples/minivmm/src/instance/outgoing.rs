@@ -18,17 +18,17 @@ impl Instance {
         request: &MigrateRequest,
         progress: &mut dyn FnMut(Value),
     ) -> Result<Value, String> {
-        let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
-        let session = request.encryption.security(Some(&to))?.map(SourceSession::new);
-        let Chosen { mut strategy, references } = Chosen::by(request)?;
+        let to = &request.to;
+        let session = request.encryption.security(Some(to))?.map(SourceSession::new);
+        let Chosen { mut strategy, references } = Chosen::by(request, self.push_order(&request.push_order)?);
         if strategy.shares_ram() && session.is_some() {
             let why =
                 "a hand-over passes open files to a process of this machine, which no encrypted channel can carry";
             return Err(format!("migrate: {why}: leave --encrypt out, at both ends"));
         }
         let machine = self.home("migrate")?;
-        let limiter = Limiter::new(Bandwidth::from_bits_per_second(request.bandwidth_bits));
-        let limited = Limited::with_limiter(connector(&to, ConnectOptions::default()), limiter.clone());
+        let limiter = Limiter::new(request.bandwidth);
+        let limited = Limited::with_limiter(connector(to, ConnectOptions::default()), limiter.clone());
         let link = secured(session.as_ref(), Box::new(limited));
         let (controller, commands) = Controller::new();
         let (tx, updates) = mpsc::channel();
@@ -37,7 +37,7 @@ impl Instance {
             return Err(state.busy("migrate"));
         }
         state.begin(Role::Outgoing, controller, tx);
-        state.under_way = Some(UnderWay::migration(strategy.name(), &to, limiter));
+        state.under_way = Some(UnderWay::migration(strategy.name(), to, limiter));
         state.session = session;
         drop(state);
         // From here on nobody else begins anything, so the epoch is the last one. What follows may wait for a file system, and
@@ -46,7 +46,7 @@ impl Instance {
         let (id, pages) = (machine.id(), machine.pages());
         let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
         let protect = request.fail_safe.as_ref().map(protect).transpose();
-        let protect = match protect.and_then(|protect| self.leaves_for(&to, heir).map(|()| protect)) {
+        let protect = match protect.and_then(|protect| self.leaves_for(to, heir).map(|()| protect)) {
             Ok(protect) => protect,
             Err(why) => {
                 self.not_begun();
@@ -73,27 +73,26 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
+    fn push_order(&self, name: &str) -> Result<Box<dyn PushOrder>, String> {
+        match self.push_orders.get().and_then(|more| more(name)) {
+            Some(order) => Ok(order),
+            None => push_order::parse(name).map_err(|e| e.to_string()),
+        }
+    }
+
     /// What the user wants of a migration, apart from its protection.
     fn options_of(self: &Arc<Self>, request: &MigrateRequest) -> SourceOptions {
-        let timeout = Duration::from_micros(request.timeout_us);
         SourceOptions {
             streams: request.streams,
-            downtime_limit: Duration::from_micros(request.downtime_limit_us),
-            pause_limits: PauseLimits {
-                silence: request.pause_limit_us.map(Duration::from_micros),
-                total: request.pause_total_us.map(Duration::from_micros),
-            },
-            timeout: (!timeout.is_zero()).then_some(timeout),
-            on_timeout: match request.on_timeout.as_str() {
-                "stop" => OnTimeout::Stop,
-                "post-copy" => OnTimeout::PostCopy,
-                _ => OnTimeout::Cancel,
-            },
+            downtime_limit: request.downtime_limit,
+            pause_limits: PauseLimits { silence: request.pause_limit, total: request.pause_total },
+            timeout: (!request.timeout.is_zero()).then_some(request.timeout),
+            on_timeout: request.on_timeout.into(),
             demand_lanes: request.demand_lanes,
             huge: if request.whole_huge_pages { HugePages::Whole } else { HugePages::Split },
-            impact: impact(&request.impact),
+            impact: request.impact.into(),
             payload_crc: request.checksum,
-            setup_timeout: Duration::from_micros(request.setup_timeout_us),
+            setup_timeout: request.setup_timeout,
             ..self.source_options()
         }
     }
@@ -116,11 +115,10 @@ impl Instance {
         state.begin(Role::Saving, controller, tx);
         state.under_way = Some(UnderWay::snapshot(&out));
         drop(state);
-        let timeout = Duration::from_micros(request.timeout_us);
         let options = SnapshotOptions {
-            downtime_limit: Duration::from_micros(request.downtime_limit_us),
-            timeout: (!timeout.is_zero()).then_some(timeout),
-            impact: impact(&request.impact),
+            downtime_limit: request.downtime_limit,
+            timeout: (!request.timeout.is_zero()).then_some(request.timeout),
+            impact: request.impact.into(),
             epoch: self.last_epoch(),
             observer: Arc::new(Told(self.clone())),
         };
@@ -169,14 +167,13 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    pub(super) fn recover(&self, to: &str, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
-        let to: Address = to.parse().map_err(|e| format!("{to}: {e}"))?;
+    pub(super) fn recover(&self, to: &Address, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
         let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
         state.waiting.push(tx);
-        let mut link = connector(&to, ConnectOptions::default());
+        let mut link = connector(to, ConnectOptions::default());
         if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {
             link = Box::new(Limited::with_limiter(link, limiter));
         }
@@ -217,17 +214,16 @@ struct Chosen {
 }
 
 impl Chosen {
-    fn by(request: &MigrateRequest) -> Result<Self, String> {
-        let order = crate::eval::order(&request.push_order)?;
+    fn by(request: &MigrateRequest, order: Box<dyn PushOrder>) -> Self {
         let references = order.name() == "hot-first";
-        let strategy: Box<dyn Strategy> = match request.strategy.parse()? {
+        let strategy: Box<dyn Strategy> = match request.strategy {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
             StrategyKind::PostCopy => Box::new(PostCopy { order }),
             StrategyKind::HandOver => Box::new(HandOver),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
         };
-        Ok(Self { strategy, references })
+        Self { strategy, references }
     }
 }
 
@@ -260,14 +256,6 @@ impl State {
             let _ = client.send(Update::Ended(report.clone()));
         }
         self.last = Some(report);
-    }
-}
-
-fn impact(name: &str) -> GuestImpact {
-    match name {
-        "low" => GuestImpact::Low,
-        "fast" => GuestImpact::Fast,
-        _ => GuestImpact::Balanced,
     }
 }
 

@@ -1,11 +1,8 @@
 //! Guest RAM as the type that rust-vmm's crates take. The only unsafe code of minivmm.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VmFd;
 use migration_core::GuestRam;
 use migration_kvm::tracker::{GuestSlots, MAX_SLOT_BYTES, SlotError};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -43,7 +40,7 @@ const SLOT_SIZE: &str = "MINIVMM_SLOT_SIZE";
 /// Gives all of guest RAM to a new VM, in memory slots that KVM sets without holding a core for long.
 pub(super) fn install_slots(vm: &VmFd, ram: Arc<dyn GuestRam>) -> Result<Arc<GuestSlots>, String> {
     let most = match std::env::var(SLOT_SIZE) {
-        Ok(size) => crate::cli::size(&size).map_err(|why| format!("{SLOT_SIZE}: {why}"))?,
+        Ok(size) => minivmm_client::values::size(&size).map_err(|why| format!("{SLOT_SIZE}: {why}"))?,
         Err(_) => MAX_SLOT_BYTES,
     };
     // SAFETY: the VM was created by the caller and has no slots yet; `Machine` drops its vCPUs and VM before its last
@@ -51,20 +48,4 @@ pub(super) fn install_slots(vm: &VmFd, ram: Arc<dyn GuestRam>) -> Result<Arc<Gue
     let slots = unsafe { GuestSlots::in_pieces(ram, 0, most) }.map_err(|e: SlotError| e.to_string())?;
     slots.install(vm).map_err(|e| format!("setting memory slots: {e}"))?;
     Ok(Arc::new(slots))
-}
-
-/// Gives all of `ram` to a VM that has nothing else, in memory slots of at most `most` bytes, and frees the VM; how long
-/// KVM took for each slot.
-pub(crate) fn time_slots(kvm: &Kvm, ram: Arc<dyn GuestRam>, most: u64) -> Result<Vec<Duration>, String> {
-    let vm = kvm.create_vm().map_err(|e| format!("creating a VM: {e}"))?;
-    // SAFETY: the VM is new, and ends in this function, before `slots`, which keeps the RAM.
-    let slots = unsafe { GuestSlots::in_pieces(ram, 0, most) }.map_err(|e: SlotError| e.to_string())?;
-    let (mut times, mut began) = (Vec::new(), Instant::now());
-    for set in slots.installing(&vm) {
-        set.map_err(|e| format!("setting a memory slot: {e}"))?;
-        times.push(began.elapsed());
-        began = Instant::now();
-    }
-    drop(vm);
-    Ok(times)
 }

@@ -12,6 +12,7 @@ use migration_kvm::{
     tracker::{DirtyRing, EnabledRing, GuestSlots, Parts, TrackerKind, UserFault, build},
     vcpu::{IoHandler, KickSignal, RingFull, VcpuHost, Vcpus},
 };
+use minivmm_client::log::Logged;
 
 use super::{
     alias::install_slots,
@@ -19,7 +20,6 @@ use super::{
     devices::{Bus, SERIAL_GSI},
     machine::Processors,
 };
-use crate::log::Logged;
 
 /// What the VM has.
 const IRQCHIP: Irqchip = Irqchip::Full;

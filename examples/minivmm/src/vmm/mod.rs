@@ -15,7 +15,6 @@ mod software;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use alias::time_slots;
 pub(crate) use boot::least_memory;
 pub(crate) use config::MachineConfig;
 pub(crate) use devices::SerialTarget;

@@ -1,0 +1,434 @@
+//! `minivmm bench`: minivmm and QEMU side by side, on this machine, in one run.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | process.rs | child processes, and what `/proc` says about them |
+//! | guest.rs | the guest's board, read from outside, the same way for every VMM |
+//! | ours.rs, qemu.rs | the two VMMs |
+//! | tuning.rs | how they are set up |
+//! | measure.rs | one run, the bare copy, the control |
+//! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
+//! | encrypt.rs | encryption: its runs, tables and targets |
+//! | records.rs | the record layer and the bare ciphers, on one core |
+//! | handover/ | hand-overs on one host |
+//! | slots.rs | how long KVM takes to set memory slots |
+//! | samples.rs | how fast a guest is from moment to moment |
+//! | figures.rs | medians, ratios, targets |
+//! | output.rs | tables, JSON, Markdown |
+
+pub(crate) mod encrypt;
+pub(crate) mod figures;
+pub(crate) mod guest;
+mod handover;
+pub(crate) mod measure;
+pub(crate) mod ours;
+pub(crate) mod output;
+mod postcopy;
+pub(crate) mod process;
+mod qemu;
+mod records;
+pub(crate) mod samples;
+#[allow(unsafe_code)]
+mod slots;
+pub(crate) mod tuning;
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::ValueEnum;
+use figures::{Control, Figures, Floor};
+use indicatif::{ProgressBar, ProgressStyle};
+use measure::{Run, Setup, Vmm};
+use minivmm_client::log;
+use minivmm_client::values::{duration, size};
+use process::Folder;
+use tuning::Tuning;
+
+pub(crate) const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// Data of a guest, for each GiB of its RAM.
+const DATA: u64 = 700;
+/// Megabytes that the guest writes all the time.
+const HOT: [u64; 3] = [0, 64, 512];
+/// Runs of each kind.
+const REPEAT: u32 = 5;
+/// How often a run is tried.
+const ATTEMPTS: usize = 2;
+/// How long the guests of the control are watched: about as long as a migration takes.
+const CONTROL: Duration = Duration::from_millis(600);
+
+/// What to measure, and how it is shown.
+#[derive(clap::Args, Debug)]
+pub struct Bench {
+    /// One run of each kind instead of five, and only those against QEMU; of hand-overs a few, and only of some guests.
+    #[arg(long)]
+    quick: bool,
+    /// Runs of each kind; figures are their medians. 5 if not given, 100 hand-overs.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "quick")]
+    repeat: Option<u32>,
+    /// Measure only this; can be given several times.
+    #[arg(long, value_name = "MODE")]
+    only: Vec<Mode>,
+    /// Also guests of 1, 2, 4 and 8 GiB.
+    #[arg(long)]
+    sizes: bool,
+    /// Post-copy against QEMU's, with and without preemption, and nothing else.
+    #[arg(long, conflicts_with_all = ["only", "sizes"])]
+    post_copy: bool,
+    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes between the lines
+    /// `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
+    encrypt: bool,
+    /// Of that, only the ciphers and the record layer on one core, without any migration.
+    #[arg(long, requires = "encrypt")]
+    records: bool,
+    /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
+    handover: bool,
+    /// Hand-overs beside a process whose system call holds a core for seconds, and without it, and nothing else.
+    #[arg(long, requires = "handover", conflicts_with = "part")]
+    beside_kernel_work: bool,
+    /// How long KVM takes to set the memory slots of a VM, as one slot and in slots of 16 GiB, and nothing else. Run it alone:
+    /// each call holds a core.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover"])]
+    slots: bool,
+    /// With `--slots`, also 2 TiB in one slot: a system call of some 10 s that nothing interrupts, on a core on which nothing
+    /// else runs meanwhile.
+    #[arg(long, requires = "slots")]
+    long_calls: bool,
+    /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement of hand-overs, and by tests.
+    #[arg(long, hide = true, value_name = "SIZE", value_parser = size)]
+    occupy: Option<u64>,
+    /// For so long; the last call may take longer.
+    #[arg(long = "for", hide = true, requires = "occupy", default_value = "1s", value_parser = duration)]
+    occupy_for: Duration,
+    /// Measure only this part of hand-overs; can be given several times.
+    #[arg(long, hide = true, requires = "handover")]
+    part: Vec<handover::Part>,
+    /// So many bytes stand for a GiB: to try the measurement of hand-overs, or of slots, itself.
+    #[arg(long, hide = true, default_value = "1G", value_parser = size)]
+    unit: u64,
+    /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
+    #[arg(long, hide = true, default_value = postcopy::PLAIN)]
+    strategy: String,
+    /// Print all figures, raw ones too, as one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Leave QEMU out.
+    #[arg(long)]
+    no_qemu: bool,
+    /// Leave minivmm out, to look at QEMU alone.
+    #[arg(long, hide = true, conflicts_with = "no_qemu")]
+    no_minivmm: bool,
+    /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; those
+    /// of hand-overs between `<!-- handover:begin -->` and `<!-- handover:end -->`.
+    #[arg(long, value_name = "FILE", alias = "write")]
+    markdown: Option<PathBuf>,
+    /// Exit with 1 if a figure misses its target.
+    #[arg(long)]
+    strict: bool,
+}
+
+/// A part of the measurement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// A bare copy of as much data, the limit for everything else.
+    Floor,
+    /// A guest that stays where it is.
+    Control,
+    /// One stream against QEMU's plain migration.
+    Plain,
+    /// Four streams against four of QEMU's multifd channels.
+    Multifd,
+    /// What `--guest-impact low` and `fast` trade.
+    Impact,
+    /// Memory beyond the guest's RAM.
+    Memory,
+    /// Guests of 1, 2, 4 and 8 GiB.
+    Sizes,
+    /// Post-copy against QEMU's, with and without preemption.
+    PostCopy,
+}
+
+/// Runs the bench, and returns the exit status.
+pub fn run(args: &Bench) -> u8 {
+    let result = if args.encrypt { encrypt::bench(args) } else { bench(args) };
+    match result {
+        Ok(good) => u8::from(args.strict && !good),
+        Err(why) => {
+            note!("minivmm bench: {why}");
+            1
+        }
+    }
+}
+
+impl Bench {
+    fn wants(&self, mode: Mode) -> bool {
+        if self.post_copy {
+            return mode == Mode::PostCopy;
+        }
+        match (self.only.is_empty(), mode) {
+            (false, _) => self.only.contains(&mode) || (mode == Mode::Sizes && self.sizes),
+            (true, Mode::Sizes) => self.sizes,
+            // its figures have a place of their own
+            (true, Mode::PostCopy) => false,
+            (true, Mode::Plain | Mode::Multifd | Mode::Floor) => true,
+            (true, _) => !self.quick,
+        }
+    }
+}
+
+/// The workload that writes so many MiB all the time beside its data.
+fn workload(hot: u64, data: u64) -> String {
+    match hot {
+        0 => format!("idle:data={data}M"),
+        _ => format!("hot:size={hot}M,data={data}M"),
+    }
+}
+
+/// A step of the bench.
+enum Step {
+    Floor(u64),
+    Control(u64, u64),
+    Run(Setup),
+}
+
+/// All steps in the order in which they are done: those that are compared alternate.
+fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
+    let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
+    let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
+        let workload = workload(hot, DATA * gib);
+        let (label, strategy) = (label.into(), "pre-copy".into());
+        let way = encrypt::Way::default();
+        Setup {
+            vmm,
+            label,
+            workload,
+            memory: gib * GIB,
+            streams,
+            impact,
+            strategy,
+            watch_memory,
+            watch_speed: false,
+            way,
+            tuning: Tuning::AsItComes,
+        }
+    };
+    let mut steps = Vec::new();
+    let ours = vmms.contains(&Vmm::Minivmm);
+    for _ in 0..repeat {
+        if args.wants(Mode::Floor) {
+            steps.extend([1, 2, 4].map(Step::Floor));
+        }
+    }
+    for _ in 0..repeat {
+        if args.wants(Mode::Control) {
+            steps.extend([0, 64].into_iter().flat_map(|hot| [0, 1, 4].map(|streams| Step::Control(hot, streams))));
+        }
+    }
+    for hot in HOT {
+        for _ in 0..repeat {
+            for (mode, label, streams) in [(Mode::Plain, "plain", 1), (Mode::Multifd, "multifd", 4)] {
+                if !args.wants(mode) {
+                    continue;
+                }
+                for tuning in Tuning::ALL {
+                    let tuned = |&vmm: &Vmm| {
+                        let plain = setup(vmm, label, hot, 1, streams, "balanced", false);
+                        Step::Run(Setup { label: tuning.label(label), tuning, ..plain })
+                    };
+                    steps.extend(vmms.iter().map(tuned));
+                }
+            }
+        }
+    }
+    for hot in HOT {
+        for _ in 0..repeat {
+            if args.wants(Mode::PostCopy) {
+                let setups = postcopy::setups(vmms, &workload(hot, DATA), GIB, &args.strategy);
+                steps.extend(setups.into_iter().map(Step::Run));
+            }
+        }
+    }
+    for _ in 0..repeat {
+        if args.wants(Mode::Impact) && ours {
+            let impacts = ["low", "balanced", "fast"];
+            steps.extend(impacts.map(|i| Step::Run(setup(Vmm::Minivmm, "impact", 64, 1, 2, i, false))));
+        }
+    }
+    if args.wants(Mode::Memory) {
+        for hot in [0, 512] {
+            steps.extend(vmms.iter().map(|&vmm| Step::Run(setup(vmm, "memory", hot, 1, 4, "balanced", true))));
+        }
+    }
+    for _ in 0..repeat {
+        if args.wants(Mode::Sizes) && ours {
+            steps.extend([1, 2, 4, 8].map(|gib| Step::Run(setup(Vmm::Minivmm, "sizes", 0, gib, 4, "balanced", false))));
+        }
+    }
+    steps
+}
+
+/// Measures; whether every figure is within its target.
+fn bench(args: &Bench) -> Result<bool, String> {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return Err("there is no /dev/kvm here, and a comparison of software guests would say nothing".into());
+    }
+    if let Some(bytes) = args.occupy {
+        return slots::occupy(bytes, args.occupy_for);
+    }
+    if args.slots {
+        return slots::bench(args);
+    }
+    if args.handover {
+        return handover::bench(args);
+    }
+    if let Some(path) = &args.markdown {
+        output::check_markdown(path)?;
+    }
+    let version = qemu::version();
+    let mut vmms = Vec::new();
+    if !args.no_minivmm {
+        vmms.push(Vmm::Minivmm);
+    }
+    match &version {
+        Some(_) if !args.no_qemu => vmms.push(Vmm::Qemu),
+        None if !args.no_qemu => note!("qemu-system-x86_64 is not installed: measuring minivmm alone"),
+        _ => {}
+    }
+    let folder = Folder::new()?;
+    let steps = steps(args, &vmms);
+    let bar = ProgressBar::new(steps.len() as u64);
+    let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {pos}/{len} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut figures = Figures::new(version.filter(|_| vmms.contains(&Vmm::Qemu)));
+    for step in &steps {
+        match step {
+            Step::Floor(streams) => {
+                tell(&bar, &format!("bare copy, {streams} streams"));
+                let ms = attempt(&bar, &mut figures.failures, || measure::floor(DATA * MIB, *streams))?;
+                figures.floors.push(Floor { streams: *streams, mib: DATA, ms });
+            }
+            Step::Control(hot, streams) => {
+                let vmm = vmms.first().copied().unwrap_or(Vmm::Minivmm);
+                let setup = Setup {
+                    vmm,
+                    label: "control".into(),
+                    workload: workload(*hot, DATA),
+                    memory: GIB,
+                    streams: 0,
+                    impact: "balanced",
+                    strategy: "pre-copy".into(),
+                    watch_memory: false,
+                    watch_speed: false,
+                    way: encrypt::Way::default(),
+                    tuning: Tuning::AsItComes,
+                };
+                tell(&bar, &format!("control, {}, beside {streams} copies", setup.workload));
+                let gap_ms = attempt(&bar, &mut figures.failures, || {
+                    measure::control(&folder, &setup, *streams, DATA * MIB, CONTROL)
+                })?;
+                figures.controls.push(Control { workload: setup.workload, vmm, streams: *streams, gap_ms });
+            }
+            Step::Run(setup) => {
+                let who = figures::name(setup.vmm);
+                tell(&bar, &format!("{}: {who}, {} streams, {}", setup.label, setup.streams, setup.workload));
+                let run: Run = attempt(&bar, &mut figures.failures, || measure::run(&folder, setup))?;
+                if run.guest_errors > 0 {
+                    return Err(format!(
+                        "{who}: the guest found {} wrong pages after {}",
+                        run.guest_errors, setup.label
+                    ));
+                }
+                let fast = run.speed.map_or(String::new(), |s| format!(", until 90 % {:.0} ms", s.figure()));
+                tell(&bar, &format!("    total {:.0} ms, gap {:.1} ms{fast}", run.total_ms, run.gap_ms));
+                figures.runs.push(run);
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    if args.json {
+        out!("{}", output::json(&figures));
+    } else {
+        log::print(&output::text(&figures));
+    }
+    if let Some(path) = &args.markdown {
+        output::write_markdown(path, &figures)?;
+    }
+    Ok(figures.within_targets())
+}
+
+/// Says what is done, on a bar, or on lines where there is no terminal.
+pub(crate) fn tell(bar: &ProgressBar, what: &str) {
+    if bar.is_hidden() {
+        note!("{what}");
+    } else {
+        bar.set_message(what.to_owned());
+    }
+}
+
+/// Does it again if it fails, says so and keeps the reason: it is part of the result.
+pub(crate) fn attempt<T>(
+    bar: &ProgressBar,
+    failures: &mut Vec<String>,
+    mut what: impl FnMut() -> Result<T, String>,
+) -> Result<T, String> {
+    let mut tried = 1;
+    loop {
+        match what() {
+            Err(why) if tried < ATTEMPTS => {
+                bar.suspend(|| log!("once more, as this failed: {why}"));
+                failures.push(why);
+                tried += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        bench: Bench,
+    }
+
+    fn parse(line: &[&str]) -> Bench {
+        Line::try_parse_from([&["bench"], line].concat()).unwrap().bench
+    }
+
+    fn runs(line: &[&str]) -> Vec<(Vmm, String, u64)> {
+        let steps = steps(&parse(line), &[Vmm::Minivmm, Vmm::Qemu]);
+        let run = |s: Step| if let Step::Run(s) = s { Some((s.vmm, s.label, s.memory / GIB)) } else { None };
+        steps.into_iter().filter_map(run).collect()
+    }
+
+    #[test]
+    fn what_is_compared_alternates() {
+        let all = runs(&["--quick"]);
+        assert_eq!(all.len(), 3 * 8);
+        assert!(
+            all.chunks(2).all(|pair| pair[0].0 == Vmm::Minivmm && pair[1].0 == Vmm::Qemu && pair[0].1 == pair[1].1)
+        );
+        assert_eq!(runs(&["--only", "plain", "--repeat", "3"]).len(), 3 * 3 * 4);
+        let sizes = runs(&["--only", "sizes", "--repeat", "1"]);
+        assert_eq!(sizes.iter().map(|s| s.2).collect::<Vec<_>>(), [1, 2, 4, 8]);
+        assert!(!runs(&[]).iter().any(|s| s.1 == "sizes") && runs(&["--sizes"]).iter().any(|s| s.1 == "sizes"));
+        let post_copy = runs(&["--post-copy", "--repeat", "2"]);
+        assert_eq!(post_copy.len(), 3 * 2 * 5);
+        assert!(post_copy.iter().all(|s| s.1.starts_with("post-copy") && s.2 == 1));
+        assert!(!runs(&[]).iter().any(|s| s.1.starts_with("post-copy")));
+    }
+
+    #[test]
+    fn every_workload_is_one() {
+        for hot in HOT {
+            guests::check_spec(&workload(hot, DATA)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,624 @@
+//! What a client asks, and the lines of an answer. Each is a JSON object in a line of its own.
+
+use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::ValueEnum;
+use migration_core::{engine::OnTimeout, spawner::GuestImpact};
+use migration_transport::{Address, Bandwidth};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    encryption::Encryption,
+    values::{self, InvalidValue},
+};
+
+/// What a client asks.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Request {
+    /// What the VM and a migration do.
+    Status,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Cancel the migration or the snapshot under way.
+    Cancel,
+    /// Run the VM that is held here: its source is dead.
+    Adopt,
+    /// End the process, and the VM with it.
+    Quit,
+    /// Copy guest RAM to a file. The server writes the file itself, so that memory does not go through JSON.
+    Memory {
+        /// Guest physical address.
+        gpa: u64,
+        /// Bytes.
+        len: u64,
+        /// The file.
+        out: PathBuf,
+    },
+    /// Take a snapshot.
+    Snapshot(SnapshotRequest),
+    /// Move the VM.
+    Migrate(Box<MigrateRequest>),
+    /// Replace the VMM under its VM.
+    Refresh(Plan),
+    /// What a borrower has to know of the VM's home.
+    Place,
+    /// From a borrower: it wants the guest.
+    Lend(LendRequest),
+    /// To a borrower: the guest's home wants it back.
+    GiveBack,
+    /// From a borrower: it does not need the dirty log any more.
+    StopLog,
+    /// From a borrower: the guest will not come back.
+    Gone {
+        /// The report of the guest's last move.
+        report: Value,
+        /// The exit status that the home's process ends with.
+        status: u8,
+    },
+    /// From a borrower: the guest may run there from now on, or only at the borrower.
+    Elsewhere {
+        /// The destination's address.
+        to: Option<String>,
+    },
+    /// From a borrower: a whole snapshot.
+    Saved {
+        /// The snapshot.
+        snapshot: Saved,
+    },
+    /// Switch the migration under way to post-copy.
+    PostCopy,
+    /// Switch the migration under way over now.
+    SwitchOver,
+    /// Change the limits of the migration under way. What is not given stays as it is.
+    Tune {
+        /// Bits a second; 0 for no limit.
+        bandwidth_bits: Option<u64>,
+        /// The longest downtime that is acceptable.
+        downtime_limit_us: Option<u64>,
+    },
+    /// Reconnect to the destination, and wait for the end of the migration.
+    Recover {
+        /// Where the destination listens.
+        #[serde(with = "as_text")]
+        to: Address,
+        /// Whether the client wants progress.
+        progress: bool,
+    },
+}
+
+/// Everything about a snapshot. The server writes the file itself.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct SnapshotRequest {
+    /// The file.
+    pub out: PathBuf,
+    /// The longest pause that is acceptable.
+    #[serde(rename = "downtime_limit_us", with = "micros")]
+    pub downtime_limit: Duration,
+    /// After this time the guest is paused for as long as it takes; zero to go on as long as that helps.
+    #[serde(rename = "timeout_us", with = "micros")]
+    pub timeout: Duration,
+    /// How much the guest may be disturbed.
+    pub impact: Impact,
+    /// Whether the client wants progress.
+    pub progress: bool,
+}
+
+/// Everything about a migration.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct MigrateRequest {
+    /// Where the destination listens.
+    #[serde(with = "as_text")]
+    pub to: Address,
+    /// How the VM moves.
+    #[serde(with = "as_text")]
+    pub strategy: StrategyKind,
+    /// Connections for pages.
+    pub streams: u16,
+    /// The longest downtime that is acceptable.
+    #[serde(rename = "downtime_limit_us", with = "micros")]
+    pub downtime_limit: Duration,
+    /// The longest silence of the destination in the pause.
+    #[serde(rename = "pause_limit_us", with = "optional_micros", default)]
+    pub pause_limit: Option<Duration>,
+    /// The longest pause.
+    #[serde(rename = "pause_total_us", with = "optional_micros", default)]
+    pub pause_total: Option<Duration>,
+    /// Most bandwidth.
+    #[serde(rename = "bandwidth_bits", with = "bits")]
+    pub bandwidth: Bandwidth,
+    /// How long it may take until the hand-over; zero for ever.
+    #[serde(rename = "timeout_us", with = "micros")]
+    pub timeout: Duration,
+    /// What happens then.
+    pub on_timeout: TimeoutAction,
+    /// How long the destination may take until it has built the VM. Clients of before this option do not send it.
+    #[serde(rename = "setup_timeout_us", with = "micros", default = "default_setup_timeout")]
+    pub setup_timeout: Duration,
+    /// In which order post-copy pushes pages, by its name. The server knows the names: a program that is built with the library
+    /// may have orders of its own.
+    pub push_order: String,
+    /// Connections for pages that the guest waits for; 0 rules post-copy out.
+    pub demand_lanes: u16,
+    /// Whether a fault on a transparent huge page fetches all of it.
+    pub whole_huge_pages: bool,
+    /// How the VM is protected in post-copy.
+    pub fail_safe: Option<Protect>,
+    /// How much the guest may be disturbed.
+    pub impact: Impact,
+    /// Whether page data has a checksum of its own.
+    pub checksum: bool,
+    /// How it is encrypted. The server reads the keys.
+    pub encryption: Encryption,
+    /// Whether the client wants progress.
+    pub progress: bool,
+}
+
+/// A request of a client that does not know the option.
+fn default_setup_timeout() -> Duration {
+    Duration::from_secs(60)
+}
+
+impl MigrateRequest {
+    /// Returns a request without limits or choices, and not encrypted.
+    pub fn plain(to: Address, strategy: StrategyKind, streams: u16) -> Self {
+        Self {
+            to,
+            strategy,
+            streams,
+            downtime_limit: Duration::from_millis(300),
+            pause_limit: None,
+            pause_total: None,
+            bandwidth: Bandwidth::from_bits_per_second(0),
+            timeout: Duration::ZERO,
+            on_timeout: TimeoutAction::Cancel,
+            setup_timeout: default_setup_timeout(),
+            push_order: "linear".into(),
+            demand_lanes: 0,
+            whole_huge_pages: false,
+            impact: Impact::Balanced,
+            fail_safe: None,
+            checksum: false,
+            encryption: Encryption::default(),
+            progress: false,
+        }
+    }
+}
+
+/// How a VM moves, as users write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StrategyKind {
+    /// Rounds of pages while the guest runs.
+    PreCopy,
+    /// The guest is paused while everything moves.
+    StopAndCopy,
+    /// The guest moves first, its pages follow.
+    PostCopy,
+    /// Rounds of pre-copy, then post-copy.
+    Hybrid {
+        /// How many rounds.
+        rounds: u32,
+    },
+    /// To a process of this host that takes over RAM where it is.
+    HandOver,
+}
+
+impl FromStr for StrategyKind {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        let rounds = |text: &str| {
+            let rounds = text.strip_prefix("rounds=").and_then(|n| n.parse().ok()).filter(|n| (1..=100).contains(n));
+            rounds.ok_or_else(|| InvalidValue::new(format!("{text}: rounds=1 to rounds=100 is meant")))
+        };
+        match text.split_once(':').map_or((text, None), |(name, rest)| (name, Some(rest))) {
+            ("pre-copy", None) => Ok(Self::PreCopy),
+            ("stop-and-copy", None) => Ok(Self::StopAndCopy),
+            ("post-copy", None) => Ok(Self::PostCopy),
+            ("handover", None) => Ok(Self::HandOver),
+            ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
+            ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
+            _ => Err(InvalidValue::new(
+                "pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N] or handover is meant".into(),
+            )),
+        }
+    }
+}
+
+impl fmt::Display for StrategyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PreCopy => f.write_str("pre-copy"),
+            Self::StopAndCopy => f.write_str("stop-and-copy"),
+            Self::PostCopy => f.write_str("post-copy"),
+            Self::HandOver => f.write_str("handover"),
+            Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
+        }
+    }
+}
+
+/// How a VM is protected in post-copy.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Protect {
+    /// Against the death of the destination.
+    pub reverse: bool,
+    /// Against that of the source.
+    pub forward: bool,
+    /// From one checkpoint to the next, in microseconds.
+    pub interval_us: u64,
+    /// Without a link for so many microseconds, the other side counts as dead.
+    pub detect_us: u64,
+    /// Where checkpoints are kept: for forward ones, where the destination has them too. Else in memory.
+    pub dir: Option<PathBuf>,
+}
+
+/// What happens when a migration takes longer than its time-out.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TimeoutAction {
+    /// It is cancelled.
+    Cancel,
+    /// The guest is paused and all that is left is sent.
+    Stop,
+    /// It becomes a post-copy.
+    PostCopy,
+}
+
+impl From<TimeoutAction> for OnTimeout {
+    fn from(action: TimeoutAction) -> Self {
+        match action {
+            TimeoutAction::Cancel => OnTimeout::Cancel,
+            TimeoutAction::Stop => OnTimeout::Stop,
+            TimeoutAction::PostCopy => OnTimeout::PostCopy,
+        }
+    }
+}
+
+/// How much a guest may be disturbed.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Impact {
+    /// As little as possible.
+    Low,
+    /// As is needed for the migration to end.
+    Balanced,
+    /// As much as makes the migration short.
+    Fast,
+}
+
+impl Impact {
+    /// Returns its name in requests and on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Balanced => "balanced",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+impl From<Impact> for GuestImpact {
+    fn from(impact: Impact) -> Self {
+        match impact {
+            Impact::Low => GuestImpact::Low,
+            Impact::Balanced => GuestImpact::Balanced,
+            Impact::Fast => GuestImpact::Fast,
+        }
+    }
+}
+
+/// What a borrower of a VM asks of the VM's home.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct LendRequest {
+    /// Where it awaits the guest.
+    pub to: String,
+    /// Its control socket.
+    pub control: PathBuf,
+    /// Which process it asks: another one may be found at the control socket by now. `None` of builds that do not say.
+    #[serde(default)]
+    pub lender: Option<Vec<u8>>,
+    /// Which process it is: an encoded `ProcessIdentity`.
+    pub borrower: Vec<u8>,
+    /// Its process number.
+    pub pid: u32,
+    /// In so long it means to have given the guest back; after that it is asked to.
+    pub within_us: u64,
+}
+
+/// When a VM gets a new VMM.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trigger {
+    /// Again and again, so many microseconds from one to the next.
+    Every(u64),
+    /// When the VMM has more bytes of its own than this.
+    Memory(u64),
+}
+
+impl FromStr for Trigger {
+    type Err = InvalidValue;
+
+    /// As in `--when rss>500M`.
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        let limit = text.strip_prefix("rss>");
+        let limit = limit.ok_or_else(|| InvalidValue::new("rss>SIZE is meant, such as rss>500M".into()))?;
+        values::size(limit.trim()).map(Self::Memory)
+    }
+}
+
+/// How and when a VMM is replaced.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Plan {
+    /// The successor's program; this one's if none is given.
+    pub exec: Option<PathBuf>,
+    /// Now, if there is none. It goes on in the successor.
+    pub trigger: Option<Trigger>,
+}
+
+/// A snapshot to go on from.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(from = "Written", into = "Written")]
+pub struct Saved {
+    /// The snapshot.
+    pub file: PathBuf,
+    /// The file with the key that it is sealed by, if it is.
+    pub key: Option<PathBuf>,
+}
+
+/// A plain one as other builds write it, which know no others.
+#[derive(Deserialize, Serialize)]
+#[serde(untagged)]
+enum Written {
+    Plain(PathBuf),
+    Sealed { file: PathBuf, key: PathBuf },
+}
+
+impl From<Written> for Saved {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::Plain(file) => Self { file, key: None },
+            Written::Sealed { file, key } => Self { file, key: Some(key) },
+        }
+    }
+}
+
+impl From<Saved> for Written {
+    fn from(Saved { file, key }: Saved) -> Self {
+        match key {
+            None => Self::Plain(file),
+            Some(key) => Self::Sealed { file, key },
+        }
+    }
+}
+
+impl Saved {
+    /// Returns it as an argument: a path, which is absolute, or JSON.
+    ///
+    /// # Errors
+    /// When a path is not Unicode, which JSON cannot carry.
+    pub fn argument(&self) -> Result<OsString, serde_json::Error> {
+        match &self.key {
+            None => Ok(self.file.clone().into()),
+            Some(_) => serde_json::to_string(self).map(Into::into),
+        }
+    }
+}
+
+impl FromStr for Saved {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.starts_with('{') {
+            true => serde_json::from_str(text),
+            false => Ok(Self { file: text.into(), key: None }),
+        }
+    }
+}
+
+/// What a client's request says of how it is to be answered. A server that does not know a wish takes
+/// no notice of it.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Wishes {
+    /// Whether the client of a request that takes long is to get signs of life.
+    #[serde(default)]
+    pub alive: bool,
+}
+
+impl Request {
+    /// Returns whether it may take long, as it waits for a guest or copies memory. The server then gives signs of life.
+    pub fn takes_long(&self) -> bool {
+        !matches!(self, Self::Status | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place)
+    }
+
+    /// Returns the line of this request, with or without the wish for signs of life.
+    ///
+    /// # Errors
+    /// When a path is not Unicode, which JSON cannot carry.
+    pub(crate) fn line(&self, alive: bool) -> Result<Vec<u8>, serde_json::Error> {
+        let mut request = serde_json::to_value(self)?;
+        if alive {
+            request["alive"] = Value::Bool(true);
+        }
+        let mut line = serde_json::to_vec(&request)?;
+        line.push(b'\n');
+        Ok(line)
+    }
+}
+
+/// A line of an answer.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// How far a migration is; more lines follow.
+    Progress(Value),
+    /// The request is being worked on; more lines follow. Only for a client that has
+    /// [asked](Wishes::alive) for it: others do not know this line.
+    Alive,
+    /// The result; the last line.
+    Done(Value),
+    /// What failed; the last line.
+    Failed(String),
+}
+
+/// A value in the form in which command lines have it.
+mod as_text {
+    use std::{fmt::Display, str::FromStr};
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T, D>(from: D) -> Result<T, D::Error>
+    where
+        T: FromStr<Err: Display>,
+        D: Deserializer<'de>,
+    {
+        let text = String::deserialize(from)?;
+        text.parse().map_err(|e| D::Error::custom(format_args!("{text}: {e}")))
+    }
+}
+
+/// A time in whole microseconds.
+mod micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(crate::values::micros(*time))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        u64::deserialize(from).map(Duration::from_micros)
+    }
+}
+
+/// A time in whole microseconds, or null.
+mod optional_micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(time: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+        time.map(crate::values::micros).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(from)?.map(Duration::from_micros))
+    }
+}
+
+/// A bandwidth in bits a second; 0 for no limit.
+mod bits {
+    use migration_transport::Bandwidth;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bandwidth: &Bandwidth, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(bandwidth.bits_per_second().unwrap_or(0))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Bandwidth, D::Error> {
+        u64::deserialize(from).map(Bandwidth::from_bits_per_second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn migrate() -> MigrateRequest {
+        MigrateRequest::plain("unix:/x".parse().unwrap(), StrategyKind::Hybrid { rounds: 3 }, 3)
+    }
+
+    /// One of each kind that takes long.
+    fn requests() -> Vec<Request> {
+        let snapshot = SnapshotRequest {
+            out: "s".into(),
+            downtime_limit: Duration::from_micros(1),
+            timeout: Duration::from_micros(2),
+            impact: Impact::Low,
+            progress: true,
+        };
+        let saved = Saved { file: "s".into(), key: Some("k".into()) };
+        vec![
+            Request::Pause,
+            Request::Cancel,
+            Request::Snapshot(snapshot),
+            Request::Migrate(Box::new(migrate())),
+            Request::Refresh(Plan::default()),
+            Request::Gone { report: json!({"outcome": "lost"}), status: 5 },
+            Request::Elsewhere { to: None },
+            Request::Saved { snapshot: saved },
+            Request::Recover { to: "unix:/x".parse().unwrap(), progress: false },
+        ]
+    }
+
+    #[test]
+    fn a_server_that_does_not_know_signs_of_life_understands_who_asks_for_them() {
+        for request in requests() {
+            assert!(request.takes_long());
+            let line = request.line(true).unwrap();
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            assert_eq!(value["alive"], true);
+            // as an earlier server reads it
+            let read: Request = serde_json::from_slice(&line).unwrap();
+            assert_eq!(format!("{read:?}"), format!("{request:?}"));
+            assert!(serde_json::from_slice::<Wishes>(&line).unwrap().alive);
+        }
+    }
+
+    #[test]
+    fn a_client_that_does_not_ask_gets_no_signs_of_life() {
+        for request in requests() {
+            let line = request.line(false).unwrap();
+            let value: Value = serde_json::from_slice(&line).unwrap();
+            assert_eq!(value, serde_json::to_value(&request).unwrap());
+            assert!(!serde_json::from_slice::<Wishes>(&line).unwrap().alive);
+        }
+    }
+
+    #[test]
+    fn a_migration_is_written_in_text_and_plain_numbers() {
+        let mut request = migrate();
+        request.pause_limit = Some(Duration::from_millis(2));
+        let json = serde_json::to_value(Request::Migrate(Box::new(request))).unwrap();
+        let encryption = json["encryption"].clone();
+        let expected = json!({
+            "command": "migrate", "to": "unix:/x", "strategy": "hybrid:rounds=3", "streams": 3,
+            "downtime_limit_us": 300_000, "pause_limit_us": 2000, "pause_total_us": null, "bandwidth_bits": 0,
+            "timeout_us": 0, "on_timeout": "cancel", "setup_timeout_us": 60_000_000, "push_order": "linear",
+            "demand_lanes": 0, "whole_huge_pages": false, "fail_safe": null, "impact": "balanced", "checksum": false,
+            "encryption": encryption, "progress": false,
+        });
+        assert_eq!(json, expected);
+        // as a client of before some options writes it
+        let mut earlier = expected;
+        let fields = earlier.as_object_mut().unwrap();
+        for field in ["setup_timeout_us", "pause_limit_us", "pause_total_us"] {
+            fields.remove(field);
+        }
+        let Request::Migrate(read) = serde_json::from_value(earlier.clone()).unwrap() else { panic!("{earlier}") };
+        assert_eq!((read.setup_timeout, read.pause_limit), (Duration::from_secs(60), None));
+        earlier["strategy"] = json!("teleport");
+        let error = serde_json::from_value::<Request>(earlier).unwrap_err().to_string();
+        assert!(error.contains("teleport") && error.contains("pre-copy"), "{error}");
+    }
+
+    #[test]
+    fn snapshots_as_other_processes_write_them() {
+        let plain = Saved { file: "/s".into(), key: None };
+        let sealed = Saved { key: Some("/k".into()), ..plain.clone() };
+        assert_eq!(serde_json::to_string(&plain).unwrap(), "\"/s\"");
+        for saved in [plain, sealed] {
+            assert_eq!(serde_json::from_str::<Saved>(&serde_json::to_string(&saved).unwrap()).unwrap(), saved);
+            assert_eq!(saved.argument().unwrap().to_str().unwrap().parse::<Saved>().unwrap(), saved);
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! Files that are no secret.
+
+use std::{
+    fs, io,
+    io::Write as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::Path,
+};
+
+use migration_transport::AtomicFile;
+
+/// Writes a file, which is there when it is complete; one that was there stays until then. A
+/// symbolic link is followed, and what is no file, or is what stdout or stderr writes to (as
+/// `/dev/stdout` may be), gets the bytes as they are.
+///
+/// # Errors
+/// When it cannot be written, with its path.
+pub fn write(out: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    let context = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", out.display()));
+    let file = match fs::metadata(out) {
+        Ok(found) if !found.is_file() || is_open(&found) => return fs::write(out, bytes).map_err(context),
+        Ok(_) => fs::canonicalize(out).map_err(context)?,
+        Err(_) => out.to_owned(),
+    };
+    let new = AtomicFile::create_shared(&file)?;
+    new.file().write_all(bytes.as_ref()).map_err(context)?;
+    new.commit()
+}
+
+/// Whether stdout or stderr writes to this file.
+fn is_open(file: &fs::Metadata) -> bool {
+    let is = |stream: io::Result<nix::sys::stat::FileStat>| {
+        stream.is_ok_and(|stream| (stream.st_dev, stream.st_ino) == (file.dev(), file.ino()))
+    };
+    let stat = |stream: std::os::fd::BorrowedFd<'_>| nix::sys::stat::fstat(stream).map_err(io::Error::from);
+    is(stat(io::stdout().as_fd())) || is(stat(io::stderr().as_fd()))
+}
