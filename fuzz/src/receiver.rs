@@ -77,7 +77,7 @@ pub fn check(input: &[u8]) -> (u32, bool) {
         idle_timeout: PATIENCE,
         ..ReceiverOptions::default()
     };
-    let receiver = Receiver::new(Box::new(Host { flags }), options);
+    let receiver = Receiver::new(Host { flags }, drop, options);
     let handle = receiver.handle();
     listener.ended = Some(Box::new(move || handle.stop()));
     listener.world = Some(world.clone());
@@ -348,15 +348,15 @@ struct Host {
 }
 
 impl DestinationHost for Host {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    type Vm = Vm;
+
+    fn build(&self, vm: &VmDescription) -> Result<Vm, VmError> {
         assert!(vm.layout.bytes() <= MAX_RAM, "more RAM than allowed");
         let ram = HeapRam::new(vm.layout.clone()).map_err(|e| VmError::because("RAM", e))?;
         let (ram, granule) = (Arc::new(ram), if self.flags & BLOCKS != 0 { 512 } else { 1 });
         let pager = (self.flags & PAGER != 0).then(|| Arc::new(PlainPager::new(ram.clone(), granule)));
-        Ok(Box::new(Vm { ram, pager, touches: self.flags & TOUCH != 0, loaded: false }))
+        Ok(Vm { ram, pager, touches: self.flags & TOUCH != 0, loaded: false })
     }
-
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {}
 }
 
 struct Vm {

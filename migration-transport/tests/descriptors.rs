@@ -14,7 +14,7 @@ use std::{
 
 use common::{Log, TestHost, TestVm};
 use migration_core::{
-    engine::{Controller, Receiver, ReceiverOptions, SourceOptions, migrate},
+    engine::{Controller, ReceiverOptions, SourceOptions, migrate},
     report::Outcome,
     strategy::PreCopy,
     wire::{Control, ErrorCode, Header},
@@ -52,7 +52,7 @@ fn without_descriptors_sources_are_told_and_served_again_when_there_are_some() {
     let (host, arrived) = TestHost::new(0);
     let log = Arc::new(Log::default());
     let options = ReceiverOptions { observer: log.clone(), ..ReceiverOptions::default() };
-    let receiver = Receiver::new(Box::new(host), options);
+    let receiver = host.receiver(options);
     let (ended_tx, ended) = mpsc::channel();
     let thread = std::thread::spawn(move || ended_tx.send(receiver.run(&mut *listener)).unwrap());
     for stream in &mut waiting {

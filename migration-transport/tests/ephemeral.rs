@@ -80,6 +80,8 @@ impl Seat {
 struct Vm(Arc<Seat>);
 
 impl PersistentVm for Vm {
+    type Coming = Coming;
+
     fn id(&self) -> VmId {
         self.0.id
     }
@@ -89,9 +91,9 @@ impl PersistentVm for Vm {
         Box::new(Leaving { seat: self.0.clone(), tracker: Some(tracker) })
     }
 
-    fn coming(&mut self, _vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn coming(&mut self, _vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Coming, VmError> {
         assert_eq!(files.len(), 2);
-        Ok(Box::new(Coming(self.0.clone())))
+        Ok(Coming(self.0.clone()))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use common::{Guest, TestHost, TestVm};
+use common::{Arriving, Guest, TestHost, TestVm};
 use migration_core::{
     GuestRam, PageSet,
     engine::{
@@ -23,7 +23,7 @@ use migration_core::{
     state::{MAX_SECTION, Section, VmState},
     strategy::{PreCopy, StopAndCopy, Strategy},
     tracker::DirtyTracker,
-    vm::{DestinationHost, DestinationVm, SectionEstimate, SourceVm, StateEstimate, VmDescription, VmError},
+    vm::{Arrived, DestinationHost, DestinationVm, SectionEstimate, SourceVm, StateEstimate, VmDescription, VmError},
 };
 use migration_transport::{Address, Bandwidth, ConnectOptions, Relay, bind, connector};
 
@@ -116,19 +116,17 @@ struct SlowHost {
 }
 
 struct SlowVm {
-    vm: Box<dyn DestinationVm>,
+    vm: Arriving,
     load: Option<Duration>,
     pieces: mpsc::Sender<usize>,
 }
 
 impl DestinationHost for SlowHost {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
-        let vm = self.host.build(vm)?;
-        Ok(Box::new(SlowVm { vm, load: self.load, pieces: self.pieces.clone() }))
-    }
+    type Vm = SlowVm;
 
-    fn adopted(&mut self, vm: Box<dyn DestinationVm>) {
-        self.host.adopted(vm);
+    fn build(&self, vm: &VmDescription) -> Result<SlowVm, VmError> {
+        let vm = self.host.build(vm)?;
+        Ok(SlowVm { vm, load: self.load, pieces: self.pieces.clone() })
     }
 }
 
@@ -172,7 +170,10 @@ impl Destination {
         let address = listener.address().parse().unwrap();
         let (host, arrived) = TestHost::new(0);
         let (tx, pieces) = mpsc::channel();
-        let receiver = Receiver::new(Box::new(SlowHost { host, load, pieces: tx }), ReceiverOptions::default());
+        let to = host.arrived.clone();
+        let host = SlowHost { host, load, pieces: tx };
+        let arrived_vm = move |arrived: Arrived<SlowVm>| drop(to.send(arrived.vm.vm.guest));
+        let receiver = Receiver::new(host, arrived_vm, ReceiverOptions::default());
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
             // a test that stops it knows why

@@ -19,7 +19,7 @@ use common::{CountingSpawner, Destination, TestHost, TestVm, layout};
 use migration_core::{
     PageRange,
     channel::{Halves, Listener},
-    engine::{Controller, Receiver, ReceiverOptions, SourceOptions, migrate},
+    engine::{Controller, ReceiverOptions, SourceOptions, migrate},
     report::{Outcome, Report},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     strategy::{Done, HandOver, Running, Strategy},
@@ -145,7 +145,7 @@ fn the_role_of_a_hand_over_ends_with_it() {
     let (leaving, arriving) = (Arc::new(Roles::default()), Arc::new(Roles::default()));
     let receiving =
         ReceiverOptions { idle_timeout: options().idle_timeout, spawner: arriving.clone(), ..Default::default() };
-    let receiver = Receiver::new(Box::new(host), receiving);
+    let receiver = host.receiver(receiving);
     let mut listener = bind(&world.address()).unwrap();
     let receives = thread::spawn(move || receiver.run(&mut *listener));
     let attempt = |world: &mut World, last_epoch| {

@@ -270,8 +270,6 @@ impl Instance {
     ) -> Result<(), String> {
         let expected = restart.as_ref().map(|restart| VmId(restart.vm));
         let options = RestoreOptions { expected, ..options };
-        let adopter = self.clone();
-        let mut host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let pages = options.max_ram_bytes >> PAGE_SHIFT;
         let sealing = match restart {
             None => self.sealing.clone(),
@@ -282,8 +280,9 @@ impl Instance {
         let mut store = store.map_err(|e| failed(e.to_string()))?;
         // it is what the VM goes on from as long as there is no other
         self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });
-        let restored = engine::restore(&mut *store, &mut host, &options);
-        self.lock().epoch = restored.map_err(|e| failed(e.to_string()))?.epoch;
+        let restored = engine::restore(&mut *store, &Host::new(host), &options).map_err(|e| failed(e.to_string()))?;
+        self.own_arrived(restored.vm.0);
+        self.lock().epoch = restored.report.epoch;
         Ok(())
     }
 
@@ -308,9 +307,8 @@ impl Instance {
             listener = Box::new(SecureListener::new(listener, security));
         }
         let adopter = self.clone();
-        let host = Host::new(host, Box::new(move |machine| adopter.own_arrived(machine)));
         let options = self.receiver_options(arrival);
-        let receiver = Receiver::new(Box::new(host), options);
+        let receiver = Receiver::new(Host::new(host), move |arrived| adopter.own_arrived(arrived.vm.0), options);
         let mut state = self.lock();
         state.receiver = Some(receiver.handle());
         state.role = Role::Incoming;

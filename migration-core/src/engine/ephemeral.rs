@@ -30,6 +30,9 @@ use crate::{
 
 /// A VM in one of the VMMs that take turns to run it: it is built once, and stays.
 pub trait PersistentVm: Send + 'static {
+    /// The VM, as its guest comes.
+    type Coming: DestinationVm + Send + 'static;
+
     /// Which VM it is. Asked for only while its guest is here.
     fn id(&self) -> VmId;
 
@@ -43,7 +46,7 @@ pub trait PersistentVm: Send + 'static {
     ///
     /// # Errors
     /// When it cannot be built, or is in other memory than this. The guest stays where it runs.
-    fn coming(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError>;
+    fn coming(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Self::Coming, VmError>;
 }
 
 /// A VM whose guest is here: it runs here and nowhere else.
@@ -121,7 +124,8 @@ impl<V: PersistentVm> Dormant<V> {
     pub fn await_guest(self, options: ReceiverOptions) -> Awaiting<V> {
         let place = Arc::new(Mutex::new(Some(self.vm)));
         let options = ReceiverOptions { awaits: self.gone, ..options };
-        let receiver = Receiver::new(Box::new(Place(place.clone())), options);
+        // the VM is in its place already, whichever object has stood for it
+        let receiver = Receiver::new(Place(place.clone()), drop, options);
         Awaiting { place, receiver, gone: self.gone }
     }
 }
@@ -162,18 +166,31 @@ impl<V: PersistentVm> Awaiting<V> {
 struct Place<V>(Arc<Mutex<Option<V>>>);
 
 impl<V: PersistentVm> DestinationHost for Place<V> {
-    fn build(&mut self, _vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    type Vm = V::Coming;
+
+    fn build(&self, _vm: &VmDescription) -> Result<Self::Vm, VmError> {
         Err(VmError::new("a guest comes here only by a hand-over, in shared RAM"))
     }
 
-    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
-        match lock(&self.0).as_mut() {
+    fn build_shared(&self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Self::Vm, VmError> {
+        // out of its place while it is called; one attempt at a time builds
+        let here = lock(&self.0).take().ok_or_else(|| VmError::new("nobody waits for the guest any more"))?;
+        let mut called = Called { place: &self.0, vm: Some(here) };
+        match &mut called.vm {
             Some(here) => here.coming(vm, files),
-            None => Err(VmError::new("nobody waits for the guest any more")),
+            None => unreachable!("it goes back only at the end"),
         }
     }
+}
 
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
-        // the VM is in its place already
+/// A VM that is called, out of its place. It goes back when this is dropped, also if it has panicked.
+struct Called<'a, V> {
+    place: &'a Mutex<Option<V>>,
+    vm: Option<V>,
+}
+
+impl<V> Drop for Called<'_, V> {
+    fn drop(&mut self) {
+        *lock(self.place) = self.vm.take();
     }
 }

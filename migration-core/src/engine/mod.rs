@@ -25,7 +25,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use destination::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
 pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
-pub use snapshot::{RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot};
+pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};
 pub use source::{PauseLimits, migrate};
 
 pub use crate::page::STRIPE_PAGES;

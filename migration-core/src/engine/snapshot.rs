@@ -30,7 +30,7 @@ use crate::{
     spawner::GuestImpact,
     state::{MAX_SECTIONS, MAX_STATE, Section},
     strategy::{Link, ModelConvergence, PushOrder, Round, Running, Snapshot, Strategy, Verbs},
-    vm::{DestinationHost, SourceVm, StateEstimate, VmDescription, VmError, VmId},
+    vm::{DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
 /// Most that is copied in memory during the pause. What is left beyond it goes to the store while the guest waits.
@@ -516,8 +516,16 @@ pub struct RestoreReport {
     pub running: bool,
 }
 
-/// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state and starts it; `host` gets it as it gets one
-/// that arrives.
+/// A VM that goes on from its snapshot.
+#[derive(Debug)]
+pub struct Restored<V> {
+    /// The VM, as its host built it.
+    pub vm: V,
+    /// What was restored.
+    pub report: RestoreReport,
+}
+
+/// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state, starts it, and returns it.
 ///
 /// It is the *same* VM, of the same [`VmId`], under a new epoch. That no other instance of it runs on the same disks and addresses
 /// is the caller's to see to: no protocol can, the snapshot may be as old as it likes.
@@ -525,11 +533,11 @@ pub struct RestoreReport {
 /// # Errors
 /// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged or cut short;
 /// [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of it is left then.
-pub fn restore(
+pub fn restore<H: DestinationHost>(
     store: &mut dyn CheckpointStore,
-    host: &mut dyn DestinationHost,
+    host: &H,
     options: &RestoreOptions,
-) -> Result<RestoreReport, MigrationError> {
+) -> Result<Restored<H::Vm>, MigrationError> {
     let unreadable = |cause| MigrationError::Store { step: "reading the snapshot", cause };
     let invalid = |why: String| unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, why));
     let (_, saved) = store.latest().ok_or_else(|| invalid("there is none".into()))?;
@@ -565,6 +573,6 @@ pub fn restore(
     vm.load_state(&saved.state).map_err(MigrationError::vm("loading the state"))?;
     let running = saved.running && !options.paused;
     vm.start(running).map_err(MigrationError::vm("starting the VM"))?;
-    host.adopted(vm);
-    Ok(RestoreReport { id: saved.vm.id, epoch: saved.epoch.saturating_add(1), pages, running })
+    let report = RestoreReport { id: saved.vm.id, epoch: saved.epoch.saturating_add(1), pages, running };
+    Ok(Restored { vm, report })
 }

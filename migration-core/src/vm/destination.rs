@@ -4,7 +4,7 @@ use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::{VmDescription, VmError};
+use super::{VmDescription, VmError, VmId};
 use crate::{
     page_set::PageSet,
     pager::Pager,
@@ -15,7 +15,10 @@ use crate::{
 
 /// A VM that is being received. It has been built when the object exists; its RAM is empty, or
 /// [shared](DestinationHost::build_shared).
-pub trait DestinationVm: Send {
+///
+/// A receiver calls these methods from one thread at a time, and holds no lock meanwhile: an implementation may use the
+/// [`ReceiverHandle`](crate::engine::ReceiverHandle).
+pub trait DestinationVm {
     /// The guest's RAM.
     fn ram(&self) -> Arc<dyn GuestRam>;
 
@@ -106,13 +109,20 @@ pub trait ProtectedVm: Send {
 }
 
 /// Builds VMs at a destination.
-pub trait DestinationHost: Send {
+///
+/// A [`Receiver`](crate::engine::Receiver) calls these methods from several threads, for one VM at a time, and holds no lock
+/// meanwhile: an implementation may use the [`ReceiverHandle`](crate::engine::ReceiverHandle).
+pub trait DestinationHost {
+    /// The VMs that this host builds. Whoever receives one gets it back as this type, in [`Arrived`]. A host that builds VMs of
+    /// several types names `Box<dyn DestinationVm + Send>`.
+    type Vm: DestinationVm;
+
     /// Checks that this host can run the VM, and builds it: RAM, vCPUs, devices. Everything that takes time happens
     /// here, while the guest runs at its source.
     ///
     /// # Errors
     /// What cannot be loaded is refused here, before RAM moves; the source is told the reason.
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError>;
+    fn build(&self, vm: &VmDescription) -> Result<Self::Vm, VmError>;
 
     /// As [`build`](Self::build), of a VM whose RAM is in these memory files, one a region of the layout: it runs in them while
     /// this is called, and goes on to run in another process until the hand-over, for ever if that fails. So RAM is neither
@@ -120,19 +130,99 @@ pub trait DestinationHost: Send {
     /// operating system lets that be done beforehand. The files are a peer's: check number, lengths and seals.
     ///
     /// # Errors
-    /// Likewise. The default cannot share RAM.
-    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+    /// Those of [`build`](Self::build). The default cannot share RAM.
+    fn build_shared(&self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Self::Vm, VmError> {
         let _ = (vm, files);
         Err(VmError::new("this VMM does not take over RAM that another process shares with it"))
     }
 
-    /// The VM was started and is the host's from now on.
-    fn adopted(&mut self, vm: Box<dyn DestinationVm>);
+    /// This VM runs here with pages missing, and the link to its source is lost. vCPUs that need one wait for it anyway; a host
+    /// whose guest shall not go on in part stops all of them here. Must not wait for a vCPU: it may wait for a page. Called
+    /// only after the VM has [arrived](Arrived).
+    fn link_lost(&self, vm: VmId) {
+        let _ = vm;
+    }
 
-    /// The VM runs here with pages missing, and the link to its source is lost. vCPUs that need one wait for it anyway; a host
-    /// whose guest shall not go on in part stops all of them here. Must not wait for a vCPU: it may wait for a page.
-    fn link_lost(&mut self) {}
+    /// The link of this VM is back, or not needed any more. Called also where [`link_lost`](Self::link_lost) was not.
+    fn link_found(&self, vm: VmId) {
+        let _ = vm;
+    }
+}
 
-    /// The link is back, or not needed any more.
-    fn link_found(&mut self) {}
+/// A VM that has become its destination's own. It runs, or is about to.
+#[derive(Debug)]
+pub struct Arrived<V> {
+    /// The VM, as its host built it.
+    pub vm: V,
+    /// Which VM it is.
+    pub id: VmId,
+    /// The epoch under which it is owned here: a later migration of it has a
+    /// [higher one](crate::engine::SourceOptions::last_epoch).
+    pub epoch: u32,
+    /// Why [`DestinationVm::start`] has failed, if it has. The VM is owned here all the same, and does not run.
+    pub not_started: Option<VmError>,
+}
+
+/// All methods of the VM in the box.
+impl<V: DestinationVm + ?Sized> DestinationVm for Box<V> {
+    fn ram(&self) -> Arc<dyn GuestRam> {
+        (**self).ram()
+    }
+
+    fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
+        (**self).load_piece(piece)
+    }
+
+    fn continue_log(&mut self, dirty: &PageSet) -> Result<(), VmError> {
+        (**self).continue_log(dirty)
+    }
+
+    fn estimate_load(&mut self) -> Option<Duration> {
+        (**self).estimate_load()
+    }
+
+    fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
+        (**self).load_state(state)
+    }
+
+    fn pager(&mut self) -> Option<Arc<dyn Pager>> {
+        (**self).pager()
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        (**self).vcpu_threads()
+    }
+
+    fn identity(&self) -> Bytes {
+        (**self).identity()
+    }
+
+    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+        (**self).protected()
+    }
+
+    fn start(&mut self, running: bool) -> Result<(), VmError> {
+        (**self).start(running)
+    }
+}
+
+/// All methods of the host that is shared.
+impl<H: DestinationHost + ?Sized> DestinationHost for Arc<H> {
+    type Vm = H::Vm;
+
+    fn build(&self, vm: &VmDescription) -> Result<H::Vm, VmError> {
+        (**self).build(vm)
+    }
+
+    fn build_shared(&self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<H::Vm, VmError> {
+        (**self).build_shared(vm, files)
+    }
+
+    fn link_lost(&self, vm: VmId) {
+        (**self).link_lost(vm);
+    }
+
+    fn link_found(&self, vm: VmId) {
+        (**self).link_found(vm);
+    }
 }

@@ -9,7 +9,7 @@ pub mod state;
 
 pub use self::{
     description::{SectionEstimate, StateEstimate, VmDescription, VmId},
-    destination::{DestinationHost, DestinationVm, ProtectedVm},
+    destination::{Arrived, DestinationHost, DestinationVm, ProtectedVm},
     error::VmError,
     source::SourceVm,
 };

@@ -62,7 +62,7 @@ impl Destination {
     /// A receiver with this observer, which may write to the other end of `log`.
     pub(crate) fn observed(
         idle_timeout: Duration,
-        host: (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        host: (impl DestinationHost<Vm: Send + 'static> + Send + Sync + 'static, mpsc::Receiver<Arrived>),
         observer: Arc<dyn Observer>,
         log: mpsc::Receiver<String>,
     ) -> Self {
@@ -70,7 +70,7 @@ impl Destination {
     }
 
     fn receiving(
-        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        (host, arrived): (impl DestinationHost<Vm: Send + 'static> + Send + Sync + 'static, mpsc::Receiver<Arrived>),
         options: ReceiverOptions,
         log: mpsc::Receiver<String>,
     ) -> Self {
@@ -93,11 +93,11 @@ impl Destination {
 
     fn listening(
         (mut listener, door): (impl Listener + 'static, mpsc::Sender<Option<End>>),
-        (host, arrived): (impl DestinationHost + 'static, mpsc::Receiver<Arrived>),
+        (host, arrived): (impl DestinationHost<Vm: Send + 'static> + Send + Sync + 'static, mpsc::Receiver<Arrived>),
         options: ReceiverOptions,
         log: mpsc::Receiver<String>,
     ) -> Self {
-        let receiver = Receiver::new(Box::new(host), options);
+        let receiver = Receiver::new(host, drop, options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || receiver.run(&mut listener));
         Self { door, handle, thread: Some(thread), arrived, log }

@@ -234,15 +234,15 @@ pub(crate) struct Host {
 }
 
 impl DestinationHost for Host {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    type Vm = ArrivingVm;
+
+    fn build(&self, vm: &VmDescription) -> Result<ArrivingVm, VmError> {
         if *vm != self.description {
             return Err(VmError::new("another VM than the one recorded"));
         }
         let ram = Arc::new(HeapRam::new(vm.layout.clone()).unwrap());
         let pager = self.paging.as_ref().map(|paging| Arc::new(HeapPager::new(ram.clone(), paging)));
         let arrived = Arrived { ram, state: None, pieces: 0, running: false, pager };
-        Ok(Box::new(ArrivingVm { arrived: Some(arrived), to: self.to.clone() }))
+        Ok(ArrivingVm { arrived: Some(arrived), to: self.to.clone() })
     }
-
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {}
 }

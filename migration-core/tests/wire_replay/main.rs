@@ -11,6 +11,7 @@
 
 mod asks;
 mod bounds;
+mod callbacks;
 mod channels;
 mod destination;
 mod ended;

@@ -22,7 +22,7 @@ use crate::{
     HANG,
     bounds::{OTHER, end, greet, hello_of},
     destination::{Destination, Log},
-    guest::{Arrived, Host, RecordedVm, checksums},
+    guest::{Arrived, ArrivingVm, Host, RecordedVm, checksums},
     live::{Link, run_by},
     post_copy::{guest, paged_description, paging},
 };
@@ -151,16 +151,14 @@ fn an_observer_that_panics_at_a_lost_source_does_not_keep_the_next_one_out() {
 struct Stubborn(Host);
 
 impl DestinationHost for Stubborn {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
-        Ok(Box::new(NoStart(self.0.build(vm)?)))
-    }
+    type Vm = NoStart;
 
-    fn adopted(&mut self, vm: Box<dyn DestinationVm>) {
-        self.0.adopted(vm);
+    fn build(&self, vm: &VmDescription) -> Result<NoStart, VmError> {
+        Ok(NoStart(self.0.build(vm)?))
     }
 }
 
-struct NoStart(Box<dyn DestinationVm>);
+struct NoStart(ArrivingVm);
 
 impl DestinationVm for NoStart {
     fn ram(&self) -> Arc<dyn GuestRam> {

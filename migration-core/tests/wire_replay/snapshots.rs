@@ -132,12 +132,12 @@ fn each_page_is_counted_as_what_it_was() {
 
     // and it comes back, where there is room for it
     let ((to, arrived), description) = (mpsc::channel(), vm.description.clone());
-    let mut host = Host { description, to, paging: None };
+    let host = Host { description, to, paging: None };
     let bytes = vm.description.layout.bytes();
     let small = RestoreOptions { max_ram_bytes: bytes - 1, ..RestoreOptions::default() };
-    assert!(restore(&mut store, &mut host, &small).unwrap_err().to_string().contains("bytes of RAM"));
+    assert!(restore(&mut store, &host, &small).err().unwrap().to_string().contains("bytes of RAM"));
     let just = RestoreOptions { max_ram_bytes: bytes, ..RestoreOptions::default() };
-    let report = restore(&mut store, &mut host, &just).unwrap();
+    let report = restore(&mut store, &host, &just).unwrap().report;
     assert_eq!((report.epoch, report.pages, report.running), (5, 35, true));
     let arrived = arrived.recv().unwrap();
     for page in (0..64).filter(|page| !(30..35).contains(page)) {

@@ -276,8 +276,8 @@ impl SourceVm for TestVm {
 }
 
 /// The VM at its destination.
-struct Arriving {
-    guest: Arc<Guest>,
+pub struct Arriving {
+    pub guest: Arc<Guest>,
     fail: bool,
     /// How long it takes to load the state.
     loading: Duration,
@@ -320,11 +320,10 @@ impl DestinationVm for Arriving {
 
 /// Builds VMs, and passes on those that arrive.
 pub struct TestHost {
-    pub failing_loads: u32,
+    pub failing_loads: AtomicU32,
     /// How long its VMs take to load their state.
     pub loading: Duration,
     pub arrived: mpsc::Sender<Arc<Guest>>,
-    last: Option<Arc<Guest>>,
     /// Whose RAM is shared, in this process: the files stand for it.
     pub shared: Option<Arc<Guest>>,
 }
@@ -332,36 +331,37 @@ pub struct TestHost {
 impl TestHost {
     pub fn new(failing_loads: u32) -> (Self, mpsc::Receiver<Arc<Guest>>) {
         let (tx, arrived) = mpsc::channel();
-        (Self { failing_loads, loading: Duration::ZERO, arrived: tx, last: None, shared: None }, arrived)
+        let failing_loads = AtomicU32::new(failing_loads);
+        (Self { failing_loads, loading: Duration::ZERO, arrived: tx, shared: None }, arrived)
+    }
+
+    /// A receiver of its VMs.
+    pub fn receiver(self, options: ReceiverOptions) -> Receiver {
+        let to = self.arrived.clone();
+        Receiver::new(self, move |arrived| drop(to.send(arrived.vm.guest)), options)
+    }
+
+    fn arriving(&self, guest: Arc<Guest>) -> Arriving {
+        let one_less = |loads: u32| loads.checked_sub(1);
+        let fail = self.failing_loads.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less).is_ok();
+        Arriving { guest, fail, loading: self.loading, pieces: 0 }
     }
 }
 
 impl DestinationHost for TestHost {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    type Vm = Arriving;
+
+    fn build(&self, vm: &VmDescription) -> Result<Arriving, VmError> {
         if vm.layout != layout() {
             return Err(VmError::new("another layout"));
         }
-        let guest = Guest::new();
-        self.last = Some(guest.clone());
-        let fail = self.failing_loads > 0;
-        self.failing_loads = self.failing_loads.saturating_sub(1);
-        Ok(Box::new(Arriving { guest, fail, loading: self.loading, pieces: 0 }))
+        Ok(self.arriving(Guest::new()))
     }
 
-    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn build_shared(&self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Arriving, VmError> {
         let Some(source) = &self.shared else { return Err(VmError::new("nobody shares RAM with this host")) };
         assert_eq!(files.len(), vm.layout.regions().len());
-        let guest = Guest::of(source.ram.clone(), source.bitmap.clone());
-        self.last = Some(guest.clone());
-        let fail = self.failing_loads > 0;
-        self.failing_loads = self.failing_loads.saturating_sub(1);
-        Ok(Box::new(Arriving { guest, fail, loading: self.loading, pieces: 0 }))
-    }
-
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
-        if let Some(guest) = self.last.take() {
-            let _ = self.arrived.send(guest);
-        }
+        Ok(self.arriving(Guest::of(source.ram.clone(), source.bitmap.clone())))
     }
 }
 
@@ -455,7 +455,7 @@ impl Destination {
         idle_timeout: Duration,
     ) -> Self {
         let options = ReceiverOptions { idle_timeout, ..ReceiverOptions::default() };
-        let receiver = Receiver::new(Box::new(host), options);
+        let receiver = host.receiver(options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
             // a test that stops it knows why

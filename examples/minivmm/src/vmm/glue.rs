@@ -2,7 +2,7 @@
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
@@ -191,22 +191,32 @@ pub(crate) struct HostOptions {
     pub(crate) cold: bool,
 }
 
-/// Builds machines for VMs that arrive, and passes those on that are owned.
+/// Builds machines for VMs that arrive.
 pub(crate) struct Host {
     options: HostOptions,
+    last: Mutex<Last>,
+}
+
+/// The last machine that was built.
+#[derive(Default)]
+struct Last {
     /// Not held: what is discarded must be gone at once.
-    arriving: Weak<Machine>,
-    /// What was measured of the last VM that was built, for the next attempt to receive it.
-    measured: (VmId, Arc<Measured>),
-    arrived: Box<dyn Fn(Arc<Machine>) + Send>,
+    machine: Weak<Machine>,
+    id: VmId,
+    /// What was measured of it, for the next attempt to receive it.
+    measured: Arc<Measured>,
 }
 
 impl Host {
-    pub(crate) fn new(options: HostOptions, arrived: Box<dyn Fn(Arc<Machine>) + Send>) -> Self {
-        Self { options, arriving: Weak::new(), measured: Default::default(), arrived }
+    pub(crate) fn new(options: HostOptions) -> Self {
+        Self { options, last: Mutex::default() }
     }
 
-    fn make(&mut self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn last(&self) -> MutexGuard<'_, Last> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<MachineDestination, VmError> {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
         // the engine has checked this layout against its limits, nobody the configuration's
         if config.layout().ok().as_ref() != Some(&vm.layout) {
@@ -232,11 +242,12 @@ impl Host {
             Some(files) => Machine::in_shared_ram(files, config, &self.options.serial, self.options.cold),
         };
         let mut machine = machine.map_err(|e| VmError::because("building the VM", e))?;
-        if self.measured.0 == vm.id {
-            machine.measured = self.measured.1.clone();
-        } else {
-            self.measured = (vm.id, machine.measured.clone());
+        let mut last = self.last();
+        if last.id == vm.id {
+            machine.measured = last.measured.clone();
         }
+        *last = Last { id: vm.id, measured: machine.measured.clone(), ..Last::default() };
+        drop(last);
         let here = machine.devices().kinds();
         if let Some(why) = vm.devices.iter().find_map(|device| device.mismatch(&here)) {
             return Err(VmError::new(why));
@@ -246,41 +257,39 @@ impl Host {
         if is_shared {
             machine.prefer();
         }
-        self.arriving = Arc::downgrade(&machine);
-        Ok(Box::new(MachineDestination(machine)))
+        self.last().machine = Arc::downgrade(&machine);
+        Ok(MachineDestination(machine))
     }
 }
 
 impl DestinationHost for Host {
-    fn build(&mut self, vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
+    type Vm = MachineDestination;
+
+    fn build(&self, vm: &VmDescription) -> Result<MachineDestination, VmError> {
         self.make(vm, None)
     }
 
-    fn build_shared(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn build_shared(&self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<MachineDestination, VmError> {
         self.make(vm, Some(files))
     }
 
-    fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
-        if let Some(machine) = self.arriving.upgrade() {
-            (self.arrived)(machine);
-        }
-    }
-
-    fn link_lost(&mut self) {
-        if let Some(machine) = self.arriving.upgrade().filter(|_| self.options.pause_on_loss) {
+    fn link_lost(&self, _vm: VmId) {
+        let machine = self.last().machine.upgrade();
+        if let Some(machine) = machine.filter(|_| self.options.pause_on_loss) {
             machine.processors.hold(true);
         }
     }
 
-    fn link_found(&mut self) {
-        if let Some(machine) = self.arriving.upgrade() {
+    fn link_found(&self, _vm: VmId) {
+        let machine = self.last().machine.upgrade();
+        if let Some(machine) = machine {
             machine.processors.hold(false);
         }
     }
 }
 
 /// The machine, as it arrives.
-struct MachineDestination(Arc<Machine>);
+pub(crate) struct MachineDestination(pub(crate) Arc<Machine>);
 
 impl DestinationVm for MachineDestination {
     fn ram(&self) -> Arc<dyn GuestRam> {
@@ -342,7 +351,7 @@ impl Tenant {
 
     /// Of a guest that will come.
     pub(crate) fn expecting(options: HostOptions) -> Self {
-        Self { machine: None, host: Some(Host::new(options, Box::new(drop))) }
+        Self { machine: None, host: Some(Host::new(options)) }
     }
 
     /// The machine; `None` before the guest's first visit.
@@ -352,6 +361,8 @@ impl Tenant {
 }
 
 impl PersistentVm for Tenant {
+    type Coming = MachineDestination;
+
     fn id(&self) -> VmId {
         self.machine().map(|machine| machine.id()).unwrap_or_default()
     }
@@ -361,18 +372,18 @@ impl PersistentVm for Tenant {
         Box::new(MachineSource::lending(machine))
     }
 
-    fn coming(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn coming(&mut self, vm: &VmDescription, files: Vec<OwnedFd>) -> Result<MachineDestination, VmError> {
         if let Some(machine) = &self.machine {
             let here = machine.ram.is_in(&files).map_err(|e| VmError::because("the memory of the VM", e))?;
             if !here || machine.id() != vm.id {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
             machine.warm();
-            return Ok(Box::new(MachineDestination(machine.clone())));
+            return Ok(MachineDestination(machine.clone()));
         }
-        let host = self.host.as_mut().ok_or_else(|| VmError::new("no VM is built here"))?;
+        let host = self.host.as_ref().ok_or_else(|| VmError::new("no VM is built here"))?;
         let built = host.make(vm, Some(files))?;
-        self.machine = host.arriving.upgrade();
+        self.machine = Some(built.0.clone());
         Ok(built)
     }
 }

@@ -8,7 +8,7 @@
 use std::{
     io::{Cursor, Read},
     path::Path,
-    sync::{Arc, mpsc},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -18,7 +18,7 @@ use kvm_ioctls::Kvm;
 use migration_core::{
     GuestRam, PageRange,
     state::VmState,
-    vm::{DestinationHost, SourceVm, VmDescription},
+    vm::{DestinationHost, DestinationVm, SourceVm, VmDescription},
 };
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 
@@ -80,18 +80,10 @@ fn works(machine: &Machine) {
     assert_eq!((now.errors, now.first_error), (0, None));
 }
 
-/// A destination, and the machines that it owns in the end.
-fn host(serial: SerialTarget) -> (Host, mpsc::Receiver<Arc<Machine>>) {
-    let (tx, rx) = mpsc::channel();
-    let arrived = Box::new(move |machine| tx.send(machine).unwrap());
+/// A destination.
+fn host(serial: SerialTarget) -> Host {
     let backing = Some(Backing::Memfd);
-    (
-        Host::new(
-            HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true, cold: false },
-            arrived,
-        ),
-        rx,
-    )
+    Host::new(HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true, cold: false })
 }
 
 fn copy_ram(from: &dyn GuestRam, to: &dyn GuestRam) {
@@ -108,17 +100,15 @@ fn copy_ram(from: &dyn GuestRam, to: &dyn GuestRam) {
 
 /// Moves a machine in the engine's order; the destination's.
 fn migrate(source: &mut MachineSource, serial: SerialTarget) -> Arc<Machine> {
-    let (mut host, arrived) = host(serial);
-    let mut vm = host.build(&source.describe().unwrap()).unwrap();
+    let mut vm = host(serial).build(&source.describe().unwrap()).unwrap();
     source.pause().unwrap();
     let state = source.save_state().unwrap().encode();
     copy_ram(&*source.ram(), &*vm.ram());
     vm.load_state(&VmState::decode(&state).unwrap()).unwrap();
     source.owner_in_doubt();
     vm.start(source.starts_running()).unwrap();
-    host.adopted(vm);
     source.released();
-    arrived.try_recv().unwrap()
+    vm.0
 }
 
 fn moves_twice(first: Arc<Machine>) {
@@ -177,7 +167,7 @@ fn estimates_go_by_what_saving_and_loading_took_before() {
     let estimated = estimate.sections.into_iter().map(|s| (s.name, s.instance, s.bytes));
     assert!(!saved.is_empty() && estimated.eq(expected), "{saved:?}");
 
-    let (mut host, _arrived) = host(SerialTarget::Null);
+    let host = host(SerialTarget::Null);
     let description = source.describe().unwrap();
     let mut vm = host.build(&description).unwrap();
     let guessed = vm.estimate_load();
@@ -246,7 +236,7 @@ fn a_failed_attempt_gives_everything_back() {
     };
     for _ in 0..3 {
         let mut source = MachineSource::new(machine.clone());
-        let (mut host, _arrived) = host(SerialTarget::Null);
+        let host = host(SerialTarget::Null);
         let vm = host.build(&source.describe().unwrap()).unwrap();
         let ram = Arc::downgrade(&vm.ram());
         source.throttle(50).unwrap();
@@ -275,7 +265,7 @@ fn a_configuration_for_another_layout_is_refused() {
     }
     let mut source = MachineSource::new(machine(1, "idle:data=1M"));
     let honest = source.describe().unwrap();
-    let (mut host, _arrived) = host(SerialTarget::Null);
+    let host = host(SerialTarget::Null);
     let huge = MachineConfig { memory_bytes: 1 << 45, ..config(1) };
     let hostile = VmDescription { config: huge.encode().into(), ..honest.clone() };
     assert!(host.build(&hostile).map(drop).unwrap_err().to_string().contains("layout"));
@@ -569,7 +559,7 @@ fn latencies() {
             let state = source.save_state().unwrap();
             save.push(began.elapsed());
             if round % 20 == 0 {
-                let (mut host, _arrived) = host(SerialTarget::Null);
+                let host = host(SerialTarget::Null);
                 let began = Instant::now();
                 let mut vm = host.build(&source.describe().unwrap()).unwrap();
                 build.push(began.elapsed());

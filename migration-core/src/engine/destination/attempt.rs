@@ -134,6 +134,7 @@ impl Hub {
     ) -> Result<(Arc<Session>, u32), MigrationError> {
         let features = hello.features;
         let shared = features & FEATURE_SHARED_RAM != 0;
+        let turn = self.turns.take();
         // a VM of an earlier epoch is void: free it before the new one needs the memory
         let earlier = self.current(begun.attachment)?.session.take();
         self.free_vm(earlier, "a newer attempt of its source takes its place");
@@ -145,21 +146,22 @@ impl Hub {
         } else if shared {
             self.receive_ram(&hello, frames)
         } else {
-            lock(&self.host).build(&hello.vm)
+            self.host.clone().build(&hello.vm, None)
         };
         let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
             Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::Mismatch, cause)),
         };
-        let pager = if shared { None } else { vm.pager() };
+        let pager = if shared { None } else { vm.vm().pager() };
         let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
-        let protection = match self.protection(&mut *vm, &mut features) {
+        let protection = match self.protection(vm.vm(), &mut features) {
             Ok(protection) => protection.map(Arc::new),
             Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::State, cause)),
         };
         let pager = pager.filter(|_| features & FEATURE_POST_COPY != 0);
         let agreed = Agreed {
             token: new_token(hello.vm.id, begun.epoch),
+            id: hello.vm.id,
             epoch: begun.epoch,
             lanes: begun.streams,
             payload_crc: features & FEATURE_PAYLOAD_CRC != 0,
@@ -168,6 +170,7 @@ impl Hub {
         };
         let session = Arc::new(Session::new(agreed, Built { vm, pager, protection }, control, closer));
         self.current(begun.attachment)?.session = Some(session.clone());
+        drop(turn);
         Ok((session, features))
     }
 
@@ -183,14 +186,14 @@ impl Hub {
     }
 
     /// Builds a VM in the RAM that its source shares.
-    fn receive_ram(&self, hello: &Hello, frames: &mut ControlReader) -> Result<Box<dyn DestinationVm>, VmError> {
+    fn receive_ram(&self, hello: &Hello, frames: &mut ControlReader) -> Result<Box<dyn AnyVm>, VmError> {
         if hello.features != FEATURE_SHARED_RAM {
             let why = format!("features {:#x}: shared RAM goes with no other", hello.features);
             return Err(VmError::new(why));
         }
         let files = frames.files(hello.vm.layout.regions().len());
         let files = files.map_err(|e| VmError::because("the memory files behind RAM", e))?;
-        lock(&self.host).build_shared(&hello.vm, files)
+        self.host.clone().build(&hello.vm, Some(files))
     }
 
     /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
@@ -243,7 +246,7 @@ impl Hub {
     /// Waits until all lanes are here, and tells the source so.
     fn await_lanes(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
         session.wait_attached(self.options.idle_timeout)?;
-        let load = lock(&session.vm).as_mut().and_then(|vm| vm.estimate_load());
+        let load = session.vm.borrow().and_then(|mut vm| vm.vm().estimate_load());
         let prepared = self.current(attachment)?.machine.prepared(load)?;
         session.tell_prepared(&prepared)?;
         self.tell_phase();
@@ -264,8 +267,8 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
     wanted & FEATURES & !without | post_copy
 }
 /// Pages are checked against the hello's layout: the VM must have been built with the very same.
-fn check_layout(vm: Box<dyn DestinationVm>, hello: &Hello) -> Result<Box<dyn DestinationVm>, VmError> {
-    if *vm.ram().layout() == hello.vm.layout {
+fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>, VmError> {
+    if *vm.vm().ram().layout() == hello.vm.layout {
         Ok(vm)
     } else {
         Err(VmError::new("the VM was built with another RAM layout than the source's"))

@@ -70,19 +70,24 @@ impl Hub {
                 session.say(&Control::Pong)?;
             }
             DestinationAction::LoadPiece(piece) => {
-                let mut vm = lock(&session.vm);
-                let vm = vm.as_mut().ok_or_else(no_vm)?;
-                vm.load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
+                drop(state);
+                let mut vm = session.vm.borrow().ok_or_else(no_vm)?;
+                vm.vm().load_piece(&piece).map_err(MigrationError::vm("loading a piece of device state"))?;
             }
             DestinationAction::Missing { first, bitmap } => add_missing(&mut lock(&session.listed), first, &bitmap)?,
             DestinationAction::Load { generation, state: bytes, post_copy } => {
                 drop(state);
                 return self.load(session, attachment, Offered { generation, state: bytes, post_copy });
             }
-            DestinationAction::Start { running } => self.run(state, session, attachment, running)?,
-            DestinationAction::AnswerRunning => {
-                lock(&self.host).link_found();
+            DestinationAction::Start { running } => {
                 drop(state);
+                self.run(session, attachment, running)?;
+            }
+            DestinationAction::AnswerRunning => {
+                drop(state);
+                // another lane may have had it started, which is not done yet
+                session.wait_started();
+                self.notify(session.id, Notice::LinkFound);
                 self.answer(session, attachment)?;
             }
             DestinationAction::Discard(why) => {

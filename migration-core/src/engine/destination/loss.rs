@@ -51,10 +51,11 @@ impl Hub {
             OnDestinationLoss::Discard => state.session.take(),
             OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
-        if state.machine.is_served() {
-            lock(&self.host).link_lost();
-        }
+        let served = state.machine.vm().filter(|_| state.machine.is_served());
         drop(state);
+        if let Some(vm) = served {
+            self.notify(vm, Notice::LinkLost);
+        }
         self.discard(given_up, why);
     }
 

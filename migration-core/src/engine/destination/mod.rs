@@ -5,6 +5,7 @@ mod allowance;
 mod attempt;
 mod connections;
 mod control_lane;
+mod host;
 mod install;
 mod introduce;
 mod loss;
@@ -30,6 +31,7 @@ use std::{
 use accept::Accepting;
 use allowance::Allowance;
 use connections::{Connections, Stage};
+use host::{AnyHost, AnyVm, Notice, Notices, Turns, any_host};
 use install::LaneReceiver;
 use introduce::Incoming;
 use missing::{Missing, is_whole};
@@ -55,7 +57,7 @@ use crate::{
     report::{Event, NoObserver, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     state::VmState,
-    vm::{DestinationHost, DestinationVm, VmError, VmId},
+    vm::{Arrived, DestinationHost, DestinationVm, VmError, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, LaneKind,
         MAX_STREAMS, OLDEST_VERSION, Preamble, SEALED_MAGIC, SessionToken, VERSION, add_missing, negotiate,
@@ -78,7 +80,11 @@ pub struct ReceiverHandle {
 
 struct Hub {
     options: ReceiverOptions,
-    host: Mutex<Box<dyn DestinationHost>>,
+    host: Arc<dyn AnyHost>,
+    /// What the host is told of the VM that has arrived.
+    notices: Notices,
+    /// Whose turn it is to build a VM.
+    turns: Turns,
     state: Mutex<State>,
     stop: AtomicBool,
     finished: AtomicBool,
@@ -100,8 +106,13 @@ struct State {
 }
 
 impl Receiver {
-    /// A receiver that builds its VM on `host`.
-    pub fn new(host: Box<dyn DestinationHost>, options: ReceiverOptions) -> Self {
+    /// A receiver that builds its VM on `host`. The VM goes to `arrived` once, the moment it is owned here, and has been
+    /// started. Like every method of the host, `arrived` is called by a thread of the receiver, or by the one that decided on
+    /// a VM that was held ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]), and without a lock.
+    pub fn new<H>(host: H, arrived: impl Fn(Arrived<H::Vm>) + Send + Sync + 'static, options: ReceiverOptions) -> Self
+    where
+        H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
+    {
         let options = ReceiverOptions { observer: Guarded::around(&options.observer), ..options };
         let machine = match options.awaits {
             Some((vm, epoch)) => DestinationMachine::awaiting(vm, epoch),
@@ -110,7 +121,9 @@ impl Receiver {
         let state = State { machine, session: None, attachment: 0 };
         let hub = Hub {
             options,
-            host: Mutex::new(host),
+            host: any_host(host, arrived),
+            notices: Notices::default(),
+            turns: Turns::default(),
             state: Mutex::new(state),
             stop: AtomicBool::new(false),
             finished: AtomicBool::new(false),
@@ -129,8 +142,11 @@ impl Receiver {
     }
 
     /// Accepts sources until a VM was received and its source knows it. Bad peers, failed attempts and lost links do
-    /// not end it. The VM is handed to [`DestinationHost::adopted`] the moment it starts, which may be long before
-    /// this returns if the source's last word is lost.
+    /// not end it. The VM has arrived the moment it starts, which may be long before this returns if the source's last word is
+    /// lost.
+    ///
+    /// # Errors
+    /// When there is no VM: see [`ReceiveError`].
     pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
         let hub = &self.hub;
         *lock(&hub.room) = listener.room();
@@ -166,7 +182,11 @@ impl Receiver {
         };
         match session {
             // pages that are missing stay so: nobody reads them as zeros
-            Some(session) if owned => session.close("the receiver has ended"),
+            Some(session) if owned => {
+                // a person may have decided on it just now
+                hub.notices.wait_open();
+                session.close("the receiver has ended");
+            }
             Some(session) => drop(session.discard("the receiver has ended")),
             None => {}
         }
@@ -205,7 +225,9 @@ impl ReceiverHandle {
     pub fn adopt(&self) -> Result<(), Violation> {
         let mut state = lock(&self.hub.state);
         let action = state.machine.adopt()?;
-        self.hub.take(state, &action);
+        let session = state.session.clone();
+        drop(state);
+        self.hub.take(session, &action);
         Ok(())
     }
 
@@ -228,7 +250,9 @@ impl ReceiverHandle {
             return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
         }
         let action = state.machine.inherit(source)?;
-        self.hub.take(state, &action);
+        let session = state.session.clone();
+        drop(state);
+        self.hub.take(session, &action);
         Ok(())
     }
 }

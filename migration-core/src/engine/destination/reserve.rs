@@ -260,11 +260,9 @@ mod tests {
     struct NoHost;
 
     impl DestinationHost for NoHost {
-        fn build(&mut self, _vm: &VmDescription) -> Result<Box<dyn DestinationVm>, VmError> {
-            unreachable!("no source comes")
-        }
+        type Vm = Box<dyn DestinationVm + Send>;
 
-        fn adopted(&mut self, _vm: Box<dyn DestinationVm>) {
+        fn build(&self, _vm: &VmDescription) -> Result<Self::Vm, VmError> {
             unreachable!("no source comes")
         }
     }
@@ -272,7 +270,7 @@ mod tests {
     #[test]
     fn what_a_session_needs_for_itself_goes_to_no_connection() {
         let spawner = Arc::new(Few(Mutex::new(2 + SESSION_THREADS)));
-        let receiver = Receiver::new(Box::new(NoHost), ReceiverOptions { spawner, ..ReceiverOptions::default() });
+        let receiver = Receiver::new(NoHost, drop, ReceiverOptions { spawner, ..ReceiverOptions::default() });
         let hub = &receiver.hub;
         let reservation = hub.reserve(2, 0).unwrap();
         assert_eq!(reservation.streams, 2);

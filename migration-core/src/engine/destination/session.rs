@@ -8,7 +8,12 @@ use std::{
     time::Duration,
 };
 
-use super::{allowance::Allowance, missing::Missing, protection::Protection};
+use super::{
+    allowance::Allowance,
+    host::{AnyVm, VmPlace},
+    missing::Missing,
+    protection::Protection,
+};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
@@ -19,7 +24,7 @@ use crate::{
     pager::Pager,
     ram::GuestRam,
     shared_map::SharedPageMap,
-    vm::DestinationVm,
+    vm::VmId,
     wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken, missing_frames},
 };
 
@@ -33,14 +38,16 @@ const LAST_WORD: Duration = Duration::from_millis(200);
 /// One attempt of a source, from its hello on.
 pub(super) struct Session {
     pub(super) token: SessionToken,
+    /// Which VM it is.
+    pub(super) id: VmId,
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
     /// RAM is the source's too: no page may arrive.
     pub(super) shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
-    /// The VM, until it is started or discarded. Locked while its state is loaded, which may wait for missing pages.
-    pub(super) vm: Mutex<Option<Box<dyn DestinationVm>>>,
+    /// The VM, until it is started or discarded. In use while its state is loaded, which may wait for missing pages.
+    pub(super) vm: VmPlace,
     /// Serves missing pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
@@ -126,6 +133,7 @@ impl Drop for Loading<'_> {
 /// What source and destination have agreed on.
 pub(super) struct Agreed {
     pub(super) token: SessionToken,
+    pub(super) id: VmId,
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
@@ -137,7 +145,7 @@ pub(super) struct Agreed {
 
 /// The VM that is to be received, and what its VMM offers for it.
 pub(super) struct Built {
-    pub(super) vm: Box<dyn DestinationVm>,
+    pub(super) vm: Box<dyn AnyVm>,
     /// Serves missing pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
@@ -146,10 +154,10 @@ pub(super) struct Built {
 
 impl Session {
     pub(super) fn new(agreed: Agreed, built: Built, control: ControlWriter, closer: Arc<dyn Closer>) -> Self {
-        let Agreed { token, epoch, lanes, payload_crc, shared, grace } = agreed;
-        let Built { vm, pager, protection } = built;
+        let Agreed { token, id, epoch, lanes, payload_crc, shared, grace } = agreed;
+        let Built { mut vm, pager, protection } = built;
         let count = usize::from(lanes);
-        let ram = vm.ram();
+        let ram = vm.vm().ram();
         let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
         let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
         let allowance = Allowance::new(ram.layout().bytes(), grace, protection.is_some());
@@ -172,12 +180,13 @@ impl Session {
         };
         Self {
             token,
+            id,
             epoch,
             lanes,
             payload_crc,
             shared,
             ram,
-            vm: Mutex::new(Some(vm)),
+            vm: VmPlace::new(vm),
             pager,
             protection,
             listed,
@@ -378,6 +387,12 @@ impl Session {
         self.changed.notify_all();
     }
 
+    /// Waits until the VM has been started, or the session is over.
+    pub(super) fn wait_started(&self) {
+        let waiting = |s: &mut LaneState| s.over.is_none() && !s.running;
+        drop(self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner()));
+    }
+
     /// Waits until the VM runs, or this link is not the session's any more: the missing pages of a VM that runs.
     pub(super) fn wait_running(&self, link: u32) -> Option<Arc<Missing>> {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link && !s.running && !s.lost;
@@ -553,7 +568,7 @@ impl Session {
         if let Some(pager) = &self.pager {
             pager.give_up();
         }
-        let there = lock(&self.vm).take().is_some();
+        let there = self.vm.take().is_some();
         if let Some(protection) = &self.protection {
             protection.give_up();
         }

@@ -102,14 +102,13 @@ impl Hub {
         let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
         let action = state.machine.inherit(dead).map_err(|e| e.to_string())?;
-        let unstarted = self.start_and_adopt(&state, &action);
         drop(state);
-        self.warn(unstarted);
+        self.start_and_adopt(session, &action);
         // first the pages: a checkpoint that is under way may wait for one
         if let Some(store) = &mut store {
             missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
         }
-        lock(&self.host).link_found();
+        self.notify(vm, Notice::LinkFound);
         // nobody restarts it any more
         self.unprotect(protection);
         if let Some(stores) = &self.options.forward {

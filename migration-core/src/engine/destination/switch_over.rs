@@ -41,9 +41,12 @@ impl Hub {
         let mut vm_state = VmState::decode(&bytes)?;
         let log = if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
         // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
-        let loaded = match lock(&session.vm).as_mut() {
-            // loading writes RAM too
-            Some(vm) => log.map_or(Ok(()), |log| vm.continue_log(&log)).and_then(|()| vm.load_state(&vm_state)),
+        let loaded = match session.vm.borrow() {
+            Some(mut vm) => {
+                // loading writes RAM too
+                let continued = log.map_or(Ok(()), |log| vm.vm().continue_log(&log));
+                continued.and_then(|()| vm.vm().load_state(&vm_state))
+            }
             None => Err(no_longer_here()),
         };
         let loaded = loaded.map_err(MigrationError::vm("loading the state"));
@@ -69,29 +72,20 @@ impl Hub {
     }
 
     /// Step 6.
-    pub(super) fn run(
-        &self,
-        state: MutexGuard<'_, State>,
-        session: &Session,
-        attachment: u64,
-        running: bool,
-    ) -> Result<(), MigrationError> {
-        let (started, unstarted) = self.start(&state, running);
+    pub(super) fn run(&self, session: &Arc<Session>, attachment: u64, running: bool) -> Result<(), MigrationError> {
+        let started = self.start(session, running);
         let answered = if session.shared {
-            drop(state);
             // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
             // any more, on a core that a vCPU may have been woken for
             let answered = self.answer(session, attachment);
             self.options.spawner.end_switch_over();
             self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
-            self.adopt(started);
+            self.arrived(session.id, started);
             answered
         } else {
-            self.adopt(started);
-            drop(state);
+            self.arrived(session.id, started);
             self.answer(session, attachment)
         };
-        self.warn(unstarted);
         answered?;
         self.tell_phase();
         Ok(())
@@ -184,8 +178,11 @@ impl Hub {
         }
     }
 
-    /// The VM runs here: answers *run*.
+    /// The VM runs here: answers *run*, unless a newer control lane speaks for the session. That one answers too.
     pub(super) fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
+        if lock(&self.state).attachment != attachment {
+            return Ok(());
+        }
         session.tell_running()?;
         if let Some(missing) = session.missing()
             && missing.is_complete()
@@ -198,40 +195,53 @@ impl Hub {
     }
 
     /// The VM is ours without its source's word.
-    pub(super) fn take(&self, state: MutexGuard<'_, State>, action: &DestinationAction) {
-        let unstarted = self.start_and_adopt(&state, action);
+    pub(super) fn take(&self, session: Option<Arc<Session>>, action: &DestinationAction) {
+        if let Some(session) = session {
+            self.start_and_adopt(&session, action);
+        }
         self.finished.store(true, Ordering::Relaxed);
-        drop(state);
-        self.warn(unstarted);
     }
 
-    /// Starts the VM if `action` says so, and has it adopted. Returns why it did not start, as [`start`](Self::start) does.
-    #[must_use = "the observer is to be warned"]
-    pub(super) fn start_and_adopt(&self, state: &State, action: &DestinationAction) -> Option<String> {
-        let DestinationAction::Start { running } = *action else { return None };
-        let (started, unstarted) = self.start(state, running);
-        self.adopt(started);
-        unstarted
+    /// Starts the VM if `action` says so, and gives it to whoever receives it.
+    pub(super) fn start_and_adopt(&self, session: &Session, action: &DestinationAction) {
+        if let DestinationAction::Start { running } = *action {
+            let started = self.start(session, running);
+            self.arrived(session.id, started);
+        }
     }
 
-    /// Starts the VM, which is to be adopted, and says why if it does not start: [`warn`](Self::warn) of that once the lock
-    /// on the state is free.
-    #[must_use = "it is to be adopted"]
-    pub(super) fn start(&self, state: &State, running: bool) -> (Option<Box<dyn DestinationVm>>, Option<String>) {
-        let Some(session) = &state.session else { return (None, None) };
-        let Some(mut vm) = lock(&session.vm).take() else { return (None, None) };
-        let failed = vm.start(running).err();
+    /// Starts the VM. It is to be given to whoever receives it.
+    fn start(&self, session: &Session, running: bool) -> Option<Started> {
+        let mut vm = session.vm.take()?;
+        let failed = vm.vm().start(running).err();
         if let Some(missing) = session.missing() {
-            missing.set_vcpus(vm.vcpu_threads());
+            missing.set_vcpus(vm.vm().vcpu_threads());
         }
         session.set_running();
-        (Some(vm), failed.map(|error| format!("the VM is owned here but could not be started: {error}")))
+        Some(Started { vm, failed })
     }
 
-    /// The VM runs, and is the host's from now on.
-    pub(super) fn adopt(&self, vm: Option<Box<dyn DestinationVm>>) {
-        if let Some(vm) = vm {
-            lock(&self.host).adopted(vm);
+    /// Gives a VM that was started to whoever receives it.
+    fn arrived(&self, id: VmId, started: Option<Started>) {
+        if let Some(Started { vm, failed }) = started {
+            let unstarted =
+                failed.as_ref().map(|error| format!("the VM is owned here but could not be started: {error}"));
+            let epoch = lock(&self.state).machine.epoch();
+            vm.arrived(id, epoch, failed);
+            self.warn(unstarted);
         }
+        self.notices.open(|notice| self.host.notify(id, notice));
     }
+
+    /// Tells the host of this, once its VM has arrived.
+    pub(super) fn notify(&self, vm: VmId, notice: Notice) {
+        self.notices.add(notice, |notice| self.host.notify(vm, notice));
+    }
+}
+
+/// A VM that was started here.
+struct Started {
+    vm: Box<dyn AnyVm>,
+    /// Why it did not start.
+    failed: Option<VmError>,
 }

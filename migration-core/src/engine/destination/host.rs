@@ -1,0 +1,261 @@
+//! The VMM's part of a destination, behind traits without its types: how it is called, and in which order.
+//!
+//! Nothing here, and nothing that calls it, holds a lock while the VMM is called: it may call back.
+
+use std::{
+    collections::VecDeque,
+    os::fd::OwnedFd,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+};
+
+use crate::{
+    lock::lock,
+    vm::{Arrived, DestinationHost, DestinationVm, VmDescription, VmError, VmId},
+};
+
+/// A [`DestinationHost`] of any type, with what becomes of the VMs that arrive.
+pub(super) trait AnyHost: Send + Sync {
+    /// Builds a VM, in `files` if its RAM is shared.
+    fn build(self: Arc<Self>, vm: &VmDescription, files: Option<Vec<OwnedFd>>) -> Result<Box<dyn AnyVm>, VmError>;
+
+    /// Calls the host's method for this notice.
+    fn notify(&self, vm: VmId, notice: Notice);
+}
+
+/// A VM that such a host has built.
+pub(super) trait AnyVm: Send {
+    /// Returns the VM.
+    fn vm(&mut self) -> &mut dyn DestinationVm;
+
+    /// Gives the VM to whoever receives VMs of this host.
+    fn arrived(self: Box<Self>, id: VmId, epoch: u32, not_started: Option<VmError>);
+}
+
+/// What a host is told of a VM that has arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Notice {
+    /// The link is lost while pages are missing.
+    LinkLost,
+    /// The link is back, or not needed any more.
+    LinkFound,
+}
+
+/// Hides the types of a host, and of whoever receives its VMs.
+pub(super) fn any_host<H, A>(host: H, arrived: A) -> Arc<dyn AnyHost>
+where
+    H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
+    A: Fn(Arrived<H::Vm>) + Send + Sync + 'static,
+{
+    Arc::new(Typed { host, arrived })
+}
+
+struct Typed<H, A> {
+    host: H,
+    arrived: A,
+}
+
+struct TypedVm<H: DestinationHost, A> {
+    vm: H::Vm,
+    host: Arc<Typed<H, A>>,
+}
+
+impl<H, A> AnyHost for Typed<H, A>
+where
+    H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
+    A: Fn(Arrived<H::Vm>) + Send + Sync + 'static,
+{
+    fn build(self: Arc<Self>, vm: &VmDescription, files: Option<Vec<OwnedFd>>) -> Result<Box<dyn AnyVm>, VmError> {
+        let vm = match files {
+            None => self.host.build(vm),
+            Some(files) => self.host.build_shared(vm, files),
+        };
+        Ok(Box::new(TypedVm { vm: vm?, host: self }))
+    }
+
+    fn notify(&self, vm: VmId, notice: Notice) {
+        match notice {
+            Notice::LinkLost => self.host.link_lost(vm),
+            Notice::LinkFound => self.host.link_found(vm),
+        }
+    }
+}
+
+impl<H, A> AnyVm for TypedVm<H, A>
+where
+    H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
+    A: Fn(Arrived<H::Vm>) + Send + Sync + 'static,
+{
+    fn vm(&mut self) -> &mut dyn DestinationVm {
+        &mut self.vm
+    }
+
+    fn arrived(self: Box<Self>, id: VmId, epoch: u32, not_started: Option<VmError>) {
+        let Self { vm, host } = *self;
+        (host.arrived)(Arrived { vm, id, epoch, not_started });
+    }
+}
+
+/// The VM of a session until it is started or discarded. One thread at a time calls it, by taking it out of here.
+pub(super) struct VmPlace {
+    place: Mutex<Place>,
+    changed: Condvar,
+}
+
+enum Place {
+    Here(Box<dyn AnyVm>),
+    /// A thread calls it.
+    InUse,
+    Gone,
+}
+
+/// The VM, taken out for a call. It goes back when this is dropped.
+pub(super) struct InUse<'a> {
+    place: &'a VmPlace,
+    vm: Option<Box<dyn AnyVm>>,
+}
+
+impl InUse<'_> {
+    /// Returns the VM.
+    pub(super) fn vm(&mut self) -> &mut dyn DestinationVm {
+        self.vm.as_mut().expect("it goes back only at the end").vm()
+    }
+}
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            *lock(&self.place.place) = Place::Here(vm);
+            self.place.changed.notify_all();
+        }
+    }
+}
+
+impl VmPlace {
+    pub(super) fn new(vm: Box<dyn AnyVm>) -> Self {
+        Self { place: Mutex::new(Place::Here(vm)), changed: Condvar::new() }
+    }
+
+    /// Takes the VM out for a call, after those that are under way. `None` if it was started or discarded.
+    pub(super) fn borrow(&self) -> Option<InUse<'_>> {
+        let vm = self.take_out(Place::InUse)?;
+        Some(InUse { place: self, vm: Some(vm) })
+    }
+
+    /// Takes the VM out for good, after the calls that are under way. `None` if somebody has done so before.
+    pub(super) fn take(&self) -> Option<Box<dyn AnyVm>> {
+        self.take_out(Place::Gone)
+    }
+
+    fn take_out(&self, leave: Place) -> Option<Box<dyn AnyVm>> {
+        let waiting = |place: &mut Place| matches!(place, Place::InUse);
+        let waited = self.changed.wait_while(lock(&self.place), waiting);
+        let mut place: MutexGuard<'_, Place> = waited.unwrap_or_else(|e| e.into_inner());
+        match std::mem::replace(&mut *place, leave) {
+            Place::Here(vm) => Some(vm),
+            Place::InUse | Place::Gone => {
+                *place = Place::Gone;
+                None
+            }
+        }
+    }
+}
+
+/// Delivers notices of a VM to its host: in order, one at a time, and only once the VM has arrived. Whoever has one to deliver
+/// while another thread delivers leaves it to that thread.
+#[derive(Default)]
+pub(super) struct Notices {
+    state: Mutex<NoticeState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct NoticeState {
+    /// Whether the VM has arrived.
+    open: bool,
+    /// Whether a thread delivers.
+    delivering: bool,
+    waiting: VecDeque<Notice>,
+}
+
+impl Notices {
+    /// The VM has arrived: delivers what has waited for that.
+    pub(super) fn open(&self, deliver: impl Fn(Notice)) {
+        lock(&self.state).open = true;
+        self.changed.notify_all();
+        self.deliver(deliver);
+    }
+
+    /// Adds a notice, and delivers it unless it has to wait.
+    pub(super) fn add(&self, notice: Notice, deliver: impl Fn(Notice)) {
+        lock(&self.state).waiting.push_back(notice);
+        self.deliver(deliver);
+    }
+
+    /// Waits until the VM has arrived.
+    pub(super) fn wait_open(&self) {
+        let closed = |state: &mut NoticeState| !state.open;
+        drop(self.changed.wait_while(lock(&self.state), closed).unwrap_or_else(|e| e.into_inner()));
+    }
+
+    fn deliver(&self, deliver: impl Fn(Notice)) {
+        loop {
+            let mut state = lock(&self.state);
+            if !state.open || state.delivering {
+                return;
+            }
+            let Some(notice) = state.waiting.pop_front() else { return };
+            state.delivering = true;
+            drop(state);
+            deliver(notice);
+            lock(&self.state).delivering = false;
+        }
+    }
+}
+
+/// Lets one attempt at a time build: the VM of one that was given up must be gone before the next one needs the memory.
+#[derive(Default)]
+pub(super) struct Turns {
+    taken: Mutex<bool>,
+    free: Condvar,
+}
+
+/// A turn, until this is dropped.
+pub(super) struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    /// Waits for a turn.
+    pub(super) fn take(&self) -> Turn<'_> {
+        let waited = self.free.wait_while(lock(&self.taken), |taken| *taken);
+        *waited.unwrap_or_else(|e| e.into_inner()) = true;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.taken) = false;
+        self.0.free.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A notice that is added by the host while it is told of another one comes after that, and nothing waits for it.
+    #[test]
+    fn notices_come_in_order_once_the_vm_has_arrived() {
+        let (notices, told) = (Notices::default(), Mutex::new(Vec::new()));
+        let tell = |notice| lock(&told).push(notice);
+        notices.add(Notice::LinkLost, tell);
+        assert!(lock(&told).is_empty(), "it has not arrived");
+        notices.open(|notice| {
+            if notice == Notice::LinkLost {
+                notices.add(Notice::LinkFound, |_| unreachable!("another one delivers"));
+            }
+            tell(notice);
+        });
+        notices.add(Notice::LinkLost, tell);
+        assert_eq!(*lock(&told), [Notice::LinkLost, Notice::LinkFound, Notice::LinkLost]);
+    }
+}
