@@ -17,7 +17,7 @@
 //! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, below
 //! [`CheckpointFolders`] that both ends have, [`FileStore`] a snapshot in one file, and
 //! [`DirPageStore`] pages for several hosts. [`RamBroker`] keeps the
-//! memory files of VMs, so that they outlive a VMM that dies.
+//! memory files of VMs, so that they outlive a VMM that dies. [`Wakeup`] wakes an event loop that polls.
 //!
 //! # Example
 //!
@@ -100,6 +100,7 @@ mod testing;
 mod tests;
 mod unix;
 mod url;
+mod wakeup;
 
 use std::io;
 
@@ -127,6 +128,7 @@ pub use {
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},
     url::{Address, AddressError, UNIX_PATH_MAX},
+    wakeup::Wakeup,
 };
 
 /// A connector to `address`. Nothing is opened yet.
@@ -154,4 +156,14 @@ pub fn bind_with(address: &Address, options: SocketOptions) -> io::Result<Box<dy
         Address::Tcp { host, port } => Box::new(TcpListener::bind(host, *port, options)?),
         Address::Unix(path) => Box::new(UnixListener::bind(path, options)?),
     })
+}
+
+/// The programs of the documentation compile.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+
+    #[doc = include_str!("../../docs/receiver.md")]
+    struct Receiver;
 }

@@ -23,7 +23,9 @@ mod tracking;
 
 use std::{sync::Arc, time::Duration};
 
-pub use destination::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions};
+pub use destination::{
+    AttemptError, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions, ReceiverQueue,
+};
 pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
 pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};
 pub use source::{PauseLimits, migrate};

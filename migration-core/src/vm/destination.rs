@@ -1,6 +1,6 @@
 //! The VM at its destination, and the host that builds it.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{fmt, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -147,6 +147,35 @@ pub trait DestinationHost {
     fn link_found(&self, vm: VmId) {
         let _ = vm;
     }
+
+    /// An attempt to migrate a VM to this host has come to nothing, and the VM that was built for it is gone. A refusal counts,
+    /// also of a peer that speaks another protocol. Called once for each attempt, but neither for one that a newer attempt of
+    /// the same VM takes the place of, nor when the receiver is stopped.
+    fn attempt_failed(&self, failed: &FailedAttempt) {
+        let _ = failed;
+    }
+}
+
+/// An attempt to migrate a VM to this host that has come to nothing. Until a destination has said that it is ready, the guest runs
+/// on at the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailedAttempt {
+    /// The address of the other end.
+    pub peer: String,
+    /// Which VM it was, if its source came to say so.
+    pub vm: Option<VmId>,
+    /// Why it failed.
+    pub why: String,
+}
+
+/// Who it was, and why it failed.
+impl fmt::Display for FailedAttempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.vm {
+            Some(vm) => write!(f, "VM {vm} from {}: {}", self.peer, self.why),
+            None => write!(f, "{}: {}", self.peer, self.why),
+        }
+    }
 }
 
 /// A VM that has become its destination's own. It runs, or is about to.
@@ -224,5 +253,9 @@ impl<H: DestinationHost + ?Sized> DestinationHost for Arc<H> {
 
     fn link_found(&self, vm: VmId) {
         (**self).link_found(vm);
+    }
+
+    fn attempt_failed(&self, failed: &FailedAttempt) {
+        (**self).attempt_failed(failed);
     }
 }

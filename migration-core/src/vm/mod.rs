@@ -9,7 +9,7 @@ pub mod state;
 
 pub use self::{
     description::{SectionEstimate, StateEstimate, VmDescription, VmId},
-    destination::{Arrived, DestinationHost, DestinationVm, ProtectedVm},
+    destination::{Arrived, DestinationHost, DestinationVm, FailedAttempt, ProtectedVm},
     error::VmError,
     source::SourceVm,
 };

@@ -60,7 +60,10 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(destination: &Destination, cut: Option<(Direction, usize)>) -> Self {
-        let door = destination.door.clone();
+        Self::to(destination.door.clone(), cut)
+    }
+
+    pub(crate) fn to(door: mpsc::Sender<Option<End>>, cut: Option<(Direction, usize)>) -> Self {
         Self { door, cut, opened: Mutex::default(), taps: Mutex::default(), cuts: Mutex::default() }
     }
 }

@@ -12,8 +12,8 @@ const MAX_THREADS: usize =
 const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// The accept loop.
-pub(super) struct Accepting<'a> {
-    hub: &'a Arc<Hub>,
+pub(super) struct Accepting {
+    hub: Arc<Hub>,
     threads: HashMap<u64, Box<dyn Joiner>>,
     ended_tx: mpsc::Sender<u64>,
     ended: mpsc::Receiver<u64>,
@@ -22,8 +22,8 @@ pub(super) struct Accepting<'a> {
     told: bool,
 }
 
-impl<'a> Accepting<'a> {
-    pub(super) fn new(hub: &'a Arc<Hub>) -> Self {
+impl Accepting {
+    pub(super) fn new(hub: Arc<Hub>) -> Self {
         let (ended_tx, ended) = mpsc::channel();
         Self { hub, threads: HashMap::new(), ended_tx, ended, next: 0, told: false }
     }
@@ -49,8 +49,8 @@ impl<'a> Accepting<'a> {
     }
 
     /// Joins all threads, which have nothing to wait for any more.
-    pub(super) fn join(self) {
-        for (_, thread) in self.threads {
+    pub(super) fn join(&mut self) {
+        for (_, thread) in self.threads.drain() {
             thread.join();
         }
     }

@@ -16,6 +16,7 @@ struct Begun {
     epoch: u32,
     attachment: u64,
     streams: u16,
+    peer: String,
 }
 
 impl Hub {
@@ -94,7 +95,7 @@ impl Hub {
                 return Err(error);
             }
         };
-        let begun = Begun { epoch, attachment, streams: reserved.streams };
+        let begun = Begun { epoch, attachment, streams: reserved.streams, peer: peer.to_owned() };
         let mut frames = lane.frames;
         let built = self.build(&begun, *hello, &mut frames, lane.control, lane.closer);
         let (session, features) = match built {
@@ -162,6 +163,7 @@ impl Hub {
         let agreed = Agreed {
             token: new_token(hello.vm.id, begun.epoch),
             id: hello.vm.id,
+            peer: begun.peer.clone(),
             epoch: begun.epoch,
             lanes: begun.streams,
             payload_crc: features & FEATURE_PAYLOAD_CRC != 0,

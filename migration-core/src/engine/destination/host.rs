@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     lock::lock,
-    vm::{Arrived, DestinationHost, DestinationVm, VmDescription, VmError, VmId},
+    vm::{Arrived, DestinationHost, DestinationVm, FailedAttempt, VmDescription, VmError, VmId},
 };
 
 /// A [`DestinationHost`] of any type, with what becomes of the VMs that arrive.
@@ -20,6 +20,9 @@ pub(super) trait AnyHost: Send + Sync {
 
     /// Calls the host's method for this notice.
     fn notify(&self, vm: VmId, notice: Notice);
+
+    /// Calls the host's method of that name.
+    fn attempt_failed(&self, failed: &FailedAttempt);
 }
 
 /// A VM that such a host has built.
@@ -77,6 +80,10 @@ where
             Notice::LinkLost => self.host.link_lost(vm),
             Notice::LinkFound => self.host.link_found(vm),
         }
+    }
+
+    fn attempt_failed(&self, failed: &FailedAttempt) {
+        self.host.attempt_failed(failed);
     }
 }
 

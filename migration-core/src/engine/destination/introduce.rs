@@ -1,6 +1,7 @@
 //! A connection says what it is for, and becomes a lane.
 
 use super::{survive::CheckpointHalves, *};
+use crate::{vm::FailedAttempt, wire::MAGIC};
 
 /// A connection that has just come.
 pub(super) struct Incoming {
@@ -9,6 +10,18 @@ pub(super) struct Incoming {
     pub(super) reader: Box<dyn ReadHalf>,
     pub(super) writer: Box<dyn WriteHalf>,
     pub(super) closer: Arc<dyn Closer>,
+}
+
+/// The bytes of a preamble that tell whether it is one.
+const START: usize = 4;
+
+/// What a connection has said of itself.
+#[derive(Default)]
+struct Introduced {
+    /// Whether it wants to begin a session, as far as that can be told.
+    wants_session: bool,
+    /// The VM that it wants to migrate.
+    vm: Option<VmId>,
 }
 
 /// A control lane whose first frame was read.
@@ -27,10 +40,15 @@ impl Hub {
 
     pub(super) fn serve(self: &Arc<Self>, connection: Incoming, peer: &str) {
         let id = connection.id;
-        if let Err(error) = self.introduce(connection, peer) {
+        let mut attempt = Introduced::default();
+        if let Err(error) = self.introduce(connection, peer, &mut attempt) {
             // what happened on a connection that was closed here is not the reason
             let closed = lock(&self.connections).why_closed(id);
-            self.bad_peer(peer, &closed.map_or_else(|| error.at_peer(peer), str::to_owned));
+            let why = closed.map_or_else(|| error.at_peer(peer), str::to_owned);
+            self.bad_peer(peer, &why);
+            if attempt.wants_session {
+                self.host.attempt_failed(&FailedAttempt { peer: peer.to_owned(), vm: attempt.vm, why });
+            }
         }
     }
 
@@ -43,13 +61,28 @@ impl Hub {
     }
 
     /// Reads the preamble of a new connection and lets it do what it is for.
-    pub(super) fn introduce(self: &Arc<Self>, connection: Incoming, peer: &str) -> Result<(), MigrationError> {
+    ///
+    /// # Errors
+    /// When it is refused, or its session did not come about.
+    fn introduce(
+        self: &Arc<Self>,
+        connection: Incoming,
+        peer: &str,
+        introduced: &mut Introduced,
+    ) -> Result<(), MigrationError> {
         let link = || MigrationError::link(peer);
         let Incoming { id, mut reader, mut writer, closer } = connection;
         reader.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
-        reader.read_exact(&mut bytes).map_err(link())?;
+        let (start, rest) = bytes.split_at_mut(START);
+        reader.read_exact(start).map_err(link())?;
+        // whatever it is, it has said something
+        introduced.wants_session = true;
+        // a peer that speaks another protocol may wait for an answer before it has said this much
+        if [MAGIC, SEALED_MAGIC].iter().any(|magic| magic.starts_with(start)) {
+            reader.read_exact(rest).map_err(link())?;
+        }
         let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
         let preamble = Preamble::decode(&bytes).inspect_err(|error| {
             if bytes.starts_with(&SEALED_MAGIC) {
@@ -64,6 +97,7 @@ impl Hub {
             control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
+        introduced.wants_session = preamble.kind == LaneKind::Control;
         let known = self.session(preamble.session).is_ok();
         let stage = match preamble.kind {
             // on a link that is not encrypted anybody may have read the token: it opens only lanes that then take a place
@@ -119,6 +153,9 @@ impl Hub {
         });
         match (preamble.kind, first?) {
             (LaneKind::Control, (epoch, hello @ Control::Hello(_))) => {
+                if let Control::Hello(hello) = &hello {
+                    introduced.vm = Some(hello.vm.id);
+                }
                 self.attempt(epoch, hello, ControlLane { id, frames, control, closer }, peer)
             }
             (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
@@ -177,7 +214,7 @@ impl Hub {
         if state.attachment == attachment {
             return Ok(state);
         }
-        let text = "a newer attempt of the source takes its place".to_owned();
+        let text = "the attempt was given up here, or a newer one of its source takes its place".to_owned();
         Err(MigrationError::Peer { code: ErrorCode::Busy, text })
     }
 }

@@ -1,6 +1,15 @@
 //! An attempt that comes to nothing, and a VM that ends.
 
 use super::*;
+use crate::vm::FailedAttempt;
+
+/// What [`Hub::give_up`] has done.
+pub(super) struct GivenUp {
+    /// Where the protocol stood.
+    pub(super) phase: DestinationPhase,
+    /// Whether the host was told, or need not be. Else it is told when the VM has been built, for nobody.
+    pub(super) reported: bool,
+}
 
 impl Hub {
     /// The guest has ended by itself.
@@ -41,6 +50,34 @@ impl Hub {
         self.lost(attachment, why);
     }
 
+    /// Ends the attempt that is under way, unless the VM is complete; its source is told, if that can be done at once.
+    pub(super) fn give_up(&self, why: &str) -> GivenUp {
+        use DestinationPhase::{Loading, Preparing, Receiving};
+        let mut state = lock(&self.state);
+        let phase = state.machine.phase();
+        if !matches!(phase, Preparing | Receiving | Loading) {
+            return GivenUp { phase, reported: true };
+        }
+        let epoch = state.machine.epoch();
+        state.machine.link_lost();
+        // whoever builds or loads the VM finds that it does not speak for the session any more
+        state.attachment += 1;
+        let given_up = state.session.take();
+        drop(state);
+        // the VM of an earlier attempt may be here still, and the one of this attempt be on its way
+        let (earlier, given_up) = match given_up {
+            Some(session) if session.epoch == epoch => (None, Some(session)),
+            earlier => (earlier, None),
+        };
+        self.free_vm(earlier, why);
+        let reported = given_up.is_some();
+        if let Some(session) = &given_up {
+            session.last_word(ErrorCode::Busy, why);
+        }
+        self.discard(given_up, why);
+        GivenUp { phase, reported }
+    }
+
     /// The control lane of this attachment is gone.
     pub(super) fn lost(&self, attachment: u64, why: &str) {
         let mut state = lock(&self.state);
@@ -75,9 +112,18 @@ impl Hub {
         self.discard(given_up, why);
     }
 
+    /// The attempt has come to nothing.
     pub(super) fn discard(&self, given_up: Option<Arc<Session>>, why: &str) {
+        let failed = given_up.as_ref().map(|session| FailedAttempt {
+            peer: session.peer.clone(),
+            vm: Some(session.id),
+            why: why.to_owned(),
+        });
         self.free_vm(given_up, why);
         self.tell_phase();
+        if let Some(failed) = failed {
+            self.host.attempt_failed(&failed);
+        }
     }
 
     /// Frees the VM that was being received or held, and ends its lanes.

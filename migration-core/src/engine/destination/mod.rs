@@ -10,8 +10,10 @@ mod install;
 mod introduce;
 mod loss;
 pub(super) mod missing;
+mod one_attempt;
 mod options;
 pub(super) mod protection;
+mod queue;
 mod reserve;
 mod session;
 mod survive;
@@ -39,7 +41,11 @@ use protection::Protection;
 use reserve::Parked;
 use session::Session;
 
-pub use self::options::{ReceiveError, ReceiverOptions};
+pub use self::{
+    one_attempt::{AttemptError, OneAttempt},
+    options::{ReceiveError, ReceiverOptions},
+    queue::{ReceiverEvent, ReceiverQueue},
+};
 use super::{
     control::{ControlReader, ControlWriter},
     dirty_log,
@@ -150,7 +156,7 @@ impl Receiver {
     pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
         let hub = &self.hub;
         *lock(&hub.room) = listener.room();
-        let mut accepting = Accepting::new(hub);
+        let mut accepting = Accepting::new(hub.clone());
         let (begun, mut running_since) = (Instant::now(), None);
         let result = loop {
             if hub.stop.load(Ordering::Relaxed) {
@@ -176,24 +182,31 @@ impl Receiver {
                 break Err(error.into());
             }
         };
+        hub.close(&mut accepting);
+        result
+    }
+}
+
+impl Hub {
+    /// Closes all connections, discards the VM unless it is owned here, and waits for all threads.
+    fn close(&self, accepting: &mut Accepting) {
         let (session, owned) = {
-            let state = lock(&hub.state);
+            let state = lock(&self.state);
             (state.session.clone(), state.machine.phase() == DestinationPhase::Running)
         };
         match session {
             // pages that are missing stay so: nobody reads them as zeros
             Some(session) if owned => {
                 // a person may have decided on it just now
-                hub.notices.wait_open();
+                self.notices.wait_open();
                 session.close("the receiver has ended");
             }
             Some(session) => drop(session.discard("the receiver has ended")),
             None => {}
         }
-        lock(&hub.connections).end();
+        lock(&self.connections).end();
         accepting.join();
-        hub.join_watchers();
-        result
+        self.join_watchers();
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Session {
     pub(super) token: SessionToken,
     /// Which VM it is.
     pub(super) id: VmId,
+    /// The source's address.
+    pub(super) peer: String,
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
@@ -134,6 +136,7 @@ impl Drop for Loading<'_> {
 pub(super) struct Agreed {
     pub(super) token: SessionToken,
     pub(super) id: VmId,
+    pub(super) peer: String,
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
@@ -154,7 +157,7 @@ pub(super) struct Built {
 
 impl Session {
     pub(super) fn new(agreed: Agreed, built: Built, control: ControlWriter, closer: Arc<dyn Closer>) -> Self {
-        let Agreed { token, id, epoch, lanes, payload_crc, shared, grace } = agreed;
+        let Agreed { token, id, peer, epoch, lanes, payload_crc, shared, grace } = agreed;
         let Built { mut vm, pager, protection } = built;
         let count = usize::from(lanes);
         let ram = vm.vm().ram();
@@ -181,6 +184,7 @@ impl Session {
         Self {
             token,
             id,
+            peer,
             epoch,
             lanes,
             payload_crc,
