@@ -8,7 +8,7 @@ use std::{
 
 use migration_core::{
     GuestRam, HeapRam, PAGE_SIZE, PageRange, RamLayout, RamRegion, RamSlice,
-    page_map::PageMap,
+    page_map::{PageCopy, PageMap},
     pager::{Fault, Fill, Installed, Pager},
     shared_map::SharedPageMap,
     vm::VmError,
@@ -62,7 +62,7 @@ impl PlainPager {
         assert_eq!(left_behind, range.count, "pages that are not on the list");
         assert!(range.first % self.granule == 0 && range.count % self.granule == 0, "no whole blocks: {range:?}");
         let mut installed = Installed { pages: 0, duplicates: range.count };
-        let Some(mut claim) = map.claim(range).expect("nobody waits for so long") else { return installed };
+        let Some(mut claim) = map.claim(range, PageCopy::Source).expect("nobody waits for so long") else { return installed };
         for page in claim.runs().into_iter().flat_map(PageRange::pages) {
             let mut bytes = [0; PAGE_SIZE];
             if let Some(from) = from {

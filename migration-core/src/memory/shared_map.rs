@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     page::PageRange,
-    page_map::PageMap,
+    page_map::{PageCopy, PageMap},
     page_set::PageSet,
     patience::{Holder, PATIENCE, StillHeld, wait_until},
 };
@@ -53,7 +53,7 @@ impl SharedPageMap {
         look(&self.lock().map)
     }
 
-    /// Changes the map, before anybody has a claim.
+    /// Changes the map. A change that would take a page away from whoever has claimed it is not allowed.
     pub fn change<T>(&self, change: impl FnOnce(&mut PageMap) -> T) -> T {
         change(&mut self.lock().map)
     }
@@ -82,28 +82,31 @@ impl SharedPageMap {
         true
     }
 
-    /// Claims all of `range`; `None` unless every page of it is missing and unclaimed.
-    pub fn claim_whole(&self, range: PageRange) -> Option<Claim<'_>> {
-        self.take(&mut self.lock(), range, vec![range])
+    /// Claims all of `range` to install it from this copy; `None` unless every page of it is missing and
+    /// unclaimed, and this copy is current.
+    pub fn claim_whole(&self, range: PageRange, copy: PageCopy) -> Option<Claim<'_>> {
+        self.take(&mut self.lock(), range, copy, vec![range])
     }
 
-    /// Claims what is missing in `range` and nobody else has claimed, or the first thousand runs of it: the
-    /// lock is held for moments only. When others have claimed all that is missing there, it waits until they are done, for they may fail. Returns `None` when nothing
-    /// is missing in it any more.
+    /// Claims what is missing in `range`, can be installed from this copy, and nobody else has claimed,
+    /// or the first thousand runs of it: the lock is held for moments only. When others have claimed all
+    /// that is missing there, it waits until they are done, for they may fail. Returns `None` when
+    /// nothing in it is to be installed from this copy: the pages are there, or their newest content is
+    /// elsewhere by now (rule 2).
     ///
     /// Who calls this must hold no claim: two of them could wait for each other.
     ///
     /// # Errors
     /// Of kind `TimedOut`, when others have not come to an end within a minute: it names the threads.
-    pub fn claim(&self, range: PageRange) -> io::Result<Option<Claim<'_>>> {
+    pub fn claim(&self, range: PageRange, copy: PageCopy) -> io::Result<Option<Claim<'_>>> {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();
         loop {
-            let free: Vec<_> = state.map.unclaimed().ranges_in(range).take(MOST_RUNS).collect();
+            let free = state.map.free_runs(range, copy, MOST_RUNS);
             if !free.is_empty() {
-                return Ok(self.take(&mut state, range, free));
+                return Ok(self.take(&mut state, range, copy, free));
             }
-            if state.map.missing().first_in(range).is_none() {
+            if !state.map.is_claimed_in(range) {
                 return Ok(None);
             }
             state = match wait_until(&self.released, state, deadline) {
@@ -122,9 +125,13 @@ impl SharedPageMap {
     }
 
     /// Claims `runs`, which lie in `range`: one that may not be free, or several that are.
-    fn take(&self, state: &mut State, range: PageRange, runs: Vec<PageRange>) -> Option<Claim<'_>> {
+    fn take(&self, state: &mut State, range: PageRange, copy: PageCopy, runs: Vec<PageRange>) -> Option<Claim<'_>> {
         for &run in &runs {
-            state.map.claim(run).ok()?;
+            let claimed = match copy {
+                PageCopy::Source => state.map.claim(run),
+                PageCopy::Store(copy) => state.map.claim_stored(run, copy),
+            };
+            claimed.ok()?;
         }
         let number = state.next;
         state.next += 1;
@@ -201,6 +208,9 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::page_map::StoreCopy;
+
+    const SOURCE: PageCopy = PageCopy::Source;
 
     fn range(first: u64, count: u64) -> PageRange {
         PageRange::new(first, count)
@@ -216,26 +226,26 @@ mod tests {
     #[test]
     fn a_claim_takes_what_is_free_and_gives_back_what_it_did_not_install() {
         let record = missing(&[range(10, 20), range(40, 5)]);
-        let mut a = record.claim(range(15, 5)).unwrap().unwrap();
+        let mut a = record.claim(range(15, 5), SOURCE).unwrap().unwrap();
         assert_eq!(a.runs(), [range(15, 5)]);
-        assert!(record.claim_whole(range(10, 20)).is_none());
-        assert!(record.claim_whole(range(28, 4)).is_none());
-        let b = record.claim(range(0, 200)).unwrap().unwrap();
+        assert!(record.claim_whole(range(10, 20), SOURCE).is_none());
+        assert!(record.claim_whole(range(28, 4), SOURCE).is_none());
+        let b = record.claim(range(0, 200), SOURCE).unwrap().unwrap();
         assert_eq!(b.runs(), [range(10, 5), range(20, 10), range(40, 5)]);
         a.installed(range(15, 2));
         drop((a, b));
         assert_eq!(record.missing().len(), 23);
-        assert_eq!(record.claim(range(0, 30)).unwrap().unwrap().runs(), [range(10, 5), range(17, 13)]);
-        assert!(record.claim(range(15, 2)).unwrap().is_none());
-        assert!(record.claim_whole(range(17, 13)).is_some());
+        assert_eq!(record.claim(range(0, 30), SOURCE).unwrap().unwrap().runs(), [range(10, 5), range(17, 13)]);
+        assert!(record.claim(range(15, 2), SOURCE).unwrap().is_none());
+        assert!(record.claim_whole(range(17, 13), SOURCE).is_some());
     }
 
     #[test]
     fn who_finds_all_claimed_waits_for_the_outcome() {
         let record = missing(&[range(0, 2)]);
-        let mut first = record.claim_whole(range(0, 2)).unwrap();
+        let mut first = record.claim_whole(range(0, 2), SOURCE).unwrap();
         thread::scope(|scope| {
-            let second = scope.spawn(|| record.claim(range(0, 2)).unwrap().map(|claim| claim.runs()));
+            let second = scope.spawn(|| record.claim(range(0, 2), SOURCE).unwrap().map(|claim| claim.runs()));
             first.installed(range(0, 1));
             drop(first);
             assert_eq!(second.join().unwrap().unwrap(), [range(1, 1)]);
@@ -246,19 +256,19 @@ mod tests {
     fn a_wait_for_a_claim_ends_and_names_who_has_it() {
         let mut record = missing(&[range(0, 2), range(8, 4)]);
         record.patience = Duration::from_millis(1);
-        let others = record.claim_whole(range(8, 4)).unwrap();
+        let others = record.claim_whole(range(8, 4), SOURCE).unwrap();
         thread::scope(|scope| {
             let record = &record;
-            let hold = move || record.claim_whole(range(0, 2)).unwrap();
+            let hold = move || record.claim_whole(range(0, 2), SOURCE).unwrap();
             let claim = thread::Builder::new().name("mig-lane-3".into()).spawn_scoped(scope, hold).unwrap();
             let claim = claim.join().unwrap();
-            let error = record.claim(range(1, 1)).err().unwrap();
+            let error = record.claim(range(1, 1), SOURCE).err().unwrap();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             let text = error.to_string();
             assert!(text.contains("mig-lane-3 has had one for pages 0+2"), "{text}");
             assert!(!text.contains("8+4"), "{text}");
             drop(claim);
-            assert_eq!(record.claim(range(1, 1)).unwrap().unwrap().runs(), [range(1, 1)]);
+            assert_eq!(record.claim(range(1, 1), SOURCE).unwrap().unwrap().runs(), [range(1, 1)]);
         });
         drop(others);
         assert!(record.lock().claims.is_empty());
@@ -267,10 +277,31 @@ mod tests {
     #[test]
     fn a_fault_during_an_installation_is_told_to_the_installer() {
         let record = missing(&[range(0, 8)]);
-        let claim = record.claim_whole(range(0, 4)).unwrap();
+        let claim = record.claim_whole(range(0, 4), SOURCE).unwrap();
         assert!(record.touched(2) && record.touched(6));
         assert!(!record.touched(9));
         assert_eq!(claim.finish(), [range(0, 4)]);
-        assert!(record.claim_whole(range(0, 8)).unwrap().finish().is_empty());
+        assert!(record.claim_whole(range(0, 8), SOURCE).unwrap().finish().is_empty());
+    }
+
+    #[test]
+    fn a_claim_is_for_one_copy() {
+        let record = missing(&[range(0, 30)]);
+        let copy = |generation| StoreCopy { entry: 0, generation };
+        record.change(|map| {
+            map.located(range(0, 10), copy(1), true);
+            map.located(range(10, 10), copy(2), false);
+        });
+        let store = |generation| PageCopy::Store(copy(generation));
+        // the source's copy does for what is at the source, or held there
+        let from_source = record.claim(range(0, 30), SOURCE).unwrap().unwrap();
+        assert_eq!(from_source.runs(), [range(0, 10), range(20, 10)]);
+        assert_eq!(record.claim(range(10, 10), store(1)).unwrap().map(|claim| claim.runs()), None);
+        let stored = record.claim(range(10, 10), store(2)).unwrap().unwrap();
+        assert_eq!(stored.runs(), [range(10, 10)]);
+        drop((from_source, stored));
+        assert!(record.claim_whole(range(5, 10), SOURCE).is_none(), "half of it is only in the store");
+        assert!(record.claim_whole(range(5, 5), store(2)).is_none());
+        assert!(record.claim_whole(range(5, 5), store(1)).is_some());
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use migration_core::{
     GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
+    page_map::PageCopy,
     pager::{Fault, Fill, Installed, Pager},
     shared_map::SharedPageMap,
     vm::VmError,
@@ -120,7 +121,7 @@ impl HeapPager {
         let ram: &dyn GuestRam = &*self.ram;
         let mut installed = Installed { pages: 0, duplicates: range.count };
         let map = self.lock().map.clone().expect("it is armed");
-        let Some(mut claim) = map.claim(range).unwrap() else {
+        let Some(mut claim) = map.claim(range, PageCopy::Source).unwrap() else {
             self.lock().duplicates += range.count;
             return installed;
         };

@@ -21,7 +21,7 @@ use std::{
 
 use migration_core::{
     GuestRam, PageRange, PageSet,
-    page_map::PageMap,
+    page_map::{PageCopy, PageMap},
     pager::{Fault, Fill, Installed, Pager},
     shared_map::{Claim, SharedPageMap},
     vm::VmError,
@@ -191,7 +191,7 @@ impl UserFaultPager {
         mut work: impl FnMut(&mut Claim<'_>) -> io::Result<u64>,
     ) -> io::Result<Installed> {
         let (map, mut pages) = (self.map(), 0);
-        while let Some(mut claim) = map.claim(range)? {
+        while let Some(mut claim) = map.claim(range, PageCopy::Source)? {
             let claimed: u64 = claim.runs().iter().map(|run| run.count).sum();
             let worked = work(&mut claim);
             self.finish(claim)?;
@@ -210,7 +210,7 @@ impl UserFaultPager {
             return None;
         }
         let map = self.map();
-        let mut claim = map.claim_whole(range)?;
+        let mut claim = map.claim_whole(range, PageCopy::Source)?;
         let hidden = self.pages.hidden(range)?;
         if let Err(error) = fill(&hidden) {
             // what is half filled goes before the claim does. If it cannot, it stays hidden, and is overwritten.

@@ -345,7 +345,11 @@ impl Missing {
 pub(in crate::engine) mod tests {
     use super::*;
     use crate::{
-        GuestRam, HeapRam, RamRegion, RamSlice, checkpoint::MemoryStore, page_map::PageMap, pager::Fill, vm::VmError,
+        GuestRam, HeapRam, RamRegion, RamSlice,
+        checkpoint::MemoryStore,
+        page_map::{PageCopy, PageMap},
+        pager::Fill,
+        vm::VmError,
         wire::Header,
     };
 
@@ -454,7 +458,7 @@ pub(in crate::engine) mod tests {
 
     /// These pages are installed.
     pub(in crate::engine) fn arrived(map: &SharedPageMap, range: PageRange) {
-        if let Some(mut claim) = map.claim(range).unwrap() {
+        if let Some(mut claim) = map.claim(range, PageCopy::Source).unwrap() {
             claim.runs().into_iter().for_each(|run| claim.installed(run));
         }
     }

@@ -1,0 +1,512 @@
+//! What happens to pages that are in stores, or on their way into one.
+
+use super::{Copies, MapError, PageCopy, PageMap, StoreCopy, all_in, first_not_in};
+use crate::memory::{page::PageRange, page_set::PageSet};
+
+/// Pages that are next to each other and have the same copy in a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocatedRun {
+    /// The pages.
+    pub pages: PageRange,
+    /// Their copy.
+    pub copy: StoreCopy,
+    /// Whether the source has their content in RAM, too.
+    pub held: bool,
+}
+
+/// What it means that an entry of the store table has lost pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntryLoss {
+    /// Pages whose location was the entry, and that are now at their source: it held them.
+    pub at_source: PageSet,
+    /// Pages that are in no RAM, and so can come from the entry only.
+    pub only_there: PageSet,
+}
+
+/// Queries.
+impl PageMap {
+    /// Returns the copy of `page` that is current, if a store has one. The page may be in RAM as well.
+    pub fn copy(&self, page: u64) -> Option<StoreCopy> {
+        self.copies.get(page)
+    }
+
+    /// Returns all pages that have a current copy in a store, those that are in RAM as well among them.
+    pub fn with_copies(&self) -> &PageSet {
+        self.copies.pages()
+    }
+
+    /// Returns the pages whose location is a store.
+    pub fn in_store(&self) -> &PageSet {
+        &self.in_store
+    }
+
+    /// Returns the pages whose location is a store and that nobody has claimed.
+    pub fn unfetched(&self) -> &PageSet {
+        &self.unfetched
+    }
+
+    /// Returns how many pages have the location `Source`.
+    pub fn at_source(&self) -> u64 {
+        self.missing.len() - self.in_store.len()
+    }
+
+    /// Returns the pages whose location is `Source`.
+    pub fn source_pages(&self) -> PageSet {
+        let mut pages = self.missing.clone();
+        pages.subtract(&self.in_store);
+        pages
+    }
+
+    /// Returns whether the source has the content of the missing `page` in RAM.
+    pub fn is_held(&self, page: u64) -> bool {
+        self.missing.contains(page) && (!self.in_store.contains(page) || self.held.contains(page))
+    }
+
+    /// Returns the pages that somebody is putting into a store.
+    pub fn being_put(&self) -> &PageSet {
+        self.puts.pages()
+    }
+
+    /// Returns the numbers of the entries that have a current copy of some page, ascending.
+    pub fn entries(&self) -> Vec<u8> {
+        self.copies.entries().map(|(entry, _)| entry).collect()
+    }
+
+    /// Returns the pages that have a current copy in this entry.
+    pub fn pages_of(&self, entry: u8) -> PageSet {
+        self.copies.of_entry(entry)
+    }
+
+    /// Returns the entries on which a held page depends: they have to be intact before the source may
+    /// free its RAM (rule 17).
+    pub fn depends_on(&self) -> Vec<u8> {
+        let depends = |pages: &PageSet| {
+            let mut held = pages.clone();
+            held.intersect_with(&self.held);
+            !held.is_empty()
+        };
+        self.copies.entries().filter(|(_, pages)| depends(pages)).map(|(entry, _)| entry).collect()
+    }
+
+    /// Returns whether the entry has lost pages.
+    pub fn has_lost(&self, entry: u8) -> bool {
+        self.lost.contains(&entry)
+    }
+
+    /// Returns the pages that are in a store and whose location, or whether they are held, the
+    /// destination was not told in its last state (rule 16).
+    pub fn unannounced(&self) -> &PageSet {
+        &self.unannounced
+    }
+
+    /// Returns in which stores `pages` are: those of one entry, ascending, then those of the next. Pages
+    /// without a copy are left out.
+    pub fn located_runs(&self, pages: &PageSet) -> Vec<LocatedRun> {
+        let mut runs = Vec::new();
+        for (_, of_entry) in self.copies.entries() {
+            let mut wanted = of_entry.clone();
+            wanted.intersect_with(pages);
+            for range in wanted.ranges() {
+                for (run, copy) in self.copies.runs_in(range) {
+                    self.split_by_held(run, copy, &mut runs);
+                }
+            }
+        }
+        runs
+    }
+
+    fn split_by_held(&self, run: PageRange, copy: StoreCopy, runs: &mut Vec<LocatedRun>) {
+        let holds = |page| self.here.contains(page) || self.held.contains(page);
+        let mut first = run.first;
+        while first < run.end() {
+            let held = holds(first);
+            let same = (first..run.end()).take_while(|&page| holds(page) == held);
+            let pages = PageRange::new(first, same.count() as u64);
+            runs.push(LocatedRun { pages, copy, held });
+            first = pages.end();
+        }
+    }
+
+    /// Returns the runs of `within`, at most so many, that [`claim`](Self::claim) or
+    /// [`claim_stored`](Self::claim_stored) would take for this copy. Ascending.
+    pub fn free_runs(&self, within: PageRange, copy: PageCopy, most: usize) -> Vec<PageRange> {
+        match copy {
+            PageCopy::Source if self.in_store.first_in(within).is_none() => {
+                self.unclaimed.ranges_in(within).take(most).collect()
+            }
+            PageCopy::Source => self.free_from_source().ranges_in(within).take(most).collect(),
+            PageCopy::Store(copy) => {
+                let runs = self.unfetched.ranges_in(within).flat_map(|run| self.copies.runs_in(run));
+                runs.filter(|&(_, other)| other == copy).map(|(run, _)| run).take(most).collect()
+            }
+        }
+    }
+
+    /// Returns whether somebody has claimed a missing page of `within`.
+    pub fn is_claimed_in(&self, within: PageRange) -> bool {
+        let free = |run| {
+            let sets = [&self.unclaimed, &self.unfetched, self.puts.pages()];
+            sets.into_iter().map(|set| set.count_in(run)).sum::<u64>()
+        };
+        self.missing.ranges_in(within).any(|run| free(run) < run.count)
+    }
+
+    /// Returns the missing pages that nobody has claimed and of which the source has the newest content.
+    pub(super) fn free_from_source(&self) -> PageSet {
+        let mut free = self.unfetched.clone();
+        free.intersect_with(&self.held);
+        free.union_with(&self.unclaimed);
+        free
+    }
+
+    /// Returns the pages of `around` that the source can send although they may be in a store, or on
+    /// their way into one.
+    pub(super) fn answerable(&self, around: PageRange) -> PageSet {
+        let mut free = self.free_from_source();
+        for run in self.puts.pages().ranges_in(around) {
+            self.missing.ranges_in(run).for_each(|run| free.insert_range(run));
+        }
+        free
+    }
+
+    pub(super) fn with_copy(&self, pages: &PageSet) -> PageSet {
+        let mut both = pages.clone();
+        both.intersect_with(self.copies.pages());
+        both
+    }
+
+    /// Returns the runs of `range` that are at their source and that nobody puts into a store.
+    fn source_runs(&self, range: PageRange) -> Vec<PageRange> {
+        let mut runs = Vec::new();
+        for run in self.missing.ranges_in(range) {
+            let mut at = run.first;
+            while at < run.end() {
+                let rest = PageRange::new(at, run.end() - at);
+                let others = [&self.in_store, self.puts.pages()];
+                let next = others.iter().filter_map(|set| set.first_in(rest)).min().unwrap_or(run.end());
+                if next > at {
+                    runs.push(PageRange::new(at, next - at));
+                }
+                let other = others.iter().find_map(|set| set.run_at(next, run.end().saturating_sub(next)));
+                at = other.map_or(run.end(), PageRange::end);
+            }
+        }
+        runs
+    }
+}
+
+/// Puts, and what the destination is told of them.
+impl PageMap {
+    /// Somebody is about to put `pages` into a store, as `copy`. Until the put has ended nobody else
+    /// puts them, and no push order chooses them; a demand is answered all the same (rule 1).
+    ///
+    /// # Errors
+    /// [`MapError::CannotBePut`], unless every page is `Here`, or at its source and unclaimed; and
+    /// [`MapError::EntryLost`].
+    pub fn put_started(&mut self, pages: PageRange, copy: StoreCopy) -> Result<(), MapError> {
+        if self.lost.contains(&copy.entry) {
+            return Err(MapError::EntryLost(copy.entry));
+        }
+        let mut at = pages.first;
+        while at < pages.end() {
+            let rest = pages.end() - at;
+            let run = self.here.run_at(at, rest).or_else(|| self.unclaimed.run_at(at, rest));
+            let Some(run) = run else { return Err(MapError::CannotBePut(at)) };
+            if let Some(page) = self.puts.pages().first_in(run) {
+                return Err(MapError::CannotBePut(page));
+            }
+            at = run.end();
+        }
+        self.puts.set(pages, copy);
+        self.unclaimed.remove_range(pages);
+        Ok(())
+    }
+
+    /// All stores of the entry have acknowledged `copy` of `pages`. It counts for the pages that are
+    /// still claimed for this put (rule 10): those were neither written nor demanded meanwhile. Returns
+    /// them; they are in the store, held, and not announced yet.
+    pub fn put_done(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
+        if self.lost.contains(&copy.entry) {
+            return Vec::new();
+        }
+        let runs = Self::of_put(&self.puts, pages, copy);
+        for &run in &runs {
+            self.puts.remove(run);
+            self.copies.set(run, copy);
+            let missing: Vec<_> = self.missing.ranges_in(run).collect();
+            for run in missing {
+                for set in [&mut self.in_store, &mut self.held, &mut self.unfetched] {
+                    set.insert_range(run);
+                }
+            }
+            self.unsent.remove_range(run);
+            self.delivered.remove_range(run);
+            self.unannounced.insert_range(run);
+        }
+        runs
+    }
+
+    /// A put of `copy` has failed, or its outcome is unknown. Returns the pages that were still claimed
+    /// for it: they can be claimed again (rule 1).
+    pub fn put_failed(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
+        let runs = Self::of_put(&self.puts, pages, copy);
+        for &run in &runs {
+            self.puts.remove(run);
+            let missing: Vec<_> = self.missing.ranges_in(run).collect();
+            missing.into_iter().for_each(|run| self.unclaimed.insert_range(run));
+        }
+        runs
+    }
+
+    fn of_put(puts: &Copies, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
+        puts.runs_in(pages).filter(|&(_, other)| other == copy).map(|(run, _)| run).collect()
+    }
+
+    /// The destination was told where `pages` are.
+    pub fn announced(&mut self, pages: &PageSet) {
+        self.unannounced.subtract(pages);
+        let known = self.with_copy(pages);
+        self.never_claimed.subtract(&known);
+    }
+
+    /// A new attempt begins, or what was sent before *run* may be lost: the destination was told
+    /// nothing, and has no page (rule 18).
+    pub fn nothing_announced(&mut self) {
+        self.delivered.clear();
+        self.unannounced.clone_from(self.copies.pages());
+    }
+}
+
+/// Locations at the destination.
+impl PageMap {
+    /// The source says that `pages` are in a store. Before the hand-over that replaces whatever the
+    /// destination has of them. From the hand-over on it changes only pages that are at their source
+    /// (rule 2), and of an entry that has lost pages only those that are not held. Returns the pages
+    /// that it has changed: who waits for one of them is to ask the store.
+    pub fn located(&mut self, pages: PageRange, copy: StoreCopy, held: bool) -> Vec<PageRange> {
+        let end = pages.end().min(self.pages());
+        let pages = PageRange::new(pages.first, end.saturating_sub(pages.first));
+        let runs = if !self.handed_over {
+            self.forget_locations(pages);
+            self.here.remove_range(pages);
+            self.missing.insert_range(pages);
+            self.unfetched.insert_range(pages);
+            vec![pages]
+        } else if held && self.lost.contains(&copy.entry) {
+            Vec::new()
+        } else {
+            self.source_runs(pages)
+        };
+        for &run in &runs {
+            self.copies.set(run, copy);
+            self.in_store.insert_range(run);
+            if held {
+                self.held.insert_range(run);
+            }
+            let unclaimed: Vec<_> = self.unclaimed.ranges_in(run).collect();
+            for run in unclaimed {
+                self.unclaimed.remove_range(run);
+                self.unfetched.insert_range(run);
+            }
+        }
+        runs
+    }
+
+    /// Somebody is about to install `pages` from this copy, which a store has handed out.
+    ///
+    /// # Errors
+    /// [`MapError::NotFree`], also if the newest content is elsewhere by now.
+    pub fn claim_stored(&mut self, pages: PageRange, copy: StoreCopy) -> Result<(), MapError> {
+        let other = self.copies.runs_in(pages).filter(|&(_, other)| other != copy).map(|(run, _)| run.first);
+        let wrong = other.chain(first_not_in(pages, &self.unfetched)).min();
+        if let Some(page) = wrong {
+            return Err(MapError::NotFree(page));
+        }
+        self.unfetched.remove_range(pages);
+        Ok(())
+    }
+
+    /// The VM needs its source no more: no page is held. Whoever asks for a page from now on asks a
+    /// store (rule 17).
+    ///
+    /// # Errors
+    /// [`MapError::AtSource`].
+    pub fn released(&mut self) -> Result<(), MapError> {
+        all_in(&self.missing, &self.in_store).map_err(MapError::AtSource)?;
+        self.held.clear();
+        Ok(())
+    }
+}
+
+/// Evictions, and losses.
+impl PageMap {
+    /// The owner has dropped `pages` from RAM: they are only in the stores that have their copies.
+    ///
+    /// # Errors
+    /// [`MapError::NoCopy`], unless every page is `Here` and has a copy, and nobody puts it.
+    pub fn evicted(&mut self, pages: PageRange) -> Result<(), MapError> {
+        let wrong = [first_not_in(pages, &self.here), first_not_in(pages, self.copies.pages())];
+        let wrong = wrong.into_iter().chain([self.puts.pages().first_in(pages)]).flatten().min();
+        if let Some(page) = wrong {
+            return Err(MapError::NoCopy(page));
+        }
+        self.here.remove_range(pages);
+        self.unsent.remove_range(pages);
+        for set in [&mut self.missing, &mut self.in_store, &mut self.unfetched] {
+            set.insert_range(pages);
+        }
+        self.held_has_changed(pages);
+        Ok(())
+    }
+
+    /// Claimed `pages` were read back from their stores: they are `Here`, and their copies are current
+    /// until the guest writes them.
+    ///
+    /// # Errors
+    /// [`MapError::NotClaimed`] and [`MapError::NoCopy`].
+    pub fn returned(&mut self, pages: PageRange) -> Result<(), MapError> {
+        self.all_claimed(pages)?;
+        first_not_in(pages, &self.in_store).map_or(Ok(()), |page| Err(MapError::NoCopy(page)))?;
+        for set in [&mut self.missing, &mut self.in_store, &mut self.held] {
+            set.remove_range(pages);
+        }
+        self.here.insert_range(pages);
+        self.held_has_changed(pages);
+        Ok(())
+    }
+
+    fn held_has_changed(&mut self, pages: PageRange) {
+        self.unannounced.insert_range(pages);
+        for run in self.delivered.ranges_in(pages) {
+            self.unannounced.remove_range(run);
+        }
+    }
+
+    /// The entry has lost pages, or may have (rules 11 and 13). Its copies of pages that are in RAM
+    /// count no more: pages that the source holds are at their `Source` again, and pages that are `Here`
+    /// are unsent. Puts into it are given up, and none begins any more.
+    pub fn entry_lost(&mut self, entry: u8) -> EntryLoss {
+        self.lost.insert(entry);
+        let puts = self.puts.of_entry(entry);
+        self.puts.remove_all(&puts);
+        let mut free = puts;
+        free.intersect_with(&self.missing);
+        self.unclaimed.union_with(&free);
+
+        let pages = self.copies.of_entry(entry);
+        let mut only_there = pages.clone();
+        only_there.intersect_with(&self.in_store);
+        only_there.subtract(&self.held);
+        let mut at_source = pages.clone();
+        at_source.intersect_with(&self.held);
+        let mut unsent = pages;
+        unsent.subtract(&self.in_store);
+        let mut gone = unsent.clone();
+        gone.union_with(&at_source);
+        unsent.subtract(&self.delivered);
+        unsent.subtract(&self.left_behind);
+        self.unsent.union_with(&unsent);
+        self.copies.remove_all(&gone);
+        self.unannounced.subtract(&gone);
+        self.delivered.subtract(&gone);
+        let mut unclaimed = at_source.clone();
+        unclaimed.intersect_with(&self.unfetched);
+        self.unclaimed.union_with(&unclaimed);
+        for set in [&mut self.in_store, &mut self.unfetched, &mut self.held] {
+            set.subtract(&at_source);
+        }
+        EntryLoss { at_source, only_there }
+    }
+
+    /// The destination has asked for `pages` once more, while the link is there. The source sends them
+    /// again, or says once more in which store they are.
+    ///
+    /// # Errors
+    /// [`MapError::NotLeftBehind`].
+    pub fn lacks(&mut self, pages: &PageSet) -> Result<(), MapError> {
+        self.may_lack(pages)?;
+        self.sent_again(pages);
+        Ok(())
+    }
+
+    /// Checks that the source can send `pages`, or say where they are.
+    pub(super) fn may_lack(&self, pages: &PageSet) -> Result<(), MapError> {
+        let mut can_come = self.left_behind.clone();
+        if !self.in_store.is_empty() {
+            let mut only_in_store = self.in_store.clone();
+            only_in_store.subtract(&self.held);
+            can_come.subtract(&only_in_store);
+        }
+        all_in(pages, &can_come).map_err(MapError::NotLeftBehind)
+    }
+
+    pub(super) fn sent_again(&mut self, pages: &PageSet) {
+        let mut stored = pages.clone();
+        stored.intersect_with(&self.in_store);
+        self.unannounced.union_with(&stored);
+        self.unfetched.union_with(&stored);
+        let mut at_source = pages.clone();
+        at_source.subtract(&stored);
+        if !self.puts.pages().is_empty() {
+            let mut puts = self.puts.pages().clone();
+            puts.intersect_with(&self.missing);
+            at_source.subtract(&puts);
+        }
+        self.drop_copies(&at_source);
+        self.here.subtract(&at_source);
+        self.missing.union_with(&at_source);
+        self.unclaimed.union_with(&at_source);
+    }
+}
+
+/// Parts of other changes.
+impl PageMap {
+    /// Pages of which no copy is current any more, wherever they are now.
+    pub(super) fn drop_copies(&mut self, pages: &PageSet) {
+        if self.copies.pages().is_empty() && self.puts.pages().is_empty() {
+            return;
+        }
+        self.copies.remove_all(pages);
+        self.puts.remove_all(pages);
+        self.unannounced.subtract(pages);
+        self.delivered.subtract(pages);
+    }
+
+    /// Pages that are in no store any more.
+    pub(super) fn forget_copies(&mut self, pages: PageRange) {
+        if self.copies.pages().first_in(pages).is_none() {
+            return;
+        }
+        self.copies.remove(pages);
+        let sets =
+            [&mut self.in_store, &mut self.unfetched, &mut self.held, &mut self.unannounced, &mut self.delivered];
+        sets.into_iter().for_each(|set| set.remove_range(pages));
+    }
+
+    /// Pages that are not missing any more, and in no store.
+    pub(super) fn forget_locations(&mut self, pages: PageRange) {
+        self.forget_copies(pages);
+        self.puts.remove(pages);
+        self.missing.remove_range(pages);
+        self.unclaimed.remove_range(pages);
+    }
+
+    /// At the hand-over: pages with a copy are missing, unless the destination has them. Those that were
+    /// `Here` are held.
+    pub(super) fn leave_in_stores(&mut self) {
+        if self.copies.pages().is_empty() {
+            return;
+        }
+        let mut stored = self.copies.pages().clone();
+        stored.subtract(&self.delivered);
+        self.unsent.subtract(&stored);
+        self.left_behind.union_with(&stored);
+        let mut held = stored;
+        held.intersect_with(&self.here);
+        self.here.subtract(&held);
+        self.puts.remove_all(&held);
+        for set in [&mut self.missing, &mut self.in_store, &mut self.unfetched, &mut self.held] {
+            set.union_with(&held);
+        }
+    }
+}
