@@ -1,4 +1,4 @@
-//! AEADs behind one trait, so that a machine's best implementation can be chosen.
+//! The trait for AEAD ciphers (authenticated encryption with associated data) and its back-ends.
 
 #[cfg(feature = "accelerated")]
 #[allow(unsafe_code, reason = "calls a C library")]
@@ -16,48 +16,52 @@ pub use rust_crypto::RustCrypto;
 
 use crate::Suite;
 
-/// Bytes of a nonce, in every suite.
+/// The length of a nonce in bytes, the same in every suite.
 pub const NONCE_LEN: usize = 12;
-/// Bytes of a tag, in every suite.
+/// The length of a tag in bytes, the same in every suite.
 pub const TAG_LEN: usize = 16;
 
-/// Why an AEAD did not do what it was asked. It says no more: whoever forged the data must not learn how close they came.
+/// The error of a failed cipher operation. It gives no details, so that an attacker learns nothing
+/// from it.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the data is not what was sealed under this key")]
 pub struct AeadError;
 
-/// An implementation of every [`Suite`].
+/// A back-end: an implementation of every [`Suite`].
 pub trait Backend: Send + Sync {
-    /// Its name, for reports.
+    /// Returns the name of the back-end, for reports.
     fn name(&self) -> &'static str;
 
-    /// Makes a key ready for use; `key` has [`Suite::key_len`] bytes.
+    /// Prepares `key` for use. `key` must have [`Suite::key_len`] bytes.
     ///
     /// # Errors
-    /// When it has another length.
+    /// Fails if `key` has another length.
     fn key(&self, suite: Suite, key: &[u8]) -> Result<Box<dyn AeadKey>, AeadError>;
 }
 
-/// A key that is ready for use. It is erased from memory when dropped.
+/// A key that is ready for use. Implementations erase it from memory when it is dropped.
 pub trait AeadKey: Send + Sync {
-    /// Encrypts `data` in place, and returns the tag that authenticates it and `aad`. The caller sees to it that no nonce
-    /// comes twice.
+    /// Encrypts `data` in place and returns the tag that authenticates `data` and `aad`. The caller
+    /// must never use a nonce twice under one key.
     ///
     /// # Errors
-    /// When `data` is longer than the suite can seal, tens of GiB.
+    /// Fails if `data` is longer than the suite can seal (tens of GiB).
     fn seal(&self, nonce: &[u8; NONCE_LEN], aad: &[u8], data: &mut [u8]) -> Result<[u8; TAG_LEN], AeadError>;
 
-    /// Checks and decrypts in place. `sealed` is what was sealed, then its tag, whose place keeps no plaintext.
+    /// Authenticates and decrypts `sealed` in place. `sealed` is the ciphertext followed by its
+    /// tag. The plaintext replaces the ciphertext; the last [`TAG_LEN`] bytes never hold plaintext.
     ///
     /// # Errors
-    /// When anything about it, `aad` or the nonce is not as it was sealed. What `sealed` then holds must not be used.
+    /// Fails if the ciphertext, the tag, `aad` or the nonce differs from what was sealed. The
+    /// content of `sealed` must not be used after an error.
     fn open(&self, nonce: &[u8; NONCE_LEN], aad: &[u8], sealed: &mut [u8]) -> Result<(), AeadError>;
 
-    /// As [`seal`](AeadKey::seal), of guest memory, which may change at any time, into `to`, which has its length. Each
-    /// byte of guest memory is read once: what is encrypted and what is authenticated are the same.
+    /// Encrypts guest memory into `to` and returns the tag, like [`seal`](AeadKey::seal). `from`
+    /// and `to` must have the same length. The guest may write to `from` meanwhile: each byte of it
+    /// is read once, so the bytes that are encrypted are the bytes that are authenticated.
     ///
     /// # Errors
-    /// As `seal`, and when the lengths differ. What `to` then holds may be plaintext.
+    /// Fails like `seal`, and if the lengths differ. `to` may hold plaintext after an error.
     fn seal_from(
         &self,
         nonce: &[u8; NONCE_LEN],
@@ -72,11 +76,12 @@ pub trait AeadKey: Send + Sync {
         self.seal(nonce, aad, to)
     }
 
-    /// As [`open`](AeadKey::open), into guest memory of the length of what was sealed.
+    /// Authenticates `sealed` and decrypts it into guest memory, like [`open`](AeadKey::open). `to`
+    /// must be [`TAG_LEN`] bytes shorter than `sealed`.
     ///
     /// # Errors
-    /// As `open`, and when the lengths differ. `to` then holds what it held, zeros, or any mixture: never what was not
-    /// authentic.
+    /// Fails like `open`, and if the lengths do not fit. After an error `to` holds its earlier
+    /// content, zeros, or a mixture of both, but never data that failed authentication.
     fn open_into(
         &self,
         nonce: &[u8; NONCE_LEN],
@@ -93,7 +98,7 @@ pub trait AeadKey: Send + Sync {
     }
 }
 
-/// The fastest back-end of this build.
+/// Returns the fastest back-end of this build.
 pub fn best() -> &'static dyn Backend {
     #[cfg(feature = "accelerated")]
     return &Accelerated;

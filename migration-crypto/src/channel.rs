@@ -1,4 +1,4 @@
-//! The two directions of a channel, in records.
+//! The two halves of a secure channel, which write and read records.
 
 use std::{
     io, mem,
@@ -21,9 +21,9 @@ use crate::{
     record::{HEADER_LEN, MAX_PLAINTEXT, MIN_PLAINTEXT, OVERHEAD, RecordError, RecordOpener, RecordSealer},
 };
 
-/// How long the closing record of a writer that is dropped may wait for room in the link. A link that is stuck for longer
-/// is as good as cut, and is told so.
-const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
+/// The longest time that the closing record of a dropped writer may wait for room in the link. If
+/// it takes longer, no closing record is sent and the peer reports a cut link.
+const CLOSING_TIMEOUT: Duration = Duration::from_millis(200);
 
 impl From<RecordError> for io::Error {
     fn from(error: RecordError) -> Self {
@@ -35,21 +35,23 @@ impl From<RecordError> for io::Error {
     }
 }
 
-/// Pieces of guest memory of so many bytes and more have records of their own, which the cipher writes and reads without a
-/// further copy. Smaller ones share records: each costs some calls and 24 bytes.
-const DIRECT: usize = 32 << 10;
-/// Room for small records beside a large one, all of which are sent by one call.
-const BESIDE: usize = 4 << 10;
+/// The smallest size in bytes of a piece of guest memory that gets records of its own. The cipher
+/// reads and writes such pieces without a further copy. Smaller pieces share records, because each
+/// record costs a few calls and 24 bytes.
+const OWN_RECORD_MIN: usize = 32 << 10;
+/// The room in bytes for small records that are sent with a large one by one call.
+const SMALL_RECORDS_ROOM: usize = 4 << 10;
 
-/// Seals what is written: guest memory straight into a record, or by way of one copy where a record takes several pieces.
+/// The writing half: seals data into records and sends them. A large piece of guest memory is
+/// sealed directly; small pieces are copied into a common record first.
 pub(crate) struct SecureWriter {
     inner: Box<dyn WriteHalf>,
     sealer: RecordSealer,
-    /// Records that are not sent yet, up to `filled`; keeps its memory.
+    /// Records that are not sent yet, up to `filled`. The buffer is reused.
     records: Vec<u8>,
     filled: usize,
-    /// Most bytes of plaintext in a record.
-    most: usize,
+    /// The largest plaintext of a record in bytes.
+    max_plaintext: usize,
     /// Whether a closing record can still be sent.
     healthy: bool,
     closed: Arc<AtomicBool>,
@@ -62,27 +64,30 @@ impl SecureWriter {
         record_bytes: usize,
         closed: Arc<AtomicBool>,
     ) -> Self {
-        let most = record_bytes.clamp(MIN_PLAINTEXT, MAX_PLAINTEXT);
-        Self { inner, sealer, records: Vec::new(), filled: 0, most, healthy: true, closed }
+        let max_plaintext = record_bytes.clamp(MIN_PLAINTEXT, MAX_PLAINTEXT);
+        Self { inner, sealer, records: Vec::new(), filled: 0, max_plaintext, healthy: true, closed }
     }
 
-    /// Sends an empty record: proves that this side has the keys, or says that nothing follows.
+    /// Sends an empty record. The first one proves that this side has the keys. One with `last` set
+    /// closes this direction of the channel.
     pub(crate) fn send_empty(&mut self, last: bool) -> io::Result<()> {
         self.healthy = false;
-        let record = self.room(0)?;
+        let record = self.reserve(0)?;
         self.sealer.seal(&mut self.records[record], last)?;
         self.flush()?;
         self.healthy = !last;
         Ok(())
     }
 
-    /// Makes room for a record of `len` bytes behind those that are not sent yet, which it sends if need be: where it is.
-    fn room(&mut self, len: usize) -> io::Result<Range<usize>> {
-        if self.filled > 0 && self.filled + len + OVERHEAD > self.most + OVERHEAD + BESIDE {
+    /// Reserves the place of a record with `len` bytes of plaintext after the records that are not
+    /// sent yet, and returns its range in `records`. Sends these records first if there is not
+    /// enough room.
+    fn reserve(&mut self, len: usize) -> io::Result<Range<usize>> {
+        if self.filled > 0 && self.filled + len + OVERHEAD > self.max_plaintext + OVERHEAD + SMALL_RECORDS_ROOM {
             self.flush()?;
         }
         let record = self.filled..self.filled + len + OVERHEAD;
-        // never shortened: what is there from before is overwritten, and only growth has to be filled
+        // never shortened: old content is overwritten anyway, and only growth has to be initialized
         if self.records.len() < record.end {
             self.records.resize(record.end, 0);
         }
@@ -96,44 +101,46 @@ impl SecureWriter {
     }
 }
 
-/// What is to be written, from its beginning on.
-struct Rest<'a, S> {
+/// The part of a write that is not sealed yet.
+struct Unsealed<'a, S> {
     head: &'a [u8],
-    /// The present piece; not empty.
+    /// The current piece of guest memory; never empty.
     slice: Option<RamSlice<'a>>,
     slices: S,
 }
 
-impl<'a, S: Iterator<Item = RamSlice<'a>>> Rest<'a, S> {
+impl<'a, S: Iterator<Item = RamSlice<'a>>> Unsealed<'a, S> {
     fn new(head: &'a [u8], mut slices: S) -> Self {
         let slice = slices.find(|slice| !slice.is_empty());
         Self { head, slice, slices }
     }
 
-    /// At most `most` bytes of guest memory that come next and get a record of their own.
-    fn direct(&mut self, most: usize) -> Option<RamSlice<'a>> {
-        let slice = self.slice.filter(|slice| self.head.is_empty() && slice.len() >= DIRECT)?.take(most);
-        self.pass(slice.len());
+    /// Takes up to `max` bytes of guest memory, if the next piece is large enough for a record of
+    /// its own.
+    fn take_large(&mut self, max: usize) -> Option<RamSlice<'a>> {
+        let slice = self.slice.filter(|slice| self.head.is_empty() && slice.len() >= OWN_RECORD_MIN)?.take(max);
+        self.advance(slice.len());
         Some(slice)
     }
 
-    /// Bytes, at most `most`, that come before the next piece with a record of its own.
-    fn gathered(&self, most: usize) -> usize
+    /// Returns how many bytes, at most `max`, come before the next piece that gets a record of its
+    /// own.
+    fn small_len(&self, max: usize) -> usize
     where
         S: Clone,
     {
         let mut sum = self.head.len();
-        let small = |slice: &RamSlice<'_>| slice.len() < DIRECT;
+        let small = |slice: &RamSlice<'_>| slice.len() < OWN_RECORD_MIN;
         for slice in self.slice.into_iter().chain(self.slices.clone()).take_while(small) {
-            if sum >= most {
+            if sum >= max {
                 break;
             }
             sum += slice.len();
         }
-        sum.min(most)
+        sum.min(max)
     }
 
-    /// Copies what comes next.
+    /// Copies the next bytes into `to` and takes them out.
     fn copy(&mut self, mut to: &mut [u8]) {
         let (now, later) = self.head.split_at(self.head.len().min(to.len()));
         to[..now.len()].copy_from_slice(now);
@@ -144,12 +151,12 @@ impl<'a, S: Iterator<Item = RamSlice<'a>>> Rest<'a, S> {
             let taken = slice.len().min(to.len());
             slice.copy_to(&mut to[..taken]);
             to = &mut to[taken..];
-            self.pass(taken);
+            self.advance(taken);
         }
     }
 
-    /// Goes on behind `bytes` bytes of the present piece.
-    fn pass(&mut self, bytes: usize) {
+    /// Advances by `bytes` bytes of the current piece.
+    fn advance(&mut self, bytes: usize) {
         let left = self.slice.map(|slice| slice.skip(bytes)).filter(|slice| !slice.is_empty());
         self.slice = left.or_else(|| self.slices.find(|slice| !slice.is_empty()));
     }
@@ -158,15 +165,15 @@ impl<'a, S: Iterator<Item = RamSlice<'a>>> Rest<'a, S> {
 impl WriteHalf for SecureWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         self.healthy = false;
-        let mut rest = Rest::new(head, slices.iter().copied());
+        let mut rest = Unsealed::new(head, slices.iter().copied());
         while !rest.head.is_empty() || rest.slice.is_some() {
-            if let Some(slice) = rest.direct(self.most) {
-                let record = self.room(slice.len())?;
+            if let Some(slice) = rest.take_large(self.max_plaintext) {
+                let record = self.reserve(slice.len())?;
                 self.sealer.seal_from(slice, &mut self.records[record])?;
                 continue;
             }
-            let len = rest.gathered(self.most);
-            let record = self.room(len)?;
+            let len = rest.small_len(self.max_plaintext);
+            let record = self.reserve(len)?;
             let record = &mut self.records[record];
             rest.copy(&mut record[HEADER_LEN..HEADER_LEN + len]);
             self.sealer.seal(record, false)?;
@@ -196,42 +203,46 @@ impl WriteHalf for SecureWriter {
 impl Drop for SecureWriter {
     fn drop(&mut self) {
         if self.healthy && !self.closed.load(Ordering::Acquire) {
-            // without it the peer takes the end for a cut, which is true of a link that does not take it
-            self.inner.set_deadline(Instant::now().checked_add(CLOSING_PATIENCE));
-            let _ = self.inner.set_idle_timeout(Some(CLOSING_PATIENCE)).and_then(|()| self.send_empty(true));
+            // Without a closing record the peer reports a cut. If the link has no room for one,
+            // that is true.
+            self.inner.set_deadline(Instant::now().checked_add(CLOSING_TIMEOUT));
+            let _ = self.inner.set_idle_timeout(Some(CLOSING_TIMEOUT)).and_then(|()| self.send_empty(true));
         }
-        // a record that failed to be sealed would be plaintext
+        // if sealing failed, the buffer may hold plaintext
         self.records.zeroize();
     }
 }
 
-/// Opens what arrives. Nothing of a record is handed out before all of it is authentic: where it is opened into guest memory,
-/// one that is not leaves zeros, and ends the lane.
+/// The reading half: receives records and opens them. No part of a record is returned before the
+/// whole record is authentic. A record that is opened directly into guest memory and fails leaves
+/// zeros there, and its failure ends the lane.
 pub(crate) struct SecureReader {
     inner: Box<dyn ReadHalf>,
     opener: RecordOpener,
-    /// Plaintext of the present record, up to `end`; keeps its memory.
+    /// The plaintext of the current record, up to `end`. The buffer is reused.
     record: Vec<u8>,
-    /// What of it was handed out.
-    at: usize,
+    /// The number of bytes of `record` that were already returned.
+    returned: usize,
     end: usize,
 }
 
 impl SecureReader {
     pub(crate) fn new(inner: Box<dyn ReadHalf>, opener: RecordOpener) -> Self {
-        Self { inner, opener, record: Vec::new(), at: 0, end: 0 }
+        Self { inner, opener, record: Vec::new(), returned: 0, end: 0 }
     }
 
-    /// Receives the next record: into `to`, if that is long enough for it. How many bytes of `to` it has filled.
+    /// Receives the next record. Opens it into `to` if `to` has room for it, otherwise into
+    /// `record`. Returns the number of bytes of `to` that were filled.
     fn next_record(&mut self, to: Option<RamSlice<'_>>) -> io::Result<usize> {
-        (self.at, self.end) = (0, 0);
+        self.returned = 0;
+        self.end = 0;
         if self.opener.ended() {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection"));
         }
         let mut header = [0; HEADER_LEN];
         self.inner.read_exact(&mut header).map_err(cut_off)?;
-        let len = self.opener.following(&header)?;
-        // never shortened: only growth has to be filled
+        let len = self.opener.sealed_len(&header)?;
+        // never shortened: only growth has to be initialized
         if self.record.len() < len {
             self.record.resize(len, 0);
         }
@@ -255,18 +266,19 @@ impl SecureReader {
         Ok(filled)
     }
 
-    /// Up to `most` bytes of plaintext, at least one unless `most` is 0.
-    fn take(&mut self, most: usize) -> io::Result<&[u8]> {
-        while self.at == self.end && most > 0 {
+    /// Returns up to `max` bytes of plaintext, and at least one unless `max` is 0.
+    fn take(&mut self, max: usize) -> io::Result<&[u8]> {
+        while self.returned == self.end && max > 0 {
             self.next_record(None)?;
         }
-        let from = self.at;
-        self.at += most.min(self.end - self.at);
-        Ok(&self.record[from..self.at])
+        let from = self.returned;
+        self.returned += max.min(self.end - self.returned);
+        Ok(&self.record[from..self.returned])
     }
 }
 
-/// The end of the stream where a record is due is a cut.
+/// Replaces the end of the stream, where a record should begin or go on, by
+/// [`RecordError::Truncated`].
 fn cut_off(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof { RecordError::Truncated.into() } else { error }
 }
@@ -286,7 +298,7 @@ impl ReadHalf for SecureReader {
         for &slice in slices {
             let mut rest = slice;
             while !rest.is_empty() {
-                if self.at == self.end {
+                if self.returned == self.end {
                     rest = rest.skip(self.next_record(Some(rest))?);
                     continue;
                 }
@@ -309,7 +321,7 @@ impl Drop for SecureReader {
     }
 }
 
-/// Passes on, and spares the writer its closing record.
+/// Closes the inner channel and stops the writer from sending its closing record.
 pub(crate) struct SecureCloser {
     pub(crate) inner: Box<dyn Closer>,
     pub(crate) closed: Arc<AtomicBool>,

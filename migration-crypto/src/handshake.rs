@@ -1,9 +1,12 @@
-//! How a channel becomes secure: both sides prove who they are and agree on a secret that nobody else has, then or later.
+//! The handshake that makes a channel secure: both sides prove who they are and agree on a secret.
+//! Nobody else knows the secret, and nobody can compute it later (forward secrecy).
 //!
-//! The source sends a [`Preface`] and a first message, the destination answers, and the source proves by its first record, an
-//! empty one, that it is here now. The messages are Noise's (`NNpsk0` for a common key, `KK` for static keys) or TLS 1.3's.
-//! A further channel of a session runs `NNpsk0` again, keyed by a secret of that session: fresh ephemeral keys, no
-//! certificates, and no other session's lane will do.
+//! The source sends a [`Preface`] and a first message, the destination answers, and the source
+//! sends an empty record. The record proves that the source is present and that its messages are no
+//! replay. The messages are those of Noise (`NNpsk0` for a pre-shared key, `KK` for static keys) or
+//! of TLS 1.3. A further channel of a session runs `NNpsk0` again, keyed by a secret of that
+//! session. It has fresh ephemeral keys and needs no certificates, and a lane of another session
+//! does not pass.
 
 pub(crate) mod noise;
 pub(crate) mod preface;
@@ -26,89 +29,88 @@ use thiserror::Error;
 
 use crate::{Suite, secret::Secret, suite};
 
-/// Largest message of a handshake in one piece; a Noise message here has about a hundred bytes.
+/// The largest message of a handshake in bytes. Noise messages have about a hundred bytes here.
 pub(crate) const MAX_MESSAGE: usize = 1024;
-/// First bytes of what a destination answers to a preface.
+/// The first bytes of a destination's answer to a preface.
 const ANSWER: [u8; 4] = *b"SEAL";
-/// How long something else than a destination has to finish what it says. It is only shown.
-const STRANGER_PATIENCE: Duration = Duration::from_millis(200);
-/// Bytes of a refused peer that are read, so that it gets to read why it was refused.
-const DRAIN: usize = 16 << 10;
+/// The longest time to wait for the rest of a line from a peer that is no destination. The line is
+/// only shown in the error.
+const UNIDENTIFIED_TIMEOUT: Duration = Duration::from_millis(200);
+/// The number of bytes that are read from a refused peer before the channel is closed, so that the
+/// peer can read the refusal.
+const DRAIN_BYTES: usize = 16 << 10;
 
-/// Why no secure channel came about. Its text has that of its cause.
+/// The reason why a handshake failed. Its text includes that of its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
     /// The source does not encrypt.
     #[error("this destination takes only encrypted migrations: encrypt at the source, too, with the same kind of key")]
     PlainPeer,
-    /// The source does not speak this protocol at all.
+    /// The first bytes belong neither to the secure protocol nor to the plain one.
     #[error("the peer speaks neither this protocol nor its plain form")]
-    Stranger,
-    /// Something else than a migration destination listens there.
+    Unidentified,
+    /// The peer is no migration destination. The text describes its answer.
     #[error("this is not a migration destination: {0}")]
     NotADestination(String),
-    /// The other side speaks another version of the handshake.
+    /// The source speaks this other version of the handshake.
     #[error("the source's handshake is of version {0}, this destination's of version {VERSION}", VERSION = preface::VERSION)]
     Version(u8),
-    /// A preface or a message makes no sense.
+    /// A preface or a message is invalid. The text names it.
     #[error("malformed handshake: {0}")]
     Malformed(&'static str),
-    /// The source proves itself in another way than this destination asks for.
+    /// The two sides use different kinds of credentials.
     #[error("the source comes with {theirs}, this destination wants {ours}")]
     Credentials {
-        /// What the source has.
+        /// The kind of the source's credentials.
         theirs: &'static str,
-        /// What the destination has.
+        /// The kind of the destination's credentials.
         ours: &'static str,
     },
-    /// The other side does not have the key that is expected of it.
-    #[error(
-        "the peer is not the one expected: its {0} is another one; check the key at both sides, and that the address is right"
-    )]
+    /// The peer does not have the expected key.
+    #[error("the peer is not the one expected: its {0} is another one; check the keys of both sides and the address")]
     WrongKey(&'static str),
-    /// No cipher in common.
-    #[error("no cipher in common: the source offers {offered}, this destination takes {taken}")]
+    /// The two sides have no cipher suite in common.
+    #[error("no cipher in common: the source offers {offered}, this destination takes {accepted}")]
     Suites {
-        /// What the source offers.
+        /// The suites that the source offers.
         offered: String,
-        /// What the destination takes.
-        taken: String,
+        /// The suites that the destination accepts.
+        accepted: String,
     },
-    /// A cipher was chosen that was not offered: somebody meddles.
-    #[error(
-        "the destination chose no cipher of those offered to it: somebody may meddle, or what listens there is something else"
-    )]
+    /// The destination chose a suite that was not offered, so an attacker may have changed the
+    /// messages.
+    #[error("the destination chose a cipher that was not offered: the messages may have been changed on the way")]
     Downgrade,
-    /// The session is not remembered here, or the lane was opened before.
+    /// The destination does not remember the session, or the lane was opened before.
     #[error(
-        "no such session, or this lane of it was opened before: the destination may have been started anew, begin a new migration"
+        "the session is unknown, or this lane was opened before: the destination may have been restarted; begin a new migration"
     )]
     UnknownSession,
-    /// A lane was asked for before there was a session.
+    /// A lane was opened before the control channel, which begins the session.
     #[error("the first channel of a session must be its control lane")]
     NoSession,
-    /// The destination said no. This answer is not authenticated.
+    /// The destination refused the source. Its answer is not authenticated.
     #[error("the destination refuses: {text}")]
     Refused {
-        /// The kind of reason.
+        /// The kind of the reason.
         code: ErrorCode,
-        /// Its words.
+        /// The reason in the destination's words.
         text: String,
     },
-    /// The destination ended the connection instead of an answer.
+    /// The destination closed the connection instead of answering.
     #[error("the destination closed the connection during the handshake: does it take encrypted migrations?")]
     Closed,
-    /// The peer took too long.
-    #[error("the peer was silent, or did not finish the handshake in time")]
+    /// The peer did not finish the handshake in time.
+    #[error("the peer did not finish the handshake in time")]
     TimedOut,
-    /// TLS failed.
+    /// The TLS library reported an error.
     #[error("TLS: {0}")]
     Tls(#[source] Box<dyn Error + Send + Sync>),
-    /// The operating system has no random bytes to give, or a primitive failed.
+    /// The operating system returned no random bytes, or a cryptographic primitive failed.
     #[error("cryptography failed: {0}")]
     Crypto(#[source] Box<dyn Error + Send + Sync>),
-    /// The link failed.
+    /// Reading from or writing to the link failed.
     #[error(transparent)]
     Link(#[from] io::Error),
 }
@@ -127,12 +129,12 @@ impl From<HandshakeError> for io::Error {
 }
 
 impl HandshakeError {
-    /// Under which code the source is told, if it shall be told anything.
+    /// Returns the code that is sent to the source, or `None` if the source is not informed.
     fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Link(_)
             | Self::TimedOut
-            | Self::Stranger
+            | Self::Unidentified
             | Self::NotADestination(_)
             | Self::Closed
             | Self::Refused { .. } => None,
@@ -144,14 +146,14 @@ impl HandshakeError {
     }
 }
 
-/// What a handshake comes to.
+/// The result of a handshake.
 pub(crate) struct Agreed {
     pub(crate) suite: Suite,
-    /// Of this channel, or of the session if it is the first one.
+    /// The secret of this channel. That of the first channel is also the secret of the session.
     pub(crate) secret: Secret,
 }
 
-/// A channel during the handshake, which has to be over at a certain time.
+/// A channel during the handshake.
 pub(crate) struct Wire<'a> {
     pub(crate) reader: &'a mut dyn ReadHalf,
     pub(crate) writer: &'a mut dyn WriteHalf,
@@ -159,16 +161,17 @@ pub(crate) struct Wire<'a> {
 }
 
 impl Wire<'_> {
-    fn left(&self) -> Result<Duration, HandshakeError> {
+    fn time_left(&self) -> Result<Duration, HandshakeError> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(HandshakeError::TimedOut) } else { Ok(left) }
     }
 
-    /// Fills `buf`. A peer that sends now and then a byte is never idle, so the clock is looked at after each: some hundreds in
-    /// all, with certificates some thousands.
+    /// Fills `buf`. Time-outs of the link measure idle time only, and a peer that sends a byte now
+    /// and then is never idle. So the deadline is checked after each byte. A handshake has some
+    /// hundreds of bytes, with certificates some thousands.
     pub(crate) fn read(&mut self, buf: &mut [u8]) -> Result<(), HandshakeError> {
         for piece in buf.chunks_mut(1) {
-            let left = self.left()?;
+            let left = self.time_left()?;
             self.reader.set_idle_timeout(Some(left))?;
             self.reader.read_exact(piece).map_err(|error| match error.kind() {
                 io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => HandshakeError::TimedOut,
@@ -179,22 +182,22 @@ impl Wire<'_> {
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
-        let left = self.left()?;
+        let left = self.time_left()?;
         self.writer.set_idle_timeout(Some(left))?;
         Ok(self.writer.write_all(bytes, &[])?)
     }
 
-    /// Sends an answer with this message.
+    /// Sends `message` as an answer.
     pub(crate) fn answer(&mut self, message: &[u8]) -> Result<(), HandshakeError> {
         let mut bytes = ANSWER.to_vec();
-        // a message has at most MAX_MESSAGE bytes
+        // cannot truncate: a message has at most MAX_MESSAGE bytes
         bytes.extend_from_slice(&(message.len() as u16).to_le_bytes());
         bytes.extend_from_slice(&[0; 2]);
         bytes.extend_from_slice(message);
         self.write(&bytes)
     }
 
-    /// Receives an answer's message, or a refusal.
+    /// Receives the message of an answer. A refusal becomes an error.
     pub(crate) fn read_answer(&mut self) -> Result<Vec<u8>, HandshakeError> {
         let closed = |error| match error {
             HandshakeError::Link(cause)
@@ -207,7 +210,7 @@ impl Wire<'_> {
         let mut head = [0; 8];
         self.read(&mut head).map_err(closed)?;
         if head[..4] != ANSWER {
-            return Err(self.refusal(&head).unwrap_or_else(|| self.stranger(&head)));
+            return Err(self.refusal(&head).unwrap_or_else(|| self.describe_unidentified(&head)));
         }
         let len = usize::from(u16::from_le_bytes([head[4], head[5]]));
         if len > MAX_MESSAGE || head[6..] != [0; 2] {
@@ -218,20 +221,22 @@ impl Wire<'_> {
         Ok(message)
     }
 
-    /// Reads some more of what something else than a destination says, to the end of its line.
-    fn stranger(&mut self, begun: &[u8]) -> HandshakeError {
-        let mut said = begun.to_vec();
-        self.deadline = self.deadline.min(Instant::now() + STRANGER_PATIENCE);
+    /// Reads the rest of the first line that a peer sends that is no destination, and describes the
+    /// peer.
+    fn describe_unidentified(&mut self, begun: &[u8]) -> HandshakeError {
+        let mut answer = begun.to_vec();
+        self.deadline = self.deadline.min(Instant::now() + UNIDENTIFIED_TIMEOUT);
         let mut byte = [0];
-        while said.len() < STRANGER_BYTES && !said.ends_with(b"\n") && self.read(&mut byte).is_ok() {
-            said.push(byte[0]);
+        while answer.len() < STRANGER_BYTES && !answer.ends_with(b"\n") && self.read(&mut byte).is_ok() {
+            answer.push(byte[0]);
         }
-        HandshakeError::NotADestination(describe_stranger(&said))
+        HandshakeError::NotADestination(describe_stranger(&answer))
     }
 
-    /// A frame of the plain protocol says why there is no answer.
+    /// Reads a refusal, which is a frame of the plain protocol.
     fn refusal(&mut self, begun: &[u8; 8]) -> Option<HandshakeError> {
-        // flags and what is reserved are zero in a header: without that, nobody waits for the rest of one
+        // In a frame header these bytes are flags and reserved, and zero. If they are not, this is
+        // no refusal, and its rest would never come.
         if begun[1..4] != [0; 3] {
             return None;
         }
@@ -247,26 +252,28 @@ impl Wire<'_> {
         }
     }
 
-    /// Tells a source why it is refused, in the plain protocol's words, which every source understands.
+    /// Reports `error` to the source, in a frame of the plain protocol, which every source
+    /// understands.
     pub(crate) fn refuse(&mut self, error: &HandshakeError) {
         let Some(code) = error.code() else { return };
         let refusal = Control::error(code, error.to_string()).encode(0, 0, 0);
         if self.write(&refusal).is_err() {
             return;
         }
-        // what is unread when a connection closes makes some transports forget what was written last
-        // it may end before that
-        let _ = self.read(&mut [0; DRAIN]);
+        // Some transports discard the data written last if a connection closes with unread data. So
+        // the rest is read first. That this fails is no error: the source may have closed the
+        // connection.
+        let _ = self.read(&mut [0; DRAIN_BYTES]);
     }
 }
 
-/// The first of what is offered that is also taken, in the order of the destination.
-pub(crate) fn choose(offered: &[Suite], taken: &[Suite]) -> Result<Suite, HandshakeError> {
-    taken
+/// Returns the first suite of `accepted` that is also offered: the destination's order decides.
+pub(crate) fn choose(offered: &[Suite], accepted: &[Suite]) -> Result<Suite, HandshakeError> {
+    accepted
         .iter()
         .copied()
         .find(|suite| offered.contains(suite))
-        .ok_or_else(|| HandshakeError::Suites { offered: suite::names(offered), taken: suite::names(taken) })
+        .ok_or_else(|| HandshakeError::Suites { offered: suite::names(offered), accepted: suite::names(accepted) })
 }
 
 #[cfg(test)]

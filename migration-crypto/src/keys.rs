@@ -1,9 +1,9 @@
-//! Keys in files: a secret is 64 hexadecimal digits in a file that only its owner can read.
+//! Key files. A secret key is 64 hexadecimal digits in a file that only its owner can read.
 //!
-//! A file with a secret is a regular file, no symbolic link, of the user who reads it or of root,
-//! and nobody else can read or change it. Symbolic links in the path of its folder are followed. A
-//! public key or a certificate may be a symbolic link and anyone's, but not writable for everyone:
-//! it decides who is trusted.
+//! A file with a secret must be a regular file and no symbolic link. It must belong to root or to
+//! the user who reads it, and nobody else may read or change it. Symbolic links in the path of its
+//! folder are followed. A public key or a certificate may be a symbolic link and may belong to
+//! anyone. But it must not be writable for everyone, because it decides who is trusted.
 
 use std::{
     error::Error,
@@ -23,81 +23,84 @@ use zeroize::Zeroizing;
 
 use crate::secret::{SECRET_LEN, Secret};
 
-/// Digits of a key, and a line's end.
+/// The length of a key file in bytes: the digits and a line end of up to two bytes.
 const FILE_LEN: usize = 2 * SECRET_LEN + 2;
 
-/// What is wrong with a key file. Its text has that of its cause.
+/// The reason why a key file cannot be used. Its text includes that of its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KeyError {
-    /// It cannot be read or written.
+    /// The file cannot be read or written.
     #[error("{}: {cause}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         cause: io::Error,
     },
-    /// Others than its owner can read or change it.
-    #[error("{}: others can read or change this key (mode {mode:04o}): make a new one, or `chmod 600` it if nobody has", path.display())]
+    /// Users other than the owner can read or change the file.
+    #[error("{}: others can read or change this key (mode {mode:04o}): make a new one, or `chmod 600` it if nobody did so", path.display())]
     Exposed {
         /// The file.
         path: PathBuf,
-        /// Its permission bits.
+        /// The permission bits of the file.
         mode: u32,
     },
-    /// It belongs to somebody else, who can read and change it.
-    #[error("{}: this key belongs to another user (uid {owner}): make a new one, or `chown` it if that user never had it", path.display())]
+    /// The file belongs to another user, who can read and change it.
+    #[error("{}: this key belongs to another user (uid {owner}): make a new one, or `chown` it if that user never had access", path.display())]
     Foreign {
         /// The file.
         path: PathBuf,
-        /// Its owner.
+        /// The user id of the file's owner.
         owner: u32,
     },
-    /// It is no regular file. A secret must not be a symbolic link either.
+    /// The path is not that of a regular file. A secret must not be a symbolic link either.
     #[error("{}: not a regular file (the last part of a secret's path must not be a symbolic link)", path.display())]
     NotRegular {
-        /// What was to be read.
+        /// The path.
         path: PathBuf,
     },
-    /// It holds no key.
-    #[error("{}: a key is 64 hexadecimal digits and nothing else", path.display())]
+    /// The file does not hold a key.
+    #[error("{}: the file holds no key, which is 64 hexadecimal digits and nothing else", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
     },
-    /// The operating system has no random bytes to give.
-    #[error("no random bytes: {0}")]
+    /// The operating system returned no random bytes.
+    #[error("the operating system returned no random bytes: {0}")]
     Random(#[source] Box<dyn Error + Send + Sync>),
-    /// The certificates or the private key of a TLS identity are of no use.
+    /// The certificates or the private key of a TLS identity cannot be used.
     #[error("{}: {cause}", path.display())]
     Certificate {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The cause.
         #[source]
         cause: Box<dyn Error + Send + Sync>,
     },
 }
 
-/// A key that both sides have: who has it is trusted. Erased when dropped, never printed.
+/// A pre-shared key, which both sides have: a peer that has it is trusted. It is erased from memory
+/// when it is dropped, and `Debug` does not print it.
 #[derive(Clone)]
 pub struct Psk(pub(crate) Secret);
 
-/// The private key of a side that is known by its [`PublicKey`] (X25519). Erased when dropped, never printed.
+/// The private key (X25519) of a side that is identified by its [`PublicKey`]. It is erased from
+/// memory when it is dropped, and `Debug` does not print it.
 #[derive(Clone)]
 pub struct StaticKey {
     pub(crate) private: Secret,
     public: PublicKey,
 }
 
-/// Names the owner of a [`StaticKey`]; no secret. [`Display`](fmt::Display) gives the digits that a file holds.
+/// A public key, which identifies the owner of a [`StaticKey`]. It is no secret.
+/// [`Display`](fmt::Display) writes the digits that a key file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
 impl Psk {
-    /// A key of these bytes, which must be as random as any key.
+    /// Makes a key of `bytes`, which must come from a cryptographic random number generator.
     pub fn new(bytes: [u8; 32]) -> Self {
         Self(Secret::new(bytes))
     }
@@ -105,7 +108,8 @@ impl Psk {
     /// Reads a key file.
     ///
     /// # Errors
-    /// When it is missing, no key, exposed to others, another user's, or a symbolic link.
+    /// Fails if the file is missing, holds no key, can be read or changed by others, belongs to
+    /// another user, or is a symbolic link.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self(Secret::new(*load(path, true)?)))
     }
@@ -118,7 +122,8 @@ impl fmt::Debug for Psk {
 }
 
 impl StaticKey {
-    /// The private key of these bytes, which must be as random as any key.
+    /// Makes a private key of `bytes`, which must come from a cryptographic random number
+    /// generator.
     pub fn new(bytes: [u8; 32]) -> Self {
         let private = Secret::new(bytes);
         let mut public = [0; 32];
@@ -129,15 +134,16 @@ impl StaticKey {
         Self { private, public: PublicKey(public) }
     }
 
-    /// Reads a key file; any that [`generate`] made will do.
+    /// Reads a key file that [`generate`] made.
     ///
     /// # Errors
-    /// When it is missing, no key, exposed to others, another user's, or a symbolic link.
+    /// Fails if the file is missing, holds no key, can be read or changed by others, belongs to
+    /// another user, or is a symbolic link.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self::new(*load(path, true)?))
     }
 
-    /// What the other side must know.
+    /// Returns the public key, which the other side must know.
     pub fn public(&self) -> PublicKey {
         self.public
     }
@@ -150,10 +156,10 @@ impl fmt::Debug for StaticKey {
 }
 
 impl PublicKey {
-    /// Reads a public key's file. Anyone may read it.
+    /// Reads a public key from a file, which everyone may read.
     ///
     /// # Errors
-    /// When it is missing or no key, or everyone can change it.
+    /// Fails if the file is missing, holds no key, or can be changed by everyone.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         Ok(Self(*load(path, false)?))
     }
@@ -165,11 +171,12 @@ impl fmt::Display for PublicKey {
     }
 }
 
-/// Writes a fresh secret to a new file of mode 0600, to be used as [`Psk`] or as [`StaticKey`], and the public key of the
-/// latter beside it, in a file of the same name with `.pub` behind it. Use it as one of the two only.
+/// Writes a new secret to a new file with mode 0600, and the public key that belongs to it to a
+/// file of the same name with the suffix `.pub`. Returns the public key. Use the secret either as
+/// [`Psk`] or as [`StaticKey`], not as both.
 ///
 /// # Errors
-/// When one of the files exists or cannot be written. Neither is left behind then.
+/// Fails if one of the files exists or cannot be written. Then neither file is left.
 pub fn generate(path: &Path) -> Result<PublicKey, KeyError> {
     let secret = Secret::random().map_err(|e| KeyError::Random(e.into()))?;
     let mut digits = Zeroizing::new(String::with_capacity(FILE_LEN));
@@ -181,34 +188,34 @@ pub fn generate(path: &Path) -> Result<PublicKey, KeyError> {
     digits.push('\n');
     let public = StaticKey::new(*secret.bytes()).public();
     write_new(path, 0o600, digits.as_bytes())?;
-    // half of a pair is of no use, and would be in the way of the next attempt
+    // a secret without its public key is of no use, and would make the next attempt fail
     let written = write_new(&public_path(path), 0o644, format!("{public}\n").as_bytes());
     written.inspect_err(|_| drop(fs::remove_file(path)))?;
     Ok(public)
 }
 
-/// Where [`generate`] puts the public key of the secret in `path`.
+/// Returns the path to which [`generate`] writes the public key of the secret in `path`.
 pub fn public_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".pub");
     name.into()
 }
 
-/// Writes a new file with exactly this mode; one that cannot be completed is removed.
+/// Writes a new file with exactly this mode. Removes the file if it cannot be completed.
 fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), KeyError> {
     let failed = |cause| KeyError::File { path: path.to_owned(), cause };
-    // fails if anything is there, also a symbolic link
+    // fails if the path exists, also as a symbolic link
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(failed)?;
     let mut write = || {
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()
     };
-    // who could not write it may be unable to remove it, too
+    // ignore an error of the removal, which may fail for the same reason as the write
     write().map_err(failed).inspect_err(|_| drop(fs::remove_file(path)))
 }
 
-/// Opens a file with a secret, if nobody else can read or change it.
+/// Opens a file with a secret. Refuses it if another user can read or change it.
 pub(crate) fn open_private(path: &Path) -> Result<File, KeyError> {
     let (file, found) = open_regular(path, libc::O_NOFOLLOW)?;
     if ![0, effective_user()].contains(&found.uid()) {
@@ -218,15 +225,15 @@ pub(crate) fn open_private(path: &Path) -> Result<File, KeyError> {
     Ok(file)
 }
 
-/// Opens a file with a public key or certificates, if not everyone can change it.
+/// Opens a file with a public key or certificates. Refuses it if everyone can change it.
 pub(crate) fn open_public(path: &Path) -> Result<File, KeyError> {
     let (file, found) = open_regular(path, 0)?;
     exposed_by(path, &found, 0o002)?;
     Ok(file)
 }
 
-/// Opens a regular file, without waiting for the writer of a FIFO; what is returned is about the
-/// file that was opened, which the path may not lead to any more.
+/// Opens a regular file and returns it with its metadata. Does not wait for the writer of a FIFO.
+/// The metadata is that of the open file, even if the path is replaced meanwhile.
 fn open_regular(path: &Path, flags: i32) -> Result<(File, fs::Metadata), KeyError> {
     let failed = |cause: io::Error| match cause.raw_os_error() {
         Some(libc::ELOOP | libc::ENXIO) => KeyError::NotRegular { path: path.to_owned() },
@@ -255,7 +262,7 @@ fn effective_user() -> u32 {
 fn load(path: &Path, private: bool) -> Result<Zeroizing<[u8; SECRET_LEN]>, KeyError> {
     let failed = |cause| KeyError::File { path: path.to_owned(), cause };
     let file = if private { open_private(path)? } else { open_public(path)? };
-    // more than a key is no key: no need to read it all
+    // a longer file holds no key, so it need not be read to its end
     let mut text = Zeroizing::new(Vec::with_capacity(FILE_LEN + 1));
     file.take(FILE_LEN as u64 + 1).read_to_end(&mut text).map_err(failed)?;
     let digits = text.trim_ascii_end();
@@ -329,22 +336,22 @@ mod tests {
         symlink(&path, &link).unwrap();
         assert!(matches!(Psk::load(&link), Err(KeyError::NotRegular { .. })));
         assert!(matches!(StaticKey::load(folder.path()), Err(KeyError::NotRegular { .. })));
-        // what only waits for a writer would be waited for for ever
+        // a blocking open of a FIFO would wait for a writer for ever
         let mkfifo = std::process::Command::new("mkfifo").args(["-m", "600"]).arg(&fifo).status().unwrap();
         assert!(mkfifo.success());
         assert!(matches!(Psk::load(&fifo), Err(KeyError::NotRegular { .. })));
         assert!(matches!(PublicKey::load(&fifo), Err(KeyError::NotRegular { .. })));
-        // a folder's path may have links, and a public key may be one
+        // the path of the folder may have symbolic links, and a public key may be one
         let other = folder.path().join("other");
         symlink(folder.path(), &other).unwrap();
         Psk::load(&other.join("key")).unwrap();
         symlink(public_path(&path), folder.path().join("link.pub")).unwrap();
         PublicKey::load(&public_path(&link)).unwrap();
-        // but it decides who is trusted
+        // a public key that everyone can change is refused
         fs::set_permissions(public_path(&path), Permissions::from_mode(0o646)).unwrap();
         assert!(matches!(PublicKey::load(&public_path(&path)), Err(KeyError::Exposed { mode: 0o646, .. })));
         if !rustix::process::geteuid().is_root() {
-            return eprintln!("without keys of another owner: that needs root");
+            return eprintln!("skipped: keys of another owner need root");
         }
         for other in [1, 54321] {
             chown(&path, Some(other), None).unwrap();
@@ -363,7 +370,7 @@ mod tests {
             plant(&victim, &public).unwrap();
             assert!(matches!(generate(&path), Err(KeyError::File { .. })));
             assert!(!path.exists());
-            // a planted link in place of the secret is not followed either
+            // a symbolic link in the place of the secret is not followed either
             plant(&victim, &path).unwrap();
             assert!(matches!(generate(&path), Err(KeyError::File { .. })));
             assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");

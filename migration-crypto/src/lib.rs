@@ -1,10 +1,12 @@
-//! Encryption for live migration: who takes part is proved, what travels is secret and cannot be changed, and what rests
-//! elsewhere is sealed.
+//! Encryption for live migration. Both hosts prove who they are, the data on the network is secret
+//! and cannot be changed unnoticed, and pages that are kept in untrusted stores are sealed.
 //!
-//! [`SecureConnector`] and [`SecureListener`] wrap those of any transport. The first channel of a source begins a session:
-//! both sides prove who they are ([`Credentials`]: a common key, static keys, or TLS certificates) and agree on a secret
-//! that neither can find again later. Every further channel, also after a link was lost, proves that it belongs to that
-//! session. What follows are [records](record): sealed pieces of up to 1 MiB, each opened only whole, in its place and order.
+//! [`SecureConnector`] and [`SecureListener`] wrap the connector and the listener of any transport.
+//! The first channel of a source begins a session: both sides prove who they are ([`Credentials`]:
+//! a pre-shared key, static keys, or TLS certificates) and agree on a secret that neither can
+//! compute again later. Every further channel proves that it belongs to that session, also after a
+//! link was lost. After the handshake the data of a channel travels in [records](record): sealed
+//! pieces of up to 1 MiB. A record opens only as a whole and only at its place in the sequence.
 //!
 //! ```
 //! use std::{thread, time::Duration};
@@ -14,7 +16,7 @@
 //! use migration_transport::memory;
 //!
 //! let (connector, listener) = memory::link(1 << 20);
-//! // as a rule, of a file: `Psk::load`
+//! // real programs read the key from a file with `Psk::load`
 //! let security = || Security::new(Credentials::Psk(Psk::new([7; 32])));
 //! let mut listener = SecureListener::new(Box::new(listener), security());
 //! let source = SecureConnector::new(Box::new(connector), security());
@@ -30,10 +32,10 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! [`PageSealer`] seals single pages for stores that are not trusted, [`Sealed`] all pages of a
-//! [page store](migration_core::store), [`SealedStore`] whole checkpoints and snapshots.
+//! For data at rest, [`PageSealer`] seals single pages, [`Sealed`] seals all pages of a [page
+//! store](migration_core::store), and [`SealedStore`] seals whole checkpoints and snapshots.
 //!
-//! Features: `accelerated` (AWS-LC for the ciphers) and `tls`, both on by default.
+//! Features, both on by default: `accelerated` (ciphers of AWS-LC) and `tls` (TLS certificates).
 #![deny(unsafe_code)]
 
 pub mod aead;

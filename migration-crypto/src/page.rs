@@ -1,4 +1,4 @@
-//! Pages that rest elsewhere: in stores, at intermediaries, in checkpoints.
+//! Seals for single pages that leave the host: in stores, at intermediaries, in checkpoints.
 
 use std::fmt;
 
@@ -12,18 +12,18 @@ use crate::{
     secret::Secret,
 };
 
-/// Bytes that a sealed page has beside the page: its nonce and its tag.
+/// The number of bytes that a sealed page has beyond the page: its nonce and its tag.
 pub const SEAL_OVERHEAD: usize = NONCE_LEN + TAG_LEN;
-/// Bytes of a nonce that are a sealer's own, drawn at random; the others count.
+/// The number of random bytes in a nonce. The other bytes are a counter.
 const PREFIX: usize = 8;
 
-/// What pages are sealed for. Keys of one purpose are of no use for another.
+/// The purpose for which pages are sealed. A key of one purpose does not open pages of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Purpose {
-    /// Pages evicted to a store.
+    /// Pages that are evicted to a store.
     Store,
-    /// Pages on their way by intermediaries.
+    /// Pages that travel through intermediaries.
     Transit,
     /// Pages of a checkpoint.
     Checkpoint,
@@ -39,31 +39,35 @@ impl Purpose {
     }
 }
 
-/// Why a page could not be sealed or opened.
+/// The reason why a page could not be sealed or opened.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PageError {
-    /// It is not what was sealed for this VM, page and generation: changed, swapped, of another time, or made up.
+    /// The data is not what was sealed for this VM, page and generation: it was changed, swapped,
+    /// replayed or forged.
     #[error("the page is not what was sealed for this VM, address and generation")]
     NotAuthentic,
-    /// It is shorter than any sealed page.
-    #[error("a sealed page of {0} bytes is too short to be one")]
+    /// The data is shorter than any sealed page. The number is its length in bytes.
+    #[error("{0} bytes are too few for a sealed page")]
     TooShort(usize),
-    /// No random bytes, or the cipher failed.
+    /// The operating system returned no random bytes, or the cipher failed.
     #[error("cryptography failed")]
     Crypto,
 }
 
-/// Seals pages so that who keeps them can neither read, change, swap nor replay them, nor make any up.
+/// Seals pages so that the store that keeps them cannot read, change, swap, replay or forge them.
 ///
-/// A page is bound to its VM, its address and its generation, all of which the opener has to know from elsewhere. What is
-/// sealed twice looks different each time.
+/// A sealed page is bound to its VM, its page number and its generation. Whoever opens it must know
+/// all three from another source. A page that is sealed twice gives different bytes each time.
 ///
-/// **Convergent** sealing ([`convergent`](PageSealer::convergent)) makes equal pages equal when sealed, also those of several VMs,
-/// for stores that keep each content once. Whoever sees the store then sees *which pages are equal*, over time and
-/// across VMs, and who can write pages of one VM can find out whether another VM has a page of a guessed content. It is
-/// not bound to addresses either: the store could swap pages unless a trusted index names each by its hash. Only
-/// for VMs that trust each other.
+/// **Convergent** sealing ([`convergent`](PageSealer::convergent)) gives equal bytes for equal
+/// pages, also for those of several VMs. It is meant for stores that keep each content once. Use it
+/// only for VMs that trust each other, because it reveals more:
+/// - Whoever sees the store sees *which pages are equal*, over time and across VMs.
+/// - Whoever can write pages of one VM can find out whether another VM has a page with a guessed
+///   content.
+/// - A page is not bound to its place. The store can swap pages unless a trusted index names each
+///   of them by its hash.
 pub struct PageSealer {
     key: Box<dyn AeadKey>,
     mode: Mode,
@@ -75,10 +79,11 @@ enum Mode {
 }
 
 impl PageSealer {
-    /// For the pages of `vm`. Sealers of the same key, VM and purpose open each other's pages.
+    /// Makes a sealer for the pages of `vm`. Sealers with the same key, VM and purpose open each
+    /// other's pages.
     ///
     /// # Errors
-    /// When the operating system has no random bytes to give.
+    /// Fails if the operating system returns no random bytes.
     pub fn new(
         master: &Psk,
         vm: VmId,
@@ -90,10 +95,11 @@ impl PageSealer {
         Ok(Self { key: key(&secret, suite, backend)?, mode: Mode::Bound { vm, prefix: prefix()?, counter: 0 } })
     }
 
-    /// For the pages of all VMs of one trust domain, equal ones alike. Read what that tells others, above.
+    /// Makes a sealer for the pages of all VMs of one trust domain. Equal pages give equal bytes;
+    /// the type's documentation says what that reveals.
     ///
     /// # Errors
-    /// When the cipher refuses its key, which it does not.
+    /// Fails if the cipher refuses its key, which does not happen with the back-ends of this crate.
     pub fn convergent(
         master: &Psk,
         domain: &[u8],
@@ -105,10 +111,11 @@ impl PageSealer {
         Ok(Self { key: key(&secret, suite, backend)?, mode: Mode::Convergent { nonces: secret.derive(&[b"nonces"]) } })
     }
 
-    /// Seals the page at page number `page`, as it is in `generation`: nonce, sealed bytes, tag.
+    /// Seals page number `page`, with the content that it has in `generation`. Returns the nonce,
+    /// the ciphertext and the tag, one after another.
     ///
     /// # Errors
-    /// When the operating system has no random bytes to give, once in 2³² pages.
+    /// Fails if the operating system returns no random bytes; they are needed once in 2³² pages.
     pub fn seal(&mut self, page: u64, generation: u64, content: &[u8]) -> Result<Vec<u8>, PageError> {
         let mut sealed = Vec::with_capacity(content.len() + SEAL_OVERHEAD);
         sealed.extend_from_slice(&[0; NONCE_LEN]);
@@ -119,7 +126,8 @@ impl PageSealer {
         Ok(sealed)
     }
 
-    /// As [`seal`](PageSealer::seal), for who keeps nonce and tag elsewhere.
+    /// Seals `content` in place, like [`seal`](PageSealer::seal). Returns nonce and tag, which the
+    /// caller keeps elsewhere.
     pub(crate) fn seal_in_place(
         &mut self,
         page: u64,
@@ -128,7 +136,8 @@ impl PageSealer {
     ) -> Result<([u8; NONCE_LEN], [u8; TAG_LEN]), PageError> {
         let mut nonce = [0; NONCE_LEN];
         match &mut self.mode {
-            // NIST SP 800-38D, 8.2.1 with a fixed field that is random: it comes twice only if two sealers draw the same
+            // NIST SP 800-38D, 8.2.1, with a random fixed field: a nonce comes twice only if two
+            // sealers draw the same random bytes
             Mode::Bound { prefix: own, counter, .. } => {
                 nonce[..PREFIX].copy_from_slice(own);
                 nonce[PREFIX..].copy_from_slice(&counter.to_le_bytes());
@@ -137,7 +146,8 @@ impl PageSealer {
                     None => (*own, *counter) = (prefix()?, 0),
                 }
             }
-            // what is the same nonce is the same content, but for a collision of 96 bits
+            // the nonce is a hash of the content, so equal nonces mean equal content (but for a
+            // collision of 96 bits)
             Mode::Convergent { nonces } => {
                 let hash = Secret::extract(nonces.bytes(), content);
                 nonce.copy_from_slice(&hash.bytes()[..NONCE_LEN]);
@@ -148,10 +158,10 @@ impl PageSealer {
         Ok((nonce, tag))
     }
 
-    /// Opens what [`seal`](PageSealer::seal) made, in place; the page.
+    /// Opens in place what [`seal`](PageSealer::seal) returned. Returns the page.
     ///
     /// # Errors
-    /// When it is anything else than that. `sealed` then holds nothing of use.
+    /// Fails if `sealed` is anything else. Its content must not be used after an error.
     pub fn open<'a>(&self, page: u64, generation: u64, sealed: &'a mut [u8]) -> Result<&'a [u8], PageError> {
         if sealed.len() < SEAL_OVERHEAD {
             return Err(PageError::TooShort(sealed.len()));
@@ -160,7 +170,8 @@ impl PageSealer {
         self.open_in_place(page, generation, nonce, rest)
     }
 
-    /// As [`open`](PageSealer::open), with the nonce from elsewhere: `sealed` is what was sealed, then its tag.
+    /// Opens a page in place, like [`open`](PageSealer::open). The nonce comes from elsewhere, and
+    /// `sealed` is the ciphertext followed by its tag.
     pub(crate) fn open_in_place<'a>(
         &self,
         page: u64,
@@ -173,7 +184,7 @@ impl PageSealer {
         Ok(&sealed[..content])
     }
 
-    /// What a page is bound to.
+    /// Returns the associated data, to which the sealed page is bound.
     fn bound(&self, page: u64, generation: u64) -> Vec<u8> {
         match &self.mode {
             Mode::Bound { vm, .. } => [&vm.0[..], &page.to_le_bytes(), &generation.to_le_bytes()].concat(),
@@ -231,7 +242,7 @@ mod tests {
         assert_eq!(open(&here, 7, 3, sealed[..4000].to_vec()), no);
         assert_eq!(open(&here, 7, 3, vec![0; 27]), Err(PageError::TooShort(27)));
         assert_ne!(here.seal(7, 3, &PAGE).unwrap(), sealed);
-        // nothing can be sealed, too
+        // an empty content can be sealed, too
         let empty = here.seal(7, 3, &[]).unwrap();
         assert!(open(&here, 7, 3, empty).unwrap().is_empty());
         assert_eq!(format!("{here:?}"), "PageSealer { .. }");

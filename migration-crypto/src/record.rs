@@ -1,16 +1,17 @@
-//! Records: what a lane's bytes become on the wire, without I/O.
+//! Records: the format of a lane's data on the wire. This module does no I/O.
 //!
 //! A record is a header of 8 bytes, the sealed plaintext, and a tag of 16 bytes.
 //!
-//! | at | | |
+//! | offset | type | meaning |
 //! |---|---|---|
-//! | 0 | `u32` | bits 0 to 23: bytes of plaintext; bit 24: the stream ends here; the others 0 |
+//! | 0 | `u32` | bits 0 to 23: length of the plaintext in bytes; bit 24: last record of the stream; other bits 0 |
 //! | 4 | `u32` | number of the key |
 //!
-//! The header is authenticated (it is the AAD). The nonce is the number of the key and that of the record, counted from the beginning
-//! of the direction and not sent: a record that is replayed, dropped or moved meets the wrong nonce, hence does not open. Each
-//! direction of each lane has a secret of its own, and each key of the direction comes from the one before by HKDF, so a
-//! nonce comes once under its key by construction.
+//! The header is authenticated as associated data. The nonce consists of the number of the key and
+//! the number of the record. The latter counts from the beginning of the direction and is not sent.
+//! So a record that is replayed, dropped or moved is opened with the wrong nonce, and fails. Each
+//! direction of each lane has a secret of its own, and each key of a direction is derived from the
+//! one before by HKDF. So no nonce is used twice under one key.
 
 use migration_core::RamSlice;
 use thiserror::Error;
@@ -21,78 +22,84 @@ use crate::{
     secret::Secret,
 };
 
-/// Bytes in front of a record's plaintext.
+/// The length of a record's header in bytes.
 pub const HEADER_LEN: usize = 8;
-/// Bytes that a record has beside its plaintext.
+/// The number of bytes that a record has beyond its plaintext.
 pub const OVERHEAD: usize = HEADER_LEN + TAG_LEN;
-/// Most bytes of plaintext in a record, whatever the sender's choice: what a receiver's buffer has to hold.
+/// The largest plaintext of a record in bytes, whatever the sender chooses. A receiver's buffer
+/// must have room for it.
 pub const MAX_PLAINTEXT: usize = 1 << 20;
-/// Fewest bytes of plaintext that a sender's records may be limited to.
+/// The smallest limit in bytes to which a sender may set the plaintext of its records.
 pub const MIN_PLAINTEXT: usize = 64 << 10;
 
 const FINAL: u32 = 1 << 24;
 const LENGTH: u32 = FINAL - 1;
 
-/// When a key is replaced by the next. A sender's choice; a receiver follows.
+/// The limits after which a key is replaced by the next one. The sender chooses them; the receiver
+/// follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyLimits {
-    /// Records under one key, at least 1.
+    /// The number of records under one key, at least 1.
     pub records: u64,
-    /// Bytes under one key. A record that begins below the limit may end above it.
+    /// The number of bytes under one key. The last record may exceed it.
     pub bytes: u64,
-    /// Keys of one direction of one lane. Once they are used up the lane ends with [`RecordError::Exhausted`].
+    /// The number of keys for one direction of one lane. After the last one the lane ends with
+    /// [`RecordError::Exhausted`].
     pub keys: u32,
 }
 
 impl Default for KeyLimits {
-    /// 64 GiB a key. An attacker's advantage against GCM grows with the square of the blocks under one key; with 2³² of them
-    /// it is below 2⁻⁶⁰ (RFC 9001, appendix B, has the formulas). A key is replaced in a microsecond.
+    /// Returns limits of 2³² records and 64 GiB for each key. An attacker's advantage against GCM
+    /// grows with the square of the number of blocks under one key; with 2³² blocks it is below
+    /// 2⁻⁶⁰ (RFC 9001, appendix B, has the formulas). To replace a key takes about a microsecond.
     fn default() -> Self {
         Self { records: 1 << 32, bytes: 64 << 30, keys: u32::MAX }
     }
 }
 
-/// Why a record was refused, or could not be made. The lane ends with it.
+/// The reason why a record was refused or could not be sealed. The lane ends with it.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// Changed, replayed, dropped, out of order, of another lane or session: which of them cannot be told.
+    /// The record was changed, replayed, dropped or reordered, or belongs to another lane or
+    /// session. It is not possible to find out which.
     #[error("a record is not authentic: it was changed, replayed, dropped, reordered, or belongs to another lane")]
     NotAuthentic,
-    /// Its header makes no sense.
-    #[error("a record's header makes no sense (is the peer encrypting?)")]
+    /// The header of the record is invalid.
+    #[error("a record's header is invalid (does the peer encrypt?)")]
     Header,
-    /// It names neither the present key nor the next.
-    #[error("a record names key {found}, key {expected} is in use")]
+    /// The record names neither the current key nor the next one.
+    #[error("a record names key {found}, but key {expected} is in use")]
     Key {
-        /// The key in use.
+        /// The number of the current key.
         expected: u32,
-        /// What the header has.
+        /// The number in the header.
         found: u32,
     },
-    /// A record after the closing one.
+    /// A record came after the closing one.
     #[error("a record came after the last one")]
     AfterEnd,
-    /// The stream ended without its closing record: something may have been cut off.
+    /// The stream ended without a closing record, so data may have been cut off.
     #[error("the stream was cut off: it ended without its closing record")]
     Truncated,
-    /// All keys of this direction are used up; open a new lane.
+    /// All keys of this direction are used up. The caller can open a new lane.
     #[error("all keys of this lane are used up: open a new one")]
     Exhausted,
-    /// An earlier record failed, so this one cannot be trusted.
+    /// An earlier record failed, so later ones cannot be trusted.
     #[error("an earlier record of this lane failed")]
     Broken,
 }
 
-/// The keys of one direction, one after another.
+/// The sequence of keys of one direction.
 struct Keys {
     suite: Suite,
     backend: &'static dyn Backend,
     secret: Secret,
     key: Box<dyn AeadKey>,
-    /// Which key it is.
+    /// The number of the current key.
     number: u32,
-    /// Counts all records of the direction, whatever their key: one that is dropped before a change of keys is missed, too.
+    /// The number of the next record. It counts all records of the direction, whatever their key,
+    /// so that a record dropped just before a change of keys is noticed.
     next: u64,
 }
 
@@ -102,7 +109,7 @@ impl Keys {
         Ok(Self { suite, backend, secret, key, number: 0, next: 0 })
     }
 
-    /// Replaces the key. The one before cannot be found from it.
+    /// Replaces the key by the next one. The old key cannot be computed from the new one.
     fn update(&mut self) -> Result<(), RecordError> {
         self.number = self.number.checked_add(1).ok_or(RecordError::Exhausted)?;
         self.secret = self.secret.derive(&[b"next key"]);
@@ -110,7 +117,7 @@ impl Keys {
         Ok(())
     }
 
-    /// The nonce of the next record.
+    /// Returns the nonce of the next record and advances the counter.
     fn nonce(&mut self) -> Result<[u8; NONCE_LEN], RecordError> {
         let mut nonce = [0; NONCE_LEN];
         nonce[..4].copy_from_slice(&self.number.to_le_bytes());
@@ -124,7 +131,7 @@ impl Keys {
 pub(crate) struct RecordSealer {
     keys: Keys,
     limits: KeyLimits,
-    /// Under the present key.
+    /// The number of records under the current key.
     records: u64,
     bytes: u64,
     state: State,
@@ -163,13 +170,13 @@ impl RecordSealer {
         Ok(Self { keys: Keys::new(suite, backend, secret)?, limits, records: 0, bytes: 0, state: State::Open })
     }
 
-    /// Seals a record in place. `record` has [`HEADER_LEN`] bytes of room, at most [`MAX_PLAINTEXT`] of plaintext, and room
-    /// for the tag.
+    /// Seals a record in place. `record` consists of [`HEADER_LEN`] bytes for the header, up to
+    /// [`MAX_PLAINTEXT`] bytes of plaintext, and [`TAG_LEN`] bytes for the tag.
     pub(crate) fn seal(&mut self, record: &mut [u8], last: bool) -> Result<(), RecordError> {
         self.seal_or_break(record, None, last)
     }
 
-    /// Seals guest memory into `record`, which has [`OVERHEAD`] bytes more than that.
+    /// Seals guest memory into `record`, which must be [`OVERHEAD`] bytes longer than `from`.
     pub(crate) fn seal_from(&mut self, from: RamSlice<'_>, record: &mut [u8]) -> Result<(), RecordError> {
         self.seal_or_break(record, Some(from), false)
     }
@@ -215,23 +222,25 @@ impl RecordOpener {
         Ok(Self { keys: Keys::new(suite, backend, secret)?, state: State::Open })
     }
 
-    /// Whether the closing record has come.
+    /// Returns whether the closing record was opened.
     pub(crate) fn ended(&self) -> bool {
         self.state == State::Ended
     }
 
-    /// How many bytes follow this header, which is not authenticated yet: a bound, and no more.
-    pub(crate) fn following(&self, header: &[u8; HEADER_LEN]) -> Result<usize, RecordError> {
+    /// Returns the number of bytes that follow `header`. The header is not authenticated yet, so
+    /// the number is only good as a bound.
+    pub(crate) fn sealed_len(&self, header: &[u8; HEADER_LEN]) -> Result<usize, RecordError> {
         self.state.check()?;
         Ok(Header::decode(header)?.len + TAG_LEN)
     }
 
-    /// Opens the record of this header in place; the plaintext is the beginning of `sealed`, all but [`TAG_LEN`] bytes.
+    /// Opens the record with this header in place. The plaintext is `sealed` without its last
+    /// [`TAG_LEN`] bytes.
     pub(crate) fn open(&mut self, header: &[u8; HEADER_LEN], sealed: &mut [u8]) -> Result<(), RecordError> {
         self.open_or_break(header, sealed, None)
     }
 
-    /// Opens it into guest memory, which has the length of its plaintext.
+    /// Opens the record with this header into guest memory of the length of its plaintext.
     pub(crate) fn open_into(
         &mut self,
         header: &[u8; HEADER_LEN],
@@ -269,7 +278,8 @@ impl RecordOpener {
         }
         let expected = self.keys.number;
         if key != expected {
-            // forward only, and one at a time: a forged number makes no work, and nothing is opened after it
+            // Only a step to the next key is accepted. A forged number costs at most one
+            // derivation, and a lane opens nothing after a failure.
             if Some(key) != expected.checked_add(1) {
                 return Err(RecordError::Key { expected, found: key });
             }
@@ -287,7 +297,7 @@ impl RecordOpener {
 
 #[doc(hidden)]
 pub mod fixed_key {
-    //! Records under a key of no secrecy, to measure and to fuzz them.
+    //! Records under a fixed, public key, for benches and fuzz targets.
 
     use std::{io, sync::Arc};
 
@@ -322,7 +332,7 @@ struct Header {
 
 impl Header {
     fn encode(&self) -> [u8; HEADER_LEN] {
-        // the length is at most MAX_PLAINTEXT
+        // cannot truncate: the length is at most MAX_PLAINTEXT
         let first = self.len as u32 | if self.last { FINAL } else { 0 };
         let mut bytes = [0; HEADER_LEN];
         bytes[..4].copy_from_slice(&first.to_le_bytes());

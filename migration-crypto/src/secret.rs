@@ -1,4 +1,4 @@
-//! Secrets, and keys derived from them.
+//! Secrets, and the derivation of keys from them.
 
 use std::fmt;
 
@@ -11,10 +11,11 @@ use crate::{
     aead::{AeadError, AeadKey, Backend},
 };
 
-/// Bytes of every secret that keys are derived from.
+/// The length in bytes of every secret from which keys are derived.
 pub(crate) const SECRET_LEN: usize = 32;
 
-/// 32 bytes that nobody else may know. They are erased from memory when dropped, and never printed.
+/// A secret of 32 bytes. It is erased from memory when it is dropped, and `Debug` does not print
+/// it.
 #[derive(Clone)]
 pub(crate) struct Secret(Box<Zeroizing<[u8; SECRET_LEN]>>);
 
@@ -23,8 +24,8 @@ impl Secret {
         Self(Box::new(Zeroizing::new(bytes)))
     }
 
-    /// A secret from input that holds enough entropy but is not uniform, or several inputs laid end to end
-    /// (HKDF-Extract, RFC 5869).
+    /// Makes a secret from `input`, which holds enough entropy but need not be uniform
+    /// (HKDF-Extract, RFC 5869). `input` may be several inputs, one after another.
     pub(crate) fn extract(salt: &[u8], input: &[u8]) -> Self {
         let (mut secret, _) = Hkdf::<Sha256>::extract(Some(salt), input);
         let this = Self::new(secret.into());
@@ -32,10 +33,10 @@ impl Secret {
         this
     }
 
-    /// Fresh from the operating system.
+    /// Makes a random secret with bytes of the operating system.
     ///
     /// # Errors
-    /// When it has none to give.
+    /// Fails if the operating system returns no random bytes.
     pub(crate) fn random() -> Result<Self, getrandom::Error> {
         let mut this = Self::new([0; SECRET_LEN]);
         getrandom::fill(&mut this.0[..])?;
@@ -46,20 +47,21 @@ impl Secret {
         &self.0
     }
 
-    /// Fills `key` with what is derived for this purpose (HKDF-Expand with the purpose's parts as info, each after its
-    /// length, so that no two lists of parts are the same bytes).
+    /// Derives the bytes of `key` for `purpose` (HKDF-Expand, RFC 5869). Each part of the purpose
+    /// is encoded after its length, so that different lists of parts never give the same bytes.
     pub(crate) fn expand(&self, purpose: &[&[u8]], key: &mut [u8]) {
         let mut info = Vec::new();
         for part in purpose {
             info.extend_from_slice(&(part.len() as u32).to_le_bytes());
             info.extend_from_slice(part);
         }
-        // a secret has the length of the hash and keys are far shorter than 255 of them: neither step can fail
+        // neither step can fail: a secret has the length of the hash, and keys are far shorter than
+        // 255 hashes
         let done = Hkdf::<Sha256>::from_prk(&self.0[..]).is_ok_and(|hkdf| hkdf.expand(&info, key).is_ok());
         debug_assert!(done);
     }
 
-    /// A cipher's key, ready for use.
+    /// Derives the key for `suite` and prepares it for use with `backend`.
     pub(crate) fn key(&self, suite: Suite, backend: &dyn Backend) -> Result<Box<dyn AeadKey>, AeadError> {
         let mut bytes = Zeroizing::new([0; SECRET_LEN]);
         let bytes = &mut bytes[..suite.key_len()];
@@ -67,7 +69,7 @@ impl Secret {
         backend.key(suite, bytes)
     }
 
-    /// Another secret, for this purpose.
+    /// Derives another secret, for `purpose`.
     pub(crate) fn derive(&self, purpose: &[&[u8]]) -> Self {
         let mut derived = Self::new([0; SECRET_LEN]);
         self.expand(purpose, &mut derived.0[..]);

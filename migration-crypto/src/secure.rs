@@ -1,4 +1,4 @@
-//! Connectors and listeners whose channels are secure.
+//! Connectors and listeners whose channels are authenticated and encrypted.
 
 use std::{
     io,
@@ -18,28 +18,28 @@ use crate::{
     channel::{SecureCloser, SecureReader, SecureWriter},
     handshake::{
         Agreed, HandshakeError, Wire,
-        noise::{self, Proofs},
+        noise::{self, NoiseKeys},
         preface::{Preface, Proof},
     },
     keys::{Psk, PublicKey, StaticKey},
     record::{KeyLimits, OVERHEAD, RecordOpener, RecordSealer},
-    session::{Own, Session, Sessions},
+    session::{Session, Sessions, SourceState},
 };
 
-/// How a side proves who it is, and what it demands of the other side.
+/// The way in which a side proves who it is, and what it demands of the other side.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Credentials {
-    /// Both have the same secret.
+    /// A key that both sides have.
     Psk(Psk),
-    /// Each has a private key, and knows the other's public key.
+    /// A key pair for each side. Each side knows the public key of the other.
     Static {
-        /// This side's key.
+        /// The key of this side.
         own: StaticKey,
-        /// The only peer that will do.
+        /// The public key of the only accepted peer.
         peer: PublicKey,
     },
-    /// Certificates of one authority, in TLS 1.3.
+    /// Certificates of a common authority, with TLS 1.3.
     #[cfg(feature = "tls")]
     Tls(crate::TlsIdentity),
 }
@@ -55,25 +55,27 @@ impl Credentials {
     }
 }
 
-/// How channels are secured: the same choices for a source and for a destination.
+/// The settings for secure channels, the same for a source and for a destination.
 #[derive(Clone)]
 pub struct Security {
-    /// Who may take part.
+    /// The credentials of this side.
     pub credentials: Credentials,
-    /// The ciphers that will do, the preferred one first. The destination's order counts.
+    /// The accepted cipher suites, the preferred one first. The destination's order decides.
     pub suites: Vec<Suite>,
-    /// What encrypts and decrypts.
+    /// The implementation of the ciphers.
     pub backend: &'static dyn Backend,
-    /// Most bytes of plaintext in a record, from 64 KiB to 1 MiB (what is outside is taken for the nearest).
+    /// The largest plaintext of a record in bytes. Values below 64 KiB or above 1 MiB are replaced
+    /// by these.
     pub record_bytes: usize,
-    /// When keys are replaced.
+    /// The limits after which keys are replaced.
     pub limits: KeyLimits,
-    /// How long a handshake may take, in all.
+    /// The time limit of a whole handshake.
     pub handshake_timeout: Duration,
 }
 
 impl Security {
-    /// With these credentials and defaults for all else: every cipher, the fastest back-end, records of 256 KiB, 10 s.
+    /// Returns settings with these credentials and defaults for the rest: all cipher suites, the
+    /// fastest back-end, records of 256 KiB, and 10 seconds for a handshake.
     pub fn new(credentials: Credentials) -> Self {
         Self {
             credentials,
@@ -86,30 +88,32 @@ impl Security {
     }
 }
 
-/// A session of a source: what all its channels to one destination have in common. Clones are the same session.
+/// A session of a source, which all its channels to one destination share. Clones are the same
+/// session.
 ///
-/// A control lane begins a new one; every further channel proves that it belongs to it, also over another
-/// [`SecureConnector`] (by which a lost link is found again at another address).
+/// Each control channel begins a new session. Every further channel proves that it belongs to the
+/// session. It may come from another [`SecureConnector`], which a source uses to reconnect at
+/// another address after a link was lost.
 #[derive(Clone)]
 pub struct SourceSession {
     security: Arc<Security>,
-    own: Arc<Mutex<Option<Own>>>,
+    state: Arc<Mutex<Option<SourceState>>>,
 }
 
 impl SourceSession {
-    /// Not begun yet: the first channel does that.
+    /// Makes a session. Its first channel begins it.
     pub fn new(security: Security) -> Self {
-        Self { security: Arc::new(security), own: Arc::default() }
+        Self { security: Arc::new(security), state: Arc::default() }
     }
 
-    /// Channels of this session, over those of `inner`.
+    /// Returns a connector that opens channels of this session over those of `inner`.
     pub fn connector(&self, inner: Box<dyn Connector>) -> SecureConnector {
         SecureConnector { inner, session: self.clone() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Own>> {
+    fn lock(&self) -> MutexGuard<'_, Option<SourceState>> {
         // no code that can panic runs under this lock
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn initiate(&self, wire: &mut Wire<'_>, kind: LaneKind) -> Result<Agreed, HandshakeError> {
@@ -117,40 +121,40 @@ impl SourceSession {
         let mut preface = Preface { proof: Proof::Session, kind, counter: 0, session: [0; 16], message: 0 };
         if kind != LaneKind::Control {
             let session = {
-                let mut own = self.lock();
-                let own = own.as_mut().ok_or(HandshakeError::NoSession)?;
-                own.opened = own.opened.checked_add(1).ok_or(HandshakeError::NoSession)?;
-                preface.counter = own.opened;
-                own.session.clone()
+                let mut state = self.lock();
+                let state = state.as_mut().ok_or(HandshakeError::NoSession)?;
+                state.opened = state.opened.checked_add(1).ok_or(HandshakeError::NoSession)?;
+                preface.counter = state.opened;
+                state.session.clone()
             };
             preface.session = session.id;
-            return noise::initiate(wire, preface, &Proofs::Psk(&session.resumption), &[session.suite]);
+            return noise::initiate(wire, preface, &NoiseKeys::Psk(&session.resumption), &[session.suite]);
         }
         preface.proof = security.credentials.proof();
         let agreed = match &security.credentials {
-            Credentials::Psk(key) => noise::initiate(wire, preface, &Proofs::Psk(&key.0), &security.suites)?,
+            Credentials::Psk(key) => noise::initiate(wire, preface, &NoiseKeys::Psk(&key.0), &security.suites)?,
             Credentials::Static { own, peer } => {
-                noise::initiate(wire, preface, &Proofs::Static { own, peer }, &security.suites)?
+                noise::initiate(wire, preface, &NoiseKeys::Static { own, peer }, &security.suites)?
             }
             #[cfg(feature = "tls")]
             Credentials::Tls(identity) => crate::handshake::tls::initiate(wire, &preface, identity, &security.suites)?,
         };
-        *self.lock() = Some(Own { session: Session::new(&agreed), opened: 0 });
+        *self.lock() = Some(SourceState { session: Session::new(&agreed), opened: 0 });
         Ok(agreed)
     }
 }
 
 /// A [`Connector`] whose channels are authenticated and encrypted.
 ///
-/// The first channel, for control, begins a session; further ones belong to it. Put a bandwidth limit inside of it, so that
-/// what is limited are bytes on the wire.
+/// The first channel, for control, begins a session; further channels belong to it. A bandwidth
+/// limiter should be the inner connector, so that it counts the bytes on the wire.
 pub struct SecureConnector {
     inner: Box<dyn Connector>,
     session: SourceSession,
 }
 
 impl SecureConnector {
-    /// Secures the channels of `inner`, in a session of their own.
+    /// Makes a connector for the channels of `inner`, with a session of its own.
     pub fn new(inner: Box<dyn Connector>, security: Security) -> Self {
         SourceSession::new(security).connector(inner)
     }
@@ -162,13 +166,14 @@ impl Connector for SecureConnector {
     }
 
     /// # Errors
-    /// Beside those of the inner connector, a [`HandshakeError`] that says why one side refuses the other.
+    /// Fails with an error of the inner connector, or with a [`HandshakeError`] that says why one
+    /// side refuses the other.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         self.secure(self.inner.connect_as(kind)?, kind, self.session.security.handshake_timeout)
     }
 
     /// # Errors
-    /// As those of [`connect_as`](Self::connect_as).
+    /// Fails like [`connect_as`](Self::connect_as).
     fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         let deadline = Instant::now() + timeout;
         let channel = self.inner.connect_within(kind, timeout)?;
@@ -182,16 +187,16 @@ impl Connector for SecureConnector {
 }
 
 impl SecureConnector {
-    fn secure(&self, channel: Box<dyn Channel>, kind: LaneKind, patience: Duration) -> io::Result<Box<dyn Channel>> {
+    fn secure(&self, channel: Box<dyn Channel>, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         let peer = channel.peer();
         let security = &self.session.security;
         let Halves { mut reader, mut writer, closer } = channel.split()?;
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
         let agreed = self.session.initiate(&mut wire, kind)?;
         let closed = Arc::new(AtomicBool::new(false));
-        let ends = Ends::new(security, &agreed, [TO_DESTINATION, TO_SOURCE])?;
-        let (mut reader, mut writer) = ends.halves(reader, writer, &closed, security);
+        let ciphers = LaneCiphers::new(security, &agreed, [TO_DESTINATION, TO_SOURCE])?;
+        let (mut reader, mut writer) = ciphers.halves(reader, writer, &closed, security);
         writer.send_empty(false)?;
         reader.set_idle_timeout(None)?;
         writer.set_idle_timeout(None)?;
@@ -201,7 +206,7 @@ impl SecureConnector {
     }
 }
 
-/// A channel that is ready.
+/// A channel after its handshake.
 struct SecureChannel {
     halves: Halves,
     peer: String,
@@ -217,19 +222,20 @@ impl Channel for SecureChannel {
     }
 }
 
-/// What the secrets of a lane's two directions are derived for.
+/// The labels with which the secrets of a lane's two directions are derived.
 const TO_DESTINATION: &[u8] = b"to destination";
 const TO_SOURCE: &[u8] = b"to source";
 
-/// What a side of a lane seals and opens its two directions with.
-struct Ends {
+/// The ciphers of one side of a lane, one for each direction.
+struct LaneCiphers {
     sealer: RecordSealer,
     opener: RecordOpener,
 }
 
-impl Ends {
+impl LaneCiphers {
     fn new(security: &Security, agreed: &Agreed, [out, back]: [&[u8]; 2]) -> io::Result<Self> {
-        // what a session keeps of its first lane's agreement is not what that lane's records are keyed by
+        // derived again, so that the keys of the first lane's records differ from those that the
+        // session keeps
         let lane = agreed.secret.derive(&[b"lane"]);
         let secret = |direction| lane.derive(&[direction]);
         Ok(Self {
@@ -252,15 +258,16 @@ impl Ends {
 
 /// A [`Listener`] whose channels are authenticated and encrypted.
 ///
-/// Accepting is as quick as that of the inner listener: the handshake runs on the thread that first reads from or writes to the
-/// channel, under the idle time-out that is set there, and what fails is an error of that call.
+/// To accept a channel takes no longer than with the inner listener. The handshake runs on the
+/// thread that first reads from the channel or writes to it, within the idle time-out that is set
+/// there. A failed handshake is an error of that read or write.
 pub struct SecureListener {
     inner: Box<dyn Listener>,
     acceptor: Arc<Acceptor>,
 }
 
 impl SecureListener {
-    /// Secures the channels that `inner` accepts.
+    /// Makes a listener for the channels that `inner` accepts.
     pub fn new(inner: Box<dyn Listener>, security: Security) -> Self {
         Self { inner, acceptor: Arc::new(Acceptor { security, sessions: Sessions::default() }) }
     }
@@ -284,7 +291,8 @@ impl Listener for SecureListener {
         self.inner.trouble()
     }
 
-    // whoever is refused so would have to be told after a handshake: it is not
+    // A refusal could only be sent after a handshake, for which there is no time here. So the
+    // channel is accepted and dropped.
     fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
         drop(self.inner.accept_to_refuse());
         None
@@ -309,8 +317,8 @@ impl Acceptor {
         if preface.proof == Proof::Session {
             let session = self.sessions.find(&preface.session)?;
             let accept = || self.sessions.accept(&session.id, preface.counter);
-            let proofs = Proofs::Psk(&session.resumption);
-            let agreed = noise::respond(wire, &preface, &proofs, &[session.suite], accept)?;
+            let keys = NoiseKeys::Psk(&session.resumption);
+            let agreed = noise::respond(wire, &preface, &keys, &[session.suite], accept)?;
             return Ok((agreed, None));
         }
         if preface.proof != credentials.proof() {
@@ -318,9 +326,9 @@ impl Acceptor {
             return Err(HandshakeError::Credentials { theirs, ours });
         }
         let agreed = match credentials {
-            Credentials::Psk(key) => noise::respond(wire, &preface, &Proofs::Psk(&key.0), suites, || Ok(()))?,
+            Credentials::Psk(key) => noise::respond(wire, &preface, &NoiseKeys::Psk(&key.0), suites, || Ok(()))?,
             Credentials::Static { own, peer } => {
-                noise::respond(wire, &preface, &Proofs::Static { own, peer }, suites, || Ok(()))?
+                noise::respond(wire, &preface, &NoiseKeys::Static { own, peer }, suites, || Ok(()))?
             }
             #[cfg(feature = "tls")]
             Credentials::Tls(identity) => crate::handshake::tls::respond(wire, &preface, identity, suites)?,
@@ -329,27 +337,28 @@ impl Acceptor {
         Ok((agreed, Some(session)))
     }
 
-    /// The handshake, up to the source's proof that it is here.
+    /// Runs the handshake up to the source's empty record, which proves that the source is present.
     fn open(
         &self,
         mut reader: Box<dyn ReadHalf>,
         mut writer: Box<dyn WriteHalf>,
-        patience: Duration,
+        timeout: Duration,
         closed: &Arc<AtomicBool>,
     ) -> io::Result<(SecureReader, SecureWriter)> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut wire = Wire { reader: &mut *reader, writer: &mut *writer, deadline };
         let (agreed, session) = self.respond(&mut wire).inspect_err(|error| wire.refuse(error))?;
-        let mut ends = Ends::new(&self.security, &agreed, [TO_SOURCE, TO_DESTINATION])?;
-        // one of a fixed length, by the deadline: who has only replayed a message gets no memory and no more time
+        let mut ciphers = LaneCiphers::new(&self.security, &agreed, [TO_SOURCE, TO_DESTINATION])?;
+        // The record has a fixed length and must arrive by the deadline, so that a peer that
+        // replays a message gets neither memory nor time.
         let mut proof = [0; OVERHEAD];
         wire.read(&mut proof)?;
         let (header, sealed) = proof.split_first_chunk_mut().ok_or(HandshakeError::Malformed("proof"))?;
-        if ends.opener.following(header)? != sealed.len() {
+        if ciphers.opener.sealed_len(header)? != sealed.len() {
             return Err(HandshakeError::Malformed("the first record is not empty").into());
         }
-        ends.opener.open(header, sealed)?;
-        let (reader, writer) = ends.halves(reader, writer, closed, &self.security);
+        ciphers.opener.open(header, sealed)?;
+        let (reader, writer) = ciphers.halves(reader, writer, closed, &self.security);
         if let Some(session) = session {
             self.sessions.insert(session);
         }
@@ -357,7 +366,7 @@ impl Acceptor {
     }
 }
 
-/// A channel whose handshake is due.
+/// An accepted channel before its handshake.
 struct AcceptedChannel {
     channel: Box<dyn Channel>,
     acceptor: Arc<Acceptor>,
@@ -367,10 +376,10 @@ impl Channel for AcceptedChannel {
     fn split(self: Box<Self>) -> io::Result<Halves> {
         let Halves { reader, writer, closer } = self.channel.split()?;
         let closed = Arc::new(AtomicBool::new(false));
-        let due = Due { reader, writer, acceptor: self.acceptor, closed: Arc::clone(&closed) };
-        let opening = Arc::new(Mutex::new(Opening::Due(Box::new(due))));
-        let reader = LateReader { opening: Arc::clone(&opening), opened: None, idle: None };
-        let writer = LateWriter { opening, opened: None, idle: None, deadline: None, short: false };
+        let pending = Pending { reader, writer, acceptor: self.acceptor, closed: Arc::clone(&closed) };
+        let opening = Arc::new(Mutex::new(Opening::Pending(Box::new(pending))));
+        let reader = LazyReader { opening: Arc::clone(&opening), opened: None, idle: None };
+        let writer = LazyWriter { opening, opened: None, idle: None, deadline: None, short: false };
         let closer = Box::new(SecureCloser { inner: closer, closed });
         Ok(Halves { reader: Box::new(reader), writer: Box::new(writer), closer })
     }
@@ -380,34 +389,34 @@ impl Channel for AcceptedChannel {
     }
 }
 
-/// What the halves of an accepted channel share until each has its part.
+/// The state that the two halves of an accepted channel share until each has its opened half.
 enum Opening {
-    Due(Box<Due>),
+    Pending(Box<Pending>),
     Done(Option<Box<SecureReader>>, Option<Box<SecureWriter>>),
     Failed(io::ErrorKind, String),
 }
 
-struct Due {
+struct Pending {
     reader: Box<dyn ReadHalf>,
     writer: Box<dyn WriteHalf>,
     acceptor: Arc<Acceptor>,
     closed: Arc<AtomicBool>,
 }
 
-/// Runs the handshake if nobody has, and takes a half.
+/// Runs the handshake unless the other half did so already, and takes a half with `take`.
 fn opened<T>(
     opening: &Mutex<Opening>,
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
     take: impl FnOnce(&mut Option<Box<SecureReader>>, &mut Option<Box<SecureWriter>>) -> Option<T>,
 ) -> io::Result<T> {
     let mut opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Opening::Due(_) = &*opening {
-        let again = Opening::Failed(io::ErrorKind::Other, "the handshake was interrupted".into());
-        if let Opening::Due(due) = std::mem::replace(&mut *opening, again) {
-            let Due { reader, writer, acceptor, closed } = *due;
-            let most = acceptor.security.handshake_timeout;
-            let patience = patience.map_or(most, |patience| patience.min(most));
-            match acceptor.open(reader, writer, patience, &closed) {
+    if let Opening::Pending(_) = &*opening {
+        let interrupted = Opening::Failed(io::ErrorKind::Other, "the handshake was interrupted".into());
+        if let Opening::Pending(pending) = std::mem::replace(&mut *opening, interrupted) {
+            let Pending { reader, writer, acceptor, closed } = *pending;
+            let max = acceptor.security.handshake_timeout;
+            let timeout = timeout.map_or(max, |timeout| timeout.min(max));
+            match acceptor.open(reader, writer, timeout, &closed) {
                 Ok((reader, writer)) => *opening = Opening::Done(Some(Box::new(reader)), Some(Box::new(writer))),
                 Err(error) => {
                     *opening = Opening::Failed(error.kind(), error.to_string());
@@ -419,18 +428,18 @@ fn opened<T>(
     let taken = match &mut *opening {
         Opening::Done(reader, writer) => take(reader, writer),
         Opening::Failed(kind, why) => return Err(io::Error::new(*kind, why.clone())),
-        Opening::Due(_) => None,
+        Opening::Pending(_) => None,
     };
     taken.ok_or_else(|| io::Error::other("this half of the channel is in use"))
 }
 
-struct LateReader {
+struct LazyReader {
     opening: Arc<Mutex<Opening>>,
     opened: Option<Box<SecureReader>>,
     idle: Option<Duration>,
 }
 
-impl LateReader {
+impl LazyReader {
     fn ready(&mut self) -> io::Result<&mut SecureReader> {
         if self.opened.is_none() {
             let mut reader = opened(&self.opening, self.idle, |reader, _| reader.take())?;
@@ -441,7 +450,7 @@ impl LateReader {
     }
 }
 
-impl ReadHalf for LateReader {
+impl ReadHalf for LazyReader {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
         self.ready()?.read_exact(buf)
     }
@@ -456,7 +465,7 @@ impl ReadHalf for LateReader {
     }
 }
 
-struct LateWriter {
+struct LazyWriter {
     opening: Arc<Mutex<Opening>>,
     opened: Option<Box<SecureWriter>>,
     idle: Option<Duration>,
@@ -464,7 +473,7 @@ struct LateWriter {
     short: bool,
 }
 
-impl LateWriter {
+impl LazyWriter {
     fn ready(&mut self) -> io::Result<&mut SecureWriter> {
         if self.opened.is_none() {
             let mut writer = opened(&self.opening, self.idle, |_, writer| writer.take())?;
@@ -479,7 +488,7 @@ impl LateWriter {
     }
 }
 
-impl WriteHalf for LateWriter {
+impl WriteHalf for LazyWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         self.ready()?.write_all(head, slices)
     }
@@ -496,7 +505,7 @@ impl WriteHalf for LateWriter {
         }
     }
 
-    /// Before the handshake nothing was sent.
+    /// Returns zero before the handshake, because nothing was sent then.
     fn ahead_of_limit(&self) -> Duration {
         self.opened.as_ref().map_or(Duration::ZERO, |writer| writer.ahead_of_limit())
     }

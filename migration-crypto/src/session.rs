@@ -1,4 +1,5 @@
-//! Sessions: what a first channel has agreed on, and every further one must prove to know.
+//! Sessions: the secret on which the first channel agreed, and which every further channel must
+//! know.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +9,8 @@ use crate::{
     secret::Secret,
 };
 
-/// Sessions that a destination remembers. It receives one VM at a time; what is beyond that are attempts that failed.
+/// The largest number of sessions that a destination remembers. It receives one VM at a time, so
+/// more than a few are failed attempts.
 const MAX_SESSIONS: usize = 64;
 
 /// A session, as both sides know it.
@@ -16,7 +18,7 @@ const MAX_SESSIONS: usize = 64;
 pub(crate) struct Session {
     pub(crate) id: [u8; 16],
     pub(crate) suite: Suite,
-    /// Keys the handshakes of further channels.
+    /// The secret that keys the handshakes of further channels.
     pub(crate) resumption: Secret,
 }
 
@@ -28,36 +30,38 @@ impl Session {
     }
 }
 
-/// A session at its source, which counts the channels.
+/// A session at the source.
 #[derive(Debug)]
-pub(crate) struct Own {
+pub(crate) struct SourceState {
     pub(crate) session: Session,
+    /// The number of channels opened after the first.
     pub(crate) opened: u32,
 }
 
-/// The sessions of a destination, the one used last at the end.
+/// The sessions of a destination, in the order of their last use, the most recent at the end.
 #[derive(Debug, Default)]
-pub(crate) struct Sessions(Mutex<Vec<Known>>);
+pub(crate) struct Sessions(Mutex<Vec<Remembered>>);
 
 #[derive(Debug)]
-struct Known {
+struct Remembered {
     session: Session,
-    seen: Seen,
+    window: ReplayWindow,
 }
 
 impl Sessions {
-    fn lock(&self) -> MutexGuard<'_, Vec<Known>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Remembered>> {
         // no code that can panic runs under this lock
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers a session whose source has proved that it is here. The one that was not used for longest makes room.
+    /// Adds a session whose source has proved that it is present. If the list is full, the session
+    /// that was unused for the longest time is removed.
     pub(crate) fn insert(&self, session: Session) {
         let mut known = self.lock();
         if known.len() >= MAX_SESSIONS {
             known.remove(0);
         }
-        known.push(Known { session, seen: Seen::default() });
+        known.push(Remembered { session, window: ReplayWindow::default() });
     }
 
     pub(crate) fn find(&self, id: &[u8; 16]) -> Result<Session, HandshakeError> {
@@ -66,11 +70,12 @@ impl Sessions {
         found.map(|known| known.session.clone()).ok_or(HandshakeError::UnknownSession)
     }
 
-    /// Notes that a channel's first message was authentic; each is taken once.
+    /// Records that the first message of channel `counter` was authentic. Each counter is accepted
+    /// once.
     pub(crate) fn accept(&self, id: &[u8; 16], counter: u32) -> Result<(), HandshakeError> {
         let mut known = self.lock();
         let at = known.iter().position(|known| known.session.id == *id).ok_or(HandshakeError::UnknownSession)?;
-        if !known[at].seen.take(counter) {
+        if !known[at].window.accept(counter) {
             return Err(HandshakeError::UnknownSession);
         }
         known[at..].rotate_left(1);
@@ -78,16 +83,18 @@ impl Sessions {
     }
 }
 
-/// Which counters have come.
+/// The counters that were accepted (an anti-replay window, as in RFC 4303, 3.4.3).
 #[derive(Debug, Default)]
-struct Seen {
+struct ReplayWindow {
     newest: u32,
-    /// Bit *n*: `newest - n` has come. What comes further behind is not taken: channels are opened one after another.
+    /// Bit *n* is set if `newest - n` was accepted. Counters further back than 63 are refused,
+    /// which loses nothing because a source opens its channels one after another.
     bits: u64,
 }
 
-impl Seen {
-    fn take(&mut self, counter: u32) -> bool {
+impl ReplayWindow {
+    /// Returns whether `counter` is new, and records it.
+    fn accept(&mut self, counter: u32) -> bool {
         if counter > self.newest {
             let ahead = counter - self.newest;
             self.bits = self.bits.checked_shl(ahead).unwrap_or(0) | 1;
@@ -111,9 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn each_counter_is_taken_once() {
-        let mut seen = Seen::default();
-        let fresh: Vec<bool> = [1, 2, 2, 5, 4, 4, 3, 1, 200, 5, 199, 137, 136].map(|n| seen.take(n)).into();
+    fn each_counter_is_accepted_once() {
+        let mut window = ReplayWindow::default();
+        let fresh: Vec<bool> = [1, 2, 2, 5, 4, 4, 3, 1, 200, 5, 199, 137, 136].map(|n| window.accept(n)).into();
         let due = [true, true, false, true, true, false, true, false, true, false, true, true, false];
         assert_eq!(fresh, due);
     }

@@ -1,32 +1,33 @@
-//! The ciphers that both sides choose from.
+//! The cipher suites from which both sides choose.
 
 use std::{fmt, str::FromStr};
 
 use thiserror::Error;
 
-/// An AEAD: it keeps secret what it seals, and notices every change to it. All have tags of 16 bytes and nonces of 12.
+/// A cipher suite: an AEAD, which keeps the sealed data secret and detects every change to it. All
+/// suites have tags of 16 bytes and nonces of 12 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Suite {
     /// AES with 128-bit keys in GCM (NIST SP 800-38D).
     Aes128Gcm,
-    /// AES with 256-bit keys in GCM (NIST SP 800-38D). The fastest choice, with [`Aes128Gcm`](Suite::Aes128Gcm), on hosts
-    /// with AES instructions, which all servers have.
+    /// AES with 256-bit keys in GCM (NIST SP 800-38D). With [`Aes128Gcm`](Suite::Aes128Gcm) this is
+    /// the fastest choice on hosts with AES instructions, which all servers have.
     Aes256Gcm,
     /// ChaCha20-Poly1305 (RFC 8439), for hosts without AES instructions.
     ChaCha20Poly1305,
 }
 
-/// Text that names no [`Suite`].
+/// The error for a text that is not the name of a [`Suite`].
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?}: aes128-gcm, aes256-gcm or chacha20-poly1305 is meant")]
+#[error("{0:?} is no cipher: use aes128-gcm, aes256-gcm or chacha20-poly1305")]
 pub struct UnknownSuite(pub String);
 
 impl Suite {
-    /// All of them, the preferred one first.
+    /// All suites, in order of preference, the preferred one first.
     pub const ALL: [Self; 3] = [Self::Aes256Gcm, Self::ChaCha20Poly1305, Self::Aes128Gcm];
 
-    /// Bytes of a key.
+    /// Returns the length of a key in bytes.
     pub const fn key_len(self) -> usize {
         match self {
             Self::Aes128Gcm => 16,
@@ -34,7 +35,7 @@ impl Suite {
         }
     }
 
-    /// Its name, as [`FromStr`] reads it.
+    /// Returns the name of the suite in the form that [`FromStr`] parses.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Aes128Gcm => "aes128-gcm",
@@ -70,7 +71,7 @@ impl FromStr for Suite {
     }
 }
 
-/// Names in a row, for messages.
+/// Returns the names of `suites`, separated by commas, for messages.
 pub(crate) fn names(suites: &[Suite]) -> String {
     suites.iter().map(|suite| suite.name()).collect::<Vec<_>>().join(", ")
 }

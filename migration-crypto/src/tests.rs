@@ -1,4 +1,4 @@
-//! Secure channels over links in memory.
+//! Tests of secure channels over links in memory.
 
 use std::{
     io,
@@ -27,7 +27,7 @@ mod wrappers;
 
 fn psk(key: u8) -> Security {
     let security = Security::new(Credentials::Psk(Psk::new([key; 32])));
-    // nobody waits for it but where it is the point
+    // long, because only the tests of time-outs depend on it
     Security { handshake_timeout: Duration::from_secs(60), ..security }
 }
 
@@ -36,7 +36,7 @@ fn statics(own: u8, peer: u8) -> Security {
     Security::new(Credentials::Static { own: StaticKey::new([own; 32]), peer })
 }
 
-/// A source and a destination on one link.
+/// A source and a destination that are connected by one link.
 struct Pair {
     source: SourceSession,
     connector: SecureConnector,
@@ -52,7 +52,8 @@ impl Pair {
         Self { source, connector, plain, listener: SecureListener::new(Box::new(listener), destination) }
     }
 
-    /// Opens a channel; what both sides have of it. The destination reads one byte that the source writes.
+    /// Opens a channel and returns both ends. The source writes one byte and the destination reads
+    /// it, which makes the destination run the handshake.
     fn open(&mut self, kind: LaneKind) -> (io::Result<Halves>, io::Result<Halves>) {
         let (connector, listener) = (&self.connector, &mut self.listener);
         thread::scope(|scope| {

@@ -1,7 +1,8 @@
-//! AWS-LC: assembly for each generation of processors, chosen at run time.
+//! The AWS-LC back-end. It has assembly for each generation of processors and chooses at run time.
 //!
-//! Its C interface is called rather than that of the crate `aws-lc-rs`, which takes no guest memory: between two buffers the
-//! cipher itself is the copy out of memory that lives.
+//! The C interface is called directly, because the crate `aws-lc-rs` takes no guest memory. With
+//! the C interface the cipher reads guest memory and writes to a private buffer, which saves the
+//! copy that guest memory otherwise needs because the guest may change it at any time.
 
 use std::ptr::NonNull;
 
@@ -14,7 +15,7 @@ use migration_core::RamSlice;
 use super::{AeadError, AeadKey, Backend, NONCE_LEN, TAG_LEN};
 use crate::Suite;
 
-/// The library AWS-LC, by the crate `aws-lc-sys`.
+/// The back-end that calls AWS-LC through the crate `aws-lc-sys`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Accelerated;
 
@@ -27,7 +28,8 @@ impl Backend for Accelerated {
         if key.len() != suite.key_len() {
             return Err(AeadError);
         }
-        // SAFETY: may be called any number of times, from any thread; the others return pointers to constants.
+        // SAFETY: `CRYPTO_library_init` may be called any number of times from any thread. The
+        // other functions return pointers to constants.
         let aead = unsafe {
             CRYPTO_library_init();
             match suite {
@@ -36,34 +38,38 @@ impl Backend for Accelerated {
                 Suite::ChaCha20Poly1305 => EVP_aead_chacha20_poly1305(),
             }
         };
-        // SAFETY: `key` has the length that is said; it is copied.
+        // SAFETY: `key` is valid for `key.len()` bytes, and the function copies it.
         let context = unsafe { EVP_AEAD_CTX_new(aead, key.as_ptr(), key.len(), TAG_LEN) };
         Ok(Box::new(Key(NonNull::new(context).ok_or(AeadError)?)))
     }
 }
 
-/// A context with a key.
+/// An AWS-LC context that holds a key.
 struct Key(NonNull<EVP_AEAD_CTX>);
 
-// SAFETY: a context belongs to no thread.
+// SAFETY: an AWS-LC context may be used and freed on any thread.
 unsafe impl Send for Key {}
-// SAFETY: sealing and opening do not change it ("can be used concurrently", aead.h).
+// SAFETY: sealing and opening do not change the context (aead.h: "can be used concurrently").
 unsafe impl Sync for Key {}
 
 impl Drop for Key {
     fn drop(&mut self) {
-        // SAFETY: made by `EVP_AEAD_CTX_new`, freed once. Freeing erases it (`OPENSSL_free`).
+        // SAFETY: the context was made by `EVP_AEAD_CTX_new` and is freed once. `OPENSSL_free`
+        // erases the key.
         unsafe { EVP_AEAD_CTX_free(self.0.as_ptr()) }
     }
 }
 
 impl Key {
-    /// Encrypts from one place to another. AWS-LC reads a byte of `from` once and hashes what it has written to `to`, in C
-    /// as in assembly, so `from` may change meanwhile. The test `live_memory_is_sealed_as_it_was_read` would see it if a
-    /// later version did not.
+    /// Encrypts `len` bytes at `from` into `to` and returns the tag.
+    ///
+    /// AWS-LC reads each byte of `from` once and hashes the ciphertext that it wrote to `to`, in
+    /// its C code and in its assembly. So `from` may change during the call. The test
+    /// `live_memory_is_sealed_as_it_was_read` fails if a later version reads twice.
     ///
     /// # Safety
-    /// `len` bytes at `from` are readable; those at `to` are writable and nobody else's. The two are the same or do not overlap.
+    /// `from` must be readable for `len` bytes. `to` must be writable for `len` bytes, and nothing
+    /// else may access it during the call. The two ranges must be the same or not overlap.
     unsafe fn encrypt(
         &self,
         nonce: &[u8; NONCE_LEN],
@@ -73,8 +79,8 @@ impl Key {
         len: usize,
     ) -> Result<[u8; TAG_LEN], AeadError> {
         let (mut tag, mut tag_len) = ([0; TAG_LEN], 0);
-        // SAFETY: `from` and `to` by the caller's promise; nonce, tag and `aad` have the lengths that are said; there is no
-        // further input.
+        // SAFETY: the caller guarantees `from` and `to`. Nonce, tag and `aad` have the lengths that
+        // are passed. There is no extra input.
         let done = unsafe {
             EVP_AEAD_CTX_seal_scatter(
                 self.0.as_ptr(),
@@ -95,10 +101,12 @@ impl Key {
         if done == 1 && tag_len == TAG_LEN { Ok(tag) } else { Err(AeadError) }
     }
 
-    /// Decrypts from one place to another; what is not authentic leaves zeros at `to`.
+    /// Decrypts `len` bytes at `sealed` into `to`. If authentication fails, `to` is filled with
+    /// zeros.
     ///
     /// # Safety
-    /// `len` bytes at `to` are writable. They are the beginning of `sealed`, or do not overlap with it.
+    /// `sealed` must be readable and `to` writable for `len` bytes. The two ranges must begin at
+    /// the same address or not overlap.
     unsafe fn decrypt(
         &self,
         nonce: &[u8; NONCE_LEN],
@@ -108,7 +116,8 @@ impl Key {
         to: *mut u8,
         len: usize,
     ) -> Result<(), AeadError> {
-        // SAFETY: by the caller's promise; nonce, tag and `aad` have the lengths that are said.
+        // SAFETY: the caller guarantees `sealed` and `to`. Nonce, tag and `aad` have the lengths
+        // that are passed.
         let done = unsafe {
             EVP_AEAD_CTX_open_gather(
                 self.0.as_ptr(),
@@ -130,14 +139,15 @@ impl Key {
 impl AeadKey for Key {
     fn seal(&self, nonce: &[u8; NONCE_LEN], aad: &[u8], data: &mut [u8]) -> Result<[u8; TAG_LEN], AeadError> {
         let (data, len) = (data.as_mut_ptr(), data.len());
-        // SAFETY: one buffer, borrowed alone.
+        // SAFETY: both pointers are to one buffer that is borrowed exclusively.
         unsafe { self.encrypt(nonce, aad, data, data, len) }
     }
 
     fn open(&self, nonce: &[u8; NONCE_LEN], aad: &[u8], sealed: &mut [u8]) -> Result<(), AeadError> {
         let (data, tag) = sealed.split_last_chunk_mut::<TAG_LEN>().ok_or(AeadError)?;
         let (data, len) = (data.as_mut_ptr(), data.len());
-        // SAFETY: one buffer, borrowed alone, and the tag is not in it.
+        // SAFETY: both pointers are to one buffer that is borrowed exclusively, and the tag is not
+        // part of it.
         unsafe { self.decrypt(nonce, aad, data, tag, data, len) }
     }
 
@@ -151,7 +161,8 @@ impl AeadKey for Key {
         if from.len() != to.len() {
             return Err(AeadError);
         }
-        // SAFETY: a `RamSlice` is readable, and nowhere borrowed, so not part of `to`, which is as long.
+        // SAFETY: a `RamSlice` is readable. No Rust reference to guest memory exists, so it does
+        // not overlap with `to`, and both have the same length.
         unsafe { self.encrypt(nonce, aad, from.as_ptr(), to.as_mut_ptr(), to.len()) }
     }
 
@@ -166,7 +177,8 @@ impl AeadKey for Key {
         if data.len() != to.len() {
             return Err(AeadError);
         }
-        // SAFETY: a `RamSlice` is writable, and nowhere borrowed, so not part of `sealed`; `data` is as long.
+        // SAFETY: a `RamSlice` is writable. No Rust reference to guest memory exists, so it does
+        // not overlap with `sealed`, and `data` has the same length.
         unsafe { self.decrypt(nonce, aad, data.as_ptr(), tag, to.as_ptr(), data.len()) }
     }
 }

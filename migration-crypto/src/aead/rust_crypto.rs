@@ -1,4 +1,5 @@
-//! The RustCrypto crates: no C compiler needed; AES and carry-less multiplication instructions are used where there are some.
+//! The back-end in Rust, which needs no C compiler. It uses the processor's AES and carry-less
+//! multiplication instructions if there are any.
 
 use aes_gcm::{
     Aes128Gcm, Aes256Gcm,
@@ -9,7 +10,7 @@ use chacha20poly1305::ChaCha20Poly1305;
 use super::{AeadError, AeadKey, Backend, NONCE_LEN, TAG_LEN};
 use crate::Suite;
 
-/// The crates `aes-gcm` and `chacha20poly1305`.
+/// The back-end that uses the crates `aes-gcm` and `chacha20poly1305`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RustCrypto;
 

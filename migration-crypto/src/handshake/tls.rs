@@ -1,5 +1,5 @@
-//! TLS 1.3 with certificates on both sides, by the crate `rustls`: for the handshake only. Its exporter (RFC 8446, 7.5) keys our
-//! records.
+//! TLS 1.3 with certificates on both sides, from the crate `rustls`. TLS does the handshake only.
+//! Its exporter (RFC 8446, 7.5) provides the secret for our records.
 
 use std::{error::Error, fmt, io::Read, path::Path, sync::Arc};
 
@@ -20,32 +20,38 @@ use crate::{
     secret::{SECRET_LEN, Secret},
 };
 
-/// Largest TLS record: 2¹⁴ bytes and 256 of expansion (RFC 8446, 5.2).
+/// The length in bytes of the largest TLS record: 2¹⁴ bytes and 256 of expansion (RFC 8446, 5.2).
 pub(crate) const MAX_RECORD: usize = (1 << 14) + 256;
-/// Largest flight of a peer that is not known yet: some certificates of some KiB.
+/// The largest number of handshake bytes that a peer may send before it is authenticated: some
+/// certificates of some KiB each.
 const MAX_FLIGHT: usize = 128 << 10;
 const EXPORTER: &[u8] = b"EXPORTER-live-migration";
-/// What the destination says once it has checked the source's certificate.
+/// The byte that the destination sends once it has checked the source's certificate.
 const ACCEPTED: u8 = 1;
-/// Most bytes of a certificate or key file.
+/// The largest size in bytes of a file with certificates or a key.
 const MAX_PEM: u64 = 1 << 20;
 
-/// Who this side is, whom it trusts, and whom it expects, by X.509 certificates.
+/// A side's X.509 identity: its own certificate and key, the authorities that it trusts, and the
+/// name of the peer that it expects.
 #[derive(Clone)]
 pub struct TlsIdentity {
     roots: Arc<RootCertStore>,
-    /// The chain, and its private key as the library keeps it: read once, so that no copy is left by each handshake.
+    /// The certificate chain and its private key, parsed once, so that handshakes leave no copies
+    /// of the key.
     own: Arc<SingleCertAndKey>,
     peer: ServerName<'static>,
 }
 
 impl TlsIdentity {
-    /// Reads `ca.pem` (whose certificates are trusted to vouch for the peer), `cert.pem` (this side's, with intermediate ones
-    /// behind it) and `key.pem` (its private key) in `dir`. A source demands a destination with a certificate for
-    /// `peer_name`, a host name or an address; a destination takes every source that the authority vouches for.
+    /// Reads an identity from the folder `dir`. The file `ca.pem` has the certificates of the
+    /// authorities that may vouch for the peer, `cert.pem` this side's certificate followed by
+    /// intermediate ones, and `key.pem` its private key. A source demands that the destination's
+    /// certificate is for `peer_name`, a host name or an IP address. A destination accepts every
+    /// source for which the authority vouches.
     ///
     /// # Errors
-    /// When a file is missing or of no use, the name is none, or others can read the key.
+    /// Fails if a file is missing or invalid, if `peer_name` is no valid name, or if others can
+    /// read the key.
     pub fn load(dir: &Path, peer_name: &str) -> Result<Self, KeyError> {
         let file = |name: &str| dir.join(name);
         let bad = |name: &str, cause: Box<dyn Error + Send + Sync>| KeyError::Certificate { path: file(name), cause };
@@ -53,7 +59,7 @@ impl TlsIdentity {
             let pem = read(&file(name), false)?;
             let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
             let list = list.map_err(|e| bad(name, e.into()))?;
-            if list.is_empty() { Err(bad(name, "it holds no certificate".into())) } else { Ok(list) }
+            if list.is_empty() { Err(bad(name, "the file holds no certificate".into())) } else { Ok(list) }
         };
         let mut roots = RootCertStore::empty();
         for root in certificates("ca.pem")? {
@@ -62,11 +68,11 @@ impl TlsIdentity {
         let key =
             PrivateKeyDer::from_pem_slice(&read(&file("key.pem"), true)?).map_err(|e| bad("key.pem", e.into()))?;
         let peer = ServerName::try_from(peer_name.to_owned())
-            .map_err(|_| bad("", format!("{peer_name:?} is no name that a certificate can have").into()))?;
+            .map_err(|_| bad("", format!("{peer_name:?} is not a valid name for a certificate").into()))?;
         let own = CertifiedKey::from_der(certificates("cert.pem")?, key, &provider());
-        let own = own.map_err(|e| bad("cert.pem", format!("it and key.pem: {e}").into()))?;
+        let own = own.map_err(|e| bad("cert.pem", format!("together with key.pem: {e}").into()))?;
         let this = Self { roots: Arc::new(roots), own: Arc::new(SingleCertAndKey::from(own)), peer };
-        // now, rather than when the first peer comes
+        // build both configurations now, so that errors are reported before the first peer comes
         this.client(&[]).and_then(|_| this.server(&[])).map_err(|e| bad("", e.into()))?;
         Ok(this)
     }
@@ -114,7 +120,8 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
-/// The ciphers of our records, negotiated as application protocols (ALPN): nobody can change the offer unnoticed.
+/// Returns the cipher suites of our records as names of application protocols (ALPN). TLS
+/// authenticates the negotiation of these, so nobody can change the offer unnoticed.
 fn protocols(suites: &[Suite]) -> Vec<Vec<u8>> {
     suites.iter().map(|suite| format!("live-migration/{suite}").into_bytes()).collect()
 }
@@ -123,7 +130,7 @@ fn tls(error: impl Into<Box<dyn Error + Send + Sync>>) -> HandshakeError {
     HandshakeError::Tls(error.into())
 }
 
-/// The source's side.
+/// Runs the source's side of the handshake.
 pub(crate) fn initiate(
     wire: &mut Wire<'_>,
     preface: &Preface,
@@ -132,7 +139,7 @@ pub(crate) fn initiate(
 ) -> Result<Agreed, HandshakeError> {
     let prologue = preface.encode();
     wire.write(&prologue)?;
-    // before TLS begins: a plain destination answers in other words
+    // a plain destination answers in another protocol, so wait for the answer before TLS begins
     wire.read_answer()?;
     let config = Arc::new(identity.client(offer).map_err(tls)?);
     let mut connection = ClientConnection::new(config, identity.peer.clone()).map_err(tls)?;
@@ -147,18 +154,18 @@ pub(crate) fn initiate(
     agreed(&connection, &prologue, offer)
 }
 
-/// The destination's side, after the preface.
+/// Runs the destination's side of the handshake, after the preface.
 pub(crate) fn respond(
     wire: &mut Wire<'_>,
     preface: &Preface,
     identity: &TlsIdentity,
-    taken: &[Suite],
+    accepted: &[Suite],
 ) -> Result<Agreed, HandshakeError> {
     wire.answer(&[])?;
-    let config = Arc::new(identity.server(taken).map_err(tls)?);
+    let config = Arc::new(identity.server(accepted).map_err(tls)?);
     let mut connection = ServerConnection::new(config).map_err(tls)?;
     run(wire, &mut connection)?;
-    let agreed = agreed(&connection, &preface.encode(), taken)?;
+    let agreed = agreed(&connection, &preface.encode(), accepted)?;
     std::io::Write::write_all(&mut connection.writer(), &[ACCEPTED])?;
     flush(wire, &mut connection)?;
     Ok(agreed)
@@ -173,7 +180,7 @@ fn agreed<D>(connection: &ConnectionCommon<D>, prologue: &[u8], suites: &[Suite]
     Ok(Agreed { suite, secret: Secret::new(*secret) })
 }
 
-/// Runs the handshake to its end.
+/// Runs the TLS handshake to its end.
 fn run<D>(wire: &mut Wire<'_>, connection: &mut ConnectionCommon<D>) -> Result<(), HandshakeError> {
     let mut received = 0;
     loop {
@@ -196,7 +203,7 @@ fn flush<D>(wire: &mut Wire<'_>, connection: &mut ConnectionCommon<D>) -> Result
     if bytes.is_empty() { Ok(()) } else { wire.write(&bytes) }
 }
 
-/// Takes in one TLS record; its length.
+/// Receives and processes one TLS record. Returns its length in bytes.
 fn receive<D>(wire: &mut Wire<'_>, connection: &mut ConnectionCommon<D>) -> Result<usize, HandshakeError> {
     let mut record = vec![0; 5];
     wire.read(&mut record)?;
@@ -212,7 +219,7 @@ fn receive<D>(wire: &mut Wire<'_>, connection: &mut ConnectionCommon<D>) -> Resu
             return Err(HandshakeError::Malformed("TLS record"));
         }
         if let Err(error) = connection.process_new_packets() {
-            // the alert tells the other side; that it arrives is not certain
+            // try to send the alert that informs the other side
             let _ = flush(wire, connection);
             return Err(tls(error));
         }

@@ -26,7 +26,7 @@ fn seal(sealer: &mut RecordSealer, plain: &[u8], last: bool) -> Result<Vec<u8>, 
 fn open(opener: &mut RecordOpener, record: &[u8]) -> Result<Vec<u8>, RecordError> {
     let (header, rest) = record.split_first_chunk().unwrap();
     let mut rest = rest.to_vec();
-    if opener.following(header)? != rest.len() {
+    if opener.sealed_len(header)? != rest.len() {
         return Err(RecordError::Truncated);
     }
     opener.open(header, &mut rest)?;
@@ -34,7 +34,7 @@ fn open(opener: &mut RecordOpener, record: &[u8]) -> Result<Vec<u8>, RecordError
     Ok(rest)
 }
 
-/// Four records under two keys and the closing one.
+/// Returns four records under two keys, and the closing one.
 fn stream() -> Vec<Vec<u8>> {
     let mut sealer = sealer(SMALL);
     let mut records: Vec<_> = (0..4).map(|n| seal(&mut sealer, &[n; 20], false).unwrap()).collect();
@@ -153,7 +153,7 @@ fn a_used_up_counter_ends_the_lane_instead_of_beginning_anew() {
 #[test]
 fn lengths_are_bounded() {
     let opener = opener();
-    let header = |first: u32| opener.following(&[first.to_le_bytes(), [0; 4]].concat().try_into().unwrap());
+    let header = |first: u32| opener.sealed_len(&[first.to_le_bytes(), [0; 4]].concat().try_into().unwrap());
     assert_eq!(header(MAX_PLAINTEXT as u32), Ok(MAX_PLAINTEXT + TAG_LEN));
     assert_eq!(header(MAX_PLAINTEXT as u32 + 1), Err(RecordError::Header));
     assert_eq!(header(1 << 25), Err(RecordError::Header));

@@ -1,4 +1,4 @@
-//! What must not work.
+//! Attacks that must fail.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -6,10 +6,11 @@ use migration_core::channel::ReadHalf;
 
 use super::*;
 
-/// How a relay treats what one side sends: may change it, or do something else with it.
+/// An attacker on the link: is called with the number of each write and may change its bytes.
 type Meddle = Arc<Mutex<dyn FnMut(usize, &mut Vec<u8>) + Send>>;
 
-/// A connector whose writes pass through `meddle`, numbered over all channels. A message or record is one write.
+/// A connector whose writes pass through `meddle`, numbered over all channels. Each handshake
+/// message and each group of records is one write.
 struct Meddling {
     inner: memory::MemoryConnector,
     meddle: Meddle,
@@ -57,7 +58,7 @@ impl WriteHalf for MeddlingWriter {
     }
 }
 
-/// A pair whose source's writes are meddled with.
+/// Makes a pair with `meddle` on the link between them.
 fn meddled(source: Security, destination: Security, meddle: impl FnMut(usize, &mut Vec<u8>) + Send + 'static) -> Pair {
     let mut pair = Pair::new(source, destination);
     let meddling = Meddling { inner: pair.plain.clone(), meddle: Arc::new(Mutex::new(meddle)), count: Arc::default() };
@@ -84,7 +85,7 @@ fn wrong_keys_are_refused_and_both_sides_know_why() {
 
 #[test]
 fn an_impostor_of_the_destination_is_found_out() {
-    // it lets every source in, by answering in the place of one that has the key
+    // the impostor lets every source in: it answers in the place of a destination that has the key
     let (plain, mut listener) = memory::link(1 << 20);
     let source = SecureConnector::new(Box::new(plain), psk(1));
     thread::scope(|scope| {
@@ -131,7 +132,7 @@ fn offers_are_bounded() {
 }
 
 #[test]
-fn a_plain_source_is_told() {
+fn a_plain_source_is_informed() {
     let mut pair = Pair::new(psk(1), psk(1));
     let mut here = pair.plain.connect().unwrap().split().unwrap();
     let preamble = Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode();
@@ -154,10 +155,10 @@ fn a_plain_source_is_told() {
 }
 
 #[test]
-fn noise_and_other_versions_are_refused() {
+fn other_protocols_and_versions_are_refused() {
     let mut pair = Pair::new(psk(1), psk(1));
     let mut bytes = pattern(Preamble::LEN);
-    for (magic, expected) in [(*b"GET / HT", "Stranger"), (migration_core::wire::SEALED_MAGIC, "Version(")] {
+    for (magic, expected) in [(*b"GET / HT", "Unidentified"), (migration_core::wire::SEALED_MAGIC, "Version(")] {
         bytes[..8].copy_from_slice(&magic);
         let mut here = pair.plain.connect().unwrap().split().unwrap();
         here.writer.write_all(&bytes, &[]).unwrap();
@@ -172,10 +173,10 @@ fn lanes_need_a_session() {
     let mut pair = Pair::new(psk(1), psk(1));
     let error = pair.connector.connect_as(LaneKind::Bulk).err().unwrap();
     assert!(matches!(why(&error), HandshakeError::NoSession));
-    // the channel that was opened for it
+    // take the link's channel that was opened for the failed lane
     drop(accept(&mut pair.listener));
     pair.open_well(LaneKind::Control);
-    // a destination that was started anew
+    // a destination that was restarted has no sessions
     pair.listener = {
         let (plain, listener) = memory::link(1 << 20);
         pair.connector = pair.source.connector(Box::new(plain));
@@ -188,7 +189,8 @@ fn lanes_need_a_session() {
 
 #[test]
 fn any_flipped_bit_of_a_handshake_is_noticed() {
-    // writes of the source: the first message, the empty record, the first byte
+    // The source's writes for a channel are the first message, the empty record, and the record
+    // with the first byte.
     for lane in [LaneKind::Control, LaneKind::Bulk] {
         let first = if lane == LaneKind::Control { 0 } else { 3 };
         let len = Arc::new(Mutex::new(0));
@@ -199,13 +201,13 @@ fn any_flipped_bit_of_a_handshake_is_noticed() {
             }
         };
         let mut pair = meddled(psk(1), psk(1), note);
-        // kept, lest their last words are among the writes
+        // kept, because dropping them would write closing records
         let _control = pair.open_well(LaneKind::Control);
         let _lane = (lane != LaneKind::Control).then(|| pair.open_well(lane));
         let len = *len.lock().unwrap();
         assert!(len > Preamble::LEN);
         for bit in (0..len * 8).step_by(3) {
-            // a longer message than there is would only be waited for
+            // a greater length in the preface would only make the destination wait
             if (32 * 8..34 * 8).contains(&bit) {
                 continue;
             }
@@ -227,7 +229,7 @@ fn a_replayed_handshake_opens_nothing() {
         let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
         let keep = kept.clone();
         let mut pair = meddled(psk(1), psk(1), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
-        // kept, lest their last words are among the writes
+        // kept, because dropping them would write closing records
         let _control = pair.open_well(LaneKind::Control);
         let _lane = (lane != LaneKind::Control).then(|| pair.open_well(lane));
         let replay: Vec<u8> = kept.lock().unwrap()[first..first + 3].concat();
@@ -296,14 +298,14 @@ fn records_that_are_changed_replayed_dropped_or_moved_end_the_lane() {
         assert!(b"aaaabbbbcccc".starts_with(&got), "{name}: {got:?}");
         assert_eq!(got.len() / 4, if name == "twice" { 2 } else { 1 }, "{name}");
         assert!(!error.to_string().contains("closed the connection"), "{name}: {error}");
-        // nothing after it either
+        // the lane does not work after that either
         assert!(there.reader.read_exact(&mut word).is_err(), "{name}");
     }
 }
 
 #[test]
 fn records_of_another_lane_or_session_are_refused() {
-    // a relay that puts what was sent on one lane into another one
+    // an attacker puts a record of one lane into another lane
     for (first, second) in [
         (LaneKind::Control, LaneKind::Bulk),
         (LaneKind::Bulk, LaneKind::Bulk),
@@ -314,7 +316,7 @@ fn records_of_another_lane_or_session_are_refused() {
         let swap = kept.clone();
         let skip = if first == LaneKind::Control { 0 } else { 3 };
         let mut pair = meddled(psk(1), psk(1), move |n, bytes| match n.checked_sub(skip) {
-            // the fourth record of each lane, the first one's on the second
+            // the fourth record of the first lane replaces that of the second
             Some(6) => *swap.lock().unwrap() = Some(bytes.clone()),
             Some(7) => bytes.clone_from(swap.lock().unwrap().as_ref().unwrap()),
             _ => {}
@@ -347,7 +349,8 @@ fn nothing_of_guest_memory_is_readable_on_the_wire() {
     assert!(bytes.windows(16).all(|run| !runs.contains(run)));
 }
 
-/// A record that goes straight into guest memory leaves nothing there unless it is authentic, nor does any after it.
+/// A record that is opened directly into guest memory leaves nothing there unless it is authentic.
+/// Neither do the records after it.
 #[test]
 fn guest_memory_gets_nothing_of_a_changed_record() {
     const RECORD: usize = crate::record::MIN_PLAINTEXT;
@@ -355,7 +358,7 @@ fn guest_memory_gets_nothing_of_a_changed_record() {
         let security = || Security { record_bytes: RECORD, backend, ..psk(1) };
         let mut sent = 0;
         let mut pair = meddled(security(), security(), move |_, bytes| {
-            // the second of three large records
+            // change the second of three large records
             if bytes.len() > RECORD {
                 sent += 1;
                 if sent == 2 {
@@ -379,7 +382,7 @@ fn guest_memory_gets_nothing_of_a_changed_record() {
     }
 }
 
-/// Counts how many bytes the destination has asked for: in a handshake one at a time.
+/// Counts the reads of the destination. During a handshake each is of one byte.
 struct Counted<T>(T, Arc<AtomicUsize>);
 
 impl Listener for Counted<memory::MemoryListener> {
@@ -419,9 +422,9 @@ impl ReadHalf for Counted<Box<dyn ReadHalf>> {
     }
 }
 
-/// Sends `first` at once, then the other bytes one by one, until an impatient destination has had enough; how many of these it
-/// has read.
-fn dribble(first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
+/// Sends `first` at once and then the bytes of `rest` one by one, until the destination gives up.
+/// Returns the destination's error and how many bytes of `rest` it read.
+fn send_slowly(first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
     let (plain, listener) = memory::link(1 << 20);
     let (asked, ended) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
     let security = Security { handshake_timeout: Duration::from_millis(300), ..psk(1) };
@@ -431,7 +434,7 @@ fn dribble(first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
     thread::scope(|scope| {
         scope.spawn(|| {
             slow.writer.write_all(&first, &[]).unwrap();
-            // its time has begun when it asks for the first of them
+            // the destination's time has begun when it asks for the first of them
             while asked.load(Ordering::Acquire) < before && !ended.load(Ordering::Acquire) {
                 thread::yield_now();
             }
@@ -450,7 +453,7 @@ fn dribble(first: Vec<u8>, rest: &[u8]) -> (io::Error, usize) {
 
 #[test]
 fn a_byte_at_a_time_does_not_buy_time() {
-    let (error, taken) = dribble(Vec::new(), &pattern(Preamble::LEN));
+    let (error, taken) = send_slowly(Vec::new(), &pattern(Preamble::LEN));
     assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
     assert!(taken < Preamble::LEN - 4, "{taken} bytes were waited for");
 }
@@ -462,13 +465,13 @@ fn a_replayed_message_buys_neither_time_nor_memory() {
     let mut pair = meddled(psk(1), psk(1), move |_, bytes| keep.lock().unwrap().push(bytes.clone()));
     drop(pair.open_well(LaneKind::Control));
     let first = kept.lock().unwrap()[0].clone();
-    // the first record's header claims a megabyte
+    // the header of the first record claims a megabyte
     let mut record = (crate::record::MAX_PLAINTEXT as u32).to_le_bytes().to_vec();
     record.extend([0; 200]);
-    let (error, taken) = dribble(first.clone(), &record);
+    let (error, taken) = send_slowly(first.clone(), &record);
     assert!(matches!(why(&error), HandshakeError::TimedOut), "{error}");
     assert!(taken < crate::record::OVERHEAD, "{taken} bytes were waited for");
-    // all at once
+    // the same bytes all at once
     let mut again = pair.plain.connect().unwrap().split().unwrap();
     again.writer.write_all(&[first, record].concat(), &[]).unwrap();
     let error = accept(&mut pair.listener).err().unwrap();

@@ -1,4 +1,4 @@
-//! TLS with certificates on both sides.
+//! Tests of TLS with certificates on both sides.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
@@ -23,7 +23,7 @@ impl Authority {
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    /// A folder for a host of this name, as users have it.
+    /// Makes a folder with the files of a host of this name.
     fn folder(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> TempDir {
         let folder = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
@@ -72,8 +72,9 @@ fn a_cipher_that_one_side_alone_takes_is_not_chosen() {
     }
 }
 
-/// A source that says so much to a destination of ours instead of a handshake; why it is refused.
-fn says(security: &Security, records: &[u8]) -> io::Error {
+/// Connects to a destination as a source that sends `records` instead of a handshake. Returns the
+/// destination's error.
+fn send_instead(security: &Security, records: &[u8]) -> io::Error {
     let (plain, listener) = memory::link(4 << 20);
     let mut listener = SecureListener::new(Box::new(listener), security.clone());
     let preface =
@@ -89,12 +90,12 @@ fn says(security: &Security, records: &[u8]) -> io::Error {
 }
 
 #[test]
-fn records_of_strangers_are_bounded() {
+fn records_of_unauthenticated_peers_are_bounded() {
     let security = Authority::new().security("destination", "any");
     let cut =
         |error: &io::Error| matches!(why(error), HandshakeError::Link(e) if e.kind() == io::ErrorKind::UnexpectedEof);
     for (len, taken) in [(MAX_RECORD, true), (MAX_RECORD + 1, false)] {
-        let error = says(&security, &[&[22, 3, 1], &(len as u16).to_be_bytes()[..]].concat());
+        let error = send_instead(&security, &[&[22, 3, 1], &(len as u16).to_be_bytes()[..]].concat());
         assert_eq!(cut(&error), taken, "{len}: {error}");
         assert!(taken || matches!(why(&error), HandshakeError::Malformed("TLS record")), "{error}");
     }
@@ -164,7 +165,7 @@ fn bad_folders_are_refused() {
         assert_eq!(useless.to_string().matches(&cause).count(), 1, "{useless}");
     }
     assert!(matches!(change("key.pem", None, 0o640), KeyError::Exposed { .. }));
-    // a key that is not the certificate's
+    // a key that does not belong to the certificate
     let other = KeyPair::generate().unwrap().serialize_pem();
     assert!(matches!(change("key.pem", Some(&other), 0), KeyError::Certificate { .. }));
     let folder = authority.folder("destination", |_| {});

@@ -1,4 +1,4 @@
-//! What works.
+//! Tests of channels between peers that trust each other.
 
 use migration_transport::{Bandwidth, Limited};
 
@@ -38,7 +38,7 @@ fn every_lane_of_a_session_works() {
         ] {
             both_ways(pair.open_well(kind));
         }
-        // a new attempt
+        // a new attempt, with a new session
         both_ways(pair.open_well(LaneKind::Control));
         both_ways(pair.open_well(LaneKind::Bulk));
     }
@@ -95,7 +95,7 @@ fn a_used_up_lane_ends_and_says_so() {
     let limits = KeyLimits { records: 2, bytes: u64::MAX, keys: 2 };
     let mut pair = Pair::new(Security { limits, ..psk(1) }, psk(1));
     let (mut here, mut there) = pair.open_well(LaneKind::Control);
-    // the empty record and the first byte were two
+    // the empty record and the record with the first byte were two
     here.writer.write_all(b"ab", &[]).unwrap();
     here.writer.write_all(b"cd", &[]).unwrap();
     let error = here.writer.write_all(b"ef", &[]).unwrap_err();
@@ -103,7 +103,7 @@ fn a_used_up_lane_ends_and_says_so() {
     let mut got = [0; 4];
     there.reader.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"abcd");
-    // no other session suffers
+    // other sessions are not affected
     both_ways(Pair::new(psk(1), psk(1)).open_well(LaneKind::Control));
 }
 
@@ -115,7 +115,7 @@ fn an_end_in_order_differs_from_a_cut() {
     let end = there.reader.read_exact(&mut [0]).unwrap_err();
     assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
     assert!(end.to_string().contains("closed the connection"), "{end}");
-    // the same again
+    // a second read returns the same
     assert_eq!(there.reader.read_exact(&mut [0]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     let (here, mut there) = pair.open_well(LaneKind::Bulk);
     here.closer.close();
@@ -134,17 +134,17 @@ fn deadlines_of_writes_hold_before_and_after_the_handshake() {
     };
     let past = Some(Instant::now());
     let (mut here, mut there) = pair.open_well(LaneKind::Control);
-    // the destination's writer was not used yet
+    // the destination's writer was not used before
     for halves in [&mut there, &mut here] {
         assert_eq!(write(halves, past), Err(io::ErrorKind::TimedOut));
     }
-    // a deadline that is taken back leaves a channel that works, if nothing was begun
+    // a deadline that is withdrawn leaves a working channel if no write was begun
     let (mut here, mut there) = pair.open_well(LaneKind::Control);
     for halves in [&mut there, &mut here] {
         halves.writer.set_deadline(past);
         assert_eq!(write(halves, None), Ok(()));
     }
-    // one that has passed does not keep the closing record back
+    // a deadline that has passed does not prevent the closing record
     here.writer.set_deadline(past);
     drop(here);
     let mut word = [0; 4];

@@ -1,4 +1,4 @@
-//! What a secure connector, listener or channel passes on to the one inside of it.
+//! Tests of what a secure connector, listener or channel passes on to the inner one.
 
 use migration_core::channel::{ReadHalf, Room};
 
@@ -44,7 +44,7 @@ impl Listener for Noted {
     }
 }
 
-/// Notes what its writer is told but not what it is given to write.
+/// A channel whose writer records the hints that it gets.
 struct NotedChannel(Box<dyn Channel>, Arc<Mutex<Vec<&'static str>>>);
 
 struct NotedWriter(Box<dyn WriteHalf>, Arc<Mutex<Vec<&'static str>>>);
@@ -86,7 +86,7 @@ fn what_a_listener_knows_is_passed_on() {
     assert_eq!((listener.address(), listener.bound()), ("here".into(), vec!["127.0.0.1:1".into(), "[::1]:1".into()]));
     assert_eq!(listener.trouble().unwrap().kind(), io::ErrorKind::OutOfMemory);
     assert_eq!(listener.room().unwrap().channels(9), 7);
-    // one that is taken to be refused cannot be told so, but must not wait on
+    // a channel that is accepted to be refused cannot be informed, but must not wait any longer
     assert!(listener.accept_to_refuse().is_none());
     assert_eq!(*refused.lock().unwrap(), 1);
 
@@ -96,7 +96,7 @@ fn what_a_listener_knows_is_passed_on() {
     assert!(!address.is_empty());
     thread::scope(|scope| {
         let here = scope.spawn(|| {
-            // in time, if the limit is far away
+            // with a long limit the handshake is done in time
             let channel = connector.connect_within(LaneKind::Control, Duration::from_secs(60)).unwrap();
             assert!(!channel.peer().is_empty() && channel.peer() != "xyzzy");
             let mut halves = channel.split().unwrap();
@@ -107,7 +107,7 @@ fn what_a_listener_knows_is_passed_on() {
         let channel = listener.accept(Duration::from_secs(60)).unwrap().unwrap();
         assert_eq!(channel.peer(), "a source");
         let mut there = channel.split().unwrap();
-        // what is asked of a writer before the handshake, and behind it
+        // hints given before the handshake, and those given after it
         there.writer.keep_queue_short();
         there.writer.set_idle_timeout(Some(Duration::from_secs(77))).unwrap();
         assert_eq!(*notes.lock().unwrap(), [""; 0]);
