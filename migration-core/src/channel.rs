@@ -1,4 +1,5 @@
-//! Byte streams between two hosts, as the engine needs them. migration-transport implements them.
+//! The byte streams between two hosts that the engine needs. The crate migration-transport
+//! implements them.
 
 use std::{
     io,
@@ -9,22 +10,26 @@ use std::{
 
 use crate::{ram::RamSlice, wire::LaneKind};
 
-/// A connected, reliable, ordered stream of bytes in both directions: a TCP or Unix connection, TLS over one, …
+/// A connected, reliable, ordered stream of bytes in both directions, such as a TCP or Unix
+/// connection.
 pub trait Channel: Send {
-    /// Takes it apart into its directions, which two threads can use at once.
+    /// Splits the channel into its two directions, which two threads can use at the same time.
+    ///
+    /// # Errors
+    /// Fails if the system runs out of a resource, such as descriptors.
     fn split(self: Box<Self>) -> io::Result<Halves>;
 
-    /// The other end's address, for messages.
+    /// Returns the address of the other end, for messages.
     fn peer(&self) -> String;
 }
 
-/// The two directions of a [`Channel`], and a way to shut both from a third thread.
+/// The two directions of a [`Channel`], and a handle that closes both from another thread.
 pub struct Halves {
-    /// What the peer sends.
+    /// The direction from the peer.
     pub reader: Box<dyn ReadHalf>,
-    /// What the peer receives.
+    /// The direction to the peer.
     pub writer: Box<dyn WriteHalf>,
-    /// Ends both.
+    /// The handle that closes both directions.
     pub closer: Box<dyn Closer>,
 }
 
@@ -33,21 +38,29 @@ pub trait ReadHalf: Send {
     /// Fills all of `buf`.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the stream ends first, `TimedOut` when nothing arrived for the idle time-out; any error
-    /// ends the lane.
+    /// Fails with `UnexpectedEof` if the stream ends first, and with `TimedOut` if nothing arrives
+    /// for the idle time-out. Any error ends the lane.
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()>;
 
-    /// Fills all of the guest memory that `slices` name, in order.
-    fn read_ram(&mut self, slices: &[RamSlice<'_>]) -> io::Result<()>;
-
-    /// How long a read may go without a byte; `None` for ever.
-    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
-
-    /// Receives exactly `count` open files, as [`WriteHalf::send_files`] sends them.
+    /// Fills all of the guest memory in `slices`, in order.
     ///
     /// # Errors
-    /// `InvalidData` when the peer sent another number of them; none stays open then. `Unsupported`, which is what the
-    /// default says, when files cannot travel on this channel. Any error ends the lane.
+    /// Fails like [`read_exact`](Self::read_exact).
+    fn read_ram(&mut self, slices: &[RamSlice<'_>]) -> io::Result<()>;
+
+    /// Sets the longest time for which a read may wait without receiving a byte. `None` is no
+    /// limit.
+    ///
+    /// # Errors
+    /// Fails if the underlying stream refuses the time-out.
+    fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Receives exactly `count` open files that the peer sent with [`WriteHalf::send_files`].
+    ///
+    /// # Errors
+    /// Fails with `InvalidData` if the peer sent another number of files; all of them are closed
+    /// then. Fails with `Unsupported`, as the default does, if the channel cannot carry files. Any
+    /// error ends the lane.
     fn receive_files(&mut self, count: usize) -> io::Result<Vec<OwnedFd>> {
         let _ = count;
         Err(no_files())
@@ -56,124 +69,146 @@ pub trait ReadHalf: Send {
 
 /// The sending direction of a [`Channel`].
 pub trait WriteHalf: Send {
-    /// Sends all of `head`, then all of the guest memory that `slices` name, straight from where it lies.
+    /// Sends all of `head`, then all of the guest memory in `slices`, without a copy in user space.
     ///
     /// # Errors
-    /// Any error ends the lane; how much was sent is then not known.
+    /// Any error ends the lane. It is then unknown how much was sent.
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()>;
 
-    /// How long a write may go without a byte taken by the peer; `None` for ever.
+    /// Sets the longest time for which a write may wait without the peer accepting a byte. `None`
+    /// is no limit.
+    ///
+    /// # Errors
+    /// Fails if the underlying stream refuses the time-out.
     fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
 
-    /// Sets the moment at which writes end, although the peer takes bytes: `None` for no such
-    /// moment. The idle time-out alone does not end a write to a peer that takes a byte now and
-    /// then. A write that is not complete at the deadline, and every later one, fails with
-    /// `TimedOut`. A hint: the default does nothing. What wraps a channel passes it on.
+    /// Sets a deadline for writes, or removes it. A write that is not complete at the deadline
+    /// fails with `TimedOut`, and so does every later write. The idle time-out alone does not end a
+    /// write to a peer that accepts a byte now and then. This is a hint: the default does nothing.
+    /// A channel that wraps another passes it on.
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         let _ = deadline;
     }
 
-    /// Returns how long what was sent so far exceeds a limit on the bandwidth: nothing that can wait
-    /// is to be written before. Writes that never wait for a limit are how it is exceeded. Zero by
-    /// default. What wraps a channel passes it on.
+    /// Returns for how long the caller should not write data that can wait, because more was sent
+    /// than a bandwidth limit allows. Urgent writes do not wait for the limit and may exceed it.
+    /// The default returns zero. A channel that wraps another passes the call on.
     fn ahead_of_limit(&self) -> Duration {
         Duration::ZERO
     }
 
-    /// From now on, keeps short what is queued on this host behind what is on its way: on another channel over the same
-    /// link somebody waits for an answer. A hint; does nothing by default.
+    /// Limits the unsent data that the kernel queues for this channel, so that a reply on another
+    /// channel of the same link is not delayed. This is a hint: the default does nothing.
     fn keep_queue_short(&mut self) {}
 
-    /// Sends open files to a peer on this machine, which gets descriptors of its own for them. On the wire they take a
-    /// byte for every [`FILES_PER_BYTE`] of them, whose value is how many go with it.
+    /// Sends open files to a peer on this host, which receives its own descriptors for them. On the
+    /// wire each group of up to [`FILES_PER_BYTE`] files takes one byte, whose value is the number
+    /// of files.
     ///
     /// # Errors
-    /// `Unsupported`, which is what the default says, when files cannot travel on this channel. Any error ends the lane.
+    /// Fails with `Unsupported`, as the default does, if the channel cannot carry files. Any error
+    /// ends the lane.
     fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         let _ = files;
         Err(no_files())
     }
 }
 
-/// As many open files travel with one byte: the kernel's limit for a message.
+/// The largest number of open files that travel with one byte. It is the kernel's limit for a
+/// message.
 pub const FILES_PER_BYTE: usize = 253;
 
 fn no_files() -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, "open files travel only over a Unix socket")
+    io::Error::new(io::ErrorKind::Unsupported, "only channels over Unix sockets carry open files")
 }
 
-/// Ends a [`Channel`] from any thread: blocked reads and writes return at once with an error.
+/// Closes a [`Channel`] from any thread. Blocked reads and writes return at once with an error.
 pub trait Closer: Send + Sync {
-    /// Shuts both directions. May be called more than once.
+    /// Closes both directions. May be called more than once.
     fn close(&self);
 }
 
-/// Opens channels to one destination: the first for control, further ones as lanes, and again after a link loss.
+/// Opens channels to one destination: the control channel, further lanes, and new ones after a lost
+/// link.
 pub trait Connector: Send + Sync {
-    /// Opens a channel, or gives up after the connect time-out.
+    /// Opens a channel.
+    ///
+    /// # Errors
+    /// Fails if the destination cannot be reached within the connector's time-out.
     fn connect(&self) -> io::Result<Box<dyn Channel>>;
 
-    /// Opens a channel that will carry a lane of this kind. What limits or orders traffic can tell by it which
-    /// channels must not wait behind others.
+    /// Opens a channel for a lane of this kind. A connector that limits or orders traffic can
+    /// decide by the kind which channels must not wait for others.
+    ///
+    /// # Errors
+    /// Fails like [`connect`](Self::connect).
     fn connect_as(&self, _kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         self.connect()
     }
 
-    /// As [`connect_as`](Self::connect_as), but gives up after `timeout` if that is shorter than the time-outs of the connector:
-    /// a connection that was lost is looked for again and again, and no attempt may hold up the next one. The default has only the
-    /// connector's own time-outs.
+    /// Opens a channel like [`connect_as`](Self::connect_as), within `timeout` if that is shorter
+    /// than the connector's own time-outs. A source that has lost its link connects again and
+    /// again, and no attempt may delay the next one. The default has only the connector's own
+    /// time-outs.
+    ///
+    /// # Errors
+    /// Fails like [`connect`](Self::connect).
     fn connect_within(&self, kind: LaneKind, timeout: Duration) -> io::Result<Box<dyn Channel>> {
         let _ = timeout;
         self.connect_as(kind)
     }
 
-    /// Whether open files can travel on its channels ([`WriteHalf::send_files`]): those of Unix sockets.
+    /// Returns whether the channels can carry open files ([`WriteHalf::send_files`]). Those over
+    /// Unix sockets can.
     fn carries_files(&self) -> bool {
         false
     }
 
-    /// The destination's address, for messages.
+    /// Returns the address of the destination, for messages.
     fn address(&self) -> String;
 }
 
 /// Accepts channels at a destination.
 pub trait Listener: Send {
-    /// Waits for the next channel; `None` when `timeout` passes first.
+    /// Waits for the next channel. Returns `None` if `timeout` passes first.
     ///
     /// # Errors
-    /// Only when the listener itself is broken. A connection that fails while it is accepted is skipped.
+    /// Fails only if the listener itself is broken. A connection that fails while it is accepted is
+    /// skipped.
     fn accept(&mut self, timeout: Duration) -> io::Result<Option<Box<dyn Channel>>>;
 
-    /// Where it listens, in the form in which a source names it.
+    /// Returns the address of the listener, in the form that a source's URL has.
     fn address(&self) -> String;
 
-    /// Returns the addresses that are bound, in numbers where there are any: a host name in
-    /// [`address`](Self::address) may stand for several. Without those it is that one.
+    /// Returns the bound addresses, in numeric form if they have one. A host name in
+    /// [`address`](Self::address) may stand for several. The default returns `address`.
     fn bound(&self) -> Vec<String> {
         vec![self.address()]
     }
 
-    /// Why connections that wait could not be accepted since this was last asked, such as a lack of descriptors; `None`, which
-    /// is what the default says, when nothing was in the way.
+    /// Returns the reason why waiting connections could not be accepted since the last call, such
+    /// as a lack of descriptors. Returns `None`, as the default does, if all could be accepted.
     fn trouble(&mut self) -> Option<io::Error> {
         None
     }
 
-    /// Accepts a connection that waits although [`accept`](Self::accept) has no descriptor for it, by one that is kept for this:
-    /// so that its peer can be told why it is refused. It must be dropped before the next call. The default accepts none.
+    /// Accepts a waiting connection for which [`accept`](Self::accept) has no descriptor, so that
+    /// the caller can send a refusal with the reason. Uses a descriptor that is reserved for this.
+    /// The caller must drop the channel before the next call. The default accepts none.
     fn accept_to_refuse(&mut self) -> Option<Box<dyn Channel>> {
         None
     }
 
-    /// What tells other threads whether lanes that are due can be accepted; `None`, which is the default, where that is not
-    /// known.
+    /// Returns an object that tells other threads whether further lanes can be accepted. Returns
+    /// `None`, as the default does, if the listener does not know that.
     fn room(&self) -> Option<Arc<dyn Room>> {
         None
     }
 }
 
-/// Tells for how many channels a listener has descriptors.
+/// Reports for how many channels a listener has descriptors.
 pub trait Room: Send + Sync {
-    /// Returns how many of `wanted` further channels can be accepted, as things are: others may take descriptors at any time.
+    /// Returns how many of `wanted` further channels can be accepted now. Other parts of the
+    /// process may take descriptors at any time.
     fn channels(&self, wanted: usize) -> usize;
 }

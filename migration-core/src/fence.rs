@@ -1,57 +1,62 @@
-//! Fences: what makes certain that the other side does not run a VM, before this side runs it again.
+//! Fences: proof that the other side does not run a VM, which this side needs before it runs the VM
+//! again.
 //!
-//! Two hosts cannot tell a death from a cut. So nobody restarts a VM because its owner is silent: somebody who can know,
-//! or who can end it, has to say so first.
+//! Two hosts cannot distinguish a crash of the other from a cut link. So a silent owner alone is no
+//! reason to restart a VM. First a fence must confirm that the owner is dead, or must end it.
 
 mod lease;
 
 pub use lease::{Holder, Lease, LeaseError, LeaseFence, LeaseHolder, LeaseStore};
 use thiserror::Error;
 
-/// It is not certain that the other side is dead: nothing may be restarted.
+/// The error of a fence that could not confirm that the other side is dead. The VM must not be
+/// restarted.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("the other side is not fenced: {0}")]
 pub struct NotFenced(pub String);
 
-/// Makes certain that the other side's instance of a VM does not run, and never will.
+/// Ensures that the other side's instance of a VM does not run and will never run again.
 pub trait Fence: Send + Sync {
-    /// Returns once it is certain. `identity` is what the other side's VMM has said of itself
-    /// ([`DestinationVm::identity`](crate::vm::DestinationVm::identity)) on the session that is lost; it is not to be
-    /// trusted further than that a liar harms only its own VM.
+    /// Returns once the other side is fenced. `identity` is what the other side's VMM reported
+    /// about itself ([`DestinationVm::identity`](crate::vm::DestinationVm::identity)) in the lost
+    /// session. A peer that reports a false identity may harm its own VM, but must not be able to
+    /// harm any other.
     ///
-    /// May be called again after it failed, and after it succeeded.
+    /// May be called again after an error and after a success.
     ///
     /// # Errors
-    /// When it cannot be made certain. The VM then waits: it is never restarted on a guess.
+    /// Fails if it is not certain that the other side is dead. The VM then waits. It is never
+    /// restarted on a guess.
     fn fence(&self, identity: &[u8]) -> Result<(), NotFenced>;
 
-    /// Whether it is known to be dead already, without doing anything about it. Then nobody has to wait until silence has
-    /// lasted long enough. The default does not know.
+    /// Returns whether the other side is already known to be dead. Takes no action. If it returns
+    /// `true`, nobody has to wait for a time-out. The default returns `false`.
     fn is_dead(&self, identity: &[u8]) -> bool {
         let _ = identity;
         false
     }
 }
 
-/// No arbiter: the other side is never known to be dead.
+/// A fence for setups without an arbiter. It never confirms that the other side is dead.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoFence;
 
 impl Fence for NoFence {
     fn fence(&self, _identity: &[u8]) -> Result<(), NotFenced> {
-        Err(NotFenced("there is no arbiter, so its death cannot be told from a cut".into()))
+        Err(NotFenced("there is no arbiter, so a crash cannot be distinguished from a cut link".into()))
     }
 }
 
-/// Proof that a [`Fence`] has returned. The protocol machine takes it before the VM gets a new owner.
+/// The proof that a [`Fence`] has succeeded. The protocol machine demands it before the VM gets a
+/// new owner.
 #[derive(Debug)]
 pub struct Fenced(());
 
 impl Fenced {
-    /// Asks `fence`.
+    /// Calls `fence` and returns the proof.
     ///
     /// # Errors
-    /// As [`Fence::fence`].
+    /// Fails like [`Fence::fence`].
     pub fn by(fence: &dyn Fence, identity: &[u8]) -> Result<Self, NotFenced> {
         fence.fence(identity).map(|()| Self(()))
     }

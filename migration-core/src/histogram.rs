@@ -1,22 +1,25 @@
-//! How long things took, counted.
+//! A histogram of durations.
 
 use std::{fmt, time::Duration};
 
-/// Each power of two is cut into so many buckets of equal width.
+/// The number of buckets of equal width into which each power of two is divided.
 const STEPS: u64 = 32;
 const STEP_BITS: u32 = STEPS.ilog2();
-/// Longer times than 2^40 ns (1,099 s, more than anybody waits for a page) are counted as this long.
+/// Times from 2^40 ns (1,099 s) on are counted in the last bucket. No guest waits that long for a
+/// page.
 const TOP_BITS: u32 = 40;
 const BUCKETS: usize = ((TOP_BITS - STEP_BITS + 1) as usize) * STEPS as usize;
 
-/// A log-linear histogram of durations, such as the time that guests wait for a page.
+/// A log-linear histogram of durations, such as the times for which guests wait for a page.
 ///
-/// Each power of two of nanoseconds is cut into 32 buckets, so a bucket is at most 1/32 (3.1 %) of its times wide, and
-/// its middle, which [`quantile`](Latencies::quantile) tells, is at most 1/64 (1.6 %) off each of them. Times below
-/// 32 ns are exact. Times from 2^40 ns (1,099 s) on are counted in the last bucket; [`max`](Latencies::max) is exact always.
+/// Each power of two of nanoseconds is divided into 32 buckets. So the width of a bucket is at most
+/// 1/32 (3.1 %) of the times in it, and its middle, which [`quantile`](Latencies::quantile)
+/// returns, is at most 1/64 (1.6 %) off each of them. Times below 32 ns are exact. Times from 2^40
+/// ns (1,099 s) on are counted in the last bucket; [`max`](Latencies::max) is always exact.
 ///
-/// It takes 9 KiB whatever is recorded; recording is a few instructions, and allocates nothing. Threads record into
-/// histograms of their own, which are [merged](Latencies::merge) in the end.
+/// A histogram takes 9 KiB, whatever is recorded. To record a time takes a few instructions and no
+/// allocation. Threads should record into histograms of their own and [merge](Latencies::merge)
+/// them at the end.
 ///
 /// ```
 /// use std::time::Duration;
@@ -38,24 +41,25 @@ pub struct Latencies {
     max: Duration,
 }
 
-/// A bucket of [`Latencies`] in which something was recorded.
+/// A bucket of [`Latencies`] that is not empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Bucket {
-    /// The shortest time that belongs to it.
+    /// The shortest time that belongs to the bucket.
     pub from: Duration,
-    /// The shortest time that is too long for it. (The last bucket holds all longer ones as well.)
+    /// The shortest time that is too long for the bucket. (The last bucket also counts all longer
+    /// times.)
     pub to: Duration,
-    /// How many times were recorded; not 0.
+    /// The number of times in the bucket, at least 1.
     pub count: u64,
 }
 
 impl Latencies {
-    /// One without a record.
+    /// Makes an empty histogram.
     pub fn new() -> Self {
         Self { counts: Box::new([0; BUCKETS]), count: 0, max: Duration::ZERO }
     }
 
-    /// Counts `time`.
+    /// Records `time`.
     pub fn record(&mut self, time: Duration) {
         let counter = &mut self.counts[index(time)];
         *counter = counter.saturating_add(1);
@@ -63,7 +67,7 @@ impl Latencies {
         self.max = self.max.max(time);
     }
 
-    /// Counts everything that `other` counted.
+    /// Adds all times that `other` recorded.
     pub fn merge(&mut self, other: &Latencies) {
         for (mine, theirs) in self.counts.iter_mut().zip(other.counts.iter()) {
             *mine = mine.saturating_add(*theirs);
@@ -72,20 +76,22 @@ impl Latencies {
         self.max = self.max.max(other.max);
     }
 
-    /// How many times were recorded.
+    /// Returns the number of recorded times.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// The longest time recorded, exactly; `None` if there is none.
+    /// Returns the longest recorded time, which is exact, or `None` if nothing was recorded.
     pub fn max(&self) -> Option<Duration> {
         (self.count > 0).then_some(self.max)
     }
 
-    /// The time that a share `q` of all recorded ones do not exceed (0.5: the median, 0.99: the 99th percentile): of
-    /// `n` times in order, the one at place ⌈`q`·`n`⌉, at least the first, at most 1/64 off below 2^40 ns.
-    /// `quantile(1.0)` is exact. `None` if nothing is recorded; a `q` outside of 0 to 1 counts as the nearer of them,
-    /// one that is no number as 0.
+    /// Returns the time that a share `q` of all recorded times do not exceed. 0.5 gives the median,
+    /// 0.99 the 99th percentile. Returns `None` if nothing was recorded.
+    ///
+    /// Of `n` times in order, this is the one at place ⌈`q`·`n`⌉, but at least the first. Below
+    /// 2^40 ns the result is at most 1/64 off. `quantile(1.0)` is exact. A `q` below 0 or above 1
+    /// counts as 0 or 1, and NaN counts as 0.
     pub fn quantile(&self, q: f64) -> Option<Duration> {
         let place = ((q * self.count as f64).ceil() as u64).max(1);
         if place >= self.count {
@@ -97,11 +103,11 @@ impl Latencies {
             seen >= place
         })?;
         let (from, to) = bounds(at);
-        // no middle that nothing reached
+        // the middle of the bucket may be above all recorded times
         Some(Duration::from_nanos((from + to) / 2).min(self.max))
     }
 
-    /// The buckets in which something was recorded, shortest times first: what a plot needs.
+    /// Returns the buckets that are not empty, shortest times first, for a plot.
     pub fn buckets(&self) -> impl Iterator<Item = Bucket> + '_ {
         self.counts.iter().enumerate().filter(|&(_, &count)| count > 0).map(|(index, &count)| {
             let (from, to) = bounds(index);
@@ -126,16 +132,16 @@ impl fmt::Debug for Latencies {
     }
 }
 
-/// The bucket that `time` belongs to.
+/// Returns the index of the bucket to which `time` belongs.
 fn index(time: Duration) -> usize {
     let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min((1 << TOP_BITS) - 1);
-    // the leading bit and the `STEP_BITS` after it decide; the first two powers of two that have no more bits than that
-    // have buckets of 1 ns
+    // The leading bit and the `STEP_BITS` bits after it select the bucket. Times with fewer bits
+    // have buckets of 1 ns.
     let shift = (nanos | STEPS).ilog2() - STEP_BITS;
     (u64::from(shift) * STEPS + (nanos >> shift)) as usize
 }
 
-/// The first time of bucket `index`, and the first one beyond it, in nanoseconds.
+/// Returns the shortest time of bucket `index` and the shortest time after it, in nanoseconds.
 fn bounds(index: usize) -> (u64, u64) {
     let index = index as u64;
     let shift = (index / STEPS).saturating_sub(1);
@@ -164,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_recorded_says_nothing() {
+    fn an_empty_histogram_has_no_times() {
         let empty = Latencies::new();
         assert_eq!((empty.count(), empty.max(), empty.quantile(0.5)), (0, None, None));
         assert_eq!(empty.buckets().count(), 0);
         assert_eq!(format!("{empty:?}"), "Latencies(0)");
     }
 
-    /// Times of every magnitude.
+    /// Generates times of every magnitude.
     fn times() -> impl Strategy<Value = Vec<u64>> {
         prop::collection::vec((0u32..40, any::<u64>()).prop_map(|(bits, x)| x & ((2 << bits) - 1)), 1..300)
     }

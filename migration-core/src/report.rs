@@ -1,4 +1,4 @@
-//! What a migration tells: events and progress while it goes on, a report at its end.
+//! What a migration reports: events and progress while it runs, and a report at its end.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -7,27 +7,29 @@ use crate::{
     wire::FaultSummary,
 };
 
-/// How an attempt ended.
+/// The outcome of a migration attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// The destination runs the VM, and has all of it.
+    /// The destination runs the VM and has all its pages.
     Completed,
-    /// The VM runs on at the source.
+    /// The attempt failed. The VM runs on at the source.
     Failed,
-    /// Likewise, because it was cancelled.
+    /// The attempt was cancelled. The VM runs on at the source.
     Cancelled,
-    /// *run* was sent and not answered. The source goes on to reconnect; it will not run the VM.
+    /// The source sent *run* and got no answer. It tries to reconnect, and does not run the VM.
     InDoubt,
-    /// The destination died after the hand-over. The VM runs on at the source, as it was at its last checkpoint.
+    /// The destination died after the hand-over. The VM was restarted at the source from its last
+    /// checkpoint.
     Restarted,
-    /// The destination died after the hand-over, and the VM could not be restarted: it is gone.
+    /// The destination died after the hand-over, and the VM could not be restarted. The VM is lost.
     Lost,
-    /// The VM was handed over, and its guest ended there by itself before it had all its pages: there is no VM any more.
+    /// The VM was handed over, and its guest ended by itself before all pages had arrived. The VM
+    /// does not exist any more.
     Ended,
 }
 
 impl Outcome {
-    /// The word for it in reports.
+    /// Returns the word for this outcome in reports.
     pub fn as_str(self) -> &'static str {
         match self {
             Outcome::Completed => "completed",
@@ -41,71 +43,75 @@ impl Outcome {
     }
 }
 
-/// Counts of pages.
+/// The number of pages of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
-    /// Pages of the VM.
+    /// The pages of the VM.
     pub total: u64,
-    /// Sent as zeros, repeats counted.
+    /// The pages sent as zeros. A page that is sent twice counts twice.
     pub zero: u64,
-    /// Never sent, because they were never touched.
+    /// The pages never sent because the guest never touched them.
     pub hole: u64,
-    /// Never sent, because the guest had reported them free each time that they were due (see
+    /// The pages never sent because the guest reported them free each time that they were due (see
     /// [`free_pages`](crate::vm::SourceVm::free_pages)).
     pub free: u64,
-    /// Sent with their data, repeats counted.
+    /// The pages sent with their data. A page that is sent twice counts twice.
     pub plain: u64,
-    /// Pages sent at least once.
+    /// The pages sent at least once.
     pub distinct: u64,
-    /// Of a VM that is handed over before all of it was sent: sent in the pause, for its first steps (see
+    /// The pages sent in the pause for the guest's first steps at the destination, if the VM is
+    /// handed over before all pages were sent (see
     /// [`entry_pages`](crate::vm::SourceVm::entry_pages)).
     pub entry: u64,
-    /// After the hand-over, sent unasked.
+    /// The pages sent after the hand-over without a demand.
     pub pushed: u64,
-    /// Of these, chosen because they lie around a page that the guest had faulted on.
+    /// The pushed pages that were chosen because they lie near a page on which the guest faulted.
     pub prepaged: u64,
-    /// After the hand-over, sent because the guest waited for them or for one of their block.
+    /// The pages sent after the hand-over because the guest waited for them or for another page of
+    /// their block.
     pub demanded: u64,
 }
 
-/// Checkpoints that the destination has sent back.
+/// The checkpoints that the destination sent back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckpointCounts {
-    /// Whether the VM is protected: the state at the hand-over is the first checkpoint.
+    /// Whether the VM is protected. The state at the hand-over is the first checkpoint.
     pub protected: bool,
-    /// Checkpoints committed since the hand-over.
+    /// The checkpoints committed since the hand-over.
     pub count: u64,
-    /// Bytes of pages and state in them.
+    /// The bytes of pages and state in these checkpoints.
     pub bytes: u64,
 }
 
-/// What the guest missed after a hand-over that left pages behind.
+/// The faults of the guest after a hand-over with missing pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultCounts {
-    /// Faults for which a page had to be fetched; for the others it was on its way already.
+    /// The faults for which a page was requested from the source. For other faults it was on its
+    /// way already.
     pub network: u64,
-    /// What the destination counted and measured.
+    /// The counts and times that the destination measured.
     pub served: FaultSummary,
 }
 
-/// One round of a report.
+/// The report of one round.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RoundReport {
-    /// Pages asked for.
+    /// The pages that the round had to send.
     pub pages: u64,
-    /// Bytes on the wire.
+    /// The bytes on the wire.
     pub wire_bytes: u64,
-    /// How long it took.
+    /// The duration of the round.
     pub time: Duration,
-    /// How far the guest was throttled in it.
+    /// The throttle of the guest in this round, in percent of its CPU time.
     pub throttle_percent: u8,
 }
 
-/// How many rounds at the beginning of a migration, and how many at its end, are kept one by one.
+/// The number of rounds at the beginning of an attempt, and of rounds at its end, that are kept one
+/// by one.
 const KEPT_ROUNDS: usize = 32;
 
-/// The rounds of an attempt: the first 32 and the last 32 one by one, those between them as a sum. So a report stays small
-/// however many rounds there were.
+/// The rounds of an attempt. The first 32 and the last 32 are kept one by one, the rounds between
+/// them as a sum. So a report stays small however many rounds there are.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rounds {
     first: Vec<RoundReport>,
@@ -113,35 +119,35 @@ pub struct Rounds {
     left_out: LeftOut,
 }
 
-/// Rounds that are not kept one by one, put together.
+/// The sum of the rounds that are not kept one by one.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LeftOut {
-    /// How many.
+    /// The number of these rounds.
     pub count: u64,
-    /// Pages that they asked for, repeats counted.
+    /// The pages that these rounds had to send. A page counts once for each round.
     pub pages: u64,
-    /// Bytes on the wire.
+    /// The bytes on the wire.
     pub wire_bytes: u64,
-    /// How long they took together.
+    /// The total duration.
     pub time: Duration,
-    /// The strongest throttle in any of them.
+    /// The strongest throttle in any of these rounds, in percent of CPU time.
     pub throttle_percent: u8,
 }
 
 impl Rounds {
-    /// Returns the number of all rounds, those that are left out included.
+    /// Returns the number of all rounds, including those that are not kept one by one.
     pub fn len(&self) -> usize {
         let left_out = usize::try_from(self.left_out.count).unwrap_or(usize::MAX);
         left_out.saturating_add(self.first.len() + self.last.len())
     }
 
-    /// Whether there was no round.
+    /// Returns whether there was no round.
     pub fn is_empty(&self) -> bool {
         self.first.is_empty()
     }
 
-    /// Returns the rounds that are kept one by one, in order. Those that are [left out](Self::left_out) lie between the first
-    /// 32 and the others.
+    /// Returns the rounds that are kept one by one, in order. The rounds that are [summed
+    /// up](Self::left_out) come after the first 32.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &RoundReport> {
         self.first.iter().chain(&self.last)
     }
@@ -177,106 +183,112 @@ impl Rounds {
         }
     }
 
-    /// Takes the last round back.
+    /// Removes and returns the last round.
     pub(crate) fn pop(&mut self) -> Option<RoundReport> {
         self.last.pop_back().or_else(|| self.first.pop())
     }
 }
 
-/// Everything that is known of an attempt.
+/// The report of a migration attempt.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Name of the strategy.
+    /// The name of the strategy.
     pub strategy: &'static str,
-    /// How it ended.
+    /// The outcome.
     pub outcome: Outcome,
-    /// Why, if it did not complete.
+    /// The reason why the attempt did not complete.
     pub reason: Option<String>,
-    /// Its epoch.
+    /// The epoch of the attempt.
     pub epoch: u32,
-    /// From the start to the end.
+    /// The time from the start to the end.
     pub total: Duration,
-    /// Of it, until the destination was prepared.
+    /// The time from the start until the destination was prepared.
     pub setup: Duration,
-    /// From the first kick of a vCPU until *running* arrived; `None` if the guest was never paused.
+    /// The time from the first kick of a vCPU until *running* arrived, or `None` if the guest was
+    /// never paused.
     pub downtime: Option<Duration>,
-    /// What the strategy expected it to be.
+    /// The downtime that the strategy predicted.
     pub predicted_downtime: Option<Duration>,
-    /// Why the downtime limit was not kept, or was given up, with the figures; `None` if it was aimed at to the end.
+    /// The reason, with figures, why the downtime limit was missed or given up. `None` if the
+    /// strategy aimed at the limit to the end.
     pub stalled: Option<String>,
-    /// The longest downtime that was acceptable, as it was set last.
+    /// The longest acceptable downtime, as it was last set.
     pub downtime_limit: Duration,
-    /// Whether the user has [forced](crate::engine::Controller::switch_over) the switch-over.
+    /// Whether the user [forced](crate::engine::Controller::switch_over) the switch-over.
     pub forced_switch_over: bool,
-    /// Rounds, the last one with the guest paused included.
+    /// The rounds, including the last one, in which the guest is paused.
     pub rounds: Rounds,
-    /// Bulk lanes.
+    /// The number of bulk lanes.
     pub streams: u16,
-    /// Bytes on the wire, both directions, all lanes.
+    /// The bytes on the wire in both directions of all lanes.
     pub wire_bytes: u64,
-    /// Of it, bytes while the guest was paused.
+    /// The bytes on the wire while the guest was paused.
     pub downtime_bytes: u64,
-    /// Bytes of page data that moved; none if RAM is shared.
+    /// The bytes of page data that were sent; 0 if RAM is shared.
     pub page_bytes: u64,
-    /// Bytes of guest RAM.
+    /// The bytes of guest RAM.
     pub ram_bytes: u64,
-    /// Bytes of state.
+    /// The bytes of VM state.
     pub state_bytes: u64,
-    /// Pages by kind.
+    /// The pages of each kind.
     pub pages: PageCounts,
-    /// Demand lanes; 0 if the destination cannot serve missing pages.
+    /// The number of demand lanes; 0 if the destination cannot run with missing pages.
     pub demand_lanes: u16,
-    /// Faults after the hand-over.
+    /// The faults after the hand-over.
     pub faults: FaultCounts,
-    /// Links that were lost after the hand-over and found again.
+    /// The number of links that were lost after the hand-over and reconnected.
     pub recoveries: u64,
-    /// Checkpoints.
+    /// The checkpoints of the VM.
     pub checkpoints: CheckpointCounts,
-    /// Pages the guest dirtied a second in the last live round.
+    /// The rate at which the guest dirtied pages in the last live round, in pages per second.
     pub dirty_pages_per_second: Option<f64>,
-    /// The strongest throttle that was used.
+    /// The strongest throttle that was used, in percent of CPU time.
     pub throttle_percent: u8,
 }
 
-/// How far an attempt is.
+/// The progress of a migration attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
-    /// Where the protocol stands.
+    /// The phase of the protocol at the source.
     pub phase: SourcePhase,
-    /// The round under way, from 1; 0 before the first.
+    /// The number of the current round, from 1; 0 before the first.
     pub round: u32,
-    /// Pages that the round has to send, and has sent.
+    /// The pages that the current round has to send, including those that it has sent.
     pub round_pages: u64,
-    /// Of them, sent.
+    /// The pages that the current round has sent.
     pub round_sent: u64,
-    /// Bytes on the wire so far.
+    /// The bytes on the wire so far.
     pub wire_bytes: u64,
-    /// Bytes a second over the last second, or since pages began to move if that is less.
+    /// The transfer rate over the last second in bytes per second. It covers the time since the
+    /// first page was sent if that is less than a second ago.
     pub bytes_per_second: f64,
-    /// Pages sent a second, likewise.
+    /// The rate of pages sent in pages per second, over the same time.
     pub pages_per_second: f64,
-    /// Pages that the guest dirties a second.
+    /// The rate at which the guest dirties pages, in pages per second.
     pub dirty_pages_per_second: Option<f64>,
-    /// The downtime to expect when the rounds have come to their end; `None` as long as it is not known how fast the guest
-    /// writes, and after the hand-over.
+    /// The downtime that is predicted for a switch-over after the last round. `None` until it is
+    /// known how fast the guest writes, and after the hand-over.
     pub expected_downtime: Option<Duration>,
-    /// The downtime that a switch-over takes at the least, whatever the guest writes; `None` after the hand-over.
+    /// The shortest possible downtime of a switch-over, whatever the guest writes. `None` after the
+    /// hand-over.
     pub least_downtime: Option<Duration>,
-    /// The throttle in force.
+    /// The current throttle, in percent of CPU time.
     pub throttle_percent: u8,
-    /// Time since the start.
+    /// The time since the start.
     pub elapsed: Duration,
-    /// Until the end of the migration; `None` if nothing moves, or no end is in sight.
+    /// The predicted time until the end of the migration. `None` if no pages move or no end can be
+    /// predicted.
     pub eta: Option<Duration>,
-    /// Until the end of this round.
+    /// The predicted time until the end of the current round.
     pub round_eta: Option<Duration>,
-    /// The share of the whole that is done, from 0 to 1. What later rounds will have to send is estimated; it never falls.
+    /// The share of the migration that is done, from 0 to 1. The pages of later rounds are
+    /// estimated. It never falls.
     pub share_done: f64,
-    /// The longest downtime that is acceptable, as it was set last.
+    /// The longest acceptable downtime, as it was last set.
     pub downtime_limit: Duration,
 }
 
-/// Something happened.
+/// An event of a migration, for an [`Observer`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
@@ -284,54 +296,56 @@ pub enum Event {
     Source(SourcePhase),
     /// The destination's phase changed.
     Destination(DestinationPhase),
-    /// How far the source is; several times a second while pages move.
+    /// The progress of the source. Reported several times per second while pages move.
     Progress(Progress),
     /// A round ended.
     RoundEnded(RoundReport),
-    /// A connection was refused or lost; the listener goes on.
+    /// A connection was refused or lost. The listener goes on.
     BadPeer {
-        /// Its address.
+        /// The address of the peer.
         peer: String,
-        /// What was wrong.
+        /// The reason.
         why: String,
     },
     /// The source is in doubt and tries to reconnect.
     Reconnecting {
-        /// The attempt, from 1.
+        /// The number of the attempt, from 1.
         attempt: u32,
-        /// Why the last one failed.
+        /// The reason why the last attempt failed.
         why: String,
     },
-    /// The destination has committed its first checkpoint, or this one with what came before.
+    /// The destination committed a checkpoint. The counts include all checkpoints so far.
     Checkpoint(CheckpointCounts),
-    /// The source is still in doubt after its grace period. It goes on to reconnect.
+    /// The grace period has passed and the source is still in doubt. It continues to reconnect.
     InDoubt(Box<Report>),
-    /// The VM that was being received is gone.
+    /// The destination discarded the VM that it was receiving, for this reason.
     Discarded(String),
-    /// Something failed that does not change the course, such as lifting a throttle.
+    /// Something failed that does not change the course of the migration, such as the end of a
+    /// throttle.
     Warning(String),
 }
 
-/// Receives events, on the threads that do the work.
+/// Receives the events of a migration, on the threads that do the work.
 ///
-/// An event comes after the change that it reports, and no lock of the engine is held meanwhile: an observer may call every
-/// method of a [`ReceiverHandle`](crate::engine::ReceiverHandle) or a [`Controller`](crate::engine::Controller) that does
-/// not wait.
+/// An event comes after the change that it reports. The engine holds no lock during the call, so an
+/// observer may call every method of a [`ReceiverHandle`](crate::engine::ReceiverHandle) or a
+/// [`Controller`](crate::engine::Controller) that does not block.
 ///
-/// An observer must not block and must not panic. While it blocks, the thread that called it does nothing else: a source sends
-/// no page, a destination reads no frame, and a guest that is paused stays so. A VMM that writes events to a file or a pipe
-/// therefore puts them into a queue with a bound, which another thread empties. If an observer panics, the panic ends there,
-/// that event is lost, and the migration goes on; the next event comes as usual. (Where a panic aborts the process, it does
-/// that here too.)
+/// An observer must not block and must not panic. While it blocks, the thread that called it does
+/// nothing else: a source sends no page, a destination reads no frame, and a paused guest stays
+/// paused. So a VMM that writes events to a file or a pipe should put them into a bounded queue
+/// that another thread empties. If an observer panics, the engine catches the panic and the event
+/// is lost, but the migration goes on and later events are delivered. (Where a panic aborts the
+/// process, it does so here too.)
 ///
-/// Strings in events may hold text that the other end sent, as it was sent. Show them to people through
-/// [`Escaped`](crate::text::Escaped).
+/// Strings in events may hold text from the other host, exactly as it was sent. Show them to people
+/// through [`Escaped`](crate::text::Escaped).
 pub trait Observer: Send + Sync {
-    /// Reports that something happened.
+    /// Handles an event.
     fn event(&self, event: &Event);
 }
 
-/// An observer that does not look.
+/// An observer that ignores all events.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoObserver;
 

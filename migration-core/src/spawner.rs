@@ -1,52 +1,58 @@
-//! Threads, which only the VMM creates.
+//! The creation of threads, which is left to the VMM.
 
 use std::{io, thread};
 
-/// What a thread is for, so that the VMM can give it a priority, an affinity and a seccomp filter.
+/// The purpose of a thread. The VMM can choose a priority, an affinity and a seccomp filter by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
-    /// Hands a VM over to another process of this machine: does little, asleep while the guest runs; and from
-    /// [`begin_switch_over`](Spawner::begin_switch_over) to [`end_switch_over`](Spawner::end_switch_over) the guest waits for all of it.
-    /// Not for a real-time policy beyond that: it sleeps until another thread wakes it, and some kernels leave a real-time
-    /// thread that is woken on a core behind another process's system call there, however long that is.
+    /// Hands a VM over to another process on this host. The thread mostly sleeps while the guest
+    /// runs. From [`begin_switch_over`](Spawner::begin_switch_over) to
+    /// [`end_switch_over`](Spawner::end_switch_over) the guest is paused and waits for it.
+    ///
+    /// A real-time policy is useful in that period only. The thread sleeps until another thread
+    /// wakes it. Some kernels place a woken real-time thread on a core where another process is in
+    /// a system call, and leave it waiting there until the call ends.
     HandOver,
-    /// Serves faults of a running guest; urgent.
+    /// Serves the page faults of a running guest. Urgent.
     Demand,
-    /// Moves pages in volume; may be slowed down for the guest's sake.
+    /// Moves most of the pages. May be slowed down for the guest's sake.
     Bulk,
-    /// Runs a strategy or reads a control lane; mostly asleep, but a VM that is paused waits for it.
+    /// Runs a strategy or reads a control lane. The thread mostly sleeps, but a paused VM waits for
+    /// it.
     Control,
-    /// Has no hurry.
+    /// Does work that is not urgent.
     Background,
-    /// Runs a vCPU, or decides when vCPUs rest.
+    /// Runs a vCPU, or decides when vCPUs pause.
     Vcpu,
 }
 
-/// How much a migration may disturb the guest.
+/// The degree to which a migration may disturb the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum GuestImpact {
-    /// Threads that move pages yield to vCPUs whenever both want a core, and the guest is hardly throttled.
+    /// Threads that move pages yield to vCPUs whenever both want a core, and the guest is hardly
+    /// throttled.
     Low,
-    /// Moves pages at normal priority; throttles a guest that writes faster than its pages can be sent.
+    /// Threads that move pages have normal priority. A guest that writes faster than its pages can
+    /// be sent is throttled.
     #[default]
     Balanced,
-    /// The migration first.
+    /// The migration has priority over the guest.
     Fast,
 }
 
-/// Waits for a thread that a [`Spawner`] started.
+/// The handle of a thread that a [`Spawner`] started.
 pub trait Joiner: Send {
     /// Blocks until the thread has ended.
     fn join(self: Box<Self>);
 }
 
-/// Starts threads for the SDK. The SDK has no other way to start one.
+/// Starts all threads that the migration crates need.
 pub trait Spawner: Send + Sync {
     /// Runs `body` on a new thread.
     ///
     /// # Errors
-    /// When no thread can be had; the migration then fails and the source's guest runs on.
+    /// Fails if no thread can be created. The migration then fails and the source's guest runs on.
     fn spawn(
         &self,
         role: Role,
@@ -55,22 +61,25 @@ pub trait Spawner: Send + Sync {
         body: Box<dyn FnOnce() + Send>,
     ) -> io::Result<Box<dyn Joiner>>;
 
-    /// The calling thread, which this spawner has started, has this role from now on: what a connection is for is known
-    /// only once its peer has said so. Does nothing by default.
+    /// Changes the role of the calling thread, which this spawner has started. The role of a thread
+    /// for a connection is known only after the peer has said what the connection is for. The
+    /// default does nothing.
     fn assume(&self, role: Role, impact: GuestImpact) {
         let _ = (role, impact);
     }
 
-    /// A guest is about to be paused for a hand-over, or is paused: it waits for the threads of this spawner that have the role
-    /// [`Role::HandOver`]. Does nothing by default.
+    /// Announces that a guest is about to be paused for a hand-over or is paused already. The guest
+    /// waits for the threads of this spawner with the role [`Role::HandOver`]. The default does
+    /// nothing.
     fn begin_switch_over(&self) {}
 
-    /// It does not wait for them any more, whatever came of the hand-over. May be called without, or more often than,
-    /// [`begin_switch_over`](Self::begin_switch_over). Does nothing by default.
+    /// Announces that the guest does not wait for these threads any more, whether or not the
+    /// hand-over succeeded. May be called without [`begin_switch_over`](Self::begin_switch_over)
+    /// and more than once. The default does nothing.
     fn end_switch_over(&self) {}
 }
 
-/// A [`Spawner`] of plain threads, without priorities.
+/// A [`Spawner`] of threads of the standard library, without priorities.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StdSpawner;
 
@@ -87,13 +96,13 @@ impl Spawner for StdSpawner {
     }
 }
 
-/// A [`Joiner`] over a thread of the standard library.
+/// A [`Joiner`] for a thread of the standard library.
 #[derive(Debug)]
 pub struct StdJoiner(pub thread::JoinHandle<()>);
 
 impl Joiner for StdJoiner {
     fn join(self: Box<Self>) {
-        // a panic on that thread was a bug and has been printed by its hook; there is nothing to add to it here
+        // ignored: a panic on that thread is a bug, and the panic hook has printed it
         let _ = self.0.join();
     }
 }

@@ -1,19 +1,23 @@
-//! Text that comes from outside, made fit for a terminal and for a line of a log.
+//! Makes text from outside safe for a terminal and for a line of a log.
 
 use std::fmt::{self, Write};
 
-/// Bytes of the text that [`Escaped`] shows; what is beyond them is counted. Longer than any reason that this crate gives.
+/// The largest number of bytes of a text that [`Escaped`] shows. It states how many more there are.
+/// The limit is longer than any reason that this crate gives.
 pub const MAX_SHOWN: usize = 2048;
 
-/// Shows text from outside (a peer's reason, an address, a name, what a file or another process says) so that it can neither
-/// begin a new line nor steer a terminal nor reorder what is read.
+/// Displays text from outside (a reason from a peer, an address, a name, the output of another
+/// process) so that it cannot begin a new line, send control codes to a terminal or reorder the
+/// text around it.
 ///
-/// Control characters, line and paragraph separators, format characters (those that change the direction of text among them),
-/// unassigned and private characters and unusual spaces appear as in a Rust string, such as `\n` and `\u{1b}`. Everything else
-/// appears as it is, quotes and backslashes too: text that is escaped twice is the same as text that is escaped once. At most
-/// [`MAX_SHOWN`] bytes of the text are shown.
+/// Some characters are written as escapes like `\n` and `\u{1b}`, as in a Rust string: control
+/// characters, line and paragraph separators, format characters (which include those that change
+/// the direction of text), unassigned and private characters, and unusual spaces. All other
+/// characters are written unchanged, quotes and backslashes too. So escaping a text twice gives the
+/// same as escaping it once. At most [`MAX_SHOWN`] bytes of the text are shown.
 ///
-/// Values stay as they came wherever they are data, in a report or in an error: they are escaped where a person sees them.
+/// Keep values unescaped where they are data, in a report or in an error. Escape them where a
+/// person sees them.
 ///
 /// ```
 /// use migration_core::text::Escaped;
@@ -42,7 +46,8 @@ fn write_char(f: &mut fmt::Formatter<'_>, c: char) -> fmt::Result {
     if matches!(c, '\\' | '\'' | '"') {
         return f.write_char(c);
     }
-    // behind another character, so that a combining mark is no more escaped than in the middle of a word
+    // `escape_debug` escapes a combining mark at the beginning of a text only, so put a letter
+    // before it
     let mut pair = [b'a'; 5];
     let len = 1 + c.encode_utf8(&mut pair[1..]).len();
     let pair = std::str::from_utf8(&pair[..len]).map_err(|_| fmt::Error)?;
@@ -58,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_steers_a_terminal_is_left() {
+    fn control_codes_for_terminals_are_escaped() {
         let bad = ('\0'..='\x1f')
             .chain('\x7f'..='\u{9f}')
             .chain(['\u{ad}', '\u{61c}', '\u{180e}', '\u{2028}', '\u{2029}', '\u{fff9}', '\u{e0041}', '\u{feff}'])

@@ -1,10 +1,15 @@
-//! Leases: a fence for hosts that reach one store and not each other.
+//! Leases: a fence for hosts that share a store but may not reach each other.
 //!
-//! Who runs a VM holds its lease, and renews it (Gray and Cheriton, *Leases*, SOSP 1989). A holder that cannot renew stops its
-//! vCPUs *before* the lease expires; so whoever has seen the lease unchanged for a whole term knows that nothing runs there,
-//! takes the lease, and with that the last chance to renew it. No clock is compared with another host's: each side measures
-//! durations only, by its own. What is asked of a host: that the thread which keeps the lease runs within a quarter of a term
-//! whenever vCPUs run, so choose terms of seconds, and give it a priority.
+//! The host that runs a VM holds the VM's lease and renews it (Gray and Cheriton, *Leases*, SOSP
+//! 1989).
+//! 1. A holder that cannot renew its lease stops its vCPUs *before* the lease expires.
+//! 2. So another host that has seen the lease unchanged for a whole term knows that nothing runs
+//!    there.
+//! 3. It then takes the lease. After that the old holder can never renew it.
+//!
+//! No host compares its clock with that of another: each measures durations only, with its own
+//! clock. While vCPUs run, the thread that keeps the lease must get to run within a quarter of a
+//! term. So choose terms of seconds and give the thread a high priority.
 
 use std::{
     fmt, io,
@@ -18,53 +23,56 @@ use thiserror::Error;
 use super::{Fence, NotFenced};
 use crate::vm::VmId;
 
-/// Names who holds a lease: 16 bytes that no other instance of a VMM has, drawn at random. A destination says it as its
-/// [`identity`](crate::vm::DestinationVm::identity), if leases are what fences it.
+/// The name of a lease holder: 16 random bytes, different for each instance of a VMM. If a
+/// destination is fenced by leases, it reports its name as its
+/// [`identity`](crate::vm::DestinationVm::identity).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Holder(pub [u8; 16]);
 
-/// What a store keeps for a VM.
+/// The lease of a VM, as the store keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// Who may run the VM.
+    /// The instance that may run the VM.
     pub holder: Holder,
-    /// Counts renewals, across holders.
+    /// The number of renewals, counted across holders.
     pub number: u64,
-    /// How long it lasts from a renewal on.
+    /// The time for which the lease lasts after a renewal.
     pub term: Duration,
 }
 
-/// Keeps one lease a VM, where all hosts that may run it reach it.
+/// A store with one lease for each VM, which all hosts that may run the VM can reach.
 pub trait LeaseStore: Send + Sync {
-    /// The lease of `vm`; `None` if nobody ever held it.
+    /// Returns the lease of `vm`, or `None` if it was never held.
     ///
     /// # Errors
-    /// When the store cannot be reached, or what it has cannot be read.
+    /// Fails if the store cannot be reached or its content cannot be read.
     fn read(&self, vm: VmId) -> io::Result<Option<Lease>>;
 
-    /// Puts `new` in the place of `expected`, at once and for all who read, unless something else is there: `false` then.
+    /// Replaces `expected` by `new` in one atomic step. Returns `false` and changes nothing if the
+    /// store holds something else.
     ///
     /// # Errors
-    /// When the store cannot be reached; the swap may have happened all the same.
+    /// Fails if the store cannot be reached. The lease may have been replaced all the same.
     fn swap(&self, vm: VmId, expected: Option<Lease>, new: Lease) -> io::Result<bool>;
 }
 
-/// Why a lease is not held.
+/// The reason why a lease is not held.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum LeaseError {
-    /// Somebody else holds it: wait for its end with a [`LeaseFence`], or leave the VM to it.
+    /// Another instance holds the lease. The caller can wait for its end with a [`LeaseFence`], or
+    /// leave the VM to it.
     #[error("another instance holds the lease of this VM")]
     Held(Holder),
     /// The store cannot be reached.
-    #[error("the store of leases: {0}")]
+    #[error("lease store: {0}")]
     Store(#[from] io::Error),
-    /// It could not be renewed in time. The VM was stopped.
+    /// The lease could not be renewed in time. The VM was stopped.
     #[error("the lease could not be renewed before its end: {why}")]
     Expired {
-        /// Why not, with the text of the cause.
+        /// The reason, including the text of the cause.
         why: String,
-        /// What the store said, if that was why.
+        /// The error of the store, if that was the reason.
         #[source]
         cause: Option<io::Error>,
     },
@@ -76,7 +84,7 @@ impl LeaseError {
     }
 }
 
-/// How time passes; tests have it pass by hand.
+/// The passing of time, which tests control by hand.
 trait Clock: Send + Sync {
     fn now(&self) -> Instant {
         Instant::now()
@@ -86,18 +94,18 @@ trait Clock: Send + Sync {
         thread::sleep(time);
     }
 
-    /// Waits until then, or until the lease has ended.
+    /// Waits until the time `until`, or until the lease has ended.
     fn keep<'a>(&self, held: MutexGuard<'a, Held>, changed: &Condvar, until: Instant) -> MutexGuard<'a, Held> {
         let wait = until.saturating_duration_since(self.now());
         changed.wait_timeout_while(held, wait, |h| !h.ended).unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-struct Real;
+struct SystemClock;
 
-impl Clock for Real {}
+impl Clock for SystemClock {}
 
-/// Holds the lease of a VM that runs here.
+/// Holds the lease of a VM that runs on this host.
 pub struct LeaseHolder {
     store: Arc<dyn LeaseStore>,
     clock: Arc<dyn Clock>,
@@ -108,7 +116,8 @@ pub struct LeaseHolder {
 
 struct Held {
     lease: Lease,
-    /// The lease lasts so long for certain: counted from before the last renewal was asked for.
+    /// The time until which the lease certainly lasts. It is counted from before the last renewal
+    /// was requested.
     until: Instant,
     ended: bool,
 }
@@ -120,13 +129,15 @@ impl fmt::Debug for LeaseHolder {
 }
 
 impl LeaseHolder {
-    /// Takes the lease of `vm` for `own`: for the first time, after it was [passed on](Self::pass_on) to it, or after a
-    /// [`LeaseFence`] has won it. To be called before a vCPU runs.
+    /// Takes the lease of `vm` for `own`. This is possible for the first time, after the lease was
+    /// [passed on](Self::pass_on) to `own`, and after a [`LeaseFence`] took it for `own`. Must be
+    /// called before a vCPU runs.
     ///
     /// # Errors
-    /// [`LeaseError::Held`] when another has it, whether or not it has expired; [`LeaseError::Store`].
+    /// Fails with [`LeaseError::Held`] if another instance has the lease, even an expired one, and
+    /// with [`LeaseError::Store`] if the store fails.
     pub fn take(store: Arc<dyn LeaseStore>, vm: VmId, own: Holder, term: Duration) -> Result<Self, LeaseError> {
-        Self::take_by(Arc::new(Real), store, vm, own, term)
+        Self::take_by(Arc::new(SystemClock), store, vm, own, term)
     }
 
     fn take_by(
@@ -149,12 +160,14 @@ impl LeaseHolder {
         Ok(Self { store, clock, vm, state: Mutex::new(Held { lease, until, ended: false }), changed: Condvar::new() })
     }
 
-    /// Renews the lease three times a term, until it is [passed on](Self::pass_on) or [ended](Self::end). Run it on a thread of
-    /// its own. When the lease is lost, or a quarter of its term is left and it could not be renewed, calls `stop`, which must
-    /// return only when no vCPU runs any more, nor will.
+    /// Renews the lease three times per term until it is [passed on](Self::pass_on) or
+    /// [ended](Self::end). Blocks, so it needs a thread of its own.
+    ///
+    /// Calls `stop` if the lease is lost, or if only a quarter of its term is left and it could not
+    /// be renewed. `stop` must return only when no vCPU runs or will run again.
     ///
     /// # Errors
-    /// After `stop` has returned: why.
+    /// Returns the reason after `stop` has returned.
     pub fn keep(&self, stop: &dyn Fn()) -> Result<(), LeaseError> {
         let mut held = self.lock();
         let term = held.lease.term;
@@ -166,9 +179,9 @@ impl LeaseHolder {
                 return Ok(());
             }
             let last = before(held.until, term / 4);
-            // under the lock: a lease that is passed on is not renewed behind that
-            let (why, lost) = match self.renew(&mut held) {
-                // later it has renewed what others may count as expired
+            // under the lock, so that a lease that is passed on is not renewed afterwards
+            let (reason, lost) = match self.renew(&mut held) {
+                // if the renewal took longer, others may already count the lease as expired
                 Ok(true) if self.clock.now() < last => {
                     due = before(held.until, term * 2 / 3);
                     continue;
@@ -184,11 +197,11 @@ impl LeaseHolder {
             held.ended = true;
             drop(held);
             stop();
-            return Err(why);
+            return Err(reason);
         }
     }
 
-    /// Whether the lease is still ours.
+    /// Renews the lease once. Returns whether this instance still holds it.
     fn renew(&self, held: &mut Held) -> io::Result<bool> {
         let asked = self.clock.now();
         let renewed = Lease { number: held.lease.number + 1, ..held.lease };
@@ -196,42 +209,45 @@ impl LeaseHolder {
             (held.lease, held.until) = (renewed, asked + renewed.term);
             return Ok(true);
         }
-        // a swap that failed earlier may have come through
+        // an earlier swap that reported an error may have succeeded
         match self.store.read(self.vm)? {
             Some(found) if found.holder == held.lease.holder => {
                 held.lease = found;
-                Err(io::Error::other("it was renewed, when is not known"))
+                Err(io::Error::other("the lease was renewed at an unknown time"))
             }
             _ => Ok(false),
         }
     }
 
-    /// The VM is about to run elsewhere: the lease goes to `heir`, which has a whole term to begin to renew it. To be called
-    /// when no vCPU runs here any more ([`SourceVm::owner_in_doubt`](crate::vm::SourceVm::owner_in_doubt)).
+    /// Passes the lease on to `successor`, which has a whole term to begin renewing it. Must be
+    /// called when no vCPU runs on this host any more, before the VM runs elsewhere
+    /// ([`SourceVm::owner_in_doubt`](crate::vm::SourceVm::owner_in_doubt)). This side does not
+    /// renew the lease any more, even if the call fails.
     ///
     /// # Errors
-    /// When it was lost, or the store cannot be reached: the heir then cannot take it. Nothing is renewed any more in any case.
-    pub fn pass_on(&self, heir: Holder) -> Result<(), LeaseError> {
+    /// Fails if the lease was lost or the store cannot be reached. The successor then cannot take
+    /// it.
+    pub fn pass_on(&self, successor: Holder) -> Result<(), LeaseError> {
         let mut held = self.lock();
         if std::mem::replace(&mut held.ended, true) {
-            return Err(LeaseError::expired("it is not held any more"));
+            return Err(LeaseError::expired("this instance does not hold it any more"));
         }
         self.changed.notify_all();
-        let passed = Lease { holder: heir, number: held.lease.number + 1, ..held.lease };
+        let passed = Lease { holder: successor, number: held.lease.number + 1, ..held.lease };
         if self.store.swap(self.vm, Some(held.lease), passed)? {
             return Ok(());
         }
         Err(LeaseError::expired("another instance has taken it"))
     }
 
-    /// The VM has ended: the lease is not renewed any more.
+    /// Stops renewing the lease, because the VM has ended.
     pub fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        // every field is replaced whole
+        // a panic under this lock cannot leave it half changed: every field is replaced as a whole
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -240,8 +256,9 @@ fn next(lease: Option<Lease>) -> u64 {
     lease.map_or(0, |lease| lease.number) + 1
 }
 
-/// Fences the holder of a lease by outwaiting it. `fence` returns after a term in which the lease was not renewed; then it is
-/// this side's, to be [taken](LeaseHolder::take) with the same name.
+/// A fence that waits until the holder's lease has expired. [`fence`](Fence::fence) returns after a
+/// whole term in which the lease was not renewed. The lease then belongs to this side, which can
+/// [take](LeaseHolder::take) it under the same name.
 pub struct LeaseFence {
     store: Arc<dyn LeaseStore>,
     clock: Arc<dyn Clock>,
@@ -249,18 +266,19 @@ pub struct LeaseFence {
     own: Holder,
 }
 
-/// How often the lease is looked at, in a term. It decides only how soon a renewal is noticed.
-const LOOKS: u32 = 8;
+/// The number of times that the lease is read in a term. It decides only how soon a renewal is
+/// noticed.
+const READS_PER_TERM: u32 = 8;
 
 impl LeaseFence {
-    /// A fence for `vm` of the side that is `own`.
+    /// Makes a fence against the holder of `vm`'s lease. `own` is the name of this side.
     pub fn new(store: Arc<dyn LeaseStore>, vm: VmId, own: Holder) -> Self {
-        Self { store, clock: Arc::new(Real), vm, own }
+        Self { store, clock: Arc::new(SystemClock), vm, own }
     }
 
     fn read(&self) -> Result<Lease, NotFenced> {
-        let lease = self.store.read(self.vm).map_err(|e| NotFenced(format!("the store of leases: {e}")))?;
-        lease.ok_or_else(|| NotFenced("nobody holds a lease of this VM: nothing can be outwaited".into()))
+        let lease = self.store.read(self.vm).map_err(|e| NotFenced(format!("lease store: {e}")))?;
+        lease.ok_or_else(|| NotFenced("nobody holds a lease of this VM, so there is no end to wait for".into()))
     }
 }
 
@@ -271,22 +289,25 @@ impl Fence for LeaseFence {
             return Ok(());
         }
         if lease.holder.0 != identity {
-            return Err(NotFenced("its lease is not the other side's, but a third one's".into()));
+            return Err(NotFenced("the lease of the VM belongs to a third instance, not to the other side".into()));
         }
-        let (seen, look) = (self.clock.now(), lease.term / LOOKS);
-        let elapsed = || self.clock.now().saturating_duration_since(seen);
+        let first_read = self.clock.now();
+        let interval = lease.term / READS_PER_TERM;
+        let elapsed = || self.clock.now().saturating_duration_since(first_read);
         while elapsed() < lease.term {
-            self.clock.sleep(look.min(lease.term.saturating_sub(elapsed())));
+            self.clock.sleep(interval.min(lease.term.saturating_sub(elapsed())));
             if self.read()? != lease {
-                return Err(NotFenced("it renews its lease: it is alive".into()));
+                return Err(NotFenced("the other side renews its lease: it is alive".into()));
             }
         }
         let ours = Lease { holder: self.own, number: next(Some(lease)), ..lease };
         match self.store.swap(self.vm, Some(lease), ours) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(NotFenced("it has renewed its lease at the last moment, or another has taken it".into())),
-            // if it happened, the next call finds that
-            Err(e) => Err(NotFenced(format!("the store of leases: {e}"))),
+            Ok(false) => {
+                Err(NotFenced("the lease was renewed at the last moment, or another instance has taken it".into()))
+            }
+            // if the lease was replaced all the same, the next call finds that
+            Err(e) => Err(NotFenced(format!("lease store: {e}"))),
         }
     }
 }
@@ -306,11 +327,12 @@ mod tests {
     #[derive(Default)]
     struct Store {
         lease: Mutex<Option<Lease>>,
-        /// Cut off from those who hold: fails for them, and not for the fence.
+        /// Whether the link between the store and the holder is cut. The fence still reaches the
+        /// store.
         cut: AtomicBool,
     }
 
-    struct Near(Arc<Store>);
+    struct HolderLink(Arc<Store>);
 
     impl LeaseStore for Store {
         fn read(&self, _vm: VmId) -> io::Result<Option<Lease>> {
@@ -327,7 +349,7 @@ mod tests {
         }
     }
 
-    impl LeaseStore for Near {
+    impl LeaseStore for HolderLink {
         fn read(&self, vm: VmId) -> io::Result<Option<Lease>> {
             if self.0.cut.load(Ordering::SeqCst) { Err(io::ErrorKind::NotConnected.into()) } else { self.0.read(vm) }
         }
@@ -338,21 +360,23 @@ mod tests {
         }
     }
 
-    /// Time that passes while a fence sleeps, and never without the holder: that does at once what is due.
-    struct ByHand(Mutex<(Instant, Option<Instant>)>);
+    /// A clock that advances only while a fence sleeps. It waits until the holder has done what is
+    /// due. The second time is when the holder wants to wake up next.
+    struct ManualClock(Mutex<(Instant, Option<Instant>)>);
 
-    impl ByHand {
+    impl ManualClock {
         fn new() -> Arc<Self> {
             Arc::new(Self(Mutex::new((Instant::now(), None))))
         }
 
-        /// For when the holder waits next; `None` if none does any more.
-        fn due(&self, at: Option<Instant>) {
+        /// Sets the time at which the holder wakes up next, or `None` if there is no holder any
+        /// more.
+        fn set_wake_up(&self, at: Option<Instant>) {
             self.0.lock().unwrap().1 = at;
         }
 
-        /// The holder's thread has begun.
-        fn is_kept(&self) {
+        /// Waits until the holder's thread has begun.
+        fn wait_for_holder(&self) {
             while self.0.lock().unwrap().1.is_none() {
                 thread::yield_now();
             }
@@ -363,16 +387,17 @@ mod tests {
         }
     }
 
-    /// Ends the lease also when a test fails: no time passes then for who keeps it.
-    struct Ends<'a>(&'a LeaseHolder);
+    /// EndOnDrop the lease when it is dropped, also if the test fails. The holder's thread would
+    /// otherwise wait for ever, because no time passes.
+    struct EndOnDrop<'a>(&'a LeaseHolder);
 
-    impl Drop for Ends<'_> {
+    impl Drop for EndOnDrop<'_> {
         fn drop(&mut self) {
             self.0.end();
         }
     }
 
-    impl Clock for ByHand {
+    impl Clock for ManualClock {
         fn now(&self) -> Instant {
             self.0.lock().unwrap().0
         }
@@ -392,9 +417,9 @@ mod tests {
         }
 
         fn keep<'a>(&self, mut held: MutexGuard<'a, Held>, changed: &Condvar, until: Instant) -> MutexGuard<'a, Held> {
-            self.due(Some(until));
+            self.set_wake_up(Some(until));
             while !held.ended && self.now() < until {
-                // only lets go of the lock
+                // releases the lock for a moment
                 held = changed.wait_timeout(held, Duration::from_millis(1)).unwrap().0;
             }
             held
@@ -403,19 +428,19 @@ mod tests {
 
     #[test]
     fn a_holder_that_is_cut_off_has_stopped_before_another_takes_over() {
-        let (store, clock) = (Arc::new(Store::default()), ByHand::new());
-        let holder = LeaseHolder::take_by(clock.clone(), Arc::new(Near(store.clone())), VM, A, TERM).unwrap();
+        let (store, clock) = (Arc::new(Store::default()), ManualClock::new());
+        let holder = LeaseHolder::take_by(clock.clone(), Arc::new(HolderLink(store.clone())), VM, A, TERM).unwrap();
         let running = AtomicBool::new(true);
         let stop = || {
             running.store(false, Ordering::SeqCst);
-            clock.due(None);
+            clock.set_wake_up(None);
         };
         thread::scope(|scope| {
-            let _ends = Ends(&holder);
+            let _end = EndOnDrop(&holder);
             let kept = scope.spawn(|| holder.keep(&stop));
-            clock.is_kept();
+            clock.wait_for_holder();
             let fence = clock.fence(&store, B);
-            // alive: it is not taken over
+            // the holder is alive, so the lease is not taken
             assert!(Fenced::by(&fence, &A.0).unwrap_err().to_string().contains("alive"));
             assert!(running.load(Ordering::SeqCst));
             store.cut.store(true, Ordering::SeqCst);
@@ -427,7 +452,7 @@ mod tests {
             assert!(cause.is_some(), "{expired:?}");
         });
         assert_eq!(store.read(VM).unwrap().unwrap().holder, B);
-        // asked again, it has succeeded already
+        // a second call finds that it has succeeded already
         assert!(Fenced::by(&LeaseFence::new(store.clone(), VM, B), &A.0).is_ok());
         assert!(matches!(LeaseHolder::take(store, VM, A, TERM), Err(LeaseError::Held(B))));
     }
@@ -440,28 +465,28 @@ mod tests {
         source.pass_on(B).unwrap();
         assert!(source.keep(&|| unreachable!("nothing to stop")).is_ok());
         assert!(source.pass_on(B).is_err());
-        let clock = ByHand::new();
+        let clock = ManualClock::new();
         let destination = LeaseHolder::take_by(clock.clone(), store.clone(), VM, B, TERM).unwrap();
         let fence = clock.fence(&store, A);
-        // the source comes back: the destination lives
+        // the source comes back, but the destination is alive
         thread::scope(|scope| {
-            let _ends = Ends(&destination);
+            let _end = EndOnDrop(&destination);
             scope.spawn(|| destination.keep(&|| ()).unwrap());
-            clock.is_kept();
+            clock.wait_for_holder();
             assert!(Fenced::by(&fence, &B.0).is_err());
             assert!(Fenced::by(&fence, &[3; 16]).unwrap_err().to_string().contains("third"));
         });
-        clock.due(None);
-        // it has ended without a word, as if it were dead
+        clock.set_wake_up(None);
+        // the destination has ended without a report, as if it were dead
         assert!(Fenced::by(&fence, &B.0).is_ok());
     }
 
     #[test]
-    fn an_heir_that_never_comes_is_outwaited() {
+    fn the_lease_of_a_successor_that_never_comes_expires() {
         let store = Arc::new(Store::default());
         LeaseHolder::take(store.clone(), VM, A, TERM).unwrap().pass_on(B).unwrap();
-        assert!(Fenced::by(&ByHand::new().fence(&store, A), &B.0).is_ok());
-        // too late
+        assert!(Fenced::by(&ManualClock::new().fence(&store, A), &B.0).is_ok());
+        // the successor comes too late
         assert!(matches!(LeaseHolder::take(store.clone(), VM, B, TERM), Err(LeaseError::Held(A))));
         LeaseHolder::take(store, VM, A, TERM).unwrap();
     }

@@ -1,4 +1,4 @@
-//! The life of a device through a migration.
+//! The trait for devices whose state moves with the VM.
 
 use bytes::Bytes;
 
@@ -7,111 +7,137 @@ use crate::{
     vm::{SectionEstimate, VmError},
 };
 
-/// The two steps in which devices come to rest, after the vCPUs were paused.
+/// The two steps in which devices are quiesced, after the vCPUs were paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quiesce {
-    /// Start no new work. When every device has done this step, none asks another one for anything any more.
+    /// Start no new work. After all devices have done this step, none sends requests to another any
+    /// more.
     StopInitiating,
-    /// Finish the work in flight; afterwards guest memory is not written any more.
+    /// Finish the work in flight. After this step the device does not write guest memory any more.
     Drain,
 }
 
-/// What one iteration of a device's state gave.
+/// The result of [`Device::iterate`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Iteration {
     /// A piece of state to send now; may be empty.
     pub data: Bytes,
-    /// How many bytes of state are still to come, as far as is known now.
+    /// The number of bytes of state that are still to be sent, as far as is known now.
     pub pending: u64,
 }
 
 /// A device whose state moves with the VM.
 ///
-/// A plain device implements [`save`](Device::save) and [`load`](Device::load) and nothing else. One with a large
-/// state (VFIO, vhost) sends pieces of it while the guest runs: [`start`](Device::start), any number of
-/// [`iterate`](Device::iterate), then `quiesce` twice, and `save` for the rest.
+/// A simple device implements [`save`](Device::save) and [`load`](Device::load) only. A device with
+/// a large state (VFIO, vhost) sends pieces of it while the guest runs. Its methods are called in
+/// this order: [`start`](Device::start), any number of [`iterate`](Device::iterate),
+/// [`quiesce`](Device::quiesce) twice, and [`save`](Device::save) for the rest.
 pub trait Device: Send {
-    /// Name of its section; the same at both ends.
+    /// Returns the name of the device's section, which is the same at both ends.
     fn name(&self) -> &str;
 
-    /// Which of several of that name.
+    /// Returns the number of the device among those of the same name.
     fn instance(&self) -> u32 {
         0
     }
 
-    /// Version of the state that [`save`](Device::save) writes.
+    /// Returns the version of the state that [`save`](Device::save) writes.
     fn version(&self) -> u32;
 
-    /// The oldest version that [`load`](Device::load) understands; the newest is [`version`](Device::version).
+    /// Returns the oldest version that [`load`](Device::load) understands. The newest is
+    /// [`version`](Device::version).
     fn oldest_version(&self) -> u32 {
         self.version()
     }
 
-    /// Why it cannot take part in a migration by the strategy of this name, if so.
+    /// Returns the reason why the device cannot take part in a migration by the strategy of this
+    /// name, or `None` if it can.
     fn blocks(&self, strategy: &str) -> Option<String> {
         let _ = strategy;
         None
     }
 
-    /// A migration begins at the source.
+    /// Prepares the device for a migration from this host.
+    ///
+    /// # Errors
+    /// Fails if the device cannot be migrated.
     fn start(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 
-    /// A piece of state of at most `budget` bytes, while the guest runs.
+    /// Returns a piece of state of at most `budget` bytes, while the guest runs.
+    ///
+    /// # Errors
+    /// Fails if the state cannot be read.
     fn iterate(&mut self, budget: usize) -> Result<Iteration, VmError> {
         let _ = budget;
         Ok(Iteration::default())
     }
 
-    /// Comes to rest, one step.
+    /// Performs one step of quiescing the device.
+    ///
+    /// # Errors
+    /// Fails if the device cannot stop its work.
     fn quiesce(&mut self, step: Quiesce) -> Result<(), VmError> {
         let _ = step;
         Ok(())
     }
 
-    /// Takes up work again at the source, after a pause that did not end in a hand-over (whatever step it was in),
-    /// or at the destination when the VM starts.
+    /// Resumes the device's work. Called at the source after a pause that did not end in a
+    /// hand-over, whichever step was reached, and at the destination when the VM starts.
+    ///
+    /// # Errors
+    /// Fails if the device cannot work any more.
     fn resume(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 
-    /// Returns about how many bytes [`save`](Device::save) would give now, beside what [`iterate`](Device::iterate) reports as
-    /// pending; for the predicted downtime, and to refuse what is too large before the guest is paused. 0 by default: right
-    /// for any device whose state is a few kilobytes.
+    /// Returns about how many bytes [`save`](Device::save) would return now, not counting the bytes
+    /// that [`iterate`](Device::iterate) reports as pending. The number is used to predict the
+    /// downtime, and to refuse a state that is too large before the guest is paused. The default of
+    /// 0 is right for a device with a state of a few kilobytes.
     fn state_bytes(&self) -> u64 {
         0
     }
 
-    /// The (rest of the) state, at rest.
-    fn save(&mut self) -> Result<Bytes, VmError>;
-
-    /// Takes a piece that [`iterate`](Device::iterate) gave at the source; pieces come in order, before `load`.
-    fn load_piece(&mut self, data: &[u8]) -> Result<(), VmError> {
-        let _ = data;
-        Err(VmError::new(format!("device {} does not take its state in pieces", self.name())))
-    }
-
-    /// Takes the state that [`save`](Device::save) gave at the source, which had this version.
+    /// Returns the state of the quiesced device, without the pieces that
+    /// [`iterate`](Device::iterate) returned.
     ///
     /// # Errors
-    /// When the bytes make no sense: they come from the peer, and a field that decodes may still be nonsense.
+    /// Fails if the state cannot be read.
+    fn save(&mut self) -> Result<Bytes, VmError>;
+
+    /// Loads a piece that [`iterate`](Device::iterate) returned at the source. Pieces come in
+    /// order, before [`load`](Device::load).
+    ///
+    /// # Errors
+    /// Fails if the piece is invalid. The default always fails.
+    fn load_piece(&mut self, data: &[u8]) -> Result<(), VmError> {
+        let _ = data;
+        Err(VmError::new(format!("device {} does not load its state in pieces", self.name())))
+    }
+
+    /// Loads the state that [`save`](Device::save) returned at the source, which had this version.
+    ///
+    /// # Errors
+    /// Fails if the state is invalid. The bytes come from the peer, so a field that decodes may
+    /// still have an impossible value.
     fn load(&mut self, version: u32, data: &[u8]) -> Result<(), VmError>;
 }
 
-/// A VM's devices, taken through their life together.
+/// The devices of a VM.
 #[derive(Default)]
 pub struct DeviceSet {
     devices: Vec<Box<dyn Device>>,
 }
 
 impl DeviceSet {
-    /// A set of these devices, which are saved and loaded in this order.
+    /// Makes a set of devices. They are saved and loaded in the order of `devices`.
     pub fn new(devices: Vec<Box<dyn Device>>) -> Self {
         Self { devices }
     }
 
-    /// Names, instances and accepted versions of all devices, for the hello.
+    /// Returns name, instance and accepted versions of every device, for the hello.
     pub fn kinds(&self) -> Vec<DeviceKind> {
         let kind = |d: &dyn Device| DeviceKind {
             name: d.name().to_owned(),
@@ -122,17 +148,24 @@ impl DeviceSet {
         self.devices.iter().map(|d| kind(&**d)).collect()
     }
 
-    /// The first device that blocks `strategy`, and why.
+    /// Returns the first device that blocks `strategy`, and the reason, as one text.
     pub fn blocked(&self, strategy: &str) -> Option<String> {
         self.devices.iter().find_map(|d| d.blocks(strategy).map(|why| format!("device {}: {why}", d.name())))
     }
 
-    /// A migration begins at the source: [`Device::start`] for each.
+    /// Calls [`Device::start`] of every device.
+    ///
+    /// # Errors
+    /// Fails with the error of the first device that fails.
     pub fn start(&mut self) -> Result<(), VmError> {
         self.devices.iter_mut().try_for_each(|d| d.start())
     }
 
-    /// Pieces of state while the guest runs, together at most `budget` bytes; and how many bytes are pending.
+    /// Returns pieces of state of all devices, of at most `budget` bytes together, and the number
+    /// of bytes that are pending.
+    ///
+    /// # Errors
+    /// Fails with the error of the first device that fails.
     pub fn iterate(&mut self, mut budget: usize) -> Result<(Vec<Section>, u64), VmError> {
         let (mut pieces, mut pending) = (Vec::new(), 0u64);
         for d in &mut self.devices {
@@ -147,7 +180,7 @@ impl DeviceSet {
         Ok((pieces, pending))
     }
 
-    /// Returns the sizes of those devices' sections that report one, for
+    /// Returns the size of each device's section, without devices that report 0, for
     /// [`SourceVm::estimate_state`](crate::vm::SourceVm::estimate_state).
     pub fn estimates(&self) -> Vec<SectionEstimate> {
         let estimate = |d: &dyn Device| SectionEstimate {
@@ -158,7 +191,10 @@ impl DeviceSet {
         self.devices.iter().map(|d| estimate(&**d)).filter(|e| e.bytes > 0).collect()
     }
 
-    /// Brings all to rest, step by step: no device drains before all have stopped to initiate.
+    /// Quiesces all devices step by step: every device stops new work before the first one drains.
+    ///
+    /// # Errors
+    /// Fails with the error of the first device that fails.
     pub fn quiesce(&mut self) -> Result<(), VmError> {
         for step in [Quiesce::StopInitiating, Quiesce::Drain] {
             self.devices.iter_mut().try_for_each(|d| d.quiesce(step))?;
@@ -166,12 +202,18 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// Takes up work again: [`Device::resume`] for each, all of them even if one fails.
+    /// Calls [`Device::resume`] of every device, even if one fails.
+    ///
+    /// # Errors
+    /// Fails with the error of the first device that failed.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.devices.iter_mut().map(|d| d.resume()).fold(Ok(()), Result::and)
     }
 
-    /// Adds every device's section to `state`.
+    /// Adds the section of every device to `state`.
+    ///
+    /// # Errors
+    /// Fails with the error of the first device that fails.
     pub fn save(&mut self, state: &mut VmState) -> Result<(), VmError> {
         for d in &mut self.devices {
             let data = d.save()?;
@@ -181,7 +223,11 @@ impl DeviceSet {
         Ok(())
     }
 
-    /// Gives a piece to the device it belongs to.
+    /// Passes a piece of state to the device to which it belongs.
+    ///
+    /// # Errors
+    /// Fails if there is no such device, or if the device does not know the version or refuses the
+    /// piece.
     pub fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
         let device = self.devices.iter_mut().find(|d| d.name() == piece.name && d.instance() == piece.instance);
         match device {
@@ -191,10 +237,11 @@ impl DeviceSet {
         }
     }
 
-    /// Loads every device from its section, in this set's order.
+    /// Loads every device from its section, in the order of this set.
     ///
     /// # Errors
-    /// When a section is missing, has a version that the device does not know, or is refused by it.
+    /// Fails if a section is missing, has a version that the device does not know, or is refused by
+    /// the device.
     pub fn load(&mut self, state: &VmState) -> Result<(), VmError> {
         for d in &mut self.devices {
             let section = state
@@ -209,21 +256,22 @@ impl DeviceSet {
     }
 }
 
-/// What a hello says of one device.
+/// The description of a device in a hello.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceKind {
-    /// Its name.
+    /// The name of the device.
     pub name: String,
-    /// Which of several of that name.
+    /// The number of the device among those of the same name.
     pub instance: u32,
-    /// The oldest version of state it can load.
+    /// The oldest version of state that the device can load.
     pub oldest: u32,
-    /// The version of state it saves.
+    /// The version of state that the device saves.
     pub version: u32,
 }
 
 impl DeviceKind {
-    /// Why `destination`, a list of the devices there, cannot take the state of this one; `None` if it can.
+    /// Returns the reason why `destination`, the devices there, cannot load the state of this
+    /// device, or `None` if it can.
     pub fn mismatch(&self, destination: &[DeviceKind]) -> Option<String> {
         let twin = destination.iter().find(|d| d.name == self.name && d.instance == self.instance);
         match twin {

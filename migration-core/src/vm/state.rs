@@ -1,18 +1,18 @@
-//! The state of a VM beside its RAM: named, versioned sections.
+//! The state of a VM apart from its RAM: named sections with versions.
 
 use bytes::Bytes;
 
 use crate::codec::{DecodeError, Reader, Writer};
 pub use crate::limits::{MAX_SECTION, MAX_SECTION_NAME, MAX_SECTIONS, MAX_STATE};
 
-/// A piece of state under a name, such as one vCPU's registers or one device.
+/// A named part of the state, such as the registers of one vCPU or the state of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
-    /// What it belongs to: `vcpu`, `irqchip`, `serial`, …; at most [`MAX_SECTION_NAME`] bytes.
+    /// The name of the part: `vcpu`, `irqchip`, `serial`, …; at most [`MAX_SECTION_NAME`] bytes.
     pub name: String,
-    /// Which of several of that name, such as the vCPU's number.
+    /// The number of the section among those of the same name, such as the index of the vCPU.
     pub instance: u32,
-    /// Version of the encoding of `data`; who loads it refuses versions it does not know.
+    /// The version of the encoding of `data`. A loader refuses versions that it does not know.
     pub version: u32,
     /// The encoded state; at most [`MAX_SECTION`] bytes.
     pub data: Bytes,
@@ -23,18 +23,19 @@ impl Section {
         w.text(&self.name).u32(self.instance).u32(self.version).blob(&self.data);
     }
 
-    /// A piece of device state that was saved while the guest ran, of at most so many bytes.
-    pub(crate) fn decode_piece(r: &mut Reader<'_>, most: usize) -> Result<Self, DecodeError> {
+    /// Reads a piece of device state that was saved while the guest ran. Its data has at most
+    /// `max_bytes` bytes.
+    pub(crate) fn decode_piece(r: &mut Reader<'_>, max_bytes: usize) -> Result<Self, DecodeError> {
         Ok(Self {
             name: r.text(MAX_SECTION_NAME, "piece name")?,
             instance: r.u32("piece instance")?,
             version: r.u32("piece version")?,
-            data: Bytes::copy_from_slice(r.blob(most, "piece data")?),
+            data: Bytes::copy_from_slice(r.blob(max_bytes, "piece data")?),
         })
     }
 }
 
-/// All sections of a VM, in the order in which they are to be loaded.
+/// All sections of a VM, in the order in which they are loaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VmState {
     /// The sections.
@@ -42,17 +43,17 @@ pub struct VmState {
 }
 
 impl VmState {
-    /// The section of this name and instance.
+    /// Returns the section of this name and instance.
     pub fn find(&self, name: &str, instance: u32) -> Option<&Section> {
         self.sections.iter().find(|s| s.name == name && s.instance == instance)
     }
 
-    /// Bytes of all sections' data together.
+    /// Returns the number of bytes of all sections' data together.
     pub fn bytes(&self) -> usize {
         self.sections.iter().map(|s| s.data.len()).sum()
     }
 
-    /// The form in which it travels.
+    /// Returns the encoding that is sent to the destination.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
         w.count(self.sections.len());
@@ -62,10 +63,11 @@ impl VmState {
         w.into_bytes()
     }
 
-    /// Reads what [`encode`](VmState::encode) wrote.
+    /// Decodes what [`encode`](VmState::encode) returned.
     ///
     /// # Errors
-    /// When a length is above its limit, a section appears twice, or the bytes do not end where they should.
+    /// Fails if a length is above its limit, a section appears twice, the bytes end too early, or
+    /// bytes are left.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         if bytes.len() > MAX_STATE {
             return Err(DecodeError::TooLong { field: "state", len: bytes.len() as u64, limit: MAX_STATE as u64 });
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn claims_beyond_the_limits_are_refused() {
+    fn lengths_above_their_limits_are_refused() {
         let mut w = Writer::new();
         w.count(1).text("x").u32(0).u32(0).u32(u32::MAX);
         assert!(matches!(VmState::decode(&w.into_bytes()), Err(DecodeError::TooLong { .. })));
@@ -135,7 +137,8 @@ mod tests {
     #[test]
     fn a_state_may_be_as_large_as_its_limit() {
         let section = |instance, len| Section { name: "x".into(), instance, version: 1, data: vec![0; len].into() };
-        // a count, and of each section its name, three numbers and the length of its data
+        // the number of sections, and for each section the length of its name, the name, two
+        // numbers and the length of its data
         let heads = 4 + 4 * (4 + 1 + 4 + 4 + 4);
         let mut sections: Vec<_> = (0..3).map(|i| section(i, MAX_SECTION)).collect();
         sections.push(section(3, MAX_STATE - 3 * MAX_SECTION - heads));
