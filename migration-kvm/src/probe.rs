@@ -1,4 +1,4 @@
-//! What this host offers, found by asking or trying, never by the kernel's version.
+//! Finds out what this host offers. It asks or tries, and never goes by the kernel's version.
 
 use std::fmt;
 
@@ -14,7 +14,8 @@ use crate::{
     tracker::{IdlePages, TrackerKind, UserFault, features},
 };
 
-/// The dirty trackers that this host offers, and what else is told of guest memory; and why it lacks the others.
+/// The dirty trackers and other facilities for guest memory that this host offers, and the reasons
+/// why others are missing.
 ///
 /// ```no_run
 /// # use kvm_ioctls::Kvm;
@@ -33,18 +34,19 @@ pub struct Probe {
     idle_pages: Result<(), String>,
 }
 
-/// The tracker asked for cannot be had here.
+/// The error for a dirty tracker that this host does not offer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("dirty tracker {kind} is not available: {reason}")]
 pub struct Unavailable {
-    /// Which.
+    /// The kind of the tracker.
     pub kind: TrackerKind,
-    /// Why not.
+    /// The reason.
     pub reason: String,
 }
 
 impl Probe {
-    /// Asks KVM for its capabilities, and tries userfaultfd, PAGEMAP_SCAN and idle page tracking; takes well under a millisecond.
+    /// Asks KVM for its capabilities and tries userfaultfd, PAGEMAP_SCAN and idle page tracking.
+    /// Takes less than a millisecond.
     pub fn new(kvm: &Kvm) -> Self {
         let ask = |cap: u32| kvm.check_extension_raw(cap.into()).max(0) as u32;
         let offers = |value: u32, name: &str| {
@@ -72,44 +74,48 @@ impl Probe {
         }
     }
 
-    /// Each tracker, the preferred one first, with the reason if it cannot be had.
+    /// Returns every tracker in order of preference, with the reason if it is not available.
     pub fn trackers(&self) -> impl Iterator<Item = (TrackerKind, Result<(), &str>)> {
         self.trackers.iter().map(|(kind, offered)| (*kind, offered.as_ref().copied().map_err(String::as_str)))
     }
 
-    /// Whether turning the dirty log on under manual protection need not protect anything.
+    /// Returns whether KVM can turn on the dirty log with manual protection without protecting any
+    /// page.
     pub fn manual_protect_initially_set(&self) -> bool {
         self.initially_set
     }
 
-    /// The most entries that a vCPU's dirty ring may have; 0 without dirty rings.
+    /// Returns the largest number of entries of a vCPU's dirty ring, or 0 without dirty rings.
     pub fn ring_entries(&self) -> u32 {
         self.ring_entries
     }
 
-    /// The bits of [`features`] that userfaultfd offers, or why there is none.
+    /// Returns the bits of [`features`] that userfaultfd offers, or the reason why it is not
+    /// available.
     pub fn user_fault_features(&self) -> Result<u64, &str> {
         self.user_fault.as_ref().copied().map_err(String::as_str)
     }
 
-    /// Whether [`IdlePages`] can be had, or why not.
+    /// Returns whether [`IdlePages`] is available, or the reason why not.
     pub fn idle_pages(&self) -> Result<(), &str> {
         self.idle_pages.as_ref().copied().map_err(String::as_str)
     }
 
-    /// The tracker to use for a request: itself if it is offered; for [`TrackerKind::Auto`] the first of
-    /// [`TrackerKind::ALL`] that is, except the dirty ring, which works only if the VMM enabled it before the first
-    /// vCPU and so must be asked for by name.
+    /// Returns the tracker to use if `kind` is requested. That is `kind` itself if this host offers
+    /// it. For [`TrackerKind::Auto`] it is the first of [`TrackerKind::ALL`] that this host offers.
+    /// The dirty ring is left out there: it works only if the VMM enabled it before the first vCPU,
+    /// so it must be requested by name.
     ///
     /// # Errors
-    /// When it is not offered, with the reason; for `Auto` when nothing is, with all reasons.
+    /// Fails with the reason if `kind` is not available. For `Auto` it fails with all reasons if no
+    /// tracker is.
     pub fn choose(&self, kind: TrackerKind) -> Result<TrackerKind, Unavailable> {
         if kind == TrackerKind::Auto {
             let usable = |(kind, offered): &&(TrackerKind, Result<(), String>)| {
                 offered.is_ok() && *kind != TrackerKind::DirtyRing
             };
             let found = self.trackers.iter().find(usable).map(|(kind, _)| *kind);
-            return found.ok_or_else(|| Unavailable { kind, reason: self.in_words() });
+            return found.ok_or_else(|| Unavailable { kind, reason: self.describe_trackers() });
         }
         let offered = self.trackers.iter().find(|(k, _)| *k == kind).map(|(_, offered)| offered.clone());
         let reason = match offered {
@@ -120,7 +126,7 @@ impl Probe {
         Err(Unavailable { kind, reason })
     }
 
-    fn in_words(&self) -> String {
+    fn describe_trackers(&self) -> String {
         let trackers =
             self.trackers().map(|(kind, offered)| format!("{kind}: {}", offered.err().unwrap_or("available")));
         trackers.collect::<Vec<_>>().join("; ")
@@ -129,7 +135,7 @@ impl Probe {
 
 impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; idle pages: {}", self.in_words(), self.idle_pages().err().unwrap_or("available"))
+        write!(f, "{}; idle pages: {}", self.describe_trackers(), self.idle_pages().err().unwrap_or("available"))
     }
 }
 

@@ -1,4 +1,4 @@
-//! KVM's dirty log in its classic form: reading clears.
+//! KVM's dirty log in its classic form, where reading the log clears it.
 
 use std::sync::Arc;
 
@@ -13,11 +13,12 @@ use super::{GuestSlots, failed, inactive};
 
 const NAME: &str = "dirty-log";
 
-/// KVM's dirty log: `KVM_GET_DIRTY_LOG`, which also clears the log and write-protects what was dirty, for all of RAM at
-/// once.
+/// A tracker that uses `KVM_GET_DIRTY_LOG`. This ioctl also clears the log and write-protects the
+/// pages that were dirty, for a whole memory slot at a time.
 ///
-/// Starting sets each memory slot again with `KVM_MEM_LOG_DIRTY_PAGES`; the VMM must not change the slots' flags itself
-/// in between. Dropping it stops it.
+/// [`start`](DirtyTracker::start) sets every memory slot again, with `KVM_MEM_LOG_DIRTY_PAGES`. The
+/// VMM must not change the flags of the slots until [`stop`](DirtyTracker::stop). Dropping the
+/// tracker stops it.
 pub struct DirtyLog {
     vm: Arc<VmFd>,
     slots: Arc<GuestSlots>,
@@ -27,7 +28,7 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// A tracker for these slots of `vm`, not started.
+    /// Makes a tracker for these slots of `vm`. It is not started yet.
     pub fn new(vm: Arc<VmFd>, slots: Arc<GuestSlots>) -> Self {
         let pending = PageSet::empty(slots.capacity());
         Self { vm, slots, pending, buffer: Vec::new(), active: false }
@@ -47,15 +48,17 @@ impl DirtyTracker for DirtyLog {
         if self.active {
             return Ok(());
         }
-        // with manual protection left on, reading would not clear, and every page would stay dirty for ever
+        // if manual protection is still on, reading does not clear the log, and every page stays
+        // dirty
         set_manual_protect(&self.vm, 0).map_err(failed(NAME, "switch manual protection off"))?;
         self.slots.set_logging(&self.vm, true).map_err(failed(NAME, "turn logging on"))?;
         self.active = true;
         self.pending.clear();
-        // a VM with a dirty ring refuses to give its log: say so now. What this read finds stays to be harvested.
+        // A VM with a dirty ring refuses to return its log, so find that out now. Pages that this
+        // read returns are kept for the next harvest.
         let read = self.slots.read_logs(&self.vm, &mut self.buffer, &mut self.pending);
         if let Err(error) = read {
-            let _ = self.stop(); // the first error is the one to tell
+            let _ = self.stop(); // report the first error
             return Err(failed(NAME, "read the log")(error));
         }
         Ok(())
@@ -73,7 +76,7 @@ impl DirtyTracker for DirtyLog {
         if !self.active {
             return Err(inactive(NAME));
         }
-        // through `pending`, so that what some slots said is kept when a later one fails
+        // through `pending`, so that the pages of earlier slots are kept if a later slot fails
         let read = self.slots.read_logs(&self.vm, &mut self.buffer, &mut self.pending);
         read.map_err(failed(NAME, "read the log"))?;
         into.union_with(&self.pending);
@@ -88,11 +91,12 @@ impl DirtyTracker for DirtyLog {
 
 impl Drop for DirtyLog {
     fn drop(&mut self) {
-        let _ = self.stop(); // nobody is left to tell
+        let _ = self.stop(); // ignored: a drop cannot report errors
     }
 }
 
-/// Sets the options of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`. Without the capability only "none" can be had.
+/// Sets the options of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`. Without the capability only 0 is
+/// possible.
 pub(super) fn set_manual_protect(vm: &VmFd, options: u64) -> std::io::Result<()> {
     let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
     if options == 0 && vm.check_extension_raw(cap.into()) <= 0 {

@@ -1,4 +1,4 @@
-//! KVM's dirty rings: each vCPU lists the pages that it dirties.
+//! KVM's dirty rings, in which each vCPU lists the pages that it dirties.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,28 +16,29 @@ use super::{
 
 const NAME: &str = "dirty-ring";
 
-/// What a VM got by [`DirtyRing::enable`]: rings for its vCPUs.
+/// The dirty rings of a VM on which [`DirtyRing::enable`] was called.
 pub struct EnabledRing {
     collector: Arc<RingCollector>,
 }
 
 impl EnabledRing {
-    /// Where vCPUs are added, and where they collect when their ring is full.
+    /// Returns the collector, to which vCPUs are added, and which empties full rings.
     pub fn collector(&self) -> Arc<RingCollector> {
         self.collector.clone()
     }
 
-    /// Entries in each vCPU's ring.
+    /// Returns the number of entries in each vCPU's ring.
     pub fn entries(&self) -> u32 {
         self.collector.entries
     }
 }
 
-/// Collects the pages in the dirty rings. The VMM's vCPU loops hold it.
+/// Collects the pages from the dirty rings. The VMM's vCPU loops share it.
 ///
-/// When `KVM_RUN` returns with `KVM_EXIT_DIRTY_RING_FULL` (`VcpuExit::Unsupported(31)` in kvm-ioctls), the loop calls
-/// [`collect`](Self::collect) and runs on: KVM does not let a vCPU run with a full ring. That holds also while no
-/// tracker is active or a migration has just failed.
+/// If `KVM_RUN` returns with `KVM_EXIT_DIRTY_RING_FULL` (`VcpuExit::Unsupported(31)` in
+/// kvm-ioctls), the loop must call [`collect`](Self::collect) before it runs the vCPU again,
+/// because KVM does not run a vCPU with a full ring. This can happen also while no tracker is
+/// active or after a migration has failed.
 pub struct RingCollector {
     vm: Arc<VmFd>,
     entries: u32,
@@ -47,76 +48,79 @@ pub struct RingCollector {
 #[derive(Default)]
 struct State {
     rings: Vec<RingMap>,
-    /// Where what is collected goes; `None` while no tracker is active: then it is forgotten.
+    /// The place for collected pages. `None` while no tracker is active; collected pages are then
+    /// ignored.
     tracking: Option<Tracking>,
 }
 
 struct Tracking {
     slots: Arc<GuestSlots>,
-    /// What was collected or put back since the last harvest.
+    /// The pages that were collected or marked dirty again since the last harvest.
     pending: PageSet,
 }
 
 impl RingCollector {
-    /// Maps the ring of a new vCPU. Call it for every vCPU of the VM after its creation, and before it runs while a
-    /// tracker is active.
+    /// Maps the ring of a new vCPU. Must be called for every vCPU of the VM after its creation. If
+    /// a tracker is active, it must be called before the vCPU runs.
     ///
     /// # Errors
-    /// When the ring cannot be mapped.
+    /// Fails if the ring cannot be mapped.
     pub fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), TrackerError> {
         let ring = RingMap::new(vcpu, self.entries).map_err(failed(NAME, "map a vCPU's ring"))?;
         self.lock().rings.push(ring);
         Ok(())
     }
 
-    /// Empties all rings and keeps what they listed for the next harvest. Returns how many entries there were. May be
-    /// called from any thread, at any time; waits while another thread collects.
+    /// Empties all rings and keeps their pages for the next harvest. Returns the number of entries.
+    /// May be called from any thread at any time; it waits while another thread collects.
     ///
     /// # Errors
-    /// When KVM refuses to reset the rings. What was listed is kept all the same.
+    /// Fails if KVM refuses to reset the rings. The collected pages are kept all the same.
     pub fn collect(&self) -> Result<u64, TrackerError> {
         self.collect_into(&mut self.lock())
     }
 
     fn collect_into(&self, state: &mut State) -> Result<u64, TrackerError> {
-        let mut taken = 0;
+        let mut collected = 0;
         for ring in &mut state.rings {
-            // entries taken here become free only by the reset below, so this ends
+            // ends, because entries that are taken here become free only by the reset below
             while let Some((slot, offset)) = ring.take() {
-                taken += 1;
+                collected += 1;
                 let Some(tracking) = &mut state.tracking else { continue };
-                // slots that are no RAM are none of ours
+                // ignore slots that hold no RAM
                 if let Some(page) = tracking.slots.page_in_slot(slot, offset) {
                     tracking.pending.insert(page);
                 }
             }
         }
-        // Under the lock still: a harvest must not return a page before it is protected again, or a write between its
-        // reading for sending and the reset would go unseen.
-        if taken != 0 {
+        // Still under the lock: a harvest must not return a page before the reset has protected it
+        // again. Otherwise a write after the page was read for sending and before the reset would
+        // be missed.
+        if collected != 0 {
             ring_map::reset(&self.vm).map_err(failed(NAME, "reset the rings"))?;
         }
-        Ok(taken)
+        Ok(collected)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // no code that holds the lock leaves the state half-changed
+        // no code that can panic leaves the state half changed
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// KVM's dirty rings.
+/// A tracker that uses KVM's dirty rings.
 ///
-/// Collecting costs by what is dirty, not by the size of RAM. In exchange the VMM must [`enable`](Self::enable) them before
-/// it creates a vCPU (the dirty log is then not available), [add each vCPU](RingCollector::add_vcpu), and collect
-/// when a ring is full, see [`RingCollector`].
+/// The cost of collecting depends on the number of dirty pages and not on the size of RAM. In
+/// exchange the VMM must [`enable`](Self::enable) the rings before it creates a vCPU (the dirty log
+/// is then not available), [add each vCPU](RingCollector::add_vcpu), and collect when a ring is
+/// full, see [`RingCollector`].
 ///
-/// **While vCPUs run**, a harvest may miss writes of the last moments: hardware (PML) buffers them, and KVM moves them
-/// to the ring when the vCPU next leaves guest mode. They are reported by a later harvest. After a pause nothing is
-/// missed: a vCPU whose thread has returned from `KVM_RUN` has an empty buffer. A VMM that wants them earlier kicks its vCPUs
-/// before a harvest.
+/// **While vCPUs run**, a harvest may miss the latest writes. The hardware (PML) buffers them, and
+/// KVM moves them to the ring when the vCPU next leaves guest mode. A later harvest reports them.
+/// Nothing is missed after a pause: the buffer of a vCPU is empty once its thread has returned from
+/// `KVM_RUN`. A VMM that needs these writes earlier kicks its vCPUs before the harvest.
 ///
-/// Dropping it stops it.
+/// Dropping the tracker stops it.
 pub struct DirtyRing {
     collector: Arc<RingCollector>,
     slots: Arc<GuestSlots>,
@@ -124,20 +128,23 @@ pub struct DirtyRing {
 }
 
 impl DirtyRing {
-    /// Gives every later vCPU of `vm` a ring of `entries` entries; fewer, if KVM allows only fewer. An entry is 16 bytes
-    /// and a page; a full ring stops its vCPU until it is collected, so 16,384 and more are sensible.
+    /// Gives every later vCPU of `vm` a ring of `entries` entries, or of the largest number that
+    /// KVM allows. An entry takes 16 bytes and stands for one page. A full ring stops its vCPU
+    /// until it is collected, so use at least 16,384 entries.
     ///
     /// # Errors
-    /// When KVM has no dirty ring, `entries` is no power of two or too small, or the VM has a vCPU already.
+    /// Fails if KVM has no dirty rings, if `entries` is no power of two or too small, or if the VM
+    /// has a vCPU already.
     pub fn enable(vm: Arc<VmFd>, entries: u32) -> Result<EnabledRing, TrackerError> {
-        // with ACQ_REL, KVM promises the ordering that `RingMap` relies on also where the architecture does not give it
+        // With ACQ_REL, KVM guarantees the memory ordering on which `RingMap` relies on every
+        // architecture.
         let offer = |cap: u32| (cap, vm.check_extension_raw(cap.into()));
         let offers = [offer(KVM_CAP_DIRTY_LOG_RING_ACQ_REL), offer(KVM_CAP_DIRTY_LOG_RING)];
         let Some((cap, max_bytes)) = offers.into_iter().find(|&(_, bytes)| bytes > 0) else {
-            return Err(failed(NAME, "enable")("KVM does not offer it"));
+            return Err(failed(NAME, "enable")("KVM has no dirty rings"));
         };
         if !entries.is_power_of_two() {
-            return Err(failed(NAME, "enable")(format!("{entries} entries are no power of two")));
+            return Err(failed(NAME, "enable")(format!("{entries} is no power of two")));
         }
         let size = size_of::<kvm_dirty_gfn>() as u64;
         let bytes = (u64::from(entries) * size).min(u64::from(max_bytes.unsigned_abs()));
@@ -152,12 +159,12 @@ impl DirtyRing {
         Ok(EnabledRing { collector: Arc::new(RingCollector { vm, entries, state: Mutex::default() }) })
     }
 
-    /// A tracker for these slots of the VM that the rings were enabled on, not started.
+    /// Makes a tracker for these slots of the VM that has the rings. It is not started yet.
     pub fn new(ring: &EnabledRing, slots: Arc<GuestSlots>) -> Self {
         Self { collector: ring.collector(), slots, active: false }
     }
 
-    /// Where vCPUs are added, and where they collect when their ring is full.
+    /// Returns the collector, to which vCPUs are added, and which empties full rings.
     pub fn collector(&self) -> Arc<RingCollector> {
         self.collector.clone()
     }
@@ -182,14 +189,15 @@ impl DirtyTracker for DirtyRing {
                 return Err(failed(NAME, "start")("another tracker uses these rings"));
             }
             self.collector.collect_into(&mut state)?;
-            // before logging is on: a vCPU whose ring fills up at once finds where its pages go
+            // before logging is turned on, so that a vCPU whose ring is full at once has a place
+            // for its pages
             let pending = PageSet::empty(self.slots.capacity());
             state.tracking = Some(Tracking { slots: self.slots.clone(), pending });
         }
         self.active = true;
         let logging = self.slots.set_logging(&self.collector.vm, true);
         if logging.is_err() {
-            let _ = self.stop(); // the first error is the one to tell
+            let _ = self.stop(); // report the first error
         }
         logging.map_err(failed(NAME, "turn logging on"))
     }
@@ -198,7 +206,8 @@ impl DirtyTracker for DirtyRing {
         if !std::mem::take(&mut self.active) {
             return Ok(());
         }
-        // not under the lock: a vCPU may be collecting, and KVM waits for vCPUs when slots change
+        // not under the lock: KVM waits for vCPUs when slots change, and a vCPU may wait for the
+        // lock to collect
         let logging = self.slots.set_logging(&self.collector.vm, false);
         let mut state = self.collector.lock();
         state.tracking = None;
@@ -227,6 +236,6 @@ impl DirtyTracker for DirtyRing {
 
 impl Drop for DirtyRing {
     fn drop(&mut self) {
-        let _ = self.stop(); // nobody is left to tell
+        let _ = self.stop(); // ignored: a drop cannot report errors
     }
 }

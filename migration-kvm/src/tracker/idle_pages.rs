@@ -1,4 +1,4 @@
-//! Which pages were referenced, by the kernel's idle page tracking.
+//! Finds referenced pages with the kernel's idle page tracking.
 
 use std::{
     fs::{File, OpenOptions},
@@ -11,52 +11,58 @@ use std::{
 
 use migration_core::{GuestRam, PAGE_SHIFT, PageSet};
 
-/// A bit for each page frame: set by us to mark it idle, cleared by the kernel when it finds that it was referenced.
+/// The file with a bit for each page frame. A user sets the bit to mark the frame idle. The kernel
+/// clears it when it finds that the frame was referenced.
 const BITMAP: &str = "sys/kernel/mm/page_idle/bitmap";
-/// A word for each page of this process.
+/// The file with a 64-bit entry for each page of this process.
 const PAGEMAP: &str = "proc/self/pagemap";
-/// A word for each page frame.
+/// The file with 64 bits of flags for each page frame.
 const FLAGS: &str = "proc/kpageflags";
 
-/// In an entry of the page map: the page is in memory, and in which frame.
+/// In an entry of the page map: whether the page is in memory, and the number of its frame.
 const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;
 
-/// Among a frame's flags: it is on one of the lists of memory that can be reclaimed. Others cannot be marked.
+/// Frame flag: the frame is on an LRU list of reclaimable memory. Other frames cannot be marked
+/// idle.
 const LRU: u64 = 1 << 5;
-/// It is a part of a larger page, and not its first.
+/// Frame flag: the frame is part of a larger page, but not its first frame.
 const COMPOUND_TAIL: u64 = 1 << 16;
 
-/// Page frames in a word of the bitmap.
+/// The number of page frames in a word of the bitmap.
 const WORD: u64 = u64::BITS as u64;
-/// Pages that are looked up at once: 128 MiB of RAM, for which three quarters of a MiB are needed.
+/// The number of pages that are looked up at once: 128 MiB of RAM, for which the buffers take three
+/// quarters of a MiB.
 const PIECE: u64 = 1 << 15;
 
-/// Tells which pages of guest RAM were referenced, read or written, since it was made. For
-/// [`SourceVm::referenced_pages`](migration_core::vm::SourceVm::referenced_pages).
+/// Finds the pages of guest RAM that were referenced (read or written) since the object was made.
+/// For [`SourceVm::referenced_pages`](migration_core::vm::SourceVm::referenced_pages).
 ///
-/// References of vCPUs count, and so do those of devices and of this process: ask before pages are sent. Also pages count that came
-/// into memory meanwhile. A page is missed if it is not mapped here (a memory file's, which only another process uses), and
-/// may be if the processor had its translation cached all the time.
+/// References by devices and by this process count like those by vCPUs, so ask before pages are
+/// sent. Pages that came into memory meanwhile count, too. A page is missed if it is not mapped in
+/// this process (a page of a memory file that only another process uses). It may also be missed if
+/// the processor had its translation cached all the time.
 ///
-/// Of a page that is larger than 4 KiB, such as a transparent huge page, the kernel keeps a single mark: all of it was referenced,
-/// or nothing. If only its end is RAM, it does not count as referenced. hugetlb pages have no mark: of those nothing is told.
+/// For a page larger than 4 KiB, such as a transparent huge page, the kernel keeps a single mark,
+/// so all of it counts as referenced or none. If only the end of such a page is RAM, it does not
+/// count as referenced. hugetlb pages have no mark and are never reported.
 ///
-/// It needs idle page tracking in the kernel (CONFIG_IDLE_PAGE_TRACKING), root, and CAP_SYS_ADMIN. The marks are the machine's: two
-/// users of them disturb each other.
+/// The kernel must have idle page tracking (CONFIG_IDLE_PAGE_TRACKING), and the process needs root
+/// and CAP_SYS_ADMIN. The marks belong to the whole host: two users of them disturb each other.
 ///
-/// Scattered pages of 4 KiB take some 50 ms a GiB to mark and 80 to 120 ms to ask for, huge pages a quarter of that; and the time in
-/// which the kernel walks to all that map a page, which has not been measured.
+/// For scattered pages of 4 KiB, marking takes about 50 ms per GiB and reading the marks 80 to 120
+/// ms per GiB; for huge pages a quarter of that. The kernel needs additional time to check all
+/// mappings of a page, which has not been measured.
 pub struct IdlePages {
     ram: Arc<dyn GuestRam>,
     files: Files,
 }
 
 impl IdlePages {
-    /// Whether this kernel has what is needed, and lets us use it.
+    /// Checks whether the kernel has idle page tracking and this process may use it.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason why it cannot be used.
     pub fn offered() -> io::Result<()> {
         let here = 0u8;
         Files::open(Path::new("/"))?.frames(ptr::from_ref(&here) as u64 >> PAGE_SHIFT, 1, 0).map(drop)
@@ -65,15 +71,18 @@ impl IdlePages {
     /// Marks all pages of `ram` as idle.
     ///
     /// # Errors
-    /// As [`offered`](Self::offered), or when the kernel fails. Pages may stay marked; that harms nobody.
+    /// Fails like [`offered`](Self::offered), or if the kernel refuses a mark. Some pages may then
+    /// stay marked, which does no harm.
     pub fn watch(ram: Arc<dyn GuestRam>) -> io::Result<Self> {
         Self::watch_by(Path::new("/"), ram)
     }
 
-    /// As [`watch`](Self::watch), by the kernel's files under `root`.
+    /// Marks all pages of `ram` as idle, like [`watch`](Self::watch), with the kernel's files under
+    /// `root`.
     fn watch_by(root: &Path, ram: Arc<dyn GuestRam>) -> io::Result<Self> {
         let this = Self { ram, files: Files::open(root)? };
-        // others' bits, and those of the inner parts of larger pages, the kernel leaves alone
+        // other bits of a word are zero here, and the kernel ignores zeros and the inner frames of
+        // larger pages
         this.each_word(|word, frames| {
             this.files
                 .bitmap
@@ -83,10 +92,10 @@ impl IdlePages {
         Ok(this)
     }
 
-    /// Adds to `into` the pages that are not idle any more. What it has told it tells again.
+    /// Adds to `into` the pages that are not idle any more. Pages stay reported in later calls.
     ///
     /// # Errors
-    /// When the kernel fails; `into` may have some of the pages then.
+    /// Fails if the kernel refuses to return the marks. `into` may then have some of the pages.
     pub fn referenced(&self, into: &mut PageSet) -> io::Result<()> {
         let mut last = (0, false);
         self.each_word(|word, frames| {
@@ -105,7 +114,7 @@ impl IdlePages {
                 let referenced = if flags & COMPOUND_TAIL == 0 {
                     flags & LRU != 0 && busy >> (frame % WORD) & 1 != 0
                 } else {
-                    // as the first frame of the page, with which all others up to here came
+                    // counts like the first frame of its page, if all frames between them are RAM
                     last == (frame - 1, true)
                 };
                 if referenced {
@@ -117,8 +126,8 @@ impl IdlePages {
         })
     }
 
-    /// Calls `look` for words of the bitmap that are about RAM, with the word's number, and the frames in it with their page
-    /// numbers, ascending by frame.
+    /// Calls `look` for every word of the bitmap that has frames of RAM. `look` gets the number of
+    /// the word, and the frames in it with their page numbers in ascending order of frames.
     fn each_word(&self, mut look: impl FnMut(u64, &[(u64, u64)]) -> io::Result<()>) -> io::Result<()> {
         let layout = self.ram.layout();
         for index in 0..layout.regions().len() {
@@ -126,7 +135,7 @@ impl IdlePages {
             let host = self.ram.host_address(index).as_ptr() as u64 >> PAGE_SHIFT;
             let mut at = 0;
             while at < pages.count {
-                // up to a border that no huge page crosses
+                // up to an address that no huge page crosses
                 let count = (PIECE - (host + at) % PIECE).min(pages.count - at);
                 let frames = self.files.frames(host + at, count, pages.first + at)?;
                 let mut words = frames.chunk_by(|a, b| a.0 / WORD == b.0 / WORD);
@@ -161,8 +170,9 @@ impl Files {
         Ok(Self { bitmap: open(BITMAP, true)?, pagemap: open(PAGEMAP, false)?, flags: open(FLAGS, false)? })
     }
 
-    /// Of `count` pages of this process from number `host` on, those that are in memory: the frame, and the page's number if the first
-    /// one's is `page`; ascending by frame.
+    /// Returns the frames of those pages that are in memory, each with its page number in RAM, in
+    /// ascending order of frames. The pages are `count` pages of this process from number `host`
+    /// on; the page number of the first one is `page`.
     fn frames(&self, host: u64, count: u64, page: u64) -> io::Result<Vec<(u64, u64)>> {
         let mut bytes = vec![0; count as usize * 8];
         self.pagemap.read_exact_at(&mut bytes, host * 8).map_err(failed("reading the page map"))?;
@@ -171,7 +181,7 @@ impl Files {
         let mut frames: Vec<_> = present.map(|(entry, page)| (entry & FRAME, page)).collect();
         frames.sort_unstable();
         if frames.first().is_some_and(|(frame, _)| *frame == 0) {
-            // no process gets frame 0
+            // no process has frame 0, so the kernel hides the numbers
             let hidden = io::Error::new(io::ErrorKind::PermissionDenied, "the kernel hides them without CAP_SYS_ADMIN");
             return Err(failed("page frames")(hidden));
         }
@@ -179,7 +189,7 @@ impl Files {
     }
 }
 
-/// The bits of these frames, which are all in one word.
+/// Returns a mask with the bits of these frames, which must be in one word of the bitmap.
 fn bits(frames: &[(u64, u64)]) -> u64 {
     frames.iter().fold(0, |bits, (frame, _)| bits | 1 << (frame % WORD))
 }
@@ -198,10 +208,10 @@ mod tests {
     use super::*;
     use crate::ram::{Backing, MappedRam};
 
-    /// Page frames of the made-up machine.
+    /// The number of page frames of the simulated host.
     const FRAMES: u64 = 2048;
 
-    /// Files as the kernel has them, and RAM of 200 and 100 pages.
+    /// Files with the kernel's formats, and RAM in regions of 200 and 100 pages.
     struct Kernel {
         root: TempDir,
         ram: Arc<MappedRam>,
@@ -228,7 +238,7 @@ mod tests {
             let path = self.root.path().join(file);
             let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
             let mut bytes = [0; 8];
-            // beyond the end there are zeros
+            // reading beyond the end of the file leaves zeros
             let _ = file.read_at(&mut bytes, word * 8).unwrap();
             let value = change(u64::from_ne_bytes(bytes));
             file.write_all_at(&value.to_ne_bytes(), word * 8).unwrap();
@@ -241,13 +251,13 @@ mod tests {
             self.word(PAGEMAP, host >> PAGE_SHIFT, |_| entry);
         }
 
-        /// The page is in this frame.
+        /// Maps the page to this frame.
         fn map(&self, page: u64, frame: u64, flags: u64) {
             self.entry(page, PRESENT | 3 << 55 | frame);
             self.word(FLAGS, frame, |_| flags);
         }
 
-        /// The frame is not idle: it was referenced, or could not be marked.
+        /// Marks the frame as not idle: it was referenced, or could not be marked.
         fn busy(&self, frame: u64) {
             self.word(BITMAP, frame / WORD, |word| word & !(1 << (frame % WORD)));
         }
@@ -269,10 +279,11 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_were_touched_are_told() {
+    fn pages_that_were_referenced_are_reported() {
         let kernel = Kernel::new();
-        // the page of zeros among them, which cannot be marked, and the same frame for two pages. Those of the second region are in words
-        // of their own: a plain file forgets what was marked in a word before
+        // Frame 5 is like the zero page, which cannot be marked. Frame 69 has two pages. Frames of
+        // the second region are in words of their own, because a plain file forgets earlier marks
+        // in a word.
         for (page, frame) in [(0, 70), (1, 69), (7, 2047), (8, 5), (42, 69), (199, 63), (200, 128), (299, 1000)] {
             kernel.map(page, frame, if frame == 5 { 0 } else { LRU });
         }
@@ -282,13 +293,14 @@ mod tests {
         assert_eq!(referenced(&idle), [1, 42, 200]);
         kernel.map(9, 71, LRU);
         kernel.entry(200, 0);
-        assert_eq!(referenced(&idle), [1, 9, 42], "one has come into memory, and one has gone");
+        assert_eq!(referenced(&idle), [1, 9, 42], "page 9 has come into memory, and page 200 has left it");
     }
 
     #[test]
-    fn larger_pages_are_told_whole() {
+    fn larger_pages_are_reported_as_a_whole() {
         let kernel = Kernel::new();
-        // over three words of the bitmap, 128 pages; the end of another one; 4 pages out of the reserve
+        // a page of 128 frames in three words of the bitmap, the end of another one, and 4 frames
+        // that are not reclaimable
         let heads = [(10, 1024, 128, LRU), (202, 514, 2, LRU | COMPOUND_TAIL), (210, 600, 4, 0)];
         for (first, frame, count, head) in heads {
             for n in 0..count {
@@ -298,7 +310,7 @@ mod tests {
         }
         kernel.map(220, 1024 + 128, LRU);
         let idle = kernel.watch().unwrap();
-        // the kernel marks first frames only, of pages that it can reclaim
+        // the kernel marks only the first frames of reclaimable pages
         kernel.idle().into_iter().filter(|frame| ![1024, 1152].contains(frame)).for_each(|frame| kernel.busy(frame));
         assert!(referenced(&idle).is_empty());
         kernel.busy(1024);
@@ -306,12 +318,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn errors_name_what_is_missing() {
         let why = |kernel: &Kernel| kernel.watch().err().unwrap().to_string();
         let kernel = Kernel::new();
         fs::remove_file(kernel.root.path().join(BITMAP)).unwrap();
         assert!(why(&kernel).ends_with("page_idle/bitmap: the kernel lacks it (CONFIG_IDLE_PAGE_TRACKING)"));
-        // as in a jail
+        // as in a jail without /sys
         fs::remove_dir_all(kernel.root.path().join("sys")).unwrap();
         assert!(why(&kernel).ends_with("page_idle/bitmap: /proc or /sys is not mounted"));
         let kernel = Kernel::new();
@@ -320,15 +332,15 @@ mod tests {
         let kernel = Kernel::new();
         fs::write(kernel.root.path().join(PAGEMAP), [0; 64]).unwrap();
         assert!(why(&kernel).contains("reading the page map"));
-        // a frame that there cannot be: it depends on the file system of the bitmap which step fails
+        // a frame that cannot exist: the file system of the bitmap decides which step fails
         let kernel = Kernel::new();
         kernel.entry(3, PRESENT | FRAME);
         assert!(kernel.watch().and_then(|idle| idle.referenced(&mut PageSet::empty(300))).is_err());
     }
 
-    /// The real page map and flags beside a made-up bitmap, in which no frame is idle.
+    /// Uses the real page map and flags with a simulated bitmap in which no frame is idle.
     #[test]
-    fn real_frames_are_understood() {
+    fn the_kernels_own_page_map_is_read_correctly() {
         let kernel = Kernel::new();
         for file in [PAGEMAP, FLAGS] {
             let path = kernel.root.path().join(file);
@@ -343,23 +355,23 @@ mod tests {
                 Ok(idle) => idle,
                 Err(why) => return eprintln!("ignored: {why}"),
             };
-            // of a machine with 4 TiB
+            // as large as for a host with 4 TiB
             let bitmap = File::create(kernel.root.path().join(BITMAP)).unwrap();
             bitmap.set_len(1 << 27).unwrap();
             let mut pages = PageSet::empty(8192);
             idle.referenced(&mut pages).unwrap();
-            // the last ones may not be on a list yet
+            // the last pages may not be on an LRU list yet
             assert!(pages.len() > 8000, "{backing}: {pages:?}");
         }
     }
 
-    /// A real kernel's word, where it has one.
+    /// Uses the real idle page tracking where the kernel has it.
     #[test]
-    fn this_kernel_agrees() {
+    fn idle_page_tracking_of_this_kernel_works() {
         if let Err(why) = IdlePages::offered() {
             return eprintln!("ignored: {why}");
         }
-        // more than the processor keeps translations of
+        // more pages than the processor has cached translations
         let (pages, touched) = (16_384, PageRange::new(100, 200));
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: pages << 12 }]).unwrap();
         let ram = Arc::new(MappedRam::new(layout, Backing::Anonymous).unwrap());

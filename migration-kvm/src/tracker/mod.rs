@@ -1,18 +1,20 @@
-//! Dirty trackers over what KVM and the kernel offer.
+//! Dirty trackers that use KVM and the Linux kernel.
 //!
 //! | tracker | sees writes of | needs | harvest |
 //! |---|---|---|---|
-//! | [`DirtyLog`] | vCPUs and KVM | any KVM | clears; re-protects all that was dirty at once |
-//! | [`ManualProtect`] | vCPUs and KVM | `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` | reads; pages are re-armed as they are sent |
-//! | [`DirtyRing`] | vCPUs and KVM | `KVM_CAP_DIRTY_LOG_RING`, before the first vCPU | costs by what is dirty, not by RAM |
-//! | [`WriteProtect`] | everyone in this process | userfaultfd WP_ASYNC, PAGEMAP_SCAN | scans page tables |
+//! | [`DirtyLog`] | vCPUs and KVM | any KVM | clears the log; protects all dirty pages again at once |
+//! | [`ManualProtect`] | vCPUs and KVM | `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` | reads the log; pages are re-armed as they are sent |
+//! | [`DirtyRing`] | vCPUs and KVM | `KVM_CAP_DIRTY_LOG_RING`, before the first vCPU | cost depends on the dirty pages, not on RAM |
+//! | [`WriteProtect`] | all code in this process | userfaultfd WP_ASYNC, PAGEMAP_SCAN | scans page tables |
 //!
-//! The first three do not see devices and VMM threads that write guest memory through the host's mapping: join them
-//! with a [`DirtyBitmap`](migration_core::tracker::DirtyBitmap) in a
-//! [`UnionTracker`](migration_core::tracker::UnionTracker). None of them sees memory that is *discarded* (a balloon's
-//! `MADV_DONTNEED`, a punched hole), nor writes through another process's mapping of the same memory file.
+//! The first three do not see writes of devices and VMM threads through the host's mapping. Combine
+//! them with a [`DirtyBitmap`](migration_core::tracker::DirtyBitmap) in a
+//! [`UnionTracker`](migration_core::tracker::UnionTracker). No tracker sees that memory is
+//! *discarded* (a balloon's `MADV_DONTNEED`, a punched hole), and none sees writes through another
+//! process's mapping of the same memory file.
 //!
-//! [`IdlePages`] is none of them: it tells which pages were referenced, read or written, and only as a hint.
+//! [`IdlePages`] is no dirty tracker. It reports which pages were referenced (read or written), and
+//! its reports are only hints.
 
 use std::{error::Error, fmt, str::FromStr, sync::Arc};
 
@@ -42,11 +44,12 @@ pub use slots::{GuestSlots, MAX_SLOT_BYTES, MemorySlot, SlotError, slot_pieces};
 pub use user_fault::{Modes, UserFault, UserFaultError, features};
 pub use write_protect::WriteProtect;
 
-/// Which tracker.
+/// The kind of a dirty tracker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TrackerKind {
-    /// The best that the kernel offers, see [`Probe::choose`](crate::probe::Probe::choose): `auto`.
+    /// The best tracker that the kernel offers, see [`Probe::choose`](crate::probe::Probe::choose):
+    /// `auto`.
     #[default]
     Auto,
     /// [`DirtyLog`]: `dirty-log`.
@@ -60,16 +63,17 @@ pub enum TrackerKind {
 }
 
 impl TrackerKind {
-    /// Every kind but `Auto`, the one to prefer first.
+    /// Every kind except `Auto`, in order of preference.
     ///
-    /// The order is by what the guest pays. Its first write to a page after a harvest costs about the same under the
-    /// first three (2.3–2.8 µs measured, 3.4–4.2 µs under write-protection); manual protect wins because a harvest
-    /// protects nothing (8 µs for 256 MiB where the others take 1.6–2.1 ms under KVM's lock), and because a page that is
-    /// written again before it is sent costs nothing. The ring comes after the log because it can stop a vCPU when it is full and
-    /// must be enabled before the first one.
+    /// The order is by the cost for the guest. The first write to a page after a harvest costs
+    /// about the same with the first three (2.3–2.8 µs measured; 3.4–4.2 µs with write-protection).
+    /// Manual protection comes first because a harvest protects nothing (8 µs for 256 MiB, where
+    /// the others take 1.6–2.1 ms under KVM's lock), and because a page that is written again
+    /// before it is sent costs nothing. The ring comes after the log because a full ring stops its
+    /// vCPU, and because it must be enabled before the first vCPU exists.
     pub const ALL: [Self; 4] = [Self::ManualProtect, Self::DirtyLog, Self::DirtyRing, Self::WriteProtect];
 
-    /// The short name, as `FromStr` reads it and `Display` writes it.
+    /// Returns the short name, which `FromStr` parses and `Display` writes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -100,25 +104,27 @@ impl FromStr for TrackerKind {
     }
 }
 
-/// What [`build`] makes a tracker from.
+/// The parts from which [`build`] makes a tracker.
 pub struct Parts<'a> {
     /// The VM.
     pub vm: Arc<VmFd>,
-    /// Its memory slots.
+    /// The memory slots of the VM.
     pub slots: Arc<GuestSlots>,
-    /// The userfaultfd to use, shared with a pager; for [`TrackerKind::WriteProtect`]. Created if `None`.
+    /// The userfaultfd for [`TrackerKind::WriteProtect`], which may be shared with a pager. Created
+    /// if `None`.
     pub user_fault: Option<Arc<UserFault>>,
-    /// What [`DirtyRing::enable`] gave; for [`TrackerKind::DirtyRing`].
+    /// The result of [`DirtyRing::enable`], for [`TrackerKind::DirtyRing`].
     pub ring: Option<&'a EnabledRing>,
 }
 
-/// The tracker of a kind that [`Probe::choose`](crate::probe::Probe::choose) chose.
+/// Makes a tracker of a kind that [`Probe::choose`](crate::probe::Probe::choose) returned.
 ///
-/// A dirty ring needs the VMM's help (vCPUs must be added, and must collect when a ring is full), so a VMM that wants
-/// one makes a [`DirtyRing`] itself or gives vCPUs to [`EnabledRing::collector`].
+/// For a dirty ring the VMM must also add its vCPUs and collect full rings, with
+/// [`EnabledRing::collector`].
 ///
 /// # Errors
-/// When the userfaultfd cannot be created, the ring is missing, or for [`TrackerKind::Auto`], which is no tracker.
+/// Fails if the userfaultfd cannot be created or the ring is missing, and for
+/// [`TrackerKind::Auto`], which is no tracker.
 pub fn build(kind: TrackerKind, parts: Parts<'_>) -> Result<Box<dyn DirtyTracker>, TrackerError> {
     let Parts { vm, slots, user_fault, ring } = parts;
     let error = |what: &str| TrackerError::new(kind.name(), what);
@@ -140,7 +146,8 @@ pub fn build(kind: TrackerKind, parts: Parts<'_>) -> Result<Box<dyn DirtyTracker
     })
 }
 
-/// An error of the tracker called `tracker`: what it did, and why it failed.
+/// Returns a function that makes an error of the tracker `tracker`: the failed action, and the
+/// cause.
 fn failed<E: Into<Box<dyn Error + Send + Sync>>>(
     tracker: &'static str,
     what: &'static str,
@@ -149,7 +156,7 @@ fn failed<E: Into<Box<dyn Error + Send + Sync>>>(
 }
 
 fn inactive(tracker: &'static str) -> TrackerError {
-    TrackerError::new(tracker, "it was not started")
+    TrackerError::new(tracker, "the tracker was not started")
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The mapping of one vCPU's dirty ring.
+//! The memory mapping of a vCPU's dirty ring.
 
 use std::{
     io,
@@ -14,28 +14,31 @@ use vmm_sys_util::{ioctl::ioctl, ioctl_io_nr};
 
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, kvm_bindings::KVMIO, 0xc7);
 
-// an entry's state: 0 free, 1 published by KVM, 2 (with or without 1) collected by us
+// Flags of an entry. None: the entry is free. DIRTY: KVM has published it. RESET, with or without
+// DIRTY: it was collected.
 const DIRTY: u32 = 1;
 const RESET: u32 = 2;
 
-/// One vCPU's ring of dirty pages, mapped.
+/// The mapped dirty ring of one vCPU.
 pub(super) struct RingMap {
     ring: NonNull<kvm_dirty_gfn>,
     entries: u32,
-    /// Position of the next entry to collect; KVM publishes in order.
+    /// The position of the next entry to collect. KVM publishes entries in order.
     next: u32,
 }
 
-// SAFETY: the mapping belongs to this object alone; KVM is the only other party, and its accesses are ordered by the
-// atomic accesses to each entry's flags.
+// SAFETY: only this object uses the mapping. KVM is the only other party, and the atomic accesses
+// to each entry's flags order its accesses.
 unsafe impl Send for RingMap {}
 
 impl RingMap {
-    /// Maps the ring of `vcpu`, of `entries` entries (a power of two, as enabled on its VM).
+    /// Maps the ring of `vcpu`. `entries` is its number of entries, a power of two, as enabled on
+    /// the VM.
     pub(super) fn new(vcpu: &VcpuFd, entries: u32) -> io::Result<Self> {
         let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as i64;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing mapping
+        // changes.
         let address =
             unsafe { libc::mmap(ptr::null_mut(), bytes(entries), prot, libc::MAP_SHARED, vcpu.as_raw_fd(), offset) };
         if address == libc::MAP_FAILED {
@@ -45,21 +48,24 @@ impl RingMap {
         Ok(Self { ring, entries, next: 0 })
     }
 
-    /// Collects the next entry: the number of the slot, and of the page in it. `None` when there is none.
+    /// Collects the next entry. Returns the number of the slot and that of the page in the slot, or
+    /// `None` if the ring is empty.
     pub(super) fn take(&mut self) -> Option<(u32, u64)> {
         // SAFETY: `next & (entries - 1)` is below `entries`, so the entry lies in the mapping.
         let entry = unsafe { self.ring.as_ptr().add((self.next & (self.entries - 1)) as usize) };
-        // SAFETY: `flags` is an aligned u32 inside the mapping, which lives as long as `self`; KVM accesses it
-        // atomically too.
+        // SAFETY: `flags` is an aligned u32 in the mapping, which lives as long as `self`. KVM
+        // accesses it atomically, too.
         let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
-        // Acquire: slot and offset were written before the flag
+        // Acquire: KVM wrote slot and offset before the flag
         if flags.load(Ordering::Acquire) & (DIRTY | RESET) != DIRTY {
             return None;
         }
-        // SAFETY: in the mapping; KVM does not write a published entry until it is reset.
+        // SAFETY: both fields are in the mapping, and KVM does not write a published entry until it
+        // is reset.
         let taken =
             unsafe { ((&raw const (*entry).slot).read_volatile(), (&raw const (*entry).offset).read_volatile()) };
-        // Release: KVM may reuse the entry once it sees the flag, so the reads above come before it
+        // Release: KVM may reuse the entry once it sees the flag, so the reads above must come
+        // first
         flags.store(DIRTY | RESET, Ordering::Release);
         self.next = self.next.wrapping_add(1);
         Some(taken)
@@ -68,7 +74,7 @@ impl RingMap {
 
 impl Drop for RingMap {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this length, unmapped only here.
+        // SAFETY: `new` mapped this range, and it is unmapped only here.
         unsafe { libc::munmap(self.ring.as_ptr().cast(), bytes(self.entries)) };
     }
 }
@@ -77,9 +83,10 @@ fn bytes(entries: u32) -> usize {
     entries as usize * size_of::<kvm_dirty_gfn>()
 }
 
-/// Write-protects the pages of all collected entries of all rings and frees the entries.
+/// Write-protects the pages of all collected entries of all rings and frees the entries. Returns
+/// the number of freed entries.
 pub(super) fn reset(vm: &VmFd) -> io::Result<u32> {
-    // SAFETY: the ioctl takes no argument and touches only KVM's own state.
+    // SAFETY: the ioctl has no argument and changes only KVM's own state.
     let freed = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
     u32::try_from(freed).map_err(|_| io::Error::last_os_error())
 }

@@ -1,4 +1,4 @@
-//! KVM's memory slots of a VM's RAM, and the ioctls about their dirty logs.
+//! The memory slots that hold a VM's RAM in KVM, and the ioctls for their dirty logs.
 
 use std::{io, sync::Arc};
 
@@ -17,21 +17,23 @@ use vmm_sys_util::{
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, kvm_bindings::KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, kvm_bindings::KVMIO, 0xc0, kvm_clear_dirty_log);
 
-/// The most bytes of RAM that this crate puts into one memory slot.
+/// The largest number of bytes of RAM that this crate puts into one memory slot.
 ///
-/// KVM sets a slot in one system call, which a kernel without preemption does not interrupt, and which takes more than
-/// twice as long for twice the size: 2 TiB in one slot hold a core for 10 s, the longest of the calls for slots of this size
-/// 0.15 s. Every other thread of that core waits, whoever it belongs to. See `docs/performance.md` for figures.
+/// KVM sets a slot in one system call. A kernel without preemption does not interrupt it, so every
+/// other thread of that core waits. The call takes more than twice as long for twice the size: a
+/// slot of 2 TiB takes 10 s, and the longest call for slots of this size 0.15 s.
+/// `docs/performance.md` has figures.
 pub const MAX_SLOT_BYTES: u64 = 16 << 30;
 
-/// Sizes of pages that KVM can map, the largest first.
+/// The sizes of pages that KVM can map, the largest first.
 const PAGE_SIZES: [u64; 3] = [1 << 30, 2 << 20, PAGE_SIZE as u64];
 
-/// Splits the regions of `layout` into pieces of at most `most` bytes, for a memory slot each.
+/// Splits the regions of `layout` into pieces of at most `max_bytes` bytes, for one memory slot
+/// each.
 ///
-/// A region is cut at an address that is a multiple of the largest page size (1 GiB, 2 MiB, 4 KiB) that is not larger than
-/// `most`, so that no huge page lies in two slots. Each piece is as large as that permits. A `most` below 4 KiB counts
-/// as 4 KiB.
+/// A region is split at multiples of a page size, so that no huge page lies in two slots. It is the
+/// largest page size (1 GiB, 2 MiB or 4 KiB) that is not larger than `max_bytes`. Each piece is as
+/// large as that permits. A `max_bytes` below 4 KiB counts as 4 KiB.
 ///
 /// ```
 /// use migration_core::{RamLayout, RamRegion};
@@ -44,19 +46,20 @@ const PAGE_SIZES: [u64; 3] = [1 << 30, 2 << 20, PAGE_SIZE as u64];
 /// assert_eq!(pieces, [(0, 3), (4, 16), (20, 4)]);
 /// # Ok::<(), migration_core::LayoutError>(())
 /// ```
-pub fn slot_pieces(layout: &RamLayout, most: u64) -> impl Iterator<Item = RamRegion> + '_ {
-    let most = most.max(PAGE_SIZE as u64);
-    let align = PAGE_SIZES.into_iter().find(|&size| size <= most).unwrap_or(PAGE_SIZE as u64);
+pub fn slot_pieces(layout: &RamLayout, max_bytes: u64) -> impl Iterator<Item = RamRegion> + '_ {
+    let max_bytes = max_bytes.max(PAGE_SIZE as u64);
+    let align = PAGE_SIZES.into_iter().find(|&size| size <= max_bytes).unwrap_or(PAGE_SIZE as u64);
     layout.regions().iter().flat_map(move |region| {
-        // a layout's regions do not wrap around
+        // cannot overflow: the regions of a layout do not wrap around
         let end = region.gpa + region.len;
         let mut gpa = region.gpa;
         std::iter::from_fn(move || {
             if gpa == end {
                 return None;
             }
-            // more than `gpa`, since `most` is at least `align`, and in whole pages, since `align` is
-            let cut = gpa.checked_add(most).map_or(end, |to| to / align * align);
+            // above `gpa`, because `max_bytes` is at least `align`, and a multiple of pages,
+            // because `align` is
+            let cut = gpa.checked_add(max_bytes).map_or(end, |to| to / align * align);
             let piece = RamRegion { gpa, len: cut.min(end) - gpa };
             gpa += piece.len;
             Some(piece)
@@ -64,60 +67,62 @@ pub fn slot_pieces(layout: &RamLayout, most: u64) -> impl Iterator<Item = RamReg
     })
 }
 
-/// One memory slot of KVM that holds guest RAM.
+/// A memory slot of KVM that holds guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySlot {
-    /// KVM's number of the slot (the address space, for SMM, in the upper 16 bits).
+    /// The slot number in KVM. The upper 16 bits are the address space, for SMM.
     pub slot: u32,
-    /// Guest physical address of its first byte.
+    /// The guest physical address of the first byte.
     pub gpa: u64,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// The page number of its first page in the RAM layout.
+    /// The page number of the first page in the RAM layout.
     pub first_page: u64,
-    /// The host address of its first byte.
+    /// The host address of the first byte.
     pub host_address: u64,
-    /// The flags it was set with, without `KVM_MEM_LOG_DIRTY_PAGES`; usually 0.
+    /// The flags of the slot without `KVM_MEM_LOG_DIRTY_PAGES`; usually 0.
     pub flags: u32,
 }
 
 impl MemorySlot {
-    /// The pages of the slot, by page number.
+    /// Returns the pages of the slot by page number.
     pub fn pages(&self) -> PageRange {
         PageRange::new(self.first_page, self.len >> PAGE_SHIFT)
     }
 }
 
-/// A list of slots does not fit the RAM.
+/// The error for a slot that does not fit the RAM.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("memory slot {slot} ({len:#x} bytes at {gpa:#x}) is not a piece of one RAM region, in whole pages")]
 pub struct SlotError {
-    /// KVM's number of the slot.
+    /// The slot number in KVM.
     pub slot: u32,
-    /// Its guest physical address.
+    /// The guest physical address of the slot.
     pub gpa: u64,
-    /// Its length in bytes.
+    /// The length of the slot in bytes.
     pub len: u64,
 }
 
-/// The memory slots that hold a VM's RAM, with the RAM.
+/// The memory slots that hold a VM's RAM, and the RAM itself.
 pub struct GuestSlots {
     ram: Arc<dyn GuestRam>,
     slots: Vec<MemorySlot>,
-    /// Positions in `slots`, by the slots' numbers: a VM with terabytes of RAM has hundreds of slots.
+    /// Positions in `slots`, sorted by slot number. A VM with terabytes of RAM has hundreds of
+    /// slots.
     by_number: Vec<usize>,
 }
 
 impl GuestSlots {
-    /// Describes slots by `(slot, gpa, len, flags)` as the VMM gave them to KVM, or will with
-    /// [`install`](Self::install). ROM and device slots do not belong here.
+    /// Describes the slots that the VMM has set in KVM or will set with [`install`](Self::install).
+    /// Each is given as `(slot, gpa, len, flags)`. Leave out slots of ROM and devices.
     ///
     /// # Safety
-    /// A VM that the result is used with must have these slots with exactly these lengths, or none with these numbers,
-    /// and `ram` must outlive that VM (vCPU and VM descriptors keep a VM alive).
+    /// A VM that the result is used with must have these slots with exactly these lengths, or must
+    /// have no slots with these numbers. `ram` must outlive that VM. (Descriptors of the VM and of
+    /// its vCPUs keep a VM alive.)
     ///
     /// # Errors
-    /// When a slot is not a piece of one region of `ram`, in whole pages.
+    /// Fails if a slot is not a piece of one region of `ram` in whole pages.
     pub unsafe fn new(
         ram: Arc<dyn GuestRam>,
         slots: impl IntoIterator<Item = (u32, u64, u64, u32)>,
@@ -137,80 +142,82 @@ impl GuestSlots {
         Ok(Self { ram, slots, by_number })
     }
 
-    /// Slots of at most [`MAX_SLOT_BYTES`] for all of `ram`, numbered from `first_slot`, without flags. A region that is
-    /// larger has several.
+    /// Describes slots of at most [`MAX_SLOT_BYTES`] for all of `ram`, numbered from `first_slot`,
+    /// without flags. A larger region gets several slots.
     ///
     /// # Safety
-    /// As for [`new`](Self::new).
+    /// The requirements of [`new`](Self::new).
     ///
     /// # Errors
-    /// As for [`new`](Self::new); slots that are made here do not cause any.
+    /// The slots that are made here cause no error.
     pub unsafe fn of_regions(ram: Arc<dyn GuestRam>, first_slot: u32) -> Result<Self, SlotError> {
-        // SAFETY: the caller's promise is the one that `in_pieces` wants.
+        // SAFETY: the caller guarantees what `in_pieces` requires.
         unsafe { Self::in_pieces(ram, first_slot, MAX_SLOT_BYTES) }
     }
 
-    /// Slots of at most `most` bytes for all of `ram`, as [`slot_pieces`] cuts it, numbered from `first_slot`, without flags.
+    /// Describes slots of at most `max_bytes` bytes for all of `ram`, split like in
+    /// [`slot_pieces`], numbered from `first_slot`, without flags.
     ///
     /// # Safety
-    /// As for [`new`](Self::new).
+    /// The requirements of [`new`](Self::new).
     ///
     /// # Errors
-    /// As for [`new`](Self::new); slots that are made here do not cause any.
-    pub unsafe fn in_pieces(ram: Arc<dyn GuestRam>, first_slot: u32, most: u64) -> Result<Self, SlotError> {
-        let pieces: Vec<_> = slot_pieces(ram.layout(), most).collect();
-        // SAFETY: the caller's promise is the one that `new` wants.
+    /// The slots that are made here cause no error.
+    pub unsafe fn in_pieces(ram: Arc<dyn GuestRam>, first_slot: u32, max_bytes: u64) -> Result<Self, SlotError> {
+        let pieces: Vec<_> = slot_pieces(ram.layout(), max_bytes).collect();
+        // SAFETY: the caller guarantees what `new` requires.
         unsafe { Self::new(ram, (first_slot..).zip(pieces).map(|(slot, r)| (slot, r.gpa, r.len, 0))) }
     }
 
-    /// Sets all slots in `vm`, as a VMM does when it creates the VM. (After the irqchip exists this can cost
-    /// milliseconds a slot.)
+    /// Sets all slots in `vm`. Call it when the VM is created: after the irqchip exists it can take
+    /// milliseconds per slot.
     ///
     /// # Errors
-    /// KVM's. Slots before the failing one stay set.
+    /// Fails with KVM's error. The slots before the failing one stay set.
     pub fn install(&self, vm: &VmFd) -> io::Result<()> {
         self.installing(vm).try_for_each(|set| set.map(drop))
     }
 
-    /// Sets a slot in `vm` each time it is asked for the next one: for a VMM that does something else in between, or measures
-    /// the calls. Each item is the slot that was set, or KVM's error.
+    /// Returns an iterator that sets the next slot in `vm` at each step. A VMM can do other work
+    /// between the steps, or measure them. Each item is the slot that was set, or KVM's error.
     pub fn installing<'a>(&'a self, vm: &'a VmFd) -> impl Iterator<Item = io::Result<&'a MemorySlot>> + 'a {
         self.slots.iter().map(|slot| set(vm, slot, 0).map(|()| slot))
     }
 
-    /// The RAM.
+    /// Returns the RAM.
     pub fn ram(&self) -> &Arc<dyn GuestRam> {
         &self.ram
     }
 
-    /// The slots.
+    /// Returns the slots.
     pub fn slots(&self) -> &[MemorySlot] {
         &self.slots
     }
 
-    /// The page with this offset in the slot of this number, by its number in RAM; `None` when there is no such page, or the
-    /// slot holds no RAM.
+    /// Returns the page number in RAM of the page at `offset` (in pages) in slot number `slot`.
+    /// Returns `None` if there is no such page or the slot holds no RAM.
     pub(super) fn page_in_slot(&self, slot: u32, offset: u64) -> Option<u64> {
         let at = self.by_number.binary_search_by_key(&slot, |&at| self.slots[at].slot).ok()?;
         let pages = self.slots[self.by_number[at]].pages();
         (offset < pages.count).then(|| pages.first + offset)
     }
 
-    /// How many pages RAM has.
+    /// Returns the number of pages of RAM.
     pub(super) fn capacity(&self) -> u64 {
         self.ram.layout().pages()
     }
 
-    /// Turns dirty logging on or off for all slots. If it cannot be turned on for all, it is off for all afterwards.
+    /// Turns dirty logging on or off for all slots. If it cannot be turned on for all, it is turned
+    /// off for all.
     pub(super) fn set_logging(&self, vm: &VmFd, on: bool) -> io::Result<()> {
         if !on {
-            // go on after a failure: every slot still logged slows the guest down
+            // go on after an error, because a slot that is still logged slows the guest down
             return self.slots.iter().map(|slot| set(vm, slot, 0)).fold(Ok(()), Result::and);
         }
         for (done, slot) in self.slots.iter().enumerate() {
             if let Err(error) = set(vm, slot, KVM_MEM_LOG_DIRTY_PAGES) {
                 for slot in &self.slots[..done] {
-                    let _ = set(vm, slot, 0); // the first error is the one to tell
+                    let _ = set(vm, slot, 0); // report the first error
                 }
                 return Err(error);
             }
@@ -218,7 +225,8 @@ impl GuestSlots {
         Ok(())
     }
 
-    /// Adds what KVM's dirty logs say to `into`. Without manual protection this clears them. `buffer` is scratch space.
+    /// Adds the pages of KVM's dirty logs to `into`. Without manual protection this clears the
+    /// logs. `buffer` is scratch space.
     pub(super) fn read_logs(&self, vm: &VmFd, buffer: &mut Vec<u64>, into: &mut PageSet) -> io::Result<()> {
         for slot in &self.slots {
             let pages = slot.pages();
@@ -229,8 +237,9 @@ impl GuestSlots {
                 padding1: 0,
                 __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: buffer.as_mut_ptr().cast() },
             };
-            // SAFETY: KVM writes one bit a page of the slot, rounded up to 64; the slot has `pages.count` pages, as
-            // promised to `GuestSlots::new`, and the buffer has room for that.
+            // SAFETY: KVM writes one bit for each page of the slot, rounded up to 64 bits. The slot
+            // has `pages.count` pages, as guaranteed to `GuestSlots::new`, and the buffer has room
+            // for that.
             if unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &log) } != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -239,7 +248,8 @@ impl GuestSlots {
         Ok(())
     }
 
-    /// Clears those bits of KVM's dirty logs, and so protects those pages, that are in `pages` and in `range`.
+    /// Clears the bits of those pages in KVM's dirty logs that are in `pages` and in `range`. That
+    /// write-protects these pages.
     pub(super) fn clear_logs(&self, vm: &VmFd, range: PageRange, pages: &PageSet) -> io::Result<()> {
         for slot in &self.slots {
             let Some((first, num_pages, mut bits)) = clear_request(slot.pages(), range, pages) else { continue };
@@ -249,7 +259,8 @@ impl GuestSlots {
                 first_page: first,
                 __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
             };
-            // SAFETY: KVM reads one bit for each of `num_pages`, rounded up to 64; `bits` has that many.
+            // SAFETY: KVM reads one bit for each of `num_pages` pages, rounded up to 64 bits, and
+            // `bits` has that many.
             if unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut log) } != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -266,13 +277,16 @@ fn set(vm: &VmFd, slot: &MemorySlot, flags: u32) -> io::Result<()> {
         memory_size: slot.len,
         userspace_addr: slot.host_address,
     };
-    // SAFETY: the memory is guest RAM, mapped for as long as the VM exists, as promised to `GuestSlots::new`.
+    // SAFETY: the memory is guest RAM, which is mapped for as long as the VM exists, as guaranteed
+    // to `GuestSlots::new`.
     unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
 
-/// What to ask KVM for, so that in a slot of these pages exactly those in `range` and `pages` are cleared: the first
-/// page counted in the slot, the number of pages, the mask. KVM wants both in multiples of 64 (the number may end with
-/// the slot); what that adds to the ends has zeros in the mask.
+/// Makes the arguments of a request that clears exactly the pages in `range` and `pages` of a slot.
+/// Returns the first page counted from the start of the slot, the number of pages, and the mask.
+///
+/// KVM demands multiples of 64 for the first page and for the number, which may also end with the
+/// slot. Pages that are added for this have zeros in the mask.
 fn clear_request(slot: PageRange, range: PageRange, pages: &PageSet) -> Option<(u64, u32, Vec<u64>)> {
     let first = range.first.max(slot.first);
     let within = PageRange::new(first, range.end().min(slot.end()).saturating_sub(first));
@@ -280,7 +294,7 @@ fn clear_request(slot: PageRange, range: PageRange, pages: &PageSet) -> Option<(
     let base = (runs.peek()?.first - slot.first) / 64 * 64;
     let mut bits = Vec::new();
     for run in runs {
-        // in pages from `base`
+        // counted in pages from `base`
         let (mut at, end) = (run.first - slot.first - base, run.end() - slot.first - base);
         bits.resize(end.div_ceil(64) as usize, 0u64);
         while at < end {
@@ -290,7 +304,7 @@ fn clear_request(slot: PageRange, range: PageRange, pages: &PageSet) -> Option<(
         }
     }
     let count = (bits.len() as u64 * 64).min(slot.count - base);
-    // a slot has fewer than 2^31 pages, KVM's own limit; more would be refused when it was set
+    // never fails: KVM limits a slot to less than 2^31 pages
     Some((base, u32::try_from(count).ok()?, bits))
 }
 
@@ -307,8 +321,8 @@ mod tests {
 
     #[test]
     fn a_piece_ends_where_a_huge_page_does() {
-        let pieces = |regions: &[(u64, u64)], most| -> Vec<_> {
-            slot_pieces(&layout(regions), most).map(|piece| (piece.gpa, piece.len)).collect()
+        let pieces = |regions: &[(u64, u64)], max_bytes| -> Vec<_> {
+            slot_pieces(&layout(regions), max_bytes).map(|piece| (piece.gpa, piece.len)).collect()
         };
         const GIB: u64 = 1 << 30;
         let odd = pieces(&[(0x1000, 40 * GIB)], MAX_SLOT_BYTES);
@@ -324,7 +338,7 @@ mod tests {
     fn pages_are_found_by_slot_and_offset() {
         let ram = Arc::new(HeapRam::new(layout(&[(0, 0x5000), (0x8000, 0x3000)])).unwrap());
         let described = [(9, 0x8000, 0x3000, 0), (7, 0x3000, 0x2000, 0), (8, 0, 0x3000, 0)];
-        // SAFETY: no VM is used with it.
+        // SAFETY: no VM uses these slots.
         let slots = unsafe { GuestSlots::new(ram, described) }.unwrap();
         let found = [(9, 2), (7, 1), (8, 0), (8, 3), (6, 0), (1 << 16 | 8, 0)].map(|(s, o)| slots.page_in_slot(s, o));
         assert_eq!(found, [Some(7), Some(4), Some(0), None, None, None]);
@@ -334,11 +348,11 @@ mod tests {
         #[test]
         fn pieces_are_the_regions(
             (gap, first, second) in (0u64..700, 1u64..3000, 1u64..3000),
-            most in 0u64..5_000_000,
+            max_bytes in 0u64..5_000_000,
         ) {
             let regions = [(gap << 12, first << 12), ((gap + first + 1) << 12, second << 12)];
-            let pieces: Vec<_> = slot_pieces(&layout(&regions), most).collect();
-            prop_assert!(pieces.iter().all(|p| p.len > 0 && p.len <= most.max(4096) && (p.gpa | p.len) % 4096 == 0));
+            let pieces: Vec<_> = slot_pieces(&layout(&regions), max_bytes).collect();
+            prop_assert!(pieces.iter().all(|p| p.len > 0 && p.len <= max_bytes.max(4096) && (p.gpa | p.len) % 4096 == 0));
             for (gpa, len) in regions {
                 let mut at = gpa;
                 for piece in pieces.iter().filter(|p| (gpa..gpa + len).contains(&p.gpa)) {
@@ -350,7 +364,7 @@ mod tests {
         }
 
         #[test]
-        fn clearing_takes_exactly_the_pages_asked_for(
+        fn a_request_clears_exactly_the_pages_in_range_and_set(
             (slot_first, slot_count) in (0u64..200, 1u64..400),
             (first, count) in (0u64..500, 0u64..500),
             runs in prop::collection::vec((0u64..600, 1u64..80), 0..6),

@@ -1,4 +1,4 @@
-//! One userfaultfd, shared by a write-protecting tracker and a pager.
+//! A userfaultfd that a write-protecting tracker and a pager share.
 
 use std::{
     io,
@@ -11,7 +11,8 @@ use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use super::uffd_api;
 
-/// Feature bits of userfaultfd, as numbers: the crate and installed headers know only some of them.
+/// The feature bits of userfaultfd. They are defined here because the crate and installed headers
+/// know only some of them.
 pub mod features {
     /// Write-protection faults.
     pub const PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -29,19 +30,21 @@ pub mod features {
     pub const EXACT_ADDRESS: u64 = 1 << 11;
     /// Write-protection of hugetlb and shared memory.
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-    /// Write-protection of anonymous pages that are not populated.
+    /// Write-protection of unpopulated anonymous pages.
     pub const WP_UNPOPULATED: u64 = 1 << 13;
     /// `UFFDIO_POISON`.
     pub const POISON: u64 = 1 << 14;
-    /// The kernel lifts write-protection itself and only remembers that there was a write.
+    /// The kernel lifts write-protection at the first write by itself, and remembers that there was
+    /// a write.
     pub const WP_ASYNC: u64 = 1 << 15;
     /// `UFFDIO_MOVE`.
     pub const MOVE: u64 = 1 << 16;
 
-    /// What [`WriteProtect`](crate::tracker::WriteProtect) needs.
+    /// The features that [`WriteProtect`](crate::tracker::WriteProtect) needs.
     pub const WRITE_TRACKING: u64 = PAGEFAULT_FLAG_WP | WP_HUGETLBFS_SHMEM | WP_UNPOPULATED | WP_ASYNC;
-    /// All that the SDK makes use of, as far as offered. No `EVENT_*`: with these, a thread that discards or
-    /// unmaps memory sleeps until somebody reads the event.
+    /// All features that the migration crates use if the kernel offers them. No `EVENT_*` feature
+    /// is among them: with these, a thread that discards or unmaps memory waits until the event is
+    /// read.
     pub const USEFUL: u64 = WRITE_TRACKING
         | MISSING_HUGETLBFS
         | MISSING_SHMEM
@@ -53,7 +56,7 @@ pub mod features {
         | MOVE;
 }
 
-/// What a range of memory is registered for; several at once with `|`.
+/// The kinds of faults for which a range of memory is registered. Combine them with `|`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Modes(u8);
 
@@ -65,7 +68,7 @@ impl Modes {
     /// Faults on pages that exist in a shared file but are not mapped.
     pub const MINOR: Self = Self(4);
 
-    /// Whether it has all of `other`.
+    /// Returns whether all modes of `other` are included.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
@@ -83,22 +86,20 @@ impl std::ops::BitOr for Modes {
     }
 }
 
-/// A userfaultfd request failed.
-///
-/// Its text has that of its cause.
+/// The error of a userfaultfd request. Its text includes that of its cause.
 #[derive(Debug, Error)]
 #[error("userfaultfd: {what}: {cause}{advice}")]
 pub struct UserFaultError {
-    /// What was tried.
+    /// The action that failed.
     pub what: &'static str,
-    /// Why it failed.
+    /// The cause.
     #[source]
     pub cause: Box<dyn std::error::Error + Send + Sync>,
-    /// What to do about it; empty where nothing is known.
+    /// Advice for the user, or an empty text.
     advice: &'static str,
 }
 
-/// What to do where the kernel does not let us.
+/// The advice for missing permissions.
 const PERMISSION: &str = "; it needs read and write access to /dev/userfaultfd, or without that device CAP_SYS_PTRACE or \
                           the sysctl vm.unprivileged_userfaultfd=1";
 
@@ -106,7 +107,7 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str)
     move |error| UserFaultError { what, cause: error.into(), advice: "" }
 }
 
-/// The crate's `Display` leaves the error number out, which is what one wants to know.
+/// Returns the cause with its error number, which the crate's `Display` leaves out.
 fn cause(error: userfaultfd::Error) -> Box<dyn std::error::Error + Send + Sync> {
     match error {
         userfaultfd::Error::SystemError(errno) => errno.into(),
@@ -114,11 +115,12 @@ fn cause(error: userfaultfd::Error) -> Box<dyn std::error::Error + Send + Sync> 
     }
 }
 
-/// One userfaultfd, with a record of what is registered with it.
+/// A userfaultfd, with a record of the registered ranges.
 ///
-/// A range of memory can be registered with one userfaultfd only, and registering it anew replaces its modes. So a
-/// tracker and a pager of one VM share this object, and it adds their modes up. Closing it (dropping the last `Arc`)
-/// unregisters everything: pages still missing then read as zeros.
+/// A range of memory can be registered with one userfaultfd only, and registering it again replaces
+/// its modes. So the tracker and the pager of a VM share this object, which combines their modes.
+/// Closing it (dropping the last `Arc`) unregisters everything, and pages that are still missing
+/// then read as zeros.
 pub struct UserFault {
     uffd: Uffd,
     features: u64,
@@ -132,19 +134,20 @@ struct Registered {
 }
 
 impl UserFault {
-    /// A userfaultfd with all of [`features::USEFUL`] that the kernel offers. Its descriptor does not block.
+    /// Creates a non-blocking userfaultfd with all of [`features::USEFUL`] that the kernel offers.
     ///
     /// # Errors
-    /// When it cannot be created: no userfaultfd in the kernel, or no permission (`/dev/userfaultfd`, CAP_SYS_PTRACE or
-    /// `vm.unprivileged_userfaultfd`).
+    /// Fails if the kernel has no userfaultfd, or without permission (`/dev/userfaultfd`,
+    /// CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd`).
     pub fn new() -> Result<Self, UserFaultError> {
         Self::with_features(features::USEFUL)
     }
 
-    /// As [`new`](Self::new), with those of the `wanted` bits of [`features`] that the kernel offers.
+    /// Creates a userfaultfd like [`new`](Self::new), with those of the `wanted` bits of
+    /// [`features`] that the kernel offers.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// Fails like [`new`](Self::new).
     pub fn with_features(wanted: u64) -> Result<Self, UserFaultError> {
         let refused = |e: io::Error| {
             let advice = if e.kind() == io::ErrorKind::PermissionDenied { PERMISSION } else { "" };
@@ -154,7 +157,7 @@ impl UserFault {
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
-            // faults of KVM count as faults in the kernel
+            // KVM's faults count as faults in the kernel
             .user_mode_only(false)
             .require_features(FeatureFlags::from_bits_retain(features))
             .create()
@@ -162,30 +165,30 @@ impl UserFault {
         Ok(Self { uffd, features, ranges: Mutex::default() })
     }
 
-    /// The bits of [`features`] that the kernel offers.
+    /// Returns the bits of [`features`] that the kernel offers.
     ///
     /// # Errors
-    /// When a userfaultfd cannot be created.
+    /// Fails if no userfaultfd can be created.
     pub fn offered() -> io::Result<u64> {
         uffd_api::offered()
     }
 
-    /// The bits of [`features`] that this one has.
+    /// Returns the bits of [`features`] that this userfaultfd has.
     pub fn features(&self) -> u64 {
         self.features
     }
 
-    /// The descriptor, for everything but registering.
+    /// Returns the descriptor. Use it for any request except registering.
     pub fn uffd(&self) -> &Uffd {
         &self.uffd
     }
 
-    /// Registers the `len` bytes at host address `address` for `modes`, in addition to what they are registered for.
-    /// The range must be new or exactly one that is registered.
+    /// Registers the `len` bytes at host address `address` for `modes`, in addition to earlier
+    /// modes. The range must be new or exactly the same as a registered one.
     ///
     /// # Errors
-    /// When one of the modes is registered already (two users would undo each other's work), the range overlaps another
-    /// one, or the kernel refuses.
+    /// Fails if one of the modes is registered already (two users would interfere), if the range
+    /// overlaps another one, or if the kernel refuses.
     pub fn register(&self, address: u64, len: u64, modes: Modes) -> Result<(), UserFaultError> {
         let mut ranges = self.lock();
         let end = address.saturating_add(len);
@@ -211,14 +214,19 @@ impl UserFault {
         Ok(())
     }
 
-    /// Takes `modes` back from a range that was [registered](Self::register). A range without any mode left is
-    /// unregistered. If write-protection is taken back from a range that is watched for missing pages too, the kernel
-    /// keeps it registered (leaving and coming back would let missing pages through as zeros), and the protection is
-    /// only lifted. The other way round the range leaves and comes back, since nobody answers its faults any more: all of
-    /// it is unprotected then, which a tracker sees as written.
+    /// Ends `modes` for a range that was [registered](Self::register). A range without any mode
+    /// left is unregistered.
+    ///
+    /// Write-protection and faults differ if the other one stays:
+    /// - If write-protection ends and missing or minor faults stay, the kernel keeps the
+    ///   registration for write-protection, and only the protection is lifted. Registering the
+    ///   range again would open a gap in which missing pages read as zeros.
+    /// - If only write-protection stays, the range is unregistered and registered again, because
+    ///   nobody would answer its faults any more. All of it is unprotected then, which a tracker
+    ///   sees as written.
     ///
     /// # Errors
-    /// When the range is not registered so, or the kernel refuses.
+    /// Fails if the range is not registered for `modes`, or if the kernel refuses.
     pub fn unregister(&self, address: u64, len: u64, modes: Modes) -> Result<(), UserFaultError> {
         let mut ranges = self.lock();
         let known = |r: &Registered| (r.address, r.len) == (address, len) && r.modes.contains(modes);
@@ -237,7 +245,7 @@ impl UserFault {
             lifted.map_err(|e| failed("lift write-protection")(cause(e)))?;
         }
         if !left.intersects(Modes::MISSING | Modes::MINOR) {
-            // registering for less than before has no effect
+            // registering again with fewer modes has no effect, so unregister first
             self.uffd.unregister(start, len as usize).map_err(|e| failed("unregister")(cause(e)))?;
             let mode = RegisterMode::from_bits_retain(left.0.into());
             if let Err(error) = self.uffd.register_with_mode(start, len as usize, mode) {
@@ -250,7 +258,7 @@ impl UserFault {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Registered>> {
-        // no code that holds the lock leaves the record half-changed
+        // no code that can panic leaves the record half changed
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! Dirty tracking by the host's page tables, without KVM.
+//! Dirty tracking with the host's page tables, without KVM.
 
 use std::sync::Arc;
 
@@ -12,19 +12,23 @@ use crate::ram::pagemap::{Pagemap, Query, is_shared};
 
 const NAME: &str = "write-protect";
 
-/// Write-protects guest RAM in this process's page tables, by userfaultfd's asynchronous mode: the kernel lifts the
-/// protection at the first write and remembers it, no thread handles a fault. A harvest is a PAGEMAP_SCAN.
+/// A tracker that write-protects guest RAM in this process's page tables, with userfaultfd's
+/// asynchronous mode. The kernel lifts the protection at the first write and remembers the write;
+/// no thread handles a fault. A harvest is a PAGEMAP_SCAN.
 ///
-/// It sees every write through this mapping: of vCPUs, KVM, devices and the VMM; not those through *another* mapping
-/// (another process, vhost-user, or [`MappedRam::alias`](crate::ram::MappedRam::alias)). It works with every backing. A
-/// write to a huge page of a file, hugetlb's or a transparent one, makes all 512 pages dirty, each time; a transparent
-/// huge page of private memory is reported whole when it is new or was not split yet, and is split into 4 KiB pages by
-/// the first write.
+/// The tracker sees every write through this mapping, by vCPUs, KVM, devices and the VMM. It does
+/// not see writes through *another* mapping (of another process, of vhost-user, or of
+/// [`MappedRam::alias`](crate::ram::MappedRam::alias)). It works with every backing.
 ///
-/// On shared memory, starting marks every page table entry, also of holes: page tables for all of RAM (8 bytes a page).
-/// On private memory holes cost nothing.
+/// Huge pages:
+/// - A write to a huge page of a file (hugetlb or transparent) makes all 512 pages dirty each time.
+/// - A transparent huge page of private memory is reported as a whole if it is new or was not split
+///   yet. The first write splits it into 4 KiB pages.
 ///
-/// The RAM must not be registered with another userfaultfd. Dropping it stops it.
+/// On shared memory, starting marks every page table entry, also those of holes, so page tables for
+/// all of RAM are allocated (8 bytes per page). On private memory holes cost nothing.
+///
+/// The RAM must not be registered with another userfaultfd. Dropping the tracker stops it.
 pub struct WriteProtect {
     ram: Arc<dyn GuestRam>,
     user_fault: Arc<UserFault>,
@@ -35,7 +39,8 @@ pub struct WriteProtect {
 struct Active {
     pagemap: Pagemap,
     regions: Vec<Region>,
-    /// Pages that are known to have been populated: the file need not be asked again (6 ms for 512 MiB).
+    /// Pages that are known to be populated, so that the file need not be asked again (6 ms for 512
+    /// MiB).
     known: PageSet,
 }
 
@@ -47,7 +52,8 @@ struct Region {
 }
 
 impl WriteProtect {
-    /// A tracker for all of `ram`, not started. `user_fault` may be in use by a pager at the same time.
+    /// Makes a tracker for all of `ram`. It is not started yet. A pager may use `user_fault` at the
+    /// same time.
     pub fn new(ram: Arc<dyn GuestRam>, user_fault: Arc<UserFault>) -> Self {
         let pending = PageSet::empty(ram.layout().pages());
         Self { ram, user_fault, pending, active: None }
@@ -58,7 +64,7 @@ impl WriteProtect {
         if missing != 0 {
             return Err(failed(NAME, "start")(format!("userfaultfd lacks features {missing:#x}")));
         }
-        // it is this tracker's only source: without `/proc`, the probe offers others
+        // without `/proc` this tracker cannot work, and the probe offers others
         let pagemap = Pagemap::open().map_err(failed(NAME, "open /proc/self/pagemap (is /proc mounted?)"))?;
         if !pagemap.can_scan() {
             return Err(failed(NAME, "start")("the kernel has no PAGEMAP_SCAN"));
@@ -80,7 +86,7 @@ impl WriteProtect {
     }
 
     fn unregister(&self, regions: &[Region]) -> Result<(), TrackerError> {
-        // unregistering lifts all protection; go on after a failure
+        // unregistering lifts all protection; go on after an error
         let results = regions.iter().map(|r| {
             let done = self.user_fault.unregister(r.address, r.pages.bytes(), Modes::WRITE_PROTECT);
             done.map_err(failed(NAME, "unregister RAM"))
@@ -90,7 +96,7 @@ impl WriteProtect {
 }
 
 impl Region {
-    /// Adds the pages written since the last scan, and protects them again.
+    /// Adds the pages written since the last scan to `into`, and protects them again.
     fn scan(&self, pagemap: &Pagemap, into: &mut PageSet) -> Result<(), TrackerError> {
         let query = if self.shared { Query::written_conservative() } else { Query::written() };
         let found = |from: u64, end: u64| {
@@ -123,7 +129,7 @@ impl DirtyTracker for WriteProtect {
                 Ok(())
             }
             Err(error) => {
-                let _ = self.unregister(&regions); // the first error is the one to tell
+                let _ = self.unregister(&regions); // report the first error
                 Err(error)
             }
         }
@@ -141,7 +147,8 @@ impl DirtyTracker for WriteProtect {
         let Some(active) = &mut self.active else { return Err(inactive(NAME)) };
         let mut uncertain = PageSet::empty(self.pending.capacity());
         for region in &active.regions {
-            // what is scanned is protected again, so it goes into `pending` at once: a later failure must not lose it
+            // the scan protects its pages again, so they go into `pending` at once and are kept if
+            // a later scan fails
             let found = if region.shared { &mut uncertain } else { &mut self.pending };
             let scanned = region.scan(&active.pagemap, found);
             if let Err(error) = scanned {
@@ -151,12 +158,13 @@ impl DirtyTracker for WriteProtect {
         }
         let mut unknown = uncertain.clone();
         unknown.subtract(&active.known);
-        // Never populated pages of a file look written at their first scan. Asking *after* the scan is safe: a page
-        // populated in between is in the set, and its protection, in place since the scan, reports it again.
+        // Unpopulated pages of a file look written at their first scan. It is safe to ask for
+        // populated pages *after* the scan: a page that is populated in between is among them, and
+        // its protection, which the scan set, reports it again.
         if !unknown.is_empty() {
             match self.ram.populated(&mut active.known) {
                 Ok(()) => uncertain.intersect_with(&active.known),
-                // nobody can tell: they count as written
+                // if that is unknown, the pages count as written
                 Err(_) => active.known.union_with(&uncertain),
             }
         }
@@ -173,6 +181,6 @@ impl DirtyTracker for WriteProtect {
 
 impl Drop for WriteProtect {
     fn drop(&mut self) {
-        let _ = self.stop(); // nobody is left to tell
+        let _ = self.stop(); // ignored: a drop cannot report errors
     }
 }
