@@ -1,11 +1,15 @@
 //! Live migration on Linux and KVM: guest RAM, dirty trackers, a pager, vCPU and VM state, threads.
 //!
-//! Everything here implements a trait of migration-core, and can be replaced by a VMM's own. A VMM takes what it lacks:
-//! [`ram`] if it does not map guest memory by itself (or an adapter for vm-memory), a [`tracker`] that [`probe`] finds
-//! available, a [`pager`] for post-copy, [`state`] for its vCPUs, threads that run them ([`vcpu`]), [`spawner`] for
-//! threads with priorities, and a [`fence`] for fail-safe post-copy on one host.
+//! Everything here implements a trait of migration-core, and a VMM can replace each part by its
+//! own. A VMM takes the parts that it lacks:
+//! - [`ram`], if it does not map guest memory by itself (there is an adapter for vm-memory),
+//! - a [`tracker`] that [`probe`] finds available,
+//! - a [`pager`] for post-copy,
+//! - [`state`] for its vCPUs, and threads that run them ([`vcpu`]),
+//! - a [`spawner`] for threads with priorities,
+//! - a [`fence`] for fail-safe post-copy on one host.
 //!
-//! Unsafe code lives in named modules only; each block argues why it is sound.
+//! Unsafe code is in named modules only, and each block has the reason why it is sound.
 #![deny(unsafe_code)]
 
 pub mod fence;

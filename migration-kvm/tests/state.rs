@@ -1,4 +1,5 @@
-//! vCPU and VM state on a real KVM: save, load elsewhere, save again, go on; and what must be refused.
+//! Tests of vCPU and VM state on a real KVM: the state is saved, loaded elsewhere and saved again,
+//! the guest continues, and invalid states are refused.
 
 use std::{
     io, thread,
@@ -100,7 +101,8 @@ fn round_trip(vcpus: usize, irqchip: Irqchip) -> Test {
     Ok(())
 }
 
-/// A VMM sets CPUID when it builds the VM; loading must not stumble over what the guest's doing changed in it.
+/// A VMM sets CPUID when it builds the VM. Loading must accept the bits in it that depend on the
+/// guest.
 fn cpuid_that_is_set_before_is_kept() -> Test {
     let mut source = Guest::counting(1, Irqchip::Split, CODE);
     let (vm, vcpus) = source.save_all();
@@ -116,7 +118,8 @@ fn cpuid_that_is_set_before_is_kept() -> Test {
     Ok(())
 }
 
-/// A vCPU that stopped at an MMIO read has not executed it; saving completes it with the value that the VMM gave.
+/// A vCPU that exited for an MMIO read has not executed the instruction yet. Saving completes it
+/// with the value from the VMM.
 fn mmio_read_is_completed_once() -> Test {
     let mut source = Guest::counting(1, Irqchip::Split, READ_CODE);
     match source.vcpus[0].run()? {
@@ -131,7 +134,7 @@ fn mmio_read_is_completed_once() -> Test {
     Ok(())
 }
 
-/// A read across two pages exits twice: the second exit comes while the first is being completed.
+/// A read across two pages exits twice. The second exit comes while the first is being completed.
 fn read_across_pages_is_completed() -> Test {
     let mut source = Guest::counting(1, Irqchip::Split, READ_CODE);
     let across = MMIO + 0xffc;
@@ -154,7 +157,8 @@ fn read_across_pages_is_completed() -> Test {
     let state = VcpuState::decode(&section.data)?;
     assert_eq!((exits, state.regs.rip, state.regs.rbx), (1, READ_CODE as u64 + 3, 0x0807_0605_0403_0201));
 
-    // The next exit is the store, again in two parts; a VMM that does not handle the second gets an error.
+    // The next exit is the store, in two parts, too. If the VMM does not handle the second, it gets
+    // an error.
     match source.vcpus[0].run()? {
         VcpuExit::MmioWrite(at, [2, 2, 3, 4]) if at == across => {}
         other => return Err(format!("unexpected exit {other:?}").into()),
@@ -164,7 +168,7 @@ fn read_across_pages_is_completed() -> Test {
     Ok(())
 }
 
-/// A vCPU that waits for its INIT, a pending NMI, debug registers.
+/// The state includes a vCPU that waits for its INIT, a pending NMI, and debug registers.
 fn waiting_vcpus_and_events_survive() -> Test {
     let mut source = Guest::counting(3, Irqchip::Split, CODE);
     source.vcpus[1].set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED })?;
@@ -205,7 +209,8 @@ fn armed_lapic_timer_survives() -> Test {
         let mut set = |at: usize, value: u32| {
             state.lapic.as_mut().unwrap()[at..at + 4].copy_from_slice(&value.to_le_bytes());
         };
-        // One-shot, vector 0x41, 512 s at 1 GHz / 128; the priority keeps it pending, as the guest has no handlers.
+        // One-shot, vector 0x41, 512 s at 1 GHz / 128. The priority keeps it pending, because the
+        // guest has no handlers.
         set(TPR, 0xff);
         set(SVR, 0x1ff);
         set(LVT_TIMER, 0x41);
@@ -222,7 +227,8 @@ fn armed_lapic_timer_survives() -> Test {
         let saved = VcpuState::decode(&vcpus[0].data)?;
         assert!(reg(&saved, CURRENT) > 0, "{}", reg(&saved, CURRENT));
         assert_eq!(reg(&saved, IRR_2), 0);
-        // What passes here is not running time of the guest: the timer starts again from the saved count.
+        // This time does not count as running time of the guest: the timer starts again from the
+        // saved count.
         thread::sleep(Duration::from_millis(300));
         let start = Instant::now();
         let mut destination = Guest::loaded(&source, &vm, &vcpus)?;
@@ -287,7 +293,7 @@ fn chips_survive() -> Test {
     source.vm.set_irq_line(5, true)?;
     let (vm, vcpus) = source.save_all();
     let mut state = KvmState::decode(&vm.data)?;
-    // The redirection entry of line 5: vector 0x55, masked, level; and a PIC's mask.
+    // The redirection entry of line 5 (vector 0x55, masked, level), and the mask of a PIC.
     let chips = state.chips.as_mut().ok_or("no chips")?;
     chips.ioapic[24 + 8 * 5..24 + 8 * 6].copy_from_slice(&0x1_8055u64.to_le_bytes());
     chips.pic_master[2] = 0xfb;
@@ -335,7 +341,7 @@ fn impossible_msr_is_refused_at_load() -> Test {
     let destination = Guest::bare(1, Irqchip::Split);
     let e = destination.saver.load(&destination.vcpus[0], &state, &ClockLoaded::none()).unwrap_err();
     assert!(e.to_string().contains("0x12345678 = 0x9"), "{e}");
-    // One that does not exist here and was zero does no harm.
+    // An MSR that does not exist here and was zero is ignored.
     state.msrs[0].data = 0;
     let loaded = destination.saver.load(&destination.vcpus[0], &state, &ClockLoaded::none())?;
     assert!(loaded.skipped_msrs.contains(&Msr { index: 0x1234_5678, data: 0 }));
@@ -394,7 +400,7 @@ fn impossible_needs_are_refused() -> Test {
             let at = leaf(n, 0).unwrap();
             n.cpuid[at].ebx = u32::from_le_bytes(*b"Nobo");
         },
-        "knows a processor of Nobo",
+        "processor is of Nobo",
     );
     refused(
         &|n| {
@@ -403,7 +409,7 @@ fn impossible_needs_are_refused() -> Test {
         },
         "bits of physical address",
     );
-    // Bits for which the VMM answers itself are not asked of the host.
+    // Bits that the VMM sets on its own responsibility are not checked.
     let mut own = needs.clone();
     let at = leaf(&mut own, 0x8000_0007).unwrap();
     own.cpuid[at].edx |= 1 << 31;
@@ -457,8 +463,8 @@ fn figures() -> Test {
     Ok(())
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Bytes of a peer.
+// ---------------------------------------------------------------------------------------------
+// Invalid bytes from a peer.
 
 fn made_up() -> (VcpuState, KvmState, HostNeeds) {
     let entry = kvm_cpuid_entry2 { function: 1, eax: 2, ..Default::default() };
@@ -510,7 +516,7 @@ fn states_without_kvm_round_trip() -> Test {
     vcpu.xsave[512..520].copy_from_slice(&0x1_0000_0203u64.to_le_bytes());
     assert_eq!(vcpu.xstate(), 0x1_0000_0203);
     type Change = fn(&mut VcpuState);
-    // the last that will do
+    // the largest valid values
     let last: [Change; 3] = [
         |s| s.mp_state.mp_state = 10,
         |s| s.xcrs.as_mut().unwrap().nr_xcrs = 16,
@@ -546,7 +552,7 @@ fn wrong_sections_are_refused() -> Test {
     for len in 0..bytes.len() {
         assert!(VcpuState::decode(&bytes[..len]).is_err(), "{len}");
     }
-    // One item more; the first byte counts them.
+    // Adds an item; the first byte is the number of items.
     let with = |item: &[u8]| {
         let mut more = bytes.clone();
         more[0] += 1;

@@ -1,6 +1,7 @@
-//! Every dirty tracker on every backing, under real KVM with a guest of a handful of instructions.
+//! Tests of every dirty tracker on every backing, on real KVM with a guest of a few instructions.
 //!
-//! Without /dev/kvm a trial is ignored and says why; with MIGRATION_REQUIRE_KVM=1 it fails instead.
+//! Without /dev/kvm a trial is ignored with the reason. With MIGRATION_REQUIRE_KVM=1 it fails
+//! instead.
 
 use std::{fs, process::ExitCode, sync::Arc};
 
@@ -23,25 +24,27 @@ use migration_kvm::{
 type Outcome = Result<(), Failed>;
 type Check = fn() -> Outcome;
 
-/// Guest physical address of the region that the guest writes; below it lie code and page tables.
+/// The guest physical address of the region that the guest writes. Code and page tables are below
+/// it.
 const DATA: u64 = 0x40_0000;
 const CODE: u64 = 0x1000;
 const PML4: u64 = 0x2000;
 const PDPT: u64 = 0x3000;
 const PD: u64 = 0x4000;
-/// Mapped for the guest but no memory: a write here ends a run.
+/// An address that is mapped for the guest but has no memory. A write to it ends a run.
 const DOORBELL: u64 = 0x1000_0000;
 
-/// `rcx` times: write `al` to `[rdi]`, advance `rdi` by `rsi`. Then ring the doorbell at `[rbx]`.
+/// Repeats `rcx` times: write `al` to `[rdi]`, advance `rdi` by `rsi`. Then writes to the doorbell
+/// at `[rbx]`.
 const PROGRAM: [u8; 14] = [0x88, 0x07, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf6, 0x88, 0x03, 0xeb, 0xfe];
 
-/// Sizes of memory slots: as usual, and one of so few pages, and so odd a number of them, that the data region has many and
-/// that runs of pages reach over their ends.
+/// The sizes of memory slots. The second is so small that the data region has many slots, and odd,
+/// so that runs of pages cross the borders of slots.
 const SLOTS: [(&str, u64); 2] = [("", MAX_SLOT_BYTES), ("_in_many_slots", 53 << 12)];
 
-/// A VM whose one vCPU writes bytes where it is told to.
+/// A VM with one vCPU, which writes bytes to given pages.
 struct Guest {
-    // declared in the order in which they must go: the memory last
+    // declared in the order in which they must be dropped: the memory last
     vcpu: VcpuFd,
     vm: Arc<VmFd>,
     ring: Option<EnabledRing>,
@@ -56,14 +59,15 @@ impl Guest {
         Self::in_slots(MAX_SLOT_BYTES, backing, ring_entries)
     }
 
-    /// In memory slots of at most this size.
+    /// Makes a VM with memory slots of at most `most` bytes.
     fn in_slots(most: u64, backing: Backing, ring_entries: Option<u32>) -> Result<Self, Failed> {
-        // an odd number of pages, so that page numbers and slots' bits are not aligned alike
+        // an odd number of pages, so that page numbers and the slots' bits have different
+        // alignments
         let odd = if backing == Backing::Hugetlb { [0x20_0000, 0x80_0000] } else { [0x20_5000, 0x80_0000 - 0x3000] };
         let regions = vec![RamRegion { gpa: 0, len: odd[0] }, RamRegion { gpa: DATA, len: odd[1] }];
         let ram = Arc::new(MappedRam::new(RamLayout::new(regions)?, backing)?);
         let vm = Arc::new(Kvm::new()?.create_vm()?);
-        // SAFETY: the VM is new, and `Guest` drops it before the RAM; nothing else keeps it alive.
+        // SAFETY: the VM is new, `Guest` drops it before the RAM, and nothing else keeps it alive.
         let slots = Arc::new(unsafe { GuestSlots::in_pieces(ram.clone(), 3, most)? });
         slots.install(&vm)?;
         let ring = ring_entries.map(|entries| DirtyRing::enable(vm.clone(), entries)).transpose()?;
@@ -74,7 +78,7 @@ impl Guest {
         }
         let memory: &dyn GuestRam = &*ram;
         memory.write(CODE, &PROGRAM)?;
-        // present, writable, user, accessed, dirty: so that the walk itself dirties nothing
+        // present, writable, user, accessed and dirty, so that the page walk itself dirties nothing
         let entry = |to: u64| (to | 0x67).to_le_bytes();
         memory.write(PML4, &entry(PDPT))?;
         memory.write(PDPT, &entry(PD))?;
@@ -95,7 +99,7 @@ impl Guest {
             g: 1,
             ..kvm_segment::default()
         };
-        // ring 3: it runs natively also where ring 0 is interpreted
+        // ring 3, which runs natively also where ring 0 is interpreted
         sregs.cs = segment(0x33, 0xb, 1);
         let data = segment(0x2b, 3, 0);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -107,7 +111,8 @@ impl Guest {
         Ok(Self { vcpu, vm, ring, collector, full_exits: 0, slots, ram })
     }
 
-    /// The guest writes one byte to each of `count` pages of the data region, the `first`-th and then each `stride`-th.
+    /// Makes the guest write one byte to each of `count` pages of the data region: page `first` and
+    /// then every `stride`-th page.
     fn write(&mut self, first: u64, stride: u64, count: u64) -> Result<PageSet, Failed> {
         let base = self.ram.layout().page_of(DATA).ok_or("no data region")?;
         let regs = kvm_regs {
@@ -131,7 +136,7 @@ impl Guest {
                 other => return Err(format!("unexpected exit {other:?}").into()),
             }
         }
-        // let KVM finish the doorbell's write, so that the registers may be set again
+        // let KVM complete the write to the doorbell, so that the registers can be set again
         self.vcpu.set_kvm_immediate_exit(1);
         let finished = self.vcpu.run().map(|exit| format!("{exit:?}"));
         self.vcpu.set_kvm_immediate_exit(0);
@@ -153,7 +158,8 @@ impl Guest {
     }
 }
 
-/// What a harvest reports of the data region; all pages it reported are re-armed, as sending them would do.
+/// Returns the pages of the data region that a harvest reports. Re-arms all reported pages, like
+/// sending them would.
 fn harvest(guest: &Guest, tracker: &mut dyn DirtyTracker) -> Result<PageSet, Failed> {
     let all = guest.ram.layout().all();
     let mut dirty = PageSet::empty(all.count);
@@ -173,8 +179,8 @@ fn ensure(condition: bool, what: impl FnOnce() -> String) -> Outcome {
     if condition { Ok(()) } else { Err(what().into()) }
 }
 
-/// Reported must be exactly what was written; or, where the tracker sees huge pages, all of that and nothing outside the
-/// huge pages touched.
+/// Checks that exactly the written pages are reported. If the tracker sees huge pages, all pages of
+/// the huge pages that were written may be reported.
 fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) -> Outcome {
     let mut allowed = PageSet::empty(want.capacity());
     for page in want.iter() {
@@ -195,7 +201,7 @@ fn ring_entries(kind: TrackerKind) -> Option<u32> {
     (kind == TrackerKind::DirtyRing).then_some(4096)
 }
 
-/// The life of a tracker over populated memory, in memory slots of at most this size.
+/// Tests a tracker over populated memory, with memory slots of at most this size.
 fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     let mut guest = Guest::in_slots(slots, backing, ring_entries(kind))?;
     ensure(slots == MAX_SLOT_BYTES || guest.slots.slots().len() > 3, || format!("{:?}", guest.slots.slots()))?;
@@ -217,10 +223,10 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     same(&guest, "guest writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
     same(&guest, "reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
     let written = guest.write(5, 3, 40)?;
-    // what was a huge page is split by now, if it is not one of a file
+    // huge pages are split by now, except those of a file
     let split = if backing == Backing::TransparentHuge { 1 } else { granule };
     same(&guest, "the same pages again", &harvest(&guest, &mut *tracker)?, &written, split)?;
-    // a harvest has armed what it reports: no other one, of nothing, has to come in between
+    // a harvest arms the pages that it reports, and needs no empty harvest in between
     let written = guest.write(5, 3, 40)?;
     same(&guest, "and again at once", &harvest(&guest, &mut *tracker)?, &written, split)?;
     let last = guest.data().count - 1;
@@ -256,7 +262,7 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     Ok(())
 }
 
-/// Memory that nobody touched is not reported; a first write to it is.
+/// Memory that was never touched is not reported, but the first write to it is.
 fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     let mut guest = Guest::new(backing, ring_entries(kind))?;
     let granule = if backing.may_be_huge() { 512 } else { 1 };
@@ -274,7 +280,8 @@ fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     same(&guest, "nothing more", &harvest(&guest, &mut *tracker)?, &none, 1)
 }
 
-/// Manual protection: a page is dirty until it is re-armed, and only the pages named are re-armed.
+/// With manual protection a page is dirty until it is re-armed, and only the given pages are
+/// re-armed.
 fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
     let mut guest = Guest::in_slots(slots, backing, None)?;
     guest.ram.warm(guest.ram.layout().all())?;
@@ -299,7 +306,8 @@ fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
         tracker.harvest(&mut dirty)?;
         same(&guest, "dirty until re-armed", &only_data(&guest, dirty), &written, 1)?;
     }
-    // every second page, in a range that covers only a part, and whose ends share words with what stays
+    // every second page of a range that covers only a part, and whose ends share words with other
+    // pages
     let base = guest.data().first;
     let mut some = PageSet::empty(all.count);
     (0..100).step_by(2).for_each(|i| some.insert_range(PageRange::new(base + 30 + i, 1)));
@@ -310,7 +318,7 @@ fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
     let mut dirty = PageSet::empty(all.count);
     tracker.harvest(&mut dirty)?;
     same(&guest, "only what was named is re-armed", &only_data(&guest, dirty), &left, 1)?;
-    // a write after the re-arming is seen
+    // a write after the re-arming is reported
     let again = guest.write(46, 1, 1)?;
     left.union_with(&again);
     let mut dirty = PageSet::empty(all.count);
@@ -320,7 +328,8 @@ fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
     ensure(rearm.before_read(all, &left).is_err(), || "re-armed a stopped tracker".into())
 }
 
-/// A ring far smaller than what is written: the vCPU stops when it is full, and nothing is lost.
+/// With a ring much smaller than the number of written pages, the vCPU stops when the ring is full,
+/// and no page is lost.
 fn a_full_ring_loses_nothing() -> Outcome {
     let mut guest = Guest::new(Backing::Anonymous, Some(1024))?;
     let ring = guest.ring.as_ref().ok_or("no ring")?;
@@ -335,7 +344,7 @@ fn a_full_ring_loses_nothing() -> Outcome {
     let written = guest.write(7, 1, 30)?;
     same(&guest, "afterwards", &harvest(&guest, &mut tracker)?, &written, 1)?;
     ensure(guest.tracker(TrackerKind::DirtyRing)?.start().is_err(), || "two trackers on one ring".into())?;
-    // the VM's dirty log is gone, and says so at the start
+    // the VM has no dirty log any more, and starting it fails
     let log = guest.tracker(TrackerKind::DirtyLog)?.start();
     ensure(log.is_err(), || "a dirty log beside the ring".into())
 }
@@ -349,7 +358,8 @@ fn ring_sizes_are_checked() -> Outcome {
     ensure(late.as_ref().is_err_and(|e| e.contains("a vCPU exists")), || format!("{late:?}"))
 }
 
-/// Two trackers of different kinds one after the other on one VM, and a union with the VMM's own bitmap.
+/// Uses two trackers of different kinds on one VM, one after the other, and a union with the VMM's
+/// own bitmap.
 fn trackers_follow_each_other() -> Outcome {
     let mut guest = Guest::new(Backing::Memfd, None)?;
     guest.ram.warm(guest.ram.layout().all())?;
@@ -369,7 +379,8 @@ fn trackers_follow_each_other() -> Outcome {
     Ok(())
 }
 
-/// The kernel may unmap a written page of a file (here: it is asked to); the write must be reported all the same.
+/// The kernel may unmap a written page of a file (here it is told to). The write must be reported
+/// all the same.
 fn an_unmapped_page_is_still_dirty() -> Outcome {
     let guest = Guest::new(Backing::Memfd, None)?;
     guest.ram.warm(guest.ram.layout().all())?;
@@ -380,7 +391,7 @@ fn an_unmapped_page_is_still_dirty() -> Outcome {
     let memory: &dyn GuestRam = &*guest.ram;
     memory.write(DATA + 0x5000, b"x")?;
     let page = memory.slice_at(DATA + 0x5000, 0x1000)?;
-    // SAFETY: inside the mapping; on a shared file this unmaps the page and keeps its contents.
+    // SAFETY: inside the mapping. On a shared file this unmaps the page and keeps its contents.
     let unmapped = unsafe { libc::madvise(page.as_ptr().cast(), 0x1000, libc::MADV_DONTNEED) };
     ensure(unmapped == 0, || "madvise failed".into())?;
     let mut want = PageSet::empty(guest.ram.layout().pages());
@@ -398,11 +409,11 @@ fn probe_agrees() -> Outcome {
     Ok(())
 }
 
-/// Huge pages that the trials need: they may run in parallel.
+/// The number of huge pages that the trials need. They may run in parallel.
 const HUGE_PAGES: u64 = 64;
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Raises the reserve of huge pages, and puts it back when dropped.
+/// Raises the reserve of huge pages, and restores it when dropped.
 struct HugePages(Option<u64>);
 
 impl HugePages {

@@ -1,6 +1,7 @@
-//! vCPU threads on a real KVM: they run, stop, rest, end, and are worked on.
+//! Tests of vCPU threads on a real KVM: they run, stop, rest, end, and do work for other threads.
 //!
-//! Without /dev/kvm a trial is ignored and says why; with MIGRATION_REQUIRE_KVM=1 it fails instead.
+//! Without /dev/kvm a trial is ignored with the reason. With MIGRATION_REQUIRE_KVM=1 it fails
+//! instead.
 
 use std::{
     collections::BTreeMap,
@@ -25,18 +26,18 @@ type Test = Result<(), Failed>;
 
 /// `l: out 0x10, al; jmp l`
 const WRITES: &[u8] = &[0xe6, 0x10, 0xeb, 0xfc];
-/// `l: jmp l`: never leaves the guest by itself.
+/// `l: jmp l`: never leaves the guest by itself
 const SPINS: &[u8] = &[0xeb, 0xfe];
 /// `in al, 0x10; out 0x10, al; hlt`
 const READS: &[u8] = &[0xe4, 0x10, 0xe6, 0x10, 0xf4];
-/// `mov ds:[0x8000], al; hlt`: beyond RAM.
+/// `mov ds:[0x8000], al; hlt`: an address beyond RAM
 const STORES: &[u8] = &[0xa2, 0x00, 0x80, 0xf4];
-/// Where the code is.
+/// The address of the code.
 const CODE: u64 = 0x1000;
-/// Far longer than anything takes.
+/// Much longer than any step takes.
 const LONG: Duration = Duration::from_secs(60);
 
-/// Counts what the guest writes.
+/// Counts the guest's writes.
 #[derive(Default)]
 struct Ports {
     writes: AtomicU64,
@@ -78,18 +79,18 @@ impl IoHandler for Ports {
 struct World {
     vcpus: Arc<Vcpus>,
     ports: Arc<Ports>,
-    // the last ones to go
+    // dropped last
     _vm: VmFd,
 }
 
-/// A VM whose vCPUs execute `code` in real mode.
+/// Makes a VM whose vCPUs execute `code` in real mode.
 fn world(count: u64, code: &[u8]) -> Result<World, Failed> {
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x4000 }])?;
     let ram: Arc<dyn GuestRam> = Arc::new(MappedRam::new(layout, Backing::Anonymous)?);
     ram.write(CODE, code)?;
-    // SAFETY: the slots hold the memory, and vCPUs and their VM hold the slots.
+    // SAFETY: the slots keep the memory, and the vCPUs and their VM keep the slots.
     let slots = Arc::new(unsafe { GuestSlots::of_regions(ram, 0)? });
     slots.install(&vm)?;
     let mut fds = Vec::new();
@@ -154,7 +155,7 @@ fn real_time_signals_are_refused() -> Test {
 
 fn none_runs_before_it_is_told_to() -> Test {
     let world = world(2, WRITES)?;
-    // works on all of them, which a vCPU that runs would not come to
+    // work is done on all of them, which would not happen on a running vCPU
     world.vcpus.on_each(|_, vcpu| vcpu.get_regs().unwrap().rip)?;
     ensure(world.ports.writes.load(Ordering::SeqCst) == 0, "a guest runs that was not started")?;
     let ids = world.vcpus.thread_ids();
@@ -180,7 +181,8 @@ fn a_pause_stops_all() -> Test {
 }
 
 fn no_kick_is_lost() -> Test {
-    // at any moment of the way into the guest: a lost kick would be a pause that fails after ten seconds
+    // pauses at any moment of the entry into the guest: a lost kick would make a pause fail after
+    // ten seconds
     let world = world(2, SPINS)?;
     for n in 0..2000u32 {
         world.vcpus.run();
@@ -220,7 +222,7 @@ fn a_throttle_does_not_run_a_paused_guest() -> Test {
     world.vcpus.throttle(70)?;
     world.vcpus.pause()?;
     let before = world.ports.writes.load(Ordering::SeqCst);
-    // the throttle's rests begin and end meanwhile
+    // rests of the throttle begin and end meanwhile
     for _ in 0..20 {
         world.vcpus.throttle(60)?;
         world.vcpus.throttle(70)?;
@@ -236,7 +238,7 @@ fn a_held_guest_stands_still() -> Test {
     world.vcpus.run();
     world.ports.wait_above(10)?;
     world.vcpus.hold(true);
-    // it is stopped when it can be worked on
+    // the vCPU is stopped once work can be done on it
     world.vcpus.on_each(|_, _| ())?;
     let before = world.ports.writes.load(Ordering::SeqCst);
     world.vcpus.run();
@@ -247,7 +249,7 @@ fn a_held_guest_stands_still() -> Test {
 }
 
 fn an_exit_that_ends_the_vm_stops_all() -> Test {
-    // an interrupt descriptor table of length 0: the first exception is a triple fault
+    // with an interrupt descriptor table of length 0, the first exception is a triple fault
     let world = world(2, SPINS)?;
     let triple_fault = |index: usize, vcpu: &mut kvm_ioctls::VcpuFd| {
         if index == 1 {
@@ -255,7 +257,7 @@ fn an_exit_that_ends_the_vm_stops_all() -> Test {
             sregs.idt.limit = 0;
             vcpu.set_sregs(&sregs).unwrap();
             let mut regs = vcpu.get_regs().unwrap();
-            // beyond the code there are zeros, and at the end of RAM nothing that could be executed
+            // the code is followed by zeros, and after the end of RAM nothing can be executed
             regs.rip = 0x3fff;
             vcpu.set_regs(&regs).unwrap();
         }

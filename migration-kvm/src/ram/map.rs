@@ -1,4 +1,4 @@
-//! The system calls under guest RAM.
+//! The system calls for guest RAM.
 
 use std::{
     io,
@@ -19,28 +19,30 @@ use nix::{
 
 use super::HUGE_PAGE_SIZE;
 
-/// A read-write mapping, unmapped when dropped.
+/// A read-write memory mapping, which is unmapped when dropped.
 pub(super) struct Mapping {
     address: NonNull<u8>,
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this object alone, and all access to it goes through raw addresses.
+// SAFETY: only this object owns the mapping, and all access to it goes through raw addresses.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes: of `file`, shared; or private anonymous memory.
+    /// Maps `len` bytes. With `file` the mapping shares the file's memory, otherwise it is private
+    /// anonymous memory.
     ///
-    /// The address is congruent to `gpa` modulo 2 MiB: only then can KVM map a huge page of the host as a huge page
-    /// of the guest.
+    /// The address is congruent to `gpa` modulo 2 MiB. Only then can KVM map a huge page of the
+    /// host as a huge page of the guest.
     pub(super) fn new(len: u64, gpa: u64, file: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         let huge = HUGE_PAGE_SIZE as usize;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let room = len.checked_add(huge).ok_or(io::ErrorKind::OutOfMemory)?;
         let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing mapping
+        // changes.
         let base = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -52,12 +54,13 @@ impl Mapping {
         };
         let address = base.wrapping_byte_add(head);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: replaces `head..head + len` of the reservation just made (`head < huge`), which nobody else knows.
+        // SAFETY: replaces `head..head + len` of the reservation just made (`head < huge`), which
+        // nothing else uses.
         let mapped = unsafe { libc::mmap(address, len, prot, flags | libc::MAP_FIXED, fd, 0) };
         let failure = (mapped == libc::MAP_FAILED).then(io::Error::last_os_error);
         let unmap = |at: *mut libc::c_void, len: usize| {
             if len != 0 {
-                // SAFETY: a part of the reservation made above, which nobody else knows.
+                // SAFETY: a part of the reservation made above, which nothing else uses.
                 unsafe { libc::munmap(at, len) };
             }
         };
@@ -78,7 +81,11 @@ impl Mapping {
         self.address
     }
 
-    /// `madvise` with one of the kinds of advice that leave the mapping in place: `None` when the range lies outside.
+    /// Calls `madvise` for a range of the mapping.
+    ///
+    /// # Errors
+    /// Fails with `InvalidInput` if the range is not inside the mapping or not aligned to pages,
+    /// and with the error of the system call.
     pub(super) fn advise(&self, offset: u64, len: u64, advice: Advice) -> io::Result<()> {
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
         if !inside || !offset.is_multiple_of(PAGE_SIZE as u64) {
@@ -86,8 +93,9 @@ impl Mapping {
         }
         let address = self.address.as_ptr().wrapping_add(offset as usize);
         loop {
-            // SAFETY: the range lies inside this mapping; none of the kinds of `Advice` unmaps memory, and what they
-            // do to its contents (`Drop` makes zeros) is a write to memory that is never borrowed.
+            // SAFETY: the range is inside this mapping. No kind of `Advice` unmaps memory. What
+            // they do to its contents (`Drop` makes zeros) is a write to memory to which no Rust
+            // reference exists.
             if unsafe { libc::madvise(address.cast(), len as usize, advice as libc::c_int) } == 0 {
                 return Ok(());
             }
@@ -100,8 +108,12 @@ impl Mapping {
 }
 
 impl Mapping {
-    /// Of each of these pages of a memory file whether memory holds it, mapped here or not; a byte a page, of which the lowest bit
-    /// counts.
+    /// Finds out which pages of a memory file are in memory, whether or not they are mapped here.
+    /// `pages` has one byte for each page from `offset` on; its lowest bit is set if the page is in
+    /// memory.
+    ///
+    /// # Errors
+    /// Fails like [`advise`](Self::advise).
     pub(super) fn resident(&self, offset: u64, pages: &mut [u8]) -> io::Result<()> {
         let len = pages.len() as u64 * PAGE_SIZE as u64;
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
@@ -109,7 +121,7 @@ impl Mapping {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let address = self.address.as_ptr().wrapping_add(offset as usize);
-        // SAFETY: the range lies inside this mapping, and `pages` has a byte for each of its pages.
+        // SAFETY: the range is inside this mapping, and `pages` has a byte for each of its pages.
         let done = unsafe { libc::mincore(address.cast(), len as usize, pages.as_mut_ptr()) };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
@@ -117,7 +129,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new`, unmapped only here.
+        // SAFETY: `new` mapped this range, and it is unmapped only here.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.len) };
     }
 }
@@ -134,8 +146,8 @@ pub(super) enum Advice {
     Collapse = libc::MADV_COLLAPSE,
 }
 
-/// A memory file of `len` bytes whose length can never change: a peer that holds the descriptor cannot make this
-/// process die of SIGBUS.
+/// Makes a memory file of `len` bytes whose length can never change. So a peer that holds the
+/// descriptor cannot make this process die of SIGBUS.
 pub(super) fn memory_file(len: u64, huge: bool) -> io::Result<OwnedFd> {
     let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     if huge {
@@ -149,7 +161,8 @@ pub(super) fn memory_file(len: u64, huge: bool) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Whether a memory file can neither shrink nor grow any more; `None` if it is no memory file.
+/// Returns whether a memory file is sealed against shrinking and growing, or `None` if it is no
+/// memory file.
 pub(super) fn is_sealed(file: BorrowedFd<'_>) -> io::Result<Option<bool>> {
     match fcntl(file, FcntlArg::F_GET_SEALS) {
         Ok(seals) => {
@@ -161,13 +174,14 @@ pub(super) fn is_sealed(file: BorrowedFd<'_>) -> io::Result<Option<bool>> {
     }
 }
 
-/// The size of a memory file's pages.
+/// Returns the page size of a memory file in bytes.
 pub(super) fn page_size(file: BorrowedFd<'_>) -> io::Result<u64> {
     let system = fstatfs(file)?;
     Ok(u64::try_from(system.block_size()).unwrap_or(0))
 }
 
-/// Frees `len` bytes of a memory file from `offset`; they read as zeros, in every process that maps it.
+/// Frees `len` bytes of a memory file from `offset` on. They then read as zeros in every process
+/// that maps the file.
 pub(super) fn punch_hole(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let bound = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));

@@ -1,4 +1,4 @@
-//! RAM that this crate maps itself.
+//! Guest RAM that this crate maps itself.
 
 use std::{
     fs, io,
@@ -17,45 +17,49 @@ use super::{
     pagemap::{Pagemap, data_extents},
 };
 
-/// Pages whose page table entries are filled in one go: 1 MiB, about a tenth of a millisecond, less than the scheduler's tick.
-const WARM_PIECE: u64 = 256;
-/// Pages that are unmapped in one go: 4 MiB, and whole huge pages.
-const COOL_PIECE: u64 = 1024;
-/// The longest rest after a piece, in times that it took.
+/// The number of pages whose page table entries are filled at once: 1 MiB, which takes about a
+/// tenth of a millisecond, less than the scheduler's tick.
+const PREFAULT_PIECE: u64 = 256;
+/// The number of pages that are unmapped at once: 4 MiB, a multiple of a huge page.
+const UNMAP_PIECE: u64 = 1024;
+/// The longest rest after a piece of work, as a multiple of the time that the work took.
 const LONGEST_REST: u32 = 16;
-/// A thread that is woken later than this was not woken on an idle core.
-const LATE: Duration = Duration::from_micros(300);
+/// The wake-up latency above which a thread is assumed to share its core with another one.
+const LATE_WAKE_UP: Duration = Duration::from_micros(300);
 
-/// Rests between pieces of work beside a guest: as long as the work took, and longer the more others want the cores.
-struct Rests(u32);
+/// Adds rests between pieces of work that run while a guest runs. A rest takes as long as the work
+/// before it, and longer if other threads want the cores.
+struct Pacer(u32);
 
-impl Default for Rests {
+impl Default for Pacer {
     fn default() -> Self {
         Self(1)
     }
 }
 
-impl Rests {
-    fn after<T>(&mut self, work: impl FnOnce() -> T) -> T {
+impl Pacer {
+    fn run<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let result = work();
         let took = began.elapsed();
         let rest = took * self.0;
         thread::sleep(rest);
-        // who is woken late shares its core
+        // a late wake-up means that the core is shared
         let late = began.elapsed().saturating_sub(took + rest);
-        self.0 = if late > LATE { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
+        self.0 = if late > LATE_WAKE_UP { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
         result
     }
 }
 
-/// Guest RAM mapped by the SDK: one mapping a region of the layout, and for shared backings one memory file a region.
+/// Guest RAM that this crate maps. Each region of the layout has one mapping and, with shared
+/// backings, one memory file.
 ///
-/// Without `/proc` (in a jail), all pages of private memory count as [populated](GuestRam::populated), and those of hugetlb as soon as
-/// one is: holes are read, and sent as pages of zeros. Memory files do not need it.
+/// Without `/proc` (in a jail), all pages of private memory count as
+/// [populated](GuestRam::populated), and all pages of hugetlb memory as soon as one of them is.
+/// Holes are then read and sent as zero pages. Memory files do not need `/proc`.
 ///
-/// It is left out of core dumps, and takes memory only for pages that are touched (hugetlb: reserves all of it at
-/// once, so that no access can fail later).
+/// The RAM is excluded from core dumps. It takes memory only for pages that are touched. With
+/// hugetlb all of it is reserved at once, so that no later access can fail.
 ///
 /// ```
 /// use migration_core::{GuestRam, PageSet, RamLayout, RamRegion};
@@ -72,7 +76,7 @@ pub struct MappedRam {
     layout: RamLayout,
     backing: Backing,
     regions: Vec<Region>,
-    /// `None` without `/proc`: then nobody can tell which pages of private memory were ever touched.
+    /// `None` without `/proc`. It is then unknown which pages of private memory were touched.
     pagemap: Option<Pagemap>,
 }
 
@@ -82,7 +86,8 @@ struct Region {
 }
 
 impl Region {
-    /// Whether its memory file has no hole; hugetlbfs does not say where its data is.
+    /// Returns whether the region's memory file has no hole. (hugetlbfs does not report where its
+    /// data is.)
     fn is_full(&self, pages: PageRange) -> bool {
         let blocks =
             self.file.as_ref().and_then(|file| fstat(file).ok()).map(|stat| stat.st_blocks.max(0) as u64 * 512);
@@ -94,7 +99,8 @@ impl MappedRam {
     /// Maps zeroed RAM of this layout.
     ///
     /// # Errors
-    /// [`RamError::HugeLength`] and [`RamError::NoHugePages`] for hugetlb; else [`RamError::System`].
+    /// Fails with [`RamError::HugeLength`] or [`RamError::NoHugePages`] for hugetlb, and with
+    /// [`RamError::System`].
     pub fn new(layout: RamLayout, backing: Backing) -> Result<Self, RamError> {
         let files = layout
             .regions()
@@ -108,16 +114,18 @@ impl MappedRam {
                 backing.is_shared().then(file).transpose().map_err(RamError::system("create a memory file"))
             })
             .collect::<Result<_, _>>()?;
-        Self::map(layout, backing, files).map(Self::ask_for_shared_huge_pages)
+        Self::map(layout, backing, files).map(Self::request_shared_huge_pages)
     }
 
-    /// Maps memory files that exist already, in the order of the layout's regions: those of
-    /// [`memory_file`](Self::memory_file), received from another process or duplicated.
+    /// Maps existing memory files, in the order of the layout's regions. The files are those of
+    /// [`memory_file`](Self::memory_file), duplicated or received from another process.
     ///
     /// # Errors
-    /// [`RamError::FileSize`] unless there is one file a region with the region's length, [`RamError::NotMemory`] when one is
-    /// something else than a memory file with this backing's pages, [`RamError::Unsealed`] when a file can still shrink or
-    /// grow, [`RamError::NotShared`] when the backing is private, [`RamError::System`].
+    /// - [`RamError::NotShared`] if the backing is private,
+    /// - [`RamError::FileSize`] unless there is one file of the right length for each region,
+    /// - [`RamError::NotMemory`] if a file is no memory file with the page size of the backing,
+    /// - [`RamError::Unsealed`] if a file can still shrink or grow,
+    /// - [`RamError::System`].
     pub fn from_memory_files(layout: RamLayout, files: Vec<OwnedFd>, backing: Backing) -> Result<Self, RamError> {
         let page_size = match backing {
             Backing::Memfd => PAGE_SIZE as u64,
@@ -146,13 +154,14 @@ impl MappedRam {
             }
         }
         let ram = Self::map(layout, backing, files.into_iter().map(Some).collect())?;
-        Ok(ram.ask_for_shared_huge_pages())
+        Ok(ram.request_shared_huge_pages())
     }
 
-    /// Of transparent huge pages, for a memory file that a guest runs in.
-    fn ask_for_shared_huge_pages(self) -> Self {
+    /// Asks for transparent huge pages in a memory file.
+    fn request_shared_huge_pages(self) -> Self {
         if self.backing == Backing::Memfd {
-            // fails where the kernel has none: then it stays with small ones, as it does where the administrator allows no others
+            // ignored: without transparent huge pages in the kernel, or if the administrator
+            // forbids them, 4 KiB pages are used
             for (mapped, region) in self.regions.iter().zip(self.layout.regions()) {
                 drop(mapped.mapping.advise(0, region.len, Advice::HugePages));
             }
@@ -164,7 +173,8 @@ impl MappedRam {
         let mut regions = Vec::with_capacity(files.len());
         for (file, region) in files.into_iter().zip(layout.regions()) {
             let mapping = Mapping::new(region.len, region.gpa, file.as_ref().map(AsFd::as_fd)).map_err(|error| {
-                // the mapping is what reserves huge pages, whatever others take meanwhile
+                // hugetlb pages are reserved by the mapping itself, so another process cannot take
+                // them in between
                 match (backing, error.raw_os_error()) {
                     (Backing::Hugetlb, Some(libc::ENOMEM)) => {
                         regions.clear();
@@ -175,7 +185,8 @@ impl MappedRam {
             })?;
             let advise = |advice| mapping.advise(0, region.len, advice);
             match backing {
-                // fails where the kernel has no transparent huge pages; then there is nothing to switch off
+                // ignored: fails if the kernel has no transparent huge pages, and then none need to
+                // be turned off
                 Backing::Anonymous => drop(advise(Advice::NoHugePages)),
                 Backing::TransparentHuge => {
                     advise(Advice::HugePages).map_err(RamError::system("ask for transparent huge pages"))?;
@@ -189,38 +200,41 @@ impl MappedRam {
         Ok(Self { layout, backing, regions, pagemap })
     }
 
-    /// What backs it.
+    /// Returns the backing of the RAM.
     pub fn backing(&self) -> Backing {
         self.backing
     }
 
-    /// The memory file behind region `index`; `None` for private memory, or when there is no such region. Who holds
-    /// it can read and write the guest's memory, but not change the file's length.
+    /// Returns the memory file of region `index`, or `None` if the memory is private or there is no
+    /// such region. A process that holds the file can read and write the guest's memory, but cannot
+    /// change the file's length.
     pub fn memory_file(&self, index: usize) -> Option<BorrowedFd<'_>> {
         self.regions.get(index)?.file.as_ref().map(AsFd::as_fd)
     }
 
-    /// The memory files behind all regions, in the order of the layout: for another process that takes the VM over and maps
-    /// them with [`from_memory_files`](Self::from_memory_files).
+    /// Returns the memory files of all regions, in the order of the layout. A process that takes
+    /// over the VM maps them with [`from_memory_files`](Self::from_memory_files).
     ///
     /// # Errors
-    /// [`RamError::NotShared`].
+    /// Fails with [`RamError::NotShared`] if the backing is private.
     pub fn memory_files(&self) -> Result<Vec<BorrowedFd<'_>>, RamError> {
         let files: Option<Vec<_>> = self.regions.iter().map(|r| r.file.as_ref().map(AsFd::as_fd)).collect();
         files.ok_or(RamError::NotShared(self.backing))
     }
 
-    /// Whether these are the very files behind RAM, region by region, whatever their descriptors.
+    /// Returns whether `files` are the memory files of this RAM, region by region. Files are
+    /// compared by identity, not by descriptor.
     ///
     /// # Errors
-    /// [`RamError::NotShared`], [`RamError::System`].
+    /// Fails with [`RamError::NotShared`] if the backing is private, and with [`RamError::System`].
     pub fn is_in(&self, files: &[impl AsFd]) -> Result<bool, RamError> {
         let own = self.memory_files()?;
         if own.len() != files.len() {
             return Ok(false);
         }
         let identity = |file: BorrowedFd<'_>| {
-            let stat = fstat(file).map_err(io::Error::from).map_err(RamError::system("look at a memory file"))?;
+            let stat =
+                fstat(file).map_err(io::Error::from).map_err(RamError::system("read a memory file's identity"))?;
             Ok((stat.st_dev, stat.st_ino))
         };
         for (own, other) in own.into_iter().zip(files) {
@@ -231,61 +245,65 @@ impl MappedRam {
         Ok(true)
     }
 
-    /// Fills the page tables of this process for what the memory files hold already, so that the guest does not fault on
-    /// each page after it was handed over to here; whether all of it was done within `patience`. Takes 120 to 220 ms a GiB, half
-    /// of which is rests: the guest runs meanwhile, in another process and perhaps on this core, and would else have to wait for
-    /// the scheduler's next tick.
+    /// Fills the page tables of this process for all pages that the memory files hold, so that the
+    /// guest does not fault on each page after it was handed over to this process. Returns whether
+    /// all was done within `patience`.
     ///
-    /// Pages without contents are left out: to map them would take memory for them.
+    /// This takes 120 to 220 ms per GiB, half of which are rests. The guest runs meanwhile, in
+    /// another process and perhaps on this core, and without the rests it would have to wait for
+    /// the scheduler's next tick. Pages without contents are skipped, because to map them would
+    /// allocate memory for them.
     ///
     /// # Errors
-    /// [`RamError::System`].
+    /// Fails with [`RamError::System`].
     pub fn warm_shared(&self, patience: Duration) -> Result<bool, RamError> {
         self.warm_shared_by(patience, &mut |range| self.warm_for_reading(range))
     }
 
-    /// As [`warm_shared`](Self::warm_shared), by other means, such as [`pre_fault`](crate::state::pre_fault) or a device's; `fill`
-    /// gets pieces of up to 1 MiB, each in one region.
+    /// Fills page tables like [`warm_shared`](Self::warm_shared), with `fill` instead of this
+    /// process's own page tables. `fill` can be [`pre_fault`](crate::state::pre_fault) or a
+    /// function for a device. It gets pieces of up to 1 MiB, each in one region.
     ///
     /// # Errors
-    /// Those of `fill`, and [`RamError::System`].
+    /// Fails with the errors of `fill`, and with [`RamError::System`].
     pub fn warm_shared_by(
         &self,
         patience: Duration,
         fill: &mut dyn FnMut(PageRange) -> Result<(), RamError>,
     ) -> Result<bool, RamError> {
-        let (start, mut rests) = (Instant::now(), Rests::default());
+        let (start, mut pacer) = (Instant::now(), Pacer::default());
         for (index, region) in self.regions.iter().enumerate() {
             let Some(pages) = self.layout.region_pages(index) else { continue };
             if self.backing == Backing::Hugetlb && !region.is_full(pages) {
                 continue;
             }
-            for first in pages.pages().step_by(WARM_PIECE as usize) {
+            for first in pages.pages().step_by(PREFAULT_PIECE as usize) {
                 if start.elapsed() >= patience {
                     return Ok(false);
                 }
-                let piece = PageRange::new(first, WARM_PIECE.min(pages.end() - first));
-                let held = self.held(index, PageRange::new(first - pages.first, piece.count))?;
+                let piece = PageRange::new(first, PREFAULT_PIECE.min(pages.end() - first));
+                let held = self.in_memory(index, PageRange::new(first - pages.first, piece.count))?;
                 if !held.is_empty() {
                     let held = held.iter().map(|range| PageRange::new(pages.first + range.first, range.count));
-                    rests.after(|| held.into_iter().try_for_each(&mut *fill))?;
+                    pacer.run(|| held.into_iter().try_for_each(&mut *fill))?;
                 }
             }
         }
         Ok(true)
     }
 
-    /// The pages of a memory file that memory holds, of so many from `range.first` on, which count from the region's begin. Asked
-    /// piece by piece: to seek the file's next hole the kernel may go through all of it, and nobody else gets the core meanwhile.
-    fn held(&self, region: usize, range: PageRange) -> Result<Vec<PageRange>, RamError> {
+    /// Returns the pages in `range` of a memory file that are in memory. Pages are counted from the
+    /// start of the region. The caller asks piece by piece: to find a file's next hole, the kernel
+    /// may search all of the file without giving up the core.
+    fn in_memory(&self, region: usize, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         if self.backing == Backing::Hugetlb {
-            // only of what is mapped the kernel would say that it is held
+            // the kernel reports only mapped pages of hugetlb files, so count all of them
             return Ok(vec![range]);
         }
-        let mut resident = [0; WARM_PIECE as usize];
+        let mut resident = [0; PREFAULT_PIECE as usize];
         let resident = &mut resident[..range.count as usize];
-        let asked = self.regions[region].mapping.resident(range.first << PAGE_SHIFT, resident);
-        asked.map_err(RamError::system("look for what a memory file holds"))?;
+        let queried = self.regions[region].mapping.resident(range.first << PAGE_SHIFT, resident);
+        queried.map_err(RamError::system("find the pages of a memory file"))?;
         let mut held = PageSet::empty(range.count);
         for (page, _) in (0..).zip(&*resident).filter(|(_, byte)| **byte & 1 == 1) {
             held.insert(page);
@@ -293,35 +311,40 @@ impl MappedRam {
         Ok(held.ranges().map(|r| PageRange::new(range.first + r.first, r.count)).collect())
     }
 
-    /// Takes the guest's memory out of the page tables of this process, and of KVM's for VMs here, in pieces with rests: when the
-    /// VM runs elsewhere, on the same cores, and its RAM lives on in memory files. To unmap all of it at once would take tens of
-    /// milliseconds a GiB. Accesses map it again. Whether all of it was done within `patience`. Does nothing for private memory.
+    /// Removes the guest's memory from the page tables of this process, and from those of KVM for
+    /// VMs in it. Returns whether all was done within `patience`. Does nothing for private memory.
+    ///
+    /// Use it when the VM runs in another process on the same cores and its RAM stays in memory
+    /// files. The work is done in pieces with rests, because to unmap all at once would take tens
+    /// of milliseconds per GiB. Later accesses map the memory again.
     ///
     /// # Errors
-    /// [`RamError::System`].
+    /// Fails with [`RamError::System`].
     pub fn cool_shared(&self, patience: Duration) -> Result<bool, RamError> {
         if !self.backing.is_shared() {
             return Ok(true);
         }
-        let (start, mut rests) = (Instant::now(), Rests::default());
+        let (start, mut pacer) = (Instant::now(), Pacer::default());
         for region in 0..self.regions.len() {
             let Some(pages) = self.layout.region_pages(region) else { continue };
-            for first in pages.pages().step_by(COOL_PIECE as usize) {
-                let piece = PageRange::new(first, COOL_PIECE.min(pages.end() - first));
+            for first in pages.pages().step_by(UNMAP_PIECE as usize) {
+                let piece = PageRange::new(first, UNMAP_PIECE.min(pages.end() - first));
                 if start.elapsed() >= patience {
                     return Ok(false);
                 }
-                rests.after(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
+                pacer.run(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
             }
         }
         Ok(true)
     }
 
-    /// A second mapping of the same memory; `None` for private memory. For a pager that fills pages behind the
-    /// guest's back. It has its own page tables: neither userfaultfd nor write-protection of the first one sees it.
+    /// Makes a second mapping of the same memory, or returns `None` for private memory. A pager
+    /// fills pages through it without the guest seeing them before they are complete. It has page
+    /// tables of its own, so userfaultfd and write-protection of the first mapping do not see its
+    /// accesses.
     ///
     /// # Errors
-    /// [`RamError::System`].
+    /// Fails with [`RamError::System`].
     pub fn alias(&self) -> Result<Option<Self>, RamError> {
         if !self.backing.is_shared() {
             return Ok(None);
@@ -332,41 +355,46 @@ impl MappedRam {
         Self::map(self.layout.clone(), self.backing, files).map(Some)
     }
 
-    /// Gives every page of `range` memory and a writable page table entry, without changing what it holds: later
-    /// accesses of this process cost nothing extra. Pages without contents become zeros that count as populated.
+    /// Gives every page of `range` memory and a writable page table entry, so that later accesses
+    /// of this process do not fault. The contents do not change. Pages without contents become zero
+    /// pages that count as populated.
     ///
     /// # Errors
-    /// [`RamError::Outside`]; [`RamError::System`] when memory lacks, or before Linux 5.14.
+    /// Fails with [`RamError::Outside`], and with [`RamError::System`] if memory is short or before
+    /// Linux 5.14.
     pub fn warm(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::PopulateWrite, "populate memory")
     }
 
-    /// Fills the page table entries of `range` for reading. On a memory file that another process has populated this
-    /// spares the guest a fault a page.
+    /// Fills the page table entries of `range` for reading. If another process has populated the
+    /// memory file, this saves the guest a fault for each page.
     ///
     /// # Errors
-    /// As [`warm`](Self::warm).
+    /// Fails like [`warm`](Self::warm).
     pub fn warm_for_reading(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::PopulateRead, "map populated memory")
     }
 
-    /// Assembles huge pages out of small ones in the whole blocks of 2 MiB of `range`, where the backing may have both. Who
-    /// touches a block meanwhile waits for some 100 µs.
+    /// Collapses small pages to huge pages in those blocks of 2 MiB that are completely in `range`,
+    /// if the backing can have both. A thread that touches such a block meanwhile waits for about
+    /// 100 µs.
     ///
     /// # Errors
-    /// [`RamError::Outside`]; [`RamError::System`] when a huge page cannot be had, or before Linux 6.1. Blocks are then as
-    /// they were.
+    /// Fails with [`RamError::Outside`], and with [`RamError::System`] if no huge page is available
+    /// or before Linux 6.1. The remaining blocks are then unchanged.
     pub fn assemble_huge_pages(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::Collapse, "assemble huge pages")
     }
 
-    /// Frees the memory of `range`, which then reads as zeros, for every process that maps it. No dirty tracker
-    /// reports this. A part of a transparent huge page that cannot be split becomes zeros without being freed. On hugetlb
-    /// the range must cover whole huge pages, and touching it again takes a free huge page from the reserve (SIGBUS if
-    /// there is none).
+    /// Frees the memory of `range`, which then reads as zeros in every process that maps it. No
+    /// dirty tracker reports this.
+    ///
+    /// A part of a transparent huge page that cannot be split becomes zeros without being freed. On
+    /// hugetlb the range must cover whole huge pages. Touching it again takes a free huge page from
+    /// the reserve, and raises SIGBUS if there is none.
     ///
     /// # Errors
-    /// [`RamError::Outside`], [`RamError::System`].
+    /// Fails with [`RamError::Outside`] or [`RamError::System`].
     pub fn discard(&self, range: PageRange) -> Result<(), RamError> {
         if !self.backing.is_shared() {
             return self.advise(range, Advice::Drop, "free memory");
@@ -380,7 +408,8 @@ impl MappedRam {
         Ok(())
     }
 
-    /// Takes the page table entries of `range` away. Shared memory keeps its contents; private memory loses them.
+    /// Removes the page table entries of `range`. Shared memory keeps its contents; private memory
+    /// loses them.
     pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::Drop, "unmap memory")
     }
@@ -400,8 +429,8 @@ impl MappedRam {
     }
 }
 
-// SAFETY: every region is mapped whole, readable and writable, from construction until drop; nothing remaps it, the
-// files cannot shrink, and no method lends a reference into it.
+// SAFETY: every region is completely mapped, readable and writable, from construction until drop.
+// Nothing remaps it, the files cannot shrink, and no method returns a Rust reference into it.
 unsafe impl GuestRam for MappedRam {
     fn layout(&self) -> &RamLayout {
         &self.layout
@@ -420,7 +449,7 @@ unsafe impl GuestRam for MappedRam {
             };
             let mut mapped = 0;
             match (&region.file, self.backing) {
-                // pages of a file may be populated without being mapped here: ask the file
+                // pages of a file may be populated without being mapped here, so ask the file
                 (Some(file), Backing::Memfd) => data_extents(file.as_fd(), len, |from, end| add(from, end, into))?,
                 (Some(file), _) => {
                     if let Some(pagemap) = &self.pagemap {
@@ -429,8 +458,9 @@ unsafe impl GuestRam for MappedRam {
                             add(from - address, end - address, into);
                         })?;
                     }
-                    // hugetlbfs cannot say where its data is, only how much: where there are pages that are not
-                    // mapped here (another process populated them, or one is just being moved), any may be one
+                    // hugetlbfs reports only how much data there is, not where. If there are more
+                    // pages than are mapped here (another process populated them, or a page is just
+                    // being migrated), any page may be populated.
                     let blocks = fstat(file)?.st_blocks.max(0) as u64;
                     if blocks.saturating_mul(512) > mapped {
                         into.insert_range(pages);
@@ -440,8 +470,8 @@ unsafe impl GuestRam for MappedRam {
                     Some(pagemap) => {
                         pagemap.populated(address, len, |from, end| add(from - address, end - address, into))?
                     }
-                    // Pages that were swapped out look absent to mincore(2), so nothing may be left out. Pages of zeros are
-                    // found when they are read.
+                    // mincore(2) reports swapped pages as absent, so no page may be left out; zero
+                    // pages are found when they are read
                     None => into.insert_range(pages),
                 },
             }
@@ -455,7 +485,8 @@ fn file_size(file: BorrowedFd<'_>) -> Result<u64, RamError> {
     Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
 
-/// Huge pages that are neither used nor promised to someone. For an error message, so an unreadable file counts as 0.
+/// Returns the number of huge pages that are neither used nor reserved. It is for an error message,
+/// so an unreadable file counts as 0.
 fn free_huge_pages() -> u64 {
     let read = |name: &str| -> u64 {
         let text = fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"));
@@ -509,7 +540,7 @@ mod tests {
         }
     }
 
-    /// Without `/proc`, no page that may hold something is left out.
+    /// Without `/proc`, every page that may hold data is reported.
     #[test]
     fn without_proc_holes_of_private_memory_are_not_known() {
         for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
@@ -547,14 +578,14 @@ mod tests {
         let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
         nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
         assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
-        // may grow still
+        // a file that may still grow
         let [a, _] = files();
         let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
         nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
         let seal = nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK);
         nix::fcntl::fcntl(&open, seal).unwrap();
         assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
-        // a file of a file system, and what is no file at all
+        // a file of a file system, and a descriptor that is no file
         let [a, _] = files();
         let plain = fs::File::open(std::env::current_exe().unwrap()).unwrap();
         let len = plain.metadata().unwrap().len();
@@ -563,7 +594,7 @@ mod tests {
         assert!(matches!(error, RamError::NotMemory { index: 0, .. } | RamError::FileSize { .. }), "{error}");
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         assert!(from(vec![a, pipe]).is_err());
-        // of another page size, of another number, and where private memory is wanted
+        // files with another page size, too many files, and a private backing
         let [a, b] = files();
         let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x40_0000 }]).unwrap();
         let small = vec![map::memory_file(0x40_0000, false).unwrap()];
@@ -576,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn another_mapping_is_warmed_where_there_is_something() {
+    fn another_mapping_is_prefaulted_where_it_has_contents() {
         let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
         (&ram as &dyn GuestRam).write(0x5000, &[1; 0x3000]).unwrap();
         let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
@@ -588,7 +619,7 @@ mod tests {
         (&other as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);
         assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
-        // by other means, which are asked for what is there alone
+        // with a function of the caller, which gets only populated pages
         let mut pieces = Vec::new();
         let mut note = |piece: PageRange| {
             pieces.push(piece);
@@ -599,7 +630,7 @@ mod tests {
         assert!(!other.warm_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
         let failed = other.warm_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
         assert!(matches!(failed, Err(RamError::Unsealed(9))));
-        // what is unmapped in one of them is where it was, for both
+        // unmapping in one mapping changes the contents of neither
         assert!(ram.cool_shared(Duration::from_secs(60)).unwrap());
         assert!(populated(&ram).iter().eq([4, 5, 6]));
         (&ram as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
@@ -607,12 +638,12 @@ mod tests {
     }
 
     #[test]
-    fn memory_files_are_told_apart() {
-        let (ram, stranger) =
+    fn memory_files_are_distinguished() {
+        let (ram, other) =
             (MappedRam::new(layout(), Backing::Memfd).unwrap(), MappedRam::new(layout(), Backing::Memfd).unwrap());
         let files = ram.memory_files().unwrap();
         let copies: Vec<OwnedFd> = files.iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
-        assert!(ram.is_in(&copies).unwrap() && !stranger.is_in(&copies).unwrap());
+        assert!(ram.is_in(&copies).unwrap() && !other.is_in(&copies).unwrap());
         assert!(!ram.is_in(&copies[1..]).unwrap());
         let swapped: Vec<_> = files.iter().rev().collect();
         assert!(!ram.is_in(&swapped).unwrap());
@@ -623,7 +654,7 @@ mod tests {
     fn huge_pages_are_checked_before_use() {
         let error = MappedRam::new(layout(), Backing::Hugetlb).map(|_| ()).unwrap_err();
         assert!(matches!(error, RamError::HugeLength { index: 0, .. }), "{error}");
-        // more than any machine reserves
+        // more than any host reserves
         let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 45 }]).unwrap();
         let error = MappedRam::new(huge, Backing::Hugetlb).map(|_| ()).unwrap_err();
         assert!(matches!(error, RamError::NoHugePages { needed: 0x100_0000, .. }), "{error}");

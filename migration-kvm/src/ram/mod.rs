@@ -1,4 +1,5 @@
-//! Guest RAM: mapped by this crate ([`MappedRam`]), or by a VMM that uses vm-memory ([`VmMemoryRam`]).
+//! Guest RAM: mapped by this crate ([`MappedRam`]), or by a VMM that uses vm-memory
+//! ([`VmMemoryRam`]).
 
 use std::{fmt, fs, io, path::Path, str::FromStr};
 
@@ -18,29 +19,31 @@ pub use mapped::MappedRam;
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{VmMemoryBitmap, VmMemoryError, VmMemoryRam};
 
-/// Bytes in a huge page, of the only size that this crate uses.
+/// The size in bytes of a huge page. This crate uses only one size.
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
 
-/// What backs guest RAM.
+/// The kind of memory behind guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Backing {
-    /// Private anonymous memory of 4 KiB pages: `anon`.
+    /// Private anonymous memory with pages of 4 KiB: `anon`.
     #[default]
     Anonymous,
-    /// Private anonymous memory for which the kernel is asked to use 2 MiB pages where it can: `thp`.
+    /// Private anonymous memory for which the kernel should use pages of 2 MiB where it can: `thp`.
     TransparentHuge,
-    /// A shared memory file, which another process can map too: `memfd`. In pages of 4 KiB, and of 2 MiB where the kernel may use them
-    /// for shared memory on request (`advise` or more in `/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
+    /// A shared memory file, which another process can map, too: `memfd`. It has pages of 4 KiB. It
+    /// also has pages of 2 MiB if the kernel may use them for shared memory on request (`advise` or
+    /// more in `/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
     Memfd,
-    /// A shared memory file of 2 MiB pages out of the reserve in `/proc/sys/vm/nr_hugepages`: `hugetlb`.
+    /// A shared memory file with pages of 2 MiB from the reserve in `/proc/sys/vm/nr_hugepages`:
+    /// `hugetlb`.
     Hugetlb,
 }
 
 impl Backing {
-    /// Every backing.
+    /// All backings.
     pub const ALL: [Self; 4] = [Self::Anonymous, Self::TransparentHuge, Self::Memfd, Self::Hugetlb];
 
-    /// The short name, as `FromStr` reads it and `Display` writes it.
+    /// Returns the short name, which `FromStr` parses and `Display` writes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Anonymous => "anon",
@@ -50,7 +53,8 @@ impl Backing {
         }
     }
 
-    /// Whether its pages may be of 2 MiB, as the kernel is set now. (Whether one is depends on the memory that is free.)
+    /// Returns whether pages of 2 MiB are possible with the kernel's current settings. (Whether a
+    /// page is huge depends on the free memory.)
     pub fn may_be_huge(self) -> bool {
         match self {
             Self::Anonymous => false,
@@ -67,7 +71,7 @@ impl Backing {
         }
     }
 
-    /// Whether other processes can map the memory (it is a file).
+    /// Returns whether other processes can map the memory, because it is a file.
     pub const fn is_shared(self) -> bool {
         matches!(self, Self::Memfd | Self::Hugetlb)
     }
@@ -79,15 +83,15 @@ impl fmt::Display for Backing {
     }
 }
 
-/// A name that is not one of a fixed list.
+/// The error for a name that is not in a fixed list.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{given:?} is not a {kind}; there are: {known}")]
+#[error("{given:?} is not a {kind}; use one of: {known}")]
 pub struct UnknownName {
-    /// What was given.
+    /// The given name.
     pub given: String,
-    /// What it should have named.
+    /// The kind of thing that it should name.
     pub kind: &'static str,
-    /// The names there are.
+    /// The valid names.
     pub known: &'static str,
 }
 
@@ -103,64 +107,65 @@ impl FromStr for Backing {
     }
 }
 
-/// Guest RAM could not be mapped, warmed or discarded.
+/// The reason why guest RAM could not be mapped, populated or discarded.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RamError {
-    /// A region of hugetlb memory must be a whole number of 2 MiB pages.
+    /// The length of a hugetlb region is no multiple of 2 MiB.
     #[error("RAM region {index} has {len:#x} bytes; with hugetlb a length must be a multiple of 2 MiB")]
     HugeLength {
-        /// Which region of the layout.
+        /// The index of the region in the layout.
         index: usize,
-        /// Its length in bytes.
+        /// The length of the region in bytes.
         len: u64,
     },
-    /// The reserve of huge pages is too small. Nothing stays mapped or reserved.
+    /// The reserve of huge pages is too small. No page stays mapped or reserved.
     #[error("{needed} huge pages of 2 MiB needed but only {free} are free: raise /proc/sys/vm/nr_hugepages")]
     NoHugePages {
-        /// Pages that the whole layout needs.
+        /// The number of pages that the whole layout needs.
         needed: u64,
-        /// Pages that were neither used nor reserved by others.
+        /// The number of pages that were neither used nor reserved by others.
         free: u64,
     },
-    /// There must be one memory file a region, of the region's length.
+    /// A memory file is missing, superfluous, or has another length than its region.
     #[error("memory file {index} has {size:#x} bytes but {len:#x} are needed")]
     FileSize {
-        /// Which region of the layout.
+        /// The index of the region in the layout.
         index: usize,
-        /// The region's length in bytes; zero when there are too many files.
+        /// The length of the region in bytes; 0 if there are too many files.
         len: u64,
-        /// The file's length in bytes; zero when it is missing.
+        /// The length of the file in bytes; 0 if it is missing.
         size: u64,
     },
-    /// A memory file's length could still change: an access beyond its end kills the process.
+    /// The length of a memory file could still change. An access beyond its end would kill the
+    /// process.
     #[error("memory file {0} is not sealed against shrinking and growing")]
     Unsealed(usize),
-    /// A file is something else than a memory file (`memfd_create`) with the backing's page size.
-    #[error("file {index} is no memory file with pages as {backing} has them")]
+    /// A file is no memory file (`memfd_create`) with the page size of the backing.
+    #[error("file {index} is no memory file with the page size of {backing}")]
     NotMemory {
-        /// Which region of the layout.
+        /// The index of the region in the layout.
         index: usize,
-        /// What was to be mapped.
+        /// The backing.
         backing: Backing,
     },
     /// Memory of this backing is private to a process.
     #[error("memory backed by {0} cannot be shared with another process: memfd or hugetlb can")]
     NotShared(Backing),
-    /// The pages asked for are not all RAM.
+    /// Some of the pages are outside guest RAM.
     #[error("pages {first}+{count} are not inside guest RAM")]
     Outside {
-        /// Number of the first page.
+        /// The number of the first page.
         first: u64,
-        /// How many.
+        /// The number of pages.
         count: u64,
     },
     /// A system call failed.
     #[error("guest RAM: {what}: {source}")]
     System {
-        /// What was tried.
+        /// The action that failed.
         what: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: io::Error,
     },
 }

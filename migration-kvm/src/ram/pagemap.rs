@@ -1,4 +1,4 @@
-//! What the kernel's page tables say about a range of this process's memory.
+//! Queries of the kernel's page tables for a range of this process's memory.
 
 use std::{
     fs::{self, File},
@@ -16,21 +16,23 @@ use nix::{
     unistd::{Whence, lseek},
 };
 
-/// Written since it was last write-protected (asynchronously).
+/// Category: the page was written since it was last write-protected (asynchronously).
 pub(crate) const WRITTEN: u64 = 1 << 1;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
-/// Maps the page of zeros that all processes share.
+/// Category: the page is the zero page that all processes share.
 const ZERO_PAGE: u64 = 1 << 5;
 
-/// Write-protect what matches.
+/// Scan flag: write-protect the matching pages.
 pub(crate) const WP_MATCHING: u64 = 1;
-/// Fail with EPERM where the range is not registered for asynchronous write-protection, instead of skipping it.
+/// Scan flag: fail with EPERM, instead of skipping, where the range is not registered for
+/// asynchronous write-protection.
 pub(crate) const CHECK_WPASYNC: u64 = 2;
 
-// `_IOWR('f', 16, struct pm_scan_arg)`; installed headers are older than the kernels that have it
+// `_IOWR('f', 16, struct pm_scan_arg)`, which installed kernel headers may lack
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-/// Runs of pages taken over from the kernel at once: 12 KiB, and few enough calls for scattered pages.
+/// The number of runs that one call returns: 12 KiB, which keeps the number of calls small for
+/// scattered pages.
 const RUNS: usize = 512;
 
 /// `struct pm_scan_arg`.
@@ -60,59 +62,68 @@ struct Run {
     categories: u64,
 }
 
-/// What a scan looks for: pages whose categories, after flipping `inverted`, have all of `all` and any of `any`.
+/// The criteria of a scan. A page matches if its categories, after inverting those in `inverted`,
+/// have all of `all` and any of `any`.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Query {
     pub(crate) flags: u64,
     pub(crate) inverted: u64,
     pub(crate) all: u64,
     pub(crate) any: u64,
-    /// Runs differ where these categories differ.
+    /// The categories in which the pages of a run agree.
     pub(crate) reported: u64,
 }
 
 impl Query {
-    /// Pages written since the last such scan; they are write-protected again. For memory whose page table entries
-    /// stay (private memory). Entries that are empty do not match: the kernel would count them as written
-    /// and fill them with markers, which look swapped out to [`Pagemap::populated`] and take page tables for all of RAM.
-    /// They need none: what is populated later comes unprotected, and so counts as written.
+    /// Matches pages written since the last such scan, and write-protects them again. For memory
+    /// whose page table entries stay (private memory).
+    ///
+    /// Empty entries do not match. The kernel would count them as written and fill them with
+    /// markers. These look swapped out to [`Pagemap::populated`], and need page tables for all of
+    /// RAM. Empty entries need no markers: a page that is populated later is unprotected, and so
+    /// counts as written.
     pub(crate) fn written() -> Self {
         let flags = WP_MATCHING | CHECK_WPASYNC;
         Self { flags, all: WRITTEN, any: PRESENT | SWAPPED, reported: WRITTEN | PRESENT, ..Self::default() }
     }
 
-    /// The same for shared memory. The kernel may take the page table entry of a written page of a file away (when it
-    /// reclaims the page), and no trace stays of the write. So here empty entries count as written, and get markers;
-    /// an entry that became empty since is reported. The price is that never populated pages may match too, which
-    /// the caller sorts out by asking the file.
+    /// Matches pages written since the last such scan, for shared memory.
+    ///
+    /// When the kernel reclaims a written page of a file, it may remove the page's entry, and no
+    /// trace of the write is left. So here empty entries count as written and get markers, and an
+    /// entry that became empty since the last scan is reported. Pages that were never populated may
+    /// match, too; the caller removes them by asking the file.
     pub(crate) fn written_conservative() -> Self {
         Self { any: 0, reported: WRITTEN, ..Self::written() }
     }
 }
 
-/// What [`Pagemap`] reads.
+/// The file that [`Pagemap`] reads.
 const PAGEMAP: &str = "/proc/self/pagemap";
 
-/// This process's `/proc/self/pagemap`.
+/// The `/proc/self/pagemap` of this process.
 pub(crate) struct Pagemap {
     file: File,
     can_scan: bool,
 }
 
 impl Pagemap {
+    /// Opens the file.
+    ///
     /// # Errors
-    /// `NotFound` where `/proc` is not mounted, as in a jail; what the file system says.
+    /// Fails with `NotFound` if `/proc` is not mounted, as in a jail, and with other errors of the
+    /// file system.
     pub(crate) fn open() -> io::Result<Self> {
         Self::open_at(PAGEMAP)
     }
 
-    /// As [`open`](Self::open), for what can do without: `None` where `/proc` is not mounted, or
-    /// may not be read.
+    /// Opens the file, for callers that can work without it. Returns `None` if `/proc` is not
+    /// mounted or must not be read.
     pub(crate) fn open_if_any() -> io::Result<Option<Self>> {
         Self::open_if_at(PAGEMAP)
     }
 
-    /// As [`open_if_any`](Self::open_if_any), at another path.
+    /// Opens the file at another path, like [`open_if_any`](Self::open_if_any).
     pub(crate) fn open_if_at(path: &str) -> io::Result<Option<Self>> {
         use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
         match Self::open_at(path) {
@@ -124,17 +135,17 @@ impl Pagemap {
 
     fn open_at(path: &str) -> io::Result<Self> {
         let mut pagemap = Self { file: File::open(path)?, can_scan: true };
-        // an empty range is valid where the ioctl exists (Linux 6.7)
+        // where the ioctl exists (Linux 6.7), an empty range is valid
         pagemap.can_scan = pagemap.scan(PAGE_SIZE as u64, 0, present(), |_, _| ()).is_ok();
         Ok(pagemap)
     }
 
-    /// Whether the kernel has PAGEMAP_SCAN.
+    /// Returns whether the kernel has PAGEMAP_SCAN.
     pub(crate) fn can_scan(&self) -> bool {
         self.can_scan
     }
 
-    /// Calls `found(start, end)` for runs of addresses among the `len` bytes at `start` that match.
+    /// Calls `found(start, end)` for runs of matching addresses in the `len` bytes at `start`.
     pub(crate) fn scan(&self, start: u64, len: u64, q: Query, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
         let end = start.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
         let mut runs = [Run::default(); RUNS];
@@ -153,8 +164,9 @@ impl Pagemap {
                 return_mask: q.reported,
                 ..ScanArg::default()
             };
-            // SAFETY: `arg` is a valid `pm_scan_arg` whose `vec` has room for `vec_len` runs; the kernel writes only
-            // there, and a write-protected page stays writable for the program (the kernel lifts it on the write).
+            // SAFETY: `arg` is a valid `pm_scan_arg` whose `vec` has room for `vec_len` runs. The
+            // kernel writes only there. A write-protected page stays writable for the program,
+            // because the kernel lifts the protection at the write.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, ptr::from_mut(&mut arg)) };
             let Ok(n) = usize::try_from(n) else {
                 let error = io::Error::last_os_error();
@@ -165,7 +177,7 @@ impl Pagemap {
             };
             let runs = &runs[..n.min(RUNS)];
             runs.iter().filter(|r| r.start < r.end).for_each(|r| found(r.start, r.end));
-            // a call may stop early although there was room: go on from where it stopped
+            // a call may stop early although there was room, so go on from where it stopped
             let reached = arg.walk_end.max(runs.last().map_or(0, |r| r.end));
             if reached >= end || at >= end {
                 return Ok(());
@@ -177,7 +189,8 @@ impl Pagemap {
         }
     }
 
-    /// Calls `found(start, end)` for runs of addresses that have memory of their own, in RAM or swapped out.
+    /// Calls `found(start, end)` for runs of addresses that have memory of their own, in RAM or
+    /// swapped out.
     pub(crate) fn populated(&self, start: u64, len: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
         if self.can_scan {
             return self.scan(start, len, present(), found);
@@ -193,9 +206,11 @@ impl Pagemap {
         self.read_entries(start, len, 63, found)
     }
 
-    /// The same by reading the entries, for kernels before Linux 6.7: a page matches when a bit from `bit` up is set.
+    /// Reads single entries, for kernels before Linux 6.7. A page matches if `bit` or a higher bit
+    /// of its entry is set.
     fn read_entries(&self, start: u64, len: u64, bit: u32, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
-        // eight bytes a page, bit 63 present, bit 62 swapped. They cannot tell the page of zeros, which then counts.
+        // An entry has eight bytes: bit 63 means present, bit 62 swapped. The zero page cannot be
+        // recognized and counts as memory.
         const WORDS: usize = 4096;
         let mut bytes = vec![0; WORDS * 8];
         let (mut page, end) = (start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT);
@@ -214,12 +229,13 @@ impl Pagemap {
 }
 
 fn present() -> Query {
-    // matches pages that are not the page of zeros, and present or swapped
+    // pages that are present or swapped, except the zero page
     Query { inverted: ZERO_PAGE, all: ZERO_PAGE, any: PRESENT | SWAPPED, reported: PRESENT, ..Query::default() }
 }
 
-/// Calls `found(from, end)` for runs of bytes that hold data in the first `len` bytes of `file`, as multiples of
-/// [`PAGE_SIZE`]. A file system that keeps no record reports everything.
+/// Calls `found(from, end)` for runs of bytes with data in the first `len` bytes of `file`. The
+/// bounds are multiples of [`PAGE_SIZE`]. A file system without records of holes reports
+/// everything.
 pub(crate) fn data_extents(file: BorrowedFd<'_>, len: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
     let page = PAGE_SIZE as u64;
     let signed = |at: u64| i64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
@@ -233,7 +249,7 @@ pub(crate) fn data_extents(file: BorrowedFd<'_>, len: u64, mut found: impl FnMut
         if data >= len {
             break;
         }
-        // a hole punched in between may make the hole come first
+        // if a hole is punched in between, SEEK_HOLE may return `data` itself
         let hole = lseek(file, signed(data)?, Whence::SeekHole)? as u64;
         let end = hole.max(data + 1).next_multiple_of(page).min(len);
         found(data / page * page, end);
@@ -242,7 +258,8 @@ pub(crate) fn data_extents(file: BorrowedFd<'_>, len: u64, mut found: impl FnMut
     Ok(())
 }
 
-/// Whether the mapping at `address` is shared with other mappings of a file. `true` when nobody can tell.
+/// Returns whether the mapping at `address` is shared with other mappings of a file. Returns `true`
+/// if that is unknown.
 pub(crate) fn is_shared(address: u64) -> io::Result<bool> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let found = maps.lines().find_map(|line| {

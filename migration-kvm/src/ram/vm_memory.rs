@@ -14,17 +14,17 @@ use vm_memory::{
 
 use super::pagemap::{Pagemap, data_extents, is_shared};
 
-/// A vm-memory object is no guest RAM for the SDK.
+/// The reason why a vm-memory object cannot be used as guest RAM.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VmMemoryError {
-    /// Its regions are no layout: empty, unaligned, or overlapping.
+    /// The regions are empty, unaligned or overlapping.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// A region is not mapped into this process whole, or not at a page border.
+    /// A region is not completely mapped into this process, or not page-aligned.
     #[error("the region at {0:#x} is not mapped into this process whole and page-aligned")]
     NotMapped(u64),
-    /// /proc/self/pagemap is there, and cannot be opened.
+    /// The file /proc/self/pagemap exists but cannot be opened.
     #[error("open /proc/self/pagemap: {0}")]
     Pagemap(#[source] io::Error),
 }
@@ -37,35 +37,37 @@ pub struct VmMemoryRam<M> {
     memory: Arc<M>,
     layout: RamLayout,
     addresses: Vec<NonNull<u8>>,
-    /// Per region, whether it is mapped shared: then only its file knows what is populated.
+    /// For each region, whether it is mapped shared. Then only its file knows which pages are
+    /// populated.
     shared: Vec<bool>,
-    /// `None` without `/proc`: then all of private memory counts as populated.
+    /// `None` without `/proc`. All pages of private memory then count as populated.
     pagemap: Option<Pagemap>,
 }
 
-// SAFETY: the addresses point into `memory`, which is `Send` and `Sync` itself and reached only through raw addresses.
+// SAFETY: the addresses point into `memory`, which is `Send` and `Sync` itself and is accessed only
+// through raw addresses.
 unsafe impl<M: Send + Sync> Send for VmMemoryRam<M> {}
 // SAFETY: as above.
 unsafe impl<M: Send + Sync> Sync for VmMemoryRam<M> {}
 
 impl<B: Bitmap + Send + Sync> VmMemoryRam<GuestMemoryMmap<B>> {
-    /// Guest RAM over vm-memory's own mmapped regions.
+    /// Makes guest RAM over the regions that vm-memory has mapped.
     ///
     /// # Errors
     /// See [`VmMemoryError`].
     pub fn from_mmap(memory: Arc<GuestMemoryMmap<B>>) -> Result<Self, VmMemoryError> {
-        // SAFETY: a `GuestMemoryMmap` cannot change while it is shared, and its regions stay mapped until it is
-        // dropped, which the `Arc` in the result prevents.
+        // SAFETY: a `GuestMemoryMmap` cannot change while it is shared. Its regions stay mapped
+        // until it is dropped, which the `Arc` in the result prevents.
         unsafe { Self::new(memory) }
     }
 }
 
 impl<M: GuestMemoryBackend + Send + Sync> VmMemoryRam<M> {
-    /// Guest RAM over any vm-memory back-end.
+    /// Makes guest RAM over any vm-memory back-end.
     ///
     /// # Safety
-    /// For as long as `memory` lives, its regions must stay the same and stay mapped, readable and writable, at the
-    /// addresses that they give now.
+    /// For as long as `memory` lives, its regions must stay the same, and must stay mapped,
+    /// readable and writable at their present addresses.
     ///
     /// # Errors
     /// See [`VmMemoryError`].
@@ -77,7 +79,7 @@ impl<M: GuestMemoryBackend + Send + Sync> VmMemoryRam<M> {
             let address = slice.ptr_guard_mut().as_ptr();
             let whole = slice.len() as u64 == len && (address as usize).is_multiple_of(PAGE_SIZE);
             let address = NonNull::new(address).filter(|_| whole).ok_or(VmMemoryError::NotMapped(gpa))?;
-            // not finding out is no failure: everything then counts as populated
+            // not an error: if it is unknown, everything counts as populated
             let shared = is_shared(address.as_ptr() as u64).unwrap_or(true);
             found.push((RamRegion { gpa, len }, address, shared));
         }
@@ -88,14 +90,15 @@ impl<M: GuestMemoryBackend + Send + Sync> VmMemoryRam<M> {
         Ok(Self { memory, layout, addresses, shared, pagemap })
     }
 
-    /// The vm-memory object.
+    /// Returns the vm-memory object.
     pub fn memory(&self) -> &Arc<M> {
         &self.memory
     }
 }
 
-// SAFETY: `VmMemoryRam::new` checked that each region is mapped whole at its address; that it stays so was promised to
-// it, for as long as `memory` lives, which is as long as this object.
+// SAFETY: `VmMemoryRam::new` checked that each region is completely mapped at its address. Its
+// caller guaranteed that this stays so for as long as `memory` lives, which is as long as this
+// object.
 unsafe impl<M: GuestMemoryBackend + Send + Sync> GuestRam for VmMemoryRam<M> {
     fn layout(&self) -> &RamLayout {
         &self.layout
@@ -119,7 +122,8 @@ unsafe impl<M: GuestMemoryBackend + Send + Sync> GuestRam for VmMemoryRam<M> {
                 into.insert_range(PageRange::new(first + from, end.saturating_sub(from)));
             };
             if let Some(file) = region.file_offset() {
-                // a mapping of a file, shared or private, shows the file's data whether or not it is mapped yet
+                // a mapping of a file, shared or private, shows the file's data whether or not it
+                // is mapped yet
                 let start = file.start();
                 data_extents(file.file().as_fd(), start.saturating_add(len), |from, end| {
                     if end > start {
@@ -140,11 +144,12 @@ unsafe impl<M: GuestMemoryBackend + Send + Sync> GuestRam for VmMemoryRam<M> {
     }
 }
 
-/// vm-memory's own dirty bitmap as a [`DirtyTracker`]: it sees what devices and VMM threads write through vm-memory,
-/// not what vCPUs write. Join it with a tracker of KVM's in a [`UnionTracker`](migration_core::tracker::UnionTracker).
+/// A [`DirtyTracker`] that uses vm-memory's own dirty bitmap. It sees writes of devices and VMM
+/// threads through vm-memory, but no writes of vCPUs. Combine it with one of KVM's trackers in a
+/// [`UnionTracker`](migration_core::tracker::UnionTracker).
 ///
-/// The bitmap's page size must be 4 KiB, else [`start`](DirtyTracker::start) fails. Its bits are set whether or not
-/// this tracker is active; starting forgets what was set before.
+/// The bitmap's page size must be 4 KiB; otherwise [`start`](DirtyTracker::start) fails. vm-memory
+/// sets bits whether or not this tracker is active. Starting clears earlier bits.
 pub struct VmMemoryBitmap {
     memory: Arc<GuestMemoryMmap<AtomicBitmap>>,
     layout: RamLayout,
@@ -153,7 +158,7 @@ pub struct VmMemoryBitmap {
 }
 
 impl VmMemoryBitmap {
-    /// A tracker over the bitmaps of `ram`'s regions.
+    /// Makes a tracker over the bitmaps of `ram`'s regions.
     pub fn new(ram: &VmMemoryRam<GuestMemoryMmap<AtomicBitmap>>) -> Self {
         let layout = ram.layout().clone();
         Self { memory: ram.memory.clone(), pending: PageSet::empty(layout.pages()), layout, active: false }

@@ -1,4 +1,4 @@
-//! CPUID: which of its bits are features, their names, and which of them say nothing about the host.
+//! CPUID: which bits are features, the names of the bits, and which bits do not depend on the host.
 
 use std::fmt;
 
@@ -21,7 +21,7 @@ impl Register {
         [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx].into_iter().find(|r| *r as u8 == value)
     }
 
-    /// Its value in an entry.
+    /// Returns the value of the register in an entry.
     pub(super) fn of(self, entry: &kvm_cpuid_entry2) -> u32 {
         match self {
             Self::Eax => entry.eax,
@@ -43,7 +43,7 @@ impl fmt::Display for Register {
     }
 }
 
-/// Bits of a register of CPUID.
+/// A set of bits of a CPUID register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidBits {
     /// The leaf (EAX on input).
@@ -56,15 +56,16 @@ pub struct CpuidBits {
     pub bits: u32,
 }
 
-/// A register whose bits each stand for a feature.
+/// A CPUID register in which each bit stands for a feature.
 pub(super) struct Features {
     pub(super) leaf: u32,
     pub(super) subleaf: u32,
     pub(super) register: Register,
-    /// Bits that a VMM or KVM sets without regard to the host, that follow the guest's own doing, or that KVM offers
-    /// though it does not list them.
+    /// The bits that are not checked: those that a VMM or KVM sets whatever the host is, those that
+    /// follow the guest's own settings, and those that KVM offers without listing them.
     pub(super) exempt: u32,
-    /// Names of the bits from 0 on, `-` if a bit has none, separated by blanks.
+    /// The names of the bits from bit 0 on, separated by spaces. `-` stands for a bit without a
+    /// name.
     names: &'static str,
 }
 
@@ -89,17 +90,18 @@ const fn bits<const N: usize>(bits: [u32; N]) -> u32 {
 
 use Register::{Eax, Ebx, Ecx, Edx};
 
-/// The leaf with KVM's features, if the leaf before says that they are KVM's.
+/// The leaf with the hypervisor's signature. If it is KVM's, the next leaf has KVM's features.
 pub(super) const KVM_SIGNATURE: u32 = 0x4000_0000;
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// The leaf whose EAX says how many bits physical and virtual addresses have.
+/// The leaf whose EAX has the number of bits of physical and virtual addresses.
 pub(super) const ADDRESS_SIZES: u32 = 0x8000_0008;
-/// The leaf of the XSAVE area.
+/// The leaf that describes the XSAVE area.
 pub(super) const XSTATE: u32 = 0xd;
 
 pub(super) const FEATURES: &[Features] = &[
-    // MONITOR follows MISC_ENABLE, OSXSAVE follows CR4. KVM emulates the x2APIC and the TSC deadline everywhere, older
-    // ones without listing the latter. The hypervisor bit is the VMM's.
+    // MONITOR follows MISC_ENABLE, and OSXSAVE follows CR4. KVM emulates the x2APIC and the TSC
+    // deadline timer on every host, but older KVMs do not list the latter. The VMM sets the
+    // hypervisor bit.
     features(
         1,
         0,
@@ -108,7 +110,7 @@ pub(super) const FEATURES: &[Features] = &[
         "SSE3 PCLMULQDQ DTES64 MONITOR DS-CPL VMX SMX EIST TM2 SSSE3 CNXT-ID SDBG FMA CX16 xTPR PDCM - PCID DCA SSE4.1 \
          SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES XSAVE OSXSAVE AVX F16C RDRAND hypervisor",
     ),
-    // APIC follows the APIC base; HTT is topology.
+    // APIC follows the APIC base, and HTT is topology.
     features(
         1,
         0,
@@ -117,7 +119,7 @@ pub(super) const FEATURES: &[Features] = &[
         "FPU VME DE PSE TSC MSR PAE MCE CX8 APIC - SEP MTRR PGE MCA CMOV PAT PSE36 PSN CLFSH - DS ACPI MMX FXSR SSE SSE2 \
          SS HTT TM IA64 PBE",
     ),
-    // The APIC timer that does not stop is KVM's own.
+    // KVM itself provides the APIC timer that runs in all power states.
     features(6, 0, Eax, !0, ""),
     features(
         7,
@@ -167,7 +169,7 @@ pub(super) const FEATURES: &[Features] = &[
     features(XSTATE, 0, Edx, 0, ""),
     features(XSTATE, 1, Eax, 0, "XSAVEOPT XSAVEC XGETBV1 XSAVES XFD"),
     features(XSTATE, 1, Ecx, 0, "- - - - - - - - - - - CET_U CET_S"),
-    // The VMM implements MAP_GPA_RANGE, extended destinations of MSIs, and the control of migration.
+    // The VMM implements MAP_GPA_RANGE, extended destinations of MSIs, and migration control.
     features(
         KVM_FEATURES,
         0,
@@ -187,7 +189,7 @@ pub(super) const FEATURES: &[Features] = &[
         "LAHF_LM CMP_LEGACY SVM EXTAPIC CR8_LEGACY ABM SSE4A MISALIGNSSE 3DNOWPREFETCH OSVW IBS XOP SKINIT WDT - LWP \
          FMA4 TCE - NODEID_MSR - TBM TOPOEXT PERFCTR_CORE PERFCTR_NB - DBX PERFTSC PCX_L2I MONITORX ADDR_MASK_EXT",
     ),
-    // APIC as in leaf 1.
+    // APIC is exempt as in leaf 1.
     features(
         0x8000_0001,
         0,
@@ -223,19 +225,20 @@ pub(super) const FEATURES: &[Features] = &[
     ),
 ];
 
-/// The entry of a leaf and subleaf.
+/// Returns the entry of a leaf and subleaf.
 pub(super) fn find(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Option<&kvm_cpuid_entry2> {
     entries.iter().find(|e| e.function == leaf && e.index == subleaf)
 }
 
-/// The bits of features that `guest` has and `host` lacks, without the exempt ones.
+/// Returns the feature bits that `guest` has and `host` does not have, without the exempt ones.
 pub(super) fn lacking<'a>(
     guest: &'a [kvm_cpuid_entry2],
     host: &'a [kvm_cpuid_entry2],
 ) -> impl Iterator<Item = (&'static Features, u32)> + 'a {
     let kvm = find(guest, KVM_SIGNATURE, 0).is_some_and(|e| (e.ebx, e.ecx, e.edx) == (0x4b4d_564b, 0x564b_4d56, 0x4d));
     FEATURES.iter().filter_map(move |f| {
-        // Under another signature the leaf means something else, which the VMM and KVM settle between them.
+        // with another signature the leaf has another meaning, which only the VMM and KVM need to
+        // know
         if f.leaf == KVM_FEATURES && !kvm {
             return None;
         }
@@ -245,7 +248,8 @@ pub(super) fn lacking<'a>(
     })
 }
 
-/// What this KVM offers: what it supports in hardware, and what it emulates if a VMM asks for it.
+/// Returns what this KVM offers: the features that it supports in hardware, and those that it
+/// emulates if a VMM requests them.
 pub(super) fn offered(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
     let mut entries = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?.as_slice().to_vec();
     if let Ok(emulated) = kvm.get_emulated_cpuid(KVM_MAX_CPUID_ENTRIES) {
@@ -265,14 +269,15 @@ pub(super) fn offered(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Er
     Ok(entries)
 }
 
-/// The TSC frequency of the host in kHz, by a scratch VM: there is no other way to ask that every KVM has.
+/// Returns the TSC frequency of the host in kHz. Creates a scratch VM, because no other query works
+/// with every KVM.
 pub(super) fn host_tsc_khz(kvm: &Kvm) -> Option<u32> {
     let vm = kvm.create_vm().ok()?;
     vm.create_vcpu(0).ok()?.get_tsc_khz().ok().filter(|khz| *khz > 0)
 }
 
-/// Whether two CPUIDs are the same but for what KVM itself changes in them while the guest runs: what follows CR4, the
-/// APIC base, MISC_ENABLE and XCR0.
+/// Returns whether two CPUIDs are equal except for the bits that KVM itself changes while the guest
+/// runs. These follow CR4, the APIC base, MISC_ENABLE and XCR0.
 pub(super) fn same_but_for_dynamic_bits(a: &[kvm_cpuid_entry2], b: &[kvm_cpuid_entry2]) -> bool {
     let fixed = |e: &kvm_cpuid_entry2| {
         let mut e = *e;
@@ -329,7 +334,8 @@ mod tests {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
     }
 
-    /// Each bit of each register by itself, in every leaf of which some bits do not count, and in one of which all do.
+    /// Changes each bit of each register, in every leaf with bits that do not count, and in one
+    /// leaf without any.
     #[test]
     fn only_what_the_guest_changes_itself_does_not_count() {
         let dynamic = [

@@ -1,5 +1,5 @@
-//! The pages that vCPUs touch as soon as they run: those which a guest that was handed over by post-copy would wait for one after
-//! the other.
+//! Finds the pages that vCPUs touch as soon as they run. After a hand-over by post-copy, a guest
+//! would wait for these pages one after the other.
 
 use migration_core::{GuestRam, PAGE_SIZE, PageSet, state::VmState};
 
@@ -7,22 +7,23 @@ use super::{VCPU_SECTION, VcpuState};
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
-/// Where a page-table entry has the address.
+/// The bits of a page-table entry that hold the address.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_FIVE_LEVELS: u64 = 1 << 12;
 const EFER_LONG_MODE: u64 = 1 << 10;
 
-/// MSRs that name memory which KVM writes when it loads or runs a vCPU: clock, asynchronous faults, stolen time, end of
-/// interrupt. Their low bits are flags.
+/// MSRs with the address of memory that KVM writes when it loads or runs a vCPU: clock,
+/// asynchronous page faults, stolen time, end of interrupt. Their low bits are flags.
 const MEMORY_MSRS: [u32; 6] = [0x11, 0x12, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04];
 
-/// Adds to `into` the pages under the vCPUs of a state that [`save_vcpu`](super::save_vcpu) made: where they execute, their
-/// stacks, descriptor tables, the page tables on the way there, and what KVM writes by itself; some ten to twenty a vCPU. Meant for
+/// Adds to `into` the pages that the vCPUs of a saved state need first. These are the pages of
+/// their code, stacks and descriptor tables, of the page tables that lead there, and of memory that
+/// KVM itself writes: about ten to twenty per vCPU. Meant for
 /// [`SourceVm::entry_pages`](migration_core::vm::SourceVm::entry_pages).
 ///
-/// It is a hint: a vCPU that is not understood is passed over, as are addresses outside RAM, and paging other than that of
-/// 64-bit mode (there only what needs no translation is found).
+/// The result is a hint. It leaves out vCPUs whose section cannot be decoded and addresses outside
+/// RAM. With paging other than that of 64-bit mode it has only addresses that need no translation.
 pub fn entry_pages(state: &VmState, ram: &dyn GuestRam, into: &mut PageSet) {
     for section in state.sections.iter().filter(|section| section.name == VCPU_SECTION) {
         if let Ok(vcpu) = VcpuState::decode(&section.data) {
@@ -36,7 +37,7 @@ struct Entry<'a> {
     into: &'a mut PageSet,
 }
 
-/// Where a vCPU finds its memory.
+/// The paging mode of a vCPU.
 #[derive(Clone, Copy)]
 struct Paging {
     cr3: u64,
@@ -56,11 +57,11 @@ impl Entry<'_> {
         };
         let page = PAGE_SIZE as u64;
         let code = [vcpu.regs.rip, vcpu.regs.rip.wrapping_add(page)];
-        // a stack grows down, and what is returned to lies above
+        // a stack grows down, and return addresses are above the stack pointer
         let stack = [vcpu.regs.rsp, vcpu.regs.rsp.wrapping_sub(page), vcpu.regs.rsp.wrapping_add(page)];
         let ends =
             [s.gdt, s.idt].into_iter().flat_map(|table| [table.base, table.base.wrapping_add(table.limit.into())]);
-        // a segment that is not used has the base 0
+        // an unused segment has base 0
         let bases = [s.tr, s.fs, s.gs].into_iter().map(|segment| segment.base).filter(|&base| base != 0);
         for linear in code.into_iter().chain(stack).chain(ends).chain(bases) {
             match paging {
@@ -70,7 +71,7 @@ impl Entry<'_> {
         }
     }
 
-    /// The page tables on the way to this address, and the page there.
+    /// Adds the page tables that lead to the linear address, and the page at that address.
     fn walk(&mut self, Paging { cr3, levels }: Paging, linear: u64) {
         let mut table = cr3 & ADDRESS;
         for level in (0..levels).rev() {
@@ -123,7 +124,7 @@ mod tests {
             let ram: &dyn GuestRam = &ram;
             ram.write(table * 4096 + index * 8, &value.to_le_bytes()).unwrap();
         };
-        // 0xffff_8000_0020_1000 is 256, 0, 1, 1
+        // the table indices of 0xffff_8000_0020_1000 are 256, 0, 1, 1
         entry(1, 256, 2 << 12 | PRESENT);
         entry(2, 0, 3 << 12 | PRESENT);
         entry(3, 1, 4 << 12 | PRESENT);
@@ -131,7 +132,7 @@ mod tests {
         let paging = Paging { cr3: 1 << 12, levels: 4 };
         assert_eq!(found(&ram, paging, 0xffff_8000_0020_1abc), [1, 2, 3, 4, 77]);
         assert_eq!(found(&ram, paging, 0xffff_8000_0020_2000), [1, 2, 3, 4]);
-        // a large page, and one of five levels
+        // a large page, and paging with five levels
         entry(3, 2, LARGE | PRESENT);
         assert_eq!(found(&ram, paging, 0xffff_8000_0040_5000), [1, 2, 3, 5]);
         entry(9, 0, 1 << 12 | PRESENT);

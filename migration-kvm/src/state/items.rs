@@ -1,8 +1,10 @@
-//! The tagged list in which the parts of a state travel: their number (`u32`), then of each the tag (`u16`), the length
-//! (`u32`), and the bytes. The number makes a list that was cut between two parts differ from one that lacks them.
+//! The encoding of a state as a list of tagged items. The list begins with the number of items
+//! (`u32`). Each item has a tag (`u16`), a length (`u32`) and its bytes. The number makes it
+//! possible to recognize a list that was cut between two items.
 //!
-//! A later version adds parts under new tags. A tag without [`OPTIONAL`] says that the state is wrong without this part:
-//! whoever does not know it refuses the whole. A tag with it may be passed over.
+//! A later version adds items with new tags. A tag without [`OPTIONAL`] means that the state is
+//! wrong without the item, so a reader that does not know the tag refuses the whole state. A reader
+//! ignores an unknown item whose tag has [`OPTIONAL`].
 
 use migration_core::codec::{DecodeError, Reader, Writer};
 
@@ -11,11 +13,12 @@ use super::{
     sys::{self, Pod},
 };
 
-/// Set in the tags of parts that a reader may pass over if it does not know them.
+/// The bit in the tags of items that a reader may ignore if it does not know them.
 pub const OPTIONAL: u16 = 0x8000;
-/// Most items in one list; there are about twenty kinds.
+/// The largest number of items in a list; there are about twenty kinds.
 const MAX_ITEMS: usize = 256;
-/// Most bytes in an item. The largest is the XSAVE area (11 KiB with AMX) or 4096 MSRs (48 KiB).
+/// The largest length of an item in bytes. The largest items are the XSAVE area (11 KiB with AMX)
+/// and 4096 MSRs (48 KiB).
 const MAX_ITEM: usize = 64 << 10;
 
 /// Writes a list of items.
@@ -46,7 +49,7 @@ impl ItemWriter {
         self.bytes(tag, &value.to_le_bytes());
     }
 
-    /// An item that `write` fills.
+    /// Adds an item that `write` fills.
     pub(super) fn with(&mut self, tag: u16, write: impl FnOnce(&mut Writer)) {
         let mut w = Writer::new();
         write(&mut w);
@@ -60,7 +63,8 @@ impl ItemWriter {
     }
 }
 
-/// A list of items, each there at most once. Parts are taken out by tag; [`finish`](Items::finish) refuses what is left.
+/// A list of items with different tags. Items are taken out by tag, and [`finish`](Items::finish)
+/// checks what is left.
 pub(super) struct Items<'a>(Vec<(u16, &'a [u8])>);
 
 impl<'a> Items<'a> {
@@ -96,7 +100,7 @@ impl<'a> Items<'a> {
         pod(self.need(tag, name)?, name)
     }
 
-    /// Reads an item with `read`, which must read all of it.
+    /// Takes an item and decodes it with `read`, which must read all of it.
     pub(super) fn take_with<T>(
         &mut self,
         tag: u16,
@@ -117,7 +121,7 @@ impl<'a> Items<'a> {
         self.take_with(tag, |r| r.u64(name))
     }
 
-    /// Whether everything was taken that must be understood.
+    /// Checks that no unknown item without [`OPTIONAL`] is left.
     pub(super) fn finish(self) -> Result<(), StateError> {
         let unknown: Vec<u16> = self.0.iter().map(|(tag, _)| *tag).filter(|tag| tag & OPTIONAL == 0).collect();
         if unknown.is_empty() { Ok(()) } else { Err(StateError::UnknownItems { tags: unknown }) }

@@ -1,14 +1,18 @@
-//! vCPU and VM state on x86-64: saved from KVM, encoded as [`Section`]s, loaded into another KVM.
+//! The state of vCPUs and VMs on x86-64. It is saved from KVM, encoded as [`Section`]s, and loaded
+//! into another KVM.
 //!
-//! A VMM saves with [`save_vm`] and, on each vCPU's own thread, [`save_vcpu`]. It loads in this order:
-//! 1. [`load_clock`], before any vCPU: a vCPU's TSC offset is computed against the VM's clock.
-//! 2. [`load_vcpu`], on each vCPU's own thread, in any order among them.
-//! 3. [`load_vm`]: interrupt controllers and timer. What they have pending is delivered into LAPICs, which the loading of
-//!    a vCPU would overwrite.
+//! A VMM saves with [`save_vm`] and, on the thread of each vCPU, with [`save_vcpu`]. It loads in
+//! this order:
+//! 1. [`load_clock`], before any vCPU, because a vCPU's TSC offset is computed against the VM's
+//!    clock.
+//! 2. [`load_vcpu`], on the thread of each vCPU, in any order.
+//! 3. [`load_vm`], which loads interrupt controllers and timer. Their pending interrupts are
+//!    delivered to LAPICs, and loading a vCPU afterwards would overwrite these.
 //!
-//! Guest RAM must be ready to be touched before: KVM writes its clock pages when it loads the MSRs that point to them.
+//! Guest RAM must be accessible before that: KVM writes to the guest's clock pages when it loads
+//! the MSRs with their addresses.
 //!
-//! Before RAM moves, [`HostNeeds`] tells whether the destination can take all that.
+//! Before any RAM is sent, [`HostNeeds`] checks whether the destination can load the state.
 
 use std::io;
 
@@ -37,89 +41,93 @@ pub use sys::Sregs2;
 pub use vcpu::{LoadedVcpu, SpecialRegs, VcpuSaver, VcpuState, complete_io, note_pause};
 pub use vm::{ClockLoaded, Irqchip, KvmState};
 
-/// Name of the sections of vCPUs; the instance is the vCPU's number.
+/// The name of the sections of vCPUs. The instance is the number of the vCPU.
 pub const VCPU_SECTION: &str = "vcpu";
-/// Name of the section of the VM: its clock, interrupt controllers and timer.
+/// The name of the section with the VM's clock, interrupt controllers and timer.
 pub const VM_SECTION: &str = "vm";
-/// The version that is written, and the only one that is read. New items do not need a new version, see [`OPTIONAL`].
+/// The version that is written, and the only one that is read. New items do not need a new version,
+/// see [`OPTIONAL`].
 pub const STATE_VERSION: u32 = 1;
 
-/// State could not be saved, loaded or understood.
+/// The reason why state could not be saved, loaded or decoded.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StateError {
-    /// KVM refused something.
+    /// KVM refused a request.
     #[error("{what}: {source}")]
     Ioctl {
-        /// The ioctl, or what it was to do.
+        /// The name of the ioctl, or its purpose.
         what: &'static str,
-        /// The reason it gave.
+        /// KVM's error.
         source: io::Error,
     },
-    /// Completing the vCPU's instruction took an exit that the VMM's handler did not handle; see [`complete_io`]. What
-    /// the instruction would have read from the device is undefined if the guest goes on.
+    /// An exit occurred while the vCPU's instruction was completed, and the VMM's handler did not
+    /// handle it; see [`complete_io`]. If the guest went on, the instruction would read undefined
+    /// data from the device.
     #[error("the vCPU still waits for the VMM to handle an exit: {exit}")]
     IoPending {
         /// The exit.
         exit: String,
     },
-    /// It is a section of something else.
+    /// The section has another name.
     #[error("expected a section {expected}, found {found}")]
     WrongSection {
-        /// The name that was expected.
+        /// The expected name.
         expected: &'static str,
-        /// The section's name.
+        /// The name of the section.
         found: String,
     },
-    /// It was written in a version that is not known here.
+    /// The section has a version that this host does not know.
     #[error("state of {name} has version {found}, this host loads {STATE_VERSION}")]
     Version {
-        /// The section's name.
+        /// The name of the section.
         name: &'static str,
-        /// The version found.
+        /// The version of the section.
         found: u32,
     },
-    /// The bytes are not what they should be.
+    /// The bytes cannot be decoded.
     #[error(transparent)]
     Decode(#[from] DecodeError),
-    /// A part has not the size it must have.
+    /// An item has the wrong size.
     #[error("{name}: {found} bytes instead of {expected}")]
     ItemSize {
-        /// The part.
+        /// The name of the item.
         name: &'static str,
-        /// How many bytes there are.
+        /// Its size in bytes.
         found: usize,
-        /// How many there should be.
+        /// The required size in bytes.
         expected: usize,
     },
-    /// A part that is always there is not there.
+    /// A required item is missing.
     #[error("the state has no {name}")]
     MissingItem {
-        /// The part.
+        /// The name of the item.
         name: &'static str,
     },
-    /// A part appears twice.
+    /// An item appears twice.
     #[error("item {tag:#x} appears twice")]
     DuplicateItem {
-        /// Its tag.
+        /// The tag of the item.
         tag: u16,
     },
-    /// Parts that are not known here, and without which the state would be wrong: a newer version wrote it.
+    /// The state has items that this version does not know and without which the state would be
+    /// wrong. A newer version wrote it.
     #[error("the state needs parts that this version does not know: items {tags:x?}")]
     UnknownItems {
-        /// Their tags.
+        /// The tags of the items.
         tags: Vec<u16>,
     },
-    /// MSRs that this KVM does not take, and whose values here differ.
+    /// KVM refuses MSRs, and their present values differ from the saved ones.
     #[error("this KVM refuses MSRs that the guest uses: {}", list_msrs(.msrs))]
     MsrsRefused {
-        /// The registers, with the values that they should have.
+        /// The MSRs with their saved values.
         msrs: Vec<Msr>,
     },
-    /// The state has a part for which this VM was not built, or the other way round.
+    /// The state has a part for which this VM was not built, or lacks a part for which it was
+    /// built.
     #[error("{what}")]
     Unfit {
-        /// What does not fit, and what to do.
+        /// The reason, and what to do.
         what: String,
     },
 }
@@ -134,23 +142,24 @@ fn list_msrs(msrs: &[Msr]) -> String {
     msrs.iter().map(|m| format!("{:#x} = {:#x}", m.index, m.data)).collect::<Vec<_>>().join(", ")
 }
 
-/// Turns an error of kvm-ioctls into one that names the ioctl.
+/// Returns a function that turns an error of kvm-ioctls into one with the name of the ioctl.
 fn ioctl_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |error| StateError::Ioctl { what, source: io::Error::from_raw_os_error(error.errno()) }
 }
 
-/// The same for the ioctls of [`sys`].
+/// Returns such a function for the ioctls of [`sys`].
 fn io_error(what: &'static str) -> impl Fn(io::Error) -> StateError {
     move |source| StateError::Ioctl { what, source }
 }
 
-/// Saves vCPU number `index`, which must not run. Call it on the vCPU's own thread.
+/// Saves vCPU number `index`, which must not run. Must be called on the vCPU's own thread.
 ///
-/// The instruction at whose exit it stopped is completed first; the exits that this takes go to `handle`, as in
-/// [`complete_io`]. The exit at which it stopped has been handled before, as ever.
+/// The instruction at which the vCPU exited is completed first. Further exits of that instruction
+/// are passed to `handle`, see [`complete_io`]. The VMM must have handled the first exit already,
+/// as after every `KVM_RUN`.
 ///
 /// # Errors
-/// [`StateError::IoPending`] if `handle` did not handle an exit; what KVM refuses.
+/// Fails with [`StateError::IoPending`] if `handle` did not handle an exit, and with KVM's errors.
 pub fn save_vcpu(
     vcpu: &mut VcpuFd,
     index: u32,
@@ -161,10 +170,12 @@ pub fn save_vcpu(
     section(VCPU_SECTION, index, saver.save(vcpu)?.encode())
 }
 
-/// Loads a vCPU that has not run yet. Call it on the vCPU's own thread, after [`load_clock`] and before [`load_vm`].
+/// Loads a vCPU that has not run yet. Must be called on the vCPU's own thread, after [`load_clock`]
+/// and before [`load_vm`].
 ///
 /// # Errors
-/// When the section is not a vCPU's or not understood, or KVM refuses it. The vCPU is in no useful state then.
+/// Fails if the section is not that of a vCPU or cannot be decoded, or if KVM refuses it. The state
+/// of the vCPU is undefined then.
 pub fn load_vcpu(
     vcpu: &mut VcpuFd,
     section: &Section,
@@ -174,30 +185,30 @@ pub fn load_vcpu(
     saver.load(vcpu, &VcpuState::decode(data(section, VCPU_SECTION)?)?, clock)
 }
 
-/// Saves what the VM has beside vCPUs and RAM: its clock, interrupt controllers and timer. All vCPUs must be stopped.
-///
-/// `irqchip` is what the VMM created.
+/// Saves the VM's clock, interrupt controllers and timer. All vCPUs must be stopped. `irqchip` is
+/// the kind that the VMM created.
 ///
 /// # Errors
-/// When KVM refuses.
+/// Fails if KVM refuses.
 pub fn save_vm(saver: &VcpuSaver, vm: &VmFd, irqchip: Irqchip) -> Result<Section, StateError> {
     section(VM_SECTION, 0, KvmState::save(saver, vm, irqchip)?.encode())
 }
 
-/// Loads the VM's clock. Before any [`load_vcpu`].
+/// Loads the VM's clock. Must be called before any [`load_vcpu`].
 ///
 /// # Errors
-/// When the section is not the VM's or not understood, or KVM refuses it.
+/// Fails if the section is not that of the VM or cannot be decoded, or if KVM refuses it.
 pub fn load_clock(vm: &VmFd, section: &Section) -> Result<ClockLoaded, StateError> {
     KvmState::decode(data(section, VM_SECTION)?)?.load_clock(vm)
 }
 
-/// Loads interrupt controllers and timer. After all [`load_vcpu`]s; no vCPU runs yet.
-///
-/// `irqchip` is what the VMM created here; the saved one must be the same.
+/// Loads interrupt controllers and timer. Must be called after all calls of [`load_vcpu`] and
+/// before any vCPU runs. `irqchip` is the kind that the VMM created here, which must be the same as
+/// the saved one.
 ///
 /// # Errors
-/// When the section is not the VM's or not understood, the VM has other controllers, or KVM refuses.
+/// Fails if the section is not that of the VM or cannot be decoded, if the VM has another irqchip,
+/// or if KVM refuses.
 pub fn load_vm(vm: &VmFd, section: &Section, irqchip: Irqchip, _clock: &ClockLoaded) -> Result<(), StateError> {
     KvmState::decode(data(section, VM_SECTION)?)?.load_chips(vm, irqchip)
 }

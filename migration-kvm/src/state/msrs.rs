@@ -1,4 +1,5 @@
-//! Model-specific registers: which there are, and reading and writing them past those that KVM refuses.
+//! Model-specific registers: the list of those to save, and how they are read and written although
+//! KVM refuses some of them.
 
 use std::io;
 
@@ -11,7 +12,8 @@ use super::{
     ioctl_error,
 };
 
-/// Most MSRs in a vCPU's state. KVM lists about 150; a model with all machine-check banks and counters, 500.
+/// The largest number of MSRs in a vCPU's state. KVM lists about 150. A model with all
+/// machine-check banks and counters has 500.
 pub const MAX_MSRS: usize = 4096;
 
 /// The time stamp counter.
@@ -21,17 +23,18 @@ pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const IA32_FEAT_CTL: u32 = 0x3a;
 const IA32_PERF_GLOBAL_CTRL: u32 = 0x38f;
 const AMD_PERF_GLOBAL_CTL: u32 = 0xc000_0301;
-/// Capabilities of VMX: they decide what nested state is valid.
+/// The MSRs with the capabilities of VMX, which decide what nested state is valid.
 const VMX_CAPABILITIES: std::ops::RangeInclusive<u32> = 0x480..=0x491;
-/// `KVM_X86_SETUP_MCE` allows 32 banks of four registers.
+/// The MSRs of machine-check banks. `KVM_X86_SETUP_MCE` allows 32 banks of four registers.
 const MC_BANKS: std::ops::Range<u32> = 0x400..0x400 + 4 * 32;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
-/// Bits of these that tell of a weakness, not of a feature: RSBA and RRSBA.
+/// The bits of this MSR that report a weakness and not a feature: RSBA and RRSBA.
 const WEAKNESSES: u64 = 1 << 2 | 1 << 19;
 const IA32_PERF_CAPABILITIES: u32 = 0x345;
 
-/// MSRs that are part of the state, whether or not KVM's list has them. The list leaves out those that "always exist"
-/// (memory types, machine check), and those of features that the host's processor has but KVM thinks it need not tell.
+/// MSRs that are saved whether or not KVM's list has them. The list leaves out MSRs that "always
+/// exist" (memory types, machine check). It also leaves out MSRs of some features that the host's
+/// processor has.
 #[rustfmt::skip]
 const MORE_MSRS: &[u32] = &[
     0x10, // TSC
@@ -64,13 +67,14 @@ const MORE_MSRS: &[u32] = &[
 /// A model-specific register and its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Msr {
-    /// Which register.
+    /// The number of the register.
     pub index: u32,
-    /// Its value.
+    /// The value of the register.
     pub data: u64,
 }
 
-/// The MSRs to save, in the order in which they are written back. The same for all vCPUs of a VM: probe it once.
+/// The MSRs to save, in the order in which they are written when loading. It is the same for all
+/// vCPUs of a VM, so make it once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MsrList {
     listed: Vec<u32>,
@@ -79,10 +83,10 @@ pub struct MsrList {
 }
 
 impl MsrList {
-    /// What this KVM lists, and what its list is known to leave out.
+    /// Returns the MSRs that this KVM lists and those that the list is known to leave out.
     ///
     /// # Errors
-    /// When KVM does not give its list.
+    /// Fails if KVM does not return its list.
     pub fn probe(kvm: &Kvm) -> Result<Self, StateError> {
         let mut listed = kvm.get_msr_index_list().map_err(ioctl_error("KVM_GET_MSR_INDEX_LIST"))?.as_slice().to_vec();
         listed.sort_unstable();
@@ -91,16 +95,16 @@ impl MsrList {
         indices.extend(MORE_MSRS.iter().copied().chain(MC_BANKS.filter(|index| index % 4 < 2)));
         indices.sort_unstable();
         indices.dedup();
-        // Stable: within a rank, in the order of the indices.
+        // a stable sort, which keeps the order of the indices within a rank
         indices.sort_by_key(|index| rank(*index));
         Ok(Self { listed, indices, unreadable: Vec::new() })
     }
 
-    /// Drops the MSRs that cannot be read of `vcpu`, so that later saves need not stumble over each. What can be read
-    /// depends on the vCPU's CPUID, so set that first.
+    /// Removes the MSRs that cannot be read from `vcpu`, so that later saves do not try them again.
+    /// The vCPU's CPUID must be set before, because it decides what can be read.
     ///
     /// # Errors
-    /// When KVM reads none at all.
+    /// Fails if KVM reads no MSR at all.
     pub fn learn(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let (_, unreadable) = read(vcpu, &self.indices)?;
         self.indices.retain(|index| !unreadable.contains(index));
@@ -108,32 +112,35 @@ impl MsrList {
         Ok(())
     }
 
-    /// The MSRs to save.
+    /// Returns the MSRs to save.
     pub fn indices(&self) -> &[u32] {
         &self.indices
     }
 
-    /// Those that [`learn`](MsrList::learn) dropped.
+    /// Returns the MSRs that [`learn`](MsrList::learn) removed.
     pub fn unreadable(&self) -> &[u32] {
         &self.unreadable
     }
 
-    /// Whether KVM's own list has it, or it is one of those that the list leaves out.
+    /// Returns whether KVM's own list has the MSR, or it is one of those that the list leaves out.
     pub fn has(&self, index: u32) -> bool {
         self.is_listed(index) || MORE_MSRS.contains(&index) || MC_BANKS.contains(&index)
     }
 
-    /// Whether KVM's own list has it.
+    /// Returns whether KVM's own list has the MSR.
     pub fn is_listed(&self, index: u32) -> bool {
         self.listed.binary_search(&index).is_ok()
     }
 }
 
-/// Where an MSR stands in the order of writing.
-/// 0: what decides whether other state is valid (FEAT_CTL must allow VMX before CR4.VMXE can be set; the VMX
-/// capabilities are what nested state is checked against); written before the segment and control registers.
-/// 1: the TSC, because the deadline is measured against it. 2: everything else. 3: the switch that lets performance
-/// counters run, once they are all set. 4: the TSC deadline, which arms the timer, or fires at once if it has passed.
+/// Returns the rank of an MSR in the order of writing:
+/// - 0: MSRs that decide whether other state is valid. FEAT_CTL must allow VMX before CR4.VMXE can
+///   be set, and nested state is checked against the VMX capabilities. They are written before the
+///   segment and control registers.
+/// - 1: the TSC, because the deadline is relative to it.
+/// - 2: all other MSRs.
+/// - 3: the MSRs that start performance counters, after all counters were set.
+/// - 4: the TSC deadline, which arms the timer, or fires it at once if the deadline has passed.
 pub(super) fn rank(index: u32) -> u8 {
     match index {
         IA32_FEAT_CTL => 0,
@@ -145,15 +152,17 @@ pub(super) fn rank(index: u32) -> u8 {
     }
 }
 
-/// The address and miscellaneous registers of the machine-check banks, if they have a meaning: while a bank's status
-/// register, which is among `msrs`, is not zero. Reading them always would make half of the time for MSRs.
+/// Returns the address and miscellaneous registers of the machine-check banks in which an error is
+/// logged: those whose status register in `msrs` is not zero. Reading them always would take half
+/// of the time that the MSRs take.
 pub(super) fn more_of_banks(msrs: &[Msr]) -> Vec<u32> {
     let logged = |msr: &&Msr| MC_BANKS.contains(&msr.index) && msr.index % 4 == 1 && msr.data != 0;
     msrs.iter().filter(logged).flat_map(|msr| [msr.index + 1, msr.index + 2]).collect()
 }
 
-/// Whether an MSR tells the guest of features, as CPUID does, and CPUID says that it is there.
-/// Some(false): it tells of features, but the guest was told that it does not exist, so its value does not matter.
+/// Returns whether the guest's CPUID says that a feature MSR exists. Returns `None` if the MSR is
+/// no feature MSR. With `Some(false)` its value does not matter, because the guest was told that it
+/// does not exist.
 pub(super) fn is_feature(index: u32, cpuid: &[kvm_cpuid_entry2]) -> Option<bool> {
     let has = |leaf, register: Register, bit: u32| {
         cpuid::find(cpuid, leaf, 0).is_some_and(|entry| register.of(entry) >> bit & 1 != 0)
@@ -166,22 +175,23 @@ pub(super) fn is_feature(index: u32, cpuid: &[kvm_cpuid_entry2]) -> Option<bool>
     }
 }
 
-/// Feature MSRs with bits that this host does not have, though KVM takes any value of them from a VMM.
+/// Returns the feature MSRs with bits that this host does not have. KVM itself accepts any value of
+/// them from a VMM.
 pub(super) fn beyond_host(kvm: &Kvm, features: &[Msr]) -> Result<Vec<Msr>, StateError> {
-    let Some(&told) = features.iter().find(|msr| msr.index == IA32_ARCH_CAPABILITIES) else { return Ok(Vec::new()) };
-    let mut here = from_entries(&[kvm_msr_entry { index: told.index, ..Default::default() }])?;
+    let Some(&guest) = features.iter().find(|msr| msr.index == IA32_ARCH_CAPABILITIES) else { return Ok(Vec::new()) };
+    let mut here = from_entries(&[kvm_msr_entry { index: guest.index, ..Default::default() }])?;
     let read = kvm.get_msrs(&mut here).map_err(ioctl_error("KVM_GET_MSRS of features"))?;
-    // one that cannot be read does not exist here
+    // an MSR that cannot be read does not exist here
     let here = here.as_slice().first().filter(|_| read == 1).map_or(0, |msr| msr.data);
-    Ok(if told.data & !here & !WEAKNESSES == 0 { Vec::new() } else { vec![told] })
+    Ok(if guest.data & !here & !WEAKNESSES == 0 { Vec::new() } else { vec![guest] })
 }
 
-/// Reads MSRs; also returns which could not be read.
+/// Reads MSRs. Also returns the numbers of those that could not be read.
 pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<(Vec<Msr>, Vec<u32>), StateError> {
     let (mut found, mut skipped) = (Vec::with_capacity(indices.len()), Vec::new());
     let mut rest = indices;
     while !rest.is_empty() {
-        // KVM takes 256 at a time, and stops at the first that it refuses.
+        // KVM reads at most 256 at a time and stops at the first that it refuses
         let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
         let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
         let mut msrs = from_entries(&entries)?;
@@ -193,7 +203,7 @@ pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<(Vec<Msr>, Vec<u32>
     Ok((found, skipped))
 }
 
-/// Writes MSRs in the order given; returns those that KVM refused.
+/// Writes MSRs in the given order. Returns those that KVM refused.
 pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, StateError> {
     let mut skipped = Vec::new();
     let mut rest = msrs;
@@ -208,7 +218,8 @@ pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, StateError>
     Ok(skipped)
 }
 
-/// Those of the MSRs that KVM refused whose values here are not what they should be. One that does not exist here is zero.
+/// Returns those of the refused MSRs whose present values differ from the saved ones. An MSR that
+/// does not exist here counts as zero.
 pub(super) fn still_wrong(vcpu: &VcpuFd, refused: &[Msr]) -> Result<Vec<Msr>, StateError> {
     if refused.is_empty() {
         return Ok(Vec::new());
@@ -220,7 +231,7 @@ pub(super) fn still_wrong(vcpu: &VcpuFd, refused: &[Msr]) -> Result<Vec<Msr>, St
 }
 
 fn from_entries(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
-    // Fails only above KVM_MAX_MSR_ENTRIES, which both callers keep to.
+    // fails only above KVM_MAX_MSR_ENTRIES, and both callers stay below
     Msrs::from_entries(entries)
         .map_err(|_| StateError::Ioctl { what: "a list of MSRs", source: io::ErrorKind::InvalidInput.into() })
 }
@@ -238,7 +249,7 @@ mod tests {
         assert_eq!(MORE_MSRS.iter().collect::<std::collections::HashSet<_>>().len(), MORE_MSRS.len());
     }
 
-    /// The list that the comments of `rank` and of loading rest on.
+    /// The ranks on which the comments of `rank` and of loading rely.
     #[test]
     fn ranks() {
         for (rank, indices) in [

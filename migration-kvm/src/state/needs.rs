@@ -1,4 +1,5 @@
-//! What a VM's vCPUs need of the host, so that a destination can refuse before RAM moves.
+//! The host features that a VM's vCPUs need. A destination compares them with its own and can
+//! refuse the VM before any RAM is sent.
 
 use std::fmt;
 
@@ -15,13 +16,15 @@ use super::{
     vcpu::{read_cpuid, read_indices, read_msrs, write_cpuid, write_msrs},
 };
 
-/// By how much two TSC frequencies may differ and still count as the same, in parts per million. As KVM itself does it:
-/// clocks of the same nominal frequency are measured a little differently at each boot.
+/// The largest difference of two TSC frequencies that count as equal, in parts per million. The
+/// value is that of KVM: frequencies that are nominally equal are measured a little differently at
+/// each boot.
 pub const TSC_TOLERANCE_PPM: u32 = 250;
 
-/// Most capabilities in the needs; there are about ten.
+/// The largest number of capabilities; there are about ten.
 const MAX_CAPS: usize = 256;
-/// Most registers of CPUID in which the VMM has set bits of its own: as many as [`FEATURES`], with room for more.
+/// The largest number of CPUID registers in which the VMM has set bits of its own: those of
+/// [`FEATURES`], with room for more.
 const MAX_OWN: usize = 256;
 const VERSION: u32 = 1;
 
@@ -37,7 +40,7 @@ const ITEM_NESTED: u16 = 8;
 const ITEM_CAPS: u16 = 9;
 const ITEM_FEATURE_MSRS: u16 = 10;
 
-/// Capabilities by name, for messages.
+/// The checked capabilities with their names.
 const CAP_NAMES: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Pit2, "KVM_CAP_PIT2"),
@@ -53,87 +56,88 @@ const CAP_NAMES: &[(Cap, &str)] = &[
     (Cap::NestedState, "KVM_CAP_NESTED_STATE"),
 ];
 
-/// What a VM's vCPUs need of the host.
+/// The host features that a VM's vCPUs need.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostNeeds {
-    /// CPUID of vCPU 0; the destination may build the VM with it.
+    /// The CPUID of vCPU 0. The destination may build the VM with it.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// Bits of `cpuid` that the source's KVM does not offer either: the VMM answers for them, they are not checked.
-    /// Leaf 0 here means that the VMM shows another vendor than the host's.
+    /// The bits of `cpuid` that the source's KVM does not offer either. The VMM has set them on its
+    /// own responsibility, so they are not checked. Leaf 0 here means that the VMM shows another
+    /// vendor than the host's.
     pub own_cpuid: Vec<CpuidBits>,
-    /// XCR0 of vCPU 0: components of the extended state that the guest has turned on.
+    /// XCR0 of vCPU 0: the components of the extended state that the guest has turned on.
     pub xcr0: u64,
-    /// Bytes of the XSAVE area, for all components that CPUID permits.
+    /// The size of the XSAVE area in bytes, for all components that CPUID permits.
     pub xsave_size: u32,
-    /// Frequency of the guest's TSC in kHz; none if the source's KVM does not tell.
+    /// The frequency of the guest's TSC in kHz, or `None` if the source's KVM does not report it.
     pub tsc_khz: Option<u32>,
-    /// MSRs that the guest uses: the source's KVM has them, and they are not zero.
+    /// The MSRs that the guest uses: those that the source's KVM has and that are not zero.
     pub msrs: Vec<u32>,
-    /// MSRs that tell the guest of features, as CPUID does, with their values.
+    /// The MSRs that report features to the guest like CPUID does, with their values.
     pub feature_msrs: Vec<Msr>,
-    /// Which interrupt controllers KVM emulates.
+    /// The interrupt controllers that KVM emulates.
     pub irqchip: Irqchip,
-    /// Whether the guest runs guests of its own at this moment.
+    /// Whether the guest runs nested guests at this moment.
     pub nested: bool,
-    /// Capabilities (`KVM_CAP_*` by number) without which the state cannot be loaded.
+    /// The capabilities (numbers of `KVM_CAP_*`) without which the state cannot be loaded.
     pub caps: Vec<u32>,
 }
 
-/// Why a host cannot take a VM.
+/// The reason why a host cannot run a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Mismatch {
-    /// This host's KVM cannot be asked.
+    /// Querying this host's KVM failed.
     Probe(String),
-    /// The guest was told of a processor of another vendor.
+    /// The guest's processor is of another vendor.
     Vendor {
-        /// The vendor that the guest knows.
+        /// The vendor that the guest sees.
         guest: String,
-        /// The host's.
+        /// The vendor of the host.
         host: String,
     },
-    /// The guest was told of a feature that this host does not offer.
+    /// The guest sees a feature that this host does not offer.
     Feature {
-        /// Where CPUID tells of it; one bit.
+        /// The CPUID bit of the feature.
         bit: CpuidBits,
-        /// Its name, if it is a common one.
+        /// The name of the feature, if known.
         name: Option<&'static str>,
     },
-    /// The guest may use longer physical addresses than this host has, in bits.
+    /// The guest may use longer physical addresses than this host has.
     AddressBits {
-        /// The guest's.
+        /// The number of address bits of the guest.
         guest: u8,
-        /// The host's.
+        /// The number of address bits of the host.
         host: u8,
     },
-    /// The guest has turned on components of the extended state that this host lacks.
+    /// The guest has turned on components of the extended state that this host does not have.
     Xcr0 {
         /// The components, as bits of XCR0.
         missing: u64,
     },
-    /// The guest's extended state is larger than this host's, in bytes.
+    /// The guest's extended state is larger than that of this host.
     XsaveSize {
-        /// The guest's.
+        /// The size for the guest in bytes.
         guest: u32,
-        /// The host's.
+        /// The size of the host in bytes.
         host: u32,
     },
-    /// The guest's TSC has another frequency, and this host cannot scale it. In kHz.
+    /// The guest's TSC has another frequency, and this host cannot scale it.
     TscKhz {
-        /// The guest's.
+        /// The guest's frequency in kHz.
         guest: u32,
-        /// The host's; none if it does not tell.
+        /// The host's frequency in kHz, or `None` if it does not report it.
         host: Option<u32>,
     },
     /// The guest uses an MSR that this host does not have.
     Msr(u32),
-    /// The guest was told of features by an MSR that can not have this value here.
+    /// The guest sees an MSR with features, and the MSR cannot have this value here.
     FeatureMsr(Msr),
     /// KVM lacks a capability.
     Capability {
-        /// Its number.
+        /// The number of the capability.
         number: u32,
-        /// Its name.
+        /// The name of the capability, if known.
         name: Option<&'static str>,
     },
     /// This KVM does not accept the guest's CPUID as a whole.
@@ -143,10 +147,10 @@ pub enum Mismatch {
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Probe(why) => write!(f, "this host's KVM cannot be asked: {why}"),
-            Self::Vendor { guest, host } => write!(f, "the guest knows a processor of {guest}, this host is of {host}"),
+            Self::Probe(why) => write!(f, "a query of this host's KVM failed: {why}"),
+            Self::Vendor { guest, host } => write!(f, "the guest's processor is of {guest}, this host's of {host}"),
             Self::Feature { bit: CpuidBits { leaf, subleaf, register, bits }, name } => {
-                let name = name.unwrap_or("a feature without a name here");
+                let name = name.unwrap_or("an unnamed feature");
                 let bit = bits.trailing_zeros();
                 write!(f, "this host lacks {name} (CPUID leaf {leaf:#x}, subleaf {subleaf}, {register} bit {bit})")
             }
@@ -168,10 +172,7 @@ impl fmt::Display for Mismatch {
             }
             Self::Msr(index) => write!(f, "the guest uses MSR {index:#x}, which this host does not have"),
             Self::FeatureMsr(Msr { index, data }) => {
-                write!(
-                    f,
-                    "the guest was told of features by MSR {index:#x} = {data:#x}, which this host does not offer"
-                )
+                write!(f, "the guest sees features in MSR {index:#x} = {data:#x} that this host does not offer")
             }
             Self::Capability { number, name } => match name {
                 Some(name) => write!(f, "this KVM lacks {name}"),
@@ -184,17 +185,17 @@ impl fmt::Display for Mismatch {
 
 impl std::error::Error for Mismatch {}
 
-/// Whether two TSC frequencies in kHz count as the same.
+/// Returns whether two TSC frequencies in kHz count as equal.
 pub(super) fn within_tolerance(a: u32, b: u32) -> bool {
     u64::from(a.abs_diff(b)) * 1_000_000 <= u64::from(b) * u64::from(TSC_TOLERANCE_PPM)
 }
 
 impl HostNeeds {
-    /// What a VM needs, asked of its vCPU 0, whose CPUID is set. The call waits while that vCPU runs: ask before it does,
-    /// or on its own thread.
+    /// Returns what a VM needs. Queries its vCPU 0, whose CPUID must be set. The call blocks while
+    /// that vCPU runs, so call it before, or on the vCPU's own thread.
     ///
     /// # Errors
-    /// When KVM refuses to tell.
+    /// Fails if a query of KVM fails.
     pub fn of(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, irqchip: Irqchip) -> Result<Self, StateError> {
         let cpuid = vcpu
             .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
@@ -230,7 +231,7 @@ impl HostNeeds {
             Cap::SplitIrqchip => irqchip == Irqchip::Split,
             Cap::Xsave2 => xsave_size as usize > XSAVE_SIZE,
             Cap::NestedState => nested,
-            // What the source lacks it does not save, so it need not be loaded.
+            // parts that the source lacks are not saved, so they need not be loaded
             other => vm.check_extension(other),
         };
         let caps = CAP_NAMES.iter().filter(|(cap, _)| needed(*cap)).map(|(cap, _)| *cap as u32).collect();
@@ -238,10 +239,11 @@ impl HostNeeds {
         Ok(Self { cpuid, own_cpuid, xcr0, xsave_size, tsc_khz, msrs, feature_msrs, irqchip, nested, caps })
     }
 
-    /// Whether the host of this KVM has all that is needed. Takes milliseconds: it creates a scratch VM.
+    /// Checks whether the host of this KVM has everything that is needed. Takes milliseconds,
+    /// because it creates a scratch VM.
     ///
     /// # Errors
-    /// Everything that it lacks.
+    /// Returns everything that the host lacks.
     pub fn check(&self, kvm: &Kvm) -> Result<(), Vec<Mismatch>> {
         let probe = |e: &dyn fmt::Display| vec![Mismatch::Probe(e.to_string())];
         let host = offered(kvm).map_err(|e| probe(&e))?;
@@ -274,7 +276,7 @@ impl HostNeeds {
         ));
         let beyond = msrs::beyond_host(kvm, &self.feature_msrs).map_err(|e| probe(&e))?;
         found.extend(beyond.into_iter().map(Mismatch::FeatureMsr));
-        // Only if nothing better explains it.
+        // only if there is no more specific reason
         if found.is_empty() {
             match self.try_features(&vm) {
                 Ok(wrong) => found.extend(wrong.into_iter().map(Mismatch::FeatureMsr)),
@@ -308,7 +310,7 @@ impl HostNeeds {
         found
     }
 
-    /// Sets CPUID and feature MSRs of a scratch vCPU; returns the MSRs that it does not take.
+    /// Sets CPUID and feature MSRs of a scratch vCPU. Returns the MSRs that it refuses.
     fn try_features(&self, vm: &VmFd) -> Result<Vec<Msr>, String> {
         let vcpu = vm.create_vcpu(0).map_err(|e| e.to_string())?;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| "too many entries".to_owned())?;
@@ -317,7 +319,7 @@ impl HostNeeds {
         msrs::still_wrong(&vcpu, &refused).map_err(|e| e.to_string())
     }
 
-    /// The form in which it travels.
+    /// Returns the encoding that is sent to the destination.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = ItemWriter::new();
         w.u32(ITEM_VERSION, VERSION);
@@ -349,10 +351,11 @@ impl HostNeeds {
         w.finish()
     }
 
-    /// Reads what [`encode`](HostNeeds::encode) wrote.
+    /// Decodes what [`encode`](HostNeeds::encode) returned.
     ///
     /// # Errors
-    /// When a part is missing, unknown, there twice, has a wrong size or a value that it cannot have.
+    /// Fails if a part is missing, unknown or present twice, or has a wrong size or an invalid
+    /// value.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let missing = |name| StateError::MissingItem { name };
         let mut items = Items::parse(bytes)?;
@@ -367,7 +370,7 @@ impl HostNeeds {
             for _ in 0..count {
                 let (leaf, subleaf, register) = (r.u32("CPUID leaf")?, r.u32("CPUID subleaf")?, r.u8("register")?);
                 let register = Register::from_u8(register).ok_or_else(|| {
-                    migration_core::codec::DecodeError::invalid("register", format!("{register} is none"))
+                    migration_core::codec::DecodeError::invalid("register", format!("{register} is no register"))
                 })?;
                 own.push(CpuidBits { leaf, subleaf, register, bits: r.u32("CPUID bits")? });
             }
@@ -403,14 +406,14 @@ impl HostNeeds {
 
 const _: () = assert!(FEATURES.len() + 2 <= MAX_OWN && MAX_MSRS >= 1024);
 
-/// The vendor's name in leaf 0.
+/// Returns the vendor's name in leaf 0.
 fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
     let Some(e) = cpuid::find(entries, 0, 0) else { return String::new() };
     let bytes: Vec<u8> = [e.ebx, e.edx, e.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
     bytes.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '?' }).collect()
 }
 
-/// Bits of a physical address; 36 if CPUID does not tell.
+/// Returns the number of bits of a physical address, or 36 if CPUID does not report it.
 fn address_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
     cpuid::find(entries, ADDRESS_SIZES, 0).map_or(36, |e| e.eax as u8)
 }

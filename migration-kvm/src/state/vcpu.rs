@@ -1,4 +1,4 @@
-//! The state of one vCPU: save, load, encode, decode.
+//! The state of a vCPU: save, load, encode, decode.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_SUSPENDED, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
@@ -17,15 +17,17 @@ use super::{
     sys::{self, MAX_NESTED, NESTED_HEADER, Sregs2, XSAVE_SIZE},
 };
 
-/// Bytes of the LAPIC's register page that KVM gives.
+/// The number of bytes of the LAPIC's register page that KVM returns.
 const LAPIC_SIZE: usize = 1024;
-/// Most bytes of an XSAVE area; with AMX it has 11,008.
+/// The largest size of an XSAVE area in bytes; with AMX it has 11,008.
 const MAX_XSAVE: usize = 64 << 10;
-/// Where the XSAVE header says which components are not in their initial state.
+/// The offset of the field in the XSAVE header with the components that are not in their initial
+/// state.
 const XSTATE_BV: usize = 512;
-/// Most exits that completing one instruction may take: a string instruction has up to a page of bytes in flight.
+/// The largest number of exits for the completion of one instruction. A string instruction has up
+/// to a page of bytes in flight.
 const MAX_COMPLETING_EXITS: usize = 4096;
-/// CR4: shadow stacks and indirect branch tracking are on.
+/// The bit of CR4 that turns on shadow stacks and indirect branch tracking.
 const CR4_CET: u64 = 1 << 23;
 
 const ITEM_CPUID: u16 = 1;
@@ -42,17 +44,17 @@ const ITEM_MSRS: u16 = 11;
 const ITEM_TSC_KHZ: u16 = 12;
 const ITEM_NESTED: u16 = 13;
 const ITEM_SSP: u16 = 14;
-// The TSC itself is among the MSRs: the offset only makes it exact.
+// optional, because the TSC itself is among the MSRs and the offset only makes it exact
 const ITEM_TSC_OFFSET: u16 = 15 | OPTIONAL;
 const ITEM_UNREAD_MSRS: u16 = 16 | OPTIONAL;
 
-/// Segment and control registers, in the form in which the source's KVM gives them.
+/// The segment and control registers, in the form that the source's KVM returned.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SpecialRegs {
-    /// `KVM_GET_SREGS`.
+    /// The form of `KVM_GET_SREGS`.
     Plain(kvm_sregs),
-    /// `KVM_GET_SREGS2`: with the page directory pointers of PAE paging, which the plain form makes KVM read from
-    /// guest memory again.
+    /// The form of `KVM_GET_SREGS2`. It includes the page directory pointers of PAE paging, which
+    /// KVM reads from guest memory again if it is given the plain form.
     WithPdptrs(Sregs2),
 }
 
@@ -64,7 +66,7 @@ impl SpecialRegs {
         }
     }
 
-    /// In the older form, whichever it is in.
+    /// Returns the older form.
     pub(super) fn plain(&self, events: &kvm_vcpu_events) -> kvm_sregs {
         match self {
             Self::Plain(s) => *s,
@@ -73,53 +75,56 @@ impl SpecialRegs {
     }
 }
 
-/// All state of a vCPU. Absent parts are those that the source's KVM or VM does not have.
+/// The complete state of a vCPU. A part is absent if the source's KVM or VM does not have it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VcpuState {
-    /// What CPUID tells the guest; at most 256 entries.
+    /// The CPUID entries that the guest sees; at most 256.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// Frequency of the guest's TSC in kHz.
+    /// The frequency of the guest's TSC in kHz.
     pub tsc_khz: Option<u32>,
-    /// What is added to the host's TSC, in ticks modulo 2^64. Only if the TSC runs at the host's frequency.
+    /// The number of ticks that is added to the host's TSC, modulo 2^64. Present only if the
+    /// guest's TSC has the host's frequency.
     pub tsc_offset: Option<u64>,
-    /// General registers, instruction pointer, flags.
+    /// The general registers, instruction pointer and flags.
     pub regs: kvm_regs,
-    /// Segments, descriptor tables, control registers, EFER, APIC base.
+    /// The segments, descriptor tables, control registers, EFER and APIC base.
     pub sregs: SpecialRegs,
-    /// FPU, SSE, AVX and further registers: an XSAVE area in the standard format.
+    /// The FPU, SSE, AVX and further registers: an XSAVE area in the standard format.
     pub xsave: Vec<u8>,
-    /// XCR0.
+    /// The extended control register XCR0.
     pub xcrs: Option<kvm_xcrs>,
-    /// DR0 to DR3, DR6, DR7.
+    /// The debug registers DR0 to DR3, DR6 and DR7.
     pub debug_regs: Option<kvm_debugregs>,
-    /// The local APIC's registers; absent without an in-kernel one.
+    /// The registers of the local APIC; absent without an in-kernel one.
     pub lapic: Option<Box<[u8; LAPIC_SIZE]>>,
-    /// Whether it runs, waits for INIT or SIPI, or is halted.
+    /// The multiprocessing state: running, waiting for INIT or SIPI, or halted.
     pub mp_state: kvm_mp_state,
-    /// Exceptions, interrupts and NMIs in flight, system management mode.
+    /// The exceptions, interrupts and NMIs in flight, and system management mode.
     pub events: kvm_vcpu_events,
-    /// Model-specific registers, in the order in which they are written.
+    /// The model-specific registers, in the order in which they are written.
     pub msrs: Vec<Msr>,
-    /// MSRs that the source's KVM lists, or is known to have, but could not read.
+    /// The MSRs that the source's KVM lists or is known to have, but could not read.
     pub unread_msrs: Vec<u32>,
-    /// State of nested virtualisation: `struct kvm_nested_state`.
+    /// The state of nested virtualisation: `struct kvm_nested_state`.
     pub nested: Option<Vec<u8>>,
     /// The shadow stack pointer; present if CR4.CET is set.
     pub ssp: Option<u64>,
 }
 
-/// What loading a vCPU passed over, all of it harmless.
+/// What was skipped when a vCPU was loaded. All of it is harmless.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadedVcpu {
-    /// MSRs that KVM refuses, with the values that they were to have; their values here are the same, or they do not
-    /// exist here and were zero.
+    /// The MSRs that KVM refused, with their saved values. Their present values are the same, or
+    /// they do not exist here and were zero.
     pub skipped_msrs: Vec<Msr>,
-    /// Whether the TSC was set through its offset, hence exactly. Otherwise it was written: KVM then keeps the TSCs of
-    /// vCPUs together that are written within a second, and the guest's TSC lacks the time since it was saved.
+    /// Whether the TSC was set through its offset, which is exact. Otherwise it was written. KVM
+    /// then keeps the TSCs of vCPUs together that are written within a second, and the guest's TSC
+    /// does not include the time since it was saved.
     pub tsc_by_offset: bool,
 }
 
-/// Saves and loads the vCPUs of a VM: knows what this KVM offers, so that nothing has to be probed during the pause.
+/// Saves and loads the vCPUs of a VM. It knows what this KVM offers, so nothing must be probed
+/// during the pause.
 #[derive(Clone, Debug)]
 pub struct VcpuSaver {
     msrs: MsrList,
@@ -136,10 +141,11 @@ pub struct VcpuSaver {
 }
 
 impl VcpuSaver {
-    /// Finds out what this KVM offers. Takes milliseconds: a scratch VM tells the host's TSC frequency.
+    /// Finds out what this KVM offers. Takes milliseconds, because a scratch VM is needed for the
+    /// host's TSC frequency.
     ///
     /// # Errors
-    /// When KVM does not give its list of MSRs.
+    /// Fails if KVM does not return its list of MSRs.
     pub fn probe(kvm: &Kvm, vm: &VmFd) -> Result<Self, StateError> {
         const CAP_SREGS2: libc::c_ulong = 200;
         let mut unsupported = Vec::new();
@@ -151,7 +157,7 @@ impl VcpuSaver {
         };
         let xsave_size = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         if xsave_size > MAX_XSAVE {
-            // Larger than any that exists; the buffers and the encoding are not made for it.
+            // larger than any area that exists; the buffers and the encoding are too small for it
             return Err(StateError::Unfit { what: format!("this KVM has XSAVE areas of {xsave_size} bytes") });
         }
         let host_khz = host_tsc_khz(kvm);
@@ -181,11 +187,12 @@ impl VcpuSaver {
         Ok(saver)
     }
 
-    /// Learns on a vCPU, of which CPUID and TSC frequency are set, what cannot be read, and does not try it again for any
-    /// vCPU; all vCPUs of a VM have the same features and frequency. Saves time in the pause; call it once, before.
+    /// Finds out what cannot be read from a vCPU, so that later saves skip it for all vCPUs. CPUID
+    /// and TSC frequency of `vcpu` must be set; they are the same for all vCPUs of a VM. Saves time
+    /// in the pause. Call it once, before the pause.
     ///
     /// # Errors
-    /// When KVM reads no MSR at all.
+    /// Fails if KVM reads no MSR at all.
     pub fn learn(&mut self, vcpu: &VcpuFd) -> Result<(), StateError> {
         self.msrs.learn(vcpu)?;
         self.guest_khz = khz(vcpu);
@@ -200,31 +207,34 @@ impl VcpuSaver {
         Ok(())
     }
 
-    /// The MSRs that are saved.
+    /// Returns the MSRs that are saved.
     pub fn msrs(&self) -> &MsrList {
         &self.msrs
     }
 
-    /// Parts of the state that this KVM does not have, in words.
+    /// Returns the names of the parts of the state that this KVM does not have.
     pub fn unsupported(&self) -> &[String] {
         &self.unsupported
     }
 
     // The order of saving:
-    // - The multiprocessing state first: to answer, KVM acts on an INIT or SIPI that is pending, which resets registers.
-    // - The LAPIC before the events and the MSRs: reading it moves posted interrupts into it; and reading the deadline
-    //   MSR before would let a timer that fires in between be lost (cleared there, not yet pending here).
-    // - Events last: to answer, KVM collects NMIs that were queued meanwhile.
-    // What the others give does not change while the vCPU is stopped.
-    /// Reads all state of a vCPU, which must not run and have no I/O pending (see [`complete_io`]). Call it on the
-    /// vCPU's own thread.
+    // - The multiprocessing state first: to return it, KVM acts on a pending INIT or SIPI, which
+    //   resets registers.
+    // - The LAPIC before the events and the MSRs: reading it moves posted interrupts into it. If
+    //   the deadline MSR were read first, a timer that fires in between would be lost: already
+    //   cleared in the MSR, and not yet pending in the LAPIC.
+    // - Events last: to return them, KVM collects NMIs that were queued meanwhile.
+    //
+    // All other parts do not change while the vCPU is stopped.
+    /// Reads the complete state of a vCPU. The vCPU must not run and must have no pending I/O (see
+    /// [`complete_io`]). Must be called on the vCPU's own thread.
     ///
     /// # Errors
-    /// When KVM refuses a part that it says it has.
+    /// Fails if KVM refuses a part that it offers.
     pub fn save(&self, vcpu: &VcpuFd) -> Result<VcpuState, StateError> {
         let mp_state = match vcpu.get_mp_state() {
             Ok(state) => state,
-            // Without an in-kernel LAPIC some KVMs have none: it runs.
+            // without an in-kernel LAPIC some KVMs have no such state: the vCPU runs
             Err(e) if e.errno() == libc::EINVAL => kvm_mp_state::default(),
             Err(e) => return Err(ioctl_error("KVM_GET_MP_STATE")(e)),
         };
@@ -236,7 +246,7 @@ impl VcpuSaver {
         };
         let nested = match self.nested.then(|| sys::nested(vcpu)) {
             Some(Ok(nested)) => Some(nested),
-            // Some KVMs claim the capability, and have no such state.
+            // some KVMs offer the capability but have no such state
             Some(Err(e)) if e.raw_os_error() == Some(libc::EINVAL) => None,
             Some(Err(e)) => return Err(io_error("KVM_GET_NESTED_STATE")(e)),
             None => None,
@@ -261,7 +271,8 @@ impl VcpuSaver {
         }
         let unread_msrs = self.msrs.unreadable().iter().copied().chain(unread).collect();
         let tsc_khz = self.guest_khz.or_else(|| khz(vcpu));
-        // With scaling the offset is relative to the scaled TSC of this host, which means nothing elsewhere.
+        // with scaling the offset is relative to the scaled TSC of this host, which has no meaning
+        // on another host
         let unscaled = tsc_khz.is_some() && tsc_khz == self.host_khz;
         let tsc_offset = (self.tsc_offset && unscaled).then(|| sys::tsc_offset(vcpu).ok()).flatten();
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(ioctl_error("KVM_GET_CPUID2"))?;
@@ -286,28 +297,38 @@ impl VcpuSaver {
         })
     }
 
-    // The order of loading, and what it rests on:
-    //  1. CPUID. KVM checks everything else against it: bits of CR4 and XCR0, components of XSAVE, MSRs.
-    //  2. The TSC's frequency, before the TSC and its deadline: both are scaled by it when they are set.
-    //  3. MSRs that decide what is valid: FEAT_CTL before CR4.VMXE, the VMX capabilities before nested state.
-    //  4. Segment and control registers: CR4.OSXSAVE before XCR0 has a meaning, EFER.SVME and CR4.VMXE before nested
-    //     state, the APIC base (xAPIC or x2APIC) before the LAPIC's registers, whose layout depends on it. They also set
-    //     a boot vCPU at the reset vector running, so the multiprocessing state comes after them.
-    //  5. Nested state; it may put the vCPU into guest mode, in which control registers mean something else.
+    // The order of loading, and the reasons:
+    //  1. CPUID. KVM checks everything else against it: bits of CR4 and XCR0, components of XSAVE,
+    //     MSRs.
+    //  2. The TSC's frequency, before the TSC and its deadline: both are scaled by it when they are
+    //     set.
+    //  3. MSRs that decide what is valid: FEAT_CTL before CR4.VMXE, the VMX capabilities before
+    //     nested state.
+    //  4. Segment and control registers: CR4.OSXSAVE before XCR0 has a meaning, EFER.SVME and
+    //     CR4.VMXE before nested state, the APIC base (xAPIC or x2APIC) before the LAPIC's
+    //     registers, whose layout depends on it. Loading them also sets a boot vCPU at the reset
+    //     vector running, so the multiprocessing state comes after them.
+    //  5. Nested state. It may put the vCPU into guest mode, in which control registers have
+    //     another meaning.
     //  6. General registers. Loading them drops a pending exception, so they precede the events.
-    //  7. XCR0, then the XSAVE area, which KVM checks against what CPUID permits; before the MSRs, as XFD disables
-    //     components.
+    //  7. XCR0, then the XSAVE area, which KVM checks against what CPUID permits; before the MSRs,
+    //     because XFD disables components.
     //  8. Debug registers.
-    //  9. The LAPIC: before TSC_DEADLINE, which is ignored unless the LAPIC's timer is in deadline mode.
-    // 10. MSRs: the TSC first (by its offset where both sides can), the deadline last, which arms the timer.
+    //  9. The LAPIC: before TSC_DEADLINE, which is ignored unless the LAPIC's timer is in deadline
+    //     mode.
+    // 10. MSRs: the TSC first (by its offset if both sides can), the deadline last, which arms the
+    //     timer.
     // 11. The shadow stack pointer, which needs the control-flow MSRs.
-    // 12. The multiprocessing state: SIPIs are remembered in the LAPIC, so after it.
-    // 13. Events last: all of the above may raise, drop or deliver something; they say what is really pending.
-    // Finally the guest's clock is told that it was stopped, so that its watchdogs do not bark.
-    /// Loads a vCPU that has not run yet. Call it on the vCPU's own thread.
+    // 12. The multiprocessing state: SIPIs are recorded in the LAPIC, so after it.
+    // 13. Events last: all of the above may raise, drop or deliver events; these are what is really
+    //     pending.
+    //
+    // Finally the guest's clock is informed that the guest was stopped, so that the guest's
+    // watchdogs do not fire.
+    /// Loads a vCPU that has not run yet. Must be called on the vCPU's own thread.
     ///
     /// # Errors
-    /// When KVM refuses a part; the error names it. The vCPU is in no useful state then.
+    /// Fails if KVM refuses a part; the error names it. The state of the vCPU is undefined then.
     pub fn load(&self, vcpu: &VcpuFd, state: &VcpuState, clock: &ClockLoaded) -> Result<LoadedVcpu, StateError> {
         let mut loaded = LoadedVcpu::default();
         set_cpuid(vcpu, &state.cpuid)?;
@@ -329,7 +350,8 @@ impl VcpuSaver {
             (SpecialRegs::Plain(s), _) => vcpu.set_sregs(s).map_err(ioctl_error("KVM_SET_SREGS"))?,
         }
         if let Some(nested) = &state.nested {
-            // A vCPU that is not nesting and has VMX or SVM off has only an empty header: nothing is lost without it.
+            // without nesting and with VMX and SVM off the state is an empty header, which need not
+            // be loaded
             if self.nested || nested.len() > NESTED_HEADER {
                 sys::set_nested(vcpu, nested).map_err(io_error("KVM_SET_NESTED_STATE"))?;
             }
@@ -362,7 +384,7 @@ impl VcpuSaver {
         }
         match vcpu.set_mp_state(state.mp_state) {
             Ok(()) => {}
-            // As in `save`: without a LAPIC it just runs.
+            // as in `save`: without a LAPIC the vCPU just runs
             Err(e) if e.errno() == libc::EINVAL && state.lapic.is_none() && state.mp_state.mp_state == 0 => {}
             Err(e) => return Err(ioctl_error("KVM_SET_MP_STATE")(e)),
         }
@@ -372,17 +394,19 @@ impl VcpuSaver {
     }
 }
 
-/// Completes the instruction at whose I/O the vCPU stopped. Only then the registers are those between two instructions:
-/// at an exit for an MMIO read, the instruction pointer still stands before it, and a save there would repeat it.
+/// Completes the instruction at whose I/O the vCPU exited. Only then are the registers those
+/// between two instructions: after an exit for an MMIO read, the instruction pointer is still
+/// before the instruction, and a vCPU that was saved there would repeat the read.
 ///
-/// An instruction that accesses more than one place (a string instruction, an access across pages) exits again: `handle`
-/// gets these exits, handles them as the VMM does while the guest runs, and returns whether it did. No exit may be lost:
-/// its instruction would go on with whatever is in the buffer.
+/// An instruction that accesses more than one place (a string instruction, an access across pages)
+/// exits again. `handle` gets these exits, handles them like the VMM does while the guest runs, and
+/// returns whether it did. It must not ignore an exit: the instruction would go on with whatever is
+/// in the buffer.
 ///
 /// # Errors
-/// [`StateError::IoPending`] if `handle` returned false; what KVM refuses.
+/// Fails with [`StateError::IoPending`] if `handle` returned false, and with KVM's errors.
 pub fn complete_io(vcpu: &mut VcpuFd, mut handle: impl FnMut(VcpuExit<'_>) -> bool) -> Result<(), StateError> {
-    // KVM completes pending I/O first, then sees that it shall exit at once, before the guest runs.
+    // with `immediate_exit` KVM completes pending I/O and then returns before the guest runs
     let before = vcpu.get_kvm_run().immediate_exit;
     vcpu.set_kvm_immediate_exit(1);
     let result = (|| {
@@ -394,26 +418,28 @@ pub fn complete_io(vcpu: &mut VcpuFd, mut handle: impl FnMut(VcpuExit<'_>) -> bo
                         return Err(StateError::IoPending { exit: exit_text });
                     }
                 }
-                // EAGAIN: the vCPU has not been started yet by another one.
+                // EAGAIN: another vCPU has not started this one yet
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Ok(()),
                 Err(e) => return Err(ioctl_error("KVM_RUN, to complete I/O")(e)),
             }
         }
-        Err(StateError::IoPending { exit: "one after the other, without end".to_owned() })
+        Err(StateError::IoPending { exit: format!("more than {MAX_COMPLETING_EXITS} exits for one instruction") })
     })();
     vcpu.set_kvm_immediate_exit(before);
     result
 }
 
-/// Tells the guest's clock that the guest did not run for a while, so that its watchdogs do not bark. For a VM that
-/// goes on where it was, too. Without effect if the guest does not use the clock.
+/// Informs the guest's clock that the guest did not run for a while, so that the guest's watchdogs
+/// do not fire. Useful also for a VM that resumes on the same host. Has no effect if the guest does
+/// not use the clock.
 pub fn note_pause(vcpu: &VcpuFd) {
-    // EINVAL: no such clock in use; ENOTTY: no such ioctl. Both only mean that nobody needs to be told.
+    // ignored: EINVAL (the guest does not use the clock) and ENOTTY (no such ioctl) are no errors
+    // here
     let _ = vcpu.kvmclock_ctrl();
 }
 
-/// Sets CPUID, unless the vCPU has it already: a VMM sets it when it builds the VM, and setting it is half of the time
-/// that loading a vCPU takes.
+/// Sets CPUID unless the vCPU has it already. A VMM sets it when it builds the VM, and setting it
+/// takes half of the time for loading a vCPU.
 fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), StateError> {
     if let Ok(now) = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES)
         && cpuid::same_but_for_dynamic_bits(now.as_slice(), entries)
@@ -425,7 +451,7 @@ fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), StateErr
     vcpu.set_cpuid2(&cpuid).map_err(ioctl_error("KVM_SET_CPUID2 (must not differ once the vCPU has run)"))
 }
 
-/// The frequency of a vCPU's TSC in kHz.
+/// Returns the frequency of a vCPU's TSC in kHz.
 fn khz(vcpu: &VcpuFd) -> Option<u32> {
     vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0)
 }
@@ -442,11 +468,11 @@ fn set_tsc_khz(vcpu: &VcpuFd, khz: u32) -> Result<(), StateError> {
     }
 }
 
-/// The part of an XSAVE area that a KVM with areas of `size` bytes takes.
+/// Returns the part of an XSAVE area that a KVM with areas of `size` bytes accepts.
 fn fit_xsave(area: &[u8], size: usize) -> Result<&[u8], StateError> {
     match area.split_at_checked(size) {
         None => Ok(area),
-        // Components that are in their initial state may have been left out of `xstate_bv`; then their bytes are zero.
+        // the rest may be dropped if it is zero: its components are in their initial state
         Some((head, tail)) if tail.iter().all(|byte| *byte == 0) => Ok(head),
         Some(_) => Err(StateError::Unfit {
             what: format!("the guest uses an XSAVE area of more than {size} bytes, which this KVM does not have"),
@@ -454,7 +480,7 @@ fn fit_xsave(area: &[u8], size: usize) -> Result<&[u8], StateError> {
     }
 }
 
-/// The plain form of segment and control registers, for a KVM that lacks the newer one.
+/// Converts segment and control registers to the plain form, for a KVM without the newer one.
 fn plain(s: &Sregs2, events: &kvm_vcpu_events) -> kvm_sregs {
     let mut interrupt_bitmap = [0; 4];
     if events.interrupt.injected != 0 && events.interrupt.soft == 0 {
@@ -484,7 +510,7 @@ fn plain(s: &Sregs2, events: &kvm_vcpu_events) -> kvm_sregs {
 }
 
 impl VcpuState {
-    /// The form in which it travels.
+    /// Returns the encoding that is sent to the destination.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = ItemWriter::new();
         w.with(ITEM_CPUID, |w| write_cpuid(w, &self.cpuid));
@@ -527,10 +553,11 @@ impl VcpuState {
         w.finish()
     }
 
-    /// Reads what [`encode`](VcpuState::encode) wrote.
+    /// Decodes what [`encode`](VcpuState::encode) returned.
     ///
     /// # Errors
-    /// When a part is missing, unknown, there twice, has a wrong size or a value that it cannot have.
+    /// Fails if a part is missing, unknown or present twice, or has a wrong size or an invalid
+    /// value.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let mut items = Items::parse(bytes)?;
         let cpuid = items.take_with(ITEM_CPUID, read_cpuid)?.ok_or(StateError::MissingItem { name: "CPUID" })?;
@@ -553,8 +580,8 @@ impl VcpuState {
         let lapic = items.take_with(ITEM_LAPIC, |r| r.array::<LAPIC_SIZE>("LAPIC"))?.map(Box::new);
         let mp_state: kvm_mp_state = items.need_pod(ITEM_MP_STATE, "multiprocessing state")?;
         if mp_state.mp_state > KVM_MP_STATE_SUSPENDED {
-            let why = format!("{} is none", mp_state.mp_state);
-            return Err(DecodeError::invalid("multiprocessing state", why).into());
+            let reason = format!("{} is no such state", mp_state.mp_state);
+            return Err(DecodeError::invalid("multiprocessing state", reason).into());
         }
         let events = items.need_pod(ITEM_EVENTS, "events")?;
         let msrs = items.take_with(ITEM_MSRS, read_msrs)?.ok_or(StateError::MissingItem { name: "MSRs" })?;
@@ -591,12 +618,12 @@ impl VcpuState {
         })
     }
 
-    /// The value of an MSR, if it is part of the state.
+    /// Returns the value of an MSR, if it is part of the state.
     pub fn msr(&self, index: u32) -> Option<u64> {
         self.msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
     }
 
-    /// The components of the XSAVE area that are not in their initial state (`XSTATE_BV`).
+    /// Returns the components of the XSAVE area that are not in their initial state (`XSTATE_BV`).
     pub fn xstate(&self) -> u64 {
         let bytes = self.xsave.get(XSTATE_BV..XSTATE_BV + 8).and_then(|b| b.try_into().ok());
         bytes.map_or(0, u64::from_le_bytes)
@@ -660,7 +687,8 @@ mod tests {
 
     use super::*;
 
-    /// All that the plain form has is where it was, and the interrupt that is being injected is in its bitmap.
+    /// All fields of the plain form are converted, and the bitmap has the interrupt that is being
+    /// injected.
     #[test]
     fn special_registers_have_a_plain_form() {
         let segment = |selector| kvm_segment { selector, base: 7, limit: 9, ..Default::default() };
@@ -715,7 +743,8 @@ mod tests {
             older.interrupt_bitmap = [0; 4];
             older.interrupt_bitmap[word] = 1 << bit;
             assert_eq!(both[0].plain(&events), older, "{nr}");
-            // a software interrupt is the instruction's, and what is not injected is not there
+            // a software interrupt belongs to its instruction, and an interrupt that is not
+            // injected is not in the bitmap
             older.interrupt_bitmap = [0; 4];
             for (injected, soft) in [(1, 1), (0, 0), (0, 1)] {
                 (events.interrupt.injected, events.interrupt.soft) = (injected, soft);

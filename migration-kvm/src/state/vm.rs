@@ -1,4 +1,4 @@
-//! The state of a VM beside vCPUs and RAM: clock, interrupt controllers, timer.
+//! The state of a VM apart from vCPUs and RAM: clock, interrupt controllers and timer.
 
 use kvm_bindings::{
     KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -13,7 +13,7 @@ use super::{
     sys::{self, CHIP_SIZE},
 };
 
-/// Most names of absent parts, and most bytes of one.
+/// The largest number of names of absent parts, and the largest length of a name in bytes.
 const MAX_UNSUPPORTED: usize = 64;
 const MAX_UNSUPPORTED_NAME: usize = 256;
 
@@ -25,13 +25,13 @@ const ITEM_PIT: u16 = 5;
 const ITEM_CLOCK: u16 = 6;
 const ITEM_UNSUPPORTED: u16 = 7 | OPTIONAL;
 
-/// Which interrupt controllers KVM emulates for a VM.
+/// The interrupt controllers that KVM emulates for a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Irqchip {
-    /// None: the VMM emulates all, or the guest has none.
+    /// None. The VMM emulates all, or the guest has none.
     None = 0,
-    /// The LAPICs only (`KVM_CAP_SPLIT_IRQCHIP`); PIC and IOAPIC are the VMM's.
+    /// The LAPICs only (`KVM_CAP_SPLIT_IRQCHIP`). The VMM emulates PIC and IOAPIC.
     #[default]
     Split = 1,
     /// LAPICs, PICs and IOAPIC (`KVM_CREATE_IRQCHIP`), and the PIT if it was created.
@@ -44,11 +44,11 @@ impl Irqchip {
             0 => Ok(Self::None),
             1 => Ok(Self::Split),
             2 => Ok(Self::Full),
-            other => Err(DecodeError::invalid("irqchip", format!("{other} is no kind of it"))),
+            other => Err(DecodeError::invalid("irqchip", format!("{other} is no kind of irqchip"))),
         }
     }
 
-    /// The kind in words.
+    /// Returns the kind in words.
     pub const fn name(self) -> &'static str {
         match self {
             Self::None => "no irqchip",
@@ -58,7 +58,8 @@ impl Irqchip {
     }
 }
 
-/// The three interrupt controllers that KVM emulates beside the LAPICs, as `KVM_GET_IRQCHIP` gives them.
+/// The three interrupt controllers that KVM emulates in addition to the LAPICs, in the format of
+/// `KVM_GET_IRQCHIP`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chips {
     /// The master PIC.
@@ -69,22 +70,23 @@ pub struct Chips {
     pub ioapic: [u8; CHIP_SIZE],
 }
 
-/// The state of a VM beside vCPUs and RAM.
+/// The state of a VM apart from vCPUs and RAM.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KvmState {
-    /// Which controllers KVM emulates.
+    /// The interrupt controllers that KVM emulates.
     pub irqchip: Irqchip,
-    /// Their state; present with [`Irqchip::Full`].
+    /// The state of these controllers; present with [`Irqchip::Full`].
     pub chips: Option<Box<Chips>>,
     /// The programmable interval timer, if KVM emulates it.
     pub pit: Option<kvm_pit_state2>,
-    /// The clock from which guests' kvmclocks are made: nanoseconds, and the wall-clock time and host TSC that belong to
-    /// it, as far as its flags say.
+    /// The clock from which guests' kvmclocks are derived, in nanoseconds. Its flags tell whether
+    /// it includes the wall-clock time and the host TSC of the same moment.
     pub clock: Option<kvm_clock_data>,
     unsupported: Vec<String>,
 }
 
-/// The VM's clock has been loaded: it is needed to load vCPUs. Relates the clocks of source and destination.
+/// Proof that the VM's clock was loaded, which is needed to load vCPUs. It relates the clocks of
+/// source and destination.
 #[derive(Clone, Debug, Default)]
 pub struct ClockLoaded {
     source: Option<kvm_clock_data>,
@@ -92,20 +94,22 @@ pub struct ClockLoaded {
 }
 
 impl ClockLoaded {
-    /// There is no clock to load; TSCs are written rather than computed.
+    /// Returns a value for a VM without a clock. TSCs are then written and not computed.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// The TSC offset at which the guest's TSC here is what it would be, had the guest gone on at the source, where its
-    /// offset was `offset`. Both hosts' TSCs run at `khz`.
+    /// Returns the TSC offset with which the guest's TSC here has the value that it would have if
+    /// the guest had continued at the source. `offset` is the offset at the source. Both hosts'
+    /// TSCs have the frequency `khz`.
     ///
-    /// At a moment of the source, its TSC was `t0` and the VM's clock `c0`; here they are `t1` and `c1`. Between the two
-    /// moments the VM's clock, which is the measure of time, advanced by `c1 - c0`, and the guest's TSC must by as much:
-    /// `t1 + offset1 = t0 + offset0 + (c1 - c0) · khz`. None if a KVM does not tell its TSC with the clock.
+    /// At one moment at the source, the host's TSC was `t0` and the VM's clock `c0`. At a later
+    /// moment here, they are `t1` and `c1`. The VM's clock advanced by `c1 - c0` between these
+    /// moments, and the guest's TSC must advance by the same time: `t1 + offset1 = t0 + offset0 +
+    /// (c1 - c0) · khz`. Returns `None` if one of the KVMs does not report its TSC with the clock.
     pub(super) fn tsc_offset(&self, offset: u64, khz: u32) -> Option<u64> {
-        let told = |clock: &&kvm_clock_data| clock.flags & KVM_CLOCK_HOST_TSC != 0;
-        let (source, here) = (self.source.as_ref().filter(told)?, self.here.as_ref().filter(told)?);
+        let has_tsc = |clock: &&kvm_clock_data| clock.flags & KVM_CLOCK_HOST_TSC != 0;
+        let (source, here) = (self.source.as_ref().filter(has_tsc)?, self.here.as_ref().filter(has_tsc)?);
         let elapsed = i128::from(here.clock) - i128::from(source.clock);
         let ticks = (elapsed * i128::from(khz) / 1_000_000) as u64;
         Some(source.host_tsc.wrapping_add(offset).wrapping_add(ticks).wrapping_sub(here.host_tsc))
@@ -116,7 +120,7 @@ impl KvmState {
     /// Reads the state. All vCPUs must be stopped.
     ///
     /// # Errors
-    /// When KVM refuses; with [`Irqchip::Full`] also when the VM has no irqchip.
+    /// Fails if KVM refuses, and with [`Irqchip::Full`] also if the VM has no irqchip.
     pub fn save(saver: &VcpuSaver, vm: &VmFd, irqchip: Irqchip) -> Result<Self, StateError> {
         let chip = |id| sys::chip(vm, id).map_err(io_error("KVM_GET_IRQCHIP"));
         let (mut chips, mut pit) = (None, None);
@@ -136,16 +140,18 @@ impl KvmState {
         Ok(Self { irqchip, chips, pit, clock, unsupported: saver.unsupported().to_vec() })
     }
 
-    /// Parts of the state that the source's KVM does not have, hence did not save; in words.
+    /// Returns the names of the parts of the state that the source's KVM does not have and did not
+    /// save.
     pub fn unsupported(&self) -> &[String] {
         &self.unsupported
     }
 
-    /// Sets the clock. Where both KVMs know the wall-clock time, it goes on by the time since it was saved; hosts'
-    /// clocks should be synchronised. It never goes back: KVM adds nothing if the wall clock here is behind.
+    /// Sets the clock. If both KVMs know the wall-clock time, the clock advances by the time since
+    /// it was saved, so the hosts' clocks should be synchronized. It never goes back: KVM adds
+    /// nothing if the wall clock here is behind that of the source.
     ///
     /// # Errors
-    /// When KVM refuses, or the clock here is behind the saved one afterwards.
+    /// Fails if KVM refuses, or if the clock is behind the saved one afterwards.
     pub fn load_clock(&self, vm: &VmFd) -> Result<ClockLoaded, StateError> {
         let Some(saved) = self.clock else { return Ok(ClockLoaded::none()) };
         let flags = u32::try_from(vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
@@ -165,13 +171,13 @@ impl KvmState {
         Ok(ClockLoaded { source: Some(saved), here: Some(here) })
     }
 
-    // PICs before the IOAPIC, as the IOAPIC may take interrupts over from them; the timer last, because it starts to tick
-    // and raises its line at the chips.
-    /// Loads interrupt controllers and timer into a VM that was built with `irqchip`. All vCPUs have been loaded, and
-    /// none runs.
+    // PICs before the IOAPIC, because the IOAPIC may take over interrupts from them. The timer
+    // last, because it starts to tick and raises its line at the chips.
+    /// Loads interrupt controllers and timer into a VM that was built with `irqchip`. All vCPUs
+    /// must be loaded, and none may run.
     ///
     /// # Errors
-    /// When the VM was built otherwise, or KVM refuses.
+    /// Fails if the VM was built with another irqchip, or if KVM refuses.
     pub fn load_chips(&self, vm: &VmFd, irqchip: Irqchip) -> Result<(), StateError> {
         if irqchip != self.irqchip {
             let what = format!("the saved VM has {}, this one {}", self.irqchip.name(), irqchip.name());
@@ -192,7 +198,7 @@ impl KvmState {
         Ok(())
     }
 
-    /// The form in which it travels.
+    /// Returns the encoding that is sent to the destination.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = ItemWriter::new();
         w.bytes(ITEM_IRQCHIP, &[self.irqchip as u8]);
@@ -216,10 +222,11 @@ impl KvmState {
         w.finish()
     }
 
-    /// Reads what [`encode`](KvmState::encode) wrote.
+    /// Decodes what [`encode`](KvmState::encode) returned.
     ///
     /// # Errors
-    /// When a part is missing, unknown, there twice, has a wrong size or a value that it cannot have.
+    /// Fails if a part is missing, unknown or present twice, or has a wrong size or an invalid
+    /// value.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let mut items = Items::parse(bytes)?;
         let irqchip = items.take_with(ITEM_IRQCHIP, |r| Irqchip::from_u8(r.u8("irqchip")?))?;
@@ -258,17 +265,17 @@ mod tests {
     fn tsc_offset_follows_the_clock() {
         let clock =
             |clock, host_tsc| Some(kvm_clock_data { clock, host_tsc, flags: KVM_CLOCK_HOST_TSC, ..Default::default() });
-        // At 2 GHz: 3 ms later by the VM's clock, on a host whose TSC is far behind.
+        // at 2 GHz: 3 ms later by the VM's clock, on a host whose TSC is far behind
         let loaded = ClockLoaded { source: clock(1_000_000, 9_000_000_000), here: clock(4_000_000, 500) };
         let offset = loaded.tsc_offset(0u64.wrapping_sub(8_000_000_000), 2_000_000).unwrap();
         assert_eq!(offset.wrapping_add(500), 1_000_000_000 + 6_000_000);
-        // The same host, same moment: the same offset.
+        // on the same host at the same moment the offset stays the same
         let same = ClockLoaded { source: clock(7, 100), here: clock(7, 100) };
         assert_eq!(same.tsc_offset(42, 2_600_000), Some(42));
-        // Without the host's TSC there is no way to tell.
+        // without the host's TSC the offset cannot be computed
         let blind = ClockLoaded { source: Some(kvm_clock_data::default()), here: clock(7, 100) };
         assert_eq!(blind.tsc_offset(42, 2_600_000), None);
-        // Extremes do not overflow.
+        // extreme values do not overflow
         let far = ClockLoaded { source: clock(u64::MAX, u64::MAX), here: clock(0, 0) };
         assert!(far.tsc_offset(u64::MAX, u32::MAX).is_some());
     }

@@ -1,4 +1,4 @@
-//! What each vCPU is doing, for those that wait for one in vain.
+//! The current activity of each vCPU, for the errors of threads that waited for one too long.
 
 use std::{
     fmt,
@@ -9,35 +9,35 @@ use std::{
 use migration_core::vm::VmError;
 use thiserror::Error;
 
-/// The longest time that any call waits for a vCPU: to stop, to do some work, or to end. A vCPU answers within 50 µs; a host
-/// that stands still for seconds must not fail a pause.
+/// The longest time that any call waits for a vCPU to stop, to do some work, or to end. A vCPU
+/// usually answers within 50 µs, but a host that is blocked for seconds must not make a pause fail.
 pub const MOST_WAIT: Duration = Duration::from_secs(10);
-/// A vCPU that has not stopped after this time is kicked again, and so on until it has.
+/// The interval at which a vCPU that has not stopped is kicked again.
 pub(super) const KICK_AGAIN: Duration = Duration::from_millis(20);
 
-/// What a vCPU's thread is doing.
+/// The current activity of a vCPU's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Doing {
-    /// It has not begun yet.
+    /// The thread has not begun yet.
     Starting,
-    /// It waits until the vCPU may run.
+    /// The thread waits until the vCPU may run.
     Stopped,
-    /// It works on the vCPU for another thread.
+    /// The thread works on the vCPU for another thread.
     Job,
-    /// It executes the guest.
+    /// The thread executes the guest.
     Guest,
-    /// The guest has written this port.
+    /// The thread handles the guest's write to this port.
     Write(u16),
-    /// The guest has read this port.
+    /// The thread handles the guest's read of this port.
     Read(u16),
-    /// It collects the dirty ring, which was full.
+    /// The thread collects the dirty ring, which was full.
     RingFull,
-    /// It handles another exit of the guest.
+    /// The thread handles another exit of the guest.
     Exit,
-    /// It lets KVM complete the last exit.
+    /// The thread enters KVM to complete the last exit.
     Completing,
-    /// It has ended.
+    /// The thread has ended.
     Ended,
 }
 
@@ -59,17 +59,18 @@ impl fmt::Display for Doing {
     }
 }
 
-/// What every vCPU is doing: written by its own thread, read by any other one without a lock.
-pub(super) struct Doings(Vec<AtomicU32>);
+/// The activity of every vCPU. Each vCPU's own thread writes it, and any thread can read it without
+/// a lock.
+pub(super) struct Activities(Vec<AtomicU32>);
 
 const PORT: u32 = 16;
 
-impl Doings {
+impl Activities {
     pub(super) fn new(vcpus: usize) -> Self {
         Self((0..vcpus).map(|_| AtomicU32::new(0)).collect())
     }
 
-    /// Notes what a vCPU does from now on.
+    /// Sets the activity of a vCPU.
     pub(super) fn set(&self, vcpu: usize, doing: Doing) {
         let word = match doing {
             Doing::Starting => 0,
@@ -83,15 +84,15 @@ impl Doings {
             Doing::Completing => 8,
             Doing::Ended => 9,
         };
-        if let Some(place) = self.0.get(vcpu) {
-            // it is for messages; the locks order everything else
-            place.store(word, Ordering::Relaxed);
+        if let Some(activity) = self.0.get(vcpu) {
+            // relaxed, because it is only used for messages
+            activity.store(word, Ordering::Relaxed);
         }
     }
 
-    /// What a vCPU was last said to do.
+    /// Returns the last activity of a vCPU.
     pub(super) fn get(&self, vcpu: usize) -> Doing {
-        let word = self.0.get(vcpu).map_or(0, |place| place.load(Ordering::Relaxed));
+        let word = self.0.get(vcpu).map_or(0, |activity| activity.load(Ordering::Relaxed));
         let port = (word >> PORT) as u16;
         match word & ((1 << PORT) - 1) {
             0 => Doing::Starting,
@@ -108,7 +109,7 @@ impl Doings {
     }
 }
 
-/// Why nothing came of a wait for a vCPU.
+/// The reason why waiting for a vCPU failed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VcpuError {
@@ -118,11 +119,11 @@ pub enum VcpuError {
     /// A vCPU did not answer within [`MOST_WAIT`].
     #[error("vCPU {vcpu} does not {what} within {} s: {doing}", MOST_WAIT.as_secs())]
     Stuck {
-        /// The vCPU's number.
+        /// The number of the vCPU.
         vcpu: usize,
-        /// What it was to do.
+        /// The action for which it was waited.
         what: &'static str,
-        /// What it does instead.
+        /// The activity of the vCPU.
         doing: Doing,
     },
 }
@@ -138,12 +139,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_vcpu_does_is_read_as_it_was_noted() {
-        let doings = Doings::new(2);
+    fn an_activity_is_read_as_it_was_set() {
+        let activities = Activities::new(2);
         use Doing::*;
         for doing in [Starting, Stopped, Job, Guest, Write(0xffff), Read(0x3f8), RingFull, Exit, Completing, Ended] {
-            doings.set(1, doing);
-            assert_eq!((doings.get(0), doings.get(1)), (Starting, doing));
+            activities.set(1, doing);
+            assert_eq!((activities.get(0), activities.get(1)), (Starting, doing));
         }
         let stuck = VcpuError::Stuck { vcpu: 3, what: "stop", doing: Write(0x3f8) };
         assert_eq!(stuck.to_string(), "vCPU 3 does not stop within 10 s: it handles a write to port 0x3f8");

@@ -1,9 +1,10 @@
-//! Getting a vCPU thread out of `KVM_RUN`, without ever losing a kick.
+//! Makes a vCPU thread leave `KVM_RUN`, without ever losing a kick.
 //!
-//! The kick is a *standard* signal, as QEMU's is. The kernel keeps a real-time signal in a queue, and refuses it (`EAGAIN`) when
-//! the user has as many pending as `RLIMIT_SIGPENDING` permits, which may be none. A standard signal that is pending is one bit: it
-//! needs no memory, and cannot be refused. And it is unblocked by every thread that is kicked: a thread inherits the mask
-//! of whoever started the process.
+//! A kick is a *standard* signal, as in QEMU. The kernel keeps real-time signals in a queue, and
+//! refuses one (`EAGAIN`) if the user has as many pending signals as `RLIMIT_SIGPENDING` permits,
+//! which may be none. A pending standard signal is one bit: it needs no memory and cannot be
+//! refused. Every vCPU thread unblocks the signal, because a thread inherits the signal mask of
+//! whoever started the process.
 
 use std::{
     cell::Cell,
@@ -19,30 +20,30 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// Runs on the vCPU's own thread: if it is about to enter `KVM_RUN`, the flag makes that return at once; if it is inside,
-/// the signal itself does.
+/// Handles the signal on the vCPU's own thread. If the thread is about to enter `KVM_RUN`, the flag
+/// makes that return at once. If it is inside, the signal itself does.
 extern "C" fn handler(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: set by `Registered::new` on this thread to a byte of the vCPU's mapping, and reset to null before that
-        // goes away; the handler runs on this thread, so it cannot run in between.
+        // SAFETY: `Registered::new` set the pointer on this thread to a byte of the vCPU's mapping,
+        // and it is reset to null before the mapping ends. The handler runs on this thread, so not
+        // between the two.
         unsafe { flag.write_volatile(1) };
     }
 }
 
-/// The signal by which vCPU threads of this process are kicked. A VMM chooses it, once.
-///
-/// It has to be a standard signal that nothing else in the process uses, for example `SIGUSR1`.
+/// The signal that kicks vCPU threads of this process. A VMM chooses it once. It must be a standard
+/// signal that nothing else in the process uses, for example `SIGUSR1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KickSignal(i32);
 
 impl KickSignal {
-    /// Installs the handler of `signal`, unless it is installed already. To be called before the first
-    /// vCPU thread: without the handler the signal ends the process.
+    /// Installs the handler of `signal` if it is not installed yet. Must be called before the first
+    /// vCPU thread exists: without the handler the signal ends the process.
     ///
     /// # Errors
-    /// When it is a real-time signal, which may be refused when it is sent, or the kernel does not let it
-    /// be handled.
+    /// Fails if `signal` is a real-time signal, which the kernel may refuse to send, or if the
+    /// kernel does not allow a handler for it.
     pub fn install(signal: i32) -> io::Result<Self> {
         static INSTALLED: Mutex<Vec<i32>> = Mutex::new(Vec::new());
         if !(1..libc::SIGRTMIN()).contains(&signal) {
@@ -56,20 +57,22 @@ impl KickSignal {
         Ok(Self(signal))
     }
 
-    /// Kicks the thread with this number, which may have ended.
+    /// Kicks the thread with this number. The thread may have ended.
     pub(super) fn kick(self, thread: u32) {
-        // SAFETY: sends a signal that has a handler to a thread of this process, if there is one.
-        // It fails only if there is none, and then there is nobody to kick.
+        // SAFETY: sends a signal with a handler to a thread of this process. The call fails only if
+        // there is no such thread, and then there is nothing to kick.
         let _ = unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), thread, self.0) };
     }
 }
 
-/// This thread can be kicked as long as this lives; it must not outlive the vCPU.
+/// A registration of this thread for kicks. It must be dropped before the vCPU.
 pub(super) struct Registered(());
 
 impl Registered {
+    /// Registers this thread, which runs `vcpu`.
+    ///
     /// # Errors
-    /// When the signal cannot be unblocked: the vCPU could not be stopped.
+    /// Fails if the signal cannot be unblocked. The vCPU could then not be stopped.
     pub(super) fn new(vcpu: &mut VcpuFd, signal: KickSignal) -> Result<Self, String> {
         IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
         let registered = Self(());

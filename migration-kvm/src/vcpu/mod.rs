@@ -1,7 +1,7 @@
-//! vCPU threads: run, stop, throttle, and work on vCPUs that stand still.
+//! vCPU threads: run, stop and throttle vCPUs, and work on stopped ones.
 //!
-//! A VMM that has its own run loop needs none of this. One that has not gives [`Vcpus`] its vCPUs, an
-//! [`IoHandler`] for the ports and addresses behind which its devices are, and a [`KickSignal`].
+//! A VMM with a run loop of its own needs none of this. Other VMMs pass their vCPUs to [`Vcpus`],
+//! with an [`IoHandler`] for the ports and addresses of their devices, and a [`KickSignal`].
 //!
 //! ```no_run
 //! # use std::sync::Arc;
@@ -28,16 +28,21 @@
 //! # }
 //! ```
 //!
-//! A vCPU runs while it may: the user wants it (`run`), no throttle holds it, and the VM has not ended. Whoever changes
-//! that does so under the lock, then sets `stop` and kicks. A kick is never lost: its handler sets `immediate_exit`, and
-//! the thread clears that flag *before* it looks at `stop` for the last time before `KVM_RUN`. So a signal that comes before
-//! the flag is cleared finds `stop` set, and one that comes later leaves the flag set, or interrupts `KVM_RUN` itself.
+//! # How a vCPU is stopped
+//! A vCPU may run if the VMM wants it (`run`), no hold and no throttle stops it, and the VM has not
+//! ended. To change one of these, a thread takes the lock, changes it, sets `stop`, and kicks.
 //!
-//! `stop` is cleared only under the lock and only while vCPUs may run. So no thread, woken late from an earlier stop, takes
-//! back the stop of a pause.
+//! A kick is never lost. Its handler sets `immediate_exit`. The vCPU thread clears that flag
+//! *before* it reads `stop` for the last time before `KVM_RUN`. So there are two cases:
+//! 1. The signal comes before the flag is cleared. Then the thread finds `stop` set.
+//! 2. The signal comes later. Then it leaves the flag set, or interrupts `KVM_RUN` itself.
 //!
-//! Every wait for a vCPU ends after [`MOST_WAIT`] with an error that names the vCPU and what it does. Until then a vCPU that
-//! was to stop is kicked again and again. One that is late stops, or works, when it can; [`Vcpus::run`] takes the stop back.
+//! `stop` is cleared only under the lock and only while vCPUs may run. So a thread that wakes up
+//! late from an earlier stop does not clear the `stop` of a pause.
+//!
+//! Every wait for a vCPU ends after [`MOST_WAIT`] with an error that names the vCPU and its
+//! activity. Until then a vCPU that should stop is kicked again and again. A vCPU that is late
+//! stops, or does its work, as soon as it can; [`Vcpus::run`] cancels the stop.
 
 use std::{
     collections::VecDeque,
@@ -61,39 +66,42 @@ mod doing;
 #[allow(unsafe_code)]
 mod kick;
 
+use doing::{Activities, KICK_AGAIN};
 pub use doing::{Doing, MOST_WAIT, VcpuError};
-use doing::{Doings, KICK_AGAIN};
 pub use kick::KickSignal;
 
 use crate::{state, tracker::GuestSlots};
 
-/// A throttled guest runs and rests within this time: short, so that a rest is not felt as a gap.
+/// The period in which a throttled guest runs and rests once. It is short, so that users do not
+/// notice single rests.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(5);
-/// Not even a guest that ran for too long rests for longer than this at a time.
+/// The longest single rest, even for a guest that ran for too long before.
 const LONGEST_REST: Duration = Duration::from_millis(9);
-/// Rest that is owed beyond this is waived: a host that was busy for a while does not slow the guest down for long after.
-const MOST_OWED: Duration = Duration::from_millis(100);
+/// The largest rest that is carried over to later periods. A host that was busy for a while should
+/// not slow the guest down for long afterwards.
+const MAX_CARRIED_REST: Duration = Duration::from_millis(100);
 
-/// A vCPU that is in use by its own thread is looked at again after this time. Only one that should be stopped and is not.
-const LOOK_AGAIN: Duration = Duration::from_micros(100);
+/// The interval at which another thread tries to get a vCPU that its own thread has not released
+/// yet.
+const RETRY_INTERVAL: Duration = Duration::from_micros(100);
 
 type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
 
 struct Control {
-    /// The user, or a migration, lets the vCPUs run.
+    /// Whether the VMM or a migration lets the vCPUs run.
     run: bool,
-    /// Pages that they need cannot come.
+    /// Whether the vCPUs are held because pages that they need cannot arrive.
     held: bool,
-    /// A throttle holds them, for a moment.
+    /// Whether the throttle makes the vCPUs rest at the moment.
     rest: bool,
     throttle: u8,
     exit: bool,
-    /// Why the VM has ended.
+    /// The reason why the VM has ended.
     end: Option<String>,
     jobs: Vec<VecDeque<Job>>,
-    /// Which threads are not inside the run loop.
+    /// For each thread, whether it is outside the run loop.
     stopped: Vec<bool>,
-    /// Which threads have let go of their vCPU.
+    /// For each thread, whether it has released its vCPU for ever.
     ended: Vec<bool>,
 }
 
@@ -106,88 +114,92 @@ impl Control {
 struct Shared {
     control: Mutex<Control>,
     changed: Condvar,
-    /// The VM has ended, or is taken apart: who waits for that alone is not woken by all else.
+    /// Signals the end of the VM or of this object only. Threads that wait for that are not woken
+    /// by other changes.
     ended: Condvar,
-    /// Held by a vCPU's thread while that runs, and by whoever works on it; empty when the thread has ended.
+    /// Each vCPU is locked by its thread while it runs, and by any thread that works on it. `None`
+    /// after the thread has ended.
     vcpus: Vec<Mutex<Option<VcpuFd>>>,
-    /// Looked at before every entry into the guest.
+    /// Checked before every entry into the guest.
     stop: AtomicBool,
-    doing: Doings,
-    /// The operating system's numbers of the threads; 0 before one has begun.
+    doing: Activities,
+    /// The operating system's ids of the threads; 0 before a thread has begun and after it has
+    /// ended.
     threads: Vec<AtomicU32>,
     signal: KickSignal,
     io: Arc<dyn IoHandler>,
-    /// Called when a dirty ring is full.
+    /// Called if a dirty ring is full.
     ring_full: Option<RingFull>,
     spawner: Arc<dyn Spawner>,
     observer: Arc<dyn Observer>,
-    /// Guest memory: it stays mapped for as long as there is a vCPU, even one that does not end when it should.
+    /// The guest memory, which stays mapped for as long as a vCPU exists, even one whose thread
+    /// does not end.
     _memory: Arc<GuestSlots>,
 }
 
-/// Collects a dirty ring that is full. An error ends the VM.
+/// A function that collects full dirty rings. An error ends the VM.
 pub type RingFull = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
-/// Devices, behind ports and addresses. Called on the vCPUs' threads, by several at once; a pause waits
-/// for every call.
+/// The devices behind ports and addresses. The methods are called on the vCPUs' threads, by several
+/// at once. A pause waits for every call.
 pub trait IoHandler: Send + Sync {
-    /// The guest has written `data` to a port.
+    /// Handles the guest's write of `data` to a port.
     fn port_write(&self, port: u16, data: &[u8]);
 
-    /// The guest reads a port. What is not filled in reads as zeros; a PC's bus floats high where nothing
-    /// is.
+    /// Handles the guest's read of a port. Bytes of `data` that are not written read as zeros. (On
+    /// a PC, a port without a device reads as ones.)
     fn port_read(&self, port: u16, data: &mut [u8]);
 
-    /// The guest has written `data` to an address outside RAM. Ignored by default.
+    /// Handles the guest's write of `data` to an address outside RAM. The default ignores it.
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
         let _ = (gpa, data);
     }
 
-    /// The guest reads an address outside RAM. All ones by default.
+    /// Handles the guest's read of an address outside RAM. The default returns all ones.
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         let _ = gpa;
         data.fill(0xff);
     }
 
-    /// An exit that is none of those above, and none that KVM's documentation leaves only one answer to.
+    /// Handles any other exit, except those for which KVM's documentation allows only one response.
     ///
     /// # Errors
-    /// Ends the VM, for this reason. That is the default.
+    /// An error ends the VM for this reason. The default always fails.
     fn other(&self, vcpu: usize, exit: &VcpuExit<'_>) -> Result<(), String> {
         let _ = vcpu;
         Err(format!("unexpected exit {exit:?}"))
     }
 }
 
-/// What vCPUs need besides themselves.
+/// The environment of the vCPUs.
 pub struct VcpuHost {
-    /// Guest memory, as KVM has it. It stays mapped for as long as there is a vCPU.
+    /// The guest memory as KVM has it. It stays mapped for as long as a vCPU exists.
     pub memory: Arc<GuestSlots>,
-    /// Devices.
+    /// The devices.
     pub io: Arc<dyn IoHandler>,
-    /// Collects the dirty ring, if there is one.
+    /// The function that collects full dirty rings, if there are any.
     pub ring_full: Option<RingFull>,
-    /// Stops vCPUs.
+    /// The signal that stops vCPUs.
     pub signal: KickSignal,
-    /// Starts their threads, with [`Role::Vcpu`].
+    /// Starts the threads, with [`Role::Vcpu`].
     pub spawner: Arc<dyn Spawner>,
-    /// Is told of a thread that does not end.
+    /// Receives a warning about a thread that does not end.
     pub observer: Arc<dyn Observer>,
 }
 
-/// All vCPUs of a VM, each on a thread of its own.
+/// All vCPUs of a VM, each with a thread of its own.
 pub struct Vcpus {
     shared: Arc<Shared>,
-    /// Those that could be started.
+    /// The threads that could be started.
     threads: Mutex<Vec<Box<dyn Joiner>>>,
     throttler: Mutex<Option<Box<dyn Joiner>>>,
-    /// The throttler's thread.
+    /// The id of the throttler's thread.
     throttles: Arc<Mutex<Option<ThreadId>>>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Control> {
-        // the fields do not depend on each other beyond one assignment
+        // a panic cannot leave the fields inconsistent: each change is one assignment
         self.control.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -203,7 +215,7 @@ impl Shared {
         VcpuError::Stuck { vcpu, what, doing: self.doing.get(vcpu) }
     }
 
-    /// A vCPU that is stopped, for another thread than its own.
+    /// Returns a stopped vCPU for use by another thread than its own.
     fn stopped_vcpu(&self, index: usize) -> Result<MutexGuard<'_, Option<VcpuFd>>, VcpuError> {
         let began = Instant::now();
         loop {
@@ -211,23 +223,23 @@ impl Shared {
                 Ok(vcpu) => return Ok(vcpu),
                 // as in `vcpu`
                 Err(TryLockError::Poisoned(e)) => return Ok(e.into_inner()),
-                Err(TryLockError::WouldBlock) if began.elapsed() < MOST_WAIT => thread::sleep(LOOK_AGAIN),
+                Err(TryLockError::WouldBlock) if began.elapsed() < MOST_WAIT => thread::sleep(RETRY_INTERVAL),
                 Err(TryLockError::WouldBlock) => return Err(self.stuck(index, "stop")),
             }
         }
     }
 
     fn vcpu(&self, index: usize) -> MutexGuard<'_, Option<VcpuFd>> {
-        // KVM's part of it is as the last ioctl left it
+        // a panic does not matter: KVM's part is as the last ioctl left it
         self.vcpus[index].lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. None runs before [`run`](Self::run) is called.
+    /// Starts a thread for each vCPU. No vCPU runs before [`run`](Self::run) is called.
     ///
     /// # Errors
-    /// When a thread cannot be had or does not begin, or there is no vCPU.
+    /// Fails if a thread cannot be started or does not begin, or if `vcpus` is empty.
     pub fn new(vcpus: Vec<VcpuFd>, host: VcpuHost) -> io::Result<Self> {
         if vcpus.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a VM needs a vCPU"));
@@ -251,7 +263,7 @@ impl Vcpus {
             ended: Condvar::new(),
             vcpus,
             stop: AtomicBool::new(true),
-            doing: Doings::new(count),
+            doing: Activities::new(count),
             threads: (0..count).map(|_| AtomicU32::new(0)).collect(),
             signal,
             io,
@@ -260,7 +272,7 @@ impl Vcpus {
             observer,
             _memory: memory,
         });
-        // if a thread cannot be had, dropping this ends those that were started
+        // if a later thread cannot be started, dropping this ends the earlier ones
         let (throttler, throttles) = (Mutex::default(), Arc::default());
         let started = Self { shared: shared.clone(), threads: Mutex::default(), throttler, throttles };
         let (tx, begun) = mpsc::channel();
@@ -268,7 +280,7 @@ impl Vcpus {
             let (shared, tx) = (shared.clone(), tx.clone());
             let body = move || {
                 shared.threads[index].store(nix::unistd::gettid().as_raw().unsigned_abs(), Ordering::SeqCst);
-                // the other end waits right below
+                // the receiver waits below
                 let _ = tx.send(());
                 thread_main(index, &shared);
             };
@@ -282,12 +294,13 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Returns the operating system's numbers of the threads, in the vCPUs' order; 0 for one that has ended.
+    /// Returns the operating system's thread ids in the order of the vCPUs; 0 for a thread that has
+    /// ended.
     pub fn thread_ids(&self) -> Vec<u32> {
         self.shared.threads.iter().map(|id| id.load(Ordering::SeqCst)).collect()
     }
 
-    /// Lets them run.
+    /// Lets the vCPUs run.
     pub fn run(&self) {
         let mut control = self.shared.lock();
         control.run = true;
@@ -295,7 +308,9 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
-    /// Holds them beside all else, or ends that; waits for none, and so kicks them once: a kick is not lost.
+    /// Holds the vCPUs, or ends the hold. A hold is independent of [`pause`](Self::pause) and of
+    /// the throttle. The call does not wait, and kicks each vCPU once, which is enough because no
+    /// kick is lost.
     pub fn hold(&self, held: bool) {
         let mut control = self.shared.lock();
         control.held = held;
@@ -306,10 +321,11 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
-    /// Stops them; returns when none is in the guest any more.
+    /// Stops the vCPUs. Returns when none of them is in the guest any more.
     ///
     /// # Errors
-    /// When one does not stop. It stops as soon as it can, and the others have stopped, until [`run`](Self::run) is called.
+    /// Fails if a vCPU does not stop in time. It stops as soon as it can. All others stay stopped
+    /// until [`run`](Self::run) is called.
     pub fn pause(&self) -> Result<(), VcpuError> {
         let mut control = self.shared.lock();
         control.run = false;
@@ -322,40 +338,45 @@ impl Vcpus {
             control = self.shared.wait_for(control, KICK_AGAIN);
             if kicked.elapsed() >= KICK_AGAIN {
                 kicked = Instant::now();
-                self.kick_where(&control.stopped);
+                self.kick_others(&control.stopped);
             }
         }
         Ok(())
     }
 
-    /// Does `work` on all vCPUs at once; the results are in the vCPUs' order. They must be stopped: a vCPU that runs gets to it
-    /// when it stops. The first one's is done here and now: a thread that has to be woken for it, and to wake this one, would
-    /// cost about as much as the work.
+    /// Does `work` on all vCPUs at the same time. Returns the results in the order of the vCPUs,
+    /// which should be stopped: a running vCPU does the work when it stops. The work on the first
+    /// vCPU is done by the calling thread, because waking another thread for it, and being woken
+    /// again, would cost about as much as the work.
     ///
     /// # Errors
-    /// When the threads have ended, or a vCPU does not get to it: then it never does.
+    /// Fails if the threads have ended, or if a vCPU does not begin the work in time. That vCPU
+    /// then never does it.
     pub fn on_each<T: Send + 'static>(
         &self,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, VcpuError> {
-        self.on_those_below(usize::MAX, work)
+        self.on_vcpus_below(usize::MAX, work)
     }
 
-    /// As [`on_each`](Self::on_each), on the first one's.
+    /// Does `work` on the first vCPU, like [`on_each`](Self::on_each).
+    ///
+    /// # Errors
+    /// Fails like [`on_each`](Self::on_each).
     pub fn on_first<T: Send + 'static>(
         &self,
         work: impl Fn(&mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<T, VcpuError> {
-        self.on_those_below(1, move |_, vcpu| work(vcpu))?.pop().ok_or(VcpuError::Ended)
+        self.on_vcpus_below(1, move |_, vcpu| work(vcpu))?.pop().ok_or(VcpuError::Ended)
     }
 
-    fn on_those_below<T: Send + 'static>(
+    fn on_vcpus_below<T: Send + 'static>(
         &self,
         end: usize,
         work: impl Fn(usize, &mut VcpuFd) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, VcpuError> {
         let work = Arc::new(work);
-        // once this is set, no thread begins with it any more
+        // once this is set, no thread begins the work any more
         let given_up = Arc::new(AtomicBool::new(false));
         let mut results = Vec::new();
         {
@@ -368,7 +389,7 @@ impl Vcpus {
                 let (work, given_up) = (work.clone(), given_up.clone());
                 jobs.push_back(Box::new(move |vcpu| {
                     if !given_up.load(Ordering::SeqCst) {
-                        // the other end waits below, or has given up
+                        // the receiver waits below, or has given up
                         let _ = tx.send(work(index, vcpu));
                     }
                 }));
@@ -383,10 +404,10 @@ impl Vcpus {
             Ok(mut vcpu) => vcpu.as_mut().map(|vcpu| work(0, vcpu)).ok_or(VcpuError::Ended),
             Err(stuck) => Err(stuck),
         };
-        // a thread that still has work does not end: see `thread_main`
+        // no thread ends while it still has work: see `thread_main`
         let others = results.into_iter().map(|(index, rx)| {
             rx.recv_timeout(MOST_WAIT.saturating_sub(began.elapsed())).map_err(|why| match why {
-                mpsc::RecvTimeoutError::Timeout => self.shared.stuck(index, "get to work on its state"),
+                mpsc::RecvTimeoutError::Timeout => self.shared.stuck(index, "begin the work on its state"),
                 mpsc::RecvTimeoutError::Disconnected => VcpuError::Ended,
             })
         });
@@ -397,7 +418,10 @@ impl Vcpus {
         results
     }
 
-    /// Lets them run `100 - percent` of the time.
+    /// Lets the vCPUs run `100 - percent` percent of the time. 0 ends the throttle.
+    ///
+    /// # Errors
+    /// Fails if the throttle's thread cannot be started.
     pub fn throttle(self: &Arc<Self>, percent: u8) -> io::Result<()> {
         self.shared.lock().throttle = percent.min(99);
         self.shared.changed.notify_all();
@@ -405,7 +429,7 @@ impl Vcpus {
         if percent == 0 {
             let thread = throttler.take();
             drop(throttler);
-            // it ends by itself, at once
+            // the thread ends by itself at once
             thread.into_iter().for_each(|thread| thread.join());
         } else if throttler.is_none() {
             let vcpus = Arc::downgrade(self);
@@ -425,12 +449,13 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Why the VM has ended, if it has.
+    /// Returns the reason why the VM has ended, or `None` if it has not.
     pub fn end(&self) -> Option<String> {
         self.shared.lock().end.clone()
     }
 
-    /// Waits until the VM has ended by itself (`Some`), or is taken apart. Stops the other vCPUs of a VM that has ended.
+    /// Returns a function that waits until the VM has ended by itself or this object is shut down.
+    /// The function returns the reason if the VM has ended, and stops its other vCPUs.
     pub fn end_watch(self: &Arc<Self>) -> impl FnOnce() -> Option<String> + Send + 'static {
         let (shared, vcpus) = (self.shared.clone(), Arc::downgrade(self));
         move || {
@@ -452,37 +477,37 @@ impl Vcpus {
         self.shared.threads.iter().for_each(|thread| self.kick(thread));
     }
 
-    /// Kicks those again that are not there yet.
-    fn kick_where(&self, there: &[bool]) {
-        let late = self.shared.threads.iter().zip(there).filter(|(_, there)| !**there);
+    /// Kicks the threads that are not marked in `done`.
+    fn kick_others(&self, done: &[bool]) {
+        let late = self.shared.threads.iter().zip(done).filter(|(_, done)| !**done);
         late.for_each(|(thread, _)| self.kick(thread));
     }
 
     fn kick(&self, thread: &AtomicU32) {
         match thread.load(Ordering::SeqCst) {
-            // it has not begun or has ended, and is not in the guest
+            // the thread has not begun or has ended, so it is not in the guest
             0 => {}
             id => self.shared.signal.kick(id),
         }
     }
 
-    /// Waits until all threads have let go of their vCPUs; those that do not.
+    /// Waits until all threads have released their vCPUs. Returns for each whether it has.
     fn wait_ended(&self) -> Vec<bool> {
         let (began, mut kicked) = (Instant::now(), Instant::now());
         let mut control = self.shared.lock();
-        // if a thread could not be started, the ones after it are not there
+        // if a thread could not be started, later ones do not exist
         let threads = self.threads.lock().unwrap_or_else(|e| e.into_inner()).len();
         while control.ended.iter().take(threads).any(|ended| !ended) && began.elapsed() < MOST_WAIT {
             control = self.shared.wait_for(control, KICK_AGAIN);
             if kicked.elapsed() >= KICK_AGAIN {
                 kicked = Instant::now();
-                self.kick_where(&control.ended);
+                self.kick_others(&control.ended);
             }
         }
         control.ended.clone()
     }
 
-    /// Ends all threads, and with them the vCPUs.
+    /// Ends all threads, and thereby the vCPUs.
     pub fn shut_down(&self) {
         self.shared.lock().exit = true;
         self.kick_all();
@@ -496,7 +521,7 @@ impl Drop for Vcpus {
         self.shut_down();
         let throttler = self.throttler.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(throttler) = throttler
-            // the last reference may be dropped by the throttler itself
+            // the throttler's thread itself may drop the last reference
             && *self.throttles.lock().unwrap_or_else(|e| e.into_inner()) != Some(thread::current().id())
         {
             throttler.join();
@@ -507,15 +532,17 @@ impl Drop for Vcpus {
             if ended.get(index) == Some(&true) {
                 thread.join();
             } else {
-                // it never enters the guest again, and has what it may still touch
-                let what = format!("{}; its thread is left behind", self.shared.stuck(index, "end"));
+                // the thread never enters the guest again, and the memory that it may still access
+                // stays mapped
+                let what = format!("{}; its thread is abandoned", self.shared.stuck(index, "end"));
                 self.shared.observer.event(&Event::Warning(what));
             }
         }
     }
 }
 
-/// Notes that a vCPU's thread has let go of it, also when it panics: nobody waits for it any more, and the VM has ended.
+/// Records that a vCPU's thread has released it, also after a panic. Nobody waits for the thread
+/// any more, and the VM has ended.
 struct Ending<'a> {
     index: usize,
     shared: &'a Shared,
@@ -524,20 +551,20 @@ struct Ending<'a> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let Self { index, shared } = *self;
-        // the VM goes with the last one
+        // the last vCPU closes the VM
         drop(shared.vcpu(index).take());
         let mut control = shared.lock();
         if !control.exit {
             control.end.get_or_insert_with(|| format!("the thread of vCPU {index} has died"));
         }
         shared.doing.set(index, Doing::Ended);
-        // the number of a thread that has ended may become another's
+        // the id of an ended thread may be used for another one
         shared.threads[index].store(0, Ordering::SeqCst);
         (control.stopped[index], control.ended[index]) = (true, true);
-        // whoever waits for them hears that nothing comes of them
-        let never_done = std::mem::take(&mut control.jobs[index]);
+        // dropping the jobs informs the threads that wait for them
+        let dropped = std::mem::take(&mut control.jobs[index]);
         drop(control);
-        drop(never_done);
+        drop(dropped);
         shared.changed.notify_all();
         shared.ended.notify_all();
     }
@@ -555,7 +582,7 @@ fn thread_main(index: usize, shared: &Shared) {
     };
     while let Some(mut guard) = wait_to_run(index, shared) {
         let Some(vcpu) = guard.as_mut() else { break };
-        // it stood still, for whatever reason: its clock tells its watchdogs
+        // the vCPU was stopped for some time: the guest's clock informs its watchdogs
         state::note_pause(vcpu);
         let end = run(index, vcpu, shared);
         drop(guard);
@@ -565,11 +592,12 @@ fn thread_main(index: usize, shared: &Shared) {
             shared.ended.notify_all();
         }
     }
-    // before the vCPU goes
+    // before the vCPU is closed
     drop(registered);
 }
 
-/// Does what others want done to the vCPU, until it may run; `None` when it shall end.
+/// Does the jobs of other threads until the vCPU may run, and returns the vCPU. Returns `None` if
+/// the thread should end.
 fn wait_to_run(index: usize, shared: &Shared) -> Option<MutexGuard<'_, Option<VcpuFd>>> {
     let mut control = shared.lock();
     control.stopped[index] = true;
@@ -598,12 +626,12 @@ fn wait_to_run(index: usize, shared: &Shared) -> Option<MutexGuard<'_, Option<Vc
     Some(shared.vcpu(index))
 }
 
-/// Runs the guest until somebody wants the vCPU to stop, or the VM ends for the reason returned.
+/// Runs the guest until the vCPU should stop. Returns the reason if the VM has ended.
 fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     loop {
-        // first the flag, then the look at `stop`: see the top of the file
+        // clear the flag first, then read `stop`: see the documentation of the module
         vcpu.set_kvm_immediate_exit(0);
-        // the other party is a signal handler of this same thread: only the compiler could swap the two
+        // the signal handler runs on this same thread, so only the compiler could reorder the two
         compiler_fence(Ordering::SeqCst);
         if shared.stop.load(Ordering::SeqCst) {
             return complete_io(index, vcpu, shared);
@@ -614,8 +642,8 @@ fn run(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     }
 }
 
-/// An exit that was handled here is complete only when KVM was entered once more: at a port read, for example, it then
-/// puts the value into the register.
+/// Completes the last exit by entering KVM once more. For a port read, for example, KVM then puts
+/// the value into the register. Returns the reason if the VM has ended.
 fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<String> {
     let mut end = None;
     shared.doing.set(index, Doing::Completing);
@@ -630,7 +658,7 @@ fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<Strin
     Some(format!("{why} on vCPU {index}{}", place(vcpu)))
 }
 
-/// Enters the guest once, and handles the exit. An error ends the VM.
+/// Enters the guest once and handles the exit. An error ends the VM.
 fn step(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), String> {
     shared.doing.set(index, Doing::Guest);
     let why = match vcpu.run() {
@@ -681,10 +709,11 @@ fn place(vcpu: &VcpuFd) -> String {
     vcpu.get_regs().map_or_else(|_| String::new(), |regs| format!(" at rip {:#x}", regs.rip))
 }
 
-/// Lets the vCPUs rest for their share of every period, until the throttle is lifted.
+/// Lets the vCPUs rest for their share of every period until the throttle ends.
 ///
-/// On a busy host this thread wakes up late, and the vCPUs have run for longer than they should: what they ran, not what
-/// they were to run, decides how long they rest. No rest is longer than [`LONGEST_REST`]; what is left of it is owed.
+/// On a busy host this thread wakes up late, and the vCPUs run for longer than planned. So the
+/// length of a rest depends on the time that they really ran. No rest is longer than
+/// [`LONGEST_REST`]; the rest of it is carried over.
 fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
     let mut control = shared.lock();
     let mut owed = Duration::ZERO;
@@ -700,8 +729,8 @@ fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
         shared.changed.notify_all();
         let ran;
         (control, ran) = sleep(shared, control, THROTTLE_PERIOD.mul_f64(1.0 - share));
-        // the throttle is at most 99
-        owed = (owed + ran.mul_f64(share / (1.0 - share))).min(MOST_OWED);
+        // no division by zero, because the throttle is at most 99
+        owed = (owed + ran.mul_f64(share / (1.0 - share))).min(MAX_CARRIED_REST);
         control.rest = true;
         drop(control);
         if !kick_all() {
@@ -713,7 +742,7 @@ fn throttle_main(shared: &Shared, kick_all: impl Fn() -> bool) {
     }
 }
 
-/// Waits for so long, or until the throttle changes; and how long it was.
+/// Waits for `time`, or until the throttle changes. Returns how long it waited.
 fn sleep<'a>(
     shared: &'a Shared,
     mut control: MutexGuard<'a, Control>,

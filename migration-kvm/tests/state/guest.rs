@@ -1,5 +1,5 @@
-//! A guest that starts in ring 3, counts in memory, in RAX and in the lanes of a vector register, and stores the count to
-//! an MMIO address every so often.
+//! A guest that starts in ring 3 and counts in memory, in RAX and in the lanes of a vector
+//! register. It stores the count to an MMIO address at intervals.
 
 use std::{
     sync::{
@@ -29,12 +29,13 @@ pub const COUNTERS: usize = 0x20000;
 pub const MMIO: u64 = 0x40_0000;
 pub const AVX2: u32 = 1 << 5;
 
-/// `loop: inc qword [rdi]; vpaddq ymm0, ymm0, ymm1; inc rax; dec rcx; jnz loop; mov [rsi], rax; mov rcx, rdx; jmp loop`
+/// `loop: inc qword [rdi]; vpaddq ymm0, ymm0, ymm1; inc rax; dec rcx; jnz loop; mov [rsi], rax; mov
+/// rcx, rdx; jmp loop`
 pub const COUNT: &[u8] = &[
     0x48, 0xff, 0x07, 0xc5, 0xfd, 0xd4, 0xc1, 0x48, 0xff, 0xc0, 0x48, 0xff, 0xc9, 0x75, 0xf1, 0x48, 0x89, 0x06, 0x48,
     0x89, 0xd1, 0xeb, 0xe9,
 ];
-/// The same with `paddq xmm0, xmm1`, for a host without AVX2.
+/// The instruction `paddq xmm0, xmm1` in place of `vpaddq`, for a host without AVX2.
 pub const PADDQ: [u8; 4] = [0x66, 0x0f, 0xd4, 0xc1];
 /// `loop: mov rbx, [rsi]; add rbx, 1; mov [rsi], rbx; jmp loop`
 pub const READ: &[u8] = &[0x48, 0x8b, 0x1e, 0x48, 0x83, 0xc3, 0x01, 0x48, 0x89, 0x1e, 0xeb, 0xf4];
@@ -43,7 +44,7 @@ pub struct Ram(*mut u8);
 
 impl Ram {
     pub fn new() -> Self {
-        // SAFETY: a new anonymous mapping.
+        // SAFETY: the kernel chooses the address of the new anonymous mapping.
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -60,14 +61,14 @@ impl Ram {
 
     pub fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= RAM_SIZE);
-        // SAFETY: inside the mapping; no vCPU runs while the tests write.
+        // SAFETY: inside the mapping, and no vCPU runs while the tests write.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(at), bytes.len()) }
     }
 
     pub fn read(&self, at: usize, len: usize) -> Vec<u8> {
         assert!(at + len <= RAM_SIZE);
         let mut bytes = vec![0; len];
-        // SAFETY: inside the mapping; no vCPU runs while the tests read.
+        // SAFETY: inside the mapping, and no vCPU runs while the tests read.
         unsafe { std::ptr::copy_nonoverlapping(self.0.add(at), bytes.as_mut_ptr(), len) };
         bytes
     }
@@ -79,7 +80,8 @@ impl Ram {
 
 impl Drop for Ram {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `new` made; the VM is dropped before it (order of fields in `Guest`).
+        // SAFETY: `new` made the mapping, and the VM is dropped before it (order of fields in
+        // `Guest`).
         unsafe { libc::munmap(self.0.cast(), RAM_SIZE) };
     }
 }
@@ -94,7 +96,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A VM without state: RAM, chips, vCPUs.
+    /// Makes a VM with RAM, interrupt chips and vCPUs, and without state.
     pub fn bare(vcpus: usize, irqchip: Irqchip) -> Self {
         let kvm = Kvm::new().expect("KVM is required");
         let vm = kvm.create_vm().unwrap();
@@ -122,7 +124,7 @@ impl Guest {
         Self { vcpus, saver, irqchip, vm, ram, kvm }
     }
 
-    /// A VM that is ready to count.
+    /// Makes a VM that is ready to count.
     pub fn counting(vcpus: usize, irqchip: Irqchip, code: usize) -> Self {
         let mut guest = Self::bare(vcpus, irqchip);
         let avx2 = cpuid(&guest.kvm, 0).iter().any(|e| e.function == 7 && e.index == 0 && e.ebx & AVX2 != 0);
@@ -139,14 +141,16 @@ impl Guest {
             vcpu.set_cpuid2(&set).unwrap();
             let mut state = guest.saver.save(vcpu).unwrap();
             start(&mut state, i, code as u64, avx2);
-            // Through the crate itself: setting the XSAVE area takes unsafe code otherwise.
+            // loaded by the crate itself, because setting the XSAVE area needs unsafe code
+            // otherwise
             guest.saver.load(vcpu, &state, &ClockLoaded::none()).unwrap();
         }
         guest.saver.learn(&guest.vcpus[0]).unwrap();
         guest
     }
 
-    /// Runs all vCPUs on their own threads for a while, stops them wherever they are, and saves each on its thread.
+    /// Runs all vCPUs on their own threads for a while, stops them wherever they are, and saves
+    /// each on its thread.
     pub fn run_and_save(&mut self, time: Duration) -> Vec<Section> {
         static HANDLER: Once = Once::new();
         extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -195,7 +199,7 @@ impl Guest {
         (save_vm(saver, &self.vm, self.irqchip).unwrap(), vcpus)
     }
 
-    /// A fresh VM with that state and a copy of `source`'s RAM.
+    /// Makes a new VM with that state and a copy of `source`'s RAM.
     pub fn loaded(source: &Guest, vm: &Section, vcpus: &[Section]) -> Result<Self, StateError> {
         let mut guest = Self::bare(vcpus.len(), source.irqchip);
         guest.ram.write(0, &source.ram.read(0, RAM_SIZE));
@@ -208,7 +212,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Runs a vCPU until it stores its count; returns that.
+    /// Runs a vCPU until it stores its count. Returns the count.
     pub fn next_count(&mut self, vcpu: usize) -> u64 {
         loop {
             match self.vcpus[vcpu].run() {
@@ -220,7 +224,7 @@ impl Guest {
     }
 }
 
-/// The supported CPUID with the APIC id put in, as VMMs do it.
+/// Returns the supported CPUID with the APIC id inserted, as a VMM would set it.
 pub fn cpuid(kvm: &Kvm, id: u32) -> Vec<kvm_cpuid_entry2> {
     let mut entries = kvm.get_supported_cpuid(256).unwrap().as_slice().to_vec();
     for e in &mut entries {
@@ -233,7 +237,7 @@ pub fn cpuid(kvm: &Kvm, id: u32) -> Vec<kvm_cpuid_entry2> {
     entries
 }
 
-/// Puts a vCPU at the start of the program, in ring 3 of long mode.
+/// Sets a vCPU to the start of the program, in ring 3 of long mode.
 pub fn start(state: &mut VcpuState, index: usize, rip: u64, avx2: bool) {
     let segment = |type_, selector, l| kvm_segment {
         limit: u32::MAX,
@@ -279,12 +283,12 @@ pub fn start(state: &mut VcpuState, index: usize, rip: u64, avx2: bool) {
     state.xsave[512..520].copy_from_slice(&xcrs.xcrs[0].value.to_le_bytes());
     for lane in 0..if avx2 { 4 } else { 2 } {
         set_lane(state, 1, lane, 1);
-        // A register that the program does not touch.
+        // a register that the program does not use
         set_lane(state, 9, lane, 0xabcd_0000 + (index * 16 + lane) as u64);
     }
 }
 
-/// Where a 64-bit lane of a YMM register lies in the XSAVE area.
+/// Returns the offset of a 64-bit lane of a YMM register in the XSAVE area.
 pub fn lane_at(register: usize, lane: usize) -> usize {
     if lane < 2 { 160 + 16 * register + 8 * lane } else { 576 + 16 * register + 8 * (lane - 2) }
 }
@@ -299,12 +303,13 @@ pub fn lane(state: &VcpuState, register: usize, lane: usize) -> u64 {
     u64::from_le_bytes(state.xsave[at..at + 8].try_into().unwrap())
 }
 
-/// Without what goes on by itself: TSC, the LAPIC timer's current count.
+/// Decodes a state without the values that change by themselves: the TSC and the LAPIC timer's
+/// current count.
 pub fn at_rest(section: &Section) -> VcpuState {
     let mut state = VcpuState::decode(&section.data).unwrap();
     state.tsc_offset = None;
     state.msrs.iter_mut().filter(|msr| msr.index == 0x10).for_each(|msr| msr.data = 0);
-    // What could not be read is known only from the second VM's own learning; the order may differ.
+    // the second VM finds out by itself what cannot be read, and the order may differ
     state.unread_msrs.sort_unstable();
     if let Some(lapic) = &mut state.lapic {
         lapic[0x390..0x394].fill(0);
