@@ -1,7 +1,9 @@
-//! How fast guest memory goes through a channel on this host, with various settings.
+//! Measures how fast guest memory is transferred through a channel on this host, with various
+//! settings.
 //!
-//! Usage: `throughput [MIB] [ROUNDS] [FILTER]`. Source and destination are threads of this process; the destination's
-//! memory is fresh each time, with transparent huge pages. The best of ROUNDS is shown, in MB/s.
+//! Usage: `throughput [MIB] [ROUNDS] [FILTER]`. Source and destination are threads of this process.
+//! The destination's memory is new in each round, with transparent huge pages. The best of ROUNDS
+//! is shown, in MB/s.
 
 use std::{
     env,
@@ -28,23 +30,26 @@ struct Memory {
     len: usize,
 }
 
-// SAFETY: it is reached only through `RamSlice`, whose accesses may race; the mapping itself never changes.
+// SAFETY: all access is through `RamSlice`, whose accesses may race, and the mapping itself never
+// changes.
 unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new(len: usize) -> io::Result<Self> {
         let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing mapping
+        // changes.
         let address = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags)? };
-        // SAFETY: the mapping made above, whole.
+        // SAFETY: the complete mapping made above.
         unsafe { madvise(address, len, MmapAdvise::MADV_HUGEPAGE)? };
         Ok(Self { address: address.cast(), len })
     }
 
     fn slice(&self, at: usize, len: usize) -> RamSlice<'_> {
         assert!(at + len <= self.len);
-        // SAFETY: inside the mapping, which lives as long as `self` and is never borrowed as a reference.
+        // SAFETY: inside the mapping, which lives as long as `self`, and to which no Rust reference
+        // exists.
         unsafe { RamSlice::new(self.address.add(at), len) }
     }
 
@@ -55,7 +60,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`; nothing borrows it any more.
+        // SAFETY: the mapping made in `new`, which nothing uses any more.
         let _ = unsafe { munmap(self.address.cast(), self.len) };
     }
 }
@@ -76,7 +81,7 @@ fn unix(options: &SocketOptions) -> io::Result<(Box<dyn Channel>, Box<dyn Channe
     Ok((Box::new(StreamChannel::new(near, "far")?), Box::new(StreamChannel::new(far, "near")?)))
 }
 
-/// One transfer of all of `from` over `lanes` channels, in writes of `chunk` bytes.
+/// Transfers all of `from` once over `lanes` channels, in writes of `chunk` bytes.
 fn run(
     from: &Memory,
     lanes: usize,
@@ -84,7 +89,8 @@ fn run(
     mut open: impl FnMut() -> io::Result<(Box<dyn Channel>, Box<dyn Channel>)>,
 ) -> Result<f64, Box<dyn Error>> {
     drop({
-        // memory that the host has taken back is slow to get: warm what the destination will take
+        // memory that the host has reclaimed is slow to allocate, so populate memory for the
+        // destination first
         let warm = Memory::new(from.len)?;
         warm.touch();
         from.touch();

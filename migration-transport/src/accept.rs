@@ -1,4 +1,4 @@
-//! Waiting for connections, in a way that bad peers and a lack of descriptors do not end.
+//! Waits for connections. Bad peers and a lack of descriptors do not end the wait.
 
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
@@ -17,17 +17,17 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-/// How long to leave a host alone that has run out of descriptors or memory.
-const BACK_OFF: Duration = Duration::from_millis(20);
-/// How long a shortage is waited out before whoever waits for connections hears of it.
-const REPORT: Duration = Duration::from_millis(50);
+/// The pause after a failure for lack of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The time for which a shortage must last before it is reported.
+const REPORT_AFTER: Duration = Duration::from_millis(50);
 
-/// What a listener lacks to accept the connections that wait, and a descriptor that is kept for that
-/// case.
+/// A record of what a listener lacks to accept waiting connections, and a reserved descriptor for
+/// that case.
 ///
-/// A process without descriptors can neither accept a connection nor refuse it: it would find the
-/// same one waiting again and again. With the descriptor that is kept, one connection at a time can
-/// be accepted and told why it is not served.
+/// A process without descriptors can neither accept a connection nor refuse it: the same connection
+/// would stay in the queue. With the reserved descriptor, one connection at a time can be accepted
+/// and informed why it is refused.
 ///
 /// ```
 /// use std::{os::fd::AsFd, os::unix::net::{UnixListener, UnixStream}, time::Duration};
@@ -41,12 +41,12 @@ const REPORT: Duration = Duration::from_millis(50);
 /// let mut shortage = Shortage::new();
 /// # let client = UnixStream::connect(&path)?;
 /// match shortage.accept_within(&[listener.as_fd()], Duration::from_millis(100), |_| listener.accept())? {
-///     Some((connection, _)) => drop(connection), // to be served
+///     Some((connection, _)) => drop(connection), // serve it
 ///     None => {
-///         if let Some(why) = shortage.take()
+///         if let Some(reason) = shortage.take()
 ///             && let Some((connection, _)) = shortage.accept_to_refuse(1, |_| listener.accept())
 ///         {
-///             eprintln!("to be told {why}");
+///             eprintln!("refused: {reason}"); // and inform the peer
 ///             drop(connection);
 ///         }
 ///     }
@@ -56,8 +56,8 @@ const REPORT: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Shortage {
     error: Option<io::Error>,
-    /// `None` while it is in use, or none can be had.
-    spare: Option<OwnedFd>,
+    /// The reserved descriptor. `None` while it is in use, or if none is available.
+    reserved: Option<OwnedFd>,
 }
 
 impl Default for Shortage {
@@ -67,82 +67,85 @@ impl Default for Shortage {
 }
 
 impl Shortage {
-    /// Nothing is lacking yet; a descriptor is kept if one can be had.
+    /// Makes a record without a shortage, and reserves a descriptor if one is available.
     pub fn new() -> Self {
-        Self { error: None, spare: spare() }
+        Self { error: None, reserved: reserve() }
     }
 
-    /// Waits for a connection at any of the listening sockets `fds`, none of which blocks, and calls
-    /// `accept` with the index of a socket at which one waits. Returns what `accept` has made of it,
-    /// or `None` when `timeout` has passed.
+    /// Waits for a connection at any of the listening, non-blocking sockets `fds`. Calls `accept`
+    /// with the index of a socket at which a connection waits, and returns its result, or `None` if
+    /// `timeout` has passed.
     ///
-    /// A lack of descriptors or memory is waited out for a moment: `accept` is called again, with short
-    /// pauses. If it lasts, this returns `None` before `timeout`, and [`take`](Self::take) then
-    /// returns what was lacking.
+    /// After a lack of descriptors or memory, `accept` is called again with short pauses. If the
+    /// lack lasts, the call returns `None` before `timeout`, and [`take`](Self::take) then returns
+    /// the reason.
     ///
     /// # Errors
-    /// When a listening socket is broken.
+    /// Fails if a listening socket is broken.
     pub fn accept_within<T>(
         &mut self,
         fds: &[BorrowedFd<'_>],
         timeout: Duration,
         accept: impl FnMut(usize) -> io::Result<T>,
     ) -> io::Result<Option<T>> {
-        if self.spare.is_none() {
-            self.spare = spare();
+        if self.reserved.is_none() {
+            self.reserved = reserve();
         }
-        accept_noting(fds, timeout, Some(&mut self.error), accept)
+        accept_from_any(fds, timeout, Some(&mut self.error), accept)
     }
 
-    /// Returns why nothing could be accepted since this was last asked; `None` if nothing was lacking.
+    /// Returns the reason why no connection could be accepted since the last call, or `None` if
+    /// there was no shortage.
     pub fn take(&mut self) -> Option<io::Error> {
         self.error.take()
     }
 
-    /// Gives up the descriptor that is kept, and calls `accept` with the indexes from 0 to `sockets`
-    /// until it returns a connection, which is to be told that it is not served, and closed. The
-    /// next [`accept_within`](Self::accept_within) takes a descriptor back.
+    /// Releases the reserved descriptor and calls `accept` with the indexes from 0 to `sockets`
+    /// until it returns a connection. The caller should inform the peer that it is refused, and
+    /// close the connection. The next [`accept_within`](Self::accept_within) reserves a descriptor
+    /// again.
     pub fn accept_to_refuse<T>(&mut self, sockets: usize, accept: impl FnMut(usize) -> io::Result<T>) -> Option<T> {
-        drop(self.spare.take()?);
+        drop(self.reserved.take()?);
         (0..sockets).map(accept).find_map(Result::ok)
     }
 }
 
-/// A descriptor of no use, which can be had without any file: in a jail there may be none.
-fn spare() -> Option<OwnedFd> {
+/// Opens a descriptor to reserve. It needs no file, because a jail may have none.
+fn reserve() -> Option<OwnedFd> {
     UnixDatagram::unbound().ok().map(OwnedFd::from)
 }
 
-/// Counts the descriptors that are left, by taking them for a moment: no more than are asked for.
+/// Counts the available descriptors by opening them for a moment, up to the requested number.
 pub(crate) struct Descriptors;
 
 impl Room for Descriptors {
     fn channels(&self, wanted: usize) -> usize {
-        let Some(first) = spare() else { return 0 };
+        let Some(first) = reserve() else { return 0 };
         let copies: Vec<_> = (1..wanted).map_while(|_| first.try_clone().ok()).collect();
         wanted.min(1 + copies.len())
     }
 }
 
-/// Polls `fd`, a listening socket that does not block, and calls `accept` until it gives a connection (`Some`), the
-/// listener breaks (`Err`) or `timeout` passes (`None`).
+/// Waits for a connection at `fd`, a listening, non-blocking socket. Calls `accept` until it
+/// returns a connection (`Some`), the listener breaks (`Err`) or `timeout` passes (`None`).
 pub(crate) fn accept_within<T>(
     fd: BorrowedFd<'_>,
     timeout: Duration,
     mut accept: impl FnMut() -> io::Result<T>,
 ) -> io::Result<Option<T>> {
-    accept_noting(&[fd], timeout, None, |_| accept())
+    accept_from_any(&[fd], timeout, None, |_| accept())
 }
 
-/// As [`accept_within`], of several sockets; `accept` gets the index of the one at which somebody waits. Where there is a
-/// `shortage`, what this host lacks to accept a connection is noted there, and ends the wait unless it is over in a moment.
-fn accept_noting<T>(
+/// Waits for a connection at several sockets, like [`accept_within`]. `accept` gets the index of a
+/// socket at which a connection waits. If a `shortage` is given, the reason why the host cannot
+/// accept connections is stored there, and ends the wait unless the shortage is over in a moment.
+fn accept_from_any<T>(
     fds: &[BorrowedFd<'_>],
     timeout: Duration,
     mut shortage: Option<&mut Option<io::Error>>,
     mut accept: impl FnMut(usize) -> io::Result<T>,
 ) -> io::Result<Option<T>> {
-    // a time-out beyond what `Instant` can hold is none
+    // a time-out that is too long for `Instant` means no deadline
     let mut deadline = Instant::now().checked_add(timeout);
     let left =
         |deadline: Option<Instant>| deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
@@ -150,18 +153,18 @@ fn accept_noting<T>(
         if let Some(index) = readable(fds, left(deadline))? {
             match accept(index) {
                 Ok(accepted) => return Ok(Some(accepted)),
-                Err(e) => match verdict(&e) {
-                    Verdict::Skip => {}
-                    // the connection stays in the queue, so poll would return at once, again and again
-                    Verdict::BackOff => {
+                Err(e) => match reaction(&e) {
+                    Reaction::Skip => {}
+                    // the connection stays in the queue, so poll would return at once again
+                    Reaction::BackOff => {
                         if let Some(shortage) = &mut shortage {
                             **shortage = Some(e);
-                            let soon = Instant::now() + REPORT;
+                            let soon = Instant::now() + REPORT_AFTER;
                             deadline = Some(deadline.map_or(soon, |at| at.min(soon)));
                         }
-                        thread::sleep(BACK_OFF.min(left(deadline)));
+                        thread::sleep(PAUSE.min(left(deadline)));
                     }
-                    Verdict::Broken => return Err(e),
+                    Reaction::Fail => return Err(e),
                 },
             }
         }
@@ -171,15 +174,15 @@ fn accept_noting<T>(
     }
 }
 
-/// Returns the index of one that is readable. Of several it is any: one that is always busy keeps
-/// no other out.
+/// Returns the index of a readable socket. Chooses one of several at random, so that a busy socket
+/// does not keep others from being served.
 fn readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Option<usize>> {
-    // rounded up, lest the last fraction of a millisecond is spent spinning
+    // rounded up, so that the last fraction of a millisecond is not spent in a busy loop
     let millis = timeout.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as i32;
     let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     match poll(&mut polled, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)) {
         Ok(_) => {
-            // errors of a socket count as well: accept says what they are
+            // a socket with an error counts, too: accept returns the error
             let ready: Vec<_> = (0..fds.len()).filter(|&index| polled[index].any().unwrap_or(true)).collect();
             match ready[..] {
                 [] => Ok(None),
@@ -192,15 +195,19 @@ fn readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Option<usiz
     }
 }
 
-enum Verdict {
+/// The reaction to an error of accept(2).
+enum Reaction {
+    /// Wait for the next connection.
     Skip,
+    /// Try again after a pause.
     BackOff,
-    Broken,
+    /// Report that the listener is broken.
+    Fail,
 }
 
-fn verdict(error: &io::Error) -> Verdict {
+fn reaction(error: &io::Error) -> Reaction {
     match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-        // accept(2) also passes on errors that the new connection has already had
+        // accept(2) also returns errors that the new connection already had
         Errno::EAGAIN
         | Errno::EINTR
         | Errno::ECONNABORTED
@@ -212,10 +219,10 @@ fn verdict(error: &io::Error) -> Verdict {
         | Errno::EHOSTUNREACH
         | Errno::ENONET
         | Errno::ENOPROTOOPT
-        | Errno::ETIMEDOUT => Verdict::Skip,
-        Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::EFAULT => Verdict::Broken,
+        | Errno::ETIMEDOUT => Reaction::Skip,
+        Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::EFAULT => Reaction::Fail,
         // no descriptors, no memory, refused by a security module, or unknown
-        _ => Verdict::BackOff,
+        _ => Reaction::BackOff,
     }
 }
 
@@ -241,13 +248,13 @@ mod tests {
             assert!(shortage.take().is_none());
             let (_, peer) = shortage.accept_to_refuse(1, |_| listener.accept()).unwrap();
             assert_eq!(peer, client.local_addr().unwrap());
-            // it is given up once, until there is one again
+            // the reserved descriptor is released once, until it is reserved again
             assert!(shortage.accept_to_refuse(1, |_| Ok(())).is_none());
         }
     }
 
     #[test]
-    fn lack_of_descriptors_and_bad_peers_are_survived() {
+    fn a_lack_of_descriptors_and_bad_peers_do_not_end_the_wait() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let errors = [libc::EMFILE, libc::ECONNABORTED, libc::ENFILE, libc::EINTR, libc::ENOMEM];

@@ -1,14 +1,15 @@
-//! Bandwidths, as operators write them.
+//! Bandwidths in the notation of operators.
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use thiserror::Error;
 
-/// A bandwidth, or none ([`UNLIMITED`](Self::UNLIMITED)).
+/// A bandwidth, or no limit ([`UNLIMITED`](Self::UNLIMITED)).
 ///
-/// Read from a number with a unit: `bit`, `kbit`, `Mbit`, `Gbit` or `Tbit` (powers of 1000, in bits) or `B`, `kB`,
-/// `MB`, `GB`, `KiB`, `MiB`, `GiB` (in bytes), each with or without `/s`. `0` and `unlimited` mean no limit.
-/// [`Display`](fmt::Display) gives bits a second, in a form that reads back as the same bandwidth.
+/// It is parsed from a number with a unit: `bit`, `kbit`, `Mbit`, `Gbit` or `Tbit` (powers of 1000,
+/// in bits) or `B`, `kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB` (in bytes), each with or without `/s`.
+/// `0` and `unlimited` mean no limit. [`Display`](fmt::Display) writes bits per second, in a form
+/// that parses to the same bandwidth.
 ///
 /// ```
 /// use migration_transport::Bandwidth;
@@ -20,15 +21,15 @@ use thiserror::Error;
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bandwidth {
-    /// Bits a second; 0 is no limit.
+    /// The bandwidth in bits per second; 0 is no limit.
     bits: u64,
 }
 
-/// What is wrong with a bandwidth.
+/// The reason why a text is not a bandwidth.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BandwidthError {
-    /// It does not start with a number such as `10` or `2.5`.
+    /// The text does not start with a number such as `10` or `2.5`.
     #[error("{0:?}: a bandwidth starts with a number, as in `10Gbit` or `100MB/s`")]
     BadNumber(String),
     /// The unit is missing or unknown.
@@ -36,7 +37,7 @@ pub enum BandwidthError {
         "{0:?}: the unit is one of bit, kbit, Mbit, Gbit, Tbit, B, kB, MB, GB, KiB, MiB, GiB, with or without `/s`"
     )]
     BadUnit(String),
-    /// It is above 2^64 bits a second, or less than one bit a second without being 0.
+    /// The bandwidth is above 2^64 bits per second, or less than one bit per second without being 0.
     #[error("{0:?}: out of range")]
     OutOfRange(String),
 }
@@ -45,27 +46,28 @@ impl Bandwidth {
     /// No limit.
     pub const UNLIMITED: Self = Self { bits: 0 };
 
-    /// So many bits a second; 0 is no limit.
+    /// Makes a bandwidth of `bits` bits per second; 0 is no limit.
     pub const fn from_bits_per_second(bits: u64) -> Self {
         Self { bits }
     }
 
-    /// So many bytes a second; 0 is no limit. Saturates at 2^64 bits a second.
+    /// Makes a bandwidth of `bytes` bytes per second; 0 is no limit. Saturates at 2^64 bits per
+    /// second.
     pub const fn from_bytes_per_second(bytes: u64) -> Self {
         Self { bits: bytes.saturating_mul(8) }
     }
 
-    /// Bits a second; `None` when there is no limit.
+    /// Returns the bandwidth in bits per second, or `None` if there is no limit.
     pub const fn bits_per_second(self) -> Option<u64> {
         if self.bits == 0 { None } else { Some(self.bits) }
     }
 
-    /// Bytes a second; `None` when there is no limit.
+    /// Returns the bandwidth in bytes per second, or `None` if there is no limit.
     pub fn bytes_per_second(self) -> Option<f64> {
         self.bits_per_second().map(|bits| bits as f64 / 8.0)
     }
 
-    /// How long `bytes` bytes take; zero when there is no limit.
+    /// Returns the time that `bytes` bytes take; zero if there is no limit.
     pub fn time_for(self, bytes: u64) -> Duration {
         match self.bytes_per_second() {
             None => Duration::ZERO,
@@ -107,12 +109,12 @@ impl FromStr for Bandwidth {
         };
         let out_of_range = || BandwidthError::OutOfRange(text.into());
         let whole: u64 = whole.parse().map_err(|_| out_of_range())?;
-        // digits beyond the twelfth change less than a bit a second
+        // digits after the twelfth change less than a bit per second
         let digits = &fraction[..fraction.len().min(12)];
         let fraction: u64 = digits.parse().map_err(|_| bad_number())?;
         let bits = u128::from(whole) * scale + u128::from(fraction) * scale / 10u128.pow(digits.len() as u32);
         let bits = u64::try_from(bits).map_err(|_| out_of_range())?;
-        // something tiny is not to become no limit
+        // a tiny bandwidth must not become no limit
         if bits == 0 && (whole, fraction) != (0, 0) { Err(out_of_range()) } else { Ok(Self { bits }) }
     }
 }
@@ -122,7 +124,7 @@ impl fmt::Display for Bandwidth {
         if self.bits == 0 {
             return f.write_str("unlimited");
         }
-        // the largest unit that the bandwidth reaches, and as many digits as there are
+        // in the largest unit that the bandwidth reaches, with all its digits
         for (scale, digits, unit) in [(1_000_000_000, 9, "Gbit"), (1_000_000, 6, "Mbit"), (1_000, 3, "kbit")] {
             if self.bits >= scale {
                 let fraction = format!("{:0digits$}", self.bits % scale);

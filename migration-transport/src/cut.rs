@@ -1,14 +1,14 @@
-//! Cutting in-memory links, for tests of what happens when a network fails.
+//! Cuts links in memory, for tests of network failures.
 #![cfg_attr(not(any(test, feature = "test-utils")), allow(dead_code))]
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::memory::{Ending, Pipe};
 
-/// Cuts all channels of an in-memory link, at once or at a given byte, as a broken network would.
+/// Cuts all channels of a link in memory, at once or at a given byte, like a broken network.
 ///
-/// After the cut, reads and writes on the channels that were open give `ConnectionReset`, and new connections fail with
-/// `TimedOut` until [`restore`](Self::restore). Clones cut the same link.
+/// After the cut, reads and writes on the open channels fail with `ConnectionReset`, and new
+/// connections fail with `TimedOut` until [`restore`](Self::restore). Clones cut the same link.
 #[derive(Clone, Debug, Default)]
 pub struct Cut {
     state: Arc<Mutex<State>>,
@@ -41,13 +41,14 @@ impl Count {
 }
 
 impl Cut {
-    /// Cuts now. Bytes that were sent and not yet received are lost.
+    /// Cuts the link now. Bytes that were sent and not yet received are lost.
     pub fn cut(&self) {
         self.trip(Ending::Lost);
     }
 
-    /// Cuts as soon as `bytes` further bytes were sent, counted over all channels and both directions. All of these
-    /// bytes can still be received: the peer learns of the cut after the last of them.
+    /// Cuts the link as soon as `bytes` further bytes were sent, counted over all channels and both
+    /// directions. All of these bytes can still be received. The peer notices the cut after the
+    /// last of them.
     pub fn after_sent(&self, bytes: u64) {
         let mut state = self.lock();
         state.sent.limit = Some(state.sent.done.saturating_add(bytes));
@@ -55,8 +56,9 @@ impl Cut {
         self.check();
     }
 
-    /// Cuts as soon as `bytes` further bytes were received, counted over all channels and both directions. Whatever
-    /// was sent beyond is lost, although the sender may believe that it arrived.
+    /// Cuts the link as soon as `bytes` further bytes were received, counted over all channels and
+    /// both directions. All bytes sent after these are lost, although the sender may assume that
+    /// they arrived.
     pub fn after_received(&self, bytes: u64) {
         let mut state = self.lock();
         state.received.limit = Some(state.received.done.saturating_add(bytes));
@@ -64,7 +66,8 @@ impl Cut {
         self.check();
     }
 
-    /// Mends the link: new connections succeed again. Channels that were cut stay so, and limits are forgotten.
+    /// Repairs the link: new connections succeed again. Channels that were cut stay cut, and limits
+    /// are removed.
     pub fn restore(&self) {
         let mut state = self.lock();
         state.cut = false;
@@ -72,22 +75,23 @@ impl Cut {
         state.received.limit = None;
     }
 
-    /// Whether the link is cut at the moment.
+    /// Returns whether the link is cut at the moment.
     pub fn is_cut(&self) -> bool {
         self.lock().cut
     }
 
-    /// Bytes sent so far over all channels in both directions: a run without a cut tells where runs can be cut.
+    /// Returns the number of bytes sent so far over all channels in both directions. A test gets
+    /// from a run without a cut the positions at which it can cut later runs.
     pub fn sent(&self) -> u64 {
         self.lock().sent.done
     }
 
-    /// Bytes received so far over all channels in both directions.
+    /// Returns the number of bytes received so far over all channels in both directions.
     pub fn received(&self) -> u64 {
         self.lock().received.done
     }
 
-    /// Puts a channel's pipes under this cut; `false` when the link is cut now.
+    /// Adds a channel's pipes to this link. Returns `false` if the link is cut now.
     pub(crate) fn add(&self, pipes: [&Arc<Pipe>; 2]) -> bool {
         let mut state = self.lock();
         if !state.cut {
@@ -97,17 +101,19 @@ impl Cut {
         !state.cut
     }
 
-    /// How many of `bytes` may be sent. The caller calls [`check`](Self::check) once it holds no pipe's lock.
+    /// Returns how many of `bytes` may be sent. The caller must call [`check`](Self::check)
+    /// afterwards, without holding the lock of a pipe.
     pub(crate) fn take_sent(&self, bytes: usize) -> usize {
         self.lock().sent.take(bytes)
     }
 
-    /// How many of `bytes` may be received; as above.
+    /// Returns how many of `bytes` may be received. The caller must call [`check`](Self::check)
+    /// afterwards, without holding the lock of a pipe.
     pub(crate) fn take_received(&self, bytes: usize) -> usize {
         self.lock().received.take(bytes)
     }
 
-    /// Cuts if a limit is reached.
+    /// Cuts the link if a limit is reached.
     pub(crate) fn check(&self) {
         let state = self.lock();
         let (sent, received) = (state.sent.left() == 0, state.received.left() == 0);
@@ -123,7 +129,8 @@ impl Cut {
         let mut state = self.lock();
         state.cut = true;
         let pipes = std::mem::take(&mut state.pipes);
-        // a pipe's lock is held while this one is taken, so never the other way round
+        // the lock of a pipe may be held while this one is taken, so never take them in the other
+        // order
         drop(state);
         for pipe in pipes.iter().filter_map(Weak::upgrade) {
             pipe.end(ending);

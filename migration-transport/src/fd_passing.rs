@@ -1,4 +1,5 @@
-//! Open files that go through a Unix socket with bytes (`SCM_RIGHTS`): such as the memory files behind a guest's RAM.
+//! Passes open files through a Unix socket (`SCM_RIGHTS`), such as the memory files of a guest's
+//! RAM.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -16,22 +17,25 @@ use rustix::{
     },
 };
 
-/// Most files that go with one message: the kernel's limit (`SCM_MAX_FD`).
+/// The largest number of files that can be sent with one message: the kernel's limit
+/// (`SCM_MAX_FD`).
 pub const MAX_FILES: usize = FILES_PER_BYTE;
 
-/// Writes all of `bytes`, and hands `files` over with the first of them. They stay open here.
+/// Writes all of `bytes` and sends `files` with the first of them. The files stay open in this
+/// process.
 ///
 /// # Errors
-/// [`InvalidInput`](io::ErrorKind::InvalidInput) for files without a byte to go with, or more than [`MAX_FILES`];
-/// [`WouldBlock`](io::ErrorKind::WouldBlock) when the socket's time-out passes; else what the operating system says. How
-/// much went is not known then, and the connection cannot be used any more.
+/// Fails with [`InvalidInput`](io::ErrorKind::InvalidInput) if there are files but no bytes, or
+/// more than [`MAX_FILES`] files, and with [`WouldBlock`](io::ErrorKind::WouldBlock) if the
+/// socket's time-out passes. Other errors are those of the operating system. After an error it is
+/// unknown how much was sent, and the connection cannot be used any more.
 pub fn send_files(socket: BorrowedFd<'_>, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
     let invalid = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     if files.len() > MAX_FILES {
-        return invalid(format!("{} files, and no more than {MAX_FILES} go with one message", files.len()));
+        return invalid(format!("{} files, but one message can carry at most {MAX_FILES}", files.len()));
     }
     if bytes.is_empty() && !files.is_empty() {
-        return invalid("files go with at least one byte".into());
+        return invalid("files need at least one byte of data".into());
     }
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
     let (mut files, mut at) = (files, 0);
@@ -50,15 +54,17 @@ pub fn send_files(socket: BorrowedFd<'_>, bytes: &[u8], files: &[BorrowedFd<'_>]
     Ok(())
 }
 
-/// Reads at least one byte into `buf`, and takes up to `max` files that came with what was read; they are closed on `exec`.
-/// Returns how many bytes came, 0 at the end of the stream.
+/// Reads at least one byte into `buf`, and receives up to `max` files that were sent with these
+/// bytes. The files are closed on `exec`. Returns the number of bytes, which is 0 at the end of the
+/// stream.
 ///
-/// One call never reads across the bytes of two sends that had files: what came with the second is for the next call.
+/// One call never reads across the bytes of two sends with files. The next call returns the second.
 ///
 /// # Errors
-/// [`InvalidData`](io::ErrorKind::InvalidData) when more than `max` files came, or this process may open no more: those that
-/// did come are closed. [`WouldBlock`](io::ErrorKind::WouldBlock) when the socket's time-out passes; else what the operating
-/// system says.
+/// Fails with [`InvalidData`](io::ErrorKind::InvalidData) if more than `max` files were sent or
+/// this process may not open so many; all received files are closed then. Fails with
+/// [`WouldBlock`](io::ErrorKind::WouldBlock) if the socket's time-out passes. Other errors are
+/// those of the operating system.
 pub fn receive_files(socket: BorrowedFd<'_>, buf: &mut [u8], max: usize) -> io::Result<(usize, Vec<OwnedFd>)> {
     let max = max.min(MAX_FILES);
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FILES))];
@@ -71,16 +77,16 @@ pub fn receive_files(socket: BorrowedFd<'_>, buf: &mut [u8], max: usize) -> io::
     };
     let mut files = Vec::new();
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(came) = message {
-            files.extend(came);
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            files.extend(received);
         }
     }
     if files.len() > max {
-        let why = format!("{} files came with a message that may have {max}", files.len());
+        let why = format!("{} files were received with a message that may carry {max}", files.len());
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
-        let why = "files that came with a message were lost: this process may not open so many";
+        let why = "files of a message were lost: this process may not open so many";
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     }
     Ok((received.bytes, files))

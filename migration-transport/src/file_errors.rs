@@ -1,16 +1,17 @@
-//! Errors that name the file they are about.
+//! Errors with the path of the file.
 
 use std::{
     io::{self, ErrorKind},
     path::Path,
 };
 
-/// Says which file an error is about.
+/// Returns a function that adds the path of the file to an error.
 pub(crate) fn at(path: &Path) -> impl Fn(io::Error) -> io::Error + '_ {
     move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// As [`at`], for a file that must not end here: `short` says what is wrong with it.
+/// Returns a function like [`at`], for a file that is too short if its end is reached here: `short`
+/// is the reason.
 pub(crate) fn cut<'a>(path: &'a Path, short: &'a str) -> impl Fn(io::Error) -> io::Error + 'a {
     move |error| match error.kind() {
         ErrorKind::UnexpectedEof => damaged(path, short),

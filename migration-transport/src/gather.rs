@@ -1,13 +1,14 @@
-//! A position inside a head and a list of guest memory slices, which sending or receiving moves forward.
+//! A position in a head and a list of guest memory slices, which advances as data is sent or
+//! received.
 
 use migration_core::RamSlice;
 
-/// What is left to transfer: first `head`, then the slices.
+/// The data that is left to transfer: first `head`, then the slices.
 #[derive(Clone, Debug)]
 pub(crate) struct Gather<'a> {
     head: &'a [u8],
     slices: &'a [RamSlice<'a>],
-    /// Bytes of `slices[0]` that are done; always less than its length.
+    /// The number of bytes of `slices[0]` that are done; always less than its length.
     skip: usize,
     remaining: usize,
 }
@@ -28,13 +29,13 @@ impl<'a> Gather<'a> {
         self.head
     }
 
-    /// The slices left, none of them empty.
+    /// Returns the remaining slices without empty ones.
     pub(crate) fn slices(&self) -> impl Iterator<Item = RamSlice<'a>> + '_ {
         let first = self.slices.first().map(|slice| slice.skip(self.skip));
         first.into_iter().chain(self.slices.iter().skip(1).copied()).filter(|slice| !slice.is_empty())
     }
 
-    /// Moves `bytes` forward, at most to the end.
+    /// Advances by `bytes`, at most to the end.
     pub(crate) fn advance(&mut self, bytes: usize) {
         let bytes = bytes.min(self.remaining);
         self.remaining -= bytes;
@@ -53,7 +54,7 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// The next `bytes` bytes, as a head and slices of their own, and moves behind them.
+    /// Returns the next `bytes` bytes as a head and slices, and advances past them.
     pub(crate) fn take(&mut self, bytes: usize) -> (&'a [u8], Vec<RamSlice<'a>>) {
         let head = &self.head[..bytes.min(self.head.len())];
         let mut left = bytes - head.len();
@@ -70,7 +71,7 @@ impl<'a> Gather<'a> {
         (head, slices)
     }
 
-    /// Hands the next `bytes` bytes to `sink`, in pieces, and moves behind them.
+    /// Passes the next `bytes` bytes to `sink` in pieces, and advances past them.
     pub(crate) fn copy_out(&mut self, bytes: usize, mut sink: impl FnMut(&[u8])) {
         let mut scratch = [0; 4096];
         let mut left = bytes.min(self.remaining);
@@ -90,7 +91,7 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Copies `bytes` into the guest memory that comes next, and moves behind it.
+    /// Copies `bytes` into the next guest memory, and advances past it.
     pub(crate) fn copy_in(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let Some(slice) = self.slices().next() else { return };

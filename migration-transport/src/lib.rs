@@ -1,7 +1,8 @@
-//! Channels for live migration: TCP, Unix sockets and memory, with a bandwidth limit.
+//! Channels for live migration (TCP, Unix sockets and memory) with a bandwidth limit, and stores in
+//! files.
 //!
-//! The engine in `migration-core` knows only the traits of [`migration_core::channel`]. This crate has what implements
-//! them on Linux:
+//! The engine in `migration-core` uses only the traits of [`migration_core::channel`]. This crate
+//! implements them on Linux:
 //!
 //! | | connect | accept |
 //! |---|---|---|
@@ -10,14 +11,15 @@
 //! | in one process | [`memory::link`] | [`memory::link`] |
 //! | a socket from elsewhere | [`StreamChannel::new`] | [`StreamChannel::new`] |
 //!
-//! [`connector`] and [`bind`] choose by [`Address`]. [`Limited`] puts a [`Bandwidth`] limit over all lanes of a
-//! connector. Encryption wraps these channels and lives in a crate of its own: **nothing here encrypts or
-//! authenticates**, so use it alone only on networks where everyone may read and replace a VM's memory.
+//! [`connector`] and [`bind`] choose by [`Address`]. [`Limited`] applies a [`Bandwidth`] limit to
+//! all lanes of a connector. Encryption wraps these channels and has a crate of its own: **nothing
+//! here encrypts or authenticates**. So use this crate alone only on networks where everyone may
+//! read and replace a VM's memory.
 //!
-//! Beside channels: [`DirStore`] keeps the checkpoints of a VM in a directory, below
-//! [`CheckpointFolders`] that both ends have, [`FileStore`] a snapshot in one file, and
-//! [`DirPageStore`] pages for several hosts. [`RamBroker`] keeps the
-//! memory files of VMs, so that they outlive a VMM that dies. [`Wakeup`] wakes an event loop that polls.
+//! Stores: [`DirStore`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
+//! that both ends have. [`FileStore`] keeps a snapshot in one file, and [`DirPageStore`] keeps
+//! pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so that they outlive a VMM
+//! that dies. [`Wakeup`] wakes an event loop that polls.
 //!
 //! # Example
 //!
@@ -27,7 +29,7 @@
 //! use migration_core::channel::{Connector, Listener};
 //! use migration_transport::{Address, ConnectOptions, Limited, bind, connector};
 //!
-//! // the destination: port 0 picks a free port, `address` tells which
+//! // the destination: port 0 chooses a free port, which `address` returns
 //! let mut listener = bind(&"tcp:127.0.0.1:0".parse()?)?;
 //! let address: Address = listener.address().parse()?;
 //!
@@ -37,38 +39,40 @@
 //! near.writer.write_all(b"hello", &[])?;
 //!
 //! // the destination again
-//! let far = listener.accept(Duration::from_secs(5))?.ok_or("nobody came")?;
+//! let far = listener.accept(Duration::from_secs(5))?.ok_or("no connection")?;
 //! let mut far = far.split()?;
 //! far.reader.set_idle_timeout(Some(Duration::from_secs(30)))?;
 //! let mut word = [0; 5];
 //! far.reader.read_exact(&mut word)?;
 //! assert_eq!(&word, b"hello");
 //!
-//! // any thread can end it; blocked reads and writes return
+//! // any thread can close the channel; blocked reads and writes return
 //! far.closer.close();
 //! assert!(near.reader.read_exact(&mut word).is_err());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # How it moves guest memory
+//! # How guest memory is transferred
 //!
-//! A write is one `sendmsg` with the frame's head and up to 1023 pieces of guest memory, straight from where they lie;
-//! a read is one `recvmsg` into guest memory. No thread is started and nothing is copied in user space. Throughput is
-//! best with 0.5 to 1 MiB a write; `examples/throughput.rs` measures it on a host.
+//! A write is one `sendmsg` with the frame's head and up to 1023 pieces of guest memory. A read is
+//! one `recvmsg` into guest memory. No thread is started and nothing is copied in user space.
+//! Throughput is best with writes of 0.5 to 1 MiB; `examples/throughput.rs` measures it on a host.
 //!
-//! # What to know
+//! # Behaviour of channels
 //!
-//! - An error ends a channel: how much was transferred is not known then.
-//! - Idle time-outs are for a peer that moves no byte at all. A time-out that passes while part of a transfer was moved
-//!   starts again, so silence is noticed after one to two of them.
-//! - A channel closes when both of its halves are dropped. If bytes from the peer are unread by then, TCP sends a
-//!   reset, and what was written last may not arrive: let the peer have the last word, or read to the end.
-//! - Name resolution is the system's and blocks for as long as that takes.
+//! - An error ends a channel. It is then unknown how much was transferred.
+//! - An idle time-out is for a peer that transfers no byte at all. If a part of a transfer was done
+//!   when the time-out passes, the time-out starts again. So silence is noticed after one to two
+//!   time-outs.
+//! - A channel closes when both of its halves are dropped. If bytes from the peer are unread by
+//!   then, TCP sends a reset, and the data written last may not arrive. So read to the end of the
+//!   stream before closing, or let the peer send the last message.
+//! - Name resolution is done by the system and blocks for as long as that takes.
 //!
 //! # Features
 //!
-//! `test-utils`: `Relay`, a TCP relay that can be cut, stalled, delayed and slowed down, and `Cut`, which cuts links in
-//! memory at any byte.
+//! `test-utils`: `Relay`, a TCP relay that can be cut, stalled, delayed and slowed down, and `Cut`,
+//! which cuts links in memory at any byte.
 #![deny(unsafe_code)]
 
 mod accept;
@@ -131,7 +135,7 @@ pub use {
     wakeup::Wakeup,
 };
 
-/// A connector to `address`. Nothing is opened yet.
+/// Returns a connector to `address`. Nothing is opened yet.
 pub fn connector(address: &Address, options: ConnectOptions) -> Box<dyn Connector> {
     match address {
         Address::Tcp { host, port } => Box::new(TcpConnector::new(host, *port, options)),
@@ -139,18 +143,20 @@ pub fn connector(address: &Address, options: ConnectOptions) -> Box<dyn Connecto
     }
 }
 
-/// Listens at `address` with default options. Port 0 picks a free one; [`Listener::address`] then tells which.
+/// Listens at `address` with default options. Port 0 chooses a free port, which
+/// [`Listener::address`] then returns.
 ///
 /// # Errors
-/// When the address cannot be resolved or bound: see [`TcpListener::bind`] and [`UnixListener::bind`].
+/// Fails if the address cannot be resolved or bound: see [`TcpListener::bind`] and
+/// [`UnixListener::bind`].
 pub fn bind(address: &Address) -> io::Result<Box<dyn Listener>> {
     bind_with(address, SocketOptions::default())
 }
 
-/// Listens at `address`; `options` apply to each connection that is accepted.
+/// Listens at `address`. `options` apply to each accepted connection.
 ///
 /// # Errors
-/// As [`bind`].
+/// Fails like [`bind`].
 pub fn bind_with(address: &Address, options: SocketOptions) -> io::Result<Box<dyn Listener>> {
     Ok(match address {
         Address::Tcp { host, port } => Box::new(TcpListener::bind(host, *port, options)?),

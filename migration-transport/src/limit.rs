@@ -1,4 +1,4 @@
-//! A bandwidth limit over all lanes of a migration.
+//! A bandwidth limit for all lanes of a migration.
 
 mod bucket;
 
@@ -23,14 +23,17 @@ use bucket::{Bucket, Turn};
 
 use crate::{Bandwidth, gather::Gather};
 
-/// Bytes that a lane may send without waiting before its first bulk data: its preamble and, where the channel is encrypted,
-/// its handshake, certificates included. They are sent by the thread that sets up the migration and hears a cancel.
+/// The number of bytes that a lane may send without waiting before its first bulk data. They are
+/// its preamble and, if the channel is encrypted, its handshake with certificates. The thread that
+/// sends them sets up the migration and must react to a cancel.
 const SETUP_ALLOWANCE: usize = 16 << 10;
 
-/// A bandwidth limit that any number of writers share: a token bucket of 10 ms worth, or 64 KiB if that is more.
+/// A bandwidth limit that any number of writers share. It is a token bucket that holds tokens for
+/// 10 ms, or for 64 KiB if that is more.
 ///
-/// It counts what is handed to channels, without the headers of lower layers. Clones are the same limit: keep one to
-/// [change](Limiter::set_bandwidth) the limit while channels are in use.
+/// It counts the bytes that are written to channels, without headers of lower layers. Clones are
+/// the same limit: keep one to [change](Limiter::set_bandwidth) the limit while channels are in
+/// use.
 #[derive(Clone, Debug)]
 pub struct Limiter {
     shared: Arc<Shared>,
@@ -43,25 +46,25 @@ struct Shared {
 }
 
 impl Limiter {
-    /// A limit of `bandwidth`.
+    /// Makes a limit of `bandwidth`.
     pub fn new(bandwidth: Bandwidth) -> Self {
         let bucket = Mutex::new(Bucket::new(bandwidth, Instant::now()));
         Self { shared: Arc::new(Shared { bucket, changed: Condvar::new() }) }
     }
 
-    /// The limit at the moment.
+    /// Returns the current limit.
     pub fn bandwidth(&self) -> Bandwidth {
         self.lock().bandwidth
     }
 
-    /// Changes the limit, for writes that wait already as well.
+    /// Changes the limit, also for writes that already wait.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         self.lock().change(bandwidth, Instant::now());
         self.shared.changed.notify_all();
     }
 
-    /// Puts the sending direction of `channel` under this limit: for channels that a listener accepted, or where only
-    /// some of a connector's channels are to be limited.
+    /// Applies this limit to the sending direction of `channel`. Use it for channels that a
+    /// listener accepted, or to limit only some of a connector's channels.
     pub fn wrap(&self, channel: Box<dyn Channel>) -> Box<dyn Channel> {
         Box::new(LimitedChannel { inner: channel, limiter: self.clone(), class: Class::Bulk, allowance: 0 })
     }
@@ -76,7 +79,8 @@ impl Limiter {
         self.lock().piece()
     }
 
-    /// Waits until `bytes` of this class may pass. `false` when `closed` was set meanwhile.
+    /// Waits until `bytes` of this class may be sent. Returns `false` if `closed` was set
+    /// meanwhile.
     pub(crate) fn pass(&self, class: Class, bytes: u64, closed: &AtomicBool) -> bool {
         let mut bucket = self.lock();
         'ask: loop {
@@ -102,7 +106,8 @@ impl Limiter {
     }
 
     fn wake(&self) {
-        // Under the lock, lest a writer that has just looked at its flag misses it.
+        // under the lock, so that a writer that has just read its flag does not miss the
+        // notification
         drop(self.lock());
         self.shared.changed.notify_all();
     }
@@ -116,8 +121,8 @@ impl Limiter {
 ///
 /// let (connector, _listener) = memory::link(memory::DEFAULT_CAPACITY);
 /// let limited = Limited::new(Box::new(connector), "1Gbit/s".parse()?);
-/// let limiter = limited.limiter(); // to change it while it runs
-/// let lane = limited.connect_as(LaneKind::Bulk)?; // under the limit
+/// let limiter = limited.limiter(); // to change the limit later
+/// let lane = limited.connect_as(LaneKind::Bulk)?; // waits for the limit
 /// let control = limited.connect_as(LaneKind::Control)?; // never waits, but counts
 /// limiter.set_bandwidth(Bandwidth::UNLIMITED);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -128,22 +133,22 @@ pub struct Limited<C: Connector + ?Sized = dyn Connector> {
 }
 
 impl<C: Connector + ?Sized> Limited<C> {
-    /// Limits what the channels of `inner` send together to `bandwidth`.
+    /// Limits the data that all channels of `inner` send together to `bandwidth`.
     pub fn new(inner: Box<C>, bandwidth: Bandwidth) -> Self {
         Self::with_limiter(inner, Limiter::new(bandwidth))
     }
 
-    /// The same with a limit that others share, for example several migrations over one network.
+    /// Applies a limit that others share, for example several migrations over one network.
     pub fn with_limiter(inner: Box<C>, limiter: Limiter) -> Self {
         Self { inner, limiter }
     }
 
-    /// The limit, to read and to change.
+    /// Returns the limit, to read and to change it.
     pub fn limiter(&self) -> Limiter {
         self.limiter.clone()
     }
 
-    /// Returns the connector without the limit: what its channels send neither waits nor counts.
+    /// Returns the connector without the limit. Data on its channels neither waits nor counts.
     pub fn inner(&self) -> &C {
         &self.inner
     }
@@ -163,9 +168,9 @@ impl<C: Connector + ?Sized> Connector for Limited<C> {
         Ok(self.limiter.wrap(self.inner.connect()?))
     }
 
-    /// Control lanes, and the acknowledgements of checkpoints, never wait; their bytes count, so that others wait for
-    /// them. Pages that a guest waits for go first, up to three quarters of the limit. What sets a lane up never waits
-    /// either.
+    /// Opens a channel. Data on control lanes and acknowledgements of checkpoints never wait, but
+    /// count, so that other data waits for them. Pages for which a guest waits are sent first, up
+    /// to three quarters of the limit. The messages that set up a lane never wait either.
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
         Ok(self.limited(self.inner.connect_as(kind)?, kind))
     }
@@ -215,12 +220,14 @@ struct LimitedWriter {
     limiter: Limiter,
     closed: Arc<AtomicBool>,
     class: Class,
-    /// Bytes that the lane may still send without waiting. Its first bulk data ends that.
+    /// The number of bytes that the lane may still send without waiting. Its first bulk data sets
+    /// it to 0.
     allowance: usize,
 }
 
 impl LimitedWriter {
-    /// Returns how soon a write may pass: small ones that come before any guest memory set the lane up.
+    /// Returns the class of a write. Small writes without guest memory before any bulk data set up
+    /// the lane.
     fn class_of(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Class {
         match self.allowance.checked_sub(head.len()) {
             Some(left) if slices.is_empty() && left > 0 => {
@@ -273,7 +280,7 @@ impl WriteHalf for LimitedWriter {
         self.inner.keep_queue_short();
     }
 
-    /// The files weigh nothing.
+    /// Sends files, which do not count for the limit.
     fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.inner.send_files(files)
     }
@@ -325,8 +332,8 @@ mod tests {
                 .collect();
             lanes.into_iter().map(|lane| lane.join().unwrap()).sum()
         });
-        // Never faster than the limit, but for the burst (10 ms = 500,000 bytes) and the last piece. How much slower is
-        // up to the machine: the reservations themselves add up to exactly the limit.
+        // Data is never sent faster than the limit, except for the burst (10 ms = 500,000 bytes)
+        // and the last piece. How much slower it is depends on the host, so that is not checked.
         let least = limiter.bandwidth().time_for(sent - 60_000 - bucket::MIN_BURST.max(500_000));
         assert!(start.elapsed() >= least, "{:?} < {least:?}", start.elapsed());
     }
@@ -355,14 +362,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_urgent_does_not_wait_for_all_of_what_is_urgent_too() {
+    fn urgent_data_does_not_wait_for_all_earlier_urgent_data() {
         let (connector, mut listener) = memory::link(8 << 20);
         let limited = Limited::new(Box::new(connector), "1Mbit".parse().unwrap());
         let open = |kind| limited.connect_as(kind).unwrap().split().unwrap();
         let (mut block, mut word) = (open(LaneKind::Demand), open(LaneKind::Demand));
         let mut peer = listener.accept(Duration::MAX).unwrap().unwrap().split().unwrap();
         let sent = AtomicBool::new(false);
-        // behind what sets the lane up, which never waits
+        // after the data that sets up the lane, which never waits
         word.writer.write_all(&[0; SETUP_ALLOWANCE], &[]).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -377,10 +384,11 @@ mod tests {
         });
     }
 
-    /// Every kind of lane at 1 bit/s, while a bulk lane waits for the limit: what sets it up passes, and control lanes go
-    /// on to pass. Without that, this test would take longer than anybody waits.
+    /// Opens every kind of lane at 1 bit/s, while a bulk lane waits for the limit. The messages
+    /// that set up a lane pass, and all data on control lanes. If they waited, this test would not
+    /// end.
     #[test]
-    fn control_and_the_setup_of_every_lane_never_wait() {
+    fn control_frames_and_the_setup_of_every_lane_never_wait() {
         let (connector, mut listener) = memory::link(8 << 20);
         let limited = Limited::new(Box::new(connector), Bandwidth::from_bits_per_second(1));
         let mut peers = Vec::new();
@@ -400,7 +408,7 @@ mod tests {
                     lane.writer.write_all(&[0; 1500], &[]).unwrap();
                 }
                 if !matches!(kind, LaneKind::Bulk | LaneKind::Demand) {
-                    // state of the pause, and many frames after it
+                    // the state that is sent in the pause, and many frames after it
                     lane.writer.write_all(&pattern(1 << 20), &[]).unwrap();
                     (0..1000).for_each(|_| lane.writer.write_all(&[0; 32], &[]).unwrap());
                 }

@@ -1,7 +1,8 @@
-//! Channels in memory: for tests, simulations, and a source and a destination in one process.
+//! Channels in memory, for tests, simulations, and a source and a destination in one process.
 //!
-//! They behave as sockets do: bounded buffers that block the writer, idle time-outs, an end after which the reader gets
-//! what was still under way. A channel ends when both of its halves are dropped.
+//! They behave like sockets. Their buffers are bounded and block the writer, idle time-outs work,
+//! and after the end of a stream the reader still gets the data in transit. A channel ends when
+//! both of its halves are dropped.
 
 use std::{
     collections::VecDeque,
@@ -17,16 +18,17 @@ use migration_core::{
 
 use crate::{cut::Cut, gather::Gather, stream::time_left};
 
-/// The buffer size of [`pair`] and [`link`] that suits most tests, in bytes.
+/// A buffer size for [`pair`] and [`link`] in bytes that suits most tests.
 pub const DEFAULT_CAPACITY: usize = 256 * 1024;
 
-/// Two connected channels, with a buffer of `capacity` bytes (at least 1) in each direction.
+/// Returns two connected channels, with a buffer of `capacity` bytes (at least 1) in each
+/// direction.
 pub fn pair(capacity: usize) -> (MemoryChannel, MemoryChannel) {
     connected(capacity, &Cut::default())
 }
 
-/// A connector and the listener that it connects to, with buffers of `capacity` bytes (at least 1) in each direction of
-/// each channel.
+/// Returns a connector and the listener to which it connects. Each channel has a buffer of
+/// `capacity` bytes (at least 1) in each direction.
 ///
 /// Connecting never blocks: the channel can be written to before the other end is accepted.
 pub fn link(capacity: usize) -> (MemoryConnector, MemoryListener) {
@@ -41,14 +43,14 @@ fn connected(capacity: usize, cut: &Cut) -> (MemoryChannel, MemoryChannel) {
     (MemoryChannel { end: Arc::new(near) }, MemoryChannel { end: Arc::new(far) })
 }
 
-/// How a direction ended.
+/// The way in which a direction ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// In order: the reader gets what is left and then the end.
+    /// Closed in order: the reader gets the remaining data and then the end of the stream.
     Closed,
-    /// By a cut behind the last byte sent: the reader gets what is left and then an error.
+    /// Cut after the last byte that was sent: the reader gets the remaining data and then an error.
     Cut,
-    /// By a cut that loses what is under way.
+    /// Cut, and the data in transit is lost.
     Lost,
 }
 
@@ -77,7 +79,7 @@ impl Pipe {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends it. The first ending stays, but for that closing in order does not save anything from a later cut.
+    /// Ends the direction. The first ending is kept, except that a cut replaces a close in order.
     pub(crate) fn end(&self, ending: Ending) {
         let mut state = self.lock();
         if state.ending.is_none_or(|before| before == Ending::Closed) {
@@ -90,7 +92,7 @@ impl Pipe {
         self.changed.notify_all();
     }
 
-    /// Waits until it has ended or `ready`.
+    /// Waits until `ready` returns true or the direction has ended.
     fn wait(
         &self,
         idle: Option<Duration>,
@@ -118,7 +120,7 @@ impl Pipe {
     fn write(&self, mut gather: Gather<'_>, idle: Option<Duration>, deadline: Option<Instant>) -> io::Result<()> {
         while gather.remaining() > 0 {
             let idle = idle.into_iter().chain(time_left(deadline)?).min();
-            let mut state = self.wait(idle, "took nothing", |state| state.bytes.len() < self.capacity)?;
+            let mut state = self.wait(idle, "accepted no data", |state| state.bytes.len() < self.capacity)?;
             match state.ending {
                 None => {}
                 Some(Ending::Closed) => return Err(io::ErrorKind::BrokenPipe.into()),
@@ -136,7 +138,7 @@ impl Pipe {
 
     fn read(&self, mut wanted: usize, idle: Option<Duration>, mut sink: impl FnMut(&[u8])) -> io::Result<()> {
         while wanted > 0 {
-            let mut state = self.wait(idle, "sent nothing", |state| !state.bytes.is_empty())?;
+            let mut state = self.wait(idle, "sent no data", |state| !state.bytes.is_empty())?;
             if state.bytes.is_empty() {
                 return Err(match state.ending {
                     Some(Ending::Cut | Ending::Lost) => io::ErrorKind::ConnectionReset.into(),
@@ -158,7 +160,7 @@ impl Pipe {
     }
 }
 
-/// One end of a channel; it closes when its last half goes.
+/// One end of a channel. It closes when its last half is dropped.
 #[derive(Debug)]
 struct End {
     incoming: Arc<Pipe>,
@@ -276,7 +278,7 @@ impl Link {
     }
 }
 
-/// Opens channels to a [`MemoryListener`]. Clones connect to the same one.
+/// Opens channels to a [`MemoryListener`]. Clones connect to the same listener.
 #[derive(Clone)]
 pub struct MemoryConnector {
     link: Arc<Link>,
@@ -285,7 +287,7 @@ pub struct MemoryConnector {
 }
 
 impl MemoryConnector {
-    /// The means to cut this link, for tests.
+    /// Returns an object that cuts this link, for tests.
     #[cfg(any(test, feature = "test-utils"))]
     pub fn cut(&self) -> Cut {
         self.cut.clone()
@@ -294,7 +296,8 @@ impl MemoryConnector {
 
 impl Connector for MemoryConnector {
     /// # Errors
-    /// `ConnectionRefused` when the listener is gone; `TimedOut`, without waiting, when the link is cut.
+    /// Fails with `ConnectionRefused` if the listener was dropped, and at once with `TimedOut` if
+    /// the link is cut.
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         let (near, far) = connected(self.capacity, &self.cut);
         if !self.cut.add([&near.end.incoming, &near.end.outgoing]) {
@@ -346,7 +349,7 @@ impl Drop for MemoryListener {
     fn drop(&mut self) {
         let mut waiting = self.link.lock();
         waiting.closed = true;
-        // channels that nobody will accept end
+        // channels that were not accepted end
         let channels = std::mem::take(&mut waiting.channels);
         drop(waiting);
         drop(channels);

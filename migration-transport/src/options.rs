@@ -1,38 +1,39 @@
-//! Settings of sockets and connectors.
+//! Settings for sockets and connectors.
 
 use std::{net::IpAddr, time::Duration};
 
 use socket2::{SockRef, TcpKeepalive};
 
-/// Which TCP congestion control a connection uses (`TCP_CONGESTION`).
+/// The TCP congestion control of a connection (`TCP_CONGESTION`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Congestion {
-    /// The system's default; but for a peer at a loopback address the first of `cubic` and `reno` that the kernel
-    /// has. A default that paces, as `bbr` does, costs throughput where there is no network to be fair to.
+    /// The system's default, except for a peer at a loopback address. There it is the first of
+    /// `cubic` and `reno` that the kernel has: a default that paces, like `bbr`, reduces throughput
+    /// where there is no shared network.
     #[default]
     Auto,
     /// Always the system's default (`net.ipv4.tcp_congestion_control`).
     System,
-    /// This one, for example `cubic`; when the kernel refuses it, the system's default.
+    /// This algorithm, for example `cubic`, or the system's default if the kernel refuses it.
     Named(String),
 }
 
-/// Settings of a connection's socket. The default suits most hosts.
+/// Settings for the socket of a connection. The default suits most hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketOptions {
-    /// Bytes for `SO_SNDBUF`. `None`: TCP lets the kernel tune it while it runs; Unix sockets ask for 1 MiB, of which
-    /// the kernel grants up to `net.core.wmem_max`.
+    /// The size of the send buffer (`SO_SNDBUF`) in bytes. With `None` the kernel tunes it for TCP.
+    /// For Unix sockets 1 MiB is requested, of which the kernel grants up to `net.core.wmem_max`.
     pub send_buffer: Option<usize>,
-    /// Bytes for `SO_RCVBUF` (TCP only: Unix sockets have no use for it). `None`: the kernel tunes it while it runs.
-    /// A fixed size ends the tuning, and the kernel caps it at `net.core.rmem_max`, often less than what tuning
-    /// reaches.
+    /// The size of the receive buffer (`SO_RCVBUF`) in bytes, for TCP only (Unix sockets do not use
+    /// it). With `None` the kernel tunes it. A fixed size turns tuning off, and the kernel limits
+    /// it to `net.core.rmem_max`, which is often less than what tuning reaches.
     pub receive_buffer: Option<usize>,
-    /// TCP congestion control.
+    /// The TCP congestion control.
     pub congestion: Congestion,
-    /// After how long without traffic TCP asks whether the peer still lives; about twice that later a dead one is
-    /// noticed even where no idle time-out is set. `None`: never.
+    /// The time without traffic after which TCP probes the peer. If the peer is dead, that is
+    /// noticed about twice that time later, even without an idle time-out. `None` turns probes off.
     pub keepalive: Option<Duration>,
-    /// The idle time-out that both directions start with; `None`: none.
+    /// The initial idle time-out of both directions. `None` is no time-out.
     pub idle_timeout: Option<Duration>,
 }
 
@@ -48,13 +49,13 @@ impl Default for SocketOptions {
     }
 }
 
-/// Settings of a connector.
+/// Settings for a connector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectOptions {
-    /// How long one [`connect`](migration_core::channel::Connector::connect) may take over all addresses of the host.
-    /// Name resolution has time-outs of its own and comes on top.
+    /// The longest time of one [`connect`](migration_core::channel::Connector::connect) over all
+    /// addresses of the host. Name resolution has time-outs of its own and is not included.
     pub connect_timeout: Duration,
-    /// Settings of each connection.
+    /// The settings for each connection.
     pub socket: SocketOptions,
 }
 
@@ -64,13 +65,15 @@ impl Default for ConnectOptions {
     }
 }
 
-/// What Unix sockets ask for when nothing is configured. Measured: up to 1.5 times the throughput of the default of
-/// 208 KiB, while 4 MiB, which falls out of the cache between the two copies, is slower than either.
+/// The default send buffer of Unix sockets in bytes. Measured: up to 1.5 times the throughput of
+/// the kernel's default of 208 KiB. With 4 MiB the data leaves the cache between the two copies,
+/// which is slower than either.
 const UNIX_SEND_BUFFER: usize = 1 << 20;
 
 impl SocketOptions {
-    /// Applies them to a TCP socket, best before it connects or listens: window scaling and pacing are settled then.
-    /// None of them is worth a failed migration, so what the kernel refuses is left as it is.
+    /// Applies the settings to a TCP socket, if possible before it connects or listens, when window
+    /// scaling and pacing are decided. Ignores settings that the kernel refuses, because none is
+    /// worth a failed migration.
     pub(crate) fn apply_tcp(&self, socket: SockRef<'_>, peer: Option<IpAddr>) {
         let _ = socket.set_tcp_nodelay(true);
         if let Some(bytes) = self.send_buffer {
@@ -96,7 +99,7 @@ impl SocketOptions {
         }
     }
 
-    /// Applies them to a Unix socket.
+    /// Applies the settings to a Unix socket.
     pub(crate) fn apply_unix(&self, socket: SockRef<'_>) {
         let _ = socket.set_send_buffer_size(self.send_buffer.unwrap_or(UNIX_SEND_BUFFER));
     }

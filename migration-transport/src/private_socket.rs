@@ -1,4 +1,4 @@
-//! Listening Unix sockets for their owner alone.
+//! Listening Unix sockets that only their owner can use.
 
 #[cfg(test)]
 mod tests;
@@ -30,45 +30,47 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::UNIX_PATH_MAX;
 
-/// Connections that may wait to be accepted; further ones block until their connect time-out.
+/// The number of connections that may wait to be accepted. Further ones block until their connect
+/// time-out.
 const BACKLOG: i32 = 128;
-/// The owner may connect, and nobody else but root.
+/// The mode of a socket file. Only the owner and root may connect.
 const MODE: u32 = 0o600;
-/// How long another process of this user may hold the lock, which it needs for an instant.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest time to wait for the lock. Another process of this user needs it only for a moment.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(2);
-/// How often a name is tried again that others take, or give up, at the same moment.
+/// The number of attempts with a name that other processes take or release at the same time.
 const ATTEMPTS: usize = 64;
 
-/// A socket that listens, and the device and inode of its file.
+/// A listening socket, and the device and inode of its file.
 pub(crate) struct Bound {
     pub(crate) socket: Socket,
     pub(crate) file: (u64, u64),
 }
 
-/// Listens at the path of a Unix socket to which nobody but the caller's user, and root, can
-/// connect.
+/// Listens at the path of a Unix socket to which only the caller's user and root can connect.
 ///
-/// The socket's file has mode 0600 whatever the umask, which this does not touch. It appears under
-/// its name when it can be connected to. A socket file that was left there by a process that has
-/// ended is replaced.
+/// The socket's file has mode 0600, whatever the umask is; the umask does not change. The file
+/// appears under its name when the socket accepts connections. A socket file that was left there by
+/// a process that has ended is replaced.
 ///
-/// To do so, the socket is bound to an unpredictable name in the same folder, and renamed: what
-/// others put into the folder is not in the way. (Tools such as `ss` show the name that it was
-/// bound to, `.NAME.` and some digits.) Only while a socket file is replaced there is a lock, a
-/// file `.NAME.lock` of mode 0600, so that no other user can hold it.
+/// The socket is bound to an unpredictable name in the same folder and then renamed, so that files
+/// of other users in the folder do not interfere. (Tools such as `ss` show the name to which it was
+/// bound, `.NAME.` and some digits.) A lock is needed only while a socket file is replaced. It is a
+/// file `.NAME.lock` with mode 0600, so that no other user can hold it.
 ///
 /// # Errors
-/// [`ErrorKind::AddrInUse`] when a living process listens there; [`ErrorKind::AlreadyExists`] when
-/// something else than a socket is there; [`ErrorKind::TimedOut`] when another process of this user
-/// has the lock for 10 s; everything that the operating system reports. Nothing is left behind
-/// then.
+/// - [`ErrorKind::AddrInUse`] if a living process listens there,
+/// - [`ErrorKind::AlreadyExists`] if something else than a socket is there,
+/// - [`ErrorKind::TimedOut`] if another process of this user holds the lock for 10 s,
+/// - errors of the operating system.
+///
+/// After an error no file is left.
 pub fn listen_private(path: &Path) -> io::Result<net::UnixListener> {
     Ok(OwnedFd::from(listen(path)?.socket).into())
 }
 
 pub(crate) fn listen(path: &Path) -> io::Result<Bound> {
-    // the path itself must fit for those who connect
+    // the path itself must be short enough for those who connect
     SockAddr::unix(path)?;
     let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "not a file's path"))?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -81,21 +83,21 @@ pub(crate) fn listen(path: &Path) -> io::Result<Bound> {
     Ok(Bound { socket, file })
 }
 
-/// Device and inode of what is at `path`, without following a link.
+/// Returns device and inode of the file at `path`, without following a link.
 pub(crate) fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// The file of a socket that has not got its name yet. Dropped before, it is removed.
+/// The file of a socket that is not renamed to its final name yet. It is removed when dropped.
 struct Unnamed {
     path: PathBuf,
     file: (u64, u64),
 }
 
 impl Unnamed {
-    /// Binds the socket beside `path`. To bind creates the file, and fails if anything is there,
-    /// also a link.
+    /// Binds the socket in the folder of `path`. Binding creates the file, and fails if the name
+    /// exists, also as a link.
     fn bind(socket: &Socket, path: &Path, name: &OsStr) -> io::Result<Self> {
         for _ in 0..ATTEMPTS {
             let unnamed = path.with_file_name(unnamed(path, name));
@@ -105,19 +107,19 @@ impl Unnamed {
                 Err(error) => return Err(error),
             }
             let unnamed = Self { file: identity(&unnamed)?, path: unnamed };
-            // a umask that takes the owner's own rights
+            // the umask may have removed permissions of the owner
             if fs::symlink_metadata(&unnamed.path)?.mode() & 0o7777 != MODE {
                 fs::set_permissions(&unnamed.path, Permissions::from_mode(MODE))?;
             }
             return Ok(unnamed);
         }
-        Err(io::Error::new(ErrorKind::AddrInUse, format!("{ATTEMPTS} names beside it are taken")))
+        Err(io::Error::new(ErrorKind::AddrInUse, format!("{ATTEMPTS} names in its folder are taken")))
     }
 
     fn rename(self, path: &Path) -> io::Result<()> {
-        // Two processes that find the same stale file must not both replace it, the second one
-        // removing the first one's new socket. Whoever removes one has the lock; who finds the name
-        // free needs none.
+        // Two processes that find the same stale file must not both replace it, because the second
+        // one would remove the new socket of the first one. So a process takes the lock before it
+        // removes a file. A process that finds the name free needs no lock.
         let mut lock = None;
         for _ in 0..ATTEMPTS {
             match rename_if_free(&self.path, path) {
@@ -130,7 +132,7 @@ impl Unnamed {
                 done => return done,
             }
         }
-        Err(io::Error::new(ErrorKind::AddrInUse, "other processes want to listen there at the same moment"))
+        Err(io::Error::new(ErrorKind::AddrInUse, "other processes try to listen there at the same time"))
     }
 }
 
@@ -142,22 +144,22 @@ impl Drop for Unnamed {
     }
 }
 
-/// A lock on the replacement of a socket file, which only processes of this user can hold.
+/// A lock for the replacement of a socket file, which only processes of this user can hold.
 struct Lock {
     path: PathBuf,
     file: File,
 }
 
 impl Lock {
-    /// Waits for the lock; `None` if somebody has put something else at its place. Then nothing
-    /// keeps two processes of this user that find a stale socket at the very same moment from
-    /// displacing each other.
+    /// Waits for the lock. Returns `None` if another user has put something else at its path. Then
+    /// two processes of this user that find a stale socket at the very same moment may replace each
+    /// other's socket.
     fn take(socket: &Path) -> io::Result<Option<Self>> {
         let mut name = OsString::from(".");
         name.push(socket.file_name().unwrap_or_default());
         name.push(".lock");
         let path = socket.with_file_name(name);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             let mut options = OpenOptions::new();
             options
@@ -176,12 +178,12 @@ impl Lock {
                 Ok(()) if identity(&path).is_ok_and(|there| there == (found.dev(), found.ino())) => {
                     return Ok(Some(Self { path, file }));
                 }
-                // its last owner has removed it
+                // the last owner of the lock has removed the file
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(RETRY),
                 Err(TryLockError::WouldBlock) => {
                     let why =
-                        format!("another process has held the lock (flock) of {} for {PATIENCE:?}", path.display());
+                        format!("another process has held the lock (flock) of {} for {LOCK_TIMEOUT:?}", path.display());
                     return Err(io::Error::new(ErrorKind::TimedOut, why));
                 }
                 Err(TryLockError::Error(error)) => return Err(error),
@@ -192,14 +194,15 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // while it is locked: whoever waits for it finds that it has no name any more
+        // still locked, so a process that waits for the lock finds out that the file has no name
+        // any more
         let _ = fs::remove_file(&self.path);
         let _ = self.file.unlock();
     }
 }
 
-/// A name beside `path`, as that of `name` for those who look for it; a short one where a long one
-/// does not fit.
+/// Returns an unpredictable name for a file in the folder of `path`. It contains `name`, so that
+/// people can recognize it, unless that makes it too long.
 fn unnamed(path: &Path, name: &OsStr) -> OsString {
     let digits = RandomState::new().build_hasher().finish() as u32;
     let mut long = OsString::from(".");
@@ -213,7 +216,7 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     if path.as_os_str().len() <= UNIX_PATH_MAX {
         return socket.bind(&SockAddr::unix(path)?);
     }
-    // a name of a few characters in a folder whose path leaves no room for more: the folder by its
+    // a short name in a folder whose path leaves no room for it: reach the folder through its
     // descriptor
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(ErrorKind::InvalidInput.into());
@@ -222,7 +225,7 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string());
     if !short.exists() {
         let why = format!(
-            "its folder's path is too long ({} bytes), unless /proc is mounted",
+            "the path of its folder is too long without /proc ({} bytes)",
             path.as_os_str().as_bytes().len()
         );
         return Err(io::Error::new(ErrorKind::InvalidInput, why));
@@ -230,11 +233,11 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     socket.bind(&SockAddr::unix(short.join(name))?)
 }
 
-/// Renames a socket's file, unless there is something already.
+/// Renames a socket's file, unless the new name exists.
 fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
-        // the file system does not know how: by a second name
+        // if the file system cannot do that, use a hard link
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
             fs::hard_link(from, to)?;
             fs::remove_file(from)
@@ -243,7 +246,7 @@ fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the socket file at `path` if nothing listens there.
+/// Removes the socket file at `path` if no process listens there.
 fn remove_stale(path: &Path) -> io::Result<()> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
@@ -251,7 +254,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     if !found.file_type().is_socket() {
-        return Err(io::Error::new(ErrorKind::AlreadyExists, "there is a file that is no socket"));
+        return Err(io::Error::new(ErrorKind::AlreadyExists, "the file there is no socket"));
     }
     let in_use = || io::Error::new(ErrorKind::AddrInUse, "another process listens there");
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -259,11 +262,11 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     match probe.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        // whatever else comes of it, even a refusal of access, someone may be there
+        // after any other result, even a refused access, a process may be listening
         _ => return Err(in_use()),
     }
-    // Without the lock, another process may have replaced it by now: what was taken away is looked
-    // at.
+    // Without the lock, another process may have replaced the file by now, so check which file was
+    // moved.
     let name = path.file_name().unwrap_or_default();
     let taken = path.with_file_name(unnamed(path, name));
     match rename_if_free(path, &taken) {
@@ -273,9 +276,9 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     if identity(&taken)? == (found.dev(), found.ino()) {
         return fs::remove_file(&taken);
     }
-    // a living one, which goes back
+    // the socket of a living process, which is moved back
     if rename_if_free(&taken, path).is_err() {
-        // and so a third process must have won
+        // if that fails, a third process has taken the name
         let _ = fs::remove_file(&taken);
     }
     Err(in_use())

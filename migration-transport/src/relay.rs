@@ -1,4 +1,4 @@
-//! A TCP relay that can be cut, stalled, delayed and slowed down: a bad network, for tests.
+//! A TCP relay that can be cut, stalled, delayed and slowed down, for tests with a bad network.
 
 use std::{
     fmt,
@@ -17,12 +17,13 @@ use socket2::SockRef;
 
 use crate::{Address, Bandwidth, Limiter, limit::Class};
 
-/// The most bytes that are read at once.
+/// The largest number of bytes that are read at once.
 const CHUNK: usize = 64 << 10;
-/// The most chunks under way in one direction of a connection: what a long delay can hold, 64 MiB.
-const UNDER_WAY: usize = 1024;
+/// The largest number of chunks in transit in one direction of a connection: 64 MiB, for long
+/// delays.
+const MAX_IN_TRANSIT: usize = 1024;
 
-/// Forwards TCP connections from a port of its own on 127.0.0.1 to a target, until it is told to misbehave.
+/// Forwards TCP connections from a port of its own on 127.0.0.1 to a target.
 ///
 /// It runs threads of its own, which end when it is dropped.
 #[derive(Debug)]
@@ -38,12 +39,12 @@ struct Shared {
     target: SocketAddr,
     state: Mutex<State>,
     changed: Condvar,
-    /// One limit for each direction.
+    /// A limit for each direction.
     limits: [Limiter; 2],
     ended: AtomicBool,
 }
 
-/// Finds the place of a cut in bytes that are about to be forwarded.
+/// A function that finds the position of a cut in bytes that are about to be forwarded.
 type Place = Box<dyn FnMut(&[u8]) -> Option<usize> + Send>;
 
 #[derive(Default)]
@@ -62,7 +63,7 @@ impl Relay {
     /// Starts a relay to `target`.
     ///
     /// # Errors
-    /// When no port is free, or no thread can be started.
+    /// Fails if no port is free or no thread can be started.
     pub fn new(target: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
@@ -78,13 +79,13 @@ impl Relay {
         Ok(Self { shared, listener, address, accepting: Some(accepting) })
     }
 
-    /// Where it listens: what the source connects to.
+    /// Returns the address of the relay, to which the source connects.
     pub fn address(&self) -> Address {
         self.address.into()
     }
 
-    /// Cuts all connections as soon as `bytes` further bytes were forwarded, counted over all connections and both
-    /// directions. What was forwarded until then arrives.
+    /// Cuts all connections as soon as `bytes` further bytes were forwarded, counted over all
+    /// connections and both directions. These bytes still arrive.
     pub fn cut_after(&self, bytes: u64) {
         let mut state = self.shared.lock();
         state.limit = Some(state.relayed.saturating_add(bytes));
@@ -95,27 +96,28 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// Cuts all connections at the place that `place` finds in bytes of either direction that are about to be forwarded:
-    /// so many of them still arrive. It sees them as they come from a socket: at a message that follows an answer, that
-    /// message is in one piece.
+    /// Cuts all connections at the position that `place` returns for bytes that are about to be
+    /// forwarded in either direction. The bytes before the position still arrive. `place` gets the
+    /// bytes in the pieces in which the socket returned them. A message that is sent after waiting
+    /// for an answer is in one piece.
     pub fn cut_where(&self, place: impl FnMut(&[u8]) -> Option<usize> + Send + 'static) {
         self.shared.lock().place = Some(Box::new(place));
     }
 
-    /// Cuts all connections now: both ends see the end of the stream, or a reset when they send. New connections end
-    /// at once in the same way, until [`restore`](Self::restore).
+    /// Cuts all connections now. Both ends see the end of the stream, or a reset when they send.
+    /// New connections end at once in the same way, until [`restore`](Self::restore).
     pub fn cut(&self) {
         self.shared.lock().cut();
         self.shared.changed.notify_all();
     }
 
-    /// Forwards nothing any more, without a word to anyone, as when a cable is pulled; until
+    /// Stops forwarding without closing connections, as if a cable was pulled, until
     /// [`restore`](Self::restore).
     pub fn stall(&self) {
         self.shared.lock().stalled = true;
     }
 
-    /// Ends a cut or a stall. What was cut stays so; new connections work.
+    /// Ends a cut or a stall. Connections that were cut stay cut; new connections work.
     pub fn restore(&self) {
         let mut state = self.shared.lock();
         (state.cut, state.stalled, state.limit, state.place) = (false, false, None, None);
@@ -123,19 +125,19 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// Delays each byte from now on by `delay` in each direction.
+    /// Delays each later byte by `delay` in each direction.
     pub fn set_delay(&self, delay: Duration) {
         self.shared.lock().delay = delay;
     }
 
-    /// Limits each direction, over all connections.
+    /// Limits the bandwidth of each direction, over all connections.
     pub fn set_bandwidth(&self, bandwidth: Bandwidth) {
         for limit in &self.shared.limits {
             limit.set_bandwidth(bandwidth);
         }
     }
 
-    /// Bytes forwarded so far over all connections in both directions.
+    /// Returns the number of bytes forwarded so far over all connections in both directions.
     pub fn relayed(&self) -> u64 {
         self.shared.lock().relayed
     }
@@ -144,7 +146,7 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Release);
-        // Linux wakes a blocked accept by this
+        // on Linux this wakes a blocked accept
         let _ = SockRef::from(&self.listener).shutdown(Shutdown::Both);
         self.shared.lock().cut();
         if let Some(accepting) = self.accepting.take() {
@@ -169,7 +171,8 @@ impl fmt::Debug for State {
 }
 
 impl State {
-    /// How many bytes of a chunk may pass before the cut; nothing if it is not in this chunk.
+    /// Returns how many bytes of a chunk may pass before the cut, or `None` if the cut is not in
+    /// this chunk.
     fn grant(&mut self, chunk: &[u8]) -> Option<usize> {
         let left = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.relayed));
         let by_count = usize::try_from(left).ok().filter(|left| *left <= chunk.len());
@@ -181,8 +184,9 @@ impl State {
         self.cut = true;
         for (near, far) in self.connections.drain(..) {
             for socket in [&near, &far] {
-                // What was written before still arrives, then the end; whatever is sent to it now gets a reset.
-                // Threads that are blocked in it wake.
+                // Data that was written before still arrives, followed by the end of the stream.
+                // The peer's later data is answered by a reset. Threads that are blocked in the
+                // socket wake up.
                 let _ = socket.shutdown(Shutdown::Both);
             }
         }
@@ -201,7 +205,7 @@ impl Shared {
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while !self.ended() {
             match listener.accept() {
-                // a connection that cannot be forwarded is closed; the test sees that
+                // a connection that cannot be forwarded is closed, which the test notices
                 Ok((near, _)) => drop(self.forward(near)),
                 Err(_) if self.ended() => return,
                 Err(_) => thread::yield_now(),
@@ -224,7 +228,7 @@ impl Shared {
         }
         state.connections.push(ends);
         for (limit, (from, to)) in self.limits.iter().zip(pumps) {
-            let (sender, receiver) = sync_channel(UNDER_WAY);
+            let (sender, receiver) = sync_channel(MAX_IN_TRANSIT);
             let (reading, writing, limit) = (Arc::clone(self), Arc::clone(self), limit.clone());
             state.pumps.push(thread::spawn(move || reading.read(from, &sender)));
             state.pumps.push(thread::spawn(move || writing.write(to, &receiver, &limit)));
@@ -259,7 +263,7 @@ impl Shared {
             let len = granted.unwrap_or(chunk.len());
             state.relayed += len as u64;
             if granted.is_some() {
-                // under the lock: who sees that so much was relayed may mend the link at once
+                // under the lock: a test that sees this number may restore the link at once
                 let _ = to.write_all(&chunk[..len]);
                 return state.cut();
             }
@@ -268,7 +272,7 @@ impl Shared {
                 return;
             }
         }
-        // the sending end has ended this direction in order
+        // the sending end has closed this direction in order
         let _ = to.shutdown(Shutdown::Write);
     }
 }

@@ -1,4 +1,4 @@
-//! Channels over connected stream sockets, TCP and Unix alike.
+//! Channels over connected stream sockets, TCP and Unix.
 
 use std::{
     io,
@@ -19,13 +19,13 @@ use crate::{fd_passing, gather::Gather, iovec};
 #[cfg(test)]
 mod file_tests;
 
-/// Bytes that a TCP connection queues beyond what is on its way, when its queue is to be short.
-const SHORT_QUEUE: u32 = 128 << 10;
+/// The largest number of unsent bytes that a TCP connection queues if its queue should be short.
+const SHORT_QUEUE_BYTES: u32 = 128 << 10;
 
 /// A [`Channel`] over a connected stream socket.
 ///
-/// Connectors and listeners of this crate make them; a VMM that was handed a connected socket by its management layer
-/// makes one with [`StreamChannel::new`].
+/// The connectors and listeners of this crate make them. A VMM that gets a connected socket from
+/// its management layer can make one with [`StreamChannel::new`].
 ///
 /// The socket closes when both halves are dropped; the [`Closer`] does not keep it open.
 #[derive(Debug)]
@@ -36,12 +36,13 @@ pub struct StreamChannel {
 }
 
 impl StreamChannel {
-    /// Takes over a connected stream socket, for example a `TcpStream`, a `UnixStream` or one end of a socket pair.
-    /// `peer` names the other end in messages. The socket's options stay as they are, but it is made blocking, without
-    /// idle time-outs.
+    /// Makes a channel of a connected stream socket, for example a `TcpStream`, a `UnixStream` or
+    /// one end of a socket pair. `peer` names the other end in messages. The socket's options stay
+    /// as they are, except that it becomes blocking and has no idle time-outs.
     ///
     /// # Errors
-    /// `InvalidInput` when it is no stream socket; else what the operating system says.
+    /// Fails with `InvalidInput` if it is no stream socket, and with errors of the operating
+    /// system.
     pub fn new(socket: impl Into<OwnedFd>, peer: impl Into<String>) -> io::Result<Self> {
         let socket = socket.into();
         let reference = SockRef::from(&socket);
@@ -54,10 +55,10 @@ impl StreamChannel {
         Ok(channel)
     }
 
-    /// Sets the idle time-out that both halves start with; `None` for ever.
+    /// Sets the initial idle time-out of both halves. `None` is no time-out.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// Fails with the error of the operating system.
     pub fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let socket = SockRef::from(&self.socket);
         self.idle = timeout.map(clamp);
@@ -85,13 +86,14 @@ impl Channel for StreamChannel {
     }
 }
 
-/// The kernel takes zero for "no time-out", and at most 2^31 ticks make sense.
+/// Limits a time-out to what the kernel accepts: zero would mean no time-out, and there are at most
+/// 2^31 ticks.
 fn clamp(timeout: Duration) -> Duration {
     timeout.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 3600))
 }
 
-/// Gives `EAGAIN`, which on a blocking socket means that its time-out passed, a meaning.
-fn explain(error: io::Error, idle: Option<Duration>, what: &str) -> io::Error {
+/// Translates `EAGAIN`, which on a blocking socket means that its time-out passed.
+fn translate_timeout(error: io::Error, idle: Option<Duration>, what: &str) -> io::Error {
     match (error.kind(), idle) {
         (io::ErrorKind::WouldBlock, Some(idle)) => {
             io::Error::new(io::ErrorKind::TimedOut, format!("the peer {what} for {idle:?}"))
@@ -104,12 +106,12 @@ fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
 }
 
-/// An error unless it is a Unix socket.
+/// Returns an error unless the socket is a Unix socket.
 fn carries_files(socket: &OwnedFd) -> io::Result<()> {
     if SockRef::from(socket).domain()? == Domain::UNIX {
         return Ok(());
     }
-    Err(io::Error::new(io::ErrorKind::Unsupported, "open files travel only over a Unix socket"))
+    Err(io::Error::new(io::ErrorKind::Unsupported, "only channels over Unix sockets carry open files"))
 }
 
 struct StreamReader {
@@ -118,13 +120,14 @@ struct StreamReader {
 }
 
 impl StreamReader {
-    /// Turns what one receiving call gave into the number of bytes to move on by: 0 only after an interruption.
+    /// Translates the result of a receiving call into the number of received bytes. 0 means that
+    /// the call was interrupted.
     fn received(&self, result: io::Result<usize>) -> io::Result<usize> {
         match result {
             Ok(0) => Err(closed()),
             Ok(bytes) => Ok(bytes),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
-            Err(e) => Err(explain(e, self.idle, "sent nothing")),
+            Err(e) => Err(translate_timeout(e, self.idle, "sent no data")),
         }
     }
 }
@@ -133,7 +136,8 @@ impl ReadHalf for StreamReader {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
         let mut filled = 0;
         while filled < buf.len() {
-            // with MSG_WAITALL one call mostly does it; it still returns early at a signal, the end or a time-out
+            // MSG_WAITALL usually needs one call, but returns early after a signal, at the end and
+            // after a time-out
             let result = recv(self.socket.as_raw_fd(), &mut buf[filled..], MsgFlags::MSG_WAITALL);
             filled += self.received(result.map_err(io::Error::from))?;
         }
@@ -157,19 +161,22 @@ impl ReadHalf for StreamReader {
         carries_files(&self.socket)?;
         let mut files = Vec::new();
         while files.len() < count {
-            let due = (count - files.len()).min(FILES_PER_BYTE);
-            let mut said = [0];
-            let (bytes, mut came) = fd_passing::receive_files(self.socket.as_fd(), &mut said, due)
-                .map_err(|e| explain(e, self.idle, "sent nothing"))?;
+            let expected = (count - files.len()).min(FILES_PER_BYTE);
+            let mut announced = [0];
+            let (bytes, mut received) = fd_passing::receive_files(self.socket.as_fd(), &mut announced, expected)
+                .map_err(|e| translate_timeout(e, self.idle, "sent no data"))?;
             if bytes == 0 {
                 return Err(closed());
             }
-            let [said] = said;
-            if usize::from(said) != due || came.len() != due {
-                let why = format!("{} open files came with a byte of {said} where {due} are due", came.len());
-                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            let [announced] = announced;
+            if usize::from(announced) != expected || received.len() != expected {
+                let reason = format!(
+                    "the peer announced {announced} open files and sent {}, but {expected} are expected",
+                    received.len()
+                );
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }
-            files.append(&mut came);
+            files.append(&mut received);
         }
         Ok(files)
     }
@@ -178,7 +185,7 @@ impl ReadHalf for StreamReader {
 /// Returns the time that a write has until its deadline, if it has one.
 ///
 /// # Errors
-/// Of kind `TimedOut`, when the deadline has passed.
+/// Fails with `TimedOut` if the deadline has passed.
 pub(crate) fn time_left(deadline: Option<Instant>) -> io::Result<Option<Duration>> {
     let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
     if left == Some(Duration::ZERO) {
@@ -194,20 +201,20 @@ struct StreamWriter {
 }
 
 impl StreamWriter {
-    /// Sets how long the next call may take: the idle time-out, or what is left until the deadline.
+    /// Limits the time of the next call to the idle time-out or to the time until the deadline.
     fn limit_call(&self) -> io::Result<()> {
         let Some(left) = time_left(self.deadline)? else { return Ok(()) };
         let timeout = clamp(self.idle.map_or(left, |idle| idle.min(left)));
         SockRef::from(&self.socket).set_write_timeout(Some(timeout))
     }
 
-    /// Returns what the failure of a call means; `Ok` if the call is to be repeated.
+    /// Translates the error of a sending call. Returns `Ok` if the call should be repeated.
     fn failed(&self, error: io::Error) -> io::Result<()> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            // the idle time-out counts from the last byte taken, and the call may have been cut short
+            // the next turn of the loop reports the passed deadline
             io::ErrorKind::WouldBlock if self.deadline.is_some_and(|at| Instant::now() >= at) => Ok(()),
-            _ => Err(explain(error, self.idle, "took nothing")),
+            _ => Err(translate_timeout(error, self.idle, "accepted no data")),
         }
     }
 }
@@ -216,11 +223,12 @@ impl WriteHalf for StreamWriter {
     fn write_all(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<()> {
         let mut gather = Gather::new(head, slices);
         while gather.remaining() > 0 {
-            // The kernel's send time-out covers a whole call. When it passes after part was taken, the call returns
-            // that part, and the next call starts a new time-out: only a peer that takes nothing at all times out.
+            // The kernel's send time-out covers a whole call. If it passes after a part was sent,
+            // the call returns that part, and the next call starts a new time-out. So the write
+            // times out only if the peer accepts nothing at all.
             self.limit_call()?;
             match iovec::send(self.socket.as_fd(), &gather) {
-                Ok(0) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the connection takes no more bytes")),
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::WriteZero, "the connection accepts no more bytes")),
                 Ok(bytes) => gather.advance(bytes),
                 Err(e) => self.failed(e)?,
             }
@@ -230,7 +238,8 @@ impl WriteHalf for StreamWriter {
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         if self.deadline.is_some() && deadline.is_none() {
-            // calls were limited by what was left of it; fails only where the next write fails too
+            // undo the limit of earlier calls; an error is ignored, because the next write then
+            // fails, too
             let _ = SockRef::from(&self.socket).set_write_timeout(self.idle);
         }
         self.deadline = deadline;
@@ -246,14 +255,14 @@ impl WriteHalf for StreamWriter {
         for files in files.chunks(FILES_PER_BYTE) {
             let count = u8::try_from(files.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
             fd_passing::send_files(self.socket.as_fd(), &[count], files)
-                .map_err(|e| explain(e, self.idle, "took nothing"))?;
+                .map_err(|e| translate_timeout(e, self.idle, "accepted no data"))?;
         }
         Ok(())
     }
 
     fn keep_queue_short(&mut self) {
-        // refused by sockets other than TCP's, whose buffers are small anyway
-        let _ = SockRef::from(&self.socket).set_tcp_notsent_lowat(SHORT_QUEUE);
+        // ignored: other sockets than TCP refuse it, and their buffers are small anyway
+        let _ = SockRef::from(&self.socket).set_tcp_notsent_lowat(SHORT_QUEUE_BYTES);
     }
 }
 
@@ -264,7 +273,7 @@ struct StreamCloser {
 impl Closer for StreamCloser {
     fn close(&self) {
         if let Some(socket) = self.socket.upgrade() {
-            // fails only when the connection has ended already
+            // ignored: fails only if the connection has ended already
             let _ = SockRef::from(&socket).shutdown(std::net::Shutdown::Both);
         }
     }

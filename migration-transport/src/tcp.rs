@@ -19,9 +19,9 @@ use crate::{
     accept::{Descriptors, Shortage},
 };
 
-/// How often a free port is looked for that is free at all addresses of a host.
-const PORTS: usize = 64;
-/// Connections that the kernel may finish before [`Listener::accept`] takes them.
+/// The number of attempts to find a port that is free at all addresses of a host.
+const PORT_ATTEMPTS: usize = 64;
+/// The number of connections that the kernel may complete before [`Listener::accept`] is called.
 const BACKLOG: i32 = 128;
 
 /// Opens TCP connections to one host and port.
@@ -33,19 +33,22 @@ pub struct TcpConnector {
 }
 
 impl TcpConnector {
-    /// A connector to `host`, a name or an IP address (IPv6 without brackets). Nothing is resolved or opened yet.
+    /// Makes a connector to `host`, a name or an IP address (IPv6 without brackets). Nothing is
+    /// resolved or opened yet.
     pub fn new(host: impl Into<String>, port: u16, options: ConnectOptions) -> Self {
         Self { host: host.into(), port, options }
     }
 }
 
 impl Connector for TcpConnector {
-    /// Resolves the host anew and tries each of its addresses in order. Each gets an even share of the time that is
-    /// left, so that one which swallows packets does not use up the time of the others.
+    /// Resolves the host again and tries its addresses in order. Each gets an equal share of the
+    /// remaining time, so that an address that never answers does not use up the time of the
+    /// others.
     ///
     /// # Errors
-    /// What the address said; of a host name, what each of its addresses said, under the kind of the last one. The host
-    /// itself is not in the message: the caller has its [`address`](Connector::address).
+    /// Fails with the error of the address. For a host name the error has the errors of all its
+    /// addresses and the kind of the last one. The host is not in the message: the caller knows its
+    /// [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         self.open(self.options.connect_timeout)
     }
@@ -85,10 +88,10 @@ impl TcpConnector {
 fn connect_one(address: &SocketAddr, timeout: Duration, options: &SocketOptions) -> io::Result<StreamChannel> {
     let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
     options.apply_tcp(SockRef::from(&socket), Some(address.ip()));
-    // a zero time-out is refused as an argument, not as a time-out
+    // a time-out of zero would be an invalid argument
     socket.connect_timeout(&(*address).into(), timeout.max(Duration::from_millis(1)))?;
-    // Without a listener on a local port of the ephemeral range, TCP may pick that very port and connect the socket
-    // to itself ("simultaneous open"). Such a connection echoes.
+    // If nothing listens on a local port of the ephemeral range, TCP may choose that port for the
+    // connecting socket and connect it to itself ("simultaneous open"). Such a connection echoes.
     if socket.local_addr()?.as_socket() == Some(*address) {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
@@ -101,10 +104,10 @@ fn channel(socket: Socket, peer: String, options: &SocketOptions) -> io::Result<
     Ok(channel)
 }
 
-/// Accepts TCP connections, at every address of a host.
+/// Accepts TCP connections at every address of a host.
 #[derive(Debug)]
 pub struct TcpListener {
-    /// At least one.
+    /// The listening sockets, at least one.
     sockets: Vec<Socket>,
     addresses: Vec<SocketAddr>,
     host: String,
@@ -115,14 +118,16 @@ pub struct TcpListener {
 
 impl TcpListener {
     /// Listens on `port` of every address of `host`: an IP address or name of this host, or
-    /// `0.0.0.0` or `::` for all of its interfaces. A name may stand for several addresses, of IPv4
-    /// and IPv6; those that this host does not have are left out. Port 0 picks one that is free at
-    /// all of them, which [`address`](Listener::address) then tells, and
-    /// [`addresses`](Self::addresses) each address. `options` apply to each connection.
+    /// `0.0.0.0` or `::` for all of its interfaces. `options` apply to each connection.
+    ///
+    /// A name may stand for several addresses, of IPv4 and IPv6; addresses that this host does not
+    /// have are left out. Port 0 chooses a port that is free at all of them.
+    /// [`address`](Listener::address) then returns that port, and [`addresses`](Self::addresses)
+    /// returns each address.
     ///
     /// # Errors
-    /// When no address can be bound; `AddrInUse` also when the port is taken at one of several, at
-    /// which a source might find a stranger instead.
+    /// Fails if no address can be bound. Fails with `AddrInUse` also if the port is taken at one of
+    /// several addresses, because a source might reach another program there.
     pub fn bind(host: &str, port: u16, options: SocketOptions) -> io::Result<Self> {
         let failed = |error: io::Error| {
             let address = Address::Tcp { host: host.to_owned(), port };
@@ -130,7 +135,7 @@ impl TcpListener {
         };
         let mut addresses: Vec<SocketAddr> = Vec::new();
         for address in (host, port).to_socket_addrs().map_err(failed)? {
-            // name services repeat them
+            // name services may return an address twice
             if !addresses.contains(&address) {
                 addresses.push(address);
             }
@@ -142,12 +147,12 @@ impl TcpListener {
         Ok(Self { sockets, addresses, host: host.to_owned(), port, options, shortage: Shortage::new() })
     }
 
-    /// The port it listens on, which is the same at all addresses.
+    /// Returns the port, which is the same at all addresses.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The addresses at which it listens.
+    /// Returns the addresses at which it listens.
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
     }
@@ -165,12 +170,12 @@ impl TcpListener {
     }
 }
 
-/// Binds all of these that this host has. For port 0 all get the port that the first one gets;
-/// another one is tried where that is taken at a later one.
+/// Binds those of the addresses that this host has. For port 0 all get the port that the first one
+/// gets. If that port is taken at another address, a new port is tried.
 fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec<Socket>> {
     let alone = addresses.len() == 1;
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for _ in 0..PORTS {
+    for _ in 0..PORT_ATTEMPTS {
         let mut sockets: Vec<Socket> = Vec::new();
         let mut port = 0;
         let mut taken = false;
@@ -185,7 +190,7 @@ fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec
                     sockets.push(socket);
                 }
                 Err(error) => {
-                    taken |= !is_elsewhere(&error);
+                    taken |= !is_not_of_this_host(&error);
                     last = if alone { error } else { io::Error::new(error.kind(), format!("{at}: {error}")) };
                     if taken {
                         break;
@@ -195,7 +200,7 @@ fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec
         }
         match (taken, sockets.is_empty()) {
             (false, false) => return Ok(sockets),
-            // free at the first address, and taken at another one
+            // the port is free at the first address, but taken at another one
             (true, false) if last.kind() == io::ErrorKind::AddrInUse && addresses[0].port() == 0 => {}
             _ => return Err(last),
         }
@@ -203,23 +208,22 @@ fn bind_all(addresses: &[SocketAddr], options: &SocketOptions) -> io::Result<Vec
     Err(last)
 }
 
-/// Whether an address is none of this host: a name's, or of a protocol that the host does not
-/// speak.
-fn is_elsewhere(error: &io::Error) -> bool {
+/// Returns whether the error means that this host does not have the address or its protocol.
+fn is_not_of_this_host(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
-/// Listens at one address, which is the only one or one of several.
+/// Listens at one address. `alone` is false if it is one of several.
 fn listen(address: &SocketAddr, alone: bool, options: &SocketOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
-    // a migration that failed must not keep the port from the next one for the minute of TIME_WAIT
+    // after a failed migration the port must not stay blocked for the minute of TIME_WAIT
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     if address.is_ipv6() && !alone {
-        // those of IPv4 have a socket of their own
+        // IPv4 addresses have sockets of their own
         socket.set_only_v6(true)?;
     }
-    // connections inherit these, some of which count from their first packet on
+    // connections inherit these options, and some have an effect from the first packet on
     options.apply_tcp(SockRef::from(&socket), None);
     socket.bind(&(*address).into())?;
     socket.listen(BACKLOG)?;
@@ -233,7 +237,7 @@ impl Listener for TcpListener {
         while let Some((socket, peer)) = self.next(left)? {
             match self.channel(socket, &peer) {
                 Ok(channel) => return Ok(Some(Box::new(channel))),
-                // it has failed already: the next one
+                // the connection has failed already, so wait for the next one
                 Err(_) => {
                     left = deadline.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
                 }
@@ -275,7 +279,7 @@ mod tests {
         Ok(sockets.iter().map(|socket| socket.local_addr().unwrap().as_socket().unwrap()).collect())
     }
 
-    /// A listener as one for a name with these addresses.
+    /// Makes a listener like one for a name with these addresses.
     fn listener(addresses: &[&str]) -> TcpListener {
         let addresses: Vec<_> = addresses.iter().map(|address| address.parse().unwrap()).collect();
         let options = SocketOptions::default();
@@ -293,14 +297,14 @@ mod tests {
 
     #[test]
     fn every_address_of_a_name_is_bound_to_one_port() {
-        // 192.0.2.1 is nobody's (RFC 5737), so not of this host either
+        // no host has 192.0.2.1 (RFC 5737), so neither has this one
         let mut listener = listener(&["127.8.7.5:0", "192.0.2.1:0", "127.8.7.6:0", "[::1]:0"]);
         let port = listener.port();
         let ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
         let mut expected = vec![format!("tcp:127.8.7.5:{port}"), format!("tcp:127.8.7.6:{port}")];
         expected.extend(ipv6.then(|| format!("tcp:[::1]:{port}")));
         assert_eq!((listener.bound(), listener.address()), (expected, format!("tcp:name:{port}")));
-        // a peer comes by any of them, whatever waits at the others
+        // connections at any of the addresses are accepted, whatever waits at the others
         for address in listener.addresses().to_vec() {
             let _near = std::net::TcpStream::connect(address).unwrap();
             let far = listener.accept(Duration::from_secs(20)).unwrap().expect("a connection waits");
@@ -322,7 +326,7 @@ mod tests {
         assert!(error.to_string().contains(&format!("127.8.7.6:{port}")), "{error}");
         // the first address is free again
         bind(&[&format!("127.8.7.5:{port}")]).unwrap();
-        // of ports to choose from, one is free at both
+        // with port 0, a port that is free at both is found
         let bound = bind(&["127.8.7.5:0", "127.8.7.6:0"]).unwrap();
         assert!(bound.len() == 2 && bound[0].port() == bound[1].port(), "{bound:?}");
         let elsewhere = bind(&["192.0.2.1:0"]).unwrap_err();

@@ -1,24 +1,24 @@
-//! Helpers of this crate's unit tests.
+//! Helpers for the unit tests of this crate.
 
 use std::io;
 
 use bytes::Bytes;
 use migration_core::{HeapRam, RamLayout, RamRegion, checkpoint::CheckpointStore};
 
-/// Zeroed RAM of `pages` pages at guest physical address 0.
+/// Makes zeroed RAM of `pages` pages at guest physical address 0.
 pub(crate) fn ram(pages: u64) -> HeapRam {
     HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: pages * 4096 }]).unwrap()).unwrap()
 }
 
-/// Bytes with a long period, so that misplaced ones show.
+/// Returns bytes with a long period, so that misplaced ones are noticed.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
 }
 
-/// Number and state, and the byte that fills each page.
+/// The number and state of a checkpoint, and the byte that fills each page.
 pub(crate) type Contents = (Option<(u32, Bytes)>, Vec<(u64, Option<u8>)>);
 
-/// What a store restores.
+/// Returns what a store restores.
 pub(crate) fn contents(store: &mut dyn CheckpointStore) -> io::Result<Contents> {
     let mut pages = Vec::new();
     store.restore(&mut |page, data| {

@@ -1,4 +1,4 @@
-//! Tests on real sockets and on links in memory, through the traits only.
+//! Tests of channels over real sockets and in memory, through the traits only.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -50,7 +50,7 @@ fn memory_pair(capacity: usize) -> Pair {
     (Box::new(near).split().unwrap(), Box::new(far).split().unwrap())
 }
 
-/// Every kind of channel, with small buffers, such that writes are partial.
+/// Returns a pair of every kind of channel, with buffers so small that writes are partial.
 fn pairs() -> Vec<(&'static str, Pair)> {
     let small = SocketOptions { send_buffer: Some(1), receive_buffer: Some(1), ..SocketOptions::default() };
     vec![
@@ -136,13 +136,13 @@ fn silence_times_out() {
         let error = near.reader.read_exact(&mut [0; 1]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{name}");
         assert!(error.to_string().contains("20ms"), "{name}: {error}");
-        // some bytes, but not all of them
+        // some bytes, but not all
         far.writer.write_all(b"abc", &[]).unwrap();
         assert_eq!(kind(near.reader.read_exact(&mut [0; 4])), ErrorKind::TimedOut, "{name}");
         let memory = ram(1);
         let memory: &dyn GuestRam = &memory;
         assert_eq!(kind(near.reader.read_ram(&[memory.slice_at(0, 8).unwrap()])), ErrorKind::TimedOut, "{name}");
-        // a peer that takes nothing
+        // a peer that accepts nothing
         near.writer.set_idle_timeout(Some(SHORT)).unwrap();
         let error = near.writer.write_all(&vec![0; 64 << 20], &[]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{name}");
@@ -150,15 +150,15 @@ fn silence_times_out() {
     }
 }
 
-/// Writes to a peer that takes a byte now and then, as long as the writer is at work.
-fn write_to_a_dripping_peer(near: &mut Halves, far: &mut Halves) -> io::Result<()> {
+/// Writes to a peer that accepts a byte now and then, until the write returns.
+fn write_to_a_slow_peer(near: &mut Halves, far: &mut Halves) -> io::Result<()> {
     let (done, work) = mpsc::channel::<()>();
     thread::scope(|scope| {
         let reader = &mut far.reader;
         scope.spawn(move || {
             let began = Instant::now();
             while reader.read_exact(&mut [0]).is_ok() {
-                // whoever writes on for as long as this has missed its deadline
+                // a write that takes longer than this has missed its deadline, so let it complete
                 let pause = if began.elapsed() < SOON { Duration::from_millis(1) } else { Duration::ZERO };
                 if work.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Disconnected) {
                     return;
@@ -181,7 +181,7 @@ fn a_peer_that_drips_does_not_outlast_a_deadline() {
     for (name, (mut near, mut far)) in pairs().into_iter().chain([("limited", limited)]) {
         near.writer.set_idle_timeout(Some(Duration::from_secs(3600))).unwrap();
         near.writer.set_deadline(Some(Instant::now() + SHORT));
-        assert_eq!(kind(write_to_a_dripping_peer(&mut near, &mut far)), ErrorKind::TimedOut, "{name}");
+        assert_eq!(kind(write_to_a_slow_peer(&mut near, &mut far)), ErrorKind::TimedOut, "{name}");
     }
 }
 
@@ -195,7 +195,7 @@ fn a_deadline_that_has_passed_ends_writes_until_it_is_taken_back() {
         let mut got = [0];
         far.reader.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"b", "{name}");
-        // and the time-out that was set before the deadline holds again
+        // the time-out that was set before the deadline is in effect again
         near.writer.set_idle_timeout(Some(SHORT)).unwrap();
         near.writer.set_deadline(Some(Instant::now() + 3600 * SOON));
         near.writer.set_deadline(None);
@@ -244,7 +244,7 @@ fn bad_peers_do_not_end_a_listener() {
     let address: Address = listener.address().parse().unwrap();
     let Address::Tcp { port, .. } = address else { panic!("{address}") };
     for _ in 0..5 {
-        // gone with a reset before they are accepted
+        // connections that are reset before they are accepted
         let bad = net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         socket2::SockRef::from(&bad).set_linger(Some(Duration::ZERO)).unwrap();
     }
@@ -276,7 +276,7 @@ fn peers_and_addresses_have_names() {
 
 #[test]
 fn nobody_there_is_refused_and_the_address_is_left_to_the_caller() {
-    // bound, so that nobody else gets the port, and it never listens
+    // a bound port on which nothing listens, so that no other program gets it
     let deaf = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     deaf.bind(&net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let port = deaf.local_addr().unwrap().as_socket().unwrap().port();
@@ -284,7 +284,7 @@ fn nobody_there_is_refused_and_the_address_is_left_to_the_caller() {
     let error = connector(&address.parse().unwrap(), ConnectOptions::default()).connect().err().unwrap();
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     assert_eq!(error.to_string(), "cannot connect: Connection refused (os error 111)");
-    // of a host name, which of its addresses refused
+    // for a host name the error has each address that refused
     let error = TcpConnector::new("localhost", port, ConnectOptions::default()).connect().err().unwrap();
     assert!(error.to_string().contains("127.0.0.1: ") && !error.to_string().contains("localhost"), "{error}");
     let error = UnixConnector::new("/nonexistent/socket", ConnectOptions::default()).connect().err().unwrap();
@@ -329,26 +329,26 @@ fn a_unix_listener_takes_over_stale_paths_only() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
     let bind = || UnixListener::bind(&path, SocketOptions::default());
-    // left behind by a process that died: std's listener does not remove its file
+    // left by a process that died: the listener of std does not remove its file
     drop(os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     let mut listener = bind().unwrap();
-    // alive
+    // a living listener is not replaced
     let error = bind().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
     assert!(error.to_string().contains("unix:"), "{error}");
-    // and unharmed by the attempt, which counts as a connection that ended
+    // the attempt does not harm it, but counts as a connection that ended
     let mut near = UnixConnector::new(&path, ConnectOptions::default()).connect().unwrap().split().unwrap();
     near.writer.write_all(b"x", &[]).unwrap();
     assert!((0..2).any(|_| accept(&mut listener).split().unwrap().reader.read_exact(&mut [0; 1]).is_ok()));
     drop(listener);
     assert!(!path.exists(), "it removes its file");
-    // no socket
+    // a file that is no socket is not replaced
     std::fs::write(&path, "precious").unwrap();
     assert_eq!(bind().unwrap_err().kind(), ErrorKind::AlreadyExists);
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     std::fs::remove_file(&path).unwrap();
-    // a path that something else has taken is left alone
+    // a path that was taken over by another socket is not removed
     let first = bind().unwrap();
     std::fs::rename(&path, directory.path().join("moved")).unwrap();
     let _second = bind().unwrap();
@@ -453,7 +453,7 @@ fn links_in_memory_can_be_cut_at_any_byte() {
     }
 }
 
-/// A target that answers each connection with the number of bytes that it got.
+/// Starts a target that answers each connection with the number of bytes that it received.
 fn counting_target() -> (net::SocketAddr, thread::JoinHandle<Vec<u64>>) {
     let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -485,13 +485,13 @@ fn a_relay_forwards_and_cuts() {
     for at in [1, 1000, 100_000] {
         let mut near = connector.connect().unwrap().split().unwrap();
         relay.cut_after(at);
-        // more than all buffers hold: it must fail
+        // fails, because this is more than all buffers hold
         assert!(near.writer.write_all(&vec![0; 64 << 20], &[]).is_err());
         assert!(near.reader.read_exact(&mut [0; 1]).is_err());
         relay.restore();
     }
     assert_eq!(relay.relayed(), 101_001);
-    // silence, not an error
+    // a stall is silence and not an error
     let mut near = connector.connect().unwrap().split().unwrap();
     relay.stall();
     near.writer.write_all(b"x", &[]).unwrap();

@@ -29,7 +29,7 @@ pub struct UnixConnector {
 }
 
 impl UnixConnector {
-    /// A connector to the socket at `path`. Nothing is opened yet.
+    /// Makes a connector to the socket at `path`. Nothing is opened yet.
     pub fn new(path: impl Into<PathBuf>, options: ConnectOptions) -> Self {
         Self { path: path.into(), options }
     }
@@ -40,8 +40,8 @@ impl UnixConnector {
         let address = SockAddr::unix(&self.path)?;
         let deadline = Instant::now().checked_add(timeout);
         loop {
-            // Connecting blocks only while the listener's backlog is full, and then for the send time-out. A year is
-            // as good as for ever, and fits.
+            // Connecting blocks only while the listener's backlog is full, and then for the send
+            // time-out. A year stands for no limit, because longer time-outs may overflow.
             let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
             socket
                 .set_write_timeout(Some(left.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 3600))))?;
@@ -49,7 +49,7 @@ impl UnixConnector {
                 Ok(()) => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted && !left.is_zero() => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    let why = format!("nobody accepted for {timeout:?}");
+                    let why = format!("the listener did not accept within {timeout:?}");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, why));
                 }
                 Err(e) => return Err(e),
@@ -61,7 +61,8 @@ impl UnixConnector {
 
 impl Connector for UnixConnector {
     /// # Errors
-    /// What the operating system says, without the path: the caller has the [`address`](Connector::address).
+    /// Fails with the error of the operating system, without the path: the caller knows the
+    /// [`address`](Connector::address).
     fn connect(&self) -> io::Result<Box<dyn Channel>> {
         self.connect_within(LaneKind::Control, self.options.connect_timeout)
     }
@@ -90,26 +91,26 @@ fn channel(socket: Socket, peer: String, options: &SocketOptions) -> io::Result<
 
 /// Accepts connections at a Unix socket.
 ///
-/// The socket file is made for its owner alone (mode 0600 whatever the umask): whoever connects can
-/// replace a VM's memory. It appears when it can be connected to. It is removed when the listener
-/// is dropped, unless something else has taken its place by then.
+/// Only the owner may use the socket file (mode 0600, whatever the umask is), because a peer can
+/// replace a VM's memory. The file appears when the socket accepts connections. It is removed when
+/// the listener is dropped, unless it has been replaced by then.
 #[derive(Debug)]
 pub struct UnixListener {
     socket: Socket,
     path: PathBuf,
-    /// Device and inode of the socket file.
+    /// The device and inode of the socket file.
     file: (u64, u64),
     options: SocketOptions,
     shortage: Shortage,
 }
 
 impl UnixListener {
-    /// Listens at `path`. A socket file that is left there from a process that has ended is replaced. `options` apply
-    /// to each connection.
+    /// Listens at `path`. A socket file that was left there by a process that has ended is
+    /// replaced. `options` apply to each connection.
     ///
     /// # Errors
-    /// `AddrInUse` when a living process listens there; `AlreadyExists` when something else than a socket is there;
-    /// else what the operating system says.
+    /// Fails with `AddrInUse` if a living process listens there, with `AlreadyExists` if something
+    /// else than a socket is there, and with errors of the operating system.
     pub fn bind(path: impl Into<PathBuf>, options: SocketOptions) -> io::Result<Self> {
         let path = path.into();
         let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen at unix:{}: {e}", path.display()));
@@ -120,7 +121,7 @@ impl UnixListener {
 }
 
 impl UnixListener {
-    /// The next connection as a socket, within `timeout`.
+    /// Returns the next connection as a socket, or `None` after `timeout`.
     pub(crate) fn accept_socket(&mut self, timeout: Duration) -> io::Result<Option<Socket>> {
         Ok(accept_within(self.socket.as_fd(), timeout, || self.socket.accept())?.map(|(socket, _)| socket))
     }
@@ -144,7 +145,7 @@ impl Listener for UnixListener {
         while let Some((socket, _)) = self.next(left)? {
             match self.channel(socket) {
                 Ok(channel) => return Ok(Some(Box::new(channel))),
-                // it has failed already: the next one
+                // the connection has failed already, so wait for the next one
                 Err(_) => {
                     left = deadline.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
                 }

@@ -4,12 +4,13 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use thiserror::Error;
 
-/// The longest path that a Unix socket address can hold (`sun_path` without its final zero), in bytes.
+/// The longest path in bytes that a Unix socket address can hold (`sun_path` without its final
+/// zero).
 pub const UNIX_PATH_MAX: usize = 107;
 
-/// Where a destination listens, as an operator writes it.
+/// The address of a destination in the notation of operators.
 ///
-/// [`Display`](fmt::Display) gives the form that [`FromStr`] reads.
+/// [`Display`](fmt::Display) writes the form that [`FromStr`] parses.
 ///
 /// ```
 /// use migration_transport::Address;
@@ -25,27 +26,27 @@ pub enum Address {
     Tcp {
         /// A host name, an IPv4 address, or an IPv6 address (here without brackets).
         host: String,
-        /// The port; 0 lets a listener have any free one.
+        /// The port; 0 lets a listener choose a free one.
         port: u16,
     },
     /// `unix:PATH`: a Unix socket in the file system.
     Unix(PathBuf),
 }
 
-/// What is wrong with an address.
+/// The reason why a text is not an address.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AddressError {
-    /// It starts neither with `tcp:` nor with `unix:`.
+    /// The text starts neither with `tcp:` nor with `unix:`.
     #[error("{0:?}: an address starts with `tcp:` or `unix:`")]
     UnknownScheme(String),
-    /// No host stands before the port.
+    /// There is no host before the port.
     #[error("{0:?}: the host is missing (use 0.0.0.0 or [::] to listen on all interfaces)")]
     NoHost(String),
-    /// The host has a character that no host has, or an IPv6 address is not in brackets.
+    /// The host has an invalid character, or an IPv6 address is not in brackets.
     #[error("{0:?}: not a host name or address (IPv6 addresses stand in brackets: `tcp:[::1]:4444`)")]
     BadHost(String),
-    /// The port is missing or no number from 0 to 65535.
+    /// The port is missing or is no number from 0 to 65535.
     #[error("{0:?}: a port number from 0 to 65535 is expected at the end")]
     BadPort(String),
     /// The path is empty.
@@ -64,7 +65,7 @@ impl FromStr for Address {
         match text.split_once(':') {
             Some(("tcp", rest)) => {
                 let (host, port) = rest.rsplit_once(':').ok_or_else(|| AddressError::BadPort(whole()))?;
-                // `u16::from_str` takes a plus sign, which no one means here
+                // `u16::from_str` accepts a plus sign, which is not allowed here
                 let digits = !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
                 let port = port.parse().ok().filter(|_| digits).ok_or_else(|| AddressError::BadPort(whole()))?;
                 if host.is_empty() || host == "[]" {
@@ -87,7 +88,8 @@ impl FromStr for Address {
     }
 }
 
-/// An IPv6 address, perhaps with the interface of a link-local one behind `%`.
+/// Returns whether the text is an IPv6 address, optionally followed by `%` and the interface of a
+/// link-local address.
 fn is_ipv6(text: &str) -> bool {
     let (address, zone) = text.split_once('%').unwrap_or((text, "0"));
     address.parse::<std::net::Ipv6Addr>().is_ok() && !zone.is_empty() && zone.chars().all(is_host_char)

@@ -1,4 +1,4 @@
-//! What is sent while the guest runs keeps to the bandwidth limit, device state included.
+//! Tests that data sent while the guest runs keeps to the bandwidth limit, including device state.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -16,7 +16,8 @@ use migration_core::{
 };
 use migration_transport::{Bandwidth, Limited, Limiter, memory};
 
-/// Does something at every report of progress, of which it gets the number and the round.
+/// An observer that calls a function at every report of progress, with the number of the report and
+/// the round.
 struct Ticks<F>(AtomicU32, Mutex<F>);
 
 impl<F: FnMut(u32, u32) + Send> Observer for Ticks<F> {
@@ -33,7 +34,7 @@ fn observing(ticks: impl FnMut(u32, u32) + Send + 'static) -> SourceOptions {
     SourceOptions { observer, ..SourceOptions::default() }
 }
 
-/// A link at a rate at which nothing that waits ever passes.
+/// Makes a link with a limit so low that data that waits is never sent.
 fn slow_link() -> (Limited<memory::MemoryConnector>, Limiter, Destination) {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
     let link = Limited::new(Box::new(connector), Bandwidth::from_bits_per_second(1));
@@ -52,7 +53,8 @@ fn device_state_waits_for_the_limit_while_the_guest_runs_and_hears_a_cancel() {
     });
     let report = migrate(&mut TestVm::new(), &link, &mut <PreCopy>::default(), &options, commands);
     assert_eq!(report.outcome, Outcome::Cancelled, "{:?}", report.reason);
-    // what sets the migration up never waits, and a piece of this VM's device state has 100,000 bytes
+    // messages that set up the migration never wait, and a piece of this VM's device state has
+    // 100,000 bytes
     assert!(report.state_bytes == 0 && report.wire_bytes < 10_000, "{report:?}");
 }
 
@@ -83,7 +85,7 @@ fn a_switch_over_does_not_wait_for_the_limit_on_device_state() {
         if tick == 3 {
             controller.switch_over().unwrap();
         }
-        // the lanes of the first round wait for the limit, as they always do
+        // the lanes of the first round wait for the limit, as in every migration
         if round > 0 {
             limiter.set_bandwidth(Bandwidth::UNLIMITED);
         }

@@ -1,5 +1,6 @@
-//! A destination that has run out of descriptors: it says so, to its user once and to its sources,
-//! and goes on when there are some again. A test of its own process, whose limit it lowers.
+//! Tests a destination without free descriptors. It reports this to its user once and to its
+//! sources, and continues when descriptors are available again. The test needs a process of its
+//! own, because it lowers the limit of the process.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -22,7 +23,7 @@ use migration_core::{
 use migration_transport::{Address, ConnectOptions, bind, connector};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// A frame that comes on this connection.
+/// Reads a frame from this connection.
 fn said(stream: &mut TcpStream) -> Control {
     let mut header = [0; Header::LEN];
     stream.read_exact(&mut header).unwrap();
@@ -42,7 +43,7 @@ fn without_descriptors_sources_are_told_and_served_again_when_there_are_some() {
     let room = listener.room().unwrap();
     assert_eq!(room.channels(16), 16);
     let mut waiting: Vec<_> = (0..3).map(|_| TcpStream::connect(&target).unwrap()).collect();
-    // all that is left
+    // take all free descriptors
     let mut taken: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
     assert_eq!(room.channels(16), 0);
     drop(taken.drain(..5));

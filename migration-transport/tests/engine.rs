@@ -1,5 +1,5 @@
-//! The engine over real sockets: moves, cuts, cancels, failures. The guest is a thread; its memory is checked page by
-//! page on arrival.
+//! Tests of the engine over real sockets: moves, cuts, cancels, failures. The guest is a thread,
+//! and its memory is checked page by page on arrival.
 
 mod common;
 
@@ -78,7 +78,7 @@ fn every_strategy_over_tcp_and_unix_with_streams_and_checksums() {
     }
 }
 
-/// A report of free pages that cannot be read is no report: everything moves, and the user is told.
+/// If the report of free pages cannot be read, all pages are sent and the user gets a warning.
 #[test]
 fn free_pages_that_are_not_known_are_sent() {
     let (destination, address) = tcp();
@@ -88,7 +88,7 @@ fn free_pages_that_are_not_known_are_sent() {
     let options = SourceOptions { observer: log.clone(), ..options() };
     let report = move_to(&mut vm, &address, &mut <PreCopy>::default(), &options);
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
-    // a page of three holds zeros until the guest comes to it, and may be left out as a hole
+    // one page of three is zero until the guest writes it, and may be left out as a hole
     let pages = report.pages;
     assert!(pages.free == 0 && pages.hole <= 342 && pages.distinct >= 1024 - pages.hole, "{pages:?}");
     let guest = destination.arrived.recv().unwrap();
@@ -98,7 +98,8 @@ fn free_pages_that_are_not_known_are_sent() {
     assert!(events.iter().any(|e| e.contains("the balloon has burst")), "{events:?}");
 }
 
-/// Cuts the link at pseudo-random bytes. Whatever happens, exactly one side has the guest and it is whole.
+/// Cuts the link at pseudo-random bytes. In every case exactly one side has the guest, and its
+/// memory is complete.
 #[test]
 fn cut_at_random_bytes_on_real_sockets() {
     let whole = {
@@ -114,7 +115,8 @@ fn cut_at_random_bytes_on_real_sockets() {
         let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
         random ^= random >> 29;
         let (destination, address) = tcp();
-        // a third of the cuts at the end, where ownership changes; how much comes before is each time something else
+        // a third of the cuts are near the end, where the ownership changes; the number of bytes
+        // before that varies
         let at_end = match seed % 6 {
             0 => Some((SourcePhase::Offered, random % 600)),
             3 => Some((SourcePhase::Ready, random % 600)),
@@ -139,7 +141,7 @@ fn cut_at_random_bytes_on_real_sockets() {
                 failed += 1;
                 assert!(vm.guest.is_running() && !vm.tracks(), "seed {seed}: {:?}", report.reason);
                 assert!(destination.arrived.try_recv().is_err(), "seed {seed}: two owners");
-                // the retry, past the relay
+                // the retry, without the relay
                 restore.relay.restore();
                 let options = SourceOptions { last_epoch: report.epoch, ..self::options() };
                 let retry = retry_until_free(&mut vm, &address, &options);
@@ -154,7 +156,8 @@ fn cut_at_random_bytes_on_real_sockets() {
     assert!(failed > 0 && completed > 0, "{failed} failed, {completed} completed");
 }
 
-/// The destination may not have noticed yet that the first attempt is dead.
+/// Migrates until the destination accepts, because it may not have noticed yet that the first
+/// attempt is dead.
 fn retry_until_free(vm: &mut TestVm, to: &Address, options: &SourceOptions) -> Report {
     let mut options = options.clone();
     loop {
@@ -167,11 +170,12 @@ fn retry_until_free(vm: &mut TestVm, to: &Address, options: &SourceOptions) -> R
     }
 }
 
-/// The network comes back when the source is in doubt.
+/// An observer that restores the network when the source is in doubt.
 struct RestoreOnDoubt {
     relay: Relay,
     log: Log,
-    /// When the source has come so far, it is cut after so many further bytes.
+    /// The phase of the source after which the link is cut, and the number of further bytes before
+    /// the cut.
     cut: Option<(SourcePhase, u64)>,
 }
 
@@ -222,7 +226,8 @@ fn k_failures_of_save_and_load_then_success_and_everything_is_given_back() {
             let reason = report.reason.unwrap();
             assert!(reason.contains("the device is busy") || reason.contains("refused, as asked"), "{reason}");
             assert!(vm.guest.is_running() && !vm.tracks());
-            // other tests of this process open descriptors too: only a leak grows without end
+            // other tests of this process open descriptors, too, so only an unlimited growth is an
+            // error
             assert!(descriptors() <= before + 64);
         };
         assert!(attempts > failing, "{attempts}");
@@ -250,7 +255,8 @@ fn cancel_gives_everything_back_at_any_round() {
     }
 }
 
-/// Rounds without an end, with a throttle, until the user cancels: in a round, or, the last time, while paused.
+/// A strategy of endless rounds with a throttle. The user cancels it in a round or, the last time,
+/// in the pause.
 struct CancelAfter {
     rounds: u32,
     controller: Controller,
@@ -317,7 +323,7 @@ fn a_destination_that_is_not_there_or_silent_is_an_error_not_a_hang() {
     let mut vm = TestVm::new();
     let report = move_to(&mut vm, &"tcp:127.0.0.1:1".parse().unwrap(), &mut StopAndCopy, &options());
     assert_eq!(report.outcome, Outcome::Failed);
-    // accepts, and never says a word
+    // accepts connections and never answers
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = Address::from(silent.local_addr().unwrap());
     let options = SourceOptions {
@@ -330,7 +336,8 @@ fn a_destination_that_is_not_there_or_silent_is_an_error_not_a_hang() {
     assert!(vm.guest.is_running());
 }
 
-/// The handle for VMMs with an event loop: nothing blocks, a callback tells that the result is there.
+/// Tests the handle for VMMs with an event loop: no call blocks, and a callback reports that the
+/// result is available.
 #[test]
 fn a_migration_on_its_own_thread_notifies() {
     let (destination, address) = tcp();
@@ -345,12 +352,12 @@ fn a_migration_on_its_own_thread_notifies() {
     let (_vm, report) = migration.try_take().expect("it has notified");
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     assert!(migration.try_take().is_none() && migration.wait(Duration::ZERO).is_none());
-    // too late, and harmless
+    // too late to have an effect
     migration.controller().cancel("late");
     destination.arrived.recv().unwrap().set_running(false);
 }
 
-/// Cancels when the channel with this number is opened, and counts all that are.
+/// A connector that cancels when the channel with this number is opened, and counts the channels.
 struct Cancelling {
     inner: memory::MemoryConnector,
     controller: Controller,

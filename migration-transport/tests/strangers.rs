@@ -1,5 +1,5 @@
-//! Strangers, who hold connections and prove nothing, keep nobody out: neither a new source nor one
-//! that comes back.
+//! Tests that unidentified connections, which never say what they are for, do not keep out a new
+//! source or a source that reconnects.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -27,19 +27,19 @@ use migration_transport::{
     memory::{self, MemoryConnector},
 };
 
-/// Longer than any test takes: whatever ends a wait, it is not this.
+/// Longer than any test takes, so that no wait ends because of it.
 const FAR: Duration = Duration::from_secs(3600);
 
 fn options() -> SourceOptions {
     SourceOptions { setup_timeout: FAR, in_doubt_grace: FAR, ..SourceOptions::default() }
 }
 
-/// What a stranger says.
+/// The bytes that an unidentified connection sends.
 #[derive(Clone, Copy, Debug)]
 enum Says {
     Nothing,
     OneByte,
-    /// All that comes before a hello.
+    /// Everything before a hello.
     Preamble,
 }
 
@@ -55,7 +55,7 @@ impl Says {
 
 fn stranger(connector: &MemoryConnector, says: Says) -> Halves {
     let mut halves = connector.connect().and_then(|channel| channel.split()).unwrap();
-    // one that was closed for a newer one meanwhile does not hear it
+    // fails if the connection was closed to make room for a newer one
     let _ = halves.writer.write_all(&says.bytes(), &[]);
     halves
 }
@@ -97,7 +97,8 @@ fn a_source_comes_in_past_silent_connections_over_tcp() {
     drop(held);
 }
 
-/// Mends the link when the source looks for it for this time, and has strangers come first.
+/// An observer that restores the link before the source's third attempt to reconnect, and opens
+/// unidentified connections before that attempt.
 struct Mender {
     connector: MemoryConnector,
     cut: Cut,
@@ -114,8 +115,8 @@ impl Observer for Mender {
     }
 }
 
-/// The link is cut when the guest is handed over. When it is back, strangers hold 192 connections,
-/// with a byte each.
+/// The link is cut at the hand-over. When it is back, unidentified connections, with one byte each,
+/// hold 192 places.
 #[test]
 fn a_source_in_doubt_comes_back_past_strangers() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -131,11 +132,11 @@ fn a_source_in_doubt_comes_back_past_strangers() {
     assert!(!mender.held.lock().unwrap().is_empty());
 }
 
-/// A link on which the first connections that take a session up are swallowed.
+/// A connector whose first connections that resume a session are never answered.
 struct Swallowing {
     inner: MemoryConnector,
     left: AtomicU32,
-    /// Both ends: so long as they are here, nothing ends.
+    /// Both ends of these connections, which keeps them open.
     swallowed: Mutex<Vec<memory::MemoryChannel>>,
 }
 
@@ -160,8 +161,8 @@ impl Connector for Swallowing {
     }
 }
 
-/// What was sent while the network was down is not waited for: the time-outs of the link are an
-/// hour here.
+/// A source does not wait for answers on connections that were opened while the network was down.
+/// The time-outs of the link are one hour here.
 #[test]
 fn attempts_to_reconnect_are_not_held_up_by_the_time_outs_of_a_link() {
     let (inner, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -181,14 +182,14 @@ fn attempts_to_reconnect_are_not_held_up_by_the_time_outs_of_a_link() {
     assert_eq!(link.left.load(Ordering::SeqCst), 0);
 }
 
-/// One byte at a time does not prolong the time in which a connection has to introduce itself.
+/// Sending one byte at a time does not extend the time in which a connection must identify itself.
 #[test]
 fn a_preamble_that_drips_has_a_deadline() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
     let _destination = Destination::with_idle_timeout(Box::new(listener), Duration::from_secs(1));
     let Halves { mut writer, reader: _reader, .. } = connector.connect().and_then(|channel| channel.split()).unwrap();
     let preamble = Says::Preamble.bytes();
-    // each byte comes well before the idle time-out
+    // each byte arrives well before the idle time-out
     let mut sent = 0;
     for byte in &preamble[..35] {
         if writer.write_all(&[*byte], &[]).is_err() {
@@ -200,7 +201,8 @@ fn a_preamble_that_drips_has_a_deadline() {
     assert!(sent < 35, "all of it was taken");
 }
 
-/// The network is gone for a while at the hand-over, while strangers hold connections: over TCP.
+/// The network fails for a while at the hand-over, while unidentified connections are open, over
+/// TCP.
 #[test]
 fn a_source_in_doubt_comes_back_over_tcp() {
     let listener = bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();

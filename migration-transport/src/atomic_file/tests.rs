@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A user that is neither root nor the one of the tests.
+/// The id of a user that is neither root nor the user of the tests.
 const STRANGER: u32 = 54321;
 
 fn write(path: &Path, text: &str) -> io::Result<()> {
@@ -28,10 +28,10 @@ fn mode(path: &Path) -> u32 {
     fs::symlink_metadata(path).unwrap().mode() & 0o7777
 }
 
-/// Puts something at a path.
+/// A function that puts something at a path.
 type Plant = Box<dyn Fn(&Path)>;
 
-/// What a stranger may have put at `vm.new`, and whether the product may take it away.
+/// Returns things that another user may have put at `vm.new`, each with its name.
 fn planted(victim: &Path) -> Vec<(&'static str, Plant)> {
     let (linked, pointed) = (victim.to_owned(), victim.to_owned());
     let mut all: Vec<(&'static str, Plant)> = vec![
@@ -76,7 +76,7 @@ fn what_is_planted_at_the_unfinished_name_is_neither_used_nor_removed() {
         let found = fs::symlink_metadata(&path).unwrap();
         assert!(found.is_file() && found.nlink() == 1 && found.uid() == geteuid().as_raw(), "{what}");
         assert_eq!((fs::read_to_string(&path).unwrap().as_str(), mode(&path)), ("whole", 0o600), "{what}");
-        // dropped in the middle, nothing of ours is left
+        // after a drop in the middle no file of ours is left
         drop(AtomicFile::create(&path).unwrap());
         assert_eq!(names(&dir), ["vm", "vm.new"], "{what}");
     }
@@ -92,7 +92,7 @@ fn what_is_no_file_of_ours_is_not_replaced() {
         let path = dir.path().join("vm");
         plant(&path);
         if what == "a hard link" {
-            // the name is replaced, not the file behind it
+            // the name is replaced, and the file to which it pointed stays unchanged
             write(&path, "whole").unwrap();
         } else {
             let error = AtomicFile::create(&path).unwrap_err();
@@ -119,7 +119,7 @@ fn a_leftover_goes_and_a_writer_keeps_others_out() {
     first.file().write_all(b"1").unwrap();
     first.commit().unwrap();
     assert_eq!((names(&dir), fs::read(&path).unwrap()), (vec!["vm".into()], b"1".to_vec()));
-    // a lock that anyone could take does not keep a writer out
+    // a lock that any user could take does not stop a writer
     fs::write(&new, "readable").unwrap();
     fs::set_permissions(&new, Permissions::from_mode(0o644)).unwrap();
     let stranger = File::open(&new).unwrap();
@@ -162,7 +162,7 @@ fn long_names_and_folders_that_move() {
     let name = "x".repeat(255);
     write(&folder.join(&name), "long").unwrap();
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
-    // what has the folder's path later gets nothing
+    // a folder that gets the path later does not get the file
     let new = AtomicFile::create(&folder.join("vm")).unwrap();
     fs::rename(&folder, &moved).unwrap();
     fs::create_dir(&folder).unwrap();

@@ -1,69 +1,74 @@
-//! The arithmetic of a bandwidth limit: when bytes may pass, given when others have passed. Pure: the caller has the clock.
+//! The computation of a bandwidth limit: when bytes may be sent, given when others were sent. The
+//! caller provides the time.
 
 use std::time::{Duration, Instant};
 
 use crate::Bandwidth;
 
-/// The largest and the smallest usual piece that a write is split into, in bytes; in between it is what the limit lets
-/// pass in [`PIECE_TIME`].
+/// The usual range of the size in bytes of the pieces into which a write is split. Between the
+/// bounds it is the number of bytes that the limit allows in [`PIECE_TIME`].
 const PIECES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 20;
-/// How much time a piece takes on the wire, about: short enough for a smooth rate and to hear a closer, long enough for
-/// the timer's inexactness not to matter.
+/// The approximate time that a piece takes on the wire. It is short enough for a smooth rate and
+/// for a quick reaction to a close, and long enough for the inaccuracy of timers not to matter.
 const PIECE_TIME: Duration = Duration::from_millis(4);
-/// The longest time that a piece may take at a very low limit, even if it then has less than the least of [`PIECES`]: a
-/// receiver counts a lane as lost on which nothing arrives for seconds.
-const LONGEST_PIECE_TIME: Duration = Duration::from_millis(250);
-/// No piece has less than so many bytes, so that headers of lower layers do not outweigh it.
-const LEAST_PIECE: u64 = 256;
-/// What may be sent at once after a pause: so much time's worth, but at least [`MIN_BURST`].
+/// The longest time that a piece may take at a very low limit, even if it is then smaller than the
+/// range in [`PIECES`]. A receiver assumes that a lane is lost if nothing arrives for seconds.
+const MAX_PIECE_TIME: Duration = Duration::from_millis(250);
+/// The smallest piece in bytes. With smaller pieces the headers of lower layers would be larger
+/// than the data.
+const MIN_PIECE: u64 = 256;
+/// The time whose data may be sent at once after a pause. The burst has at least [`MIN_BURST`]
+/// bytes.
 const BURST_TIME: Duration = Duration::from_millis(10);
-/// Bytes.
+/// The smallest burst in bytes.
 pub(super) const MIN_BURST: u64 = 64 << 10;
 
-/// How much of the limit goes to what is urgent, if there is so much of it: enough that it hardly waits, and not all, as
-/// one may wait for the rest too (a fault, for a page that is being pushed).
+/// The share of the limit for urgent data. It is large enough that urgent data hardly waits. It is
+/// not 1, because a guest may also wait for other data (after a fault on a page that is being
+/// pushed).
 const URGENT_SHARE: f64 = 0.75;
 
-/// How soon bytes pass a limit.
+/// The priority of data under a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
-    /// Never wait, but count: what others send waits for them. For control frames.
+    /// Data that never waits but counts, so that other data waits for it. For control frames.
     Exempt,
-    /// Go first, up to three quarters of the limit. For pages that a guest waits for.
+    /// Data that is sent first, up to three quarters of the limit. For pages for which a guest
+    /// waits.
     Urgent,
-    /// Have what is left.
+    /// Data that gets the rest of the limit.
     Bulk,
 }
 
-/// A token bucket whose tokens are time: writers queue up by reserving the time that their bytes take.
+/// A token bucket whose tokens are time. Writers queue by reserving the time that their bytes take.
 #[derive(Clone, Debug)]
 pub(super) struct Bucket {
     pub(super) bandwidth: Bandwidth,
-    /// When everything that was let pass will have been sent at exactly the limit. The bucket is full when that is a
-    /// burst's time ago.
+    /// The time at which everything reserved so far will have been sent at exactly the limit. The
+    /// bucket is full if that is at least the time of a burst ago.
     next: Instant,
-    /// The same for urgent bytes, at their share of the limit.
+    /// The same time for urgent data, at its share of the limit.
     urgent: Instant,
-    /// Counts changes of the limit. A writer that waits under an older one asks again.
+    /// The number of changes of the limit. A writer that waits under an older limit reserves again.
     pub(super) generation: u64,
 }
 
-/// When a writer may send what it has reserved the time for.
+/// The time at which a writer may send the bytes for which it reserved time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// Not before this moment, which may have passed already.
+    /// At this time, which may have passed already.
     At(Instant),
-    /// Not before the limit changes: at this rate it takes longer than a clock can show.
+    /// Not before the limit changes: at the present rate the time is beyond the range of the clock.
     Never,
 }
 
 impl Bucket {
-    /// An empty bucket at the moment `now`.
+    /// Makes an empty bucket at the time `now`.
     pub(super) fn new(bandwidth: Bandwidth, now: Instant) -> Self {
         Self { bandwidth, next: now, urgent: now, generation: 0 }
     }
 
-    /// Changes the limit. What was reserved under the old one is void.
+    /// Changes the limit. Reservations under the old limit become void.
     pub(super) fn change(&mut self, bandwidth: Bandwidth, now: Instant) {
         *self = Self { generation: self.generation + 1, ..Self::new(bandwidth, now) };
     }
@@ -73,10 +78,10 @@ impl Bucket {
         let Some(rate) = self.bandwidth.bytes_per_second() else { return usize::MAX };
         let within = |time: Duration| (rate * time.as_secs_f64()) as u64;
         let usual = within(PIECE_TIME).clamp(*PIECES.start(), *PIECES.end());
-        usual.min(within(LONGEST_PIECE_TIME).max(LEAST_PIECE)) as usize
+        usual.min(within(MAX_PIECE_TIME).max(MIN_PIECE)) as usize
     }
 
-    /// Returns the time until everything that was let pass is within the limit.
+    /// Returns the time until everything reserved so far is within the limit.
     pub(super) fn ahead(&self, now: Instant) -> Duration {
         self.next.saturating_duration_since(now)
     }
@@ -91,13 +96,14 @@ impl Bucket {
         let since_full = |next: Instant| now.checked_sub(burst).map_or(next, |full| next.max(full));
         let (next, urgent) = (since_full(self.next), since_full(self.urgent));
         let (turn, urgent_time) = match class {
-            // urgent bytes give way to them as all others do: together they stay within the limit
+            // urgent data waits for exempt data like all other data does, so that together they
+            // stay within the limit
             Class::Exempt => (now, time),
             Class::Urgent => (urgent, time.div_f64(URGENT_SHARE)),
             Class::Bulk => (next, Duration::ZERO),
         };
         let (Some(next), Some(urgent)) = (next.checked_add(time), urgent.checked_add(urgent_time)) else {
-            // what never waits passes all the same
+            // exempt data is sent all the same
             return if class == Class::Exempt { Turn::At(now) } else { Turn::Never };
         };
         (self.next, self.urgent) = (next, urgent);
@@ -111,15 +117,15 @@ mod tests {
 
     use super::*;
 
-    /// Bytes that were let pass by when.
+    /// The bytes that were allowed to be sent, and until when.
     struct Passed {
         bytes: u64,
         exempt: u64,
         until: Instant,
     }
 
-    /// Two bulk lanes that always have something to send, for `time`; and control frames of `control` bytes, one each
-    /// `every`. The clock is moved by hand from one turn to the next.
+    /// Simulates two bulk lanes that always have data, for `time`, and control frames of `control`
+    /// bytes, one in each interval `every`. The clock advances from one turn to the next.
     fn flood(bucket: &mut Bucket, start: Instant, time: Duration, (control, every): (u64, Duration)) -> Passed {
         let piece = bucket.piece() as u64;
         let end = start + time;
@@ -160,7 +166,7 @@ mod tests {
             let start = Instant::now();
             let mut bucket = Bucket::new(bandwidth, start);
             let piece = bucket.piece() as u64;
-            // long enough for a few thousand pieces and frames, and for the burst to be a small part
+            // long enough for some thousand pieces and frames, and for the burst to be a small part
             let time = bandwidth.time_for((piece * 2000).max(control * 2000).max(100 * MIN_BURST));
             let every = bandwidth.time_for(control).div_f64(share).max(Duration::from_nanos(1));
             let passed = flood(&mut bucket, start, time, (control, every));
@@ -183,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_urgent_takes_three_quarters_and_control_is_part_of_the_whole() {
+    fn urgent_data_gets_three_quarters_and_control_frames_count() {
         let start = Instant::now();
         let bandwidth = Bandwidth::from_bytes_per_second(1_000_000);
         let mut bucket = Bucket::new(bandwidth, start);
@@ -203,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_waits_is_ahead_of_the_limit_until_its_time_has_passed() {
+    fn exempt_data_is_ahead_of_the_limit_until_its_time_has_passed() {
         let start = Instant::now();
         let mut bucket = Bucket::new(Bandwidth::from_bytes_per_second(1_000_000), start);
         assert_eq!(bucket.ahead(start), Duration::ZERO);
@@ -218,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_limit_voids_what_was_reserved() {
+    fn a_new_limit_voids_reservations() {
         let start = Instant::now();
         let mut bucket = Bucket::new(Bandwidth::from_bits_per_second(1), start);
         bucket.reserve(start, Class::Bulk, 1 << 30);

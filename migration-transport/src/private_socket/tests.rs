@@ -10,7 +10,7 @@ fn names(folder: &Path) -> Vec<OsString> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
 }
 
-/// Leaves a socket file at which nobody listens.
+/// Leaves a socket file on which nothing listens.
 fn leave_stale(path: &Path) {
     drop(net::UnixListener::bind(path).unwrap());
 }
@@ -101,15 +101,15 @@ fn a_planted_lock_keeps_nobody_out() {
         fs::remove_file(&lock).or_else(|_| fs::remove_dir(&lock)).unwrap();
     }
     assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
-    // one of this user's own that a crash has left is used and removed
+    // a lock file of this user that was left by a crash is used and removed
     leave_stale(&path);
     OpenOptions::new().write(true).create_new(true).mode(MODE).open(&lock).unwrap();
     let _listener = listen_private(&path).unwrap();
     assert!(!lock.exists());
 }
 
-/// Every path to which a client can connect can be listened at, also where no longer name beside it
-/// fits.
+/// It is possible to listen at every path to which a client can connect, even if no longer name
+/// fits in the folder.
 #[test]
 fn the_longest_paths() {
     let folder = tempfile::tempdir().unwrap();
@@ -123,7 +123,7 @@ fn the_longest_paths() {
         net::UnixStream::connect(&path).unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o7777, MODE);
         assert_eq!(names(&middle).len(), 1);
-        // one that is too long is refused, and leaves nothing
+        // a path that is too long is refused, and no file is left
         assert!(listen_private(&middle.join("s".repeat(name + 1))).is_err());
         assert_eq!(names(&middle).len(), 1);
     }

@@ -1,4 +1,4 @@
-//! Open files between the bytes of a stream.
+//! Tests of open files that are sent between the bytes of a stream.
 
 use std::{
     fs::File,
@@ -29,7 +29,7 @@ fn halves(socket: impl Into<OwnedFd>) -> Halves {
     Box::new(channel).split().unwrap()
 }
 
-/// How many descriptors of this process name this file.
+/// Returns how many descriptors of this process refer to this file.
 fn open_here(file: &File) -> usize {
     let wanted = (file.metadata().unwrap().dev(), file.metadata().unwrap().ino());
     let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
@@ -72,7 +72,7 @@ fn too_many_too_few_and_none_are_refused_and_nothing_stays_open() {
         drop((near, far));
         assert_eq!(open_here(&file), 1, "{sent} {said} {due}");
     }
-    // bytes without files; and then the end
+    // bytes without files, and then the end of the stream
     let (mut near, mut far) = pair();
     near.write_all(&[2]).unwrap();
     assert_eq!(far.reader.receive_files(2).unwrap_err().kind(), ErrorKind::InvalidData);
