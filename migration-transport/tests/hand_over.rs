@@ -340,15 +340,15 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
     // a frame where the files are due
     let mut source = greet(&mut world, shared);
     say(&mut source.0, 1, 1, &Control::Ping);
-    source.ends_with(ErrorCode::Mismatch, "0 open files came");
+    source.ends_with(ErrorCode::Mismatch, "sent 0, but 2 are expected");
     // too many, too few
     for count in [1, 3, 200] {
         let mut source = greet(&mut world, shared);
         source.files(count);
         let words = if count == 1 {
-            "1 open files came".into()
+            "sent 1, but 2 are expected".into()
         } else {
-            format!("{count} files came with a message that may have 2")
+            format!("{count} files were received with a message that may carry 2")
         };
         source.ends_with(ErrorCode::Mismatch, &words);
     }
