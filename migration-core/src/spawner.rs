@@ -8,7 +8,8 @@ use std::{io, thread};
 pub enum Role {
     /// Hands a VM over to another process on this host. The thread mostly sleeps while the guest
     /// runs. From [`begin_switch_over`](Spawner::begin_switch_over) to
-    /// [`end_switch_over`](Spawner::end_switch_over) the guest is paused and waits for it.
+    /// [`end_switch_over`](Spawner::end_switch_over) the guest is paused, or about to be, and waits
+    /// for it.
     ///
     /// A real-time policy is useful in that period only. The thread sleeps until another thread
     /// wakes it. Some kernels place a woken real-time thread on a core where another process is in
@@ -23,7 +24,7 @@ pub enum Role {
     Control,
     /// Does work that is not urgent.
     Background,
-    /// Runs a vCPU, or decides when vCPUs pause.
+    /// Runs a vCPU, or throttles vCPUs.
     Vcpu,
 }
 
