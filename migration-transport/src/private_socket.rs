@@ -224,10 +224,8 @@ fn bind(socket: &Socket, path: &Path) -> io::Result<()> {
     let folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_PATH).open(folder)?;
     let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string());
     if !short.exists() {
-        let why = format!(
-            "the path of its folder is too long without /proc ({} bytes)",
-            path.as_os_str().as_bytes().len()
-        );
+        let why =
+            format!("the path of its folder is too long without /proc ({} bytes)", path.as_os_str().as_bytes().len());
         return Err(io::Error::new(ErrorKind::InvalidInput, why));
     }
     socket.bind(&SockAddr::unix(short.join(name))?)
