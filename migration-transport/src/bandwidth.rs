@@ -37,7 +37,7 @@ pub enum BandwidthError {
         "{0:?}: the unit is one of bit, kbit, Mbit, Gbit, Tbit, B, kB, MB, GB, KiB, MiB, GiB, with or without `/s`"
     )]
     BadUnit(String),
-    /// The bandwidth is above 2^64 bits per second, or less than one bit per second without being 0.
+    /// The bandwidth is above 2^64 bits per second, or below one bit per second and not zero.
     #[error("{0:?}: out of range")]
     OutOfRange(String),
 }

@@ -256,7 +256,7 @@ impl WriteHalf for LimitedWriter {
             return self.inner.write_all(head, slices);
         }
         while gather.remaining() > 0 {
-            let piece = self.limiter.piece().min(gather.remaining()); // anew each time: the limit may change
+            let piece = self.limiter.piece().min(gather.remaining()); // again for each piece, because the limit may change
             self.pass(class, piece)?;
             let (head, slices) = gather.take(piece);
             self.inner.write_all(head, &slices)?;

@@ -8,35 +8,35 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// An eventfd that is readable when there is something to do, for loops that poll descriptors: the waker of a
-/// [`ReceiverQueue`](migration_core::engine::ReceiverQueue).
+/// An eventfd that is readable when there is work to do, for loops that poll descriptors. It is the
+/// waker of a [`ReceiverQueue`](migration_core::engine::ReceiverQueue).
 ///
-/// The loop calls [`clear`](Self::clear) first, and then does all that there is to do: what comes in between makes it readable
-/// again.
+/// The loop must call [`clear`](Self::clear) first and then do all the work. Work that arrives in
+/// between makes the eventfd readable again.
 #[derive(Debug)]
 pub struct Wakeup(Arc<OwnedFd>);
 
 impl Wakeup {
-    /// An eventfd that is not readable yet. It is non-blocking, and closed when the process executes another program.
+    /// Makes an eventfd that is not readable yet. It does not block, and is closed on exec.
     ///
     /// # Errors
-    /// When the process has no descriptor left.
+    /// Fails if the process has no descriptor left.
     pub fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)))
     }
 
-    /// Returns a function that makes it readable, from any thread.
+    /// Returns a function that makes the eventfd readable, from any thread.
     pub fn waker(&self) -> impl Fn() + Send + Sync + use<> {
         let fd = self.0.clone();
         move || {
-            // fails only if it is readable as it is: its counter is full
+            // ignored: fails only if the counter is full, and then it is readable already
             let _ = rustix::io::write(&*fd, &1u64.to_ne_bytes());
         }
     }
 
-    /// Makes it unreadable.
+    /// Makes the eventfd unreadable.
     pub fn clear(&self) {
-        // fails only if it is unreadable as it is
+        // ignored: fails only if it is unreadable already
         let _ = rustix::io::read(&*self.0, &mut [0u8; 8]);
     }
 }

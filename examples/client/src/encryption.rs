@@ -1,4 +1,4 @@
-//! Encryption as users ask for it: the options of both sides, and `keygen`.
+//! The encryption options of both sides, and `keygen`.
 
 use std::path::PathBuf;
 
@@ -15,13 +15,13 @@ use thiserror::Error;
 
 use crate::values::{self, InvalidValue};
 
-/// Why a migration cannot be encrypted as its options say.
+/// The reason why a migration cannot be encrypted as its options demand.
 #[derive(Debug, Error)]
 pub enum EncryptionError {
     /// The options do not go together.
     #[error("{0}")]
     Options(&'static str),
-    /// A key cannot be read, or made.
+    /// A key cannot be read or made.
     #[error("{0}")]
     Key(KeyError),
 }
@@ -37,7 +37,7 @@ impl From<EncryptionError> for String {
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encrypt {
-    /// Not at all.
+    /// No encryption.
     #[default]
     None,
     /// AES-128-GCM.
@@ -47,15 +47,15 @@ pub enum Encrypt {
     /// ChaCha20-Poly1305.
     #[value(name = "chacha20-poly1305")]
     ChaCha20Poly1305,
-    /// Any of these, after a handshake of TLS 1.3.
+    /// Any of these ciphers, after a handshake of TLS 1.3.
     Tls,
 }
 
-/// Who does the ciphers' work.
+/// The implementation of the ciphers.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Library {
-    /// The fastest of this build.
+    /// The fastest one of this build.
     #[default]
     Fastest,
     /// The crates of RustCrypto.
@@ -63,7 +63,7 @@ pub enum Library {
 }
 
 impl Library {
-    /// Returns what does the work.
+    /// Returns the implementation.
     pub fn backend(self) -> &'static dyn Backend {
         match self {
             Self::Fastest => aead::best(),
@@ -75,22 +75,22 @@ impl Library {
 #[allow(missing_docs, reason = "clap takes the text for the help of the command that has these options")]
 #[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Encryption {
-    /// The cipher; both sides must say the same, and prove who they are in the same way.
+    /// Cipher. Both sides must use the same option and the same kind of credentials.
     #[arg(long, default_value = "none")]
     pub encrypt: Encrypt,
-    /// A key that both sides have: 64 hexadecimal digits in a file of mode 0600 (`minivmm keygen`).
+    /// Key that both sides have: a file of mode 0600 with 64 hexadecimal digits (`minivmm keygen`).
     #[arg(long, value_name = "F", conflicts_with_all = ["static_key", "tls_dir"])]
     pub psk_file: Option<PathBuf>,
-    /// This side's own key, in a file like that.
+    /// This side's own key, in a file of the same format.
     #[arg(long, value_name = "F", requires = "peer_key", conflicts_with = "tls_dir")]
     pub static_key: Option<PathBuf>,
-    /// The public key of the only peer that will do (the file with `.pub` of its `keygen`).
+    /// Public key of the only accepted peer (the file with `.pub` from its `keygen`).
     #[arg(long, value_name = "F", requires = "static_key")]
     pub peer_key: Option<PathBuf>,
     /// A folder with ca.pem, cert.pem and key.pem.
     #[arg(long, value_name = "D")]
     pub tls_dir: Option<PathBuf>,
-    /// Who does the ciphers' work; each side may say what it likes.
+    /// Implementation of the ciphers; each side may choose its own.
     #[arg(long, default_value = "fastest")]
     pub cipher_library: Library,
 }
@@ -98,16 +98,17 @@ pub struct Encryption {
 /// Make a key for encrypted migrations.
 #[derive(Args, Debug)]
 pub struct Keygen {
-    /// The file to make; the public key goes beside it, with `.pub` behind the name.
+    /// File for the key. The public key gets the same name with `.pub` appended.
     #[arg(long, value_name = "F")]
     out: PathBuf,
 }
 
 impl Encryption {
-    /// Checks that the options go together, as far as the command line's own rules do not.
+    /// Checks that the options are consistent, as far as the rules of the command line do not
+    /// ensure it.
     ///
     /// # Errors
-    /// [`EncryptionError::Options`], if they do not.
+    /// Fails with [`EncryptionError::Options`] if they are not.
     pub fn check(&self) -> Result<(), EncryptionError> {
         let refused = |why| Err(EncryptionError::Options(why));
         let keys = self.psk_file.is_some() || self.static_key.is_some() || self.tls_dir.is_some();
@@ -120,10 +121,10 @@ impl Encryption {
         }
     }
 
-    /// Returns the same for another process, whose working directory may be another one.
+    /// Returns the same options for another process, whose working directory may differ.
     ///
     /// # Errors
-    /// When the working directory is gone.
+    /// Fails if the working directory does not exist any more.
     pub fn absolute(&self) -> Result<Self, InvalidValue> {
         let absolute = |path: &Option<PathBuf>| path.as_ref().map(values::absolute).transpose();
         Ok(Self {
@@ -136,7 +137,7 @@ impl Encryption {
         })
     }
 
-    /// Returns the options as a command line has them.
+    /// Returns the options in the form of command-line arguments.
     pub fn arguments(&self) -> Vec<String> {
         let named = |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_owned());
         let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.display().to_string());
@@ -151,11 +152,12 @@ impl Encryption {
         options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?])).flatten().collect()
     }
 
-    /// Reads the keys, and returns what protects the channels; `None` if nothing is to be encrypted. `peer` is the
-    /// destination's address, whose host its certificate must name; `None` at the destination.
+    /// Reads the keys and returns the settings for secure channels, or `None` without encryption.
+    /// `peer` is the destination's address, for whose host its certificate must be; it is `None` at
+    /// the destination.
     ///
     /// # Errors
-    /// When the options do not go together, or a key cannot be read.
+    /// Fails if the options are inconsistent or a key cannot be read.
     pub fn security(&self, peer: Option<&Address>) -> Result<Option<Security>, EncryptionError> {
         self.check()?;
         let suites = match self.encrypt {
@@ -188,7 +190,7 @@ impl Encryption {
     }
 }
 
-/// Returns the channels of `link`, in the session if there is one.
+/// Returns a connector for the channels of `link`, in the session if there is one.
 pub fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box<dyn Connector> {
     match session {
         Some(session) => Box::new(session.connector(link)),
@@ -196,10 +198,10 @@ pub fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box
     }
 }
 
-/// Runs `minivmm keygen`, and returns the exit status.
+/// Runs `minivmm keygen`. Returns the exit status.
 ///
 /// # Errors
-/// When the files cannot be made.
+/// Fails if the files cannot be written.
 pub fn keygen(args: &Keygen) -> Result<u8, EncryptionError> {
     let public = keys::generate(&args.out).map_err(EncryptionError::Key)?;
     out!("public {public}");
