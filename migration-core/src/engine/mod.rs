@@ -25,6 +25,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use destination::{
     AttemptError, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions, ReceiverQueue,
+    VmHandle, VmStatus,
 };
 pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
 pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};

@@ -133,7 +133,12 @@ impl DestinationMachine {
 
     /// A machine that takes back this VM, which left here under this epoch, and no other.
     pub fn awaiting(vm: VmId, epoch: u32) -> Self {
-        Self { vm: Some(vm), epoch, awaits: true, ..Self::new() }
+        Self { awaits: true, ..Self::after(vm, epoch) }
+    }
+
+    /// A machine for this VM, which was here under this epoch and is not any more: a higher one has to come.
+    pub fn after(vm: VmId, epoch: u32) -> Self {
+        Self { vm: Some(vm), epoch, ..Self::new() }
     }
 
     /// Where it stands.

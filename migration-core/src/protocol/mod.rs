@@ -44,7 +44,7 @@ impl Violation {
         Self { frame, epoch, phase: format!("{phase:?}"), why, code: ErrorCode::Protocol }
     }
 
-    fn with_code(self, code: ErrorCode) -> Self {
+    pub(crate) fn with_code(self, code: ErrorCode) -> Self {
         Self { code, ..self }
     }
 }

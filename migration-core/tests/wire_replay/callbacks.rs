@@ -24,7 +24,7 @@ use crate::{
     destination::{Destination, Log},
     guest::{ArrivingVm, Host, checksums},
     held::dead,
-    live::{Link, run_by},
+    live::{Link, OnceNoticed, run_by},
     post_copy::{guest, paged_description, paging},
     streams::{check, feed, frames, stream},
 };
@@ -145,6 +145,9 @@ fn every_method_of_the_vmm_may_call_the_receiver() {
     let (destination, caller) = destination(host, arrived);
     // the link is lost when pages follow the VM
     let link = Link::new(&destination, Some(((LaneKind::Bulk, 0, false), 3000)));
+    let there = caller.clone();
+    let noticed = move || there.seen().iter().any(|(callback, _)| *callback == "link_lost");
+    let link = OnceNoticed { link, noticed };
     let strategy = PostCopy { order: Box::new(Linear::default()) };
     let options = SourceOptions { demand_lanes: 1, ..SourceOptions::default() };
     let (report, vm, _) = run_by(strategy, &destination, link, guest(), options);

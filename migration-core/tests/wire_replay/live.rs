@@ -5,7 +5,7 @@ use std::{
     io,
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use migration_core::{
@@ -95,6 +95,33 @@ impl Connector for Link {
 
     fn address(&self) -> String {
         "memory".into()
+    }
+}
+
+/// Comes back to a session only when the destination has noticed that the link was lost.
+pub(crate) struct OnceNoticed<F> {
+    pub(crate) link: Link,
+    pub(crate) noticed: F,
+}
+
+impl<F: Fn() -> bool + Send + Sync> Connector for OnceNoticed<F> {
+    fn connect(&self) -> io::Result<Box<dyn Channel>> {
+        self.link.connect()
+    }
+
+    fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
+        let deadline = Instant::now() + HANG;
+        while kind == LaneKind::Reattach && !(self.noticed)() {
+            if Instant::now() > deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            thread::yield_now();
+        }
+        self.link.connect_as(kind)
+    }
+
+    fn address(&self) -> String {
+        self.link.address()
     }
 }
 

@@ -29,6 +29,7 @@ mod refusals;
 mod rounds;
 mod serving;
 mod sessions;
+mod several;
 mod silence;
 mod snapshots;
 mod streams;

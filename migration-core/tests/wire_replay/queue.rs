@@ -3,7 +3,11 @@
 use std::{
     marker::PhantomData,
     rc::Rc,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, ThreadId},
 };
 
@@ -22,7 +26,7 @@ use crate::{
     HANG, VM,
     channels::{Door, pair},
     guest::{ArrivingVm, Host, RecordedVm, checksums, description},
-    live::Link,
+    live::{Link, OnceNoticed},
     one_attempt::source,
     post_copy::{guest, paged_description, paging},
 };
@@ -135,6 +139,9 @@ fn the_loops_thread_does_all_that_is_the_vmms() {
     assert!(failed.contains("does not speak this protocol"), "{failed}");
     // the link is lost when pages follow the VM
     let link = Link::to(world.door.clone(), Some(((LaneKind::Bulk, 0, false), 3000)));
+    let lost = Arc::new(AtomicBool::new(false));
+    let noticed = lost.clone();
+    let link = OnceNoticed { link, noticed: move || noticed.load(Ordering::SeqCst) };
     let strategy = PostCopy { order: Box::new(Linear::default()) };
     let ended = source(strategy, link, guest());
     let mut seen = Vec::new();
@@ -146,7 +153,10 @@ fn the_loops_thread_does_all_that_is_the_vmms() {
                 arrived = Some(vm.vm);
                 seen.push("arrived");
             }
-            ReceiverEvent::LinkLost(VM) => seen.push("lost"),
+            ReceiverEvent::LinkLost(VM) => {
+                seen.push("lost");
+                lost.store(true, Ordering::SeqCst);
+            }
             ReceiverEvent::LinkFound(VM) => seen.push("found"),
             ReceiverEvent::Ended(Ok(())) => break,
             _ => panic!("something else has happened after {seen:?}"),

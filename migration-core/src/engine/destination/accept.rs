@@ -4,16 +4,21 @@
 use super::*;
 use crate::wire::MAX_DEMAND_LANES;
 
-/// Threads for connections that a receiver has at once: the places for unidentified connections,
-/// the lanes of the largest session, and as many again that are just ending.
-const MAX_THREADS: usize =
-    2 * (connections::MAX_SILENT + connections::MAX_GREETING + (MAX_STREAMS + MAX_DEMAND_LANES) as usize + 4);
+/// Threads for connections that a receiver of this many VMs has at once: the places for unidentified
+/// connections, the lanes of as many sessions of the largest kind, and as many again that are just
+/// ending.
+fn max_threads(vms: usize) -> usize {
+    let session = usize::from(MAX_STREAMS + MAX_DEMAND_LANES) + 4;
+    let sessions = session.saturating_mul(vms.max(1));
+    sessions.saturating_add(connections::MAX_SILENT + connections::MAX_GREETING).saturating_mul(2)
+}
+
 /// How long a connection that is refused for lack of resources may take to take the reason.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// The accept loop.
 pub(super) struct Accepting {
-    hub: Arc<Hub>,
+    destination: Arc<Destination>,
     threads: HashMap<u64, Box<dyn Joiner>>,
     ended_tx: mpsc::Sender<u64>,
     ended: mpsc::Receiver<u64>,
@@ -23,17 +28,21 @@ pub(super) struct Accepting {
 }
 
 impl Accepting {
-    pub(super) fn new(hub: Arc<Hub>) -> Self {
+    pub(super) fn new(destination: Arc<Destination>) -> Self {
         let (ended_tx, ended) = mpsc::channel();
-        Self { hub, threads: HashMap::new(), ended_tx, ended, next: 0, told: false }
+        Self { destination, threads: HashMap::new(), ended_tx, ended, next: 0, told: false }
     }
 
     /// Waits a moment for a connection, and starts a thread for it.
     pub(super) fn step(&mut self, listener: &mut dyn Listener) -> io::Result<()> {
-        lock(&self.hub.connections).close_overdue(self.hub.options.idle_timeout);
-        self.hub.end_attempt("the attempt has made too little progress for the time it took", Allowance::is_exceeded);
+        let common = &self.destination.common;
+        lock(&common.connections).close_overdue(common.options.idle_timeout);
+        for entry in self.destination.entries() {
+            entry.end_attempt("the attempt has made too little progress for the time it took", Allowance::is_exceeded);
+        }
+        self.destination.sweep();
         self.reap(Duration::ZERO);
-        if self.threads.len() >= MAX_THREADS {
+        if self.threads.len() >= max_threads(self.destination.common.options.max_vms) {
             // most of them are ending
             self.reap(ACCEPT_TICK);
             return Ok(());
@@ -69,9 +78,9 @@ impl Accepting {
     fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
             let why = format!("no connection can be accepted at the moment: {error}");
-            self.hub.options.observer.event(&Event::Warning(why));
+            self.destination.common.options.observer.event(&Event::Warning(why));
         }
-        if lock(&self.hub.connections).close_oldest_silent(None) {
+        if lock(&self.destination.common.connections).close_oldest_silent(None) {
             return;
         }
         if let Some(channel) = listener.accept_to_refuse() {
@@ -87,32 +96,33 @@ impl Accepting {
         self.next += 1;
         let Halves { reader, writer, closer } = match channel.split() {
             Ok(halves) => halves,
-            Err(error) => return self.hub.bad_peer(&peer, &error.to_string()),
+            Err(error) => return self.destination.common.bad_peer(&peer, &error.to_string()),
         };
         let closer: Arc<dyn Closer> = closer.into();
-        if !lock(&self.hub.connections).enter(id, closer.clone()) {
+        if !lock(&self.destination.common.connections).enter(id, closer.clone()) {
             return;
         }
         // in a cell, so that it can be taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some((reader, writer))));
         let body = || -> Box<dyn FnOnce() + Send> {
-            let (hub, name, ended, taken) = (self.hub.clone(), peer.clone(), self.ended_tx.clone(), cell.clone());
+            let destination = self.destination.clone();
+            let (name, ended, taken) = (peer.clone(), self.ended_tx.clone(), cell.clone());
             let closer = closer.clone();
             Box::new(move || {
                 let halves = lock(&taken).take();
                 if let Some((reader, writer)) = halves {
-                    hub.serve(Incoming { id, reader, writer, closer }, &name);
+                    destination.serve(Incoming { id, reader, writer, closer }, &name);
                 }
-                lock(&hub.connections).remove(id);
+                lock(&destination.common.connections).remove(id);
                 // the loop may have ended: it joins all threads by itself then
                 let _ = ended.send(id);
             })
         };
-        match self.hub.spawn_for(id, body) {
+        match self.destination.common.spawn_for(id, body) {
             Ok(thread) => drop(self.threads.insert(id, thread)),
             Err(error) => {
                 let halves = lock(&cell).take();
-                lock(&self.hub.connections).remove(id);
+                lock(&self.destination.common.connections).remove(id);
                 if let Some((_reader, writer)) = halves {
                     self.refuse(writer, &peer, &format!("the destination has no thread for a connection: {error}"));
                 }
@@ -123,18 +133,14 @@ impl Accepting {
     /// Tells a source why it is not served. If a session is waiting for its lanes, this may have
     /// been one: it ends.
     fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
-        self.hub.bad_peer(peer, why);
+        self.destination.common.bad_peer(peer, why);
         // best effort: the connection ends either way
         if writer.set_idle_timeout(Some(LAST_WORD)).is_ok() {
-            let mut control = ControlWriter::new(writer, peer.to_owned(), self.hub.bytes.clone());
+            let mut control = ControlWriter::new(writer, peer.to_owned(), self.destination.common.bytes.clone());
             let _ = control.send(0, &Control::error(ErrorCode::Resources, why));
         }
-        let state = lock(&self.hub.state);
-        let preparing = state.machine.phase() == DestinationPhase::Preparing;
-        let epoch = state.machine.epoch();
-        let session = state.session.clone().filter(|session| preparing && session.epoch == epoch);
-        drop(state);
-        if let Some(session) = session {
+        // with several of them it cannot be told which one it was: each has a time-out
+        if let [session] = &self.destination.preparing()[..] {
             session.fail(ErrorCode::Resources, why);
         }
     }

@@ -11,6 +11,22 @@ use super::{
 };
 use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
 
+/// A hello that was taken, and what to do about it.
+pub(super) struct Greeted {
+    pub(super) epoch: u32,
+    /// The control lane that speaks for the session from now on.
+    pub(super) attachment: u64,
+    pub(super) action: DestinationAction,
+}
+
+/// Tells a source that comes back why it cannot, and returns that as an error, or why it could not be told.
+pub(super) fn refuse_reattach(control: &mut ControlWriter, epoch: u32, why: &str) -> MigrationError {
+    match control.send(epoch, &Control::error(ErrorCode::UnknownSession, why)) {
+        Ok(()) => MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() },
+        Err(error) => error,
+    }
+}
+
 /// An attempt for which there is room.
 struct Begun {
     epoch: u32,
@@ -19,75 +35,49 @@ struct Begun {
     peer: String,
 }
 
-impl Hub {
-    /// A source that is in doubt comes back.
+impl VmEntry {
+    /// A source that is in doubt comes back to its session.
     pub(super) fn reattach(
         self: &Arc<Self>,
-        token: SessionToken,
+        session: &Arc<Session>,
         vm: VmId,
         epoch: u32,
         lane: ControlLane,
         peer: &str,
     ) -> Result<(), MigrationError> {
         let ControlLane { mut frames, mut control, closer, .. } = lane;
-        let refuse = |control: &mut ControlWriter, why: &str| {
-            control.send(epoch, &Control::error(ErrorCode::UnknownSession, why))?;
-            Err(MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() })
-        };
-        let Ok(session) = self.session(token) else {
-            return refuse(&mut control, "this session is not known here");
-        };
         let attachment = {
             let mut state = lock(&self.state);
             if !state.machine.may_reattach(vm, epoch) {
                 drop(state);
-                return refuse(&mut control, "no VM of this epoch is held here");
+                return Err(refuse_reattach(&mut control, epoch, "no VM of this epoch is held here"));
             }
             session.replace_control(control, closer);
             state.machine.handle(epoch, Control::Reattach(vm))?;
             state.attachment += 1;
             state.attachment
         };
-        let served = self.frames(&mut frames, &session, attachment);
-        self.ended(&session, attachment, peer, served);
+        let served = self.frames(&mut frames, session, attachment);
+        self.ended(session, attachment, peer, served);
         Ok(())
     }
 
-    /// A source begins an attempt.
+    /// A source begins an attempt, whose hello was taken.
     pub(super) fn attempt(
         self: &Arc<Self>,
-        epoch: u32,
-        hello: Control,
+        greeted: Greeted,
         mut lane: ControlLane,
         peer: &str,
     ) -> Result<(), MigrationError> {
-        let another = matches!(&hello, Control::Hello(hello) if lock(&self.state).machine.vm() != Some(hello.vm.id));
-        if another {
-            let why = "the attempt has made too little progress for the time it took, and another source wants to come";
-            self.end_attempt(why, Allowance::is_used_up);
-        }
-        let begun = {
-            let mut state = lock(&self.state);
-            state.machine.handle(epoch, hello).map(|action| {
-                state.attachment += 1;
-                (action, state.attachment)
-            })
-        };
-        let (action, attachment) = match begun {
-            Ok(begun) => begun,
-            Err(violation) => {
-                lane.control.send(epoch, &Control::error(violation.code, violation.to_string()))?;
-                return Err(violation.into());
-            }
-        };
-        if let Err(error) = self.advance(lane.id, Stage::Identified, peer) {
+        let Greeted { epoch, attachment, action } = greeted;
+        if let Err(error) = self.common.advance(lane.id, Stage::Identified, peer) {
             self.lost(attachment, &error.to_string());
             return Err(error);
         }
         self.tell_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
-        let (streams, features) = (hello.streams.min(self.options.max_streams).max(1), hello.features);
-        let reserved = match self.reserve(streams, features) {
+        let (streams, features) = (hello.streams.min(self.common.options.max_streams).max(1), hello.features);
+        let reserved = match self.common.reserve(self.number, streams, features) {
             Ok(reserved) => reserved,
             Err(error) => {
                 lane.control.send(epoch, &Control::error(error.code(), error.to_string()))?;
@@ -107,7 +97,7 @@ impl Hub {
         };
         if features & FEATURE_SHARED_RAM != 0 {
             // up to here this thread competed with the guest
-            self.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
+            self.common.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
         let first = opened.and_then(|()| self.first_frame(&mut frames, &session, attachment, reserved));
@@ -117,8 +107,8 @@ impl Hub {
         });
         if features & FEATURE_SHARED_RAM != 0 {
             // whatever came of it, the guest does not wait for this thread any more
-            self.options.spawner.end_switch_over();
-            self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
+            self.common.options.spawner.end_switch_over();
+            self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
         }
         self.ended(&session, attachment, peer, served);
         Ok(())
@@ -141,13 +131,13 @@ impl Hub {
         self.free_vm(earlier, "a newer attempt of its source takes its place");
         self.join_watchers();
         let ram_bytes = hello.vm.layout.bytes();
-        let built = if ram_bytes > self.options.max_ram_bytes {
-            let limit = self.options.max_ram_bytes;
+        let built = if ram_bytes > self.common.options.max_ram_bytes {
+            let limit = self.common.options.max_ram_bytes;
             Err(VmError::new(format!("the VM has {ram_bytes} bytes of RAM, this destination takes {limit}")))
         } else if shared {
             self.receive_ram(&hello, frames)
         } else {
-            self.host.clone().build(&hello.vm, None)
+            self.common.host.clone().build(&hello.vm, None)
         };
         let mut vm = match built.and_then(|vm| check_layout(vm, &hello)) {
             Ok(vm) => vm,
@@ -168,7 +158,7 @@ impl Hub {
             lanes: begun.streams,
             payload_crc: features & FEATURE_PAYLOAD_CRC != 0,
             shared,
-            grace: self.options.progress_grace,
+            grace: self.common.options.progress_grace,
         };
         let session = Arc::new(Session::new(agreed, Built { vm, pager, protection }, control, closer));
         self.current(begun.attachment)?.session = Some(session.clone());
@@ -195,7 +185,7 @@ impl Hub {
         }
         let files = frames.files(hello.vm.layout.regions().len());
         let files = files.map_err(|e| VmError::because("the memory files behind RAM", e))?;
-        self.host.clone().build(&hello.vm, Some(files))
+        self.common.host.clone().build(&hello.vm, Some(files))
     }
 
     /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
@@ -207,7 +197,7 @@ impl Hub {
             *features &= !FEATURE_CHECKPOINTS;
             return Ok(None);
         };
-        Protection::new(protected, vm.identity(), vm.ram(), self.options.observer.clone()).map(Some)
+        Protection::new(protected, vm.identity(), vm.ram(), self.common.options.observer.clone()).map(Some)
     }
 
     /// Has the source open its lanes. A thread of the session waits for them and tells the source when everything stands
@@ -215,8 +205,8 @@ impl Hub {
     fn open(self: &Arc<Self>, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.say(&Control::Welcome(welcome))?;
-        let (hub, session) = (self.clone(), session.clone());
-        let body = move || match hub.await_lanes(&session, attachment) {
+        let (entry, session) = (self.clone(), session.clone());
+        let body = move || match entry.await_lanes(&session, attachment) {
             Ok(()) => session.keep_alive(),
             // whoever reads the control lane finds it closed, and ends the attempt
             Err(error) => session.fail(error.code(), &error.to_string()),
@@ -234,20 +224,20 @@ impl Hub {
         reserved: Reservation<'_>,
     ) -> Result<Flow, MigrationError> {
         // lanes have a time-out of their own, and it is the source's turn only after that
-        let patience = self.options.idle_timeout.saturating_mul(2);
+        let patience = self.common.options.idle_timeout.saturating_mul(2);
         frames.set_idle_timeout(patience)?;
         let (epoch, frame) = frames.read()?;
         if !matches!(frame, Control::Abandon | Control::Error { .. }) {
             session.wait_prepared(patience)?;
         }
         drop(reserved);
-        frames.set_idle_timeout(self.options.idle_timeout)?;
+        frames.set_idle_timeout(self.common.options.idle_timeout)?;
         self.frame(session, attachment, epoch, frame)
     }
 
     /// Waits until all lanes are here, and tells the source so.
     fn await_lanes(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
-        session.wait_attached(self.options.idle_timeout)?;
+        session.wait_attached(self.common.options.idle_timeout)?;
         let load = session.vm.borrow().and_then(|mut vm| vm.vm().estimate_load());
         let prepared = self.current(attachment)?.machine.prepared(load)?;
         session.tell_prepared(&prepared)?;

@@ -8,7 +8,7 @@ pub(super) enum Flow {
     End,
 }
 
-impl Hub {
+impl VmEntry {
     /// Serves a control lane, each frame in its turn.
     pub(super) fn frames(
         self: &Arc<Self>,
@@ -41,7 +41,7 @@ impl Hub {
         let why = session.over().unwrap_or_else(|| error.to_string());
         let link = session.link();
         self.lost(attachment, &why);
-        self.bad_peer(peer, &why);
+        self.common.bad_peer(peer, &why);
         if self.current(attachment).is_ok() {
             self.watch_source(session, link);
         }

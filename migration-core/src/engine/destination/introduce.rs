@@ -1,6 +1,6 @@
 //! A connection says what it is for, and becomes a lane.
 
-use super::{survive::CheckpointHalves, *};
+use super::{attempt::refuse_reattach, survive::CheckpointHalves, *};
 use crate::{vm::FailedAttempt, wire::MAGIC};
 
 /// A connection that has just come.
@@ -33,23 +33,9 @@ pub(super) struct ControlLane {
     pub(super) closer: Arc<dyn Closer>,
 }
 
-impl Hub {
+impl Common {
     pub(super) fn bad_peer(&self, peer: &str, why: &str) {
         self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
-    }
-
-    pub(super) fn serve(self: &Arc<Self>, connection: Incoming, peer: &str) {
-        let id = connection.id;
-        let mut attempt = Introduced::default();
-        if let Err(error) = self.introduce(connection, peer, &mut attempt) {
-            // what happened on a connection that was closed here is not the reason
-            let closed = lock(&self.connections).why_closed(id);
-            let why = closed.map_or_else(|| error.at_peer(peer), str::to_owned);
-            self.bad_peer(peer, &why);
-            if attempt.wants_session {
-                self.host.attempt_failed(&FailedAttempt { peer: peer.to_owned(), vm: attempt.vm, why });
-            }
-        }
     }
 
     /// A connection has shown what it is: it is not one of those any more that give way to others.
@@ -58,6 +44,22 @@ impl Hub {
             return Ok(());
         }
         Err(MigrationError::link(peer)(io::ErrorKind::ConnectionAborted.into()))
+    }
+}
+
+impl Destination {
+    pub(super) fn serve(self: &Arc<Self>, connection: Incoming, peer: &str) {
+        let id = connection.id;
+        let mut attempt = Introduced::default();
+        if let Err(error) = self.introduce(connection, peer, &mut attempt) {
+            // what happened on a connection that was closed here is not the reason
+            let closed = lock(&self.common.connections).why_closed(id);
+            let why = closed.map_or_else(|| error.at_peer(peer), str::to_owned);
+            self.common.bad_peer(peer, &why);
+            if attempt.wants_session {
+                self.common.host.attempt_failed(&FailedAttempt { peer: peer.to_owned(), vm: attempt.vm, why });
+            }
+        }
     }
 
     /// Reads the preamble of a new connection and lets it do what it is for.
@@ -72,8 +74,8 @@ impl Hub {
     ) -> Result<(), MigrationError> {
         let link = || MigrationError::link(peer);
         let Incoming { id, mut reader, mut writer, closer } = connection;
-        reader.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
-        writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(link())?;
+        reader.set_idle_timeout(Some(self.common.options.idle_timeout)).map_err(link())?;
+        writer.set_idle_timeout(Some(self.common.options.idle_timeout)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
         let (start, rest) = bytes.split_at_mut(START);
         reader.read_exact(start).map_err(link())?;
@@ -83,10 +85,10 @@ impl Hub {
         if [MAGIC, SEALED_MAGIC].iter().any(|magic| magic.starts_with(start)) {
             reader.read_exact(rest).map_err(link())?;
         }
-        let mut control = ControlWriter::new(writer, peer.to_owned(), self.bytes.clone());
+        let mut control = ControlWriter::new(writer, peer.to_owned(), self.common.bytes.clone());
         let preamble = Preamble::decode(&bytes).inspect_err(|error| {
             if bytes.starts_with(&SEALED_MAGIC) {
-                refuse_sealed(&mut *reader, &mut control, error, self.options.idle_timeout);
+                refuse_sealed(&mut *reader, &mut control, error, self.common.options.idle_timeout);
             }
         })?;
         if negotiate(preamble.oldest, preamble.newest).is_none() {
@@ -98,7 +100,7 @@ impl Hub {
             return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
         }
         introduced.wants_session = preamble.kind == LaneKind::Control;
-        let known = self.session(preamble.session).is_ok();
+        let known = self.find(preamble.session).is_ok();
         let stage = match preamble.kind {
             // on a link that is not encrypted anybody may have read the token: it opens only lanes that then take a place
             LaneKind::Control => Stage::Greeting,
@@ -106,34 +108,34 @@ impl Hub {
             _ if known => Stage::Identified,
             _ => Stage::Greeting,
         };
-        self.advance(id, stage, peer)?;
+        self.common.advance(id, stage, peer)?;
         // it was started for pages in volume, which is what most connections carry
         match preamble.kind {
             LaneKind::Bulk => {}
-            LaneKind::Demand => self.options.spawner.assume(Role::Demand, GuestImpact::Balanced),
-            _ => self.options.spawner.assume(Role::Control, GuestImpact::Balanced),
+            LaneKind::Demand => self.common.options.spawner.assume(Role::Demand, GuestImpact::Balanced),
+            _ => self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced),
         }
         match preamble.kind {
             LaneKind::Bulk => {
-                let session = self.session(preamble.session)?;
+                let Found { entry, session } = self.find(preamble.session)?;
                 let link = session.attach(preamble.index, closer)?;
-                return self.pages(session, &preamble, link, reader, peer);
+                return entry.pages(session, &preamble, link, reader, peer);
             }
             LaneKind::Demand => {
-                let session = self.session(preamble.session)?;
+                let Found { entry, session } = self.find(preamble.session)?;
                 let link = session.attach_demand(preamble.index, closer, control.into_half())?;
                 if link == 0
-                    && let Err(error) = self.await_faults(&session, preamble.index)
+                    && let Err(error) = entry.await_faults(&session, preamble.index)
                 {
                     session.fail(error.code(), &error.to_string());
                     return Err(error);
                 }
-                return self.pages(session, &preamble, link, reader, peer);
+                return entry.pages(session, &preamble, link, reader, peer);
             }
             LaneKind::Checkpoint => {
-                let session = self.session(preamble.session)?;
+                let Found { entry, session } = self.find(preamble.session)?;
                 let (protection, link) = session.attach_checkpoint(closer)?;
-                return self.checkpoints(
+                return entry.checkpoints(
                     &session,
                     &protection,
                     link,
@@ -143,7 +145,7 @@ impl Hub {
             }
             LaneKind::Control | LaneKind::Reattach => {}
         }
-        let mut frames = ControlReader::new(reader, peer.to_owned(), self.bytes.clone());
+        let mut frames = ControlReader::new(reader, peer.to_owned(), self.common.bytes.clone());
         let first = frames.read().inspect_err(|error| {
             // an honest peer of another build has a user who wants to know
             if !matches!(error, MigrationError::Link { .. }) {
@@ -152,18 +154,18 @@ impl Hub {
             }
         });
         match (preamble.kind, first?) {
-            (LaneKind::Control, (epoch, hello @ Control::Hello(_))) => {
-                if let Control::Hello(hello) = &hello {
-                    introduced.vm = Some(hello.vm.id);
-                }
+            (LaneKind::Control, (epoch, Control::Hello(hello))) => {
+                introduced.vm = Some(hello.vm.id);
                 self.attempt(epoch, hello, ControlLane { id, frames, control, closer }, peer)
             }
             (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
-                if lock(&self.state).machine.may_reattach(vm, epoch) {
-                    self.advance(id, Stage::Identified, peer)?;
+                let Ok(Found { entry, session }) = self.find(preamble.session) else {
+                    return Err(refuse_reattach(&mut control, epoch, "this session is not known here"));
+                };
+                if lock(&entry.state).machine.may_reattach(vm, epoch) {
+                    self.common.advance(id, Stage::Identified, peer)?;
                 }
-                let lane = ControlLane { id, frames, control, closer };
-                self.reattach(preamble.session, vm, epoch, lane, peer)
+                entry.reattach(&session, vm, epoch, ControlLane { id, frames, control, closer }, peer)
             }
             (kind, (epoch, other)) => {
                 let why = format!("{} on a new {kind:?} lane", other.name());
@@ -172,7 +174,9 @@ impl Hub {
             }
         }
     }
+}
 
+impl VmEntry {
     /// A lane on which pages come.
     pub(super) fn pages(
         &self,
@@ -183,7 +187,7 @@ impl Hub {
         peer: &str,
     ) -> Result<(), MigrationError> {
         let (kind, index) = (preamble.kind, preamble.index);
-        let lane = LaneReceiver::new(kind, index, reader, peer.to_owned(), session.clone(), self.bytes.clone());
+        let lane = LaneReceiver::new(kind, index, reader, peer.to_owned(), session.clone(), self.common.bytes.clone());
         let error = lane.run();
         if session.lane_lost(link, error.code(), &error.to_string()) {
             self.lost_while_loading(&session, &error.to_string());
@@ -199,13 +203,6 @@ impl Hub {
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
-    }
-
-    pub(super) fn session(&self, token: SessionToken) -> Result<Arc<Session>, MigrationError> {
-        let session = lock(&self.state).session.clone();
-        session
-            .filter(|s| s.token == token)
-            .ok_or_else(|| DecodeError::invalid("session", "no such session is under way here").into())
     }
 
     /// The state, if `attachment` is still the control lane that speaks for it.

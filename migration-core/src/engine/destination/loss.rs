@@ -3,7 +3,7 @@
 use super::*;
 use crate::vm::FailedAttempt;
 
-/// What [`Hub::give_up`] has done.
+/// What [`VmEntry::give_up`] has done.
 pub(super) struct GivenUp {
     /// Where the protocol stood.
     pub(super) phase: DestinationPhase,
@@ -11,7 +11,7 @@ pub(super) struct GivenUp {
     pub(super) reported: bool,
 }
 
-impl Hub {
+impl VmEntry {
     /// The guest has ended by itself.
     pub(super) fn vm_ended(&self, reason: &str) {
         let mut state = lock(&self.state);
@@ -30,24 +30,26 @@ impl Hub {
     /// [`ReceiverHandle`].
     pub(super) fn warn(&self, what: Option<String>) {
         if let Some(what) = what {
-            self.options.observer.event(&Event::Warning(what));
+            self.common.options.observer.event(&Event::Warning(what));
         }
     }
 
-    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete.
-    pub(super) fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) {
+    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete. Returns whether it
+    /// did.
+    pub(super) fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) -> bool {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let state = lock(&self.state);
         // a newer attempt may have begun whose session is not there yet
         let session = state.session.clone().filter(|session| session.epoch == state.machine.epoch());
-        let Some(session) = session else { return };
+        let Some(session) = session else { return false };
         if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
-            return;
+            return false;
         }
         let attachment = state.attachment;
         drop(state);
         session.last_word(ErrorCode::Busy, why);
         self.lost(attachment, why);
+        true
     }
 
     /// Ends the attempt that is under way, unless the VM is complete; its source is told, if that can be done at once.
@@ -122,19 +124,19 @@ impl Hub {
         self.free_vm(given_up, why);
         self.tell_phase();
         if let Some(failed) = failed {
-            self.host.attempt_failed(&failed);
+            self.common.host.attempt_failed(&failed);
         }
     }
 
     /// Frees the VM that was being received or held, and ends its lanes.
     pub(super) fn free_vm(&self, given_up: Option<Arc<Session>>, why: &str) {
         if given_up.is_some_and(|session| session.discard(why)) {
-            self.options.observer.event(&Event::Discarded(why.to_owned()));
+            self.common.options.observer.event(&Event::Discarded(why.to_owned()));
         }
     }
 
     pub(super) fn tell_phase(&self) {
         let phase = lock(&self.state).machine.phase();
-        self.options.observer.event(&Event::Destination(phase));
+        self.common.options.observer.event(&Event::Destination(phase));
     }
 }

@@ -38,6 +38,7 @@ use crate::vm::{FailedAttempt, VmDescription};
 pub struct OneAttempt<V> {
     receiver: Receiver,
     accepting: Accepting,
+    entry: Arc<VmEntry>,
     results: Arc<Results<V>>,
 }
 
@@ -121,7 +122,7 @@ impl<H: DestinationHost> DestinationHost for Reporting<H> {
 }
 
 impl<V: Send + 'static> OneAttempt<V> {
-    /// A receiver that builds its VM on `host`. Of `options`, `patience` does not apply: [`receive`](Self::receive) and
+    /// A receiver that builds its VM on `host`. Of `options`, `patience` and `max_vms` do not apply: [`receive`](Self::receive) and
     /// [`finish`](Self::finish) have deadlines.
     pub fn new<H>(host: H, options: ReceiverOptions) -> Self
     where
@@ -130,9 +131,11 @@ impl<V: Send + 'static> OneAttempt<V> {
     {
         let results = Arc::new(Results(Mutex::new(Waiting { results: VecDeque::new(), given_up: 0 })));
         let (reporting, arrived) = (Reporting { host, results: results.clone() }, results.clone());
+        let options = ReceiverOptions { max_vms: 1, ..options };
         let receiver = Receiver::new(reporting, move |vm| arrived.add(Ok(vm)), options);
-        let accepting = Accepting::new(receiver.hub.clone());
-        Self { receiver, accepting, results }
+        let accepting = Accepting::new(receiver.destination.clone());
+        let entry = receiver.destination.single().expect("a receiver of one VM has its entry from the start");
+        Self { receiver, accepting, entry, results }
     }
 
     /// The handle for other threads: [`ReceiverHandle::stop`] cancels.
@@ -150,8 +153,7 @@ impl<V: Send + 'static> OneAttempt<V> {
         listener: &mut dyn Listener,
         deadline: Option<Instant>,
     ) -> Result<Arrived<V>, AttemptError> {
-        let hub = self.receiver.hub.clone();
-        *lock(&hub.room) = listener.room();
+        *lock(&self.receiver.destination.common.room) = listener.room();
         loop {
             let next = lock(&self.results.0).results.pop_front();
             if let Some(result) = next {
@@ -169,12 +171,11 @@ impl<V: Send + 'static> OneAttempt<V> {
 
     /// Ends the attempt that is under way, as the caller does not wait any more. `None` if the VM arrives in a moment.
     fn give_up(&self, end: AttemptError) -> Option<AttemptError> {
-        let hub = &self.receiver.hub;
-        let given_up = hub.give_up(&format!("the destination has given the attempt up: {end}"));
+        let given_up = self.entry.give_up(&format!("the destination has given the attempt up: {end}"));
         match given_up.phase {
             DestinationPhase::Running => None,
             DestinationPhase::Ready => {
-                let state = lock(&hub.state);
+                let state = lock(&self.entry.state);
                 let (vm, epoch) = (state.machine.vm().unwrap_or_default(), state.machine.epoch());
                 Some(AttemptError::Held { vm, epoch })
             }
@@ -194,7 +195,7 @@ impl<V: Send + 'static> OneAttempt<V> {
     /// that are missing stay so.
     pub fn finish(mut self, listener: &mut dyn Listener, deadline: Option<Instant>) -> Result<(), AttemptError> {
         loop {
-            if self.receiver.hub.finished.load(Ordering::Relaxed) {
+            if self.entry.finished.load(Ordering::Relaxed) {
                 return Ok(());
             }
             if let Some(end) = self.end(deadline) {
@@ -206,7 +207,7 @@ impl<V: Send + 'static> OneAttempt<V> {
 
     /// Returns why no longer to wait, if so.
     fn end(&self, deadline: Option<Instant>) -> Option<AttemptError> {
-        if self.receiver.hub.stop.load(Ordering::Relaxed) {
+        if self.receiver.destination.common.stop.load(Ordering::Relaxed) {
             return Some(AttemptError::Stopped);
         }
         deadline.is_some_and(|at| Instant::now() >= at).then_some(AttemptError::TimedOut)
@@ -215,6 +216,6 @@ impl<V: Send + 'static> OneAttempt<V> {
 
 impl<V> Drop for OneAttempt<V> {
     fn drop(&mut self) {
-        self.receiver.hub.close(&mut self.accepting);
+        self.receiver.destination.close(&mut self.accepting);
     }
 }

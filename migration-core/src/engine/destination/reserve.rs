@@ -27,11 +27,20 @@ const DEMAND_LANES: usize = 2;
 /// alive.
 const SESSION_THREADS: usize = 1;
 
-/// The threads that are reserved for the lanes of one session, the newest.
+/// The threads that are reserved for the lanes of all sessions that are about to get theirs.
 #[derive(Default)]
-pub(super) struct Parked {
+pub(super) struct AllParked {
+    parked: Vec<Parked>,
+    /// Counts reservations.
+    numbers: u64,
+}
+
+/// The threads that are reserved for the lanes of one session, the newest of its VM.
+struct Parked {
     /// The number of the reservation that they belong to.
     number: u64,
+    /// The number of the VM's entry in the table.
+    owner: u64,
     threads: Vec<Reserved>,
     /// How many of them are for the session itself, and for no connection.
     own: usize,
@@ -43,10 +52,18 @@ struct Reserved {
     thread: Box<dyn Joiner>,
 }
 
+impl Reserved {
+    /// Ends the thread, for which there is no work.
+    fn end(self) {
+        drop(self.work);
+        self.thread.join();
+    }
+}
+
 /// Threads that are kept for the lanes of a session until this is dropped. They are used when no
 /// other can be had.
 pub(super) struct Reservation<'a> {
-    hub: &'a Hub,
+    common: &'a Common,
     number: u64,
     /// How many bulk lanes there can be.
     pub(super) streams: u16,
@@ -55,23 +72,19 @@ pub(super) struct Reservation<'a> {
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         // a newer attempt may have reserved threads of its own
-        self.hub.release(Some(self.number));
+        self.common.release(|parked| parked.number == self.number);
     }
 }
 
-impl Hub {
+impl Common {
     /// Takes what `streams` bulk lanes need and what goes with `features`, or as many fewer bulk
     /// lanes as can be had when all connections that say nothing have given way.
     ///
     /// # Errors
     /// When there is not enough for a single one.
-    pub(super) fn reserve(&self, streams: u16, features: u32) -> Result<Reservation<'_>, MigrationError> {
-        self.release(None);
-        let number = {
-            let mut parked = lock(&self.reserved);
-            parked.number += 1;
-            parked.number
-        };
+    pub(super) fn reserve(&self, owner: u64, streams: u16, features: u32) -> Result<Reservation<'_>, MigrationError> {
+        // those of an earlier attempt
+        self.release(|parked| parked.owner == owner);
         let (mut lanes, mut own) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
@@ -83,16 +96,23 @@ impl Hub {
             lanes += 1;
         }
         let threads = lanes + own;
+        let number = {
+            let mut all = lock(&self.reserved);
+            all.numbers += 1;
+            let number = all.numbers;
+            all.parked.push(Parked { number, owner, threads: Vec::new(), own });
+            number
+        };
         // from here on, whatever is reserved is released with it
-        let mut reservation = Reservation { hub: self, number, streams };
+        let mut reservation = Reservation { common: self, number, streams };
         let wanted = usize::from(streams);
         let channels = self.channels(wanted + lanes);
-        lock(&self.reserved).own = own;
         let mut failed = None;
         let mut reserved = 0;
         while reserved < wanted + threads && failed.is_none() {
             match self.past_strangers(None, || self.park()) {
-                Ok(thread) => lock(&self.reserved).threads.push(thread),
+                // it ends at once if a newer attempt has released the reservation meanwhile
+                Ok(thread) => self.keep(number, thread),
                 Err(cause) => failed = Some(cause),
             }
             reserved += usize::from(failed.is_none());
@@ -168,26 +188,33 @@ impl Hub {
         Ok(Reserved { work, thread })
     }
 
-    /// Ends the threads that are reserved and not in use, if they belong to this reservation, or to whichever.
-    fn release(&self, number: Option<u64>) {
-        let mut parked = lock(&self.reserved);
-        if number.is_some_and(|number| number != parked.number) {
+    /// Keeps a thread for this reservation.
+    fn keep(&self, number: u64, thread: Reserved) {
+        let mut all = lock(&self.reserved);
+        if let Some(parked) = all.parked.iter_mut().find(|parked| parked.number == number) {
+            parked.threads.push(thread);
             return;
         }
-        let reserved = std::mem::take(&mut parked.threads);
-        drop(parked);
-        for Reserved { work, thread } in reserved {
-            drop(work);
-            thread.join();
-        }
+        drop(all);
+        thread.end();
     }
 
-    /// Starts a thread for a session, or takes one of those that are reserved.
-    pub(super) fn spawn(&self, role: Role, name: &str, body: Body) -> io::Result<Box<dyn Joiner>> {
-        let mut parked = lock(&self.reserved);
-        let thread = self.obtain(role, name, body, &mut parked, 0)?;
+    /// Ends the threads that are reserved and not in use, of these reservations.
+    fn release(&self, which: impl Fn(&Parked) -> bool) {
+        let mut all = lock(&self.reserved);
+        let released: Vec<Parked> = all.parked.extract_if(.., |parked| which(parked)).collect();
+        drop(all);
+        released.into_iter().flat_map(|parked| parked.threads).for_each(Reserved::end);
+    }
+
+    /// Starts a thread for the session of this entry, or takes one of those that are reserved for it.
+    pub(super) fn spawn(&self, owner: u64, role: Role, name: &str, body: Body) -> io::Result<Box<dyn Joiner>> {
+        let mut all = lock(&self.reserved);
+        let thread = self.obtain(role, name, body, &mut all.parked, |parked| parked.owner == owner)?;
         // wherever it came from, the session needs one less
-        parked.own = parked.own.saturating_sub(1);
+        if let Some(parked) = all.parked.iter_mut().find(|parked| parked.owner == owner) {
+            parked.own = parked.own.saturating_sub(1);
+        }
         Ok(thread)
     }
 
@@ -195,23 +222,23 @@ impl Hub {
     /// an older connection that says nothing. Its body is made anew for every attempt.
     pub(super) fn spawn_for(&self, id: u64, body: impl Fn() -> Body) -> io::Result<Box<dyn Joiner>> {
         self.past_strangers(Some(id), || {
-            let mut parked = lock(&self.reserved);
-            let own = parked.own;
+            let mut all = lock(&self.reserved);
             // which role it gets is known only once it has introduced itself; pages are what most
             // of them carry
-            self.obtain(Role::Bulk, "mig-receive", body(), &mut parked, own)
+            let spare = |parked: &Parked| parked.threads.len() > parked.own;
+            self.obtain(Role::Bulk, "mig-receive", body(), &mut all.parked, spare)
         })
     }
 
-    /// Starts a thread, or takes one of those that are `parked` if there are more than `rest`. The
+    /// Starts a thread, or takes one of those that are `parked` in a reservation that is `usable`. The
     /// caller holds their lock: it has to count what it got before another one looks.
     fn obtain(
         &self,
         role: Role,
         name: &str,
         body: Body,
-        parked: &mut Parked,
-        rest: usize,
+        parked: &mut [Parked],
+        usable: impl Fn(&Parked) -> bool,
     ) -> io::Result<Box<dyn Joiner>> {
         // in a cell, so that it can be taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some(body)));
@@ -225,10 +252,8 @@ impl Hub {
         let spawned = self.options.spawner.spawn(role, GuestImpact::Balanced, name, run);
         let Err(error) = spawned else { return spawned };
         let Some(body) = lock(&cell).take() else { return Err(error) };
-        if parked.threads.len() <= rest {
-            return Err(error);
-        }
-        let Some(Reserved { work, thread }) = parked.threads.pop() else { return Err(error) };
+        let found = parked.iter_mut().filter(|parked| usable(parked)).find_map(|parked| parked.threads.pop());
+        let Some(Reserved { work, thread }) = found else { return Err(error) };
         let spawner = self.options.spawner.clone();
         let run = Box::new(move || {
             spawner.assume(role, GuestImpact::Balanced);
@@ -271,13 +296,13 @@ mod tests {
     fn what_a_session_needs_for_itself_goes_to_no_connection() {
         let spawner = Arc::new(Few(Mutex::new(2 + SESSION_THREADS)));
         let receiver = Receiver::new(NoHost, drop, ReceiverOptions { spawner, ..ReceiverOptions::default() });
-        let hub = &receiver.hub;
-        let reservation = hub.reserve(2, 0).unwrap();
+        let common = &receiver.destination.common;
+        let reservation = common.reserve(7, 2, 0).unwrap();
         assert_eq!(reservation.streams, 2);
-        let connection = |id| hub.spawn_for(id, || Box::new(|| {}));
+        let connection = |id| common.spawn_for(id, || Box::new(|| {}));
         let lanes = [connection(0).unwrap(), connection(1).unwrap()];
         assert!(connection(2).is_err(), "the last one is the session's");
-        hub.spawn(Role::Control, "mig-alive", Box::new(|| {})).unwrap().join();
+        common.spawn(7, Role::Control, "mig-alive", Box::new(|| {})).unwrap().join();
         lanes.into_iter().for_each(|lane| lane.join());
     }
 }

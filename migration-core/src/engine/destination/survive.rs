@@ -18,7 +18,7 @@ pub(super) struct CheckpointHalves {
     pub(super) writer: Box<dyn WriteHalf>,
 }
 
-impl Hub {
+impl VmEntry {
     /// A lane on which checkpoints go back, for as long as its link lives.
     pub(super) fn checkpoints(
         &self,
@@ -29,7 +29,7 @@ impl Hub {
         peer: &str,
     ) -> Result<(), MigrationError> {
         let CheckpointHalves { reader, writer } = halves;
-        let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.bytes.clone());
+        let lane = Lane::for_checkpoints(session.ram.clone(), writer, peer.to_owned(), self.common.bytes.clone());
         let wait_running = || session.wait_running(link);
         let served = CheckpointLane { lane, reader, sequence: 0 }.run(protection, &wait_running);
         let Err(error) = served else { return Ok(()) };
@@ -54,10 +54,10 @@ impl Hub {
         let (lost, patience, mut refused) = (Instant::now(), detect.saturating_mul(LAST), None);
         let (mut pause, mut next) = (WATCH, lost);
         while session.stays_lost(link, WATCH) {
-            if self.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
+            if self.common.stop.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) {
                 return;
             }
-            if Instant::now() < next || lost.elapsed() < patience && !self.options.fence.is_dead(&identity) {
+            if Instant::now() < next || lost.elapsed() < patience && !self.common.options.fence.is_dead(&identity) {
                 continue;
             }
             let survived = self.survive(session, protection, &identity);
@@ -70,7 +70,7 @@ impl Hub {
                 }
                 Err(why) if refused.as_ref() != Some(&why) => {
                     let what = format!("the source is lost, and the VM still depends on it: {why}");
-                    self.options.observer.event(&Event::Warning(what));
+                    self.common.options.observer.event(&Event::Warning(what));
                     refused = Some(why);
                 }
                 Err(_) => {}
@@ -90,7 +90,7 @@ impl Hub {
         let layout = session.ram.layout();
         let mut store = None;
         if !missing.is_complete() {
-            let stores = self.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
+            let stores = self.common.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
             let opened =
                 stores.open(vm, session.epoch, layout.pages()).map_err(|e| format!("its forward checkpoint: {e}"))?;
             let (_, state) = opened.latest().ok_or("its forward checkpoint is not complete")?;
@@ -99,7 +99,7 @@ impl Hub {
             }
             store = Some(opened);
         }
-        let dead = Fenced::by(&*self.options.fence, identity).map_err(|e| e.to_string())?;
+        let dead = Fenced::by(&*self.common.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
         let action = state.machine.inherit(dead).map_err(|e| e.to_string())?;
         drop(state);
@@ -111,7 +111,7 @@ impl Hub {
         self.notify(vm, Notice::LinkFound);
         // nobody restarts it any more
         self.unprotect(protection);
-        if let Some(stores) = &self.options.forward {
+        if let Some(stores) = &self.common.options.forward {
             stores.done(vm, session.epoch);
         }
         Ok(())
@@ -119,7 +119,7 @@ impl Hub {
 
     pub(super) fn unprotect(&self, protection: &Protection) {
         if let Err(error) = protection.end() {
-            self.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
+            self.common.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
         }
     }
 }

@@ -19,7 +19,7 @@ pub(super) struct Offered {
     pub(super) post_copy: Option<(u64, u16)>,
 }
 
-impl Hub {
+impl VmEntry {
     /// Steps 1 to 5.
     pub(super) fn load(
         self: &Arc<Self>,
@@ -29,10 +29,10 @@ impl Hub {
     ) -> Result<Flow, MigrationError> {
         let Offered { generation, state: bytes, post_copy } = offered;
         if session.shared {
-            self.options.spawner.begin_switch_over();
+            self.common.options.spawner.begin_switch_over();
         }
         let loading = session.loads();
-        session.wait_round(generation, self.options.idle_timeout, &self.bytes)?;
+        session.wait_round(generation, self.common.options.idle_timeout, &self.common.bytes)?;
         session.seal(generation)?;
         if let Some((announced, lanes)) = post_copy {
             // before anything is loaded, which touches RAM
@@ -50,7 +50,7 @@ impl Hub {
             None => Err(no_longer_here()),
         };
         let loaded = loaded.map_err(MigrationError::vm("loading the state"));
-        if self.options.forward.is_some()
+        if self.common.options.forward.is_some()
             && let Some(protection) = &session.protection
         {
             *lock(&protection.state) = bytes.into();
@@ -63,6 +63,7 @@ impl Hub {
         drop(loading);
         // ready before it is said: if saying it fails, the source may have heard it all the same
         let ready = state.machine.loaded()?;
+        state.was_ready = true;
         drop(state);
         // A source that has gone may have said why before, while the state was loaded. That is still to be read,
         // and it decides; without it, the lane's end does.
@@ -78,8 +79,8 @@ impl Hub {
             // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
             // any more, on a core that a vCPU may have been woken for
             let answered = self.answer(session, attachment);
-            self.options.spawner.end_switch_over();
-            self.options.spawner.assume(Role::Control, GuestImpact::Balanced);
+            self.common.options.spawner.end_switch_over();
+            self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
             self.arrived(session.id, started);
             answered
         } else {
@@ -100,7 +101,7 @@ impl Hub {
         announced: u64,
         lanes: u16,
     ) -> Result<(), MigrationError> {
-        session.wait_demand(lanes, self.options.idle_timeout)?;
+        session.wait_demand(lanes, self.common.options.idle_timeout)?;
         drop(self.current(attachment)?);
         let pager = session.pager.clone().ok_or_else(|| DecodeError::invalid("post-copy", "it is not agreed on"))?;
         let pages = std::mem::take(&mut *lock(&session.listed));
@@ -117,31 +118,31 @@ impl Hub {
         if let Some(protection) = &session.protection {
             protection.begin()?;
         }
-        let missing = Arc::new(Missing::new(pager, session.map.clone(), last + 1, lanes, self.bytes.clone()));
+        let missing = Arc::new(Missing::new(pager, session.map.clone(), last + 1, lanes, self.common.bytes.clone()));
         session.set_missing(&missing)
     }
 
     /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and with the first one a thread that
     /// waits for the end of that: here, and not in the pause.
     pub(super) fn await_faults(self: &Arc<Self>, session: &Arc<Session>, lane: u16) -> Result<(), MigrationError> {
-        let (hub, faulted) = (self.clone(), session.clone());
+        let (entry, faulted) = (self.clone(), session.clone());
         let body = Box::new(move || {
             let watched = faulted.wait_missing().map_or(Ok(()), |missing| missing.watch(lane.into()));
             if let Err(error) = watched {
                 let why = format!("faults are not served any more: {error}");
-                hub.options.observer.event(&Event::Warning(why));
+                entry.common.options.observer.event(&Event::Warning(why));
             }
         });
         self.watcher(Role::Demand, "mig-fault", body)?;
         if lane > 0 {
             return Ok(());
         }
-        let (hub, session) = (self.clone(), session.clone());
+        let (entry, session) = (self.clone(), session.clone());
         let body = Box::new(move || {
             if let Some(missing) = session.wait_missing()
                 && missing.wait_ended()
             {
-                hub.all_there(&session, &missing);
+                entry.all_there(&session, &missing);
                 missing.pager.settle();
             }
         });
@@ -149,24 +150,30 @@ impl Hub {
     }
 
     pub(super) fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
-        let thread = self.spawn(role, name, body);
+        let ended = Arc::new(AtomicBool::new(false));
+        let ending = ended.clone();
+        let body = Box::new(move || {
+            body();
+            ending.store(true, Ordering::Release);
+        });
+        let thread = self.common.spawn(self.number, role, name, body);
         let thread = thread.map_err(|cause| MigrationError::Thread { role: "the session", cause })?;
-        lock(&self.watchers).push(thread);
+        lock(&self.watchers).push(Watcher { thread, ended });
         Ok(())
     }
 
     /// Waits for the threads that served a VM whose session is over.
     pub(super) fn join_watchers(&self) {
         let watchers = std::mem::take(&mut *lock(&self.watchers));
-        for thread in watchers {
-            thread.join();
+        for watcher in watchers {
+            watcher.thread.join();
         }
     }
 
     /// No page is missing any more.
     pub(super) fn all_there(&self, session: &Session, missing: &Missing) {
         if let Err(error) = missing.pager.disarm() {
-            self.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
+            self.common.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
         }
         let mut state = lock(&self.state);
         // before *run* the source may still take the VM back: it is told when the VM has started
@@ -230,12 +237,12 @@ impl Hub {
             vm.arrived(id, epoch, failed);
             self.warn(unstarted);
         }
-        self.notices.open(|notice| self.host.notify(id, notice));
+        self.notices.open(|notice| self.common.host.notify(id, notice));
     }
 
     /// Tells the host of this, once its VM has arrived.
     pub(super) fn notify(&self, vm: VmId, notice: Notice) {
-        self.notices.add(notice, |notice| self.host.notify(vm, notice));
+        self.notices.add(notice, |notice| self.common.host.notify(vm, notice));
     }
 }
 
