@@ -20,7 +20,7 @@ use std::{
 };
 
 use migration_core::{
-    GuestRam, PageRange, PageSet,
+    PageRange, PageSet,
     page_map::{PageCopy, PageMap},
     pager::{Fault, Fill, Installed, Pager},
     shared_map::{Claim, SharedPageMap},
@@ -29,7 +29,7 @@ use migration_core::{
 use thiserror::Error;
 
 use crate::{
-    ram::{Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
+    ram::{BackedRam, Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
     tracker::{Modes, UserFault, UserFaultError, features},
 };
 
@@ -105,6 +105,17 @@ impl UserFaultPager {
     /// # Errors
     /// When the userfaultfd lacks a feature that this backing needs, or descriptors or address space are short.
     pub fn new(ram: Arc<MappedRam>, fault: Arc<UserFault>) -> Result<Self, PagerError> {
+        Self::over(BackedRam::of(ram)?, fault)
+    }
+
+    /// Creates a pager for RAM that a VMM has mapped itself.
+    ///
+    /// The VMM must not change the mapping of missing pages, for example by `madvise` or another registration with a
+    /// userfaultfd. Pages that are locked, or that a device accesses without the CPU, cannot be missing.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn over(ram: BackedRam, fault: Arc<UserFault>) -> Result<Self, PagerError> {
         let (backing, has) = (ram.backing(), fault.features());
         let needs: &[(u64, &str)] = match backing {
             Backing::Anonymous | Backing::TransparentHuge => &[],
@@ -410,6 +421,6 @@ fn nothing_missing(pages: u64) -> Arc<SharedPageMap> {
 }
 
 /// Host address and length in bytes of RAM region `index`.
-fn region(ram: &MappedRam, index: usize) -> (u64, u64) {
+fn region(ram: &BackedRam, index: usize) -> (u64, u64) {
     (ram.host_address(index).as_ptr() as u64, ram.layout().regions()[index].len)
 }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use super::{GRANULE, HUGE_BLOCK, faults::Kind, staging::Staging};
 use crate::{
-    ram::{Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
+    ram::{BackedRam, Backing, HUGE_PAGE_SIZE, MappedRam, RamError},
     tracker::{
         UserFault,
         uffd_api::{self, Progress},
@@ -27,19 +27,19 @@ static ZEROS: Zeros = Zeros([0; PAGE_SIZE]);
 
 /// Guest RAM, with what it takes to install pages of it.
 pub(super) struct Pages {
-    ram: Arc<MappedRam>,
+    ram: BackedRam,
     /// The same memory once more, for shared backings: what is written there shows up only when it is mapped.
     alias: Option<MappedRam>,
     fault: Arc<UserFault>,
 }
 
 impl Pages {
-    pub(super) fn new(ram: Arc<MappedRam>, fault: Arc<UserFault>) -> Result<Self, RamError> {
+    pub(super) fn new(ram: BackedRam, fault: Arc<UserFault>) -> Result<Self, RamError> {
         let alias = ram.alias()?;
         Ok(Self { ram, alias, fault })
     }
 
-    pub(super) fn ram(&self) -> &MappedRam {
+    pub(super) fn ram(&self) -> &BackedRam {
         &self.ram
     }
 

@@ -6,7 +6,7 @@ use std::{
     ptr::{self, NonNull},
 };
 
-use migration_core::PAGE_SIZE;
+use migration_core::{PAGE_SIZE, RamSlice};
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
@@ -31,12 +31,12 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes. With `file` the mapping shares the file's memory, otherwise it is private
-    /// anonymous memory.
+    /// Maps `len` bytes. With `file` the mapping shares the file's memory from that offset on,
+    /// otherwise it is private anonymous memory.
     ///
     /// The address is congruent to `gpa` modulo 2 MiB. Only then can KVM map a huge page of the
     /// host as a huge page of the guest.
-    pub(super) fn new(len: u64, gpa: u64, file: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+    pub(super) fn new(len: u64, gpa: u64, file: Option<(BorrowedFd<'_>, u64)>) -> io::Result<Self> {
         let huge = HUGE_PAGE_SIZE as usize;
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let room = len.checked_add(huge).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -48,15 +48,16 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let head = ((gpa % HUGE_PAGE_SIZE) as usize).wrapping_sub(base as usize) % huge;
-        let (flags, fd) = match file {
-            Some(fd) => (libc::MAP_SHARED, fd.as_raw_fd()),
-            None => (reserve, -1),
+        let (flags, fd, offset) = match file {
+            Some((fd, offset)) => (libc::MAP_SHARED, fd.as_raw_fd(), offset),
+            None => (reserve, -1, 0),
         };
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         let address = base.wrapping_byte_add(head);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: replaces `head..head + len` of the reservation just made (`head < huge`), which
         // nothing else uses.
-        let mapped = unsafe { libc::mmap(address, len, prot, flags | libc::MAP_FIXED, fd, 0) };
+        let mapped = unsafe { libc::mmap(address, len, prot, flags | libc::MAP_FIXED, fd, offset) };
         let failure = (mapped == libc::MAP_FAILED).then(io::Error::last_os_error);
         let unmap = |at: *mut libc::c_void, len: usize| {
             if len != 0 {
@@ -91,18 +92,24 @@ impl Mapping {
         if !inside || !offset.is_multiple_of(PAGE_SIZE as u64) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let address = self.address.as_ptr().wrapping_add(offset as usize);
-        loop {
-            // SAFETY: the range is inside this mapping. No kind of `Advice` unmaps memory. What
-            // they do to its contents (`Drop` makes zeros) is a write to memory to which no Rust
-            // reference exists.
-            if unsafe { libc::madvise(address.cast(), len as usize, advice as libc::c_int) } == 0 {
-                return Ok(());
-            }
-            let error = io::Error::last_os_error();
-            if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
-                return Err(error);
-            }
+        // SAFETY: the range is inside this mapping, which stays for as long as `self` does, and to
+        // which no Rust reference exists.
+        advise(unsafe { RamSlice::new(self.address.add(offset as usize), len as usize) }, advice)
+    }
+}
+
+/// Calls `madvise` for a piece of guest memory. Every kind of advice leaves the mapping in place.
+pub(super) fn advise(memory: RamSlice<'_>, advice: Advice) -> io::Result<()> {
+    loop {
+        // SAFETY: the memory is mapped, as `RamSlice` promises. No kind of `Advice` unmaps memory.
+        // What they do to its contents (`Drop` makes zeros) is a write to memory to which no Rust
+        // reference exists.
+        if unsafe { libc::madvise(memory.as_ptr().cast(), memory.len(), advice as libc::c_int) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+            return Err(error);
         }
     }
 }

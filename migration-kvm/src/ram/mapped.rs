@@ -8,11 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use migration_core::{GuestRam, PAGE_SHIFT, PAGE_SIZE, PageRange, PageSet, RamLayout};
+use migration_core::{GuestRam, PAGE_SHIFT, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion};
 use nix::sys::stat::fstat;
 
 use super::{
-    Backing, HUGE_PAGE_SIZE, RamError,
+    Backing, HUGE_PAGE_SIZE, MemoryFile, RamError,
     map::{self, Advice, Mapping},
     pagemap::{Pagemap, data_extents},
 };
@@ -172,7 +172,8 @@ impl MappedRam {
     fn map(layout: RamLayout, backing: Backing, files: Vec<Option<OwnedFd>>) -> Result<Self, RamError> {
         let mut regions = Vec::with_capacity(files.len());
         for (file, region) in files.into_iter().zip(layout.regions()) {
-            let mapping = Mapping::new(region.len, region.gpa, file.as_ref().map(AsFd::as_fd)).map_err(|error| {
+            let mapped = file.as_ref().map(|file| (file.as_fd(), 0));
+            let mapping = Mapping::new(region.len, region.gpa, mapped).map_err(|error| {
                 // hugetlb pages are reserved by the mapping itself, so another process cannot take
                 // them in between
                 match (backing, error.raw_os_error()) {
@@ -198,6 +199,18 @@ impl MappedRam {
         }
         let pagemap = Pagemap::open_if_any().map_err(RamError::system("open /proc/self/pagemap"))?;
         Ok(Self { layout, backing, regions, pagemap })
+    }
+
+    /// Maps memory of a VM a second time, for a pager: these parts of its memory files.
+    pub(super) fn second(layout: RamLayout, backing: Backing, files: &[MemoryFile]) -> Result<Self, RamError> {
+        let map = |(file, region): (&MemoryFile, &RamRegion)| {
+            let mapping = Mapping::new(region.len, region.gpa, Some((file.file.as_fd(), file.offset)))?;
+            mapping.advise(0, region.len, Advice::DontDump)?;
+            Ok(Region { mapping, file: None })
+        };
+        let regions: io::Result<_> = files.iter().zip(layout.regions()).map(map).collect();
+        let regions = regions.map_err(RamError::system("map memory a second time"))?;
+        Ok(Self { layout, backing, regions, pagemap: None })
     }
 
     /// Returns the backing of the RAM.
@@ -408,12 +421,6 @@ impl MappedRam {
         Ok(())
     }
 
-    /// Removes the page table entries of `range`. Shared memory keeps its contents; private memory
-    /// loses them.
-    pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
-        self.advise(range, Advice::Drop, "unmap memory")
-    }
-
     fn advise(&self, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {
         self.check(range)?;
         for (region, offset, piece) in self.layout.split(range) {
@@ -480,7 +487,7 @@ unsafe impl GuestRam for MappedRam {
     }
 }
 
-fn file_size(file: BorrowedFd<'_>) -> Result<u64, RamError> {
+pub(super) fn file_size(file: BorrowedFd<'_>) -> Result<u64, RamError> {
     let stat = fstat(file).map_err(io::Error::from).map_err(RamError::system("read a memory file's length"))?;
     Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
@@ -497,8 +504,6 @@ fn free_huge_pages() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use migration_core::RamRegion;
-
     use super::*;
 
     fn layout() -> RamLayout {

@@ -1,10 +1,11 @@
 //! Guest RAM: mapped by this crate ([`MappedRam`]), or by a VMM that uses vm-memory
-//! ([`VmMemoryRam`]).
+//! ([`VmMemoryRam`]) or has its own memory ([`BackedRam`]).
 
 use std::{fmt, fs, io, path::Path, str::FromStr};
 
 use thiserror::Error;
 
+mod backed;
 #[allow(unsafe_code)]
 mod map;
 #[allow(unsafe_code)]
@@ -15,6 +16,7 @@ pub(crate) mod pagemap;
 #[allow(unsafe_code)]
 mod vm_memory;
 
+pub use backed::{BackedRam, MemoryFile, RegionBacking};
 pub use mapped::MappedRam;
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{VmMemoryBitmap, VmMemoryError, VmMemoryRam};
@@ -148,6 +150,32 @@ pub enum RamError {
         index: usize,
         /// The backing.
         backing: Backing,
+    },
+    /// The number of named backings differs from the number of regions.
+    #[error("backings are named for {named} regions of RAM, there are {regions}")]
+    Regions {
+        /// The number of backings that were named.
+        named: usize,
+        /// The number of regions.
+        regions: usize,
+    },
+    /// The regions of a VM have backings of several kinds.
+    #[error("RAM is backed by {first} and by {other}: a pager serves one of them")]
+    Mixed {
+        /// The backing of the first region.
+        first: Backing,
+        /// Another backing.
+        other: Backing,
+    },
+    /// A region does not begin with a whole page of its file.
+    #[error("RAM region {index} begins at byte {offset:#x} of its file, which is not a multiple of {page_size:#x}")]
+    Offset {
+        /// The index of the region in the layout.
+        index: usize,
+        /// The offset of the region in the file, in bytes.
+        offset: u64,
+        /// The size of the pages of the file, in bytes.
+        page_size: u64,
     },
     /// Memory of this backing is private to a process.
     #[error("memory backed by {0} cannot be shared with another process: memfd or hugetlb can")]

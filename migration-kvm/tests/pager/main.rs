@@ -29,9 +29,11 @@ use migration_kvm::{
 };
 
 mod load;
+mod own_ram;
 mod world;
 
 use load::{a_guest_runs_on_missing_pages, cost, stress};
+use own_ram::ram_of_the_vmms_own;
 use world::{HugePages, LONG, Outcome, World, contents, ensure, expect, fill, range};
 
 type Check = fn(Backing) -> Outcome;
@@ -680,7 +682,7 @@ fn main() -> ExitCode {
             None => Trial::test(name, move || run(backing)),
         });
     };
-    let everywhere: [(&str, Check); 14] = [
+    let everywhere: [(&str, Check); 15] = [
         ("touching_sleeps", touching_sleeps),
         ("writes_wait_too", writes_wait_too),
         ("racing_installs", racing_installs),
@@ -695,6 +697,7 @@ fn main() -> ExitCode {
         ("giving_up_ends_the_watch", giving_up_ends_the_watch),
         ("lacking_features", lacking_features),
         ("stress", stress),
+        ("ram_of_the_vmms_own", ram_of_the_vmms_own),
     ];
     for backing in Backing::ALL {
         let needs = match backing {

@@ -21,8 +21,8 @@ pub type Outcome = Result<(), Failed>;
 /// Far longer than anything takes: an end for waits that must not need one.
 pub const LONG: Duration = Duration::from_secs(600);
 
-pub struct World {
-    pub ram: Arc<MappedRam>,
+pub struct World<R = MappedRam> {
+    pub ram: Arc<R>,
     pub fault: Arc<UserFault>,
     pub pager: UserFaultPager,
 }
@@ -41,7 +41,9 @@ impl World {
         let pager = UserFaultPager::new(ram.clone(), fault.clone())?;
         Ok(Self { ram, fault, pager })
     }
+}
 
+impl<R: GuestRam + 'static> World<R> {
     pub fn pages(&self) -> u64 {
         self.ram.layout().pages()
     }
@@ -106,11 +108,11 @@ impl World {
     }
 
     /// Runs `body` while a thread answers faults by `answer`.
-    pub fn serve<R>(
+    pub fn serve<T>(
         &self,
         answer: impl Fn(Fault) -> io::Result<()> + Sync,
-        body: impl FnOnce() -> R,
-    ) -> Result<R, Failed> {
+        body: impl FnOnce() -> T,
+    ) -> Result<T, Failed> {
         thread::scope(|scope| {
             let server = scope.spawn(|| -> Result<(), String> {
                 loop {
