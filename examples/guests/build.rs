@@ -1,13 +1,15 @@
 //! Compiles the guest (`guest/`) into `OUT_DIR/guest.elf`.
 //!
-//! It is a program of its own, without the standard library and linked to a fixed address, so `rustc` is called directly: as a Cargo
-//! package it would need a target specification or flags of its own, and a second `cargo` under the first.
+//! The guest is a separate program, without the standard library and linked to a fixed address.
+//! `rustc` is called directly: a Cargo package would need a target specification or special flags,
+//! and a second `cargo` inside the first.
 
 use std::path::PathBuf;
 use std::process::Command;
 use std::{env, error::Error};
 
-/// What makes a Linux target's compiler produce a freestanding image. Only the baseline's SSE2 is used: the guest leaves XCR0 alone.
+/// The flags that make the compiler of a Linux target produce a freestanding image. The guest does
+/// not enable XCR0, so it is limited to the baseline's SSE2.
 const FLAGS: &[&str] = &[
     "--crate-type=bin",
     "--crate-name=guest",

@@ -1,7 +1,9 @@
-//! The balloon: which pages nobody needs, told to the VMM through a bitmap in RAM.
+//! The balloon: a bitmap in RAM tells the VMM which pages the guest does not need.
 //!
-//! Setting and clearing a bit costs no exit; giving the memory back to the host costs one for some hundred pages. The order is what counts: the bit is cleared before the page is written again, so whoever still finds
-//! it set and leaves the page alone misses nothing; and what a page holds while its bit is set is nobody's business any more.
+//! Setting and clearing a bit costs no exit. Returning memory to the host costs one exit for a few
+//! hundred pages. Only the order matters: the guest clears a page's bit before it writes the page
+//! again. A reader that still finds the bit set can therefore skip the page without missing a
+//! write. The contents of a page whose bit is set are undefined.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,12 +12,16 @@ use crate::memory::Area;
 use crate::page::store;
 use crate::platform;
 
-/// Address of the bitmap, a bit for each page frame from 0 on; 0 if the VMM has no balloon.
+/// The address of the bitmap, with one bit for each page frame from 0 on; 0 if the VMM has no
+/// balloon.
 static BITMAP: AtomicU64 = AtomicU64::new(0);
-/// Frames that the bitmap is for.
+/// The number of frames in the bitmap.
 static FRAMES: AtomicU64 = AtomicU64::new(0);
 
-/// Takes the pages for a bitmap off the front of RAM and tells the VMM, if it has a balloon. The first CPU does so, before any other looks.
+/// Takes the pages for a bitmap from the front of RAM and tells the VMM their address, if it has a
+/// balloon.
+///
+/// The first CPU calls this before any other CPU uses the balloon.
 pub fn set_up(ram: &mut Area) {
     if platform::read_port(balloon::BASE + balloon::COMMAND) != balloon::OFF {
         return;
@@ -39,35 +45,43 @@ pub fn set_up(ram: &mut Area) {
     }
 }
 
-/// Whether the VMM looks at the bitmap.
+/// Returns whether the VMM reads the bitmap.
 pub fn is_on() -> bool {
     BITMAP.load(Ordering::Acquire) != 0
 }
 
-/// The word and the bit of a page. Only while the balloon [`is_on`].
+/// Returns the word and the bit of a page.
+///
+/// # Panics
+/// When the page is outside the bitmap. Only to be called while the balloon [`is_on`].
 fn bit(address: u64) -> (&'static AtomicU64, u64) {
     let frame = address / PAGE_SIZE;
     assert!(frame < FRAMES.load(Ordering::Relaxed), "page outside the balloon's bitmap");
     let word = (BITMAP.load(Ordering::Acquire) + frame / 64 * 8) as *mut u64;
-    // SAFETY: an aligned word of the bitmap's pages, which are used in no other way.
+    // SAFETY: the pointer is that of an aligned word in the bitmap's pages, which are used in no
+    // other way.
     (unsafe { AtomicU64::from_ptr(word) }, 1 << (frame % 64))
 }
 
-/// The page is not needed. Its contents may be gone from now on.
+/// Marks a page as not needed. Its contents may be lost from now on.
 pub fn give(address: u64) {
     let (word, bit) = bit(address);
     word.fetch_or(bit, Ordering::AcqRel);
 }
 
-/// The page is about to be used again: to be called before it is written. What it holds until then is undefined.
+/// Marks a page as needed. This must be called before the page is written; its contents are
+/// undefined until then.
 pub fn take_back(address: u64) {
     let (word, bit) = bit(address);
-    // Locked, so no later write becomes visible before it; acquire, so that the compiler moves none before it either.
+    // The instruction is locked, so no later write becomes visible before it. Acquire keeps the
+    // compiler from moving a write before it.
     word.fetch_and(!bit, Ordering::AcqRel);
 }
 
-/// Lets the host have the memory of those among these pages that are given, which lie one after the other and are all the calling CPU's: no other
-/// may take one of them back meanwhile.
+/// Lets the host take the memory of those of these consecutive pages that are marked as not needed.
+///
+/// All of the pages must belong to the calling CPU, so that no other CPU takes one of them back
+/// during the call.
 pub fn discard(cpu: usize, address: u64, pages: u64) {
     let slots = BITMAP.load(Ordering::Acquire) + FRAMES.load(Ordering::Relaxed).div_ceil(64) * 8;
     let slot = slots + cpu as u64 * balloon::SLOT_SIZE;

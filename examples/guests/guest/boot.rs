@@ -1,57 +1,61 @@
-//! Everything that runs in ring 0, in assembly: the PVH entry, the start of further CPUs, and the traps of ring 3.
+//! Everything that runs in ring 0, in assembly: the PVH entry, the start of further CPUs, and the
+//! traps from ring 3.
 //!
-//! Some KVMs interpret ring 0, at about a million instructions a second. So ring 0 does next to nothing: page tables, descriptors, task
-//! segments and the interrupt table are computed by the assembler and lie finished in the image. A CPU loads them, some 40 instructions, and goes to
-//! ring 3, where all Rust code runs. There it may do three things that the processor forbids there; each raises #GP, and the handler looks at the
-//! instruction:
+//! Some versions of KVM interpret ring 0, at about a million instructions per second. Ring 0
+//! therefore does as little as possible: the assembler computes the page tables, descriptors, task
+//! segments and interrupt table, and the image contains them complete. A CPU loads them with about
+//! 40 instructions and goes to ring 3, where all Rust code runs. Ring 3 may do three things that
+//! the processor forbids there. Each of them raises #GP, and the handler looks at the instruction:
 //!
 //! | instruction in ring 3 | what the handler does |
 //! |---|---|
 //! | `out dx, al` and `in al, dx` | the same, in ring 0 |
-//! | `hlt` | sleeps until the next interrupt (the LAPIC timer's) |
-//! | `cli` | triple fault: the guest is over |
+//! | `hlt` | sleeps until the next interrupt (of the LAPIC timer) |
+//! | `cli` | causes a triple fault, which ends the guest |
 //!
-//! Any other exception becomes a call of `trap_report` in ring 3. Only instructions that simple interpreters know are used (no `rdtscp`,
-//! `cmpxchg16b`, `xrstor`).
+//! Any other exception becomes a call of `trap_report` in ring 3. The code uses only instructions
+//! that simple interpreters implement (no `rdtscp`, `cmpxchg16b`, `xrstor`).
 //!
-//! The accessed and dirty bits of all tables are set from the start, so no page walk ever writes to them: the guest's dirty pages are
-//! those of its workload. `ltr` sets the busy bit of a descriptor once per CPU.
+//! The accessed and dirty bits of all tables are set from the start, so page walks never write to
+//! the tables: the guest's dirty pages are those of its workload. `ltr` sets the busy bit of a
+//! descriptor once per CPU.
 //!
 //! | address | section | content |
 //! |---|---|---|
-//! | 0x100000 | .board | what the guest shows (`layout.rs`) |
-//! | 0x101000 | .params | what the VMM asks for (`layout.rs`) |
-//! | 0x102000 | .paging | PML4, PDPT, page directories of GiB 0 (RAM) and GiB 3 (only the LAPIC); ring 3 adds those that RAM needs |
+//! | 0x100000 | .board | the state that the guest reports (`layout.rs`) |
+//! | 0x101000 | .params | the parameters from the VMM (`layout.rs`) |
+//! | 0x102000 | .paging | PML4, PDPT, page directories of GiB 0 (RAM) and GiB 3 (only the LAPIC); ring 3 adds those for the other RAM |
 //! | 0x106000 | .descriptors | GDT, at +0x400 a task segment per CPU, at +0x1000 the IDT |
-//! | 0x108000 | .ring0 | 16 bytes of stub per vector, then code |
+//! | 0x108000 | .ring0 | a stub of 16 bytes per vector, then code |
 
 use core::arch::global_asm;
 
 use crate::layout::{BOARD_MAGIC, MAX_CPUS, PARAMS_MAGIC};
 
-/// Where the 16-bit code of the start of a CPU is copied. Below 1 MiB, page aligned; the SIPI's vector is its page number.
+/// The address to which the 16-bit start code of a CPU is copied: below 1 MiB and page aligned. The
+/// SIPI's vector is its page number.
 pub const TRAMPOLINE: u64 = 0x8000;
-/// Vector of the LAPIC timer.
+/// The vector of the LAPIC timer.
 pub const TIMER_VECTOR: u32 = 0x40;
-/// Vector of spurious interrupts; its low four bits are set, as old LAPICs want.
+/// The vector of spurious interrupts. Its low four bits are set, as old LAPICs require.
 pub const SPURIOUS_VECTOR: u32 = 0x4f;
 
-/// The ring-0 stacks only ever hold two interrupt frames.
+/// A ring-0 stack never holds more than two interrupt frames.
 const KERNEL_STACK: usize = 1024;
 const USER_STACK: usize = 32 * 1024;
 
 unsafe extern "C" {
-    /// First byte of the trampoline in the image.
+    /// The first byte of the trampoline in the image.
     pub static trampoline_start: u8;
-    /// First byte after it.
+    /// The first byte after the trampoline.
     pub static trampoline_end: u8;
-    /// First byte after the image, page aligned (link.ld).
+    /// The first byte after the image, page aligned (link.ld).
     pub static image_end: u8;
 }
 
 #[repr(align(4096))]
 struct Stacks<const BYTES: usize>(#[allow(dead_code)] core::cell::UnsafeCell<[[u8; BYTES]; MAX_CPUS]>);
-// SAFETY: only the assembly below uses the stacks, each CPU its own.
+// SAFETY: only the assembly below uses the stacks, and each CPU uses its own.
 unsafe impl<const BYTES: usize> Sync for Stacks<BYTES> {}
 
 #[unsafe(no_mangle)]
@@ -59,8 +63,9 @@ static kernel_stacks: Stacks<KERNEL_STACK> = Stacks(core::cell::UnsafeCell::new(
 #[unsafe(no_mangle)]
 static user_stacks: Stacks<USER_STACK> = Stacks(core::cell::UnsafeCell::new([[0; USER_STACK]; MAX_CPUS]));
 
-// The pages that both sides know, and the note by which a loader finds the 32-bit entry (XEN_ELFNOTE_PHYS32_ENTRY = 18). Its descriptor is
-// 8 bytes wide as Linux's is: QEMU reads that many.
+// The two pages of `layout.rs`, and the ELF note by which a loader finds the 32-bit entry
+// (XEN_ELFNOTE_PHYS32_ENTRY = 18). Its descriptor is 8 bytes long, as Linux's is, because QEMU
+// reads 8 bytes.
 global_asm!(
     ".section .board, \"aw\", @progbits",
     ".quad {board_magic}",
@@ -77,7 +82,8 @@ global_asm!(
     params_magic = const PARAMS_MAGIC,
 );
 
-// Tables. 0x27 = present, writable, user, accessed; 0xe7 = those, dirty, 2 MiB page; 0xff = those, not cached.
+// The tables. 0x27 = present, writable, user, accessed; 0xe7 = these, dirty, 2 MiB page; 0xff =
+// these, not cached.
 global_asm!(
     ".section .paging, \"aw\", @progbits",
     "pml4:",
@@ -127,7 +133,8 @@ global_asm!(
     kernel_stack = const KERNEL_STACK,
 );
 
-// The stubs. Every one leaves vector and error code on the stack, as the vectors with an error code already do.
+// The stubs. Each leaves the vector and an error code on the stack; vectors without an error code
+// push a 0.
 global_asm!(
     ".section .ring0, \"ax\", @progbits",
     ".code64",
@@ -173,7 +180,8 @@ global_asm!(
     "jmp 5f",
     "3: in al, dx",
     "jmp 5f",
-    // `sti` takes effect after the next instruction: an interrupt cannot come between the two and be slept over.
+    // `sti` takes effect after the next instruction, so no interrupt can come between `sti` and
+    // `hlt`.
     "4: sti",
     "hlt",
     "cli",
@@ -189,8 +197,8 @@ global_asm!(
     "pop rax",
     "iretq",
     "",
-    // On the stack: vector, error code, rip, cs, rflags, rsp, ss. Returns into trap_report(vector, error code, rip, cr2) in ring 3,
-    // on the stack that was in use, below the red zone.
+    // On the stack: vector, error code, rip, cs, rflags, rsp, ss. Returns into trap_report(vector,
+    // error code, rip, cr2) in ring 3, on the stack that was in use, below the red zone.
     "trap:",
     "test byte ptr [rsp + 24], 3",
     "jz die",
@@ -207,7 +215,7 @@ global_asm!(
     "mov [rsp + 24], rax",
     "iretq",
     "",
-    // Without an interrupt table the next exception shuts the CPU down, which the VMM sees.
+    // Without an interrupt table the next exception shuts the CPU down, and the VMM sees that.
     "die:",
     "lidt [rip + no_table]",
     "ud2",
@@ -218,7 +226,8 @@ global_asm!(
     ".quad 0",
 );
 
-// The ways in. Both come to `enter` in 32-bit protected mode without paging: edi = CPU, ebp = hvm_start_info (first CPU only).
+// The entries of the first and of further CPUs. Both jump to `enter` in 32-bit protected mode
+// without paging: edi = CPU, ebp = hvm_start_info (first CPU only).
 global_asm!(
     ".section .ring0, \"ax\", @progbits",
     ".code32",
@@ -229,7 +238,8 @@ global_asm!(
     "cld",
     "mov ebp, ebx",
     "xor edi, edi",
-    // A BIOS that ran before may have left the old interrupt controllers open; their vectors would look like exceptions.
+    // A BIOS may have left the legacy interrupt controllers unmasked; their vectors would look like
+    // exceptions.
     "mov al, 0xff",
     "out 0x21, al",
     "out 0xa1, al",
@@ -266,7 +276,7 @@ global_asm!(
     "shl eax, 4",
     "add eax, 0x30",
     "ltr ax",
-    // The frame: ss, rsp (as after a call: 8 short of a multiple of 16), rflags with IF, cs, rip.
+    // The frame: ss, rsp (as after a call: 8 below a multiple of 16), rflags with IF, cs, rip.
     "mov eax, edi",
     "imul eax, eax, {user_stack}",
     "lea rax, [rax + user_stacks + {user_stack} - 8]",
@@ -285,7 +295,8 @@ global_asm!(
     "idt_pointer: .word 0x50 * 16 - 1",
     ".quad 0x107000",
     "",
-    // A further CPU after INIT and SIPI. It learns its number from its LAPIC, whose MMIO page the VMM's kernel knows better than CPUID.
+    // A further CPU after INIT and SIPI. It reads its number from its LAPIC: KVM reports the id
+    // correctly there, which is not certain for CPUID.
     ".code32",
     "further_cpu:",
     "mov ax, 0x10",
@@ -300,7 +311,8 @@ global_asm!(
     "6: hlt",
     "jmp 6b",
     "",
-    // Real mode, copied to TRAMPOLINE: cs = TRAMPOLINE / 16, so only absolute addresses below 64 KiB are used.
+    // Real mode, copied to TRAMPOLINE: cs = TRAMPOLINE / 16, so the code uses only absolute
+    // addresses below 64 KiB.
     ".balign 8",
     ".globl trampoline_start, trampoline_end",
     ".code16",

@@ -1,7 +1,9 @@
-//! `churn`: an allocator whose pages come and go, and a balloon that takes what it does not need.
+//! `churn`: an allocator that allocates and frees pages all the time, and a balloon that takes the
+//! free ones.
 //!
-//! The policy is that of dynamic self-ballooning (Hines, Deshpande and Gopalan): at every interval the balloon is inflated to 95 % of all memory
-//! that is not in use; an allocation that finds no free page deflates it by 128 pages, and the balloon then stays as it is for 10 intervals.
+//! The policy is dynamic self-ballooning (Hines, Deshpande and Gopalan): at every interval the
+//! balloon is inflated to 95 % of all memory that is not in use. An allocation that finds no free
+//! page deflates it by 128 pages; the balloon then keeps its size for 10 intervals.
 
 use crate::Workload;
 use crate::balloon;
@@ -13,38 +15,41 @@ use crate::platform;
 use crate::spec::Spec;
 use crate::writers::Pacer;
 
-/// Share of the memory not in use that the balloon is inflated to, in percent.
+/// The percentage of the unused memory to which the balloon is inflated.
 const INFLATE_TO: u64 = 95;
-/// Pages by which it is deflated when memory is short.
+/// The number of pages by which the balloon is deflated when memory is short.
 const DEFLATE_BY: u64 = 128;
-/// Intervals for which it is then left alone.
+/// The number of intervals for which the balloon then keeps its size.
 const BACK_OFF: u64 = 10;
-/// Of so many operations one goes the other way, so that pages come and go also while the share in use grows or shrinks.
+/// One of this many operations goes in the opposite direction, so that pages are allocated and
+/// freed also while the number of pages in use grows or shrinks.
 const CONTRARY: u64 = 4;
-/// Pages, in the balloon or not, that the host is asked to see to at a time.
+/// The number of pages, in the balloon or not, in one request to the host.
 const DISCARD_BY: u64 = 512;
-/// Pages between two beats: some microseconds.
+/// The number of pages between two beats: this takes some microseconds.
 const SLICE: u64 = 64;
 
-/// A page that is in use carries, as its generation, how often it was allocated.
+/// The state of `churn` on one CPU. The generation of a page in use is the number of times that it
+/// was allocated.
 pub struct Churn {
     part: Area,
-    /// The numbers of all pages: first those in use, then those that are free, the last freed first, then those in the balloon.
+    /// The numbers of all pages: first those in use, then the free ones with the one freed last
+    /// first, then those in the balloon.
     order: Ledger,
     generations: Ledger,
-    /// Pages in use.
+    /// The number of pages in use.
     used: u64,
-    /// Where in `order` the balloon begins.
+    /// The index in `order` at which the balloon begins.
     edge: u64,
-    /// How many pages are to be in use next, between the two bounds.
+    /// The number of pages in use that is approached next, between the two bounds.
     target: u64,
     bounds: (u64, u64),
     balloon: bool,
     discards: bool,
-    /// Pages before this one have been discarded, if they were in the balloon then.
+    /// The pages before this one have been discarded, if they were in the balloon at that time.
     discarded: u64,
     interval: u64,
-    /// When the next interval begins.
+    /// The time at which the next interval begins.
     next: u64,
     back_off: u64,
     seed: u64,
@@ -71,7 +76,7 @@ impl Churn {
         cpu.beat();
     }
 
-    /// Checks a page in use, any of them, and frees it.
+    /// Checks any one of the pages in use and frees it.
     fn free(&mut self, cpu: &mut Cpu) {
         if self.used == 0 {
             return;
@@ -110,7 +115,8 @@ impl Churn {
         }
     }
 
-    /// Lets the host have some more of the balloon's memory. Pages that lie apart are left to the next call.
+    /// Discards some more pages of the balloon. Pages that are not adjacent are left to the next
+    /// call.
     fn discard(&mut self, cpu: &mut Cpu) {
         let first = self.discarded;
         let address = self.part.address(first);
@@ -135,13 +141,13 @@ impl Churn {
         self.back_off = BACK_OFF;
     }
 
-    /// Begins as many intervals as are due.
-    fn look_at_balloon(&mut self, cpu: &mut Cpu) {
+    /// Starts the next interval if it is due.
+    fn update_balloon(&mut self, cpu: &mut Cpu) {
         let now = cpu.beat();
         if !self.balloon || now < self.next {
             return;
         }
-        // What a gap swallowed is not made up for.
+        // Intervals that a gap has swallowed are not made up for.
         self.next = now + self.interval;
         if self.back_off != 0 {
             self.back_off -= 1;
@@ -156,7 +162,7 @@ impl Workload for Churn {
         (spec.value("spin") == 0).then_some(Pacer::TIMER_HZ)
     }
 
-    /// Everything was written once when the workload begins, as in a guest that has been up for a while.
+    /// Writes every page once before the workload begins, as in a guest that has run for some time.
     fn prepare(cpu: &mut Cpu, mut part: Area, spec: &Spec<'_>) -> Self {
         let order = Ledger::take(&mut part);
         let generations = Ledger::take(&mut part);
@@ -193,7 +199,7 @@ impl Workload for Churn {
     }
 
     fn step(&mut self, cpu: &mut Cpu) {
-        self.look_at_balloon(cpu);
+        self.update_balloon(cpu);
         if self.discarded < self.part.pages() {
             self.discard(cpu);
         }

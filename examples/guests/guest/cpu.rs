@@ -1,4 +1,4 @@
-//! A CPU as the workloads see it: its heartbeat, its counters, and the place where errors go.
+//! A CPU as the workloads see it: its heartbeat, its counters, and the reports of errors.
 
 use core::fmt::Write;
 use core::ptr::{read_volatile, write_volatile};
@@ -7,21 +7,22 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence};
 use crate::layout::{ACCESS_BUCKETS, BOARD_ADDRESS, BOARD_VERSION, access_bucket, board, fault, record, state};
 use crate::platform;
 
-/// Something that is not as it must be.
+/// A difference between what is in memory and what should be there.
 #[derive(Clone, Copy)]
 pub struct Fault {
-    /// One of [`fault`].
+    /// The kind, one of [`fault`].
     pub kind: u64,
-    /// Where.
+    /// The address.
     pub address: u64,
-    /// What should be there.
+    /// The expected value.
     pub expected: u64,
-    /// What is there.
+    /// The value that was found.
     pub found: u64,
 }
 
 fn board_read(offset: usize) -> u64 {
-    // SAFETY: the board is a page of the image, and all offsets (layout.rs) are within it. The VMM may write at any time: volatile.
+    // SAFETY: the board is a page of the image, and all offsets (layout.rs) are within it. The
+    // access is volatile because the VMM may write at any time.
     unsafe { read_volatile((BOARD_ADDRESS + offset as u64) as *const u64) }
 }
 
@@ -32,41 +33,42 @@ pub fn board_write(offset: usize, value: u64) {
     unsafe { write_volatile((BOARD_ADDRESS + offset as u64) as *mut u64, value) }
 }
 
-/// Writes the two words that never change.
+/// Writes the first state and the version on the board.
 pub fn set_up_board() {
     board_write(board::STATE, state::BOOTING);
     // SAFETY: as in `board_read`.
     unsafe { write_volatile((BOARD_ADDRESS + board::VERSION as u64) as *mut u32, BOARD_VERSION) };
 }
 
-/// The count of CPUs that are up, which is on the board.
+/// Returns the number of running CPUs, a word of the board.
 fn online() -> &'static AtomicU32 {
-    // SAFETY: an aligned word of the board that the guest's CPUs only ever use as an atomic.
+    // SAFETY: this is an aligned word of the board that the guest's CPUs only use as an atomic.
     unsafe { AtomicU32::from_ptr((BOARD_ADDRESS + board::CPUS as u64) as *mut u32) }
 }
 
-/// CPUs that are up.
+/// Returns the number of running CPUs.
 pub fn cpus_online() -> usize {
     online().load(Ordering::Acquire) as usize
 }
 
-/// A figure that all CPUs add to. They do so rarely.
+/// Returns a counter that all CPUs share. They add to it rarely.
 fn shared(offset: usize) -> &'static AtomicU64 {
-    // SAFETY: as in `online`, for the words of the board that are not a CPU's own.
+    // SAFETY: as in `online`, for the words of the board that do not belong to one CPU.
     unsafe { AtomicU64::from_ptr((BOARD_ADDRESS + offset as u64) as *mut u64) }
 }
 
-/// Adds to a figure of the board that all CPUs count together; they do so rarely.
+/// Adds to a counter of the board that all CPUs share; they do so rarely.
 pub fn count(offset: usize, by: u64) {
     shared(offset).fetch_add(by, Ordering::Relaxed);
 }
 
-/// Counts a CPU that came up.
+/// Counts the calling CPU as running.
 pub fn come_online() {
     online().fetch_add(1, Ordering::AcqRel);
 }
 
-/// Notes a fault as the first one and says so on the serial port. False if there was one before.
+/// Records a fault as the first one and prints it on the serial port. Returns false if another
+/// fault came first.
 pub fn report(what: Fault) -> bool {
     let words = (BOARD_ADDRESS + board::FIRST_ERROR as u64) as *mut u64;
     // SAFETY: as in `online`.
@@ -83,22 +85,24 @@ pub fn report(what: Fault) -> bool {
     true
 }
 
-/// Reports why the guest cannot go on, and ends it.
+/// Reports why the guest cannot continue, and ends the guest.
 pub fn give_up(what: Fault) -> ! {
     let first = report(what);
     board_write(board::STATE, state::FAILED);
     if !first {
-        // Another CPU may still be telling of its fault: time for that before the guest is over.
+        // Another CPU may still be reporting its fault: this leaves time for that before the guest
+        // ends.
         platform::spin(100_000);
     }
     platform::shut_down()
 }
 
-/// A CPU. Each has its record on the board; what it counts it also keeps here, so that a heartbeat writes and does not read.
+/// A CPU. Each has its record on the board. It also keeps its counters here, so that a heartbeat
+/// writes the board without reading it.
 pub struct Cpu {
-    /// Number of the CPU, 0 for the first.
+    /// The number of the CPU, 0 for the first.
     pub index: usize,
-    /// Number of CPUs that work.
+    /// The number of CPUs that work.
     pub count: usize,
     last: u64,
     heartbeats: u64,
@@ -107,18 +111,19 @@ pub struct Cpu {
     errors: u64,
     reset_seen: u64,
     verified_pages: u64,
-    /// Number of the verification that is done, and that the VMM asks for.
+    /// The number of the verification that is done, and of the one that the VMM asks for.
     verify: (u64, u64),
     random: u64,
-    /// Ticks from which an access is counted.
+    /// The number of ticks from which on an access is counted.
     access_limit: u64,
 }
 
-/// Microseconds from which an access is counted: more than any that the memory answers by itself.
+/// The number of microseconds from which on an access is counted: longer than an access to present
+/// memory takes.
 const ACCESS_LIMIT: u64 = 20;
 
 impl Cpu {
-    /// A CPU among so many.
+    /// Returns CPU number `index` of `count`.
     pub fn new(index: usize, count: usize, seed: u64) -> Cpu {
         let last = platform::now();
         Cpu {
@@ -142,12 +147,14 @@ impl Cpu {
         board_write(board::RECORDS + self.index * board::RECORD_SIZE + field, value);
     }
 
-    /// Looks at the clock. To be called every few microseconds: the longest time between two calls is what the guest
-    /// calls its longest gap. Returns the time.
+    /// Reads the clock, counts a heartbeat, and returns the time.
+    ///
+    /// This must be called every few microseconds: the longest time between two calls is the
+    /// guest's longest gap.
     #[inline(always)]
     pub fn beat(&mut self) -> u64 {
         let now = platform::now();
-        // A guest that moved to another host may find its clock set back.
+        // After a migration the guest may find its clock set back.
         let gap = now.saturating_sub(self.last);
         self.last = now;
         self.heartbeats += 1;
@@ -164,7 +171,7 @@ impl Cpu {
         now
     }
 
-    /// Obeys the VMM, which wants everything measured from now on.
+    /// Restarts all measurements, as the VMM has asked.
     #[cold]
     #[inline(never)]
     fn reset(&mut self, asked: u64) {
@@ -173,24 +180,27 @@ impl Cpu {
         self.put(record::LONGEST_GAP, 0);
         self.put(record::GAP_END, 0);
         if self.index == 0 {
-            // What is shared is cleared once. Others may count an access too many or too few until all have obeyed.
+            // The first CPU clears the shared words. Until all CPUs have obeyed, the others may
+            // count an access too many or too few.
             shared(board::ACCESS_LONGEST).store(0, Ordering::Relaxed);
             (0..ACCESS_BUCKETS).for_each(|n| shared(board::ACCESS_COUNTS + 8 * n).store(0, Ordering::Relaxed));
         }
-        // Only a CPU that has cleared everything says so.
+        // A CPU acknowledges only after it has cleared everything.
         compiler_fence(Ordering::SeqCst);
         self.put(record::RESET_SEEN, asked);
     }
 
-    /// From now on [`Cpu::access`] counts.
+    /// Makes [`Cpu::access`] count from now on.
     pub fn measure_accesses(&mut self) {
         self.access_limit = platform::ticks(ACCESS_LIMIT);
         board_write(board::ACCESS_LIMIT, self.access_limit);
     }
 
-    /// Ends the access to a page that began at a time; counts it if it took long. Returns the time, at which the next one begins.
+    /// Ends the access to a page that began at the time `since`, counts it if it was slow, and
+    /// returns the time, at which the next access begins.
     ///
-    /// The clock may be read before a load is complete, but not before it has faulted: a fault is taken in the order of the program.
+    /// The clock may be read before a load is complete, but not before the load has faulted: faults
+    /// are taken in program order.
     #[inline(always)]
     pub fn access(&mut self, since: u64) -> u64 {
         let now = platform::now();
@@ -232,12 +242,12 @@ impl Cpu {
         report(what);
     }
 
-    /// Faults so far.
+    /// Returns the number of faults so far.
     pub fn errors(&self) -> u64 {
         self.errors
     }
 
-    /// A random number (splitmix64).
+    /// Returns a random number (splitmix64).
     #[inline(always)]
     pub fn random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -247,13 +257,13 @@ impl Cpu {
         z ^ z >> 31
     }
 
-    /// A random number below another one.
+    /// Returns a random number below `n`.
     #[inline(always)]
     pub fn random_below(&mut self, n: u64) -> u64 {
         ((u128::from(self.random()) * u128::from(n)) >> 64) as u64
     }
 
-    /// Whether the VMM waits for a verification.
+    /// Returns whether the VMM waits for a verification.
     pub fn verify_wanted(&mut self) -> bool {
         self.verify.1 = board_read(board::VERIFY);
         self.verify.0 != self.verify.1
@@ -265,13 +275,13 @@ impl Cpu {
         self.put(record::VERIFIED_PAGES, self.verified_pages);
     }
 
-    /// Says that the verification which the VMM waits for is done.
+    /// Reports that the verification for which the VMM waits is done.
     pub fn verify_done(&mut self) {
         self.verify.0 = self.verify.1;
         self.put(record::VERIFY_DONE, self.verify.0);
     }
 
-    /// Forgets the longest gap, which so far is that of setting up.
+    /// Clears the longest gap, which until now includes the initialization.
     pub fn restart(&mut self) {
         self.longest_gap = 0;
         self.put(record::LONGEST_GAP, 0);
@@ -280,16 +290,16 @@ impl Cpu {
     }
 }
 
-/// A place where all CPUs wait for each other, once.
+/// A barrier at which all CPUs wait for each other, once.
 pub struct Barrier(AtomicU32);
 
 impl Barrier {
-    /// A barrier that nobody has reached.
+    /// Returns a barrier that no CPU has reached.
     pub const fn new() -> Barrier {
         Barrier(AtomicU32::new(0))
     }
 
-    /// Waits until every CPU is here.
+    /// Waits until every CPU has reached the barrier.
     pub fn wait(&self, cpu: &mut Cpu) {
         self.0.fetch_add(1, Ordering::AcqRel);
         while (self.0.load(Ordering::Acquire) as usize) < cpu.count {

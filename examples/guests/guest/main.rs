@@ -1,18 +1,20 @@
-//! The guest program: no operating system, only workloads that dirty memory in known ways and check it.
+//! The guest program: it has no operating system, only workloads that dirty memory in known ways
+//! and check it.
 //!
-//! It boots by the PVH protocol in minivmm and in QEMU (`-kernel`), starts the other CPUs, and runs one workload, chosen by the parameter page
-//! (which `guests::elf` patches) or by `workload=…` on the command line. What happens is to be seen on the board, the page at 1 MiB: heartbeats, operations,
-//! errors, and the longest gap between two heartbeats, which is the downtime as the guest felt it. `layout.rs` has all offsets, `spec.rs` all
-//! workloads.
+//! It boots by the PVH protocol in minivmm and in QEMU (`-kernel`), starts the other CPUs, and runs
+//! one workload. The parameter page, which `guests::elf` writes, or `workload=…` on the command
+//! line selects the workload. The guest reports on the board, the page at 1 MiB: heartbeats,
+//! operations, errors, and the longest gap between two heartbeats, which is the downtime that the
+//! guest saw. `layout.rs` has all offsets, `spec.rs` all workloads.
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
 //! | boot.rs | ring 0, in assembly |
 //! | platform.rs | clock, serial port, LAPIC |
 //! | memory.rs | RAM, areas of pages |
-//! | balloon.rs | pages that nobody needs |
+//! | balloon.rs | the pages that the guest does not need |
 //! | cpu.rs | heartbeat, counters, errors |
-//! | page.rs | what a page contains |
+//! | page.rs | the contents of pages |
 //! | writers.rs, touches.rs, programs.rs, regions.rs, churn.rs | the workloads |
 
 #![no_std]
@@ -42,17 +44,17 @@ use memory::{Area, Loader};
 use page::{check, fill, load, mix};
 use spec::{LEAST_AREA, LEAST_RAM, Spec};
 
-/// What a workload does on each CPU.
+/// The part of a workload that runs on one CPU.
 trait Workload {
-    /// Whether it measures its accesses to pages.
+    /// Whether the workload measures its accesses to pages.
     const MEASURES: bool = false;
 
-    /// What a CPU gets of the workload's area.
+    /// Returns the CPU's part of the workload's area.
     fn part(area: &Area, index: usize, count: usize) -> Area {
         area.part(index, count)
     }
 
-    /// Whether the CPU needs its LAPIC timer, and how often a second it ticks.
+    /// Returns the frequency in Hz of the LAPIC timer, or `None` if the workload needs no timer.
     fn timer_hz(_spec: &Spec<'_>) -> Option<u64> {
         None
     }
@@ -60,27 +62,27 @@ trait Workload {
     /// Fills this CPU's part of the workload's area.
     fn prepare(cpu: &mut Cpu, part: Area, spec: &Spec<'_>) -> Self;
 
-    /// Works for a moment: at most some ten microseconds between two beats.
+    /// Works for a moment: at most about ten microseconds pass between two beats.
     fn step(&mut self, cpu: &mut Cpu);
 
     /// Checks everything once more, at the end.
     fn finish(&mut self, _cpu: &mut Cpu) {}
 }
 
-/// What the first CPU worked out, for all.
+/// What the first CPU has determined, for all CPUs.
 struct Plan {
     spec: Spec<'static>,
-    /// Pages of the workload.
+    /// The pages of the workload.
     work: Area,
-    /// Pages that are filled once.
+    /// The pages that are filled once.
     data: Area,
     cpus: usize,
     started: u64,
 }
 
-/// A value that the first CPU sets once, before any other looks.
+/// A value that the first CPU sets once, before any other CPU reads it.
 struct Once<T>(AtomicBool, UnsafeCell<Option<T>>);
-// SAFETY: the flag is set after the value is, and only the first CPU sets it.
+// SAFETY: the flag is set after the value, and only the first CPU sets it.
 unsafe impl<T: Sync> Sync for Once<T> {}
 
 impl<T> Once<T> {
@@ -89,7 +91,8 @@ impl<T> Once<T> {
     }
 
     fn set(&self, value: T) {
-        // SAFETY: only the first CPU calls this, once; nobody reads before the flag is set.
+        // SAFETY: only the first CPU calls this, once, and no CPU reads the value before the flag
+        // is set.
         unsafe { *self.1.get() = Some(value) };
         self.0.store(true, Ordering::Release);
     }
@@ -97,7 +100,7 @@ impl<T> Once<T> {
     fn wait(&self) -> &T {
         loop {
             if self.0.load(Ordering::Acquire) {
-                // SAFETY: the flag is set: the value is there and does not change any more.
+                // SAFETY: the flag is set, so the value is there and does not change any more.
                 if let Some(value) = unsafe { &*self.1.get() } {
                     return value;
                 }
@@ -113,7 +116,7 @@ static FILLED: Barrier = Barrier::new();
 static FINISHED: Barrier = Barrier::new();
 static ERRORS: AtomicU32 = AtomicU32::new(0);
 
-/// Where boot.rs sends every CPU.
+/// The entry of every CPU, called by boot.rs.
 #[unsafe(no_mangle)]
 extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
     let index = index as usize;
@@ -124,7 +127,7 @@ extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
     }
     let plan = PLAN.wait();
     if index >= plan.cpus {
-        // Came up too late to get a share.
+        // This CPU came up too late to get a part.
         loop {
             platform::halt();
         }
@@ -149,7 +152,7 @@ extern "sysv64" fn guest_main(index: u64, start_info: u64) -> ! {
     }
 }
 
-/// Reads what loader and VMM say, lays the areas out, starts the other CPUs.
+/// Reads what the loader and the VMM have written, divides RAM, and starts the other CPUs.
 fn set_up(start_info: u64) -> Plan {
     let started = platform::now();
     cpu::set_up_board();
@@ -180,7 +183,8 @@ fn set_up(start_info: u64) -> Plan {
     Plan { spec, work, data, cpus, started }
 }
 
-/// The spec: from the parameter page, or from the command line, or that of an idle guest.
+/// Returns the spec from the parameter page or else from the command line, or the spec of an idle
+/// guest if neither has one.
 fn spec_text(loader: &Loader) -> ([u8; MAX_SPEC], usize) {
     let mut text = [0; MAX_SPEC];
     let length = (load(PARAMS_ADDRESS + params::SPEC_LENGTH as u64) as u32 as usize).min(MAX_SPEC);
@@ -210,12 +214,15 @@ fn lay_out(spec: &Spec<'_>, mut ram: Area) -> (Area, Area) {
     (work, ram.take(shares.data))
 }
 
-/// Starts the other CPUs and returns how many there are in all. The waits are those of real hardware; a CPU that is not there by the end
-/// of them is done without.
+/// Starts the other CPUs and returns the number of all CPUs.
+///
+/// The waits are those that real hardware needs. A CPU that is not up after them does not take
+/// part.
 fn start_cpus(wanted: usize) -> usize {
     if wanted > 1 {
-        // First the own LAPIC is turned on. That also makes KVM look at all LAPICs anew: the last vCPU that was created may be missing
-        // from its map until then, and an INIT for it would be lost.
+        // The CPU's own LAPIC is enabled first. This also makes KVM rebuild its map of LAPICs:
+        // until then the vCPU that was created last may be missing in the map, and an INIT for it
+        // would be lost.
         platform::enable_lapic();
         platform::place_trampoline();
         (1..wanted).for_each(platform::send_init);
@@ -234,7 +241,7 @@ fn start_cpus(wanted: usize) -> usize {
     cpus_online().min(wanted)
 }
 
-/// The data pages of a CPU, and how far a verification is.
+/// The data pages of a CPU, and the progress of a verification.
 struct Data {
     part: Area,
     seed: u64,
@@ -242,7 +249,7 @@ struct Data {
 }
 
 impl Data {
-    /// Pages between two beats: some five microseconds.
+    /// The number of pages between two beats: this takes about five microseconds.
     const SLICE: u64 = 8;
 
     fn fill(cpu: &mut Cpu, part: Area, seed: u64) -> Data {
@@ -254,7 +261,7 @@ impl Data {
         Data { part, seed, next: 0 }
     }
 
-    /// Checks some pages; true if those were the last.
+    /// Checks some pages. Returns true if these were the last.
     fn verify(&mut self, cpu: &mut Cpu) -> bool {
         let end = (self.next + Self::SLICE).min(self.part.pages());
         for page in self.next..end {
@@ -306,7 +313,7 @@ fn run<W: Workload>(cpu: &mut Cpu, plan: &'static Plan) -> ! {
         }
         if every != 0 && now >= next_line {
             line += 1;
-            // After a gap the lines go on at their pace; those of the gap are not made up for.
+            // After a gap the lines continue at their pace; those of the gap are not printed later.
             next_line = (next_line + every).max(now);
             let _ = writeln!(platform::serial(), "beat {line}");
         }
@@ -322,7 +329,7 @@ fn run<W: Workload>(cpu: &mut Cpu, plan: &'static Plan) -> ! {
     }
 }
 
-/// Checks everything, says what came of it, and sleeps for ever.
+/// Checks everything, reports the result, and sleeps for ever.
 fn finish<W: Workload>(cpu: &mut Cpu, plan: &Plan, work: &mut W, data: &mut Data) -> ! {
     work.finish(cpu);
     data.next = 0;
@@ -339,7 +346,7 @@ fn finish<W: Workload>(cpu: &mut Cpu, plan: &Plan, work: &mut W, data: &mut Data
     }
 }
 
-/// Where boot.rs sends a CPU after an exception in ring 3.
+/// Called by boot.rs in ring 3 after an exception.
 #[unsafe(no_mangle)]
 extern "sysv64" fn trap_report(vector: u64, code: u64, rip: u64, cr2: u64) -> ! {
     give_up(Fault { kind: fault::TRAP, address: rip, expected: vector << 32 | code, found: cr2 })

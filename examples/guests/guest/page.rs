@@ -1,11 +1,13 @@
-//! What is in a page, and how to tell that it still is.
+//! The contents of a page, and how they are checked.
 //!
-//! The content of every page follows from its address, its generation (how often it was rewritten) and the guest's seed: 512 words that
-//! no compressor can shrink. So a page is checked without a copy of it, and no two pages are alike.
+//! The contents of every page follow from its address, its generation (the number of times it was
+//! rewritten) and the guest's seed: 512 words that no compressor can shrink. A page can therefore
+//! be checked without a copy of it, and no two pages are equal.
 //!
-//! Pages that are written again begin with a record, three words: address, generation, and a checksum over both. Whoever writes such a page
-//! knows which generation it must find (from the order of writing, or from a [`Ledger`]): a page that came from elsewhere, an old copy, a
-//! lost write and a torn one each look different.
+//! A page that is written repeatedly begins with a record of three words: address, generation, and
+//! a checksum over both. Its owner knows the generation that it must find, from the order of
+//! writing or from a [`Ledger`]. A misplaced page, an old page, a lost write and a torn page thus
+//! give different errors.
 
 use core::ptr::{read_volatile, write_volatile};
 
@@ -13,9 +15,9 @@ use crate::cpu::Fault;
 use crate::layout::{PAGE_SIZE, fault};
 use crate::memory::Area;
 
-/// Words of a page.
+/// The words of a page.
 pub const WORDS: usize = 512;
-/// Words at the start of a page that are its record (the fourth is left alone).
+/// The words of the record at the start of a page; the fourth is not part of the check.
 pub const RECORD_WORDS: usize = 4;
 
 const LANES: usize = 8;
@@ -29,11 +31,12 @@ pub fn mix(a: u64, b: u64) -> u64 {
     z ^ z >> 32
 }
 
-/// A stream of words that no compressor shrinks: eight xorshift generators side by side, which compile to vector instructions.
+/// A stream of words that no compressor shrinks: eight parallel xorshift generators, which compile
+/// to vector instructions.
 pub struct Stream([u64; LANES]);
 
 impl Stream {
-    /// The stream of a seed.
+    /// Returns the stream of a seed.
     #[inline(always)]
     pub fn new(seed: u64) -> Stream {
         let mut lanes = [0; LANES];
@@ -43,7 +46,7 @@ impl Stream {
         Stream(lanes)
     }
 
-    /// The next eight words.
+    /// Returns the next eight words.
     #[inline(always)]
     pub fn step(&mut self) -> [u64; LANES] {
         for lane in &mut self.0 {
@@ -55,13 +58,14 @@ impl Stream {
     }
 }
 
-/// All words of a page that the guest owns, for whole-page writes and checks.
+/// Returns all words of a page of the guest, for writes and checks of the whole page.
 ///
 /// # Safety
-/// The address is that of a page of RAM outside the image which no other CPU accesses meanwhile.
+/// The address must be that of a page of RAM outside the image that no other CPU accesses while the
+/// result lives.
 #[inline(always)]
 unsafe fn words<'a>(address: u64) -> &'a mut [u64; WORDS] {
-    // SAFETY: see above; every bit pattern is a word.
+    // SAFETY: see above; every bit pattern is a valid word.
     unsafe { &mut *(address as *mut [u64; WORDS]) }
 }
 
@@ -75,14 +79,15 @@ pub fn fill(address: u64, seed: u64) {
     }
 }
 
-/// Checks a page against the stream of a seed, except for so many words at its start.
+/// Checks a page against the stream of a seed, except for the first `skip` words.
 #[inline(never)]
 pub fn check(address: u64, seed: u64, skip: usize) -> Result<(), Fault> {
     let mut stream = Stream::new(seed);
     // SAFETY: callers pass pages of their own part of an area.
     for (n, chunk) in unsafe { words(address) }.chunks_exact(LANES).enumerate() {
         let expected = stream.step();
-        // Differences are collected and not branched upon, so that this loop too is vector instructions.
+        // The loop collects differences without a branch, so that it compiles to vector
+        // instructions.
         let mut different = 0;
         for lane in 0..LANES {
             let counts = if n * LANES + lane < skip { 0 } else { u64::MAX };
@@ -100,7 +105,8 @@ pub fn check(address: u64, seed: u64, skip: usize) -> Result<(), Fault> {
 /// Reads a word.
 #[inline(always)]
 pub fn load(address: u64) -> u64 {
-    // SAFETY: callers pass addresses in their own part of an area. Volatile: what is there may not be what was written.
+    // SAFETY: callers pass addresses in their own part of an area. The access is volatile because
+    // the memory may not contain what was written.
     unsafe { read_volatile(address as *const u64) }
 }
 
@@ -135,35 +141,38 @@ pub fn check_record(address: u64, generation: u64) -> Result<(), Fault> {
     }
 }
 
-/// Writes a whole page: record, and body of this generation.
+/// Writes a whole page: the record and the body of this generation.
 pub fn write_whole(address: u64, generation: u64, seed: u64) {
     fill(address, mix(mix(address, generation), seed));
     write_record(address, generation);
 }
 
-/// Checks a whole page: record of one generation, body of another (the same, if pages are always rewritten whole).
+/// Checks a whole page: the record has generation `generation` and the body has generation `body`
+/// (the same one if the page is always rewritten as a whole).
 pub fn check_whole(address: u64, generation: u64, body: u64, seed: u64) -> Result<(), Fault> {
     check_record(address, generation)?;
     check(address, mix(mix(address, body), seed), RECORD_WORDS)
 }
 
-/// How often each page was written, where the order of writing does not tell: a u32 per page, in pages of the area itself.
+/// Counts how often each page was written, for workloads whose order of writing does not tell. It
+/// has a u32 per page, in pages of the area itself.
 #[derive(Clone, Copy)]
 pub struct Ledger(Area);
 
 impl Ledger {
-    /// Entries to a page.
+    /// The entries in a page.
     pub const PER_PAGE: u64 = PAGE_SIZE / 4;
 
-    /// Takes the pages for a ledger off the front of an area, enough for the rest of it, and clears them.
+    /// Takes the pages for a ledger from the front of an area, enough for the rest of it, and
+    /// clears them.
     pub fn take(area: &mut Area) -> Ledger {
         Self::over(area.take(area.pages().div_ceil(Self::PER_PAGE + 1)))
     }
 
-    /// A ledger in these pages, which it clears.
+    /// Returns a ledger in these pages, which it clears.
     pub fn over(pages: Area) -> Ledger {
         for page in 0..pages.pages() {
-            // SAFETY: a page of the caller's part.
+            // SAFETY: this is a page of the caller's part.
             unsafe { words(pages.address(page)).fill(0) };
         }
         Ledger(pages)
@@ -174,7 +183,7 @@ impl Ledger {
         (self.0.address(page / Self::PER_PAGE) + page % Self::PER_PAGE * 4) as *mut u32
     }
 
-    /// The entry of a page.
+    /// Returns the entry of a page.
     #[inline(always)]
     pub fn read(&self, page: u64) -> u32 {
         // SAFETY: `entry` stays within the ledger's pages.

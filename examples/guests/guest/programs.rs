@@ -1,4 +1,5 @@
-//! Workloads that resemble programs: sorting, a key-value table, a log, and a gang's mix of pages.
+//! Workloads that resemble programs: a sort, a key-value table, a log, and a mixture of zero,
+//! shared and unique pages.
 
 use crate::Workload;
 use crate::cpu::{Cpu, Fault};
@@ -12,9 +13,11 @@ use crate::platform;
 use crate::spec::Spec;
 use crate::writers::Pacer;
 
-/// `quicksort`: one segment after the other is checked (it was sorted in the last pass), filled anew, and sorted.
+/// `quicksort`: each segment in turn is checked (the last pass sorted it), filled again, and
+/// sorted.
 ///
-/// A segment begins with a page record; its fourth word is the sum of all elements, which are the words after it.
+/// A segment begins with a page record. The fourth word is the sum of all elements, which are the
+/// words after it.
 pub struct Quicksort {
     part: Area,
     segment_pages: u64,
@@ -24,11 +27,12 @@ pub struct Quicksort {
     seed: u64,
 }
 
-/// Elements that are handled between two beats: some microseconds.
+/// The number of elements that are processed between two beats: this takes some microseconds.
 const ELEMENTS: usize = 1024;
 
 impl Quicksort {
-    /// The elements of a segment, or `None` if it lies across the end of a piece of RAM.
+    /// Returns the address and the elements of a segment, or `None` if it crosses the end of a
+    /// piece of RAM.
     fn elements(&self, segment: u64) -> Option<(u64, &'static mut [u64])> {
         let first = segment * self.segment_pages;
         let address = self.part.address(first);
@@ -36,11 +40,12 @@ impl Quicksort {
             return None;
         }
         let count = self.segment_pages as usize * WORDS - RECORD_WORDS;
-        // SAFETY: these pages are this CPU's own, one after the other, and only one segment is borrowed at a time.
+        // SAFETY: these consecutive pages belong to this CPU, and only one segment is borrowed at a
+        // time.
         Some((address, unsafe { core::slice::from_raw_parts_mut((address as *mut u64).add(RECORD_WORDS), count) }))
     }
 
-    /// Checks that a segment is in order and has the sum that its record says.
+    /// Checks that a segment is sorted and has the sum in its record.
     fn check(cpu: &mut Cpu, address: u64, elements: &[u64]) {
         let (mut sum, mut last) = (0u64, 0);
         for (n, &element) in elements.iter().enumerate() {
@@ -68,7 +73,7 @@ impl Workload for Quicksort {
         let segments = part.pages() / segment_pages;
         let sort = Quicksort { part, segment_pages, segments, next: 0, pass: 0, seed: spec.value("seed") };
         for segment in 0..segments {
-            // Zeros are in order, and their sum is zero.
+            // Zeros are sorted, and their sum is zero.
             if let Some((address, elements)) = sort.elements(segment) {
                 elements.chunks_mut(ELEMENTS).for_each(|chunk| {
                     chunk.fill(0);
@@ -119,7 +124,8 @@ impl Workload for Quicksort {
     }
 }
 
-/// Quicksort with an explicit stack (the smaller half first, so that 64 entries do), beating as it goes.
+/// Sorts by quicksort with an explicit stack, with regular beats. The smaller half comes first, so
+/// 64 entries are enough.
 fn sort(cpu: &mut Cpu, all: &mut [u64]) {
     let mut stack = [(0usize, 0usize); 64];
     let mut depth = 1;
@@ -141,7 +147,8 @@ fn sort(cpu: &mut Cpu, all: &mut [u64]) {
         cpu.beat();
         let (first, middle, last) = (slice[0], slice[slice.len() / 2], slice[slice.len() - 1]);
         let pivot = first.min(middle).max(first.max(middle).min(last));
-        // Hoare's partition: everything below `low` is at most the pivot, everything above `high` at least.
+        // Hoare's partition: everything below `low` is at most the pivot, everything above `high`
+        // at least.
         let (mut low, mut high) = (0usize, slice.len() - 1);
         let mut swaps = 0usize;
         loop {
@@ -171,10 +178,12 @@ fn sort(cpu: &mut Cpu, all: &mut [u64]) {
     }
 }
 
-/// `kv`: a table of entries of 128 bytes, 31 to a page after the page's record. Key `k` is entry `k`, so the queried range of keys is
-/// a range of pages, too, which grows by a tenth of the table every `step`.
+/// `kv`: a table of entries of 128 bytes; a page has 31 of them after its record. Key `k` is entry
+/// `k`, so the queried range of keys is also a range of pages. It grows by a tenth of the table at
+/// every `step`.
 ///
-/// An entry is key, version, checksum and a value that follows from them. The page's generation counts the writes to it.
+/// An entry is a key, a version, a checksum and a value that follows from them. The page's
+/// generation counts the writes to it.
 pub struct KeyValue {
     part: Area,
     ledger: Ledger,
@@ -187,7 +196,7 @@ pub struct KeyValue {
 
 const ENTRY: u64 = 128;
 const ENTRIES: u64 = PAGE_SIZE / ENTRY - 1;
-/// Words of an entry before its value.
+/// The words of an entry before its value.
 const ENTRY_HEADER: u64 = 3;
 
 impl KeyValue {
@@ -225,7 +234,8 @@ impl KeyValue {
         Ok(version)
     }
 
-    /// Address of a key's page, its entry in the ledger, and the address of its own entry.
+    /// Returns the address of a key's page, its index in the ledger, and the address of the key's
+    /// entry.
     fn place(&self, key: u64) -> (u64, u64, u64) {
         let page = key / ENTRIES;
         let address = self.part.address(page);
@@ -233,7 +243,7 @@ impl KeyValue {
     }
 }
 
-/// One step of a single xorshift generator.
+/// Advances a single xorshift generator.
 fn next_word(mut word: u64) -> u64 {
     word ^= word << 13;
     word ^= word >> 7;
@@ -305,10 +315,11 @@ impl Workload for KeyValue {
     }
 }
 
-/// `log`: records of 512 bytes, appended in a circle, some of them updated later.
+/// `log`: records of 512 bytes, which are appended in a ring; some of them are updated later.
 ///
-/// A record is address, sequence number, version, checksum, and a payload that follows from it. The ledger has a sum over the
-/// sequence numbers and versions in a page, so that an old copy of the page is found, whose records by themselves are all good.
+/// A record is an address, a sequence number, a version, a checksum, and a payload that follows
+/// from them. The ledger has a sum over the sequence numbers and versions in a page. It detects an
+/// old copy of the page, whose records are all valid.
 pub struct Log {
     part: Area,
     ledger: Ledger,
@@ -321,7 +332,7 @@ pub struct Log {
 
 const LOG_RECORD: u64 = 512;
 const LOG_RECORDS: u64 = PAGE_SIZE / LOG_RECORD;
-/// The payload's first word; the words between it and the header stay 0.
+/// The index of the payload's first word; the words between the header and it stay 0.
 const PAYLOAD: u64 = 8;
 
 impl Log {
@@ -445,12 +456,12 @@ impl Workload for Log {
     }
 }
 
-/// `mix`: what a rack of guests with the same system has in memory. Only unique pages are ever written.
+/// `mix`: memory as in many guests with the same system. Only unique pages are ever written.
 pub struct Mix {
     part: Area,
     ledger: Ledger,
     pages: u64,
-    /// Upper ends of zero, shared and near, in percent.
+    /// The cumulative percentages of zero pages, shared pages and nearly shared pages.
     ends: [u64; 3],
     seed: u64,
     pacer: Pacer,
@@ -458,7 +469,7 @@ pub struct Mix {
     offset: u64,
 }
 
-/// What kind of page it is.
+/// The kind of a page.
 enum Class {
     Zero,
     Shared,
@@ -467,9 +478,9 @@ enum Class {
 }
 
 impl Mix {
-    /// Words in which a nearly shared page differs: 128 bytes of 4096.
+    /// The words in which a nearly shared page differs: 128 bytes of 4096.
     const NEAR_WORDS: usize = 16;
-    /// Seed of what all guests share.
+    /// The seed of the pages that all guests share.
     const COMMON: u64 = 0x5ade_d000;
 
     fn class(&self, page: u64) -> Class {
@@ -482,7 +493,7 @@ impl Mix {
         }
     }
 
-    /// Seed of a shared page: the same in every guest, whatever its seed.
+    /// Returns the seed of a shared page: the same in every guest, whatever its seed.
     fn shared(&self, page: u64) -> u64 {
         mix(Self::COMMON, page + self.offset)
     }
@@ -527,7 +538,8 @@ impl Workload for Mix {
             end
         });
         let pages = part.pages();
-        // Each CPU's pages are others than those of the other CPUs, but the same as those of the same CPU in another guest.
+        // The pages of each CPU differ from those of the other CPUs, but are the same as those of
+        // this CPU in another guest.
         let offset = pages * 2 * cpu.index as u64;
         let seed = spec.value("seed");
         let mix_ = Mix { part, ledger, pages, ends, seed, pacer: Pacer::new(cpu, spec), cursor: 0, offset };
@@ -549,12 +561,12 @@ impl Workload for Mix {
     }
 
     fn step(&mut self, cpu: &mut Cpu) {
-        // One page is read at each step: with the timer's pace, a thousand a second.
+        // Each step reads one page: at the timer's pace, a thousand per second.
         cpu.check(self.check(self.cursor));
         self.cursor = (self.cursor + 1) % self.pages;
         let due = self.pacer.due(cpu);
         for _ in 0..due {
-            // A guest with few unique pages, or none, stops looking for one.
+            // The search for a unique page ends after 64 tries, as a guest may have few or none.
             let mut tries = (0..64).map(|_| cpu.random_below(self.pages));
             let Some(page) = tries.find(|page| matches!(self.class(*page), Class::Unique)) else { continue };
             let address = self.part.address(page);

@@ -10,15 +10,17 @@ use crate::page::{Stream, WORDS, check_record, load, mix, store, write_record};
 use crate::platform;
 use crate::spec::{MAX_REGIONS, Spec};
 
-/// The regions of a CPU. Each is shuffled, sorted, checked, and so on; every `slice` it is the next one's turn.
+/// The regions of a CPU. Each is shuffled, sorted and checked, again and again; after every `slice`
+/// the next region has its turn.
 ///
-/// A region's first page is the process: a record whose generation is the number of its slices, as its fourth word the sum of all elements,
-/// which never changes, and a [`Process`]. The elements are in the pages after it.
+/// A region's first page holds the process: a record whose generation is the number of its slices,
+/// the sum of all elements as the fourth word, which never changes, and a [`Process`]. The elements
+/// are in the pages after it.
 pub struct Sorters {
     part: Area,
     region_pages: u64,
     regions: u64,
-    /// Slices that each region had.
+    /// The number of slices that each region has had.
     slices: [u32; MAX_REGIONS as usize],
     current: u64,
     /// The process whose turn it is, and the end of its slice.
@@ -26,31 +28,33 @@ pub struct Sorters {
     slice: u64,
 }
 
-/// Where the process is in its page.
+/// The offset of the process in its page.
 const PROCESS: u64 = 64;
 
-/// How far a sort is. In its region between slices, so that it moves as memory does.
+/// The progress of a sort. Between slices it is stored in its region, so that it is migrated with
+/// the memory.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Process {
     /// [`SHUFFLE`], [`SORT`] or [`CHECK`].
     phase: usize,
-    /// Elements that this phase has seen (shuffle, check).
+    /// The number of elements that this phase has processed (shuffle, check).
     at: usize,
-    /// Sum and last of them (check).
+    /// Their sum and the last of them (check).
     sum: u64,
     last: u64,
-    /// The partition under way, if `busy` (sort).
+    /// The current partition, if `busy` is set (sort).
     busy: usize,
     start: usize,
     end: usize,
     low: usize,
     high: usize,
     pivot: u64,
-    /// Parts still to be sorted. The smaller of two is done first, so that each is at most half as long as the one below it.
+    /// The parts still to be sorted. The smaller of two comes first, so each is at most half as
+    /// long as the one below it.
     depth: usize,
     stack: [[usize; 2]; 64],
-    /// Over all words before it.
+    /// The checksum over all words before it.
     checksum: u64,
 }
 
@@ -58,11 +62,11 @@ const SHUFFLE: usize = 0;
 const SORT: usize = 1;
 const CHECK: usize = 2;
 
-/// Parts as small as this are sorted by insertion.
+/// Parts of at most this length are sorted by insertion.
 const SMALL: usize = 16;
-/// Elements between two beats, where they follow each other; those that do not are counted as several.
+/// The number of elements between two beats if they are consecutive; others count as several.
 const ELEMENTS: usize = 256;
-/// Beats to an operation, which thus is the handling of a thousand elements.
+/// The number of beats in an operation, which thus is the processing of a thousand elements.
 const BEATS: usize = 4;
 
 impl Process {
@@ -85,19 +89,20 @@ impl Process {
     fn sum(&self) -> u64 {
         let words = (&raw const *self).cast::<u64>();
         let count = size_of::<Process>() / 8 - 1;
-        // SAFETY: a process is nothing but words, without gaps.
+        // SAFETY: a process consists of words without gaps.
         (0..count).fold(0, |sum, n| mix(unsafe { words.add(n).read() }, sum))
     }
 
     fn save(&mut self, address: u64) {
         self.checksum = self.sum();
-        // SAFETY: the process is within the region's first page, which is this CPU's own.
+        // SAFETY: the process is within the region's first page, which belongs to this CPU.
         unsafe { write_volatile((address + PROCESS) as *mut Process, *self) }
     }
 
-    /// Takes a process up. One that is not as it was left is told of, and starts afresh: what it says about itself is of no use.
+    /// Loads a process. If its checksum is wrong, reports a fault and starts the process anew,
+    /// because its other words cannot be trusted.
     fn load(cpu: &mut Cpu, address: u64) -> Process {
-        // SAFETY: as in `save`; all bits make a process.
+        // SAFETY: as in `save`; every bit pattern is a valid process.
         let process = unsafe { read_volatile((address + PROCESS) as *const Process) };
         let (expected, found) = (process.sum(), process.checksum);
         if expected == found {
@@ -107,7 +112,7 @@ impl Process {
         Process::NEW
     }
 
-    /// Does a part of a phase; true if that was its end.
+    /// Does a part of a phase. Returns true at the end of the phase.
     fn advance(&mut self, cpu: &mut Cpu, all: &mut [u64], address: u64) -> bool {
         match self.phase {
             SHUFFLE => self.shuffle(cpu, all),
@@ -116,7 +121,7 @@ impl Process {
         }
     }
 
-    /// The next phase.
+    /// Changes to the next phase.
     fn turn(&mut self, elements: usize) {
         let phase = (self.phase + 1) % 3;
         *self = Process { phase, ..Process::NEW };
@@ -126,13 +131,13 @@ impl Process {
         }
     }
 
-    /// Fisher and Yates.
+    /// Shuffles by the method of Fisher and Yates.
     fn shuffle(&mut self, cpu: &mut Cpu, all: &mut [u64]) -> bool {
         let end = (self.at + ELEMENTS).min(all.len());
         while self.at < end {
             all.swap(self.at, cpu.random_below(self.at as u64 + 1) as usize);
             self.at += 1;
-            // Every one may be in a page that has to be fetched.
+            // Each element may be in a page that has to be fetched.
             if self.at % 16 == 0 {
                 cpu.beat();
             }
@@ -160,7 +165,8 @@ impl Process {
                 *self = Process { busy: 1, start, end, low: start, high: end - 1, pivot, stack, ..*self };
             }
             left -= 1;
-            // One step of Hoare's partition: everything below `low` is at most the pivot, everything above `high` at least.
+            // One step of Hoare's partition: everything below `low` is at most the pivot,
+            // everything above `high` at least.
             let (low, high) = (self.low, self.high);
             if low <= high && all[low] < self.pivot {
                 self.low += 1;
@@ -176,7 +182,7 @@ impl Process {
         false
     }
 
-    /// Ends a partition. Neither part is empty, whatever memory has become of the elements: there is an end to every sort.
+    /// Ends a partition. Neither part is empty, even if memory is corrupt, so that every sort ends.
     fn split(&mut self) {
         let cut = (self.high + 1).clamp(self.start + 1, self.end - 1);
         let (left, right) = ([self.start, cut], [cut, self.end]);
@@ -204,7 +210,7 @@ impl Process {
     }
 }
 
-/// Insertion sort.
+/// Sorts a part by insertion.
 fn insert(part: &mut [u64]) {
     for n in 1..part.len() {
         let mut at = n;
@@ -215,7 +221,7 @@ fn insert(part: &mut [u64]) {
     }
 }
 
-/// Checks the sum of a region's elements against what its first page says.
+/// Checks the sum of a region's elements against the one on its first page.
 fn check_sum(cpu: &mut Cpu, address: u64, found: u64) {
     let expected = load(address + 24);
     if found != expected {
@@ -224,7 +230,8 @@ fn check_sum(cpu: &mut Cpu, address: u64, found: u64) {
 }
 
 impl Sorters {
-    /// A region's first page and its elements, or `None` if it lies across the end of a piece of RAM.
+    /// Returns the address of a region's first page and its elements, or `None` if it crosses the
+    /// end of a piece of RAM.
     fn region(&self, region: u64) -> Option<(u64, &'static mut [u64])> {
         let first = region * self.region_pages;
         let address = self.part.address(first);
@@ -233,11 +240,12 @@ impl Sorters {
             return None;
         }
         let (start, count) = ((address + PAGE_SIZE) as *mut u64, beyond as usize * WORDS);
-        // SAFETY: these pages are this CPU's own, one after the other, and only one region is borrowed at a time.
+        // SAFETY: these consecutive pages belong to this CPU, and only one region is borrowed at a
+        // time.
         Some((address, unsafe { core::slice::from_raw_parts_mut(start, count) }))
     }
 
-    /// The process whose turn it is goes back into its region.
+    /// Saves the process whose turn it is in its region.
     fn rest(&mut self, address: u64) {
         if let Some((mut process, _)) = self.running.take() {
             process.save(address);

@@ -1,16 +1,18 @@
-//! The workloads, their keys, and the text that chooses among them: `NAME[:key=value[,key=value…]]`.
+//! The workloads, their keys, and the text that selects among them:
+//! `NAME[:key=value[,key=value…]]`.
 //!
-//! Compiled twice, into the guest and into the crate `guests`, so that what the VMM accepts is what the guest understands. No allocation, no
-//! operating system.
+//! This file is compiled into the guest and into the crate `guests`, so that the VMM accepts
+//! exactly what the guest understands. It uses no allocation and no operating system.
 
-/// What a key's value may be.
+/// The kind of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Bytes, with `K`, `M` or `G` (binary). More than there is RAM is clamped by the guest.
+    /// A number of bytes, with `K`, `M` or `G` (binary). The guest reduces it to the RAM that there
+    /// is.
     Size,
     /// A number from the first to the second.
     Count(u64, u64),
-    /// A time with its unit: `us`, `ms` or `s`. 0 needs none.
+    /// A time with its unit `us`, `ms` or `s`. 0 needs no unit.
     Time,
     /// One of these words.
     Choice(&'static [&'static str]),
@@ -21,22 +23,22 @@ pub enum Kind {
 pub struct Key {
     /// Its name in the spec.
     pub name: &'static str,
-    /// What its value may be.
+    /// The kind of its value.
     pub kind: Kind,
     /// The value if the spec does not name the key.
     pub default: &'static str,
-    /// What it does, in a few words.
+    /// Its effect, in a few words.
     pub summary: &'static str,
 }
 
-/// A workload that the guest knows.
+/// A workload of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WorkloadInfo {
     /// Its name in the spec.
     pub name: &'static str,
-    /// What it does, in one line.
+    /// Its description, in one line.
     pub summary: &'static str,
-    /// Its own keys; [`COMMON_KEYS`] come on top.
+    /// Its own keys, in addition to [`COMMON_KEYS`].
     pub keys: &'static [Key],
 }
 
@@ -48,7 +50,7 @@ const fn size(default: &'static str) -> Key {
     key("size", Kind::Size, default, "the area that it works on")
 }
 
-/// Most regions of `quicksort`: the guest keeps a few words for each on its stack.
+/// The largest number of regions of `quicksort`: the guest keeps a few words for each on its stack.
 pub const MAX_REGIONS: u64 = 64;
 
 const PERCENT: Kind = Kind::Count(0, 100);
@@ -56,7 +58,7 @@ const SWITCH: Kind = Kind::Count(0, 1);
 const MODE: Key = key("mode", Kind::Choice(&["read", "write"]), "write", "what it does to each page");
 const SPIN: Key = key("spin", SWITCH, "0", "1: wait for the next write in a busy loop instead of sleeping");
 
-/// Keys that every workload takes.
+/// The keys that every workload takes.
 pub const COMMON_KEYS: &[Key] = &[
     key(
         "data",
@@ -188,26 +190,26 @@ pub const LIST: &[WorkloadInfo] = &[
 ];
 
 impl WorkloadInfo {
-    /// The key of this name, of the workload or common to all.
+    /// Returns the key of this name, one of the workload's own or a common one.
     pub fn key(&self, name: &str) -> Option<&'static Key> {
         self.keys.iter().chain(COMMON_KEYS).find(|key| key.name == name)
     }
 }
 
-/// Why a spec cannot be used.
+/// Why a spec is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpecError<'a> {
     /// No workload has this name.
     Workload(&'a str),
     /// The workload has no such key, or the option is not of the form `key=value`.
     Key(&'static WorkloadInfo, &'a str),
-    /// The key is named twice.
+    /// The spec names the key twice.
     Repeated(&'static Key),
     /// The key does not take this value.
     Value(&'static Key, &'a str),
 }
 
-/// A spec that was checked: every name and value in it is good.
+/// A checked spec: all names and values in it are valid.
 #[derive(Debug, Clone, Copy)]
 pub struct Spec<'a> {
     /// The workload.
@@ -216,7 +218,7 @@ pub struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// Checks a spec.
+    /// Parses and checks a spec.
     pub fn parse(text: &'a str) -> Result<Self, SpecError<'a>> {
         let (name, options) = text.split_once(':').unwrap_or((text, ""));
         let info = LIST.iter().find(|info| info.name == name).ok_or(SpecError::Workload(name))?;
@@ -231,7 +233,8 @@ impl<'a> Spec<'a> {
         Ok(Spec { info, options })
     }
 
-    /// The value of a key, in bytes, microseconds, or as the position of the chosen word; 0 if the workload has no such key.
+    /// Returns the value of a key: bytes, microseconds, or the position of the chosen word; 0 if
+    /// the workload has no such key.
     #[allow(dead_code)] // Only the guest needs values.
     pub fn value(&self, name: &str) -> u64 {
         let Some(key) = self.info.key(name) else { return 0 };
@@ -241,22 +244,22 @@ impl<'a> Spec<'a> {
 }
 
 impl Spec<'_> {
-    /// Bytes of the workload's area: its `size`, or that of all its regions.
+    /// Returns the bytes of the workload's area: its `size`, or that of all its regions.
     pub fn area(&self) -> u64 {
         self.value("size").saturating_mul(self.value("regions").max(1))
     }
 
-    /// How `ram` pages are divided: those of the workload's area, and those of `data`. Sizes are clamped: the workload's first, as it
-    /// cannot do without.
+    /// Divides `ram` pages between the workload's area and `data`. Both are reduced to what is
+    /// there; the workload, which cannot do without, comes first.
     pub fn shares(&self, ram: u64) -> Shares {
         let data = self.value("data").div_ceil(PAGE);
         if self.info.key("percent").is_some() {
-            // A share of what `data` leaves, which must leave something.
+            // A percentage of what `data` leaves; `data` must leave something.
             let data = data.min(ram * 9 / 10);
             return Shares { work: (ram - data) * self.value("percent") / 100, data, data_first: true };
         }
         let work = match self.info.key("size") {
-            // A nominal area, which idle and sleep do not touch.
+            // An area of nominal size, which idle and sleep do not touch.
             None => LEAST_AREA * MOST_CPUS,
             Some(_) => self.area().div_ceil(PAGE),
         };
@@ -267,23 +270,23 @@ impl Spec<'_> {
     }
 }
 
-/// Bytes of a page.
+/// The bytes of a page.
 const PAGE: u64 = 4096;
-/// Most CPUs of a guest.
+/// The largest number of CPUs of a guest.
 const MOST_CPUS: u64 = 16;
-/// Pages that a CPU needs to work on: with fewer, one might have none at all.
+/// The pages that a CPU needs to work on: with fewer, one CPU might have none.
 pub const LEAST_AREA: u64 = 8;
-/// Pages of RAM beside image and balloon that a guest needs.
+/// The pages of RAM that a guest needs besides image and balloon.
 pub const LEAST_RAM: u64 = 512;
 
-/// Pages of a guest, by what they are for.
+/// The pages of a guest by their purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shares {
-    /// Of the area that the workload works on.
+    /// The pages of the area that the workload uses.
     pub work: u64,
-    /// Filled once, and verified on demand.
+    /// The pages that are filled once and verified on demand.
     pub data: u64,
-    /// Whether those of `data` come first.
+    /// Whether the `data` pages come first.
     #[allow(dead_code)] // Only the guest lays them out.
     pub data_first: bool,
 }
@@ -293,7 +296,7 @@ fn pairs(options: &str) -> impl Iterator<Item = &str> {
 }
 
 impl Kind {
-    /// The value of a text of this kind, or `None` if it is not one.
+    /// Parses a value of this kind; returns `None` if the text is not one.
     pub fn parse(&self, text: &str) -> Option<u64> {
         match *self {
             Kind::Size => scaled(text, &[("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("", 1)]),
@@ -305,10 +308,11 @@ impl Kind {
     }
 }
 
-/// Largest number in a spec. Products of two such numbers with anything that the guest counts stay far below 2⁶⁴.
+/// The largest number in a spec. Products of two such numbers with anything that the guest counts
+/// stay far below 2⁶⁴.
 const MAX_VALUE: u64 = 1 << 44;
 
-/// A number with one of these units, the first that fits.
+/// Parses a number with one of these units, the first that fits.
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);

@@ -1,5 +1,5 @@
-//! Workloads that touch a few bytes of one page after the other and measure how long each access takes: what a guest sees of memory that
-//! is fetched when it is needed.
+//! Workloads that touch a few bytes of one page after the other and measure how long each access
+//! takes. They show what a guest sees while its memory is fetched on demand.
 
 use crate::Workload;
 use crate::cpu::{Barrier, Cpu, Fault};
@@ -10,7 +10,7 @@ use crate::platform;
 use crate::spec::Spec;
 use crate::writers::{BATCH, Sequence};
 
-/// Whether the key `mode` says `write`.
+/// Returns whether the key `mode` is `write`.
 fn writes(spec: &Spec<'_>) -> bool {
     spec.value("mode") == 1
 }
@@ -23,7 +23,7 @@ pub struct Sequential {
 }
 
 impl Sequential {
-    /// Pages that are only read stay as they were filled.
+    /// Pages that are only read keep their first generation.
     fn generation(&self, pass: u64) -> u64 {
         if self.write { pass } else { 0 }
     }
@@ -80,7 +80,7 @@ impl Workload for Random {
         for _ in 0..BATCH {
             let page = cpu.random_below(self.pages);
             let address = self.part.address(page);
-            // The ledger's page is one that may have to be fetched, too: an access of its own.
+            // The ledger's page may have to be fetched, too, so it is an access of its own.
             let generation = self.ledger.read(page);
             at = cpu.access(at);
             cpu.check(check_record(address, generation.into()));
@@ -102,16 +102,18 @@ impl Workload for Random {
     }
 }
 
-/// `storm`: any page, on all CPUs the same ones, so that several may need a page at the same time.
+/// `storm`: any page, and all CPUs use the same pages, so that several may need a page at the same
+/// time.
 ///
-/// Behind its record, which does not change, a page has a word for each CPU, in a cache line of its own. What a CPU wrote there last is in
-/// its ledger: a page that arrives a second time, over what was written meanwhile, is found.
+/// After its record, which does not change, a page has a word for each CPU, in a cache line of its
+/// own. The ledger has what the CPU wrote there last. This detects a page that arrives a second
+/// time and overwrites a newer value.
 pub struct Storm {
     pages: Area,
     /// The pages that this CPU has filled, and checks at the end.
     own: Area,
     ledger: Ledger,
-    /// Where the CPU's word is in each page.
+    /// The offset of the CPU's word in each page.
     place: u64,
     seed: u64,
     write: bool,
@@ -121,12 +123,13 @@ pub struct Storm {
 static OVER: Barrier = Barrier::new();
 
 impl Storm {
-    /// Distance of two CPUs' words; the first is as far from the start of the page.
+    /// The distance between the words of two CPUs; the first word has the same distance from the
+    /// start of the page.
     const LINE: u64 = 64;
-    /// Words of the record and of the CPUs' words, behind which the page's content begins.
+    /// The words of the record and of the CPUs; the page's content begins after them.
     const HEAD: usize = (MAX_CPUS + 1) * 8;
 
-    /// What the CPU writes into its word for the n-th time.
+    /// Returns the value of the CPU's word after its n-th write.
     fn value(&self, address: u64, n: u32) -> u64 {
         if n == 0 { 0 } else { mix(address + self.place, n.into()) }
     }
@@ -144,7 +147,7 @@ impl Storm {
 impl Workload for Storm {
     const MEASURES: bool = true;
 
-    /// Everything, for every CPU.
+    /// Returns the whole area for every CPU.
     fn part(area: &Area, _index: usize, _count: usize) -> Area {
         *area
     }
@@ -188,7 +191,7 @@ impl Workload for Storm {
             cpu.check(self.check(self.pages.address(page), self.ledger.read(page)));
             cpu.beat();
         }
-        // The content is checked as a whole, which nobody may write to meanwhile.
+        // The check covers a whole page, so no CPU may write any more.
         OVER.wait(cpu);
         for page in 0..self.own.pages() {
             let address = self.own.address(page);

@@ -1,5 +1,5 @@
-//! The plain workloads: they beat, sleep, or go through pages in some order. `touches.rs` has those that measure how long a page takes,
-//! `programs.rs` and `regions.rs` those that resemble a program.
+//! The plain workloads: they loop, sleep, or go through pages in some order. `touches.rs` has those
+//! that measure accesses, `programs.rs` and `regions.rs` those that resemble a program.
 
 use crate::Workload;
 use crate::cpu::{Cpu, Fault};
@@ -9,7 +9,8 @@ use crate::page::{check, check_record, check_whole, fill, load, mix, write_recor
 use crate::platform;
 use crate::spec::Spec;
 
-/// Pages between two beats where only a record is written: about two microseconds of cache misses.
+/// The number of pages between two beats if only a record is written: about two microseconds of
+/// cache misses.
 pub const BATCH: u64 = 8;
 
 /// `idle`: a busy loop.
@@ -46,26 +47,26 @@ impl Workload for Sleep {
     }
 }
 
-/// Pages that are written over and over in an order that tells which generation each must have: in pass `n`, a page has generation
-/// `n` until its turn, and `n + 1` after it.
+/// Pages that are written repeatedly, in an order that tells which generation each must have: in
+/// pass `n`, a page has generation `n` until its turn, and `n + 1` after it.
 pub struct Sequence {
     part: Area,
     pages: u64,
-    /// Distance of two pages that follow each other, without a common divisor with the number of pages.
+    /// The distance between two consecutive pages, coprime to the number of pages.
     stride: u64,
-    /// The page whose turn it is, and how many had theirs in this pass.
+    /// The page whose turn it is, and the number of pages written in this pass.
     page: u64,
     turn: u64,
     pass: u64,
 }
 
 impl Sequence {
-    /// In address order.
+    /// Returns a sequence in address order.
     pub fn in_order(part: Area) -> Sequence {
         Sequence { part, pages: part.pages(), stride: 1, page: 0, turn: 0, pass: 0 }
     }
 
-    /// Spread over the area, so that neighbours in time are none in memory.
+    /// Returns a sequence in which consecutive pages are not neighbours in memory.
     pub fn spread(part: Area) -> Sequence {
         let pages = part.pages();
         let mut stride = 1_000_003 % pages.max(1);
@@ -75,7 +76,8 @@ impl Sequence {
         Sequence { stride, ..Sequence::in_order(part) }
     }
 
-    /// The page whose turn it is: its address and the generation it must have. The caller writes the next one.
+    /// Advances, and returns the address of the page whose turn it was and the generation that it
+    /// must have. The caller writes the next generation.
     #[inline(always)]
     pub fn next(&mut self) -> (u64, u64) {
         let result = (self.part.address(self.page), self.pass);
@@ -91,7 +93,7 @@ impl Sequence {
         result
     }
 
-    /// Writes every page, whole, generation 0.
+    /// Writes every page as a whole, with generation 0.
     pub fn fill(&self, cpu: &mut Cpu, seed: u64) {
         for page in 0..self.pages {
             write_whole(self.part.address(page), 0, seed);
@@ -99,7 +101,7 @@ impl Sequence {
         }
     }
 
-    /// Calls a check with address and generation of every page, in the order of writing.
+    /// Calls a check with the address and generation of every page, in the order of writing.
     pub fn each(&self, cpu: &mut Cpu, mut check: impl FnMut(u64, u64) -> Result<(), Fault>) {
         let mut all = Sequence { pass: 0, turn: 0, page: 0, ..*self };
         for turn in 0..self.pages {
@@ -114,7 +116,7 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// `one-edge`: QEMU's migration test. The first byte of each page is incremented, in order.
+/// `one-edge`: QEMU's migration test, which increments the first byte of each page, in order.
 pub struct OneEdge {
     sequence: Sequence,
     seed: u64,
@@ -145,8 +147,8 @@ impl Workload for OneEdge {
         for _ in 0..BATCH {
             let (address, pass) = self.sequence.next();
             cpu.check(Self::check(address, pass));
-            // The byte alone is written, so that a wrong rest of the word stays to be seen.
-            // SAFETY: a page of this CPU's part.
+            // Only the byte is written, so that an error in the rest of the word is kept.
+            // SAFETY: this is a page of this CPU's part.
             unsafe { (address as *mut u8).write_volatile((pass + 1) as u8) };
         }
         cpu.done(BATCH);
@@ -193,32 +195,34 @@ impl Workload for Touch {
     }
 }
 
-/// Spaces operations out in time.
+/// Spreads operations over time.
 pub struct Pacer {
-    /// Ticks between two operations of this CPU.
+    /// The ticks between two operations of this CPU.
     period: u64,
-    /// When the next one is due.
+    /// The time at which the next operation is due.
     next: u64,
     spin: bool,
 }
 
 impl Pacer {
-    /// Wakes this often when it sleeps.
+    /// The number of wake-ups per second while it sleeps.
     pub const TIMER_HZ: u64 = 1000;
-    /// Operations between two beats.
+    /// The largest number of operations between two beats.
     const BURST: u64 = 16;
 
-    /// So many operations a second over all CPUs; none if 0.
+    /// Returns a pacer for `pages` operations per second over all CPUs, none if it is 0.
     pub fn new(cpu: &Cpu, spec: &Spec<'_>) -> Pacer {
         let period =
             (platform::ticks(1_000_000) * cpu.count as u64).checked_div(spec.value("pages")).unwrap_or(u64::MAX);
         Pacer { period: period.max(1), next: platform::now(), spin: spec.value("spin") == 1 }
     }
 
-    /// Operations that are due now, at most [`Pacer::BURST`]. If there are none, waits, and says so with 0.
+    /// Returns the number of operations that are due now, at most [`Pacer::BURST`]. If none is due,
+    /// waits and returns 0.
     pub fn due(&mut self, cpu: &mut Cpu) -> u64 {
         let now = cpu.beat();
-        // What a gap prevented is made up for only so far: a guest that moved shall not go on with a burst of writes.
+        // Only 10 ms of a gap are made up for: a guest that was migrated should not continue with a
+        // burst of writes.
         self.next = self.next.max(now.saturating_sub(platform::ticks(10_000)));
         if self.next <= now && self.period != u64::MAX {
             let due = ((now - self.next) / self.period + 1).min(Self::BURST);
@@ -234,7 +238,7 @@ impl Pacer {
     }
 }
 
-/// `rate`: a few bytes a page, so many pages a second.
+/// `rate`: writes a few bytes per page, in a given number of pages per second.
 pub struct Rate {
     sequence: Sequence,
     seed: u64,
@@ -268,7 +272,7 @@ impl Workload for Rate {
     }
 }
 
-/// `hot`: the pages of a small area in order, as fast as it goes.
+/// `hot`: the pages of a small area, in order and without pauses.
 pub struct Hot {
     sequence: Sequence,
     seed: u64,

@@ -1,4 +1,4 @@
-//! The board, a page on which the guest reports how it is.
+//! The board: a page on which the guest reports its state.
 
 use std::{fmt, time::Duration};
 
@@ -10,33 +10,33 @@ use crate::{
 /// What the guest is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// Setting up and filling its pages.
+    /// It initializes its memory.
     Booting,
-    /// In the workload's loop.
+    /// It runs the workload.
     Running,
-    /// The time of the key `for` is over and everything was checked.
+    /// The time given by the key `for` has passed, and all pages have been checked.
     Finished,
-    /// The guest gave up; [`Board::first_error`] says why.
+    /// The guest stopped because of an error; [`Board::first_error`] has the details.
     Failed,
-    /// A value that no guest of this version writes.
+    /// A value that this version of the guest never writes.
     Unknown(u64),
 }
 
-/// The first thing that the guest found wrong.
+/// The first error that the guest found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FirstError {
-    /// One of [`layout::fault`]; [`FirstError::name`] has it as a word.
+    /// The kind, one of [`layout::fault`]; [`FirstError::name`] returns it as text.
     pub kind: u64,
-    /// Where.
+    /// The address of the wrong word.
     pub address: u64,
-    /// What should have been there.
+    /// The value that should have been there.
     pub expected: u64,
-    /// What was there.
+    /// The value that was there.
     pub found: u64,
 }
 
 impl FirstError {
-    /// The kind in a word or two.
+    /// Returns the kind as text, in one to three words.
     pub fn name(&self) -> &'static str {
         match self.kind {
             fault::MISPLACED => "misplaced page",
@@ -52,24 +52,28 @@ impl FirstError {
     }
 }
 
-/// How long accesses to pages took, as far as they took long.
+/// The durations of slow accesses to pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Accesses {
-    /// Ticks from which an access was counted.
+    /// The number of ticks from which on an access is counted.
     pub limit: u64,
-    /// The longest, in ticks.
+    /// The longest access, in ticks.
     pub longest: u64,
-    /// How many there were in each bucket, see [`layout::access_bucket_start`].
+    /// The number of accesses in each bucket, see [`layout::access_bucket_start`].
     pub counts: [u64; ACCESS_BUCKETS],
 }
 
 impl Accesses {
-    /// How many were counted.
+    /// Returns the number of accesses counted.
     pub fn count(&self) -> u64 {
         self.counts.iter().fold(0, |sum, n| sum.saturating_add(*n))
     }
 
-    /// The ticks within which so many of a thousand accesses were done, to a sixteenth: the middle of their bucket. `None` without any.
+    /// Returns the number of ticks within which `permille` thousandths of the counted accesses were
+    /// done.
+    ///
+    /// The result is the middle of a bucket, so it can be wrong by a sixteenth. It is `None` if no
+    /// access was counted.
     pub fn permille(&self, permille: u64) -> Option<u64> {
         let rank = (u128::from(self.count()) * u128::from(permille)).div_ceil(1000).max(1);
         let mut sum = 0;
@@ -78,7 +82,8 @@ impl Accesses {
             sum >= rank
         })?;
         let middle = access_bucket_start(bucket).midpoint(access_bucket_start(bucket + 1));
-        // the longest is known exactly, and the page may have been copied between two of the guest's writes
+        // The longest access is known exactly. The page may have been copied between two writes of
+        // the guest, so the longest may be below the limit.
         Some(middle.clamp(self.limit, self.longest.max(self.limit)))
     }
 }
@@ -90,60 +95,64 @@ impl fmt::Debug for Accesses {
     }
 }
 
-/// What the guest's balloon holds, and did.
+/// The state of the guest's balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Balloon {
-    /// Pages that are reported free now.
+    /// The number of pages that are reported free now.
     pub pages: u64,
-    /// Times that it was inflated.
+    /// How often the balloon was inflated.
     pub inflations: u64,
-    /// Times that memory was short and it was deflated.
+    /// How often the balloon was deflated because memory was short.
     pub deflations: u64,
 }
 
-/// What the guest shows, summed up over its CPUs.
+/// The contents of a board page, with the values of all CPUs combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Board {
-    /// Times that a CPU looked at its clock, over all CPUs.
+    /// How often a CPU read its clock, over all CPUs.
     pub heartbeats: u64,
-    /// Operations of the workload, over all CPUs.
+    /// The number of operations of the workload, over all CPUs.
     pub operations: u64,
-    /// The longest time between two heartbeats of any CPU, in ticks of the clock.
+    /// The longest time between two heartbeats of the same CPU, in ticks of the clock.
     pub longest_gap_ticks: u64,
-    /// The same on each CPU; those of CPUs that are not there are 0.
+    /// The longest time between two heartbeats of each CPU; 0 for CPUs that do not exist.
     pub gap_ticks: [u64; MAX_CPUS],
-    /// Pages or records that were not as they had to be, over all CPUs.
+    /// The number of wrong pages and records, over all CPUs.
     pub errors: u64,
-    /// CPUs that run, at most [`MAX_CPUS`].
+    /// The number of CPUs that run, at most [`MAX_CPUS`].
     pub cpus_online: u32,
-    /// Frequency of the clock that the guest reckons with.
+    /// The frequency of the clock that the guest uses, in kHz.
     pub tsc_khz: u64,
     /// What the guest is doing.
     pub state: State,
-    /// What went wrong first, if anything did.
+    /// The first error, if there was one.
     pub first_error: Option<FirstError>,
-    /// The latest value of [`board::CONTROL`] that every CPU has obeyed (the smallest of theirs).
+    /// The latest value of [`board::CONTROL`] that every CPU has obeyed: the smallest value of all
+    /// CPUs.
     pub reset_seen: u64,
-    /// The latest value of [`board::VERIFY`] that every CPU is done with (the smallest of theirs).
+    /// The latest value of [`board::VERIFY`] that every CPU has completed: the smallest value of
+    /// all CPUs.
     pub verify_done: u64,
-    /// Data pages checked so far.
+    /// The number of data pages checked so far.
     pub verified_pages: u64,
-    /// What the guest does not need of its memory, all of 0 if its workload has no balloon.
+    /// The state of the balloon, all zeros if the workload has none.
     pub balloon: Balloon,
-    /// Accesses to pages that took long, of all CPUs, if the workload measures them.
+    /// The slow accesses of all CPUs, if the workload measures them.
     pub accesses: Option<Accesses>,
 }
 
 impl Board {
-    /// Reads a board page. `None` if it is not one: another guest, or one that is not loaded yet.
+    /// Parses a board page. Returns `None` if the page is no board: another guest runs, or this one
+    /// has not started yet.
     ///
-    /// The page may be a copy that was taken while the guest wrote it: words are whole, but not all of the same instant.
+    /// The page may be a copy that was taken while the guest wrote it. Each word is then intact,
+    /// but the words may be from different times.
     pub fn parse(page: &[u8; 4096]) -> Option<Board> {
         let half = |at: usize| u32::from_le_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
         if word(page, board::MAGIC) != BOARD_MAGIC {
             return None;
         }
-        // The version is written by the guest's first instructions: before them it is 0.
+        // The guest's first instructions write the version: before them it is 0.
         if half(board::VERSION) > BOARD_VERSION {
             return None;
         }
@@ -188,12 +197,12 @@ impl Board {
         })
     }
 
-    /// The longest gap as a time; zero if the frequency is not known yet.
+    /// Returns the longest gap as a duration; zero if the frequency is not known yet.
     pub fn longest_gap(&self) -> Duration {
         self.time(self.longest_gap_ticks)
     }
 
-    /// Ticks of the guest's clock as a time; zero if its frequency is not known yet.
+    /// Converts ticks of the guest's clock to a duration; zero if its frequency is not known yet.
     pub fn time(&self, ticks: u64) -> Duration {
         let nanoseconds = (u128::from(ticks) * 1_000_000).checked_div(u128::from(self.tsc_khz)).unwrap_or(0);
         Duration::from_nanos(nanoseconds.min(u128::from(u64::MAX)) as u64)
@@ -246,7 +255,7 @@ mod tests {
         near(990, 20_000_000);
         near(999, 20_000_000);
         near(1000, 300_000_000);
-        // a single one is at most the longest, and at least the limit
+        // The result for a single access is at most the longest access and at least the limit.
         let one = |ticks| {
             let mut counts = [0; ACCESS_BUCKETS];
             counts[layout::access_bucket(ticks)] = 1;

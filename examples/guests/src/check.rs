@@ -1,4 +1,4 @@
-//! Specs of workloads, checked for people: an error says what would be right.
+//! Checks the specs of workloads. An error tells the user what would be correct.
 
 use thiserror::Error;
 
@@ -7,15 +7,15 @@ use crate::{
     spec::{COMMON_KEYS, Kind, LIST, Spec, SpecError},
 };
 
-/// Why there is no guest for a spec.
+/// Why a spec, or a number of CPUs, gives no guest.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum WorkloadError {
     /// No workload has this name.
     #[error("no workload `{name}`; there are: {known}")]
     Unknown {
-        /// The name asked for.
+        /// The name in the spec.
         name: String,
-        /// The names there are.
+        /// The names of all workloads.
         known: String,
     },
     /// The workload has no such key.
@@ -23,9 +23,9 @@ pub enum WorkloadError {
     Key {
         /// The workload.
         workload: &'static str,
-        /// What was found where `key=value` was expected.
+        /// The text that was found where `key=value` was expected.
         key: String,
-        /// The keys it takes.
+        /// The keys that the workload takes.
         known: String,
     },
     /// A key occurs twice.
@@ -38,33 +38,37 @@ pub enum WorkloadError {
         key: &'static str,
         /// The value.
         value: String,
-        /// What would be one.
+        /// A description of the values that it takes.
         wanted: String,
     },
     /// The spec does not fit on the parameter page.
     #[error("the spec has {0} bytes, more than {MAX_SPEC}")]
     TooLong(usize),
-    /// More CPUs than the board has records for, or none.
+    /// The number of CPUs is 0 or larger than [`MAX_CPUS`].
     #[error("{0} CPUs: the guest runs on 1 to {MAX_CPUS}")]
     Cpus(u32),
-    /// The workload has too little to work on, whatever RAM there is.
+    /// The spec limits the workload's area to fewer pages than the CPUs need, whatever RAM there
+    /// is.
     #[error(
         "its area has {pages} pages, and {cpus} CPUs need {wanted}: give it a larger size or percent, or fewer CPUs"
     )]
     Area {
-        /// Pages of its area.
+        /// The pages of the area.
         pages: u64,
-        /// Pages that the CPUs need.
+        /// The pages that the CPUs need.
         wanted: u64,
-        /// How many CPUs there are.
+        /// The number of CPUs.
         cpus: u32,
     },
-    /// The compiled image has no parameter page where it should.
+    /// The compiled image has no parameter page at its address.
     #[error("the guest's image has no parameter page")]
     Image,
 }
 
-/// Checks a spec, `NAME[:key=value[,key=value…]]`, and says what would be right if it is wrong.
+/// Checks a spec, `NAME[:key=value[,key=value…]]`.
+///
+/// # Errors
+/// When the spec is wrong; the error tells what would be correct.
 pub fn check_spec(text: &str) -> Result<(), WorkloadError> {
     if text.len() > MAX_SPEC {
         return Err(WorkloadError::TooLong(text.len()));
@@ -93,7 +97,7 @@ pub fn check_spec(text: &str) -> Result<(), WorkloadError> {
     }
 }
 
-/// What a key takes, for people.
+/// Describes the values that a kind of key takes.
 pub(crate) fn wanted(kind: Kind) -> String {
     match kind {
         Kind::Size => "a size such as 64M (units K, M, G)".into(),

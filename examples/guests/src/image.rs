@@ -1,14 +1,19 @@
-//! The guest's image, and the parameters that are patched into it.
+//! The guest's image, and the parameters that are written into it.
 
 use crate::{
     WorkloadError, check_spec,
     layout::{MAX_CPUS, PAGE_SIZE, PARAMS_ADDRESS, PARAMS_MAGIC, params},
 };
 
-/// The guest as it was compiled, with an empty spec: it then looks for `workload=…` on its command line.
+/// The compiled guest with an empty spec: it then takes `workload=…` from its command line.
 pub const GUEST_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
-/// The guest's image for a spec and so many CPUs. `tsc_khz` is the frequency of the guest's clock; 0 if it shall find out by itself.
+/// Returns the guest's image for a spec and a number of CPUs.
+///
+/// `tsc_khz` is the frequency of the guest's clock in kHz; with 0 the guest measures it.
+///
+/// # Errors
+/// When the spec is wrong, or the guest does not run on that number of CPUs.
 pub fn elf(spec: &str, cpus: u32, tsc_khz: u64) -> Result<Vec<u8>, WorkloadError> {
     check_spec(spec)?;
     if cpus == 0 || cpus as usize > MAX_CPUS {
@@ -20,7 +25,7 @@ pub fn elf(spec: &str, cpus: u32, tsc_khz: u64) -> Result<Vec<u8>, WorkloadError
     if word(page, params::MAGIC) != PARAMS_MAGIC {
         return Err(WorkloadError::Image);
     }
-    // `check_spec` bounds the length, so everything stays within the page.
+    // `check_spec` bounds the length, so the spec stays within the page.
     page[params::CPUS..][..4].copy_from_slice(&cpus.to_le_bytes());
     page[params::TSC_KHZ..][..8].copy_from_slice(&tsc_khz.to_le_bytes());
     page[params::SPEC_LENGTH..][..4].copy_from_slice(&(spec.len() as u32).to_le_bytes());
@@ -28,7 +33,7 @@ pub fn elf(spec: &str, cpus: u32, tsc_khz: u64) -> Result<Vec<u8>, WorkloadError
     Ok(image)
 }
 
-/// The program headers of an ELF64's segments that are loaded.
+/// Returns the program headers of an ELF64 file's loaded segments.
 fn segments(image: &[u8]) -> impl Iterator<Item = &[u8]> {
     const PROGRAM_HEADERS: usize = 32;
     const HEADER_COUNT: usize = 56;
@@ -41,7 +46,7 @@ fn segments(image: &[u8]) -> impl Iterator<Item = &[u8]> {
     headers.filter(|header| word(header, 0) as u32 == PT_LOAD)
 }
 
-/// Where in an ELF64 file the byte of a physical address is, by its program headers.
+/// Returns the offset in an ELF64 file of the byte that is loaded to a physical address.
 fn file_offset(image: &[u8], address: u64) -> Option<usize> {
     segments(image).find_map(|header| {
         let (offset, start, size) = (word(header, 8), word(header, 24), word(header, 32));
@@ -50,7 +55,7 @@ fn file_offset(image: &[u8], address: u64) -> Option<usize> {
     })
 }
 
-/// The first physical address behind what an ELF64 takes in memory.
+/// Returns the physical address at which the memory of an ELF64 file ends.
 pub(crate) fn loaded_end(image: &[u8]) -> u64 {
     segments(image).map(|header| word(header, 24).saturating_add(word(header, 40))).max().unwrap_or(0)
 }
@@ -59,7 +64,7 @@ fn word_checked(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
-/// A word of a page or header that is known to be long enough.
+/// Returns a word of a page or header that is long enough for it.
 pub(crate) fn word(bytes: &[u8], at: usize) -> u64 {
     word_checked(bytes, at).unwrap_or(0)
 }

@@ -1,11 +1,11 @@
-//! The workloads and their keys, for people.
+//! Lists the workloads and their keys for the user.
 
 use crate::{
     check::wanted,
     spec::{COMMON_KEYS, Key, LIST},
 };
 
-/// Lists every workload with its keys, and once those that all of them take.
+/// Returns a list of every workload with its keys, followed by the keys that all workloads take.
 pub fn listing() -> String {
     let mut text = String::new();
     for info in LIST {
@@ -17,7 +17,7 @@ pub fn listing() -> String {
     text
 }
 
-/// A key with its default, what it does, and what it takes.
+/// Formats a key with its default, its effect and the values that it takes.
 fn line(key: &Key) -> String {
     let value = format!("{}={}", key.name, key.default);
     format!("{:<16}{value:<18}{} ({})\n", "", key.summary, wanted(key.kind))
@@ -27,7 +27,7 @@ fn line(key: &Key) -> String {
 mod tests {
     use super::*;
 
-    /// The lines of each workload, and, last, those of the keys that all take.
+    /// Returns the lines of each workload and, last, the lines of the keys that all take.
     fn sections(text: &str) -> Vec<(&str, Vec<&str>)> {
         let mut sections: Vec<(&str, Vec<&str>)> = Vec::new();
         for line in text.lines().filter(|line| !line.is_empty()) {
@@ -59,7 +59,7 @@ mod tests {
         }
     }
 
-    /// What the guest's programs ask of their spec is what people are told of.
+    /// The guest's programs read exactly the keys that the list shows.
     #[test]
     fn every_key_that_the_guest_reads_is_listed() {
         let sources = [
@@ -83,7 +83,8 @@ mod tests {
         let known = |name: &str| LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS).any(|key| key.name == name);
         assert!(read.iter().all(|name| known(name)), "{read:?}");
         let every = LIST.iter().flat_map(|info| info.keys).chain(COMMON_KEYS);
-        // some are asked for by a name that a helper gets; the table in the first source has them all
+        // A helper reads some keys by a name that it is given; the table in the first source
+        // contains all names.
         let named = |name: &str| sources[1..].iter().any(|source| source.contains(&format!("\"{name}\"")));
         let unread: Vec<_> = every.map(|key| key.name).filter(|name| !read.contains(name) && !named(name)).collect();
         assert!(unread.is_empty(), "nobody reads {unread:?}");

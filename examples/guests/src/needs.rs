@@ -1,4 +1,4 @@
-//! How much memory a guest needs for its workload.
+//! Computes how much memory a guest needs for its workload.
 
 use crate::{
     GUEST_ELF, WorkloadError, check_spec,
@@ -7,18 +7,20 @@ use crate::{
     spec::{self, Spec},
 };
 
-/// The guest uses RAM in pieces of this size.
+/// The guest uses RAM in units of this size.
 const HUGE: u64 = 2 << 20;
-/// No workload needs more to start: more is only a larger area, or more data.
+/// An amount of RAM that is enough for every workload to start: more only makes the area or the
+/// data larger.
 const ENOUGH: u64 = 1 << 30;
 
-/// Returns the bytes of RAM that a guest with so many CPUs needs at least for its workload to start.
+/// Returns the RAM in bytes that a guest with this number of CPUs needs at least for its workload
+/// to start.
 ///
 /// # Errors
-/// When the spec is wrong, or no amount of RAM gives each CPU the pages that it needs, as the spec itself limits them.
+/// When the spec is wrong, or the spec limits its area to fewer pages than the CPUs need.
 pub fn least_memory(text: &str, cpus: u32) -> Result<u64, WorkloadError> {
     check_spec(text)?;
-    // it was just checked
+    // The spec has just been checked.
     let Ok(spec) = Spec::parse(text) else { return Err(WorkloadError::TooLong(text.len())) };
     let wanted = spec::LEAST_AREA * u64::from(cpus);
     let mut pages = 0;
@@ -32,7 +34,8 @@ pub fn least_memory(text: &str, cpus: u32) -> Result<u64, WorkloadError> {
     Err(WorkloadError::Area { pages, wanted, cpus })
 }
 
-/// Pages that the guest divides: all above its image and page directories, less what the balloon takes.
+/// Returns the pages that the guest divides: all above its image and page directories, except those
+/// of the balloon.
 fn usable(spec: &Spec<'_>, memory: u64) -> u64 {
     let floor = (loaded_end(GUEST_ELF) + PAGE_SIZE).next_multiple_of(HUGE);
     let ram = memory.saturating_sub(floor) / PAGE_SIZE;
@@ -55,7 +58,7 @@ mod tests {
                 assert!((4 << 20..=16 << 20).contains(&least), "{} {cpus}: {least:#x}", info.name);
             }
         }
-        // what the balloon needs is on top
+        // The balloon's pages come on top.
         assert_eq!(least_memory("hot", 1), Ok(4 << 20));
         assert_eq!((least_memory("churn", 1), least_memory("churn:balloon=off", 1)), (Ok(6 << 20), Ok(4 << 20)));
         assert!(least_memory("rate:percent=1", 16).unwrap() > least_memory("rate", 16).unwrap());
