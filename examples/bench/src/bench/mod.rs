@@ -12,6 +12,7 @@
 //! | records.rs | the record layer and the bare ciphers, on one core |
 //! | handover/ | hand-overs on one host |
 //! | slots.rs | how long KVM takes to set memory slots |
+//! | scale.rs | what grows with the size of RAM |
 //! | samples.rs | how fast a guest is from moment to moment |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
@@ -28,6 +29,8 @@ pub(crate) mod process;
 mod qemu;
 mod records;
 pub(crate) mod samples;
+#[allow(unsafe_code)]
+mod scale;
 #[allow(unsafe_code)]
 mod slots;
 pub(crate) mod tuning;
@@ -95,6 +98,10 @@ pub struct Bench {
     /// else runs meanwhile.
     #[arg(long, requires = "slots")]
     long_calls: bool,
+    /// What grows with the size of RAM: set-up, pause, memory and harvests of VMs of 1 to 256 GiB with the same data, and
+    /// nothing else. RAM is sparse.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover", "slots"])]
+    scale: bool,
     /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement of hand-overs, and by tests.
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size)]
     occupy: Option<u64>,
@@ -278,6 +285,9 @@ fn bench(args: &Bench) -> Result<bool, String> {
     }
     if args.slots {
         return slots::bench(args);
+    }
+    if args.scale {
+        return scale::bench(args);
     }
     if args.handover {
         return handover::bench(args);

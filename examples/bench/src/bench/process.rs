@@ -321,16 +321,20 @@ impl MemorySampler {
     }
 
     /// Peak bytes outside `ram`, and the high-water mark of the process less the most RAM that was resident.
-    pub(super) fn finish(mut self, ram: &Range<u64>) -> Result<Beyond, String> {
+    pub(super) fn finish(self, ram: &Range<u64>) -> Result<Beyond, String> {
+        self.finish_where(|range| range.start < ram.end && ram.start < range.end)
+    }
+
+    /// The same, where guest RAM is in the mappings for which `is_ram` holds.
+    pub(super) fn finish_where(mut self, is_ram: impl Fn(&Range<u64>) -> bool) -> Result<Beyond, String> {
         self.stop.store(true, Ordering::Release);
         let thread = self.thread.take().ok_or("no sampler")?;
         let (looks, high) = thread.join().map_err(|_| "the sampler panicked")?;
         if looks.is_empty() {
             return Err(format!("process {} was never seen", self.pid));
         }
-        let inside = |m: &&Mapping| m.range.start < ram.end && ram.start < m.range.end;
         let sum = |look: &[Mapping], within: bool| {
-            look.iter().filter(|m| inside(m) == within).map(|m| m.resident).sum::<u64>()
+            look.iter().filter(|m| is_ram(&m.range) == within).map(|m| m.resident).sum::<u64>()
         };
         let peak = looks.iter().map(|look| sum(look, false)).max().unwrap_or(0);
         let guest = looks.iter().map(|look| sum(look, true)).max().unwrap_or(0);

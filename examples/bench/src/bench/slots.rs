@@ -52,12 +52,12 @@ struct Row {
     sum_ms: f64,
 }
 
-fn sparse(bytes: u64) -> Result<Arc<dyn GuestRam>, String> {
+pub(super) fn sparse(bytes: u64) -> Result<Arc<dyn GuestRam>, String> {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: bytes }]).map_err(|e| e.to_string())?;
     Ok(Arc::new(MappedRam::new(layout, Backing::Anonymous).map_err(|e| e.to_string())?))
 }
 
-fn kvm() -> Result<Kvm, String> {
+pub(super) fn kvm() -> Result<Kvm, String> {
     Kvm::new().map_err(|e| format!("/dev/kvm: {e}"))
 }
 
@@ -92,7 +92,7 @@ fn fits(bytes: u64) -> bool {
     available.is_none_or(|kib: u64| (kib << 10) > (bytes >> PAGE_SHIFT) * BYTES_A_PAGE + SPARE)
 }
 
-fn name(bytes: u64) -> String {
+pub(super) fn name(bytes: u64) -> String {
     if bytes >= GIB { format!("{} GiB", bytes / GIB) } else { format!("{} KiB", bytes >> 10) }
 }
 

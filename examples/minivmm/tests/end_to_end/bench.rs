@@ -9,6 +9,7 @@ use crate::common::{Lab, Outcome, Suite, ensure, usage};
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("bench/hand_over", hand_over);
     suite.kvm("bench/slots", slots);
+    suite.kvm("bench/scale", scale);
     suite.kvm("eval/hand_over", timelines);
     suite.kvm("eval/encryption", encryption);
 }
@@ -57,6 +58,31 @@ fn slots(lab: &Lab) -> Outcome {
     ensure(rows.iter().all(plausible), || out.clone())?;
     let page = fs::read_to_string(page)?;
     ensure(page.contains("| 16384 KiB |") && page.ends_with("-->\nend\n"), || page.clone())
+}
+
+/// Small guests: that each figure is there, and that no RAM counts as memory beyond it.
+fn scale(lab: &Lab) -> Outcome {
+    let page = lab.path("page.md");
+    fs::write(&page, "<!-- scale:begin -->\n<!-- scale:end -->\nend\n")?;
+    let args = ["bench", "--scale", "--quick", "--unit", "64M", "--json", "--markdown", &lab.arg("page.md")];
+    let (code, out, err) = usage(&args)?;
+    ensure(code == Some(0), || format!("{code:?}: {err}"))?;
+    let figures: Value = serde_json::from_str(&out)?;
+    let runs = figures["runs"].as_array().ok_or("no runs")?;
+    ensure(runs.len() == 16, || out.clone())?;
+    for run in runs {
+        let positive =
+            ["setup_ms", "prepare_ms", "downtime_ms", "total_ms"].iter().all(|key| run[key].as_f64() > Some(0.0));
+        ensure(positive, || format!("{run}"))?;
+    }
+    let watched: Vec<_> = runs.iter().filter_map(|run| run["beyond"].as_array()).flatten().collect();
+    ensure(
+        watched.len() == 16 && watched.iter().all(|b| (1 << 18..64 << 20).contains(&b.as_u64().unwrap_or(0))),
+        || format!("{watched:?}"),
+    )?;
+    ensure(figures["harvests"].as_array().is_some_and(|all| all.len() == 8), || out.clone())?;
+    let page = fs::read_to_string(page)?;
+    ensure(page.contains("| 4 GiB, manual-protect |") && page.ends_with("-->\nend\n"), || page.clone())
 }
 
 fn timelines(lab: &Lab) -> Outcome {
