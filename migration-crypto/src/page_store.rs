@@ -13,11 +13,13 @@ use std::{
 use migration_core::{
     store::{
         Incarnation, Namespace, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Record, StoreError,
-        Stored, Urgency, check_get, check_put,
+        Stored, Urgency, VmNamespace, check_get, check_put,
         limits::{MAX_NAMESPACES, MAX_VALUE_BYTES},
     },
     vm::VmId,
 };
+
+use zeroize::Zeroizing;
 
 use crate::{PageError, PageSealer, Psk, Purpose, SEAL_OVERHEAD, Suite, aead::Backend};
 
@@ -32,9 +34,9 @@ const MAX_NAMES: usize = 2 * MAX_NAMESPACES;
 /// # Errors
 /// Returns [`PageError::Crypto`] if the operating system has no random bytes to give.
 pub fn random_namespace() -> Result<Namespace, PageError> {
-    let mut secret = [0; 16];
-    getrandom::fill(&mut secret).map_err(|_| PageError::Crypto)?;
-    Ok(Namespace::new(secret))
+    let mut secret = Zeroizing::new([0; 16]);
+    getrandom::fill(&mut secret[..]).map_err(|_| PageError::Crypto)?;
+    Ok(Namespace::new(*secret))
 }
 
 /// Seals every page before it goes into another store, and opens every page that comes out of it.
@@ -69,8 +71,8 @@ pub fn random_namespace() -> Result<Namespace, PageError> {
 ///
 /// let (name, vm) = (random_namespace()?, VmId([1; 16]));
 /// let namespace = store.add(&name, vm)?;
-/// let record = Record { vm, purpose: Purpose::Home, owner: Owner([2; 16]) };
-/// store.create(namespace, &record, Duration::from_secs(60))?;
+/// let record = Record { vm, purpose: Purpose::Home, owner: Owner::new("host-7")? };
+/// store.create(namespace.id, &record, Duration::from_secs(60))?;
 /// store.put(namespace, 1, &[PageToPut { page: 40, value: &[0x5a; PAGE_SIZE] }])?;
 ///
 /// let wanted = [PageToGet { page: 40, generation: 1 }];
@@ -102,18 +104,19 @@ impl<S: PageStore> Sealed<S> {
     }
 
     /// Makes pages of the namespace with this name readable and writable, which must be those of
-    /// `vm`. Returns the namespace's id. It may be called again with the same arguments.
+    /// `vm`. Returns how the namespace is asked for. It may be called again with the same arguments.
     ///
     /// # Errors
     /// Returns [`StoreError::Occupied`] if the name was added for another VM,
     /// [`StoreError::TooMany`] if twice [`MAX_NAMESPACES`] names were added, and [`StoreError::Io`]
     /// if the operating system has no random bytes to give.
-    pub fn add(&self, name: &Namespace, vm: VmId) -> Result<NamespaceId, StoreError> {
-        let id = name.id();
+    pub fn add(&self, name: &Namespace, vm: VmId) -> Result<VmNamespace, StoreError> {
+        let namespace = name.of(vm);
+        let id = namespace.id;
         let mut all = self.keys.write().unwrap_or_else(PoisonError::into_inner);
         match all.get(&id) {
             Some(keys) if keys.vm != vm => return Err(StoreError::Occupied(id)),
-            Some(_) => return Ok(id),
+            Some(_) => return Ok(namespace),
             None if all.len() >= MAX_NAMES => {
                 return Err(StoreError::TooMany { what: "names", limit: MAX_NAMES });
             }
@@ -126,7 +129,7 @@ impl<S: PageStore> Sealed<S> {
         };
         let keys = Keys { vm, sealing: Mutex::new(sealer()?), opening: sealer()? };
         all.insert(id, Arc::new(keys));
-        Ok(id)
+        Ok(namespace)
     }
 
     /// Erases the key of a namespace from memory. Call it when the namespace was forgotten.
@@ -139,9 +142,10 @@ impl<S: PageStore> Sealed<S> {
         &self.inner
     }
 
-    fn keys(&self, namespace: NamespaceId) -> Result<Arc<Keys>, StoreError> {
+    fn keys(&self, namespace: VmNamespace) -> Result<Arc<Keys>, StoreError> {
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-        keys.get(&namespace).cloned().ok_or(StoreError::NoKey(namespace))
+        let of_this_vm = keys.get(&namespace.id).filter(|keys| keys.vm == namespace.vm);
+        of_this_vm.cloned().ok_or(StoreError::NoKey(namespace.id))
     }
 }
 
@@ -170,17 +174,15 @@ impl<S: PageStore> PageStore for Sealed<S> {
     /// As of the inner store. [`StoreError::NoKey`] if the name was not added, or for another VM
     /// than the record's.
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {
-        if self.keys(namespace)?.vm != record.vm {
-            return Err(StoreError::NoKey(namespace));
-        }
+        self.keys(VmNamespace { id: namespace, vm: record.vm })?;
         self.inner.create(namespace, record, lease)
     }
 
-    fn renew(&self, namespace: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
+    fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
         self.inner.renew(namespace, owner, lease)
     }
 
-    fn put(&self, namespace: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+    fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
         check_put(pages)?;
         if let Some(&PageToPut { page, value }) = pages.iter().find(|page| page.value.len() > MAX_PLAIN_BYTES) {
             return Err(StoreError::BadValue { page, len: value.len() });
@@ -194,7 +196,7 @@ impl<S: PageStore> PageStore for Sealed<S> {
     /// handed out before, and opens as the page and generation that was asked for.
     fn get(
         &self,
-        namespace: NamespaceId,
+        namespace: VmNamespace,
         pages: &[PageToGet],
         urgency: Urgency,
         deadline: Instant,
@@ -222,7 +224,9 @@ impl<S: PageStore> PageStore for Sealed<S> {
         }
         let mut missing = pages.iter().zip(&opened).filter(|(_, opened)| !**opened).map(|(wanted, _)| wanted.page);
         match missing.next() {
-            Some(first) => Err(StoreError::Missing { namespace, count: 1 + missing.count() as u64, first }),
+            Some(first) => {
+                Err(StoreError::Missing { namespace: namespace.id, count: 1 + missing.count() as u64, first })
+            }
             None => Ok(()),
         }
     }
@@ -231,7 +235,7 @@ impl<S: PageStore> PageStore for Sealed<S> {
         self.inner.record(namespace)
     }
 
-    fn forget(&self, namespace: NamespaceId) -> Result<(), StoreError> {
+    fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError> {
         self.inner.forget(namespace)
     }
 

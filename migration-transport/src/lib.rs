@@ -17,7 +17,7 @@
 //! read and replace a VM's memory.
 //!
 //! Stores: [`DirStore`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
-//! that both ends have. [`FileStore`] keeps a snapshot in one file, and [`DirPageStore`] keeps
+//! that both ends have. [`FileStore`] keeps a snapshot in one file, and [`FilePageStore`] keeps
 //! pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so that they outlive a VMM
 //! that dies. [`Wakeup`] wakes an event loop that polls.
 //!
@@ -127,7 +127,7 @@ pub use {
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,
-    store::{DirPageStore, DirPageStoreOptions},
+    store::{FilePageStore, FilePageStoreOptions},
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},

@@ -30,6 +30,21 @@ pub enum StoreError {
     /// The namespace exists, and is of another VM or for another purpose. Make another name.
     #[error("namespace {0} exists, and belongs to something else")]
     Occupied(NamespaceId),
+    /// The namespace's record names another VM than the caller's (rule 24). Nothing was done. The
+    /// caller treats whoever has named the namespace as hostile.
+    #[error("namespace {0} is of another VM")]
+    OtherVm(NamespaceId),
+    /// The store was made with another choice than the one that it is opened with. Open it as its
+    /// other users do.
+    #[error("{store} was made {made}, and is opened {opened}")]
+    OtherOptions {
+        /// The store.
+        store: String,
+        /// What was chosen when it was made.
+        made: &'static str,
+        /// What is chosen now.
+        opened: &'static str,
+    },
     /// Some of the pages are not in the store in this generation. The others were handed out. The
     /// caller asks the next store that has the pages.
     #[error("{count} pages of namespace {namespace} are missing, the first of them is page {first}")]
@@ -170,6 +185,7 @@ mod tests {
         let firm = [
             StoreError::Absent(id),
             StoreError::Forgotten(id),
+            StoreError::OtherVm(id),
             StoreError::Missing { namespace: id, count: 1, first: 0 },
             StoreError::NoRoom { needed: 2, room: 1 },
             StoreError::Zeros(3),

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, ProcessClock, Record,
-    StoreError, Stored, Trailer, Urgency, check_get, check_lease, check_put,
+    StoreError, Stored, Trailer, Urgency, VmNamespace, check_get, check_lease, check_put,
     limits::{MAX_FORGOTTEN, MAX_NAMESPACES, UNSEEN_LEASE},
 };
 use crate::lock::lock;
@@ -70,21 +70,26 @@ impl Inner {
         Self { incarnation: Incarnation::random(), namespaces: BTreeMap::new(), forgotten: HashMap::new(), used: 0 }
     }
 
-    fn space(&mut self, id: NamespaceId) -> Result<&mut Space, StoreError> {
-        self.namespaces.get_mut(&id).ok_or(StoreError::Absent(id))
+    /// Returns the namespace, if it is of the caller's VM.
+    fn space(&mut self, namespace: VmNamespace) -> Result<&mut Space, StoreError> {
+        match self.namespaces.get_mut(&namespace.id) {
+            None => Err(StoreError::Absent(namespace.id)),
+            Some(space) if space.record.vm != namespace.vm => Err(StoreError::OtherVm(namespace.id)),
+            Some(space) => Ok(space),
+        }
     }
 
     /// Stores those of `pages` of which there is no newer generation, or none if there is no room
     /// for them.
     fn put(
         &mut self,
-        id: NamespaceId,
+        namespace: VmNamespace,
         generation: u32,
         pages: &[PageToPut<'_>],
         limit: u64,
     ) -> Result<Stored, StoreError> {
         let used = self.used;
-        let space = self.space(id)?;
+        let space = self.space(namespace)?;
         let taken: Vec<_> = pages
             .iter()
             .map(|page| space.pages.get(&page.page).is_none_or(|kept| kept.generation() <= generation))
@@ -99,9 +104,8 @@ impl Inner {
             return Err(StoreError::NoRoom { needed: added.saturating_sub(replaced), room });
         }
 
-        let vm = space.record.vm;
         for &PageToPut { page, value } in to_store() {
-            let trailer = Trailer::new(vm, page, generation, value).encode();
+            let trailer = Trailer::new(namespace.vm, page, generation, value).encode();
             space.pages.insert(page, Kept { trailer, value: value.into() });
         }
         self.used = after;
@@ -168,7 +172,7 @@ impl PageStore for MemoryPageStore {
         Ok(inner.incarnation)
     }
 
-    fn renew(&self, namespace: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
+    fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
         check_lease(lease)?;
         let now = self.clock.now();
         let mut inner = lock(&self.inner);
@@ -178,14 +182,14 @@ impl PageStore for MemoryPageStore {
         Ok(inner.incarnation)
     }
 
-    fn put(&self, namespace: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+    fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
         check_put(pages)?;
         lock(&self.inner).put(namespace, generation, pages, self.limit)
     }
 
     fn get(
         &self,
-        namespace: NamespaceId,
+        namespace: VmNamespace,
         pages: &[PageToGet],
         _urgency: Urgency,
         deadline: Instant,
@@ -198,13 +202,10 @@ impl PageStore for MemoryPageStore {
             if Instant::now() >= deadline {
                 return Err(StoreError::TimedOut);
             }
-            let (vm, kept) = {
-                let mut inner = lock(&self.inner);
-                let space = inner.space(namespace)?;
-                (space.record.vm, space.pages.get(&page).cloned())
-            };
+            // the lock ends with this statement
+            let kept = lock(&self.inner).space(namespace)?.pages.get(&page).cloned();
             match kept {
-                Some(kept) if Trailer::decode(&kept.trailer).proves(vm, page, generation, &kept.value) => {
+                Some(kept) if Trailer::decode(&kept.trailer).proves(namespace.vm, page, generation, &kept.value) => {
                     take(page, PageData::new(&kept.value));
                 }
                 _ => {
@@ -213,27 +214,31 @@ impl PageStore for MemoryPageStore {
                 }
             }
         }
-        missing.map_or(Ok(()), |first| Err(StoreError::Missing { namespace, count, first }))
+        missing.map_or(Ok(()), |first| Err(StoreError::Missing { namespace: namespace.id, count, first }))
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {
         Ok(lock(&self.inner).namespaces.get(&namespace).map(|space| space.record))
     }
 
-    fn forget(&self, namespace: NamespaceId) -> Result<(), StoreError> {
+    fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError> {
         let now = self.clock.now();
         let mut inner = lock(&self.inner);
         inner.tidy(now);
-        if inner.forgotten.len() >= MAX_FORGOTTEN && !inner.forgotten.contains_key(&namespace) {
+        if let Err(error @ StoreError::OtherVm(_)) = inner.space(namespace) {
+            return Err(error);
+        }
+        let id = namespace.id;
+        if inner.forgotten.len() >= MAX_FORGOTTEN && !inner.forgotten.contains_key(&id) {
             return Err(StoreError::TooMany { what: "forgotten ids", limit: MAX_FORGOTTEN });
         }
         let mut lease = UNSEEN_LEASE;
-        if let Some(space) = inner.namespaces.remove(&namespace) {
+        if let Some(space) = inner.namespaces.remove(&id) {
             lease = space.lease;
             inner.used -= space.pages.values().map(Kept::bytes).sum::<u64>();
         }
         // a repeated call does not shorten the time
-        let until = inner.forgotten.entry(namespace).or_default();
+        let until = inner.forgotten.entry(id).or_default();
         *until = (*until).max(now.saturating_add(lease));
         Ok(())
     }
@@ -315,6 +320,7 @@ mod tests {
         super::{ManualClock, conformance::InMemory},
         *,
     };
+    use crate::vm::VmId;
 
     crate::page_store_conformance!(InMemory::default);
 
@@ -326,11 +332,12 @@ mod tests {
         // `forget` looks at all remembered ids: a store that is nearly full comes from here
         let until = UNSEEN_LEASE;
         lock(&store.inner).forgotten = (1..MAX_FORGOTTEN).map(|number| (id(number), until)).collect();
-        store.forget(id(0)).unwrap();
-        assert!(matches!(store.forget(id(MAX_FORGOTTEN)), Err(StoreError::TooMany { .. })));
-        store.forget(id(0)).unwrap();
+        let forget = |number| store.forget(VmNamespace { id: id(number), vm: VmId([1; 16]) });
+        forget(0).unwrap();
+        assert!(matches!(forget(MAX_FORGOTTEN), Err(StoreError::TooMany { .. })));
+        forget(0).unwrap();
         clock.advance(UNSEEN_LEASE);
-        store.forget(id(MAX_FORGOTTEN)).unwrap();
+        forget(MAX_FORGOTTEN).unwrap();
     }
 
     #[test]

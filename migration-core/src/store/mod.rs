@@ -8,6 +8,8 @@
 //! |---|---|
 //! | use a store | [`PageStore`] |
 //! | keep pages in memory | [`MemoryPageStore`] |
+//! | limit the bandwidth of puts and prefetches | [`RateLimited`] |
+//! | keep each page in several stores | [`Replicated`] |
 //! | implement a store | [`check_put`], [`check_get`], [`check_lease`] and [`Trailer`] do what all stores have in common |
 //! | test one's own store | `conformance`, with the feature `test-utils` |
 //!
@@ -24,10 +26,10 @@
 //!
 //! let store = MemoryPageStore::new("rack-7", 64 << 20);
 //! // in earnest the name is random: `migration_crypto::random_namespace`
-//! let namespace = Namespace::new([7; 16]).id();
-//! let record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner([2; 16]) };
+//! let record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner::new("host-7")? };
+//! let namespace = Namespace::new([7; 16]).of(record.vm);
 //! let lease = Duration::from_secs(60);
-//! let incarnation = store.create(namespace, &record, lease)?;
+//! let incarnation = store.create(namespace.id, &record, lease)?;
 //!
 //! // the writer: generations of a namespace only grow
 //! let stored = store.put(namespace, 1, &[PageToPut { page: 40, value: &[0x5a; PAGE_SIZE] }])?;
@@ -42,7 +44,7 @@
 //! })?;
 //!
 //! store.forget(namespace)?;
-//! # Ok::<(), migration_core::store::StoreError>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod clock;
@@ -52,6 +54,8 @@ mod error;
 pub mod limits;
 mod memory;
 mod name;
+mod rate_limited;
+mod replicated;
 mod value;
 
 use std::{
@@ -62,7 +66,9 @@ use std::{
 pub use clock::{Clock, ManualClock, ProcessClock};
 pub use error::StoreError;
 pub use memory::MemoryPageStore;
-pub use name::{Incarnation, Namespace, NamespaceId, Owner, Purpose, Record};
+pub use name::{BadOwner, Incarnation, Namespace, NamespaceId, Owner, Purpose, Record, VmNamespace};
+pub use rate_limited::{Pace, RateLimited};
+pub use replicated::Replicated;
 pub use value::{PageData, PageToGet, PageToPut, Stored, Trailer, Urgency, check_get, check_lease, check_put};
 
 /// Keeps pages for several users on several hosts.
@@ -78,6 +84,8 @@ pub use value::{PageData, PageToGet, PageToPut, Stored, Trailer, Urgency, check_
 ///   and never creates it. An id that was forgotten cannot be created again for one lease.
 /// - Rule 11: `create`, `put` and `renew` return the present incarnation.
 /// - Rule 14: a lease that has ended deletes nothing. Whoever forgets, does so by a call.
+/// - Rule 24: a namespace is written, read, renewed or forgotten only for the VM that its record
+///   names. The store compares, so that no caller can forget to.
 ///
 /// A call blocks until the store has answered. An implementation holds no lock while it calls
 /// `take`, and bounds everything that comes from outside: see [`limits`].
@@ -106,8 +114,9 @@ pub trait PageStore: Send + Sync {
     ///
     /// # Errors
     /// Returns [`StoreError::Absent`] if there is no such namespace, which counts as a changed
-    /// incarnation; [`StoreError::BadLease`], or what the store's medium says.
-    fn renew(&self, namespace: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError>;
+    /// incarnation; [`StoreError::OtherVm`], [`StoreError::BadLease`], or what the store's medium
+    /// says.
+    fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError>;
 
     /// Puts pages, which ascend by page number, under one generation.
     ///
@@ -117,22 +126,22 @@ pub trait PageStore: Send + Sync {
     ///
     /// # Errors
     /// Returns [`StoreError::Absent`] if there is no such namespace: nothing is created then.
-    /// Returns [`StoreError::NoRoom`] if nothing was stored for lack of room, and the errors of
+    /// Returns [`StoreError::OtherVm`] if it is of another VM. Returns [`StoreError::NoRoom`] if nothing was stored for lack of room, and the errors of
     /// [`check_put`]. After any other error the outcome is unknown: each of the pages may have been
     /// stored. The caller then repeats the put under a new generation.
-    fn put(&self, namespace: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError>;
+    fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError>;
 
     /// Reads pages, which ascend by page number, and hands each of them to `take` once, in any
     /// order. A page that is not there in the wanted generation is left out.
     ///
     /// # Errors
     /// Returns [`StoreError::Missing`] if pages were left out, after all others were handed out;
-    /// [`StoreError::Absent`] if there is no such namespace; [`StoreError::TimedOut`] if `deadline`
-    /// has passed; the errors of [`check_get`], or what the store's medium says. What was handed
+    /// [`StoreError::Absent`] if there is no such namespace; [`StoreError::OtherVm`] if it is of
+    /// another VM; [`StoreError::TimedOut`] if `deadline` has passed; the errors of [`check_get`], or what the store's medium says. What was handed
     /// out before an error is good.
     fn get(
         &self,
-        namespace: NamespaceId,
+        namespace: VmNamespace,
         pages: &[PageToGet],
         urgency: Urgency,
         deadline: Instant,
@@ -150,9 +159,10 @@ pub trait PageStore: Send + Sync {
     /// be on its way.
     ///
     /// # Errors
+    /// Returns [`StoreError::OtherVm`] if the namespace is of another VM, and removes nothing then.
     /// Returns [`StoreError::TooMany`] if too many ids are remembered, or what the store's medium
     /// says. The namespace may then still be there.
-    fn forget(&self, namespace: NamespaceId) -> Result<(), StoreError>;
+    fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError>;
 
     /// Returns the namespaces whose lease has ended, in ascending order, with their records. They
     /// stay until somebody forgets them.
@@ -182,31 +192,31 @@ macro_rules! forward_to_inner {
                 (**self).create(id, record, lease)
             }
 
-            fn renew(&self, id: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
-                (**self).renew(id, owner, lease)
+            fn renew(&self, of: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
+                (**self).renew(of, owner, lease)
             }
 
-            fn put(&self, id: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
-                (**self).put(id, generation, pages)
+            fn put(&self, of: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+                (**self).put(of, generation, pages)
             }
 
             fn get(
                 &self,
-                id: NamespaceId,
+                of: VmNamespace,
                 pages: &[PageToGet],
                 urgency: Urgency,
                 deadline: Instant,
                 take: &mut dyn FnMut(u64, PageData<'_>),
             ) -> Result<(), StoreError> {
-                (**self).get(id, pages, urgency, deadline, take)
+                (**self).get(of, pages, urgency, deadline, take)
             }
 
             fn record(&self, id: NamespaceId) -> Result<Option<Record>, StoreError> {
                 (**self).record(id)
             }
 
-            fn forget(&self, id: NamespaceId) -> Result<(), StoreError> {
-                (**self).forget(id)
+            fn forget(&self, of: VmNamespace) -> Result<(), StoreError> {
+                (**self).forget(of)
             }
 
             fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError> {

@@ -6,6 +6,8 @@ use std::{
 };
 
 use sha2::{Digest as _, Sha256};
+use thiserror::Error;
+use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use crate::{
     codec::{DecodeError, Reader, Writer},
@@ -18,8 +20,8 @@ const ID_LABEL: &[u8] = b"live migration, id of a namespace, version 1";
 /// The secret name of a namespace: 16 random bytes that its writer has made.
 ///
 /// Whoever has the name may read the pages (rule 24): a wrapper that seals pages derives its key
-/// from the name. The name travels only inside a migration session. It has no `Display`, and its
-/// `Debug` form shows the id instead.
+/// from the name. The name travels only inside a migration session. It has no `Display`, its
+/// `Debug` form shows the id instead, and its bytes are overwritten when it is dropped.
 ///
 /// ```
 /// use migration_core::store::Namespace;
@@ -27,13 +29,15 @@ const ID_LABEL: &[u8] = b"live migration, id of a namespace, version 1";
 /// assert_eq!(format!("{name:?}"), format!("Namespace(id {})", name.id()));
 /// ```
 #[derive(Clone, PartialEq, Eq)]
-pub struct Namespace([u8; 16]);
+pub struct Namespace(Zeroizing<[u8; 16]>);
+
+impl ZeroizeOnDrop for Namespace {}
 
 impl Namespace {
     /// Makes a name of 16 bytes, which must be as random as a key.
     /// `migration_crypto::random_namespace` takes them from the operating system.
     pub fn new(secret: [u8; 16]) -> Self {
-        Self(secret)
+        Self(Zeroizing::new(secret))
     }
 
     /// Returns the secret bytes, for the wire and for the derivation of keys. Do not log them.
@@ -44,10 +48,15 @@ impl Namespace {
     /// Returns the id under which stores know the namespace: the first 16 bytes of a SHA-256. The
     /// name cannot be computed from it.
     pub fn id(&self) -> NamespaceId {
-        let hash = Sha256::new().chain_update(ID_LABEL).chain_update(self.0).finalize();
+        let hash = Sha256::new().chain_update(ID_LABEL).chain_update(self.secret()).finalize();
         let mut id = [0; 16];
         id.copy_from_slice(&hash[..16]);
         NamespaceId(id)
+    }
+
+    /// Returns how a store is asked for this namespace, by whoever has the VM `vm`.
+    pub fn of(&self, vm: VmId) -> VmNamespace {
+        VmNamespace { id: self.id(), vm }
     }
 }
 
@@ -66,6 +75,19 @@ impl fmt::Display for NamespaceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", u128::from_be_bytes(self.0))
     }
+}
+
+/// How a store is asked for a namespace: which one, and for which VM.
+///
+/// A store does what it is asked only if the namespace's record names this VM (rule 24). Whoever
+/// was told a name by a peer takes the VM from the session's hello, and not from the peer's message
+/// about the name. So nobody can have the pages of another VM read, renewed or forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VmNamespace {
+    /// Which namespace it is.
+    pub id: NamespaceId,
+    /// The VM of the caller.
+    pub vm: VmId,
 }
 
 /// A random value that a store keeps for as long as it has lost nothing (rule 11).
@@ -92,16 +114,80 @@ impl fmt::Display for Incarnation {
     }
 }
 
-/// Identifies the process that answers for a namespace: 16 bytes that no other process has. A store
-/// does not check it (rule 8); it is recorded so that a person can see whose an expired namespace
-/// was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Owner(pub [u8; 16]);
+/// Who answers for a namespace, in words for a person who looks at an expired one: for example the
+/// host and the process, and the epoch of the attempt.
+///
+/// No store and no peer compares it (rule 8). It has 1 to 64 printable ASCII characters, so that it
+/// can be shown on a terminal whoever has written it.
+///
+/// ```
+/// use migration_core::store::Owner;
+/// let owner = Owner::new("host-7, minivmm 4711, epoch 3")?;
+/// assert_eq!(owner.to_string(), "host-7, minivmm 4711, epoch 3");
+/// assert!(Owner::new("").is_err() && Owner::new("two\nlines").is_err());
+/// # Ok::<(), migration_core::store::BadOwner>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner {
+    len: u8,
+    /// Zeros follow the text.
+    text: [u8; Owner::MAX_BYTES],
+}
 
-/// Writes 32 hexadecimal digits.
+/// A text that is no [`Owner`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the owner of a namespace is 1 to 64 printable ASCII characters")]
+pub struct BadOwner;
+
+impl Owner {
+    /// Most characters.
+    pub const MAX_BYTES: usize = 64;
+
+    /// Makes an owner of a text.
+    ///
+    /// # Errors
+    /// Returns [`BadOwner`] if the text is empty, too long, or has other characters than printable
+    /// ASCII.
+    pub const fn new(text: &str) -> Result<Self, BadOwner> {
+        let bytes = text.as_bytes();
+        if bytes.is_empty() || bytes.len() > Self::MAX_BYTES {
+            return Err(BadOwner);
+        }
+        let mut owner = Self { len: bytes.len() as u8, text: [0; Self::MAX_BYTES] };
+        let mut at = 0;
+        while at < bytes.len() {
+            if !matches!(bytes[at], b' '..=b'~') {
+                return Err(BadOwner);
+            }
+            owner.text[at] = bytes[at];
+            at += 1;
+        }
+        Ok(owner)
+    }
+
+    /// Returns the text.
+    pub fn as_str(&self) -> &str {
+        // it was ASCII when this was made
+        self.text.get(..self.len.into()).and_then(|text| str::from_utf8(text).ok()).unwrap_or_default()
+    }
+
+    /// Reads the form in which stores keep an owner.
+    fn decode(len: u8, text: [u8; Self::MAX_BYTES]) -> Option<Self> {
+        let owner = Self::new(str::from_utf8(text.get(..len.into())?).ok()?).ok()?;
+        (owner.text == text).then_some(owner)
+    }
+}
+
+/// Writes the text.
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Owner").field(&self.as_str()).finish()
     }
 }
 
@@ -149,8 +235,8 @@ impl fmt::Display for Purpose {
 /// Whose a namespace is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
-    /// The VM whose pages it has. A namespace is read, renewed or forgotten only by whoever has
-    /// this VM (rule 24); the caller compares.
+    /// The VM whose pages it has. A namespace is written, read, renewed or forgotten only by
+    /// whoever has this VM (rule 24); the store compares.
     pub vm: VmId,
     /// What it is for.
     pub purpose: Purpose,
@@ -160,12 +246,12 @@ pub struct Record {
 
 impl Record {
     /// Length in bytes of an encoded record.
-    pub const BYTES: usize = 33;
+    pub const BYTES: usize = 16 + 1 + 1 + Owner::MAX_BYTES;
 
     /// Returns the record in the form in which stores keep it.
     pub fn encode(&self) -> [u8; Self::BYTES] {
         let mut writer = Writer::new();
-        writer.bytes(&self.vm.0).u8(self.purpose.code()).bytes(&self.owner.0);
+        writer.bytes(&self.vm.0).u8(self.purpose.code()).u8(self.owner.len).bytes(&self.owner.text);
         let mut bytes = [0; Self::BYTES];
         bytes.copy_from_slice(&writer.into_bytes());
         bytes
@@ -179,7 +265,9 @@ impl Record {
         let mut reader = Reader::new(bytes);
         let vm = VmId(reader.array("VM")?);
         let purpose = Purpose::from_code(reader.u8("purpose")?)?;
-        let owner = Owner(reader.array("owner")?);
+        let len = reader.u8("length of the owner")?;
+        let owner = Owner::decode(len, reader.array("owner")?)
+            .ok_or_else(|| DecodeError::invalid("owner", "it is not printable ASCII of that length"))?;
         reader.finish()?;
         Ok(Self { vm, purpose, owner })
     }
@@ -216,14 +304,31 @@ mod tests {
     #[test]
     fn records_come_back_as_they_were() {
         for purpose in [Purpose::Home, Purpose::Stage, Purpose::Attempt] {
-            let record = Record { vm: VmId([3; 16]), purpose, owner: Owner([9; 16]) };
+            let record = Record { vm: VmId([3; 16]), purpose, owner: owner() };
             assert_eq!(Record::decode(&record.encode()).unwrap(), record);
         }
-        let mut bytes = Record { vm: VmId([3; 16]), purpose: Purpose::Home, owner: Owner([9; 16]) }.encode();
-        for bad in [0, 4, 255] {
-            bytes[16] = bad;
-            assert!(Record::decode(&bytes).is_err(), "{bad}");
+        let good = Record { vm: VmId([3; 16]), purpose: Purpose::Home, owner: owner() }.encode();
+        // the purpose, the length of the owner, its text, and what follows its text
+        for (at, bad) in [(16, 0), (16, 4), (16, 255), (17, 0), (17, 65), (17, 255), (18, 0x1b), (18, 0x80), (81, b'x')]
+        {
+            let mut bytes = good;
+            bytes[at] = bad;
+            assert!(Record::decode(&bytes).is_err(), "{bad} at {at}");
         }
+    }
+
+    fn owner() -> Owner {
+        Owner::new("host-7, minivmm 4711").unwrap()
+    }
+
+    #[test]
+    fn an_owner_is_printable() {
+        let longest = "x".repeat(Owner::MAX_BYTES);
+        assert_eq!(Owner::new(&longest).unwrap().as_str(), longest);
+        for bad in ["", "tab\t", "\x1b[2J", "\u{e9}", "\x7f", &format!("{longest}x")] {
+            assert_eq!(Owner::new(bad), Err(BadOwner), "{bad:?}");
+        }
+        assert_eq!(format!("{:?} {}", owner(), owner()), "Owner(\"host-7, minivmm 4711\") host-7, minivmm 4711");
     }
 
     #[test]

@@ -12,7 +12,11 @@ use crate::aead;
 
 const VM: VmId = VmId([1; 16]);
 const LEASE: Duration = Duration::from_secs(60);
-const RECORD: Record = Record { vm: VM, purpose: Home, owner: Owner([2; 16]) };
+const OWNER: Owner = match Owner::new("host-7") {
+    Ok(owner) => owner,
+    Err(_) => panic!("it is printable"),
+};
+const RECORD: Record = Record { vm: VM, purpose: Home, owner: OWNER };
 const PAGE: [u8; PAGE_SIZE] = [0x5a; PAGE_SIZE];
 
 type Shared = Arc<MemoryPageStore>;
@@ -69,20 +73,22 @@ impl TestStore for SealedInMemory {
 
 migration_core::page_store_conformance!(SealedInMemory::new);
 
+mod in_files;
+
 fn name(number: u8) -> Namespace {
     Namespace::new([number; 16])
 }
 
 /// A store with a namespace, and page 3 in it in generation 1.
-fn with_a_page() -> (Sealed<Shared>, NamespaceId) {
+fn with_a_page() -> (Sealed<Shared>, VmNamespace) {
     let store = sealed(Arc::new(MemoryPageStore::new("memory", 1 << 20)), 7);
     let id = store.add(&name(1), VM).unwrap();
-    store.create(id, &RECORD, LEASE).unwrap();
+    store.create(id.id, &RECORD, LEASE).unwrap();
     store.put(id, 1, &[PageToPut { page: 3, value: &PAGE }]).unwrap();
     (store, id)
 }
 
-fn get(store: &dyn PageStore, id: NamespaceId, page: u64, generation: u32) -> Result<Vec<u8>, StoreError> {
+fn get(store: &dyn PageStore, id: VmNamespace, page: u64, generation: u32) -> Result<Vec<u8>, StoreError> {
     let mut value = Vec::new();
     let deadline = Instant::now() + Duration::from_secs(10);
     store.get(id, &[PageToGet { page, generation }], Urgency::Fault, deadline, &mut |_, data| {
@@ -114,14 +120,15 @@ fn another_master_key_name_or_vm_opens_nothing() {
     other_master.add(&name(1), VM).unwrap();
     assert!(is_missing(get(&other_master, id, 3, 1)));
     let other_vm = sealed(inner.clone(), 7);
-    other_vm.add(&name(1), VmId([9; 16])).unwrap();
-    assert!(is_missing(get(&other_vm, id, 3, 1)));
+    let foreign = other_vm.add(&name(1), VmId([9; 16])).unwrap();
+    assert!(matches!(get(&other_vm, foreign, 3, 1), Err(StoreError::OtherVm(_))));
+    assert!(matches!(get(&other_vm, id, 3, 1), Err(StoreError::NoKey(_))));
     let other_suite = Sealed::new(inner.clone(), Psk::new([7; 32]), Suite::ChaCha20Poly1305, aead::best());
     other_suite.add(&name(1), VM).unwrap();
     assert!(is_missing(get(&other_suite, id, 3, 1)));
     // the right one, in another process
     let same = sealed(inner, 7);
-    assert!(matches!(get(&same, id, 3, 1), Err(StoreError::NoKey(unknown)) if unknown == id));
+    assert!(matches!(get(&same, id, 3, 1), Err(StoreError::NoKey(unknown)) if unknown == id.id));
     same.add(&name(1), VM).unwrap();
     assert_eq!(get(&same, id, 3, 1).unwrap(), PAGE);
 }
@@ -132,9 +139,9 @@ fn another_master_key_name_or_vm_opens_nothing() {
 fn a_sealed_page_is_good_only_in_its_place_and_generation() {
     let (store, id) = with_a_page();
     let other = store.add(&name(2), VM).unwrap();
-    store.create(other, &RECORD, LEASE).unwrap();
+    store.create(other.id, &RECORD, LEASE).unwrap();
     let raw = get(store.inner(), id, 3, 1).unwrap();
-    let forge = |id, page, generation, value: &[u8]| {
+    let forge = |id: VmNamespace, page, generation, value: &[u8]| {
         store.inner().put(id, generation, &[PageToPut { page, value }]).unwrap();
         get(&store, id, page, generation)
     };
@@ -168,17 +175,17 @@ impl PageStore for Liar {
         self.0.create(id, record, lease)
     }
 
-    fn renew(&self, id: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
+    fn renew(&self, id: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
         self.0.renew(id, owner, lease)
     }
 
-    fn put(&self, id: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+    fn put(&self, id: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
         self.0.put(id, generation, pages)
     }
 
     fn get(
         &self,
-        id: NamespaceId,
+        id: VmNamespace,
         pages: &[PageToGet],
         urgency: Urgency,
         deadline: Instant,
@@ -196,7 +203,7 @@ impl PageStore for Liar {
         self.0.record(id)
     }
 
-    fn forget(&self, id: NamespaceId) -> Result<(), StoreError> {
+    fn forget(&self, id: VmNamespace) -> Result<(), StoreError> {
         self.0.forget(id)
     }
 
@@ -227,12 +234,13 @@ fn a_name_is_of_one_vm_and_can_be_removed() {
     assert!(matches!(store.add(&name(1), VmId([9; 16])), Err(StoreError::Occupied(_))));
     assert_eq!(store.add(&name(1), VM).unwrap(), id);
     let foreign = Record { vm: VmId([9; 16]), ..RECORD };
-    assert!(matches!(store.create(id, &foreign, LEASE), Err(StoreError::NoKey(_))));
-    store.remove(id);
+    assert!(matches!(store.create(id.id, &foreign, LEASE), Err(StoreError::NoKey(_))));
+    store.remove(id.id);
     assert!(matches!(store.put(id, 2, &[PageToPut { page: 3, value: &PAGE }]), Err(StoreError::NoKey(_))));
     // without the name it can be renewed, looked at and forgotten
-    store.renew(id, Owner([5; 16]), LEASE).unwrap();
-    assert_eq!(store.record(id).unwrap().map(|record| record.owner), Some(Owner([5; 16])));
+    let next = Owner::new("host-8").unwrap();
+    store.renew(id, next, LEASE).unwrap();
+    assert_eq!(store.record(id.id).unwrap().map(|record| record.owner), Some(next));
     store.forget(id).unwrap();
     assert_ne!(random_namespace().unwrap(), random_namespace().unwrap());
     assert_eq!(format!("{store:?}"), r#"Sealed { store: "memory", suite: Aes256Gcm, .. }"#);

@@ -1,5 +1,5 @@
 //! Page stores of this crate: see [`migration_core::store`].
 
-mod dir;
+mod file;
 
-pub use dir::{DirPageStore, DirPageStoreOptions};
+pub use file::{FilePageStore, FilePageStoreOptions};

@@ -5,14 +5,14 @@
 //! The destination renews both and makes a home namespace of its own.
 
 use super::{
-    DESTINATION, Incarnation, LEASE, NamespaceId, Purpose, Record, TestStore, VM, create, expect_empty, expect_pages,
-    introduce, left, put, record, try_put,
+    DESTINATION, Incarnation, LEASE, NamespaceId, Purpose, Record, TestStore, VM, VmNamespace, create, expect_empty,
+    expect_pages, introduce, left, put, record, try_put,
 };
 
 /// The namespaces of an attempt whose pages the store has.
 struct Attempt {
-    home: NamespaceId,
-    attempt: NamespaceId,
+    home: VmNamespace,
+    attempt: VmNamespace,
     incarnation: Incarnation,
 }
 
@@ -30,7 +30,7 @@ fn begin(test: &mut dyn TestStore) -> Attempt {
 /// The destination runs the VM, refers to both namespaces, and has checked the incarnation.
 fn take_over(test: &mut dyn TestStore, at: &Attempt) {
     for id in [at.home, at.attempt] {
-        let record = test.store().record(id).expect("the store answers");
+        let record = test.store().record(id.id).expect("the store answers");
         assert_eq!(record.map(|record| record.vm), Some(VM));
         let incarnation = test.store().renew(id, DESTINATION, LEASE).expect("the destination renews");
         assert_eq!(incarnation, at.incarnation);
@@ -41,7 +41,7 @@ fn take_over(test: &mut dyn TestStore, at: &Attempt) {
 
 /// Requests of the source that were on their way for long arrive.
 fn deliver_late_requests(test: &mut dyn TestStore, at: &Attempt) {
-    let late = test.store().create(at.attempt, &record(Purpose::Attempt), LEASE);
+    let late = test.store().create(at.attempt.id, &record(Purpose::Attempt), LEASE);
     assert!(late.is_err(), "a late create brings a namespace back");
     assert!(try_put(test, at.attempt, 2, &[12]).is_err(), "a late put is taken");
     assert!(test.store().renew(at.attempt, DESTINATION, LEASE).is_err(), "a late renewal succeeds");
@@ -54,14 +54,14 @@ pub fn rule_14_nothing_is_left_after_success(test: &mut dyn TestStore) {
     take_over(test, &at);
     let own = introduce(test, 3, VM);
     let own_record = Record { owner: DESTINATION, ..record(Purpose::Home) };
-    test.store().create(own, &own_record, LEASE).expect("the destination makes a namespace");
+    test.store().create(own.id, &own_record, LEASE).expect("the destination makes a namespace");
     put(test, own, 1, &[1, 2]);
     // no page refers to them any more
     test.store().forget(at.home).expect("it is forgotten");
     test.store().forget(at.attempt).expect("it is forgotten");
     deliver_late_requests(test, &at);
     expect_pages(test, own, &[(1, 1), (2, 1)], &[]);
-    assert_eq!(left(test), [(own, own_record)]);
+    assert_eq!(left(test), [(own.id, own_record)]);
     // the VM ends in order
     test.store().forget(own).expect("it is forgotten");
     expect_empty(test, room);
@@ -77,7 +77,7 @@ pub fn rule_14_a_failed_attempt_leaves_only_what_was_there_before(test: &mut dyn
     let (next, _) = create(test, 3, Purpose::Attempt);
     put(test, next, 1, &[10]);
     test.store().forget(next).expect("it is forgotten");
-    assert_eq!(left(test), [(at.home, record(Purpose::Home))]);
+    assert_eq!(left(test), [(at.home.id, record(Purpose::Home))]);
 }
 
 /// A source that has crashed leaves its namespaces. They are listed as its own, and can be removed.
@@ -86,7 +86,7 @@ pub fn rule_14_what_a_crashed_source_leaves_is_listed(test: &mut dyn TestStore) 
     let at = begin(test);
     test.crash_user();
     assert_eq!(test.store().expired().expect("the store lists"), [], "the leases have not ended");
-    let mut expected = [(at.home, record(Purpose::Home)), (at.attempt, record(Purpose::Attempt))];
+    let mut expected = [(at.home.id, record(Purpose::Home)), (at.attempt.id, record(Purpose::Attempt))];
     expected.sort_by_key(|(id, _)| *id);
     remove_what_is_left(test, &expected, room);
 }
@@ -101,7 +101,7 @@ pub fn rule_14_what_a_crashed_destination_leaves_is_listed(test: &mut dyn TestSt
     // nobody has to hurry: the pages are there, for whoever takes over
     expect_pages(test, at.home, &[(1, 1), (2, 1), (3, 2)], &[]);
     let own = |purpose| Record { owner: DESTINATION, ..record(purpose) };
-    let mut expected = [(at.home, own(Purpose::Home)), (at.attempt, own(Purpose::Attempt))];
+    let mut expected = [(at.home.id, own(Purpose::Home)), (at.attempt.id, own(Purpose::Attempt))];
     expected.sort_by_key(|(id, _)| *id);
     remove_what_is_left(test, &expected, room);
 }
@@ -110,8 +110,8 @@ pub fn rule_14_what_a_crashed_destination_leaves_is_listed(test: &mut dyn TestSt
 fn remove_what_is_left(test: &mut dyn TestStore, expected: &[(NamespaceId, Record)], room: u64) {
     let found = left(test);
     assert_eq!(found, expected);
-    for (id, _) in found {
-        test.store().forget(id).expect("it is forgotten");
+    for (id, record) in found {
+        test.store().forget(VmNamespace { id, vm: record.vm }).expect("it is forgotten");
     }
     expect_empty(test, room);
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     page::MAX_PAGES,
     store::{
-        Namespace, NamespaceId,
+        Namespace, VmNamespace,
         limits::{MAX_NAMESPACES, MAX_RUN_PAGES, MAX_VALUE_BYTES},
     },
 };
@@ -45,7 +45,7 @@ pub fn bounds_leases_are_limited(test: &mut dyn TestStore) {
     for bad in [Duration::ZERO, MAX_LEASE + Duration::from_nanos(1), Duration::MAX] {
         let refused = test.store().renew(id, SOURCE, bad);
         assert!(matches!(refused, Err(StoreError::BadLease(_))), "{refused:?}");
-        let refused = test.store().create(new, &record(Purpose::Home), bad);
+        let refused = test.store().create(new.id, &record(Purpose::Home), bad);
         assert!(matches!(refused, Err(StoreError::BadLease(_))), "{refused:?}");
     }
     test.store().renew(id, SOURCE, MAX_LEASE).expect("the longest lease is granted");
@@ -58,23 +58,23 @@ pub fn bounds_namespaces_are_limited(test: &mut dyn TestStore) {
     let limit = test.max_namespaces().min(MAX_NAMESPACES) as u32;
     let ids: Vec<_> = (0..limit).map(|number| introduce_many(test, number)).collect();
     for &id in &ids[1..] {
-        test.store().create(id, &record(Purpose::Attempt), LEASE).expect("the limit is not reached");
+        test.store().create(id.id, &record(Purpose::Attempt), LEASE).expect("the limit is not reached");
     }
-    let refused = test.store().create(ids[0], &record(Purpose::Attempt), LEASE);
+    let refused = test.store().create(ids[0].id, &record(Purpose::Attempt), LEASE);
     assert!(matches!(refused, Err(StoreError::TooMany { .. })), "{refused:?}");
-    test.store().create(id, &record(Purpose::Home), LEASE).expect("a repeated create is no new namespace");
+    test.store().create(id.id, &record(Purpose::Home), LEASE).expect("a repeated create is no new namespace");
     assert_eq!(put(test, id, 2, &[1]).taken, [true]);
     test.store().forget(ids[1]).expect("it is forgotten");
-    test.store().create(ids[0], &record(Purpose::Attempt), LEASE).expect("there is a free one");
+    test.store().create(ids[0].id, &record(Purpose::Attempt), LEASE).expect("there is a free one");
 }
 
-/// Makes one of many names known, and returns its id.
-fn introduce_many(test: &mut dyn TestStore, number: u32) -> NamespaceId {
+/// Makes one of many names known, and returns how its namespace is asked for.
+fn introduce_many(test: &mut dyn TestStore, number: u32) -> VmNamespace {
     let mut secret = [0xee; 16];
     secret[..4].copy_from_slice(&number.to_le_bytes());
     let name = Namespace::new(secret);
     test.introduce(&name, VM);
-    name.id()
+    name.of(VM)
 }
 
 /// A put for which there is no room changes nothing. What is there can be read and replaced.

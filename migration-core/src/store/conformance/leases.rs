@@ -11,7 +11,7 @@ pub fn rule_14_a_lease_that_has_ended_deletes_nothing(test: &mut dyn TestStore) 
     let (id, incarnation) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
     test.advance(100 * LEASE);
-    assert_eq!(test.store().expired().expect("the store lists"), [(id, record(Purpose::Home))]);
+    assert_eq!(test.store().expired().expect("the store lists"), [(id.id, record(Purpose::Home))]);
     // neither to list it nor another process deletes it
     test.crash_user();
     assert_eq!(test.store().expired().expect("the store lists").len(), 1);
@@ -34,12 +34,12 @@ pub fn rule_14_expired_namespaces_are_listed_with_their_records(test: &mut dyn T
     assert_eq!(test.store().expired().expect("the store lists"), []);
 
     test.advance(Duration::from_secs(2));
-    let mut ended = vec![(home, record(Purpose::Home)), (attempt, record(Purpose::Attempt))];
+    let mut ended = vec![(home.id, record(Purpose::Home)), (attempt.id, record(Purpose::Attempt))];
     ended.sort_by_key(|(id, _)| *id);
     assert_eq!(test.store().expired().expect("the store lists"), ended);
 
     test.advance(2 * LEASE);
-    ended.push((stage, Record { owner: DESTINATION, ..record(Purpose::Stage) }));
+    ended.push((stage.id, Record { owner: DESTINATION, ..record(Purpose::Stage) }));
     ended.sort_by_key(|(id, _)| *id);
     assert_eq!(test.store().expired().expect("the store lists"), ended);
 }
@@ -49,13 +49,13 @@ pub fn rule_14_a_lease_is_never_shortened(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     test.store().renew(id, SOURCE, 10 * LEASE).expect("a long lease is granted");
     test.store().renew(id, SOURCE, LEASE).expect("a short lease is granted");
-    test.store().create(id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
+    test.store().create(id.id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
     test.advance(9 * LEASE);
     assert_eq!(test.store().expired().expect("the store lists"), []);
     test.advance(2 * LEASE);
     assert_eq!(test.store().expired().expect("the store lists").len(), 1);
     // a repeated create is a use of the namespace: it extends the lease
-    test.store().create(id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
+    test.store().create(id.id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
     assert_eq!(test.store().expired().expect("the store lists"), []);
 }
 
@@ -68,7 +68,7 @@ pub fn rule_14_to_forget_twice_is_harmless(test: &mut dyn TestStore) {
     for _ in 0..3 {
         test.store().forget(id).expect("it is forgotten");
     }
-    assert_eq!(left(test), [(kept, record(Purpose::Home))]);
+    assert_eq!(left(test), [(kept.id, record(Purpose::Home))]);
     test.store().forget(kept).expect("it is forgotten");
     expect_empty(test, room);
 }

@@ -32,7 +32,7 @@ pub use pages::*;
 
 use super::{
     Incarnation, Namespace, NamespaceId, Owner, PageStore, PageToGet, PageToPut, Purpose, Record, StoreError, Stored,
-    Urgency,
+    Urgency, VmNamespace,
     limits::{MAX_LEASE, MAX_NAMESPACES},
 };
 use crate::{PAGE_SIZE, vm::VmId};
@@ -123,6 +123,7 @@ macro_rules! page_store_conformance {
             rule_14_what_a_crashed_destination_leaves_is_listed
             rule_24_a_record_says_whose_a_namespace_is
             rule_24_a_namespace_of_another_vm_is_not_taken_over
+            rule_24_a_namespace_is_for_the_vm_of_its_record_only
             bounds_runs_and_values_are_limited
             bounds_leases_are_limited
             bounds_namespaces_are_limited
@@ -143,15 +144,22 @@ macro_rules! page_store_conformance {
 
 const VM: VmId = VmId([0x11; 16]);
 const OTHER_VM: VmId = VmId([0x22; 16]);
-const SOURCE: Owner = Owner([0xaa; 16]);
-const DESTINATION: Owner = Owner([0xbb; 16]);
+const SOURCE: Owner = owner("source");
+const DESTINATION: Owner = owner("destination");
 const LEASE: Duration = Duration::from_secs(60);
 
-/// Makes the name of namespace `number` known, and returns its id.
-fn introduce(test: &mut dyn TestStore, number: u8, vm: VmId) -> NamespaceId {
+const fn owner(text: &str) -> Owner {
+    match Owner::new(text) {
+        Ok(owner) => owner,
+        Err(_) => panic!("an owner is printable"),
+    }
+}
+
+/// Makes the name of namespace `number` known, and returns how it is asked for.
+fn introduce(test: &mut dyn TestStore, number: u8, vm: VmId) -> VmNamespace {
     let name = Namespace::new([number; 16]);
     test.introduce(&name, vm);
-    name.id()
+    name.of(vm)
 }
 
 fn record(purpose: Purpose) -> Record {
@@ -159,9 +167,9 @@ fn record(purpose: Purpose) -> Record {
 }
 
 /// Creates namespace `number` of the source.
-fn create(test: &mut dyn TestStore, number: u8, purpose: Purpose) -> (NamespaceId, Incarnation) {
+fn create(test: &mut dyn TestStore, number: u8, purpose: Purpose) -> (VmNamespace, Incarnation) {
     let id = introduce(test, number, VM);
-    let incarnation = test.store().create(id, &record(purpose), LEASE).expect("a new namespace is created");
+    let incarnation = test.store().create(id.id, &record(purpose), LEASE).expect("a new namespace is created");
     (id, incarnation)
 }
 
@@ -178,13 +186,13 @@ fn value_of_len(page: u64, generation: u32, len: usize) -> Vec<u8> {
     value
 }
 
-fn try_put(test: &dyn TestStore, id: NamespaceId, generation: u32, pages: &[u64]) -> Result<Stored, StoreError> {
+fn try_put(test: &dyn TestStore, id: VmNamespace, generation: u32, pages: &[u64]) -> Result<Stored, StoreError> {
     let values: Vec<_> = pages.iter().map(|&page| value(page, generation)).collect();
     let run: Vec<_> = pages.iter().zip(&values).map(|(&page, value)| PageToPut { page, value }).collect();
     test.store().put(id, generation, &run)
 }
 
-fn put(test: &dyn TestStore, id: NamespaceId, generation: u32, pages: &[u64]) -> Stored {
+fn put(test: &dyn TestStore, id: VmNamespace, generation: u32, pages: &[u64]) -> Stored {
     try_put(test, id, generation, pages).expect("pages are put")
 }
 
@@ -194,7 +202,7 @@ fn soon() -> Instant {
 
 /// Reads pages, and checks that each is handed out at most once, was asked for, and is what was
 /// put. Returns the numbers of those that were handed out.
-fn try_read(test: &dyn TestStore, id: NamespaceId, pages: &[(u64, u32)]) -> (Vec<u64>, Result<(), StoreError>) {
+fn try_read(test: &dyn TestStore, id: VmNamespace, pages: &[(u64, u32)]) -> (Vec<u64>, Result<(), StoreError>) {
     let wanted: Vec<_> = pages.iter().map(|&(page, generation)| PageToGet { page, generation }).collect();
     let mut got = Vec::new();
     let result = test.store().get(id, &wanted, Urgency::Fault, soon(), &mut |page, data| {
@@ -209,7 +217,7 @@ fn try_read(test: &dyn TestStore, id: NamespaceId, pages: &[(u64, u32)]) -> (Vec
 }
 
 /// Asserts that exactly these of the pages are in the store, in these generations.
-fn expect_pages(test: &dyn TestStore, id: NamespaceId, present: &[(u64, u32)], absent: &[(u64, u32)]) {
+fn expect_pages(test: &dyn TestStore, id: VmNamespace, present: &[(u64, u32)], absent: &[(u64, u32)]) {
     let mut all = [present, absent].concat();
     all.sort_unstable();
     let (got, result) = try_read(test, id, &all);
@@ -219,7 +227,7 @@ fn expect_pages(test: &dyn TestStore, id: NamespaceId, present: &[(u64, u32)], a
         Ok(()) => assert!(absent.is_empty(), "pages {absent:?} are not said to be missing"),
         Err(StoreError::Missing { namespace, count, first }) => {
             let missing = numbers(absent);
-            assert_eq!((namespace, count, Some(&first)), (id, missing.len() as u64, missing.iter().min()));
+            assert_eq!((namespace, count, Some(&first)), (id.id, missing.len() as u64, missing.iter().min()));
         }
         Err(error) => panic!("reading failed: {error}"),
     }
@@ -280,7 +288,7 @@ mod tests {
         ];
         let rules = files.iter().flat_map(|file| file.split("\npub fn ").skip(1));
         let names: Vec<_> = rules.filter_map(|rule| rule.split('(').next()).collect();
-        assert_eq!(names.len(), 38);
+        assert_eq!(names.len(), 39);
         for name in names {
             assert!(list.contains(&format!("            {name}\n")), "{name} is not in the list");
         }

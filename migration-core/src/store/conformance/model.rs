@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
-    DESTINATION, LEASE, NamespaceId, Purpose, Random, StoreError, TestStore, VM, expect_empty, expect_pages, introduce,
+    DESTINATION, LEASE, Purpose, Random, StoreError, TestStore, VM, VmNamespace, expect_empty, expect_pages, introduce,
     record, try_put,
 };
 
@@ -81,11 +81,11 @@ fn messages(random: &mut Random, with_forget: bool) -> Vec<Message> {
 }
 
 /// Delivers a message to the store and to the model, and compares what they answer.
-fn deliver(test: &mut dyn TestStore, id: NamespaceId, message: &Message, model: &mut Model) -> Result<(), String> {
+fn deliver(test: &mut dyn TestStore, id: VmNamespace, message: &Message, model: &mut Model) -> Result<(), String> {
     let store = test.store();
     match message {
         Message::Crash => test.crash_user(),
-        Message::Create => match store.create(id, &record(Purpose::Attempt), LEASE) {
+        Message::Create => match store.create(id.id, &record(Purpose::Attempt), LEASE) {
             Ok(_) if !model.forgotten => model.exists = true,
             Err(StoreError::Forgotten(_)) if model.forgotten => {}
             other => return Err(format!("the answer is {other:?}")),
@@ -123,9 +123,9 @@ impl Model {
 }
 
 /// Compares every page in every generation.
-fn compare(test: &dyn TestStore, id: NamespaceId, model: &Model) {
+fn compare(test: &dyn TestStore, id: VmNamespace, model: &Model) {
     if !model.exists {
-        assert_eq!(test.store().record(id).expect("the store answers"), None);
+        assert_eq!(test.store().record(id.id).expect("the store answers"), None);
         return;
     }
     for generation in 0..=GENERATIONS + 1 {

@@ -2,8 +2,8 @@
 //! losses.
 
 use super::{
-    DESTINATION, LEASE, MAX_LEASE, OTHER_VM, Purpose, Record, SOURCE, StoreError, TestStore, VM, create, expect_empty,
-    expect_pages, introduce, left, put, record, try_put, try_read,
+    DESTINATION, LEASE, MAX_LEASE, OTHER_VM, Purpose, Record, SOURCE, StoreError, TestStore, VM, VmNamespace, create,
+    expect_empty, expect_pages, introduce, left, put, record, try_put, try_read,
 };
 
 /// Puts and gets succeed whoever is recorded as the owner: the fence is the name, not the store.
@@ -28,7 +28,7 @@ pub fn rule_09_a_namespace_is_forgotten_as_a_whole(test: &mut dyn TestStore) {
     test.store().forget(id).expect("it is forgotten");
     assert_eq!(test.store().room(), room);
     let (got, result) = try_read(test, id, &[(1, 1)]);
-    assert!(got.is_empty() && matches!(result, Err(StoreError::Absent(absent)) if absent == id), "{result:?}");
+    assert!(got.is_empty() && matches!(result, Err(StoreError::Absent(absent)) if absent == id.id), "{result:?}");
     expect_pages(test, kept, &[(1, 1), (2, 1)], &[]);
 }
 
@@ -37,10 +37,10 @@ pub fn rule_10_a_put_never_creates_a_namespace(test: &mut dyn TestStore) {
     let id = introduce(test, 1, VM);
     let room = test.store().room();
     let refused = try_put(test, id, 1, &[1]);
-    assert!(matches!(refused, Err(StoreError::Absent(absent)) if absent == id), "{refused:?}");
+    assert!(matches!(refused, Err(StoreError::Absent(absent)) if absent == id.id), "{refused:?}");
     let renewed = test.store().renew(id, SOURCE, LEASE);
     assert!(matches!(renewed, Err(StoreError::Absent(_))), "{renewed:?}");
-    assert_eq!(test.store().record(id).expect("the store answers"), None);
+    assert_eq!(test.store().record(id.id).expect("the store answers"), None);
     expect_empty(test, room);
 }
 
@@ -54,7 +54,7 @@ pub fn rule_10_a_put_into_a_forgotten_namespace_fails(test: &mut dyn TestStore) 
         let refused = try_put(test, id, generation, &[1, 2]);
         assert!(matches!(refused, Err(StoreError::Absent(_))), "{refused:?}");
     }
-    assert_eq!(test.store().record(id).expect("the store answers"), None);
+    assert_eq!(test.store().record(id.id).expect("the store answers"), None);
     expect_empty(test, room);
 }
 
@@ -67,13 +67,13 @@ pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestS
     test.store().forget(id).expect("it is forgotten");
     for step in [0, 1, 8] {
         test.advance(step * LEASE);
-        let late = test.store().create(id, &record(Purpose::Attempt), LEASE);
-        assert!(matches!(late, Err(StoreError::Forgotten(gone)) if gone == id), "{late:?} after {step} leases more");
+        let late = test.store().create(id.id, &record(Purpose::Attempt), LEASE);
+        assert!(matches!(late, Err(StoreError::Forgotten(gone)) if gone == id.id), "{late:?} after {step} leases more");
         assert!(matches!(try_put(test, id, 7, &[1]), Err(StoreError::Absent(_))));
     }
     // also if another process of the store has come since
     test.crash_user();
-    let late = test.store().create(id, &record(Purpose::Attempt), LEASE);
+    let late = test.store().create(id.id, &record(Purpose::Attempt), LEASE);
     assert!(matches!(late, Err(StoreError::Forgotten(_))), "{late:?}");
     assert_eq!(left(test), []);
 }
@@ -83,7 +83,7 @@ pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestS
 pub fn rule_10_a_create_that_arrives_after_its_forget_fails(test: &mut dyn TestStore) {
     let id = introduce(test, 1, VM);
     test.store().forget(id).expect("an unknown namespace is forgotten");
-    let late = test.store().create(id, &record(Purpose::Attempt), LEASE);
+    let late = test.store().create(id.id, &record(Purpose::Attempt), LEASE);
     assert!(matches!(late, Err(StoreError::Forgotten(_))), "{late:?}");
     assert_eq!(left(test), []);
 }
@@ -93,7 +93,7 @@ pub fn rule_10_forgotten_ids_are_not_remembered_for_ever(test: &mut dyn TestStor
     let (id, _) = create(test, 1, Purpose::Attempt);
     test.store().forget(id).expect("it is forgotten");
     test.advance(MAX_LEASE + LEASE);
-    test.store().create(id, &record(Purpose::Attempt), LEASE).expect("the id was remembered for long enough");
+    test.store().create(id.id, &record(Purpose::Attempt), LEASE).expect("the id was remembered for long enough");
     // nothing of the earlier namespace is left
     expect_pages(test, id, &[], &[(1, 1)]);
 }
@@ -106,7 +106,7 @@ pub fn rule_11_every_answer_has_the_present_incarnation(test: &mut dyn TestStore
     assert_eq!(put(test, id, 1, &[1]).incarnation, incarnation);
     assert_eq!(put(test, id, 0, &[1]).incarnation, incarnation, "of a put that took nothing");
     assert_eq!(test.store().renew(id, SOURCE, LEASE).expect("it is renewed"), incarnation);
-    let again = test.store().create(id, &record(Purpose::Home), LEASE);
+    let again = test.store().create(id.id, &record(Purpose::Home), LEASE);
     assert_eq!(again.expect("a repeated create succeeds"), incarnation);
     test.store().forget(id).expect("it is forgotten");
     let (_, last) = create(test, 3, Purpose::Home);
@@ -125,10 +125,10 @@ pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
         test.lose_everything();
         assert!(matches!(try_put(test, id, 2, &[1]), Err(StoreError::Absent(_))));
         assert!(matches!(test.store().renew(id, SOURCE, LEASE), Err(StoreError::Absent(_))));
-        assert_eq!(test.store().record(id).expect("the store answers"), None);
+        assert_eq!(test.store().record(id.id).expect("the store answers"), None);
         // the writer's repeated create reaches the store: the incarnation tells that the page is
         // lost
-        let incarnation = test.store().create(id, &record(Purpose::Home), LEASE).expect("it is created anew");
+        let incarnation = test.store().create(id.id, &record(Purpose::Home), LEASE).expect("it is created anew");
         assert!(!seen.contains(&incarnation), "a loss does not change the incarnation");
         assert_eq!(put(test, id, 3, &[2]).incarnation, incarnation);
         expect_pages(test, id, &[(2, 3)], &[(1, 1)]);
@@ -151,13 +151,13 @@ pub fn rule_11_a_crash_of_a_user_loses_nothing(test: &mut dyn TestStore) {
 /// The record is what `create` was given, with the owner of the last renewal.
 pub fn rule_24_a_record_says_whose_a_namespace_is(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Stage);
-    assert_eq!(test.store().record(id).expect("the store answers"), Some(record(Purpose::Stage)));
+    assert_eq!(test.store().record(id.id).expect("the store answers"), Some(record(Purpose::Stage)));
     test.store().renew(id, DESTINATION, LEASE).expect("it is renewed");
     let now = Record { owner: DESTINATION, ..record(Purpose::Stage) };
-    assert_eq!(test.store().record(id).expect("the store answers"), Some(now));
+    assert_eq!(test.store().record(id.id).expect("the store answers"), Some(now));
     // a create that comes late does not bring the earlier owner back
-    test.store().create(id, &record(Purpose::Stage), LEASE).expect("a repeated create succeeds");
-    assert_eq!(test.store().record(id).expect("the store answers"), Some(now));
+    test.store().create(id.id, &record(Purpose::Stage), LEASE).expect("a repeated create succeeds");
+    assert_eq!(test.store().record(id.id).expect("the store answers"), Some(now));
 }
 
 /// A `create` for another VM or purpose does not change a namespace that exists.
@@ -166,9 +166,35 @@ pub fn rule_24_a_namespace_of_another_vm_is_not_taken_over(test: &mut dyn TestSt
     put(test, id, 1, &[1]);
     let others = [Record { vm: OTHER_VM, ..record(Purpose::Home) }, record(Purpose::Attempt)];
     for other in others {
-        let refused = test.store().create(id, &other, LEASE);
+        let refused = test.store().create(id.id, &other, LEASE);
         assert!(refused.is_err(), "{other:?}");
     }
-    assert_eq!(test.store().record(id).expect("the store answers"), Some(record(Purpose::Home)));
+    assert_eq!(test.store().record(id.id).expect("the store answers"), Some(record(Purpose::Home)));
     expect_pages(test, id, &[(1, 1)], &[]);
+}
+
+/// Whoever asks for another VM than the record's can do nothing with a namespace, although it knows
+/// the id.
+pub fn rule_24_a_namespace_is_for_the_vm_of_its_record_only(test: &mut dyn TestStore) {
+    let (id, _) = create(test, 1, Purpose::Home);
+    put(test, id, 1, &[1]);
+    let other = VmNamespace { vm: OTHER_VM, ..id };
+    let (got, read) = try_read(test, other, &[(1, 1)]);
+    assert!(got.is_empty(), "a page of another VM is handed out");
+    let store = test.store();
+    let results = [
+        ("get", read),
+        ("put", try_put(test, other, 2, &[1]).map(drop)),
+        ("renew", store.renew(other, DESTINATION, MAX_LEASE).map(drop)),
+        ("forget", store.forget(other)),
+    ];
+    for (call, result) in results {
+        // a wrapper may refuse it before the store does
+        let refused = matches!(result, Err(StoreError::OtherVm(_) | StoreError::NoKey(_)));
+        assert!(refused, "{call} for another VM: {result:?}");
+    }
+    assert_eq!(store.record(id.id).expect("the store answers"), Some(record(Purpose::Home)));
+    expect_pages(test, id, &[(1, 1)], &[]);
+    test.advance(2 * LEASE);
+    assert_eq!(test.store().expired().expect("the store lists").len(), 1, "the lease was extended");
 }

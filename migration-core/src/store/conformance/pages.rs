@@ -68,7 +68,7 @@ pub fn rule_03_a_harmed_page_is_missing(test: &mut dyn TestStore) {
     for (at, harm) in HARMS.into_iter().enumerate() {
         let (id, _) = create(test, at as u8 + 1, Purpose::Home);
         put(test, id, 3, &[1, 2, 3]);
-        assert!(test.harm(id, 3, harm), "{harm:?}");
+        assert!(test.harm(id.id, 3, harm), "{harm:?}");
         expect_pages(test, id, &[(1, 3), (2, 3)], &[(3, 3)]);
     }
 }
@@ -78,7 +78,7 @@ pub fn rule_03_a_new_put_heals_a_harmed_page(test: &mut dyn TestStore) {
     for (at, harm) in HARMS.into_iter().enumerate() {
         let (id, _) = create(test, at as u8 + 1, Purpose::Home);
         put(test, id, 3, &[1, 2, 3]);
-        assert!(test.harm(id, 3, harm), "{harm:?}");
+        assert!(test.harm(id.id, 3, harm), "{harm:?}");
         assert_eq!(put(test, id, 4, &[3]).taken, [true], "{harm:?}");
         expect_pages(test, id, &[(1, 3), (2, 3), (3, 4)], &[]);
     }

@@ -31,14 +31,14 @@ use crc32fast::Hasher;
 use migration_core::{
     PAGE_SIZE,
     codec::{DecodeError, Reader, Writer},
-    store::{NamespaceId, PageToGet, PageToPut, Record, StoreError, Trailer, limits::MAX_VALUE_BYTES},
+    store::{NamespaceId, PageToGet, PageToPut, Record, StoreError, Trailer, VmNamespace, limits::MAX_VALUE_BYTES},
     vm::VmId,
 };
 
 use super::folder::{Folder, Kind};
 
 const MAGIC: [u8; 8] = *b"LMSPACE\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of a header that are in use.
 const HEADER_BYTES: usize = 8 + 4 + Record::BYTES + 8 + 8 + 8 + 4;
 /// Where the entries begin.
@@ -69,6 +69,14 @@ impl Header {
     pub(super) fn extend_lease(&mut self, now: Duration, lease: Duration) {
         self.lease = self.lease.max(lease);
         self.ends = self.ends.max(now.saturating_add(lease));
+    }
+
+    /// Makes sure that the namespace is of the caller's VM (rule 24).
+    pub(super) fn check_vm(&self, namespace: VmNamespace) -> Result<(), StoreError> {
+        match self.record.vm == namespace.vm {
+            true => Ok(()),
+            false => Err(StoreError::OtherVm(namespace.id)),
+        }
     }
 
     pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
@@ -136,6 +144,10 @@ impl Space {
         space.table.lock().map_err(|cause| space.io("locking", cause))?;
         space.still_there()?;
         Ok(space)
+    }
+
+    pub(super) fn id(&self) -> NamespaceId {
+        self.id
     }
 
     /// Makes sure that the namespace was not forgotten while this waited for the lock.
@@ -381,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_header_that_is_not_right_is_refused() {
-        let record = Record { vm: VmId([1; 16]), purpose: Purpose::Stage, owner: Owner([2; 16]) };
+        let record = Record { vm: VmId([1; 16]), purpose: Purpose::Stage, owner: Owner::new("host-7").unwrap() };
         let lease = Duration::from_millis(7);
         let header = Header { record, lease, ends: Duration::from_secs(9), pages: 3 };
         assert_eq!(Header::decode(&header.encode()).unwrap(), header);

@@ -21,12 +21,17 @@ use super::*;
 const PAGE: u64 = PAGE_SIZE as u64;
 const LEASE: Duration = Duration::from_secs(60);
 const ID: NamespaceId = NamespaceId([0x77; 16]);
-const RECORD: Record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner([2; 16]) };
+const OF: VmNamespace = VmNamespace { id: ID, vm: VmId([1; 16]) };
+const OWNER: Owner = match Owner::new("host-7") {
+    Ok(owner) => owner,
+    Err(_) => panic!("it is printable"),
+};
+const RECORD: Record = Record { vm: OF.vm, purpose: Purpose::Home, owner: OWNER };
 
 /// A store of 4 MiB in a temporary folder, with a clock that stands still.
 struct InFolder {
     parent: TempDir,
-    store: DirPageStore,
+    store: FilePageStore,
     clock: Arc<ManualClock>,
 }
 
@@ -35,7 +40,7 @@ impl InFolder {
         let parent = tempfile::tempdir().unwrap();
         let clock = Arc::new(ManualClock::default());
         clock.advance(Duration::from_secs(1_000_000_000));
-        let options = DirPageStoreOptions { limit: Some(4 << 20), synchronise, max_namespaces: 20 };
+        let options = FilePageStoreOptions { limit: Some(4 << 20), synchronise, max_namespaces: 20 };
         let store = open(&parent, options, &clock);
         Self { parent, store, clock }
     }
@@ -57,7 +62,7 @@ impl InFolder {
     }
 
     fn put(&self, generation: u32, page: u64) -> Result<Stored, StoreError> {
-        self.store.put(ID, generation, &[PageToPut { page, value: &[generation as u8; PAGE_SIZE] }])
+        self.store.put(OF, generation, &[PageToPut { page, value: &[generation as u8; PAGE_SIZE] }])
     }
 
     fn get(&self, generation: u32, page: u64) -> Result<Vec<u8>, StoreError> {
@@ -67,13 +72,13 @@ impl InFolder {
     fn get_until(&self, generation: u32, page: u64, deadline: Instant) -> Result<Vec<u8>, StoreError> {
         let mut value = Vec::new();
         let mut take = |_, data: PageData<'_>| value = data.bytes().to_vec();
-        self.store.get(ID, &[PageToGet { page, generation }], Urgency::Fault, deadline, &mut take)?;
+        self.store.get(OF, &[PageToGet { page, generation }], Urgency::Fault, deadline, &mut take)?;
         Ok(value)
     }
 }
 
-fn open(parent: &TempDir, options: DirPageStoreOptions, clock: &Arc<ManualClock>) -> DirPageStore {
-    DirPageStore::open_with_clock(&parent.path().join("pages"), "folder", options, clock.clone()).unwrap()
+fn open(parent: &TempDir, options: FilePageStoreOptions, clock: &Arc<ManualClock>) -> FilePageStore {
+    FilePageStore::open_with_clock(&parent.path().join("pages"), "folder", options, clock.clone()).unwrap()
 }
 
 impl TestStore for InFolder {
@@ -141,9 +146,10 @@ fn a_store_that_synchronises_keeps_the_rules() {
 #[test]
 fn the_incarnation_includes_the_boot_if_pages_do_not_survive_it() {
     let mut test = InFolder::with_a_page();
-    let before = test.store.renew(ID, RECORD.owner, LEASE).unwrap();
+    let before = test.store.renew(OF, RECORD.owner, LEASE).unwrap();
+    assert!(test.store.boot.is_some());
     test.store.boot = Some([9; 16]);
-    assert_ne!(test.store.renew(ID, RECORD.owner, LEASE).unwrap(), before);
+    assert_ne!(test.store.renew(OF, RECORD.owner, LEASE).unwrap(), before);
     assert_ne!(test.put(2, 3).unwrap().incarnation, before);
     assert_eq!(InFolder::new(true).store.boot, None);
     assert_ne!(boot_id().unwrap(), [0; 16]);
@@ -155,7 +161,7 @@ fn a_disk_that_lost_something_changes_the_incarnation_for_all_users() {
     let before = test.store.create(ID, &RECORD, LEASE).unwrap();
     let other = open(&test.parent, test.store.options.clone(), &test.clock);
     test.store.note_loss(StoreError::TimedOut);
-    let after = other.renew(ID, RECORD.owner, LEASE).unwrap();
+    let after = other.renew(OF, RECORD.owner, LEASE).unwrap();
     assert_ne!(after, before);
     test.reopen();
     assert_eq!(test.put(1, 1).unwrap().incarnation, after);
@@ -202,7 +208,7 @@ fn what_a_crash_has_left_is_removed() {
     test.store.folder.remember(ID, until, false).unwrap();
     test.reopen();
     assert!(matches!(test.store.create(ID, &RECORD, LEASE), Err(StoreError::Forgotten(_))));
-    test.store.forget(ID).unwrap();
+    test.store.forget(OF).unwrap();
     assert!(matches!(test.put(2, 3), Err(StoreError::Absent(_))));
     let names = fs::read_dir(test.store.folder.dir()).unwrap().map(|entry| entry.unwrap().file_name());
     let of_it: Vec<_> = names.filter(|name| name.to_string_lossy().starts_with(&ID.to_string())).collect();
@@ -213,7 +219,7 @@ fn what_a_crash_has_left_is_removed() {
 fn a_put_that_waited_for_a_forget_fails() {
     let test = InFolder::with_a_page();
     let waiting = Space::open(&test.store.folder, ID).unwrap();
-    test.store.forget(ID).unwrap();
+    test.store.forget(OF).unwrap();
     let deadline = Instant::now() + Duration::from_secs(1);
     assert!(matches!(waiting.header_of_reader(deadline), Err(StoreError::Absent(_))));
 }
@@ -248,9 +254,9 @@ fn files_that_make_no_sense_are_refused_and_can_be_forgotten() {
         for result in [test.put(2, 3).map(drop), test.get(1, 3).map(drop), test.store.record(ID).map(drop)] {
             assert!(result.is_err_and(|error| !error.can_retry()), "a table that is {what}");
         }
-        assert!(test.store.renew(ID, RECORD.owner, LEASE).is_err(), "a table that is {what}");
+        assert!(test.store.renew(OF, RECORD.owner, LEASE).is_err(), "a table that is {what}");
         if what != "a folder" {
-            test.store.forget(ID).unwrap();
+            test.store.forget(OF).unwrap();
             assert!(matches!(test.put(2, 3), Err(StoreError::Absent(_))), "a table that is {what}");
         }
     }
@@ -286,7 +292,7 @@ fn random_bytes_in_the_files_are_never_handed_out() {
         // these may fail
         let _ = test.put(9, 3);
         let _ = test.store.expired();
-        test.store.forget(ID).unwrap();
+        test.store.forget(OF).unwrap();
         assert_eq!(test.store.room(), 4 << 20);
     }
 }
@@ -298,7 +304,13 @@ fn a_table_of_another_namespace_hands_out_no_page() {
     let other = NamespaceId([5; 16]);
     test.store.create(other, &Record { vm: VmId([9; 16]), ..RECORD }, LEASE).unwrap();
     fs::copy(test.store.folder.path(other, Kind::Table), test.store.folder.path(ID, Kind::Table)).unwrap();
-    assert!(matches!(test.get(1, 3), Err(StoreError::Missing { .. })));
+    assert!(matches!(test.get(1, 3), Err(StoreError::OtherVm(_))));
+    // asked for as that VM's, it has no page either
+    let as_other = VmNamespace { id: ID, vm: VmId([9; 16]) };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let wanted = [PageToGet { page: 3, generation: 1 }];
+    let result = test.store.get(as_other, &wanted, Urgency::Fault, deadline, &mut |_, _| panic!("it is handed out"));
+    assert!(matches!(result, Err(StoreError::Missing { .. })), "{result:?}");
     // a length that is not one
     let test = InFolder::with_a_page();
     test.file(ID, Kind::Table).write_all_at(&[0xff; 4], PAGE + 3 * 128 + 32).unwrap();
@@ -310,20 +322,21 @@ fn a_folder_that_others_can_change_is_refused() {
     let test = InFolder::with_a_page();
     let dir = test.store.folder.dir();
     fs::set_permissions(dir, fs::Permissions::from_mode(0o770)).unwrap();
-    assert!(DirPageStore::open(dir, "x", DirPageStoreOptions::default()).is_err());
+    let options = FilePageStoreOptions { synchronise: false, ..FilePageStoreOptions::default() };
+    assert!(FilePageStore::open(dir, "x", options.clone()).is_err());
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).unwrap();
-    assert!(DirPageStore::open(dir, "x", DirPageStoreOptions::default()).is_ok());
-    fs::write(dir.join("store"), [1; 32]).unwrap();
-    let refused = DirPageStore::open(dir, "x", DirPageStoreOptions::default());
+    assert!(FilePageStore::open(dir, "x", options).is_ok());
+    fs::write(dir.join("store"), [1; 33]).unwrap();
+    let refused = FilePageStore::open(dir, "x", FilePageStoreOptions::default());
     assert!(matches!(refused, Err(StoreError::Damaged { .. })), "{refused:?}");
     let nowhere = dir.join("a/b");
-    assert!(DirPageStore::open(&nowhere, "x", DirPageStoreOptions::default()).is_err());
+    assert!(FilePageStore::open(&nowhere, "x", FilePageStoreOptions::default()).is_err());
 }
 
 #[test]
 fn forgotten_ids_leave_no_files_for_ever() {
     let test = InFolder::with_a_page();
-    test.store.forget(ID).unwrap();
+    test.store.forget(OF).unwrap();
     let count = || fs::read_dir(test.store.folder.dir()).unwrap().count();
     let with_one = count();
     test.clock.advance(LEASE);
@@ -332,7 +345,7 @@ fn forgotten_ids_leave_no_files_for_ever() {
     assert_eq!(count(), with_one - 1 + 2);
     // what is not of a store stays
     File::create(test.store.folder.dir().join("notes")).unwrap().write_all(b"of a person").unwrap();
-    test.store.forget(other).unwrap();
+    test.store.forget(VmNamespace { id: other, ..OF }).unwrap();
     assert!(test.store.folder.dir().join("notes").exists());
 }
 
@@ -346,7 +359,7 @@ fn a_put_waits_until_another_put_has_ended() {
         let store = &test.store;
         let put = scope.spawn(|| {
             let value = [2; PAGE_SIZE];
-            let stored = store.put(ID, 2, &[PageToPut { page: 3, value: &value }]);
+            let stored = store.put(OF, 2, &[PageToPut { page: 3, value: &value }]);
             done.store(true, Ordering::Relaxed);
             stored
         });
@@ -372,7 +385,7 @@ fn puts_of_several_handles_do_not_mix() {
                     let generation = generations.fetch_add(1, Ordering::Relaxed);
                     let value = [generation as u8; PAGE_SIZE];
                     let run = [4, 5, 6].map(|page| PageToPut { page, value: &value });
-                    store.put(ID, generation, &run).unwrap();
+                    store.put(OF, generation, &run).unwrap();
                 }
             });
         }
@@ -386,11 +399,132 @@ fn puts_of_several_handles_do_not_mix() {
 #[test]
 fn without_a_limit_the_file_system_says_how_much_room_there_is() {
     let parent = tempfile::tempdir().unwrap();
-    let options = DirPageStoreOptions { synchronise: false, ..DirPageStoreOptions::default() };
-    let store = DirPageStore::open(&parent.path().join("pages"), "x", options).unwrap();
+    let options = FilePageStoreOptions { synchronise: false, ..FilePageStoreOptions::default() };
+    let store = FilePageStore::open(&parent.path().join("pages"), "x", options).unwrap();
     assert!(store.room() > 0);
-    let id = Namespace::new([1; 16]).id();
-    store.create(id, &RECORD, LEASE).unwrap();
+    store.create(Namespace::new([1; 16]).id(), &RECORD, LEASE).unwrap();
     assert_eq!(store.expired().unwrap(), []);
     assert_eq!(store.name(), "x");
+}
+
+#[test]
+fn a_folder_records_whether_it_synchronises() {
+    for made in [false, true] {
+        let test = InFolder::new(made);
+        let other = FilePageStoreOptions { synchronise: !made, ..FilePageStoreOptions::default() };
+        let refused = FilePageStore::open(test.store.folder.dir(), "x", other);
+        assert!(matches!(refused, Err(StoreError::OtherOptions { .. })), "{refused:?}");
+        // also after a loss
+        test.store.note_loss(StoreError::TimedOut);
+        assert_eq!(test.store.folder.read_identity().unwrap().synchronise, made);
+    }
+}
+
+/// A crash of the host leaves any part of a write: the beginning of the value, or of the entry.
+#[test]
+fn a_torn_write_leaves_a_page_missing_and_its_neighbours_as_they_were() {
+    let (old, new) = (InFolder::with_a_page(), InFolder::with_a_page());
+    for test in [&old, &new] {
+        test.put(1, 2).unwrap();
+        test.put(1, 4).unwrap();
+    }
+    new.put(2, 3).unwrap();
+    let mut entry = [0; 128];
+    new.file(ID, Kind::Table).read_exact_at(&mut entry, PAGE + 3 * 128).unwrap();
+    let first_entry = {
+        let mut bytes = [0; 128];
+        old.file(ID, Kind::Table).read_exact_at(&mut bytes, PAGE + 3 * 128).unwrap();
+        bytes
+    };
+    let (pages, table) = (old.file(ID, Kind::Pages), old.file(ID, Kind::Table));
+    for sectors in 1..=PAGE_SIZE / 512 {
+        let written = sectors * 512;
+        for entry_bytes in (0..128).step_by(8) {
+            pages.write_all_at(&[1; PAGE_SIZE], 3 * PAGE).unwrap();
+            pages.write_all_at(&[2; PAGE_SIZE][..written], 3 * PAGE).unwrap();
+            table.write_all_at(&first_entry, PAGE + 3 * 128).unwrap();
+            table.write_all_at(&entry[..entry_bytes], PAGE + 3 * 128).unwrap();
+            for generation in [1, 2] {
+                if let Ok(value) = old.get(generation, 3) {
+                    // all that differs between the entries was written, and so was the whole value
+                    assert_eq!((value, written), (vec![generation as u8; PAGE_SIZE], PAGE_SIZE));
+                }
+            }
+            assert_eq!(old.get(1, 2).unwrap(), [1; PAGE_SIZE]);
+            assert_eq!(old.get(1, 4).unwrap(), [1; PAGE_SIZE]);
+        }
+    }
+    assert_eq!(old.put(3, 3).unwrap().taken, [true]);
+    assert_eq!(old.get(3, 3).unwrap(), [3; PAGE_SIZE]);
+}
+
+#[test]
+fn pages_beyond_the_end_of_a_truncated_file_are_missing() {
+    let make = || {
+        let test = InFolder::with_a_page();
+        test.put(1, 9).unwrap();
+        test
+    };
+    let cases = [
+        ("the value is cut", Kind::Pages, 9 * PAGE + 2000),
+        ("the value is gone", Kind::Pages, 5 * PAGE),
+        ("the entry is cut", Kind::Table, PAGE + 9 * 128 + 20),
+        ("the entry is gone", Kind::Table, PAGE + 5 * 128),
+    ];
+    for (what, kind, len) in cases {
+        let mut test = make();
+        test.file(ID, kind).set_len(len).unwrap();
+        test.reopen();
+        assert!(matches!(test.get(1, 9), Err(StoreError::Missing { count: 1, first: 9, .. })), "{what}");
+        assert_eq!(test.get(1, 3).unwrap(), [1; PAGE_SIZE], "{what}");
+        assert_eq!(test.put(2, 9).unwrap().taken, [true], "{what}");
+        assert_eq!(test.get(2, 9).unwrap(), [2; PAGE_SIZE], "{what}");
+    }
+    // a table without its header is no namespace, and can be forgotten
+    let test = make();
+    test.file(ID, Kind::Table).set_len(40).unwrap();
+    assert!(matches!(test.get(1, 3), Err(StoreError::Damaged { .. })));
+    assert!(matches!(test.put(2, 3), Err(StoreError::Damaged { .. })));
+    test.store.forget(OF).unwrap();
+}
+
+/// Entry and value are each good, and do not belong together.
+#[test]
+fn a_table_that_disagrees_with_the_values_hands_out_nothing() {
+    let test = InFolder::with_a_page();
+    test.put(2, 4).unwrap();
+    let table = test.file(ID, Kind::Table);
+    let mut entry = [0; 128];
+    table.read_exact_at(&mut entry, PAGE + 3 * 128).unwrap();
+    test.put(2, 3).unwrap();
+    table.write_all_at(&entry, PAGE + 3 * 128).unwrap();
+    // the entry says generation 1, and the value is of generation 2
+    for generation in [1, 2] {
+        assert!(matches!(test.get(generation, 3), Err(StoreError::Missing { first: 3, .. })));
+    }
+    // the entry of page 3 stands at page 4
+    table.write_all_at(&entry, PAGE + 4 * 128).unwrap();
+    for generation in [1, 2] {
+        assert!(matches!(test.get(generation, 4), Err(StoreError::Missing { first: 4, .. })));
+    }
+}
+
+/// Pages that are scattered are read in one request, each as it was put.
+#[test]
+fn a_request_reads_scattered_pages_in_runs() {
+    let test = InFolder::with_a_page();
+    let pages: Vec<u64> = (0..300).map(|at| at * 3 + at % 3).collect();
+    let values: Vec<_> = pages.iter().map(|&page| [page as u8 | 1; PAGE_SIZE]).collect();
+    let run: Vec<_> = iter::zip(&pages, &values).map(|(&page, value)| PageToPut { page, value }).collect();
+    test.store.put(OF, 5, &run).unwrap();
+    let wanted: Vec<_> = pages.iter().map(|&page| PageToGet { page, generation: 5 }).collect();
+    let mut got = Vec::new();
+    let mut take = |page, data: PageData<'_>| {
+        assert_eq!(data.bytes(), [page as u8 | 1; PAGE_SIZE]);
+        got.push(page);
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    test.store.get(OF, &wanted, Urgency::Prefetch, deadline, &mut take).unwrap();
+    got.sort_unstable();
+    assert_eq!(got, pages);
 }

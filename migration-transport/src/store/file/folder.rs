@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `store` | the random value from which the incarnation is made |
+//! | `store` | the [`Identity`]: the random value from which the incarnation is made, and whether puts are synchronised |
 //! | `lock` | nothing. Whoever creates or forgets a namespace has its lock (`flock`) |
 //! | `<id>.table`, `<id>.pages` | a namespace: see [`space`](super::space) |
 //! | `<id>.forgotten-<time>` | nothing. The id is remembered until this time, in milliseconds since 1970, in hexadecimal |
@@ -23,8 +23,8 @@ use migration_core::store::{
 };
 
 const MAGIC: [u8; 8] = *b"LMPAGES\0";
-const IDENTITY_BYTES: usize = 8 + 4 + 16 + 4;
-const VERSION: u32 = 1;
+const IDENTITY_BYTES: usize = 8 + 4 + 16 + 1 + 4;
+const VERSION: u32 = 2;
 /// Most names that are looked at in the folder: two files for each namespace, one for each
 /// forgotten id, and some that a crash has left.
 const MAX_FILES: usize = 2 * MAX_NAMESPACES + MAX_FORGOTTEN + 1024;
@@ -45,6 +45,15 @@ impl Kind {
             Self::New => "new",
         }
     }
+}
+
+/// What the folder records of the store as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// It changes when the store may have lost something.
+    pub(super) value: Incarnation,
+    /// Whether a put is on the disk when it returns: the choice of whoever has made the store.
+    pub(super) synchronise: bool,
 }
 
 /// What is in the folder.
@@ -161,15 +170,15 @@ impl Folder {
         lock().map_err(StoreError::io(format!("locking {}", path.display())))
     }
 
-    /// Returns the random value of the store. Makes it if this is a new store.
-    pub(super) fn identity(&self, synchronise: bool) -> Result<Incarnation, StoreError> {
+    /// Returns the identity of the store. Makes it if this is a new store.
+    pub(super) fn identity(&self, synchronise: bool) -> Result<Identity, StoreError> {
         match self.read_identity() {
             Err(StoreError::Io { cause, .. }) if cause.kind() == ErrorKind::NotFound => {}
             other => return other,
         }
         let value = Incarnation::random();
         let new = self.dir.join(format!("store.new-{value}"));
-        self.make_file(&new, &encode_identity(value), synchronise)?;
+        self.make_file(&new, &Identity { value, synchronise }.encode(), synchronise)?;
         // of two processes that make the store at once, one wins
         let linked = fs::hard_link(&new, self.identity_path());
         self.remove(&new)?;
@@ -182,14 +191,14 @@ impl Folder {
         self.read_identity()
     }
 
-    /// Reads the random value of the store.
-    pub(super) fn read_identity(&self) -> Result<Incarnation, StoreError> {
+    /// Reads the identity of the store.
+    pub(super) fn read_identity(&self) -> Result<Identity, StoreError> {
         let path = self.identity_path();
         let file = self.open_file(&path)?;
         let mut bytes = [0; IDENTITY_BYTES];
         file.read_exact_at(&mut bytes, 0).map_err(StoreError::io(format!("reading {}", path.display())))?;
-        match decode_identity(&bytes) {
-            Some(value) => Ok(value),
+        match Identity::decode(&bytes) {
+            Some(identity) => Ok(identity),
             None => Err(StoreError::Damaged {
                 what: path.display().to_string(),
                 cause: "it is not what a store of this version has written".into(),
@@ -198,11 +207,11 @@ impl Folder {
     }
 
     /// Gives the store another random value, because it may have lost something.
-    pub(super) fn change_identity(&self) -> Result<(), StoreError> {
+    pub(super) fn change_identity(&self, synchronise: bool) -> Result<(), StoreError> {
         let _lock = self.lock()?;
         let value = Incarnation::random();
         let new = self.dir.join(format!("store.new-{value}"));
-        self.make_file(&new, &encode_identity(value), true)?;
+        self.make_file(&new, &Identity { value, synchronise }.encode(), true)?;
         self.rename(&new, &self.identity_path())?;
         self.synchronise(true)
     }
@@ -266,20 +275,24 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-fn encode_identity(value: Incarnation) -> [u8; IDENTITY_BYTES] {
-    let mut bytes = [0; IDENTITY_BYTES];
-    bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    bytes[12..28].copy_from_slice(&value.0);
-    let checksum = crc32fast::hash(&bytes[..28]);
-    bytes[28..].copy_from_slice(&checksum.to_le_bytes());
-    bytes
-}
+impl Identity {
+    fn encode(self) -> [u8; IDENTITY_BYTES] {
+        let mut bytes = [0; IDENTITY_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[12..28].copy_from_slice(&self.value.0);
+        bytes[28] = self.synchronise.into();
+        let checksum = crc32fast::hash(&bytes[..29]);
+        bytes[29..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
 
-fn decode_identity(bytes: &[u8; IDENTITY_BYTES]) -> Option<Incarnation> {
-    let mut value = Incarnation([0; 16]);
-    value.0.copy_from_slice(&bytes[12..28]);
-    (*bytes == encode_identity(value)).then_some(value)
+    fn decode(bytes: &[u8; IDENTITY_BYTES]) -> Option<Self> {
+        let mut value = Incarnation([0; 16]);
+        value.0.copy_from_slice(&bytes[12..28]);
+        let identity = Self { value, synchronise: bytes[28] != 0 };
+        (*bytes == identity.encode()).then_some(identity)
+    }
 }
 
 /// Splits a name into the id and what follows it.
@@ -314,12 +327,14 @@ mod tests {
 
     #[test]
     fn a_damaged_identity_is_refused() {
-        let value = Incarnation([7; 16]);
-        assert_eq!(decode_identity(&encode_identity(value)), Some(value));
-        for at in 0..IDENTITY_BYTES {
-            let mut bytes = encode_identity(value);
-            bytes[at] ^= 1;
-            assert_eq!(decode_identity(&bytes), None, "byte {at}");
+        for synchronise in [false, true] {
+            let identity = Identity { value: Incarnation([7; 16]), synchronise };
+            assert_eq!(Identity::decode(&identity.encode()), Some(identity));
+            for at in 0..IDENTITY_BYTES {
+                let mut bytes = identity.encode();
+                bytes[at] ^= 1;
+                assert_eq!(Identity::decode(&bytes), None, "byte {at}");
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A page store in a folder.
+//! A page store of sparse files.
 
 mod folder;
 mod space;
@@ -15,10 +15,13 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use migration_core::store::{
-    Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Record, StoreError, Stored,
-    Urgency, check_get, check_lease, check_put,
-    limits::{MAX_FORGOTTEN, MAX_LEASE, MAX_NAMESPACES, UNSEEN_LEASE},
+use migration_core::{
+    store::{
+        Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Record, StoreError, Stored,
+        Urgency, VmNamespace, check_get, check_lease, check_put,
+        limits::{MAX_FORGOTTEN, MAX_LEASE, MAX_NAMESPACES, UNSEEN_LEASE},
+    },
+    vm::VmId,
 };
 
 use folder::{Contents, Folder, Kind};
@@ -29,31 +32,33 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// How long a header that does not make sense is waited for: a renewal may be in the middle of it.
 const HEADER_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How a [`DirPageStore`] works. All users of a store should choose the same.
+/// How a [`FilePageStore`] works. All users of a store choose the same.
 #[derive(Clone, Debug)]
-pub struct DirPageStoreOptions {
+pub struct FilePageStoreOptions {
     /// Most bytes that all pages may take, 4224 for each page; `None` for what the file system has.
     pub limit: Option<u64>,
     /// Whether a put is on the disk when it returns.
     ///
     /// Without this, a crash of the host loses pages, and so the incarnation includes the boot of
     /// this host: it changes with every restart. All users must then run on one host. On others the
-    /// incarnation differs, which counts as a loss.
+    /// incarnation differs, which counts as a loss. The folder records the choice, and is not opened
+    /// with another one.
     pub synchronise: bool,
     /// Most namespaces, at most [`MAX_NAMESPACES`].
     pub max_namespaces: usize,
 }
 
-impl Default for DirPageStoreOptions {
+impl Default for FilePageStoreOptions {
     fn default() -> Self {
         Self { limit: None, synchronise: true, max_namespaces: MAX_NAMESPACES }
     }
 }
 
-/// Keeps pages in a folder, for several processes, and for several hosts if the folder is on a
-/// shared file system.
+/// Keeps pages in sparse files, for several processes, and for several hosts if the files' folder
+/// is on a shared file system.
 ///
-/// Each namespace has a sparse file with its pages and a table with their trailers. The file system
+/// Each namespace has a sparse file, with page *n* at offset 4096 · *n*, and a table with the
+/// trailers. The file system
 /// must have sparse files, hard links, and locks (`flock`) that all users see. On NFS, mount
 /// without `nolock`.
 ///
@@ -84,19 +89,19 @@ impl Default for DirPageStoreOptions {
 ///     store::{Namespace, Owner, PageStore, PageToGet, PageToPut, Purpose, Record, Urgency},
 ///     vm::VmId,
 /// };
-/// use migration_transport::{DirPageStore, DirPageStoreOptions};
+/// use migration_transport::{FilePageStore, FilePageStoreOptions};
 ///
 /// # let parent = tempfile::tempdir()?;
 /// # let folder = parent.path().join("pages");
-/// let store = DirPageStore::open(&folder, "rack-7", DirPageStoreOptions::default())?;
+/// let store = FilePageStore::open(&folder, "rack-7", FilePageStoreOptions::default())?;
 /// // in earnest the name is random: `migration_crypto::random_namespace`
-/// let namespace = Namespace::new([7; 16]).id();
-/// let record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner([2; 16]) };
-/// store.create(namespace, &record, Duration::from_secs(60))?;
+/// let record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner::new("host-7")? };
+/// let namespace = Namespace::new([7; 16]).of(record.vm);
+/// store.create(namespace.id, &record, Duration::from_secs(60))?;
 /// store.put(namespace, 1, &[PageToPut { page: 40, value: &[0x5a; PAGE_SIZE] }])?;
 ///
 /// // another process
-/// let store = DirPageStore::open(&folder, "rack-7", DirPageStoreOptions::default())?;
+/// let store = FilePageStore::open(&folder, "rack-7", FilePageStoreOptions::default())?;
 /// let wanted = [PageToGet { page: 40, generation: 1 }];
 /// let deadline = Instant::now() + Duration::from_secs(5);
 /// store.get(namespace, &wanted, Urgency::Fault, deadline, &mut |page, data| {
@@ -105,10 +110,10 @@ impl Default for DirPageStoreOptions {
 /// store.forget(namespace)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct DirPageStore {
+pub struct FilePageStore {
     name: String,
     folder: Folder,
-    options: DirPageStoreOptions,
+    options: FilePageStoreOptions,
     clock: Arc<dyn Clock>,
     /// The boot of this host, if data does not survive it.
     boot: Option<[u8; 16]>,
@@ -116,14 +121,16 @@ pub struct DirPageStore {
     broken: AtomicBool,
 }
 
-impl DirPageStore {
+impl FilePageStore {
     /// Opens the store in `folder`, which is made with mode 0700 if it does not exist; the folder
     /// that it is in must. `name` is the name under which both sides have configured the store.
     ///
     /// # Errors
     /// Returns [`StoreError::Io`] if the folder cannot be used, belongs to others, or can be
-    /// changed by others, and [`StoreError::Damaged`] if it holds something else.
-    pub fn open(folder: &Path, name: impl Into<String>, options: DirPageStoreOptions) -> Result<Self, StoreError> {
+    /// changed by others; [`StoreError::OtherOptions`] if the store was made with another choice of
+    /// [`synchronise`](FilePageStoreOptions::synchronise); and [`StoreError::Damaged`] if the
+    /// folder holds something else.
+    pub fn open(folder: &Path, name: impl Into<String>, options: FilePageStoreOptions) -> Result<Self, StoreError> {
         Self::open_with_clock(folder, name, options, Arc::new(WallClock))
     }
 
@@ -135,7 +142,7 @@ impl DirPageStore {
     pub fn open_with_clock(
         folder: &Path,
         name: impl Into<String>,
-        options: DirPageStoreOptions,
+        options: FilePageStoreOptions,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, StoreError> {
         let boot = match options.synchronise {
@@ -143,7 +150,12 @@ impl DirPageStore {
             false => Some(boot_id()?),
         };
         let folder = Folder::open(folder)?;
-        folder.identity(options.synchronise)?;
+        let made = folder.identity(options.synchronise)?.synchronise;
+        if made != options.synchronise {
+            let named = |synchronise| if synchronise { "to synchronise" } else { "not to synchronise" };
+            let store = folder.dir().display().to_string();
+            return Err(StoreError::OtherOptions { store, made: named(made), opened: named(options.synchronise) });
+        }
         Ok(Self { name: name.into(), folder, options, clock, boot, broken: AtomicBool::new(false) })
     }
 
@@ -152,7 +164,7 @@ impl DirPageStore {
             let why = std::io::Error::other("pages were lost, and the store could not be marked: open it again");
             return Err(StoreError::io(format!("using {}", self.folder.dir().display()))(why));
         }
-        let mut incarnation = self.folder.read_identity()?;
+        let mut incarnation = self.folder.read_identity()?.value;
         // either of them changes the result if it changes
         for (byte, boot) in iter::zip(&mut incarnation.0, self.boot.unwrap_or_default()) {
             *byte ^= boot;
@@ -163,7 +175,7 @@ impl DirPageStore {
     /// Marks the store as one that has lost something. The kernel drops what it could not write to
     /// the disk, also of puts that were acknowledged before, and reports it once.
     fn note_loss(&self, error: StoreError) -> StoreError {
-        if self.folder.change_identity().is_err() {
+        if self.folder.change_identity(self.options.synchronise).is_err() {
             self.broken.store(true, Ordering::Relaxed);
         }
         error
@@ -195,9 +207,10 @@ impl DirPageStore {
     }
 
     /// Changes the header of a namespace in one step.
-    fn change_header(&self, id: NamespaceId, change: impl FnOnce(&mut Header)) -> Result<(), StoreError> {
-        let space = Space::open_to_write(&self.folder, id)?;
+    fn change_header(&self, namespace: VmNamespace, change: impl FnOnce(&mut Header)) -> Result<(), StoreError> {
+        let space = Space::open_to_write(&self.folder, namespace.id)?;
         let mut header = space.header()?;
+        header.check_vm(namespace)?;
         change(&mut header);
         space.set_header(&header)
     }
@@ -221,16 +234,19 @@ impl DirPageStore {
     ///
     /// 1. What is newer in the store is left out.
     /// 2. The number of pages is written: it may be too large after a crash, never too small.
-    /// 3. Values and entries are written, and are on the disk if that was chosen.
+    /// 3. Values and entries are written, and are on the disk if that was chosen. If writing fails,
+    ///    for example because the disk is full, the pages are counted again: repeated attempts do
+    ///    not use up the room.
     fn put_locked(
         &self,
         space: &Space,
+        vm: VmId,
         generation: u32,
         pages: &[PageToPut<'_>],
         room: u64,
     ) -> Result<Vec<bool>, StoreError> {
         let mut header = space.header()?;
-        let vm = header.record.vm;
+        header.check_vm(VmNamespace { id: space.id(), vm })?;
         let there = space.generations(vm, pages)?;
         let taken: Vec<_> = there.iter().map(|there| there.is_none_or(|there| there <= generation)).collect();
         let new = there.iter().filter(|there| there.is_none()).count() as u64;
@@ -243,18 +259,31 @@ impl DirPageStore {
             space.set_header(&header)?;
         }
         let to_store: Vec<_> = iter::zip(pages, &taken).filter_map(|(&page, &taken)| taken.then_some(page)).collect();
-        space.write(vm, generation, &to_store)?;
+        if let Err(error) = space.write(vm, generation, &to_store) {
+            if let Ok(after) = space.generations(vm, pages) {
+                let stored = iter::zip(&there, &after).filter(|(before, after)| before.is_none() && after.is_some());
+                header.pages = header.pages.saturating_sub(new).saturating_add(stored.count() as u64);
+                // if this fails too, more is counted than there is
+                let _ = space.set_header(&header);
+            }
+            return Err(error);
+        }
         if self.options.synchronise {
             space.synchronise().map_err(|error| self.note_loss(error))?;
         }
         Ok(taken)
     }
 
-    fn forget_locked(&self, id: NamespaceId, contents: &Contents) -> Result<(), StoreError> {
+    fn forget_locked(&self, namespace: VmNamespace, contents: &Contents) -> Result<(), StoreError> {
         let now = self.clock.now();
-        // a damaged header does not say which leases were granted
+        let id = namespace.id;
+        // a damaged header says neither which leases were granted nor which VM it is: nobody can
+        // read those pages, and so anybody may remove them
         let lease = match self.header(id) {
-            Ok(Some(header)) => header.lease.min(MAX_LEASE),
+            Ok(Some(header)) => {
+                header.check_vm(namespace)?;
+                header.lease.min(MAX_LEASE)
+            }
             Ok(None) => UNSEEN_LEASE,
             Err(_) => MAX_LEASE,
         };
@@ -272,7 +301,7 @@ impl DirPageStore {
     }
 }
 
-impl PageStore for DirPageStore {
+impl PageStore for FilePageStore {
     fn name(&self) -> &str {
         &self.name
     }
@@ -292,7 +321,10 @@ impl PageStore for DirPageStore {
         }
         match self.header(namespace)? {
             Some(header) if !header.record.same_namespace(record) => return Err(StoreError::Occupied(namespace)),
-            Some(_) => self.change_header(namespace, |header| header.extend_lease(now, lease))?,
+            Some(_) => {
+                let of = VmNamespace { id: namespace, vm: record.vm };
+                self.change_header(of, |header| header.extend_lease(now, lease))?;
+            }
             None => {
                 let limit = self.options.max_namespaces.min(MAX_NAMESPACES);
                 if contents.namespaces.len() >= limit {
@@ -304,7 +336,7 @@ impl PageStore for DirPageStore {
         self.incarnation()
     }
 
-    fn renew(&self, namespace: NamespaceId, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
+    fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
         check_lease(lease)?;
         let now = self.clock.now();
         self.change_header(namespace, |header| {
@@ -314,18 +346,18 @@ impl PageStore for DirPageStore {
         self.incarnation()
     }
 
-    fn put(&self, namespace: NamespaceId, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+    fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
         check_put(pages)?;
         let room = self.find_room()?;
-        let space = Space::open_to_write(&self.folder, namespace)?;
-        let taken = self.put_locked(&space, generation, pages, room)?;
+        let space = Space::open_to_write(&self.folder, namespace.id)?;
+        let taken = self.put_locked(&space, namespace.vm, generation, pages, room)?;
         // after the pages were stored, so that a loss before that is noticed
         Ok(Stored { incarnation: self.incarnation()?, taken })
     }
 
     fn get(
         &self,
-        namespace: NamespaceId,
+        namespace: VmNamespace,
         pages: &[PageToGet],
         _urgency: Urgency,
         deadline: Instant,
@@ -333,23 +365,23 @@ impl PageStore for DirPageStore {
     ) -> Result<(), StoreError> {
         check_get(pages)?;
         let mut missing = Vec::new();
-        let mut space: Option<(Space, Header)> = None;
+        let mut space: Option<Space> = None;
         for run in runs(pages, |page| page.page) {
             if Instant::now() >= deadline {
                 return Err(StoreError::TimedOut);
             }
             if space.is_none() {
-                let open = Space::open(&self.folder, namespace)?;
-                let header = open.header_of_reader(deadline)?;
-                space = Some((open, header));
+                let open = Space::open(&self.folder, namespace.id)?;
+                open.header_of_reader(deadline)?.check_vm(namespace)?;
+                space = Some(open);
             }
-            if let Some((space, header)) = &space {
+            if let Some(space) = &space {
                 let mut take = |page, value: &[u8]| take(page, PageData::new(value));
-                missing.extend(space.read(header.record.vm, &pages[run], deadline, &mut take)?);
+                missing.extend(space.read(namespace.vm, &pages[run], deadline, &mut take)?);
             }
         }
         match missing.iter().min() {
-            Some(&first) => Err(StoreError::Missing { namespace, count: missing.len() as u64, first }),
+            Some(&first) => Err(StoreError::Missing { namespace: namespace.id, count: missing.len() as u64, first }),
             None => Ok(()),
         }
     }
@@ -358,11 +390,11 @@ impl PageStore for DirPageStore {
         Ok(self.header(namespace)?.map(|header| header.record))
     }
 
-    fn forget(&self, namespace: NamespaceId) -> Result<(), StoreError> {
+    fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError> {
         let _lock = self.folder.lock()?;
         let contents = self.folder.contents(self.clock.now())?;
         self.folder.tidy(&contents)?;
-        if contents.forgotten.len() >= MAX_FORGOTTEN && !contents.forgotten.contains_key(&namespace) {
+        if contents.forgotten.len() >= MAX_FORGOTTEN && !contents.forgotten.contains_key(&namespace.id) {
             return Err(StoreError::TooMany { what: "forgotten ids", limit: MAX_FORGOTTEN });
         }
         self.forget_locked(namespace, &contents)
@@ -379,9 +411,9 @@ impl PageStore for DirPageStore {
     }
 }
 
-impl fmt::Debug for DirPageStore {
+impl fmt::Debug for FilePageStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DirPageStore")
+        f.debug_struct("FilePageStore")
             .field("name", &self.name)
             .field("folder", &self.folder.dir())
             .field("options", &self.options)
