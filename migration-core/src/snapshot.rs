@@ -10,7 +10,7 @@ use crate::{
 /// Version of the encoding.
 const VERSION: u32 = 1;
 
-/// A VM at one moment, without its pages. In a [`CheckpointStore`](crate::checkpoint::CheckpointStore) it takes the place of the
+/// A VM at one moment, without its pages. In a [`VersionStore`](crate::store::VersionStore) it takes the place of the
 /// state that is committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedVm {

@@ -33,7 +33,7 @@
 //! ```
 //!
 //! For data at rest, [`PageSealer`] seals single pages, [`Sealed`] seals all pages of a [page
-//! store](migration_core::store), and [`SealedStore`] seals whole checkpoints and snapshots.
+//! store](migration_core::store), and [`SealedVersions`] seals whole checkpoints and snapshots.
 //!
 //! Features, both on by default: `accelerated` (ciphers of AWS-LC) and `tls` (TLS certificates).
 #![deny(unsafe_code)]
@@ -62,6 +62,6 @@ pub use {
     page_store::{Sealed, random_namespace},
     record::{KeyLimits, RecordError},
     secure::{Credentials, SecureConnector, SecureListener, Security, SourceSession},
-    store::SealedStore,
+    store::SealedVersions,
     suite::{Suite, UnknownSuite},
 };

@@ -28,11 +28,11 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    PAGE_SIZE,
-    checkpoint::{CheckpointStore, PageData},
+    PAGE_SIZE, PageSet,
     codec::{DecodeError, Reader, Writer},
     page::MAX_PAGES,
     state::MAX_STATE,
+    store::{PageContent, VersionStore, check_version_read, not_in_version},
     vm::VmId,
 };
 use thiserror::Error;
@@ -55,7 +55,7 @@ const STATE_OVERHEAD: usize = HEADER_LEN + SEAL_OVERHEAD + HEADER_LEN + 4 + SEAL
 /// The state is sealed as if it were this page, which no VM has.
 const STATE_PAGE: u64 = u64::MAX;
 
-/// Seals the checkpoints, or the snapshot, that another [`CheckpointStore`] keeps.
+/// Seals the checkpoints, or the snapshot, that another [`VersionStore`] keeps.
 ///
 /// Who has the store but not the key can neither read what is kept nor change, exchange, leave out or replay any page of it:
 /// every page has a seal, the seals lie in sealed pages, and so on up to one seal in the sealed state. What is not
@@ -69,38 +69,38 @@ const STATE_PAGE: u64 = u64::MAX;
 /// [`MAX_STATE`](Self::MAX_STATE) bytes. In memory, each page takes 32 bytes, by 128 of which at least one was put, from the first
 /// `put` or `restore` on.
 ///
-/// After a failed `put` or `commit`, [`discard`](CheckpointStore::discard) must be called before the next checkpoint can be taken.
+/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the next checkpoint can be taken.
 ///
 /// # Example
 ///
 /// ```
-/// use migration_core::{PAGE_SIZE, checkpoint::CheckpointStore, vm::VmId};
-/// use migration_crypto::{Psk, SealedStore, Suite, aead};
-/// use migration_transport::DirStore;
+/// use migration_core::{PAGE_SIZE, store::VersionStore, vm::VmId};
+/// use migration_crypto::{Psk, SealedVersions, Suite, aead};
+/// use migration_transport::DirVersions;
 ///
 /// # let parent = tempfile::tempdir()?;
 /// # let dir = parent.path().join("vm-7");
 /// // as a rule, of a file: `Psk::load`
 /// let (key, vm) = (Psk::new([7; 32]), VmId([1; 16]));
-/// let inner = Box::new(DirStore::create(&dir, SealedStore::store_pages(1024))?);
-/// let mut store = SealedStore::create(inner, 1024, &key, vm, Suite::Aes256Gcm, aead::best())?;
+/// let inner = Box::new(DirVersions::create(&dir, SealedVersions::store_pages(1024))?);
+/// let mut store = SealedVersions::create(inner, 1024, &key, vm, Suite::Aes256Gcm, aead::best())?;
 /// store.put(3, Some(&[7; PAGE_SIZE]))?;
 /// store.put(4, None)?;
 /// store.commit(1, b"state".as_slice().into())?;
 /// drop(store);
 ///
 /// // another process, later
-/// let inner = Box::new(DirStore::open(&dir, SealedStore::store_pages(1024))?);
-/// assert!(inner.latest().is_some_and(|(_, state)| SealedStore::is_sealed(&state)));
-/// let mut store = SealedStore::open(inner, 1024, Some(vm), &key, aead::best())?;
+/// let inner = Box::new(DirVersions::open(&dir, SealedVersions::store_pages(1024))?);
+/// assert!(inner.latest().is_some_and(|(_, state)| SealedVersions::is_sealed(&state)));
+/// let mut store = SealedVersions::open(inner, 1024, Some(vm), &key, aead::best())?;
 /// assert_eq!(store.latest(), Some((1, b"state".as_slice().into())));
 /// let mut pages = Vec::new();
 /// store.restore(&mut |page, data| Ok(pages.push((page, data.is_some()))))?;
 /// assert_eq!(pages, [(3, true), (4, false)]);
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub struct SealedStore {
-    inner: Box<dyn CheckpointStore>,
+pub struct SealedVersions {
+    inner: Box<dyn VersionStore>,
     sealer: PageSealer,
     /// As of the last commit; its generation is 0 before the first.
     header: Header,
@@ -117,7 +117,7 @@ pub struct SealedStore {
     buffer: Box<[u8; PAGE_SIZE]>,
 }
 
-impl SealedStore {
+impl SealedVersions {
     /// Most bytes in a state: as many as any store takes, less what is sealed beside it.
     pub const MAX_STATE: usize = MAX_STATE - STATE_OVERHEAD;
 
@@ -138,7 +138,7 @@ impl SealedStore {
     /// [`ErrorKind::AlreadyExists`] when there is a checkpoint; [`ErrorKind::InvalidInput`] when the VM has more than [`MAX_PAGES`];
     /// when the operating system has no random bytes to give.
     pub fn create(
-        inner: Box<dyn CheckpointStore>,
+        inner: Box<dyn VersionStore>,
         vm_pages: u64,
         master: &Psk,
         vm: VmId,
@@ -161,14 +161,14 @@ impl SealedStore {
     /// Opens what [`create`](Self::create) began and a commit has finished, for reading and for further checkpoints. The VM may
     /// have `max_pages` pages at the most, and must be `expected` if that is given; otherwise [`vm`](Self::vm) tells which it is.
     ///
-    /// Only the state is read and checked now. The pages are when they are [restored](CheckpointStore::restore).
+    /// Only the state is read and checked now. The pages are when they are [restored](VersionStore::restore).
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] when nothing was committed; [`ErrorKind::InvalidData`] when it is not sealed, of a version that is
     /// not known, too large, or another VM's; [`ErrorKind::PermissionDenied`] when this key does not open it: it is the wrong
     /// one, or what is kept was changed. When the operating system has no random bytes to give.
     pub fn open(
-        inner: Box<dyn CheckpointStore>,
+        inner: Box<dyn VersionStore>,
         max_pages: u64,
         expected: Option<VmId>,
         master: &Psk,
@@ -222,7 +222,7 @@ impl SealedStore {
     }
 
     fn new(
-        inner: Box<dyn CheckpointStore>,
+        inner: Box<dyn VersionStore>,
         sealer: PageSealer,
         header: Header,
         root: Option<Seal>,
@@ -285,7 +285,7 @@ impl SealedStore {
         all
     }
 
-    fn stage(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+    fn stage(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         let generation = self.next_generation()?;
         let vm = self.tree.layout.vm();
         let Some(at) = vm.start.checked_add(page).filter(|at| vm.contains(at)) else {
@@ -352,8 +352,8 @@ impl SealedStore {
     }
 }
 
-impl CheckpointStore for SealedStore {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for SealedVersions {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.usable()?;
         // without this page it would not be a checkpoint, even if the caller went on
         self.stage(page, data).inspect_err(|_| self.failed = true)
@@ -390,8 +390,55 @@ impl CheckpointStore for SealedStore {
         self.latest.clone()
     }
 
+    fn list(&mut self) -> io::Result<PageSet> {
+        self.load()?;
+        let vm = self.tree.layout.vm();
+        let mut set = PageSet::empty(self.header.vm_pages);
+        let mut next = vm.start;
+        while let Some((page, _)) = self.tree.first_sealed(next) {
+            set.insert(page - vm.start);
+            next = page + 1; // it has a seal, so it is none beyond the last
+        }
+        Ok(set)
+    }
+
+    /// Pages are handed out one by one as they prove authentic. What the inner store hands out beside
+    /// them, in another order or twice, is refused.
+    fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        check_version_read(pages)?;
+        self.load()?;
+        let Self { inner, sealer, tree, .. } = self;
+        let vm = tree.layout.vm();
+        let mut wanted = Vec::with_capacity(pages.len());
+        let mut seals = Vec::with_capacity(pages.len());
+        for &page in pages {
+            let at = vm.start.checked_add(page).filter(|at| vm.contains(at));
+            let seal = at.and_then(|at| tree.seal(at)).ok_or_else(|| not_in_version(page))?;
+            wanted.push(vm.start + page);
+            seals.push(seal);
+        }
+        let mut next = 0;
+        let mut buffer = [0; SEALED_LEN];
+        inner.read(&wanted, &mut |page, data| {
+            if wanted.get(next) != Some(&page) {
+                let what = tree.layout.name(page);
+                return Err(invalid(format!("{what}: the store has handed it out, and it was not its turn")));
+            }
+            let data = seals[next].open(sealer, page, data, &mut buffer, &tree.layout)?;
+            take(page - vm.start, data)?;
+            // not before: a page that was refused is one that is missing, whatever the store makes of an
+            // error
+            next += 1;
+            Ok(())
+        })?;
+        match wanted.get(next) {
+            Some(&missing) => Err(tree.missing(missing)),
+            None => Ok(()),
+        }
+    }
+
     /// Pages are handed out one by one as they prove authentic. That none is missing is known only when this returns.
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         self.load()?;
         let Self { inner, sealer, tree, .. } = self;
         let vm = tree.layout.vm();
@@ -411,9 +458,9 @@ impl CheckpointStore for SealedStore {
     }
 }
 
-impl fmt::Debug for SealedStore {
+impl fmt::Debug for SealedVersions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SealedStore").field("header", &self.header).finish_non_exhaustive()
+        f.debug_struct("SealedVersions").field("header", &self.header).finish_non_exhaustive()
     }
 }
 
@@ -446,10 +493,10 @@ impl Seal {
         &self,
         sealer: &PageSealer,
         page: u64,
-        data: PageData<'_>,
+        data: PageContent<'_>,
         buffer: &'a mut [u8; SEALED_LEN],
         layout: &Layout,
-    ) -> io::Result<PageData<'a>> {
+    ) -> io::Result<PageContent<'a>> {
         // a store may hand out zeros for `None`, which no ciphertext is
         let data = data.filter(|data| data.iter().any(|&byte| byte != 0));
         let len = match data {
@@ -573,6 +620,12 @@ impl Tree {
                 places.filter_map(|(place, at)| Some((at, Seal::decode(place)?))).next()
             })
         })
+    }
+
+    /// The seal of a page, if it has one.
+    fn seal(&self, page: u64) -> Option<Seal> {
+        let (above, slot) = self.layout.seal_of(page)?;
+        Seal::decode(self.pages.get(&above)?.as_chunks().0.get(slot)?)
     }
 
     /// The seal of a page that was handed out, which must be the first that has one from `next` on: that way none is left out,

@@ -15,12 +15,13 @@ use std::{
 };
 
 use migration_core::{
-    checkpoint::{CheckpointStore, ForwardStores},
+    checkpoint::ForwardStores,
     report::{Event, Observer, Outcome},
+    store::VersionStore,
     vm::VmId,
 };
 
-use crate::DirStore;
+use crate::DirVersions;
 
 /// What a checkpoint is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,26 +47,26 @@ pub trait OpenStore: Send + Sync {
     ///
     /// # Errors
     /// What the file system says.
-    fn create(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>>;
+    fn create(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>>;
 
     /// Opens what [`create`](Self::create) made.
     ///
     /// # Errors
     /// When it is of another VM, damaged, or sealed by another key; what the file system says.
-    fn open(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>>;
+    fn open(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>>;
 }
 
-/// Opens plain [`DirStore`]s.
+/// Opens plain [`DirVersions`]s.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PlainStores;
 
 impl OpenStore for PlainStores {
-    fn create(&self, folder: &Path, _: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
-        Ok(Box::new(DirStore::create(folder, pages)?))
+    fn create(&self, folder: &Path, _: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>> {
+        Ok(Box::new(DirVersions::create(folder, pages)?))
     }
 
-    fn open(&self, folder: &Path, _: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
-        Ok(Box::new(DirStore::open(folder, pages)?))
+    fn open(&self, folder: &Path, _: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>> {
+        Ok(Box::new(DirVersions::open(folder, pages)?))
     }
 }
 
@@ -105,7 +106,7 @@ impl CheckpointFolders {
 }
 
 impl ForwardStores for CheckpointFolders {
-    fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
+    fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn VersionStore>> {
         self.stores.open(&self.path(vm, epoch, CheckpointKind::Forward), vm, pages)
     }
 
@@ -130,7 +131,7 @@ impl AttemptFolders {
     ///
     /// # Errors
     /// When there is such a folder already; what the file system says.
-    pub fn create(&mut self, kind: CheckpointKind) -> io::Result<Box<dyn CheckpointStore>> {
+    pub fn create(&mut self, kind: CheckpointKind) -> io::Result<Box<dyn VersionStore>> {
         let path = self.folders.path(self.vm, self.epoch, kind);
         let store = self.folders.stores.create(&path, self.vm, self.pages);
         let store = store.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;

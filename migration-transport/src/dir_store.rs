@@ -21,8 +21,9 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    checkpoint::{CheckpointStore, PageData},
+    PageSet,
     state::MAX_STATE,
+    store::{PageContent, VersionStore, check_version_read, not_in_version},
 };
 
 use files::{Appender, Files, Increment, Index, MAX_INCREMENTS, Manifest, Place, increment_of};
@@ -37,7 +38,7 @@ const SLACK: u64 = 16384;
 
 /// Keeps the checkpoints of one VM in a directory of its own, on any file system that has `fsync` and atomic renames.
 ///
-/// A checkpoint counts from the moment its [commit](CheckpointStore::commit) has renamed its manifest. A crash at any
+/// A checkpoint counts from the moment its [commit](VersionStore::commit) has renamed its manifest. A crash at any
 /// moment, of the process or of the host, leaves the one before or the new one, whole; when `commit` returns it is the
 /// new one.
 ///
@@ -53,26 +54,26 @@ const SLACK: u64 = 16384;
 /// The directory is locked (`flock`) while a store has it. CRCs find damage; **they do not stop anyone who can write
 /// there from replacing the VM's memory**, and nothing is encrypted.
 ///
-/// After a failed `put` or `commit`, [`discard`](CheckpointStore::discard) must be called before the next checkpoint
+/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the next checkpoint
 /// can be taken. When it is not known whether a checkpoint reached the disk, the store takes no further one: it
 /// still restores the one before, and [`open`](Self::open) finds out.
 ///
 /// # Example
 ///
 /// ```
-/// use migration_core::{PAGE_SIZE, checkpoint::CheckpointStore};
-/// use migration_transport::DirStore;
+/// use migration_core::{PAGE_SIZE, store::VersionStore};
+/// use migration_transport::DirVersions;
 ///
 /// # let parent = tempfile::tempdir()?;
 /// # let dir = parent.path().join("vm-7");
-/// let mut store = DirStore::create(&dir, 1024)?;
+/// let mut store = DirVersions::create(&dir, 1024)?;
 /// store.put(3, Some(&[7; PAGE_SIZE]))?;
 /// store.put(4, None)?;
 /// store.commit(1, b"state".as_slice().into())?;
 /// drop(store);
 ///
 /// // another process, later
-/// let mut store = DirStore::open(&dir, 1024)?;
+/// let mut store = DirVersions::open(&dir, 1024)?;
 /// assert_eq!(store.latest(), Some((1, b"state".as_slice().into())));
 /// let mut pages = Vec::new();
 /// store.restore(&mut |page, data| Ok(pages.push((page, data.is_some()))))?;
@@ -80,7 +81,7 @@ const SLACK: u64 = 16384;
 /// store.remove()?;
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub struct DirStore {
+pub struct DirVersions {
     dir: PathBuf,
     /// Holds the lock; syncing it makes names durable.
     handle: File,
@@ -96,7 +97,7 @@ pub struct DirStore {
     health: Health,
 }
 
-impl DirStore {
+impl DirVersions {
     /// Makes `dir`, in a directory that exists, with mode 0700; an empty directory of the same user is taken as it is, but for its
     /// mode. A symbolic link is not followed.
     /// The VM has `pages` pages: no page at or beyond that is taken.
@@ -129,7 +130,7 @@ impl DirStore {
     }
 
     /// Opens what [`create`](Self::create) made, for reading and for further checkpoints, and checks all of it. If
-    /// nothing was committed, [`latest`](CheckpointStore::latest) is `None`. Deletes what unfinished work left; if the
+    /// nothing was committed, [`latest`](VersionStore::latest) is `None`. Deletes what unfinished work left; if the
     /// checkpoint is damaged, everything stays as it is.
     ///
     /// # Errors
@@ -213,7 +214,7 @@ impl DirStore {
         Appender::create(&self.dir, file)
     }
 
-    fn append(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+    fn append(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         if page >= self.pages {
             let why = format!("page {page} of a VM with {}", self.pages);
             return Err(at(&self.dir)(io::Error::new(ErrorKind::InvalidInput, why)));
@@ -284,8 +285,8 @@ impl DirStore {
     }
 }
 
-impl CheckpointStore for DirStore {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for DirVersions {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.usable()?;
         // without this page it would not be a checkpoint, even if the caller went on
         self.append(page, data).inspect_err(|_| self.health = Health::StageFailed)
@@ -341,7 +342,23 @@ impl CheckpointStore for DirStore {
         self.latest.clone()
     }
 
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        let mut set = PageSet::empty(self.pages);
+        self.index.keys().for_each(|&page| _ = set.insert(page));
+        Ok(set)
+    }
+
+    fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        check_version_read(pages)?;
+        let mut files = Files::new(&self.dir);
+        for &page in pages {
+            let place = *self.index.get(&page).ok_or_else(|| not_in_version(page))?;
+            take(page, files.read(page, place)?)?;
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         let mut files = Files::new(&self.dir);
         self.index.iter().try_for_each(|(&page, &place)| take(page, files.read(page, place)?))
     }

@@ -18,11 +18,11 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    PAGE_SIZE, PageSet,
-    checkpoint::{CheckpointStore, PageData},
+    PAGE_SIZE, PageRange, PageSet,
     codec::{DecodeError, Reader, Writer},
     page::MAX_PAGES,
     state::MAX_STATE,
+    store::{PageContent, VersionStore, check_version_read, not_in_version},
 };
 
 use crate::{
@@ -41,7 +41,7 @@ const RUN: usize = 256;
 
 /// Keeps one snapshot of a VM in a file that is whole or not there.
 ///
-/// What is put goes into `FILE.new`, beside the file; [`commit`](CheckpointStore::commit) renames it when all of it has reached the
+/// What is put goes into `FILE.new`, beside the file; [`commit`](VersionStore::commit) renames it when all of it has reached the
 /// disk. So a crash at any moment, of the process or of the host, leaves what was there before or the new snapshot, and when
 /// `commit` returns it is the new one. A `FILE.new` that a crash has left is removed by the next attempt. If `FILE.new` is something
 /// that others have put there, it is left alone, and another name is used (see [`AtomicFile`]).
@@ -55,26 +55,26 @@ const RUN: usize = 256;
 /// # Example
 ///
 /// ```
-/// use migration_core::{PAGE_SIZE, checkpoint::CheckpointStore};
-/// use migration_transport::FileStore;
+/// use migration_core::{PAGE_SIZE, store::VersionStore};
+/// use migration_transport::SnapshotFile;
 ///
 /// # let parent = tempfile::tempdir()?;
 /// # let path = parent.path().join("vm-7.snapshot");
-/// let mut store = FileStore::create(&path, 1024)?;
+/// let mut store = SnapshotFile::create(&path, 1024)?;
 /// store.put(3, Some(&[7; PAGE_SIZE]))?;
 /// store.put(4, None)?;
 /// assert!(!path.exists());
 /// store.commit(1, b"state".as_slice().into())?;
 ///
 /// // another process, later
-/// let mut store = FileStore::open(&path, 1 << 20)?;
+/// let mut store = SnapshotFile::open(&path, 1 << 20)?;
 /// assert_eq!(store.latest(), Some((1, b"state".as_slice().into())));
 /// let mut pages = Vec::new();
 /// store.restore(&mut |page, data| Ok(pages.push((page, data.is_some()))))?;
 /// assert_eq!(pages, [(3, true), (4, false)]);
 /// # Ok::<(), std::io::Error>(())
 /// ```
-pub struct FileStore {
+pub struct SnapshotFile {
     path: PathBuf,
     file: Handle,
     pages: u64,
@@ -119,7 +119,7 @@ struct Writing {
     first: u64,
 }
 
-impl FileStore {
+impl SnapshotFile {
     /// Begins a snapshot of a VM with `pages` pages that is to be found at `path` once it is committed. A file that is there
     /// already stays until then, and is replaced.
     ///
@@ -143,7 +143,7 @@ impl FileStore {
     }
 
     /// Opens a snapshot of a VM that has `max_pages` pages at the most, and checks all but its pages; these are checked one by
-    /// one when they are [restored](CheckpointStore::restore).
+    /// one when they are [restored](VersionStore::restore).
     ///
     /// # Errors
     /// [`ErrorKind::InvalidData`] when it is no snapshot, damaged or cut short: the words say where; what the file system says.
@@ -174,7 +174,7 @@ impl FileStore {
         Err(at(&self.path)(io::Error::other(why)))
     }
 
-    fn append(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+    fn append(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         let pages = self.pages;
         let (writing, file) = self.writing()?;
         if page >= pages {
@@ -229,8 +229,8 @@ impl FileStore {
     }
 }
 
-impl CheckpointStore for FileStore {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for SnapshotFile {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.writing()?;
         // without this page it would not be a snapshot, even if the caller went on
         let new = self.unfinished_path();
@@ -272,29 +272,73 @@ impl CheckpointStore for FileStore {
         }
     }
 
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        Ok(match &self.stage {
+            Stage::Finished(table) => table.put.clone(),
+            _ => PageSet::empty(self.pages),
+        })
+    }
+
+    fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        check_version_read(pages)?;
+        let Some(&first) = pages.first() else { return Ok(()) };
+        let Stage::Finished(table) = &self.stage else { return Err(not_in_version(first)) };
+        let mut reading = Reading::new(&self.path, self.file.file(), table);
+        for run in pages.chunk_by(|a, b| a + 1 == *b) {
+            match run.iter().find(|&&page| !table.put.contains(page)) {
+                Some(&missing) => return Err(not_in_version(missing)),
+                None => reading.read(PageRange::new(run[0], run.len() as u64), take)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         let Stage::Finished(table) = &self.stage else { return Ok(()) };
-        let mut crcs = table.crcs.iter();
-        let mut buffer = vec![0; RUN * PAGE_SIZE];
-        for run in table.put.ranges() {
-            let mut page = run.first;
-            while page < run.end() {
-                if !table.data.contains(page) {
-                    take(page, None)?;
-                    page += 1;
-                    continue;
+        let mut reading = Reading::new(&self.path, self.file.file(), table);
+        table.put.ranges().try_for_each(|run| reading.read(run, take))
+    }
+}
+
+/// A pass over pages of a finished snapshot.
+struct Reading<'a> {
+    path: &'a Path,
+    file: &'a File,
+    table: &'a Table,
+    buffer: Vec<u8>,
+    /// How many pages with data are below `counted`: checksums are kept for these, in their order.
+    checksums: usize,
+    counted: u64,
+}
+
+impl<'a> Reading<'a> {
+    fn new(path: &'a Path, file: &'a File, table: &'a Table) -> Self {
+        Self { path, file, table, buffer: Vec::new(), checksums: 0, counted: 0 }
+    }
+
+    /// Hands out the pages of `run`, all of which were put. Runs ascend.
+    fn read(&mut self, run: PageRange, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        let Self { path, file, table, buffer, checksums, counted } = self;
+        *checksums += table.data.count_in(PageRange::new(*counted, run.first.saturating_sub(*counted))) as usize;
+        *counted = run.end();
+        let mut page = run.first;
+        while page < run.end() {
+            if !table.data.contains(page) {
+                take(page, None)?;
+                page += 1;
+                continue;
+            }
+            let most = (run.end() - page).min(RUN as u64);
+            let count = table.data.run_at(page, most).map_or(1, |run| run.count.min(most));
+            buffer.resize(count as usize * PAGE_SIZE, 0);
+            file.read_exact_at(buffer, page_at(page)).map_err(cut(path, SHORT))?;
+            for data in buffer.as_chunks::<PAGE_SIZE>().0 {
+                if table.crcs.get(*checksums) != Some(&crc32fast::hash(data)) {
+                    return Err(damaged(path, format!("page {page}: checksum mismatch")));
                 }
-                let most = (run.end() - page).min(RUN as u64);
-                let count = table.data.run_at(page, most).map_or(1, |run| run.count.min(most));
-                let bytes = &mut buffer[..count as usize * PAGE_SIZE];
-                self.file.file().read_exact_at(bytes, page_at(page)).map_err(cut(&self.path, SHORT))?;
-                for data in bytes.as_chunks::<PAGE_SIZE>().0 {
-                    if crcs.next() != Some(&crc32fast::hash(data)) {
-                        return Err(damaged(&self.path, format!("page {page}: checksum mismatch")));
-                    }
-                    take(page, Some(data))?;
-                    page += 1;
-                }
+                take(page, Some(data))?;
+                *checksums += 1;
+                page += 1;
             }
         }
         Ok(())

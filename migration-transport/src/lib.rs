@@ -16,8 +16,8 @@
 //! here encrypts or authenticates**. So use this crate alone only on networks where everyone may
 //! read and replace a VM's memory.
 //!
-//! Stores: [`DirStore`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
-//! that both ends have. [`FileStore`] keeps a snapshot in one file, and [`FilePageStore`] keeps
+//! Stores: [`DirVersions`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
+//! that both ends have. [`SnapshotFile`] keeps a snapshot in one file, and [`FilePageStore`] keeps
 //! pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so that they outlive a VMM
 //! that dies. [`Wakeup`] wakes an event loop that polls.
 //!
@@ -121,9 +121,9 @@ pub use {
     broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
     checkpoint_folders::{AttemptFolders, CheckpointFolders, CheckpointKind, OpenStore, PlainStores},
     dir_leases::DirLeases,
-    dir_store::DirStore,
+    dir_store::DirVersions,
     fd_passing::{MAX_FILES, receive_files, send_files},
-    file_store::FileStore,
+    file_store::SnapshotFile,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,

@@ -3,7 +3,7 @@
 use std::io;
 
 use bytes::Bytes;
-use migration_core::{HeapRam, RamLayout, RamRegion, checkpoint::CheckpointStore};
+use migration_core::{HeapRam, RamLayout, RamRegion, store::VersionStore};
 
 /// Makes zeroed RAM of `pages` pages at guest physical address 0.
 pub(crate) fn ram(pages: u64) -> HeapRam {
@@ -19,7 +19,7 @@ pub(crate) fn pattern(len: usize) -> Vec<u8> {
 pub(crate) type Contents = (Option<(u32, Bytes)>, Vec<(u64, Option<u8>)>);
 
 /// Returns what a store restores.
-pub(crate) fn contents(store: &mut dyn CheckpointStore) -> io::Result<Contents> {
+pub(crate) fn contents(store: &mut dyn VersionStore) -> io::Result<Contents> {
     let mut pages = Vec::new();
     store.restore(&mut |page, data| {
         let fill = data.map(|data| data[0]);

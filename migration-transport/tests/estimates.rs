@@ -278,7 +278,7 @@ fn what_no_destination_takes_is_refused_before_the_pause() {
 fn a_snapshot_refuses_it_too() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("snapshot");
-    let mut store = migration_transport::FileStore::create(&path, 1024).unwrap();
+    let mut store = migration_transport::SnapshotFile::create(&path, 1024).unwrap();
     let mut vm = LargeVm::new(MAX_SECTION + 1);
     let taken = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), Controller::new().1);
     let why = taken.unwrap_err().to_string();

@@ -16,19 +16,19 @@ use bytes::Bytes;
 use common::{Guest, TestHost, TestVm, layout};
 use migration_core::{
     MigrationError, PageSet,
-    checkpoint::{CheckpointStore, MemoryStore, PageData},
     engine::{Controller, RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot},
     report::{Event, Observer},
+    store::{MemoryVersions, PageContent, VersionStore},
     vm::{SourceVm, VmId},
 };
-use migration_transport::FileStore;
+use migration_transport::SnapshotFile;
 
-fn take(vm: &mut TestVm, store: &mut dyn CheckpointStore) -> Result<SnapshotReport, MigrationError> {
+fn take(vm: &mut TestVm, store: &mut dyn VersionStore) -> Result<SnapshotReport, MigrationError> {
     let (_controller, commands) = Controller::new();
     snapshot(vm, store, &SnapshotOptions { epoch: 4, ..SnapshotOptions::default() }, commands)
 }
 
-fn back(store: &mut dyn CheckpointStore) -> Result<(Arc<Guest>, RestoreReport), MigrationError> {
+fn back(store: &mut dyn VersionStore) -> Result<(Arc<Guest>, RestoreReport), MigrationError> {
     let restored = restore(store, &TestHost::new(0).0, &RestoreOptions::default())?;
     Ok((restored.vm.guest.clone(), restored.report))
 }
@@ -41,8 +41,8 @@ fn check_untouched(vm: &TestVm) {
     vm.guest.set_running(true);
 }
 
-fn open(path: &Path) -> io::Result<FileStore> {
-    FileStore::open(path, layout().pages())
+fn open(path: &Path) -> io::Result<SnapshotFile> {
+    SnapshotFile::open(path, layout().pages())
 }
 
 #[test]
@@ -51,9 +51,9 @@ fn a_running_guest_is_saved_and_restored() {
     let path = folder.path().join("snapshot");
     let mut vm = TestVm::new();
     for n in 0..20 {
-        let mut memory = MemoryStore::default();
-        let mut file = FileStore::create(&path, layout().pages()).unwrap();
-        let store: &mut dyn CheckpointStore = if n % 2 == 0 { &mut file } else { &mut memory };
+        let mut memory = MemoryVersions::default();
+        let mut file = SnapshotFile::create(&path, layout().pages()).unwrap();
+        let store: &mut dyn VersionStore = if n % 2 == 0 { &mut file } else { &mut memory };
         let report = take(&mut vm, store).unwrap();
         assert!(!report.rounds.is_empty() && report.downtime < report.total && report.state_bytes > 0);
         assert!(report.pages.total == 1024 && report.pages.distinct + report.pages.hole >= 1024);
@@ -61,7 +61,7 @@ fn a_running_guest_is_saved_and_restored() {
         let at = vm.guest.at.load(Ordering::SeqCst);
         drop(file);
         let mut file = open(&path).unwrap();
-        let store: &mut dyn CheckpointStore = if n % 2 == 0 { &mut file } else { &mut memory };
+        let store: &mut dyn VersionStore = if n % 2 == 0 { &mut file } else { &mut memory };
         // `start` has checked each page against the position in the state
         let (guest, report) = back(store).unwrap();
         assert_eq!((report.id, report.epoch, report.running), (VmId([3; 16]), 5, true));
@@ -77,7 +77,7 @@ fn a_running_guest_is_saved_and_restored() {
 
 #[test]
 fn a_guest_that_may_not_run_stays_paused() {
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let paused = RestoreOptions { paused: true, ..RestoreOptions::default() };
     let restored = restore(&mut store, &TestHost::new(0).0, &paused).unwrap();
@@ -86,7 +86,7 @@ fn a_guest_that_may_not_run_stays_paused() {
 
 #[test]
 fn another_vm_is_not_restored() {
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let (host, _arrived) = TestHost::new(0);
     let mut restore_as = |id| {
@@ -100,7 +100,7 @@ fn another_vm_is_not_restored() {
 
 /// Fails, or does something, at the nth call.
 struct At<'a> {
-    store: MemoryStore,
+    store: MemoryVersions,
     calls: u64,
     at: u64,
     then: &'a mut (dyn FnMut() -> io::Result<()> + Send),
@@ -114,8 +114,8 @@ impl At<'_> {
     }
 }
 
-impl CheckpointStore for At<'_> {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for At<'_> {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.call()?;
         self.store.put(page, data)
     }
@@ -134,14 +134,22 @@ impl CheckpointStore for At<'_> {
         self.store.latest()
     }
 
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        self.store.list()
+    }
+
+    fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        self.store.read(pages, take)
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         self.store.restore(take)
     }
 }
 
 /// How often a store is called in one snapshot.
 fn calls() -> u64 {
-    let mut store = At { store: MemoryStore::default(), calls: 0, at: 0, then: &mut || Ok(()), discarded: false };
+    let mut store = At { store: MemoryVersions::default(), calls: 0, at: 0, then: &mut || Ok(()), discarded: false };
     take(&mut TestVm::new(), &mut store).unwrap();
     store.calls
 }
@@ -153,7 +161,7 @@ fn a_store_that_fails_anywhere_leaves_the_guest_untouched() {
     let (mut failed, mut taken) = (0, 0);
     for at in (1..=all).step_by(97).chain(all - 40..all + 10) {
         let mut then = || Err(io::Error::from(io::ErrorKind::StorageFull));
-        let mut store = At { store: MemoryStore::default(), calls: 0, at, then: &mut then, discarded: false };
+        let mut store = At { store: MemoryVersions::default(), calls: 0, at, then: &mut then, discarded: false };
         match take(&mut vm, &mut store) {
             Err(error) => {
                 assert!(matches!(error, MigrationError::Store { .. }), "{error}");
@@ -165,7 +173,7 @@ fn a_store_that_fails_anywhere_leaves_the_guest_untouched() {
         check_untouched(&vm);
     }
     assert!(failed > 10, "{failed} failed, {taken} were taken");
-    take(&mut vm, &mut MemoryStore::default()).unwrap();
+    take(&mut vm, &mut MemoryVersions::default()).unwrap();
 }
 
 #[test]
@@ -178,7 +186,7 @@ fn cancelled_anywhere() {
             controller.cancel("by the test");
             Ok(())
         };
-        let mut store = At { store: MemoryStore::default(), calls: 0, at, then: &mut then, discarded: false };
+        let mut store = At { store: MemoryVersions::default(), calls: 0, at, then: &mut then, discarded: false };
         let error = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), commands).unwrap_err();
         assert!(matches!(error, MigrationError::Cancelled(_)), "{error}");
         assert!(store.discarded && store.latest().is_none());
@@ -190,7 +198,7 @@ fn cancelled_anywhere() {
 fn a_vm_that_cannot_be_saved_runs_on() {
     let mut vm = TestVm::new();
     vm.failing_saves = 1;
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     let error = take(&mut vm, &mut store).unwrap_err();
     assert!(error.to_string().contains("the device is busy"), "{error}");
     check_untouched(&vm);
@@ -206,7 +214,7 @@ fn dirty_bits_of_others_are_given_back() {
         vm.tracker().start().unwrap();
         let first = vm.guest.at.load(Ordering::SeqCst);
         vm.failing_saves = fails.into();
-        assert_eq!(take(&mut vm, &mut MemoryStore::default()).is_err(), fails);
+        assert_eq!(take(&mut vm, &mut MemoryVersions::default()).is_err(), fails);
         assert!(vm.tracks() && vm.guest.is_running());
         vm.guest.set_running(false);
         let mut dirty = PageSet::empty(layout().pages());
@@ -243,7 +251,7 @@ fn free_pages_that_are_not_known_are_saved() {
     let counts = Arc::new(Counts::default());
     let options = SnapshotOptions { observer: counts.clone(), ..SnapshotOptions::default() };
     let (_controller, commands) = Controller::new();
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     let report = snapshot(&mut vm, &mut store, &options, commands).unwrap();
     assert_eq!((counts.rounds.load(Ordering::SeqCst), report.pages.free), (report.rounds.len() as u64, 0));
     assert!(counts.warnings.lock().unwrap().iter().all(|why| why.contains("the balloon has burst")));
@@ -252,20 +260,20 @@ fn free_pages_that_are_not_known_are_saved() {
 
 #[test]
 fn what_is_no_snapshot_is_refused() {
-    let reason = |store: &mut dyn CheckpointStore| back(store).map(|_| ()).unwrap_err().to_string();
-    let mut none = MemoryStore::default();
+    let reason = |store: &mut dyn VersionStore| back(store).map(|_| ()).unwrap_err().to_string();
+    let mut none = MemoryVersions::default();
     assert!(reason(&mut none).contains("there is none"));
     none.commit(1, Bytes::from_static(b"state of something else")).unwrap();
     assert!(reason(&mut none).contains("version"));
     // a whole one, with a page too many
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let (number, saved) = store.latest().unwrap();
     store.put(layout().pages(), Some(&[1; 4096])).unwrap();
     store.commit(number, saved).unwrap();
     assert!(reason(&mut store).contains("not inside"));
     // a host with too little room, and one that cannot load it
-    let mut store = MemoryStore::default();
+    let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let (host, _arrived) = TestHost::new(1);
     let small = RestoreOptions { max_ram_bytes: 1 << 20, ..RestoreOptions::default() };

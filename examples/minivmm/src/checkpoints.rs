@@ -8,12 +8,13 @@ use std::{
 };
 
 use migration_core::{
-    checkpoint::{CheckpointStore, FailSafe, MemoryStore},
+    checkpoint::FailSafe,
     report::Outcome,
+    store::{MemoryVersions, VersionStore},
     vm::VmId,
 };
 use migration_kvm::fence::ProcessFence;
-use migration_transport::{AttemptFolders, CheckpointFolders, CheckpointKind, DirStore, OpenStore};
+use migration_transport::{AttemptFolders, CheckpointFolders, CheckpointKind, DirVersions, OpenStore};
 use minivmm_client::{Protect, log::Logged};
 
 use crate::sealing::Sealing;
@@ -34,9 +35,9 @@ impl Protection {
         pages: u64,
     ) -> Result<Self, String> {
         let mut folders = protect.dir.clone().map(|dir| folders(dir, sealing).attempt(vm, epoch, pages));
-        let mut store = |kind| -> Result<Arc<Mutex<dyn CheckpointStore>>, String> {
+        let mut store = |kind| -> Result<Arc<Mutex<dyn VersionStore>>, String> {
             match &mut folders {
-                None => Ok(Arc::new(Mutex::new(MemoryStore::default()))),
+                None => Ok(Arc::new(Mutex::new(MemoryVersions::default()))),
                 Some(folders) => Ok(Arc::new(Mutex::new(folders.create(kind).map_err(|e| e.to_string())?))),
             }
         };
@@ -70,11 +71,11 @@ pub(crate) fn folders(dir: PathBuf, sealing: &Arc<Sealing>) -> CheckpointFolders
 struct SealedStores(Arc<Sealing>);
 
 impl OpenStore for SealedStores {
-    fn create(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
-        self.0.create(vm, pages, |pages| DirStore::create(folder, pages))
+    fn create(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>> {
+        self.0.create(vm, pages, |pages| DirVersions::create(folder, pages))
     }
 
-    fn open(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn CheckpointStore>> {
-        self.0.open(Some(vm), pages, |pages| DirStore::open(folder, pages))
+    fn open(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>> {
+        self.0.open(Some(vm), pages, |pages| DirVersions::open(folder, pages))
     }
 }

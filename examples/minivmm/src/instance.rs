@@ -35,7 +35,8 @@ use migration_kvm::{
     spawner::KvmSpawner,
 };
 use migration_transport::{
-    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, FileStore, Limited, Limiter, bind, connector,
+    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, Limited, Limiter, SnapshotFile, bind,
+    connector,
 };
 use minivmm_client::{
     LendRequest, MigrateRequest, Plan, Request, Saved, SnapshotRequest, StrategyKind, encryption::secured, report,
@@ -276,7 +277,7 @@ impl Instance {
             Some(restart) => Arc::new(Sealing::load(restart.key.as_deref())?),
         };
         let failed = |why: String| format!("restoring {}: {why}", path.display());
-        let store = sealing.open(None, pages, |pages| FileStore::open(path, pages));
+        let store = sealing.open(None, pages, |pages| SnapshotFile::open(path, pages));
         let mut store = store.map_err(|e| failed(e.to_string()))?;
         // it is what the VM goes on from as long as there is no other
         self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });

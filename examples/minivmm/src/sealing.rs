@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use migration_core::{checkpoint::CheckpointStore, vm::VmId};
-use migration_crypto::{Psk, SealedStore, Suite, aead};
+use migration_core::{store::VersionStore, vm::VmId};
+use migration_crypto::{Psk, SealedVersions, Suite, aead};
 use minivmm_client::values::absolute;
 use serde::{Deserialize, Serialize};
 
@@ -39,32 +39,32 @@ impl Sealing {
     }
 
     /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room for.
-    pub(crate) fn create<S: CheckpointStore + 'static>(
+    pub(crate) fn create<S: VersionStore + 'static>(
         &self,
         vm: VmId,
         pages: u64,
         make: impl FnOnce(u64) -> io::Result<S>,
-    ) -> io::Result<Box<dyn CheckpointStore>> {
+    ) -> io::Result<Box<dyn VersionStore>> {
         let Some((_, key)) = &self.0 else { return Ok(Box::new(make(pages)?)) };
-        let store = Box::new(make(SealedStore::store_pages(pages))?);
-        Ok(Box::new(SealedStore::create(store, pages, key, vm, Suite::Aes256Gcm, aead::best())?))
+        let store = Box::new(make(SealedVersions::store_pages(pages))?);
+        Ok(Box::new(SealedVersions::create(store, pages, key, vm, Suite::Aes256Gcm, aead::best())?))
     }
 
     /// Opens what rests of a VM that has so many pages at the most, and is that one if it is known. `open` is told how many the store
     /// may have.
-    pub(crate) fn open<S: CheckpointStore + 'static>(
+    pub(crate) fn open<S: VersionStore + 'static>(
         &self,
         vm: Option<VmId>,
         pages: u64,
         open: impl FnOnce(u64) -> io::Result<S>,
-    ) -> io::Result<Box<dyn CheckpointStore>> {
+    ) -> io::Result<Box<dyn VersionStore>> {
         if let Some((_, key)) = &self.0 {
-            let store = Box::new(open(SealedStore::store_pages(pages))?);
-            return Ok(Box::new(SealedStore::open(store, pages, vm, key, aead::best())?));
+            let store = Box::new(open(SealedVersions::store_pages(pages))?);
+            return Ok(Box::new(SealedVersions::open(store, pages, vm, key, aead::best())?));
         }
         // a sealed one has more pages, which is not what is wrong with it
-        let store = open(SealedStore::store_pages(pages))?;
-        if store.latest().is_some_and(|(_, state)| SealedStore::is_sealed(&state)) {
+        let store = open(SealedVersions::store_pages(pages))?;
+        if store.latest().is_some_and(|(_, state)| SealedVersions::is_sealed(&state)) {
             return Err(io::Error::new(ErrorKind::PermissionDenied, "it is sealed: name its key by --seal-key-file"));
         }
         Ok(Box::new(store))

@@ -5,9 +5,9 @@ use std::io;
 use super::rounds::Tracked;
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
-    checkpoint::PageData,
     ram::GuestRam,
     report::{Event, Observer},
+    store::PageContent,
     tracker::Rearm,
     vm::SourceVm,
 };
@@ -53,7 +53,7 @@ pub(super) fn put(
     range: PageRange,
     pages: &PageSet,
     rearm: Option<&dyn Rearm>,
-    put: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>,
+    put: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>,
 ) -> Result<(), MigrationError> {
     if let Some(rearm) = rearm {
         rearm.before_read(range, pages)?;
@@ -71,7 +71,7 @@ pub(super) fn not_put(cause: io::Error) -> MigrationError {
     MigrationError::Store { step: "putting pages into the store", cause }
 }
 
-fn data_of(page: &[u8; PAGE_SIZE]) -> PageData<'_> {
+fn data_of(page: &[u8; PAGE_SIZE]) -> PageContent<'_> {
     page.iter().any(|&byte| byte != 0).then_some(page)
 }
 
@@ -129,7 +129,7 @@ impl Copied {
     }
 
     /// The pages one by one, as a store takes them.
-    pub(super) fn pages(&self) -> impl Iterator<Item = (u64, PageData<'_>)> {
+    pub(super) fn pages(&self) -> impl Iterator<Item = (u64, PageContent<'_>)> {
         let (pages, _) = self.data.as_chunks::<PAGE_SIZE>();
         self.ranges.iter().flat_map(|range| range.pages()).zip(pages).map(|(number, page)| (number, data_of(page)))
     }

@@ -18,11 +18,11 @@ use super::{
 };
 use crate::{
     MigrationError, PageRange, PageSet,
-    checkpoint::PageData,
     lock::lock,
     page_map::{MapError, PageMap},
     ram::GuestRam,
     report::Observer,
+    store::PageContent,
     tracker::{DirtyTracker, Rearm, TrackerError},
     vm::{ProtectedVm, SourceVm, VmError},
 };
@@ -189,7 +189,7 @@ impl RoundDriver {
         stripe: PageRange,
         pages: &PageSet,
         rearm: Option<&dyn Rearm>,
-        put: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>,
+        put: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>,
     ) -> Result<(), MigrationError> {
         pages::put(&*self.ram, stripe, pages, rearm, put)
     }

@@ -21,7 +21,6 @@ use super::{
 };
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
-    checkpoint::{CheckpointStore, PageData},
     lock::lock,
     protocol::SourcePhase,
     ram::GuestRam,
@@ -29,6 +28,7 @@ use crate::{
     snapshot::SavedVm,
     spawner::GuestImpact,
     state::{MAX_SECTIONS, MAX_STATE, Section},
+    store::{PageContent, VersionStore},
     strategy::{Link, ModelConvergence, PushOrder, Round, Running, Snapshot, Strategy, Verbs},
     vm::{DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
@@ -98,7 +98,7 @@ pub struct SnapshotReport {
 /// [`MigrationError::Blocked`] when the VM cannot be saved now, [`MigrationError::VmEnded`] when its guest has ended; else what the VMM or its tracker says.
 pub fn snapshot(
     vm: &mut dyn SourceVm,
-    store: &mut dyn CheckpointStore,
+    store: &mut dyn VersionStore,
     options: &SnapshotOptions,
     commands: Commands,
 ) -> Result<SnapshotReport, MigrationError> {
@@ -121,7 +121,7 @@ pub fn snapshot(
 
 struct Taking<'a> {
     vm: &'a mut dyn SourceVm,
-    store: &'a mut dyn CheckpointStore,
+    store: &'a mut dyn VersionStore,
     options: &'a SnapshotOptions,
     commands: Commands,
     ram: Arc<dyn GuestRam>,
@@ -150,7 +150,7 @@ struct Taking<'a> {
 impl<'a> Taking<'a> {
     fn new(
         vm: &'a mut dyn SourceVm,
-        store: &'a mut dyn CheckpointStore,
+        store: &'a mut dyn VersionStore,
         options: &'a SnapshotOptions,
         commands: Commands,
     ) -> Self {
@@ -238,7 +238,7 @@ impl<'a> Taking<'a> {
         let plain = self.report.pages.plain;
         for stripe in RoundDriver::stripes(pages) {
             heard(&self.commands)?;
-            let mut put = |page, data: PageData<'_>| {
+            let mut put = |page, data: PageContent<'_>| {
                 count(&mut self.report.pages, data);
                 self.store.put(page, data)
             };
@@ -465,7 +465,7 @@ impl Verbs for Taking<'_> {
     }
 }
 
-fn count(pages: &mut PageCounts, data: PageData<'_>) {
+fn count(pages: &mut PageCounts, data: PageContent<'_>) {
     match data {
         Some(_) => pages.plain += 1,
         None => pages.zero += 1,
@@ -534,7 +534,7 @@ pub struct Restored<V> {
 /// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged or cut short;
 /// [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of it is left then.
 pub fn restore<H: DestinationHost>(
-    store: &mut dyn CheckpointStore,
+    store: &mut dyn VersionStore,
     host: &H,
     options: &RestoreOptions,
 ) -> Result<Restored<H::Vm>, MigrationError> {
@@ -557,7 +557,7 @@ pub fn restore<H: DestinationHost>(
         return Err(MigrationError::Vm { step: "building the VM", cause });
     }
     let mut pages = 0;
-    let mut fill = |page, data: PageData<'_>| {
+    let mut fill = |page, data: PageContent<'_>| {
         let memory = ram.slice(PageRange::new(page, 1)).map_err(std::io::Error::other)?;
         // RAM that was just built holds zeros
         if let Some(data) = data {

@@ -166,6 +166,7 @@ impl PageSet {
         let count = |(index, first, end): (usize, u64, u64)| match &self.chunks[index] {
             Chunk::Empty => 0,
             Chunk::Full => end - first,
+            Chunk::Mixed { members, .. } if end - first == CHUNK_PAGES => u64::from(*members),
             Chunk::Mixed { words, .. } => count_masked(words, first, end),
         };
         pieces(range, self.capacity).map(count).sum()

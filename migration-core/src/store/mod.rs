@@ -57,6 +57,7 @@ mod name;
 mod rate_limited;
 mod replicated;
 mod value;
+mod versions;
 
 use std::{
     sync::Arc,
@@ -70,6 +71,7 @@ pub use name::{BadOwner, Incarnation, Namespace, NamespaceId, Owner, Purpose, Re
 pub use rate_limited::{Pace, RateLimited};
 pub use replicated::Replicated;
 pub use value::{PageData, PageToGet, PageToPut, Stored, Trailer, Urgency, check_get, check_lease, check_put};
+pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read, not_in_version};
 
 /// Keeps pages for several users on several hosts.
 ///

@@ -13,11 +13,11 @@ use std::{
 use migration_core::{
     GuestRam, MigrationError, PageRange, PageSet,
     channel::{Channel, Connector},
-    checkpoint::{CheckpointStore, MemoryStore},
     engine::{Controller, SnapshotOptions, SourceOptions, migrate, snapshot},
     protocol::DestinationPhase,
     report::{Outcome, Report},
     state::{Section, VmState},
+    store::{MemoryVersions, VersionStore},
     strategy::{Done, Linear, ModelConvergence, PostCopy, PreCopy, PushOrder, Running, Strategy},
     tracker::DirtyTracker,
     vm::{SourceVm, VmDescription, VmError},
@@ -220,7 +220,7 @@ fn a_guest_that_ends_while_the_destination_is_silent_is_not_waited_for() {
 fn a_guest_that_ends_during_a_snapshot_ends_it() {
     for when in [When::Before, When::Copying, When::Pausing, When::Saving] {
         let (controller, commands) = Controller::new();
-        let (mut vm, mut store) = (Ending::new(when, &controller), MemoryStore::default());
+        let (mut vm, mut store) = (Ending::new(when, &controller), MemoryVersions::default());
         let error = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), commands).unwrap_err();
         assert!(matches!(&error, MigrationError::VmEnded(why) if why == WHY), "{when:?}: {error}");
         assert!(store.latest().is_none() && !vm.tracker().is_active() && vm.lifted, "{when:?}");

@@ -14,10 +14,10 @@ use bytes::Bytes;
 use migration_core::{
     GuestRam, HeapRam, MigrationError, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
     channel::{Channel, Closer, Connector, Halves, WriteHalf},
-    checkpoint::{CheckpointStore, MemoryStore, PageData},
     engine::{Controller, SnapshotOptions, SourceOptions, migrate, snapshot},
     report::{Event, Observer, Outcome, Report},
     state::{Section, VmState},
+    store::{MemoryVersions, PageContent, VersionStore},
     strategy::{Done, Linear, PreCopy, Running, Strategy},
     tracker::{DirtyTracker, Rearm, TrackerError},
     vm::{SourceVm, VmDescription, VmError},
@@ -531,15 +531,15 @@ fn writes_in_every_frame_arrive() {
 
 /// A store in memory during whose puts the guest writes, and which may fail.
 struct Writing<'a> {
-    store: MemoryStore,
+    store: MemoryVersions,
     guest: &'a Guest,
     puts: u64,
     fails_at: u64,
     written: Vec<u64>,
 }
 
-impl CheckpointStore for Writing<'_> {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for Writing<'_> {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.puts += 1;
         if self.puts == self.fails_at {
             return Err(io::Error::other("no room, as asked"));
@@ -565,7 +565,15 @@ impl CheckpointStore for Writing<'_> {
         self.store.latest()
     }
 
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        self.store.list()
+    }
+
+    fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        self.store.read(pages, take)
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         self.store.restore(take)
     }
 }
@@ -580,7 +588,7 @@ fn a_snapshot_gives_the_vmm_its_dirty_bits_back() {
             let before: Vec<_> = (0..STRIPES).map(|stripe| stripe * STRIPE + WRITTEN).collect();
             vm.track(&before);
             let guest = vm.guest.clone();
-            let store = MemoryStore::default();
+            let store = MemoryVersions::default();
             let mut store = Writing { store, guest: &guest, puts: 0, fails_at, written: Vec::new() };
             let result = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), Controller::new().1);
             assert_eq!(result.is_err(), fails_at != 0, "{what}: {result:?}");

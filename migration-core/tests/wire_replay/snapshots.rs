@@ -7,11 +7,11 @@ use std::{
 
 use migration_core::{
     GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
-    checkpoint::{CheckpointStore, MemoryStore},
     engine::{Controller, RestoreOptions, SnapshotOptions, SnapshotReport, restore, snapshot},
     report::{Event, Observer},
     spawner::GuestImpact,
     state::{Section, VmState},
+    store::{MemoryVersions, VersionStore},
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
     vm::{SourceVm, VmDescription, VmError},
 };
@@ -108,8 +108,8 @@ impl SourceVm for Scripted {
     fn released(&mut self) {}
 }
 
-fn take(vm: &mut Scripted, options: SnapshotOptions) -> (SnapshotReport, MemoryStore) {
-    let mut store = MemoryStore::default();
+fn take(vm: &mut Scripted, options: SnapshotOptions) -> (SnapshotReport, MemoryVersions) {
+    let mut store = MemoryVersions::default();
     let report = snapshot(vm, &mut store, &options, Controller::new().1).unwrap();
     (report, store)
 }

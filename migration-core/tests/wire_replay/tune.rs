@@ -7,11 +7,11 @@ use std::{
 
 use migration_core::{
     MigrationError, PageSet,
-    checkpoint::MemoryStore,
     engine::{
         Commands, Controller, NoPostCopy, NoSwitchOver, NoTuning, SnapshotOptions, SourceOptions, migrate, snapshot,
     },
     report::{Event, Observer, Outcome, Report},
+    store::MemoryVersions,
     strategy::{
         Convergence, Done, HandOver, Hybrid, Linear, Link as Known, Next, PostCopy, PreCopy, Round, Running,
         StopAndCopy, Strategy, Wanted,
@@ -185,7 +185,7 @@ fn a_snapshot_can_be_tuned_and_refuses_what_moves_a_vm() {
     let (controller, commands) = Controller::new();
     let curious = Arc::new(Curious { controller: controller.clone(), answers: Mutex::default() });
     let options = SnapshotOptions { observer: curious.clone(), ..SnapshotOptions::default() };
-    snapshot(&mut guest(), &mut MemoryStore::default(), &options, commands).unwrap();
+    snapshot(&mut guest(), &mut MemoryVersions::default(), &options, commands).unwrap();
     let answers = curious.answers.lock().unwrap().clone();
     assert!(!answers.is_empty());
     let expected =

@@ -1,11 +1,12 @@
 //! The store under the sealed one is a shelf that others can reach.
 
 mod attacks;
+mod conformance;
 
 use std::sync::{Arc, Mutex};
 
-use migration_core::checkpoint::MemoryStore;
-use migration_transport::{DirStore, FileStore};
+use migration_core::store::MemoryVersions;
+use migration_transport::{DirVersions, SnapshotFile};
 use proptest::prelude::*;
 
 use super::*;
@@ -47,8 +48,8 @@ impl Shelf {
         self.with(|shelved| shelved.pages.len())
     }
 
-    fn open(&self) -> io::Result<SealedStore> {
-        SealedStore::open(Box::new(self.clone()), MAX_PAGES, Some(VM), &key(), aead::best())
+    fn open(&self) -> io::Result<SealedVersions> {
+        SealedVersions::open(Box::new(self.clone()), MAX_PAGES, Some(VM), &key(), aead::best())
     }
 
     /// All that is there, as who opens it gets it; or why not, and what was got by then.
@@ -72,8 +73,8 @@ impl Shelved {
     }
 }
 
-impl CheckpointStore for Shelf {
-    fn put(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for Shelf {
+    fn put(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         self.with(|shelved| {
             shelved.fill()?;
             shelved.staged.insert(page, data.map(|data| Box::new(*data)));
@@ -100,7 +101,26 @@ impl CheckpointStore for Shelf {
         self.with(|shelved| shelved.latest.clone())
     }
 
-    fn restore(&mut self, take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        let pages = self.with(|shelved| shelved.pages.clone());
+        let mut set = PageSet::empty(pages.iter().map(|(page, _)| page.saturating_add(1)).max().unwrap_or(0));
+        pages.iter().for_each(|(page, _)| _ = set.insert(*page));
+        Ok(set)
+    }
+
+    /// Hands out what it has of these pages, in the order in which it lies there.
+    fn read(&mut self, wanted: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
+        let Shelved { pages, stubborn, .. } = self.with(|shelved| shelved.clone());
+        for (page, data) in pages.iter().filter(|(page, _)| wanted.contains(page)) {
+            let taken = take(*page, data.as_deref());
+            if !stubborn {
+                taken?;
+            }
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         let Shelved { pages, stubborn, .. } = self.with(|shelved| shelved.clone());
         for (page, data) in &pages {
             let taken = take(*page, data.as_deref());
@@ -116,28 +136,28 @@ fn key() -> Psk {
     Psk::new([1; 32])
 }
 
-fn create(inner: impl CheckpointStore + 'static, pages: u64) -> SealedStore {
-    SealedStore::create(Box::new(inner), pages, &key(), VM, Suite::Aes256Gcm, aead::best()).unwrap()
+fn create(inner: impl VersionStore + 'static, pages: u64) -> SealedVersions {
+    SealedVersions::create(Box::new(inner), pages, &key(), VM, Suite::Aes256Gcm, aead::best()).unwrap()
 }
 
 fn page(fill: u8) -> Content {
     Some(Box::new([fill; PAGE_SIZE]))
 }
 
-fn into(got: &mut Contents) -> impl FnMut(u64, PageData<'_>) -> io::Result<()> {
+fn into(got: &mut Contents) -> impl FnMut(u64, PageContent<'_>) -> io::Result<()> {
     move |page, data| {
         got.push((page, data.map(|data| Box::new(*data))));
         Ok(())
     }
 }
 
-fn contents(store: &mut dyn CheckpointStore) -> Contents {
+fn contents(store: &mut dyn VersionStore) -> Contents {
     let mut got = Vec::new();
     store.restore(&mut into(&mut got)).unwrap();
     got
 }
 
-fn put(store: &mut dyn CheckpointStore, pages: &[(u64, Content)]) {
+fn put(store: &mut dyn VersionStore, pages: &[(u64, Content)]) {
     pages.iter().for_each(|(page, data)| store.put(*page, data.as_deref()).unwrap());
 }
 
@@ -163,7 +183,7 @@ fn two_checkpoints() -> (Shelf, Shelf, Contents) {
 #[test]
 fn trees_of_every_height() {
     for (pages, all) in [(1, 2), (127, 128), (128, 129), (129, 132), (TALL, TALL + 129 + 2 + 1)] {
-        assert_eq!(SealedStore::store_pages(pages), all);
+        assert_eq!(SealedVersions::store_pages(pages), all);
         let shelf = Shelf::default();
         let mut store = create(shelf.clone(), pages);
         let picked = (0..pages).filter(|page| pages < 1000 || page % 127 == 3 || page + 1 == pages);
@@ -176,8 +196,8 @@ fn trees_of_every_height() {
         let store = shelf.open().unwrap();
         assert_eq!((store.latest(), store.vm(), store.pages()), (Some((9, state("whole"))), VM, pages));
     }
-    assert_eq!(SealedStore::store_pages(0), 1);
-    assert_eq!(SealedStore::store_pages(u64::MAX), u64::MAX);
+    assert_eq!(SealedVersions::store_pages(0), 1);
+    assert_eq!(SealedVersions::store_pages(u64::MAX), u64::MAX);
 }
 
 #[test]
@@ -257,7 +277,7 @@ fn an_empty_checkpoint() {
 
 #[test]
 fn states_have_a_limit() {
-    let long = Bytes::from(vec![1; SealedStore::MAX_STATE + 1]);
+    let long = Bytes::from(vec![1; SealedVersions::MAX_STATE + 1]);
     let shelf = Shelf::default();
     let mut store = create(shelf.clone(), 1);
     put(&mut store, &[(0, page(1))]);
@@ -301,7 +321,7 @@ fn what_cannot_be_kept_is_no_checkpoint() {
 #[test]
 fn opening_says_what_is_wrong() {
     let open = |shelf: &Shelf, most, expected, key: &Psk| {
-        SealedStore::open(Box::new(shelf.clone()), most, expected, key, aead::best()).map(drop).unwrap_err()
+        SealedVersions::open(Box::new(shelf.clone()), most, expected, key, aead::best()).map(drop).unwrap_err()
     };
     let says = |error: io::Error, kind, words: &str| {
         assert!(error.kind() == kind && error.to_string().contains(words), "{error:?}");
@@ -318,12 +338,12 @@ fn opening_says_what_is_wrong() {
     let plain = Shelf::default();
     plain.clone().commit(1, state("plain")).unwrap();
     says(open(&plain, TALL, None, &key()), ErrorKind::InvalidData, "not sealed: open it without a key");
-    assert!(!SealedStore::is_sealed(b"plain") && !SealedStore::is_sealed(b""));
-    assert!(SealedStore::is_sealed(&shelf.latest().unwrap().1));
+    assert!(!SealedVersions::is_sealed(b"plain") && !SealedVersions::is_sealed(b""));
+    assert!(SealedVersions::is_sealed(&shelf.latest().unwrap().1));
 
     let create = |shelf: &Shelf, pages| {
         let inner = Box::new(shelf.clone());
-        SealedStore::create(inner, pages, &key(), VM, Suite::ChaCha20Poly1305, aead::best()).map(drop).unwrap_err()
+        SealedVersions::create(inner, pages, &key(), VM, Suite::ChaCha20Poly1305, aead::best()).map(drop).unwrap_err()
     };
     says(create(&shelf, TALL), ErrorKind::AlreadyExists, "has a checkpoint already");
     says(create(&Shelf::default(), MAX_PAGES + 1), ErrorKind::InvalidInput, "more than");
@@ -334,11 +354,11 @@ fn opening_says_what_is_wrong() {
 fn stores_on_disk() {
     let parent = tempfile::tempdir().unwrap();
     let (dir, file) = (parent.path().join("dir"), parent.path().join("file"));
-    let all = SealedStore::store_pages(TALL);
-    let open = |inner| SealedStore::open(inner, TALL, None, &key(), aead::best()).unwrap();
+    let all = SealedVersions::store_pages(TALL);
+    let open = |inner| SealedVersions::open(inner, TALL, None, &key(), aead::best()).unwrap();
     let mut pages = vec![(7, page(7)), (8, page(8)), (200, None), (TALL - 1, page(1))];
-    let to_dir = create(DirStore::create(&dir, all).unwrap(), TALL);
-    let to_file = create(FileStore::create(&file, all).unwrap(), TALL);
+    let to_dir = create(DirVersions::create(&dir, all).unwrap(), TALL);
+    let to_file = create(SnapshotFile::create(&file, all).unwrap(), TALL);
     for mut store in [to_dir, to_file] {
         // in no order
         put(&mut store, &pages[2..]);
@@ -346,8 +366,8 @@ fn stores_on_disk() {
         store.commit(5, state("five")).unwrap();
         assert_eq!(contents(&mut store), pages);
     }
-    let mut from_dir = open(Box::new(DirStore::open(&dir, all).unwrap()));
-    let mut from_file = open(Box::new(FileStore::open(&file, all).unwrap()));
+    let mut from_dir = open(Box::new(DirVersions::open(&dir, all).unwrap()));
+    let mut from_file = open(Box::new(SnapshotFile::open(&file, all).unwrap()));
     for store in [&mut from_dir, &mut from_file] {
         assert_eq!(store.latest(), Some((5, state("five"))));
         assert_eq!(contents(store), pages);
@@ -356,7 +376,7 @@ fn stores_on_disk() {
     from_dir.commit(6, state("six")).unwrap();
     drop(from_dir);
     pages[2].1 = page(2);
-    assert_eq!(contents(&mut open(Box::new(DirStore::open(&dir, all).unwrap()))), pages);
+    assert_eq!(contents(&mut open(Box::new(DirVersions::open(&dir, all).unwrap()))), pages);
 }
 
 #[test]
@@ -400,9 +420,9 @@ proptest! {
         let new = || {
             // whatever library opens it
             let backend = if rust { &aead::RustCrypto } else { aead::best() };
-            SealedStore::create(Box::new(shelf.clone()), pages, &key(), VM, suite, backend).unwrap()
+            SealedVersions::create(Box::new(shelf.clone()), pages, &key(), VM, suite, backend).unwrap()
         };
-        let (mut store, mut model) = (new(), MemoryStore::default());
+        let (mut store, mut model) = (new(), MemoryVersions::default());
         let mut number = 0;
         for step in steps {
             match step {

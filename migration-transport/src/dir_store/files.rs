@@ -1,4 +1,4 @@
-//! The files of a [`DirStore`](super::DirStore): how they are written, and how they are read without trusting them.
+//! The files of a [`DirVersions`](super::DirVersions): how they are written, and how they are read without trusting them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,9 +11,9 @@ use std::{
 use bytes::Bytes;
 use migration_core::{
     PAGE_SIZE,
-    checkpoint::PageData,
     codec::{DecodeError, Reader, Writer},
     state::MAX_STATE,
+    store::PageContent,
 };
 
 use crate::{
@@ -108,7 +108,7 @@ impl Appender {
         Ok(Self { out: BufWriter::with_capacity(BUFFER, out), path, increment, index: Index::new() })
     }
 
-    pub(super) fn append(&mut self, page: u64, data: PageData<'_>) -> io::Result<()> {
+    pub(super) fn append(&mut self, page: u64, data: PageContent<'_>) -> io::Result<()> {
         let head = encode_head(page, data);
         self.out.write_all(&head).map_err(at(&self.path))?;
         self.out.write_all(data.map_or(&[], |data| data)).map_err(at(&self.path))?;
@@ -146,7 +146,7 @@ impl<'a> Files<'a> {
         Self { dir, open: HashMap::new(), buffer: [0; HEAD + PAGE_SIZE] }
     }
 
-    pub(super) fn read(&mut self, page: u64, place: Place) -> io::Result<PageData<'_>> {
+    pub(super) fn read(&mut self, page: u64, place: Place) -> io::Result<PageContent<'_>> {
         let path = || self.dir.join(increment_name(place.file));
         if !self.open.contains_key(&place.file) {
             if self.open.len() == OPEN_FILES {
@@ -176,7 +176,7 @@ fn record_crc(start: &[u8], data: &[u8]) -> u32 {
     crc.finalize()
 }
 
-fn encode_head(page: u64, data: PageData<'_>) -> Vec<u8> {
+fn encode_head(page: u64, data: PageContent<'_>) -> Vec<u8> {
     let data = data.map_or(&[][..], |data| data);
     let mut head = Writer::new();
     head.u64(page).count(data.len());
@@ -185,7 +185,7 @@ fn encode_head(page: u64, data: PageData<'_>) -> Vec<u8> {
     head
 }
 
-fn decode_record(record: &[u8]) -> Result<(u64, PageData<'_>), DecodeError> {
+fn decode_record(record: &[u8]) -> Result<(u64, PageContent<'_>), DecodeError> {
     let mut r = Reader::new(record);
     let (page, len, crc) = (r.u64("page")?, r.u32("length")? as usize, r.u32("crc")?);
     let data = r.bytes(len, "data")?;

@@ -2,7 +2,14 @@
 
 use std::{collections::BTreeMap, os::unix::fs::symlink};
 
-use migration_core::{PAGE_SIZE, checkpoint::MemoryStore, codec::Writer};
+use migration_core::{
+    PAGE_SIZE,
+    codec::Writer,
+    store::{
+        MemoryVersions,
+        conformance::versions::{TestVersions, VM_PAGES},
+    },
+};
 use proptest::prelude::*;
 use rustix::process::geteuid;
 use tempfile::TempDir;
@@ -15,7 +22,7 @@ const PAGES: u64 = 16;
 /// The files of a directory.
 type Snapshot = BTreeMap<String, Vec<u8>>;
 
-fn put(store: &mut dyn CheckpointStore, page: u64, fill: Option<u8>) {
+fn put(store: &mut dyn VersionStore, page: u64, fill: Option<u8>) {
     store.put(page, fill.map(|fill| [fill; PAGE_SIZE]).as_ref()).unwrap();
 }
 
@@ -23,10 +30,10 @@ fn state(text: &'static str) -> Bytes {
     Bytes::from_static(text.as_bytes())
 }
 
-fn created() -> (TempDir, PathBuf, DirStore) {
+fn created() -> (TempDir, PathBuf, DirVersions) {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("vm");
-    let store = DirStore::create(&dir, PAGES).unwrap();
+    let store = DirVersions::create(&dir, PAGES).unwrap();
     (parent, dir, store)
 }
 
@@ -45,7 +52,7 @@ fn snapshot(dir: &Path) -> Snapshot {
 fn opened(files: &Snapshot) -> io::Result<(Contents, Snapshot)> {
     let dir = quick_dir();
     files.iter().for_each(|(name, bytes)| fs::write(dir.path().join(name), bytes).unwrap());
-    let found = contents(&mut DirStore::open(dir.path(), PAGES)?)?;
+    let found = contents(&mut DirVersions::open(dir.path(), PAGES)?)?;
     Ok((found, snapshot(dir.path())))
 }
 
@@ -78,7 +85,7 @@ fn a_checkpoint_counts_from_its_commit_on() {
     let three = (Some((3, state("three"))), vec![(3, Some(1)), (9, Some(3))]);
     assert_eq!(contents(&mut store).unwrap(), three);
     drop(store);
-    let mut store = DirStore::open(&dir, PAGES).unwrap();
+    let mut store = DirVersions::open(&dir, PAGES).unwrap();
     assert_eq!(contents(&mut store).unwrap(), three);
     // a commit may bring only a new state
     store.commit(4, state("four")).unwrap();
@@ -91,19 +98,19 @@ fn a_checkpoint_counts_from_its_commit_on() {
 fn directories_that_are_taken() {
     let (parent, dir, mut store) = created();
     let busy = ErrorKind::ResourceBusy;
-    assert_eq!(DirStore::open(&dir, PAGES).err().unwrap().kind(), busy);
-    assert_eq!(DirStore::create(&dir, PAGES).err().unwrap().kind(), busy);
+    assert_eq!(DirVersions::open(&dir, PAGES).err().unwrap().kind(), busy);
+    assert_eq!(DirVersions::create(&dir, PAGES).err().unwrap().kind(), busy);
     store.commit(1, state("")).unwrap();
     fs::write(dir.join("notes"), "of others").unwrap();
     drop(store);
-    assert_eq!(DirStore::create(&dir, PAGES).err().unwrap().kind(), ErrorKind::AlreadyExists);
-    let store = DirStore::open(&dir, PAGES).unwrap();
+    assert_eq!(DirVersions::create(&dir, PAGES).err().unwrap().kind(), ErrorKind::AlreadyExists);
+    let store = DirVersions::open(&dir, PAGES).unwrap();
     assert_eq!(store.latest(), Some((1, state(""))));
     assert!(store.remove().is_err());
     assert_eq!(snapshot(&dir).into_keys().collect::<Vec<_>>(), ["notes"]);
     let absent = parent.path().join("absent");
-    assert_eq!(DirStore::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
-    assert_eq!(DirStore::open(&absent, PAGES).err().unwrap().kind(), ErrorKind::NotFound);
+    assert_eq!(DirVersions::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
+    assert_eq!(DirVersions::open(&absent, PAGES).err().unwrap().kind(), ErrorKind::NotFound);
 }
 
 #[test]
@@ -208,7 +215,7 @@ fn damage_is_noticed() {
     // what becomes damaged while it is open
     let dir = tempfile::tempdir().unwrap();
     whole.iter().for_each(|(name, bytes)| fs::write(dir.path().join(name), bytes).unwrap());
-    let mut store = DirStore::open(dir.path(), PAGES).unwrap();
+    let mut store = DirVersions::open(dir.path(), PAGES).unwrap();
     for len in [5000, 4000] {
         fs::write(dir.path().join("pages-1"), vec![1; len]).unwrap();
         assert_eq!(contents(&mut store).unwrap_err().kind(), ErrorKind::InvalidData);
@@ -276,13 +283,13 @@ fn hostile_directories() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(MANIFEST), &last[MANIFEST]).unwrap();
     fs::write(dir.path().join("pages-4294967295"), record(3, 0, &[])).unwrap();
-    assert!(DirStore::open(dir.path(), PAGES).unwrap().put(1, None).is_err());
+    assert!(DirVersions::open(dir.path(), PAGES).unwrap().put(1, None).is_err());
 
     // not files
     for name in [MANIFEST, "pages-4294967295"] {
         let path = dir.path().join(name);
         fs::rename(&path, dir.path().join("aside")).unwrap();
-        let refused = || assert_eq!(DirStore::open(dir.path(), PAGES).err().unwrap().kind(), ErrorKind::InvalidData);
+        let refused = || assert_eq!(DirVersions::open(dir.path(), PAGES).err().unwrap().kind(), ErrorKind::InvalidData);
         symlink(dir.path().join("aside"), &path).unwrap();
         refused();
         fs::remove_file(&path).unwrap();
@@ -297,7 +304,7 @@ fn hostile_directories() {
     }
     // sparse, and far too long
     File::create(dir.path().join(MANIFEST)).unwrap().set_len(1 << 40).unwrap();
-    assert!(DirStore::open(dir.path(), PAGES).err().unwrap().to_string().contains("limit"));
+    assert!(DirVersions::open(dir.path(), PAGES).err().unwrap().to_string().contains("limit"));
 }
 
 #[test]
@@ -319,14 +326,14 @@ fn compaction_bounds_the_disk() {
     pages.push((15, None));
     assert_eq!(contents(&mut store).unwrap().1, pages);
     drop(store);
-    assert_eq!(contents(&mut DirStore::open(&dir, PAGES).unwrap()).unwrap().1, pages);
+    assert_eq!(contents(&mut DirVersions::open(&dir, PAGES).unwrap()).unwrap().1, pages);
 }
 
 #[test]
 fn many_small_increments_are_merged() {
     let dir = quick_dir();
     let commits = MAX_INCREMENTS as u32 + 1;
-    let mut store = DirStore::create(dir.path(), commits.into()).unwrap();
+    let mut store = DirVersions::create(dir.path(), commits.into()).unwrap();
     for number in 1..=commits {
         assert_eq!(store.increments.len(), number as usize - 1);
         put(&mut store, u64::from(number) - 1, None);
@@ -336,7 +343,7 @@ fn many_small_increments_are_merged() {
     let all = (Some((commits, state(""))), (0..commits.into()).map(|page| (page, None)).collect());
     assert_eq!(contents(&mut store).unwrap(), all);
     drop(store);
-    assert_eq!(contents(&mut DirStore::open(dir.path(), commits.into()).unwrap()).unwrap(), all);
+    assert_eq!(contents(&mut DirVersions::open(dir.path(), commits.into()).unwrap()).unwrap(), all);
 }
 
 #[derive(Clone, Debug)]
@@ -364,7 +371,7 @@ proptest! {
     fn agrees_with_memory(steps in steps(), slack in 0_u64..12) {
         let (_parent, dir, mut store) = created();
         store.slack = slack;
-        let mut model = MemoryStore::default();
+        let mut model = MemoryVersions::default();
         for step in steps {
             match step {
                 Step::Put(page, fill) => {
@@ -383,7 +390,7 @@ proptest! {
                 }
                 Step::Reopen => {
                     drop(store);
-                    store = DirStore::open(&dir, PAGES).unwrap();
+                    store = DirVersions::open(&dir, PAGES).unwrap();
                     store.slack = slack;
                     model.discard();
                 }
@@ -416,7 +423,7 @@ fn a_commit_merges_as_soon_as_the_bound_is_passed_and_not_before() {
     let pages = vec![(1, Some(2)), (2, Some(3)), (3, Some(2))];
     assert_eq!(contents(&mut store).unwrap().1, pages);
     drop(store);
-    assert_eq!(contents(&mut DirStore::open(&dir, PAGES).unwrap()).unwrap().1, pages);
+    assert_eq!(contents(&mut DirVersions::open(&dir, PAGES).unwrap()).unwrap().1, pages);
 }
 
 #[test]
@@ -435,11 +442,11 @@ fn limits_are_the_last_that_will_do() {
     let error = store.commit(2, long.clone()).unwrap_err();
     assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("above the limit"), "{error}");
     drop(store);
-    assert_eq!(DirStore::open(&dir, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
+    assert_eq!(DirVersions::open(&dir, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
     // the longest manifest is read, and found to be none; one that is longer is not read
     for (len, why) in [(files::MAX_MANIFEST, "checksum"), (files::MAX_MANIFEST + 1, "above the limit")] {
         File::create(dir.join(MANIFEST)).unwrap().set_len(len).unwrap();
-        let error = DirStore::open(&dir, PAGES).err().unwrap();
+        let error = DirVersions::open(&dir, PAGES).err().unwrap();
         assert!(error.kind() == ErrorKind::InvalidData && error.to_string().contains(why), "{error}");
     }
 }
@@ -463,15 +470,15 @@ fn links_and_directories_of_others() {
     drop(store);
     let link = parent.path().join("link");
     symlink(&dir, &link).unwrap();
-    assert!(DirStore::open(&link, PAGES).is_err() && DirStore::create(&link, PAGES).is_err());
-    let refused = |result: io::Result<DirStore>, why: &str| {
+    assert!(DirVersions::open(&link, PAGES).is_err() && DirVersions::create(&link, PAGES).is_err());
+    let refused = |result: io::Result<DirVersions>, why: &str| {
         let error = result.err().unwrap();
         assert_eq!(error.kind(), ErrorKind::PermissionDenied);
         assert!(error.to_string().contains(why), "{error}");
     };
     // others could change it
     fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
-    refused(DirStore::open(&dir, PAGES), "0777");
+    refused(DirVersions::open(&dir, PAGES), "0777");
     fs::set_permissions(&dir, Permissions::from_mode(0o700)).unwrap();
     if !geteuid().is_root() {
         return eprintln!("without directories of another owner: that needs root");
@@ -481,6 +488,52 @@ fn links_and_directories_of_others() {
     for dir in [&dir, &empty] {
         std::os::unix::fs::chown(dir, Some(54321), None).unwrap();
     }
-    refused(DirStore::open(&dir, PAGES), "another user");
-    refused(DirStore::create(&empty, PAGES), "another user");
+    refused(DirVersions::open(&dir, PAGES), "another user");
+    refused(DirVersions::create(&empty, PAGES), "another user");
+}
+
+/// As the conformance suite tests it.
+struct InFolder {
+    store: Option<DirVersions>,
+    dir: PathBuf,
+    _parent: TempDir,
+}
+
+impl InFolder {
+    fn new() -> Self {
+        let parent = quick_dir();
+        let dir = parent.path().join("vm");
+        Self { store: Some(DirVersions::create(&dir, VM_PAGES).unwrap()), dir, _parent: parent }
+    }
+}
+
+impl TestVersions for InFolder {
+    fn store(&mut self) -> &mut dyn VersionStore {
+        self.store.as_mut().unwrap()
+    }
+
+    fn reopen(&mut self) -> bool {
+        // one store at a time may have the folder
+        self.store = None;
+        self.store = Some(DirVersions::open(&self.dir, VM_PAGES).unwrap());
+        true
+    }
+}
+
+migration_core::version_store_conformance!(InFolder::new);
+
+#[test]
+fn a_page_that_is_read_at_random_is_checked() {
+    let (_parent, dir, mut store) = created();
+    put(&mut store, 3, Some(1));
+    put(&mut store, 5, Some(2));
+    store.commit(1, state("one")).unwrap();
+    let path = dir.join("pages-1");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    store.read(&[3], &mut |_, _| Ok(())).unwrap();
+    let error = store.read(&[5], &mut |_, _| panic!("it is handed out")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
 }

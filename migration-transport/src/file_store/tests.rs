@@ -1,6 +1,9 @@
 use std::{fs, os::unix::fs::MetadataExt as _};
 
-use migration_core::checkpoint::MemoryStore;
+use migration_core::store::{
+    MemoryVersions,
+    conformance::versions::{TestVersions, VM_PAGES},
+};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -9,7 +12,7 @@ use crate::testing::{Contents, contents};
 
 const PAGES: u64 = 5;
 
-fn put(store: &mut dyn CheckpointStore, page: u64, fill: Option<u8>) -> io::Result<()> {
+fn put(store: &mut dyn VersionStore, page: u64, fill: Option<u8>) -> io::Result<()> {
     store.put(page, fill.map(|fill| [fill; PAGE_SIZE]).as_ref())
 }
 
@@ -30,7 +33,7 @@ fn names(dir: &TempDir) -> Vec<String> {
 }
 
 fn write(path: &Path, fill: u8) -> Contents {
-    let mut store = FileStore::create(path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(path, PAGES).unwrap();
     for (page, fill) in [(3, Some(9)), (1, Some(fill)), (2, Some(fill)), (4, None), (3, None)] {
         put(&mut store, page, fill).unwrap();
     }
@@ -39,14 +42,14 @@ fn write(path: &Path, fill: u8) -> Contents {
 }
 
 fn read(path: &Path) -> io::Result<Contents> {
-    contents(&mut FileStore::open(path, PAGES)?)
+    contents(&mut SnapshotFile::open(path, PAGES)?)
 }
 
 #[test]
 fn pages_that_follow_each_other_are_written_together() {
     let dir = dir();
     let pages = RUN as u64 + 10;
-    let mut store = FileStore::create(&dir.path().join("vm"), pages).unwrap();
+    let mut store = SnapshotFile::create(&dir.path().join("vm"), pages).unwrap();
     assert_eq!(store.pages(), pages);
     let mut gathered = |page| {
         put(&mut store, page, Some(1)).unwrap();
@@ -69,12 +72,12 @@ fn pages_that_follow_each_other_are_written_together() {
 fn limits_are_the_last_that_will_do() {
     let dir = dir();
     let path = dir.path().join("vm");
-    let error = FileStore::create(&path, MAX_PAGES + 1).err().unwrap();
+    let error = SnapshotFile::create(&path, MAX_PAGES + 1).err().unwrap();
     assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("more than"), "{error}");
-    assert_eq!(FileStore::create(Path::new("/"), 1).err().unwrap().kind(), ErrorKind::InvalidInput);
+    assert_eq!(SnapshotFile::create(Path::new("/"), 1).err().unwrap().kind(), ErrorKind::InvalidInput);
 
     let long = Bytes::from(vec![0; MAX_STATE + 1]);
-    let mut store = FileStore::create(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(&path, PAGES).unwrap();
     (0..PAGES).for_each(|page| put(&mut store, page, Some(1)).unwrap());
     let error = store.commit(1, long.clone()).unwrap_err();
     assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("above the limit"), "{error}");
@@ -82,7 +85,7 @@ fn limits_are_the_last_that_will_do() {
     // every page with data and the longest state: that is the longest table
     store.commit(1, long.slice(1..)).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), table_at(PAGES) + Table::most(PAGES));
-    assert_eq!(FileStore::open(&path, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
+    assert_eq!(SnapshotFile::open(&path, PAGES).unwrap().latest(), Some((1, long.slice(1..))));
     for pages in [0, 1, 64, 65, 1000] {
         let all = PageSet::full(pages);
         let crcs = vec![0; pages as usize];
@@ -108,10 +111,10 @@ fn whoever_has_no_room_is_told_how_much_it_takes() {
 fn a_snapshot_is_there_from_its_commit_on() {
     let dir = dir();
     let path = dir.path().join("vm");
-    let mut store = FileStore::create(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(&path, PAGES).unwrap();
     put(&mut store, 1, Some(1)).unwrap();
     assert_eq!((names(&dir), contents(&mut store).unwrap()), (vec!["vm.new".into()], (None, vec![])));
-    assert_eq!(FileStore::create(&path, PAGES).err().unwrap().kind(), ErrorKind::ResourceBusy);
+    assert_eq!(SnapshotFile::create(&path, PAGES).err().unwrap().kind(), ErrorKind::ResourceBusy);
     store.discard();
     assert!(names(&dir).is_empty() && put(&mut store, 1, None).is_err());
     let one = write(&path, 1);
@@ -122,14 +125,14 @@ fn a_snapshot_is_there_from_its_commit_on() {
     let bytes = fs::read(&path).unwrap();
     assert!([0, 3, 4].iter().all(|&page| bytes[page_at(page) as usize..][..PAGE_SIZE].iter().all(|&byte| byte == 0)));
     // the next one replaces it when it is complete; dropped before, it does not
-    let mut store = FileStore::create(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(&path, PAGES).unwrap();
     put(&mut store, 1, Some(2)).unwrap();
     drop(store);
     assert_eq!((names(&dir), read(&path).unwrap()), (vec!["vm".into()], one));
     let two = write(&path, 2);
     assert_eq!(read(&path).unwrap(), two);
     // it is finished
-    let mut store = FileStore::open(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::open(&path, PAGES).unwrap();
     assert!(put(&mut store, 1, None).is_err() && store.commit(2, Bytes::new()).is_err());
     store.discard();
     assert_eq!(contents(&mut store).unwrap(), two);
@@ -139,21 +142,21 @@ fn a_snapshot_is_there_from_its_commit_on() {
 fn what_fails_leaves_nothing_behind() {
     let dir = dir();
     let path = dir.path().join("vm");
-    let mut store = FileStore::create(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(&path, PAGES).unwrap();
     assert_eq!(put(&mut store, PAGES, None).unwrap_err().kind(), ErrorKind::InvalidInput);
     assert!(put(&mut store, 1, None).is_err() && store.commit(1, Bytes::new()).is_err());
     drop(store);
-    let mut store = FileStore::create(&path, PAGES).unwrap();
+    let mut store = SnapshotFile::create(&path, PAGES).unwrap();
     assert_eq!(store.commit(1, vec![0; MAX_STATE + 1].into()).unwrap_err().kind(), ErrorKind::InvalidInput);
     // its place is taken meanwhile
     fs::create_dir(&path).unwrap();
     store.commit(1, Bytes::new()).unwrap_err();
     drop(store);
     assert_eq!(names(&dir), ["vm"]);
-    assert_eq!(FileStore::create(&path, PAGES).err().unwrap().kind(), ErrorKind::AlreadyExists);
+    assert_eq!(SnapshotFile::create(&path, PAGES).err().unwrap().kind(), ErrorKind::AlreadyExists);
     assert_eq!(read(&path).unwrap_err().kind(), ErrorKind::InvalidData);
     let absent = dir.path().join("absent");
-    assert_eq!(FileStore::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
+    assert_eq!(SnapshotFile::create(&absent.join("vm"), PAGES).err().unwrap().kind(), ErrorKind::NotFound);
     assert_eq!(read(&absent).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
@@ -296,7 +299,7 @@ fn a_snapshot_that_claims_more_than_is_allowed_is_refused_by_its_header() {
     let file = File::create(&path).unwrap();
     file.write_all_at(&header.encode(), 0).unwrap();
     file.set_len(table_at(header.pages) + header.table).unwrap();
-    let error = FileStore::open(&path, 6 << 20).err().unwrap();
+    let error = SnapshotFile::open(&path, 6 << 20).err().unwrap();
     assert!(error.kind() == ErrorKind::InvalidData && error.to_string().contains("are allowed"), "{error}");
 }
 
@@ -307,8 +310,8 @@ proptest! {
     fn agrees_with_memory(puts in prop::collection::vec((0..600u64, any::<Option<u8>>()), 0..80), run in 0..600u64) {
         let dir = dir();
         let path = dir.path().join("vm");
-        let mut store = FileStore::create(&path, 1200).unwrap();
-        let mut model = MemoryStore::default();
+        let mut store = SnapshotFile::create(&path, 1200).unwrap();
+        let mut model = MemoryVersions::default();
         let runs = (run..run + 520).map(|page| (page, Some(page as u8)));
         for (page, fill) in puts.iter().copied().chain(runs).chain(puts.iter().rev().copied()) {
             put(&mut store, page, fill).unwrap();
@@ -318,6 +321,66 @@ proptest! {
         model.commit(4, Bytes::from_static(b"s")).unwrap();
         let expected = contents(&mut model).unwrap();
         prop_assert_eq!(&contents(&mut store).unwrap(), &expected);
-        prop_assert_eq!(&contents(&mut FileStore::open(&path, 1200).unwrap()).unwrap(), &expected);
+        prop_assert_eq!(&contents(&mut SnapshotFile::open(&path, 1200).unwrap()).unwrap(), &expected);
     }
+}
+
+/// As the conformance suite tests it.
+struct InFile {
+    store: SnapshotFile,
+    path: PathBuf,
+    _dir: TempDir,
+}
+
+impl InFile {
+    fn new() -> Self {
+        let dir = dir();
+        let path = dir.path().join("vm");
+        Self { store: SnapshotFile::create(&path, VM_PAGES).unwrap(), path, _dir: dir }
+    }
+}
+
+impl TestVersions for InFile {
+    fn store(&mut self) -> &mut dyn VersionStore {
+        &mut self.store
+    }
+
+    /// A snapshot is complete in itself.
+    fn takes_several(&self) -> bool {
+        false
+    }
+
+    fn reopen(&mut self) -> bool {
+        self.store = SnapshotFile::open(&self.path, VM_PAGES).unwrap();
+        true
+    }
+}
+
+migration_core::version_store_conformance!(InFile::new);
+
+#[test]
+fn a_page_that_is_read_at_random_is_checked() {
+    let dir = dir();
+    let path = dir.path().join("vm");
+    let pages = RUN as u64 * 3;
+    let mut store = SnapshotFile::create(&path, pages).unwrap();
+    // holes between them, so that the place of a checksum is not that of its page
+    for page in (0..pages).filter(|page| page % 3 != 1) {
+        put(&mut store, page, (page % 5 != 0).then_some(page as u8 | 1)).unwrap();
+    }
+    store.commit(1, Bytes::new()).unwrap();
+    let mut store = SnapshotFile::open(&path, pages).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff], page_at(302) + 77).unwrap();
+    for page in [0, 2, 299, 300, 303, pages - 1] {
+        let mut got = None;
+        let mut take = |page, content: PageContent<'_>| {
+            got = Some((page, content.map(|content| content[9])));
+            Ok(())
+        };
+        store.read(&[page], &mut take).unwrap();
+        assert_eq!(got, Some((page, (page % 5 != 0).then_some(page as u8 | 1))));
+    }
+    let error = store.read(&[302], &mut |_, _| panic!("it is handed out")).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidData && error.to_string().contains("page 302"), "{error}");
 }

@@ -104,7 +104,7 @@ impl Instance {
     ) -> Result<Value, String> {
         let machine = self.home("snapshot")?;
         let out = request.out.clone();
-        let store = self.sealing.create(machine.id(), machine.pages(), |pages| FileStore::create(&out, pages));
+        let store = self.sealing.create(machine.id(), machine.pages(), |pages| SnapshotFile::create(&out, pages));
         let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
         let (controller, commands) = Controller::new();
         let (tx, updates) = mpsc::channel();

@@ -4,8 +4,8 @@
 use std::fs;
 
 use libtest_mimic::Failed;
-use migration_core::checkpoint::CheckpointStore as _;
-use migration_transport::FileStore;
+use migration_core::store::VersionStore as _;
+use migration_transport::SnapshotFile;
 
 use crate::{
     common::{Lab, Outcome, Process, Suite, ensure, ensure_says, usage, wait_for},
@@ -85,7 +85,7 @@ fn refused(lab: &Lab) -> Outcome {
     refuses(&file, &["--seal-key-file", &other], "not what was sealed with this key")?;
     refuses(&plain, &["--seal-key-file", &key], "not sealed")?;
     // all that whoever keeps the file can do: it is a whole snapshot, in which two pages have changed places
-    let mut store = FileStore::open(&lab.path("snapshot"), u64::MAX)?;
+    let mut store = SnapshotFile::open(&lab.path("snapshot"), u64::MAX)?;
     let mut pages = Vec::new();
     store.restore(&mut |page, data| {
         pages.push((page, data.copied()));
@@ -94,7 +94,7 @@ fn refused(lab: &Lab) -> Outcome {
     let full: Vec<usize> = (0..pages.len()).filter(|&at| pages[at].1.is_some()).collect();
     let [one, two] = [full.len() - 2, full.len() - 1].map(|last| full[last]);
     (pages[one].1, pages[two].1) = (pages[two].1, pages[one].1);
-    let mut forged = FileStore::create(&lab.path("forged"), store.pages())?;
+    let mut forged = SnapshotFile::create(&lab.path("forged"), store.pages())?;
     for (page, data) in &pages {
         forged.put(*page, data.as_ref())?;
     }

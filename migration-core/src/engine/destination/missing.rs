@@ -13,7 +13,6 @@ use std::{
 use crate::{
     PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
-    checkpoint::CheckpointStore,
     codec::DecodeError,
     histogram::Latencies,
     lock::lock,
@@ -21,6 +20,7 @@ use crate::{
     pager::{Fault, Installed, Pager},
     ram::RamSlice,
     shared_map::SharedPageMap,
+    store::VersionStore,
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
 };
 
@@ -256,7 +256,7 @@ impl Missing {
     }
 
     /// Installs every missing page from the store that its source has put it into, those that it does not have as zeros.
-    pub(in crate::engine) fn fill(&self, layout: &RamLayout, store: &mut dyn CheckpointStore) -> io::Result<()> {
+    pub(in crate::engine) fn fill(&self, layout: &RamLayout, store: &mut dyn VersionStore) -> io::Result<()> {
         let mut block = vec![0; STRIPE_PAGES as usize * PAGE_SIZE];
         let mut at = None;
         store.restore(&mut |page, data| {
@@ -346,9 +346,9 @@ pub(in crate::engine) mod tests {
     use super::*;
     use crate::{
         GuestRam, HeapRam, RamRegion, RamSlice,
-        checkpoint::MemoryStore,
         page_map::{PageCopy, PageMap},
         pager::Fill,
+        store::MemoryVersions,
         vm::VmError,
         wire::Header,
     };
@@ -579,7 +579,7 @@ pub(in crate::engine) mod tests {
         let lost = missing.pages();
         let ram: &dyn GuestRam = &pager.ram;
         all.clone().for_each(|page| ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[0xee; PAGE_SIZE]));
-        let mut store = MemoryStore::default();
+        let mut store = MemoryVersions::default();
         // the store has pages beside the missing ones, some as zeros, and lacks some
         let kept = |page: u64| page % 7 != 5;
         let of = |page: u64| if page % 5 == 1 { 0 } else { page as u8 | 1 };

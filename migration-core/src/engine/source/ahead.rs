@@ -3,8 +3,8 @@
 
 use super::*;
 use crate::{
-    checkpoint::{CheckpointStore, PageData},
     engine::pages::not_put,
+    store::{PageContent, VersionStore},
 };
 
 /// Passes over the running guest's memory, at most: each puts what was written during the one before.
@@ -13,7 +13,7 @@ const PASSES: usize = 3;
 const FEW: u64 = 1024;
 
 impl Engine<'_> {
-    fn store_ahead(&self) -> Option<Arc<Mutex<dyn CheckpointStore>>> {
+    fn store_ahead(&self) -> Option<Arc<Mutex<dyn VersionStore>>> {
         self.options.fail_safe.as_ref()?.forward.clone()
     }
 
@@ -42,10 +42,10 @@ impl Engine<'_> {
         lock(&store).commit(1, self.fail_safe.handed_over.clone()).map_err(not_put)
     }
 
-    fn put(&mut self, store: &Mutex<dyn CheckpointStore>, pages: &PageSet) -> Result<(), MigrationError> {
+    fn put(&mut self, store: &Mutex<dyn VersionStore>, pages: &PageSet) -> Result<(), MigrationError> {
         let rearm = self.rounds.rearm(self.vm.tracker(), self.guest.paused);
         for stripe in RoundDriver::stripes(pages) {
-            let mut put_one = |number, data: PageData<'_>| {
+            let mut put_one = |number, data: PageContent<'_>| {
                 lock(store).put(number, data)?;
                 self.fail_safe.saved.insert(number);
                 Ok(())

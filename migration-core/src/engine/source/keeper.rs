@@ -17,7 +17,7 @@ use bytes::Bytes;
 use crate::{
     MigrationError, PAGE_SIZE, PageSet,
     channel::{ReadHalf, WriteHalf},
-    checkpoint::{CheckpointStore, FailSafe},
+    checkpoint::FailSafe,
     codec::DecodeError,
     engine::{
         control::read_frame,
@@ -27,6 +27,7 @@ use crate::{
     ram::GuestRam,
     report::{CheckpointCounts, Event, Observer},
     state::{MAX_STATE, VmState},
+    store::VersionStore,
     wire::{Bulk, Checkpoint, Content, Extent, Header},
 };
 
@@ -155,7 +156,7 @@ impl Keeper {
         }
     }
 
-    fn store(&self) -> Result<&Mutex<dyn CheckpointStore>, DecodeError> {
+    fn store(&self) -> Result<&Mutex<dyn VersionStore>, DecodeError> {
         let none = || DecodeError::invalid("kind", "no checkpoints were wanted");
         self.fail_safe.reverse.as_deref().ok_or_else(none)
     }

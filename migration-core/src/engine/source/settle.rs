@@ -1,7 +1,7 @@
 //! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
 
 use super::*;
-use crate::{PageRange, checkpoint::CheckpointStore, fence::Fenced, spawner::GuestImpact, state::VmState, vm::VmError};
+use crate::{PageRange, fence::Fenced, spawner::GuestImpact, state::VmState, store::VersionStore, vm::VmError};
 
 /// The longest time that the end of a failed attempt waits for the destination to hear why. The guest runs meanwhile.
 const GOODBYE: Duration = Duration::from_millis(500);
@@ -258,7 +258,7 @@ impl Engine<'_> {
     }
 
     /// The destination is dead: the VM is ours again, as it was at its last checkpoint.
-    fn take_back(&mut self, dead: Fenced, store: &Mutex<dyn CheckpointStore>, why: &str) {
+    fn take_back(&mut self, dead: Fenced, store: &Mutex<dyn VersionStore>, why: &str) {
         self.close();
         let restarted = match self.machine.restart(dead) {
             Ok(_) => self.restart(store),
@@ -280,7 +280,7 @@ impl Engine<'_> {
     }
 
     /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run from there.
-    fn restart(&mut self, store: &Mutex<dyn CheckpointStore>) -> Result<u32, MigrationError> {
+    fn restart(&mut self, store: &Mutex<dyn VersionStore>) -> Result<u32, MigrationError> {
         let mut store = lock(store);
         let (number, state) = store.latest().unwrap_or_else(|| (0, self.fail_safe.handed_over.clone()));
         let state = VmState::decode(&state)?;

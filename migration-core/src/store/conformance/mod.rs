@@ -1,4 +1,5 @@
-//! Checks whether a [`PageStore`] keeps the rules of page stores. Needs the feature `test-utils`.
+//! Checks whether a [`PageStore`] keeps the rules of page stores, and in [`versions`] whether a
+//! [`VersionStore`](super::VersionStore) does what its users rely on. Needs the feature `test-utils`.
 //!
 //! There is a function for each rule, which panics if the store breaks it. Implement [`TestStore`]
 //! for what makes and harms one's own store, and let
@@ -19,6 +20,7 @@ mod leases;
 mod model;
 mod names;
 mod pages;
+pub mod versions;
 
 use std::time::{Duration, Instant};
 
@@ -291,6 +293,11 @@ mod tests {
         assert_eq!(names.len(), 39);
         for name in names {
             assert!(list.contains(&format!("            {name}\n")), "{name} is not in the list");
+        }
+        let versions = include_str!("versions.rs");
+        for rule in versions.split("\npub fn ").skip(1) {
+            let name = rule.split('(').next().unwrap_or_default();
+            assert!(versions.contains(&format!("            {name}\n")), "{name} is not in the list");
         }
     }
 }

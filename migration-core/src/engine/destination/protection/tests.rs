@@ -11,7 +11,6 @@ use super::*;
 use crate::{
     HeapRam, PageRange, RamLayout, RamRegion, RamSlice,
     channel::WriteHalf,
-    checkpoint::{CheckpointStore, MemoryStore, PageData},
     engine::{
         destination::missing::tests::arrive,
         handle::PeerInputs,
@@ -19,6 +18,7 @@ use crate::{
     },
     report::NoObserver,
     state::VmState,
+    store::{MemoryVersions, PageContent, VersionStore},
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
 };
 
@@ -182,7 +182,7 @@ fn guest(memory: &Arc<Memory>, missing: Option<Arc<Missing>>) -> (Protection, Ar
 /// The destination's end of a lane to a source, which keeps checkpoints there until it is dropped.
 fn link(
     memory: &Arc<Memory>,
-    store: &Arc<Mutex<MemoryStore>>,
+    store: &Arc<Mutex<MemoryVersions>>,
     interval: Duration,
 ) -> (CheckpointLane, thread::JoinHandle<()>) {
     let ((to_source, source_reads), (to_destination, reads)) = (pipe(Some(memory.clone())), pipe(None));
@@ -198,8 +198,8 @@ fn link(
 }
 
 /// RAM as the source would restart the guest with: what was handed over, and what the store has.
-fn restored(store: &Mutex<MemoryStore>, mut handed_over: Vec<u64>) -> Vec<u64> {
-    let mut take = |page: u64, data: PageData<'_>| {
+fn restored(store: &Mutex<MemoryVersions>, mut handed_over: Vec<u64>) -> Vec<u64> {
+    let mut take = |page: u64, data: PageContent<'_>| {
         handed_over[page as usize] = data.map_or(0, |data| u64::from_le_bytes(*data.first_chunk().unwrap()));
         Ok(())
     };
@@ -217,7 +217,7 @@ fn each_checkpoint_is_the_guest_of_one_moment() {
     protection.wanted.store(true, Ordering::Relaxed);
     protection.begin().unwrap();
     let handed_over = memory.contents();
-    let store = Arc::new(Mutex::new(MemoryStore::default()));
+    let store = Arc::new(Mutex::new(MemoryVersions::default()));
     let (mut lane, kept) = link(&memory, &store, Duration::from_micros(1));
     // it runs
     memory.write(2);
@@ -232,7 +232,7 @@ fn each_checkpoint_is_the_guest_of_one_moment() {
     assert_eq!(*lock(&protection.source), Some((Duration::from_secs(1), Bytes::new())));
     // only what was written came back: pages 2 and 3, and 5 to 9
     let mut pages = Vec::new();
-    let mut take = |page, _: PageData<'_>| {
+    let mut take = |page, _: PageContent<'_>| {
         pages.push(page);
         Ok(())
     };
@@ -254,7 +254,7 @@ fn what_a_checkpoint_did_not_bring_back_is_in_the_next_one() {
     assert!(lock(&calls).said.is_empty(), "nothing is held where no checkpoints are wanted");
     let handed_over = memory.contents();
     memory.write(2);
-    let store = Arc::new(Mutex::new(MemoryStore::default()));
+    let store = Arc::new(Mutex::new(MemoryVersions::default()));
 
     // a pause that fails, a wrong answer, and a link that is lost in the middle
     lock(&calls).fails = true;

@@ -5,9 +5,9 @@ use std::{collections::VecDeque, sync::mpsc};
 use super::*;
 use crate::{
     HeapRam, PageRange, RamLayout, RamRegion, RamSlice,
-    checkpoint::{MemoryStore, PageData},
     fence::NoFence,
     report::NoObserver,
+    store::{MemoryVersions, PageContent},
     wire::{Content, Extent},
 };
 
@@ -87,8 +87,8 @@ impl Destination {
 
 /// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane ended.
 fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
-    let store = Arc::new(Mutex::new(MemoryStore::default()));
-    let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn CheckpointStore>>);
+    let store = Arc::new(Mutex::new(MemoryVersions::default()));
+    let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn VersionStore>>);
     let error = kept_in(reverse, destination);
     let mut page = 0;
     let mut store = lock(&store);
@@ -103,7 +103,7 @@ fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationEr
 }
 
 /// A source of 16 pages, which keeps checkpoints there.
-pub(in crate::engine) fn keeper(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> Keeper {
+pub(in crate::engine) fn keeper(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destination) -> Keeper {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
     Keeper {
         reader: Box::new(Script(destination.bytes.into())),
@@ -121,7 +121,7 @@ pub(in crate::engine) fn keeper(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>
 }
 
 /// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
-fn kept_in(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destination) -> MigrationError {
+fn kept_in(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destination) -> MigrationError {
     let (tx, inputs) = mpsc::channel();
     keeper(reverse, destination).run(PeerInputs::new(tx, Arc::default(), Arc::default()));
     let ended = inputs.iter().find_map(|input| match input {
@@ -135,8 +135,8 @@ fn kept_in(reverse: Option<Arc<Mutex<dyn CheckpointStore>>>, destination: Destin
 #[derive(Default)]
 struct Counting(u64);
 
-impl CheckpointStore for Counting {
-    fn put(&mut self, _page: u64, _data: PageData<'_>) -> io::Result<()> {
+impl VersionStore for Counting {
+    fn put(&mut self, _page: u64, _data: PageContent<'_>) -> io::Result<()> {
         self.0 += 1;
         Ok(())
     }
@@ -151,7 +151,15 @@ impl CheckpointStore for Counting {
         None
     }
 
-    fn restore(&mut self, _take: &mut dyn FnMut(u64, PageData<'_>) -> io::Result<()>) -> io::Result<()> {
+    fn list(&mut self) -> io::Result<PageSet> {
+        Ok(PageSet::default())
+    }
+
+    fn read(
+        &mut self,
+        _pages: &[u64],
+        _take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
         Ok(())
     }
 }
@@ -206,7 +214,7 @@ fn what_is_kept_is_counted_and_acknowledged() {
     let said = Said::default();
     let keeper = Keeper {
         writer: Box::new(said.clone()),
-        ..keeper(Some(Arc::new(Mutex::new(MemoryStore::default()))), destination)
+        ..keeper(Some(Arc::new(Mutex::new(MemoryVersions::default()))), destination)
     };
     let (kept, wire_bytes) = (keeper.kept.clone(), keeper.wire_bytes.clone());
     kept.handed_over.store(true, Ordering::Relaxed);
