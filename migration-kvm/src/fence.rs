@@ -8,13 +8,16 @@ use std::{
 
 use migration_core::{
     codec::{DecodeError, Reader, Writer},
-    fence::{Fence, NotFenced},
+    engine::ReceiverHandle,
+    fence::{Fence, Fenced, NotFenced},
+    protocol::Violation,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
+use thiserror::Error;
 
 /// How long the end of a killed process may take: its memory is freed first.
 const LONGEST_END: Duration = Duration::from_secs(30);
@@ -106,6 +109,29 @@ impl Fence for ProcessFence {
             Err(_) => false,
         }
     }
+}
+
+/// Why a VM that a dead process has brought here does not run here.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TakeOverError {
+    /// The process is not dead for certain.
+    #[error("the process that had the VM: {0}")]
+    NotFenced(#[from] NotFenced),
+    /// The VM is not here as a whole.
+    #[error(transparent)]
+    NotHere(#[from] Violation),
+}
+
+/// Takes over a VM that another process of this host has brought here as a whole, and had not yet
+/// given up. `identity` is that process's encoded [`ProcessIdentity`]. The process is killed if it
+/// lives, so call this only if it [is dead](Fence::is_dead) or must end.
+///
+/// # Errors
+/// When the process does not end, or no complete VM is held here.
+pub fn take_over_from(receiver: &ReceiverHandle, identity: &[u8]) -> Result<(), TakeOverError> {
+    receiver.inherit(Fenced::by(&ProcessFence, identity)?)?;
+    Ok(())
 }
 
 /// A descriptor of the process that `identity` names, and its number; `None` if it has ended.

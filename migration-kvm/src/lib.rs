@@ -7,17 +7,21 @@
 //! - a [`pager`] for post-copy,
 //! - [`state`] for its vCPUs, and threads that run them ([`vcpu`]),
 //! - a [`spawner`] for threads with priorities,
-//! - a [`fence`] for fail-safe post-copy on one host.
+//! - a [`fence`] for fail-safe post-copy on one host,
+//! - a [`handover`] to a [`successor`] that replaces the VMM's process,
+//! - [`lending`] for guests that leave their home for a while.
 //!
 //! Unsafe code is in named modules only, and each block has the reason why it is sound.
 #![deny(unsafe_code)]
 
 pub mod fence;
+pub mod handover;
+pub mod lending;
 pub mod pager;
 pub mod probe;
 pub mod ram;
-pub mod refresh;
 pub mod spawner;
 pub mod state;
+pub mod successor;
 pub mod tracker;
 pub mod vcpu;

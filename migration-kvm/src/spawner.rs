@@ -33,12 +33,12 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 /// a real-time thread that was woken there behind it, for seconds if it comes to that, however idle the other cores are.
 /// A thread called `mig-urgent` ends it.
 #[derive(Clone, Default)]
-pub struct KvmSpawner {
+pub struct LinuxSpawner {
     setup: Option<Arc<Setup>>,
     urgent: Arc<Urgent>,
 }
 
-impl KvmSpawner {
+impl LinuxSpawner {
     /// A spawner that sets names and priorities only.
     pub fn new() -> Self {
         Self::default()
@@ -51,7 +51,7 @@ impl KvmSpawner {
     }
 }
 
-impl Spawner for KvmSpawner {
+impl Spawner for LinuxSpawner {
     /// Starts a thread called `name` (Linux shows its first 15 bytes). Returns when its set-up is done.
     fn spawn(
         &self,
@@ -320,7 +320,7 @@ mod sched {
 
     fn set_nice(thread: libc::pid_t, nice: libc::c_int) {
         // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not being permitted to is
-        // no failure, see `KvmSpawner`.
+        // no failure, see `LinuxSpawner`.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, thread.unsigned_abs(), nice) };
     }
 
@@ -346,7 +346,7 @@ mod tests {
                 *seen.lock().unwrap() = Some((name, sched::policy()));
             }
         };
-        KvmSpawner::new().spawn(role, impact, "bulk-0", Box::new(body)).unwrap().join();
+        LinuxSpawner::new().spawn(role, impact, "bulk-0", Box::new(body)).unwrap().join();
         let seen = seen.lock().unwrap().take();
         seen.unwrap()
     }
@@ -365,14 +365,14 @@ mod tests {
         let body = {
             let seen = seen.clone();
             move || {
-                let spawner = KvmSpawner::new();
+                let spawner = LinuxSpawner::new();
                 for role in [Role::Demand, Role::Bulk, Role::Control] {
                     spawner.assume(role, GuestImpact::Balanced);
                     seen.lock().unwrap().push(sched::policy());
                 }
             }
         };
-        KvmSpawner::new().spawn(Role::Bulk, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
+        LinuxSpawner::new().spawn(Role::Bulk, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
         assert_eq!(*seen.lock().unwrap(), [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_OTHER]);
     }
 
@@ -382,7 +382,7 @@ mod tests {
         let body = {
             let seen = seen.clone();
             move || {
-                let spawner = KvmSpawner::new();
+                let spawner = LinuxSpawner::new();
                 for role in [Role::Control, Role::HandOver, Role::Control, Role::HandOver, Role::Background] {
                     spawner.assume(role, GuestImpact::Balanced);
                     let child = thread::spawn(|| sched::Share::of(0)).join().unwrap();
@@ -390,7 +390,7 @@ mod tests {
                 }
             }
         };
-        KvmSpawner::new().spawn(Role::HandOver, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
+        LinuxSpawner::new().spawn(Role::HandOver, GuestImpact::Balanced, "t", Box::new(body)).unwrap().join();
         let seen = seen.lock().unwrap();
         let policies: Vec<_> = seen.iter().map(|s| s.0 & !libc::SCHED_RESET_ON_FORK).collect();
         assert_eq!(policies, [&[libc::SCHED_OTHER; 4][..], &[libc::SCHED_BATCH]].concat());
@@ -436,7 +436,7 @@ mod tests {
 
     #[test]
     fn a_failed_setup_fails_the_spawn_and_runs_nothing() {
-        let spawner = KvmSpawner::with_setup(|_, _| Err(io::ErrorKind::PermissionDenied.into()));
+        let spawner = LinuxSpawner::with_setup(|_, _| Err(io::ErrorKind::PermissionDenied.into()));
         let body = Box::new(|| unreachable!("must not run"));
         let error = spawner.spawn(Role::Bulk, GuestImpact::Low, "t", body).map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);

@@ -19,7 +19,7 @@
 //! Stores: [`DirVersions`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
 //! that both ends have. [`SnapshotFile`] keeps a snapshot in one file, and [`FilePageStore`] keeps
 //! pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so that they outlive a VMM
-//! that dies. [`Wakeup`] wakes an event loop that polls.
+//! that dies, and a [`supervisor`] restarts such a VM. [`Wakeup`] wakes an event loop that polls.
 //!
 //! # Example
 //!
@@ -81,7 +81,6 @@ mod bandwidth;
 mod broker;
 mod checkpoint_folders;
 mod cut;
-mod dir_leases;
 mod dir_store;
 mod fd_passing;
 mod file_errors;
@@ -89,6 +88,7 @@ mod file_store;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
+mod lease;
 mod limit;
 pub mod memory;
 mod options;
@@ -97,6 +97,7 @@ mod private_socket;
 mod relay;
 mod store;
 mod stream;
+pub mod supervisor;
 mod tcp;
 #[cfg(test)]
 mod testing;
@@ -118,12 +119,12 @@ pub use {
     accept::Shortage,
     atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
-    broker::{Bereft, BrokerClient, BrokerError, BrokerOptions, Deposit, KeptRam, RamBroker, WithdrawnRam},
+    broker::{BrokerClient, BrokerError, BrokerOptions, OwnerGone, RamBroker, RamLease, RetainedRam, RetrievedRam},
     checkpoint_folders::{AttemptFolders, CheckpointFolders, CheckpointKind, OpenStore, PlainStores},
-    dir_leases::DirLeases,
     dir_store::DirVersions,
     fd_passing::{MAX_FILES, receive_files, send_files},
     file_store::SnapshotFile,
+    lease::DirLeases,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,

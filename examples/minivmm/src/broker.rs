@@ -12,8 +12,10 @@ use std::{
 };
 
 use migration_core::{text::Escaped, vm::VmId};
-use migration_kvm::spawner::KvmSpawner;
-use migration_transport::{AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener};
+use migration_kvm::{fence::ProcessFence, spawner::LinuxSpawner};
+use migration_transport::{
+    AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener, supervisor::Supervisor,
+};
 use minivmm_client::log;
 use serde_json::{Value, json};
 
@@ -65,9 +67,13 @@ fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
 fn serve_until(path: &Path, args: &Broker, ended: &AtomicBool) -> Result<(), String> {
     let mut listener = UnixListener::bind(path, SocketOptions::default()).map_err(|e| e.to_string())?;
     log::announce(format!("listening unix:{}\n", path.display()));
-    let bereft = args.restart.then(|| Arc::new(Restarter::new(path, args.json)) as _);
-    let broker =
-        RamBroker::new(BrokerOptions { spawner: Arc::new(KvmSpawner::default()), bereft, ..BrokerOptions::default() });
+    let restarter = || Supervisor::new(path, Arc::new(ProcessFence), Restarter::new(path, args.json));
+    let owner_gone = args.restart.then(|| Arc::new(restarter()) as _);
+    let broker = RamBroker::new(BrokerOptions {
+        spawner: Arc::new(LinuxSpawner::default()),
+        owner_gone,
+        ..BrokerOptions::default()
+    });
     broker.serve(&mut listener, ended).map_err(|e| e.to_string())
 }
 
@@ -102,7 +108,7 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
 /// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is
 /// there when it is complete.
 fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
-    let ram = broker.withdraw(vm).map_err(|e| e.to_string())?;
+    let ram = broker.retrieve(vm).map_err(|e| e.to_string())?;
     let context = |e: io::Error| format!("{}: {e}", out.display());
     let new = AtomicFile::create(out).map_err(|e| e.to_string())?;
     let file = new.file();

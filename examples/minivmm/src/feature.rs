@@ -4,7 +4,7 @@
 use std::{
     path::{Path, PathBuf},
     process,
-    sync::{Arc, mpsc},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -12,9 +12,11 @@ use std::{
 use migration_core::{
     engine::ephemeral::{Dormant, Resident},
     fence::Fence,
-    protocol::DestinationPhase,
 };
-use migration_kvm::fence::ProcessFence;
+use migration_kvm::{
+    fence::{ProcessFence, ProcessIdentity},
+    lending::{Answer, fetch},
+};
 use migration_transport::{Address, bind};
 use minivmm_client::{
     Impact, LendRequest, MigrateRequest, Request, SnapshotRequest, StrategyKind, ctl, encryption::Encrypt, log, report,
@@ -26,7 +28,7 @@ use crate::{
     check::Checker,
     cli::{Feature, Work},
     control::{ControlSocket, ask_peer},
-    instance::{Fate, Instance, inherit},
+    instance::{Fate, Instance},
     refresh::Place,
     sealing::Sealing,
     signals::{Asked, Signals},
@@ -40,8 +42,7 @@ const WITHIN: Duration = Duration::from_secs(60);
 /// How often an owner that does not take its guest back is tried again, and at which intervals.
 const RETURNS: u32 = 10;
 const RETRY: Duration = Duration::from_millis(500);
-/// How often it is looked whether a guest that is late has come, and whether a home that is being replaced is.
-const LOOK: Duration = Duration::from_millis(5);
+/// How often it is looked whether a home that is being replaced has been.
 const LOOK_AT_HOME: Duration = Duration::from_millis(20);
 
 /// Runs the command; the exit status.
@@ -170,7 +171,7 @@ impl<'a> Borrower<'a> {
             }
             let every = self.args.every.filter(|_| self.args.times.is_none_or(|times| number < times));
             let Some(every) = every else { break };
-            if !self.instance.runs_on(every.saturating_sub(began.elapsed())) {
+            if !self.instance.goes_on(every.saturating_sub(began.elapsed())) {
                 break;
             }
         }
@@ -265,7 +266,7 @@ impl<'a> Borrower<'a> {
         self.instance.borrows_from(&self.attach, owner.broker.clone());
         let listen = Address::Unix(self.listen.clone());
         let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
-        let identity = migration_kvm::fence::ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;
+        let identity = ProcessIdentity::own().map_err(|e| format!("feature: {e}"))?;
         let within = self.args.within.unwrap_or(self.args.hold.saturating_add(WITHIN));
         let request = Request::Lend(LendRequest {
             to: listener.address(),
@@ -276,29 +277,15 @@ impl<'a> Borrower<'a> {
             within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),
         });
         let awaiting = dormant.await_guest(self.instance.visit_options(COMING));
-        let (handle, attach, lender) = (awaiting.handle(), self.attach.clone(), owner.identity.clone());
-        let (tx, answer) = mpsc::channel();
-        let asks = move || {
+        let attach = self.attach.clone();
+        let ask = move || {
             let answer = ask_peer(&attach, &request);
-            let completed = answer.as_ref().is_ok_and(|report| report["outcome"] == "completed");
-            // who asked may have given up
-            let _ = tx.send(answer);
-            while !completed && handle.phase() != DestinationPhase::Running {
-                match handle.phase() {
-                    // nothing will come
-                    DestinationPhase::Empty => return handle.stop(),
-                    // it has brought all of the VM, and is dead for certain
-                    DestinationPhase::Ready if ProcessFence.is_dead(&lender) => inherit(&handle, &lender),
-                    // its source decides
-                    _ => {}
-                }
-                thread::sleep(LOOK);
-            }
+            Answer { has_left: answer.as_ref().is_ok_and(|report| report["outcome"] == "completed"), answer }
         };
-        thread::Builder::new().name("borrow".into()).spawn(asks).map_err(|e| format!("feature: no thread: {e}"))?;
-        let came = awaiting.wait_for_guest(&mut *listener);
-        let answer = answer.recv_timeout(COMING).unwrap_or_else(|_| Err("the VM's home does not answer".into()));
-        Ok(match (came, answer) {
+        let fetched = fetch(awaiting, &mut *listener, owner.identity.clone(), COMING, ask);
+        let fetched = fetched.map_err(|e| format!("feature: no thread: {e}"))?;
+        let answer = fetched.answer.unwrap_or_else(|| Err("the VM's home does not answer".into()));
+        Ok(match (fetched.guest, answer) {
             (Ok(guest), Ok(report)) => Ok((guest, report)),
             // it is here all the same, and its owner may be gone: then there is no way back
             (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why))),

@@ -14,16 +14,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kept::Kept;
+pub(crate) use lend::Fate;
 use lend::Lent;
-pub(crate) use lend::{Fate, inherit};
 use migration_core::{
     PAGE_SHIFT,
     engine::{
         self, Controller, HugePages, NoPostCopy, NoSwitchOver, PauseLimits, Receiver, ReceiverHandle, ReceiverOptions,
         RestoreOptions, SnapshotOptions, SourceOptions,
     },
-    fence::Fence,
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy, push_order},
@@ -32,11 +30,12 @@ use migration_core::{
 use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{
     fence::{ProcessFence, ProcessIdentity},
-    spawner::KvmSpawner,
+    handover::Succession,
+    spawner::LinuxSpawner,
 };
 use migration_transport::{
-    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Deposit, Limited, Limiter, SnapshotFile, bind,
-    connector,
+    Address, AtomicFile, Bandwidth, BrokerClient, ConnectOptions, Limited, Limiter, SnapshotFile, bind, connector,
+    supervisor::OwnerRecord,
 };
 use minivmm_client::{
     LendRequest, MigrateRequest, Plan, Request, Saved, SnapshotRequest, StrategyKind, encryption::secured, report,
@@ -68,9 +67,9 @@ pub(crate) struct Instance {
     state: Mutex<State>,
     changed: Condvar,
     /// The VM's RAM at a broker.
-    kept: Kept,
-    /// Held while a successor is prepared and takes over: there is one at a time.
-    succession: Mutex<()>,
+    kept: OwnerRecord<Saved>,
+    /// Successors that are prepared, and the schedule for them.
+    pub(crate) succession: Succession<Plan>,
     /// Of what rests in files.
     sealing: Arc<Sealing>,
     /// Push orders beside those that everybody has.
@@ -104,8 +103,6 @@ struct State {
     waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<OwnSocket>,
     place: Option<Place>,
-    /// When this VMM is replaced by itself, and the how manieth such plan that is.
-    schedule: (u64, Option<Plan>),
     /// Who has borrowed the guest, and how many have so far.
     lent: Option<Lent>,
     lends: u64,
@@ -155,8 +152,8 @@ impl Instance {
         Arc::new(Self {
             state: Mutex::default(),
             changed: Condvar::new(),
-            kept: Kept::at(broker),
-            succession: Mutex::default(),
+            kept: OwnerRecord::new(broker, ProcessIdentity::own().ok().map(|own| own.encode())),
+            succession: Succession::default(),
             sealing: Arc::new(sealing),
             push_orders: OnceLock::new(),
         })
@@ -241,7 +238,7 @@ impl Instance {
     }
 
     /// Waits so long, unless the process ends: whether it goes on.
-    pub(crate) fn runs_on(&self, time: Duration) -> bool {
+    pub(crate) fn goes_on(&self, time: Duration) -> bool {
         self.wait_while(time, |state| state.exit.is_none()).exit.is_none()
     }
 
@@ -331,7 +328,7 @@ impl Instance {
         let Arrival { checkpoints, max_memory } = arrival;
         ReceiverOptions {
             max_ram_bytes: max_memory,
-            spawner: Arc::new(KvmSpawner::default()),
+            spawner: Arc::new(LinuxSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             fence: Arc::new(ProcessFence),
             forward: checkpoints.map(|dir| Arc::new(folders(dir, &self.sealing)) as _),
@@ -341,7 +338,7 @@ impl Instance {
 
     fn source_options(self: &Arc<Self>) -> SourceOptions {
         SourceOptions {
-            spawner: Arc::new(KvmSpawner::default()),
+            spawner: Arc::new(LinuxSpawner::default()),
             observer: Arc::new(Told(self.clone())),
             ..SourceOptions::default()
         }

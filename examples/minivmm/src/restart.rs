@@ -1,208 +1,139 @@
-//! A VM whose VMM has died goes on from its last snapshot: what its owner leaves with the RAM broker for that, and the broker's
-//! part in it. No process that may still run the VM is left by then.
+//! How the broker restarts a VM whose minivmm has died: the record that its owner leaves, and the
+//! command that goes on from its last snapshot. [`migration_transport::supervisor`] says when.
 
 use std::{
-    collections::BTreeMap,
+    fmt, io,
     path::{Path, PathBuf},
     process::{Child, Command},
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-    time::{Duration, Instant},
 };
 
-use migration_core::{fence::Fence, text::Escaped, vm::VmId};
-use migration_kvm::fence::ProcessFence;
-use migration_transport::{Bereft, BrokerClient, KeptRam};
+use migration_core::{
+    text::Escaped,
+    vm::{VmError, VmId},
+};
+use migration_transport::supervisor::{NotRestarted, RestartRecord, RestartVmm};
 use minivmm_client::{Saved, log};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::sealing::Restart;
+use crate::{refresh::Place, sealing::Restart};
 
-/// Processes that are to be dead, and one that is to have the VM, are looked at this often.
-const LOOK: Duration = Duration::from_millis(20);
-/// A VM that is lost again after so many restarts within [`A_WHILE`] stays so: going on from its snapshot kills it.
-const MOST_RESTARTS: usize = 5;
-const A_WHILE: Duration = Duration::from_secs(60);
-
-/// What the owner of a VM leaves with the broker.
+/// What the owner of a VM leaves with the broker, as JSON that other builds read as well.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-pub(crate) struct Will {
+pub(crate) struct StoredRecord {
     /// The last whole one.
     pub(crate) snapshot: Option<Saved>,
-    /// What its VMM seals by.
+    /// The key by which its VMM seals.
     #[serde(default)]
-    pub(crate) seal_key: Option<PathBuf>,
+    seal_key: Option<PathBuf>,
     /// Where the VM is to be found again.
-    pub(crate) control: Option<PathBuf>,
-    pub(crate) serial: String,
+    control: Option<PathBuf>,
+    serial: String,
     /// Every process that may run it, by its encoded identity.
-    pub(crate) holders: Vec<Vec<u8>>,
+    holders: Vec<Vec<u8>>,
     /// Where it may run as well, or instead, though nobody can tell from here.
-    pub(crate) elsewhere: Option<String>,
+    elsewhere: Option<String>,
     /// The guest has come to its end, by itself.
-    pub(crate) ended: bool,
+    ended: bool,
 }
 
-impl Will {
+impl StoredRecord {
+    pub(crate) fn new(record: &RestartRecord<Saved>, place: Option<&Place>, seal_key: Option<PathBuf>) -> Self {
+        let RestartRecord { saved, holders, elsewhere, ended } = record.clone();
+        let (control, serial) = place.map(|place| (place.control.clone(), place.serial.clone())).unzip();
+        Self { snapshot: saved, seal_key, control, serial: serial.unwrap_or_default(), holders, elsewhere, ended }
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         // a path that is no text is left out of what can be restarted
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    pub(crate) fn decode(note: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(note).map_err(|e| format!("what its owner left makes no sense: {e}"))
-    }
-
-    /// The snapshot to go on from, unless the VM must not be restarted, or cannot.
-    fn last_snapshot(&self) -> Result<&Saved, String> {
-        if self.ended {
-            return Err("its guest has ended by itself".into());
-        }
-        if let Some(to) = &self.elsewhere {
-            return Err(format!("it was on its way to {to}, and may run there"));
-        }
-        if self.holders.is_empty() {
-            return Err("it is not known which process ran it".into());
-        }
-        self.snapshot.as_ref().ok_or_else(|| "no snapshot of it was taken".into())
-    }
-
-    fn all_dead(&self) -> bool {
-        self.holders.iter().all(|holder| ProcessFence.is_dead(holder))
+    pub(crate) fn decode(metadata: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(metadata)
     }
 }
 
-/// Restarts the VMs of one broker.
-pub(crate) struct Restarter(Arc<Shared>);
+/// A snapshot, and what the minivmm that goes on from it is told.
+pub(crate) struct Restorable {
+    snapshot: Saved,
+    seal_key: Option<PathBuf>,
+    control: Option<PathBuf>,
+    serial: String,
+}
 
-struct Shared {
-    broker: BrokerClient,
+impl fmt::Display for Restorable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.snapshot.file.display().fmt(f)
+    }
+}
+
+impl From<StoredRecord> for RestartRecord<Restorable> {
+    fn from(stored: StoredRecord) -> Self {
+        let StoredRecord { snapshot, seal_key, control, serial, holders, elsewhere, ended } = stored;
+        let saved = snapshot.map(|snapshot| Restorable { snapshot, seal_key, control, serial });
+        Self { saved, holders, elsewhere, ended }
+    }
+}
+
+/// Restarts the VMs of one broker, and says so on stdout.
+pub(crate) struct Restarter {
+    broker: PathBuf,
     json: bool,
-    /// When which VM was restarted lately.
-    restarts: Mutex<BTreeMap<[u8; 16], Vec<Instant>>>,
 }
 
 impl Restarter {
     /// For the broker at this socket; says what it does as JSON, a line for each VM, or in words.
     pub(crate) fn new(broker: &Path, json: bool) -> Self {
-        Self(Arc::new(Shared { broker: BrokerClient::new(broker), json, restarts: Mutex::default() }))
+        Self { broker: broker.to_owned(), json }
     }
 }
 
-impl Bereft for Restarter {
-    fn lost(&self, ram: &KeptRam, note: &[u8]) {
-        let (vm, shared, ram, will) = (ram.id, self.0.clone(), ram.clone(), Will::decode(note));
-        let body = move || match will.and_then(|will| shared.restart(&ram, &will)) {
-            Ok(Some(mut child)) => drop(child.wait()),
-            Ok(None) => {}
-            Err(why) => shared.say_lost(vm, &why),
-        };
-        if let Err(error) = thread::Builder::new().name("restart".into()).spawn(body) {
-            self.0.say_lost(vm, &format!("no thread: {error}"));
-        }
-    }
-}
+impl RestartVmm for Restarter {
+    type Saved = Restorable;
 
-impl Shared {
-    /// The VM's new process, or none if the VM is somebody's already.
-    fn restart(&self, ram: &KeptRam, will: &Will) -> Result<Option<Child>, String> {
-        let snapshot = will.last_snapshot()?;
-        // the successor that was about to get the VM may have it, and deposit it, and die; or be about to end
-        loop {
-            // first this look: who is dead by then deposits nothing any more
-            let all_dead = will.all_dead();
-            if self.owner(ram.id)? != Owner::Dead(ram.pid) {
-                return Ok(None);
-            }
-            if all_dead {
-                break;
-            }
-            thread::sleep(LOOK);
-        }
-        self.count(ram.id)?;
-        let mut child = self.start(ram.id, snapshot, will).map_err(|e| format!("starting another minivmm: {e}"))?;
-        loop {
-            if let Some(status) = child.try_wait().map_err(|e| e.to_string())? {
-                return Err(format!("restoring {} has failed ({status})", snapshot.file.display()));
-            }
-            if self.owner(ram.id)? == Owner::Lives(child.id()) {
-                break;
-            }
-            thread::sleep(LOOK);
-        }
-        if self.json {
-            let (vm, pid) = (ram.id.to_string(), child.id());
-            log::announce(format!(
-                "{}\n",
-                json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": snapshot.file})
-            ));
-        } else {
-            let (file, pid) = (snapshot.file.display().to_string(), child.id());
-            log::announce(format!("restarted {} from {}: process {pid}\n", ram.id, Escaped(&file)));
-        }
-        Ok(Some(child))
+    fn decode(&self, metadata: &[u8]) -> Result<RestartRecord<Restorable>, VmError> {
+        StoredRecord::decode(metadata).map(Into::into).map_err(|e| VmError::new(e.to_string()))
     }
 
-    fn owner(&self, vm: VmId) -> Result<Owner, String> {
-        let kept = self.broker.list().map_err(|e| e.to_string())?.into_iter().find(|kept| kept.id == vm);
-        Ok(match kept {
-            Some(kept) if kept.owned => Owner::Lives(kept.pid),
-            Some(kept) => Owner::Dead(kept.pid),
-            None => Owner::None,
-        })
-    }
-
-    /// Notes that a VM is restarted now, unless that has happened too often.
-    fn count(&self, VmId(vm): VmId) -> Result<(), String> {
-        let mut restarts = self.restarts.lock().unwrap_or_else(PoisonError::into_inner);
-        restarts.retain(|_, times| {
-            times.retain(|at| at.elapsed() < A_WHILE);
-            !times.is_empty()
-        });
-        let times = restarts.entry(vm).or_default();
-        if times.len() >= MOST_RESTARTS {
-            return Err(format!("it was restarted {MOST_RESTARTS} times within {A_WHILE:?}"));
-        }
-        times.push(Instant::now());
-        Ok(())
-    }
-
-    fn start(&self, vm: VmId, snapshot: &Saved, will: &Will) -> std::io::Result<Child> {
+    fn start(&self, vm: VmId, saved: &Restorable) -> io::Result<Child> {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new("/proc/self/exe");
         // what is typed at the broker's terminal is not for it, and neither is its serial port
         command.process_group(0);
-        let serial = if will.serial == "stdio" { "null" } else { &will.serial };
-        command.arg("run").arg("--restore").arg(&snapshot.file).arg("--serial").arg(serial);
-        command.arg("--broker").arg(format!("unix:{}", self.broker.path().display()));
+        let serial = if saved.serial == "stdio" { "null" } else { &saved.serial };
+        command.arg("run").arg("--restore").arg(&saved.snapshot.file).arg("--serial").arg(serial);
+        command.arg("--broker").arg(format!("unix:{}", self.broker.display()));
         // whoever keeps the file may put another VM's in its place
-        let restart = Restart { vm: vm.0, key: snapshot.key.clone() };
+        let restart = Restart { vm: vm.0, key: saved.snapshot.key.clone() };
         command.arg("--restart").arg(serde_json::to_string(&restart)?);
-        if let Some(key) = &will.seal_key {
+        if let Some(key) = &saved.seal_key {
             command.arg("--seal-key-file").arg(key);
         }
-        if let Some(control) = &will.control {
+        if let Some(control) = &saved.control {
             command.arg("--control").arg(control);
         }
         command.spawn()
     }
 
-    fn say_lost(&self, vm: VmId, why: &str) {
+    fn restarted(&self, vm: VmId, saved: &Restorable, pid: u32) {
+        if self.json {
+            let vm = vm.to_string();
+            let line = json!({"event": "restarted", "vm": vm, "pid": pid, "snapshot": saved.snapshot.file});
+            log::announce(format!("{line}\n"));
+        } else {
+            log::announce(format!("restarted {vm} from {}: process {pid}\n", Escaped(&saved.to_string())));
+        }
+    }
+
+    fn lost(&self, vm: VmId, why: &NotRestarted) {
+        let why = why.to_string();
         if self.json {
             log::announce(format!("{}\n", json!({"event": "lost", "vm": vm.to_string(), "reason": why})));
         } else {
-            log::announce(format!("lost {vm}: {}\n", Escaped(why)));
+            log::announce(format!("lost {vm}: {}\n", Escaped(&why)));
         }
     }
-}
-
-/// Whose a VM is, as the broker knows it; with the process that deposited it.
-#[derive(PartialEq)]
-enum Owner {
-    Lives(u32),
-    Dead(u32),
-    None,
 }
 
 #[cfg(test)]
@@ -210,32 +141,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_must_not_be_restarted_is_not() {
-        let snapshot = Saved { file: "/s".into(), key: Some("/k".into()) };
-        let whole =
-            Will { snapshot: Some(snapshot.clone()), holders: vec![vec![1]], serial: "null".into(), ..Will::default() };
-        assert_eq!(Will::decode(&whole.encode()), Ok(whole.clone()));
-        assert_eq!(whole.last_snapshot(), Ok(&snapshot));
-        // nobody can tell whether a process of this identity lives
-        assert!(!whole.all_dead());
-        for (will, words) in [
-            (Will { ended: true, ..whole.clone() }, "by itself"),
-            (Will { elsewhere: Some("tcp:h:1".into()), ..whole.clone() }, "may run there"),
-            (Will { holders: vec![], ..whole.clone() }, "not known"),
-            (Will { snapshot: None, ..whole }, "no snapshot"),
-        ] {
-            assert!(will.last_snapshot().unwrap_err().contains(words), "{will:?}");
-        }
-        assert!(Will::decode(b"").is_err());
-    }
-
-    #[test]
-    fn a_vm_that_is_lost_again_and_again_stays_so() {
-        let shared = Restarter::new(Path::new("/nowhere"), false).0;
-        for _ in 0..MOST_RESTARTS {
-            shared.count(VmId([1; 16])).unwrap();
-        }
-        assert!(shared.count(VmId([1; 16])).unwrap_err().contains("5 times"));
-        shared.count(VmId([2; 16])).unwrap();
+    fn a_record_is_what_its_owner_left() {
+        let saved = Some(Saved { file: "/s".into(), key: Some("/k".into()) });
+        let record = RestartRecord { saved, holders: vec![vec![1]], elsewhere: None, ended: false };
+        let place = Place { control: "/c".into(), serial: "null".into(), broker: None };
+        let stored = StoredRecord::new(&record, Some(&place), Some("/k".into()));
+        let read = StoredRecord::decode(&stored.encode()).unwrap();
+        assert_eq!(read, stored);
+        let read = RestartRecord::from(read);
+        let saved = read.restartable().unwrap();
+        assert_eq!((saved.to_string().as_str(), saved.serial.as_str()), ("/s", "null"));
+        assert_eq!((saved.control.as_deref(), &read.holders), (Some(Path::new("/c")), &record.holders));
+        assert!(StoredRecord::decode(b"").is_err());
     }
 }

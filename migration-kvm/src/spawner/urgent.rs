@@ -168,7 +168,7 @@ mod tests {
     use migration_core::spawner::{Joiner, Spawner};
 
     use super::*;
-    use crate::spawner::KvmSpawner;
+    use crate::spawner::LinuxSpawner;
 
     fn wait_for(what: &str, mut wished: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -180,7 +180,7 @@ mod tests {
 
     /// Two threads of a hand-over that do nothing, as threads do that cannot.
     struct Idle {
-        spawner: KvmSpawner,
+        spawner: LinuxSpawner,
         ids: Vec<libc::pid_t>,
         ends: Vec<mpsc::Sender<()>>,
         threads: Vec<Box<dyn Joiner>>,
@@ -189,7 +189,7 @@ mod tests {
     impl Idle {
         fn new(longest: Duration) -> Self {
             let urgent = Arc::new(Urgent { longest, ..Urgent::default() });
-            let spawner = KvmSpawner { urgent, ..KvmSpawner::new() };
+            let spawner = LinuxSpawner { urgent, ..LinuxSpawner::new() };
             let (tx, ids) = mpsc::channel();
             let (mut ends, mut threads) = (Vec::new(), Vec::new());
             for _ in 0..2 {
@@ -213,7 +213,7 @@ mod tests {
             self.ids.iter().map(share).collect()
         }
 
-        fn end(self) -> KvmSpawner {
+        fn end(self) -> LinuxSpawner {
             drop(self.ends);
             self.threads.into_iter().for_each(|thread| thread.join());
             wait_for("the watch ends", || self.spawner.urgent.lock().watch == Watch::None);
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn without_permission_to_end_it_nobody_begins() {
-        let refused = KvmSpawner::with_setup(|_, _| match thread::current().name() {
+        let refused = LinuxSpawner::with_setup(|_, _| match thread::current().name() {
             Some("mig-urgent") => Err(std::io::ErrorKind::PermissionDenied.into()),
             _ => Ok(()),
         });

@@ -12,8 +12,8 @@ use rustix::{net::sockopt::socket_peercred, process::geteuid};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
-    BrokerError, KeptRam, WithdrawnRam, check_files,
-    message::{MAX_LABEL, MAX_NOTE, Message},
+    BrokerError, RetainedRam, RetrievedRam, check_files,
+    message::{MAX_LABEL, MAX_METADATA, Message},
 };
 use crate::MAX_FILES;
 
@@ -37,21 +37,22 @@ impl BrokerClient {
         &self.path
     }
 
-    /// Has the broker keep the RAM of a VM until the [`Deposit`] says that it is not needed any more. If that is dropped, or this
-    /// process dies, the RAM stays. An earlier deposit of the same VM, such as that of the VMM from which it came, is replaced.
+    /// Has the broker retain the RAM of a VM until the [`RamLease`] is released. If the lease is
+    /// dropped, or this process dies, the RAM stays. An earlier lease of the same VM, such as that
+    /// of the VMM from which it came, is replaced.
     ///
     /// `files` are the memory files of the layout's regions, in their order; `label` is for people, at most 256 bytes.
     ///
     /// # Errors
     /// [`BrokerError::Files`] unless there is one for each of at most [`MAX_FILES`] regions; [`BrokerError::Refused`] when
     /// they are not sealed, of another length, or the broker keeps as many VMs as it may.
-    pub fn deposit(
+    pub fn lease(
         &self,
         id: VmId,
         layout: &RamLayout,
         label: &str,
         files: &[BorrowedFd<'_>],
-    ) -> Result<Deposit, BrokerError> {
+    ) -> Result<RamLease, BrokerError> {
         let regions = layout.regions().len();
         if files.len() != regions || regions > MAX_FILES || label.len() > MAX_LABEL {
             let why = format!(
@@ -61,9 +62,9 @@ impl BrokerClient {
             return Err(BrokerError::Files(why));
         }
         let socket = self.connect()?;
-        let message = Message::Deposit { id, layout: layout.clone(), label: label.to_owned() };
+        let message = Message::Lease { id, layout: layout.clone(), label: label.to_owned() };
         match self.ask(&socket, &message, files)? {
-            (Message::Deposited(last_note), _) => Ok(Deposit { client: self.clone(), socket, last_note }),
+            (Message::Leased(previous_metadata), _) => Ok(RamLease { client: self.clone(), socket, previous_metadata }),
             other => Err(unexpected(&other.0)),
         }
     }
@@ -72,7 +73,7 @@ impl BrokerClient {
     ///
     /// # Errors
     /// When the broker cannot be reached, or refuses.
-    pub fn list(&self) -> Result<Vec<KeptRam>, BrokerError> {
+    pub fn list(&self) -> Result<Vec<RetainedRam>, BrokerError> {
         match self.ask(&self.connect()?, &Message::List, &[])? {
             (Message::Listed(list), _) => Ok(list),
             other => Err(unexpected(&other.0)),
@@ -84,11 +85,11 @@ impl BrokerClient {
     /// # Errors
     /// [`BrokerError::Refused`] when the broker has none of this VM; [`BrokerError::Files`] when what came is not what its
     /// layout says.
-    pub fn withdraw(&self, id: VmId) -> Result<WithdrawnRam, BrokerError> {
-        match self.ask(&self.connect()?, &Message::Withdraw(id), &[])? {
-            (Message::Withdrawn { layout, label }, files) => {
+    pub fn retrieve(&self, id: VmId) -> Result<RetrievedRam, BrokerError> {
+        match self.ask(&self.connect()?, &Message::Retrieve(id), &[])? {
+            (Message::Retrieved { layout, label }, files) => {
                 check_files(&layout, &files).map_err(BrokerError::Files)?;
-                Ok(WithdrawnRam { layout, label, files })
+                Ok(RetrievedRam { layout, label, files })
             }
             other => Err(unexpected(&other.0)),
         }
@@ -113,7 +114,7 @@ impl BrokerClient {
         let socket = open().map_err(self.link())?;
         let uid = socket_peercred(&socket).map_err(io::Error::from).map_err(self.link())?.uid;
         if uid != geteuid() && !uid.is_root() {
-            return Err(BrokerError::Stranger { path: self.path.clone(), uid: uid.as_raw() });
+            return Err(BrokerError::OtherUser { path: self.path.clone(), uid: uid.as_raw() });
         }
         Ok(socket)
     }
@@ -140,39 +141,40 @@ impl BrokerClient {
 
 /// RAM that a broker keeps for this process. Dropping it leaves it there, as the death of this process does.
 #[derive(Debug)]
-pub struct Deposit {
+pub struct RamLease {
     client: BrokerClient,
     socket: Socket,
-    last_note: Vec<u8>,
+    previous_metadata: Vec<u8>,
 }
 
-impl Deposit {
-    /// What the VM's owner before this one, if it deposited there, had [noted](Self::note) last: empty if nothing. The broker
-    /// keeps it as the note of this deposit until there is another.
-    pub fn last_note(&self) -> &[u8] {
-        &self.last_note
+impl RamLease {
+    /// Returns the last [metadata](Self::set_metadata) of the VM's owner before this one; empty if
+    /// there was none. The broker keeps it as the metadata of this lease until there is another.
+    pub fn previous_metadata(&self) -> &[u8] {
+        &self.previous_metadata
     }
 
-    /// Leaves a note with the broker, in place of the one before, for the time after this process: whoever is
-    /// [told](super::Bereft) of its death gets it, and so does the next owner. At most 16 KiB, of any form.
+    /// Sets the metadata of the VM, for the time after this process: whoever is
+    /// [notified](super::OwnerGone) of its death gets it, and so does the next owner. It has any
+    /// form, and at most 16 KiB.
     ///
     /// # Errors
     /// [`BrokerError::Refused`] when it is too long, or another process owns the VM by now; [`BrokerError::Link`] when the broker
-    /// has gone, or closed the connection: then the note before may still count.
-    pub fn note(&self, note: &[u8]) -> Result<(), BrokerError> {
-        if note.len() > MAX_NOTE {
-            return Err(BrokerError::Refused(format!("a note of {} bytes is too long", note.len())));
+    /// has gone, or closed the connection: then the metadata before may still count.
+    pub fn set_metadata(&self, metadata: &[u8]) -> Result<(), BrokerError> {
+        if metadata.len() > MAX_METADATA {
+            return Err(BrokerError::Refused(format!("metadata of {} bytes is too long", metadata.len())));
         }
-        done(self.client.ask(&self.socket, &Message::Note(note.to_vec()), &[])?.0)
+        done(self.client.ask(&self.socket, &Message::Metadata(metadata.to_vec()), &[])?.0)
     }
 
-    /// The VM has ended well, or moved away: the broker does not keep its RAM any more. (If another process has deposited the
-    /// same VM since, that one stays.)
+    /// Releases the RAM: the VM has ended well, or moved away. (If another process has a lease of
+    /// the same VM since, the RAM stays.)
     ///
     /// # Errors
     /// When the broker is gone, and the RAM with it.
-    pub fn forget(self) -> Result<(), BrokerError> {
-        done(self.client.ask(&self.socket, &Message::Return, &[])?.0)
+    pub fn release(self) -> Result<(), BrokerError> {
+        done(self.client.ask(&self.socket, &Message::Release, &[])?.0)
     }
 }
 

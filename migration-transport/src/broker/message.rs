@@ -11,7 +11,7 @@ use migration_core::{
     vm::VmId,
 };
 
-use super::KeptRam;
+use super::RetainedRam;
 use crate::{MAX_FILES, receive_files, send_files};
 
 /// Longest body: the list of as many VMs as a broker keeps at the most.
@@ -20,33 +20,33 @@ const MAX_BODY: usize = 512 << 10;
 pub(super) const MAX_LIST: usize = 1024;
 /// Longest label.
 pub(super) const MAX_LABEL: usize = 256;
-/// Longest note: some paths, and what names a few processes.
-pub(super) const MAX_NOTE: usize = 16 << 10;
+/// Longest metadata: some paths, and what names a few processes.
+pub(super) const MAX_METADATA: usize = 16 << 10;
 /// Longest reason of a refusal.
 const MAX_REASON: usize = 512;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Message {
     /// Keep this; a file comes with it for each region. The connection stays open as long as the sender owns it.
-    Deposit {
+    Lease {
         id: VmId,
         layout: RamLayout,
         label: String,
     },
-    /// It is kept; what the VM's owner before had noted.
-    Deposited(Vec<u8>),
-    /// From now on this is the owner's note.
-    Note(Vec<u8>),
+    /// It is kept; the metadata of the VM's owner before.
+    Leased(Vec<u8>),
+    /// The metadata of the lease.
+    Metadata(Vec<u8>),
     /// The owner does not need it to be kept any more.
-    Return,
+    Release,
     List,
-    Withdraw(VmId),
+    Retrieve(VmId),
     /// Of an owner that is gone.
     Forget(VmId),
     Done,
-    Listed(Vec<KeptRam>),
+    Listed(Vec<RetainedRam>),
     /// A file comes with it for each region.
-    Withdrawn {
+    Retrieved {
         layout: RamLayout,
         label: String,
     },
@@ -64,17 +64,17 @@ impl Message {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
         match self {
-            Self::Deposit { id, layout, label } => {
+            Self::Lease { id, layout, label } => {
                 w.u8(1).bytes(&id.0).text(label);
                 layout.encode(&mut w);
             }
-            Self::Return => {
+            Self::Release => {
                 w.u8(2);
             }
             Self::List => {
                 w.u8(3);
             }
-            Self::Withdraw(id) => {
+            Self::Retrieve(id) => {
                 w.u8(4).bytes(&id.0);
             }
             Self::Forget(id) => {
@@ -89,18 +89,18 @@ impl Message {
                     w.bytes(&kept.id.0).u64(kept.bytes).text(&kept.label).u32(kept.pid).bool(kept.owned);
                 }
             }
-            Self::Withdrawn { layout, label } => {
+            Self::Retrieved { layout, label } => {
                 w.u8(8).text(label);
                 layout.encode(&mut w);
             }
             Self::Refused(why) => {
                 w.u8(9).text(why);
             }
-            Self::Deposited(note) => {
-                w.u8(10).blob(note);
+            Self::Leased(metadata) => {
+                w.u8(10).blob(metadata);
             }
-            Self::Note(note) => {
-                w.u8(11).blob(note);
+            Self::Metadata(metadata) => {
+                w.u8(11).blob(metadata);
             }
         }
         w.into_bytes()
@@ -112,17 +112,17 @@ impl Message {
         let message = match r.u8("kind")? {
             1 => {
                 let (id, label) = (id(&mut r)?, r.text(MAX_LABEL, "label")?);
-                Self::Deposit { id, label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
+                Self::Lease { id, label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
             }
-            2 => Self::Return,
+            2 => Self::Release,
             3 => Self::List,
-            4 => Self::Withdraw(id(&mut r)?),
+            4 => Self::Retrieve(id(&mut r)?),
             5 => Self::Forget(id(&mut r)?),
             6 => Self::Done,
             7 => {
                 let mut list = Vec::new();
                 for _ in 0..r.count(MAX_LIST, "number of VMs")? {
-                    list.push(KeptRam {
+                    list.push(RetainedRam {
                         id: id(&mut r)?,
                         bytes: r.u64("bytes")?,
                         label: r.text(MAX_LABEL, "label")?,
@@ -134,11 +134,11 @@ impl Message {
             }
             8 => {
                 let label = r.text(MAX_LABEL, "label")?;
-                Self::Withdrawn { label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
+                Self::Retrieved { label, layout: RamLayout::decode(&mut r, MAX_FILES)? }
             }
             9 => Self::Refused(r.text(MAX_REASON, "reason")?),
-            10 => Self::Deposited(r.blob(MAX_NOTE, "note")?.to_vec()),
-            11 => Self::Note(r.blob(MAX_NOTE, "note")?.to_vec()),
+            10 => Self::Leased(r.blob(MAX_METADATA, "metadata")?.to_vec()),
+            11 => Self::Metadata(r.blob(MAX_METADATA, "metadata")?.to_vec()),
             kind => return Err(DecodeError::invalid("kind", format!("{kind} is no message"))),
         };
         r.finish()?;

@@ -20,7 +20,7 @@ use rustix::{net::sockopt::socket_peercred, process::geteuid};
 use socket2::Socket;
 
 use super::{
-    KeptRam, check_files,
+    RetainedRam, check_files,
     message::{MAX_LIST, Message},
 };
 use crate::UnixListener;
@@ -39,22 +39,22 @@ pub struct BrokerOptions {
     pub timeout: Duration,
     /// Starts a thread for each client.
     pub spawner: Arc<dyn Spawner>,
-    /// Is told of VMs whose owner has gone.
-    pub bereft: Option<Arc<dyn Bereft>>,
+    /// Is notified of VMs whose owner has gone.
+    pub owner_gone: Option<Arc<dyn OwnerGone>>,
 }
 
-/// Is told when the owner of RAM has gone without taking it along: it has died, or its connection has broken.
+/// Is notified when the owner of RAM has gone without taking it along: it has died, or its connection has broken.
 ///
 /// Whoever restarts the VM then makes certain first that no process runs it any more; a closed connection is no proof of that.
-pub trait Bereft: Send + Sync {
-    /// `note` is what the owner has [left](super::Deposit::note). Called on the thread that served the owner, which ends with it.
-    fn lost(&self, ram: &KeptRam, note: &[u8]);
+pub trait OwnerGone: Send + Sync {
+    /// `metadata` is what the owner has [set](super::RamLease::set_metadata). Called on the thread that served the owner, which ends with it.
+    fn owner_gone(&self, ram: &RetainedRam, metadata: &[u8]);
 }
 
 impl Default for BrokerOptions {
     fn default() -> Self {
         let spawner = Arc::new(StdSpawner);
-        Self { max_vms: 64, max_clients: 256, timeout: Duration::from_secs(5), spawner, bereft: None }
+        Self { max_vms: 64, max_clients: 256, timeout: Duration::from_secs(5), spawner, owner_gone: None }
     }
 }
 
@@ -70,24 +70,24 @@ pub struct RamBroker {
 #[derive(Default)]
 struct Kept {
     vms: BTreeMap<[u8; 16], Entry>,
-    /// Of the next deposit; none is used twice.
+    /// Of the next lease; none is used twice.
     next: u64,
 }
 
 struct Entry {
-    /// Which deposit it is.
+    /// Which lease it is.
     number: u64,
     layout: RamLayout,
     label: String,
     files: Vec<Arc<OwnedFd>>,
     pid: u32,
     owned: bool,
-    note: Vec<u8>,
+    metadata: Vec<u8>,
 }
 
 impl Entry {
-    fn describe(&self, id: [u8; 16]) -> KeptRam {
-        KeptRam {
+    fn describe(&self, id: [u8; 16]) -> RetainedRam {
+        RetainedRam {
             id: VmId(id),
             bytes: self.layout.bytes(),
             label: self.label.clone(),
@@ -112,7 +112,7 @@ impl RamBroker {
     }
 
     /// What it keeps.
-    pub fn list(&self) -> Vec<KeptRam> {
+    pub fn list(&self) -> Vec<RetainedRam> {
         self.lock().vms.iter().map(|(&id, entry)| entry.describe(id)).collect()
     }
 
@@ -175,34 +175,34 @@ impl RamBroker {
 
     /// Serves one client to its end, be it a bad one.
     fn client(&self, socket: &Socket, pid: u32) {
-        let mut deposit = None;
+        let mut lease = None;
         // an error ends the connection, as its end does
         while let Ok(Some((message, files))) = Message::receive(socket.as_fd()) {
-            let (answer, files) = self.answer(message, files, pid, &mut deposit);
+            let (answer, files) = self.answer(message, files, pid, &mut lease);
             let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
             if answer.send(socket.as_fd(), &files).is_err() {
                 break;
             }
             // an owner says nothing for as long as it lives
-            let timeout = if deposit.is_some() { None } else { Some(self.options.timeout) };
+            let timeout = if lease.is_some() { None } else { Some(self.options.timeout) };
             if socket.set_read_timeout(timeout).is_err() {
                 break;
             }
         }
         // so that nothing half-read keeps it open
         let _ = socket.shutdown(std::net::Shutdown::Both);
-        let lost = deposit.and_then(|(id, number)| self.lose(id, number));
-        if let (Some((ram, note)), Some(bereft)) = (lost, &self.options.bereft) {
-            bereft.lost(&ram, &note);
+        let lost = lease.and_then(|(id, number)| self.lose(id, number));
+        if let (Some((ram, metadata)), Some(owner_gone)) = (lost, &self.options.owner_gone) {
+            owner_gone.owner_gone(&ram, &metadata);
         }
     }
 
-    /// The owner of this deposit has gone; what it leaves, unless another owner has the VM.
-    fn lose(&self, id: [u8; 16], number: u64) -> Option<(KeptRam, Vec<u8>)> {
+    /// The owner of this lease has gone; what it leaves, unless another owner has the VM.
+    fn lose(&self, id: [u8; 16], number: u64) -> Option<(RetainedRam, Vec<u8>)> {
         let mut kept = self.lock();
         let entry = kept.vms.get_mut(&id).filter(|entry| entry.number == number)?;
         entry.owned = false;
-        Some((entry.describe(id), entry.note.clone()))
+        Some((entry.describe(id), entry.metadata.clone()))
     }
 
     fn answer(
@@ -210,29 +210,29 @@ impl RamBroker {
         message: Message,
         files: Vec<OwnedFd>,
         pid: u32,
-        deposit: &mut Option<([u8; 16], u64)>,
+        lease: &mut Option<([u8; 16], u64)>,
     ) -> (Message, Vec<Arc<OwnedFd>>) {
         let answer = match message {
-            Message::Deposit { .. } if deposit.is_some() => Message::refused("one connection deposits one VM"),
-            Message::Deposit { id, layout, label } => match check_files(&layout, &files) {
-                Ok(()) => self.keep(id, (layout, label), files, pid, deposit),
+            Message::Lease { .. } if lease.is_some() => Message::refused("a connection has one lease"),
+            Message::Lease { id, layout, label } => match check_files(&layout, &files) {
+                Ok(()) => self.keep(id, (layout, label), files, pid, lease),
                 Err(why) => Message::refused(why),
             },
-            _ if !files.is_empty() => Message::refused("files come with deposits only"),
-            Message::Note(note) => match *deposit {
+            _ if !files.is_empty() => Message::refused("files come with a lease only"),
+            Message::Metadata(metadata) => match *lease {
                 Some((id, number)) => {
                     let mut kept = self.lock();
                     match kept.vms.get_mut(&id).filter(|entry| entry.number == number) {
                         Some(entry) => {
-                            entry.note = note;
+                            entry.metadata = metadata;
                             Message::Done
                         }
-                        None => Message::refused("another process has deposited this VM since"),
+                        None => Message::refused("another process has a lease of this VM since"),
                     }
                 }
-                None => Message::refused(NONE_DEPOSITED),
+                None => Message::refused(NO_LEASE),
             },
-            Message::Return => match deposit.take() {
+            Message::Release => match lease.take() {
                 Some((id, number)) => {
                     let mut kept = self.lock();
                     if kept.vms.get(&id).is_some_and(|entry| entry.number == number) {
@@ -240,12 +240,12 @@ impl RamBroker {
                     }
                     Message::Done
                 }
-                None => Message::refused(NONE_DEPOSITED),
+                None => Message::refused(NO_LEASE),
             },
             Message::List => Message::Listed(self.list()),
-            Message::Withdraw(id) => match self.lock().vms.get(&id.0) {
+            Message::Retrieve(id) => match self.lock().vms.get(&id.0) {
                 Some(entry) => {
-                    let answer = Message::Withdrawn { layout: entry.layout.clone(), label: entry.label.clone() };
+                    let answer = Message::Retrieved { layout: entry.layout.clone(), label: entry.label.clone() };
                     return (answer, entry.files.clone());
                 }
                 None => Message::refused(NONE_KEPT),
@@ -274,7 +274,7 @@ impl RamBroker {
         (layout, label): (RamLayout, String),
         files: Vec<OwnedFd>,
         pid: u32,
-        deposit: &mut Option<([u8; 16], u64)>,
+        lease: &mut Option<([u8; 16], u64)>,
     ) -> Message {
         let mut kept = self.lock();
         if kept.vms.len() >= self.options.max_vms && !kept.vms.contains_key(&id) {
@@ -284,10 +284,10 @@ impl RamBroker {
         let number = kept.next;
         kept.next += 1;
         let files = files.into_iter().map(Arc::new).collect();
-        let note = kept.vms.get(&id).map(|entry| entry.note.clone()).unwrap_or_default();
-        kept.vms.insert(id, Entry { number, layout, label, files, pid, owned: true, note: note.clone() });
-        *deposit = Some((id, number));
-        Message::Deposited(note)
+        let metadata = kept.vms.get(&id).map(|entry| entry.metadata.clone()).unwrap_or_default();
+        kept.vms.insert(id, Entry { number, layout, label, files, pid, owned: true, metadata: metadata.clone() });
+        *lease = Some((id, number));
+        Message::Leased(metadata)
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -297,7 +297,7 @@ impl RamBroker {
 }
 
 const NONE_KEPT: &str = "it keeps no RAM of this VM";
-const NONE_DEPOSITED: &str = "nothing was deposited over this connection";
+const NO_LEASE: &str = "this connection has no lease";
 
 impl fmt::Debug for RamBroker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

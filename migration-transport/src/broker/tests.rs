@@ -44,7 +44,7 @@ impl Lab {
     }
 
     /// Looks until the broker keeps what is wished.
-    fn wait(&self, wished: impl Fn(&[KeptRam]) -> bool) {
+    fn wait(&self, wished: impl Fn(&[RetainedRam]) -> bool) {
         while !wished(&self.broker.list()) {
             thread::yield_now();
         }
@@ -77,19 +77,19 @@ fn borrowed(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     files.iter().map(AsFd::as_fd).collect()
 }
 
-fn deposit(client: &BrokerClient, id: u8, text: &[u8]) -> Deposit {
-    try_deposit(client, id, text).unwrap()
+fn lease(client: &BrokerClient, id: u8, text: &[u8]) -> RamLease {
+    try_lease(client, id, text).unwrap()
 }
 
-fn try_deposit(client: &BrokerClient, id: u8, text: &[u8]) -> Result<Deposit, BrokerError> {
+fn try_lease(client: &BrokerClient, id: u8, text: &[u8]) -> Result<RamLease, BrokerError> {
     let files = files();
-    let deposit = client.deposit(VmId([id; 16]), &layout(), "memfd", &borrowed(&files))?;
-    // after it was deposited: it is the same memory
+    let lease = client.lease(VmId([id; 16]), &layout(), "memfd", &borrowed(&files))?;
+    // after it was leased: it is the same memory
     File::from(files.into_iter().next().unwrap()).write_all(text).unwrap();
-    Ok(deposit)
+    Ok(lease)
 }
 
-fn text(ram: WithdrawnRam) -> Vec<u8> {
+fn text(ram: RetrievedRam) -> Vec<u8> {
     let mut text = vec![0; 3];
     File::from(ram.files.into_iter().next().unwrap()).read_exact_at(&mut text, 0).unwrap();
     text
@@ -99,9 +99,9 @@ fn text(ram: WithdrawnRam) -> Vec<u8> {
 fn ram_outlives_its_owner_and_no_more_than_that() {
     let lab = Lab::new(BrokerOptions::default());
     assert_eq!(lab.client.list().unwrap(), []);
-    let one = deposit(&lab.client, 1, b"one");
-    let two = deposit(&lab.client, 2, b"two");
-    let kept = |id, owned| KeptRam {
+    let one = lease(&lab.client, 1, b"one");
+    let two = lease(&lab.client, 2, b"two");
+    let kept = |id, owned| RetainedRam {
         id: VmId([id; 16]),
         bytes: 0x4000,
         label: "memfd".into(),
@@ -113,33 +113,33 @@ fn ram_outlives_its_owner_and_no_more_than_that() {
     assert!(error.to_string().contains("lives"), "{error}");
     // the owner of one dies, that of the other ends
     drop(one);
-    two.forget().unwrap();
+    two.release().unwrap();
     lab.wait(|list| list == [kept(1, false)]);
-    let ram = lab.client.withdraw(VmId([1; 16])).unwrap();
+    let ram = lab.client.retrieve(VmId([1; 16])).unwrap();
     assert_eq!((&ram.layout, ram.label.as_str()), (&layout(), "memfd"));
     assert_eq!(text(ram), b"one");
-    assert_eq!(text(lab.client.withdraw(VmId([1; 16])).unwrap()), b"one");
+    assert_eq!(text(lab.client.retrieve(VmId([1; 16])).unwrap()), b"one");
     lab.client.forget(VmId([1; 16])).unwrap();
-    assert!(matches!(lab.client.withdraw(VmId([1; 16])), Err(BrokerError::Refused(_))));
+    assert!(matches!(lab.client.retrieve(VmId([1; 16])), Err(BrokerError::Refused(_))));
     assert!(matches!(lab.client.forget(VmId([1; 16])), Err(BrokerError::Refused(_))));
     assert_eq!(lab.client.list().unwrap(), []);
 }
 
 /// A VM that moved to another VMM is that one's, whenever the first one ends and however.
 #[test]
-fn the_last_deposit_of_a_vm_counts() {
+fn the_last_lease_of_a_vm_counts() {
     let lab = Lab::new(BrokerOptions::default());
     for ends_well in [false, true] {
-        let source = deposit(&lab.client, 1, b"old");
-        let destination = deposit(&lab.client, 1, b"new");
+        let source = lease(&lab.client, 1, b"old");
+        let destination = lease(&lab.client, 1, b"new");
         if ends_well {
-            source.forget().unwrap();
+            source.release().unwrap();
         } else {
             drop(source);
         }
-        assert!(matches!(lab.client.list().unwrap()[..], [KeptRam { owned: true, .. }]));
-        assert_eq!(text(lab.client.withdraw(VmId([1; 16])).unwrap()), b"new");
-        destination.forget().unwrap();
+        assert!(matches!(lab.client.list().unwrap()[..], [RetainedRam { owned: true, .. }]));
+        assert_eq!(text(lab.client.retrieve(VmId([1; 16])).unwrap()), b"new");
+        destination.release().unwrap();
         assert_eq!(lab.client.list().unwrap(), []);
     }
 }
@@ -148,44 +148,44 @@ fn the_last_deposit_of_a_vm_counts() {
 #[derive(Default)]
 struct Told(Mutex<Vec<(VmId, Vec<u8>)>>);
 
-impl Bereft for Told {
-    fn lost(&self, ram: &KeptRam, note: &[u8]) {
+impl OwnerGone for Told {
+    fn owner_gone(&self, ram: &RetainedRam, metadata: &[u8]) {
         assert!(!ram.owned);
-        self.0.lock().unwrap().push((ram.id, note.to_vec()));
+        self.0.lock().unwrap().push((ram.id, metadata.to_vec()));
     }
 }
 
 #[test]
-fn the_note_of_a_vm_goes_from_owner_to_owner() {
+fn the_metadata_of_a_vm_goes_from_owner_to_owner() {
     let told = Arc::new(Told::default());
-    let lab = Lab::new(BrokerOptions { bereft: Some(told.clone()), ..BrokerOptions::default() });
-    let first = deposit(&lab.client, 1, b"one");
-    assert_eq!(first.last_note(), b"");
-    first.note(b"a").unwrap();
-    first.note(b"b").unwrap();
-    assert!(matches!(first.note(&[0; (16 << 10) + 1]), Err(BrokerError::Refused(_))));
-    let second = deposit(&lab.client, 1, b"one");
-    assert_eq!(second.last_note(), b"b");
+    let lab = Lab::new(BrokerOptions { owner_gone: Some(told.clone()), ..BrokerOptions::default() });
+    let first = lease(&lab.client, 1, b"one");
+    assert_eq!(first.previous_metadata(), b"");
+    first.set_metadata(b"a").unwrap();
+    first.set_metadata(b"b").unwrap();
+    assert!(matches!(first.set_metadata(&[0; (16 << 10) + 1]), Err(BrokerError::Refused(_))));
+    let second = lease(&lab.client, 1, b"one");
+    assert_eq!(second.previous_metadata(), b"b");
     // it has nothing to say any more, and nobody mourns it
-    assert!(matches!(first.note(b"c"), Err(BrokerError::Refused(_))));
+    assert!(matches!(first.set_metadata(b"c"), Err(BrokerError::Refused(_))));
     drop(first);
-    second.note(&[7; 16 << 10]).unwrap();
-    let third = deposit(&lab.client, 1, b"one");
-    assert_eq!(third.last_note(), [7; 16 << 10]);
-    third.note(b"d").unwrap();
+    second.set_metadata(&[7; 16 << 10]).unwrap();
+    let third = lease(&lab.client, 1, b"one");
+    assert_eq!(third.previous_metadata(), [7; 16 << 10]);
+    third.set_metadata(b"d").unwrap();
     drop((second, third));
-    lab.wait(|list| matches!(list, [KeptRam { owned: false, .. }]));
+    lab.wait(|list| matches!(list, [RetainedRam { owned: false, .. }]));
     let wait_told = |count| {
         while told.0.lock().unwrap().len() < count {
             thread::yield_now();
         }
     };
     wait_told(1);
-    // one that ends in order takes its note along
-    let last = deposit(&lab.client, 2, b"two");
-    last.note(b"e").unwrap();
-    last.forget().unwrap();
-    assert_eq!(deposit(&lab.client, 2, b"two").last_note(), b"");
+    // one that ends in order takes its metadata along
+    let last = lease(&lab.client, 2, b"two");
+    last.set_metadata(b"e").unwrap();
+    last.release().unwrap();
+    assert_eq!(lease(&lab.client, 2, b"two").previous_metadata(), b"");
     wait_told(2);
     assert_eq!(*told.0.lock().unwrap(), [(VmId([1; 16]), b"d".to_vec()), (VmId([2; 16]), Vec::new())]);
 }
@@ -195,7 +195,7 @@ fn wrong_files_are_refused() {
     let lab = Lab::new(BrokerOptions::default());
     let both = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
     let refused = |files: &[OwnedFd], why: &str| {
-        let error = lab.client.deposit(VmId([1; 16]), &layout(), "", &borrowed(files)).unwrap_err();
+        let error = lab.client.lease(VmId([1; 16]), &layout(), "", &borrowed(files)).unwrap_err();
         assert!(error.to_string().contains(why), "{why}: {error}");
     };
     refused(&[file(0x1000, both), file(0x3000, both)], "has 4096 bytes");
@@ -210,8 +210,8 @@ fn wrong_files_are_refused() {
 #[test]
 fn limits() {
     let lab = Lab::new(BrokerOptions { max_vms: 2, max_clients: 3, ..BrokerOptions::default() });
-    let deposits = [deposit(&lab.client, 1, b""), deposit(&lab.client, 2, b"")];
-    let refused = || lab.client.deposit(VmId([3; 16]), &layout(), "", &borrowed(&files())).unwrap_err().to_string();
+    let leases = [lease(&lab.client, 1, b""), lease(&lab.client, 2, b"")];
+    let refused = || lab.client.lease(VmId([3; 16]), &layout(), "", &borrowed(&files())).unwrap_err().to_string();
     assert!(refused().contains("as many as it takes: forget some"));
     // a third client that just sits there
     let sits = UnixStream::connect(lab.client.path()).unwrap();
@@ -219,17 +219,17 @@ fn limits() {
     // it sits no longer
     drop(sits);
     while lab.client.list().is_err() {}
-    for deposit in deposits {
-        deposit.forget().unwrap();
+    for lease in leases {
+        lease.release().unwrap();
     }
     let third = loop {
-        match try_deposit(&lab.client, 3, b"") {
+        match try_lease(&lab.client, 3, b"") {
             Ok(third) => break third,
             // clients that have gone may still count as such
             Err(error) => assert!(!error.to_string().contains("forget some"), "{error}"),
         }
     };
-    third.forget().unwrap();
+    third.release().unwrap();
     let nobody = BrokerClient::new(lab._dir.path().join("nobody"));
     let unreachable = nobody.list().unwrap_err();
     assert!(matches!(unreachable, BrokerError::Link { .. }));
@@ -240,7 +240,7 @@ fn limits() {
 #[test]
 fn bad_clients() {
     let lab = Lab::new(BrokerOptions::default());
-    let _kept = deposit(&lab.client, 1, b"one");
+    let _kept = lease(&lab.client, 1, b"one");
     let is_closed = |lab: &Lab, bytes: &[u8]| {
         let mut bad = UnixStream::connect(lab.client.path()).unwrap();
         // it may be closed already
@@ -259,44 +259,44 @@ fn bad_clients() {
     };
     for message in [
         Message::Done,
-        Message::Return,
-        Message::Note(vec![1]),
-        Message::Deposited(vec![]),
+        Message::Release,
+        Message::Metadata(vec![1]),
+        Message::Leased(vec![]),
         Message::Listed(vec![]),
         Message::refused("x".repeat(600)),
     ] {
         assert!(matches!(ask(message.clone(), &[]), Message::Refused(_)), "{message:?}");
     }
     assert!(matches!(ask(Message::List, &files()), Message::Refused(_)));
-    assert!(matches!(lab.client.list().unwrap()[..], [KeptRam { owned: true, .. }]));
+    assert!(matches!(lab.client.list().unwrap()[..], [RetainedRam { owned: true, .. }]));
 
     let impatient = Lab::new(BrokerOptions { timeout: Duration::from_millis(20), ..BrokerOptions::default() });
     // this test may be too slow for it
-    let deposit = || try_deposit(&impatient.client, 1, b"");
-    let _kept = std::iter::repeat_with(deposit).find_map(Result::ok).unwrap();
+    let lease = || try_lease(&impatient.client, 1, b"");
+    let _kept = std::iter::repeat_with(lease).find_map(Result::ok).unwrap();
     for bytes in [&[3, 0][..], &[]] {
         is_closed(&impatient, bytes);
     }
     // an owner may be silent for as long as it likes
-    assert!(matches!(impatient.broker.list()[..], [KeptRam { owned: true, .. }]));
+    assert!(matches!(impatient.broker.list()[..], [RetainedRam { owned: true, .. }]));
 }
 
 proptest! {
     #[test]
     fn messages_travel(id in any::<[u8; 16]>(), label in "[a-z]{0,40}", bytes in any::<u64>(), pid in any::<u32>()) {
-        let kept = KeptRam { id: VmId(id), bytes, label: label.clone(), pid, owned: pid % 2 == 0 };
+        let kept = RetainedRam { id: VmId(id), bytes, label: label.clone(), pid, owned: pid % 2 == 0 };
         let messages = [
-            Message::Deposit { id: VmId(id), layout: layout(), label: label.clone() },
-            Message::Return,
+            Message::Lease { id: VmId(id), layout: layout(), label: label.clone() },
+            Message::Release,
             Message::List,
-            Message::Withdraw(VmId(id)),
+            Message::Retrieve(VmId(id)),
             Message::Forget(VmId(id)),
             Message::Done,
             Message::Listed(vec![kept; 3]),
-            Message::Withdrawn { layout: layout(), label },
+            Message::Retrieved { layout: layout(), label },
             Message::refused("no"),
-            Message::Deposited(id.to_vec()),
-            Message::Note(Vec::new()),
+            Message::Leased(id.to_vec()),
+            Message::Metadata(Vec::new()),
         ];
         for message in messages {
             let body = message.encode();

@@ -2,28 +2,26 @@
 
 use migration_core::{
     channel::Listener,
-    engine::ephemeral::{Awaiting, Dormant, Resident},
-    fence::Fenced,
+    engine::ephemeral::{Dormant, Resident},
 };
+use migration_kvm::lending::{self, Absence, AbsenceEnd, GivenBack, HomeVmm, Journey, TakeOverError};
 
 use super::*;
 use crate::{control, vmm::Tenant};
 
 /// Who has the guest.
 pub(super) struct Lent {
-    /// How many were lent before, and this one.
-    number: u64,
     request: LendRequest,
-    since: Instant,
-    overdue: bool,
-    /// Takes the guest back; there is none before it has left.
-    receiver: Option<ReceiverHandle>,
+    absence: Absence,
+    /// Where the guest is taken back.
+    back: String,
 }
 
 impl Lent {
     pub(super) fn to_json(&self) -> Value {
-        let ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        json!({"pid": self.request.pid, "control": self.request.control, "for_ms": ms, "overdue": self.overdue})
+        let ms = u64::try_from(self.absence.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let overdue = self.absence.is_overdue();
+        json!({"pid": self.request.pid, "control": self.request.control, "for_ms": ms, "overdue": overdue})
     }
 }
 
@@ -53,7 +51,8 @@ impl Instance {
         state.lends += 1;
         let number = state.lends;
         state.begin(Role::Outgoing, controller, tx);
-        state.lent = Some(Lent { number, request, since: Instant::now(), overdue: false, receiver: None });
+        let absence = Absence::new(borrower.clone(), Duration::from_micros(request.within_us));
+        state.lent = Some(Lent { request, absence: absence.clone(), back: String::new() });
         drop(state);
         // as in `migrate_to`
         let way_back = self.way_back(&place, number);
@@ -63,35 +62,25 @@ impl Instance {
             self.not_begun();
             format!("lend: {why}")
         })?;
+        if let Some(lent) = &mut self.lock().lent {
+            lent.back = listener.address();
+        }
         let resident = Resident::new(Tenant::of(machine), self.last_epoch());
         let instance = self.clone();
-        let watch = move || {
-            while instance.look_after_lent(number) {
-                thread::sleep(TICK);
-            }
-        };
-        let watch = thread::Builder::new().name("lent".into()).spawn(watch);
-        if let Err(error) = watch {
-            log!("nobody sees whether the borrower dies: {error}");
-        }
-        let instance = self.clone();
         let body = move || {
-            let link = connector(&to, ConnectOptions::default());
-            let (gone, report) = resident.relinquish(&*link, &instance.source_options(), commands);
-            match gone {
-                Ok(dormant) => {
-                    let awaiting = dormant.await_guest(instance.receiver_options(Arrival::SHARED));
-                    instance.left(&report, awaiting.handle(), listener.address());
-                    instance.await_return(awaiting, &mut *listener, &back);
-                }
-                Err(_stays) => {
-                    // as in `await_return`
-                    let _ = std::fs::remove_file(&back);
-                    instance.keep_at_exit(&back);
-                    instance.lock().lent = None;
-                    instance.ended(&report);
-                }
-            }
+            let journey = Journey {
+                to: &*connector(&to, ConnectOptions::default()),
+                source: &instance.source_options(),
+                commands,
+                back: &mut *listener,
+                receiver: instance.receiver_options(Arrival::SHARED),
+            };
+            let home: Arc<dyn HomeVmm> = instance.clone();
+            let end = absence.run(&home, resident, journey);
+            // nobody comes to it any more; the next borrower gets another one
+            let _ = std::fs::remove_file(&back);
+            instance.keep_at_exit(&back);
+            instance.absence_ended(end);
         };
         let begun = self.spawn("lend", body);
         if begun.is_err() {
@@ -111,90 +100,26 @@ impl Instance {
         Ok((back, listener))
     }
 
-    /// The guest has gone; whoever asked for it is told where to bring it.
-    fn left(&self, report: &Report, receiver: ReceiverHandle, back: String) {
-        let mut state = self.lock();
-        let mut report = report::to_json(report);
-        report["back"] = json!(back);
-        state.role = Role::Lent;
-        if let Some(lent) = &mut state.lent {
-            lent.receiver = Some(receiver);
-        }
-        state.end(report);
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    fn await_return(&self, awaiting: Awaiting<Tenant>, listener: &mut dyn Listener, back: &Path) {
-        let returned = awaiting.wait_for_guest(listener);
-        // nobody comes to it any more; the next borrower gets another one
-        let _ = std::fs::remove_file(back);
-        self.keep_at_exit(back);
-        if returned.is_ok() {
-            self.stays();
-        }
-        let mut state = self.lock();
-        if state.role != Role::Lent {
-            // it has gone for good, and that was told
-            return;
-        }
-        match returned {
-            Ok(resident) => {
-                state.epoch = resident.epoch();
-                state.role = Role::Home;
-                state.lent = None;
+    fn absence_ended(&self, end: AbsenceEnd<Tenant>) {
+        match end {
+            AbsenceEnd::Stayed { report, .. } => {
+                self.lock().lent = None;
+                self.ended(&report);
             }
-            Err((_, why)) => state.lost(&format!("its guest was lent, and does not come back: {why}")),
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    /// Looks whether the borrower lives, and whether it is late; whether to go on with that.
-    fn look_after_lent(&self, number: u64) -> bool {
-        let mut state = self.lock();
-        let role = state.role;
-        let Some(lent) = state.lent.as_mut().filter(|lent| lent.number == number) else { return false };
-        if !ProcessFence.is_dead(&lent.request.borrower) {
-            if role == Role::Lent && !lent.overdue && lent.since.elapsed().as_micros() > lent.request.within_us.into() {
-                lent.overdue = true;
-                let (pid, control) = (lent.request.pid, lent.request.control.clone());
+            AbsenceEnd::Returned(guest) => {
+                self.stays();
+                let mut state = self.lock();
+                state.epoch = guest.epoch();
+                (state.role, state.lent) = (Role::Home, None);
                 drop(state);
-                log!("process {pid} is late to give the VM back, and is asked to");
-                let ask = move || {
-                    if let Err(why) = control::ask_peer(&control, &Request::GiveBack) {
-                        log!("process {pid} does not give the VM back: {why}");
-                    }
-                };
-                // it may never answer
-                if let Err(error) = thread::Builder::new().name("ask back".into()).spawn(ask) {
-                    log!("it cannot be asked: {error}");
-                }
+                self.changed.notify_all();
             }
-            return true;
-        }
-        let pid = lent.request.pid;
-        let receiver = lent.receiver.clone();
-        match (role, receiver) {
-            (Role::InDoubt, _) => {
-                drop(state);
-                self.lost_with(pid);
-                false
+            AbsenceEnd::Lost(why) => {
+                self.lock().lost(&format!("its guest was lent, and does not come back: {why}"));
+                self.changed.notify_all();
             }
-            (Role::Lent, Some(receiver)) => {
-                let borrower = lent.request.borrower.clone();
-                drop(state);
-                match receiver.phase() {
-                    // it had brought all of the VM back, and is dead for certain
-                    DestinationPhase::Ready => inherit(&receiver, &borrower),
-                    // an attempt to bring it back ends by itself, one way or the other
-                    DestinationPhase::Preparing | DestinationPhase::Receiving | DestinationPhase::Loading => {}
-                    DestinationPhase::Empty | DestinationPhase::Running => receiver.stop(),
-                }
-                true
-            }
-            // the migration ends by itself, one way or the other
-            _ => true,
+            // that was told
+            AbsenceEnd::Gone => {}
         }
     }
 
@@ -214,10 +139,10 @@ impl Instance {
             self.guest_ended();
             state = self.lock();
         }
-        let receiver = state.lent.take().and_then(|lent| lent.receiver);
+        let lent = state.lent.take();
         drop(state);
-        if let Some(receiver) = receiver {
-            receiver.stop();
+        if let Some(lent) = lent {
+            lent.absence.end();
         }
         self.exit(status);
         Ok(json!({"state": "ended"}))
@@ -316,28 +241,25 @@ impl Instance {
         }
         state.begin(Role::Outgoing, controller, tx);
         drop(state);
+        let in_doubt = || self.lock().role == Role::InDoubt;
         let (link, options) = (connector(to, ConnectOptions::default()), self.source_options());
-        let (tx, returned) = mpsc::channel();
-        // if it stays in doubt this never ends
-        let body = move || drop(tx.send(guest.relinquish(&*link, &options, commands)));
-        if let Err(why) = self.spawn("return", body) {
-            return (None, report::not_begun("handover", &why));
-        }
-        let (gone, report) = loop {
-            match returned.recv_timeout(TICK) {
-                Ok(returned) => break returned,
-                Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return (None, report::not_begun("handover", "the thread that returns the guest has died"));
-                }
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-            }
-            let mut state = self.lock();
-            if state.role == Role::InDoubt && ProcessFence.is_dead(owner) {
+        let (gone, report) = match lending::give_back(guest, link, options, commands, owner, in_doubt) {
+            Ok(GivenBack::AtHome(dormant, report)) => (Ok(dormant), report),
+            Ok(GivenBack::Stayed(guest, report)) => (Err(guest), report),
+            Ok(GivenBack::HomeDied) => {
+                let mut state = self.lock();
                 state.lost("its owner died when it was about to run the VM again, or just after");
                 let report = state.last.clone().unwrap_or_default();
                 drop(state);
                 self.changed.notify_all();
                 return (None, report);
+            }
+            Ok(GivenBack::Unknown) => {
+                return (None, report::not_begun("handover", "the thread that returns the guest has died"));
+            }
+            Err((guest, error)) => {
+                self.not_begun();
+                return (Some(Err(guest)), report::not_begun("handover", &format!("return: no thread: {error}")));
             }
         };
         let mut state = self.lock();
@@ -377,11 +299,47 @@ impl Instance {
     }
 }
 
-/// Takes the VM that a process which is dead had brought here as a whole.
-pub(crate) fn inherit(receiver: &ReceiverHandle, from: &[u8]) {
-    let fenced = Fenced::by(&ProcessFence, from).map_err(|e| e.to_string());
-    if let Err(why) = fenced.and_then(|dead| receiver.inherit(dead).map_err(|e| e.to_string())) {
+impl HomeVmm for Instance {
+    fn detached(&self, report: &Report) {
+        let mut state = self.lock();
+        let mut report = report::to_json(report);
+        report["back"] = json!(state.lent.as_ref().map(|lent| &lent.back));
+        state.role = Role::Lent;
+        state.end(report);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.lock().role == Role::InDoubt
+    }
+
+    fn lost_in_doubt(&self) {
+        let pid = self.lock().lent.as_ref().map(|lent| lent.request.pid);
+        self.vm_lost_with(pid.unwrap_or_default());
+    }
+
+    fn overdue(&self) {
+        let asked = self.lock().lent.as_ref().map(|lent| (lent.request.pid, lent.request.control.clone()));
+        let Some((pid, control)) = asked else { return };
+        log!("process {pid} is late to give the VM back, and is asked to");
+        let ask = move || {
+            if let Err(why) = control::ask_peer(&control, &Request::GiveBack) {
+                log!("process {pid} does not give the VM back: {why}");
+            }
+        };
+        // it may never answer
+        if let Err(error) = thread::Builder::new().name("ask back".into()).spawn(ask) {
+            log!("it cannot be asked: {error}");
+        }
+    }
+
+    fn not_taken_over(&self, why: &TakeOverError) {
         log!("the VM is complete here, and does not run: {why}");
+    }
+
+    fn unwatched(&self, why: &std::io::Error) {
+        log!("nobody sees whether the borrower dies: {why}");
     }
 }
 

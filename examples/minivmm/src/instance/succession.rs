@@ -1,6 +1,6 @@
 //! Where the VM is found, and who takes this process's place there: HyperFresh.
 
-use std::sync::TryLockError;
+use migration_kvm::successor::{PredecessorEnd, take_control, watch_predecessor};
 
 use super::*;
 
@@ -11,42 +11,13 @@ impl Instance {
     }
 
     /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found there; else why not.
-    pub(crate) fn succession(&self) -> Result<Place, String> {
+    pub(crate) fn can_be_succeeded(&self) -> Result<Place, String> {
         let place = self.lock().place.clone();
         let place = place.ok_or("refresh: a successor is reached by the control socket, and there is none")?;
         match self.home("refresh")?.cannot_hand_over() {
             Some(why) => Err(format!("refresh: {why}")),
             None => Ok(place),
         }
-    }
-
-    /// As [`succession`](Self::succession), for the one successor that may take over until the guard is dropped.
-    pub(crate) fn begin_succession(&self) -> Result<(Place, MutexGuard<'_, ()>), String> {
-        let guard = match self.succession.try_lock() {
-            Ok(guard) => guard,
-            // it guards no data
-            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err("refresh: a successor is being prepared already".into()),
-        };
-        Ok((self.succession()?, guard))
-    }
-
-    /// From now on this VMM is replaced as planned, and not as it was planned before; the plan's number.
-    ///
-    /// # Errors
-    /// When it cannot be replaced, or has been meanwhile.
-    pub(crate) fn plan_succession(&self, plan: &Plan) -> Result<u64, String> {
-        // a successor that is being prepared was told of the plan before
-        let _until_it_is_known = self.succession.lock().unwrap_or_else(|e| e.into_inner());
-        self.succession()?;
-        let mut state = self.lock();
-        state.schedule = (state.schedule.0 + 1, Some(plan.clone()));
-        Ok(state.schedule.0)
-    }
-
-    /// The plan for this VMM's replacement, with its number.
-    pub(crate) fn planned_succession(&self) -> (u64, Option<Plan>) {
-        self.lock().schedule.clone()
     }
 
     /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
@@ -56,25 +27,17 @@ impl Instance {
 
     /// A successor has nothing to wait for once its predecessor is dead: it inherits the VM, or ends.
     pub(crate) fn succeeds_process(self: &Arc<Self>, predecessor: Vec<u8>) -> Result<(), String> {
+        let Some(receiver) = self.lock().receiver.clone() else { return Ok(()) };
         let instance = self.clone();
         let watch = move || {
-            while instance.runs_on(TICK) {
-                let state = instance.lock();
-                let (role, receiver) = (state.role, state.receiver.clone());
-                drop(state);
-                let Some(receiver) = receiver.filter(|_| role == Role::Incoming) else { return };
-                if !ProcessFence.is_dead(&predecessor) {
-                    continue;
+            let awaits = |time| instance.goes_on(time) && instance.lock().role == Role::Incoming;
+            match watch_predecessor(&receiver, &predecessor, awaits) {
+                Ok(PredecessorEnd::NotAwaited) => {}
+                Ok(PredecessorEnd::NothingCame) => {
+                    log!("the VMM to be replaced has died, and its VM did not come");
+                    instance.exit(1);
                 }
-                match receiver.phase() {
-                    DestinationPhase::Ready => inherit(&receiver, &predecessor),
-                    DestinationPhase::Empty => {
-                        log!("the VMM to be replaced has died, and its VM did not come");
-                        instance.exit(1);
-                    }
-                    // it runs, or what has come is about to be discarded
-                    _ => {}
-                }
+                Err(why) => log!("the VM is complete here, and does not run: {why}"),
             }
         };
         thread::Builder::new().name("watch".into()).spawn(watch).map(drop).map_err(|e| format!("no thread: {e}"))
@@ -86,14 +49,14 @@ impl Instance {
     }
 
     /// The VM is lost with the process that had it.
-    pub(crate) fn lost_with(&self, pid: u32) {
+    pub(crate) fn vm_lost_with(&self, pid: u32) {
         self.lock().lost(&format!("process {pid} died when it was about to run the VM, or just after"));
         self.changed.notify_all();
     }
 
     pub(super) fn take_place(self: &Arc<Self>) {
         let Some((own, path, plan)) = self.lock().succeeds.take() else { return };
-        if let Err(why) = std::fs::rename(&own, &path) {
+        if let Err(why) = take_control(&own, &path) {
             log!("the control socket stays at {}: {}: {why}", own.display(), path.display());
             return;
         }

@@ -30,7 +30,7 @@ use migration_kvm::{
     state::{HostNeeds, VCPU_SECTION},
     tracker::UserFault,
 };
-use migration_transport::{BrokerClient, BrokerError, Deposit};
+use migration_transport::{BrokerClient, BrokerError, RamLease};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -510,10 +510,10 @@ impl Machine {
     }
 
     /// Has a broker keep its RAM.
-    pub(crate) fn deposit(&self, broker: &BrokerClient) -> Result<Deposit, BrokerError> {
+    pub(crate) fn lease_ram(&self, broker: &BrokerClient) -> Result<RamLease, BrokerError> {
         let backing = self.config.backing;
         let files = self.ram.memory_files().map_err(|_| BrokerError::Files(not_kept(backing)))?;
-        broker.deposit(self.config.id, self.ram.layout(), backing.name(), &files)
+        broker.lease(self.config.id, self.ram.layout(), backing.name(), &files)
     }
 
     /// Its RAM.

@@ -19,8 +19,8 @@ use migration_core::{RamLayout, codec::DecodeError, vm::VmId};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use thiserror::Error;
 
-pub use client::{BrokerClient, Deposit};
-pub use server::{Bereft, BrokerOptions, RamBroker};
+pub use client::{BrokerClient, RamLease};
+pub use server::{BrokerOptions, OwnerGone, RamBroker};
 
 /// A broker did not do what it was asked for. Its text has that of its cause.
 #[derive(Debug, Error)]
@@ -37,7 +37,7 @@ pub enum BrokerError {
     },
     /// It runs as another user, who would get the VM's memory.
     #[error("the RAM broker at unix:{} runs as user {uid}, not as this user or root", path.display())]
-    Stranger {
+    OtherUser {
         /// Its socket.
         path: PathBuf,
         /// Who it runs as.
@@ -56,22 +56,22 @@ pub enum BrokerError {
 
 /// RAM that a broker keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptRam {
+pub struct RetainedRam {
     /// Of which VM.
     pub id: VmId,
     /// Bytes of RAM.
     pub bytes: u64,
     /// What its owner calls it, such as the backing.
     pub label: String,
-    /// The process that deposited it.
+    /// The process that has, or had, the lease.
     pub pid: u32,
-    /// Whether that process still owns it: while it does, the connection over which it was deposited is open.
+    /// Whether that process still owns it: while it does, the connection of its lease is open.
     pub owned: bool,
 }
 
 /// RAM that was taken out of a broker, which keeps it all the same.
 #[derive(Debug)]
-pub struct WithdrawnRam {
+pub struct RetrievedRam {
     /// Where it lies in the guest.
     pub layout: RamLayout,
     /// What its owner called it.

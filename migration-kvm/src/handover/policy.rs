@@ -1,4 +1,4 @@
-//! When to replace the VMM under a running VM (HyperFresh: Bagdi, Kugve and Gopalan, APSys 2017).
+//! Policies that say when a VMM is due to be replaced.
 
 use std::{
     fs, io,
