@@ -79,12 +79,9 @@ mod accept;
 mod atomic_file;
 mod bandwidth;
 mod broker;
-mod checkpoint_folders;
 mod cut;
-mod dir_store;
 mod fd_passing;
 mod file_errors;
-mod file_store;
 mod gather;
 #[allow(unsafe_code)]
 mod iovec;
@@ -120,15 +117,15 @@ pub use {
     atomic_file::AtomicFile,
     bandwidth::{Bandwidth, BandwidthError},
     broker::{BrokerClient, BrokerError, BrokerOptions, OwnerGone, RamBroker, RamLease, RetainedRam, RetrievedRam},
-    checkpoint_folders::{AttemptFolders, CheckpointFolders, CheckpointKind, OpenStore, PlainStores},
-    dir_store::DirVersions,
     fd_passing::{MAX_FILES, receive_files, send_files},
-    file_store::SnapshotFile,
     lease::DirLeases,
     limit::{Limited, Limiter},
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,
-    store::{FilePageStore, FilePageStoreOptions},
+    store::{
+        AttemptFolders, CheckpointFolders, CheckpointKind, DirVersions, FilePageStore, FilePageStoreOptions, OpenStore,
+        PlainStores, SnapshotFile,
+    },
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},
     unix::{UnixConnector, UnixListener},
