@@ -8,7 +8,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
-use migration_core::{PageSet, tracker::DirtyTracker};
+use migration_core::{PAGE_SHIFT, PageSet, tracker::DirtyTracker};
 use migration_kvm::tracker::{DirtyLog, GuestSlots, MAX_SLOT_BYTES, ManualProtect};
 use minivmm_client::{MigrateRequest, Request, ask, log};
 use serde::Serialize;
@@ -23,7 +23,7 @@ use super::{
     ours::{Options, Source, completed, receiver},
     output::{self, Table, machine},
     process::{Folder, MemorySampler, Process},
-    slots::{kvm, name, sparse},
+    slots::{BYTES_A_PAGE, kvm, name, sparse},
     tell,
 };
 
@@ -108,7 +108,8 @@ impl Plan<'_> {
         let most = self.bytes.saturating_add(GIB).to_string();
         let more = ["--max-memory", most.as_str()];
         let (mut to, control, url) = receiver(self.folder, "destination", "tcp:127.0.0.1:0", Link::Loopback, &more)?;
-        let warmed = warm(self.data << 20)?;
+        // what KVM allocates for the slots of the destination counts as well
+        let warmed = warm((self.data << 20) + (self.bytes >> PAGE_SHIFT) * BYTES_A_PAGE)?;
         thread::sleep(self.rest);
         let watch = |process: &Process| MemorySampler::start(process.pid(), LOOK);
         let samplers = if watched { Some([watch(&source.process)?, watch(&to)?]) } else { None };

@@ -36,7 +36,7 @@ const LARGEST: u64 = 256;
 /// How often a VM is built.
 const REPEAT: u32 = 3;
 /// Kernel memory of a VM for each page of 4 KiB that its slots have, and what is left to everything else.
-const BYTES_A_PAGE: u64 = 9;
+pub(super) const BYTES_A_PAGE: u64 = 9;
 const SPARE: u64 = 2 * GIB;
 /// What a process says that is about to occupy a core.
 const BUSY: &str = "busy";
