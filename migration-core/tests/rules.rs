@@ -6,8 +6,8 @@ use std::time::Duration;
 use migration_core::{
     MigrationError, PageRange, PageSet,
     page_map::{Location, MapError, PageMap},
-    sim::{Dirtying, Owner, SimConfig, Simulation, Touching},
-    strategy::{Done, Linear, PostCopy, Running, Strategy},
+    sim::{Attempt, Dirtying, FaultAt, Owner, SimConfig, Simulation, StoreConfig, StoreFault, Touching},
+    strategy::{Destination, Done, Linear, Place, PostCopy, QuickEviction, Running, ScatterGather, Strategy},
 };
 
 const PAGES: u64 = 4096;
@@ -160,4 +160,92 @@ fn a_migration_refuses_a_snapshot() {
     let attempt = sim.attempt(&mut <migration_core::strategy::Snapshot>::default());
     assert!(attempt.error.unwrap().to_string().contains("snapshot puts pages into a store"));
     assert_eq!((sim.owner(), attempt.rounds.len(), attempt.downtime), (Owner::Source, 0, None));
+}
+
+// ---- pages in stores -----------------------------------------------------------------------------
+
+fn staged(stores: &[&str]) -> QuickEviction {
+    QuickEviction {
+        stage: Place::stage(stores.iter().copied()),
+        interval: Duration::from_millis(20),
+        threshold: 1,
+        most: PAGES,
+        order: Box::new(Linear::default()),
+    }
+}
+
+fn with_stores(names: &[&str]) -> SimConfig {
+    SimConfig { stores: names.iter().map(|&name| StoreConfig::named(name)).collect(), ..world() }
+}
+
+/// Runs a strategy that gets its command after half a second.
+fn commanded(sim: &mut Simulation, strategy: &mut dyn Strategy) -> Attempt {
+    sim.command(Duration::from_millis(500), Destination::named("destination"));
+    sim.attempt(strategy)
+}
+
+/// A reader asks the next store of the entry when one has lost the page.
+#[test]
+fn rule_12_a_page_in_two_stores_survives_the_loss_of_one() {
+    for (stores, lost) in [(&["a", "b"][..], false), (&["a"][..], true)] {
+        let mut sim = Simulation::new(with_stores(&["a", "b"]));
+        let attempt = commanded(&mut sim, &mut staged(stores));
+        assert!(attempt.error.is_none() && sim.missing() > PAGES / 2, "{attempt:?}");
+        sim.store_fault("a", StoreFault::LosesContent);
+        assert_eq!(sim.gather(Duration::from_secs(10)) > 0, lost, "{stores:?}");
+        moved(&sim);
+    }
+}
+
+/// An attempt that fails before *run* forgets what it has put into stores, and nothing else.
+#[test]
+fn rule_14_a_failed_attempt_forgets_its_own_namespaces_only() {
+    let idle = SimConfig { failing_loads: 1, dirtying: Dirtying::Idle, ..with_stores(&["a", "b"]) };
+    let mut sim = Simulation::new(idle);
+    let attempt = commanded(&mut sim, &mut staged(&["a"]));
+    assert!(attempt.error.is_some() && attempt.put >= PAGES, "{attempt:?}");
+    assert_eq!((sim.owner(), sim.namespaces()), (Owner::Source, 1));
+    // it starts again with what is staged
+    let attempt = commanded(&mut sim, &mut staged(&["a"]));
+    assert!(attempt.error.is_none() && attempt.put <= 2, "{attempt:?}");
+    assert_eq!(sim.gather(Duration::from_secs(10)), 0);
+    assert_eq!(sim.namespaces(), 0, "the last owner forgets what it has taken over");
+    moved(&sim);
+
+    let mut sim = Simulation::new(SimConfig { failing_loads: 1, ..with_stores(&["a", "b"]) });
+    let mut scatter = ScatterGather::new(["a", "b"], Linear::default());
+    assert!(sim.attempt(&mut scatter).error.is_some());
+    assert_eq!((sim.owner(), sim.namespaces()), (Owner::Source, 0));
+}
+
+/// The pause is as long with a store that takes a second to answer, or does not answer, as without one.
+#[test]
+fn rule_20_the_pause_never_waits_for_a_store() {
+    let downtime = |config: SimConfig| {
+        let mut sim = Simulation::new(config);
+        let attempt = commanded(&mut sim, &mut staged(&["a"]));
+        assert!(attempt.error.is_none(), "{attempt:?}");
+        moved(&sim);
+        attempt.downtime.unwrap()
+    };
+    let usual = downtime(with_stores(&["a"]));
+    let slow = StoreConfig { latency: Duration::from_millis(500), ..StoreConfig::named("a") };
+    let fails = FaultAt { action: 40, store: "a".into(), fault: StoreFault::Fails };
+    for config in
+        [SimConfig { stores: vec![slow], ..world() }, SimConfig { store_faults: vec![fails], ..with_stores(&["a"]) }]
+    {
+        let downtime = downtime(config);
+        assert!(downtime < usual + Duration::from_millis(5), "{downtime:?} against {usual:?}");
+    }
+}
+
+/// No page is evicted while a VM is tracked.
+#[test]
+fn rule_22_no_page_is_evicted_during_a_migration() {
+    let mut sim = Simulation::new(SimConfig { failing_loads: 1, ..with_stores(&["a"]) });
+    assert_eq!(sim.evict(PageRange::new(1000, 100), &["a"]).unwrap(), 100);
+    assert!(commanded(&mut sim, &mut staged(&["a"])).error.is_some());
+    // it is still staged
+    assert!(sim.is_tracking());
+    assert!(sim.evict(PageRange::new(2000, 100), &["a"]).is_err());
 }

@@ -17,24 +17,30 @@
 //! [page stores](crate::store). [`Running::put`], [`Running::wait`], [`Running::connect`] and
 //! [`Running::locations`] are not in every engine: one that lacks them refuses with the reason.
 
+mod agile;
 mod convergence;
 mod hand_over;
 mod place;
 mod post_copy;
 mod precopy;
 pub mod push_order;
+mod quick_eviction;
+mod scatter_gather;
 mod snapshot;
 mod stop_and_copy;
 mod verbs;
 
 use std::time::Duration;
 
+pub use agile::Agile;
 pub use convergence::{Convergence, ModelConvergence, Next, Wanted};
 pub use hand_over::HandOver;
 pub use place::{Destination, Place, Portion, Put, Until, Wake};
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
-pub use push_order::{Linear, PushOrder};
+pub use push_order::{HotFirst, Linear, PushOrder};
+pub use quick_eviction::QuickEviction;
+pub use scatter_gather::ScatterGather;
 pub use snapshot::Snapshot;
 pub use stop_and_copy::StopAndCopy;
 pub use verbs::{Done, HandedOver, Paused, Running, StillMissing, Verbs};

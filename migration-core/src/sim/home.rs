@@ -1,0 +1,93 @@
+//! A VM at home of which cold pages are in stores.
+
+use std::time::Duration;
+
+use super::{
+    Simulation,
+    link::Event,
+    stores::{GetUnderWay, Side, not_found},
+};
+use crate::{
+    MigrationError, PageRange, PageSet,
+    page_map::{Location, PageCopy, StoreCopy},
+    store::Purpose,
+    strategy::Place,
+};
+
+/// After a get that failed, a guest at the source asks again after so long.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+impl Simulation {
+    pub(super) fn fault_at_source(&mut self, page: u64) {
+        if let Location::Store(copy) = self.source.map.location(page) {
+            let range = PageRange::new(page, 1);
+            self.start_get(Side::Source, GetUnderWay { range, copy, replica: 0, urgent: true });
+        }
+    }
+
+    pub(super) fn got_at_source(&mut self, asked: GetUnderWay, found: Vec<(u64, u64)>) {
+        let lacking = not_found(asked.range, &found);
+        for (page, version) in found {
+            self.return_to_source(page, version, asked.copy);
+        }
+        if !lacking.is_empty() && !self.ask_next_store(Side::Source, &asked, &lacking) {
+            self.network.at(self.clock + ASK_AGAIN, Event::AskAgain);
+        }
+    }
+
+    /// A page comes back. From the pause on nothing is installed any more.
+    fn return_to_source(&mut self, page: u64, version: u64, copy: StoreCopy) {
+        let range = PageRange::new(page, 1);
+        let free = !self.source.map.free_runs(range, PageCopy::Store(copy), 1).is_empty();
+        if !free || !self.source.runs {
+            return;
+        }
+        let returned = self.source.map.claim_stored(range, copy).and_then(|()| self.source.map.returned(range));
+        self.note_broken(returned.map_err(Into::into));
+        self.source.ram[page as usize] = version;
+        if !self.source.tracking {
+            // nobody would see a write, so the copy counts no more
+            let mut pages = PageSet::empty(self.config.pages);
+            pages.insert(page);
+            let dirtied = self.source.map.dirtied(&pages);
+            self.note_broken(dirtied.map_err(Into::into));
+        }
+        self.page_is_there(page);
+    }
+
+    /// Puts pages into stores and drops them from RAM, as a VMM does with cold pages of a VM that runs
+    /// at home. Pages that the guest writes meanwhile stay. Returns how many pages were evicted.
+    ///
+    /// # Errors
+    /// Returns an error if there is no such store, or if the guest's pages are tracked: no page is
+    /// evicted during a migration.
+    pub fn evict(&mut self, range: PageRange, stores: &[&str]) -> Result<u64, MigrationError> {
+        if self.source.tracking || !self.source.runs {
+            return Err(MigrationError::Blocked("no page is evicted while the VM is tracked, or elsewhere".into()));
+        }
+        // the last page is the one that the VMM touches while it saves the state
+        let end = range.end().min(self.config.pages - 1);
+        let mut pages = PageSet::empty(self.config.pages);
+        pages.insert_range(PageRange::new(range.first, end.saturating_sub(range.first)));
+        pages.subtract(self.source.map.in_store());
+        self.source.map.dirtied(&pages)?;
+        let names = stores.iter().map(|&name| name.to_owned()).collect();
+        let place = Place::Stores { names, purpose: Purpose::Home };
+        let entry = match self.entry_for(&place) {
+            Some(entry) => entry,
+            None => self.create_entry(&place)??,
+        };
+        self.source.dirty.clear();
+        // those that a store does not take stay
+        self.put_into(entry, &mut pages, u64::MAX)?.or_keep_for_later();
+        let mut cold = self.source.put.clone();
+        cold.subtract(&self.source.dirty);
+        self.source.map.dirtied(&self.source.dirty)?;
+        for run in cold.ranges() {
+            self.source.map.evicted(run)?;
+            run.pages().for_each(|page| self.source.ram[page as usize] = 0);
+        }
+        self.source.dirty.clear();
+        Ok(cold.len())
+    }
+}

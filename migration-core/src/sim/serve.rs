@@ -1,0 +1,149 @@
+//! The source after the hand-over: it answers demands, pushes the rest over the direct link and through
+//! stores, and waits for a lost link, until the destination has released it.
+
+use std::time::Duration;
+
+use super::{
+    Simulation,
+    link::{Message, link_error},
+    stores::VM,
+};
+use crate::{
+    MigrationError, PageRange,
+    protocol::SourcePhase,
+    store::limits::MAX_RUN_PAGES,
+    strategy::{Linear, PushOrder, push_order::checked_next},
+};
+
+/// How long it takes to find a lost link again.
+const RECONNECTS: Duration = Duration::from_millis(100);
+
+impl Simulation {
+    pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        order.begin(self.source.map.unclaimed(), &self.source.heat);
+        while self.serves() {
+            let Err(error) = self.push(order) else { continue };
+            if self.source.dead {
+                return Err(error);
+            }
+            self.attempt.recoveries += 1;
+            // whatever goes wrong leaves it as it is
+            while self.serves() && self.repeat_run().is_err() {}
+        }
+        Ok(())
+    }
+
+    fn serves(&self) -> bool {
+        self.source.machine.phase() == SourcePhase::Serving && !self.source.dead
+    }
+
+    fn push(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
+        while self.source.machine.phase() == SourcePhase::Serving {
+            if let Some(error) = self.source.failure.take() {
+                return Err(error);
+            }
+            if !self.network.connected {
+                return Err(link_error());
+            }
+            for page in std::mem::take(&mut self.source.demanded) {
+                order.fault(page);
+            }
+            self.announce(&crate::PageSet::empty(self.config.pages))?;
+            if self.push_next(order)? {
+                continue;
+            }
+            let all_sent = self.source.map.unclaimed().is_empty() && self.source.puts.is_empty();
+            if all_sent && !self.source.vacated && self.source.map.unannounced().is_empty() {
+                self.source.vacated = true;
+                self.send_message(Message::Vacated)?;
+                continue;
+            }
+            if !self.step(self.next_free_lane()) {
+                // all was sent, and the link has not said that it was lost: that would be for ever
+                return Err(link_error());
+            }
+        }
+        Ok(())
+    }
+
+    /// Pushes one run, if a lane is free: over the direct link first, then through a store. Returns
+    /// whether it did anything.
+    fn push_next(&mut self, order: &mut dyn PushOrder) -> Result<bool, MigrationError> {
+        let most = self.config.chunk.max(1);
+        if self.network.to_destination.free_at <= self.clock {
+            let Some(range) = self.next_push(order, most) else { return Ok(false) };
+            self.source.map.claim(range)?;
+            self.send_pages(range, false)?;
+            return Ok(true);
+        }
+        if self.network.to_stores.free_at > self.clock {
+            return Ok(false);
+        }
+        let Some(entry) = self.store_lane(order) else { return Ok(false) };
+        let Some(range) = self.next_push(order, most.min(MAX_RUN_PAGES as u64)) else { return Ok(false) };
+        self.start_put(entry, range)?;
+        Ok(true)
+    }
+
+    /// Returns the entry into which the next pages go, if the direct link leaves egress for any.
+    fn store_lane(&mut self, order: &dyn PushOrder) -> Option<u8> {
+        if let Some(error) = self.source.put_failure.take() {
+            self.attempt.reported.push(error.to_string());
+        }
+        let entries = order.through().iter().filter_map(|place| self.entry_for(place));
+        let open: Vec<_> = entries.filter(|entry| !self.source.failing.contains(entry)).collect();
+        // each in turn
+        let turn = usize::try_from(self.requests).unwrap_or(0) % open.len().max(1);
+        open.get(turn).copied().filter(|_| self.egress_for_stores() > 0.0)
+    }
+
+    /// Returns when the next lane is free, if pages wait for one.
+    fn next_free_lane(&self) -> Option<Duration> {
+        let lanes = [self.network.to_destination.free_at, self.network.to_stores.free_at];
+        let waits = !self.source.map.unclaimed().is_empty();
+        lanes.into_iter().filter(|&at| waits && at > self.clock).min()
+    }
+
+    /// Returns what `order` pushes next. One that is wrong is told of, and pages go one after the other
+    /// in its place.
+    fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
+        let unsent = self.source.map.unclaimed();
+        match checked_next(order, unsent, most) {
+            Ok(range) => range,
+            Err(why) => {
+                let range = Linear::default().next(unsent, most);
+                if self.broken.last() != Some(&why) {
+                    self.broken.push(why);
+                }
+                range
+            }
+        }
+    }
+
+    /// The destination's guest waits for a page. The source answers for every page that it holds, also
+    /// for one that is on its way into a store, or in one.
+    pub(super) fn demanded(&mut self, page: u64) -> Result<(), MigrationError> {
+        for range in self.source.map.claim_block(page, 1) {
+            self.send_pages(range, true)?;
+        }
+        self.source.demanded.push(page);
+        Ok(())
+    }
+
+    /// Makes a new connection, and has the destination say whether it runs the VM and what it lacks.
+    pub(super) fn repeat_run(&mut self) -> Result<(), MigrationError> {
+        self.pass(RECONNECTS);
+        if self.source.dead {
+            return Err(link_error());
+        }
+        self.network.connected = true;
+        self.destination.reattached = true;
+        self.source.failure = None;
+        self.source.resumed = false;
+        self.source.listed.clear();
+        for frame in self.source.machine.reattach(VM)? {
+            self.send_message(Message::Control(frame))?;
+        }
+        self.wait_for(|sim| sim.source.resumed || sim.source.machine.phase() == SourcePhase::Completed)
+    }
+}

@@ -1,0 +1,172 @@
+//! The source's side of a session: what is due before a strategy begins, the offer in the pause, and what
+//! is given back when an attempt fails.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::{
+    Simulation,
+    link::{Message, bytes_of},
+    stores::VM,
+};
+use crate::{
+    MigrationError, PageSet,
+    page::{RamLayout, RamRegion},
+    page_map::PageMap,
+    protocol::SourcePhase,
+    state::{Section, VmState},
+    store::Purpose,
+    strategy::{Place, Strategy, Verbs as _},
+    vm::VmDescription,
+    wire::{Control, FEATURE_SHARED_RAM, Hello, STATE_CHUNK, missing_frames},
+};
+
+impl Simulation {
+    /// Does what is due before a strategy begins.
+    pub(super) fn prepare(&mut self, strategy: &dyn Strategy) -> Result<(), MigrationError> {
+        let name = strategy.name();
+        if strategy.needs_store() {
+            return Err(MigrationError::Blocked(format!("{name} puts pages into a store, and there is none")));
+        }
+        self.source.keeps = strategy.keeps_stored_pages();
+        if !self.source.keeps && !self.source.map.in_store().is_empty() {
+            let pages = self.source.map.in_store().len();
+            let why = format!("{pages} pages are in stores, and {name} does not keep them there");
+            return Err(MigrationError::Blocked(why));
+        }
+        self.attempt_places = strategy.stores();
+        for place in &self.attempt_places {
+            self.stores_of(place)?;
+        }
+        self.strategy = name;
+        self.shared = strategy.shares_ram();
+        if strategy.connects_itself() { Ok(()) } else { self.open_session() }
+    }
+
+    /// Connects, has the VM built, and sends the store table and all locations.
+    pub(super) fn open_session(&mut self) -> Result<(), MigrationError> {
+        self.network.connected = true;
+        let region = RamRegion { gpa: 0, len: bytes_of(self.config.pages) };
+        let layout = RamLayout::new(vec![region]).map_err(|e| MigrationError::GaveUp(e.to_string()))?;
+        let (host_needs, config) = (Bytes::new(), Bytes::new());
+        let vm = VmDescription { id: VM, layout, devices: Vec::new(), host_needs, config };
+        let features = if self.shared { FEATURE_SHARED_RAM } else { 0 };
+        let hello = Hello { features, streams: 1, strategy: self.strategy.to_owned(), vm };
+        self.send_message(Message::Control(Control::Hello(Box::new(hello))))?;
+        self.wait_for(|sim| sim.source.machine.phase() == SourcePhase::Copying)?;
+        for place in self.attempt_places.clone() {
+            if matches!(place, Place::Stores { purpose: Purpose::Attempt, .. }) && self.entry_for(&place).is_none() {
+                // without this store pages go the other ways
+                if let Err(error) = self.create_entry(&place)? {
+                    self.report(&error);
+                }
+            }
+        }
+        let table = self.open_entries();
+        if table.is_empty() {
+            return Ok(());
+        }
+        self.send_message(Message::Table(table))?;
+        self.wait_for(|sim| sim.source.table_taken)?;
+        self.announce(&PageSet::empty(self.config.pages))?;
+        self.send_message(Message::LocationsEnd)?;
+        self.wait_for(|sim| sim.source.locations_taken)
+    }
+
+    /// Returns the entries to which pages refer, or into which pages may be put.
+    fn open_entries(&self) -> Vec<u8> {
+        let mut entries: BTreeSet<u8> = self.source.map.entries().into_iter().collect();
+        let open = self.entries.iter().enumerate().filter(|(_, entry)| entry.is_for(Purpose::Attempt) && !entry.closed);
+        entries.extend(open.filter_map(|(number, _)| u8::try_from(number).ok()));
+        entries.into_iter().collect()
+    }
+
+    /// Sends the locations that the destination does not know in their last state, but for those of
+    /// `others`.
+    pub(super) fn announce(&mut self, others: &PageSet) -> Result<(), MigrationError> {
+        let mut pages = self.source.map.unannounced().clone();
+        pages.subtract(others);
+        if pages.is_empty() {
+            return Ok(());
+        }
+        self.send_message(Message::Located(self.source.map.located_runs(&pages)))?;
+        self.source.map.announced(&pages);
+        Ok(())
+    }
+
+    /// What was done to the guest is undone: it stays here.
+    pub(super) fn give_back(&mut self) {
+        self.source.throttle = 0;
+        self.source.puts.clear();
+        self.forget(|entry| entry.is_for(Purpose::Attempt));
+        for number in self.source.map.entries() {
+            if self.entries[usize::from(number)].is_for(Purpose::Attempt) || self.is_forgotten(number) {
+                self.source.map.entry_lost(number);
+            }
+        }
+        self.source.map.taken_back();
+        // a copy that is kept ready stays current only while writes are seen
+        let mut staged = self.source.map.with_copies().clone();
+        staged.subtract(self.source.map.in_store());
+        self.source.tracking &= !staged.is_empty();
+        if !self.source.tracking {
+            self.source.dirty.clear();
+        }
+        if self.source.map.with_copies().is_empty() {
+            self.source.map = PageMap::new(self.config.pages);
+        }
+        self.source.runs = !self.source.dead;
+        self.guest.waiting = None;
+        self.check();
+    }
+
+    /// The encoded state.
+    fn state(&self) -> Bytes {
+        let data = Bytes::from(vec![0; self.config.state_bytes]);
+        Bytes::from(VmState { sections: vec![Section { name: "vm".into(), instance: 0, version: 1, data }] }.encode())
+    }
+
+    /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
+    pub(super) fn offer(&mut self, mut pages: PageSet, leave: bool) -> Result<(), MigrationError> {
+        self.pass(self.config.save_time);
+        // saving the state dirties a page, as kvmclock and steal time do
+        self.write_at_source(self.config.pages - 1);
+        pages.subtract(self.source.map.in_store());
+        self.source.map.sending(&pages)?;
+        let rest = self.harvest()?;
+        if !self.shared {
+            self.leave_or_send(&rest, leave)?;
+        }
+        let state = self.state();
+        for at in (0..state.len()).step_by(STATE_CHUNK) {
+            let chunk = state.slice(at..state.len().min(at + STATE_CHUNK));
+            self.send_message(Message::Control(Control::State(chunk)))?;
+        }
+        let offer = self.source.machine.offer(state.len() as u64, true)?;
+        self.send_message(Message::Control(offer))?;
+        self.wait_for(|sim| sim.source.machine.phase() == SourcePhase::Ready)
+    }
+
+    /// In the pause: what the destination lacks is sent, or named. Then the locations go, as far as they
+    /// have changed.
+    fn leave_or_send(&mut self, rest: &PageSet, leave: bool) -> Result<(), MigrationError> {
+        if !leave {
+            self.source.machine.begin_round()?;
+            self.attempt.rounds.push(rest.len());
+            self.transfer(rest, |_| false)?;
+            self.source.map.acknowledged(rest)?;
+        }
+        self.announce(rest)?;
+        let left = if leave { rest.clone() } else { PageSet::empty(self.config.pages) };
+        if !leave && self.source.map.with_copies().is_empty() {
+            return Ok(());
+        }
+        for frame in missing_frames(&left) {
+            self.send_message(Message::Control(frame))?;
+        }
+        let (end, _) = self.source.machine.post_copy(left.len(), 1)?;
+        self.send_message(Message::Control(end))?;
+        Ok(self.source.map.leave_behind(&left)?)
+    }
+}

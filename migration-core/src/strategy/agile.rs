@@ -1,0 +1,37 @@
+//! Agile migration: the working set moves, and cold pages stay in the store where they are.
+
+use super::{Done, PushOrder, Running, Strategy};
+use crate::MigrationError;
+
+/// Agile migration (Deshpande et al., "Agile Live Migration of Virtual Machines", IPDPS 2016): one live
+/// round of the pages that are resident, then post-copy of what was dirtied meanwhile. Of pages that
+/// were evicted to a store only the locations move, and the destination reads them there.
+///
+/// A VM of which no page is in a store moves as by a [`Hybrid`](super::Hybrid) of one round. Pages in a
+/// store need an engine with page stores. So far that is the [simulator](crate::sim).
+pub struct Agile {
+    /// In which order pages are pushed that were dirtied during the round.
+    pub order: Box<dyn PushOrder>,
+}
+
+impl Strategy for Agile {
+    fn name(&self) -> &'static str {
+        "agile"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn keeps_stored_pages(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        // what is in a store is not among them
+        let resident = vm.start_tracking()?;
+        vm.send(&resident)?;
+        let dirtied = vm.harvest()?;
+        vm.pause()?.hand_over(dirtied)?.serve(&mut *self.order)
+    }
+}

@@ -1,0 +1,72 @@
+//! Quick eviction: a copy of the VM is kept ready in a store, and on a command only what is dirty moves.
+
+use std::time::Duration;
+
+use super::{Done, Place, PushOrder, Running, Strategy, Until, Wake};
+use crate::MigrationError;
+
+/// Quick eviction (Fernando et al., "Quick Eviction of Virtual Machines Through Proactive Live
+/// Snapshots", UCC 2016): the running VM is staged in a store, in increments. A command names the
+/// destination. What the store does not have yet then moves, and the source is free.
+///
+/// The paper's VM iterates once more and sends the rest in the pause, so that a guest that writes much
+/// is down for seconds. This one ends with post-copy: the pause carries no page. The increments are
+/// never a consistent state of their own, and nothing resumes from one.
+///
+/// A store that fails does not end the protection: pages that it lacks are put later, or move in the
+/// end. Neither does a destination that refuses: the next command may name another one.
+///
+/// It needs an engine with page stores. So far that is the [simulator](crate::sim).
+pub struct QuickEviction {
+    /// Where the copy is kept: a [stage](Place::stage).
+    pub stage: Place,
+    /// The time between two increments.
+    pub interval: Duration,
+    /// The fewest pages of an increment. With fewer dirty pages it is left out.
+    pub threshold: u64,
+    /// The most pages of an increment. The others are part of the next one.
+    pub most: u64,
+    /// In which order pages are pushed that only the source has.
+    pub order: Box<dyn PushOrder>,
+}
+
+impl Strategy for QuickEviction {
+    fn name(&self) -> &'static str {
+        "quick-eviction"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn stores(&self) -> Vec<Place> {
+        vec![self.stage.clone()]
+    }
+
+    fn keeps_stored_pages(&self) -> bool {
+        true
+    }
+
+    fn connects_itself(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        // only what is not staged already
+        let mut dirty = vm.start_tracking()?;
+        loop {
+            if dirty.len() >= self.threshold {
+                vm.put(&mut dirty, self.stage.at_most(self.most))?.or_keep_for_later();
+            }
+            if let Wake::Command(to) = vm.wait(Until::command().or_after(self.interval))? {
+                match vm.connect(&to) {
+                    Ok(()) => break,
+                    Err(error) => vm.report(&error),
+                }
+            }
+            dirty = vm.harvest()?;
+        }
+        let dirty = vm.harvest()?;
+        vm.pause()?.hand_over(dirty)?.serve(&mut *self.order)
+    }
+}

@@ -1,0 +1,50 @@
+//! Scatter-gather: post-copy whose pages may wait in intermediaries, so that the source is free soon.
+
+use super::{Done, Place, PushOrder, Running, Strategy, push_order::Through};
+use crate::MigrationError;
+
+/// Scatter-gather (Deshpande et al., "Fast Server Deprovisioning through Scatter-Gather Live Migration
+/// of Virtual Machines", Cloud 2014; "Scatter-Gather Live Migration of Virtual Machines", TCC 2015):
+/// the guest runs at the destination at once. Its pages fill the direct link, and what the source can
+/// send beyond that goes into intermediaries. The source is released as soon as every page is
+/// elsewhere, however slow the destination is, which then gathers the rest by itself.
+///
+/// A page that the guest touches comes from the source while that has it, and from its intermediary
+/// afterwards. An order that sends the hot pages first keeps the guest's slow time short.
+///
+/// It needs an engine with page stores. So far that is the [simulator](crate::sim).
+pub struct ScatterGather {
+    order: Through<Box<dyn PushOrder>>,
+}
+
+impl ScatterGather {
+    /// Makes the strategy with these intermediaries, which are names of page stores. Each page goes
+    /// into one of them, in turn. `order` says which pages move first.
+    pub fn new<S: Into<String>>(intermediaries: impl IntoIterator<Item = S>, order: impl PushOrder + 'static) -> Self {
+        let places = intermediaries.into_iter().map(|store| Place::attempt([store])).collect();
+        Self { order: Through::new(places, Box::new(order)) }
+    }
+}
+
+impl Strategy for ScatterGather {
+    fn name(&self) -> &'static str {
+        "scatter-gather"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn stores(&self) -> Vec<Place> {
+        self.order.through().to_vec()
+    }
+
+    fn keeps_stored_pages(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        let all = vm.start_tracking()?;
+        vm.pause()?.hand_over(all)?.serve(&mut self.order)
+    }
+}
