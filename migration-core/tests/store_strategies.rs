@@ -1,6 +1,6 @@
-//! Quick eviction, scatter-gather and agile in the simulator: with the link cut after every action, with
-//! a store that fails or loses what it has after every action, and with random worlds. Nobody ever reads
-//! an old page, or zeros for a page that is missing.
+//! Quick eviction, scatter-gather and agile in the simulator: with the link cut after every action,
+//! with a store that fails or loses what it has after every action, and with random worlds. Nobody
+//! ever reads an old page, or zeros for a page that is missing.
 
 use std::time::Duration;
 
@@ -285,8 +285,8 @@ fn worlds() -> impl proptest::strategy::Strategy<Value = SimConfig> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// The properties of `docs/model.md`: no wrong content, none lost that a rule protects, one owner,
-    /// not stuck, nothing left over.
+    /// The properties of `docs/model.md`: no wrong content, none lost that a rule protects, one
+    /// owner, not stuck, nothing left over.
     #[test]
     fn no_world_breaks_a_property(
         config in worlds(),

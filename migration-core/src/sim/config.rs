@@ -89,8 +89,8 @@ pub struct FaultAt {
 pub struct SimConfig {
     /// Pages of RAM.
     pub pages: u64,
-    /// The direct link's bandwidth in bytes a second, which is what the destination can receive from
-    /// the source and from stores together.
+    /// The direct link's bandwidth in bytes a second, which is what the destination can receive
+    /// from the source and from stores together.
     pub bytes_per_second: f64,
     /// The link's latency, one way.
     pub latency: Duration,
@@ -101,8 +101,8 @@ pub struct SimConfig {
     pub chunk: u64,
     /// What the guest writes.
     pub dirtying: Dirtying,
-    /// When the guest reports which pages free, in the order of time. It takes a page back by writing
-    /// there. What a free page holds counts for nothing.
+    /// When the guest reports which pages free, in the order of time. It takes a page back by
+    /// writing there. What a free page holds counts for nothing.
     pub freeing: Vec<(Duration, PageRange)>,
     /// What the guest reads.
     pub touching: Touching,

@@ -1,4 +1,5 @@
-//! The destination's host: it receives the VM, runs it, and fetches what is missing from where it is.
+//! The destination's host: it receives the VM, runs it, and fetches what is missing from where it
+//! is.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -348,8 +349,9 @@ impl Simulation {
         runs.iter().flat_map(|&run| map.free_runs(run, PageCopy::Store(copy), usize::MAX)).collect()
     }
 
-    /// A store lacks pages, or does not answer. The next store of the entry is asked. If there is none,
-    /// pages that the source holds come from the source, and others are asked for again later.
+    /// A store lacks pages, or does not answer. The next store of the entry is asked. If there is
+    /// none, pages that the source holds come from the source, and others are asked for again
+    /// later.
     fn lacking_in_store(&mut self, asked: &GetUnderWay, lacking: &[PageRange]) {
         if self.ask_next_store(Side::Destination, asked, lacking) {
             for &range in lacking {
@@ -444,8 +446,8 @@ impl Simulation {
         }
     }
 
-    /// A person states that the source is dead. If no page is only there, the destination needs it no
-    /// more. Returns whether that is so.
+    /// A person states that the source is dead. If no page is only there, the destination needs it
+    /// no more. Returns whether that is so.
     pub fn release_by_hand(&mut self) -> bool {
         if !self.destination.runs || !self.source.dead {
             return false;
@@ -455,9 +457,9 @@ impl Simulation {
         self.destination.machine.is_complete()
     }
 
-    /// Lets the guest run at the destination, which fetches what is in stores, until nothing is missing
-    /// or so much time has passed. Then it forgets the namespaces to which no page refers. Returns how
-    /// many pages are missing.
+    /// Lets the guest run at the destination, which fetches what is in stores, until nothing is
+    /// missing or so much time has passed. Then it forgets the namespaces to which no page refers.
+    /// Returns how many pages are missing.
     pub fn gather(&mut self, most: Duration) -> u64 {
         let end = self.clock + most;
         while !self.destination.map.missing().is_empty() && self.clock < end {

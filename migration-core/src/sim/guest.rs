@@ -96,8 +96,8 @@ impl Paced {
         self.credit = 0.0;
     }
 
-    /// Leaves out all but the last `most` of what is due in so many seconds. Returns the rate of the
-    /// rest.
+    /// Leaves out all but the last `most` of what is due in so many seconds. Returns the rate of
+    /// the rest.
     fn at_most(&mut self, most: u64, rate: f64, seconds: f64) -> f64 {
         let due = rate * seconds;
         if due <= most as f64 {
@@ -242,8 +242,8 @@ impl GuestState {
 }
 
 impl Simulation {
-    /// Lets the guest run until `until`, or until it faults. The clock is then at that time. Returns
-    /// whether that is `until`.
+    /// Lets the guest run until `until`, or until it faults. The clock is then at that time.
+    /// Returns whether that is `until`.
     pub(super) fn run_guest(&mut self, until: Duration) -> bool {
         let from = self.clock;
         self.report_free_pages(until);

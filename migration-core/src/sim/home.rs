@@ -55,8 +55,9 @@ impl Simulation {
         self.page_is_there(page);
     }
 
-    /// Puts pages into stores and drops them from RAM, as a VMM does with cold pages of a VM that runs
-    /// at home. Pages that the guest writes meanwhile stay. Returns how many pages were evicted.
+    /// Puts pages into stores and drops them from RAM, as a VMM does with cold pages of a VM that
+    /// runs at home. Pages that the guest writes meanwhile stay. Returns how many pages were
+    /// evicted.
     ///
     /// # Errors
     /// Returns an error if there is no such store, or if the guest's pages are tracked: no page is

@@ -217,8 +217,8 @@ impl Simulation {
         }
     }
 
-    /// Goes on to what happens next, but not beyond `until`. Returns whether there was anything to go
-    /// on to.
+    /// Goes on to what happens next, but not beyond `until`. Returns whether there was anything to
+    /// go on to.
     pub(super) fn step(&mut self, until: Option<Duration>) -> bool {
         let next = self.network.next_at();
         let Some(target) = next.into_iter().chain(until).min() else { return false };

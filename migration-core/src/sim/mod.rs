@@ -1,18 +1,18 @@
-//! A simulator: strategies and protocol machines in virtual time, over links that can be cut after any
-//! action.
+//! A simulator: strategies and protocol machines in virtual time, over links that can be cut after
+//! any action.
 //!
-//! Both [machines](crate::protocol) are the real ones, and so are the strategy, the
-//! [page maps](crate::page_map) and the [page stores](crate::store). A page is a version number, a link
-//! has a bandwidth and a latency, and a [`Guest`] reads and writes on whichever side it runs. Whatever
-//! it reads is compared with what it wrote last.
+//! Both [machines](crate::protocol) are the real ones, and so are the strategy, the [page
+//! maps](crate::page_map) and the [page stores](crate::store). A page is a version number, a link
+//! has a bandwidth and a latency, and a [`Guest`] reads and writes on whichever side it runs.
+//! Whatever it reads is compared with what it wrote last.
 //!
-//! Every message is two *actions*, its sending and its arrival, so that "sent but lost" and "arrived but
-//! not answered" are both tried; so are requests to stores and their answers. A link can be cut, and a
-//! store can fail or lose what it has, after each action. Nothing depends on a clock or a thread: the
-//! same configuration gives the same run.
+//! Every message is two *actions*, its sending and its arrival, so that "sent but lost" and
+//! "arrived but not answered" are both tried; so are requests to stores and their answers. A link
+//! can be cut, and a store can fail or lose what it has, after each action. Nothing depends on a
+//! clock or a thread: the same configuration gives the same run.
 //!
-//! Messages that the [wire format](crate::wire) does not have yet, such as the locations of pages, are
-//! the simulator's own.
+//! Messages that the [wire format](crate::wire) does not have yet, such as the locations of pages,
+//! are the simulator's own.
 //!
 //! ```
 //! use std::time::Duration;
@@ -29,8 +29,8 @@
 //! assert_eq!(sim.broken(), &[] as &[String]);
 //! ```
 //!
-//! Pages that the source cannot send at once go through a store, and the source is free although the
-//! destination still gathers:
+//! Pages that the source cannot send at once go through a store, and the source is free although
+//! the destination still gathers:
 //!
 //! ```
 //! use std::time::Duration;
@@ -164,8 +164,9 @@ impl Simulation {
         self.commands.push((self.clock + after, to));
     }
 
-    /// Runs `strategy`, and does what follows from how it ends, as the engine does: everything is given
-    /// back, or *run* is repeated until it is answered, and the source serves until it is released.
+    /// Runs `strategy`, and does what follows from how it ends, as the engine does: everything is
+    /// given back, or *run* is repeated until it is answered, and the source serves until it is
+    /// released.
     pub fn attempt(&mut self, strategy: &mut dyn Strategy) -> Attempt {
         self.began = self.clock;
         self.attempt = Attempt::default();
@@ -258,8 +259,8 @@ impl Simulation {
         self.destination.map.missing().len()
     }
 
-    /// Returns after how many actions the destination last began to ask the stores whether they have
-    /// lost anything, to release the source. What they lose later is lost.
+    /// Returns after how many actions the destination last began to ask the stores whether they
+    /// have lost anything, to release the source. What they lose later is lost.
     pub fn checked_after(&self) -> Option<u64> {
         self.destination.checked_after
     }
@@ -269,14 +270,14 @@ impl Simulation {
         self.source.throttle
     }
 
-    /// Returns whether the source still tracks dirty pages. Between attempts it does only while a copy
-    /// of the VM is kept ready in a store.
+    /// Returns whether the source still tracks dirty pages. Between attempts it does only while a
+    /// copy of the VM is kept ready in a store.
     pub fn is_tracking(&self) -> bool {
         self.source.tracking
     }
 
-    /// Returns what was seen that must never be: two owners, a lost page, a page that is stale or was
-    /// read as zeros.
+    /// Returns what was seen that must never be: two owners, a lost page, a page that is stale or
+    /// was read as zeros.
     pub fn broken(&self) -> &[String] {
         &self.broken
     }

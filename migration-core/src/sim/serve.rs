@@ -1,5 +1,5 @@
-//! The source after the hand-over: it answers demands, pushes the rest over the direct link and through
-//! stores, and waits for a lost link, until the destination has released it.
+//! The source after the hand-over: it answers demands, pushes the rest over the direct link and
+//! through stores, and waits for a lost link, until the destination has released it.
 
 use std::time::Duration;
 
@@ -104,8 +104,8 @@ impl Simulation {
         lanes.into_iter().filter(|&at| waits && at > self.clock).min()
     }
 
-    /// Returns what `order` pushes next. One that is wrong is told of, and pages go one after the other
-    /// in its place.
+    /// Returns what `order` pushes next. One that is wrong is told of, and pages go one after the
+    /// other in its place.
     fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
         let unsent = self.source.map.unclaimed();
         match checked_next(order, unsent, most) {
@@ -120,8 +120,8 @@ impl Simulation {
         }
     }
 
-    /// The destination's guest waits for a page. The source answers for every page that it holds, also
-    /// for one that is on its way into a store, or in one.
+    /// The destination's guest waits for a page. The source answers for every page that it holds,
+    /// also for one that is on its way into a store, or in one.
     pub(super) fn demanded(&mut self, page: u64) -> Result<(), MigrationError> {
         for range in self.source.map.claim_block(page, 1) {
             self.send_pages(range, true)?;
@@ -130,7 +130,8 @@ impl Simulation {
         Ok(())
     }
 
-    /// Makes a new connection, and has the destination say whether it runs the VM and what it lacks.
+    /// Makes a new connection, and has the destination say whether it runs the VM and what it
+    /// lacks.
     pub(super) fn repeat_run(&mut self) -> Result<(), MigrationError> {
         self.pass(RECONNECTS);
         if self.source.dead {

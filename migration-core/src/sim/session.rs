@@ -1,5 +1,5 @@
-//! The source's side of a session: what is due before a strategy begins, the offer in the pause, and what
-//! is given back when an attempt fails.
+//! The source's side of a session: what is due before a strategy begins, the offer in the pause,
+//! and what is given back when an attempt fails.
 
 use std::collections::BTreeSet;
 
@@ -67,11 +67,20 @@ impl Simulation {
         if table.is_empty() {
             return Ok(());
         }
-        self.send_message(Message::Table(table))?;
-        self.wait_for(|sim| sim.source.table_taken)?;
+        self.send_table(table)?;
         self.announce(&PageSet::empty(self.config.pages))?;
         self.send_message(Message::LocationsEnd)?;
         self.wait_for(|sim| sim.source.locations_taken)
+    }
+
+    /// Sends entries of the store table, and waits until the destination has acknowledged them:
+    /// none is used before.
+    pub(super) fn send_table(&mut self, entries: Vec<u8>) -> Result<(), MigrationError> {
+        self.source.table_taken = false;
+        self.send_message(Message::Table(entries.clone()))?;
+        self.wait_for(|sim| sim.source.table_taken)?;
+        self.source.table.extend(entries);
+        Ok(())
     }
 
     /// Returns the entries to which pages refer, or into which pages may be put.
@@ -148,8 +157,8 @@ impl Simulation {
         self.wait_for(|sim| sim.source.machine.phase() == SourcePhase::Ready)
     }
 
-    /// In the pause: what the destination lacks is sent, or named. Then the locations go, as far as they
-    /// have changed.
+    /// In the pause: what the destination lacks is sent, or named. Then the locations go, as far as
+    /// they have changed.
     fn leave_or_send(&mut self, rest: &PageSet, leave: bool) -> Result<(), MigrationError> {
         if !leave {
             self.source.machine.begin_round()?;

@@ -46,6 +46,8 @@ pub(super) struct SourceHost {
     pub(super) failure: Option<MigrationError>,
     /// The last round that the destination has acknowledged.
     received: u32,
+    /// The entries of the store table that the destination has acknowledged.
+    pub(super) table: BTreeSet<u8>,
     pub(super) table_taken: bool,
     pub(super) locations_taken: bool,
     /// The list of missing pages that the destination is sending, and whether it is complete.
@@ -82,6 +84,7 @@ impl SourceHost {
             paused_at: None,
             failure: None,
             received: 0,
+            table: BTreeSet::new(),
             table_taken: false,
             locations_taken: false,
             listed: none.clone(),
@@ -104,6 +107,7 @@ impl SourceHost {
         self.failure = None;
         self.received = 0;
         (self.table_taken, self.locations_taken, self.resumed, self.vacated) = (false, false, false, false);
+        self.table.clear();
         self.listed.clear();
         self.demanded.clear();
     }
@@ -168,8 +172,8 @@ impl Simulation {
 
 /// Rounds and puts.
 impl Simulation {
-    /// Sends `pages`, until all are sent or `enough` says so before the next chunk. Returns those that
-    /// were sent.
+    /// Sends `pages`, until all are sent or `enough` says so before the next chunk. Returns those
+    /// that were sent.
     pub(super) fn transfer(
         &mut self,
         pages: &PageSet,
@@ -312,6 +316,9 @@ impl Verbs for Simulation {
                 Err(error) => return Ok(Put { round: Round::default(), failed: Some(error) }),
             },
         };
+        if self.network.connected && !self.source.table.contains(&entry) {
+            self.send_table(vec![entry])?;
+        }
         self.put_into(entry, pages, portion.most)
     }
 
@@ -462,7 +469,8 @@ impl Simulation {
         if self.config.freeing.is_empty() {
             return;
         }
-        // the guest goes on between tracker and look, so that the wrong order of the two would be seen
+        // the guest goes on between tracker and look, so that the wrong order of the two would be
+        // seen
         self.pass(LOOK);
         let before = self.source.map.unsent().len();
         self.source.map.free_for_now(&self.guest.free);

@@ -15,8 +15,8 @@ use crate::{
     MigrationError, PageRange,
     page_map::StoreCopy,
     store::{
-        Incarnation, ManualClock, MemoryPageStore, Namespace, NamespaceId, Owner, PageStore, PageToGet, PageToPut,
-        Purpose, Record, StoreError, Urgency,
+        Incarnation, ManualClock, MemoryPageStore, Namespace, Owner, PageStore, PageToGet, PageToPut, Purpose, Record,
+        StoreError, Urgency, VmNamespace,
     },
     strategy::Place,
     vm::VmId,
@@ -24,12 +24,22 @@ use crate::{
 
 /// The VM of every simulation.
 pub(super) const VM: VmId = VmId([1; 16]);
+/// Who answers for a namespace.
+const SOURCE: Owner = owner("the source");
+const DESTINATION: Owner = owner("the destination");
 /// The lease of every namespace.
 const LEASE: Duration = Duration::from_secs(24 * 3600);
 /// Bytes that a page of the simulation, which is a version number, takes in a store.
 const STORED_BYTES: u64 = 8 + 32 + 64;
 /// The simulation has a clock of its own: no get ever takes so long in real time.
 const NEVER_LATE: Duration = Duration::from_secs(3600);
+
+const fn owner(name: &str) -> Owner {
+    match Owner::new(name) {
+        Ok(owner) => owner,
+        Err(_) => panic!("not a name"),
+    }
+}
 
 /// A page store, and the links to it.
 pub(super) struct SimStore {
@@ -79,7 +89,7 @@ pub(super) struct Entry {
     purpose: Purpose,
     /// The positions of the stores.
     stores: Vec<usize>,
-    namespace: NamespaceId,
+    namespace: VmNamespace,
     /// The incarnations that the stores had when the namespace was created.
     incarnations: Vec<Incarnation>,
     /// The number of the last put.
@@ -147,7 +157,7 @@ pub(super) struct GetUnderWay {
 }
 
 impl Simulation {
-    // ---- entries ---------------------------------------------------------------------------------
+    // ---- entries -------------------------------------------------------------------------------
 
     /// Returns the open entry for these stores.
     pub(super) fn entry_for(&self, place: &Place) -> Option<u8> {
@@ -159,8 +169,8 @@ impl Simulation {
     /// Creates a namespace in these stores, and an entry for it.
     ///
     /// # Errors
-    /// The inner error says which store has failed. The outer one is final: there is no such store, or
-    /// the table is full.
+    /// The inner error says which store has failed. The outer one is final: there is no such store,
+    /// or the table is full.
     pub(super) fn create_entry(&mut self, place: &Place) -> Result<Result<u8, MigrationError>, MigrationError> {
         let stores = self.stores_of(place)?;
         let Place::Stores { names, purpose } = place else {
@@ -171,13 +181,13 @@ impl Simulation {
         let mut secret = [0; 16];
         secret[0] = number;
         secret[8..].copy_from_slice(&self.epoch.to_le_bytes().repeat(2));
-        let namespace = Namespace::new(secret).id();
-        let record = Record { vm: VM, purpose: *purpose, owner: Owner([1; 16]) };
+        let namespace = Namespace::new(secret).of(VM);
+        let record = Record { vm: VM, purpose: *purpose, owner: SOURCE };
         let mut incarnations = Vec::new();
         for &store in &stores {
             self.pass(self.stores[store].config.latency * 2);
             self.act();
-            let created = self.stores[store].reach().and_then(|inner| inner.create(namespace, &record, LEASE));
+            let created = self.stores[store].reach().and_then(|inner| inner.create(namespace.id, &record, LEASE));
             match created {
                 Ok(incarnation) => incarnations.push(incarnation),
                 Err(cause) => return Ok(Err(MigrationError::page_store(self.stores[store].name())(cause))),
@@ -218,10 +228,10 @@ impl Simulation {
     /// Returns how many namespaces are left in all stores.
     pub fn namespaces(&self) -> usize {
         let has = |store: usize, id| matches!(self.stores[store].inner.record(id), Ok(Some(_)));
-        self.entries.iter().flat_map(|entry| entry.stores.iter().filter(|&&s| has(s, entry.namespace))).count()
+        self.entries.iter().flat_map(|entry| entry.stores.iter().filter(|&&s| has(s, entry.namespace.id))).count()
     }
 
-    // ---- requests --------------------------------------------------------------------------------
+    // ---- requests ------------------------------------------------------------------------------
 
     /// Puts pages of the source into an entry's stores. They must be in its RAM.
     pub(super) fn start_put(&mut self, number: u8, range: PageRange) -> Result<(), MigrationError> {
@@ -290,7 +300,7 @@ impl Simulation {
             Request::Renew { entry: number, replica, check } => {
                 let entry = &self.entries[usize::from(number)];
                 let store = entry.stores[replica];
-                let renewed = self.stores[store].reach().and_then(|s| s.renew(entry.namespace, Owner([2; 16]), LEASE));
+                let renewed = self.stores[store].reach().and_then(|s| s.renew(entry.namespace, DESTINATION, LEASE));
                 let intact = renewed.is_ok_and(|incarnation| incarnation == entry.incarnations[replica]);
                 (store, Answer::Renew { entry: number, check, intact }, self.clock)
             }
@@ -331,7 +341,8 @@ impl Simulation {
         }
     }
 
-    /// One store has answered a put. When all have, the pages count as put, or can be claimed again.
+    /// One store has answered a put. When all have, the pages count as put, or can be claimed
+    /// again.
     fn put_answered(&mut self, put: u64, replica: usize, result: Result<Incarnation, StoreError>) {
         let Some(under_way) = self.source.puts.get_mut(&put) else { return };
         let entry = &self.entries[usize::from(under_way.copy.entry)];
@@ -365,7 +376,8 @@ impl Simulation {
                 self.source.failing.insert(copy.entry);
             }
             let entry = self.entry(copy.entry);
-            let absent = || MigrationError::page_store(&entry.names.join(" and "))(StoreError::Absent(entry.namespace));
+            let absent =
+                || MigrationError::page_store(&entry.names.join(" and "))(StoreError::Absent(entry.namespace.id));
             let error = failed.unwrap_or_else(absent);
             self.source.put_failure.get_or_insert(error);
         }
@@ -409,7 +421,7 @@ pub(super) fn not_found(range: PageRange, found: &[(u64, u64)]) -> Vec<PageRange
 }
 
 /// Stores the versions of pages, as values of 8 bytes.
-fn put_versions(store: &SimStore, namespace: NamespaceId, put: &PutUnderWay) -> Result<Incarnation, StoreError> {
+fn put_versions(store: &SimStore, namespace: VmNamespace, put: &PutUnderWay) -> Result<Incarnation, StoreError> {
     let values: Vec<_> = put.versions.iter().map(|version| version.to_le_bytes()).collect();
     let pages: Vec<_> =
         put.range.pages().zip(&values).map(|(page, value)| PageToPut { page, value: &value[..] }).collect();
@@ -417,7 +429,7 @@ fn put_versions(store: &SimStore, namespace: NamespaceId, put: &PutUnderWay) -> 
 }
 
 /// Returns the versions of those pages that the store has in the wanted generation.
-fn get_versions(store: &SimStore, namespace: NamespaceId, get: &GetUnderWay) -> Vec<(u64, u64)> {
+fn get_versions(store: &SimStore, namespace: VmNamespace, get: &GetUnderWay) -> Vec<(u64, u64)> {
     let wanted: Vec<_> = get.range.pages().map(|page| PageToGet { page, generation: get.copy.generation }).collect();
     let urgency = if get.urgent { Urgency::Fault } else { Urgency::Prefetch };
     let mut found = Vec::new();

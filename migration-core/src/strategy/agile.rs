@@ -3,12 +3,13 @@
 use super::{Done, PushOrder, Running, Strategy};
 use crate::MigrationError;
 
-/// Agile migration (Deshpande et al., "Agile Live Migration of Virtual Machines", IPDPS 2016): one live
-/// round of the pages that are resident, then post-copy of what was dirtied meanwhile. Of pages that
-/// were evicted to a store only the locations move, and the destination reads them there.
+/// Agile migration (Deshpande et al., "Agile Live Migration of Virtual Machines", IPDPS 2016,
+/// sections III and IV.C): one live round of the pages that are resident, then post-copy of what
+/// was dirtied meanwhile. Of pages that were evicted to a store only the locations move, and the
+/// destination reads them there.
 ///
-/// A VM of which no page is in a store moves as by a [`Hybrid`](super::Hybrid) of one round. Pages in a
-/// store need an engine with page stores. So far that is the [simulator](crate::sim).
+/// A VM of which no page is in a store moves as by a [`Hybrid`](super::Hybrid) of one round. Pages
+/// in a store need an engine with page stores. So far that is the [simulator](crate::sim).
 pub struct Agile {
     /// In which order pages are pushed that were dirtied during the round.
     pub order: Box<dyn PushOrder>,

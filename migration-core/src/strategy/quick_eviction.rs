@@ -1,4 +1,5 @@
-//! Quick eviction: a copy of the VM is kept ready in a store, and on a command only what is dirty moves.
+//! Quick eviction: a copy of the VM is kept ready in a store, and on a command only what is dirty
+//! moves.
 
 use std::time::Duration;
 
@@ -6,15 +7,17 @@ use super::{Done, Place, PushOrder, Running, Strategy, Until, Wake};
 use crate::MigrationError;
 
 /// Quick eviction (Fernando et al., "Quick Eviction of Virtual Machines Through Proactive Live
-/// Snapshots", UCC 2016): the running VM is staged in a store, in increments. A command names the
-/// destination. What the store does not have yet then moves, and the source is free.
+/// Snapshots", UCC 2016, section III): the running VM is staged in a store, in increments that a
+/// threshold and a transfer limit space. A command names the destination. What the store does not
+/// have yet then moves, and the source is free.
 ///
-/// The paper's VM iterates once more and sends the rest in the pause, so that a guest that writes much
-/// is down for seconds. This one ends with post-copy: the pause carries no page. The increments are
-/// never a consistent state of their own, and nothing resumes from one.
+/// In the paper the VM then goes on as in pre-copy, so that a guest that writes much is down for
+/// seconds, and a VM that is staged at a third host moves a second time from there. This one ends
+/// with post-copy: the pause carries no page, and the destination reads the stage itself. The
+/// increments are never a consistent state of their own, and nothing resumes from one.
 ///
-/// A store that fails does not end the protection: pages that it lacks are put later, or move in the
-/// end. Neither does a destination that refuses: the next command may name another one.
+/// A store that fails does not end the protection: pages that it lacks are put later, or move in
+/// the end. Neither does a destination that refuses: the next command may name another one.
 ///
 /// It needs an engine with page stores. So far that is the [simulator](crate::sim).
 pub struct QuickEviction {

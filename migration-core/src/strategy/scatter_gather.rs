@@ -1,13 +1,15 @@
-//! Scatter-gather: post-copy whose pages may wait in intermediaries, so that the source is free soon.
+//! Scatter-gather: post-copy whose pages may wait in intermediaries, so that the source is free
+//! soon.
 
 use super::{Done, Place, PushOrder, Running, Strategy, push_order::Through};
 use crate::MigrationError;
 
-/// Scatter-gather (Deshpande et al., "Fast Server Deprovisioning through Scatter-Gather Live Migration
-/// of Virtual Machines", Cloud 2014; "Scatter-Gather Live Migration of Virtual Machines", TCC 2015):
-/// the guest runs at the destination at once. Its pages fill the direct link, and what the source can
-/// send beyond that goes into intermediaries. The source is released as soon as every page is
-/// elsewhere, however slow the destination is, which then gathers the rest by itself.
+/// Scatter-gather (Deshpande et al., "Fast Server Deprovisioning through Scatter-Gather Live
+/// Migration of Virtual Machines", Cloud 2014, sections IV.A and IV.B; "Scatter-Gather Live
+/// Migration of Virtual Machines", TCC 2015): the guest runs at the destination at once. Its pages
+/// fill the direct link, and what the source can send beyond that goes into intermediaries. The
+/// source is released as soon as every page is elsewhere, however slow the destination is, which
+/// then gathers the rest by itself.
 ///
 /// A page that the guest touches comes from the source while that has it, and from its intermediary
 /// afterwards. An order that sends the hot pages first keeps the guest's slow time short.

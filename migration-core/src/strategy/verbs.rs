@@ -22,8 +22,8 @@ pub trait Verbs {
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError>;
     /// Sends pages of the running guest to the destination.
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError>;
-    /// Returns all pages that are unsent: written since the last harvest, or not sent before, whoever
-    /// forgot them. Pages that are free now are not among them.
+    /// Returns all pages that are unsent: written since the last harvest, or not sent before,
+    /// whoever forgot them. Pages that are free now are not among them.
     fn harvest(&mut self) -> Result<PageSet, MigrationError>;
     /// Slows the vCPUs down.
     fn throttle(&mut self, percent: u8) -> Result<(), MigrationError>;
@@ -68,8 +68,9 @@ pub trait Verbs {
     fn resume(&mut self) -> Result<(), MigrationError>;
     /// Saves the state and sends it with `pages` and all that was dirtied up to the save.
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError>;
-    /// Hands ownership over. `missing` are pages that the destination does not have yet. Every other
-    /// page that is neither acknowledged, nor located in a store, nor zero is missing as well.
+    /// Hands ownership over. `missing` are pages that the destination does not have yet. Every
+    /// other page that is neither acknowledged, nor located in a store, nor zero is missing as
+    /// well.
     fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError>;
     /// Returns how many pages the hand-over has left at the source and nowhere else.
     fn left_behind(&self) -> u64;
@@ -103,9 +104,10 @@ impl<'a> Running<'a> {
         self.verbs.pages()
     }
 
-    /// Starts dirty tracking. Returns all of RAM but the pages that were never touched, those that the
-    /// guest has reported [free](crate::vm::SourceVm::free_pages), and those of which a store has the
-    /// newest content, if the strategy [keeps](super::Strategy::keeps_stored_pages) them there.
+    /// Starts dirty tracking. Returns all of RAM but the pages that were never touched, those that
+    /// the guest has reported [free](crate::vm::SourceVm::free_pages), and those of which a store
+    /// has the newest content, if the strategy [keeps](super::Strategy::keeps_stored_pages) them
+    /// there.
     ///
     /// # Errors
     /// Returns an error if the tracker fails.
@@ -113,8 +115,8 @@ impl<'a> Running<'a> {
         self.verbs.start_tracking()
     }
 
-    /// Sends `pages` to the destination while the guest runs, and returns when the destination holds
-    /// them. Returns early, with what it did, when the time-out of the migration passes.
+    /// Sends `pages` to the destination while the guest runs, and returns when the destination
+    /// holds them. Returns early, with what it did, when the time-out of the migration passes.
     ///
     /// # Errors
     /// Returns an error if the link is lost or the destination refuses.
@@ -125,13 +127,13 @@ impl<'a> Running<'a> {
     /// Puts pages of the running guest into a place, and removes from `pages` those that the place
     /// has acknowledged. [`send`](Self::send) is the case "to the destination".
     ///
-    /// Returns early, with what it did, when a [command](Until::command) has come, when the time-out
-    /// of the migration passes, or when the limit of the portion is reached. The command itself is
-    /// returned by the next [`wait`](Self::wait).
+    /// Returns early, with what it did, when a [command](Until::command) has come, when the
+    /// time-out of the migration passes, or when the limit of the portion is reached. The command
+    /// itself is returned by the next [`wait`](Self::wait).
     ///
-    /// A page that the guest writes after it was read is part of the next harvest, whether or not it
-    /// was acknowledged. If the store later loses what it has, the pages are part of the next harvest
-    /// too, and the next put begins a new namespace.
+    /// A page that the guest writes after it was read is part of the next harvest, whether or not
+    /// it was acknowledged. If the store later loses what it has, the pages are part of the next
+    /// harvest too, and the next put begins a new namespace.
     ///
     /// ```
     /// use std::time::Duration;
@@ -162,9 +164,9 @@ impl<'a> Running<'a> {
     /// and never sleeps.
     ///
     /// # Errors
-    /// Returns [`MigrationError::Cancelled`] if the user cancels, [`MigrationError::VmEnded`] if the
-    /// guest ends, [`MigrationError::Blocked`] if nothing would ever end the wait, and an error if the
-    /// link is lost.
+    /// Returns [`MigrationError::Cancelled`] if the user cancels, [`MigrationError::VmEnded`] if
+    /// the guest ends, [`MigrationError::Blocked`] if nothing would ever end the wait, and an error
+    /// if the link is lost.
     pub fn wait(&mut self, until: Until) -> Result<Wake, MigrationError> {
         if until.is_never() {
             return Err(MigrationError::Blocked("the strategy waits for nothing: that would be for ever".into()));
@@ -176,8 +178,8 @@ impl<'a> Running<'a> {
     /// locations of all pages that are in stores. Returns when the destination has acknowledged all
     /// locations. The guest runs meanwhile, and its pages stay tracked.
     ///
-    /// Only a strategy that [connects by itself](super::Strategy::connects_itself) calls this; for all
-    /// others the engine is connected before the strategy begins.
+    /// Only a strategy that [connects by itself](super::Strategy::connects_itself) calls this; for
+    /// all others the engine is connected before the strategy begins.
     ///
     /// # Errors
     /// Returns an error if the destination is not reached or refuses. Nothing has changed then: the
@@ -187,9 +189,9 @@ impl<'a> Running<'a> {
     }
 
     /// Returns all pages that the destination does not have in their last state: written since the
-    /// last harvest (or since tracking began), not sent by a round that ended early, or never passed
-    /// to [`send`](Self::send) or [`put`](Self::put). Pages that are free now are left out: one that
-    /// the guest takes back and writes is part of the next harvest.
+    /// last harvest (or since tracking began), not sent by a round that ended early, or never
+    /// passed to [`send`](Self::send) or [`put`](Self::put). Pages that are free now are left out:
+    /// one that the guest takes back and writes is part of the next harvest.
     ///
     /// # Errors
     /// Returns an error if the tracker fails.
@@ -219,7 +221,8 @@ impl<'a> Running<'a> {
     }
 
     /// Returns whether the user has asked to switch over now, whatever is left to send. Rounds end
-    /// early then, so a strategy that [can](super::Strategy::can_switch_over) looks at this after each.
+    /// early then, so a strategy that [can](super::Strategy::can_switch_over) looks at this after
+    /// each.
     pub fn switch_over_wanted(&self) -> bool {
         self.verbs.switch_over_wanted()
     }
@@ -247,8 +250,8 @@ impl<'a> Running<'a> {
         Err(MigrationError::GaveUp(why.into()))
     }
 
-    /// Ends a snapshot: the store has all pages and the state of one moment, and keeps them for good.
-    /// The guest runs on.
+    /// Ends a snapshot: the store has all pages and the state of one moment, and keeps them for
+    /// good. The guest runs on.
     ///
     /// # Errors
     /// Returns [`MigrationError::Store`] when the store fails, and [`MigrationError::Blocked`] in a
@@ -293,12 +296,12 @@ impl<'a> Paused<'a> {
     }
 
     /// Makes the destination the owner. `missing` are the pages that it does not have in their last
-    /// state. If nothing was [sent](Self::send_rest) since the pause, the state goes first, and what
-    /// was dirtied since the last harvest is missing too.
+    /// state. If nothing was [sent](Self::send_rest) since the pause, the state goes first, and
+    /// what was dirtied since the last harvest is missing too.
     ///
     /// The locations of pages that are in stores go with it, as far as they have changed since they
-    /// were announced: such pages need not be named. Free pages are never missing: they read as zeros
-    /// there.
+    /// were announced: such pages need not be named. Free pages are never missing: they read as
+    /// zeros there.
     ///
     /// # Errors
     /// Returns an error if the state cannot be saved, the link is lost, or the destination does not
@@ -335,13 +338,13 @@ impl HandedOver<'_> {
         }
     }
 
-    /// Gives the destination the pages that it faults on, at once, and moves the others in this order:
-    /// over the direct link first, and with the egress that it leaves into the stores that the order
-    /// [names](PushOrder::through). A lost link is waited out.
+    /// Gives the destination the pages that it faults on, at once, and moves the others in this
+    /// order: over the direct link first, and with the egress that it leaves into the stores that
+    /// the order [names](PushOrder::through). A lost link is waited out.
     ///
-    /// Returns when the destination has *released* the source: it has every page, or has one or more
-    /// stores confirm that they still hold it. It may then go on to gather pages from stores, for
-    /// which it does not need the source.
+    /// Returns when the destination has *released* the source: it has every page, or has one or
+    /// more stores confirm that they still hold it. It may then go on to gather pages from stores,
+    /// for which it does not need the source.
     ///
     /// # Errors
     /// Returns an error if it is certain that the destination cannot go on.

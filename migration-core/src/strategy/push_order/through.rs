@@ -15,8 +15,8 @@ pub struct Through<P> {
 }
 
 impl<P: PushOrder> Through<P> {
-    /// Makes an order that chooses pages as `order` does. Pages that the direct link has no room for
-    /// go into these places in turn.
+    /// Makes an order that chooses pages as `order` does. Pages that the direct link has no room
+    /// for go into these places in turn.
     pub fn new(places: Vec<Place>, order: P) -> Self {
         Self { places, order }
     }
