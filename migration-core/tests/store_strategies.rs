@@ -5,9 +5,12 @@
 use std::time::Duration;
 
 use migration_core::{
-    PageRange,
+    MigrationError, PageRange,
     sim::{Dirtying, FaultAt, Owner, SimConfig, Simulation, StoreConfig, StoreFault, Touching},
-    strategy::{Agile, Destination, HotFirst, Hybrid, Linear, Place, PostCopy, QuickEviction, ScatterGather, Strategy},
+    strategy::{
+        Agile, Destination, HotFirst, Hybrid, Linear, Place, PostCopy, PreCopy, QuickEviction, ScatterGather,
+        StopAndCopy, Strategy,
+    },
 };
 use proptest::{prelude::*, strategy::Strategy as _};
 
@@ -221,8 +224,29 @@ fn agile_moves_the_working_set_and_reads_cold_pages_where_they_are() {
     assert_eq!(gather(&mut sim, "agile"), 0);
 }
 
+/// Strategies that do not keep pages in stores read them and send them, before the pause.
 #[test]
-fn a_strategy_that_reads_stored_pages_and_a_store_that_does_not_exist_are_refused() {
+fn what_is_in_a_store_is_read_and_sent_by_strategies_that_do_not_keep_it_there() {
+    for strategy in [&mut <PreCopy>::default() as &mut dyn Strategy, &mut StopAndCopy] {
+        let mut sim = at_home(System::Agile, world());
+        let attempt = sim.attempt(strategy);
+        assert!(attempt.error.is_none(), "{attempt:?}");
+        assert_eq!((sim.missing(), sim.broken()), (0, &[] as &[String]));
+
+        // a store that fails: the pause does not begin, and another strategy can move the VM
+        let mut sim = at_home(System::Agile, world());
+        sim.store_fault("a", StoreFault::Fails);
+        let attempt = sim.attempt(strategy);
+        assert!(matches!(attempt.error, Some(MigrationError::PageStore { .. })), "{attempt:?}");
+        assert_eq!((attempt.downtime, sim.owner()), (None, Owner::Source));
+        move_it(&mut sim, System::Agile, "after a failed fetch");
+        sim.store_fault("a", StoreFault::Recovers);
+        assert_eq!(gather(&mut sim, "after a failed fetch"), 0);
+    }
+}
+
+#[test]
+fn a_strategy_that_would_lose_stored_pages_and_a_store_that_does_not_exist_are_refused() {
     let mut sim = at_home(System::Agile, world());
     let attempt = sim.attempt(&mut PostCopy { order: Box::new(Linear::default()) });
     assert!(attempt.error.unwrap().to_string().contains("pages are in stores"));

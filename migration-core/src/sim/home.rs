@@ -18,6 +18,33 @@ use crate::{
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 impl Simulation {
+    /// Reads those of `range` that are in stores, to send them. They do not become resident.
+    pub(super) fn read_through(&mut self, range: PageRange) -> Result<(), MigrationError> {
+        self.source.buffer.clear();
+        let mut wanted = PageSet::empty(self.config.pages);
+        self.source.map.in_store().ranges_in(range).for_each(|run| wanted.insert_range(run));
+        for run in self.source.map.located_runs(&wanted) {
+            let (range, copy) = (run.pages, run.copy);
+            self.source.reading += range.count;
+            self.start_get(Side::Buffer, GetUnderWay { range, copy, replica: 0, urgent: false });
+        }
+        self.wait_for(|sim| sim.source.reading == 0)
+    }
+
+    /// A store has answered with pages that are to be sent.
+    pub(super) fn got_in_buffer(&mut self, asked: GetUnderWay, found: Vec<(u64, u64)>) {
+        let lacking = not_found(asked.range, &found);
+        self.source.reading = self.source.reading.saturating_sub(found.len() as u64);
+        self.source.buffer.extend(found);
+        if lacking.is_empty() || self.ask_next_store(Side::Buffer, &asked, &lacking) {
+            return;
+        }
+        let count = lacking.iter().map(|run| run.count).sum();
+        self.source.reading = self.source.reading.saturating_sub(count);
+        let error = self.lacking(asked.copy.entry, count, lacking[0].first);
+        self.source.failure.get_or_insert(error);
+    }
+
     pub(super) fn fault_at_source(&mut self, page: u64) {
         if let Location::Store(copy) = self.source.map.location(page) {
             let range = PageRange::new(page, 1);

@@ -30,9 +30,10 @@ impl Simulation {
             return Err(MigrationError::Blocked(format!("{name} puts pages into a store, and there is none")));
         }
         self.source.keeps = strategy.keeps_stored_pages();
-        if !self.source.keeps && !self.source.map.in_store().is_empty() {
-            let pages = self.source.map.in_store().len();
-            let why = format!("{pages} pages are in stores, and {name} does not keep them there");
+        let stored = self.source.map.in_store().len();
+        if !self.source.keeps && strategy.needs_post_copy() && stored > 0 {
+            let why =
+                format!("{stored} pages are in stores, and {name} neither keeps them there nor sends them before");
             return Err(MigrationError::Blocked(why));
         }
         self.attempt_places = strategy.stores();
@@ -85,7 +86,10 @@ impl Simulation {
 
     /// Returns the entries to which pages refer, or into which pages may be put.
     fn open_entries(&self) -> Vec<u8> {
-        let mut entries: BTreeSet<u8> = self.source.map.entries().into_iter().collect();
+        let mut entries = BTreeSet::new();
+        if self.source.keeps {
+            entries.extend(self.source.map.entries());
+        }
         let open = self.entries.iter().enumerate().filter(|(_, entry)| entry.is_for(Purpose::Attempt) && !entry.closed);
         entries.extend(open.filter_map(|(number, _)| u8::try_from(number).ok()));
         entries.into_iter().collect()
@@ -94,6 +98,10 @@ impl Simulation {
     /// Sends the locations that the destination does not know in their last state, but for those of
     /// `others`.
     pub(super) fn announce(&mut self, others: &PageSet) -> Result<(), MigrationError> {
+        if !self.source.keeps {
+            // what is in stores was read and sent
+            return Ok(());
+        }
         let mut pages = self.source.map.unannounced().clone();
         pages.subtract(others);
         if pages.is_empty() {
@@ -108,6 +116,8 @@ impl Simulation {
     pub(super) fn give_back(&mut self) {
         self.source.throttle = 0;
         self.source.puts.clear();
+        // a guest that waits for a page asks again
+        self.gets.clear();
         self.forget(|entry| entry.is_for(Purpose::Attempt));
         for number in self.source.map.entries() {
             if self.entries[usize::from(number)].is_for(Purpose::Attempt) || self.is_forgotten(number) {
@@ -144,6 +154,11 @@ impl Simulation {
         pages.subtract(self.source.map.in_store());
         self.source.map.sending(&pages)?;
         let rest = self.harvest()?;
+        let only_stored = stored_of(&rest, self.source.map.in_store());
+        if !only_stored.is_empty() {
+            let why = format!("{} pages are in stores only, and were not sent before the pause", only_stored.len());
+            return Err(MigrationError::Blocked(why));
+        }
         if !self.shared {
             self.leave_or_send(&rest, leave)?;
         }
@@ -168,7 +183,7 @@ impl Simulation {
         }
         self.announce(rest)?;
         let left = if leave { rest.clone() } else { PageSet::empty(self.config.pages) };
-        if !leave && self.source.map.with_copies().is_empty() {
+        if !leave && (!self.source.keeps || self.source.map.with_copies().is_empty()) {
             return Ok(());
         }
         for frame in missing_frames(&left) {
@@ -178,4 +193,11 @@ impl Simulation {
         self.send_message(Message::Control(end))?;
         Ok(self.source.map.leave_behind(&left)?)
     }
+}
+
+/// Returns the pages that are in both sets.
+pub(super) fn stored_of(pages: &PageSet, in_store: &PageSet) -> PageSet {
+    let mut both = pages.clone();
+    both.intersect_with(in_store);
+    both
 }

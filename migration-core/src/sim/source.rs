@@ -8,6 +8,7 @@ use std::{
 use super::{
     Simulation,
     link::{Message, bytes_of, link_error},
+    session::stored_of,
     stores::PutUnderWay,
 };
 use crate::{
@@ -62,6 +63,9 @@ pub(super) struct SourceHost {
     pub(super) put_failure: Option<MigrationError>,
     /// Entries into which nothing is put any more in this attempt.
     pub(super) failing: BTreeSet<u8>,
+    /// Pages that were read from stores to be sent, and how many are being read.
+    pub(super) buffer: BTreeMap<u64, u64>,
+    pub(super) reading: u64,
     /// Whether the strategy leaves pages in stores there.
     pub(super) keeps: bool,
     /// Bytes a second that the last rounds have had.
@@ -95,6 +99,8 @@ impl SourceHost {
             put: none,
             put_failure: None,
             failing: BTreeSet::new(),
+            buffer: BTreeMap::new(),
+            reading: 0,
             keeps: false,
             bytes_per_second: 0.0,
         }
@@ -108,6 +114,8 @@ impl SourceHost {
         self.received = 0;
         (self.table_taken, self.locations_taken, self.resumed, self.vacated) = (false, false, false, false);
         self.table.clear();
+        self.buffer.clear();
+        self.reading = 0;
         self.listed.clear();
         self.demanded.clear();
     }
@@ -188,6 +196,7 @@ impl Simulation {
                     return Ok(sent);
                 }
                 let chunk = PageRange::new(at, self.config.chunk.max(1).min(range.end() - at));
+                self.read_through(chunk)?;
                 self.send_pages(chunk, false)?;
                 sent.insert_range(chunk);
                 at = chunk.end();
@@ -198,7 +207,12 @@ impl Simulation {
 
     /// Sends pages as they are now. The guest goes on while they travel.
     pub(super) fn send_pages(&mut self, range: PageRange, urgently: bool) -> Result<(), MigrationError> {
-        let versions = range.pages().map(|page| self.source.ram[page as usize]).collect();
+        let stored = self.source.map.in_store();
+        let version = |page: u64| match self.source.buffer.get(&page) {
+            Some(&version) if stored.contains(page) => version,
+            _ => self.source.ram[page as usize],
+        };
+        let versions = range.pages().map(version).collect();
         let message = Message::Pages { range, versions };
         if urgently { self.send_urgently(message) } else { self.send_message(message) }
     }
@@ -287,8 +301,12 @@ impl Verbs for Simulation {
         }
         self.source.tracking = true;
         let mut pages = PageSet::full(self.config.pages);
+        let stored = self.source.map.in_store().clone();
         if self.source.keeps {
             pages.subtract(self.source.map.with_copies());
+            self.source.map.free_for_now(&stored);
+        } else {
+            self.source.map.sending(&stored)?;
         }
         self.source.map.dirtied(&pages)?;
         self.harvest()
@@ -426,6 +444,11 @@ impl Verbs for Simulation {
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {
+        // the pause waits for no store: what is in one is sent before, or the pause does not begin
+        let stored = stored_of(self.source.map.unsent(), self.source.map.in_store());
+        if !stored.is_empty() {
+            self.round(&stored, |_| false)?;
+        }
         self.source.runs = false;
         self.guest.waiting = None;
         self.source.paused_at = Some(self.clock);

@@ -127,6 +127,8 @@ pub(super) enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Source,
+    /// The source, which sends what it reads.
+    Buffer,
     Destination,
 }
 
@@ -334,6 +336,7 @@ impl Simulation {
                 let Some(under_way) = self.gets.remove(&get) else { return };
                 match side {
                     Side::Source => self.got_at_source(under_way, found),
+                    Side::Buffer => self.got_in_buffer(under_way, found),
                     Side::Destination => self.got_at_destination(under_way, found),
                 }
             }
@@ -388,6 +391,13 @@ impl Simulation {
 
     pub(super) fn is_forgotten(&self, number: u8) -> bool {
         self.entry(number).forgotten
+    }
+
+    /// Returns the error of an entry whose stores lack pages.
+    pub(super) fn lacking(&self, number: u8, count: u64, first: u64) -> MigrationError {
+        let entry = self.entry(number);
+        let missing = StoreError::Missing { namespace: entry.namespace.id, count, first };
+        MigrationError::page_store(&entry.names.join(" and "))(missing)
     }
 
     fn entry(&self, number: u8) -> &Entry {
