@@ -3,7 +3,7 @@
 use std::{iter, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{
-    Args, Parser, Subcommand, ValueEnum,
+    Args, Subcommand, ValueEnum,
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use migration_core::vm::VmId;
@@ -16,16 +16,9 @@ use minivmm_client::{
     values::{absolute_address, duration, size, unix_path, vm_id},
 };
 
-/// A small VMM that demonstrates the migration crates.
-#[derive(Debug, Parser)]
-#[command(name = "minivmm", version, arg_required_else_help = true)]
-pub(crate) struct Cli {
-    #[command(subcommand)]
-    pub(crate) command: Command,
-}
-
+/// A command of `minivmm`.
 #[derive(Debug, Subcommand)]
-pub(crate) enum Command {
+pub enum Command {
     /// Run a VM.
     Run(Run),
     /// Receive a VM. Its configuration comes from the source.
@@ -39,21 +32,12 @@ pub(crate) enum Command {
     Broker(Broker),
     /// List the built-in workloads, or write one to a file.
     Workload(Workload),
-    /// Show a complete migration between two processes, with a table of what happened.
-    #[cfg(feature = "bench")]
-    Demo(bench::Demo),
-    /// Measure, and compare with QEMU if it is installed.
-    #[cfg(feature = "bench")]
-    Bench(bench::Bench),
-    /// Measure the techniques, and compare the figures with those of their papers.
-    #[cfg(feature = "bench")]
-    Eval(bench::Eval),
     /// Make a key for encrypted migrations.
     Keygen(Keygen),
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Run {
+pub struct Run {
     /// Size of guest RAM, such as 512M or 4G.
     #[arg(long, default_value = "1G", value_parser = size, conflicts_with = "restore")]
     pub(crate) memory: u64,
@@ -103,7 +87,7 @@ pub(crate) struct Run {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Common {
+pub struct Common {
     /// Destination of the serial port's output: stdio, null, or a file to append to (or a FIFO).
     /// minivmm never waits for it: up to 1 MiB of output that cannot be written is kept, and then
     /// the oldest is dropped and counted in `ctl status`.
@@ -121,7 +105,7 @@ pub(crate) struct Common {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Seal {
+pub struct Seal {
     /// Key file (`minivmm keygen`) with which snapshots and folders of checkpoints are sealed.
     /// Nobody can read or change them without the key, and unsealed ones are refused.
     #[arg(long, value_name = "F")]
@@ -129,7 +113,7 @@ pub(crate) struct Seal {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Feature {
+pub struct Feature {
     /// Control socket of the VM's home minivmm. The VM's RAM must be memfd or hugetlb.
     #[arg(long, value_name = "SOCK")]
     pub(crate) attach: PathBuf,
@@ -185,7 +169,7 @@ impl FromStr for Work {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Broker {
+pub struct Broker {
     /// Run as the broker at unix:PATH until this process ends. The RAM that it keeps is then freed.
     #[arg(
         long,
@@ -220,7 +204,7 @@ pub(crate) struct Broker {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Receive {
+pub struct Receive {
     /// Address to listen at: tcp:HOST:PORT (port 0 chooses a free port) or unix:PATH. Prints
     /// `listening URL`, and for a host name a line `bound URL` for each of its addresses.
     #[arg(long, value_name = "URL")]
@@ -272,7 +256,7 @@ pub(crate) enum OnLinkLoss {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Workload {
+pub struct Workload {
     /// List the workloads.
     #[arg(long, conflicts_with = "emit", required_unless_present = "emit")]
     pub(crate) list: bool,
@@ -296,16 +280,4 @@ pub(crate) fn backing() -> impl TypedValueParser<Value = Backing> {
 pub(crate) fn tracker() -> impl TypedValueParser<Value = TrackerKind> {
     let kinds = iter::once(TrackerKind::Auto).chain(TrackerKind::ALL);
     PossibleValuesParser::new(kinds.map(TrackerKind::name)).try_map(|name| name.parse::<TrackerKind>())
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use super::*;
-
-    #[test]
-    fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
-    }
 }

@@ -59,7 +59,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(100);
 
 /// Returns a push order by its name, if it knows that.
-pub(crate) type PushOrders = fn(&str) -> Option<Box<dyn PushOrder>>;
+pub type PushOrders = fn(&str) -> Option<Box<dyn PushOrder>>;
 
 pub(crate) struct Instance {
     /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it while a file system, another

@@ -1,272 +1,62 @@
-//! `minivmm`, the reference VMM: small but real, and the place to see how a VMM plugs into the migration crates. The
-//! glue is `vmm/glue.rs`; everything else is what any VMM has.
-#![deny(unsafe_code)]
-// a process that has a VM must not wait for its log, nor end with it
-#![deny(clippy::print_stdout, clippy::print_stderr)]
+//! The program `minivmm`: the commands of the library, and, unless they are left out, the measurements.
+#![forbid(unsafe_code)]
 
-#[macro_use]
-extern crate minivmm_client;
+use std::process::ExitCode;
 
-mod broker;
-mod check;
-mod checkpoints;
-mod cli;
-mod control;
-mod feature;
-mod instance;
-mod refresh;
-mod restart;
-mod sealing;
-mod signals;
-mod vmm;
+use clap::{Parser, Subcommand};
+use minivmm::command;
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+/// A small VMM that demonstrates the migration crates.
+#[derive(Debug, Parser)]
+#[command(name = "minivmm", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
 
-use clap::Parser;
-use cli::{Cli, Command, Common, OnLinkLoss, Receive, Run, Workload};
-use control::ControlSocket;
-use instance::{Arrival, Instance};
-use migration_core::engine::RestoreOptions;
-use migration_kvm::ram::Backing;
-use minivmm_client::{ctl, encryption, log, values::absolute, whole_file};
-use nix::errno::Errno;
-use refresh::Place;
-use sealing::Sealing;
-use signals::Signals;
-use vmm::{HostOptions, Machine, MachineConfig, SerialTarget};
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(flatten)]
+    Vmm(Box<command::Command>),
+    /// Show a complete migration between two processes, with a table of what happened.
+    #[cfg(feature = "bench")]
+    Demo(bench::Demo),
+    /// Measure, and compare with QEMU if it is installed.
+    #[cfg(feature = "bench")]
+    Bench(bench::Bench),
+    /// Measure the techniques, and compare the figures with those of their papers.
+    #[cfg(feature = "bench")]
+    Eval(bench::Eval),
+}
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return usage(&error),
+        Err(error) => return command::wrong_command_line(&error),
     };
-    signals::survive_file_limits();
-    let result = match &cli.command {
-        Command::Run(args) => with_a_vm(|signals| run(args, signals)),
-        Command::Receive(args) => with_a_vm(|signals| receive(args, signals)),
-        Command::Ctl(args) => Ok(ctl::run(args)),
-        Command::Feature(args) => with_a_vm(|signals| Ok(feature::run(args, signals))),
-        Command::Broker(args) if args.listen.is_some() => with_a_vm(|signals| Ok(broker::run(args, Some(signals)))),
-        Command::Broker(args) => Ok(broker::run(args, None)),
-        Command::Workload(args) => workload(args),
+    command::survive_file_limits();
+    match &cli.command {
         #[cfg(feature = "bench")]
-        Command::Demo(args) => Ok(bench::demo(args)),
+        Command::Vmm(vmm) => command::run(vmm, bench::push_order),
+        #[cfg(not(feature = "bench"))]
+        Command::Vmm(vmm) => command::run(vmm, command::no_push_orders),
         #[cfg(feature = "bench")]
-        Command::Bench(args) => Ok(bench::bench(args)),
+        Command::Demo(args) => command::finish(bench::demo(args)),
         #[cfg(feature = "bench")]
-        Command::Eval(args) => Ok(bench::eval(args)),
-        Command::Keygen(args) => encryption::keygen(args).map_err(String::from),
-    };
-    let status = result.unwrap_or_else(|why| {
-        log!("{why}");
-        1
-    });
-    // how a VMM ends says what became of its VM, not of its words
-    let output_counts = !matches!(cli.command, Command::Run(_) | Command::Receive(_));
-    ExitCode::from(log::finish(status, output_counts))
-}
-
-/// Readies a process that is to have a VM, or keeps the RAM of some, before it has another thread.
-fn with_a_vm(command: impl FnOnce(&Signals) -> Result<u8, String>) -> Result<u8, String> {
-    let signals = Signals::wait()?;
-    log::start();
-    command(&signals)
-}
-
-/// A wrong command line. Programs that asked for JSON get JSON.
-fn usage(error: &clap::Error) -> ExitCode {
-    let wants_json = std::env::args().any(|a| a == "--json");
-    if wants_json && error.use_stderr() {
-        let why = error.render().to_string();
-        let status = ctl::usage(true, why.lines().next().unwrap_or("wrong command line"));
-        return ExitCode::from(log::finish(status, true));
-    }
-    let status = if error.use_stderr() { 2 } else { 0 };
-    if let Err(why) = error.print()
-        && status == 0
-    {
-        log::stdout_failed(why.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
-    }
-    ExitCode::from(log::finish(status, true))
-}
-
-fn run(args: &Run, signals: &Signals) -> Result<u8, String> {
-    if let Some(spec) = &args.workload
-        && let Err(error) = guests::check_spec(spec)
-    {
-        log!("{error}");
-        return Ok(2);
-    }
-    if let Some(path) = &args.restore {
-        return restore(args, path, signals);
-    }
-    if let Some(spec) = &args.workload {
-        let least = guests::least_memory(spec, args.cpus).map_err(|e| format!("{spec}: {e}"))?;
-        enough_memory(args.memory, least, &format!("the workload {spec} on {} vCPUs", args.cpus))?;
-    }
-    if let Some(path) = &args.kernel {
-        let least = vmm::least_memory(path).map_err(|e| e.to_string())?;
-        enough_memory(args.memory, least, &path.display().to_string())?;
-    }
-    let (backing, tracker) = (args.backing.unwrap_or(Backing::TransparentHuge), args.tracker.unwrap_or_default());
-    let config = MachineConfig::new(args.memory, args.cpus, backing, tracker);
-    let machine = Machine::new(config, &SerialTarget::from(args.common.serial.as_str())).map_err(|e| e.to_string())?;
-    match (&args.kernel, &args.workload) {
-        (Some(path), _) => machine.boot_file(path, &args.cmdline).map_err(|e| e.to_string())?,
-        (None, Some(spec)) => machine.boot_workload(spec).map_err(|e| e.to_string())?,
-        (None, None) => {}
-    }
-    let machine = Arc::new(machine);
-    let instance = instance(&args.common, signals)?;
-    settle(&args.common, &instance)?;
-    instance.own(machine.clone());
-    instance.keep_ram()?;
-    if args.paused {
-        // whoever can ask already hears that it is
-        machine.start(false).map_err(|e| e.to_string())?;
-    }
-    serve(&args.common, &instance)?;
-    if !args.paused {
-        machine.start(true).map_err(|e| e.to_string())?;
-    }
-    Ok(instance.wait_exit())
-}
-
-/// An error if there is less memory than `what` needs.
-fn enough_memory(memory: u64, least: u64, what: &str) -> Result<(), String> {
-    if memory >= least {
-        return Ok(());
-    }
-    let mib = least.div_ceil(1 << 20);
-    Err(format!("--memory of {memory} bytes is too little: {what} needs at least {mib} MiB (--memory {mib}M)"))
-}
-
-fn restore(args: &Run, path: &Path, signals: &Signals) -> Result<u8, String> {
-    let instance = instance(&args.common, signals)?;
-    let host = HostOptions {
-        serial: serial(&args.common)?,
-        backing: args.backing,
-        tracker: args.tracker,
-        pause_on_loss: false,
-        shared_ram: args.common.broker.is_some(),
-        cold: false,
-    };
-    settle(&args.common, &instance)?;
-    let restart = args.restart.as_deref().map(serde_json::from_str).transpose();
-    let restart = restart.map_err(|e| format!("--restart: {e}"))?;
-    let max_ram_bytes = match restart {
-        // it ran on this host when it was saved
-        Some(_) => u64::MAX,
-        None => max_memory(args.max_memory)?,
-    };
-    let options = RestoreOptions { max_ram_bytes, paused: args.paused, ..RestoreOptions::default() };
-    instance.restore(path, restart, host, options)?;
-    serve(&args.common, &instance)?;
-    Ok(instance.wait_exit())
-}
-
-fn receive(args: &Receive, signals: &Signals) -> Result<u8, String> {
-    if let Err(why) = args.encryption.check() {
-        log!("{why}");
-        return Ok(2);
-    }
-    let security = args.encryption.security(None)?;
-    let instance = instance(&args.common, signals)?;
-    let host = HostOptions {
-        serial: serial(&args.common)?,
-        backing: args.backing,
-        tracker: args.tracker,
-        pause_on_loss: matches!(args.on_link_loss, OnLinkLoss::Pause),
-        shared_ram: args.common.broker.is_some(),
-        cold: args.cold,
-    };
-    settle(&args.common, &instance)?;
-    if let Some(place) = &args.successor_of {
-        let own = args.common.control.clone().ok_or("--successor-of needs --control")?;
-        let plan = args.refresh.as_deref().map(serde_json::from_str).transpose();
-        instance.succeed(own, place.clone(), plan.map_err(|e| format!("--refresh: {e}"))?);
-    }
-    if let Some(snapshot) = &args.restart_from {
-        instance.has_snapshot(snapshot.clone());
-    }
-    let max_memory = match args.successor_of {
-        // its RAM is on this host already, whatever its size
-        Some(_) => Arrival::SHARED.max_memory,
-        None => max_memory(args.max_memory)?,
-    };
-    let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory };
-    let listening = instance.receive(&args.listen, security, host, arrival)?;
-    if let Some(predecessor) = args.predecessor.as_deref() {
-        let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
-        instance.succeeds_process(predecessor)?;
-    }
-    serve(&args.common, &instance)?;
-    if args.successor_of.is_some() {
-        return Ok(instance.wait_exit());
-    }
-    // what a name stands for
-    let bound: String = listening.bound.iter().map(|bound| format!("bound {bound}\n")).collect();
-    log::announce(format!("listening {}\n{bound}", listening.address));
-    Ok(instance.wait_exit())
-}
-
-/// The most RAM that a VM from outside may have: what the user allows, else as much as this host has.
-fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
-    match allowed {
-        Some(bytes) => Ok(bytes),
-        None => nix::sys::sysinfo::sysinfo()
-            .map(|host| host.ram_total())
-            .map_err(|e| format!("the size of this host's memory: {e}; it can be given by --max-memory")),
+        Command::Bench(args) => command::finish(bench::bench(args)),
+        #[cfg(feature = "bench")]
+        Command::Eval(args) => command::finish(bench::eval(args)),
     }
 }
 
-fn instance(common: &Common, signals: &Signals) -> Result<Arc<Instance>, String> {
-    let instance = Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?);
-    #[cfg(feature = "bench")]
-    instance.knows_push_orders(bench::push_order);
-    let ends = instance.clone();
-    signals.end_by(move |asked| ends.end_by_signal(asked));
-    Ok(instance)
-}
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
 
-/// Where the serial port of a VM that is to come will write: found out now, and not when the VM has moved.
-fn serial(common: &Common) -> Result<SerialTarget, String> {
-    let target = SerialTarget::from(common.serial.as_str());
-    target.check().map_err(|e| e.to_string())?;
-    Ok(target)
-}
+    use super::*;
 
-/// Where this minivmm is to be found.
-fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
-    let Some(control) = &common.control else { return Ok(()) };
-    let serial = match common.serial.as_str() {
-        word @ ("stdio" | "null") => word.to_owned(),
-        file => absolute(file)?.display().to_string(),
-    };
-    instance.set_place(Place { control: absolute(control)?, serial, broker: common.broker.clone() });
-    Ok(())
-}
-
-fn serve(common: &Common, instance: &Arc<Instance>) -> Result<(), String> {
-    let Some(control) = &common.control else { return Ok(()) };
-    ControlSocket::bind(&absolute(control)?).and_then(|s| s.serve(instance.clone())).map_err(|e| e.to_string())
-}
-
-fn workload(args: &Workload) -> Result<u8, String> {
-    match (&args.emit, &args.out) {
-        (Some(spec), Some(out)) => {
-            let elf = match guests::elf(spec, args.cpus, vmm::host_tsc_khz().unwrap_or(0)) {
-                Ok(elf) => elf,
-                Err(error) => {
-                    log!("{error}");
-                    return Ok(2);
-                }
-            };
-            whole_file::write(out, &elf).map_err(|e| e.to_string())?;
-        }
-        _ => {
-            log::print(&guests::listing());
-        }
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
     }
-    Ok(0)
 }

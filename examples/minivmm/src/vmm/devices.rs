@@ -41,10 +41,12 @@ const MAX_INPUT: usize = 64;
 
 /// Where the serial port's output goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum SerialTarget {
+pub enum SerialTarget {
+    /// To this process's stdout.
     Stdio,
+    /// Nowhere.
     Null,
-    /// Appended to.
+    /// To a file, which is appended to.
     File(PathBuf),
 }
 

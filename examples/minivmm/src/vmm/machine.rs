@@ -37,7 +37,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     alias::Alias,
     balloon::{Balloon, BalloonDevice, Discard},
-    boot,
+    boot::{self, BootError},
     config::MachineConfig,
     devices::{Bus, SerialDevice, SerialOutput, SerialTarget},
     kvm::KvmProcessors,
@@ -68,10 +68,16 @@ const WARMING: Duration = Duration::from_secs(10);
 /// How long a process that has handed its VM over takes to unmap that: enough for 2 to 4 GiB.
 const COOLING: Duration = Duration::from_secs(1);
 
-/// A machine cannot be built or started.
+/// A VM cannot be built here, or its kernel cannot be loaded: the reason.
 #[derive(Debug, Error)]
 #[error("{0}")]
-pub(crate) struct MachineError(String);
+pub struct MachineError(String);
+
+impl From<BootError> for MachineError {
+    fn from(error: BootError) -> Self {
+        Self(error.to_string())
+    }
+}
 
 /// What executes the guest: vCPUs of KVM, or threads that take their place.
 pub(super) trait Processors: Send + Sync {
@@ -334,7 +340,7 @@ impl Machine {
             return Err(MachineError(why.into()));
         }
         let alias = Alias::new(&*self.ram).map_err(MachineError)?;
-        let entry = boot::load_file(path, &*self.ram, alias.memory()).map_err(|e| MachineError(e.to_string()))?;
+        let entry = boot::load_file(path, &*self.ram, alias.memory())?;
         self.enter(entry, cmdline)
     }
 
@@ -348,11 +354,11 @@ impl Machine {
         let alias = Alias::new(&*self.ram).map_err(MachineError)?;
         let mut file = io::Cursor::new(elf);
         let entry = boot::load("the workload", &mut file, &*self.ram, alias.memory());
-        self.enter(entry.map_err(|e| MachineError(e.to_string()))?, "")
+        self.enter(entry?, "")
     }
 
     fn enter(&self, entry: u64, cmdline: &str) -> Result<(), MachineError> {
-        let start_info = boot::write_start_info(&*self.ram, cmdline).map_err(|e| MachineError(e.to_string()))?;
+        let start_info = boot::write_start_info(&*self.ram, cmdline)?;
         self.processors.boot(entry, start_info).map_err(MachineError)
     }
 

@@ -17,6 +17,7 @@ mod tests;
 
 pub(crate) use boot::least_memory;
 pub(crate) use config::MachineConfig;
-pub(crate) use devices::SerialTarget;
+pub use devices::SerialTarget;
 pub(crate) use glue::{Host, HostOptions, MachineSource, Tenant};
+pub use machine::MachineError;
 pub(crate) use machine::{Machine, Snapshot, host_tsc_khz};

@@ -1,0 +1,53 @@
+//! What the programs in `src/bin` share: how they end. Each of them is one way to migrate a VM, to be read and changed.
+//!
+//! | program | what moves how |
+//! |---|---|
+//! | `pre_copy` | pages move in rounds while the guest runs |
+//! | `post_copy` | the guest moves first, its pages follow |
+//! | `hand_over` | a process takes a VM over from another one of its host, and no page moves |
+//! | `snapshot` | the VM is written to a file while it runs, and goes on from there |
+//! | `encrypted` | every channel is encrypted and authenticated |
+//! | `own_strategy` | a strategy of one's own |
+//! | `own_push_order` | post-copy in an order of one's own |
+//! | `own_convergence` | pre-copy that ends its rounds by a rule of one's own |
+//! | `simulated` | the same strategy as `own_strategy`, without a VM, over a link that breaks |
+//!
+//! `cargo run -p techniques --bin pre_copy` runs one. All but the last run a VM on KVM. Without KVM they run a software guest, threads that
+//! write the same pages.
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+
+use migration_core::report::Report;
+use minivmm::Vm;
+
+/// What a program's `main` returns.
+pub type Outcome = Result<(), Box<dyn Error>>;
+
+/// Prints what a migration cost.
+pub fn show(report: &Report) {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let downtime = report.downtime.map_or(f64::NAN, ms);
+    println!(
+        "{}: {:.0} ms in all, {} rounds, {:.1} MiB on the wire, downtime {downtime:.1} ms",
+        report.strategy,
+        ms(report.total),
+        report.rounds.len(),
+        report.wire_bytes as f64 / f64::from(1 << 20),
+    );
+}
+
+/// Checks that a guest works on where it is now, and that each of its pages holds what it has written there.
+///
+/// # Errors
+/// When it does not.
+pub fn check(vm: &Vm) -> Outcome {
+    vm.wait_works_on()?;
+    match vm.verify()? {
+        0 => {
+            println!("the guest works on, and all its pages are right");
+            Ok(())
+        }
+        wrong => Err(format!("the guest has found {wrong} wrong pages").into()),
+    }
+}
