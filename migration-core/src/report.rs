@@ -300,7 +300,7 @@ pub enum Event {
     Progress(Progress),
     /// A round ended.
     RoundEnded(RoundReport),
-    /// A connection was refused or lost. The listener goes on.
+    /// A connection was refused or lost. The listener continues.
     BadPeer {
         /// The address of the peer.
         peer: String,
@@ -335,7 +335,7 @@ pub enum Event {
 /// nothing else: a source sends no page, a destination reads no frame, and a paused guest stays
 /// paused. So a VMM that writes events to a file or a pipe should put them into a bounded queue
 /// that another thread empties. If an observer panics, the engine catches the panic and the event
-/// is lost, but the migration goes on and later events are delivered. (Where a panic aborts the
+/// is lost, but the migration continues and later events are delivered. (Where a panic aborts the
 /// process, it does so here too.)
 ///
 /// Strings in events may hold text from the other host, exactly as it was sent. Show them to people

@@ -277,8 +277,7 @@ impl SecureReader {
     }
 }
 
-/// Replaces the end of the stream, where a record should begin or go on, by
-/// [`RecordError::Truncated`].
+/// Converts the error for an early end of the stream to [`RecordError::Truncated`].
 fn cut_off(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof { RecordError::Truncated.into() } else { error }
 }

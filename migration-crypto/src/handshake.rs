@@ -5,8 +5,8 @@
 //! sends an empty record. The record proves that the source is present and that its messages are no
 //! replay. The messages are those of Noise (`NNpsk0` for a pre-shared key, `KK` for static keys) or
 //! of TLS 1.3. A further channel of a session runs `NNpsk0` again, keyed by a secret of that
-//! session. It has fresh ephemeral keys and needs no certificates, and a lane of another session
-//! does not pass.
+//! session. This handshake has fresh ephemeral keys, needs no certificates, and fails for a lane of
+//! another session.
 
 pub(crate) mod noise;
 pub(crate) mod preface;
@@ -60,7 +60,7 @@ pub enum HandshakeError {
     #[error("malformed handshake: {0}")]
     Malformed(&'static str),
     /// The two sides use different kinds of credentials.
-    #[error("the source comes with {theirs}, this destination wants {ours}")]
+    #[error("the source uses {theirs}, this destination expects {ours}")]
     Credentials {
         /// The kind of the source's credentials.
         theirs: &'static str,
@@ -221,8 +221,7 @@ impl Wire<'_> {
         Ok(message)
     }
 
-    /// Reads the rest of the first line that a peer sends that is no destination, and describes the
-    /// peer.
+    /// Reads the rest of the first line from a peer that is no destination, and describes the peer.
     fn describe_unidentified(&mut self, begun: &[u8]) -> HandshakeError {
         let mut answer = begun.to_vec();
         self.deadline = self.deadline.min(Instant::now() + UNIDENTIFIED_TIMEOUT);
@@ -235,8 +234,8 @@ impl Wire<'_> {
 
     /// Reads a refusal, which is a frame of the plain protocol.
     fn refusal(&mut self, begun: &[u8; 8]) -> Option<HandshakeError> {
-        // In a frame header these bytes are flags and reserved, and zero. If they are not, this is
-        // no refusal, and its rest would never come.
+        // In a frame header these bytes are flags and reserved bytes, all zero. If they are not,
+        // this is no refusal, and there is no rest to wait for.
         if begun[1..4] != [0; 3] {
             return None;
         }

@@ -136,7 +136,7 @@ impl PageSealer {
     ) -> Result<([u8; NONCE_LEN], [u8; TAG_LEN]), PageError> {
         let mut nonce = [0; NONCE_LEN];
         match &mut self.mode {
-            // NIST SP 800-38D, 8.2.1, with a random fixed field: a nonce comes twice only if two
+            // NIST SP 800-38D, 8.2.1, with a random fixed field: a nonce repeats only if two
             // sealers draw the same random bytes
             Mode::Bound { prefix: own, counter, .. } => {
                 nonce[..PREFIX].copy_from_slice(own);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_opens_only_as_what_it_is() {
+    fn a_page_opens_only_for_its_vm_number_generation_and_purpose() {
         let mut here = sealer(1, Purpose::Store);
         let sealed = here.seal(7, 3, &PAGE).unwrap();
         assert_eq!(sealed.len(), PAGE.len() + SEAL_OVERHEAD);
@@ -242,14 +242,14 @@ mod tests {
         assert_eq!(open(&here, 7, 3, sealed[..4000].to_vec()), no);
         assert_eq!(open(&here, 7, 3, vec![0; 27]), Err(PageError::TooShort(27)));
         assert_ne!(here.seal(7, 3, &PAGE).unwrap(), sealed);
-        // an empty content can be sealed, too
+        // empty content can be sealed, too
         let empty = here.seal(7, 3, &[]).unwrap();
         assert!(open(&here, 7, 3, empty).unwrap().is_empty());
         assert_eq!(format!("{here:?}"), "PageSealer { .. }");
     }
 
     #[test]
-    fn equal_pages_are_alike_only_inside_a_domain_that_wants_it() {
+    fn equal_pages_give_equal_bytes_only_in_one_convergent_domain() {
         let domain = |name: &[u8]| {
             PageSealer::convergent(&Psk::new([1; 32]), name, Purpose::Store, Suite::Aes256Gcm, &RustCrypto).unwrap()
         };
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn nonces_go_on_with_a_new_prefix() {
+    fn nonces_continue_with_a_new_prefix() {
         let mut sealer = sealer(1, Purpose::Store);
         if let Mode::Bound { counter, .. } = &mut sealer.mode {
             *counter = u32::MAX;

@@ -26,7 +26,7 @@ type Test = Result<(), Failed>;
 
 /// `l: out 0x10, al; jmp l`
 const WRITES: &[u8] = &[0xe6, 0x10, 0xeb, 0xfc];
-/// `l: jmp l`: never leaves the guest by itself
+/// `l: jmp l`: never causes an exit
 const SPINS: &[u8] = &[0xeb, 0xfe];
 /// `in al, 0x10; out 0x10, al; hlt`
 const READS: &[u8] = &[0xe4, 0x10, 0xe6, 0x10, 0xf4];

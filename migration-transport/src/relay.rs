@@ -84,7 +84,7 @@ impl Relay {
         self.address.into()
     }
 
-    /// Cuts all connections as soon as `bytes` further bytes were forwarded, counted over all
+    /// Cuts all connections as soon as `bytes` further bytes have been forwarded, counted over all
     /// connections and both directions. These bytes still arrive.
     pub fn cut_after(&self, bytes: u64) {
         let mut state = self.shared.lock();
@@ -263,7 +263,8 @@ impl Shared {
             let len = granted.unwrap_or(chunk.len());
             state.relayed += len as u64;
             if granted.is_some() {
-                // under the lock: a test that sees this number may restore the link at once
+                // the lock is held until the cut, because a test that sees the new number of
+                // bytes may restore the link at once
                 let _ = to.write_all(&chunk[..len]);
                 return state.cut();
             }
@@ -272,7 +273,7 @@ impl Shared {
                 return;
             }
         }
-        // the sending end has closed this direction in order
+        // the sender has closed this direction without an error
         let _ = to.shutdown(Shutdown::Write);
     }
 }

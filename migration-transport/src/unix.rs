@@ -41,7 +41,7 @@ impl UnixConnector {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             // Connecting blocks only while the listener's backlog is full, and then for the send
-            // time-out. A year stands for no limit, because longer time-outs may overflow.
+            // time-out. A year means no limit, because longer time-outs may overflow.
             let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
             socket
                 .set_write_timeout(Some(left.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 3600))))?;

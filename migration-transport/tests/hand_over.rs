@@ -1,5 +1,8 @@
-//! Hand-over with shared RAM over Unix sockets: what moves, what is refused, and peers that do not keep to it. The RAM that is
-//! shared is on the heap of this process, and the files that travel only stand for it.
+//! Tests of the hand-over with shared RAM over Unix sockets: what is sent, what is refused, and
+//! hostile peers.
+//!
+//! The shared RAM is on the heap of this process; the files that are sent only take the place of
+//! its memory files.
 
 mod common;
 
@@ -61,7 +64,8 @@ impl World {
         migrate(&mut self.vm, &*connector(to, ConnectOptions::default()), strategy, options, commands)
     }
 
-    /// It is refused before the pause, for this reason, and all is as before.
+    /// Asserts that a hand-over is refused before the pause, for this reason, and that the VM is
+    /// unchanged.
     fn is_refused(&mut self, to: &Address, words: &str) {
         let report = self.hand_over_to(to, &mut HandOver, &options());
         assert_eq!((report.outcome, report.downtime), (Outcome::Failed, None));
@@ -91,11 +95,11 @@ fn state_moves_and_ram_does_not() {
     assert_eq!(spawner.running.load(Ordering::SeqCst), 0);
 }
 
-/// Notes which roles threads assume beside the one that they were started for.
+/// Records the roles that threads assume in addition to their own.
 #[derive(Default)]
 struct Roles {
     assumed: Mutex<Vec<(ThreadId, Role)>>,
-    /// Whether the guest waits, as the engine says.
+    /// Whether the engine has told the spawner that the guest waits.
     switching: AtomicBool,
 }
 
@@ -124,7 +128,7 @@ impl Spawner for Roles {
 }
 
 impl Roles {
-    /// For each thread that handed over, what it did afterwards.
+    /// Returns for each hand-over the role that its thread assumed next.
     fn after_hand_overs(&self) -> Vec<Option<Role>> {
         let all = std::mem::take(&mut *self.assumed.lock().unwrap());
         assert!(!self.switching.load(Ordering::SeqCst), "the guest does not wait any more");
@@ -136,7 +140,7 @@ impl Roles {
     }
 }
 
-/// At both ends, however it ends: a thread that goes before others goes on as one that has no hurry.
+/// At both ends, also after a failure, the thread of a hand-over returns to a role without urgency.
 #[test]
 fn the_role_of_a_hand_over_ends_with_it() {
     let mut world = World::new();
@@ -153,7 +157,8 @@ fn the_role_of_a_hand_over_ends_with_it() {
         let outcome = world.hand_over(&mut HandOver, &options).outcome;
         (outcome, leaving.after_hand_overs())
     };
-    // the successor cannot load it; its predecessor cannot save it; nothing is wrong
+    // First the successor cannot load the state, then its predecessor cannot save it, then both
+    // can.
     assert_eq!(attempt(&mut world, 0), (Outcome::Failed, vec![Some(Role::Control)]));
     world.vm.failing_saves = 1;
     assert_eq!(attempt(&mut world, 1), (Outcome::Failed, vec![Some(Role::Control)]));
@@ -203,7 +208,7 @@ fn what_cannot_be_shared_is_refused_before_the_pause() {
     world.vm.files = file.into_iter().collect();
 }
 
-/// Asks for what does not go with shared RAM.
+/// Requests operations that shared RAM excludes.
 struct Sends;
 
 impl Strategy for Sends {
@@ -231,7 +236,7 @@ fn a_strategy_that_shares_ram_sends_no_pages() {
     assert!(world.vm.guest.is_running() && !world.vm.tracks());
 }
 
-/// A destination of an earlier build builds a VM of its own, and leaves the feature out.
+/// A destination of an earlier build makes a VM of its own and does not confirm the feature.
 #[test]
 fn a_destination_that_does_not_know_shared_ram_is_left() {
     let mut world = World::new();
@@ -243,7 +248,7 @@ fn a_destination_that_does_not_know_shared_ram_is_left() {
         let (epoch, _) = frame(&mut halves).unwrap();
         let session = SessionToken([1; 16]);
         say(&mut halves, 0, epoch, &Control::Welcome(Welcome { version: 1, features: 0, streams: 1, session }));
-        // until the source has gone
+        // read until the source closes the link
         while frame(&mut halves).is_ok() {}
     });
     let address = world.address();
@@ -266,7 +271,7 @@ fn say(halves: &mut Halves, sequence: u32, epoch: u32, frame: &Control) {
     halves.writer.write_all(&frame.encode(0, sequence, epoch), &[]).unwrap();
 }
 
-/// The next frame, and its epoch.
+/// Reads the next frame. Returns it with its epoch.
 fn frame(halves: &mut Halves) -> std::io::Result<(u32, Control)> {
     let mut header = [0; Header::LEN];
     halves.reader.read_exact(&mut header)?;
@@ -277,7 +282,7 @@ fn frame(halves: &mut Halves) -> std::io::Result<(u32, Control)> {
     Ok((header.number, frame))
 }
 
-/// A source that is not to be trusted.
+/// A source that violates the protocol.
 struct Hostile(Halves);
 
 impl Hostile {
@@ -301,11 +306,11 @@ impl Hostile {
 
     fn files(&mut self, count: usize) {
         let files: Vec<File> = (0..count).map(|_| tempfile::tempfile().unwrap()).collect();
-        // who has been refused already is told so, and may not send any more
+        // the destination may already have refused this source, so sending may fail
         let _ = self.0.writer.send_files(&files.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     }
 
-    /// It is told why, and the link ends.
+    /// Asserts that the destination sends this error and then closes the link.
     fn ends_with(mut self, code: ErrorCode, words: &str) {
         loop {
             match frame(&mut self.0) {
@@ -337,11 +342,11 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
         Hostile::greet(world, epoch, features)
     };
 
-    // a frame where the files are due
+    // a frame instead of the files
     let mut source = greet(&mut world, shared);
     say(&mut source.0, 1, 1, &Control::Ping);
     source.ends_with(ErrorCode::Mismatch, "sent 0, but 2 are expected");
-    // too many, too few
+    // too many files, or too few
     for count in [1, 3, 200] {
         let mut source = greet(&mut world, shared);
         source.files(count);
@@ -352,19 +357,20 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
         };
         source.ends_with(ErrorCode::Mismatch, &words);
     }
-    // what does not go together
+    // features that exclude each other
     for more in [FEATURE_POST_COPY, FEATURE_CHECKPOINTS, 1] {
         let mut source = greet(&mut world, shared | more);
         source.files(2);
         source.ends_with(ErrorCode::Mismatch, "goes with no other");
     }
-    // the files without the feature: a byte where a frame is due
+    // files without the feature: their byte comes where a frame is expected
     let mut source = greet(&mut world, 0);
     source.files(2);
     drop(source.0.writer);
     drop(source.0.reader);
 
-    // pages, although RAM is shared; the source before makes room, if it is still waited for
+    // a page although RAM is shared. If the destination still waits for the previous source, this
+    // one replaces it
     let mut source = greet(&mut world, shared);
     source.files(2);
     let Control::Welcome(Welcome { features, session, .. }) = frame(&mut source.0).unwrap().1 else {
@@ -372,7 +378,8 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
     };
     assert_eq!(features, shared);
     let mut lane = Hostile::connect(&world, LaneKind::Bulk, session);
-    // who still waits for lanes may close this one before it is told why
+    // the destination may close the link without a reason while it waits for lanes, so wait until
+    // it has them
     assert_eq!(frame(&mut source.0).unwrap().1, Control::Prepared { load_us: None });
     let extents = vec![Extent { range: PageRange::new(0, 1), content: Content::Zero }];
     lane.0.writer.write_all(&Bulk::Pages { extents, payload_crc: 0 }.encode(0, 0, 1), &[]).unwrap();
@@ -388,7 +395,7 @@ fn hostile_sources_are_refused_and_the_next_one_is_served() {
     guest.check();
 }
 
-/// Waits until the destination has noticed that the last source is gone.
+/// Waits until the destination has noticed that the last source has gone.
 fn epoch_free(destination: &Destination) {
     while destination.handle.phase() != migration_core::protocol::DestinationPhase::Empty {
         thread::yield_now();

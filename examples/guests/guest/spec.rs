@@ -47,7 +47,7 @@ const fn key(name: &'static str, kind: Kind, default: &'static str, summary: &'s
 }
 
 const fn size(default: &'static str) -> Key {
-    key("size", Kind::Size, default, "the area that it works on")
+    key("size", Kind::Size, default, "size of the area that it works on")
 }
 
 /// The largest number of regions of `quicksort`: the guest keeps a few words for each on its stack.
@@ -55,7 +55,7 @@ pub const MAX_REGIONS: u64 = 64;
 
 const PERCENT: Kind = Kind::Count(0, 100);
 const SWITCH: Kind = Kind::Count(0, 1);
-const MODE: Key = key("mode", Kind::Choice(&["read", "write"]), "write", "what it does to each page");
+const MODE: Key = key("mode", Kind::Choice(&["read", "write"]), "write", "whether it reads or writes each page");
 const SPIN: Key = key("spin", SWITCH, "0", "1: wait for the next write in a busy loop instead of sleeping");
 
 /// The keys that every workload takes.
@@ -68,7 +68,7 @@ pub const COMMON_KEYS: &[Key] = &[
     ),
     key("seed", Kind::Count(0, u32::MAX as u64), "1", "seed of all content, so that several guests differ"),
     key("serial", SWITCH, "0", "1: print `beat N` to the serial port"),
-    key("every", Kind::Time, "100ms", "time between two such lines"),
+    key("every", Kind::Time, "100ms", "time between two lines of `serial=1`"),
     key("for", Kind::Time, "0", "check everything and finish after this time; 0: never"),
     key("crash", Kind::Time, "0", "end with a triple fault after this time; 0: never"),
 ];
@@ -77,95 +77,95 @@ pub const COMMON_KEYS: &[Key] = &[
 pub const LIST: &[WorkloadInfo] = &[
     WorkloadInfo {
         name: "idle",
-        summary: "a busy loop that only beats, beside pages of incompressible data",
+        summary: "a busy loop that writes only its heartbeats; the pages of `data` are filled once",
         keys: &[key("data", Kind::Size, "700M", "pages filled once with incompressible data, verified on demand")],
     },
     WorkloadInfo {
         name: "sleep",
-        summary: "sleeps, and beats at each tick of the LAPIC timer",
-        keys: &[key("hz", Kind::Count(1, 5000), "1000", "ticks a second")],
+        summary: "sleeps, with a heartbeat at each tick of the LAPIC timer",
+        keys: &[key("hz", Kind::Count(1, 5000), "1000", "ticks per second")],
     },
     WorkloadInfo {
         name: "one-edge",
-        summary: "increments the first byte of each page in address order, over and over: at any instant there is one edge per CPU",
+        summary: "increments the first byte of each page in address order, again and again, so that each CPU's part has one edge",
         keys: &[size("256M")],
     },
     WorkloadInfo {
         name: "touch",
-        summary: "goes through its area sequentially: reads and checks, or rewrites, whole pages",
+        summary: "reads and checks, or rewrites, whole pages in address order",
         keys: &[size("64M"), MODE],
     },
     WorkloadInfo {
         name: "sequential",
-        summary: "goes through its area page by page, a few bytes of each, at full speed; measures each access",
+        summary: "reads or writes a few bytes of each page in address order, without pauses; measures each access",
         keys: &[size("256M"), MODE],
     },
     WorkloadInfo {
         name: "rate",
-        summary: "writes a few bytes into so many pages a second, spread over a share of RAM",
+        summary: "writes a few bytes per page, `pages` pages per second, spread over a part of RAM",
         keys: &[
-            key("pages", Kind::Count(1, 10_000_000), "5000", "pages a second, over all CPUs"),
-            key("percent", PERCENT, "80", "share of the RAM beside `data`"),
+            key("pages", Kind::Count(1, 10_000_000), "5000", "pages per second, over all CPUs"),
+            key("percent", PERCENT, "80", "percentage of the RAM that `data` leaves"),
             SPIN,
         ],
     },
     WorkloadInfo {
         name: "random",
-        summary: "a few bytes of pages in random order at full speed, each CPU in its own part; measures each access",
+        summary: "reads or writes a few bytes of pages in random order, each CPU in its own part, without pauses; measures each access",
         keys: &[size("256M"), MODE],
     },
     WorkloadInfo {
         name: "storm",
-        summary: "all CPUs in random order over the same pages, each with its own word in every page; measures each access",
+        summary: "all CPUs access the same pages in random order, each its own word in every page; measures each access",
         keys: &[size("256M"), MODE],
     },
     WorkloadInfo {
         name: "hot",
-        summary: "writes a few bytes into every page of its area, in order, at full speed; the area is a part of `data`",
+        summary: "writes a few bytes per page of its area, in address order, without pauses; the area is a part of `data`",
         keys: &[size("64M")],
     },
     WorkloadInfo {
         name: "quicksort",
-        summary: "fills and sorts segments, cycling through its area; or, with `regions`, shuffles and sorts that many regions in turns",
+        summary: "fills and sorts the segments of its area in turn; or, with `regions`, shuffles and sorts that many regions in time slices",
         keys: &[
-            key("size", Kind::Size, "1G", "the area that it works on; with `regions`, the size of each"),
+            key("size", Kind::Size, "1G", "size of the area that it works on; with `regions`, the size of each"),
             key("segment", Kind::Size, "200K", "bytes of a segment, at least 8K"),
             key(
                 "regions",
                 Kind::Count(0, MAX_REGIONS),
                 "0",
-                "independent regions, as of so many processes; 0: segments instead",
+                "number of independent regions, as of that many processes; 0: segments instead",
             ),
-            key("slice", Kind::Time, "10ms", "time that a region has until it is the next one's turn"),
+            key("slice", Kind::Time, "10ms", "time slice of a region"),
         ],
     },
     WorkloadInfo {
         name: "kv",
         summary: "a key-value table over most of RAM; the range of keys that is queried grows in ten steps",
         keys: &[
-            key("percent", PERCENT, "90", "share of the RAM beside `data`"),
+            key("percent", PERCENT, "90", "percentage of the RAM that `data` leaves"),
             key("step", Kind::Time, "5s", "time until the range grows by a tenth"),
-            key("set", PERCENT, "10", "share of the queries that write"),
+            key("set", PERCENT, "10", "percentage of the queries that write"),
         ],
     },
     WorkloadInfo {
         name: "churn",
-        summary: "allocates pages, writes them, checks them, frees them; tells the VMM which ones it does not need",
+        summary: "allocates, writes, checks and frees pages, and tells the VMM which ones it does not need",
         keys: &[
             size("512M"),
             key(
                 "live",
                 Kind::Count(1, 60),
                 "25",
-                "percent of the pages that are in use, half as many to half as many again",
+                "average percentage of the pages in use; the number varies by half of it in both directions",
             ),
-            key("pages", Kind::Count(1, 10_000_000), "10000", "pages allocated or freed a second, over all CPUs"),
+            key("pages", Kind::Count(1, 10_000_000), "10000", "pages allocated or freed per second, over all CPUs"),
             SPIN,
             key(
                 "balloon",
                 Kind::Choice(&["off", "on", "discard"]),
                 "on",
-                "whether free pages are reported, and their memory given to the host",
+                "on: report free pages; discard: also return their memory to the host",
             ),
             key("interval", Kind::Time, "5s", "time between two inflations of the balloon"),
         ],
@@ -173,17 +173,17 @@ pub const LIST: &[WorkloadInfo] = &[
     WorkloadInfo {
         name: "log",
         summary: "appends records to a circular log and updates random old ones",
-        keys: &[size("256M"), key("update", PERCENT, "20", "share of the operations that update")],
+        keys: &[size("256M"), key("update", PERCENT, "20", "percentage of the operations that update")],
     },
     WorkloadInfo {
         name: "mix",
-        summary: "the page mix of a gang of guests: zero, shared by all, nearly shared, unique; reads all, writes some unique ones",
+        summary: "the pages of one of many similar guests: zero, shared by all, nearly shared, unique; reads all, writes some unique ones",
         keys: &[
             size("512M"),
-            key("zero", PERCENT, "20", "percent of pages that are zero"),
-            key("shared", PERCENT, "30", "percent of pages that every guest has"),
-            key("near", PERCENT, "20", "percent of pages that differ from a shared one in a few words"),
-            key("pages", Kind::Count(0, 10_000_000), "1000", "unique pages written a second, over all CPUs"),
+            key("zero", PERCENT, "20", "percentage of the pages that are zero"),
+            key("shared", PERCENT, "30", "percentage of the pages that every guest has"),
+            key("near", PERCENT, "20", "percentage of the pages that differ from a shared one in a few words"),
+            key("pages", Kind::Count(0, 10_000_000), "1000", "unique pages written per second, over all CPUs"),
             SPIN,
         ],
     },

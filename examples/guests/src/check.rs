@@ -11,7 +11,7 @@ use crate::{
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum WorkloadError {
     /// No workload has this name.
-    #[error("no workload `{name}`; there are: {known}")]
+    #[error("no workload `{name}`; the workloads are: {known}")]
     Unknown {
         /// The name in the spec.
         name: String,

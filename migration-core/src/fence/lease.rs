@@ -387,7 +387,7 @@ mod tests {
         }
     }
 
-    /// EndOnDrop the lease when it is dropped, also if the test fails. The holder's thread would
+    /// Ends the lease when it is dropped, also if the test fails. The holder's thread would
     /// otherwise wait for ever, because no time passes.
     struct EndOnDrop<'a>(&'a LeaseHolder);
 

@@ -8,7 +8,7 @@ use super::*;
 use crate::{KeyLimits, Suite, aead::RustCrypto, secret::Secret};
 
 /// The largest plaintext of the writers' records in these tests.
-const MOST: usize = MIN_PLAINTEXT;
+const MAX: usize = MIN_PLAINTEXT;
 
 /// The calls that a link received.
 #[derive(Default)]
@@ -29,7 +29,7 @@ impl Tap {
 
     fn writer(&self, closed: &Arc<AtomicBool>) -> SecureWriter {
         let sealer = RecordSealer::new(Suite::Aes128Gcm, &RustCrypto, Secret::new([1; 32]), KeyLimits::default());
-        SecureWriter::new(Box::new(self.clone()), sealer.unwrap(), MOST, closed.clone())
+        SecureWriter::new(Box::new(self.clone()), sealer.unwrap(), MAX, closed.clone())
     }
 
     /// Returns for each write the plaintext length of each record, and whether it is the last.
@@ -80,7 +80,7 @@ impl ReadHalf for Tape {
     }
 
     fn read_ram(&mut self, _: &[RamSlice<'_>]) -> io::Result<()> {
-        unreachable!("what is sealed does not go to guest memory")
+        unreachable!("sealed bytes are not read into guest memory")
     }
 
     fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
@@ -94,7 +94,7 @@ fn reader(tap: &Tap) -> SecureReader {
 }
 
 fn ram() -> HeapRam {
-    HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: 4 * MOST as u64 }]).unwrap()).unwrap()
+    HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: 4 * MAX as u64 }]).unwrap()).unwrap()
 }
 
 #[test]
@@ -103,14 +103,14 @@ fn small_records_go_out_beside_a_large_one_while_there_is_room() {
     let slice = |len: usize| (&ram as &dyn GuestRam).slice_at(0, len as u64).unwrap();
     let beside = SMALL_RECORDS_ROOM - OVERHEAD;
     for (head, slices, expected) in [
-        (beside, vec![MOST], vec![vec![beside, MOST]]),
-        (beside + 1, vec![MOST], vec![vec![beside + 1], vec![MOST]]),
+        (beside, vec![MAX], vec![vec![beside, MAX]]),
+        (beside + 1, vec![MAX], vec![vec![beside + 1], vec![MAX]]),
         // a piece of `OWN_RECORD_MIN` bytes has a record of its own
         (10, vec![OWN_RECORD_MIN], vec![vec![10, OWN_RECORD_MIN]]),
         (10, vec![OWN_RECORD_MIN - 1], vec![vec![10 + OWN_RECORD_MIN - 1]]),
         (10, vec![20, 30, OWN_RECORD_MIN, 40], vec![vec![60, OWN_RECORD_MIN, 40]]),
-        (MOST + 1, vec![], vec![vec![MOST, 1]]),
-        (0, vec![MOST + OWN_RECORD_MIN], vec![vec![MOST], vec![OWN_RECORD_MIN]]),
+        (MAX + 1, vec![], vec![vec![MAX, 1]]),
+        (0, vec![MAX + OWN_RECORD_MIN], vec![vec![MAX], vec![OWN_RECORD_MIN]]),
     ] {
         let tap = Tap::default();
         let mut writer = tap.writer(&Arc::default());
@@ -123,7 +123,7 @@ fn small_records_go_out_beside_a_large_one_while_there_is_room() {
 }
 
 #[test]
-fn the_closing_record_is_sent_where_it_can_be_believed() {
+fn the_closing_record_is_sent_unless_the_lane_failed_or_was_closed() {
     let closed = Arc::new(AtomicBool::new(false));
     // a lane on which only the first empty record was sent is closed in order, too
     let tap = Tap::default();

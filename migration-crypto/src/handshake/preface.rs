@@ -100,7 +100,7 @@ mod tests {
 
     use super::*;
 
-    /// Each field is bounded by itself, whatever the other fields are.
+    /// Each field has limits of its own, whatever the values of the other fields.
     #[test]
     fn fields_that_do_not_go_together_are_refused() {
         let message = super::super::MAX_MESSAGE as u16;

@@ -1,10 +1,10 @@
-//! What a source makes of an answer, and what errors become.
+//! Tests of how a source reads an answer, and of the kinds and codes of errors.
 
 use migration_core::RamSlice;
 
 use super::*;
 
-/// Says this much, then ends, or fails with what is given.
+/// Returns the bytes of `rest`, then fails with an error of kind `end`.
 struct Script<'a> {
     rest: &'a [u8],
     end: io::ErrorKind,
@@ -19,7 +19,7 @@ impl ReadHalf for Script<'_> {
     }
 
     fn read_ram(&mut self, _: &[RamSlice<'_>]) -> io::Result<()> {
-        unreachable!("no guest memory in a handshake")
+        unreachable!("a handshake reads no guest memory")
     }
 
     fn set_idle_timeout(&mut self, _: Option<Duration>) -> io::Result<()> {
@@ -27,9 +27,9 @@ impl ReadHalf for Script<'_> {
     }
 }
 
-struct Nowhere;
+struct Discard;
 
-impl WriteHalf for Nowhere {
+impl WriteHalf for Discard {
     fn write_all(&mut self, _: &[u8], _: &[RamSlice<'_>]) -> io::Result<()> {
         Ok(())
     }
@@ -39,16 +39,16 @@ impl WriteHalf for Nowhere {
     }
 }
 
-/// What `said` comes to, and how many of its bytes were not read.
-fn answer(said: &[u8], end: io::ErrorKind) -> (Result<Vec<u8>, HandshakeError>, usize) {
-    let mut reader = Script { rest: said, end };
+/// Reads an answer from `bytes`. Returns the result and the number of bytes that were not read.
+fn answer(bytes: &[u8], end: io::ErrorKind) -> (Result<Vec<u8>, HandshakeError>, usize) {
+    let mut reader = Script { rest: bytes, end };
     let deadline = Instant::now() + Duration::from_secs(600);
-    let answer = Wire { reader: &mut reader, writer: &mut Nowhere, deadline }.read_answer();
+    let answer = Wire { reader: &mut reader, writer: &mut Discard, deadline }.read_answer();
     (answer, reader.rest.len())
 }
 
 #[test]
-fn answers_are_bounded_and_their_end_is_told_from_other_failures() {
+fn answers_are_bounded_and_a_closed_link_is_no_other_failure() {
     use io::ErrorKind::{ConnectionReset, PermissionDenied, UnexpectedEof};
     let framed = |len: usize, reserved: [u8; 2]| {
         let len_field = (len as u16).to_le_bytes();

@@ -44,10 +44,10 @@ pub struct TlsIdentity {
 
 impl TlsIdentity {
     /// Reads an identity from the folder `dir`. The file `ca.pem` has the certificates of the
-    /// authorities that may vouch for the peer, `cert.pem` this side's certificate followed by
-    /// intermediate ones, and `key.pem` its private key. A source demands that the destination's
-    /// certificate is for `peer_name`, a host name or an IP address. A destination accepts every
-    /// source for which the authority vouches.
+    /// authorities that may issue the peer's certificate, `cert.pem` this side's certificate
+    /// followed by intermediate ones, and `key.pem` its private key. A source demands that the
+    /// destination's certificate is for `peer_name`, a host name or an IP address. A destination
+    /// accepts every source whose certificate one of the authorities issued.
     ///
     /// # Errors
     /// Fails if a file is missing or invalid, if `peer_name` is no valid name, or if others can

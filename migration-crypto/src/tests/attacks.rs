@@ -107,7 +107,7 @@ fn other_kinds_of_credentials_are_named() {
     let (here, there) = Pair::new(psk(1), statics(1, 2)).open(LaneKind::Control);
     assert!(matches!(why(&there.err().unwrap()), HandshakeError::Credentials { .. }));
     let here = here.err().unwrap().to_string();
-    assert!(here.contains("comes with a pre-shared key, this destination wants a static key"), "{here}");
+    assert!(here.contains("uses a pre-shared key, this destination expects a static key"), "{here}");
 }
 
 #[test]

@@ -177,7 +177,7 @@ impl Pagemap {
             };
             let runs = &runs[..n.min(RUNS)];
             runs.iter().filter(|r| r.start < r.end).for_each(|r| found(r.start, r.end));
-            // a call may stop early although there was room, so go on from where it stopped
+            // a call may stop early although there was room, so continue from where it stopped
             let reached = arg.walk_end.max(runs.last().map_or(0, |r| r.end));
             if reached >= end || at >= end {
                 return Ok(());

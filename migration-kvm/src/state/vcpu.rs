@@ -400,8 +400,8 @@ impl VcpuSaver {
 ///
 /// An instruction that accesses more than one place (a string instruction, an access across pages)
 /// exits again. `handle` gets these exits, handles them like the VMM does while the guest runs, and
-/// returns whether it did. It must not ignore an exit: the instruction would go on with whatever is
-/// in the buffer.
+/// returns whether it did. It must not ignore an exit: the instruction would continue with whatever
+/// is in the buffer.
 ///
 /// # Errors
 /// Fails with [`StateError::IoPending`] if `handle` returned false, and with KVM's errors.

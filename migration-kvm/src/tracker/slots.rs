@@ -211,7 +211,7 @@ impl GuestSlots {
     /// off for all.
     pub(super) fn set_logging(&self, vm: &VmFd, on: bool) -> io::Result<()> {
         if !on {
-            // go on after an error, because a slot that is still logged slows the guest down
+            // continue after an error, because a slot that is still logged slows the guest down
             return self.slots.iter().map(|slot| set(vm, slot, 0)).fold(Ok(()), Result::and);
         }
         for (done, slot) in self.slots.iter().enumerate() {

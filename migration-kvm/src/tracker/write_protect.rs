@@ -86,7 +86,7 @@ impl WriteProtect {
     }
 
     fn unregister(&self, regions: &[Region]) -> Result<(), TrackerError> {
-        // unregistering lifts all protection; go on after an error
+        // unregistering removes all protection; continue after an error
         let results = regions.iter().map(|r| {
             let done = self.user_fault.unregister(r.address, r.pages.bytes(), Modes::WRITE_PROTECT);
             done.map_err(failed(NAME, "unregister RAM"))

@@ -309,7 +309,7 @@ pub fn at_rest(section: &Section) -> VcpuState {
     let mut state = VcpuState::decode(&section.data).unwrap();
     state.tsc_offset = None;
     state.msrs.iter_mut().filter(|msr| msr.index == 0x10).for_each(|msr| msr.data = 0);
-    // the second VM finds out by itself what cannot be read, and the order may differ
+    // the second VM determines itself what cannot be read, and the order may differ
     state.unread_msrs.sort_unstable();
     if let Some(lapic) = &mut state.lapic {
         lapic[0x390..0x394].fill(0);
