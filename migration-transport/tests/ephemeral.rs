@@ -1,5 +1,8 @@
-//! Ephemeral virtualization over Unix sockets: a guest goes back and forth between two VMMs that both hold its VM. The RAM that
-//! they share is on the heap of this process, and the files that travel only stand for it.
+//! Tests of ephemeral virtualization over Unix sockets: a guest moves back and forth between two
+//! VMMs that both have its VM.
+//!
+//! The RAM that the VMMs share is on the heap of this process; the files that are sent only take
+//! the place of its memory files.
 
 #[allow(dead_code, reason = "shared with other tests")]
 mod common;
@@ -36,7 +39,7 @@ use tempfile::TempDir;
 struct Shared {
     ram: Arc<HeapRam>,
     files: Vec<File>,
-    /// In how many VMMs the guest runs.
+    /// The number of VMMs in which the guest runs.
     running: AtomicU32,
 }
 
@@ -44,7 +47,7 @@ struct Shared {
 struct Seat {
     shared: Arc<Shared>,
     id: VmId,
-    /// The guest's only register: how many stays it has behind it.
+    /// The guest's only register: the number of times that it has begun to run in a VMM.
     stays: AtomicU64,
     bitmap: Arc<DirtyBitmap>,
     tracker: Mutex<Option<BitmapTracker>>,
@@ -64,7 +67,7 @@ impl Seat {
         Arc::new(Self { shared: shared.clone(), id, stays, bitmap, tracker, failing_loads, keeps_no_log })
     }
 
-    /// The guest writes a page, which it may do only here.
+    /// Writes a page as the guest, which must run in this VMM.
     fn write(&self, page: u64) {
         assert_eq!(self.shared.running.load(Ordering::SeqCst), 1);
         self.bitmap.mark_page(page);
@@ -141,7 +144,7 @@ impl SourceVm for Leaving {
     }
 
     fn save_state(&mut self) -> Result<VmState, VmError> {
-        // saving writes RAM as well
+        // saving also writes RAM
         self.seat.bitmap.mark_page(7);
         let data = Bytes::copy_from_slice(&self.seat.stays.load(Ordering::SeqCst).to_le_bytes());
         Ok(VmState { sections: vec![Section { name: "cpu".into(), instance: 0, version: 1, data }] })
@@ -206,7 +209,7 @@ impl World {
         self.folder.path().join(name)
     }
 
-    /// Has the guest go over, both sides at once.
+    /// Moves the guest. Both sides work at the same time.
     fn switch(&self, from: Resident<Vm>, to: Dormant<Vm>) -> (Dormant<Vm>, Resident<Vm>) {
         let ((gone, report), came) = self.attempt(from, to.await_guest(options()));
         let why = report.reason;
@@ -256,7 +259,8 @@ fn a_guest_goes_back_and_forth_and_its_log_with_it() {
         assert_eq!((guest.epoch(), feature.stays.load(Ordering::SeqCst)), (2 * trip as u32 + 1, 2 * trip + 1));
         feature.write(200 + trip);
         if trip % 2 == 1 {
-            // all that was written since the feature last looked, at either VMM, and by the saving of state
+            // all pages written since the feature last read its log, in either VMM, also those of
+            // saving the state
             let mut expected = vec![7, 100 + trip - 1, 100 + trip, 200 + trip - 1, 200 + trip];
             expected.sort_unstable();
             assert_eq!(feature.log(), expected, "trip {trip}");
@@ -286,7 +290,7 @@ fn a_guest_that_is_not_taken_stays_and_may_try_again() {
         borrower = waits;
     }
     let (away, guest) = world.switch(home, borrower);
-    // and back, where the attempts to come home fail first
+    // The guest moves back; the first attempts to do so fail.
     lean.failing_loads.store(2, Ordering::SeqCst);
     let ((stays, _), came) = world.attempt(guest, away.await_guest(options()));
     let ((stays, _), came) = world.attempt(stays.err().unwrap(), came.err().unwrap().0.await_guest(options()));
@@ -305,7 +309,7 @@ fn a_log_that_cannot_go_on_holds_the_guest_back() {
     let ((stays, report), _) = world.attempt(home, Dormant::new(Vm(feature)).await_guest(options()));
     assert!(report.reason.unwrap().contains("there is no log here"));
     let home = stays.err().expect("it stays");
-    // with its log
+    // the log is still there
     assert_eq!(lean.log(), [5, 7]);
     lean.tracker.lock().unwrap().as_mut().unwrap().stop().unwrap();
     let feature = Seat::with(&world.shared, lean.id, true);
@@ -323,7 +327,7 @@ fn only_the_guest_that_went_comes_back_and_by_nothing_older() {
     let awaiting = away.await_guest(options());
     thread::scope(|scope| {
         let home = scope.spawn(move || awaiting.wait_for_guest(&mut *listener));
-        // worlds of their own: they believe that the guest is with them
+        // VMMs with RAM of their own that claim to have the guest
         for (id, epoch, words) in [([3; 16], 0, "epoch"), ([3; 16], 4, "epoch"), ([9; 16], 80, "another VM")] {
             let liar = Seat::with(&World::new().shared, VmId(id), false);
             let (stays, report) = relinquish(Resident::new(Vm(liar), epoch), path.clone());

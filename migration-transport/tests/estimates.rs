@@ -1,4 +1,5 @@
-//! A VM with a large state, over real sockets: what both VMMs say of it reaches the prediction and the limits.
+//! Tests of a VM with a large state over real sockets: the prediction and the limits take the
+//! estimates of both VMMs into account.
 
 #[allow(dead_code, reason = "these VMs have a destination of their own")]
 mod common;
@@ -34,11 +35,11 @@ const LOAD: Duration = Duration::from_millis(100);
 /// A VM with a device whose state is large.
 struct LargeVm {
     vm: TestVm,
-    /// Bytes of the device's state, in the pause.
+    /// The size in bytes of the device's state in the pause.
     bytes: usize,
-    /// What the VMM believes that it is, if it says so.
+    /// The VMM's estimate of that size, if it gives one.
     believed: Option<u64>,
-    /// Bytes of the device's state that can move in pieces.
+    /// The bytes of the device's state that can be sent in pieces while the guest runs.
     pending: u64,
     config: usize,
     pauses: u32,
@@ -108,7 +109,7 @@ fn large(data: Bytes) -> Section {
     Section { name: "large".into(), instance: 7, version: 1, data }
 }
 
-/// Builds VMs that take their time to load.
+/// Makes VMs that load slowly.
 struct SlowHost {
     host: TestHost,
     load: Option<Duration>,
@@ -136,7 +137,7 @@ impl DestinationVm for SlowVm {
     }
 
     fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
-        // a test that does not look has dropped the other end
+        // a test that does not need the pieces has dropped the receiver
         let _ = self.pieces.send(piece.data.len());
         Ok(())
     }
@@ -146,7 +147,7 @@ impl DestinationVm for SlowVm {
     }
 
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError> {
-        // this is what loading costs, not a wait for anything
+        // the time that loading takes, not a wait for something
         thread::sleep(self.load.unwrap_or_default());
         self.vm.load_state(state)
     }
@@ -176,7 +177,7 @@ impl Destination {
         let receiver = Receiver::new(host, arrived_vm, ReceiverOptions::default());
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
-            // a test that stops it knows why
+            // the test that stops the receiver expects the error
             let _ = receiver.run(&mut *listener);
         });
         Self { address, handle, arrived, pieces, thread: Some(thread) }
@@ -205,7 +206,8 @@ fn what_both_vmms_say_of_a_large_state_is_predicted() {
     let report = destination.take(&mut vm, &mut <PreCopy>::default(), &limit(30_000));
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     let (predicted, downtime) = (report.predicted_downtime.unwrap(), report.downtime.unwrap());
-    // a machine that stood still may take longer than was predicted, and none less than it loads
+    // on a busy machine the downtime may exceed the prediction, but it is never shorter than the
+    // load
     assert!(predicted >= SAVE + LOAD, "{predicted:?}");
     assert!(downtime >= LOAD && report.state_bytes >= LARGE as u64, "{downtime:?}");
     assert_eq!(report.stalled, None);
@@ -230,7 +232,7 @@ fn a_limit_that_it_does_not_fit_into_fails_before_a_page_moves_or_does_what_the_
     destination.arrived.recv().unwrap().set_running(false);
 }
 
-/// Two VMMs that say nothing: what they need grows with what is known to be pending.
+/// Neither VMM gives an estimate, so the time that they need follows from the pending bytes.
 #[test]
 fn pieces_that_are_pending_move_while_the_guest_runs() {
     let destination = Destination::start(None);
@@ -238,7 +240,7 @@ fn pieces_that_are_pending_move_while_the_guest_runs() {
     let report = destination.take(&mut vm, &mut <PreCopy>::default(), &limit(30_000));
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     destination.arrived.recv().unwrap().set_running(false);
-    // the first round takes all but the remainder, which is part of the state in the pause
+    // the first round sends all but the remainder, which is part of the state in the pause
     let moved = destination.pieces.try_iter().sum::<usize>() as u64;
     assert_eq!(moved + vm.pending, 40_000_000);
     assert!(vm.pending < 1 << 20 && report.state_bytes >= moved, "{report:?}");
@@ -256,7 +258,7 @@ fn what_no_destination_takes_is_refused_before_the_pause() {
         assert_eq!((report.outcome, vm.pauses), (Outcome::Failed, 0), "{report:?}");
         let why = report.reason.unwrap();
         assert!(why.contains("large 7") && why.contains("16777217") && why.contains("pieces"), "{why}");
-        // an estimate that was wrong is found out in the pause, and named too
+        // a wrong estimate is noticed in the pause, and the message names it
         vm.believed = None;
         let again = SourceOptions { last_epoch: report.epoch, ..limit(30_000) };
         let report = destination.take(&mut vm, &mut StopAndCopy, &again);
@@ -273,7 +275,7 @@ fn what_no_destination_takes_is_refused_before_the_pause() {
     assert!(report.wire_bytes == 0 && vm.vm.guest.is_running(), "nobody was asked");
 }
 
-/// The same limits for a snapshot.
+/// The same limits apply to a snapshot.
 #[test]
 fn a_snapshot_refuses_it_too() {
     let folder = tempfile::tempdir().unwrap();
@@ -287,7 +289,7 @@ fn a_snapshot_refuses_it_too() {
     assert!(vm.tracker().harvest(&mut dirty).is_err() || !vm.vm.tracks());
 }
 
-/// Keeps all progress that is reported.
+/// Records all reports of progress.
 #[derive(Default)]
 struct Seen(Mutex<Vec<Progress>>);
 
@@ -305,7 +307,7 @@ fn progress_is_live_in_the_first_round_and_never_absurd() {
     let address = destination.address.to_string();
     let address = address.strip_prefix("tcp:").unwrap().to_socket_addrs().unwrap().next().unwrap();
     let relay = Relay::new(address).unwrap();
-    // a second for all of RAM
+    // one second for all of RAM
     relay.set_bandwidth(Bandwidth::from_bytes_per_second(4 << 20));
     let seen = Arc::new(Seen::default());
     let options = SourceOptions { observer: seen.clone(), ..limit(5000) };
@@ -326,7 +328,7 @@ fn progress_is_live_in_the_first_round_and_never_absurd() {
     }
 }
 
-/// Pings go out every second, so that here a second one is on its way before the first is answered.
+/// Pings are sent every second, so here the second one is sent before the first is answered.
 #[test]
 fn a_round_trip_is_longer_than_the_time_between_two_pings() {
     let (destination, mut vm) = (Destination::start(None), LargeVm::new(100));
@@ -334,7 +336,7 @@ fn a_round_trip_is_longer_than_the_time_between_two_pings() {
     let address = address.strip_prefix("tcp:").unwrap().to_socket_addrs().unwrap().next().unwrap();
     let relay = Relay::new(address).unwrap();
     relay.set_delay(Duration::from_millis(600));
-    // the pause has more than a second without a word from the destination
+    // for more than a second of the pause, the destination sends nothing
     let far = Some(Duration::from_secs(3600));
     let pause_limits = PauseLimits { silence: far, total: far };
     let options = SourceOptions { on_timeout: OnTimeout::Stop, pause_limits, ..limit(300) };
@@ -342,7 +344,7 @@ fn a_round_trip_is_longer_than_the_time_between_two_pings() {
     let report = migrate(&mut vm, &*link, &mut <PreCopy>::default(), &options, Controller::new().1);
     assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     destination.arrived.recv().unwrap().set_running(false);
-    // two round trips, each of which has the delay twice
+    // two round trips, each with the delay in both directions
     assert!(report.predicted_downtime >= Some(Duration::from_millis(2400)), "{:?}", report.predicted_downtime);
     assert!(report.stalled.is_some_and(|why| why.contains("two round trips")) && report.throttle_percent == 0);
 }

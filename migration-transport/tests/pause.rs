@@ -1,5 +1,5 @@
-//! The pause at the source has a limit, whatever the destination does: the link stops at every step
-//! of the pause, and the guest runs on.
+//! Tests that the pause at the source is limited, whatever the destination does. The link stops at
+//! every step of the pause, and the guest continues to run at the source.
 
 #[allow(dead_code, reason = "these tests need a part of it")]
 mod common;
@@ -25,24 +25,23 @@ use migration_core::{
 };
 use migration_transport::memory::{self, MemoryConnector};
 
-/// What a link does once it has stopped.
+/// The behaviour of a link that has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
-    /// It takes every byte, as the buffers of the kernel do, and delivers none.
+    /// It accepts every byte, as the buffers of the kernel do, and delivers none.
     Swallows,
-    /// It takes no byte.
+    /// It accepts no byte.
     Blocks,
-    /// It takes the pieces of large frames, each of them after [`DRIP`].
+    /// It accepts the pieces of large frames slowly: each takes [`DRIP`].
     Drips,
 }
 
 /// Longer than a piece of a frame takes on any link that works.
 const DRIP: Duration = Duration::from_millis(300);
-/// Writes that have more bytes outside guest memory are pieces of a large frame.
+/// A write with more bytes than this outside guest memory is a piece of a large frame.
 const LARGE: usize = 32 << 10;
 
-/// A link that stops at a step of the pause: the write or the read with this number, on whatever
-/// channel it is.
+/// A link that stops at a step of the pause. The steps are the reads and writes of all channels.
 struct Stopper {
     how: Stop,
     state: Mutex<State>,
@@ -50,12 +49,14 @@ struct Stopper {
 
 #[derive(Default)]
 struct State {
-    /// Steps that are left, from the beginning of the pause on; `None` before it.
+    /// The number of steps until the link stops, counted from the beginning of the pause; `None`
+    /// before it.
     left: Option<u64>,
     stopped: bool,
-    /// The channels that are open when the link stops stay so; later ones work.
+    /// The generation of the channels that are opened before the link stops. They never work again;
+    /// channels opened later are of the next generation and work.
     generation: u64,
-    /// Pieces of large frames that the link has taken since it drips.
+    /// The number of pieces of large frames that the link has accepted since it stopped.
     drops: u64,
 }
 
@@ -64,12 +65,12 @@ impl Stopper {
         Arc::new(Self { how, state: Mutex::default() })
     }
 
-    /// Begins to count.
+    /// Starts counting the steps.
     fn arm(&self, steps: u64) {
         self.state.lock().unwrap().left = Some(steps);
     }
 
-    /// Takes a step on a channel of this generation. Returns whether the channel has stopped.
+    /// Counts a step on a channel of this generation. Returns whether the channel has stopped.
     fn step(&self, generation: u64) -> bool {
         let mut state = self.state.lock().unwrap();
         if state.stopped {
@@ -93,7 +94,7 @@ impl Stopper {
     }
 }
 
-/// Waits as a socket does whose peer is silent: until the time-out, or the channel is closed.
+/// Waits until the time-out or until the channel is closed, like a socket whose peer is silent.
 fn stand_still(closed: &Closed, idle: Option<Duration>) -> io::Error {
     let guard = closed.0.lock().unwrap();
     match idle {
@@ -167,7 +168,7 @@ struct Reader {
 
 impl ReadHalf for Reader {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        // what is lost may be a byte that has arrived: the step is that it is delivered
+        // the step is the delivery of the bytes, so bytes that have arrived may be lost
         self.inner.read_exact(buf)?;
         if self.half.stopper.step(self.half.generation) {
             return Err(stand_still(&self.half.closed, self.half.idle));
@@ -227,17 +228,17 @@ impl Closer for Ends {
     }
 }
 
-/// Longer than any test takes: whatever ends a wait, it is not this.
+/// Longer than any test takes, so that no wait ends because of it.
 const FAR: Duration = Duration::from_secs(3600);
 
-/// A host that is busy cannot keep every downtime.
+/// Returns options with a downtime limit that also a busy host meets.
 fn patient() -> SourceOptions {
     SourceOptions { downtime_limit: Duration::from_secs(60), ..SourceOptions::default() }
 }
 
 fn options() -> SourceOptions {
     let pause_limits = PauseLimits { silence: Some(Duration::from_secs(3)), total: None };
-    // only an answer to *run* is waited for as long as that
+    // this is only the longest time to wait for the answer to *run*
     let idle_timeout = Duration::from_secs(5);
     SourceOptions { pause_limits, idle_timeout, setup_timeout: FAR, streams: 1, ..patient() }
 }
@@ -247,7 +248,7 @@ fn strategy(which: u64) -> Box<dyn Strategy> {
 }
 
 /// Migrates over a link that stops at this step of the pause, and then over one that works. Returns
-/// how the first attempt ended, and whether the link has stopped in it.
+/// the report of the first attempt, and whether the link stopped in it.
 fn attempt(how: Stop, which: u64, steps: u64) -> (Report, bool) {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
     let destination = Destination::start(Box::new(listener), 0);
@@ -271,12 +272,12 @@ fn attempt(how: Stop, which: u64, steps: u64) -> (Report, bool) {
     let reason = report.reason.clone().unwrap_or_default();
     assert!(report.outcome == Outcome::Failed && stopped, "{name}: {reason}");
     assert!(reason.contains("the guest was paused for") && reason.contains("runs on here"), "{name}: {reason}");
-    // everything is as it was
+    // the guest is in its previous state
     assert!(vm.guest.is_running() && !vm.tracks() && !vm.doubt && !vm.released, "{name}");
     assert_eq!(vm.guest.throttle.load(Ordering::SeqCst), 0, "{name}");
     assert!(destination.arrived.try_recv().is_err(), "{name}: two owners");
     assert_ne!(destination.handle.phase(), DestinationPhase::Running, "{name}");
-    // and the next attempt moves it
+    // the next attempt migrates the guest
     let options = SourceOptions { last_epoch: report.epoch, ..patient() };
     let (_controller, commands) = Controller::new();
     let retry = migrate(&mut vm, &connector, &mut *strategy(which), &options, commands);
@@ -294,14 +295,14 @@ fn wherever_the_link_stops_in_the_pause_the_guest_runs_on() {
             let failed = AtomicU64::new(0);
             let next = AtomicU64::new(0);
             let done = Mutex::new(false);
-            // each stop is waited for: many at once
+            // every stop takes a time-out, so run many attempts at once
             thread::scope(|scope| {
                 for _ in 0..12 {
                     scope.spawn(|| {
                         while !*done.lock().unwrap() {
                             let (report, stopped) = attempt(how, which, next.fetch_add(1, Ordering::SeqCst));
                             failed.fetch_add(u64::from(report.outcome == Outcome::Failed), Ordering::SeqCst);
-                            // behind the last step of all
+                            // the step is after the last one of the pause
                             *done.lock().unwrap() |= !stopped;
                         }
                     });
@@ -313,8 +314,8 @@ fn wherever_the_link_stops_in_the_pause_the_guest_runs_on() {
     }
 }
 
-/// The destination loads for longer than the source waits without a sign of life. It says that it
-/// lives.
+/// The destination takes longer to load than the source waits without a message. It sends messages
+/// that it is alive.
 #[test]
 fn a_destination_that_loads_for_long_is_not_silent() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -330,7 +331,7 @@ fn a_destination_that_loads_for_long_is_not_silent() {
     guest.check();
 }
 
-/// And one that says so for ever is given up by the limit on the whole pause.
+/// A destination that sends such messages without end is given up at the limit of the whole pause.
 #[test]
 fn a_destination_that_never_gets_ready_is_given_up_although_it_lives() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -346,7 +347,8 @@ fn a_destination_that_never_gets_ready_is_given_up_although_it_lives() {
     assert!(destination.arrived.try_recv().is_err());
 }
 
-/// Nor does one that takes the state drop by drop: the limit is looked at within a frame.
+/// Accepting the state in small pieces does not extend the pause, because the limit is also checked
+/// within a frame.
 #[test]
 fn a_destination_that_takes_a_frame_drop_by_drop_does_not_prolong_the_pause() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);
@@ -365,13 +367,13 @@ fn a_destination_that_takes_a_frame_drop_by_drop_does_not_prolong_the_pause() {
     let reason = report.reason.unwrap_or_default();
     assert!(report.outcome == Outcome::Failed && reason.contains("although it made progress"), "{reason}");
     assert!(vm.guest.is_running() && !vm.tracks() && !vm.doubt);
-    // the one that was under way at the limit was the last one
+    // the piece that was being sent at the limit was the last one
     let drops = stopper.state.lock().unwrap().drops;
     assert!((1..=3).contains(&drops), "{drops} pieces were sent, each after {DRIP:?}, in a pause of {total:?}");
     assert!(destination.arrived.try_recv().is_err());
 }
 
-/// Records when the guest was paused and when the migration left the pause.
+/// Records the phases of the source.
 #[derive(Default)]
 struct Phases(Mutex<Vec<SourcePhase>>);
 
@@ -383,8 +385,8 @@ impl Observer for Phases {
     }
 }
 
-/// A guest that its user has paused loses nothing while the destination is silent: the time-outs of
-/// the link count.
+/// A guest that its user has paused has no downtime while the destination is silent, so the limits
+/// of the pause do not apply, only the time-outs of the link.
 #[test]
 fn a_guest_that_does_not_run_is_not_hurried() {
     let (connector, listener) = memory::link(memory::DEFAULT_CAPACITY);

@@ -1,4 +1,5 @@
-//! Snapshots of a running guest in a file and in memory, and guests that are restored from them.
+//! Tests of snapshots of a running guest in a file and in memory, and of guests that are restored
+//! from them.
 
 #[allow(dead_code, reason = "the same VM is also moved, in other tests")]
 mod common;
@@ -33,7 +34,7 @@ fn back(store: &mut dyn VersionStore) -> Result<(Arc<Guest>, RestoreReport), Mig
     Ok((restored.vm.guest.clone(), restored.report))
 }
 
-/// It runs, as fast as ever, nothing is tracked, and its memory is whole.
+/// Checks that the guest runs at full speed without tracking, and that its memory is correct.
 fn check_untouched(vm: &TestVm) {
     assert!(vm.guest.is_running() && !vm.tracks() && vm.guest.throttle.load(Ordering::SeqCst) == 0);
     vm.guest.set_running(false);
@@ -68,7 +69,7 @@ fn a_running_guest_is_saved_and_restored() {
         assert!(guest.is_running());
         guest.set_running(false);
         guest.check();
-        // both run
+        // both guests run
         while vm.guest.at.load(Ordering::SeqCst) <= at {
             std::thread::yield_now();
         }
@@ -98,7 +99,7 @@ fn another_vm_is_not_restored() {
     assert!(restore_as(3).unwrap().guest.is_running());
 }
 
-/// Fails, or does something, at the nth call.
+/// A store that calls a function at its nth call.
 struct At<'a> {
     store: MemoryVersions,
     calls: u64,
@@ -147,7 +148,7 @@ impl VersionStore for At<'_> {
     }
 }
 
-/// How often a store is called in one snapshot.
+/// Returns the number of calls of a store in one snapshot.
 fn calls() -> u64 {
     let mut store = At { store: MemoryVersions::default(), calls: 0, at: 0, then: &mut || Ok(()), discarded: false };
     take(&mut TestVm::new(), &mut store).unwrap();
@@ -179,7 +180,7 @@ fn a_store_that_fails_anywhere_leaves_the_guest_untouched() {
 #[test]
 fn cancelled_anywhere() {
     let mut vm = TestVm::new();
-    // the first pass has two pages of three at the least
+    // the first pass has at least two of three pages
     for at in [1, 300, 682] {
         let (controller, commands) = Controller::new();
         let mut then = || {
@@ -206,9 +207,9 @@ fn a_vm_that_cannot_be_saved_runs_on() {
     back(&mut store).unwrap();
 }
 
-/// A VMM that tracks for itself misses no page that was written before or during a snapshot.
+/// A VMM that also tracks for itself misses no page that was written before or during a snapshot.
 #[test]
-fn dirty_bits_of_others_are_given_back() {
+fn a_snapshot_returns_the_dirty_bits_of_others() {
     for fails in [false, true] {
         let mut vm = TestVm::new();
         vm.tracker().start().unwrap();
@@ -220,14 +221,14 @@ fn dirty_bits_of_others_are_given_back() {
         let mut dirty = PageSet::empty(layout().pages());
         vm.tracker().harvest(&mut dirty).unwrap();
         let pages = layout().pages();
-        // a step may have come before the tracker did
+        // the first steps may have come before the tracker started
         for step in first + 64..vm.guest.at.load(Ordering::SeqCst) {
             assert!(dirty.contains(step % pages), "step {step}, from {first} on: {dirty:?}");
         }
     }
 }
 
-/// Counts what it is told.
+/// Counts the rounds and records the warnings.
 #[derive(Default)]
 struct Counts {
     rounds: AtomicU64,
@@ -265,14 +266,14 @@ fn what_is_no_snapshot_is_refused() {
     assert!(reason(&mut none).contains("there is none"));
     none.commit(1, Bytes::from_static(b"state of something else")).unwrap();
     assert!(reason(&mut none).contains("version"));
-    // a whole one, with a page too many
+    // a complete snapshot with one page too many
     let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let (number, saved) = store.latest().unwrap();
     store.put(layout().pages(), Some(&[1; 4096])).unwrap();
     store.commit(number, saved).unwrap();
     assert!(reason(&mut store).contains("not inside"));
-    // a host with too little room, and one that cannot load it
+    // a host with too little RAM, and one that cannot load the state
     let mut store = MemoryVersions::default();
     take(&mut TestVm::new(), &mut store).unwrap();
     let (host, _arrived) = TestHost::new(1);

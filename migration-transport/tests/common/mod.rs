@@ -1,4 +1,4 @@
-//! A VM without a CPU: a thread that writes RAM on the heap, and marks what it writes.
+//! A VM without a CPU: a thread that writes RAM on the heap and marks the pages that it writes.
 
 use std::{
     fs::File,
@@ -23,7 +23,7 @@ use migration_core::{
     vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError, VmId},
 };
 
-/// The guest: increments a counter in each page, in order, over and over, while it runs.
+/// The guest. While it runs, it increments a counter in each page, in order, again and again.
 pub struct Guest {
     ram: Arc<HeapRam>,
     bitmap: Arc<DirtyBitmap>,
@@ -100,7 +100,8 @@ impl Guest {
         self.state.lock().unwrap().0
     }
 
-    /// Every page has been written as often as the position says: there is exactly one edge.
+    /// Checks that every page was written as often as the position implies, so that there is
+    /// exactly one edge.
     pub fn check(&self) {
         let (at, pages) = (self.at.load(Ordering::SeqCst), layout().pages());
         let ram: &dyn GuestRam = &*self.ram;
@@ -121,11 +122,11 @@ pub struct TestVm {
     tracker: BitmapTracker,
     thread: Option<JoinHandle<()>>,
     pub failing_saves: u32,
-    /// It calls all pages free, and then cannot say whether that is so.
+    /// Whether it reports all pages as free and then an error.
     pub confused: bool,
     pub released: bool,
     pub doubt: bool,
-    /// What it says are the memory files behind its RAM.
+    /// The files that it gives as the memory files of its RAM.
     pub files: Vec<File>,
     /// Called when the guest has been paused.
     #[allow(dead_code, reason = "not every test looks")]
@@ -133,17 +134,17 @@ pub struct TestVm {
     /// Called when the guest is about to be handed over.
     #[allow(dead_code, reason = "not every test looks")]
     pub on_doubt: Option<Box<dyn FnMut() + Send>>,
-    /// Whether its user has paused it, so that it does not run at the destination either.
+    /// Whether the user has paused it, so that it does not run at the destination either.
     pub paused_by_user: bool,
-    /// Bytes of state that it saves in the pause, beside what it needs.
+    /// The additional bytes of state that it saves in the pause.
     #[allow(dead_code, reason = "few tests need a large state")]
     pub large_state: usize,
-    /// Pieces of device state sent in this attempt.
+    /// The number of pieces of device state sent in this attempt.
     pieces: u64,
 }
 
 impl TestVm {
-    /// A VM that runs, with two pages of three not zero.
+    /// Makes a running VM. Two of three pages are not zero.
     pub fn new() -> Self {
         let guest = Guest::new();
         let ram: &dyn GuestRam = &*guest.ram;
@@ -279,7 +280,7 @@ impl SourceVm for TestVm {
 pub struct Arriving {
     pub guest: Arc<Guest>,
     fail: bool,
-    /// How long it takes to load the state.
+    /// The time that it takes to load the state.
     loading: Duration,
     pieces: u64,
 }
@@ -311,20 +312,20 @@ impl DestinationVm for Arriving {
     }
 
     fn start(&mut self, running: bool) -> Result<(), VmError> {
-        // the memory is judged as it arrived, before anything writes it
+        // check the memory before anything writes it
         self.guest.check();
         self.guest.set_running(running);
         Ok(())
     }
 }
 
-/// Builds VMs, and passes on those that arrive.
+/// Makes VMs and returns those that arrive.
 pub struct TestHost {
     pub failing_loads: AtomicU32,
-    /// How long its VMs take to load their state.
+    /// The time that its VMs take to load their state.
     pub loading: Duration,
     pub arrived: mpsc::Sender<Arc<Guest>>,
-    /// Whose RAM is shared, in this process: the files stand for it.
+    /// The guest whose RAM is shared within this process, in place of the files.
     pub shared: Option<Arc<Guest>>,
 }
 
@@ -335,7 +336,7 @@ impl TestHost {
         (Self { failing_loads, loading: Duration::ZERO, arrived: tx, shared: None }, arrived)
     }
 
-    /// A receiver of its VMs.
+    /// Makes a receiver of its VMs.
     pub fn receiver(self, options: ReceiverOptions) -> Receiver {
         let to = self.arrived.clone();
         Receiver::new(self, move |arrived| drop(to.send(arrived.vm.guest)), options)
@@ -365,7 +366,7 @@ impl DestinationHost for TestHost {
     }
 }
 
-/// Counts threads, so that a test can see that all have ended.
+/// Counts threads, so that a test can check that all have ended.
 #[derive(Default)]
 #[allow(dead_code, reason = "not every test counts")]
 pub struct CountingSpawner {
@@ -390,7 +391,7 @@ impl Spawner for CountingSpawner {
     }
 }
 
-/// Keeps what happened, for messages of failing tests.
+/// Records events for the messages of failing tests.
 #[derive(Default)]
 #[allow(dead_code, reason = "not every test looks")]
 pub struct Log(pub Mutex<Vec<String>>);
@@ -401,8 +402,8 @@ impl Observer for Log {
     }
 }
 
-/// How long a destination waits for its peers, unless a test says otherwise.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// The time for which a destination waits for its peers, unless a test sets another one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A receiver on a thread of its own.
 pub struct Destination {
@@ -416,7 +417,7 @@ impl Destination {
         Self::sharing(listener, failing_loads, None)
     }
 
-    /// With a host to which this guest's RAM is handed over.
+    /// Starts a destination whose host takes over this guest's RAM.
     pub fn sharing(
         listener: Box<dyn migration_core::channel::Listener>,
         failing_loads: u32,
@@ -424,28 +425,28 @@ impl Destination {
     ) -> Self {
         let (mut host, arrived) = TestHost::new(failing_loads);
         host.shared = shared;
-        Self::with(host, arrived, listener, PATIENCE)
+        Self::with(host, arrived, listener, IDLE_TIMEOUT)
     }
 
-    /// That never loses its patience.
+    /// Starts a destination that waits longer for its peers than any test takes.
     #[allow(dead_code, reason = "not every test waits")]
     pub fn patient(listener: Box<dyn migration_core::channel::Listener>) -> Self {
         Self::with_idle_timeout(listener, Duration::from_secs(3600))
     }
 
-    /// That gives peers so long.
+    /// Starts a destination with this idle time-out.
     #[allow(dead_code, reason = "not every test waits")]
     pub fn with_idle_timeout(listener: Box<dyn migration_core::channel::Listener>, idle_timeout: Duration) -> Self {
         let (host, arrived) = TestHost::new(0);
         Self::with(host, arrived, listener, idle_timeout)
     }
 
-    /// With a host whose VMs take so long to load their state.
+    /// Starts a destination whose VMs take this time to load their state.
     #[allow(dead_code, reason = "not every test waits")]
     pub fn loading_for(listener: Box<dyn migration_core::channel::Listener>, loading: Duration) -> Self {
         let (mut host, arrived) = TestHost::new(0);
         host.loading = loading;
-        Self::with(host, arrived, listener, PATIENCE)
+        Self::with(host, arrived, listener, IDLE_TIMEOUT)
     }
 
     fn with(
@@ -458,7 +459,7 @@ impl Destination {
         let receiver = host.receiver(options);
         let handle = receiver.handle();
         let thread = thread::spawn(move || {
-            // a test that stops it knows why
+            // the test that stops the receiver expects the error
             let _ = receiver.run(&mut *listener);
         });
         Self { handle, arrived, thread: Some(thread) }
