@@ -61,8 +61,8 @@ pub fn send_files(socket: BorrowedFd<'_>, bytes: &[u8], files: &[BorrowedFd<'_>]
 /// One call never reads across the bytes of two sends with files. The next call returns the second.
 ///
 /// # Errors
-/// Fails with [`InvalidData`](io::ErrorKind::InvalidData) if more than `max` files were sent or
-/// this process may not open so many; all received files are closed then. Fails with
+/// Fails with [`InvalidData`](io::ErrorKind::InvalidData) if more than `max` files were sent or if
+/// this process may not open that many; all received files are closed then. Fails with
 /// [`WouldBlock`](io::ErrorKind::WouldBlock) if the socket's time-out passes. Other errors are
 /// those of the operating system.
 pub fn receive_files(socket: BorrowedFd<'_>, buf: &mut [u8], max: usize) -> io::Result<(usize, Vec<OwnedFd>)> {

@@ -113,7 +113,7 @@ impl Encryption {
         let refused = |why| Err(EncryptionError::Options(why));
         let keys = self.psk_file.is_some() || self.static_key.is_some() || self.tls_dir.is_some();
         match self.encrypt {
-            Encrypt::None if keys => refused("a key without a cipher: say --encrypt, too"),
+            Encrypt::None if keys => refused("a key without a cipher: give --encrypt, too"),
             Encrypt::None => Ok(()),
             Encrypt::Tls if self.tls_dir.is_none() => refused("--encrypt tls needs --tls-dir D"),
             _ if !keys => refused("--encrypt needs --psk-file F, --static-key F with --peer-key F, or --tls-dir D"),

@@ -153,8 +153,8 @@ pub(super) fn rank(index: u32) -> u8 {
 }
 
 /// Returns the address and miscellaneous registers of the machine-check banks in which an error is
-/// logged: those whose status register in `msrs` is not zero. Reading them always would take half
-/// of the time that the MSRs take.
+/// logged: those whose status register in `msrs` is not zero. To read them for all banks would take
+/// half of the time for all MSRs.
 pub(super) fn more_of_banks(msrs: &[Msr]) -> Vec<u32> {
     let logged = |msr: &&Msr| MC_BANKS.contains(&msr.index) && msr.index % 4 == 1 && msr.data != 0;
     msrs.iter().filter(logged).flat_map(|msr| [msr.index + 1, msr.index + 2]).collect()
