@@ -138,10 +138,10 @@ fn other_kinds_of_peers_are_refused() {
     let authority = Authority::new();
     let (here, there) = Pair::new(authority.security("source", "destination"), psk(1)).open(LaneKind::Control);
     assert!(matches!(why(&there.err().unwrap()), HandshakeError::Credentials { .. }));
-    assert!(here.err().unwrap().to_string().contains("comes with a TLS certificate"));
+    assert!(here.err().unwrap().to_string().contains("uses a TLS certificate"));
     let (here, there) = Pair::new(psk(1), authority.security("destination", "any")).open(LaneKind::Control);
     assert!(matches!(why(&there.err().unwrap()), HandshakeError::Credentials { .. }));
-    assert!(here.err().unwrap().to_string().contains("wants a TLS certificate"));
+    assert!(here.err().unwrap().to_string().contains("expects a TLS certificate"));
 }
 
 #[test]
