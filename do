@@ -38,7 +38,7 @@ eval) shift; need_rust; need_libclang; minivmm eval "$@" ;;
 test)
     shift; need_rust; need_libclang
     # one runner for all crates; tests that start VMs do not run beside each other
-    cargo test --workspace --features migration-transport/test-utils --locked --no-fail-fast "$@" -- --test-threads=2
+    cargo test --workspace --features migration-transport/test-utils,migration-transport/redis --locked --no-fail-fast "$@" -- --test-threads=2
     ;;
 build) shift; need_rust; need_libclang; cargo build --release --locked --workspace "$@" ;;
 *)

@@ -71,6 +71,8 @@
 //!
 //! # Features
 //!
+//! `redis`: `RedisPageStore`, a page store in a Valkey or Redis server.
+//!
 //! `test-utils`: `Relay`, a TCP relay that can be cut, stalled, delayed and slowed down, and `Cut`,
 //! which cuts links in memory at any byte.
 #![deny(unsafe_code)]
@@ -112,6 +114,8 @@ use migration_core::channel::{Connector, Listener};
 pub use cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
+#[cfg(feature = "redis")]
+pub use store::{RedisPageStore, RedisPageStoreOptions};
 pub use {
     accept::Shortage,
     atomic_file::AtomicFile,

@@ -88,10 +88,11 @@ pub enum Harm {
 }
 
 /// Writes a test for each rule. The argument is a function or a closure without arguments that
-/// returns a new [`TestStore`].
+/// returns a new [`TestStore`]. After the word `optional` it returns an `Option`: the tests do nothing
+/// where it is `None`, for example because a server is not installed.
 #[macro_export]
 macro_rules! page_store_conformance {
-    ($make:expr) => {
+    (optional $make:expr) => {
         $crate::page_store_conformance! { @tests $make =>
             rule_03_a_page_comes_back_as_it_was_put
             rule_03_an_absent_page_is_missing_and_never_zeros
@@ -138,9 +139,14 @@ macro_rules! page_store_conformance {
         $(
             #[test]
             fn $rule() {
-                $crate::store::conformance::$rule(&mut ($make)());
+                if let ::core::option::Option::Some(mut test) = ($make)() {
+                    $crate::store::conformance::$rule(&mut test);
+                }
             }
         )*
+    };
+    ($make:expr) => {
+        $crate::page_store_conformance! { optional || ::core::option::Option::Some(($make)()) }
     };
 }
 
