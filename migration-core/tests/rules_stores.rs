@@ -36,8 +36,8 @@ fn content(page: u64, writes: u8) -> [u8; PAGE_SIZE] {
     bytes
 }
 
-/// The process that writes a namespace: it knows what the guest's pages have, and what the store has
-/// acknowledged.
+/// The process that writes a namespace: it knows what the guest's pages have, and what the store
+/// has acknowledged.
 struct Writer<'a> {
     store: &'a dyn PageStore,
     namespace: VmNamespace,
@@ -80,8 +80,8 @@ impl<'a> Writer<'a> {
         self.located.remove(&page);
     }
 
-    /// Claims pages for a put under a new generation. It replaces the copy that the store may have, so
-    /// the pages have no location until the answer.
+    /// Claims pages for a put under a new generation. It replaces the copy that the store may have,
+    /// so the pages have no location until the answer.
     fn claim(&mut self, pages: &[u64]) -> Message {
         self.generation += 1;
         let generation = self.generation;
@@ -116,7 +116,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Reads the pages that are located, as the other side does, and compares them with the guest's.
+    /// Reads the pages that are located, as the other side does, and compares them with the
+    /// guest's.
     fn assert_readable(&self, store: &dyn PageStore) {
         for (&page, &generation) in &self.located {
             let newest = content(page, self.writes.get(&page).copied().unwrap_or_default());
@@ -179,8 +180,8 @@ fn rule_09_a_namespace_is_bounded_by_the_pages_of_its_vm_and_goes_as_a_whole() {
         writer.deliver(&again).unwrap();
     }
     assert_eq!(store.room(), full);
-    // a page that came back and was not written keeps its location: before it is evicted again to it, the
-    // store confirms namespace and incarnation, and no put is needed
+    // a page that came back and was not written keeps its location: before it is evicted again to
+    // it, the store confirms namespace and incarnation, and no put is needed
     assert_eq!(store.renew(writer.namespace, record().owner, LEASE).unwrap(), writer.incarnation);
     writer.assert_readable(&store);
     store.forget(writer.namespace).unwrap();
@@ -227,7 +228,8 @@ fn rule_10_messages_in_any_order_never_replace_what_is_newer() {
             }
             writer.assert_readable(&store);
         }
-        // the outcome of what is still under way is unknown: those pages are put under a new generation
+        // the outcome of what is still under way is unknown: those pages are put under a new
+        // generation
         let claimed: Vec<u64> = writer.claimed.keys().copied().collect();
         if !claimed.is_empty() {
             let repeated = writer.claim(&claimed);

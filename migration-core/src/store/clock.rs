@@ -9,8 +9,8 @@ use crate::lock::lock;
 
 /// Reads the clock of a store. All users of one store have to read the same clock.
 pub trait Clock: Send + Sync {
-    /// Returns the time since a fixed moment. It should not go back: leases then end later than they
-    /// should.
+    /// Returns the time since a fixed moment. It should not go back: leases then end later than
+    /// they should.
     fn now(&self) -> Duration;
 }
 

@@ -128,9 +128,10 @@ pub trait PageStore: Send + Sync {
     ///
     /// # Errors
     /// Returns [`StoreError::Absent`] if there is no such namespace: nothing is created then.
-    /// Returns [`StoreError::OtherVm`] if it is of another VM. Returns [`StoreError::NoRoom`] if nothing was stored for lack of room, and the errors of
-    /// [`check_put`]. After any other error the outcome is unknown: each of the pages may have been
-    /// stored. The caller then repeats the put under a new generation.
+    /// Returns [`StoreError::OtherVm`] if it is of another VM. Returns [`StoreError::NoRoom`] if
+    /// nothing was stored for lack of room, and the errors of [`check_put`]. After any other error
+    /// the outcome is unknown: each of the pages may have been stored. The caller then repeats the
+    /// put under a new generation.
     fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError>;
 
     /// Reads pages, which ascend by page number, and hands each of them to `take` once, in any
@@ -139,8 +140,8 @@ pub trait PageStore: Send + Sync {
     /// # Errors
     /// Returns [`StoreError::Missing`] if pages were left out, after all others were handed out;
     /// [`StoreError::Absent`] if there is no such namespace; [`StoreError::OtherVm`] if it is of
-    /// another VM; [`StoreError::TimedOut`] if `deadline` has passed; the errors of [`check_get`], or what the store's medium says. What was handed
-    /// out before an error is good.
+    /// another VM; [`StoreError::TimedOut`] if `deadline` has passed; the errors of [`check_get`],
+    /// or what the store's medium says. What was handed out before an error is good.
     fn get(
         &self,
         namespace: VmNamespace,

@@ -45,8 +45,8 @@ impl Pace for super::ManualClock {
 /// time since then, and one request per user. So a standing copy of a VM that was idle for an hour
 /// takes no more of the link afterwards than before.
 ///
-/// A put counts the bytes of its values, and a prefetch the bytes of as many pages as it asks for. A
-/// put begins when those before it have had their time, however long it is itself, because it is
+/// A put counts the bytes of its values, and a prefetch the bytes of as many pages as it asks for.
+/// A put begins when those before it have had their time, however long it is itself, because it is
 /// stored whole or not at all. A prefetch is asked of the inner store in pieces of 64 pages. If the
 /// next piece would begin after the deadline of the `get`, the deadline is waited for, and the rest
 /// is [`StoreError::TimedOut`].

@@ -17,9 +17,10 @@ use super::{
 
 /// Keeps every page in *k* stores (rule 12). It is one entry of a session's store table.
 ///
-/// - **A put is acknowledged when all *k* stores have the page.** The stores are written at the same
-///   time. If one of them fails, the put fails: the page stays with its owner until it is put again,
-///   under a new generation. [`Stored::taken`] is `true` for a page that all stores have taken.
+/// - **A put is acknowledged when all *k* stores have the page.** The stores are written at the
+///   same time. If one of them fails, the put fails: the page stays with its owner until it is put
+///   again, under a new generation. [`Stored::taken`] is `true` for a page that all stores have
+///   taken.
 /// - **A reader asks the next store** when one is silent, lacks the page, or has an older
 ///   generation. A page is [missing](StoreError::Missing) only if all of them answer that they lack
 ///   it. If one of them was silent, its error is returned instead, so that the caller repeats the
@@ -194,8 +195,8 @@ impl<S: PageStore> PageStore for Replicated<S> {
         asked.conclude(count, namespace.id, &missing)
     }
 
-    /// As the first store says that has a record. An error of another store is returned only if none
-    /// has one.
+    /// As the first store says that has a record. An error of another store is returned only if
+    /// none has one.
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {
         let mut failed = None;
         for store in &self.stores {

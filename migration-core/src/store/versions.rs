@@ -19,14 +19,15 @@ const RESTORE_PAGES: usize = 256;
 ///
 /// It is the second trait of stores. A [`PageStore`](super::PageStore) keeps the newest put of each
 /// page, for others who know its generation; nothing in it says that pages belong together. A
-/// version is complete in itself: all its pages and its state are of one moment. What was put counts
-/// only from its [commit](Self::commit) on, whole or not at all, and until then the version before
-/// it stays. A store may keep one version only, such as a snapshot, or build each version on the one
-/// before, such as checkpoints.
+/// version is complete in itself: all its pages and its state are of one moment. What was put
+/// counts only from its [commit](Self::commit) on, whole or not at all, and until then the version
+/// before it stays. A store may keep one version only, such as a snapshot, or build each version on
+/// the one before, such as checkpoints.
 ///
 /// Pages are put in any order and any number of times; the last put counts. They are read back as a
 /// whole ([`restore`](Self::restore)) or at random ([`read`](Self::read)), so that a VM can be
-/// started before all of its RAM was read. Zeros are a content like any other here, and take no room.
+/// started before all of its RAM was read. Zeros are a content like any other here, and take no
+/// room.
 ///
 /// Errors are those of the medium, with an [`ErrorKind`] that the caller can act on. After a failed
 /// `put` or `commit` the caller [discards](Self::discard) what was put.
@@ -61,11 +62,11 @@ pub trait VersionStore: Send {
     /// one stays.
     fn put(&mut self, page: u64, content: PageContent<'_>) -> io::Result<()>;
 
-    /// Makes a version of everything that was put since the last commit, of the pages of the version
-    /// before that were not put since, and of `state`: an encoded
+    /// Makes a version of everything that was put since the last commit, of the pages of the
+    /// version before that were not put since, and of `state`: an encoded
     /// [`VmState`](crate::state::VmState), or in a snapshot an encoded
-    /// [`SavedVm`](crate::snapshot::SavedVm). It is as durable as the store makes anything when this
-    /// returns.
+    /// [`SavedVm`](crate::snapshot::SavedVm). It is as durable as the store makes anything when
+    /// this returns.
     ///
     /// # Errors
     /// Returns what the medium says. The last committed version stays.
@@ -77,21 +78,21 @@ pub trait VersionStore: Send {
     /// Returns number and state of the last committed version.
     fn latest(&self) -> Option<(u32, Bytes)>;
 
-    /// Returns which pages the last committed version has, those of zeros included. The set is empty
-    /// if nothing was committed. Its capacity is the number of the VM's pages, or just enough for the
-    /// last page if the store does not know that number.
+    /// Returns which pages the last committed version has, those of zeros included. The set is
+    /// empty if nothing was committed. Its capacity is the number of the VM's pages, or just enough
+    /// for the last page if the store does not know that number.
     ///
     /// # Errors
     /// Returns what the medium says.
     fn list(&mut self) -> io::Result<PageSet>;
 
-    /// Reads pages of the last committed version, which ascend by page number, and hands each of them
-    /// to `take` once, in this order.
+    /// Reads pages of the last committed version, which ascend by page number, and hands each of
+    /// them to `take` once, in this order.
     ///
     /// # Errors
     /// Returns [`ErrorKind::InvalidInput`] if the pages do not ascend or one of them is not in the
-    /// version: it is missing, and not zeros. Returns what the medium says, and what `take` returns.
-    /// What was handed out before an error is good.
+    /// version: it is missing, and not zeros. Returns what the medium says, and what `take`
+    /// returns. What was handed out before an error is good.
     fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()>;
 
     /// Hands out every page of the last committed version in ascending order.

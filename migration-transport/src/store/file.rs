@@ -41,8 +41,8 @@ pub struct FilePageStoreOptions {
     ///
     /// Without this, a crash of the host loses pages, and so the incarnation includes the boot of
     /// this host: it changes with every restart. All users must then run on one host. On others the
-    /// incarnation differs, which counts as a loss. The folder records the choice, and is not opened
-    /// with another one.
+    /// incarnation differs, which counts as a loss. The folder records the choice, and is not
+    /// opened with another one.
     pub synchronise: bool,
     /// Most namespaces, at most [`MAX_NAMESPACES`].
     pub max_namespaces: usize,

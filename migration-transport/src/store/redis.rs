@@ -52,17 +52,18 @@ impl Default for RedisPageStoreOptions {
     }
 }
 
-/// Keeps pages in a Valkey or Redis server (version 5 or later), for several users on several hosts.
+/// Keeps pages in a Valkey or Redis server (version 5 or later), for several users on several
+/// hosts.
 ///
-/// Every call is one script, or one pipeline of reads, on the server: comparison and replacement are
-/// one step. There are three connections: one for faults, one for prefetches, and one for everything
-/// else. A prefetch asks for 256 KiB at a time. A connection that fails is made anew by the next call,
-/// at the earliest after a pause that grows from 50 ms to 5 s; until then calls fail with an error
-/// that [can be retried](StoreError::can_retry).
+/// Every call is one script, or one pipeline of reads, on the server: comparison and replacement
+/// are one step. There are three connections: one for faults, one for prefetches, and one for
+/// everything else. A prefetch asks for 256 KiB at a time. A connection that fails is made anew by
+/// the next call, at the earliest after a pause that grows from 50 ms to 5 s; until then calls fail
+/// with an error that [can be retried](StoreError::can_retry).
 ///
 /// The incarnation is made of the server's run id and of a random key in the database. So every
-/// restart of the server, and every loss of the database, counts as a loss of all pages, also if the
-/// server reads its data back from a disk. A server whose policy may evict keys is refused: set
+/// restart of the server, and every loss of the database, counts as a loss of all pages, also if
+/// the server reads its data back from a disk. A server whose policy may evict keys is refused: set
 /// `maxmemory-policy` to `noeviction`. Leases run on the server's clock.
 ///
 /// Whoever has the server can read and replace a VM's memory: wrap the store in

@@ -115,8 +115,8 @@ pub fn bounds_a_get_ends_at_its_deadline(test: &mut dyn TestStore) {
     assert!(matches!(&result, Err(error @ StoreError::TimedOut) if error.can_retry()), "{result:?}");
 }
 
-/// While a page is handed out, the receiver may use the store, also for the same page, and also after
-/// the store has looked for a page that is missing.
+/// While a page is handed out, the receiver may use the store, also for the same page, and also
+/// after the store has looked for a page that is missing.
 pub fn bounds_no_lock_is_held_while_pages_are_handed_out(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1, 2, 10]);

@@ -1,5 +1,6 @@
 //! Checks whether a [`PageStore`] keeps the rules of page stores, and in [`versions`] whether a
-//! [`VersionStore`](super::VersionStore) does what its users rely on. Needs the feature `test-utils`.
+//! [`VersionStore`](super::VersionStore) does what its users rely on. Needs the feature
+//! `test-utils`.
 //!
 //! There is a function for each rule, which panics if the store breaks it. Implement [`TestStore`]
 //! for what makes and harms one's own store, and let
@@ -88,8 +89,8 @@ pub enum Harm {
 }
 
 /// Writes a test for each rule. The argument is a function or a closure without arguments that
-/// returns a new [`TestStore`]. After the word `optional` it returns an `Option`: the tests do nothing
-/// where it is `None`, for example because a server is not installed.
+/// returns a new [`TestStore`]. After the word `optional` it returns an `Option`: the tests do
+/// nothing where it is `None`, for example because a server is not installed.
 #[macro_export]
 macro_rules! page_store_conformance {
     (optional $make:expr) => {

@@ -43,9 +43,9 @@ pub trait TestVersions {
         true
     }
 
-    /// Lets the process that uses the store crash, and another one open the store. Does nothing, and
-    /// returns `false`, if the store does not outlive its process, or has nothing to be opened before
-    /// the first commit.
+    /// Lets the process that uses the store crash, and another one open the store. Does nothing,
+    /// and returns `false`, if the store does not outlive its process, or has nothing to be opened
+    /// before the first commit.
     fn reopen(&mut self) -> bool {
         false
     }

@@ -262,8 +262,8 @@ fn files_that_make_no_sense_are_refused_and_can_be_forgotten() {
     }
 }
 
-/// Whatever is in the files, a page is handed out as it was put or not at all, and the namespace can be
-/// forgotten.
+/// Whatever is in the files, a page is handed out as it was put or not at all, and the namespace
+/// can be forgotten.
 #[test]
 fn random_bytes_in_the_files_are_never_handed_out() {
     let mut random = 7u64;

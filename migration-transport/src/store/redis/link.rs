@@ -83,8 +83,8 @@ impl Link {
         &self.shown
     }
 
-    /// Calls the server, and connects to it first if need be. Connecting, and each read and write, may
-    /// take `timeout`.
+    /// Calls the server, and connects to it first if need be. Connecting, and each read and write,
+    /// may take `timeout`.
     pub(super) fn with<T>(
         &self,
         timeout: Duration,
@@ -106,7 +106,8 @@ impl Link {
             connection.set_read_timeout(Some(timeout)).and_then(|()| connection.set_write_timeout(Some(timeout)));
         let result = timeouts.and_then(|()| call(connection, info));
         result.map_err(|error| {
-            // unless it is the server's answer: one that is late would be taken for that of the next call
+            // unless it is the server's answer: one that is late would be taken for that of the
+            // next call
             if error.code().is_none() {
                 state.open = None;
             }

@@ -9,8 +9,8 @@
 //! | `PREFIX:space:ID` | a hash: `record`, `lease` (the longest that was granted, in milliseconds), `bytes` of its pages |
 //! | `PREFIX:pages:ID` | a hash: page number → trailer and value |
 //!
-//! A script answers with a list of strings. The first one says how it went: `ok`, `absent`, `vm` (the
-//! record names another VM), `damaged`, and what a script has beside these.
+//! A script answers with a list of strings. The first one says how it went: `ok`, `absent`, `vm`
+//! (the record names another VM), `damaged`, and what a script has beside these.
 
 use ::redis::Script;
 use migration_core::store::{NamespaceId, StoreError};
@@ -20,8 +20,8 @@ const NOW: &str = "local time = redis.call('TIME')
 local function now(offset) return time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(offset) end
 ";
 
-/// Keys: store, spaces, forgotten, space. Arguments: id, record, lease, clock offset, random value, most
-/// namespaces. The first 17 bytes of a record are VM and purpose.
+/// Keys: store, spaces, forgotten, space. Arguments: id, record, lease, clock offset, random value,
+/// most namespaces. The first 17 bytes of a record are VM and purpose.
 const CREATE: &str = "
 local at = now(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', at)
@@ -59,9 +59,9 @@ redis.call('ZADD', KEYS[2], string.format('%.0f', ends), ARGV[1])
 return {'ok', store}
 ";
 
-/// Keys: store, space, pages, used. Arguments: VM, generation, limit, overhead of a page; then for each
-/// page its number, and trailer and value. The generation stands at byte 24 of a trailer, the lowest
-/// byte first. The first loop changes nothing.
+/// Keys: store, space, pages, used. Arguments: VM, generation, limit, overhead of a page; then for
+/// each page its number, and trailer and value. The generation stands at byte 24 of a trailer, the
+/// lowest byte first. The first loop changes nothing.
 const PUT: &str = "
 local record = redis.call('HGET', KEYS[2], 'record')
 if not record then return {'absent'} end
@@ -95,8 +95,8 @@ end
 return {'ok', store, table.concat(taken)}
 ";
 
-/// Keys: spaces, forgotten, space, pages, used. Arguments: id, VM, lease of an unknown id, clock offset,
-/// most forgotten ids. A record that is damaged names no VM, and can be removed by anybody.
+/// Keys: spaces, forgotten, space, pages, used. Arguments: id, VM, lease of an unknown id, clock
+/// offset, most forgotten ids. A record that is damaged names no VM, and can be removed by anybody.
 const FORGET: &str = "
 local at = now(ARGV[4])
 local record = redis.call('HGET', KEYS[3], 'record')

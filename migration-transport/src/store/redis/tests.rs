@@ -1,5 +1,5 @@
-//! The server is a real one, started for each test. Where none is installed, the tests say so and do
-//! nothing; with `MIGRATION_REQUIRE_REDIS=1` in the environment they fail.
+//! The server is a real one, started for each test. Where none is installed, the tests say so and
+//! do nothing; with `MIGRATION_REQUIRE_REDIS=1` in the environment they fail.
 
 use std::{
     env,
