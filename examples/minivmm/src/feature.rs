@@ -305,13 +305,13 @@ impl<'a> Borrower<'a> {
             impact: Impact::Balanced,
             progress: false,
         };
-        self.instance.snapshot(&request, &mut |_| {}).map(judged)
+        Ok(judged(self.instance.snapshot(&request, &mut |_| {})?))
     }
 
     fn migrate(&self, to: &Address) -> Result<(Value, Option<String>), String> {
         let encryption = self.args.encryption.clone();
         let request = MigrateRequest { encryption, ..MigrateRequest::plain(to.clone(), StrategyKind::PreCopy, 2) };
-        self.instance.migrate(&request, &mut |_| {}).map(judged)
+        Ok(judged(self.instance.migrate(&request, &mut |_| {})?))
     }
 
     /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.

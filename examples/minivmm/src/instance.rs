@@ -3,6 +3,7 @@
 mod kept;
 mod lend;
 mod outgoing;
+mod refused;
 mod succession;
 mod under_way;
 
@@ -24,7 +25,7 @@ use migration_core::{
     },
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy, push_order},
+    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy, push_order::{self, UnknownOrder}},
     vm::VmId,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
@@ -42,6 +43,7 @@ use minivmm_client::{
     values::absolute,
 };
 use outgoing::{Update, await_end};
+pub(crate) use refused::Refused;
 use serde_json::{Value, json};
 use under_way::UnderWay;
 
@@ -437,10 +439,10 @@ impl Instance {
             Request::Tune { bandwidth_bits, downtime_limit_us } => {
                 self.tune(bandwidth_bits, downtime_limit_us.map(Duration::from_micros))
             }
-            Request::Recover { to, progress: wanted } => self.recover(&to, wanted, progress),
+            Request::Recover { to, progress: wanted } => Ok(self.recover(&to, wanted, progress)?),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
-            Request::Snapshot(request) => self.snapshot(&request, progress),
+            Request::Snapshot(request) => Ok(self.snapshot(&request, progress)?),
             Request::Refresh(plan) => refresh::schedule(self, plan),
             Request::Place => self.place(),
             Request::Lend(request) => self.lend(request),
@@ -452,7 +454,7 @@ impl Instance {
                 self.has_snapshot(snapshot);
                 Ok(Value::Null)
             }
-            Request::Migrate(request) => self.migrate(&request, progress),
+            Request::Migrate(request) => Ok(self.migrate(&request, progress)?),
         }
     }
 

@@ -87,7 +87,7 @@ impl Instance {
             self.lock().lent = None;
         }
         begun?;
-        await_end(updates, false, &mut |_| {})
+        Ok(await_end(updates, false, &mut |_| {})?)
     }
 
     /// Where the guest comes back to, and the listener there.

@@ -7,7 +7,7 @@ impl Instance {
         self: &Arc<Self>,
         request: &MigrateRequest,
         progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
+    ) -> Result<Value, Refused> {
         self.migrate_to(None, request, progress)
     }
 
@@ -17,16 +17,14 @@ impl Instance {
         heir: Option<Vec<u8>>,
         request: &MigrateRequest,
         progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
+    ) -> Result<Value, Refused> {
         let to = &request.to;
         let session = request.encryption.security(Some(to))?.map(SourceSession::new);
         let Chosen { mut strategy, references } = Chosen::by(request, self.push_order(&request.push_order)?);
         if strategy.shares_ram() && session.is_some() {
-            let why =
-                "a hand-over passes open files to a process of this machine, which no encrypted channel can carry";
-            return Err(format!("migrate: {why}: leave --encrypt out, at both ends"));
+            return Err(Refused::EncryptedHandOver);
         }
-        let machine = self.home("migrate")?;
+        let machine = self.home("migrate").map_err(Refused::Busy)?;
         let limiter = Limiter::new(request.bandwidth);
         let limited = Limited::with_limiter(connector(to, ConnectOptions::default()), limiter.clone());
         let link = secured(session.as_ref(), Box::new(limited));
@@ -34,7 +32,7 @@ impl Instance {
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
-            return Err(state.busy("migrate"));
+            return Err(Refused::Busy(state.busy("migrate")));
         }
         state.begin(Role::Outgoing, controller, tx);
         state.under_way = Some(UnderWay::migration(strategy.name(), to, limiter));
@@ -45,14 +43,9 @@ impl Instance {
         let last_epoch = self.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
-        let protect = request.fail_safe.as_ref().map(protect).transpose();
-        let protect = match protect.and_then(|protect| self.leaves_for(to, heir).map(|()| protect)) {
-            Ok(protect) => protect,
-            Err(why) => {
-                self.not_begun();
-                return Err(format!("migrate: {why}"));
-            }
-        };
+        let protect = request.fail_safe.as_ref().map(protect).transpose().map_err(Refused::Protection);
+        let leaves = || self.leaves_for(to, heir).map_err(Refused::NotToldOfLeaving);
+        let protect = protect.and_then(|protect| leaves().map(|()| protect)).inspect_err(|_| self.not_begun())?;
         let fail_safe = protect.as_ref().map(|protect| protect.fail_safe.clone());
         let options = SourceOptions { fail_safe, last_epoch, ..self.options_of(request) };
         let instance = self.clone();
@@ -73,10 +66,10 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
-    fn push_order(&self, name: &str) -> Result<Box<dyn PushOrder>, String> {
+    fn push_order(&self, name: &str) -> Result<Box<dyn PushOrder>, UnknownOrder> {
         match self.push_orders.get().and_then(|more| more(name)) {
             Some(order) => Ok(order),
-            None => push_order::parse(name).map_err(|e| e.to_string()),
+            None => push_order::parse(name),
         }
     }
 
@@ -101,16 +94,16 @@ impl Instance {
         self: &Arc<Self>,
         request: &SnapshotRequest,
         progress: &mut dyn FnMut(Value),
-    ) -> Result<Value, String> {
-        let machine = self.home("snapshot")?;
+    ) -> Result<Value, Refused> {
+        let machine = self.home("snapshot").map_err(Refused::Busy)?;
         let out = request.out.clone();
         let store = self.sealing.create(machine.id(), machine.pages(), |pages| SnapshotFile::create(&out, pages));
-        let mut store = store.map_err(|e| format!("snapshot: {e}"))?;
+        let mut store = store.map_err(Refused::Store)?;
         let (controller, commands) = Controller::new();
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
-            return Err(state.busy("snapshot"));
+            return Err(Refused::Busy(state.busy("snapshot")));
         }
         state.begin(Role::Saving, controller, tx);
         state.under_way = Some(UnderWay::snapshot(&out));
@@ -138,10 +131,10 @@ impl Instance {
     }
 
     /// Runs a migration or a snapshot on a thread of its own.
-    pub(super) fn spawn(&self, what: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {
-        thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|error| {
+    pub(super) fn spawn(&self, what: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), Refused> {
+        thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|cause| {
             self.not_begun();
-            format!("{what}: no thread: {error}")
+            Refused::Thread { what, cause }
         })
     }
 
@@ -167,11 +160,11 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    pub(super) fn recover(&self, to: &Address, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+    pub(super) fn recover(&self, to: &Address, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, Refused> {
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
-        let controller = controller.ok_or_else(|| format!("recover: this minivmm is {}", state.role.name()))?;
+        let controller = controller.ok_or_else(|| Refused::Busy(format!("recover: this minivmm is {}", state.role.name())))?;
         state.waiting.push(tx);
         let mut link = connector(to, ConnectOptions::default());
         if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {
@@ -264,7 +257,7 @@ pub(super) fn await_end(
     updates: mpsc::Receiver<Update>,
     wanted: bool,
     progress: &mut dyn FnMut(Value),
-) -> Result<Value, String> {
+) -> Result<Value, Refused> {
     for update in updates {
         match update {
             Update::Progress(p) if wanted => progress(p),
@@ -272,5 +265,5 @@ pub(super) fn await_end(
             Update::Ended(report) => return Ok(report),
         }
     }
-    Err("the migration has not ended, but this minivmm or its thread ends".into())
+    Err(Refused::Orphaned)
 }
