@@ -21,6 +21,7 @@
 //! | [`values`] | sizes, times, paths and addresses as a command line writes them |
 //! | [`encryption`] | the options of an encrypted migration |
 //! | [`report`] | the JSON fields of reports and of progress |
+//! | [`server`] | the other end of the socket: clients, each on a thread of its own |
 //! | [`ctl`] | the command `minivmm ctl` |
 //! | [`mod@log`] | stdout and stderr of a process that must not wait for them |
 //! | [`whole_file`] | files that appear when they are complete |
@@ -36,6 +37,7 @@ pub mod ctl;
 pub mod encryption;
 pub mod report;
 mod request;
+pub mod server;
 pub mod values;
 pub mod whole_file;
 

@@ -1,27 +1,21 @@
 //! The control socket, as the server has it. Requests and answers are `minivmm_client`'s.
 
-mod accept;
-
 use std::{
     io,
     os::unix::net::UnixListener,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::Duration,
 };
 
-use accept::Limits;
 use migration_transport::listen_private;
-use minivmm_client::Request;
+use minivmm_client::{
+    Request,
+    server::{self, Limits},
+};
 use serde_json::Value;
 
 use crate::instance::Instance;
-
-/// Longest request line: a request is a few hundred bytes.
-const MAX_REQUEST: u64 = 64 << 10;
-/// How often a client of a long request gets a sign of life: several times within the shortest patience that makes sense.
-const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
 /// A bound control socket, removed with its path when dropped.
 pub(crate) struct ControlSocket {
@@ -45,7 +39,7 @@ impl ControlSocket {
     pub(crate) fn serve(self, instance: Arc<Instance>) -> io::Result<()> {
         instance.remove_at_exit(self.path);
         let listener = self.listener;
-        let body = move || accept::serve(&listener, &instance, Limits::default());
+        let body = move || server::serve(&listener, &instance, Limits::default());
         thread::Builder::new().name("control".into()).spawn(body)?;
         Ok(())
     }

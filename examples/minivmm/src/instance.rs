@@ -25,7 +25,10 @@ use migration_core::{
     },
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
-    strategy::{HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy, push_order::{self, UnknownOrder}},
+    strategy::{
+        HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy,
+        push_order::{self, UnknownOrder},
+    },
     vm::VmId,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
@@ -40,7 +43,7 @@ use migration_transport::{
 };
 use minivmm_client::{
     LendRequest, MigrateRequest, Plan, Request, Saved, SnapshotRequest, StrategyKind, encryption::secured, report,
-    values::absolute,
+    server::Serve, values::absolute,
 };
 use outgoing::{Update, await_end};
 pub(crate) use refused::Refused;
@@ -412,52 +415,6 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    /// A client has asked for something; [`answered`](Self::answered) follows.
-    pub(crate) fn asked(&self) {
-        self.lock().clients += 1;
-    }
-
-    /// A client has its answer.
-    pub(crate) fn answered(&self) {
-        let mut state = self.lock();
-        state.clients = state.clients.saturating_sub(1);
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    /// Does what a client asks; every call is followed by [`answered`](Instance::answered).
-    pub(crate) fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
-        self.wait_arrival();
-        match request {
-            Request::Status => Ok(self.status()),
-            Request::Pause => self.not_gone("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
-            Request::Resume => self.not_gone("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
-            Request::Cancel => self.cancel(),
-            Request::Adopt => self.adopt(),
-            Request::PostCopy => self.post_copy(),
-            Request::SwitchOver => self.switch_over(),
-            Request::Tune { bandwidth_bits, downtime_limit_us } => {
-                self.tune(bandwidth_bits, downtime_limit_us.map(Duration::from_micros))
-            }
-            Request::Recover { to, progress: wanted } => Ok(self.recover(&to, wanted, progress)?),
-            Request::Quit => Ok(json!({"state": "ended"})),
-            Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
-            Request::Snapshot(request) => Ok(self.snapshot(&request, progress)?),
-            Request::Refresh(plan) => refresh::schedule(self, plan),
-            Request::Place => self.place(),
-            Request::Lend(request) => self.lend(request),
-            Request::GiveBack => self.give_back(),
-            Request::StopLog => self.stop_log(),
-            Request::Gone { report, status } => self.gone(report, status),
-            Request::Elsewhere { to } => self.is_elsewhere(to).map(|()| Value::Null),
-            Request::Saved { snapshot } => {
-                self.has_snapshot(snapshot);
-                Ok(Value::Null)
-            }
-            Request::Migrate(request) => Ok(self.migrate(&request, progress)?),
-        }
-    }
-
     /// A VM that runs here already is about to be known here, too.
     fn wait_arrival(&self) {
         let deadline = Instant::now() + LAST_ANSWERS;
@@ -606,6 +563,55 @@ impl Instance {
         machine.dump(gpa, len, file.file()).map_err(|e| format!("memory: {}: {e}", out.display()))?;
         file.commit().map_err(|e| format!("memory: {e}"))?;
         Ok(json!({"gpa": gpa, "len": len, "out": out}))
+    }
+}
+
+impl Serve for Instance {
+    fn asked(&self) {
+        self.lock().clients += 1;
+    }
+
+    fn answered(&self) {
+        let mut state = self.lock();
+        state.clients = state.clients.saturating_sub(1);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String> {
+        self.wait_arrival();
+        match request {
+            Request::Status => Ok(self.status()),
+            Request::Pause => self.not_gone("pause")?.pause_by_user().map(|()| json!({"state": "paused"})),
+            Request::Resume => self.not_gone("resume")?.resume_by_user().map(|()| json!({"state": "running"})),
+            Request::Cancel => self.cancel(),
+            Request::Adopt => self.adopt(),
+            Request::PostCopy => self.post_copy(),
+            Request::SwitchOver => self.switch_over(),
+            Request::Tune { bandwidth_bits, downtime_limit_us } => {
+                self.tune(bandwidth_bits, downtime_limit_us.map(Duration::from_micros))
+            }
+            Request::Recover { to, progress: wanted } => Ok(self.recover(&to, wanted, progress)?),
+            Request::Quit => Ok(json!({"state": "ended"})),
+            Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),
+            Request::Snapshot(request) => Ok(self.snapshot(&request, progress)?),
+            Request::Refresh(plan) => refresh::schedule(self, plan),
+            Request::Place => self.place(),
+            Request::Lend(request) => self.lend(request),
+            Request::GiveBack => self.give_back(),
+            Request::StopLog => self.stop_log(),
+            Request::Gone { report, status } => self.gone(report, status),
+            Request::Elsewhere { to } => self.is_elsewhere(to).map(|()| Value::Null),
+            Request::Saved { snapshot } => {
+                self.has_snapshot(snapshot);
+                Ok(Value::Null)
+            }
+            Request::Migrate(request) => Ok(self.migrate(&request, progress)?),
+        }
+    }
+
+    fn quit(&self) {
+        self.exit(0);
     }
 }
 

@@ -160,11 +160,17 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    pub(super) fn recover(&self, to: &Address, wanted: bool, progress: &mut dyn FnMut(Value)) -> Result<Value, Refused> {
+    pub(super) fn recover(
+        &self,
+        to: &Address,
+        wanted: bool,
+        progress: &mut dyn FnMut(Value),
+    ) -> Result<Value, Refused> {
         let (tx, updates) = mpsc::channel();
         let mut state = self.lock();
         let controller = state.controller.clone().filter(|_| state.role == Role::InDoubt);
-        let controller = controller.ok_or_else(|| Refused::Busy(format!("recover: this minivmm is {}", state.role.name())))?;
+        let controller =
+            controller.ok_or_else(|| Refused::Busy(format!("recover: this minivmm is {}", state.role.name())))?;
         state.waiting.push(tx);
         let mut link = connector(to, ConnectOptions::default());
         if let Some(limiter) = state.under_way.as_ref().and_then(|under_way| under_way.limiter.clone()) {

@@ -1,4 +1,4 @@
-//! The control socket's accept loop: a thread for each client, bounds for clients that say nothing, and an answer for those that
+//! The server's end of a control socket: a thread for each client, bounds for clients that say nothing, and an answer for those that
 //! cannot be served.
 //!
 //! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve
@@ -21,21 +21,43 @@ use std::{
 };
 
 use migration_transport::Shortage;
-use minivmm_client::{Answer, Request, Wishes};
 use serde_json::Value;
 
-use super::{ALIVE_EVERY, MAX_REQUEST};
-use crate::instance::Instance;
+use crate::{Answer, Request, Wishes};
+
+/// Longest request line: a request is a few hundred bytes.
+const MAX_REQUEST: u64 = 64 << 10;
+/// How often a client of a long request gets a sign of life: several times within the shortest patience that makes sense.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// What does what clients ask.
+pub trait Serve: Send + Sync + 'static {
+    /// A request has come; [`answered`](Self::answered) follows when its client has the answer, or has gone.
+    fn asked(&self);
+
+    /// Does what a client asks, and returns the result, or what failed. Each value that is passed to `progress` goes to the client at
+    /// once.
+    ///
+    /// # Errors
+    /// When it fails, the reason for the client.
+    fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String>;
+
+    /// The client of [`Request::Quit`] has its answer.
+    fn quit(&self);
+
+    /// A client has its answer.
+    fn answered(&self);
+}
 
 /// Bounds for the clients of a control socket.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub struct Limits {
     /// Most clients at once, those included that wait for the end of a migration.
-    pub(super) clients: usize,
+    pub clients: usize,
     /// Of these, most that have not sent their request yet. Beyond it the oldest one is let go.
-    pub(super) silent: usize,
+    pub silent: usize,
     /// The longest time until a request is there, and the longest time in which a client takes nothing of its answer.
-    pub(super) patience: Duration,
+    pub patience: Duration,
 }
 
 impl Default for Limits {
@@ -67,7 +89,7 @@ impl Drop for Counted {
 }
 
 /// Serves clients until the listener breaks.
-pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: Limits) {
+pub fn serve<S: Serve>(listener: &UnixListener, server: &Arc<S>, limits: Limits) {
     let clients = Arc::new(Clients { limits, count: AtomicUsize::new(0), silent: Mutex::default() });
     if let Err(error) = listener.set_nonblocking(true) {
         return log!("control: no client is served: {error}");
@@ -75,7 +97,7 @@ pub(super) fn serve(listener: &UnixListener, instance: &Arc<Instance>, limits: L
     let (mut shortage, mut told) = (Shortage::new(), None);
     loop {
         let refused = match shortage.accept_within(&[listener.as_fd()], Duration::MAX, |_| listener.accept()) {
-            Ok(Some((client, _))) => clients.begin(client, instance),
+            Ok(Some((client, _))) => clients.begin(client, server),
             Ok(None) => shortage.take().map_or(Ok(()), |error| {
                 let why = format!("this minivmm can accept no client: {error}");
                 if let Some((client, _)) = shortage.accept_to_refuse(1, |_| listener.accept()) {
@@ -101,7 +123,7 @@ impl Clients {
     }
 
     /// Serves a client on a thread of its own, or says why it is not served.
-    fn begin(self: &Arc<Self>, client: UnixStream, instance: &Arc<Instance>) -> Result<(), String> {
+    fn begin<S: Serve>(self: &Arc<Self>, client: UnixStream, server: &Arc<S>) -> Result<(), String> {
         let client = Arc::new(client);
         let mut silent = self.silent();
         if silent.len() >= self.limits.silent || self.count.load(Ordering::SeqCst) >= self.limits.clients {
@@ -119,10 +141,10 @@ impl Clients {
         drop(silent);
         self.count.fetch_add(1, Ordering::SeqCst);
         let counted = Counted(self.clone());
-        let (served, instance) = (client.clone(), instance.clone());
+        let (served, server) = (client.clone(), server.clone());
         let body = move || {
             // a client that went away has nobody to be told
-            let _ = serve_client(&served, &instance, &counted.0);
+            let _ = serve_client(&served, &server, &counted.0);
         };
         thread::Builder::new().name("client".into()).spawn(body).map(drop).map_err(|error| {
             self.heard(&client);
@@ -181,7 +203,7 @@ fn read_request(mut client: &UnixStream, within: Duration) -> io::Result<Vec<u8>
     Ok(line)
 }
 
-fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Clients) -> io::Result<()> {
+fn serve_client<S: Serve>(client: &Arc<UnixStream>, server: &Arc<S>, clients: &Clients) -> io::Result<()> {
     let patience = clients.limits.patience;
     let line = read_request(client, patience);
     clients.heard(client);
@@ -200,22 +222,22 @@ fn serve_client(client: &Arc<UnixStream>, instance: &Arc<Instance>, clients: &Cl
     // what is a request is an object
     let wishes: Wishes = serde_json::from_slice(&line).unwrap_or_default();
     let quit = matches!(request, Request::Quit);
-    instance.asked();
+    server.asked();
     let answers = Answers { client, gone: Mutex::new(false) };
-    let answer = match handle(&answers, instance, request, wishes) {
+    let answer = match handle(&answers, server, request, wishes) {
         Ok(value) => Answer::Done(value),
         Err(why) => Answer::Failed(why),
     };
     let said = if answers.say(&answer) { Ok(()) } else { client.shutdown(std::net::Shutdown::Both) };
     if quit {
-        instance.exit(0);
+        server.quit();
     }
-    instance.answered();
+    server.answered();
     said
 }
 
 /// Does what is asked, and shows the client of a long request that somebody is at work, if it wishes that.
-fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request, wishes: Wishes) -> Result<Value, String> {
+fn handle<S: Serve>(answers: &Answers<'_>, server: &Arc<S>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
         // dropped when the request is done
         let (_done, ended) = mpsc::channel::<()>();
@@ -228,7 +250,7 @@ fn handle(answers: &Answers<'_>, instance: &Arc<Instance>, request: Request, wis
             let started = thread::Builder::new().name("client".into()).spawn_scoped(scope, alive);
             started.map_err(|error| format!("this minivmm has no thread for the request: {error}"))?;
         }
-        instance.handle(request, &mut |progress| {
+        server.handle(request, &mut |progress| {
             // the migration goes on without its client
             let _ = answers.say(&Answer::Progress(progress));
         })
@@ -255,15 +277,33 @@ impl Answers<'_> {
 mod tests {
     use std::io::{BufRead, BufReader};
 
+    use serde_json::json;
+
     use super::*;
-    use crate::sealing::Sealing;
+
+    /// Has no VM.
+    struct Empty;
+
+    impl Serve for Empty {
+        fn asked(&self) {}
+
+        fn handle(self: &Arc<Self>, request: Request, _: &mut dyn FnMut(Value)) -> Result<Value, String> {
+            match request {
+                Request::Status => Ok(json!({"state": "ended"})),
+                other => Err(format!("there is no VM for {other:?}")),
+            }
+        }
+
+        fn quit(&self) {}
+
+        fn answered(&self) {}
+    }
 
     fn socket(limits: Limits) -> (tempfile::TempDir, impl Fn() -> UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control");
         let listener = UnixListener::bind(&path).unwrap();
-        let instance = Instance::new(None, Sealing::load(None).unwrap());
-        thread::spawn(move || serve(&listener, &instance, limits));
+        thread::spawn(move || serve(&listener, &Arc::new(Empty), limits));
         (folder, move || UnixStream::connect(&path).unwrap())
     }
 
