@@ -1,4 +1,4 @@
-//! What identifies a VM, what its destination must know of it, and how large its state is.
+//! The identity of a VM, its description for the destination, and estimates of its state.
 
 use std::{fmt, time::Duration};
 
@@ -6,51 +6,51 @@ use bytes::Bytes;
 
 use crate::{device::DeviceKind, page::RamLayout};
 
-/// Identifies a VM for as long as it lives, on whatever host: 16 bytes that no other VM has, such as a UUID.
+/// The identity of a VM: 16 bytes that no other VM has, such as a UUID. It stays the same on every host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct VmId(pub [u8; 16]);
 
-/// 32 hexadecimal digits.
+/// Writes 32 hexadecimal digits.
 impl fmt::Display for VmId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", u128::from_be_bytes(self.0))
     }
 }
 
-/// What the source tells about its VM before any RAM moves.
+/// The description of a VM, which the source sends before any RAM moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmDescription {
-    /// Which VM it is.
+    /// The identity of the VM.
     pub id: VmId,
-    /// Where its RAM lies.
+    /// The regions of its RAM in guest physical address space.
     pub layout: RamLayout,
-    /// Its devices, with their versions.
+    /// Its devices and their versions.
     pub devices: Vec<DeviceKind>,
-    /// What its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), encoded by whoever understands it (migration-kvm's
-    /// `HostNeeds`); empty if nothing.
+    /// The features that its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), in an encoding of the VMM's choice, such as
+    /// `HostNeeds` of migration-kvm. Empty if there are none.
     pub host_needs: Bytes,
-    /// What the VMM needs to build the same machine; only the VMM understands it.
+    /// The configuration from which the VMM builds the same machine. This crate does not interpret it.
     pub config: Bytes,
 }
 
-/// How large a section of state is expected to be.
+/// The expected size of a section of state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SectionEstimate {
     /// The section's [name](crate::state::Section::name).
     pub name: String,
-    /// Which of several of that name.
+    /// The number of the section among those of the same name.
     pub instance: u32,
-    /// Bytes of data.
+    /// The size of its data in bytes.
     pub bytes: u64,
 }
 
-/// What saving a VM's state in the pause is expected to take.
+/// The expected size of the state that is saved in the pause, and the time to save it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateEstimate {
     /// The sections that [`SourceVm::save_state`](super::SourceVm::save_state) would return now, without what
     /// [`iterate_state`](super::SourceVm::iterate_state) reports as pending. Sections that are small and never grow may be left out.
     pub sections: Vec<SectionEstimate>,
-    /// How long saving them takes; `None` if that is not known.
+    /// The time to save them; `None` if it is not known.
     pub save_time: Option<Duration>,
 }
 

@@ -1,7 +1,7 @@
 //! A receiver that takes one attempt and returns what came of it.
 
 use std::{
-    sync::{Arc, OnceLock, mpsc},
+    sync::{Arc, Mutex, OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -16,12 +16,14 @@ use migration_core::{
     state::{Section, VmState},
     strategy::{Linear, PostCopy, PreCopy, Strategy},
     vm::{DestinationHost, DestinationVm, VmDescription, VmError},
+    wire::{Control, LaneKind, Preamble, SessionToken},
 };
 
 use crate::{
     HANG, VM,
+    bounds::hello_of,
     channels::{Door, End, pair},
-    destination::Destination,
+    destination::{Destination, said},
     guest::{ArrivingVm, Host, RecordedVm, checksums, description},
     live::Link,
     post_copy::{guest, paged_description, paging},
@@ -218,4 +220,54 @@ fn a_complete_vm_outlives_the_callers_patience() {
     destination.handle.stop();
     destination.thread = Some(thread);
     crate::streams::check("pre-copy", &destination.finish().0);
+}
+
+/// Builds a VM when the test lets it.
+struct Waits {
+    host: Host,
+    go: Mutex<mpsc::Receiver<()>>,
+}
+
+impl DestinationHost for Waits {
+    type Vm = ArrivingVm;
+
+    fn build(&self, vm: &VmDescription) -> Result<ArrivingVm, VmError> {
+        self.go.lock().unwrap().recv().unwrap();
+        self.host.build(vm)
+    }
+}
+
+/// Its source has given it up, and has begun anew. What comes of that is the result.
+#[test]
+fn an_attempt_that_a_newer_one_replaces_is_no_result() {
+    let ((door, ends), (host, _started)) = (mpsc::channel(), host(description(), false));
+    let (go, waits) = mpsc::channel();
+    let mut attempt = OneAttempt::new(Waits { host, go: Mutex::new(waits) }, options());
+    let handle = attempt.handle();
+    let result = thread::spawn(move || attempt.receive(&mut Door(ends), None).map(|arrived| arrived.id));
+    let greet = |epoch| {
+        let (here, there) = pair();
+        let preamble = Preamble::new(LaneKind::Control, 0, SessionToken::default()).encode();
+        let hello = hello_of(VM, 0, 1).encode(0, 0, epoch);
+        here.outgoing.write(&[&preamble[..], &hello].concat()).unwrap();
+        door.send(Some(there)).unwrap();
+        let deadline = Instant::now() + HANG;
+        while handle.epoch() != epoch {
+            assert!(Instant::now() < deadline, "the hello is not taken");
+            thread::yield_now();
+        }
+        here
+    };
+    let (_first, second) = (greet(1), greet(2));
+    go.send(()).unwrap();
+    go.send(()).unwrap();
+    let answer = said(&second);
+    assert!(matches!(answer, Some(Control::Welcome(_))), "{answer:?}");
+    second.outgoing.update(|state| state.ended = true);
+    match result.join().unwrap() {
+        Err(AttemptError::Failed(failed)) => {
+            assert!(failed.vm == Some(VM) && !failed.why.contains("given up"), "{failed}");
+        }
+        other => panic!("{other:?}"),
+    }
 }

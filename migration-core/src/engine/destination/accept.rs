@@ -4,16 +4,16 @@
 use super::*;
 use crate::wire::MAX_DEMAND_LANES;
 
-/// Threads for connections that a receiver of this many VMs has at once: the places for unidentified
-/// connections, the lanes of as many sessions of the largest kind, and as many again that are just
-/// ending.
+/// Returns the largest number of connection threads of a receiver of this many VMs: one for each
+/// unidentified connection and each lane of the largest sessions, and as many again because some
+/// threads are about to end.
 fn max_threads(vms: usize) -> usize {
     let session = usize::from(MAX_STREAMS + MAX_DEMAND_LANES) + 4;
     let sessions = session.saturating_mul(vms.max(1));
     sessions.saturating_add(connections::MAX_SILENT + connections::MAX_GREETING).saturating_mul(2)
 }
 
-/// How long a connection that is refused for lack of resources may take to take the reason.
+/// The longest time to send the reason to a connection that is refused for lack of resources.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// The accept loop.
@@ -23,7 +23,7 @@ pub(super) struct Accepting {
     ended_tx: mpsc::Sender<u64>,
     ended: mpsc::Receiver<u64>,
     next: u64,
-    /// Whether the user was told that no connection can be accepted, since one was.
+    /// Whether the observer knows that no connection can be accepted. Reset by the next connection.
     told: bool,
 }
 
@@ -33,7 +33,7 @@ impl Accepting {
         Self { destination, threads: HashMap::new(), ended_tx, ended, next: 0, told: false }
     }
 
-    /// Waits a moment for a connection, and starts a thread for it.
+    /// Waits for a connection for a short time, and starts a thread for it.
     pub(super) fn step(&mut self, listener: &mut dyn Listener) -> io::Result<()> {
         let common = &self.destination.common;
         lock(&common.connections).close_overdue(common.options.idle_timeout);
@@ -43,7 +43,7 @@ impl Accepting {
         self.destination.sweep();
         self.reap(Duration::ZERO);
         if self.threads.len() >= max_threads(self.destination.common.options.max_vms) {
-            // most of them are ending
+            // most of them are about to end
             self.reap(ACCEPT_TICK);
             return Ok(());
         }
@@ -57,7 +57,7 @@ impl Accepting {
         Ok(())
     }
 
-    /// Joins all threads, which have nothing to wait for any more.
+    /// Joins all threads. Their connections are closed, so they end.
     pub(super) fn join(&mut self) {
         for (_, thread) in self.threads.drain() {
             thread.join();
@@ -73,8 +73,9 @@ impl Accepting {
         }
     }
 
-    /// Connections wait that cannot be accepted. Whoever has proved nothing gives its descriptor up
-    /// for one; if there is nobody, one that waits is told why it is refused.
+    /// Makes room for waiting connections that cannot be accepted. The oldest connection that has
+    /// sent nothing is closed for its descriptor. If there is none, one that waits is refused with
+    /// the reason.
     fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
             let why = format!("no connection can be accepted at the moment: {error}");
@@ -102,7 +103,7 @@ impl Accepting {
         if !lock(&self.destination.common.connections).enter(id, closer.clone()) {
             return;
         }
-        // in a cell, so that it can be taken back if there is no thread
+        // in a cell, from which it is taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some((reader, writer))));
         let body = || -> Box<dyn FnOnce() + Send> {
             let destination = self.destination.clone();
@@ -114,7 +115,7 @@ impl Accepting {
                     destination.serve(Incoming { id, reader, writer, closer }, &name);
                 }
                 lock(&destination.common.connections).remove(id);
-                // the loop may have ended: it joins all threads by itself then
+                // fails if the loop has ended, which then joins all threads
                 let _ = ended.send(id);
             })
         };
@@ -130,8 +131,9 @@ impl Accepting {
         }
     }
 
-    /// Tells a source why it is not served. If a session is waiting for its lanes, this may have
-    /// been one: it ends.
+    /// Refuses a connection with the reason. The connection may be a lane of a session that waits for
+    /// its lanes. If there is one such session, it fails. If there are several, the right one is not
+    /// known, and it fails by its time-out.
     fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
         self.destination.common.bad_peer(peer, why);
         // best effort: the connection ends either way
@@ -139,7 +141,6 @@ impl Accepting {
             let mut control = ControlWriter::new(writer, peer.to_owned(), self.destination.common.bytes.clone());
             let _ = control.send(0, &Control::error(ErrorCode::Resources, why));
         }
-        // with several of them it cannot be told which one it was: each has a time-out
         if let [session] = &self.destination.preparing()[..] {
             session.fail(ErrorCode::Resources, why);
         }

@@ -1,5 +1,5 @@
-//! For how long, and with how much, an attempt may hold the one session of a receiver: in
-//! proportion to what it has sent.
+//! The time for which an attempt may have the place of a VM, and the amount of data without pages that
+//! it may send, in proportion to the page data that it has sent.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -11,30 +11,29 @@ use crate::{
     wire::{Control, STATE_CHUNK},
 };
 
-/// The slowest link, in bytes of page data a second, on which an attempt earns its time as fast as
-/// it uses it up.
+/// The rate in bytes of page data per second at which an attempt earns as much time as it uses.
 const LEAST_RATE: u64 = 1 << 20;
-/// An attempt ends when it has held the session for this many times what it has earned, though
-/// nobody else asks.
+/// An attempt ends when it has used this many times the time that it has earned, even if no other source
+/// waits.
 const END_FACTOR: u32 = 16;
-/// Pings that may come at once, and in a second: a source sends four a second at the most.
+/// The largest number of pings at once, and per second. A source sends at most four per second.
 const PING_BURST: u64 = 1000;
 const PINGS_A_SECOND: u64 = 100;
-/// Bytes of device state that may come in pieces while the guest runs: a device may send what has
-/// changed again and again.
+/// The limit of device state in pieces while the guest runs: this many times RAM, plus a constant. A
+/// device may send changed state again and again.
 const PIECES_PER_RAM: u64 = 4;
 const LEAST_PIECES: u64 = 1 << 30;
 
-/// What an attempt has done for its place.
+/// The account of one attempt.
 pub(in crate::engine) struct Allowance {
     begun: Instant,
-    /// Without a page.
+    /// The time for an attempt that has sent no page.
     grace: Duration,
-    /// Whether the source may put all of RAM into a store before it sends the first page (a
-    /// forward checkpoint). If nobody else asks, it has the time for that.
+    /// Whether the source may put all of RAM into a store before it sends the first page (a forward
+    /// checkpoint). It has the time for that if no other source waits.
     puts_ahead: bool,
     ram_bytes: u64,
-    /// Bytes of page data that have come.
+    /// The bytes of page data that have arrived.
     received: AtomicU64,
     pings: AtomicU64,
     piece_bytes: AtomicU64,
@@ -55,13 +54,13 @@ impl Allowance {
         }
     }
 
-    /// Page data has come.
+    /// Adds page data that has arrived.
     pub(in crate::engine) fn received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// How long the attempt may hold the session while another source wants it. Pages that come
-    /// again do not earn more than all of RAM does once.
+    /// Returns the time that the attempt has earned. Pages that arrive again earn no more than all of
+    /// RAM earns once.
     fn earned(&self) -> Duration {
         self.earned_by(self.received.load(Ordering::Relaxed))
     }
@@ -70,21 +69,21 @@ impl Allowance {
         self.grace + Duration::from_secs(bytes.min(self.ram_bytes) / LEAST_RATE)
     }
 
-    /// Whether another source may take the session.
+    /// Returns whether another source may take the place.
     pub(in crate::engine) fn is_used_up(&self) -> bool {
         self.begun.elapsed() > self.earned()
     }
 
-    /// Whether the attempt must end in any case.
+    /// Returns whether the attempt must end in any case.
     pub(in crate::engine) fn is_exceeded(&self) -> bool {
         let earned = if self.puts_ahead { self.earned_by(self.ram_bytes) } else { self.earned() };
         self.begun.elapsed() > earned.saturating_mul(END_FACTOR)
     }
 
-    /// A frame has come, for a VM of so many pages.
+    /// Counts a frame for a VM of this many pages.
     ///
     /// # Errors
-    /// When it is one too many.
+    /// The frame exceeds a limit.
     pub(in crate::engine) fn frame(&self, frame: &Control, pages: u64) -> Result<(), DecodeError> {
         match frame {
             Control::Ping => self.ping(),
@@ -94,21 +93,21 @@ impl Allowance {
         }
     }
 
-    /// A ping has come.
+    /// Counts a ping.
     fn ping(&self) -> Result<(), DecodeError> {
         let pings = self.pings.fetch_add(1, Ordering::Relaxed);
         let most = PING_BURST + PINGS_A_SECOND.saturating_mul(self.begun.elapsed().as_secs());
         if pings < most { Ok(()) } else { Err(DecodeError::invalid("ping", format!("more than {most} of them"))) }
     }
 
-    /// A piece of device state has come.
+    /// Counts a piece of device state.
     fn piece(&self, bytes: usize) -> Result<(), DecodeError> {
         let limit = self.ram_bytes.saturating_mul(PIECES_PER_RAM).saturating_add(LEAST_PIECES);
         let len = self.piece_bytes.fetch_add(bytes as u64, Ordering::Relaxed).saturating_add(bytes as u64);
         if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "pieces of device state", len, limit }) }
     }
 
-    /// A part of the list of missing pages has come.
+    /// Counts a part of the list of missing pages.
     fn list(&self, pages: u64) -> Result<(), DecodeError> {
         let limit = pages.div_ceil(STATE_CHUNK as u64 * 8);
         let len = self.lists.fetch_add(1, Ordering::Relaxed) + 1;

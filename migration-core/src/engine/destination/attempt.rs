@@ -1,4 +1,4 @@
-//! How an attempt begins at the destination: the VM is built, its session opened; or a source takes up one that was cut.
+//! The begin of an attempt at the destination: the VM is built and its session is opened; or a source comes back to its session.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
 
-/// A hello that was taken, and what to do about it.
+/// An accepted hello, and the action that follows from it.
 pub(super) struct Greeted {
     pub(super) epoch: u32,
     /// The control lane that speaks for the session from now on.
@@ -19,7 +19,7 @@ pub(super) struct Greeted {
     pub(super) action: DestinationAction,
 }
 
-/// Tells a source that comes back why it cannot, and returns that as an error, or why it could not be told.
+/// Refuses a source that comes back, with the reason. Returns the refusal as an error, or the reason why it could not be sent.
 pub(super) fn refuse_reattach(control: &mut ControlWriter, epoch: u32, why: &str) -> MigrationError {
     match control.send(epoch, &Control::error(ErrorCode::UnknownSession, why)) {
         Ok(()) => MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() },
@@ -27,7 +27,7 @@ pub(super) fn refuse_reattach(control: &mut ControlWriter, epoch: u32, why: &str
     }
 }
 
-/// An attempt for which there is room.
+/// An attempt whose resources are reserved.
 struct Begun {
     epoch: u32,
     attachment: u64,
@@ -36,7 +36,7 @@ struct Begun {
 }
 
 impl VmEntry {
-    /// A source that is in doubt comes back to its session.
+    /// Serves a source that comes back to its session, until its control lane ends.
     pub(super) fn reattach(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -62,7 +62,7 @@ impl VmEntry {
         Ok(())
     }
 
-    /// A source begins an attempt, whose hello was taken.
+    /// Serves a source that begins an attempt, until its control lane ends.
     pub(super) fn attempt(
         self: &Arc<Self>,
         greeted: Greeted,
@@ -96,7 +96,7 @@ impl VmEntry {
             }
         };
         if features & FEATURE_SHARED_RAM != 0 {
-            // up to here this thread competed with the guest
+            // until now this thread competed with the guest for the core
             self.common.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
@@ -106,7 +106,7 @@ impl VmEntry {
             Flow::End => Ok(()),
         });
         if features & FEATURE_SHARED_RAM != 0 {
-            // whatever came of it, the guest does not wait for this thread any more
+            // in any case the guest does not wait for this thread any more
             self.common.options.spawner.end_switch_over();
             self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
         }
@@ -114,7 +114,7 @@ impl VmEntry {
         Ok(())
     }
 
-    /// Builds the VM and the session in which it is received.
+    /// Builds the VM and the session that receives it.
     fn build(
         &self,
         begun: &Begun,
@@ -126,7 +126,7 @@ impl VmEntry {
         let features = hello.features;
         let shared = features & FEATURE_SHARED_RAM != 0;
         let turn = self.turns.take();
-        // a VM of an earlier epoch is void: free it before the new one needs the memory
+        // the VM of an earlier epoch is void: it is freed before the new one needs the memory
         let earlier = self.current(begun.attachment)?.session.take();
         self.free_vm(earlier, "a newer attempt of its source takes its place");
         self.join_watchers();
@@ -166,8 +166,8 @@ impl VmEntry {
         Ok((session, features))
     }
 
-    /// Tells the source of an attempt that there is no VM for it. Its place is free before it hears that:
-    /// whoever comes next, and as soon, is not told that the destination is busy.
+    /// Refuses the source of an attempt for which no VM can be built. Its place is free before the refusal is sent, so that the
+    /// next source is not refused as busy.
     fn no_vm(&self, begun: &Begun, control: &mut ControlWriter, code: ErrorCode, cause: VmError) -> MigrationError {
         let text = cause.to_string();
         self.lost(begun.attachment, &text);
@@ -188,7 +188,7 @@ impl VmEntry {
         self.common.host.clone().build(&hello.vm, Some(files))
     }
 
-    /// Readies the VM for checkpoints if they are wanted, or takes the feature back.
+    /// Prepares the VM for checkpoints if they are requested, or removes the feature.
     fn protection(&self, vm: &mut dyn DestinationVm, features: &mut u32) -> Result<Option<Protection>, VmError> {
         if *features & FEATURE_CHECKPOINTS == 0 {
             return Ok(None);
@@ -200,22 +200,22 @@ impl VmEntry {
         Protection::new(protected, vm.identity(), vm.ram(), self.common.options.observer.clone()).map(Some)
     }
 
-    /// Has the source open its lanes. A thread of the session waits for them and tells the source when everything stands
-    /// ready for pages: this one reads the control lane meanwhile, and hears a source that gives up.
+    /// Asks the source to open its lanes. A thread of the session waits for them, and sends *prepared*. Meanwhile the calling thread
+    /// reads the control lane, and notices a source that gives up.
     fn open(self: &Arc<Self>, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.say(&Control::Welcome(welcome))?;
         let (entry, session) = (self.clone(), session.clone());
         let body = move || match entry.await_lanes(&session, attachment) {
             Ok(()) => session.keep_alive(),
-            // whoever reads the control lane finds it closed, and ends the attempt
+            // the thread that reads the control lane finds it closed, and ends the attempt
             Err(error) => session.fail(error.code(), &error.to_string()),
         };
         self.watcher(Role::Control, "mig-alive", Box::new(body))
     }
 
-    /// The first frame after the answer. It has its turn when all lanes are here, and what is reserved for them is not
-    /// needed any more; but a source that gives up is heard at once.
+    /// Reads and handles the first frame after *welcome*. It is handled when all lanes are open and their reservation is not needed
+    /// any more. The frame of a source that gives up is handled at once.
     fn first_frame(
         self: &Arc<Self>,
         frames: &mut ControlReader,
@@ -223,7 +223,7 @@ impl VmEntry {
         attachment: u64,
         reserved: Reservation<'_>,
     ) -> Result<Flow, MigrationError> {
-        // lanes have a time-out of their own, and it is the source's turn only after that
+        // lanes have their own time-out, and the source sends its frame only after that
         let patience = self.common.options.idle_timeout.saturating_mul(2);
         frames.set_idle_timeout(patience)?;
         let (epoch, frame) = frames.read()?;
@@ -235,7 +235,7 @@ impl VmEntry {
         self.frame(session, attachment, epoch, frame)
     }
 
-    /// Waits until all lanes are here, and tells the source so.
+    /// Waits until all lanes are open, and sends *prepared*.
     fn await_lanes(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
         session.wait_attached(self.common.options.idle_timeout)?;
         let load = session.vm.borrow().and_then(|mut vm| vm.vm().estimate_load());
@@ -246,19 +246,19 @@ impl VmEntry {
     }
 }
 
-/// Of the feature bits that a source wants, those that a VM with this pager supports.
+/// Returns the requested feature bits that a VM with this pager supports.
 fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
     let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
     let post_copy = match pager.map(|pager| pager.granule()) {
         Some(1) => wanted & FEATURE_POST_COPY,
-        // a source that would send single pages cannot serve it
+        // a source that would send single pages cannot serve huge blocks
         Some(HUGE_BLOCK) if wanted & both == both => both,
         _ => 0,
     };
     let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
     wanted & FEATURES & !without | post_copy
 }
-/// Pages are checked against the hello's layout: the VM must have been built with the very same.
+/// Checks that the VM was built with the layout of the hello, because pages are checked against that.
 fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>, VmError> {
     if *vm.vm().ram().layout() == hello.vm.layout {
         Ok(vm)
@@ -267,11 +267,11 @@ fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>,
     }
 }
 
-/// A token that nobody can guess: SipHash under keys that the standard library draws from the operating system.
+/// Returns a token that cannot be guessed: SipHash with keys that the standard library gets from the operating system.
 fn new_token(vm: VmId, epoch: u32) -> SessionToken {
     let mut token = [0; 16];
     for half in token.chunks_mut(8) {
-        // every `RandomState` has keys of its own
+        // every `RandomState` has its own keys
         half.copy_from_slice(&RandomState::new().hash_one((vm, epoch)).to_le_bytes());
     }
     SessionToken(token)

@@ -1,9 +1,9 @@
-//! The open connections of a receiver: what each has shown of itself, and which one gives way when
-//! there are too many.
+//! The open connections of a receiver, their stages, and which connection is closed when there are
+//! too many.
 //!
-//! Whoever has proved nothing holds one of a few places, and only until somebody else needs it. A
-//! connection leaves these places when it names the session that is under way here, or when its
-//! hello is accepted: from then on the session bounds how many there are.
+//! An unidentified connection has one of a few places, until another connection needs the place. A
+//! connection leaves these places when it names a current session, or when its hello is accepted.
+//! From then on the session bounds the number of its connections.
 
 use std::{
     collections::HashMap,
@@ -13,52 +13,50 @@ use std::{
 
 use crate::channel::Closer;
 
-/// Connections that may be open at once of which nothing is known. With one more, the oldest is
-/// closed: a peer in good faith introduces itself in a round trip, the newest one is the one that
-/// may still do so.
+/// The largest number of open connections that have sent nothing. One more closes the oldest: an
+/// honest peer introduces itself within a round trip, so the newest one may still do so.
 pub(super) const MAX_SILENT: usize = 64;
-/// Connections that may be open at once that have said that they begin a session, and whose hello
-/// has not come or is not accepted yet. They have places of their own, so that those who say
-/// nothing cannot close them.
+/// The largest number of open connections that begin a session and whose hello is not accepted yet.
+/// They have their own places, so that connections that send nothing cannot close them.
 pub(super) const MAX_GREETING: usize = 16;
 
-/// Connections that may be open at once that name the session which is under way here, and have not
-/// said yet with what they come back to it.
+/// The largest number of open connections that name a current session, and whose first frame has not
+/// arrived yet.
 pub(super) const MAX_RETURNING: usize = 8;
 
-/// What a connection has shown of itself.
+/// What is known about a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Nothing yet.
+    /// Nothing: it has sent nothing yet.
     Silent,
-    /// That it wants to begin a session.
+    /// It wants to begin a session.
     Greeting,
-    /// That it wants to go on with the session that is under way here.
+    /// It wants to continue a current session.
     Returning,
-    /// That it belongs to the session that is under way here.
+    /// It belongs to a current session.
     Identified,
-    /// It was closed here, for this reason; its thread is about to end.
+    /// This side has closed it, for this reason. Its thread is about to end.
     Closed(&'static str),
 }
 
 struct Connection {
     closer: Arc<dyn Closer>,
     stage: Stage,
-    /// When it came to its stage.
+    /// The time at which it reached its stage.
     since: Instant,
 }
 
 /// All connections that are open.
 #[derive(Default)]
 pub(super) struct Connections {
-    /// Numbers ascend in the order in which connections came.
+    /// By number. A newer connection has a higher number.
     open: HashMap<u64, Connection>,
-    /// The receiver has ended: no connection is wanted any more.
+    /// Whether the receiver has ended, so that no connection is accepted any more.
     ended: bool,
 }
 
 impl Connections {
-    /// Enters a connection that has just come. False if none is wanted any more.
+    /// Adds a connection that was just accepted. Returns false if the receiver has ended.
     pub(super) fn enter(&mut self, id: u64, closer: Arc<dyn Closer>) -> bool {
         if self.ended {
             return false;
@@ -68,7 +66,7 @@ impl Connections {
         true
     }
 
-    /// A connection has shown what it is. False if it was closed meanwhile.
+    /// Moves a connection to its next stage. Returns false if it was closed in between.
     pub(super) fn advance(&mut self, id: u64, stage: Stage) -> bool {
         let Some(connection) = self.open.get_mut(&id) else { return false };
         if matches!(connection.stage, Stage::Closed(_)) {
@@ -80,7 +78,7 @@ impl Connections {
         true
     }
 
-    /// Why this connection was closed here, if it was.
+    /// Returns the reason why this side has closed the connection, if it has.
     pub(super) fn why_closed(&self, id: u64) -> Option<&'static str> {
         match self.open.get(&id)?.stage {
             Stage::Closed(why) => Some(why),
@@ -88,13 +86,13 @@ impl Connections {
         }
     }
 
-    /// Its thread has ended.
+    /// Removes a connection whose thread ends.
     pub(super) fn remove(&mut self, id: u64) {
         self.open.remove(&id);
     }
 
-    /// Closes those that have not come to the next stage for so long, however many bytes they have
-    /// sent.
+    /// Closes unidentified connections that have been in their stage for longer than `limit`, however
+    /// many bytes they have sent.
     pub(super) fn close_overdue(&mut self, limit: Duration) {
         for connection in self.open.values_mut() {
             let unknown = matches!(connection.stage, Stage::Silent | Stage::Greeting | Stage::Returning);
@@ -104,14 +102,14 @@ impl Connections {
         }
     }
 
-    /// Closes the oldest connection of which nothing is known, as its descriptor or its thread is
-    /// needed: one that came before the connection `newest`, if that is given. False if there is
-    /// none.
+    /// Closes the oldest connection that has sent nothing, because its descriptor or its thread is
+    /// needed. If `newest` is given, the connection must be older than that one. Returns false if there
+    /// is none.
     pub(super) fn close_oldest_silent(&mut self, newest: Option<u64>) -> bool {
         self.close_oldest(Stage::Silent, newest)
     }
 
-    /// Closes everything, and takes nothing in any more.
+    /// Closes all connections, and accepts none any more.
     pub(super) fn end(&mut self) {
         self.ended = true;
         self.open.values().for_each(|connection| connection.closer.close());
@@ -175,7 +173,7 @@ mod tests {
         assert!(left[..1000 - MAX_SILENT].iter().all(|open| !open), "the older ones are closed");
         assert!(left[1000 - MAX_SILENT..].iter().all(|open| *open), "the newest ones stay");
         assert!(connections.why_closed(2).is_some() && connections.why_closed(1001).is_none());
-        // too late
+        // it was closed before
         assert!(!connections.advance(2, Stage::Identified));
         assert!(connections.advance(1001, Stage::Identified));
     }
@@ -236,7 +234,7 @@ mod tests {
         let last = ends.len() as u64 - 1;
         assert!(connections.advance(last, Stage::Identified));
         connections.close_overdue(Duration::ZERO);
-        // only the one that is identified may take its time
+        // the time limit does not apply to the identified one
         assert_eq!(ends.iter().filter(|end| !closed(end)).count(), 1);
     }
 }

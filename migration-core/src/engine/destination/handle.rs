@@ -1,30 +1,30 @@
-//! How other threads talk to a receiver, and to what it knows of one VM.
+//! The handles by which other threads control a receiver and its VMs.
 
 use super::*;
 
-/// Talks to a [`Receiver`] from other threads.
+/// Controls a [`Receiver`] from other threads.
 ///
-/// The methods that do not name a VM are about the only one that the receiver knows: that of a receiver of one VM. A receiver of
-/// [several](ReceiverOptions::max_vms) has [`vms`](Self::vms) and [`vm`](Self::vm).
+/// The methods that name no VM apply if the receiver has exactly one VM, as a receiver of one VM always does. For a receiver of
+/// [several VMs](ReceiverOptions::max_vms) use [`vms`](Self::vms) and [`vm`](Self::vm).
 #[derive(Clone)]
 pub struct ReceiverHandle {
     destination: Arc<Destination>,
 }
 
-/// Talks to a receiver about one of its VMs.
+/// Controls one VM of a receiver from other threads.
 #[derive(Clone)]
 pub struct VmHandle {
     entry: Arc<VmEntry>,
 }
 
-/// A VM that a receiver knows.
+/// The state of one VM of a receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VmStatus {
-    /// Which VM.
+    /// The identity of the VM.
     pub id: VmId,
-    /// Where the protocol stands.
+    /// The phase of the protocol.
     pub phase: DestinationPhase,
-    /// The epoch of the present attempt, or the last one.
+    /// The epoch of the present or the last attempt.
     pub epoch: u32,
 }
 
@@ -33,17 +33,18 @@ impl ReceiverHandle {
         Self { destination }
     }
 
-    /// Ends [`Receiver::run`]; VMs that are being received or held are discarded with the receiver.
+    /// Ends [`Receiver::run`], or the present call of a [`OneAttempt`]. VMs that are being received or held are discarded with the
+    /// receiver.
     pub fn stop(&self) {
         self.destination.common.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Bytes of all frames that were received and sent so far, on all lanes.
+    /// Returns the bytes of all frames that were received and sent so far, on all lanes.
     pub fn wire_bytes(&self) -> u64 {
         self.destination.common.bytes.load(Ordering::Relaxed)
     }
 
-    /// Returns the VMs that are being received, held, or served until their sources know that they run here.
+    /// Returns the VMs that are being received or held, and those whose sources do not know yet that they run here.
     pub fn vms(&self) -> Vec<VmStatus> {
         let status = |entry: &Arc<VmEntry>| {
             let state = lock(&entry.state);
@@ -52,38 +53,38 @@ impl ReceiverHandle {
         self.destination.entries().iter().filter_map(status).collect()
     }
 
-    /// Returns the handle of a VM that is being received, held, or served; `None` when there is no such VM.
+    /// Returns the handle of a VM that [`vms`](Self::vms) lists.
     pub fn vm(&self, id: VmId) -> Option<VmHandle> {
         Some(VmHandle { entry: self.destination.entry(id)? })
     }
 
-    /// Where the protocol stands.
+    /// Returns the phase of the protocol.
     pub fn phase(&self) -> DestinationPhase {
         self.only().map_or(DestinationPhase::Empty, |vm| vm.phase())
     }
 
-    /// The epoch of the present attempt, or the last one; 0 when there was none.
+    /// Returns the epoch of the present or the last attempt; 0 if there was none.
     pub fn epoch(&self) -> u32 {
         self.only().map_or(0, |vm| vm.epoch())
     }
 
-    /// As [`VmHandle::adopt`].
+    /// See [`VmHandle::adopt`].
     ///
     /// # Errors
-    /// When no complete VM is held, or its source is connected.
+    /// No complete VM is held, or its source is connected, or the receiver has several VMs.
     pub fn adopt(&self) -> Result<(), Violation> {
         self.only().ok_or_else(|| no_only_vm("adopt"))?.adopt()
     }
 
-    /// As [`VmHandle::inherit`].
+    /// See [`VmHandle::inherit`].
     ///
     /// # Errors
-    /// When no complete VM is held.
+    /// No complete VM is held, or the receiver has several VMs.
     pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
         self.only().ok_or_else(|| no_only_vm("inherit"))?.inherit(source)
     }
 
-    /// As [`VmHandle::vm_ended`].
+    /// See [`VmHandle::vm_ended`].
     pub fn vm_ended(&self, reason: &str) {
         if let Some(vm) = self.only() {
             vm.vm_ended(reason);
@@ -96,20 +97,20 @@ impl ReceiverHandle {
 }
 
 impl VmHandle {
-    /// Where the protocol stands.
+    /// Returns the phase of the protocol.
     pub fn phase(&self) -> DestinationPhase {
         lock(&self.entry.state).machine.phase()
     }
 
-    /// The epoch of the present attempt, or the last one.
+    /// Returns the epoch of the present or the last attempt.
     pub fn epoch(&self) -> u32 {
         lock(&self.entry.state).machine.epoch()
     }
 
-    /// A person states that the source is dead: the VM that is held becomes ours and starts.
+    /// Takes over the held VM by a person's word that the source is dead, and starts it.
     ///
     /// # Errors
-    /// When no complete VM is held, or its source is connected.
+    /// No complete VM is held, or its source is connected.
     pub fn adopt(&self) -> Result<(), Violation> {
         let mut state = lock(&self.entry.state);
         let action = state.machine.adopt()?;
@@ -119,10 +120,10 @@ impl VmHandle {
         Ok(())
     }
 
-    /// The source is dead for certain: the VM that is held becomes ours and starts, if all of it is here.
+    /// Takes over the held VM, because the source is dead for certain, and starts it.
     ///
     /// # Errors
-    /// When no complete VM is held.
+    /// No complete VM is held, or pages of it are only at the source.
     pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
         let mut state = lock(&self.entry.state);
         if !state.machine.is_complete() {
@@ -136,10 +137,12 @@ impl VmHandle {
         Ok(())
     }
 
-    /// The guest of the VM that was received here has ended by itself, for this reason. If pages of it are missing, its source is
-    /// told, frees them, and ends with [`Outcome::Ended`](crate::report::Outcome::Ended), instead of serving them for ever; if
-    /// the link is lost it is told when it comes back. The VMM keeps the receiver until [`Receiver::run`] returns, or for
-    /// as long as it means to wait for that. Else nothing happens. Does not wait.
+    /// Reports that the guest has ended by itself, and why.
+    ///
+    /// If pages of the VM are missing, the source gets the report, frees them, and ends with
+    /// [`Outcome::Ended`](crate::report::Outcome::Ended). Otherwise it would serve them for ever. If the link is lost, the source
+    /// gets the report when it comes back: the VMM keeps the receiver until [`Receiver::run`] returns, or for as long as it is
+    /// willing to wait. If no page is missing, this method does nothing. It does not wait.
     pub fn vm_ended(&self, reason: &str) {
         self.entry.vm_ended(reason);
     }

@@ -1,6 +1,6 @@
-//! The VMM's part of a destination, behind traits without its types: how it is called, and in which order.
+//! Calls of the VMM at a destination, through traits that hide the VMM's types.
 //!
-//! Nothing here, and nothing that calls it, holds a lock while the VMM is called: it may call back.
+//! Neither this module nor its callers hold a lock while the VMM is called, because the VMM may call back.
 
 use std::{
     collections::VecDeque,
@@ -13,15 +13,15 @@ use crate::{
     vm::{Arrived, DestinationHost, DestinationVm, FailedAttempt, VmDescription, VmError, VmId},
 };
 
-/// A [`DestinationHost`] of any type, with what becomes of the VMs that arrive.
+/// A [`DestinationHost`] of any type, with the receiver of its VMs.
 pub(super) trait AnyHost: Send + Sync {
-    /// Builds a VM, in `files` if its RAM is shared.
+    /// Builds a VM. Its RAM is in `files` if it is shared.
     fn build(self: Arc<Self>, vm: &VmDescription, files: Option<Vec<OwnedFd>>) -> Result<Box<dyn AnyVm>, VmError>;
 
-    /// Calls the host's method for this notice.
+    /// Calls the method of the host for this notice.
     fn notify(&self, vm: VmId, notice: Notice);
 
-    /// Calls the host's method of that name.
+    /// Calls [`DestinationHost::attempt_failed`].
     fn attempt_failed(&self, failed: &FailedAttempt);
 }
 
@@ -30,11 +30,11 @@ pub(super) trait AnyVm: Send {
     /// Returns the VM.
     fn vm(&mut self) -> &mut dyn DestinationVm;
 
-    /// Gives the VM to whoever receives VMs of this host.
+    /// Gives the VM to the receiver of the host's VMs.
     fn arrived(self: Box<Self>, id: VmId, epoch: u32, not_started: Option<VmError>);
 }
 
-/// What a host is told of a VM that has arrived.
+/// A notice to the host about a VM that has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Notice {
     /// The link is lost while pages are missing.
@@ -43,7 +43,7 @@ pub(super) enum Notice {
     LinkFound,
 }
 
-/// Hides the types of a host, and of whoever receives its VMs.
+/// Hides the types of a host and of the receiver of its VMs.
 pub(super) fn any_host<H, A>(host: H, arrived: A) -> Arc<dyn AnyHost>
 where
     H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
@@ -102,7 +102,7 @@ where
     }
 }
 
-/// The VM of a session until it is started or discarded. One thread at a time calls it, by taking it out of here.
+/// The VM of a session, until it is started or discarded. A thread takes the VM out for a call, so one thread at a time calls it.
 pub(super) struct VmPlace {
     place: Mutex<Place>,
     changed: Condvar,
@@ -110,12 +110,12 @@ pub(super) struct VmPlace {
 
 enum Place {
     Here(Box<dyn AnyVm>),
-    /// A thread calls it.
+    /// A thread calls the VM.
     InUse,
     Gone,
 }
 
-/// The VM, taken out for a call. It goes back when this is dropped.
+/// A VM that was taken out for a call. Dropping this puts it back.
 pub(super) struct InUse<'a> {
     place: &'a VmPlace,
     vm: Option<Box<dyn AnyVm>>,
@@ -124,7 +124,7 @@ pub(super) struct InUse<'a> {
 impl InUse<'_> {
     /// Returns the VM.
     pub(super) fn vm(&mut self) -> &mut dyn DestinationVm {
-        self.vm.as_mut().expect("it goes back only at the end").vm()
+        self.vm.as_mut().expect("the VM is put back only when this is dropped").vm()
     }
 }
 
@@ -142,13 +142,13 @@ impl VmPlace {
         Self { place: Mutex::new(Place::Here(vm)), changed: Condvar::new() }
     }
 
-    /// Takes the VM out for a call, after those that are under way. `None` if it was started or discarded.
+    /// Takes the VM out for a call, once no other thread calls it. Returns `None` if it was started or discarded.
     pub(super) fn borrow(&self) -> Option<InUse<'_>> {
         let vm = self.take_out(Place::InUse)?;
         Some(InUse { place: self, vm: Some(vm) })
     }
 
-    /// Takes the VM out for good, after the calls that are under way. `None` if somebody has done so before.
+    /// Takes the VM out for ever, once no other thread calls it. Returns `None` if it was taken out before.
     pub(super) fn take(&self) -> Option<Box<dyn AnyVm>> {
         self.take_out(Place::Gone)
     }
@@ -167,8 +167,8 @@ impl VmPlace {
     }
 }
 
-/// Delivers notices of a VM to its host: in order, one at a time, and only once the VM has arrived. Whoever has one to deliver
-/// while another thread delivers leaves it to that thread.
+/// Delivers notices about a VM to its host, in order, one at a time, and only after the VM has arrived. If a thread adds a notice while
+/// another one delivers, the other thread delivers it.
 #[derive(Default)]
 pub(super) struct Notices {
     state: Mutex<NoticeState>,
@@ -179,20 +179,20 @@ pub(super) struct Notices {
 struct NoticeState {
     /// Whether the VM has arrived.
     open: bool,
-    /// Whether a thread delivers.
+    /// Whether a thread delivers a notice.
     delivering: bool,
     waiting: VecDeque<Notice>,
 }
 
 impl Notices {
-    /// The VM has arrived: delivers what has waited for that.
+    /// Records that the VM has arrived, and delivers the notices that waited for that.
     pub(super) fn open(&self, deliver: impl Fn(Notice)) {
         lock(&self.state).open = true;
         self.changed.notify_all();
         self.deliver(deliver);
     }
 
-    /// Adds a notice, and delivers it unless it has to wait.
+    /// Adds a notice, and delivers it if it need not wait.
     pub(super) fn add(&self, notice: Notice, deliver: impl Fn(Notice)) {
         lock(&self.state).waiting.push_back(notice);
         self.deliver(deliver);
@@ -213,20 +213,29 @@ impl Notices {
             let Some(notice) = state.waiting.pop_front() else { return };
             state.delivering = true;
             drop(state);
+            let _delivering = Delivering(&self.state);
             deliver(notice);
-            lock(&self.state).delivering = false;
         }
     }
 }
 
-/// Lets one attempt at a time build: the VM of one that was given up must be gone before the next one needs the memory.
+/// The delivery of one notice. It ends when this is dropped, also if the host panics.
+struct Delivering<'a>(&'a Mutex<NoticeState>);
+
+impl Drop for Delivering<'_> {
+    fn drop(&mut self) {
+        lock(self.0).delivering = false;
+    }
+}
+
+/// Lets one attempt at a time build a VM. The VM of an attempt that was given up is dropped before the next attempt needs the memory.
 #[derive(Default)]
 pub(super) struct Turns {
     taken: Mutex<bool>,
     free: Condvar,
 }
 
-/// A turn, until this is dropped.
+/// The turn of one attempt, which ends when this is dropped.
 pub(super) struct Turn<'a>(&'a Turns);
 
 impl Turns {
@@ -249,7 +258,7 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
 
-    /// A notice that is added by the host while it is told of another one comes after that, and nothing waits for it.
+    /// A notice that the host adds while it handles another one is delivered after that one, and the host does not wait for it.
     #[test]
     fn notices_come_in_order_once_the_vm_has_arrived() {
         let (notices, told) = (Notices::default(), Mutex::new(Vec::new()));

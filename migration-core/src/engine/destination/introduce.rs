@@ -1,24 +1,35 @@
-//! A connection says what it is for, and becomes a lane.
+//! The introduction of a new connection: it names its purpose and becomes a lane.
 
 use super::{attempt::refuse_reattach, survive::CheckpointHalves, *};
 use crate::{vm::FailedAttempt, wire::MAGIC};
 
-/// A connection that has just come.
+/// The number of bytes of a preamble that tell whether it is one.
+///
+/// A peer that speaks another protocol may wait for an answer before it has sent a whole preamble.
+const START: usize = 4;
+
+/// A connection that was just accepted.
 pub(super) struct Incoming {
-    /// Counts the connections of this receiver.
+    /// The number of the connection. The receiver counts its connections.
     pub(super) id: u64,
     pub(super) reader: Box<dyn ReadHalf>,
     pub(super) writer: Box<dyn WriteHalf>,
     pub(super) closer: Arc<dyn Closer>,
 }
 
-/// The bytes of a preamble that tell whether it is one.
-const START: usize = 4;
+/// A connection whose preamble was read.
+struct Named {
+    id: u64,
+    preamble: Preamble,
+    reader: Box<dyn ReadHalf>,
+    control: ControlWriter,
+    closer: Arc<dyn Closer>,
+}
 
-/// What a connection has said of itself.
+/// What a connection has told about itself so far.
 #[derive(Default)]
 struct Introduced {
-    /// Whether it wants to begin a session, as far as that can be told.
+    /// Whether it wants to begin a session, as far as that is known.
     wants_session: bool,
     /// The VM that it wants to migrate.
     vm: Option<VmId>,
@@ -38,7 +49,10 @@ impl Common {
         self.options.observer.event(&Event::BadPeer { peer: peer.to_owned(), why: why.to_owned() });
     }
 
-    /// A connection has shown what it is: it is not one of those any more that give way to others.
+    /// Moves a connection to its next stage, because it has shown what it is.
+    ///
+    /// # Errors
+    /// The connection was closed in between, for example because another one needed its place.
     pub(super) fn advance(&self, id: u64, stage: Stage, peer: &str) -> Result<(), MigrationError> {
         if lock(&self.connections).advance(id, stage) {
             return Ok(());
@@ -48,81 +62,75 @@ impl Common {
 }
 
 impl Destination {
+    /// Serves a connection until it ends.
     pub(super) fn serve(self: &Arc<Self>, connection: Incoming, peer: &str) {
         let id = connection.id;
-        let mut attempt = Introduced::default();
-        if let Err(error) = self.introduce(connection, peer, &mut attempt) {
-            // what happened on a connection that was closed here is not the reason
+        let mut introduced = Introduced::default();
+        let served = self.name(connection, peer, &mut introduced).and_then(|named| match named.preamble.kind {
+            LaneKind::Control | LaneKind::Reattach => self.control(named, peer, &mut introduced),
+            LaneKind::Bulk | LaneKind::Demand | LaneKind::Checkpoint => self.lane(named, peer),
+        });
+        if let Err(error) = served {
+            // if this side has closed the connection, what followed from that is not the reason
             let closed = lock(&self.common.connections).why_closed(id);
             let why = closed.map_or_else(|| error.at_peer(peer), str::to_owned);
             self.common.bad_peer(peer, &why);
-            if attempt.wants_session {
-                self.common.host.attempt_failed(&FailedAttempt { peer: peer.to_owned(), vm: attempt.vm, why });
+            if introduced.wants_session {
+                self.common.host.attempt_failed(&FailedAttempt { peer: peer.to_owned(), vm: introduced.vm, why });
             }
         }
     }
 
-    /// Reads the preamble of a new connection and lets it do what it is for.
+    /// Reads the preamble of a new connection, and gives the thread the role of the lane.
     ///
     /// # Errors
-    /// When it is refused, or its session did not come about.
-    fn introduce(
-        self: &Arc<Self>,
-        connection: Incoming,
-        peer: &str,
-        introduced: &mut Introduced,
-    ) -> Result<(), MigrationError> {
+    /// The peer speaks another protocol or version, or has lost its place to another connection.
+    fn name(&self, connection: Incoming, peer: &str, introduced: &mut Introduced) -> Result<Named, MigrationError> {
         let link = || MigrationError::link(peer);
+        let idle = self.common.options.idle_timeout;
         let Incoming { id, mut reader, mut writer, closer } = connection;
-        reader.set_idle_timeout(Some(self.common.options.idle_timeout)).map_err(link())?;
-        writer.set_idle_timeout(Some(self.common.options.idle_timeout)).map_err(link())?;
+        reader.set_idle_timeout(Some(idle)).map_err(link())?;
+        writer.set_idle_timeout(Some(idle)).map_err(link())?;
         let mut bytes = [0; Preamble::LEN];
         let (start, rest) = bytes.split_at_mut(START);
         reader.read_exact(start).map_err(link())?;
-        // whatever it is, it has said something
+        // a connection that sends anything counts as an attempt, until its preamble says otherwise
         introduced.wants_session = true;
-        // a peer that speaks another protocol may wait for an answer before it has said this much
         if [MAGIC, SEALED_MAGIC].iter().any(|magic| magic.starts_with(start)) {
             reader.read_exact(rest).map_err(link())?;
         }
         let mut control = ControlWriter::new(writer, peer.to_owned(), self.common.bytes.clone());
         let preamble = Preamble::decode(&bytes).inspect_err(|error| {
             if bytes.starts_with(&SEALED_MAGIC) {
-                refuse_sealed(&mut *reader, &mut control, error, self.common.options.idle_timeout);
+                refuse_sealed(&mut *reader, &mut control, error, idle);
             }
         })?;
-        if negotiate(preamble.oldest, preamble.newest).is_none() {
-            let why = format!(
-                "the source speaks versions {} to {}, this destination {OLDEST_VERSION} to {VERSION}",
-                preamble.oldest, preamble.newest
-            );
-            control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
-            return Err(MigrationError::Peer { code: ErrorCode::Version, text: why });
-        }
+        check_version(&preamble, &mut control)?;
         introduced.wants_session = preamble.kind == LaneKind::Control;
         let known = self.find(preamble.session).is_ok();
         let stage = match preamble.kind {
-            // on a link that is not encrypted anybody may have read the token: it opens only lanes that then take a place
+            // on a link that is not encrypted anybody may have read the token, so it opens only lanes that then take a place
             LaneKind::Control => Stage::Greeting,
             LaneKind::Reattach if known => Stage::Returning,
             _ if known => Stage::Identified,
             _ => Stage::Greeting,
         };
         self.common.advance(id, stage, peer)?;
-        // it was started for pages in volume, which is what most connections carry
+        // the thread was started for pages in volume, which most connections carry
         match preamble.kind {
             LaneKind::Bulk => {}
             LaneKind::Demand => self.common.options.spawner.assume(Role::Demand, GuestImpact::Balanced),
             _ => self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced),
         }
+        Ok(Named { id, preamble, reader, control, closer })
+    }
+
+    /// Serves a lane that belongs to a session: for pages, or for checkpoints.
+    fn lane(&self, named: Named, peer: &str) -> Result<(), MigrationError> {
+        let Named { preamble, reader, control, closer, .. } = named;
+        let Found { entry, session } = self.find(preamble.session)?;
         match preamble.kind {
-            LaneKind::Bulk => {
-                let Found { entry, session } = self.find(preamble.session)?;
-                let link = session.attach(preamble.index, closer)?;
-                return entry.pages(session, &preamble, link, reader, peer);
-            }
             LaneKind::Demand => {
-                let Found { entry, session } = self.find(preamble.session)?;
                 let link = session.attach_demand(preamble.index, closer, control.into_half())?;
                 if link == 0
                     && let Err(error) = entry.await_faults(&session, preamble.index)
@@ -130,24 +138,26 @@ impl Destination {
                     session.fail(error.code(), &error.to_string());
                     return Err(error);
                 }
-                return entry.pages(session, &preamble, link, reader, peer);
+                entry.pages(session, &preamble, link, reader, peer)
             }
             LaneKind::Checkpoint => {
-                let Found { entry, session } = self.find(preamble.session)?;
                 let (protection, link) = session.attach_checkpoint(closer)?;
-                return entry.checkpoints(
-                    &session,
-                    &protection,
-                    link,
-                    CheckpointHalves { reader, writer: control.into_half() },
-                    peer,
-                );
+                let halves = CheckpointHalves { reader, writer: control.into_half() };
+                entry.checkpoints(&session, &protection, link, halves, peer)
             }
-            LaneKind::Control | LaneKind::Reattach => {}
+            _ => {
+                let link = session.attach(preamble.index, closer)?;
+                entry.pages(session, &preamble, link, reader, peer)
+            }
         }
+    }
+
+    /// Serves a control lane: of a new attempt, or of a source that comes back to its session.
+    fn control(&self, named: Named, peer: &str, introduced: &mut Introduced) -> Result<(), MigrationError> {
+        let Named { id, preamble, reader, mut control, closer } = named;
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.common.bytes.clone());
         let first = frames.read().inspect_err(|error| {
-            // an honest peer of another build has a user who wants to know
+            // the user of an honest peer of another build wants to know the reason
             if !matches!(error, MigrationError::Link { .. }) {
                 // best effort: the lane ends either way
                 let _ = control.send(0, &Control::error(error.code(), error.to_string()));
@@ -155,8 +165,14 @@ impl Destination {
         });
         match (preamble.kind, first?) {
             (LaneKind::Control, (epoch, Control::Hello(hello))) => {
-                introduced.vm = Some(hello.vm.id);
-                self.attempt(epoch, hello, ControlLane { id, frames, control, closer }, peer)
+                let vm = hello.vm.id;
+                introduced.vm = Some(vm);
+                let served = self.attempt(epoch, hello, ControlLane { id, frames, control, closer }, peer);
+                if let Err(MigrationError::Peer { code: ErrorCode::Busy, .. }) = &served {
+                    // an attempt that a newer one of the same VM has replaced did not fail
+                    introduced.wants_session = !self.has_newer(vm, epoch);
+                }
+                served
             }
             (LaneKind::Reattach, (epoch, Control::Reattach(vm))) => {
                 let Ok(Found { entry, session }) = self.find(preamble.session) else {
@@ -177,7 +193,7 @@ impl Destination {
 }
 
 impl VmEntry {
-    /// A lane on which pages come.
+    /// Serves a lane on which pages arrive, until it ends.
     pub(super) fn pages(
         &self,
         session: Arc<Session>,
@@ -194,18 +210,21 @@ impl VmEntry {
             return Err(error);
         }
         if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
-            // it has done its part, or was closed because of another lane
+            // the lane has done its part, or was closed because of another lane
             return Ok(());
         }
         if session.missing().is_some() && session.is_sealed() {
-            // the VM may run here, and has all its pages
+            // the VM may run here, and has all its pages: the session goes on
             return Err(error);
         }
         session.fail(error.code(), &error.to_string());
         Err(error)
     }
 
-    /// The state, if `attachment` is still the control lane that speaks for it.
+    /// Locks the state, if `attachment` is still the control lane that speaks for the session.
+    ///
+    /// # Errors
+    /// The attempt was given up here, or a newer control lane has taken its place.
     pub(super) fn current(&self, attachment: u64) -> Result<MutexGuard<'_, State>, MigrationError> {
         let state = lock(&self.state);
         if state.attachment == attachment {
@@ -216,15 +235,28 @@ impl VmEntry {
     }
 }
 
-/// Tells a source that encrypts why it is refused, and waits until it has gone: what is unread when a connection closes
-/// makes some transports forget what was written last.
+/// Checks that this build speaks a version of the source, and refuses the source if not.
+fn check_version(preamble: &Preamble, control: &mut ControlWriter) -> Result<(), MigrationError> {
+    if negotiate(preamble.oldest, preamble.newest).is_some() {
+        return Ok(());
+    }
+    let why = format!(
+        "the source speaks versions {} to {}, this destination {OLDEST_VERSION} to {VERSION}",
+        preamble.oldest, preamble.newest
+    );
+    control.send(0, &Control::error(ErrorCode::Version, why.clone()))?;
+    Err(MigrationError::Peer { code: ErrorCode::Version, text: why })
+}
+
+/// Refuses a source that encrypts, with the reason, and waits until the source closes the connection. If this side closed it
+/// while data is unread, some transports would drop what was written last.
 fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &DecodeError, patience: Duration) {
     // best effort: the lane ends either way
     if control.send(0, &Control::error(ErrorCode::Security, why.to_string())).is_err() {
         return;
     }
     let end = Instant::now() + patience;
-    // a handshake's first message is far shorter; one that comes a byte at a time is waited for no longer
+    // the first message of a handshake is far shorter; the time bounds a peer that sends a byte at a time
     for _ in 0..4096 {
         if Instant::now() > end || reader.read_exact(&mut [0]).is_err() {
             return;

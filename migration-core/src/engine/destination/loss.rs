@@ -1,45 +1,45 @@
-//! An attempt that comes to nothing, and a VM that ends.
+//! Attempts that fail, and VMs that end.
 
 use super::*;
 use crate::vm::FailedAttempt;
 
-/// What [`VmEntry::give_up`] has done.
+/// The result of [`VmEntry::give_up`].
 pub(super) struct GivenUp {
-    /// Where the protocol stood.
+    /// The phase of the protocol before.
     pub(super) phase: DestinationPhase,
-    /// Whether the host was told, or need not be. Else it is told when the VM has been built, for nobody.
+    /// Whether no failed attempt will be reported to the host any more. If false, the thread that builds the VM reports it.
     pub(super) reported: bool,
 }
 
 impl VmEntry {
-    /// The guest has ended by itself.
+    /// Reports to the source that the guest has ended by itself.
     pub(super) fn vm_ended(&self, reason: &str) {
         let mut state = lock(&self.state);
         let Some(ended) = state.machine.vm_ended(reason) else { return };
         let Some(session) = state.session.clone() else { return };
         drop(state);
-        // best effort: a source that does not hear it comes back and asks
+        // best effort: a source that does not get it comes back
         let _ = session.tell_ended(ended);
         if let Some(missing) = session.missing() {
-            // nobody waits for pages any more
+            // no thread waits for pages any more
             missing.end();
         }
     }
 
-    /// Tells the observer of this, if it has happened. Like every event, never under a lock: an observer may call the
-    /// [`ReceiverHandle`].
+    /// Sends a warning to the observer, if there is one. As for every event, the caller holds no lock, because an observer may use
+    /// the [`ReceiverHandle`].
     pub(super) fn warn(&self, what: Option<String>) {
         if let Some(what) = what {
             self.common.options.observer.event(&Event::Warning(what));
         }
     }
 
-    /// Ends the attempt that is under way if `must` says so of what it has done, unless the VM is complete. Returns whether it
-    /// did.
+    /// Ends the attempt that is under way if `must` returns true for its allowance and the VM is not complete. Returns whether the
+    /// attempt was ended.
     pub(super) fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) -> bool {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let state = lock(&self.state);
-        // a newer attempt may have begun whose session is not there yet
+        // a newer attempt may have begun, which has no session yet
         let session = state.session.clone().filter(|session| session.epoch == state.machine.epoch());
         let Some(session) = session else { return false };
         if !matches!(state.machine.phase(), Preparing | Receiving | Loading) || !must(&session.allowance) {
@@ -52,7 +52,7 @@ impl VmEntry {
         true
     }
 
-    /// Ends the attempt that is under way, unless the VM is complete; its source is told, if that can be done at once.
+    /// Ends the attempt that is under way if the VM is not complete. The source is informed, if that is possible at once.
     pub(super) fn give_up(&self, why: &str) -> GivenUp {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let mut state = lock(&self.state);
@@ -62,11 +62,11 @@ impl VmEntry {
         }
         let epoch = state.machine.epoch();
         state.machine.link_lost();
-        // whoever builds or loads the VM finds that it does not speak for the session any more
+        // so the thread that builds or loads the VM finds that it does not speak for the session any more
         state.attachment += 1;
         let given_up = state.session.take();
         drop(state);
-        // the VM of an earlier attempt may be here still, and the one of this attempt be on its way
+        // the session may be that of an earlier attempt, if the VM of this one is being built
         let (earlier, given_up) = match given_up {
             Some(session) if session.epoch == epoch => (None, Some(session)),
             earlier => (earlier, None),
@@ -80,7 +80,7 @@ impl VmEntry {
         GivenUp { phase, reported }
     }
 
-    /// The control lane of this attachment is gone.
+    /// Handles the loss of the control lane of this attachment.
     pub(super) fn lost(&self, attachment: u64, why: &str) {
         let mut state = lock(&self.state);
         if state.attachment != attachment {
@@ -98,8 +98,8 @@ impl VmEntry {
         self.discard(given_up, why);
     }
 
-    /// The link of `session` is lost. Its control lane may not notice, since the thread that reads it loads the state, and
-    /// waits for a page that was under way.
+    /// Handles the loss of the link of `session` while the state is loaded. The thread of the control lane does not notice the loss,
+    /// because it loads the state and may wait for a page that was under way.
     pub(super) fn lost_while_loading(&self, session: &Arc<Session>, why: &str) {
         let mut state = lock(&self.state);
         let ours = state.session.as_ref().is_some_and(|present| Arc::ptr_eq(present, session));
@@ -107,14 +107,14 @@ impl VmEntry {
             return;
         }
         state.machine.link_lost();
-        // who loads finds that it does not speak for the session any more
+        // so the thread that loads the state finds that it does not speak for the session any more
         state.attachment += 1;
         let given_up = state.session.take();
         drop(state);
         self.discard(given_up, why);
     }
 
-    /// The attempt has come to nothing.
+    /// Frees the VM of a failed attempt, and reports the failure.
     pub(super) fn discard(&self, given_up: Option<Arc<Session>>, why: &str) {
         let failed = given_up.as_ref().map(|session| FailedAttempt {
             peer: session.peer.clone(),
@@ -128,7 +128,7 @@ impl VmEntry {
         }
     }
 
-    /// Frees the VM that was being received or held, and ends its lanes.
+    /// Frees a VM that was being received or held, and ends its lanes.
     pub(super) fn free_vm(&self, given_up: Option<Arc<Session>>, why: &str) {
         if given_up.is_some_and(|session| session.discard(why)) {
             self.common.options.observer.event(&Event::Discarded(why.to_owned()));

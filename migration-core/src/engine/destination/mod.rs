@@ -1,4 +1,4 @@
-//! The destination's engine: accepts lanes, builds the VM, receives it, and runs it when it is ours.
+//! The engine at the destination: accepts lanes, builds VMs, receives them, and starts them.
 
 mod accept;
 mod allowance;
@@ -74,18 +74,18 @@ use crate::{
     },
 };
 
-/// How often the accept loop looks whether it shall stop.
+/// The interval at which the accept loop checks whether it has to stop.
 const ACCEPT_TICK: Duration = Duration::from_millis(50);
 
-/// Receives VMs: attempt after attempt, until one completes, or, for several VMs, until it is stopped.
+/// Receives VMs: attempt after attempt until one VM was received, or, for several VMs, until it is stopped.
 pub struct Receiver {
     destination: Arc<Destination>,
 }
 
 impl Receiver {
-    /// A receiver that builds its VMs on `host`. A VM goes to `arrived` once, the moment it is owned here, and has been
-    /// started. Like every method of the host, `arrived` is called by a thread of the receiver, or by the one that decided on
-    /// a VM that was held ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]), and without a lock.
+    /// Creates a receiver that builds its VMs on `host`. It calls `arrived` once for each VM, as soon as the VM is owned here and was
+    /// started. Like the methods of the host, `arrived` is called without a lock, by a thread of the receiver or by the thread that
+    /// has taken over a held VM ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]).
     pub fn new<H>(host: H, arrived: impl Fn(Arrived<H::Vm>) + Send + Sync + 'static, options: ReceiverOptions) -> Self
     where
         H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
@@ -93,18 +93,18 @@ impl Receiver {
         Self { destination: Arc::new(Destination::new(any_host(host, arrived), options)) }
     }
 
-    /// The handle for other threads.
+    /// Returns a handle for other threads.
     pub fn handle(&self) -> ReceiverHandle {
         ReceiverHandle::new(self.destination.clone())
     }
 
-    /// Accepts sources until a VM was received and its source knows it, or, with
+    /// Accepts sources until a VM was received and its source knows that, or, for
     /// [several VMs](ReceiverOptions::max_vms), until [`ReceiverHandle::stop`] is called. Bad peers, failed attempts and lost
-    /// links do not end it. A VM has arrived the moment it starts, which may be long before this returns if the source's last
-    /// word is lost.
+    /// links do not end it. A VM arrives as soon as it was started. If the source's last message is lost, that can be long before
+    /// this method returns.
     ///
     /// # Errors
-    /// When there is no VM: see [`ReceiveError`].
+    /// There is no VM: see [`ReceiveError`].
     pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
         let common = &self.destination.common;
         *lock(&common.room) = listener.room();

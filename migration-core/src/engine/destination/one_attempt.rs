@@ -1,4 +1,4 @@
-//! A receiver for one attempt, which returns what came of it.
+//! A receiver for one attempt, which returns the result.
 
 use std::{collections::VecDeque, os::fd::OwnedFd, time::Instant};
 
@@ -7,10 +7,10 @@ use thiserror::Error;
 use super::*;
 use crate::vm::{FailedAttempt, VmDescription};
 
-/// Receives one attempt at a time, on the caller's thread, and returns the VM, or why there is none.
+/// Receives one attempt at a time on the caller's thread, and returns the VM or the reason why there is none.
 ///
-/// A refusal counts as an attempt: of a peer that speaks another protocol or version, of a VM that the host does not build. A
-/// connection that ends without a byte does not.
+/// A refusal counts as an attempt, for example of a peer that speaks another protocol or version, or of a VM that the host does not
+/// build. A connection that ends without a byte does not count.
 ///
 /// ```
 /// use std::time::{Duration, Instant};
@@ -33,8 +33,7 @@ use crate::vm::{FailedAttempt, VmDescription};
 /// }
 /// ```
 ///
-/// Dropping it closes all connections, and discards a VM that has not arrived, also one that is held. Pages that are missing
-/// then stay missing.
+/// Dropping it closes all connections, and discards a VM that has not arrived, also one that is held. Missing pages then stay missing.
 pub struct OneAttempt<V> {
     receiver: Receiver,
     accepting: Accepting,
@@ -42,28 +41,29 @@ pub struct OneAttempt<V> {
     results: Arc<Results<V>>,
 }
 
-/// Why there is no VM, or its source's last word has not come.
+/// The reason why [`OneAttempt`] has no VM, or why it does not know whether the source is done.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AttemptError {
-    /// The attempt came to nothing: its guest runs on at the source. [`OneAttempt::receive`] can be called again, for another
-    /// attempt.
+    /// The attempt has failed, and the guest runs on at the source. Call [`OneAttempt::receive`] again for another attempt.
     #[error("{0}")]
     Failed(FailedAttempt),
-    /// The time is up, or [`ReceiverHandle::stop`] was called, when the VM was complete: its source may have given it away. It
-    /// is held, paused, until its source decides ([`OneAttempt::receive`] again), a person does ([`ReceiverHandle::adopt`]),
-    /// or the [`OneAttempt`] is dropped, which discards it.
+    /// The time was up, or [`ReceiverHandle::stop`] was called, when the VM was complete. Its source may have given it away, so it is
+    /// held, paused, until
+    /// - its source decides: call [`OneAttempt::receive`] again;
+    /// - or a person decides: call [`ReceiverHandle::adopt`] and then [`OneAttempt::receive`];
+    /// - or the [`OneAttempt`] is dropped, which discards the VM.
     #[error("VM {vm} is complete and held under epoch {epoch}: its source has not decided")]
     Held {
-        /// Which VM.
+        /// The identity of the VM.
         vm: VmId,
         /// The epoch of its attempt.
         epoch: u32,
     },
-    /// [`ReceiverHandle::stop`] was called. An attempt that was under way has ended, and its source was told.
+    /// [`ReceiverHandle::stop`] was called. It has ended the attempt that was under way, if any, and the source was informed.
     #[error("stopped")]
     Stopped,
-    /// The time is up. An attempt that was under way has ended, and its source was told.
+    /// The time is up. An attempt that was under way has ended, and the source was informed.
     #[error("the time is up")]
     TimedOut,
     /// The listener is broken.
@@ -71,12 +71,12 @@ pub enum AttemptError {
     Listener(#[from] io::Error),
 }
 
-/// What came of attempts, in order, until it is asked for.
+/// The results of attempts that the caller has not got yet, in order.
 struct Results<V>(Mutex<Waiting<V>>);
 
 struct Waiting<V> {
     results: VecDeque<Result<Arrived<V>, FailedAttempt>>,
-    /// Attempts that were given up and whose failures are still to come: they are no results.
+    /// The number of attempts that were given up and will still be reported as failed. Those reports are no results.
     given_up: u32,
 }
 
@@ -90,7 +90,7 @@ impl<V> Results<V> {
     }
 }
 
-/// A host whose failed attempts are results.
+/// Adds the failed attempts of a host to the results.
 struct Reporting<H: DestinationHost> {
     host: H,
     results: Arc<Results<H::Vm>>,
@@ -122,8 +122,8 @@ impl<H: DestinationHost> DestinationHost for Reporting<H> {
 }
 
 impl<V: Send + 'static> OneAttempt<V> {
-    /// A receiver that builds its VM on `host`. Of `options`, `patience` and `max_vms` do not apply: [`receive`](Self::receive) and
-    /// [`finish`](Self::finish) have deadlines.
+    /// Creates a receiver that builds its VM on `host`. The options `patience` and `max_vms` do not apply:
+    /// [`receive`](Self::receive) and [`finish`](Self::finish) have deadlines.
     pub fn new<H>(host: H, options: ReceiverOptions) -> Self
     where
         H: DestinationHost<Vm = V> + Send + Sync + 'static,
@@ -138,16 +138,18 @@ impl<V: Send + 'static> OneAttempt<V> {
         Self { receiver, accepting, entry, results }
     }
 
-    /// The handle for other threads: [`ReceiverHandle::stop`] cancels.
+    /// Returns a handle for other threads. [`ReceiverHandle::stop`] ends the present or the next call of [`receive`](Self::receive) or
+    /// [`finish`](Self::finish).
     pub fn handle(&self) -> ReceiverHandle {
         self.receiver.handle()
     }
 
-    /// Waits for an attempt until `deadline`, for ever with `None`, and returns the VM once it is owned here and was started. In
-    /// post-copy pages are still missing then: [`finish`](Self::finish) has to follow.
+    /// Waits for an attempt until `deadline`, or without a limit if that is `None`, and returns the VM when it is owned here and was
+    /// started. In post-copy pages are still missing then: call [`finish`](Self::finish), which accepts the source when it
+    /// comes back after a lost link.
     ///
     /// # Errors
-    /// When there is no VM: see [`AttemptError`]. It can be called again, unless the handle has stopped it.
+    /// There is no VM: see [`AttemptError`]. The method can be called again.
     pub fn receive(
         &mut self,
         listener: &mut dyn Listener,
@@ -169,7 +171,8 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Ends the attempt that is under way, as the caller does not wait any more. `None` if the VM arrives in a moment.
+    /// Ends the attempt that is under way, because the caller does not wait any more. Returns `None` if the VM has been started and
+    /// arrives at once.
     fn give_up(&self, end: AttemptError) -> Option<AttemptError> {
         let given_up = self.entry.give_up(&format!("the destination has given the attempt up: {end}"));
         match given_up.phase {
@@ -188,11 +191,11 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Serves the VM that was received until its source knows that it runs here, and no page is missing; or until `deadline`.
+    /// Serves the VM that was received, until no page is missing and its source knows that it runs here, or until `deadline`.
     ///
     /// # Errors
-    /// [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`]. The VM runs here all the same; pages
-    /// that are missing stay so.
+    /// [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`]. The VM runs here all the same. Missing pages
+    /// stay missing.
     pub fn finish(mut self, listener: &mut dyn Listener, deadline: Option<Instant>) -> Result<(), AttemptError> {
         loop {
             if self.entry.finished.load(Ordering::Relaxed) {
@@ -205,9 +208,10 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Returns why no longer to wait, if so.
+    /// Returns the reason to end the call, if there is one.
     fn end(&self, deadline: Option<Instant>) -> Option<AttemptError> {
-        if self.receiver.destination.common.stop.load(Ordering::Relaxed) {
+        // it ends this call, and not the next one
+        if self.receiver.destination.common.stop.swap(false, Ordering::Relaxed) {
             return Some(AttemptError::Stopped);
         }
         deadline.is_some_and(|at| Instant::now() >= at).then_some(AttemptError::TimedOut)

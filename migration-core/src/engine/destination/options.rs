@@ -1,4 +1,4 @@
-//! Limits of a destination, and why it ends without a VM.
+//! Limits of a destination, and the reasons why it ends without a VM.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -9,33 +9,34 @@ use super::*;
 /// Limits and choices at a destination.
 #[derive(Clone)]
 pub struct ReceiverOptions {
-    /// Most bulk lanes; a source that wants more gets this many.
+    /// The largest number of bulk lanes. A source that requests more gets this number.
     pub max_streams: u16,
-    /// Most bytes of RAM that a VM may have.
+    /// The largest size of a VM's RAM in bytes.
     pub max_ram_bytes: u64,
-    /// Most VMs that are received, or held for their sources, at once. With 1, which is the default, the receiver is for one VM: it
-    /// ends when that has arrived. With more it goes on until it is stopped, each VM has a session and connections of its own,
-    /// and `patience` does not apply. A VM that has arrived does not count once its source knows that it runs here.
+    /// The largest number of VMs that are received, or held for their sources, at the same time. With 1, the default, the receiver ends
+    /// when the VM has arrived. With more it goes on until it is stopped, each VM has its own session and connections, and
+    /// `patience` does not apply. A VM that has arrived does not count any more when its source knows that it runs here.
     pub max_vms: usize,
-    /// How long a peer may be silent: before it has introduced itself, while its lanes are awaited, on the control lane.
+    /// The longest time without data from a peer: before it has introduced itself, until its lanes are open, and on the control
+    /// lane.
     pub idle_timeout: Duration,
-    /// How long an attempt that has sent no page may keep other sources out. Page data earns more time, at 1 MiB/s and up to what
-    /// all of RAM earns once. After that the next source takes the session; after 16 times as long the attempt ends in any case.
-    /// Once the VM is ready, or runs here, this does not apply.
+    /// The time for which an attempt that has sent no page keeps out other sources. Each MiB of page data adds a second, up to the
+    /// size of RAM. After that the next source takes the session. After 16 times as long the attempt ends in any case. This does
+    /// not apply to a VM that is ready or runs here.
     pub progress_grace: Duration,
-    /// The only VM that may come, and the epoch above which: one that was [lent](crate::engine::ephemeral) comes back as what it was, and by
-    /// nothing older than its leaving. `None` for any.
+    /// The only VM that is accepted, and an epoch that its epoch must exceed. A VM that was [lent](crate::engine::ephemeral) comes back
+    /// under a higher epoch than the one under which it left. `None` accepts any VM.
     pub awaits: Option<(VmId, u32)>,
-    /// How long to wait for a source, and, once the VM runs here, for its source's last word; `None` for ever. An attempt that
-    /// is under way when the time passes has the time-outs of an attempt.
+    /// The longest time to wait for a source, and then, when the VM runs here, for the source's last message. `None` waits without a
+    /// limit. An attempt that is under way at the end of this time has the time-outs of an attempt.
     pub patience: Option<Duration>,
-    /// In fail-safe post-copy, makes certain that a source is dead: output that is held for its sake may then leave.
+    /// In fail-safe post-copy, ends the source for certain, so that held output can be released.
     pub fence: Arc<dyn Fence>,
-    /// In fail-safe post-copy, where to find what a source that has died had left behind; `None` if nowhere.
+    /// In fail-safe post-copy, the stores with the forward checkpoints of sources that have died; `None` if there are none.
     pub forward: Option<Arc<dyn ForwardStores>>,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
-    /// Is told how it goes; see [`Observer`] for what it may not do.
+    /// Gets the events. They do not name the VM. See [`Observer`] for what it must not do.
     pub observer: Arc<dyn Observer>,
 }
 
@@ -57,7 +58,7 @@ impl Default for ReceiverOptions {
     }
 }
 
-/// Why a receiver ended without a VM.
+/// The reason why a receiver has ended without a VM.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ReceiveError {

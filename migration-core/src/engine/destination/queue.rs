@@ -1,4 +1,4 @@
-//! A receiver for a VMM with an event loop: what its threads want of the VMM is done by the loop's thread.
+//! A receiver for a VMM with an event loop, whose thread executes all calls of the VMM.
 
 use std::{collections::VecDeque, os::fd::OwnedFd};
 
@@ -12,17 +12,17 @@ use crate::{
     vm::{FailedAttempt, ProtectedVm, VmDescription},
 };
 
-/// A receiver whose host and VMs belong to one thread, that of the VMM's event loop.
+/// A receiver whose host and VMs belong to one thread, the thread of the VMM's event loop.
 ///
-/// The receiver's own threads move pages. Whenever they want something of the host or a VM (to build one, to load its state, to
-/// start it) they queue a request, call the waker, and wait. The loop then calls [`next`](Self::next), which executes what is
-/// queued, on the loop's thread, and returns what has happened. So the host and its VMs need to be neither `Send` nor `Sync`, and
-/// the guest's pause includes the time that the loop takes to come round: `next` is to be called promptly.
+/// The receiver's own threads move pages. To call the host or a VM (to build it, to load its state, to start it) they queue a request,
+/// call the waker, and wait. The loop then calls [`next`](Self::next), which executes the requests on the loop's thread and returns
+/// the events. So the host and its VMs need to be neither `Send` nor `Sync`. The guest's pause includes the time until the loop calls
+/// `next`, so the loop has to call it promptly.
 ///
-/// The waker may be called from any thread, also while `next` runs. It writes to an eventfd that the loop polls, or does whatever
-/// else wakes the loop (migration-transport has `Wakeup`).
+/// The waker is called from any thread, also while `next` runs. It writes to an eventfd that the loop polls, or wakes the loop in
+/// another way. migration-transport has such a waker, `Wakeup`.
 ///
-/// Dropping the queue stops the receiver, and waits for its threads. A VM that has not arrived is discarded.
+/// Dropping the queue stops the receiver and waits for its threads. A VM that has not arrived is discarded.
 pub struct ReceiverQueue<H: DestinationHost> {
     handle: ReceiverHandle,
     requests: mpsc::Receiver<Request<H>>,
@@ -30,25 +30,25 @@ pub struct ReceiverQueue<H: DestinationHost> {
     thread: Option<Box<dyn Joiner>>,
 }
 
-/// What has happened at a [`ReceiverQueue`].
+/// An event of a [`ReceiverQueue`].
 #[derive(Debug)]
 pub enum ReceiverEvent<V> {
-    /// A VM is owned here, and was started. In post-copy pages of it are still missing.
+    /// A VM is owned here and was started. In post-copy pages of it are still missing.
     Arrived(Arrived<V>),
-    /// See [`DestinationHost::link_lost`], which was called before.
+    /// The link to the source of this VM is lost. [`DestinationHost::link_lost`] was called before.
     LinkLost(VmId),
-    /// See [`DestinationHost::link_found`], which was called before.
+    /// The link is back, or is not needed any more. [`DestinationHost::link_found`] was called before.
     LinkFound(VmId),
-    /// An attempt came to nothing.
+    /// An attempt has failed. [`DestinationHost::attempt_failed`] was called before.
     AttemptFailed(FailedAttempt),
-    /// The receiver has ended, as [`Receiver::run`] does. Nothing comes after this.
+    /// The receiver has ended, with the result of [`Receiver::run`]. This is the last event.
     Ended(Result<(), ReceiveError>),
 }
 
-/// Something for the loop's thread to do.
+/// A call that the loop's thread executes.
 type Request<H> = Box<dyn FnOnce(&mut Here<H>) + Send>;
 
-/// What belongs to the loop's thread.
+/// The data that belong to the loop's thread.
 struct Here<H: DestinationHost> {
     host: H,
     vms: HashMap<u64, H::Vm>,
@@ -56,7 +56,7 @@ struct Here<H: DestinationHost> {
     events: VecDeque<ReceiverEvent<H::Vm>>,
 }
 
-/// The other threads' end of the queue.
+/// The end of the queue that the other threads use.
 struct Requests<H: DestinationHost> {
     queue: mpsc::Sender<Request<H>>,
     wake: Arc<dyn Fn() + Send + Sync>,
@@ -69,34 +69,37 @@ impl<H: DestinationHost> Clone for Requests<H> {
 }
 
 impl<H: DestinationHost + 'static> Requests<H> {
-    /// Has the loop's thread do this.
+    /// Queues a call for the loop's thread.
     fn send(&self, request: impl FnOnce(&mut Here<H>) + Send + 'static) {
-        // if the loop has gone, nobody is left who would care
+        // if the loop has ended, the VMs are gone as well
         if self.queue.send(Box::new(request)).is_ok() {
             (self.wake)();
         }
     }
 
-    /// Has the loop's thread do this, and waits for the result.
+    /// Queues a call for the loop's thread, and waits for the result.
+    ///
+    /// # Errors
+    /// The loop has ended.
     fn call<R: Send + 'static>(&self, request: impl FnOnce(&mut Here<H>) -> R + Send + 'static) -> Result<R, VmError> {
         let (tx, result) = mpsc::sync_channel(1);
         self.send(move |here| {
-            // whoever asked waits
+            // the thread that has sent the request waits
             let _ = tx.send(request(here));
         });
         result.recv().map_err(|_| VmError::new("the VMM's event loop has ended"))
     }
 }
 
-/// Stands for the host on the receiver's threads.
+/// The host on the receiver's threads: queues all calls.
 struct RemoteHost<H: DestinationHost>(Requests<H>);
 
-/// Stands for a VM on the receiver's threads.
+/// A VM on the receiver's threads: queues all calls.
 struct RemoteVm<H: DestinationHost + 'static> {
     requests: Requests<H>,
     number: u64,
     ram: Arc<dyn GuestRam>,
-    /// Whether the loop is to drop the VM with this.
+    /// Whether the loop drops the VM when this is dropped.
     discard: bool,
 }
 
@@ -162,7 +165,7 @@ impl<H: DestinationHost + 'static> Drop for RemoteVm<H> {
     fn drop(&mut self) {
         if self.discard {
             let number = self.number;
-            // before the request to build the next one, as the queue keeps the order
+            // executed before the request to build the next VM, because the queue keeps the order
             self.requests.send(move |here| drop(here.vms.remove(&number)));
         }
     }
@@ -214,11 +217,11 @@ impl<H: DestinationHost + 'static> DestinationVm for RemoteVm<H> {
 }
 
 impl<H: DestinationHost + 'static> ReceiverQueue<H> {
-    /// A receiver at `listener` that builds its VMs on `host`, on this thread. `wake` is called whenever there is something to do
-    /// for [`next`](Self::next).
+    /// Starts a receiver at `listener` that builds its VMs on `host`, on the thread that calls [`next`](Self::next). `wake` is called
+    /// whenever a request or an event was queued.
     ///
     /// # Errors
-    /// When there is no thread to accept connections.
+    /// The thread that accepts connections cannot be started.
     pub fn new(
         host: H,
         mut listener: Box<dyn Listener>,
@@ -250,14 +253,14 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
         Ok(Self { handle, requests, here, thread: Some(thread) })
     }
 
-    /// The handle for other threads, and for this one.
+    /// Returns a handle for this thread and for other ones.
     pub fn handle(&self) -> ReceiverHandle {
         self.handle.clone()
     }
 
-    /// Executes what is queued, and returns what has happened, one event after the other; `None` when there is nothing left to do
-    /// until the waker is called again. It waits for nothing but the host and its VMs.
-    #[allow(clippy::should_implement_trait, reason = "after the `None` of a loop that is idle, more comes")]
+    /// Executes the queued requests until there is an event, and returns the event. Returns `None` if the queue is empty: the waker is
+    /// called when that changes. It does not wait, except in the methods of the host and its VMs.
+    #[allow(clippy::should_implement_trait, reason = "more events may follow `None`")]
     pub fn next(&mut self) -> Option<ReceiverEvent<H::Vm>> {
         loop {
             if let Some(event) = self.here.events.pop_front() {
@@ -268,7 +271,7 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
         }
     }
 
-    /// The host.
+    /// Returns the host.
     pub fn host(&self) -> &H {
         &self.here.host
     }
@@ -277,7 +280,7 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
 impl<H: DestinationHost> Drop for ReceiverQueue<H> {
     fn drop(&mut self) {
         self.handle.stop();
-        // whoever waits for an answer learns that none will come
+        // the threads that wait for an answer get an error
         drop(std::mem::replace(&mut self.requests, mpsc::channel().1));
         if let Some(thread) = self.thread.take() {
             thread.join();

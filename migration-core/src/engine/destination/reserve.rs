@@ -1,12 +1,12 @@
-//! What a session's lanes need is taken before they are offered: a source is told in *welcome* how
-//! many there can be, and not by a lane that fails later.
+//! Reservation of what the lanes of a session need, before they are offered. So *welcome* tells the
+//! source how many lanes there can be, and no lane fails later for lack of resources.
 //!
-//! Connections that say nothing give way to whoever needs a thread or a descriptor that cannot be
-//! had otherwise, the oldest one first. Nobody can tell a stranger from a lane of the session before
-//! it has said something, and lanes come several at a time. So a connection that has just come gets
-//! a reserved thread if there is one, and closes no older one for that: each lane would close the
-//! one before it. Strangers may therefore sit on the reserved threads, but only until a lane needs
-//! one, and not on those that the session has for itself.
+//! If a thread or a descriptor is needed and cannot be had otherwise, the oldest connection that has
+//! sent nothing is closed. Before a connection has sent something, an unidentified connection cannot
+//! be told from a lane of the session, and several lanes come at the same time. So a new connection
+//! gets a reserved thread if there is one, and no older connection is closed for that: otherwise each
+//! lane would close the one before it. Unidentified connections may therefore use reserved threads,
+//! but only until a lane needs one, and never those that are reserved for the session itself.
 
 use std::thread;
 
@@ -14,81 +14,82 @@ use super::*;
 
 type Body = Box<dyn FnOnce() + Send>;
 
-/// How long a connection that was closed may take to give back its thread and its descriptor.
-/// Whoever needs them has to do without if it takes longer.
+/// The longest wait until a closed connection has released its thread and its descriptor. After that
+/// they count as not available.
 const GIVING_WAY: Duration = Duration::from_millis(200);
-/// How often it is looked whether it has: the kernel counts a thread for a moment after its end.
+/// The interval between two looks during that wait: the kernel counts a thread for a short time after
+/// its end.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Demand lanes that room is kept for, if post-copy is wanted: how many there will be only the
-/// source knows.
+/// The number of demand lanes that are reserved if post-copy is requested. Only the source knows how
+/// many there will be.
 const DEMAND_LANES: usize = 2;
-/// Threads of every session beside those of its lanes: the one that says that the destination is
-/// alive.
+/// The number of threads of every session beside those of its lanes: one sends signs of life.
 const SESSION_THREADS: usize = 1;
 
-/// The threads that are reserved for the lanes of all sessions that are about to get theirs.
+/// The reservations of all sessions whose lanes are not complete yet.
 #[derive(Default)]
 pub(super) struct AllParked {
     parked: Vec<Parked>,
-    /// Counts reservations.
+    /// The number of reservations so far.
     numbers: u64,
 }
 
-/// The threads that are reserved for the lanes of one session, the newest of its VM.
+/// The threads that are reserved for the newest session of one VM.
 struct Parked {
-    /// The number of the reservation that they belong to.
+    /// The number of the reservation.
     number: u64,
     /// The number of the VM's entry in the table.
     owner: u64,
     threads: Vec<Reserved>,
-    /// How many of them are for the session itself, and for no connection.
+    /// The number of threads for the session itself. No connection gets them.
     own: usize,
 }
 
-/// A thread that waits for a connection.
+/// A thread that waits for its work.
 struct Reserved {
     work: mpsc::Sender<Body>,
     thread: Box<dyn Joiner>,
 }
 
 impl Reserved {
-    /// Ends the thread, for which there is no work.
+    /// Ends the thread without work.
     fn end(self) {
         drop(self.work);
         self.thread.join();
     }
 }
 
-/// Threads that are kept for the lanes of a session until this is dropped. They are used when no
-/// other can be had.
+/// A reservation of threads for the lanes of a session, until this is dropped. They are used when no
+/// new thread can be started.
 pub(super) struct Reservation<'a> {
     common: &'a Common,
     number: u64,
-    /// How many bulk lanes there can be.
+    /// The number of bulk lanes that there can be.
     pub(super) streams: u16,
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        // a newer attempt may have reserved threads of its own
+        // by number, because a newer attempt may have a reservation of its own
         self.common.release(|parked| parked.number == self.number);
     }
 }
 
 impl Common {
-    /// Takes what `streams` bulk lanes need and what goes with `features`, or as many fewer bulk
-    /// lanes as can be had when all connections that say nothing have given way.
+    /// Reserves threads and descriptors for `streams` bulk lanes and for what `features` need. If there
+    /// are not enough, connections that have sent nothing are closed. If that does not suffice,
+    /// fewer bulk lanes are reserved.
     ///
     /// # Errors
-    /// When there is not enough for a single one.
+    /// There is not enough for a single bulk lane.
     pub(super) fn reserve(&self, owner: u64, streams: u16, features: u32) -> Result<Reservation<'_>, MigrationError> {
-        // those of an earlier attempt
+        // the reservation of an earlier attempt
         self.release(|parked| parked.owner == owner);
         let (mut lanes, mut own) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
-            // each lane has one beside its own that serves faults, and one waits for the end of
+            // each lane has a second thread that serves faults, and one thread waits for the end of
             // that
             own += DEMAND_LANES + 1;
         }
@@ -103,7 +104,7 @@ impl Common {
             all.parked.push(Parked { number, owner, threads: Vec::new(), own });
             number
         };
-        // from here on, whatever is reserved is released with it
+        // from here on, dropping this releases whatever is reserved
         let mut reservation = Reservation { common: self, number, streams };
         let wanted = usize::from(streams);
         let channels = self.channels(wanted + lanes);
@@ -111,7 +112,7 @@ impl Common {
         let mut reserved = 0;
         while reserved < wanted + threads && failed.is_none() {
             match self.past_strangers(None, || self.park()) {
-                // it ends at once if a newer attempt has released the reservation meanwhile
+                // the thread ends at once if a newer attempt has released the reservation
                 Ok(thread) => self.keep(number, thread),
                 Err(cause) => failed = Some(cause),
             }
@@ -131,7 +132,7 @@ impl Common {
         }
     }
 
-    /// Returns for how many of `wanted` connections there are descriptors.
+    /// Returns the number of connections, at most `wanted`, for which there are descriptors.
     fn channels(&self, wanted: usize) -> usize {
         let Some(room) = lock(&self.room).clone() else { return wanted };
         let mut channels = room.channels(wanted);
@@ -146,8 +147,8 @@ impl Common {
         channels
     }
 
-    /// Starts something, for which a connection that says nothing gives way if need be: one that
-    /// came before the connection `newest`, if that is given.
+    /// Calls `start`. If it fails, closes the oldest connection that has sent nothing and calls it
+    /// again. If `newest` is given, only a connection that is older than that one is closed.
     fn past_strangers<T>(&self, newest: Option<u64>, mut start: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         let mut started = start();
         if started.is_err() {
@@ -159,8 +160,8 @@ impl Common {
         started
     }
 
-    /// Closes the oldest connection that says nothing, and waits a moment until that has helped.
-    /// Returns whether it has.
+    /// Closes the oldest connection that has sent nothing, and waits for a short time until `helped`
+    /// returns true. Returns whether it did.
     fn gives_way(&self, newest: Option<u64>, mut helped: impl FnMut() -> bool) -> bool {
         if !lock(&self.connections).close_oldest_silent(newest) {
             return false;
@@ -188,7 +189,7 @@ impl Common {
         Ok(Reserved { work, thread })
     }
 
-    /// Keeps a thread for this reservation.
+    /// Adds a thread to the reservation of this number.
     fn keep(&self, number: u64, thread: Reserved) {
         let mut all = lock(&self.reserved);
         if let Some(parked) = all.parked.iter_mut().find(|parked| parked.number == number) {
@@ -199,7 +200,7 @@ impl Common {
         thread.end();
     }
 
-    /// Ends the threads that are reserved and not in use, of these reservations.
+    /// Removes these reservations, and ends their threads that are not in use.
     fn release(&self, which: impl Fn(&Parked) -> bool) {
         let mut all = lock(&self.reserved);
         let released: Vec<Parked> = all.parked.extract_if(.., |parked| which(parked)).collect();
@@ -207,40 +208,40 @@ impl Common {
         released.into_iter().flat_map(|parked| parked.threads).for_each(Reserved::end);
     }
 
-    /// Starts a thread for the session of this entry, or takes one of those that are reserved for it.
+    /// Starts a thread for the session of this entry, or uses a thread that is reserved for it.
     pub(super) fn spawn(&self, owner: u64, role: Role, name: &str, body: Body) -> io::Result<Box<dyn Joiner>> {
+        let started = self.start(role, name, body);
         let mut all = lock(&self.reserved);
-        let thread = self.obtain(role, name, body, &mut all.parked, |parked| parked.owner == owner)?;
-        // wherever it came from, the session needs one less
-        if let Some(parked) = all.parked.iter_mut().find(|parked| parked.owner == owner) {
+        let own = |parked: &Parked| parked.owner == owner;
+        let thread = match started {
+            Ok(thread) => thread,
+            Err(refused) => self.use_reserved(&mut all.parked, own, role, refused)?,
+        };
+        // in both cases the session needs one thread less
+        if let Some(parked) = all.parked.iter_mut().find(|parked| own(parked)) {
             parked.own = parked.own.saturating_sub(1);
         }
         Ok(thread)
     }
 
-    /// Starts a thread for the connection `id`, or takes one that is reserved for lanes, or that of
-    /// an older connection that says nothing. Its body is made anew for every attempt.
+    /// Starts a thread for the connection `id`, or uses a thread that is reserved for lanes, or that of
+    /// an older connection that has sent nothing. `body` is called for each try.
     pub(super) fn spawn_for(&self, id: u64, body: impl Fn() -> Body) -> io::Result<Box<dyn Joiner>> {
+        // the role is known only when the connection has introduced itself; most carry pages
+        let role = Role::Bulk;
+        let spare = |parked: &Parked| parked.threads.len() > parked.own;
         self.past_strangers(Some(id), || {
-            let mut all = lock(&self.reserved);
-            // which role it gets is known only once it has introduced itself; pages are what most
-            // of them carry
-            let spare = |parked: &Parked| parked.threads.len() > parked.own;
-            self.obtain(Role::Bulk, "mig-receive", body(), &mut all.parked, spare)
+            self.start(role, "mig-receive", body())
+                .or_else(|refused| self.use_reserved(&mut lock(&self.reserved).parked, spare, role, refused))
         })
     }
 
-    /// Starts a thread, or takes one of those that are `parked` in a reservation that is `usable`. The
-    /// caller holds their lock: it has to count what it got before another one looks.
-    fn obtain(
-        &self,
-        role: Role,
-        name: &str,
-        body: Body,
-        parked: &mut [Parked],
-        usable: impl Fn(&Parked) -> bool,
-    ) -> io::Result<Box<dyn Joiner>> {
-        // in a cell, so that it can be taken back if there is no thread
+    /// Starts a thread, without a lock.
+    ///
+    /// # Errors
+    /// No thread can be started. The error has the work that was for it.
+    fn start(&self, role: Role, name: &str, body: Body) -> Result<Box<dyn Joiner>, Refused> {
+        // in a cell, from which it is taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some(body)));
         let taken = cell.clone();
         let run = Box::new(move || {
@@ -250,8 +251,22 @@ impl Common {
             }
         });
         let spawned = self.options.spawner.spawn(role, GuestImpact::Balanced, name, run);
-        let Err(error) = spawned else { return spawned };
-        let Some(body) = lock(&cell).take() else { return Err(error) };
+        spawned.map_err(|error| Refused { error, body: lock(&cell).take() })
+    }
+
+    /// Uses a thread of a reservation that is `usable`.
+    ///
+    /// # Errors
+    /// There is none. The error is the one for which no thread could be started.
+    fn use_reserved(
+        &self,
+        parked: &mut [Parked],
+        usable: impl Fn(&Parked) -> bool,
+        role: Role,
+        refused: Refused,
+    ) -> io::Result<Box<dyn Joiner>> {
+        let Refused { error, body } = refused;
+        let Some(body) = body else { return Err(error) };
         let found = parked.iter_mut().filter(|parked| usable(parked)).find_map(|parked| parked.threads.pop());
         let Some(Reserved { work, thread }) = found else { return Err(error) };
         let spawner = self.options.spawner.clone();
@@ -264,6 +279,12 @@ impl Common {
             Err(_) => Err(error),
         }
     }
+}
+
+/// The work for a thread that could not be started.
+struct Refused {
+    error: io::Error,
+    body: Option<Body>,
 }
 
 #[cfg(test)]

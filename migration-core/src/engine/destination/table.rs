@@ -1,32 +1,33 @@
-//! The VMs of a receiver: a bounded table by id, an entry for each.
+//! The table of a receiver's VMs, with a bounded number of entries.
 //!
-//! A receiver of one VM has one entry for ever, whichever VM comes. A receiver of several makes an entry for a hello, and
-//! removes it when the attempt has come to nothing, or its source knows that the VM runs here. What stays is the epoch, and only
-//! of a VM that was *ready* here: until then its source cannot have given it away, and a hello that is repeated does no harm.
+//! A receiver of one VM has one permanent entry for whichever VM comes. A receiver of several VMs adds an entry when it accepts a hello.
+//! It removes the entry when the attempt has failed, or when the source knows that the VM runs here. After that it keeps the
+//! epoch of a VM that was *ready* here. Other epochs need not be kept: before *ready* the source cannot have given the VM away,
+//! so a repeated hello is harmless.
 
 use std::collections::VecDeque;
 
 use super::{attempt::Greeted, introduce::ControlLane, *};
 use crate::wire::Hello;
 
-/// Epochs that are kept of VMs that have no entry any more. Beyond it the oldest is forgotten: a source of that VM which comes
-/// back from the dead is then as good as a new one.
+/// The largest number of epochs that are kept of VMs without an entry. One more removes the oldest: if the old source of that VM comes
+/// back, it is then treated like a new one.
 const MAX_EPOCHS: usize = 4096;
 
-/// What the entries of a receiver share.
+/// The part of a receiver that its entries share.
 pub(super) struct Common {
     pub(super) options: ReceiverOptions,
     pub(super) host: Arc<dyn AnyHost>,
     pub(super) stop: AtomicBool,
     pub(super) bytes: Arc<AtomicU64>,
     pub(super) connections: Mutex<Connections>,
-    /// Threads for lanes that are due.
+    /// Threads that are reserved for lanes.
     pub(super) reserved: Mutex<AllParked>,
-    /// Finds out whether lanes can be accepted; `None` before there is a listener, or where that cannot be told.
+    /// Returns how many lanes can be accepted. `None` if there is no listener yet, or it does not know.
     pub(super) room: Mutex<Option<Arc<dyn Room>>>,
 }
 
-/// A receiver's inner part.
+/// The inner part of a receiver.
 pub(super) struct Destination {
     pub(super) common: Arc<Common>,
     table: Mutex<Table>,
@@ -35,49 +36,49 @@ pub(super) struct Destination {
 #[derive(Default)]
 struct Table {
     entries: Vec<Arc<VmEntry>>,
-    /// Those that were removed, and whose threads may still be ending.
+    /// Entries that were removed, and whose threads may still run.
     leaving: Vec<Arc<VmEntry>>,
-    /// The epochs of VMs that were *ready* here and have no entry any more, the oldest first.
+    /// The epochs of VMs that were *ready* here and have no entry any more. The oldest is first.
     epochs: VecDeque<(VmId, u32)>,
-    /// Counts entries.
+    /// The number of entries so far.
     numbers: u64,
 }
 
 /// A VM that is received, held, or served here.
 pub(super) struct VmEntry {
     pub(super) common: Arc<Common>,
-    /// No other entry of the receiver has it.
+    /// A number that no other entry of the receiver has.
     pub(super) number: u64,
-    /// Locked before the table never, and after it for moments.
+    /// Never locked before the table. Locked after it for short times.
     pub(super) state: Mutex<State>,
-    /// What the host is told of the VM once it has arrived.
+    /// The notices to the host about the VM.
     pub(super) notices: Notices,
-    /// Whose turn it is to build the VM.
+    /// Lets one attempt at a time build the VM.
     pub(super) turns: Turns,
-    /// Threads of its sessions beside those of lanes.
+    /// The threads of its sessions, without those of lanes.
     pub(super) watchers: Mutex<Vec<Watcher>>,
-    /// Whether the VM runs here and its source knows it, or has none.
+    /// Whether the VM runs here and its source knows that, or is dead.
     pub(super) finished: AtomicBool,
 }
 
-/// Where an entry stands.
+/// The changing state of an entry.
 pub(super) struct State {
     pub(super) machine: DestinationMachine,
     pub(super) session: Option<Arc<Session>>,
-    /// Counts control lanes that were attached; only the last one speaks for the session.
+    /// The number of control lanes so far. Only the last one speaks for the session.
     pub(super) attachment: u64,
-    /// Whether the VM was *ready* here, in whichever attempt.
+    /// Whether the VM was *ready* here in any attempt.
     pub(super) was_ready: bool,
 }
 
 /// A thread of a session.
 pub(super) struct Watcher {
     pub(super) thread: Box<dyn Joiner>,
-    /// Whether it is about to end.
+    /// Whether the thread has done its work and ends at once.
     pub(super) ended: Arc<AtomicBool>,
 }
 
-/// A session, and the entry that it belongs to.
+/// A session and its entry.
 pub(super) struct Found {
     pub(super) entry: Arc<VmEntry>,
     pub(super) session: Arc<Session>,
@@ -107,12 +108,12 @@ impl Destination {
         Self { common, table: Mutex::new(table) }
     }
 
-    /// Returns the entry of a receiver of one VM, `None` of a receiver of several.
+    /// Returns the entry if this is a receiver of one VM.
     pub(super) fn single(&self) -> Option<Arc<VmEntry>> {
         if self.is_single() { self.only() } else { None }
     }
 
-    /// Returns the only entry that there is now.
+    /// Returns the entry if there is exactly one now.
     pub(super) fn only(&self) -> Option<Arc<VmEntry>> {
         match &lock(&self.table).entries[..] {
             [entry] => Some(entry.clone()),
@@ -134,10 +135,18 @@ impl Destination {
         lock(&self.table).entries.iter().find(|entry| entry.vm() == Some(vm)).cloned()
     }
 
+    /// Returns whether an attempt to receive this VM under a later epoch is under way.
+    pub(super) fn has_newer(&self, vm: VmId, epoch: u32) -> bool {
+        self.entry(vm).is_some_and(|entry| {
+            let state = lock(&entry.state);
+            state.machine.epoch() > epoch && state.machine.phase() != DestinationPhase::Empty
+        })
+    }
+
     /// Returns the session of this token.
     ///
     /// # Errors
-    /// When there is none.
+    /// No session has the token.
     pub(super) fn find(&self, token: SessionToken) -> Result<Found, MigrationError> {
         let table = lock(&self.table);
         let found = table.entries.iter().find_map(|entry| {
@@ -147,7 +156,7 @@ impl Destination {
         found.ok_or_else(|| DecodeError::invalid("session", "no such session is under way here").into())
     }
 
-    /// Returns the sessions that wait for their lanes.
+    /// Returns the sessions whose lanes are not complete yet.
     pub(super) fn preparing(&self) -> Vec<Arc<Session>> {
         let preparing = |entry: &Arc<VmEntry>| {
             let state = lock(&entry.state);
@@ -158,7 +167,7 @@ impl Destination {
         lock(&self.table).entries.iter().filter_map(preparing).collect()
     }
 
-    /// A source begins an attempt.
+    /// Serves a source that begins an attempt, until its control lane ends.
     pub(super) fn attempt(
         &self,
         epoch: u32,
@@ -176,7 +185,7 @@ impl Destination {
         }
     }
 
-    /// If there is no place for this VM, an attempt gives way that has made too little progress.
+    /// Ends an attempt that has made too little progress, if there is no place for this VM.
     fn make_room(&self, vm: VmId) {
         let why = "the attempt has made too little progress for the time it took, and another source wants to come";
         let entries = self.entries();
@@ -184,11 +193,11 @@ impl Destination {
         if entries.len() < self.common.options.max_vms || entries.iter().any(has_place) {
             return;
         }
-        // one is enough
+        // to end one of them is enough
         let _ = entries.iter().any(|entry| entry.end_attempt(why, Allowance::is_used_up));
     }
 
-    /// Has the entry of this VM, or a new one, take the hello.
+    /// Passes the hello to the entry of this VM, or to a new one.
     fn greet(&self, epoch: u32, hello: Box<Hello>) -> Result<(Arc<VmEntry>, Greeted), Violation> {
         let (id, mut table) = (hello.vm.id, lock(&self.table));
         let single = self.is_single();
@@ -220,7 +229,7 @@ impl Destination {
         Ok((entry, greeted))
     }
 
-    /// Removes the entries that are over, in a receiver of several VMs, and joins their threads that have ended.
+    /// Removes the entries that are over, if this is a receiver of several VMs, and joins the threads of removed entries that have ended.
     pub(super) fn sweep(&self) {
         if self.is_single() {
             return;
@@ -236,7 +245,7 @@ impl Destination {
         lock(&self.table).leaving.append(&mut leaving);
     }
 
-    /// Closes all connections, discards the VMs that are not owned here, and waits for all threads.
+    /// Closes all connections, discards the VMs that are not owned here, and joins all threads.
     pub(super) fn close(&self, accepting: &mut Accepting) {
         let entries = {
             let table = lock(&self.table);
@@ -250,7 +259,7 @@ impl Destination {
 }
 
 impl Table {
-    /// A new entry, which is not in the table yet.
+    /// Creates an entry, which is not in the table yet.
     fn entry(&mut self, common: &Arc<Common>, machine: DestinationMachine) -> Arc<VmEntry> {
         self.numbers += 1;
         Arc::new(VmEntry {
@@ -289,26 +298,26 @@ impl Table {
 }
 
 impl VmEntry {
-    /// The VM that is, or was, received.
+    /// Returns the VM of the last attempt.
     pub(super) fn vm(&self) -> Option<VmId> {
         lock(&self.state).machine.vm()
     }
 
-    /// Whether nothing is received, held or served any more.
+    /// Returns whether no VM is received, held or served any more.
     fn is_over(&self) -> bool {
         self.finished.load(Ordering::Relaxed) || lock(&self.state).machine.phase() == DestinationPhase::Empty
     }
 
-    /// Ends its session, and discards the VM unless it is owned here.
+    /// Ends its session, and discards the VM if it is not owned here.
     fn close(&self, why: &str) {
         let (session, owned) = {
             let state = lock(&self.state);
             (state.session.clone(), state.machine.phase() == DestinationPhase::Running)
         };
         match session {
-            // pages that are missing stay so: nobody reads them as zeros
+            // missing pages stay missing, so that no thread reads them as zeros
             Some(session) if owned => {
-                // a person may have decided on it just now
+                // another thread may be starting it, by a person's decision
                 self.notices.wait_open();
                 session.close(why);
             }
