@@ -1,6 +1,7 @@
 //! The VMM's methods at the destination call the receiver: it holds no lock that they need.
 
 use std::{
+    io,
     sync::{Arc, Mutex, OnceLock, mpsc},
     thread,
     time::Duration,
@@ -12,6 +13,7 @@ use migration_core::{
     pager::Pager,
     protocol::DestinationPhase,
     report::Outcome,
+    spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     state::{Section, VmState},
     strategy::{Linear, PostCopy},
     vm::{DestinationHost, DestinationVm, VmDescription, VmError, VmId},
@@ -46,6 +48,19 @@ impl Caller {
 
     fn seen(&self) -> Vec<(&'static str, DestinationPhase)> {
         self.seen.lock().unwrap().clone()
+    }
+}
+
+impl Spawner for Caller {
+    fn spawn(
+        &self,
+        role: Role,
+        impact: GuestImpact,
+        name: &str,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Joiner>> {
+        self.call("spawn");
+        StdSpawner.spawn(role, impact, name, body)
     }
 }
 
@@ -120,7 +135,8 @@ fn destination(host: Host, arrived: mpsc::Receiver<crate::guest::Arrived>) -> (D
     let calling = CallingHost { host, caller: caller.clone() };
     let owner = caller.clone();
     let observer = Arc::new(Log(Mutex::new(log_tx)));
-    let options = ReceiverOptions { observer, idle_timeout: HANG, ..ReceiverOptions::default() };
+    let spawner = Arc::new(caller.clone());
+    let options = ReceiverOptions { observer, spawner, idle_timeout: HANG, ..ReceiverOptions::default() };
     let receiver = Receiver::new(
         calling,
         move |arrived| {

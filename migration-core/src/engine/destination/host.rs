@@ -5,7 +5,7 @@
 use std::{
     collections::VecDeque,
     os::fd::OwnedFd,
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex},
 };
 
 use crate::{
@@ -99,71 +99,6 @@ where
     fn arrived(self: Box<Self>, id: VmId, epoch: u32, not_started: Option<VmError>) {
         let Self { vm, host } = *self;
         (host.arrived)(Arrived { vm, id, epoch, not_started });
-    }
-}
-
-/// The VM of a session, until it is started or discarded. A thread takes the VM out for a call, so one thread at a time calls it.
-pub(super) struct VmPlace {
-    place: Mutex<Place>,
-    changed: Condvar,
-}
-
-enum Place {
-    Here(Box<dyn AnyVm>),
-    /// A thread calls the VM.
-    InUse,
-    Gone,
-}
-
-/// A VM that was taken out for a call. Dropping this puts it back.
-pub(super) struct InUse<'a> {
-    place: &'a VmPlace,
-    vm: Option<Box<dyn AnyVm>>,
-}
-
-impl InUse<'_> {
-    /// Returns the VM.
-    pub(super) fn vm(&mut self) -> &mut dyn DestinationVm {
-        self.vm.as_mut().expect("the VM is put back only when this is dropped").vm()
-    }
-}
-
-impl Drop for InUse<'_> {
-    fn drop(&mut self) {
-        if let Some(vm) = self.vm.take() {
-            *lock(&self.place.place) = Place::Here(vm);
-            self.place.changed.notify_all();
-        }
-    }
-}
-
-impl VmPlace {
-    pub(super) fn new(vm: Box<dyn AnyVm>) -> Self {
-        Self { place: Mutex::new(Place::Here(vm)), changed: Condvar::new() }
-    }
-
-    /// Takes the VM out for a call, once no other thread calls it. Returns `None` if it was started or discarded.
-    pub(super) fn borrow(&self) -> Option<InUse<'_>> {
-        let vm = self.take_out(Place::InUse)?;
-        Some(InUse { place: self, vm: Some(vm) })
-    }
-
-    /// Takes the VM out for ever, once no other thread calls it. Returns `None` if it was taken out before.
-    pub(super) fn take(&self) -> Option<Box<dyn AnyVm>> {
-        self.take_out(Place::Gone)
-    }
-
-    fn take_out(&self, leave: Place) -> Option<Box<dyn AnyVm>> {
-        let waiting = |place: &mut Place| matches!(place, Place::InUse);
-        let waited = self.changed.wait_while(lock(&self.place), waiting);
-        let mut place: MutexGuard<'_, Place> = waited.unwrap_or_else(|e| e.into_inner());
-        match std::mem::replace(&mut *place, leave) {
-            Place::Here(vm) => Some(vm),
-            Place::InUse | Place::Gone => {
-                *place = Place::Gone;
-                None
-            }
-        }
     }
 }
 

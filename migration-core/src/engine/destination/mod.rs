@@ -13,6 +13,7 @@ mod loss;
 pub(super) mod missing;
 mod one_attempt;
 mod options;
+mod place;
 pub(super) mod protection;
 mod queue;
 mod reserve;

@@ -17,7 +17,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::missing::Missing;
+use super::{missing::Missing, place::Place};
 use crate::{
     MigrationError, PageSet,
     channel::ReadHalf,
@@ -38,8 +38,8 @@ use crate::{
 
 /// A VM at its destination, of which checkpoints are taken.
 pub(in crate::engine) struct Protection {
-    /// `None` once the VM was discarded.
-    protected: Mutex<Option<Protected>>,
+    /// The VM, until it is discarded or needs no checkpoints any more.
+    protected: Place<Protected>,
     identity: Bytes,
     /// Whether the source wants checkpoints, and not only to know whom it deals with.
     wanted: AtomicBool,
@@ -75,7 +75,7 @@ impl Protection {
         rounds.track(&mut *vm).map_err(|e| VmError::because("tracking the VM for checkpoints", e))?;
         let protected = Protected { vm, rounds, number: 0 };
         Ok(Self {
-            protected: Mutex::new(Some(protected)),
+            protected: Place::new(protected),
             identity,
             wanted: AtomicBool::new(false),
             source: Mutex::default(),
@@ -86,7 +86,8 @@ impl Protection {
     /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
     /// out from here on is held.
     pub(in crate::engine) fn begin(&self) -> Result<(), MigrationError> {
-        if let Some(Protected { vm, rounds, .. }) = lock(&self.protected).as_mut() {
+        if let Some(mut protected) = self.protected.borrow() {
+            let Protected { vm, rounds, .. } = &mut *protected;
             let written = rounds.harvest(&mut **vm)?.written;
             rounds.arrived(&written)?;
             if self.wanted.load(Ordering::Relaxed) {
@@ -98,7 +99,7 @@ impl Protection {
 
     /// The source will never restart the VM: nothing is held any more.
     pub(in crate::engine) fn end(&self) -> Result<(), MigrationError> {
-        if let Some(mut protected) = lock(&self.protected).take() {
+        if let Some(mut protected) = self.protected.take() {
             protected.vm.release_output(None);
             protected.vm.tracker().stop()?;
         }
@@ -107,13 +108,13 @@ impl Protection {
 
     /// The VM is discarded.
     pub(in crate::engine) fn give_up(&self) {
-        drop(lock(&self.protected).take());
+        drop(self.protected.take());
     }
 
     /// Takes a checkpoint, and returns when it is committed.
     fn checkpoint(&self, lane: &mut CheckpointLane) -> Result<(), MigrationError> {
-        let mut guard = lock(&self.protected);
-        let Some(Protected { vm, rounds, number }) = guard.as_mut() else { return Ok(()) };
+        let Some(mut protected) = self.protected.borrow() else { return Ok(()) };
+        let Protected { vm, rounds, number } = &mut *protected;
         *number = number.wrapping_add(1);
         let number = *number;
         // stage I

@@ -8,12 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    allowance::Allowance,
-    host::{AnyVm, VmPlace},
-    missing::Missing,
-    protection::Protection,
-};
+use super::{allowance::Allowance, host::AnyVm, missing::Missing, place::Place, protection::Protection};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
@@ -49,7 +44,7 @@ pub(super) struct Session {
     pub(super) shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
     /// The VM, until it is started or discarded. In use while its state is loaded, which may wait for missing pages.
-    pub(super) vm: VmPlace,
+    pub(super) vm: Place<Box<dyn AnyVm>>,
     /// Serves missing pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
@@ -190,7 +185,7 @@ impl Session {
             payload_crc,
             shared,
             ram,
-            vm: VmPlace::new(vm),
+            vm: Place::new(vm),
             pager,
             protection,
             listed,

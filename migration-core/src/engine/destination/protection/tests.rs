@@ -239,7 +239,7 @@ fn each_checkpoint_is_the_guest_of_one_moment() {
     lock(&store).restore(&mut take).unwrap();
     assert_eq!(pages, [2, 3, 5, 6, 7, 8, 9]);
 
-    assert!(lock(&protection.protected).as_mut().unwrap().vm.tracker().is_active());
+    assert!(protection.protected.borrow().unwrap().vm.tracker().is_active());
     protection.end().unwrap();
     assert_eq!(lock(&calls).released, [Some(1), Some(2), None]);
     protection.end().unwrap();
