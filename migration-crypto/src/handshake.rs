@@ -101,8 +101,8 @@ pub enum HandshakeError {
     /// The destination closed the connection instead of answering.
     #[error("the destination closed the connection during the handshake: does it take encrypted migrations?")]
     Closed,
-    /// The peer did not finish the handshake in time.
-    #[error("the peer did not finish the handshake in time")]
+    /// The peer was silent, or did not finish the handshake in time.
+    #[error("the peer was silent, or did not finish the handshake in time")]
     TimedOut,
     /// The TLS library reported an error.
     #[error("TLS: {0}")]
