@@ -9,8 +9,8 @@ use migration_core::{
     state::{Section, VmState},
     vm::{VmDescription, VmId},
     wire::{
-        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FaultSummary, Hello, LaneKind, Preamble, SessionToken,
-        Welcome,
+        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FRAME_KINDS, FaultSummary, Hello, LaneKind, Preamble,
+        SessionToken, Welcome,
     },
 };
 use migration_fuzz::{
@@ -102,6 +102,8 @@ fn pages(extents: &[(u64, u64, Content)], crc: bool) -> (Bulk, Vec<u8>) {
     (Bulk::Pages { extents, payload_crc: if crc { crc32fast::hash(&data) } else { 0 } }, data)
 }
 
+/// Preambles, and a frame of every kind in the table of the wire format.
+///
 /// Bytes 1 and 2 say what it is, 4 that checksums are repaired.
 fn frames() -> Vec<Seed> {
     let mut seeds = Vec::new();
@@ -112,13 +114,20 @@ fn frames() -> Vec<Seed> {
     let control = [
         hello(1, 4),
         Control::Welcome(Welcome { version: 1, features: 0, streams: 4, session: SessionToken([9; 16]) }),
+        Control::Prepared { load_us: Some(1500) },
         Control::RoundReceived { generation: 3 },
         piece(),
         Control::State(Bytes::from(state().encode())),
         Control::Offer { generation: 4, state_bytes: 5, running: true },
+        Control::Ready,
         Control::Run,
+        Control::Running,
+        Control::Done,
+        Control::Abandon,
         Control::Reattach(VmId([1; 16])),
         Control::error(ErrorCode::Mismatch, "no AVX-512"),
+        Control::Ping,
+        Control::Pong,
         Control::Missing { first: 128, bitmap: Bytes::from(vec![5; 16]) },
         Control::PostCopy { missing: 8, demand_lanes: 2 },
         Control::Complete(FaultSummary { count: 3, ..FaultSummary::default() }),
@@ -140,8 +149,13 @@ fn frames() -> Vec<Seed> {
         ("identity", Checkpoint::Identity(identity)),
         ("checkpoint state", Checkpoint::State(Bytes::from(state().encode()))),
         ("commit", Checkpoint::Commit { pages: 3, state_bytes: 5 }),
+        ("committed", Checkpoint::Committed),
     ] {
         seeds.push((name.to_owned(), [&[6], &frame.encode(0, 2)[..]].concat()));
+    }
+    for kind in FRAME_KINDS {
+        let has_seed = seeds.iter().any(|(_, bytes)| bytes[0] & 3 != 0 && bytes[1] == kind.code);
+        assert!(has_seed, "no seed of {kind:?}");
     }
     seeds
 }

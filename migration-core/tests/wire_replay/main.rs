@@ -19,6 +19,7 @@ mod golden;
 mod guest;
 mod held;
 mod hostile;
+mod kinds;
 mod live;
 mod observers;
 mod one_attempt;
@@ -36,6 +37,7 @@ mod streams;
 mod switch;
 mod tune;
 mod verbs;
+mod versions;
 
 use std::time::Duration;
 

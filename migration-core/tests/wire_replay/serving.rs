@@ -34,10 +34,10 @@ use crate::{
 };
 
 /// Gives the other end of each lane to the test.
-struct Ends {
-    to: Mutex<mpsc::Sender<(LaneKind, End)>>,
+pub(crate) struct Ends {
+    pub(crate) to: Mutex<mpsc::Sender<(LaneKind, End)>>,
     /// No bulk lane can be opened.
-    refuses: Arc<AtomicBool>,
+    pub(crate) refuses: Arc<AtomicBool>,
 }
 
 impl Connector for Ends {
@@ -221,7 +221,8 @@ impl Peer {
 }
 
 /// The next lane that the source opens, behind its preamble.
-fn lane(lanes: &mpsc::Receiver<(LaneKind, End)>, kind: LaneKind) -> End {
+/// Takes the next lane that the source opens, which is of this kind, up to its first frame.
+pub(crate) fn lane(lanes: &mpsc::Receiver<(LaneKind, End)>, kind: LaneKind) -> End {
     let (is, end) = lanes.recv_timeout(HANG).unwrap_or_else(|_| panic!("hangs: no {kind:?} lane"));
     assert_eq!(is, kind);
     let preamble = take(&end, Preamble::LEN);
