@@ -56,7 +56,7 @@ impl PlainPager {
     }
 
     fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let map = self.lock().map.clone();
         let left_behind = map.read(|map| map.left_behind().count_in(range));
         assert_eq!(left_behind, range.count, "pages that are not on the list");
@@ -116,7 +116,7 @@ impl Pager for PlainPager {
         assert!(range.count > 0 && range.first / 512 == (range.end() - 1) / 512, "across stretches: {range:?}");
         let region = RamRegion { gpa: 0, len: range.count * PAGE_SIZE as u64 };
         let aside = HeapRam::new(RamLayout::new(vec![region]).expect("a layout"))?;
-        let slice = (&aside as &dyn GuestRam).slice(PageRange::new(0, range.count)).expect("all of it");
+        let slice = aside.slice(PageRange::new(0, range.count)).expect("all of it");
         fill(&[slice])?;
         Ok(self.take(range, Some(slice)))
     }

@@ -10,7 +10,7 @@ use migration_core::{
     RamSlice,
     channel::{ReadHalf, WriteHalf},
 };
-use migration_crypto::{KeyLimits, Suite, aead::RustCrypto, record::fixed_key};
+use migration_crypto::{KeyLimits, Suite, aead::RustCrypto, fixed_key};
 
 use crate::handshake::Told;
 

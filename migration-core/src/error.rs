@@ -1,19 +1,19 @@
 //! How a migration fails.
 
-use std::{error::Error, io, iter, time::Duration};
+use std::{io, time::Duration};
 
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, store::StoreError,
-    strategy::StillMissing, tracker::TrackerError, vm::VmError, wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, store::StoreError, text::describe,
+    tracker::TrackerError, vm::VmError, wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
 /// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running at the source.
 ///
-/// What it displays has the text of its causes in it: print it, and not the chain of causes as well. The chain
-/// ([`source`](std::error::Error::source)) is there to find a cause by its type.
+/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain). A cause can be found by its
+/// type, too, by way of [`source`](std::error::Error::source).
 ///
 /// What it displays may hold text of the other end as that was sent: show it to people through
 /// [`Escaped`](crate::text::Escaped).
@@ -21,7 +21,7 @@ use crate::{
 #[non_exhaustive]
 pub enum MigrationError {
     /// A connection could not be opened, was lost, or timed out.
-    #[error("link to {peer}: {cause}")]
+    #[error("link to {peer}")]
     Link {
         /// The other end.
         peer: String,
@@ -46,13 +46,13 @@ pub enum MigrationError {
         text: String,
     },
     /// The other end broke the protocol, or a strategy asked for a step out of order.
-    #[error("protocol: {0}")]
+    #[error("protocol")]
     Protocol(#[from] Violation),
     /// Bytes from the other end make no sense.
-    #[error("malformed data from the other end: {0}")]
+    #[error("malformed data from the other end")]
     Malformed(#[from] DecodeError),
     /// The VMM failed to do what it was asked.
-    #[error("{step}: {cause}")]
+    #[error("{step}")]
     Vm {
         /// What was asked.
         step: &'static str,
@@ -61,7 +61,7 @@ pub enum MigrationError {
         cause: VmError,
     },
     /// A store of checkpoints or snapshots failed: there is no room, or it cannot be read. The guest is not touched by that.
-    #[error("{step}: {cause}")]
+    #[error("{step}")]
     Store {
         /// What was tried.
         step: &'static str,
@@ -70,7 +70,7 @@ pub enum MigrationError {
         cause: io::Error,
     },
     /// A page store failed. Pages whose put failed are still where they were.
-    #[error("page store {store}: {}", with_causes(cause))]
+    #[error("page store {store}")]
     PageStore {
         /// The name of the store.
         store: String,
@@ -85,10 +85,10 @@ pub enum MigrationError {
     #[error(transparent)]
     Ram(#[from] OutsideRam),
     /// A strategy asked for a step that the pages do not allow, for example to send one that it has left behind.
-    #[error("page map: {0}")]
+    #[error("page map")]
     Pages(#[from] MapError),
     /// No thread could be started.
-    #[error("no thread for {role}: {cause}")]
+    #[error("no thread for {role}")]
     Thread {
         /// What it was for.
         role: &'static str,
@@ -136,11 +136,12 @@ impl MigrationError {
         move |cause| Self::Link { peer, cause }
     }
 
-    /// Returns the text for a message that names the peer already: that of a link to it is left out.
+    /// Returns the text, with all causes, for a message that names the peer already: that of a link
+    /// to it is left out.
     pub fn at_peer(&self, peer: &str) -> String {
         match self {
-            Self::Link { peer: named, cause } if named == peer => cause.to_string(),
-            other => other.to_string(),
+            Self::Link { peer: named, cause } if named == peer => describe(cause),
+            other => describe(other),
         }
     }
 
@@ -159,14 +160,18 @@ impl MigrationError {
     }
 }
 
-/// Returns the text of an error and of all its causes.
-fn with_causes(error: &dyn Error) -> String {
-    let causes = iter::successors(error.source(), |&cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+/// A strategy has [finished](crate::strategy::HandedOver::finish) a migration that left pages behind. It has to
+/// [serve](crate::strategy::HandedOver::serve) them.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("{pages} pages are missing at the destination")]
+pub struct StillMissing {
+    /// How many.
+    pub pages: u64,
 }
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error;
 
     use super::*;
 
@@ -176,7 +181,7 @@ mod tests {
         let mut next = error.source();
         while let Some(source) = next {
             if let Some(found) = source.downcast_ref::<E>() {
-                assert_eq!(error.to_string().matches(text).count(), 1, "{error}");
+                assert_eq!(describe(error).matches(text).count(), 1, "{error:?}");
                 return found;
             }
             next = source.source();

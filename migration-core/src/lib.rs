@@ -70,6 +70,7 @@ mod stranger;
 pub mod strategy;
 pub mod text;
 pub mod vm;
+mod vm_error;
 pub mod wire;
 
 pub use error::MigrationError;
@@ -79,3 +80,8 @@ pub use page_set::PageSet;
 pub use ram::{GuestRam, HeapRam, OutsideRam, RamSlice};
 pub use stranger::{STRANGER_BYTES, describe_stranger};
 pub use vm::{device, state};
+
+/// The example of `README.md`, which is run with the other examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

@@ -1,6 +1,10 @@
-//! Makes text from outside safe for a terminal and for a line of a log.
+//! Text for people: errors with their causes, and text from outside, made safe for a terminal and
+//! for a line of a log.
 
-use std::fmt::{self, Write};
+use std::{
+    error::Error,
+    fmt::{self, Write},
+};
 
 /// The largest number of bytes of a text that [`Escaped`] shows. It states how many more there are.
 /// The limit is longer than any reason that this crate gives.
@@ -54,9 +58,81 @@ fn write_char(f: &mut fmt::Formatter<'_>, c: char) -> fmt::Result {
     pair.escape_debug().skip(1).try_for_each(|c| f.write_char(c))
 }
 
+/// Shows an error with all its causes, as `what failed: because of this: because of that`.
+///
+/// No error of these crates repeats its [`source`](Error::source) in its own text, so this is how
+/// one is printed for people. Errors of other crates may repeat it: a cause with whose text the
+/// line ends already is left out.
+///
+/// ```
+/// use std::io;
+/// use migration_core::{MigrationError, text::Chain};
+///
+/// let refused = io::Error::new(io::ErrorKind::ConnectionRefused, "connection refused");
+/// let error = MigrationError::link("tcp:there:4444")(refused);
+/// assert_eq!(error.to_string(), "link to tcp:there:4444");
+/// assert_eq!(Chain(&error).to_string(), "link to tcp:there:4444: connection refused");
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'a>(pub &'a (dyn Error + 'a));
+
+/// Returns the text of an error with all its causes, as [`Chain`] shows it.
+pub fn describe(error: impl Error) -> String {
+    Chain(&error).to_string()
+}
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut last = self.0.to_string();
+        f.write_str(&last)?;
+        let mut next = self.0.source();
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            if !last.ends_with(&text) {
+                write!(f, ": {text}")?;
+                last = text;
+            }
+            next = cause.source();
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// An error with these words and this cause.
+    #[derive(Debug)]
+    struct Words(&'static str, Option<Box<Words>>);
+
+    impl fmt::Display for Words {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl Error for Words {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            self.1.as_deref().map(|cause| cause as &(dyn Error + 'static))
+        }
+    }
+
+    #[test]
+    fn a_chain_shows_each_cause_once() {
+        let chain = |a, b, c| {
+            let inner = Words(b, Some(Box::new(Words(c, None))));
+            Chain(&Words(a, Some(Box::new(inner)))).to_string()
+        };
+        assert_eq!(chain("saving", "the disk", "it is full"), "saving: the disk: it is full");
+        // errors that repeat their causes
+        assert_eq!(
+            chain("saving: the disk: it is full", "the disk: it is full", "it is full"),
+            chain("saving", "the disk", "it is full")
+        );
+        assert_eq!(chain("saving: the disk", "the disk", "it is full"), chain("saving", "the disk", "it is full"));
+        assert_eq!(Chain(&Words("alone", None)).to_string(), "alone");
+    }
 
     fn escaped(text: &str) -> String {
         Escaped(text).to_string()

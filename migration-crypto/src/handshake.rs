@@ -23,6 +23,7 @@ use migration_core::{
     STRANGER_BYTES,
     channel::{ReadHalf, WriteHalf},
     describe_stranger,
+    text::describe,
     wire::{Control, ErrorCode, Header},
 };
 use thiserror::Error;
@@ -40,7 +41,7 @@ const UNIDENTIFIED_TIMEOUT: Duration = Duration::from_millis(200);
 /// peer can read the refusal.
 const DRAIN_BYTES: usize = 16 << 10;
 
-/// The reason why a handshake failed. Its text includes that of its cause.
+/// The reason why a handshake failed. Its text does not repeat its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
@@ -105,10 +106,10 @@ pub enum HandshakeError {
     #[error("the peer was silent, or did not finish the handshake in time")]
     TimedOut,
     /// The TLS library reported an error.
-    #[error("TLS: {0}")]
+    #[error("TLS")]
     Tls(#[source] Box<dyn Error + Send + Sync>),
     /// The operating system returned no random bytes, or a cryptographic primitive failed.
-    #[error("cryptography failed: {0}")]
+    #[error("cryptography failed")]
     Crypto(#[source] Box<dyn Error + Send + Sync>),
     /// Reading from or writing to the link failed.
     #[error(transparent)]
@@ -255,7 +256,7 @@ impl Wire<'_> {
     /// understands.
     pub(crate) fn refuse(&mut self, error: &HandshakeError) {
         let Some(code) = error.code() else { return };
-        let refusal = Control::error(code, error.to_string()).encode(0, 0, 0);
+        let refusal = Control::error(code, describe(error)).encode(0, 0, 0);
         if self.write(&refusal).is_err() {
             return;
         }

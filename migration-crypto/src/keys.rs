@@ -26,12 +26,12 @@ use crate::secret::{SECRET_LEN, Secret};
 /// The length of a key file in bytes: the digits and a line end of up to two bytes.
 const FILE_LEN: usize = 2 * SECRET_LEN + 2;
 
-/// The reason why a key file cannot be used. Its text includes that of its cause.
+/// The reason why a key file cannot be used. Its text does not repeat its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KeyError {
     /// The file cannot be read or written.
-    #[error("{}: {cause}", path.display())]
+    #[error("{}", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -68,10 +68,10 @@ pub enum KeyError {
         path: PathBuf,
     },
     /// The operating system returned no random bytes.
-    #[error("the operating system returned no random bytes: {0}")]
+    #[error("the operating system returned no random bytes")]
     Random(#[source] Box<dyn Error + Send + Sync>),
     /// The certificates or the private key of a TLS identity cannot be used.
-    #[error("{}: {cause}", path.display())]
+    #[error("{}", path.display())]
     Certificate {
         /// The file or folder.
         path: PathBuf,

@@ -40,6 +40,8 @@
 
 pub mod aead;
 mod channel;
+#[doc(hidden)]
+pub mod fixed_key;
 mod handshake;
 pub mod keys;
 mod page;
@@ -65,3 +67,8 @@ pub use {
     store::SealedVersions,
     suite::{Suite, UnknownSuite},
 };
+
+/// The example of `README.md`, which is run with the other examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

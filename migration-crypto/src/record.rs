@@ -295,35 +295,6 @@ impl RecordOpener {
     }
 }
 
-#[doc(hidden)]
-pub mod fixed_key {
-    //! Records under a fixed, public key, for benches and fuzz targets.
-
-    use std::{io, sync::Arc};
-
-    use migration_core::channel::{ReadHalf, WriteHalf};
-
-    use super::*;
-    use crate::channel::{SecureReader, SecureWriter};
-
-    const KEY: [u8; 32] = [1; 32];
-
-    pub fn writer(
-        inner: Box<dyn WriteHalf>,
-        suite: Suite,
-        backend: &'static dyn Backend,
-        record_bytes: usize,
-        limits: KeyLimits,
-    ) -> io::Result<impl WriteHalf> {
-        let sealer = RecordSealer::new(suite, backend, Secret::new(KEY), limits)?;
-        Ok(SecureWriter::new(inner, sealer, record_bytes, Arc::default()))
-    }
-
-    pub fn reader(inner: Box<dyn ReadHalf>, suite: Suite, backend: &'static dyn Backend) -> io::Result<impl ReadHalf> {
-        Ok(SecureReader::new(inner, RecordOpener::new(suite, backend, Secret::new(KEY))?))
-    }
-}
-
 struct Header {
     len: usize,
     last: bool,

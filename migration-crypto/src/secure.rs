@@ -9,6 +9,7 @@ use std::{
 use migration_core::{
     RamSlice,
     channel::{Channel, Connector, Halves, Listener, ReadHalf, Room, WriteHalf},
+    text::describe,
     wire::LaneKind,
 };
 
@@ -419,7 +420,7 @@ fn opened<T>(
             match acceptor.open(reader, writer, timeout, &closed) {
                 Ok((reader, writer)) => *opening = Opening::Done(Some(Box::new(reader)), Some(Box::new(writer))),
                 Err(error) => {
-                    *opening = Opening::Failed(error.kind(), error.to_string());
+                    *opening = Opening::Failed(error.kind(), describe(&error));
                     return Err(error);
                 }
             }

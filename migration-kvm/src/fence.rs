@@ -116,7 +116,7 @@ impl Fence for ProcessFence {
 #[non_exhaustive]
 pub enum TakeOverError {
     /// The process is not dead for certain.
-    #[error("the process that had the VM: {0}")]
+    #[error("the process that had the VM")]
     NotFenced(#[from] NotFenced),
     /// The VM is not here as a whole.
     #[error(transparent)]

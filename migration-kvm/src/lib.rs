@@ -25,3 +25,8 @@ pub mod state;
 pub mod successor;
 pub mod tracker;
 pub mod vcpu;
+
+/// The example of `README.md`, which is run with the other examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

@@ -76,7 +76,7 @@ impl Guest {
         if let Some(collector) = &collector {
             collector.add_vcpu(&vcpu)?;
         }
-        let memory: &dyn GuestRam = &*ram;
+        let memory = &ram;
         memory.write(CODE, &PROGRAM)?;
         // present, writable, user, accessed and dirty, so that the page walk itself dirties nothing
         let entry = |to: u64| (to | 0x67).to_le_bytes();
@@ -242,7 +242,7 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     same(&guest, "put back is reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
 
     if kind == TrackerKind::WriteProtect {
-        (&*guest.ram as &dyn GuestRam).write(DATA + 0x30_0ff8, b"from the host")?;
+        guest.ram.write(DATA + 0x30_0ff8, b"from the host")?;
         let mut written = none.clone();
         written.insert_range(PageRange::new(guest.data().first + 0x300, 2));
         same(&guest, "host writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
@@ -388,7 +388,7 @@ fn an_unmapped_page_is_still_dirty() -> Outcome {
     let mut tracker = WriteProtect::new(guest.ram.clone(), fault);
     tracker.start()?;
     harvest(&guest, &mut tracker)?;
-    let memory: &dyn GuestRam = &*guest.ram;
+    let memory = &guest.ram;
     memory.write(DATA + 0x5000, b"x")?;
     let page = memory.slice_at(DATA + 0x5000, 0x1000)?;
     // SAFETY: inside the mapping. On a shared file this unmaps the page and keeps its contents.

@@ -105,7 +105,7 @@ impl<'a> Gather<'a> {
 
 #[cfg(test)]
 mod tests {
-    use migration_core::{GuestRam, HeapRam};
+    use migration_core::GuestRam;
     use proptest::prelude::*;
 
     use super::*;
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn empty_slices_are_passed_over() {
-        let ram: &dyn GuestRam = &ram(1) as &HeapRam;
+        let ram = ram(1);
         let empty = ram.slice_at(0, 0).unwrap();
         let full = ram.slice_at(0, 3).unwrap();
         let slices = [empty, full, empty, empty, full, empty];
@@ -131,7 +131,6 @@ mod tests {
         fn any_split_keeps_every_byte(lens in prop::collection::vec(0u64..300, 0..20), head in 0usize..200,
                                       steps in prop::collection::vec(1usize..500, 1..10)) {
             let memory = ram(4);
-            let memory: &dyn GuestRam = &memory;
             let bytes: Vec<u8> = (0..4096 * 4u32).map(|i| (i * 7 / 3) as u8).collect();
             memory.write(0, &bytes).unwrap();
             let (head, mut expected) = (&bytes[..head], bytes[..head].to_vec());

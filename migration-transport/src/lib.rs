@@ -81,7 +81,6 @@ mod accept;
 mod atomic_file;
 mod bandwidth;
 mod broker;
-mod cut;
 mod fd_passing;
 mod file_errors;
 mod gather;
@@ -111,7 +110,7 @@ use std::io;
 use migration_core::channel::{Connector, Listener};
 
 #[cfg(any(test, feature = "test-utils"))]
-pub use cut::Cut;
+pub use memory::cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
 #[cfg(feature = "redis")]
@@ -169,6 +168,9 @@ pub fn bind_with(address: &Address, options: SocketOptions) -> io::Result<Box<dy
 /// The programs of the documentation compile.
 #[cfg(doctest)]
 mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct OwnReadme;
+
     #[doc = include_str!("../../README.md")]
     struct Readme;
 

@@ -341,7 +341,6 @@ mod tests {
     #[test]
     fn split_writes_arrive_whole() {
         let memory = ram(64);
-        let memory: &dyn GuestRam = &memory;
         let bytes = pattern(64 * 4096);
         memory.write(0, &bytes).unwrap();
         let (near, far) = memory::pair(10_000);

@@ -4,6 +4,8 @@
 //! and after the end of a stream the reader still gets the data in transit. A channel ends when
 //! both of its halves are dropped.
 
+pub(crate) mod cut;
+
 use std::{
     collections::VecDeque,
     fmt, io,
@@ -16,7 +18,8 @@ use migration_core::{
     channel::{Channel, Closer, Connector, Halves, Listener, ReadHalf, WriteHalf},
 };
 
-use crate::{cut::Cut, gather::Gather, stream::time_left};
+use self::cut::Cut;
+use crate::{gather::Gather, stream::time_left};
 
 /// A buffer size for [`pair`] and [`link`] in bytes that suits most tests.
 pub const DEFAULT_CAPACITY: usize = 256 * 1024;

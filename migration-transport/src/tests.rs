@@ -114,7 +114,6 @@ fn the_end_is_an_error_after_what_was_sent() {
         assert_eq!(kind(far.reader.read_exact(&mut two)), ErrorKind::UnexpectedEof, "{name}: again");
         near.closer.close(); // of no effect, and no harm
         let memory = ram(1);
-        let memory: &dyn GuestRam = &memory;
         let slice = memory.slice_at(0, 8).unwrap();
         assert_eq!(kind(far.reader.read_ram(&[slice])), ErrorKind::UnexpectedEof, "{name}");
     }
@@ -140,7 +139,6 @@ fn silence_times_out() {
         far.writer.write_all(b"abc", &[]).unwrap();
         assert_eq!(kind(near.reader.read_exact(&mut [0; 4])), ErrorKind::TimedOut, "{name}");
         let memory = ram(1);
-        let memory: &dyn GuestRam = &memory;
         assert_eq!(kind(near.reader.read_ram(&[memory.slice_at(0, 8).unwrap()])), ErrorKind::TimedOut, "{name}");
         // a peer that accepts nothing
         near.writer.set_idle_timeout(Some(SHORT)).unwrap();

@@ -23,6 +23,7 @@ use migration_core::{
     report::{Event, Observer, Outcome, Progress, Report},
     state::{MAX_SECTION, Section, VmState},
     strategy::{PreCopy, StopAndCopy, Strategy},
+    text::describe,
     tracker::DirtyTracker,
     vm::{Arrived, DestinationHost, DestinationVm, SectionEstimate, SourceVm, StateEstimate, VmDescription, VmError},
 };
@@ -283,7 +284,7 @@ fn a_snapshot_refuses_it_too() {
     let mut store = migration_transport::SnapshotFile::create(&path, 1024).unwrap();
     let mut vm = LargeVm::new(MAX_SECTION + 1);
     let taken = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), Controller::new().1);
-    let why = taken.unwrap_err().to_string();
+    let why = describe(taken.unwrap_err());
     assert!(why.contains("large 7") && vm.pauses == 0 && vm.vm.guest.is_running(), "{why}");
     let mut dirty = PageSet::empty(1024);
     assert!(vm.tracker().harvest(&mut dirty).is_err() || !vm.vm.tracks());

@@ -20,6 +20,7 @@ use migration_core::{
     engine::{Controller, RestoreOptions, RestoreReport, SnapshotOptions, SnapshotReport, restore, snapshot},
     report::{Event, Observer},
     store::{MemoryVersions, PageContent, VersionStore},
+    text::describe,
     vm::{SourceVm, VmId},
 };
 use migration_transport::SnapshotFile;
@@ -94,7 +95,7 @@ fn another_vm_is_not_restored() {
         let options = RestoreOptions { expected: Some(VmId([id; 16])), ..RestoreOptions::default() };
         restore(&mut store, &host, &options).map(|restored| restored.vm)
     };
-    let error = restore_as(4).err().unwrap().to_string();
+    let error = describe(restore_as(4).err().unwrap());
     assert!(error.contains(&format!("of VM {}, not of VM {}", VmId([3; 16]), VmId([4; 16]))), "{error}");
     assert!(restore_as(3).unwrap().guest.is_running());
 }
@@ -201,7 +202,7 @@ fn a_vm_that_cannot_be_saved_runs_on() {
     vm.failing_saves = 1;
     let mut store = MemoryVersions::default();
     let error = take(&mut vm, &mut store).unwrap_err();
-    assert!(error.to_string().contains("the device is busy"), "{error}");
+    assert!(describe(&error).contains("the device is busy"), "{error:?}");
     check_untouched(&vm);
     take(&mut vm, &mut store).unwrap();
     back(&mut store).unwrap();
@@ -261,7 +262,7 @@ fn free_pages_that_are_not_known_are_saved() {
 
 #[test]
 fn what_is_no_snapshot_is_refused() {
-    let reason = |store: &mut dyn VersionStore| back(store).map(|_| ()).unwrap_err().to_string();
+    let reason = |store: &mut dyn VersionStore| describe(back(store).map(|_| ()).unwrap_err());
     let mut none = MemoryVersions::default();
     assert!(reason(&mut none).contains("there is none"));
     none.commit(1, Bytes::from_static(b"state of something else")).unwrap();
@@ -279,8 +280,8 @@ fn what_is_no_snapshot_is_refused() {
     let (host, _arrived) = TestHost::new(1);
     let small = RestoreOptions { max_ram_bytes: 1 << 20, ..RestoreOptions::default() };
     let error = restore(&mut store, &host, &small).err().unwrap();
-    assert!(error.to_string().contains("are allowed"), "{error}");
+    assert!(describe(&error).contains("are allowed"), "{error:?}");
     let error = restore(&mut store, &host, &RestoreOptions::default()).err().unwrap();
-    assert!(error.to_string().contains("the state is refused, as asked"), "{error}");
+    assert!(describe(&error).contains("the state is refused, as asked"), "{error:?}");
     restore(&mut store, &host, &RestoreOptions::default()).unwrap();
 }

@@ -9,16 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use migration_core::text::describe;
 use serde_json::Value;
 use thiserror::Error;
 
 use crate::{Answer, Request};
 
-/// Why a request has no result.
+/// Why a request has no result. What it displays does not repeat its cause.
 #[derive(Debug, Error)]
 pub enum AskError {
     /// The socket cannot be connected to, written or read.
-    #[error("control socket {}: {source}", path.display())]
+    #[error("control socket {}", path.display())]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -44,7 +45,7 @@ pub enum AskError {
         path: PathBuf,
     },
     /// The server's line is no answer of a minivmm.
-    #[error("answer of {}: {source}", path.display())]
+    #[error("answer of {}", path.display())]
     Answer {
         /// The socket.
         path: PathBuf,
@@ -52,8 +53,8 @@ pub enum AskError {
         source: serde_json::Error,
     },
     /// The request cannot be written as JSON: a path in it is not Unicode.
-    #[error("{0}")]
-    Request(#[source] serde_json::Error),
+    #[error(transparent)]
+    Request(serde_json::Error),
     /// The server has refused the request, or has failed: the reason in its own words.
     #[error("{0}")]
     Failed(String),
@@ -62,7 +63,7 @@ pub enum AskError {
 /// For programs whose errors are texts.
 impl From<AskError> for String {
     fn from(error: AskError) -> Self {
-        error.to_string()
+        describe(error)
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
 pub use args::Ctl;
 use args::{CtlCommand, Huge, Migrate, Refresh, Snapshot};
 use indicatif::{ProgressBar, ProgressStyle};
-use migration_core::text::Escaped;
+use migration_core::text::{Escaped, describe};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
@@ -34,7 +34,7 @@ pub fn run(ctl: &Ctl) -> u8 {
     match &ctl.command {
         CtlCommand::Migrate(args) => {
             if let Err(error) = args.encryption.check() {
-                return usage(ctl.json, &error.to_string());
+                return usage(ctl.json, &describe(error));
             }
             let request = match migrate_request(args) {
                 Ok(request) => request,
@@ -74,7 +74,7 @@ pub fn run(ctl: &Ctl) -> u8 {
                     }
                     0
                 }
-                Err(error) => fail(ctl.json, &error.to_string()),
+                Err(error) => fail(ctl.json, &describe(error)),
             }
         }
     }
@@ -202,7 +202,7 @@ impl Server<'_> {
                 let status = report::exit_status(report["outcome"].as_str().unwrap_or("failed"));
                 (report, status)
             }
-            Err(error) => (report::not_begun(strategy, &error.to_string()), 1),
+            Err(error) => (report::not_begun(strategy, &describe(error)), 1),
         };
         self.show(&report);
         status

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use migration_core::channel::Connector;
+use migration_core::{channel::Connector, text::describe};
 use migration_crypto::{
     Credentials, KeyError, Psk, PublicKey, Security, SourceSession, StaticKey, Suite, TlsIdentity,
     aead::{self, Backend, RustCrypto},
@@ -22,14 +22,14 @@ pub enum EncryptionError {
     #[error("{0}")]
     Options(&'static str),
     /// A key cannot be read or made.
-    #[error("{0}")]
+    #[error(transparent)]
     Key(KeyError),
 }
 
 /// For programs whose errors are texts.
 impl From<EncryptionError> for String {
     fn from(error: EncryptionError) -> Self {
-        error.to_string()
+        describe(error)
     }
 }
 

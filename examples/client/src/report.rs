@@ -7,7 +7,7 @@ use migration_core::{
     MigrationError,
     engine::SnapshotReport,
     report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport, Rounds},
-    text::Escaped,
+    text::{Escaped, describe},
 };
 use serde_json::{Value, json};
 
@@ -101,7 +101,7 @@ pub fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &P
         Err(error) => {
             let outcome = if matches!(error, MigrationError::Cancelled(_)) { "cancelled" } else { "failed" };
             return json!({
-                "strategy": "snapshot", "outcome": outcome, "reason": error.to_string(), "out": out, "total_ms": null,
+                "strategy": "snapshot", "outcome": outcome, "reason": describe(error), "out": out, "total_ms": null,
                 "downtime_ms": null, "rounds": null, "ram_bytes": null, "state_bytes": null, "copied_pages": null,
                 "pages": null, "throttle_percent": null,
             });

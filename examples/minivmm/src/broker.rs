@@ -11,7 +11,10 @@ use std::{
     },
 };
 
-use migration_core::{text::Escaped, vm::VmId};
+use migration_core::{
+    text::{Escaped, describe},
+    vm::VmId,
+};
 use migration_kvm::{fence::ProcessFence, spawner::LinuxSpawner};
 use migration_transport::{
     AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener, supervisor::Supervisor,
@@ -74,7 +77,7 @@ fn serve_until(path: &Path, args: &Broker, ended: &AtomicBool) -> Result<(), Str
         owner_gone,
         ..BrokerOptions::default()
     });
-    broker.serve(&mut listener, ended).map_err(|e| e.to_string())
+    broker.serve(&mut listener, ended).map_err(describe)
 }
 
 fn fail(args: &Broker, why: &str) -> u8 {
@@ -88,13 +91,13 @@ fn fail(args: &Broker, why: &str) -> u8 {
 
 fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
     if let Some(vm) = args.forget {
-        broker.forget(vm).map_err(|e| e.to_string())?;
+        broker.forget(vm).map_err(describe)?;
         return Ok(json!({"vm": vm.to_string(), "forgotten": true}));
     }
     if let (Some(vm), Some(out)) = (args.dump, &args.out) {
         return dump(broker, vm, out);
     }
-    let kept = broker.list().map_err(|e| e.to_string())?;
+    let kept = broker.list().map_err(describe)?;
     let kept: Vec<Value> = kept
         .into_iter()
         .map(|kept| {
@@ -108,7 +111,7 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
 /// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is
 /// there when it is complete.
 fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
-    let ram = broker.retrieve(vm).map_err(|e| e.to_string())?;
+    let ram = broker.retrieve(vm).map_err(describe)?;
     let context = |e: io::Error| format!("{}: {e}", out.display());
     let new = AtomicFile::create(out).map_err(|e| e.to_string())?;
     let file = new.file();

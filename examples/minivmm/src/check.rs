@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use migration_core::{GuestRam, PAGE_SIZE, PageRange, PageSet};
+use migration_core::{GuestRam, PAGE_SIZE, PageRange, PageSet, text::Chain};
 use serde_json::{Value, json};
 
 use crate::vmm::Machine;
@@ -25,11 +25,11 @@ pub(crate) struct Checker {
 impl Checker {
     /// Looks at all of RAM; the figures, and what is wrong.
     pub(crate) fn check(&mut self, machine: &Machine) -> Result<(Value, Option<String>), String> {
-        let ram: &dyn GuestRam = machine.ram();
+        let ram = machine.ram();
         let count = usize::try_from(machine.pages()).map_err(|e| e.to_string())?;
         let first = self.pages.len() != count;
         self.pages.resize(count, Seen::Unknown);
-        let log = || machine.dirty_since_last_time().map_err(|e| format!("check: {e}"));
+        let log = || machine.dirty_since_last_time().map_err(|e| format!("check: {}", Chain(&e)));
         let mut dirty = log()?;
         let logged = dirty.len();
         let (mut zero, mut contents, mut changed) = (0u64, HashSet::new(), PageSet::empty(machine.pages()));
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!((figures["pages"].as_u64(), figures["zero"].as_u64(), wrong), (Some(4096), Some(4096), None));
         let (figures, wrong) = checker.check(&machine).unwrap();
         assert_eq!((figures["logged"].as_u64(), figures["changed"].as_u64(), wrong), (Some(0), Some(0), None));
-        let ram: &dyn GuestRam = machine.ram();
+        let ram = machine.ram();
         ram.write(77 << 12, b"nobody has logged this").unwrap();
         let (figures, wrong) = checker.check(&machine).unwrap();
         assert_eq!((figures["changed"].as_u64(), figures["not_logged"].as_u64()), (Some(1), Some(1)));

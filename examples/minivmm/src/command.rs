@@ -4,7 +4,7 @@
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
-use migration_core::engine::RestoreOptions;
+use migration_core::{engine::RestoreOptions, text::Chain};
 use migration_kvm::ram::Backing;
 use minivmm_client::{ctl, encryption, log, values::absolute, whole_file};
 use nix::errno::Errno;
@@ -103,7 +103,7 @@ fn run_vm(args: &Run, signals: &Signals, more: PushOrders) -> Result<u8, String>
     let machine = match vm {
         Ok(vm) => vm.machine,
         Err(error) => {
-            log!("{error}");
+            log!("{}", Chain(&error));
             return Ok(if matches!(error, BuildError::Workload(_)) { 2 } else { 1 });
         }
     };

@@ -12,6 +12,7 @@ use std::{
 use migration_core::{
     engine::ephemeral::{Dormant, Resident},
     fence::Fence,
+    text::Chain,
 };
 use migration_kvm::{
     fence::{ProcessFence, ProcessIdentity},
@@ -293,7 +294,9 @@ impl<'a> Borrower<'a> {
                 let reason = report["reason"].as_str().unwrap_or("the VM's home gives no reason");
                 Err((dormant, format!("the VM was not lent: {reason}")))
             }
-            (Err((dormant, error)), Err(why)) => Err((dormant, format!("the VM was not lent ({error}): {why}"))),
+            (Err((dormant, error)), Err(why)) => {
+                Err((dormant, format!("the VM was not lent ({}): {why}", Chain(&error))))
+            }
         })
     }
 

@@ -29,6 +29,7 @@ use migration_core::{
         HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy,
         push_order::{self, UnknownOrder},
     },
+    text::{Chain, describe},
     vm::VmId,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
@@ -280,10 +281,10 @@ impl Instance {
         };
         let failed = |why: String| format!("restoring {}: {why}", path.display());
         let store = sealing.open(None, pages, |pages| SnapshotFile::open(path, pages));
-        let mut store = store.map_err(|e| failed(e.to_string()))?;
+        let mut store = store.map_err(|e| failed(describe(e)))?;
         // it is what the VM goes on from as long as there is no other
         self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });
-        let restored = engine::restore(&mut *store, &Host::new(host), &options).map_err(|e| failed(e.to_string()))?;
+        let restored = engine::restore(&mut *store, &Host::new(host), &options).map_err(|e| failed(describe(e)))?;
         self.own_arrived(restored.vm.0);
         self.lock().epoch = restored.report.epoch;
         Ok(())
@@ -319,7 +320,7 @@ impl Instance {
         let instance = self.clone();
         let body = move || {
             if let Err(error) = receiver.run(&mut *listener) {
-                log!("receiving: {error}");
+                log!("receiving: {}", Chain(&error));
                 instance.exit(1);
             }
             let mut state = instance.lock();

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use migration_core::vm::VmError;
+use migration_core::{
+    text::{Chain, describe},
+    vm::VmError,
+};
 use migration_kvm::{
     handover::{
         self, Attempt, Interval, MemoryGrowth, NewSuccessor, NotReplaced, Predecessor, RefreshPolicy, ReplaceError,
@@ -120,8 +123,8 @@ impl Instance {
 /// The error as clients see it: what the VMM itself refuses says already what was asked for.
 fn told(error: &ReplaceError) -> String {
     match error {
-        ReplaceError::Vmm(why) => why.to_string(),
-        why => format!("refresh: {why}"),
+        ReplaceError::Vmm(why) => describe(why),
+        why => format!("refresh: {}", Chain(why)),
     }
 }
 

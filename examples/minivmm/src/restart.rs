@@ -8,7 +8,7 @@ use std::{
 };
 
 use migration_core::{
-    text::Escaped,
+    text::{Escaped, describe},
     vm::{VmError, VmId},
 };
 use migration_transport::supervisor::{NotRestarted, RestartRecord, RestartVmm};
@@ -127,7 +127,7 @@ impl RestartVmm for Restarter {
     }
 
     fn lost(&self, vm: VmId, why: &NotRestarted) {
-        let why = why.to_string();
+        let why = describe(why);
         if self.json {
             log::announce(format!("{}\n", json!({"event": "lost", "vm": vm.to_string(), "reason": why})));
         } else {

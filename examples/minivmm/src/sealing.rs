@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use migration_core::{store::VersionStore, vm::VmId};
+use migration_core::{store::VersionStore, text::describe, vm::VmId};
 use migration_crypto::{Psk, SealedVersions, Suite, aead};
 use minivmm_client::values::absolute;
 use serde::{Deserialize, Serialize};
@@ -29,7 +29,7 @@ impl Sealing {
             let path = absolute(file)?;
             // other processes are told of it in JSON
             path.to_str().ok_or_else(|| format!("{}: the path of a key must be Unicode", path.display()))?;
-            Ok((path, Psk::load(file).map_err(|e| e.to_string())?))
+            Ok((path, Psk::load(file).map_err(describe)?))
         };
         file.map(load).transpose().map(Self)
     }

@@ -93,7 +93,7 @@ pub enum BuildError {
     #[error(transparent)]
     Workload(#[from] WorkloadError),
     /// The workload cannot run on these vCPUs, whatever memory there is.
-    #[error("{spec}: {source}")]
+    #[error("{spec}")]
     NeverEnough {
         /// The workload.
         spec: String,
@@ -312,7 +312,7 @@ impl Vm {
     /// When it does not do it.
     pub fn verify(&self) -> Result<u64, GuestError> {
         let next = self.wait_until("start", |_| true)?.verify_done + 1;
-        let ram: &dyn GuestRam = self.machine.ram();
+        let ram = self.machine.ram();
         let word = layout::BOARD_ADDRESS + layout::board::VERIFY as u64;
         ram.write(word, &next.to_le_bytes()).map_err(|_| GuestError::NoBoard)?;
         Ok(self.wait_until("verify its pages", |board| board.verify_done == next)?.errors)

@@ -15,6 +15,7 @@ use crate::{
     channel::{FILES_PER_BYTE, ReadHalf, WriteHalf},
     codec::DecodeError,
     describe_stranger,
+    text::describe,
     wire::{Control, Header},
 };
 
@@ -128,7 +129,7 @@ impl ControlReader {
     /// Open files that follow the frames so far: exactly so many.
     pub(super) fn files(&mut self, count: usize) -> Result<Vec<OwnedFd>, MigrationError> {
         let files = self.half.receive_files(count).map_err(|cause| match cause.kind() {
-            io::ErrorKind::InvalidData => DecodeError::invalid("open files", cause.to_string()).into(),
+            io::ErrorKind::InvalidData => DecodeError::invalid("open files", describe(&cause)).into(),
             _ => MigrationError::link(&self.peer)(cause),
         })?;
         self.bytes.fetch_add(count.div_ceil(FILES_PER_BYTE) as u64, Ordering::Relaxed);
@@ -318,7 +319,7 @@ mod tests {
             (io::ErrorKind::TimedOut, "timed out"),
         ] {
             let error = first(b"", ends).unwrap_err();
-            assert!(matches!(error, MigrationError::Link { .. }) && error.to_string().contains(words), "{error}");
+            assert!(matches!(error, MigrationError::Link { .. }) && describe(&error).contains(words), "{error:?}");
         }
         let frame = Control::Ping.encode(0, 0, 7);
         assert_eq!(first(&frame, io::ErrorKind::TimedOut).unwrap(), (7, Control::Ping));

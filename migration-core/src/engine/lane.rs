@@ -461,7 +461,7 @@ mod tests {
         let ram = Arc::new(HeapRam::new(layout()).unwrap());
         for &(first, count, byte) in runs {
             for page in first..(first + count).min(PAGES) {
-                (&*ram as &dyn GuestRam).slice(PageRange::new(page, 1)).unwrap().skip(9).copy_from(&[byte]);
+                ram.slice(PageRange::new(page, 1)).unwrap().skip(9).copy_from(&[byte]);
             }
         }
         ram
@@ -469,7 +469,7 @@ mod tests {
 
     fn byte(ram: &Arc<HeapRam>, page: u64) -> u8 {
         let mut byte = [0];
-        (&**ram as &dyn GuestRam).slice(PageRange::new(page, 1)).unwrap().skip(9).copy_to(&mut byte);
+        ram.slice(PageRange::new(page, 1)).unwrap().skip(9).copy_to(&mut byte);
         byte[0]
     }
 
@@ -671,7 +671,7 @@ mod tests {
         let (written, wire_bytes) = (Written::default(), Arc::<AtomicU64>::default());
         let writer = Box::new(written.clone());
         let mut lane = Lane::for_checkpoints(ram.clone(), writer, "there".into(), wire_bytes.clone());
-        let (head, slice) = ([7; 100], (&*ram as &dyn GuestRam).slice(PageRange::new(0, 300)).unwrap());
+        let (head, slice) = ([7; 100], ram.slice(PageRange::new(0, 300)).unwrap());
         lane.piece = 1000 * PAGE_SIZE;
         lane.write(&head, &[slice.take(10), slice.skip(10)]).unwrap();
         assert_eq!(written.0.lock().unwrap().1, [100 + slice.len()]);

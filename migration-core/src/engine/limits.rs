@@ -128,7 +128,7 @@ mod tests {
     }
 
     fn says(result: Result<(), MigrationError>, words: &[&str]) {
-        let said = result.unwrap_err().to_string();
+        let said = crate::text::describe(result.unwrap_err());
         words.iter().for_each(|word| assert!(said.contains(word), "{said} does not say {word}"));
     }
 

@@ -8,6 +8,7 @@ use crate::{
     ram::GuestRam,
     report::{Event, Observer},
     store::PageContent,
+    text::Chain,
     tracker::Rearm,
     vm::SourceVm,
 };
@@ -19,7 +20,7 @@ const PIECE_PAGES: u64 = 256;
 pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet {
     let mut pages = PageSet::empty(ram.layout().pages());
     if let Err(error) = ram.populated(&mut pages) {
-        observer.event(&Event::Warning(format!("holes are not known, all of RAM is sent: {error}")));
+        observer.event(&Event::Warning(format!("holes are not known, all of RAM is sent: {}", Chain(&error))));
         pages = PageSet::full(pages.capacity());
     }
     pages
@@ -29,7 +30,7 @@ pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet 
 pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut free = PageSet::empty(pages);
     if let Err(error) = vm.free_pages(&mut free) {
-        let why = format!("free pages are not known, they are sent like others: {error}");
+        let why = format!("free pages are not known, they are sent like others: {}", Chain(&error));
         observer.event(&Event::Warning(why));
         free.clear();
     }
@@ -40,7 +41,7 @@ pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn O
 pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut referenced = PageSet::empty(pages);
     if let Err(error) = vm.referenced_pages(&mut referenced) {
-        observer.event(&Event::Warning(format!("referenced pages are not known: {error}")));
+        observer.event(&Event::Warning(format!("referenced pages are not known: {}", Chain(&error))));
         referenced.clear();
     }
     referenced
@@ -158,7 +159,7 @@ pub(super) mod tests {
         let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 40, len: 20 << 12 }];
         let ram = HeapRam::new(RamLayout::new(regions).unwrap()).unwrap();
         for page in (0..720).filter(|page| page % 3 != 0) {
-            let slice = (&ram as &dyn GuestRam).slice(PageRange::new(page, 1)).unwrap();
+            let slice = ram.slice(PageRange::new(page, 1)).unwrap();
             slice.skip(PAGE_SIZE - 1).copy_from(&[mark(page)]);
         }
         ram

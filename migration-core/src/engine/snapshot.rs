@@ -30,6 +30,7 @@ use crate::{
     state::{MAX_SECTIONS, MAX_STATE, Section},
     store::{PageContent, VersionStore},
     strategy::{Link, ModelConvergence, PushOrder, Round, Running, Snapshot, Strategy, Verbs},
+    text::Chain,
     vm::{DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
@@ -294,7 +295,7 @@ impl<'a> Taking<'a> {
 
     fn give_tracker_back(&mut self) {
         if let Err(error) = self.rounds.give_tracker_back(self.vm.tracker()) {
-            self.options.observer.event(&Event::Warning(format!("stopping the tracker: {error}")));
+            self.options.observer.event(&Event::Warning(format!("stopping the tracker: {}", Chain(&error))));
         }
     }
 
@@ -313,7 +314,7 @@ impl<'a> Taking<'a> {
         if std::mem::take(&mut self.throttle) != 0
             && let Err(error) = self.vm.throttle(0)
         {
-            self.options.observer.event(&Event::Warning(format!("lifting the throttle: {error}")));
+            self.options.observer.event(&Event::Warning(format!("lifting the throttle: {}", Chain(&error))));
         }
     }
 

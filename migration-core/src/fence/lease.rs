@@ -21,7 +21,7 @@ use std::{
 use thiserror::Error;
 
 use super::{Fence, NotFenced};
-use crate::vm::VmId;
+use crate::{text::Chain, vm::VmId};
 
 /// The name of a lease holder: 16 random bytes, different for each instance of a VMM. If a
 /// destination is fenced by leases, it reports its name as its
@@ -65,12 +65,12 @@ pub enum LeaseError {
     #[error("another instance holds the lease of this VM")]
     Held(Holder),
     /// The store cannot be reached.
-    #[error("lease store: {0}")]
+    #[error("lease store")]
     Store(#[from] io::Error),
     /// The lease could not be renewed in time. The VM was stopped.
     #[error("the lease could not be renewed before its end: {why}")]
     Expired {
-        /// The reason, including the text of the cause.
+        /// The reason.
         why: String,
         /// The error of the store, if that was the reason.
         #[source]
@@ -188,7 +188,7 @@ impl LeaseHolder {
                 }
                 Ok(true) => (LeaseError::expired("the store took too long"), true),
                 Ok(false) => (LeaseError::expired("another instance has taken it"), true),
-                Err(error) => (LeaseError::Expired { why: error.to_string(), cause: Some(error) }, false),
+                Err(error) => (LeaseError::Expired { why: "the store failed".to_owned(), cause: Some(error) }, false),
             };
             if !lost && self.clock.now() < last {
                 due = last.min(self.clock.now() + term / 20);
@@ -277,7 +277,7 @@ impl LeaseFence {
     }
 
     fn read(&self) -> Result<Lease, NotFenced> {
-        let lease = self.store.read(self.vm).map_err(|e| NotFenced(format!("lease store: {e}")))?;
+        let lease = self.store.read(self.vm).map_err(|e| NotFenced(format!("lease store: {}", Chain(&e))))?;
         lease.ok_or_else(|| NotFenced("nobody holds a lease of this VM, so there is no end to wait for".into()))
     }
 }
@@ -307,7 +307,7 @@ impl Fence for LeaseFence {
                 Err(NotFenced("the lease was renewed at the last moment, or another instance has taken it".into()))
             }
             // if the lease was replaced all the same, the next call finds that
-            Err(e) => Err(NotFenced(format!("lease store: {e}"))),
+            Err(e) => Err(NotFenced(format!("lease store: {}", Chain(&e)))),
         }
     }
 }

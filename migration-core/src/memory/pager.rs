@@ -8,7 +8,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use super::{page::PageRange, ram::RamSlice, shared_map::SharedPageMap};
-use crate::vm::VmError;
+use crate::vm_error::VmError;
 
 /// Somebody touched a missing page, and sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

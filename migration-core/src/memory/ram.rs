@@ -34,7 +34,8 @@ pub struct OutsideRam {
 /// # Safety
 /// For as long as the object lives, every region of [`layout`](GuestRam::layout) must be mapped readable and
 /// writable at [`host_address`](GuestRam::host_address), whole and contiguous, and neither the layout nor the
-/// addresses may change. No part of it may be borrowed as a Rust reference while the SDK uses it.
+/// addresses may change. No part of it may be borrowed as a Rust reference while the SDK uses it. The methods that
+/// return slices or copy bytes must not be overridden with others: what they return lies inside RAM.
 pub unsafe trait GuestRam: Send + Sync {
     /// Where RAM lies in guest physical address space.
     fn layout(&self) -> &RamLayout;
@@ -51,43 +52,55 @@ pub unsafe trait GuestRam: Send + Sync {
         into.insert_range(self.layout().all());
         Ok(())
     }
-}
 
-impl dyn GuestRam + '_ {
-    /// The memory of `range`, which must lie inside one region (see [`RamLayout::split`]).
-    pub fn slice(&self, range: PageRange) -> Result<RamSlice<'_>, OutsideRam> {
+    /// Returns the memory of `range`, which must lie inside one region (see [`RamLayout::split`]).
+    ///
+    /// # Errors
+    /// When it does not.
+    fn slice(&self, range: PageRange) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: range.first.saturating_mul(PAGE_SIZE as u64), len: range.bytes() };
         let (region, offset) = self.layout().locate(range.first).ok_or(outside)?;
-        self.region_slice(region, offset, range.bytes()).ok_or(outside)
+        region_slice(self, region, offset, range.bytes()).ok_or(outside)
     }
 
-    /// The `len` bytes of guest memory at guest physical address `gpa`, which must lie inside one region.
-    pub fn slice_at(&self, gpa: u64, len: u64) -> Result<RamSlice<'_>, OutsideRam> {
+    /// Returns the `len` bytes of guest memory at guest physical address `gpa`, which must lie inside
+    /// one region.
+    ///
+    /// # Errors
+    /// When they do not.
+    fn slice_at(&self, gpa: u64, len: u64) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: gpa, len };
         let regions = self.layout().regions();
         let region = regions.partition_point(|r| r.gpa <= gpa).checked_sub(1).ok_or(outside)?;
-        self.region_slice(region, gpa - regions[region].gpa, len).ok_or(outside)
+        region_slice(self, region, gpa - regions[region].gpa, len).ok_or(outside)
     }
 
     /// Copies guest memory at guest physical address `gpa` into `to`.
-    pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<(), OutsideRam> {
+    ///
+    /// # Errors
+    /// When the bytes do not lie inside one region. Then nothing is copied.
+    fn read(&self, gpa: u64, to: &mut [u8]) -> Result<(), OutsideRam> {
         self.slice_at(gpa, to.len() as u64)?.copy_to(to);
         Ok(())
     }
 
     /// Copies `from` into guest memory at guest physical address `gpa`.
-    pub fn write(&self, gpa: u64, from: &[u8]) -> Result<(), OutsideRam> {
+    ///
+    /// # Errors
+    /// When the bytes do not lie inside one region. Then nothing is copied.
+    fn write(&self, gpa: u64, from: &[u8]) -> Result<(), OutsideRam> {
         self.slice_at(gpa, from.len() as u64)?.copy_from(from);
         Ok(())
     }
+}
 
-    fn region_slice(&self, region: usize, offset: u64, len: u64) -> Option<RamSlice<'_>> {
-        let end = offset.checked_add(len)?;
-        let inside = end <= self.layout().regions().get(region)?.len;
-        // SAFETY: `offset..end` lies inside the region, which the implementer of `GuestRam` promises to be mapped at
-        // this address for as long as `self` lives; the slice borrows `self`.
-        inside.then(|| unsafe { RamSlice::new(self.host_address(region).add(offset as usize), len as usize) })
-    }
+/// Returns `len` bytes from `offset` on of a region; `None` if they do not lie inside it.
+fn region_slice<R: GuestRam + ?Sized>(ram: &R, region: usize, offset: u64, len: u64) -> Option<RamSlice<'_>> {
+    let end = offset.checked_add(len)?;
+    let inside = end <= ram.layout().regions().get(region)?.len;
+    // SAFETY: `offset..end` lies inside the region, which the implementer of `GuestRam` promises to be mapped at
+    // this address for as long as `ram` lives; the slice borrows `ram`.
+    inside.then(|| unsafe { RamSlice::new(ram.host_address(region).add(offset as usize), len as usize) })
 }
 
 /// A piece of guest memory that other threads, vCPUs and the kernel may change at any time: an address and a length,
@@ -284,9 +297,8 @@ unsafe impl GuestRam for HeapRam {
     }
 
     fn populated(&self, into: &mut PageSet) -> io::Result<()> {
-        let ram: &dyn GuestRam = self;
         for page in self.layout.all().pages() {
-            if ram.slice(PageRange::new(page, 1)).is_ok_and(|s| !s.is_zero()) {
+            if self.slice(PageRange::new(page, 1)).is_ok_and(|s| !s.is_zero()) {
                 into.insert(page);
             }
         }
@@ -296,6 +308,8 @@ unsafe impl GuestRam for HeapRam {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::page::RamRegion;
 
@@ -307,7 +321,6 @@ mod tests {
     #[test]
     fn reads_what_was_written_at_any_alignment() {
         let ram = ram();
-        let ram: &dyn GuestRam = &ram;
         let data: Vec<u8> = (0..100).collect();
         for at in [0, 1, 7, 8, 0xffd] {
             ram.write(at, &data).unwrap();
@@ -318,9 +331,21 @@ mod tests {
     }
 
     #[test]
+    fn an_implementer_a_trait_object_and_an_arc_have_the_same_methods() {
+        let own = Arc::new(ram());
+        own.write(0x8000, b"here").unwrap();
+        let shared: Arc<dyn GuestRam> = own.clone();
+        let mut bytes = [0; 4];
+        shared.read(0x8000, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"here");
+        let borrowed: &dyn GuestRam = &*own;
+        assert_eq!(borrowed.slice_at(0x8000, 4).unwrap().as_ptr(), own.slice_at(0x8000, 4).unwrap().as_ptr());
+        assert!(HeapRam::slice(&own, PageRange::new(5, 1)).is_err());
+    }
+
+    #[test]
     fn accesses_outside_are_refused() {
         let ram = ram();
-        let ram: &dyn GuestRam = &ram;
         for (gpa, len) in [(0x4000, 1), (0x3fff, 2), (0x9000, 1), (u64::MAX, 1), (0, u64::MAX), (0x7fff, 1)] {
             assert!(ram.slice_at(gpa, len).is_err(), "{gpa:#x} {len:#x}");
         }
@@ -333,7 +358,6 @@ mod tests {
     #[test]
     fn zero_pages_are_found() {
         let ram = ram();
-        let ram: &dyn GuestRam = &ram;
         let page = ram.slice(PageRange::new(1, 1)).unwrap();
         assert!(page.is_zero());
         for at in [0, 1, 63, 64, 4095] {
@@ -351,7 +375,6 @@ mod tests {
     #[test]
     fn a_zero_is_told_from_anything_else_at_any_length_and_alignment() {
         let ram = ram();
-        let ram: &dyn GuestRam = &ram;
         for len in (0..140).chain([4095]) {
             for start in [0, 3] {
                 let slice = ram.slice_at(start, len).unwrap();
@@ -388,7 +411,7 @@ mod tests {
         let (mut populated, ram) = (PageSet::empty(5), Plain(ram()));
         ram.populated(&mut populated).unwrap();
         assert_eq!(populated, PageSet::full(5));
-        let slice = (&ram as &dyn GuestRam).slice_at(0x8010, 4).unwrap();
+        let slice = ram.slice_at(0x8010, 4).unwrap();
         assert_eq!(slice.as_ptr(), ram.host_address(1).as_ptr().wrapping_add(0x10));
     }
 }

@@ -16,7 +16,7 @@ use crate::{
 
 /// A dirty tracker failed. The migration ends and the source's guest runs on.
 ///
-/// Its text has that of its cause.
+/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain).
 #[derive(Debug)]
 pub struct TrackerError {
     tracker: &'static str,
@@ -47,8 +47,7 @@ impl TrackerError {
 
 impl fmt::Display for TrackerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "dirty tracker {}: {}", self.tracker, self.what)?;
-        self.cause.as_ref().map_or(Ok(()), |cause| write!(f, ": {cause}"))
+        write!(f, "dirty tracker {}: {}", self.tracker, self.what)
     }
 }
 

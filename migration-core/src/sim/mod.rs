@@ -81,6 +81,7 @@ use crate::{
     protocol::{DestinationPhase, SourcePhase},
     store::ManualClock,
     strategy::{Destination, Linear, Place, Running, Strategy},
+    text::describe,
     wire::Control,
 };
 
@@ -303,7 +304,7 @@ impl Simulation {
 
     fn note_broken(&mut self, result: Result<(), MigrationError>) {
         if let Err(error) = result {
-            self.broken.push(error.to_string());
+            self.broken.push(describe(&error));
         }
     }
 

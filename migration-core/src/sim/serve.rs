@@ -13,6 +13,7 @@ use crate::{
     protocol::SourcePhase,
     store::limits::MAX_RUN_PAGES,
     strategy::{Linear, PushOrder, push_order::checked_next},
+    text::describe,
 };
 
 /// How long it takes to find a lost link again.
@@ -88,7 +89,7 @@ impl Simulation {
     /// Returns the entry into which the next pages go, if the direct link leaves egress for any.
     fn store_lane(&mut self, order: &dyn PushOrder) -> Option<u8> {
         if let Some(error) = self.source.put_failure.take() {
-            self.attempt.reported.push(error.to_string());
+            self.attempt.reported.push(describe(&error));
         }
         let entries = order.through().iter().filter_map(|place| self.entry_for(place));
         let open: Vec<_> = entries.filter(|entry| !self.source.failing.contains(entry)).collect();

@@ -17,6 +17,7 @@ use crate::{
     protocol::{SourceEvent, SourceMachine, SourcePhase},
     store::{Purpose, limits::MAX_RUN_PAGES},
     strategy::{Destination, Link, Place, Portion, PushOrder, Put, Round, Until, Verbs, Wake, push_order::DIRTIED},
+    text::describe,
     wire::add_missing,
 };
 
@@ -440,7 +441,7 @@ impl Verbs for Simulation {
     }
 
     fn report(&mut self, error: &MigrationError) {
-        self.attempt.reported.push(error.to_string());
+        self.attempt.reported.push(describe(error));
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {

@@ -43,8 +43,9 @@ pub use quick_eviction::QuickEviction;
 pub use scatter_gather::ScatterGather;
 pub use snapshot::Snapshot;
 pub use stop_and_copy::StopAndCopy;
-pub use verbs::{Done, HandedOver, Paused, Running, StillMissing, Verbs};
+pub use verbs::{Done, HandedOver, Paused, Running, Verbs};
 
+pub use crate::error::StillMissing;
 use crate::{MigrationError, spawner::GuestImpact};
 
 /// A way to migrate a VM.

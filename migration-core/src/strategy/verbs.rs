@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use thiserror::Error;
-
-use super::{Destination, Link, Place, Portion, PushOrder, Put, Round, Until, Wake};
+use super::{Destination, Link, Place, Portion, PushOrder, Put, Round, StillMissing, Until, Wake};
 use crate::{MigrationError, page_map::PageMap, page_set::PageSet};
 
 /// What an engine can do. Strategies use it through the tokens, which keep the order.
@@ -352,15 +350,6 @@ impl HandedOver<'_> {
         self.verbs.serve(order)?;
         Ok(Done(()))
     }
-}
-
-/// A strategy has [finished](HandedOver::finish) a migration that left pages behind. It has to
-/// [serve](HandedOver::serve) them.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("{pages} pages are missing at the destination")]
-pub struct StillMissing {
-    /// The number of pages that are only at the source.
-    pub pages: u64,
 }
 
 /// Proof that a strategy came to its end: only [`HandedOver`] and a [commit](Running::commit) make

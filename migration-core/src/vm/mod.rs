@@ -3,13 +3,12 @@
 mod description;
 mod destination;
 pub mod device;
-mod error;
 mod source;
 pub mod state;
 
 pub use self::{
     description::{SectionEstimate, StateEstimate, VmDescription, VmId},
     destination::{Arrived, DestinationHost, DestinationVm, FailedAttempt, ProtectedVm},
-    error::VmError,
     source::SourceVm,
 };
+pub use crate::vm_error::VmError;

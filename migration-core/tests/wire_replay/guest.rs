@@ -58,7 +58,7 @@ impl RecordedVm {
     }
 
     pub(crate) fn write(&self, page: u64, byte: u8) {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
         self.dirty.mark_page(page);
     }
@@ -167,7 +167,6 @@ impl Arrived {
 
 /// The pages that are not zero, and their checksums.
 pub(crate) fn checksums(ram: &HeapRam) -> BTreeMap<u64, u32> {
-    let ram: &dyn GuestRam = ram;
     let mut bytes = vec![0; PAGE_SIZE];
     let mut checksum = |page| {
         let slice = ram.slice(PageRange::new(page, 1)).unwrap();

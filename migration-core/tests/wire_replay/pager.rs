@@ -118,7 +118,7 @@ impl HeapPager {
 
     /// Takes over what is missing of `range`, whose contents are those of `from`.
     fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let mut installed = Installed { pages: 0, duplicates: range.count };
         let map = self.lock().map.clone().expect("it is armed");
         let Some(mut claim) = map.claim(range, PageCopy::Source).unwrap() else {
@@ -152,7 +152,7 @@ impl Pager for HeapPager {
 
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {
         let missing = map.missing();
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         for page in missing.iter() {
             ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[POISON; PAGE_SIZE]);
         }
@@ -186,7 +186,7 @@ impl Pager for HeapPager {
         }
         let region = RamRegion { gpa: 0, len: range.count * PAGE_SIZE as u64 };
         let aside = HeapRam::new(RamLayout::new(vec![region]).unwrap())?;
-        let slice = (&aside as &dyn GuestRam).slice(PageRange::new(0, range.count)).unwrap();
+        let slice = aside.slice(PageRange::new(0, range.count)).unwrap();
         fill(&[slice])?;
         Ok(self.take(range, Some(slice)))
     }

@@ -195,7 +195,7 @@ pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>)
 pub(crate) fn pages(pages: &[u64], sequence: u32, generation: u32) -> Vec<u8> {
     let mut vm = guest();
     vm.write_more();
-    let ram: &dyn GuestRam = &*vm.ram;
+    let ram = &vm.ram;
     let mut data = vec![0; pages.len() * PAGE_SIZE];
     for (page, data) in pages.iter().zip(data.chunks_mut(PAGE_SIZE)) {
         ram.slice(PageRange::new(*page, 1)).unwrap().copy_to(data);

@@ -157,7 +157,7 @@ impl Guest {
         if self.paused.load(Ordering::SeqCst) {
             return;
         }
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
         self.bits.mark(page);
     }

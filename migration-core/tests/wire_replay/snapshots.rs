@@ -12,6 +12,7 @@ use migration_core::{
     spawner::GuestImpact,
     state::{Section, VmState},
     store::{MemoryVersions, VersionStore},
+    text::describe,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
     vm::{SourceVm, VmDescription, VmError},
 };
@@ -50,14 +51,14 @@ impl Scripted {
     }
 
     fn write(&self, (page, byte): Write) {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
         self.dirty.mark_page(page);
     }
 
     fn first_byte(&self, page: u64) -> u8 {
         let mut byte = [0];
-        (&*self.ram as &dyn GuestRam).read(page << 12, &mut byte).unwrap();
+        self.ram.read(page << 12, &mut byte).unwrap();
         byte[0]
     }
 }
@@ -135,14 +136,15 @@ fn each_page_is_counted_as_what_it_was() {
     let host = Host { description, to, paging: None };
     let bytes = vm.description.layout.bytes();
     let small = RestoreOptions { max_ram_bytes: bytes - 1, ..RestoreOptions::default() };
-    assert!(restore(&mut store, &host, &small).err().unwrap().to_string().contains("bytes of RAM"));
+    let refused = restore(&mut store, &host, &small).err().unwrap();
+    assert!(describe(&refused).contains("bytes of RAM"), "{refused:?}");
     let just = RestoreOptions { max_ram_bytes: bytes, ..RestoreOptions::default() };
     let report = restore(&mut store, &host, &just).unwrap().report;
     assert_eq!((report.epoch, report.pages, report.running), (5, 35, true));
     let arrived = arrived.recv().unwrap();
     for page in (0..64).filter(|page| !(30..35).contains(page)) {
         let mut byte = [0];
-        (&*arrived.ram as &dyn GuestRam).read(page << 12, &mut byte).unwrap();
+        arrived.ram.read(page << 12, &mut byte).unwrap();
         assert_eq!(byte[0], vm.first_byte(page), "page {page}");
     }
     assert_eq!((arrived.pieces, arrived.state), (1, Some(state())));

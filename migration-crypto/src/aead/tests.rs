@@ -232,7 +232,6 @@ fn guest_memory_is_sealed_and_opened_like_any_other() {
 fn live_memory_is_sealed_as_it_was_read() {
     const LEN: u64 = 1 << 14;
     let memory = ram(LEN);
-    let memory: &dyn GuestRam = &memory;
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {

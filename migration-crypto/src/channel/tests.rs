@@ -100,7 +100,7 @@ fn ram() -> HeapRam {
 #[test]
 fn small_records_go_out_beside_a_large_one_while_there_is_room() {
     let ram = ram();
-    let slice = |len: usize| (&ram as &dyn GuestRam).slice_at(0, len as u64).unwrap();
+    let slice = |len: usize| ram.slice_at(0, len as u64).unwrap();
     let beside = SMALL_RECORDS_ROOM - OVERHEAD;
     for (head, slices, expected) in [
         (beside, vec![MAX], vec![vec![beside, MAX]]),
@@ -172,7 +172,7 @@ fn a_record_goes_straight_into_memory_that_has_room_for_it() {
     writer.write_all(b"abcd", &[]).unwrap();
     writer.write_all(b"efgh", &[]).unwrap();
     let ram = ram();
-    let slice = |len| (&ram as &dyn GuestRam).slice_at(0, len).unwrap();
+    let slice = |len| ram.slice_at(0, len).unwrap();
     let mut reader = reader(&tap);
     assert_eq!(reader.next_record(Some(slice(4))).unwrap(), 4);
     assert_eq!((reader.returned, reader.end), (0, 0));
@@ -197,7 +197,7 @@ fn empty_records_end_nothing_and_the_last_one_may_have_content() {
     writer.sealer.seal(&mut writer.records[record], true).unwrap();
     writer.flush().unwrap();
     let ram = ram();
-    let slice = (&ram as &dyn GuestRam).slice_at(0, 4).unwrap();
+    let slice = ram.slice_at(0, 4).unwrap();
     let mut from = reader(&tap);
     from.read_ram(&[slice]).unwrap();
     let mut got = [0; 4];

@@ -338,7 +338,6 @@ fn nothing_of_guest_memory_is_readable_on_the_wire() {
     let mut pair = meddled(psk(1), psk(1), move |_, bytes| keep.lock().unwrap().extend_from_slice(bytes));
     let (mut here, mut there) = pair.open_well(LaneKind::Control);
     let memory = ram(16);
-    let memory: &dyn GuestRam = &memory;
     let bytes = pattern(16 * 4096);
     memory.write(0, &bytes).unwrap();
     here.writer.write_all(b"head", &[memory.slice_at(0, 16 * 4096).unwrap()]).unwrap();

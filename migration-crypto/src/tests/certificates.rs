@@ -2,6 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
+use migration_core::text::describe;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
@@ -162,7 +163,7 @@ fn bad_folders_are_refused() {
         let useless = change(file, Some("nothing"), 0);
         assert!(matches!(useless, KeyError::Certificate { .. }), "{file}");
         let cause = std::error::Error::source(&useless).unwrap().to_string();
-        assert_eq!(useless.to_string().matches(&cause).count(), 1, "{useless}");
+        assert_eq!(describe(&useless).matches(&cause).count(), 1, "{useless:?}");
     }
     assert!(matches!(change("key.pem", None, 0o640), KeyError::Exposed { .. }));
     // a key that does not belong to the certificate

@@ -246,7 +246,7 @@ pub enum ReplaceError {
     #[error(transparent)]
     Vmm(#[from] VmError),
     /// There is no thread for the schedule.
-    #[error("no thread: {0}")]
+    #[error("no thread")]
     NoThread(#[source] io::Error),
 }
 

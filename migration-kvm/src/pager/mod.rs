@@ -49,7 +49,7 @@ const HUGE_BLOCK: u64 = HUGE_PAGE_SIZE / migration_core::PAGE_SIZE as u64;
 /// Zeros are installed by so many pages at a time (1 GiB), so that the map's lock is held for moments only.
 const ZERO_STEP: u64 = 1 << 18;
 
-/// There can be no pager.
+/// There can be no pager. What it displays does not repeat its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PagerError {
@@ -67,7 +67,7 @@ pub enum PagerError {
     #[error(transparent)]
     Ram(#[from] RamError),
     /// A descriptor for waking waiters could not be had.
-    #[error("wake-up descriptor: {0}")]
+    #[error("wake-up descriptor")]
     System(#[from] io::Error),
 }
 

@@ -67,7 +67,6 @@ impl Pages {
         let alias = self.alias.as_ref()?;
         // taking the memory now makes lack of it an error, not a signal; and it is one call for all pages
         alias.warm(range).ok()?;
-        let alias: &dyn GuestRam = alias;
         self.ram.layout().split(range).map(|(_, _, piece)| alias.slice(piece).ok()).collect()
     }
 

@@ -127,7 +127,7 @@ pub(super) struct Staging<'a> {
 impl Staging<'_> {
     /// The memory of `range`, as page numbers of the buffer.
     pub(super) fn slice(&self, range: PageRange) -> io::Result<RamSlice<'_>> {
-        let ram: &dyn GuestRam = self.buffer.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let ram = self.buffer.as_ref().ok_or(io::ErrorKind::NotFound)?;
         ram.slice(range).map_err(io::Error::other)
     }
 }

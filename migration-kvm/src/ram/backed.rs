@@ -219,7 +219,7 @@ mod tests {
         for backing in [Backing::Anonymous, Backing::Memfd] {
             let ram = ram(backing);
             let backed = BackedRam::of(ram.clone()).unwrap();
-            let memory: &dyn GuestRam = &*ram;
+            let memory = &ram;
             memory.write(0x10_0000, &[1; 0x2000]).unwrap();
             backed.discard(PageRange::new(3, 1)).unwrap();
             let mut bytes = [9; 2];

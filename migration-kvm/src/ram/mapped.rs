@@ -66,7 +66,7 @@ impl Pacer {
 /// use migration_kvm::ram::{Backing, MappedRam};
 /// let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }])?;
 /// let ram = MappedRam::new(layout, Backing::Memfd)?;
-/// (&ram as &dyn GuestRam).write(0x3000, b"hello")?;
+/// ram.write(0x3000, b"hello")?;
 /// let mut populated = PageSet::empty(256);
 /// ram.populated(&mut populated)?;
 /// assert!(populated.iter().eq([3]));
@@ -522,15 +522,14 @@ mod tests {
         for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
             let ram = MappedRam::new(layout(), backing).unwrap();
             assert!(populated(&ram).is_empty(), "{backing}");
-            let dynamic: &dyn GuestRam = &ram;
             for (index, region) in layout().regions().iter().enumerate() {
                 let address = ram.host_address(index).as_ptr() as u64;
                 assert_eq!(address % HUGE_PAGE_SIZE, region.gpa % HUGE_PAGE_SIZE);
             }
-            dynamic.write(0x5000, &[1]).unwrap();
-            dynamic.write(0xa0_2fff, &[1]).unwrap();
+            ram.write(0x5000, &[1]).unwrap();
+            ram.write(0xa0_2fff, &[1]).unwrap();
             let mut byte = [9];
-            dynamic.read(0x9000, &mut byte).unwrap(); // maps the zero page, which is still a hole
+            ram.read(0x9000, &mut byte).unwrap(); // maps the zero page, which is still a hole
             let set = populated(&ram);
             assert!(set.contains(4) && set.contains(0x300 + 0x202), "{backing} {set:?}");
             if backing != Backing::TransparentHuge {
@@ -552,7 +551,7 @@ mod tests {
             let mut ram = MappedRam::new(layout(), backing).unwrap();
             ram.pagemap = Pagemap::open_if_at("/no/such/proc/self/pagemap").unwrap();
             assert!(ram.pagemap.is_none());
-            (&ram as &dyn GuestRam).write(0x5000, &[1]).unwrap();
+            ram.write(0x5000, &[1]).unwrap();
             let (found, all) = (populated(&ram), ram.layout().pages());
             assert_eq!(found.len(), if backing == Backing::Memfd { 1 } else { all }, "{backing}");
             assert!(found.contains(4));
@@ -563,10 +562,10 @@ mod tests {
     fn a_second_mapping_sees_the_same_memory() {
         let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
         let alias = ram.alias().unwrap().unwrap();
-        (&alias as &dyn GuestRam).write(0x7000, b"x").unwrap();
+        alias.write(0x7000, b"x").unwrap();
         let mut byte = [0];
         assert!(populated(&ram).iter().eq([6]), "not mapped here, but in the file");
-        (&ram as &dyn GuestRam).read(0x7000, &mut byte).unwrap();
+        ram.read(0x7000, &mut byte).unwrap();
         assert_eq!(&byte, b"x");
         assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().alias().unwrap().is_none());
     }
@@ -614,14 +613,14 @@ mod tests {
     #[test]
     fn another_mapping_is_prefaulted_where_it_has_contents() {
         let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
-        (&ram as &dyn GuestRam).write(0x5000, &[1; 0x3000]).unwrap();
+        ram.write(0x5000, &[1; 0x3000]).unwrap();
         let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
         let other = MappedRam::from_memory_files(layout(), files, Backing::Memfd).unwrap();
         assert!(other.warm_shared(Duration::from_secs(60)).unwrap());
         // holes stay holes
         assert!(populated(&other).iter().eq([4, 5, 6]), "{:?}", populated(&other));
         let mut byte = [0];
-        (&other as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
+        other.read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);
         assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
         // with a function of the caller, which gets only populated pages
@@ -638,7 +637,7 @@ mod tests {
         // unmapping in one mapping changes the contents of neither
         assert!(ram.cool_shared(Duration::from_secs(60)).unwrap());
         assert!(populated(&ram).iter().eq([4, 5, 6]));
-        (&ram as &dyn GuestRam).read(0x7fff, &mut byte).unwrap();
+        ram.read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);
     }
 

@@ -189,7 +189,7 @@ pub enum RamError {
         count: u64,
     },
     /// A system call failed.
-    #[error("guest RAM: {what}: {source}")]
+    #[error("guest RAM: {what}")]
     System {
         /// The action that failed.
         what: &'static str,

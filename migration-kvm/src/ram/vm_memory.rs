@@ -25,7 +25,7 @@ pub enum VmMemoryError {
     #[error("the region at {0:#x} is not mapped into this process whole and page-aligned")]
     NotMapped(u64),
     /// The file /proc/self/pagemap exists but cannot be opened.
-    #[error("open /proc/self/pagemap: {0}")]
+    #[error("open /proc/self/pagemap")]
     Pagemap(#[source] io::Error),
 }
 
@@ -235,7 +235,7 @@ mod tests {
         ram.populated(&mut populated).unwrap();
         assert!(populated.contains(0) && populated.contains(6) && populated.contains(7), "{populated:?}");
         let mut bytes = [0; 4];
-        (&ram as &dyn GuestRam).read(0x10_2ffe, &mut bytes).unwrap();
+        ram.read(0x10_2ffe, &mut bytes).unwrap();
         assert_eq!(&bytes, b"late");
         tracker.put_back(&dirty);
         let mut again = PageSet::empty(12);

@@ -121,7 +121,6 @@ mod tests {
     fn a_walk_notes_tables_and_page() {
         let ram = ram();
         let entry = |table: u64, index: u64, value: u64| {
-            let ram: &dyn GuestRam = &ram;
             ram.write(table * 4096 + index * 8, &value.to_le_bytes()).unwrap();
         };
         // the table indices of 0xffff_8000_0020_1000 are 256, 0, 1, 1
@@ -147,7 +146,7 @@ mod tests {
         #[test]
         fn whatever_the_guest_has_written_it_ends(words in prop::collection::vec(any::<u64>(), 512), cr3 in any::<u64>(), linear in any::<u64>(), levels in 4u32..6) {
             let ram = ram();
-            let memory: &dyn GuestRam = &ram;
+            let memory = &ram;
             for (at, word) in words.iter().enumerate() {
                 memory.write(at as u64 * 8, &(word & 0xff_ffff).to_le_bytes()).unwrap();
             }

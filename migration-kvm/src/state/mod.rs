@@ -54,7 +54,7 @@ pub const STATE_VERSION: u32 = 1;
 #[non_exhaustive]
 pub enum StateError {
     /// KVM refused a request.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Ioctl {
         /// The name of the ioctl, or its purpose.
         what: &'static str,

@@ -1,10 +1,11 @@
 //! The host features that a VM's vCPUs need. A destination compares them with its own and can
 //! refuse the VM before any RAM is sent.
 
-use std::fmt;
+use std::{error::Error, fmt};
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use migration_core::text::describe;
 
 use super::{
     Irqchip, Msr, MsrList, StateError,
@@ -183,7 +184,7 @@ impl fmt::Display for Mismatch {
     }
 }
 
-impl std::error::Error for Mismatch {}
+impl Error for Mismatch {}
 
 /// Returns whether two TSC frequencies in kHz count as equal.
 pub(super) fn within_tolerance(a: u32, b: u32) -> bool {
@@ -245,7 +246,7 @@ impl HostNeeds {
     /// # Errors
     /// Returns everything that the host lacks.
     pub fn check(&self, kvm: &Kvm) -> Result<(), Vec<Mismatch>> {
-        let probe = |e: &dyn fmt::Display| vec![Mismatch::Probe(e.to_string())];
+        let probe = |e: &dyn Error| vec![Mismatch::Probe(describe(e))];
         let host = offered(kvm).map_err(|e| probe(&e))?;
         let list = MsrList::probe(kvm).map_err(|e| probe(&e))?;
         let vm = kvm.create_vm().map_err(|e| probe(&e))?;
@@ -312,11 +313,11 @@ impl HostNeeds {
 
     /// Sets CPUID and feature MSRs of a scratch vCPU. Returns the MSRs that it refuses.
     fn try_features(&self, vm: &VmFd) -> Result<Vec<Msr>, String> {
-        let vcpu = vm.create_vcpu(0).map_err(|e| e.to_string())?;
+        let vcpu = vm.create_vcpu(0).map_err(describe)?;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| "too many entries".to_owned())?;
-        vcpu.set_cpuid2(&cpuid).map_err(|e| e.to_string())?;
-        let refused = msrs::write(&vcpu, &self.feature_msrs).map_err(|e| e.to_string())?;
-        msrs::still_wrong(&vcpu, &refused).map_err(|e| e.to_string())
+        vcpu.set_cpuid2(&cpuid).map_err(describe)?;
+        let refused = msrs::write(&vcpu, &self.feature_msrs).map_err(describe)?;
+        msrs::still_wrong(&vcpu, &refused).map_err(describe)
     }
 
     /// Returns the encoding that is sent to the destination.

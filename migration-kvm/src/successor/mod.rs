@@ -92,7 +92,7 @@ pub fn take_control(interim: &Path, control: &Path) -> io::Result<()> {
 #[non_exhaustive]
 pub enum SuccessorError {
     /// Its program cannot be started.
-    #[error("starting {}: {cause}", program.display())]
+    #[error("starting {}", program.display())]
     Start {
         /// The program.
         program: PathBuf,
@@ -123,7 +123,7 @@ pub enum SuccessorError {
         path: PathBuf,
     },
     /// The path of an endpoint cannot be looked at, or not be freed.
-    #[error("{}: {cause}", path.display())]
+    #[error("{}", path.display())]
     Endpoint {
         /// The path.
         path: PathBuf,
@@ -132,7 +132,7 @@ pub enum SuccessorError {
         cause: io::Error,
     },
     /// The identity of a process cannot be read.
-    #[error("the identity of {process}: {cause}")]
+    #[error("the identity of {process}")]
     Identity {
         /// Which process: "this process" or "the successor".
         process: &'static str,

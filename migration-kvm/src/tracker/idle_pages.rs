@@ -377,8 +377,7 @@ mod tests {
         let ram = Arc::new(MappedRam::new(layout, Backing::Anonymous).unwrap());
         ram.warm(ram.layout().all()).unwrap();
         let idle = IdlePages::watch(ram.clone()).unwrap();
-        let memory: &dyn GuestRam = &*ram;
-        memory.slice(touched).unwrap().copy_to(&mut vec![0; touched.count as usize * PAGE_SIZE]);
+        ram.slice(touched).unwrap().copy_to(&mut vec![0; touched.count as usize * PAGE_SIZE]);
         let mut found = PageSet::empty(pages);
         idle.referenced(&mut found).unwrap();
         let hits = found.count_in(touched);

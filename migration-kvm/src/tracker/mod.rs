@@ -161,6 +161,8 @@ fn inactive(tracker: &'static str) -> TrackerError {
 
 #[cfg(test)]
 mod tests {
+    use migration_core::text::describe;
+
     use super::*;
 
     #[test]
@@ -169,7 +171,7 @@ mod tests {
         let error = failed("dirty-log", "turn logging on")(refused());
         let cause = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
         assert_eq!(cause.and_then(std::io::Error::raw_os_error), Some(libc::EPERM));
-        assert_eq!(error.to_string(), format!("dirty tracker dirty-log: turn logging on: {}", refused()));
+        assert_eq!(describe(&error), format!("dirty tracker dirty-log: turn logging on: {}", refused()));
         assert!(inactive("dirty-log").source().is_none());
     }
 

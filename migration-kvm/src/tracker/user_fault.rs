@@ -86,9 +86,9 @@ impl std::ops::BitOr for Modes {
     }
 }
 
-/// The error of a userfaultfd request. Its text includes that of its cause.
+/// The error of a userfaultfd request. Its text does not repeat its cause.
 #[derive(Debug, Error)]
-#[error("userfaultfd: {what}: {cause}{advice}")]
+#[error("userfaultfd: {what}{advice}")]
 pub struct UserFaultError {
     /// The action that failed.
     pub what: &'static str,
@@ -100,8 +100,8 @@ pub struct UserFaultError {
 }
 
 /// The advice for missing permissions.
-const PERMISSION: &str = "; it needs read and write access to /dev/userfaultfd, or without that device CAP_SYS_PTRACE or \
-                          the sysctl vm.unprivileged_userfaultfd=1";
+const PERMISSION: &str = " (this needs read and write access to /dev/userfaultfd, or without that device \
+                          CAP_SYS_PTRACE or the sysctl vm.unprivileged_userfaultfd=1)";
 
 fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl Fn(E) -> UserFaultError {
     move |error| UserFaultError { what, cause: error.into(), advice: "" }
@@ -277,6 +277,14 @@ mod tests {
     use crate::ram::{Backing, MappedRam};
 
     #[test]
+    fn a_refusal_is_told_once_with_what_to_do_about_it() {
+        let refused = UserFaultError { advice: PERMISSION, ..failed("create")(io::Error::other("not permitted")) };
+        let text = migration_core::text::describe(&refused);
+        assert!(text.starts_with("userfaultfd: create (this needs") && text.ends_with("): not permitted"), "{text}");
+        assert!(!refused.to_string().contains("not permitted"), "{refused}");
+    }
+
+    #[test]
     fn modes_add_up_and_overlaps_are_refused() {
         let Ok(fault) = UserFault::new() else { return eprintln!("ignored: no userfaultfd") };
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x10_0000 }]).unwrap();
@@ -290,6 +298,6 @@ mod tests {
         fault.unregister(at, len, Modes::WRITE_PROTECT).unwrap();
         fault.unregister(at, len, Modes::MISSING).unwrap();
         assert!(fault.unregister(at, len, Modes::MISSING).is_err());
-        (&ram as &dyn GuestRam).write(0, b"not missing any more").unwrap();
+        ram.write(0, b"not missing any more").unwrap();
     }
 }

@@ -60,6 +60,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use migration_core::{
     report::{Event, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner},
+    text::describe,
 };
 
 mod doing;
@@ -654,7 +655,7 @@ fn complete_io(index: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Option<Strin
             false
         }
     });
-    let why = end.or_else(|| completed.err().map(|e| e.to_string()))?;
+    let why = end.or_else(|| completed.err().map(describe))?;
     Some(format!("{why} on vCPU {index}{}", place(vcpu)))
 }
 

@@ -115,7 +115,7 @@ pub fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
     let layout = world.ram.layout().clone();
     let data = layout.region_pages(1).ok_or("no second region")?;
     let image = MappedRam::new(layout.clone(), Backing::Anonymous)?;
-    let source: &dyn GuestRam = &image;
+    let source = &image;
     source.write(CODE, &PROGRAM)?;
     // present, writable, user, accessed, dirty
     let entry = |to: u64| (to | 0x67).to_le_bytes();

@@ -160,7 +160,7 @@ fn zeros(backing: Backing) -> Outcome {
     // somebody else wrote to the file meanwhile
     if let Some(alias) = world.ram.alias()? {
         let gpa = world.ram.layout().gpa_of(100).ok_or("no page")?;
-        (&alias as &dyn GuestRam).write(gpa, b"garbage")?;
+        alias.write(gpa, b"garbage")?;
     }
     let toucher = thread::scope(|scope| -> Result<(), Failed> {
         let toucher = scope.spawn(|| world.read(1700).map_err(|e| format!("{e:?}")));
@@ -185,7 +185,7 @@ fn others_are_left_alone(backing: Backing) -> Outcome {
     let hidden = world.ram.alias()?;
     if let Some(alias) = &hidden {
         let gpa = world.ram.layout().gpa_of(1100).ok_or("no page")?;
-        (alias as &dyn GuestRam).write(gpa, &contents(1100, 6))?;
+        alias.write(gpa, &contents(1100, 6))?;
     }
     let mut missing = PageSet::empty(world.pages());
     missing.insert_range(range(1536, 512));
@@ -384,7 +384,7 @@ fn shared_huge_pages(backing: Backing) -> Outcome {
     other.warm_for_reading(range(0, 512))?;
     huge(&other)?;
     let mut there = [0; 6];
-    (&other as &dyn GuestRam).read(7 << 12, &mut there)?;
+    other.read(7 << 12, &mut there)?;
     ensure(&there == b"shared", || format!("{there:?}"))?;
     drop(other);
     // stale pages inside a huge one, and all of another one

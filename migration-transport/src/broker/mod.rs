@@ -22,12 +22,12 @@ use thiserror::Error;
 pub use client::{BrokerClient, RamLease};
 pub use server::{BrokerOptions, OwnerGone, RamBroker};
 
-/// A broker did not do what it was asked for. Its text has that of its cause.
+/// A broker did not do what it was asked for. What it displays does not repeat its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BrokerError {
     /// It cannot be reached, or went away, or does not answer.
-    #[error("the RAM broker at unix:{}: {cause}", path.display())]
+    #[error("the RAM broker at unix:{}", path.display())]
     Link {
         /// Its socket.
         path: PathBuf,
@@ -47,7 +47,7 @@ pub enum BrokerError {
     #[error("the RAM broker: {0}")]
     Refused(String),
     /// What it said makes no sense.
-    #[error("malformed data from the RAM broker: {0}")]
+    #[error("malformed data from the RAM broker")]
     Malformed(#[from] DecodeError),
     /// The files are not what the layout says.
     #[error("{0}")]

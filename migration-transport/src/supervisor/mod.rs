@@ -29,6 +29,7 @@
 //!
 //! use migration_core::{
 //!     fence::Fence,
+//!     text::describe,
 //!     vm::{VmError, VmId},
 //! };
 //! use migration_transport::{
@@ -57,7 +58,7 @@
 //!     }
 //!
 //!     fn lost(&self, vm: VmId, why: &NotRestarted) {
-//!         println!("{vm} is lost: {why}");
+//!         println!("{vm} is lost: {}", describe(why));
 //!     }
 //! }
 //!

@@ -70,7 +70,7 @@ pub enum NotRestarted {
     #[error("no snapshot of it was taken")]
     NothingSaved,
     /// Its record cannot be read.
-    #[error("what its owner left makes no sense: {0}")]
+    #[error("what its owner left makes no sense")]
     Record(#[source] VmError),
     /// To go on from its saved state kills it.
     #[error("it was restarted {MAX_RESTARTS} times within {RESTART_PERIOD:?}")]
@@ -79,7 +79,7 @@ pub enum NotRestarted {
     #[error(transparent)]
     Broker(#[from] BrokerError),
     /// Its process could not be started.
-    #[error("starting its new process: {0}")]
+    #[error("starting its new process")]
     Start(#[source] io::Error),
     /// Its process has ended before it had the VM.
     #[error("restoring {saved} has failed ({status})")]
@@ -90,6 +90,6 @@ pub enum NotRestarted {
         status: ExitStatus,
     },
     /// There is no thread for it.
-    #[error("no thread: {0}")]
+    #[error("no thread")]
     NoThread(#[source] io::Error),
 }

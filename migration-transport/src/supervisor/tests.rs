@@ -135,7 +135,7 @@ impl RestartVmm for Restarter {
     }
 
     fn lost(&self, _vm: VmId, why: &NotRestarted) {
-        self.events.lock().unwrap().send(Event::Lost(why.to_string())).unwrap();
+        self.events.lock().unwrap().send(Event::Lost(migration_core::text::describe(why))).unwrap();
     }
 }
 

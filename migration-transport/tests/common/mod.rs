@@ -77,7 +77,7 @@ impl Guest {
         let layout = layout();
         let page = self.at.load(Ordering::SeqCst) % layout.pages();
         let gpa = layout.gpa_of(page).unwrap();
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let mut count = [0; 8];
         ram.read(gpa, &mut count).unwrap();
         ram.write(gpa, &(u64::from_le_bytes(count) + 1).to_le_bytes()).unwrap();
@@ -104,7 +104,7 @@ impl Guest {
     /// exactly one edge.
     pub fn check(&self) {
         let (at, pages) = (self.at.load(Ordering::SeqCst), layout().pages());
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         for page in 0..pages {
             let mut bytes = [0; PAGE_SIZE];
             ram.slice(PageRange::new(page, 1)).unwrap().copy_to(&mut bytes);
@@ -147,7 +147,7 @@ impl TestVm {
     /// Makes a running VM. Two of three pages are not zero.
     pub fn new() -> Self {
         let guest = Guest::new();
-        let ram: &dyn GuestRam = &*guest.ram;
+        let ram = &guest.ram;
         for page in (0..layout().pages()).filter(|p| p % 3 != 0) {
             let fill = [page as u8 | 1; PAGE_SIZE - 8];
             ram.write(layout().gpa_of(page).unwrap() + 8, &fill).unwrap();

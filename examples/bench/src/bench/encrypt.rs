@@ -3,6 +3,7 @@
 use std::{ffi::OsStr, fmt, process::Command};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use migration_core::text::describe;
 use migration_crypto::keys;
 use minivmm_client::log;
 use serde::Serialize;
@@ -72,7 +73,7 @@ impl Cipher {
         };
         let key = folder.path("psk");
         if !key.exists() {
-            keys::generate(&key).map_err(|e| e.to_string())?;
+            keys::generate(&key).map_err(describe)?;
         }
         Ok(Encryption { encrypt, psk_file: Some(key), cipher_library, ..Encryption::default() })
     }

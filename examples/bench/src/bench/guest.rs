@@ -19,6 +19,7 @@ use guests::{
 use migration_core::{
     page::{RamLayout, RamRegion},
     ram::GuestRam,
+    text::Chain,
 };
 use migration_kvm::ram::{Backing, MappedRam};
 
@@ -50,7 +51,7 @@ impl Memory {
     fn read(&self, gpa: u64, to: &mut [u8]) -> Result<(), String> {
         match self {
             Self::Process { file, base } => file.read_exact_at(to, base + gpa).map_err(|e| e.to_string()),
-            Self::Shared(ram) => (ram as &dyn GuestRam).read(gpa, to).map_err(|e| e.to_string()),
+            Self::Shared(ram) => ram.read(gpa, to).map_err(|e| e.to_string()),
         }
         .map_err(|why| format!("guest memory at {gpa:#x}: {why}"))
     }
@@ -58,7 +59,7 @@ impl Memory {
     fn write(&self, gpa: u64, from: &[u8]) -> Result<(), String> {
         match self {
             Self::Process { file, base } => file.write_all_at(from, base + gpa).map_err(|e| e.to_string()),
-            Self::Shared(ram) => (ram as &dyn GuestRam).write(gpa, from).map_err(|e| e.to_string()),
+            Self::Shared(ram) => ram.write(gpa, from).map_err(|e| e.to_string()),
         }
         .map_err(|why| format!("guest memory at {gpa:#x}: {why}"))
     }
@@ -84,7 +85,7 @@ fn memory_file(pid: u32, len: u64, backing: Backing) -> Result<Option<MappedRam>
         let file = File::options().read(true).write(true).open(&path).map_err(|e| format!("{path}: {e}"))?;
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len }]).map_err(|e| e.to_string())?;
         let ram = MappedRam::from_memory_files(layout, vec![file.into()], backing);
-        return ram.map(Some).map_err(|e| format!("{path}: {e}"));
+        return ram.map(Some).map_err(|e| format!("{path}: {}", Chain(&e)));
     }
     Ok(None)
 }

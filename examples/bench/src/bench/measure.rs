@@ -11,6 +11,7 @@ use migration_core::{
     channel::{ReadHalf, WriteHalf},
     page::{PageRange, RamLayout, RamRegion},
     ram::GuestRam,
+    text::describe,
 };
 use migration_kvm::ram::{Backing, MappedRam};
 use migration_transport::{Address, ConnectOptions, bind, connector};
@@ -268,11 +269,11 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
 
 fn ram(bytes: u64) -> Result<MappedRam, String> {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: bytes.next_multiple_of(2 << 20) }]);
-    MappedRam::new(layout.map_err(|e| e.to_string())?, Backing::TransparentHuge).map_err(|e| e.to_string())
+    MappedRam::new(layout.map_err(|e| e.to_string())?, Backing::TransparentHuge).map_err(describe)
 }
 
 fn populate(ram: &MappedRam) -> Result<(), String> {
-    ram.warm(PageRange::new(0, ram.layout().pages())).map_err(|e| e.to_string())
+    ram.warm(PageRange::new(0, ram.layout().pages())).map_err(describe)
 }
 
 /// Touches as much memory as a source and a destination of a guest of this size need, so that the host has it at hand;
@@ -307,7 +308,7 @@ impl BareCopy {
             piece.copy_from_slice(&word.to_le_bytes());
         }
         for at in (0..bytes / CHUNK).map(|n| n * CHUNK) {
-            (&from as &dyn GuestRam).write(at, &block).map_err(|e| e.to_string())?;
+            from.write(at, &block).map_err(|e| e.to_string())?;
         }
         let any: Address = "tcp:127.0.0.1:0".parse().map_err(|e| format!("{e}"))?;
         let mut listener = bind(&any).map_err(|e| format!("{any}: {e}"))?;

@@ -18,7 +18,8 @@ use migration_core::{
 use migration_crypto::{
     KeyLimits, Suite,
     aead::{AeadKey, NONCE_LEN, TAG_LEN},
-    record::{OVERHEAD, fixed_key},
+    fixed_key,
+    record::OVERHEAD,
 };
 use serde::Serialize;
 
@@ -128,13 +129,13 @@ fn ram(bytes: u64) -> Result<HeapRam, String> {
     let ram = HeapRam::new(layout).map_err(|e| e.to_string())?;
     let block = vec![0x5a; 1 << 20];
     for at in (0..bytes).step_by(block.len()) {
-        (&ram as &dyn GuestRam).write(at, &block).map_err(|e| e.to_string())?;
+        ram.write(at, &block).map_err(|e| e.to_string())?;
     }
     Ok(ram)
 }
 
 fn slice(ram: &HeapRam, at: u64, len: usize) -> Result<RamSlice<'_>, String> {
-    (ram as &dyn GuestRam).slice_at(at, len as u64).map_err(|e| e.to_string())
+    ram.slice_at(at, len as u64).map_err(|e| e.to_string())
 }
 
 /// GB/s of `work`, which says how many bytes it has done.

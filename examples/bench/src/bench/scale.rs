@@ -8,7 +8,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
-use migration_core::{PAGE_SHIFT, PageSet, tracker::DirtyTracker};
+use migration_core::{PAGE_SHIFT, PageSet, text::describe, tracker::DirtyTracker};
 use migration_kvm::tracker::{DirtyLog, GuestSlots, MAX_SLOT_BYTES, ManualProtect};
 use minivmm_client::{MigrateRequest, Request, ask, log};
 use serde::Serialize;
@@ -153,15 +153,15 @@ fn harvests(bytes: u64, most: u64) -> Result<Vec<Harvest>, String> {
     let mut all = Vec::new();
     for tracker in &mut trackers {
         let began = Instant::now();
-        tracker.start().map_err(|e| e.to_string())?;
+        tracker.start().map_err(describe)?;
         let start_ms = ms(began.elapsed());
         let mut times = Vec::new();
         for _ in 0..REPEAT {
             let (began, mut written) = (Instant::now(), PageSet::empty(slots.ram().layout().pages()));
-            tracker.harvest(&mut written).map_err(|e| e.to_string())?;
+            tracker.harvest(&mut written).map_err(describe)?;
             times.push(ms(began.elapsed()));
         }
-        tracker.stop().map_err(|e| e.to_string())?;
+        tracker.stop().map_err(describe)?;
         let harvest_ms = median(times).unwrap_or_default();
         all.push(Harvest { bytes, tracker: tracker.name(), start_ms, harvest_ms });
     }

@@ -9,7 +9,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use kvm_ioctls::Kvm;
-use migration_core::{GuestRam, PAGE_SHIFT, RamLayout, RamRegion};
+use migration_core::{GuestRam, PAGE_SHIFT, RamLayout, RamRegion, text::describe};
 use migration_kvm::{
     ram::{Backing, MappedRam},
     tracker::{GuestSlots, MAX_SLOT_BYTES, SlotError},
@@ -54,7 +54,7 @@ struct Row {
 
 pub(super) fn sparse(bytes: u64) -> Result<Arc<dyn GuestRam>, String> {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: bytes }]).map_err(|e| e.to_string())?;
-    Ok(Arc::new(MappedRam::new(layout, Backing::Anonymous).map_err(|e| e.to_string())?))
+    Ok(Arc::new(MappedRam::new(layout, Backing::Anonymous).map_err(describe)?))
 }
 
 pub(super) fn kvm() -> Result<Kvm, String> {

@@ -35,7 +35,7 @@ impl SupervisedVm for AtBroker {
 impl Instance {
     /// Has the broker, if there is one, keep the VM's RAM.
     pub(crate) fn keep_ram(&self) -> Result<(), String> {
-        self.tell_broker(Change::Nothing).map_err(|e| e.to_string())
+        self.tell_broker(Change::Nothing).map_err(describe)
     }
 
     /// Where the broker is, if there is one. Waits for nobody.
@@ -59,7 +59,7 @@ impl Instance {
     /// The VM has ended well or moved away.
     pub(super) fn forget_ram(&self) {
         if let Err(error) = self.kept.release() {
-            log!("{error}");
+            log!("{}", Chain(&error));
         }
     }
 
@@ -85,7 +85,7 @@ impl Instance {
             return Ok(());
         }
         let told = self.kept.update_or_fail(self.at_broker().as_ref().map(|vm| vm as _), change);
-        told.map_err(|e| format!("the broker would not know where the VM is, and might restart it: {e}"))
+        told.map_err(|e| format!("the broker would not know where the VM is, and might restart it: {}", Chain(&e)))
     }
 
     /// The VM is about to leave for `to`: for the process `heir`, or nobody knows for which one.
@@ -135,7 +135,7 @@ impl Instance {
         let file = snapshot.file.clone();
         let told = match self.lender() {
             Some(lender) => control::ask_peer(&lender, &Request::Saved { snapshot }).map(drop),
-            None => self.tell_broker(Change::Saved(snapshot)).map_err(|e| e.to_string()),
+            None => self.tell_broker(Change::Saved(snapshot)).map_err(describe),
         };
         if let Err(why) = told {
             log!("the VM is not restarted from {}: {why}", file.display());

@@ -278,7 +278,7 @@ impl Instance {
 
     /// A borrower has no use for the dirty log any more.
     pub(crate) fn stop_log(&self) -> Result<Value, String> {
-        self.home("stop log")?.stop_log().map_err(|e| format!("stop log: {e}"))?;
+        self.home("stop log")?.stop_log().map_err(|e| format!("stop log: {}", Chain(&e)))?;
         Ok(json!({"log": false}))
     }
 
@@ -335,7 +335,7 @@ impl HomeVmm for Instance {
     }
 
     fn not_taken_over(&self, why: &TakeOverError) {
-        log!("the VM is complete here, and does not run: {why}");
+        log!("the VM is complete here, and does not run: {}", Chain(why));
     }
 
     fn unwatched(&self, why: &std::io::Error) {

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use migration_core::strategy::push_order::UnknownOrder;
+use migration_core::{strategy::push_order::UnknownOrder, text::describe};
 use minivmm_client::encryption::EncryptionError;
 use thiserror::Error;
 
@@ -31,14 +31,15 @@ pub(crate) enum Refused {
     #[error("migrate: {0}")]
     NotToldOfLeaving(String),
     /// The snapshot's file cannot be made.
-    #[error("snapshot: {0}")]
-    Store(io::Error),
+    #[error("snapshot")]
+    Store(#[source] io::Error),
     /// There is no thread for it.
-    #[error("{what}: no thread: {cause}")]
+    #[error("{what}: no thread")]
     Thread {
         /// What does not begin.
         what: &'static str,
         /// Why there is none.
+        #[source]
         cause: io::Error,
     },
     /// It has begun, and the process or its thread ends before it does.
@@ -49,6 +50,6 @@ pub(crate) enum Refused {
 /// For requests whose failures are texts.
 impl From<Refused> for String {
     fn from(refused: Refused) -> Self {
-        refused.to_string()
+        describe(refused)
     }
 }

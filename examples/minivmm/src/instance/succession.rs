@@ -37,7 +37,7 @@ impl Instance {
                     log!("the VMM to be replaced has died, and its VM did not come");
                     instance.exit(1);
                 }
-                Err(why) => log!("the VM is complete here, and does not run: {why}"),
+                Err(why) => log!("the VM is complete here, and does not run: {}", Chain(&why)),
             }
         };
         thread::Builder::new().name("watch".into()).spawn(watch).map(drop).map_err(|e| format!("no thread: {e}"))

@@ -36,8 +36,12 @@ const HIGH_START: u64 = 0x10_0000;
 /// A kernel cannot be loaded.
 #[derive(Debug, Error)]
 pub(crate) enum BootError {
-    #[error("{file}: {cause}")]
-    File { file: String, cause: io::Error },
+    #[error("{file}")]
+    File {
+        file: String,
+        #[source]
+        cause: io::Error,
+    },
     #[error("{file} is no ELF64 that can be loaded into {memory} bytes of guest RAM: {cause}")]
     Elf { file: String, memory: u64, cause: String },
     #[error("{0} has no PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY)")]

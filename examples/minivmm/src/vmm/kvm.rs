@@ -5,7 +5,9 @@ use std::{io, sync::Arc};
 use bytes::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use migration_core::{GuestRam, spawner::StdSpawner, state::VmState, tracker::DirtyTracker, vm::VmError};
+use migration_core::{
+    GuestRam, spawner::StdSpawner, state::VmState, text::describe, tracker::DirtyTracker, vm::VmError,
+};
 use migration_kvm::{
     probe::Probe,
     state::{self, HostNeeds, Irqchip, VCPU_SECTION, VM_SECTION, VcpuSaver},
@@ -59,17 +61,17 @@ impl KvmProcessors {
         line: &vmm_sys_util::eventfd::EventFd,
     ) -> Result<Self, String> {
         let ioctl = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {e}");
-        let kind = Probe::new(kvm).choose(wanted).map_err(|e| e.to_string())?;
+        let kind = Probe::new(kvm).choose(wanted).map_err(describe)?;
         let vm = Arc::new(kvm.create_vm().map_err(ioctl("creating a VM"))?);
         let ring = (kind == TrackerKind::DirtyRing)
             .then(|| DirtyRing::enable(vm.clone(), 65_536))
             .transpose()
-            .map_err(|e| e.to_string())?;
+            .map_err(describe)?;
         let slots = install_slots(&vm, ram)?;
         vm.create_irq_chip().map_err(ioctl("creating the irqchip"))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(ioctl("creating the timer"))?;
         vm.register_irqfd(line, SERIAL_GSI).map_err(ioctl("wiring the serial port's interrupt"))?;
-        let mut saver = VcpuSaver::probe(kvm, &vm).map_err(|e| e.to_string())?;
+        let mut saver = VcpuSaver::probe(kvm, &vm).map_err(describe)?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(ioctl("asking for CPUID"))?;
         let mut fds = Vec::new();
         for index in 0..cpus {
@@ -78,17 +80,17 @@ impl KvmProcessors {
             set_topology(cpuid.as_mut_slice(), index, cpus);
             vcpu.set_cpuid2(&cpuid).map_err(ioctl("setting CPUID"))?;
             if let Some(ring) = &ring {
-                ring.collector().add_vcpu(&vcpu).map_err(|e| e.to_string())?;
+                ring.collector().add_vcpu(&vcpu).map_err(describe)?;
             }
             fds.push(vcpu);
         }
         let first = fds.first().ok_or("a VM needs a vCPU")?;
-        saver.learn(first).map_err(|e| e.to_string())?;
-        let needs = HostNeeds::of(kvm, &vm, first, IRQCHIP).map_err(|e| e.to_string())?.encode();
+        saver.learn(first).map_err(describe)?;
+        let needs = HostNeeds::of(kvm, &vm, first, IRQCHIP).map_err(describe)?.encode();
         let tsc_khz = first.get_tsc_khz().map_or(0, u64::from);
         let collect = ring.as_ref().map(|ring| {
             let collector = ring.collector();
-            let collect = move || collector.collect().map(drop).map_err(|e| e.to_string());
+            let collect = move || collector.collect().map(drop).map_err(describe);
             Box::new(collect) as RingFull
         });
         let starting = |e: io::Error| format!("starting vCPU threads: {e}");
@@ -160,7 +162,7 @@ impl Processors for KvmProcessors {
             vcpu.set_sregs(&sregs)?;
             vcpu.set_regs(&regs)
         };
-        let done = self.vcpus.on_each(set).map_err(|e| e.to_string())?;
+        let done = self.vcpus.on_each(set).map_err(describe)?;
         done.into_iter()
             .collect::<Result<(), kvm_ioctls::Error>>()
             .map_err(|e| format!("setting the boot CPU's registers: {e}"))
@@ -215,7 +217,7 @@ impl Processors for KvmProcessors {
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String> {
         let (vm, slots) = (self.vm.clone(), self.slots.clone());
         let parts = Parts { vm, slots, user_fault: self.fault.clone(), ring: self.ring.as_ref() };
-        build(self.kind, parts).map_err(|e| e.to_string())
+        build(self.kind, parts).map_err(describe)
     }
 
     fn tsc_khz(&self) -> u64 {

@@ -20,6 +20,7 @@ use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet,
     device::DeviceSet,
     state::VmState,
+    text::{Chain, describe},
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, TrackerError, UnionTracker},
     vm::{SectionEstimate, StateEstimate, VmError, VmId},
 };
@@ -75,7 +76,7 @@ pub struct MachineError(String);
 
 impl From<BootError> for MachineError {
     fn from(error: BootError) -> Self {
-        Self(error.to_string())
+        Self(describe(error))
     }
 }
 
@@ -188,7 +189,7 @@ impl Machine {
     /// Builds a machine. Without KVM it becomes a software guest, and says so.
     pub(crate) fn new(config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
-        let ram = MappedRam::new(layout, config.backing).map_err(|e| MachineError(e.to_string()))?;
+        let ram = MappedRam::new(layout, config.backing).map_err(|e| MachineError(describe(e)))?;
         Self::around(ram, config, serial)
     }
 
@@ -201,7 +202,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
-        let machine = Self::around(ram.map_err(|e| MachineError(e.to_string()))?, config, serial)?;
+        let machine = Self::around(ram.map_err(|e| MachineError(describe(e)))?, config, serial)?;
         if !cold {
             machine.warm();
         }
@@ -217,7 +218,7 @@ impl Machine {
             if pre_faults { Ok(()) } else { self.ram.warm_for_reading(range) }
         };
         if let Err(error) = self.ram.warm_shared_by(WARMING, &mut fill) {
-            log!("the guest will be slow at first: {error}");
+            log!("the guest will be slow at first: {}", Chain(&error));
         }
     }
 
@@ -230,7 +231,7 @@ impl Machine {
     pub(crate) fn let_go(&self) {
         // what is left then goes with the process
         if let Err(error) = self.ram.cool_shared(COOLING) {
-            log!("{error}");
+            log!("{}", Chain(&error));
         }
     }
 
@@ -385,7 +386,7 @@ impl Machine {
         let paused = self.processors.pause();
         standing.by_user = was_paused || paused.is_ok();
         self.settle(&standing);
-        paused.map_err(|why| format!("pause: {why}; the VM is as it was"))
+        paused.map_err(|why| format!("pause: {}; the VM is as it was", Chain(&why)))
     }
 
     pub(crate) fn resume_by_user(&self) -> Result<(), String> {
@@ -535,8 +536,8 @@ impl Machine {
     /// What serves missing pages; `None`, with the reason as a warning, if this host does not permit that.
     pub(super) fn pager(&self) -> Option<Arc<UserFaultPager>> {
         let made = match &self.fault {
-            Some(fault) => UserFaultPager::new(self.ram.clone(), fault.clone()).map_err(|e| e.to_string()),
-            None => Err(UserFault::new().err().map_or_else(String::new, |e| e.to_string())),
+            Some(fault) => UserFaultPager::new(self.ram.clone(), fault.clone()).map_err(describe),
+            None => Err(UserFault::new().err().map_or_else(String::new, describe)),
         };
         match made {
             Ok(pager) => Some(self.pager.get_or_init(|| Arc::new(pager)).clone()),
@@ -556,7 +557,8 @@ impl Machine {
 
     /// Why it cannot be handed over to another process of this host.
     pub(crate) fn cannot_hand_over(&self) -> Option<String> {
-        let private = || Some(format!("its RAM is private to this process: {}", self.ram.memory_files().err()?));
+        let private =
+            || Some(format!("its RAM is private to this process: {}", Chain(&self.ram.memory_files().err()?)));
         self.blocked().or_else(private)
     }
 
@@ -588,7 +590,7 @@ impl Machine {
 
     pub(crate) fn snapshot(&self) -> Snapshot {
         let mut page = [0; PAGE_SIZE];
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let board = self.is_here(BOARD).then(|| ram.read(BOARD, &mut page).ok()).flatten();
         let workload = board.and_then(|()| Board::parse(&page));
         Snapshot {
@@ -619,7 +621,7 @@ impl Machine {
 
     /// Copies guest memory to a file, in pieces.
     pub(crate) fn dump(&self, gpa: u64, len: u64, mut to: &File) -> Result<(), String> {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let mut piece = vec![0; 1 << 20];
         let mut at = 0;
         while at < len {
@@ -708,7 +710,7 @@ fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Di
         // a huge page that is given back may be somebody else's when the guest wants it again
         let may = ram.backing() != Backing::Hugetlb && pager.get().is_none_or(|pager| pager.missing() == 0);
         let runs = if may { runs } else { &[] };
-        runs.iter().try_for_each(|&run| ram.discard(run)).map_err(|e| e.to_string())
+        runs.iter().try_for_each(|&run| ram.discard(run)).map_err(describe)
     })
 }
 

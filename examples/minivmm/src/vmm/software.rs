@@ -21,6 +21,7 @@ use migration_core::{
     GuestRam, PAGE_SIZE,
     codec::{Reader, Writer},
     state::{Section, VmState},
+    text::describe,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
     vm::VmError,
 };
@@ -131,14 +132,14 @@ impl Shared {
 
     fn word(&self, gpa: u64) -> u64 {
         let mut bytes = [0; 8];
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         // every address used here was checked by `Plan::of` or `Plan::fits`
         let _ = ram.read(gpa, &mut bytes);
         u64::from_le_bytes(bytes)
     }
 
     fn set_word(&self, gpa: u64, value: u64) {
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         let _ = ram.write(gpa, &value.to_le_bytes());
         // after the write: see `DirtyBitmap::mark`
         self.bitmap.mark(gpa, 8);
@@ -182,7 +183,7 @@ impl Shared {
             seed ^= seed << 17;
             word.copy_from_slice(&seed.to_le_bytes());
         }
-        let ram: &dyn GuestRam = &*self.ram;
+        let ram = &self.ram;
         if let Some(gpa) = ram.layout().gpa_of(page) {
             let _ = ram.write(gpa, &bytes);
             self.bitmap.mark(gpa, PAGE_SIZE as u64);
@@ -367,9 +368,7 @@ impl Processors for SoftwareProcessors {
             (TrackerKind::Auto | TrackerKind::WriteProtect, Some(fault)) => {
                 Ok(Box::new(WriteProtect::new(self.shared.ram.clone(), fault)))
             }
-            (TrackerKind::WriteProtect, None) => {
-                Err(UserFault::new().err().map_or_else(String::new, |e| e.to_string()))
-            }
+            (TrackerKind::WriteProtect, None) => Err(UserFault::new().err().map_or_else(String::new, describe)),
             // the kinds that need KVM, and hosts that do not permit userfaultfd
             _ => Ok(Box::new(BitmapTracker::new(self.shared.bitmap.clone()))),
         }

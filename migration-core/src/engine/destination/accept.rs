@@ -78,7 +78,7 @@ impl Accepting {
     /// the reason.
     fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
-            let why = format!("no connection can be accepted at the moment: {error}");
+            let why = format!("no connection can be accepted at the moment: {}", Chain(error));
             self.destination.common.options.observer.event(&Event::Warning(why));
         }
         if lock(&self.destination.common.connections).close_oldest_silent(None) {
@@ -87,7 +87,11 @@ impl Accepting {
         if let Some(channel) = listener.accept_to_refuse() {
             let peer = channel.peer();
             if let Ok(Halves { writer, .. }) = channel.split() {
-                self.refuse(writer, &peer, &format!("the destination cannot take another connection: {error}"));
+                self.refuse(
+                    writer,
+                    &peer,
+                    &format!("the destination cannot take another connection: {}", Chain(error)),
+                );
             }
         }
     }
@@ -97,7 +101,7 @@ impl Accepting {
         self.next += 1;
         let Halves { reader, writer, closer } = match channel.split() {
             Ok(halves) => halves,
-            Err(error) => return self.destination.common.bad_peer(&peer, &error.to_string()),
+            Err(error) => return self.destination.common.bad_peer(&peer, &describe(&error)),
         };
         let closer: Arc<dyn Closer> = closer.into();
         if !lock(&self.destination.common.connections).enter(id, closer.clone()) {
@@ -125,7 +129,11 @@ impl Accepting {
                 let halves = lock(&cell).take();
                 lock(&self.destination.common.connections).remove(id);
                 if let Some((_reader, writer)) = halves {
-                    self.refuse(writer, &peer, &format!("the destination has no thread for a connection: {error}"));
+                    self.refuse(
+                        writer,
+                        &peer,
+                        &format!("the destination has no thread for a connection: {}", Chain(&error)),
+                    );
                 }
             }
         }

@@ -71,7 +71,7 @@ impl VmEntry {
     ) -> Result<(), MigrationError> {
         let Greeted { epoch, attachment, action } = greeted;
         if let Err(error) = self.common.advance(lane.id, Stage::Identified, peer) {
-            self.lost(attachment, &error.to_string());
+            self.lost(attachment, &describe(&error));
             return Err(error);
         }
         self.tell_phase();
@@ -80,8 +80,8 @@ impl VmEntry {
         let reserved = match self.common.reserve(self.number, streams, features) {
             Ok(reserved) => reserved,
             Err(error) => {
-                lane.control.send(epoch, &Control::error(error.code(), error.to_string()))?;
-                self.lost(attachment, &error.to_string());
+                lane.control.send(epoch, &Control::error(error.code(), describe(&error)))?;
+                self.lost(attachment, &describe(&error));
                 return Err(error);
             }
         };
@@ -91,7 +91,7 @@ impl VmEntry {
         let (session, features) = match built {
             Ok(built) => built,
             Err(error) => {
-                self.lost(attachment, &error.to_string());
+                self.lost(attachment, &describe(&error));
                 return Err(error);
             }
         };
@@ -169,7 +169,7 @@ impl VmEntry {
     /// Refuses the source of an attempt for which no VM can be built. Its place is free before the refusal is sent, so that the
     /// next source is not refused as busy.
     fn no_vm(&self, begun: &Begun, control: &mut ControlWriter, code: ErrorCode, cause: VmError) -> MigrationError {
-        let text = cause.to_string();
+        let text = describe(&cause);
         self.lost(begun.attachment, &text);
         match control.send(begun.epoch, &Control::error(code, text)) {
             Ok(()) => MigrationError::Vm { step: "building the VM", cause },
@@ -209,7 +209,7 @@ impl VmEntry {
         let body = move || match entry.await_lanes(&session, attachment) {
             Ok(()) => session.keep_alive(),
             // the thread that reads the control lane finds it closed, and ends the attempt
-            Err(error) => session.fail(error.code(), &error.to_string()),
+            Err(error) => session.fail(error.code(), &describe(&error)),
         };
         self.watcher(Role::Control, "mig-alive", Box::new(body))
     }

@@ -35,10 +35,10 @@ impl VmEntry {
         let Err(error) = served else { return };
         if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
             // best effort: the lane ends either way
-            let _ = session.say(&Control::error(error.code(), error.to_string()));
+            let _ = session.say(&Control::error(error.code(), describe(&error)));
         }
         // that a bulk lane failed is the cause; what followed from it on this one is not
-        let why = session.over().unwrap_or_else(|| error.to_string());
+        let why = session.over().unwrap_or_else(|| describe(&error));
         let link = session.link();
         self.lost(attachment, &why);
         self.common.bad_peer(peer, &why);

@@ -135,7 +135,7 @@ impl Destination {
                 if link == 0
                     && let Err(error) = entry.await_faults(&session, preamble.index)
                 {
-                    session.fail(error.code(), &error.to_string());
+                    session.fail(error.code(), &describe(&error));
                     return Err(error);
                 }
                 entry.pages(session, &preamble, link, reader, peer)
@@ -160,7 +160,7 @@ impl Destination {
             // the user of an honest peer of another build wants to know the reason
             if !matches!(error, MigrationError::Link { .. }) {
                 // best effort: the lane ends either way
-                let _ = control.send(0, &Control::error(error.code(), error.to_string()));
+                let _ = control.send(0, &Control::error(error.code(), describe(error)));
             }
         });
         match (preamble.kind, first?) {
@@ -205,8 +205,8 @@ impl VmEntry {
         let (kind, index) = (preamble.kind, preamble.index);
         let lane = LaneReceiver::new(kind, index, reader, peer.to_owned(), session.clone(), self.common.bytes.clone());
         let error = lane.run();
-        if session.lane_lost(link, error.code(), &error.to_string()) {
-            self.lost_while_loading(&session, &error.to_string());
+        if session.lane_lost(link, error.code(), &describe(&error)) {
+            self.lost_while_loading(&session, &describe(&error));
             return Err(error);
         }
         if matches!(error, MigrationError::Link { .. }) && (session.is_sealed() || session.over().is_some()) {
@@ -217,7 +217,7 @@ impl VmEntry {
             // the VM may run here, and has all its pages: the session goes on
             return Err(error);
         }
-        session.fail(error.code(), &error.to_string());
+        session.fail(error.code(), &describe(&error));
         Err(error)
     }
 

@@ -382,14 +382,14 @@ pub(in crate::engine) mod tests {
 
         fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
             // in two pieces, where it has more than a page
-            let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
+            let slice = self.ram.slice(range).unwrap();
             fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
             arrived(&self.map, range);
             Ok(Installed { pages: range.count, duplicates: 0 })
         }
 
         fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
-            (&self.ram as &dyn GuestRam).slice(range).unwrap().zero();
+            self.ram.slice(range).unwrap().zero();
             arrived(&self.map, range);
             Ok(Installed { pages: range.count, duplicates: 0 })
         }
@@ -577,7 +577,7 @@ pub(in crate::engine) mod tests {
         let gone = [(0, 3), (5, 1), (STRIPE_PAGES - 2, 4), (border - 3, 6), (PAGES - 1, 1)];
         let (missing, pager) = missing(1, &gone);
         let lost = missing.pages();
-        let ram: &dyn GuestRam = &pager.ram;
+        let ram = &pager.ram;
         all.clone().for_each(|page| ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[0xee; PAGE_SIZE]));
         let mut store = MemoryVersions::default();
         // the store has pages beside the missing ones, some as zeros, and lacks some

@@ -68,6 +68,7 @@ use crate::{
     report::{Event, NoObserver, Observer},
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     state::VmState,
+    text::{Chain, describe},
     vm::{Arrived, DestinationHost, DestinationVm, VmError, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_POST_COPY, FEATURE_SHARED_RAM, LaneKind,

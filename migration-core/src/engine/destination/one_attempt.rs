@@ -67,7 +67,7 @@ pub enum AttemptError {
     #[error("the time is up")]
     TimedOut,
     /// The listener is broken.
-    #[error("listening: {0}")]
+    #[error("listening")]
     Listener(#[from] io::Error),
 }
 

@@ -69,6 +69,6 @@ pub enum ReceiveError {
     #[error("no VM was handed over within {0:?}")]
     TimedOut(Duration),
     /// The listener is broken.
-    #[error("listening: {0}")]
+    #[error("listening")]
     Listener(#[from] io::Error),
 }

@@ -37,7 +37,7 @@ impl VmEntry {
             self.vm_ended(reason);
             return Ok(());
         }
-        let cut = session.lane_lost(link, error.code(), &error.to_string());
+        let cut = session.lane_lost(link, error.code(), &describe(&error));
         if cut || !matches!(error, MigrationError::Link { .. }) {
             return Err(error);
         }
@@ -91,8 +91,9 @@ impl VmEntry {
         let mut store = None;
         if !missing.is_complete() {
             let stores = self.common.options.forward.as_ref().ok_or("it has pages that are nowhere else")?;
-            let opened =
-                stores.open(vm, session.epoch, layout.pages()).map_err(|e| format!("its forward checkpoint: {e}"))?;
+            let opened = stores
+                .open(vm, session.epoch, layout.pages())
+                .map_err(|e| format!("its forward checkpoint: {}", Chain(&e)))?;
             let (_, state) = opened.latest().ok_or("its forward checkpoint is not complete")?;
             if state != *lock(&protection.state) {
                 return Err("its forward checkpoint is of another moment".into());
@@ -106,7 +107,9 @@ impl VmEntry {
         self.start_and_adopt(session, &action);
         // first the pages: a checkpoint that is under way may wait for one
         if let Some(store) = &mut store {
-            missing.fill(layout, &mut **store).map_err(|e| format!("taking pages from its forward checkpoint: {e}"))?;
+            missing
+                .fill(layout, &mut **store)
+                .map_err(|e| format!("taking pages from its forward checkpoint: {}", Chain(&e)))?;
         }
         self.notify(vm, Notice::LinkFound);
         // nobody restarts it any more
@@ -119,7 +122,10 @@ impl VmEntry {
 
     pub(super) fn unprotect(&self, protection: &Protection) {
         if let Err(error) = protection.end() {
-            self.common.options.observer.event(&Event::Warning(format!("ending the VM's protection: {error}")));
+            self.common
+                .options
+                .observer
+                .event(&Event::Warning(format!("ending the VM's protection: {}", Chain(&error))));
         }
     }
 }

@@ -129,7 +129,7 @@ impl VmEntry {
         let body = Box::new(move || {
             let watched = faulted.wait_missing().map_or(Ok(()), |missing| missing.watch(lane.into()));
             if let Err(error) = watched {
-                let why = format!("faults are not served any more: {error}");
+                let why = format!("faults are not served any more: {}", Chain(&error));
                 entry.common.options.observer.event(&Event::Warning(why));
             }
         });
@@ -173,7 +173,7 @@ impl VmEntry {
     /// No page is missing any more.
     pub(super) fn all_there(&self, session: &Session, missing: &Missing) {
         if let Err(error) = missing.pager.disarm() {
-            self.common.options.observer.event(&Event::Warning(format!("all pages are there, but: {error}")));
+            self.common.options.observer.event(&Event::Warning(format!("all pages are there, but: {}", Chain(&error))));
         }
         let mut state = lock(&self.state);
         // before *run* the source may still take the VM back: it is told when the VM has started
@@ -231,8 +231,8 @@ impl VmEntry {
     /// Gives a VM that was started to whoever receives it.
     fn arrived(&self, id: VmId, started: Option<Started>) {
         if let Some(Started { vm, failed }) = started {
-            let unstarted =
-                failed.as_ref().map(|error| format!("the VM is owned here but could not be started: {error}"));
+            let why = |error: &VmError| format!("the VM is owned here but could not be started: {}", Chain(error));
+            let unstarted = failed.as_ref().map(why);
             let epoch = lock(&self.state).machine.epoch();
             vm.arrived(id, epoch, failed);
             self.warn(unstarted);

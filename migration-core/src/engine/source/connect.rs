@@ -81,7 +81,7 @@ impl Engine<'_> {
                     description.layout.regions().len()
                 ));
             }
-            Err(why) => return blocked(why.to_string()),
+            Err(why) => return blocked(describe(&why)),
         }
         if !self.connector().carries_files() {
             let address = self.connector().address();

@@ -54,6 +54,7 @@ use crate::{
         Linear, Link, PushOrder, Round, Running, Strategy, Verbs,
         push_order::{DIRTIED, REFERENCED},
     },
+    text::{Chain, describe},
     vm::{SourceVm, StateEstimate, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,

@@ -29,6 +29,7 @@ use crate::{
         Linear, PushOrder,
         push_order::{DIRTIED, checked_next},
     },
+    text::describe,
     wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
 };
 
@@ -240,7 +241,7 @@ impl Engine<'_> {
                 break;
             }
             let lacked = self.post_copy.lacking;
-            self.reconnect(error.to_string());
+            self.reconnect(describe(&error));
             if self.post_copy.lacking == lacked && self.machine.phase() == SourcePhase::Serving {
                 // the links work, but no page arrives on them
                 thread::sleep(back_off);

@@ -43,7 +43,7 @@ impl Engine<'_> {
         if self.machine.phase() == SourcePhase::InDoubt {
             // the guest does not run here any more, nor does it wait for this thread
             after(&self, Role::Control, self.options.impact);
-            let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| e.to_string());
+            let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| describe(&e));
             self.reconnect(first);
         }
         if self.machine.phase() == SourcePhase::Serving {
@@ -76,7 +76,7 @@ impl Engine<'_> {
                 error.unwrap_or_else(|| MigrationError::GaveUp("the strategy ended without a hand-over".into()));
             let cancelled = matches!(error, MigrationError::Cancelled(_));
             self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
-            self.report.reason = Some(error.to_string());
+            self.report.reason = Some(describe(&error));
             // resume first: every moment until then is downtime
             self.resume_guest();
             self.guest.watch = None;
@@ -85,7 +85,7 @@ impl Engine<'_> {
             if !matches!(error, MigrationError::Link { .. }) {
                 let last_word = match self.machine.abandon() {
                     Some(abandon) if cancelled => abandon,
-                    _ => Control::error(error.code(), error.to_string()),
+                    _ => Control::error(error.code(), describe(&error)),
                 };
                 // best effort: a destination that does not hear it notices the closed link
                 if self.say(&last_word).is_ok() {
@@ -226,7 +226,7 @@ impl Engine<'_> {
             match repeated {
                 Ok(()) => return self.tell_phase(),
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
-                Err(error) => why = error.to_string(),
+                Err(error) => why = describe(&error),
             }
             let identity = lock(&self.fail_safe.kept.identity).clone();
             if let Some(fail_safe) = self.options.fail_safe.clone()
@@ -268,7 +268,7 @@ impl Engine<'_> {
             Ok(0) => "as it was at the hand-over".to_owned(),
             Ok(number) => format!("as it was at checkpoint {number}"),
             Err(error) => {
-                let reason = format!("the destination is dead ({why}), and its VM is lost: {error}");
+                let reason = format!("the destination is dead ({why}), and its VM is lost: {}", Chain(&error));
                 self.fail_safe.aftermath = Some((Outcome::Lost, reason));
                 (self.guest.paused, self.guest.throttle) = (false, 0);
                 self.rounds.forget_tracker();

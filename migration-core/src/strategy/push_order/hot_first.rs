@@ -1,5 +1,8 @@
 use super::{Linear, PushOrder, run_up};
-use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
+use crate::{
+    page::{PageRange, STRIPE_PAGES},
+    page_set::PageSet,
+};
 
 /// The pages that were dirtied in most rounds before the switch-over come first: what a guest wrote often it will
 /// probably use at once. Then come those that it has [referenced](super::REFERENCED) before the first round, as far as the VMM

@@ -31,7 +31,10 @@ pub use random::Random;
 pub use through::Through;
 
 use super::Place;
-use crate::{engine::STRIPE_PAGES, page::PageRange, page_set::PageSet};
+use crate::{
+    page::{PageRange, STRIPE_PAGES},
+    page_set::PageSet,
+};
 
 /// What a round in which a page was dirtied adds to its [heat](PushOrder::begin).
 pub const DIRTIED: u8 = 2;

@@ -91,14 +91,14 @@ impl Memory {
 
     fn write(&self, page: u64) {
         let number = self.writes.fetch_add(1, Ordering::Relaxed) + 1;
-        (&*self.ram as &dyn GuestRam).write(page << 12, &number.to_le_bytes()).unwrap();
+        self.ram.write(page << 12, &number.to_le_bytes()).unwrap();
         self.bitmap.mark_page(page);
     }
 
     fn contents(&self) -> Vec<u64> {
         let mut page = [0; 8];
         let read = |number: u64| {
-            (&*self.ram as &dyn GuestRam).read(number << 12, &mut page).unwrap();
+            self.ram.read(number << 12, &mut page).unwrap();
             u64::from_le_bytes(page)
         };
         (0..16).map(read).collect()

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::memory::{Ending, Pipe};
+use super::{Ending, Pipe};
 
 /// Cuts all channels of a link in memory, at once or at a given byte, like a broken network.
 ///

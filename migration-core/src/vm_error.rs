@@ -1,8 +1,11 @@
-//! What a VMM reports when it cannot do what it was asked.
+//! What a VMM reports when it cannot do what it was asked: [`vm::VmError`](crate::vm::VmError). It is beside `vm`, because
+//! the traits of `memory` have this error, and `vm` names those traits.
 
 use std::{error::Error, fmt};
 
 /// Something that the VMM was asked to do failed.
+///
+/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain).
 #[derive(Debug)]
 pub struct VmError {
     what: String,
@@ -42,11 +45,8 @@ impl VmError {
 
 impl fmt::Display for VmError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.cause {
-            Some(cause) => write!(f, "{}: {cause}", self.what),
-            None if self.ended => write!(f, "the VM has ended: {}", self.what),
-            None => f.write_str(&self.what),
-        }
+        let ended = if self.ended { "the VM has ended: " } else { "" };
+        write!(f, "{ended}{}", self.what)
     }
 }
 
