@@ -4,6 +4,7 @@
 use std::{
     env, fs,
     os::fd::{AsFd as _, OwnedFd},
+    path::Path,
     process::{Command, Stdio},
     sync::{
         atomic::{AtomicBool, Ordering},
@@ -84,6 +85,11 @@ fn own() -> Vec<u8> {
     std::process::id().to_string().into_bytes()
 }
 
+/// The file by which a VMM says that the broker has its record.
+fn owner_file(broker: &Path, pid: u32) -> PathBuf {
+    broker.with_extension(pid.to_string())
+}
+
 /// Starts a VMM; `saved` is what its VM goes on from, or "fails" for one that ends.
 fn start(broker: &BrokerClient, saved: &str) -> io::Result<Child> {
     let mut command = Command::new(env::current_exe()?);
@@ -98,8 +104,10 @@ fn as_a_vmm() {
     if saved == "fails" {
         std::process::exit(3);
     }
-    let record = OwnerRecord::new(Some(broker.into()), Some(own()));
+    let broker = PathBuf::from(broker);
+    let record = OwnerRecord::new(Some(broker.clone()), Some(own()));
     record.update(Some(&Vm), Change::Saved(saved)).unwrap();
+    fs::write(owner_file(&broker, std::process::id()), "").unwrap();
     loop {
         // until it is killed
         thread::park();
@@ -164,9 +172,10 @@ impl Lab {
         Self { folder, broker, client, events: told, stop, thread }
     }
 
-    /// Waits until this process owns the VM.
+    /// Waits until this process owns the VM, and the broker has its record.
     fn wait_owner(&self, pid: u32) {
-        while !self.broker.list().iter().any(|ram| ram.owned && ram.pid == pid) {
+        let file = owner_file(self.client.path(), pid);
+        while !file.exists() {
             thread::yield_now();
         }
     }
@@ -260,7 +269,6 @@ fn a_vm_whose_holders_live_waits_and_goes_to_whoever_leases_it() {
     drop(first);
     let second = lab.own();
     assert_eq!(second.status().saved.as_deref(), Some("snapshot"), "it is the earlier owner's");
-    lab.wait_owner(std::process::id());
     second.release().unwrap();
     assert!(lab.broker.list().is_empty());
     assert!(lab.events.try_recv().is_err());
