@@ -55,14 +55,14 @@ impl PlainPager {
         self.state.lock().expect("a panic aborts")
     }
 
-    fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
+    fn take(&self, range: PageRange, copy: PageCopy, from: Option<RamSlice<'_>>) -> Installed {
         let ram = &self.ram;
         let map = self.lock().map.clone();
         let left_behind = map.read(|map| map.left_behind().count_in(range));
         assert_eq!(left_behind, range.count, "pages that are not on the list");
         assert!(range.first % self.granule == 0 && range.count % self.granule == 0, "no whole blocks: {range:?}");
         let mut installed = Installed { pages: 0, duplicates: range.count };
-        let Some(mut claim) = map.claim(range, PageCopy::Source).expect("nobody waits for so long") else { return installed };
+        let Some(mut claim) = map.claim(range, copy).expect("nobody waits for so long") else { return installed };
         for page in claim.runs().into_iter().flat_map(PageRange::pages) {
             let mut bytes = [0; PAGE_SIZE];
             if let Some(from) = from {
@@ -112,17 +112,17 @@ impl Pager for PlainPager {
         self.changed.notify_all();
     }
 
-    fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
+    fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed> {
         assert!(range.count > 0 && range.first / 512 == (range.end() - 1) / 512, "across stretches: {range:?}");
         let region = RamRegion { gpa: 0, len: range.count * PAGE_SIZE as u64 };
         let aside = HeapRam::new(RamLayout::new(vec![region]).expect("a layout"))?;
         let slice = aside.slice(PageRange::new(0, range.count)).expect("all of it");
         fill(&[slice])?;
-        Ok(self.take(range, Some(slice)))
+        Ok(self.take(range, copy, Some(slice)))
     }
 
     fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
-        Ok(self.take(range, None))
+        Ok(self.take(range, PageCopy::Source, None))
     }
 
     fn wake(&self, page: u64) -> io::Result<()> {

@@ -60,6 +60,7 @@ pub mod histogram;
 pub mod limits;
 mod lock;
 mod memory;
+pub mod paged_memory;
 pub mod protocol;
 pub mod report;
 pub mod sim;

@@ -45,3 +45,12 @@ pub const MAX_SECTIONS: usize = 8192;
 pub const MAX_SECTION: usize = 16 << 20;
 /// Most bytes of a host's identity, for a fence.
 pub const MAX_IDENTITY: usize = 1024;
+/// Most entries of a store table: a page's entry fits into a byte.
+pub const MAX_ENTRIES: usize = 255;
+/// Most stores of one entry: each has a copy of every page.
+pub const MAX_ENTRY_STORES: usize = 8;
+/// Most bytes of a store's name.
+pub const MAX_STORE_NAME: usize = 64;
+/// Most runs of pages in one frame that says where pages are. A put has at most 4096 pages; a frame
+/// for one that is scattered takes 12 KiB.
+pub const MAX_LOCATED_RUNS: usize = 1024;

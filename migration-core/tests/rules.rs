@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use migration_core::{
     MigrationError, PageRange, PageSet,
-    page_map::{Location, MapError, PageMap},
+    page_map::{LocatedRun, Location, MapError, PageMap, StoreCopy},
     sim::{Attempt, Dirtying, FaultAt, Owner, SimConfig, Simulation, StoreConfig, StoreFault, Touching},
     strategy::{Destination, Done, Linear, Place, PostCopy, QuickEviction, Running, ScatterGather, Strategy},
 };
@@ -71,6 +71,101 @@ fn rule_2_a_late_copy_changes_nothing() {
     map.arrived(page).unwrap();
     assert_eq!(map.claim(page), Err(MapError::NotFree(7)), "a second copy behind the first");
     assert_eq!(map.location(7), Location::Here);
+}
+
+fn range(first: u64, count: u64) -> PageRange {
+    PageRange::new(first, count)
+}
+
+fn copy(entry: u8, generation: u32) -> StoreCopy {
+    StoreCopy { entry, generation }
+}
+
+/// The map of a source that has left everything behind, and has put pages 100 to 149 into entry 0.
+fn half_put() -> PageMap {
+    let mut map = PageMap::new(PAGES);
+    map.leave_behind(&PageSet::full(PAGES)).unwrap();
+    map.put_started(range(100, 50), copy(0, 1)).unwrap();
+    assert_eq!(map.put_done(range(100, 50), copy(0, 1)), [range(100, 50)]);
+    map
+}
+
+/// The source answers for every page that it holds: for one that is being put, and for one that a
+/// store has.
+#[test]
+fn rule_1_a_demand_is_answered_whatever_a_store_has() {
+    let mut map = half_put();
+    map.put_started(range(200, 10), copy(0, 2)).unwrap();
+    assert_eq!(map.claim_block(105, 1), [range(105, 1)]);
+    assert_eq!(map.claim_block(205, 1), [range(205, 1)]);
+    assert_eq!(map.claim_block(205, 1), [], "it was sent");
+    // the put goes on without that page (rule 10)
+    assert_eq!(map.put_done(range(200, 10), copy(0, 2)), [range(200, 5), range(206, 4)]);
+}
+
+/// An acknowledgement counts only for the generation for which the page is still claimed.
+#[test]
+fn rule_10_an_acknowledgement_counts_for_its_claim() {
+    let mut map = PageMap::new(PAGES);
+    map.dirtied(&PageSet::full(PAGES)).unwrap();
+    map.put_started(range(0, 10), copy(0, 1)).unwrap();
+    let mut written = PageSet::empty(PAGES);
+    written.insert(4);
+    map.dirtied(&written).unwrap();
+    assert_eq!(map.put_done(range(0, 10), copy(0, 2)), [], "of another generation");
+    assert_eq!(map.put_done(range(0, 10), copy(0, 1)), [range(0, 4), range(5, 5)]);
+    assert!(map.unsent().contains(4) && !map.unsent().contains(5));
+}
+
+/// When an entry has lost pages, those that the source holds come from there.
+#[test]
+fn rule_13_pages_of_a_lost_entry_are_at_the_source_again() {
+    let mut map = half_put();
+    assert_eq!(map.location(120), Location::Store(copy(0, 1)));
+    assert_eq!(map.entry_lost(0).at_source.len(), 50);
+    assert_eq!((map.location(120), map.unclaimed().contains(120)), (Location::Source, true));
+    assert_eq!(map.put_started(range(100, 1), copy(0, 2)), Err(MapError::EntryLost(0)));
+    // at a destination, what was said before the loss changes nothing
+    let mut map = PageMap::new(PAGES);
+    map.leave_behind(&PageSet::full(PAGES)).unwrap();
+    map.entry_lost(0);
+    assert_eq!(map.located(range(7, 1), copy(0, 1), true), []);
+    assert_eq!(map.location(7), Location::Source);
+}
+
+/// Only the difference between what was announced and the map is said.
+#[test]
+fn rule_16_the_difference_is_announced() {
+    let mut map = half_put();
+    let run = |first, count| LocatedRun { pages: range(first, count), copy: copy(0, 1), held: true };
+    assert_eq!(map.located_runs(map.unannounced()), [run(100, 50)]);
+    let mut said = PageSet::empty(PAGES);
+    said.insert_range(range(100, 20));
+    map.announced(&said);
+    assert_eq!(map.located_runs(map.unannounced()), [run(120, 30)]);
+    // after a cut the destination lists what it takes to be at the source
+    let mut lacking = PageSet::full(PAGES);
+    lacking.remove_range(range(100, 20));
+    map.lacking(&lacking).unwrap();
+    assert_eq!(map.unannounced().len(), 30);
+}
+
+/// The source is released only when no page is there alone; nobody asks it afterwards.
+#[test]
+fn rule_17_no_page_is_at_the_source_when_it_is_released() {
+    let mut map = PageMap::new(PAGES);
+    let mut left = PageSet::empty(PAGES);
+    left.insert_range(range(10, 5));
+    map.located(range(100, 50), copy(3, 1), true);
+    map.leave_behind(&left).unwrap();
+    assert_eq!((map.depends_on(), map.released()), (vec![3], Err(MapError::AtSource(10))));
+    map.claim(range(10, 5)).unwrap();
+    map.arrived(range(10, 5)).unwrap();
+    map.released().unwrap();
+    assert_eq!((map.depends_on(), map.is_held(120)), (vec![], false));
+    // a loss afterwards gives the source nothing back
+    let loss = map.entry_lost(3);
+    assert_eq!((loss.at_source.len(), loss.only_there.len(), map.missing().len()), (0, 50, 50));
 }
 
 /// What a script forgets is missing or sent, never zero.

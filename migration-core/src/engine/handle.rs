@@ -38,6 +38,8 @@ pub(super) enum Input {
     Demanded(u64),
     /// The destination has said who it is, for a fence.
     Introduced,
+    /// Pages were put into a store, or could not be.
+    Put(source::PutDone),
     /// The user cancels, for this reason.
     Cancel(String),
     /// The guest has ended by itself, for this reason.

@@ -59,6 +59,9 @@ pub(super) enum Work {
     Round(Job),
     /// These pages, which nobody else sends, as part of this generation.
     Push(PageRange, u32),
+    /// The mark of the *vacated* with this number, as part of this generation. Its end is not
+    /// reported.
+    Mark(u32, u32),
 }
 
 /// How a lane came to the end of a piece of work.
@@ -150,6 +153,13 @@ impl Lane {
                     }
                     let lane = self.index;
                     self.push(range, generation).map(|()| LaneDone { lane, stopped_at: None, reading: Duration::ZERO })
+                }
+                Work::Mark(number, generation) => {
+                    let bytes = Bulk::Vacated { number }.encode(0, self.sequence, generation);
+                    match self.write(&bytes, &[]) {
+                        Ok(()) => continue,
+                        Err(error) => Err(error),
+                    }
                 }
             };
             let failed = done.is_err();

@@ -29,7 +29,7 @@ pub use destination::{
 };
 pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
 pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};
-pub use source::{PauseLimits, migrate};
+pub use source::{PauseLimits, SourceStores, migrate};
 
 pub use crate::page::STRIPE_PAGES;
 use crate::{
@@ -84,6 +84,9 @@ pub struct SourceOptions {
     /// In post-copy, protects the VM against the death of its destination; the migration is refused if the destination
     /// cannot do its part.
     pub fail_safe: Option<FailSafe>,
+    /// The page stores through which pages may go; `None` if there are none. See
+    /// [`Strategy::stores`](crate::strategy::Strategy::stores).
+    pub stores: Option<SourceStores>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Checksum of page data, beside TCP's own: costs a copy of every page.
@@ -113,6 +116,7 @@ impl Default for SourceOptions {
             demand_lanes: 2,
             huge: HugePages::Split,
             fail_safe: None,
+            stores: None,
             impact: GuestImpact::Balanced,
             payload_crc: false,
             idle_timeout: Duration::from_secs(10),

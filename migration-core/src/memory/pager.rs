@@ -7,7 +7,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use super::{page::PageRange, ram::RamSlice, shared_map::SharedPageMap};
+use super::{page::PageRange, page_map::PageCopy, ram::RamSlice, shared_map::SharedPageMap};
 use crate::vm_error::VmError;
 
 /// Somebody touched a missing page, and sleeps.
@@ -56,16 +56,19 @@ pub trait Pager: Send + Sync {
     /// Makes calls of [`wait`](Self::wait) return, now and in future, to end the threads that call it.
     fn wake_waiters(&self);
 
-    /// Installs `range`, whole blocks within one aligned stretch of 512 pages, whose contents `fill` reads, and wakes
-    /// who sleeps for them. Pages that were installed before keep their contents (`fill` is called all the same: the
-    /// contents are on a lane, and have to be taken from it).
+    /// Installs `range`, whole blocks within one aligned stretch of 512 pages, whose contents
+    /// `fill` reads, and wakes who sleeps for them. `copy` says where the contents come from, and
+    /// the [claim](SharedPageMap::claim) is for it. Pages that were installed before, or whose
+    /// newest content is elsewhere, are not touched (`fill` is called all the same: the contents
+    /// may be on a lane, and have to be taken from it).
     ///
     /// # Errors
     /// An error of `fill` is passed on, and nothing is installed then. Else what the host says, for example that
     /// memory is short: the pages are still missing and can be tried again.
-    fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed>;
+    fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed>;
 
-    /// Installs `range`, whole blocks of any number, as zeros. As [`install`](Self::install) else.
+    /// Installs `range`, whole blocks of any number, as zeros: the source has sent nothing else. As
+    /// [`install`](Self::install) else.
     ///
     /// # Errors
     /// What the host says.

@@ -9,7 +9,7 @@ use crate::{
     fence::Fenced,
     state::{MAX_STATE, Section},
     vm::VmId,
-    wire::{Control, ErrorCode, Hello},
+    wire::{Control, ErrorCode, Hello, Located, TablePart},
 };
 
 /// Where the destination stands.
@@ -70,6 +70,15 @@ pub enum DestinationAction {
     Discard(String),
     /// The session is over, its source knows that the VM runs.
     Finish,
+    /// Note these entries of the store table, and answer that they are here.
+    StoreTable(TablePart),
+    /// Note that these pages are in a store.
+    Located(Located),
+    /// When all bulk lanes were read up to the mark with this number: answer *released*, or with
+    /// the list of missing pages.
+    Vacated(u32),
+    /// Note that the source has found an entry of the store table to have lost pages.
+    EntryLost(u8),
     /// Nothing.
     None,
     /// Answer with *pong*.
@@ -102,8 +111,11 @@ pub struct DestinationMachine {
     post_copy: Option<(u64, u16)>,
     /// Whether pages were listed that will be missing, and more of the list is to come.
     listing: bool,
-    /// Whether no page is missing, or those that were have arrived.
+    /// Whether no page is missing, or those that were have arrived, or the source is not needed for
+    /// them.
     complete: bool,
+    /// Whether pages may be in stores.
+    stores: bool,
 }
 
 impl Default for DestinationMachine {
@@ -128,7 +140,14 @@ impl DestinationMachine {
             post_copy: None,
             complete: true,
             listing: false,
+            stores: false,
         }
+    }
+
+    /// Records that pages of the VM that is being built may be in stores: its source has agreed to
+    /// it.
+    pub fn allow_stores(&mut self) {
+        self.stores = true;
     }
 
     /// A machine that takes back this VM, which left here under this epoch, and no other.
@@ -217,6 +236,14 @@ impl DestinationMachine {
                 let (state, post_copy) = (std::mem::take(&mut self.state), self.post_copy);
                 Ok(DestinationAction::Load { generation, state, post_copy })
             }
+            (Control::StoreTable(part), Receiving | Running) if self.stores => Ok(DestinationAction::StoreTable(part)),
+            (Control::Located(located), Receiving | Running) if self.stores => Ok(DestinationAction::Located(located)),
+            (Control::EntryLost { entry }, Receiving | Running) if self.stores => {
+                Ok(DestinationAction::EntryLost(entry))
+            }
+            (Control::Vacated { number }, Running) if self.stores && self.post_copy.is_some() => {
+                Ok(DestinationAction::Vacated(number))
+            }
             (Control::Run, Ready) => Ok(self.start()),
             (Control::Run, Running) => Ok(DestinationAction::AnswerRunning),
             (Control::Reattach(vm), Ready | Running) if self.vm == Some(vm) => {
@@ -253,7 +280,7 @@ impl DestinationMachine {
         Ok(Control::Ready)
     }
 
-    /// No page is missing any more: the source may be told.
+    /// No page is missing any more, or none for which the source is needed: it may be told.
     ///
     /// # Errors
     /// When the VM is not ours yet: until then the source may still change its mind.
@@ -308,10 +335,13 @@ impl DestinationMachine {
     /// # Errors
     /// When no VM is held, or its source is still attached.
     pub fn adopt(&mut self) -> Result<DestinationAction, Violation> {
+        // nothing was left behind but what is in stores
+        let without_source = self.complete || self.stores && matches!(self.post_copy, Some((0, _)));
         let why = match (self.phase, self.attached) {
-            (DestinationPhase::Ready, false) if !self.complete => "pages of this VM are only at its source",
+            (DestinationPhase::Ready, false) if !without_source => "pages of this VM are only at its source",
             (DestinationPhase::Ready, false) => {
                 self.epoch = self.epoch.saturating_add(1);
+                self.complete = true;
                 return Ok(self.start());
             }
             (DestinationPhase::Ready, true) => "the source is still connected: it decides",
@@ -390,7 +420,7 @@ impl DestinationMachine {
         self.phase = DestinationPhase::Empty;
         self.state = Vec::new();
         self.attached = false;
-        (self.post_copy, self.complete, self.listing) = (None, true, false);
+        (self.post_copy, self.complete, self.listing, self.stores) = (None, true, false, false);
     }
 }
 
@@ -493,6 +523,47 @@ mod tests {
                 }
             }
             assert!(DestinationMachine::new().handle(0, frame.clone()).is_err(), "{frame:?} before a hello");
+        }
+    }
+
+    #[test]
+    fn frames_about_stores_are_taken_if_stores_are_agreed_on() {
+        use DestinationPhase::*;
+        let copy = crate::page_map::StoreCopy { entry: 0, generation: 1 };
+        let located = Located { copy, held: true, runs: vec![crate::PageRange::new(0, 1)] };
+        let frames: [(Control, &[DestinationPhase]); 4] = [
+            (Control::StoreTable(TablePart { number: 1, first: 0, entries: Vec::new() }), &[Receiving, Running]),
+            (Control::Located(located), &[Receiving, Running]),
+            (Control::EntryLost { entry: 3 }, &[Receiving, Running]),
+            (Control::Vacated { number: 1 }, &[Running]),
+        ];
+        for (frame, taken) in frames {
+            for phase in PHASES {
+                assert!(at(phase).handle(5, frame.clone()).is_err(), "{frame:?} {phase:?}: not agreed on");
+                let mut machine = DestinationMachine { post_copy: Some((1, 1)), ..at(phase) };
+                machine.allow_stores();
+                assert_eq!(machine.handle(5, frame.clone()).is_ok(), taken.contains(&phase), "{frame:?} {phase:?}");
+                assert_eq!(machine.phase(), phase);
+            }
+        }
+        let mut whole = at(Running);
+        whole.allow_stores();
+        assert!(whole.handle(5, Control::Vacated { number: 1 }).is_err(), "nothing was left behind");
+    }
+
+    /// Rule 19: a person's word is enough for a VM of which nothing is only at its source.
+    #[test]
+    fn a_vm_whose_pages_are_in_stores_is_adopted() {
+        for (stores, missing, adopted) in [(true, 0, true), (true, 1, false), (false, 0, false)] {
+            let mut machine = DestinationMachine {
+                stores,
+                post_copy: Some((missing, 1)),
+                complete: false,
+                attached: false,
+                ..at(DestinationPhase::Ready)
+            };
+            assert_eq!(machine.adopt().is_ok(), adopted, "{stores} {missing}");
+            assert_eq!(machine.is_complete(), adopted);
         }
     }
 

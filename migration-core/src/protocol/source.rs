@@ -61,6 +61,13 @@ pub enum SourceEvent {
     },
     /// The destination has all pages; send *done*.
     Complete(FaultSummary),
+    /// The destination needs this side no more, though pages may still be in stores; send *done*.
+    Released(FaultSummary),
+    /// The destination has the part of the store table with this number, and has read all that came
+    /// before it.
+    TableReceived(u32),
+    /// The destination has found that an entry of the store table has lost pages.
+    EntryLost(u8),
     /// The destination has ended the attempt.
     Refused(ErrorCode, String),
     /// The VM that was handed over has ended there by itself, in these words: send *done*, and free what is here.
@@ -91,17 +98,27 @@ pub struct SourceMachine {
     received: u32,
     /// Whether the destination will lack pages when it runs.
     post_copy: bool,
+    /// Whether pages may be in stores. The destination then says *released* where it else says
+    /// *complete*.
+    stores: bool,
+    /// How often *vacated* was sent.
+    vacated: u32,
 }
 
 impl SourceMachine {
     /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all before it.
     pub fn new(epoch: u32) -> Self {
-        Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false }
+        Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false, stores: false, vacated: 0 }
     }
 
     /// The epoch of this attempt.
     pub fn epoch(&self) -> u32 {
         self.epoch
+    }
+
+    /// Records that both sides have agreed on pages in stores.
+    pub fn allow_stores(&mut self) {
+        self.stores = true;
     }
 
     /// Where the attempt stands.
@@ -168,9 +185,19 @@ impl SourceMachine {
                 Ok(SourceEvent::Missing { first: *first, bitmap: bitmap.clone() })
             }
             (&Control::PostCopy { missing, .. }, Serving) => Ok(SourceEvent::Resume { missing }),
-            (Control::Complete(summary), Serving) => {
+            (Control::Complete(summary), Serving) if !self.stores => {
                 self.phase = Completed;
                 Ok(SourceEvent::Complete(*summary))
+            }
+            (Control::Released(summary), Serving) if self.stores => {
+                self.phase = Completed;
+                Ok(SourceEvent::Released(*summary))
+            }
+            (&Control::StoreTableReceived { number }, Copying | Serving) if self.stores => {
+                Ok(SourceEvent::TableReceived(number))
+            }
+            (&Control::EntryLost { entry }, Copying | Offered | Ready | InDoubt | Serving) if self.stores => {
+                Ok(SourceEvent::EntryLost(entry))
             }
             _ => Err(violation("it does not belong to this phase")),
         }
@@ -189,6 +216,20 @@ impl SourceMachine {
         self.must_be(SourcePhase::Copying, "post-copy")?;
         self.post_copy = true;
         Ok((Control::PostCopy { missing, demand_lanes }, self.sent + 1))
+    }
+
+    /// Every page was sent or located, and none will follow unless the destination asks: the frame
+    /// to send. The answer is *released*, or the list of what is missing.
+    ///
+    /// # Errors
+    /// When no VM is being served, or no page can be in a store.
+    pub fn vacated(&mut self) -> Result<Control, Violation> {
+        self.must_be(SourcePhase::Serving, "vacated")?;
+        if !self.stores {
+            return Err(Violation::new("vacated", self.epoch, self.phase, "pages in stores are not agreed on"));
+        }
+        self.vacated = self.vacated.saturating_add(1);
+        Ok(Control::Vacated { number: self.vacated })
     }
 
     /// Everything that moves before the hand-over is sent: the offer to send.
@@ -347,6 +388,22 @@ mod tests {
                 }
             }
         }
+        let with_stores: [(Control, &[SourcePhase], SourcePhase); 3] = [
+            (Control::Released(FaultSummary::default()), &[Serving], Completed),
+            (Control::StoreTableReceived { number: 1 }, &[Copying, Serving], Copying),
+            (Control::EntryLost { entry: 1 }, &[Copying, Offered, Ready, InDoubt, Serving], Copying),
+        ];
+        for (frame, taken, to) in with_stores {
+            for phase in PHASES {
+                assert!(at(phase).handle(7, frame.clone()).is_err(), "{frame:?} {phase:?}: not agreed on");
+                let mut machine = SourceMachine { stores: true, ..at(phase) };
+                assert_eq!(machine.handle(7, frame.clone()).is_ok(), taken.contains(&phase), "{frame:?} {phase:?}");
+                let ends = to == Completed && phase == Serving;
+                assert_eq!(machine.phase(), if ends { Completed } else { phase }, "{frame:?} {phase:?}");
+            }
+        }
+        let complete = Control::Complete(FaultSummary::default());
+        assert!(SourceMachine { stores: true, ..at(Serving) }.handle(7, complete).is_err(), "it says *released*");
         let mut lacks = SourceMachine { post_copy: true, ..at(InDoubt) };
         lacks.handle(7, Control::Running).unwrap();
         assert_eq!(lacks.phase(), Serving);
@@ -354,6 +411,19 @@ mod tests {
         assert_eq!(refused, Ok(SourceEvent::Refused(ErrorCode::State, "why".into())));
         let ended = at(Serving).handle(7, Control::error(ErrorCode::VmEnded, "why"));
         assert_eq!(ended, Ok(SourceEvent::VmEnded("why".into())));
+    }
+
+    #[test]
+    fn a_side_says_that_it_has_vacated_while_it_serves() {
+        for phase in PHASES {
+            assert!(at(phase).vacated().is_err(), "{phase:?}: not agreed on");
+            let mut machine = SourceMachine { stores: true, ..at(phase) };
+            assert_eq!(machine.vacated().is_ok(), phase == SourcePhase::Serving, "{phase:?}");
+        }
+        let mut machine = at(SourcePhase::Serving);
+        machine.allow_stores();
+        assert_eq!(machine.vacated(), Ok(Control::Vacated { number: 1 }));
+        assert_eq!(machine.vacated(), Ok(Control::Vacated { number: 2 }));
     }
 
     #[test]

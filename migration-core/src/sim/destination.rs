@@ -176,7 +176,14 @@ impl Simulation {
                 Vec::new()
             }
             DestinationAction::Pong => control([Control::Pong]),
-            DestinationAction::None | DestinationAction::Finish | DestinationAction::LoadPiece(_) => Vec::new(),
+            // the simulator says where pages are in words of its own
+            DestinationAction::StoreTable(_)
+            | DestinationAction::Located(_)
+            | DestinationAction::Vacated(_)
+            | DestinationAction::EntryLost(_)
+            | DestinationAction::None
+            | DestinationAction::Finish
+            | DestinationAction::LoadPiece(_) => Vec::new(),
         }
     }
 

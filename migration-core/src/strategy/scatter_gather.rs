@@ -14,7 +14,8 @@ use crate::MigrationError;
 /// A page that the guest touches comes from the source while that has it, and from its intermediary
 /// afterwards. An order that sends the hot pages first keeps the guest's slow time short.
 ///
-/// It needs an engine with page stores. So far that is the [simulator](crate::sim).
+/// It needs page stores: those of the [simulator](crate::sim), or of
+/// [`SourceOptions::stores`](crate::engine::SourceOptions::stores).
 pub struct ScatterGather {
     order: Through<Box<dyn PushOrder>>,
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Header, frame,
-    kinds::{PAGES, REQUEST, ROUND_END},
+    kinds::{LANE_VACATED, PAGES, REQUEST, ROUND_END},
 };
 use crate::{
     codec::{DecodeError, Reader, Writer},
@@ -48,6 +48,11 @@ pub enum Bulk {
         /// The pages.
         pages: Vec<u64>,
     },
+    /// All that the source has sent before *vacated* was read on this lane.
+    Vacated {
+        /// The number of that *vacated*.
+        number: u32,
+    },
 }
 
 impl Bulk {
@@ -55,7 +60,7 @@ impl Bulk {
     pub fn payload(&self) -> usize {
         match self {
             Bulk::Pages { extents, .. } => plain_pages(extents) as usize * (1 << PAGE_SHIFT),
-            Bulk::RoundEnd { .. } | Bulk::Request { .. } => 0,
+            Bulk::RoundEnd { .. } | Bulk::Request { .. } | Bulk::Vacated { .. } => 0,
         }
     }
 
@@ -82,6 +87,10 @@ impl Bulk {
                 }
                 REQUEST
             }
+            Bulk::Vacated { number } => {
+                w.u32(*number);
+                LANE_VACATED
+            }
         };
         frame(kind, vm, sequence, generation, self.payload() as u32, &w.into_bytes())
     }
@@ -97,24 +106,7 @@ impl Bulk {
         let frame = match header.kind {
             PAGES => {
                 let payload_crc = r.u32("payload crc")?;
-                let count = r.count(MAX_EXTENTS, "number of extents")?;
-                let mut extents = Vec::with_capacity(count);
-                let mut free = 0;
-                for _ in 0..count {
-                    let first = r.u64("first page")?;
-                    let word = r.u32("page count")?;
-                    let range = PageRange::new(first, u64::from(word & !(1 << 31)));
-                    let content = if word >> 31 != 0 { Content::Zero } else { Content::Plain };
-                    if range.count == 0 || first < free || first.checked_add(range.count).is_none_or(|e| e > pages) {
-                        let why = format!("pages {first}+{} are empty, out of order or outside RAM", range.count);
-                        return Err(DecodeError::invalid("extent", why));
-                    }
-                    free = range.end();
-                    extents.push(Extent { range, content });
-                }
-                if extents.is_empty() {
-                    return Err(DecodeError::invalid("number of extents", "none"));
-                }
+                let extents = extents(&mut r, pages)?;
                 if plain_pages(&extents).checked_shl(PAGE_SHIFT) != Some(header.payload.into()) {
                     return Err(DecodeError::invalid("payload length", "not that of the plain pages"));
                 }
@@ -133,11 +125,35 @@ impl Bulk {
                 }
                 Bulk::Request { pages: asked }
             }
+            LANE_VACATED if header.payload == 0 => Bulk::Vacated { number: r.u32("number of the mark")? },
             kind => return Err(DecodeError::invalid("kind", format!("{kind:#x} is no frame of a bulk lane"))),
         };
         r.finish()?;
         Ok(frame)
     }
+}
+
+/// Reads extents: at least one, ascending, disjoint and inside RAM.
+fn extents(r: &mut Reader<'_>, pages: u64) -> Result<Vec<Extent>, DecodeError> {
+    let count = r.count(MAX_EXTENTS, "number of extents")?;
+    let mut extents = Vec::with_capacity(count);
+    let mut free = 0;
+    for _ in 0..count {
+        let first = r.u64("first page")?;
+        let word = r.u32("page count")?;
+        let range = PageRange::new(first, u64::from(word & !(1 << 31)));
+        let content = if word >> 31 != 0 { Content::Zero } else { Content::Plain };
+        if range.count == 0 || first < free || first.checked_add(range.count).is_none_or(|e| e > pages) {
+            let why = format!("pages {first}+{} are empty, out of order or outside RAM", range.count);
+            return Err(DecodeError::invalid("extent", why));
+        }
+        free = range.end();
+        extents.push(Extent { range, content });
+    }
+    if extents.is_empty() {
+        return Err(DecodeError::invalid("number of extents", "none"));
+    }
+    Ok(extents)
 }
 
 fn plain_pages(extents: &[Extent]) -> u64 {
@@ -196,7 +212,7 @@ mod tests {
 
     #[test]
     fn only_pages_have_a_payload() {
-        for sample in [Bulk::RoundEnd { pages: 7 }, Bulk::Request { pages: vec![1, 2] }] {
+        for sample in [Bulk::RoundEnd { pages: 7 }, Bulk::Request { pages: vec![1, 2] }, Bulk::Vacated { number: 3 }] {
             let bytes = sample.encode(0, 3, 4);
             assert_eq!(sample.payload(), 0);
             assert_eq!(decode(&bytes, 8), Ok(sample.clone()));

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Header, SessionToken, frame, frame_kind, kinds};
+use super::{Header, Located, SessionToken, TablePart, frame, frame_kind, kinds};
 use crate::{
     codec::{DecodeError, Reader, Writer},
     device::DeviceKind,
@@ -118,6 +118,27 @@ pub struct FaultSummary {
     pub duplicates: u64,
 }
 
+impl FaultSummary {
+    fn encode(&self, w: &mut Writer) {
+        w.u64(self.count).u64(self.vcpu);
+        w.u64(self.p50_us).u64(self.p90_us).u64(self.p99_us).u64(self.p999_us).u64(self.max_us).u64(self.duplicates);
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let mut field = || r.u64("fault summary");
+        Ok(Self {
+            count: field()?,
+            vcpu: field()?,
+            p50_us: field()?,
+            p90_us: field()?,
+            p99_us: field()?,
+            p999_us: field()?,
+            max_us: field()?,
+            duplicates: field()?,
+        })
+    }
+}
+
 /// A frame of the control lane. `S` frames come from the source, `D` frames from the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
@@ -188,6 +209,30 @@ pub enum Control {
     },
     /// D: no page is missing any more. The source's memory may go.
     Complete(FaultSummary),
+    /// S: entries of the store table.
+    StoreTable(TablePart),
+    /// D: that part of the store table is here, and all that came before it.
+    StoreTableReceived {
+        /// The number of the part.
+        number: u32,
+    },
+    /// S: these pages are in a store.
+    Located(Located),
+    /// S: every page was sent or located, and none will follow that is not asked for. A mark with
+    /// the same number goes out on every bulk lane.
+    Vacated {
+        /// Counts these frames within a session, from 1.
+        number: u32,
+    },
+    /// D: the source is not needed any more: no page is missing but those that are in stores. The
+    /// source's memory may go.
+    Released(FaultSummary),
+    /// Both: an entry of the store table has lost pages. Those that the source holds come from
+    /// there.
+    EntryLost {
+        /// The number of the entry.
+        entry: u8,
+    },
 }
 
 impl Control {
@@ -218,6 +263,12 @@ impl Control {
             Control::Missing { .. } => kinds::MISSING,
             Control::PostCopy { .. } => kinds::POST_COPY,
             Control::Complete(_) => kinds::COMPLETE,
+            Control::StoreTable(_) => kinds::STORE_TABLE,
+            Control::StoreTableReceived { .. } => kinds::STORE_TABLE_RECEIVED,
+            Control::Located(_) => kinds::LOCATED,
+            Control::Vacated { .. } => kinds::VACATED,
+            Control::Released(_) => kinds::RELEASED,
+            Control::EntryLost { .. } => kinds::ENTRY_LOST,
         }
     }
 
@@ -253,10 +304,11 @@ impl Control {
             Control::Error { code, text } => _ = w.u16(code.to_wire()).text(text),
             Control::Missing { first, bitmap } => _ = w.u64(*first).bytes(bitmap),
             Control::PostCopy { missing, demand_lanes } => _ = w.u64(*missing).u16(*demand_lanes),
-            Control::Complete(s) => {
-                w.u64(s.count).u64(s.vcpu);
-                w.u64(s.p50_us).u64(s.p90_us).u64(s.p99_us).u64(s.p999_us).u64(s.max_us).u64(s.duplicates);
-            }
+            Control::Complete(summary) | Control::Released(summary) => summary.encode(&mut w),
+            Control::StoreTable(part) => part.encode(&mut w),
+            Control::Located(located) => located.encode(&mut w),
+            Control::StoreTableReceived { number } | Control::Vacated { number } => _ = w.u32(*number),
+            Control::EntryLost { entry } => _ = w.u8(*entry),
             Control::Ready
             | Control::Run
             | Control::Running
@@ -334,19 +386,13 @@ impl Control {
                 }
                 Control::PostCopy { missing, demand_lanes }
             }
-            kinds::COMPLETE => {
-                let mut field = || r.u64("fault summary");
-                Control::Complete(FaultSummary {
-                    count: field()?,
-                    vcpu: field()?,
-                    p50_us: field()?,
-                    p90_us: field()?,
-                    p99_us: field()?,
-                    p999_us: field()?,
-                    max_us: field()?,
-                    duplicates: field()?,
-                })
-            }
+            kinds::COMPLETE => Control::Complete(FaultSummary::decode(&mut r)?),
+            kinds::STORE_TABLE => Control::StoreTable(TablePart::decode(&mut r)?),
+            kinds::STORE_TABLE_RECEIVED => Control::StoreTableReceived { number: r.u32("number of the part")? },
+            kinds::LOCATED => Control::Located(Located::decode(&mut r)?),
+            kinds::VACATED => Control::Vacated { number: r.u32("number of the mark")? },
+            kinds::RELEASED => Control::Released(FaultSummary::decode(&mut r)?),
+            kinds::ENTRY_LOST => Control::EntryLost { entry: r.u8("entry")? },
             kind => return Err(DecodeError::invalid("kind", format!("{kind:#x} is no frame of a control lane"))),
         };
         r.finish()?;
@@ -388,7 +434,10 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::RamRegion;
+    use crate::{
+        RamRegion,
+        wire::stores::tests::{located, part},
+    };
 
     /// One frame of each kind.
     pub(crate) fn samples() -> Vec<Control> {
@@ -421,6 +470,12 @@ pub(crate) mod tests {
             Control::Ping,
             Control::Pong,
             Control::PostCopy { missing: 3, demand_lanes: MAX_DEMAND_LANES },
+            Control::StoreTable(part()),
+            Control::StoreTableReceived { number: 9 },
+            Control::Located(located()),
+            Control::Vacated { number: 2 },
+            Control::Released(FaultSummary { count: 1, duplicates: 8, ..FaultSummary::default() }),
+            Control::EntryLost { entry: 254 },
         ]
     }
 
@@ -472,7 +527,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn arbitrary_bodies_never_panic(kind in 0u8..0x14, body in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bodies_never_panic(kind in 0u8..0x1b, body in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&frame(kind, 0, 0, 0, 0, &body));
         }
     }

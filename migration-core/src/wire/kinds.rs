@@ -67,9 +67,16 @@ frame_kinds! {
     MISSING = 0x11, "missing", Control, Both;
     POST_COPY = 0x12, "post-copy", Control, Both;
     COMPLETE = 0x13, "complete", Control, Destination;
+    STORE_TABLE = 0x14, "store table", Control, Source;
+    STORE_TABLE_RECEIVED = 0x15, "store table received", Control, Destination;
+    LOCATED = 0x16, "located", Control, Source;
+    VACATED = 0x17, "vacated", Control, Source;
+    RELEASED = 0x18, "released", Control, Destination;
+    ENTRY_LOST = 0x19, "entry lost", Control, Both;
     PAGES = 0x40, "pages", Bulk, Both;
     ROUND_END = 0x41, "round end", Bulk, Both;
     REQUEST = 0x42, "request", Bulk, Destination;
+    LANE_VACATED = 0x43, "vacated", Bulk, Source;
     CHECKPOINT_EVERY = 0x60, "every", Checkpoint, Source;
     CHECKPOINT_IDENTITY = 0x61, "identity", Checkpoint, Destination;
     CHECKPOINT_STATE = 0x62, "state", Checkpoint, Destination;

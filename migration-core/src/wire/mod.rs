@@ -10,6 +10,7 @@ mod checkpoint;
 mod control;
 mod kinds;
 mod page_list;
+mod stores;
 
 pub use bulk::{Bulk, Content, Extent};
 pub use checkpoint::Checkpoint;
@@ -17,6 +18,8 @@ pub use control::{Control, ErrorCode, FaultSummary, Hello, Welcome};
 pub(crate) use control::{decode_vm, encode_vm};
 pub use kinds::{FRAME_KINDS, FrameKind, Lanes, Sender, frame_kind};
 pub(crate) use page_list::{add_missing, encode_bitmap, missing_frames};
+pub(crate) use stores::located_frames;
+pub use stores::{Located, TablePart};
 
 use crate::codec::{DecodeError, Reader, Writer};
 pub use crate::limits::{
@@ -47,9 +50,17 @@ pub const FEATURE_CHECKPOINTS: u32 = 8;
 /// Feature bit: source and destination are on one machine and share the VM's RAM. The memory files behind it follow the
 /// hello, one a region, and no page moves. Excludes all other bits.
 pub const FEATURE_SHARED_RAM: u32 = 16;
+/// Feature bit: pages may lie in page stores. The source says where they are, and serves the
+/// destination until that has *released* it. The destination grants it together with
+/// [`FEATURE_POST_COPY`], if it was started with page stores.
+pub const FEATURE_STORES: u32 = 32;
 /// Every feature bit that this build knows.
-pub const FEATURES: u32 =
-    FEATURE_PAYLOAD_CRC | FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS | FEATURE_CHECKPOINTS | FEATURE_SHARED_RAM;
+pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC
+    | FEATURE_POST_COPY
+    | FEATURE_HUGE_BLOCKS
+    | FEATURE_CHECKPOINTS
+    | FEATURE_SHARED_RAM
+    | FEATURE_STORES;
 /// Pages of a huge page.
 pub const HUGE_BLOCK: u64 = 512;
 

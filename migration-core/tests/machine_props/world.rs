@@ -443,7 +443,12 @@ impl Pair {
                     }
                     DestinationAction::Discard(_) => (self.complete, self.loading) = (None, None),
                     DestinationAction::Pong => self.answer(epoch, Control::Pong),
-                    DestinationAction::LoadPiece(_)
+                    // pages in stores are not agreed on
+                    DestinationAction::StoreTable(_)
+                    | DestinationAction::Located(_)
+                    | DestinationAction::Vacated(_)
+                    | DestinationAction::EntryLost(_)
+                    | DestinationAction::LoadPiece(_)
                     | DestinationAction::Missing { .. }
                     | DestinationAction::Finish
                     | DestinationAction::None => {}

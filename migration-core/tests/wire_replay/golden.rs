@@ -5,9 +5,12 @@ use std::fs;
 use bytes::Bytes;
 use migration_core::{
     PageRange,
+    page_map::StoreCopy,
+    paged_memory::{EntryStore, StoreEntry},
+    store::{Incarnation, Namespace},
     wire::{
         Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FEATURE_PAYLOAD_CRC, FaultSummary, Header, Hello,
-        LaneKind, Preamble, SessionToken, Welcome,
+        LaneKind, Located, Preamble, SessionToken, TablePart, Welcome,
     },
 };
 
@@ -69,8 +72,32 @@ pub(crate) fn samples() -> Vec<(String, Vec<u8>)> {
     let later = [preamble(LaneKind::Demand)].into_iter().chain(post_copy).chain([request]);
     let later = later.chain([preamble(LaneKind::Checkpoint)]).chain(checkpoints);
     let prepared = Control::Prepared { load_us: Some(1500) }.encode(0, 22, 3);
-    let later = later.chain([("prepared, with a time to load".to_owned(), prepared)]);
+    let later = later.chain([("prepared, with a time to load".to_owned(), prepared)]).chain(stores());
     preambles.into_iter().chain(control).chain(bulk).chain(later).collect()
+}
+
+/// What is said about pages in stores.
+fn stores() -> Vec<(String, Vec<u8>)> {
+    let store = |name: &str, byte| EntryStore { name: name.into(), incarnation: Incarnation([byte; 16]) };
+    let replicated = vec![store("rack-7", 2), store("rack-8", 3)];
+    let entries = [(1, replicated), (4, vec![store("home", 5)])];
+    let entries = entries.map(|(byte, stores)| StoreEntry::new(Namespace::new([byte; 16]), stores).unwrap());
+    let located = Located {
+        copy: StoreCopy { entry: 1, generation: 6 },
+        held: true,
+        runs: vec![PageRange::new(3, 2), PageRange::new(700, 1)],
+    };
+    let frames = [
+        Control::StoreTable(TablePart { number: 2, first: 0, entries: entries.to_vec() }),
+        Control::StoreTableReceived { number: 2 },
+        Control::Located(located),
+        Control::Vacated { number: 1 },
+        Control::Released(FaultSummary { count: 1, max_us: 7, ..FaultSummary::default() }),
+        Control::EntryLost { entry: 1 },
+    ];
+    let frames = frames.iter().map(|f| (f.name().to_owned(), f.encode(0, 23, 3)));
+    let mark = ("vacated, on a bulk lane".to_owned(), Bulk::Vacated { number: 1 }.encode(0, 24, 5));
+    frames.chain([mark]).collect()
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod silence;
 mod snapshots;
 mod streams;
 mod switch;
+mod through_stores;
 mod tune;
 mod verbs;
 mod versions;

@@ -117,11 +117,11 @@ impl HeapPager {
     }
 
     /// Takes over what is missing of `range`, whose contents are those of `from`.
-    fn take(&self, range: PageRange, from: Option<RamSlice<'_>>) -> Installed {
+    fn take(&self, range: PageRange, copy: PageCopy, from: Option<RamSlice<'_>>) -> Installed {
         let ram = &self.ram;
         let mut installed = Installed { pages: 0, duplicates: range.count };
         let map = self.lock().map.clone().expect("it is armed");
-        let Some(mut claim) = map.claim(range, PageCopy::Source).unwrap() else {
+        let Some(mut claim) = map.claim(range, copy).unwrap() else {
             self.lock().duplicates += range.count;
             return installed;
         };
@@ -179,7 +179,7 @@ impl Pager for HeapPager {
         self.changed.notify_all();
     }
 
-    fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
+    fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed> {
         self.check_range(range)?;
         if range.first / 512 != (range.end() - 1) / 512 {
             self.lock().broken.push(format!("installs {range:?}"));
@@ -188,12 +188,12 @@ impl Pager for HeapPager {
         let aside = HeapRam::new(RamLayout::new(vec![region]).unwrap())?;
         let slice = aside.slice(PageRange::new(0, range.count)).unwrap();
         fill(&[slice])?;
-        Ok(self.take(range, Some(slice)))
+        Ok(self.take(range, copy, Some(slice)))
     }
 
     fn install_zeros(&self, range: PageRange) -> io::Result<Installed> {
         self.check_range(range)?;
-        Ok(self.take(range, None))
+        Ok(self.take(range, PageCopy::Source, None))
     }
 
     fn wake(&self, page: u64) -> io::Result<()> {

@@ -199,10 +199,11 @@ impl UserFaultPager {
     fn each_claim(
         &self,
         range: PageRange,
+        copy: PageCopy,
         mut work: impl FnMut(&mut Claim<'_>) -> io::Result<u64>,
     ) -> io::Result<Installed> {
         let (map, mut pages) = (self.map(), 0);
-        while let Some(mut claim) = map.claim(range, PageCopy::Source)? {
+        while let Some(mut claim) = map.claim(range, copy)? {
             let claimed: u64 = claim.runs().iter().map(|run| run.count).sum();
             let worked = work(&mut claim);
             self.finish(claim)?;
@@ -216,12 +217,12 @@ impl UserFaultPager {
     }
 
     /// Fills the pages in place, if they are shared memory, and all missing and free.
-    fn install_in_place(&self, range: PageRange, fill: &mut Fill<'_>) -> Option<io::Result<Installed>> {
+    fn install_in_place(&self, range: PageRange, copy: PageCopy, fill: &mut Fill<'_>) -> Option<io::Result<Installed>> {
         if !self.pages.ram().backing().is_shared() {
             return None;
         }
         let map = self.map();
-        let mut claim = map.claim_whole(range, PageCopy::Source)?;
+        let mut claim = map.claim_whole(range, copy)?;
         let hidden = self.pages.hidden(range)?;
         if let Err(error) = fill(&hidden) {
             // what is half filled goes before the claim does. If it cannot, it stays hidden, and is overwritten.
@@ -337,18 +338,18 @@ impl Pager for UserFaultPager {
         self.faults.ring();
     }
 
-    fn install(&self, range: PageRange, mut fill: Fill<'_>) -> io::Result<Installed> {
+    fn install(&self, range: PageRange, copy: PageCopy, mut fill: Fill<'_>) -> io::Result<Installed> {
         self.check(range)?;
         if range.first / HUGE_BLOCK != (range.end() - 1) / HUGE_BLOCK {
             let why = format!("pages {}+{} cross a multiple of {HUGE_BLOCK}", range.first, range.count);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
-        if let Some(installed) = self.install_in_place(range, &mut fill) {
+        if let Some(installed) = self.install_in_place(range, copy, &mut fill) {
             return installed;
         }
         let staging = self.staging.take(range)?;
         fill(&[staging.slice(PageRange::new(0, range.count))?])?;
-        self.each_claim(range, |claim| {
+        self.each_claim(range, copy, |claim| {
             let (runs, mut already) = (claim.runs(), 0);
             for mut run in runs {
                 if run == range && self.can_move && self.pages.is_huge_block(range) {
@@ -369,7 +370,7 @@ impl Pager for UserFaultPager {
         let mut sum = Installed::default();
         for first in range.pages().step_by(ZERO_STEP as usize) {
             let part = PageRange::new(first, ZERO_STEP.min(range.end() - first));
-            let installed = self.each_claim(part, |claim| {
+            let installed = self.each_claim(part, PageCopy::Source, |claim| {
                 claim.runs().into_iter().try_fold(0, |already, run| Ok(already + self.pages.zero(run, claim)?))
             })?;
             sum.pages += installed.pages;

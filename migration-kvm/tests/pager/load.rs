@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use libtest_mimic::Failed;
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, RamSlice,
+    page_map::PageCopy,
     pager::{Fault, Installed, Pager},
 };
 use migration_kvm::{
@@ -42,7 +43,7 @@ pub fn stress(backing: Backing) -> Outcome {
         count(if is_zero(page) { world.pager.install_zeros(block) } else { world.install(block, 1) })
     };
     let push = |run: PageRange| {
-        count(world.pager.install(run, &mut |slices| {
+        count(world.pager.install(run, PageCopy::Source, &mut |slices| {
             let pages = run.pages().flat_map(|p| if is_zero(p) { vec![0; PAGE_SIZE] } else { contents(p, 1) });
             let (bytes, mut at) = (pages.collect::<Vec<u8>>(), 0);
             for slice in slices {
@@ -142,7 +143,7 @@ pub fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
             slices.iter().for_each(|slice| slice.copy_from(&bytes));
             Ok(())
         };
-        world.pager.install(block, copy).map(|_| ())
+        world.pager.install(block, PageCopy::Source, copy).map(|_| ())
     };
     let sum = world.serve(answer, || -> Result<u64, Failed> {
         let mut vcpu = vm.create_vcpu(0)?;
@@ -185,7 +186,7 @@ pub fn cost(backing: Backing) -> Outcome {
             world.arm(&world.all())?;
             let start = Instant::now();
             for first in (0..PAGES).step_by(step as usize) {
-                world.pager.install(range(first, step), &mut |slices| {
+                world.pager.install(range(first, step), PageCopy::Source, &mut |slices| {
                     slices.iter().for_each(|s| s.copy_from(&data));
                     Ok(())
                 })?;

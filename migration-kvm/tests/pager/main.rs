@@ -19,6 +19,7 @@ use kvm_ioctls::Kvm;
 use libtest_mimic::{Arguments, Failed, Trial};
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet,
+    page_map::PageCopy,
     pager::{Fault, Installed, Pager},
     tracker::DirtyTracker,
 };
@@ -94,7 +95,7 @@ fn racing_installs(backing: Backing) -> Outcome {
         let block = if world.pager.granule() == 1 { range(turn * 512 + 100, 60) } else { range(turn * 512, 512) };
         let barrier = Barrier::new(2);
         let install = |salt: u64| {
-            world.pager.install(block, &mut |slices| {
+            world.pager.install(block, PageCopy::Source, &mut |slices| {
                 barrier.wait(); // both are at it
                 fill(slices, block, salt);
                 Ok(())
@@ -152,7 +153,7 @@ fn zeros(backing: Backing) -> Outcome {
     let granule = world.pager.granule();
     expect(world.install(world.block(600), 1)?, granule, 0)?;
     // leaves a half-filled page behind
-    let failed = world.pager.install(world.block(1700), &mut |slices| {
+    let failed = world.pager.install(world.block(1700), PageCopy::Source, &mut |slices| {
         slices[0].take(100).copy_from(&[7; 100]);
         Err(io::ErrorKind::ConnectionReset.into())
     });
@@ -251,7 +252,7 @@ fn a_failed_fill_leaves_it_missing(backing: Backing) -> Outcome {
         let mut faults = Vec::new();
         world.pager.wait(LONG, &mut faults)?;
         for _ in 0..3 {
-            let result = world.pager.install(block, &mut |slices| {
+            let result = world.pager.install(block, PageCopy::Source, &mut |slices| {
                 slices[0].take(11 * PAGE_SIZE + 5).copy_from(&[0xaa; 11 * PAGE_SIZE + 5]);
                 Err(io::Error::other("cut"))
             });
@@ -279,7 +280,7 @@ fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
     let (begun, second_filled) = (Barrier::new(2), Barrier::new(2));
     thread::scope(|scope| -> Outcome {
         let first = scope.spawn(|| {
-            world.pager.install(block, &mut |slices| {
+            world.pager.install(block, PageCopy::Source, &mut |slices| {
                 begun.wait();
                 slices[0].take(99).copy_from(&[1; 99]);
                 second_filled.wait();
@@ -287,7 +288,7 @@ fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
             })
         });
         begun.wait();
-        let second = world.pager.install(block, &mut |slices| {
+        let second = world.pager.install(block, PageCopy::Source, &mut |slices| {
             fill(slices, block, 2);
             second_filled.wait();
             Ok(())
@@ -521,7 +522,7 @@ fn refusals(backing: Backing) -> Outcome {
     }
     for (first, count) in bad {
         let bad = range(first, count);
-        let install = world.pager.install(bad, &mut |_| Err(io::Error::other("called")));
+        let install = world.pager.install(bad, PageCopy::Source, &mut |_| Err(io::Error::other("called")));
         invalid(install, bad)?;
         invalid(world.pager.install_zeros(bad), bad)?;
     }
@@ -539,7 +540,7 @@ fn refusals(backing: Backing) -> Outcome {
     world.pager.disarm()?;
     // after the end all are duplicates, and lanes are still emptied
     let mut called = false;
-    let late = world.pager.install(range(0, 512), &mut |_| {
+    let late = world.pager.install(range(0, 512), PageCopy::Source, &mut |_| {
         called = true;
         Ok(())
     })?;

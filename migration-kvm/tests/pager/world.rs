@@ -5,7 +5,7 @@ use std::{fs, io, sync::Arc, thread, time::Duration};
 use libtest_mimic::Failed;
 use migration_core::{
     GuestRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion, RamSlice,
-    page_map::PageMap,
+    page_map::{PageCopy, PageMap},
     pager::{Fault, Installed, Pager},
     shared_map::SharedPageMap,
     vm::VmError,
@@ -77,7 +77,7 @@ impl<R: GuestRam + 'static> World<R> {
     }
 
     pub fn install(&self, range: PageRange, salt: u64) -> io::Result<Installed> {
-        self.pager.install(range, &mut |slices| {
+        self.pager.install(range, PageCopy::Source, &mut |slices| {
             fill(slices, range, salt);
             Ok(())
         })

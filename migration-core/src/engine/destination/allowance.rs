@@ -23,6 +23,9 @@ const PINGS_A_SECOND: u64 = 100;
 /// device may send changed state again and again.
 const PIECES_PER_RAM: u64 = 4;
 const LEAST_PIECES: u64 = 1 << 30;
+/// How often it may be said of each page, on average, in which store it is: once for each put, and
+/// again after each cut.
+const LOCATIONS_PER_PAGE: u64 = 64;
 
 /// The account of one attempt.
 pub(in crate::engine) struct Allowance {
@@ -38,6 +41,8 @@ pub(in crate::engine) struct Allowance {
     pings: AtomicU64,
     piece_bytes: AtomicU64,
     lists: AtomicU64,
+    /// Pages of which it was said in which store they are.
+    located: AtomicU64,
 }
 
 impl Allowance {
@@ -51,6 +56,7 @@ impl Allowance {
             pings: AtomicU64::new(0),
             piece_bytes: AtomicU64::new(0),
             lists: AtomicU64::new(0),
+            located: AtomicU64::new(0),
         }
     }
 
@@ -89,6 +95,9 @@ impl Allowance {
             Control::Ping => self.ping(),
             Control::Piece(piece) => self.piece(piece.data.len()),
             Control::Missing { .. } => self.list(pages),
+            // it is answered, as a ping
+            Control::StoreTable(_) => self.ping(),
+            Control::Located(located) => self.locate(located.pages(), pages),
             _ => Ok(()),
         }
     }
@@ -112,6 +121,13 @@ impl Allowance {
         let limit = pages.div_ceil(STATE_CHUNK as u64 * 8);
         let len = self.lists.fetch_add(1, Ordering::Relaxed) + 1;
         if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "parts of a list of pages", len, limit }) }
+    }
+
+    /// It was said of so many pages, of a VM with `all`, in which store they are.
+    fn locate(&self, pages: u64, all: u64) -> Result<(), DecodeError> {
+        let limit = all.saturating_mul(LOCATIONS_PER_PAGE);
+        let len = self.located.fetch_add(pages, Ordering::Relaxed).saturating_add(pages);
+        if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "locations of pages", len, limit }) }
     }
 }
 
@@ -154,6 +170,8 @@ mod tests {
         assert!((PING_BURST..1_000_000).contains(&pings), "{pings}");
         let all = (4 << 30) + LEAST_PIECES;
         assert!(allowance.piece(all as usize).is_ok() && allowance.piece(1).is_err());
+        assert!(allowance.locate(100, 100).is_ok() && allowance.locate(64 * 100 - 100, 100).is_ok());
+        assert!(allowance.locate(1, 100).is_err());
         let each = STATE_CHUNK as u64 * 8;
         assert!(allowance.list(each).is_ok() && allowance.list(each).is_err() && allowance.list(3 * each).is_ok());
     }

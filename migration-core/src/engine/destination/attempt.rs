@@ -4,12 +4,18 @@ use std::hash::{BuildHasher, RandomState};
 
 use super::{
     control_lane::Flow,
+    gather::Gatherer,
     introduce::ControlLane,
     reserve::Reservation,
     session::{Agreed, Built},
     *,
 };
-use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURES, HUGE_BLOCK, Hello, Welcome};
+use crate::wire::{FEATURE_PAYLOAD_CRC, FEATURE_STORES, FEATURES, HUGE_BLOCK, Hello, Welcome};
+use crate::{
+    page_map::PageMap,
+    paged_memory::{PagedMemory, PagedMemoryParts},
+    shared_map::SharedPageMap,
+};
 
 /// An accepted hello, and the action that follows from it.
 pub(super) struct Greeted {
@@ -144,7 +150,8 @@ impl VmEntry {
             Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::Mismatch, cause)),
         };
         let pager = if shared { None } else { vm.vm().pager() };
-        let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref()) };
+        let stores = !self.common.options.stores.is_empty();
+        let mut features = if shared { FEATURE_SHARED_RAM } else { granted(features, pager.as_deref(), stores) };
         let protection = match self.protection(vm.vm(), &mut features) {
             Ok(protection) => protection.map(Arc::new),
             Err(cause) => return Err(self.no_vm(begun, &mut control, ErrorCode::State, cause)),
@@ -160,8 +167,21 @@ impl VmEntry {
             shared,
             grace: self.common.options.progress_grace,
         };
-        let session = Arc::new(Session::new(agreed, Built { vm, pager, protection }, control, closer));
-        self.current(begun.attachment)?.session = Some(session.clone());
+        let stores = features & FEATURE_STORES != 0;
+        let map = Arc::new(SharedPageMap::new(PageMap::new(vm.vm().ram().layout().pages())));
+        let gatherer = pager.clone().filter(|_| stores).map(|pager| {
+            let (map, stores) = (map.clone(), self.common.options.stores.clone());
+            let memory = PagedMemory::new(PagedMemoryParts { vm: hello.vm.id, map, pager, stores });
+            Arc::new(Gatherer::new(memory, self.common.options.owner))
+        });
+        let built = Built { vm, pager, protection, map, gatherer };
+        let session = Arc::new(Session::new(agreed, built, control, closer));
+        let mut state = self.current(begun.attachment)?;
+        if stores {
+            state.machine.allow_stores();
+        }
+        state.session = Some(session.clone());
+        drop(state);
         drop(turn);
         Ok((session, features))
     }
@@ -247,7 +267,7 @@ impl VmEntry {
 }
 
 /// Returns the requested feature bits that a VM with this pager supports.
-fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
+fn granted(wanted: u32, pager: Option<&dyn Pager>, has_stores: bool) -> u32 {
     let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
     let post_copy = match pager.map(|pager| pager.granule()) {
         Some(1) => wanted & FEATURE_POST_COPY,
@@ -255,9 +275,14 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>) -> u32 {
         Some(HUGE_BLOCK) if wanted & both == both => both,
         _ => 0,
     };
-    let without = both | if post_copy == 0 { FEATURE_CHECKPOINTS } else { 0 };
-    wanted & FEATURES & !without | post_copy
+    let checkpoints = if post_copy == 0 { 0 } else { wanted & FEATURE_CHECKPOINTS };
+    // single pages are fetched, and nothing is released that a checkpoint may need
+    let fetches = has_stores && post_copy == FEATURE_POST_COPY && checkpoints == 0;
+    let stores = if fetches { wanted & FEATURE_STORES } else { 0 };
+    let without = both | FEATURE_CHECKPOINTS | FEATURE_STORES;
+    wanted & FEATURES & !without | post_copy | checkpoints | stores
 }
+
 /// Checks that the VM was built with the layout of the hello, because pages are checked against that.
 fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>, VmError> {
     if *vm.vm().ram().layout() == hello.vm.layout {
@@ -289,7 +314,11 @@ mod tests {
         for granule in [0, 1, HUGE_BLOCK, 2 * HUGE_BLOCK] {
             let pager = (granule > 0).then(|| missing(granule, &[]).1);
             for wanted in 0..=u32::from(u8::MAX) {
-                let granted = granted(wanted, pager.as_deref().map(|pager| pager as &dyn Pager));
+                let granted = |stores| granted(wanted, pager.as_deref().map(|pager| pager as &dyn Pager), stores);
+                let fetches = granule == 1 && wanted & FEATURE_POST_COPY != 0 && wanted & FEATURE_CHECKPOINTS == 0;
+                let stores = if fetches { wanted & FEATURE_STORES } else { 0 };
+                assert_eq!(granted(true) ^ granted(false), stores, "{granule} {wanted:#b}");
+                let granted = granted(false);
                 assert_eq!(granted & !(wanted & FEATURES), 0, "{granule} {wanted:#b}: nobody wants that");
                 let serves = match granule {
                     1 => wanted & FEATURE_POST_COPY,
@@ -299,7 +328,8 @@ mod tests {
                 assert_eq!(granted & pages, serves, "{granule} {wanted:#b}");
                 let checkpoints = if serves == 0 { 0 } else { wanted & FEATURE_CHECKPOINTS };
                 assert_eq!(granted & FEATURE_CHECKPOINTS, checkpoints, "{granule} {wanted:#b}");
-                let others = FEATURES & !pages & !FEATURE_CHECKPOINTS;
+                let others = FEATURES & !pages & !FEATURE_CHECKPOINTS & !FEATURE_STORES;
+                assert_eq!(granted & FEATURE_STORES, 0, "{granule} {wanted:#b}");
                 assert_eq!(granted & others, wanted & others, "{granule} {wanted:#b}");
             }
         }

@@ -65,6 +65,19 @@ impl VmEntry {
         session.allowance.frame(&frame, session.ram.layout().pages())?;
         match state.machine.handle(epoch, frame)? {
             DestinationAction::None | DestinationAction::Build { .. } => {}
+            DestinationAction::StoreTable(part) => {
+                drop(state);
+                self.store_table(session, &part)?;
+            }
+            DestinationAction::Located(located) => {
+                drop(state);
+                self.located(session, &located)?;
+            }
+            DestinationAction::Vacated(number) => session.vacated(number),
+            DestinationAction::EntryLost(entry) => {
+                drop(state);
+                self.entry_lost(session, entry);
+            }
             DestinationAction::Pong => {
                 drop(state);
                 session.say(&Control::Pong)?;
@@ -101,7 +114,7 @@ impl VmEntry {
                 if let Some(protection) = &session.protection {
                     self.unprotect(protection);
                 }
-                self.finished.store(true, Ordering::Relaxed);
+                self.source_is_done(session);
                 return Ok(Flow::End);
             }
         }

@@ -14,7 +14,7 @@ pub struct ReceiverHandle {
 /// Controls one VM of a receiver from other threads.
 #[derive(Clone)]
 pub struct VmHandle {
-    entry: Arc<VmEntry>,
+    pub(super) entry: Arc<VmEntry>,
 }
 
 /// The state of one VM of a receiver.
@@ -89,6 +89,14 @@ impl ReceiverHandle {
         if let Some(vm) = self.only() {
             vm.vm_ended(reason);
         }
+    }
+
+    /// As [`VmHandle::release_source`].
+    ///
+    /// # Errors
+    /// What is in the way, in words.
+    pub fn release_source(&self) -> Result<(), String> {
+        self.only().ok_or("the receiver does not know one VM: name the one that is meant")?.release_source()
     }
 
     fn only(&self) -> Option<VmHandle> {

@@ -16,7 +16,7 @@ use crate::{
     codec::DecodeError,
     engine::control::read_frame,
     page::STRIPE_PAGES,
-    page_map::MapError,
+    page_map::{MapError, PageCopy},
     ram::RamSlice,
     vm::VmError,
     wire::{Bulk, Content, Extent, Header, LaneKind},
@@ -69,6 +69,11 @@ impl LaneReceiver {
         if let Some(missing) = self.session.missing()
             && header.number == missing.generation
         {
+            if let (Bulk::Vacated { number }, LaneKind::Bulk) = (&frame, self.kind) {
+                self.session.gatherer()?;
+                self.session.marked(self.index, *number);
+                return Ok(());
+            }
             let Bulk::Pages { extents, payload_crc } = frame else {
                 return Err(DecodeError::invalid("kind", "only pages come after the hand-over").into());
             };
@@ -99,6 +104,7 @@ impl LaneReceiver {
                 self.session.lane_ended(self.index, header.number)
             }
             Bulk::Request { .. } => Err(DecodeError::invalid("kind", "requests go to the source").into()),
+            Bulk::Vacated { .. } => Err(DecodeError::invalid("kind", "a source vacates after the hand-over").into()),
             Bulk::RoundEnd { pages } => {
                 let why = format!("the round had {pages} pages, {} arrived", self.pages);
                 Err(DecodeError::invalid("pages", why).into())
@@ -193,7 +199,7 @@ impl LaneReceiver {
                             Ok(())
                         }
                     };
-                    let installed = missing.install(range, |pager| pager.install(range, &mut fill));
+                    let installed = missing.install(range, |pager| pager.install(range, PageCopy::Source, &mut fill));
                     let failed =
                         |cause| if lost { MigrationError::link(&self.peer)(cause) } else { not_installed(cause) };
                     installed.map_err(failed)?;

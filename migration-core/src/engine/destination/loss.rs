@@ -90,7 +90,10 @@ impl VmEntry {
             OnDestinationLoss::Discard => state.session.take(),
             OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
-        let served = state.machine.vm().filter(|_| state.machine.is_served());
+        // a source of which nothing is needed is no loss (rule 19)
+        let missing = state.session.as_ref().and_then(|session| session.missing());
+        let needed = missing.is_none_or(|missing| missing.needs_source());
+        let served = state.machine.vm().filter(|_| needed && state.machine.is_served());
         drop(state);
         if let Some(vm) = served {
             self.notify(vm, Notice::LinkLost);

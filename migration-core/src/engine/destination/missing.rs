@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::gather::Gatherer;
 use crate::{
     PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
@@ -17,12 +18,24 @@ use crate::{
     histogram::Latencies,
     lock::lock,
     page::STRIPE_PAGES,
+    page_map::PageCopy,
+    paged_memory::FetchError,
     pager::{Fault, Installed, Pager},
     ram::RamSlice,
     shared_map::SharedPageMap,
-    store::VersionStore,
+    store::{Urgency, VersionStore},
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
 };
+
+/// What comes next in the life of missing pages.
+pub(in crate::engine) enum Turn {
+    /// No page is missing any more.
+    Complete,
+    /// The source has vacated: it is to be answered.
+    Vacated,
+    /// Nobody wants the missing pages any more.
+    Over,
+}
 
 /// How often a thread that waits for faults looks whether it shall end.
 const TICK: Duration = Duration::from_millis(200);
@@ -34,6 +47,8 @@ pub(in crate::engine) struct Missing {
     pub(in crate::engine) generation: u32,
     /// Which pages are missing. No page may come that the hand-over did not leave behind.
     map: Arc<SharedPageMap>,
+    /// Fetches those that are in stores.
+    gatherer: Option<Arc<Gatherer>>,
     state: Mutex<State>,
     /// Told when no page is missing any more, or nobody wants them.
     changed: Condvar,
@@ -52,6 +67,10 @@ struct State {
     duplicates: u64,
     /// Calls of the pager that are not recorded yet.
     installing: u32,
+    /// Whether the source has vacated, and waits for an answer.
+    vacated: bool,
+    /// Whether the session is over.
+    over: bool,
 }
 
 /// A fault that is not served yet.
@@ -88,17 +107,25 @@ impl Missing {
             vcpu_faults: 0,
             duplicates: 0,
             installing: 0,
+            vacated: false,
+            over: false,
         };
         Self {
             pager,
             generation,
             map,
+            gatherer: None,
             state: Mutex::new(state),
             changed: Condvar::new(),
             lanes: (0..lanes).map(|_| Mutex::default()).collect(),
             ended: AtomicBool::new(false),
             bytes,
         }
+    }
+
+    /// Pages may be in stores, too.
+    pub(in crate::engine) fn with_gatherer(self, gatherer: Option<Arc<Gatherer>>) -> Self {
+        Self { gatherer, ..self }
     }
 
     /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
@@ -133,16 +160,94 @@ impl Missing {
         lock(&self.state).vcpus = threads;
     }
 
+    /// Returns whether a page is only at its source.
+    pub(in crate::engine) fn needs_source(&self) -> bool {
+        self.map.read(|map| map.at_source() > 0)
+    }
+
     /// A demand lane is there. Whoever has waited without one is asked for on it.
     pub(in crate::engine) fn attach(&self, index: u16, writer: Box<dyn WriteHalf>) -> io::Result<()> {
         let Some(lane) = self.lanes.get(usize::from(index)) else { return Err(io::ErrorKind::InvalidInput.into()) };
         *lock(lane) = Some(Requests { writer, sequence: 0 });
-        let waiting: Vec<u64> = lock(&self.state).waiting.keys().copied().collect();
         let granule = self.pager.granule();
-        for blocks in waiting.chunks(MAX_REQUESTS) {
-            self.request(usize::from(index), blocks.iter().map(|block| block * granule).collect())?;
+        let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * granule).collect();
+        let waiting: Vec<u64> = waiting.into_iter().filter(|&page| !self.is_fetched(page)).collect();
+        for pages in waiting.chunks(MAX_REQUESTS) {
+            self.request(usize::from(index), pages.to_vec())?;
         }
         Ok(())
+    }
+
+    /// Returns whether a missing page is fetched from a store. Until the VM runs, the source sends
+    /// what it holds (rule 7).
+    fn is_fetched(&self, page: u64) -> bool {
+        let Some(gatherer) = &self.gatherer else { return false };
+        let (in_store, held) = self.map.read(|map| (map.in_store().contains(page), map.is_held(page)));
+        in_store && (!held || gatherer.is_running())
+    }
+
+    /// The pages of `runs` are in stores now: who waits for one of them waits for its store.
+    pub(in crate::engine) fn ask_stores(&self, runs: &[PageRange]) {
+        let Some(gatherer) = &self.gatherer else { return };
+        let (state, granule) = (lock(&self.state), self.pager.granule());
+        let waits = |page: &u64| runs.iter().any(|run| run.pages().contains(page));
+        let pages: Vec<u64> = state.waiting.keys().map(|block| block * granule).filter(waits).collect();
+        drop(state);
+        pages.into_iter().for_each(|page| gatherer.fault(page));
+    }
+
+    /// `pages` are at their source again: it is asked for those that somebody waits for.
+    pub(in crate::engine) fn ask_source(&self, pages: &PageSet) {
+        let (state, granule) = (lock(&self.state), self.pager.granule());
+        let waiting = state.waiting.keys().map(|block| block * granule);
+        let waiting: Vec<u64> = waiting.filter(|&page| pages.contains(page)).collect();
+        drop(state);
+        for pages in waiting.chunks(MAX_REQUESTS) {
+            // without a lane they are asked for when there is one
+            let _ = self.request(0, pages.to_vec());
+        }
+    }
+
+    /// Fetches pages of `within` from their stores.
+    pub(in crate::engine) fn fetch(
+        &self,
+        within: PageRange,
+        urgency: Urgency,
+        deadline: Instant,
+    ) -> Result<Installed, FetchError> {
+        let Some(gatherer) = &self.gatherer else { return Ok(Installed::default()) };
+        self.install(within, |_| gatherer.memory.fetch(within, urgency, deadline))
+    }
+
+    /// The source has vacated, and all that it has sent before on bulk lanes was read.
+    pub(in crate::engine) fn vacated(&self) {
+        lock(&self.state).vacated = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for what comes next. A *vacated* has its turn when all that was asked of the source is
+    /// here. `was_complete`: whether it was returned before that no page is missing.
+    pub(in crate::engine) fn wait_turn(&self, was_complete: bool) -> Turn {
+        let mut state = lock(&self.state);
+        loop {
+            let ended = self.ended.load(Ordering::Acquire) && !was_complete;
+            if ended && self.is_complete_in(&state) {
+                return Turn::Complete;
+            }
+            if ended || state.over {
+                return Turn::Over;
+            }
+            let granule = self.pager.granule();
+            let asked = state.waiting.keys().any(|block| {
+                self.map
+                    .read(|map| map.missing().contains(block * granule) && !map.in_store().contains(block * granule))
+            });
+            if state.vacated && !asked {
+                state.vacated = false;
+                return Turn::Vacated;
+            }
+            state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
+        }
     }
 
     /// Waits for faults and asks for their pages, until none is missing or nobody wants them. `number` tells the threads
@@ -192,6 +297,16 @@ impl Missing {
             }
             waits.push(Waiter { thread: fault.thread, since: now });
         }
+        drop(state);
+        if let Some(gatherer) = &self.gatherer {
+            wanted.retain(|&page| {
+                let fetched = self.is_fetched(page);
+                if fetched {
+                    gatherer.fault(page);
+                }
+                !fetched
+            });
+        }
         wanted
     }
 
@@ -214,19 +329,22 @@ impl Missing {
     ///
     /// # Errors
     /// Those of `work`. Some of the pages may be there all the same.
-    pub(in crate::engine) fn install(
+    pub(in crate::engine) fn install<E>(
         &self,
         range: PageRange,
-        work: impl FnOnce(&dyn Pager) -> io::Result<Installed>,
-    ) -> io::Result<Installed> {
+        work: impl FnOnce(&dyn Pager) -> Result<Installed, E>,
+    ) -> Result<Installed, E> {
         lock(&self.state).installing += 1;
         let result = work(&*self.pager);
         let mut state = lock(&self.state);
         state.installing -= 1;
         state.duplicates += result.as_ref().map_or(0, |installed| installed.duplicates);
         self.serve_waiters(&mut state, range);
-        let complete = self.is_complete_in(&state);
+        let (complete, vacated) = (self.is_complete_in(&state), state.vacated);
         drop(state);
+        if vacated {
+            self.changed.notify_all();
+        }
         if complete {
             self.end();
         }
@@ -292,7 +410,7 @@ impl Missing {
                     }
                     Ok(())
                 };
-                self.install(range, |pager| pager.install(range, &mut fill))?;
+                self.install(range, |pager| pager.install(range, PageCopy::Source, &mut fill))?;
             }
         }
         Ok(())
@@ -305,16 +423,15 @@ impl Missing {
         drop(lock(&self.state));
         self.changed.notify_all();
         self.pager.wake_waiters();
+        if let Some(gatherer) = &self.gatherer {
+            gatherer.end();
+        }
     }
 
-    /// Waits until the watch has ended; whether no page is missing.
-    pub(in crate::engine) fn wait_ended(&self) -> bool {
-        let mut state = lock(&self.state);
-        while !self.ended.load(Ordering::Acquire) {
-            state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
-        }
-        drop(state);
-        self.is_complete()
+    /// The session is over.
+    pub(in crate::engine) fn close(&self) {
+        lock(&self.state).over = true;
+        self.end();
     }
 
     /// Waits so long at most; whether the watch has ended.
@@ -380,7 +497,7 @@ pub(in crate::engine) mod tests {
 
         fn wake_waiters(&self) {}
 
-        fn install(&self, range: PageRange, fill: Fill<'_>) -> io::Result<Installed> {
+        fn install(&self, range: PageRange, _: PageCopy, fill: Fill<'_>) -> io::Result<Installed> {
             // in two pieces, where it has more than a page
             let slice = self.ram.slice(range).unwrap();
             fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
@@ -449,7 +566,7 @@ pub(in crate::engine) mod tests {
 
     /// These pages are installed, and recorded as arrived.
     pub(in crate::engine) fn arrive(missing: &Missing, range: PageRange, installed: Installed) {
-        let recorded = missing.install(range, |_| {
+        let recorded: io::Result<_> = missing.install(range, |_| {
             arrived(&missing.map, range);
             Ok(installed)
         });
@@ -496,7 +613,9 @@ pub(in crate::engine) mod tests {
         assert!(missing.pages().iter().eq(0..4) && !missing.wait_ended_for(Duration::ZERO));
         arrive(&missing, PageRange::new(0, 4), Installed::default());
         assert!(lock(&missing.state).waiting.is_empty());
-        assert!(missing.wait_ended_for(Duration::from_secs(3600)) && missing.wait_ended());
+        assert!(
+            missing.wait_ended_for(Duration::from_secs(3600)) && matches!(missing.wait_turn(false), Turn::Complete)
+        );
     }
 
     #[test]
@@ -527,7 +646,7 @@ pub(in crate::engine) mod tests {
     fn what_a_failed_install_has_brought_is_recorded() {
         let (missing, _) = missing(1, &[(0, 8)]);
         missing.note(&[fault(1, 1), fault(6, 2)]);
-        let failed = missing.install(PageRange::new(0, 8), |_| {
+        let failed: io::Result<_> = missing.install(PageRange::new(0, 8), |_| {
             arrived(&missing.map, PageRange::new(0, 4));
             assert!(!missing.is_complete());
             Err(io::ErrorKind::OutOfMemory.into())
@@ -535,13 +654,13 @@ pub(in crate::engine) mod tests {
         assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [6]);
         assert_eq!(lock(&missing.state).latencies.count(), 1);
-        let last = missing.install(PageRange::new(4, 4), |_| {
+        let last: io::Result<_> = missing.install(PageRange::new(4, 4), |_| {
             arrived(&missing.map, PageRange::new(4, 4));
             // nothing is missing, but not all is recorded
             assert!(missing.pages().is_empty() && !missing.is_complete());
             Err(io::ErrorKind::Other.into())
         });
-        assert!(last.is_err() && missing.is_complete() && missing.wait_ended());
+        assert!(last.is_err() && missing.is_complete() && matches!(missing.wait_turn(false), Turn::Complete));
     }
 
     #[test]
@@ -600,6 +719,6 @@ pub(in crate::engine) mod tests {
             };
             assert_eq!(bytes, [want; PAGE_SIZE], "page {page}");
         }
-        assert!(missing.pages().is_empty() && missing.wait_ended());
+        assert!(missing.pages().is_empty() && matches!(missing.wait_turn(false), Turn::Complete));
     }
 }

@@ -5,6 +5,7 @@ mod allowance;
 mod attempt;
 mod connections;
 mod control_lane;
+mod gather;
 mod handle;
 mod host;
 mod install;

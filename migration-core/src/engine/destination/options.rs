@@ -5,6 +5,13 @@ use std::{io, sync::Arc, time::Duration};
 use thiserror::Error;
 
 use super::*;
+use crate::store::{Owner, PageStore};
+
+/// The owner that is recorded where none is named.
+const DESTINATION: Owner = match Owner::new("a migration's destination") {
+    Ok(owner) => owner,
+    Err(_) => panic!("the text is printable"),
+};
 
 /// Limits and choices at a destination.
 #[derive(Clone)]
@@ -34,6 +41,11 @@ pub struct ReceiverOptions {
     pub fence: Arc<dyn Fence>,
     /// In fail-safe post-copy, the stores with the forward checkpoints of sources that have died; `None` if there are none.
     pub forward: Option<Arc<dyn ForwardStores>>,
+    /// The page stores from which pages of a VM may be fetched. A source can name these, and no
+    /// others.
+    pub stores: Vec<Arc<dyn PageStore>>,
+    /// Who answers for namespaces of VMs that have arrived here, as the stores record it.
+    pub owner: Owner,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,
     /// Gets the events. They do not name the VM. See [`Observer`] for what it must not do.
@@ -52,6 +64,8 @@ impl Default for ReceiverOptions {
             patience: None,
             fence: Arc::new(NoFence),
             forward: None,
+            stores: Vec::new(),
+            owner: DESTINATION,
             spawner: Arc::new(StdSpawner),
             observer: Arc::new(NoObserver),
         }

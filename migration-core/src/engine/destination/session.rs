@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use super::{allowance::Allowance, host::AnyVm, missing::Missing, place::Place, protection::Protection};
+use super::{
+    allowance::Allowance, gather::Gatherer, host::AnyVm, missing::Missing, place::Place, protection::Protection,
+};
 use crate::{
     MigrationError, PageSet,
     channel::{Closer, WriteHalf},
@@ -49,6 +51,8 @@ pub(super) struct Session {
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
+    /// Fetches pages from stores, if stores are agreed on.
+    pub(super) gatherer: Option<Arc<Gatherer>>,
     /// The list of missing pages that is coming in. It counts once all rounds before it are here: see `map`.
     pub(super) listed: Mutex<PageSet>,
     /// Where each page is: what rounds have brought, what is left behind, and what arrives of that.
@@ -94,6 +98,9 @@ struct LaneState {
     /// The last generation of which each lane has begun to receive, and the last that it has completed.
     started: Vec<u32>,
     ended: Vec<u32>,
+    /// The number of the *vacated* that is not answered, and of the last mark on each lane.
+    vacated: Option<u32>,
+    marks: Vec<u32>,
     /// Set when the state is about to be loaded: no page may arrive from then on.
     sealed: bool,
     /// Counts the control lanes of this session: the other lanes belong to one of them.
@@ -148,16 +155,19 @@ pub(super) struct Built {
     pub(super) pager: Option<Arc<dyn Pager>>,
     /// Checkpoints, if they are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
+    /// Where each page is.
+    pub(super) map: Arc<SharedPageMap>,
+    /// Fetches pages from stores, if stores are agreed on.
+    pub(super) gatherer: Option<Arc<Gatherer>>,
 }
 
 impl Session {
     pub(super) fn new(agreed: Agreed, built: Built, control: ControlWriter, closer: Arc<dyn Closer>) -> Self {
         let Agreed { token, id, peer, epoch, lanes, payload_crc, shared, grace } = agreed;
-        let Built { mut vm, pager, protection } = built;
+        let Built { mut vm, pager, protection, map, gatherer } = built;
         let count = usize::from(lanes);
         let ram = vm.vm().ram();
         let listed = Mutex::new(PageSet::empty(ram.layout().pages()));
-        let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
         let allowance = Allowance::new(ram.layout().bytes(), grace, protection.is_some());
         let lane_state = LaneState {
             control: closer,
@@ -170,6 +180,8 @@ impl Session {
             guest_ended: false,
             started: vec![0; count],
             ended: vec![0; count],
+            vacated: None,
+            marks: vec![0; count],
             sealed: false,
             link: 0,
             lost: false,
@@ -188,6 +200,7 @@ impl Session {
             vm: Place::new(vm),
             pager,
             protection,
+            gatherer,
             listed,
             map,
             allowance,
@@ -244,6 +257,8 @@ impl Session {
         let mut state = lock(&self.lane_state);
         let lost = std::mem::replace(&mut state.control, closer);
         (state.link, state.lost) = (state.link + 1, false);
+        state.vacated = None;
+        state.marks.fill(0);
         let link = state.link;
         // somebody may still be writing to it
         lost.close();
@@ -275,8 +290,13 @@ impl Session {
             return Ok(());
         }
         let Some(missing) = self.missing() else { return Ok(()) };
-        let pages = missing.pages();
-        if !pages.is_empty() && lock(&self.lane_state).link > 0 {
+        if self.is_released() {
+            told.complete = true;
+            return self.say(&Control::Released(missing.summary()));
+        }
+        let pages = self.map.read(PageMap::source_pages);
+        let listed = !pages.is_empty() || self.gatherer.is_some();
+        if listed && lock(&self.lane_state).link > 0 {
             for frame in missing_frames(&pages) {
                 self.say(&frame)?;
             }
@@ -288,11 +308,66 @@ impl Session {
     /// No page is missing any more: says so, unless *running* was not said yet. It then follows that.
     pub(super) fn tell_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
-        if !told.running || told.complete {
+        if !told.running || told.complete || self.gatherer.is_some() {
             return Ok(());
         }
         told.complete = true;
         self.say(&Control::Complete(missing.summary()))
+    }
+
+    /// The source is not needed any more: says so. Where *running* was not said yet, it follows
+    /// that.
+    pub(super) fn tell_released(&self, missing: &Missing) -> Result<(), MigrationError> {
+        let mut told = lock(&self.told);
+        if !told.running || told.complete {
+            return Ok(());
+        }
+        told.complete = true;
+        self.say(&Control::Released(missing.summary()))
+    }
+
+    /// Says something that the source takes only after *running*; nothing before.
+    pub(super) fn say_running(&self, frame: &Control) -> Result<(), MigrationError> {
+        let told = lock(&self.told);
+        if told.running { self.say(frame) } else { Ok(()) }
+    }
+
+    /// Returns whether the source was released.
+    pub(super) fn is_released(&self) -> bool {
+        self.gatherer.as_ref().is_some_and(|gatherer| gatherer.is_released())
+    }
+
+    pub(super) fn gatherer(&self) -> Result<&Arc<Gatherer>, DecodeError> {
+        self.gatherer.as_ref().ok_or_else(|| DecodeError::invalid("stores", "they are not agreed on"))
+    }
+
+    /// The source has vacated, and has said so by this number.
+    pub(super) fn vacated(&self, number: u32) {
+        self.if_all_marked(|state| state.vacated = Some(number));
+    }
+
+    /// A lane was read up to the mark of this number.
+    pub(super) fn marked(&self, index: u16, number: u32) {
+        self.if_all_marked(|state| {
+            if let Some(mark) = state.marks.get_mut(usize::from(index)) {
+                *mark = number;
+            }
+        });
+    }
+
+    fn if_all_marked(&self, change: impl FnOnce(&mut LaneState)) {
+        let mut state = lock(&self.lane_state);
+        change(&mut state);
+        let all = state.vacated.is_some_and(|number| state.marks.iter().all(|&mark| mark == number));
+        if !all {
+            return;
+        }
+        state.vacated = None;
+        let missing = state.missing.clone();
+        drop(state);
+        if let Some(missing) = missing {
+            missing.vacated();
+        }
     }
 
     /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows that.
@@ -306,6 +381,11 @@ impl Session {
         said
     }
 
+    /// Returns whether the guest has ended here by itself.
+    pub(super) fn has_guest_ended(&self) -> bool {
+        lock(&self.lane_state).guest_ended
+    }
+
     /// A lane of `link` has ended. What was under way on it may be lost without the source noticing, which does not read
     /// bulk lanes. So while pages are missing the whole link ends: its source comes back, and learns what to send again.
     /// Whether it was ended.
@@ -316,7 +396,7 @@ impl Session {
         }
         let first = !std::mem::replace(&mut state.lost, true);
         self.changed.notify_all();
-        let lacks = state.missing.as_ref().is_some_and(|missing| !missing.is_complete());
+        let lacks = !self.is_released() && state.missing.as_ref().is_some_and(|missing| !missing.is_complete());
         // a source that has heard of the guest's end closes its lanes behind *done*
         let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();
@@ -556,7 +636,10 @@ impl Session {
         let state = lock(&self.lane_state);
         state.closers().iter().for_each(|lane| lane.close());
         if let Some(missing) = &state.missing {
-            missing.end();
+            missing.close();
+        }
+        if let Some(gatherer) = &self.gatherer {
+            gatherer.end();
         }
     }
 

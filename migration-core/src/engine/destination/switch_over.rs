@@ -7,7 +7,7 @@
 //! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the same.
 //! 6. **Start the guest** when the source says *run*, and then answer *running*.
 
-use super::{control_lane::Flow, *};
+use super::{control_lane::Flow, missing::Turn, *};
 
 /// What a source offers.
 pub(super) struct Offered {
@@ -37,6 +37,8 @@ impl VmEntry {
         if let Some((announced, lanes)) = post_copy {
             // before anything is loaded, which touches RAM
             self.arm(session, attachment, generation, announced, lanes)?;
+        } else if session.map.read(|map| !map.missing().is_empty()) {
+            return Err(DecodeError::invalid("offer", "pages are in stores, and post-copy was not announced").into());
         }
         let mut vm_state = VmState::decode(&bytes)?;
         let log = if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
@@ -118,8 +120,14 @@ impl VmEntry {
         if let Some(protection) = &session.protection {
             protection.begin()?;
         }
-        let missing = Arc::new(Missing::new(pager, session.map.clone(), last + 1, lanes, self.common.bytes.clone()));
-        session.set_missing(&missing)
+        let missing = Missing::new(pager, session.map.clone(), last + 1, lanes, self.common.bytes.clone());
+        let missing = Arc::new(missing.with_gatherer(session.gatherer.clone()));
+        session.set_missing(&missing)?;
+        if session.gatherer.is_some() && missing.is_complete() {
+            // nothing was left behind after all
+            missing.end();
+        }
+        Ok(())
     }
 
     /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and with the first one a thread that
@@ -137,16 +145,38 @@ impl VmEntry {
         if lane > 0 {
             return Ok(());
         }
+        self.await_gathering(session)?;
         let (entry, session) = (self.clone(), session.clone());
         let body = Box::new(move || {
-            if let Some(missing) = session.wait_missing()
-                && missing.wait_ended()
-            {
-                entry.all_there(&session, &missing);
-                missing.pager.settle();
+            if let Some(missing) = session.wait_missing() {
+                entry.see_to(&session, &missing);
             }
         });
         self.watcher(Role::Control, "mig-missing", body)
+    }
+
+    /// Waits until no page is missing, and answers a source that has vacated.
+    fn see_to(&self, session: &Session, missing: &Missing) {
+        let mut complete = false;
+        loop {
+            match missing.wait_turn(complete) {
+                Turn::Complete => {
+                    complete = true;
+                    self.all_there(session, missing);
+                    missing.pager.settle();
+                }
+                Turn::Vacated => self.answer_vacated(session, missing),
+                Turn::Over => {
+                    // who ends a VM forgets its namespaces (rule 14)
+                    let gatherer = session.gatherer.as_ref().filter(|_| session.has_guest_ended());
+                    return gatherer.map_or((), |gatherer| self.forget_namespaces(gatherer));
+                }
+            }
+            let Some(gatherer) = &session.gatherer else { return };
+            if complete && gatherer.is_released() {
+                return self.forget_namespaces(gatherer);
+            }
+        }
     }
 
     pub(super) fn watcher(&self, role: Role, name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), MigrationError> {
@@ -175,6 +205,10 @@ impl VmEntry {
         if let Err(error) = missing.pager.disarm() {
             self.common.options.observer.event(&Event::Warning(format!("all pages are there, but: {}", Chain(&error))));
         }
+        if session.gatherer.is_some() {
+            // the source asks
+            return;
+        }
         let mut state = lock(&self.state);
         // before *run* the source may still take the VM back: it is told when the VM has started
         if state.machine.complete().is_ok() {
@@ -192,6 +226,7 @@ impl VmEntry {
         }
         session.tell_running()?;
         if let Some(missing) = session.missing()
+            && session.gatherer.is_none()
             && missing.is_complete()
         {
             // before the source can answer to it
@@ -223,6 +258,9 @@ impl VmEntry {
         let failed = vm.vm().start(running).err();
         if let Some(missing) = session.missing() {
             missing.set_vcpus(vm.vm().vcpu_threads());
+        }
+        if let Some(gatherer) = &session.gatherer {
+            gatherer.run();
         }
         session.set_running();
         Some(Started { vm, failed })

@@ -1,7 +1,7 @@
 //! Setting up: the control lane, what both sides agree on, and the other lanes.
 
 use super::*;
-use crate::{channel::Channel, engine::limits::check_description, vm::VmDescription};
+use crate::{channel::Channel, engine::limits::check_description, vm::VmDescription, wire::FEATURE_STORES};
 
 impl Engine<'_> {
     pub(super) fn connect(&mut self) -> Result<(), MigrationError> {
@@ -133,7 +133,8 @@ impl Engine<'_> {
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
         let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
         let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
-        crc | post_copy | checkpoints
+        let stores = if self.uses_stores && post_copy != 0 { FEATURE_STORES } else { 0 };
+        crc | post_copy | checkpoints | stores
     }
 
     /// By which the threads of the present link pass on what the destination sends.

@@ -124,7 +124,9 @@ impl Keeper {
             return match Bulk::decode(&header, &body, self.ram.layout().pages())? {
                 Bulk::Pages { extents, .. } => self.pages(&extents, incoming),
                 Bulk::RoundEnd { .. } => Ok(()),
-                Bulk::Request { .. } => Err(DecodeError::invalid("kind", "requests on a checkpoint lane").into()),
+                Bulk::Request { .. } | Bulk::Vacated { .. } => {
+                    Err(DecodeError::invalid("kind", "only pages come on a checkpoint lane").into())
+                }
             };
         }
         match Checkpoint::decode(&header, &body)? {

@@ -7,6 +7,7 @@ pub(super) mod keeper;
 mod measure;
 mod parts;
 mod pause;
+mod places;
 mod serve;
 mod settle;
 mod switch_over;
@@ -28,7 +29,8 @@ use keeper::Keeper;
 use parts::{FailSafeState, Guest, Measured, Peer, PostCopy, first_report};
 use serve::{DemandLane, Left};
 
-pub use self::pause::PauseLimits;
+pub(super) use self::places::PutDone;
+pub use self::{pause::PauseLimits, places::SourceStores};
 use super::{
     HugePages, OnTimeout, SourceOptions,
     control::{ControlReader, ControlWriter},
@@ -61,6 +63,7 @@ use crate::{
         FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, Preamble, STATE_CHUNK, VERSION, Welcome,
     },
 };
+use places::Places;
 
 /// How often progress is told while pages move.
 pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -127,6 +130,9 @@ struct Engine<'a> {
     measured: Measured,
     post_copy: PostCopy,
     fail_safe: FailSafeState,
+    places: Places,
+    /// Whether the strategy puts pages into stores: only then the destination is asked for it.
+    uses_stores: bool,
     report: Report,
 }
 
@@ -172,6 +178,8 @@ impl<'a> Engine<'a> {
             measured: Measured::new(),
             post_copy,
             fail_safe: FailSafeState::new(pages),
+            places: Places::default(),
+            uses_stores: false,
         }
     }
 
@@ -180,10 +188,20 @@ impl<'a> Engine<'a> {
             let why = format!("{} puts pages into a store, and there is none", strategy.name());
             return Err(MigrationError::Blocked(why));
         }
-        if let Some(place) = strategy.stores().first() {
-            let why = format!("{} puts pages elsewhere, and this engine has no page stores: {place}", strategy.name());
-            return Err(MigrationError::Blocked(why));
+        let places = strategy.stores();
+        if let Some(place) = places.first()
+            && (self.options.stores.is_none() || self.options.fail_safe.is_some())
+        {
+            let lacks = match self.options.stores {
+                None => "there are no page stores here",
+                Some(_) => "fail-safe post-copy is on, which does not go with page stores",
+            };
+            return Err(MigrationError::Blocked(format!(
+                "{} puts pages elsewhere ({place}): {lacks}",
+                strategy.name()
+            )));
         }
+        self.uses_stores = !places.is_empty();
         self.connect()?;
         if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
             let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
@@ -195,6 +213,7 @@ impl<'a> Engine<'a> {
             return Err(MigrationError::Blocked(why.into()));
         }
         self.put_ahead()?;
+        self.open_places(places)?;
         strategy.migrate(Running::new(self))?;
         Ok(())
     }

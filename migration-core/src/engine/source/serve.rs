@@ -213,6 +213,9 @@ impl Engine<'_> {
     /// Widens `missing` to whole blocks, and tells the destination of it.
     pub(super) fn leave_behind(&mut self, mut missing: PageSet) -> Result<(), MigrationError> {
         widen(&mut missing, self.post_copy.left.block.load(Ordering::Relaxed));
+        // a page of such a block that is in a store stays there (rule 6)
+        missing.subtract(self.rounds.map().with_copies());
+        self.announce()?;
         for frame in missing_frames(&missing) {
             self.say(&frame)?;
         }
@@ -290,6 +293,9 @@ impl Engine<'_> {
                     let _ = lane.send(Work::Push(range, generation));
                 }
             }
+            self.fill_places(order);
+            self.announce()?;
+            self.vacate()?;
             match self.next_input(Instant::now() + Duration::from_secs(3600))? {
                 Some(Input::Demanded(page)) => {
                     order.fault(page);
@@ -299,11 +305,14 @@ impl Engine<'_> {
                     pace.done();
                     free.insert(0, done.lane);
                 }
-                Some(Input::Control(epoch, frame)) => {
-                    if let SourceEvent::Complete(summary) = self.frame(epoch, frame)? {
+                Some(Input::Control(epoch, frame)) => match self.frame(epoch, frame)? {
+                    SourceEvent::Complete(summary) | SourceEvent::Released(summary) => {
                         self.report.faults.served = summary;
                     }
-                }
+                    SourceEvent::Missing { first, bitmap } if self.may_use_stores() => self.lacks(first, &bitmap)?,
+                    SourceEvent::Resume { missing } if self.may_use_stores() => self.lacks_these(missing)?,
+                    _ => {}
+                },
                 _ => {}
             }
         }
@@ -319,7 +328,7 @@ impl Engine<'_> {
                 match self.frame(epoch, frame)? {
                     SourceEvent::Missing { first, bitmap } => add_missing(&mut missing, first, &bitmap)?,
                     SourceEvent::Resume { missing } => break missing,
-                    SourceEvent::Complete(summary) => {
+                    SourceEvent::Complete(summary) | SourceEvent::Released(summary) => {
                         self.report.faults.served = summary;
                         return Ok(());
                     }
@@ -337,7 +346,8 @@ impl Engine<'_> {
         self.post_copy.lacking = expected;
         let sent = self.report.pages.pushed + self.post_copy.left.demanded.load(Ordering::Relaxed);
         self.post_copy.missing_pages = expected.saturating_add(sent);
-        self.open_lanes()
+        self.open_lanes()?;
+        self.repeat_table()
     }
 
     /// The granularity in which pages are left behind.

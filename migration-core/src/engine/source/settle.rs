@@ -98,6 +98,8 @@ impl Engine<'_> {
             // only now: a lane in the middle of a round would re-arm pages that the VMM is to find dirty
             self.give_tracker_back();
         }
+        let failed = self.machine.phase() == SourcePhase::Ended;
+        self.close_places(failed);
         lock(&self.requests).end();
         self.tell_phase();
         self.report
@@ -212,8 +214,10 @@ impl Engine<'_> {
             self.peer.unanswered = None;
             // inputs of the lost lanes, which their threads left behind before they ended
             while let Ok(input) = self.inputs.try_recv() {
-                if let Input::Recover(connector) = input {
-                    self.peer.elsewhere = Some(connector);
+                match input {
+                    Input::Recover(connector) => self.peer.elsewhere = Some(connector),
+                    Input::Put(done) => drop(self.put_ended(done)),
+                    _ => {}
                 }
             }
             self.peer.hurry = Some(Hurry::of_attempt(
@@ -247,11 +251,15 @@ impl Engine<'_> {
             let again = Instant::now() + back_off.min(self.patience());
             back_off = (back_off * 2).min(MAX_BACK_OFF);
             while let Ok(input) = self.inputs.recv_timeout(again.saturating_duration_since(Instant::now())) {
-                if let Input::Recover(connector) = input {
-                    self.peer.elsewhere = Some(connector);
-                    // who asks wants to hear how that goes
-                    (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
-                    break;
+                match input {
+                    Input::Recover(connector) => {
+                        self.peer.elsewhere = Some(connector);
+                        // who asks wants to hear how that goes
+                        (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
+                        break;
+                    }
+                    Input::Put(done) => drop(self.put_ended(done)),
+                    _ => {}
                 }
             }
         }

@@ -100,11 +100,19 @@ impl Engine<'_> {
         rest: Rest,
         state: &VmState,
     ) -> Result<Option<(u32, Arc<PageSet>)>, MigrationError> {
-        self.rounds.map().sending(pages)?;
+        let stored = self.rounds.map().with_copies().clone();
+        let mut pages = pages.clone();
+        pages.subtract(&stored);
+        self.rounds.map().sending(&pages)?;
         let mut missing = self.harvest()?;
         if rest == Rest::Sent {
             let now = Arc::new(missing);
-            return Ok(Some((self.begin_round(&now)?.0, now)));
+            let round = self.begin_round(&now)?.0;
+            if !stored.is_empty() {
+                // what is in stores is missing, though nothing is left behind
+                self.leave_behind(PageSet::empty(pages.capacity()))?;
+            }
+            return Ok(Some((round, now)));
         }
         let now = Arc::new(self.entry_pages(state, &missing));
         self.report.pages.entry = now.len();

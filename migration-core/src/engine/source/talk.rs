@@ -30,6 +30,7 @@ impl Engine<'_> {
                 }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
                 Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
+                Input::Put(done) => self.measured.put_error = self.put_ended(done),
                 // what has read nothing but a stranger's words knows more than who wrote
                 Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
@@ -130,6 +131,10 @@ impl Engine<'_> {
                 self.measured.reading = self.measured.reading.saturating_add(done.reading);
                 Ok(Some(Input::Lane(Ok(done))))
             }
+            Ok(Input::Put(done)) => {
+                self.measured.put_error = self.put_ended(done);
+                Ok(None)
+            }
             Ok(Input::PostCopy) => {
                 self.post_copy.wanted = true;
                 Ok(Some(Input::PostCopy))
@@ -156,12 +161,13 @@ impl Engine<'_> {
 
     pub(super) fn frame(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, MigrationError> {
         self.is_alive();
-        if matches!(frame, Control::Complete(_)) && self.machine.phase() == SourcePhase::Serving {
+        let frees = matches!(frame, Control::Complete(_) | Control::Released(_));
+        if frees && self.machine.phase() == SourcePhase::Serving {
             // it would free them
             let unsent = self.rounds.map().never_claimed();
             if unsent > 0 {
                 let why = format!("{unsent} pages were never sent");
-                return Err(DecodeError::invalid("complete", why).into());
+                return Err(DecodeError::invalid(frame.name(), why).into());
             }
         }
         match self.machine.handle(epoch, frame)? {
@@ -181,6 +187,14 @@ impl Engine<'_> {
                     self.measured.calibration.round_trip(asked.elapsed());
                 }
                 Ok(SourceEvent::Pong)
+            }
+            SourceEvent::TableReceived(number) => {
+                self.table_received(number)?;
+                Ok(SourceEvent::TableReceived(number))
+            }
+            SourceEvent::EntryLost(entry) => {
+                self.lose_entry(entry);
+                Ok(SourceEvent::EntryLost(entry))
             }
             event => Ok(event),
         }

@@ -1,6 +1,11 @@
 //! The verbs of a strategy, and rounds.
 
 use super::{switch_over::Rest, *};
+use crate::{
+    PageRange,
+    page_map::PageMap,
+    strategy::{Place, Portion, Put},
+};
 
 impl Verbs for Engine<'_> {
     fn pages(&self) -> u64 {
@@ -111,7 +116,28 @@ impl Verbs for Engine<'_> {
     }
 
     fn left_behind(&self) -> u64 {
-        self.rounds.map().left_behind().len()
+        self.rounds.map().at_source()
+    }
+
+    fn put(&mut self, pages: &mut PageSet, portion: Portion<'_>) -> Result<Put, MigrationError> {
+        match portion.place {
+            Place::Destination => {
+                let mut now = pages.clone();
+                let beyond = now.iter().nth(usize::try_from(portion.most).unwrap_or(usize::MAX));
+                if let Some(beyond) = beyond {
+                    now.remove_range(PageRange::new(beyond, now.capacity() - beyond));
+                }
+                let round = self.send(&now)?;
+                now.subtract(self.rounds.map().unsent());
+                pages.subtract(&now);
+                Ok(Put { round, failed: None })
+            }
+            _ => self.put_pages(pages, portion),
+        }
+    }
+
+    fn locations(&self) -> Result<PageMap, MigrationError> {
+        Ok(self.rounds.map().clone())
     }
 
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {

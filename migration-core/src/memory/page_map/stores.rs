@@ -142,6 +142,22 @@ impl PageMap {
         }
     }
 
+    /// Returns the pages of `within` that are in a store and that nobody has claimed, the first so
+    /// many, with their copies.
+    pub fn unfetched_runs(&self, within: PageRange, most: u64) -> Vec<(PageRange, StoreCopy)> {
+        let mut left = most;
+        let mut runs = Vec::new();
+        for range in self.unfetched.ranges_in(within) {
+            let range = PageRange::new(range.first, range.count.min(left));
+            runs.extend(self.copies.runs_in(range));
+            left -= range.count;
+            if left == 0 {
+                break;
+            }
+        }
+        runs
+    }
+
     /// Returns whether somebody has claimed a missing page of `within`.
     pub fn is_claimed_in(&self, within: PageRange) -> bool {
         let free = |run| {

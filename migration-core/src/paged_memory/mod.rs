@@ -1,0 +1,167 @@
+//! The RAM of a VM of which parts are in page stores.
+//!
+//! | to | see |
+//! |---|---|
+//! | name the stores and namespaces in which pages are | [`StoreTable`] |
+//! | fetch pages from stores, and install them | [`PagedMemory`] |
+
+mod reader;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+pub use reader::{FetchError, Renewed};
+use reader::{Reader, Wanted};
+pub use table::{EntryStore, StoreEntry, StoreTable, TableError};
+
+use crate::{
+    PAGE_SIZE, PageRange,
+    lock::lock,
+    page::STRIPE_PAGES,
+    page_map::{PageCopy, StoreCopy},
+    pager::{Installed, Pager},
+    ram::RamSlice,
+    shared_map::SharedPageMap,
+    store::{Owner, PageStore, StoreError, Urgency},
+    vm::VmId,
+};
+
+/// Most pages of one fetch: 256 KiB. A fault waits for at most so much of a prefetch at one server.
+pub const MAX_FETCHED_PAGES: u64 = 64;
+
+/// What a [`PagedMemory`] is made of.
+pub struct PagedMemoryParts {
+    /// The VM. Nothing is read from a namespace of another one (rule 24).
+    pub vm: VmId,
+    /// Where its pages are.
+    pub map: Arc<SharedPageMap>,
+    /// Installs pages. Its [block](Pager::granule) is one page.
+    pub pager: Arc<dyn Pager>,
+    /// The stores that this host was started with. No other one is ever asked (rule 25).
+    pub stores: Vec<Arc<dyn PageStore>>,
+}
+
+/// A VM's RAM of which parts are in page stores: it fetches pages by what the map says, and has the
+/// pager install them.
+///
+/// It starts no thread. Whoever has one for faults calls [`fetch`](Self::fetch) with
+/// [`Urgency::Fault`], and another thread calls it with [`Urgency::Prefetch`].
+pub struct PagedMemory {
+    map: Arc<SharedPageMap>,
+    pager: Arc<dyn Pager>,
+    table: Mutex<StoreTable>,
+    reader: Reader,
+}
+
+impl PagedMemory {
+    /// Joins the parts. The store table is empty.
+    pub fn new(parts: PagedMemoryParts) -> Self {
+        let PagedMemoryParts { vm, map, pager, stores } = parts;
+        Self { map, pager, table: Mutex::default(), reader: Reader::new(vm, stores) }
+    }
+
+    /// Adds a part of the store table, which begins with entry `first`. No store is asked anything.
+    /// Returns how many entries there are.
+    ///
+    /// # Errors
+    /// Those of [`StoreTable::receive`], and [`TableError::UnknownStore`] if an entry has a store
+    /// that this host was not started with. The table is as it was.
+    pub fn receive(&self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
+        for store in entries.iter().flat_map(StoreEntry::stores) {
+            if !self.reader.knows(&store.name) {
+                return Err(TableError::UnknownStore(store.name.clone()));
+            }
+        }
+        lock(&self.table).receive(first, entries)
+    }
+
+    /// Returns whether there is an entry with this number.
+    pub fn has_entry(&self, entry: u8) -> bool {
+        lock(&self.table).get(entry).is_ok()
+    }
+
+    /// Reads pages of `within` that are in stores and that nobody has claimed,
+    /// [`MAX_FETCHED_PAGES`] of them at most, and installs them. No lock is held while a store is
+    /// read. A page that has moved meanwhile is not touched: it counts as a duplicate (rule 2).
+    ///
+    /// # Errors
+    /// [`FetchError`], if no store of an entry has the pages, or answers before `deadline`. Pages that
+    /// were read before are installed.
+    pub fn fetch(&self, within: PageRange, urgency: Urgency, deadline: Instant) -> Result<Installed, FetchError> {
+        let mut runs = self.map.read(|map| map.unfetched_runs(within, MAX_FETCHED_PAGES));
+        runs.sort_by_key(|(run, copy)| (copy.entry, run.first));
+        let mut sum = Installed::default();
+        for of_entry in runs.chunk_by(|(_, a), (_, b)| a.entry == b.entry) {
+            self.fetch_entry(of_entry, urgency, deadline, &mut sum)?;
+        }
+        Ok(sum)
+    }
+
+    fn fetch_entry(
+        &self,
+        runs: &[(PageRange, StoreCopy)],
+        urgency: Urgency,
+        deadline: Instant,
+        sum: &mut Installed,
+    ) -> Result<(), FetchError> {
+        let Some(&(_, StoreCopy { entry: number, .. })) = runs.first() else { return Ok(()) };
+        let entry = lock(&self.table).get(number).cloned().map_err(|_| FetchError::Unknown { entry: number })?;
+        let mut wanted = Wanted::new(number, runs);
+        let read = self.reader.read(&entry, &mut wanted, urgency, deadline);
+        for &(run, copy) in runs {
+            for part in wanted.found_in(run) {
+                let mut first = part.first;
+                while first < part.end() {
+                    let end = part.end().min((first / STRIPE_PAGES + 1) * STRIPE_PAGES);
+                    let installed = self.install(PageRange::new(first, end - first), copy, &wanted);
+                    let installed = installed.map_err(|cause| FetchError::Install { first, cause })?;
+                    sum.pages += installed.pages;
+                    sum.duplicates += installed.duplicates;
+                    first = end;
+                }
+            }
+        }
+        read
+    }
+
+    /// Installs pages of one stripe and one copy.
+    fn install(&self, range: PageRange, copy: StoreCopy, wanted: &Wanted) -> io::Result<Installed> {
+        let mut page = range.first;
+        let mut offset = 0;
+        self.pager.install(range, PageCopy::Store(copy), &mut |slices: &[RamSlice<'_>]| {
+            for slice in slices {
+                let mut rest = *slice;
+                while !rest.is_empty() {
+                    let len = rest.len().min(PAGE_SIZE - offset);
+                    rest.take(len).copy_from(&wanted.page(page)[offset..offset + len]);
+                    rest = rest.skip(len);
+                    offset += len;
+                    if offset == PAGE_SIZE {
+                        (page, offset) = (page + 1, 0);
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Asks all stores of an entry whether they still have what was put into it, and renews their
+    /// leases. [`Renewed::Changed`] and [`Renewed::Silent`] mean that pages may be lost (rule 11).
+    pub fn renew(&self, entry: u8, owner: Owner, lease: Duration) -> Renewed {
+        let found = lock(&self.table).get(entry).cloned();
+        found.map_or(Renewed::Changed, |entry| self.reader.renew(&entry, owner, lease))
+    }
+
+    /// Forgets the namespaces of all entries, in all stores. Called when no page refers to them and
+    /// no earlier owner needs them (rule 14). Returns what went wrong.
+    pub fn forget_all(&self) -> Vec<StoreError> {
+        let table = lock(&self.table).clone();
+        table.entries().iter().flat_map(|entry| self.reader.forget(entry)).collect()
+    }
+}

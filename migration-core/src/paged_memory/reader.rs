@@ -1,0 +1,204 @@
+//! Reads pages of an entry from its stores.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use thiserror::Error;
+
+use super::{EntryStore, StoreEntry};
+use crate::{
+    PAGE_SIZE, PageRange,
+    page_map::StoreCopy,
+    store::{Owner, PageStore, PageToGet, StoreError, Urgency},
+    vm::VmId,
+};
+
+/// Why pages were not fetched.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    /// The map has pages in an entry that the table lacks.
+    #[error("the store table has no entry {entry}")]
+    Unknown {
+        /// The entry.
+        entry: u8,
+    },
+    /// Every store of the entry has answered, and none has the page.
+    #[error("page {first} is in no store of entry {entry}")]
+    Lost {
+        /// The entry.
+        entry: u8,
+        /// The first page that is missing.
+        first: u64,
+    },
+    /// A store of the entry may have the page, and does not answer.
+    #[error("page {first}: store {store} of entry {entry} does not answer")]
+    Silent {
+        /// The entry.
+        entry: u8,
+        /// The first page that is missing.
+        first: u64,
+        /// The store.
+        store: String,
+        /// What it says.
+        #[source]
+        cause: StoreError,
+    },
+    /// A page was read and could not be installed.
+    #[error("page {first} cannot be installed")]
+    Install {
+        /// The first page of the run.
+        first: u64,
+        /// What the pager says.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// What the stores of an entry say about it.
+#[derive(Debug)]
+pub enum Renewed {
+    /// All stores have lost nothing.
+    Intact,
+    /// A store lacks the namespace, or has another incarnation.
+    Changed,
+    /// A store does not answer.
+    Silent {
+        /// The store.
+        store: String,
+        /// What it says.
+        cause: StoreError,
+    },
+}
+
+/// Pages that are read, and what was read of them.
+pub(super) struct Wanted {
+    entry: u8,
+    pages: Vec<PageToGet>,
+    found: Vec<bool>,
+    contents: Vec<u8>,
+}
+
+impl Wanted {
+    /// Runs of one entry, ascending.
+    pub(super) fn new(entry: u8, runs: &[(PageRange, StoreCopy)]) -> Self {
+        let page = |page, copy: StoreCopy| PageToGet { page, generation: copy.generation };
+        let pages: Vec<_> =
+            runs.iter().flat_map(|&(run, copy)| run.pages().map(move |number| page(number, copy))).collect();
+        Self { entry, found: vec![false; pages.len()], contents: vec![0; pages.len() * PAGE_SIZE], pages }
+    }
+
+    /// Returns the place of `page` among the pages.
+    fn at(&self, page: u64) -> Option<usize> {
+        self.pages.binary_search_by_key(&page, |wanted| wanted.page).ok()
+    }
+
+    /// Returns the content of a page that was found, and zeros for any other.
+    pub(super) fn page(&self, page: u64) -> &[u8] {
+        const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+        self.at(page).map_or(&ZEROS, |at| &self.contents[at * PAGE_SIZE..(at + 1) * PAGE_SIZE])
+    }
+
+    /// Returns the runs of `within` that were found.
+    pub(super) fn found_in(&self, within: PageRange) -> Vec<PageRange> {
+        let mut runs: Vec<PageRange> = Vec::new();
+        for page in within.pages().filter(|&page| self.at(page).is_some_and(|at| self.found[at])) {
+            match runs.last_mut() {
+                Some(run) if run.end() == page => run.count += 1,
+                _ => runs.push(PageRange::new(page, 1)),
+            }
+        }
+        runs
+    }
+
+    fn take(&mut self, page: u64, content: &[u8; PAGE_SIZE]) {
+        if let Some(at) = self.at(page) {
+            self.contents[at * PAGE_SIZE..(at + 1) * PAGE_SIZE].copy_from_slice(content);
+            self.found[at] = true;
+        }
+    }
+
+    fn missing(&self) -> Vec<PageToGet> {
+        self.pages.iter().zip(&self.found).filter_map(|(page, found)| (!found).then_some(*page)).collect()
+    }
+}
+
+/// The stores of this host, for one VM.
+pub(super) struct Reader {
+    vm: VmId,
+    stores: Vec<Arc<dyn PageStore>>,
+}
+
+impl Reader {
+    pub(super) fn new(vm: VmId, stores: Vec<Arc<dyn PageStore>>) -> Self {
+        Self { vm, stores }
+    }
+
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.store(name).is_some()
+    }
+
+    fn store(&self, name: &str) -> Option<&dyn PageStore> {
+        self.stores.iter().map(|store| &**store).find(|store| store.name() == name)
+    }
+
+    /// Reads pages from the first store of the entry that has them (rule 12).
+    ///
+    /// # Errors
+    /// [`FetchError::Lost`] and [`FetchError::Silent`].
+    pub(super) fn read(
+        &self,
+        entry: &StoreEntry,
+        wanted: &mut Wanted,
+        urgency: Urgency,
+        deadline: Instant,
+    ) -> Result<(), FetchError> {
+        let namespace = entry.namespace().of(self.vm);
+        let mut silent = None;
+        for EntryStore { name, .. } in entry.stores() {
+            let missing = wanted.missing();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let Some(store) = self.store(name) else { continue };
+            let read = store.get(namespace, &missing, urgency, deadline, &mut |page, data| {
+                if let Some(content) = data.page() {
+                    wanted.take(page, content);
+                }
+            });
+            if let Err(cause) = read
+                && cause.can_retry()
+            {
+                silent = Some((name.clone(), cause));
+            }
+        }
+        let Some(first) = wanted.missing().first().map(|page| page.page) else { return Ok(()) };
+        let entry = wanted.entry;
+        Err(match silent {
+            Some((store, cause)) => FetchError::Silent { entry, first, store, cause },
+            None => FetchError::Lost { entry, first },
+        })
+    }
+
+    pub(super) fn renew(&self, entry: &StoreEntry, owner: Owner, lease: Duration) -> Renewed {
+        let namespace = entry.namespace().of(self.vm);
+        for EntryStore { name, incarnation } in entry.stores() {
+            let Some(store) = self.store(name) else { return Renewed::Changed };
+            match store.renew(namespace, owner, lease) {
+                Ok(present) if present == *incarnation => {}
+                Err(cause) if cause.can_retry() => return Renewed::Silent { store: name.clone(), cause },
+                Ok(_) | Err(_) => return Renewed::Changed,
+            }
+        }
+        Renewed::Intact
+    }
+
+    pub(super) fn forget(&self, entry: &StoreEntry) -> Vec<StoreError> {
+        let namespace = entry.namespace().of(self.vm);
+        let stores = entry.stores().iter().filter_map(|store| self.store(&store.name));
+        stores.filter_map(|store| store.forget(namespace).err()).collect()
+    }
+}

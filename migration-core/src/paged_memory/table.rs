@@ -1,0 +1,280 @@
+//! The store table of a session: which stores and which namespace an entry's number stands for.
+
+use thiserror::Error;
+
+use crate::{
+    limits::{MAX_ENTRIES, MAX_ENTRY_STORES, MAX_STORE_NAME},
+    store::{Incarnation, Namespace},
+};
+
+/// One of the stores of an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntryStore {
+    /// The name under which both sides have configured the store.
+    pub name: String,
+    /// The incarnation that the store had when the namespace was created there (rule 11).
+    pub incarnation: Incarnation,
+}
+
+/// A namespace, and all stores that hold each of its pages.
+///
+/// Whoever has the namespace's name may read its pages. The `Debug` form shows only its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreEntry {
+    namespace: Namespace,
+    stores: Vec<EntryStore>,
+}
+
+impl StoreEntry {
+    /// Returns an entry. Each of its pages is in all of `stores` (rule 12).
+    ///
+    /// # Errors
+    /// [`TableError::BadEntry`], unless there are 1 to [`MAX_ENTRY_STORES`] stores with different names
+    /// of 1 to [`MAX_STORE_NAME`] bytes.
+    pub fn new(namespace: Namespace, stores: Vec<EntryStore>) -> Result<Self, TableError> {
+        if stores.is_empty() || stores.len() > MAX_ENTRY_STORES {
+            return Err(TableError::BadEntry("it has no stores, or too many"));
+        }
+        for (at, store) in stores.iter().enumerate() {
+            if store.name.is_empty() || store.name.len() > MAX_STORE_NAME {
+                return Err(TableError::BadEntry("a store's name is empty or too long"));
+            }
+            if stores[..at].iter().any(|other| other.name == store.name) {
+                return Err(TableError::BadEntry("it has a store twice"));
+            }
+        }
+        Ok(Self { namespace, stores })
+    }
+
+    /// Returns the namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Returns the stores, in the order in which a reader asks them.
+    pub fn stores(&self) -> &[EntryStore] {
+        &self.stores
+    }
+}
+
+/// What is wrong with a store table.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TableError {
+    /// The table has [`MAX_ENTRIES`] entries. The owner makes room only for its next session: it
+    /// copies the pages of the oldest entry into a namespace of its own.
+    #[error("the store table is full: it has {MAX_ENTRIES} entries")]
+    Full,
+    /// An entry cannot be.
+    #[error("an entry of the store table: {0}")]
+    BadEntry(&'static str),
+    /// This host was not started with a store of an entry.
+    #[error("there is no page store {0} here")]
+    UnknownStore(String),
+    /// There is no entry with this number.
+    #[error("the store table has no entry {0}")]
+    Unknown(u8),
+    /// The destination has not acknowledged the entry.
+    #[error("entry {0} of the store table is not acknowledged by the destination")]
+    NotAcknowledged(u8),
+    /// A part of a table says something else of an entry than an earlier part.
+    #[error("entry {0} of the store table would change its meaning")]
+    Changed(u8),
+    /// A part of a table leaves entries out, or an acknowledgement is for more than there is.
+    #[error("{0} entries of the store table are unknown here")]
+    Gap(usize),
+}
+
+/// The entries of a session, by number. It is only appended to, so that a number never changes its
+/// meaning (rule 15).
+///
+/// ```
+/// use migration_core::{
+///     paged_memory::{EntryStore, StoreEntry, StoreTable},
+///     store::{Incarnation, Namespace},
+/// };
+/// let rack = EntryStore { name: "rack-7".into(), incarnation: Incarnation([3; 16]) };
+/// let mut table = StoreTable::default();
+/// let number = table.append(StoreEntry::new(Namespace::new([7; 16]), vec![rack])?)?;
+/// assert!(table.usable(number).is_err(), "the destination does not know it yet");
+/// table.acknowledged(1)?;
+/// assert_eq!(table.usable(number)?.stores()[0].name, "rack-7");
+/// # Ok::<(), migration_core::paged_memory::TableError>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoreTable {
+    entries: Vec<StoreEntry>,
+    /// The entries that the destination has acknowledged since the table was sent last, and ever.
+    acknowledged: usize,
+    known: usize,
+}
+
+impl StoreTable {
+    /// Returns how many entries there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Returns whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Returns the entries, by number.
+    pub fn entries(&self) -> &[StoreEntry] {
+        &self.entries
+    }
+
+    /// Returns the entry with this number.
+    ///
+    /// # Errors
+    /// [`TableError::Unknown`].
+    pub fn get(&self, entry: u8) -> Result<&StoreEntry, TableError> {
+        self.entries.get(usize::from(entry)).ok_or(TableError::Unknown(entry))
+    }
+
+    /// Adds an entry. Returns its number.
+    ///
+    /// # Errors
+    /// [`TableError::Full`].
+    pub fn append(&mut self, entry: StoreEntry) -> Result<u8, TableError> {
+        let number = u8::try_from(self.entries.len()).ok().filter(|&number| usize::from(number) < MAX_ENTRIES);
+        let number = number.ok_or(TableError::Full)?;
+        self.entries.push(entry);
+        Ok(number)
+    }
+
+    /// Returns the entry, if the destination knows it: only then may it be used (rule 15).
+    ///
+    /// # Errors
+    /// [`TableError::Unknown`] and [`TableError::NotAcknowledged`].
+    pub fn usable(&self, entry: u8) -> Result<&StoreEntry, TableError> {
+        let found = self.get(entry)?;
+        if usize::from(entry) < self.acknowledged { Ok(found) } else { Err(TableError::NotAcknowledged(entry)) }
+    }
+
+    /// Returns the entries that the destination has not acknowledged, with the number of the first.
+    pub fn unacknowledged(&self) -> (u8, &[StoreEntry]) {
+        // at most 255 entries
+        (self.acknowledged as u8, &self.entries[self.acknowledged..])
+    }
+
+    /// Records that the destination has the first `entries` entries.
+    ///
+    /// # Errors
+    /// [`TableError::Gap`], if there are fewer.
+    pub fn acknowledged(&mut self, entries: usize) -> Result<(), TableError> {
+        if entries > self.entries.len() {
+            return Err(TableError::Gap(entries - self.entries.len()));
+        }
+        self.acknowledged = self.acknowledged.max(entries);
+        self.known = self.known.max(entries);
+        Ok(())
+    }
+
+    /// Returns how many entries the destination has ever acknowledged: it may refer to them, also
+    /// while the table is sent once more.
+    pub fn known(&self) -> usize {
+        self.known
+    }
+
+    /// The link was lost: what was not acknowledged may not have arrived. The whole table is sent
+    /// again (rule 18).
+    pub fn repeat(&mut self) {
+        self.acknowledged = 0;
+    }
+
+    /// Takes a part of the peer's table, which begins with entry `first`. Entries that are here
+    /// already must be the same. Returns how many are here now.
+    ///
+    /// # Errors
+    /// [`TableError::Gap`], [`TableError::Changed`] and [`TableError::Full`]; the table is as it was.
+    pub fn receive(&mut self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
+        let first = usize::from(first);
+        if first > self.entries.len() {
+            return Err(TableError::Gap(first - self.entries.len()));
+        }
+        let known = entries.len().min(self.entries.len() - first);
+        let (repeated, new) = entries.split_at(known);
+        let changed = repeated.iter().zip(&self.entries[first..]).position(|(entry, own)| entry != own);
+        if let Some(at) = changed {
+            // below the number of entries, at most 255
+            return Err(TableError::Changed((first + at) as u8));
+        }
+        if self.entries.len() + new.len() > MAX_ENTRIES {
+            return Err(TableError::Full);
+        }
+        self.entries.extend_from_slice(new);
+        Ok(self.entries.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: u8) -> StoreEntry {
+        let store = EntryStore { name: format!("store-{name}"), incarnation: Incarnation([name; 16]) };
+        StoreEntry::new(Namespace::new([name; 16]), vec![store]).unwrap()
+    }
+
+    #[test]
+    fn a_table_has_at_most_255_entries() {
+        let mut table = StoreTable::default();
+        for number in 0..255 {
+            assert_eq!(table.append(entry(number)), Ok(number));
+        }
+        assert_eq!(table.append(entry(255)), Err(TableError::Full));
+        let mut peer = StoreTable::default();
+        assert_eq!(peer.receive(0, table.entries()), Ok(255));
+        assert_eq!(peer.receive(255, &[entry(0)]), Err(TableError::Full));
+        assert_eq!(peer, StoreTable { acknowledged: 0, known: 0, ..table });
+    }
+
+    #[test]
+    fn a_number_never_changes_its_meaning() {
+        let mut table = StoreTable::default();
+        assert_eq!(table.receive(0, &[entry(1), entry(2)]), Ok(2));
+        // repeated after a cut, with more behind it
+        assert_eq!(table.receive(0, &[entry(1), entry(2), entry(3)]), Ok(3));
+        assert_eq!(table.receive(2, &[entry(3)]), Ok(3));
+        assert_eq!(table.receive(3, &[]), Ok(3));
+        assert_eq!(table.receive(1, &[entry(2), entry(4)]), Err(TableError::Changed(2)));
+        assert_eq!(table.receive(5, &[entry(6)]), Err(TableError::Gap(2)));
+        assert_eq!(table.entries(), [entry(1), entry(2), entry(3)]);
+    }
+
+    #[test]
+    fn only_what_is_acknowledged_is_used() {
+        let mut table = StoreTable::default();
+        table.append(entry(1)).unwrap();
+        table.append(entry(2)).unwrap();
+        assert_eq!(table.unacknowledged(), (0, &[entry(1), entry(2)][..]));
+        table.acknowledged(1).unwrap();
+        assert_eq!(table.usable(0), Ok(&entry(1)));
+        assert_eq!(table.usable(1), Err(TableError::NotAcknowledged(1)));
+        assert_eq!(table.usable(2), Err(TableError::Unknown(2)));
+        assert_eq!(table.unacknowledged(), (1, &[entry(2)][..]));
+        assert_eq!(table.acknowledged(3), Err(TableError::Gap(1)));
+        table.repeat();
+        assert_eq!((table.unacknowledged().0, table.known()), (0, 1));
+    }
+
+    #[test]
+    fn an_entry_has_a_few_stores_with_names() {
+        let store = |name: &str| EntryStore { name: name.into(), incarnation: Incarnation([1; 16]) };
+        let new = |stores| StoreEntry::new(Namespace::new([1; 16]), stores);
+        assert!(new(vec![store("a"), store("b")]).is_ok());
+        let many = (0..=MAX_ENTRY_STORES).map(|n| store(&n.to_string())).collect();
+        for bad in [vec![], vec![store("")], vec![store("a"), store("a")], vec![store(&"x".repeat(65))], many] {
+            assert!(matches!(new(bad.clone()), Err(TableError::BadEntry(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_name_of_a_namespace_is_not_shown() {
+        let store = EntryStore { name: "a".into(), incarnation: Incarnation([1; 16]) };
+        let shown = format!("{:?}", StoreEntry::new(Namespace::new([0x5a; 16]), vec![store]).unwrap());
+        assert!(!shown.contains("5a5a") && !shown.contains("90, 90"), "{shown}");
+    }
+}

@@ -1,0 +1,254 @@
+//! Fetches from stores in memory into RAM on the heap.
+
+use super::*;
+use crate::{
+    GuestRam, HeapRam, PageSet, RamLayout, RamRegion,
+    page_map::{Location, PageMap},
+    pager::{Fault, Fill},
+    store::{Incarnation, MemoryPageStore, Namespace, NamespaceId, PageToPut, Purpose, Record},
+    vm::VmError,
+};
+
+const PAGES: u64 = 2 * STRIPE_PAGES;
+const VM: VmId = VmId([1; 16]);
+const LEASE: Duration = Duration::from_secs(60);
+const OWNER: Owner = match Owner::new("host-7") {
+    Ok(owner) => owner,
+    Err(_) => panic!("the text is printable"),
+};
+
+/// Installs pages at once, as nobody waits for them.
+struct HeapPager {
+    ram: HeapRam,
+    map: Arc<SharedPageMap>,
+}
+
+impl HeapPager {
+    /// Returns the first byte of a page.
+    fn byte(&self, page: u64) -> u8 {
+        let mut bytes = [0; PAGE_SIZE];
+        (&self.ram as &dyn GuestRam).slice(PageRange::new(page, 1)).unwrap().copy_to(&mut bytes);
+        assert!(bytes.iter().all(|&byte| byte == bytes[0]), "page {page} is mixed");
+        bytes[0]
+    }
+}
+
+impl Pager for HeapPager {
+    fn granule(&self) -> u64 {
+        1
+    }
+
+    fn arm(&self, _: &Arc<SharedPageMap>) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn wait(&self, _: Duration, _: &mut Vec<Fault>) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn wake_waiters(&self) {}
+
+    fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed> {
+        assert_eq!(range.first / STRIPE_PAGES, (range.end() - 1) / STRIPE_PAGES, "{range:?} crosses a stripe");
+        let Some(mut claim) = self.map.claim(range, copy)? else {
+            return Ok(Installed { pages: 0, duplicates: range.count });
+        };
+        assert_eq!(claim.runs(), [range]);
+        let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
+        // in pieces that are no pages
+        fill(&[slice.take(1000), slice.skip(1000)])?;
+        claim.installed(range);
+        Ok(Installed { pages: range.count, duplicates: 0 })
+    }
+
+    fn install_zeros(&self, _: PageRange) -> io::Result<Installed> {
+        unreachable!("no page in a store holds zeros")
+    }
+
+    fn wake(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn disarm(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn give_up(&self) {}
+}
+
+/// A VM of which all pages are missing, and two stores.
+struct World {
+    stores: Vec<Arc<MemoryPageStore>>,
+    map: Arc<SharedPageMap>,
+    pager: Arc<HeapPager>,
+    memory: PagedMemory,
+}
+
+fn range(first: u64, count: u64) -> PageRange {
+    PageRange::new(first, count)
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+fn copy(entry: u8, generation: u32) -> StoreCopy {
+    StoreCopy { entry, generation }
+}
+
+impl World {
+    fn new() -> Self {
+        let stores: Vec<_> = ["a", "b"].map(|name| Arc::new(MemoryPageStore::new(name, 64 << 20))).into();
+        let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: PAGES << 12 }]).unwrap();
+        let mut map = PageMap::new(PAGES);
+        map.leave_behind(&PageSet::full(PAGES)).unwrap();
+        let map = Arc::new(SharedPageMap::new(map));
+        let pager = Arc::new(HeapPager { ram: HeapRam::new(layout).unwrap(), map: map.clone() });
+        let parts = PagedMemoryParts {
+            vm: VM,
+            map: map.clone(),
+            pager: pager.clone(),
+            stores: stores.iter().map(|store| store.clone() as Arc<dyn PageStore>).collect(),
+        };
+        Self { stores, map, pager, memory: PagedMemory::new(parts) }
+    }
+
+    fn id(name: u8) -> NamespaceId {
+        Namespace::new([name; 16]).id()
+    }
+
+    /// Creates a namespace in some of the stores, and adds it to the table.
+    fn entry(&self, name: u8, stores: &[usize], vm: VmId) -> u8 {
+        let record = Record { vm, purpose: Purpose::Attempt, owner: OWNER };
+        let create = |&store: &usize| {
+            let store = &self.stores[store];
+            let incarnation = store.create(Self::id(name), &record, LEASE).unwrap();
+            EntryStore { name: store.name().into(), incarnation }
+        };
+        let entry = StoreEntry::new(Namespace::new([name; 16]), stores.iter().map(create).collect()).unwrap();
+        let first = u8::try_from(lock(&self.memory.table).len()).unwrap();
+        self.memory.receive(first, &[entry]).unwrap();
+        first
+    }
+
+    /// Puts pages whose bytes are all `byte`.
+    fn put(&self, store: usize, name: u8, generation: u32, pages: PageRange, byte: u8) {
+        let value = [byte; PAGE_SIZE];
+        let pages: Vec<_> = pages.pages().map(|page| PageToPut { page, value: &value }).collect();
+        let namespace = Namespace::new([name; 16]);
+        let vm = self.stores[store].record(namespace.id()).unwrap().unwrap().vm;
+        self.stores[store].put(namespace.of(vm), generation, &pages).unwrap();
+    }
+
+    fn located(&self, pages: PageRange, copy: StoreCopy) {
+        self.map.change(|map| map.located(pages, copy, false));
+    }
+
+    fn fetch(&self, within: PageRange) -> Result<u64, FetchError> {
+        self.memory.fetch(within, Urgency::Fault, soon()).map(|installed| installed.pages)
+    }
+}
+
+#[test]
+fn pages_come_from_where_the_map_says() {
+    let world = World::new();
+    let (a, b) = (world.entry(1, &[0], VM), world.entry(2, &[1], VM));
+    world.put(0, 1, 7, range(500, 30), 0x11);
+    world.put(1, 2, 3, range(510, 4), 0x22);
+    world.put(1, 2, 4, range(512, 1), 0x33);
+    world.located(range(500, 10), copy(a, 7));
+    world.located(range(510, 2), copy(b, 3));
+    world.located(range(512, 1), copy(b, 4));
+    world.located(range(513, 1), copy(b, 3));
+    world.located(range(514, 16), copy(a, 7));
+    assert_eq!(world.fetch(range(0, PAGES)).unwrap(), 30);
+    let bytes: Vec<u8> = (508..516).map(|page| world.pager.byte(page)).collect();
+    assert_eq!(bytes, [0x11, 0x11, 0x22, 0x22, 0x33, 0x22, 0x11, 0x11]);
+    assert_eq!(world.fetch(range(0, PAGES)).unwrap(), 0);
+    assert_eq!(world.map.read(|map| (map.in_store().len(), map.missing().len())), (0, PAGES - 30));
+}
+
+#[test]
+fn one_fetch_takes_a_few_pages() {
+    let world = World::new();
+    let a = world.entry(1, &[0], VM);
+    world.put(0, 1, 1, range(0, 200), 0x11);
+    world.located(range(0, 200), copy(a, 1));
+    let fetched: Vec<u64> = (0..4).map(|_| world.fetch(range(0, PAGES)).unwrap()).collect();
+    assert_eq!(fetched, [64, 64, 64, 8]);
+}
+
+#[test]
+fn rule_2_a_page_that_has_moved_is_not_touched() {
+    let world = World::new();
+    let a = world.entry(1, &[0], VM);
+    world.put(0, 1, 1, range(7, 1), 0x11);
+    world.located(range(7, 1), copy(a, 1));
+    // read before, and installed after it has arrived, was written, and evicted again
+    let runs = world.map.read(|map| map.unfetched_runs(range(7, 1), 1));
+    assert_eq!(world.fetch(range(7, 1)).unwrap(), 1);
+    world.map.change(|map| {
+        map.put_started(range(7, 1), copy(a, 2)).unwrap();
+        assert_eq!(map.put_done(range(7, 1), copy(a, 2)), [range(7, 1)]);
+        map.evicted(range(7, 1)).unwrap();
+    });
+    let mut installed = Installed::default();
+    world.put(0, 1, 1, range(7, 1), 0x11);
+    world.memory.fetch_entry(&runs, Urgency::Fault, soon(), &mut installed).unwrap();
+    assert_eq!(installed, Installed { pages: 0, duplicates: 1 });
+    assert_eq!(world.map.read(|map| map.location(7)), Location::Store(copy(a, 2)));
+}
+
+#[test]
+fn rule_3_another_generation_is_a_missing_page() {
+    let world = World::new();
+    let a = world.entry(1, &[0], VM);
+    world.put(0, 1, 5, range(7, 1), 0x11);
+    world.located(range(7, 2), copy(a, 6));
+    let error = world.fetch(range(0, PAGES)).unwrap_err();
+    assert!(matches!(error, FetchError::Lost { entry: 0, first: 7 }), "{error}");
+    assert_eq!((world.pager.byte(7), world.map.read(|map| map.missing().len())), (0, PAGES));
+}
+
+#[test]
+fn rule_12_a_reader_asks_the_next_store() {
+    let world = World::new();
+    let both = world.entry(1, &[0, 1], VM);
+    world.put(0, 1, 1, range(7, 1), 0x11);
+    world.put(1, 1, 1, range(7, 2), 0x11);
+    world.located(range(7, 3), copy(both, 1));
+    // page 7 from the first store, page 8 from the second, page 9 from none
+    let error = world.fetch(range(0, PAGES)).unwrap_err();
+    assert!(matches!(error, FetchError::Lost { entry: 0, first: 9 }), "{error}");
+    assert_eq!([7, 8, 9].map(|page| world.pager.byte(page)), [0x11, 0x11, 0]);
+}
+
+#[test]
+fn rule_24_no_page_of_another_vm_is_read() {
+    let world = World::new();
+    let a = world.entry(1, &[0], VmId([9; 16]));
+    world.put(0, 1, 1, range(7, 1), 0x11);
+    world.located(range(7, 1), copy(a, 1));
+    assert!(matches!(world.fetch(range(7, 1)), Err(FetchError::Lost { .. })));
+    assert!(matches!(world.memory.renew(a, OWNER, LEASE), Renewed::Changed));
+}
+
+#[test]
+fn rule_25_only_stores_of_this_host_are_asked() {
+    let world = World::new();
+    let store = EntryStore { name: "c".into(), incarnation: Incarnation([1; 16]) };
+    let entry = StoreEntry::new(Namespace::new([1; 16]), vec![store]).unwrap();
+    assert_eq!(world.memory.receive(0, &[entry]), Err(TableError::UnknownStore("c".into())));
+    assert!(!world.memory.has_entry(0));
+    world.located(range(7, 1), copy(0, 1));
+    assert!(matches!(world.fetch(range(7, 1)), Err(FetchError::Unknown { entry: 0 })));
+}
+
+#[test]
+fn rule_11_a_namespace_that_is_gone_counts_as_changed() {
+    let world = World::new();
+    let both = world.entry(1, &[0, 1], VM);
+    assert!(matches!(world.memory.renew(both, OWNER, LEASE), Renewed::Intact));
+    world.stores[1].forget(Namespace::new([1; 16]).of(VM)).unwrap();
+    assert!(matches!(world.memory.renew(both, OWNER, LEASE), Renewed::Changed));
+}
