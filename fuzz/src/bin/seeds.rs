@@ -6,11 +6,14 @@ use bytes::Bytes;
 use migration_core::{
     PageRange, RamLayout, RamRegion,
     device::DeviceKind,
+    page_map::StoreCopy,
+    paged_memory::{EntryStore, StoreEntry},
     state::{Section, VmState},
+    store::{Incarnation, Namespace},
     vm::{VmDescription, VmId},
     wire::{
-        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FRAME_KINDS, FaultSummary, Hello, LaneKind, Preamble,
-        SessionToken, Welcome,
+        Bulk, Checkpoint, Content, Control, ErrorCode, Extent, FRAME_KINDS, FaultSummary, Hello, LaneKind, Located,
+        Preamble, SessionToken, TablePart, Welcome,
     },
 };
 use migration_fuzz::{
@@ -111,6 +114,9 @@ fn frames() -> Vec<Seed> {
         let bytes = Preamble::new(kind, 1, SessionToken([9; 16])).encode();
         seeds.push((format!("preamble {kind:?}").to_lowercase(), [&[4], &bytes[..]].concat()));
     }
+    let store = EntryStore { name: "rack-7".into(), incarnation: Incarnation([2; 16]) };
+    let entry = StoreEntry::new(Namespace::new([1; 16]), vec![store]).expect("an entry");
+    let copy = StoreCopy { entry: 0, generation: 6 };
     let control = [
         hello(1, 4),
         Control::Welcome(Welcome { version: 1, features: 0, streams: 4, session: SessionToken([9; 16]) }),
@@ -131,6 +137,12 @@ fn frames() -> Vec<Seed> {
         Control::Missing { first: 128, bitmap: Bytes::from(vec![5; 16]) },
         Control::PostCopy { missing: 8, demand_lanes: 2 },
         Control::Complete(FaultSummary { count: 3, ..FaultSummary::default() }),
+        Control::StoreTable(TablePart { number: 2, first: 0, entries: vec![entry] }),
+        Control::StoreTableReceived { number: 2 },
+        Control::Located(Located { copy, held: true, runs: vec![PageRange::new(3, 2), PageRange::new(700, 1)] }),
+        Control::Vacated { number: 1 },
+        Control::Released(FaultSummary { count: 3, ..FaultSummary::default() }),
+        Control::EntryLost { entry: 1 },
     ];
     for frame in control {
         seeds.push((frame.name().to_owned(), [&[5], &frame.encode(0, 0, 2)[..]].concat()));
@@ -140,6 +152,7 @@ fn frames() -> Vec<Seed> {
         ("pages", data),
         ("round end", Bulk::RoundEnd { pages: 303 }),
         ("request", Bulk::Request { pages: vec![513, 3] }),
+        ("vacated on a lane", Bulk::Vacated { number: 1 }),
     ] {
         seeds.push((name.to_owned(), [&[6], &frame.encode(0, 0, 2)[..]].concat()));
     }

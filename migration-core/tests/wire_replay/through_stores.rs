@@ -286,7 +286,8 @@ fn rule_13_a_store_that_loses_its_content_before_released_costs_nothing() {
     assert!(store.lost.load(Ordering::SeqCst));
     let (arrived, said) = destination.finish();
     check(&arrived, &vm, &said);
-    assert!(said.contains("a page store has failed: entry 0 has lost pages"), "{said}");
+    // a read, a renewal, or the question before *released* finds it out, whichever comes first
+    assert!(said.contains("a page store has failed: "), "{said}");
 }
 
 #[test]
