@@ -16,6 +16,7 @@ use std::{
 
 use migration_core::{
     engine::{Receiver as VmReceiver, ReceiverOptions},
+    text::describe,
     vm::{DestinationHost, DestinationVm, VmDescription, VmError},
 };
 use migration_kvm::{
@@ -215,7 +216,7 @@ fn without_a_successor_nothing_changes() {
     let why = replace(&impatient, &Kind::Hangs).unwrap_err();
     assert!(matches!(why, ReplaceError::Successor(SuccessorError::NotReady { .. })), "{why}");
     let started = Successor::start(&mut Command::new("/nowhere/vmm"), vmm.endpoints(), LONG);
-    assert!(started.unwrap_err().to_string().starts_with("starting /nowhere/vmm: "));
+    assert!(describe(started.unwrap_err()).starts_with("starting /nowhere/vmm: "));
     vmm.is_alone();
     impatient.is_alone();
     // the control socket was never given away

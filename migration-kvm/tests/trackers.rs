@@ -10,6 +10,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libtest_mimic::{Arguments, Failed, Trial};
 use migration_core::{
     GuestRam, PageRange, PageSet, RamLayout, RamRegion,
+    text::describe,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker, UnionTracker},
 };
 use migration_kvm::{
@@ -354,7 +355,7 @@ fn ring_sizes_are_checked() -> Outcome {
     ensure(DirtyRing::enable(vm.clone(), 1000).is_err(), || "not a power of two".into())?;
     ensure(DirtyRing::enable(vm.clone(), 1).is_err(), || "too small".into())?;
     let _vcpu = vm.create_vcpu(0)?;
-    let late = DirtyRing::enable(vm, 4096).map(|_| ()).map_err(|e| e.to_string());
+    let late = DirtyRing::enable(vm, 4096).map(|_| ()).map_err(describe);
     ensure(late.as_ref().is_err_and(|e| e.contains("a vCPU exists")), || format!("{late:?}"))
 }
 

@@ -158,13 +158,17 @@ impl Reader {
     ) -> Result<(), FetchError> {
         let namespace = entry.namespace().of(self.vm);
         let mut silent = None;
-        for EntryStore { name, .. } in entry.stores() {
+        let stores = entry.stores();
+        for (asked, EntryStore { name, .. }) in stores.iter().enumerate() {
             let missing = wanted.missing();
             if missing.is_empty() {
                 return Ok(());
             }
             let Some(store) = self.store(name) else { continue };
-            let read = store.get(namespace, &missing, urgency, deadline, &mut |page, data| {
+            // a store that is silent leaves the others their share of the time
+            let left = deadline.saturating_duration_since(Instant::now());
+            let until = deadline - left + left / (stores.len() - asked).max(1) as u32;
+            let read = store.get(namespace, &missing, urgency, until, &mut |page, data| {
                 if let Some(content) = data.page() {
                     wanted.take(page, content);
                 }

@@ -290,6 +290,19 @@ fn rule_13_a_store_that_loses_its_content_before_released_costs_nothing() {
     assert!(said.contains("a page store has failed: "), "{said}");
 }
 
+/// Pages are in the store before the hand-over, and the destination asks the store as soon as the VM
+/// is about to run: it may find the loss before it has said *running*.
+#[test]
+fn rule_13_a_loss_that_is_found_before_running_is_said_after_it() {
+    for _ in 0..5 {
+        let store = Moody::new(Mood::Forgetful, 64 << 20);
+        let destination = destination(vec![store.clone()]);
+        let (_, vm) = moved(PutAhead, &destination, &store);
+        let (arrived, said) = destination.finish();
+        check(&arrived, &vm, &said);
+    }
+}
+
 #[test]
 fn rule_15_a_destination_without_the_store_refuses_before_anything_moves() {
     let other: Arc<dyn PageStore> = Arc::new(MemoryPageStore::new("rack-9", 1 << 20));

@@ -12,7 +12,7 @@ use crate::{
     page_map::{MapError, PageMap},
     paged_memory::{FetchError, MAX_FETCHED_PAGES, PagedMemory, Renewed},
     store::{Owner, Urgency},
-    wire::{Located, TablePart, missing_frames},
+    wire::{Located, TablePart},
 };
 
 /// The longest time for one attempt to read from a store. A fault is tried again afterwards.
@@ -282,13 +282,8 @@ impl VmEntry {
             let _ = session.tell_released(missing);
             return self.tell_phase();
         }
-        let pages = session.map.read(PageMap::source_pages);
-        let mut frames = missing_frames(&pages);
-        frames.push(Control::PostCopy { missing: pages.len(), demand_lanes: 0 });
-        for frame in frames {
-            // as above
-            let _ = session.say_running(&frame);
-        }
+        // as above
+        let _ = session.list_missing();
     }
 
     /// Decides that the source is not needed any more: no page is only there, and what it holds is
@@ -335,11 +330,15 @@ impl VmEntry {
 
     /// The source has said its last word. While pages are in stores the session goes on without it.
     pub(super) fn source_is_done(&self, session: &Session) {
-        let gathers = session.gatherer.as_ref().filter(|_| session.missing().is_some_and(|m| !m.is_complete()));
-        match gathers {
-            Some(gatherer) => gatherer.source_is_done(),
-            None => self.finished.store(true, Ordering::Relaxed),
+        if let Some(gatherer) = &session.gatherer {
+            // first: whoever gathers the last page looks at this then
+            gatherer.source_is_done();
+            let gathers = session.missing().is_some_and(|missing| !missing.is_complete());
+            if gathers && !session.has_guest_ended() {
+                return;
+            }
         }
+        self.finished.store(true, Ordering::Relaxed);
     }
 }
 

@@ -294,15 +294,35 @@ impl Session {
             told.complete = true;
             return self.say(&Control::Released(missing.summary()));
         }
-        let pages = self.map.read(PageMap::source_pages);
-        let listed = !pages.is_empty() || self.gatherer.is_some();
-        if listed && lock(&self.lane_state).link > 0 {
-            for frame in missing_frames(&pages) {
-                self.say(&frame)?;
-            }
-            self.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })?;
+        if lock(&self.lane_state).link == 0 {
+            return self.say_lost_entries();
+        }
+        if self.gatherer.is_some() || !self.map.read(PageMap::source_pages).is_empty() {
+            self.say_list()?;
         }
         Ok(())
+    }
+
+    /// Lists what only the source has, once *running* was said. The list is said as a whole: none that
+    /// is said on another link comes between its frames.
+    pub(super) fn list_missing(&self) -> Result<(), MigrationError> {
+        let told = lock(&self.told);
+        if told.running { self.say_list() } else { Ok(()) }
+    }
+
+    fn say_list(&self) -> Result<(), MigrationError> {
+        self.say_lost_entries()?;
+        let pages = self.map.read(PageMap::source_pages);
+        for frame in missing_frames(&pages) {
+            self.say(&frame)?;
+        }
+        self.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
+    }
+
+    /// Says which entries have lost pages. The source may not have heard of it: it was found before the
+    /// VM ran here, or while the link was lost.
+    fn say_lost_entries(&self) -> Result<(), MigrationError> {
+        self.map.read(PageMap::lost_entries).into_iter().try_for_each(|entry| self.say(&Control::EntryLost { entry }))
     }
 
     /// No page is missing any more: says so, unless *running* was not said yet. It then follows that.
@@ -396,7 +416,12 @@ impl Session {
         }
         let first = !std::mem::replace(&mut state.lost, true);
         self.changed.notify_all();
-        let lacks = !self.is_released() && state.missing.as_ref().is_some_and(|missing| !missing.is_complete());
+        // with stores, the marks on the lanes are needed until the source is released
+        let lacks = match (&self.gatherer, &state.missing) {
+            (Some(gatherer), Some(_)) => !gatherer.is_released(),
+            (None, Some(missing)) => !missing.is_complete(),
+            (_, None) => false,
+        };
         // a source that has heard of the guest's end closes its lanes behind *done*
         let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();

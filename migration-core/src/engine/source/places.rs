@@ -299,7 +299,7 @@ impl Engine<'_> {
 
     /// Says which pages are in stores that the destination does not know to be there (rule 16).
     pub(super) fn announce(&mut self) -> Result<(), MigrationError> {
-        if !self.places.table.unacknowledged().1.is_empty() {
+        if self.rounds.map().unannounced().is_empty() || !self.places.table.unacknowledged().1.is_empty() {
             return Ok(());
         }
         let (pages, runs) = {

@@ -88,6 +88,11 @@ impl PageMap {
         self.copies.entries().filter(|(_, pages)| depends(pages)).map(|(entry, _)| entry).collect()
     }
 
+    /// Returns the numbers of the entries that have lost pages, ascending.
+    pub fn lost_entries(&self) -> Vec<u8> {
+        self.lost.iter().copied().collect()
+    }
+
     /// Returns whether the entry has lost pages.
     pub fn has_lost(&self, entry: u8) -> bool {
         self.lost.contains(&entry)
