@@ -247,12 +247,14 @@ impl Queue {
 
     fn push(&'static self, text: String) {
         let mut waiting = self.lock();
-        if waiting.bytes + text.len() > MAX_BYTES {
+        let note = (waiting.dropped > 0 && !waiting.failing).then(|| Entry::dropped(waiting.dropped));
+        let needed = text.len() + note.as_ref().map_or(0, |note| note.text.len());
+        if waiting.bytes + needed > MAX_BYTES {
             waiting.dropped += 1;
         } else {
-            if waiting.dropped > 0 && !waiting.failing {
-                let dropped = std::mem::take(&mut waiting.dropped);
-                waiting.put(Entry::dropped(dropped));
+            if let Some(note) = note {
+                waiting.dropped = 0;
+                waiting.put(note);
             }
             waiting.put(Entry { text, lines: 1 });
         }
@@ -402,6 +404,27 @@ mod tests {
         assert!(whole >= MAX_BYTES as u64 / 1024, "{whole} of {sent}");
         assert_eq!(whole + dropped.iter().sum::<u64>(), sent, "{dropped:?}");
         assert_eq!(taken.last().unwrap(), "the next one");
+    }
+
+    /// The pipe takes one line after lines were dropped: what is said of those needs room as well.
+    #[test]
+    fn what_is_said_of_dropped_lines_needs_room_too() {
+        static QUEUE: Queue = Queue::new(Sink::Stderr);
+        // nobody writes
+        QUEUE.lock().writer = true;
+        let waiting = || {
+            let waiting = QUEUE.lock();
+            (waiting.bytes, waiting.dropped)
+        };
+        let line = format!("{}\n", "x".repeat(1023));
+        (0..MAX_BYTES / 1024 + 3).for_each(|_| QUEUE.push(line.clone()));
+        assert_eq!(waiting(), (MAX_BYTES, 3));
+        QUEUE.lock().next();
+        QUEUE.push(line);
+        assert_eq!(waiting(), (MAX_BYTES - 1024, 4));
+        QUEUE.push("short\n".into());
+        let (bytes, dropped) = waiting();
+        assert!(bytes <= MAX_BYTES && dropped == 0, "{bytes} {dropped}");
     }
 
     #[test]
