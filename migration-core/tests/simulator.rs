@@ -1,19 +1,19 @@
 //! What the simulator does with time and with the verbs: links, demands, waits, puts, and what the
 //! guest has of it.
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+mod common;
+
+use std::{sync::Arc, time::Duration};
 
 use migration_core::{
-    MigrationError, PageRange, PageSet,
+    MigrationError,
     sim::{Dirtying, Guest, GuestMemory, Owner, SimConfig, Simulation, Span, StoreConfig, Touching},
     strategy::{
-        Destination, Done, Hybrid, Linear, Place, PostCopy, PushOrder, Running, ScatterGather, StopAndCopy, Strategy,
-        Until, Wake,
+        Destination, Done, Hybrid, Linear, Place, PostCopy, Running, ScatterGather, StopAndCopy, Strategy, Until, Wake,
     },
 };
+
+use common::Told;
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -57,28 +57,6 @@ fn all_time_is_the_guests_or_is_waited() {
     let accounted = report.ran + report.waited + attempt.downtime.unwrap();
     assert!(accounted.abs_diff(sim.now()) < 5 * MS, "{accounted:?} of {:?}, {report:?}", sim.now());
     assert!(report.waited > 100 * MS, "{report:?}");
-}
-
-/// An order that notes what it is told of heat.
-struct Told(Arc<Mutex<Vec<u8>>>, Linear);
-
-impl PushOrder for Told {
-    fn name(&self) -> &'static str {
-        "told"
-    }
-
-    fn begin(&mut self, unsent: &PageSet, heat: &[u8]) {
-        *self.0.lock().unwrap() = heat.to_vec();
-        self.1.begin(unsent, heat);
-    }
-
-    fn fault(&mut self, page: u64) {
-        self.1.fault(page);
-    }
-
-    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
-        self.1.next(unsent, most)
-    }
 }
 
 #[test]

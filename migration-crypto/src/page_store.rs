@@ -222,13 +222,8 @@ impl<S: PageStore> PageStore for Sealed<S> {
             Ok(()) | Err(StoreError::Missing { .. }) => {}
             Err(error) => return Err(error),
         }
-        let mut missing = pages.iter().zip(&opened).filter(|(_, opened)| !**opened).map(|(wanted, _)| wanted.page);
-        match missing.next() {
-            Some(first) => {
-                Err(StoreError::Missing { namespace: namespace.id, count: 1 + missing.count() as u64, first })
-            }
-            None => Ok(()),
-        }
+        let missing = pages.iter().zip(&opened).filter(|(_, opened)| !**opened).map(|(wanted, _)| wanted.page);
+        StoreError::left_out(namespace.id, missing)
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {

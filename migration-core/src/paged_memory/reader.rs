@@ -12,7 +12,7 @@ use super::{EntryStore, StoreEntry};
 use crate::{
     PAGE_SIZE, PageRange,
     page_map::StoreCopy,
-    store::{Owner, PageStore, PageToGet, StoreError, Urgency},
+    store::{Owner, PageStore, PageToGet, StoreError, Urgency, share},
     vm::VmId,
 };
 
@@ -166,8 +166,7 @@ impl Reader {
             }
             let Some(store) = self.store(name) else { continue };
             // a store that is silent leaves the others their share of the time
-            let left = deadline.saturating_duration_since(Instant::now());
-            let until = deadline - left + left / (stores.len() - asked).max(1) as u32;
+            let until = share(deadline, stores.len() - asked);
             let read = store.get(namespace, &missing, urgency, until, &mut |page, data| {
                 if let Some(content) = data.page() {
                     wanted.take(page, content);

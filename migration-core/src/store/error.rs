@@ -126,6 +126,18 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Concludes a `get` that has left these pages out: [`Missing`](Self::Missing), unless there are
+    /// none.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Missing`].
+    pub fn left_out(namespace: NamespaceId, pages: impl IntoIterator<Item = u64>) -> Result<(), Self> {
+        let mut pages = pages.into_iter();
+        let Some(first) = pages.next() else { return Ok(()) };
+        let (count, first) = pages.fold((1, first), |(count, lowest), page| (count + 1, lowest.min(page)));
+        Err(Self::Missing { namespace, count, first })
+    }
+
     /// Returns whether the same call can succeed later without anybody's action: the store did not
     /// answer, or the connection was lost. A put whose outcome is unknown must be repeated under a
     /// new generation.

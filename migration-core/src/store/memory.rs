@@ -196,8 +196,7 @@ impl PageStore for MemoryPageStore {
         take: &mut dyn FnMut(u64, PageData<'_>),
     ) -> Result<(), StoreError> {
         check_get(pages)?;
-        let mut missing = None;
-        let mut count = 0;
+        let mut missing = Vec::new();
         for &PageToGet { page, generation } in pages {
             if Instant::now() >= deadline {
                 return Err(StoreError::TimedOut);
@@ -208,13 +207,10 @@ impl PageStore for MemoryPageStore {
                 Some(kept) if Trailer::decode(&kept.trailer).proves(namespace.vm, page, generation, &kept.value) => {
                     take(page, PageData::new(&kept.value));
                 }
-                _ => {
-                    count += 1;
-                    missing = missing.or(Some(page));
-                }
+                _ => missing.push(page),
             }
         }
-        missing.map_or(Ok(()), |first| Err(StoreError::Missing { namespace: namespace.id, count, first }))
+        StoreError::left_out(namespace.id, missing)
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {

@@ -70,6 +70,7 @@ pub use memory::MemoryPageStore;
 pub use name::{BadOwner, Incarnation, Namespace, NamespaceId, Owner, Purpose, Record, VmNamespace};
 pub use rate_limited::{Pace, RateLimited};
 pub use replicated::Replicated;
+pub(crate) use replicated::share;
 pub use value::{PageData, PageToGet, PageToPut, Stored, Trailer, Urgency, check_get, check_lease, check_put};
 pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read, not_in_version};
 

@@ -109,17 +109,17 @@ struct Asked {
 impl Asked {
     /// Returns what is true of the pages that no store has handed out.
     fn conclude(self, stores: usize, namespace: NamespaceId, missing: &[PageToGet]) -> Result<(), StoreError> {
-        let Some(first) = missing.first() else { return Ok(()) };
         match self.silent {
+            _ if missing.is_empty() => Ok(()),
             Some(error) => Err(error),
             None if self.absent == stores => Err(StoreError::Absent(namespace)),
-            None => Err(StoreError::Missing { namespace, count: missing.len() as u64, first: first.page }),
+            None => StoreError::left_out(namespace, missing.iter().map(|wanted| wanted.page)),
         }
     }
 }
 
 /// Returns when one of `stores` stores that are still to be asked has had its share of the time.
-fn share(deadline: Instant, stores: usize) -> Instant {
+pub(crate) fn share(deadline: Instant, stores: usize) -> Instant {
     let now = Instant::now();
     let left = deadline.saturating_duration_since(now);
     match stores {

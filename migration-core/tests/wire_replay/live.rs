@@ -9,12 +9,12 @@ use std::{
 };
 
 use migration_core::{
-    PageRange, PageSet, RamLayout, RamRegion,
+    RamLayout, RamRegion,
     channel::{Channel, Connector},
     engine::{Controller, HugePages, Migration, SourceOptions, migrate},
     report::{Outcome, Report},
     strategy::{
-        Hybrid, Linear, PostCopy, PushOrder, Strategy,
+        Hybrid, Linear, PostCopy, Strategy,
         push_order::{DIRTIED, REFERENCED},
     },
     vm::VmDescription,
@@ -24,6 +24,7 @@ use migration_core::{
 use crate::{
     HANG, VM,
     channels::{Cut, End, pair},
+    common::Told,
     destination::{Destination, Log},
     guest::{Host, RecordedVm, checksums, description_of},
     pager::Paging,
@@ -192,28 +193,6 @@ fn each_page_arrives_once() {
             assert_eq!(report.recoveries, 0, "{what}: {said}");
             assert_eq!(report.pages.zero + report.pages.plain, all, "{what}: sent once");
         }
-    }
-}
-
-/// Keeps the heat of which it is told.
-struct Told(Arc<Mutex<Vec<u8>>>, Linear);
-
-impl PushOrder for Told {
-    fn name(&self) -> &'static str {
-        "told"
-    }
-
-    fn begin(&mut self, unsent: &PageSet, heat: &[u8]) {
-        *self.0.lock().unwrap() = heat.to_vec();
-        self.1.begin(unsent, heat);
-    }
-
-    fn fault(&mut self, page: u64) {
-        self.1.fault(page);
-    }
-
-    fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
-        self.1.next(unsent, most)
     }
 }
 

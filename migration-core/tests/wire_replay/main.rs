@@ -13,6 +13,8 @@ mod asks;
 mod bounds;
 mod callbacks;
 mod channels;
+#[path = "../common/mod.rs"]
+mod common;
 mod destination;
 mod ended;
 mod golden;

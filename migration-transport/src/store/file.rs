@@ -380,10 +380,7 @@ impl PageStore for FilePageStore {
                 missing.extend(space.read(namespace.vm, &pages[run], deadline, &mut take)?);
             }
         }
-        match missing.iter().min() {
-            Some(&first) => Err(StoreError::Missing { namespace: namespace.id, count: missing.len() as u64, first }),
-            None => Ok(()),
-        }
+        StoreError::left_out(namespace.id, missing)
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {

@@ -307,10 +307,7 @@ impl PageStore for RedisPageStore {
                 }
             }
         }
-        match missing.first() {
-            Some(&first) => Err(StoreError::Missing { namespace: namespace.id, count: missing.len() as u64, first }),
-            None => Ok(()),
-        }
+        StoreError::left_out(namespace.id, missing)
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {

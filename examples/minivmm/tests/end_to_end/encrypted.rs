@@ -168,8 +168,7 @@ fn refused(lab: &Lab, there: &[&str], here: &[&str], reason: &str, told: &str) -
     ensure_says(answer.reason(), reason)?;
     source.works()?;
     source.is_back_at(&before)?;
-    wait_for("the destination says why", || Ok(destination.stderr().contains(told).then_some(())))
-        .map_err(|e| format!("{e:?}: {}", destination.stderr()))?;
+    destination.says(told)?;
     ensure(destination.status()?["state"] == "incoming", || format!("{:?}", destination.status()))?;
     source.quit()?;
     destination.quit()?;

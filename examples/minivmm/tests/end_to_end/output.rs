@@ -97,7 +97,7 @@ fn source_logs(lab: &Lab, how: &str) -> Outcome {
     relay.cut_after(8 << 20);
     let client = source.start_migrate(&address, &post_copy_at("100Mbit"))?;
     wait_for("the link is cut", || Ok((relay.relayed() >= 8 << 20).then_some(())))?;
-    wait_for("the destination has noticed", || Ok(destination.stderr().contains("link to").then_some(())))?;
+    destination.says("link to")?;
     relay.restore();
     let answer = client.answer()?;
     ensure(answer.code == Some(0) && answer.json["recoveries"].as_u64() >= Some(1), || format!("{answer:?}"))?;
@@ -361,7 +361,7 @@ fn words_of_a_source(lab: &Lab) -> Outcome {
         lanes.push(lane);
     }
     evil.write_all(&Control::error(ErrorCode::Other, EVIL).encode(0, 1, 1))?;
-    wait_for("the destination says it", || Ok(destination.stderr().contains(ESCAPED).then_some(())))?;
+    destination.says(ESCAPED)?;
     harmless(&destination.stderr())?;
     destination.quit()?;
     source.quit()

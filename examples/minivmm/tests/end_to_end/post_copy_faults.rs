@@ -272,7 +272,7 @@ fn without_a_link(lab: &Lab, policy: &str) -> Outcome {
     relay.cut_after(8 << 20);
     let client = source.start_migrate(&address, &post_copy_at("100Mbit"))?;
     wait_for("the link is cut", || Ok((relay.relayed() >= 8 << 20).then_some(())))?;
-    wait_for("the destination has noticed", || Ok(destination.stderr().contains("link to").then_some(())))?;
+    destination.says("link to")?;
     let beats = || Ok::<_, Failed>(destination.status()?["workload"]["heartbeats"].as_u64().unwrap_or(0));
     // so many looks in a row that find it moving, or standing
     let (mut looks, mut last) = (0, beats()?);

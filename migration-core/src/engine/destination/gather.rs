@@ -12,6 +12,7 @@ use crate::{
     page_map::{MapError, PageMap},
     paged_memory::{FetchError, MAX_FETCHED_PAGES, PagedMemory, Renewed},
     store::{Owner, Urgency},
+    text::{Chain, describe},
     wire::{Located, TablePart},
 };
 
@@ -211,10 +212,10 @@ impl VmEntry {
     fn store_failed(&self, session: &Session, missing: &Missing, error: &FetchError) {
         match *error {
             FetchError::Unknown { entry } | FetchError::Lost { entry, .. } | FetchError::Silent { entry, .. } => {
-                self.entry_failed(session, missing, entry, &text_of(error));
+                self.entry_failed(session, missing, entry, &describe(error));
             }
             FetchError::Install { .. } => {
-                self.common.options.observer.event(&Event::Warning(text_of(error)));
+                self.common.options.observer.event(&Event::Warning(describe(error)));
             }
         }
     }
@@ -300,7 +301,7 @@ impl VmEntry {
             let why = match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
                 Renewed::Intact => continue,
                 Renewed::Changed => format!("entry {entry} has lost pages"),
-                Renewed::Silent { store, cause } => format!("store {store} does not answer: {}", text_of(&cause)),
+                Renewed::Silent { store, cause } => format!("store {store} does not answer: {}", Chain(&cause)),
             };
             self.entry_failed(session, missing, entry, &why);
             return Err(why);
@@ -320,7 +321,7 @@ impl VmEntry {
     /// 14).
     pub(super) fn forget_namespaces(&self, gatherer: &Gatherer) {
         for error in gatherer.memory.forget_all() {
-            let what = format!("a namespace of the migration stays until its lease ends: {}", text_of(&error));
+            let what = format!("a namespace of the migration stays until its lease ends: {}", Chain(&error));
             self.common.options.observer.event(&Event::Warning(what));
         }
         if gatherer.is_source_done() {
@@ -357,10 +358,4 @@ impl VmHandle {
         self.entry.tell_phase();
         Ok(())
     }
-}
-
-/// Returns the text of an error and of its causes.
-fn text_of(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |&cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
