@@ -90,7 +90,8 @@ pub fn usage(as_json: bool, why: &str) -> u8 {
     2
 }
 
-fn fail(as_json: bool, why: &str) -> u8 {
+/// Reports a failure, and returns its exit status, 1.
+pub fn fail(as_json: bool, why: &str) -> u8 {
     if as_json {
         out!("{}", json!({"error": why}));
     } else {

@@ -19,7 +19,7 @@ use migration_kvm::{fence::ProcessFence, spawner::LinuxSpawner};
 use migration_transport::{
     AtomicFile, BrokerClient, BrokerOptions, RamBroker, SocketOptions, UnixListener, supervisor::Supervisor,
 };
-use minivmm_client::log;
+use minivmm_client::{ctl::fail, log};
 use serde_json::{Value, json};
 
 use crate::{
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Broker, signals: Option<&Signals>) -> u8 {
     match answer {
         Ok(answer) if args.json => out!("{answer}"),
         Ok(answer) => log::print(&lines(&answer)),
-        Err(why) => return fail(args, &why),
+        Err(why) => return fail(args.json, &why),
     }
     0
 }
@@ -63,7 +63,7 @@ fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
     }
     match serve_until(path, args, &ended.0) {
         Ok(()) => ended.1.load(Ordering::Relaxed),
-        Err(why) => fail(args, &why),
+        Err(why) => fail(args.json, &why),
     }
 }
 
@@ -78,15 +78,6 @@ fn serve_until(path: &Path, args: &Broker, ended: &AtomicBool) -> Result<(), Str
         ..BrokerOptions::default()
     });
     broker.serve(&mut listener, ended).map_err(describe)
-}
-
-fn fail(args: &Broker, why: &str) -> u8 {
-    if args.json {
-        out!("{}", json!({"error": why}));
-    } else {
-        log!("{why}");
-    }
-    1
 }
 
 fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {

@@ -20,8 +20,10 @@ use migration_kvm::{
 };
 use migration_transport::{Address, bind};
 use minivmm_client::{
-    Impact, LendRequest, MigrateRequest, Request, SnapshotRequest, StrategyKind, ctl, encryption::Encrypt, log, report,
-    values::absolute,
+    Impact, LendRequest, MigrateRequest, Request, SnapshotRequest, StrategyKind, ctl,
+    encryption::Encrypt,
+    log, report,
+    values::{absolute, micros},
 };
 use serde_json::{Value, json};
 
@@ -275,7 +277,7 @@ impl<'a> Borrower<'a> {
             lender: Some(owner.identity.clone()),
             borrower: identity.encode(),
             pid: process::id(),
-            within_us: u64::try_from(within.as_micros()).unwrap_or(u64::MAX),
+            within_us: micros(within),
         });
         let awaiting = dormant.await_guest(self.instance.visit_options(COMING));
         let attach = self.attach.clone();

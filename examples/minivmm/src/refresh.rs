@@ -63,7 +63,7 @@ impl Predecessor for Instance {
         let to = Address::Unix(successor.endpoints().listen.clone());
         let request = MigrateRequest::plain(to, StrategyKind::HandOver, 1);
         let report = self.migrate_to(Some(successor.identity().encode()), &request, &mut |_| {});
-        let report = report.map_err(|refused| VmError::new(refused.to_string()))?;
+        let report = report.map_err(|refused| VmError::new(describe(refused)))?;
         let owner = match report["outcome"].as_str() {
             Some("completed") => VmOwner::Successor,
             Some("in-doubt") => VmOwner::InDoubt,

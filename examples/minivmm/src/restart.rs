@@ -93,7 +93,7 @@ impl RestartVmm for Restarter {
     type Saved = Restorable;
 
     fn decode(&self, metadata: &[u8]) -> Result<RestartRecord<Restorable>, VmError> {
-        StoredRecord::decode(metadata).map(Into::into).map_err(|e| VmError::new(e.to_string()))
+        StoredRecord::decode(metadata).map(Into::into).map_err(|e| VmError::new(describe(e)))
     }
 
     fn start(&self, vm: VmId, saved: &Restorable) -> io::Result<Child> {

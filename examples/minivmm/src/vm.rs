@@ -14,7 +14,7 @@ use std::{
 use guests::{Board, WorkloadError, layout};
 use migration_core::{
     GuestRam, MigrationError,
-    channel::{Connector, Listener},
+    channel::Listener,
     engine::{
         self, Controller, ReceiveError, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions, SnapshotOptions,
         SnapshotReport, SourceOptions,
@@ -25,6 +25,7 @@ use migration_core::{
 use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{fence::ProcessFence, ram::Backing, spawner::LinuxSpawner, tracker::TrackerKind};
 use migration_transport::{Address, AddressError, ConnectOptions, SnapshotFile, bind, connector};
+use minivmm_client::encryption::secured;
 use thiserror::Error;
 
 use crate::vmm::{self, Host, HostOptions, Machine, MachineConfig, MachineError, MachineSource, SerialTarget};
@@ -232,10 +233,8 @@ impl Vm {
         options: &MigrateOptions,
     ) -> Result<Report, NotMoved> {
         let link = connector(to, ConnectOptions::default());
-        let link: Box<dyn Connector> = match &options.security {
-            Some(security) => Box::new(SourceSession::new(security.clone()).connector(link)),
-            None => link,
-        };
+        let session = options.security.clone().map(SourceSession::new);
+        let link = secured(session.as_ref(), link);
         let mut source = MachineSource::new(self.machine.clone());
         if options.references {
             source.note_references();

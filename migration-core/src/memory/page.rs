@@ -50,6 +50,18 @@ impl PageRange {
     pub fn pages(self) -> Range<u64> {
         self.first..self.end()
     }
+
+    /// Returns the runs that these page numbers form, which ascend.
+    pub(crate) fn runs_of(pages: impl IntoIterator<Item = u64>) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for page in pages {
+            match runs.last_mut() {
+                Some(run) if run.end() == page => run.count += 1,
+                _ => runs.push(Self::new(page, 1)),
+            }
+        }
+        runs
+    }
 }
 
 /// One contiguous piece of guest physical address space that is RAM.

@@ -122,6 +122,17 @@ impl PageSet {
         self.members == 0
     }
 
+    /// Removes all pages but the first `most`.
+    pub(crate) fn keep_first(&mut self, most: u64) {
+        if self.members <= most {
+            return;
+        }
+        let first_beyond = self.iter().nth(usize::try_from(most).unwrap_or(usize::MAX));
+        if let Some(first) = first_beyond {
+            self.remove_range(PageRange::new(first, self.capacity() - first));
+        }
+    }
+
     /// Returns whether `page` is in the set.
     pub fn contains(&self, page: u64) -> bool {
         if page >= self.capacity {

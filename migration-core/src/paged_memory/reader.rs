@@ -104,14 +104,7 @@ impl Wanted {
 
     /// Returns the runs of `within` that were found.
     pub(super) fn found_in(&self, within: PageRange) -> Vec<PageRange> {
-        let mut runs: Vec<PageRange> = Vec::new();
-        for page in within.pages().filter(|&page| self.at(page).is_some_and(|at| self.found[at])) {
-            match runs.last_mut() {
-                Some(run) if run.end() == page => run.count += 1,
-                _ => runs.push(PageRange::new(page, 1)),
-            }
-        }
-        runs
+        PageRange::runs_of(within.pages().filter(|&page| self.at(page).is_some_and(|at| self.found[at])))
     }
 
     fn take(&mut self, page: u64, content: &[u8; PAGE_SIZE]) {

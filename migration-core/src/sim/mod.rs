@@ -11,8 +11,8 @@
 //! can be cut, and a store can fail or lose what it has, after each action. Nothing depends on a
 //! clock or a thread: the same configuration gives the same run.
 //!
-//! Messages that the [wire format](crate::wire) does not have yet, such as the locations of pages,
-//! are the simulator's own.
+//! The messages about pages in stores are the simulator's own, and not those of the
+//! [wire format](crate::wire).
 //!
 //! ```
 //! use std::time::Duration;

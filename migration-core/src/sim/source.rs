@@ -258,7 +258,7 @@ impl Simulation {
         round.sent = self.source.put.len();
         (round.wire_bytes, round.time) = (bytes_of(round.sent), self.clock - began);
         let failed = self.source.put_failure.take();
-        self.attempt.reported.extend(failed.as_ref().map(ToString::to_string));
+        self.attempt.reported.extend(failed.as_ref().map(describe));
         Ok(Put { round, failed })
     }
 
@@ -320,10 +320,7 @@ impl Verbs for Simulation {
     fn put(&mut self, pages: &mut PageSet, portion: Portion<'_>) -> Result<Put, MigrationError> {
         if *portion.place == Place::Destination {
             let mut part = pages.clone();
-            let cut_off = pages.iter().nth(usize::try_from(portion.most).unwrap_or(usize::MAX));
-            if let Some(first) = cut_off {
-                part.remove_range(PageRange::new(first, pages.capacity() - first));
-            }
+            part.keep_first(portion.most);
             let (round, sent) = self.round(&part, Self::must_stop_putting)?;
             pages.subtract(&sent);
             return Ok(Put { round, failed: None });

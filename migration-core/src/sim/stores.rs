@@ -420,14 +420,7 @@ impl Simulation {
 /// Returns the runs of pages of `range` that are not among those found.
 pub(super) fn not_found(range: PageRange, found: &[(u64, u64)]) -> Vec<PageRange> {
     let found: BTreeSet<u64> = found.iter().map(|&(page, _)| page).collect();
-    let mut runs: Vec<PageRange> = Vec::new();
-    for page in range.pages().filter(|page| !found.contains(page)) {
-        match runs.last_mut() {
-            Some(run) if run.end() == page => run.count += 1,
-            _ => runs.push(PageRange::new(page, 1)),
-        }
-    }
-    runs
+    PageRange::runs_of(range.pages().filter(|page| !found.contains(page)))
 }
 
 /// Stores the versions of pages, as values of 8 bytes.

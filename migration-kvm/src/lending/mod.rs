@@ -66,7 +66,7 @@
 //!     match absence.run(&(Arc::new(Home) as _), guest, journey) {
 //!         AbsenceEnd::Stayed { guest, .. } | AbsenceEnd::Returned(guest) => Some(guest),
 //!         AbsenceEnd::Lost(why) => {
-//!             eprintln!("the guest does not come back: {why}");
+//!             eprintln!("the guest does not come back: {}", migration_core::text::describe(why));
 //!             None
 //!         }
 //!         AbsenceEnd::Gone => None,

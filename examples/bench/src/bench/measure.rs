@@ -18,6 +18,8 @@ use migration_transport::{Address, ConnectOptions, bind, connector};
 use serde::Serialize;
 use serde_json::Value;
 
+pub(crate) use minivmm_client::report::ms;
+
 use super::{
     encrypt::Way,
     guest::Guest,
@@ -169,11 +171,6 @@ impl Pair {
         }
         self.processes().0.wait()
     }
-}
-
-/// Milliseconds with three decimals.
-pub(crate) fn ms(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 /// The guest's operations a second between two looks.

@@ -3,6 +3,7 @@
 use migration_core::{
     channel::Listener,
     engine::ephemeral::{Dormant, Resident},
+    text::Chain,
 };
 use migration_kvm::lending::{self, Absence, AbsenceEnd, GivenBack, HomeVmm, Journey, TakeOverError};
 
@@ -115,7 +116,7 @@ impl Instance {
                 self.changed.notify_all();
             }
             AbsenceEnd::Lost(why) => {
-                self.lock().lost(&format!("its guest was lent, and does not come back: {why}"));
+                self.lock().lost(&format!("its guest was lent, and does not come back: {}", Chain(&why)));
                 self.changed.notify_all();
             }
             // that was told

@@ -237,17 +237,19 @@ impl Missing {
             if ended || state.over {
                 return Turn::Over;
             }
-            let granule = self.pager.granule();
-            let asked = state.waiting.keys().any(|block| {
-                self.map
-                    .read(|map| map.missing().contains(block * granule) && !map.in_store().contains(block * granule))
-            });
-            if state.vacated && !asked {
+            if state.vacated && !self.is_asked(&state) {
                 state.vacated = false;
                 return Turn::Vacated;
             }
             state = self.changed.wait_timeout(state, TICK).unwrap_or_else(|e| e.into_inner()).0;
         }
+    }
+
+    /// Returns whether somebody waits for a page that is at its source.
+    fn is_asked(&self, state: &State) -> bool {
+        let granule = self.pager.granule();
+        let mut pages = state.waiting.keys().map(|block| block * granule);
+        self.map.read(|map| pages.any(|page| map.missing().contains(page) && !map.in_store().contains(page)))
     }
 
     /// Waits for faults and asks for their pages, until none is missing or nobody wants them. `number` tells the threads

@@ -297,7 +297,7 @@ impl Session {
         if lock(&self.lane_state).link == 0 {
             return self.say_lost_entries();
         }
-        if self.gatherer.is_some() || !self.map.read(PageMap::source_pages).is_empty() {
+        if self.gatherer.is_some() || missing.needs_source() {
             self.say_list()?;
         }
         Ok(())

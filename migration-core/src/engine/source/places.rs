@@ -5,12 +5,14 @@ use std::{sync::mpsc, time::Duration};
 
 use super::*;
 use crate::{
-    PAGE_SIZE, PageRange,
+    PageRange,
+    engine::pages::Copied,
     page_map::StoreCopy,
     paged_memory::{EntryStore, StoreEntry, StoreTable},
     spawner::Joiner,
     store::{Namespace, Owner, PageStore, PageToPut, Purpose, Record, StoreError},
     strategy::{Place, Portion, Put},
+    text::Chain,
     wire::{FEATURE_STORES, TablePart, add_missing, located_frames},
 };
 
@@ -120,10 +122,12 @@ impl Putter {
 
     /// Returns the runs that all stores have. Zeros go to no store (rule 3).
     fn put(&self, job: &PutJob) -> Result<Vec<PageRange>, PutFailure> {
-        let bytes = self.read(job).map_err(PutFailure::Ram)?;
-        let (contents, _) = bytes.as_chunks::<PAGE_SIZE>();
-        let data = job.run.pages().zip(contents).filter(|(_, value)| value.iter().any(|&byte| byte != 0));
-        let pages: Vec<_> = data.map(|(page, value)| PageToPut { page, value }).collect();
+        let mut wanted = PageSet::empty(self.ram.layout().pages());
+        wanted.insert_range(job.run);
+        // a copy: the guest may write between two looks
+        let mut copied = Copied::default();
+        copied.take(&*self.ram, &wanted, job.rearm.as_deref()).map_err(PutFailure::Ram)?;
+        let pages: Vec<_> = copied.pages().filter_map(|(page, data)| Some(PageToPut { page, value: data? })).collect();
         if pages.is_empty() {
             return Ok(Vec::new());
         }
@@ -138,31 +142,8 @@ impl Putter {
             }
             taken.iter_mut().zip(stored.taken).for_each(|(all, this)| *all &= this);
         }
-        let mut runs: Vec<PageRange> = Vec::new();
-        for (page, _) in pages.iter().zip(taken).filter(|(_, taken)| *taken) {
-            match runs.last_mut() {
-                Some(run) if run.end() == page.page => run.count += 1,
-                _ => runs.push(PageRange::new(page.page, 1)),
-            }
-        }
-        Ok(runs)
-    }
-
-    /// Copies the pages: the guest may write between two looks.
-    fn read(&self, job: &PutJob) -> Result<Vec<u8>, MigrationError> {
-        if let Some(rearm) = &job.rearm {
-            let mut pages = PageSet::empty(self.ram.layout().pages());
-            pages.insert_range(job.run);
-            rearm.before_read(job.run, &pages)?;
-        }
-        let mut bytes = vec![0; job.run.count as usize * PAGE_SIZE];
-        let mut at = 0;
-        for (_, _, piece) in self.ram.layout().split(job.run) {
-            let end = at + piece.count as usize * PAGE_SIZE;
-            self.ram.slice(piece)?.copy_to(&mut bytes[at..end]);
-            at = end;
-        }
-        Ok(bytes)
+        let stored = pages.iter().zip(taken).filter(|(_, taken)| *taken);
+        Ok(PageRange::runs_of(stored.map(|(page, _)| page.page)))
     }
 
     /// Creates the namespace in all stores. Returns their incarnations.
@@ -299,7 +280,11 @@ impl Engine<'_> {
 
     /// Says which pages are in stores that the destination does not know to be there (rule 16).
     pub(super) fn announce(&mut self) -> Result<(), MigrationError> {
-        if self.rounds.map().unannounced().is_empty() || !self.places.table.unacknowledged().1.is_empty() {
+        // without a table, no page can be in a store: the map's lock is left to the demand lanes
+        if self.places.table.is_empty()
+            || !self.places.table.unacknowledged().1.is_empty()
+            || self.rounds.map().unannounced().is_empty()
+        {
             return Ok(());
         }
         let (pages, runs) = {
@@ -339,7 +324,7 @@ impl Engine<'_> {
             let _ = self.say(&Control::EntryLost { entry });
         }
         let error = failure.into_error();
-        let what = format!("no page goes there any more: {error}");
+        let what = format!("no page goes there any more: {}", Chain(&error));
         self.options.observer.event(&Event::Warning(what));
         Some(error)
     }
@@ -429,11 +414,14 @@ impl Engine<'_> {
     /// Says *vacated*, once every page was sent or located, with a mark behind the pages on each
     /// lane (rule 17).
     pub(super) fn vacate(&mut self) -> Result<(), MigrationError> {
+        if !self.may_use_stores() || self.places.vacated || self.machine.phase() != SourcePhase::Serving {
+            return Ok(());
+        }
         let done = {
             let map = self.rounds.map();
             map.unclaimed().is_empty() && map.being_put().is_empty() && map.unannounced().is_empty()
         };
-        if !self.may_use_stores() || self.places.vacated || !done || self.machine.phase() != SourcePhase::Serving {
+        if !done {
             return Ok(());
         }
         self.places.vacated = true;
@@ -479,7 +467,7 @@ impl Engine<'_> {
             for store in stores.iter().filter(|_| forgotten) {
                 if let Err(cause) = store.forget(namespace.of(self.id)) {
                     let error = MigrationError::page_store(store.name())(cause);
-                    let what = format!("what was put stays until its lease ends: {error}");
+                    let what = format!("what was put stays until its lease ends: {}", Chain(&error));
                     self.options.observer.event(&Event::Warning(what));
                 }
             }

@@ -25,10 +25,10 @@
 //! An error up to step 11 resumes the guest here; after it the engine asks until it knows.
 
 use super::*;
-use crate::{PageRange, state::Section};
+use crate::state::Section;
 
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
-const MOST_ENTRY_PAGES: usize = 128;
+const MOST_ENTRY_PAGES: u64 = 128;
 
 /// What becomes of the pages that the destination lacks when the guest is paused.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl Engine<'_> {
         let mut state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
         state.sections.extend(self.log_to_carry()?);
         check_state(&state)?;
-        let round = if self.strategy.shares_ram { None } else { self.begin_last_round(&pages, rest, &state)? };
+        let round = if self.strategy.shares_ram { None } else { self.begin_last_round(pages, rest, &state)? };
         self.send_state(&state)?;
         if rest == Rest::LeftBehind && !self.strategy.shares_ram {
             self.put_rest_ahead()?;
@@ -96,19 +96,21 @@ impl Engine<'_> {
     /// Steps 5 to 7. Returns the round that has begun, and its pages.
     fn begin_last_round(
         &mut self,
-        pages: &PageSet,
+        mut pages: PageSet,
         rest: Rest,
         state: &VmState,
     ) -> Result<Option<(u32, Arc<PageSet>)>, MigrationError> {
-        let stored = self.rounds.map().with_copies().clone();
-        let mut pages = pages.clone();
-        pages.subtract(&stored);
+        let stored = {
+            let map = self.rounds.map();
+            pages.subtract(map.with_copies());
+            !map.with_copies().is_empty()
+        };
         self.rounds.map().sending(&pages)?;
         let mut missing = self.harvest()?;
         if rest == Rest::Sent {
             let now = Arc::new(missing);
             let round = self.begin_round(&now)?.0;
-            if !stored.is_empty() {
+            if stored {
                 // what is in stores is missing, though nothing is left behind
                 self.leave_behind(PageSet::empty(pages.capacity()))?;
             }
@@ -131,10 +133,7 @@ impl Engine<'_> {
         }
         self.vm.entry_pages(state, &mut entry);
         entry.intersect_with(rest);
-        let beyond = entry.iter().nth(MOST_ENTRY_PAGES);
-        if let Some(first) = beyond {
-            entry.remove_range(PageRange::new(first, entry.capacity() - first));
-        }
+        entry.keep_first(MOST_ENTRY_PAGES);
         entry
     }
 

@@ -2,7 +2,6 @@
 
 use super::{switch_over::Rest, *};
 use crate::{
-    PageRange,
     page_map::PageMap,
     strategy::{Place, Portion, Put},
 };
@@ -123,10 +122,7 @@ impl Verbs for Engine<'_> {
         match portion.place {
             Place::Destination => {
                 let mut now = pages.clone();
-                let beyond = now.iter().nth(usize::try_from(portion.most).unwrap_or(usize::MAX));
-                if let Some(beyond) = beyond {
-                    now.remove_range(PageRange::new(beyond, now.capacity() - beyond));
-                }
+                now.keep_first(portion.most);
                 let round = self.send(&now)?;
                 now.subtract(self.rounds.map().unsent());
                 pages.subtract(&now);

@@ -380,7 +380,7 @@ impl PageMap {
     pub fn claim(&mut self, pages: PageRange) -> Result<(), MapError> {
         let free = match self.in_store.first_in(pages) {
             None => first_not_in(pages, &self.unclaimed),
-            Some(_) => first_not_in(pages, &self.free_from_source()),
+            Some(_) => first_not_in(pages, &self.free_from_source(pages)),
         };
         if let Some(page) = free {
             return Err(MapError::NotFree(page));

@@ -72,11 +72,6 @@ impl PageMap {
         self.copies.entries().map(|(entry, _)| entry).collect()
     }
 
-    /// Returns the pages that have a current copy in this entry.
-    pub fn pages_of(&self, entry: u8) -> PageSet {
-        self.copies.of_entry(entry)
-    }
-
     /// Returns the entries on which a held page depends: they have to be intact before the source may
     /// free its RAM (rule 17).
     pub fn depends_on(&self) -> Vec<u8> {
@@ -91,11 +86,6 @@ impl PageMap {
     /// Returns the numbers of the entries that have lost pages, ascending.
     pub fn lost_entries(&self) -> Vec<u8> {
         self.lost.iter().copied().collect()
-    }
-
-    /// Returns whether the entry has lost pages.
-    pub fn has_lost(&self, entry: u8) -> bool {
-        self.lost.contains(&entry)
     }
 
     /// Returns the pages that are in a store and whose location, or whether they are held, the
@@ -139,7 +129,7 @@ impl PageMap {
             PageCopy::Source if self.in_store.first_in(within).is_none() => {
                 self.unclaimed.ranges_in(within).take(most).collect()
             }
-            PageCopy::Source => self.free_from_source().ranges_in(within).take(most).collect(),
+            PageCopy::Source => self.free_from_source(within).ranges_in(within).take(most).collect(),
             PageCopy::Store(copy) => {
                 let runs = self.unfetched.ranges_in(within).flat_map(|run| self.copies.runs_in(run));
                 runs.filter(|&(_, other)| other == copy).map(|(run, _)| run).take(most).collect()
@@ -172,18 +162,19 @@ impl PageMap {
         self.missing.ranges_in(within).any(|run| free(run) < run.count)
     }
 
-    /// Returns the missing pages that nobody has claimed and of which the source has the newest content.
-    pub(super) fn free_from_source(&self) -> PageSet {
-        let mut free = self.unfetched.clone();
-        free.intersect_with(&self.held);
-        free.union_with(&self.unclaimed);
+    /// Returns the missing pages of `within` that nobody has claimed and of which the source has the
+    /// newest content.
+    pub(super) fn free_from_source(&self, within: PageRange) -> PageSet {
+        let mut free = PageSet::empty(self.pages());
+        let held = self.unfetched.ranges_in(within).flat_map(|run| self.held.ranges_in(run));
+        self.unclaimed.ranges_in(within).chain(held).for_each(|run| free.insert_range(run));
         free
     }
 
     /// Returns the pages of `around` that the source can send although they may be in a store, or on
     /// their way into one.
     pub(super) fn answerable(&self, around: PageRange) -> PageSet {
-        let mut free = self.free_from_source();
+        let mut free = self.free_from_source(around);
         for run in self.puts.pages().ranges_in(around) {
             self.missing.ranges_in(run).for_each(|run| free.insert_range(run));
         }
