@@ -1,7 +1,7 @@
 //! Observers that panic, and observers that ask the engine what it is at: no migration is the worse for them.
 
 use std::{
-    sync::{Arc, Mutex, OnceLock, mpsc},
+    sync::{Arc, Condvar, Mutex, OnceLock, mpsc},
     thread,
     time::Instant,
 };
@@ -50,6 +50,16 @@ impl Observer for Panics {
 struct AsksBack {
     handle: OnceLock<ReceiverHandle>,
     seen: Mutex<Vec<(DestinationPhase, String)>>,
+    more: Condvar,
+}
+
+impl AsksBack {
+    /// Waits until an event with these words has come.
+    fn await_event(&self, words: &str) {
+        let lacks = |seen: &mut Vec<(_, String)>| !seen.iter().any(|(_, text)| text.contains(words));
+        let waited = self.more.wait_timeout_while(self.seen.lock().unwrap(), HANG, lacks).unwrap();
+        assert!(!waited.1.timed_out(), "no {words}: {:?}", waited.0);
+    }
 }
 
 impl Observer for AsksBack {
@@ -57,6 +67,7 @@ impl Observer for AsksBack {
         let Some(handle) = self.handle.get() else { return };
         let (phase, _epoch) = (handle.phase(), handle.epoch());
         self.seen.lock().unwrap().push((phase, format!("{event:?}")));
+        self.more.notify_all();
     }
 }
 
@@ -201,6 +212,8 @@ fn an_observer_may_ask_the_receiver_for_its_phase() {
     let link = Link::new(&destination, Some(((LaneKind::Bulk, 0, false), 100)));
     let (report, vm, _) = run_by(<PreCopy>::default(), &destination, link, guest(), quiet.clone());
     assert_eq!(report.outcome, Outcome::Failed, "the link was cut");
+    // events come without a lock: the next attempt would change the phase before it is asked for
+    observer.await_event("Discarded");
     let again = SourceOptions { last_epoch: report.epoch, ..quiet };
     let strategy = PostCopy { order: Box::new(Linear::default()) };
     let (report, vm, _) = run_by(strategy, &destination, Link::new(&destination, None), vm, again);
