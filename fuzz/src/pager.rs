@@ -20,7 +20,7 @@ const FAULTS: u32 = 3;
 /// See the module.
 pub struct PlainPager {
     ram: Arc<HeapRam>,
-    granule: u64,
+    block_pages: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -34,11 +34,11 @@ struct State {
 }
 
 impl PlainPager {
-    /// For this memory, in blocks of `granule` pages.
-    pub fn new(ram: Arc<HeapRam>, granule: u64) -> Self {
+    /// For this memory, in blocks of `block_pages` pages.
+    pub fn new(ram: Arc<HeapRam>, block_pages: u64) -> Self {
         let map = Arc::new(SharedPageMap::new(PageMap::new(ram.layout().pages())));
         let state = State { armed: false, map, faults: FAULTS, woken: false, given_up: false };
-        Self { ram, granule, state: Mutex::new(state), changed: Condvar::new() }
+        Self { ram, block_pages, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// Waits for the first page that is missing, as one who loads the state does.
@@ -58,9 +58,9 @@ impl PlainPager {
     fn take(&self, range: PageRange, copy: PageCopy, from: Option<RamSlice<'_>>) -> Installed {
         let ram = &self.ram;
         let map = self.lock().map.clone();
-        let left_behind = map.read(|map| map.left_behind().count_in(range));
+        let left_behind = map.read(|map| map.missing_at_hand_over().count_in(range));
         assert_eq!(left_behind, range.count, "pages that are not on the list");
-        assert!(range.first % self.granule == 0 && range.count % self.granule == 0, "no whole blocks: {range:?}");
+        assert!(range.first % self.block_pages == 0 && range.count % self.block_pages == 0, "no whole blocks: {range:?}");
         let mut installed = Installed { pages: 0, duplicates: range.count };
         let Some(mut claim) = map.claim(range, copy).expect("nobody waits for so long") else { return installed };
         for page in claim.runs().into_iter().flat_map(PageRange::pages) {
@@ -82,8 +82,8 @@ impl PlainPager {
 }
 
 impl Pager for PlainPager {
-    fn granule(&self) -> u64 {
-        self.granule
+    fn block_pages(&self) -> u64 {
+        self.block_pages
     }
 
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {

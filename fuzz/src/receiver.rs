@@ -353,8 +353,8 @@ impl DestinationHost for Host {
     fn build(&self, vm: &VmDescription) -> Result<Vm, VmError> {
         assert!(vm.layout.bytes() <= MAX_RAM, "more RAM than allowed");
         let ram = HeapRam::new(vm.layout.clone()).map_err(|e| VmError::because("RAM", e))?;
-        let (ram, granule) = (Arc::new(ram), if self.flags & BLOCKS != 0 { 512 } else { 1 });
-        let pager = (self.flags & PAGER != 0).then(|| Arc::new(PlainPager::new(ram.clone(), granule)));
+        let (ram, block_pages) = (Arc::new(ram), if self.flags & BLOCKS != 0 { 512 } else { 1 });
+        let pager = (self.flags & PAGER != 0).then(|| Arc::new(PlainPager::new(ram.clone(), block_pages)));
         Ok(Vm { ram, pager, touches: self.flags & TOUCH != 0, loaded: false })
     }
 }

@@ -31,10 +31,10 @@ pub enum MigrationError {
     },
     /// Something else than a migration destination listens there.
     #[error("{peer} is not a migration destination: {what}")]
-    Stranger {
+    ForeignPeer {
         /// Its address.
         peer: String,
-        /// What it seems to be: see [`describe_stranger`](crate::describe_stranger).
+        /// What it seems to be: see [`describe_foreign_peer`](crate::describe_foreign_peer).
         what: String,
     },
     /// The other end refused or gave up.

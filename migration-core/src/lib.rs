@@ -56,6 +56,7 @@ pub mod codec;
 pub mod engine;
 mod error;
 pub mod fence;
+mod foreign;
 pub mod histogram;
 pub mod limits;
 mod lock;
@@ -67,7 +68,6 @@ pub mod sim;
 pub mod snapshot;
 pub mod spawner;
 pub mod store;
-mod stranger;
 pub mod strategy;
 pub mod text;
 pub mod vm;
@@ -75,11 +75,11 @@ mod vm_error;
 pub mod wire;
 
 pub use error::MigrationError;
+pub use foreign::{FOREIGN_BYTES, describe_foreign_peer};
 pub use memory::{page, page_map, page_set, pager, patience, ram, shared_map, tracker};
 pub use page::{LayoutError, PAGE_SHIFT, PAGE_SIZE, PageRange, RamLayout, RamRegion};
 pub use page_set::PageSet;
 pub use ram::{GuestRam, HeapRam, OutsideRam, RamSlice};
-pub use stranger::{STRANGER_BYTES, describe_stranger};
 pub use vm::{device, state};
 
 /// The example of `README.md`, which is run with the other examples.

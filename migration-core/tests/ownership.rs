@@ -94,7 +94,7 @@ fn a_source_that_dies_leaves_a_vm_that_can_be_adopted_or_nothing_is_pretended() 
         let held = sim.destination_phase() == DestinationPhase::Ready;
         let ran = sim.owner() == Owner::Destination;
         sim.kill_source();
-        let took = sim.adopt();
+        let took = sim.force_take_over();
         assert_eq!(took, held, "cut after {cut}: only a complete VM can be adopted");
         adopted += u32::from(took);
         assert_eq!(sim.guest_runs(), ran || took);

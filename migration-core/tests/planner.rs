@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 const MS: Duration = Duration::from_millis(1);
 /// More rounds than any pre-copy may have, the one in the pause included.
-const MOST_ROUNDS: usize = 131;
+const MAX_ROUNDS: usize = 131;
 
 fn run(config: SimConfig) -> (Attempt, Owner) {
     let mut sim = Simulation::new(config);
@@ -130,7 +130,7 @@ proptest! {
     #[test]
     fn every_migration_ends_in_a_bounded_number_of_rounds(config in configs()) {
         let (attempt, owner) = run(config.clone());
-        prop_assert!(attempt.rounds.len() <= MOST_ROUNDS, "{:?}", attempt.rounds);
+        prop_assert!(attempt.rounds.len() <= MAX_ROUNDS, "{:?}", attempt.rounds);
         match &attempt.error {
             // a link without cuts: only the planner ends it
             Some(error) => {

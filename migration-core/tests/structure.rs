@@ -7,9 +7,9 @@ use std::{
 };
 
 /// Bytes of the largest source file. More is too much to read at one go.
-const MOST_BYTES: u64 = 35 << 10;
+const MAX_BYTES: u64 = 35 << 10;
 /// Lines of the longest function.
-const MOST_LINES: usize = 100;
+const MAX_LINES: usize = 100;
 /// The library crates. The folder of a packaged crate has no other crate beside it.
 const CRATES: [&str; 4] = ["migration-core", "migration-kvm", "migration-transport", "migration-crypto"];
 
@@ -223,7 +223,7 @@ fn no_source_file_is_large() {
     assert!(files.iter().any(|file| file.ends_with("tests/structure.rs")));
     for file in files {
         let bytes = fs::metadata(&file).unwrap().len();
-        assert!(bytes <= MOST_BYTES, "{} has {bytes} bytes, above {MOST_BYTES}", file.display());
+        assert!(bytes <= MAX_BYTES, "{} has {bytes} bytes, above {MAX_BYTES}", file.display());
     }
 }
 
@@ -248,7 +248,7 @@ fn no_function_is_long() {
                 // formatted code ends a function with a brace in the column where it began
                 let close = format!("{}}}", &line[..indent]);
                 let length = lines[at..].iter().position(|line| *line == close).map_or(0, |end| end + 1);
-                assert!(length <= MOST_LINES, "{}: {} has {length} lines", file.display(), line.trim());
+                assert!(length <= MAX_LINES, "{}: {} has {length} lines", file.display(), line.trim());
             }
         }
     }

@@ -20,9 +20,9 @@ use std::{
 };
 
 use migration_core::{
-    STRANGER_BYTES,
+    FOREIGN_BYTES,
     channel::{ReadHalf, WriteHalf},
-    describe_stranger,
+    describe_foreign_peer,
     text::describe,
     wire::{Control, ErrorCode, Header},
 };
@@ -227,10 +227,10 @@ impl Wire<'_> {
         let mut answer = begun.to_vec();
         self.deadline = self.deadline.min(Instant::now() + UNIDENTIFIED_TIMEOUT);
         let mut byte = [0];
-        while answer.len() < STRANGER_BYTES && !answer.ends_with(b"\n") && self.read(&mut byte).is_ok() {
+        while answer.len() < FOREIGN_BYTES && !answer.ends_with(b"\n") && self.read(&mut byte).is_ok() {
             answer.push(byte[0]);
         }
-        HandshakeError::NotADestination(describe_stranger(&answer))
+        HandshakeError::NotADestination(describe_foreign_peer(&answer))
     }
 
     /// Reads a refusal, which is a frame of the plain protocol.

@@ -130,7 +130,7 @@ pub enum TakeOverError {
 /// # Errors
 /// When the process does not end, or no complete VM is held here.
 pub fn take_over_from(receiver: &ReceiverHandle, identity: &[u8]) -> Result<(), TakeOverError> {
-    receiver.inherit(Fenced::by(&ProcessFence, identity)?)?;
+    receiver.take_over(Fenced::by(&ProcessFence, identity)?)?;
     Ok(())
 }
 

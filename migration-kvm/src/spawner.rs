@@ -111,10 +111,10 @@ impl Spawner for LinuxSpawner {
 /// that has handed its VM over to another one of this machine. To free the VM and to unmap its RAM takes milliseconds in the
 /// kernel, in whichever thread is the last one to let go of them, and the guest runs on the same cores. (Under `SCHED_IDLE` it
 /// would take seconds beside vCPUs that are busy.)
-pub fn stand_back() {
+pub fn lower_priority() {
     // a thread that is missed does its part at its own priority
     let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::stand_back);
+    threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::lower_priority);
 }
 
 /// The threads of a VM's vCPUs go before others as long as this lives, each as far as permitted: for a hand-over on one machine,
@@ -122,9 +122,9 @@ pub fn stand_back() {
 /// happens to wake up on its core, rests: where the kernel does not preempt itself that is a tick, or several. Threads under another
 /// policy than the usual ones stay as they are, and so does what somebody else changes meanwhile.
 #[derive(Debug)]
-pub struct Preferred(Vec<sched::Change>);
+pub struct PriorityBoost(Vec<sched::Change>);
 
-impl Preferred {
+impl PriorityBoost {
     /// These threads, by the operating system's numbers, have short time slices: they wait less for their turn, and have as much of a
     /// core as before. (Where the kernel has no such thing, before Linux 6.12, nothing changes.)
     pub fn sooner(threads: &[u32]) -> Self {
@@ -141,7 +141,7 @@ impl Preferred {
     }
 }
 
-impl Drop for Preferred {
+impl Drop for PriorityBoost {
     fn drop(&mut self) {
         self.0.iter().for_each(sched::Change::take_back);
     }
@@ -232,7 +232,7 @@ mod sched {
     }
 
     /// Lets others go before a thread.
-    pub(super) fn stand_back(thread: libc::pid_t) {
+    pub(super) fn lower_priority(thread: libc::pid_t) {
         set_policy(thread, libc::SCHED_BATCH, 0);
         set_nice(thread, 19);
     }
@@ -411,14 +411,14 @@ mod tests {
         #[allow(unsafe_code)]
         let this = unsafe { libc::gettid() }.unsigned_abs();
         let was = sched::Share::of(this).unwrap();
-        let sooner = Preferred::sooner(&[this, u32::MAX >> 1]);
+        let sooner = PriorityBoost::sooner(&[this, u32::MAX >> 1]);
         assert_eq!(sooner.0.len(), 1);
         assert_eq!(sched::Share::of(this).unwrap().nice, was.nice);
         drop(sooner);
         assert_eq!(sched::Share::of(this), Some(was));
         // it leaves again before it is at rest
-        let preferred = Preferred::first(&[this]);
-        let sooner = Preferred::sooner(&[this]);
+        let preferred = PriorityBoost::first(&[this]);
+        let sooner = PriorityBoost::sooner(&[this]);
         let is = sched::Share::of(this).unwrap();
         // SAFETY: takes no pointers.
         #[allow(unsafe_code)]
@@ -428,7 +428,7 @@ mod tests {
         assert_eq!(sched::Share::of(this), Some(was));
         drop(sooner);
         assert_eq!(sched::Share::of(this), Some(was));
-        let preferred = Preferred::first(&[this]);
+        let preferred = PriorityBoost::first(&[this]);
         sched::apply(Priority::Idle);
         drop(preferred);
         assert_eq!(sched::policy(), libc::SCHED_IDLE, "somebody else's wish");

@@ -22,7 +22,7 @@ use migration_core::{
     channel::{Connector, Listener},
     engine::{
         Controller, ReceiverOptions, SourceOptions,
-        ephemeral::{Dormant, PersistentVm, Resident},
+        ephemeral::{Active, PersistentVm, Standby},
     },
     report::Report,
     state::VmState,
@@ -232,7 +232,7 @@ impl World {
 
     /// Has the guest leave for the feature VMM at "out" and come back at "back".
     fn leave(&self, home: Arc<Home>, absence: &Absence) -> JoinHandle<AbsenceEnd<Vm>> {
-        let (absence, guest) = (absence.clone(), Resident::new(Vm(self.shared.clone()), 0));
+        let (absence, guest) = (absence.clone(), Active::new(Vm(self.shared.clone()), 0));
         let (to, mut back) = (self.link("out"), self.listen("back"));
         thread::spawn(move || {
             let (_controller, commands) = Controller::new();
@@ -243,9 +243,9 @@ impl World {
     }
 
     /// Waits for the guest at "out".
-    fn fetch(&self) -> Resident<Vm> {
+    fn fetch(&self) -> Active<Vm> {
         let mut listener = self.listen("out");
-        let awaiting = Dormant::new(Vm(self.shared.clone())).await_guest(receiver_options());
+        let awaiting = Standby::new(Vm(self.shared.clone())).await_guest(receiver_options());
         let home = ProcessIdentity::own().unwrap().encode();
         let fetched = fetch(awaiting, &mut *listener, home, LONG, || Answer { has_left: true, answer: "yes" });
         let fetched = fetched.unwrap();
@@ -253,7 +253,7 @@ impl World {
         fetched.guest.map_err(|(_, why)| why).unwrap()
     }
 
-    fn give_back(&self, guest: Resident<Vm>, home: &[u8], in_doubt: bool) -> GivenBack<Vm> {
+    fn give_back(&self, guest: Active<Vm>, home: &[u8], in_doubt: bool) -> GivenBack<Vm> {
         let (_controller, commands) = Controller::new();
         let link = self.link("back");
         give_back(guest, link, SourceOptions::default(), commands, home, || in_doubt).map_err(|(_, e)| e).unwrap()
@@ -290,7 +290,7 @@ fn a_guest_goes_and_comes_back() {
 }
 
 /// Has the guest leave, and returns when it runs in the feature VMM.
-fn away(world: &World, absence: &Absence) -> (JoinHandle<AbsenceEnd<Vm>>, Resident<Vm>) {
+fn away(world: &World, absence: &Absence) -> (JoinHandle<AbsenceEnd<Vm>>, Active<Vm>) {
     let (home, told) = Home::new();
     thread::scope(|scope| {
         let fetching = scope.spawn(|| world.fetch());
@@ -335,7 +335,7 @@ fn a_guest_that_nobody_awaits_stays() {
         other => panic!("{other:?}"),
     }
     assert_eq!((told.try_iter().count(), world.running()), (0, 1));
-    let back = world.give_back(Resident::new(Vm(world.shared.clone()), 1), &own, false);
+    let back = world.give_back(Active::new(Vm(world.shared.clone()), 1), &own, false);
     assert!(matches!(back, GivenBack::Stayed(..)), "{back:?}");
     assert_eq!(world.running(), 1);
 }
@@ -344,7 +344,7 @@ fn a_guest_that_nobody_awaits_stays() {
 fn a_request_that_is_refused_ends_the_wait() {
     let world = World::new();
     let mut listener = world.listen("out");
-    let awaiting = Dormant::new(Vm(world.shared.clone())).await_guest(receiver_options());
+    let awaiting = Standby::new(Vm(world.shared.clone())).await_guest(receiver_options());
     let home = ProcessIdentity::own().unwrap().encode();
     let fetched = fetch(awaiting, &mut *listener, home, LONG, || Answer { has_left: false, answer: "no" }).unwrap();
     assert!(fetched.guest.is_err());
@@ -359,7 +359,7 @@ fn a_process_that_dies_in_doubt_takes_the_guest_along() {
     drop(dead);
     // connections are taken, and nothing is ever said: the threads of these hand-overs do not end
     let _silent = (world.listen("out"), world.listen("back"));
-    let back = world.give_back(Resident::new(Vm(world.shared.clone()), 1), &identity, true);
+    let back = world.give_back(Active::new(Vm(world.shared.clone()), 1), &identity, true);
     assert!(matches!(back, GivenBack::HomeDied), "{back:?}");
     let elsewhere = World { folder: world.folder, shared: World::new().shared };
     let (home, told) = Home::new();

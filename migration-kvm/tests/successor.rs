@@ -22,7 +22,7 @@ use migration_core::{
 use migration_kvm::{
     fence::ProcessIdentity,
     handover::{
-        Attempt, Interval, NewSuccessor, NotReplaced, Predecessor, ReplaceError, Replacement, Succession, VmOwner,
+        Attempt, HandOvers, Interval, NewSuccessor, NotReplaced, Predecessor, ReplaceError, Replacement, VmOwner,
         replace, schedule,
     },
     successor::{Endpoints, PredecessorEnd, Successor, SuccessorError, take_control, watch_predecessor},
@@ -95,7 +95,7 @@ fn as_a_successor() {
 /// A VMM, and what it is asked and told.
 struct Vmm {
     folder: TempDir,
-    succession: Succession<Kind>,
+    hand_overs: HandOvers<Kind>,
     patience: Duration,
     events: Mutex<Sender<String>>,
 }
@@ -105,7 +105,7 @@ impl Vmm {
         let folder = tempfile::tempdir().unwrap();
         drop(UnixListener::bind(folder.path().join("control")).unwrap());
         let (events, heard) = mpsc::channel();
-        (Arc::new(Self { folder, succession: Succession::default(), patience, events: Mutex::new(events) }), heard)
+        (Arc::new(Self { folder, hand_overs: HandOvers::default(), patience, events: Mutex::new(events) }), heard)
     }
 
     fn say(&self, event: impl Into<String>) {
@@ -128,8 +128,8 @@ impl Predecessor for Vmm {
     type Plan = Kind;
     type Report = &'static str;
 
-    fn succession(&self) -> &Succession<Kind> {
-        &self.succession
+    fn hand_overs(&self) -> &HandOvers<Kind> {
+        &self.hand_overs
     }
 
     fn control(&self) -> Result<PathBuf, VmError> {
@@ -266,7 +266,7 @@ fn only_the_last_schedule_counts_and_a_successor_goes_on_with_it() {
         Box::new(Interval::new(LONG)) as _
     };
     schedule(&vmm, Kind::Ends, never).unwrap();
-    assert_eq!(vmm.succession.scheduled(), Some(Kind::Ends));
+    assert_eq!(vmm.hand_overs.scheduled(), Some(Kind::Ends));
     schedule(&vmm, Kind::Takes, || Box::new(Interval::new(Duration::ZERO))).unwrap();
     first_ended.recv().unwrap_err();
     assert_eq!([heard.recv().unwrap(), heard.recv().unwrap()], ["Takes, then Some(Takes)", "cedes"]);

@@ -182,11 +182,11 @@ fn ensure(condition: bool, what: impl FnOnce() -> String) -> Outcome {
 
 /// Checks that exactly the written pages are reported. If the tracker sees huge pages, all pages of
 /// the huge pages that were written may be reported.
-fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) -> Outcome {
+fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, block_pages: u64) -> Outcome {
     let mut allowed = PageSet::empty(want.capacity());
     for page in want.iter() {
         let data = guest.data().first;
-        allowed.insert_range(PageRange::new(data + (page - data) / granule * granule, granule));
+        allowed.insert_range(PageRange::new(data + (page - data) / block_pages * block_pages, block_pages));
     }
     let (mut lost, mut extra) = (want.clone(), got.clone());
     lost.subtract(got);
@@ -194,7 +194,7 @@ fn same(guest: &Guest, what: &str, got: &PageSet, want: &PageSet, granule: u64) 
     ensure(lost.is_empty() && extra.is_empty(), || format!("{what}: lost {lost:?}, too many {extra:?}"))
 }
 
-fn granule(kind: TrackerKind, backing: Backing) -> u64 {
+fn block_pages(kind: TrackerKind, backing: Backing) -> u64 {
     if kind == TrackerKind::WriteProtect && backing.may_be_huge() { 512 } else { 1 }
 }
 
@@ -206,8 +206,8 @@ fn ring_entries(kind: TrackerKind) -> Option<u32> {
 fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     let mut guest = Guest::in_slots(slots, backing, ring_entries(kind))?;
     ensure(slots == MAX_SLOT_BYTES || guest.slots.slots().len() > 3, || format!("{:?}", guest.slots.slots()))?;
-    let granule = granule(kind, backing);
-    guest.ram.warm(guest.ram.layout().all())?;
+    let block_pages = block_pages(kind, backing);
+    guest.ram.prefault(guest.ram.layout().all())?;
     guest.write(0, 1, 2000)?;
     let mut tracker = guest.tracker(kind)?;
     let none = PageSet::empty(guest.ram.layout().pages());
@@ -221,35 +221,35 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     same(&guest, "nothing was written", &harvest(&guest, &mut *tracker)?, &none, 1)?;
 
     let written = guest.write(5, 3, 40)?;
-    same(&guest, "guest writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "guest writes", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     same(&guest, "reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
     let written = guest.write(5, 3, 40)?;
     // huge pages are split by now, except those of a file
-    let split = if backing == Backing::TransparentHuge { 1 } else { granule };
+    let split = if backing == Backing::TransparentHuge { 1 } else { block_pages };
     same(&guest, "the same pages again", &harvest(&guest, &mut *tracker)?, &written, split)?;
     // a harvest arms the pages that it reports, and needs no empty harvest in between
     let written = guest.write(5, 3, 40)?;
     same(&guest, "and again at once", &harvest(&guest, &mut *tracker)?, &written, split)?;
     let last = guest.data().count - 1;
     let written = guest.write(last, 1, 1)?;
-    same(&guest, "the last page", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "the last page", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
 
     let mut back = none.clone();
     back.insert_range(PageRange::new(guest.data().first + 77, 3));
-    tracker.put_back(&back);
+    tracker.mark_dirty(&back);
     let mut written = guest.write(600, 1, 2)?;
     written.union_with(&back);
-    same(&guest, "put back", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "put back", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     same(&guest, "put back is reported once", &harvest(&guest, &mut *tracker)?, &none, 1)?;
 
     if kind == TrackerKind::WriteProtect {
         guest.ram.write(DATA + 0x30_0ff8, b"from the host")?;
         let mut written = none.clone();
         written.insert_range(PageRange::new(guest.data().first + 0x300, 2));
-        same(&guest, "host writes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+        same(&guest, "host writes", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     }
 
-    tracker.put_back(&back);
+    tracker.mark_dirty(&back);
     tracker.stop()?;
     tracker.stop()?;
     guest.write(100, 1, 50)?;
@@ -257,7 +257,7 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
     tracker.start()?;
     harvest(&guest, &mut *tracker)?;
     let written = guest.write(1, 2, 700)?;
-    same(&guest, "after a new start", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "after a new start", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     drop(tracker);
     guest.write(0, 1, 2000)?;
     Ok(())
@@ -266,7 +266,7 @@ fn contract(kind: TrackerKind, backing: Backing, slots: u64) -> Outcome {
 /// Memory that was never touched is not reported, but the first write to it is.
 fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     let mut guest = Guest::new(backing, ring_entries(kind))?;
-    let granule = if backing.may_be_huge() { 512 } else { 1 };
+    let block_pages = if backing.may_be_huge() { 512 } else { 1 };
     let mut tracker = guest.tracker(kind)?;
     tracker.start()?;
     let none = PageSet::empty(guest.ram.layout().pages());
@@ -275,9 +275,9 @@ fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
     same(&guest, "tracking populates nothing", &only_data(&guest, populated), &none, 1)?;
     same(&guest, "holes at start", &harvest(&guest, &mut *tracker)?, &none, 1)?;
     let written = guest.write(513, 5, 20)?;
-    same(&guest, "writes into holes", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "writes into holes", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     let written = guest.write(514, 5, 20)?;
-    same(&guest, "writes beside them", &harvest(&guest, &mut *tracker)?, &written, granule)?;
+    same(&guest, "writes beside them", &harvest(&guest, &mut *tracker)?, &written, block_pages)?;
     same(&guest, "nothing more", &harvest(&guest, &mut *tracker)?, &none, 1)
 }
 
@@ -285,7 +285,7 @@ fn holes(kind: TrackerKind, backing: Backing) -> Outcome {
 /// re-armed.
 fn rearm_is_exact(backing: Backing, slots: u64) -> Outcome {
     let mut guest = Guest::in_slots(slots, backing, None)?;
-    guest.ram.warm(guest.ram.layout().all())?;
+    guest.ram.prefault(guest.ram.layout().all())?;
     let mut tracker = ManualProtect::new(guest.vm.clone(), guest.slots.clone());
     tracker.start()?;
     let all = guest.ram.layout().all();
@@ -363,7 +363,7 @@ fn ring_sizes_are_checked() -> Outcome {
 /// own bitmap.
 fn trackers_follow_each_other() -> Outcome {
     let mut guest = Guest::new(Backing::Memfd, None)?;
-    guest.ram.warm(guest.ram.layout().all())?;
+    guest.ram.prefault(guest.ram.layout().all())?;
     for kind in [TrackerKind::ManualProtect, TrackerKind::DirtyLog, TrackerKind::WriteProtect, TrackerKind::DirtyLog] {
         let bitmap = DirtyBitmap::new(guest.ram.layout().clone());
         let own = Box::new(BitmapTracker::new(bitmap.clone()));
@@ -373,7 +373,7 @@ fn trackers_follow_each_other() -> Outcome {
         let mut written = guest.write(3, 4, 90)?;
         bitmap.mark(DATA + 0x10_0000, 1);
         written.insert(guest.data().first + 0x100);
-        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &written, granule(kind, Backing::Memfd))?;
+        same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &written, block_pages(kind, Backing::Memfd))?;
         let none = PageSet::empty(written.capacity());
         same(&guest, kind.name(), &harvest(&guest, &mut tracker)?, &none, 1)?;
     }
@@ -384,7 +384,7 @@ fn trackers_follow_each_other() -> Outcome {
 /// all the same.
 fn an_unmapped_page_is_still_dirty() -> Outcome {
     let guest = Guest::new(Backing::Memfd, None)?;
-    guest.ram.warm(guest.ram.layout().all())?;
+    guest.ram.prefault(guest.ram.layout().all())?;
     let fault = Arc::new(UserFault::new()?);
     let mut tracker = WriteProtect::new(guest.ram.clone(), fault);
     tracker.start()?;
@@ -397,8 +397,8 @@ fn an_unmapped_page_is_still_dirty() -> Outcome {
     ensure(unmapped == 0, || "madvise failed".into())?;
     let mut want = PageSet::empty(guest.ram.layout().pages());
     want.insert(guest.data().first + 5);
-    let granule = granule(TrackerKind::WriteProtect, Backing::Memfd);
-    same(&guest, "unmapped after the write", &harvest(&guest, &mut tracker)?, &want, granule)
+    let block_pages = block_pages(TrackerKind::WriteProtect, Backing::Memfd);
+    same(&guest, "unmapped after the write", &harvest(&guest, &mut tracker)?, &want, block_pages)
 }
 
 fn probe_agrees() -> Outcome {

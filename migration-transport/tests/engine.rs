@@ -299,7 +299,7 @@ fn a_vm_that_was_tracked_before_gets_its_dirty_bits_back() {
     vm.guest.set_running(false);
     vm.tracker().start().unwrap();
     for page in [5, 77, 900] {
-        vm.tracker().put_back(&{
+        vm.tracker().mark_dirty(&{
             let mut set = PageSet::empty(1024);
             set.insert(page);
             set

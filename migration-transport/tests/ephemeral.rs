@@ -25,7 +25,7 @@ use migration_core::{
     GuestRam, HeapRam, PageSet,
     engine::{
         Controller, ReceiveError, ReceiverOptions, SourceOptions,
-        ephemeral::{Awaiting, Dormant, PersistentVm, Resident},
+        ephemeral::{Active, Awaiting, PersistentVm, Standby},
     },
     report::{Outcome, Report},
     state::{Section, VmState},
@@ -169,7 +169,7 @@ impl DestinationVm for Coming {
         let mut tracker = self.0.tracker.lock().unwrap();
         let tracker = tracker.as_mut().unwrap();
         tracker.start().unwrap();
-        tracker.put_back(dirty);
+        tracker.mark_dirty(dirty);
         Ok(())
     }
 
@@ -210,13 +210,13 @@ impl World {
     }
 
     /// Moves the guest. Both sides work at the same time.
-    fn switch(&self, from: Resident<Vm>, to: Dormant<Vm>) -> (Dormant<Vm>, Resident<Vm>) {
+    fn switch(&self, from: Active<Vm>, to: Standby<Vm>) -> (Standby<Vm>, Active<Vm>) {
         let ((gone, report), came) = self.attempt(from, to.await_guest(options()));
         let why = report.reason;
         (gone.ok().expect("it went"), came.map_err(|(_, e)| format!("{e} {why:?}")).expect("it came"))
     }
 
-    fn attempt(&self, from: Resident<Vm>, to: Awaiting<Vm>) -> (Gone, Came) {
+    fn attempt(&self, from: Active<Vm>, to: Awaiting<Vm>) -> (Gone, Came) {
         let path = self.address("switch");
         let _ = std::fs::remove_file(&path);
         let mut listener = bind(&Address::Unix(path.clone())).unwrap();
@@ -232,10 +232,10 @@ impl World {
     }
 }
 
-type Gone = (Result<Dormant<Vm>, Resident<Vm>>, Report);
-type Came = Result<Resident<Vm>, (Dormant<Vm>, ReceiveError)>;
+type Gone = (Result<Standby<Vm>, Active<Vm>>, Report);
+type Came = Result<Active<Vm>, (Standby<Vm>, ReceiveError)>;
 
-fn relinquish(from: Resident<Vm>, to: PathBuf) -> Gone {
+fn relinquish(from: Active<Vm>, to: PathBuf) -> Gone {
     let (_controller, commands) = Controller::new();
     let options = SourceOptions { idle_timeout: Duration::from_secs(20), ..SourceOptions::default() };
     from.relinquish(&*connector(&Address::Unix(to), ConnectOptions::default()), &options, commands)
@@ -251,8 +251,8 @@ fn a_guest_goes_back_and_forth_and_its_log_with_it() {
     let world = World::new();
     let (lean, feature) = (Seat::new(&world.shared), Seat::new(&world.shared));
     lean.tracker.lock().unwrap().as_mut().unwrap().start().unwrap();
-    let mut home = Resident::new(Vm(lean.clone()), 0);
-    let mut borrower = Dormant::new(Vm(feature.clone()));
+    let mut home = Active::new(Vm(lean.clone()), 0);
+    let mut borrower = Standby::new(Vm(feature.clone()));
     for trip in 0..10u64 {
         lean.write(100 + trip);
         let (away, guest) = world.switch(home, borrower);
@@ -277,8 +277,8 @@ fn a_guest_that_is_not_taken_stays_and_may_try_again() {
     let world = World::new();
     let (lean, feature) = (Seat::new(&world.shared), Seat::new(&world.shared));
     feature.failing_loads.store(3, Ordering::SeqCst);
-    let mut home = Resident::new(Vm(lean.clone()), 0);
-    let mut borrower = Dormant::new(Vm(feature.clone()));
+    let mut home = Active::new(Vm(lean.clone()), 0);
+    let mut borrower = Standby::new(Vm(feature.clone()));
     for failed in 1..=3 {
         let ((stays, report), came) = world.attempt(home, borrower.await_guest(options()));
         assert_eq!(report.outcome, Outcome::Failed);
@@ -305,22 +305,22 @@ fn a_log_that_cannot_go_on_holds_the_guest_back() {
     lean.tracker.lock().unwrap().as_mut().unwrap().start().unwrap();
     let feature = Seat::with(&world.shared, lean.id, true);
     lean.write(5);
-    let home = Resident::new(Vm(lean.clone()), 0);
-    let ((stays, report), _) = world.attempt(home, Dormant::new(Vm(feature)).await_guest(options()));
+    let home = Active::new(Vm(lean.clone()), 0);
+    let ((stays, report), _) = world.attempt(home, Standby::new(Vm(feature)).await_guest(options()));
     assert!(report.reason.unwrap().contains("there is no log here"));
     let home = stays.err().expect("it stays");
     // the log is still there
     assert_eq!(lean.log(), [5, 7]);
     lean.tracker.lock().unwrap().as_mut().unwrap().stop().unwrap();
     let feature = Seat::with(&world.shared, lean.id, true);
-    world.switch(home, Dormant::new(Vm(feature)));
+    world.switch(home, Standby::new(Vm(feature)));
 }
 
 #[test]
 fn only_the_guest_that_went_comes_back_and_by_nothing_older() {
     let world = World::new();
     let (lean, feature) = (Seat::new(&world.shared), Seat::new(&world.shared));
-    let (away, guest) = world.switch(Resident::new(Vm(lean), 4), Dormant::new(Vm(feature)));
+    let (away, guest) = world.switch(Active::new(Vm(lean), 4), Standby::new(Vm(feature)));
     assert_eq!(guest.epoch(), 5);
     let path = world.address("home");
     let mut listener = bind(&Address::Unix(path.clone())).unwrap();
@@ -330,7 +330,7 @@ fn only_the_guest_that_went_comes_back_and_by_nothing_older() {
         // VMMs with RAM of their own that claim to have the guest
         for (id, epoch, words) in [([3; 16], 0, "epoch"), ([3; 16], 4, "epoch"), ([9; 16], 80, "another VM")] {
             let liar = Seat::with(&World::new().shared, VmId(id), false);
-            let (stays, report) = relinquish(Resident::new(Vm(liar), epoch), path.clone());
+            let (stays, report) = relinquish(Active::new(Vm(liar), epoch), path.clone());
             let reason = report.reason.unwrap();
             assert!(stays.is_err() && reason.contains(words), "{reason}");
         }
@@ -344,7 +344,7 @@ fn only_the_guest_that_went_comes_back_and_by_nothing_older() {
 fn a_wait_ends_in_time_and_can_be_taken_up_again() {
     let world = World::new();
     let (lean, feature) = (Seat::new(&world.shared), Seat::new(&world.shared));
-    let (away, guest) = world.switch(Resident::new(Vm(lean), 0), Dormant::new(Vm(feature)));
+    let (away, guest) = world.switch(Active::new(Vm(lean), 0), Standby::new(Vm(feature)));
     let mut listener = bind(&Address::Unix(world.address("nobody comes"))).unwrap();
     let patience = Some(Duration::from_millis(20));
     let (away, why) =

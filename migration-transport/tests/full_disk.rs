@@ -21,7 +21,7 @@ use migration_transport::{FilePageStore, FilePageStoreOptions};
 /// Set to the store's folder in the process that has the limit.
 const FOLDER: &str = "MIGRATION_TEST_FULL_DISK";
 /// Files of that process end here, in pages.
-const MOST_PAGES: u64 = 64;
+const MAX_PAGES: u64 = 64;
 const LEASE: Duration = Duration::from_secs(60);
 
 #[test]
@@ -31,7 +31,7 @@ fn a_put_that_fails_for_want_of_space_spoils_no_other_page() {
     }
     let parent = tempfile::tempdir().unwrap();
     // 512 bytes are a block. The signal has to be ignored, or it would end the process
-    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", MOST_PAGES * 8);
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", MAX_PAGES * 8);
     let child = Command::new("sh")
         .args(["-c", &script, "sh"])
         .arg(env::current_exe().unwrap())
@@ -66,23 +66,23 @@ fn with_small_files(folder: &Path) {
     let record = Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner::new("host-7").unwrap() };
     let of = Namespace::new([7; 16]).of(record.vm);
     let incarnation = store.create(of.id, &record, LEASE).unwrap();
-    put(&store, of, 1, &[3, MOST_PAGES - 1]).unwrap();
+    put(&store, of, 1, &[3, MAX_PAGES - 1]).unwrap();
 
     // the first run has room, the second one has half of what it needs
     let room = store.room();
     for generation in 2..200 {
-        let failed = put(&store, of, generation, &[10, MOST_PAGES - 1, MOST_PAGES, MOST_PAGES + 1]);
+        let failed = put(&store, of, generation, &[10, MAX_PAGES - 1, MAX_PAGES, MAX_PAGES + 1]);
         assert!(matches!(&failed, Err(error @ StoreError::Io { .. }) if !error.can_retry()), "{failed:?}");
         assert!(store.room() >= room - 2 * (PAGE_SIZE as u64 + 128), "failed puts use up the room");
     }
     // what was stored of it is right, and what was not is missing
     assert!(has(&store, of, 199, 10));
-    assert!(!has(&store, of, 199, MOST_PAGES) && !has(&store, of, 199, MOST_PAGES + 1));
+    assert!(!has(&store, of, 199, MAX_PAGES) && !has(&store, of, 199, MAX_PAGES + 1));
     assert!(has(&store, of, 1, 3));
     // the store goes on, and has lost nothing that it would have to tell its users
-    let stored = put(&store, of, 200, &[3, MOST_PAGES - 1]).unwrap();
+    let stored = put(&store, of, 200, &[3, MAX_PAGES - 1]).unwrap();
     assert_eq!((stored.incarnation, stored.taken), (incarnation, vec![true, true]));
-    assert!(has(&store, of, 200, MOST_PAGES - 1));
+    assert!(has(&store, of, 200, MAX_PAGES - 1));
     store.forget(of).unwrap();
     assert_eq!(store.room(), 1 << 20);
 }

@@ -260,7 +260,7 @@ impl Spec<'_> {
         }
         let work = match self.info.key("size") {
             // An area of nominal size, which idle and sleep do not touch.
-            None => LEAST_AREA * MOST_CPUS,
+            None => LEAST_AREA * MAX_CPUS,
             Some(_) => self.area().div_ceil(PAGE),
         };
         let work = work.min(ram);
@@ -273,7 +273,7 @@ impl Spec<'_> {
 /// The bytes of a page.
 const PAGE: u64 = 4096;
 /// The largest number of CPUs of a guest.
-const MOST_CPUS: u64 = 16;
+const MAX_CPUS: u64 = 16;
 /// The pages that a CPU needs to work on: with fewer, one CPU might have none.
 pub const LEAST_AREA: u64 = 8;
 /// The pages of RAM that a guest needs besides image and balloon.

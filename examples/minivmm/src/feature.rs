@@ -10,7 +10,7 @@ use std::{
 };
 
 use migration_core::{
-    engine::ephemeral::{Dormant, Resident},
+    engine::ephemeral::{Active, Standby},
     fence::Fence,
     text::Chain,
 };
@@ -92,7 +92,7 @@ struct Borrower<'a> {
 /// How a trip has ended.
 enum End {
     /// The guest is at home again.
-    Home(Dormant<Tenant>),
+    Home(Standby<Tenant>),
     /// This process has nothing to do any more, and ends with this status.
     Over(u8),
 }
@@ -106,7 +106,7 @@ struct Owner {
 }
 
 /// The guest with the report of its coming, or the VM without it and why.
-type Borrowed = Result<(Resident<Tenant>, Value), (Dormant<Tenant>, String)>;
+type Borrowed = Result<(Active<Tenant>, Value), (Standby<Tenant>, String)>;
 
 /// Where the VM's home is found. One that ended before it could answer had left its place to a successor.
 fn place_of(home: &Path) -> Result<Value, String> {
@@ -159,7 +159,7 @@ impl<'a> Borrower<'a> {
         self.instance.borrows();
         self.instance.set_place(Place { control: self.control.clone(), serial, broker: None });
         ControlSocket::bind(&self.control).and_then(|s| s.serve(self.instance.clone())).map_err(|e| e.to_string())?;
-        let mut dormant = Dormant::new(Tenant::expecting(host));
+        let mut dormant = Standby::new(Tenant::expecting(host));
         let mut status = 0;
         for number in 1.. {
             let began = Instant::now();
@@ -188,7 +188,7 @@ impl<'a> Borrower<'a> {
     }
 
     /// There and back, once.
-    fn trip(&mut self, dormant: Dormant<Tenant>, number: u32) -> Result<(Value, End), String> {
+    fn trip(&mut self, dormant: Standby<Tenant>, number: u32) -> Result<(Value, End), String> {
         let (guest, lent, owner) = self.borrow(dormant)?;
         let began = Instant::now();
         let machine = guest.vm().machine().cloned().ok_or("feature: no machine came")?;
@@ -215,7 +215,7 @@ impl<'a> Borrower<'a> {
 
     /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is. If that is replaced meanwhile,
     /// its successor is asked.
-    fn borrow(&self, mut dormant: Dormant<Tenant>) -> Result<(Resident<Tenant>, Value, Vec<u8>), String> {
+    fn borrow(&self, mut dormant: Standby<Tenant>) -> Result<(Active<Tenant>, Value, Vec<u8>), String> {
         let deadline = Instant::now() + COMING;
         let mut owner = self.owner()?;
         loop {
@@ -265,7 +265,7 @@ impl<'a> Borrower<'a> {
         asked.map(drop)
     }
 
-    fn borrow_from(&self, owner: &Owner, dormant: Dormant<Tenant>) -> Result<Borrowed, String> {
+    fn borrow_from(&self, owner: &Owner, dormant: Standby<Tenant>) -> Result<Borrowed, String> {
         self.instance.borrows_from(&self.attach, owner.broker.clone());
         let listen = Address::Unix(self.listen.clone());
         let mut listener = bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
@@ -320,7 +320,7 @@ impl<'a> Borrower<'a> {
     }
 
     /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.
-    fn give_back(&self, mut guest: Resident<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
+    fn give_back(&self, mut guest: Active<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
         let mut last = report::not_begun("handover", "its home has not said where it takes the VM back");
         for _ in 0..RETURNS {
             match self.instance.fate() {
@@ -362,7 +362,7 @@ impl<'a> Borrower<'a> {
     }
 
     /// Is the guest's home.
-    fn serve(&self, _guest: Resident<Tenant>) -> End {
+    fn serve(&self, _guest: Active<Tenant>) -> End {
         self.instance.stay();
         End::Over(self.instance.wait_exit())
     }

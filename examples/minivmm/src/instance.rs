@@ -1,10 +1,10 @@
 //! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
 
+mod hand_overs;
 mod kept;
 mod lend;
 mod outgoing;
 mod refused;
-mod succession;
 mod under_way;
 
 use std::{
@@ -35,7 +35,7 @@ use migration_core::{
 use migration_crypto::{SecureListener, Security, SourceSession};
 use migration_kvm::{
     fence::{ProcessFence, ProcessIdentity},
-    handover::Succession,
+    handover::HandOvers,
     spawner::LinuxSpawner,
 };
 use migration_transport::{
@@ -75,7 +75,7 @@ pub(crate) struct Instance {
     /// The VM's RAM at a broker.
     kept: OwnerRecord<Saved>,
     /// Successors that are prepared, and the schedule for them.
-    pub(crate) succession: Succession<Plan>,
+    pub(crate) hand_overs: HandOvers<Plan>,
     /// Of what rests in files.
     sealing: Arc<Sealing>,
     /// Push orders beside those that everybody has.
@@ -146,7 +146,7 @@ enum Role {
     /// Another minivmm has borrowed the guest.
     Lent,
     /// The guest that is borrowed now and then is at home.
-    Dormant,
+    Standby,
     /// The VM has moved away for good.
     Moved,
     Ended,
@@ -159,7 +159,7 @@ impl Instance {
             state: Mutex::default(),
             changed: Condvar::new(),
             kept: OwnerRecord::new(broker, ProcessIdentity::own().ok().map(|own| own.encode())),
-            succession: Succession::default(),
+            hand_overs: HandOvers::default(),
             sealing: Arc::new(sealing),
             push_orders: OnceLock::new(),
         })
@@ -206,13 +206,13 @@ impl Instance {
     /// The guest has ended by itself, and with it this process does.
     fn has_ended(&self, why: &str) {
         log!("the VM has ended: {why}");
-        self.tell_ended(why);
+        self.report_ended(why);
         self.guest_ended();
         self.exit(5);
     }
 
     /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the guest has ended.
-    fn tell_ended(&self, why: &str) {
+    fn report_ended(&self, why: &str) {
         let mut state = self.lock();
         (state.role, state.guest_ended) = (Role::Ended, true);
         let (controller, receiver) = (state.controller.clone(), state.receiver.clone());
@@ -552,7 +552,7 @@ impl Instance {
 
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
-        receiver.adopt().map_err(|e| format!("adopt: {}", e.why))?;
+        receiver.force_take_over().map_err(|e| format!("adopt: {}", e.why))?;
         Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 
@@ -637,7 +637,7 @@ impl Role {
             Role::Outgoing => "outgoing",
             Role::InDoubt => "in-doubt",
             Role::Lent => "lent",
-            Role::Dormant => "dormant",
+            Role::Standby => "dormant",
             Role::Moved | Role::Ended => "ended",
         }
     }

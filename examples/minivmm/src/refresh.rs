@@ -14,8 +14,8 @@ use migration_core::{
 };
 use migration_kvm::{
     handover::{
-        self, Attempt, Interval, MemoryGrowth, NewSuccessor, NotReplaced, Predecessor, RefreshPolicy, ReplaceError,
-        Replacement, Succession, VmOwner,
+        self, Attempt, HandOvers, Interval, MemoryGrowth, NewSuccessor, NotReplaced, Predecessor, RefreshPolicy,
+        ReplaceError, Replacement, VmOwner,
     },
     successor::Successor,
 };
@@ -37,8 +37,8 @@ impl Predecessor for Instance {
     type Plan = Plan;
     type Report = Value;
 
-    fn succession(&self) -> &Succession<Plan> {
-        &self.succession
+    fn hand_overs(&self) -> &HandOvers<Plan> {
+        &self.hand_overs
     }
 
     fn control(&self) -> Result<PathBuf, VmError> {

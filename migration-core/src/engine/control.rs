@@ -11,10 +11,10 @@ use std::{
 };
 
 use crate::{
-    MigrationError, STRANGER_BYTES,
+    FOREIGN_BYTES, MigrationError,
     channel::{FILES_PER_BYTE, ReadHalf, WriteHalf},
     codec::DecodeError,
-    describe_stranger,
+    describe_foreign_peer,
     text::describe,
     wire::{Control, Header},
 };
@@ -116,7 +116,7 @@ impl ControlReader {
     }
 
     /// Reads from an address at which a destination is expected. What does not begin with a frame is called a
-    /// [stranger](MigrationError::Stranger).
+    /// [stranger](MigrationError::ForeignPeer).
     pub(super) fn of_destination(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
         Self { unknown: true, ..Self::new(half, peer, bytes) }
     }
@@ -151,7 +151,7 @@ impl ControlReader {
 impl ControlReader {
     /// The first frame of all. It is read byte by byte: a stranger may say less than a header.
     fn first_frame(&mut self) -> Result<(Header, Vec<u8>), MigrationError> {
-        let mut said = Vec::with_capacity(STRANGER_BYTES);
+        let mut said = Vec::with_capacity(FOREIGN_BYTES);
         while said.len() < Header::LEN {
             let mut byte = [0];
             if let Err(cause) = self.half.read_exact(&mut byte) {
@@ -178,10 +178,10 @@ impl ControlReader {
         // where that cannot be set, the time-out in force will do
         let _ = self.half.set_idle_timeout(Some(STRANGER_PATIENCE));
         let mut byte = [0];
-        while said.len() < STRANGER_BYTES && !said.ends_with(b"\n") && self.half.read_exact(&mut byte).is_ok() {
+        while said.len() < FOREIGN_BYTES && !said.ends_with(b"\n") && self.half.read_exact(&mut byte).is_ok() {
             said.push(byte[0]);
         }
-        MigrationError::Stranger { peer: self.peer.clone(), what: describe_stranger(&said) }
+        MigrationError::ForeignPeer { peer: self.peer.clone(), what: describe_foreign_peer(&said) }
     }
 }
 
@@ -263,7 +263,7 @@ mod tests {
         // a header's zeros, but not a header
         let database = [&[0x4a, 0, 0, 0, 10][..], &[b'x'; 40]].concat();
         let error = first(&database, io::ErrorKind::TimedOut).unwrap_err();
-        assert!(matches!(error, MigrationError::Stranger { .. }), "{error}");
+        assert!(matches!(error, MigrationError::ForeignPeer { .. }), "{error}");
     }
 
     /// A peer that takes a piece, and then no other one before this moment.

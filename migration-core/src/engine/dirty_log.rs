@@ -11,7 +11,7 @@ const NAME: &str = "dirty-log";
 const VERSION: u32 = 1;
 
 /// Most pages of a VM whose log fits into a section: 512 GiB.
-pub(crate) const MOST_PAGES: u64 = MAX_SECTION as u64 * 8;
+pub(crate) const MAX_PAGES: u64 = MAX_SECTION as u64 * 8;
 
 /// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for each 2 GiB of RAM at most.
 pub(crate) fn section(pages: &PageSet) -> Section {

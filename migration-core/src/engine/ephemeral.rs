@@ -4,12 +4,12 @@
 //! al., VEE 2017, for several at once).
 //!
 //! ```text
-//!   Resident ── relinquish ──► Dormant        the guest runs elsewhere; RAM, page tables and vCPUs stay in place here
+//!   Active ── relinquish ──► Standby        the guest runs elsewhere; RAM, page tables and vCPUs stay in place here
 //!      ▲                          │
 //!      └───── wait_for_guest ─────┘
 //! ```
 //!
-//! Only a [`Resident`] can be relinquished, and doing so consumes it; only the return of the guest makes a new one. That
+//! Only a [`Active`] can be relinquished, and doing so consumes it; only the return of the guest makes a new one. That
 //! is what the types say in one process. Between the two processes it is the hand-over's protocol: one owner by the source's
 //! *run*, and each switch under a higher epoch than the one before, so that nothing of an older switch counts.
 
@@ -51,20 +51,20 @@ pub trait PersistentVm: Send + 'static {
 
 /// A VM whose guest is here: it runs here and nowhere else.
 #[derive(Debug)]
-pub struct Resident<V> {
+pub struct Active<V> {
     vm: V,
     epoch: u32,
 }
 
 /// A VM whose guest is elsewhere, or has not come yet: it cannot run here.
 #[derive(Debug)]
-pub struct Dormant<V> {
+pub struct Standby<V> {
     vm: V,
     /// Which guest went, and under which epoch.
     gone: Option<(VmId, u32)>,
 }
 
-impl<V: PersistentVm> Resident<V> {
+impl<V: PersistentVm> Active<V> {
     /// A VM that runs here, under this epoch: 0 if it was booted here, else that under which it came.
     pub fn new(vm: V, epoch: u32) -> Self {
         Self { vm, epoch }
@@ -95,12 +95,12 @@ impl<V: PersistentVm> Resident<V> {
         to: &dyn Connector,
         options: &SourceOptions,
         commands: Commands,
-    ) -> (Result<Dormant<V>, Self>, Report) {
+    ) -> (Result<Standby<V>, Self>, Report) {
         let options = SourceOptions { last_epoch: self.epoch, fail_safe: None, ..options.clone() };
         let id = self.vm.id();
         let report = migrate(&mut *self.vm.leaving(), to, &mut HandOver, &options, commands);
         if report.outcome == Outcome::Completed {
-            return (Ok(Dormant { vm: self.vm, gone: Some((id, report.epoch)) }), report);
+            return (Ok(Standby { vm: self.vm, gone: Some((id, report.epoch)) }), report);
         }
         // that attempt is void: a destination may have seen its epoch
         self.epoch = report.epoch;
@@ -108,7 +108,7 @@ impl<V: PersistentVm> Resident<V> {
     }
 }
 
-impl<V: PersistentVm> Dormant<V> {
+impl<V: PersistentVm> Standby<V> {
     /// A VM whose guest has not been here yet.
     pub fn new(vm: V) -> Self {
         Self { vm, gone: None }
@@ -147,17 +147,17 @@ impl<V: PersistentVm> Awaiting<V> {
     ///
     /// # Errors
     /// The dormant VM, whose guest did not come: the wait was ended, or `patience` has passed. The guest is wherever it was.
-    pub fn wait_for_guest(self, listener: &mut dyn Listener) -> Result<Resident<V>, (Dormant<V>, ReceiveError)> {
+    pub fn wait_for_guest(self, listener: &mut dyn Listener) -> Result<Active<V>, (Standby<V>, ReceiveError)> {
         let ended = self.receiver.run(listener);
         let (handle, gone) = (self.receiver.handle(), self.gone);
         let vm = lock(&self.place).take().expect("nothing else takes the VM out of its place");
         match ended {
             // attempts that failed have used up epochs
             Err(why) if handle.phase() != DestinationPhase::Running => {
-                Err((Dormant { vm, gone: gone.map(|(id, epoch)| (id, epoch.max(handle.epoch()))) }, why))
+                Err((Standby { vm, gone: gone.map(|(id, epoch)| (id, epoch.max(handle.epoch()))) }, why))
             }
             // whatever ended the wait: it is ours
-            _ => Ok(Resident { vm, epoch: handle.epoch() }),
+            _ => Ok(Active { vm, epoch: handle.epoch() }),
         }
     }
 }

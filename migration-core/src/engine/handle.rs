@@ -53,7 +53,7 @@ pub(super) enum Input {
 }
 
 /// Inputs that the peer causes and that may wait for the engine. When there are more, the peer waits.
-const MOST_WAITING: usize = 1024;
+const MAX_WAITING: usize = 1024;
 /// How long a thread that reads for the engine waits before it looks again whether the engine has caught up.
 const CATCH_UP: Duration = Duration::from_millis(1);
 
@@ -77,7 +77,7 @@ impl PeerInputs {
     /// Passes an input on. An error when nobody listens any more.
     pub(super) fn send(&self, input: Input) -> Result<(), mpsc::SendError<Input>> {
         if input.is_counted() {
-            while self.waiting.load(Ordering::Relaxed) >= MOST_WAITING && !self.ended.load(Ordering::Relaxed) {
+            while self.waiting.load(Ordering::Relaxed) >= MAX_WAITING && !self.ended.load(Ordering::Relaxed) {
                 thread::sleep(CATCH_UP);
             }
             self.waiting.fetch_add(1, Ordering::Relaxed);
@@ -409,14 +409,14 @@ mod tests {
         let (tx, rx) = mpsc::channel();
         let mut inputs = Inputs::new(rx);
         let peer = PeerInputs::new(tx, inputs.waiting.clone(), Arc::default());
-        const MANY: usize = 5 * MOST_WAITING;
+        const MANY: usize = 5 * MAX_WAITING;
         let speaks = thread::spawn(move || (0..MANY).all(|_| peer.send(Input::Control(1, Control::Pong)).is_ok()));
-        while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {
+        while inputs.waiting.load(Ordering::Relaxed) < MAX_WAITING {
             thread::yield_now();
         }
         for _ in 0..MANY {
             // two threads at the most look at the count before they are counted
-            assert!(inputs.waiting.load(Ordering::Relaxed) <= MOST_WAITING + 1);
+            assert!(inputs.waiting.load(Ordering::Relaxed) <= MAX_WAITING + 1);
             assert!(matches!(inputs.recv_timeout(Duration::from_secs(60)), Ok(Input::Control(1, Control::Pong))));
         }
         assert!(speaks.join().unwrap() && inputs.waiting.load(Ordering::Relaxed) == 0);
@@ -429,15 +429,15 @@ mod tests {
         let peer = PeerInputs::new(tx.clone(), inputs.waiting.clone(), Arc::default());
         let cancelled = |input: &Input| matches!(input, Input::Cancel(_));
         assert!(inputs.find(cancelled).is_none());
-        for epoch in 0..MOST_WAITING as u32 {
+        for epoch in 0..MAX_WAITING as u32 {
             peer.send(Input::Control(epoch, Control::Pong)).unwrap();
         }
         tx.send(Input::Cancel("enough".into())).unwrap();
         assert!(matches!(inputs.find(cancelled), Some(Input::Cancel(why)) if why == "enough"));
         assert!(inputs.find(cancelled).is_none());
         // what was passed over counts until it is taken: the peer waits
-        assert_eq!(inputs.waiting.load(Ordering::Relaxed), MOST_WAITING);
-        for expected in 0..MOST_WAITING as u32 {
+        assert_eq!(inputs.waiting.load(Ordering::Relaxed), MAX_WAITING);
+        for expected in 0..MAX_WAITING as u32 {
             assert!(matches!(inputs.try_recv(), Ok(Input::Control(epoch, _)) if epoch == expected));
         }
         assert_eq!(inputs.waiting.load(Ordering::Relaxed), 0);
@@ -449,8 +449,8 @@ mod tests {
         let (tx, rx) = mpsc::channel();
         let (inputs, ended) = (Inputs::new(rx), Arc::new(AtomicBool::new(false)));
         let peer = PeerInputs::new(tx, inputs.waiting.clone(), ended.clone());
-        let speaks = thread::spawn(move || (0..=MOST_WAITING).all(|_| peer.send(Input::Demanded(1)).is_ok()));
-        while inputs.waiting.load(Ordering::Relaxed) < MOST_WAITING {
+        let speaks = thread::spawn(move || (0..=MAX_WAITING).all(|_| peer.send(Input::Demanded(1)).is_ok()));
+        while inputs.waiting.load(Ordering::Relaxed) < MAX_WAITING {
             thread::yield_now();
         }
         ended.store(true, Ordering::Relaxed);

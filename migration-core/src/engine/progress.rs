@@ -11,7 +11,7 @@ use crate::{
 /// Rates are measured over this time.
 const WINDOW: Duration = Duration::from_secs(1);
 /// Readings that are kept for the window: they come every [interval](super::source::PROGRESS_INTERVAL), and seldom more often.
-const MOST_POINTS: usize = 64;
+const MAX_POINTS: usize = 64;
 /// A round that leaves more than this part of what it sends does not end the rounds by itself.
 const GOOD_SHRINK: f64 = 0.5;
 /// Rounds that are looked ahead.
@@ -124,7 +124,7 @@ impl ProgressMeter {
         while self.points.get(1).is_some_and(|next| newest.at.saturating_sub(next.at) >= WINDOW) {
             self.points.pop_front();
         }
-        if self.points.len() >= MOST_POINTS {
+        if self.points.len() >= MAX_POINTS {
             self.points.pop_front();
         }
         let oldest = self.points.front().copied().unwrap_or(newest);

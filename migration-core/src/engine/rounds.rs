@@ -24,7 +24,7 @@ use crate::{
     report::Observer,
     store::PageContent,
     tracker::{DirtyTracker, Rearm, TrackerError},
-    vm::{ProtectedVm, SourceVm, VmError},
+    vm::{CheckpointedVm, SourceVm, VmError},
 };
 
 /// A VM whose writes are tracked.
@@ -45,9 +45,9 @@ impl Tracked for dyn SourceVm + '_ {
     }
 }
 
-impl Tracked for dyn ProtectedVm + '_ {
+impl Tracked for dyn CheckpointedVm + '_ {
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
-        ProtectedVm::tracker(self)
+        CheckpointedVm::tracker(self)
     }
 
     fn free_pages(&mut self, _: &mut PageSet) -> Result<(), VmError> {
@@ -77,7 +77,7 @@ pub(super) struct RoundDriver {
     /// Pages that have gone at least once.
     gone: PageSet,
     /// Pages that were left out at least once, because they were free.
-    spared: PageSet,
+    skipped: PageSet,
 }
 
 impl RoundDriver {
@@ -91,7 +91,7 @@ impl RoundDriver {
             last_harvest: Instant::now(),
             holes: 0,
             gone: PageSet::empty(pages),
-            spared: PageSet::empty(pages),
+            skipped: PageSet::empty(pages),
         }
     }
 
@@ -122,7 +122,7 @@ impl RoundDriver {
         let pages = pages::populated(&*self.ram, &*self.observer);
         self.holes = pages.capacity() - pages.len();
         self.map().dirtied(&pages)?;
-        self.spare(vm);
+        self.skip_free(vm);
         Ok(self.due())
     }
 
@@ -134,17 +134,17 @@ impl RoundDriver {
         self.map().dirtied(&written)?;
         // The tracker has begun anew. A page that is free now and is written later is reported again.
         let mut pages = written.clone();
-        pages.subtract(&self.spare(vm));
+        pages.subtract(&self.skip_free(vm));
         Ok(Harvest { written, pages, time })
     }
 
     /// Leaves out the pages that are free now, and returns all that are. Only after tracking has begun,
     /// or after a harvest, or while the guest is paused: see [`SourceVm::free_pages`] for why.
-    fn spare<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> PageSet {
+    fn skip_free<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> PageSet {
         let free = pages::free(vm, self.gone.capacity(), &*self.observer);
-        let mut spared = free.clone();
-        spared.intersect_with(self.map().unsent());
-        self.spared.union_with(&spared);
+        let mut skipped = free.clone();
+        skipped.intersect_with(self.map().unsent());
+        self.skipped.union_with(&skipped);
         self.map().free_for_now(&free);
         free
     }
@@ -197,9 +197,9 @@ impl RoundDriver {
     /// Returns how many pages were never touched, have gone at least once, and were left out for being
     /// free and never went.
     pub(super) fn counts(&self) -> Counts {
-        let mut spared = self.spared.clone();
-        spared.subtract(&self.gone);
-        Counts { holes: self.holes, distinct: self.gone.len(), free: spared.len() }
+        let mut skipped = self.skipped.clone();
+        skipped.subtract(&self.gone);
+        Counts { holes: self.holes, distinct: self.gone.len(), free: skipped.len() }
     }
 
     pub(super) fn is_tracking(&self) -> bool {
@@ -225,7 +225,7 @@ impl RoundDriver {
 
     /// Leaves the tracker as it was found.
     pub(super) fn give_tracker_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
-        self.tracking.give_back(tracker)
+        self.tracking.roll_back(tracker)
     }
 }
 

@@ -107,10 +107,10 @@ pub fn snapshot(
     let mut requests = lock(&commands.requests);
     (requests.post_copy, requests.switch_over) = (Err(NoPostCopy::Snapshot), Err(NoSwitchOver::Snapshot));
     drop(requests);
-    let mut taking = Taking::new(vm, store, options, commands);
+    let mut taking = SnapshotWriter::new(vm, store, options, commands);
     let result = taking.run(&mut Snapshot::<ModelConvergence>::default());
     // a guest that stands still is worse than whatever went wrong before
-    let result = taking.give_back().and(result);
+    let result = taking.roll_back().and(result);
     lock(&taking.commands.requests).end();
     if result.is_err() {
         taking.store.discard();
@@ -120,7 +120,7 @@ pub fn snapshot(
     result.map(|()| report)
 }
 
-struct Taking<'a> {
+struct SnapshotWriter<'a> {
     vm: &'a mut dyn SourceVm,
     store: &'a mut dyn VersionStore,
     options: &'a SnapshotOptions,
@@ -148,7 +148,7 @@ struct Taking<'a> {
     report: SnapshotReport,
 }
 
-impl<'a> Taking<'a> {
+impl<'a> SnapshotWriter<'a> {
     fn new(
         vm: &'a mut dyn SourceVm,
         store: &'a mut dyn VersionStore,
@@ -245,7 +245,7 @@ impl<'a> Taking<'a> {
             };
             self.rounds.read(stripe, pages, rearm.as_deref(), &mut put)?;
             self.round_put += pages.count_in(stripe);
-            self.tell_progress();
+            self.report_progress();
         }
         self.rounds.arrived(pages)?;
         let wire_bytes = (self.report.pages.plain - plain) * PAGE_SIZE as u64;
@@ -303,7 +303,7 @@ impl<'a> Taking<'a> {
     ///
     /// # Errors
     /// When the guest does not go on. The rest is given back all the same.
-    fn give_back(&mut self) -> Result<(), MigrationError> {
+    fn roll_back(&mut self) -> Result<(), MigrationError> {
         let resumed = self.go_on();
         self.lift_throttle();
         self.give_tracker_back();
@@ -318,7 +318,7 @@ impl<'a> Taking<'a> {
         }
     }
 
-    fn tell_progress(&mut self) {
+    fn report_progress(&mut self) {
         if self.last_progress.elapsed() < PROGRESS_INTERVAL {
             return;
         }
@@ -348,7 +348,7 @@ impl<'a> Taking<'a> {
     }
 }
 
-impl Verbs for Taking<'_> {
+impl Verbs for SnapshotWriter<'_> {
     fn pages(&self) -> u64 {
         self.report.pages.total
     }
@@ -434,7 +434,7 @@ impl Verbs for Taking<'_> {
         Err(MigrationError::Blocked("a snapshot has no destination".into()))
     }
 
-    fn left_behind(&self) -> u64 {
+    fn missing_at_hand_over(&self) -> u64 {
         0
     }
 

@@ -71,14 +71,14 @@ impl Tracking {
     }
 
     /// Leaves the tracker as it was found. The VMM's own tracker reports again all that was harvested from it.
-    pub(super) fn give_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
+    pub(super) fn roll_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
         if !std::mem::take(&mut self.active) {
             return Ok(());
         }
         if !self.before {
             return tracker.stop();
         }
-        tracker.put_back(&self.harvested);
+        tracker.mark_dirty(&self.harvested);
         Ok(())
     }
 }
@@ -116,8 +116,8 @@ mod tests {
         bitmap.mark_page(3);
         assert_eq!(tracking.written(&mut tracker).unwrap(), pages(&[1, 2, 3]));
         bitmap.mark_page(4);
-        tracking.give_back(&mut tracker).unwrap();
-        tracking.give_back(&mut tracker).unwrap();
+        tracking.roll_back(&mut tracker).unwrap();
+        tracking.roll_back(&mut tracker).unwrap();
         assert!(tracker.is_active());
         let mut found = PageSet::empty(16);
         tracker.harvest(&mut found).unwrap();
@@ -126,7 +126,7 @@ mod tests {
         // all of RAM has changed
         tracking.start(&mut tracker).unwrap();
         tracking.all_dirty();
-        tracking.give_back(&mut tracker).unwrap();
+        tracking.roll_back(&mut tracker).unwrap();
         tracker.harvest(&mut found).unwrap();
         assert_eq!(found, PageSet::full(16));
     }
@@ -139,7 +139,7 @@ mod tests {
         tracking.start(&mut tracker).unwrap();
         bitmap.mark_page(2);
         assert_eq!(tracking.harvest(&mut tracker).unwrap(), pages(&[2]));
-        tracking.give_back(&mut tracker).unwrap();
+        tracking.roll_back(&mut tracker).unwrap();
         assert!(!tracker.is_active());
         let mut found = PageSet::empty(16);
         tracker.harvest(&mut found).unwrap();

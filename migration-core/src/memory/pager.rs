@@ -35,10 +35,10 @@ pub type Fill<'a> = &'a mut dyn FnMut(&[RamSlice<'_>]) -> io::Result<()>;
 pub trait Pager: Send + Sync {
     /// Pages are installed in blocks of so many, aligned in RAM's numbering of pages: 1, or 512 where RAM consists of
     /// huge pages that the host cannot split (hugetlb).
-    fn granule(&self) -> u64;
+    fn block_pages(&self) -> u64;
 
     /// Drops what the pages that are missing in `map` hold now, and begins to watch them. They are whole blocks of
-    /// [`granule`](Self::granule) pages. Pages that are not missing are not touched. The pager keeps the map, and has
+    /// [`block_pages`](Self::block_pages) pages. Pages that are not missing are not touched. The pager keeps the map, and has
     /// a [claim](SharedPageMap::claim) in it whenever it installs a page.
     ///
     /// # Errors
@@ -82,7 +82,7 @@ pub trait Pager: Send + Sync {
 
     /// Brings memory into its best shape when the watch has ended, for example makes huge pages of small ones. May take a
     /// while; does nothing by default. Called once, on a thread that nobody waits for.
-    fn settle(&self) {}
+    fn collapse_huge_pages(&self) {}
 
     /// Ends the watch, once no page is missing.
     ///

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Most runs of pages of one claim.
-const MOST_RUNS: usize = 1024;
+const MAX_RUNS: usize = 1024;
 
 /// The [`PageMap`] of a VM whose pages arrive while it runs. Its lock is held for looking at bits
 /// only, never during a system call or while contents arrive: in between, a thread has a [`Claim`].
@@ -102,7 +102,7 @@ impl SharedPageMap {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();
         loop {
-            let free = state.map.free_runs(range, copy, MOST_RUNS);
+            let free = state.map.free_runs(range, copy, MAX_RUNS);
             if !free.is_empty() {
                 return Ok(self.take(&mut state, range, copy, free));
             }

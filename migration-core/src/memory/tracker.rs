@@ -85,7 +85,7 @@ pub trait DirtyTracker: Send {
     fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError>;
 
     /// Makes `pages` dirty again: the next harvest reports them. For pages that were harvested but did not arrive.
-    fn put_back(&mut self, pages: &PageSet);
+    fn mark_dirty(&mut self, pages: &PageSet);
 
     /// For trackers that re-arm pages one by one, just before they are read for sending: the later a page is
     /// re-armed, the fewer are sent twice. `None` if a harvest re-arms at once.
@@ -189,7 +189,7 @@ impl DirtyTracker for BitmapTracker {
         Ok(())
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         for page in pages.iter() {
             self.bitmap.mark_page(page);
         }
@@ -242,10 +242,10 @@ impl DirtyTracker for UnionTracker {
         self.parts.iter_mut().try_for_each(|p| p.harvest(into))
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         // one part is enough: the union reports it
         if let Some(first) = self.parts.first_mut() {
-            first.put_back(pages);
+            first.mark_dirty(pages);
         }
     }
 
@@ -287,7 +287,7 @@ mod tests {
         union.harvest(&mut dirty).unwrap();
         assert!(dirty.iter().eq([1, 2, 5, 6]), "{dirty:?}");
         let mut again = PageSet::empty(256);
-        union.put_back(&dirty);
+        union.mark_dirty(&dirty);
         union.harvest(&mut again).unwrap();
         assert_eq!(again, dirty);
         again.clear();
@@ -348,7 +348,7 @@ mod tests {
             Ok(())
         }
 
-        fn put_back(&mut self, _: &PageSet) {}
+        fn mark_dirty(&mut self, _: &PageSet) {}
 
         fn rearm(&self) -> Option<Arc<dyn Rearm>> {
             self.rearmed.clone().map(|count| Arc::new(Counted(count)) as _)

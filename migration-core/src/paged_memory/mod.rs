@@ -41,7 +41,7 @@ pub struct PagedMemoryParts {
     pub vm: VmId,
     /// Where its pages are.
     pub map: Arc<SharedPageMap>,
-    /// Installs pages. Its [block](Pager::granule) is one page.
+    /// Installs pages. Its [block](Pager::block_pages) is one page.
     pub pager: Arc<dyn Pager>,
     /// The stores that this host was started with. No other one is ever asked (rule 25).
     pub stores: Vec<Arc<dyn PageStore>>,

@@ -34,7 +34,7 @@ impl HeapPager {
 }
 
 impl Pager for HeapPager {
-    fn granule(&self) -> u64 {
+    fn block_pages(&self) -> u64 {
         1
     }
 

@@ -334,7 +334,7 @@ impl DestinationMachine {
     ///
     /// # Errors
     /// When no VM is held, or its source is still attached.
-    pub fn adopt(&mut self) -> Result<DestinationAction, Violation> {
+    pub fn force_take_over(&mut self) -> Result<DestinationAction, Violation> {
         // nothing was left behind but what is in stores
         let without_source = self.complete || self.stores && matches!(self.post_copy, Some((0, _)));
         let why = match (self.phase, self.attached) {
@@ -355,7 +355,7 @@ impl DestinationMachine {
     ///
     /// # Errors
     /// When no VM is held that has its state.
-    pub fn inherit(&mut self, _source: Fenced) -> Result<DestinationAction, Violation> {
+    pub fn take_over(&mut self, _source: Fenced) -> Result<DestinationAction, Violation> {
         match self.phase {
             DestinationPhase::Running => Ok(DestinationAction::None),
             DestinationPhase::Ready => {
@@ -562,7 +562,7 @@ mod tests {
                 attached: false,
                 ..at(DestinationPhase::Ready)
             };
-            assert_eq!(machine.adopt().is_ok(), adopted, "{stores} {missing}");
+            assert_eq!(machine.force_take_over().is_ok(), adopted, "{stores} {missing}");
             assert_eq!(machine.is_complete(), adopted);
         }
     }
@@ -626,7 +626,7 @@ mod tests {
                 let mut machine = DestinationMachine { attached, complete, run_vcpus: false, ..at(phase) };
                 let adopts = phase == Ready && !attached && complete;
                 let start = DestinationAction::Start { running: false };
-                match machine.adopt() {
+                match machine.force_take_over() {
                     Ok(action) => assert!(adopts && action == start, "{phase:?}"),
                     Err(violation) => {
                         assert!(!adopts, "{phase:?} {violation}");
@@ -646,7 +646,7 @@ mod tests {
             }
             let mut machine = at(phase);
             let dead = Fenced::by(&Certain, b"").unwrap();
-            assert_eq!(machine.inherit(dead).is_ok(), held, "{phase:?}");
+            assert_eq!(machine.take_over(dead).is_ok(), held, "{phase:?}");
             assert_eq!(
                 (machine.phase(), machine.epoch() - 5),
                 (if held { Running } else { phase }, (phase == Ready).into())

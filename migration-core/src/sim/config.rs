@@ -201,7 +201,7 @@ pub struct Attempt {
     /// Puts that failed.
     pub failed_puts: u64,
     /// Pages left out because they were free, each time counted.
-    pub spared: u64,
+    pub skipped: u64,
     /// How often the link was lost.
     pub cuts: u32,
     /// The strongest throttle.

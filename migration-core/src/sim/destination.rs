@@ -207,7 +207,7 @@ impl Simulation {
     /// Says that the VM runs, and on a new link what it lacks.
     fn running(&mut self) -> Vec<Message> {
         let mut replies = control([Control::Running]);
-        if self.destination.map.left_behind().is_empty() {
+        if self.destination.map.missing_at_hand_over().is_empty() {
             return replies;
         }
         if self.destination.machine.is_complete() || self.destination.map.missing().is_empty() {

@@ -205,7 +205,7 @@ impl Simulation {
     /// The attempt is over: the source tells the destination so.
     fn conclude(&mut self) {
         let last = if self.source.machine.owns() {
-            self.give_back();
+            self.roll_back();
             self.source.machine.abandon()
         } else {
             Some(Control::Done)
@@ -292,8 +292,8 @@ impl Simulation {
     }
 
     /// A person adopts the VM at the destination.
-    pub fn adopt(&mut self) -> bool {
-        match self.destination.machine.adopt() {
+    pub fn force_take_over(&mut self) -> bool {
+        match self.destination.machine.force_take_over() {
             Ok(action) => {
                 self.destination_does(action);
                 true

@@ -113,7 +113,7 @@ impl Simulation {
     }
 
     /// What was done to the guest is undone: it stays here.
-    pub(super) fn give_back(&mut self) {
+    pub(super) fn roll_back(&mut self) {
         self.source.throttle = 0;
         self.source.puts.clear();
         // a guest that waits for a page asks again

@@ -398,7 +398,7 @@ impl Verbs for Simulation {
             *heat = heat.saturating_add(DIRTIED);
         }
         self.source.map.dirtied(&pages)?;
-        self.spare();
+        self.skip_free();
         Ok(self.source.map.unsent().clone())
     }
 
@@ -475,7 +475,7 @@ impl Verbs for Simulation {
         self.wait_for(|sim| matches!(sim.source.machine.phase(), SourcePhase::Serving | SourcePhase::Completed))
     }
 
-    fn left_behind(&self) -> u64 {
+    fn missing_at_hand_over(&self) -> u64 {
         self.source.map.at_source()
     }
 
@@ -486,7 +486,7 @@ impl Verbs for Simulation {
 
 impl Simulation {
     /// Leaves out the pages that are free, as the engine does.
-    fn spare(&mut self) {
+    fn skip_free(&mut self) {
         if self.config.freeing.is_empty() {
             return;
         }
@@ -495,6 +495,6 @@ impl Simulation {
         self.pass(LOOK);
         let before = self.source.map.unsent().len();
         self.source.map.free_for_now(&self.guest.free);
-        self.attempt.spared += before - self.source.map.unsent().len();
+        self.attempt.skipped += before - self.source.map.unsent().len();
     }
 }

@@ -108,7 +108,7 @@ const MAX_ROUNDS: u32 = 30;
 /// than within the limit, because what follows is worse than a long downtime.
 const HOPELESS_STALLS: u32 = 8;
 /// Rounds after which a migration above its limit does not converge, however it moves up and down.
-const MOST_ROUNDS: u32 = 100;
+const MAX_ROUNDS_ABOVE_LIMIT: u32 = 100;
 /// What is left must be smaller than the old minimum by one part in so many to be a new one: a bound on how many there can
 /// be.
 const LEAST_GAIN: u64 = 20;
@@ -236,7 +236,7 @@ impl ModelConvergence {
 
     /// A switch-over now would be above the limit, for which dirty pages or pending state are to blame.
     fn above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
-        if self.rounds < MOST_ROUNDS {
+        if self.rounds < MAX_ROUNDS_ABOVE_LIMIT {
             if shrink <= GOOD_SHRINK && now.left > 0 {
                 return Next::Round;
             }

@@ -283,7 +283,7 @@ mod tests {
             self.note(format!("hand over without {} of {}", missing.len(), missing.capacity()))
         }
 
-        fn left_behind(&self) -> u64 {
+        fn missing_at_hand_over(&self) -> u64 {
             0
         }
 

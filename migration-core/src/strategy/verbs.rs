@@ -71,7 +71,7 @@ pub trait Verbs {
     /// well.
     fn hand_over(&mut self, missing: PageSet) -> Result<(), MigrationError>;
     /// Returns how many pages the hand-over has left at the source and nowhere else.
-    fn left_behind(&self) -> u64;
+    fn missing_at_hand_over(&self) -> u64;
     /// Serves the destination's faults and pushes all else in an order, until the destination has
     /// *released* the source. See [`HandedOver::serve`].
     fn serve(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError>;
@@ -330,7 +330,7 @@ impl HandedOver<'_> {
     /// Returns [`StillMissing`] when pages are only at the source after all. The engine then serves
     /// them.
     pub fn finish(self) -> Result<Done, StillMissing> {
-        match self.verbs.left_behind() {
+        match self.verbs.missing_at_hand_over() {
             0 => Ok(Done(())),
             pages => Err(StillMissing { pages }),
         }

@@ -73,7 +73,7 @@ pub trait DestinationVm {
 
     /// Returns the VM as one of which checkpoints are taken while it runs. Called once, before any state is loaded. `None` if this
     /// VMM does not support that.
-    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+    fn protected(&mut self) -> Option<Box<dyn CheckpointedVm>> {
         None
     }
 
@@ -90,7 +90,7 @@ pub trait DestinationVm {
 /// Its output is *held*, that is, delayed and not lost, until the engine releases it. So nobody outside the host sees an effect of a
 /// state that would be lost if this host died. One thread at a time calls these methods. Output is counted from the first byte of
 /// the VM on, across hosts.
-pub trait ProtectedVm: Send {
+pub trait CheckpointedVm: Send {
     /// Returns the tracker of all writes to the VM's RAM. Tracking starts before the state is loaded.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
@@ -241,7 +241,7 @@ impl<V: DestinationVm + ?Sized> DestinationVm for Box<V> {
         (**self).identity()
     }
 
-    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+    fn protected(&mut self) -> Option<Box<dyn CheckpointedVm>> {
         (**self).protected()
     }
 

@@ -8,7 +8,7 @@ pub mod state;
 
 pub use self::{
     description::{SectionEstimate, StateEstimate, VmDescription, VmId},
-    destination::{Arrived, DestinationHost, DestinationVm, FailedAttempt, ProtectedVm},
+    destination::{Arrived, CheckpointedVm, DestinationHost, DestinationVm, FailedAttempt},
     source::SourceVm,
 };
 pub use crate::vm_error::VmError;

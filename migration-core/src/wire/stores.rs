@@ -118,15 +118,15 @@ impl Located {
 }
 
 /// Most pages of a run, so that the count of a run has room in a frame.
-const MOST_RUN_PAGES: u64 = 1 << 31;
+const MAX_RUN_PAGES: u64 = 1 << 31;
 
 /// Returns the frames that say where pages are. Runs of the same copy that are next to each other
 /// in `runs` share a frame.
 pub(crate) fn located_frames(runs: &[LocatedRun]) -> Vec<Located> {
     let mut frames: Vec<Located> = Vec::new();
     for run in runs {
-        for first in run.pages.pages().step_by(MOST_RUN_PAGES as usize) {
-            let pages = PageRange::new(first, MOST_RUN_PAGES.min(run.pages.end() - first));
+        for first in run.pages.pages().step_by(MAX_RUN_PAGES as usize) {
+            let pages = PageRange::new(first, MAX_RUN_PAGES.min(run.pages.end() - first));
             match frames.last_mut() {
                 Some(frame)
                     if (frame.copy, frame.held) == (run.copy, run.held)

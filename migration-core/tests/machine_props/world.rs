@@ -128,7 +128,7 @@ pub fn lone_destination(input: &[u8]) {
                 }
             }
             _ => {
-                if machine.adopt().is_ok() {
+                if machine.force_take_over().is_ok() {
                     assert!(complete && before == DestinationPhase::Ready, "adopts a VM that is not complete");
                 }
             }
@@ -250,10 +250,10 @@ impl Pair {
     fn greet(&mut self) {
         (self.to_destination, self.to_source) = (Some(VecDeque::new()), Some(VecDeque::new()));
         (self.pieces, self.listed) = (0, false);
-        self.say(hello(VM));
+        self.send_control(hello(VM));
     }
 
-    fn say(&mut self, frame: Control) {
+    fn send_control(&mut self, frame: Control) {
         let sent = (self.source.epoch(), frame);
         self.sent.push(sent.clone());
         if let Some(lane) = &mut self.to_destination {
@@ -330,9 +330,9 @@ impl Pair {
                     self.destination_loss();
                     let whole = self.destination.phase() == DestinationPhase::Ready
                         && !leaves_pages_behind(self.destination.epoch());
-                    assert_eq!(self.destination.adopt().is_ok(), whole, "only a complete VM is adopted");
+                    assert_eq!(self.destination.force_take_over().is_ok(), whole, "only a complete VM is adopted");
                 }
-                _ => drop(self.destination.adopt().map(|_| {
+                _ => drop(self.destination.force_take_over().map(|_| {
                     // a person states that the source is dead, so it is
                     self.source_dead = true;
                 })),
@@ -349,32 +349,32 @@ impl Pair {
             SourcePhase::Copying if self.pieces < 2 => {
                 self.source.begin_round().expect("copying");
                 let (head, tail) = STATE.split_at(4);
-                self.say(Control::State(Bytes::from_static(if self.pieces == 0 { head } else { tail })));
+                self.send_control(Control::State(Bytes::from_static(if self.pieces == 0 { head } else { tail })));
                 self.pieces += 1;
             }
             SourcePhase::Copying if leaves_pages_behind(self.source.epoch()) && !self.listed => {
                 let (end, _) = self.source.post_copy(1, 1).expect("copying");
                 self.listed = true;
-                self.say(Control::Missing { first: 0, bitmap: Bytes::from(vec![1; 8]) });
-                self.say(end);
+                self.send_control(Control::Missing { first: 0, bitmap: Bytes::from(vec![1; 8]) });
+                self.send_control(end);
             }
             SourcePhase::Copying => {
                 let offer = self.source.offer(STATE.len() as u64, true).expect("copying");
-                self.say(offer);
+                self.send_control(offer);
             }
             SourcePhase::Ready => {
                 let run = self.source.run().expect("ready");
                 self.handed_over = true;
-                self.say(run);
+                self.send_control(run);
             }
             SourcePhase::InDoubt | SourcePhase::Serving if self.to_destination.is_none() => {
                 // a new lane; what was under way on the old one is lost, for the destination too
                 (self.to_destination, self.to_source) = (Some(VecDeque::new()), Some(VecDeque::new()));
                 for frame in self.source.reattach(VM).expect("in doubt or serving") {
-                    self.say(frame);
+                    self.send_control(frame);
                 }
             }
-            SourcePhase::Completed => self.say(Control::Done),
+            SourcePhase::Completed => self.send_control(Control::Done),
             SourcePhase::Ended => {
                 self.source = SourceMachine::new(self.source.epoch() + 1);
                 self.greet();
@@ -500,7 +500,7 @@ impl Pair {
         let abandon = self.source.abandon();
         assert_eq!(abandon.is_some(), owned);
         if let Some(abandon) = abandon {
-            self.say(abandon);
+            self.send_control(abandon);
             (self.to_source, self.to_destination) = (None, self.to_destination.take());
         }
     }

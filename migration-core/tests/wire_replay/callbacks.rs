@@ -42,7 +42,7 @@ impl Caller {
     fn call(&self, callback: &'static str) {
         let handle = self.handle.get().expect("no source comes before it is set");
         let (phase, _epoch, _bytes) = (handle.phase(), handle.epoch(), handle.wire_bytes());
-        assert!(handle.adopt().is_err(), "{callback}: nobody has said that the source is dead");
+        assert!(handle.force_take_over().is_err(), "{callback}: nobody has said that the source is dead");
         self.seen.lock().unwrap().push((callback, phase));
     }
 
@@ -206,9 +206,9 @@ fn a_vm_that_a_person_decides_on_may_call_the_receiver_too() {
             }
         });
         if person {
-            destination.handle.adopt().unwrap();
+            destination.handle.force_take_over().unwrap();
         } else {
-            destination.handle.inherit(dead()).unwrap();
+            destination.handle.take_over(dead()).unwrap();
         }
         let seen = caller.seen();
         assert!(seen.contains(&("load_piece", DestinationPhase::Receiving)), "{seen:?}");

@@ -48,13 +48,13 @@ fn a_vm_that_is_held_starts_when_its_source_is_said_or_known_to_be_dead() {
         assert!(destination.arrived.try_recv().is_err(), "it does not start by itself");
         let epoch = handle.epoch();
         if person {
-            handle.adopt().unwrap()
+            handle.force_take_over().unwrap()
         } else {
-            handle.inherit(dead()).unwrap()
+            handle.take_over(dead()).unwrap()
         }
         // so that its source is refused if it comes back after all
         assert_eq!((handle.phase(), handle.epoch()), (DestinationPhase::Running, epoch + 1));
-        assert!(handle.adopt().is_err(), "it runs already");
+        assert!(handle.force_take_over().is_err(), "it runs already");
         // there is nobody to wait for
         check("pre-copy", &destination.finish().0);
     }
@@ -75,13 +75,13 @@ fn a_link_that_was_replaced_says_nothing_of_the_one_in_its_place() {
     let _second = come_back();
     // the end of the first one is known here, and the source is still connected
     over();
-    let why = destination.handle.adopt().unwrap_err().to_string();
+    let why = destination.handle.force_take_over().unwrap_err().to_string();
     assert!(why.contains("connected"), "{why}");
 }
 
 #[test]
 fn where_no_vm_is_held_none_starts() {
     let destination = Destination::new();
-    assert!(destination.handle.adopt().is_err() && destination.handle.inherit(dead()).is_err());
+    assert!(destination.handle.force_take_over().is_err() && destination.handle.take_over(dead()).is_err());
     assert_eq!(destination.handle.phase(), DestinationPhase::Empty);
 }

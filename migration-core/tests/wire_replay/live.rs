@@ -150,10 +150,10 @@ pub(crate) fn run_by<C: Connector + 'static>(
     ended.unwrap_or_else(|_| panic!("the source hangs; destination {:?}", destination.handle.phase()))
 }
 
-fn destination(description: VmDescription, granule: u64) -> Destination {
+fn destination(description: VmDescription, block_pages: u64) -> Destination {
     // who loads the state waits for the first faults, so that they come on the demand lane in every run
     let faults: Vec<_> = FAULTS.iter().map(|pages| pages.to_vec()).collect();
-    let paging = Paging { granule, touched: faults.concat(), faults };
+    let paging = Paging { block_pages, touched: faults.concat(), faults };
     Destination::of(HANG, |to| Host { description, to, paging: Some(paging) })
 }
 
@@ -164,14 +164,14 @@ fn options(payload_crc: bool, huge: HugePages) -> SourceOptions {
 #[test]
 fn each_page_arrives_once() {
     for payload_crc in [false, true] {
-        for (description, granule, split) in [
+        for (description, block_pages, split) in [
             (small(), 1, HugePages::Split),
             (small(), 1, HugePages::Whole),
             (huge(), 512, HugePages::Split),
             (huge(), 512, HugePages::Whole),
         ] {
-            let what = format!("crc {payload_crc}, granule {granule}, {split:?}");
-            let destination = destination(description.clone(), granule);
+            let what = format!("crc {payload_crc}, block_pages {block_pages}, {split:?}");
+            let destination = destination(description.clone(), block_pages);
             let link = Link::new(&destination, None);
             let vm = RecordedVm::of(description, &BEFORE, &DURING);
             let (report, vm, link) = run(&destination, link, vm, options(payload_crc, split));
@@ -246,8 +246,8 @@ fn a_migration_of_its_own_thread_gives_its_vm_and_its_report_back_once() {
 #[test]
 fn cut_in_the_post_copy_phase() {
     let mut recovered = 0;
-    for (description, granule) in [(small(), 1), (huge(), 512)] {
-        let undisturbed = destination(description.clone(), granule);
+    for (description, block_pages) in [(small(), 1), (huge(), 512)] {
+        let undisturbed = destination(description.clone(), block_pages);
         let vm = RecordedVm::of(description.clone(), &BEFORE, &DURING);
         let link = Link::new(&undisturbed, None);
         let (_, _, link) = run(&undisturbed, link, vm, options(false, HugePages::Split));
@@ -269,7 +269,7 @@ fn cut_in_the_post_copy_phase() {
             let step = if direction.0 == LaneKind::Control { len / 24 } else { len / 9 };
             for after in (1..len).step_by(step.max(1)) {
                 let what = format!("{direction:?} is cut after {after} of {len} bytes");
-                let destination = destination(description.clone(), granule);
+                let destination = destination(description.clone(), block_pages);
                 let link = Link::new(&destination, Some((direction, after)));
                 let vm = RecordedVm::of(description.clone(), &BEFORE, &DURING);
                 let (mut report, mut vm, _) = run(&destination, link, vm, options(true, HugePages::Split));

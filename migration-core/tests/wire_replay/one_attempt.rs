@@ -201,7 +201,7 @@ fn a_complete_vm_outlives_the_callers_patience() {
             Err(AttemptError::Held { vm: VM, epoch: 1 }) => {}
             other => panic!("{:?}", other.map(|arrived| arrived.id)),
         }
-        attempt.handle().adopt().unwrap();
+        attempt.handle().force_take_over().unwrap();
         let arrived = attempt.receive(&mut listener, None).map(|arrived| arrived.epoch);
         assert_eq!(arrived.unwrap(), 2);
         Ok(())

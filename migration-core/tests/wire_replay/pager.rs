@@ -23,7 +23,7 @@ const POISON: u8 = 0xee;
 /// How a destination serves missing pages.
 #[derive(Clone)]
 pub(crate) struct Paging {
-    pub(crate) granule: u64,
+    pub(crate) block_pages: u64,
     /// Faults, as one call of `wait` after another returns them once the pager is armed.
     pub(crate) faults: Vec<Vec<u64>>,
     /// Pages that loading the state touches: it waits until they are there.
@@ -32,7 +32,7 @@ pub(crate) struct Paging {
 
 pub(crate) struct HeapPager {
     ram: Arc<HeapRam>,
-    granule: u64,
+    block_pages: u64,
     touched: Vec<u64>,
     state: Mutex<State>,
     changed: Condvar,
@@ -75,8 +75,8 @@ impl HeapPager {
             duplicates: 0,
             broken: Vec::new(),
         };
-        let (granule, touched) = (paging.granule, paging.touched.clone());
-        Self { ram, granule, touched, state: Mutex::new(state), changed: Condvar::new() }
+        let (block_pages, touched) = (paging.block_pages, paging.touched.clone());
+        Self { ram, block_pages, touched, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -108,7 +108,7 @@ impl HeapPager {
     }
 
     fn check_range(&self, range: PageRange) -> io::Result<()> {
-        let whole = range.first.is_multiple_of(self.granule) && range.count.is_multiple_of(self.granule);
+        let whole = range.first.is_multiple_of(self.block_pages) && range.count.is_multiple_of(self.block_pages);
         if whole && range.count > 0 && range.end() <= self.ram.layout().pages() {
             return Ok(());
         }
@@ -146,8 +146,8 @@ impl HeapPager {
 }
 
 impl Pager for HeapPager {
-    fn granule(&self) -> u64 {
-        self.granule
+    fn block_pages(&self) -> u64 {
+        self.block_pages
     }
 
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {

@@ -40,7 +40,7 @@ pub(crate) fn paged_description() -> VmDescription {
 
 pub(crate) fn paging() -> Paging {
     let faults = vec![vec![513], vec![3, 513], vec![543]];
-    Paging { granule: 1, faults, touched: vec![3, 513, 543] }
+    Paging { block_pages: 1, faults, touched: vec![3, 513, 543] }
 }
 
 pub(crate) fn guest() -> RecordedVm {

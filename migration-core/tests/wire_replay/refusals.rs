@@ -53,7 +53,7 @@ impl Session {
         session
     }
 
-    fn say(&mut self, frame: &Control) {
+    fn send_control(&mut self, frame: &Control) {
         // the lane may be closed already, when what was said before was refused
         let _ = self.control.outgoing.write(&frame.encode(0, self.said, 1));
         self.said += 1;
@@ -67,15 +67,15 @@ impl Session {
     }
 
     fn list(&mut self, count: u64) {
-        self.say(&missing(DURING.map(|(page, _)| page)));
-        self.say(&Control::PostCopy { missing: count, demand_lanes: 1 });
+        self.send_control(&missing(DURING.map(|(page, _)| page)));
+        self.send_control(&Control::PostCopy { missing: count, demand_lanes: 1 });
     }
 
     fn offer(&mut self) {
         let state = state().encode();
         let offer = Control::Offer { generation: 1, state_bytes: state.len() as u64, running: true };
-        self.say(&Control::State(Bytes::from(state)));
-        self.say(&offer);
+        self.send_control(&Control::State(Bytes::from(state)));
+        self.send_control(&offer);
     }
 
     /// Up to *running*; the pages that loading the state needs have come.
@@ -86,7 +86,7 @@ impl Session {
         drop(session.lanes[1].incoming.wait("a request", |s| !s.bytes.is_empty() || s.closed));
         session.lanes[1].outgoing.write(&pages(&[3, 513, 543], 0, GENERATION)).unwrap();
         session.hear("ready");
-        session.say(&Control::Run);
+        session.send_control(&Control::Run);
         session.hear("running");
         session
     }
@@ -127,7 +127,7 @@ fn lists_that_are_wrong() {
         ("complete", vec![Control::Complete(Default::default())]),
     ] {
         let mut session = Session::agreed();
-        frames.iter().for_each(|frame| session.say(frame));
+        frames.iter().for_each(|frame| session.send_control(frame));
         session.refused(reason);
         assert_eq!(session.destination.handle.phase(), DestinationPhase::Empty, "{reason}");
     }
@@ -137,7 +137,7 @@ fn lists_that_are_wrong() {
 fn post_copy_that_was_not_agreed_on() {
     for frame in [missing([1]), Control::PostCopy { missing: 0, demand_lanes: 1 }] {
         let mut session = Session::new(FEATURE_PAYLOAD_CRC);
-        session.say(&frame);
+        session.send_control(&frame);
         session.refused("not agreed on");
     }
     let session = Session::new(FEATURE_PAYLOAD_CRC);
@@ -227,14 +227,14 @@ fn pages_that_nobody_wants() {
     session.lanes[1].outgoing.write(&pages(&[1, 2, 3], 2, GENERATION)).unwrap();
     session.lanes[0].outgoing.write(&pages(&[1, 2, 100, 511, 512, 530], 1, GENERATION)).unwrap();
     session.hear("complete");
-    session.say(&Control::Done);
+    session.send_control(&Control::Done);
     crate::post_copy::check_by_hand(&session.destination.finish().0);
 }
 
 #[test]
 fn done_before_all_has_come() {
     let mut session = Session::handed_over();
-    session.say(&Control::Done);
+    session.send_control(&Control::Done);
     session.refused("done");
     assert_eq!(session.destination.handle.phase(), DestinationPhase::Running);
     come_back(&session.destination, session.token, 1);
@@ -246,7 +246,7 @@ fn done_before_all_has_come() {
 fn a_vm_that_lacks_pages_is_not_inherited() {
     let session = Session::handed_over();
     let handle = &session.destination.handle;
-    assert!(handle.adopt().is_err());
-    let why = handle.inherit(dead()).unwrap_err().to_string();
+    assert!(handle.force_take_over().is_err());
+    let why = handle.take_over(dead()).unwrap_err().to_string();
     assert!(why.contains("only at its source"), "{why}");
 }

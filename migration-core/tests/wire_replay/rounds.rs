@@ -126,7 +126,7 @@ impl DirtyTracker for Tracker {
         Ok(())
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         self.bits.pages.lock().unwrap().union_with(pages);
         self.bits.end();
     }
@@ -344,7 +344,7 @@ impl Strategy for OneRound {
 }
 
 fn destination(paged: bool) -> Destination {
-    let paging = paged.then(|| Paging { granule: 1, faults: Vec::new(), touched: Vec::new() });
+    let paging = paged.then(|| Paging { block_pages: 1, faults: Vec::new(), touched: Vec::new() });
     Destination::of(HANG, |to| Host { description: four_stripes(), to, paging })
 }
 

@@ -107,13 +107,18 @@ impl Peer {
         };
         peer.hear("hello");
         let session = SessionToken([7; 16]);
-        peer.say(&Control::Welcome(Welcome { version: VERSION, features: FEATURE_POST_COPY, streams: 1, session }));
+        peer.send_control(&Control::Welcome(Welcome {
+            version: VERSION,
+            features: FEATURE_POST_COPY,
+            streams: 1,
+            session,
+        }));
         peer.open();
-        peer.say(&Control::Prepared { load_us: None });
+        peer.send_control(&Control::Prepared { load_us: None });
         peer.hear("ping");
-        peer.say(&Control::Pong);
+        peer.send_control(&Control::Pong);
         while !peer.take_pages(false) {}
-        peer.say(&Control::RoundReceived { generation: 1 });
+        peer.send_control(&Control::RoundReceived { generation: 1 });
         peer.hear("offer");
         peer
     }
@@ -121,18 +126,18 @@ impl Peer {
     /// *run* has come: the source will never run the VM again.
     fn in_doubt() -> Self {
         let mut peer = Self::offered();
-        peer.say(&Control::Ready);
+        peer.send_control(&Control::Ready);
         peer.hear("run");
         peer
     }
 
     fn serving() -> Self {
         let mut peer = Self::in_doubt();
-        peer.say(&Control::Running);
+        peer.send_control(&Control::Running);
         peer
     }
 
-    fn say(&mut self, frame: &Control) {
+    fn send_control(&mut self, frame: &Control) {
         self.say_as(frame, 1);
     }
 
@@ -189,15 +194,15 @@ impl Peer {
         assert_eq!(said(&self.control), Some(Control::Reattach(VM)));
         assert_eq!(said(&self.control), Some(Control::Run));
         self.words = 0;
-        self.say(&Control::Running);
+        self.send_control(&Control::Running);
     }
 
     /// The source still has everything, and an honest destination gets it.
     fn gets_served(mut self, what: &str) -> Report {
         assert!(self.calls.lock().unwrap().is_empty(), "{what}: {:?}", self.calls);
         self.back();
-        self.say(&missing(DURING.map(|(page, _)| page)));
-        self.say(&Control::PostCopy { missing: DURING.len() as u64, demand_lanes: 0 });
+        self.send_control(&missing(DURING.map(|(page, _)| page)));
+        self.send_control(&Control::PostCopy { missing: DURING.len() as u64, demand_lanes: 0 });
         self.open();
         self.ends_well(what)
     }
@@ -211,7 +216,7 @@ impl Peer {
             self.take_pages(false);
         }
         assert!(self.calls.lock().unwrap().is_empty(), "{what}: {:?}", self.calls);
-        self.say(&Control::Complete(FaultSummary::default()));
+        self.send_control(&Control::Complete(FaultSummary::default()));
         self.hear("done");
         let (report, vm) = self.ended.recv_timeout(HANG).unwrap_or_else(|_| panic!("{what}: the source hangs"));
         assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
@@ -242,7 +247,7 @@ type Says = Box<dyn Fn(&mut Peer) + Sync>;
 /// Each of these ends the link. It makes no difference whether *running* was said before.
 #[test]
 fn what_is_refused() {
-    let control = |frame: Control| -> Says { Box::new(move |peer| peer.say(&frame)) };
+    let control = |frame: Control| -> Says { Box::new(move |peer| peer.send_control(&frame)) };
     let request = |pages: Vec<u64>, generation| -> Says { Box::new(move |peer| peer.request(&pages, generation)) };
     let demand = |bytes: Vec<u8>| -> Says {
         Box::new(move |peer| peer.demand.as_ref().unwrap().outgoing.write(&bytes).unwrap_or_default())
@@ -320,14 +325,14 @@ fn what_does_nothing() {
         peer.take_pages(true);
     }
     assert!(peer.have.contains_key(&3) && peer.have.contains_key(&513) && !peer.have.contains_key(&4));
-    peer.say(&Control::Ready);
+    peer.send_control(&Control::Ready);
     peer.hear("run");
-    peer.say(&Control::Running);
+    peer.send_control(&Control::Running);
     // a list that nobody has asked for
-    peer.say(&missing([0, 1]));
-    peer.say(&Control::PostCopy { missing: 2, demand_lanes: 0 });
-    peer.say(&Control::Pong);
-    peer.say(&Control::Running);
+    peer.send_control(&missing([0, 1]));
+    peer.send_control(&Control::PostCopy { missing: 2, demand_lanes: 0 });
+    peer.send_control(&Control::Pong);
+    peer.send_control(&Control::Running);
     let report = peer.ends_well("requests in vain");
     assert_eq!((report.recoveries, report.pages.demanded, report.faults.network), (0, 2, 2));
     assert_eq!(report.pages.demanded + report.pages.pushed, DURING.len() as u64, "each page once");
@@ -359,7 +364,7 @@ fn lists_that_cannot_be() {
         peer.control.outgoing.update(|s| s.ended = true);
         for _ in 0..2 {
             peer.back();
-            says.iter().for_each(|frame| peer.say(frame));
+            says.iter().for_each(|frame| peer.send_control(frame));
         }
         let report = peer.gets_served(what);
         assert!(report.recoveries <= 3, "{what}: {}", report.recoveries);
@@ -368,8 +373,8 @@ fn lists_that_cannot_be() {
     let mut peer = Peer::serving();
     peer.control.outgoing.update(|s| s.ended = true);
     peer.back();
-    peer.say(&all());
-    peer.say(&post_copy(count));
+    peer.send_control(&all());
+    peer.send_control(&post_copy(count));
     peer.open();
     peer.control.outgoing.update(|s| s.ended = true);
     assert_eq!(peer.gets_served("lost twice").recoveries, 2);
@@ -388,8 +393,8 @@ fn pages_that_arrive_behind_the_list() {
     peer.refuses.store(true, Ordering::Relaxed);
     peer.control.outgoing.update(|s| s.ended = true);
     peer.back();
-    peer.say(&missing(DURING.map(|(page, _)| page)));
-    peer.say(&Control::PostCopy { missing: DURING.len() as u64, demand_lanes: 0 });
+    peer.send_control(&missing(DURING.map(|(page, _)| page)));
+    peer.send_control(&Control::PostCopy { missing: DURING.len() as u64, demand_lanes: 0 });
     // no page goes out on this link
     peer.back();
     peer.ends_well("late pages");

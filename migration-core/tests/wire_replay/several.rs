@@ -169,7 +169,7 @@ fn a_vm_that_is_held_stays_held_while_others_come_and_go() {
         assert_eq!(world.destination.handle.vms(), [held]);
     }
     // its source is dead, says a person
-    world.destination.handle.vm(VM).unwrap().adopt().unwrap();
+    world.destination.handle.vm(VM).unwrap().force_take_over().unwrap();
     assert_eq!(world.arrivals.recv_timeout(HANG).unwrap(), (VM, 2));
     assert!(world.started[&VM].recv_timeout(HANG).unwrap().running);
     world.forgotten(VM);

@@ -208,7 +208,7 @@ fn options(store: &Arc<Moody>) -> SourceOptions {
 }
 
 fn destination(stores: Vec<Arc<dyn PageStore>>) -> Destination {
-    let paging = Paging { granule: 1, faults: vec![vec![3], vec![5], vec![2700, 7]], touched: vec![3, 5] };
+    let paging = Paging { block_pages: 1, faults: vec![vec![3], vec![5], vec![2700, 7]], touched: vec![3, 5] };
     let options = ReceiverOptions { idle_timeout: HANG, stores, ..ReceiverOptions::default() };
     Destination::with(options, |to| Host { description: vm(), to, paging: Some(paging) })
 }

@@ -79,7 +79,7 @@ fn one_line_of_an_unidentified_peer_is_read_and_no_more() {
     assert!(matches!(error, HandshakeError::NotADestination(_)));
     assert!(error.to_string().contains("\"SSH-2.0-OpenSSH_9.9\""), "{error}");
     assert_eq!(unread, b"and more".len());
-    let (error, unread) = answer(&[b'x'; STRANGER_BYTES + 9], io::ErrorKind::UnexpectedEof);
+    let (error, unread) = answer(&[b'x'; FOREIGN_BYTES + 9], io::ErrorKind::UnexpectedEof);
     assert!(matches!(error, Err(HandshakeError::NotADestination(_))));
     assert_eq!(unread, 9);
 }

@@ -1,7 +1,7 @@
 //! Replaces the VMM process under a running VM, now or by a schedule (HyperFresh: Bagdi, Kugve and
 //! Gopalan, APSys 2017).
 //!
-//! A VMM implements [`Predecessor`] and keeps one [`Succession`]. Then [`replace`] does the whole
+//! A VMM implements [`Predecessor`] and keeps one [`HandOvers`]. Then [`replace`] does the whole
 //! sequence:
 //!
 //! 1. One successor is prepared at a time: a second request is refused.
@@ -30,13 +30,13 @@
 //!
 //! use migration_core::vm::VmError;
 //! use migration_kvm::{
-//!     handover::{Attempt, NewSuccessor, NotReplaced, Predecessor, Replacement, Succession, VmOwner, replace},
+//!     handover::{Attempt, NewSuccessor, NotReplaced, Predecessor, Replacement, HandOvers, VmOwner, replace},
 //!     successor::Successor,
 //! };
 //!
 //! struct Vmm {
 //!     control: PathBuf,
-//!     succession: Succession<Duration>,
+//!     hand_overs: HandOvers<Duration>,
 //! }
 //!
 //! impl Predecessor for Vmm {
@@ -44,8 +44,8 @@
 //!     type Plan = Duration;
 //!     type Report = String;
 //!
-//!     fn succession(&self) -> &Succession<Duration> {
-//!         &self.succession
+//!     fn hand_overs(&self) -> &HandOvers<Duration> {
+//!         &self.hand_overs
 //!     }
 //!
 //!     fn control(&self) -> Result<PathBuf, VmError> {
@@ -88,7 +88,7 @@
 //!     }
 //! }
 //!
-//! let vmm = Arc::new(Vmm { control: "/run/vm.sock".into(), succession: Succession::default() });
+//! let vmm = Arc::new(Vmm { control: "/run/vm.sock".into(), hand_overs: HandOvers::default() });
 //! if let Replacement::Done { pid, .. } = replace(&vmm, &Duration::ZERO)? {
 //!     println!("process {pid} runs the VM");
 //! }
@@ -131,7 +131,7 @@ pub trait Predecessor: Send + Sync + 'static {
     type Report: Send + 'static;
 
     /// Returns the record of successors and schedules, of which a VMM has one.
-    fn succession(&self) -> &Succession<Self::Plan>;
+    fn hand_overs(&self) -> &HandOvers<Self::Plan>;
 
     /// Returns the path of the control socket, at which a successor will be found.
     ///
@@ -252,7 +252,7 @@ pub enum ReplaceError {
 
 /// The successors and schedules of a VMM. `P` is a [`Predecessor::Plan`].
 #[derive(Debug)]
-pub struct Succession<P> {
+pub struct HandOvers<P> {
     /// Held while a successor is prepared and takes over.
     preparing: Mutex<()>,
     schedule: Mutex<Scheduled<P>>,
@@ -266,13 +266,13 @@ struct Scheduled<P> {
     plan: Option<P>,
 }
 
-impl<P> Default for Succession<P> {
+impl<P> Default for HandOvers<P> {
     fn default() -> Self {
         Self { preparing: Mutex::default(), schedule: Mutex::new(Scheduled { number: 0, plan: None }) }
     }
 }
 
-impl<P: Clone> Succession<P> {
+impl<P: Clone> HandOvers<P> {
     /// Returns the schedule that counts.
     pub fn scheduled(&self) -> Option<P> {
         self.last().plan.clone()
@@ -305,10 +305,10 @@ impl<P: Clone> Succession<P> {
 /// When no hand-over has begun: another successor is prepared, this one does not get ready, or the
 /// VMM refuses. The VM runs on here, and nothing is left of the successor.
 pub fn replace<V: Predecessor>(vmm: &Arc<V>, plan: &V::Plan) -> Result<Replacement<V::Report>, ReplaceError> {
-    let succession = vmm.succession();
-    let _one_at_a_time = succession.begin()?;
+    let hand_overs = vmm.hand_overs();
+    let _one_at_a_time = hand_overs.begin()?;
     let control = vmm.control()?;
-    let mut successor = start(&**vmm, &control, plan, succession.scheduled().as_ref())?;
+    let mut successor = start(&**vmm, &control, plan, hand_overs.scheduled().as_ref())?;
     vmm.cede_control(&control);
     let attempt = vmm.hand_over(&successor);
     match attempt {

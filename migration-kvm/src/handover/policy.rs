@@ -54,7 +54,7 @@ impl RefreshPolicy for MemoryGrowth {
     }
 }
 
-/// Resident anonymous memory of the calling process, in bytes.
+/// Active anonymous memory of the calling process, in bytes.
 fn own_memory() -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status");
     let status = status.map_err(|e| io::Error::new(e.kind(), format!("/proc/self/status: {e} (is /proc mounted?)")))?;

@@ -35,10 +35,10 @@ pub fn schedule<V: Predecessor>(
     policy: impl Fn() -> Box<dyn RefreshPolicy> + Send + 'static,
 ) -> Result<(), ReplaceError> {
     let number = {
-        let succession = vmm.succession();
-        let _until_none_is_prepared = succession.wait();
+        let hand_overs = vmm.hand_overs();
+        let _until_none_is_prepared = hand_overs.wait();
         vmm.control()?;
-        let mut last = succession.last();
+        let mut last = hand_overs.last();
         last.number += 1;
         last.plan = Some(plan.clone());
         last.number
@@ -50,7 +50,7 @@ pub fn schedule<V: Predecessor>(
 
 fn run<V: Predecessor>(vmm: &Arc<V>, number: u64, plan: &V::Plan, policy: &dyn Fn() -> Box<dyn RefreshPolicy>) {
     let mut present = policy();
-    while vmm.runs_on(TICK) && vmm.succession().last().number == number {
+    while vmm.runs_on(TICK) && vmm.hand_overs().last().number == number {
         match present.due() {
             Ok(false) => continue,
             Ok(true) => match replace(vmm, plan) {

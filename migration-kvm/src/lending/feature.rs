@@ -11,7 +11,7 @@ use migration_core::{
     channel::{Connector, Listener},
     engine::{
         Commands, ReceiveError, ReceiverHandle, SourceOptions,
-        ephemeral::{Awaiting, Dormant, PersistentVm, Resident},
+        ephemeral::{Active, Awaiting, PersistentVm, Standby},
     },
     fence::Fence as _,
     protocol::DestinationPhase,
@@ -37,7 +37,7 @@ pub struct Answer<A> {
 #[derive(Debug)]
 pub struct Fetched<V, A> {
     /// The guest; or the VM without it, and why it did not come.
-    pub guest: Result<Resident<V>, (Dormant<V>, ReceiveError)>,
+    pub guest: Result<Active<V>, (Standby<V>, ReceiveError)>,
     /// What the home VMM has answered; `None` if it did not in time.
     pub answer: Option<A>,
 }
@@ -94,9 +94,9 @@ fn look_for_guest(receiver: &ReceiverHandle, home: &[u8]) {
 #[derive(Debug)]
 pub enum GivenBack<V> {
     /// The guest is at home.
-    AtHome(Dormant<V>, Box<Report>),
+    AtHome(Standby<V>, Box<Report>),
     /// It has stayed here, and runs.
-    Stayed(Resident<V>, Box<Report>),
+    Stayed(Active<V>, Box<Report>),
     /// It is lost: the home VMM has died when it was about to run it, or just after.
     HomeDied,
     /// What has become of it is not known: the thread that hands it over has died.
@@ -111,19 +111,19 @@ pub enum GivenBack<V> {
 /// # Errors
 /// The guest, which runs on here, when there is no thread for it.
 pub fn give_back<V: PersistentVm>(
-    guest: Resident<V>,
+    guest: Active<V>,
     to: Box<dyn Connector>,
     options: SourceOptions,
     commands: Commands,
     home: &[u8],
     mut is_in_doubt: impl FnMut() -> bool,
-) -> Result<GivenBack<V>, (Resident<V>, io::Error)> {
+) -> Result<GivenBack<V>, (Active<V>, io::Error)> {
     let (give, given) = mpsc::channel();
     let (tx, returned) = mpsc::channel();
     // if it stays in doubt this never ends
     let body = move || {
         if let Ok(guest) = given.recv() {
-            let guest: Resident<V> = guest;
+            let guest: Active<V> = guest;
             // the one who waits for it may have seen the home VMM die
             let _ = tx.send(guest.relinquish(&*to, &options, commands));
         }

@@ -11,7 +11,7 @@ use migration_core::{
     channel::{Connector, Listener},
     engine::{
         Commands, ReceiveError, ReceiverHandle, ReceiverOptions, SourceOptions,
-        ephemeral::{Dormant, PersistentVm, Resident},
+        ephemeral::{Active, PersistentVm, Standby},
     },
     fence::Fence as _,
     protocol::DestinationPhase,
@@ -65,12 +65,12 @@ pub enum AbsenceEnd<V> {
     /// The guest did not leave.
     Stayed {
         /// The VM, which runs here.
-        guest: Resident<V>,
+        guest: Active<V>,
         /// Why it did not leave.
         report: Box<Report>,
     },
     /// The guest is back.
-    Returned(Resident<V>),
+    Returned(Active<V>),
     /// It does not come back: the feature VMM has died, or the listener is broken.
     Lost(ReceiveError),
     /// It does not come back, as [`Absence::end`] has said.
@@ -133,7 +133,7 @@ impl Absence {
     pub fn run<V: PersistentVm>(
         &self,
         home: &Arc<dyn HomeVmm>,
-        guest: Resident<V>,
+        guest: Active<V>,
         journey: Journey<'_>,
     ) -> AbsenceEnd<V> {
         let (watched, vmm) = (self.0.clone(), home.clone());
@@ -158,7 +158,7 @@ impl Absence {
     fn wait_return<V: PersistentVm>(
         &self,
         home: &dyn HomeVmm,
-        dormant: Dormant<V>,
+        dormant: Standby<V>,
         report: &Report,
         receiver: ReceiverOptions,
         back: &mut dyn Listener,

@@ -3,7 +3,7 @@
 //!
 //! Two VMMs hold a VM. At the *home VMM* it is at home; a *feature VMM* asks for its guest, does
 //! something with it (a snapshot, a migration, introspection), and gives it back. The types
-//! [`Resident`] and [`Dormant`] say who may run the guest. This module adds what two processes need
+//! [`Active`] and [`Standby`] say who may run the guest. This module adds what two processes need
 //! that may die at any moment:
 //!
 //! | | home VMM | feature VMM |
@@ -29,7 +29,7 @@
 //!     channel::{Connector, Listener},
 //!     engine::{
 //!         Controller, ReceiverOptions, SourceOptions,
-//!         ephemeral::{PersistentVm, Resident},
+//!         ephemeral::{PersistentVm, Active},
 //!     },
 //!     report::Report,
 //! };
@@ -49,11 +49,11 @@
 //! }
 //!
 //! fn lend<V: PersistentVm>(
-//!     guest: Resident<V>,
+//!     guest: Active<V>,
 //!     feature: Vec<u8>,
 //!     to: &dyn Connector,
 //!     back: &mut dyn Listener,
-//! ) -> Option<Resident<V>> {
+//! ) -> Option<Active<V>> {
 //!     let (_controller, commands) = Controller::new();
 //!     let journey = Journey {
 //!         to,
@@ -74,8 +74,8 @@
 //! }
 //! ```
 //!
-//! [`Resident`]: migration_core::engine::ephemeral::Resident
-//! [`Dormant`]: migration_core::engine::ephemeral::Dormant
+//! [`Active`]: migration_core::engine::ephemeral::Active
+//! [`Standby`]: migration_core::engine::ephemeral::Standby
 //! [`PersistentVm`]: migration_core::engine::ephemeral::PersistentVm
 //! [`ProcessFence`]: crate::fence::ProcessFence
 

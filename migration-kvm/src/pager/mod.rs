@@ -184,13 +184,14 @@ impl UserFaultPager {
 
     /// `range` comes from a peer.
     fn check(&self, range: PageRange) -> io::Result<()> {
-        let (granule, all) = (self.pages.granule(), self.pages.ram().layout().pages());
+        let (block_pages, all) = (self.pages.block_pages(), self.pages.ram().layout().pages());
         let inside = range.count != 0 && range.first.checked_add(range.count).is_some_and(|end| end <= all);
-        if inside && range.first.is_multiple_of(granule) && range.count.is_multiple_of(granule) {
+        if inside && range.first.is_multiple_of(block_pages) && range.count.is_multiple_of(block_pages) {
             return Ok(());
         }
         let PageRange { first, count } = range;
-        let why = format!("pages {first}+{count} are not whole blocks of {granule} pages inside guest RAM of {all}");
+        let why =
+            format!("pages {first}+{count} are not whole blocks of {block_pages} pages inside guest RAM of {all}");
         Err(io::Error::new(io::ErrorKind::InvalidInput, why))
     }
 
@@ -255,8 +256,8 @@ impl UserFaultPager {
 }
 
 impl Pager for UserFaultPager {
-    fn granule(&self) -> u64 {
-        self.pages.granule()
+    fn block_pages(&self) -> u64 {
+        self.pages.block_pages()
     }
 
     /// Registers first, and drops afterwards: in the other order, a touch in between would make a page of zeros that
@@ -321,9 +322,9 @@ impl Pager for UserFaultPager {
     }
 
     /// Makes huge pages of the blocks that arrived in pieces, as far as all their pages hold data.
-    fn settle(&self) {
+    fn collapse_huge_pages(&self) {
         let blocks = std::mem::take(&mut *self.split.lock().unwrap_or_else(PoisonError::into_inner));
-        let were_missing = self.map().read(|map| map.left_behind().clone());
+        let were_missing = self.map().read(|map| map.missing_at_hand_over().clone());
         for block in blocks.iter() {
             let range = PageRange::new(block * HUGE_BLOCK, HUGE_BLOCK);
             let whole = were_missing.count_in(range) == HUGE_BLOCK && self.pages.is_huge_block(range);
@@ -380,8 +381,8 @@ impl Pager for UserFaultPager {
     }
 
     fn wake(&self, page: u64) -> io::Result<()> {
-        let granule = self.pages.granule();
-        let block = PageRange::new(page - page % granule, granule);
+        let block_pages = self.pages.block_pages();
+        let block = PageRange::new(page - page % block_pages, block_pages);
         self.check(block)?;
         self.pages.wake(block)
     }

@@ -47,7 +47,7 @@ impl Pages {
         &self.fault
     }
 
-    pub(super) fn granule(&self) -> u64 {
+    pub(super) fn block_pages(&self) -> u64 {
         if self.ram.backing() == Backing::Hugetlb { HUGE_BLOCK } else { GRANULE }
     }
 
@@ -66,7 +66,7 @@ impl Pages {
     pub(super) fn hidden(&self, range: PageRange) -> Option<Vec<RamSlice<'_>>> {
         let alias = self.alias.as_ref()?;
         // taking the memory now makes lack of it an error, not a signal; and it is one call for all pages
-        alias.warm(range).ok()?;
+        alias.prefault(range).ok()?;
         self.ram.layout().split(range).map(|(_, _, piece)| alias.slice(piece).ok()).collect()
     }
 
@@ -144,7 +144,7 @@ impl Pages {
                 |page| self.zero_by_hand(page),
             );
         }
-        let (mut already, step) = (0, self.granule());
+        let (mut already, step) = (0, self.block_pages());
         for first in run.pages().step_by(step as usize) {
             let block = PageRange::new(first, step);
             if self.zero_by_hand(block)? {
@@ -166,7 +166,7 @@ impl Pages {
                 // SAFETY: inside guest RAM, which is never borrowed.
                 unsafe { uffd_api::map(self.fd(), address, block.bytes()) }
             } else {
-                // SAFETY: as above; the source is a static, of the length of a page, which is the granule here.
+                // SAFETY: as above; the source is a static, of the length of a page, which is the block_pages here.
                 unsafe { uffd_api::copy(self.fd(), address, ZEROS.0.as_ptr() as u64, block.bytes()) }
             };
             match progress.error {
@@ -181,7 +181,7 @@ impl Pages {
     /// Lets somebody go on who touched `page`, which is not missing: it was never populated, was discarded, or is in the
     /// file but not mapped here. What it holds stays; and if it is there by now, the toucher is woken.
     pub(super) fn answer(&self, page: u64, kind: Kind) -> io::Result<()> {
-        let block = PageRange::new(page - page % self.granule(), self.granule());
+        let block = PageRange::new(page - page % self.block_pages(), self.block_pages());
         let (fd, at, len) = (self.fd(), self.address(block.first)?, block.bytes());
         // SAFETY: inside guest RAM, which is never borrowed; a page that has contents is not changed.
         let map = || unsafe { uffd_api::map(fd, at, len) };
@@ -195,7 +195,7 @@ impl Pages {
             (Backing::Memfd, _) => [&zero, &map],
             (Backing::Hugetlb, _) => {
                 if let Some(alias) = &self.alias {
-                    alias.warm(block).map_err(io::Error::other)?;
+                    alias.prefault(block).map_err(io::Error::other)?;
                 }
                 [&map, &map]
             }
@@ -266,7 +266,7 @@ impl Pages {
                     // it came so far, and says why not farther when it is asked again
                     Some(_) if part.count != 0 => {}
                     Some(Errno::EEXIST) => {
-                        part.count = self.granule();
+                        part.count = self.block_pages();
                         if exists(part)? {
                             already += part.count;
                         }

@@ -269,17 +269,17 @@ impl MappedRam {
     ///
     /// # Errors
     /// Fails with [`RamError::System`].
-    pub fn warm_shared(&self, patience: Duration) -> Result<bool, RamError> {
-        self.warm_shared_by(patience, &mut |range| self.warm_for_reading(range))
+    pub fn prefault_shared(&self, patience: Duration) -> Result<bool, RamError> {
+        self.prefault_shared_by(patience, &mut |range| self.prefault_for_reading(range))
     }
 
-    /// Fills page tables like [`warm_shared`](Self::warm_shared), with `fill` instead of this
+    /// Fills page tables like [`prefault_shared`](Self::prefault_shared), with `fill` instead of this
     /// process's own page tables. `fill` can be [`pre_fault`](crate::state::pre_fault) or a
     /// function for a device. It gets pieces of up to 1 MiB, each in one region.
     ///
     /// # Errors
     /// Fails with the errors of `fill`, and with [`RamError::System`].
-    pub fn warm_shared_by(
+    pub fn prefault_shared_by(
         &self,
         patience: Duration,
         fill: &mut dyn FnMut(PageRange) -> Result<(), RamError>,
@@ -333,7 +333,7 @@ impl MappedRam {
     ///
     /// # Errors
     /// Fails with [`RamError::System`].
-    pub fn cool_shared(&self, patience: Duration) -> Result<bool, RamError> {
+    pub fn unmap_shared_in_pieces(&self, patience: Duration) -> Result<bool, RamError> {
         if !self.backing.is_shared() {
             return Ok(true);
         }
@@ -375,7 +375,7 @@ impl MappedRam {
     /// # Errors
     /// Fails with [`RamError::Outside`], and with [`RamError::System`] if memory is short or before
     /// Linux 5.14.
-    pub fn warm(&self, range: PageRange) -> Result<(), RamError> {
+    pub fn prefault(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::PopulateWrite, "populate memory")
     }
 
@@ -384,7 +384,7 @@ impl MappedRam {
     ///
     /// # Errors
     /// Fails like [`warm`](Self::warm).
-    pub fn warm_for_reading(&self, range: PageRange) -> Result<(), RamError> {
+    pub fn prefault_for_reading(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::PopulateRead, "map populated memory")
     }
 
@@ -537,9 +537,9 @@ mod tests {
             }
             ram.discard(PageRange::new(4, 1)).unwrap();
             assert!(!populated(&ram).contains(4), "{backing}");
-            ram.warm(PageRange::new(0x2fe, 4)).unwrap();
+            ram.prefault(PageRange::new(0x2fe, 4)).unwrap();
             assert_eq!(populated(&ram).count_in(PageRange::new(0x2fe, 4)), 4, "{backing}");
-            assert!(matches!(ram.warm(PageRange::new(0x500, 4)), Err(RamError::Outside { .. })));
+            assert!(matches!(ram.prefault(PageRange::new(0x500, 4)), Err(RamError::Outside { .. })));
             assert!(ram.discard(PageRange::new(u64::MAX, 2)).is_err());
         }
     }
@@ -616,7 +616,7 @@ mod tests {
         ram.write(0x5000, &[1; 0x3000]).unwrap();
         let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
         let other = MappedRam::from_memory_files(layout(), files, Backing::Memfd).unwrap();
-        assert!(other.warm_shared(Duration::from_secs(60)).unwrap());
+        assert!(other.prefault_shared(Duration::from_secs(60)).unwrap());
         // holes stay holes
         assert!(populated(&other).iter().eq([4, 5, 6]), "{:?}", populated(&other));
         let mut byte = [0];
@@ -629,13 +629,13 @@ mod tests {
             pieces.push(piece);
             Ok(())
         };
-        assert!(other.warm_shared_by(Duration::from_secs(60), &mut note).unwrap());
+        assert!(other.prefault_shared_by(Duration::from_secs(60), &mut note).unwrap());
         assert_eq!(pieces, [PageRange::new(4, 3)]);
-        assert!(!other.warm_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
-        let failed = other.warm_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
+        assert!(!other.prefault_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
+        let failed = other.prefault_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
         assert!(matches!(failed, Err(RamError::Unsealed(9))));
         // unmapping in one mapping changes the contents of neither
-        assert!(ram.cool_shared(Duration::from_secs(60)).unwrap());
+        assert!(ram.unmap_shared_in_pieces(Duration::from_secs(60)).unwrap());
         assert!(populated(&ram).iter().eq([4, 5, 6]));
         ram.read(0x7fff, &mut byte).unwrap();
         assert_eq!(byte, [1]);

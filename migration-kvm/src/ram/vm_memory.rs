@@ -208,7 +208,7 @@ impl DirtyTracker for VmMemoryBitmap {
         Ok(())
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         self.pending.union_with(pages);
     }
 }
@@ -237,7 +237,7 @@ mod tests {
         let mut bytes = [0; 4];
         ram.read(0x10_2ffe, &mut bytes).unwrap();
         assert_eq!(&bytes, b"late");
-        tracker.put_back(&dirty);
+        tracker.mark_dirty(&dirty);
         let mut again = PageSet::empty(12);
         tracker.harvest(&mut again).unwrap();
         assert_eq!(again, dirty);

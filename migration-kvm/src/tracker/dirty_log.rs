@@ -84,7 +84,7 @@ impl DirtyTracker for DirtyLog {
         Ok(())
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         self.pending.union_with(pages);
     }
 }

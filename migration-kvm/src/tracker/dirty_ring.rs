@@ -227,7 +227,7 @@ impl DirtyTracker for DirtyRing {
         Ok(())
     }
 
-    fn put_back(&mut self, pages: &PageSet) {
+    fn mark_dirty(&mut self, pages: &PageSet) {
         if let Some(tracking) = &mut self.collector.lock().tracking {
             tracking.pending.union_with(pages);
         }

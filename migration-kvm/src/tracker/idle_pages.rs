@@ -350,7 +350,7 @@ mod tests {
         for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
             let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 32 << 20 }]).unwrap();
             let ram = Arc::new(MappedRam::new(layout, backing).unwrap());
-            ram.warm(ram.layout().all()).unwrap();
+            ram.prefault(ram.layout().all()).unwrap();
             let idle = match IdlePages::watch_by(kernel.root.path(), ram) {
                 Ok(idle) => idle,
                 Err(why) => return eprintln!("ignored: {why}"),
@@ -375,7 +375,7 @@ mod tests {
         let (pages, touched) = (16_384, PageRange::new(100, 200));
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: pages << 12 }]).unwrap();
         let ram = Arc::new(MappedRam::new(layout, Backing::Anonymous).unwrap());
-        ram.warm(ram.layout().all()).unwrap();
+        ram.prefault(ram.layout().all()).unwrap();
         let idle = IdlePages::watch(ram.clone()).unwrap();
         ram.slice(touched).unwrap().copy_to(&mut vec![0; touched.count as usize * PAGE_SIZE]);
         let mut found = PageSet::empty(pages);

@@ -11,7 +11,7 @@ use thiserror::Error;
 
 /// The longest time that any call waits for a vCPU to stop, to do some work, or to end. A vCPU
 /// usually answers within 50 µs, but a host that is blocked for seconds must not make a pause fail.
-pub const MOST_WAIT: Duration = Duration::from_secs(10);
+pub const MAX_WAIT: Duration = Duration::from_secs(10);
 /// The interval at which a vCPU that has not stopped is kicked again.
 pub(super) const KICK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -116,8 +116,8 @@ pub enum VcpuError {
     /// The threads of the vCPUs have ended.
     #[error("the vCPUs' threads have ended")]
     Ended,
-    /// A vCPU did not answer within [`MOST_WAIT`].
-    #[error("vCPU {vcpu} does not {what} within {} s: {doing}", MOST_WAIT.as_secs())]
+    /// A vCPU did not answer within [`MAX_WAIT`].
+    #[error("vCPU {vcpu} does not {what} within {} s: {doing}", MAX_WAIT.as_secs())]
     Stuck {
         /// The number of the vCPU.
         vcpu: usize,

@@ -40,7 +40,7 @@
 //! `stop` is cleared only under the lock and only while vCPUs may run. So a thread that wakes up
 //! late from an earlier stop does not clear the `stop` of a pause.
 //!
-//! Every wait for a vCPU ends after [`MOST_WAIT`] with an error that names the vCPU and its
+//! Every wait for a vCPU ends after [`MAX_WAIT`] with an error that names the vCPU and its
 //! activity. Until then a vCPU that should stop is kicked again and again. A vCPU that is late
 //! stops, or does its work, as soon as it can; [`Vcpus::run`] cancels the stop.
 
@@ -68,7 +68,7 @@ mod doing;
 mod kick;
 
 use doing::{Activities, KICK_AGAIN};
-pub use doing::{Doing, MOST_WAIT, VcpuError};
+pub use doing::{Doing, MAX_WAIT, VcpuError};
 pub use kick::KickSignal;
 
 use crate::{state, tracker::GuestSlots};
@@ -224,7 +224,7 @@ impl Shared {
                 Ok(vcpu) => return Ok(vcpu),
                 // as in `vcpu`
                 Err(TryLockError::Poisoned(e)) => return Ok(e.into_inner()),
-                Err(TryLockError::WouldBlock) if began.elapsed() < MOST_WAIT => thread::sleep(RETRY_INTERVAL),
+                Err(TryLockError::WouldBlock) if began.elapsed() < MAX_WAIT => thread::sleep(RETRY_INTERVAL),
                 Err(TryLockError::WouldBlock) => return Err(self.stuck(index, "stop")),
             }
         }
@@ -290,7 +290,7 @@ impl Vcpus {
             started.threads.lock().unwrap_or_else(|e| e.into_inner()).push(thread);
         }
         for _ in 0..count {
-            begun.recv_timeout(MOST_WAIT).map_err(|_| io::Error::other("a vCPU's thread does not begin"))?;
+            begun.recv_timeout(MAX_WAIT).map_err(|_| io::Error::other("a vCPU's thread does not begin"))?;
         }
         Ok(started)
     }
@@ -333,7 +333,7 @@ impl Vcpus {
         self.kick_all();
         let (began, mut kicked) = (Instant::now(), Instant::now());
         while let Some(late) = control.stopped.iter().position(|&stopped| !stopped) {
-            if began.elapsed() >= MOST_WAIT {
+            if began.elapsed() >= MAX_WAIT {
                 return Err(self.shared.stuck(late, "stop"));
             }
             control = self.shared.wait_for(control, KICK_AGAIN);
@@ -407,7 +407,7 @@ impl Vcpus {
         };
         // no thread ends while it still has work: see `thread_main`
         let others = results.into_iter().map(|(index, rx)| {
-            rx.recv_timeout(MOST_WAIT.saturating_sub(began.elapsed())).map_err(|why| match why {
+            rx.recv_timeout(MAX_WAIT.saturating_sub(began.elapsed())).map_err(|why| match why {
                 mpsc::RecvTimeoutError::Timeout => self.shared.stuck(index, "begin the work on its state"),
                 mpsc::RecvTimeoutError::Disconnected => VcpuError::Ended,
             })
@@ -498,7 +498,7 @@ impl Vcpus {
         let mut control = self.shared.lock();
         // if a thread could not be started, later ones do not exist
         let threads = self.threads.lock().unwrap_or_else(|e| e.into_inner()).len();
-        while control.ended.iter().take(threads).any(|ended| !ended) && began.elapsed() < MOST_WAIT {
+        while control.ended.iter().take(threads).any(|ended| !ended) && began.elapsed() < MAX_WAIT {
             control = self.shared.wait_for(control, KICK_AGAIN);
             if kicked.elapsed() >= KICK_AGAIN {
                 kicked = Instant::now();

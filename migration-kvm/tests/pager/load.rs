@@ -32,8 +32,8 @@ pub fn stress(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.pages_of(|page| world.write(page, b"stale"))?;
     world.arm(&world.all())?;
-    let (granule, installed) = (world.pager.granule(), AtomicU64::new(0));
-    let is_zero = |page: u64| (page / granule).is_multiple_of(ZERO_EVERY);
+    let (block_pages, installed) = (world.pager.block_pages(), AtomicU64::new(0));
+    let is_zero = |page: u64| (page / block_pages).is_multiple_of(ZERO_EVERY);
     let count = |result: io::Result<Installed>| -> Result<(), String> {
         installed.fetch_add(result.map_err(|e| e.to_string())?.pages, Ordering::Relaxed);
         Ok(())
@@ -86,7 +86,7 @@ pub fn stress(backing: Backing) -> Outcome {
         others.push(scope.spawn(move || receiver.into_iter().try_for_each(demand)));
         let stop = Stop(&world.pager);
         let touchers: Vec<_> = (1..5u64).map(|seed| scope.spawn(move || check(seed * 0x1234_5678_9abc))).collect();
-        let step = granule.max(16);
+        let step = block_pages.max(16);
         for first in (0..world.pages()).step_by(step as usize) {
             push(range(first, step))?;
         }
@@ -170,7 +170,7 @@ pub fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
     ensure(sum == want, || format!("the guest read a sum of {sum}, not {want}"))?;
     let still = world.pager.missing();
     // code, tables and data; more only as far as a huge page has
-    ensure(still > 0 || world.pager.granule() > 1, || "who touched the rest?".into())
+    ensure(still > 0 || world.pager.block_pages() > 1, || "who touched the rest?".into())
 }
 
 /// Prints what a page costs, by the pages of a call. No assertion.
@@ -179,7 +179,7 @@ pub fn cost(backing: Backing) -> Outcome {
     for step in [1, 16, 512] {
         for turn in ["cold", "warm"] {
             let world = World::with_regions(backing, [PAGES << 12, 0x20_0000])?;
-            if step < world.pager.granule() {
+            if step < world.pager.block_pages() {
                 continue;
             }
             let data = vec![0x5a; PAGE_SIZE * step as usize];

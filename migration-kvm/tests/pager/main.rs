@@ -64,7 +64,7 @@ fn touching_sleeps(backing: Backing) -> Outcome {
             faults.clear();
             world.pager.wait(LONG, &mut faults)?;
             ensure(faults.len() == 1, || format!("after a wake: {faults:?}"))?;
-            expect(world.install(world.block(page), 1)?, world.pager.granule(), 0)?;
+            expect(world.install(world.block(page), 1)?, world.pager.block_pages(), 0)?;
             let bytes = toucher.join().map_err(|_| "the toucher panicked")??;
             ensure(bytes == contents(page, 1), || "wrong contents".into())
         })?;
@@ -92,7 +92,7 @@ fn racing_installs(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;
     for turn in 0..world.pages() / 512 {
-        let block = if world.pager.granule() == 1 { range(turn * 512 + 100, 60) } else { range(turn * 512, 512) };
+        let block = if world.pager.block_pages() == 1 { range(turn * 512 + 100, 60) } else { range(turn * 512, 512) };
         let barrier = Barrier::new(2);
         let install = |salt: u64| {
             world.pager.install(block, PageCopy::Source, &mut |slices| {
@@ -121,8 +121,8 @@ fn racing_installs(backing: Backing) -> Outcome {
 fn duplicates_keep_their_contents(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;
-    let granule = world.pager.granule();
-    if granule == 1 {
+    let block_pages = world.pager.block_pages();
+    if block_pages == 1 {
         expect(world.install(range(3, 4), 1)?, 4, 0)?;
         expect(world.install(range(9, 1), 1)?, 1, 0)?;
         expect(world.install(range(0, 16), 2)?, 11, 5)?;
@@ -150,8 +150,8 @@ fn zeros(backing: Backing) -> Outcome {
     // stale contents, dropped by arming
     world.pages_of(|page| world.write(page, &contents(page, 9)))?;
     world.arm(&world.all())?;
-    let granule = world.pager.granule();
-    expect(world.install(world.block(600), 1)?, granule, 0)?;
+    let block_pages = world.pager.block_pages();
+    expect(world.install(world.block(600), 1)?, block_pages, 0)?;
     // leaves a half-filled page behind
     let failed = world.pager.install(world.block(1700), PageCopy::Source, &mut |slices| {
         slices[0].take(100).copy_from(&[7; 100]);
@@ -168,7 +168,7 @@ fn zeros(backing: Backing) -> Outcome {
         let mut faults = Vec::new();
         world.pager.wait(LONG, &mut faults)?;
         let all = world.pages();
-        expect(world.pager.install_zeros(range(0, all))?, all - granule, granule)?;
+        expect(world.pager.install_zeros(range(0, all))?, all - block_pages, block_pages)?;
         let bytes = toucher.join().map_err(|_| "the toucher panicked")??;
         ensure(bytes.iter().all(|&b| b == 0), || "not zero".into())
     });
@@ -226,10 +226,10 @@ fn others_are_left_alone(backing: Backing) -> Outcome {
 fn stale_pages_are_dropped(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.pages_of(|page| world.write(page, &contents(page, 9)))?;
-    let granule = world.pager.granule();
+    let block_pages = world.pager.block_pages();
     let mut missing = PageSet::empty(world.pages());
-    for first in (granule..world.pages()).step_by(3 * granule as usize) {
-        missing.insert_range(range(first, granule));
+    for first in (block_pages..world.pages()).step_by(3 * block_pages as usize) {
+        missing.insert_range(range(first, block_pages));
     }
     world.arm(&missing)?;
     let answer = |fault: Fault| world.install(world.block(fault.page), 1).map(|_| ());
@@ -246,7 +246,7 @@ fn stale_pages_are_dropped(backing: Backing) -> Outcome {
 fn a_failed_fill_leaves_it_missing(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;
-    let block = if world.pager.granule() == 1 { range(40, 64) } else { range(0, 512) };
+    let block = if world.pager.block_pages() == 1 { range(40, 64) } else { range(0, 512) };
     thread::scope(|scope| -> Outcome {
         let toucher = scope.spawn(|| world.read(50).map_err(|e| format!("{e:?}")));
         let mut faults = Vec::new();
@@ -276,7 +276,7 @@ fn a_failed_fill_leaves_it_missing(backing: Backing) -> Outcome {
 fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;
-    let block = if world.pager.granule() == 1 { range(8, 8) } else { range(0, 512) };
+    let block = if world.pager.block_pages() == 1 { range(8, 8) } else { range(0, 512) };
     let (begun, second_filled) = (Barrier::new(2), Barrier::new(2));
     thread::scope(|scope| -> Outcome {
         let first = scope.spawn(|| {
@@ -335,7 +335,7 @@ fn huge_kilobytes(address: u64, kind: &str) -> Result<u64, Failed> {
 /// 2 MiB installed at once are one huge page; also next to pages installed one by one.
 fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
     let control = World::new(backing)?;
-    control.ram.warm(range(0, 512))?;
+    control.ram.prefault(range(0, 512))?;
     let huge = |ram: &MappedRam, index| huge_kilobytes(ram.host_address(index).as_ptr() as u64, "AnonHugePages:");
     let possible = huge(&control.ram, 0)? != 0;
     if !possible {
@@ -367,7 +367,7 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
 /// not depend on it.
 fn shared_huge_pages(backing: Backing) -> Outcome {
     let control = World::new(backing)?;
-    control.ram.warm(range(0, 512))?;
+    control.ram.prefault(range(0, 512))?;
     let possible = backing.may_be_huge() && control.ram.assemble_huge_pages(range(0, 512)).is_ok();
     if !possible {
         eprintln!("the host has no huge pages for shared memory: shared_huge_pages checks contents only");
@@ -377,12 +377,12 @@ fn shared_huge_pages(backing: Backing) -> Outcome {
         ensure(huge >= 2048 || !possible, || format!("{huge} kB of huge pages"))
     };
     let world = World::new(backing)?;
-    world.ram.warm(range(0, 512))?;
+    world.ram.prefault(range(0, 512))?;
     huge(&world.ram)?;
     world.write(7, b"shared")?;
     let files = world.ram.memory_files()?.iter().map(|file| file.try_clone_to_owned()).collect::<Result<_, _>>()?;
     let other = MappedRam::from_memory_files(world.ram.layout().clone(), files, backing)?;
-    other.warm_for_reading(range(0, 512))?;
+    other.prefault_for_reading(range(0, 512))?;
     huge(&other)?;
     let mut there = [0; 6];
     other.read(7 << 12, &mut there)?;
@@ -468,7 +468,7 @@ fn a_tracker_comes_and_goes(backing: Backing) -> Outcome {
             world.holds(range(page, 1), 1)?;
             tracker.harvest(&mut world.all())?;
             tracker.stop()?;
-            world.holds(range(page + 512 / world.pager.granule(), 1), 1)?;
+            world.holds(range(page + 512 / world.pager.block_pages(), 1), 1)?;
         }
         Ok(())
     })??;
@@ -486,8 +486,8 @@ fn protected_holes_are_missing(backing: Backing) -> Outcome {
     }
     expect(world.pager.install_zeros(range(0, 512))?, 512, 0)?;
     expect(world.install(range(512, 512), 1)?, 512, 0)?;
-    expect(world.install(world.block(1030), 1)?, world.pager.granule(), 0)?;
-    expect(world.pager.install_zeros(range(1024, 1024))?, 1024 - world.pager.granule(), world.pager.granule())?;
+    expect(world.install(world.block(1030), 1)?, world.pager.block_pages(), 0)?;
+    expect(world.pager.install_zeros(range(1024, 1024))?, 1024 - world.pager.block_pages(), world.pager.block_pages())?;
     world.zeros(range(0, 512))?;
     world.holds(range(512, 512), 1)?;
     world.holds(range(1030, 1), 1)?;
@@ -499,10 +499,10 @@ fn protected_holes_are_missing(backing: Backing) -> Outcome {
 /// What does not fit is refused, and changes nothing.
 fn refusals(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
-    let granule = world.pager.granule();
-    ensure(granule == if backing == Backing::Hugetlb { 512 } else { 1 }, || format!("granule {granule}"))?;
+    let block_pages = world.pager.block_pages();
+    ensure(block_pages == if backing == Backing::Hugetlb { 512 } else { 1 }, || format!("block_pages {block_pages}"))?;
     ensure(world.arm(&PageSet::full(7)).is_err(), || "a set of another VM".into())?;
-    if granule > 1 {
+    if block_pages > 1 {
         let mut half = PageSet::empty(world.pages());
         half.insert_range(range(0, 256));
         ensure(world.arm(&half).is_err(), || "half a huge page".into())?;
@@ -517,7 +517,7 @@ fn refusals(backing: Backing) -> Outcome {
         ensure(kind == Err(io::ErrorKind::InvalidInput), || format!("{what:?}: {result:?}"))
     };
     let mut bad = vec![(0, 0), (2048, 512), (1536, 1024), (u64::MAX, 1), (1, u64::MAX), (u64::MAX - 511, 512)];
-    if granule > 1 {
+    if block_pages > 1 {
         bad.extend([(0, 1), (1, 512)]);
     }
     for (first, count) in bad {
@@ -526,7 +526,7 @@ fn refusals(backing: Backing) -> Outcome {
         invalid(install, bad)?;
         invalid(world.pager.install_zeros(bad), bad)?;
     }
-    let crossing = if granule == 1 { range(500, 20) } else { range(0, 1024) };
+    let crossing = if block_pages == 1 { range(500, 20) } else { range(0, 1024) };
     invalid(world.install(crossing, 1), crossing)?;
     ensure(world.pager.wake(2048).is_err() && world.pager.wake(u64::MAX).is_err(), || "woke outside RAM".into())?;
     ensure(world.pager.missing() == world.pages(), || "something was installed".into())?;
@@ -557,7 +557,7 @@ fn refusals(backing: Backing) -> Outcome {
 fn pages_of_another_handler_are_duplicates(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;
-    let step = world.pager.granule();
+    let step = world.pager.block_pages();
     let theirs = vec![7u8; step as usize * PAGE_SIZE];
     let put = |first: u64| -> Outcome {
         let (region, offset) = world.ram.layout().locate(first).ok_or("no such page")?;
@@ -634,7 +634,7 @@ fn settling_makes_huge_pages(backing: Backing) -> Outcome {
     for page in (0..1024).chain(1536..2048).filter(|&page| page != 700) {
         expect(world.install(range(page, 1), 1)?, 1, 0)?;
     }
-    world.pager.settle();
+    world.pager.collapse_huge_pages();
     for index in 0..2 {
         let huge = huge_kilobytes(world.ram.host_address(index).as_ptr() as u64, "AnonHugePages:")?;
         ensure(huge == 2048 || !possible, || format!("region {index}: {huge} kB of huge pages"))?;

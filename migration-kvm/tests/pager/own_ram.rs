@@ -107,7 +107,7 @@ fn world(backing: Backing) -> Result<World<OwnRam>, libtest_mimic::Failed> {
 /// installed, and nothing else is touched.
 pub fn ram_of_the_vmms_own(backing: Backing) -> Outcome {
     let world = world(backing)?;
-    let granule = world.pager.granule();
+    let block_pages = world.pager.block_pages();
     // what an earlier round has brought, to be replaced or to stay
     world.write(600, &contents(600, 9))?;
     world.write(1030, &contents(1030, 9))?;
@@ -119,13 +119,13 @@ pub fn ram_of_the_vmms_own(backing: Backing) -> Outcome {
     let read = world.serve(answer, || world.read(600))??;
     ensure(read == contents(600, 1), || "stale, or torn".into())?;
     // a late copy, then the rest
-    expect(world.install(world.block(600), 2)?, 0, granule)?;
+    expect(world.install(world.block(600), 2)?, 0, block_pages)?;
     world.holds(world.block(600), 1)?;
     expect(world.install(range(0, 512), 1)?, 512, 0)?;
     world.holds(range(0, 512), 1)?;
     let zeros = world.pager.install_zeros(range(512, 512))?;
-    expect(zeros, 512 - granule, granule)?;
-    if granule == 1 {
+    expect(zeros, 512 - block_pages, block_pages)?;
+    if block_pages == 1 {
         world.zeros(range(601, 400))?;
     }
     expect(world.install(range(1536, 512), 3)?, 512, 0)?;

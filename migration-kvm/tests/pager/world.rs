@@ -99,8 +99,8 @@ impl<R: GuestRam + 'static> World<R> {
 
     /// The block of pages that is installed together with `page`.
     pub fn block(&self, page: u64) -> PageRange {
-        let granule = self.pager.granule();
-        PageRange::new(page / granule * granule, granule)
+        let block_pages = self.pager.block_pages();
+        PageRange::new(page / block_pages * block_pages, block_pages)
     }
 
     pub fn pages_of(&self, each: impl FnMut(u64) -> Outcome) -> Outcome {

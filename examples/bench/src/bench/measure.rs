@@ -270,7 +270,7 @@ fn ram(bytes: u64) -> Result<MappedRam, String> {
 }
 
 fn populate(ram: &MappedRam) -> Result<(), String> {
-    ram.warm(PageRange::new(0, ram.layout().pages())).map_err(describe)
+    ram.prefault(PageRange::new(0, ram.layout().pages())).map_err(describe)
 }
 
 /// Touches as much memory as a source and a destination of a guest of this size need, so that the host has it at hand;

@@ -38,7 +38,7 @@ const REPEAT: u32 = 5;
 const LOOK: Duration = Duration::from_millis(5);
 /// Target: the pause of the largest VM exceeds that of the smallest by no more than this, in
 /// milliseconds.
-const MOST_LONGER_MS: f64 = 10.0;
+const MAX_LONGER_MS: f64 = 10.0;
 /// Target: memory beyond the guest's RAM, as a constant and a share of the RAM.
 const MEMORY_BASE: u64 = 64 << 20;
 const MEMORY_SHARE: f64 = 0.000_3;
@@ -206,7 +206,7 @@ impl<'a> Group<'a> {
 fn within_targets(runs: &[Run], sizes: &[u64]) -> bool {
     let (Some(&smallest), Some(&largest)) = (sizes.first(), sizes.last()) else { return true };
     let pause = |bytes, strategy| Group::of(runs, bytes, strategy).median(|run| run.downtime_ms);
-    let pauses = STRATEGIES.iter().all(|s| pause(largest, s) <= pause(smallest, s) + MOST_LONGER_MS);
+    let pauses = STRATEGIES.iter().all(|s| pause(largest, s) <= pause(smallest, s) + MAX_LONGER_MS);
     pauses && runs.iter().all(|run| run.beyond.is_none_or(|both| both.iter().all(|&b| b <= allowed(run.bytes))))
 }
 

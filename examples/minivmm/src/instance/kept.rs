@@ -35,7 +35,7 @@ impl SupervisedVm for AtBroker {
 impl Instance {
     /// Has the broker, if there is one, keep the VM's RAM.
     pub(crate) fn keep_ram(&self) -> Result<(), String> {
-        self.tell_broker(Change::Nothing).map_err(describe)
+        self.report_broker(Change::Nothing).map_err(describe)
     }
 
     /// Where the broker is, if there is one. Waits for nobody.
@@ -72,14 +72,14 @@ impl Instance {
     }
 
     /// Changes what is to be known after this process, and has the broker know it. If the VM is borrowed that is its home's to do.
-    fn tell_broker(&self, change: Change<Saved>) -> Result<(), BrokerError> {
+    fn report_broker(&self, change: Change<Saved>) -> Result<(), BrokerError> {
         if self.lender().is_some() {
             return Ok(());
         }
         self.kept.update(self.at_broker().as_ref().map(|vm| vm as _), change)
     }
 
-    /// As [`tell_broker`](Self::tell_broker), where the VM must not be restarted by a broker that has not heard of it.
+    /// As [`report_broker`](Self::report_broker), where the VM must not be restarted by a broker that has not heard of it.
     fn must_tell_broker(&self, change: Change<Saved>) -> Result<(), String> {
         if self.lender().is_some() {
             return Ok(());
@@ -135,7 +135,7 @@ impl Instance {
         let file = snapshot.file.clone();
         let told = match self.lender() {
             Some(lender) => control::ask_peer(&lender, &Request::Saved { snapshot }).map(drop),
-            None => self.tell_broker(Change::Saved(snapshot)).map_err(describe),
+            None => self.report_broker(Change::Saved(snapshot)).map_err(describe),
         };
         if let Err(why) = told {
             log!("the VM is not restarted from {}: {why}", file.display());

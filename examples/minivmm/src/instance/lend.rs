@@ -2,7 +2,7 @@
 
 use migration_core::{
     channel::Listener,
-    engine::ephemeral::{Dormant, Resident},
+    engine::ephemeral::{Active, Standby},
     text::Chain,
 };
 use migration_kvm::lending::{self, Absence, AbsenceEnd, GivenBack, HomeVmm, Journey, TakeOverError};
@@ -66,7 +66,7 @@ impl Instance {
         if let Some(lent) = &mut self.lock().lent {
             lent.back = listener.address();
         }
-        let resident = Resident::new(Tenant::of(machine), self.last_epoch());
+        let resident = Active::new(Tenant::of(machine), self.last_epoch());
         let instance = self.clone();
         let body = move || {
             let journey = Journey {
@@ -153,7 +153,7 @@ impl Instance {
 
     /// This minivmm runs VMs of others, now and then.
     pub(crate) fn borrows(&self) {
-        self.lock().role = Role::Dormant;
+        self.lock().role = Role::Standby;
     }
 
     /// The VM is that of the minivmm at this control socket, which has this broker.
@@ -188,7 +188,7 @@ impl Instance {
         let mut state = self.lock();
         match state.role {
             // it may have come just now, or be on its way
-            Role::Home | Role::Saving | Role::Outgoing | Role::Dormant => {}
+            Role::Home | Role::Saving | Role::Outgoing | Role::Standby => {}
             role => return Err(format!("give back: this minivmm is {}", role.name())),
         }
         state.asked_back = true;
@@ -212,7 +212,7 @@ impl Instance {
                 Role::Outgoing | Role::InDoubt | Role::Saving => {
                     state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
                 }
-                Role::Home | Role::Incoming | Role::Lent | Role::Dormant => return Fate::Here,
+                Role::Home | Role::Incoming | Role::Lent | Role::Standby => return Fate::Here,
             }
         }
     }
@@ -228,7 +228,7 @@ impl Instance {
     /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is lost.
     pub(crate) fn return_guest(
         self: &Arc<Self>,
-        guest: Resident<Tenant>,
+        guest: Active<Tenant>,
         to: &Address,
         owner: &[u8],
     ) -> (Option<Returned>, Value) {
@@ -266,7 +266,7 @@ impl Instance {
         let mut state = self.lock();
         state.epoch = report.epoch;
         match (&gone, state.role) {
-            (Ok(_), _) => (state.role, state.asked_back) = (Role::Dormant, false),
+            (Ok(_), _) => (state.role, state.asked_back) = (Role::Standby, false),
             (Err(_), Role::Outgoing | Role::InDoubt) => state.role = state.at_home(),
             (Err(_), _) => {}
         }
@@ -345,7 +345,7 @@ impl HomeVmm for Instance {
 }
 
 /// The VM, whose guest has gone, or is still here.
-pub(crate) type Returned = Result<Dormant<Tenant>, Resident<Tenant>>;
+pub(crate) type Returned = Result<Standby<Tenant>, Active<Tenant>>;
 
 /// What has become of a guest.
 pub(crate) enum Fate {

@@ -35,7 +35,7 @@ pub(super) const SERIAL_GSI: u32 = 4;
 /// is at least 20 s of it); beyond it the oldest bytes are dropped, and counted.
 const MAX_PENDING: usize = 1 << 20;
 /// The longest time that a question about the port waits for a vCPU that uses it.
-const MOST_IN_USE: Duration = Duration::from_millis(200);
+const MAX_IN_USE: Duration = Duration::from_millis(200);
 /// Longest receive buffer of the port.
 const MAX_INPUT: usize = 64;
 
@@ -367,7 +367,7 @@ impl Bus {
             match self.serial.try_lock() {
                 Ok(serial) => return Some(serial),
                 Err(TryLockError::Poisoned(e)) => return Some(e.into_inner()),
-                Err(TryLockError::WouldBlock) if began.elapsed() >= MOST_IN_USE => return None,
+                Err(TryLockError::WouldBlock) if began.elapsed() >= MAX_IN_USE => return None,
                 Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
             }
         }

@@ -13,11 +13,11 @@ use migration_core::{
     pager::Pager,
     state::{Section, VmState},
     tracker::DirtyTracker,
-    vm::{DestinationHost, DestinationVm, ProtectedVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
+    vm::{CheckpointedVm, DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 use migration_kvm::{
     ram::Backing,
-    spawner::{Preferred, stand_back},
+    spawner::{PriorityBoost, lower_priority},
     state::entry_pages,
     tracker::{IdlePages, TrackerKind},
 };
@@ -34,7 +34,7 @@ pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
     /// Since RAM is shared with another process, the guest has its turn before what is done there.
-    shared: OnceLock<Preferred>,
+    shared: OnceLock<PriorityBoost>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
     /// Whether vCPUs have stopped, and devices were brought to rest: only then do these have to be woken. A vCPU that has not
@@ -168,7 +168,7 @@ impl SourceVm for MachineSource {
             return;
         }
         if shared {
-            stand_back();
+            lower_priority();
         }
         self.machine.shut_down();
     }
@@ -308,7 +308,7 @@ impl DestinationVm for MachineDestination {
         identity()
     }
 
-    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+    fn protected(&mut self) -> Option<Box<dyn CheckpointedVm>> {
         Some(Box::new(MachineSource::new(self.0.clone())))
     }
 
@@ -378,7 +378,7 @@ impl PersistentVm for Tenant {
             if !here || machine.id() != vm.id {
                 return Err(VmError::new("another VM is at home here, in other memory"));
             }
-            machine.warm();
+            machine.prefault();
             return Ok(MachineDestination(machine.clone()));
         }
         let host = self.host.as_ref().ok_or_else(|| VmError::new("no VM is built here"))?;

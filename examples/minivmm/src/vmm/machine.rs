@@ -27,7 +27,7 @@ use migration_core::{
 use migration_kvm::{
     pager::UserFaultPager,
     ram::{Backing, MappedRam},
-    spawner::Preferred,
+    spawner::PriorityBoost,
     state::{HostNeeds, VCPU_SECTION},
     tracker::UserFault,
 };
@@ -135,7 +135,7 @@ pub(crate) struct Machine {
     /// Whether the user has paused it, as `standing` says; known without that lock, whose holder may wait for a vCPU.
     paused: AtomicBool,
     /// Of a guest that comes from another process of this machine.
-    preferred: Mutex<Option<Preferred>>,
+    preferred: Mutex<Option<PriorityBoost>>,
     /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
     fault: Option<Arc<UserFault>>,
     /// Shared with the balloon, which must not act behind its back.
@@ -204,20 +204,20 @@ impl Machine {
         let ram = MappedRam::from_memory_files(layout, files, config.backing);
         let machine = Self::around(ram.map_err(|e| MachineError(describe(e)))?, config, serial)?;
         if !cold {
-            machine.warm();
+            machine.prefault();
         }
         Ok(machine)
     }
 
     /// Fills page tables for a guest that runs in this RAM elsewhere, and is about to come.
-    pub(super) fn warm(&self) {
+    pub(super) fn prefault(&self) {
         let mut pre_faults = true;
         let mut fill = |range: PageRange| {
             // KVM's page tables and ours; where it cannot do that, ours
             pre_faults = pre_faults && self.pre_fault(range);
-            if pre_faults { Ok(()) } else { self.ram.warm_for_reading(range) }
+            if pre_faults { Ok(()) } else { self.ram.prefault_for_reading(range) }
         };
-        if let Err(error) = self.ram.warm_shared_by(WARMING, &mut fill) {
+        if let Err(error) = self.ram.prefault_shared_by(WARMING, &mut fill) {
             log!("the guest will be slow at first: {}", Chain(&error));
         }
     }
@@ -230,12 +230,12 @@ impl Machine {
     /// Its guest runs elsewhere, in the same RAM: unmaps that without disturbing it.
     pub(crate) fn let_go(&self) {
         // what is left then goes with the process
-        if let Err(error) = self.ram.cool_shared(COOLING) {
+        if let Err(error) = self.ram.unmap_shared_in_pieces(COOLING) {
             log!("{}", Chain(&error));
         }
     }
 
-    fn preferred(&self) -> MutexGuard<'_, Option<Preferred>> {
+    fn preferred(&self) -> MutexGuard<'_, Option<PriorityBoost>> {
         self.preferred.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -244,7 +244,7 @@ impl Machine {
         let mut preferred = self.preferred();
         // what the last one has changed is taken back first
         drop(preferred.take());
-        *preferred = Some(Preferred::first(&self.processors.threads()));
+        *preferred = Some(PriorityBoost::first(&self.processors.threads()));
     }
 
     /// The guest runs here: soon its vCPUs are as others again.
@@ -264,8 +264,8 @@ impl Machine {
     }
 
     /// Its vCPUs have their turn sooner as long as this lives.
-    pub(super) fn sooner(&self) -> Preferred {
-        Preferred::sooner(&self.processors.threads())
+    pub(super) fn sooner(&self) -> PriorityBoost {
+        PriorityBoost::sooner(&self.processors.threads())
     }
 
     fn around(ram: MappedRam, mut config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
@@ -671,7 +671,7 @@ impl Machine {
             started
         };
         if harvested.is_err() {
-            tracker.put_back(&dirty);
+            tracker.mark_dirty(&dirty);
         }
         self.put_tracker(tracker);
         harvested.map(|()| dirty)
@@ -691,7 +691,7 @@ impl Machine {
         // a tracker may begin with all pages dirty; nothing writes yet
         let mut none = PageSet::empty(self.pages());
         let started = tracker.start().and_then(|()| harvest_anew(&mut *tracker, &mut none));
-        tracker.put_back(dirty);
+        tracker.mark_dirty(dirty);
         self.put_tracker(tracker);
         started
     }
@@ -746,7 +746,7 @@ impl DirtyTracker for Absent {
         Err(Self::error())
     }
 
-    fn put_back(&mut self, _pages: &PageSet) {}
+    fn mark_dirty(&mut self, _pages: &PageSet) {}
 }
 
 /// KVM, unless it is missing, closed, or not wanted.

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use migration_core::{
     state::VmState,
     tracker::DirtyTracker,
-    vm::{ProtectedVm, SourceVm, VmError},
+    vm::{CheckpointedVm, SourceVm, VmError},
 };
 use migration_kvm::fence::ProcessIdentity;
 
@@ -17,7 +17,7 @@ pub(super) fn identity() -> Bytes {
 }
 
 /// Checkpoints are taken as a migration would take the machine away.
-impl ProtectedVm for MachineSource {
+impl CheckpointedVm for MachineSource {
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut *self.tracker
     }

@@ -28,7 +28,7 @@ use migration_core::{
 use migration_kvm::{
     ram::MappedRam,
     tracker::{TrackerKind, UserFault, WriteProtect},
-    vcpu::{Doing, MOST_WAIT, VcpuError},
+    vcpu::{Doing, MAX_WAIT, VcpuError},
 };
 
 use super::machine::Processors;
@@ -301,7 +301,7 @@ impl Processors for SoftwareProcessors {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.changed.notify_all();
         let late = |control: &mut Control| control.stopped.contains(&false);
-        let waited = self.shared.changed.wait_timeout_while(control, MOST_WAIT, late);
+        let waited = self.shared.changed.wait_timeout_while(control, MAX_WAIT, late);
         let (control, _) = waited.unwrap_or_else(|e| e.into_inner());
         match control.stopped.iter().position(|&stopped| !stopped) {
             // it waits for a page: there is nothing else that it could wait for
@@ -429,7 +429,7 @@ impl Drop for SoftwareProcessors {
         self.shut_down();
         let began = Instant::now();
         for (cpu, thread) in self.threads.drain(..).enumerate() {
-            while !thread.is_finished() && began.elapsed() < MOST_WAIT {
+            while !thread.is_finished() && began.elapsed() < MAX_WAIT {
                 thread::sleep(REST);
             }
             if thread.is_finished() {

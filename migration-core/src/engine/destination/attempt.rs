@@ -80,7 +80,7 @@ impl VmEntry {
             self.lost(attachment, &describe(&error));
             return Err(error);
         }
-        self.tell_phase();
+        self.report_phase();
         let DestinationAction::Build { hello, .. } = action else { return Ok(()) };
         let (streams, features) = (hello.streams.min(self.common.options.max_streams).max(1), hello.features);
         let reserved = match self.common.reserve(self.number, streams, features) {
@@ -224,7 +224,7 @@ impl VmEntry {
     /// reads the control lane, and notices a source that gives up.
     fn open(self: &Arc<Self>, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
-        session.say(&Control::Welcome(welcome))?;
+        session.send_control(&Control::Welcome(welcome))?;
         let (entry, session) = (self.clone(), session.clone());
         let body = move || match entry.await_lanes(&session, attachment) {
             Ok(()) => session.keep_alive(),
@@ -260,8 +260,8 @@ impl VmEntry {
         session.wait_attached(self.common.options.idle_timeout)?;
         let load = session.vm.borrow().and_then(|mut vm| vm.vm().estimate_load());
         let prepared = self.current(attachment)?.machine.prepared(load)?;
-        session.tell_prepared(&prepared)?;
-        self.tell_phase();
+        session.report_prepared(&prepared)?;
+        self.report_phase();
         Ok(())
     }
 }
@@ -269,7 +269,7 @@ impl VmEntry {
 /// Returns the requested feature bits that a VM with this pager supports.
 fn granted(wanted: u32, pager: Option<&dyn Pager>, has_stores: bool) -> u32 {
     let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
-    let post_copy = match pager.map(|pager| pager.granule()) {
+    let post_copy = match pager.map(|pager| pager.block_pages()) {
         Some(1) => wanted & FEATURE_POST_COPY,
         // a source that would send single pages cannot serve huge blocks
         Some(HUGE_BLOCK) if wanted & both == both => both,
@@ -311,26 +311,26 @@ mod tests {
     #[test]
     fn what_is_granted_fits_the_pager() {
         let pages = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
-        for granule in [0, 1, HUGE_BLOCK, 2 * HUGE_BLOCK] {
-            let pager = (granule > 0).then(|| missing(granule, &[]).1);
+        for block_pages in [0, 1, HUGE_BLOCK, 2 * HUGE_BLOCK] {
+            let pager = (block_pages > 0).then(|| missing(block_pages, &[]).1);
             for wanted in 0..=u32::from(u8::MAX) {
                 let granted = |stores| granted(wanted, pager.as_deref().map(|pager| pager as &dyn Pager), stores);
-                let fetches = granule == 1 && wanted & FEATURE_POST_COPY != 0 && wanted & FEATURE_CHECKPOINTS == 0;
+                let fetches = block_pages == 1 && wanted & FEATURE_POST_COPY != 0 && wanted & FEATURE_CHECKPOINTS == 0;
                 let stores = if fetches { wanted & FEATURE_STORES } else { 0 };
-                assert_eq!(granted(true) ^ granted(false), stores, "{granule} {wanted:#b}");
+                assert_eq!(granted(true) ^ granted(false), stores, "{block_pages} {wanted:#b}");
                 let granted = granted(false);
-                assert_eq!(granted & !(wanted & FEATURES), 0, "{granule} {wanted:#b}: nobody wants that");
-                let serves = match granule {
+                assert_eq!(granted & !(wanted & FEATURES), 0, "{block_pages} {wanted:#b}: nobody wants that");
+                let serves = match block_pages {
                     1 => wanted & FEATURE_POST_COPY,
                     HUGE_BLOCK if wanted & pages == pages => pages,
                     _ => 0,
                 };
-                assert_eq!(granted & pages, serves, "{granule} {wanted:#b}");
+                assert_eq!(granted & pages, serves, "{block_pages} {wanted:#b}");
                 let checkpoints = if serves == 0 { 0 } else { wanted & FEATURE_CHECKPOINTS };
-                assert_eq!(granted & FEATURE_CHECKPOINTS, checkpoints, "{granule} {wanted:#b}");
+                assert_eq!(granted & FEATURE_CHECKPOINTS, checkpoints, "{block_pages} {wanted:#b}");
                 let others = FEATURES & !pages & !FEATURE_CHECKPOINTS & !FEATURE_STORES;
-                assert_eq!(granted & FEATURE_STORES, 0, "{granule} {wanted:#b}");
-                assert_eq!(granted & others, wanted & others, "{granule} {wanted:#b}");
+                assert_eq!(granted & FEATURE_STORES, 0, "{block_pages} {wanted:#b}");
+                assert_eq!(granted & others, wanted & others, "{block_pages} {wanted:#b}");
             }
         }
     }

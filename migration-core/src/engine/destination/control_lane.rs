@@ -35,7 +35,7 @@ impl VmEntry {
         let Err(error) = served else { return };
         if !matches!(error, MigrationError::Link { .. } | MigrationError::Peer { .. }) {
             // best effort: the lane ends either way
-            let _ = session.say(&Control::error(error.code(), describe(&error)));
+            let _ = session.send_control(&Control::error(error.code(), describe(&error)));
         }
         // that a bulk lane failed is the cause; what followed from it on this one is not
         let why = session.over().unwrap_or_else(|| describe(&error));
@@ -80,7 +80,7 @@ impl VmEntry {
             }
             DestinationAction::Pong => {
                 drop(state);
-                session.say(&Control::Pong)?;
+                session.send_control(&Control::Pong)?;
             }
             DestinationAction::LoadPiece(piece) => {
                 drop(state);

@@ -236,7 +236,7 @@ impl VmEntry {
         }
         if !gatherer.is_released() && (first || !loss.at_source.is_empty()) {
             // best effort: a source that does not hear it learns it with its next list
-            let _ = session.say_running(&Control::EntryLost { entry });
+            let _ = session.send_running(&Control::EntryLost { entry });
         }
         missing.ask_source(&loss.at_source);
     }
@@ -246,7 +246,7 @@ impl VmEntry {
         let gatherer = session.gatherer()?;
         let received = gatherer.memory.receive(part.first, &part.entries);
         received.map_err(|error| MigrationError::Blocked(format!("the store table: {error}")))?;
-        session.say(&Control::StoreTableReceived { number: part.number })
+        session.send_control(&Control::StoreTableReceived { number: part.number })
     }
 
     /// The source says where pages are.
@@ -280,8 +280,8 @@ impl VmEntry {
     pub(super) fn answer_vacated(&self, session: &Session, missing: &Missing) {
         if self.release_source(session, missing).is_ok() {
             // best effort: a source that does not hear it comes back and asks
-            let _ = session.tell_released(missing);
-            return self.tell_phase();
+            let _ = session.report_released(missing);
+            return self.report_phase();
         }
         // as above
         let _ = session.list_missing();
@@ -355,7 +355,7 @@ impl VmHandle {
         let missing = session.missing().ok_or("no page of the VM was left behind")?;
         self.entry.release_source(&session, &missing)?;
         self.entry.source_is_done(&session);
-        self.entry.tell_phase();
+        self.entry.report_phase();
         Ok(())
     }
 }

@@ -72,16 +72,16 @@ impl ReceiverHandle {
     ///
     /// # Errors
     /// No complete VM is held, or its source is connected, or the receiver has several VMs.
-    pub fn adopt(&self) -> Result<(), Violation> {
-        self.only().ok_or_else(|| no_only_vm("adopt"))?.adopt()
+    pub fn force_take_over(&self) -> Result<(), Violation> {
+        self.only().ok_or_else(|| no_only_vm("adopt"))?.force_take_over()
     }
 
     /// See [`VmHandle::inherit`].
     ///
     /// # Errors
     /// No complete VM is held, or the receiver has several VMs.
-    pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
-        self.only().ok_or_else(|| no_only_vm("inherit"))?.inherit(source)
+    pub fn take_over(&self, source: Fenced) -> Result<(), Violation> {
+        self.only().ok_or_else(|| no_only_vm("inherit"))?.take_over(source)
     }
 
     /// See [`VmHandle::vm_ended`].
@@ -119,9 +119,9 @@ impl VmHandle {
     ///
     /// # Errors
     /// No complete VM is held, or its source is connected.
-    pub fn adopt(&self) -> Result<(), Violation> {
+    pub fn force_take_over(&self) -> Result<(), Violation> {
         let mut state = lock(&self.entry.state);
-        let action = state.machine.adopt()?;
+        let action = state.machine.force_take_over()?;
         let session = state.session.clone();
         drop(state);
         self.entry.take(session, &action);
@@ -132,13 +132,13 @@ impl VmHandle {
     ///
     /// # Errors
     /// No complete VM is held, or pages of it are only at the source.
-    pub fn inherit(&self, source: Fenced) -> Result<(), Violation> {
+    pub fn take_over(&self, source: Fenced) -> Result<(), Violation> {
         let mut state = lock(&self.entry.state);
         if !state.machine.is_complete() {
             let (epoch, phase) = (state.machine.epoch(), state.machine.phase());
             return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
         }
-        let action = state.machine.inherit(source)?;
+        let action = state.machine.take_over(source)?;
         let session = state.session.clone();
         drop(state);
         self.entry.take(session, &action);

@@ -1,6 +1,6 @@
 //! The introduction of a new connection: it names its purpose and becomes a lane.
 
-use super::{attempt::refuse_reattach, survive::CheckpointHalves, *};
+use super::{attempt::refuse_reattach, fail_over::CheckpointHalves, *};
 use crate::{vm::FailedAttempt, wire::MAGIC};
 
 /// The number of bytes of a preamble that tell whether it is one.

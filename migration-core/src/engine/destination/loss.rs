@@ -19,7 +19,7 @@ impl VmEntry {
         let Some(session) = state.session.clone() else { return };
         drop(state);
         // best effort: a source that does not get it comes back
-        let _ = session.tell_ended(ended);
+        let _ = session.report_ended(ended);
         if let Some(missing) = session.missing() {
             // no thread waits for pages any more
             missing.end();
@@ -125,7 +125,7 @@ impl VmEntry {
             why: why.to_owned(),
         });
         self.free_vm(given_up, why);
-        self.tell_phase();
+        self.report_phase();
         if let Some(failed) = failed {
             self.common.host.attempt_failed(&failed);
         }
@@ -138,7 +138,7 @@ impl VmEntry {
         }
     }
 
-    pub(super) fn tell_phase(&self) {
+    pub(super) fn report_phase(&self) {
         let phase = lock(&self.state).machine.phase();
         self.common.options.observer.event(&Event::Destination(phase));
     }

@@ -86,9 +86,9 @@ struct Requests {
 }
 
 /// Whether a set consists of whole blocks.
-pub(in crate::engine) fn is_whole(pages: &PageSet, granule: u64) -> bool {
-    let whole = |r: PageRange| r.first.is_multiple_of(granule) && r.count.is_multiple_of(granule);
-    granule == 1 || pages.ranges().all(whole)
+pub(in crate::engine) fn is_whole(pages: &PageSet, block_pages: u64) -> bool {
+    let whole = |r: PageRange| r.first.is_multiple_of(block_pages) && r.count.is_multiple_of(block_pages);
+    block_pages == 1 || pages.ranges().all(whole)
 }
 
 impl Missing {
@@ -130,13 +130,13 @@ impl Missing {
 
     /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
     pub(in crate::engine) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
-        let granule = self.pager.granule();
-        if self.map.read(|map| map.left_behind().count_in(range)) != range.count {
+        let block_pages = self.pager.block_pages();
+        if self.map.read(|map| map.missing_at_hand_over().count_in(range)) != range.count {
             let why = format!("pages {}+{} were not left behind", range.first, range.count);
             return Err(DecodeError::invalid("extent", why));
         }
-        if !range.first.is_multiple_of(granule) || !range.count.is_multiple_of(granule) {
-            let why = format!("pages {}+{} are no whole blocks of {granule}", range.first, range.count);
+        if !range.first.is_multiple_of(block_pages) || !range.count.is_multiple_of(block_pages) {
+            let why = format!("pages {}+{} are no whole blocks of {block_pages}", range.first, range.count);
             return Err(DecodeError::invalid("extent", why));
         }
         Ok(())
@@ -169,8 +169,8 @@ impl Missing {
     pub(in crate::engine) fn attach(&self, index: u16, writer: Box<dyn WriteHalf>) -> io::Result<()> {
         let Some(lane) = self.lanes.get(usize::from(index)) else { return Err(io::ErrorKind::InvalidInput.into()) };
         *lock(lane) = Some(Requests { writer, sequence: 0 });
-        let granule = self.pager.granule();
-        let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * granule).collect();
+        let block_pages = self.pager.block_pages();
+        let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * block_pages).collect();
         let waiting: Vec<u64> = waiting.into_iter().filter(|&page| !self.is_fetched(page)).collect();
         for pages in waiting.chunks(MAX_REQUESTS) {
             self.request(usize::from(index), pages.to_vec())?;
@@ -189,17 +189,17 @@ impl Missing {
     /// The pages of `runs` are in stores now: who waits for one of them waits for its store.
     pub(in crate::engine) fn ask_stores(&self, runs: &[PageRange]) {
         let Some(gatherer) = &self.gatherer else { return };
-        let (state, granule) = (lock(&self.state), self.pager.granule());
+        let (state, block_pages) = (lock(&self.state), self.pager.block_pages());
         let waits = |page: &u64| runs.iter().any(|run| run.pages().contains(page));
-        let pages: Vec<u64> = state.waiting.keys().map(|block| block * granule).filter(waits).collect();
+        let pages: Vec<u64> = state.waiting.keys().map(|block| block * block_pages).filter(waits).collect();
         drop(state);
         pages.into_iter().for_each(|page| gatherer.fault(page));
     }
 
     /// `pages` are at their source again: it is asked for those that somebody waits for.
     pub(in crate::engine) fn ask_source(&self, pages: &PageSet) {
-        let (state, granule) = (lock(&self.state), self.pager.granule());
-        let waiting = state.waiting.keys().map(|block| block * granule);
+        let (state, block_pages) = (lock(&self.state), self.pager.block_pages());
+        let waiting = state.waiting.keys().map(|block| block * block_pages);
         let waiting: Vec<u64> = waiting.filter(|&page| pages.contains(page)).collect();
         drop(state);
         for pages in waiting.chunks(MAX_REQUESTS) {
@@ -247,8 +247,8 @@ impl Missing {
 
     /// Returns whether somebody waits for a page that is at its source.
     fn is_asked(&self, state: &State) -> bool {
-        let granule = self.pager.granule();
-        let mut pages = state.waiting.keys().map(|block| block * granule);
+        let block_pages = self.pager.block_pages();
+        let mut pages = state.waiting.keys().map(|block| block * block_pages);
         self.map.read(|map| pages.any(|page| map.missing().contains(page) && !map.in_store().contains(page)))
     }
 
@@ -273,12 +273,12 @@ impl Missing {
 
     /// Records faults; those whose pages have to be asked for.
     fn note(&self, faults: &[Fault]) -> Vec<u64> {
-        let (now, granule) = (Instant::now(), self.pager.granule());
+        let (now, block_pages) = (Instant::now(), self.pager.block_pages());
         let mut wanted = Vec::new();
         let mut state = lock(&self.state);
         for fault in faults {
             if fault.thread.is_some()
-                && let Some(waits) = state.waiting.get(&(fault.page / granule))
+                && let Some(waits) = state.waiting.get(&(fault.page / block_pages))
                 && waits.iter().any(|waiter| waiter.thread == fault.thread)
             {
                 // a signal took it out of its wait, for a pause or a checkpoint, and it came back: the same fault
@@ -293,7 +293,7 @@ impl Missing {
                 let _ = self.pager.wake(fault.page);
                 continue;
             }
-            let waits = state.waiting.entry(fault.page / granule).or_default();
+            let waits = state.waiting.entry(fault.page / block_pages).or_default();
             if waits.is_empty() {
                 wanted.push(fault.page);
             }
@@ -358,10 +358,10 @@ impl Missing {
         if state.waiting.is_empty() {
             return;
         }
-        let (now, granule) = (Instant::now(), self.pager.granule());
-        let blocks = range.first / granule..range.end().div_ceil(granule);
+        let (now, block_pages) = (Instant::now(), self.pager.block_pages());
+        let blocks = range.first / block_pages..range.end().div_ceil(block_pages);
         let is_here = |block: &u64| {
-            let pages = PageRange::new(block * granule, granule);
+            let pages = PageRange::new(block * block_pages, block_pages);
             self.map.read(|map| map.missing().first_in(pages).is_none())
         };
         let State { waiting, latencies, .. } = state;
@@ -476,15 +476,15 @@ pub(in crate::engine) mod tests {
     pub(in crate::engine) struct HeapPager {
         ram: HeapRam,
         map: Arc<SharedPageMap>,
-        granule: u64,
+        block_pages: u64,
         /// What one call of `wait` after the other returns.
         faults: Mutex<Vec<Vec<Fault>>>,
         woken: Mutex<Vec<u64>>,
     }
 
     impl Pager for HeapPager {
-        fn granule(&self) -> u64 {
-            self.granule
+        fn block_pages(&self) -> u64 {
+            self.block_pages
         }
 
         fn arm(&self, _: &Arc<SharedPageMap>) -> Result<(), VmError> {
@@ -551,7 +551,7 @@ pub(in crate::engine) mod tests {
     const PAGES: u64 = 2 * STRIPE_PAGES;
     const GENERATION: u32 = 7;
 
-    pub(in crate::engine) fn missing(granule: u64, pages: &[(u64, u64)]) -> (Missing, Arc<HeapPager>) {
+    pub(in crate::engine) fn missing(block_pages: u64, pages: &[(u64, u64)]) -> (Missing, Arc<HeapPager>) {
         let border = STRIPE_PAGES + 8;
         let regions =
             vec![RamRegion { gpa: 0, len: border << 12 }, RamRegion { gpa: 1 << 40, len: (PAGES - border) << 12 }];
@@ -562,7 +562,7 @@ pub(in crate::engine) mod tests {
         map.leave_behind(&set).unwrap();
         let map = Arc::new(SharedPageMap::new(map));
         let (faults, woken) = (Mutex::default(), Mutex::default());
-        let pager = Arc::new(HeapPager { ram, map: map.clone(), granule, faults, woken });
+        let pager = Arc::new(HeapPager { ram, map: map.clone(), block_pages, faults, woken });
         (Missing::new(pager.clone(), map, GENERATION, 2, Arc::default()), pager)
     }
 
@@ -667,7 +667,7 @@ pub(in crate::engine) mod tests {
 
     #[test]
     fn a_set_is_whole_when_each_of_its_runs_is() {
-        for (runs, granule, whole) in [
+        for (runs, block_pages, whole) in [
             (&[(0, 4), (8, 8)][..], 4, true),
             (&[(0, 4), (8, 9)], 4, false),
             (&[(2, 4)], 4, false),
@@ -676,7 +676,7 @@ pub(in crate::engine) mod tests {
         ] {
             let mut set = PageSet::empty(100);
             runs.iter().for_each(|&(first, count)| set.insert_range(PageRange::new(first, count)));
-            assert_eq!(is_whole(&set, granule), whole, "{runs:?} {granule}");
+            assert_eq!(is_whole(&set, block_pages), whole, "{runs:?} {block_pages}");
         }
     }
 

@@ -5,6 +5,7 @@ mod allowance;
 mod attempt;
 mod connections;
 mod control_lane;
+mod fail_over;
 mod gather;
 mod handle;
 mod host;
@@ -19,7 +20,6 @@ pub(super) mod protection;
 mod queue;
 mod reserve;
 mod session;
-mod survive;
 mod switch_over;
 mod table;
 

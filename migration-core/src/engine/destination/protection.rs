@@ -32,7 +32,7 @@ use crate::{
     ram::GuestRam,
     report::Observer,
     tracker::Rearm,
-    vm::{ProtectedVm, VmError},
+    vm::{CheckpointedVm, VmError},
     wire::{Bulk, Checkpoint, Content, Extent, Header, STATE_CHUNK},
 };
 
@@ -50,7 +50,7 @@ pub(in crate::engine) struct Protection {
 }
 
 struct Protected {
-    vm: Box<dyn ProtectedVm>,
+    vm: Box<dyn CheckpointedVm>,
     /// What is due was written since the last committed checkpoint.
     rounds: RoundDriver,
     /// The last checkpoint that was begun.
@@ -66,7 +66,7 @@ struct Frozen {
 
 impl Protection {
     pub(in crate::engine) fn new(
-        mut vm: Box<dyn ProtectedVm>,
+        mut vm: Box<dyn CheckpointedVm>,
         identity: Bytes,
         ram: Arc<dyn GuestRam>,
         observer: Arc<dyn Observer>,
@@ -131,9 +131,9 @@ impl Protection {
         let frozen = frozen?;
         pages += lane.send_copy(&frozen, number)?;
         for chunk in frozen.state.chunks(STATE_CHUNK) {
-            lane.say(&Checkpoint::State(Bytes::copy_from_slice(chunk)), number)?;
+            lane.send_control(&Checkpoint::State(Bytes::copy_from_slice(chunk)), number)?;
         }
-        lane.say(&Checkpoint::Commit { pages, state_bytes: frozen.state.len() as u64 }, number)?;
+        lane.send_control(&Checkpoint::Commit { pages, state_bytes: frozen.state.len() as u64 }, number)?;
         lane.await_commit(number)?;
         let committed = rounds.due();
         rounds.arrived(&committed)?;
@@ -144,7 +144,7 @@ impl Protection {
 
 /// While the guest is paused.
 fn freeze(
-    vm: &mut dyn ProtectedVm,
+    vm: &mut dyn CheckpointedVm,
     rounds: &mut RoundDriver,
     ram: &dyn GuestRam,
     rearm: Option<&dyn Rearm>,
@@ -181,7 +181,7 @@ impl CheckpointLane {
         // before the answer, without which nothing is handed over
         protection.wanted.store(!interval.is_zero(), Ordering::Relaxed);
         *lock(&protection.source) = Some((Duration::from_micros(detect_us), identity));
-        self.say(&Checkpoint::Identity(protection.identity.clone()), 0)?;
+        self.send_control(&Checkpoint::Identity(protection.identity.clone()), 0)?;
         if !interval.is_zero()
             && let Some(missing) = wait_running()
         {
@@ -204,7 +204,7 @@ impl CheckpointLane {
         Ok(read)
     }
 
-    fn say(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
+    fn send_control(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
         let bytes = frame.encode(self.lane.sequence, number);
         self.lane.write(&bytes, &[])
     }

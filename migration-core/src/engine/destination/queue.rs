@@ -9,7 +9,7 @@ use crate::{
     PageSet,
     ram::GuestRam,
     state::Section,
-    vm::{FailedAttempt, ProtectedVm, VmDescription},
+    vm::{CheckpointedVm, FailedAttempt, VmDescription},
 };
 
 /// A receiver whose host and VMs belong to one thread, the thread of the VMM's event loop.
@@ -207,7 +207,7 @@ impl<H: DestinationHost + 'static> DestinationVm for RemoteVm<H> {
         self.call(|vm| vm.identity()).unwrap_or_default()
     }
 
-    fn protected(&mut self) -> Option<Box<dyn ProtectedVm>> {
+    fn protected(&mut self) -> Option<Box<dyn CheckpointedVm>> {
         self.call(|vm| vm.protected()).ok()?
     }
 

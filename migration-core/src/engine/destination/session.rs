@@ -213,7 +213,7 @@ impl Session {
         }
     }
 
-    pub(super) fn say(&self, frame: &Control) -> Result<(), MigrationError> {
+    pub(super) fn send_control(&self, frame: &Control) -> Result<(), MigrationError> {
         lock(&self.control).1.send(self.epoch, frame)
     }
 
@@ -280,25 +280,25 @@ impl Session {
     }
 
     /// The VM runs here: says so, and on a lane that was reattached, what it lacks.
-    pub(super) fn tell_running(&self) -> Result<(), MigrationError> {
+    pub(super) fn report_running(&self) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
-        self.say(&Control::Running)?;
+        self.send_control(&Control::Running)?;
         told.running = true;
         if let Some(ended) = &told.ended {
-            self.say(ended)?;
+            self.send_control(ended)?;
             told.complete = true;
             return Ok(());
         }
         let Some(missing) = self.missing() else { return Ok(()) };
         if self.is_released() {
             told.complete = true;
-            return self.say(&Control::Released(missing.summary()));
+            return self.send_control(&Control::Released(missing.summary()));
         }
         if lock(&self.lane_state).link == 0 {
-            return self.say_lost_entries();
+            return self.send_lost_entries();
         }
         if self.gatherer.is_some() || missing.needs_source() {
-            self.say_list()?;
+            self.send_list()?;
         }
         Ok(())
     }
@@ -307,49 +307,52 @@ impl Session {
     /// is said on another link comes between its frames.
     pub(super) fn list_missing(&self) -> Result<(), MigrationError> {
         let told = lock(&self.told);
-        if told.running { self.say_list() } else { Ok(()) }
+        if told.running { self.send_list() } else { Ok(()) }
     }
 
-    fn say_list(&self) -> Result<(), MigrationError> {
-        self.say_lost_entries()?;
+    fn send_list(&self) -> Result<(), MigrationError> {
+        self.send_lost_entries()?;
         let pages = self.map.read(PageMap::source_pages);
         for frame in missing_frames(&pages) {
-            self.say(&frame)?;
+            self.send_control(&frame)?;
         }
-        self.say(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
+        self.send_control(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
     }
 
     /// Says which entries have lost pages. The source may not have heard of it: it was found before the
     /// VM ran here, or while the link was lost.
-    fn say_lost_entries(&self) -> Result<(), MigrationError> {
-        self.map.read(PageMap::lost_entries).into_iter().try_for_each(|entry| self.say(&Control::EntryLost { entry }))
+    fn send_lost_entries(&self) -> Result<(), MigrationError> {
+        self.map
+            .read(PageMap::lost_entries)
+            .into_iter()
+            .try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
     }
 
     /// No page is missing any more: says so, unless *running* was not said yet. It then follows that.
-    pub(super) fn tell_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
+    pub(super) fn report_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         if !told.running || told.complete || self.gatherer.is_some() {
             return Ok(());
         }
         told.complete = true;
-        self.say(&Control::Complete(missing.summary()))
+        self.send_control(&Control::Complete(missing.summary()))
     }
 
     /// The source is not needed any more: says so. Where *running* was not said yet, it follows
     /// that.
-    pub(super) fn tell_released(&self, missing: &Missing) -> Result<(), MigrationError> {
+    pub(super) fn report_released(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         if !told.running || told.complete {
             return Ok(());
         }
         told.complete = true;
-        self.say(&Control::Released(missing.summary()))
+        self.send_control(&Control::Released(missing.summary()))
     }
 
     /// Says something that the source takes only after *running*; nothing before.
-    pub(super) fn say_running(&self, frame: &Control) -> Result<(), MigrationError> {
+    pub(super) fn send_running(&self, frame: &Control) -> Result<(), MigrationError> {
         let told = lock(&self.told);
-        if told.running { self.say(frame) } else { Ok(()) }
+        if told.running { self.send_control(frame) } else { Ok(()) }
     }
 
     /// Returns whether the source was released.
@@ -391,12 +394,12 @@ impl Session {
     }
 
     /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows that.
-    pub(super) fn tell_ended(&self, ended: Control) -> Result<(), MigrationError> {
+    pub(super) fn report_ended(&self, ended: Control) -> Result<(), MigrationError> {
         lock(&self.lane_state).guest_ended = true;
         let mut told = lock(&self.told);
         let now = told.running && !told.complete;
         told.complete |= now;
-        let said = if now { self.say(&ended) } else { Ok(()) };
+        let said = if now { self.send_control(&ended) } else { Ok(()) };
         told.ended = Some(ended);
         said
     }
@@ -570,8 +573,8 @@ impl Session {
     }
 
     /// Tells the source that all its lanes are here.
-    pub(super) fn tell_prepared(&self, prepared: &Control) -> Result<(), MigrationError> {
-        self.say(prepared)?;
+    pub(super) fn report_prepared(&self, prepared: &Control) -> Result<(), MigrationError> {
+        self.send_control(prepared)?;
         lock(&self.lane_state).prepared = true;
         self.changed.notify_all();
         Ok(())
@@ -618,7 +621,7 @@ impl Session {
         let all = lock(&self.lane_state).ended.iter().copied().min().unwrap_or(0);
         if all > *announced {
             *announced = all;
-            self.say(&Control::RoundReceived { generation: all })?;
+            self.send_control(&Control::RoundReceived { generation: all })?;
             // only now, so that *ready* is said behind it
             lock(&self.lane_state).complete = all;
             self.changed.notify_all();
@@ -645,7 +648,7 @@ impl Session {
     pub(super) fn fail(&self, code: ErrorCode, why: &str) {
         if self.end(why) {
             // best effort: if the source does not hear it, it notices the closed lanes
-            let _ = self.say(&Control::error(code, why));
+            let _ = self.send_control(&Control::error(code, why));
         }
         self.close(why);
     }

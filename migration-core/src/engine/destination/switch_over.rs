@@ -69,8 +69,8 @@ impl VmEntry {
         drop(state);
         // A source that has gone may have said why before, while the state was loaded. That is still to be read,
         // and it decides; without it, the lane's end does.
-        let _ = session.say(&ready);
-        self.tell_phase();
+        let _ = session.send_control(&ready);
+        self.report_phase();
         Ok(Flow::Continue)
     }
 
@@ -90,7 +90,7 @@ impl VmEntry {
             self.answer(session, attachment)
         };
         answered?;
-        self.tell_phase();
+        self.report_phase();
         Ok(())
     }
 
@@ -111,7 +111,7 @@ impl VmEntry {
             let why = format!("{} are listed, {announced} announced, with {lanes} demand lanes", pages.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        if !is_whole(&pages, pager.granule()) {
+        if !is_whole(&pages, pager.block_pages()) {
             return Err(DecodeError::invalid("missing pages", "not whole huge pages").into());
         }
         let left = session.map.change(|map| map.leave_behind(&pages));
@@ -163,7 +163,7 @@ impl VmEntry {
                 Turn::Complete => {
                     complete = true;
                     self.all_there(session, missing);
-                    missing.pager.settle();
+                    missing.pager.collapse_huge_pages();
                 }
                 Turn::Vacated => self.answer_vacated(session, missing),
                 Turn::Over => {
@@ -214,8 +214,8 @@ impl VmEntry {
         if state.machine.complete().is_ok() {
             drop(state);
             // best effort: a source that does not hear it comes back and asks
-            let _ = session.tell_complete(missing);
-            self.tell_phase();
+            let _ = session.report_complete(missing);
+            self.report_phase();
         }
     }
 
@@ -224,14 +224,14 @@ impl VmEntry {
         if lock(&self.state).attachment != attachment {
             return Ok(());
         }
-        session.tell_running()?;
+        session.report_running()?;
         if let Some(missing) = session.missing()
             && session.gatherer.is_none()
             && missing.is_complete()
         {
             // before the source can answer to it
             self.current(attachment)?.machine.complete()?;
-            session.tell_complete(&missing)?;
+            session.report_complete(&missing)?;
         }
         Ok(())
     }

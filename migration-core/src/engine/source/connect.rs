@@ -26,7 +26,7 @@ impl Engine<'_> {
         self.attach(LaneKind::Control)?;
         let features = self.wanted_features();
         let (streams, strategy) = (self.report.streams, self.strategy.name.to_owned());
-        self.say(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
+        self.send_control(&Control::Hello(Box::new(Hello { features, streams, strategy, vm: description })))?;
         if self.strategy.shares_ram {
             self.share_ram()?;
         }
@@ -54,22 +54,22 @@ impl Engine<'_> {
         // in the queue with those that follow while its answer is awaited: answers come in their order
         self.peer.last_ping = Instant::now();
         self.peer.pings.push_back(self.peer.last_ping);
-        self.say(&Control::Ping)?;
+        self.send_control(&Control::Ping)?;
         self.wait("an answer", self.options.idle_timeout, |event| matches!(event, SourceEvent::Pong).then_some(()))?;
         self.vm.start().map_err(MigrationError::vm("starting the devices' migration"))?;
         self.check_state_limits()?;
         self.report.setup = self.start.elapsed();
-        self.tell_phase();
+        self.report_phase();
         Ok(())
     }
 
     /// Whether RAM can be shared with a destination of this machine: found out before one is asked.
     fn check_sharing(&mut self, description: &VmDescription) -> Result<(), MigrationError> {
         let blocked = |why: String| Err(MigrationError::Blocked(why));
-        if self.vm.tracker().is_active() && self.pages() > dirty_log::MOST_PAGES {
+        if self.vm.tracker().is_active() && self.pages() > dirty_log::MAX_PAGES {
             return blocked(format!(
                 "the dirty log of more than {} pages does not go along: end it before",
-                dirty_log::MOST_PAGES
+                dirty_log::MAX_PAGES
             ));
         }
         match self.vm.shared_ram() {
@@ -105,7 +105,7 @@ impl Engine<'_> {
     }
 
     /// Notes what controllers are answered that ask for something from now on.
-    pub(super) fn tell_controllers(&self) {
+    pub(super) fn report_controllers(&self) {
         let mut requests = lock(&self.requests);
         requests.post_copy = match self.report.demand_lanes {
             0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
@@ -215,7 +215,7 @@ impl Engine<'_> {
         if welcome.features & FEATURE_POST_COPY != 0 {
             self.report.demand_lanes = self.options.demand_lanes.min(MAX_DEMAND_LANES);
         }
-        self.tell_controllers();
+        self.report_controllers();
         self.set_block(self.peer.features & FEATURE_HUGE_BLOCKS != 0 || self.options.huge == HugePages::Whole);
         Ok(())
     }
@@ -240,7 +240,7 @@ impl Engine<'_> {
         {
             let (lane, mut reader) = self.open_lane(LaneKind::Checkpoint, 0)?;
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
-            let keeper = Keeper {
+            let checkpoint_receiver = CheckpointReceiver {
                 reader,
                 writer: lane.writer,
                 peer: lane.peer,
@@ -254,7 +254,7 @@ impl Engine<'_> {
                 zeros: PageSet::empty(self.report.pages.total),
             };
             let tx = self.peer_inputs();
-            self.spawn(Role::Control, "mig-checkpoint", Box::new(move || keeper.run(tx)))?;
+            self.spawn(Role::Control, "mig-checkpoint", Box::new(move || checkpoint_receiver.run(tx)))?;
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ impl Engine<'_> {
                 check_piece(&piece)?;
                 sent += piece.data.len() as u64;
                 self.report.state_bytes += piece.data.len() as u64;
-                self.say(&Control::Piece(piece))?;
+                self.send_control(&Control::Piece(piece))?;
             }
             self.measured.calibration.pending(pending);
             let ends = pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending);
@@ -100,7 +100,7 @@ impl Engine<'_> {
         self.estimate_state();
     }
 
-    pub(super) fn tell_progress(&mut self) {
+    pub(super) fn report_progress(&mut self) {
         let reading = self.reading();
         let progress = self.measured.meter.read(&reading);
         self.options.observer.event(&Event::Progress(progress));

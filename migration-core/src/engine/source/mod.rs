@@ -1,15 +1,15 @@
 //! The source's engine: implements the verbs over real lanes, and does what the protocol machine says when a
 //! strategy has come to its end, whichever end that is.
 
-mod ahead;
+pub(super) mod checkpoint_receiver;
+mod conclude;
 mod connect;
-pub(super) mod keeper;
+mod forward_checkpoints;
 mod measure;
 mod parts;
 mod pause;
 mod places;
 mod serve;
-mod settle;
 mod switch_over;
 mod talk;
 mod verbs;
@@ -25,7 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use keeper::Keeper;
+use checkpoint_receiver::CheckpointReceiver;
 use parts::{FailSafeState, Guest, Measured, Peer, PostCopy, first_report};
 use serve::{DemandLane, Left};
 
@@ -72,11 +72,11 @@ const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pings without an answer whose time is kept: a destination that never answers one is not asked to.
-const MOST_PINGS: usize = 64;
+const MAX_PINGS: usize = 64;
 /// Pieces of device state a round.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
 /// Most inputs that are looked at before *run* is sent, in the pause: a destination may say anything without end.
-const MOST_HEEDED: usize = 256;
+const MAX_HEEDED: usize = 256;
 /// First wait between two attempts to reconnect.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
@@ -106,7 +106,7 @@ pub fn migrate(
     }
     let mut engine = Engine::new(vm, connector, named, options, commands);
     let result = engine.attempt(strategy);
-    engine.settle(result)
+    engine.conclude(result)
 }
 
 struct Engine<'a> {
@@ -212,7 +212,7 @@ impl<'a> Engine<'a> {
                 "the destination cannot send checkpoints: its VMM does not support them, or post-copy is ruled out";
             return Err(MigrationError::Blocked(why.into()));
         }
-        self.put_ahead()?;
+        self.put_checkpoint()?;
         self.open_places(places)?;
         strategy.migrate(Running::new(self))?;
         Ok(())

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{keeper::Kept, pause::PauseWatch, serve::Left, settle::Hurry};
+use super::{checkpoint_receiver::Protection, conclude::Hurry, pause::PauseWatch, serve::Left};
 use crate::{
     MigrationError, PAGE_SHIFT, PageSet,
     channel::{Closer, Connector},
@@ -139,7 +139,7 @@ impl PostCopy {
 
 /// What outlives the death of either side.
 pub(super) struct FailSafeState {
-    pub(super) kept: Arc<Kept>,
+    pub(super) kept: Arc<Protection>,
     /// The encoded state at the hand-over: the checkpoint before the first one.
     pub(super) handed_over: Bytes,
     /// Pages that are in the forward checkpoint in their last state.

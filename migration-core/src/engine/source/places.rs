@@ -238,7 +238,7 @@ impl Engine<'_> {
         self.places.parts += 1;
         let (first, entries) = self.places.table.unacknowledged();
         let part = TablePart { number: self.places.parts, first, entries: entries.to_vec() };
-        self.say(&Control::StoreTable(part))
+        self.send_control(&Control::StoreTable(part))
     }
 
     /// Waits until the destination has the whole table, and has read all that was said before.
@@ -292,7 +292,7 @@ impl Engine<'_> {
             (map.unannounced().clone(), map.located_runs(map.unannounced()))
         };
         for frame in located_frames(&runs) {
-            self.say(&Control::Located(frame))?;
+            self.send_control(&Control::Located(frame))?;
         }
         self.rounds.map().announced(&pages);
         Ok(())
@@ -321,7 +321,7 @@ impl Engine<'_> {
         if failure.is_loss() {
             self.lose_entry(entry);
             // best effort: the destination finds it out by itself
-            let _ = self.say(&Control::EntryLost { entry });
+            let _ = self.send_control(&Control::EntryLost { entry });
         }
         let error = failure.into_error();
         let what = format!("no page goes there any more: {}", Chain(&error));
@@ -428,7 +428,7 @@ impl Engine<'_> {
         let vacated = self.machine.vacated()?;
         let Control::Vacated { number } = vacated else { return Ok(()) };
         let generation = self.post_copy.left.generation.load(Ordering::Relaxed);
-        self.say(&vacated)?;
+        self.send_control(&vacated)?;
         for lane in &self.peer.lanes {
             // a lane that is gone has said why, which arrives as an input
             let _ = lane.send(Work::Mark(number, generation));

@@ -217,10 +217,10 @@ impl Engine<'_> {
         missing.subtract(self.rounds.map().with_copies());
         self.announce()?;
         for frame in missing_frames(&missing) {
-            self.say(&frame)?;
+            self.send_control(&frame)?;
         }
         let (end, generation) = self.machine.post_copy(missing.len(), self.report.demand_lanes)?;
-        self.say(&end)?;
+        self.send_control(&end)?;
         self.post_copy.lacking = missing.len();
         self.post_copy.missing_pages = self.post_copy.lacking;
         self.rounds.gone(&missing);

@@ -28,7 +28,7 @@ use super::*;
 use crate::state::Section;
 
 /// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
-const MOST_ENTRY_PAGES: u64 = 128;
+const MAX_ENTRY_PAGES: u64 = 128;
 
 /// What becomes of the pages that the destination lacks when the guest is paused.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl Engine<'_> {
         self.report.downtime = None;
         self.report.forced_switch_over = self.switch_over_wanted();
         self.guest.paused = true;
-        self.tell_controllers();
+        self.report_controllers();
         if self.strategy.shares_ram {
             self.options.spawner.begin_switch_over();
         }
@@ -62,7 +62,7 @@ impl Engine<'_> {
         self.guest.paused = false;
         self.rounds.map().taken_back();
         self.end_watch();
-        self.tell_controllers();
+        self.report_controllers();
         self.report.downtime = self.guest.paused_at.map(|at| at.elapsed());
         Ok(())
     }
@@ -78,7 +78,7 @@ impl Engine<'_> {
         let round = if self.strategy.shares_ram { None } else { self.begin_last_round(pages, rest, &state)? };
         self.send_state(&state)?;
         if rest == Rest::LeftBehind && !self.strategy.shares_ram {
-            self.put_rest_ahead()?;
+            self.put_rest_of_checkpoint()?;
         }
         self.await_ready(round.is_some())?;
         if let Some((generation, pages)) = round {
@@ -133,7 +133,7 @@ impl Engine<'_> {
         }
         self.vm.entry_pages(state, &mut entry);
         entry.intersect_with(rest);
-        entry.keep_first(MOST_ENTRY_PAGES);
+        entry.keep_first(MAX_ENTRY_PAGES);
         entry
     }
 
@@ -158,11 +158,11 @@ impl Engine<'_> {
             .collect();
         let last = chunks.pop().map(Control::State);
         for chunk in chunks {
-            self.say(&Control::State(chunk))?;
+            self.send_control(&Control::State(chunk))?;
             self.within_pause()?;
         }
         let offer = self.machine.offer(state.len() as u64, self.vm.starts_running())?;
-        self.say_all(&last.into_iter().chain([offer]).collect::<Vec<_>>())
+        self.send_all_control(&last.into_iter().chain([offer]).collect::<Vec<_>>())
     }
 
     /// Step 10. If there is a `round`, its lanes have to be done, too.
@@ -196,7 +196,7 @@ impl Engine<'_> {
             self.fail_safe.kept.handed_over.store(true, Ordering::Relaxed);
             self.options.observer.event(&Event::Checkpoint(self.fail_safe.kept.counts()));
         }
-        self.say(&run)?;
+        self.send_control(&run)?;
         self.await_running()
     }
 

@@ -3,12 +3,12 @@
 use super::*;
 
 impl Engine<'_> {
-    pub(super) fn say(&mut self, frame: &Control) -> Result<(), MigrationError> {
-        self.say_all(std::slice::from_ref(frame))
+    pub(super) fn send_control(&mut self, frame: &Control) -> Result<(), MigrationError> {
+        self.send_all_control(std::slice::from_ref(frame))
     }
 
     /// Says several things in one go: the destination is woken once.
-    pub(super) fn say_all(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
+    pub(super) fn send_all_control(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
         let result = self.peer.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
         match result {
@@ -86,7 +86,7 @@ impl Engine<'_> {
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
         if self.measured.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.measured.last_progress = Instant::now();
-            self.tell_progress();
+            self.report_progress();
             if self.fail_safe.kept.heard.swap(false, Ordering::Relaxed) {
                 self.is_alive();
             }
@@ -95,11 +95,11 @@ impl Engine<'_> {
                 && self.peer.last_ping.elapsed() >= PING_INTERVAL.min(patience / 4)
             {
                 let before = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
-                self.say(&Control::Ping)?;
+                self.send_control(&Control::Ping)?;
                 self.discount(self.measured.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
                 // only now: it may have waited for its turn on the link
                 self.peer.last_ping = Instant::now();
-                if self.peer.pings.len() < MOST_PINGS {
+                if self.peer.pings.len() < MAX_PINGS {
                     self.peer.pings.push_back(self.peer.last_ping);
                 }
                 self.peer.unanswered.get_or_insert(self.peer.last_ping);
@@ -200,14 +200,14 @@ impl Engine<'_> {
         }
     }
 
-    pub(super) fn tell_phase(&self) {
+    pub(super) fn report_phase(&self) {
         self.options.observer.event(&Event::Source(self.machine.phase()));
     }
 
     /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an error.
     pub(super) fn heed(&mut self) -> Result<(), MigrationError> {
         let now = Instant::now();
-        for _ in 0..MOST_HEEDED {
+        for _ in 0..MAX_HEEDED {
             match self.next_input(now)? {
                 Some(Input::Control(epoch, frame)) => drop(self.frame(epoch, frame)?),
                 Some(_) => {}

@@ -114,7 +114,7 @@ impl Verbs for Engine<'_> {
         self.run()
     }
 
-    fn left_behind(&self) -> u64 {
+    fn missing_at_hand_over(&self) -> u64 {
         self.rounds.map().at_source()
     }
 

@@ -142,7 +142,7 @@ pub struct PageMap {
     /// Pages in a store that nobody has claimed.
     unfetched: PageSet,
     /// Pages that were missing at the hand-over, whether or not they have arrived.
-    left_behind: PageSet,
+    missing_at_hand_over: PageSet,
     /// Of those that were at their source, the ones that were neither claimed nor announced to be in a
     /// store.
     never_claimed: PageSet,
@@ -172,7 +172,7 @@ impl PageMap {
             in_store: none.clone(),
             unclaimed: none.clone(),
             unfetched: none.clone(),
-            left_behind: none.clone(),
+            missing_at_hand_over: none.clone(),
             never_claimed: none.clone(),
             unsent: none.clone(),
             copies: Copies::new(pages),
@@ -213,8 +213,8 @@ impl PageMap {
     }
 
     /// Returns all pages that were missing at the hand-over, those that have arrived among them.
-    pub fn left_behind(&self) -> &PageSet {
-        &self.left_behind
+    pub fn missing_at_hand_over(&self) -> &PageSet {
+        &self.missing_at_hand_over
     }
 
     // ---- at the source, before the hand-over -----------------------------------------------------
@@ -234,7 +234,7 @@ impl PageMap {
     /// # Errors
     /// [`MapError::LeftBehind`]: the guest does not run here any more.
     pub fn dirtied(&mut self, pages: &PageSet) -> Result<(), MapError> {
-        none_in(pages, &self.left_behind)?;
+        none_in(pages, &self.missing_at_hand_over)?;
         if self.missing.is_empty() {
             self.written(pages);
         } else {
@@ -262,7 +262,7 @@ impl PageMap {
     /// # Errors
     /// [`MapError::LeftBehind`].
     pub fn sending(&mut self, pages: &PageSet) -> Result<(), MapError> {
-        none_in(pages, &self.left_behind)?;
+        none_in(pages, &self.missing_at_hand_over)?;
         self.unsent.union_with(pages);
         if !self.copies.pages().is_empty() {
             // whatever becomes of it, the destination has to be told once more
@@ -326,7 +326,7 @@ impl PageMap {
     /// # Errors
     /// [`MapError::LeftBehind`], for a page that was claimed.
     pub fn leave_behind(&mut self, pages: &PageSet) -> Result<(), MapError> {
-        let mut claimed = self.left_behind.clone();
+        let mut claimed = self.missing_at_hand_over.clone();
         claimed.subtract(&self.unclaimed);
         claimed.subtract(&self.unfetched);
         none_in(pages, &claimed)?;
@@ -337,7 +337,7 @@ impl PageMap {
         for set in [&mut self.in_store, &mut self.unfetched, &mut self.held] {
             set.subtract(pages);
         }
-        for set in [&mut self.missing, &mut self.unclaimed, &mut self.left_behind, &mut self.never_claimed] {
+        for set in [&mut self.missing, &mut self.unclaimed, &mut self.missing_at_hand_over, &mut self.never_claimed] {
             set.union_with(pages);
         }
         self.leave_in_stores();
@@ -347,12 +347,12 @@ impl PageMap {
     /// The hand-over has failed, and the guest runs on at the source: all that was left behind and held
     /// is `Here` again. What has no copy in a store is unsent, all else unannounced.
     pub fn taken_back(&mut self) {
-        let mut only_in_store = self.left_behind.clone();
+        let mut only_in_store = self.missing_at_hand_over.clone();
         only_in_store.intersect_with(&self.in_store);
         only_in_store.subtract(&self.held);
-        let mut back = self.left_behind.clone();
+        let mut back = self.missing_at_hand_over.clone();
         back.subtract(&only_in_store);
-        self.puts.remove_all(&self.left_behind);
+        self.puts.remove_all(&self.missing_at_hand_over);
         let mut unsent = back.clone();
         unsent.subtract(self.copies.pages());
         self.unsent.union_with(&unsent);
@@ -361,11 +361,11 @@ impl PageMap {
             set.subtract(&back);
         }
         self.unfetched.union_with(&only_in_store);
-        let mut unannounced = self.with_copy(&self.left_behind);
+        let mut unannounced = self.with_copy(&self.missing_at_hand_over);
         unannounced.subtract(&self.delivered);
         self.unannounced.union_with(&unannounced);
-        self.unclaimed.subtract(&self.left_behind);
-        self.left_behind.clear();
+        self.unclaimed.subtract(&self.missing_at_hand_over);
+        self.missing_at_hand_over.clear();
         self.never_claimed.clear();
         self.handed_over = false;
     }
@@ -467,7 +467,7 @@ impl PageMap {
     pub fn lacking(&mut self, lacking: &PageSet) -> Result<(), MapError> {
         self.may_lack(lacking)?;
         all_in(&self.never_claimed, lacking).map_err(MapError::NeverSent)?;
-        let mut known = self.left_behind.clone();
+        let mut known = self.missing_at_hand_over.clone();
         known.subtract(lacking);
         self.unannounced.subtract(&known);
         let mut arrived = known;
@@ -487,7 +487,7 @@ impl PageMap {
     }
 
     fn none_left_behind(&self, pages: PageRange) -> Result<(), MapError> {
-        self.left_behind.first_in(pages).map_or(Ok(()), |page| Err(MapError::LeftBehind(page)))
+        self.missing_at_hand_over.first_in(pages).map_or(Ok(()), |page| Err(MapError::LeftBehind(page)))
     }
 
     fn all_claimed(&self, pages: PageRange) -> Result<(), MapError> {
@@ -509,9 +509,9 @@ fn first_not_in(pages: PageRange, set: &PageSet) -> Option<u64> {
     }
 }
 
-fn none_in(pages: &PageSet, left_behind: &PageSet) -> Result<(), MapError> {
+fn none_in(pages: &PageSet, missing_at_hand_over: &PageSet) -> Result<(), MapError> {
     let mut both = pages.clone();
-    both.intersect_with(left_behind);
+    both.intersect_with(missing_at_hand_over);
     both.first_from(0).map_or(Ok(()), |page| Err(MapError::LeftBehind(page)))
 }
 

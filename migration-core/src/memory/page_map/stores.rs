@@ -416,7 +416,7 @@ impl PageMap {
         let mut gone = unsent.clone();
         gone.union_with(&at_source);
         unsent.subtract(&self.delivered);
-        unsent.subtract(&self.left_behind);
+        unsent.subtract(&self.missing_at_hand_over);
         self.unsent.union_with(&unsent);
         self.copies.remove_all(&gone);
         self.unannounced.subtract(&gone);
@@ -443,7 +443,7 @@ impl PageMap {
 
     /// Checks that the source can send `pages`, or say where they are.
     pub(super) fn may_lack(&self, pages: &PageSet) -> Result<(), MapError> {
-        let mut can_come = self.left_behind.clone();
+        let mut can_come = self.missing_at_hand_over.clone();
         if !self.in_store.is_empty() {
             let mut only_in_store = self.in_store.clone();
             only_in_store.subtract(&self.held);
@@ -512,7 +512,7 @@ impl PageMap {
         let mut stored = self.copies.pages().clone();
         stored.subtract(&self.delivered);
         self.unsent.subtract(&stored);
-        self.left_behind.union_with(&stored);
+        self.missing_at_hand_over.union_with(&stored);
         let mut held = stored;
         held.intersect_with(&self.here);
         self.here.subtract(&held);

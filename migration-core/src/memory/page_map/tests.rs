@@ -198,7 +198,7 @@ impl View {
         let sets = [
             map.missing(),
             map.in_store(),
-            map.left_behind(),
+            map.missing_at_hand_over(),
             map.unclaimed(),
             map.unfetched(),
             map.unsent(),

@@ -264,8 +264,8 @@ fn within_the_limit_rounds_go_on_while_they_help() {
 #[test]
 fn above_the_limit_there_is_an_end_too() {
     let next = |seen, shrink, left| next_of(ModelConvergence::above, seen, (shrink, left), &link(50));
-    assert_eq!(next(seen(MOST_ROUNDS - 1, HOPELESS_STALLS, 99), 0.5, 50_000), "round");
-    assert_eq!(next(seen(MOST_ROUNDS, 0, 0), 0.5, 50_000), "give up");
+    assert_eq!(next(seen(MAX_ROUNDS - 1, HOPELESS_STALLS, 99), 0.5, 50_000), "round");
+    assert_eq!(next(seen(MAX_ROUNDS, 0, 0), 0.5, 50_000), "give up");
     assert_eq!(
         [98, 99].map(|throttle| next(seen(1, HOPELESS_STALLS, throttle), 0.51, 50_000)),
         ["throttle", "give up"]
@@ -431,7 +431,7 @@ proptest! {
         let begin = model.begin(&world.link(0, elapsed));
         prop_assert!(begin == Next::Round || world.vmms > world.limit && !world.stop);
         for rounds in 1.. {
-            prop_assert!(rounds <= MOST_ROUNDS + 30, "no end");
+            prop_assert!(rounds <= MAX_ROUNDS + 30, "no end");
             let time = sent as f64 * 4096.0 / world.bytes_per_second + world.round_trip.as_secs_f64();
             elapsed += Duration::from_secs_f64(time);
             let rate = world.dirtied * (1.0 - f64::from(throttle) / 100.0);

@@ -14,7 +14,7 @@ use crate::{
     engine::{
         destination::missing::tests::arrive,
         handle::PeerInputs,
-        source::keeper::tests::{Destination, Said, Script, keeper},
+        source::checkpoint_receiver::tests::{Destination, Said, Script, checkpoint_receiver},
     },
     report::NoObserver,
     state::VmState,
@@ -123,7 +123,7 @@ struct Guest {
     missing: Option<Arc<Missing>>,
 }
 
-impl ProtectedVm for Guest {
+impl CheckpointedVm for Guest {
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut self.tracker
     }
@@ -186,12 +186,12 @@ fn link(
     interval: Duration,
 ) -> (CheckpointLane, thread::JoinHandle<()>) {
     let ((to_source, source_reads), (to_destination, reads)) = (pipe(Some(memory.clone())), pipe(None));
-    let mut keeper = keeper(Some(store.clone()), Destination::default());
-    (keeper.reader, keeper.writer) = (Box::new(source_reads), Box::new(to_destination));
-    keeper.fail_safe.interval = interval;
+    let mut checkpoint_receiver = checkpoint_receiver(Some(store.clone()), Destination::default());
+    (checkpoint_receiver.reader, checkpoint_receiver.writer) = (Box::new(source_reads), Box::new(to_destination));
+    checkpoint_receiver.fail_safe.interval = interval;
     let kept = thread::spawn(move || {
         let (tx, _inputs) = mpsc::channel();
-        keeper.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
+        checkpoint_receiver.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
     });
     let lane = Lane::for_checkpoints(memory.ram.clone(), Box::new(to_source), "the source".into(), Arc::default());
     (CheckpointLane { lane, reader: Box::new(reads), sequence: 0 }, kept)

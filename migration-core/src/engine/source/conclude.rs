@@ -20,19 +20,19 @@ const LEAST_ATTEMPT: Duration = Duration::from_millis(500);
 const LEAST_ROUND_TRIPS: u32 = 8;
 /// The longest wait for a connection, unless round trips are long. The first packet of a new connection is sent at once, that of
 /// an older one after pauses which grow.
-const MOST_CONNECT: Duration = Duration::from_secs(2);
+const MAX_CONNECT: Duration = Duration::from_secs(2);
 
 impl Hurry {
     /// The limits of the attempt with this number, from 1 on.
     fn of_attempt(attempt: u32, round_trip: Duration, patience: Duration) -> Self {
         let least = LEAST_ATTEMPT.max(round_trip.saturating_mul(LEAST_ROUND_TRIPS)).min(patience);
         let time = least.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(patience);
-        Self { connect: time.min(MOST_CONNECT.max(least)), answer: time }
+        Self { connect: time.min(MAX_CONNECT.max(least)), answer: time }
     }
 }
 
 impl Engine<'_> {
-    pub(super) fn settle(mut self, result: Result<(), MigrationError>) -> Report {
+    pub(super) fn conclude(mut self, result: Result<(), MigrationError>) -> Report {
         let mut error = result.err();
         let after = |engine: &Self, role, impact| {
             if engine.strategy.shares_ram {
@@ -64,7 +64,7 @@ impl Engine<'_> {
             self.finish_report();
         } else if self.machine.phase() == SourcePhase::Completed {
             // best effort: without it the destination only keeps listening a little longer
-            let _ = self.say(&Control::Done);
+            let _ = self.send_control(&Control::Done);
             // the guest runs, on the cores on which things are freed now
             after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = Outcome::Completed;
@@ -88,7 +88,7 @@ impl Engine<'_> {
                     _ => Control::error(error.code(), describe(&error)),
                 };
                 // best effort: a destination that does not hear it notices the closed link
-                if self.say(&last_word).is_ok() {
+                if self.send_control(&last_word).is_ok() {
                     self.await_goodbye();
                 }
             }
@@ -101,14 +101,14 @@ impl Engine<'_> {
         let failed = self.machine.phase() == SourcePhase::Ended;
         self.close_places(failed);
         lock(&self.requests).end();
-        self.tell_phase();
+        self.report_phase();
         self.report
     }
 
     /// The VM has ended at the destination: nobody needs what is here.
     fn let_go(&mut self) {
         // best effort: without it the destination only keeps listening a little longer
-        if self.say(&Control::Done).is_ok() {
+        if self.send_control(&Control::Done).is_ok() {
             self.await_goodbye();
         }
         self.close();
@@ -228,7 +228,7 @@ impl Engine<'_> {
             let repeated = self.repeat_run();
             self.peer.hurry = None;
             match repeated {
-                Ok(()) => return self.tell_phase(),
+                Ok(()) => return self.report_phase(),
                 Err(_) if self.machine.phase() == SourcePhase::Completed => return,
                 Err(error) => why = describe(&error),
             }
@@ -321,7 +321,7 @@ impl Engine<'_> {
     fn repeat_run(&mut self) -> Result<(), MigrationError> {
         self.attach(LaneKind::Reattach)?;
         for frame in self.machine.reattach(self.id)? {
-            self.say(&frame)?;
+            self.send_control(&frame)?;
         }
         self.await_running()?;
         if self.machine.phase() == SourcePhase::Serving {
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(attempt(1, 0).answer, LEAST_ATTEMPT);
         assert_eq!(attempt(1, 300).answer, Duration::from_millis(2400));
         assert_eq!(attempt(2, 0).answer, 2 * LEAST_ATTEMPT);
-        assert_eq!((attempt(50, 0).answer, attempt(50, 0).connect), (patience, MOST_CONNECT));
+        assert_eq!((attempt(50, 0).answer, attempt(50, 0).connect), (patience, MAX_CONNECT));
         assert_eq!(attempt(u32::MAX, 400).connect, Duration::from_millis(3200));
         let least = Duration::from_millis(20);
         assert_eq!(Hurry::of_attempt(1, Duration::ZERO, least).answer, least);

@@ -60,13 +60,13 @@ impl VmEntry {
             if Instant::now() < next || lost.elapsed() < patience && !self.common.options.fence.is_dead(&identity) {
                 continue;
             }
-            let survived = self.survive(session, protection, &identity);
+            let survived = self.fail_over(session, protection, &identity);
             pause = (2 * pause).min(WATCH_REFUSED);
             next = Instant::now() + pause;
             match survived {
                 Ok(()) => {
                     self.finished.store(true, Ordering::Relaxed);
-                    return self.tell_phase();
+                    return self.report_phase();
                 }
                 Err(why) if refused.as_ref() != Some(&why) => {
                     let what = format!("the source is lost, and the VM still depends on it: {why}");
@@ -79,7 +79,7 @@ impl VmEntry {
     }
 
     /// Makes sure that the source is dead, unless it has what nobody else has, and takes its place.
-    fn survive(
+    fn fail_over(
         self: &Arc<Self>,
         session: &Arc<Session>,
         protection: &Protection,
@@ -102,7 +102,7 @@ impl VmEntry {
         }
         let dead = Fenced::by(&*self.common.options.fence, identity).map_err(|e| e.to_string())?;
         let mut state = lock(&self.state);
-        let action = state.machine.inherit(dead).map_err(|e| e.to_string())?;
+        let action = state.machine.take_over(dead).map_err(|e| e.to_string())?;
         drop(state);
         self.start_and_adopt(session, &action);
         // first the pages: a checkpoint that is under way may wait for one

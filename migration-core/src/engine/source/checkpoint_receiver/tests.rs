@@ -103,9 +103,12 @@ fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationEr
 }
 
 /// A source of 16 pages, which keeps checkpoints there.
-pub(in crate::engine) fn keeper(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destination) -> Keeper {
+pub(in crate::engine) fn checkpoint_receiver(
+    reverse: Option<Arc<Mutex<dyn VersionStore>>>,
+    destination: Destination,
+) -> CheckpointReceiver {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
-    Keeper {
+    CheckpointReceiver {
         reader: Box::new(Script(destination.bytes.into())),
         writer: Box::new(Said::default()),
         peer: "the destination".into(),
@@ -123,7 +126,7 @@ pub(in crate::engine) fn keeper(reverse: Option<Arc<Mutex<dyn VersionStore>>>, d
 /// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
 fn kept_in(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destination) -> MigrationError {
     let (tx, inputs) = mpsc::channel();
-    keeper(reverse, destination).run(PeerInputs::new(tx, Arc::default(), Arc::default()));
+    checkpoint_receiver(reverse, destination).run(PeerInputs::new(tx, Arc::default(), Arc::default()));
     let ended = inputs.iter().find_map(|input| match input {
         Input::Lane(Err(error)) => Some(error),
         _ => None,
@@ -212,14 +215,14 @@ fn what_is_kept_is_counted_and_acknowledged() {
     let destination = destination.whole(1).whole(2);
     let bytes = destination.bytes.len() as u64;
     let said = Said::default();
-    let keeper = Keeper {
+    let checkpoint_receiver = CheckpointReceiver {
         writer: Box::new(said.clone()),
-        ..keeper(Some(Arc::new(Mutex::new(MemoryVersions::default()))), destination)
+        ..checkpoint_receiver(Some(Arc::new(Mutex::new(MemoryVersions::default()))), destination)
     };
-    let (kept, wire_bytes) = (keeper.kept.clone(), keeper.wire_bytes.clone());
+    let (kept, wire_bytes) = (checkpoint_receiver.kept.clone(), checkpoint_receiver.wire_bytes.clone());
     kept.handed_over.store(true, Ordering::Relaxed);
     let (tx, _inputs) = mpsc::channel();
-    keeper.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
+    checkpoint_receiver.run(PeerInputs::new(tx, Arc::default(), Arc::default()));
     assert_eq!(kept.counts(), CheckpointCounts { protected: true, count: 2, bytes });
     assert!(kept.heard.load(Ordering::Relaxed));
     assert_eq!(lock(&kept.identity).as_deref(), Some(&b"it"[..]));
@@ -245,11 +248,11 @@ fn a_checkpoint_may_be_as_large_as_its_limits() {
 
     let chunk = |len| Checkpoint::State(Bytes::from(vec![0; len]));
     for (len, good) in [(10, true), (11, false), (12, false)] {
-        let mut keeper = keeper(None, Destination::default().frame(chunk(len), 1));
+        let mut checkpoint_receiver = checkpoint_receiver(None, Destination::default().frame(chunk(len), 1));
         let mut incoming = Incoming { state: vec![0; MAX_STATE - 10], ..Incoming::default() };
         let (tx, _inputs) = mpsc::channel();
         let inputs = PeerInputs::new(tx, Arc::default(), Arc::default());
-        assert_eq!(keeper.frame(&mut 0, &mut incoming, &inputs).is_ok(), good, "{len}");
+        assert_eq!(checkpoint_receiver.frame(&mut 0, &mut incoming, &inputs).is_ok(), good, "{len}");
         assert!(incoming.state.len() <= MAX_STATE);
     }
 }

@@ -33,7 +33,7 @@ use crate::{
 
 /// What the source knows of the protection of its VM.
 #[derive(Default)]
-pub(in crate::engine) struct Kept {
+pub(in crate::engine) struct Protection {
     /// The destination has introduced itself.
     pub(in crate::engine) identity: Mutex<Option<Bytes>>,
     /// The VM was handed over: from then on it is protected.
@@ -44,7 +44,7 @@ pub(in crate::engine) struct Kept {
     pub(in crate::engine) bytes: AtomicU64,
 }
 
-impl Kept {
+impl Protection {
     pub(in crate::engine) fn counts(&self) -> CheckpointCounts {
         CheckpointCounts {
             protected: self.handed_over.load(Ordering::Relaxed),
@@ -55,14 +55,14 @@ impl Kept {
 }
 
 /// The source's end of the checkpoint lane.
-pub(in crate::engine) struct Keeper {
+pub(in crate::engine) struct CheckpointReceiver {
     pub(in crate::engine) reader: Box<dyn ReadHalf>,
     pub(in crate::engine) writer: Box<dyn WriteHalf>,
     pub(in crate::engine) peer: String,
     pub(in crate::engine) ram: Arc<dyn GuestRam>,
     pub(in crate::engine) fail_safe: FailSafe,
     pub(in crate::engine) identity: Bytes,
-    pub(in crate::engine) kept: Arc<Kept>,
+    pub(in crate::engine) kept: Arc<Protection>,
     pub(in crate::engine) wire_bytes: Arc<AtomicU64>,
     pub(in crate::engine) observer: Arc<dyn Observer>,
     pub(in crate::engine) sent: u32,
@@ -83,7 +83,7 @@ struct Incoming {
     state: Vec<u8>,
 }
 
-impl Keeper {
+impl CheckpointReceiver {
     /// Keeps checkpoints until the link ends.
     pub(in crate::engine) fn run(mut self, inputs: PeerInputs) {
         // what the lost link has left half-done; the last committed checkpoint counts
@@ -98,7 +98,7 @@ impl Keeper {
             detect_us: us(self.fail_safe.detect),
             identity: self.identity.clone(),
         };
-        let mut kept = self.say(&first, 0);
+        let mut kept = self.send_control(&first, 0);
         while kept.is_ok() {
             kept = self.frame(&mut sequence, &mut incoming, &inputs);
         }
@@ -195,10 +195,10 @@ impl Keeper {
         self.kept.bytes.fetch_add(complete.bytes, Ordering::Relaxed);
         self.kept.count.fetch_add(1, Ordering::Relaxed);
         self.observer.event(&Event::Checkpoint(self.kept.counts()));
-        self.say(&Checkpoint::Committed, complete.number)
+        self.send_control(&Checkpoint::Committed, complete.number)
     }
 
-    fn say(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
+    fn send_control(&mut self, frame: &Checkpoint, number: u32) -> Result<(), MigrationError> {
         let bytes = frame.encode(self.sent, number);
         self.sent = self.sent.wrapping_add(1);
         self.writer.write_all(&bytes, &[]).map_err(MigrationError::link(&self.peer))?;

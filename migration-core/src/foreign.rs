@@ -3,23 +3,23 @@
 use crate::wire::{MAGIC, SEALED_MAGIC};
 
 /// Most characters of a stranger's words that are shown.
-const MOST_SHOWN: usize = 64;
+const MAX_SHOWN: usize = 64;
 /// Bytes of a stranger's words that are worth reading: what is shown is at most so long.
-pub const STRANGER_BYTES: usize = 64;
+pub const FOREIGN_BYTES: usize = 64;
 
 /// Says in words what answered with these bytes in place of a migration destination. What it said is shown in part, with all
 /// that is not printable escaped.
 ///
 /// ```
-/// use migration_core::describe_stranger;
+/// use migration_core::describe_foreign_peer;
 ///
-/// let what = describe_stranger(b"HTTP/1.1 400 Bad Request\r\n");
+/// let what = describe_foreign_peer(b"HTTP/1.1 400 Bad Request\r\n");
 /// assert_eq!(what, r#"it answers as an HTTP server does: "HTTP/1.1 400 Bad Request""#);
 /// ```
-pub fn describe_stranger(said: &[u8]) -> String {
+pub fn describe_foreign_peer(said: &[u8]) -> String {
     let line = said.split(|&byte| byte == b'\r' || byte == b'\n').next().unwrap_or(said);
     let quoted = |bytes: &[u8]| {
-        let escaped: String = String::from_utf8_lossy(bytes).escape_debug().take(MOST_SHOWN).collect();
+        let escaped: String = String::from_utf8_lossy(bytes).escape_debug().take(MAX_SHOWN).collect();
         format!("\"{escaped}\"")
     };
     match said {
@@ -53,7 +53,7 @@ mod tests {
             (b"\r\n\r\n", r#"it says "\r\n\r\n""#),
             (b"", "it says nothing"),
         ] {
-            let what = describe_stranger(said);
+            let what = describe_foreign_peer(said);
             assert!(what.ends_with(named), "{what}");
         }
     }
@@ -61,7 +61,7 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_it_says_is_shown_in_printable_characters_and_in_part(said: Vec<u8>) {
-            let what = describe_stranger(&said);
+            let what = describe_foreign_peer(&said);
             prop_assert!(what.chars().count() < 120 && !what.chars().any(char::is_control), "{what:?}");
         }
     }

@@ -13,13 +13,13 @@ const PASSES: usize = 3;
 const FEW: u64 = 1024;
 
 impl Engine<'_> {
-    fn store_ahead(&self) -> Option<Arc<Mutex<dyn VersionStore>>> {
+    fn checkpoint_store(&self) -> Option<Arc<Mutex<dyn VersionStore>>> {
         self.options.fail_safe.as_ref()?.forward.clone()
     }
 
     /// While the guest runs, and before anything is sent.
-    pub(super) fn put_ahead(&mut self) -> Result<(), MigrationError> {
-        let Some(store) = self.store_ahead() else { return Ok(()) };
+    pub(super) fn put_checkpoint(&mut self) -> Result<(), MigrationError> {
+        let Some(store) = self.checkpoint_store() else { return Ok(()) };
         let mut pages = self.start_tracking()?;
         for _ in 0..PASSES {
             self.put(&store, &pages)?;
@@ -34,8 +34,8 @@ impl Engine<'_> {
     }
 
     /// While the guest is paused: what is left behind, and was written after it was put.
-    pub(super) fn put_rest_ahead(&mut self) -> Result<(), MigrationError> {
-        let Some(store) = self.store_ahead() else { return Ok(()) };
+    pub(super) fn put_rest_of_checkpoint(&mut self) -> Result<(), MigrationError> {
+        let Some(store) = self.checkpoint_store() else { return Ok(()) };
         let mut pages = self.rounds.map().unclaimed().clone();
         pages.subtract(&self.fail_safe.saved);
         self.put(&store, &pages)?;
