@@ -9,7 +9,8 @@ const PAGES: u64 = 1 << 20;
 /// Where a preamble has a byte that means nothing yet.
 const RESERVED: usize = 13;
 
-/// The first byte says what the rest is (preamble, control frame, bulk frame), and whether its checksums are repaired.
+/// The first byte says what the rest is (preamble, control frame, bulk frame), and whether its
+/// checksums are repaired.
 pub fn check(input: &[u8]) {
     let Some((&what, rest)) = input.split_first() else { return };
     let mut bytes = rest.to_vec();

@@ -12,7 +12,8 @@ use migration_core::{
 };
 use migration_crypto::{Credentials, Psk, SecureConnector, SecureListener, Security, StaticKey};
 
-/// In the first byte of an input: the rest is what a source is answered, else what a destination is sent.
+/// In the first byte of an input: the rest is what a source is answered, else what a destination is
+/// sent.
 pub const SOURCE: u8 = 4;
 /// Static keys, else a common key.
 const STATIC: u8 = 1;

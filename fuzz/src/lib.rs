@@ -1,5 +1,5 @@
-//! What the fuzz targets do with their input. Each module's `check` is one target; the program `seeds` writes the
-//! corpora they start from.
+//! What the fuzz targets do with their input. Each module's `check` is one target; the program
+//! `seeds` writes the corpora they start from.
 
 pub mod frames;
 pub mod handshake;

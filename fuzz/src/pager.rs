@@ -1,4 +1,5 @@
-//! A pager over plain memory, which nobody traps on: it makes up a few faults, and checks what the engine asks of it.
+//! A pager over plain memory, which nobody traps on: it makes up a few faults, and checks what the
+//! engine asks of it.
 
 use std::{
     io,

@@ -20,7 +20,8 @@ use crate::{pager::PlainPager, repair};
 
 /// Most RAM of a VM.
 const MAX_RAM: u64 = 4 << 20;
-/// How long the receiver waits for lanes and lanes for each other; nothing waits so long unless the input says so.
+/// How long the receiver waits for lanes and lanes for each other; nothing waits so long unless the
+/// input says so.
 const PATIENCE: Duration = Duration::from_millis(3);
 
 /// Bit of the first byte: checksums and sequence numbers of all lanes are repaired.
@@ -34,15 +35,16 @@ pub const PAGER: u8 = 4;
 pub const BLOCKS: u8 = 8;
 /// Bit of the first byte: loading the state needs a page that is missing.
 pub const TOUCH: u8 = 16;
-/// Bit of the first byte: there is no round before the hand-over, so pages of generation 1 come behind it.
+/// Bit of the first byte: there is no round before the hand-over, so pages of generation 1 come
+/// behind it.
 pub const NO_ROUND: u8 = 32;
 
 /// The first link has a control lane and two others, and so has the one that takes its place.
 const LANES: usize = 6;
 const SECOND_LINK: usize = 3;
 
-/// An input: flags, then for each of the lanes (control and two others, then the same after a loss of the link) its length
-/// as `u16` and its bytes. What is left over is nobody's.
+/// An input: flags, then for each of the lanes (control and two others, then the same after a loss
+/// of the link) its length as `u16` and its bytes. What is left over is nobody's.
 ///
 /// How often the receiver has said *running*, and whether it has said *complete*.
 pub fn check(input: &[u8]) -> (u32, bool) {
@@ -98,7 +100,8 @@ struct World {
 struct Lanes {
     /// The token of the session, once the receiver has said it.
     token: Option<SessionToken>,
-    /// Whether missing pages are awaited: the receiver has asked for one, or runs the VM; how often it has said so.
+    /// Whether missing pages are awaited: the receiver has asked for one, or runs the VM; how often
+    /// it has said so.
     awaited: bool,
     running: u32,
     /// Whether it has said that it has all pages.
@@ -173,7 +176,8 @@ impl Listener for ScriptListener {
                     drop(lane.world.wait(|lanes| lanes.token.is_some() || lanes.over(0)));
                 }
                 if lane.index >= SECOND_LINK {
-                    // the source comes back when it has said everything, and opens the other lanes when it was answered
+                    // the source comes back when it has said everything, and opens the other lanes
+                    // when it was answered
                     let index = lane.index;
                     drop(lane.world.wait(|lanes| {
                         if index == SECOND_LINK { lanes.over(0) } else { lanes.running > 1 || lanes.over(SECOND_LINK) }
@@ -234,7 +238,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Pages that were left behind come when they are awaited, and the source's last word when all have come.
+    /// Pages that were left behind come when they are awaited, and the source's last word when all
+    /// have come.
     fn await_turn(&self) {
         let Some(header) = self.bytes[self.at..].first_chunk().and_then(|bytes| Header::decode(bytes).ok()) else {
             return;

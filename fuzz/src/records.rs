@@ -19,8 +19,8 @@ const MOST: usize = 64;
 /// Keys change often.
 const LIMITS: KeyLimits = KeyLimits { records: 3, bytes: 1 << 20, keys: u32::MAX };
 
-/// Two bytes for each record: what happens to it (nothing, a bit flipped, dropped, sent twice, cut short, something put before
-/// it, the one before in its place), and where.
+/// Two bytes for each record: what happens to it (nothing, a bit flipped, dropped, sent twice, cut
+/// short, something put before it, the one before in its place), and where.
 pub fn check(input: &[u8]) {
     let steps: Vec<[u8; 2]> = input.as_chunks().0.iter().copied().take(MOST).collect();
     let records = Arc::new(Mutex::new(Vec::new()));

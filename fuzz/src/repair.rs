@@ -1,4 +1,5 @@
-//! Makes checksums and sequence numbers of mutated frames right again, so that mutations get behind them.
+//! Makes checksums and sequence numbers of mutated frames right again, so that mutations get behind
+//! them.
 
 use migration_core::wire::{Header, Preamble};
 
@@ -10,7 +11,8 @@ pub fn preamble(bytes: &mut [u8]) {
     }
 }
 
-/// Repairs the frames of a stream, as far as their lengths lead: sequence numbers from 0 and both checksums.
+/// Repairs the frames of a stream, as far as their lengths lead: sequence numbers from 0 and both
+/// checksums.
 pub fn stream(mut bytes: &mut [u8]) {
     for sequence in 0u32.. {
         let Some((header, rest)) = bytes.split_first_chunk_mut::<{ Header::LEN }>() else { return };

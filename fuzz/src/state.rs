@@ -2,7 +2,8 @@
 
 use migration_core::{snapshot::SavedVm, state::VmState};
 
-/// The first byte says what the rest is: a VM's state, one of migration-kvm's encodings, or what a snapshot holds.
+/// The first byte says what the rest is: a VM's state, one of migration-kvm's encodings, or what a
+/// snapshot holds.
 pub fn check(input: &[u8]) {
     match input {
         [0, rest @ ..] => {
@@ -21,7 +22,8 @@ pub fn check(input: &[u8]) {
     }
 }
 
-/// Parts that are unknown and optional are dropped, so the bytes may differ; what was understood must not.
+/// Parts that are unknown and optional are dropped, so the bytes may differ; what was understood
+/// must not.
 #[cfg(feature = "kvm")]
 fn kvm(kind: u8, bytes: &[u8]) {
     use migration_kvm::state::{HostNeeds, KvmState, VcpuState};

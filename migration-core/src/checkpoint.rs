@@ -1,8 +1,9 @@
 //! Checkpoints of a VM that runs elsewhere: who makes them, and where they are found.
 //!
-//! A checkpoint is the set of pages that were written since the one before, and the state of vCPUs and devices, all of one
-//! moment. The first one builds on what RAM held when the VM was handed over. Increments come page by page; each is
-//! applied whole or not at all. They are kept as the versions of a [`VersionStore`].
+//! A checkpoint is the set of pages that were written since the one before, and the state of vCPUs
+//! and devices, all of one moment. The first one builds on what RAM held when the VM was handed
+//! over. Increments come page by page; each is applied whole or not at all. They are kept as the
+//! versions of a [`VersionStore`].
 
 use std::{
     io,
@@ -18,8 +19,8 @@ use crate::{
 
 /// Where a destination finds the forward checkpoint of a VM whose source has died.
 pub trait ForwardStores: Send + Sync {
-    /// The store into which the source of this VM, of `pages` pages, has put what it left behind in the attempt with this
-    /// epoch.
+    /// The store into which the source of this VM, of `pages` pages, has put what it left behind in
+    /// the attempt with this epoch.
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
@@ -29,22 +30,26 @@ pub trait ForwardStores: Send + Sync {
     fn done(&self, vm: VmId, epoch: u32);
 }
 
-/// Protects a VM against the death of one side while the source still has pages that the destination lacks.
+/// Protects a VM against the death of one side while the source still has pages that the
+/// destination lacks.
 ///
-/// *Reverse* checkpoints (PostCopyFT: Fernando, Terner, Gopalan and Yang, INFOCOM 2019) go back from the destination at
-/// intervals; if it dies the VM runs on at the source, from the last one (the first is the hand-over itself), and nobody has
-/// seen output of anything later. A *forward* checkpoint (V-Recover, by the same group) is put into a store that both sides
-/// reach before the hand-over; if the source dies the destination takes from there what it lacks, and loses nothing.
+/// *Reverse* checkpoints (PostCopyFT: Fernando, Terner, Gopalan and Yang, INFOCOM 2019) go back
+/// from the destination at intervals; if it dies the VM runs on at the source, from the last one
+/// (the first is the hand-over itself), and nobody has seen output of anything later. A *forward*
+/// checkpoint (V-Recover, by the same group) is put into a store that both sides reach before the
+/// hand-over; if the source dies the destination takes from there what it lacks, and loses nothing.
 #[derive(Clone)]
 pub struct FailSafe {
     /// From the end of one reverse checkpoint to the beginning of the next.
     pub interval: Duration,
-    /// How long the other side may be silent (half a second at the least), or its link lost, before it counts as dead. Safety
-    /// does not depend on it: the fence is asked before anything restarts.
+    /// How long the other side may be silent (half a second at the least), or its link lost, before
+    /// it counts as dead. Safety does not depend on it: the fence is asked before anything
+    /// restarts.
     pub detect: Duration,
     /// Where reverse checkpoints are kept, of this attempt only; `None` for none.
     pub reverse: Option<Arc<Mutex<dyn VersionStore>>>,
-    /// Where the forward checkpoint goes, of this attempt only; `None` for none. It has to outlive this host.
+    /// Where the forward checkpoint goes, of this attempt only; `None` for none. It has to outlive
+    /// this host.
     pub forward: Option<Arc<Mutex<dyn VersionStore>>>,
     /// Makes certain that the destination is dead.
     pub fence: Arc<dyn Fence>,

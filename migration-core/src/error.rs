@@ -10,10 +10,11 @@ use crate::{
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
-/// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running at the source.
+/// [`Report`](crate::report::Report)'s outcome: until the hand-over every failure leaves it running
+/// at the source.
 ///
-/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain). A cause can be found by its
-/// type, too, by way of [`source`](std::error::Error::source).
+/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain). A cause
+/// can be found by its type, too, by way of [`source`](std::error::Error::source).
 ///
 /// What it displays may hold text of the other end as that was sent: show it to people through
 /// [`Escaped`](crate::text::Escaped).
@@ -60,7 +61,8 @@ pub enum MigrationError {
         #[source]
         cause: VmError,
     },
-    /// A store of checkpoints or snapshots failed: there is no room, or it cannot be read. The guest is not touched by that.
+    /// A store of checkpoints or snapshots failed: there is no room, or it cannot be read. The
+    /// guest is not touched by that.
     #[error("{step}")]
     Store {
         /// What was tried.
@@ -84,7 +86,8 @@ pub enum MigrationError {
     /// Guest memory was asked for where there is none.
     #[error(transparent)]
     Ram(#[from] OutsideRam),
-    /// A strategy asked for a step that the pages do not allow, for example to send one that it has left behind.
+    /// A strategy asked for a step that the pages do not allow, for example to send one that it has
+    /// left behind.
     #[error("page map")]
     Pages(#[from] MapError),
     /// No thread could be started.
@@ -108,7 +111,8 @@ pub enum MigrationError {
     /// The strategy gave up.
     #[error("gave up: {0}")]
     GaveUp(String),
-    /// The guest was paused for the hand-over, and the destination did not get ready in time: the guest runs on at the source.
+    /// The guest was paused for the hand-over, and the destination did not get ready in time: the
+    /// guest runs on at the source.
     #[error("the guest was paused for {paused:?} for the hand-over, and the destination {why}: the guest runs on here")]
     PausedTooLong {
         /// How long the guest had been paused.
@@ -122,7 +126,8 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
-    /// Wraps an error of the VMM with the step that failed. If the step failed because the guest has ended, that is the error.
+    /// Wraps an error of the VMM with the step that failed. If the step failed because the guest
+    /// has ended, that is the error.
     pub fn vm(step: &'static str) -> impl FnOnce(VmError) -> Self {
         move |cause| match cause.has_ended() {
             Some(reason) => Self::VmEnded(reason.to_owned()),
@@ -160,8 +165,8 @@ impl MigrationError {
     }
 }
 
-/// A strategy has [finished](crate::strategy::HandedOver::finish) a migration that left pages behind. It has to
-/// [serve](crate::strategy::HandedOver::serve) them.
+/// A strategy has [finished](crate::strategy::HandedOver::finish) a migration that left pages
+/// behind. It has to [serve](crate::strategy::HandedOver::serve) them.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("{pages} pages are missing at the destination")]
 pub struct StillMissing {

@@ -7,8 +7,8 @@ const MAX_SHOWN: usize = 64;
 /// Bytes of a stranger's words that are worth reading: what is shown is at most so long.
 pub const FOREIGN_BYTES: usize = 64;
 
-/// Says in words what answered with these bytes in place of a migration destination. What it said is shown in part, with all
-/// that is not printable escaped.
+/// Says in words what answered with these bytes in place of a migration destination. What it said
+/// is shown in part, with all that is not printable escaped.
 ///
 /// ```
 /// use migration_core::describe_foreign_peer;

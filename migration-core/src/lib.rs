@@ -6,7 +6,8 @@
 //! | researcher | [`strategy`]: verbs, tokens and policies; [`sim`]: where a strategy runs without a VM |
 //! | fuzzer | [`wire`], [`protocol`], [`state`]: what a hostile peer reaches |
 //!
-//! A strategy of one's own is a short script. This one sends everything twice while the guest runs, then stops it:
+//! A strategy of one's own is a short script. This one sends everything twice while the guest runs,
+//! then stops it:
 //!
 //! ```
 //! use migration_core::{
@@ -46,8 +47,8 @@
 //! assert_eq!(sim.broken(), &[] as &[String]);
 //! ```
 //!
-//! The crate makes no system call but those of the standard library's threads and clocks, starts threads only through a
-//! [`spawner`], and has unsafe code only in [`ram`].
+//! The crate makes no system call but those of the standard library's threads and clocks, starts
+//! threads only through a [`spawner`], and has unsafe code only in [`ram`].
 #![deny(unsafe_code)]
 
 pub mod channel;

@@ -1,4 +1,5 @@
-//! What a snapshot of a VM holds beside its pages: everything that is needed to build, load and start it.
+//! What a snapshot of a VM holds beside its pages: everything that is needed to build, load and
+//! start it.
 
 use crate::{
     codec::{DecodeError, Reader, Writer},
@@ -10,8 +11,8 @@ use crate::{
 /// Version of the encoding.
 const VERSION: u32 = 1;
 
-/// A VM at one moment, without its pages. In a [`VersionStore`](crate::store::VersionStore) it takes the place of the
-/// state that is committed.
+/// A VM at one moment, without its pages. In a [`VersionStore`](crate::store::VersionStore) it
+/// takes the place of the state that is committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedVm {
     /// From what it is built.

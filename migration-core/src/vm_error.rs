@@ -1,5 +1,5 @@
-//! What a VMM reports when it cannot do what it was asked: [`vm::VmError`](crate::vm::VmError). It is beside `vm`, because
-//! the traits of `memory` have this error, and `vm` names those traits.
+//! What a VMM reports when it cannot do what it was asked: [`vm::VmError`](crate::vm::VmError). It
+//! is beside `vm`, because the traits of `memory` have this error, and `vm` names those traits.
 
 use std::{error::Error, fmt};
 
@@ -24,8 +24,9 @@ impl VmError {
         Self { what: what.into(), cause: Some(cause.into()), ended: false }
     }
 
-    /// What was asked cannot be done because the guest has ended by itself (it has powered off, crashed, or met an error that
-    /// its vCPUs do not survive), for this reason. A migration then fails with [`MigrationError::VmEnded`] at both ends.
+    /// What was asked cannot be done because the guest has ended by itself (it has powered off,
+    /// crashed, or met an error that its vCPUs do not survive), for this reason. A migration then
+    /// fails with [`MigrationError::VmEnded`] at both ends.
     ///
     /// [`MigrationError::VmEnded`]: crate::MigrationError::VmEnded
     pub fn ended(reason: impl Into<String>) -> Self {

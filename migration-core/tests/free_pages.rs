@@ -28,8 +28,9 @@ fn half_free() -> SimConfig {
     SimConfig { pages: PAGES, chunk: 64, freeing: vec![(Duration::ZERO, PageRange::new(1000, 1024))], ..<_>::default() }
 }
 
-/// A guest that takes pages back and frees others all the time: every one of its pages is in either state many times, in
-/// the middle of rounds, between them, and between a harvest and the look at what is free.
+/// A guest that takes pages back and frees others all the time: every one of its pages is in either
+/// state many times, in the middle of rounds, between them, and between a harvest and the look at
+/// what is free.
 fn busy() -> SimConfig {
     let freeing = (0..40_000).map(|i| (Duration::from_micros(7 * i), PageRange::new(i * 61 % 1900, 40))).collect();
     let writes = (0..40_000).map(|i| (Duration::from_micros(7 * i + 3), PageRange::new(i * 89 % 1950, 23))).collect();

@@ -1,7 +1,7 @@
 //! Whatever comes in whatever order: one owner, complete VMs only, epochs that never go back.
 //!
-//! The sequences and what must hold after each step are those of the fuzz target `protocol`; here they run with every
-//! `cargo test`, from random bytes.
+//! The sequences and what must hold after each step are those of the fuzz target `protocol`; here
+//! they run with every `cargo test`, from random bytes.
 
 #[path = "machine_props/world.rs"]
 mod world;
@@ -28,7 +28,8 @@ proptest! {
     }
 }
 
-/// The sequences do lead somewhere: one without accidents completes, and so does one that loses the link at *run*.
+/// The sequences do lead somewhere: one without accidents completes, and so does one that loses the
+/// link at *run*.
 #[test]
 fn an_honest_course_completes() {
     // events: 0 source, 4 to the destination, 7 to the source, 10 destination, 12 the link is lost

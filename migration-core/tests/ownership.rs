@@ -1,4 +1,5 @@
-//! The table of ownership: the link is cut after every single action, once and twice, and nothing is ever lost.
+//! The table of ownership: the link is cut after every single action, once and twice, and nothing
+//! is ever lost.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! The planner in the simulator: a migration ends, whatever the link and the guest, and its predictions are those that come
-//! true.
+//! The planner in the simulator: a migration ends, whatever the link and the guest, and its
+//! predictions are those that come true.
 
 use std::time::Duration;
 
@@ -149,7 +149,8 @@ proptest! {
 
 #[test]
 fn a_time_out_is_that_of_one_attempt() {
-    // two seconds for all pages: the second attempt begins after two, and has as long as the first one
+    // two seconds for all pages: the second attempt begins after two, and has as long as the first
+    // one
     let timeout = Some(3000 * MS);
     let mut sim = Simulation::new(SimConfig { timeout, failing_loads: 1, ..SimConfig::default() });
     let attempts = [sim.attempt(&mut <PreCopy>::default()), sim.attempt(&mut <PreCopy>::default())];

@@ -102,9 +102,9 @@ proptest! {
     }
 }
 
-/// A guest that reads these pages one after the other, while `budget` pages are pushed for each of its reads: the faults
-/// that have to go over the network. A page is there as soon as it is pushed: a link without latency, so the figures
-/// compare orders, and foretell nothing.
+/// A guest that reads these pages one after the other, while `budget` pages are pushed for each of
+/// its reads: the faults that have to go over the network. A page is there as soon as it is pushed:
+/// a link without latency, so the figures compare orders, and foretell nothing.
 fn network_faults(kind: &str, pages: u64, reads: impl Iterator<Item = u64>, budget: u64) -> u64 {
     let mut unsent = PageSet::full(pages);
     let mut order = migration_core::strategy::push_order::parse(kind).unwrap();

@@ -1,5 +1,6 @@
-//! The numbered rules of the design, as far as the simulator can show them: one test for each, named after it.
-//! The model in `tests/model` explores the same rules completely, with stores, evictions and further hosts.
+//! The numbered rules of the design, as far as the simulator can show them: one test for each,
+//! named after it. The model in `tests/model` explores the same rules completely, with stores,
+//! evictions and further hosts.
 
 use std::time::Duration;
 
@@ -38,8 +39,8 @@ impl<F: FnMut(Running<'_>) -> Result<Done, MigrationError> + Send> Strategy for 
     }
 }
 
-/// A demand for a page that was claimed for a push is answered by that push, and a page whose push was lost can be
-/// claimed again.
+/// A demand for a page that was claimed for a push is answered by that push, and a page whose push
+/// was lost can be claimed again.
 #[test]
 fn rule_1_a_failed_send_leaves_a_page_that_can_be_claimed() {
     let mut map = PageMap::new(PAGES);
@@ -60,7 +61,8 @@ fn rule_1_a_failed_send_leaves_a_page_that_can_be_claimed() {
     }
 }
 
-/// A page is claimed before it is installed, so a second copy never replaces a page that has arrived.
+/// A page is claimed before it is installed, so a second copy never replaces a page that has
+/// arrived.
 #[test]
 fn rule_2_a_late_copy_changes_nothing() {
     let mut map = PageMap::new(PAGES);
@@ -216,7 +218,8 @@ fn rule_5_free_is_a_look() {
     moved(&sim);
 }
 
-/// After a cut the destination lists what it lacks. A list that cannot be is an error, and changes nothing.
+/// After a cut the destination lists what it lacks. A list that cannot be is an error, and changes
+/// nothing.
 #[test]
 fn rule_18_the_list_after_a_cut_is_checked() {
     let mut map = PageMap::new(PAGES);
@@ -224,7 +227,8 @@ fn rule_18_the_list_after_a_cut_is_checked() {
     left.insert_range(PageRange::new(100, 50));
     map.leave_behind(&left).unwrap();
     map.claim(PageRange::new(100, 20)).unwrap();
-    // it cannot have pages that were never sent, and cannot lack others than those that were left behind
+    // it cannot have pages that were never sent, and cannot lack others than those that were left
+    // behind
     assert_eq!(map.lacking(&PageSet::empty(PAGES)), Err(MapError::NeverSent(120)));
     assert_eq!(map.lacking(&PageSet::full(PAGES)), Err(MapError::NotLeftBehind(0)));
     assert_eq!((map.missing().len(), map.unclaimed().len()), (50, 30));
@@ -257,7 +261,8 @@ fn a_migration_refuses_a_snapshot() {
     assert_eq!((sim.owner(), attempt.rounds.len(), attempt.downtime), (Owner::Source, 0, None));
 }
 
-// ---- pages in stores -----------------------------------------------------------------------------
+// ---- pages in stores
+// -----------------------------------------------------------------------------
 
 fn staged(stores: &[&str]) -> QuickEviction {
     QuickEviction {
@@ -313,7 +318,8 @@ fn rule_14_a_failed_attempt_forgets_its_own_namespaces_only() {
     assert_eq!((sim.owner(), sim.namespaces()), (Owner::Source, 0));
 }
 
-/// The pause is as long with a store that takes a second to answer, or does not answer, as without one.
+/// The pause is as long with a store that takes a second to answer, or does not answer, as without
+/// one.
 #[test]
 fn rule_20_the_pause_never_waits_for_a_store() {
     let downtime = |config: SimConfig| {

@@ -1,4 +1,5 @@
-//! How the source is cut: no circle between the modules of a crate, no large file, no long function.
+//! How the source is cut: no circle between the modules of a crate, no large file, no long
+//! function.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

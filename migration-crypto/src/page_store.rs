@@ -104,7 +104,8 @@ impl<S: PageStore> Sealed<S> {
     }
 
     /// Makes pages of the namespace with this name readable and writable, which must be those of
-    /// `vm`. Returns how the namespace is asked for. It may be called again with the same arguments.
+    /// `vm`. Returns how the namespace is asked for. It may be called again with the same
+    /// arguments.
     ///
     /// # Errors
     /// Returns [`StoreError::Occupied`] if the name was added for another VM,

@@ -8,7 +8,8 @@
 //! | then, level by level | seal pages, down to those with the seals of the VM's pages |
 //! | behind them | the VM's pages, each its ciphertext; nothing for a page of zeros, whose seal is one over nothing |
 //!
-//! A seal is a nonce, a tag and a generation. A seal page holds 128 of them and is a ciphertext itself.
+//! A seal is a nonce, a tag and a generation. A seal page holds 128 of them and is a ciphertext
+//! itself.
 //!
 //! | the inner state | |
 //! |---|---|
@@ -57,19 +58,22 @@ const STATE_PAGE: u64 = u64::MAX;
 
 /// Seals the checkpoints, or the snapshot, that another [`VersionStore`] keeps.
 ///
-/// Who has the store but not the key can neither read what is kept nor change, exchange, leave out or replay any page of it:
-/// every page has a seal, the seals lie in sealed pages, and so on up to one seal in the sealed state. What is not
-/// authentic is refused before it reaches the caller.
+/// Who has the store but not the key can neither read what is kept nor change, exchange, leave out
+/// or replay any page of it: every page has a seal, the seals lie in sealed pages, and so on up to
+/// one seal in the sealed state. What is not authentic is refused before it reaches the caller.
 ///
-/// The store still sees the number of the VM's pages, [which VM](VmId) it is, the cipher, the length of the state, which pages were
-/// put and when, and which of these are zeros. It can lose a checkpoint, and it can hand out, whole, **an older one** of the same
-/// VM and key, also one of another store. Whoever opens it must compare its number, or what its state says, with what is expected.
+/// The store still sees the number of the VM's pages, [which VM](VmId) it is, the cipher, the
+/// length of the state, which pages were put and when, and which of these are zeros. It can lose a
+/// checkpoint, and it can hand out, whole, **an older one** of the same VM and key, also one of
+/// another store. Whoever opens it must compare its number, or what its state says, with what is
+/// expected.
 ///
-/// The inner store must have room for [`store_pages`](Self::store_pages), and a state may have up to
-/// [`MAX_STATE`](Self::MAX_STATE) bytes. In memory, each page takes 32 bytes, by 128 of which at least one was put, from the first
-/// `put` or `restore` on.
+/// The inner store must have room for [`store_pages`](Self::store_pages), and a state may have up
+/// to [`MAX_STATE`](Self::MAX_STATE) bytes. In memory, each page takes 32 bytes, by 128 of which at
+/// least one was put, from the first `put` or `restore` on.
 ///
-/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the next checkpoint can be taken.
+/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the
+/// next checkpoint can be taken.
 ///
 /// # Example
 ///
@@ -121,22 +125,25 @@ impl SealedVersions {
     /// Most bytes in a state: as many as any store takes, less what is sealed beside it.
     pub const MAX_STATE: usize = MAX_STATE - STATE_OVERHEAD;
 
-    /// How many pages the inner store of a VM with `vm_pages` pages must take: one more for each 128 of them, and a few.
+    /// How many pages the inner store of a VM with `vm_pages` pages must take: one more for each
+    /// 128 of them, and a few.
     pub fn store_pages(vm_pages: u64) -> u64 {
         Layout::new(vm_pages).vm().end
     }
 
-    /// Whether this state, which a store has handed out, is sealed: the checkpoint is of use only with its key.
+    /// Whether this state, which a store has handed out, is sealed: the checkpoint is of use only
+    /// with its key.
     pub fn is_sealed(state: &[u8]) -> bool {
         state.starts_with(&MAGIC)
     }
 
-    /// Begins with an inner store that has no checkpoint yet. `vm` has `vm_pages` pages: no page at or beyond that is taken. Keys
-    /// are derived from `master` for this VM, so any number of VMs and stores may have the same.
+    /// Begins with an inner store that has no checkpoint yet. `vm` has `vm_pages` pages: no page at
+    /// or beyond that is taken. Keys are derived from `master` for this VM, so any number of VMs
+    /// and stores may have the same.
     ///
     /// # Errors
-    /// [`ErrorKind::AlreadyExists`] when there is a checkpoint; [`ErrorKind::InvalidInput`] when the VM has more than [`MAX_PAGES`];
-    /// when the operating system has no random bytes to give.
+    /// [`ErrorKind::AlreadyExists`] when there is a checkpoint; [`ErrorKind::InvalidInput`] when
+    /// the VM has more than [`MAX_PAGES`]; when the operating system has no random bytes to give.
     pub fn create(
         inner: Box<dyn VersionStore>,
         vm_pages: u64,
@@ -158,15 +165,18 @@ impl SealedVersions {
         Ok(Self::new(inner, sealer, header, None, None))
     }
 
-    /// Opens what [`create`](Self::create) began and a commit has finished, for reading and for further checkpoints. The VM may
-    /// have `max_pages` pages at the most, and must be `expected` if that is given; otherwise [`vm`](Self::vm) tells which it is.
+    /// Opens what [`create`](Self::create) began and a commit has finished, for reading and for
+    /// further checkpoints. The VM may have `max_pages` pages at the most, and must be `expected`
+    /// if that is given; otherwise [`vm`](Self::vm) tells which it is.
     ///
-    /// Only the state is read and checked now. The pages are when they are [restored](VersionStore::restore).
+    /// Only the state is read and checked now. The pages are when they are
+    /// [restored](VersionStore::restore).
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] when nothing was committed; [`ErrorKind::InvalidData`] when it is not sealed, of a version that is
-    /// not known, too large, or another VM's; [`ErrorKind::PermissionDenied`] when this key does not open it: it is the wrong
-    /// one, or what is kept was changed. When the operating system has no random bytes to give.
+    /// [`ErrorKind::NotFound`] when nothing was committed; [`ErrorKind::InvalidData`] when it is
+    /// not sealed, of a version that is not known, too large, or another VM's;
+    /// [`ErrorKind::PermissionDenied`] when this key does not open it: it is the wrong one, or what
+    /// is kept was changed. When the operating system has no random bytes to give.
     pub fn open(
         inner: Box<dyn VersionStore>,
         max_pages: u64,
@@ -270,7 +280,8 @@ impl SealedVersions {
                 seal.open(sealer, page, data, &mut [0; SEALED_LEN], &tree.layout)?.map(|data| Box::new(*data));
             let content = content.ok_or_else(|| tree.layout.refused(page, PageError::NotAuthentic))?;
             tree.pages.insert(page, content);
-            // not before: a page that was refused is one that is missing, whatever the store makes of an error
+            // not before: a page that was refused is one that is missing, whatever the store makes
+            // of an error
             next = page + 1;
             Ok(())
         });
@@ -375,7 +386,8 @@ impl VersionStore for SealedVersions {
         self.header = header;
         self.latest = Some((number, state));
         self.tree.root = root;
-        // not `append`, which takes as long as both of them are: all of the VM, at each small checkpoint
+        // not `append`, which takes as long as both of them are: all of the VM, at each small
+        // checkpoint
         self.tree.pages.extend(mem::take(&mut self.staged));
         Ok(())
     }
@@ -402,8 +414,8 @@ impl VersionStore for SealedVersions {
         Ok(set)
     }
 
-    /// Pages are handed out one by one as they prove authentic. What the inner store hands out beside
-    /// them, in another order or twice, is refused.
+    /// Pages are handed out one by one as they prove authentic. What the inner store hands out
+    /// beside them, in another order or twice, is refused.
     fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         check_version_read(pages)?;
         self.load()?;
@@ -426,8 +438,8 @@ impl VersionStore for SealedVersions {
             }
             let data = seals[next].open(sealer, page, data, &mut buffer, &tree.layout)?;
             take(page - vm.start, data)?;
-            // not before: a page that was refused is one that is missing, whatever the store makes of an
-            // error
+            // not before: a page that was refused is one that is missing, whatever the store makes
+            // of an error
             next += 1;
             Ok(())
         })?;
@@ -437,7 +449,8 @@ impl VersionStore for SealedVersions {
         }
     }
 
-    /// Pages are handed out one by one as they prove authentic. That none is missing is known only when this returns.
+    /// Pages are handed out one by one as they prove authentic. That none is missing is known only
+    /// when this returns.
     fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         self.load()?;
         let Self { inner, sealer, tree, .. } = self;
@@ -564,7 +577,8 @@ impl Layout {
         levels.into_iter()
     }
 
-    /// The seal page that has the seal of this page, and its place there. `None` for the top one, and beyond the last page.
+    /// The seal page that has the seal of this page, and its place there. `None` for the top one,
+    /// and beyond the last page.
     fn seal_of(&self, page: u64) -> Option<(u64, usize)> {
         let [above, level] = self.pairs().rev().find(|[_, level]| level.contains(&page))?;
         let child = page - level.start;
@@ -628,8 +642,8 @@ impl Tree {
         Seal::decode(self.pages.get(&above)?.as_chunks().0.get(slot)?)
     }
 
-    /// The seal of a page that was handed out, which must be the first that has one from `next` on: that way none is left out,
-    /// added or handed out twice.
+    /// The seal of a page that was handed out, which must be the first that has one from `next` on:
+    /// that way none is left out, added or handed out twice.
     fn expect(&self, next: u64, page: u64) -> io::Result<Seal> {
         match self.first_sealed(next) {
             Some((found, seal)) if found == page => Ok(seal),

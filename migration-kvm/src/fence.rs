@@ -1,4 +1,5 @@
-//! A [`Fence`] for two VMMs on one host: kills the other one's process through a descriptor of it, and waits for its end.
+//! A [`Fence`] for two VMMs on one host: kills the other one's process through a descriptor of it,
+//! and waits for its end.
 
 use std::{
     fs, io,
@@ -24,8 +25,8 @@ const LONGEST_END: Duration = Duration::from_secs(30);
 const VERSION: u8 = 1;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// A process of this or another host: which boot of which host, which PID namespace, its number and when it started, so that
-/// a number that was given anew is not mistaken for it.
+/// A process of this or another host: which boot of which host, which PID namespace, its number and
+/// when it started, so that a number that was given anew is not mistaken for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessIdentity {
     boot: [u8; 36],
@@ -82,10 +83,11 @@ impl ProcessIdentity {
     }
 }
 
-/// Ends a process of this host, whose identity is an encoded [`ProcessIdentity`]. Needs the right to kill it. Of other hosts it
-/// knows nothing, and says so.
+/// Ends a process of this host, whose identity is an encoded [`ProcessIdentity`]. Needs the right
+/// to kill it. Of other hosts it knows nothing, and says so.
 ///
-/// The peer names the process: link two VMMs by it only where a peer may end any process that this one may.
+/// The peer names the process: link two VMMs by it only where a peer may end any process that this
+/// one may.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ProcessFence;
 
@@ -147,7 +149,8 @@ fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
     }
     let raw = i32::try_from(other.pid).ok().and_then(Pid::from_raw);
     let pid = raw.ok_or_else(|| NotFenced(format!("{} is no process number", other.pid)))?;
-    // first the descriptor, then the look: what is looked at is then what the descriptor is of, or has ended
+    // first the descriptor, then the look: what is looked at is then what the descriptor is of, or
+    // has ended
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
         Err(Errno::SRCH) => return Ok(None),
@@ -202,8 +205,8 @@ fn at(path: &str) -> impl Fn(io::Error) -> io::Error + '_ {
     }
 }
 
-/// When a process started, in ticks since boot; `None` if there is none of this number, or it has ended and is only not
-/// waited for yet.
+/// When a process started, in ticks since boot; `None` if there is none of this number, or it has
+/// ended and is only not waited for yet.
 fn started(pid: u32) -> io::Result<Option<u64>> {
     let path = format!("/proc/{pid}/stat");
     let stat = match fs::read_to_string(&path) {

@@ -8,8 +8,8 @@ use urgent::{Member, Urgent};
 
 mod urgent;
 
-/// What a VMM does on each new thread before the SDK's code runs there, such as setting an affinity or installing a
-/// seccomp filter. An error ends the thread, and `spawn` returns it.
+/// What a VMM does on each new thread before the SDK's code runs there, such as setting an affinity
+/// or installing a seccomp filter. An error ends the thread, and `spawn` returns it.
 pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 
 /// The [`Spawner`] for threads of the standard library on Linux.
@@ -22,16 +22,18 @@ pub type Setup = dyn Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync;
 /// | demand | nice −10 | nice −10 | nice −10 |
 /// | control | unchanged | unchanged | unchanged |
 ///
-/// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose cores are all busy it
-/// hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt when it wakes. A priority that cannot be had
-/// (below 0 it needs CAP_SYS_NICE) is left as it was. Threads on demand do little, and the guest waits for each bit of it.
+/// A thread under `SCHED_IDLE` is preempted at once when a vCPU wants the core; on a host whose
+/// cores are all busy it hardly moves. `SCHED_BATCH` keeps the normal share but does not preempt
+/// when it wakes. A priority that cannot be had (below 0 it needs CAP_SYS_NICE) is left as it was.
+/// Threads on demand do little, and the guest waits for each bit of it.
 ///
-/// In a hand-over the guest waits too, and each thread wakes another one, or a vCPU. A short time slice lets a thread that is
-/// woken go before one that has a longer slice, without waiting for the next tick (4 ms); it needs no permission, and
-/// Linux 6.12. In the pause these threads are real-time ones (`SCHED_RR`) where that is permitted, for 5 ms at most: the scheduler
-/// moves threads of the usual policies away from a core on which another process is in the kernel for long, and leaves
-/// a real-time thread that was woken there behind it, for seconds if it comes to that, however idle the other cores are.
-/// A thread called `mig-urgent` ends it.
+/// In a hand-over the guest waits too, and each thread wakes another one, or a vCPU. A short time
+/// slice lets a thread that is woken go before one that has a longer slice, without waiting for the
+/// next tick (4 ms); it needs no permission, and Linux 6.12. In the pause these threads are
+/// real-time ones (`SCHED_RR`) where that is permitted, for 5 ms at most: the scheduler moves
+/// threads of the usual policies away from a core on which another process is in the kernel for
+/// long, and leaves a real-time thread that was woken there behind it, for seconds if it comes to
+/// that, however idle the other cores are. A thread called `mig-urgent` ends it.
 #[derive(Clone, Default)]
 pub struct LinuxSpawner {
     setup: Option<Arc<Setup>>,
@@ -44,15 +46,16 @@ impl LinuxSpawner {
         Self::default()
     }
 
-    /// A spawner that also runs `setup` on each new thread, after its priority is set: a seccomp filter need not
-    /// allow `sched_setscheduler`.
+    /// A spawner that also runs `setup` on each new thread, after its priority is set: a seccomp
+    /// filter need not allow `sched_setscheduler`.
     pub fn with_setup(setup: impl Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self { setup: Some(Arc::new(setup)), urgent: Arc::default() }
     }
 }
 
 impl Spawner for LinuxSpawner {
-    /// Starts a thread called `name` (Linux shows its first 15 bytes). Returns when its set-up is done.
+    /// Starts a thread called `name` (Linux shows its first 15 bytes). Returns when its set-up is
+    /// done.
     fn spawn(
         &self,
         role: Role,
@@ -107,26 +110,30 @@ impl Spawner for LinuxSpawner {
     }
 }
 
-/// Lets others go first (`SCHED_BATCH`, nice 19) in all threads that this process has now, as far as permitted: for a process
-/// that has handed its VM over to another one of this machine. To free the VM and to unmap its RAM takes milliseconds in the
-/// kernel, in whichever thread is the last one to let go of them, and the guest runs on the same cores. (Under `SCHED_IDLE` it
-/// would take seconds beside vCPUs that are busy.)
+/// Lets others go first (`SCHED_BATCH`, nice 19) in all threads that this process has now, as far
+/// as permitted: for a process that has handed its VM over to another one of this machine. To free
+/// the VM and to unmap its RAM takes milliseconds in the kernel, in whichever thread is the last
+/// one to let go of them, and the guest runs on the same cores. (Under `SCHED_IDLE` it would take
+/// seconds beside vCPUs that are busy.)
 pub fn lower_priority() {
     // a thread that is missed does its part at its own priority
     let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
     threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).for_each(sched::lower_priority);
 }
 
-/// The threads of a VM's vCPUs go before others as long as this lives, each as far as permitted: for a hand-over on one machine,
-/// which has work to do on the cores on which the guest runs. Else a vCPU may wait until that work, or a thread of the kernel that
-/// happens to wake up on its core, rests: where the kernel does not preempt itself that is a tick, or several. Threads under another
-/// policy than the usual ones stay as they are, and so does what somebody else changes meanwhile.
+/// The threads of a VM's vCPUs go before others as long as this lives, each as far as permitted:
+/// for a hand-over on one machine, which has work to do on the cores on which the guest runs. Else
+/// a vCPU may wait until that work, or a thread of the kernel that happens to wake up on its core,
+/// rests: where the kernel does not preempt itself that is a tick, or several. Threads under
+/// another policy than the usual ones stay as they are, and so does what somebody else changes
+/// meanwhile.
 #[derive(Debug)]
 pub struct PriorityBoost(Vec<sched::Change>);
 
 impl PriorityBoost {
-    /// These threads, by the operating system's numbers, have short time slices: they wait less for their turn, and have as much of a
-    /// core as before. (Where the kernel has no such thing, before Linux 6.12, nothing changes.)
+    /// These threads, by the operating system's numbers, have short time slices: they wait less for
+    /// their turn, and have as much of a core as before. (Where the kernel has no such thing,
+    /// before Linux 6.12, nothing changes.)
     pub fn sooner(threads: &[u32]) -> Self {
         Self::with(threads, None)
     }
@@ -150,7 +157,8 @@ impl Drop for PriorityBoost {
 /// How the scheduler is to treat a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Priority {
-    /// Has its turn soon after it is woken, and more of a core than others. Threads that it starts are normal ones.
+    /// Has its turn soon after it is woken, and more of a core than others. Threads that it starts
+    /// are normal ones.
     Prompt,
     Idle,
     Batch,
@@ -211,7 +219,8 @@ mod sched {
         unsafe { libc::gettid() }
     }
 
-    /// Makes a thread a real-time one, as far as permitted, or ends that. Its niceness and time slice come back then.
+    /// Makes a thread a real-time one, as far as permitted, or ends that. Its niceness and time
+    /// slice come back then.
     pub(super) fn set_real_time(thread: libc::pid_t, on: bool) {
         let (policy, priority) = if on { (libc::SCHED_RR, 1) } else { (libc::SCHED_OTHER, 0) };
         set_policy(thread, policy | libc::SCHED_RESET_ON_FORK, priority);
@@ -243,7 +252,8 @@ mod sched {
         policy: u32,
         flags: u64,
         pub(super) nice: i32,
-        /// In ns. The kernel says 0 if it knows none (before Linux 6.12), and gives the usual one for 0.
+        /// In ns. The kernel says 0 if it knows none (before Linux 6.12), and gives the usual one
+        /// for 0.
         pub(super) slice: u64,
     }
 
@@ -319,8 +329,8 @@ mod sched {
     }
 
     fn set_nice(thread: libc::pid_t, nice: libc::c_int) {
-        // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not being permitted to is
-        // no failure, see `LinuxSpawner`.
+        // SAFETY: takes numbers only. On Linux, 0 names the calling thread, not the process. Not
+        // being permitted to is no failure, see `LinuxSpawner`.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, thread.unsigned_abs(), nice) };
     }
 

@@ -16,10 +16,11 @@
 //! here encrypts or authenticates**. So use this crate alone only on networks where everyone may
 //! read and replace a VM's memory.
 //!
-//! Stores: [`DirVersions`] keeps the checkpoints of a VM in a directory, below [`CheckpointFolders`]
-//! that both ends have. [`SnapshotFile`] keeps a snapshot in one file, and [`FilePageStore`] keeps
-//! pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so that they outlive a VMM
-//! that dies, and a [`supervisor`] restarts such a VM. [`Wakeup`] wakes an event loop that polls.
+//! Stores: [`DirVersions`] keeps the checkpoints of a VM in a directory, below
+//! [`CheckpointFolders`] that both ends have. [`SnapshotFile`] keeps a snapshot in one file, and
+//! [`FilePageStore`] keeps pages for several hosts. [`RamBroker`] keeps the memory files of VMs, so
+//! that they outlive a VMM that dies, and a [`supervisor`] restarts such a VM. [`Wakeup`] wakes an
+//! event loop that polls.
 //!
 //! # Example
 //!
@@ -62,11 +63,11 @@
 //!
 //! - An error ends a channel. It is then unknown how much was transferred.
 //! - An idle time-out is for a peer that transfers no byte at all. If a part of a transfer was done
-//!   when the time-out passes, the time-out starts again. So silence is noticed after one to two
-//!   time-outs.
+//! when the time-out passes, the time-out starts again. So silence is noticed after one to two
+//! time-outs.
 //! - A channel closes when both of its halves are dropped. If bytes from the peer are unread by
-//!   then, TCP sends a reset, and the data written last may not arrive. So read to the end of the
-//!   stream before closing, or let the peer send the last message.
+//! then, TCP sends a reset, and the data written last may not arrive. So read to the end of the
+//! stream before closing, or let the peer send the last message.
 //! - Name resolution is done by the system and blocks for as long as that takes.
 //!
 //! # Features

@@ -1,5 +1,5 @@
-//! A page store whose files cannot grow. The limit is one of a process, so the test has a process of
-//! its own.
+//! A page store whose files cannot grow. The limit is one of a process, so the test has a process
+//! of its own.
 
 use std::{
     env,

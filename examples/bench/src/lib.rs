@@ -1,7 +1,8 @@
 //! Measurements of minivmm: beside QEMU, and beside what papers report.
 //!
-//! The commands drive minivmms as child processes, through their command line and their control sockets, as a user's script does. Such a
-//! process is the program that this library is linked into: the commands are `minivmm bench`, `minivmm eval` and `minivmm demo`.
+//! The commands drive minivmms as child processes, through their command line and their control
+//! sockets, as a user's script does. Such a process is the program that this library is linked
+//! into: the commands are `minivmm bench`, `minivmm eval` and `minivmm demo`.
 //!
 //! | module | what is in it |
 //! |---|---|

@@ -67,7 +67,8 @@ impl From<AskError> for String {
     }
 }
 
-/// Sends a request and returns the result, whenever it comes. `progress` is called for each line of progress before it.
+/// Sends a request and returns the result, whenever it comes. `progress` is called for each line of
+/// progress before it.
 ///
 /// # Errors
 /// See [`AskError`].
@@ -76,8 +77,8 @@ pub fn ask(path: &Path, request: &Request, mut progress: impl FnMut(&Value)) -> 
     converse(path, server, request, None, &mut |value| value.into_iter().for_each(&mut progress))
 }
 
-/// As [`ask`], of a server that shows signs of life: one that is stopped or stuck is given up after `patience`. `alive` is
-/// called for each line before the last one; some have progress.
+/// As [`ask`], of a server that shows signs of life: one that is stopped or stuck is given up after
+/// `patience`. `alive` is called for each line before the last one; some have progress.
 ///
 /// # Errors
 /// See [`AskError`].
@@ -97,7 +98,8 @@ pub fn ask_within(
 /// How long another minivmm may show no sign of life when a VM's process asks it something.
 const PEER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// As [`ask`], of another minivmm, by a process that has a VM: one that is stopped is given up after 10 s.
+/// As [`ask`], of another minivmm, by a process that has a VM: one that is stopped is given up
+/// after 10 s.
 ///
 /// # Errors
 /// See [`AskError`].
@@ -105,7 +107,8 @@ pub fn ask_peer(path: &Path, request: &Request) -> Result<Value, AskError> {
     ask_within(path, request, PEER_PATIENCE, &mut |_| {})
 }
 
-/// Connects. Connecting waits while too many others do that the server has not accepted, and has no time-out of its own.
+/// Connects. Connecting waits while too many others do that the server has not accepted, and has no
+/// time-out of its own.
 fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let (tx, rx) = mpsc::channel();
     let socket = path.to_owned();

@@ -1,7 +1,8 @@
-//! The client's side of a running minivmm: what it can be asked, how it answers, and how a command line writes that.
+//! The client's side of a running minivmm: what it can be asked, how it answers, and how a command
+//! line writes that.
 //!
-//! A minivmm serves a Unix socket (`--control SOCK`). A client writes one [`Request`] as a line of JSON and reads lines of JSON until
-//! the last one. [`ask`] does that:
+//! A minivmm serves a Unix socket (`--control SOCK`). A client writes one [`Request`] as a line of
+//! JSON and reads lines of JSON until the last one. [`ask`] does that:
 //!
 //! ```no_run
 //! use minivmm_client::{MigrateRequest, Request, StrategyKind, ask};

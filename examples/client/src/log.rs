@@ -1,15 +1,19 @@
 //! Everything that a minivmm writes to stdout and stderr.
 //!
-//! A process that has a VM must not wait for whoever reads its log, and must not end because nobody does. So lines go into a
-//! queue with a bound, and one thread writes them, which may wait for a pipe for ever. What does not fit, or cannot be
-//! written, is dropped and counted, and the next line that can be written says how many there were.
+//! A process that has a VM must not wait for whoever reads its log, and must not end because nobody
+//! does. So lines go into a queue with a bound, and one thread writes them, which may wait for a
+//! pipe for ever. What does not fit, or cannot be written, is dropped and counted, and the next
+//! line that can be written says how many there were.
 //!
-//! - `log!` and `note!` write a line to stderr through the queue, the first with `minivmm: ` before it.
-//! - [`announce`] writes a line to stdout through a queue of its own, for processes that have a VM or keep its RAM.
-//! - `out!` and [`print()`] write to stdout here and now, for commands that have nothing else to do.
+//! - `log!` and `note!` write a line to stderr through the queue, the first with `minivmm: ` before
+//!   it.
+//! - [`announce`] writes a line to stdout through a queue of its own, for processes that have a VM
+//!   or keep its RAM.
+//! - `out!` and [`print()`] write to stdout here and now, for commands that have nothing else to
+//!   do.
 //!
-//! Lines on stderr are escaped whole: what a peer says begins no line and steers no terminal. Text for stdout is escaped where
-//! it is made for people, and is JSON elsewhere.
+//! Lines on stderr are escaped whole: what a peer says begins no line and steers no terminal. Text
+//! for stdout is escaped where it is made for people, and is JSON elsewhere.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -66,8 +70,8 @@ static STDOUT_FAILED: AtomicBool = AtomicBool::new(false);
 static STDERR: Queue = Queue::new(Sink::Stderr);
 static STDOUT: Queue = Queue::new(Sink::Stdout);
 
-/// Readies stdout and stderr of a process that is to have a VM: the threads that write are there before it has anything to
-/// say, and a thread that panics does not wait for a pipe.
+/// Readies stdout and stderr of a process that is to have a VM: the threads that write are there
+/// before it has anything to say, and a thread that panics does not wait for a pipe.
 pub fn start() {
     STDERR.start(&mut STDERR.lock());
     STDOUT.start(&mut STDOUT.lock());
@@ -100,8 +104,8 @@ pub fn announce(text: String) {
     STDOUT.push(text);
 }
 
-/// Writes text to stdout. A reader that has gone does not miss it; any other failure is said once, and makes the status that
-/// [`finish`] returns one of failure.
+/// Writes text to stdout. A reader that has gone does not miss it; any other failure is said once,
+/// and makes the status that [`finish`] returns one of failure.
 pub fn print(text: &str) {
     if !STDOUT_CLOSED.load(Ordering::Relaxed)
         && let Err(error) = write_all(&io::stdout(), text.as_bytes())
@@ -119,8 +123,8 @@ pub fn stdout_failed(error: Errno) {
     }
 }
 
-/// Waits a moment for what is queued, at the end of the process; the status to end with. A command whose `output_counts` has
-/// not done its work if stdout failed.
+/// Waits a moment for what is queued, at the end of the process; the status to end with. A command
+/// whose `output_counts` has not done its work if stdout failed.
 pub fn finish(status: u8, output_counts: bool) -> u8 {
     let deadline = Instant::now() + LAST_LINES;
     STDOUT.flush(deadline);
@@ -163,7 +167,8 @@ fn wait_writable(file: &impl AsFd, timeout: PollTimeout) -> bool {
     poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
 }
 
-/// Writes without the standard library's locks and buffers: a thread that waits here keeps nobody else waiting.
+/// Writes without the standard library's locks and buffers: a thread that waits here keeps nobody
+/// else waiting.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match nix::unistd::write(file, bytes) {
@@ -209,8 +214,8 @@ impl Waiting {
         self.entries.push_back(entry);
     }
 
-    /// The next text to write. Lines that were lost are mentioned with the next one, or when there is none, unless it is known
-    /// that this cannot be written.
+    /// The next text to write. Lines that were lost are mentioned with the next one, or when there
+    /// is none, unless it is known that this cannot be written.
     fn next(&mut self) -> Option<Entry> {
         let next = self.entries.pop_front();
         self.bytes -= next.as_ref().map_or(0, |entry| entry.text.len());
@@ -263,7 +268,8 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Starts the thread that writes, unless it runs. Without one, lines wait for the end of the process.
+    /// Starts the thread that writes, unless it runs. Without one, lines wait for the end of the
+    /// process.
     fn start(&'static self, waiting: &mut Waiting) {
         if !waiting.writer {
             waiting.writer = thread::Builder::new().name("log".into()).spawn(|| self.write()).is_ok();

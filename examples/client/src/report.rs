@@ -134,7 +134,8 @@ pub fn not_begun(strategy: &str, reason: &str) -> Value {
     })
 }
 
-/// Returns the accesses of the guest to pages that took long, in microseconds; null if its workload does not measure them.
+/// Returns the accesses of the guest to pages that took long, in microseconds; null if its workload
+/// does not measure them.
 pub fn accesses_to_json(board: &Board) -> Value {
     let Some(accesses) = &board.accesses else { return Value::Null };
     let us = |ticks: u64| (board.time(ticks).as_secs_f64() * 1e7).round() / 10.0;

@@ -29,7 +29,8 @@ pub enum Request {
     Adopt,
     /// End the process, and the VM with it.
     Quit,
-    /// Copy guest RAM to a file. The server writes the file itself, so that memory does not go through JSON.
+    /// Copy guest RAM to a file. The server writes the file itself, so that memory does not go
+    /// through JSON.
     Memory {
         /// Guest physical address.
         gpa: u64,
@@ -98,7 +99,8 @@ pub struct SnapshotRequest {
     /// The longest pause that is acceptable.
     #[serde(rename = "downtime_limit_us", with = "micros")]
     pub downtime_limit: Duration,
-    /// After this time the guest is paused for as long as it takes; zero to go on as long as that helps.
+    /// After this time the guest is paused for as long as it takes; zero to go on as long as that
+    /// helps.
     #[serde(rename = "timeout_us", with = "micros")]
     pub timeout: Duration,
     /// How much the guest may be disturbed.
@@ -135,11 +137,12 @@ pub struct MigrateRequest {
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: TimeoutAction,
-    /// How long the destination may take until it has built the VM. Clients of before this option do not send it.
+    /// How long the destination may take until it has built the VM. Clients of before this option
+    /// do not send it.
     #[serde(rename = "setup_timeout_us", with = "micros", default = "default_setup_timeout")]
     pub setup_timeout: Duration,
-    /// In which order post-copy pushes pages, by its name. The server knows the names: a program that is built with the library
-    /// may have orders of its own.
+    /// In which order post-copy pushes pages, by its name. The server knows the names: a program
+    /// that is built with the library may have orders of its own.
     pub push_order: String,
     /// Connections for pages that the guest waits for; 0 rules post-copy out.
     pub demand_lanes: u16,
@@ -251,7 +254,8 @@ pub struct Protect {
     pub interval_us: u64,
     /// Without a link for so many microseconds, the other side counts as dead.
     pub detect_us: u64,
-    /// Where checkpoints are kept: for forward ones, where the destination has them too. Else in memory.
+    /// Where checkpoints are kept: for forward ones, where the destination has them too. Else in
+    /// memory.
     pub dir: Option<PathBuf>,
 }
 
@@ -317,7 +321,8 @@ pub struct LendRequest {
     pub to: String,
     /// Its control socket.
     pub control: PathBuf,
-    /// Which process it asks: another one may be found at the control socket by now. `None` of builds that do not say.
+    /// Which process it asks: another one may be found at the control socket by now. `None` of
+    /// builds that do not say.
     #[serde(default)]
     pub lender: Option<Vec<u8>>,
     /// Which process it is: an encoded `ProcessIdentity`.
@@ -418,8 +423,8 @@ impl FromStr for Saved {
     }
 }
 
-/// What a client's request says of how it is to be answered. A server that does not know a wish takes
-/// no notice of it.
+/// What a client's request says of how it is to be answered. A server that does not know a wish
+/// takes no notice of it.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub struct Wishes {
     /// Whether the client of a request that takes long is to get signs of life.
@@ -428,7 +433,8 @@ pub struct Wishes {
 }
 
 impl Request {
-    /// Returns whether it may take long, as it waits for a guest or copies memory. The server then gives signs of life.
+    /// Returns whether it may take long, as it waits for a guest or copies memory. The server then
+    /// gives signs of life.
     pub fn takes_long(&self) -> bool {
         !matches!(self, Self::Status | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place)
     }

@@ -1,8 +1,8 @@
-//! The server's end of a control socket: a thread for each client, bounds for clients that say nothing, and an answer for those that
-//! cannot be served.
+//! The server's end of a control socket: a thread for each client, bounds for clients that say
+//! nothing, and an answer for those that cannot be served.
 //!
-//! When the process has no descriptor or no thread left, a client is told so and let go. For that a descriptor is kept in reserve
-//! ([`Shortage`]).
+//! When the process has no descriptor or no thread left, a client is told so and let go. For that a
+//! descriptor is kept in reserve ([`Shortage`]).
 
 use std::{
     collections::VecDeque,
@@ -27,16 +27,18 @@ use crate::{Answer, Request, Wishes};
 
 /// Longest request line: a request is a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
-/// How often a client of a long request gets a sign of life: several times within the shortest patience that makes sense.
+/// How often a client of a long request gets a sign of life: several times within the shortest
+/// patience that makes sense.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
 /// What does what clients ask.
 pub trait Serve: Send + Sync + 'static {
-    /// A request has come; [`answered`](Self::answered) follows when its client has the answer, or has gone.
+    /// A request has come; [`answered`](Self::answered) follows when its client has the answer, or
+    /// has gone.
     fn asked(&self);
 
-    /// Does what a client asks, and returns the result, or what failed. Each value that is passed to `progress` goes to the client at
-    /// once.
+    /// Does what a client asks, and returns the result, or what failed. Each value that is passed
+    /// to `progress` goes to the client at once.
     ///
     /// # Errors
     /// When it fails, the reason for the client.
@@ -56,7 +58,8 @@ pub struct Limits {
     pub clients: usize,
     /// Of these, most that have not sent their request yet. Beyond it the oldest one is let go.
     pub silent: usize,
-    /// The longest time until a request is there, and the longest time in which a client takes nothing of its answer.
+    /// The longest time until a request is there, and the longest time in which a client takes
+    /// nothing of its answer.
     pub patience: Duration,
 }
 
@@ -66,7 +69,8 @@ impl Default for Limits {
     }
 }
 
-/// The longest time that a client which is refused has to send its request: one that writes to a closed socket would not read why.
+/// The longest time that a client which is refused has to send its request: one that writes to a
+/// closed socket would not read why.
 const LAST_REQUEST: Duration = Duration::from_millis(200);
 /// Clients that are refused are written about this often at most.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
@@ -236,7 +240,8 @@ fn serve_client<S: Serve>(client: &Arc<UnixStream>, server: &Arc<S>, clients: &C
     said
 }
 
-/// Does what is asked, and shows the client of a long request that somebody is at work, if it wishes that.
+/// Does what is asked, and shows the client of a long request that somebody is at work, if it
+/// wishes that.
 fn handle<S: Serve>(answers: &Answers<'_>, server: &Arc<S>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
         // dropped when the request is done

@@ -33,8 +33,8 @@ fn invalid<T>(why: String) -> Result<T, InvalidValue> {
     Err(InvalidValue(why))
 }
 
-/// Returns the path of a Unix socket that is written as `unix:PATH`, as an absolute path: processes have working directories of
-/// their own.
+/// Returns the path of a Unix socket that is written as `unix:PATH`, as an absolute path: processes
+/// have working directories of their own.
 ///
 /// # Errors
 /// When the text is something else.
@@ -138,7 +138,8 @@ pub fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// `None` for no protection. (clap takes an `Option` that it can read for an option that may be left out.)
+/// `None` for no protection. (clap takes an `Option` that it can read for an option that may be
+/// left out.)
 pub(crate) type FailSafe = Option<Protect>;
 
 /// Returns how a VM is protected: `none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]`.

@@ -1,5 +1,6 @@
-//! A memory checker, which looks at a guest from outside while it runs: what its pages hold, and whether a page has changed without
-//! being in the dirty log, at whichever VMM the guest ran meanwhile. Then either the log or the memory is broken.
+//! A memory checker, which looks at a guest from outside while it runs: what its pages hold, and
+//! whether a page has changed without being in the dirty log, at whichever VMM the guest ran
+//! meanwhile. Then either the log or the memory is broken.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,5 @@
-//! The protection of fail-safe post-copy, as users ask for it: checkpoints in memory, or in a folder that both ends have.
+//! The protection of fail-safe post-copy, as users ask for it: checkpoints in memory, or in a
+//! folder that both ends have.
 
 use std::{
     io,
@@ -26,7 +27,8 @@ pub(crate) struct Protection {
 }
 
 impl Protection {
-    /// Makes what `protect` asks for. If this is dropped before the attempt has begun, nothing is left of it.
+    /// Makes what `protect` asks for. If this is dropped before the attempt has begun, nothing is
+    /// left of it.
     pub(crate) fn new(
         protect: &Protect,
         sealing: &Arc<Sealing>,

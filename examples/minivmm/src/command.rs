@@ -1,6 +1,7 @@
 //! The commands of the program `minivmm`.
 //!
-//! A program that adds commands or push orders of its own flattens [`Command`] into its command line, as `main.rs` does.
+//! A program that adds commands or push orders of its own flattens [`Command`] into its command
+//! line, as `main.rs` does.
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
@@ -22,8 +23,8 @@ use crate::{
 };
 pub use crate::{cli::Command, instance::PushOrders};
 
-/// Runs a command, and returns what the process ends with. Clients of the VM may choose the push orders that `more` knows, beside
-/// those that everybody has.
+/// Runs a command, and returns what the process ends with. Clients of the VM may choose the push
+/// orders that `more` knows, beside those that everybody has.
 pub fn run(command: &Command, more: PushOrders) -> ExitCode {
     let result = match command {
         Command::Run(args) => with_a_vm(|signals| run_vm(args, signals, more)),
@@ -54,7 +55,8 @@ pub fn finish(status: u8) -> ExitCode {
     ExitCode::from(log::finish(status, true))
 }
 
-/// Makes a file that has reached its limit an error of the write, instead of a signal that ends the process.
+/// Makes a file that has reached its limit an error of the write, instead of a signal that ends the
+/// process.
 pub fn survive_file_limits() {
     signals::survive_file_limits();
 }
@@ -66,7 +68,8 @@ fn with_a_vm(command: impl FnOnce(&Signals) -> Result<u8, String>) -> Result<u8,
     command(&signals)
 }
 
-/// Reports a wrong command line, and returns what the process ends with. Programs that asked for JSON get JSON.
+/// Reports a wrong command line, and returns what the process ends with. Programs that asked for
+/// JSON get JSON.
 pub fn wrong_command_line(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args().any(|a| a == "--json");
     if wants_json && error.use_stderr() {
@@ -191,7 +194,8 @@ fn receive(args: &Receive, signals: &Signals, more: PushOrders) -> Result<u8, St
     Ok(instance.wait_exit())
 }
 
-/// The most RAM that a VM from outside may have: what the user allows, else as much as this host has.
+/// The most RAM that a VM from outside may have: what the user allows, else as much as this host
+/// has.
 fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
     match allowed {
         Some(bytes) => Ok(bytes),
@@ -209,7 +213,8 @@ fn instance(common: &Common, signals: &Signals, more: PushOrders) -> Result<Arc<
     Ok(instance)
 }
 
-/// Where the serial port of a VM that is to come will write: found out now, and not when the VM has moved.
+/// Where the serial port of a VM that is to come will write: found out now, and not when the VM has
+/// moved.
 fn serial(common: &Common) -> Result<SerialTarget, String> {
     let target = SerialTarget::from(common.serial.as_str());
     target.check().map_err(|e| e.to_string())?;

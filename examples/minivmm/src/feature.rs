@@ -1,5 +1,5 @@
-//! `minivmm feature`: a VMM with a feature borrows a VM from the one at which it is at home, uses it, and gives it back.
-//! Between two trips the VM stays built here, at rest.
+//! `minivmm feature`: a VMM with a feature borrows a VM from the one at which it is at home, uses
+//! it, and gives it back. Between two trips the VM stays built here, at rest.
 
 use std::{
     path::{Path, PathBuf},
@@ -108,7 +108,8 @@ struct Owner {
 /// The guest with the report of its coming, or the VM without it and why.
 type Borrowed = Result<(Active<Tenant>, Value), (Standby<Tenant>, String)>;
 
-/// Where the VM's home is found. One that ended before it could answer had left its place to a successor.
+/// Where the VM's home is found. One that ended before it could answer had left its place to a
+/// successor.
 fn place_of(home: &Path) -> Result<Value, String> {
     let place = || ask_peer(home, &Request::Place);
     place().or_else(|_| place()).map_err(|why| format!("feature: {why}"))
@@ -213,8 +214,8 @@ impl<'a> Borrower<'a> {
         Ok((trip, end))
     }
 
-    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner is. If that is replaced meanwhile,
-    /// its successor is asked.
+    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner
+    /// is. If that is replaced meanwhile, its successor is asked.
     fn borrow(&self, mut dormant: Standby<Tenant>) -> Result<(Active<Tenant>, Value, Vec<u8>), String> {
         let deadline = Instant::now() + COMING;
         let mut owner = self.owner()?;
@@ -237,7 +238,8 @@ impl<'a> Borrower<'a> {
         Ok(Owner { identity, broker, leaving: home["leaving"] == true })
     }
 
-    /// Whom to ask after this one has refused: who is found in its place, or itself, if its VM was on the way elsewhere and stays.
+    /// Whom to ask after this one has refused: who is found in its place, or itself, if its VM was
+    /// on the way elsewhere and stays.
     fn next_owner(&self, refused: &Owner, deadline: Instant) -> Option<Owner> {
         let mut was_leaving = false;
         while Instant::now() < deadline {
@@ -319,7 +321,8 @@ impl<'a> Borrower<'a> {
         Ok(judged(self.instance.migrate(&request, &mut |_| {})?))
     }
 
-    /// Hands the guest back. If its owner has died, or does not take it, this is its home from now on.
+    /// Hands the guest back. If its owner has died, or does not take it, this is its home from now
+    /// on.
     fn give_back(&self, mut guest: Active<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
         let mut last = report::not_begun("handover", "its home has not said where it takes the VM back");
         for _ in 0..RETURNS {
@@ -367,7 +370,8 @@ impl<'a> Borrower<'a> {
         End::Over(self.instance.wait_exit())
     }
 
-    /// A signal ends the command, but not before the guest is at home; a second one ends it at once.
+    /// A signal ends the command, but not before the guest is at home; a second one ends it at
+    /// once.
     fn end_on_signals(&self, signals: &Signals) {
         let (instance, listen) = (self.instance.clone(), self.listen.clone());
         signals.end_by(move |asked| match asked {

@@ -68,8 +68,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub type PushOrders = fn(&str) -> Option<Box<dyn PushOrder>>;
 
 pub(crate) struct Instance {
-    /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it while a file system, another
-    /// process, a peer or a vCPU is waited for.
+    /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it
+    /// while a file system, another process, a peer or a vCPU is waited for.
     state: Mutex<State>,
     changed: Condvar,
     /// The VM's RAM at a broker.
@@ -116,7 +116,8 @@ struct State {
     asked_back: bool,
     /// Of a borrower: the control socket of an owner that has a broker.
     lender: Option<PathBuf>,
-    /// Of a successor, until it has the VM: its own control socket, and what else its predecessor leaves to it.
+    /// Of a successor, until it has the VM: its own control socket, and what else its predecessor
+    /// leaves to it.
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
 
@@ -211,7 +212,8 @@ impl Instance {
         self.exit(5);
     }
 
-    /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the guest has ended.
+    /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the
+    /// guest has ended.
     fn report_ended(&self, why: &str) {
         let mut state = self.lock();
         (state.role, state.guest_ended) = (Role::Ended, true);
@@ -254,8 +256,8 @@ impl Instance {
             let state = self.lock();
             (state.receiver.clone(), state.epoch)
         };
-        // The thread that received the VM may still wait for its source's last word. Not under the lock: the receiver takes
-        // that when a VM arrives.
+        // The thread that received the VM may still wait for its source's last word. Not under the
+        // lock: the receiver takes that when a VM arrives.
         receiver.map_or(epoch, |receiver| receiver.epoch())
     }
 
@@ -402,7 +404,8 @@ impl Instance {
         self.lock().remove.push(socket);
     }
 
-    /// A signal ends the process. Clients that wait for a migration are told that it will not end here.
+    /// A signal ends the process. Clients that wait for a migration are told that it will not end
+    /// here.
     pub(crate) fn end_by_signal(&self, asked: Asked) {
         let mut state = self.lock();
         let Asked::ToEnd(status) = asked else {

@@ -1,8 +1,10 @@
-//! `minivmm`, the reference VMM: small but real, and the place to see how a VMM plugs into the migration crates.
+//! `minivmm`, the reference VMM: small but real, and the place to see how a VMM plugs into the
+//! migration crates.
 //!
 //! # As a library
-//! A researcher runs a strategy, a push order or a convergence policy of their own on real KVM, between two threads or two processes.
-//! This one sends everything twice while the guest runs, then stops it:
+//! A researcher runs a strategy, a push order or a convergence policy of their own on real KVM,
+//! between two threads or two processes. This one sends everything twice while the guest runs, then
+//! stops it:
 //!
 //! ```no_run
 //! use migration_core::{MigrationError, strategy::{Done, Running, Strategy}};
@@ -45,8 +47,8 @@
 //! | [`Destination`] | waits for a VM to arrive |
 //! | [`command`] | the commands of the program `minivmm`, for programs that add to them |
 //!
-//! The programs in `examples/techniques` show each technique. The glue between a VMM and the crates is `vmm/glue.rs`; everything else is
-//! what any VMM has.
+//! The programs in `examples/techniques` show each technique. The glue between a VMM and the crates
+//! is `vmm/glue.rs`; everything else is what any VMM has.
 #![deny(unsafe_code)]
 // a process that has a VM must not wait for its log, nor end with it
 #![deny(clippy::print_stdout, clippy::print_stderr)]

@@ -38,7 +38,8 @@ impl Sealing {
         self.0.as_ref().map(|(file, _)| file.as_path())
     }
 
-    /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room for.
+    /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room
+    /// for.
     pub(crate) fn create<S: VersionStore + 'static>(
         &self,
         vm: VmId,
@@ -50,8 +51,8 @@ impl Sealing {
         Ok(Box::new(SealedVersions::create(store, pages, key, vm, Suite::Aes256Gcm, aead::best())?))
     }
 
-    /// Opens what rests of a VM that has so many pages at the most, and is that one if it is known. `open` is told how many the store
-    /// may have.
+    /// Opens what rests of a VM that has so many pages at the most, and is that one if it is known.
+    /// `open` is told how many the store may have.
     pub(crate) fn open<S: VersionStore + 'static>(
         &self,
         vm: Option<VmId>,

@@ -24,8 +24,8 @@ pub(crate) enum Asked {
 
 extern "C" fn nothing(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
 
-/// A file that has reached its limit is an error of the write, for any command. (That a pipe has lost its reader is one
-/// already: the runtime ignores SIGPIPE.)
+/// A file that has reached its limit is an error of the write, for any command. (That a pipe has
+/// lost its reader is one already: the runtime ignores SIGPIPE.)
 pub(crate) fn survive_file_limits() {
     // it can be handled, so this does not fail; if it did, all would be as it is by default
     let _ = register_signal_handler(Signal::SIGXFSZ as libc::c_int, nothing);
@@ -39,8 +39,8 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Waits for them from now on, on a thread of their own. To be called before there is any other thread: those inherit
-    /// that these signals are not theirs.
+    /// Waits for them from now on, on a thread of their own. To be called before there is any other
+    /// thread: those inherit that these signals are not theirs.
     ///
     /// A signal that was ignored when the process began stays so, as `nohup` wants it.
     pub(crate) fn wait() -> Result<Self, String> {
@@ -73,15 +73,16 @@ impl Signals {
         Ok(this)
     }
 
-    /// From now on the first signal does this, and a second one ends the process at once. Until then already the first one
-    /// does.
+    /// From now on the first signal does this, and a second one ends the process at once. Until
+    /// then already the first one does.
     pub(crate) fn end_by(&self, end: impl Fn(Asked) + Send + Sync + 'static) {
         // it is said once
         let _ = self.orderly.set(Box::new(end));
     }
 }
 
-/// The signals that are ignored, a bit for each, from the lowest one for signal 1. None where that cannot be known.
+/// The signals that are ignored, a bit for each, from the lowest one for signal 1. None where that
+/// cannot be known.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

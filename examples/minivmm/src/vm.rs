@@ -32,7 +32,8 @@ use crate::vmm::{self, Host, HostOptions, Machine, MachineConfig, MachineError, 
 
 /// How often a guest's board is looked at while it is waited for.
 const LOOK: Duration = Duration::from_millis(2);
-/// How long a guest may take until it has done what it was asked for: far longer than it does, also on a busy machine.
+/// How long a guest may take until it has done what it was asked for: far longer than it does, also
+/// on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What a new VM is made of.
@@ -42,7 +43,8 @@ pub struct VmOptions {
     pub memory: u64,
     /// vCPUs, 1 to 16.
     pub cpus: u32,
-    /// How RAM is backed. A [hand-over](migration_core::strategy::HandOver) needs memory that processes can share.
+    /// How RAM is backed. A [hand-over](migration_core::strategy::HandOver) needs memory that
+    /// processes can share.
     pub backing: Backing,
     /// How dirty pages are found.
     pub tracker: TrackerKind,
@@ -67,7 +69,8 @@ impl Default for VmOptions {
 }
 
 impl VmOptions {
-    /// Returns the options of a VM that runs a built-in workload, `NAME[:key=value,…]` (see [`guests::listing`]).
+    /// Returns the options of a VM that runs a built-in workload, `NAME[:key=value,…]` (see
+    /// [`guests::listing`]).
     pub fn workload(spec: &str) -> Self {
         Self { guest: Some(Guest::Workload(spec.into())), ..Self::default() }
     }
@@ -120,8 +123,8 @@ pub enum BuildError {
 #[derive(Debug, Error)]
 #[error("the migration is {}: {}", report.outcome.as_str(), report.reason.as_deref().unwrap_or("no reason is known"))]
 pub struct NotMoved {
-    /// Its outcome says who has the VM now: unless it is *lost*, *ended* or *in doubt*, that is still this process, where the guest
-    /// runs on.
+    /// Its outcome says who has the VM now: unless it is *lost*, *ended* or *in doubt*, that is
+    /// still this process, where the guest runs on.
     pub report: Box<Report>,
 }
 
@@ -168,7 +171,8 @@ pub struct MigrateOptions {
 
 /// A VM in this process. The guest ends when this is dropped.
 ///
-/// On a host without KVM it is a software guest: threads that write the same pages at the same rate, and execute no code.
+/// On a host without KVM it is a software guest: threads that write the same pages at the same
+/// rate, and execute no code.
 pub struct Vm {
     pub(crate) machine: Arc<Machine>,
     /// The epoch of the last migration or snapshot that it comes from, or that has failed.
@@ -214,7 +218,8 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Moves the VM to the destination that listens at `to`. Returns when the destination has everything.
+    /// Moves the VM to the destination that listens at `to`. Returns when the destination has
+    /// everything.
     ///
     /// # Errors
     /// When it has not moved: see [`NotMoved`].
@@ -264,7 +269,8 @@ impl Vm {
         engine::snapshot(&mut source, &mut store, &options, commands)
     }
 
-    /// Builds the VM of a snapshot. Its guest runs on from there. See to it that no other instance of it runs.
+    /// Builds the VM of a snapshot. Its guest runs on from there. See to it that no other instance
+    /// of it runs.
     ///
     /// # Errors
     /// When the file cannot be read, or the VM cannot be built here.
@@ -281,13 +287,14 @@ impl Vm {
         !self.machine.snapshot().software
     }
 
-    /// Returns what a built-in workload shows of itself; `None` of another guest, of one that has not started, and while the page with
-    /// it is missing.
+    /// Returns what a built-in workload shows of itself; `None` of another guest, of one that has
+    /// not started, and while the page with it is missing.
     pub fn board(&self) -> Option<Board> {
         self.machine.snapshot().workload
     }
 
-    /// Waits until a built-in workload has filled its pages and works, and returns what it shows then.
+    /// Waits until a built-in workload has filled its pages and works, and returns what it shows
+    /// then.
     ///
     /// # Errors
     /// When it does not get to work.
@@ -295,7 +302,8 @@ impl Vm {
         self.wait_until("get to work", |board| board.state == guests::State::Running && board.operations > 0)
     }
 
-    /// Waits until a built-in workload has worked on, after what it shows now, and returns what it shows then.
+    /// Waits until a built-in workload has worked on, after what it shows now, and returns what it
+    /// shows then.
     ///
     /// # Errors
     /// When it does not.
@@ -304,8 +312,8 @@ impl Vm {
         self.wait_until("work on", |board| board.operations > before)
     }
 
-    /// Lets a built-in workload check all its pages, and returns how many it has found wrong in its life. Not for a VM whose
-    /// migration is under way.
+    /// Lets a built-in workload check all its pages, and returns how many it has found wrong in its
+    /// life. Not for a VM whose migration is under way.
     ///
     /// # Errors
     /// When it does not do it.

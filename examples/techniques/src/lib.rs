@@ -1,4 +1,5 @@
-//! What the programs in `src/bin` share: how they end. Each of them is one way to migrate a VM, to be read and changed.
+//! What the programs in `src/bin` share: how they end. Each of them is one way to migrate a VM, to
+//! be read and changed.
 //!
 //! | program | what moves how |
 //! |---|---|
@@ -12,8 +13,8 @@
 //! | `own_convergence` | pre-copy that ends its rounds by a rule of one's own |
 //! | `simulated` | the same strategy as `own_strategy`, without a VM, over a link that breaks |
 //!
-//! `cargo run -p techniques --bin pre_copy` runs one. All but the last run a VM on KVM. Without KVM they run a software guest, threads that
-//! write the same pages.
+//! `cargo run -p techniques --bin pre_copy` runs one. All but the last run a VM on KVM. Without KVM
+//! they run a software guest, threads that write the same pages.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -37,7 +38,8 @@ pub fn show(report: &Report) {
     );
 }
 
-/// Checks that a guest works on where it is now, and that each of its pages holds what it has written there.
+/// Checks that a guest works on where it is now, and that each of its pages holds what it has
+/// written there.
 ///
 /// # Errors
 /// When it does not.

@@ -1,6 +1,7 @@
 //! Runs each program, as a reader would.
 //!
-//! Without /dev/kvm those with a VM are ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` they fail instead.
+//! Without /dev/kvm those with a VM are ignored with the reason; with `MIGRATION_REQUIRE_KVM=1`
+//! they fail instead.
 
 use std::{
     fs::OpenOptions,

@@ -352,7 +352,8 @@ mod kvm {
             nested: false,
             caps: vec![3, 55],
         };
-        // only KVM makes such a state, so it is written item by item; its own encoder has the last word
+        // only KVM makes such a state, so it is written item by item; its own encoder has the last
+        // word
         let mut items = Writer::new();
         items.count(6).u16(1).blob(&[2]);
         for chip in 2..5 {

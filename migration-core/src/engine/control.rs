@@ -115,8 +115,8 @@ impl ControlReader {
         Self { half, peer, sequence: 0, bytes, unknown: false }
     }
 
-    /// Reads from an address at which a destination is expected. What does not begin with a frame is called a
-    /// [stranger](MigrationError::ForeignPeer).
+    /// Reads from an address at which a destination is expected. What does not begin with a frame
+    /// is called a [stranger](MigrationError::ForeignPeer).
     pub(super) fn of_destination(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
         Self { unknown: true, ..Self::new(half, peer, bytes) }
     }
@@ -185,7 +185,8 @@ impl ControlReader {
     }
 }
 
-/// Header and body of the next frame of a lane, in sequence. The body's length was bounded by the header's decoder.
+/// Header and body of the next frame of a lane, in sequence. The body's length was bounded by the
+/// header's decoder.
 pub(super) fn read_frame(
     half: &mut dyn ReadHalf,
     sequence: &mut u32,

@@ -1,4 +1,5 @@
-//! The dirty log of a VMM that tracks for itself, as it goes along with a VM whose RAM stays where it is.
+//! The dirty log of a VMM that tracks for itself, as it goes along with a VM whose RAM stays where
+//! it is.
 
 use crate::{
     codec::DecodeError,
@@ -13,7 +14,8 @@ const VERSION: u32 = 1;
 /// Most pages of a VM whose log fits into a section: 512 GiB.
 pub(crate) const MAX_PAGES: u64 = MAX_SECTION as u64 * 8;
 
-/// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for each 2 GiB of RAM at most.
+/// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for
+/// each 2 GiB of RAM at most.
 pub(crate) fn section(pages: &PageSet) -> Section {
     let used = pages.last_below(pages.capacity()).map_or(0, |last| last / 64 + 1);
     let mut words = vec![0; used as usize];

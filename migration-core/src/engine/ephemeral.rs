@@ -1,6 +1,7 @@
-//! Ephemeral virtualization: two VMMs of a machine hold a VM at once, both with its RAM mapped, and one of them at a time runs
-//! it. A lean one has it most of the time; one with a feature (a snapshot, a migration, introspection) borrows it for a while
-//! (Williams et al., *Enabling efficient hypervisor-as-a-service clouds with ephemeral virtualization*, VEE 2016; Gopalan et
+//! Ephemeral virtualization: two VMMs of a machine hold a VM at once, both with its RAM mapped, and
+//! one of them at a time runs it. A lean one has it most of the time; one with a feature (a
+//! snapshot, a migration, introspection) borrows it for a while (Williams et al., *Enabling
+//! efficient hypervisor-as-a-service clouds with ephemeral virtualization*, VEE 2016; Gopalan et
 //! al., VEE 2017, for several at once).
 //!
 //! ```text
@@ -9,9 +10,10 @@
 //!      └───── wait_for_guest ─────┘
 //! ```
 //!
-//! Only a [`Active`] can be relinquished, and doing so consumes it; only the return of the guest makes a new one. That
-//! is what the types say in one process. Between the two processes it is the hand-over's protocol: one owner by the source's
-//! *run*, and each switch under a higher epoch than the one before, so that nothing of an older switch counts.
+//! Only a [`Active`] can be relinquished, and doing so consumes it; only the return of the guest
+//! makes a new one. That is what the types say in one process. Between the two processes it is the
+//! hand-over's protocol: one owner by the source's *run*, and each switch under a higher epoch than
+//! the one before, so that nothing of an older switch counts.
 
 use std::{
     os::fd::OwnedFd,
@@ -36,13 +38,14 @@ pub trait PersistentVm: Send + 'static {
     /// Which VM it is. Asked for only while its guest is here.
     fn id(&self) -> VmId;
 
-    /// The VM, for its hand-over to another VMM. What follows [`SourceVm::released`] is rest, not end: vCPUs stay stopped
-    /// and RAM stays mapped, until the guest is back.
+    /// The VM, for its hand-over to another VMM. What follows [`SourceVm::released`] is rest, not
+    /// end: vCPUs stay stopped and RAM stays mapped, until the guest is back.
     fn leaving(&mut self) -> Box<dyn SourceVm>;
 
-    /// The VM, for a guest that comes, as in [`DestinationHost::build_shared`]: at the first time it is built in these files,
-    /// and later it has to be in these very files. [`DestinationVm::load_state`] replaces all that vCPUs and devices
-    /// still hold of an earlier stay, and [`DestinationVm::start`] lets them run again.
+    /// The VM, for a guest that comes, as in [`DestinationHost::build_shared`]: at the first time
+    /// it is built in these files, and later it has to be in these very files.
+    /// [`DestinationVm::load_state`] replaces all that vCPUs and devices still hold of an earlier
+    /// stay, and [`DestinationVm::start`] lets them run again.
     ///
     /// # Errors
     /// When it cannot be built, or is in other memory than this. The guest stays where it runs.
@@ -65,7 +68,8 @@ pub struct Standby<V> {
 }
 
 impl<V: PersistentVm> Active<V> {
-    /// A VM that runs here, under this epoch: 0 if it was booted here, else that under which it came.
+    /// A VM that runs here, under this epoch: 0 if it was booted here, else that under which it
+    /// came.
     pub fn new(vm: V, epoch: u32) -> Self {
         Self { vm, epoch }
     }
@@ -80,13 +84,15 @@ impl<V: PersistentVm> Active<V> {
         self.epoch
     }
 
-    /// Gives up persistence: whatever becomes of the VM is the caller's affair, such as a migration that is not to end here.
+    /// Gives up persistence: whatever becomes of the VM is the caller's affair, such as a migration
+    /// that is not to end here.
     pub fn into_vm(self) -> V {
         self.vm
     }
 
-    /// Hands the guest over to the VMM at `to`, by [`HandOver`]. Returns when the other one runs it, or it runs on here; after
-    /// a loss of the link in between only when that is known. `last_epoch` and `fail_safe` of `options` do not apply.
+    /// Hands the guest over to the VMM at `to`, by [`HandOver`]. Returns when the other one runs
+    /// it, or it runs on here; after a loss of the link in between only when that is known.
+    /// `last_epoch` and `fail_safe` of `options` do not apply.
     ///
     /// # Errors
     /// The VM, if its guest stays here; the report says why.
@@ -119,8 +125,9 @@ impl<V: PersistentVm> Standby<V> {
         &self.vm
     }
 
-    /// Readies to take the guest back, or in for the first time. Of `options`, `awaits` does not apply; `patience` is how long to
-    /// wait for the guest, and then for the last word of whoever had it.
+    /// Readies to take the guest back, or in for the first time. Of `options`, `awaits` does not
+    /// apply; `patience` is how long to wait for the guest, and then for the last word of whoever
+    /// had it.
     pub fn await_guest(self, options: ReceiverOptions) -> Awaiting<V> {
         let place = Arc::new(Mutex::new(Some(self.vm)));
         let options = ReceiverOptions { awaits: self.gone, ..options };
@@ -138,7 +145,8 @@ pub struct Awaiting<V> {
 }
 
 impl<V: PersistentVm> Awaiting<V> {
-    /// To end the wait from another thread, see how far it is, or inherit the guest from a dead VMM that had offered it.
+    /// To end the wait from another thread, see how far it is, or inherit the guest from a dead VMM
+    /// that had offered it.
     pub fn handle(&self) -> ReceiverHandle {
         self.receiver.handle()
     }
@@ -146,7 +154,8 @@ impl<V: PersistentVm> Awaiting<V> {
     /// Waits for the guest. It may have run here for a moment when this returns.
     ///
     /// # Errors
-    /// The dormant VM, whose guest did not come: the wait was ended, or `patience` has passed. The guest is wherever it was.
+    /// The dormant VM, whose guest did not come: the wait was ended, or `patience` has passed. The
+    /// guest is wherever it was.
     pub fn wait_for_guest(self, listener: &mut dyn Listener) -> Result<Active<V>, (Standby<V>, ReceiveError)> {
         let ended = self.receiver.run(listener);
         let (handle, gone) = (self.receiver.handle(), self.gone);
@@ -183,7 +192,8 @@ impl<V: PersistentVm> DestinationHost for Place<V> {
     }
 }
 
-/// A VM that is called, out of its place. It goes back when this is dropped, also if it has panicked.
+/// A VM that is called, out of its place. It goes back when this is dropped, also if it has
+/// panicked.
 struct Called<'a, V> {
     place: &'a Mutex<Option<V>>,
     vm: Option<V>,

@@ -8,16 +8,20 @@ use crate::{PAGE_SIZE, strategy::Link, vm::StateEstimate};
 const PAUSE_AND_START: Duration = Duration::from_millis(1);
 /// What saving takes, and what loading takes, if the VMM does not say.
 const UNKNOWN_STEP: Duration = Duration::from_millis(1);
-/// Bytes of state that are saved, or loaded, a second, if the VMM does not say: they are copied a few times.
+/// Bytes of state that are saved, or loaded, a second, if the VMM does not say: they are copied a
+/// few times.
 const UNKNOWN_SPEED: f64 = 1e9;
-/// Bytes of state of a VM that does not say: that of a vCPU. Rather too little, because a migration is given up for too much.
+/// Bytes of state of a VM that does not say: that of a vCPU. Rather too little, because a migration
+/// is given up for too much.
 const UNKNOWN_STATE: u64 = 20 << 10;
-/// A round of fewer bytes says more about latency than about bandwidth. As long as there was no larger one, the best of
-/// those that are not [tiny](LEAST_HINT) counts.
+/// A round of fewer bytes says more about latency than about bandwidth. As long as there was no
+/// larger one, the best of those that are not [tiny](LEAST_HINT) counts.
 const LEAST_SAMPLE: u64 = 4 << 20;
-/// A round of fewer bytes says nothing about bandwidth, and its time is a round trip with little beside it.
+/// A round of fewer bytes says nothing about bandwidth, and its time is a round trip with little
+/// beside it.
 const LEAST_HINT: u64 = 64 << 10;
-/// A round of fewer pages says nothing about the time that reading a page takes: it has looked at all others, too.
+/// A round of fewer pages says nothing about the time that reading a page takes: it has looked at
+/// all others, too.
 const LEAST_PAGES: u64 = 512;
 /// Bytes a second, as long as no round says anything about bandwidth: 1 Gbit/s.
 const ASSUMED_BANDWIDTH: f64 = 125e6;
@@ -135,8 +139,8 @@ impl Calibration {
         self.state.as_ref().map_or(UNKNOWN_STATE, StateEstimate::bytes)
     }
 
-    /// Returns what the guest is paused for, beside pages and the transfer of state, at a store of one's own: there is nobody to
-    /// load it.
+    /// Returns what the guest is paused for, beside pages and the transfer of state, at a store of
+    /// one's own: there is nobody to load it.
     pub(super) fn pause_and_save(&self) -> Duration {
         let save = self.state.as_ref().and_then(|state| state.save_time);
         PAUSE_AND_START

@@ -52,9 +52,11 @@ pub(super) enum Input {
     Recover(Arc<dyn Connector>),
 }
 
-/// Inputs that the peer causes and that may wait for the engine. When there are more, the peer waits.
+/// Inputs that the peer causes and that may wait for the engine. When there are more, the peer
+/// waits.
 const MAX_WAITING: usize = 1024;
-/// How long a thread that reads for the engine waits before it looks again whether the engine has caught up.
+/// How long a thread that reads for the engine waits before it looks again whether the engine has
+/// caught up.
 const CATCH_UP: Duration = Duration::from_millis(1);
 
 /// Counts the inputs that the peer has caused and that the engine has not taken yet.
@@ -179,7 +181,8 @@ pub enum NoSwitchOver {
 /// Why limits cannot be changed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum NoTuning {
-    /// The guest is paused for the hand-over, or was handed over: nothing is decided by the limit any more.
+    /// The guest is paused for the hand-over, or was handed over: nothing is decided by the limit
+    /// any more.
     #[error("too late, the hand-over has begun")]
     TooLate,
     /// There is nothing to tune any more.
@@ -187,7 +190,8 @@ pub enum NoTuning {
     Ended,
 }
 
-/// What controllers and the engine share: what can be asked for at the moment, which the engine says, and what was.
+/// What controllers and the engine share: what can be asked for at the moment, which the engine
+/// says, and what was.
 pub(super) struct Requests {
     pub(super) post_copy: Result<(), NoPostCopy>,
     pub(super) switch_over: Result<(), NoSwitchOver>,
@@ -233,10 +237,11 @@ impl Controller {
         (Self { inputs: tx.clone(), requests: requests.clone() }, Commands { tx, rx, requests })
     }
 
-    /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait: the report tells.
+    /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait:
+    /// the report tells.
     ///
-    /// The engine hears this at once, unless it is in a call that it cannot interrupt: one of the VMM
-    /// or of a store, a write to a destination that takes nothing
+    /// The engine hears this at once, unless it is in a call that it cannot interrupt: one of the
+    /// VMM or of a store, a write to a destination that takes nothing
     /// ([`SourceOptions::idle_timeout`](super::SourceOptions)), or the opening of one channel. The
     /// last takes the connector's time-out and that of the resolver of names, and on an encrypted
     /// link that of the handshake, at the most: in migration-transport
@@ -247,26 +252,28 @@ impl Controller {
         let _ = self.inputs.send(Input::Cancel(why.into()));
     }
 
-    /// The guest has ended by itself, for this reason: it has powered off or crashed. Ends the migration (or the snapshot) at
-    /// once with [`MigrationError::VmEnded`], and tells the destination, if *run* was not sent yet; afterwards there is no
-    /// guest here that could end, and nothing happens. Does not wait: the report tells.
+    /// The guest has ended by itself, for this reason: it has powered off or crashed. Ends the
+    /// migration (or the snapshot) at once with [`MigrationError::VmEnded`], and tells the
+    /// destination, if *run* was not sent yet; afterwards there is no guest here that could end,
+    /// and nothing happens. Does not wait: the report tells.
     ///
-    /// A VMM calls this when it sees the end, whatever the migration is doing. That a guest has ended is else found out
-    /// only when [`SourceVm::pause`] fails.
+    /// A VMM calls this when it sees the end, whatever the migration is doing. That a guest has
+    /// ended is else found out only when [`SourceVm::pause`] fails.
     pub fn vm_ended(&self, reason: impl Into<String>) {
         // as above
         let _ = self.inputs.send(Input::VmEnded(reason.into()));
     }
 
-    /// While the link is lost after the hand-over: tries again at once, and from now on where `connector` leads. Else it is
-    /// kept for the next loss. (The engine also tries by itself, with growing pauses, where it connected first.)
+    /// While the link is lost after the hand-over: tries again at once, and from now on where
+    /// `connector` leads. Else it is kept for the next loss. (The engine also tries by itself, with
+    /// growing pauses, where it connected first.)
     pub fn recover(&self, connector: Arc<dyn Connector>) {
         // as above
         let _ = self.inputs.send(Input::Recover(connector));
     }
 
-    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that are left follow. Does
-    /// not wait for that.
+    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that
+    /// are left follow. Does not wait for that.
     ///
     /// # Errors
     /// When it cannot happen; the migration goes on as if nobody had asked.
@@ -275,14 +282,15 @@ impl Controller {
         self.inputs.send(Input::PostCopy).map_err(|_| NoPostCopy::Ended)
     }
 
-    /// Forces the switch-over now, as if the rounds had converged: the round under way ends early, the guest is paused, and
-    /// all that is left is sent in the pause, however long that takes. A strategy that hands over with pages missing
-    /// ([`Hybrid`](crate::strategy::Hybrid)) hands over now, and they follow. Does not wait for that. What the pause is
-    /// predicted to take is in the report beside what it took.
+    /// Forces the switch-over now, as if the rounds had converged: the round under way ends early,
+    /// the guest is paused, and all that is left is sent in the pause, however long that takes. A
+    /// strategy that hands over with pages missing ([`Hybrid`](crate::strategy::Hybrid)) hands over
+    /// now, and they follow. Does not wait for that. What the pause is predicted to take is in the
+    /// report beside what it took.
     ///
     /// # Errors
-    /// When it cannot happen; the migration goes on as if nobody had asked. After [`NoSwitchOver::NotYet`], ask again once
-    /// the observer is told of the next phase.
+    /// When it cannot happen; the migration goes on as if nobody had asked. After
+    /// [`NoSwitchOver::NotYet`], ask again once the observer is told of the next phase.
     pub fn switch_over(&self) -> Result<(), NoSwitchOver> {
         let mut requests = lock(&self.requests);
         requests.switch_over?;
@@ -291,8 +299,9 @@ impl Controller {
         self.inputs.send(Input::SwitchOver).map_err(|_| NoSwitchOver::Ended)
     }
 
-    /// Changes the longest acceptable downtime. It holds from the next decision on: that after the round under way, or, for
-    /// a snapshot, after the pass under way. May be called before the destination has answered.
+    /// Changes the longest acceptable downtime. It holds from the next decision on: that after the
+    /// round under way, or, for a snapshot, after the pass under way. May be called before the
+    /// destination has answered.
     ///
     /// # Errors
     /// When nothing is decided by it any more.
@@ -317,7 +326,8 @@ pub struct Commands {
     pub(super) requests: Arc<Mutex<Requests>>,
 }
 
-/// What is left after a migration: the VM (still ours unless the report says completed) and the report.
+/// What is left after a migration: the VM (still ours unless the report says completed) and the
+/// report.
 pub type Ended = (Box<dyn SourceVm>, Report);
 
 #[derive(Default)]
@@ -328,8 +338,8 @@ struct Slot {
 
 /// A migration on a thread of its own, for VMMs whose event loop must not block.
 ///
-/// Nothing here blocks but [`wait`](Migration::wait): poll [`try_take`](Migration::try_take), or let the `notify`
-/// callback of [`start`](Migration::start) write to an eventfd or wake a task.
+/// Nothing here blocks but [`wait`](Migration::wait): poll [`try_take`](Migration::try_take), or
+/// let the `notify` callback of [`start`](Migration::start) write to an eventfd or wake a task.
 pub struct Migration {
     controller: Controller,
     slot: Arc<Slot>,

@@ -27,7 +27,8 @@ const _: () = assert!(FRAME_PAYLOAD / PAGE_SIZE < 1000 && MAX_PAYLOAD / PAGE_SIZ
 /// The first piece of a frame that is written at once, and the smallest one, in bytes.
 pub(super) const FIRST_PIECE: usize = 256 << 10;
 const LEAST_PIECE: usize = 16 << 10;
-/// After a piece that took less time than this the next one is larger, and smaller after one that took longer than that.
+/// After a piece that took less time than this the next one is larger, and smaller after one that
+/// took longer than that.
 const QUICK_PIECE: Duration = Duration::from_millis(10);
 const SLOW_PIECE: Duration = Duration::from_millis(100);
 
@@ -220,7 +221,8 @@ impl Lane {
         self.flush(&mut batch, generation)
     }
 
-    /// Adds a block that the destination can only install as one: all of it is data unless all of it is zero.
+    /// Adds a block that the destination can only install as one: all of it is data unless all of
+    /// it is zero.
     fn add_whole<'a>(
         &mut self,
         batch: &mut Batch<'a>,
@@ -322,8 +324,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Writes a frame, in pieces of which each is counted when it is written: on a slow link a whole frame takes so long that the
-    /// destination would seem to take nothing.
+    /// Writes a frame, in pieces of which each is counted when it is written: on a slow link a
+    /// whole frame takes so long that the destination would seem to take nothing.
     pub(super) fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
         self.sequence = self.sequence.wrapping_add(1);
         let (mut head, mut from, mut skip) = (head, 0, 0);
@@ -421,7 +423,8 @@ mod tests {
         (lane, written)
     }
 
-    /// The frames on a lane, each with its page data, once its header, sequence and checksum are right.
+    /// The frames on a lane, each with its page data, once its header, sequence and checksum are
+    /// right.
     fn frames(written: &Written, crc: bool, generation: u32) -> Vec<(Bulk, Vec<u8>)> {
         let bytes = written.0.lock().unwrap().0.clone();
         let (mut rest, mut frames) = (&bytes[..], Vec::new());
@@ -441,7 +444,8 @@ mod tests {
         frames
     }
 
-    /// The first byte of each page that came; the number of frames that could have been in the one before.
+    /// The first byte of each page that came; the number of frames that could have been in the one
+    /// before.
     fn arrived(frames: &[(Bulk, Vec<u8>)], most: usize) -> BTreeMap<u64, u8> {
         let mut pages = BTreeMap::new();
         let mut last: Option<(u64, Content, usize)> = None;
@@ -454,7 +458,8 @@ mod tests {
                     let byte = if extent.content == Content::Plain { data.next().unwrap()[9] } else { 0 };
                     assert_eq!(pages.insert(page, byte), None, "page {page} comes twice");
                 }
-                // two stretches of one kind side by side are one, unless a frame, a stripe or a region ends between them
+                // two stretches of one kind side by side are one, unless a frame, a stripe or a
+                // region ends between them
                 if let Some((end, content, payload)) = last
                     && (end, content) == (extent.range.first, extent.content)
                 {
@@ -598,7 +603,8 @@ mod tests {
 
     #[test]
     fn a_page_behind_a_full_frame_is_looked_at() {
-        // as many pages with data as a frame takes; then zeros; then data up to the end of the stripe
+        // as many pages with data as a frame takes; then zeros; then data up to the end of the
+        // stripe
         let (full, zeros) = ((FRAME_PAYLOAD / PAGE_SIZE) as u64, 10);
         for (first, second) in [(1, 0), (0, 1)] {
             let ram = filled(&[(0, full, first), (full, zeros, second), (full + zeros, full, first)]);
@@ -623,7 +629,8 @@ mod tests {
             lane.whole_blocks = whole_blocks;
             lane.push(PageRange::new(0, PAGES), 1).unwrap();
             let sizes: Vec<u64> = frames(&written, false, 1).iter().map(|f| (f.1.len() / PAGE_SIZE) as u64).collect();
-            // whole blocks are not cut: the first region has one and 24 pages, the second one 16 more than that
+            // whole blocks are not cut: the first region has one and 24 pages, the second one 16
+            // more than that
             let want = if whole_blocks { [most, BORDER - most, most, 16] } else { [most, most, 40, 0] };
             assert!(sizes.iter().eq(want.iter().filter(|&&pages| pages > 0)), "{sizes:?}");
         }
@@ -687,7 +694,8 @@ mod tests {
         assert_eq!(written.0.lock().unwrap().1, [100 + slice.len()]);
         assert_eq!(written.0.lock().unwrap().0.len(), 100 + slice.len());
 
-        // in a piece no more than that; how large the next ones are depends on the time that it took
+        // in a piece no more than that; how large the next ones are depends on the time that it
+        // took
         *written.0.lock().unwrap() = Default::default();
         let mut want = head.to_vec();
         want.resize(100 + slice.len(), 0);

@@ -1,5 +1,5 @@
-//! The wire's limits on state and configuration, checked by the sender: before the guest is paused where that is possible,
-//! with an error that names what is too large.
+//! The wire's limits on state and configuration, checked by the sender: before the guest is paused
+//! where that is possible, with an error that names what is too large.
 
 use crate::{
     MigrationError,
@@ -43,7 +43,8 @@ pub(super) fn check_description(vm: &VmDescription) -> Result<(), MigrationError
     }
 }
 
-/// Checks what the VMM expects to save in the pause, together with the pieces that are still pending.
+/// Checks what the VMM expects to save in the pause, together with the pieces that are still
+/// pending.
 ///
 /// # Errors
 /// [`MigrationError::Blocked`] names the section.

@@ -1,9 +1,10 @@
 //! Runs strategies on real VMs, over real channels.
 //!
-//! At the source, [`migrate`] (or [`Migration::start`], which does not block) takes a [`SourceVm`](crate::vm::SourceVm),
-//! a [`Connector`](crate::channel::Connector) and a strategy. At the destination, a [`Receiver`] takes a
-//! [`Listener`](crate::channel::Listener) and a [`DestinationHost`](crate::vm::DestinationHost). Both create threads only
-//! through the [`Spawner`] in their options, and end all of them before they return.
+//! At the source, [`migrate`] (or [`Migration::start`], which does not block) takes a
+//! [`SourceVm`](crate::vm::SourceVm), a [`Connector`](crate::channel::Connector) and a strategy. At
+//! the destination, a [`Receiver`] takes a [`Listener`](crate::channel::Listener) and a
+//! [`DestinationHost`](crate::vm::DestinationHost). Both create threads only through the
+//! [`Spawner`] in their options, and end all of them before they return.
 
 mod control;
 mod destination;
@@ -38,9 +39,9 @@ use crate::{
     spawner::{GuestImpact, Spawner, StdSpawner},
 };
 
-/// What to do when the downtime limit cannot be kept: when the time that the user allowed has passed before the hand-over, or
-/// as soon as it is certain that neither another round nor a throttle can help (see
-/// [`ModelConvergence`](crate::strategy::ModelConvergence)).
+/// What to do when the downtime limit cannot be kept: when the time that the user allowed has
+/// passed before the hand-over, or as soon as it is certain that neither another round nor a
+/// throttle can help (see [`ModelConvergence`](crate::strategy::ModelConvergence)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnTimeout {
     /// The guest runs on at the source.
@@ -48,15 +49,17 @@ pub enum OnTimeout {
     Cancel,
     /// Pause the guest and send the rest, whatever the downtime.
     Stop,
-    /// Hand the guest over and let the rest follow; where the destination cannot serve missing pages, as `Cancel`.
+    /// Hand the guest over and let the rest follow; where the destination cannot serve missing
+    /// pages, as `Cancel`.
     PostCopy,
 }
 
-/// In post-copy, what a fault on a page of a transparent huge page fetches. (RAM in huge pages that cannot be split moves
-/// in whole ones in any case.)
+/// In post-copy, what a fault on a page of a transparent huge page fetches. (RAM in huge pages that
+/// cannot be split moves in whole ones in any case.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HugePages {
-    /// The page alone: the shortest wait. The others of its block follow with the push, as small pages.
+    /// The page alone: the shortest wait. The others of its block follow with the push, as small
+    /// pages.
     #[default]
     Split,
     /// The whole block of 2 MiB: it stays huge, and the wait is that for 2 MiB.
@@ -74,15 +77,16 @@ pub struct SourceOptions {
     pub pause_limits: PauseLimits,
     /// How long the migration may take until the hand-over; `None` for ever.
     pub timeout: Option<Duration>,
-    /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be kept.
+    /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be
+    /// kept.
     pub on_timeout: OnTimeout,
     /// Lanes for pages that the guest waits for at the destination, 1 to
     /// [`MAX_DEMAND_LANES`](crate::wire::MAX_DEMAND_LANES); 0 rules post-copy out.
     pub demand_lanes: u16,
     /// How pages that the guest waits for are cut out of huge pages.
     pub huge: HugePages,
-    /// In post-copy, protects the VM against the death of its destination; the migration is refused if the destination
-    /// cannot do its part.
+    /// In post-copy, protects the VM against the death of its destination; the migration is refused
+    /// if the destination cannot do its part.
     pub fail_safe: Option<FailSafe>,
     /// The page stores through which pages may go; `None` if there are none. See
     /// [`Strategy::stores`](crate::strategy::Strategy::stores).
@@ -97,7 +101,8 @@ pub struct SourceOptions {
     pub setup_timeout: Duration,
     /// Epochs up to this one are void; the attempt uses the next.
     pub last_epoch: u32,
-    /// After this time in doubt the user is told ([`Event::InDoubt`](crate::report::Event::InDoubt)); reconnecting goes on.
+    /// After this time in doubt the user is told
+    /// ([`Event::InDoubt`](crate::report::Event::InDoubt)); reconnecting goes on.
     pub in_doubt_grace: Duration,
     /// Starts threads.
     pub spawner: Arc<dyn Spawner>,

@@ -1,4 +1,5 @@
-//! Pages that do not go to a lane: into a store while the guest runs, or into memory while it stands still.
+//! Pages that do not go to a lane: into a store while the guest runs, or into memory while it
+//! stands still.
 
 use std::io;
 
@@ -16,7 +17,8 @@ use crate::{
 /// Pages of a piece of a copy: as many as one frame takes.
 const PIECE_PAGES: u64 = 256;
 
-/// The pages that may hold something else than zeros. Asked after tracking has started: a page that is touched later is dirty.
+/// The pages that may hold something else than zeros. Asked after tracking has started: a page that
+/// is touched later is dirty.
 pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet {
     let mut pages = PageSet::empty(ram.layout().pages());
     if let Err(error) = ram.populated(&mut pages) {
@@ -37,7 +39,8 @@ pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn O
     free
 }
 
-/// The pages that the guest has referenced lately, as far as is known. When to ask: see [`SourceVm::referenced_pages`].
+/// The pages that the guest has referenced lately, as far as is known. When to ask: see
+/// [`SourceVm::referenced_pages`].
 pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut referenced = PageSet::empty(pages);
     if let Err(error) = vm.referenced_pages(&mut referenced) {
@@ -47,8 +50,8 @@ pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Obser
     referenced
 }
 
-/// Puts those of `pages` that lie in `range` into a store. `rearm` is the tracker's, `None` if the guest is paused: it
-/// writes nothing then.
+/// Puts those of `pages` that lie in `range` into a store. `rearm` is the tracker's, `None` if the
+/// guest is paused: it writes nothing then.
 pub(super) fn put(
     ram: &dyn GuestRam,
     range: PageRange,
@@ -86,7 +89,8 @@ pub(super) struct Copied {
 }
 
 impl Copied {
-    /// With room for so many pages, which has been touched: in a pause there is no time for page faults.
+    /// With room for so many pages, which has been touched: in a pause there is no time for page
+    /// faults.
     pub(super) fn with_room(pages: u64) -> Self {
         // zeros would not be touched
         Self { data: vec![1; pages as usize * PAGE_SIZE], ..Self::default() }

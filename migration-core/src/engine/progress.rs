@@ -1,4 +1,5 @@
-//! The figures of a migration under way, from readings of its counters. Nothing here looks at a clock.
+//! The figures of a migration under way, from readings of its counters. Nothing here looks at a
+//! clock.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -10,7 +11,8 @@ use crate::{
 
 /// Rates are measured over this time.
 const WINDOW: Duration = Duration::from_secs(1);
-/// Readings that are kept for the window: they come every [interval](super::source::PROGRESS_INTERVAL), and seldom more often.
+/// Readings that are kept for the window: they come every
+/// [interval](super::source::PROGRESS_INTERVAL), and seldom more often.
 const MAX_POINTS: usize = 64;
 /// A round that leaves more than this part of what it sends does not end the rounds by itself.
 const GOOD_SHRINK: f64 = 0.5;
@@ -244,7 +246,8 @@ mod tests {
         // half of this round, 410 pages of the next, and 41 in the pause
         assert!(near(p.eta.unwrap().as_secs_f64(), 0.5 + 0.1 + 0.01 + 0.01), "{p:?}");
         assert_eq!(p.expected_downtime.map(|d| d.as_millis()), Some(19), "{p:?}");
-        // one that dirties more than is sent ends at the limit, not at what a whole round would take
+        // one that dirties more than is sent ends at the limit, not at what a whole round would
+        // take
         let p = meter.read(&second(10_600, 2457, 100_000.0));
         assert_eq!(p.expected_downtime, Some(300 * MS));
         assert!(p.share_done < 1.0 && p.eta.is_some());

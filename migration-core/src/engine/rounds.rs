@@ -1,9 +1,10 @@
-//! Rounds: which pages of a running guest are to go, how they are read safely, and which have arrived.
+//! Rounds: which pages of a running guest are to go, how they are read safely, and which have
+//! arrived.
 //!
-//! One driver for all that sends pages of a guest that goes on: a migration to its lanes, a snapshot
-//! and a forward checkpoint to a store, a reverse checkpoint to the source. The order is always the
-//! same: collect what was written, leave out what is free, re-arm the tracker for a stripe, read it,
-//! send it, and record what has arrived.
+//! One driver for all that sends pages of a guest that goes on: a migration to its lanes, a
+//! snapshot and a forward checkpoint to a store, a reverse checkpoint to the source. The order is
+//! always the same: collect what was written, leave out what is free, re-arm the tracker for a
+//! stripe, read it, send it, and record what has arrived.
 
 use std::{
     io,
@@ -116,7 +117,8 @@ impl RoundDriver {
         Ok(())
     }
 
-    /// Starts to track writes. All pages that may hold data are due, but for those that are free now.
+    /// Starts to track writes. All pages that may hold data are due, but for those that are free
+    /// now.
     pub(super) fn start<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<PageSet, MigrationError> {
         self.track(vm)?;
         let pages = pages::populated(&*self.ram, &*self.observer);
@@ -132,14 +134,16 @@ impl RoundDriver {
         let time = self.last_harvest.elapsed();
         self.last_harvest = Instant::now();
         self.map().dirtied(&written)?;
-        // The tracker has begun anew. A page that is free now and is written later is reported again.
+        // The tracker has begun anew. A page that is free now and is written later is reported
+        // again.
         let mut pages = written.clone();
         pages.subtract(&self.skip_free(vm));
         Ok(Harvest { written, pages, time })
     }
 
-    /// Leaves out the pages that are free now, and returns all that are. Only after tracking has begun,
-    /// or after a harvest, or while the guest is paused: see [`SourceVm::free_pages`] for why.
+    /// Leaves out the pages that are free now, and returns all that are. Only after tracking has
+    /// begun, or after a harvest, or while the guest is paused: see [`SourceVm::free_pages`] for
+    /// why.
     fn skip_free<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> PageSet {
         let free = pages::free(vm, self.gone.capacity(), &*self.observer);
         let mut skipped = free.clone();
@@ -149,8 +153,8 @@ impl RoundDriver {
         free
     }
 
-    /// Begins a round with `pages`. Returns what re-arms a page before it is read: nothing while the guest
-    /// is paused, for it writes nothing then, and nothing where a harvest has done it.
+    /// Begins a round with `pages`. Returns what re-arms a page before it is read: nothing while
+    /// the guest is paused, for it writes nothing then, and nothing where a harvest has done it.
     pub(super) fn begin(
         &mut self,
         tracker: &dyn DirtyTracker,
@@ -194,8 +198,8 @@ impl RoundDriver {
         pages::put(&*self.ram, stripe, pages, rearm, put)
     }
 
-    /// Returns how many pages were never touched, have gone at least once, and were left out for being
-    /// free and never went.
+    /// Returns how many pages were never touched, have gone at least once, and were left out for
+    /// being free and never went.
     pub(super) fn counts(&self) -> Counts {
         let mut skipped = self.skipped.clone();
         skipped.subtract(&self.gone);

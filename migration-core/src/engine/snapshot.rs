@@ -1,8 +1,9 @@
 //! A consistent snapshot of a running VM in a store, and a VM from it.
 //!
-//! A snapshot is a pre-copy whose destination is the store. Pages are put while the guest runs, and again those that it wrote
-//! meanwhile, as long as that makes them fewer. The pause that makes all of it one moment only *copies* what is left, in
-//! memory; the store gets it after the guest has gone on.
+//! A snapshot is a pre-copy whose destination is the store. Pages are put while the guest runs, and
+//! again those that it wrote meanwhile, as long as that makes them fewer. The pause that makes all
+//! of it one moment only *copies* what is left, in memory; the store gets it after the guest has
+//! gone on.
 
 use std::{
     sync::{Arc, mpsc::TryRecvError},
@@ -34,7 +35,8 @@ use crate::{
     vm::{DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
-/// Most that is copied in memory during the pause. What is left beyond it goes to the store while the guest waits.
+/// Most that is copied in memory during the pause. What is left beyond it goes to the store while
+/// the guest waits.
 const MAX_COPY: u64 = (256 << 20) / PAGE_SIZE as u64;
 /// Room for pages that the guest writes between the last harvest and the pause.
 const SPARE_ROOM: u64 = 1024;
@@ -44,15 +46,18 @@ const COPY_SPEED: f64 = 1e9;
 /// Limits and choices of one snapshot.
 #[derive(Clone)]
 pub struct SnapshotOptions {
-    /// How long the pause shall be at the most. The guest is throttled for its sake as in a pre-copy.
+    /// How long the pause shall be at the most. The guest is throttled for its sake as in a
+    /// pre-copy.
     pub downtime_limit: Duration,
-    /// After this time the guest is paused however much is left; `None` to go on as long as that helps.
+    /// After this time the guest is paused however much is left; `None` to go on as long as that
+    /// helps.
     pub timeout: Option<Duration>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// The epoch under which the VM is owned here.
     pub epoch: u32,
-    /// Is told how it goes: progress and rounds as of a migration, with bytes put in place of bytes on the wire.
+    /// Is told how it goes: progress and rounds as of a migration, with bytes put in place of bytes
+    /// on the wire.
     pub observer: Arc<dyn Observer>,
 }
 
@@ -87,16 +92,19 @@ pub struct SnapshotReport {
     pub throttle_percent: u8,
 }
 
-/// Puts `vm`, as it is at one moment, into `store`, and commits it as checkpoint 1. The guest runs on, but for a short pause.
-/// Returns when the store has it for good.
+/// Puts `vm`, as it is at one moment, into `store`, and commits it as checkpoint 1. The guest runs
+/// on, but for a short pause. Returns when the store has it for good.
 ///
-/// What is committed in place of a state is a [`SavedVm`]: [`restore`] needs nothing else. It blocks: call it on a thread of its
-/// own, and cancel it through the [`Controller`](super::Controller) of `commands`.
+/// What is committed in place of a state is a [`SavedVm`]: [`restore`] needs nothing else. It
+/// blocks: call it on a thread of its own, and cancel it through the
+/// [`Controller`](super::Controller) of `commands`.
 ///
 /// # Errors
-/// In every one the guest runs on (unless its user had paused it), at full speed, the tracker is as it was, with its dirty bits,
-/// and the store has discarded what was put. [`MigrationError::Store`] when it has no room, [`MigrationError::Cancelled`],
-/// [`MigrationError::Blocked`] when the VM cannot be saved now, [`MigrationError::VmEnded`] when its guest has ended; else what the VMM or its tracker says.
+/// In every one the guest runs on (unless its user had paused it), at full speed, the tracker is as
+/// it was, with its dirty bits, and the store has discarded what was put. [`MigrationError::Store`]
+/// when it has no room, [`MigrationError::Cancelled`], [`MigrationError::Blocked`] when the VM
+/// cannot be saved now, [`MigrationError::VmEnded`] when its guest has ended; else what the VMM or
+/// its tracker says.
 pub fn snapshot(
     vm: &mut dyn SourceVm,
     store: &mut dyn VersionStore,
@@ -204,7 +212,8 @@ impl<'a> SnapshotWriter<'a> {
         Ok(())
     }
 
-    /// While the guest is paused: copies as many of `pages` as there is room for, and puts the others.
+    /// While the guest is paused: copies as many of `pages` as there is room for, and puts the
+    /// others.
     fn copy(&mut self, mut pages: PageSet) -> Result<(), MigrationError> {
         let mut few = PageSet::empty(pages.capacity());
         for run in pages.ranges() {
@@ -271,7 +280,8 @@ impl<'a> SnapshotWriter<'a> {
         Ok(())
     }
 
-    /// Asks the VMM what the pause will have to save, and refuses what a snapshot cannot hold while the guest still runs.
+    /// Asks the VMM what the pause will have to save, and refuses what a snapshot cannot hold while
+    /// the guest still runs.
     fn check_state_limits(&mut self) -> Result<(), MigrationError> {
         self.calibration.saves(self.vm.estimate_state());
         let unknown = StateEstimate::default();
@@ -442,7 +452,8 @@ impl Verbs for SnapshotWriter<'_> {
         Err(MigrationError::Blocked("a snapshot has no destination".into()))
     }
 
-    /// The guest's moment is over: neither throttle nor tracker is needed while the store gets the rest.
+    /// The guest's moment is over: neither throttle nor tracker is needed while the store gets the
+    /// rest.
     fn commit(&mut self) -> Result<(), MigrationError> {
         if self.saved.is_empty() {
             return Err(MigrationError::Blocked("no state was saved".into()));
@@ -485,7 +496,8 @@ fn heard(commands: &Commands) -> Result<(), MigrationError> {
     }
 }
 
-// ---- and back ------------------------------------------------------------------------------------------------------
+// ---- and back
+// ------------------------------------------------------------------------------------------------------
 
 /// Limits and choices when a VM is restored.
 #[derive(Clone)]
@@ -526,14 +538,17 @@ pub struct Restored<V> {
     pub report: RestoreReport,
 }
 
-/// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state, starts it, and returns it.
+/// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state, starts it, and
+/// returns it.
 ///
-/// It is the *same* VM, of the same [`VmId`], under a new epoch. That no other instance of it runs on the same disks and addresses
-/// is the caller's to see to: no protocol can, the snapshot may be as old as it likes.
+/// It is the *same* VM, of the same [`VmId`], under a new epoch. That no other instance of it runs
+/// on the same disks and addresses is the caller's to see to: no protocol can, the snapshot may be
+/// as old as it likes.
 ///
 /// # Errors
-/// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged or cut short;
-/// [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of it is left then.
+/// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged
+/// or cut short; [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of
+/// it is left then.
 pub fn restore<H: DestinationHost>(
     store: &mut dyn VersionStore,
     host: &H,

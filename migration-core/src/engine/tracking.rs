@@ -37,7 +37,8 @@ impl Tracking {
         Ok(())
     }
 
-    /// Returns all pages that a tracker which the VMM had started has reported since the VMM's last harvest.
+    /// Returns all pages that a tracker which the VMM had started has reported since the VMM's last
+    /// harvest.
     pub(super) fn written(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
         self.harvest(tracker)?;
         Ok(self.harvested.clone())
@@ -59,8 +60,9 @@ impl Tracking {
 
     /// Returns what re-arms pages just before they are read, if the tracker works like that.
     ///
-    /// A tracker that the VMM had started is re-armed at each harvest instead: a page that is written between a
-    /// harvest and its turn in the round would be re-armed without having been reported, and the VMM would lose it.
+    /// A tracker that the VMM had started is re-armed at each harvest instead: a page that is
+    /// written between a harvest and its turn in the round would be re-armed without having been
+    /// reported, and the VMM would lose it.
     pub(super) fn rearm(&self, tracker: &dyn DirtyTracker) -> Option<Arc<dyn Rearm>> {
         if self.before { None } else { tracker.rearm() }
     }
@@ -70,7 +72,8 @@ impl Tracking {
         self.harvested = PageSet::full(self.harvested.capacity());
     }
 
-    /// Leaves the tracker as it was found. The VMM's own tracker reports again all that was harvested from it.
+    /// Leaves the tracker as it was found. The VMM's own tracker reports again all that was
+    /// harvested from it.
     pub(super) fn roll_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
         if !std::mem::take(&mut self.active) {
             return Ok(());

@@ -1,9 +1,10 @@
 //! Pages and the layout of guest RAM.
 //!
-//! A *page* is always 4 KiB, whatever backs it. Inside the SDK and on the wire a page is named by its
-//! **page number**: its position when the RAM regions are laid end to end in ascending order of guest physical
-//! address (GPA). So holes of the address space cost nothing, and the check "is this address RAM?" is one
-//! comparison with [`RamLayout::pages`]. [`RamLayout`] converts between page numbers and addresses.
+//! A *page* is always 4 KiB, whatever backs it. Inside the SDK and on the wire a page is named by
+//! its **page number**: its position when the RAM regions are laid end to end in ascending order of
+//! guest physical address (GPA). So holes of the address space cost nothing, and the check "is this
+//! address RAM?" is one comparison with [`RamLayout::pages`]. [`RamLayout`] converts between page
+//! numbers and addresses.
 
 use std::ops::Range;
 
@@ -17,8 +18,9 @@ pub const PAGE_SIZE: usize = 4096;
 /// log2 of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
-/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a page never
-/// overtakes a newer one, and a transparent huge page at the destination is filled by one thread.
+/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a
+/// page never overtakes a newer one, and a transparent huge page at the destination is filled by
+/// one thread.
 pub const STRIPE_PAGES: u64 = 512;
 
 /// A run of consecutive pages, by page number.
@@ -82,7 +84,8 @@ pub enum LayoutError {
     /// More than [`MAX_REGIONS`] regions.
     #[error("{0} RAM regions, more than the {MAX_REGIONS} supported")]
     TooManyRegions(usize),
-    /// An address or a length is not a multiple of the page size, the length is zero, or the end overflows.
+    /// An address or a length is not a multiple of the page size, the length is zero, or the end
+    /// overflows.
     #[error("RAM region {index} (address {gpa:#x}, length {len:#x}) is empty, unaligned or wraps around")]
     BadRegion {
         /// Position in the list.
@@ -100,7 +103,8 @@ pub enum LayoutError {
     TooLarge,
 }
 
-/// Where guest RAM lies: regions in ascending order, disjoint, page-aligned; checked on construction.
+/// Where guest RAM lies: regions in ascending order, disjoint, page-aligned; checked on
+/// construction.
 ///
 /// ```
 /// use migration_core::{RamLayout, RamRegion};
@@ -222,8 +226,8 @@ impl RamLayout {
         Some(PageRange::new(first, end - first))
     }
 
-    /// Cuts `range` at the borders of regions: `(region, byte offset in it, pages)` for each piece. The part of
-    /// `range` beyond the end of RAM yields nothing.
+    /// Cuts `range` at the borders of regions: `(region, byte offset in it, pages)` for each piece.
+    /// The part of `range` beyond the end of RAM yields nothing.
     pub fn split(&self, range: PageRange) -> impl Iterator<Item = (usize, u64, PageRange)> + '_ {
         let (mut at, end) = (range.first, range.end().min(self.pages()));
         std::iter::from_fn(move || {

@@ -1,9 +1,9 @@
 //! Sets of pages, as bitmaps over a [`RamLayout`](crate::RamLayout)'s page numbers.
 //!
-//! A set is a list of *chunks* of 128 MiB of RAM. A chunk of which no page or every page is a member
-//! has no bitmap. So the memory of a set, and the time of a pass over it, follow the parts of RAM in
-//! which members and others mix, and not the size of RAM. Copies share their bitmaps until one of
-//! them changes.
+//! A set is a list of *chunks* of 128 MiB of RAM. A chunk of which no page or every page is a
+//! member has no bitmap. So the memory of a set, and the time of a pass over it, follow the parts
+//! of RAM in which members and others mix, and not the size of RAM. Copies share their bitmaps
+//! until one of them changes.
 
 use std::{fmt, sync::Arc};
 
@@ -23,8 +23,8 @@ type Words = [u64; CHUNK_WORDS];
 /// Numbers at or beyond [`capacity`](PageSet::capacity) are never members: inserting one does
 /// nothing, so that a number from outside can do no harm.
 ///
-/// A set takes 16 bytes for each 128 MiB of RAM, and 4 KiB more for each 128 MiB of which some pages
-/// are members and others are not.
+/// A set takes 16 bytes for each 128 MiB of RAM, and 4 KiB more for each 128 MiB of which some
+/// pages are members and others are not.
 ///
 /// ```
 /// use migration_core::{PageRange, PageSet};
@@ -371,8 +371,8 @@ impl PageSet {
         }
     }
 
-    /// Changes the words of chunk `index` that hold the bits `low` to `high`. `change` is told the number of
-    /// a word, the mask of those bits in it, and the word. It changes no other bits.
+    /// Changes the words of chunk `index` that hold the bits `low` to `high`. `change` is told the
+    /// number of a word, the mask of those bits in it, and the word. It changes no other bits.
     fn change(&mut self, index: usize, low: u64, high: u64, change: impl Fn(usize, u64, u64) -> u64) {
         let size = self.size(index);
         let chunk = std::mem::replace(&mut self.chunks[index], Chunk::Empty);
@@ -397,7 +397,8 @@ impl PageSet {
         self.chunks[index] = chunk;
     }
 
-    /// Makes each chunk what `how` says of it and the same chunk of `other`, which has this capacity.
+    /// Makes each chunk what `how` says of it and the same chunk of `other`, which has this
+    /// capacity.
     fn combine(&mut self, other: &PageSet, how: impl Fn(&Chunk, &Chunk) -> Combined) {
         for (index, theirs) in other.chunks.iter().enumerate() {
             match how(&self.chunks[index], theirs) {

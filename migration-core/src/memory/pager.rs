@@ -1,9 +1,10 @@
-//! Serving the pages that a VM misses where it runs: what post-copy needs of the host. migration-kvm implements it over
-//! userfaultfd.
+//! Serving the pages that a VM misses where it runs: what post-copy needs of the host.
+//! migration-kvm implements it over userfaultfd.
 //!
-//! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on whoever touches a page that
-//! is missing there (a vCPU, KVM itself, a thread of the VMM) sleeps until it is installed: whole, at once, so that nobody
-//! ever reads half a page, and never as zeros that it did not hold.
+//! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on
+//! whoever touches a page that is missing there (a vCPU, KVM itself, a thread of the VMM) sleeps
+//! until it is installed: whole, at once, so that nobody ever reads half a page, and never as zeros
+//! that it did not hold.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -15,7 +16,8 @@ use crate::vm_error::VmError;
 pub struct Fault {
     /// The page.
     pub page: u64,
-    /// The operating system's number of the thread that touched it, where that is known. A VMM tells by it which vCPU waits.
+    /// The operating system's number of the thread that touched it, where that is known. A VMM
+    /// tells by it which vCPU waits.
     pub thread: Option<u32>,
 }
 
@@ -33,27 +35,29 @@ pub type Fill<'a> = &'a mut dyn FnMut(&[RamSlice<'_>]) -> io::Result<()>;
 
 /// Makes missing pages of one VM's RAM appear. Used by several threads at once.
 pub trait Pager: Send + Sync {
-    /// Pages are installed in blocks of so many, aligned in RAM's numbering of pages: 1, or 512 where RAM consists of
-    /// huge pages that the host cannot split (hugetlb).
+    /// Pages are installed in blocks of so many, aligned in RAM's numbering of pages: 1, or 512
+    /// where RAM consists of huge pages that the host cannot split (hugetlb).
     fn block_pages(&self) -> u64;
 
-    /// Drops what the pages that are missing in `map` hold now, and begins to watch them. They are whole blocks of
-    /// [`block_pages`](Self::block_pages) pages. Pages that are not missing are not touched. The pager keeps the map, and has
-    /// a [claim](SharedPageMap::claim) in it whenever it installs a page.
+    /// Drops what the pages that are missing in `map` hold now, and begins to watch them. They are
+    /// whole blocks of [`block_pages`](Self::block_pages) pages. Pages that are not missing are not
+    /// touched. The pager keeps the map, and has a [claim](SharedPageMap::claim) in it whenever it
+    /// installs a page.
     ///
     /// # Errors
     /// When the host does not permit it, saying which right is missing.
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError>;
 
-    /// Waits for faults, and appends those that have come to `faults`: one or more, or none when `timeout` passed or
-    /// [`wake_waiters`](Self::wake_waiters) was called. The same page may be reported again, by other threads, until it
-    /// is installed.
+    /// Waits for faults, and appends those that have come to `faults`: one or more, or none when
+    /// `timeout` passed or [`wake_waiters`](Self::wake_waiters) was called. The same page may be
+    /// reported again, by other threads, until it is installed.
     ///
     /// # Errors
     /// Only when the pager is broken.
     fn wait(&self, timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError>;
 
-    /// Makes calls of [`wait`](Self::wait) return, now and in future, to end the threads that call it.
+    /// Makes calls of [`wait`](Self::wait) return, now and in future, to end the threads that call
+    /// it.
     fn wake_waiters(&self);
 
     /// Installs `range`, whole blocks within one aligned stretch of 512 pages, whose contents
@@ -63,8 +67,8 @@ pub trait Pager: Send + Sync {
     /// may be on a lane, and have to be taken from it).
     ///
     /// # Errors
-    /// An error of `fill` is passed on, and nothing is installed then. Else what the host says, for example that
-    /// memory is short: the pages are still missing and can be tried again.
+    /// An error of `fill` is passed on, and nothing is installed then. Else what the host says, for
+    /// example that memory is short: the pages are still missing and can be tried again.
     fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed>;
 
     /// Installs `range`, whole blocks of any number, as zeros: the source has sent nothing else. As
@@ -80,8 +84,9 @@ pub trait Pager: Send + Sync {
     /// What the host says.
     fn wake(&self, page: u64) -> io::Result<()>;
 
-    /// Brings memory into its best shape when the watch has ended, for example makes huge pages of small ones. May take a
-    /// while; does nothing by default. Called once, on a thread that nobody waits for.
+    /// Brings memory into its best shape when the watch has ended, for example makes huge pages of
+    /// small ones. May take a while; does nothing by default. Called once, on a thread that nobody
+    /// waits for.
     fn collapse_huge_pages(&self) {}
 
     /// Ends the watch, once no page is missing.
@@ -90,7 +95,8 @@ pub trait Pager: Send + Sync {
     /// What the host says.
     fn disarm(&self) -> Result<(), VmError>;
 
-    /// The VM is given up before it ran, and its missing pages will not come: wakes whoever sleeps for one, for example a
-    /// thread that loads the state. What it reads then does not matter. Never called once the VM may have started.
+    /// The VM is given up before it ran, and its missing pages will not come: wakes whoever sleeps
+    /// for one, for example a thread that loads the state. What it reads then does not matter.
+    /// Never called once the VM may have started.
     fn give_up(&self);
 }

@@ -72,7 +72,8 @@ impl StillHeld {
     }
 }
 
-/// Waits on `changed` until it is notified; wakes for no reason are passed on. Returns `None` once `deadline` has passed.
+/// Waits on `changed` until it is notified; wakes for no reason are passed on. Returns `None` once
+/// `deadline` has passed.
 pub fn wait_until<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, deadline: Instant) -> Option<MutexGuard<'a, T>> {
     let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
     let waited = changed.wait_timeout(guard, left);

@@ -1,8 +1,8 @@
 //! Guest RAM, as the host process sees it.
 //!
-//! A running guest changes its memory at any time, so living guest memory is never a `&[u8]`. [`RamSlice`] names a
-//! piece of it: the kernel may read or write it (as an iovec), and the methods here touch it by volatile accesses.
-//! This is the only module of the crate that has unsafe code.
+//! A running guest changes its memory at any time, so living guest memory is never a `&[u8]`.
+//! [`RamSlice`] names a piece of it: the kernel may read or write it (as an iovec), and the methods
+//! here touch it by volatile accesses. This is the only module of the crate that has unsafe code.
 
 use std::{io, marker::PhantomData, ptr::NonNull};
 
@@ -28,14 +28,15 @@ pub struct OutsideRam {
 
 /// The RAM of one VM, mapped into this process.
 ///
-/// The SDK never maps or unmaps guest memory; it works on what the VMM hands over. migration-kvm has implementations
-/// for memory of its own making and for vm-memory.
+/// The SDK never maps or unmaps guest memory; it works on what the VMM hands over. migration-kvm
+/// has implementations for memory of its own making and for vm-memory.
 ///
 /// # Safety
-/// For as long as the object lives, every region of [`layout`](GuestRam::layout) must be mapped readable and
-/// writable at [`host_address`](GuestRam::host_address), whole and contiguous, and neither the layout nor the
-/// addresses may change. No part of it may be borrowed as a Rust reference while the SDK uses it. The methods that
-/// return slices or copy bytes must not be overridden with others: what they return lies inside RAM.
+/// For as long as the object lives, every region of [`layout`](GuestRam::layout) must be mapped
+/// readable and writable at [`host_address`](GuestRam::host_address), whole and contiguous, and
+/// neither the layout nor the addresses may change. No part of it may be borrowed as a Rust
+/// reference while the SDK uses it. The methods that return slices or copy bytes must not be
+/// overridden with others: what they return lies inside RAM.
 pub unsafe trait GuestRam: Send + Sync {
     /// Where RAM lies in guest physical address space.
     fn layout(&self) -> &RamLayout;
@@ -43,8 +44,8 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Host address of the first byte of region `index` (an index into `layout().regions()`).
     fn host_address(&self, index: usize) -> NonNull<u8>;
 
-    /// Adds to `into` every page that may hold something else than zeros. Pages that were never touched are *holes*:
-    /// a migration skips them. The default knows no holes.
+    /// Adds to `into` every page that may hold something else than zeros. Pages that were never
+    /// touched are *holes*: a migration skips them. The default knows no holes.
     ///
     /// # Errors
     /// When the operating system cannot tell; the caller then treats all of RAM as populated.
@@ -63,8 +64,8 @@ pub unsafe trait GuestRam: Send + Sync {
         region_slice(self, region, offset, range.bytes()).ok_or(outside)
     }
 
-    /// Returns the `len` bytes of guest memory at guest physical address `gpa`, which must lie inside
-    /// one region.
+    /// Returns the `len` bytes of guest memory at guest physical address `gpa`, which must lie
+    /// inside one region.
     ///
     /// # Errors
     /// When they do not.
@@ -98,13 +99,13 @@ pub unsafe trait GuestRam: Send + Sync {
 fn region_slice<R: GuestRam + ?Sized>(ram: &R, region: usize, offset: u64, len: u64) -> Option<RamSlice<'_>> {
     let end = offset.checked_add(len)?;
     let inside = end <= ram.layout().regions().get(region)?.len;
-    // SAFETY: `offset..end` lies inside the region, which the implementer of `GuestRam` promises to be mapped at
-    // this address for as long as `ram` lives; the slice borrows `ram`.
+    // SAFETY: `offset..end` lies inside the region, which the implementer of `GuestRam` promises to
+    // be mapped at this address for as long as `ram` lives; the slice borrows `ram`.
     inside.then(|| unsafe { RamSlice::new(ram.host_address(region).add(offset as usize), len as usize) })
 }
 
-/// A piece of guest memory that other threads, vCPUs and the kernel may change at any time: an address and a length,
-/// never a reference.
+/// A piece of guest memory that other threads, vCPUs and the kernel may change at any time: an
+/// address and a length, never a reference.
 #[derive(Clone, Copy, Debug)]
 pub struct RamSlice<'a> {
     address: NonNull<u8>,
@@ -112,8 +113,9 @@ pub struct RamSlice<'a> {
     _ram: PhantomData<&'a ()>,
 }
 
-// SAFETY: a `RamSlice` is only an address that stays valid for `'a` (promised to `RamSlice::new`); all accesses through
-// it are volatile or done by the kernel, and races with them are part of its contract.
+// SAFETY: a `RamSlice` is only an address that stays valid for `'a` (promised to `RamSlice::new`);
+// all accesses through it are volatile or done by the kernel, and races with them are part of its
+// contract.
 unsafe impl Send for RamSlice<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for RamSlice<'_> {}
@@ -122,7 +124,8 @@ impl<'a> RamSlice<'a> {
     /// Names the `len` bytes at `address`.
     ///
     /// # Safety
-    /// They must be mapped readable and writable, and not be borrowed as Rust references, for all of `'a`.
+    /// They must be mapped readable and writable, and not be borrowed as Rust references, for all
+    /// of `'a`.
     pub const unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
         Self { address, len, _ram: PhantomData }
     }
@@ -145,7 +148,8 @@ impl<'a> RamSlice<'a> {
     /// The slice without its first `bytes` bytes (all of it, if it is shorter).
     pub fn skip(self, bytes: usize) -> Self {
         let bytes = bytes.min(self.len);
-        // SAFETY: `bytes <= self.len`, so address and length stay inside the memory promised to `new`.
+        // SAFETY: `bytes <= self.len`, so address and length stay inside the memory promised to
+        // `new`.
         unsafe { Self::new(self.address.add(bytes), self.len - bytes) }
     }
 
@@ -180,7 +184,8 @@ impl<'a> RamSlice<'a> {
         let copied = from.len() - rest.len();
         for (block, at) in blocks.iter().zip((0..).step_by(COPY_BLOCK)) {
             for (value, word) in block.as_chunks::<8>().0.iter().zip((0..).step_by(8)) {
-                // SAFETY: `at + COPY_BLOCK <= self.len` and the address is 8-aligned; volatile because the guest may run.
+                // SAFETY: `at + COPY_BLOCK <= self.len` and the address is 8-aligned; volatile
+                // because the guest may run.
                 unsafe { self.address.add(at + word).cast::<u64>().write_volatile(u64::from_ne_bytes(*value)) };
             }
         }
@@ -200,10 +205,11 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Whether every byte was zero when it was looked at. A running guest may change it at once; its dirty tracker
-    /// then reports the page again.
+    /// Whether every byte was zero when it was looked at. A running guest may change it at once;
+    /// its dirty tracker then reports the page again.
     pub fn is_zero(self) -> bool {
-        // most pages that are not zero differ in their first words: look there before reading it all
+        // most pages that are not zero differ in their first words: look there before reading it
+        // all
         const BLOCK: usize = 64;
         let blocks = self.len / BLOCK * BLOCK;
         for at in (0..blocks).step_by(BLOCK) {
@@ -249,7 +255,8 @@ pub struct HeapRam {
     regions: Vec<NonNull<u8>>,
 }
 
-// SAFETY: the memory belongs to this object alone and is reached only through `RamSlice`, whose accesses may race.
+// SAFETY: the memory belongs to this object alone and is reached only through `RamSlice`, whose
+// accesses may race.
 unsafe impl Send for HeapRam {}
 // SAFETY: as above.
 unsafe impl Sync for HeapRam {}
@@ -286,7 +293,8 @@ impl Drop for HeapRam {
     }
 }
 
-// SAFETY: the regions are allocated whole in `new`, live as long as the object, and are never borrowed.
+// SAFETY: the regions are allocated whole in `new`, live as long as the object, and are never
+// borrowed.
 unsafe impl GuestRam for HeapRam {
     fn layout(&self) -> &RamLayout {
         &self.layout

@@ -53,7 +53,8 @@ impl SharedPageMap {
         look(&self.lock().map)
     }
 
-    /// Changes the map. A change that would take a page away from whoever has claimed it is not allowed.
+    /// Changes the map. A change that would take a page away from whoever has claimed it is not
+    /// allowed.
     pub fn change<T>(&self, change: impl FnOnce(&mut PageMap) -> T) -> T {
         change(&mut self.lock().map)
     }
@@ -68,8 +69,8 @@ impl SharedPageMap {
         self.read(|map| map.missing().contains(page))
     }
 
-    /// Records that a fault of `page` was read: somebody touched it, and sleeps. Returns whether it is
-    /// missing.
+    /// Records that a fault of `page` was read: somebody touched it, and sleeps. Returns whether it
+    /// is missing.
     pub fn touched(&self, page: u64) -> bool {
         let mut state = self.lock();
         if !state.map.missing().contains(page) {
@@ -82,22 +83,23 @@ impl SharedPageMap {
         true
     }
 
-    /// Claims all of `range` to install it from this copy; `None` unless every page of it is missing and
-    /// unclaimed, and this copy is current.
+    /// Claims all of `range` to install it from this copy; `None` unless every page of it is
+    /// missing and unclaimed, and this copy is current.
     pub fn claim_whole(&self, range: PageRange, copy: PageCopy) -> Option<Claim<'_>> {
         self.take(&mut self.lock(), range, copy, vec![range])
     }
 
-    /// Claims what is missing in `range`, can be installed from this copy, and nobody else has claimed,
-    /// or the first thousand runs of it: the lock is held for moments only. When others have claimed all
-    /// that is missing there, it waits until they are done, for they may fail. Returns `None` when
-    /// nothing in it is to be installed from this copy: the pages are there, or their newest content is
-    /// elsewhere by now (rule 2).
+    /// Claims what is missing in `range`, can be installed from this copy, and nobody else has
+    /// claimed, or the first thousand runs of it: the lock is held for moments only. When others
+    /// have claimed all that is missing there, it waits until they are done, for they may fail.
+    /// Returns `None` when nothing in it is to be installed from this copy: the pages are there, or
+    /// their newest content is elsewhere by now (rule 2).
     ///
     /// Who calls this must hold no claim: two of them could wait for each other.
     ///
     /// # Errors
-    /// Of kind `TimedOut`, when others have not come to an end within a minute: it names the threads.
+    /// Of kind `TimedOut`, when others have not come to an end within a minute: it names the
+    /// threads.
     pub fn claim(&self, range: PageRange, copy: PageCopy) -> io::Result<Option<Claim<'_>>> {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();
@@ -146,8 +148,8 @@ impl SharedPageMap {
     }
 }
 
-/// Missing pages that one thread may install. When it is dropped, what was not installed can be claimed
-/// again.
+/// Missing pages that one thread may install. When it is dropped, what was not installed can be
+/// claimed again.
 pub struct Claim<'a> {
     shared: &'a SharedPageMap,
     number: u64,
@@ -168,9 +170,9 @@ impl Claim<'_> {
 
     /// Ends the claim. Returns the runs in which a fault was read meanwhile.
     ///
-    /// Whoever reads a fault of a claimed page takes it for a missing one. But the page may have been
-    /// there already and been discarded again, before the map knew. So the installer wakes who sleeps
-    /// there, and the fault is raised once more and seen for what it is.
+    /// Whoever reads a fault of a claimed page takes it for a missing one. But the page may have
+    /// been there already and been discarded again, before the map knew. So the installer wakes who
+    /// sleeps there, and the fault is raised once more and seen for what it is.
     pub fn finish(mut self) -> Vec<PageRange> {
         self.release()
     }

@@ -25,7 +25,8 @@ pub struct TrackerError {
 }
 
 impl TrackerError {
-    /// Returns an error of the tracker with this [name](DirtyTracker::name), which says what failed.
+    /// Returns an error of the tracker with this [name](DirtyTracker::name), which says what
+    /// failed.
     pub fn new(tracker: &'static str, what: impl Into<String>) -> Self {
         Self { tracker, what: what.into(), cause: None }
     }
@@ -61,7 +62,8 @@ impl Error for TrackerError {
 ///
 /// Most VMs need several sources at once: see [`UnionTracker`].
 ///
-/// A tracker may report too much, never too little: a page whose state it is not sure of counts as written.
+/// A tracker may report too much, never too little: a page whose state it is not sure of counts as
+/// written.
 pub trait DirtyTracker: Send {
     /// A short name, such as `dirty-log`.
     fn name(&self) -> &'static str;
@@ -69,26 +71,27 @@ pub trait DirtyTracker: Send {
     /// Whether it is tracking.
     fn is_active(&self) -> bool;
 
-    /// Begins to track. Every write that happens after the return will be reported; what was written before need
-    /// not be. Does nothing if it is tracking already.
+    /// Begins to track. Every write that happens after the return will be reported; what was
+    /// written before need not be. Does nothing if it is tracking already.
     fn start(&mut self) -> Result<(), TrackerError>;
 
-    /// Ends tracking and forgets what it knows, so that the guest runs at full speed. Does nothing if it is not
-    /// tracking.
+    /// Ends tracking and forgets what it knows, so that the guest runs at full speed. Does nothing
+    /// if it is not tracking.
     fn stop(&mut self) -> Result<(), TrackerError>;
 
-    /// Adds to `into` all pages written since tracking started or the last harvest, and begins anew: a write that
-    /// happens after this call is reported by the next one.
+    /// Adds to `into` all pages written since tracking started or the last harvest, and begins
+    /// anew: a write that happens after this call is reported by the next one.
     ///
-    /// A tracker with [`rearm`](DirtyTracker::rearm) begins anew for a page only when the page is re-armed, and
-    /// reports it until then.
+    /// A tracker with [`rearm`](DirtyTracker::rearm) begins anew for a page only when the page is
+    /// re-armed, and reports it until then.
     fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError>;
 
-    /// Makes `pages` dirty again: the next harvest reports them. For pages that were harvested but did not arrive.
+    /// Makes `pages` dirty again: the next harvest reports them. For pages that were harvested but
+    /// did not arrive.
     fn mark_dirty(&mut self, pages: &PageSet);
 
-    /// For trackers that re-arm pages one by one, just before they are read for sending: the later a page is
-    /// re-armed, the fewer are sent twice. `None` if a harvest re-arms at once.
+    /// For trackers that re-arm pages one by one, just before they are read for sending: the later
+    /// a page is re-armed, the fewer are sent twice. `None` if a harvest re-arms at once.
     fn rearm(&self) -> Option<Arc<dyn Rearm>> {
         None
     }
@@ -96,12 +99,13 @@ pub trait DirtyTracker: Send {
 
 /// Re-arms pages of a [`DirtyTracker`], from any thread.
 pub trait Rearm: Send + Sync {
-    /// Called before the pages of `pages` that lie in `range` are read: writes that follow are reported again.
-    /// `pages` was harvested; other pages of the range must keep their state.
+    /// Called before the pages of `pages` that lie in `range` are read: writes that follow are
+    /// reported again. `pages` was harvested; other pages of the range must keep their state.
     fn before_read(&self, range: PageRange, pages: &PageSet) -> Result<(), TrackerError>;
 }
 
-/// A dirty bitmap that the VMM itself sets: for devices and VMM threads that write guest memory behind KVM's back.
+/// A dirty bitmap that the VMM itself sets: for devices and VMM threads that write guest memory
+/// behind KVM's back.
 ///
 /// Clone the `Arc` into whatever writes; hand a [`BitmapTracker`] of it to the migration.
 pub struct DirtyBitmap {
@@ -116,8 +120,8 @@ impl DirtyBitmap {
         Arc::new(Self { layout, words })
     }
 
-    /// Marks the pages of `len` bytes at guest physical address `gpa` as written. Call it *after* the write. Parts
-    /// outside RAM are left out.
+    /// Marks the pages of `len` bytes at guest physical address `gpa` as written. Call it *after*
+    /// the write. Parts outside RAM are left out.
     pub fn mark(&self, gpa: u64, len: u64) {
         let mut at = gpa & !0xfff;
         let end = gpa.saturating_add(len);
@@ -148,8 +152,8 @@ impl DirtyBitmap {
     }
 }
 
-/// The [`DirtyTracker`] over a [`DirtyBitmap`]. Its bits are set whether or not it is active; starting it forgets
-/// what was set before.
+/// The [`DirtyTracker`] over a [`DirtyBitmap`]. Its bits are set whether or not it is active;
+/// starting it forgets what was set before.
 pub struct BitmapTracker {
     bitmap: Arc<DirtyBitmap>,
     active: bool,
@@ -227,7 +231,8 @@ impl DirtyTracker for UnionTracker {
             }
         }
         if started.is_err() {
-            // half-started is not a state: give back what did start; the first error is the one to tell
+            // half-started is not a state: give back what did start; the first error is the one to
+            // tell
             let _ = self.stop();
         }
         started

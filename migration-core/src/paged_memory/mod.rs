@@ -91,8 +91,8 @@ impl PagedMemory {
     /// read. A page that has moved meanwhile is not touched: it counts as a duplicate (rule 2).
     ///
     /// # Errors
-    /// [`FetchError`], if no store of an entry has the pages, or answers before `deadline`. Pages that
-    /// were read before are installed.
+    /// [`FetchError`], if no store of an entry has the pages, or answers before `deadline`. Pages
+    /// that were read before are installed.
     pub fn fetch(&self, within: PageRange, urgency: Urgency, deadline: Instant) -> Result<Installed, FetchError> {
         let mut runs = self.map.read(|map| map.unfetched_runs(within, MAX_FETCHED_PAGES));
         runs.sort_by_key(|(run, copy)| (copy.entry, run.first));

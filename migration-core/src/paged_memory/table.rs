@@ -29,8 +29,8 @@ impl StoreEntry {
     /// Returns an entry. Each of its pages is in all of `stores` (rule 12).
     ///
     /// # Errors
-    /// [`TableError::BadEntry`], unless there are 1 to [`MAX_ENTRY_STORES`] stores with different names
-    /// of 1 to [`MAX_STORE_NAME`] bytes.
+    /// [`TableError::BadEntry`], unless there are 1 to [`MAX_ENTRY_STORES`] stores with different
+    /// names of 1 to [`MAX_STORE_NAME`] bytes.
     pub fn new(namespace: Namespace, stores: Vec<EntryStore>) -> Result<Self, TableError> {
         if stores.is_empty() || stores.len() > MAX_ENTRY_STORES {
             return Err(TableError::BadEntry("it has no stores, or too many"));
@@ -188,7 +188,8 @@ impl StoreTable {
     /// already must be the same. Returns how many are here now.
     ///
     /// # Errors
-    /// [`TableError::Gap`], [`TableError::Changed`] and [`TableError::Full`]; the table is as it was.
+    /// [`TableError::Gap`], [`TableError::Changed`] and [`TableError::Full`]; the table is as it
+    /// was.
     pub fn receive(&mut self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
         let first = usize::from(first);
         if first > self.entries.len() {

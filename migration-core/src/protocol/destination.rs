@@ -49,8 +49,8 @@ pub enum DestinationAction {
         /// One bit a page.
         bitmap: Bytes,
     },
-    /// Wait until rounds up to this generation are in RAM, then, if pages will be missing, arm the pager, load the
-    /// collected state, and report with [`DestinationMachine::loaded`].
+    /// Wait until rounds up to this generation are in RAM, then, if pages will be missing, arm the
+    /// pager, load the collected state, and report with [`DestinationMachine::loaded`].
     Load {
         /// Generation of the last round.
         generation: u32,
@@ -59,7 +59,8 @@ pub enum DestinationAction {
         /// In post-copy: how many pages are missing, and how many demand lanes there are.
         post_copy: Option<(u64, u16)>,
     },
-    /// Own and start the VM; answer with *running*, and on a lane that was reattached with what is missing.
+    /// Own and start the VM; answer with *running*, and on a lane that was reattached with what is
+    /// missing.
     Start {
         /// Whether its vCPUs shall run.
         running: bool,
@@ -155,7 +156,8 @@ impl DestinationMachine {
         Self { awaits: true, ..Self::after(vm, epoch) }
     }
 
-    /// A machine for this VM, which was here under this epoch and is not any more: a higher one has to come.
+    /// A machine for this VM, which was here under this epoch and is not any more: a higher one has
+    /// to come.
     pub fn after(vm: VmId, epoch: u32) -> Self {
         Self { vm: Some(vm), epoch, ..Self::new() }
     }
@@ -180,8 +182,8 @@ impl DestinationMachine {
         matches!(self.phase, DestinationPhase::Receiving | DestinationPhase::Loading)
     }
 
-    /// Whether a new control lane may take up the session: nobody holds it, or its link is dead without our
-    /// knowledge (the source reconnects because *it* noticed).
+    /// Whether a new control lane may take up the session: nobody holds it, or its link is dead
+    /// without our knowledge (the source reconnects because *it* noticed).
     pub fn may_reattach(&self, vm: VmId, epoch: u32) -> bool {
         self.vm == Some(vm)
             && self.epoch == epoch
@@ -263,7 +265,8 @@ impl DestinationMachine {
         }
     }
 
-    /// The VM is built, is expected to take `load` for loading its state, and all lanes are there: the frame to send.
+    /// The VM is built, is expected to take `load` for loading its state, and all lanes are there:
+    /// the frame to send.
     ///
     /// # Errors
     /// When no VM is being prepared.
@@ -273,8 +276,8 @@ impl DestinationMachine {
         Ok(Control::Prepared { load_us })
     }
 
-    /// Pages are complete and the state is loaded: the frame to send. From here on only the source's word, or a
-    /// person's ([`adopt`](DestinationMachine::adopt)), decides on the VM.
+    /// Pages are complete and the state is loaded: the frame to send. From here on only the
+    /// source's word, or a person's ([`adopt`](DestinationMachine::adopt)), decides on the VM.
     pub fn loaded(&mut self) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Loading, DestinationPhase::Ready, "ready")?;
         Ok(Control::Ready)
@@ -290,8 +293,8 @@ impl DestinationMachine {
         Ok(())
     }
 
-    /// The guest has ended by itself, in these words. The frame to send if the VM runs here and lacks pages: they are not needed
-    /// any more, and its source may free them.
+    /// The guest has ended by itself, in these words. The frame to send if the VM runs here and
+    /// lacks pages: they are not needed any more, and its source may free them.
     pub fn vm_ended(&mut self, reason: &str) -> Option<Control> {
         if !self.is_served() {
             return None;
@@ -329,8 +332,8 @@ impl DestinationMachine {
         }
     }
 
-    /// A person states that the source is dead and will never run the VM again. The destination becomes its owner,
-    /// under a new epoch, so that a source that does come back is refused.
+    /// A person states that the source is dead and will never run the VM again. The destination
+    /// becomes its owner, under a new epoch, so that a source that does come back is refused.
     ///
     /// # Errors
     /// When no VM is held, or its source is still attached.
@@ -350,8 +353,8 @@ impl DestinationMachine {
         Err(Violation::new("adopt", self.epoch, self.phase, why))
     }
 
-    /// The source is dead for certain, and what it has left behind is in a store that we have: the VM is ours, as by
-    /// [`adopt`](Self::adopt). A VM that is ours already stays so.
+    /// The source is dead for certain, and what it has left behind is in a store that we have: the
+    /// VM is ours, as by [`adopt`](Self::adopt). A VM that is ours already stays so.
     ///
     /// # Errors
     /// When no VM is held that has its state.
@@ -373,7 +376,8 @@ impl DestinationMachine {
         if self.awaits && self.vm != Some(hello.vm.id) {
             return Err(violation(ErrorCode::Busy, "the return of another VM is awaited here"));
         }
-        // a source that begins anew has given its last attempt up, though we may not have noticed that its link is dead
+        // a source that begins anew has given its last attempt up, though we may not have noticed
+        // that its link is dead
         let supersedes = self.vm == Some(hello.vm.id) && epoch > self.epoch;
         let discard = match self.phase {
             Running => return Err(violation(ErrorCode::Busy, "the destination runs a VM already")),
@@ -484,7 +488,8 @@ mod tests {
         Control::Hello(Box::new(Hello { features: 0, streams: 1, strategy: "any".into(), vm }))
     }
 
-    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and changes nothing.
+    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and
+    /// changes nothing.
     #[test]
     fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
         use DestinationPhase::*;

@@ -1,7 +1,7 @@
 //! Who owns the VM, and which frame may come when: two machines without I/O, clock or thread.
 //!
-//! The engine and the simulator feed them frames, commands and link losses, and do what they answer. The table of
-//! ownership that they implement is in DESIGN.md; in short:
+//! The engine and the simulator feed them frames, commands and link losses, and do what they
+//! answer. The table of ownership that they implement is in DESIGN.md; in short:
 //!
 //! | when the link goes | source | destination |
 //! |---|---|---|

@@ -21,7 +21,8 @@ pub enum SourcePhase {
     Offered,
     /// The destination is ready to run the VM. The last phase in which the VM is ours.
     Ready,
-    /// *run* was sent, or is about to be: the VM may run at the destination. It never runs here again.
+    /// *run* was sent, or is about to be: the VM may run at the destination. It never runs here
+    /// again.
     InDoubt,
     /// The destination runs the VM, but lacks pages, which are here.
     Serving,
@@ -70,7 +71,8 @@ pub enum SourceEvent {
     EntryLost(u8),
     /// The destination has ended the attempt.
     Refused(ErrorCode, String),
-    /// The VM that was handed over has ended there by itself, in these words: send *done*, and free what is here.
+    /// The VM that was handed over has ended there by itself, in these words: send *done*, and free
+    /// what is here.
     VmEnded(String),
     /// The peer is alive.
     Pong,
@@ -81,8 +83,8 @@ pub enum SourceEvent {
 pub enum OnSourceLoss {
     /// The VM is ours: give everything back and resume it.
     Resume,
-    /// It may be the destination's, or is and lacks pages: reconnect with the same epoch and repeat *run*, for as long
-    /// as it takes.
+    /// It may be the destination's, or is and lacks pages: reconnect with the same epoch and repeat
+    /// *run*, for as long as it takes.
     Reconnect,
     /// The hand-over is complete; nothing is lost.
     Nothing,
@@ -106,7 +108,8 @@ pub struct SourceMachine {
 }
 
 impl SourceMachine {
-    /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all before it.
+    /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all
+    /// before it.
     pub fn new(epoch: u32) -> Self {
         Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false, stores: false, vacated: 0 }
     }
@@ -126,7 +129,8 @@ impl SourceMachine {
         self.phase
     }
 
-    /// Whether the VM may run here. False from *run* on, unless the destination is fenced and the VM restarted.
+    /// Whether the VM may run here. False from *run* on, unless the destination is fenced and the
+    /// VM restarted.
     pub fn owns(&self) -> bool {
         !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Serving | SourcePhase::Completed)
     }
@@ -210,8 +214,8 @@ impl SourceMachine {
         Ok(self.sent)
     }
 
-    /// The VM will be handed over with `missing` pages left here: the frame that ends their list, and the generation as
-    /// which they will move.
+    /// The VM will be handed over with `missing` pages left here: the frame that ends their list,
+    /// and the generation as which they will move.
     pub fn post_copy(&mut self, missing: u64, demand_lanes: u16) -> Result<(Control, u32), Violation> {
         self.must_be(SourcePhase::Copying, "post-copy")?;
         self.post_copy = true;
@@ -239,15 +243,17 @@ impl SourceMachine {
         Ok(Control::Offer { generation: self.sent, state_bytes, running })
     }
 
-    /// The point of no return: after this call the VM may run at the destination, whether or not *run* gets there.
+    /// The point of no return: after this call the VM may run at the destination, whether or not
+    /// *run* gets there.
     pub fn run(&mut self) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Ready, "run")?;
         self.phase = SourcePhase::InDoubt;
         Ok(Control::Run)
     }
 
-    /// The frames to send on a new control lane while in doubt or serving. The answer is *running*, in post-copy with
-    /// the list of what is missing behind it, or an error that leaves all as it is.
+    /// The frames to send on a new control lane while in doubt or serving. The answer is *running*,
+    /// in post-copy with the list of what is missing behind it, or an error that leaves all as it
+    /// is.
     pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
         if self.phase != SourcePhase::Serving {
             self.must_be(SourcePhase::InDoubt, "reattach")?;
@@ -255,8 +261,8 @@ impl SourceMachine {
         Ok([Control::Reattach(vm), Control::Run])
     }
 
-    /// The destination is dead for certain: the VM is ours again, as it was at a checkpoint, under a new epoch, so that
-    /// nothing of this attempt counts any more. The new epoch.
+    /// The destination is dead for certain: the VM is ours again, as it was at a checkpoint, under
+    /// a new epoch, so that nothing of this attempt counts any more. The new epoch.
     ///
     /// # Errors
     /// Before *run* nothing has to be restarted, and after *complete* nothing is here to restart.
@@ -269,8 +275,8 @@ impl SourceMachine {
         Ok(self.epoch)
     }
 
-    /// The attempt ends at the source's wish. `Some` is the frame that tells the destination; `None` means that it
-    /// is too late, the VM is not ours any more.
+    /// The attempt ends at the source's wish. `Some` is the frame that tells the destination;
+    /// `None` means that it is too late, the VM is not ours any more.
     pub fn abandon(&mut self) -> Option<Control> {
         if !self.owns() {
             return None;
@@ -350,7 +356,8 @@ mod tests {
         SourcePhase::Ended,
     ];
 
-    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and changes nothing.
+    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and
+    /// changes nothing.
     #[test]
     fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
         use SourcePhase::*;

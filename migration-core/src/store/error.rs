@@ -126,8 +126,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Concludes a `get` that has left these pages out: [`Missing`](Self::Missing), unless there are
-    /// none.
+    /// Concludes a `get` that has left these pages out: [`Missing`](Self::Missing), unless there
+    /// are none.
     ///
     /// # Errors
     /// Returns [`StoreError::Missing`].

@@ -30,8 +30,8 @@ pub struct Wanted {
 
 /// Decides, after every round of a pre-copy, how it goes on.
 pub trait Convergence: Send {
-    /// Called before the first round: [`Next::Round`] unless it is certain already that no round can help. The default has
-    /// no opinion.
+    /// Called before the first round: [`Next::Round`] unless it is certain already that no round
+    /// can help. The default has no opinion.
     fn begin(&mut self, link: &Link) -> Next {
         let _ = link;
         Next::Round
@@ -40,7 +40,8 @@ pub trait Convergence: Send {
     /// `round` is what the last round did, `dirty` what is to be sent next.
     fn judge(&mut self, round: &Round, dirty: &PageSet, link: &Link) -> Next;
 
-    /// Why the last decision does not keep the downtime limit, with the figures; `None` if it does, or aims to.
+    /// Why the last decision does not keep the downtime limit, with the figures; `None` if it does,
+    /// or aims to.
     fn stalled(&self) -> Option<&str> {
         None
     }
@@ -48,18 +49,19 @@ pub trait Convergence: Send {
 
 /// Convergence by a model instead of by time-outs.
 ///
-/// After each round the downtime of a switch-over *now* is predicted from wire bytes, and the outcome of *one more
-/// round* from the rate at which the guest dirtied pages during this one. A prediction has two parts: the
-/// [floor](Link::floor), which nothing can lower, and the time of the dirty pages.
+/// After each round the downtime of a switch-over *now* is predicted from wire bytes, and the
+/// outcome of *one more round* from the rate at which the guest dirtied pages during this one. A
+/// prediction has two parts: the [floor](Link::floor), which nothing can lower, and the time of the
+/// dirty pages.
 ///
-/// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model does at once what the user
-///    chose for this case (see [`Link::stop_on_timeout`]) and says why.
+/// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model
+///   does at once what the user chose for this case (see [`Link::stop_on_timeout`]) and says why.
 /// 2. Otherwise another round is worth its time as long as it shrinks what is left by a good part.
-/// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model says is needed, step by step, within the
-///    bounds of [`GuestImpact`]: always if the dirty pages are what exceeds the limit; within the limit only if their part
-///    of the downtime is substantial.
-/// 4. What then remains is switched over if it is within the limit. If it is not, and several more rounds have brought no new
-///    minimum, the model does what the user chose, as in step 1.
+/// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model says is needed,
+///   step by step, within the bounds of [`GuestImpact`]: always if the dirty pages are what exceeds
+///   the limit; within the limit only if their part of the downtime is substantial.
+/// 4. What then remains is switched over if it is within the limit. If it is not, and several more
+///   rounds have brought no new minimum, the model does what the user chose, as in step 1.
 ///
 /// The number of rounds is bounded whatever the link and the guest do.
 #[derive(Clone, Debug)]
@@ -101,21 +103,23 @@ impl Default for ModelConvergence {
 const GOOD_SHRINK: f64 = 0.5;
 /// Rounds without a new minimum after which a migration within its limit is switched over.
 const MAX_STALLS: u32 = 2;
-/// Rounds after which a migration within its limit is switched over whatever the model hopes for: a bound on the
-/// total time that does not depend on estimates.
+/// Rounds after which a migration within its limit is switched over whatever the model hopes for: a
+/// bound on the total time that does not depend on estimates.
 const MAX_ROUNDS: u32 = 30;
-/// Rounds without a new minimum, at the strongest throttle, after which a migration above its limit does not converge. More
-/// than within the limit, because what follows is worse than a long downtime.
+/// Rounds without a new minimum, at the strongest throttle, after which a migration above its limit
+/// does not converge. More than within the limit, because what follows is worse than a long
+/// downtime.
 const HOPELESS_STALLS: u32 = 8;
 /// Rounds after which a migration above its limit does not converge, however it moves up and down.
 const MAX_ROUNDS_ABOVE_LIMIT: u32 = 100;
-/// What is left must be smaller than the old minimum by one part in so many to be a new one: a bound on how many there can
-/// be.
+/// What is left must be smaller than the old minimum by one part in so many to be a new one: a
+/// bound on how many there can be.
 const LEAST_GAIN: u64 = 20;
-/// Round trips to look at, after at least two rounds, before one that is too long counts as a property of the link: the first ones
-/// may have met a busy host.
+/// Round trips to look at, after at least two rounds, before one that is too long counts as a
+/// property of the link: the first ones may have met a busy host.
 const FLOOR_LOOKS: u32 = 4;
-/// Within the limit the guest is throttled only for dirty pages that take at least one part in so many of the limit.
+/// Within the limit the guest is throttled only for dirty pages that take at least one part in so
+/// many of the limit.
 const SUBSTANTIAL: u32 = 20;
 
 /// One prediction, with its parts.
@@ -145,8 +149,8 @@ impl Prediction {
 }
 
 impl ModelConvergence {
-    /// The most that vCPUs may be slowed down, in percent: while the prediction is within the downtime limit, and
-    /// while it is not.
+    /// The most that vCPUs may be slowed down, in percent: while the prediction is within the
+    /// downtime limit, and while it is not.
     fn most_throttle(impact: GuestImpact) -> (u8, u8) {
         match impact {
             GuestImpact::Low => (0, 80),
@@ -164,8 +168,8 @@ impl ModelConvergence {
         (link.downtime_limit / share).max(link.floor().saturating_mul(2)).min(link.downtime_limit)
     }
 
-    /// Within the limit, the least time of dirty pages for which the guest is throttled. Below it, the guest would lose more
-    /// by the throttle than by the downtime.
+    /// Within the limit, the least time of dirty pages for which the guest is throttled. Below it,
+    /// the guest would lose more by the throttle than by the downtime.
     fn substantial(link: &Link) -> Duration {
         (link.downtime_limit / SUBSTANTIAL).max(link.floor().saturating_mul(2))
     }
@@ -179,9 +183,11 @@ impl ModelConvergence {
         self.best = self.best.min(left);
     }
 
-    /// The next stronger throttle, for a round that leaves `shrink` of what it sent, measured under the present one.
+    /// The next stronger throttle, for a round that leaves `shrink` of what it sent, measured under
+    /// the present one.
     fn stronger(&mut self, shrink: f64, most: u8) -> Next {
-        // the share of time the vCPUs may keep so that the next round shrinks well, half of it to be sure
+        // the share of time the vCPUs may keep so that the next round shrinks well, half of it to
+        // be sure
         let keep = (1.0 - f64::from(self.throttle) / 100.0) * GOOD_SHRINK / 2.0 / shrink;
         let wanted = ((1.0 - keep) * 100.0).max(f64::from(self.throttle) + 5.0).min(f64::from(most));
         self.throttle = wanted as u8;
@@ -234,7 +240,8 @@ impl ModelConvergence {
         now.switch_over()
     }
 
-    /// A switch-over now would be above the limit, for which dirty pages or pending state are to blame.
+    /// A switch-over now would be above the limit, for which dirty pages or pending state are to
+    /// blame.
     fn above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
         if self.rounds < MAX_ROUNDS_ABOVE_LIMIT {
             if shrink <= GOOD_SHRINK && now.left > 0 {

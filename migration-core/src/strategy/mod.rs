@@ -1,11 +1,11 @@
 //! Strategies: in which order the pages and the ownership of a VM move.
 //!
-//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest runs,
-//! [`Paused`] while it does not, [`HandedOver`] when the destination owns it. Tokens are moved, not
-//! copied, so only a running VM can be paused, only a paused one can resume or be handed over, and
-//! nothing resumes after a hand-over. The verbs themselves are the object-safe trait [`Verbs`], which
-//! the [engine](crate::engine) implements over real channels and the [simulator](crate::sim) in
-//! virtual time: a strategy runs on both unchanged.
+//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest
+//! runs, [`Paused`] while it does not, [`HandedOver`] when the destination owns it. Tokens are
+//! moved, not copied, so only a running VM can be paused, only a paused one can resume or be handed
+//! over, and nothing resumes after a hand-over. The verbs themselves are the object-safe trait
+//! [`Verbs`], which the [engine](crate::engine) implements over real channels and the
+//! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
 //!
 //! | token | verbs |
 //! |---|---|
@@ -53,38 +53,41 @@ pub trait Strategy: Send {
     /// Its name, as users write it.
     fn name(&self) -> &'static str;
 
-    /// Whether it hands the VM over with pages missing: a destination that cannot serve them is then refused before
-    /// any page moves.
+    /// Whether it hands the VM over with pages missing: a destination that cannot serve them is
+    /// then refused before any page moves.
     fn needs_post_copy(&self) -> bool {
         false
     }
 
-    /// Whether it ends by a [commit](Running::commit): only an engine that puts pages into a store runs it, and a migration
-    /// refuses it before anything else is done.
+    /// Whether it ends by a [commit](Running::commit): only an engine that puts pages into a store
+    /// runs it, and a migration refuses it before anything else is done.
     fn needs_store(&self) -> bool {
         false
     }
 
-    /// Returns the places in stores into which it puts pages, now or after the hand-over. An engine that
-    /// has no such store, or whose destination has none, refuses the strategy before anything moves.
+    /// Returns the places in stores into which it puts pages, now or after the hand-over. An engine
+    /// that has no such store, or whose destination has none, refuses the strategy before anything
+    /// moves.
     fn stores(&self) -> Vec<Place> {
         Vec::new()
     }
 
-    /// Returns whether pages that are in stores when the migration begins stay there, and only their
-    /// locations move. Otherwise they are read and sent, as all other pages.
+    /// Returns whether pages that are in stores when the migration begins stay there, and only
+    /// their locations move. Otherwise they are read and sent, as all other pages.
     fn keeps_stored_pages(&self) -> bool {
         false
     }
 
-    /// Returns whether the strategy [connects](Running::connect) by itself, because the destination is
-    /// named later. Otherwise the engine is connected before [`migrate`](Self::migrate) is called.
+    /// Returns whether the strategy [connects](Running::connect) by itself, because the destination
+    /// is named later. Otherwise the engine is connected before [`migrate`](Self::migrate) is
+    /// called.
     fn connects_itself(&self) -> bool {
         false
     }
 
-    /// Whether source and destination, on one machine, share the VM's RAM, so that no page moves. The destination maps it
-    /// before [`migrate`](Self::migrate) is called; where that cannot be, the migration is refused then.
+    /// Whether source and destination, on one machine, share the VM's RAM, so that no page moves.
+    /// The destination maps it before [`migrate`](Self::migrate) is called; where that cannot be,
+    /// the migration is refused then.
     fn shares_ram(&self) -> bool {
         false
     }
@@ -98,8 +101,8 @@ pub trait Strategy: Send {
     /// Moves the VM. Comes back with [`Done`] when the destination runs it.
     ///
     /// # Errors
-    /// Pass on what the verbs return. The engine then does what the protocol says about ownership: until the
-    /// hand-over it gives everything back and the guest runs on.
+    /// Pass on what the verbs return. The engine then does what the protocol says about ownership:
+    /// until the hand-over it gives everything back and the guest runs on.
     fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError>;
 }
 
@@ -110,8 +113,8 @@ pub struct Round {
     pub generation: u32,
     /// Pages that were to be sent.
     pub asked: u64,
-    /// Pages that the destination holds now. Less than `asked` if a deadline came first; the rest is part of the
-    /// next harvest.
+    /// Pages that the destination holds now. Less than `asked` if a deadline came first; the rest
+    /// is part of the next harvest.
     pub sent: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
@@ -119,17 +122,19 @@ pub struct Round {
     pub time: Duration,
 }
 
-/// What is known of the link and the session, to judge by. The default knows nothing, and allows no downtime.
+/// What is known of the link and the session, to judge by. The default knows nothing, and allows no
+/// downtime.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Link {
     /// Bytes a second that the link carries, by the last rounds; 0 before the first.
     pub bytes_per_second: f64,
     /// Wire bytes per page sent, zero pages included, in the last rounds.
     pub bytes_per_page: f64,
-    /// Seconds that a page takes beside its way over the link, in the last rounds: reading it, finding that it is zero.
+    /// Seconds that a page takes beside its way over the link, in the last rounds: reading it,
+    /// finding that it is zero.
     pub seconds_per_page: f64,
-    /// The part of the downtime that depends neither on pages nor on the bandwidth: pausing, saving, loading, and two
-    /// [round trips](Self::round_trip).
+    /// The part of the downtime that depends neither on pages nor on the bandwidth: pausing,
+    /// saving, loading, and two [round trips](Self::round_trip).
     pub fixed_downtime: Duration,
     /// The shortest round trip that was seen.
     pub round_trip: Duration,
@@ -137,7 +142,8 @@ pub struct Link {
     pub round_trips: u32,
     /// Bytes of state that only the pause can move.
     pub state_bytes: u64,
-    /// Bytes of state that devices have still to send in pieces, while the guest runs or else in the pause.
+    /// Bytes of state that devices have still to send in pieces, while the guest runs or else in
+    /// the pause.
     pub pending_bytes: u64,
     /// The longest downtime that is acceptable.
     pub downtime_limit: Duration,
@@ -145,17 +151,18 @@ pub struct Link {
     pub elapsed: Duration,
     /// Whether the time that the user allowed has passed.
     pub timed_out: bool,
-    /// What to do then, or as soon as it is certain that the limit cannot be kept: `true` stops the guest whatever the
-    /// downtime, `false` gives up.
+    /// What to do then, or as soon as it is certain that the limit cannot be kept: `true` stops the
+    /// guest whatever the downtime, `false` gives up.
     pub stop_on_timeout: bool,
-    /// In the same case, before all else: hand the guest over and let the rest follow, if the destination can
-    /// [serve missing pages](Self::can_post_copy).
+    /// In the same case, before all else: hand the guest over and let the rest follow, if the
+    /// destination can [serve missing pages](Self::can_post_copy).
     pub post_copy_on_timeout: bool,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Whether the destination can serve missing pages.
     pub can_post_copy: bool,
-    /// Whether the user has asked to hand over now and let the rest follow, or has set that as what a time-out does.
+    /// Whether the user has asked to hand over now and let the rest follow, or has set that as what
+    /// a time-out does.
     pub post_copy_wanted: bool,
 }
 
@@ -166,8 +173,8 @@ impl Link {
         self.floor().saturating_add(pending).saturating_add(self.pages_time(pages))
     }
 
-    /// The part of the predicted downtime that `pages` pages are to blame for. It is what another round or a throttle can
-    /// lower.
+    /// The part of the predicted downtime that `pages` pages are to blame for. It is what another
+    /// round or a throttle can lower.
     pub fn pages_time(&self, pages: u64) -> Duration {
         if pages == 0 {
             return Duration::ZERO;
@@ -179,13 +186,14 @@ impl Link {
         Duration::try_from_secs_f64(seconds).unwrap_or(NEVER).min(NEVER)
     }
 
-    /// The downtime that is left when no page is dirty and no piece of state is pending. Neither another round nor a
-    /// throttle can lower it.
+    /// The downtime that is left when no page is dirty and no piece of state is pending. Neither
+    /// another round nor a throttle can lower it.
     pub fn floor(&self) -> Duration {
         self.fixed_downtime.saturating_add(self.state_time())
     }
 
-    /// The part of the [floor](Self::floor) that the state takes on the link; nothing as long as the bandwidth is unknown.
+    /// The part of the [floor](Self::floor) that the state takes on the link; nothing as long as
+    /// the bandwidth is unknown.
     pub fn state_time(&self) -> Duration {
         self.transfer(self.state_bytes as f64)
     }

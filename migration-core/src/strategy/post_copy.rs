@@ -3,9 +3,10 @@
 use super::{Done, PushOrder, Running, Strategy};
 use crate::MigrationError;
 
-/// Post-copy (Hines, Deshpande and Gopalan, VEE 2009 and OSR 2009): the guest runs at the destination as soon as its vCPUs
-/// and devices are there. Pages that it touches come at once, all others are pushed meanwhile, in an order that can be
-/// replaced. No page moves twice, whatever the guest writes.
+/// Post-copy (Hines, Deshpande and Gopalan, VEE 2009 and OSR 2009): the guest runs at the
+/// destination as soon as its vCPUs and devices are there. Pages that it touches come at once, all
+/// others are pushed meanwhile, in an order that can be replaced. No page moves twice, whatever the
+/// guest writes.
 pub struct PostCopy {
     /// In which order pages are pushed.
     pub order: Box<dyn PushOrder>,
@@ -26,8 +27,9 @@ impl Strategy for PostCopy {
     }
 }
 
-/// Pre-copy for some rounds, then post-copy of what was dirtied meanwhile (section 3.4 of the OSR paper): fewer faults than
-/// post-copy, and an end that does not depend on how fast the guest writes.
+/// Pre-copy for some rounds, then post-copy of what was dirtied meanwhile (section 3.4 of the OSR
+/// paper): fewer faults than post-copy, and an end that does not depend on how fast the guest
+/// writes.
 pub struct Hybrid {
     /// Rounds before the hand-over, 1 or more.
     pub rounds: u32,

@@ -1,10 +1,11 @@
-//! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is left.
+//! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is
+//! left.
 
 use super::{Convergence, Done, Linear, ModelConvergence, Next, PushOrder, Running, Strategy, Wanted};
 use crate::MigrationError;
 
-/// Iterative pre-copy (Clark et al., NSDI 2005; the baseline of every paper in `docs/`), with a convergence policy
-/// that can be replaced.
+/// Iterative pre-copy (Clark et al., NSDI 2005; the baseline of every paper in `docs/`), with a
+/// convergence policy that can be replaced.
 pub struct PreCopy<C = ModelConvergence> {
     /// Decides after each round.
     pub convergence: C,

@@ -6,9 +6,9 @@ use crate::MigrationError;
 /// Passes over the running guest's memory, at most: then it is paused, however much is left.
 const MAX_PASSES: usize = 30;
 
-/// Puts all pages while the guest runs, and again those that it wrote meanwhile, as long as that makes
-/// them fewer. The pause makes all of it one moment. It is as short as copying what is left takes: the
-/// store gets the copy when the guest has gone on.
+/// Puts all pages while the guest runs, and again those that it wrote meanwhile, as long as that
+/// makes them fewer. The pause makes all of it one moment. It is as short as copying what is left
+/// takes: the store gets the copy when the guest has gone on.
 ///
 /// For [`snapshot`](crate::engine::snapshot): a migration refuses it.
 #[derive(Clone, Debug, Default)]

@@ -6,7 +6,8 @@ use bytes::Bytes;
 
 use crate::{device::DeviceKind, page::RamLayout};
 
-/// The identity of a VM: 16 bytes that no other VM has, such as a UUID. It stays the same on every host.
+/// The identity of a VM: 16 bytes that no other VM has, such as a UUID. It stays the same on every
+/// host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct VmId(pub [u8; 16]);
 
@@ -26,10 +27,11 @@ pub struct VmDescription {
     pub layout: RamLayout,
     /// Its devices and their versions.
     pub devices: Vec<DeviceKind>,
-    /// The features that its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), in an encoding of the VMM's choice, such as
-    /// `HostNeeds` of migration-kvm. Empty if there are none.
+    /// The features that its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), in an encoding of the
+    /// VMM's choice, such as `HostNeeds` of migration-kvm. Empty if there are none.
     pub host_needs: Bytes,
-    /// The configuration from which the VMM builds the same machine. This crate does not interpret it.
+    /// The configuration from which the VMM builds the same machine. This crate does not interpret
+    /// it.
     pub config: Bytes,
 }
 
@@ -47,8 +49,9 @@ pub struct SectionEstimate {
 /// The expected size of the state that is saved in the pause, and the time to save it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateEstimate {
-    /// The sections that [`SourceVm::save_state`](super::SourceVm::save_state) would return now, without what
-    /// [`iterate_state`](super::SourceVm::iterate_state) reports as pending. Sections that are small and never grow may be left out.
+    /// The sections that [`SourceVm::save_state`](super::SourceVm::save_state) would return now,
+    /// without what [`iterate_state`](super::SourceVm::iterate_state) reports as pending. Sections
+    /// that are small and never grow may be left out.
     pub sections: Vec<SectionEstimate>,
     /// The time to save them; `None` if it is not known.
     pub save_time: Option<Duration>,

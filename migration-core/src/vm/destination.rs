@@ -15,9 +15,11 @@ use crate::{
 
 /// A VM that is being received.
 ///
-/// The VM is built when the object exists. Its RAM is empty, or [shared](DestinationHost::build_shared) with the source. One thread at a
-/// time calls these methods, and the receiver holds no lock meanwhile: an implementation may use the
-/// [`ReceiverHandle`](crate::engine::ReceiverHandle). The receiver drops the VM if the attempt comes to nothing.
+/// The VM is built when the object exists. Its RAM is empty, or
+/// [shared](DestinationHost::build_shared) with the source. One thread at a time calls these
+/// methods, and the receiver holds no lock meanwhile: an implementation may use the
+/// [`ReceiverHandle`](crate::engine::ReceiverHandle). The receiver drops the VM if the attempt
+/// comes to nothing.
 pub trait DestinationVm {
     /// Returns the guest's RAM.
     fn ram(&self) -> Arc<dyn GuestRam>;
@@ -30,68 +32,75 @@ pub trait DestinationVm {
         Err(VmError::new(format!("no device {} {} takes its state in pieces", piece.name, piece.instance)))
     }
 
-    /// Continues the dirty log that the source's VMM kept for purposes of its own, such as incremental backups. From this call on a
-    /// tracker contains `dirty` and all further writes to the RAM, which did not move. Called in the pause, before
-    /// [`load_state`](Self::load_state), and only if the RAM is [shared](DestinationHost::build_shared).
+    /// Continues the dirty log that the source's VMM kept for purposes of its own, such as
+    /// incremental backups. From this call on a tracker contains `dirty` and all further writes to
+    /// the RAM, which did not move. Called in the pause, before [`load_state`](Self::load_state),
+    /// and only if the RAM is [shared](DestinationHost::build_shared).
     ///
     /// # Errors
-    /// The attempt fails, so that no log is lost, and the guest runs on at the source. The default returns an error.
+    /// The attempt fails, so that no log is lost, and the guest runs on at the source. The default
+    /// returns an error.
     fn continue_log(&mut self, dirty: &PageSet) -> Result<(), VmError> {
         let _ = dirty;
         Err(VmError::new("the VM's dirty log cannot go on here: this VMM does not implement continue_log"))
     }
 
-    /// Estimates the time that [`load_state`](Self::load_state) will take, for the downtime that the source predicts. Called once,
-    /// after the VM was built. The default returns `None`: the source then assumes a millisecond plus a second per gigabyte.
+    /// Estimates the time that [`load_state`](Self::load_state) will take, for the downtime that
+    /// the source predicts. Called once, after the VM was built. The default returns `None`: the
+    /// source then assumes a millisecond plus a second per gigabyte.
     fn estimate_load(&mut self) -> Option<Duration> {
         None
     }
 
-    /// Loads the state. RAM is complete, except for the pages that post-copy has left behind: an access to one of them waits for it.
+    /// Loads the state. RAM is complete, except for the pages that post-copy has left behind: an
+    /// access to one of them waits for it.
     ///
     /// # Errors
     /// The attempt fails, and the guest runs on at the source.
     fn load_state(&mut self, state: &VmState) -> Result<(), VmError>;
 
-    /// Returns the pager that installs missing pages, if the VM can run before all of them have arrived (post-copy). Called once,
-    /// after the VM was built.
+    /// Returns the pager that installs missing pages, if the VM can run before all of them have
+    /// arrived (post-copy). Called once, after the VM was built.
     fn pager(&mut self) -> Option<Arc<dyn Pager>> {
         None
     }
 
-    /// Returns the operating system's numbers of the vCPU threads, so that their faults can be counted apart. Called after
-    /// [`start`](Self::start).
+    /// Returns the operating system's numbers of the vCPU threads, so that their faults can be
+    /// counted apart. Called after [`start`](Self::start).
     fn vcpu_threads(&self) -> Vec<u32> {
         Vec::new()
     }
 
-    /// Returns what a [`Fence`](crate::fence::Fence) at the source needs to end this host's instance of the VM, for example the
-    /// identities of the host and the process. It has at most [`MAX_IDENTITY`](crate::wire::MAX_IDENTITY) bytes.
+    /// Returns what a [`Fence`](crate::fence::Fence) at the source needs to end this host's
+    /// instance of the VM, for example the identities of the host and the process. It has at most
+    /// [`MAX_IDENTITY`](crate::wire::MAX_IDENTITY) bytes.
     fn identity(&self) -> Bytes {
         Bytes::new()
     }
 
-    /// Returns the VM as one of which checkpoints are taken while it runs. Called once, before any state is loaded. `None` if this
-    /// VMM does not support that.
+    /// Returns the VM as one of which checkpoints are taken while it runs. Called once, before any
+    /// state is loaded. `None` if this VMM does not support that.
     fn protected(&mut self) -> Option<Box<dyn CheckpointedVm>> {
         None
     }
 
-    /// Takes over the VM, which is owned here from now on: takes disk locks, announces network addresses, and starts the vCPUs if
-    /// `running`.
+    /// Takes over the VM, which is owned here from now on: takes disk locks, announces network
+    /// addresses, and starts the vCPUs if `running`.
     ///
     /// # Errors
-    /// It is too late to go back. The VM stays here and does not run; the error is in [`Arrived::not_started`].
+    /// It is too late to go back. The VM stays here and does not run; the error is in
+    /// [`Arrived::not_started`].
     fn start(&mut self, running: bool) -> Result<(), VmError>;
 }
 
 /// A VM at its destination, of which checkpoints are taken while it runs.
 ///
-/// Its output is *held*, that is, delayed and not lost, until the engine releases it. So nobody outside the host sees an effect of a
-/// state that would be lost if this host died. One thread at a time calls these methods. Output is counted from the first byte of
-/// the VM on, across hosts.
+/// Its output is *held*, that is, delayed and not lost, until the engine releases it. So nobody
+/// outside the host sees an effect of a state that would be lost if this host died. One thread at a
+/// time calls these methods. Output is counted from the first byte of the VM on, across hosts.
 pub trait CheckpointedVm: Send {
-    /// Returns the tracker of all writes to the VM's RAM. Tracking starts before the state is loaded.
+    /// Returns the tracker of all writes to the VM's RAM. Tracking starts before the state is
+    /// loaded.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
     /// See [`SourceVm::pause`](super::SourceVm::pause).
@@ -106,7 +115,8 @@ pub trait CheckpointedVm: Send {
     /// The checkpoint fails.
     fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Returns the state as [`SourceVm::save_state`](super::SourceVm::save_state) does, with the output that is held.
+    /// Returns the state as [`SourceVm::save_state`](super::SourceVm::save_state) does, with the
+    /// output that is held.
     ///
     /// # Errors
     /// The checkpoint fails.
@@ -124,15 +134,16 @@ pub trait CheckpointedVm: Send {
 
 /// Builds VMs at a destination.
 ///
-/// A [`Receiver`](crate::engine::Receiver) calls these methods from several threads, and holds no lock meanwhile: an implementation may use
-/// the [`ReceiverHandle`](crate::engine::ReceiverHandle). One VM is built by one thread at a time.
+/// A [`Receiver`](crate::engine::Receiver) calls these methods from several threads, and holds no
+/// lock meanwhile: an implementation may use the [`ReceiverHandle`](crate::engine::ReceiverHandle).
+/// One VM is built by one thread at a time.
 pub trait DestinationHost {
-    /// The type of the VMs that this host builds. The receiver gives a VM back as this type, in [`Arrived`]. A host that builds VMs of
-    /// several types uses `Box<dyn DestinationVm + Send>`.
+    /// The type of the VMs that this host builds. The receiver gives a VM back as this type, in
+    /// [`Arrived`]. A host that builds VMs of several types uses `Box<dyn DestinationVm + Send>`.
     type Vm: DestinationVm;
 
-    /// Checks that this host can run the VM, and builds it: RAM, vCPUs, devices. Everything that takes time belongs here, because the
-    /// guest still runs at its source.
+    /// Checks that this host can run the VM, and builds it: RAM, vCPUs, devices. Everything that
+    /// takes time belongs here, because the guest still runs at its source.
     ///
     /// # Errors
     /// The VM is refused before RAM moves, and the source gets the reason.
@@ -140,10 +151,11 @@ pub trait DestinationHost {
 
     /// Builds a VM whose RAM is in these memory files, one for each region of the layout.
     ///
-    /// The VM runs in these files while this is called, and goes on to run in another process until the hand-over, for ever if the
-    /// hand-over fails. So this method maps the RAM, and fills page tables as far as the operating system allows, but neither writes
-    /// nor discards RAM. [`DestinationVm::load_state`] may write it. The files come from a peer: check their number, lengths and
-    /// seals.
+    /// The VM runs in these files while this is called, and goes on to run in another process until
+    /// the hand-over, for ever if the hand-over fails. So this method maps the RAM, and fills page
+    /// tables as far as the operating system allows, but neither writes nor discards RAM.
+    /// [`DestinationVm::load_state`] may write it. The files come from a peer: check their number,
+    /// lengths and seals.
     ///
     /// # Errors
     /// See [`build`](Self::build). The default returns an error.
@@ -152,21 +164,24 @@ pub trait DestinationHost {
         Err(VmError::new("this VMM does not take over RAM that another process shares with it"))
     }
 
-    /// The link to the source of this VM is lost while the VM runs here with pages missing. A vCPU that needs a missing page waits for
-    /// it in any case; a host whose guest must not run in part stops all vCPUs here. This method must not wait for a vCPU, because
-    /// that may wait for a page. Called only after the VM has [arrived](Arrived).
+    /// The link to the source of this VM is lost while the VM runs here with pages missing. A vCPU
+    /// that needs a missing page waits for it in any case; a host whose guest must not run in part
+    /// stops all vCPUs here. This method must not wait for a vCPU, because that may wait for a
+    /// page. Called only after the VM has [arrived](Arrived).
     fn link_lost(&self, vm: VmId) {
         let _ = vm;
     }
 
-    /// The link to the source of this VM is back, or is not needed any more. Also called if [`link_lost`](Self::link_lost) was not.
+    /// The link to the source of this VM is back, or is not needed any more. Also called if
+    /// [`link_lost`](Self::link_lost) was not.
     fn link_found(&self, vm: VmId) {
         let _ = vm;
     }
 
-    /// An attempt to migrate a VM to this host has failed, and the VM that was built for it is gone. A refusal counts as a failed
-    /// attempt, also of a peer that speaks another protocol. Called once for each failed attempt. Not called if a newer attempt
-    /// of the same VM replaces this one, nor when the receiver is stopped.
+    /// An attempt to migrate a VM to this host has failed, and the VM that was built for it is
+    /// gone. A refusal counts as a failed attempt, also of a peer that speaks another protocol.
+    /// Called once for each failed attempt. Not called if a newer attempt of the same VM replaces
+    /// this one, nor when the receiver is stopped.
     fn attempt_failed(&self, failed: &FailedAttempt) {
         let _ = failed;
     }
@@ -203,7 +218,8 @@ pub struct Arrived<V> {
     /// The epoch under which it is owned here: a later migration of it has a
     /// [higher one](crate::engine::SourceOptions::last_epoch).
     pub epoch: u32,
-    /// The error of [`DestinationVm::start`], if it has failed. The VM is owned here all the same, and does not run.
+    /// The error of [`DestinationVm::start`], if it has failed. The VM is owned here all the same,
+    /// and does not run.
     pub not_started: Option<VmError>,
 }
 

@@ -1,4 +1,5 @@
-//! What a VMM implements: the VM at the source, the VM at the destination, the host that builds it, and its devices.
+//! What a VMM implements: the VM at the source, the VM at the destination, the host that builds it,
+//! and its devices.
 
 mod description;
 mod destination;

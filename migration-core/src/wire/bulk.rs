@@ -43,7 +43,8 @@ pub enum Bulk {
         /// How many pages of this round the lane carried.
         pages: u64,
     },
-    /// The destination's guest waits for these pages. Only on a demand lane, and only from the destination.
+    /// The destination's guest waits for these pages. Only on a demand lane, and only from the
+    /// destination.
     Request {
         /// The pages.
         pages: Vec<u64>,
@@ -98,8 +99,8 @@ impl Bulk {
     /// Reads the body of a frame whose header was read before, for a VM of `pages` pages.
     ///
     /// # Errors
-    /// When the frame is not one of a bulk lane, an extent is empty or leaves RAM, extents are not ascending and
-    /// disjoint, or the payload's length is not that of the plain pages.
+    /// When the frame is not one of a bulk lane, an extent is empty or leaves RAM, extents are not
+    /// ascending and disjoint, or the payload's length is not that of the plain pages.
     pub fn decode(header: &Header, body: &[u8], pages: u64) -> Result<Self, DecodeError> {
         header.check_body(body)?;
         let mut r = Reader::new(body);

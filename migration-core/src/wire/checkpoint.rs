@@ -1,4 +1,5 @@
-//! Frames of the checkpoint lane, beside [`Bulk::Pages`](super::Bulk::Pages): the destination's VM, as it goes back.
+//! Frames of the checkpoint lane, beside [`Bulk::Pages`](super::Bulk::Pages): the destination's VM,
+//! as it goes back.
 
 use bytes::Bytes;
 
@@ -14,7 +15,8 @@ use crate::{
     limits::{MAX_IDENTITY, STATE_CHUNK},
 };
 
-/// A frame of the checkpoint lane. The header's `number` is that of the checkpoint, from 1; 0 before the first.
+/// A frame of the checkpoint lane. The header's `number` is that of the checkpoint, from 1; 0
+/// before the first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Checkpoint {
     /// S, first: how often, and with whom.

@@ -41,7 +41,8 @@ pub enum ErrorCode {
     StaleEpoch,
     /// The two sides do not agree on who they are or whether and how to encrypt.
     Security,
-    /// The guest has ended by itself: there is no VM any more. From the destination, of a VM that runs there with pages missing.
+    /// The guest has ended by itself: there is no VM any more. From the destination, of a VM that
+    /// runs there with pages missing.
     VmEnded,
 }
 
@@ -104,7 +105,8 @@ pub struct FaultSummary {
     pub count: u64,
     /// Of them, those of threads that the VMM named as vCPUs.
     pub vcpu: u64,
-    /// Half of the faults took at most so long, from the moment they were read until the page was there.
+    /// Half of the faults took at most so long, from the moment they were read until the page was
+    /// there.
     pub p50_us: u64,
     /// 90 % of them.
     pub p90_us: u64,
@@ -148,7 +150,8 @@ pub enum Control {
     Welcome(Welcome),
     /// D: all lanes of the session are there.
     Prepared {
-        /// How long loading the state will take there, in microseconds; `None` if that is not known.
+        /// How long loading the state will take there, in microseconds; `None` if that is not
+        /// known.
         load_us: Option<u64>,
     },
     /// D: every page of rounds up to this generation is in RAM.
@@ -192,8 +195,8 @@ pub enum Control {
     Ping,
     /// D: yes.
     Pong,
-    /// S, before the offer; D, after a reattachment: pages that the destination does not have. Pieces without any
-    /// are left out; [`Control::PostCopy`] ends the list.
+    /// S, before the offer; D, after a reattachment: pages that the destination does not have.
+    /// Pieces without any are left out; [`Control::PostCopy`] ends the list.
     Missing {
         /// The first page that the bitmap is about; a multiple of 64.
         first: u64,

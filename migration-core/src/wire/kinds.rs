@@ -1,5 +1,5 @@
-//! The table of all kinds of frames: encoders and decoders take their numbers from it, and tests compare
-//! it with `docs/wire.md`, with the recorded frames and with the seeds of the fuzz targets.
+//! The table of all kinds of frames: encoders and decoders take their numbers from it, and tests
+//! compare it with `docs/wire.md`, with the recorded frames and with the seeds of the fuzz targets.
 
 /// Who sends a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

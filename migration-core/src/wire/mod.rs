@@ -1,9 +1,10 @@
-//! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation. [`FRAME_KINDS`] is the table of
-//! frames, and [`limits`](crate::limits) has all bounds.
+//! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation.
+//! [`FRAME_KINDS`] is the table of frames, and [`limits`](crate::limits) has all bounds.
 //!
-//! A lane is one channel. The source opens it with a [`Preamble`]; then both sides send frames: a [`Header`] of 32
-//! bytes, a body whose meaning depends on the header's kind, and for [`Bulk::Pages`] the page data itself, raw.
-//! Nothing is allocated by a length before it was compared with its bound.
+//! A lane is one channel. The source opens it with a [`Preamble`]; then both sides send frames: a
+//! [`Header`] of 32 bytes, a body whose meaning depends on the header's kind, and for
+//! [`Bulk::Pages`] the page data itself, raw. Nothing is allocated by a length before it was
+//! compared with its bound.
 
 mod bulk;
 mod checkpoint;
@@ -33,22 +34,25 @@ pub const OLDEST_VERSION: u16 = 1;
 pub const VERSION: u16 = 1;
 /// First bytes of every lane.
 pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
-/// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this format but of migration-crypto.
+/// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this
+/// format but of migration-crypto.
 pub const SEALED_MAGIC: [u8; 8] = *b"LIVESEAL";
 
 /// Feature bit: page data carries a CRC-32. Costs a copy of every page at the source.
 pub const FEATURE_PAYLOAD_CRC: u32 = 1;
-/// Feature bit: the VM may be handed over before all its pages have moved; the destination then asks for those that it
-/// misses on demand lanes. The destination grants it if it has a [`Pager`](crate::pager::Pager).
+/// Feature bit: the VM may be handed over before all its pages have moved; the destination then
+/// asks for those that it misses on demand lanes. The destination grants it if it has a
+/// [`Pager`](crate::pager::Pager).
 pub const FEATURE_POST_COPY: u32 = 2;
-/// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`], as the destination's RAM cannot be split
-/// further. Granted by the destination together with [`FEATURE_POST_COPY`].
+/// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`], as the destination's
+/// RAM cannot be split further. Granted by the destination together with [`FEATURE_POST_COPY`].
 pub const FEATURE_HUGE_BLOCKS: u32 = 4;
-/// Feature bit: while pages are missing at the destination, it sends checkpoints of the running VM back on a checkpoint lane,
-/// and holds the VM's output until they are committed. Granted only together with [`FEATURE_POST_COPY`].
+/// Feature bit: while pages are missing at the destination, it sends checkpoints of the running VM
+/// back on a checkpoint lane, and holds the VM's output until they are committed. Granted only
+/// together with [`FEATURE_POST_COPY`].
 pub const FEATURE_CHECKPOINTS: u32 = 8;
-/// Feature bit: source and destination are on one machine and share the VM's RAM. The memory files behind it follow the
-/// hello, one a region, and no page moves. Excludes all other bits.
+/// Feature bit: source and destination are on one machine and share the VM's RAM. The memory files
+/// behind it follow the hello, one a region, and no page moves. Excludes all other bits.
 pub const FEATURE_SHARED_RAM: u32 = 16;
 /// Feature bit: pages may lie in page stores. The source says where they are, and serves the
 /// destination until that has *released* it. The destination grants it together with
@@ -104,7 +108,8 @@ impl LaneKind {
     }
 }
 
-/// Identifies a session, and proves that a further lane belongs to it: drawn at random by the destination.
+/// Identifies a session, and proves that a further lane belongs to it: drawn at random by the
+/// destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct SessionToken(pub [u8; 16]);
 
@@ -191,7 +196,8 @@ pub struct Header {
     pub kind: u8,
     /// The VM that it is about, for receivers that host several; 0 for the only one.
     pub vm: u32,
-    /// Counts the frames of a lane and direction from 0, so that a replayed or lost frame is noticed.
+    /// Counts the frames of a lane and direction from 0, so that a replayed or lost frame is
+    /// noticed.
     pub sequence: u32,
     /// The epoch on a control lane, the generation (round) on a bulk lane.
     pub number: u32,

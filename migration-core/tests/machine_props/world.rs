@@ -1,5 +1,5 @@
-//! Sequences of inputs for the protocol machines, read from bytes, and what must hold after each. Shared by the proptest
-//! `machine_props` and the fuzz target `protocol`.
+//! Sequences of inputs for the protocol machines, read from bytes, and what must hold after each.
+//! Shared by the proptest `machine_props` and the fuzz target `protocol`.
 
 use std::collections::VecDeque;
 
@@ -190,12 +190,14 @@ pub fn lone_source(input: &[u8]) {
     }
 }
 
-/// An honest source and an honest destination over a link that loses, ends, and repeats whatever was ever sent on it.
+/// An honest source and an honest destination over a link that loses, ends, and repeats whatever
+/// was ever sent on it.
 struct Pair {
     source: SourceMachine,
     destination: DestinationMachine,
     source_dead: bool,
-    /// What is under way on the control lane; `None` when the source, or the destination, has no lane.
+    /// What is under way on the control lane; `None` when the source, or the destination, has no
+    /// lane.
     to_destination: Option<VecDeque<(u32, Control)>>,
     to_source: Option<VecDeque<(u32, Control)>>,
     /// Everything that was ever sent to the destination: a replay takes from here.
@@ -206,7 +208,8 @@ struct Pair {
     /// The epoch in which the destination began to load a whole state.
     loading: Option<u32>,
     pieces: usize,
-    /// Whether the present attempt has said that it leaves pages behind. Every attempt with an even epoch does.
+    /// Whether the present attempt has said that it leaves pages behind. Every attempt with an even
+    /// epoch does.
     listed: bool,
     handed_over: bool,
 }
@@ -215,8 +218,8 @@ fn leaves_pages_behind(epoch: u32) -> bool {
     epoch.is_multiple_of(2)
 }
 
-/// Plays an honest pair over a bad link: the first byte is the first epoch, the others are events. Returns where the
-/// source stands in the end.
+/// Plays an honest pair over a bad link: the first byte is the first epoch, the others are events.
+/// Returns where the source stands in the end.
 pub fn pair(input: &[u8]) -> SourcePhase {
     let mut choices = Choices(input.iter());
     let mut pair = Pair::new(choices.number().clamp(1, u32::MAX - 1000));
@@ -285,7 +288,8 @@ impl Pair {
             16 => {
                 // on a lane of its own: what the machine refuses costs the session nothing
                 let (epoch, frame) = self.sent[choices.below(self.sent.len())].clone();
-                // the engine lets a reattach through only if the machine says so, and nothing but these two otherwise
+                // the engine lets a reattach through only if the machine says so, and nothing but
+                // these two otherwise
                 let first = match frame {
                     Control::Hello(_) => true,
                     Control::Reattach(vm) => self.destination.may_reattach(vm, epoch),
@@ -296,8 +300,8 @@ impl Pair {
                 }
             }
             17 => {
-                // Once more on the session's own lane. Nothing there overtakes what was sent before it: what is still on
-                // its way is delivered in its turn.
+                // Once more on the session's own lane. Nothing there overtakes what was sent before
+                // it: what is still on its way is delivered in its turn.
                 let under_way = self.to_destination.as_ref().map_or(0, VecDeque::len);
                 let delivered = self.sent.len() - under_way;
                 if self.to_destination.is_some() && delivered > 0 {

@@ -110,7 +110,8 @@ impl Destination {
         here
     }
 
-    /// Waits until the receiver has ended with a VM; also returns all that it told its observer, in lines.
+    /// Waits until the receiver has ended with a VM; also returns all that it told its observer, in
+    /// lines.
     pub(crate) fn finish(mut self) -> (Arrived, String) {
         // it may have seen the end by itself already
         let _ = self.door.send(None);

@@ -159,7 +159,8 @@ fn run(
     rx.recv_timeout(HANG).expect("the source ends")
 }
 
-/// The migration has failed for that reason, everything was given back, and the destination has heard why.
+/// The migration has failed for that reason, everything was given back, and the destination has
+/// heard why.
 #[track_caller]
 fn failed(destination: &Destination, (report, mut vm): (Report, Ending), what: &str) {
     assert_eq!(report.outcome, Outcome::Failed, "{what}: {:?}", report.reason);
@@ -268,8 +269,9 @@ impl Connector for Late {
     }
 }
 
-/// A post-copy whose guest ends at the destination while pages are missing there. With a cut of what the destination says on its
-/// first control lane: how often the source came back, or `None` if it has kept the VM.
+/// A post-copy whose guest ends at the destination while pages are missing there. With a cut of
+/// what the destination says on its first control lane: how often the source came back, or `None`
+/// if it has kept the VM.
 fn ends_while_served(cut: Option<usize>) -> Option<u64> {
     let destination = paged();
     let (controller, commands) = Controller::new();

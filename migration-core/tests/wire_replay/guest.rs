@@ -25,7 +25,8 @@ pub(crate) fn layout() -> RamLayout {
     RamLayout::new(regions).unwrap()
 }
 
-/// What the guest writes: a page's number and the byte that it is full of, before the migration and while it runs.
+/// What the guest writes: a page's number and the byte that it is full of, before the migration and
+/// while it runs.
 pub(crate) const BEFORE: [(u64, u8); 6] = [(0, 1), (1, 2), (511, 3), (512, 4), (600, 5), (1279, 6)];
 pub(crate) const DURING: [(u64, u8); 3] = [(1, 0), (513, 7), (600, 8)];
 

@@ -11,7 +11,8 @@ use crate::{
     guest::layout,
     streams::{Stream, frames, renumber, spoilt, stream, with_header},
 };
-/// Every bit of the format but page data without checksum is covered by one: no flipped byte goes unnoticed.
+/// Every bit of the format but page data without checksum is covered by one: no flipped byte goes
+/// unnoticed.
 #[test]
 pub(crate) fn a_flipped_byte_anywhere() {
     let name = "stop-and-copy-crc";
@@ -77,7 +78,8 @@ pub(crate) fn replayed_and_reordered_frames() {
                 }
             });
             let running = lane == 0 && i == count - 2;
-            // what comes behind the end of the last round may find the VM running already, and its lane closed
+            // what comes behind the end of the last round may find the VM running already, and its
+            // lane closed
             let behind_the_end = lane != 0 && i == count - 1 && why.is_empty();
             assert!(running || behind_the_end || why.contains("sequence") || why.contains("link"), "{why}");
             if i + 1 < count {
@@ -171,7 +173,8 @@ pub(crate) fn zeros(first: u64, count: u64) -> Bulk {
     Bulk::Pages { extents, payload_crc: 0 }
 }
 
-/// Puts `frame` at the place of a bulk lane's first one; what follows is out of sequence, but is never read.
+/// Puts `frame` at the place of a bulk lane's first one; what follows is out of sequence, but is
+/// never read.
 pub(crate) fn replace(lane: &mut Vec<u8>, index: usize, frame: &Bulk) {
     let starts = frames(lane);
     drop(lane.splice(starts[index]..starts[index + 1], frame.encode(0, index as u32, 1)));

@@ -1,4 +1,5 @@
-//! The table of frame kinds: each kind has a recorded frame, and a seed of the fuzz target `frames`.
+//! The table of frame kinds: each kind has a recorded frame, and a seed of the fuzz target
+//! `frames`.
 
 use std::{collections::BTreeSet, fs, path::Path};
 

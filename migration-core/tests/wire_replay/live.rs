@@ -151,7 +151,8 @@ pub(crate) fn run_by<C: Connector + 'static>(
 }
 
 fn destination(description: VmDescription, block_pages: u64) -> Destination {
-    // who loads the state waits for the first faults, so that they come on the demand lane in every run
+    // who loads the state waits for the first faults, so that they come on the demand lane in every
+    // run
     let faults: Vec<_> = FAULTS.iter().map(|pages| pages.to_vec()).collect();
     let paging = Paging { block_pages, touched: faults.concat(), faults };
     Destination::of(HANG, |to| Host { description, to, paging: Some(paging) })
@@ -178,8 +179,9 @@ fn each_page_arrives_once() {
             assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
             let handle = destination.handle.clone();
             let (arrived, said) = destination.finish();
-            // the destination counts every frame, and knows no lane before its preamble; the source counts preambles, too,
-            // but its threads may not have counted the last of what they wrote
+            // the destination counts every frame, and knows no lane before its preamble; the source
+            // counts preambles, too, but its threads may not have counted the last of what they
+            // wrote
             let taps = link.taps.lock().unwrap();
             let bytes: usize = taps.values().map(|tap| tap.lock().unwrap().len()).sum();
             let frames = bytes - taps.len() / 2 * Preamble::LEN;
@@ -242,7 +244,8 @@ fn a_migration_of_its_own_thread_gives_its_vm_and_its_report_back_once() {
     }
 }
 
-/// Whichever lane ends, wherever: before *run* the VM stays, and moves with the next attempt; behind it, no page is lost.
+/// Whichever lane ends, wherever: before *run* the VM stays, and moves with the next attempt;
+/// behind it, no page is lost.
 #[test]
 fn cut_in_the_post_copy_phase() {
     let mut recovered = 0;
@@ -256,8 +259,8 @@ fn cut_in_the_post_copy_phase() {
             if *direction != (LaneKind::Control, 0, false) {
                 return sent.len();
             }
-            // but for *done*: the source is gone then, and the destination listens for it on; and but for all pings after
-            // the first, which a slow run has and the next one may not have
+            // but for *done*: the source is gone then, and the destination listens for it on; and
+            // but for all pings after the first, which a slow run has and the next one may not have
             let kind = |at: &&usize| Header::decode(sent[**at..].first_chunk().unwrap()).unwrap().kind;
             let (starts, ping) = (frames(sent), Control::Ping.encode(0, 0, 1)[0]);
             let pings = starts[..starts.len() - 1].iter().filter(|at| kind(at) == ping).count();

@@ -1,13 +1,16 @@
-//! Recorded streams of wire version 1, replayed against the receiver; and everything that can be wrong with a stream.
+//! Recorded streams of wire version 1, replayed against the receiver; and everything that can be
+//! wrong with a stream.
 //!
-//! `streams/v1` holds, for each recording, the bytes that a source sent on its lanes (`control`, `bulk-0`, `bulk-1`, in
-//! post-copy `demand-0`), the state that it saved (`state`) and checksums of the RAM that the destination must have (`ram.txt`). `frames.txt` holds
-//! the encoding of every kind of frame. They are part of the format: a change that makes these tests fail needs a new
+//! `streams/v1` holds, for each recording, the bytes that a source sent on its lanes (`control`,
+//! `bulk-0`, `bulk-1`, in post-copy `demand-0`), the state that it saved (`state`) and checksums of
+//! the RAM that the destination must have (`ram.txt`). `frames.txt` holds the encoding of every
+//! kind of frame. They are part of the format: a change that makes these tests fail needs a new
 //! version of the wire format. Only for a version that nobody has used yet may they be made anew:
 //! `RECORD_STREAMS=1 cargo test -p migration-core --test wire_replay`.
 //!
-//! The token of a session is drawn by the destination, so it is put into the preambles of recorded bulk lanes, whose
-//! checksum is then made right again. Likewise, an attempt after another one needs a higher epoch in its control frames.
+//! The token of a session is drawn by the destination, so it is put into the preambles of recorded
+//! bulk lanes, whose checksum is then made right again. Likewise, an attempt after another one
+//! needs a higher epoch in its control frames.
 
 mod asks;
 mod bounds;

@@ -1,4 +1,5 @@
-//! Observers that panic, and observers that ask the engine what it is at: no migration is the worse for them.
+//! Observers that panic, and observers that ask the engine what it is at: no migration is the worse
+//! for them.
 
 use std::{
     sync::{Arc, Condvar, Mutex, OnceLock, mpsc},
@@ -115,7 +116,8 @@ fn observers_that_panic_at_every_event_leave_pre_copy_as_it_is() {
 #[test]
 fn observers_that_panic_at_every_event_leave_post_copy_as_it_is() {
     let strategy = || PostCopy { order: Box::new(Linear::default()) };
-    // undisturbed, and with the link lost when pages follow the VM, where the source tells that it reconnects
+    // undisturbed, and with the link lost when pages follow the VM, where the source tells that it
+    // reconnects
     for cut in [None, Some(((LaneKind::Bulk, 0, false), 3000))] {
         let (destination, arrived) = panicking_destination();
         let (observer, _told) = Panics::new();
@@ -128,7 +130,8 @@ fn observers_that_panic_at_every_event_leave_post_copy_as_it_is() {
     }
 }
 
-/// The engine's state is as it should be before anybody hears of a lost source: the next one is not refused as busy.
+/// The engine's state is as it should be before anybody hears of a lost source: the next one is not
+/// refused as busy.
 #[test]
 fn an_observer_that_panics_at_a_lost_source_does_not_keep_the_next_one_out() {
     let (destination, arrived) = panicking_destination();
@@ -140,7 +143,8 @@ fn an_observer_that_panics_at_a_lost_source_does_not_keep_the_next_one_out() {
     // a preamble that is none: a bad peer, of whom the observer hears too
     drop(destination.connect(&[0xff; Preamble::LEN]));
     destination.log.recv_timeout(HANG).expect("the lost source is noticed");
-    // another VM's source, which does not supersede anything: the host refuses its VM, and the receiver is not busy
+    // another VM's source, which does not supersede anything: the host refuses its VM, and the
+    // receiver is not busy
     let deadline = Instant::now() + HANG;
     loop {
         let (code, text) = end(&greet(&destination, &hello_of(OTHER, 0, 1)));

@@ -17,7 +17,8 @@ use migration_core::{
 
 use crate::HANG;
 
-/// What a page holds while it is missing. A page that were taken for zero, or read too early, would show it.
+/// What a page holds while it is missing. A page that were taken for zero, or read too early, would
+/// show it.
 const POISON: u8 = 0xee;
 
 /// How a destination serves missing pages.
@@ -91,7 +92,8 @@ impl HeapPager {
         if state.given_up { Err(VmError::new("given up while the state was loaded")) } else { Ok(()) }
     }
 
-    /// How many pages came again although they were there, once every missing page has come exactly once.
+    /// How many pages came again although they were there, once every missing page has come exactly
+    /// once.
     pub(crate) fn check(&self) -> u64 {
         let state = self.lock();
         assert_eq!(state.broken, Vec::<String>::new());

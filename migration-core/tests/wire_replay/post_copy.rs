@@ -1,5 +1,6 @@
-//! The recorded stream `post-copy`: a round while the guest runs, then pages that are left behind. Some of them are touched
-//! while the state is loaded, so they come on the demand lane; the others are pushed.
+//! The recorded stream `post-copy`: a round while the guest runs, then pages that are left behind.
+//! Some of them are touched while the state is loaded, so they come on the demand lane; the others
+//! are pushed.
 
 use std::{fs, thread};
 
@@ -78,8 +79,8 @@ pub(crate) fn recorded() -> Stream {
     Stream { lanes: LANES.map(|lane| fs::read(folder().join(NAME).join(lane)).unwrap()).to_vec() }
 }
 
-/// Where the part of a lane begins that the source sends only when it has heard something: *done*, or pages that were
-/// left behind.
+/// Where the part of a lane begins that the source sends only when it has heard something: *done*,
+/// or pages that were left behind.
 fn second_part(recorded: &[u8], lane: usize) -> usize {
     let starts = frames(recorded);
     let (end, starts) = starts.split_last().unwrap();
@@ -128,8 +129,9 @@ impl Lane {
     }
 }
 
-/// Feeds the stream, as [`feed`](crate::streams::feed) does, with each part of it when it is due. The destination has not heard all
-/// when the link ended for it first: also after it has said *complete*, which a lane may make happen that ended a moment before.
+/// Feeds the stream, as [`feed`](crate::streams::feed) does, with each part of it when it is due.
+/// The destination has not heard all when the link ended for it first: also after it has said
+/// *complete*, which a lane may make happen that ended a moment before.
 pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>) -> Fed {
     let mut bytes = stream.lanes[0].clone();
     spoil(0, &mut bytes);
@@ -148,7 +150,8 @@ pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>)
                     let refused = bytes.get(..Preamble::LEN) != recorded.get(..Preamble::LEN);
                     let mut lane = Lane::open(destination, &recorded, index, bytes);
                     if refused {
-                        // the source has more patience than this test, so it opens the lane rightly and gives up
+                        // the source has more patience than this test, so it opens the lane rightly
+                        // and gives up
                         lane.end.outgoing.update(|s| s.ended = true);
                         drop(lane.end.outgoing.wait("the refusal of a lane", |s| s.unread));
                         lane.end = destination.connect(&recorded[..Preamble::LEN]);
@@ -205,7 +208,8 @@ pub(crate) fn pages(pages: &[u64], sequence: u32, generation: u32) -> Vec<u8> {
     [frame.encode(0, sequence, generation), data].concat()
 }
 
-/// What an honest source does whose link was lost behind *run*: comes back, and sends what is missing.
+/// What an honest source does whose link was lost behind *run*: comes back, and sends what is
+/// missing.
 pub(crate) fn come_back(destination: &Destination, token: SessionToken, epoch: u32) {
     let mut lane = Preamble::new(LaneKind::Reattach, 0, token).encode().to_vec();
     for (sequence, frame) in [Control::Reattach(VM), Control::Run].iter().enumerate() {
@@ -247,7 +251,8 @@ pub(crate) fn check_paged(arrived: &Arrived) -> u64 {
     pager.check()
 }
 
-/// As [`spoilt`](crate::streams::spoilt). Behind the hand-over nothing is given up: the source comes back.
+/// As [`spoilt`](crate::streams::spoilt). Behind the hand-over nothing is given up: the source
+/// comes back.
 fn spoilt(good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = destination();
     let Fed { token, words, heard } = feed(&destination, good, spoil);

@@ -1,5 +1,6 @@
-//! Rounds under both kinds of dirty trackers: one that begins anew at a harvest, and one that re-arms pages just before
-//! they are read. The guest writes at chosen moments of a round, and a round ends early.
+//! Rounds under both kinds of dirty trackers: one that begins anew at a harvest, and one that
+//! re-arms pages just before they are read. The guest writes at chosen moments of a round, and a
+//! round ends early.
 
 use std::{
     collections::HashMap,
@@ -313,7 +314,8 @@ impl WriteHalf for HookedWriter {
     }
 }
 
-/// Sends all of RAM once, notes what the harvest after it says, and leaves the rest to the hand-over.
+/// Sends all of RAM once, notes what the harvest after it says, and leaves the rest to the
+/// hand-over.
 #[derive(Default)]
 struct OneRound {
     asked: u64,
@@ -359,15 +361,17 @@ fn completed(report: &Report, what: &str) {
     assert_eq!(report.outcome, Outcome::Completed, "{what}: {:?}", report.reason);
 }
 
-/// A page that is written after its stripe was read is reported, and no other one: a stripe that was not re-armed would be
-/// reported whole, and one that was re-armed after it was read would hide the write.
+/// A page that is written after its stripe was read is reported, and no other one: a stripe that
+/// was not re-armed would be reported whole, and one that was re-armed after it was read would hide
+/// the write.
 #[test]
 fn a_round_re_arms_each_stripe_before_it_reads_it() {
     for rearming in [false, true] {
         let destination = destination(false);
         let mut vm = Tracked::new(rearming);
         let guest = vm.guest.clone();
-        // the last stripe is written at the very beginning, long before it is read; the first one after it was read
+        // the last stripe is written at the very beginning, long before it is read; the first one
+        // after it was read
         let link = Hooked::new(&destination, move |frame| match frame {
             0 => guest.write((STRIPES - 1) * STRIPE + WRITTEN, 55),
             5 => guest.write(WRITTEN, 66),
@@ -392,8 +396,8 @@ struct Ticks {
 }
 
 impl Ticks {
-    /// Waits until the engine has come back to its inputs after it has looked at them: three looks, of which the first may
-    /// have begun before.
+    /// Waits until the engine has come back to its inputs after it has looked at them: three looks,
+    /// of which the first may have begun before.
     fn pass(&self) {
         let seen = self.seen.lock().unwrap();
         let enough = *seen + 3;
@@ -411,7 +415,8 @@ impl Observer for Ticks {
     }
 }
 
-/// A round that the user stops in its middle: the pages that were not sent are unacknowledged, and arrive later.
+/// A round that the user stops in its middle: the pages that were not sent are unacknowledged, and
+/// arrive later.
 #[test]
 fn a_round_that_ends_early_keeps_what_it_did_not_send() {
     for rearming in [false, true] {
@@ -438,8 +443,8 @@ fn a_round_that_ends_early_keeps_what_it_did_not_send() {
     }
 }
 
-/// A VMM that tracks for a purpose of its own finds every page that was written, whenever a migration is cancelled: in a
-/// round, after rounds that were acknowledged, or in the pause.
+/// A VMM that tracks for a purpose of its own finds every page that was written, whenever a
+/// migration is cancelled: in a round, after rounds that were acknowledged, or in the pause.
 #[test]
 fn a_cancel_gives_the_vmm_its_dirty_bits_back() {
     let mut outcomes: HashMap<bool, u32> = HashMap::new();

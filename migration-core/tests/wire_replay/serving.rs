@@ -1,5 +1,5 @@
-//! A source that serves missing pages, and a destination that is not honest: what it says is refused or does nothing, and
-//! the source keeps VM and pages until an honest one has them all.
+//! A source that serves missing pages, and a destination that is not honest: what it says is
+//! refused or does nothing, and the source keeps VM and pages until an honest one has them all.
 
 use std::{
     collections::BTreeMap,
@@ -338,7 +338,8 @@ fn what_does_nothing() {
     assert_eq!(report.pages.demanded + report.pages.pushed, DURING.len() as u64, "each page once");
 }
 
-/// After a loss the source believes no list that cannot be: neither more than it left behind, nor less than it has not sent.
+/// After a loss the source believes no list that cannot be: neither more than it left behind, nor
+/// less than it has not sent.
 #[test]
 fn lists_that_cannot_be() {
     let all = || missing(DURING.map(|(page, _)| page));
@@ -380,7 +381,8 @@ fn lists_that_cannot_be() {
     assert_eq!(peer.gets_served("lost twice").recoveries, 2);
 }
 
-/// What was sent and is listed nevertheless, since it arrives late, is not listed again: the source knows that it may be there.
+/// What was sent and is listed nevertheless, since it arrives late, is not listed again: the source
+/// knows that it may be there.
 #[test]
 fn pages_that_arrive_behind_the_list() {
     let mut peer = Peer::serving();

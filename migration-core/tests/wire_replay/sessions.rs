@@ -15,7 +15,8 @@ use crate::{
     guest::{description, state},
     streams::{Fed, as_recorded, check, feed, frames, stream, with_header},
 };
-/// A whole session, sent again as it was, is refused: its epoch is void. The receiver is in the middle of the next one.
+/// A whole session, sent again as it was, is refused: its epoch is void. The receiver is in the
+/// middle of the next one.
 #[test]
 pub(crate) fn a_replayed_session_is_refused() {
     let good = stream("pre-copy");
@@ -57,7 +58,8 @@ pub(crate) fn token_of(control: &End) -> SessionToken {
     }
 }
 
-/// A source whose host loses its power says nothing any more, on any lane. The next attempt must not find it busy.
+/// A source whose host loses its power says nothing any more, on any lane. The next attempt must
+/// not find it busy.
 #[test]
 pub(crate) fn a_source_that_falls_silent_behind_its_offer() {
     let destination = Destination::patient(Duration::from_millis(50));
@@ -105,7 +107,8 @@ pub(crate) fn a_malformed_hello_is_answered() {
     assert!(matches!(answer, Some(Control::Error { code: ErrorCode::Protocol, .. })), "{answer:?}");
 }
 
-/// A lane that is in the middle of a later round when the state is loaded could write into a VM that runs.
+/// A lane that is in the middle of a later round when the state is loaded could write into a VM
+/// that runs.
 #[test]
 pub(crate) fn no_page_is_under_way_when_the_state_is_loaded() {
     let destination = Destination::new();

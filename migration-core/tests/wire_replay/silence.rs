@@ -1,4 +1,5 @@
-//! A network that is dead for longer than the source waits for an answer, while pages are missing at the destination.
+//! A network that is dead for longer than the source waits for an answer, while pages are missing
+//! at the destination.
 
 use std::{
     io,
@@ -25,10 +26,12 @@ use crate::{
     post_copy::{destination, guest},
 };
 
-/// Attempts to reconnect that fail: the pauses between them become longer than the time between two looks at what is due.
+/// Attempts to reconnect that fail: the pauses between them become longer than the time between two
+/// looks at what is due.
 const REFUSED: u32 = 5;
 
-/// The first control lane says nothing to the source after *running*; then nobody is to be reached for a while.
+/// The first control lane says nothing to the source after *running*; then nobody is to be reached
+/// for a while.
 struct Silent {
     link: Link,
     attempts: AtomicU32,
@@ -117,8 +120,8 @@ impl Closer for TellingCloser {
     }
 }
 
-/// What the lost link did not answer says nothing of the next one: the source recovers as soon as the destination can be
-/// reached, however long that took.
+/// What the lost link did not answer says nothing of the next one: the source recovers as soon as
+/// the destination can be reached, however long that took.
 #[test]
 fn a_source_that_serves_recovers_after_a_silence_longer_than_it_waits() {
     let destination = destination();

@@ -1,4 +1,5 @@
-//! Snapshots of a guest that writes as a script says: what is put, what is counted, and how far it is throttled.
+//! Snapshots of a guest that writes as a script says: what is put, what is counted, and how far it
+//! is throttled.
 
 use std::{
     sync::{Arc, Mutex, mpsc},

@@ -162,8 +162,8 @@ pub(crate) struct Fed {
     pub(crate) heard: bool,
 }
 
-/// Feeds a stream whose bytes `spoil` may change, and waits until the receiver is done with it. Lanes that end early
-/// do so without a word.
+/// Feeds a stream whose bytes `spoil` may change, and waits until the receiver is done with it.
+/// Lanes that end early do so without a word.
 pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>) -> Fed {
     let (mut control, mut token) = (stream.lanes[0].clone(), None);
     spoil(0, &mut control);
@@ -187,7 +187,8 @@ pub(crate) fn feed(destination: &Destination, stream: &Stream, spoil: Spoil<'_>)
                     lane.outgoing.update(|s| s.ended = true);
                 }
                 if bytes.get(..Preamble::LEN) != recorded.get(..Preamble::LEN) {
-                    // refused; the source has more patience than this test, so it opens the lane rightly and gives up
+                    // refused; the source has more patience than this test, so it opens the lane
+                    // rightly and gives up
                     lane.outgoing.update(|s| s.ended = true);
                     drop(lane.outgoing.wait("the refusal of a lane", |s| s.unread));
                     let again = destination.connect(&recorded[..Preamble::LEN]);
@@ -223,8 +224,8 @@ pub(crate) fn check(name: &str, arrived: &Arrived) {
     assert!(arrived.running);
 }
 
-/// Feeds a spoilt stream, then checks that the receiver says what is wrong, listens on, and takes a good one. Returns
-/// all that it said, or nothing if the stream was whole up to the hand-over.
+/// Feeds a spoilt stream, then checks that the receiver says what is wrong, listens on, and takes a
+/// good one. Returns all that it said, or nothing if the stream was whole up to the hand-over.
 pub(crate) fn spoilt(name: &str, good: &Stream, what: &str, spoil: Spoil<'_>) -> String {
     let destination = Destination::new();
     let Fed { token, heard, .. } = feed(&destination, good, spoil);

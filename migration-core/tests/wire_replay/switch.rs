@@ -1,4 +1,5 @@
-//! When a migration under way can be switched to post-copy, and what the user is told when it cannot.
+//! When a migration under way can be switched to post-copy, and what the user is told when it
+//! cannot.
 
 use migration_core::{
     engine::{Controller, NoPostCopy, SourceOptions, migrate},

@@ -290,8 +290,8 @@ fn rule_13_a_store_that_loses_its_content_before_released_costs_nothing() {
     assert!(said.contains("a page store has failed: "), "{said}");
 }
 
-/// Pages are in the store before the hand-over, and the destination asks the store as soon as the VM
-/// is about to run: it may find the loss before it has said *running*.
+/// Pages are in the store before the hand-over, and the destination asks the store as soon as the
+/// VM is about to run: it may find the loss before it has said *running*.
 #[test]
 fn rule_13_a_loss_that_is_found_before_running_is_said_after_it() {
     for _ in 0..5 {

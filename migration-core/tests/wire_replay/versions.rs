@@ -1,4 +1,5 @@
-//! Peers of other versions of the wire format: which version is taken, and what a peer without a common one is told.
+//! Peers of other versions of the wire format: which version is taken, and what a peer without a
+//! common one is told.
 
 use std::{
     sync::{Arc, Mutex, mpsc},
@@ -57,7 +58,8 @@ fn an_older_or_newer_source_is_told_both_windows_and_the_next_source_is_served()
     assert!(matches!(said(&control), Some(Control::Welcome(_))));
 }
 
-/// Returns how an attempt ends whose hello gets this answer, and what the source's VMM was asked to do.
+/// Returns how an attempt ends whose hello gets this answer, and what the source's VMM was asked to
+/// do.
 fn answered(answer: &Control, epoch: u32) -> (Report, Vec<&'static str>) {
     let (tx, lanes) = mpsc::channel();
     let (end, ended) = mpsc::channel();

@@ -165,7 +165,8 @@ fn state(text: &'static str) -> Bytes {
     Bytes::from_static(text.as_bytes())
 }
 
-/// Two checkpoints, pages of both in use, in a tree of three levels: the shelf as it was after the first one, and as it is now.
+/// Two checkpoints, pages of both in use, in a tree of three levels: the shelf as it was after the
+/// first one, and as it is now.
 fn two_checkpoints() -> (Shelf, Shelf, Contents) {
     let shelf = Shelf::default();
     let mut store = create(shelf.clone(), TALL);

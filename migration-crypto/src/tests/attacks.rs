@@ -6,7 +6,8 @@ use migration_core::channel::ReadHalf;
 
 use super::*;
 
-/// The action of an attacker on the link. It gets the number of each write and may change its bytes.
+/// The action of an attacker on the link. It gets the number of each write and may change its
+/// bytes.
 type Meddle = Arc<Mutex<dyn FnMut(usize, &mut Vec<u8>) + Send>>;
 
 /// A connector whose writes pass through `meddle`, numbered over all channels. Each handshake

@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Decides when a VMM hands its VMs over to a successor. Asked again and again, a few times a second.
+/// Decides when a VMM hands its VMs over to a successor. Asked again and again, a few times a
+/// second.
 pub trait RefreshPolicy: Send {
     /// Whether it is time.
     ///
@@ -34,8 +35,8 @@ impl RefreshPolicy for Interval {
     }
 }
 
-/// When the calling process has more memory of its own than it should, as after a leak. Guest RAM that is shared, which a VMM
-/// can only hand over, does not count.
+/// When the calling process has more memory of its own than it should, as after a leak. Guest RAM
+/// that is shared, which a VMM can only hand over, does not count.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryGrowth {
     limit: u64,

@@ -61,7 +61,8 @@ impl Faults {
         let _ = self.bell.write(1);
     }
 
-    /// Waits for faults until `deadline` (`None`: for ever), and appends them. `false` when that passed or the bell was rung.
+    /// Waits for faults until `deadline` (`None`: for ever), and appends them. `false` when that
+    /// passed or the bell was rung.
     pub(super) fn next(&self, deadline: Option<Instant>, into: &mut Vec<RawFault>) -> io::Result<bool> {
         loop {
             if !self.ready(deadline)? {

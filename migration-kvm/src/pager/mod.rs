@@ -1,7 +1,7 @@
 //! Serving missing pages to a VM that runs already: post-copy's half in the kernel.
 //!
-//! Guest RAM is registered with the VM's userfaultfd, which is shared with a write-protecting tracker. What is done about
-//! a page depends on what backs it:
+//! Guest RAM is registered with the VM's userfaultfd, which is shared with a write-protecting
+//! tracker. What is done about a page depends on what backs it:
 //!
 //! | backing | registered for | contents | zeros |
 //! |---|---|---|---|
@@ -10,8 +10,8 @@
 //! | memfd | missing and minor | into a second mapping, CONTINUE | ZEROPAGE |
 //! | hugetlb | missing and minor | into a second mapping, CONTINUE | the same |
 //!
-//! A page of a file is in the file while it is being filled, but nobody reads it there: a touch is a *minor* fault then,
-//! and sleeps like any other until CONTINUE.
+//! A page of a file is in the file while it is being filled, but nobody reads it there: a touch is
+//! a *minor* fault then, and sleeps like any other until CONTINUE.
 
 use std::{
     io,
@@ -46,14 +46,16 @@ use staging::Pool;
 const GRANULE: u64 = 1;
 /// Pages in a huge page: those of hugetlb memory are installed together.
 const HUGE_BLOCK: u64 = HUGE_PAGE_SIZE / migration_core::PAGE_SIZE as u64;
-/// Zeros are installed by so many pages at a time (1 GiB), so that the map's lock is held for moments only.
+/// Zeros are installed by so many pages at a time (1 GiB), so that the map's lock is held for
+/// moments only.
 const ZERO_STEP: u64 = 1 << 18;
 
 /// There can be no pager. What it displays does not repeat its cause.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PagerError {
-    /// The userfaultfd lacks something: the kernel does not have it, or the descriptor was created without it.
+    /// The userfaultfd lacks something: the kernel does not have it, or the descriptor was created
+    /// without it.
     #[error("userfaultfd lacks {lacks} (feature bits {bits:#x}), which missing pages on {backing} memory need")]
     Lacks {
         /// What backs the RAM.
@@ -73,18 +75,21 @@ pub enum PagerError {
 
 /// A [`Pager`] over userfaultfd.
 ///
-/// Somebody must be in [`wait`](Pager::wait) from [`arm`](Pager::arm) until [`disarm`](Pager::disarm): it also answers
-/// touches of pages that were never populated, which the kernel cannot tell from missing ones.
+/// Somebody must be in [`wait`](Pager::wait) from [`arm`](Pager::arm) until
+/// [`disarm`](Pager::disarm): it also answers touches of pages that were never populated, which the
+/// kernel cannot tell from missing ones.
 ///
-/// Two calls that install the same page: the first to have its contents wins, and the other finds a duplicate. On shared memory
-/// a call may fill pages in place; another call that has one of them waits after its own `fill` until the first one is
-/// done, since it may still fail. Where memory or descriptors have run out, a call waits for a buffer of another one.
-/// Nothing else waits; after a minute in vain the call fails, and names the threads that it has waited for.
+/// Two calls that install the same page: the first to have its contents wins, and the other finds a
+/// duplicate. On shared memory a call may fill pages in place; another call that has one of them
+/// waits after its own `fill` until the first one is done, since it may still fail. Where memory or
+/// descriptors have run out, a call waits for a buffer of another one. Nothing else waits; after a
+/// minute in vain the call fails, and names the threads that it has waited for.
 ///
-/// When [`install`](Pager::install) fails for lack of memory, part of the range may be there; if it is repeated, these pages
-/// count as duplicates. [`missing`](Self::missing) has the exact number.
+/// When [`install`](Pager::install) fails for lack of memory, part of the range may be there; if it
+/// is repeated, these pages count as duplicates. [`missing`](Self::missing) has the exact number.
 ///
-/// Dropping it leaves missing pages missing: who touches them sleeps until the [`UserFault`] goes, and then reads zeros.
+/// Dropping it leaves missing pages missing: who touches them sleeps until the [`UserFault`] goes,
+/// and then reads zeros.
 pub struct UserFaultPager {
     pages: Pages,
     /// Which pages are missing: the map with which this was armed, or an empty one.
@@ -99,19 +104,21 @@ pub struct UserFaultPager {
 }
 
 impl UserFaultPager {
-    /// A pager for all of `ram`, which watches nothing yet. `fault` may be in use by a tracker at the same time; no other
-    /// pager may use it.
+    /// A pager for all of `ram`, which watches nothing yet. `fault` may be in use by a tracker at
+    /// the same time; no other pager may use it.
     ///
     /// # Errors
-    /// When the userfaultfd lacks a feature that this backing needs, or descriptors or address space are short.
+    /// When the userfaultfd lacks a feature that this backing needs, or descriptors or address
+    /// space are short.
     pub fn new(ram: Arc<MappedRam>, fault: Arc<UserFault>) -> Result<Self, PagerError> {
         Self::over(BackedRam::of(ram)?, fault)
     }
 
     /// Creates a pager for RAM that a VMM has mapped itself.
     ///
-    /// The VMM must not change the mapping of missing pages, for example by `madvise` or another registration with a
-    /// userfaultfd. Pages that are locked, or that a device accesses without the CPU, cannot be missing.
+    /// The VMM must not change the mapping of missing pages, for example by `madvise` or another
+    /// registration with a userfaultfd. Pages that are locked, or that a device accesses without
+    /// the CPU, cannot be missing.
     ///
     /// # Errors
     /// Those of [`new`](Self::new).
@@ -195,8 +202,8 @@ impl UserFaultPager {
         Err(io::Error::new(io::ErrorKind::InvalidInput, why))
     }
 
-    /// Lets `work` install the missing pages of `range`, claim by claim. It returns how many of the pages it was given
-    /// were there all the same.
+    /// Lets `work` install the missing pages of `range`, claim by claim. It returns how many of the
+    /// pages it was given were there all the same.
     fn each_claim(
         &self,
         range: PageRange,
@@ -226,7 +233,8 @@ impl UserFaultPager {
         let mut claim = map.claim_whole(range, copy)?;
         let hidden = self.pages.hidden(range)?;
         if let Err(error) = fill(&hidden) {
-            // what is half filled goes before the claim does. If it cannot, it stays hidden, and is overwritten.
+            // what is half filled goes before the claim does. If it cannot, it stays hidden, and is
+            // overwritten.
             let _ = self.pages.drop_contents(range);
             return Some(self.finish(claim).and(Err(error)));
         }
@@ -260,8 +268,9 @@ impl Pager for UserFaultPager {
         self.pages.block_pages()
     }
 
-    /// Registers first, and drops afterwards: in the other order, a touch in between would make a page of zeros that
-    /// stays. So who touches RAM during this call sleeps, or reads what it held before.
+    /// Registers first, and drops afterwards: in the other order, a touch in between would make a
+    /// page of zeros that stays. So who touches RAM during this call sleeps, or reads what it held
+    /// before.
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError> {
         let (ram, missing) = (self.pages.ram(), map.missing());
         let all = ram.layout().pages();

@@ -28,7 +28,8 @@ static ZEROS: Zeros = Zeros([0; PAGE_SIZE]);
 /// Guest RAM, with what it takes to install pages of it.
 pub(super) struct Pages {
     ram: BackedRam,
-    /// The same memory once more, for shared backings: what is written there shows up only when it is mapped.
+    /// The same memory once more, for shared backings: what is written there shows up only when it
+    /// is mapped.
     alias: Option<MappedRam>,
     fault: Arc<UserFault>,
 }
@@ -53,19 +54,20 @@ impl Pages {
 
     /// Frees what `range` holds. (Also hidden contents of shared memory that were never mapped.)
     pub(super) fn drop_contents(&self, range: PageRange) -> Result<(), RamError> {
-        // A hole in hugetlb memory would give its page back to everybody's reserve. To unmap it is enough: it is mapped
-        // again only when it was overwritten. Kernels before 5.18 cannot.
+        // A hole in hugetlb memory would give its page back to everybody's reserve. To unmap it is
+        // enough: it is mapped again only when it was overwritten. Kernels before 5.18 cannot.
         if self.ram.backing() == Backing::Hugetlb && self.ram.unmap(range).is_ok() {
             return Ok(());
         }
         self.ram.discard(range)
     }
 
-    /// The pages of `range` as they will be, to be filled before [`map`](Self::map); `None` for private memory, or when
-    /// there is no memory for them.
+    /// The pages of `range` as they will be, to be filled before [`map`](Self::map); `None` for
+    /// private memory, or when there is no memory for them.
     pub(super) fn hidden(&self, range: PageRange) -> Option<Vec<RamSlice<'_>>> {
         let alias = self.alias.as_ref()?;
-        // taking the memory now makes lack of it an error, not a signal; and it is one call for all pages
+        // taking the memory now makes lack of it an error, not a signal; and it is one call for all
+        // pages
         alias.prefault(range).ok()?;
         self.ram.layout().split(range).map(|(_, _, piece)| alias.slice(piece).ok()).collect()
     }
@@ -76,8 +78,8 @@ impl Pages {
         self.each(run, claim, |at, left| unsafe { uffd_api::map(self.fd(), at, left.bytes()) }, |_| Ok(true))
     }
 
-    /// Installs `run` with the contents of `from`, whose first byte belongs to page `first`. Returns how many were
-    /// there already.
+    /// Installs `run` with the contents of `from`, whose first byte belongs to page `first`.
+    /// Returns how many were there already.
     pub(super) fn install(
         &self,
         run: PageRange,
@@ -102,8 +104,8 @@ impl Pages {
         }
         source(run)?; // `run` lies inside the buffer
         let copy = |at, left: PageRange| match source(left) {
-            // SAFETY: `source` lies inside the buffer, which stays mapped for as long as `from` is borrowed; `at` names
-            // `left` in guest RAM, which is never borrowed.
+            // SAFETY: `source` lies inside the buffer, which stays mapped for as long as `from` is
+            // borrowed; `at` names `left` in guest RAM, which is never borrowed.
             Ok(source) => unsafe { uffd_api::copy(self.fd(), at, source.as_ptr() as u64, left.bytes()) },
             Err(_) => Progress { done: 0, error: Some(Errno::EINVAL) },
         };
@@ -119,14 +121,16 @@ impl Pages {
         })
     }
 
-    /// Installs `block`, which [is a huge block](Self::is_huge_block), with the memory of `from` itself. Returns how many
-    /// pages went so; for the others it was not possible, and `from` has their contents still.
+    /// Installs `block`, which [is a huge block](Self::is_huge_block), with the memory of `from`
+    /// itself. Returns how many pages went so; for the others it was not possible, and `from` has
+    /// their contents still.
     pub(super) fn take_huge(&self, block: PageRange, from: &Staging<'_>, claim: &mut Claim<'_>) -> io::Result<u64> {
         let source = from.slice(PageRange::new(0, block.count))?;
         let Some((region, offset, piece)) = self.ram.layout().split(block).next() else { return Ok(0) };
         let to = self.ram.host_address(region).as_ptr() as u64 + offset;
-        // SAFETY: both lie inside memory that is mapped for as long as it is borrowed here, and which nobody has a
-        // reference to. The buffer is this thread's, and reads as zeros where it is taken away.
+        // SAFETY: both lie inside memory that is mapped for as long as it is borrowed here, and
+        // which nobody has a reference to. The buffer is this thread's, and reads as zeros where it
+        // is taken away.
         let progress = unsafe { uffd_api::move_pages(self.fd(), to, source.as_ptr() as u64, piece.bytes()) };
         let moved = progress.done >> PAGE_SHIFT;
         claim.installed(PageRange::new(block.first, moved));
@@ -155,9 +159,9 @@ impl Pages {
         Ok(already)
     }
 
-    /// Zeros for a block that the kernel has no zeros for: hugetlb; what an installation that failed left behind in
-    /// the file; or a write-protecting tracker's marker in the page table, which counts as a page there. Whether it was
-    /// there already.
+    /// Zeros for a block that the kernel has no zeros for: hugetlb; what an installation that
+    /// failed left behind in the file; or a write-protecting tracker's marker in the page table,
+    /// which counts as a page there. Whether it was there already.
     fn zero_by_hand(&self, block: PageRange) -> io::Result<bool> {
         let address = self.address(block.first)?;
         loop {
@@ -166,7 +170,8 @@ impl Pages {
                 // SAFETY: inside guest RAM, which is never borrowed.
                 unsafe { uffd_api::map(self.fd(), address, block.bytes()) }
             } else {
-                // SAFETY: as above; the source is a static, of the length of a page, which is the block_pages here.
+                // SAFETY: as above; the source is a static, of the length of a page, which is the
+                // block_pages here.
                 unsafe { uffd_api::copy(self.fd(), address, ZEROS.0.as_ptr() as u64, block.bytes()) }
             };
             match progress.error {
@@ -178,12 +183,14 @@ impl Pages {
         }
     }
 
-    /// Lets somebody go on who touched `page`, which is not missing: it was never populated, was discarded, or is in the
-    /// file but not mapped here. What it holds stays; and if it is there by now, the toucher is woken.
+    /// Lets somebody go on who touched `page`, which is not missing: it was never populated, was
+    /// discarded, or is in the file but not mapped here. What it holds stays; and if it is there by
+    /// now, the toucher is woken.
     pub(super) fn answer(&self, page: u64, kind: Kind) -> io::Result<()> {
         let block = PageRange::new(page - page % self.block_pages(), self.block_pages());
         let (fd, at, len) = (self.fd(), self.address(block.first)?, block.bytes());
-        // SAFETY: inside guest RAM, which is never borrowed; a page that has contents is not changed.
+        // SAFETY: inside guest RAM, which is never borrowed; a page that has contents is not
+        // changed.
         let map = || unsafe { uffd_api::map(fd, at, len) };
         // SAFETY: as above.
         let zero = || unsafe { uffd_api::zero(fd, at, len) };
@@ -241,9 +248,10 @@ impl Pages {
         self.fault.as_fd()
     }
 
-    /// Carries a request through `run`: the kernel may do it in parts, and stops at a page that is there already.
-    /// `exists` says of such a page (or huge page) whether that is so. What is there is noted in `claim`, also when the
-    /// request fails on the way. Returns how many pages were there already.
+    /// Carries a request through `run`: the kernel may do it in parts, and stops at a page that is
+    /// there already. `exists` says of such a page (or huge page) whether that is so. What is there
+    /// is noted in `claim`, also when the request fails on the way. Returns how many pages were
+    /// there already.
     fn each(
         &self,
         run: PageRange,

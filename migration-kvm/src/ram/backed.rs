@@ -54,11 +54,12 @@ impl RegionBacking {
     }
 }
 
-/// Guest RAM of any kind with the backing of each region. A [pager](crate::pager::UserFaultPager) needs it for memory
-/// that a VMM has mapped itself.
+/// Guest RAM of any kind with the backing of each region. A [pager](crate::pager::UserFaultPager)
+/// needs it for memory that a VMM has mapped itself.
 ///
-/// The named backings must be the true ones, which is not checked. If a file is not the file of the mapping, pages cannot
-/// be installed, or they get the contents of that file. Memory safety does not depend on it.
+/// The named backings must be the true ones, which is not checked. If a file is not the file of the
+/// mapping, pages cannot be installed, or they get the contents of that file. Memory safety does
+/// not depend on it.
 pub struct BackedRam {
     ram: Arc<dyn GuestRam>,
     backing: Backing,
@@ -67,12 +68,14 @@ pub struct BackedRam {
 }
 
 impl BackedRam {
-    /// Returns the RAM with these backings, one for each region in the order of the layout. All have to be of one kind.
+    /// Returns the RAM with these backings, one for each region in the order of the layout. All
+    /// have to be of one kind.
     ///
     /// # Errors
     /// - [`RamError::Regions`] if there is not one backing for each region
     /// - [`RamError::Mixed`] if the backings are of several kinds
-    /// - [`RamError::HugeLength`] or [`RamError::Offset`] if a region or its offset is no multiple of the page size
+    /// - [`RamError::HugeLength`] or [`RamError::Offset`] if a region or its offset is no multiple
+    ///   of the page size
     /// - [`RamError::FileSize`] if a file ends before its region does
     /// - [`RamError::System`] if the length of a file cannot be read
     pub fn new(ram: Arc<dyn GuestRam>, regions: Vec<RegionBacking>) -> Result<Self, RamError> {
@@ -130,8 +133,9 @@ impl BackedRam {
         self.ram.host_address(index)
     }
 
-    /// Maps the same memory a second time. The second mapping has its own page tables, so neither userfaultfd nor a
-    /// write-protecting tracker sees accesses to it. Returns `None` for private memory.
+    /// Maps the same memory a second time. The second mapping has its own page tables, so neither
+    /// userfaultfd nor a write-protecting tracker sees accesses to it. Returns `None` for private
+    /// memory.
     pub(crate) fn alias(&self) -> Result<Option<MappedRam>, RamError> {
         if !self.backing.is_shared() {
             return Ok(None);
@@ -158,7 +162,8 @@ impl BackedRam {
         Ok(())
     }
 
-    /// Removes the page table entries of `range`. Shared memory keeps its contents; private memory loses them.
+    /// Removes the page table entries of `range`. Shared memory keeps its contents; private memory
+    /// loses them.
     pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
         advise(&*self.ram, range, Advice::Drop, "unmap memory")
     }

@@ -273,8 +273,8 @@ impl MappedRam {
         self.prefault_shared_by(patience, &mut |range| self.prefault_for_reading(range))
     }
 
-    /// Fills page tables like [`prefault_shared`](Self::prefault_shared), with `fill` instead of this
-    /// process's own page tables. `fill` can be [`pre_fault`](crate::state::pre_fault) or a
+    /// Fills page tables like [`prefault_shared`](Self::prefault_shared), with `fill` instead of
+    /// this process's own page tables. `fill` can be [`pre_fault`](crate::state::pre_fault) or a
     /// function for a device. It gets pieces of up to 1 MiB, each in one region.
     ///
     /// # Errors

@@ -1,10 +1,12 @@
 //! Real-time threads for the pause of a hand-over, and a thread that ends it.
 //!
-//! Beside busy threads, a real-time thread is the only one that has its turn at once when it is woken. But one that is woken on a
-//! core on which another process is in the kernel waits for all of that system call, where the kernel does not preempt itself, and
-//! no scheduler moves it elsewhere. So threads are real-time ones from the pause on, and for [`LONGEST`] at most: then a thread
-//! of the usual policy, which the scheduler does move, makes them threads of the usual policy too. Whoever takes the
-//! lock is not a real-time thread then: such a thread would not sleep for it in vain.
+//! Beside busy threads, a real-time thread is the only one that has its turn at once when it is
+//! woken. But one that is woken on a core on which another process is in the kernel waits for all
+//! of that system call, where the kernel does not preempt itself, and no scheduler moves it
+//! elsewhere. So threads are real-time ones from the pause on, and for [`LONGEST`] at most: then a
+//! thread of the usual policy, which the scheduler does move, makes them threads of the usual
+//! policy too. Whoever takes the lock is not a real-time thread then: such a thread would not sleep
+//! for it in vain.
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -68,7 +70,8 @@ impl Urgent {
         }
     }
 
-    /// The calling thread is none any more, and not a real-time one. Does nothing for a thread that never joined.
+    /// The calling thread is none any more, and not a real-time one. Does nothing for a thread that
+    /// never joined.
     pub(super) fn leave(&self) {
         let this = sched::this_thread();
         let mut state = self.lock();
@@ -77,7 +80,8 @@ impl Urgent {
         if state.threads.len() == before {
             return;
         }
-        // another thread may have begun since this one was made a usual one; nobody can from here on
+        // another thread may have begun since this one was made a usual one; nobody can from here
+        // on
         sched::set_usual_if_real_time();
         if state.threads.is_empty() {
             state.until = None;
@@ -93,8 +97,8 @@ impl Urgent {
         }
         state.until = Some(Instant::now() + self.longest);
         let (threads, this) = (state.threads.clone(), sched::this_thread());
-        // This one last, and under the lock: after it the watch may have ended all this already, and nobody would end it
-        // for this thread. Nothing sleeps from here to the end.
+        // This one last, and under the lock: after it the watch may have ended all this already,
+        // and nobody would end it for this thread. Nothing sleeps from here to the end.
         threads.iter().filter(|&&thread| thread != this).for_each(|&thread| sched::set_real_time(thread, true));
         if threads.contains(&this) {
             sched::set_real_time(this, true);

@@ -26,7 +26,8 @@ use migration_kvm::{
 
 use crate::world::{LONG, Outcome, Stop, World, contents, ensure, range};
 
-/// Four threads touch pages at random while two read faults and two install, on demand and in order.
+/// Four threads touch pages at random while two read faults and two install, on demand and in
+/// order.
 pub fn stress(backing: Backing) -> Outcome {
     const ZERO_EVERY: u64 = 7;
     let world = World::new(backing)?;
@@ -108,7 +109,8 @@ pub fn a_guest_runs_on_missing_pages(backing: Backing) -> Outcome {
     const CODE: u64 = 0x1000;
     const TABLES: [u64; 3] = [0x2000, 0x3000, 0x4000];
     const DOORBELL: u64 = 0x1000_0000;
-    /// `rcx` times: add `[rdi]` to `rax`, advance `rdi` by `rsi`. Then store `rax` at `[rbx]`, where no memory is.
+    /// `rcx` times: add `[rdi]` to `rax`, advance `rdi` by `rsi`. Then store `rax` at `[rbx]`,
+    /// where no memory is.
     const PROGRAM: [u8; 16] =
         [0x48, 0x03, 0x07, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0x48, 0x89, 0x03, 0xeb, 0xfe];
 

@@ -299,7 +299,8 @@ fn a_duplicate_outlives_the_failure_of_the_first(backing: Backing) -> Outcome {
     world.holds(block, 2)
 }
 
-/// A range over the border of two regions; aligned stretches of pages that are not aligned in the host's memory.
+/// A range over the border of two regions; aligned stretches of pages that are not aligned in the
+/// host's memory.
 fn across_regions(backing: Backing) -> Outcome {
     let world = World::with_regions(backing, [0x20_5000, 0x40_3000])?;
     world.arm(&world.all())?;
@@ -317,7 +318,8 @@ fn across_regions(backing: Backing) -> Outcome {
     Ok(())
 }
 
-/// Kilobytes of transparent huge pages in the mapping that `address` lies in, of this kind of memory.
+/// Kilobytes of transparent huge pages in the mapping that `address` lies in, of this kind of
+/// memory.
 fn huge_kilobytes(address: u64, kind: &str) -> Result<u64, Failed> {
     let (smaps, mut inside) = (fs::read_to_string("/proc/self/smaps")?, false);
     for line in smaps.lines() {
@@ -363,8 +365,8 @@ fn huge_blocks_stay_huge(backing: Backing) -> Outcome {
     Ok(())
 }
 
-/// Where the kernel may use them for shared memory, there are huge pages for whoever maps the files; to install pages does
-/// not depend on it.
+/// Where the kernel may use them for shared memory, there are huge pages for whoever maps the
+/// files; to install pages does not depend on it.
 fn shared_huge_pages(backing: Backing) -> Outcome {
     let control = World::new(backing)?;
     control.ram.prefault(range(0, 512))?;
@@ -398,7 +400,8 @@ fn shared_huge_pages(backing: Backing) -> Outcome {
     Ok(())
 }
 
-/// A write-protecting tracker on the same userfaultfd sees writes to pages after they were installed.
+/// A write-protecting tracker on the same userfaultfd sees writes to pages after they were
+/// installed.
 fn beside_a_tracker(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     let mut tracker = WriteProtect::new(world.ram.clone(), world.fault.clone());
@@ -552,8 +555,8 @@ fn refusals(backing: Backing) -> Outcome {
     world.holds(range(0, 512), 2)
 }
 
-/// Pages that somebody else has put there, of which the pager does not know: they count as duplicates, keep what they
-/// hold where nobody else sees it, and are missing no more.
+/// Pages that somebody else has put there, of which the pager does not know: they count as
+/// duplicates, keep what they hold where nobody else sees it, and are missing no more.
 fn pages_of_another_handler_are_duplicates(backing: Backing) -> Outcome {
     let world = World::new(backing)?;
     world.arm(&world.all())?;

@@ -82,7 +82,8 @@ impl Drop for OwnRam {
     }
 }
 
-// SAFETY: all regions lie one after the other in the mapping, which stays until drop; nothing borrows it.
+// SAFETY: all regions lie one after the other in the mapping, which stays until drop; nothing
+// borrows it.
 unsafe impl GuestRam for OwnRam {
     fn layout(&self) -> &RamLayout {
         &self.layout
@@ -103,8 +104,8 @@ fn world(backing: Backing) -> Result<World<OwnRam>, libtest_mimic::Failed> {
     Ok(World { ram, fault, pager })
 }
 
-/// Missing pages of RAM that this crate has not mapped: what they held is dropped, who touches them sleeps until they are
-/// installed, and nothing else is touched.
+/// Missing pages of RAM that this crate has not mapped: what they held is dropped, who touches them
+/// sleeps until they are installed, and nothing else is touched.
 pub fn ram_of_the_vmms_own(backing: Backing) -> Outcome {
     let world = world(backing)?;
     let block_pages = world.pager.block_pages();

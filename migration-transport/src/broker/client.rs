@@ -41,11 +41,13 @@ impl BrokerClient {
     /// dropped, or this process dies, the RAM stays. An earlier lease of the same VM, such as that
     /// of the VMM from which it came, is replaced.
     ///
-    /// `files` are the memory files of the layout's regions, in their order; `label` is for people, at most 256 bytes.
+    /// `files` are the memory files of the layout's regions, in their order; `label` is for people,
+    /// at most 256 bytes.
     ///
     /// # Errors
-    /// [`BrokerError::Files`] unless there is one for each of at most [`MAX_FILES`] regions; [`BrokerError::Refused`] when
-    /// they are not sealed, of another length, or the broker keeps as many VMs as it may.
+    /// [`BrokerError::Files`] unless there is one for each of at most [`MAX_FILES`] regions;
+    /// [`BrokerError::Refused`] when they are not sealed, of another length, or the broker keeps as
+    /// many VMs as it may.
     pub fn lease(
         &self,
         id: VmId,
@@ -83,8 +85,8 @@ impl BrokerClient {
     /// The RAM of a VM. The broker keeps it as well, until it is [forgotten](Self::forget).
     ///
     /// # Errors
-    /// [`BrokerError::Refused`] when the broker has none of this VM; [`BrokerError::Files`] when what came is not what its
-    /// layout says.
+    /// [`BrokerError::Refused`] when the broker has none of this VM; [`BrokerError::Files`] when
+    /// what came is not what its layout says.
     pub fn retrieve(&self, id: VmId) -> Result<RetrievedRam, BrokerError> {
         match self.ask(&self.connect()?, &Message::Retrieve(id), &[])? {
             (Message::Retrieved { layout, label }, files) => {
@@ -139,7 +141,8 @@ impl BrokerClient {
     }
 }
 
-/// RAM that a broker keeps for this process. Dropping it leaves it there, as the death of this process does.
+/// RAM that a broker keeps for this process. Dropping it leaves it there, as the death of this
+/// process does.
 #[derive(Debug)]
 pub struct RamLease {
     client: BrokerClient,
@@ -159,8 +162,9 @@ impl RamLease {
     /// form, and at most 16 KiB.
     ///
     /// # Errors
-    /// [`BrokerError::Refused`] when it is too long, or another process owns the VM by now; [`BrokerError::Link`] when the broker
-    /// has gone, or closed the connection: then the metadata before may still count.
+    /// [`BrokerError::Refused`] when it is too long, or another process owns the VM by now;
+    /// [`BrokerError::Link`] when the broker has gone, or closed the connection: then the metadata
+    /// before may still count.
     pub fn set_metadata(&self, metadata: &[u8]) -> Result<(), BrokerError> {
         if metadata.len() > MAX_METADATA {
             return Err(BrokerError::Refused(format!("metadata of {} bytes is too long", metadata.len())));

@@ -1,4 +1,5 @@
-//! What goes between a broker and its clients: a length, a body, and descriptors with its first byte.
+//! What goes between a broker and its clients: a length, a body, and descriptors with its first
+//! byte.
 
 use std::{
     io,
@@ -27,7 +28,8 @@ const MAX_REASON: usize = 512;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Message {
-    /// Keep this; a file comes with it for each region. The connection stays open as long as the sender owns it.
+    /// Keep this; a file comes with it for each region. The connection stays open as long as the
+    /// sender owns it.
     Lease {
         id: VmId,
         layout: RamLayout,
@@ -152,7 +154,8 @@ impl Message {
         send_files(socket.as_fd(), &bytes, files)
     }
 
-    /// The next message and its files, which have not been looked at; `None` at the end of the connection.
+    /// The next message and its files, which have not been looked at; `None` at the end of the
+    /// connection.
     pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
         let mut files = Vec::new();
         let mut head = [0; 4];

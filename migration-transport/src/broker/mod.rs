@@ -1,7 +1,9 @@
-//! A broker of guest RAM: it keeps descriptors of the memory files behind VMs, so that what they hold outlives a VMM that dies.
+//! A broker of guest RAM: it keeps descriptors of the memory files behind VMs, so that what they
+//! hold outlives a VMM that dies.
 //!
-//! It saves the memory, and nothing else: the state of vCPUs and devices is in the VMM and in KVM and dies with them. So what is
-//! kept is there to be looked at; a VM goes on only from a snapshot or a checkpoint.
+//! It saves the memory, and nothing else: the state of vCPUs and devices is in the VMM and in KVM
+//! and dies with them. So what is kept is there to be looked at; a VM goes on only from a snapshot
+//! or a checkpoint.
 
 mod client;
 mod message;
@@ -76,11 +78,13 @@ pub struct RetrievedRam {
     pub layout: RamLayout,
     /// What its owner called it.
     pub label: String,
-    /// A memory file for each region, of the region's length and sealed against another. If the VM runs, it writes there.
+    /// A memory file for each region, of the region's length and sealed against another. If the VM
+    /// runs, it writes there.
     pub files: Vec<OwnedFd>,
 }
 
-/// There is one memory file for each region, as long as it, which nobody can shorten: who maps it is safe from SIGBUS.
+/// There is one memory file for each region, as long as it, which nobody can shorten: who maps it
+/// is safe from SIGBUS.
 fn check_files(layout: &RamLayout, files: &[OwnedFd]) -> Result<(), String> {
     let regions = layout.regions();
     if files.len() != regions.len() {

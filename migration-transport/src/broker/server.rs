@@ -43,11 +43,14 @@ pub struct BrokerOptions {
     pub owner_gone: Option<Arc<dyn OwnerGone>>,
 }
 
-/// Is notified when the owner of RAM has gone without taking it along: it has died, or its connection has broken.
+/// Is notified when the owner of RAM has gone without taking it along: it has died, or its
+/// connection has broken.
 ///
-/// Whoever restarts the VM then makes certain first that no process runs it any more; a closed connection is no proof of that.
+/// Whoever restarts the VM then makes certain first that no process runs it any more; a closed
+/// connection is no proof of that.
 pub trait OwnerGone: Send + Sync {
-    /// `metadata` is what the owner has [set](super::RamLease::set_metadata). Called on the thread that served the owner, which ends with it.
+    /// `metadata` is what the owner has [set](super::RamLease::set_metadata). Called on the thread
+    /// that served the owner, which ends with it.
     fn owner_gone(&self, ram: &RetainedRam, metadata: &[u8]);
 }
 
@@ -60,8 +63,9 @@ impl Default for BrokerOptions {
 
 /// Keeps descriptors of the memory files of VMs, for VMMs of the same user on the same host.
 ///
-/// The memory stays as long as the broker lives and is not told to forget it. It never maps the files, and looks at nothing in
-/// them. Let it run in a process of its own, which has no reason to die; a thread of a VMM keeps RAM for *other* VMMs only.
+/// The memory stays as long as the broker lives and is not told to forget it. It never maps the
+/// files, and looks at nothing in them. Let it run in a process of its own, which has no reason to
+/// die; a thread of a VMM keeps RAM for *other* VMMs only.
 pub struct RamBroker {
     options: BrokerOptions,
     kept: Mutex<Kept>,
@@ -116,8 +120,8 @@ impl RamBroker {
         self.lock().vms.iter().map(|(&id, entry)| entry.describe(id)).collect()
     }
 
-    /// Serves clients until `stop` is set, on the calling thread and on one more for each client; all of these have ended
-    /// when it returns. What is kept stays until the broker is dropped.
+    /// Serves clients until `stop` is set, on the calling thread and on one more for each client;
+    /// all of these have ended when it returns. What is kept stays until the broker is dropped.
     ///
     /// Only processes of the broker's own user are served.
     ///

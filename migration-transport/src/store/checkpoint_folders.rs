@@ -79,8 +79,8 @@ pub struct CheckpointFolders {
 }
 
 impl CheckpointFolders {
-    /// Returns the folders below `dir`, whose stores `stores` opens. `observer` is warned of a folder that
-    /// cannot be removed.
+    /// Returns the folders below `dir`, whose stores `stores` opens. `observer` is warned of a
+    /// folder that cannot be removed.
     pub fn new(dir: impl Into<PathBuf>, stores: Arc<dyn OpenStore>, observer: Arc<dyn Observer>) -> Self {
         Self { dir: dir.into(), stores, observer }
     }
@@ -139,14 +139,14 @@ impl AttemptFolders {
         Ok(store)
     }
 
-    /// The attempt begins. From now on only [`end`](Self::end) removes a folder: a thread that dies must
-    /// not take along what the VM could be restored from.
+    /// The attempt begins. From now on only [`end`](Self::end) removes a folder: a thread that dies
+    /// must not take along what the VM could be restored from.
     pub fn begin(&mut self) {
         self.begun = true;
     }
 
-    /// The attempt has ended. Removes what was made for it, unless the VM is lost and could be restored
-    /// from that.
+    /// The attempt has ended. Removes what was made for it, unless the VM is lost and could be
+    /// restored from that.
     pub fn end(mut self, outcome: Outcome) {
         for folder in std::mem::take(&mut self.made).iter().filter(|_| outcome != Outcome::Lost) {
             self.folders.remove(folder);

@@ -33,30 +33,34 @@ use crate::file_errors::at;
 const MANIFEST: &str = "latest";
 const NEW_MANIFEST: &str = "latest.new";
 
-/// Records beyond twice the live pages that may lie on disk before they are merged: small VMs then merge rarely.
+/// Records beyond twice the live pages that may lie on disk before they are merged: small VMs then
+/// merge rarely.
 const SLACK: u64 = 16384;
 
-/// Keeps the checkpoints of one VM in a directory of its own, on any file system that has `fsync` and atomic renames.
+/// Keeps the checkpoints of one VM in a directory of its own, on any file system that has `fsync`
+/// and atomic renames.
 ///
-/// A checkpoint counts from the moment its [commit](VersionStore::commit) has renamed its manifest. A crash at any
-/// moment, of the process or of the host, leaves the one before or the new one, whole; when `commit` returns it is the
-/// new one.
+/// A checkpoint counts from the moment its [commit](VersionStore::commit) has renamed its manifest.
+/// A crash at any moment, of the process or of the host, leaves the one before or the new one,
+/// whole; when `commit` returns it is the new one.
 ///
-/// On disk a page takes 4112 bytes and a page of zeros 16. At most twice the live pages and 16384 records are kept, in at
-/// most 4096 increments; when a commit would leave more, it first writes all live pages into one new increment, which
-/// needs room for these once more, and takes as long as that takes. In memory, each live page takes about 40 bytes, and
-/// twice that meanwhile. A state may have up to [`MAX_STATE`] bytes.
+/// On disk a page takes 4112 bytes and a page of zeros 16. At most twice the live pages and 16384
+/// records are kept, in at most 4096 increments; when a commit would leave more, it first writes
+/// all live pages into one new increment, which needs room for these once more, and takes as long
+/// as that takes. In memory, each live page takes about 40 bytes, and twice that meanwhile. A state
+/// may have up to [`MAX_STATE`] bytes.
 ///
-/// The directory must belong to the user of this process or to root. On NFS it may also belong to the user to which the
-/// server gives what this process makes there (`root_squash`, `all_squash`): whoever else is mapped to that user can
-/// change it.
+/// The directory must belong to the user of this process or to root. On NFS it may also belong to
+/// the user to which the server gives what this process makes there (`root_squash`, `all_squash`):
+/// whoever else is mapped to that user can change it.
 ///
-/// The directory is locked (`flock`) while a store has it. CRCs find damage; **they do not stop anyone who can write
-/// there from replacing the VM's memory**, and nothing is encrypted.
+/// The directory is locked (`flock`) while a store has it. CRCs find damage; **they do not stop
+/// anyone who can write there from replacing the VM's memory**, and nothing is encrypted.
 ///
-/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the next checkpoint
-/// can be taken. When it is not known whether a checkpoint reached the disk, the store takes no further one: it
-/// still restores the one before, and [`open`](Self::open) finds out.
+/// After a failed `put` or `commit`, [`discard`](VersionStore::discard) must be called before the
+/// next checkpoint can be taken. When it is not known whether a checkpoint reached the disk, the
+/// store takes no further one: it still restores the one before, and [`open`](Self::open) finds
+/// out.
 ///
 /// # Example
 ///
@@ -98,16 +102,18 @@ pub struct DirVersions {
 }
 
 impl DirVersions {
-    /// Makes `dir`, in a directory that exists, with mode 0700; an empty directory of the same user is taken as it is, but for its
-    /// mode. A symbolic link is not followed.
-    /// The VM has `pages` pages: no page at or beyond that is taken.
+    /// Makes `dir`, in a directory that exists, with mode 0700; an empty directory of the same user
+    /// is taken as it is, but for its mode. A symbolic link is not followed. The VM has `pages`
+    /// pages: no page at or beyond that is taken.
     ///
     /// # Errors
-    /// [`ErrorKind::AlreadyExists`] when there is anything in it; [`ErrorKind::ResourceBusy`] when another store has it;
-    /// [`ErrorKind::PermissionDenied`] when it belongs to another user than it may; what the file system says.
+    /// [`ErrorKind::AlreadyExists`] when there is anything in it; [`ErrorKind::ResourceBusy`] when
+    /// another store has it; [`ErrorKind::PermissionDenied`] when it belongs to another user than
+    /// it may; what the file system says.
     pub fn create(dir: &Path, pages: u64) -> io::Result<Self> {
         let dir = path::absolute(dir)?;
-        // only of one that was there already it matters whose it is: the file system decides whom new ones belong to
+        // only of one that was there already it matters whose it is: the file system decides whom
+        // new ones belong to
         let mut made = true;
         match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all()),
@@ -129,14 +135,15 @@ impl DirVersions {
         Ok(store)
     }
 
-    /// Opens what [`create`](Self::create) made, for reading and for further checkpoints, and checks all of it. If
-    /// nothing was committed, [`latest`](VersionStore::latest) is `None`. Deletes what unfinished work left; if the
-    /// checkpoint is damaged, everything stays as it is.
+    /// Opens what [`create`](Self::create) made, for reading and for further checkpoints, and
+    /// checks all of it. If nothing was committed, [`latest`](VersionStore::latest) is `None`.
+    /// Deletes what unfinished work left; if the checkpoint is damaged, everything stays as it is.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidData`] when a file is damaged, missing, or holds a page at or beyond `pages`: the words say
-    /// which; [`ErrorKind::ResourceBusy`] when another store has the directory; [`ErrorKind::PermissionDenied`] when it belongs to
-    /// another user than it may, or others can change it; what the file system says.
+    /// [`ErrorKind::InvalidData`] when a file is damaged, missing, or holds a page at or beyond
+    /// `pages`: the words say which; [`ErrorKind::ResourceBusy`] when another store has the
+    /// directory; [`ErrorKind::PermissionDenied`] when it belongs to another user than it may, or
+    /// others can change it; what the file system says.
     pub fn open(dir: &Path, pages: u64) -> io::Result<Self> {
         let mut store = Self::lock(path::absolute(dir)?, pages)?;
         let mode = owner::check(&store.handle, &store.dir)?;
@@ -152,7 +159,8 @@ impl DirVersions {
             store.latest = Some((manifest.number, manifest.state));
             store.increments = manifest.increments;
         }
-        // its rename may be all that a crash has left behind: it must last before the files of the one before go
+        // its rename may be all that a crash has left behind: it must last before the files of the
+        // one before go
         store.sync_names()?;
         store.sweep()?;
         Ok(store)
@@ -225,8 +233,9 @@ impl DirVersions {
         self.staged.as_mut().map_or(Ok(()), |staged| staged.append(page, data))
     }
 
-    /// Everything of a commit that can be taken back: the increments and the manifest are on disk, the latter under its
-    /// other name. Returns the increments, and the index if it is a new one for all pages.
+    /// Everything of a commit that can be taken back: the increments and the manifest are on disk,
+    /// the latter under its other name. Returns the increments, and the index if it is a new one
+    /// for all pages.
     fn prepare(&mut self, number: u32, state: &Bytes) -> io::Result<(Vec<Increment>, Option<Index>)> {
         let mut increments = self.increments.clone();
         let mut live = self.index.len() as u64;
@@ -253,7 +262,8 @@ impl DirVersions {
         let path = self.dir.join(NEW_MANIFEST);
         let bytes = Manifest::encode(number, &increments, state);
         let write = || {
-            // a file that is there is a leftover of a crash, or a link that somebody has put there: it goes, whatever it leads to
+            // a file that is there is a leftover of a crash, or a link that somebody has put there:
+            // it goes, whatever it leads to
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -294,13 +304,14 @@ impl VersionStore for DirVersions {
 
     /// # Order
     ///
-    /// 1. The increment reaches the disk, then the new manifest, then the names of both: what a manifest names is there
-    ///    before the manifest can be.
-    /// 2. The rename replaces the old manifest in one step. Until it is durable, either may be found after a crash, so
-    ///    the files of both stay.
+    /// 1. The increment reaches the disk, then the new manifest, then the names of both: what a
+    ///   manifest names is there before the manifest can be.
+    /// 2. The rename replaces the old manifest in one step. Until it is durable, either may be
+    ///   found after a crash, so the files of both stay.
     /// 3. Only when it is durable, what the new one does not name is deleted.
     ///
-    /// A failed `fsync` is not tried again: the kernel may have dropped what it could not write, and then says success.
+    /// A failed `fsync` is not tried again: the kernel may have dropped what it could not write,
+    /// and then says success.
     fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()> {
         self.usable()?;
         if state.len() > MAX_STATE {

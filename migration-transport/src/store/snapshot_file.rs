@@ -41,16 +41,18 @@ const RUN: usize = 256;
 
 /// Keeps one snapshot of a VM in a file that is whole or not there.
 ///
-/// What is put goes into `FILE.new`, beside the file; [`commit`](VersionStore::commit) renames it when all of it has reached the
-/// disk. So a crash at any moment, of the process or of the host, leaves what was there before or the new snapshot, and when
-/// `commit` returns it is the new one. A `FILE.new` that a crash has left is removed by the next attempt. If `FILE.new` is something
-/// that others have put there, it is left alone, and another name is used (see [`AtomicFile`]).
+/// What is put goes into `FILE.new`, beside the file; [`commit`](VersionStore::commit) renames it
+/// when all of it has reached the disk. So a crash at any moment, of the process or of the host,
+/// leaves what was there before or the new snapshot, and when `commit` returns it is the new one. A
+/// `FILE.new` that a crash has left is removed by the next attempt. If `FILE.new` is something that
+/// others have put there, it is left alone, and another name is used (see [`AtomicFile`]).
 ///
-/// It takes **one** checkpoint: after its commit the file is finished, and a further `put` is an error. The file is sparse: pages
-/// that were not put and pages of zeros take no room. In memory, a page takes about 4 bytes while the file is written or read.
+/// It takes **one** checkpoint: after its commit the file is finished, and a further `put` is an
+/// error. The file is sparse: pages that were not put and pages of zeros take no room. In memory, a
+/// page takes about 4 bytes while the file is written or read.
 ///
-/// CRCs find damage; **they do not stop anyone who can write there from replacing the VM's memory**, and nothing is encrypted.
-/// The file's mode is 0600 whatever the umask.
+/// CRCs find damage; **they do not stop anyone who can write there from replacing the VM's
+/// memory**, and nothing is encrypted. The file's mode is 0600 whatever the umask.
 ///
 /// # Example
 ///
@@ -120,13 +122,14 @@ struct Writing {
 }
 
 impl SnapshotFile {
-    /// Begins a snapshot of a VM with `pages` pages that is to be found at `path` once it is committed. A file that is there
-    /// already stays until then, and is replaced.
+    /// Begins a snapshot of a VM with `pages` pages that is to be found at `path` once it is
+    /// committed. A file that is there already stays until then, and is replaced.
     ///
     /// # Errors
-    /// [`ErrorKind::ResourceBusy`] when a snapshot is just being written to this file; [`ErrorKind::AlreadyExists`] when
-    /// something else than a file is there; [`ErrorKind::PermissionDenied`] when the file there belongs to another user; what the
-    /// file system says.
+    /// [`ErrorKind::ResourceBusy`] when a snapshot is just being written to this file;
+    /// [`ErrorKind::AlreadyExists`] when something else than a file is there;
+    /// [`ErrorKind::PermissionDenied`] when the file there belongs to another user; what the file
+    /// system says.
     pub fn create(path: &Path, pages: u64) -> io::Result<Self> {
         let path = path::absolute(path)?;
         if pages > MAX_PAGES || path.file_name().is_none() {
@@ -142,11 +145,12 @@ impl SnapshotFile {
         Ok(Self { path, file: Handle::New(new), pages, stage })
     }
 
-    /// Opens a snapshot of a VM that has `max_pages` pages at the most, and checks all but its pages; these are checked one by
-    /// one when they are [restored](VersionStore::restore).
+    /// Opens a snapshot of a VM that has `max_pages` pages at the most, and checks all but its
+    /// pages; these are checked one by one when they are [restored](VersionStore::restore).
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidData`] when it is no snapshot, damaged or cut short: the words say where; what the file system says.
+    /// [`ErrorKind::InvalidData`] when it is no snapshot, damaged or cut short: the words say
+    /// where; what the file system says.
     pub fn open(path: &Path, max_pages: u64) -> io::Result<Self> {
         let path = path::absolute(path)?;
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).map_err(at(&path))?;
@@ -245,7 +249,8 @@ impl VersionStore for SnapshotFile {
             return Err(at(&new)(io::Error::new(ErrorKind::InvalidInput, why)));
         }
         let prepared = self.prepare(number, &state).map_err(roomless(&new, self.pages));
-        // a failed `fsync` is not tried again: the kernel may have dropped what it could not write, and then says success
+        // a failed `fsync` is not tried again: the kernel may have dropped what it could not write,
+        // and then says success
         let table = prepared.inspect_err(|_| self.fail())?;
         if let Handle::New(new) = &mut self.file {
             new.rename().inspect_err(|_| self.stage = Stage::Failed)?;

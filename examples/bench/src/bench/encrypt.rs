@@ -1,4 +1,5 @@
-//! `minivmm bench --encrypt`: what encryption costs, beside none, and beside QEMU's TLS with a pre-shared key.
+//! `minivmm bench --encrypt`: what encryption costs, beside none, and beside QEMU's TLS with a
+//! pre-shared key.
 
 use std::{ffi::OsStr, fmt, process::Command};
 
@@ -43,8 +44,8 @@ pub(crate) struct Way {
     pub(crate) link: Link,
 }
 
-/// What it is encrypted with, and by whom. QEMU's TLS takes what it prefers where this is [`Aes256`](Self::Aes256), and is told
-/// what to prefer where it is [`Aes128`](Self::Aes128).
+/// What it is encrypted with, and by whom. QEMU's TLS takes what it prefers where this is
+/// [`Aes256`](Self::Aes256), and is told what to prefer where it is [`Aes128`](Self::Aes128).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Cipher {

@@ -151,7 +151,8 @@ impl Figure {
     }
 }
 
-/// Whether a run is one of a mode. Our post-copy is compared twice: with QEMU's, and with QEMU's with preemption.
+/// Whether a run is one of a mode. Our post-copy is compared twice: with QEMU's, and with QEMU's
+/// with preemption.
 pub(super) fn belongs(run: &Run, mode: &str) -> bool {
     let again = mode == postcopy::PREEMPT && run.setup.vmm == Vmm::Minivmm && run.setup.label == postcopy::PLAIN;
     again || run.setup.label == mode
@@ -228,7 +229,8 @@ impl Figures {
         all
     }
 
-    /// Peak memory of both sides beyond guest RAM, in MiB, ours with its limit; and the growth of time with size.
+    /// Peak memory of both sides beyond guest RAM, in MiB, ours with its limit; and the growth of
+    /// time with size.
     pub(super) fn limits(&self) -> Vec<Limit> {
         let mut all = Vec::new();
         for run in &self.runs {
@@ -265,7 +267,8 @@ impl Figures {
     }
 }
 
-/// What the growth with size may exceed proportion by: the spread of medians on a machine with other things to do.
+/// What the growth with size may exceed proportion by: the spread of medians on a machine with
+/// other things to do.
 pub(super) const NOISE: f64 = 0.1;
 
 /// A day in UTC, from seconds since 1970 (civil-from-days, after Howard Hinnant).

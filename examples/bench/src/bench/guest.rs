@@ -1,8 +1,9 @@
-//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`, or in a mapping of its memory file.
+//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`,
+//! or in a mapping of its memory file.
 //!
-//! The same for every VMM, and none of them takes part in it: the board page is looked for in the process's memory,
-//! one MiB behind the start of a mapping that is large enough for the guest's RAM. A memory file stays the same, whichever process
-//! has the VM.
+//! The same for every VMM, and none of them takes part in it: the board page is looked for in the
+//! process's memory, one MiB behind the start of a mapping that is large enough for the guest's
+//! RAM. A memory file stays the same, whichever process has the VM.
 
 use std::{
     fs::{self, File},
@@ -27,7 +28,8 @@ use super::process::{Process, maps};
 
 /// How often the board is looked at while something is awaited.
 const LOOK: Duration = Duration::from_millis(2);
-/// Up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first, and that is at least this.
+/// Up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first, and that is at least
+/// this.
 const LOW: u64 = 2 << 30;
 
 /// A memory file has at most RAM below the hole.
@@ -102,7 +104,8 @@ impl Guest {
                 if mapping.range.end - mapping.range.start < len.min(LOW) {
                     continue;
                 }
-                // a mapping may have grown together with its neighbour: only then the rest of it is looked at
+                // a mapping may have grown together with its neighbour: only then the rest of it is
+                // looked at
                 let places = if start.elapsed() > limit / 2 { mapping.range.end - mapping.range.start } else { 1 };
                 for base in (mapping.range.start..mapping.range.start + places).step_by(2 << 20) {
                     let guest = Self { memory: Memory::Process { file: open()?, base }, len };
@@ -118,8 +121,9 @@ impl Guest {
         }
     }
 
-    /// Waits until a guest of ours with `len` bytes of RAM in memory files works in `process`. It is found again without looking in
-    /// whichever process has the VM later, and a look costs that process nothing.
+    /// Waits until a guest of ours with `len` bytes of RAM in memory files works in `process`. It
+    /// is found again without looking in whichever process has the VM later, and a look costs that
+    /// process nothing.
     pub(crate) fn shared(process: &mut Process, len: u64, backing: Backing, limit: Duration) -> Result<Self, String> {
         let deadline = Instant::now() + limit;
         let mut guest = None;
@@ -148,7 +152,8 @@ impl Guest {
         }
     }
 
-    /// Where its RAM (up to the hole) is in the process that it was found in; nowhere, if that is not one's own.
+    /// Where its RAM (up to the hole) is in the process that it was found in; nowhere, if that is
+    /// not one's own.
     pub(super) fn ram(&self) -> Range<u64> {
         match &self.memory {
             Memory::Process { base, .. } => *base..base + self.len,
@@ -203,8 +208,9 @@ impl Guest {
     }
 }
 
-/// A guest that may be moving, in a process. A look never brings a page in: a page that is read where there is none yet would be a page of
-/// zeros from then on, or the request for a page that the guest did not make.
+/// A guest that may be moving, in a process. A look never brings a page in: a page that is read
+/// where there is none yet would be a page of zeros from then on, or the request for a page that
+/// the guest did not make.
 pub(crate) struct Peek {
     memory: File,
     pages: File,

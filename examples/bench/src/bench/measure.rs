@@ -1,4 +1,5 @@
-//! One run: a guest that works, a migration, and what it cost; and the runs without a migration to compare with.
+//! One run: a guest that works, a migration, and what it cost; and the runs without a migration to
+//! compare with.
 
 use std::{
     path::PathBuf,
@@ -31,10 +32,12 @@ use super::{
 
 /// How long a guest may take to fill its pages.
 pub(crate) const FILL: Duration = Duration::from_secs(120);
-/// The guest is watched this long before the migration, while the memory that was warmed is held: longer than a Linux
-/// guest takes until it reports free memory to its host (2 s), so that no report of earlier memory is still to come.
+/// The guest is watched this long before the migration, while the memory that was warmed is held:
+/// longer than a Linux guest takes until it reports free memory to its host (2 s), so that no
+/// report of earlier memory is still to come.
 pub(crate) const BEFORE: Duration = Duration::from_millis(2500);
-/// And this long after it, while the source's memory is given back: what disturbs it then counts too.
+/// And this long after it, while the source's memory is given back: what disturbs it then counts
+/// too.
 pub(crate) const AFTER: Duration = Duration::from_millis(300);
 /// Bytes a write or read of the bare copy.
 const CHUNK: u64 = 1 << 20;
@@ -87,11 +90,13 @@ pub(super) struct Run {
     /// The tool's own figures.
     pub(super) own_total_ms: Option<f64>,
     pub(super) own_downtime_ms: Option<f64>,
-    /// The longest time between two looks of the guest at its clock, during and after the migration.
+    /// The longest time between two looks of the guest at its clock, during and after the
+    /// migration.
     pub(super) gap_ms: f64,
     /// The same in the moment before the migration.
     pub(super) gap_before_ms: f64,
-    /// CPU seconds of both processes: the source's until its end, the destination's until completion.
+    /// CPU seconds of both processes: the source's until its end, the destination's until
+    /// completion.
     pub(super) cpu_s: f64,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
@@ -273,9 +278,10 @@ fn populate(ram: &MappedRam) -> Result<(), String> {
     ram.prefault(PageRange::new(0, ram.layout().pages())).map_err(describe)
 }
 
-/// Touches as much memory as a source and a destination of a guest of this size need, so that the host has it at hand;
-/// as much as the machine has to spare, if that is less. Held until it is dropped: free memory goes back to the host
-/// after a while, so that has to be right before the timed part.
+/// Touches as much memory as a source and a destination of a guest of this size need, so that the
+/// host has it at hand; as much as the machine has to spare, if that is less. Held until it is
+/// dropped: free memory goes back to the host after a while, so that has to be right before the
+/// timed part.
 pub(crate) fn warm(guest: u64) -> Result<MappedRam, String> {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable");
     let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
@@ -292,7 +298,8 @@ struct BareCopy {
 }
 
 impl BareCopy {
-    /// Readies the copy of `bytes` of incompressible memory over so many connections into fresh memory, in huge pages.
+    /// Readies the copy of `bytes` of incompressible memory over so many connections into fresh
+    /// memory, in huge pages.
     fn new(bytes: u64, streams: u64) -> Result<Self, String> {
         let (from, to) = (ram(bytes)?, ram(bytes)?);
         populate(&from)?;
@@ -349,7 +356,8 @@ impl BareCopy {
 /// What threads of the copy may meet.
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The time of a bare copy into fresh memory, the least that any migration of so much data takes here.
+/// The time of a bare copy into fresh memory, the least that any migration of so much data takes
+/// here.
 pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
     let mut copy = BareCopy::new(bytes, streams)?;
     // the fresh memory is not touched yet, but the host has it at hand
@@ -359,8 +367,8 @@ pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
     copy.run().map(ms)
 }
 
-/// The longest gap of a guest that stays where it is for `window`, beside a bulk copy over so many streams (0: beside
-/// nothing).
+/// The longest gap of a guest that stays where it is for `window`, beside a bulk copy over so many
+/// streams (0: beside nothing).
 pub(super) fn control(
     folder: &Folder,
     setup: &Setup,

@@ -62,7 +62,8 @@ const CONTROL: Duration = Duration::from_millis(600);
 /// What to measure, and how it is shown.
 #[derive(clap::Args, Debug)]
 pub struct Bench {
-    /// One run of each kind instead of five, and only those against QEMU; of hand-overs a few, and only of some guests.
+    /// One run of each kind instead of five, and only those against QEMU; of hand-overs a few, and
+    /// only of some guests.
     #[arg(long)]
     quick: bool,
     /// Runs of each kind; figures are their medians. 5 if not given, 100 hand-overs.
@@ -77,8 +78,8 @@ pub struct Bench {
     /// Post-copy against QEMU's, with and without preemption, and nothing else.
     #[arg(long, conflicts_with_all = ["only", "sizes"])]
     post_copy: bool,
-    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes between the lines
-    /// `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
+    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes
+    /// between the lines `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
     encrypt: bool,
     /// Of that, only the ciphers and the record layer on one core, without any migration.
@@ -87,22 +88,24 @@ pub struct Bench {
     /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
     handover: bool,
-    /// Hand-overs beside a process whose system call holds a core for seconds, and without it, and nothing else.
+    /// Hand-overs beside a process whose system call holds a core for seconds, and without it, and
+    /// nothing else.
     #[arg(long, requires = "handover", conflicts_with = "part")]
     beside_kernel_work: bool,
-    /// How long KVM takes to set the memory slots of a VM, as one slot and in slots of 16 GiB, and nothing else. Run it alone:
-    /// each call holds a core.
+    /// How long KVM takes to set the memory slots of a VM, as one slot and in slots of 16 GiB, and
+    /// nothing else. Run it alone: each call holds a core.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover"])]
     slots: bool,
-    /// With `--slots`, also 2 TiB in one slot: a system call of some 10 s that nothing interrupts, on a core on which nothing
-    /// else runs meanwhile.
+    /// With `--slots`, also 2 TiB in one slot: a system call of some 10 s that nothing interrupts,
+    /// on a core on which nothing else runs meanwhile.
     #[arg(long, requires = "slots")]
     long_calls: bool,
-    /// What grows with the size of RAM: set-up, pause, memory and harvests of VMs of 1 to 256 GiB with the same data, and
-    /// nothing else. RAM is sparse.
+    /// What grows with the size of RAM: set-up, pause, memory and harvests of VMs of 1 to 256 GiB
+    /// with the same data, and nothing else. RAM is sparse.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover", "slots"])]
     scale: bool,
-    /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement of hand-overs, and by tests.
+    /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement
+    /// of hand-overs, and by tests.
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size)]
     occupy: Option<u64>,
     /// For so long; the last call may take longer.
@@ -114,7 +117,8 @@ pub struct Bench {
     /// So many bytes stand for a GiB: to try the measurement of hand-overs, or of slots, itself.
     #[arg(long, hide = true, default_value = "1G", value_parser = size)]
     unit: u64,
-    /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the measurement itself.
+    /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the
+    /// measurement itself.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]
     strategy: String,
     /// Print all figures, raw ones too, as one JSON object.
@@ -126,8 +130,9 @@ pub struct Bench {
     /// Leave minivmm out, to look at QEMU alone.
     #[arg(long, hide = true, conflicts_with = "no_qemu")]
     no_minivmm: bool,
-    /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and `<!-- bench:end -->`; those
-    /// of hand-overs between `<!-- handover:begin -->` and `<!-- handover:end -->`.
+    /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and
+    /// `<!-- bench:end -->`; those of hand-overs between `<!-- handover:begin -->` and `<!--
+    /// handover:end -->`.
     #[arg(long, value_name = "FILE", alias = "write")]
     markdown: Option<PathBuf>,
     /// Exit with 1 if a figure misses its target.

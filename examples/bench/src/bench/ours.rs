@@ -121,7 +121,8 @@ pub(super) fn image(folder: &Folder, workload: &str) -> Result<PathBuf, String> 
     }
 }
 
-/// A minivmm that receives at `listen`, beyond the link; its control socket and where it listens, in its own words.
+/// A minivmm that receives at `listen`, beyond the link; its control socket and where it listens,
+/// in its own words.
 pub(super) fn receiver(
     folder: &Folder,
     name: &str,
@@ -208,8 +209,8 @@ impl Pair {
         Ok(Moved { total, own_total_ms: ms("total_ms"), own_downtime_ms: ms("downtime_ms"), report })
     }
 
-    /// Asks for the migration; the source's report, whatever came of it. It is cancelled if it has not handed over within `limit`, unless
-    /// that is zero.
+    /// Asks for the migration; the source's report, whatever came of it. It is cancelled if it has
+    /// not handed over within `limit`, unless that is zero.
     pub(crate) fn attempt(&mut self, limit: Duration) -> Result<Value, String> {
         let plain = self.options.request(&self.url)?;
         let request = MigrateRequest { encryption: self.encryption.clone(), timeout: limit, ..plain };

@@ -1,8 +1,9 @@
 //! Post-copy beside QEMU's: which runs there are, and how long the guest is slow.
 //!
-//! A guest that moved by post-copy runs at once, but waits for its pages. So beside its longest gap there is the time until it is as fast
-//! as before: its operations are read every [`PERIOD`] from outside, in both processes, and the first stretch of [`STEADY_MS`] in which
-//! every window of [`WINDOW_MS`] has [`SHARE`] of the rate before ends the wait. See [`until_fast`].
+//! A guest that moved by post-copy runs at once, but waits for its pages. So beside its longest gap
+//! there is the time until it is as fast as before: its operations are read every [`PERIOD`] from
+//! outside, in both processes, and the first stretch of [`STEADY_MS`] in which every window of
+//! [`WINDOW_MS`] has [`SHARE`] of the rate before ends the wait. See [`until_fast`].
 
 use std::{
     sync::{
@@ -27,11 +28,13 @@ use super::{
 pub(super) const PLAIN: &str = "post-copy";
 /// Label of QEMU's post-copy with a channel of its own for pages that are waited for.
 pub(super) const PREEMPT: &str = "post-copy-preempt";
-/// Label of the runs of careful users, who let a pass of pre-copy go before, so that the guest waits for fewer pages.
+/// Label of the runs of careful users, who let a pass of pre-copy go before, so that the guest
+/// waits for fewer pages.
 pub(super) const CAREFUL: &str = "post-copy-careful";
 /// All of them.
 pub(super) const MODES: [&str; 3] = [PLAIN, PREEMPT, CAREFUL];
-/// Connections for pages, ours: what `ctl migrate` has by default. QEMU's post-copy has one, and one more with preemption.
+/// Connections for pages, ours: what `ctl migrate` has by default. QEMU's post-copy has one, and
+/// one more with preemption.
 const STREAMS: u16 = 2;
 
 /// How often the guest's operations are read.
@@ -47,7 +50,8 @@ const SHARE: f64 = 0.9;
 /// How long after the end of the migration it may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// One round of runs with a workload, in the order in which they are done. `strategy` is ours where both are as they come.
+/// One round of runs with a workload, in the order in which they are done. `strategy` is ours where
+/// both are as they come.
 pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) -> Vec<Setup> {
     let setup = |vmm, label: &str, streams, strategy: &str, tuning| Setup {
         vmm,
@@ -81,8 +85,8 @@ struct Sample {
     arrived: bool,
 }
 
-/// The guest's operations a millisecond from `at` on for a window, if there are samples up to its end. `samples` are those from the one at
-/// `at` on.
+/// The guest's operations a millisecond from `at` on for a window, if there are samples up to its
+/// end. `samples` are those from the one at `at` on.
 fn rate(samples: &[Sample]) -> Option<f64> {
     let first = samples.first()?;
     let end = first.at + WINDOW_MS;
@@ -117,9 +121,10 @@ fn rate_after(samples: &[Sample]) -> Option<f64> {
     median_rate(&arrived[arrived.partition_point(|s| s.at < begin)..])
 }
 
-/// Milliseconds from the request until the guest was as fast as before and stayed so: the start of the first window, of those that begin
-/// when the guest has been seen at the destination, from which on every window within [`STEADY_MS`] has at least [`SHARE`] of the median
-/// rate before. `None` if the samples end earlier.
+/// Milliseconds from the request until the guest was as fast as before and stayed so: the start of
+/// the first window, of those that begin when the guest has been seen at the destination, from
+/// which on every window within [`STEADY_MS`] has at least [`SHARE`] of the median rate before.
+/// `None` if the samples end earlier.
 fn until_fast(samples: &[Sample]) -> Option<f64> {
     let wanted = SHARE * rate_before(samples)?;
     let mut since = None;
@@ -144,8 +149,8 @@ pub(super) struct Speed {
     pub(super) until_fast_ms: Option<f64>,
     /// Milliseconds for which it was watched: at least so long, if it was not fast within them.
     pub(super) watched_ms: f64,
-    /// Operations a second before the request, and when the guest was watched no longer. It may stay slower than it was, for instance as
-    /// its memory is no longer in huge pages.
+    /// Operations a second before the request, and when the guest was watched no longer. It may
+    /// stay slower than it was, for instance as its memory is no longer in huge pages.
     pub(super) rate_before: f64,
     pub(super) rate_after: f64,
 }
@@ -160,7 +165,8 @@ impl Speed {
         }
     }
 
-    /// The figure that is compared: a guest that never became fast counts with the time for which it was watched.
+    /// The figure that is compared: a guest that never became fast counts with the time for which
+    /// it was watched.
     pub(super) fn figure(&self) -> f64 {
         self.until_fast_ms.unwrap_or(self.watched_ms)
     }
@@ -176,7 +182,8 @@ pub(super) struct Speedometer {
 }
 
 impl Speedometer {
-    /// Watches the guest that `source` shows, and looks for it in process `destination`, with `memory` bytes of RAM.
+    /// Watches the guest that `source` shows, and looks for it in process `destination`, with
+    /// `memory` bytes of RAM.
     pub(super) fn start(source: Peek, destination: u32, memory: u64) -> Result<Self, String> {
         let (samples, stop) = (Samples::default(), Arc::new(AtomicBool::new(false)));
         let (to, ended) = (samples.clone(), stop.clone());
@@ -241,8 +248,8 @@ impl Drop for Speedometer {
 mod tests {
     use super::*;
 
-    /// Samples every 2 ms of a guest with so many operations a ms in stretches of so many ms, the first of which ends with the request. It
-    /// arrives with the third.
+    /// Samples every 2 ms of a guest with so many operations a ms in stretches of so many ms, the
+    /// first of which ends with the request. It arrives with the third.
     fn samples(stretches: &[(f64, f64)]) -> Vec<Sample> {
         let (mut at, mut operations, mut all) = (-stretches[0].0, 0.0, Vec::new());
         for (n, (length, rate)) in stretches.iter().enumerate() {

@@ -119,8 +119,8 @@ impl Process {
         Ok((ticks(11)? + ticks(12)?) as f64 / TICKS_PER_SECOND)
     }
 
-    /// Waits for it to end by itself and returns the CPU seconds of its whole life. No other child may be reaped by
-    /// another thread meanwhile.
+    /// Waits for it to end by itself and returns the CPU seconds of its whole life. No other child
+    /// may be reaped by another thread meanwhile.
     pub(crate) fn wait(&mut self) -> Result<f64, String> {
         let reaped = || {
             let usage = getrusage(UsageWho::RUSAGE_CHILDREN).map_err(|e| format!("getrusage: {e}"))?;
@@ -299,7 +299,8 @@ pub(super) struct MemorySampler {
 }
 
 impl MemorySampler {
-    /// Takes a look every `period`. The look itself costs milliseconds: not for runs that are timed.
+    /// Takes a look every `period`. The look itself costs milliseconds: not for runs that are
+    /// timed.
     pub(super) fn start(pid: u32, period: Duration) -> Result<Self, String> {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = stop.clone();
@@ -320,7 +321,8 @@ impl MemorySampler {
         Ok(Self { pid, stop, thread: Some(thread) })
     }
 
-    /// Peak bytes outside `ram`, and the high-water mark of the process less the most RAM that was resident.
+    /// Peak bytes outside `ram`, and the high-water mark of the process less the most RAM that was
+    /// resident.
     pub(super) fn finish(self, ram: &Range<u64>) -> Result<Beyond, String> {
         self.finish_where(|range| range.start < ram.end && ram.start < range.end)
     }

@@ -188,7 +188,8 @@ fn has_ended(event: &Value) -> bool {
 }
 
 impl Pair {
-    /// Migrates; returns when the source says that it is complete and the guest runs at the destination.
+    /// Migrates; returns when the source says that it is complete and the guest runs at the
+    /// destination.
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let start = Instant::now();
         self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
@@ -210,7 +211,8 @@ impl Pair {
     }
 }
 
-/// A QEMU that is to be replaced under its VM: mode `cpr-transfer`, in which RAM stays in its memory file.
+/// A QEMU that is to be replaced under its VM: mode `cpr-transfer`, in which RAM stays in its
+/// memory file.
 pub(super) struct Replaced {
     pub(super) process: Process,
     qmp: Qmp,

@@ -1,8 +1,10 @@
-//! The record layer and the bare ciphers, on one core: what a lane's records cost beside the cipher itself.
+//! The record layer and the bare ciphers, on one core: what a lane's records cost beside the cipher
+//! itself.
 //!
-//! Both seal the same memory in pieces of the same length. *Warm* memory is one piece, over and over, which the bare cipher seals in
-//! place; *cold* memory is more than the caches hold, as guest RAM is, which it seals into a buffer. Sealing writes to nobody;
-//! opening reads from a stream in memory, which is the copy that it costs the bare cipher, too.
+//! Both seal the same memory in pieces of the same length. *Warm* memory is one piece, over and
+//! over, which the bare cipher seals in place; *cold* memory is more than the caches hold, as guest
+//! RAM is, which it seals into a buffer. Sealing writes to nobody; opening reads from a stream in
+//! memory, which is the copy that it costs the bare cipher, too.
 
 use std::{
     hint::black_box,
@@ -63,7 +65,8 @@ pub(super) struct Records {
 }
 
 impl Rates {
-    /// What the record layer reaches of the bare cipher, in records of [`PIECE`]: sealing warm and cold memory, and opening.
+    /// What the record layer reaches of the bare cipher, in records of [`PIECE`]: sealing warm and
+    /// cold memory, and opening.
     pub(super) fn shares(&self) -> Option<[f64; 3]> {
         let records = self.records.iter().find(|r| r.bytes == PIECE)?;
         Some([

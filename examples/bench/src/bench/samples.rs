@@ -1,4 +1,5 @@
-//! How fast a guest is from moment to moment: what it has done so far, read again and again from outside.
+//! How fast a guest is from moment to moment: what it has done so far, read again and again from
+//! outside.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -39,7 +40,8 @@ pub(crate) fn during<T>(
     })
 }
 
-/// The operations at a moment; between two samples the guest is taken to work evenly. `None` before the first and after the last one.
+/// The operations at a moment; between two samples the guest is taken to work evenly. `None` before
+/// the first and after the last one.
 fn operations_at(samples: &[Sample], at: Instant) -> Option<f64> {
     let next = samples.partition_point(|s| s.at < at);
     let b = samples.get(next)?;

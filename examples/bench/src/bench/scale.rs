@@ -1,4 +1,5 @@
-//! `minivmm bench --scale`: what grows with the size of a VM's RAM when the data in it stays the same.
+//! `minivmm bench --scale`: what grows with the size of a VM's RAM when the data in it stays the
+//! same.
 
 use std::{
     ops::Range,
@@ -52,8 +53,8 @@ struct Run {
     prepare_ms: f64,
     downtime_ms: f64,
     total_ms: f64,
-    /// The most memory beyond the guest's RAM at the source and at the destination, in bytes. Only in a
-    /// run that is not timed.
+    /// The most memory beyond the guest's RAM at the source and at the destination, in bytes. Only
+    /// in a run that is not timed.
     beyond: Option<[u64; 2]>,
 }
 
@@ -145,7 +146,8 @@ impl Plan<'_> {
 fn harvests(bytes: u64, most: u64) -> Result<Vec<Harvest>, String> {
     let ram = sparse(bytes)?;
     let vm = Arc::new(kvm()?.create_vm().map_err(|e| format!("creating a VM: {e}"))?);
-    // SAFETY: the VM is new, has no other slots, and ends in this function. The result keeps the RAM.
+    // SAFETY: the VM is new, has no other slots, and ends in this function. The result keeps the
+    // RAM.
     let slots = Arc::new(unsafe { GuestSlots::in_pieces(ram, 0, most) }.map_err(|e| e.to_string())?);
     slots.install(&vm).map_err(|e| format!("setting a memory slot: {e}"))?;
     let mut trackers: [Box<dyn DirtyTracker>; 2] =

@@ -1,4 +1,5 @@
-//! `minivmm bench --slots`: how long KVM holds a core while it sets memory slots; and a process that does just that.
+//! `minivmm bench --slots`: how long KVM holds a core while it sets memory slots; and a process
+//! that does just that.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -35,7 +36,8 @@ const SIZES: [u64; 5] = [1, 16, 64, 256, 2048];
 const LARGEST: u64 = 256;
 /// How often a VM is built.
 const REPEAT: u32 = 3;
-/// Kernel memory of a VM for each page of 4 KiB that its slots have, and what is left to everything else.
+/// Kernel memory of a VM for each page of 4 KiB that its slots have, and what is left to everything
+/// else.
 pub(super) const BYTES_A_PAGE: u64 = 9;
 const SPARE: u64 = 2 * GIB;
 /// What a process says that is about to occupy a core.
@@ -61,8 +63,8 @@ pub(super) fn kvm() -> Result<Kvm, String> {
     Kvm::new().map_err(|e| format!("/dev/kvm: {e}"))
 }
 
-/// Gives all of `ram` to a VM that has nothing else, in memory slots of at most `most` bytes, and frees the VM; how long
-/// KVM took for each slot.
+/// Gives all of `ram` to a VM that has nothing else, in memory slots of at most `most` bytes, and
+/// frees the VM; how long KVM took for each slot.
 fn time_slots(kvm: &Kvm, ram: Arc<dyn GuestRam>, most: u64) -> Result<Vec<Duration>, String> {
     let vm = kvm.create_vm().map_err(|e| format!("creating a VM: {e}"))?;
     // SAFETY: the VM is new, and ends in this function, before `slots`, which keeps the RAM.
@@ -136,7 +138,8 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     Ok(true)
 }
 
-/// Occupies a core in the kernel: sets a memory slot of so many bytes, once at least and until the time is over. Prints a line first.
+/// Occupies a core in the kernel: sets a memory slot of so many bytes, once at least and until the
+/// time is over. Prints a line first.
 pub(super) fn occupy(bytes: u64, time: Duration) -> Result<bool, String> {
     let (kvm, ram) = (kvm()?, sparse(bytes)?);
     // whoever waits for it may have gone

@@ -1,8 +1,8 @@
 //! How the VMMs that are compared are set up: as they come, and as a careful user sets them up.
 //!
-//! A default says more about its authors' caution than about what a VMM can do. QEMU, for one, stops the guest as soon as the rest
-//! fits into its downtime limit, and that is 300 ms unless somebody sets it. So pre-copy is compared twice, each time with the same
-//! limit for both.
+//! A default says more about its authors' caution than about what a VMM can do. QEMU, for one,
+//! stops the guest as soon as the rest fits into its downtime limit, and that is 300 ms unless
+//! somebody sets it. So pre-copy is compared twice, each time with the same limit for both.
 
 use serde::Serialize;
 
@@ -15,9 +15,10 @@ pub(crate) enum Tuning {
     /// Every option at its default, but for those that the mode itself is about.
     #[default]
     AsItComes,
-    /// What a user sets who wants short pauses, and has read the manual: a downtime limit of [`CAREFUL_LIMIT_MS`] for both. For QEMU
-    /// also `auto-converge`, so that the migration of a busy guest ends; RAM that the destination has populated before; with TLS, a
-    /// `priority` that leaves ChaCha20 out. Post-copy begins after a pass of pre-copy, for both.
+    /// What a user sets who wants short pauses, and has read the manual: a downtime limit of
+    /// [`CAREFUL_LIMIT_MS`] for both. For QEMU also `auto-converge`, so that the migration of a
+    /// busy guest ends; RAM that the destination has populated before; with TLS, a `priority` that
+    /// leaves ChaCha20 out. Post-copy begins after a pass of pre-copy, for both.
     Careful,
 }
 
@@ -49,8 +50,9 @@ impl Tuning {
 
     /// The cipher of encrypted runs, the same for all VMMs.
     ///
-    /// By itself QEMU's TLS does not use AES with a pre-shared key: GnuTLS takes the key for one of SHA-256, for which TLS 1.3 has
-    /// no AES-256, and prefers ChaCha20 to AES-128. A careful user asks for the latter, many times as fast on a CPU with AES.
+    /// By itself QEMU's TLS does not use AES with a pre-shared key: GnuTLS takes the key for one of
+    /// SHA-256, for which TLS 1.3 has no AES-256, and prefers ChaCha20 to AES-128. A careful user
+    /// asks for the latter, many times as fast on a CPU with AES.
     pub(super) fn cipher(self) -> Cipher {
         match self {
             Self::AsItComes => Cipher::Aes256,

@@ -46,7 +46,8 @@ impl Figures {
         median(self.values(part, guest, kind, of))
     }
 
-    /// A figure of the runs of a kind as a share of that of the runs of another, each beside the one that was done next to it.
+    /// A figure of the runs of a kind as a share of that of the runs of another, each beside the
+    /// one that was done next to it.
     pub(super) fn ratios(
         &self,
         part: Part,

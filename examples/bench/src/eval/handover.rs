@@ -1,5 +1,5 @@
-//! `minivmm eval handover`: the guest's speed while its VMM is replaced, while another one borrows it, and while it is moved by
-//! pre-copy.
+//! `minivmm eval handover`: the guest's speed while its VMM is replaced, while another one borrows
+//! it, and while it is moved by pre-copy.
 
 use std::{
     process::Command,

@@ -52,8 +52,8 @@ pub struct Eval {
 
 #[derive(Debug, Subcommand)]
 enum Technique {
-    /// Network faults by push order, self-ballooning, a storm of faults, the latency of a fault, and the costs of fail-safe
-    /// post-copy.
+    /// Network faults by push order, self-ballooning, a storm of faults, the latency of a fault,
+    /// and the costs of fail-safe post-copy.
     PostCopy(PostCopy),
     /// The guest's speed while its VMM is replaced, and while it is moved by pre-copy.
     Handover(Handover),
@@ -86,10 +86,12 @@ struct Files {
     /// Write all figures, raw ones too, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the figures into this Markdown file, between the lines `<!-- eval:begin -->` and `<!-- eval:end -->`.
+    /// Write the figures into this Markdown file, between the lines `<!-- eval:begin -->` and `<!--
+    /// eval:end -->`.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if there is one.
+    /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if
+    /// there is one.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

@@ -9,16 +9,18 @@ use crate::bench::{MIB, ours::Options, tuning::DEFAULT_LIMIT_MS};
 
 /// The link of the papers.
 const GIGABIT: u64 = 1_000_000_000;
-/// Orders that need no history. The first is what the paper calls push-only, with which the others are compared.
+/// Orders that need no history. The first is what the paper calls push-only, with which the others
+/// are compared.
 pub(super) const ORDERS: [&str; 4] = ["linear", "bubbling", "multi-pivot", "random"];
 /// Orders that are compared after a round of pre-copy.
 pub(super) const HISTORY_ORDERS: [&str; 2] = ["linear", "hot-first"];
 /// The guest's CPUs in the storm.
 const STORM_CPUS: u32 = 4;
-/// Runs of the same kind begin so much later each where the guest's work has phases, so that it is met in several; those that are compared
-/// begin at the same moment of its work.
+/// Runs of the same kind begin so much later each where the guest's work has phases, so that it is
+/// met in several; those that are compared begin at the same moment of its work.
 const LATER: Duration = Duration::from_secs(2);
-/// Faults on the idle link, of a guest with 65,536 pages: most of them, so that what comes after says little.
+/// Faults on the idle link, of a guest with 65,536 pages: most of them, so that what comes after
+/// says little.
 const IDLE_FAULTS: u32 = 55_000;
 
 /// A workload of the tables of faults.
@@ -37,7 +39,8 @@ pub(super) const WORKLOADS: [Workload; 3] = [
 
 /// Guests that are protected: one that writes to pages far apart, and one that works on a few.
 pub(super) const PROTECTED: [(&str, &str); 2] = [("random", "random:size=256M"), ("hot", "hot:size=16M,data=256M")];
-/// Intervals of reverse checkpoints; the first is no protection, with which the others are compared.
+/// Intervals of reverse checkpoints; the first is no protection, with which the others are
+/// compared.
 pub(super) const INTERVALS: [&str; 5] = ["none", "500ms", "200ms", "100ms", "20ms"];
 
 /// A migration that is to be measured, or a guest that is only watched.
@@ -81,7 +84,8 @@ fn options(workload: String, memory: u64, strategy: &str, push_order: String) ->
     }
 }
 
-/// All steps in the order in which they are done: those that are compared follow each other, again and again.
+/// All steps in the order in which they are done: those that are compared follow each other, again
+/// and again.
 pub(super) fn steps(only: &[Part], repeats: u32, seed: u32) -> Vec<Step> {
     let wants = |part| only.is_empty() || only.contains(&part);
     let mut all = Vec::new();

@@ -23,13 +23,15 @@ pub(super) struct Run {
     pub(super) load: f64,
     /// The source's report; null of a guest that stayed.
     pub(super) report: Value,
-    /// What the guest says of its accesses during and after the migration; null if it does not measure them.
+    /// What the guest says of its accesses during and after the migration; null if it does not
+    /// measure them.
     pub(super) accesses: Value,
     /// The same in full: how many took up to so many microseconds, and more than the entry before.
     pub(super) distribution: Vec<(f64, u64)>,
     /// The guest's longest gap in that time.
     pub(super) gap_ms: f64,
-    /// The guest's operations a second from the request until the end, as a share of those before, in percent.
+    /// The guest's operations a second from the request until the end, as a share of those before,
+    /// in percent.
     pub(super) kept: Option<f64>,
     /// Pages that the guest found wrong when it checked all of them at the end.
     pub(super) guest_errors: u64,
@@ -51,7 +53,8 @@ impl Run {
         Some(self.number("/pages/pushed")? + self.number("/pages/demanded")?)
     }
 
-    /// Faults for which a page had to be fetched, as a share of the pages that were left behind, in percent.
+    /// Faults for which a page had to be fetched, as a share of the pages that were left behind, in
+    /// percent.
     pub(super) fn share(&self) -> Option<f64> {
         Some(100.0 * self.number("/faults/network")? / self.left_behind().filter(|pages| *pages > 0.0)?)
     }

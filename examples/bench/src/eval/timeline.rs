@@ -27,7 +27,8 @@ pub(super) const LATER: Duration = Duration::from_millis(700);
 pub(super) struct Stage {
     /// Does it, and reports.
     pub(super) act: Box<dyn FnMut() -> Result<Value, String>>,
-    /// The process whose own RAM the guest is in afterwards; none if it stays in the RAM in which it was.
+    /// The process whose own RAM the guest is in afterwards; none if it stays in the RAM in which
+    /// it was.
     pub(super) destination: Option<u32>,
 }
 
@@ -47,7 +48,8 @@ pub(super) struct Timeline {
     pub(super) gap_ms: f64,
     /// The guest's operations a second before.
     pub(super) usual: f64,
-    /// Milliseconds since the request, and the speed in the [`PERIOD`] from then on in percent of the usual one.
+    /// Milliseconds since the request, and the speed in the [`PERIOD`] from then on in percent of
+    /// the usual one.
     pub(super) points: Vec<(f64, f64)>,
     pub(super) report: Value,
 }
@@ -135,8 +137,8 @@ impl Timeline {
         (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64)
     }
 
-    /// What the guest would have done at its usual speed and did not, from the request until half of [`LATER`] it was done, as the
-    /// time that it takes for that.
+    /// What the guest would have done at its usual speed and did not, from the request until half
+    /// of [`LATER`] it was done, as the time that it takes for that.
     pub(super) fn lost_ms(&self) -> f64 {
         let end = self.took_ms + ms(LATER) / 2.0;
         self.mean(0.0, end).map_or(0.0, |mean| (100.0 - mean) / 100.0 * end)

@@ -6,11 +6,12 @@ use migration_core::{
     strategy::{PushOrder, push_order::Linear},
 };
 
-/// Pushes nothing for the first faults, then in address order. What a fault costs beside a push is to be compared with what it costs on an
-/// idle link, and only the guest's own faults show that.
+/// Pushes nothing for the first faults, then in address order. What a fault costs beside a push is
+/// to be compared with what it costs on an idle link, and only the guest's own faults show that.
 ///
-/// It says that there is nothing to push when there is: the engine asks again after each fault. A guest that stops to fault would
-/// keep its migration waiting for ever, so this is no order for users.
+/// It says that there is nothing to push when there is: the engine asks again after each fault. A
+/// guest that stops to fault would keep its migration waiting for ever, so this is no order for
+/// users.
 pub(super) struct Withhold {
     /// Faults that are still to come.
     faults: u64,

@@ -10,7 +10,8 @@ impl Instance {
         self.lock().place = Some(place);
     }
 
-    /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found there; else why not.
+    /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found
+    /// there; else why not.
     pub(crate) fn can_be_succeeded(&self) -> Result<Place, String> {
         let place = self.lock().place.clone();
         let place = place.ok_or("refresh: a successor is reached by the control socket, and there is none")?;
@@ -20,12 +21,14 @@ impl Instance {
         }
     }
 
-    /// This process is a successor: with the VM its control socket `own` goes to `place`, and the plan goes on.
+    /// This process is a successor: with the VM its control socket `own` goes to `place`, and the
+    /// plan goes on.
     pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
         self.lock().succeeds = Some((own, place, plan));
     }
 
-    /// A successor has nothing to wait for once its predecessor is dead: it inherits the VM, or ends.
+    /// A successor has nothing to wait for once its predecessor is dead: it inherits the VM, or
+    /// ends.
     pub(crate) fn succeeds_process(self: &Arc<Self>, predecessor: Vec<u8>) -> Result<(), String> {
         let Some(receiver) = self.lock().receiver.clone() else { return Ok(()) };
         let instance = self.clone();

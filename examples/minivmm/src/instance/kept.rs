@@ -1,5 +1,5 @@
-//! The VM's RAM at a broker, and what the broker is told for the time after this process: before another process may run the VM,
-//! and not after.
+//! The VM's RAM at a broker, and what the broker is told for the time after this process: before
+//! another process may run the VM, and not after.
 
 use migration_transport::{
     BrokerError, RamLease,
@@ -43,7 +43,8 @@ impl Instance {
         self.kept.status().broker
     }
 
-    /// Where it is, if it has the VM's RAM; and from what the VM can be restarted. Waits for nobody.
+    /// Where it is, if it has the VM's RAM; and from what the VM can be restarted. Waits for
+    /// nobody.
     pub(crate) fn kept_by(&self) -> (Option<PathBuf>, Option<Saved>) {
         let OwnerStatus { broker, has_ram, saved } = self.kept.status();
         let broker = broker.filter(|_| has_ram);
@@ -71,7 +72,8 @@ impl Instance {
         Some(AtBroker { machine, place, seal_key: self.seal_key() })
     }
 
-    /// Changes what is to be known after this process, and has the broker know it. If the VM is borrowed that is its home's to do.
+    /// Changes what is to be known after this process, and has the broker know it. If the VM is
+    /// borrowed that is its home's to do.
     fn report_broker(&self, change: Change<Saved>) -> Result<(), BrokerError> {
         if self.lender().is_some() {
             return Ok(());
@@ -79,7 +81,8 @@ impl Instance {
         self.kept.update(self.at_broker().as_ref().map(|vm| vm as _), change)
     }
 
-    /// As [`report_broker`](Self::report_broker), where the VM must not be restarted by a broker that has not heard of it.
+    /// As [`report_broker`](Self::report_broker), where the VM must not be restarted by a broker
+    /// that has not heard of it.
     fn must_tell_broker(&self, change: Change<Saved>) -> Result<(), String> {
         if self.lender().is_some() {
             return Ok(());

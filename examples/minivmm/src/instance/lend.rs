@@ -1,4 +1,5 @@
-//! Ephemeral virtualization: the VMM at which a VM is at home lends it to one that has a feature, and gets it back.
+//! Ephemeral virtualization: the VMM at which a VM is at home lends it to one that has a feature,
+//! and gets it back.
 
 use migration_core::{
     channel::Listener,
@@ -27,7 +28,8 @@ impl Lent {
 }
 
 impl Instance {
-    /// Lends the guest. Answers when the borrower runs it, with the address at which it is taken back.
+    /// Lends the guest. Answers when the borrower runs it, with the address at which it is taken
+    /// back.
     pub(crate) fn lend(self: &Arc<Self>, request: LendRequest) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let borrower = request.borrower.clone();
@@ -149,7 +151,8 @@ impl Instance {
         Ok(json!({"state": "ended"}))
     }
 
-    // ---- the borrower's side -----------------------------------------------------------------------------------
+    // ---- the borrower's side
+    // -----------------------------------------------------------------------------------
 
     /// This minivmm runs VMs of others, now and then.
     pub(crate) fn borrows(&self) {
@@ -217,7 +220,8 @@ impl Instance {
         }
     }
 
-    /// It stays here, for whatever reason: not even a signal that came before ends this process now.
+    /// It stays here, for whatever reason: not even a signal that came before ends this process
+    /// now.
     pub(crate) fn stay(&self) {
         let mut state = self.lock();
         if state.role == Role::Home {
@@ -225,7 +229,8 @@ impl Instance {
         }
     }
 
-    /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is lost.
+    /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is
+    /// lost.
     pub(crate) fn return_guest(
         self: &Arc<Self>,
         guest: Active<Tenant>,
@@ -283,7 +288,8 @@ impl Instance {
         Ok(json!({"log": false}))
     }
 
-    /// Its owner has died while its guest was here: this minivmm is its home from now on, and is found where that was.
+    /// Its owner has died while its guest was here: this minivmm is its home from now on, and is
+    /// found where that was.
     pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();

@@ -38,8 +38,8 @@ impl Instance {
         state.under_way = Some(UnderWay::migration(strategy.name(), to, limiter));
         state.session = session;
         drop(state);
-        // From here on nobody else begins anything, so the epoch is the last one. What follows may wait for a file system, and
-        // for a broker.
+        // From here on nobody else begins anything, so the epoch is the last one. What follows may
+        // wait for a file system, and for a broker.
         let last_epoch = self.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);

@@ -6,7 +6,8 @@ use migration_core::{strategy::push_order::UnknownOrder, text::describe};
 use minivmm_client::encryption::EncryptionError;
 use thiserror::Error;
 
-/// Why a migration or a snapshot that a client has asked for does not begin. The client gets the text.
+/// Why a migration or a snapshot that a client has asked for does not begin. The client gets the
+/// text.
 #[derive(Debug, Error)]
 pub(crate) enum Refused {
     /// No VM is here, or something else is under way.

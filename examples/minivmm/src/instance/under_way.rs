@@ -64,7 +64,8 @@ impl State {
 }
 
 impl Instance {
-    /// The VM, if it is here, whether or not it is about to leave. The machine itself refuses what comes too late.
+    /// The VM, if it is here, whether or not it is about to leave. The machine itself refuses what
+    /// comes too late.
     pub(super) fn not_gone(&self, wish: &str) -> Result<Arc<Machine>, String> {
         let state = self.lock();
         match (state.role, &state.machine) {
@@ -87,7 +88,8 @@ impl Instance {
         })
     }
 
-    /// Asks the migration under way, again after each of its phases as long as it is too early (`None`).
+    /// Asks the migration under way, again after each of its phases as long as it is too early
+    /// (`None`).
     fn when_ready(
         &self,
         wish: &str,

@@ -1,21 +1,25 @@
-//! Where the guest says which pages it does not need: a bitmap in its own RAM, and a few ports to say where that is.
+//! Where the guest says which pages it does not need: a bitmap in its own RAM, and a few ports to
+//! say where that is.
 //!
-//! The guest sets the bit of a page that it does not need, and clears it before it uses the page again. Neither needs an
-//! exit: the VMM looks at the bitmap when a migration wants to know, and only then. For this it is a hint and no more,
-//! nothing is done to the pages, so no answer has to be waited for. A page that the guest takes back just after the look is
-//! dirty as soon as it is written: see [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU
+//! The guest sets the bit of a page that it does not need, and clears it before it uses the page
+//! again. Neither needs an exit: the VMM looks at the bitmap when a migration wants to know, and
+//! only then. For this it is a hint and no more, nothing is done to the pages, so no answer has to
+//! be waited for. A page that the guest takes back just after the look is dirty as soon as it is
+//! written: see [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU
 //! keeps the two stores in their order, and the word that is read here is read at once.
 //!
-//! A guest that also wants the host to have the memory writes a range of frames into a slot of its own, behind the bitmap, and
-//! that slot's number to a port. What is free in the range is discarded before the vCPU goes on, and the guest takes none
-//! of it back until then: so no page is discarded that is in use again. A migration may be under way. What it reads of such
-//! a page is zeros instead of something that nobody needs, and a page that is written after it was discarded is dirty
-//! for every tracker. But a page that comes by post-copy is not discarded behind the pager's back: as long as pages are
-//! missing, nothing is.
+//! A guest that also wants the host to have the memory writes a range of frames into a slot of its
+//! own, behind the bitmap, and that slot's number to a port. What is free in the range is discarded
+//! before the vCPU goes on, and the guest takes none of it back until then: so no page is discarded
+//! that is in use again. A migration may be under way. What it reads of such a page is zeros
+//! instead of something that nobody needs, and a page that is written after it was discarded is
+//! dirty for every tracker. But a page that comes by post-copy is not discarded behind the pager's
+//! back: as long as pages are missing, nothing is.
 //!
-//! The ports are those of `layout::balloon`. The guest is not trusted: where the bitmap lies and how long it is are
-//! checked against RAM before the device is on, and again when the state arrives from another host. What is *in* the
-//! bitmap can do no harm but to the guest itself, which loses the contents of pages that it wrongly calls free.
+//! The ports are those of `layout::balloon`. The guest is not trusted: where the bitmap lies and
+//! how long it is are checked against RAM before the device is on, and again when the state arrives
+//! from another host. What is *in* the bitmap can do no harm but to the guest itself, which loses
+//! the contents of pages that it wrongly calls free.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -62,7 +66,8 @@ impl Bitmap {
         self.frames.div_ceil(64) * 8
     }
 
-    /// The bits of these frames, whole words of them: the first bit is that of the first frame's word.
+    /// The bits of these frames, whole words of them: the first bit is that of the first frame's
+    /// word.
     fn read(self, frames: PageRange, ram: &dyn GuestRam) -> Result<PageSet, VmError> {
         let (first, end) = (frames.first / 64, frames.end().min(self.frames).div_ceil(64));
         let mut bytes = vec![0; (end.saturating_sub(first) * 8) as usize];
@@ -93,7 +98,8 @@ impl Bitmap {
         Ok(free)
     }
 
-    /// What the registers name, if it is good: some frames, none beyond RAM, bitmap and slots in one piece of RAM.
+    /// What the registers name, if it is good: some frames, none beyond RAM, bitmap and slots in
+    /// one piece of RAM.
     fn check(bytes: [u8; 8], ram: &dyn GuestRam) -> Option<Self> {
         let word = u64::from_le_bytes(bytes);
         let bitmap = Self { gpa: (word & 0xffff_ffff) << PAGE_SHIFT, frames: word >> 32 };
@@ -165,7 +171,8 @@ impl Balloon {
         if registers.state == ports::ON { Bitmap::check(registers.bytes, &*self.ram) } else { None }
     }
 
-    /// Gives the memory back of what is free in the range that a slot names. A range that makes no sense is empty.
+    /// Gives the memory back of what is free in the range that a slot names. A range that makes no
+    /// sense is empty.
     fn discard(&self, slot: u8) -> Result<(), VmError> {
         let slot = u64::from(slot);
         let Some(bitmap) = self.bitmap().filter(|_| slot < ports::SLOTS) else { return Ok(()) };

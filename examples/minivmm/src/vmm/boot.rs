@@ -13,8 +13,8 @@ use migration_core::{GuestRam, RamLayout, codec::Writer};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-/// Where the start info lies, with memory map and command line behind it: below the legacy areas, away from the pages
-/// that guests use to start further CPUs.
+/// Where the start info lies, with memory map and command line behind it: below the legacy areas,
+/// away from the pages that guests use to start further CPUs.
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
 const COMMAND_LINE: u64 = 0x7000;
@@ -69,8 +69,8 @@ fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64 that can be loaded, which
-/// loading it explains.
+/// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64
+/// that can be loaded, which loading it explains.
 pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     let name = path.display().to_string();
     let wrong = |cause| BootError::File { file: name.clone(), cause };
@@ -80,8 +80,9 @@ pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     Ok(checked.map_or(0, |_| least))
 }
 
-/// Loads an ELF from any source. The crate's loader would take a file of another class or machine, and a segment that ends
-/// beyond RAM: so the headers are checked here first, and what is wrong is named.
+/// Loads an ELF from any source. The crate's loader would take a file of another class or machine,
+/// and a segment that ends beyond RAM: so the headers are checked here first, and what is wrong is
+/// named.
 pub(crate) fn load<F>(name: &str, file: &mut F, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError>
 where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
@@ -101,8 +102,8 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Checks headers and segments, also against the RAM that there is, if it is known; the PVH entry, if a note names one. `ends`
-/// is told where each segment ends.
+/// Checks headers and segments, also against the RAM that there is, if it is known; the PVH entry,
+/// if a note names one. `ends` is told where each segment ends.
 fn check<F: io::Read + io::Seek>(
     file: &mut F,
     layout: Option<&RamLayout>,
@@ -174,7 +175,8 @@ fn check<F: io::Read + io::Seek>(
     }
 }
 
-/// The entry that a note of XEN_ELFNOTE_PHYS32_ENTRY names. Notes that make no sense end the search.
+/// The entry that a note of XEN_ELFNOTE_PHYS32_ENTRY names. Notes that make no sense end the
+/// search.
 fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
     while notes.len() >= 12 {
         let [name, desc, kind] = [0, 4, 8].map(|at| number::<4>(notes, at) as usize);
@@ -207,7 +209,8 @@ pub(crate) fn write_start_info(ram: &dyn GuestRam, cmdline: &str) -> Result<u64,
         }
     }
     let mut info = Writer::new();
-    // struct hvm_start_info, version 1: magic, version, flags, number of modules, modules, command line, RSDP, map
+    // struct hvm_start_info, version 1: magic, version, flags, number of modules, modules, command
+    // line, RSDP, map
     info.u32(0x336e_c578).u32(1).u32(0).u32(0).u64(0).u64(COMMAND_LINE).u64(0);
     info.u64(MEMORY_MAP).count(map.len()).u32(0);
     let mut entries = Writer::new();
@@ -223,7 +226,8 @@ pub(crate) fn write_start_info(ram: &dyn GuestRam, cmdline: &str) -> Result<u64,
     Ok(START_INFO)
 }
 
-/// The registers of the boot CPU at a PVH entry: 32-bit protected mode, flat segments, paging off, `ebx` at the start info.
+/// The registers of the boot CPU at a PVH entry: 32-bit protected mode, flat segments, paging off,
+/// `ebx` at the start info.
 pub(crate) fn entry_state(entry: u64, start_info: u64, sregs: &mut kvm_sregs) -> kvm_regs {
     let flat = |selector, type_| kvm_segment {
         base: 0,

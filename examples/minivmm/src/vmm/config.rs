@@ -30,7 +30,8 @@ pub(crate) struct MachineConfig {
 impl MachineConfig {
     pub(crate) fn new(memory_bytes: u64, cpus: u32, backing: Backing, tracker: TrackerKind) -> Self {
         use std::hash::{BuildHasher, RandomState};
-        // unique enough for the VMs of a test host: keys drawn by the operating system, and the process
+        // unique enough for the VMs of a test host: keys drawn by the operating system, and the
+        // process
         let (a, b) = (RandomState::new().hash_one(std::process::id()), RandomState::new().hash_one(0));
         let mut id = [0; 16];
         id[..8].copy_from_slice(&a.to_le_bytes());

@@ -31,8 +31,9 @@ const SERIAL_BASE: u16 = 0x3f8;
 const SERIAL_PORTS: u16 = 8;
 /// The line that the serial port interrupts on.
 pub(super) const SERIAL_GSI: u32 = 4;
-/// Output that is kept while the file takes none, or while it is held for checkpoints (a byte costs the guest an exit, so that
-/// is at least 20 s of it); beyond it the oldest bytes are dropped, and counted.
+/// Output that is kept while the file takes none, or while it is held for checkpoints (a byte costs
+/// the guest an exit, so that is at least 20 s of it); beyond it the oldest bytes are dropped, and
+/// counted.
 const MAX_PENDING: usize = 1 << 20;
 /// The longest time that a question about the port waits for a vCPU that uses it.
 const MAX_IN_USE: Duration = Duration::from_millis(200);
@@ -106,8 +107,8 @@ impl SerialTarget {
     }
 }
 
-/// Opens a file so that neither opening nor writing it waits for somebody else. A FIFO takes bytes as long as there is room,
-/// whether somebody reads it yet or not.
+/// Opens a file so that neither opening nor writing it waits for somebody else. A FIFO takes bytes
+/// as long as there is room, whether somebody reads it yet or not.
 fn open_file(path: &Path) -> io::Result<File> {
     let found = path.metadata().ok().map(|metadata| metadata.file_type());
     if found.is_some_and(|found| found.is_socket()) {
@@ -123,13 +124,15 @@ fn open_file(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Stdout, as a descriptor of its own: `Stdout` would try again by itself, where nobody can stop it.
+/// Stdout, as a descriptor of its own: `Stdout` would try again by itself, where nobody can stop
+/// it.
 fn stdout() -> io::Result<File> {
     let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let kind = stdout.metadata()?.file_type();
     if kind.is_fifo() || kind.is_char_device() {
-        // Others may write to the same pipe or terminal, and fill it between a look whether there is room and a write. So
-        // this end does not wait, which must not be changed for them: that takes an opening of its own.
+        // Others may write to the same pipe or terminal, and fill it between a look whether there
+        // is room and a write. So this end does not wait, which must not be changed for them: that
+        // takes an opening of its own.
         let again =
             OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/proc/self/fd/1");
         return Ok(again.unwrap_or(stdout));
@@ -137,8 +140,8 @@ fn stdout() -> io::Result<File> {
     Ok(stdout)
 }
 
-/// Output that never stops the guest, nor a pause of it: what cannot be written now is kept, moves with the VM, and is tried
-/// again with the next byte, or when somebody asks how the machine is.
+/// Output that never stops the guest, nor a pause of it: what cannot be written now is kept, moves
+/// with the VM, and is tried again with the next byte, or when somebody asks how the machine is.
 pub(super) struct Output {
     sink: Option<File>,
     name: String,
@@ -151,7 +154,8 @@ pub(super) struct Output {
     failure: Option<String>,
     /// The log has it that a write failed; nothing more is said until all is written.
     told: bool,
-    /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end writes it.
+    /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end
+    /// writes it.
     held: bool,
     /// What was made after this point is kept until a checkpoint that has it is safe.
     limit: Option<u64>,
@@ -277,7 +281,8 @@ impl Write for Output {
     }
 }
 
-/// Raises the serial port's interrupt line. Shared: to load a state, in the pause of a migration, takes no descriptor.
+/// Raises the serial port's interrupt line. Shared: to load a state, in the pause of a migration,
+/// takes no descriptor.
 #[derive(Clone)]
 pub(super) struct Line(pub(super) Arc<EventFd>);
 
@@ -298,7 +303,8 @@ pub(super) struct Bus {
 }
 
 impl Bus {
-    /// A bus with a serial port that writes to `target` and interrupts through `line`, and with this balloon.
+    /// A bus with a serial port that writes to `target` and interrupts through `line`, and with
+    /// this balloon.
     pub(super) fn new(target: &SerialTarget, line: EventFd, balloon: Arc<Balloon>) -> io::Result<Arc<Self>> {
         let serial = Serial::new(Line(Arc::new(line)), target.open()?);
         Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon }))
@@ -360,7 +366,8 @@ impl Bus {
         }
     }
 
-    /// As [`lock`](Self::lock), unless a vCPU's thread that has the port does not come back from there.
+    /// As [`lock`](Self::lock), unless a vCPU's thread that has the port does not come back from
+    /// there.
     fn lock_in_time(&self) -> Option<MutexGuard<'_, Option<Port>>> {
         let began = Instant::now();
         loop {
@@ -385,7 +392,8 @@ impl Bus {
         serial.as_deref().and_then(Option::as_ref).map_or_else(SerialOutput::default, |s| s.writer().so_far())
     }
 
-    /// What the user should know of the output, after another try to write what is pending. Does not wait for a vCPU.
+    /// What the user should know of the output, after another try to write what is pending. Does
+    /// not wait for a vCPU.
     pub(super) fn warnings(&self) -> Vec<String> {
         let warning = match self.lock_in_time() {
             Some(mut serial) => serial.as_mut().and_then(|s| {
@@ -486,7 +494,8 @@ impl Device for SerialDevice {
         output.limit = output.limit.map(|_| made);
         output.held = true;
         output.locate();
-        // raises the interrupt anew if one is pending: the one raised at the source may not have reached the saved irqchip
+        // raises the interrupt anew if one is pending: the one raised at the source may not have
+        // reached the saved irqchip
         let loaded = Serial::from_state(&state, line, NoEvents, output);
         *slot = Some(loaded.map_err(|e| VmError::new(format!("state of the serial port makes no sense: {e:?}")))?);
         Ok(())

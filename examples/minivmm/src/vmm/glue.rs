@@ -37,10 +37,11 @@ pub(crate) struct MachineSource {
     shared: OnceLock<PriorityBoost>,
     /// Whether the machine stays when its guest has gone.
     stays: bool,
-    /// Whether vCPUs have stopped, and devices were brought to rest: only then do these have to be woken. A vCPU that has not
-    /// stopped may have one of them.
+    /// Whether vCPUs have stopped, and devices were brought to rest: only then do these have to be
+    /// woken. A vCPU that has not stopped may have one of them.
     at_rest: bool,
-    /// What tells which pages its guest references, or why that cannot be told; `None` if nobody wants to know.
+    /// What tells which pages its guest references, or why that cannot be told; `None` if nobody
+    /// wants to know.
     idle: Option<Result<IdlePages, String>>,
 }
 

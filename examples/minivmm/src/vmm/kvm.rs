@@ -108,8 +108,8 @@ impl KvmProcessors {
     }
 }
 
-/// Says who the vCPU is: number `index` of a package of `cpus` cores without hyperthreads. What KVM supports is the host's
-/// topology, of the CPU that happened to answer.
+/// Says who the vCPU is: number `index` of a package of `cpus` cores without hyperthreads. What KVM
+/// supports is the host's topology, of the CPU that happened to answer.
 fn set_topology(entries: &mut [kvm_cpuid_entry2], index: u32, cpus: u32) {
     // APIC ids are below the next power of two
     let ids = cpus.next_power_of_two();

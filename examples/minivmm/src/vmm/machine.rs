@@ -52,18 +52,20 @@ const BOARD: u64 = 0x10_0000;
 /// Bytes of a vCPU's state, about: what `KVM_GET_XSAVE2` and a few hundred MSRs give. This and the
 /// next ones hold until the VM's state was saved, or loaded, for the first time.
 const VCPU_BYTES: u64 = 12 << 10;
-/// About what saving a vCPU takes, and loading it, its thread's way there included. They are saved beside each other, but for
-/// want of cores.
+/// About what saving a vCPU takes, and loading it, its thread's way there included. They are saved
+/// beside each other, but for want of cores.
 const VCPU_SAVE: Duration = Duration::from_micros(100);
 const VCPU_LOAD: Duration = Duration::from_micros(250);
 
 /// How long a migration waits for the end of the one before.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
-/// For so long after a hand-over the guest goes before others: the process that it comes from takes 60 to 90 ms a GiB to end.
+/// For so long after a hand-over the guest goes before others: the process that it comes from takes
+/// 60 to 90 ms a GiB to end.
 const AFTERWARDS: Duration = Duration::from_millis(200);
 
-/// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has something else to do.
+/// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has
+/// something else to do.
 const WARMING: Duration = Duration::from_secs(10);
 
 /// How long a process that has handed its VM over takes to unmap that: enough for 2 to 4 GiB.
@@ -93,7 +95,8 @@ pub(super) trait Processors: Send + Sync {
     /// # Errors
     /// When one does not stop in time. [`run`](Self::run) takes the stop back, also for that one.
     fn pause(&self) -> Result<(), VmError>;
-    /// Holds them, whether or not they run otherwise, or ends that. Waits for none of them: it may wait for a page.
+    /// Holds them, whether or not they run otherwise, or ends that. Waits for none of them: it may
+    /// wait for a page.
     fn hold(&self, held: bool);
     /// Slows them down.
     fn throttle(&self, percent: u8) -> Result<(), VmError>;
@@ -132,7 +135,8 @@ pub(crate) struct Machine {
     writes: Arc<DirtyBitmap>,
     pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
-    /// Whether the user has paused it, as `standing` says; known without that lock, whose holder may wait for a vCPU.
+    /// Whether the user has paused it, as `standing` says; known without that lock, whose holder
+    /// may wait for a vCPU.
     paused: AtomicBool,
     /// Of a guest that comes from another process of this machine.
     preferred: Mutex<Option<PriorityBoost>>,
@@ -144,8 +148,9 @@ pub(crate) struct Machine {
     pub(super) measured: Arc<Measured>,
 }
 
-/// Who wants the machine to stand still. It runs only while nobody does; every change is made, with its effect on the
-/// processors, under one lock, so that a user's `resume` cannot start a machine that a migration has stopped.
+/// Who wants the machine to stand still. It runs only while nobody does; every change is made, with
+/// its effect on the processors, under one lock, so that a user's `resume` cannot start a machine
+/// that a migration has stopped.
 #[derive(Default)]
 struct Standing {
     /// The user.
@@ -193,7 +198,8 @@ impl Machine {
         Self::around(ram, config, serial)
     }
 
-    /// Builds a machine in RAM that another process shares with this one, and that its guest may still use there.
+    /// Builds a machine in RAM that another process shares with this one, and that its guest may
+    /// still use there.
     pub(super) fn in_shared_ram(
         files: Vec<OwnedFd>,
         config: MachineConfig,
@@ -403,8 +409,8 @@ impl Machine {
     /// Stops it for a hand-over.
     ///
     /// # Errors
-    /// When the guest has ended by itself, as [`VmError::ended`]: there is nothing to move then. When a vCPU does not stop.
-    /// [`go_on`](Machine::go_on) takes back what has happened.
+    /// When the guest has ended by itself, as [`VmError::ended`]: there is nothing to move then.
+    /// When a vCPU does not stop. [`go_on`](Machine::go_on) takes back what has happened.
     pub(super) fn stop(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
         if standing.given_up {
@@ -429,7 +435,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The destination is dead: the machine is here again, as this state and RAM say, and runs if its user lets it.
+    /// The destination is dead: the machine is here again, as this state and RAM say, and runs if
+    /// its user lets it.
     pub(super) fn restart(&self, state: &VmState) -> Result<(), VmError> {
         self.load(state)?;
         self.bus.leave_out_what_is_written();
@@ -533,7 +540,8 @@ impl Machine {
         self.ram.layout().pages()
     }
 
-    /// What serves missing pages; `None`, with the reason as a warning, if this host does not permit that.
+    /// What serves missing pages; `None`, with the reason as a warning, if this host does not
+    /// permit that.
     pub(super) fn pager(&self) -> Option<Arc<UserFaultPager>> {
         let made = match &self.fault {
             Some(fault) => UserFaultPager::new(self.ram.clone(), fault.clone()).map_err(describe),
@@ -634,15 +642,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back. The last migration's checkpoints
-    /// may just be ending.
+    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back. The
+    /// last migration's checkpoints may just be ending.
     pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
         let guard = self.tracker.lock().unwrap_or_else(|e| e.into_inner());
         let waited = self.tracker_is_back.wait_timeout_while(guard, LAST_MIGRATION, |tracker| tracker.is_none());
         waited.unwrap_or_else(|e| e.into_inner()).0.take().unwrap_or_else(|| Box::new(Absent))
     }
 
-    /// The tracker goes back: as it is if it still tracks for the VMM, else one made for the next migration.
+    /// The tracker goes back: as it is if it still tracks for the VMM, else one made for the next
+    /// migration.
     pub(super) fn put_tracker(&self, tracker: Box<dyn DirtyTracker>) {
         if tracker.name() == ABSENT {
             // somebody else has it
@@ -658,8 +667,8 @@ impl Machine {
         Ok(Box::new(UnionTracker::new(parts)))
     }
 
-    /// Pages that were written since this was last called, here and wherever else the guest ran meanwhile; all of RAM at first.
-    /// From then on every write is logged.
+    /// Pages that were written since this was last called, here and wherever else the guest ran
+    /// meanwhile; all of RAM at first. From then on every write is logged.
     pub(crate) fn dirty_since_last_time(&self) -> Result<PageSet, TrackerError> {
         let mut tracker = self.take_tracker();
         let mut dirty = PageSet::empty(self.pages());

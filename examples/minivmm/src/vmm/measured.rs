@@ -10,8 +10,8 @@ use migration_core::{
     vm::{SectionEstimate, StateEstimate},
 };
 
-/// Figures of one VM. Migrations and snapshots that end without a hand-over leave them behind, and so
-/// does an attempt to receive the VM.
+/// Figures of one VM. Migrations and snapshots that end without a hand-over leave them behind, and
+/// so does an attempt to receive the VM.
 #[derive(Default)]
 pub(super) struct Measured(Mutex<Figures>);
 
@@ -22,7 +22,8 @@ struct Figures {
 }
 
 impl Measured {
-    /// The processors' part of the state was `state`; with the devices' part it took `time` to save.
+    /// The processors' part of the state was `state`; with the devices' part it took `time` to
+    /// save.
     pub(super) fn saved(&self, state: &VmState, time: Duration) {
         let sections = state.sections.iter();
         let sections = sections.map(|section| SectionEstimate {
@@ -33,8 +34,8 @@ impl Measured {
         self.figures().saved = Some(StateEstimate { sections: sections.collect(), save_time: Some(time) });
     }
 
-    /// It took `time` to load the state. The shortest one counts: in post-copy others wait for a page
-    /// meanwhile, and that is not what loading takes.
+    /// It took `time` to load the state. The shortest one counts: in post-copy others wait for a
+    /// page meanwhile, and that is not what loading takes.
     pub(super) fn loaded(&self, time: Duration) {
         let mut figures = self.figures();
         figures.loaded = Some(figures.loaded.map_or(time, |before| before.min(time)));

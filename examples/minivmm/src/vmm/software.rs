@@ -1,6 +1,7 @@
-//! A software guest, for hosts without KVM: threads that write the same RAM, keep the same board, and migrate through the
-//! same traits. It executes no guest code: of the workload that was asked for it does what matters to a migration, writes to
-//! so many pages at such a rate, and checks that each page still holds what was written there last.
+//! A software guest, for hosts without KVM: threads that write the same RAM, keep the same board,
+//! and migrate through the same traits. It executes no guest code: of the workload that was asked
+//! for it does what matters to a migration, writes to so many pages at such a rate, and checks that
+//! each page still holds what was written there last.
 
 use std::{
     io,
@@ -48,7 +49,8 @@ const MAX_STEPS: u64 = 1 << 60;
 /// How long it rests: a fast loop would leave no core for the migration that it is to show.
 const REST: Duration = Duration::from_micros(50);
 
-/// What the threads do; travels with their state. The workloads of the real guest, reduced to what pages they write how fast.
+/// What the threads do; travels with their state. The workloads of the real guest, reduced to what
+/// pages they write how fast.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Plan {
     /// Where the first thread's pages begin, by page number; the next thread's follow.
@@ -60,7 +62,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// The plan for a workload, and how many pages from [`FIRST_PAGE`] on are to be filled with its data.
+    /// The plan for a workload, and how many pages from [`FIRST_PAGE`] on are to be filled with its
+    /// data.
     fn of(spec: &str, cpus: u64, ram_pages: u64) -> Result<(Self, u64), String> {
         let spec = Spec::parse(spec).map_err(|_| "the workload is not known".to_owned())?;
         let free = ram_pages.saturating_sub(FIRST_PAGE);
@@ -151,8 +154,8 @@ impl Shared {
         self.set_word(at, self.word(at).wrapping_add(by));
     }
 
-    /// Writes the next page of the thread's area, after checking that it holds what was written there last: the number of
-    /// times that the thread has gone through its area.
+    /// Writes the next page of the thread's area, after checking that it holds what was written
+    /// there last: the number of times that the thread has gone through its area.
     fn step(&self, cpu: usize, plan: &Plan) {
         let step = self.steps[cpu].load(Ordering::SeqCst);
         let (lap, page) = (step / plan.pages, step % plan.pages);

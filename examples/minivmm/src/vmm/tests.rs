@@ -1,7 +1,7 @@
 //! The machine at work inside one process: it boots, stops, moves to a second machine and goes on.
 //!
-//! RAM is copied here by hand, and the traits are called in the engine's order: what fails here is the VMM's fault, not the
-//! engine's. Tests that need KVM say so and pass where it is missing.
+//! RAM is copied here by hand, and the traits are called in the engine's order: what fails here is
+//! the VMM's fault, not the engine's. Tests that need KVM say so and pass where it is missing.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests print what they measure or leave out")]
 
@@ -303,7 +303,8 @@ fn a_throttle_slows_the_guest_and_delays_no_pause() {
     works(&machine);
 }
 
-/// An ELF with one segment at `address` and `notes` PVH notes, each in a header of its own, after one of another kind.
+/// An ELF with one segment at `address` and `notes` PVH notes, each in a header of its own, after
+/// one of another kind.
 fn elf(code: &[u8], address: u64, notes: usize) -> Vec<u8> {
     let halves = |v: &[u16]| v.iter().flat_map(|h| h.to_le_bytes()).collect::<Vec<_>>();
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();

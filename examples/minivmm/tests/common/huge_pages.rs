@@ -3,7 +3,8 @@
 use std::fs;
 
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-/// Two VMs of 64 MiB in each of two trials at a time, and some for a VM that is just being taken apart.
+/// Two VMs of 64 MiB in each of two trials at a time, and some for a VM that is just being taken
+/// apart.
 const PAGES: u64 = 192;
 
 /// Gives the pages back when dropped.

@@ -114,8 +114,8 @@ impl Suite {
     }
 }
 
-/// Whether a trial runs once more with VMs that have many memory slots a RAM region, as VMs with terabytes have: each tracker,
-/// each technique, and what copies RAM out.
+/// Whether a trial runs once more with VMs that have many memory slots a RAM region, as VMs with
+/// terabytes have: each tracker, each technique, and what copies RAM out.
 fn also_in_small_slots(name: &str) -> bool {
     match name.split('/').collect::<Vec<_>>()[..] {
         ["one_edge", tracker, backing, "2_streams", "4_cpus"] => each_tracker_once(tracker, backing),
@@ -134,8 +134,8 @@ fn each_tracker_once(tracker: &str, backing: &str) -> bool {
     pairs.contains(&(tracker, backing))
 }
 
-/// Whether a trial runs once more with all its migrations encrypted: of every kind some, as all would take too long; none that
-/// counts the bytes of plain frames.
+/// Whether a trial runs once more with all its migrations encrypted: of every kind some, as all
+/// would take too long; none that counts the bytes of plain frames.
 fn also_encrypted(name: &str) -> bool {
     let seed = |seed: &str| seed.parse::<u32>().is_ok_and(|seed| seed.is_multiple_of(8));
     match name.split('/').collect::<Vec<_>>()[..] {
@@ -180,7 +180,8 @@ impl Lab {
         Ok(Self { folder, secure: Vec::new(), slots: None })
     }
 
-    /// Where RAM is in memory slots of a few pages each: an odd number of them, so that runs of pages reach over their ends.
+    /// Where RAM is in memory slots of a few pages each: an odd number of them, so that runs of
+    /// pages reach over their ends.
     fn in_small_slots() -> Result<Self, Failed> {
         Ok(Self { slots: Some("748K"), ..Self::new()? })
     }
@@ -254,7 +255,8 @@ pub(crate) fn at_work(status: &Value) -> bool {
     workload["state"] == "finished" || workload["state"] == "running" && workload["heartbeats"].as_u64() > Some(0)
 }
 
-/// Looks until `look` finds something. Its error, or the lack of a find for a long time, ends the trial.
+/// Looks until `look` finds something. Its error, or the lack of a find for a long time, ends the
+/// trial.
 pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>, Failed>) -> Result<T, Failed> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -273,8 +275,8 @@ pub(crate) fn ensure(condition: bool, why: impl FnOnce() -> String) -> Outcome {
     if condition { Ok(()) } else { Err(why().into()) }
 }
 
-/// Fails a trial unless the text contains the words.
-/// A serial file begins with `first`, and has each beat once and in order; how many there are. The last one may be on its way.
+/// Fails a trial unless the text contains the words. A serial file begins with `first`, and has
+/// each beat once and in order; how many there are. The last one may be on its way.
 pub(crate) fn beats_in_order(text: &str, first: &str) -> Result<u64, Failed> {
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let mut lines = whole.lines();

@@ -84,7 +84,8 @@ pub(crate) struct Client {
 }
 
 impl Process {
-    /// Starts it and waits until it is ready, which its control socket and, of a receiver, its first line show.
+    /// Starts it and waits until it is ready, which its control socket and, of a receiver, its
+    /// first line show.
     pub(super) fn start(
         lab: &Lab,
         name: &str,
@@ -295,8 +296,8 @@ impl Process {
         Ok(answer.json)
     }
 
-    /// As [`migrate_well`](Process::migrate_well), while the destination may not yet have noticed that an earlier
-    /// attempt is dead.
+    /// As [`migrate_well`](Process::migrate_well), while the destination may not yet have noticed
+    /// that an earlier attempt is dead.
     pub(crate) fn retry_well(&mut self, to: &str, args: &[&str]) -> Result<Value, Failed> {
         let answer = wait_for("the destination is free", || {
             let answer = self.migrate(to, args)?;
@@ -381,7 +382,8 @@ impl Process {
         Ok(threads)
     }
 
-    /// How the scheduler treats its threads, and their names: the policy's number, and the niceness.
+    /// How the scheduler treats its threads, and their names: the policy's number, and the
+    /// niceness.
     pub(crate) fn scheduling(&self) -> Result<Vec<Scheduling>, Failed> {
         let mut all = Vec::new();
         for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {

@@ -102,8 +102,8 @@ fn there_and_back(lab: &Lab, backing: &str) -> Outcome {
     a.quit()
 }
 
-/// The memory of free pages is the host's, and what is discarded while the guest moves, and where it has just arrived, is
-/// nothing that anybody needs.
+/// The memory of free pages is the host's, and what is discarded while the guest moves, and where
+/// it has just arrived, is nothing that anybody needs.
 fn gives_memory_back(lab: &Lab, backing: &str, tracker: &str) -> Outcome {
     let mut a = guest(lab, "a", "discard", &["--backing", backing, "--tracker", tracker, "--cpus", "2"])?;
     let has_less =

@@ -1,4 +1,5 @@
-//! The measurements themselves: that they run, and that their figures are of what they say. Not what the figures are.
+//! The measurements themselves: that they run, and that their figures are of what they say. Not
+//! what the figures are.
 
 use std::fs;
 

@@ -1,5 +1,5 @@
-//! What a user can do and hears while a migration runs, and when it cannot: limits, a forced switch-over, a pause, servers
-//! that are something else, a minivmm that does not answer.
+//! What a user can do and hears while a migration runs, and when it cannot: limits, a forced
+//! switch-over, a pause, servers that are something else, a minivmm that does not answer.
 
 use std::{
     io::{Read, Write},
@@ -63,8 +63,9 @@ fn time_ms(report: &Value, key: &str) -> Result<f64, Failed> {
     report[key].as_f64().ok_or_else(|| format!("no {key} in {report}").into())
 }
 
-/// The setup, several rounds' worth of control frames and the cancel itself are far more bytes than 1 kbit/s lets pass in the
-/// time that a client waits for a sign of life. So it would not end well if they waited for the limit.
+/// The setup, several rounds' worth of control frames and the cancel itself are far more bytes than
+/// 1 kbit/s lets pass in the time that a client waits for a sign of life. So it would not end well
+/// if they waited for the limit.
 fn cancel_at_1_kbit(lab: &Lab, encrypted: bool) -> Outcome {
     let key = lab.key("key")?;
     let secure = ["--encrypt", "aes256-gcm", "--psk-file", &key];

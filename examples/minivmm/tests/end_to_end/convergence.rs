@@ -13,8 +13,8 @@ const LINK: [&str; 2] = ["--bandwidth", "500Mbit"];
 /// What the link carries in a second.
 const LINK_BYTES: f64 = 500e6 / 8.0;
 
-/// Writes all of 32 MiB within half a second as well, but computes so much between two pages that it cannot with a hundredth of
-/// its time. (`hot` can: a fast machine writes the area within 5 ms.)
+/// Writes all of 32 MiB within half a second as well, but computes so much between two pages that
+/// it cannot with a hundredth of its time. (`hot` can: a fast machine writes the area within 5 ms.)
 const COMPUTING_GUEST: &str = "quicksort:size=32M";
 
 pub(crate) fn add(suite: &mut Suite) {
@@ -42,8 +42,8 @@ fn throttled_and_moved(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// Two round trips of a second fit into no downtime of 300 ms. If they become short while the first round is under way, which takes
-/// two of them, the migration comes to its end.
+/// Two round trips of a second fit into no downtime of 300 ms. If they become short while the first
+/// round is under way, which takes two of them, the migration comes to its end.
 fn slow_answers_at_first(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "hot:size=8M", &[])?;
     let destination = lab.receive("destination", &[])?;
@@ -93,7 +93,8 @@ fn stopped(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// Nothing is dirty, and a switch-over still takes longer than is allowed: said at once, with the figures.
+/// Nothing is dirty, and a switch-over still takes longer than is allowed: said at once, with the
+/// figures.
 fn below_all_costs(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "idle:data=8M", &[])?;
     let destination = lab.receive("destination", &[])?;
@@ -132,7 +133,8 @@ fn too_long(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// The guest writes all of its memory faster than it is sent, even at the strongest throttle, and nobody set a time-out.
+/// The guest writes all of its memory faster than it is sent, even at the strongest throttle, and
+/// nobody set a time-out.
 fn without_a_timeout(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", GUEST, &[])?;
     let destination = lab.receive("destination", &[])?;

@@ -1,4 +1,5 @@
-//! Encrypted migrations: they work as plain ones do, and whoever is not meant to take part does not.
+//! Encrypted migrations: they work as plain ones do, and whoever is not meant to take part does
+//! not.
 
 use std::{
     collections::HashSet,
@@ -269,7 +270,8 @@ fn tap(target: SocketAddr) -> Result<(String, Kept), Failed> {
     Ok((address, kept))
 }
 
-/// Runs of the memory that the guest works on, of which none is of a kind that anything could have in it.
+/// Runs of the memory that the guest works on, of which none is of a kind that anything could have
+/// in it.
 pub(crate) fn telling_runs(lab: &Lab, source: &Process) -> Result<HashSet<[u8; RUN]>, Failed> {
     let (at, len) = source.work_area(lab)?;
     let memory = source.memory(lab, at, len)?;

@@ -7,7 +7,8 @@ use crate::{
     hand_over::{HAND_OVER, successor},
 };
 
-/// Ends a while after it began to work, which is long after its migration has begun, also on a busy machine.
+/// Ends a while after it began to work, which is long after its migration has begun, also on a busy
+/// machine.
 const GUEST: &str = "random:size=8M,data=40M,crash=12s";
 /// So slow that it takes far longer than that.
 const SLOW: [&str; 2] = ["--bandwidth", "4Mbit"];

@@ -163,8 +163,8 @@ fn migrate_to_nowhere(lab: &Lab) -> Outcome {
     serial_is_whole(lab)
 }
 
-/// Out to a destination that takes only encrypted migrations. Without the key the guest goes home; a key that will not do is
-/// found before it is borrowed.
+/// Out to a destination that takes only encrypted migrations. Without the key the guest goes home;
+/// a key that will not do is found before it is borrowed.
 fn migrate_encrypted(lab: &Lab) -> Outcome {
     let key = lab.key("key")?;
     let secure = ["--encrypt", "aes256-gcm", "--psk-file", &key];
@@ -326,7 +326,8 @@ fn guest_ends(lab: &Lab) -> Outcome {
     ensure(status.code() == Some(5), || format!("{status}: {}", home.stderr()))
 }
 
-/// While it is borrowed somebody moves it from there: it does not come back, and its home ends well.
+/// While it is borrowed somebody moves it from there: it does not come back, and its home ends
+/// well.
 fn moved_away_by_a_user(lab: &Lab) -> Outcome {
     let mut home = home(lab, &["--backing", "memfd"])?;
     let there = lab.receive("there", &["--serial", &lab.arg("serial")])?;
@@ -509,7 +510,8 @@ fn home_dies(lab: &Lab) -> Outcome {
         let client = home.start_feature(&["--do", "check", "--every", "1ms"])?;
         a_while(1000 + kill, SOME_TRIPS);
         home.kill()?;
-        // a borrower that has the guest is its home from then on, at the same place; one that has not has nothing more to do
+        // a borrower that has the guest is its home from then on, at the same place; one that has
+        // not has nothing more to do
         let mut client = client;
         let lives = wait_for("it is known what became of the guest", || {
             if client.has_ended()? {

@@ -1,4 +1,5 @@
-//! Fail-safe post-copy: whichever side dies, the VM lives on, whole, and what it has said stands once in its serial file.
+//! Fail-safe post-copy: whichever side dies, the VM lives on, whole, and what it has said stands
+//! once in its serial file.
 
 use std::{
     fs, io,
@@ -136,7 +137,8 @@ fn destinations_die(lab: &Lab, seed: u64, backing: &str, cpus: &str) -> Outcome 
         let kept = if lab.path(SEAL_KEY).exists() { format!(",dir={}", lab.arg("checkpoints")) } else { String::new() };
         let client =
             source.start_migrate(&there.address, &with(slow_link_for(backing), &format!("{interval}{kept}")))?;
-        // as many checkpoints as chance has it; few where each has whole huge pages, or all pages would be there before
+        // as many checkpoints as chance has it; few where each has whole huge pages, or all pages
+        // would be there before
         let most = if backing == "hugetlb" { 3 } else { [4, 12][(kill % 2 == 0) as usize] };
         let wished = random(seed * 100 + kill) % most;
         let counted = |s: &Value| s["migration"]["checkpoints"]["count"].as_u64().unwrap_or(0);
@@ -267,7 +269,8 @@ fn source_dies_early(lab: &Lab) -> Outcome {
     there.quit()
 }
 
-/// It dies before it has heard that every page has arrived: what it left for the VM is removed all the same.
+/// It dies before it has heard that every page has arrived: what it left for the VM is removed all
+/// the same.
 fn source_dies_at_the_end(lab: &Lab) -> Outcome {
     let mut source = source(lab, "anon", "1")?;
     let there = destination(lab, "destination")?;
@@ -290,7 +293,8 @@ fn source_dies_at_the_end(lab: &Lab) -> Outcome {
     there.quit()
 }
 
-/// With reverse checkpoints only, pages that the source had are lost with it: the guest waits, and its output is held.
+/// With reverse checkpoints only, pages that the source had are lost with it: the guest waits, and
+/// its output is held.
 fn source_dies_unprotected(lab: &Lab) -> Outcome {
     let mut source = source(lab, "anon", "1")?;
     let there = destination(lab, "destination")?;
@@ -329,14 +333,15 @@ fn source_goes_on(lab: &Lab, before: u64) -> Result<u64, Failed> {
     wait_for("the guest says more", || Ok(Some(lines_in_order(lab)?).filter(|&lines| lines > before + 2)))
 }
 
-/// A huge page takes as long as nearly half of what counts as silence: nobody is taken for dead, and a vCPU that is taken out
-/// of its wait for each checkpoint, and comes back to it, faults once.
+/// A huge page takes as long as nearly half of what counts as silence: nobody is taken for dead,
+/// and a vCPU that is taken out of its wait for each checkpoint, and comes back to it, faults once.
 fn slow_link(lab: &Lab) -> Outcome {
     let mut source = source(lab, "hugetlb", "2")?;
     let there = destination(lab, "destination")?;
     let report = source.migrate_well(&there.address, &with(&SLOW_LINK, "reverse:interval=10ms,detect=2s"))?;
     ensure(report["recoveries"] == 0, || format!("{report}"))?;
-    // two vCPUs, and as many threads of KVM and of the VMM, for each huge page of 64 MiB, is far more than there can be
+    // two vCPUs, and as many threads of KVM and of the VMM, for each huge page of 64 MiB, is far
+    // more than there can be
     ensure(number(&report, "faults", "count") <= 4 * 32, || format!("{report}"))?;
     checks_all(&there)?;
     lines_in_order(lab)?;

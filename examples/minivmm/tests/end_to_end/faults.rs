@@ -1,4 +1,5 @@
-//! Links that break, processes that die, peers that talk nonsense. Whatever happens, the VM has exactly one owner.
+//! Links that break, processes that die, peers that talk nonsense. Whatever happens, the VM has
+//! exactly one owner.
 
 use std::{
     io::Write,
@@ -53,7 +54,8 @@ pub(crate) fn a_while(seed: u64, most: Duration) {
 }
 
 const RUNNING_GUEST: &str = "random:size=8M";
-/// Without huge pages, which are there or not as the host's memory is: the same pages are touched each time.
+/// Without huge pages, which are there or not as the host's memory is: the same pages are touched
+/// each time.
 const PAUSED_GUEST: [&str; 7] = ["--memory", "64M", "--workload", "hot:size=8M", "--paused", "--backing", "anon"];
 /// One stream, one round: every byte is in its place.
 const IN_ORDER: [&str; 4] = ["--strategy", "stop-and-copy", "--streams", "1"];
@@ -64,8 +66,8 @@ fn bytes_while_running(lab: &Lab) -> Result<u64, Failed> {
     measured(&BYTES, lab, || lab.workload("measured-source", RUNNING_GUEST, &[]), &[])
 }
 
-/// Bytes of a whole migration of the guest that is paused: always the same, but for pings. Only a migration that stood
-/// still for a second sends one.
+/// Bytes of a whole migration of the guest that is paused: always the same, but for pings. Only a
+/// migration that stood still for a second sends one.
 fn bytes_while_paused(lab: &Lab) -> Result<u64, Failed> {
     static BYTES: OnceLock<u64> = OnceLock::new();
     measured(&BYTES, lab, || lab.run("measured-source", &PAUSED_GUEST), &IN_ORDER)
@@ -254,7 +256,8 @@ fn garbage(lab: &Lab) -> Outcome {
         let mut stream = TcpStream::connect(target)?;
         let noise: Vec<u8> = (0..1 + random(seed) % 4096).map(|n| random(seed << 13 | n) as u8).collect();
         let bytes = match seed % 4 {
-            // noise; noise after a good beginning; a beginning with a wrong bit; a beginning that ends
+            // noise; noise after a good beginning; a beginning with a wrong bit; a beginning that
+            // ends
             0 => noise,
             1 => [&opening[..40], &noise].concat(),
             2 => {

@@ -176,7 +176,8 @@ fn two_successors(lab: &Lab) -> Outcome {
     other.quit()
 }
 
-/// Open files travel over no secure channel: refused before the guest is paused, whichever side encrypts.
+/// Open files travel over no secure channel: refused before the guest is paused, whichever side
+/// encrypts.
 fn encrypted(lab: &Lab) -> Outcome {
     let key = lab.key("key")?;
     let secure = ["--encrypt", "aes256-gcm", "--psk-file", &key];
@@ -214,7 +215,8 @@ fn then_away(lab: &Lab) -> Outcome {
     last.quit()
 }
 
-/// Policies under which a thread goes before all others, whatever it does: `SCHED_FIFO`, `SCHED_RR`, `SCHED_DEADLINE`.
+/// Policies under which a thread goes before all others, whatever it does: `SCHED_FIFO`,
+/// `SCHED_RR`, `SCHED_DEADLINE`.
 const REAL_TIME: [i64; 3] = [1, 2, 6];
 
 fn no_real_time_thread(process: &Process) -> Outcome {
@@ -223,8 +225,9 @@ fn no_real_time_thread(process: &Process) -> Outcome {
     ensure(urgent.is_none(), || format!("{urgent:?} among {threads:?}"))
 }
 
-/// Before the pause and after it no thread is a real-time one: such a thread is not moved away from a core that another process
-/// holds in the kernel. After a hand-over that failed, all threads are as they were.
+/// Before the pause and after it no thread is a real-time one: such a thread is not moved away from
+/// a core that another process holds in the kernel. After a hand-over that failed, all threads are
+/// as they were.
 fn real_time_in_the_pause_only(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "hot:size=8M", &["--backing", "memfd", "--cpus", "2"])?;
     let before = source.resources().and_then(|_| source.scheduling())?;
@@ -258,8 +261,8 @@ fn real_time_in_the_pause_only(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// Another process holds a core in the kernel, for a while each time: hand-overs come to their end all the same. Its memory slot
-/// takes 300 MiB of the kernel's memory, and no RAM.
+/// Another process holds a core in the kernel, for a while each time: hand-overs come to their end
+/// all the same. Its memory slot takes 300 MiB of the kernel's memory, and no RAM.
 fn beside_kernel_work(lab: &Lab) -> Outcome {
     let mut at = lab.workload("vmm-0", "hot:size=8M", &["--backing", "memfd", "--cpus", "2"])?;
     let mut work = Client::start_in(&std::env::temp_dir(), &["bench", "--occupy", "128G", "--for", "2s"])?;
@@ -283,7 +286,8 @@ fn successor_dies(lab: &Lab, seed: u64) -> Outcome {
     let client = source.start_migrate(&first.address, &HAND_OVER)?;
     a_while(seed, WHOLE);
     first.kill()?;
-    // it had the VM, and took it along, or may have had it: the source says so, and never runs it again
+    // it had the VM, and took it along, or may have had it: the source says so, and never runs it
+    // again
     let in_doubt = |source: &Process| -> Result<bool, Failed> { Ok(source.status()?["state"] == "in-doubt") };
     let outcome = wait_for("an end", || {
         let Ok(status) = source.status() else { return Ok(Some("completed")) };
@@ -309,8 +313,8 @@ fn successor_dies(lab: &Lab, seed: u64) -> Outcome {
     }
 }
 
-/// The VM is where its owner is, or was: the successor runs it, holds it until a person says that the source is dead, or has
-/// nothing.
+/// The VM is where its owner is, or was: the successor runs it, holds it until a person says that
+/// the source is dead, or has nothing.
 fn predecessor_dies(lab: &Lab, seed: u64) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--backing", "memfd"])?;
     let destination = successor(lab, "destination", &[])?;

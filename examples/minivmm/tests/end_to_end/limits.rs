@@ -17,7 +17,8 @@ use crate::{
 pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("limits/no_queued_signals", no_queued_signals);
     suite.kvm("limits/no_descriptor_in_the_pause/pre_copy", |lab| {
-        // all that this guest writes again and again takes less than the limit, however fast this machine is
+        // all that this guest writes again and again takes less than the limit, however fast this
+        // machine is
         no_descriptor(lab, &["--bandwidth", "100Mbit", "--downtime-limit", "2s"])
     });
     suite.post_copy("limits/no_descriptor_in_the_pause/hybrid", "anon", |lab| {
@@ -144,7 +145,8 @@ impl Drop for Threads {
     }
 }
 
-/// A migration needs no thread that it does not have when it moves; and the end of the guest is noticed at the destination.
+/// A migration needs no thread that it does not have when it moves; and the end of the guest is
+/// noticed at the destination.
 fn no_thread(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "sleep:data=24M,crash=15s", &[])?;
     let mut destination = lab.receive("destination", &[])?;

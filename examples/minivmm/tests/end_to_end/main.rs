@@ -1,9 +1,11 @@
-//! `minivmm` from end to end: real processes, real KVM, driven through the command line as a user's scripts would.
+//! `minivmm` from end to end: real processes, real KVM, driven through the command line as a user's
+//! scripts would.
 //!
-//! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it fails instead.
+//! Without /dev/kvm, what needs it is ignored with the reason; with `MIGRATION_REQUIRE_KVM=1` it
+//! fails instead.
 //!
-//! `MIGRATION_TEST_SHUFFLE=SEED` runs the trials in another order for each seed, so that other trials run beside each
-//! other.
+//! `MIGRATION_TEST_SHUFFLE=SEED` runs the trials in another order for each seed, so that other
+//! trials run beside each other.
 
 mod balloon;
 mod bench;

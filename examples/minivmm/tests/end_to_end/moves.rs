@@ -4,7 +4,8 @@ use std::fs;
 
 use crate::common::{Lab, Outcome, Process, Suite, at_work, beats_in_order, ensure, ensure_says};
 
-/// Small enough to be quick; `for` lets the guest check everything once more, at the destination, and say when it has.
+/// Small enough to be quick; `for` lets the guest check everything once more, at the destination,
+/// and say when it has.
 const WORKLOADS: [&str; 15] = [
     "idle:data=24M",
     "sleep:data=24M",

@@ -1,7 +1,8 @@
 //! QEMU's migration test, on every tracker, number of streams, backing and number of CPUs.
 //!
-//! The guest increments the first word of each page in address order, over and over, so at any instant each CPU's part has
-//! exactly one place where the value drops by one. A page that was lost, or came late, makes another.
+//! The guest increments the first word of each page in address order, over and over, so at any
+//! instant each CPU's part has exactly one place where the value drops by one. A page that was
+//! lost, or came late, makes another.
 
 use crate::common::{Lab, Outcome, Suite, at_work, ensure, layout::PAGE_SIZE};
 
@@ -48,7 +49,8 @@ fn one_edge(lab: &Lab, tracker: &str, backing: &str, streams: &str, cpus: usize)
     only_edges(&before, &after, cpus)
 }
 
-/// Each CPU's part of the work area has at most one edge, and each page of it changed in its first word only.
+/// Each CPU's part of the work area has at most one edge, and each page of it changed in its first
+/// word only.
 pub(crate) fn only_edges(before: &[u8], after: &[u8], cpus: usize) -> Outcome {
     let pages: Vec<&[u8]> = after.chunks(PAGE_SIZE as usize).collect();
     let cut = |n: usize| pages.len() * n / cpus;
@@ -61,8 +63,8 @@ pub(crate) fn only_edges(before: &[u8], after: &[u8], cpus: usize) -> Outcome {
     Ok(())
 }
 
-/// Read in a circle, as the guest writes, the pages' words drop by one (modulo a byte) in exactly one place: where the guest
-/// is, or, if it has just finished a pass, nowhere.
+/// Read in a circle, as the guest writes, the pages' words drop by one (modulo a byte) in exactly
+/// one place: where the guest is, or, if it has just finished a pass, nowhere.
 fn has_one_edge(pages: &[&[u8]]) -> Result<(), String> {
     let word = |page: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| page[i]));
     let mut edges = Vec::new();

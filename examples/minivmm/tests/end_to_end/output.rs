@@ -1,4 +1,5 @@
-//! Logs, stdout, serial files and disks that take nothing, signals, and words of strangers: a VM runs on through all of it.
+//! Logs, stdout, serial files and disks that take nothing, signals, and words of strangers: a VM
+//! runs on through all of it.
 
 use std::{
     fs::{self, File},
@@ -19,7 +20,8 @@ use crate::{faults::relay_to, post_copy::post_copy_at};
 
 /// A line a beat on the serial port.
 const TALKS: [&str; 4] = ["--memory", "64M", "--workload", "sleep:serial=1"];
-/// What a hostile peer says: it would set the title of a terminal, begin a line of the log, and turn text around.
+/// What a hostile peer says: it would set the title of a terminal, begin a line of the log, and
+/// turn text around.
 const EVIL: &str = "sorry\x1b]0;owned\x07\nminivmm: all is well\u{202e}\u{9b}31m";
 const ESCAPED: &str = r"sorry\u{1b}]0;owned\u{7}\nminivmm: all is well\u{202e}\u{9b}31m";
 
@@ -202,7 +204,8 @@ fn file_limit(lab: &Lab) -> Outcome {
     process.quit()
 }
 
-/// Those that are ignored from the beginning stay so: a shell ignores SIGINT for what it runs in the background.
+/// Those that are ignored from the beginning stay so: a shell ignores SIGINT for what it runs in
+/// the background.
 fn ends(process: &mut Process, signal: Signal, gone: &[PathBuf]) -> Outcome {
     process.signal(signal)?;
     let status = process.ended()?;
@@ -287,7 +290,8 @@ fn harmless(text: &str) -> Outcome {
 /// What a peer was sent.
 type Heard = thread::JoinHandle<std::io::Result<Vec<u8>>>;
 
-/// A destination that answers the first frame with an error, and the bytes that it was sent before that.
+/// A destination that answers the first frame with an error, and the bytes that it was sent before
+/// that.
 fn evil_destination() -> Result<(SocketAddr, Heard), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;

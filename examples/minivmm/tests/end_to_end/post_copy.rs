@@ -1,5 +1,6 @@
-//! Guests that run at their destination before their pages are there: every order of the push, every number of lanes,
-//! backing and number of CPUs, after no rounds, one, or three; asked for at the start, on the way, and at a timeout.
+//! Guests that run at their destination before their pages are there: every order of the push,
+//! every number of lanes, backing and number of CPUs, after no rounds, one, or three; asked for at
+//! the start, on the way, and at a timeout.
 
 use serde_json::Value;
 
@@ -90,7 +91,8 @@ pub(crate) fn number(report: &Value, group: &str, name: &str) -> u64 {
     report[group][name].as_u64().unwrap_or(u64::MAX)
 }
 
-/// What holds of every migration that ended in post-copy, and was not disturbed: each page that was left behind moved once.
+/// What holds of every migration that ended in post-copy, and was not disturbed: each page that was
+/// left behind moved once.
 pub(crate) fn moved_each_page_once(report: &Value) -> Outcome {
     let pages = |name: &str| number(report, "pages", name);
     ensure(report["outcome"] == "completed" && report["reason"].is_null(), || format!("{report}"))?;
@@ -155,7 +157,8 @@ fn one_edge(lab: &Lab, way: Way) -> Outcome {
     if slow {
         waited(&report)?;
     }
-    // few huge pages are soon all on their way; and a guest that goes upwards may wait for the next push each time
+    // few huge pages are soon all on their way; and a guest that goes upwards may wait for the next
+    // push each time
     if slow && name == "post-copy" && backing != "hugetlb" && order != "linear" {
         faulted(&report)?;
     }
@@ -221,7 +224,8 @@ fn a_to_b_to_c_to_a(lab: &Lab) -> Outcome {
     at.quit()
 }
 
-/// RAM below and above, most of it never touched: such pages are not missing, and a touch of one does not wait for the source.
+/// RAM below and above, most of it never touched: such pages are not missing, and a touch of one
+/// does not wait for the source.
 fn across_the_hole(lab: &Lab) -> Outcome {
     let options = ["--memory", "5G", "--workload", "random:size=24M", "--backing", "anon"];
     let mut source = lab.run("source", &options)?;
@@ -238,7 +242,8 @@ fn across_the_hole(lab: &Lab) -> Outcome {
     destination.quit()
 }
 
-/// Neither side has what the other has: hugetlb fetches whole huge pages, whatever the source sends otherwise.
+/// Neither side has what the other has: hugetlb fetches whole huge pages, whatever the source sends
+/// otherwise.
 fn another_backing(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "random:size=24M", &["--backing", "anon"])?;
     let mut middle = lab.receive("middle", &["--backing", "hugetlb"])?;
@@ -345,7 +350,8 @@ fn no_further(lab: &Lab) -> Outcome {
     last.quit()
 }
 
-/// A guest that writes faster than the network carries, as in `convergence`, and whose user does not mind.
+/// A guest that writes faster than the network carries, as in `convergence`, and whose user does
+/// not mind.
 const HOPELESS: [&str; 6] = ["--bandwidth", "500Mbit", "--guest-impact", "low", "--downtime-limit", "20ms"];
 
 fn switched_by_the_user(lab: &Lab) -> Outcome {
@@ -393,7 +399,8 @@ fn no_switch(source: &Process, words: &str) -> Outcome {
     ensure_says(answer.json["error"].as_str().unwrap_or(""), words)
 }
 
-/// The wish is refused, and does not change the migration: it ends as it would have, or at its timeout.
+/// The wish is refused, and does not change the migration: it ends as it would have, or at its
+/// timeout.
 fn no_switch_without_lanes(lab: &Lab) -> Outcome {
     let mut source = lab.workload("source", "touch:size=24M,data=24M,mode=read", &[])?;
     let before = source.resources()?;

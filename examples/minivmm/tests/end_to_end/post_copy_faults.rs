@@ -1,4 +1,5 @@
-//! Post-copy over links that break, and with peers that die: no page is lost, and the VM has one owner.
+//! Post-copy over links that break, and with peers that die: no page is lost, and the VM has one
+//! owner.
 
 use libtest_mimic::Failed;
 use migration_transport::{Bandwidth, Relay};
@@ -9,7 +10,8 @@ use crate::{
     post_copy::{faulted, number, post_copy_at},
 };
 
-/// Cuts before the hand-over, and after it: a third of those once more. A trial takes about half a second.
+/// Cuts before the hand-over, and after it: a third of those once more. A trial takes about half a
+/// second.
 const EARLY_SEEDS: u64 = 8;
 const LATE_SEEDS: u64 = 200;
 const BACKINGS: [&str; 4] = ["anon", "thp", "memfd", "hugetlb"];
@@ -86,7 +88,8 @@ fn cut_after(lab: &Lab, seed: u64, backing: &str) -> Outcome {
     let (relay, address) = relay_to(&destination)?;
     let mut cuts = vec![LATE.start + random(seed) % (LATE.end - LATE.start)];
     if seed.is_multiple_of(3) {
-        // once more, among what is left; the beginnings of a few new connections are a few hundred bytes
+        // once more, among what is left; the beginnings of a few new connections are a few hundred
+        // bytes
         cuts[0] = LATE.start + random(seed) % (LATE.end - LATE.start) / 2;
         cuts.push(random(seed + 100) % ((LATE.end - cuts[0]) / 2));
     }
@@ -204,8 +207,9 @@ fn cut_around(lab: &Lab) -> Outcome {
     }
     let [run, running, _] = last_frames();
     for after in [0, 1, run / 2, run - 1, run, run + 1, run + running - 1, run + running] {
-        // a migration that stood still for a second has sent a ping too: its hand-over comes some bytes later, and a cut
-        // before it is no cut at this place. Were the VM there as well, the next one would be refused
+        // a migration that stood still for a second has sent a ping too: its hand-over comes some
+        // bytes later, and a cut before it is no cut at this place. Were the VM there as well, the
+        // next one would be refused
         let ends = (0..5).map(|_| pair.cut(given + after)).find(|end| !matches!(end, Ok(End::AtTheSource)));
         let end = ends.unwrap_or(Ok(End::AtTheSource))?;
         ensure(matches!(end, End::Moved(1..)), || format!("{after} bytes after the hand-over: {end:?}"))?;

@@ -1,4 +1,5 @@
-//! The VMM is replaced under its running VM: the successor is started by itself, and found at the same place.
+//! The VMM is replaced under its running VM: the successor is started by itself, and found at the
+//! same place.
 
 use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path};
 
@@ -18,7 +19,8 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("refresh/refused", refused);
 }
 
-/// Whoever has the VM in the end is not a child of this process: it is told to end, however the trial goes.
+/// Whoever has the VM in the end is not a child of this process: it is told to end, however the
+/// trial goes.
 struct Last(String);
 
 impl Last {
@@ -102,7 +104,8 @@ fn by_policy(lab: &Lab, policy: &[&str]) -> Outcome {
     serial_is_whole(lab)
 }
 
-/// A later schedule takes the place of an earlier one, and one successor that is asked for in between keeps to it.
+/// A later schedule takes the place of an earlier one, and one successor that is asked for in
+/// between keeps to it.
 fn only_the_last_schedule_counts(lab: &Lab) -> Outcome {
     let first = guest(lab, &["--backing", "memfd"])?;
     let last = Last::of(lab);

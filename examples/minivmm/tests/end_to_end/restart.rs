@@ -1,4 +1,5 @@
-//! A VM whose process is killed goes on from its last snapshot, by a broker; and one that may run anywhere does not.
+//! A VM whose process is killed goes on from its last snapshot, by a broker; and one that may run
+//! anywhere does not.
 
 use std::{fs, time::Duration};
 
@@ -48,8 +49,8 @@ enum Victim {
     Other,
 }
 
-/// A broker that restarts VMs, with one that it keeps, and of which there is a snapshot. Whatever process has the VM is ended
-/// with it.
+/// A broker that restarts VMs, with one that it keeps, and of which there is a snapshot. Whatever
+/// process has the VM is ended with it.
 pub(crate) struct Kept {
     pub(crate) broker: Process,
     pub(crate) vm: Process,

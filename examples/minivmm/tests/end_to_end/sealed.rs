@@ -1,5 +1,5 @@
-//! Snapshots that are sealed: they serve as plain ones do, to who has the key, and to nobody else. (Sealed checkpoints are among
-//! the trials of `fail_safe`.)
+//! Snapshots that are sealed: they serve as plain ones do, to who has the key, and to nobody else.
+//! (Sealed checkpoints are among the trials of `fail_safe`.)
 
 use std::fs;
 
@@ -84,7 +84,8 @@ fn refused(lab: &Lab) -> Outcome {
     refuses(&file, &[], "--seal-key-file")?;
     refuses(&file, &["--seal-key-file", &other], "not what was sealed with this key")?;
     refuses(&plain, &["--seal-key-file", &key], "not sealed")?;
-    // all that whoever keeps the file can do: it is a whole snapshot, in which two pages have changed places
+    // all that whoever keeps the file can do: it is a whole snapshot, in which two pages have
+    // changed places
     let mut store = SnapshotFile::open(&lab.path("snapshot"), u64::MAX)?;
     let mut pages = Vec::new();
     store.restore(&mut |page, data| {

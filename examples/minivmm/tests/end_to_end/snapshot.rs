@@ -121,7 +121,8 @@ fn again_and_again(lab: &Lab) -> Outcome {
         vm = restore(lab, &name, &file, &[])?;
         ensure(vm.status()?["epoch"] == n, || format!("{:?}", vm.status()))?;
         checks_all(&vm)?;
-        // what was not said yet at the time of the snapshot is said now, and nothing twice: the next line is the next beat
+        // what was not said yet at the time of the snapshot is said now, and nothing twice: the
+        // next line is the next beat
         let last = fs::read_to_string(lab.path(&format!("vm-{}.serial", n - 1)))?;
         let said = last.lines().filter_map(|l| l.strip_prefix("beat ")?.parse::<u64>().ok()).max().unwrap_or(0);
         let first = wait_for("it goes on to speak", || Ok(first_line(lab, &name).ok()))?;
@@ -262,7 +263,8 @@ fn cancelled(lab: &Lab) -> Outcome {
     vm.quit()
 }
 
-/// A process that dies in the middle leaves the last snapshot, and does not stand in the way of the next.
+/// A process that dies in the middle leaves the last snapshot, and does not stand in the way of the
+/// next.
 fn killed(lab: &Lab) -> Outcome {
     let (file, mut vm) = (lab.arg("snapshot"), large(lab)?);
     snapshot_well(&vm, &file)?;

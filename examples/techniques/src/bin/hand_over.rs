@@ -1,4 +1,5 @@
-//! Hand-over: a new process takes a VM over from another one of its host. Both map the same memory, so no page moves.
+//! Hand-over: a new process takes a VM over from another one of its host. Both map the same memory,
+//! so no page moves.
 //!
 //! The program starts itself a second time, as the process that takes the VM over.
 

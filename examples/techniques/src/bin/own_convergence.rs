@@ -1,6 +1,7 @@
 //! A convergence policy of one's own: when pre-copy ends its rounds.
 //!
-//! This one stops when a round has left more than half of what it sent, or after five, as many tools do.
+//! This one stops when a round has left more than half of what it sent, or after five, as many
+//! tools do.
 
 use migration_core::{
     PageSet,

@@ -1,4 +1,5 @@
-//! A push order of one's own: which pages post-copy sends next of those that the guest has not asked for.
+//! A push order of one's own: which pages post-copy sends next of those that the guest has not
+//! asked for.
 //!
 //! This one begins with the last page of RAM. It needs what `post_copy` needs.
 

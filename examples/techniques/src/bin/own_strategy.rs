@@ -1,7 +1,7 @@
 //! A strategy of one's own: a script over the verbs of `migration_core::strategy`.
 //!
-//! This one sends everything once while the guest runs, hands it over, and lets the pages that were written meanwhile follow if they
-//! are too many for the downtime limit.
+//! This one sends everything once while the guest runs, hands it over, and lets the pages that were
+//! written meanwhile follow if they are too many for the downtime limit.
 
 use migration_core::{
     MigrationError,

@@ -1,6 +1,8 @@
-//! Post-copy: the guest moves first. Pages that it touches come at once, all others are pushed meanwhile, and none moves twice.
+//! Post-copy: the guest moves first. Pages that it touches come at once, all others are pushed
+//! meanwhile, and none moves twice.
 //!
-//! It needs the right to handle page faults of the kernel: root, `/dev/userfaultfd`, or `vm.unprivileged_userfaultfd`.
+//! It needs the right to handle page faults of the kernel: root, `/dev/userfaultfd`, or
+//! `vm.unprivileged_userfaultfd`.
 
 use migration_core::strategy::{PostCopy, push_order::MultiPivot};
 use minivmm::{Destination, Vm, VmOptions};

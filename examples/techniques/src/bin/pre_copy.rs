@@ -1,4 +1,5 @@
-//! Pre-copy: pages move in rounds while the guest runs, until little is left. The guest is then paused for the rest.
+//! Pre-copy: pages move in rounds while the guest runs, until little is left. The guest is then
+//! paused for the rest.
 
 use migration_core::strategy::PreCopy;
 use minivmm::{Destination, Vm, VmOptions};

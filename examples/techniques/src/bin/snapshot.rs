@@ -1,4 +1,5 @@
-//! A snapshot: the VM is written to a file as it is at one moment, while it runs on. Another VM goes on from there.
+//! A snapshot: the VM is written to a file as it is at one moment, while it runs on. Another VM
+//! goes on from there.
 
 use std::{env, fs};
 

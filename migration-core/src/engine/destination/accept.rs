@@ -139,9 +139,9 @@ impl Accepting {
         }
     }
 
-    /// Refuses a connection with the reason. The connection may be a lane of a session that waits for
-    /// its lanes. If there is one such session, it fails. If there are several, the right one is not
-    /// known, and it fails by its time-out.
+    /// Refuses a connection with the reason. The connection may be a lane of a session that waits
+    /// for its lanes. If there is one such session, it fails. If there are several, the right one
+    /// is not known, and it fails by its time-out.
     fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
         self.destination.common.bad_peer(peer, why);
         // best effort: the connection ends either way

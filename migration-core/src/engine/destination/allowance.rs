@@ -1,5 +1,5 @@
-//! The time for which an attempt may have the place of a VM, and the amount of data without pages that
-//! it may send, in proportion to the page data that it has sent.
+//! The time for which an attempt may have the place of a VM, and the amount of data without pages
+//! that it may send, in proportion to the page data that it has sent.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -13,14 +13,14 @@ use crate::{
 
 /// The rate in bytes of page data per second at which an attempt earns as much time as it uses.
 const LEAST_RATE: u64 = 1 << 20;
-/// An attempt ends when it has used this many times the time that it has earned, even if no other source
-/// waits.
+/// An attempt ends when it has used this many times the time that it has earned, even if no other
+/// source waits.
 const END_FACTOR: u32 = 16;
 /// The largest number of pings at once, and per second. A source sends at most four per second.
 const PING_BURST: u64 = 1000;
 const PINGS_A_SECOND: u64 = 100;
-/// The limit of device state in pieces while the guest runs: this many times RAM, plus a constant. A
-/// device may send changed state again and again.
+/// The limit of device state in pieces while the guest runs: this many times RAM, plus a constant.
+/// A device may send changed state again and again.
 const PIECES_PER_RAM: u64 = 4;
 const LEAST_PIECES: u64 = 1 << 30;
 /// How often it may be said of each page, on average, in which store it is: once for each put, and
@@ -65,8 +65,8 @@ impl Allowance {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Returns the time that the attempt has earned. Pages that arrive again earn no more than all of
-    /// RAM earns once.
+    /// Returns the time that the attempt has earned. Pages that arrive again earn no more than all
+    /// of RAM earns once.
     fn earned(&self) -> Duration {
         self.earned_by(self.received.load(Ordering::Relaxed))
     }

@@ -1,4 +1,5 @@
-//! The begin of an attempt at the destination: the VM is built and its session is opened; or a source comes back to its session.
+//! The begin of an attempt at the destination: the VM is built and its session is opened; or a
+//! source comes back to its session.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -25,7 +26,8 @@ pub(super) struct Greeted {
     pub(super) action: DestinationAction,
 }
 
-/// Refuses a source that comes back, with the reason. Returns the refusal as an error, or the reason why it could not be sent.
+/// Refuses a source that comes back, with the reason. Returns the refusal as an error, or the
+/// reason why it could not be sent.
 pub(super) fn refuse_reattach(control: &mut ControlWriter, epoch: u32, why: &str) -> MigrationError {
     match control.send(epoch, &Control::error(ErrorCode::UnknownSession, why)) {
         Ok(()) => MigrationError::Peer { code: ErrorCode::UnknownSession, text: why.to_owned() },
@@ -186,8 +188,8 @@ impl VmEntry {
         Ok((session, features))
     }
 
-    /// Refuses the source of an attempt for which no VM can be built. Its place is free before the refusal is sent, so that the
-    /// next source is not refused as busy.
+    /// Refuses the source of an attempt for which no VM can be built. Its place is free before the
+    /// refusal is sent, so that the next source is not refused as busy.
     fn no_vm(&self, begun: &Begun, control: &mut ControlWriter, code: ErrorCode, cause: VmError) -> MigrationError {
         let text = describe(&cause);
         self.lost(begun.attachment, &text);
@@ -220,8 +222,9 @@ impl VmEntry {
         Protection::new(protected, vm.identity(), vm.ram(), self.common.options.observer.clone()).map(Some)
     }
 
-    /// Asks the source to open its lanes. A thread of the session waits for them, and sends *prepared*. Meanwhile the calling thread
-    /// reads the control lane, and notices a source that gives up.
+    /// Asks the source to open its lanes. A thread of the session waits for them, and sends
+    /// *prepared*. Meanwhile the calling thread reads the control lane, and notices a source that
+    /// gives up.
     fn open(self: &Arc<Self>, session: &Arc<Session>, attachment: u64, features: u32) -> Result<(), MigrationError> {
         let welcome = Welcome { version: VERSION, features, streams: session.lanes, session: session.token };
         session.send_control(&Control::Welcome(welcome))?;
@@ -234,8 +237,9 @@ impl VmEntry {
         self.watcher(Role::Control, "mig-alive", Box::new(body))
     }
 
-    /// Reads and handles the first frame after *welcome*. It is handled when all lanes are open and their reservation is not needed
-    /// any more. The frame of a source that gives up is handled at once.
+    /// Reads and handles the first frame after *welcome*. It is handled when all lanes are open and
+    /// their reservation is not needed any more. The frame of a source that gives up is handled at
+    /// once.
     fn first_frame(
         self: &Arc<Self>,
         frames: &mut ControlReader,
@@ -283,7 +287,8 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>, has_stores: bool) -> u32 {
     wanted & FEATURES & !without | post_copy | checkpoints | stores
 }
 
-/// Checks that the VM was built with the layout of the hello, because pages are checked against that.
+/// Checks that the VM was built with the layout of the hello, because pages are checked against
+/// that.
 fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>, VmError> {
     if *vm.vm().ram().layout() == hello.vm.layout {
         Ok(vm)
@@ -292,7 +297,8 @@ fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>,
     }
 }
 
-/// Returns a token that cannot be guessed: SipHash with keys that the standard library gets from the operating system.
+/// Returns a token that cannot be guessed: SipHash with keys that the standard library gets from
+/// the operating system.
 fn new_token(vm: VmId, epoch: u32) -> SessionToken {
     let mut token = [0; 16];
     for half in token.chunks_mut(8) {

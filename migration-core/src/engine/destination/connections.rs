@@ -20,8 +20,8 @@ pub(super) const MAX_SILENT: usize = 64;
 /// They have their own places, so that connections that send nothing cannot close them.
 pub(super) const MAX_GREETING: usize = 16;
 
-/// The largest number of open connections that name a current session, and whose first frame has not
-/// arrived yet.
+/// The largest number of open connections that name a current session, and whose first frame has
+/// not arrived yet.
 pub(super) const MAX_RETURNING: usize = 8;
 
 /// What is known about a connection.
@@ -91,8 +91,8 @@ impl Connections {
         self.open.remove(&id);
     }
 
-    /// Closes unidentified connections that have been in their stage for longer than `limit`, however
-    /// many bytes they have sent.
+    /// Closes unidentified connections that have been in their stage for longer than `limit`,
+    /// however many bytes they have sent.
     pub(super) fn close_overdue(&mut self, limit: Duration) {
         for connection in self.open.values_mut() {
             let unknown = matches!(connection.stage, Stage::Silent | Stage::Greeting | Stage::Returning);
@@ -103,8 +103,8 @@ impl Connections {
     }
 
     /// Closes the oldest connection that has sent nothing, because its descriptor or its thread is
-    /// needed. If `newest` is given, the connection must be older than that one. Returns false if there
-    /// is none.
+    /// needed. If `newest` is given, the connection must be older than that one. Returns false if
+    /// there is none.
     pub(super) fn close_oldest_silent(&mut self, newest: Option<u64>) -> bool {
         self.close_oldest(Stage::Silent, newest)
     }

@@ -1,4 +1,5 @@
-//! Fail-safe post-copy at the destination: checkpoints go back while the source lives, and the VM lives on when it does not.
+//! Fail-safe post-copy at the destination: checkpoints go back while the source lives, and the VM
+//! lives on when it does not.
 
 use std::time::Instant;
 
@@ -7,7 +8,8 @@ use crate::{channel::WriteHalf, engine::lane::Lane, fence::Fenced};
 
 /// Time between two looks whether a lost source is dead.
 const WATCH: Duration = Duration::from_millis(10);
-/// And the longest, when what is needed then cannot be had: to look may mean to read all of a checkpoint.
+/// And the longest, when what is needed then cannot be had: to look may mean to read all of a
+/// checkpoint.
 const WATCH_REFUSED: Duration = Duration::from_secs(2);
 /// How many times as long as the source this side waits before it asks its fence.
 const LAST: u32 = 4;
@@ -44,10 +46,11 @@ impl VmEntry {
         Ok(())
     }
 
-    /// The link is lost. As soon as the source is dead for certain, and nothing is only there, the VM is free of it.
+    /// The link is lost. As soon as the source is dead for certain, and nothing is only there, the
+    /// VM is free of it.
     ///
-    /// Each side would end the other one after a cut that lasts. The source is first; this side waits longer, so that
-    /// they do not end each other.
+    /// Each side would end the other one after a cut that lasts. The source is first; this side
+    /// waits longer, so that they do not end each other.
     pub(super) fn watch_source(self: &Arc<Self>, session: &Arc<Session>, link: u32) {
         let Some(protection) = &session.protection else { return };
         let Some((detect, identity)) = lock(&protection.source).clone() else { return };

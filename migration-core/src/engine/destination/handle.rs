@@ -4,8 +4,9 @@ use super::*;
 
 /// Controls a [`Receiver`] from other threads.
 ///
-/// The methods that name no VM apply if the receiver has exactly one VM, as a receiver of one VM always does. For a receiver of
-/// [several VMs](ReceiverOptions::max_vms) use [`vms`](Self::vms) and [`vm`](Self::vm).
+/// The methods that name no VM apply if the receiver has exactly one VM, as a receiver of one VM
+/// always does. For a receiver of [several VMs](ReceiverOptions::max_vms) use [`vms`](Self::vms)
+/// and [`vm`](Self::vm).
 #[derive(Clone)]
 pub struct ReceiverHandle {
     destination: Arc<Destination>,
@@ -33,8 +34,8 @@ impl ReceiverHandle {
         Self { destination }
     }
 
-    /// Ends [`Receiver::run`], or the present call of a [`OneAttempt`]. VMs that are being received or held are discarded with the
-    /// receiver.
+    /// Ends [`Receiver::run`], or the present call of a [`OneAttempt`]. VMs that are being received
+    /// or held are discarded with the receiver.
     pub fn stop(&self) {
         self.destination.common.stop.store(true, Ordering::Relaxed);
     }
@@ -44,7 +45,8 @@ impl ReceiverHandle {
         self.destination.common.bytes.load(Ordering::Relaxed)
     }
 
-    /// Returns the VMs that are being received or held, and those whose sources do not know yet that they run here.
+    /// Returns the VMs that are being received or held, and those whose sources do not know yet
+    /// that they run here.
     pub fn vms(&self) -> Vec<VmStatus> {
         let status = |entry: &Arc<VmEntry>| {
             let state = lock(&entry.state);
@@ -148,9 +150,10 @@ impl VmHandle {
     /// Reports that the guest has ended by itself, and why.
     ///
     /// If pages of the VM are missing, the source gets the report, frees them, and ends with
-    /// [`Outcome::Ended`](crate::report::Outcome::Ended). Otherwise it would serve them for ever. If the link is lost, the source
-    /// gets the report when it comes back: the VMM keeps the receiver until [`Receiver::run`] returns, or for as long as it is
-    /// willing to wait. If no page is missing, this method does nothing. It does not wait.
+    /// [`Outcome::Ended`](crate::report::Outcome::Ended). Otherwise it would serve them for ever.
+    /// If the link is lost, the source gets the report when it comes back: the VMM keeps the
+    /// receiver until [`Receiver::run`] returns, or for as long as it is willing to wait. If no
+    /// page is missing, this method does nothing. It does not wait.
     pub fn vm_ended(&self, reason: &str) {
         self.entry.vm_ended(reason);
     }

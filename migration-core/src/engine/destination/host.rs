@@ -1,6 +1,7 @@
 //! Calls of the VMM at a destination, through traits that hide the VMM's types.
 //!
-//! Neither this module nor its callers hold a lock while the VMM is called, because the VMM may call back.
+//! Neither this module nor its callers hold a lock while the VMM is called, because the VMM may
+//! call back.
 
 use std::{
     collections::VecDeque,
@@ -102,8 +103,8 @@ where
     }
 }
 
-/// Delivers notices about a VM to its host, in order, one at a time, and only after the VM has arrived. If a thread adds a notice while
-/// another one delivers, the other thread delivers it.
+/// Delivers notices about a VM to its host, in order, one at a time, and only after the VM has
+/// arrived. If a thread adds a notice while another one delivers, the other thread delivers it.
 #[derive(Default)]
 pub(super) struct Notices {
     state: Mutex<NoticeState>,
@@ -163,7 +164,8 @@ impl Drop for Delivering<'_> {
     }
 }
 
-/// Lets one attempt at a time build a VM. The VM of an attempt that was given up is dropped before the next attempt needs the memory.
+/// Lets one attempt at a time build a VM. The VM of an attempt that was given up is dropped before
+/// the next attempt needs the memory.
 #[derive(Default)]
 pub(super) struct Turns {
     taken: Mutex<bool>,
@@ -193,7 +195,8 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
 
-    /// A notice that the host adds while it handles another one is delivered after that one, and the host does not wait for it.
+    /// A notice that the host adds while it handles another one is delivered after that one, and
+    /// the host does not wait for it.
     #[test]
     fn notices_come_in_order_once_the_vm_has_arrived() {
         let (notices, told) = (Notices::default(), Mutex::new(Vec::new()));

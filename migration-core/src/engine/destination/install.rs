@@ -48,9 +48,11 @@ impl LaneReceiver {
         Self { kind, index, reader, peer, session, bytes, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
     }
 
-    /// Receives until the lane ends; it always ends with an error, which is no fault once the session is sealed.
+    /// Receives until the lane ends; it always ends with an error, which is no fault once the
+    /// session is sealed.
     pub(super) fn run(mut self) -> MigrationError {
-        // between rounds a lane may be silent for as long as the control lane is alive, which sees to it
+        // between rounds a lane may be silent for as long as the control lane is alive, which sees
+        // to it
         if let Err(cause) = self.reader.set_idle_timeout(None::<Duration>) {
             return MigrationError::link(&self.peer)(cause);
         }
@@ -213,8 +215,8 @@ impl LaneReceiver {
         Ok(())
     }
 
-    /// Reads `payload` bytes of page data into the buffer of this lane, which the caller gives back. They are those that the
-    /// source has sent: of another checksum they are an error.
+    /// Reads `payload` bytes of page data into the buffer of this lane, which the caller gives
+    /// back. They are those that the source has sent: of another checksum they are an error.
     fn read_checked(&mut self, crc: u32, payload: usize) -> Result<Vec<u8>, MigrationError> {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(payload, 0);

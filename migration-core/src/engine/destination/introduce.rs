@@ -109,7 +109,8 @@ impl Destination {
         introduced.wants_session = preamble.kind == LaneKind::Control;
         let known = self.find(preamble.session).is_ok();
         let stage = match preamble.kind {
-            // on a link that is not encrypted anybody may have read the token, so it opens only lanes that then take a place
+            // on a link that is not encrypted anybody may have read the token, so it opens only
+            // lanes that then take a place
             LaneKind::Control => Stage::Greeting,
             LaneKind::Reattach if known => Stage::Returning,
             _ if known => Stage::Identified,
@@ -248,15 +249,17 @@ fn check_version(preamble: &Preamble, control: &mut ControlWriter) -> Result<(),
     Err(MigrationError::Peer { code: ErrorCode::Version, text: why })
 }
 
-/// Refuses a source that encrypts, with the reason, and waits until the source closes the connection. If this side closed it
-/// while data is unread, some transports would drop what was written last.
+/// Refuses a source that encrypts, with the reason, and waits until the source closes the
+/// connection. If this side closed it while data is unread, some transports would drop what was
+/// written last.
 fn refuse_sealed(reader: &mut dyn ReadHalf, control: &mut ControlWriter, why: &DecodeError, patience: Duration) {
     // best effort: the lane ends either way
     if control.send(0, &Control::error(ErrorCode::Security, why.to_string())).is_err() {
         return;
     }
     let end = Instant::now() + patience;
-    // the first message of a handshake is far shorter; the time bounds a peer that sends a byte at a time
+    // the first message of a handshake is far shorter; the time bounds a peer that sends a byte at
+    // a time
     for _ in 0..4096 {
         if Instant::now() > end || reader.read_exact(&mut [0]).is_err() {
             return;

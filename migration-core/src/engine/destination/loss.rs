@@ -7,7 +7,8 @@ use crate::vm::FailedAttempt;
 pub(super) struct GivenUp {
     /// The phase of the protocol before.
     pub(super) phase: DestinationPhase,
-    /// Whether no failed attempt will be reported to the host any more. If false, the thread that builds the VM reports it.
+    /// Whether no failed attempt will be reported to the host any more. If false, the thread that
+    /// builds the VM reports it.
     pub(super) reported: bool,
 }
 
@@ -26,16 +27,16 @@ impl VmEntry {
         }
     }
 
-    /// Sends a warning to the observer, if there is one. As for every event, the caller holds no lock, because an observer may use
-    /// the [`ReceiverHandle`].
+    /// Sends a warning to the observer, if there is one. As for every event, the caller holds no
+    /// lock, because an observer may use the [`ReceiverHandle`].
     pub(super) fn warn(&self, what: Option<String>) {
         if let Some(what) = what {
             self.common.options.observer.event(&Event::Warning(what));
         }
     }
 
-    /// Ends the attempt that is under way if `must` returns true for its allowance and the VM is not complete. Returns whether the
-    /// attempt was ended.
+    /// Ends the attempt that is under way if `must` returns true for its allowance and the VM is
+    /// not complete. Returns whether the attempt was ended.
     pub(super) fn end_attempt(&self, why: &str, must: impl FnOnce(&Allowance) -> bool) -> bool {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let state = lock(&self.state);
@@ -52,7 +53,8 @@ impl VmEntry {
         true
     }
 
-    /// Ends the attempt that is under way if the VM is not complete. The source is informed, if that is possible at once.
+    /// Ends the attempt that is under way if the VM is not complete. The source is informed, if
+    /// that is possible at once.
     pub(super) fn give_up(&self, why: &str) -> GivenUp {
         use DestinationPhase::{Loading, Preparing, Receiving};
         let mut state = lock(&self.state);
@@ -62,7 +64,8 @@ impl VmEntry {
         }
         let epoch = state.machine.epoch();
         state.machine.link_lost();
-        // so the thread that builds or loads the VM finds that it does not speak for the session any more
+        // so the thread that builds or loads the VM finds that it does not speak for the session
+        // any more
         state.attachment += 1;
         let given_up = state.session.take();
         drop(state);
@@ -101,8 +104,9 @@ impl VmEntry {
         self.discard(given_up, why);
     }
 
-    /// Handles the loss of the link of `session` while the state is loaded. The thread of the control lane does not notice the loss,
-    /// because it loads the state and may wait for a page that was under way.
+    /// Handles the loss of the link of `session` while the state is loaded. The thread of the
+    /// control lane does not notice the loss, because it loads the state and may wait for a page
+    /// that was under way.
     pub(super) fn lost_while_loading(&self, session: &Arc<Session>, why: &str) {
         let mut state = lock(&self.state);
         let ours = state.session.as_ref().is_some_and(|present| Arc::ptr_eq(present, session));

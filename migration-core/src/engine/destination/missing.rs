@@ -1,4 +1,5 @@
-//! Post-copy at the destination: which pages are missing, who waits for them, and what was asked of the source.
+//! Post-copy at the destination: which pages are missing, who waits for them, and what was asked of
+//! the source.
 
 use std::{
     collections::HashMap,
@@ -128,7 +129,8 @@ impl Missing {
         Self { gatherer, ..self }
     }
 
-    /// Checks pages that the source sends. One that has arrived before may come again, behind a link that was lost.
+    /// Checks pages that the source sends. One that has arrived before may come again, behind a
+    /// link that was lost.
     pub(in crate::engine) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
         let block_pages = self.pager.block_pages();
         if self.map.read(|map| map.missing_at_hand_over().count_in(range)) != range.count {
@@ -252,8 +254,8 @@ impl Missing {
         self.map.read(|map| pages.any(|page| map.missing().contains(page) && !map.in_store().contains(page)))
     }
 
-    /// Waits for faults and asks for their pages, until none is missing or nobody wants them. `number` tells the threads
-    /// that do so apart.
+    /// Waits for faults and asks for their pages, until none is missing or nobody wants them.
+    /// `number` tells the threads that do so apart.
     pub(in crate::engine) fn watch(&self, number: usize) -> Result<(), crate::vm::VmError> {
         let mut faults = Vec::new();
         while !self.ended.load(Ordering::Acquire) {
@@ -264,7 +266,8 @@ impl Missing {
             }
             let wanted = self.note(&faults);
             for pages in wanted.chunks(MAX_REQUESTS) {
-                // without a lane the guest waits until there is one: it then asks for all that waits
+                // without a lane the guest waits until there is one: it then asks for all that
+                // waits
                 let _ = self.request(number % self.lanes.len().max(1), pages.to_vec());
             }
         }
@@ -281,7 +284,8 @@ impl Missing {
                 && let Some(waits) = state.waiting.get(&(fault.page / block_pages))
                 && waits.iter().any(|waiter| waiter.thread == fault.thread)
             {
-                // a signal took it out of its wait, for a pause or a checkpoint, and it came back: the same fault
+                // a signal took it out of its wait, for a pause or a checkpoint, and it came back:
+                // the same fault
                 continue;
             }
             state.faults += 1;
@@ -289,7 +293,8 @@ impl Missing {
             state.vcpu_faults += u64::from(by_vcpu);
             if !self.map.is_missing(fault.page) {
                 state.latencies.record(Duration::ZERO);
-                // it came after the fault was read; if this fails the page is not there, and the next fault tells
+                // it came after the fault was read; if this fails the page is not there, and the
+                // next fault tells
                 let _ = self.pager.wake(fault.page);
                 continue;
             }
@@ -375,7 +380,8 @@ impl Missing {
         found.iter().filter_map(|block| waiting.remove(block)).for_each(&mut served);
     }
 
-    /// Installs every missing page from the store that its source has put it into, those that it does not have as zeros.
+    /// Installs every missing page from the store that its source has put it into, those that it
+    /// does not have as zeros.
     pub(in crate::engine) fn fill(&self, layout: &RamLayout, store: &mut dyn VersionStore) -> io::Result<()> {
         let mut block = vec![0; STRIPE_PAGES as usize * PAGE_SIZE];
         let mut at = None;
@@ -591,7 +597,8 @@ pub(in crate::engine) mod tests {
         let (missing, pager) = missing(4, &[(0, 12)]);
         missing.set_vcpus(vec![1, 2]);
         assert_eq!(missing.note(&[fault(5, 1), fault(9, 3)]), [5, 9]);
-        // another thread, in the same block; the same thread, which a signal woke; and threads that are not known
+        // another thread, in the same block; the same thread, which a signal woke; and threads that
+        // are not known
         assert_eq!(missing.note(&[fault(6, 2), fault(5, 1), fault(6, 0), fault(6, 0)]), [0u64; 0]);
         let summary = missing.summary();
         assert_eq!((summary.count, summary.vcpu), (5, 2));

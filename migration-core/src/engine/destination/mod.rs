@@ -80,15 +80,17 @@ use crate::{
 /// The interval at which the accept loop checks whether it has to stop.
 const ACCEPT_TICK: Duration = Duration::from_millis(50);
 
-/// Receives VMs: attempt after attempt until one VM was received, or, for several VMs, until it is stopped.
+/// Receives VMs: attempt after attempt until one VM was received, or, for several VMs, until it is
+/// stopped.
 pub struct Receiver {
     destination: Arc<Destination>,
 }
 
 impl Receiver {
-    /// Creates a receiver that builds its VMs on `host`. It calls `arrived` once for each VM, as soon as the VM is owned here and was
-    /// started. Like the methods of the host, `arrived` is called without a lock, by a thread of the receiver or by the thread that
-    /// has taken over a held VM ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]).
+    /// Creates a receiver that builds its VMs on `host`. It calls `arrived` once for each VM, as
+    /// soon as the VM is owned here and was started. Like the methods of the host, `arrived` is
+    /// called without a lock, by a thread of the receiver or by the thread that has taken over a
+    /// held VM ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]).
     pub fn new<H>(host: H, arrived: impl Fn(Arrived<H::Vm>) + Send + Sync + 'static, options: ReceiverOptions) -> Self
     where
         H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
@@ -101,10 +103,10 @@ impl Receiver {
         ReceiverHandle::new(self.destination.clone())
     }
 
-    /// Accepts sources until a VM was received and its source knows that, or, for
-    /// [several VMs](ReceiverOptions::max_vms), until [`ReceiverHandle::stop`] is called. Bad peers, failed attempts and lost
-    /// links do not end it. A VM arrives as soon as it was started. If the source's last message is lost, that can be long before
-    /// this method returns.
+    /// Accepts sources until a VM was received and its source knows that, or, for [several
+    /// VMs](ReceiverOptions::max_vms), until [`ReceiverHandle::stop`] is called. Bad peers, failed
+    /// attempts and lost links do not end it. A VM arrives as soon as it was started. If the
+    /// source's last message is lost, that can be long before this method returns.
     ///
     /// # Errors
     /// There is no VM: see [`ReceiveError`].

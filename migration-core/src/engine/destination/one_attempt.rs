@@ -7,10 +7,11 @@ use thiserror::Error;
 use super::*;
 use crate::vm::{FailedAttempt, VmDescription};
 
-/// Receives one attempt at a time on the caller's thread, and returns the VM or the reason why there is none.
+/// Receives one attempt at a time on the caller's thread, and returns the VM or the reason why
+/// there is none.
 ///
-/// A refusal counts as an attempt, for example of a peer that speaks another protocol or version, or of a VM that the host does not
-/// build. A connection that ends without a byte does not count.
+/// A refusal counts as an attempt, for example of a peer that speaks another protocol or version,
+/// or of a VM that the host does not build. A connection that ends without a byte does not count.
 ///
 /// ```
 /// use std::time::{Duration, Instant};
@@ -33,7 +34,8 @@ use crate::vm::{FailedAttempt, VmDescription};
 /// }
 /// ```
 ///
-/// Dropping it closes all connections, and discards a VM that has not arrived, also one that is held. Missing pages then stay missing.
+/// Dropping it closes all connections, and discards a VM that has not arrived, also one that is
+/// held. Missing pages then stay missing.
 pub struct OneAttempt<V> {
     receiver: Receiver,
     accepting: Accepting,
@@ -45,11 +47,12 @@ pub struct OneAttempt<V> {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AttemptError {
-    /// The attempt has failed, and the guest runs on at the source. Call [`OneAttempt::receive`] again for another attempt.
+    /// The attempt has failed, and the guest runs on at the source. Call [`OneAttempt::receive`]
+    /// again for another attempt.
     #[error("{0}")]
     Failed(FailedAttempt),
-    /// The time was up, or [`ReceiverHandle::stop`] was called, when the VM was complete. Its source may have given it away, so it is
-    /// held, paused, until
+    /// The time was up, or [`ReceiverHandle::stop`] was called, when the VM was complete. Its
+    /// source may have given it away, so it is held, paused, until
     /// - its source decides: call [`OneAttempt::receive`] again;
     /// - or a person decides: call [`ReceiverHandle::adopt`] and then [`OneAttempt::receive`];
     /// - or the [`OneAttempt`] is dropped, which discards the VM.
@@ -60,7 +63,8 @@ pub enum AttemptError {
         /// The epoch of its attempt.
         epoch: u32,
     },
-    /// [`ReceiverHandle::stop`] was called. It has ended the attempt that was under way, if any, and the source was informed.
+    /// [`ReceiverHandle::stop`] was called. It has ended the attempt that was under way, if any,
+    /// and the source was informed.
     #[error("stopped")]
     Stopped,
     /// The time is up. An attempt that was under way has ended, and the source was informed.
@@ -76,7 +80,8 @@ struct Results<V>(Mutex<Waiting<V>>);
 
 struct Waiting<V> {
     results: VecDeque<Result<Arrived<V>, FailedAttempt>>,
-    /// The number of attempts that were given up and will still be reported as failed. Those reports are no results.
+    /// The number of attempts that were given up and will still be reported as failed. Those
+    /// reports are no results.
     given_up: u32,
 }
 
@@ -122,8 +127,8 @@ impl<H: DestinationHost> DestinationHost for Reporting<H> {
 }
 
 impl<V: Send + 'static> OneAttempt<V> {
-    /// Creates a receiver that builds its VM on `host`. The options `patience` and `max_vms` do not apply:
-    /// [`receive`](Self::receive) and [`finish`](Self::finish) have deadlines.
+    /// Creates a receiver that builds its VM on `host`. The options `patience` and `max_vms` do not
+    /// apply: [`receive`](Self::receive) and [`finish`](Self::finish) have deadlines.
     pub fn new<H>(host: H, options: ReceiverOptions) -> Self
     where
         H: DestinationHost<Vm = V> + Send + Sync + 'static,
@@ -138,15 +143,15 @@ impl<V: Send + 'static> OneAttempt<V> {
         Self { receiver, accepting, entry, results }
     }
 
-    /// Returns a handle for other threads. [`ReceiverHandle::stop`] ends the present or the next call of [`receive`](Self::receive) or
-    /// [`finish`](Self::finish).
+    /// Returns a handle for other threads. [`ReceiverHandle::stop`] ends the present or the next
+    /// call of [`receive`](Self::receive) or [`finish`](Self::finish).
     pub fn handle(&self) -> ReceiverHandle {
         self.receiver.handle()
     }
 
-    /// Waits for an attempt until `deadline`, or without a limit if that is `None`, and returns the VM when it is owned here and was
-    /// started. In post-copy pages are still missing then: call [`finish`](Self::finish), which accepts the source when it
-    /// comes back after a lost link.
+    /// Waits for an attempt until `deadline`, or without a limit if that is `None`, and returns the
+    /// VM when it is owned here and was started. In post-copy pages are still missing then: call
+    /// [`finish`](Self::finish), which accepts the source when it comes back after a lost link.
     ///
     /// # Errors
     /// There is no VM: see [`AttemptError`]. The method can be called again.
@@ -171,8 +176,8 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Ends the attempt that is under way, because the caller does not wait any more. Returns `None` if the VM has been started and
-    /// arrives at once.
+    /// Ends the attempt that is under way, because the caller does not wait any more. Returns
+    /// `None` if the VM has been started and arrives at once.
     fn give_up(&self, end: AttemptError) -> Option<AttemptError> {
         let given_up = self.entry.give_up(&format!("the destination has given the attempt up: {end}"));
         match given_up.phase {
@@ -191,11 +196,12 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Serves the VM that was received, until no page is missing and its source knows that it runs here, or until `deadline`.
+    /// Serves the VM that was received, until no page is missing and its source knows that it runs
+    /// here, or until `deadline`.
     ///
     /// # Errors
-    /// [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`]. The VM runs here all the same. Missing pages
-    /// stay missing.
+    /// [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`]. The VM
+    /// runs here all the same. Missing pages stay missing.
     pub fn finish(mut self, listener: &mut dyn Listener, deadline: Option<Instant>) -> Result<(), AttemptError> {
         loop {
             if self.entry.finished.load(Ordering::Relaxed) {

@@ -20,26 +20,31 @@ pub struct ReceiverOptions {
     pub max_streams: u16,
     /// The largest size of a VM's RAM in bytes.
     pub max_ram_bytes: u64,
-    /// The largest number of VMs that are received, or held for their sources, at the same time. With 1, the default, the receiver ends
-    /// when the VM has arrived. With more it goes on until it is stopped, each VM has its own session and connections, and
-    /// `patience` does not apply. A VM that has arrived does not count any more when its source knows that it runs here.
+    /// The largest number of VMs that are received, or held for their sources, at the same time.
+    /// With 1, the default, the receiver ends when the VM has arrived. With more it goes on until
+    /// it is stopped, each VM has its own session and connections, and `patience` does not apply. A
+    /// VM that has arrived does not count any more when its source knows that it runs here.
     pub max_vms: usize,
-    /// The longest time without data from a peer: before it has introduced itself, until its lanes are open, and on the control
-    /// lane.
+    /// The longest time without data from a peer: before it has introduced itself, until its lanes
+    /// are open, and on the control lane.
     pub idle_timeout: Duration,
-    /// The time for which an attempt that has sent no page keeps out other sources. Each MiB of page data adds a second, up to the
-    /// size of RAM. After that the next source takes the session. After 16 times as long the attempt ends in any case. This does
-    /// not apply to a VM that is ready or runs here.
+    /// The time for which an attempt that has sent no page keeps out other sources. Each MiB of
+    /// page data adds a second, up to the size of RAM. After that the next source takes the
+    /// session. After 16 times as long the attempt ends in any case. This does not apply to a VM
+    /// that is ready or runs here.
     pub progress_grace: Duration,
-    /// The only VM that is accepted, and an epoch that its epoch must exceed. A VM that was [lent](crate::engine::ephemeral) comes back
-    /// under a higher epoch than the one under which it left. `None` accepts any VM.
+    /// The only VM that is accepted, and an epoch that its epoch must exceed. A VM that was
+    /// [lent](crate::engine::ephemeral) comes back under a higher epoch than the one under which it
+    /// left. `None` accepts any VM.
     pub awaits: Option<(VmId, u32)>,
-    /// The longest time to wait for a source, and then, when the VM runs here, for the source's last message. `None` waits without a
-    /// limit. An attempt that is under way at the end of this time has the time-outs of an attempt.
+    /// The longest time to wait for a source, and then, when the VM runs here, for the source's
+    /// last message. `None` waits without a limit. An attempt that is under way at the end of this
+    /// time has the time-outs of an attempt.
     pub patience: Option<Duration>,
     /// In fail-safe post-copy, ends the source for certain, so that held output can be released.
     pub fence: Arc<dyn Fence>,
-    /// In fail-safe post-copy, the stores with the forward checkpoints of sources that have died; `None` if there are none.
+    /// In fail-safe post-copy, the stores with the forward checkpoints of sources that have died;
+    /// `None` if there are none.
     pub forward: Option<Arc<dyn ForwardStores>>,
     /// The page stores from which pages of a VM may be fetched. A source can name these, and no
     /// others.

@@ -7,8 +7,8 @@ use std::{
 
 use crate::lock::lock;
 
-/// Has a value until it is taken out for ever. A thread also takes it out for a call, so one thread at a time calls it, and no lock is
-/// held meanwhile.
+/// Has a value until it is taken out for ever. A thread also takes it out for a call, so one thread
+/// at a time calls it, and no lock is held meanwhile.
 pub(in crate::engine) struct Place<T> {
     content: Mutex<Content<T>>,
     changed: Condvar,
@@ -32,13 +32,15 @@ impl<T> Place<T> {
         Self { content: Mutex::new(Content::Here(value)), changed: Condvar::new() }
     }
 
-    /// Takes the value out for a call, once no other thread calls it. Returns `None` if it was taken out for ever.
+    /// Takes the value out for a call, once no other thread calls it. Returns `None` if it was
+    /// taken out for ever.
     pub(in crate::engine) fn borrow(&self) -> Option<InUse<'_, T>> {
         let value = self.take_out(Content::InUse)?;
         Some(InUse { place: self, value: Some(value) })
     }
 
-    /// Takes the value out for ever, once no other thread calls it. Returns `None` if that was done before.
+    /// Takes the value out for ever, once no other thread calls it. Returns `None` if that was done
+    /// before.
     pub(in crate::engine) fn take(&self) -> Option<T> {
         self.take_out(Content::Gone)
     }

@@ -1,8 +1,10 @@
-//! Checkpoints of a VM that runs here before all its pages are here. The [source](crate::engine::source) keeps them.
+//! Checkpoints of a VM that runs here before all its pages are here. The
+//! [source](crate::engine::source) keeps them.
 //!
-//! One checkpoint (PostCopyFT, section III): *stage I* sends what was written since the last one while the guest runs;
-//! *stage II* pauses it, saves its state, copies what it wrote during stage I, and lets it go on. The copy and the state
-//! follow, then the commit. Output made before stage II leaves when the source has acknowledged it.
+//! One checkpoint (PostCopyFT, section III): *stage I* sends what was written since the last one
+//! while the guest runs; *stage II* pauses it, saves its state, copies what it wrote during stage
+//! I, and lets it go on. The copy and the state follow, then the commit. Output made before stage
+//! II leaves when the source has acknowledged it.
 
 #[cfg(test)]
 mod tests;
@@ -45,7 +47,8 @@ pub(in crate::engine) struct Protection {
     wanted: AtomicBool,
     /// After how long without a link the source counts as dead, and its identity.
     pub(in crate::engine) source: Mutex<Option<(Duration, Bytes)>>,
-    /// With which the VM was handed over: its forward checkpoint has the same, and no other one has.
+    /// With which the VM was handed over: its forward checkpoint has the same, and no other one
+    /// has.
     pub(in crate::engine) state: Mutex<Bytes>,
 }
 
@@ -83,8 +86,8 @@ impl Protection {
         })
     }
 
-    /// The VM is about to be loaded, with pages missing: what was written so far came from the source, and what comes
-    /// out from here on is held.
+    /// The VM is about to be loaded, with pages missing: what was written so far came from the
+    /// source, and what comes out from here on is held.
     pub(in crate::engine) fn begin(&self) -> Result<(), MigrationError> {
         if let Some(mut protected) = self.protected.borrow() {
             let Protected { vm, rounds, .. } = &mut *protected;
@@ -166,8 +169,8 @@ pub(in crate::engine) struct CheckpointLane {
 }
 
 impl CheckpointLane {
-    /// Takes checkpoints until no page is missing, then waits for the end of the link. `wait_running` returns when the VM
-    /// runs, or never will.
+    /// Takes checkpoints until no page is missing, then waits for the end of the link.
+    /// `wait_running` returns when the VM runs, or never will.
     pub(in crate::engine) fn run(
         &mut self,
         protection: &Protection,

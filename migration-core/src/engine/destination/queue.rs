@@ -14,15 +14,17 @@ use crate::{
 
 /// A receiver whose host and VMs belong to one thread, the thread of the VMM's event loop.
 ///
-/// The receiver's own threads move pages. To call the host or a VM (to build it, to load its state, to start it) they queue a request,
-/// call the waker, and wait. The loop then calls [`next`](Self::next), which executes the requests on the loop's thread and returns
-/// the events. So the host and its VMs need to be neither `Send` nor `Sync`. The guest's pause includes the time until the loop calls
-/// `next`, so the loop has to call it promptly.
+/// The receiver's own threads move pages. To call the host or a VM (to build it, to load its state,
+/// to start it) they queue a request, call the waker, and wait. The loop then calls
+/// [`next`](Self::next), which executes the requests on the loop's thread and returns the events.
+/// So the host and its VMs need to be neither `Send` nor `Sync`. The guest's pause includes the
+/// time until the loop calls `next`, so the loop has to call it promptly.
 ///
-/// The waker is called from any thread, also while `next` runs. It writes to an eventfd that the loop polls, or wakes the loop in
-/// another way. migration-transport has such a waker, `Wakeup`.
+/// The waker is called from any thread, also while `next` runs. It writes to an eventfd that the
+/// loop polls, or wakes the loop in another way. migration-transport has such a waker, `Wakeup`.
 ///
-/// Dropping the queue stops the receiver and waits for its threads. A VM that has not arrived is discarded.
+/// Dropping the queue stops the receiver and waits for its threads. A VM that has not arrived is
+/// discarded.
 pub struct ReceiverQueue<H: DestinationHost> {
     handle: ReceiverHandle,
     requests: mpsc::Receiver<Request<H>>,
@@ -37,7 +39,8 @@ pub enum ReceiverEvent<V> {
     Arrived(Arrived<V>),
     /// The link to the source of this VM is lost. [`DestinationHost::link_lost`] was called before.
     LinkLost(VmId),
-    /// The link is back, or is not needed any more. [`DestinationHost::link_found`] was called before.
+    /// The link is back, or is not needed any more. [`DestinationHost::link_found`] was called
+    /// before.
     LinkFound(VmId),
     /// An attempt has failed. [`DestinationHost::attempt_failed`] was called before.
     AttemptFailed(FailedAttempt),
@@ -217,8 +220,8 @@ impl<H: DestinationHost + 'static> DestinationVm for RemoteVm<H> {
 }
 
 impl<H: DestinationHost + 'static> ReceiverQueue<H> {
-    /// Starts a receiver at `listener` that builds its VMs on `host`, on the thread that calls [`next`](Self::next). `wake` is called
-    /// whenever a request or an event was queued.
+    /// Starts a receiver at `listener` that builds its VMs on `host`, on the thread that calls
+    /// [`next`](Self::next). `wake` is called whenever a request or an event was queued.
     ///
     /// # Errors
     /// The thread that accepts connections cannot be started.
@@ -258,8 +261,9 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
         self.handle.clone()
     }
 
-    /// Executes the queued requests until there is an event, and returns the event. Returns `None` if the queue is empty: the waker is
-    /// called when that changes. It does not wait, except in the methods of the host and its VMs.
+    /// Executes the queued requests until there is an event, and returns the event. Returns `None`
+    /// if the queue is empty: the waker is called when that changes. It does not wait, except in
+    /// the methods of the host and its VMs.
     #[allow(clippy::should_implement_trait, reason = "more events may follow `None`")]
     pub fn next(&mut self) -> Option<ReceiverEvent<H::Vm>> {
         loop {

@@ -1,12 +1,13 @@
 //! Reservation of what the lanes of a session need, before they are offered. So *welcome* tells the
 //! source how many lanes there can be, and no lane fails later for lack of resources.
 //!
-//! If a thread or a descriptor is needed and cannot be had otherwise, the oldest connection that has
-//! sent nothing is closed. Before a connection has sent something, an unidentified connection cannot
-//! be told from a lane of the session, and several lanes come at the same time. So a new connection
-//! gets a reserved thread if there is one, and no older connection is closed for that: otherwise each
-//! lane would close the one before it. Unidentified connections may therefore use reserved threads,
-//! but only until a lane needs one, and never those that are reserved for the session itself.
+//! If a thread or a descriptor is needed and cannot be had otherwise, the oldest connection that
+//! has sent nothing is closed. Before a connection has sent something, an unidentified connection
+//! cannot be told from a lane of the session, and several lanes come at the same time. So a new
+//! connection gets a reserved thread if there is one, and no older connection is closed for that:
+//! otherwise each lane would close the one before it. Unidentified connections may therefore use
+//! reserved threads, but only until a lane needs one, and never those that are reserved for the
+//! session itself.
 
 use std::thread;
 
@@ -14,15 +15,15 @@ use super::*;
 
 type Body = Box<dyn FnOnce() + Send>;
 
-/// The longest wait until a closed connection has released its thread and its descriptor. After that
-/// they count as not available.
+/// The longest wait until a closed connection has released its thread and its descriptor. After
+/// that they count as not available.
 const GIVING_WAY: Duration = Duration::from_millis(200);
-/// The interval between two looks during that wait: the kernel counts a thread for a short time after
-/// its end.
+/// The interval between two looks during that wait: the kernel counts a thread for a short time
+/// after its end.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// The number of demand lanes that are reserved if post-copy is requested. Only the source knows how
-/// many there will be.
+/// The number of demand lanes that are reserved if post-copy is requested. Only the source knows
+/// how many there will be.
 const DEMAND_LANES: usize = 2;
 /// The number of threads of every session beside those of its lanes: one sends signs of life.
 const SESSION_THREADS: usize = 1;
@@ -60,8 +61,8 @@ impl Reserved {
     }
 }
 
-/// A reservation of threads for the lanes of a session, until this is dropped. They are used when no
-/// new thread can be started.
+/// A reservation of threads for the lanes of a session, until this is dropped. They are used when
+/// no new thread can be started.
 pub(super) struct Reservation<'a> {
     common: &'a Common,
     number: u64,
@@ -77,9 +78,9 @@ impl Drop for Reservation<'_> {
 }
 
 impl Common {
-    /// Reserves threads and descriptors for `streams` bulk lanes and for what `features` need. If there
-    /// are not enough, connections that have sent nothing are closed. If that does not suffice,
-    /// fewer bulk lanes are reserved.
+    /// Reserves threads and descriptors for `streams` bulk lanes and for what `features` need. If
+    /// there are not enough, connections that have sent nothing are closed. If that does not
+    /// suffice, fewer bulk lanes are reserved.
     ///
     /// # Errors
     /// There is not enough for a single bulk lane.
@@ -160,8 +161,8 @@ impl Common {
         started
     }
 
-    /// Closes the oldest connection that has sent nothing, and waits for a short time until `helped`
-    /// returns true. Returns whether it did.
+    /// Closes the oldest connection that has sent nothing, and waits for a short time until
+    /// `helped` returns true. Returns whether it did.
     fn gives_way(&self, newest: Option<u64>, mut helped: impl FnMut() -> bool) -> bool {
         if !lock(&self.connections).close_oldest_silent(newest) {
             return false;
@@ -224,8 +225,8 @@ impl Common {
         Ok(thread)
     }
 
-    /// Starts a thread for the connection `id`, or uses a thread that is reserved for lanes, or that of
-    /// an older connection that has sent nothing. `body` is called for each try.
+    /// Starts a thread for the connection `id`, or uses a thread that is reserved for lanes, or
+    /// that of an older connection that has sent nothing. `body` is called for each try.
     pub(super) fn spawn_for(&self, id: u64, body: impl Fn() -> Body) -> io::Result<Box<dyn Joiner>> {
         // the role is known only when the connection has introduced itself; most carry pages
         let role = Role::Bulk;

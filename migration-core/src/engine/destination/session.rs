@@ -25,8 +25,8 @@ use crate::{
     wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken, missing_frames},
 };
 
-/// How often a destination that loads the VM says that it is alive: a fraction of the time for which a source waits
-/// ([`PauseLimits`](crate::engine::PauseLimits)).
+/// How often a destination that loads the VM says that it is alive: a fraction of the time for
+/// which a source waits ([`PauseLimits`](crate::engine::PauseLimits)).
 const ALIVE: Duration = Duration::from_millis(250);
 
 /// How long a source that loses the session may take to take the reason.
@@ -45,7 +45,8 @@ pub(super) struct Session {
     /// RAM is the source's too: no page may arrive.
     pub(super) shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
-    /// The VM, until it is started or discarded. In use while its state is loaded, which may wait for missing pages.
+    /// The VM, until it is started or discarded. In use while its state is loaded, which may wait
+    /// for missing pages.
     pub(super) vm: Place<Box<dyn AnyVm>>,
     /// Serves missing pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
@@ -53,7 +54,8 @@ pub(super) struct Session {
     pub(super) protection: Option<Arc<Protection>>,
     /// Fetches pages from stores, if stores are agreed on.
     pub(super) gatherer: Option<Arc<Gatherer>>,
-    /// The list of missing pages that is coming in. It counts once all rounds before it are here: see `map`.
+    /// The list of missing pages that is coming in. It counts once all rounds before it are here:
+    /// see `map`.
     pub(super) listed: Mutex<PageSet>,
     /// Where each page is: what rounds have brought, what is left behind, and what arrives of that.
     pub(super) map: Arc<SharedPageMap>,
@@ -64,15 +66,16 @@ pub(super) struct Session {
     told: Mutex<Told>,
     /// With the number of its link.
     control: Mutex<(u32, ControlWriter)>,
-    /// The last generation that the source was told of. Held while it is told, so that announcements go out in order.
+    /// The last generation that the source was told of. Held while it is told, so that
+    /// announcements go out in order.
     announced: Mutex<u32>,
     /// Held for moments only, never while anything is read or written.
     lane_state: Mutex<LaneState>,
     changed: Condvar,
 }
 
-/// What the source was told on the present control lane. Held while it is told, so that *complete* goes out behind *running*
-/// and what belongs to it, and once.
+/// What the source was told on the present control lane. Held while it is told, so that *complete*
+/// goes out behind *running* and what belongs to it, and once.
 #[derive(Default)]
 struct Told {
     running: bool,
@@ -95,7 +98,8 @@ struct LaneState {
     running: bool,
     /// Whether its guest has ended here: what is missing need not come any more.
     guest_ended: bool,
-    /// The last generation of which each lane has begun to receive, and the last that it has completed.
+    /// The last generation of which each lane has begun to receive, and the last that it has
+    /// completed.
     started: Vec<u32>,
     ended: Vec<u32>,
     /// The number of the *vacated* that is not answered, and of the last mark on each lane.
@@ -217,7 +221,8 @@ impl Session {
         lock(&self.control).1.send(self.epoch, frame)
     }
 
-    /// Tells the source why it loses the session, if that can be done at once: it may be one that does not listen.
+    /// Tells the source why it loses the session, if that can be done at once: it may be one that
+    /// does not listen.
     pub(super) fn last_word(&self, code: ErrorCode, why: &str) {
         let Ok(mut control) = self.control.try_lock() else { return };
         if control.1.set_idle_timeout(LAST_WORD).is_ok() {
@@ -232,8 +237,9 @@ impl Session {
         Loading(&self.loading)
     }
 
-    /// Says *pong* every [`ALIVE`] while the VM is being loaded, which may take long: the source, whose guest is paused, cannot
-    /// tell it from death else. Returns when the session is over, or the VM runs.
+    /// Says *pong* every [`ALIVE`] while the VM is being loaded, which may take long: the source,
+    /// whose guest is paused, cannot tell it from death else. Returns when the session is over, or
+    /// the VM runs.
     pub(super) fn keep_alive(&self) {
         loop {
             let waiting = |s: &mut LaneState| s.over.is_none() && !s.running;
@@ -303,8 +309,8 @@ impl Session {
         Ok(())
     }
 
-    /// Lists what only the source has, once *running* was said. The list is said as a whole: none that
-    /// is said on another link comes between its frames.
+    /// Lists what only the source has, once *running* was said. The list is said as a whole: none
+    /// that is said on another link comes between its frames.
     pub(super) fn list_missing(&self) -> Result<(), MigrationError> {
         let told = lock(&self.told);
         if told.running { self.send_list() } else { Ok(()) }
@@ -319,8 +325,8 @@ impl Session {
         self.send_control(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
     }
 
-    /// Says which entries have lost pages. The source may not have heard of it: it was found before the
-    /// VM ran here, or while the link was lost.
+    /// Says which entries have lost pages. The source may not have heard of it: it was found before
+    /// the VM ran here, or while the link was lost.
     fn send_lost_entries(&self) -> Result<(), MigrationError> {
         self.map
             .read(PageMap::lost_entries)
@@ -328,7 +334,8 @@ impl Session {
             .try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
     }
 
-    /// No page is missing any more: says so, unless *running* was not said yet. It then follows that.
+    /// No page is missing any more: says so, unless *running* was not said yet. It then follows
+    /// that.
     pub(super) fn report_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         if !told.running || told.complete || self.gatherer.is_some() {
@@ -393,7 +400,8 @@ impl Session {
         }
     }
 
-    /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows that.
+    /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows
+    /// that.
     pub(super) fn report_ended(&self, ended: Control) -> Result<(), MigrationError> {
         lock(&self.lane_state).guest_ended = true;
         let mut told = lock(&self.told);
@@ -409,9 +417,9 @@ impl Session {
         lock(&self.lane_state).guest_ended
     }
 
-    /// A lane of `link` has ended. What was under way on it may be lost without the source noticing, which does not read
-    /// bulk lanes. So while pages are missing the whole link ends: its source comes back, and learns what to send again.
-    /// Whether it was ended.
+    /// A lane of `link` has ended. What was under way on it may be lost without the source
+    /// noticing, which does not read bulk lanes. So while pages are missing the whole link ends:
+    /// its source comes back, and learns what to send again. Whether it was ended.
     pub(super) fn lane_lost(&self, link: u32, code: ErrorCode, why: &str) -> bool {
         let mut state = lock(&self.lane_state);
         if state.link != link || state.over.is_some() {
@@ -500,7 +508,8 @@ impl Session {
         drop(self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner()));
     }
 
-    /// Waits until the VM runs, or this link is not the session's any more: the missing pages of a VM that runs.
+    /// Waits until the VM runs, or this link is not the session's any more: the missing pages of a
+    /// VM that runs.
     pub(super) fn wait_running(&self, link: u32) -> Option<Arc<Missing>> {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link && !s.running && !s.lost;
         let guard = self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner());
@@ -512,7 +521,8 @@ impl Session {
         lock(&self.lane_state).link
     }
 
-    /// Waits so long at most for a link after this one, or the end of the session; whether neither came.
+    /// Waits so long at most for a link after this one, or the end of the session; whether neither
+    /// came.
     pub(super) fn stays_lost(&self, link: u32, time: Duration) -> bool {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link;
         let guard = lock(&self.lane_state);
@@ -585,7 +595,8 @@ impl Session {
         self.wait_for(timeout, "the lanes to be ready", |s| s.prepared)
     }
 
-    /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes` grows within `idle`.
+    /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes`
+    /// grows within `idle`.
     pub(super) fn wait_round(&self, generation: u32, idle: Duration, bytes: &AtomicU64) -> Result<(), MigrationError> {
         loop {
             let before = bytes.load(Ordering::Relaxed);
@@ -629,7 +640,8 @@ impl Session {
         Ok(())
     }
 
-    /// The state is about to be loaded: RAM is what it is after `generation`, and no lane may write it any more.
+    /// The state is about to be loaded: RAM is what it is after `generation`, and no lane may write
+    /// it any more.
     pub(super) fn seal(&self, generation: u32) -> Result<(), MigrationError> {
         let mut state = lock(&self.lane_state);
         state.sealed = true;
@@ -685,7 +697,8 @@ impl Session {
         there
     }
 
-    /// From now on nobody waits or attaches. False if it was over already, for the reason that counts: the first one.
+    /// From now on nobody waits or attaches. False if it was over already, for the reason that
+    /// counts: the first one.
     fn end(&self, why: &str) -> bool {
         let mut state = lock(&self.lane_state);
         let first = state.over.is_none();

@@ -4,7 +4,8 @@
 //! 2. **Seal**: from here on no page of a round arrives.
 //! 3. **Arm the pager** for what is left behind, before anything is loaded: loading touches RAM.
 //! 4. **Load the state.** It may wait for missing pages, which the source sends already.
-//! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the same.
+//! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the
+//!   same.
 //! 6. **Start the guest** when the source says *run*, and then answer *running*.
 
 use super::{control_lane::Flow, missing::Turn, *};
@@ -42,7 +43,8 @@ impl VmEntry {
         }
         let mut vm_state = VmState::decode(&bytes)?;
         let log = if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
-        // without the lock on all else: this may wait for a missing page, and the page for a newer attempt
+        // without the lock on all else: this may wait for a missing page, and the page for a newer
+        // attempt
         let loaded = match session.vm.borrow() {
             Some(mut vm) => {
                 // loading writes RAM too
@@ -67,8 +69,8 @@ impl VmEntry {
         let ready = state.machine.loaded()?;
         state.was_ready = true;
         drop(state);
-        // A source that has gone may have said why before, while the state was loaded. That is still to be read,
-        // and it decides; without it, the lane's end does.
+        // A source that has gone may have said why before, while the state was loaded. That is
+        // still to be read, and it decides; without it, the lane's end does.
         let _ = session.send_control(&ready);
         self.report_phase();
         Ok(Flow::Continue)
@@ -78,8 +80,8 @@ impl VmEntry {
     pub(super) fn run(&self, session: &Arc<Session>, attachment: u64, running: bool) -> Result<(), MigrationError> {
         let started = self.start(session, running);
         let answered = if session.shared {
-            // its first moments count, and what is left to do is not what it waits for: nor does this thread go first
-            // any more, on a core that a vCPU may have been woken for
+            // its first moments count, and what is left to do is not what it waits for: nor does
+            // this thread go first any more, on a core that a vCPU may have been woken for
             let answered = self.answer(session, attachment);
             self.common.options.spawner.end_switch_over();
             self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
@@ -130,8 +132,8 @@ impl VmEntry {
         Ok(())
     }
 
-    /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and with the first one a thread that
-    /// waits for the end of that: here, and not in the pause.
+    /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and
+    /// with the first one a thread that waits for the end of that: here, and not in the pause.
     pub(super) fn await_faults(self: &Arc<Self>, session: &Arc<Session>, lane: u16) -> Result<(), MigrationError> {
         let (entry, faulted) = (self.clone(), session.clone());
         let body = Box::new(move || {
@@ -219,7 +221,8 @@ impl VmEntry {
         }
     }
 
-    /// The VM runs here: answers *run*, unless a newer control lane speaks for the session. That one answers too.
+    /// The VM runs here: answers *run*, unless a newer control lane speaks for the session. That
+    /// one answers too.
     pub(super) fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
         if lock(&self.state).attachment != attachment {
             return Ok(());

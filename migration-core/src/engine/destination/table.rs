@@ -1,17 +1,18 @@
 //! The table of a receiver's VMs, with a bounded number of entries.
 //!
-//! A receiver of one VM has one permanent entry for whichever VM comes. A receiver of several VMs adds an entry when it accepts a hello.
-//! It removes the entry when the attempt has failed, or when the source knows that the VM runs here. After that it keeps the
-//! epoch of a VM that was *ready* here. Other epochs need not be kept: before *ready* the source cannot have given the VM away,
-//! so a repeated hello is harmless.
+//! A receiver of one VM has one permanent entry for whichever VM comes. A receiver of several VMs
+//! adds an entry when it accepts a hello. It removes the entry when the attempt has failed, or when
+//! the source knows that the VM runs here. After that it keeps the epoch of a VM that was *ready*
+//! here. Other epochs need not be kept: before *ready* the source cannot have given the VM away, so
+//! a repeated hello is harmless.
 
 use std::collections::VecDeque;
 
 use super::{attempt::Greeted, introduce::ControlLane, *};
 use crate::wire::Hello;
 
-/// The largest number of epochs that are kept of VMs without an entry. One more removes the oldest: if the old source of that VM comes
-/// back, it is then treated like a new one.
+/// The largest number of epochs that are kept of VMs without an entry. One more removes the oldest:
+/// if the old source of that VM comes back, it is then treated like a new one.
 const MAX_EPOCHS: usize = 4096;
 
 /// The part of a receiver that its entries share.
@@ -23,7 +24,8 @@ pub(super) struct Common {
     pub(super) connections: Mutex<Connections>,
     /// Threads that are reserved for lanes.
     pub(super) reserved: Mutex<AllParked>,
-    /// Returns how many lanes can be accepted. `None` if there is no listener yet, or it does not know.
+    /// Returns how many lanes can be accepted. `None` if there is no listener yet, or it does not
+    /// know.
     pub(super) room: Mutex<Option<Arc<dyn Room>>>,
 }
 
@@ -229,7 +231,8 @@ impl Destination {
         Ok((entry, greeted))
     }
 
-    /// Removes the entries that are over, if this is a receiver of several VMs, and joins the threads of removed entries that have ended.
+    /// Removes the entries that are over, if this is a receiver of several VMs, and joins the
+    /// threads of removed entries that have ended.
     pub(super) fn sweep(&self) {
         if self.is_single() {
             return;

@@ -66,12 +66,13 @@ pub(in crate::engine) struct CheckpointReceiver {
     pub(in crate::engine) wire_bytes: Arc<AtomicU64>,
     pub(in crate::engine) observer: Arc<dyn Observer>,
     pub(in crate::engine) sent: u32,
-    /// Pages that were put as zeros over this link, and not with data since: to put them again would change nothing, and takes
-    /// hardly a byte of a peer that wants the store to grow.
+    /// Pages that were put as zeros over this link, and not with data since: to put them again
+    /// would change nothing, and takes hardly a byte of a peer that wants the store to grow.
     pub(in crate::engine) zeros: PageSet,
 }
 
-/// How often a checkpoint may hold each page: once from the running guest, and once from the paused one.
+/// How often a checkpoint may hold each page: once from the running guest, and once from the paused
+/// one.
 const PAGES_A_CHECKPOINT: u64 = 2;
 
 /// A checkpoint that is coming in.

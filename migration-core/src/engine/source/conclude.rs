@@ -1,14 +1,16 @@
-//! How a migration ends at its source: by what the protocol says about ownership, whatever the strategy returned.
+//! How a migration ends at its source: by what the protocol says about ownership, whatever the
+//! strategy returned.
 
 use super::*;
 use crate::{PageRange, fence::Fenced, spawner::GuestImpact, state::VmState, store::VersionStore, vm::VmError};
 
-/// The longest time that the end of a failed attempt waits for the destination to hear why. The guest runs meanwhile.
+/// The longest time that the end of a failed attempt waits for the destination to hear why. The
+/// guest runs meanwhile.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-/// How long an attempt to reconnect may wait for a connection, and for the answer to *run*. The first attempts are short: a
-/// connection that proves its session is answered in round trips, and what was under way when the network failed is not
-/// waited for once the network is back.
+/// How long an attempt to reconnect may wait for a connection, and for the answer to *run*. The
+/// first attempts are short: a connection that proves its session is answered in round trips, and
+/// what was under way when the network failed is not waited for once the network is back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hurry {
     pub(super) connect: Duration,
@@ -18,8 +20,8 @@ pub(super) struct Hurry {
 /// The shortest attempt, and in round trips: a connection, a handshake, and *run*.
 const LEAST_ATTEMPT: Duration = Duration::from_millis(500);
 const LEAST_ROUND_TRIPS: u32 = 8;
-/// The longest wait for a connection, unless round trips are long. The first packet of a new connection is sent at once, that of
-/// an older one after pauses which grow.
+/// The longest wait for a connection, unless round trips are long. The first packet of a new
+/// connection is sent at once, that of an older one after pauses which grow.
 const MAX_CONNECT: Duration = Duration::from_secs(2);
 
 impl Hurry {
@@ -95,7 +97,8 @@ impl Engine<'_> {
             self.machine.link_lost();
             self.finish_report();
             self.close();
-            // only now: a lane in the middle of a round would re-arm pages that the VMM is to find dirty
+            // only now: a lane in the middle of a round would re-arm pages that the VMM is to find
+            // dirty
             self.give_tracker_back();
         }
         let failed = self.machine.phase() == SourcePhase::Ended;
@@ -115,8 +118,8 @@ impl Engine<'_> {
         self.vm.released();
     }
 
-    /// Waits until the destination has closed the control lane, behind our last word: one that sees other lanes end before it has
-    /// read that word would not know why.
+    /// Waits until the destination has closed the control lane, behind our last word: one that sees
+    /// other lanes end before it has read that word would not know why.
     fn await_goodbye(&mut self) {
         let deadline = Instant::now() + GOODBYE;
         // whatever else it goes on to say
@@ -177,7 +180,8 @@ impl Engine<'_> {
         self.peer.link_ended.store(true, Ordering::Relaxed);
         self.peer.lanes.clear();
         self.peer.control = None;
-        // a lane that still has something to send may finish it: closing shuts the stream behind what was written
+        // a lane that still has something to send may finish it: closing shuts the stream behind
+        // what was written
         for closer in self.peer.closers.drain(..) {
             closer.close();
         }
@@ -186,8 +190,8 @@ impl Engine<'_> {
         }
     }
 
-    /// The link was lost after *run* was sent: asks again, on new control lanes, until the destination answers, and in
-    /// post-copy has said what it lacks.
+    /// The link was lost after *run* was sent: asks again, on new control lanes, until the
+    /// destination answers, and in post-copy has said what it lacks.
     pub(in crate::engine) fn reconnect(&mut self, mut why: String) {
         self.report.recoveries += 1;
         let (lost, mut refused) = (Instant::now(), None);
@@ -287,7 +291,8 @@ impl Engine<'_> {
         self.fail_safe.aftermath = Some((Outcome::Restarted, reason));
     }
 
-    /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run from there.
+    /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run
+    /// from there.
     fn restart(&mut self, store: &Mutex<dyn VersionStore>) -> Result<u32, MigrationError> {
         let mut store = lock(store);
         let (number, state) = store.latest().unwrap_or_else(|| (0, self.fail_safe.handed_over.clone()));

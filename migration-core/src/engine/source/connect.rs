@@ -51,7 +51,8 @@ impl Engine<'_> {
         if self.peer.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
-        // in the queue with those that follow while its answer is awaited: answers come in their order
+        // in the queue with those that follow while its answer is awaited: answers come in their
+        // order
         self.peer.last_ping = Instant::now();
         self.peer.pings.push_back(self.peer.last_ping);
         self.send_control(&Control::Ping)?;
@@ -142,8 +143,8 @@ impl Engine<'_> {
         PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.peer.link_ended.clone())
     }
 
-    /// An error when the user has cancelled, or the guest has ended, while a channel was opened. What the destination has
-    /// said meanwhile is left to those who wait for it.
+    /// An error when the user has cancelled, or the guest has ended, while a channel was opened.
+    /// What the destination has said meanwhile is left to those who wait for it.
     fn hear_cancel(&mut self) -> Result<(), MigrationError> {
         if !self.machine.owns() {
             return Ok(());
@@ -171,7 +172,8 @@ impl Engine<'_> {
         let peer = self.connector().address();
         let Halves { mut reader, mut writer, closer } =
             self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
-        // the destination answers pings, so silence means that the link is gone; while it builds the VM it is busy
+        // the destination answers pings, so silence means that the link is gone; while it builds
+        // the VM it is busy
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
@@ -230,7 +232,8 @@ impl Engine<'_> {
         }
         for index in 0..self.report.demand_lanes {
             let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
-            // silent for as long as the guest does not fault; that the link lives is seen on the control lane
+            // silent for as long as the guest does not fault; that the link lives is seen on the
+            // control lane
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
             let (demand, tx) = (DemandLane { lane, reader, left: self.post_copy.left.clone() }, self.peer_inputs());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;

@@ -1,5 +1,5 @@
-//! Forward checkpoints: what the destination will lack is put into a store before the hand-over, so that the source may die
-//! after it.
+//! Forward checkpoints: what the destination will lack is put into a store before the hand-over, so
+//! that the source may die after it.
 
 use super::*;
 use crate::{
@@ -7,7 +7,8 @@ use crate::{
     store::{PageContent, VersionStore},
 };
 
-/// Passes over the running guest's memory, at most: each puts what was written during the one before.
+/// Passes over the running guest's memory, at most: each puts what was written during the one
+/// before.
 const PASSES: usize = 3;
 /// As few pages as these are left to the pause.
 const FEW: u64 = 1024;

@@ -13,18 +13,19 @@ impl Engine<'_> {
         self.measured.calibration.saves(self.vm.estimate_state());
     }
 
-    /// Asks the VMM once more, and refuses what the destination could not take, while the guest still runs.
+    /// Asks the VMM once more, and refuses what the destination could not take, while the guest
+    /// still runs.
     pub(super) fn check_state_limits(&mut self) -> Result<(), MigrationError> {
         self.estimate_state();
         let unknown = StateEstimate::default();
         check_estimate(self.measured.calibration.state().unwrap_or(&unknown), self.measured.calibration.pending_bytes())
     }
 
-    /// Sends pieces of device state: at least one budget's worth, and all that was pending before, if the devices come to the
-    /// end of it. What a device adds meanwhile waits for the next round.
+    /// Sends pieces of device state: at least one budget's worth, and all that was pending before,
+    /// if the devices come to the end of it. What a device adds meanwhile waits for the next round.
     ///
-    /// Control frames never wait for a bandwidth limit, so the limit is kept here: each budget's worth waits until what was
-    /// sent before it is within the limit.
+    /// Control frames never wait for a bandwidth limit, so the limit is kept here: each budget's
+    /// worth waits until what was sent before it is within the limit.
     pub(super) fn send_pieces(&mut self) -> Result<(), MigrationError> {
         let (mut before, mut sent) = (u64::MAX, 0);
         let mut most = None;
@@ -52,8 +53,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Waits until what was sent is within a limit on the bandwidth. Pings, a cancel and a limit that changes are seen to
-    /// meanwhile; a round that is to end early waits no longer.
+    /// Waits until what was sent is within a limit on the bandwidth. Pings, a cancel and a limit
+    /// that changes are seen to meanwhile; a round that is to end early waits no longer.
     fn await_bandwidth(&mut self) -> Result<(), MigrationError> {
         let mut until = None;
         while !self.round_is_over() {

@@ -1,5 +1,5 @@
-//! The source's engine: implements the verbs over real lanes, and does what the protocol machine says when a
-//! strategy has come to its end, whichever end that is.
+//! The source's engine: implements the verbs over real lanes, and does what the protocol machine
+//! says when a strategy has come to its end, whichever end that is.
 
 pub(super) mod checkpoint_receiver;
 mod conclude;
@@ -67,30 +67,35 @@ use places::Places;
 
 /// How often progress is told while pages move.
 pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so often.
+/// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so
+/// often.
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
 /// How often the destination is asked whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
-/// Pings without an answer whose time is kept: a destination that never answers one is not asked to.
+/// Pings without an answer whose time is kept: a destination that never answers one is not asked
+/// to.
 const MAX_PINGS: usize = 64;
 /// Pieces of device state a round.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
-/// Most inputs that are looked at before *run* is sent, in the pause: a destination may say anything without end.
+/// Most inputs that are looked at before *run* is sent, in the pause: a destination may say
+/// anything without end.
 const MAX_HEEDED: usize = 256;
 /// First wait between two attempts to reconnect.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
 /// Longest wait between two attempts to reconnect.
 const MAX_BACK_OFF: Duration = Duration::from_secs(1);
 
-/// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the VM lives.
+/// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the
+/// VM lives.
 ///
-/// In every outcome but `Completed` (and `InDoubt`, which is only told through
-/// [`Event::InDoubt`]: the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
+/// In every outcome but `Completed` (and `InDoubt`, which is only told through [`Event::InDoubt`]:
+/// the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
 /// dirty bits, speed, threads and descriptors as they were before.
 ///
-/// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the pause, and runs beside it
-/// afterwards, on the same cores: the spawner has it [assume](crate::spawner::Spawner::assume) the role of such a
-/// thread, and when the VM has moved, that of a background thread.
+/// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the
+/// pause, and runs beside it afterwards, on the same cores: the spawner has it
+/// [assume](crate::spawner::Spawner::assume) the role of such a thread, and when the VM has moved,
+/// that of a background thread.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,

@@ -41,7 +41,8 @@ pub(super) struct Peer<'a> {
     pub(super) last_ping: Instant,
     /// When the pings of this link were sent that have no answer yet, in order.
     pub(super) pings: VecDeque<Instant>,
-    /// Since when an answer is due: the first ping that was sent after the destination was last heard.
+    /// Since when an answer is due: the first ping that was sent after the destination was last
+    /// heard.
     pub(super) unanswered: Option<Instant>,
     /// How long this attempt to reconnect may wait; `None` while none is under way.
     pub(super) hurry: Option<Hurry>,
@@ -113,9 +114,11 @@ pub(super) struct PostCopy {
     pub(super) left: Arc<Left>,
     /// How many of the pages that were left behind were missing when the destination last said so.
     pub(super) lacking: u64,
-    /// How many there were to be sent after the hand-over, those that were sent before the last loss included.
+    /// How many there were to be sent after the hand-over, those that were sent before the last
+    /// loss included.
     pub(super) missing_pages: u64,
-    /// How much the guest has used each page, as push orders are told; empty as long as nothing is known.
+    /// How much the guest has used each page, as push orders are told; empty as long as nothing is
+    /// known.
     pub(super) heat: Vec<u8>,
     /// Whether the user was told that the push order is wrong.
     pub(super) order_is_wrong: bool,

@@ -112,7 +112,8 @@ impl PauseWatch {
         self.exceeded(now)
     }
 
-    /// Why the pause must end at `now`, although the destination makes progress; `None` before that.
+    /// Why the pause must end at `now`, although the destination makes progress; `None` before
+    /// that.
     fn exceeded(&self, now: Instant) -> Option<String> {
         (now.saturating_duration_since(self.began) >= self.total)
             .then(|| format!("was not ready within {:?}, although it made progress", self.total))
@@ -206,7 +207,8 @@ impl Engine<'_> {
         why.map_or(Ok(()), |why| Err(self.pause_exceeded(why)))
     }
 
-    /// A write in the pause has failed: whether because the destination takes nothing, or too little.
+    /// A write in the pause has failed: whether because the destination takes nothing, or too
+    /// little.
     pub(super) fn stuck_in_pause(&self, error: MigrationError) -> MigrationError {
         match (&self.guest.watch, &error) {
             (Some(watch), MigrationError::Link { cause, .. })

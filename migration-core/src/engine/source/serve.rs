@@ -1,4 +1,5 @@
-//! Post-copy at the source: what was left behind is sent, to whoever waits first, and the lost link is waited out.
+//! Post-copy at the source: what was left behind is sent, to whoever waits first, and the lost link
+//! is waited out.
 
 use std::{
     collections::VecDeque,
@@ -33,21 +34,23 @@ use crate::{
     wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
 };
 
-/// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them on a slow link; fewer,
-/// and they would cost more than they carry.
+/// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them
+/// on a slow link; fewer, and they would cost more than they carry.
 const LEAST_PUSH: u64 = 16;
 /// Pushes that a lane is given ahead, so that it does not idle until the next one is chosen.
 const PUSHES_AHEAD: usize = 2;
 
-/// A push takes about so long while the guest faults: a new fault then changes soon what comes next, and a page that is
-/// asked for while it is pushed is not far behind. (Measured: with 1 ms, one fault in a hundred beside a push at full rate
-/// waits 3 to 4 ms for a page that is on its way already, with this about 1 ms, and the push takes 1.3 times as long.)
+/// A push takes about so long while the guest faults: a new fault then changes soon what comes
+/// next, and a page that is asked for while it is pushed is not far behind. (Measured: with 1 ms,
+/// one fault in a hundred beside a push at full rate waits 3 to 4 ms for a page that is on its way
+/// already, with this about 1 ms, and the push takes 1.3 times as long.)
 const PUSH_TIME: Duration = Duration::from_micros(100);
 /// And so long while it does not, on a link that is too slow for a whole block in this time.
 const CALM_PUSH_TIME: Duration = Duration::from_millis(4);
 /// Pages of a push as long as nothing is known of the link.
 const FIRST_PUSH: u64 = 128;
-/// Without a fault for so long, the guest has what it works on, and pushes are as large as they can be.
+/// Without a fault for so long, the guest has what it works on, and pushes are as large as they can
+/// be.
 const CALM: Duration = Duration::from_millis(20);
 
 /// The rate of pushes is measured over so long, at least: lanes may be done at the same moment.
@@ -105,16 +108,16 @@ impl Pace {
     }
 }
 
-/// Where each page is, as the source knows it, and what it takes to send those that were left behind. Whoever sends one
-/// claims it first, so each moves once.
+/// Where each page is, as the source knows it, and what it takes to send those that were left
+/// behind. Whoever sends one claims it first, so each moves once.
 pub(super) struct Left {
     pub(super) map: Arc<Mutex<PageMap>>,
     /// The generation as which they move.
     pub(super) generation: AtomicU32,
     /// Pages that move together, aligned: 1, or those of a huge page.
     pub(super) block: AtomicU64,
-    /// Pages that were sent because they were asked for, and requests that had some sent. Counted before they go out, so
-    /// that all are counted when the destination has them.
+    /// Pages that were sent because they were asked for, and requests that had some sent. Counted
+    /// before they go out, so that all are counted when the destination has them.
     pub(super) demanded: AtomicU64,
     pub(super) requests: AtomicU64,
 }
@@ -256,8 +259,8 @@ impl Engine<'_> {
         self.came_back()
     }
 
-    /// Takes what `order` wants to push next. One that is wrong must not keep the guest waiting: then it is the next page, and the
-    /// user is told once.
+    /// Takes what `order` wants to push next. One that is wrong must not keep the guest waiting:
+    /// then it is the next page, and the user is told once.
     fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
         let left = &self.post_copy.left;
         let why = match left.next(order, most) {
@@ -279,7 +282,8 @@ impl Engine<'_> {
         let mut pace = Pace::new();
         while self.machine.phase() == SourcePhase::Serving {
             let most = pace.most(block);
-            // while the guest waits, a lane gets its next push only when it is done with the last one
+            // while the guest waits, a lane gets its next push only when it is done with the last
+            // one
             let least_free = if pace.is_calm() { 0 } else { ahead - ahead / PUSHES_AHEAD };
             while free.len() > least_free
                 && let Some(range) = self.next_push(order, most)
@@ -521,8 +525,8 @@ mod tests {
         }
     }
 
-    /// What a source says to one request, with 10 pages from page 100 left: the error, if any, and the pages that it sends, that
-    /// it counts as demanded, and how many requests it counts.
+    /// What a source says to one request, with 10 pages from page 100 left: the error, if any, and
+    /// the pages that it sends, that it counts as demanded, and how many requests it counts.
     fn requested(generation: u32, number: u32, pages: &[u64]) -> (Option<MigrationError>, [u64; 3], Vec<u64>) {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 2000 << 12 }]).unwrap();
         let ram: Arc<dyn GuestRam> = Arc::new(HeapRam::new(layout).unwrap());

@@ -2,23 +2,26 @@
 //!
 //! The guest waits in all of this. Each step is here, in this order, for a reason:
 //!
-//! 1. **Ask what the state will take**, while the guest still runs: a state that the destination cannot
-//!    take is refused without a pause.
+//! 1. **Ask what the state will take**, while the guest still runs: a state that the destination
+//!   cannot take is refused without a pause.
 //! 2. **Raise the priority** of this thread, if RAM is shared: the guest waits for it now.
-//! 3. **Pause** vCPUs and devices. From here on the pause is watched ([`PauseLimits`]): until step 12
-//!    the VM is ours, and a silent destination must not keep it from running.
+//! 3. **Pause** vCPUs and devices. From here on the pause is watched ([`PauseLimits`]): until step
+//!   12 the VM is ours, and a silent destination must not keep it from running.
 //! 4. **Save the state.** Before the harvest, because saving writes guest memory.
 //! 5. **Harvest**, the last one. What the map has as unsent now is all that the destination lacks.
-//!    Nothing is re-armed any more: a paused guest writes nothing.
-//! 6. **Send or leave behind.** Without post-copy, all of it goes as the last round. With post-copy,
-//!    only the pages that the vCPUs touch at once go. The lanes send while the control lane goes on.
-//! 7. **List** what is left behind. The list takes effect at the destination when the round is there.
+//! Nothing is re-armed any more: a paused guest writes nothing.
+//! 6. **Send or leave behind.** Without post-copy, all of it goes as the last round. With
+//!   post-copy, only the pages that the vCPUs touch at once go. The lanes send while the control
+//!   lane goes on.
+//! 7. **List** what is left behind. The list takes effect at the destination when the round is
+//!   there.
 //! 8. **Send the state**, and with its last piece the *offer*: the destination is woken once.
-//! 9. **Complete the forward checkpoint**, if there is one, while the destination loads. From *run* on
-//!    this side may die.
+//! 9. **Complete the forward checkpoint**, if there is one, while the destination loads. From *run*
+//!   on this side may die.
 //! 10. **Wait for *ready***, which also acknowledges the round.
 //! 11. **Heed what has come in**: a cancel, or the end of the VM, is still in time.
-//! 12. **Say *run*.** Before the frame goes out this side stops to own the VM: the destination may run
+//! 12. **Say *run*.** Before the frame goes out this side stops to own the VM: the destination may
+//!   run
 //!     it from then on, whether or not the answer arrives.
 //! 13. **Wait for *running***, which ends the downtime.
 //!
@@ -27,7 +30,8 @@
 use super::*;
 use crate::state::Section;
 
-/// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a millisecond at 10 Gbit/s.
+/// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a
+/// millisecond at 10 Gbit/s.
 const MAX_ENTRY_PAGES: u64 = 128;
 
 /// What becomes of the pages that the destination lacks when the guest is paused.
@@ -67,8 +71,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Steps 4 to 10: saves the state and offers the VM. `pages`, and what was dirtied up to the save, are sent along or
-    /// left behind.
+    /// Steps 4 to 10: saves the state and offers the VM. `pages`, and what was dirtied up to the
+    /// save, are sent along or left behind.
     pub(super) fn offer(&mut self, pages: PageSet, rest: Rest) -> Result<(), MigrationError> {
         let began = Instant::now();
         let before = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
@@ -137,7 +141,8 @@ impl Engine<'_> {
         entry
     }
 
-    /// The dirty log of a VMM that tracks for itself: it goes along with a VM whose RAM stays where it is.
+    /// The dirty log of a VMM that tracks for itself: it goes along with a VM whose RAM stays where
+    /// it is.
     fn log_to_carry(&mut self) -> Result<Option<Section>, MigrationError> {
         if !self.strategy.shares_ram || !self.vm.tracker().is_active() {
             return Ok(None);

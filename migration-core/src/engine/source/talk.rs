@@ -20,7 +20,8 @@ impl Engine<'_> {
         }
     }
 
-    /// A write failed. If the peer said why before it closed the link, its word is the better error.
+    /// A write failed. If the peer said why before it closed the link, its word is the better
+    /// error.
     pub(super) fn last_words(&mut self, error: MigrationError) -> MigrationError {
         let deadline = Instant::now() + Duration::from_millis(200);
         while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -78,8 +79,9 @@ impl Engine<'_> {
         Err(MigrationError::link(&self.connector().address())(cause))
     }
 
-    /// The next input for the caller, or `None` when `deadline` or the next tick comes first. Cancels, link losses and
-    /// failures of lanes become errors here; pings and progress are seen to.
+    /// The next input for the caller, or `None` when `deadline` or the next tick comes first.
+    /// Cancels, link losses and failures of lanes become errors here; pings and progress are seen
+    /// to.
     pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         let tick = (self.measured.last_progress + PROGRESS_INTERVAL).min(deadline);
         let tick = self.next_look().map_or(tick, |look| tick.min(look));
@@ -179,8 +181,9 @@ impl Engine<'_> {
                 Err(MigrationError::VmEnded(text))
             }
             SourceEvent::Pong => {
-                // one answer may have been late, for a reason that has nothing to do with the link; and while it loads the state
-                // the destination says that it lives without being asked
+                // one answer may have been late, for a reason that has nothing to do with the link;
+                // and while it loads the state the destination says that it lives without being
+                // asked
                 if let Some(asked) = self.peer.pings.pop_front()
                     && self.machine.phase() != SourcePhase::Offered
                 {
@@ -204,7 +207,8 @@ impl Engine<'_> {
         self.options.observer.event(&Event::Source(self.machine.phase()));
     }
 
-    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an error.
+    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an
+    /// error.
     pub(super) fn heed(&mut self) -> Result<(), MigrationError> {
         let now = Instant::now();
         for _ in 0..MAX_HEEDED {

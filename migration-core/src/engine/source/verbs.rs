@@ -12,7 +12,8 @@ impl Verbs for Engine<'_> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
-        // nothing was read yet, unless this is not the first time; and what is written meanwhile need not be tracked
+        // nothing was read yet, unless this is not the first time; and what is written meanwhile
+        // need not be tracked
         if self.report.demand_lanes > 0 && !self.rounds.is_tracking() {
             let referenced = pages::referenced(self.vm, self.report.pages.total, &*self.options.observer);
             self.heat_up(&referenced, REFERENCED);

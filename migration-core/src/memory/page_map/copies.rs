@@ -12,8 +12,8 @@ type Leaf = Arc<[u32; LEAF_PAGES as usize]>;
 
 /// A copy for each page of a set.
 ///
-/// A set of pages for each entry says which entry a page has, and a table of generations has 4 bytes
-/// for each page. Blocks of the table exist only where there are pages.
+/// A set of pages for each entry says which entry a page has, and a table of generations has 4
+/// bytes for each page. Blocks of the table exist only where there are pages.
 #[derive(Clone, Debug)]
 pub(super) struct Copies {
     pages: PageSet,
@@ -54,8 +54,8 @@ impl Copies {
         leaf.get((page % LEAF_PAGES) as usize).copied()
     }
 
-    /// Returns the runs of pages of `within` that have the same copy: all of one entry, ascending, then
-    /// all of the next.
+    /// Returns the runs of pages of `within` that have the same copy: all of one entry, ascending,
+    /// then all of the next.
     pub(super) fn runs_in(&self, within: PageRange) -> impl Iterator<Item = (PageRange, StoreCopy)> + '_ {
         let runs = self.by_entry.iter().flat_map(move |(&entry, pages)| {
             let runs = pages.ranges_in(within);

@@ -2,22 +2,22 @@
 //!
 //! A page is [`Here`](Location::Here), in the RAM of whoever owns the VM; it is
 //! [`Zero`](Location::Zero); or it is *missing*: its newest content is at its
-//! [`Source`](Location::Source) or in a [`Store`](Location::Store). A missing page is *claimed* by the
-//! thread that is about to send or to install it. It then arrives, which makes it `Here`, or is given
-//! back.
+//! [`Source`](Location::Source) or in a [`Store`](Location::Store). A missing page is *claimed* by
+//! the thread that is about to send or to install it. It then arrives, which makes it `Here`, or is
+//! given back.
 //!
-//! A source also has to know which pages the destination lacks in their last state: those are *unsent*.
-//! Pages in stores have two more facts: whether the source *holds* the content in its RAM, too, and
-//! whether the destination was told where the page is: see below.
+//! A source also has to know which pages the destination lacks in their last state: those are
+//! *unsent*. Pages in stores have two more facts: whether the source *holds* the content in its
+//! RAM, too, and whether the destination was told where the page is: see below.
 //!
-//! Every change has a name, and one that the state of a page does not allow is an error that changes
-//! nothing.
+//! Every change has a name, and one that the state of a page does not allow is an error that
+//! changes nothing.
 //!
 //! # Pages in stores
 //! A copy of a page is named by the number of an entry of the session's store table and by the
-//! generation of the put. A copy is current: a write of the page takes it away. Two kinds of pages have
-//! a copy: missing pages whose location is a store, and pages that are `Here` and whose content is in a
-//! store as well. The hand-over makes the second kind missing, and *held*.
+//! generation of the put. A copy is current: a write of the page takes it away. Two kinds of pages
+//! have a copy: missing pages whose location is a store, and pages that are `Here` and whose
+//! content is in a store as well. The hand-over makes the second kind missing, and *held*.
 //!
 //! | change | who makes it | effect |
 //! |---|---|---|
@@ -67,8 +67,8 @@ pub enum Location {
     Store(StoreCopy),
 }
 
-/// Which copy of a missing page somebody has in hand. A page may be installed only from a copy that is
-/// current (rule 2).
+/// Which copy of a missing page somebody has in hand. A page may be installed only from a copy that
+/// is current (rule 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageCopy {
     /// What the source has sent. It is current for pages that are at their source or held there.
@@ -94,15 +94,15 @@ pub enum MapError {
     /// The destination has acknowledged a page that was not sent.
     #[error("page {0} is acknowledged, and was not sent")]
     NotSent(u64),
-    /// The destination lacks a page that the hand-over did not leave behind, or that the source does not
-    /// hold.
+    /// The destination lacks a page that the hand-over did not leave behind, or that the source
+    /// does not hold.
     #[error("page {0} is said to be missing, and was not left behind")]
     NotLeftBehind(u64),
     /// The destination does not lack a page that was never sent.
     #[error("page {0} is not said to be missing, and was not sent")]
     NeverSent(u64),
-    /// The page cannot be put into a store: it holds zeros, is only in a store, or somebody sends or
-    /// puts it already.
+    /// The page cannot be put into a store: it holds zeros, is only in a store, or somebody sends
+    /// or puts it already.
     #[error("page {0} cannot be put into a store now")]
     CannotBePut(u64),
     /// RAM cannot do without the page: no store has a copy of it, or it is being put into one.
@@ -143,8 +143,8 @@ pub struct PageMap {
     unfetched: PageSet,
     /// Pages that were missing at the hand-over, whether or not they have arrived.
     missing_at_hand_over: PageSet,
-    /// Of those that were at their source, the ones that were neither claimed nor announced to be in a
-    /// store.
+    /// Of those that were at their source, the ones that were neither claimed nor announced to be
+    /// in a store.
     never_claimed: PageSet,
     unsent: PageSet,
     /// The current copies: of all pages in `in_store`, and of pages that are `Here` as well.
@@ -217,10 +217,11 @@ impl PageMap {
         &self.missing_at_hand_over
     }
 
-    // ---- at the source, before the hand-over -----------------------------------------------------
+    // ---- at the source, before the hand-over
+    // -----------------------------------------------------
 
-    /// Returns the pages that the destination lacks in their last state, and for which it was not told
-    /// a store.
+    /// Returns the pages that the destination lacks in their last state, and for which it was not
+    /// told a store.
     pub fn unsent(&self) -> &PageSet {
         &self.unsent
     }
@@ -228,8 +229,8 @@ impl PageMap {
     /// The guest has written `pages`, or may have: they are `Here`, and unsent. No copy of them is
     /// current any more, and a put of them that is under way does not count.
     ///
-    /// A page that is only in a store stays there: trackers report pages that were not written (rule 4).
-    /// One that the guest does write has [returned](Self::returned) before.
+    /// A page that is only in a store stays there: trackers report pages that were not written
+    /// (rule 4). One that the guest does write has [returned](Self::returned) before.
     ///
     /// # Errors
     /// [`MapError::LeftBehind`]: the guest does not run here any more.
@@ -288,7 +289,8 @@ impl PageMap {
         Ok(())
     }
 
-    // ---- at the destination, before the hand-over ------------------------------------------------
+    // ---- at the destination, before the hand-over
+    // ------------------------------------------------
 
     /// A round has brought data for `pages`: they are `Here`.
     ///
@@ -301,8 +303,8 @@ impl PageMap {
         Ok(())
     }
 
-    /// A round has said that `pages` hold zeros: they are `Zero`. Returns those that were `Here`, which
-    /// hold something else.
+    /// A round has said that `pages` hold zeros: they are `Zero`. Returns those that were `Here`,
+    /// which hold something else.
     ///
     /// # Errors
     /// [`MapError::LeftBehind`].
@@ -314,14 +316,15 @@ impl PageMap {
         Ok(were_here)
     }
 
-    // ---- the hand-over ---------------------------------------------------------------------------
+    // ---- the hand-over
+    // ---------------------------------------------------------------------------
 
-    /// The VM is handed over without `pages`: they are at their `Source`. Can be said piece by piece, as
-    /// long as no page was claimed.
+    /// The VM is handed over without `pages`: they are at their `Source`. Can be said piece by
+    /// piece, as long as no page was claimed.
     ///
-    /// All other pages that have a copy in a store are missing as well, unless the destination has them
-    /// in RAM: those that were `Here` are held. A source that does not want to send them leaves them
-    /// out of `pages`.
+    /// All other pages that have a copy in a store are missing as well, unless the destination has
+    /// them in RAM: those that were `Here` are held. A source that does not want to send them
+    /// leaves them out of `pages`.
     ///
     /// # Errors
     /// [`MapError::LeftBehind`], for a page that was claimed.
@@ -344,8 +347,8 @@ impl PageMap {
         Ok(())
     }
 
-    /// The hand-over has failed, and the guest runs on at the source: all that was left behind and held
-    /// is `Here` again. What has no copy in a store is unsent, all else unannounced.
+    /// The hand-over has failed, and the guest runs on at the source: all that was left behind and
+    /// held is `Here` again. What has no copy in a store is unsent, all else unannounced.
     pub fn taken_back(&mut self) {
         let mut only_in_store = self.missing_at_hand_over.clone();
         only_in_store.intersect_with(&self.in_store);
@@ -370,10 +373,11 @@ impl PageMap {
         self.handed_over = false;
     }
 
-    // ---- after the hand-over ---------------------------------------------------------------------
+    // ---- after the hand-over
+    // ---------------------------------------------------------------------
 
-    /// Somebody is about to send or install `pages` from what the source has, and nobody else does. They
-    /// are at their source, or held there.
+    /// Somebody is about to send or install `pages` from what the source has, and nobody else does.
+    /// They are at their source, or held there.
     ///
     /// # Errors
     /// [`MapError::NotFree`].
@@ -391,12 +395,12 @@ impl PageMap {
         Ok(())
     }
 
-    /// Claims what the source may send of the aligned block of so many pages around `page`, if `page`
-    /// can be sent. Returns the runs of pages that were claimed.
+    /// Claims what the source may send of the aligned block of so many pages around `page`, if
+    /// `page` can be sent. Returns the runs of pages that were claimed.
     ///
-    /// The source answers for every page that it holds: also for one that is being put into a store, or
-    /// that is in one (rule 1). Such a page counts as sent from then on. A page that is only in a store
-    /// is [announced](Self::unannounced) once more.
+    /// The source answers for every page that it holds: also for one that is being put into a
+    /// store, or that is in one (rule 1). Such a page counts as sent from then on. A page that is
+    /// only in a store is [announced](Self::unannounced) once more.
     pub fn claim_block(&mut self, page: u64, block: u64) -> Vec<PageRange> {
         let around = PageRange::new(page - page % block.max(1), block.max(1));
         let in_stores = self.in_store.first_in(around).is_some() || self.puts.pages().first_in(around).is_some();
@@ -445,7 +449,8 @@ impl PageMap {
         Ok(())
     }
 
-    /// Claimed `pages` have been installed: they are `Here`, and the source does not hold them any more.
+    /// Claimed `pages` have been installed: they are `Here`, and the source does not hold them any
+    /// more.
     ///
     /// # Errors
     /// [`MapError::NotClaimed`].
@@ -457,10 +462,10 @@ impl PageMap {
         Ok(())
     }
 
-    /// The destination lacks exactly `lacking`, and what was on its way is lost. The source has to send
-    /// these again, or to say once more in which store they are. Every other page that was left behind
-    /// has arrived, or the destination knows its store. (What is lost may still arrive after the
-    /// destination has made its list.)
+    /// The destination lacks exactly `lacking`, and what was on its way is lost. The source has to
+    /// send these again, or to say once more in which store they are. Every other page that was
+    /// left behind has arrived, or the destination knows its store. (What is lost may still arrive
+    /// after the destination has made its list.)
     ///
     /// # Errors
     /// [`MapError::NotLeftBehind`] and [`MapError::NeverSent`].

@@ -25,12 +25,14 @@ pub struct EntryLoss {
 
 /// Queries.
 impl PageMap {
-    /// Returns the copy of `page` that is current, if a store has one. The page may be in RAM as well.
+    /// Returns the copy of `page` that is current, if a store has one. The page may be in RAM as
+    /// well.
     pub fn copy(&self, page: u64) -> Option<StoreCopy> {
         self.copies.get(page)
     }
 
-    /// Returns all pages that have a current copy in a store, those that are in RAM as well among them.
+    /// Returns all pages that have a current copy in a store, those that are in RAM as well among
+    /// them.
     pub fn with_copies(&self) -> &PageSet {
         self.copies.pages()
     }
@@ -72,8 +74,8 @@ impl PageMap {
         self.copies.entries().map(|(entry, _)| entry).collect()
     }
 
-    /// Returns the entries on which a held page depends: they have to be intact before the source may
-    /// free its RAM (rule 17).
+    /// Returns the entries on which a held page depends: they have to be intact before the source
+    /// may free its RAM (rule 17).
     pub fn depends_on(&self) -> Vec<u8> {
         let depends = |pages: &PageSet| {
             let mut held = pages.clone();
@@ -94,8 +96,8 @@ impl PageMap {
         &self.unannounced
     }
 
-    /// Returns in which stores `pages` are: those of one entry, ascending, then those of the next. Pages
-    /// without a copy are left out.
+    /// Returns in which stores `pages` are: those of one entry, ascending, then those of the next.
+    /// Pages without a copy are left out.
     pub fn located_runs(&self, pages: &PageSet) -> Vec<LocatedRun> {
         let mut runs = Vec::new();
         for (_, of_entry) in self.copies.entries() {
@@ -162,8 +164,8 @@ impl PageMap {
         self.missing.ranges_in(within).any(|run| free(run) < run.count)
     }
 
-    /// Returns the missing pages of `within` that nobody has claimed and of which the source has the
-    /// newest content.
+    /// Returns the missing pages of `within` that nobody has claimed and of which the source has
+    /// the newest content.
     pub(super) fn free_from_source(&self, within: PageRange) -> PageSet {
         let mut free = PageSet::empty(self.pages());
         let held = self.unfetched.ranges_in(within).flat_map(|run| self.held.ranges_in(run));
@@ -171,8 +173,8 @@ impl PageMap {
         free
     }
 
-    /// Returns the pages of `around` that the source can send although they may be in a store, or on
-    /// their way into one.
+    /// Returns the pages of `around` that the source can send although they may be in a store, or
+    /// on their way into one.
     pub(super) fn answerable(&self, around: PageRange) -> PageSet {
         let mut free = self.free_from_source(around);
         for run in self.puts.pages().ranges_in(around) {
@@ -209,8 +211,8 @@ impl PageMap {
 
 /// Puts, and what the destination is told of them.
 impl PageMap {
-    /// Somebody is about to put `pages` into a store, as `copy`. Until the put has ended nobody else
-    /// puts them, and no push order chooses them; a demand is answered all the same (rule 1).
+    /// Somebody is about to put `pages` into a store, as `copy`. Until the put has ended nobody
+    /// else puts them, and no push order chooses them; a demand is answered all the same (rule 1).
     ///
     /// # Errors
     /// [`MapError::CannotBePut`], unless every page is `Here`, or at its source and unclaimed; and
@@ -234,9 +236,9 @@ impl PageMap {
         Ok(())
     }
 
-    /// All stores of the entry have acknowledged `copy` of `pages`. It counts for the pages that are
-    /// still claimed for this put (rule 10): those were neither written nor demanded meanwhile. Returns
-    /// them; they are in the store, held, and not announced yet.
+    /// All stores of the entry have acknowledged `copy` of `pages`. It counts for the pages that
+    /// are still claimed for this put (rule 10): those were neither written nor demanded meanwhile.
+    /// Returns them; they are in the store, held, and not announced yet.
     pub fn put_done(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         if self.lost.contains(&copy.entry) {
             return Vec::new();
@@ -258,8 +260,8 @@ impl PageMap {
         runs
     }
 
-    /// A put of `copy` has failed, or its outcome is unknown. Returns the pages that were still claimed
-    /// for it: they can be claimed again (rule 1).
+    /// A put of `copy` has failed, or its outcome is unknown. Returns the pages that were still
+    /// claimed for it: they can be claimed again (rule 1).
     pub fn put_failed(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         let runs = Self::of_put(&self.puts, pages, copy);
         for &run in &runs {
@@ -292,9 +294,9 @@ impl PageMap {
 /// Locations at the destination.
 impl PageMap {
     /// The source says that `pages` are in a store. Before the hand-over that replaces whatever the
-    /// destination has of them. From the hand-over on it changes only pages that are at their source
-    /// (rule 2), and of an entry that has lost pages only those that are not held. Returns the pages
-    /// that it has changed: who waits for one of them is to ask the store.
+    /// destination has of them. From the hand-over on it changes only pages that are at their
+    /// source (rule 2), and of an entry that has lost pages only those that are not held. Returns
+    /// the pages that it has changed: who waits for one of them is to ask the store.
     pub fn located(&mut self, pages: PageRange, copy: StoreCopy, held: bool) -> Vec<PageRange> {
         let end = pages.end().min(self.pages());
         let pages = PageRange::new(pages.first, end.saturating_sub(pages.first));
@@ -371,8 +373,8 @@ impl PageMap {
         Ok(())
     }
 
-    /// Claimed `pages` were read back from their stores: they are `Here`, and their copies are current
-    /// until the guest writes them.
+    /// Claimed `pages` were read back from their stores: they are `Here`, and their copies are
+    /// current until the guest writes them.
     ///
     /// # Errors
     /// [`MapError::NotClaimed`] and [`MapError::NoCopy`].
@@ -395,8 +397,8 @@ impl PageMap {
     }
 
     /// The entry has lost pages, or may have (rules 11 and 13). Its copies of pages that are in RAM
-    /// count no more: pages that the source holds are at their `Source` again, and pages that are `Here`
-    /// are unsent. Puts into it are given up, and none begins any more.
+    /// count no more: pages that the source holds are at their `Source` again, and pages that are
+    /// `Here` are unsent. Puts into it are given up, and none begins any more.
     pub fn entry_lost(&mut self, entry: u8) -> EntryLoss {
         self.lost.insert(entry);
         let puts = self.puts.of_entry(entry);
@@ -430,8 +432,8 @@ impl PageMap {
         EntryLoss { at_source, only_there }
     }
 
-    /// The destination has asked for `pages` once more, while the link is there. The source sends them
-    /// again, or says once more in which store they are.
+    /// The destination has asked for `pages` once more, while the link is there. The source sends
+    /// them again, or says once more in which store they are.
     ///
     /// # Errors
     /// [`MapError::NotLeftBehind`].
@@ -503,8 +505,8 @@ impl PageMap {
         self.unclaimed.remove_range(pages);
     }
 
-    /// At the hand-over: pages with a copy are missing, unless the destination has them. Those that were
-    /// `Here` are held.
+    /// At the hand-over: pages with a copy are missing, unless the destination has them. Those that
+    /// were `Here` are held.
     pub(super) fn leave_in_stores(&mut self) {
         if self.copies.pages().is_empty() {
             return;

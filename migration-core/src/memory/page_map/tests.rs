@@ -239,7 +239,8 @@ impl Model {
         found.map_or(Ok(()), |page| Err(error(page)))
     }
 
-    /// Changes the pages of `range` for which `to` returns what becomes of them. Returns their numbers.
+    /// Changes the pages of `range` for which `to` returns what becomes of them. Returns their
+    /// numbers.
     fn set(&mut self, range: PageRange, to: impl Fn(Page) -> Option<Page>) -> Vec<u64> {
         let mut changed = Vec::new();
         for page in range.pages() {

@@ -1,12 +1,13 @@
 use super::{PushOrder, run_down, run_up};
 use crate::{page::PageRange, page_set::PageSet};
 
-/// A bubble around the last fault, the *pivot*, that grows in both directions at once (Hines and Gopalan, VEE 2009:
-/// *adaptive pre-paging*). A new fault moves the pivot, and a new bubble begins there. The first pivot is page 0.
+/// A bubble around the last fault, the *pivot*, that grows in both directions at once (Hines and
+/// Gopalan, VEE 2009: *adaptive pre-paging*). A new fault moves the pivot, and a new bubble begins
+/// there. The first pivot is page 0.
 ///
-/// The paper pushes `pivot ± bubble` and lets `bubble` grow by one; pages sent already cost nothing. That is: of the
-/// nearest unsent pages above and below, always the nearer one next. It ends when no page is left, where the printed
-/// loop bound misses page 0.
+/// The paper pushes `pivot ± bubble` and lets `bubble` grow by one; pages sent already cost
+/// nothing. That is: of the nearest unsent pages above and below, always the nearer one next. It
+/// ends when no page is left, where the printed loop bound misses page 0.
 #[derive(Clone, Debug, Default)]
 pub struct Bubbling {
     pivot: u64,
@@ -45,8 +46,8 @@ impl PushOrder for Bubbling {
     }
 }
 
-/// Finds unsent pages without a look at those that were sent long ago: a jump of the pivot into the middle of what was
-/// sent already would cost a walk over half of the set, at each fault.
+/// Finds unsent pages without a look at those that were sent long ago: a jump of the pivot into the
+/// middle of what was sent already would cost a walk over half of the set, at each fault.
 #[derive(Clone, Debug)]
 struct Search {
     /// Blocks of [`Search::BLOCK`] pages; those not in the set were seen without an unsent page.
@@ -93,8 +94,8 @@ impl Search {
         }
     }
 
-    /// The first unsent page, found in `unsent` itself, for pages that came back to a block already seen; the search
-    /// begins anew then.
+    /// The first unsent page, found in `unsent` itself, for pages that came back to a block already
+    /// seen; the search begins anew then.
     fn again(&mut self, unsent: &PageSet) -> Option<u64> {
         let page = unsent.first_from(0)?;
         *self = Self::new(unsent);

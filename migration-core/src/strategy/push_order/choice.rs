@@ -4,12 +4,12 @@ use thiserror::Error;
 
 use super::{Bubbling, DEFAULT_PIVOTS, Direction, HotFirst, Linear, MultiPivot, PushOrder, Random};
 
-/// Most pivots that users can ask for. Beyond the number of threads that read in places of their own, more of them only
-/// spread the push thin.
+/// Most pivots that users can ask for. Beyond the number of threads that read in places of their
+/// own, more of them only spread the push thin.
 pub const MAX_PIVOTS: usize = 1024;
 
-/// The orders that can be had by name, with their options. [`FromStr`] and [`Display`](fmt::Display) are each
-/// other's inverse.
+/// The orders that can be had by name, with their options. [`FromStr`] and
+/// [`Display`](fmt::Display) are each other's inverse.
 ///
 /// ```
 /// use migration_core::strategy::push_order::{Direction, KnownOrder, parse};

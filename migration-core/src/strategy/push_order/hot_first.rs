@@ -4,16 +4,18 @@ use crate::{
     page_set::PageSet,
 };
 
-/// The pages that were dirtied in most rounds before the switch-over come first: what a guest wrote often it will
-/// probably use at once. Then come those that it has [referenced](super::REFERENCED) before the first round, as far as the VMM
-/// knows. The papers' *LRU order*, with the dirty log in the place of most referenced bits.
+/// The pages that were dirtied in most rounds before the switch-over come first: what a guest wrote
+/// often it will probably use at once. Then come those that it has [referenced](super::REFERENCED)
+/// before the first round, as far as the VMM knows. The papers' *LRU order*, with the dirty log in
+/// the place of most referenced bits.
 ///
-/// Rounds are counted in classes (1, 2–3, 4–7, …), so that neighbours of about the same heat go in one run; within a
-/// class the order is ascending. The 8 pages on either side of a fault go before everything else. Pages that were neither
-/// dirtied nor referenced, all of them if nothing is known, come last, ascending.
+/// Rounds are counted in classes (1, 2–3, 4–7, …), so that neighbours of about the same heat go in
+/// one run; within a class the order is ascending. The 8 pages on either side of a fault go before
+/// everything else. Pages that were neither dirtied nor referenced, all of them if nothing is
+/// known, come last, ascending.
 ///
-/// `begin` looks at the heat of every unsent page (about 1 ms for each million), and keeps a set for each class that
-/// occurs, at most 8.
+/// `begin` looks at the heat of every unsent page (about 1 ms for each million), and keeps a set
+/// for each class that occurs, at most 8.
 #[derive(Clone, Debug, Default)]
 pub struct HotFirst {
     /// Unsent pages at the beginning, a set for each class; the hottest last.
@@ -25,10 +27,11 @@ pub struct HotFirst {
     rest: Linear,
 }
 
-/// Pages on either side of a fault that are pushed at once: with the page itself, about the 64 KiB from which on the
-/// installation of a run is cheap.
+/// Pages on either side of a fault that are pushed at once: with the page itself, about the 64 KiB
+/// from which on the installation of a run is cheap.
 const NEIGHBOURS: u64 = 8;
-/// Faults remembered between two pushes; older ones are forgotten. More come at once only if more threads wait.
+/// Faults remembered between two pushes; older ones are forgotten. More come at once only if more
+/// threads wait.
 const MAX_FAULTS: usize = 256;
 
 /// 0 for pages of which nothing is known, 1 for those that were only referenced, else 2 to 8.

@@ -10,9 +10,9 @@
 //!
 //! [`Through`] adds to any of them the stores through which its pages may go.
 //!
-//! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a stripe
-//! ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit: so each goes out on one lane, and with
-//! `most` at a stripe or more a transparent huge page comes whole.
+//! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a
+//! stripe ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit: so each goes
+//! out on one lane, and with `most` at a stripe or more a transparent huge page comes whole.
 
 mod bubbling;
 mod choice;
@@ -38,14 +38,16 @@ use crate::{
 
 /// What a round in which a page was dirtied adds to its [heat](PushOrder::begin).
 pub const DIRTIED: u8 = 2;
-/// What it adds to the heat of a page that the guest has referenced before the first round, read or written, where the VMM
-/// [knows](crate::vm::SourceVm::referenced_pages). Less than [`DIRTIED`]: it is older, and it does not say how often.
+/// What it adds to the heat of a page that the guest has referenced before the first round, read or
+/// written, where the VMM [knows](crate::vm::SourceVm::referenced_pages). Less than [`DIRTIED`]: it
+/// is older, and it does not say how often.
 pub const REFERENCED: u8 = 1;
 
-/// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what was sent out of
-/// `unsent` by itself.
+/// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what
+/// was sent out of `unsent` by itself.
 ///
-/// One of one's own needs little more than the queries of [`PageSet`]. This one begins with the last page of RAM:
+/// One of one's own needs little more than the queries of [`PageSet`]. This one begins with the
+/// last page of RAM:
 ///
 /// ```
 /// use migration_core::{PageRange, PageSet, strategy::PushOrder};
@@ -82,27 +84,30 @@ pub trait PushOrder: Send {
     /// Its name, as users write it.
     fn name(&self) -> &'static str;
 
-    /// The serving begins: these pages are to move. `heat` says for each page how much the guest has used it: [`DIRTIED`] for
-    /// each round in which it was dirtied and [`REFERENCED`] if it was referenced before, 255 at most. Pages beyond its end have 0;
-    /// it is empty if nothing is known.
+    /// The serving begins: these pages are to move. `heat` says for each page how much the guest
+    /// has used it: [`DIRTIED`] for each round in which it was dirtied and [`REFERENCED`] if it was
+    /// referenced before, 255 at most. Pages beyond its end have 0; it is empty if nothing is
+    /// known.
     fn begin(&mut self, unsent: &PageSet, heat: &[u8]);
 
     /// The guest has faulted at `page`, which has been sent by now.
     fn fault(&mut self, page: u64);
 
-    /// The next pages to push: a run of at most `most` pages (0 counts as 1), all of them in `unsent`; `None` only when
-    /// that is empty. Called for every batch: it should not look at all of `unsent` each time.
+    /// The next pages to push: a run of at most `most` pages (0 counts as 1), all of them in
+    /// `unsent`; `None` only when that is empty. Called for every batch: it should not look at all
+    /// of `unsent` each time.
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
 
-    /// Whether what [`next`](Self::next) has just returned lies around a fault, for which reason it was chosen: *pre-paging*.
-    /// For the report only.
+    /// Whether what [`next`](Self::next) has just returned lies around a fault, for which reason it
+    /// was chosen: *pre-paging*. For the report only.
     fn prepaged(&self) -> bool {
         false
     }
 
-    /// Returns the places in stores through which pages may go on their way, besides the direct link.
-    /// The engine fills the direct link first, and the stores with the egress that it leaves. Every
-    /// place must be one of the strategy's [`stores`](super::Strategy::stores). None by default.
+    /// Returns the places in stores through which pages may go on their way, besides the direct
+    /// link. The engine fills the direct link first, and the stores with the egress that it leaves.
+    /// Every place must be one of the strategy's [`stores`](super::Strategy::stores). None by
+    /// default.
     fn through(&self) -> &[Place] {
         &[]
     }
@@ -159,7 +164,8 @@ fn run_up(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
     unsent.run_at(page, most.clamp(1, STRIPE_PAGES - page % STRIPE_PAGES))
 }
 
-/// The run of unsent pages from just below `page` downwards, within one stripe; `None` if `page - 1` was sent.
+/// The run of unsent pages from just below `page` downwards, within one stripe; `None` if `page -
+/// 1` was sent.
 fn run_down(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
     let last = page.checked_sub(1)?;
     unsent.run_before(page, most.clamp(1, last % STRIPE_PAGES + 1))
@@ -170,7 +176,8 @@ fn run_down(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
 mod test_util {
     use super::*;
 
-    /// Pushes `runs` runs of at most `most` pages, as the engine does; what they were, as `(first, count)`.
+    /// Pushes `runs` runs of at most `most` pages, as the engine does; what they were, as `(first,
+    /// count)`.
     pub fn push(order: &mut dyn PushOrder, unsent: &mut PageSet, most: u64, runs: usize) -> Vec<(u64, u64)> {
         let run = || {
             let run = order.next(unsent, most)?;

@@ -28,14 +28,17 @@ impl fmt::Display for Direction {
     }
 }
 
-/// Bubbles around the last *k* pivots at once, for guests that read in several places (Hines and others, OSR 2009).
+/// Bubbles around the last *k* pivots at once, for guests that read in several places (Hines and
+/// others, OSR 2009).
 ///
-/// Each pivot has an edge above it, below it, or both. The edges take turns, those of a new pivot first; an edge is
-/// stuck when it meets a page that was sent. When there are *k* pivots, a new one replaces the oldest. Page 0 is a pivot of its own,
-/// beside the *k*, with an edge that is never replaced and grows forward; when every edge is stuck, this one goes on
-/// behind what stopped it, so that every page is sent at last, whatever became of the others.
+/// Each pivot has an edge above it, below it, or both. The edges take turns, those of a new pivot
+/// first; an edge is stuck when it meets a page that was sent. When there are *k* pivots, a new one
+/// replaces the oldest. Page 0 is a pivot of its own, beside the *k*, with an edge that is never
+/// replaced and grows forward; when every edge is stuck, this one goes on behind what stopped it,
+/// so that every page is sent at last, whatever became of the others.
 ///
-/// A fault beside which nothing is left to push makes no pivot: it was for a page in flight, or just pushed.
+/// A fault beside which nothing is left to push makes no pivot: it was for a page in flight, or
+/// just pushed.
 #[derive(Clone, Debug)]
 pub struct MultiPivot {
     k: usize,

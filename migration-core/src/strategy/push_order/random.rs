@@ -1,8 +1,8 @@
 use super::{Linear, PushOrder};
 use crate::{page::PageRange, page_set::PageSet};
 
-/// Blocks of 16 pages in a random order that depends on the seed alone, and ignores faults: what an order that claims
-/// to predict the guest has to be better than.
+/// Blocks of 16 pages in a random order that depends on the seed alone, and ignores faults: what an
+/// order that claims to predict the guest has to be better than.
 #[derive(Clone, Debug)]
 pub struct Random {
     keys: [u64; 3],
@@ -24,8 +24,9 @@ impl Random {
         Self { keys, drawn: 0, block: PageRange::new(0, 0), rest: Linear::default() }
     }
 
-    /// The place of `number` in a permutation of all numbers of `bits` bits. Each step is one to one on them (to add a
-    /// key, to multiply by an odd number, to mix high bits into lower ones), so all are; nothing has to be stored.
+    /// The place of `number` in a permutation of all numbers of `bits` bits. Each step is one to
+    /// one on them (to add a key, to multiply by an odd number, to mix high bits into lower ones),
+    /// so all are; nothing has to be stored.
     fn shuffle(&self, number: u64, bits: u32) -> u64 {
         let mask = (1 << bits) - 1;
         self.keys.iter().fold(number, |x, key| {

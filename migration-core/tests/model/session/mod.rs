@@ -175,8 +175,9 @@ impl Session {
     }
 
     /// Returns whether the namespace is gone, or somebody will still remove it: the owner of a page
-    /// that refers to it, or a person. A person removes what has expired, as its record says, if the
-    /// one who made it has crashed and nobody else knows it, or if its store is silent for ever.
+    /// that refers to it, or a person. A person removes what has expired, as its record says, if
+    /// the one who made it has crashed and nobody else knows it, or if its store is silent for
+    /// ever.
     fn accounted_for(&self, state: &State, namespace: Namespace) -> bool {
         let known = self.knows(state, namespace);
         let orphaned = state.source.phase == SourcePhase::Dead && !known;

@@ -213,7 +213,8 @@ fn a_store_that_is_open_notices_too() {
     shelf.with(|shelved| shelved.pages = now);
     assert_eq!(contents(&mut store), genuine);
 
-    // the first put reads the seal pages; when one is not authentic, that is no checkpoint, but the next one may be
+    // the first put reads the seal pages; when one is not authentic, that is no checkpoint, but the
+    // next one may be
     let mut store = shelf.open().unwrap();
     flip(&shelf, 1, 0);
     assert!(store.put(0, None).unwrap_err().to_string().contains("seal page 1"));
@@ -271,7 +272,8 @@ fn what_is_read_at_random_is_authentic_or_refused() {
             let shelf = shelf.copy();
             shelf.with(|shelved| shelved.stubborn = stubborn);
             attack(&shelf);
-            // a store that goes on after a refusal of the second copy has still handed out each page once
+            // a store that goes on after a refusal of the second copy has still handed out each
+            // page once
             let harmless = |got| stubborn && got == expected;
             assert!(read(&shelf, &wanted).map_or(true, harmless), "{what}");
         }

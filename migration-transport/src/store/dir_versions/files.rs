@@ -1,4 +1,5 @@
-//! The files of a [`DirVersions`](super::DirVersions): how they are written, and how they are read without trusting them.
+//! The files of a [`DirVersions`](super::DirVersions): how they are written, and how they are read
+//! without trusting them.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,7 +30,8 @@ const SHORT: &str = "it ends inside a record";
 /// Page number, length, CRC-32.
 const HEAD: usize = 8 + 4 + 4;
 
-/// Increments that one checkpoint may be made of. More are merged, as each commit writes their list again.
+/// Increments that one checkpoint may be made of. More are merged, as each commit writes their list
+/// again.
 pub(super) const MAX_INCREMENTS: usize = 4096;
 
 /// The longest manifest there can be: nothing longer is read.

@@ -143,8 +143,8 @@ fn after_a_failure_only_discard_goes_on() {
     assert!(dir.join(NEW_MANIFEST).exists());
 }
 
-/// Takes `second` on top of a first checkpoint; returns both contents, and the directory before the second one, with its
-/// records written, and after it.
+/// Takes `second` on top of a first checkpoint; returns both contents, and the directory before the
+/// second one, with its records written, and after it.
 fn two_checkpoints(slack: u64, second: &[(u64, Option<u8>)]) -> ([Contents; 2], [Snapshot; 3]) {
     let (_parent, dir, mut store) = created();
     store.slack = slack;
@@ -400,8 +400,8 @@ proptest! {
     }
 }
 
-/// What others put into the way is neither followed, nor written through, nor taken over.
-/// Just what the bound is: twice the live pages and the slack, and what is merged is what was put last.
+/// What others put into the way is neither followed, nor written through, nor taken over. Just what
+/// the bound is: twice the live pages and the slack, and what is merged is what was put last.
 #[test]
 fn a_commit_merges_as_soon_as_the_bound_is_passed_and_not_before() {
     let (_parent, dir, mut store) = created();

@@ -183,7 +183,8 @@ fn a_planted_file_is_left_alone() {
     }
 }
 
-/// Whatever a crash leaves of the file that is being written, the one before is whole, and the next attempt succeeds.
+/// Whatever a crash leaves of the file that is being written, the one before is whole, and the next
+/// attempt succeeds.
 #[test]
 fn a_crash_leaves_the_old_or_the_new_snapshot() {
     let dir = dir();
@@ -290,7 +291,8 @@ fn hostile_files() {
     assert!(read(&path).unwrap_err().to_string().contains("not a snapshot"));
 }
 
-/// What a VM of a tebibyte would need is not even read: its table has the wrong checksum, and nobody notices.
+/// What a VM of a tebibyte would need is not even read: its table has the wrong checksum, and
+/// nobody notices.
 #[test]
 fn a_snapshot_that_claims_more_than_is_allowed_is_refused_by_its_header() {
     let dir = dir();

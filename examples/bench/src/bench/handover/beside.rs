@@ -1,7 +1,9 @@
-//! Hand-overs beside a process whose system call holds a core for seconds, in turn with hand-overs on a quiet machine.
+//! Hand-overs beside a process whose system call holds a core for seconds, in turn with hand-overs
+//! on a quiet machine.
 //!
-//! A kernel that does not preempt itself (`PREEMPT_NONE`, as many servers have it) runs nothing else on that core meanwhile: a
-//! thread that was woken there waits for all of it, unless the scheduler moves it to another core.
+//! A kernel that does not preempt itself (`PREEMPT_NONE`, as many servers have it) runs nothing
+//! else on that core meanwhile: a thread that was woken there waits for all of it, unless the
+//! scheduler moves it to another core.
 
 use std::{slice, thread, time::Duration};
 

@@ -47,7 +47,8 @@ pub(super) struct Successor {
 pub(super) struct HandOver {
     /// Which of the VMs that were handed over at once.
     pub(super) vm: usize,
-    /// The guest's longest gap from the request until [`AFTER`] the end, which the end of the old process is part of.
+    /// The guest's longest gap from the request until [`AFTER`] the end, which the end of the old
+    /// process is part of.
     pub(super) gap_ms: f64,
     /// The same until the client had its answer.
     pub(super) gap_until_answer_ms: f64,
@@ -124,7 +125,8 @@ struct Answer {
     gap: Duration,
 }
 
-/// Hands all of them over at the same moment. The successors are there before: a process that starts is no part of it.
+/// Hands all of them over at the same moment. The successors are there before: a process that
+/// starts is no part of it.
 pub(super) fn hand_over(folder: &Folder, chains: &mut [Chain], cold: bool) -> Result<Round, String> {
     let successors = chains.iter_mut().map(|chain| chain.successor(folder, cold)).collect::<Result<Vec<_>, _>>()?;
     thread::sleep(SETTLE);
@@ -205,8 +207,8 @@ pub(super) struct Recovery {
     pub(super) before: f64,
     /// In the first [`WINDOWS`] after it, as a share of that, in percent.
     pub(super) kept: [f64; 3],
-    /// Milliseconds from the switch until it was as fast as before: [`FAST`] of that over [`STRETCH`]. `None` if it was not watched so
-    /// long.
+    /// Milliseconds from the switch until it was as fast as before: [`FAST`] of that over
+    /// [`STRETCH`]. `None` if it was not watched so long.
     pub(super) until_fast_ms: Option<f64>,
     pub(super) hand_over: HandOver,
 }

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::bench::figures::{Machine, median};
 
-/// What papers have of a VM that is taken over on one host, in ms. Their machines and their years, not these.
+/// What papers have of a VM that is taken over on one host, in ms. Their machines and their years,
+/// not these.
 pub(super) const PAPERS: [(&str, f64); 3] = [
     ("ephemeral virtualization, 2016 (the paper's figure)", 80.0),
     ("HyperFresh, 2017 (the paper's figure)", 100.0),

@@ -1,4 +1,5 @@
-//! `minivmm bench --handover`: what a guest feels when the process that runs it is replaced, by its own clock.
+//! `minivmm bench --handover`: what a guest feels when the process that runs it is replaced, by its
+//! own clock.
 //!
 //! | file | what is in it |
 //! |---|---|

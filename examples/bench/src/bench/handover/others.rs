@@ -1,4 +1,5 @@
-//! The same VM by other means: our pre-copy between two processes of this machine, and a QEMU that is replaced under its VM.
+//! The same VM by other means: our pre-copy between two processes of this machine, and a QEMU that
+//! is replaced under its VM.
 
 use std::thread;
 

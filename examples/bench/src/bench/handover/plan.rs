@@ -100,12 +100,14 @@ impl Guests {
         hand_overs.div_ceil(self.vms as u32)
     }
 
-    /// Whether the guests are watched without a hand-over after this round: where several are handed over, as often as they are.
+    /// Whether the guests are watched without a hand-over after this round: where several are
+    /// handed over, as often as they are.
     pub(super) fn stays_after(&self, round: u32) -> bool {
         self.vms > 1 || round % 4 == 1
     }
 
-    /// About how long a round takes, the watch without a hand-over included. (As seen on two cores.)
+    /// About how long a round takes, the watch without a hand-over included. (As seen on two
+    /// cores.)
     pub(super) fn round_time(&self) -> Duration {
         let filling = Duration::from_millis(200).mul_f64(self.bytes() as f64 / (1u64 << 30) as f64);
         let window = AFTER + Duration::from_millis(50) + filling;

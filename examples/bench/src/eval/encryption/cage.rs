@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Microseconds after which a process that has used up its part goes on: short, as its guest stands still until then, but several of the
-/// slices (5 ms) that the kernel gives out.
+/// Microseconds after which a process that has used up its part goes on: short, as its guest stands
+/// still until then, but several of the slices (5 ms) that the kernel gives out.
 const PERIOD: u64 = 20_000;
 
 /// A control group; gone with this, which is to live longer than its processes.
@@ -17,7 +17,8 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 }
 
 impl Cage {
-    /// A group of that name with so many percent of a core, of version 2 or 1, whichever the host has.
+    /// A group of that name with so many percent of a core, of version 2 or 1, whichever the host
+    /// has.
     pub(super) fn new(name: &str, percent: u64) -> Result<Self, String> {
         let root = Path::new("/sys/fs/cgroup");
         let second = root.join("cgroup.controllers").exists();

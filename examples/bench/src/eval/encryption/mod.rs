@@ -1,4 +1,5 @@
-//! `minivmm eval encryption`: what ciphers cost, after Hu et al. 2015: by strategy, workload, link and core.
+//! `minivmm eval encryption`: what ciphers cost, after Hu et al. 2015: by strategy, workload, link
+//! and core.
 //!
 //! | file | what is in it |
 //! |---|---|
@@ -46,7 +47,8 @@ pub(super) struct EncryptionEval {
     /// Of the guests' data.
     #[arg(long, default_value_t = 1)]
     seed: u32,
-    /// Measure only this: a cipher, strategy, workload (`writer-64`, or `writer` for all of them), link or core. Can be given several times.
+    /// Measure only this: a cipher, strategy, workload (`writer-64`, or `writer` for all of them),
+    /// link or core. Can be given several times.
     #[arg(long, value_name = "WORD")]
     only: Vec<String>,
     /// Write all figures, raw ones too, as JSON.
@@ -58,7 +60,8 @@ pub(super) struct EncryptionEval {
     /// Write a page with all tables and plots that needs no other file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the medians into this Markdown file, between the lines `<!-- eval:begin -->` and `<!-- eval:end -->`.
+    /// Write the medians into this Markdown file, between the lines `<!-- eval:begin -->` and `<!--
+    /// eval:end -->`.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
     /// So many bytes stand for a MiB: to try the measurement itself.
@@ -130,7 +133,8 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     result
 }
 
-/// Does all runs, and writes each as soon as it is done: it may take hours. What fails twice is left out, and an error in the end.
+/// Does all runs, and writes each as soon as it is done: it may take hours. What fails twice is
+/// left out, and an error in the end.
 fn measure(
     bar: &ProgressBar,
     cells: &[Cell],

@@ -201,7 +201,8 @@ fn is(word: &str, name: &str) -> bool {
     name == word || size().is_some()
 }
 
-/// Keeps the cells that the words ask for: where some speak of a cell's cipher, it must be one of those, and so on.
+/// Keeps the cells that the words ask for: where some speak of a cell's cipher, it must be one of
+/// those, and so on.
 pub(super) fn keep(cells: &mut Vec<Cell>, words: &[String]) -> Result<(), String> {
     let every: Vec<Names> = self::cells(false).iter().map(Cell::names).collect();
     let mut respects: [Vec<&str>; 5] = Default::default();

@@ -399,7 +399,8 @@ impl Figures {
 pub(super) mod test_util {
     use super::*;
 
-    /// One run of each kind: with a cipher it takes twice as long, and the largest writers do not end.
+    /// One run of each kind: with a cipher it takes twice as long, and the largest writers do not
+    /// end.
     pub(in crate::eval::encryption) fn figures() -> Figures {
         let means = Means { shaped: true, caged: true, unit: crate::bench::MIB, seed: 7 };
         let left_out = vec!["a <part>, as \"it\" & that".into()];

@@ -79,7 +79,8 @@ pub(super) struct Run {
     pub(super) during: Option<f64>,
     pub(super) kept_percent: Option<f64>,
     pub(super) wire_bytes: Option<f64>,
-    /// CPU seconds of the source until its end, and of the destination until completion, vCPU threads included.
+    /// CPU seconds of the source until its end, and of the destination until completion, vCPU
+    /// threads included.
     pub(super) cpu_source_s: Option<f64>,
     pub(super) cpu_destination_s: Option<f64>,
     /// Of both, those of vCPU threads.

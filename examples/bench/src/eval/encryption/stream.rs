@@ -18,7 +18,8 @@ use crate::bench::encrypt::{Link, Shaper};
 /// Bytes of a write.
 const PIECE: usize = 64 << 10;
 
-/// A TCP connection from here to the destination's end of the link, as full as it gets; it ends with this.
+/// A TCP connection from here to the destination's end of the link, as full as it gets; it ends
+/// with this.
 pub(super) struct Stream {
     received: Arc<AtomicU64>,
     ends: [TcpStream; 2],

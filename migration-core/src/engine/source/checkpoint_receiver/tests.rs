@@ -85,7 +85,8 @@ impl Destination {
     }
 }
 
-/// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane ended.
+/// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane
+/// ended.
 fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
     let store = Arc::new(Mutex::new(MemoryVersions::default()));
     let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn VersionStore>>);
