@@ -65,9 +65,9 @@ pub enum PageError {
 /// only for VMs that trust each other, because it reveals more:
 /// - Whoever sees the store sees *which pages are equal*, over time and across VMs.
 /// - Whoever can write pages of one VM can find out whether another VM has a page with a guessed
-/// content.
+///   content.
 /// - A page is not bound to its place. The store can swap pages unless a trusted index names each
-/// of them by its hash.
+///   of them by its hash.
 pub struct PageSealer {
     key: Box<dyn AeadKey>,
     mode: Mode,

@@ -41,12 +41,12 @@ const MAX_NAMES: usize = 64;
 /// This is safe even in a folder in which other users may create files:
 ///
 /// - The unfinished file is created exclusively. If another user has put something at `NAME.new` (a
-/// file, a hard link, a symbolic link, a FIFO), it is neither opened for writing nor removed. An
-/// unpredictable name is used instead.
+///   file, a hard link, a symbolic link, a FIFO), it is neither opened for writing nor removed. An
+///   unpredictable name is used instead.
 /// - A `NAME.new` that was left by a crash is removed. It is recognized as a regular file of the
-/// caller without further links that no process has locked (`flock`).
+///   caller without further links that no process has locked (`flock`).
 /// - The mode is 0600 whatever the umask is, unless [`create_shared`](Self::create_shared) was
-/// called.
+///   called.
 /// - The folder is opened once. If its path leads elsewhere later, nothing is written there.
 ///
 /// Symbolic links in the path of the folder are followed. A folder in which other users may rename
@@ -82,11 +82,11 @@ impl AtomicFile {
     ///
     /// # Errors
     /// - [`ErrorKind::AlreadyExists`] if something else than a regular file is at `path`, such as a
-    /// symbolic link,
+    ///   symbolic link,
     /// - [`ErrorKind::PermissionDenied`] if the file at `path` belongs to another user, or the
-    /// folder must not be written,
+    ///   folder must not be written,
     /// - [`ErrorKind::ResourceBusy`] if a process of this user already writes a new file for
-    /// `path`,
+    ///   `path`,
     /// - [`ErrorKind::InvalidInput`] if `path` has no file name,
     /// - errors of the file system.
     pub fn create(path: &Path) -> io::Result<Self> {

@@ -63,11 +63,11 @@
 //!
 //! - An error ends a channel. It is then unknown how much was transferred.
 //! - An idle time-out is for a peer that transfers no byte at all. If a part of a transfer was done
-//! when the time-out passes, the time-out starts again. So silence is noticed after one to two
-//! time-outs.
+//!   when the time-out passes, the time-out starts again. So silence is noticed after one to two
+//!   time-outs.
 //! - A channel closes when both of its halves are dropped. If bytes from the peer are unread by
-//! then, TCP sends a reset, and the data written last may not arrive. So read to the end of the
-//! stream before closing, or let the peer send the last message.
+//!   then, TCP sends a reset, and the data written last may not arrive. So read to the end of the
+//!   stream before closing, or let the peer send the last message.
 //! - Name resolution is done by the system and blocks for as long as that takes.
 //!
 //! # Features

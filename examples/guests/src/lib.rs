@@ -5,11 +5,11 @@
 //! it into [`GUEST_ELF`], which any VMM with PVH boot runs. Three steps use it:
 //!
 //! 1. [`check_spec`] checks what a user asks for, `NAME[:key=value,…]`, and [`least_memory`]
-//!   returns the RAM that it needs.
+//!    returns the RAM that it needs.
 //! 2. [`elf`] returns the image with that spec.
 //! 3. The guest keeps a page at [`layout::BOARD_ADDRESS`], on which it reports its state, its
-//!   operations, its longest interruption and the errors that it has found. [`Board::parse`] reads
-//!   a copy of that page.
+//!    operations, its longest interruption and the errors that it has found. [`Board::parse`] reads
+//!    a copy of that page.
 //!
 //! The layout of the page and the grammar of specs are compiled into both sides from the same two
 //! files, `guest/layout.rs` and `guest/spec.rs`. The guest's pages are untrusted input:

@@ -4,7 +4,7 @@
 //! 1989).
 //! 1. A holder that cannot renew its lease stops its vCPUs *before* the lease expires.
 //! 2. So another host that has seen the lease unchanged for a whole term knows that nothing runs
-//! there.
+//!    there.
 //! 3. It then takes the lease. After that the old holder can never renew it.
 //!
 //! No host compares its clock with that of another: each measures durations only, with its own

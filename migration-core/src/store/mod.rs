@@ -79,16 +79,16 @@ pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read
 /// Every implementation keeps these rules, which the conformance suite checks:
 ///
 /// - Rule 3: a value is handed out only if VM, page, generation and checksum agree with its
-/// trailer. Otherwise the page is missing. It is never zeros, and zeros are never put.
+///   trailer. Otherwise the page is missing. It is never zeros, and zeros are never put.
 /// - Rule 8: no call asks a store who the owner of a VM is. The owner in a record is for people
-/// only.
+///   only.
 /// - Rule 9: a namespace keeps the newest put of each page and is forgotten as a whole.
 /// - Rule 10: a put never replaces a newer generation. A put into a namespace that is absent fails
-/// and never creates it. An id that was forgotten cannot be created again for one lease.
+///   and never creates it. An id that was forgotten cannot be created again for one lease.
 /// - Rule 11: `create`, `put` and `renew` return the present incarnation.
 /// - Rule 14: a lease that has ended deletes nothing. Whoever forgets, does so by a call.
 /// - Rule 24: a namespace is written, read, renewed or forgotten only for the VM that its record
-/// names. The store compares, so that no caller can forget to.
+///   names. The store compares, so that no caller can forget to.
 ///
 /// A call blocks until the store has answered. An implementation holds no lock while it calls
 /// `take`, and bounds everything that comes from outside: see [`limits`].

@@ -18,18 +18,18 @@ use super::{
 /// Keeps every page in *k* stores (rule 12). It is one entry of a session's store table.
 ///
 /// - **A put is acknowledged when all *k* stores have the page.** The stores are written at the
-/// same time. If one of them fails, the put fails: the page stays with its owner until it is put
-/// again, under a new generation. [`Stored::taken`] is `true` for a page that all stores have
-/// taken.
+///   same time. If one of them fails, the put fails: the page stays with its owner until it is put
+///   again, under a new generation. [`Stored::taken`] is `true` for a page that all stores have
+///   taken.
 /// - **A reader asks the next store** when one is silent, lacks the page, or has an older
-/// generation. A page is [missing](StoreError::Missing) only if all of them answer that they lack
-/// it. If one of them was silent, its error is returned instead, so that the caller repeats the
-/// request. Each store that is asked gets an equal share of the time that is left. The store that
-/// has answered last is asked first the next time, so a dead store costs one request.
+///   generation. A page is [missing](StoreError::Missing) only if all of them answer that they lack
+///   it. If one of them was silent, its error is returned instead, so that the caller repeats the
+///   request. Each store that is asked gets an equal share of the time that is left. The store that
+///   has answered last is asked first the next time, so a dead store costs one request.
 /// - **The incarnation** is made of the incarnations of all stores: it changes if one of them
-/// changes. `create` and `renew` need all stores.
+///   changes. `create` and `renew` need all stores.
 /// - `forget` is sent to all stores, also if one of them fails. Repeat it then: to forget twice is
-/// harmless. After a failed `create`, forget the namespace and make another entry.
+///   harmless. After a failed `create`, forget the namespace and make another entry.
 ///
 /// Room is what the fullest store has. If one store has no room for a put and the others have taken
 /// it, the error is [`StoreError::NoRoom`], and the put was stored in part.

@@ -55,13 +55,13 @@ pub trait Convergence: Send {
 /// dirty pages.
 ///
 /// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model
-///   does at once what the user chose for this case (see [`Link::stop_on_timeout`]) and says why.
+///    does at once what the user chose for this case (see [`Link::stop_on_timeout`]) and says why.
 /// 2. Otherwise another round is worth its time as long as it shrinks what is left by a good part.
 /// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model says is needed,
-///   step by step, within the bounds of [`GuestImpact`]: always if the dirty pages are what exceeds
-///   the limit; within the limit only if their part of the downtime is substantial.
+///    step by step, within the bounds of [`GuestImpact`]: always if the dirty pages are what
+///    exceeds the limit; within the limit only if their part of the downtime is substantial.
 /// 4. What then remains is switched over if it is within the limit. If it is not, and several more
-///   rounds have brought no new minimum, the model does what the user chose, as in step 1.
+///    rounds have brought no new minimum, the model does what the user chose, as in step 1.
 ///
 /// The number of rounds is bounded whatever the link and the guest do.
 #[derive(Clone, Debug)]

@@ -6,14 +6,14 @@
 //!
 //! 1. One successor is prepared at a time: a second request is refused.
 //! 2. [`Successor::start`] starts the process and waits until it can receive. If that fails,
-//! nothing has changed for the VM.
+//!    nothing has changed for the VM.
 //! 3. The control socket is ceded *before* the hand-over: the successor takes it over the moment
-//! it has the VM, and the predecessor must not remove it when it ends.
+//!    it has the VM, and the predecessor must not remove it when it ends.
 //! 4. The VM is handed over.
 //! 5. If the successor owns the VM, the predecessor waits until it has the control socket, and may
-//! end. If the VM has stayed, all is rolled back: the successor is killed, and the control
-//! socket is the predecessor's again. If the owner is not known, the successor is left alone and
-//! watched.
+//!    end. If the VM has stayed, all is rolled back: the successor is killed, and the control
+//!    socket is the predecessor's again. If the owner is not known, the successor is left alone and
+//!    watched.
 //!
 //! [`schedule`] does it when a [`RefreshPolicy`] says so. Only the last schedule counts. A
 //! successor gets it with its command, and goes on with it.

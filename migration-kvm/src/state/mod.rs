@@ -4,10 +4,10 @@
 //! A VMM saves with [`save_vm`] and, on the thread of each vCPU, with [`save_vcpu`]. It loads in
 //! this order:
 //! 1. [`load_clock`], before any vCPU, because a vCPU's TSC offset is computed against the VM's
-//! clock.
+//!    clock.
 //! 2. [`load_vcpu`], on the thread of each vCPU, in any order.
 //! 3. [`load_vm`], which loads interrupt controllers and timer. Their pending interrupts are
-//! delivered to LAPICs, and loading a vCPU afterwards would overwrite these.
+//!    delivered to LAPICs, and loading a vCPU afterwards would overwrite these.
 //!
 //! Guest RAM must be accessible before that: KVM writes to the guest's clock pages when it loads
 //! the MSRs with their addresses.

@@ -135,8 +135,8 @@ impl MsrList {
 
 /// Returns the rank of an MSR in the order of writing:
 /// - 0: MSRs that decide whether other state is valid. FEAT_CTL must allow VMX before CR4.VMXE can
-/// be set, and nested state is checked against the VMX capabilities. They are written before the
-/// segment and control registers.
+///   be set, and nested state is checked against the VMX capabilities. They are written before the
+///   segment and control registers.
 /// - 1: the TSC, because the deadline is relative to it.
 /// - 2: all other MSRs.
 /// - 3: the MSRs that start performance counters, after all counters were set.

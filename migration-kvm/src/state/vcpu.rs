@@ -219,10 +219,10 @@ impl VcpuSaver {
 
     // The order of saving:
     // - The multiprocessing state first: to return it, KVM acts on a pending INIT or SIPI, which
-    // resets registers.
+    //   resets registers.
     // - The LAPIC before the events and the MSRs: reading it moves posted interrupts into it. If
-    // the deadline MSR were read first, a timer that fires in between would be lost: already
-    // cleared in the MSR, and not yet pending in the LAPIC.
+    //   the deadline MSR were read first, a timer that fires in between would be lost: already
+    //   cleared in the MSR, and not yet pending in the LAPIC.
     // - Events last: to return them, KVM collects NMIs that were queued meanwhile.
     //
     // All other parts do not change while the vCPU is stopped.
@@ -298,7 +298,7 @@ impl VcpuSaver {
     }
 
     // The order of loading, and the reasons:
-    // 1. CPUID. KVM checks everything else against it: bits of CR4 and XCR0, components of XSAVE,
+    //  1. CPUID. KVM checks everything else against it: bits of CR4 and XCR0, components of XSAVE,
     //     MSRs.
     //  2. The TSC's frequency, before the TSC and its deadline: both are scaled by it when they are
     //     set.
@@ -311,10 +311,10 @@ impl VcpuSaver {
     //  5. Nested state. It may put the vCPU into guest mode, in which control registers have
     //     another meaning.
     //  6. General registers. Loading them drops a pending exception, so they precede the events.
-    // 7. XCR0, then the XSAVE area, which KVM checks against what CPUID permits; before the MSRs,
+    //  7. XCR0, then the XSAVE area, which KVM checks against what CPUID permits; before the MSRs,
     //     because XFD disables components.
     //  8. Debug registers.
-    // 9. The LAPIC: before TSC_DEADLINE, which is ignored unless the LAPIC's timer is in deadline
+    //  9. The LAPIC: before TSC_DEADLINE, which is ignored unless the LAPIC's timer is in deadline
     //     mode.
     // 10. MSRs: the TSC first (by its offset if both sides can), the deadline last, which arms the
     //     timer.

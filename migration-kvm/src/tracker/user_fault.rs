@@ -219,11 +219,11 @@ impl UserFault {
     ///
     /// Write-protection and faults differ if the other one stays:
     /// - If write-protection ends and missing or minor faults stay, the kernel keeps the
-    /// registration for write-protection, and only the protection is lifted. Registering the
-    /// range again would open a gap in which missing pages read as zeros.
+    ///   registration for write-protection, and only the protection is lifted. Registering the
+    ///   range again would open a gap in which missing pages read as zeros.
     /// - If only write-protection stays, the range is unregistered and registered again, because
-    /// nobody would answer its faults any more. All of it is unprotected then, which a tracker
-    /// sees as written.
+    ///   nobody would answer its faults any more. All of it is unprotected then, which a tracker
+    ///   sees as written.
     ///
     /// # Errors
     /// Fails if the range is not registered for `modes`, or if the kernel refuses.

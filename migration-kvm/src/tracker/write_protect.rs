@@ -23,7 +23,7 @@ const NAME: &str = "write-protect";
 /// Huge pages:
 /// - A write to a huge page of a file (hugetlb or transparent) makes all 512 pages dirty each time.
 /// - A transparent huge page of private memory is reported as a whole if it is new or was not split
-/// yet. The first write splits it into 4 KiB pages.
+///   yet. The first write splits it into 4 KiB pages.
 ///
 /// On shared memory, starting marks every page table entry, also those of holes, so page tables for
 /// all of RAM are allocated (8 bytes per page). On private memory holes cost nothing.

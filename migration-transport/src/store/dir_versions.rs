@@ -305,9 +305,9 @@ impl VersionStore for DirVersions {
     /// # Order
     ///
     /// 1. The increment reaches the disk, then the new manifest, then the names of both: what a
-    ///   manifest names is there before the manifest can be.
+    ///    manifest names is there before the manifest can be.
     /// 2. The rename replaces the old manifest in one step. Until it is durable, either may be
-    ///   found after a crash, so the files of both stay.
+    ///    found after a crash, so the files of both stay.
     /// 3. Only when it is durable, what the new one does not name is deleted.
     ///
     /// A failed `fsync` is not tried again: the kernel may have dropped what it could not write,

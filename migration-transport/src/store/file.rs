@@ -184,7 +184,7 @@ impl FilePageStore {
     /// Makes the files of a namespace. The caller has the store's lock.
     ///
     /// 1. The file for the pages. Without a table it is no namespace, and somebody else's `create`
-    /// removes it.
+    ///    removes it.
     /// 2. The table under another name, with its header.
     /// 3. Its right name: from now on the namespace exists, whole.
     fn make(&self, id: NamespaceId, header: &Header) -> Result<(), StoreError> {
@@ -235,8 +235,8 @@ impl FilePageStore {
     /// 1. What is newer in the store is left out.
     /// 2. The number of pages is written: it may be too large after a crash, never too small.
     /// 3. Values and entries are written, and are on the disk if that was chosen. If writing fails,
-    /// for example because the disk is full, the pages are counted again: repeated attempts do
-    /// not use up the room.
+    ///    for example because the disk is full, the pages are counted again: repeated attempts do
+    ///    not use up the room.
     fn put_locked(
         &self,
         space: &Space,

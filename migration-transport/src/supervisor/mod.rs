@@ -10,9 +10,9 @@
 //!
 //! 1. The record allows it: the guest has not ended by itself, and cannot run on another host.
 //! 2. Every process that may run the VM is dead, as a [`Fence`] knows for certain. A connection
-//! that is closed is no proof.
+//!    that is closed is no proof.
 //! 3. No other process has taken the lease meanwhile. This is looked at *after* the processes were
-//! found dead: a process that is dead by then takes no lease any more.
+//!    found dead: a process that is dead by then takes no lease any more.
 //! 4. The VM was not restarted [too often](MAX_RESTARTS).
 //!
 //! Nothing here needs KVM. What the saved state is, and how a VMM is started from it, is said by a

@@ -56,17 +56,8 @@ fn faults(figures: &Figures, part: Part, orders: &[&'static str], title: &str) -
 
 /// All tables that there are figures for.
 fn tables(figures: &Figures) -> Vec<Table> {
-    let verdicts = figures.verdicts().into_iter().map(|v| {
-        let met = if v.met { "met" } else { "missed" };
-        let (value, limit) = (exact(v.value), exact(v.limit));
-        vec![v.what.into(), format!("{value} {}", v.unit), format!("≤ {limit} {}", v.unit), v.beside.into(), met.into()]
-    });
     let mut all = vec![
-        Table {
-            title: "Targets (medians)".into(),
-            head: vec!["figure", "measured", "target", "paper", ""],
-            rows: verdicts.collect(),
-        },
+        targets(figures),
         faults(
             figures,
             Part::Faults,
@@ -79,41 +70,74 @@ fn tables(figures: &Figures) -> Vec<Table> {
             &HISTORY_ORDERS,
             "The same after one round of pre-copy, which is the history of hot-first: hybrid, 1 Gbit/s (median (least–most))",
         ),
+        storm(figures),
+        latency(figures),
+        fail_safe(figures),
+        balloon(figures),
     ];
+    all.retain(|table| !table.rows.is_empty());
+    all
+}
 
-    let latencies = |part, guest: &str, kind: &str, figure: Of| spread(&figures.values(part, guest, kind, figure));
+/// The targets, and whether each is met.
+fn targets(figures: &Figures) -> Table {
+    let verdicts = figures.verdicts().into_iter().map(|v| {
+        let met = if v.met { "met" } else { "missed" };
+        let (value, limit) = (exact(v.value), exact(v.limit));
+        vec![v.what.into(), format!("{value} {}", v.unit), format!("≤ {limit} {}", v.unit), v.beside.into(), met.into()]
+    });
+    Table {
+        title: "Targets (medians)".into(),
+        head: vec!["figure", "measured", "target", "paper", ""],
+        rows: verdicts.collect(),
+    }
+}
+
+/// The median of a figure over the repetitions of a run, with the least and the most.
+fn spread_of(figures: &Figures, part: Part, guest: &str, kind: &str, figure: Of) -> String {
+    spread(&figures.values(part, guest, kind, figure))
+}
+
+/// What faults take when four vCPUs need the same pages.
+fn storm(figures: &Figures) -> Table {
     let mut rows: Vec<Vec<String>> = Vec::new();
     for (name, guest, report) in LATENCIES {
-        let of = |kind, figure| latencies(Part::Storm, "storm", kind, figure);
+        let of = |kind, figure| spread_of(figures, Part::Storm, "storm", kind, figure);
         rows.push(vec![name.into(), of("migrates", guest), of("migrates", report), of("stays", guest)]);
     }
     let gap: Of = |r| Some(r.gap_ms * 1e3);
-    let of = |kind| latencies(Part::Storm, "storm", kind, gap);
+    let of = |kind| spread_of(figures, Part::Storm, "storm", kind, gap);
     rows.push(vec!["longest gap".into(), of("migrates"), "-".into(), of("stays")]);
     rows.retain(|row| row[1] != "-");
-    all.push(Table {
+    Table {
         title: "Storm: four vCPUs that need the same pages, 1 Gbit/s (µs, median (least–most))".into(),
         head: vec!["", "guest's clock", "report", "guest that stays"],
         rows,
-    });
+    }
+}
 
+/// What a fault takes beside a push and beside none.
+fn latency(figures: &Figures) -> Table {
     let mut rows: Vec<Vec<String>> = Vec::new();
     for (name, guest, report) in LATENCIES {
-        let of = |kind, figure| latencies(Part::Latency, "random", kind, figure);
+        let of = |kind, figure| spread_of(figures, Part::Latency, "random", kind, figure);
         rows.push(vec![name.into(), of("push", guest), of("idle", guest), of("push", report), of("idle", report)]);
     }
     rows.retain(|row| row[1] != "-");
-    all.push(Table {
+    Table {
         title: "A fault's latency beside a push at full rate, and beside none: 4 KiB pages, no limit (µs, median (least–most))"
             .into(),
         head: vec!["", "guest's clock, push", "idle", "report, push", "idle"],
         rows,
-    });
+    }
+}
 
+/// What reverse checkpoints cost, by their interval.
+fn fail_safe(figures: &Figures) -> Table {
     let mut rows = Vec::new();
     for (guest, _) in PROTECTED {
         for interval in INTERVALS {
-            let of = |figure: Of| latencies(Part::FailSafe, guest, interval, figure);
+            let of = |figure: Of| spread_of(figures, Part::FailSafe, guest, interval, figure);
             let total: Of = |r| r.number("/total_ms");
             rows.push(vec![
                 format!("{guest} · {interval}"),
@@ -128,7 +152,7 @@ fn tables(figures: &Figures) -> Vec<Table> {
         }
     }
     rows.retain(|row| row[3] != "-");
-    all.push(Table {
+    Table {
         title: "Fail-safe: reverse checkpoints in memory, by interval, 1 Gbit/s (median (least–most))".into(),
         head: vec![
             "guest · interval",
@@ -141,12 +165,15 @@ fn tables(figures: &Figures) -> Vec<Table> {
             "guest's speed meanwhile, %",
         ],
         rows,
-    });
+    }
+}
 
+/// What a balloon saves.
+fn balloon(figures: &Figures) -> Table {
     let mut rows = Vec::new();
     for strategy in ["pre-copy", "post-copy"] {
         for balloon in ["off", "on"] {
-            let of = |figure: Of| latencies(Part::Balloon, strategy, balloon, figure);
+            let of = |figure: Of| spread_of(figures, Part::Balloon, strategy, balloon, figure);
             let bytes = |r: &Run| r.number("/wire_bytes");
             rows.push(vec![
                 format!("{strategy} · balloon {balloon}"),
@@ -159,14 +186,12 @@ fn tables(figures: &Figures) -> Vec<Table> {
         }
     }
     rows.retain(|row| row[1] != "-");
-    all.push(Table {
+    Table {
         title: "Self-ballooning: churn over 512 MiB of which a quarter is in use, 1 Gbit/s (median (least–most))"
             .into(),
         head: vec!["strategy · guest", "MB moved", "of balloon off", "free pages", "total, ms", "downtime, ms"],
         rows,
-    });
-    all.retain(|table| !table.rows.is_empty());
-    all
+    }
 }
 
 /// The machine, its load, and the runs.

@@ -5,7 +5,7 @@
 //! 3. **Arm the pager** for what is left behind, before anything is loaded: loading touches RAM.
 //! 4. **Load the state.** It may wait for missing pages, which the source sends already.
 //! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the
-//!   same.
+//!    same.
 //! 6. **Start the guest** when the source says *run*, and then answer *running*.
 
 use super::{control_lane::Flow, missing::Turn, *};

@@ -3,26 +3,25 @@
 //! The guest waits in all of this. Each step is here, in this order, for a reason:
 //!
 //! 1. **Ask what the state will take**, while the guest still runs: a state that the destination
-//!   cannot take is refused without a pause.
+//!    cannot take is refused without a pause.
 //! 2. **Raise the priority** of this thread, if RAM is shared: the guest waits for it now.
 //! 3. **Pause** vCPUs and devices. From here on the pause is watched ([`PauseLimits`]): until step
-//!   12 the VM is ours, and a silent destination must not keep it from running.
+//!    12 the VM is ours, and a silent destination must not keep it from running.
 //! 4. **Save the state.** Before the harvest, because saving writes guest memory.
 //! 5. **Harvest**, the last one. What the map has as unsent now is all that the destination lacks.
-//! Nothing is re-armed any more: a paused guest writes nothing.
+//!    Nothing is re-armed any more: a paused guest writes nothing.
 //! 6. **Send or leave behind.** Without post-copy, all of it goes as the last round. With
-//!   post-copy, only the pages that the vCPUs touch at once go. The lanes send while the control
-//!   lane goes on.
+//!    post-copy, only the pages that the vCPUs touch at once go. The lanes send while the control
+//!    lane goes on.
 //! 7. **List** what is left behind. The list takes effect at the destination when the round is
-//!   there.
+//!    there.
 //! 8. **Send the state**, and with its last piece the *offer*: the destination is woken once.
 //! 9. **Complete the forward checkpoint**, if there is one, while the destination loads. From *run*
-//!   on this side may die.
+//!    on this side may die.
 //! 10. **Wait for *ready***, which also acknowledges the round.
 //! 11. **Heed what has come in**: a cancel, or the end of the VM, is still in time.
 //! 12. **Say *run*.** Before the frame goes out this side stops to own the VM: the destination may
-//!   run
-//!     it from then on, whether or not the answer arrives.
+//!     run it from then on, whether or not the answer arrives.
 //! 13. **Wait for *running***, which ends the downtime.
 //!
 //! An error up to step 11 resumes the guest here; after it the engine asks until it knows.
