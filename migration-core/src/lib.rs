@@ -74,6 +74,7 @@ pub mod text;
 pub mod vm;
 mod vm_error;
 pub mod wire;
+pub mod working_set;
 
 pub use error::MigrationError;
 pub use foreign::{FOREIGN_BYTES, describe_foreign_peer};

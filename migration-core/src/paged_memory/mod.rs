@@ -4,11 +4,13 @@
 //! |---|---|
 //! | name the stores and namespaces in which pages are | [`StoreTable`] |
 //! | fetch pages from stores, and install them | [`PagedMemory`] |
+//! | put pages of a VM that runs here into stores | [`PagedMemory::create_entry`], [`PagedMemory::put`] |
 
 mod reader;
 mod table;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::{
     io,
@@ -19,6 +21,7 @@ use std::{
 pub use reader::{FetchError, Renewed};
 use reader::{Reader, Wanted};
 pub use table::{EntryStore, StoreEntry, StoreTable, TableError};
+pub use writer::{NewEntry, PutError};
 
 use crate::{
     PAGE_SIZE, PageRange,

@@ -134,7 +134,11 @@ impl Reader {
         self.store(name).is_some()
     }
 
-    fn store(&self, name: &str) -> Option<&dyn PageStore> {
+    pub(super) fn vm(&self) -> VmId {
+        self.vm
+    }
+
+    pub(super) fn store(&self, name: &str) -> Option<&dyn PageStore> {
         self.stores.iter().map(|store| &**store).find(|store| store.name() == name)
     }
 

@@ -252,3 +252,66 @@ fn rule_11_a_namespace_that_is_gone_counts_as_changed() {
     world.stores[1].forget(Namespace::new([1; 16]).of(VM)).unwrap();
     assert!(matches!(world.memory.renew(both, OWNER, LEASE), Renewed::Changed));
 }
+
+fn new_entry(name: u8, stores: &[String]) -> NewEntry<'_> {
+    let namespace = Namespace::new([name; 16]);
+    NewEntry { stores, namespace, purpose: Purpose::Home, owner: OWNER, lease: LEASE }
+}
+
+fn put_page(world: &World, entry: u8, generation: u32) -> Result<Vec<bool>, PutError> {
+    world.memory.put(entry, generation, &[PageToPut { page: 7, value: &[0x44; PAGE_SIZE] }])
+}
+
+#[test]
+fn rule_12_what_is_put_is_in_all_stores_of_the_entry() {
+    let world = World::new();
+    let both = ["a".to_owned(), "b".to_owned()];
+    let entry = world.memory.create_entry(&new_entry(1, &both)).unwrap();
+    assert_eq!(put_page(&world, entry, 2).unwrap(), [true]);
+    // a newer generation stays (rule 10)
+    assert_eq!(put_page(&world, entry, 1).unwrap(), [false]);
+    for store in &world.stores {
+        let record = store.record(World::id(1)).unwrap().unwrap();
+        assert_eq!((record.vm, record.purpose), (VM, Purpose::Home));
+        let wanted = [crate::store::PageToGet { page: 7, generation: 2 }];
+        store.get(Namespace::new([1; 16]).of(VM), &wanted, Urgency::Fault, soon(), &mut |_, _| ()).unwrap();
+    }
+    world.located(range(7, 1), copy(entry, 2));
+    assert_eq!(world.fetch(range(7, 1)).unwrap(), 1);
+    assert_eq!(world.pager.byte(7), 0x44);
+}
+
+#[test]
+fn rule_11_a_put_finds_out_that_pages_are_lost() {
+    let world = World::new();
+    let both = ["a".to_owned(), "b".to_owned()];
+    let entry = world.memory.create_entry(&new_entry(1, &both)).unwrap();
+    world.stores[1].forget(Namespace::new([1; 16]).of(VM)).unwrap();
+    let error = put_page(&world, entry, 1).unwrap_err();
+    assert!(error.is_loss(), "{error}");
+    // an entry with an incarnation that the store does not have any more
+    let record = Record { vm: VM, purpose: Purpose::Home, owner: OWNER };
+    world.stores[0].create(World::id(2), &record, LEASE).unwrap();
+    let store = EntryStore { name: "a".into(), incarnation: Incarnation([9; 16]) };
+    let older = StoreEntry::new(Namespace::new([2; 16]), vec![store]).unwrap();
+    world.memory.receive(1, &[older]).unwrap();
+    let error = put_page(&world, 1, 1).unwrap_err();
+    assert!(matches!(&error, PutError::Changed { store, entry: 1 } if store == "a") && error.is_loss(), "{error}");
+    assert!(!put_page(&world, 9, 1).unwrap_err().is_loss());
+}
+
+#[test]
+fn rule_14_an_entry_that_fails_leaves_nothing() {
+    let world = World::new();
+    let unknown = ["a".to_owned(), "c".to_owned()];
+    let error = world.memory.create_entry(&new_entry(1, &unknown)).unwrap_err();
+    assert!(matches!(&error, PutError::Table(TableError::UnknownStore(name)) if name == "c"), "{error}");
+    assert!(world.stores[0].record(World::id(1)).unwrap().is_none());
+    // the second store refuses: it has forgotten this id
+    world.stores[1].forget(Namespace::new([2; 16]).of(VM)).unwrap();
+    let both = ["a".to_owned(), "b".to_owned()];
+    let error = world.memory.create_entry(&new_entry(2, &both)).unwrap_err();
+    assert!(matches!(&error, PutError::Store { store, .. } if store == "b"), "{error}");
+    assert!(world.stores[0].record(World::id(2)).unwrap().is_none());
+    assert!(!world.memory.has_entry(0));
+}

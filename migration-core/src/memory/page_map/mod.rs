@@ -26,12 +26,14 @@
 //! | [`announced`](PageMap::announced) | source | the destination was told their locations |
 //! | [`located`](PageMap::located) | destination | they are in a store |
 //! | [`claim_stored`](PageMap::claim_stored) | destination | as `claim`, for one copy in a store |
+//! | [`evicting`](PageMap::evicting), [`mapped_again`](PageMap::mapped_again) | owner | they are out of the guest's reach, or within it again |
 //! | [`evicted`](PageMap::evicted), [`returned`](PageMap::returned) | owner | RAM has them no more, or again |
 //! | [`entry_lost`](PageMap::entry_lost) | either | the entry's copies are gone |
 //! | [`lacks`](PageMap::lacks) | source | the destination has asked for them once more |
 //! | [`released`](PageMap::released) | destination | no page is held any more |
 
 mod copies;
+mod eviction;
 mod stores;
 #[cfg(test)]
 mod tests;
@@ -114,6 +116,14 @@ pub enum MapError {
     /// The VM still needs its source for this page.
     #[error("page {0} is only at the source")]
     AtSource(u64),
+    /// The page is out of the guest's reach, because it is about to be evicted. It is mapped again
+    /// first (rule 22).
+    #[error("page {0} is about to be evicted")]
+    Evicting(u64),
+    /// The page cannot be taken out of the guest's reach: it is not in RAM, it is out of reach
+    /// already, or somebody puts it into a store.
+    #[error("page {0} cannot be evicted now")]
+    CannotBeEvicted(u64),
 }
 
 /// Where each page of a VM is, as one side of a migration knows it.
@@ -151,6 +161,8 @@ pub struct PageMap {
     copies: Copies,
     /// Puts that are under way.
     puts: Copies,
+    /// Pages that are `Here`, and out of the guest's reach.
+    evicting: PageSet,
     /// Missing pages in a store that the source has in RAM, too.
     held: PageSet,
     /// Pages with a copy whose location, or whether they are held, the destination was not told.
@@ -177,6 +189,7 @@ impl PageMap {
             unsent: none.clone(),
             copies: Copies::new(pages),
             puts: Copies::new(pages),
+            evicting: none.clone(),
             held: none.clone(),
             unannounced: none.clone(),
             delivered: none,
@@ -295,9 +308,10 @@ impl PageMap {
     /// A round has brought data for `pages`: they are `Here`.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`].
+    /// [`MapError::LeftBehind`] and [`MapError::Evicting`].
     pub fn received(&mut self, pages: PageRange) -> Result<(), MapError> {
         self.none_left_behind(pages)?;
+        self.none_evicting(pages)?;
         self.forget_locations(pages);
         self.here.insert_range(pages);
         Ok(())
@@ -307,9 +321,10 @@ impl PageMap {
     /// which hold something else.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`].
+    /// [`MapError::LeftBehind`] and [`MapError::Evicting`].
     pub fn zeroed(&mut self, pages: PageRange) -> Result<Vec<PageRange>, MapError> {
         self.none_left_behind(pages)?;
+        self.none_evicting(pages)?;
         let were_here = self.here.ranges_in(pages).collect();
         self.forget_locations(pages);
         self.here.remove_range(pages);
@@ -327,8 +342,10 @@ impl PageMap {
     /// leaves them out of `pages`.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`], for a page that was claimed.
+    /// [`MapError::LeftBehind`], for a page that was claimed, and [`MapError::Evicting`], for any page
+    /// of the VM that is out of the guest's reach.
     pub fn leave_behind(&mut self, pages: &PageSet) -> Result<(), MapError> {
+        self.evicting.first_from(0).map_or(Ok(()), |page| Err(MapError::Evicting(page)))?;
         let mut claimed = self.missing_at_hand_over.clone();
         claimed.subtract(&self.unclaimed);
         claimed.subtract(&self.unfetched);

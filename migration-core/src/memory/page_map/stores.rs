@@ -303,6 +303,7 @@ impl PageMap {
         let runs = if !self.handed_over {
             self.forget_locations(pages);
             self.here.remove_range(pages);
+            self.evicting.remove_range(pages);
             self.missing.insert_range(pages);
             self.unfetched.insert_range(pages);
             vec![pages]
@@ -352,27 +353,8 @@ impl PageMap {
     }
 }
 
-/// Evictions, and losses.
+/// Returns, and losses.
 impl PageMap {
-    /// The owner has dropped `pages` from RAM: they are only in the stores that have their copies.
-    ///
-    /// # Errors
-    /// [`MapError::NoCopy`], unless every page is `Here` and has a copy, and nobody puts it.
-    pub fn evicted(&mut self, pages: PageRange) -> Result<(), MapError> {
-        let wrong = [first_not_in(pages, &self.here), first_not_in(pages, self.copies.pages())];
-        let wrong = wrong.into_iter().chain([self.puts.pages().first_in(pages)]).flatten().min();
-        if let Some(page) = wrong {
-            return Err(MapError::NoCopy(page));
-        }
-        self.here.remove_range(pages);
-        self.unsent.remove_range(pages);
-        for set in [&mut self.missing, &mut self.in_store, &mut self.unfetched] {
-            set.insert_range(pages);
-        }
-        self.held_has_changed(pages);
-        Ok(())
-    }
-
     /// Claimed `pages` were read back from their stores: they are `Here`, and their copies are
     /// current until the guest writes them.
     ///
@@ -389,7 +371,7 @@ impl PageMap {
         Ok(())
     }
 
-    fn held_has_changed(&mut self, pages: PageRange) {
+    pub(super) fn held_has_changed(&mut self, pages: PageRange) {
         self.unannounced.insert_range(pages);
         for run in self.delivered.ranges_in(pages) {
             self.unannounced.remove_range(run);
@@ -468,6 +450,7 @@ impl PageMap {
         }
         self.drop_copies(&at_source);
         self.here.subtract(&at_source);
+        self.evicting.subtract(&at_source);
         self.missing.union_with(&at_source);
         self.unclaimed.union_with(&at_source);
     }

@@ -30,6 +30,8 @@ struct Page {
     unsent: bool,
     unannounced: bool,
     delivered: bool,
+    /// Out of the guest's reach.
+    evicting: bool,
 }
 
 const NEW: Page = Page {
@@ -43,6 +45,7 @@ const NEW: Page = Page {
     unsent: false,
     unannounced: false,
     delivered: false,
+    evicting: false,
 };
 
 impl Page {
@@ -81,7 +84,7 @@ impl Page {
         match (self.at, self.copy, self.put) {
             (At::Missing, Some(_), _) => Page { unannounced: true, claimed: false, ..self },
             (At::Missing, None, Some(_)) => self,
-            _ => Page { at: At::Missing, claimed: false, ..self.without_copy() },
+            _ => Page { at: At::Missing, claimed: false, evicting: false, ..self.without_copy() },
         }
     }
 }
@@ -108,7 +111,11 @@ enum Change {
     NothingAnnounced,
     Located(PageRange, StoreCopy, bool),
     ClaimStored(PageRange, StoreCopy),
+    Populated(PageRange),
+    Evicting(PageRange),
+    MappedAgain(PageRange),
     Evicted(PageRange),
+    EvictedZeros(PageRange),
     Returned(PageRange),
     EntryLost(u8),
     Lacks(PageRange),
@@ -149,7 +156,11 @@ fn apply(map: &mut PageMap, change: &Change) -> Result<Vec<u64>, MapError> {
         Change::NothingAnnounced => map.nothing_announced(),
         Change::Located(range, copy, held) => return Ok(pages(map.located(range, copy, held))),
         Change::ClaimStored(range, copy) => map.claim_stored(range, copy)?,
+        Change::Populated(range) => map.populated(&set(range)),
+        Change::Evicting(range) => map.evicting(range)?,
+        Change::MappedAgain(range) => map.mapped_again(range),
         Change::Evicted(range) => map.evicted(range)?,
+        Change::EvictedZeros(range) => map.evicted_zeros(range)?,
         Change::Returned(range) => map.returned(range)?,
         Change::EntryLost(entry) => {
             let loss = map.entry_lost(entry);
@@ -169,7 +180,7 @@ struct View {
     located: Option<(StoreCopy, bool)>,
     held: bool,
     claimed: bool,
-    sets: [bool; 8],
+    sets: [bool; 9],
 }
 
 impl View {
@@ -190,6 +201,7 @@ impl View {
                 page.unsent,
                 page.unannounced,
                 page.put.is_some(),
+                page.evicting,
             ],
         }
     }
@@ -204,6 +216,7 @@ impl View {
             map.unsent(),
             map.unannounced(),
             map.being_put(),
+            map.being_evicted(),
         ];
         Self {
             location: map.location(page),
@@ -259,10 +272,14 @@ impl Model {
             | Change::NothingAnnounced
             | Change::Located(..)
             | Change::ClaimStored(..)
-            | Change::Evicted(_)
             | Change::Returned(_)
             | Change::EntryLost(_)
             | Change::Released => self.store(change),
+            Change::Populated(_)
+            | Change::Evicting(_)
+            | Change::MappedAgain(_)
+            | Change::Evicted(_)
+            | Change::EvictedZeros(_) => self.evict(change),
             Change::LeaveBehind(range) => self.leave_behind(range),
             Change::Lacking(_) | Change::Lacks(_) | Change::TakenBack => self.lack(change),
             Change::Claim(_) | Change::ClaimBlock(_) | Change::Unclaim(_) | Change::Arrived(_) => self.claim(change),
@@ -296,10 +313,12 @@ impl Model {
             }
             Change::Received(range) => {
                 self.none(range, MapError::LeftBehind, |page| page.left)?;
+                self.none(range, MapError::Evicting, |page| page.evicting)?;
                 self.set(range, |page| Some(Page { at: At::Here, claimed: false, ..page.without_copy() }));
             }
             Change::Zeroed(range) => {
                 self.none(range, MapError::LeftBehind, |page| page.left)?;
+                self.none(range, MapError::Evicting, |page| page.evicting)?;
                 let here = range.pages().filter(|&page| self.pages[page as usize].at == At::Here).collect();
                 self.set(range, |page| Some(Page { at: At::Zero, claimed: false, ..page.without_copy() }));
                 return Ok(here);
@@ -310,6 +329,7 @@ impl Model {
     }
 
     fn leave_behind(&mut self, range: PageRange) -> Result<Vec<u64>, MapError> {
+        self.none(self.all(), MapError::Evicting, |page| page.evicting)?;
         self.none(range, MapError::LeftBehind, |page| page.left && !(page.is_free()))?;
         self.handed_over = true;
         self.set(range, |page| {
@@ -434,7 +454,7 @@ impl Model {
             }
             Change::Located(range, copy, held) if !self.handed_over => {
                 return Ok(self.set(range, |page| {
-                    let new = Page { at: At::Missing, claimed: false, ..page.without_copy() };
+                    let new = Page { at: At::Missing, claimed: false, evicting: false, ..page.without_copy() };
                     Some(Page { copy: Some(copy), held, ..new })
                 }));
             }
@@ -449,14 +469,6 @@ impl Model {
                 self.none(range, MapError::NotFree, |page| !page.is_free() || page.copy != Some(copy))?;
                 self.set(range, |page| Some(Page { claimed: true, ..page }));
             }
-            Change::Evicted(range) => {
-                let can = |page: &Page| page.at == At::Here && page.copy.is_some() && page.put.is_none();
-                self.none(range, MapError::NoCopy, |page| !can(page))?;
-                self.set(range, |page| {
-                    let dropped = Page { at: At::Missing, held: false, claimed: false, unsent: false, ..page };
-                    Some(Page { unannounced: !page.delivered, ..dropped })
-                });
-            }
             Change::Returned(range) => {
                 self.none(range, MapError::NotClaimed, |page| !page.is_missing() || !page.claimed)?;
                 self.none(range, MapError::NoCopy, |page| page.copy.is_none())?;
@@ -469,6 +481,39 @@ impl Model {
             Change::Released => {
                 self.none(self.all(), MapError::AtSource, |page| page.is_missing() && page.copy.is_none())?;
                 self.set(self.all(), |page| Some(Page { held: false, ..page }));
+            }
+            _ => unreachable!(),
+        }
+        Ok(Vec::new())
+    }
+
+    fn evict(&mut self, change: &Change) -> Result<Vec<u64>, MapError> {
+        match *change {
+            Change::Populated(range) => {
+                self.set(range, |page| (page.at == At::Zero).then_some(Page { at: At::Here, unsent: true, ..page }));
+            }
+            Change::Evicting(range) => {
+                let can = |page: &Page| page.at == At::Here && !page.evicting && page.put.is_none();
+                self.none(range, MapError::CannotBeEvicted, |page| !can(page))?;
+                self.set(range, |page| Some(Page { evicting: true, ..page }));
+            }
+            Change::MappedAgain(range) => {
+                self.set(range, |page| {
+                    let mapped = Page { evicting: false, unsent: true, ..page.without_copy() };
+                    page.evicting.then_some(mapped)
+                });
+            }
+            Change::Evicted(range) => {
+                let can = |page: &Page| page.at == At::Here && page.copy.is_some() && page.put.is_none();
+                self.none(range, MapError::NoCopy, |page| !can(page))?;
+                self.set(range, |page| {
+                    let dropped = Page { at: At::Missing, held: false, claimed: false, unsent: false, ..page };
+                    Some(Page { unannounced: !page.delivered, evicting: false, ..dropped })
+                });
+            }
+            Change::EvictedZeros(range) => {
+                self.none(range, MapError::CannotBeEvicted, |page| !page.evicting || page.put.is_some())?;
+                self.set(range, |page| Some(Page { at: At::Zero, evicting: false, ..page.without_copy() }));
             }
             _ => unreachable!(),
         }
@@ -535,7 +580,7 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         (0..30u64, 0..8u64).prop_map(|(first, count)| PageRange::new(10 * first, (5 * count).min(PAGES - 10 * first)));
     let copy = (0u8..3, 0u32..2).prop_map(|(entry, generation)| StoreCopy { entry, generation });
     // losses are rare: no put begins after one
-    let change = (0..60, range, copy, any::<bool>()).prop_map(|(kind, range, copy, held)| match kind {
+    let change = (0..68, range, copy, any::<bool>()).prop_map(|(kind, range, copy, held)| match kind {
         0..3 => Change::Dirtied(range),
         3 => Change::Free(range),
         4..6 => Change::Sending(range),
@@ -560,6 +605,11 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         55..57 => Change::Returned(range),
         57 => Change::EntryLost(copy.entry),
         58 => Change::Lacks(range),
+        59 => Change::Populated(range),
+        60..63 => Change::Evicting(range),
+        63..65 => Change::MappedAgain(range),
+        65 => Change::EvictedZeros(range),
+        66 => Change::Evicted(range),
         _ => Change::Released,
     });
     prop::collection::vec(change, 0..60)
