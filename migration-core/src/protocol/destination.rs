@@ -240,7 +240,8 @@ impl DestinationMachine {
             }
             (Control::StoreTable(part), Receiving | Running) if self.stores => Ok(DestinationAction::StoreTable(part)),
             (Control::Located(located), Receiving | Running) if self.stores => Ok(DestinationAction::Located(located)),
-            (Control::EntryLost { entry }, Receiving | Running) if self.stores => {
+            // also before *run* is repeated: a source says what it has found before it asks for the list
+            (Control::EntryLost { entry }, Receiving | Ready | Running) if self.stores => {
                 Ok(DestinationAction::EntryLost(entry))
             }
             (Control::Vacated { number }, Running) if self.stores && self.post_copy.is_some() => {
@@ -539,7 +540,7 @@ mod tests {
         let frames: [(Control, &[DestinationPhase]); 4] = [
             (Control::StoreTable(TablePart { number: 1, first: 0, entries: Vec::new() }), &[Receiving, Running]),
             (Control::Located(located), &[Receiving, Running]),
-            (Control::EntryLost { entry: 3 }, &[Receiving, Running]),
+            (Control::EntryLost { entry: 3 }, &[Receiving, Ready, Running]),
             (Control::Vacated { number: 1 }, &[Running]),
         ];
         for (frame, taken) in frames {

@@ -112,7 +112,16 @@ impl Destination {
 
     /// Waits until the receiver has ended with a VM; also returns all that it told its observer, in
     /// lines.
-    pub(crate) fn finish(mut self) -> (Arrived, String) {
+    pub(crate) fn finish(self) -> (Arrived, String) {
+        self.ended(|arrived| arrived.recv_timeout(HANG).expect("a VM has arrived"))
+    }
+
+    /// As [`finish`](Self::finish), for a VM that the test has got already.
+    pub(crate) fn finish_after(self, arrived: Arrived) -> (Arrived, String) {
+        self.ended(|_| arrived)
+    }
+
+    fn ended(mut self, arrived: impl FnOnce(&mpsc::Receiver<Arrived>) -> Arrived) -> (Arrived, String) {
         // it may have seen the end by itself already
         let _ = self.door.send(None);
         let thread = self.thread.take().unwrap();
@@ -124,7 +133,7 @@ impl Destination {
             thread::sleep(Duration::from_millis(1));
         }
         thread.join().unwrap().unwrap();
-        let arrived = self.arrived.recv_timeout(HANG).expect("a VM has arrived");
+        let arrived = arrived(&self.arrived);
         // its threads have ended: nothing more will come
         (arrived, self.log.try_iter().collect::<Vec<_>>().join("\n"))
     }

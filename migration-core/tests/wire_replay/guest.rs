@@ -39,6 +39,10 @@ pub(crate) struct RecordedVm {
     pub(crate) wrote: bool,
     /// The pages that it has referenced, if that can be told.
     pub(crate) referenced: Option<&'static [u64]>,
+    /// The pages that are free once it has written.
+    pub(crate) free: &'static [u64],
+    /// Called when *run* is about to be sent.
+    pub(crate) in_doubt: Option<Box<dyn FnMut() + Send>>,
     /// What the engine has done with it that cannot be undone: `resume`, `released`.
     pub(crate) calls: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -53,7 +57,8 @@ impl RecordedVm {
         let tracker = BitmapTracker::new(dirty.clone());
         let ram = Arc::new(HeapRam::new(description.layout.clone()).unwrap());
         let (wrote, referenced, calls) = (false, Some(&[][..]), Arc::default());
-        let vm = Self { description, during, ram, dirty, tracker, wrote, referenced, calls };
+        let (free, in_doubt) = (&[][..], None);
+        let vm = Self { description, during, ram, dirty, tracker, wrote, referenced, free, in_doubt, calls };
         before.iter().for_each(|&(page, byte)| vm.write(page, byte));
         vm
     }
@@ -94,6 +99,18 @@ impl SourceVm for RecordedVm {
         let referenced = self.referenced.ok_or_else(|| VmError::new("nobody has looked"))?;
         referenced.iter().for_each(|&page| _ = into.insert(page));
         Ok(())
+    }
+
+    fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
+        let free = self.free.iter().filter(|_| self.wrote);
+        free.for_each(|&page| _ = into.insert(page));
+        Ok(())
+    }
+
+    fn owner_in_doubt(&mut self) {
+        if let Some(in_doubt) = &mut self.in_doubt {
+            in_doubt();
+        }
     }
 
     fn iterate_state(&mut self, _budget: usize) -> Result<(Vec<Section>, u64), VmError> {

@@ -38,6 +38,7 @@ mod sessions;
 mod several;
 mod silence;
 mod snapshots;
+mod store_failures;
 mod streams;
 mod switch;
 mod through_stores;

@@ -104,6 +104,14 @@ impl HeapPager {
         state.duplicates
     }
 
+    /// Waits until all of `pages` are there.
+    pub(crate) fn wait_for(&self, what: &str, mut pages: impl Iterator<Item = u64> + Clone) {
+        let waits = |s: &mut State| pages.clone().any(|page| s.is_missing(page));
+        let (state, waited) = self.changed.wait_timeout_while(self.lock(), HANG, waits).unwrap();
+        let first = pages.find(|&page| state.is_missing(page));
+        assert!(!waited.timed_out(), "hangs: page {first:?}, {what}");
+    }
+
     /// How many pages were installed.
     pub(crate) fn installed(&self) -> u64 {
         self.lock().installed.iter().map(|&times| u64::from(times)).sum()

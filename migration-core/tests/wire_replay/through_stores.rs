@@ -31,22 +31,22 @@ use crate::{
     pager::Paging,
 };
 
-const PAGES: u64 = 3000;
+pub(crate) const PAGES: u64 = 3000;
 /// Pages that the guest writes as its last act.
 const DURING: [(u64, u8); 3] = [(3, 0), (200, 9), (2601, 10)];
 
-fn vm() -> VmDescription {
+pub(crate) fn vm() -> VmDescription {
     let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 30, len: (PAGES - 700) << 12 }];
     description_of(RamLayout::new(regions).unwrap())
 }
 
 /// All pages but each tenth hold data.
-fn guest() -> RecordedVm {
+pub(crate) fn guest() -> RecordedVm {
     let data: Vec<_> = (0..PAGES).filter(|page| page % 10 != 0).map(|page| (page, (page % 250) as u8 + 1)).collect();
     RecordedVm::of(vm(), &data, &DURING)
 }
 
-fn place() -> Place {
+pub(crate) fn place() -> Place {
     Place::attempt(["rack-7"])
 }
 
@@ -143,7 +143,7 @@ impl PageStore for Moody {
 }
 
 /// Post-copy whose pages may go through the stores of a place.
-struct ScatterGather;
+pub(crate) struct ScatterGather;
 
 impl Strategy for ScatterGather {
     fn name(&self) -> &'static str {
@@ -192,7 +192,7 @@ impl Strategy for PutAhead {
 }
 
 /// Names of namespaces, as far as a test needs them to be random.
-fn names() -> Arc<dyn Fn() -> Namespace + Send + Sync> {
+pub(crate) fn names() -> Arc<dyn Fn() -> Namespace + Send + Sync> {
     let next = AtomicU8::new(1);
     Arc::new(move || Namespace::new([next.fetch_add(1, Ordering::Relaxed); 16]))
 }
@@ -207,7 +207,7 @@ fn options(store: &Arc<Moody>) -> SourceOptions {
     SourceOptions { stores: Some(stores), demand_lanes: 1, ..SourceOptions::default() }
 }
 
-fn destination(stores: Vec<Arc<dyn PageStore>>) -> Destination {
+pub(crate) fn destination(stores: Vec<Arc<dyn PageStore>>) -> Destination {
     let paging = Paging { block_pages: 1, faults: vec![vec![3], vec![5], vec![2700, 7]], touched: vec![3, 5] };
     let options = ReceiverOptions { idle_timeout: HANG, stores, ..ReceiverOptions::default() };
     Destination::with(options, |to| Host { description: vm(), to, paging: Some(paging) })
@@ -221,8 +221,10 @@ fn moved(strategy: impl Strategy + 'static, destination: &Destination, store: &A
     (report, vm)
 }
 
-fn check(arrived: &Arrived, vm: &RecordedVm, said: &str) {
-    assert_eq!(arrived.pages(), checksums(&vm.ram), "{said}");
+pub(crate) fn check(arrived: &Arrived, vm: &RecordedVm, said: &str) {
+    let (there, here) = (arrived.pages(), checksums(&vm.ram));
+    let differ: Vec<u64> = (0..PAGES).filter(|page| there.get(page) != here.get(page)).collect();
+    assert!(differ.is_empty(), "pages {differ:?} differ: {said}");
     arrived.pager.as_ref().unwrap().check();
 }
 
@@ -263,6 +265,19 @@ fn rule_7_until_the_vm_runs_the_source_sends_what_it_holds() {
     let (report, vm) = moved(PutAhead, &destination, &store);
     assert!(report.pages.demanded >= 2, "{report:?}");
     store.open();
+    let (arrived, said) = destination.finish();
+    check(&arrived, &vm, &said);
+}
+
+/// Page 3 is in the store, and the destination was told so, when the guest writes it and frees it.
+#[test]
+fn rule_5_a_free_page_that_was_announced_is_sent() {
+    let store = Moody::new(Mood::Forgetful, 64 << 20);
+    let destination = destination(vec![store.clone()]);
+    let mut vm = guest();
+    vm.free = &[3];
+    let (report, vm, _) = run_by(PutAhead, &destination, Link::new(&destination, None), vm, options(&store));
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
     let (arrived, said) = destination.finish();
     check(&arrived, &vm, &said);
 }

@@ -220,7 +220,7 @@ impl Engine<'_> {
             while let Ok(input) = self.inputs.try_recv() {
                 match input {
                     Input::Recover(connector) => self.peer.elsewhere = Some(connector),
-                    Input::Put(done) => drop(self.put_ended(done)),
+                    Input::Put(done) => self.put_ended(done),
                     _ => {}
                 }
             }
@@ -262,7 +262,7 @@ impl Engine<'_> {
                         (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
                         break;
                     }
-                    Input::Put(done) => drop(self.put_ended(done)),
+                    Input::Put(done) => self.put_ended(done),
                     _ => {}
                 }
             }
@@ -325,9 +325,19 @@ impl Engine<'_> {
 
     fn repeat_run(&mut self) -> Result<(), MigrationError> {
         self.attach(LaneKind::Reattach)?;
-        for frame in self.machine.reattach(self.id)? {
-            self.send_control(&frame)?;
-        }
+        self.places.defer_puts();
+        let resumed = self.repeat_run_on_link();
+        self.record_deferred_puts();
+        resumed
+    }
+
+    /// Asks whether the VM runs, and in post-copy which pages are missing. The entries that have
+    /// lost pages are named first: the list then has the pages that this side holds of them.
+    fn repeat_run_on_link(&mut self) -> Result<(), MigrationError> {
+        let [reattach, run] = self.machine.reattach(self.id)?;
+        self.send_control(&reattach)?;
+        self.repeat_losses()?;
+        self.send_control(&run)?;
         self.await_running()?;
         if self.machine.phase() == SourcePhase::Serving {
             self.resume_serving()?;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::{checkpoint_receiver::Protection, conclude::Hurry, pause::PauseWatch, serve::Left};
 use crate::{
-    MigrationError, PAGE_SHIFT, PageSet,
+    PAGE_SHIFT, PageSet,
     channel::{Closer, Connector},
     engine::{
         SourceOptions,
@@ -89,8 +89,6 @@ pub(super) struct Measured {
     /// Pages that all rounds had to send, and have sent but for the one under way.
     pub(super) pages_due: u64,
     pub(super) last_progress: Instant,
-    /// Why the last put has failed, if nobody was told.
-    pub(super) put_error: Option<MigrationError>,
 }
 
 impl Measured {
@@ -102,7 +100,6 @@ impl Measured {
             reading: Duration::ZERO,
             pages_due: 0,
             last_progress: Instant::now(),
-            put_error: None,
         }
     }
 }

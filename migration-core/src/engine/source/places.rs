@@ -46,6 +46,19 @@ pub(super) struct Places {
     /// What the destination has listed so far that it lacks.
     lacking: Option<PageSet>,
     threads: Vec<Box<dyn Joiner>>,
+    /// Why the last put has failed, if nobody was told.
+    error: Option<MigrationError>,
+    /// Puts that have ended since the destination was asked for its list of missing pages; `None`
+    /// while it is not asked.
+    deferred: Option<Vec<PutDone>>,
+}
+
+impl Places {
+    /// The destination is about to list what it lacks. The list is compared with what this side has
+    /// recorded now, so puts that end meanwhile are recorded after it.
+    pub(super) fn defer_puts(&mut self) {
+        self.deferred = Some(Vec::new());
+    }
 }
 
 /// A namespace in the stores of a place.
@@ -298,10 +311,27 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// After a reattachment: says which entries have lost pages. The destination may not have heard
+    /// of a loss that was found while the link was lost (rule 13).
+    pub(super) fn repeat_losses(&mut self) -> Result<(), MigrationError> {
+        let lost = self.rounds.map().lost_entries();
+        lost.into_iter().try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
+    }
+
+    /// The destination has listed what it lacks, or is not asked any more.
+    pub(super) fn record_deferred_puts(&mut self) {
+        self.places.deferred.take().into_iter().flatten().for_each(|done| self.put_ended(done));
+    }
+
     /// A put has ended. What was neither written nor demanded meanwhile is in the store (rule 10).
-    pub(super) fn put_ended(&mut self, done: PutDone) -> Option<MigrationError> {
+    /// Why it has failed, if it has, is what [`await_put`](Self::await_put) returns.
+    pub(super) fn put_ended(&mut self, done: PutDone) {
+        if let Some(deferred) = &mut self.places.deferred {
+            deferred.push(done);
+            return;
+        }
         let PutDone { place, run, copy, result } = done;
-        let open = self.places.open.get_mut(place)?;
+        let Some(open) = self.places.open.get_mut(place) else { return };
         open.idle = true;
         let failure = {
             let mut map = self.rounds.map();
@@ -315,7 +345,8 @@ impl Engine<'_> {
             // zeros, and all that has failed
             map.put_failed(run, copy);
             failure
-        }?;
+        };
+        let Some(failure) = failure else { return };
         open.failed = true;
         let entry = open.entry;
         if failure.is_loss() {
@@ -326,7 +357,7 @@ impl Engine<'_> {
         let error = failure.into_error();
         let what = format!("no page goes there any more: {}", Chain(&error));
         self.options.observer.event(&Event::Warning(what));
-        Some(error)
+        self.places.error = Some(error);
     }
 
     /// An entry has lost pages: they are sent from here (rule 13).
@@ -379,6 +410,7 @@ impl Engine<'_> {
             return false;
         }
         (open.generation, open.idle) = (copy.generation, false);
+        self.places.error = None;
         // the thread ends only with this side of the channel
         open.jobs.send(PutJob { run, copy, rearm }).is_ok()
     }
@@ -391,7 +423,7 @@ impl Engine<'_> {
                 self.frame(epoch, frame)?;
             }
         }
-        Ok(self.measured.put_error.take())
+        Ok(self.places.error.take())
     }
 
     /// Gives each place through which `order` lets pages go the next run, if it has none.

@@ -31,7 +31,7 @@ impl Engine<'_> {
                 }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
                 Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
-                Input::Put(done) => self.measured.put_error = self.put_ended(done),
+                Input::Put(done) => self.put_ended(done),
                 // what has read nothing but a stranger's words knows more than who wrote
                 Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
@@ -134,7 +134,7 @@ impl Engine<'_> {
                 Ok(Some(Input::Lane(Ok(done))))
             }
             Ok(Input::Put(done)) => {
-                self.measured.put_error = self.put_ended(done);
+                self.put_ended(done);
                 Ok(None)
             }
             Ok(Input::PostCopy) => {

@@ -169,6 +169,9 @@ pub struct PageMap {
     unannounced: PageSet,
     /// Pages with a copy that the destination has in RAM: they were sent all the same.
     delivered: PageSet,
+    /// Pages that the destination looks for in a store, as it was told last. The copy need not be
+    /// current any more.
+    looked_up: PageSet,
     /// Entries that have lost pages.
     lost: BTreeSet<u8>,
     handed_over: bool,
@@ -192,7 +195,8 @@ impl PageMap {
             evicting: none.clone(),
             held: none.clone(),
             unannounced: none.clone(),
-            delivered: none,
+            delivered: none.clone(),
+            looked_up: none,
             lost: BTreeSet::new(),
             handed_over: false,
         }
@@ -267,8 +271,19 @@ impl PageMap {
 
     /// `pages` are free for this round: nobody needs what they hold, so they are not sent. One that
     /// the guest takes back is [dirtied](Self::dirtied) again.
+    ///
+    /// A page that the destination looks for in a store, and that has no copy there any more, is
+    /// sent all the same: otherwise the destination would depend on the store for it (rule 5).
     pub fn free_for_now(&mut self, pages: &PageSet) {
-        self.unsent.subtract(pages);
+        let mut stale = self.looked_up.clone();
+        stale.subtract(self.copies.pages());
+        if stale.is_empty() {
+            self.unsent.subtract(pages);
+            return;
+        }
+        let mut free = pages.clone();
+        free.subtract(&stale);
+        self.unsent.subtract(&free);
     }
 
     /// `pages` are about to be sent. Until they are acknowledged they count as unsent.
@@ -294,6 +309,7 @@ impl PageMap {
     pub fn acknowledged(&mut self, pages: &PageSet) -> Result<(), MapError> {
         all_in(pages, &self.unsent).map_err(MapError::NotSent)?;
         self.unsent.subtract(pages);
+        self.looked_up.subtract(pages);
         if !self.copies.pages().is_empty() {
             let with_copy = self.with_copy(pages);
             self.unannounced.subtract(&with_copy);
@@ -354,6 +370,7 @@ impl PageMap {
         self.drop_copies(pages);
         self.here.subtract(pages);
         self.unsent.subtract(pages);
+        self.looked_up.subtract(pages);
         for set in [&mut self.in_store, &mut self.unfetched, &mut self.held] {
             set.subtract(pages);
         }

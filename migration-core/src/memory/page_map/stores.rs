@@ -281,12 +281,14 @@ impl PageMap {
         self.unannounced.subtract(pages);
         let known = self.with_copy(pages);
         self.never_claimed.subtract(&known);
+        self.looked_up.union_with(&known);
     }
 
     /// A new attempt begins, or what was sent before *run* may be lost: the destination was told
     /// nothing, and has no page (rule 18).
     pub fn nothing_announced(&mut self) {
         self.delivered.clear();
+        self.looked_up.clear();
         self.unannounced.clone_from(self.copies.pages());
     }
 }

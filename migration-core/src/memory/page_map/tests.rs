@@ -32,6 +32,8 @@ struct Page {
     delivered: bool,
     /// Out of the guest's reach.
     evicting: bool,
+    /// The destination looks for it in a store.
+    looked_up: bool,
 }
 
 const NEW: Page = Page {
@@ -46,6 +48,7 @@ const NEW: Page = Page {
     unannounced: false,
     delivered: false,
     evicting: false,
+    looked_up: false,
 };
 
 impl Page {
@@ -296,7 +299,12 @@ impl Model {
                     (!page.is_missing()).then_some(written)
                 });
             }
-            Change::Free(range) => _ = self.set(range, |page| Some(Page { unsent: false, ..page })),
+            Change::Free(range) => {
+                self.set(range, |page| {
+                    let stale = page.looked_up && page.copy.is_none();
+                    Some(Page { unsent: page.unsent && stale, ..page })
+                });
+            }
             Change::Sending(range) => {
                 self.none(range, MapError::LeftBehind, |page| page.left)?;
                 self.set(range, |page| {
@@ -308,7 +316,7 @@ impl Model {
                 self.none(range, MapError::NotSent, |page| !page.unsent)?;
                 self.set(range, |page| {
                     let delivered = page.copy.is_some();
-                    Some(Page { unsent: false, unannounced: false, delivered, ..page })
+                    Some(Page { unsent: false, unannounced: false, delivered, looked_up: false, ..page })
                 });
             }
             Change::Received(range) => {
@@ -333,7 +341,8 @@ impl Model {
         self.none(range, MapError::LeftBehind, |page| page.left && !(page.is_free()))?;
         self.handed_over = true;
         self.set(range, |page| {
-            let source = Page { at: At::Missing, claimed: false, unsent: false, ..page.without_copy() };
+            let source =
+                Page { at: At::Missing, claimed: false, unsent: false, looked_up: false, ..page.without_copy() };
             Some(Page { left: true, never: true, ..source })
         });
         self.set(self.all(), |page| {
@@ -446,11 +455,15 @@ impl Model {
         match *change {
             Change::Announced(range) => {
                 self.set(range, |page| {
-                    Some(Page { unannounced: false, never: page.never && page.copy.is_none(), ..page })
+                    let (never, looked_up) = (page.never && page.copy.is_none(), page.looked_up || page.copy.is_some());
+                    Some(Page { unannounced: false, never, looked_up, ..page })
                 });
             }
             Change::NothingAnnounced => {
-                self.set(self.all(), |page| Some(Page { unannounced: page.copy.is_some(), delivered: false, ..page }));
+                self.set(self.all(), |page| {
+                    let unannounced = page.copy.is_some();
+                    Some(Page { unannounced, delivered: false, looked_up: false, ..page })
+                });
             }
             Change::Located(range, copy, held) if !self.handed_over => {
                 return Ok(self.set(range, |page| {
