@@ -29,6 +29,22 @@ need_rust() {
     exit 1
 }
 
+# The tests of the Redis page store start a server of their own.
+need_redis() {
+    if command -v redis-server >/dev/null || command -v valkey-server >/dev/null; then return; fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing redis-server (its page store's tests start one)" >&2
+        # the package would start a service of its own, which nothing here uses
+        if apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq redis-server >&2; then
+            return
+        fi
+    fi
+    echo "redis-server and valkey-server are missing: the tests that need one are skipped. Install one of them:" >&2
+    echo "    Debian, Ubuntu:  sudo apt-get install redis-server" >&2
+    echo "    Fedora:          sudo dnf install valkey" >&2
+    echo "    Arch:            sudo pacman -S valkey" >&2
+}
+
 minivmm() { cargo run --quiet --release --locked -p minivmm -- "$@"; }
 
 case "${1:-}" in
@@ -36,7 +52,7 @@ demo) shift; need_rust; need_libclang; minivmm demo "$@" ;;
 bench) shift; need_rust; need_libclang; minivmm bench "$@" ;;
 eval) shift; need_rust; need_libclang; minivmm eval "$@" ;;
 test)
-    shift; need_rust; need_libclang
+    shift; need_rust; need_libclang; need_redis
     # one runner for all crates; tests that start VMs do not run beside each other
     cargo test --workspace --features migration-transport/test-utils,migration-transport/redis --locked --no-fail-fast "$@" -- --test-threads=2
     ;;
