@@ -19,11 +19,11 @@ use crate::{
 
 /// Where a destination finds the forward checkpoint of a VM whose source has died.
 pub trait ForwardStores: Send + Sync {
-    /// The store into which the source of this VM, of `pages` pages, has put what it left behind in
-    /// the attempt with this epoch.
+    /// Returns the store into which the source of this VM, of `pages` pages, has put what it left
+    /// behind in the attempt with this epoch.
     ///
     /// # Errors
-    /// When there is none, or it cannot be read.
+    /// Returns an error if there is none, or it cannot be read.
     fn open(&self, vm: VmId, epoch: u32, pages: u64) -> io::Result<Box<dyn VersionStore>>;
 
     /// It is not needed any more, if there is one.

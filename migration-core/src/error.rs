@@ -150,7 +150,7 @@ impl MigrationError {
         }
     }
 
-    /// The code under which the other end is told.
+    /// Returns the code under which the other end is told.
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Peer { code, .. } => *code,
@@ -180,7 +180,7 @@ mod tests {
 
     use super::*;
 
-    /// The cause with this text, which the whole text has once.
+    /// Returns the cause with this text, which the whole text has once.
     #[track_caller]
     fn cause<'a, E: Error + 'static>(error: &'a MigrationError, text: &str) -> &'a E {
         let mut next = error.source();

@@ -28,7 +28,7 @@ pub struct SavedVm {
 }
 
 impl SavedVm {
-    /// The form in which it is kept.
+    /// Returns the form in which it is kept.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
         w.u32(VERSION).u32(self.epoch).bool(self.running);
@@ -44,7 +44,8 @@ impl SavedVm {
     /// Reads what [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// When it is of another version, a length is above its limit, or the bytes are something else.
+    /// Returns an error if it is of another version, a length is above its limit, or the bytes are
+    /// something else.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
         let version = r.u32("snapshot version")?;

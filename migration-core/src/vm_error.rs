@@ -14,12 +14,12 @@ pub struct VmError {
 }
 
 impl VmError {
-    /// An error that says what failed, and what the caller can do about it.
+    /// Returns an error that says what failed, and what the caller can do about it.
     pub fn new(what: impl Into<String>) -> Self {
         Self { what: what.into(), cause: None, ended: false }
     }
 
-    /// An error with the one that caused it.
+    /// Returns an error with the one that caused it.
     pub fn because(what: impl Into<String>, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { what: what.into(), cause: Some(cause.into()), ended: false }
     }

@@ -125,14 +125,14 @@ impl SealedVersions {
     /// Most bytes in a state: as many as any store takes, less what is sealed beside it.
     pub const MAX_STATE: usize = MAX_STATE - STATE_OVERHEAD;
 
-    /// How many pages the inner store of a VM with `vm_pages` pages must take: one more for each
-    /// 128 of them, and a few.
+    /// Returns the number of pages the inner store of a VM with `vm_pages` pages must take: one
+    /// more for each 128 of them, and a few.
     pub fn store_pages(vm_pages: u64) -> u64 {
         Layout::new(vm_pages).vm().end
     }
 
-    /// Whether this state, which a store has handed out, is sealed: the checkpoint is of use only
-    /// with its key.
+    /// Returns whether this state, which a store has handed out, is sealed: the checkpoint is of
+    /// use only with its key.
     pub fn is_sealed(state: &[u8]) -> bool {
         state.starts_with(&MAGIC)
     }
@@ -226,7 +226,7 @@ impl SealedVersions {
         self.header.vm
     }
 
-    /// How many pages the VM has.
+    /// Returns the number of pages the VM has.
     pub fn pages(&self) -> u64 {
         self.header.vm_pages
     }
@@ -577,8 +577,8 @@ impl Layout {
         levels.into_iter()
     }
 
-    /// The seal page that has the seal of this page, and its place there. `None` for the top one,
-    /// and beyond the last page.
+    /// Returns the seal page that has the seal of this page, and its place there. `None` for the
+    /// top one, and beyond the last page.
     fn seal_of(&self, page: u64) -> Option<(u64, usize)> {
         let [above, level] = self.pairs().rev().find(|[_, level]| level.contains(&page))?;
         let child = page - level.start;
@@ -619,7 +619,8 @@ struct Tree {
 }
 
 impl Tree {
-    /// The first page at or behind `from` that has a seal, of those whose seal pages are known.
+    /// Returns the first page at or behind `from` that has a seal, of those whose seal pages are
+    /// known.
     fn first_sealed(&self, from: u64) -> Option<(u64, Seal)> {
         if let (TOP, Some(root)) = (from, self.root) {
             return Some((TOP, root));
@@ -642,8 +643,8 @@ impl Tree {
         Seal::decode(self.pages.get(&above)?.as_chunks().0.get(slot)?)
     }
 
-    /// The seal of a page that was handed out, which must be the first that has one from `next` on:
-    /// that way none is left out, added or handed out twice.
+    /// Returns the seal of a page that was handed out, which must be the first that has one from
+    /// `next` on: that way none is left out, added or handed out twice.
     fn expect(&self, next: u64, page: u64) -> io::Result<Seal> {
         match self.first_sealed(next) {
             Some((found, seal)) if found == page => Ok(seal),

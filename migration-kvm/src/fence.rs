@@ -36,7 +36,7 @@ pub struct ProcessIdentity {
 }
 
 impl ProcessIdentity {
-    /// The calling process.
+    /// Returns the calling process.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
@@ -44,7 +44,7 @@ impl ProcessIdentity {
         Self::of(std::process::id())
     }
 
-    /// The process that has this number now, in the caller's PID namespace.
+    /// Returns the process that has this number now, in the caller's PID namespace.
     ///
     /// # Errors
     /// `NotFound` when there is none; else when `/proc` cannot be read.
@@ -55,7 +55,8 @@ impl ProcessIdentity {
         Ok(Self { boot, namespace, pid, started })
     }
 
-    /// The form in which it travels, for [`identity`](migration_core::vm::DestinationVm::identity).
+    /// Returns the form in which it travels, for
+    /// [`identity`](migration_core::vm::DestinationVm::identity).
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
         w.u8(VERSION).bytes(&self.boot).u64(self.namespace).u32(self.pid).u64(self.started);
@@ -65,7 +66,7 @@ impl ProcessIdentity {
     /// Reads what [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// When the bytes are something else.
+    /// Returns an error if the bytes are something else.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
         let version = r.u8("version")?;
@@ -130,13 +131,14 @@ pub enum TakeOverError {
 /// lives, so call this only if it [is dead](Fence::is_dead) or must end.
 ///
 /// # Errors
-/// When the process does not end, or no complete VM is held here.
+/// Returns an error if the process does not end, or no complete VM is held here.
 pub fn take_over_from(receiver: &ReceiverHandle, identity: &[u8]) -> Result<(), TakeOverError> {
     receiver.take_over(Fenced::by(&ProcessFence, identity)?)?;
     Ok(())
 }
 
-/// A descriptor of the process that `identity` names, and its number; `None` if it has ended.
+/// Returns a descriptor of the process that `identity` names, and its number; `None` if it has
+/// ended.
 fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
     let other =
         ProcessIdentity::decode(identity).map_err(|e| NotFenced(format!("its identity is none of a process: {e}")))?;
@@ -160,8 +162,8 @@ fn find(identity: &[u8]) -> Result<Option<(OwnedFd, u32)>, NotFenced> {
     Ok(same.then_some((process, other.pid)))
 }
 
-/// Whether a process, with the start that `/proc` gives for its number, is the one that `identity`
-/// names. If not, that one has ended, and its number is another's now, or nobody's.
+/// Returns whether a process, with the start that `/proc` gives for its number, is the one that
+/// `identity` names. If not, that one has ended, and its number is another's now, or nobody's.
 fn is_it(process: &OwnedFd, started: Option<u64>, identity: &ProcessIdentity) -> Result<bool, NotFenced> {
     match started {
         Some(started) => Ok(started == identity.started),
@@ -172,7 +174,7 @@ fn is_it(process: &OwnedFd, started: Option<u64>, identity: &ProcessIdentity) ->
     }
 }
 
-/// Whether every thread of the process has ended within this time: no vCPU runs then.
+/// Returns whether every thread of the process has ended within this time: no vCPU runs then.
 fn has_ended(process: &OwnedFd, within: Duration) -> Result<bool, NotFenced> {
     let deadline = Instant::now() + within;
     loop {

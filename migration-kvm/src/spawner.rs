@@ -41,13 +41,13 @@ pub struct LinuxSpawner {
 }
 
 impl LinuxSpawner {
-    /// A spawner that sets names and priorities only.
+    /// Returns a spawner that sets names and priorities only.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A spawner that also runs `setup` on each new thread, after its priority is set: a seccomp
-    /// filter need not allow `sched_setscheduler`.
+    /// Returns a spawner that also runs `setup` on each new thread, after its priority is set: a
+    /// seccomp filter need not allow `sched_setscheduler`.
     pub fn with_setup(setup: impl Fn(Role, GuestImpact) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self { setup: Some(Arc::new(setup)), urgent: Arc::default() }
     }
@@ -235,7 +235,7 @@ mod sched {
         }
     }
 
-    /// Whether the calling thread may set policies at all.
+    /// Returns whether the calling thread may set policies at all.
     pub(super) fn may_change_policies() -> bool {
         set_policy(0, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, 0)
     }

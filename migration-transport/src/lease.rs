@@ -45,7 +45,7 @@ impl DirLeases {
     /// Leases in `dir`, which is made with mode 0700 if it is not there.
     ///
     /// # Errors
-    /// When it cannot be.
+    /// Returns an error if it cannot be.
     pub fn new(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
         DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(at(&dir))?;

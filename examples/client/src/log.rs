@@ -151,7 +151,7 @@ impl Sink {
         }
     }
 
-    /// Whether a write would not wait, more or less.
+    /// Returns whether a write would not wait, more or less.
     fn is_ready(&self) -> bool {
         match self {
             Self::Stderr => wait_writable(&io::stderr(), PollTimeout::ZERO),
@@ -214,8 +214,8 @@ impl Waiting {
         self.entries.push_back(entry);
     }
 
-    /// The next text to write. Lines that were lost are mentioned with the next one, or when there
-    /// is none, unless it is known that this cannot be written.
+    /// Returns the next text to write. Lines that were lost are mentioned with the next one, or
+    /// when there is none, unless it is known that this cannot be written.
     fn next(&mut self) -> Option<Entry> {
         let next = self.entries.pop_front();
         self.bytes -= next.as_ref().map_or(0, |entry| entry.text.len());

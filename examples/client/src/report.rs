@@ -68,7 +68,7 @@ pub fn to_json(report: &Report) -> Value {
     })
 }
 
-/// The rounds that are kept one by one: the first and the last ones.
+/// Returns the rounds that are kept one by one: the first and the last ones.
 fn rounds_to_json(rounds: &Rounds) -> Vec<Value> {
     let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
     rounds.iter().map(round).collect()

@@ -202,7 +202,7 @@ pub enum StrategyKind {
     PostCopy,
     /// Rounds of pre-copy, then post-copy.
     Hybrid {
-        /// How many rounds.
+        /// The number of rounds.
         rounds: u32,
     },
     /// To a process of this host that takes over RAM where it is.
@@ -403,7 +403,7 @@ impl Saved {
     /// Returns it as an argument: a path, which is absolute, or JSON.
     ///
     /// # Errors
-    /// When a path is not Unicode, which JSON cannot carry.
+    /// Returns an error if a path is not Unicode, which JSON cannot carry.
     pub fn argument(&self) -> Result<OsString, serde_json::Error> {
         match &self.key {
             None => Ok(self.file.clone().into()),
@@ -442,7 +442,7 @@ impl Request {
     /// Returns the line of this request, with or without the wish for signs of life.
     ///
     /// # Errors
-    /// When a path is not Unicode, which JSON cannot carry.
+    /// Returns an error if a path is not Unicode, which JSON cannot carry.
     pub(crate) fn line(&self, alive: bool) -> Result<Vec<u8>, serde_json::Error> {
         let mut request = serde_json::to_value(self)?;
         if alive {

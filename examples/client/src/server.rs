@@ -41,7 +41,7 @@ pub trait Serve: Send + Sync + 'static {
     /// to `progress` goes to the client at once.
     ///
     /// # Errors
-    /// When it fails, the reason for the client.
+    /// Returns an error if it fails, the reason for the client.
     fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String>;
 
     /// The client of [`Request::Quit`] has its answer.
@@ -183,7 +183,7 @@ fn say(mut client: &UnixStream, answer: &Answer) -> io::Result<()> {
     client.write_all(&line)
 }
 
-/// The request: a line, or all that comes before the end.
+/// Returns the request: a line, or all that comes before the end.
 fn read_request(mut client: &UnixStream, within: Duration) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + within;
     let (mut line, mut piece) = (Vec::new(), [0; 4096]);
@@ -270,7 +270,7 @@ struct Answers<'a> {
 }
 
 impl Answers<'_> {
-    /// Whether the client has taken it.
+    /// Returns whether the client has taken it.
     fn say(&self, answer: &Answer) -> bool {
         let mut gone = self.gone.lock().unwrap_or_else(|e| e.into_inner());
         *gone = *gone || say(self.client, answer).is_err();

@@ -37,7 +37,7 @@ fn invalid<T>(why: String) -> Result<T, InvalidValue> {
 /// have working directories of their own.
 ///
 /// # Errors
-/// When the text is something else.
+/// Returns an error if the text is something else.
 pub fn unix_path(text: &str) -> Result<PathBuf, InvalidValue> {
     match text.parse() {
         Ok(Address::Unix(path)) => absolute(path),
@@ -49,7 +49,7 @@ pub fn unix_path(text: &str) -> Result<PathBuf, InvalidValue> {
 /// Returns the path for another process, whose working directory may be another one.
 ///
 /// # Errors
-/// When the path is empty, or the working directory is gone.
+/// Returns an error if the path is empty, or the working directory is gone.
 pub fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, InvalidValue> {
     let path = path.as_ref();
     std::path::absolute(path).or_else(|e| invalid(format!("{}: {e}", path.display())))
@@ -58,7 +58,7 @@ pub fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, InvalidValue> {
 /// Returns the address for another process, whose working directory may be another one.
 ///
 /// # Errors
-/// When the absolute path is too long for a socket.
+/// Returns an error if the absolute path is too long for a socket.
 pub fn absolute_address(address: &Address) -> Result<Address, InvalidValue> {
     match address {
         Address::Tcp { .. } => Ok(address.clone()),
@@ -73,7 +73,7 @@ pub fn absolute_address(address: &Address) -> Result<Address, InvalidValue> {
 /// Returns a VM's identity from the 32 hexadecimal digits that `status` and `broker --list` show.
 ///
 /// # Errors
-/// When the text is something else.
+/// Returns an error if the text is something else.
 pub fn vm_id(text: &str) -> Result<VmId, InvalidValue> {
     let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
     match u128::from_str_radix(text, 16).ok().filter(|_| digits) {
@@ -85,7 +85,7 @@ pub fn vm_id(text: &str) -> Result<VmId, InvalidValue> {
 /// Returns bytes from a number with K, M, G or T (binary).
 ///
 /// # Errors
-/// When the text is something else, zero, or above `u64`.
+/// Returns an error if the text is something else, zero, or above `u64`.
 pub fn size(text: &str) -> Result<u64, InvalidValue> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
@@ -106,7 +106,7 @@ pub fn size(text: &str) -> Result<u64, InvalidValue> {
 /// Returns a number, decimal or 0x….
 ///
 /// # Errors
-/// When the text is something else.
+/// Returns an error if the text is something else.
 pub fn number(text: &str) -> Result<u64, InvalidValue> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) => u64::from_str_radix(hex, 16),
@@ -118,7 +118,7 @@ pub fn number(text: &str) -> Result<u64, InvalidValue> {
 /// Returns a time from a number with us, ms, s, m or h; a number alone is seconds.
 ///
 /// # Errors
-/// When the text is something else.
+/// Returns an error if the text is something else.
 pub fn duration(text: &str) -> Result<Duration, InvalidValue> {
     let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
     let number: f64 = digits.parse().or_else(|_| invalid(format!("{text}: not a duration")))?;
@@ -145,7 +145,7 @@ pub(crate) type FailSafe = Option<Protect>;
 /// Returns how a VM is protected: `none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]`.
 ///
 /// # Errors
-/// When the text is something else, or forward checkpoints have no folder.
+/// Returns an error if the text is something else, or forward checkpoints have no folder.
 pub fn fail_safe(text: &str) -> Result<Option<Protect>, InvalidValue> {
     let (name, options) = text.split_once(':').unwrap_or((text, ""));
     let (reverse, forward) = match name {

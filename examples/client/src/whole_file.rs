@@ -14,7 +14,7 @@ use migration_transport::AtomicFile;
 /// `/dev/stdout` may be), gets the bytes as they are.
 ///
 /// # Errors
-/// When it cannot be written, with its path.
+/// Returns an error if it cannot be written, with its path.
 pub fn write(out: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
     let context = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", out.display()));
     let file = match fs::metadata(out) {
@@ -27,7 +27,7 @@ pub fn write(out: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
     new.commit()
 }
 
-/// Whether stdout or stderr writes to this file.
+/// Returns whether stdout or stderr writes to this file.
 fn is_open(file: &fs::Metadata) -> bool {
     let is = |stream: io::Result<nix::sys::stat::FileStat>| {
         stream.is_ok_and(|stream| (stream.st_dev, stream.st_ino) == (file.dev(), file.ino()))

@@ -26,29 +26,29 @@ pub const STRIPE_PAGES: u64 = 512;
 /// A run of consecutive pages, by page number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageRange {
-    /// Number of the first page.
+    /// The number of the first page.
     pub first: u64,
-    /// How many pages.
+    /// The number of pages.
     pub count: u64,
 }
 
 impl PageRange {
-    /// The range of `count` pages from `first`.
+    /// Returns the range of `count` pages from `first`.
     pub const fn new(first: u64, count: u64) -> Self {
         Self { first, count }
     }
 
-    /// The number after the last page; saturates instead of wrapping.
+    /// Returns the number after the last page; saturates instead of wrapping.
     pub const fn end(self) -> u64 {
         self.first.saturating_add(self.count)
     }
 
-    /// Bytes in the range.
+    /// Returns the size of the range in bytes.
     pub const fn bytes(self) -> u64 {
         self.count << PAGE_SHIFT
     }
 
-    /// The page numbers.
+    /// Returns the page numbers.
     pub fn pages(self) -> Range<u64> {
         self.first..self.end()
     }
@@ -66,16 +66,16 @@ impl PageRange {
     }
 }
 
-/// One contiguous piece of guest physical address space that is RAM.
+/// A contiguous piece of guest physical address space that is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RamRegion {
-    /// Guest physical address of the first byte; a multiple of [`PAGE_SIZE`].
+    /// The guest physical address of the first byte, a multiple of [`PAGE_SIZE`].
     pub gpa: u64,
-    /// Length in bytes; a multiple of [`PAGE_SIZE`], not zero.
+    /// The length in bytes, a multiple of [`PAGE_SIZE`] and not zero.
     pub len: u64,
 }
 
-/// Why a list of regions is not a RAM layout.
+/// The reason why a list of regions is not a RAM layout.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum LayoutError {
     /// There is no region.
@@ -88,17 +88,17 @@ pub enum LayoutError {
     /// overflows.
     #[error("RAM region {index} (address {gpa:#x}, length {len:#x}) is empty, unaligned or wraps around")]
     BadRegion {
-        /// Position in the list.
+        /// The position of the region in the list.
         index: usize,
-        /// Its address.
+        /// The address of the region.
         gpa: u64,
-        /// Its length.
+        /// The length of the region in bytes.
         len: u64,
     },
-    /// A region starts before the one in front of it ends.
+    /// A region starts before the preceding one ends.
     #[error("RAM region {0} overlaps its predecessor or is out of order")]
     Overlap(usize),
-    /// More than [`MAX_PAGES`] pages in all.
+    /// There are more than [`MAX_PAGES`] pages in all.
     #[error("more RAM than the {MAX_PAGES} pages supported")]
     TooLarge,
 }
@@ -169,7 +169,7 @@ impl RamLayout {
     /// Reads what [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// When there are more than `most` regions, or they make no layout.
+    /// Returns an error if there are more than `most` regions, or they make no layout.
     pub fn decode(r: &mut Reader<'_>, most: usize) -> Result<Self, DecodeError> {
         let mut regions = Vec::new();
         for _ in 0..r.count(most, "number of RAM regions")? {
@@ -178,27 +178,27 @@ impl RamLayout {
         Self::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))
     }
 
-    /// The regions, ascending.
+    /// Returns the regions, ascending.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
     }
 
-    /// How many pages all regions have together.
+    /// Returns the number of pages all regions have together.
     pub fn pages(&self) -> u64 {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// How many bytes all regions have together.
+    /// Returns the number of bytes all regions have together.
     pub fn bytes(&self) -> u64 {
         self.pages() << PAGE_SHIFT
     }
 
-    /// All of RAM as one range.
+    /// Returns all of RAM as one range.
     pub fn all(&self) -> PageRange {
         PageRange::new(0, self.pages())
     }
 
-    /// The page that holds guest physical address `gpa`; `None` outside RAM.
+    /// Returns the page that holds guest physical address `gpa`; `None` outside RAM.
     pub fn page_of(&self, gpa: u64) -> Option<u64> {
         let index = self.regions.partition_point(|r| r.gpa <= gpa).checked_sub(1)?;
         let offset = gpa - self.regions[index].gpa;
@@ -211,7 +211,7 @@ impl RamLayout {
         Some(self.regions[region].gpa + offset)
     }
 
-    /// The region that `page` lies in and its byte offset there.
+    /// Returns the region that `page` lies in and its byte offset there.
     pub fn locate(&self, page: u64) -> Option<(usize, u64)> {
         if page >= self.pages() {
             return None;

@@ -1,102 +1,105 @@
-//! Serving the pages that a VM misses where it runs: what post-copy needs of the host.
-//! migration-kvm implements it over userfaultfd.
+//! Loading missing pages on demand, which post-copy needs from the host. migration-kvm implements
+//! it with userfaultfd.
 //!
-//! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on
-//! whoever touches a page that is missing there (a vCPU, KVM itself, a thread of the VMM) sleeps
-//! until it is installed: whole, at once, so that nobody ever reads half a page, and never as zeros
-//! that it did not hold.
+//! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on, a
+//! thread that touches a missing page (a vCPU, KVM itself, a thread of the VMM) sleeps until the
+//! page is installed. A page is installed as a whole, so no thread reads half a page or zeros that
+//! the page did not hold.
 
 use std::{io, sync::Arc, time::Duration};
 
 use super::{page::PageRange, page_map::PageCopy, ram::RamSlice, shared_map::SharedPageMap};
 use crate::vm_error::VmError;
 
-/// Somebody touched a missing page, and sleeps.
+/// The report that a thread has touched a missing page and sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fault {
-    /// The page.
+    /// The number of the page.
     pub page: u64,
-    /// The operating system's number of the thread that touched it, where that is known. A VMM
-    /// tells by it which vCPU waits.
+    /// The operating system's number of the thread, if it is known. A VMM finds the waiting vCPU
+    /// with it.
     pub thread: Option<u32>,
 }
 
-/// What became of pages that were to be installed.
+/// The result of installing pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Installed {
-    /// Pages that are there now because of this call.
+    /// The number of pages that this call has installed.
     pub pages: u64,
-    /// Pages that were there already; their contents are untouched.
+    /// The number of pages that were installed before. Their contents are unchanged.
     pub duplicates: u64,
 }
 
-/// Reads the contents of pages into memory that the pager names; called at most once.
+/// A function that reads the contents of pages into the memory that the pager passes. A pager calls
+/// it at most once.
 pub type Fill<'a> = &'a mut dyn FnMut(&[RamSlice<'_>]) -> io::Result<()>;
 
-/// Makes missing pages of one VM's RAM appear. Used by several threads at once.
+/// Installs the missing pages of one VM's RAM. Several threads use it at once.
 pub trait Pager: Send + Sync {
-    /// Pages are installed in blocks of so many, aligned in RAM's numbering of pages: 1, or 512
-    /// where RAM consists of huge pages that the host cannot split (hugetlb).
+    /// Returns the number of pages that must be installed together, in aligned blocks: 1, or 512 if
+    /// RAM consists of huge pages that the host cannot split (hugetlb).
     fn block_pages(&self) -> u64;
 
-    /// Drops what the pages that are missing in `map` hold now, and begins to watch them. They are
-    /// whole blocks of [`block_pages`](Self::block_pages) pages. Pages that are not missing are not
-    /// touched. The pager keeps the map, and has a [claim](SharedPageMap::claim) in it whenever it
-    /// installs a page.
+    /// Drops the present contents of the pages that are missing in `map`, and begins to report
+    /// faults on them. The missing pages form whole blocks of [`block_pages`](Self::block_pages)
+    /// pages. Other pages are not touched. The pager keeps the map, and takes a
+    /// [claim](SharedPageMap::claim) in it whenever it installs a page.
     ///
     /// # Errors
-    /// When the host does not permit it, saying which right is missing.
+    /// Returns an error if the host does not permit it. The error names the missing right.
     fn arm(&self, map: &Arc<SharedPageMap>) -> Result<(), VmError>;
 
-    /// Waits for faults, and appends those that have come to `faults`: one or more, or none when
-    /// `timeout` passed or [`wake_waiters`](Self::wake_waiters) was called. The same page may be
-    /// reported again, by other threads, until it is installed.
+    /// Waits for faults and appends them to `faults`. Appends none if `timeout` passes or
+    /// [`wake_waiters`](Self::wake_waiters) is called. A page can be reported again, for other
+    /// threads, until it is installed.
     ///
     /// # Errors
-    /// Only when the pager is broken.
+    /// Returns an error only if the pager does not work any more.
     fn wait(&self, timeout: Duration, faults: &mut Vec<Fault>) -> Result<(), VmError>;
 
-    /// Makes calls of [`wait`](Self::wait) return, now and in future, to end the threads that call
-    /// it.
+    /// Makes all calls of [`wait`](Self::wait) return, now and in future, so that the threads that
+    /// call it can end.
     fn wake_waiters(&self);
 
-    /// Installs `range`, whole blocks within one aligned stretch of 512 pages, whose contents
-    /// `fill` reads, and wakes who sleeps for them. `copy` says where the contents come from, and
-    /// the [claim](SharedPageMap::claim) is for it. Pages that were installed before, or whose
-    /// newest content is elsewhere, are not touched (`fill` is called all the same: the contents
-    /// may be on a lane, and have to be taken from it).
+    /// Installs `range` and wakes the threads that wait for it. `range` is whole blocks within one
+    /// aligned stretch of 512 pages. `fill` reads the contents. `copy` says where the contents come
+    /// from, and the [claim](SharedPageMap::claim) is for that copy. Pages that were installed
+    /// before, or whose newest content is elsewhere, are not touched. `fill` is called for them
+    /// too, because their contents may have to be taken from a lane.
     ///
     /// # Errors
-    /// An error of `fill` is passed on, and nothing is installed then. Else what the host says, for
+    /// Returns an error of `fill`, or of the host, for example if memory is short. Nothing is
+    /// installed then; the pages are still missing, and the caller can try again.
     /// example that memory is short: the pages are still missing and can be tried again.
     fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed>;
 
-    /// Installs `range`, whole blocks of any number, as zeros: the source has sent nothing else. As
-    /// [`install`](Self::install) else.
+    /// Installs `range`, any number of whole blocks, as zeros. Otherwise like
+    /// [`install`](Self::install).
     ///
     /// # Errors
-    /// What the host says.
+    /// Returns the host's error.
     fn install_zeros(&self, range: PageRange) -> io::Result<Installed>;
 
-    /// Wakes who sleeps for `page` although it is installed (its fault was read after that).
+    /// Wakes the threads that wait for `page`. Used if the page was installed before their fault
+    /// was read.
     ///
     /// # Errors
-    /// What the host says.
+    /// Returns the host's error.
     fn wake(&self, page: u64) -> io::Result<()>;
 
-    /// Brings memory into its best shape when the watch has ended, for example makes huge pages of
-    /// small ones. May take a while; does nothing by default. Called once, on a thread that nobody
-    /// waits for.
+    /// Joins small pages into huge pages, where the host can. Called once, after
+    /// [`disarm`](Self::disarm), on a thread for which nothing waits, because it may take long.
+    /// Does nothing by default.
     fn collapse_huge_pages(&self) {}
 
-    /// Ends the watch, once no page is missing.
+    /// Ends the reports. Called when no page is missing.
     ///
     /// # Errors
-    /// What the host says.
+    /// Returns the host's error.
     fn disarm(&self) -> Result<(), VmError>;
 
-    /// The VM is given up before it ran, and its missing pages will not come: wakes whoever sleeps
-    /// for one, for example a thread that loads the state. What it reads then does not matter.
-    /// Never called once the VM may have started.
+    /// Wakes all threads that wait for missing pages, because the VM is given up before it ran and
+    /// its pages will not come. A thread that loads the state may be one of them. What it reads
+    /// then does not matter. Never called once the VM may have started.
     fn give_up(&self);
 }

@@ -48,7 +48,8 @@ pub unsafe trait GuestRam: Send + Sync {
     /// touched are *holes*: a migration skips them. The default knows no holes.
     ///
     /// # Errors
-    /// When the operating system cannot tell; the caller then treats all of RAM as populated.
+    /// Returns an error if the operating system cannot tell; the caller then treats all of RAM as
+    /// populated.
     fn populated(&self, into: &mut PageSet) -> io::Result<()> {
         into.insert_range(self.layout().all());
         Ok(())
@@ -57,7 +58,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Returns the memory of `range`, which must lie inside one region (see [`RamLayout::split`]).
     ///
     /// # Errors
-    /// When it does not.
+    /// Returns an error if it does not.
     fn slice(&self, range: PageRange) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: range.first.saturating_mul(PAGE_SIZE as u64), len: range.bytes() };
         let (region, offset) = self.layout().locate(range.first).ok_or(outside)?;
@@ -68,7 +69,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// inside one region.
     ///
     /// # Errors
-    /// When they do not.
+    /// Returns an error if they do not.
     fn slice_at(&self, gpa: u64, len: u64) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: gpa, len };
         let regions = self.layout().regions();
@@ -79,7 +80,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Copies guest memory at guest physical address `gpa` into `to`.
     ///
     /// # Errors
-    /// When the bytes do not lie inside one region. Then nothing is copied.
+    /// Returns an error if the bytes do not lie inside one region. Then nothing is copied.
     fn read(&self, gpa: u64, to: &mut [u8]) -> Result<(), OutsideRam> {
         self.slice_at(gpa, to.len() as u64)?.copy_to(to);
         Ok(())
@@ -88,7 +89,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Copies `from` into guest memory at guest physical address `gpa`.
     ///
     /// # Errors
-    /// When the bytes do not lie inside one region. Then nothing is copied.
+    /// Returns an error if the bytes do not lie inside one region. Then nothing is copied.
     fn write(&self, gpa: u64, from: &[u8]) -> Result<(), OutsideRam> {
         self.slice_at(gpa, from.len() as u64)?.copy_from(from);
         Ok(())
@@ -140,7 +141,7 @@ impl<'a> RamSlice<'a> {
         self.len
     }
 
-    /// Whether it has no byte.
+    /// Returns whether it has no byte.
     pub fn is_empty(self) -> bool {
         self.len == 0
     }
@@ -205,8 +206,8 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Whether every byte was zero when it was looked at. A running guest may change it at once;
-    /// its dirty tracker then reports the page again.
+    /// Returns whether every byte was zero when it was looked at. A running guest may change it at
+    /// once; its dirty tracker then reports the page again.
     pub fn is_zero(self) -> bool {
         // most pages that are not zero differ in their first words: look there before reading it
         // all
@@ -226,7 +227,7 @@ impl<'a> RamSlice<'a> {
         (blocks..self.len).all(|at| unsafe { self.address.add(at).read_volatile() } == 0)
     }
 
-    /// The eight bytes at offset `at`.
+    /// Returns the eight bytes at offset `at`.
     ///
     /// # Safety
     /// `at + 8 <= self.len`.

@@ -58,40 +58,39 @@ impl Error for TrackerError {
     }
 }
 
-/// Reports the pages that were written, by whomever: vCPUs, KVM, devices, the VMM.
+/// Reports the pages that were written by vCPUs, KVM, devices or the VMM.
 ///
 /// Most VMs need several sources at once: see [`UnionTracker`].
 ///
-/// A tracker may report too much, never too little: a page whose state it is not sure of counts as
-/// written.
+/// A tracker may report pages that were not written, but must report all that were.
 pub trait DirtyTracker: Send {
-    /// A short name, such as `dirty-log`.
+    /// Returns a short name, such as `dirty-log`.
     fn name(&self) -> &'static str;
 
-    /// Whether it is tracking.
+    /// Returns whether writes are tracked now.
     fn is_active(&self) -> bool;
 
-    /// Begins to track. Every write that happens after the return will be reported; what was
-    /// written before need not be. Does nothing if it is tracking already.
+    /// Begins to track. Every write after the return is reported; earlier writes need not be. Does
+    /// nothing if the tracker is active.
     fn start(&mut self) -> Result<(), TrackerError>;
 
-    /// Ends tracking and forgets what it knows, so that the guest runs at full speed. Does nothing
-    /// if it is not tracking.
+    /// Ends tracking and forgets what was tracked, so that the guest runs at full speed. Does
+    /// nothing if the tracker is not active.
     fn stop(&mut self) -> Result<(), TrackerError>;
 
-    /// Adds to `into` all pages written since tracking started or the last harvest, and begins
-    /// anew: a write that happens after this call is reported by the next one.
+    /// Adds all pages that were written since tracking started, or since the last harvest, to
+    /// `into`. A write after this call is reported by the next one.
     ///
-    /// A tracker with [`rearm`](DirtyTracker::rearm) begins anew for a page only when the page is
-    /// re-armed, and reports it until then.
+    /// A tracker with [`rearm`](DirtyTracker::rearm) reports a page in each harvest until the page
+    /// is re-armed.
     fn harvest(&mut self, into: &mut PageSet) -> Result<(), TrackerError>;
 
-    /// Makes `pages` dirty again: the next harvest reports them. For pages that were harvested but
-    /// did not arrive.
+    /// Makes `pages` dirty again, so that the next harvest reports them. Used for pages that were
+    /// harvested but did not arrive.
     fn mark_dirty(&mut self, pages: &PageSet);
 
-    /// For trackers that re-arm pages one by one, just before they are read for sending: the later
-    /// a page is re-armed, the fewer are sent twice. `None` if a harvest re-arms at once.
+    /// Returns the object that re-arms pages just before they are read, or `None` if a harvest
+    /// re-arms at once. The later a page is re-armed, the fewer pages are sent twice.
     fn rearm(&self) -> Option<Arc<dyn Rearm>> {
         None
     }
@@ -99,29 +98,29 @@ pub trait DirtyTracker: Send {
 
 /// Re-arms pages of a [`DirtyTracker`], from any thread.
 pub trait Rearm: Send + Sync {
-    /// Called before the pages of `pages` that lie in `range` are read: writes that follow are
-    /// reported again. `pages` was harvested; other pages of the range must keep their state.
+    /// Re-arms those pages of `pages` that lie in `range`, before they are read: later writes are
+    /// reported again. `pages` was harvested. Other pages of the range must keep their state.
     fn before_read(&self, range: PageRange, pages: &PageSet) -> Result<(), TrackerError>;
 }
 
-/// A dirty bitmap that the VMM itself sets: for devices and VMM threads that write guest memory
-/// behind KVM's back.
+/// A dirty bitmap that the VMM sets, for devices and threads of the VMM that write guest memory
+/// without KVM's knowledge.
 ///
-/// Clone the `Arc` into whatever writes; hand a [`BitmapTracker`] of it to the migration.
+/// Give a clone of the `Arc` to each writer, and a [`BitmapTracker`] over it to the migration.
 pub struct DirtyBitmap {
     layout: RamLayout,
     words: Vec<AtomicU64>,
 }
 
 impl DirtyBitmap {
-    /// A clean bitmap for RAM of this layout.
+    /// Returns a clean bitmap for RAM of this layout.
     pub fn new(layout: RamLayout) -> Arc<Self> {
         let words = (0..layout.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Arc::new(Self { layout, words })
     }
 
-    /// Marks the pages of `len` bytes at guest physical address `gpa` as written. Call it *after*
-    /// the write. Parts outside RAM are left out.
+    /// Marks the pages of `len` bytes from guest physical address `gpa` as written. Call it *after*
+    /// the write. Parts outside RAM are ignored.
     pub fn mark(&self, gpa: u64, len: u64) {
         let mut at = gpa & !0xfff;
         let end = gpa.saturating_add(len);
@@ -134,10 +133,10 @@ impl DirtyBitmap {
         }
     }
 
-    /// Marks one page as written, by its page number.
+    /// Marks the page with this number as written.
     pub fn mark_page(&self, page: u64) {
         if let Some(word) = self.words.get((page / 64) as usize) {
-            // Release: who harvests the bit sees the write that came before it
+            // Release: a thread that harvests the bit sees the write that came before it.
             word.fetch_or(1 << (page % 64), Ordering::Release);
         }
     }
@@ -152,15 +151,15 @@ impl DirtyBitmap {
     }
 }
 
-/// The [`DirtyTracker`] over a [`DirtyBitmap`]. Its bits are set whether or not it is active;
-/// starting it forgets what was set before.
+/// The [`DirtyTracker`] over a [`DirtyBitmap`]. Bits are set whether or not the tracker is active.
+/// Starting the tracker clears them.
 pub struct BitmapTracker {
     bitmap: Arc<DirtyBitmap>,
     active: bool,
 }
 
 impl BitmapTracker {
-    /// A tracker that harvests `bitmap`.
+    /// Returns a tracker that harvests `bitmap`.
     pub fn new(bitmap: Arc<DirtyBitmap>) -> Self {
         Self { bitmap, active: false }
     }
@@ -200,14 +199,15 @@ impl DirtyTracker for BitmapTracker {
     }
 }
 
-/// Several trackers as one: a page is dirty if any of them says so.
+/// Several trackers in one: a page is dirty if one of them reports it.
 pub struct UnionTracker {
     name: &'static str,
     parts: Vec<Box<dyn DirtyTracker>>,
 }
 
 impl UnionTracker {
-    /// The union of `parts`, under the name of the first one (the one that watches the vCPUs).
+    /// Returns the union of `parts`. Its name is that of the first one, which should be the one
+    /// that watches the vCPUs.
     pub fn new(parts: Vec<Box<dyn DirtyTracker>>) -> Self {
         Self { name: parts.first().map_or("none", |p| p.name()), parts }
     }
@@ -231,15 +231,15 @@ impl DirtyTracker for UnionTracker {
             }
         }
         if started.is_err() {
-            // half-started is not a state: give back what did start; the first error is the one to
-            // tell
+            // if one part does not start, the others are stopped again, and the first error is
+            // returned
             let _ = self.stop();
         }
         started
     }
 
     fn stop(&mut self) -> Result<(), TrackerError> {
-        // stop every part, and report the first failure
+        // every part is stopped; the first failure is returned
         self.parts.iter_mut().map(|p| p.stop()).fold(Ok(()), Result::and)
     }
 
@@ -248,7 +248,7 @@ impl DirtyTracker for UnionTracker {
     }
 
     fn mark_dirty(&mut self, pages: &PageSet) {
-        // one part is enough: the union reports it
+        // one part is enough, because the union reports the page then
         if let Some(first) = self.parts.first_mut() {
             first.mark_dirty(pages);
         }
@@ -320,7 +320,7 @@ mod tests {
         }
     }
 
-    /// A tracker that notes what is done to it, and can fail to start.
+    /// A tracker that records its calls and can fail to start.
     struct Noted {
         fails: bool,
         active: Arc<AtomicU64>,
@@ -392,7 +392,7 @@ mod tests {
         one.before_read(PageRange::new(4, 1), &PageSet::full(9)).unwrap();
         assert_eq!(rearmed.each_ref().map(|r| r.load(Ordering::Relaxed)), [4, 3]);
 
-        // what did start is stopped, and the first error is told
+        // the part that did start is stopped, and the first error is returned
         let mut union = UnionTracker::new(vec![part(0, false), part(1, true), part(2, false)]);
         assert_eq!(union.start().unwrap_err().what, "does not start");
         assert_eq!(on(), [0; 3]);

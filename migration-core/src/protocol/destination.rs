@@ -126,7 +126,7 @@ impl Default for DestinationMachine {
 }
 
 impl DestinationMachine {
-    /// A machine without a VM.
+    /// Returns a machine without a VM.
     pub fn new() -> Self {
         let (state, phase) = (Vec::new(), DestinationPhase::Empty);
         let (vm, epoch, awaits, attached) = (None, 0, false, false);
@@ -151,13 +151,13 @@ impl DestinationMachine {
         self.stores = true;
     }
 
-    /// A machine that takes back this VM, which left here under this epoch, and no other.
+    /// Returns a machine that takes back this VM, which left here under this epoch, and no other.
     pub fn awaiting(vm: VmId, epoch: u32) -> Self {
         Self { awaits: true, ..Self::after(vm, epoch) }
     }
 
-    /// A machine for this VM, which was here under this epoch and is not any more: a higher one has
-    /// to come.
+    /// Returns a machine for this VM, which was here under this epoch and is not any more: a higher
+    /// one has to come.
     pub fn after(vm: VmId, epoch: u32) -> Self {
         Self { vm: Some(vm), epoch, ..Self::new() }
     }
@@ -167,23 +167,23 @@ impl DestinationMachine {
         self.phase
     }
 
-    /// The epoch of the attempt under way, or the last one.
+    /// Returns the epoch of the attempt under way, or the last one.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
 
-    /// The VM that is being received, held or run.
+    /// Returns the VM that is being received, held or run.
     pub fn vm(&self) -> Option<VmId> {
         self.vm
     }
 
-    /// Whether pages may arrive now.
+    /// Returns whether pages may arrive now.
     pub fn accepts_pages(&self) -> bool {
         matches!(self.phase, DestinationPhase::Receiving | DestinationPhase::Loading)
     }
 
-    /// Whether a new control lane may take up the session: nobody holds it, or its link is dead
-    /// without our knowledge (the source reconnects because *it* noticed).
+    /// Returns whether a new control lane may take up the session: nobody holds it, or its link is
+    /// dead without our knowledge (the source reconnects because *it* noticed).
     pub fn may_reattach(&self, vm: VmId, epoch: u32) -> bool {
         self.vm == Some(vm)
             && self.epoch == epoch
@@ -270,7 +270,7 @@ impl DestinationMachine {
     /// the frame to send.
     ///
     /// # Errors
-    /// When no VM is being prepared.
+    /// Returns an error if no VM is being prepared.
     pub fn prepared(&mut self, load: Option<Duration>) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Preparing, DestinationPhase::Receiving, "prepared")?;
         let load_us = load.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
@@ -278,7 +278,7 @@ impl DestinationMachine {
     }
 
     /// Pages are complete and the state is loaded: the frame to send. From here on only the
-    /// source's word, or a person's ([`adopt`](DestinationMachine::adopt)), decides on the VM.
+    /// source's word, or a person's ([`force_take_over`](DestinationMachine::force_take_over)), decides on the VM.
     pub fn loaded(&mut self) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Loading, DestinationPhase::Ready, "ready")?;
         Ok(Control::Ready)
@@ -287,7 +287,7 @@ impl DestinationMachine {
     /// No page is missing any more, or none for which the source is needed: it may be told.
     ///
     /// # Errors
-    /// When the VM is not ours yet: until then the source may still change its mind.
+    /// Returns an error if the VM is not ours yet: until then the source may still change its mind.
     pub fn complete(&mut self) -> Result<(), Violation> {
         self.advance(DestinationPhase::Running, DestinationPhase::Running, "complete")?;
         self.complete = true;
@@ -304,12 +304,12 @@ impl DestinationMachine {
         Some(Control::error(ErrorCode::VmEnded, format!("the VM has ended: {reason}")))
     }
 
-    /// Whether no page of the VM is missing, or those that were have arrived.
+    /// Returns whether no page of the VM is missing, or those that were have arrived.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// Whether the VM runs here, but lacks pages.
+    /// Returns whether the VM runs here, but lacks pages.
     pub fn is_served(&self) -> bool {
         self.phase == DestinationPhase::Running && !self.complete
     }
@@ -337,7 +337,7 @@ impl DestinationMachine {
     /// becomes its owner, under a new epoch, so that a source that does come back is refused.
     ///
     /// # Errors
-    /// When no VM is held, or its source is still attached.
+    /// Returns an error if no VM is held, or its source is still attached.
     pub fn force_take_over(&mut self) -> Result<DestinationAction, Violation> {
         // nothing was left behind but what is in stores
         let without_source = self.complete || self.stores && matches!(self.post_copy, Some((0, _)));
@@ -355,10 +355,10 @@ impl DestinationMachine {
     }
 
     /// The source is dead for certain, and what it has left behind is in a store that we have: the
-    /// VM is ours, as by [`adopt`](Self::adopt). A VM that is ours already stays so.
+    /// VM is ours, as by [`force_take_over`](Self::force_take_over). A VM that is ours already stays so.
     ///
     /// # Errors
-    /// When no VM is held that has its state.
+    /// Returns an error if no VM is held that has its state.
     pub fn take_over(&mut self, _source: Fenced) -> Result<DestinationAction, Violation> {
         match self.phase {
             DestinationPhase::Running => Ok(DestinationAction::None),

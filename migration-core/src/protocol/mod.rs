@@ -39,7 +39,7 @@ pub struct Violation {
 }
 
 impl Violation {
-    /// A frame or command that a machine in `phase` cannot take.
+    /// Returns a frame or command that a machine in `phase` cannot take.
     pub(crate) fn new(frame: &'static str, epoch: u32, phase: impl fmt::Debug, why: &'static str) -> Self {
         Self { frame, epoch, phase: format!("{phase:?}"), why, code: ErrorCode::Protocol }
     }

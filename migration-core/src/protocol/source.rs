@@ -57,7 +57,7 @@ pub enum SourceEvent {
     },
     /// After a reattachment: the list of missing pages is complete; go on sending them.
     Resume {
-        /// How many are missing.
+        /// The number of pages that are missing.
         missing: u64,
     },
     /// The destination has all pages; send *done*.
@@ -108,13 +108,13 @@ pub struct SourceMachine {
 }
 
 impl SourceMachine {
-    /// A machine at the start of an attempt. Every attempt for a VM has a higher epoch than all
-    /// before it.
+    /// Returns a machine at the start of an attempt. Every attempt for a VM has a higher epoch than
+    /// all before it.
     pub fn new(epoch: u32) -> Self {
         Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false, stores: false, vacated: 0 }
     }
 
-    /// The epoch of this attempt.
+    /// Returns the epoch of this attempt.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -129,8 +129,8 @@ impl SourceMachine {
         self.phase
     }
 
-    /// Whether the VM may run here. False from *run* on, unless the destination is fenced and the
-    /// VM restarted.
+    /// Returns whether the VM may run here. False from *run* on, unless the destination is fenced
+    /// and the VM restarted.
     pub fn owns(&self) -> bool {
         !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Serving | SourcePhase::Completed)
     }
@@ -138,7 +138,7 @@ impl SourceMachine {
     /// A frame came from the destination, whose header carried `epoch`.
     ///
     /// # Errors
-    /// When it has no place here. The attempt then ends as if the link were lost.
+    /// Returns an error if it has no place here. The attempt then ends as if the link were lost.
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, Violation> {
         use SourcePhase::*;
         let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
@@ -226,7 +226,7 @@ impl SourceMachine {
     /// to send. The answer is *released*, or the list of what is missing.
     ///
     /// # Errors
-    /// When no VM is being served, or no page can be in a store.
+    /// Returns an error if no VM is being served, or no page can be in a store.
     pub fn vacated(&mut self) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Serving, "vacated")?;
         if !self.stores {
@@ -251,9 +251,9 @@ impl SourceMachine {
         Ok(Control::Run)
     }
 
-    /// The frames to send on a new control lane while in doubt or serving. The answer is *running*,
-    /// in post-copy with the list of what is missing behind it, or an error that leaves all as it
-    /// is.
+    /// Returns the frames to send on a new control lane while in doubt or serving. The answer is
+    /// *running*, in post-copy with the list of what is missing behind it, or an error that leaves
+    /// all as it is.
     pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
         if self.phase != SourcePhase::Serving {
             self.must_be(SourcePhase::InDoubt, "reattach")?;

@@ -138,7 +138,7 @@ impl Prediction {
         Self { left, downtime: link.predict(left), pages: link.pages_time(left), floor: link.floor() }
     }
 
-    /// Whether the downtime would be within the limit if no page were dirty.
+    /// Returns whether the downtime would be within the limit if no page were dirty.
     fn blames_pages(&self, link: &Link) -> bool {
         self.downtime.saturating_sub(self.pages) <= link.downtime_limit
     }
@@ -149,8 +149,8 @@ impl Prediction {
 }
 
 impl ModelConvergence {
-    /// The most that vCPUs may be slowed down, in percent: while the prediction is within the
-    /// downtime limit, and while it is not.
+    /// Returns the most that vCPUs may be slowed down, in percent: while the prediction is within
+    /// the downtime limit, and while it is not.
     fn most_throttle(impact: GuestImpact) -> (u8, u8) {
         match impact {
             GuestImpact::Low => (0, 80),
@@ -183,8 +183,8 @@ impl ModelConvergence {
         self.best = self.best.min(left);
     }
 
-    /// The next stronger throttle, for a round that leaves `shrink` of what it sent, measured under
-    /// the present one.
+    /// Returns the next stronger throttle, for a round that leaves `shrink` of what it sent,
+    /// measured under the present one.
     fn stronger(&mut self, shrink: f64, most: u8) -> Next {
         // the share of time the vCPUs may keep so that the next round shrinks well, half of it to
         // be sure
@@ -335,7 +335,7 @@ impl Convergence for ModelConvergence {
     }
 }
 
-/// Whether the limit is below what the VMMs at both ends say they need, on any link.
+/// Returns whether the limit is below what the VMMs at both ends say they need, on any link.
 fn above_without_link(link: &Link) -> bool {
     link.fixed_downtime.saturating_sub(link.round_trip.saturating_mul(2)) > link.downtime_limit
 }

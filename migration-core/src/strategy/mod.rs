@@ -53,14 +53,14 @@ pub trait Strategy: Send {
     /// Its name, as users write it.
     fn name(&self) -> &'static str;
 
-    /// Whether it hands the VM over with pages missing: a destination that cannot serve them is
-    /// then refused before any page moves.
+    /// Returns whether it hands the VM over with pages missing: a destination that cannot serve
+    /// them is then refused before any page moves.
     fn needs_post_copy(&self) -> bool {
         false
     }
 
-    /// Whether it ends by a [commit](Running::commit): only an engine that puts pages into a store
-    /// runs it, and a migration refuses it before anything else is done.
+    /// Returns whether it ends by a [commit](Running::commit): only an engine that puts pages into
+    /// a store runs it, and a migration refuses it before anything else is done.
     fn needs_store(&self) -> bool {
         false
     }
@@ -85,14 +85,14 @@ pub trait Strategy: Send {
         false
     }
 
-    /// Whether source and destination, on one machine, share the VM's RAM, so that no page moves.
-    /// The destination maps it before [`migrate`](Self::migrate) is called; where that cannot be,
-    /// the migration is refused then.
+    /// Returns whether source and destination, on one machine, share the VM's RAM, so that no page
+    /// moves. The destination maps it before [`migrate`](Self::migrate) is called; where that
+    /// cannot be, the migration is refused then.
     fn shares_ram(&self) -> bool {
         false
     }
 
-    /// Whether the user can force its switch-over: it then ends its rounds as soon as
+    /// Returns whether the user can force its switch-over: it then ends its rounds as soon as
     /// [`Running::switch_over_wanted`] says so. Where this is `false` the user is refused.
     fn can_switch_over(&self) -> bool {
         false
@@ -138,7 +138,7 @@ pub struct Link {
     pub fixed_downtime: Duration,
     /// The shortest round trip that was seen.
     pub round_trip: Duration,
-    /// How many round trips were looked at.
+    /// The number of round trips were looked at.
     pub round_trips: u32,
     /// Bytes of state that only the pause can move.
     pub state_bytes: u64,
@@ -173,8 +173,8 @@ impl Link {
         self.floor().saturating_add(pending).saturating_add(self.pages_time(pages))
     }
 
-    /// The part of the predicted downtime that `pages` pages are to blame for. It is what another
-    /// round or a throttle can lower.
+    /// Returns the part of the predicted downtime that `pages` pages are to blame for. It is what
+    /// another round or a throttle can lower.
     pub fn pages_time(&self, pages: u64) -> Duration {
         if pages == 0 {
             return Duration::ZERO;
@@ -186,19 +186,20 @@ impl Link {
         Duration::try_from_secs_f64(seconds).unwrap_or(NEVER).min(NEVER)
     }
 
-    /// The downtime that is left when no page is dirty and no piece of state is pending. Neither
-    /// another round nor a throttle can lower it.
+    /// Returns the downtime that is left when no page is dirty and no piece of state is pending.
+    /// Neither another round nor a throttle can lower it.
     pub fn floor(&self) -> Duration {
         self.fixed_downtime.saturating_add(self.state_time())
     }
 
-    /// The part of the [floor](Self::floor) that the state takes on the link; nothing as long as
-    /// the bandwidth is unknown.
+    /// Returns the part of the [floor](Self::floor) that the state takes on the link; nothing as
+    /// long as the bandwidth is unknown.
     pub fn state_time(&self) -> Duration {
         self.transfer(self.state_bytes as f64)
     }
 
-    /// The time that so many bytes take on the link; nothing as long as the bandwidth is unknown.
+    /// Returns the time that so many bytes take on the link; nothing as long as the bandwidth is
+    /// unknown.
     fn transfer(&self, bytes: f64) -> Duration {
         if self.bytes_per_second <= 0.0 {
             return Duration::ZERO;

@@ -40,7 +40,7 @@ pub enum Bulk {
     },
     /// The lane has sent all its pages of a round.
     RoundEnd {
-        /// How many pages of this round the lane carried.
+        /// The number of pages of this round the lane carried.
         pages: u64,
     },
     /// The destination's guest waits for these pages. Only on a demand lane, and only from the
@@ -99,8 +99,9 @@ impl Bulk {
     /// Reads the body of a frame whose header was read before, for a VM of `pages` pages.
     ///
     /// # Errors
-    /// When the frame is not one of a bulk lane, an extent is empty or leaves RAM, extents are not
-    /// ascending and disjoint, or the payload's length is not that of the plain pages.
+    /// Returns an error if the frame is not one of a bulk lane, an extent is empty or leaves RAM,
+    /// extents are not ascending and disjoint, or the payload's length is not that of the plain
+    /// pages.
     pub fn decode(header: &Header, body: &[u8], pages: u64) -> Result<Self, DecodeError> {
         header.check_body(body)?;
         let mut r = Reader::new(body);

@@ -34,7 +34,7 @@ pub enum Checkpoint {
     State(Bytes),
     /// D: the checkpoint is complete.
     Commit {
-        /// How many pages were sent for it, repeats counted.
+        /// The number of pages were sent for it, repeats counted.
         pages: u64,
         /// Bytes of state.
         state_bytes: u64,
@@ -44,7 +44,7 @@ pub enum Checkpoint {
 }
 
 impl Checkpoint {
-    /// Whether a frame of this kind is one of these.
+    /// Returns whether a frame of this kind is one of these.
     pub fn is_kind(kind: u8) -> bool {
         (EVERY..=COMMITTED).contains(&kind)
     }
@@ -77,7 +77,7 @@ impl Checkpoint {
     /// Reads the body of a frame whose header was read before.
     ///
     /// # Errors
-    /// When the frame is not one of these, or a field is out of its bounds.
+    /// Returns an error if the frame is not one of these, or a field is out of its bounds.
     pub fn decode(header: &Header, body: &[u8]) -> Result<Self, DecodeError> {
         header.check_body(body)?;
         if header.payload != 0 {

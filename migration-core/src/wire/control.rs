@@ -15,34 +15,34 @@ use crate::{
     vm::{VmDescription, VmId},
 };
 
-/// Why a side ends an attempt, for the other side.
+/// The reason why a side ends an attempt, as it is sent to the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorCode {
-    /// Something that no other code names.
+    /// A reason that no other code names.
     Other,
     /// The version windows do not overlap.
     Version,
     /// The peer broke the protocol.
     Protocol,
-    /// The destination is taken by another VM or session.
+    /// The destination serves another VM or another session.
     Busy,
     /// The destination cannot run this VM.
     Mismatch,
-    /// The VMM failed to save, build, load or start what it was asked to.
+    /// The VMM failed to save, build, load or start the VM.
     State,
     /// Memory, threads or descriptors are short.
     Resources,
     /// The user cancelled.
     Cancelled,
-    /// The session is not known here.
+    /// The receiver does not know the session.
     UnknownSession,
-    /// The epoch is not above the last one seen.
+    /// The epoch is not above the last one that the receiver has seen.
     StaleEpoch,
-    /// The two sides do not agree on who they are or whether and how to encrypt.
+    /// The two sides do not agree on their identities, or on whether and how to encrypt.
     Security,
-    /// The guest has ended by itself: there is no VM any more. From the destination, of a VM that
-    /// runs there with pages missing.
+    /// The guest has ended by itself, so there is no VM any more. A destination sends it for a VM
+    /// that runs there while pages are still missing.
     VmEnded,
 }
 
@@ -72,51 +72,51 @@ impl ErrorCode {
     }
 }
 
-/// The source's first frame: what is to move.
+/// The source's first frame: it describes what is to be moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Feature bits that the source wants.
+    /// The feature bits that the source asks for.
     pub features: u32,
-    /// How many bulk lanes it wants to open.
+    /// The number of bulk lanes that the source wants to open.
     pub streams: u16,
-    /// Name of its strategy, for messages.
+    /// The name of the source's strategy, for messages.
     pub strategy: String,
-    /// The VM.
+    /// The description of the VM.
     pub vm: VmDescription,
 }
 
-/// The destination's answer to a hello, once it has built the VM.
+/// The destination's answer to a hello, sent when the VM is built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Welcome {
-    /// The version that both speak from here on.
+    /// The version of the protocol that both sides use from here on.
     pub version: u16,
-    /// The feature bits that are on.
+    /// The feature bits that are granted.
     pub features: u32,
-    /// How many bulk lanes the source shall open.
+    /// The number of bulk lanes that the source must open.
     pub streams: u16,
-    /// Goes into the preamble of every further lane.
+    /// The token that goes into the preamble of each further lane.
     pub session: SessionToken,
 }
 
-/// What the destination has to tell of the faults that it served. Times are in microseconds.
+/// Statistics of the faults that the destination served. Times are in microseconds, from the moment
+/// at which a fault was read until its page was installed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultSummary {
-    /// Faults on missing pages.
+    /// The number of faults on missing pages.
     pub count: u64,
-    /// Of them, those of threads that the VMM named as vCPUs.
+    /// The number of faults of threads that the VMM named as vCPUs.
     pub vcpu: u64,
-    /// Half of the faults took at most so long, from the moment they were read until the page was
-    /// there.
+    /// The median time.
     pub p50_us: u64,
-    /// 90 % of them.
+    /// The 90th percentile.
     pub p90_us: u64,
-    /// 99 %.
+    /// The 99th percentile.
     pub p99_us: u64,
-    /// 99.9 %.
+    /// The 99.9th percentile.
     pub p999_us: u64,
-    /// The longest.
+    /// The longest time.
     pub max_us: u64,
-    /// Pages that arrived although they were there.
+    /// The number of pages that arrived although they were installed before.
     pub duplicates: u64,
 }
 
@@ -148,41 +148,41 @@ pub enum Control {
     Hello(Box<Hello>),
     /// D: the VM is built; lanes may be opened.
     Welcome(Welcome),
-    /// D: all lanes of the session are there.
+    /// D: all lanes of the session are open.
     Prepared {
-        /// How long loading the state will take there, in microseconds; `None` if that is not
+        /// The time that loading the state will take, in microseconds, or `None` if it is not
         /// known.
         load_us: Option<u64>,
     },
-    /// D: every page of rounds up to this generation is in RAM.
+    /// D: every page of the rounds up to this generation is in RAM.
     RoundReceived {
         /// The generation.
         generation: u32,
     },
-    /// S: a piece of a device's state, while the guest runs.
+    /// S: a piece of a device's state, sent while the guest runs.
     Piece(Section),
-    /// S: a piece of the encoded [`crate::state::VmState`]; they come in order.
+    /// S: a piece of the encoded [`crate::state::VmState`]. The pieces come in order.
     State(Bytes),
-    /// S: everything was sent, pages up to this generation; the destination shall load the state.
+    /// S: everything was sent; the destination must load the state.
     Offer {
-        /// Generation of the last round.
+        /// The generation of the last round.
         generation: u32,
-        /// Bytes of state sent.
+        /// The number of bytes of state.
         state_bytes: u64,
-        /// Whether the guest shall run.
+        /// Whether the guest is to run.
         running: bool,
     },
-    /// D: all is there and loaded.
+    /// D: all pages have arrived and the state is loaded.
     Ready,
-    /// S: the destination owns the VM; the source will not run it again.
+    /// S: the destination owns the VM. The source will not run it again.
     Run,
     /// D: the VM is owned and started.
     Running,
-    /// S: *running* has arrived: the session is over.
+    /// S: *running* has arrived, and the session is over.
     Done,
-    /// S: the source keeps the VM; the destination shall discard it.
+    /// S: the source keeps the VM; the destination must discard it.
     Abandon,
-    /// S: takes up a session whose control lane was lost.
+    /// S: resumes a session whose control lane was lost.
     Reattach(VmId),
     /// Both: the sender ends the attempt.
     Error {
@@ -191,26 +191,27 @@ pub enum Control {
         /// The reason in words, at most [`MAX_ERROR_TEXT`] bytes.
         text: String,
     },
-    /// S: is somebody there?
+    /// S: asks for a sign of life.
     Ping,
-    /// D: yes.
+    /// D: the answer to a ping.
     Pong,
     /// S, before the offer; D, after a reattachment: pages that the destination does not have.
-    /// Pieces without any are left out; [`Control::PostCopy`] ends the list.
+    /// Pieces without such pages are not sent. [`Control::PostCopy`] ends the list.
     Missing {
-        /// The first page that the bitmap is about; a multiple of 64.
+        /// The first page of the bitmap; a multiple of 64.
         first: u64,
-        /// One bit a page, least significant first; at most [`STATE_CHUNK`] bytes, a multiple of 8.
+        /// One bit for each page, the least significant first. At most [`STATE_CHUNK`] bytes, and a
+        /// multiple of 8.
         bitmap: Bytes,
     },
     /// S, before the offer; D, after a reattachment: the list of missing pages is complete.
     PostCopy {
-        /// How many pages are missing.
+        /// The number of missing pages.
         missing: u64,
-        /// How many demand lanes the source has opened.
+        /// The number of demand lanes that the source has opened.
         demand_lanes: u16,
     },
-    /// D: no page is missing any more. The source's memory may go.
+    /// D: no page is missing any more. The source may free its memory.
     Complete(FaultSummary),
     /// S: entries of the store table.
     StoreTable(TablePart),
@@ -239,7 +240,7 @@ pub enum Control {
 }
 
 impl Control {
-    /// The name of the frame, for messages.
+    /// Returns the name of the frame, for messages.
     pub fn name(&self) -> &'static str {
         frame_kind(self.code()).map_or("frame", |kind| kind.name)
     }
@@ -326,7 +327,8 @@ impl Control {
     /// Reads the body of a frame whose header was read before.
     ///
     /// # Errors
-    /// When the frame is not one of the control lane, or a field is out of its bounds.
+    /// Returns an error if the frame is not one of the control lane, or a field is out of its
+    /// bounds.
     pub fn decode(header: &Header, body: &[u8]) -> Result<Self, DecodeError> {
         header.check_body(body)?;
         if header.payload != 0 {

@@ -95,7 +95,7 @@ impl LaneKind {
         }
     }
 
-    /// The kind with this number.
+    /// Returns the kind with this number.
     pub const fn from_code(code: u8) -> Option<Self> {
         Some(match code {
             0 => Self::Control,
@@ -132,7 +132,7 @@ impl Preamble {
     /// Bytes of an encoded preamble.
     pub const LEN: usize = 36;
 
-    /// The preamble of a lane of this build.
+    /// Returns the preamble of a lane of this build.
     pub fn new(kind: LaneKind, index: u16, session: SessionToken) -> Self {
         Self { oldest: OLDEST_VERSION, newest: VERSION, kind, index, session }
     }
@@ -183,7 +183,7 @@ impl Preamble {
     }
 }
 
-/// The newest version in both windows.
+/// Returns the newest version in both windows.
 pub fn negotiate(oldest: u16, newest: u16) -> Option<u16> {
     let version = newest.min(VERSION);
     (version >= oldest.max(OLDEST_VERSION)).then_some(version)

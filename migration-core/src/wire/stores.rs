@@ -75,7 +75,7 @@ impl Located {
     /// Checks that all pages are among the first `pages` ones.
     ///
     /// # Errors
-    /// When one is not.
+    /// Returns an error if one is not.
     pub fn check(&self, pages: u64) -> Result<(), DecodeError> {
         match self.runs.last() {
             // runs ascend
@@ -148,7 +148,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A part with all that a part can have.
+    /// Returns a part with all that a part can have.
     pub(crate) fn part() -> TablePart {
         let store = |name: &str, byte| EntryStore { name: name.into(), incarnation: Incarnation([byte; 16]) };
         let entry = |byte, stores| StoreEntry::new(Namespace::new([byte; 16]), stores).unwrap();

@@ -136,13 +136,13 @@ pub trait Predecessor: Send + Sync + 'static {
     /// Returns the path of the control socket, at which a successor will be found.
     ///
     /// # Errors
-    /// When there is none, or the VM cannot be handed over now.
+    /// Returns an error if there is none, or the VM cannot be handed over now.
     fn control(&self) -> Result<PathBuf, VmError>;
 
     /// Returns the command that starts this successor. It says which descriptors are inherited.
     ///
     /// # Errors
-    /// When something that the command needs is missing.
+    /// Returns an error if something that the command needs is missing.
     fn command(&self, new: &NewSuccessor<'_, Self::Plan>) -> Result<Command, VmError>;
 
     /// Leaves the control socket to the successor: the VMM does not remove it when it ends.
@@ -155,7 +155,7 @@ pub trait Predecessor: Send + Sync + 'static {
     /// when the migration has ended, or is in doubt.
     ///
     /// # Errors
-    /// When no migration has begun. The VM is here.
+    /// Returns an error if no migration has begun. The VM is here.
     fn hand_over(self: &Arc<Self>, successor: &Successor) -> Result<Attempt<Self::Report>, VmError>;
 
     /// Waits for at most `time` while the owner of the VM is not known. Returns whether it is still
@@ -261,7 +261,7 @@ pub struct HandOvers<P> {
 /// The last schedule.
 #[derive(Debug)]
 struct Scheduled<P> {
-    /// How many there have been.
+    /// The number of there have been.
     number: u64,
     plan: Option<P>,
 }
@@ -302,8 +302,8 @@ impl<P: Clone> HandOvers<P> {
 /// Replaces the VMM by a successor now. See the [module](self) for the sequence.
 ///
 /// # Errors
-/// When no hand-over has begun: another successor is prepared, this one does not get ready, or the
-/// VMM refuses. The VM runs on here, and nothing is left of the successor.
+/// Returns an error if no hand-over has begun: another successor is prepared, this one does not get
+/// ready, or the VMM refuses. The VM runs on here, and nothing is left of the successor.
 pub fn replace<V: Predecessor>(vmm: &Arc<V>, plan: &V::Plan) -> Result<Replacement<V::Report>, ReplaceError> {
     let hand_overs = vmm.hand_overs();
     let _one_at_a_time = hand_overs.begin()?;

@@ -8,10 +8,10 @@ use std::{
 /// Decides when a VMM hands its VMs over to a successor. Asked again and again, a few times a
 /// second.
 pub trait RefreshPolicy: Send {
-    /// Whether it is time.
+    /// Returns whether it is time.
     ///
     /// # Errors
-    /// When that cannot be found out. The VMM stays as it is, and asks again.
+    /// Returns an error if that cannot be found out. The VMM stays as it is, and asks again.
     fn due(&mut self) -> io::Result<bool>;
 }
 

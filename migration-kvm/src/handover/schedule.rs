@@ -27,8 +27,8 @@ pub enum NotReplaced<'a, R> {
 /// successor then goes on with it, since [`NewSuccessor`](super::NewSuccessor) has `plan`.
 ///
 /// # Errors
-/// When the VM cannot be handed over at all, or there is no thread. Waits for a successor that is
-/// being prepared first: it was told of the schedule before.
+/// Returns an error if the VM cannot be handed over at all, or there is no thread. Waits for a
+/// successor that is being prepared first: it was told of the schedule before.
 pub fn schedule<V: Predecessor>(
     vmm: &Arc<V>,
     plan: V::Plan,

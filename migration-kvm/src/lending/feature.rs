@@ -51,7 +51,7 @@ pub struct Fetched<V, A> {
 /// after the guest.
 ///
 /// # Errors
-/// When there is no thread that could ask. No guest is on the way then.
+/// Returns an error if there is no thread that could ask. No guest is on the way then.
 pub fn fetch<V: PersistentVm, A: Send + 'static>(
     awaiting: Awaiting<V>,
     listener: &mut dyn Listener,

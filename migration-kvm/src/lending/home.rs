@@ -103,7 +103,7 @@ enum Stage {
 }
 
 impl Absence {
-    /// An absence that begins now. `feature` is the feature VMM's encoded
+    /// Returns an absence that begins now. `feature` is the feature VMM's encoded
     /// [`ProcessIdentity`](crate::fence::ProcessIdentity); the guest is overdue after `within`.
     pub fn new(feature: Vec<u8>, within: Duration) -> Self {
         let state = Mutex::new(State { stage: Stage::Leaving, overdue: false });

@@ -383,7 +383,7 @@ impl MappedRam {
     /// memory file, this saves the guest a fault for each page.
     ///
     /// # Errors
-    /// Fails like [`warm`](Self::warm).
+    /// Fails like [`prefault`](Self::prefault).
     pub fn prefault_for_reading(&self, range: PageRange) -> Result<(), RamError> {
         self.advise(range, Advice::PopulateRead, "map populated memory")
     }

@@ -82,7 +82,7 @@ impl Endpoints {
 /// VM runs there. The path always has a socket: the rename replaces one by the other.
 ///
 /// # Errors
-/// When the file system refuses. The successor then stays at `interim`.
+/// Returns an error if the file system refuses. The successor then stays at `interim`.
 pub fn take_control(interim: &Path, control: &Path) -> io::Result<()> {
     fs::rename(interim, control)
 }
@@ -172,8 +172,8 @@ impl Successor {
     /// It has `patience` to bind [`Endpoints::interim`], which must be a socket of this user.
     ///
     /// # Errors
-    /// When it cannot be started, ends, or does not get ready in time. It is killed then, and
-    /// nothing is left of it.
+    /// Returns an error if it cannot be started, ends, or does not get ready in time. It is killed
+    /// then, and nothing is left of it.
     pub fn start(command: &mut Command, endpoints: Endpoints, patience: Duration) -> Result<Self, SuccessorError> {
         let program = PathBuf::from(command.get_program());
         endpoints.clear()?;
@@ -291,7 +291,7 @@ fn endpoint(path: &Path) -> impl FnOnce(io::Error) -> SuccessorError + use<> {
 /// Returns whether there is a socket of this user.
 ///
 /// # Errors
-/// When something else is there.
+/// Returns an error if something else is there.
 fn is_own_socket(path: &Path) -> Result<bool, SuccessorError> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_socket() && found.uid() == geteuid().as_raw() => Ok(true),

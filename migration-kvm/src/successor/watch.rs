@@ -23,7 +23,8 @@ pub enum PredecessorEnd {
 /// waits for at most the time that it is given, and returns whether the VM is still awaited.
 ///
 /// # Errors
-/// When the predecessor is dead and the VM, which has come as a whole, does not run here.
+/// Returns an error if the predecessor is dead and the VM, which has come as a whole, does not run
+/// here.
 ///
 /// [`ProcessIdentity`]: crate::fence::ProcessIdentity
 pub fn watch_predecessor(

@@ -27,7 +27,7 @@ pub struct BrokerClient {
 }
 
 impl BrokerClient {
-    /// A client of the broker whose socket is at `path`. Nothing is opened yet.
+    /// Returns a client of the broker whose socket is at `path`. Nothing is opened yet.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
@@ -71,10 +71,10 @@ impl BrokerClient {
         }
     }
 
-    /// Everything that the broker keeps.
+    /// Returns everything that the broker keeps.
     ///
     /// # Errors
-    /// When the broker cannot be reached, or refuses.
+    /// Returns an error if the broker cannot be reached, or refuses.
     pub fn list(&self) -> Result<Vec<RetainedRam>, BrokerError> {
         match self.ask(&self.connect()?, &Message::List, &[])? {
             (Message::Listed(list), _) => Ok(list),
@@ -82,7 +82,7 @@ impl BrokerClient {
         }
     }
 
-    /// The RAM of a VM. The broker keeps it as well, until it is [forgotten](Self::forget).
+    /// Returns the RAM of a VM. The broker keeps it as well, until it is [forgotten](Self::forget).
     ///
     /// # Errors
     /// [`BrokerError::Refused`] when the broker has none of this VM; [`BrokerError::Files`] when
@@ -176,7 +176,7 @@ impl RamLease {
     /// the same VM since, the RAM stays.)
     ///
     /// # Errors
-    /// When the broker is gone, and the RAM with it.
+    /// Returns an error if the broker is gone, and the RAM with it.
     pub fn release(self) -> Result<(), BrokerError> {
         done(self.client.ask(&self.socket, &Message::Release, &[])?.0)
     }

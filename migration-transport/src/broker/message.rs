@@ -154,8 +154,8 @@ impl Message {
         send_files(socket.as_fd(), &bytes, files)
     }
 
-    /// The next message and its files, which have not been looked at; `None` at the end of the
-    /// connection.
+    /// Returns the next message and its files, which have not been looked at; `None` at the end of
+    /// the connection.
     pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
         let mut files = Vec::new();
         let mut head = [0; 4];

@@ -109,7 +109,7 @@ struct Client {
 }
 
 impl RamBroker {
-    /// A broker that keeps nothing yet.
+    /// Returns a broker that keeps nothing yet.
     pub fn new(options: BrokerOptions) -> Arc<Self> {
         let max_vms = options.max_vms.min(MAX_LIST);
         Arc::new(Self { options: BrokerOptions { max_vms, ..options }, kept: Mutex::default() })
@@ -126,7 +126,7 @@ impl RamBroker {
     /// Only processes of the broker's own user are served.
     ///
     /// # Errors
-    /// When the listener breaks.
+    /// Returns an error if the listener breaks.
     pub fn serve(self: &Arc<Self>, listener: &mut UnixListener, stop: &AtomicBool) -> io::Result<()> {
         let mut clients: Vec<Client> = Vec::new();
         let mut broken = Ok(());

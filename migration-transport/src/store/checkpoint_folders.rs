@@ -52,7 +52,8 @@ pub trait OpenStore: Send + Sync {
     /// Opens what [`create`](Self::create) made.
     ///
     /// # Errors
-    /// When it is of another VM, damaged, or sealed by another key; what the file system says.
+    /// Returns an error if it is of another VM, damaged, or sealed by another key; what the file
+    /// system says.
     fn open(&self, folder: &Path, vm: VmId, pages: u64) -> io::Result<Box<dyn VersionStore>>;
 }
 
@@ -130,7 +131,7 @@ impl AttemptFolders {
     /// Makes the store for one kind of checkpoints.
     ///
     /// # Errors
-    /// When there is such a folder already; what the file system says.
+    /// Returns an error if there is such a folder already; what the file system says.
     pub fn create(&mut self, kind: CheckpointKind) -> io::Result<Box<dyn VersionStore>> {
         let path = self.folders.path(self.vm, self.epoch, kind);
         let store = self.folders.stores.create(&path, self.vm, self.pages);

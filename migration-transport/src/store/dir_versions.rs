@@ -233,9 +233,9 @@ impl DirVersions {
         self.staged.as_mut().map_or(Ok(()), |staged| staged.append(page, data))
     }
 
-    /// Everything of a commit that can be taken back: the increments and the manifest are on disk,
-    /// the latter under its other name. Returns the increments, and the index if it is a new one
-    /// for all pages.
+    /// Returns everything of a commit that can be taken back: the increments and the manifest are
+    /// on disk, the latter under its other name. Returns the increments, and the index if it is a
+    /// new one for all pages.
     fn prepare(&mut self, number: u32, state: &Bytes) -> io::Result<(Vec<Increment>, Option<Index>)> {
         let mut increments = self.increments.clone();
         let mut live = self.index.len() as u64;

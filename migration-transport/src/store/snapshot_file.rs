@@ -163,7 +163,7 @@ impl SnapshotFile {
         Ok(Self { path, file: Handle::Whole(file), pages: header.pages, stage: Stage::Finished(table) })
     }
 
-    /// How many pages the VM has.
+    /// Returns the number of pages the VM has.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -204,7 +204,7 @@ impl SnapshotFile {
         Ok(())
     }
 
-    /// Everything of a commit that can be taken back.
+    /// Returns everything of a commit that can be taken back.
     fn prepare(&mut self, number: u32, state: &[u8]) -> io::Result<Table> {
         let pages = self.pages;
         let (writing, file) = self.writing()?;
@@ -311,7 +311,8 @@ struct Reading<'a> {
     file: &'a File,
     table: &'a Table,
     buffer: Vec<u8>,
-    /// How many pages with data are below `counted`: checksums are kept for these, in their order.
+    /// The number of pages with data are below `counted`: checksums are kept for these, in their
+    /// order.
     checksums: usize,
     counted: u64,
 }
@@ -389,7 +390,7 @@ impl Table {
         w.into_bytes()
     }
 
-    /// The longest that there can be for so many pages.
+    /// Returns the longest that there can be for so many pages.
     fn most(pages: u64) -> u64 {
         4 + 2 * 8 * pages.div_ceil(64) + 4 * pages + 4 + MAX_STATE as u64
     }

@@ -111,13 +111,13 @@ pub trait RestartVmm: Send + Sync + 'static {
     /// Reads the metadata that an owner has left.
     ///
     /// # Errors
-    /// When it is no record. The VM is not restarted.
+    /// Returns an error if it is no record. The VM is not restarted.
     fn decode(&self, metadata: &[u8]) -> Result<RestartRecord<Self::Saved>, VmError>;
 
     /// Starts a process that restores the VM, and leases its RAM from the broker.
     ///
     /// # Errors
-    /// When the process cannot be started.
+    /// Returns an error if the process cannot be started.
     fn start(&self, vm: VmId, saved: &Self::Saved) -> io::Result<Child>;
 
     /// Reports that the VM runs again, in process `pid`.
@@ -139,8 +139,8 @@ struct Shared<R> {
 }
 
 impl<R: RestartVmm> Supervisor<R> {
-    /// A supervisor for the broker whose socket is at `broker`. `fence` knows the processes that
-    /// records name.
+    /// Returns a supervisor for the broker whose socket is at `broker`. `fence` knows the processes
+    /// that records name.
     pub fn new(broker: impl Into<PathBuf>, fence: Arc<dyn Fence>, vmm: R) -> Self {
         let broker = BrokerClient::new(broker);
         Self(Arc::new(Shared { broker, fence, vmm, restarts: Mutex::default() }))

@@ -131,9 +131,9 @@ impl<S: Clone> Talk<S> {
 }
 
 impl<S: Clone> OwnerRecord<S> {
-    /// A record of a VM that nobody has saved. `broker` is the path of the broker's socket; without
-    /// one, changes are only recorded. `own` is the owner as the supervisor's fence knows it;
-    /// `None` if it cannot be named.
+    /// Returns a record of a VM that nobody has saved. `broker` is the path of the broker's socket;
+    /// without one, changes are only recorded. `own` is the owner as the supervisor's fence knows
+    /// it; `None` if it cannot be named.
     pub fn new(broker: Option<PathBuf>, own: Option<Vec<u8>>) -> Self {
         let shown = OwnerStatus { broker: broker.clone(), has_ram: false, saved: None };
         let broker = broker.map(BrokerClient::new);
@@ -157,7 +157,7 @@ impl<S: Clone> OwnerRecord<S> {
     /// and goes to the broker with the next one.
     ///
     /// # Errors
-    /// When the broker may not know it. The change stays recorded.
+    /// Returns an error if the broker may not know it. The change stays recorded.
     pub fn update(&self, vm: Option<&dyn SupervisedVm<Saved = S>>, change: Change<S>) -> Result<(), BrokerError> {
         let mut talk = self.talk();
         talk.change(change);
@@ -170,7 +170,7 @@ impl<S: Clone> OwnerRecord<S> {
     /// change. A broker that has ended restarts nothing, so that is no error.
     ///
     /// # Errors
-    /// When a broker that may restart the VM may not know the change.
+    /// Returns an error if a broker that may restart the VM may not know the change.
     pub fn update_or_fail(
         &self,
         vm: Option<&dyn SupervisedVm<Saved = S>>,
@@ -190,7 +190,7 @@ impl<S: Clone> OwnerRecord<S> {
     /// this host, that one leases it, unless it dies before; so the broker keeps it until then.
     ///
     /// # Errors
-    /// When the broker is gone, and the RAM with it.
+    /// Returns an error if the broker is gone, and the RAM with it.
     pub fn release(&self) -> Result<(), BrokerError> {
         let mut talk = self.talk();
         let passed_on = talk.successor.is_some() && talk.record.elsewhere.is_none();

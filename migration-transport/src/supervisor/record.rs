@@ -33,7 +33,7 @@ impl<S> RestartRecord<S> {
     /// Returns what the VM goes on from.
     ///
     /// # Errors
-    /// When the VM must not be restarted, or cannot.
+    /// Returns an error if the VM must not be restarted, or cannot.
     pub fn restartable(&self) -> Result<&S, NotRestarted> {
         if self.ended {
             return Err(NotRestarted::Ended);

@@ -70,7 +70,7 @@ impl ReceiverHandle {
         self.only().map_or(0, |vm| vm.epoch())
     }
 
-    /// See [`VmHandle::adopt`].
+    /// See [`VmHandle::force_take_over`].
     ///
     /// # Errors
     /// No complete VM is held, or its source is connected, or the receiver has several VMs.
@@ -78,7 +78,7 @@ impl ReceiverHandle {
         self.only().ok_or_else(|| no_only_vm("adopt"))?.force_take_over()
     }
 
-    /// See [`VmHandle::inherit`].
+    /// See [`VmHandle::take_over`].
     ///
     /// # Errors
     /// No complete VM is held, or the receiver has several VMs.

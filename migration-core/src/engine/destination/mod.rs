@@ -90,7 +90,7 @@ impl Receiver {
     /// Creates a receiver that builds its VMs on `host`. It calls `arrived` once for each VM, as
     /// soon as the VM is owned here and was started. Like the methods of the host, `arrived` is
     /// called without a lock, by a thread of the receiver or by the thread that has taken over a
-    /// held VM ([`ReceiverHandle::adopt`], [`ReceiverHandle::inherit`]).
+    /// held VM ([`ReceiverHandle::force_take_over`], [`ReceiverHandle::take_over`]).
     pub fn new<H>(host: H, arrived: impl Fn(Arrived<H::Vm>) + Send + Sync + 'static, options: ReceiverOptions) -> Self
     where
         H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,

@@ -54,7 +54,7 @@ pub enum AttemptError {
     /// The time was up, or [`ReceiverHandle::stop`] was called, when the VM was complete. Its
     /// source may have given it away, so it is held, paused, until
     /// - its source decides: call [`OneAttempt::receive`] again;
-    /// - or a person decides: call [`ReceiverHandle::adopt`] and then [`OneAttempt::receive`];
+    /// - or a person decides: call [`ReceiverHandle::force_take_over`] and then [`OneAttempt::receive`];
     /// - or the [`OneAttempt`] is dropped, which discards the VM.
     #[error("VM {vm} is complete and held under epoch {epoch}: its source has not decided")]
     Held {

@@ -68,7 +68,7 @@ impl Search {
         Self { blocks: PageSet::full(unsent.capacity().div_ceil(Self::BLOCK)) }
     }
 
-    /// The first unsent page at or after `page`.
+    /// Returns the first unsent page at or after `page`.
     fn first_from(&mut self, unsent: &PageSet, mut page: u64) -> Option<u64> {
         loop {
             let block = self.block(self.blocks.first_from(page / Self::BLOCK)?);
@@ -81,7 +81,7 @@ impl Search {
         }
     }
 
-    /// The last unsent page before `page`.
+    /// Returns the last unsent page before `page`.
     fn last_below(&mut self, unsent: &PageSet, mut page: u64) -> Option<u64> {
         loop {
             let block = self.block(self.blocks.last_below(page.div_ceil(Self::BLOCK))?);
@@ -94,8 +94,8 @@ impl Search {
         }
     }
 
-    /// The first unsent page, found in `unsent` itself, for pages that came back to a block already
-    /// seen; the search begins anew then.
+    /// Returns the first unsent page, found in `unsent` itself, for pages that came back to a block
+    /// already seen; the search begins anew then.
     fn again(&mut self, unsent: &PageSet) -> Option<u64> {
         let page = unsent.first_from(0)?;
         *self = Self::new(unsent);

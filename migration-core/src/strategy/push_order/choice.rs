@@ -33,7 +33,7 @@ pub enum KnownOrder {
     Bubbling,
     /// [`MultiPivot`].
     MultiPivot {
-        /// How many of the last pivots are kept.
+        /// The number of of the last pivots are kept.
         k: usize,
         /// Where their bubbles grow.
         direction: Direction,
@@ -48,7 +48,7 @@ pub enum KnownOrder {
 }
 
 impl KnownOrder {
-    /// An order of this kind.
+    /// Returns an order of this kind.
     pub fn build(self) -> Box<dyn PushOrder> {
         match self {
             Self::Linear => Box::new(Linear::default()),
@@ -67,10 +67,10 @@ impl Default for KnownOrder {
     }
 }
 
-/// The order that users write as `text`; see [`KnownOrder`].
+/// Returns the order that users write as `text`; see [`KnownOrder`].
 ///
 /// # Errors
-/// When there is none, with those that there are.
+/// Returns an error if there is none, with those that there are.
 pub fn parse(text: &str) -> Result<Box<dyn PushOrder>, UnknownOrder> {
     text.parse().map(KnownOrder::build)
 }

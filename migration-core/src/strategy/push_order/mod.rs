@@ -93,13 +93,13 @@ pub trait PushOrder: Send {
     /// The guest has faulted at `page`, which has been sent by now.
     fn fault(&mut self, page: u64);
 
-    /// The next pages to push: a run of at most `most` pages (0 counts as 1), all of them in
-    /// `unsent`; `None` only when that is empty. Called for every batch: it should not look at all
-    /// of `unsent` each time.
+    /// Returns the next pages to push: a run of at most `most` pages (0 counts as 1), all of them
+    /// in `unsent`; `None` only when that is empty. Called for every batch: it should not look at
+    /// all of `unsent` each time.
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
 
-    /// Whether what [`next`](Self::next) has just returned lies around a fault, for which reason it
-    /// was chosen: *pre-paging*. For the report only.
+    /// Returns whether what [`next`](Self::next) has just returned lies around a fault, for which
+    /// reason it was chosen: *pre-paging*. For the report only.
     fn prepaged(&self) -> bool {
         false
     }

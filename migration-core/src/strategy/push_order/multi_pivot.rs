@@ -99,7 +99,7 @@ impl MultiPivot {
         }
     }
 
-    /// What `edge` pushes next; `None` if it is stuck.
+    /// Returns what `edge` pushes next; `None` if it is stuck.
     fn grow(&mut self, edge: &mut Edge, unsent: &PageSet, most: u64) -> Option<PageRange> {
         match edge {
             Edge::Sticky => run_up(unsent, self.sticky, most).inspect(|run| self.sticky = run.end()),

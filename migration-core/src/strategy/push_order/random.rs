@@ -17,16 +17,16 @@ pub struct Random {
 const BLOCK: u64 = 16;
 
 impl Random {
-    /// The order of this seed.
+    /// Returns the order of this seed.
     pub fn new(seed: u64) -> Self {
         let mut state = seed;
         let keys = std::array::from_fn(|_| splitmix64(&mut state));
         Self { keys, drawn: 0, block: PageRange::new(0, 0), rest: Linear::default() }
     }
 
-    /// The place of `number` in a permutation of all numbers of `bits` bits. Each step is one to
-    /// one on them (to add a key, to multiply by an odd number, to mix high bits into lower ones),
-    /// so all are; nothing has to be stored.
+    /// Returns the place of `number` in a permutation of all numbers of `bits` bits. Each step is
+    /// one to one on them (to add a key, to multiply by an odd number, to mix high bits into lower
+    /// ones), so all are; nothing has to be stored.
     fn shuffle(&self, number: u64, bits: u32) -> u64 {
         let mask = (1 << bits) - 1;
         self.keys.iter().fold(number, |x, key| {
@@ -35,7 +35,7 @@ impl Random {
         })
     }
 
-    /// The next block, of those that a VM of `pages` pages has.
+    /// Returns the next block, of those that a VM of `pages` pages has.
     fn draw(&mut self, pages: u64) -> Option<PageRange> {
         let bits = pages.div_ceil(BLOCK).next_power_of_two().trailing_zeros();
         while self.drawn < 1 << bits {

@@ -37,8 +37,9 @@ fn check_where(handle: &File, dir: &Path, maps_users: bool) -> io::Result<u32> {
     Err(at(dir)(io::Error::new(ErrorKind::PermissionDenied, why)))
 }
 
-/// Whether the directory is on NFS: its server decides for each client whom files belong to. An
-/// export with `root_squash` gives what root makes to nobody's user, `all_squash` does it for all.
+/// Returns whether the directory is on NFS: its server decides for each client whom files belong
+/// to. An export with `root_squash` gives what root makes to nobody's user, `all_squash` does it
+/// for all.
 ///
 /// Other file systems with foreign owners do not count. One that is mounted for a user (`vfat` with
 /// `uid=`, FUSE) gives that user everything, also a directory that this user has put there to be
@@ -73,7 +74,8 @@ mod tests {
     const NOBODY: u32 = 65534;
     const STRANGER: u32 = 54321;
 
-    /// A directory with mode 0700 that belongs to `uid`, below one that everybody can look into.
+    /// Returns a directory with mode 0700 that belongs to `uid`, below one that everybody can look
+    /// into.
     fn belongs_to(uid: u32) -> (TempDir, File) {
         let parent = tempfile::tempdir().unwrap();
         fs::set_permissions(parent.path(), Permissions::from_mode(0o755)).unwrap();

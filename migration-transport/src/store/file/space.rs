@@ -61,7 +61,7 @@ pub(super) struct Header {
     pub(super) lease: Duration,
     /// When the lease ends, by the store's clock.
     pub(super) ends: Duration,
-    /// How many pages were put, for the room that they take.
+    /// The number of pages were put, for the room that they take.
     pub(super) pages: u64,
 }
 
