@@ -284,4 +284,71 @@ mod tests {
         child.wait().unwrap();
         assert!(!is_it(&process, None, &identity).unwrap());
     }
+
+    #[test]
+    fn an_identity_travels() {
+        let own = ProcessIdentity::own().unwrap();
+        assert_eq!(own, ProcessIdentity::of(std::process::id()).unwrap());
+        assert_eq!(own.pid, std::process::id());
+        assert_eq!(own.boot[..], fs::read(BOOT_ID).unwrap()[..36]);
+        let namespace = fs::read_link("/proc/self/ns/pid").unwrap();
+        assert_eq!(namespace.to_str().unwrap(), format!("pid:[{}]", own.namespace));
+        let mut bytes = own.encode();
+        assert_eq!(ProcessIdentity::decode(&bytes).unwrap(), own);
+        for end in 0..bytes.len() {
+            assert!(ProcessIdentity::decode(&bytes[..end]).is_err());
+        }
+        bytes.push(0);
+        assert!(ProcessIdentity::decode(&bytes).is_err());
+        bytes.pop();
+        bytes[0] += 1;
+        assert!(ProcessIdentity::decode(&bytes).unwrap_err().to_string().contains("2 is not known"));
+        // no process has this number
+        assert_eq!(ProcessIdentity::of(i32::MAX as u32).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_refusal_says_why_and_nobody_counts_as_dead() {
+        let own = ProcessIdentity::own().unwrap();
+        for (identity, why) in [
+            (ProcessIdentity { boot: [b'0'; 36], ..own }, "another host"),
+            (ProcessIdentity { namespace: own.namespace + 1, ..own }, "another PID namespace"),
+            (own, "this very process"),
+            (ProcessIdentity { pid: 0, ..own }, "0 is no process number"),
+            (ProcessIdentity { pid: u32::MAX, ..own }, "4294967295 is no process number"),
+        ] {
+            let error = ProcessFence.fence(&identity.encode()).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+            assert!(!ProcessFence.is_dead(&identity.encode()), "{why}");
+        }
+        let error = ProcessFence.fence(b"?").unwrap_err();
+        assert!(error.to_string().contains("its identity is none of a process"), "{error}");
+        // of this host and boot, and not there any more
+        let gone = ProcessIdentity { pid: i32::MAX as u32, ..own };
+        assert!(ProcessFence.is_dead(&gone.encode()));
+        ProcessFence.fence(&gone.encode()).unwrap();
+    }
+
+    /// A name may look like the fields after it.
+    #[test]
+    fn the_start_of_a_process_is_found_whatever_its_name_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("a) X 1 (b");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = Command::new(&program).arg("1000").spawn().unwrap();
+        let found = started(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let own = started(std::process::id()).unwrap().unwrap();
+        assert!(found.unwrap().is_some_and(|child| child >= own), "{own}");
+        assert_eq!(started(i32::MAX as u32).unwrap(), None);
+    }
+
+    #[test]
+    fn errors_name_the_file_and_what_may_be_missing() {
+        let error = at("/proc/x")(io::ErrorKind::NotFound.into());
+        assert_eq!(error.to_string(), "/proc/x: entity not found (is /proc mounted?)");
+        let error = at("/proc/x")(io::ErrorKind::PermissionDenied.into());
+        assert_eq!(error.to_string(), "/proc/x: permission denied");
+    }
 }

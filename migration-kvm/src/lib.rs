@@ -23,6 +23,8 @@ pub mod ram;
 pub mod spawner;
 pub mod state;
 pub mod successor;
+#[cfg(test)]
+mod testing;
 pub mod tracker;
 pub mod vcpu;
 

@@ -176,4 +176,49 @@ mod tests {
         let error = probe([true, true, false, true]).choose(TrackerKind::DirtyRing).unwrap_err();
         assert_eq!(error.to_string(), "dirty tracker dirty-ring is not available: it is absent");
     }
+
+    #[test]
+    fn a_probe_tells_what_kvm_says() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let probe = Probe::new(&kvm);
+        let ask = |cap: u32| kvm.check_extension_raw(cap.into());
+        let ring = ask(KVM_CAP_DIRTY_LOG_RING_ACQ_REL).max(ask(KVM_CAP_DIRTY_LOG_RING)).max(0) as u32;
+        assert_eq!(probe.ring_entries(), ring / 16);
+        let manual = ask(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).max(0) as u32;
+        assert_eq!(probe.manual_protect_initially_set(), manual & KVM_DIRTY_LOG_INITIALLY_SET != 0);
+        let fault = UserFault::offered();
+        assert_eq!(probe.user_fault_features().ok(), fault.as_ref().ok().copied());
+        let idle = IdlePages::offered().map_err(|error| error.to_string());
+        assert_eq!(probe.idle_pages().map_err(str::to_owned), idle);
+        for (kind, offered) in probe.trackers() {
+            let expected = match kind {
+                TrackerKind::ManualProtect => manual != 0,
+                TrackerKind::DirtyRing => ring != 0,
+                TrackerKind::WriteProtect => {
+                    let has = |offered: &u64| offered & features::WRITE_TRACKING == features::WRITE_TRACKING;
+                    fault.as_ref().is_ok_and(has) && Pagemap::open().is_ok_and(|pagemap| pagemap.can_scan())
+                }
+                _ => true,
+            };
+            assert_eq!(offered.is_ok(), expected, "{kind}: {offered:?}");
+            assert_eq!(probe.choose(kind).is_ok(), expected, "{kind}");
+        }
+        assert_eq!(probe.trackers().map(|(kind, _)| kind).collect::<Vec<_>>(), TrackerKind::ALL);
+    }
+
+    #[test]
+    fn features_of_userfaultfd_that_are_missing_are_named() {
+        let all = features::WRITE_TRACKING;
+        assert_eq!(write_protect(&Err("it is forbidden".into())), Err("it is forbidden".into()));
+        let error = write_protect(&Ok(all & !features::WP_ASYNC)).unwrap_err();
+        assert_eq!(error, format!("userfaultfd lacks features {:#x}", features::WP_ASYNC));
+        // more than is needed is no obstacle
+        if Pagemap::open().is_ok_and(|pagemap| pagemap.can_scan()) {
+            assert_eq!(write_protect(&Ok(!0)), Ok(()));
+            assert_eq!(write_protect(&Ok(all)), Ok(()));
+        }
+        let unknown = Probe { trackers: Vec::new(), ..probe([true; 4]) }.choose(TrackerKind::DirtyLog).unwrap_err();
+        assert_eq!(unknown.reason, "not known to this probe");
+        assert_eq!(probe([true; 4]).user_fault_features(), Err(""));
+    }
 }

@@ -369,6 +369,65 @@ mod tests {
         assert_eq!(policy_of(Role::Bulk, GuestImpact::Fast).1, libc::SCHED_OTHER);
     }
 
+    /// The table of [`LinuxSpawner`].
+    #[test]
+    fn the_priority_follows_role_and_impact() {
+        use GuestImpact::{Balanced, Fast, Low};
+        use Priority::{Batch, Idle, Nice, Prompt};
+        for (role, expected) in [
+            (Role::Bulk, [Some(Idle), Some(Batch), Some(Nice(-5))]),
+            (Role::Background, [Some(Idle), Some(Batch), None]),
+            (Role::HandOver, [Some(Prompt); 3]),
+            (Role::Demand, [Some(Nice(-10)); 3]),
+            (Role::Control, [None; 3]),
+        ] {
+            assert_eq!([Low, Balanced, Fast].map(|impact| priority(role, impact)), expected, "{role:?}");
+        }
+    }
+
+    #[test]
+    fn a_niceness_is_set_where_it_is_permitted() {
+        let nice = |priority: Option<Priority>| {
+            let body = move || {
+                if let Some(priority) = priority {
+                    sched::apply(priority);
+                }
+                sched::Share::of(0).map(|share| share.nice)
+            };
+            thread::spawn(body).join().unwrap()
+        };
+        let own = nice(None).unwrap();
+        let above = (own + 3).min(19);
+        assert_eq!(nice(Some(Priority::Nice(above))), Some(above));
+        // what is below needs a permission, and else stays
+        let below = nice(Some(Priority::Nice(own - 4)));
+        assert!(below == Some(own - 4) || below == Some(own), "{below:?}");
+        if below == Some(own - 4) {
+            let [prompt, demand] = [Priority::Prompt, Priority::Nice(-10)].map(|priority| nice(Some(priority)));
+            assert_eq!((prompt, demand), (Some(-10), Some(-10)));
+        }
+        assert_eq!(nice(Some(Priority::Batch)), Some(own.max(0)));
+    }
+
+    #[test]
+    fn a_setup_runs_on_the_new_thread_and_may_panic() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let noted = seen.clone();
+        let spawner = LinuxSpawner::with_setup(move |role, impact| {
+            noted.lock().unwrap().push((thread::current().name().map(str::to_owned), role, impact));
+            assert_ne!(role, Role::Demand, "as asked");
+            Ok(())
+        });
+        let (sent, received) = mpsc::channel();
+        let body = Box::new(move || sent.send(()).unwrap());
+        spawner.spawn(Role::Bulk, GuestImpact::Fast, "bulk-0", body).unwrap().join();
+        received.recv().unwrap();
+        assert_eq!(*seen.lock().unwrap(), [(Some("bulk-0".into()), Role::Bulk, GuestImpact::Fast)]);
+        let body = Box::new(|| unreachable!("must not run"));
+        let error = spawner.spawn(Role::Demand, GuestImpact::Low, "t", body).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "the thread's set-up panicked");
+    }
+
     #[test]
     fn a_thread_takes_up_another_role() {
         let seen = Arc::new(Mutex::new(Vec::new()));

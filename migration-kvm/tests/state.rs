@@ -23,6 +23,8 @@ use proptest::{
 
 #[path = "state/guest.rs"]
 mod guest;
+#[path = "state/needs.rs"]
+mod needs;
 
 use guest::{CODE, COUNTERS, Guest, MMIO, READ_CODE, at_rest, cpuid, lane, vm_at_rest};
 
@@ -61,6 +63,11 @@ fn main() {
         ("impossible_msr_is_refused_at_load", impossible_msr_is_refused_at_load),
         ("own_needs_are_met", own_needs_are_met),
         ("impossible_needs_are_refused", impossible_needs_are_refused),
+        ("needs_are_those_of_the_vcpu", needs::needs_are_those_of_the_vcpu),
+        ("what_the_vmm_adds_to_cpuid_is_its_own", needs::what_the_vmm_adds_to_cpuid_is_its_own),
+        ("what_just_fits_is_no_mismatch", needs::what_just_fits_is_no_mismatch),
+        ("a_saved_vm_names_what_kvm_lacks", needs::a_saved_vm_names_what_kvm_lacks),
+        ("a_loaded_guest_is_told_that_it_was_stopped", needs::a_loaded_guest_is_told_that_it_was_stopped),
         ("figures", figures),
     ] {
         trials.push(on_kvm(name, test));

@@ -380,6 +380,56 @@ fn trackers_follow_each_other() -> Outcome {
     Ok(())
 }
 
+/// A tracker that is stopped or dropped leaves the VM as it was: without a log, and for another
+/// tracker to use.
+fn nothing_is_left_of_a_tracker() -> Outcome {
+    for kind in [TrackerKind::ManualProtect, TrackerKind::DirtyLog, TrackerKind::DirtyRing, TrackerKind::WriteProtect] {
+        for dropped in [false, true] {
+            let mut guest = Guest::new(Backing::Anonymous, ring_entries(kind))?;
+            guest.ram.prefault(guest.ram.layout().all())?;
+            let fault = Arc::new(UserFault::new()?);
+            let parts = |guest: &Guest| Parts {
+                vm: guest.vm.clone(),
+                slots: guest.slots.clone(),
+                user_fault: Some(fault.clone()),
+                ring: None,
+            };
+            let mut tracker = match guest.ring.as_ref() {
+                Some(ring) => build(kind, Parts { ring: Some(ring), ..parts(&guest) })?,
+                None => build(kind, parts(&guest))?,
+            };
+            tracker.start()?;
+            guest.write(0, 1, 20)?;
+            let rearm = tracker.rearm();
+            let slot = guest.slots.slots()[0];
+            let has_log = |guest: &Guest| guest.vm.get_dirty_log(slot.slot, slot.len as usize).is_ok();
+            let logs = matches!(kind, TrackerKind::ManualProtect | TrackerKind::DirtyLog);
+            ensure(has_log(&guest) == logs, || format!("{kind}: a log while it is active"))?;
+            if !dropped {
+                tracker.stop()?;
+            }
+            drop(tracker);
+            ensure(!has_log(&guest), || format!("{kind}: a log is left (dropped: {dropped})"))?;
+            ensure(
+                rearm.is_none_or(|rearm| {
+                    rearm.before_read(guest.data(), &PageSet::full(guest.ram.layout().pages())).is_err()
+                }),
+                || format!("{kind}: pages can be re-armed (dropped: {dropped})"),
+            )?;
+            // another tracker of this kind can be started
+            let mut next = match guest.ring.as_ref() {
+                Some(ring) => build(kind, Parts { ring: Some(ring), ..parts(&guest) })?,
+                None => build(kind, parts(&guest))?,
+            };
+            next.start()?;
+            harvest(&guest, &mut *next)?;
+            let written = guest.write(30, 1, 20)?;
+            same(&guest, kind.name(), &harvest(&guest, &mut *next)?, &written, 1)?;
+        }
+    }
+    Ok(())
+}
+
 /// The kernel may unmap a written page of a file (here it is told to). The write must be reported
 /// all the same.
 fn an_unmapped_page_is_still_dirty() -> Outcome {
@@ -482,7 +532,8 @@ fn main() -> ExitCode {
             add(format!("{kind}/{backing}/rearm_is_exact{name}"), kind, backing, run);
         }
     }
-    let one: [(&str, TrackerKind, Check); 5] = [
+    let one: [(&str, TrackerKind, Check); 6] = [
+        ("nothing_is_left_of_a_tracker", TrackerKind::WriteProtect, nothing_is_left_of_a_tracker),
         ("a_full_ring_loses_nothing", TrackerKind::DirtyRing, a_full_ring_loses_nothing),
         ("ring_sizes_are_checked", TrackerKind::DirtyRing, ring_sizes_are_checked),
         ("trackers_follow_each_other", TrackerKind::WriteProtect, trackers_follow_each_other),

@@ -152,6 +152,22 @@ mod tests {
             ("2.5 Gbit", 2_500_000_000, "2.5Gbit/s"),
             ("100MB/s", 800_000_000, "800Mbit/s"),
             ("1MiB", 8_388_608, "8.388608Mbit/s"),
+            ("7kbit", 7_000, "7kbit/s"),
+            ("3Tbit", 3_000_000_000_000, "3000Gbit/s"),
+            ("2B", 16, "16bit/s"),
+            ("2kB/s", 16_000, "16kbit/s"),
+            ("5GB", 40_000_000_000, "40Gbit/s"),
+            ("1KiB", 8_192, "8.192kbit/s"),
+            ("1GiB/s", 8_589_934_592, "8.589934592Gbit/s"),
+            ("0.25kbit", 250, "250bit/s"),
+            ("1.000000000001Tbit", 1_000_000_000_001, "1000.000000001Gbit/s"),
+            ("1.99999999999999999999bit", 1, "1bit/s"),
+            ("0.0bit", 0, "unlimited"),
+            ("999bit", 999, "999bit/s"),
+            ("1000bit", 1_000, "1kbit/s"),
+            ("999999bit", 999_999, "999.999kbit/s"),
+            ("1000000bit", 1_000_000, "1Mbit/s"),
+            ("1000000000bit", 1_000_000_000, "1Gbit/s"),
             ("1bit/s", 1, "1bit/s"),
             ("0", 0, "unlimited"),
             ("unlimited", 0, "unlimited"),
@@ -187,6 +203,8 @@ mod tests {
     #[test]
     fn times() {
         let megabyte = Bandwidth::from_bytes_per_second(1_000_000);
+        assert_eq!((megabyte.bits_per_second(), megabyte.bytes_per_second()), (Some(8_000_000), Some(1e6)));
+        assert_eq!((Bandwidth::UNLIMITED.bits_per_second(), Bandwidth::UNLIMITED.bytes_per_second()), (None, None));
         assert_eq!(megabyte.time_for(500_000), Duration::from_millis(500));
         assert_eq!(Bandwidth::UNLIMITED.time_for(u64::MAX), Duration::ZERO);
         assert!(Bandwidth::from_bits_per_second(1).time_for(u64::MAX) > Duration::from_secs(1 << 60));

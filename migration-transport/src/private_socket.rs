@@ -125,7 +125,7 @@ impl Unnamed {
             match rename_if_free(&self.path, path) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                     if lock.is_none() {
-                        lock = Lock::take(path)?;
+                        lock = Lock::take(path, LOCK_TIMEOUT)?;
                     }
                     remove_stale(path)?;
                 }
@@ -151,15 +151,15 @@ struct Lock {
 }
 
 impl Lock {
-    /// Waits for the lock. Returns `None` if another user has put something else at its path. Then
+    /// Waits for the lock, for `patience` at most. Returns `None` if another user has put something else at its path. Then
     /// two processes of this user that find a stale socket at the very same moment may replace each
     /// other's socket.
-    fn take(socket: &Path) -> io::Result<Option<Self>> {
+    fn take(socket: &Path, patience: Duration) -> io::Result<Option<Self>> {
         let mut name = OsString::from(".");
         name.push(socket.file_name().unwrap_or_default());
         name.push(".lock");
         let path = socket.with_file_name(name);
-        let deadline = Instant::now() + LOCK_TIMEOUT;
+        let deadline = Instant::now() + patience;
         loop {
             let mut options = OpenOptions::new();
             options
@@ -183,7 +183,7 @@ impl Lock {
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(RETRY),
                 Err(TryLockError::WouldBlock) => {
                     let why =
-                        format!("another process has held the lock (flock) of {} for {LOCK_TIMEOUT:?}", path.display());
+                        format!("another process has held the lock (flock) of {} for {patience:?}", path.display());
                     return Err(io::Error::new(ErrorKind::TimedOut, why));
                 }
                 Err(TryLockError::Error(error)) => return Err(error),
@@ -208,7 +208,8 @@ fn unnamed(path: &Path, name: &OsStr) -> OsString {
     let mut long = OsString::from(".");
     long.push(name);
     long.push(format!(".{digits:08x}"));
-    let fits = long.len() <= 255 && path.with_file_name(&long).as_os_str().len() <= UNIX_PATH_MAX;
+    // such a path is also shorter than the longest name of a file, 255 bytes
+    let fits = path.with_file_name(&long).as_os_str().len() <= UNIX_PATH_MAX;
     if fits { long } else { format!(".{digits:08x}").into() }
 }
 

@@ -20,6 +20,8 @@ use crate::{
     testing::{pattern, ram},
 };
 
+mod sockets;
+
 const SOON: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(20);
 

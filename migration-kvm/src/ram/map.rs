@@ -194,3 +194,69 @@ pub(super) fn punch_hole(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Res
     let bound = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
     Ok(fallocate(file, flags, bound(offset)?, bound(len)?)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        os::{fd::AsFd as _, unix::fs::FileExt as _},
+    };
+
+    use super::*;
+
+    const PAGE: u64 = PAGE_SIZE as u64;
+
+    /// The kernel would act on whatever is mapped behind a mapping.
+    #[test]
+    fn only_pages_of_the_mapping_are_touched() {
+        let file = File::from(memory_file(4 * PAGE, false).unwrap());
+        let mapping = Mapping::new(4 * PAGE, 0, Some((file.as_fd(), 0))).unwrap();
+        mapping.advise(0, 4 * PAGE, Advice::DontDump).unwrap();
+        mapping.advise(PAGE, 3 * PAGE, Advice::DontDump).unwrap();
+        for (offset, len) in [(PAGE, 4 * PAGE), (4 * PAGE, PAGE), (u64::MAX, 2), (1, PAGE)] {
+            let error = mapping.advise(offset, len, Advice::DontDump).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{offset} {len}");
+        }
+        file.write_all_at(&[1], 2 * PAGE).unwrap();
+        let resident = |offset, pages: usize| {
+            let mut found = vec![0; pages];
+            mapping.resident(offset, &mut found).map(|()| found.iter().map(|byte| byte & 1).collect::<Vec<_>>())
+        };
+        assert_eq!(resident(0, 4).unwrap(), [0, 0, 1, 0]);
+        assert_eq!(resident(2 * PAGE, 2).unwrap(), [1, 0]);
+        for (offset, pages) in [(PAGE, 4), (4 * PAGE, 1), (u64::MAX, 1), (1, 1)] {
+            assert_eq!(resident(offset, pages).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{offset} {pages}");
+        }
+    }
+
+    #[test]
+    fn the_length_of_a_memory_file_is_final() {
+        for (huge, page) in [(false, PAGE), (true, HUGE_PAGE_SIZE)] {
+            let file = memory_file(2 * HUGE_PAGE_SIZE, huge).unwrap();
+            assert_eq!(page_size(file.as_fd()).unwrap(), page);
+            assert_eq!(is_sealed(file.as_fd()).unwrap(), Some(true));
+            for len in [HUGE_PAGE_SIZE, 3 * HUGE_PAGE_SIZE] {
+                assert_eq!(ftruncate(&file, len as i64), Err(Errno::EPERM));
+            }
+            assert_eq!(fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)), Err(Errno::EPERM));
+            let flags = fcntl(&file, FcntlArg::F_GETFD).unwrap();
+            assert_eq!(flags, libc::FD_CLOEXEC);
+        }
+        // the file of a program, and a pipe, have no seals
+        let program = File::open("/proc/self/exe").unwrap();
+        assert_eq!(is_sealed(program.as_fd()).unwrap(), None);
+        assert_eq!(is_sealed(io::pipe().unwrap().0.as_fd()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_hole_is_as_long_as_asked() {
+        let file = File::from(memory_file(4 * PAGE, false).unwrap());
+        file.write_all_at(&[1; 4 * PAGE_SIZE], 0).unwrap();
+        punch_hole(file.as_fd(), PAGE, 2 * PAGE).unwrap();
+        let mut bytes = [9; 4 * PAGE_SIZE];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let pages: Vec<_> = bytes.chunks(PAGE_SIZE).map(|page| page[0]).collect();
+        assert_eq!(pages, [1, 0, 0, 1]);
+        assert!(punch_hole(file.as_fd(), u64::MAX, PAGE).is_err());
+    }
+}

@@ -17,6 +17,9 @@ use super::{
     pagemap::{Pagemap, data_extents},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// The number of pages whose page table entries are filled at once: 1 MiB, which takes about a
 /// tenth of a millisecond, less than the scheduler's tick.
 const PREFAULT_PIECE: u64 = 256;
@@ -44,10 +47,14 @@ impl Pacer {
         let took = began.elapsed();
         let rest = took * self.0;
         thread::sleep(rest);
-        // a late wake-up means that the core is shared
-        let late = began.elapsed().saturating_sub(took + rest);
-        self.0 = if late > LATE_WAKE_UP { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
+        self.adapt(began.elapsed().saturating_sub(took + rest));
         result
+    }
+
+    /// Makes the rests longer if the last one ended this late, which means that the core is shared.
+    /// Otherwise makes them shorter.
+    fn adapt(&mut self, late: Duration) {
+        self.0 = if late > LATE_WAKE_UP { (self.0 * 2).min(LONGEST_REST) } else { self.0.saturating_sub(1).max(1) };
     }
 }
 
@@ -500,168 +507,4 @@ fn free_huge_pages() -> u64 {
         text.ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0)
     };
     read("free_hugepages").saturating_sub(read("resv_hugepages"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layout() -> RamLayout {
-        let regions = vec![RamRegion { gpa: 0x1000, len: 0x30_0000 }, RamRegion { gpa: 0x80_0000, len: 0x20_3000 }];
-        RamLayout::new(regions).unwrap()
-    }
-
-    fn populated(ram: &MappedRam) -> PageSet {
-        let mut set = PageSet::empty(ram.layout().pages());
-        ram.populated(&mut set).unwrap();
-        set
-    }
-
-    #[test]
-    fn holes_are_known_and_come_back() {
-        for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
-            let ram = MappedRam::new(layout(), backing).unwrap();
-            assert!(populated(&ram).is_empty(), "{backing}");
-            for (index, region) in layout().regions().iter().enumerate() {
-                let address = ram.host_address(index).as_ptr() as u64;
-                assert_eq!(address % HUGE_PAGE_SIZE, region.gpa % HUGE_PAGE_SIZE);
-            }
-            ram.write(0x5000, &[1]).unwrap();
-            ram.write(0xa0_2fff, &[1]).unwrap();
-            let mut byte = [9];
-            ram.read(0x9000, &mut byte).unwrap(); // maps the zero page, which is still a hole
-            let set = populated(&ram);
-            assert!(set.contains(4) && set.contains(0x300 + 0x202), "{backing} {set:?}");
-            if backing != Backing::TransparentHuge {
-                assert_eq!(set.contains(8), backing == Backing::Memfd, "{backing} {set:?}");
-            }
-            ram.discard(PageRange::new(4, 1)).unwrap();
-            assert!(!populated(&ram).contains(4), "{backing}");
-            ram.prefault(PageRange::new(0x2fe, 4)).unwrap();
-            assert_eq!(populated(&ram).count_in(PageRange::new(0x2fe, 4)), 4, "{backing}");
-            assert!(matches!(ram.prefault(PageRange::new(0x500, 4)), Err(RamError::Outside { .. })));
-            assert!(ram.discard(PageRange::new(u64::MAX, 2)).is_err());
-        }
-    }
-
-    /// Without `/proc`, every page that may hold data is reported.
-    #[test]
-    fn without_proc_holes_of_private_memory_are_not_known() {
-        for backing in [Backing::Anonymous, Backing::TransparentHuge, Backing::Memfd] {
-            let mut ram = MappedRam::new(layout(), backing).unwrap();
-            ram.pagemap = Pagemap::open_if_at("/no/such/proc/self/pagemap").unwrap();
-            assert!(ram.pagemap.is_none());
-            ram.write(0x5000, &[1]).unwrap();
-            let (found, all) = (populated(&ram), ram.layout().pages());
-            assert_eq!(found.len(), if backing == Backing::Memfd { 1 } else { all }, "{backing}");
-            assert!(found.contains(4));
-        }
-    }
-
-    #[test]
-    fn a_second_mapping_sees_the_same_memory() {
-        let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
-        let alias = ram.alias().unwrap().unwrap();
-        alias.write(0x7000, b"x").unwrap();
-        let mut byte = [0];
-        assert!(populated(&ram).iter().eq([6]), "not mapped here, but in the file");
-        ram.read(0x7000, &mut byte).unwrap();
-        assert_eq!(&byte, b"x");
-        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().alias().unwrap().is_none());
-    }
-
-    #[test]
-    fn wrong_files_are_refused() {
-        let files = || [0x30_0000, 0x20_3000].map(|len| map::memory_file(len, false).unwrap());
-        let from = |files: Vec<OwnedFd>| MappedRam::from_memory_files(layout(), files, Backing::Memfd).map(|_| ());
-        let [a, b] = files();
-        assert!(matches!(from(vec![b, a]), Err(RamError::FileSize { index: 0, .. })));
-        let [a, _] = files();
-        assert!(matches!(from(vec![a]), Err(RamError::FileSize { index: 1, size: 0, .. })));
-        let [a, _] = files();
-        let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
-        nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
-        assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
-        // a file that may still grow
-        let [a, _] = files();
-        let open = nix::sys::memfd::memfd_create(c"t", nix::sys::memfd::MFdFlags::MFD_ALLOW_SEALING).unwrap();
-        nix::unistd::ftruncate(&open, 0x20_3000).unwrap();
-        let seal = nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK);
-        nix::fcntl::fcntl(&open, seal).unwrap();
-        assert!(matches!(from(vec![a, open]), Err(RamError::Unsealed(1))));
-        // a file of a file system, and a descriptor that is no file
-        let [a, _] = files();
-        let plain = fs::File::open(std::env::current_exe().unwrap()).unwrap();
-        let len = plain.metadata().unwrap().len();
-        let one = RamLayout::new(vec![RamRegion { gpa: 0, len: len / 4096 * 4096 }]).unwrap();
-        let error = MappedRam::from_memory_files(one, vec![plain.into()], Backing::Memfd).map(|_| ()).unwrap_err();
-        assert!(matches!(error, RamError::NotMemory { index: 0, .. } | RamError::FileSize { .. }), "{error}");
-        let (pipe, _other) = nix::unistd::pipe().unwrap();
-        assert!(from(vec![a, pipe]).is_err());
-        // files with another page size, too many files, and a private backing
-        let [a, b] = files();
-        let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 0x40_0000 }]).unwrap();
-        let small = vec![map::memory_file(0x40_0000, false).unwrap()];
-        let error = MappedRam::from_memory_files(huge, small, Backing::Hugetlb).map(|_| ()).unwrap_err();
-        assert!(matches!(error, RamError::NotMemory { index: 0, backing: Backing::Hugetlb }), "{error}");
-        let [c, _] = files();
-        assert!(matches!(from(vec![a, b, c]), Err(RamError::FileSize { index: 2, .. })));
-        let error = MappedRam::from_memory_files(layout(), files().into(), Backing::Anonymous).map(|_| ()).unwrap_err();
-        assert!(error.to_string().contains("memfd or hugetlb can"), "{error}");
-    }
-
-    #[test]
-    fn another_mapping_is_prefaulted_where_it_has_contents() {
-        let ram = MappedRam::new(layout(), Backing::Memfd).unwrap();
-        ram.write(0x5000, &[1; 0x3000]).unwrap();
-        let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
-        let other = MappedRam::from_memory_files(layout(), files, Backing::Memfd).unwrap();
-        assert!(other.prefault_shared(Duration::from_secs(60)).unwrap());
-        // holes stay holes
-        assert!(populated(&other).iter().eq([4, 5, 6]), "{:?}", populated(&other));
-        let mut byte = [0];
-        other.read(0x7fff, &mut byte).unwrap();
-        assert_eq!(byte, [1]);
-        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().memory_files().is_err());
-        // with a function of the caller, which gets only populated pages
-        let mut pieces = Vec::new();
-        let mut note = |piece: PageRange| {
-            pieces.push(piece);
-            Ok(())
-        };
-        assert!(other.prefault_shared_by(Duration::from_secs(60), &mut note).unwrap());
-        assert_eq!(pieces, [PageRange::new(4, 3)]);
-        assert!(!other.prefault_shared_by(Duration::ZERO, &mut |_| Ok(())).unwrap());
-        let failed = other.prefault_shared_by(Duration::from_secs(60), &mut |_| Err(RamError::Unsealed(9)));
-        assert!(matches!(failed, Err(RamError::Unsealed(9))));
-        // unmapping in one mapping changes the contents of neither
-        assert!(ram.unmap_shared_in_pieces(Duration::from_secs(60)).unwrap());
-        assert!(populated(&ram).iter().eq([4, 5, 6]));
-        ram.read(0x7fff, &mut byte).unwrap();
-        assert_eq!(byte, [1]);
-    }
-
-    #[test]
-    fn memory_files_are_distinguished() {
-        let (ram, other) =
-            (MappedRam::new(layout(), Backing::Memfd).unwrap(), MappedRam::new(layout(), Backing::Memfd).unwrap());
-        let files = ram.memory_files().unwrap();
-        let copies: Vec<OwnedFd> = files.iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
-        assert!(ram.is_in(&copies).unwrap() && !other.is_in(&copies).unwrap());
-        assert!(!ram.is_in(&copies[1..]).unwrap());
-        let swapped: Vec<_> = files.iter().rev().collect();
-        assert!(!ram.is_in(&swapped).unwrap());
-        assert!(MappedRam::new(layout(), Backing::Anonymous).unwrap().is_in(&copies).is_err());
-    }
-
-    #[test]
-    fn huge_pages_are_checked_before_use() {
-        let error = MappedRam::new(layout(), Backing::Hugetlb).map(|_| ()).unwrap_err();
-        assert!(matches!(error, RamError::HugeLength { index: 0, .. }), "{error}");
-        // more than any host reserves
-        let huge = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 45 }]).unwrap();
-        let error = MappedRam::new(huge, Backing::Hugetlb).map(|_| ()).unwrap_err();
-        assert!(matches!(error, RamError::NoHugePages { needed: 0x100_0000, .. }), "{error}");
-        assert!(error.to_string().contains("/proc/sys/vm/nr_hugepages"));
-    }
 }

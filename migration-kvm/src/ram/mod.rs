@@ -66,9 +66,7 @@ impl Backing {
                 let setting = |name: &str| fs::read_to_string(folder.join(name)).ok();
                 let Some(all) = setting("shmem_enabled") else { return false };
                 // before Linux 6.10 there is no setting for each size
-                let own = setting("hugepages-2048kB/shmem_enabled").filter(|own| !own.contains("[inherit]"));
-                let never = own.as_ref().unwrap_or(&all).contains("[never]");
-                !all.contains("[deny]") && (all.contains("[force]") || !never)
+                shared_may_be_huge(&all, setting("hugepages-2048kB/shmem_enabled").as_deref())
             }
         }
     }
@@ -77,6 +75,14 @@ impl Backing {
     pub const fn is_shared(self) -> bool {
         matches!(self, Self::Memfd | Self::Hugetlb)
     }
+}
+
+/// Returns whether the kernel uses pages of 2 MiB for shared memory on request. `all` is the setting
+/// for all sizes, and `own` the one for this size. The words in brackets are in effect.
+fn shared_may_be_huge(all: &str, own: Option<&str>) -> bool {
+    let own = own.filter(|own| !own.contains("[inherit]"));
+    let never = own.unwrap_or(all).contains("[never]");
+    !all.contains("[deny]") && (all.contains("[force]") || !never)
 }
 
 impl fmt::Display for Backing {
@@ -214,5 +220,26 @@ mod tests {
             assert_eq!(backing.to_string().parse(), Ok(backing));
         }
         assert!("huge".parse::<Backing>().unwrap_err().to_string().contains("thp"));
+        assert_eq!(Backing::ALL.map(Backing::is_shared), [false, false, true, true]);
+        assert!(!Backing::Anonymous.may_be_huge());
+        assert!(Backing::TransparentHuge.may_be_huge() && Backing::Hugetlb.may_be_huge());
+    }
+
+    #[test]
+    fn the_setting_of_the_size_counts_unless_it_inherits() {
+        for (all, own, may) in [
+            ("always within_size advise [never] deny force", None, false),
+            ("always within_size [advise] never deny force", None, true),
+            ("always within_size advise never deny [force]", None, true),
+            ("always within_size advise never [deny] force", None, false),
+            ("always within_size advise [never] deny force", Some("always [inherit] never"), false),
+            ("always within_size [advise] never deny force", Some("always [inherit] never"), true),
+            ("always within_size advise [never] deny force", Some("[always] inherit never"), true),
+            ("always within_size [advise] never deny force", Some("always inherit [never]"), false),
+            ("always within_size advise never deny [force]", Some("always inherit [never]"), true),
+            ("always within_size advise never [deny] force", Some("[always] inherit never"), false),
+        ] {
+            assert_eq!(shared_may_be_huge(all, own), may, "{all}, {own:?}");
+        }
     }
 }

@@ -270,3 +270,129 @@ pub(crate) fn is_shared(address: u64) -> io::Result<bool> {
     });
     Ok(found.unwrap_or(true))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use migration_core::{GuestRam as _, PageRange, PageSet, RamLayout, RamRegion};
+
+    use super::*;
+    use crate::ram::{Backing, MappedRam, map};
+
+    const PAGE: u64 = PAGE_SIZE as u64;
+
+    fn ram(pages: u64, backing: Backing) -> MappedRam {
+        MappedRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: pages * PAGE }]).unwrap(), backing).unwrap()
+    }
+
+    type Ask = fn(&Pagemap, u64, u64, &mut dyn FnMut(u64, u64)) -> io::Result<()>;
+    const POPULATED: Ask = |pagemap, start, len, found| pagemap.populated(start, len, found);
+    const RESIDENT: Ask = |pagemap, start, len, found| pagemap.resident(start, len, found);
+
+    /// Returns the runs of page numbers that `ask` finds in `range` of the RAM.
+    fn runs(pagemap: &Pagemap, ram: &MappedRam, range: PageRange, ask: Ask) -> Vec<PageRange> {
+        let address = ram.host_address(0).as_ptr() as u64;
+        let mut found = Vec::new();
+        ask(pagemap, address + range.first * PAGE, range.bytes(), &mut |from, end| {
+            assert!((from - address).is_multiple_of(PAGE) && end > from);
+            found.push(PageRange::new((from - address) / PAGE, (end - from) / PAGE));
+        })
+        .unwrap();
+        found
+    }
+
+    fn set(runs: &[PageRange], pages: u64) -> PageSet {
+        let mut set = PageSet::empty(pages);
+        runs.iter().for_each(|run| set.insert_range(*run));
+        set
+    }
+
+    /// The entries are read in blocks of 4096 pages, so the RAM has more.
+    #[test]
+    fn a_scan_and_the_entries_find_the_same_pages() {
+        const PAGES: u64 = 4096 + 9;
+        let ram = ram(PAGES, Backing::Anonymous);
+        let touched = [0, 3, 4, 5, 4095, 4096, 4098, PAGES - 1];
+        touched.iter().for_each(|page| ram.write(page * PAGE + 7, &[1]).unwrap());
+        let scanning = Pagemap::open().unwrap();
+        assert!(scanning.can_scan());
+        let reading = Pagemap { can_scan: false, ..Pagemap::open().unwrap() };
+        let all = ram.layout().all();
+        for ask in [POPULATED, RESIDENT] {
+            for pagemap in [&scanning, &reading] {
+                assert!(set(&runs(pagemap, &ram, all, ask), PAGES).iter().eq(touched));
+                // a part of it
+                let part = PageRange::new(4, 4094);
+                assert!(set(&runs(pagemap, &ram, part, ask), PAGES).iter().eq([4, 5, 4095, 4096]));
+                assert_eq!(runs(pagemap, &ram, PageRange::new(5, 0), ask), []);
+            }
+        }
+        // the zero page of a page that was only read is no memory of its own; single entries do not
+        // tell
+        ram.read(9 * PAGE, &mut [0]).unwrap();
+        let nine = PageRange::new(9, 1);
+        assert_eq!(runs(&scanning, &ram, nine, POPULATED), []);
+        assert_eq!(runs(&reading, &ram, nine, POPULATED), [nine]);
+    }
+
+    /// One call of the kernel returns 512 runs at most.
+    #[test]
+    fn a_scan_goes_on_until_all_runs_are_found() {
+        const PAGES: u64 = 4 * RUNS as u64 + 1;
+        let ram = ram(PAGES, Backing::Anonymous);
+        let pagemap = Pagemap::open().unwrap();
+        for touched in [2 * RUNS as u64 - 1, 2 * RUNS as u64, PAGES] {
+            let expected: Vec<_> = (0..touched).step_by(2).map(|page| PageRange::new(page, 1)).collect();
+            expected.iter().for_each(|run| ram.write(run.first * PAGE, &[1]).unwrap());
+            assert_eq!(runs(&pagemap, &ram, ram.layout().all(), POPULATED), expected, "{touched}");
+        }
+        let error = pagemap.scan(u64::MAX - PAGE, 2 * PAGE, present(), |_, _| ()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn only_a_file_that_is_not_there_is_no_error() {
+        assert!(Pagemap::open_if_at("/no/such/pagemap").unwrap().is_none());
+        assert!(Pagemap::open_if_at("/dev/null/pagemap").unwrap().is_none());
+        assert!(Pagemap::open_if_at(&format!("/{}", "x".repeat(300))).is_err());
+        // a file without the ioctl
+        assert!(!Pagemap::open_if_at("/dev/null").unwrap().unwrap().can_scan());
+        assert!(Pagemap::open_if_any().unwrap().unwrap().can_scan());
+    }
+
+    #[test]
+    fn extents_of_a_file_are_whole_pages_within_the_length() {
+        let file = File::from(map::memory_file(10 * PAGE, false).unwrap());
+        let extents = |len: u64| {
+            let mut found = Vec::new();
+            data_extents(file.as_fd(), len, |from, end| found.push((from, end))).unwrap();
+            found
+        };
+        assert_eq!(extents(10 * PAGE), []);
+        for page in [2, 5, 6, 9] {
+            file.write_all_at(&[1], page * PAGE + 5).unwrap();
+        }
+        let [two, five, six, nine] = [2, 5, 6, 9].map(|page| page * PAGE);
+        assert_eq!(extents(10 * PAGE), [(two, two + PAGE), (five, six + PAGE), (nine, nine + PAGE)]);
+        // the length ends in a run, and where one begins
+        assert_eq!(extents(six), [(two, two + PAGE), (five, six)]);
+        assert_eq!(extents(five), [(two, two + PAGE)]);
+        assert_eq!(extents(two), []);
+        assert_eq!(extents(0), []);
+        let pipe = io::pipe().unwrap().0;
+        assert!(data_extents(pipe.as_fd(), PAGE, |_, _| ()).is_err());
+    }
+
+    #[test]
+    fn mappings_of_files_are_shared() {
+        let address = |ram: &MappedRam| ram.host_address(0).as_ptr() as u64;
+        let (private, shared) = (ram(3, Backing::Anonymous), ram(3, Backing::Memfd));
+        for page in 0..3 {
+            assert!(!is_shared(address(&private) + page * PAGE).unwrap());
+            assert!(is_shared(address(&shared) + page * PAGE).unwrap());
+        }
+        // nothing is mapped there
+        assert!(is_shared(1).unwrap());
+    }
+}

@@ -215,9 +215,81 @@ impl DirtyTracker for VmMemoryBitmap {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
+    use std::{fs::File, num::NonZeroUsize, os::unix::fs::FileExt as _};
+
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion, mmap::MmapRegionBuilder};
 
     use super::*;
+    use crate::ram::map;
+
+    const PAGE: u64 = PAGE_SIZE as u64;
+    const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+    /// Makes RAM of one region of six pages at guest physical address 0x8000.
+    fn region(file: Option<FileOffset>, flags: i32) -> VmMemoryRam<GuestMemoryMmap<()>> {
+        let mapping = MmapRegion::build(file, 6 * PAGE_SIZE, PROT, flags | libc::MAP_NORESERVE).unwrap();
+        let region = GuestRegionMmap::new(mapping, GuestAddress(0x8000)).unwrap();
+        VmMemoryRam::from_mmap(Arc::new(GuestMemoryMmap::from_regions(vec![region]).unwrap())).unwrap()
+    }
+
+    fn populated<M: GuestMemoryBackend + Send + Sync>(ram: &VmMemoryRam<M>) -> Vec<u64> {
+        let mut set = PageSet::empty(ram.layout().pages());
+        ram.populated(&mut set).unwrap();
+        set.iter().collect()
+    }
+
+    /// Makes a file of 12 pages with data in some of them.
+    fn file(pages: &[u64]) -> Arc<File> {
+        let file = File::from(map::memory_file(12 * PAGE, false).unwrap());
+        pages.iter().for_each(|page| file.write_all_at(&[1], page * PAGE).unwrap());
+        Arc::new(file)
+    }
+
+    /// The region is pages 2 to 7 of the file. Data before, across its beginning, in it, and after.
+    #[test]
+    fn pages_of_a_file_are_populated_where_the_file_has_data() {
+        for (data, expected) in [(&[0, 3, 6, 7, 9][..], &[1, 4, 5][..]), (&[0, 1, 2, 8, 9], &[0]), (&[1, 8], &[])] {
+            let ram = region(Some(FileOffset::from_arc(file(data), 2 * PAGE)), libc::MAP_SHARED);
+            assert_eq!(populated(&ram), expected, "{data:?}");
+        }
+        let ram = region(Some(FileOffset::from_arc(file(&[3]), 2 * PAGE)), libc::MAP_SHARED);
+        ram.write(0x8000, &[1]).unwrap();
+        assert_eq!(populated(&ram), [0, 1]);
+    }
+
+    #[test]
+    fn a_private_mapping_of_a_file_has_pages_of_its_own_as_well() {
+        let mut ram = region(Some(FileOffset::from_arc(file(&[3]), 2 * PAGE)), libc::MAP_PRIVATE);
+        ram.write(0xc000, &[1]).unwrap();
+        assert_eq!(populated(&ram), [1, 4]);
+        assert_eq!(ram.memory().iter().count(), 1);
+        // without `/proc` every page may be one
+        ram.pagemap = None;
+        assert_eq!(populated(&ram), [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn shared_memory_without_a_file_may_be_populated_anywhere() {
+        let ram = region(None, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        assert_eq!(populated(&ram), [0, 1, 2, 3, 4, 5]);
+        let ram = region(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        assert!(populated(&ram).is_empty());
+    }
+
+    #[test]
+    fn a_bitmap_of_other_pages_is_no_tracker() {
+        let bitmap = AtomicBitmap::new(0x8000, NonZeroUsize::new(2 * PAGE_SIZE).unwrap());
+        let mapping = MmapRegionBuilder::new_with_bitmap(0x8000, bitmap)
+            .with_mmap_prot(PROT)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+            .unwrap();
+        let regions = vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()];
+        let ram = VmMemoryRam::from_mmap(Arc::new(GuestMemoryMmap::from_regions(regions).unwrap())).unwrap();
+        let mut tracker = VmMemoryBitmap::new(&ram);
+        assert!(tracker.start().unwrap_err().to_string().contains("vm-memory: a bitmap's page size is not 4 KiB"));
+        assert!(!tracker.is_active());
+    }
 
     #[test]
     fn vm_memory_is_guest_ram_and_its_bitmap_a_tracker() {
@@ -226,8 +298,12 @@ mod tests {
         let ram = VmMemoryRam::from_mmap(memory.clone()).unwrap();
         let mut tracker = VmMemoryBitmap::new(&ram);
         memory.write_slice(b"early", GuestAddress(0)).unwrap();
+        assert!(!tracker.is_active());
         tracker.start().unwrap();
+        assert!(tracker.is_active());
         memory.write_slice(b"late", GuestAddress(0x10_2ffe)).unwrap();
+        // starting again changes nothing
+        tracker.start().unwrap();
         let mut dirty = PageSet::empty(12);
         tracker.harvest(&mut dirty).unwrap();
         assert!(dirty.iter().eq([6, 7]), "{dirty:?}");
@@ -241,5 +317,15 @@ mod tests {
         let mut again = PageSet::empty(12);
         tracker.harvest(&mut again).unwrap();
         assert_eq!(again, dirty);
+        // pages that were harvested are not reported again, and a stop forgets those that were marked
+        let mut none = PageSet::empty(12);
+        tracker.harvest(&mut none).unwrap();
+        assert!(none.is_empty());
+        tracker.mark_dirty(&dirty);
+        tracker.stop().unwrap();
+        assert!(!tracker.is_active());
+        tracker.start().unwrap();
+        tracker.harvest(&mut none).unwrap();
+        assert!(none.is_empty());
     }
 }

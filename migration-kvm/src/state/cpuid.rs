@@ -253,20 +253,25 @@ pub(super) fn lacking<'a>(
 pub(super) fn offered(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, kvm_ioctls::Error> {
     let mut entries = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?.as_slice().to_vec();
     if let Ok(emulated) = kvm.get_emulated_cpuid(KVM_MAX_CPUID_ENTRIES) {
-        for more in emulated.as_slice() {
-            let is_feature = FEATURES.iter().any(|f| f.leaf == more.function && f.subleaf == more.index);
-            match entries.iter_mut().find(|e| e.function == more.function && e.index == more.index) {
-                Some(entry) if is_feature => {
-                    entry.eax |= more.eax;
-                    entry.ebx |= more.ebx;
-                    entry.ecx |= more.ecx;
-                    entry.edx |= more.edx;
-                }
-                _ => {}
-            }
-        }
+        add_emulated(&mut entries, emulated.as_slice());
     }
     Ok(entries)
+}
+
+/// Adds the bits that KVM emulates to those leaves of `entries` whose bits are features.
+fn add_emulated(entries: &mut [kvm_cpuid_entry2], emulated: &[kvm_cpuid_entry2]) {
+    for more in emulated {
+        let is_feature = FEATURES.iter().any(|f| f.leaf == more.function && f.subleaf == more.index);
+        match entries.iter_mut().find(|e| e.function == more.function && e.index == more.index) {
+            Some(entry) if is_feature => {
+                entry.eax |= more.eax;
+                entry.ebx |= more.ebx;
+                entry.ecx |= more.ecx;
+                entry.edx |= more.edx;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Returns the TSC frequency of the host in kHz. Creates a scratch VM, because no other query works
@@ -332,6 +337,34 @@ mod tests {
     fn entry(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    #[test]
+    fn emulated_bits_are_added_to_features_only() {
+        let mut entries = [
+            entry(2, 0, [1; 4]),
+            entry(1, 0, [0b0011; 4]),
+            entry(7, 1, [4; 4]),
+            entry(7, 0, [0; 4]),
+            entry(7, 3, [8; 4]),
+        ];
+        let emulated = [
+            entry(1, 0, [0b0101, 0b1001, 0b0111, 0b0011]),
+            // numbers and not bits, a subleaf without features, and a leaf that is not there
+            entry(2, 0, [6; 4]),
+            entry(7, 3, [7; 4]),
+            entry(0x8000_0001, 0, [!0; 4]),
+            entry(7, 0, [0, 1 << 31, 2, 3]),
+        ];
+        add_emulated(&mut entries, &emulated);
+        let expected = [
+            entry(2, 0, [1; 4]),
+            entry(1, 0, [0b0111, 0b1011, 0b0111, 0b0011]),
+            entry(7, 1, [4; 4]),
+            entry(7, 0, [0, 1 << 31, 2, 3]),
+            entry(7, 3, [8; 4]),
+        ];
+        assert_eq!(entries, expected);
     }
 
     /// Changes each bit of each register, in every leaf with bits that do not count, and in one

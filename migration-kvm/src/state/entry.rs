@@ -102,10 +102,14 @@ impl Entry<'_> {
 
 #[cfg(test)]
 mod tests {
-    use migration_core::{HeapRam, RamLayout, RamRegion};
+    use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+    use migration_core::{HeapRam, RamLayout, RamRegion, state::Section};
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{
+        super::{Msr, SpecialRegs},
+        *,
+    };
 
     fn ram() -> HeapRam {
         HeapRam::new(RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap()).unwrap()
@@ -140,6 +144,104 @@ mod tests {
         entry(2, 1, 1 << 40 | PRESENT);
         assert_eq!(found(&ram, paging, 0xffff_8000_4000_0000), [1, 2]);
         assert!(found(&ram, Paging { cr3: !0, levels: 4 }, 5).is_empty());
+    }
+
+    /// Makes a vCPU whose code is at 0x10_fff, stack at 0x20_008, descriptor tables from 0x30_000
+    /// to 0x31_00f and from 0x40_000 to 0x40_fff, and FS at 0x50_000. GS is not used.
+    fn vcpu(change: impl FnOnce(&mut kvm_sregs)) -> VcpuState {
+        let mut sregs = kvm_sregs::default();
+        (sregs.gdt.base, sregs.gdt.limit) = (0x30_000, 0x100f);
+        (sregs.idt.base, sregs.idt.limit) = (0x40_000, 0xfff);
+        sregs.tr = kvm_segment { base: 0x60_010, ..Default::default() };
+        sregs.fs = kvm_segment { base: 0x50_000, ..Default::default() };
+        change(&mut sregs);
+        VcpuState {
+            cpuid: Vec::new(),
+            tsc_khz: None,
+            tsc_offset: None,
+            regs: kvm_regs { rip: 0x10_fff, rsp: 0x20_008, ..Default::default() },
+            sregs: SpecialRegs::Plain(sregs),
+            xsave: vec![0; 4096],
+            xcrs: None,
+            debug_regs: None,
+            lapic: None,
+            mp_state: Default::default(),
+            events: Default::default(),
+            msrs: Vec::new(),
+            unread_msrs: Vec::new(),
+            nested: None,
+            ssp: None,
+        }
+    }
+
+    /// Returns the pages that a VM with this vCPU needs first.
+    fn entry(ram: &HeapRam, vcpu: &VcpuState) -> Vec<u64> {
+        let section =
+            |name: &str, data: Vec<u8>| Section { name: name.into(), instance: 0, version: 1, data: data.into() };
+        // sections of something else, and what cannot be decoded, are left out
+        let sections =
+            vec![section("disk", vcpu.encode()), section(VCPU_SECTION, vec![1]), section(VCPU_SECTION, vcpu.encode())];
+        let mut into = PageSet::empty(256);
+        entry_pages(&VmState { sections: sections[..2].to_vec() }, ram, &mut into);
+        assert!(into.is_empty());
+        entry_pages(&VmState { sections }, ram, &mut into);
+        into.iter().collect()
+    }
+
+    const CODE_STACK_TABLES: [u64; 10] = [0x10, 0x11, 0x1f, 0x20, 0x21, 0x30, 0x31, 0x40, 0x50, 0x60];
+
+    #[test]
+    fn without_paging_addresses_are_those_of_memory() {
+        let ram = ram();
+        assert_eq!(entry(&ram, &vcpu(|_| ())), CODE_STACK_TABLES);
+        assert_eq!(entry(&ram, &vcpu(|s| s.gs.base = 0x70_000)), [&CODE_STACK_TABLES[..], &[0x70]].concat());
+        // long mode counts only with paging
+        assert_eq!(entry(&ram, &vcpu(|s| s.efer = EFER_LONG_MODE)), CODE_STACK_TABLES);
+    }
+
+    #[test]
+    fn of_older_paging_only_the_tables_are_known() {
+        let (ram, older) = (ram(), vcpu(|s| (s.cr0, s.cr3, s.efer) = (CR0_PAGING, 0x9_000, !EFER_LONG_MODE)));
+        // what would be a table of 64-bit mode
+        ram.write(0x9_000, &(7 << 12 | PRESENT).to_le_bytes()).unwrap();
+        assert_eq!(entry(&ram, &older), [9]);
+        assert_eq!(entry(&ram, &vcpu(|s| (s.cr0, s.cr3) = (CR0_PAGING, 0x9_000))), [9]);
+    }
+
+    #[test]
+    fn with_four_or_five_levels_the_tables_are_walked() {
+        for levels in [4, 5] {
+            let ram = ram();
+            // the table of page n leads to page n + 1, and the last one maps addresses as they are,
+            // 0x80 pages higher
+            let put = |table: u64, index: u64, to: u64| {
+                ram.write(table * 4096 + index * 8, &(to << 12 | PRESENT).to_le_bytes()).unwrap();
+            };
+            (1..levels).for_each(|table| put(table, 0, table + 1));
+            (0..0x80).for_each(|page| put(levels, page, page + 0x80));
+            let long = vcpu(|s| {
+                (s.cr0, s.cr3, s.efer) = (CR0_PAGING | 1, 0x1_000, EFER_LONG_MODE);
+                s.cr4 = if levels == 5 { CR4_FIVE_LEVELS } else { !CR4_FIVE_LEVELS };
+            });
+            let mut expected: Vec<_> = (1..=levels).collect();
+            expected.extend(CODE_STACK_TABLES.map(|page| page + 0x80));
+            assert_eq!(entry(&ram, &long), expected, "{levels} levels");
+        }
+    }
+
+    #[test]
+    fn memory_that_kvm_writes_counts_where_it_is_turned_on() {
+        let mut vcpu = vcpu(|_| ());
+        for (at, index) in (0..).zip(MEMORY_MSRS) {
+            // the flags above the lowest one are no part of the address
+            vcpu.msrs.push(Msr { index, data: (0x80 + at) << 12 | 0x3f });
+        }
+        // turned off, and no such register
+        let all = entry(&ram(), &vcpu);
+        assert_eq!(all[CODE_STACK_TABLES.len()..], [0x80, 0x81, 0x82, 0x83, 0x84, 0x85]);
+        vcpu.msrs.iter_mut().for_each(|msr| msr.data &= !1);
+        vcpu.msrs.push(Msr { index: 0x4b56_4d05, data: 0x90_001 });
+        assert_eq!(entry(&ram(), &vcpu), CODE_STACK_TABLES);
     }
 
     proptest! {

@@ -16,6 +16,10 @@ use super::{
 /// machine-check banks and counters has 500.
 pub const MAX_MSRS: usize = 4096;
 
+/// The largest number of MSRs that KVM reads or writes at once: it refuses as many as its header's
+/// constant says.
+const MAX_AT_ONCE: usize = KVM_MAX_MSR_ENTRIES - 1;
+
 /// The time stamp counter.
 pub(super) const IA32_TSC: u32 = 0x10;
 /// The TSC value at which the LAPIC timer fires.
@@ -191,8 +195,8 @@ pub(super) fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<(Vec<Msr>, Vec<u32>
     let (mut found, mut skipped) = (Vec::with_capacity(indices.len()), Vec::new());
     let mut rest = indices;
     while !rest.is_empty() {
-        // KVM reads at most 256 at a time and stops at the first that it refuses
-        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        // KVM stops at the first that it refuses
+        let chunk = &rest[..rest.len().min(MAX_AT_ONCE)];
         let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
         let mut msrs = from_entries(&entries)?;
         let done = vcpu.get_msrs(&mut msrs).map_err(ioctl_error("KVM_GET_MSRS"))?.min(chunk.len());
@@ -208,7 +212,7 @@ pub(super) fn write(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<Vec<Msr>, StateError>
     let mut skipped = Vec::new();
     let mut rest = msrs;
     while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let chunk = &rest[..rest.len().min(MAX_AT_ONCE)];
         let entries: Vec<_> =
             chunk.iter().map(|msr| kvm_msr_entry { index: msr.index, data: msr.data, ..Default::default() }).collect();
         let done = vcpu.set_msrs(&from_entries(&entries)?).map_err(ioctl_error("KVM_SET_MSRS"))?.min(chunk.len());
@@ -278,5 +282,115 @@ mod tests {
         }
         let all = [entry(1, !0, !0), entry(7, !0, !0)];
         assert_eq!([0x10, 0x47f, 0x492].map(|index| is_feature(index, &all)), [None; 3]);
+    }
+
+    const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    /// No processor has this MSR.
+    const NONE: u32 = 0x1234_5678;
+
+    fn vcpu(kvm: &Kvm) -> (kvm_ioctls::VmFd, VcpuFd) {
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+        vcpu.set_cpuid2(&cpuid).unwrap();
+        (vm, vcpu)
+    }
+
+    #[test]
+    fn a_list_knows_what_exists_and_learns_what_can_be_read() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let (_vm, vcpu) = vcpu(&kvm);
+        let mut list = MsrList::probe(&kvm).unwrap();
+        let before = list.indices().to_vec();
+        assert!(before.is_sorted_by_key(|index| (rank(*index), *index)));
+        let unique: std::collections::HashSet<_> = before.iter().collect();
+        assert_eq!(unique.len(), before.len());
+        for bank in 0..32 {
+            let registers = (0x400 + 4 * bank..).take(4).map(|index| before.contains(&index));
+            // the address and miscellaneous registers are read where there is an error
+            let expected = (0x400 + 4 * bank..).take(4).zip([true, true, false, false]);
+            let expected = expected.map(|(index, saved)| saved || list.is_listed(index));
+            assert!(registers.eq(expected), "bank {bank}");
+        }
+        let listed = kvm.get_msr_index_list().unwrap();
+        assert!(listed.as_slice().iter().all(|index| list.is_listed(*index) && list.has(*index)));
+        assert!(MORE_MSRS.iter().chain(&[0x400, 0x403, 0x47f]).all(|index| list.has(*index)));
+        assert!(!list.has(NONE) && !list.is_listed(NONE) && !list.is_listed(0x403));
+
+        assert!(list.unreadable().is_empty());
+        list.indices.insert(1, NONE);
+        list.learn(&vcpu).unwrap();
+        assert!(list.unreadable().contains(&NONE) && list.indices().contains(&IA32_TSC));
+        let mut all = [list.indices(), list.unreadable()].concat();
+        all.sort_unstable();
+        let mut expected = [&before[..], &[NONE]].concat();
+        expected.sort_unstable();
+        assert_eq!(all, expected);
+        let (read, skipped) = read(&vcpu, list.indices()).unwrap();
+        assert_eq!((read.len(), skipped), (list.indices().len(), vec![]));
+        // what was learned stays
+        let unreadable = list.unreadable().to_vec();
+        list.learn(&vcpu).unwrap();
+        assert_eq!(list.unreadable(), unreadable);
+    }
+
+    /// KVM takes 255 MSRs at a time, and stops at the first that it refuses.
+    #[test]
+    fn msrs_are_read_and_written_beyond_those_that_kvm_refuses() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let (_vm, vcpu) = vcpu(&kvm);
+        assert_eq!(write(&vcpu, &[]).unwrap(), []);
+        assert_eq!(read(&vcpu, &[]).unwrap(), (vec![], vec![]));
+        for length in [1, 254, 255, 256, 257, 600] {
+            // at the ends of what is passed to KVM at once, and one after the other
+            for refused in [&[][..], &[0], &[253], &[254], &[255], &[254, 255], &[254, 255, 509, 510, 511, 599]] {
+                let refused: Vec<usize> = refused.iter().copied().filter(|at| *at < length).collect();
+                let msr = |at: usize| match refused.contains(&at) {
+                    true => Msr { index: NONE + at as u32, data: 5 },
+                    false => Msr { index: KERNEL_GS_BASE, data: at as u64 },
+                };
+                let msrs: Vec<_> = (0..length).map(msr).collect();
+                let not_written: Vec<_> = refused.iter().map(|&at| msr(at)).collect();
+                assert_eq!(write(&vcpu, &msrs).unwrap(), not_written, "{length} {refused:?}");
+                let last = (0..length).rev().find(|at| !refused.contains(at)).map(|at| at as u64);
+                let indices: Vec<_> = msrs.iter().map(|msr| msr.index).collect();
+                let (found, skipped) = read(&vcpu, &indices).unwrap();
+                assert_eq!(skipped, not_written.iter().map(|msr| msr.index).collect::<Vec<_>>());
+                assert_eq!(found.len(), length - refused.len());
+                assert!(found.iter().all(|msr| msr.index == KERNEL_GS_BASE && Some(msr.data) == last));
+            }
+        }
+    }
+
+    #[test]
+    fn what_kvm_refuses_is_wrong_unless_it_has_the_value() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let (_vm, vcpu) = vcpu(&kvm);
+        assert_eq!(write(&vcpu, &[Msr { index: KERNEL_GS_BASE, data: 7 }]).unwrap(), []);
+        let [same, other, none, wrong] =
+            [(KERNEL_GS_BASE, 7), (KERNEL_GS_BASE, 8), (NONE, 0), (NONE, 1)].map(|(index, data)| Msr { index, data });
+        assert_eq!(still_wrong(&vcpu, &[]).unwrap(), []);
+        assert_eq!(still_wrong(&vcpu, &[same, none]).unwrap(), []);
+        assert_eq!(still_wrong(&vcpu, &[none, other, same, wrong]).unwrap(), [other, wrong]);
+    }
+
+    #[test]
+    fn features_beyond_the_host_are_found_and_weaknesses_are_none() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let mut here = from_entries(&[kvm_msr_entry { index: IA32_ARCH_CAPABILITIES, ..Default::default() }]).unwrap();
+        // a host without the MSR has none of the features
+        let here = if kvm.get_msrs(&mut here).unwrap() == 1 { here.as_slice()[0].data } else { 0 };
+        let beyond = |data| {
+            let msr = Msr { index: IA32_ARCH_CAPABILITIES, data };
+            let found = beyond_host(&kvm, &[Msr { index: IA32_PERF_CAPABILITIES, data: !0 }, msr]).unwrap();
+            assert!(found.is_empty() || found == [msr]);
+            !found.is_empty()
+        };
+        assert!(!beyond(0) && !beyond(here) && !beyond(here | WEAKNESSES) && !beyond(WEAKNESSES));
+        for bit in (0..64).map(|bit| 1 << bit).filter(|bit| (here | WEAKNESSES) & bit == 0) {
+            assert!(beyond(bit) && beyond(here | bit), "{bit:#x}");
+        }
+        assert_eq!(beyond_host(&kvm, &[]).unwrap(), []);
+        assert_eq!(beyond_host(&kvm, &[Msr { index: IA32_PERF_CAPABILITIES, data: !0 }]).unwrap(), []);
     }
 }

@@ -423,6 +423,84 @@ fn address_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
 mod tests {
     use super::*;
 
+    fn entry(function: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    /// Returns CPUID of a vendor with four characters, repeated, with address bits and features.
+    fn cpuid(vendor: &[u8; 4], address_bits: u32, features: u32) -> Vec<kvm_cpuid_entry2> {
+        let name = u32::from_le_bytes(*vendor);
+        // in leaf 0 the order of the registers is EBX, EDX, ECX
+        let other = u32::from_le_bytes(*b"1234");
+        vec![
+            entry(0, [9, name, other, name]),
+            entry(1, [0, 0, features, 0]),
+            // the number of bits of linear addresses follows
+            entry(ADDRESS_SIZES, [48 << 8 | address_bits, 0, 0, 0]),
+        ]
+    }
+
+    fn needs(cpuid: Vec<kvm_cpuid_entry2>, own: &[(u32, Register, u32)]) -> HostNeeds {
+        let own = own.iter().map(|&(leaf, register, bits)| CpuidBits { leaf, subleaf: 0, register, bits });
+        HostNeeds {
+            cpuid,
+            own_cpuid: own.collect(),
+            xcr0: 1,
+            xsave_size: XSAVE_SIZE as u32,
+            tsc_khz: None,
+            msrs: Vec::new(),
+            feature_msrs: Vec::new(),
+            irqchip: Irqchip::None,
+            nested: false,
+            caps: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_the_guest_sees_is_compared_with_what_the_host_has() {
+        use Register::{Eax, Ebx, Ecx};
+        let host = cpuid(b"Good", 40, 0b0101);
+        let found = |guest, own: &[_]| needs(guest, own).check_cpuid(&host);
+        assert_eq!(found(host.clone(), &[]), []);
+        assert_eq!(found(cpuid(b"Good", 39, 0b0001), &[]), []);
+
+        let vendor = Mismatch::Vendor { guest: "EvilEvil1234".into(), host: "GoodGood1234".into() };
+        assert_eq!(found(cpuid(b"Evil", 40, 0), &[]), [vendor]);
+        assert_eq!(found(cpuid(b"Evil", 40, 0), &[(0, Ebx, !0)]), []);
+        assert_eq!(found(cpuid(b"Evil", 40, 0), &[(0, Eax, !0), (1, Ebx, !0)]).len(), 1);
+
+        assert_eq!(found(cpuid(b"Good", 41, 0), &[]), [Mismatch::AddressBits { guest: 41, host: 40 }]);
+        assert_eq!(found(cpuid(b"Good", 41, 0), &[(ADDRESS_SIZES, Eax, 0xff)]), []);
+        assert_eq!(found(cpuid(b"Good", 41, 0), &[(ADDRESS_SIZES, Ebx, 0xff)]).len(), 1);
+
+        let feature = |bits, name| {
+            let bit = CpuidBits { leaf: 1, subleaf: 0, register: Ecx, bits };
+            Mismatch::Feature { bit, name: Some(name) }
+        };
+        let both = [feature(1 << 1, "PCLMULQDQ"), feature(1 << 5, "VMX")];
+        assert_eq!(found(cpuid(b"Good", 40, 0b10_0011), &[]), both);
+        // bits of the VMM's own, in two records
+        assert_eq!(found(cpuid(b"Good", 40, 0b10_0011), &[(1, Ecx, 1 << 1)]), both[1..]);
+        assert_eq!(found(cpuid(b"Good", 40, 0b10_0011), &[(1, Ecx, 1 << 1), (1, Ecx, 1 << 5)]), []);
+        assert_eq!(found(cpuid(b"Good", 40, 0b10_0011), &[(1, Ecx, 0b10), (1, Ecx, 0b10)]), both[1..]);
+    }
+
+    #[test]
+    fn vendors_and_addresses_are_read_from_their_leaves() {
+        assert_eq!(vendor(&cpuid(b"Ab\n\0", 40, 0)), "Ab??Ab??1234");
+        assert_eq!(vendor(&[]), "");
+        assert_eq!(address_bits(&cpuid(b"Good", 46, 0)), 46);
+        assert_eq!(address_bits(&[]), 36);
+    }
+
+    #[test]
+    fn components_of_xcr0_have_names() {
+        let text = |missing| Mismatch::Xcr0 { missing }.to_string();
+        assert!(text(1 << 2 | 1 << 18).ends_with("XCR0: AVX, AMX-TILEDATA"), "{}", text(1 << 2 | 1 << 18));
+        assert!(text(1 << 8 | 1 << 62).ends_with("XCR0: bit 8, bit 62"), "{}", text(1 << 8 | 1 << 62));
+    }
+
     #[test]
     fn tolerance() {
         assert!(within_tolerance(2_600_000, 2_600_650));

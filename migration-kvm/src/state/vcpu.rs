@@ -17,6 +17,9 @@ use super::{
     sys::{self, MAX_NESTED, NESTED_HEADER, Sregs2, XSAVE_SIZE},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// The number of bytes of the LAPIC's register page that KVM returns.
 const LAPIC_SIZE: usize = 1024;
 /// The largest size of an XSAVE area in bytes; with AMX it has 11,008.
@@ -679,88 +682,4 @@ pub(super) fn read_msrs(r: &mut Reader<'_>) -> Result<Vec<Msr>, DecodeError> {
 pub(super) fn read_indices(r: &mut Reader<'_>) -> Result<Vec<u32>, DecodeError> {
     let count = r.count(MAX_MSRS, "number of MSRs")?;
     (0..count).map(|_| r.u32("MSR")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use kvm_bindings::{kvm_dtable, kvm_segment};
-
-    use super::*;
-
-    /// All fields of the plain form are converted, and the bitmap has the interrupt that is being
-    /// injected.
-    #[test]
-    fn special_registers_have_a_plain_form() {
-        let segment = |selector| kvm_segment { selector, base: 7, limit: 9, ..Default::default() };
-        let table = |base| kvm_dtable { base, limit: 3, ..Default::default() };
-        let newer = Sregs2 {
-            cs: segment(1),
-            ds: segment(2),
-            es: segment(3),
-            fs: segment(4),
-            gs: segment(5),
-            ss: segment(6),
-            tr: segment(7),
-            ldt: segment(8),
-            gdt: table(9),
-            idt: table(10),
-            cr0: 11,
-            cr2: 12,
-            cr3: 13,
-            cr4: 14,
-            cr8: 15,
-            efer: 16,
-            apic_base: 17,
-            ..Default::default()
-        };
-        let mut older = kvm_sregs {
-            cs: segment(1),
-            ds: segment(2),
-            es: segment(3),
-            fs: segment(4),
-            gs: segment(5),
-            ss: segment(6),
-            tr: segment(7),
-            ldt: segment(8),
-            gdt: table(9),
-            idt: table(10),
-            cr0: 11,
-            cr2: 12,
-            cr3: 13,
-            cr4: 14,
-            cr8: 15,
-            efer: 16,
-            apic_base: 17,
-            interrupt_bitmap: [0; 4],
-        };
-        let both = [SpecialRegs::WithPdptrs(newer), SpecialRegs::Plain(older)];
-        assert_eq!(both.each_ref().map(SpecialRegs::cr4), [14; 2]);
-        let mut events = kvm_vcpu_events::default();
-        both.iter().for_each(|form| assert_eq!(form.plain(&events), older));
-        for (nr, word, bit) in [(0x41, 1, 1), (0xff, 3, 63), (5, 0, 5)] {
-            events.interrupt.nr = nr;
-            (events.interrupt.injected, events.interrupt.soft) = (1, 0);
-            older.interrupt_bitmap = [0; 4];
-            older.interrupt_bitmap[word] = 1 << bit;
-            assert_eq!(both[0].plain(&events), older, "{nr}");
-            // a software interrupt belongs to its instruction, and an interrupt that is not
-            // injected is not in the bitmap
-            older.interrupt_bitmap = [0; 4];
-            for (injected, soft) in [(1, 1), (0, 0), (0, 1)] {
-                (events.interrupt.injected, events.interrupt.soft) = (injected, soft);
-                assert_eq!(both[0].plain(&events), older, "{nr} {injected} {soft}");
-            }
-        }
-    }
-
-    #[test]
-    fn an_xsave_area_is_cut_only_where_it_is_empty() {
-        let mut area = vec![1; XSAVE_SIZE];
-        assert_eq!(fit_xsave(&area, XSAVE_SIZE).unwrap(), area);
-        assert_eq!(fit_xsave(&area, XSAVE_SIZE + 64).unwrap(), area);
-        area.resize(XSAVE_SIZE + 64, 0);
-        assert_eq!(fit_xsave(&area, XSAVE_SIZE).unwrap(), vec![1; XSAVE_SIZE]);
-        area[XSAVE_SIZE + 63] = 1;
-        assert!(matches!(fit_xsave(&area, XSAVE_SIZE), Err(StateError::Unfit { .. })));
-    }
 }

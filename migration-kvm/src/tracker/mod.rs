@@ -182,4 +182,28 @@ mod tests {
         }
         assert!("pml".parse::<TrackerKind>().is_err());
     }
+
+    #[test]
+    fn a_tracker_is_made_of_what_it_needs() {
+        let Some(kvm) = crate::testing::kvm() else { return };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let layout = migration_core::RamLayout::new(vec![migration_core::RamRegion { gpa: 0, len: 0x2000 }]).unwrap();
+        let ram = Arc::new(crate::ram::MappedRam::new(layout, crate::ram::Backing::Anonymous).unwrap());
+        // no slots, so that nothing of the VM has to outlive anything
+        #[allow(unsafe_code)]
+        // SAFETY: there are no slots.
+        let slots = Arc::new(unsafe { GuestSlots::new(ram, []) }.unwrap());
+        let made = |kind| {
+            let parts = Parts { vm: vm.clone(), slots: slots.clone(), user_fault: None, ring: None };
+            build(kind, parts).map(|tracker| tracker.name()).map_err(|error| error.to_string())
+        };
+        for kind in [TrackerKind::DirtyLog, TrackerKind::ManualProtect] {
+            assert_eq!(made(kind), Ok(kind.name()));
+        }
+        assert!(made(TrackerKind::Auto).unwrap_err().contains("choose a tracker"));
+        assert!(made(TrackerKind::DirtyRing).unwrap_err().contains("not enabled before"));
+        if UserFault::new().is_ok() {
+            assert_eq!(made(TrackerKind::WriteProtect), Ok("write-protect"));
+        }
+    }
 }

@@ -298,6 +298,17 @@ mod tests {
         fault.unregister(at, len, Modes::WRITE_PROTECT).unwrap();
         fault.unregister(at, len, Modes::MISSING).unwrap();
         assert!(fault.unregister(at, len, Modes::MISSING).is_err());
+        // ranges that touch do not overlap, and a page in common is an overlap
+        let [first, second, third] = [0, 0x4_0000, 0x8_0000].map(|offset| at + offset);
+        for start in [second, third, first] {
+            fault.register(start, 0x4_0000, Modes::WRITE_PROTECT).unwrap();
+        }
+        let overlap = |start, len| fault.register(start, len, Modes::MISSING).unwrap_err().cause.to_string();
+        assert!(overlap(at + 0xb_f000, 0x2000).contains("overlaps"));
+        assert!(overlap(third, 0x4_1000).contains("overlaps"));
+        for start in [second, third, first] {
+            fault.unregister(start, 0x4_0000, Modes::WRITE_PROTECT).unwrap();
+        }
         ram.write(0, b"not missing any more").unwrap();
     }
 }

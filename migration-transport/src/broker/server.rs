@@ -16,7 +16,10 @@ use migration_core::{
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
     vm::VmId,
 };
-use rustix::{net::sockopt::socket_peercred, process::geteuid};
+use rustix::{
+    net::sockopt::socket_peercred,
+    process::{Uid, geteuid},
+};
 use socket2::Socket;
 
 use super::{
@@ -154,14 +157,7 @@ impl RamBroker {
         socket.set_read_timeout(Some(self.options.timeout)).ok()?;
         socket.set_write_timeout(Some(self.options.timeout)).ok()?;
         let peer = socket_peercred(&socket).ok()?;
-        let refusal = if peer.uid != geteuid() {
-            Some(format!("it serves user {} only", geteuid().as_raw()))
-        } else if clients >= self.options.max_clients {
-            Some(format!("it has {clients} clients, as many as it takes"))
-        } else {
-            None
-        };
-        if let Some(why) = refusal {
+        if let Some(why) = self.refusal(geteuid(), peer.uid, clients) {
             // whoever is refused may be gone
             let _ = Message::refused(why).send(socket.as_fd(), &[]);
             return None;
@@ -175,6 +171,17 @@ impl RamBroker {
         });
         let thread = self.options.spawner.spawn(Role::Background, GuestImpact::Balanced, "broker", body).ok()?;
         Some(Client { socket, ended, thread })
+    }
+
+    /// Returns why a broker of `user` that has so many clients does not serve one of `client`.
+    fn refusal(&self, user: Uid, client: Uid, clients: usize) -> Option<String> {
+        if client != user {
+            Some(format!("it serves user {} only", user.as_raw()))
+        } else if clients >= self.options.max_clients {
+            Some(format!("it has {clients} clients, as many as it takes"))
+        } else {
+            None
+        }
     }
 
     /// Serves one client to its end, be it a bad one.
@@ -313,5 +320,28 @@ impl fmt::Debug for RamBroker {
 fn reap(clients: &mut Vec<Client>, which: impl Fn(&Client) -> bool) {
     for client in clients.extract_if(.., |client| which(client)) {
         client.thread.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_of_the_same_user_are_served_as_long_as_there_is_room() {
+        let broker = RamBroker::new(BrokerOptions { max_clients: 2, ..BrokerOptions::default() });
+        let [root, one, other] = [0, 1000, 1001].map(Uid::from_raw);
+        assert_eq!([0, 1].map(|clients| broker.refusal(one, one, clients)), [None, None]);
+        assert!(broker.refusal(one, one, 2).unwrap().contains("2 clients"));
+        for (user, client) in [(one, other), (one, root), (root, one)] {
+            let why = broker.refusal(user, client, 0).unwrap();
+            assert_eq!(why, format!("it serves user {} only", user.as_raw()));
+        }
+    }
+
+    #[test]
+    fn a_list_has_as_many_vms_as_its_message_can_carry() {
+        let keeps = |max_vms| RamBroker::new(BrokerOptions { max_vms, ..BrokerOptions::default() }).options.max_vms;
+        assert_eq!([0, MAX_LIST, MAX_LIST + 1].map(keeps), [0, MAX_LIST, MAX_LIST]);
     }
 }

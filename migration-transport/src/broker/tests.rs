@@ -236,6 +236,94 @@ fn limits() {
     assert!(std::error::Error::source(&unreachable).is_some_and(|cause| cause.is::<io::Error>()));
 }
 
+/// What a client can see by itself is refused before anything is sent.
+#[test]
+fn a_lease_that_cannot_be_is_not_asked_for() {
+    let lab = Lab::new(BrokerOptions::default());
+    assert_eq!(lab.client.path(), lab._dir.path().join("broker"));
+    let files = files();
+    let lease = |layout: &RamLayout, label: &str, files: &[BorrowedFd<'_>]| {
+        lab.client.lease(VmId([1; 16]), layout, label, files).map(drop)
+    };
+    lease(&layout(), &"l".repeat(256), &borrowed(&files)).unwrap();
+    assert_eq!(lab.client.list().unwrap()[0].label.len(), 256);
+    let refused = |result| assert!(matches!(result, Err(BrokerError::Files(_))), "{result:?}");
+    refused(lease(&layout(), &"l".repeat(257), &borrowed(&files)));
+    refused(lease(&layout(), "", &borrowed(&files[..1])));
+    // as many files as a message can carry, and one more
+    let of = |count: u64| {
+        let regions = (0..count).map(|n| RamRegion { gpa: n * 0x2000, len: 0x1000 }).collect();
+        let one = file(0x1000, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW);
+        (RamLayout::new(regions).unwrap(), one)
+    };
+    for (count, fits) in [(253, true), (254, false)] {
+        let (layout, one) = of(count);
+        let result = lease(&layout, "", &vec![one.as_fd(); count as usize]);
+        assert_eq!(result.is_ok(), fits, "{count}: {result:?}");
+    }
+}
+
+#[test]
+fn a_connection_has_one_lease() {
+    let lab = Lab::new(BrokerOptions::default());
+    let socket = UnixStream::connect(lab.client.path()).unwrap();
+    let ask = |id| {
+        let message = Message::Lease { id: VmId([id; 16]), layout: layout(), label: String::new() };
+        message.send(&socket, &borrowed(&files())).unwrap();
+        Message::receive(&socket).unwrap().unwrap().0
+    };
+    assert_eq!(ask(1), Message::Leased(Vec::new()));
+    assert_eq!(ask(2), Message::refused("a connection has one lease"));
+    assert_eq!(lab.client.list().unwrap().len(), 1);
+}
+
+#[test]
+fn a_reason_is_cut_between_characters() {
+    let cut = |text: &str| match Message::refused(text) {
+        Message::Refused(why) => why,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((cut(""), cut("no")), (String::new(), "no".to_owned()));
+    assert_eq!(cut(&"x".repeat(512)).len(), 512);
+    assert_eq!(cut(&"x".repeat(513)).len(), 512);
+    assert_eq!(cut(&format!("x{}", "é".repeat(300))).len(), 511);
+}
+
+/// The longest body is read, and a longer one is refused before room for it is made. The end of the
+/// connection is no error between two messages.
+#[test]
+fn a_message_has_a_longest_body() {
+    let receive = |bytes: &[u8]| {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        near.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+        let bytes = bytes.to_vec();
+        let writer = thread::spawn(move || near.write_all(&bytes));
+        let received = Message::receive(&far);
+        drop(far);
+        let _ = writer.join();
+        received.map(|message| message.map(|(message, files)| (message, files.len()))).map_err(|e| e.kind())
+    };
+    assert_eq!(receive(&[]), Ok(None));
+    for bytes in [&[1][..], &[1, 0, 0], &[2, 0, 0, 0, 3]] {
+        assert_eq!(receive(bytes), Err(io::ErrorKind::UnexpectedEof), "{bytes:?}");
+    }
+    assert_eq!(receive(&[1, 0, 0, 0, 3]), Ok(Some((Message::List, 0))));
+    let long = |len: usize| [&(len as u32).to_le_bytes()[..], &vec![0; len]].concat();
+    // no message, but as long as one may be: its kind is looked at
+    let refused = |len| {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let bytes = long(len);
+        let writer = thread::spawn(move || near.write_all(&bytes));
+        let error = Message::receive(&far).unwrap_err();
+        drop(far);
+        let _ = writer.join();
+        error.to_string()
+    };
+    let (most, more) = (refused(512 << 10), refused((512 << 10) + 1));
+    assert!(most.contains("0 is no message"), "{most}");
+    assert!(more.contains("524288"), "{more}");
+}
+
 /// A client that says nonsense, or nothing, is closed, and disturbs nobody.
 #[test]
 fn bad_clients() {
