@@ -23,10 +23,12 @@ use bytes::Bytes;
 use common::layout;
 use migration_core::{
     GuestRam, HeapRam, PageSet,
+    checkpoint::FailSafe,
     engine::{
         Controller, ReceiveError, ReceiverOptions, SourceOptions,
         ephemeral::{Active, Awaiting, PersistentVm, Standby},
     },
+    fence::NoFence,
     report::{Outcome, Report},
     state::{Section, VmState},
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
@@ -237,7 +239,9 @@ type Came = Result<Active<Vm>, (Standby<Vm>, ReceiveError)>;
 
 fn relinquish(from: Active<Vm>, to: PathBuf) -> Gone {
     let (_controller, commands) = Controller::new();
-    let options = SourceOptions { idle_timeout: Duration::from_secs(20), ..SourceOptions::default() };
+    // it does not apply to a VM whose RAM is shared
+    let fail_safe = Some(FailSafe::in_memory(Arc::new(NoFence)));
+    let options = SourceOptions { idle_timeout: Duration::from_secs(20), fail_safe, ..SourceOptions::default() };
     from.relinquish(&*connector(&Address::Unix(to), ConnectOptions::default()), &options, commands)
 }
 

@@ -325,4 +325,82 @@ mod tests {
         let frame = Control::Ping.encode(0, 0, 7);
         assert_eq!(first(&frame, io::ErrorKind::TimedOut).unwrap(), (7, Control::Ping));
     }
+
+    #[test]
+    fn little_of_what_a_stranger_says_is_read() {
+        for (said, read) in [
+            (vec![b'x'; 1000], FOREIGN_BYTES),
+            // up to the end of its line
+            (b"HTTP/1.1 400 Bad Request\nServer: x\n".to_vec(), 25),
+            // the second byte shows that it is none
+            (b"20\n\n".to_vec(), 3),
+        ] {
+            let (rest, shared) = (said.len() - read, Arc::new(Mutex::new(said.iter().copied().collect())));
+            let half = Box::new(Shared(Arc::clone(&shared)));
+            let error = ControlReader::of_destination(half, "there".into(), Arc::default()).read().unwrap_err();
+            assert!(matches!(error, MigrationError::ForeignPeer { .. }), "{error}");
+            assert_eq!(shared.lock().unwrap().len(), rest, "{:?}", String::from_utf8_lossy(&said));
+        }
+    }
+
+    /// Says what is left, which a test can count.
+    struct Shared(Arc<Mutex<std::collections::VecDeque<u8>>>);
+
+    impl ReadHalf for Shared {
+        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            for byte in buf {
+                *byte = self.0.lock().unwrap().pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            }
+            Ok(())
+        }
+
+        fn read_ram(&mut self, _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            unreachable!("no page comes on a control lane")
+        }
+
+        fn set_idle_timeout(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn receive_files(&mut self, count: usize) -> io::Result<Vec<OwnedFd>> {
+            match count {
+                0 => Ok(Vec::new()),
+                1 => Err(io::Error::new(io::ErrorKind::InvalidData, "another number of files")),
+                _ => Err(io::ErrorKind::Unsupported.into()),
+            }
+        }
+    }
+
+    #[test]
+    fn a_peer_that_sends_other_files_is_wrong_and_a_link_that_carries_none_has_failed() {
+        let mut control = ControlReader::new(Box::new(Shared(Arc::default())), "there".into(), Arc::default());
+        assert!(control.files(0).is_ok());
+        let error = control.files(1).unwrap_err();
+        assert!(matches!(error, MigrationError::Malformed(_)), "{error}");
+        assert!(describe(&error).contains("another number of files"), "{error}");
+        let error = control.files(2).unwrap_err();
+        assert!(matches!(error, MigrationError::Link { .. }), "{error}");
+    }
+
+    /// Takes everything, and notes the time-outs.
+    struct Timed(Arc<Mutex<Vec<Option<Duration>>>>);
+
+    impl WriteHalf for Timed {
+        fn write_all(&mut self, _head: &[u8], _slices: &[RamSlice<'_>]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn set_idle_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.lock().unwrap().push(timeout);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_time_out_of_a_writer_is_that_of_its_channel() {
+        let set = Arc::default();
+        let mut control = ControlWriter::new(Box::new(Timed(Arc::clone(&set))), "there".into(), Arc::default());
+        control.set_idle_timeout(Duration::from_secs(7)).unwrap();
+        assert_eq!(*set.lock().unwrap(), [Some(Duration::from_secs(7))]);
+    }
 }

@@ -52,7 +52,10 @@ impl Destination {
         Self::with(ReceiverOptions { idle_timeout, ..ReceiverOptions::default() }, host)
     }
 
-    pub(crate) fn with(options: ReceiverOptions, host: impl FnOnce(mpsc::Sender<Arrived>) -> Host) -> Self {
+    pub(crate) fn with<H>(options: ReceiverOptions, host: impl FnOnce(mpsc::Sender<Arrived>) -> H) -> Self
+    where
+        H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
+    {
         let (log_tx, log) = mpsc::channel();
         let (arrived_tx, arrived) = mpsc::channel();
         let options = ReceiverOptions { observer: Arc::new(Log(Mutex::new(log_tx))), ..options };

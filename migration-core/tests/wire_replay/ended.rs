@@ -229,7 +229,7 @@ fn a_guest_that_ends_during_a_snapshot_ends_it() {
 }
 
 /// Pushes nothing before the guest has ended.
-struct Held(Arc<AtomicBool>);
+pub(crate) struct Held(pub(crate) Arc<AtomicBool>);
 
 impl PushOrder for Held {
     fn name(&self) -> &'static str {

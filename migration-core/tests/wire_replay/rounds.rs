@@ -494,7 +494,7 @@ fn a_cancel_gives_the_vmm_its_dirty_bits_back() {
 }
 
 /// Some rounds, and a hand-over.
-struct Rounds(u32);
+pub(crate) struct Rounds(pub(crate) u32);
 
 impl Strategy for Rounds {
     fn name(&self) -> &'static str {

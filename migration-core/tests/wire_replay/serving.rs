@@ -235,7 +235,7 @@ pub(crate) fn lane(lanes: &mpsc::Receiver<(LaneKind, End)>, kind: LaneKind) -> E
     end
 }
 
-fn take(end: &End, len: usize) -> Vec<u8> {
+pub(crate) fn take(end: &End, len: usize) -> Vec<u8> {
     drop(end.incoming.wait("something of the source", |s| s.closed || s.ended || s.bytes.len() >= len));
     let mut bytes = vec![0; len];
     end.incoming.read(&mut bytes, None).expect("the lane goes on");

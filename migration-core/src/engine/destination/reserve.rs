@@ -327,4 +327,109 @@ mod tests {
         common.spawn(7, Role::Control, "mig-alive", Box::new(|| {})).unwrap().join();
         lanes.into_iter().for_each(|lane| lane.join());
     }
+
+    /// Has descriptors for so many connections.
+    struct Cramped(usize);
+
+    impl Room for Cramped {
+        fn channels(&self, wanted: usize) -> usize {
+            wanted.min(self.0)
+        }
+    }
+
+    fn receiver(threads: usize, room: Option<usize>) -> Receiver {
+        let spawner = Arc::new(Few(Mutex::new(threads)));
+        let receiver = Receiver::new(NoHost, drop, ReceiverOptions { spawner, ..ReceiverOptions::default() });
+        *lock(&receiver.destination.common.room) = room.map(|room| Arc::new(Cramped(room)) as Arc<dyn Room>);
+        receiver
+    }
+
+    /// The features, the connections beside bulk lanes, and the threads beside those of bulk lanes.
+    const NEEDS: [(u32, usize, usize); 4] = [
+        (0, 0, 1),
+        (FEATURE_POST_COPY, 2, 6),
+        (FEATURE_CHECKPOINTS, 1, 2),
+        (FEATURE_POST_COPY | FEATURE_CHECKPOINTS, 3, 7),
+    ];
+
+    #[test]
+    fn as_many_lanes_are_offered_as_there_are_threads_and_descriptors_for() {
+        const WANTED: u16 = 4;
+        for (features, lanes, threads) in NEEDS {
+            for more in 0..6 {
+                let offered = |receiver: &Receiver| {
+                    let reserved = receiver.destination.common.reserve(7, WANTED, features);
+                    reserved.map(|reservation| usize::from(reservation.streams))
+                };
+                let expected = (more > 0).then_some(more.min(WANTED.into()));
+                let few = offered(&receiver(threads + more, None));
+                assert_eq!(few.as_ref().ok().copied(), expected, "{features:#b}, {more} more threads");
+                let cramped = offered(&receiver(100, Some(lanes + more)));
+                assert_eq!(cramped.as_ref().ok().copied(), expected, "{features:#b}, {more} more descriptors");
+                if more == 0 {
+                    let (thread, descriptor) = (few.unwrap_err(), cramped.unwrap_err().to_string());
+                    assert!(matches!(thread, MigrationError::Thread { .. }), "{thread}");
+                    let words = format!("no descriptors for {} connections", lanes + 1);
+                    assert!(descriptor.contains(&words), "{descriptor}");
+                }
+            }
+            // no more than are needed
+            let receiver = receiver(100, None);
+            let reservation = receiver.destination.common.reserve(7, WANTED, features).unwrap();
+            let parked = |receiver: &Receiver| {
+                lock(&receiver.destination.common.reserved).parked.iter().map(|p| p.threads.len()).sum::<usize>()
+            };
+            assert_eq!(parked(&receiver), usize::from(WANTED) + threads, "{features:#b}");
+            drop(reservation);
+            assert_eq!(parked(&receiver), 0, "{features:#b}");
+        }
+    }
+
+    #[test]
+    fn connections_get_the_threads_of_lanes_and_the_session_the_others() {
+        for (features, lanes, threads) in NEEDS {
+            let receiver = receiver(2 + threads, None);
+            let common = &receiver.destination.common;
+            let _reservation = common.reserve(7, 2, features).unwrap();
+            let mut started = Vec::new();
+            while let Ok(thread) = common.spawn_for(started.len() as u64, || Box::new(|| {})) {
+                started.push(thread);
+            }
+            assert_eq!(started.len(), 2 + lanes, "{features:#b}");
+            let spawn = |owner| common.spawn(owner, Role::Control, "mig-test", Box::new(|| {}));
+            assert!(spawn(8).is_err(), "they are another session's");
+            for _ in 0..threads - lanes {
+                started.push(spawn(7).unwrap());
+            }
+            assert!(spawn(7).is_err(), "{features:#b}");
+            started.into_iter().for_each(|thread| thread.join());
+        }
+    }
+
+    #[test]
+    fn what_a_session_has_started_otherwise_is_not_kept_for_it() {
+        // one thread that can be started after the reservation
+        let receiver = receiver(2 + 1 + 1, None);
+        let common = &receiver.destination.common;
+        let _reservation = common.reserve(7, 2, 0).unwrap();
+        let own = common.spawn(7, Role::Control, "mig-alive", Box::new(|| {})).unwrap();
+        let connection = |id| common.spawn_for(id, || Box::new(|| {}));
+        let lanes = [connection(0).unwrap(), connection(1).unwrap(), connection(2).unwrap()];
+        assert!(connection(3).is_err());
+        lanes.into_iter().chain([own]).for_each(|thread| thread.join());
+    }
+
+    #[test]
+    fn a_newer_attempt_takes_the_reservation_of_its_vm_and_of_no_other() {
+        let receiver = receiver(100, None);
+        let common = &receiver.destination.common;
+        let parked = || lock(&common.reserved).parked.iter().map(|p| (p.owner, p.threads.len())).collect::<Vec<_>>();
+        let first = common.reserve(7, 2, 0).unwrap();
+        let _other = common.reserve(8, 1, 0).unwrap();
+        let _newer = common.reserve(7, 3, 0).unwrap();
+        assert_eq!(parked(), [(8, 2), (7, 4)]);
+        // the older one has nothing to release any more
+        drop(first);
+        assert_eq!(parked(), [(8, 2), (7, 4)]);
+    }
 }

@@ -1,5 +1,8 @@
 //! What the lanes of one session share at the destination.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     sync::{
         Arc, Condvar, Mutex,
