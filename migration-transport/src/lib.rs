@@ -72,7 +72,7 @@
 //!
 //! # Features
 //!
-//! `redis`: `RedisPageStore`, a page store in a Valkey or Redis server.
+//! `redis`: `RedisPageStore`, a page store in Valkey or Redis servers.
 //!
 //! `test-utils`: `Relay`, a TCP relay that can be cut, stalled, delayed and slowed down, and `Cut`,
 //! which cuts links in memory at any byte.
@@ -115,7 +115,7 @@ pub use memory::cut::Cut;
 #[cfg(any(test, feature = "test-utils"))]
 pub use relay::Relay;
 #[cfg(feature = "redis")]
-pub use store::{RedisPageStore, RedisPageStoreOptions};
+pub use store::{IdentityFiles, RedisHealth, RedisMemory, RedisPageStore, RedisPageStoreOptions, RedisUrl, TlsFiles};
 pub use {
     accept::Shortage,
     atomic_file::AtomicFile,
@@ -127,8 +127,8 @@ pub use {
     options::{Congestion, ConnectOptions, SocketOptions},
     private_socket::listen_private,
     store::{
-        AttemptFolders, CheckpointFolders, CheckpointKind, DirVersions, FilePageStore, FilePageStoreOptions, OpenStore,
-        PlainStores, SnapshotFile,
+        AttemptFolders, CheckpointFolders, CheckpointKind, DirVersions, FilePageStore, FilePageStoreOptions,
+        NamedStore, OpenStore, PlainStores, SnapshotFile, StoreUrl, StoreUrlError,
     },
     stream::StreamChannel,
     tcp::{TcpConnector, TcpListener},

@@ -85,7 +85,8 @@ pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read
 /// - Rule 9: a namespace keeps the newest put of each page and is forgotten as a whole.
 /// - Rule 10: a put never replaces a newer generation. A put into a namespace that is absent fails
 ///   and never creates it. An id that was forgotten cannot be created again for one lease.
-/// - Rule 11: `create`, `put` and `renew` return the present incarnation.
+/// - Rule 11: `create`, `put` and `renew` return the present incarnation. A store of several servers
+///   may have another one for each namespace.
 /// - Rule 14: a lease that has ended deletes nothing. Whoever forgets, does so by a call.
 /// - Rule 24: a namespace is written, read, renewed or forgotten only for the VM that its record
 ///   names. The store compares, so that no caller can forget to.

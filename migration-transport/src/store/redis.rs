@@ -1,43 +1,54 @@
-//! A page store in a Valkey or Redis server.
+//! A page store in Valkey or Redis servers.
 
-mod link;
+mod blocks;
+mod cluster;
+mod connection;
+mod resp;
 mod scripts;
+mod server;
+mod stream;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use std::{
     fmt, iter,
     time::{Duration, Instant},
 };
 
-use ::redis::{ScriptInvocation, cmd, pipe};
-use migration_core::{
-    store::{
-        Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Purpose, Record, StoreError,
-        Stored, Trailer, Urgency, VmNamespace, check_get, check_lease, check_put,
-        limits::{MAX_FORGOTTEN, MAX_NAMESPACES, MAX_VALUE_BYTES, UNSEEN_LEASE},
-    },
-    vm::VmId,
+use migration_core::store::{
+    Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Purpose, Record, StoreError, Stored,
+    Urgency, VmNamespace, check_get, check_lease, check_put,
+    limits::{MAX_FORGOTTEN, MAX_NAMESPACES, UNSEEN_LEASE},
 };
 
-use link::{Link, ServerInfo};
-use scripts::{Answer, Keys, Scripts};
+use self::{
+    cluster::{Servers, Target},
+    connection::Settings,
+    resp::Command,
+    scripts::{Answer, CREATE, EXPIRED, FORGET, Keys, RENEW, SWEEP, run, run_with_time},
+    server::{Use, store_error},
+    stream::{Wait, tls_config},
+    transfer::{Get, Put, decode_record},
+};
+use super::url::RedisUrl;
 
-/// Pages of a prefetch in flight: 256 KiB. A fault that reaches the server waits for no more.
+/// Pages of prefetches that one server has under way: 256 KiB. A fault that reaches the server
+/// waits for no more.
 const PREFETCH_PAGES: usize = 64;
-/// Pages of a fault in flight: 1 MiB.
+/// Pages of a fault that one server has under way: 1 MiB.
 const FAULT_PAGES: usize = 256;
-/// Bytes that a page takes in the server beside its value and trailer: its field, and the server's
-/// own structures. An estimate.
-const ENTRY_BYTES: u64 = 96;
+/// Blocks of a forgotten namespace that are removed in one step, during which the server answers
+/// nobody.
+const SWEEP_BLOCKS: usize = 128;
 
 /// How a [`RedisPageStore`] works. All users of a store choose the same.
 #[derive(Clone, Debug)]
 pub struct RedisPageStoreOptions {
-    /// Most bytes that all pages may take; `None` for what the server has.
+    /// Most bytes that all pages may take; `None` for what the servers have. In a cluster, most
+    /// bytes of each of its 16 parts.
     pub limit: Option<u64>,
-    /// The longest time that the server may take to answer, or to accept a connection. The deadline
-    /// of a `get` can shorten it.
+    /// The longest time that a server may be silent. The deadline of a `get` can shorten it.
     pub timeout: Duration,
     /// Most namespaces, at most [`MAX_NAMESPACES`].
     pub max_namespaces: usize,
@@ -52,71 +63,122 @@ impl Default for RedisPageStoreOptions {
     }
 }
 
-/// Keeps pages in a Valkey or Redis server (version 5 or later), for several users on several
-/// hosts.
+/// Keeps pages in a Valkey or Redis server (version 5 or later), or in a cluster of them, for
+/// several users on several hosts.
 ///
-/// Every call is one script, or one pipeline of reads, on the server: comparison and replacement
-/// are one step. There are three connections: one for faults, one for prefetches, and one for
-/// everything else. A prefetch asks for 256 KiB at a time. A connection that fails is made anew by
-/// the next call, at the earliest after a pause that grows from 50 ms to 5 s; until then calls fail
-/// with an error that [can be retried](StoreError::can_retry).
+/// **Pages travel in runs.** 16 pages that follow each other are one value of the server. A put is
+/// one transaction, in which the server compares all generations and copies no page. A get asks for
+/// the next runs while it hands out the last ones.
 ///
-/// The incarnation is made of the server's run id and of a random key in the database. So every
+/// **Faults have connections of their own**, and a server has at most 256 KiB of prefetches under
+/// way for this store. Two threads that prefetch take turns. `take` may use the store; no lock is
+/// held while it is called.
+///
+/// **Connections are made when they are needed**, and made anew when they have failed, at the
+/// earliest after a pause that grows from 50 ms to 5 s. Until then calls fail with an error that
+/// [can be retried](StoreError::can_retry). A connection that a server has closed while it was idle
+/// is replaced without an error.
+///
+/// **In a cluster** a namespace lies on one server, and namespaces are spread evenly over 16 parts.
+/// If parts move to another server, calls follow them; to have moved counts as a loss.
+///
+/// **The incarnation** is made of the server's run id and of a random key in the database. So every
 /// restart of the server, and every loss of the database, counts as a loss of all pages, also if
 /// the server reads its data back from a disk. A server whose policy may evict keys is refused: set
-/// `maxmemory-policy` to `noeviction`. Leases run on the server's clock.
+/// `maxmemory-policy` to `noeviction`. Replicas are refused. Leases run on the server's clock.
 ///
 /// Whoever has the server can read and replace a VM's memory: wrap the store in
-/// `migration_crypto::Sealed` if that matters. It can also answer with values of any length, which
-/// are read before they are refused: use servers that you run.
+/// `migration_crypto::Sealed` if that matters. Whatever a server answers, no more than about 5 MiB
+/// are allocated for it, and a page that is not as it was put is missing.
 ///
 /// # Example
 ///
 /// ```no_run
 /// use migration_core::store::PageStore;
-/// use migration_transport::{RedisPageStore, RedisPageStoreOptions};
+/// use migration_transport::{RedisPageStore, RedisPageStoreOptions, StoreUrl};
 ///
-/// let options = RedisPageStoreOptions::default();
-/// let store = RedisPageStore::open("redis://10.0.0.7:6379/0", "rack-7", options)?;
+/// let StoreUrl::Redis(url) = "redis://10.0.0.7:6379/0".parse()? else { return Ok(()) };
+/// let store = RedisPageStore::open(&url, "rack-7", RedisPageStoreOptions::default())?;
 /// println!("room for {} MiB", store.room() >> 20);
-/// # Ok::<(), migration_core::store::StoreError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct RedisPageStore {
     name: String,
+    url: RedisUrl,
     options: RedisPageStoreOptions,
-    keys: Keys,
-    scripts: Scripts,
-    faults: Link,
-    prefetches: Link,
-    others: Link,
-    /// How far tests have moved the server's clock, in milliseconds.
+    servers: Servers,
+    /// How far tests have moved the servers' clock, in milliseconds.
     #[cfg(test)]
     clock: std::sync::atomic::AtomicU64,
 }
 
+/// How a server of a [`RedisPageStore`] is.
+#[derive(Debug)]
+pub struct RedisHealth {
+    /// Its address.
+    pub address: String,
+    /// Its memory, or why it does not answer.
+    pub memory: Result<RedisMemory, StoreError>,
+}
+
+/// The memory of a server, and how fast it has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RedisMemory {
+    /// Bytes in use, for whatever.
+    pub used_bytes: u64,
+    /// The limit that the server has, or else the memory of its host.
+    pub most_bytes: u64,
+    /// The time from the question to the answer, on a connection that existed before.
+    pub round_trip: Duration,
+}
+
 impl RedisPageStore {
-    /// Connects to the server at `url`: `redis://[:PASSWORD@]HOST:PORT/DB`, or
-    /// `redis+unix:///PATH?db=DB` for a Unix socket. `name` is the name under which both sides have
-    /// configured the store.
+    /// Connects to the server, or to each server of the cluster. `name` is the name under which
+    /// both sides have configured the store.
     ///
     /// # Errors
-    /// Returns [`StoreError::Io`] if the URL makes no sense, the server cannot be reached, does not
-    /// let this user in, or may evict keys. [`StoreError::can_retry`] says which of these may pass.
-    pub fn open(url: &str, name: impl Into<String>, options: RedisPageStoreOptions) -> Result<Self, StoreError> {
-        let link = || Link::new(url);
+    /// Returns [`StoreError::Io`] if a file for TLS is missing or wrong, or a server cannot be
+    /// reached, does not let this user in, is a replica, or may evict keys.
+    /// [`StoreError::can_retry`] says which of these may pass.
+    ///
+    /// # Panics
+    /// Panics if the URL names no server.
+    pub fn open(url: &RedisUrl, name: impl Into<String>, options: RedisPageStoreOptions) -> Result<Self, StoreError> {
+        let tls = url.tls.as_ref().map(tls_config).transpose();
+        let tls = tls.map_err(StoreError::io("reading the files for TLS"))?;
+        assert!(!url.servers.is_empty(), "a store has at least one server");
+        let settings = Settings {
+            user: url.user.clone(),
+            password: url.password.clone(),
+            database: url.database,
+            tls,
+            cluster: url.cluster,
+        };
         let store = Self {
             name: name.into(),
-            keys: Keys::new(&options.prefix),
-            scripts: Scripts::new(),
-            faults: link()?,
-            prefetches: link()?,
-            others: link()?,
+            url: url.clone(),
+            servers: Servers::new(&url.servers, &options.prefix, settings),
             options,
             #[cfg(test)]
             clock: Default::default(),
         };
-        store.others.with(store.options.timeout, |_, _| Ok(()))?;
+        store.servers.start(store.wait())?;
         Ok(store)
+    }
+
+    /// Asks each server how it is. Blocks for up to the time-out for each.
+    pub fn health(&self) -> Vec<RedisHealth> {
+        let ask = |server: std::sync::Arc<server::Server>| {
+            let address = server.address.to_string();
+            let memory = server.with(Use::Others, self.wait(), &mut |connection| {
+                let start = Instant::now();
+                let info = connection.ask_info(self.wait())?;
+                let (used_bytes, most_bytes) = (info.used_bytes, info.most_bytes);
+                Ok(RedisMemory { used_bytes, most_bytes, round_trip: start.elapsed() })
+            });
+            RedisHealth { memory: memory.map_err(|fail| store_error(&address, fail, 0)), address }
+        };
+        self.servers.all().into_iter().map(ask).collect()
     }
 
     #[cfg(test)]
@@ -129,70 +191,65 @@ impl RedisPageStore {
         0
     }
 
-    /// Runs a script that answers with a status and a list.
-    fn run(
-        &self,
-        prepare: impl for<'s> FnOnce(&'s Scripts, &Keys) -> ScriptInvocation<'s>,
-    ) -> Result<(Answer, [u8; 16]), StoreError> {
-        self.others.with(self.options.timeout, |connection, server| {
-            let answer: Vec<Vec<u8>> = prepare(&self.scripts, &self.keys).invoke(connection)?;
-            Ok((Answer::new(answer), server.run_id))
+    fn wait(&self) -> Wait {
+        Wait::silence(self.options.timeout)
+    }
+
+    fn target(&self, part: usize) -> Target {
+        Target { part, of: Use::Others, wait: self.wait() }
+    }
+
+    /// Returns the number and the keys of the part that has the namespace.
+    fn part(&self, id: NamespaceId) -> (usize, &Keys) {
+        let part = self.servers.part_of(id);
+        (part, &self.servers.parts()[part])
+    }
+
+    /// Runs a script. Returns its answer, and the run id of the server.
+    fn run(&self, part: usize, script: &Command) -> Result<(Answer, [u8; 16]), StoreError> {
+        let wait = self.wait();
+        self.servers.with(self.target(part), 0, |connection| {
+            Ok((Answer::new(connection.ask(script, wait)?)?, connection.info.run_id))
         })
     }
 
-    /// Reads up to a few hundred pages. The link is free again when this returns.
-    fn fetch(
-        &self,
-        link: &Link,
-        namespace: VmNamespace,
-        pages: &[PageToGet],
-        deadline: Instant,
-    ) -> Result<Vec<Option<Vec<u8>>>, StoreError> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(StoreError::TimedOut);
+    /// Returns how many namespaces all parts but one have.
+    fn namespaces_elsewhere(&self, part: usize) -> Result<usize, StoreError> {
+        let mut count = 0;
+        for other in (0..self.servers.parts().len()).filter(|other| *other != part) {
+            let ask = Command::new("ZCARD").arg(self.servers.parts()[other].spaces());
+            let wait = self.wait();
+            let reply = self.servers.with(self.target(other), 0, |connection| connection.ask(&ask, wait))?;
+            count += reply.number().and_then(|count| usize::try_from(count).ok()).unwrap_or(0).min(MAX_NAMESPACES);
         }
-        let mut pipe = pipe();
-        pipe.cmd("HGET").arg(self.keys.space(namespace.id)).arg("record");
-        let wanted = pipe.cmd("HMGET").arg(self.keys.pages(namespace.id));
-        pages.iter().for_each(|page| _ = wanted.arg(page.page));
-        type Reply = (Option<Vec<u8>>, Vec<Option<Vec<u8>>>);
-        let reply = link.with(left.min(self.options.timeout), |connection, _| pipe.query::<Reply>(connection));
-        let (record, values) = match reply {
-            Err(error) if error.can_retry() && Instant::now() >= deadline => return Err(StoreError::TimedOut),
-            other => other?,
-        };
-        match self.decode_record(namespace.id, record)? {
-            None => Err(StoreError::Absent(namespace.id)),
-            Some(record) if record.vm != namespace.vm => Err(StoreError::OtherVm(namespace.id)),
-            Some(_) => Ok(values),
-        }
+        Ok(count)
     }
 
-    fn decode_record(&self, id: NamespaceId, bytes: Option<Vec<u8>>) -> Result<Option<Record>, StoreError> {
-        let Some(bytes) = bytes else { return Ok(None) };
-        let damaged = |cause: Box<dyn std::error::Error + Send + Sync>| StoreError::Damaged {
-            what: format!("the record of namespace {id} in {}", self.name),
-            cause,
-        };
-        match bytes.first_chunk() {
-            Some(record) if bytes.len() == Record::BYTES => {
-                Record::decode(record).map(Some).map_err(|cause| damaged(cause.into()))
-            }
-            _ => Err(damaged("it has another length".into())),
-        }
-    }
-
-    fn info(&self) -> Result<ServerInfo, StoreError> {
-        self.others.with(self.options.timeout, |connection, _| ServerInfo::ask(connection))
+    /// Removes what is left of forgotten namespaces, in steps, so that nobody waits for long.
+    fn sweep(&self, part: usize) -> Result<(), StoreError> {
+        let keys = &self.servers.parts()[part];
+        let step = run(SWEEP, &[&keys.dying()]).arg(keys.blocks_start()).arg(keys.block_start()).number(SWEEP_BLOCKS);
+        while self.run(part, &step)?.0.number(0) == 1 {}
+        Ok(())
     }
 
     fn find_room(&self) -> Result<u64, StoreError> {
-        let Some(limit) = self.options.limit else { return Ok(self.info()?.room()) };
-        let used = self.others.with(self.options.timeout, |connection, _| {
-            cmd("GET").arg(self.keys.used()).query::<Option<u64>>(connection)
-        })?;
-        Ok(limit.saturating_sub(used.unwrap_or(0)))
+        let wait = self.wait();
+        let mut room = 0_u64;
+        let Some(limit) = self.options.limit else {
+            for server in self.servers.all() {
+                let info = server.with(Use::Others, wait, &mut |connection| connection.ask_info(wait));
+                let info = info.map_err(|fail| store_error(&server.address.to_string(), fail, 0))?;
+                room = room.saturating_add(info.room());
+            }
+            return Ok(room);
+        };
+        for (part, keys) in self.servers.parts().iter().enumerate() {
+            let ask = Command::new("GET").arg(keys.used());
+            let used = self.servers.with(self.target(part), 0, |connection| connection.ask(&ask, wait))?.number();
+            room += limit.saturating_sub(used.and_then(|used| u64::try_from(used).ok()).unwrap_or(0));
+        }
+        Ok(room)
     }
 }
 
@@ -201,14 +258,6 @@ fn incarnation(random: &[u8], run_id: [u8; 16]) -> Incarnation {
     let mut bytes = run_id;
     iter::zip(&mut bytes, random).for_each(|(byte, random)| *byte ^= random);
     Incarnation(bytes)
-}
-
-/// Returns the value, if it is the one that the trailer before it proves.
-fn checked<'a>(bytes: &'a [u8], vm: VmId, wanted: &PageToGet) -> Option<&'a [u8]> {
-    let (trailer, value) = bytes.split_first_chunk()?;
-    let good =
-        value.len() <= MAX_VALUE_BYTES && Trailer::decode(trailer).proves(vm, wanted.page, wanted.generation, value);
-    good.then_some(value)
 }
 
 /// Rounds up, so that no lease ends too early.
@@ -228,13 +277,16 @@ impl PageStore for RedisPageStore {
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {
         check_lease(lease)?;
         let limit = self.options.max_namespaces.min(MAX_NAMESPACES);
-        let (answer, run_id) = self.run(|scripts, keys| {
-            let mut call = scripts.create.key(keys.store());
-            call.key(keys.spaces()).key(keys.forgotten()).key(keys.space(namespace));
-            call.arg(&namespace.0[..]).arg(&record.encode()[..]).arg(millis(lease)).arg(self.clock_offset());
-            call.arg(&Incarnation::random().0[..]).arg(limit);
-            call
-        })?;
+        let (part, keys) = self.part(namespace);
+        let here = limit.saturating_sub(self.namespaces_elsewhere(part)?);
+        let names = [keys.store(), keys.spaces(), keys.forgotten(), keys.space(namespace)];
+        let script = run_with_time(CREATE, &names.each_ref().map(String::as_str), self.clock_offset())
+            .arg(namespace.to_string())
+            .arg(record.encode())
+            .number(millis(lease))
+            .arg(Incarnation::random().0)
+            .number(here);
+        let (answer, run_id) = self.run(part, &script)?;
         match answer.status() {
             "ok" => Ok(incarnation(answer.item(0), run_id)),
             "occupied" => Err(StoreError::Occupied(namespace)),
@@ -247,12 +299,13 @@ impl PageStore for RedisPageStore {
         check_lease(lease)?;
         // the script takes the owner out of this record, and the rest out of the one that is there
         let record = Record { vm: namespace.vm, purpose: Purpose::Home, owner };
-        let (answer, run_id) = self.run(|scripts, keys| {
-            let mut call = scripts.renew.key(keys.store());
-            call.key(keys.spaces()).key(keys.space(namespace.id));
-            call.arg(&namespace.id.0[..]).arg(&record.encode()[..]).arg(millis(lease)).arg(self.clock_offset());
-            call
-        })?;
+        let (part, keys) = self.part(namespace.id);
+        let names = [keys.store(), keys.spaces(), keys.space(namespace.id)];
+        let script = run_with_time(RENEW, &names.each_ref().map(String::as_str), self.clock_offset())
+            .arg(namespace.id.to_string())
+            .arg(record.encode())
+            .number(millis(lease));
+        let (answer, run_id) = self.run(part, &script)?;
         match answer.status() {
             "ok" => Ok(incarnation(answer.item(0), run_id)),
             _ => Err(answer.error(&self.name, namespace.id)),
@@ -261,18 +314,13 @@ impl PageStore for RedisPageStore {
 
     fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
         check_put(pages)?;
-        let (answer, run_id) = self.run(|scripts, keys| {
-            let mut call = scripts.put.key(keys.store());
-            call.key(keys.space(namespace.id)).key(keys.pages(namespace.id)).key(keys.used());
-            call.arg(&namespace.vm.0[..]).arg(generation);
-            // above what a double of the server's Lua can count, there is no limit
-            call.arg(self.options.limit.unwrap_or(1 << 53).min(1 << 53)).arg(ENTRY_BYTES);
-            for &PageToPut { page, value } in pages {
-                let trailer = Trailer::new(namespace.vm, page, generation, value).encode();
-                call.arg(page).arg([&trailer[..], value].concat());
-            }
-            call
-        })?;
+        let (part, keys) = self.part(namespace.id);
+        let put = Put { keys, namespace, generation, pages, limit: self.options.limit.unwrap_or(u64::MAX) };
+        let needed = pages.len() as u64 * blocks::SLOT_BYTES as u64;
+        let wait = self.wait();
+        let (answer, run_id) = self
+            .servers
+            .with(self.target(part), needed, |connection| Ok((put.run(connection, wait)?, connection.info.run_id)))?;
         match answer.status() {
             "ok" if answer.item(1).len() == pages.len() => {
                 let taken = answer.item(1).iter().map(|&taken| taken == b'1').collect();
@@ -292,57 +340,64 @@ impl PageStore for RedisPageStore {
         take: &mut dyn FnMut(u64, PageData<'_>),
     ) -> Result<(), StoreError> {
         check_get(pages)?;
-        let (link, most) = match urgency {
-            Urgency::Fault => (&self.faults, FAULT_PAGES),
-            Urgency::Prefetch => (&self.prefetches, PREFETCH_PAGES),
+        let (of, window) = match urgency {
+            Urgency::Fault => (Use::Faults, FAULT_PAGES),
+            Urgency::Prefetch => (Use::Prefetches, PREFETCH_PAGES),
         };
-        let mut missing = Vec::new();
-        for piece in pages.chunks(most) {
-            let values = self.fetch(link, namespace, piece, deadline)?;
-            let values = values.iter().map(Option::as_deref).chain(iter::repeat(None));
-            for (wanted, value) in piece.iter().zip(values) {
-                match value.and_then(|value| checked(value, namespace.vm, wanted)) {
-                    Some(value) => take(wanted.page, PageData::new(value)),
-                    None => missing.push(wanted.page),
-                }
-            }
+        let wait = self.wait().until(deadline);
+        if wait.is_over() {
+            return Err(StoreError::TimedOut);
         }
-        StoreError::left_out(namespace.id, missing)
+        let (part, keys) = self.part(namespace.id);
+        let mut get = Get::new(keys, &self.name, namespace, pages, window);
+        let result =
+            self.servers.with(Target { part, of, wait }, 0, |connection| get.run(connection, wait, &mut *take));
+        match result {
+            Err(error) if error.can_retry() && wait.is_over() => Err(StoreError::TimedOut),
+            Err(error) => Err(error),
+            Ok(()) => StoreError::left_out(namespace.id, get.missing),
+        }
     }
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {
-        let bytes = self.others.with(self.options.timeout, |connection, _| {
-            cmd("HGET").arg(self.keys.space(namespace)).arg("record").query(connection)
-        })?;
-        self.decode_record(namespace, bytes)
+        let (part, keys) = self.part(namespace);
+        let ask = Command::new("HGET").arg(keys.space(namespace)).arg("record");
+        let wait = self.wait();
+        let reply = self.servers.with(self.target(part), 0, |connection| connection.ask(&ask, wait))?;
+        decode_record(&self.name, namespace, reply.bytes())
     }
 
     fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError> {
-        let (answer, _) = self.run(|scripts, keys| {
-            let mut call = scripts.forget.key(keys.spaces());
-            call.key(keys.forgotten()).key(keys.space(namespace.id)).key(keys.pages(namespace.id)).key(keys.used());
-            call.arg(&namespace.id.0[..]).arg(&namespace.vm.0[..]).arg(millis(UNSEEN_LEASE)).arg(self.clock_offset());
-            call.arg(MAX_FORGOTTEN);
-            call
-        })?;
+        let id = namespace.id;
+        let (part, keys) = self.part(id);
+        let names = [keys.spaces(), keys.forgotten(), keys.space(id), keys.blocks(id), keys.used(), keys.dying()];
+        let script = run_with_time(FORGET, &names.each_ref().map(String::as_str), self.clock_offset())
+            .arg(id.to_string())
+            .arg(namespace.vm.0)
+            .number(millis(UNSEEN_LEASE))
+            .number(MAX_FORGOTTEN);
+        let (answer, _) = self.run(part, &script)?;
         match answer.status() {
-            "ok" => Ok(()),
+            "ok" => self.sweep(part),
             "many" => Err(StoreError::TooMany { what: "forgotten ids", limit: MAX_FORGOTTEN }),
-            _ => Err(answer.error(&self.name, namespace.id)),
+            _ => Err(answer.error(&self.name, id)),
         }
     }
 
     fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError> {
-        let (answer, _) = self.run(|scripts, keys| {
-            let mut call = scripts.expired.key(keys.spaces());
-            call.arg(self.clock_offset()).arg(MAX_NAMESPACES);
-            call
-        })?;
         let mut ended = Vec::new();
-        for bytes in answer.items() {
-            let Ok(id) = <[u8; 16]>::try_from(&bytes[..]).map(NamespaceId) else { continue };
-            // it may have been forgotten since
-            ended.extend(self.record(id)?.map(|record| (id, record)));
+        for (part, keys) in self.servers.parts().iter().enumerate() {
+            // a user may have crashed in the middle of a `forget`
+            self.sweep(part)?;
+            let script = run_with_time(EXPIRED, &[&keys.spaces()], self.clock_offset());
+            let (answer, _) = self.run(part, &script.number(MAX_NAMESPACES).arg(keys.space_start()))?;
+            for pair in answer.items().chunks_exact(2) {
+                let id = str::from_utf8(&pair[0]).ok().filter(|digits| digits.len() == 32);
+                let Some(id) = id.and_then(|digits| u128::from_str_radix(digits, 16).ok()) else { continue };
+                let id = NamespaceId(id.to_be_bytes());
+                let record = Some(pair[1].clone()).filter(|record| !record.is_empty());
+                ended.extend(decode_record(&self.name, id, record)?.map(|record| (id, record)));
+            }
         }
         ended.sort_by_key(|(id, _)| *id);
         Ok(ended)
@@ -353,7 +408,7 @@ impl fmt::Debug for RedisPageStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisPageStore")
             .field("name", &self.name)
-            .field("server", &self.others.shown())
+            .field("url", &self.url)
             .field("options", &self.options)
             .finish_non_exhaustive()
     }

@@ -13,27 +13,28 @@ use super::{
 struct Attempt {
     home: VmNamespace,
     attempt: VmNamespace,
-    incarnation: Incarnation,
+    /// The incarnations of both.
+    incarnations: [Incarnation; 2],
 }
 
 /// The source has put everything.
 fn begin(test: &mut dyn TestStore) -> Attempt {
-    let (home, incarnation) = create(test, 1, Purpose::Home);
+    let (home, of_home) = create(test, 1, Purpose::Home);
     put(test, home, 1, &[1, 2, 3]);
     put(test, home, 2, &[3]);
-    let (attempt, _) = create(test, 2, Purpose::Attempt);
+    let (attempt, of_attempt) = create(test, 2, Purpose::Attempt);
     put(test, attempt, 1, &[10, 11]);
     put(test, attempt, 2, &[11, 12]);
-    Attempt { home, attempt, incarnation }
+    Attempt { home, attempt, incarnations: [of_home, of_attempt] }
 }
 
 /// The destination runs the VM, refers to both namespaces, and has checked the incarnation.
 fn take_over(test: &mut dyn TestStore, at: &Attempt) {
-    for id in [at.home, at.attempt] {
+    for (id, known) in [at.home, at.attempt].into_iter().zip(at.incarnations) {
         let record = test.store().record(id.id).expect("the store answers");
         assert_eq!(record.map(|record| record.vm), Some(VM));
         let incarnation = test.store().renew(id, DESTINATION, LEASE).expect("the destination renews");
-        assert_eq!(incarnation, at.incarnation);
+        assert_eq!(incarnation, known);
     }
     expect_pages(test, at.home, &[(1, 1), (2, 1), (3, 2)], &[]);
     expect_pages(test, at.attempt, &[(10, 1), (11, 2), (12, 2)], &[]);

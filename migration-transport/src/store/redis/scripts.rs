@@ -1,191 +1,150 @@
-//! The scripts that the server runs, and the names of its keys.
+//! The scripts that a server runs, and the names of its keys.
+//!
+//! A store has one part, in a cluster 16 of them. The names of all keys of a part begin with
+//! `{PREFIX:PART}`, so that a cluster keeps them on one server.
 //!
 //! | key | what it holds |
 //! |---|---|
-//! | `PREFIX:store` | the random value of the incarnation |
-//! | `PREFIX:spaces` | a sorted set: the ids of all namespaces, by the end of their leases in milliseconds since 1970 |
-//! | `PREFIX:forgotten` | a sorted set: forgotten ids, by the time until which they are remembered |
-//! | `PREFIX:used` | bytes that all pages take |
-//! | `PREFIX:space:ID` | a hash: `record`, `lease` (the longest that was granted, in milliseconds), `bytes` of its pages |
-//! | `PREFIX:pages:ID` | a hash: page number → trailer and value |
+//! | `store` | the random value of the incarnation |
+//! | `spaces` | a sorted set: the ids of all namespaces, by the end of their leases in milliseconds since 1970 |
+//! | `forgotten` | a sorted set: forgotten ids, by the time until which they are remembered |
+//! | `used` | bytes that all pages take |
+//! | `dying` | a set: forgotten ids of which blocks are left |
+//! | `space:ID` | a hash: `record`, `lease` (the longest that was granted, in milliseconds), `bytes` of its pages |
+//! | `blocks:ID` | a set: the numbers of its blocks |
+//! | `block:ID:NUMBER` | a block: see blocks.rs |
+//! | `stage:CONNECTION:N` | a block that is put, inside of one transaction |
 //!
 //! A script answers with a list of strings. The first one says how it went: `ok`, `absent`, `vm`
 //! (the record names another VM), `damaged`, and what a script has beside these.
+//!
+//! Scripts are sent with each call: they are short beside what they move, and a server that has
+//! forgotten one would refuse it in the middle of a transaction.
 
-use ::redis::Script;
 use migration_core::store::{NamespaceId, StoreError};
+
+use super::{
+    blocks::{BLOCK_PAGES, Piece, SLOT_BYTES, index},
+    cluster::slot_of,
+    resp::{Command, Fail, Reply},
+};
+use migration_core::store::{PageToGet, Trailer};
 
 /// Begins every script that needs the time.
 const NOW: &str = "local time = redis.call('TIME')
 local function now(offset) return time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(offset) end
 ";
+pub(super) const CREATE: &str = include_str!("lua/create.lua");
+pub(super) const RENEW: &str = include_str!("lua/renew.lua");
+pub(super) const FORGET: &str = include_str!("lua/forget.lua");
+pub(super) const EXPIRED: &str = include_str!("lua/expired.lua");
+pub(super) const SWEEP: &str = include_str!("lua/sweep.lua");
+pub(super) const PUT: &str = include_str!("lua/put.lua");
+pub(super) const READ: &str = include_str!("lua/read.lua");
 
-/// Keys: store, spaces, forgotten, space. Arguments: id, record, lease, clock offset, random value,
-/// most namespaces. The first 17 bytes of a record are VM and purpose.
-const CREATE: &str = "
-local at = now(ARGV[4])
-redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', at)
-if redis.call('ZSCORE', KEYS[3], ARGV[1]) then return {'forgotten'} end
-local record = redis.call('HGET', KEYS[4], 'record')
-local lease = tonumber(ARGV[3])
-local ends = at + lease
-if record then
-  if string.sub(record, 1, 17) ~= string.sub(ARGV[2], 1, 17) then return {'occupied'} end
-  lease = math.max(lease, tonumber(redis.call('HGET', KEYS[4], 'lease') or '0'))
-  ends = math.max(ends, tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or '0'))
-else
-  if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[6]) then return {'many'} end
-  redis.call('HSET', KEYS[4], 'record', ARGV[2])
-end
-redis.call('HSET', KEYS[4], 'lease', string.format('%.0f', lease))
-redis.call('ZADD', KEYS[2], string.format('%.0f', ends), ARGV[1])
-redis.call('SETNX', KEYS[1], ARGV[5])
-return {'ok', redis.call('GET', KEYS[1])}
-";
-
-/// Keys: store, spaces, space. Arguments: id, a record with the VM and the new owner, lease, clock
-/// offset.
-const RENEW: &str = "
-local record = redis.call('HGET', KEYS[3], 'record')
-if not record then return {'absent'} end
-if string.sub(record, 1, 16) ~= string.sub(ARGV[2], 1, 16) then return {'vm'} end
-local store = redis.call('GET', KEYS[1])
-if not store then return {'damaged'} end
-local lease = math.max(tonumber(ARGV[3]), tonumber(redis.call('HGET', KEYS[3], 'lease') or '0'))
-local ends = math.max(now(ARGV[4]) + tonumber(ARGV[3]), tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or '0'))
-redis.call('HSET', KEYS[3], 'record', string.sub(record, 1, 17) .. string.sub(ARGV[2], 18))
-redis.call('HSET', KEYS[3], 'lease', string.format('%.0f', lease))
-redis.call('ZADD', KEYS[2], string.format('%.0f', ends), ARGV[1])
-return {'ok', store}
-";
-
-/// Keys: store, space, pages, used. Arguments: VM, generation, limit, overhead of a page; then for
-/// each page its number, and trailer and value. The generation stands at byte 24 of a trailer, the
-/// lowest byte first. The first loop changes nothing.
-const PUT: &str = "
-local record = redis.call('HGET', KEYS[2], 'record')
-if not record then return {'absent'} end
-if string.sub(record, 1, 16) ~= ARGV[1] then return {'vm'} end
-local store = redis.call('GET', KEYS[1])
-if not store then return {'damaged'} end
-local generation, overhead = tonumber(ARGV[2]), tonumber(ARGV[4])
-local taken, added = {}, 0
-for i = 5, #ARGV, 2 do
-  local old = redis.call('HGET', KEYS[3], ARGV[i])
-  local newer = old and #old >= 28 and struct.unpack('<I4', old, 25) > generation
-  if newer then
-    taken[#taken + 1] = '0'
-  else
-    taken[#taken + 1] = '1'
-    added = added + #ARGV[i + 1] + overhead
-    if old then added = added - #old - overhead end
-  end
-end
-local used, limit = tonumber(redis.call('GET', KEYS[4]) or '0'), tonumber(ARGV[3])
-if added > 0 and used + added > limit then
-  return {'room', string.format('%.0f', added), string.format('%.0f', math.max(limit - used, 0))}
-end
-for i = 5, #ARGV, 2 do
-  if taken[(i - 3) / 2] == '1' then redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1]) end
-end
-if added ~= 0 then
-  redis.call('INCRBY', KEYS[4], string.format('%.0f', added))
-  redis.call('HINCRBY', KEYS[2], 'bytes', string.format('%.0f', added))
-end
-return {'ok', store, table.concat(taken)}
-";
-
-/// Keys: spaces, forgotten, space, pages, used. Arguments: id, VM, lease of an unknown id, clock
-/// offset, most forgotten ids. A record that is damaged names no VM, and can be removed by anybody.
-const FORGET: &str = "
-local at = now(ARGV[4])
-local record = redis.call('HGET', KEYS[3], 'record')
-if record and #record >= 16 and string.sub(record, 1, 16) ~= ARGV[2] then return {'vm'} end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', at)
-local remembered = redis.call('ZSCORE', KEYS[2], ARGV[1])
-if not remembered and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5]) then return {'many'} end
-local lease = ARGV[3]
-if record then
-  lease = redis.call('HGET', KEYS[3], 'lease') or lease
-  redis.call('DECRBY', KEYS[5], redis.call('HGET', KEYS[3], 'bytes') or '0')
-end
-local ends = math.max(at + tonumber(lease), tonumber(remembered or '0'))
-redis.call('ZADD', KEYS[2], string.format('%.0f', ends), ARGV[1])
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('DEL', KEYS[3])
-redis.call('UNLINK', KEYS[4])
-return {'ok'}
-";
-
-/// Keys: spaces. Arguments: clock offset, most ids.
-const EXPIRED: &str = "
-local ids = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now(ARGV[1]), 'LIMIT', 0, ARGV[2])
-table.insert(ids, 1, 'ok')
-return ids
-";
-
-pub(super) struct Scripts {
-    pub(super) create: Script,
-    pub(super) renew: Script,
-    pub(super) put: Script,
-    pub(super) forget: Script,
-    pub(super) expired: Script,
+/// Begins the command that runs a script. Its arguments follow.
+pub(super) fn run(script: &str, keys: &[&str]) -> Command {
+    let command = Command::new("EVAL").arg(script).number(keys.len());
+    keys.iter().fold(command, |command, key| command.arg(key))
 }
 
-impl Scripts {
-    pub(super) fn new() -> Self {
-        let script = |code: &str| Script::new(&format!("{NOW}{code}"));
-        Self {
-            create: script(CREATE),
-            renew: script(RENEW),
-            put: Script::new(PUT),
-            forget: script(FORGET),
-            expired: script(EXPIRED),
-        }
-    }
+/// As [`run`], for a script that needs the time. Its first argument follows: the offset of the
+/// clock.
+pub(super) fn run_with_time(script: &str, keys: &[&str], clock_offset: u64) -> Command {
+    run(&format!("{NOW}{script}"), keys).number(clock_offset)
 }
 
-/// The names of the keys.
+/// Returns the command that reads some pages of a block.
+pub(super) fn read_pages(keys: &Keys, id: NamespaceId, piece: &Piece, pages: &[PageToGet]) -> Command {
+    let indices: Vec<u8> = pages[piece.pages.clone()].iter().map(|page| index(page.page)).collect();
+    let command = run(READ, &[&keys.block(id, piece.block)]);
+    command.number(SLOT_BYTES).number(BLOCK_PAGES).number(Trailer::BYTES).arg(indices)
+}
+
+/// The names of the keys of a part.
 pub(super) struct Keys {
-    prefix: String,
+    /// What all names begin with.
+    start: String,
+    slot: u32,
 }
 
 impl Keys {
-    pub(super) fn new(prefix: &str) -> Self {
-        Self { prefix: prefix.to_owned() }
+    pub(super) fn new(prefix: &str, part: &str) -> Self {
+        let tag = format!("{prefix}:{part}");
+        Self { slot: slot_of(&tag), start: format!("{{{tag}}}:") }
+    }
+
+    /// Returns the slot of all keys in a cluster.
+    pub(super) fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    fn name(&self, rest: &str) -> String {
+        format!("{}{rest}", self.start)
     }
 
     pub(super) fn store(&self) -> String {
-        format!("{}:store", self.prefix)
+        self.name("store")
     }
 
     pub(super) fn spaces(&self) -> String {
-        format!("{}:spaces", self.prefix)
+        self.name("spaces")
     }
 
     pub(super) fn forgotten(&self) -> String {
-        format!("{}:forgotten", self.prefix)
+        self.name("forgotten")
     }
 
     pub(super) fn used(&self) -> String {
-        format!("{}:used", self.prefix)
+        self.name("used")
+    }
+
+    pub(super) fn dying(&self) -> String {
+        self.name("dying")
+    }
+
+    /// Returns what the names of spaces begin with.
+    pub(super) fn space_start(&self) -> String {
+        self.name("space:")
     }
 
     pub(super) fn space(&self, id: NamespaceId) -> String {
-        format!("{}:space:{id}", self.prefix)
+        self.name(&format!("space:{id}"))
     }
 
-    pub(super) fn pages(&self, id: NamespaceId) -> String {
-        format!("{}:pages:{id}", self.prefix)
+    /// Returns what the names of sets of blocks begin with.
+    pub(super) fn blocks_start(&self) -> String {
+        self.name("blocks:")
+    }
+
+    pub(super) fn blocks(&self, id: NamespaceId) -> String {
+        self.name(&format!("blocks:{id}"))
+    }
+
+    /// Returns what the names of blocks begin with.
+    pub(super) fn block_start(&self) -> String {
+        self.name("block:")
+    }
+
+    pub(super) fn block(&self, id: NamespaceId, number: u64) -> String {
+        self.name(&format!("block:{id}:{number}"))
+    }
+
+    /// Returns what the names of what a connection stages begin with.
+    pub(super) fn stage_start(&self, connection: impl std::fmt::Display) -> String {
+        self.name(&format!("stage:{connection}:"))
     }
 }
 
 /// What a script has answered. Nothing of it was checked.
+#[derive(Debug)]
 pub(super) struct Answer(Vec<Vec<u8>>);
 
 impl Answer {
-    pub(super) fn new(parts: Vec<Vec<u8>>) -> Self {
-        Self(parts)
+    pub(super) fn new(reply: Reply) -> Result<Self, Fail> {
+        let parts = reply.list().ok_or_else(|| Fail::nonsense("no list"))?;
+        let parts: Option<Vec<_>> = parts.into_iter().map(Reply::bytes).collect();
+        parts.map(Self).ok_or_else(|| Fail::nonsense("a list of something else than texts"))
     }
 
     /// Returns how it went.

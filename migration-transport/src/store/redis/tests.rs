@@ -1,92 +1,102 @@
-//! The server is a real one, started for each test. Where none is installed, the tests say so and
-//! do nothing; with `MIGRATION_REQUIRE_REDIS=1` in the environment they fail.
+//! The servers are real ones, started for the tests. Where none is installed, the tests say so and
+//! do nothing; with `MIGRATION_REQUIRE_REDIS=1` or `MIGRATION_REQUIRE_KVM=1` they fail.
+
+mod cluster;
+mod faults;
+mod servers;
+mod values;
 
 use std::{
-    env,
-    process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    io::ErrorKind,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
 };
 
-use ::redis::{Cmd, FromRedisValue};
 use migration_core::{
     PAGE_SIZE,
     store::{
-        Namespace,
+        Namespace, Trailer,
         conformance::{Harm, TestStore},
     },
+    vm::VmId,
 };
-use tempfile::TempDir;
 
-use super::*;
+use self::servers::{Cluster, Server, wait};
+use super::{
+    blocks::{BLOCK_PAGES, DIRECTORY_BYTES, SLOT_BYTES, index},
+    *,
+};
 
 const LEASE: Duration = Duration::from_secs(60);
 
-/// A server on a Unix socket. It ends with this.
-struct Server {
-    dir: TempDir,
-    child: Child,
-}
-
-impl Server {
-    /// Starts a server; `None` if there is none on this host.
-    fn start(args: &[&str]) -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        for program in ["redis-server", "valkey-server"] {
-            let mut command = Command::new(program);
-            command.args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"]);
-            command.arg(dir.path().join("socket")).args(args);
-            command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            if let Ok(child) = command.spawn() {
-                return Some(Self { dir, child });
-            }
+/// Opens a store as soon as the server answers.
+fn open(url: &RedisUrl, options: &RedisPageStoreOptions) -> RedisPageStore {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match RedisPageStore::open(url, "server", options.clone()) {
+            Ok(store) => return store,
+            Err(error) => assert!(error.can_retry() && Instant::now() < deadline, "{error:?}"),
         }
-        let required = env::var_os("MIGRATION_REQUIRE_REDIS").is_some_and(|value| value == "1");
-        assert!(!required, "neither redis-server nor valkey-server is installed");
-        eprintln!("skipped: neither redis-server nor valkey-server is installed");
-        None
-    }
-
-    fn url(&self) -> String {
-        format!("redis+unix://{}", self.dir.path().join("socket").display())
-    }
-
-    /// Opens the store, as soon as the server answers.
-    fn open(&self) -> RedisPageStore {
-        let options = RedisPageStoreOptions { limit: Some(4 << 20), max_namespaces: 20, ..Default::default() };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            match RedisPageStore::open(&self.url(), "server", options.clone()) {
-                Ok(store) => return store,
-                Err(error) => assert!(Instant::now() < deadline, "{error:?}"),
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
+        thread::sleep(Duration::from_millis(2));
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn small() -> RedisPageStoreOptions {
+    RedisPageStoreOptions { limit: Some(4 << 20), max_namespaces: 20, ..Default::default() }
 }
 
-/// A store in a server of its own.
+/// A store in a server, or a cluster, that may be shared with other tests.
 struct InServer {
     store: RedisPageStore,
-    server: Server,
+    url: RedisUrl,
+    options: RedisPageStoreOptions,
+    _own: Option<Server>,
 }
 
 impl InServer {
-    fn start() -> Option<Self> {
-        let server = Server::start(&[])?;
-        Some(Self { store: server.open(), server })
+    fn new(url: RedisUrl, own: Option<Server>) -> Self {
+        static TESTS: AtomicU32 = AtomicU32::new(0);
+        // servers are shared: each test has keys of its own
+        let prefix = format!("test-{}", TESTS.fetch_add(1, Ordering::Relaxed));
+        let options = RedisPageStoreOptions { prefix, ..small() };
+        Self { store: open(&url, &options), url, options, _own: own }
     }
 
-    fn ask<T: FromRedisValue>(&self, command: &Cmd) -> T {
-        let timeout = Duration::from_secs(60);
-        self.store.others.with(timeout, |connection, _| command.query(connection)).unwrap()
+    /// A server of its own on a Unix socket.
+    fn on_unix() -> Option<Self> {
+        let server = Server::start(&[])?;
+        Some(Self::new(server.url(), Some(server)))
+    }
+
+    fn with_tls() -> Option<Self> {
+        static SHARED: OnceLock<Option<Server>> = OnceLock::new();
+        let server = SHARED.get_or_init(Server::start_with_tls).as_ref()?;
+        Some(Self::new(server.url(), None))
+    }
+
+    fn in_cluster() -> Option<Self> {
+        Some(Self::new(Cluster::shared()?.url(), None))
+    }
+
+    fn ask(&self, part: usize, command: &Command) -> resp::Reply {
+        self.store.servers.with(self.store.target(part), 0, |connection| connection.ask(command, wait())).unwrap()
+    }
+
+    fn read(&self, part: usize, key: &str) -> Vec<u8> {
+        self.ask(part, &Command::new("GET").arg(key)).bytes().unwrap_or_default()
+    }
+
+    fn write(&self, part: usize, key: &str, value: &[u8]) {
+        self.ask(part, &Command::new("SET").arg(key).arg(value));
+    }
+
+    /// Returns all keys of the store that begin like this.
+    fn keys(&self, part: usize, start: &str) -> Vec<String> {
+        let found = self.ask(part, &Command::new("KEYS").arg(format!("{start}*"))).list().unwrap();
+        found.into_iter().filter_map(|key| String::from_utf8(key.bytes()?).ok()).collect()
     }
 }
 
@@ -105,115 +115,96 @@ impl TestStore for InServer {
 
     fn crash_user(&mut self) {
         let clock = self.store.clock_offset();
-        self.store = self.server.open();
+        self.store = open(&self.url, &self.options);
         self.store.clock.store(clock, Ordering::Relaxed);
     }
 
     fn lose_everything(&mut self) {
-        self.ask::<()>(&cmd("FLUSHALL"));
+        for part in 0..self.store.servers.parts().len() {
+            for key in self.keys(part, &self.store.servers.parts()[part].block_start().replace("block:", "")) {
+                self.ask(part, &Command::new("DEL").arg(key));
+            }
+        }
     }
 
     fn harm(&mut self, id: NamespaceId, page: u64, harm: Harm) -> bool {
-        let key = self.store.keys.pages(id);
-        let read = |page: u64| self.ask::<Vec<u8>>(cmd("HGET").arg(&key).arg(page));
-        let value = match harm {
-            Harm::Lose => return self.ask::<u64>(cmd("HDEL").arg(&key).arg(page)) == 1,
-            Harm::Damage => {
-                let mut value = read(page);
-                value[2000] ^= 1;
-                value
+        let (part, keys) = self.store.part(id);
+        let key = keys.block(id, page / BLOCK_PAGES);
+        let mut block = self.read(part, &key);
+        let entry = |page: u64| usize::from(index(page)) * 8;
+        let slot = |block: &[u8], page: u64| DIRECTORY_BYTES + usize::from(block[entry(page) + 6]) * SLOT_BYTES;
+        let at = slot(&block, page);
+        match harm {
+            Harm::Lose => block[entry(page)..entry(page) + 8].fill(0),
+            Harm::Damage => block[at + 2000] ^= 1,
+            Harm::LoseTrailer => block[at..at + Trailer::BYTES].fill(0),
+            Harm::MixUp(other) => {
+                let other = slot(&block, other);
+                block.copy_within(other..other + SLOT_BYTES, at);
             }
-            Harm::LoseTrailer => [&[0; Trailer::BYTES][..], &read(page)[Trailer::BYTES..]].concat(),
-            Harm::MixUp(other) => read(other),
-        };
-        self.ask::<u64>(cmd("HSET").arg(&key).arg(page).arg(value));
+        }
+        self.write(part, &key, &block);
         true
     }
 }
 
-migration_core::page_store_conformance!(optional InServer::start);
+mod on_unix {
+    migration_core::page_store_conformance!(optional super::InServer::on_unix);
+}
+
+mod with_tls {
+    migration_core::page_store_conformance!(optional super::InServer::with_tls);
+}
+
+mod in_cluster {
+    migration_core::page_store_conformance!(optional super::InServer::in_cluster);
+}
 
 fn record() -> Record {
     Record { vm: VmId([1; 16]), purpose: Purpose::Home, owner: Owner::new("host-7").unwrap() }
 }
 
-fn put(store: &dyn PageStore, of: VmNamespace, generation: u32, pages: &[u64]) -> Result<Stored, StoreError> {
-    let value = [generation as u8; PAGE_SIZE];
-    let run: Vec<_> = pages.iter().map(|&page| PageToPut { page, value: &value }).collect();
+fn namespace(number: u8) -> VmNamespace {
+    Namespace::new([number; 16]).of(record().vm)
+}
+
+fn create(store: &RedisPageStore, number: u8) -> VmNamespace {
+    let of = namespace(number);
+    store.create(of.id, &record(), LEASE).unwrap();
+    of
+}
+
+/// Returns the value of a page in a generation.
+fn value(page: u64, generation: u32) -> [u8; PAGE_SIZE] {
+    let mut value = [generation as u8 | 1; PAGE_SIZE];
+    value[..8].copy_from_slice(&page.to_le_bytes());
+    value[8..12].copy_from_slice(&generation.to_le_bytes());
+    value
+}
+
+fn put(store: &RedisPageStore, of: VmNamespace, generation: u32, pages: &[u64]) -> Result<Stored, StoreError> {
+    let values: Vec<_> = pages.iter().map(|&page| value(page, generation)).collect();
+    let run: Vec<_> = pages.iter().zip(&values).map(|(&page, value)| PageToPut { page, value }).collect();
     store.put(of, generation, &run)
 }
 
-#[test]
-fn a_server_that_was_started_anew_has_another_incarnation() {
-    let Some(mut test) = InServer::start() else { return };
-    let of = Namespace::new([7; 16]).of(record().vm);
-    let before = test.store.create(of.id, &record(), LEASE).unwrap();
-    put(&test.store, of, 1, &[1]).unwrap();
-    test.server = Server::start(&[]).unwrap();
-    test.store = test.server.open();
-    assert!(matches!(put(&test.store, of, 2, &[1]), Err(StoreError::Absent(_))));
-    assert_ne!(test.store.create(of.id, &record(), LEASE).unwrap(), before);
-    // data that comes back from a disk does not hide the start
-    assert_ne!(incarnation(&[5; 16], [1; 16]), incarnation(&[5; 16], [2; 16]));
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
 }
 
-#[test]
-fn a_server_that_is_gone_can_be_asked_again() {
-    let Some(mut test) = InServer::start() else { return };
-    let of = Namespace::new([7; 16]).of(record().vm);
-    test.store.create(of.id, &record(), LEASE).unwrap();
-    test.server.child.kill().unwrap();
-    test.server.child.wait().unwrap();
-    let wanted = [PageToGet { page: 1, generation: 1 }];
-    for _ in 0..3 {
-        let lost = test.store.renew(of, record().owner, LEASE).unwrap_err();
-        assert!(lost.can_retry(), "{lost:?}");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        let lost = test.store.get(of, &wanted, Urgency::Fault, deadline, &mut |_, _| {}).unwrap_err();
-        assert!(lost.can_retry(), "{lost:?}");
-    }
-    assert_eq!(test.store.room(), 0);
-}
-
-#[test]
-fn a_server_that_may_evict_keys_is_refused() {
-    let Some(server) = Server::start(&["--maxmemory-policy", "allkeys-lru"]) else { return };
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let refused = loop {
-        match RedisPageStore::open(&server.url(), "server", RedisPageStoreOptions::default()) {
-            Err(error) if error.can_retry() || format!("{error:?}").contains("NotFound") => {
-                assert!(Instant::now() < deadline, "{error:?}");
-                thread::sleep(Duration::from_millis(2));
-            }
-            other => break other.map(drop).unwrap_err(),
-        }
-    };
-    assert!(format!("{refused:?}").contains("noeviction"), "{refused:?}");
-    assert!(!refused.can_retry());
-}
-
-/// The comparison and the replacement are one step, whoever else puts.
-#[test]
-fn puts_of_several_users_do_not_mix() {
-    let Some(test) = InServer::start() else { return };
-    let of = Namespace::new([7; 16]).of(record().vm);
-    test.store.create(of.id, &record(), LEASE).unwrap();
-    let generations = AtomicU32::new(1);
-    thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                let store = test.server.open();
-                for _ in 0..50 {
-                    let generation = generations.fetch_add(1, Ordering::Relaxed);
-                    put(&store, of, generation, &[4, 5, 6]).unwrap();
-                }
-            });
-        }
+/// Reads pages of one generation. Returns the numbers of those that the store has, all of which are
+/// as they were put.
+fn get(store: &RedisPageStore, of: VmNamespace, generation: u32, pages: &[u64]) -> Result<Vec<u64>, StoreError> {
+    let wanted: Vec<_> = pages.iter().map(|&page| PageToGet { page, generation }).collect();
+    let mut got = Vec::new();
+    let result = store.get(of, &wanted, Urgency::Prefetch, soon(), &mut |page, data| {
+        assert!(data.page() == Some(&value(page, generation)), "page {page} is not as it was put");
+        got.push(page);
     });
-    let newest = generations.into_inner() - 1;
-    let wanted = [4, 5, 6].map(|page| PageToGet { page, generation: newest });
-    let mut got = 0;
-    let deadline = Instant::now() + Duration::from_secs(60);
-    test.store.get(of, &wanted, Urgency::Prefetch, deadline, &mut |_, _| got += 1).unwrap();
-    assert_eq!(got, 3);
+    match result {
+        Ok(()) => assert_eq!(got, pages),
+        Err(StoreError::Missing { count, .. }) => assert_eq!(count as usize + got.len(), pages.len()),
+        Err(error) => return Err(error),
+    }
+    Ok(got)
 }
