@@ -5,6 +5,7 @@
 //! - [`ram`], if it does not map guest memory by itself (there is an adapter for vm-memory),
 //! - a [`tracker`] that [`probe`] finds available,
 //! - a [`pager`] for post-copy,
+//! - a [`swapper`] that keeps cold pages of a running VM in a page store,
 //! - [`state`] for its vCPUs, and threads that run them ([`vcpu`]),
 //! - a [`spawner`] for threads with priorities,
 //! - a [`fence`] for fail-safe post-copy on one host,
@@ -23,6 +24,7 @@ pub mod ram;
 pub mod spawner;
 pub mod state;
 pub mod successor;
+pub mod swapper;
 #[cfg(test)]
 mod testing;
 pub mod tracker;

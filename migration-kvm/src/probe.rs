@@ -140,7 +140,13 @@ impl fmt::Display for Probe {
 }
 
 fn write_protect(user_fault: &Result<u64, String>) -> Result<(), String> {
-    let missing = features::WRITE_TRACKING & !user_fault.clone()?;
+    write_tracking(user_fault.clone()?)
+}
+
+/// Returns whether a userfaultfd with these features and PAGEMAP_SCAN can track writes, or the reason
+/// why not.
+pub(crate) fn write_tracking(user_fault: u64) -> Result<(), String> {
+    let missing = features::WRITE_TRACKING & !user_fault;
     if missing != 0 {
         return Err(format!("userfaultfd lacks features {missing:#x}"));
     }

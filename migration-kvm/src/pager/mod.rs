@@ -15,7 +15,7 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -34,11 +34,16 @@ use crate::{
 };
 
 mod faults;
+mod out_of_reach;
 #[allow(unsafe_code)]
 mod pages;
+#[allow(unsafe_code)]
+mod side_area;
 mod staging;
 
 use faults::{Faults, Kind, RawFault};
+use out_of_reach::Eviction;
+pub use out_of_reach::{EvictionError, OutOfReach};
 use pages::Pages;
 use staging::Pool;
 
@@ -101,6 +106,8 @@ pub struct UserFaultPager {
     can_move: bool,
     /// Blocks of [`HUGE_BLOCK`] that were not installed as huge pages.
     split: Mutex<PageSet>,
+    /// Once somebody wants to evict pages.
+    eviction: OnceLock<Eviction>,
 }
 
 impl UserFaultPager {
@@ -146,8 +153,14 @@ impl UserFaultPager {
             staging: Pool::new(huge),
             armed: Mutex::new(false),
             split: Mutex::default(),
+            eviction: OnceLock::new(),
             can_move: huge && has & features::MOVE != 0,
         })
+    }
+
+    /// Returns the RAM whose missing pages it serves.
+    pub fn ram(&self) -> &BackedRam {
+        self.pages.ram()
     }
 
     /// Returns how many pages are missing.
@@ -254,9 +267,17 @@ impl UserFaultPager {
         if fault.kind == Kind::WriteProtect {
             return Err(VmError::new(format!("a write-protection fault on page {page}, which nobody asked for")));
         }
+        // until the fault is answered, so that the page does not move in between
+        let mut moves = self.out_of_reach();
         if self.map().touched(page) {
             let known = self.pages.fault().features() & features::THREAD_ID != 0 && fault.thread != 0;
             return Ok(Some(Fault { page, thread: known.then_some(fault.thread) }));
+        }
+        if let Some(moves) = &mut moves {
+            let touched = moves.touch(page);
+            if touched.map_err(|e| VmError::because(format!("map page {page} again, which was touched"), e))? {
+                return Ok(None);
+            }
         }
         let answered = self.pages.answer(page, fault.kind);
         answered.map(|()| None).map_err(|e| VmError::because(format!("answer a touch of page {page}"), e))
@@ -302,7 +323,10 @@ impl Pager for UserFaultPager {
         let result = watch();
         *self.split.lock().unwrap_or_else(PoisonError::into_inner) = PageSet::empty(all.div_ceil(HUGE_BLOCK));
         match result {
-            Ok(()) => *armed = true,
+            Ok(()) => {
+                *armed = true;
+                self.allow_eviction();
+            }
             Err(_) => {
                 self.set_map(nothing_missing(all));
                 let _ = self.unregister(registered); // the first error is the one to tell
@@ -400,6 +424,8 @@ impl Pager for UserFaultPager {
     fn give_up(&self) {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::take(&mut *armed) {
+            // best effort, as below
+            let _ = self.end_eviction();
             self.set_map(nothing_missing(self.pages.ram().layout().pages()));
             // best effort: the memory goes with the VM, and the descriptor with it
             let _ = self.unregister(self.pages.ram().layout().regions().len());
@@ -415,6 +441,7 @@ impl Pager for UserFaultPager {
         if missing != 0 {
             return Err(VmError::new(format!("{missing} pages are missing still")));
         }
+        self.end_eviction().map_err(|e| VmError::because("map pages again that were to be evicted", e))?;
         *armed = false;
         let regions = self.pages.ram().layout().regions().len();
         self.unregister(regions).map_err(|e| VmError::because("end the watch for missing pages", e))
@@ -423,6 +450,8 @@ impl Pager for UserFaultPager {
 
 impl Drop for UserFaultPager {
     fn drop(&mut self) {
+        // before the side area goes, where they are
+        let _ = self.end_eviction();
         let _ = self.disarm(); // refuses while pages are missing
     }
 }

@@ -48,6 +48,15 @@ impl Pages {
         &self.fault
     }
 
+    pub(super) fn shared_fault(&self) -> Arc<UserFault> {
+        self.fault.clone()
+    }
+
+    /// Returns the second mapping of shared memory.
+    pub(super) fn alias(&self) -> Option<&MappedRam> {
+        self.alias.as_ref()
+    }
+
     pub(super) fn block_pages(&self) -> u64 {
         if self.ram.backing() == Backing::Hugetlb { HUGE_BLOCK } else { GRANULE }
     }

@@ -129,6 +129,11 @@ impl BackedRam {
         self.ram.layout()
     }
 
+    /// Returns the RAM as the VMM has mapped it.
+    pub fn guest_ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
     pub(crate) fn host_address(&self, index: usize) -> NonNull<u8> {
         self.ram.host_address(index)
     }
