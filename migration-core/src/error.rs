@@ -5,8 +5,8 @@ use std::{io, time::Duration};
 use thiserror::Error;
 
 use crate::{
-    codec::DecodeError, page_map::MapError, protocol::Violation, ram::OutsideRam, store::StoreError, text::describe,
-    tracker::TrackerError, vm::VmError, wire::ErrorCode,
+    codec::DecodeError, page_map::MapError, paged_memory::FetchError, protocol::Violation, ram::OutsideRam,
+    store::StoreError, text::describe, tracker::TrackerError, vm::VmError, wire::ErrorCode,
 };
 
 /// Why a migration, or a step of it, failed. What became of the VM is not said here but in the
@@ -80,6 +80,9 @@ pub enum MigrationError {
         #[source]
         cause: StoreError,
     },
+    /// Pages that are in page stores could not be read to be sent. The VM stays where it is.
+    #[error("pages of the VM cannot be read from their page store")]
+    Fetch(#[from] FetchError),
     /// The dirty tracker failed.
     #[error(transparent)]
     Tracker(#[from] TrackerError),
@@ -157,7 +160,7 @@ impl MigrationError {
             Self::Protocol(violation) => violation.code,
             Self::Malformed(_) => ErrorCode::Protocol,
             Self::Cancelled(_) | Self::GaveUp(_) => ErrorCode::Cancelled,
-            Self::Thread { .. } | Self::Store { .. } | Self::PageStore { .. } => ErrorCode::Resources,
+            Self::Thread { .. } | Self::Store { .. } | Self::PageStore { .. } | Self::Fetch(_) => ErrorCode::Resources,
             Self::Vm { .. } => ErrorCode::State,
             Self::VmEnded(_) => ErrorCode::VmEnded,
             _ => ErrorCode::Other,

@@ -73,6 +73,7 @@ pub mod strategy;
 pub mod text;
 pub mod vm;
 mod vm_error;
+mod vm_id;
 pub mod wire;
 pub mod working_set;
 

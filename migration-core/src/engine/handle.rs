@@ -62,6 +62,10 @@ const CATCH_UP: Duration = Duration::from_millis(1);
 /// Counts the inputs that the peer has caused and that the engine has not taken yet.
 pub(super) type Waiting = Arc<AtomicUsize>;
 
+/// The migration is over: nobody takes inputs any more.
+#[derive(Debug)]
+pub(super) struct NobodyListens;
+
 /// How the threads of one link pass on what its peer sends: no faster than the engine takes it.
 #[derive(Clone)]
 pub(super) struct PeerInputs {
@@ -77,14 +81,14 @@ impl PeerInputs {
     }
 
     /// Passes an input on. An error when nobody listens any more.
-    pub(super) fn send(&self, input: Input) -> Result<(), mpsc::SendError<Input>> {
+    pub(super) fn send(&self, input: Input) -> Result<(), NobodyListens> {
         if input.is_counted() {
             while self.waiting.load(Ordering::Relaxed) >= MAX_WAITING && !self.ended.load(Ordering::Relaxed) {
                 thread::sleep(CATCH_UP);
             }
             self.waiting.fetch_add(1, Ordering::Relaxed);
         }
-        self.tx.send(input)
+        self.tx.send(input).map_err(|_| NobodyListens)
     }
 }
 
@@ -119,6 +123,15 @@ impl Inputs {
         self.passed.remove(at).inspect(|input| self.taken(input))
     }
 
+    /// Drops what a session that is over has left. What others ask for stays.
+    pub(super) fn forget_session(&mut self) {
+        self.passed.extend(self.rx.try_iter());
+        let (of_session, others): (VecDeque<_>, _) =
+            std::mem::take(&mut self.passed).into_iter().partition(Input::is_of_session);
+        of_session.iter().for_each(|input| self.taken(input));
+        self.passed = others;
+    }
+
     fn taken(&self, input: &Input) {
         if input.is_counted() {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -127,6 +140,11 @@ impl Inputs {
 }
 
 impl Input {
+    /// Whether it comes from the threads of a session.
+    fn is_of_session(&self) -> bool {
+        matches!(self, Self::Control(..) | Self::ControlLost(_) | Self::Lane(_) | Self::Demanded(_) | Self::Introduced)
+    }
+
     /// Whether a peer can cause any number of it.
     fn is_counted(&self) -> bool {
         matches!(self, Self::Control(..) | Self::Demanded(_) | Self::Introduced)

@@ -9,11 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::handle::Input;
+use super::{handle::Input, stored::Fetched};
 use crate::{
     MigrationError, PAGE_SIZE, PageRange, PageSet,
     channel::WriteHalf,
     page::STRIPE_PAGES,
+    paged_memory::PagedMemory,
     ram::{GuestRam, RamSlice},
     tracker::Rearm,
     wire::{Bulk, Content, Extent, HUGE_BLOCK, MAX_EXTENTS, MAX_PAYLOAD},
@@ -63,6 +64,9 @@ pub(super) enum Work {
     /// The mark of the *vacated* with this number, as part of this generation. Its end is not
     /// reported.
     Mark(u32, u32),
+    /// Pages that were read from stores, and that nobody else sends, as part of this generation.
+    /// Its end is not reported: the value is dropped then.
+    Fetched(Fetched, u32),
 }
 
 /// How a lane came to the end of a piece of work.
@@ -78,6 +82,8 @@ pub(super) struct Lane {
     pub(super) index: u16,
     pub(super) lanes: u16,
     pub(super) ram: Arc<dyn GuestRam>,
+    /// What reads pages of a round that are in stores, if there are any.
+    pub(super) stored: Option<Arc<PagedMemory>>,
     pub(super) writer: Box<dyn WriteHalf>,
     pub(super) peer: String,
     pub(super) sequence: u32,
@@ -102,7 +108,7 @@ pub(super) fn stripe_pages(stripe: u64) -> PageRange {
 }
 
 /// A frame in the making.
-struct Batch<'a> {
+pub(super) struct Batch<'a> {
     extents: Vec<Extent>,
     slices: Vec<RamSlice<'a>>,
     payload: usize,
@@ -130,6 +136,7 @@ impl Lane {
             index: 0,
             lanes: 1,
             ram,
+            stored: None,
             writer,
             peer,
             sequence: 0,
@@ -162,6 +169,10 @@ impl Lane {
                         Err(error) => Err(error),
                     }
                 }
+                Work::Fetched(fetched, generation) => match self.send_fetched(&fetched, generation) {
+                    Ok(()) => continue,
+                    Err(error) => Err(error),
+                },
             };
             let failed = done.is_err();
             // the engine may be gone already, having failed for another reason
@@ -191,8 +202,14 @@ impl Lane {
             }
             for run in job.pages.ranges_in(range) {
                 for (_, _, piece) in layout.split(run) {
-                    self.add(&mut batch, &*ram, piece, job.generation)?;
                     pages += piece.count;
+                    if self.stored.is_none() {
+                        self.add(&mut batch, &*ram, piece, job.generation)?;
+                        continue;
+                    }
+                    for resident in self.send_stored(piece, job.generation)? {
+                        self.add(&mut batch, &*ram, resident, job.generation)?;
+                    }
                 }
             }
         }
@@ -257,7 +274,17 @@ impl Lane {
         run: PageRange,
         generation: u32,
     ) -> Result<(), MigrationError> {
-        let memory = ram.slice(run)?;
+        self.add_pages(batch, ram.slice(run)?, run, generation)
+    }
+
+    /// Adds a run of pages whose contents are in this memory.
+    pub(super) fn add_pages<'a>(
+        &mut self,
+        batch: &mut Batch<'a>,
+        memory: RamSlice<'a>,
+        run: PageRange,
+        generation: u32,
+    ) -> Result<(), MigrationError> {
         let is_zero = |i: u64| memory.skip(i as usize * PAGE_SIZE).take(PAGE_SIZE).is_zero();
         let mut at = 0;
         let mut zero = is_zero(0);
@@ -297,7 +324,7 @@ impl Lane {
         Ok(())
     }
 
-    fn flush(&mut self, batch: &mut Batch<'_>, generation: u32) -> Result<(), MigrationError> {
+    pub(super) fn flush(&mut self, batch: &mut Batch<'_>, generation: u32) -> Result<(), MigrationError> {
         if batch.extents.is_empty() {
             return Ok(());
         }

@@ -20,9 +20,10 @@ mod progress;
 mod rounds;
 mod snapshot;
 mod source;
+mod stored;
 mod tracking;
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 pub use destination::{
     AttemptError, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions, ReceiverQueue,
@@ -34,9 +35,11 @@ pub use source::{PauseLimits, SourceStores, migrate};
 
 pub use crate::page::STRIPE_PAGES;
 use crate::{
+    channel::Connector,
     checkpoint::FailSafe,
     report::{NoObserver, Observer},
     spawner::{GuestImpact, Spawner, StdSpawner},
+    strategy::Destination,
 };
 
 /// What to do when the downtime limit cannot be kept: when the time that the user allowed has
@@ -66,6 +69,9 @@ pub enum HugePages {
     Whole,
 }
 
+/// Finds the way to a destination by its name.
+pub type Destinations = Arc<dyn Fn(&Destination) -> io::Result<Arc<dyn Connector>> + Send + Sync>;
+
 /// Limits and choices of one migration, at its source.
 #[derive(Clone)]
 pub struct SourceOptions {
@@ -91,6 +97,10 @@ pub struct SourceOptions {
     /// The page stores through which pages may go; `None` if there are none. See
     /// [`Strategy::stores`](crate::strategy::Strategy::stores).
     pub stores: Option<SourceStores>,
+    /// Finds the destination that a strategy [connects](crate::strategy::Running::connect) to by
+    /// its name. Without it the strategy can only name the address of the migration's own
+    /// connector.
+    pub destinations: Option<Destinations>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// Checksum of page data, beside TCP's own: costs a copy of every page.
@@ -122,6 +132,7 @@ impl Default for SourceOptions {
             huge: HugePages::Split,
             fail_safe: None,
             stores: None,
+            destinations: None,
             impact: GuestImpact::Balanced,
             payload_crc: false,
             idle_timeout: Duration::from_secs(10),

@@ -15,6 +15,7 @@ use std::{
 use super::{
     lane::{stripe_pages, stripes},
     pages,
+    stored::Stored,
     tracking::Tracking,
 };
 use crate::{
@@ -71,6 +72,8 @@ pub(super) struct RoundDriver {
     ram: Arc<dyn GuestRam>,
     observer: Arc<dyn Observer>,
     map: Arc<Mutex<PageMap>>,
+    /// The pages that were in stores when this began, if there are any.
+    stored: Option<Stored>,
     tracking: Tracking,
     last_harvest: Instant,
     /// Pages that were never touched when tracking began.
@@ -88,6 +91,7 @@ impl RoundDriver {
             ram,
             observer,
             map: Arc::new(Mutex::new(PageMap::new(pages))),
+            stored: None,
             tracking: Tracking::new(pages),
             last_harvest: Instant::now(),
             holes: 0,
@@ -103,6 +107,22 @@ impl RoundDriver {
 
     pub(super) fn map(&self) -> MutexGuard<'_, PageMap> {
         lock(&self.map)
+    }
+
+    /// Some pages are in stores.
+    pub(super) fn set_stored(&mut self, stored: Stored) {
+        self.stored = Some(stored);
+    }
+
+    /// Returns the pages that were in stores when this began, if there are any.
+    pub(super) fn stored(&self) -> Option<&Stored> {
+        self.stored.as_ref()
+    }
+
+    /// Returns the pages that are to go, and are in stores.
+    pub(super) fn due_from_stores(&self) -> PageSet {
+        let none = || PageSet::empty(self.gone.capacity());
+        self.stored.as_ref().map_or_else(none, |stored| stored.among(self.map().unsent()))
     }
 
     /// Returns the pages that are to go.
@@ -121,8 +141,15 @@ impl RoundDriver {
     /// now.
     pub(super) fn start<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<PageSet, MigrationError> {
         self.track(vm)?;
-        let pages = pages::populated(&*self.ram, &*self.observer);
-        self.holes = pages.capacity() - pages.len();
+        let mut pages = pages::populated(&*self.ram, &*self.observer);
+        let mut with_data = pages.clone();
+        if let Some(stored) = &mut self.stored {
+            let mut none = PageSet::empty(pages.capacity());
+            stored.look(&mut lock(&self.map), &mut none)?;
+            with_data.union_with(&stored.pages());
+            stored.adjust(&mut pages);
+        }
+        self.holes = pages.capacity() - with_data.len();
         self.map().dirtied(&pages)?;
         self.skip_free(vm);
         Ok(self.due())
@@ -130,7 +157,10 @@ impl RoundDriver {
 
     /// Collects what was written since the last harvest. It is due from now on.
     pub(super) fn harvest<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<Harvest, MigrationError> {
-        let written = self.tracking.harvest(vm.tracker())?;
+        let mut written = self.tracking.harvest(vm.tracker())?;
+        if let Some(stored) = &mut self.stored {
+            stored.look(&mut lock(&self.map), &mut written)?;
+        }
         let time = self.last_harvest.elapsed();
         self.last_harvest = Instant::now();
         self.map().dirtied(&written)?;

@@ -203,6 +203,12 @@ impl<'a> SnapshotWriter<'a> {
         if let Some(why) = self.vm.blocked("snapshot") {
             return Err(MigrationError::Blocked(why));
         }
+        let stored = self.vm.paged_memory().map_or(0, |memory| memory.map().read(|map| map.missing().len()));
+        if stored > 0 {
+            let why =
+                format!("{stored} pages are not in RAM but in page stores, and a snapshot does not read them there");
+            return Err(MigrationError::Blocked(why));
+        }
         let description = self.vm.describe().map_err(MigrationError::vm("describing the VM"))?;
         check_description(&description)?;
         self.description = Some(description);

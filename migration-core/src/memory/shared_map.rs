@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     page::PageRange,
-    page_map::{PageCopy, PageMap},
+    page_map::{PageCopy, PageMap, StoreCopy},
     page_set::PageSet,
     patience::{Holder, PATIENCE, StillHeld, wait_until},
 };
@@ -118,6 +118,27 @@ impl SharedPageMap {
         }
     }
 
+    /// Returns the pages of `range` that are in stores, with their copies, ascending. Waits first
+    /// until nobody has claimed a page of it: one that is being installed may be written as soon as
+    /// it is there, and the copy is then no more what the guest reads.
+    ///
+    /// # Errors
+    /// As [`claim`](Self::claim).
+    pub fn stored_runs(&self, range: PageRange) -> io::Result<Vec<(PageRange, StoreCopy)>> {
+        let deadline = Instant::now() + self.patience;
+        let mut state = self.lock();
+        while state.map.is_claimed_in(range) {
+            state = match wait_until(&self.released, state, deadline) {
+                Some(state) => state,
+                None => return Err(self.still_claimed(range)),
+            };
+        }
+        let mut runs = state.map.unfetched_runs(range, range.count);
+        drop(state);
+        runs.sort_by_key(|(run, _)| run.first);
+        Ok(runs)
+    }
+
     fn still_claimed(&self, range: PageRange) -> io::Error {
         let state = self.lock();
         let holders = state.claims.values().map(|claim| &claim.holder);
@@ -210,7 +231,6 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::page_map::StoreCopy;
 
     const SOURCE: PageCopy = PageCopy::Source;
 
@@ -284,6 +304,25 @@ mod tests {
         assert!(!record.touched(9));
         assert_eq!(claim.finish(), [range(0, 4)]);
         assert!(record.claim_whole(range(0, 8), SOURCE).unwrap().finish().is_empty());
+    }
+
+    #[test]
+    fn who_reads_stored_pages_waits_for_those_that_are_being_installed() {
+        let record = missing(&[range(0, 4)]);
+        let copy = |generation| StoreCopy { entry: 0, generation };
+        record.change(|map| {
+            map.located(range(0, 2), copy(2), false);
+            map.located(range(2, 2), copy(1), false);
+        });
+        let mut claim = record.claim_whole(range(1, 1), PageCopy::Store(copy(2))).unwrap();
+        assert_eq!(record.stored_runs(range(2, 5)).unwrap(), [(range(2, 2), copy(1))]);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| record.stored_runs(range(0, 4)).unwrap());
+            claim.installed(range(1, 1));
+            claim.finish();
+            assert_eq!(reader.join().unwrap(), [(range(0, 1), copy(2)), (range(2, 2), copy(1))]);
+        });
+        assert_eq!(record.stored_runs(range(9, 5)).unwrap(), []);
     }
 
     #[test]

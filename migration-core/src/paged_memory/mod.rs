@@ -5,8 +5,10 @@
 //! | name the stores and namespaces in which pages are | [`StoreTable`] |
 //! | fetch pages from stores, and install them | [`PagedMemory`] |
 //! | put pages of a VM that runs here into stores | [`PagedMemory::create_entry`], [`PagedMemory::put`] |
+//! | read pages from stores and send them, without installing them | [`PagedMemory::read`] |
 
 mod reader;
+mod send_through;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -20,6 +22,7 @@ use std::{
 
 pub use reader::{FetchError, Renewed};
 use reader::{Reader, Wanted};
+pub use send_through::ReadPages;
 pub use table::{EntryStore, StoreEntry, StoreTable, TableError};
 pub use writer::{NewEntry, PutError};
 
@@ -32,7 +35,7 @@ use crate::{
     ram::RamSlice,
     shared_map::SharedPageMap,
     store::{Owner, PageStore, StoreError, Urgency},
-    vm::VmId,
+    vm_id::VmId,
 };
 
 /// Most pages of one fetch: 256 KiB. A fault waits for at most so much of a prefetch at one server.
@@ -159,6 +162,13 @@ impl PagedMemory {
     pub fn renew(&self, entry: u8, owner: Owner, lease: Duration) -> Renewed {
         let found = lock(&self.table).get(entry).cloned();
         found.map_or(Renewed::Changed, |entry| self.reader.renew(&entry, owner, lease))
+    }
+
+    /// Forgets the namespace of an entry, in all of its stores. As
+    /// [`forget_all`](Self::forget_all) else.
+    pub fn forget(&self, entry: u8) -> Vec<StoreError> {
+        let found = lock(&self.table).get(entry).cloned();
+        found.map_or_else(|_| Vec::new(), |entry| self.reader.forget(&entry))
     }
 
     /// Forgets the namespaces of all entries, in all stores. Called when no page refers to them and

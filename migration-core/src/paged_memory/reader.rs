@@ -13,7 +13,7 @@ use crate::{
     PAGE_SIZE, PageRange,
     page_map::StoreCopy,
     store::{Owner, PageStore, PageToGet, StoreError, Urgency, share},
-    vm::VmId,
+    vm_id::VmId,
 };
 
 /// Why pages were not fetched.
@@ -47,7 +47,7 @@ pub enum FetchError {
         #[source]
         cause: StoreError,
     },
-    /// A page was read and could not be installed.
+    /// A page was read and could not be installed, or is being installed for too long.
     #[error("page {first} cannot be installed")]
     Install {
         /// The first page of the run.

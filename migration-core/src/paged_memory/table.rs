@@ -184,6 +184,13 @@ impl StoreTable {
         self.acknowledged = 0;
     }
 
+    /// A new session begins with the first `entries` entries, and another destination: it has
+    /// acknowledged none.
+    pub fn begin_session(&mut self, entries: usize) {
+        self.entries.truncate(entries);
+        (self.acknowledged, self.known) = (0, 0);
+    }
+
     /// Takes a part of the peer's table, which begins with entry `first`. Entries that are here
     /// already must be the same. Returns how many are here now.
     ///

@@ -11,7 +11,7 @@ use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use crate::{
     codec::{DecodeError, Reader, Writer},
-    vm::VmId,
+    vm_id::VmId,
 };
 
 /// What the derivation of an id begins with, so that no other hash of a name is an id.

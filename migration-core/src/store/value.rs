@@ -9,7 +9,7 @@ use super::{
     limits::{MAX_LEASE, MAX_RUN_PAGES, MAX_VALUE_BYTES},
     name::Incarnation,
 };
-use crate::{PAGE_SIZE, page::MAX_PAGES, vm::VmId};
+use crate::{PAGE_SIZE, page::MAX_PAGES, vm_id::VmId};
 
 /// A page to be put into a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

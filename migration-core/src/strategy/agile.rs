@@ -8,8 +8,9 @@ use crate::MigrationError;
 /// was dirtied meanwhile. Of pages that were evicted to a store only the locations move, and the
 /// destination reads them there.
 ///
-/// A VM of which no page is in a store moves as by a [`Hybrid`](super::Hybrid) of one round. Pages
-/// in a store need an engine with page stores. So far that is the [simulator](crate::sim).
+/// A VM of which no page is in a store moves as by a [`Hybrid`](super::Hybrid) of one round. The
+/// engine finds pages that are in stores by
+/// [`SourceVm::paged_memory`](crate::vm::SourceVm::paged_memory).
 pub struct Agile {
     /// In which order pages are pushed that were dirtied during the round.
     pub order: Box<dyn PushOrder>,

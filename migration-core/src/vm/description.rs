@@ -1,22 +1,10 @@
-//! The identity of a VM, its description for the destination, and estimates of its state.
+//! The description of a VM for the destination, and estimates of its state.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::{device::DeviceKind, page::RamLayout};
-
-/// The identity of a VM: 16 bytes that no other VM has, such as a UUID. It stays the same on every
-/// host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub struct VmId(pub [u8; 16]);
-
-/// Writes 32 hexadecimal digits.
-impl fmt::Display for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
-    }
-}
+use crate::{device::DeviceKind, page::RamLayout, vm_id::VmId};
 
 /// The description of a VM, which the source sends before any RAM moves.
 #[derive(Clone, Debug, PartialEq, Eq)]

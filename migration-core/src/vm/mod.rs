@@ -8,8 +8,8 @@ mod source;
 pub mod state;
 
 pub use self::{
-    description::{SectionEstimate, StateEstimate, VmDescription, VmId},
+    description::{SectionEstimate, StateEstimate, VmDescription},
     destination::{Arrived, CheckpointedVm, DestinationHost, DestinationVm, FailedAttempt},
     source::SourceVm,
 };
-pub use crate::vm_error::VmError;
+pub use crate::{vm_error::VmError, vm_id::VmId};

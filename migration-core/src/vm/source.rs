@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::{StateEstimate, VmDescription, VmError};
 use crate::{
     page_set::PageSet,
+    paged_memory::PagedMemory,
     ram::GuestRam,
     state::{Section, VmState},
     tracker::DirtyTracker,
@@ -29,6 +30,23 @@ pub trait SourceVm: Send {
 
     /// Returns the tracker of all writes to the RAM: by vCPUs, KVM, devices and the VMM.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
+
+    /// Returns the memory of a VM of which pages are in page stores, and that fetches those that the
+    /// guest touches. The default returns `None`: all of RAM is here.
+    ///
+    /// A strategy that [keeps](crate::strategy::Strategy::keeps_stored_pages) stored pages where they
+    /// are has only their locations sent. For all others the engine reads stored pages through a
+    /// buffer and sends them, so that they do not become resident.
+    ///
+    /// The contract of the VMM, from this call until the migration has ended:
+    /// 1. No page is evicted, and pages in mid-eviction are mapped back before this returns (rule
+    ///    22).
+    /// 2. A page that comes back is claimed in the map before the first byte of it is installed.
+    /// 3. After [`pause`](Self::pause) has returned, no page comes back until `resume`.
+    /// 4. Pages that VMM or KVM touch while they save the state are never in a store (rule 20).
+    fn paged_memory(&self) -> Option<Arc<PagedMemory>> {
+        None
+    }
 
     /// Adds to `into` the pages whose contents the guest does not need, because it has reported
     /// them free (by a balloon or by free page reporting) and has not taken them back. The engine

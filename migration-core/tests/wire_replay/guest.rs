@@ -3,20 +3,23 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, mpsc},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use migration_core::{
     GuestRam, HeapRam, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
     device::DeviceKind,
+    paged_memory::PagedMemory,
     pager::Pager,
     state::{Section, VmState},
+    store::Urgency,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
     vm::{DestinationHost, DestinationVm, SourceVm, VmDescription, VmError},
 };
 
 use crate::{
-    VM,
+    HANG, VM,
     pager::{HeapPager, Paging},
 };
 /// Three stripes, so that both lanes have some, and a hole in the address space.
@@ -43,6 +46,10 @@ pub(crate) struct RecordedVm {
     pub(crate) free: &'static [u64],
     /// Called when *run* is about to be sent.
     pub(crate) in_doubt: Option<Box<dyn FnMut() + Send>>,
+    /// Its memory, if pages of it are in stores, and the pages that it touches before its last
+    /// writes.
+    pub(crate) memory: Option<Arc<PagedMemory>>,
+    pub(crate) touches: &'static [u64],
     /// What the engine has done with it that cannot be undone: `resume`, `released`.
     pub(crate) calls: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -58,7 +65,21 @@ impl RecordedVm {
         let ram = Arc::new(HeapRam::new(description.layout.clone()).unwrap());
         let (wrote, referenced, calls) = (false, Some(&[][..]), Arc::default());
         let (free, in_doubt) = (&[][..], None);
-        let vm = Self { description, during, ram, dirty, tracker, wrote, referenced, free, in_doubt, calls };
+        let (memory, touches) = (None, &[][..]);
+        let vm = Self {
+            description,
+            during,
+            ram,
+            dirty,
+            tracker,
+            wrote,
+            referenced,
+            free,
+            in_doubt,
+            memory,
+            touches,
+            calls,
+        };
         before.iter().for_each(|&(page, byte)| vm.write(page, byte));
         vm
     }
@@ -76,6 +97,11 @@ impl RecordedVm {
     /// Writes once, at the first occasion after tracking began.
     pub(crate) fn write_more(&mut self) {
         if !std::mem::replace(&mut self.wrote, true) {
+            if let Some(memory) = &self.memory {
+                let pages = self.touches.iter().chain(self.during.iter().map(|(page, _)| page));
+                let deadline = Instant::now() + HANG;
+                pages.for_each(|&page| _ = memory.fetch(PageRange::new(page, 1), Urgency::Fault, deadline).unwrap());
+            }
             self.during.iter().for_each(|&(page, byte)| self.write(page, byte));
         }
     }
@@ -92,6 +118,10 @@ impl SourceVm for RecordedVm {
 
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut self.tracker
+    }
+
+    fn paged_memory(&self) -> Option<Arc<PagedMemory>> {
+        self.memory.clone()
     }
 
     fn referenced_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {

@@ -67,6 +67,12 @@ impl Link {
     pub(crate) fn to(door: mpsc::Sender<Option<End>>, cut: Option<(Direction, usize)>) -> Self {
         Self { door, cut, opened: Mutex::default(), taps: Mutex::default(), cuts: Mutex::default() }
     }
+
+    /// The bytes that were sent in one direction.
+    pub(crate) fn sent(&self, direction: Direction) -> Vec<u8> {
+        let taps = self.taps.lock().unwrap();
+        taps.get(&direction).map(|tap| tap.lock().unwrap().clone()).unwrap_or_default()
+    }
 }
 
 impl Connector for Link {

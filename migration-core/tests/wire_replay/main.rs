@@ -16,6 +16,7 @@ mod asks;
 mod bounds;
 mod callbacks;
 mod channels;
+mod cold_pages;
 #[path = "../common/mod.rs"]
 mod common;
 mod crowded;

@@ -83,18 +83,7 @@ impl Engine<'_> {
             self.resume_guest();
             self.guest.watch = None;
             after(&self, Role::Control, self.options.impact);
-            self.hurry_last_word();
-            if !matches!(error, MigrationError::Link { .. }) {
-                let last_word = match self.machine.abandon() {
-                    Some(abandon) if cancelled => abandon,
-                    _ => Control::error(error.code(), describe(&error)),
-                };
-                // best effort: a destination that does not hear it notices the closed link
-                if self.send_control(&last_word).is_ok() {
-                    self.await_goodbye();
-                }
-            }
-            self.machine.link_lost();
+            self.leave_destination(&error);
             self.finish_report();
             self.close();
             // only now: a lane in the middle of a round would re-arm pages that the VMM is to find
@@ -103,9 +92,28 @@ impl Engine<'_> {
         }
         let failed = self.machine.phase() == SourcePhase::Ended;
         self.close_places(failed);
+        if self.machine.phase() == SourcePhase::Completed {
+            self.forget_what_nobody_needs();
+        }
         lock(&self.requests).end();
         self.report_phase();
         self.report
+    }
+
+    /// Tells a destination, if there is one, why it does not get the VM.
+    pub(super) fn leave_destination(&mut self, error: &MigrationError) {
+        self.hurry_last_word();
+        if self.peer.control.is_some() && !matches!(error, MigrationError::Link { .. }) {
+            let last_word = match self.machine.abandon() {
+                Some(abandon) if matches!(error, MigrationError::Cancelled(_)) => abandon,
+                _ => Control::error(error.code(), describe(error)),
+            };
+            // best effort: a destination that does not hear it notices the closed link
+            if self.send_control(&last_word).is_ok() {
+                self.await_goodbye();
+            }
+        }
+        self.machine.link_lost();
     }
 
     /// The VM has ended at the destination: nobody needs what is here.
@@ -158,6 +166,7 @@ impl Engine<'_> {
     }
 
     fn finish_report(&mut self) {
+        self.count_fetched();
         let report = &mut self.report;
         report.total = self.start.elapsed();
         report.downtime_limit = lock(&self.requests).downtime_limit.unwrap_or(report.downtime_limit);
@@ -179,6 +188,10 @@ impl Engine<'_> {
     pub(super) fn close(&mut self) {
         self.peer.link_ended.store(true, Ordering::Relaxed);
         self.peer.lanes.clear();
+        if let Some(fetcher) = self.post_copy.left.fetcher.get() {
+            // lanes end when nobody has work for them any more
+            fetcher.detach();
+        }
         self.peer.control = None;
         // a lane that still has something to send may finish it: closing shuts the stream behind
         // what was written

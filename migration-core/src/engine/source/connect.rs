@@ -132,7 +132,9 @@ impl Engine<'_> {
             return FEATURE_SHARED_RAM;
         }
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
-        let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS } else { 0 };
+        // a page that is in a store may be left behind alone, and not with its whole huge page
+        let huge = if self.rounds.stored().is_some() { 0 } else { FEATURE_HUGE_BLOCKS };
+        let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | huge } else { 0 };
         let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
         let stores = if self.uses_stores && post_copy != 0 { FEATURE_STORES } else { 0 };
         crc | post_copy | checkpoints | stores
@@ -154,7 +156,10 @@ impl Engine<'_> {
                 self.cancelled = Some(why.clone());
                 Err(MigrationError::Cancelled(why))
             }
-            Some(Input::VmEnded(why)) => Err(MigrationError::VmEnded(why)),
+            Some(Input::VmEnded(why)) => {
+                self.guest.ended = Some(why.clone());
+                Err(MigrationError::VmEnded(why))
+            }
             _ => Ok(()),
         }
     }
@@ -276,6 +281,7 @@ impl Engine<'_> {
             index,
             lanes: self.report.streams,
             ram: self.ram.clone(),
+            stored: self.rounds.stored().map(|stored| stored.memory.clone()),
             writer,
             peer,
             sequence: 0,

@@ -1,9 +1,11 @@
 //! The source's engine: implements the verbs over real lanes, and does what the protocol machine
 //! says when a strategy has come to its end, whichever end that is.
 
+mod begin;
 pub(super) mod checkpoint_receiver;
 mod conclude;
 mod connect;
+mod fetcher;
 mod forward_checkpoints;
 mod measure;
 mod parts;
@@ -60,7 +62,7 @@ use crate::{
     vm::{SourceVm, StateEstimate, VmId},
     wire::{
         Control, ErrorCode, FEATURE_CHECKPOINTS, FEATURE_HUGE_BLOCKS, FEATURE_PAYLOAD_CRC, FEATURE_POST_COPY,
-        FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, Preamble, STATE_CHUNK, VERSION, Welcome,
+        FEATURE_SHARED_RAM, Hello, LaneKind, MAX_DEMAND_LANES, MAX_STREAMS, Preamble, STATE_CHUNK, VERSION, Welcome,
     },
 };
 use places::Places;
@@ -104,8 +106,12 @@ pub fn migrate(
     commands: Commands,
 ) -> Report {
     let options = &SourceOptions { observer: Guarded::around(&options.observer), ..options.clone() };
-    let named =
-        Named { name: strategy.name(), shares_ram: strategy.shares_ram(), can_switch_over: strategy.can_switch_over() };
+    let named = Named {
+        name: strategy.name(),
+        shares_ram: strategy.shares_ram(),
+        can_switch_over: strategy.can_switch_over(),
+        needs_post_copy: strategy.needs_post_copy(),
+    };
     if !named.can_switch_over {
         lock(&commands.requests).switch_over = Err(NoSwitchOver::Strategy);
     }
@@ -136,7 +142,7 @@ struct Engine<'a> {
     post_copy: PostCopy,
     fail_safe: FailSafeState,
     places: Places,
-    /// Whether the strategy puts pages into stores: only then the destination is asked for it.
+    /// Whether pages are in stores, or are put there: only then the destination is asked for it.
     uses_stores: bool,
     report: Report,
 }
@@ -148,6 +154,8 @@ struct Named {
     shares_ram: bool,
     /// Whether it has rounds that can be cut short.
     can_switch_over: bool,
+    /// Whether it hands the VM over with pages missing.
+    needs_post_copy: bool,
 }
 
 impl<'a> Engine<'a> {
@@ -186,40 +194,5 @@ impl<'a> Engine<'a> {
             places: Places::default(),
             uses_stores: false,
         }
-    }
-
-    fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
-        if strategy.needs_store() {
-            let why = format!("{} puts pages into a store, and there is none", strategy.name());
-            return Err(MigrationError::Blocked(why));
-        }
-        let places = strategy.stores();
-        if let Some(place) = places.first()
-            && (self.options.stores.is_none() || self.options.fail_safe.is_some())
-        {
-            let lacks = match self.options.stores {
-                None => "there are no page stores here",
-                Some(_) => "fail-safe post-copy is on, which does not go with page stores",
-            };
-            return Err(MigrationError::Blocked(format!(
-                "{} puts pages elsewhere ({place}): {lacks}",
-                strategy.name()
-            )));
-        }
-        self.uses_stores = !places.is_empty();
-        self.connect()?;
-        if strategy.needs_post_copy() && self.report.demand_lanes == 0 {
-            let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
-            return Err(MigrationError::Blocked(why.into()));
-        }
-        if self.options.fail_safe.is_some() && self.peer.features & FEATURE_CHECKPOINTS == 0 {
-            let why =
-                "the destination cannot send checkpoints: its VMM does not support them, or post-copy is ruled out";
-            return Err(MigrationError::Blocked(why.into()));
-        }
-        self.put_checkpoint()?;
-        self.open_places(places)?;
-        strategy.migrate(Running::new(self))?;
-        Ok(())
     }
 }

@@ -36,7 +36,12 @@ pub struct SourceStores {
 /// The places of one migration, and what the destination was told of them.
 #[derive(Default)]
 pub(super) struct Places {
+    /// The places of the strategy.
+    pub(super) wanted: Vec<Place>,
     table: StoreTable,
+    /// For each of the first entries, the number that it has in the VM's own table: they have pages
+    /// that were in stores when the migration began.
+    kept: Vec<u8>,
     open: Vec<OpenPlace>,
     /// How many parts of the table were sent, and the last one that was acknowledged.
     parts: u32,
@@ -45,7 +50,7 @@ pub(super) struct Places {
     vacated: bool,
     /// What the destination has listed so far that it lacks.
     lacking: Option<PageSet>,
-    threads: Vec<Box<dyn Joiner>>,
+    pub(super) threads: Vec<Box<dyn Joiner>>,
     /// Why the last put has failed, if nobody was told.
     error: Option<MigrationError>,
     /// Puts that have ended since the destination was asked for its list of missing pages; `None`
@@ -53,7 +58,32 @@ pub(super) struct Places {
     deferred: Option<Vec<PutDone>>,
 }
 
+/// How many places and entries there are.
+pub(super) struct Opened {
+    places: usize,
+    entries: usize,
+}
+
 impl Places {
+    /// Adds an entry of the VM's own table, where it has this number. Returns its number here.
+    pub(super) fn keep_entry(&mut self, number: u8, entry: StoreEntry) -> Result<u8, MigrationError> {
+        self.kept.push(number);
+        self.table.append(entry).map_err(|error| MigrationError::Blocked(error.to_string()))
+    }
+
+    pub(super) fn has_entries(&self) -> bool {
+        !self.table.is_empty()
+    }
+
+    /// Returns whether the destination was told of an entry of the VM's own table.
+    pub(super) fn is_known(&self, number: u8) -> bool {
+        self.kept.iter().take(self.table.known()).any(|&kept| kept == number)
+    }
+
+    pub(super) fn opened(&self) -> Opened {
+        Opened { places: self.open.len(), entries: self.table.len() }
+    }
+
     /// The destination is about to list what it lacks. The list is compared with what this side has
     /// recorded now, so puts that end meanwhile are recorded after it.
     pub(super) fn defer_puts(&mut self) {
@@ -176,22 +206,53 @@ impl Engine<'_> {
         self.peer.features & FEATURE_STORES != 0
     }
 
-    /// Makes a namespace for each place of the strategy, and tells the destination of them.
-    pub(super) fn open_places(&mut self, places: Vec<Place>) -> Result<(), MigrationError> {
-        if places.is_empty() {
+    /// Makes a namespace for each place of the strategy that has none, and tells the destination of
+    /// all entries, and of all pages that are in stores. Returns when it has acknowledged that.
+    pub(super) fn open_places(&mut self) -> Result<(), MigrationError> {
+        if !self.uses_stores {
             return Ok(());
         }
         if !self.may_use_stores() {
-            let why = "pages are to go through page stores, and the destination does not fetch from any: it is older, was \
-                       started without page stores, or cannot fetch single pages";
+            let why = "pages are in page stores or to go through them, and the destination does not fetch from any: it is \
+                       older, was started without page stores, or cannot fetch single pages";
             return Err(MigrationError::Blocked(why.into()));
         }
         self.machine.allow_stores();
-        for place in places {
+        let is_open = |place: &Place| self.places.open.iter().any(|open| open.place == *place);
+        let wanted: Vec<_> = self.places.wanted.iter().filter(|place| !is_open(place)).cloned().collect();
+        for place in wanted {
             self.open_place(place)?;
         }
         self.send_table()?;
+        self.await_table()?;
+        if self.rounds.map().unannounced().is_empty() {
+            return Ok(());
+        }
+        self.announce()?;
+        // an empty part: its acknowledgement says that the locations were read
+        self.send_table()?;
         self.await_table()
+    }
+
+    /// The session has come to nothing: closes the places that it has opened, and forgets their
+    /// namespaces. Whatever else is in the table was not sent to anybody.
+    pub(super) fn forget_places_since(&mut self, before: Opened) {
+        let opened = self.places.open.split_off(before.places);
+        for open in opened {
+            self.forget_place(&open);
+        }
+        self.places.table.begin_session(before.entries);
+        (self.places.parts, self.places.received) = (0, 0);
+    }
+
+    fn forget_place(&self, open: &OpenPlace) {
+        for store in &open.stores {
+            if let Err(cause) = store.forget(open.namespace.of(self.id)) {
+                let error = MigrationError::page_store(store.name())(cause);
+                let what = format!("what was put stays until its lease ends: {}", Chain(&error));
+                self.options.observer.event(&Event::Warning(what));
+            }
+        }
     }
 
     fn open_place(&mut self, place: Place) -> Result<(), MigrationError> {
@@ -375,16 +436,21 @@ impl Engine<'_> {
             let why = format!("the strategy has not named this place: {}", portion.place);
             return Err(MigrationError::Blocked(why));
         };
-        let (began, asked) = (Instant::now(), pages.len().min(portion.most));
+        let mut resident = pages.clone();
+        if let Some(stored) = self.rounds.stored() {
+            // those are in a store already
+            resident.subtract(&stored.pages());
+        }
+        let (began, asked) = (Instant::now(), resident.len().min(portion.most));
         let rearm = self.rounds.rearm(self.vm.tracker(), self.guest.paused);
         let (mut left, mut at, mut failed) = (asked, 0, None);
         while left > 0
             && failed.is_none()
             && !self.round_is_over()
-            && let Some(first) = pages.first_from(at)
+            && let Some(first) = resident.first_from(at)
         {
             let most = MAX_PUT_PAGES.min(left);
-            let run = pages.run_at(first, most).unwrap_or(PageRange::new(first, 1));
+            let run = resident.run_at(first, most).unwrap_or(PageRange::new(first, 1));
             (at, left) = (run.end(), left - run.count);
             if self.start_put(place, run, rearm.clone()) {
                 failed = self.await_put(place)?;
@@ -453,7 +519,8 @@ impl Engine<'_> {
             let map = self.rounds.map();
             map.unclaimed().is_empty() && map.being_put().is_empty() && map.unannounced().is_empty()
         };
-        if !done {
+        let fetched = self.post_copy.left.fetcher.get().is_none_or(|fetcher| fetcher.is_done());
+        if !done || !fetched {
             return Ok(());
         }
         self.places.vacated = true;
@@ -482,7 +549,7 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", pages.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        let listed = self.rounds.map().lacks(&pages);
+        let listed = self.post_copy.left.change(|map| map.lacks(&pages));
         listed.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
         self.places.vacated = false;
         Ok(())
@@ -491,17 +558,15 @@ impl Engine<'_> {
     /// Ends the threads of all places. Forgets the namespaces of an attempt that has failed before
     /// *run*, and of entries that the destination never had (rule 14).
     pub(super) fn close_places(&mut self, failed: bool) {
+        if let Some(fetcher) = self.post_copy.left.fetcher.get() {
+            fetcher.end();
+        }
         let known = self.places.table.known();
-        for OpenPlace { place, entry, namespace, stores, jobs, .. } in std::mem::take(&mut self.places.open) {
-            drop(jobs);
-            let attempt = matches!(place, Place::Stores { purpose: Purpose::Attempt, .. });
-            let forgotten = if failed { attempt } else { usize::from(entry) >= known };
-            for store in stores.iter().filter(|_| forgotten) {
-                if let Err(cause) = store.forget(namespace.of(self.id)) {
-                    let error = MigrationError::page_store(store.name())(cause);
-                    let what = format!("what was put stays until its lease ends: {}", Chain(&error));
-                    self.options.observer.event(&Event::Warning(what));
-                }
+        for open in std::mem::take(&mut self.places.open) {
+            let attempt = matches!(open.place, Place::Stores { purpose: Purpose::Attempt, .. });
+            let forgotten = if failed { attempt } else { usize::from(open.entry) >= known };
+            if forgotten {
+                self.forget_place(&open);
             }
         }
         for thread in std::mem::take(&mut self.places.threads) {

@@ -4,14 +4,15 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
 };
 
-use super::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF};
+use super::{Engine, FIRST_BACK_OFF, MAX_BACK_OFF, fetcher::Fetcher};
 use crate::{
     MigrationError, PageRange, PageSet,
     channel::ReadHalf,
@@ -23,7 +24,7 @@ use crate::{
     },
     lock::lock,
     page::STRIPE_PAGES,
-    page_map::PageMap,
+    page_map::{MapError, PageMap},
     protocol::{SourceEvent, SourcePhase},
     report::Event,
     strategy::{
@@ -120,6 +121,8 @@ pub(super) struct Left {
     /// before they go out, so that all are counted when the destination has them.
     pub(super) demanded: AtomicU64,
     pub(super) requests: AtomicU64,
+    /// Sends pages that are here in stores only.
+    pub(super) fetcher: OnceLock<Arc<Fetcher>>,
 }
 
 impl Left {
@@ -130,6 +133,22 @@ impl Left {
             block: AtomicU64::new(1),
             demanded: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            fetcher: OnceLock::new(),
+        }
+    }
+
+    /// Changes the map. What is left then, and is here in stores only, is the fetcher's before
+    /// anybody can claim it.
+    pub(super) fn change(&self, change: impl FnOnce(&mut PageMap) -> Result<(), MapError>) -> Result<(), MapError> {
+        let mut map = lock(&self.map);
+        change(&mut map)?;
+        self.fetcher.get().map_or(Ok(()), |fetcher| fetcher.take_over(&mut map))
+    }
+
+    /// Pages move on these lanes from now on.
+    pub(super) fn attach(&self, lanes: &[mpsc::Sender<Work>]) {
+        if let Some(fetcher) = self.fetcher.get() {
+            fetcher.attach(lanes, self.generation.load(Ordering::Relaxed));
         }
     }
 
@@ -188,7 +207,8 @@ impl DemandLane {
         }
         for page in pages {
             let claimed = self.left.claim(page);
-            let count: u64 = claimed.iter().map(|range| range.count).sum();
+            let fetched = claimed.is_empty() && self.left.fetcher.get().is_some_and(|fetcher| fetcher.demand(page));
+            let count = claimed.iter().map(|range| range.count).sum::<u64>() + u64::from(fetched);
             self.left.demanded.fetch_add(count, Ordering::Relaxed);
             self.left.requests.fetch_add(u64::from(count > 0), Ordering::Relaxed);
             for range in claimed {
@@ -227,8 +247,9 @@ impl Engine<'_> {
         self.post_copy.lacking = missing.len();
         self.post_copy.missing_pages = self.post_copy.lacking;
         self.rounds.gone(&missing);
-        self.rounds.map().leave_behind(&missing)?;
+        self.post_copy.left.change(|map| map.leave_behind(&missing))?;
         self.post_copy.left.generation.store(generation, Ordering::Release);
+        self.post_copy.left.attach(&self.peer.lanes);
         Ok(())
     }
 
@@ -239,6 +260,9 @@ impl Engine<'_> {
         // without the lock: faults are served meanwhile
         let unsent = self.rounds.map().unclaimed().clone();
         order.begin(&unsent, &self.post_copy.heat);
+        if let Some(fetcher) = self.post_copy.left.fetcher.get() {
+            fetcher.push();
+        }
         let mut back_off = FIRST_BACK_OFF;
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
@@ -345,13 +369,20 @@ impl Engine<'_> {
             let why = format!("{} are listed, {expected} announced", missing.len());
             return Err(DecodeError::invalid("missing pages", why).into());
         }
-        let listed = self.rounds.map().lacking(&missing);
+        let listed = self.post_copy.left.change(|map| map.lacking(&missing));
         listed.map_err(|error| DecodeError::invalid("missing pages", error.to_string()))?;
         self.post_copy.lacking = expected;
+        self.count_fetched();
         let sent = self.report.pages.pushed + self.post_copy.left.demanded.load(Ordering::Relaxed);
         self.post_copy.missing_pages = expected.saturating_add(sent);
         self.open_lanes()?;
+        self.post_copy.left.attach(&self.peer.lanes);
         self.repeat_table()
+    }
+
+    /// Counts what the fetcher has sent since this was called last.
+    pub(super) fn count_fetched(&mut self) {
+        self.report.pages.pushed += self.post_copy.left.fetcher.get().map_or(0, |fetcher| fetcher.take_pushed());
     }
 
     /// The granularity in which pages are left behind.

@@ -3,7 +3,8 @@
 //! The guest waits in all of this. Each step is here, in this order, for a reason:
 //!
 //! 1. **Ask what the state will take**, while the guest still runs: a state that the destination
-//!    cannot take is refused without a pause.
+//!    cannot take is refused without a pause. And **send the pages that are in stores**, unless they
+//!    stay there or are left behind: from here on nobody waits for a store (rule 20).
 //! 2. **Raise the priority** of this thread, if RAM is shared: the guest waits for it now.
 //! 3. **Pause** vCPUs and devices. From here on the pause is watched ([`PauseLimits`]): until step
 //!    12 the VM is ours, and a silent destination must not keep it from running.
@@ -45,6 +46,10 @@ pub(super) enum Rest {
 impl Engine<'_> {
     /// Steps 1 to 3.
     pub(super) fn pause_guest(&mut self) -> Result<(), MigrationError> {
+        if self.machine.phase() != SourcePhase::Copying {
+            return Err(MigrationError::Blocked("the guest is not paused before a destination is connected".into()));
+        }
+        self.send_stored()?;
         self.check_state_limits()?;
         self.guest.paused_at = Some(Instant::now());
         self.report.downtime = None;
@@ -59,11 +64,24 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Sends the pages that are in stores and that the destination lacks, if none are to be left
+    /// behind. If a store fails, the pause does not begin.
+    fn send_stored(&mut self) -> Result<(), MigrationError> {
+        let stored = self.rounds.due_from_stores();
+        if stored.is_empty() || self.strategy.needs_post_copy || self.known().post_copy_wanted {
+            return Ok(());
+        }
+        self.send_round(&stored, false).map(drop)
+    }
+
     /// The guest goes on here after all.
     pub(super) fn go_on(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.guest.paused = false;
         self.rounds.map().taken_back();
+        if let Some(fetcher) = self.post_copy.left.fetcher.get() {
+            fetcher.take_back();
+        }
         self.end_watch();
         self.report_controllers();
         self.report.downtime = self.guest.paused_at.map(|at| at.elapsed());
@@ -108,9 +126,14 @@ impl Engine<'_> {
             pages.subtract(map.with_copies());
             !map.with_copies().is_empty()
         };
+        if let Some(stored) = self.rounds.stored() {
+            // those that were not sent before are unsent, whatever a strategy passes
+            pages.subtract(&stored.pages());
+        }
         self.rounds.map().sending(&pages)?;
         let mut missing = self.harvest()?;
         if rest == Rest::Sent {
+            self.check_no_store_is_read()?;
             let now = Arc::new(missing);
             let round = self.begin_round(&now)?.0;
             if stored {
@@ -127,6 +150,17 @@ impl Engine<'_> {
         Ok(round)
     }
 
+    /// The pause waits for no store (rule 20).
+    fn check_no_store_is_read(&self) -> Result<(), MigrationError> {
+        match self.rounds.due_from_stores().len() {
+            0 => Ok(()),
+            pages => {
+                let why = format!("{pages} pages are in page stores only, and were not sent before the pause");
+                Err(MigrationError::Blocked(why))
+            }
+        }
+    }
+
     /// Of the pages that would be left behind, those that the guest needs at once.
     fn entry_pages(&mut self, state: &VmState, rest: &PageSet) -> PageSet {
         let mut entry = PageSet::empty(rest.capacity());
@@ -136,6 +170,7 @@ impl Engine<'_> {
         }
         self.vm.entry_pages(state, &mut entry);
         entry.intersect_with(rest);
+        entry.subtract(&self.rounds.due_from_stores());
         entry.keep_first(MAX_ENTRY_PAGES);
         entry
     }

@@ -83,11 +83,15 @@ impl Engine<'_> {
     /// Cancels, link losses and failures of lanes become errors here; pings and progress are seen
     /// to.
     pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
+        if self.machine.owns() {
+            self.goes_on()?;
+        }
         let tick = (self.measured.last_progress + PROGRESS_INTERVAL).min(deadline);
         let tick = self.next_look().map_or(tick, |look| tick.min(look));
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
         if self.measured.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.measured.last_progress = Instant::now();
+            self.count_fetched();
             self.report_progress();
             if self.fail_safe.kept.heard.swap(false, Ordering::Relaxed) {
                 self.is_alive();
@@ -121,7 +125,10 @@ impl Engine<'_> {
                 }
                 Ok(None)
             }
-            Ok(Input::VmEnded(why)) if self.machine.owns() => Err(MigrationError::VmEnded(why)),
+            Ok(Input::VmEnded(why)) if self.machine.owns() => {
+                self.guest.ended = Some(why.clone());
+                Err(MigrationError::VmEnded(why))
+            }
             // where it runs now it may still end
             Ok(Input::VmEnded(_)) => Ok(None),
             Ok(Input::Recover(connector)) => {
@@ -166,7 +173,8 @@ impl Engine<'_> {
         let frees = matches!(frame, Control::Complete(_) | Control::Released(_));
         if frees && self.machine.phase() == SourcePhase::Serving {
             // it would free them
-            let unsent = self.rounds.map().never_claimed();
+            let fetcher = self.post_copy.left.fetcher.get();
+            let unsent = self.rounds.map().never_claimed() + fetcher.map_or(0, |fetcher| fetcher.never_read());
             if unsent > 0 {
                 let why = format!("{unsent} pages were never sent");
                 return Err(DecodeError::invalid(frame.name(), why).into());

@@ -3,7 +3,7 @@
 use super::{switch_over::Rest, *};
 use crate::{
     page_map::PageMap,
-    strategy::{Place, Portion, Put},
+    strategy::{Destination, Place, Portion, Put},
 };
 
 impl Verbs for Engine<'_> {
@@ -24,32 +24,7 @@ impl Verbs for Engine<'_> {
     }
 
     fn send(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
-        let pages = Arc::new(pages.clone());
-        self.send_pieces()?;
-        let began = Instant::now();
-        let (generation, stop) = self.begin_round(&pages)?;
-        let far = began + Duration::from_secs(1 << 30);
-        let deadline = self.deadline().unwrap_or(far);
-        let (mut lanes, mut stopped, mut received) = (0, Vec::new(), false);
-        while lanes < self.report.streams || !received {
-            let until = if stop.load(Ordering::Relaxed) { far } else { deadline };
-            match self.next_input(until)? {
-                Some(Input::Lane(Ok(done))) => {
-                    lanes += 1;
-                    stopped.extend(done.stopped_at.map(|at| (done.lane, at)));
-                }
-                Some(Input::Control(epoch, frame)) => {
-                    received |= self.frame(epoch, frame)? == SourceEvent::RoundReceived(generation);
-                }
-                _ => {}
-            }
-            if self.round_is_over() {
-                stop.store(true, Ordering::Relaxed);
-            }
-        }
-        let round = self.end_round(generation, &pages, &stopped, began)?;
-        self.learn(round.sent, round.wire_bytes, round.time);
-        Ok(round)
+        self.send_round(pages, true)
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
@@ -133,6 +108,14 @@ impl Verbs for Engine<'_> {
         }
     }
 
+    fn connect(&mut self, to: &Destination) -> Result<(), MigrationError> {
+        self.connect_to(to)
+    }
+
+    fn report(&mut self, error: &MigrationError) {
+        self.options.observer.event(&Event::Warning(describe(error)));
+    }
+
     fn locations(&self) -> Result<PageMap, MigrationError> {
         Ok(self.rounds.map().clone())
     }
@@ -143,6 +126,36 @@ impl Verbs for Engine<'_> {
 }
 
 impl Engine<'_> {
+    /// Sends a round of the running guest. It may end early, or must be whole.
+    pub(super) fn send_round(&mut self, pages: &PageSet, may_end_early: bool) -> Result<Round, MigrationError> {
+        let pages = Arc::new(pages.clone());
+        self.send_pieces()?;
+        let began = Instant::now();
+        let (generation, stop) = self.begin_round(&pages)?;
+        let far = began + Duration::from_secs(1 << 30);
+        let deadline = self.deadline().filter(|_| may_end_early).unwrap_or(far);
+        let (mut lanes, mut stopped, mut received) = (0, Vec::new(), false);
+        while lanes < self.report.streams || !received {
+            let until = if stop.load(Ordering::Relaxed) { far } else { deadline };
+            match self.next_input(until)? {
+                Some(Input::Lane(Ok(done))) => {
+                    lanes += 1;
+                    stopped.extend(done.stopped_at.map(|at| (done.lane, at)));
+                }
+                Some(Input::Control(epoch, frame)) => {
+                    received |= self.frame(epoch, frame)? == SourceEvent::RoundReceived(generation);
+                }
+                _ => {}
+            }
+            if may_end_early && self.round_is_over() {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+        let round = self.end_round(generation, &pages, &stopped, began)?;
+        self.learn(round.sent, round.wire_bytes, round.time);
+        Ok(round)
+    }
+
     /// Gives a round to the lanes.
     pub(super) fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
         if self.strategy.shares_ram {

@@ -38,7 +38,7 @@ use super::{
     Urgency, VmNamespace,
     limits::{MAX_LEASE, MAX_NAMESPACES},
 };
-use crate::{PAGE_SIZE, vm::VmId};
+use crate::{PAGE_SIZE, vm_id::VmId};
 
 /// A store under test, new and empty, which nobody else uses.
 ///

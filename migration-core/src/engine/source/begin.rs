@@ -1,0 +1,191 @@
+//! How a migration begins: what is checked before anything moves, the pages that are in stores
+//! already, and the session with a destination.
+//!
+//! The order, and why:
+//!
+//! 1. **Look which pages are in stores.** Those that stay there have their location in the map
+//!    before the strategy begins, and an entry of the store table.
+//! 2. **Connect.** The destination builds the VM, and grants the features that are needed.
+//! 3. **Send the store table**, and wait until the destination has taken it: it refuses a store that
+//!    it was not started with, while nothing has moved.
+//! 4. **Send all locations**, while the guest runs, and wait until the destination has read them.
+//!    Rounds come after that, so what a round brings is newer than a location (rule 16).
+//!
+//! A strategy that [connects by itself](Strategy::connects_itself) begins after step 1.
+
+use super::{fetcher::Fetcher, *};
+use crate::{
+    engine::stored::Stored,
+    page_map::{LocatedRun, StoreCopy},
+    paged_memory::PagedMemory,
+    strategy::Destination,
+};
+
+impl Engine<'_> {
+    pub(super) fn attempt(&mut self, strategy: &mut dyn Strategy) -> Result<(), MigrationError> {
+        if strategy.needs_store() {
+            let why = format!("{} puts pages into a store, and there is none", strategy.name());
+            return Err(MigrationError::Blocked(why));
+        }
+        let places = strategy.stores();
+        if let Some(place) = places.first()
+            && (self.options.stores.is_none() || self.options.fail_safe.is_some())
+        {
+            let lacks = match self.options.stores {
+                None => "there are no page stores here",
+                Some(_) => "fail-safe post-copy is on, which does not go with page stores",
+            };
+            return Err(MigrationError::Blocked(format!(
+                "{} puts pages elsewhere ({place}): {lacks}",
+                strategy.name()
+            )));
+        }
+        self.look_at_stores(strategy.keeps_stored_pages())?;
+        self.uses_stores = !places.is_empty() || self.places.has_entries();
+        self.places.wanted = places;
+        if !strategy.connects_itself() {
+            self.open_session()?;
+        }
+        strategy.migrate(Running::new(self))?;
+        Ok(())
+    }
+
+    /// Step 1. `keeps`: whether pages that are in stores stay there.
+    fn look_at_stores(&mut self, keeps: bool) -> Result<(), MigrationError> {
+        let Some(memory) = self.vm.paged_memory() else { return Ok(()) };
+        let (pages, stored, at_source) = memory.map().read(|map| (map.pages(), map.in_store().len(), map.at_source()));
+        let blocked = |why: &str| Err(MigrationError::Blocked(format!("{stored} pages are in page stores: {why}")));
+        if at_source > 0 {
+            let why = format!("{at_source} pages of the VM have not come from its last source yet");
+            return Err(MigrationError::Blocked(why));
+        }
+        if stored == 0 {
+            // and no page is evicted from here on
+            return Ok(());
+        }
+        if pages != self.report.pages.total {
+            return blocked(&format!("their map is one of {pages} pages, and the VM has {}", self.report.pages.total));
+        }
+        if self.strategy.shares_ram {
+            return blocked("the VM cannot be handed over to a process that maps its RAM");
+        }
+        if self.options.fail_safe.is_some() {
+            return blocked("fail-safe post-copy does not go with that");
+        }
+        let mut stored = Stored::new(memory.clone(), keeps);
+        if keeps {
+            self.keep_in_stores(&memory, &mut stored)?;
+        }
+        self.rounds.set_stored(stored);
+        let started = Fetcher::start(memory, self.options)?;
+        self.places.threads.extend(started.threads);
+        // it is set once
+        let _ = self.post_copy.left.fetcher.set(started.fetcher);
+        Ok(())
+    }
+
+    /// The map has the location of each page that is in a store, and the table the entries to which
+    /// they refer (rule 15). Entries have other numbers there than in the VM's own table.
+    fn keep_in_stores(&mut self, memory: &PagedMemory, stored: &mut Stored) -> Result<(), MigrationError> {
+        let runs = memory.map().read(|map| map.located_runs(map.in_store()));
+        let mut map = self.rounds.map();
+        for of_entry in runs.chunk_by(|a, b| a.copy.entry == b.copy.entry) {
+            let Some(&LocatedRun { copy: StoreCopy { entry: number, .. }, .. }) = of_entry.first() else { continue };
+            let unknown = || MigrationError::Blocked(format!("pages are in entry {number}, which no store table has"));
+            let entry = self.places.keep_entry(number, memory.entry(number).ok_or_else(unknown)?)?;
+            for run in of_entry {
+                map.located(run.pages, StoreCopy { entry, ..run.copy }, false);
+                stored.keep(run.pages);
+            }
+        }
+        // that is to come
+        map.nothing_announced();
+        Ok(())
+    }
+
+    /// Steps 2 to 4.
+    fn open_session(&mut self) -> Result<(), MigrationError> {
+        self.connect()?;
+        if self.strategy.needs_post_copy && self.report.demand_lanes == 0 {
+            let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
+            return Err(MigrationError::Blocked(why.into()));
+        }
+        if self.options.fail_safe.is_some() && self.peer.features & FEATURE_CHECKPOINTS == 0 {
+            let why =
+                "the destination cannot send checkpoints: its VMM does not support them, or post-copy is ruled out";
+            return Err(MigrationError::Blocked(why.into()));
+        }
+        self.put_checkpoint()?;
+        self.open_places()
+    }
+
+    /// Connects to the destination that the strategy names. If that fails, nothing has changed, and
+    /// the strategy may connect again.
+    pub(super) fn connect_to(&mut self, to: &Destination) -> Result<(), MigrationError> {
+        self.goes_on()?;
+        if self.peer.control.is_some() {
+            return Err(MigrationError::Blocked(format!("a destination is connected, so {to} cannot be")));
+        }
+        self.peer.elsewhere = self.way_to(to)?;
+        let before = self.places.opened();
+        let connected = self.open_session();
+        if let Err(error) = &connected {
+            self.leave_destination(error);
+            self.close();
+            self.inputs.forget_session();
+            self.close_session(before);
+        }
+        connected
+    }
+
+    /// Returns where a destination is, unless it is where the migration was to go to.
+    fn way_to(&self, to: &Destination) -> Result<Option<Arc<dyn Connector>>, MigrationError> {
+        let unknown = |cause| MigrationError::link(to.name())(cause);
+        match &self.options.destinations {
+            Some(find) => find(to).map(Some).map_err(unknown),
+            None if to.name() == self.peer.connector.address() => Ok(None),
+            None => {
+                let why = format!("no other destination than {} is known", self.peer.connector.address());
+                Err(unknown(io::Error::new(io::ErrorKind::NotFound, why)))
+            }
+        }
+    }
+
+    /// All is as before the session, but that its epoch is void.
+    fn close_session(&mut self, before: places::Opened) {
+        self.forget_places_since(before);
+        self.rounds.map().nothing_announced();
+        self.peer = Peer::new(self.peer.connector);
+        self.machine = SourceMachine::new(self.machine.epoch().saturating_add(1));
+        self.report.epoch = self.machine.epoch();
+        self.report.demand_lanes = 0;
+        self.report.streams = self.options.streams.clamp(1, MAX_STREAMS);
+        let mut requests = lock(&self.requests);
+        requests.post_copy = Err(NoPostCopy::NotYet);
+        requests.switch_over = Err(NoSwitchOver::NotYet);
+    }
+
+    /// A cancel, and the end of the guest, are final: every later verb returns them.
+    pub(super) fn goes_on(&self) -> Result<(), MigrationError> {
+        match (&self.cancelled, &self.guest.ended) {
+            (Some(why), _) => Err(MigrationError::Cancelled(why.clone())),
+            (None, Some(why)) => Err(MigrationError::VmEnded(why.clone())),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// The destination has the VM, and needs only the stores of which it was told: forgets the other
+    /// namespaces in which pages of the VM were (rule 14).
+    pub(super) fn forget_what_nobody_needs(&self) {
+        let Some(stored) = self.rounds.stored() else { return };
+        for entry in 0..stored.memory.entries() {
+            if self.places.is_known(entry) {
+                continue;
+            }
+            for cause in stored.memory.forget(entry) {
+                let what = format!("pages of the VM stay in a store until their lease ends: {}", Chain(&cause));
+                self.options.observer.event(&Event::Warning(what));
+            }
+        }
+    }
+}

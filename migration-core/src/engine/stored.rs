@@ -1,0 +1,179 @@
+//! Pages that are in page stores when a migration begins: what the source's engine knows of them,
+//! and how a lane sends them.
+//!
+//! The VM has a [`PagedMemory`], whose map says which pages are in stores. A strategy that keeps
+//! them there has only their locations sent. For all others a lane reads them through a buffer of
+//! 256 KiB and sends them: they do not become resident at the source.
+//!
+//! No page is evicted during a migration (rule 22), but pages come back, because the guest touches
+//! them. So the engine looks anew after each harvest.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::lane::{Batch, Lane};
+use crate::{
+    MigrationError, PageRange, PageSet,
+    page_map::{MapError, PageMap, StoreCopy},
+    paged_memory::{MAX_FETCHED_PAGES, PagedMemory, ReadPages},
+    store::Urgency,
+};
+
+/// The longest time of one attempt to read pages from a store that are to be sent.
+pub(super) const FETCH_TIME: Duration = Duration::from_secs(5);
+
+/// The pages of a VM that were in stores when its migration began.
+pub(super) struct Stored {
+    pub(super) memory: Arc<PagedMemory>,
+    /// Those that stay there, and have their location in the engine's map. Empty if the strategy
+    /// does not keep any.
+    kept: PageSet,
+    keeps: bool,
+}
+
+impl Stored {
+    /// Pages that the strategy keeps in stores, or sends.
+    pub(super) fn new(memory: Arc<PagedMemory>, keeps: bool) -> Self {
+        let pages = memory.map().read(PageMap::pages);
+        Self { memory, kept: PageSet::empty(pages), keeps }
+    }
+
+    /// Records that the engine's map has the location of `pages`.
+    pub(super) fn keep(&mut self, pages: PageRange) {
+        self.kept.insert_range(pages);
+    }
+
+    /// Returns the pages that are in stores now.
+    pub(super) fn pages(&self) -> PageSet {
+        self.memory.map().read(|map| map.in_store().clone())
+    }
+
+    /// Returns those of `pages` that are in stores now.
+    pub(super) fn among(&self, pages: &PageSet) -> PageSet {
+        let mut both = self.pages();
+        both.intersect_with(pages);
+        both
+    }
+
+    /// Adds the pages that are sent although they are in stores to those that may hold data, or
+    /// takes those that are not sent away.
+    pub(super) fn adjust(&self, populated: &mut PageSet) {
+        match self.keeps {
+            true => populated.subtract(&self.kept),
+            false => populated.union_with(&self.pages()),
+        }
+    }
+
+    /// Looks which pages have come back, after the tracker has reported what was `written`. They
+    /// are in RAM, and no store has their newest content any more. A page that is still in a store,
+    /// and not being installed, was not written, whatever the tracker says (rule 4).
+    ///
+    /// # Errors
+    /// [`MapError`], if the VM was handed over.
+    pub(super) fn look(&mut self, map: &mut PageMap, written: &mut PageSet) -> Result<(), MapError> {
+        let unwritten = self.memory.map().read(|map| map.unfetched().clone());
+        if !self.keeps {
+            written.subtract(&unwritten);
+            return Ok(());
+        }
+        let mut back = self.kept.clone();
+        back.subtract(&unwritten);
+        if back.is_empty() {
+            return Ok(());
+        }
+        self.kept.subtract(&back);
+        for run in map.located_runs(&back) {
+            map.claim_stored(run.pages, run.copy)?;
+            map.returned(run.pages)?;
+        }
+        map.dirtied(&back)
+    }
+}
+
+/// Pages that are sent after the hand-over and that were in stores, some of them at least.
+pub(super) struct Fetched {
+    pub(super) read: ReadPages,
+    /// Pages beside them that are in RAM.
+    pub(super) resident: Vec<PageRange>,
+    /// Is dropped when they were sent, or will not be.
+    pub(super) _in_hand: Box<dyn Send>,
+}
+
+/// Cuts runs of stored pages into pieces that one fetch reads.
+pub(super) fn of_one_fetch(runs: &[(PageRange, StoreCopy)]) -> Vec<Vec<(PageRange, StoreCopy)>> {
+    let mut pieces: Vec<Vec<_>> = Vec::new();
+    let mut room = 0;
+    for &(mut run, copy) in runs {
+        while run.count > 0 {
+            if room == 0 {
+                pieces.push(Vec::new());
+                room = MAX_FETCHED_PAGES;
+            }
+            let count = run.count.min(room);
+            if let Some(piece) = pieces.last_mut() {
+                piece.push((PageRange::new(run.first, count), copy));
+            }
+            run = PageRange::new(run.first + count, run.count - count);
+            room -= count;
+        }
+    }
+    pieces
+}
+
+impl Lane {
+    /// Sends those pages of a round's run that are in stores, which it reads. Returns the others,
+    /// which are in RAM.
+    ///
+    /// The tracker was re-armed before: what is in a store now and is written later is reported.
+    pub(super) fn send_stored(&mut self, run: PageRange, generation: u32) -> Result<Vec<PageRange>, MigrationError> {
+        let Some(memory) = self.stored.clone() else { return Ok(vec![run]) };
+        let stored = memory.stored_runs(run)?;
+        let (mut resident, mut at) = (Vec::new(), run.first);
+        for &(part, _) in &stored {
+            resident.push(PageRange::new(at, part.first - at));
+            at = part.end();
+        }
+        resident.push(PageRange::new(at, run.end() - at));
+        resident.retain(|part| part.count > 0);
+        for runs in of_one_fetch(&stored) {
+            let read = memory.read(&runs, Urgency::Prefetch, Instant::now() + FETCH_TIME)?;
+            self.send_read(&read, generation)?;
+        }
+        Ok(resident)
+    }
+
+    fn send_read(&mut self, read: &ReadPages, generation: u32) -> Result<(), MigrationError> {
+        let mut batch = Batch::default();
+        for (run, contents) in read.runs() {
+            self.add_pages(&mut batch, contents, run, generation)?;
+        }
+        self.flush(&mut batch, generation)
+    }
+
+    pub(super) fn send_fetched(&mut self, fetched: &Fetched, generation: u32) -> Result<(), MigrationError> {
+        self.send_read(&fetched.read, generation)?;
+        fetched.resident.iter().try_for_each(|&run| self.push(run, generation))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fetch_has_64_pages_at_most_and_all_pages_are_fetched_once() {
+        let copy = |generation| StoreCopy { entry: 1, generation };
+        let runs =
+            [(PageRange::new(0, 60), copy(1)), (PageRange::new(70, 130), copy(2)), (PageRange::new(200, 2), copy(1))];
+        let pieces = of_one_fetch(&runs);
+        let sizes: Vec<u64> = pieces.iter().map(|piece| piece.iter().map(|(run, _)| run.count).sum()).collect();
+        assert_eq!(sizes, [64, 64, 64]);
+        let pages = |runs: &[(PageRange, StoreCopy)]| -> Vec<_> {
+            runs.iter().flat_map(|&(run, copy)| run.pages().map(move |page| (page, copy))).collect()
+        };
+        assert_eq!(pages(&pieces.concat()), pages(&runs));
+        assert!(of_one_fetch(&[]).is_empty());
+    }
+}
