@@ -1,4 +1,4 @@
-//! `minivmm demo`: two processes, a guest that works, a migration, a table.
+//! `minivmm demo`: migrates a working guest between two processes and prints a table.
 
 use std::{
     io::{BufRead, BufReader},
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::bench::process::{Folder, program};
 
-/// Which guest moves.
+/// The options of `minivmm demo`.
 #[derive(Debug, Args)]
 pub struct Demo {
     /// Guest RAM.
@@ -27,10 +27,10 @@ pub struct Demo {
     workload: String,
 }
 
-/// How long the guest may take to get to work.
+/// The longest time until the guest works.
 const START: Duration = Duration::from_secs(60);
 
-/// Runs the demo, and returns the exit status.
+/// Runs the demo. Returns the exit status.
 pub fn run(args: &Demo) -> u8 {
     match demo(args) {
         Ok(true) => 0,
@@ -42,7 +42,7 @@ pub fn run(args: &Demo) -> u8 {
     }
 }
 
-/// A child process that does not outlive the demo.
+/// A child process. Killed when it is dropped.
 struct Process(Child);
 
 impl Drop for Process {
@@ -140,7 +140,7 @@ fn demo(args: &Demo) -> Result<bool, String> {
     Ok(good)
 }
 
-/// Asks for the status until `done`; fails when the process ends first.
+/// Requests the status until `done` returns `true`. Fails if the process ends first.
 fn wait_for(socket: &Path, process: &mut Process, done: impl Fn(&Value) -> bool) -> Result<(), String> {
     let deadline = Instant::now() + START;
     loop {

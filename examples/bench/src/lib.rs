@@ -1,14 +1,14 @@
-//! Measurements of minivmm: beside QEMU, and beside what papers report.
+//! Measurements of minivmm, compared with QEMU and with the figures of papers.
 //!
-//! The commands drive minivmms as child processes, through their command line and their control
-//! sockets, as a user's script does. Such a process is the program that this library is linked
-//! into: the commands are `minivmm bench`, `minivmm eval` and `minivmm demo`.
+//! The commands control minivmms as child processes, through their command lines and control
+//! sockets, as a user's script does. The program of these processes is the one into which this
+//! library is linked: the commands are `minivmm bench`, `minivmm eval` and `minivmm demo`.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! |---|---|
-//! | `bench` | minivmm and QEMU side by side: pre-copy, post-copy, encryption, hand-overs, memory slots |
-//! | `eval` | our techniques beside what their papers measured: tables and plots |
-//! | `demo` | one migration, and a table of what happened |
+//! | `bench` | minivmm compared with QEMU: pre-copy, post-copy, encryption, hand-overs, memory slots |
+//! | `eval` | our techniques compared with the measurements of their papers: tables and plots |
+//! | `demo` | one migration and a table of its results |
 #![deny(unsafe_code)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

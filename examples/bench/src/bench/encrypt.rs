@@ -1,5 +1,5 @@
-//! `minivmm bench --encrypt`: what encryption costs, beside none, and beside QEMU's TLS with a
-//! pre-shared key.
+//! `minivmm bench --encrypt`: measures the cost of encryption, compared with migration in plain
+//! text and with QEMU's TLS with a pre-shared key.
 
 use std::{ffi::OsStr, fmt, process::Command};
 
@@ -22,30 +22,32 @@ use super::{
 };
 use minivmm_client::encryption::{Encrypt, Encryption, Library};
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "encrypt";
-/// Connections, ours and QEMU's: with one it is QEMU's plain mode, with more its multifd.
+/// The numbers of connections. With one, QEMU uses its plain mode; with more, multifd.
 const STREAMS: [u16; 2] = [1, 4];
 const TEN_GIGABIT: u64 = 10_000_000_000;
 
-/// Most that a total may be of the one without encryption, on loopback and on a link of 10 Gbit/s.
+/// The largest allowed ratio of our encrypted total to our plain total, on loopback and on a link
+/// of 10 Gbit/s.
 const LOOPBACK_TARGET: f64 = 1.6;
 const LINK_TARGET: f64 = 1.05;
-/// Of QEMU's best mode without encryption, and of its best with.
+/// The largest allowed ratio of our encrypted total to QEMU's best total in plain text, and with
+/// TLS.
 const QEMU_PLAIN_TARGET: f64 = 1.0;
 const QEMU_TLS_TARGET: f64 = 0.5;
-/// Least that the record layer reaches of the bare cipher.
+/// The smallest allowed ratio of the record layer's rate to the rate of the cipher alone.
 const RECORD_TARGET: f64 = 0.9;
 
-/// Over which link a run's migration goes, and how it is protected.
+/// The link over which a run migrates, and its protection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Way {
     pub(crate) cipher: Cipher,
     pub(crate) link: Link,
 }
 
-/// What it is encrypted with, and by whom. QEMU's TLS takes what it prefers where this is
-/// [`Aes256`](Self::Aes256), and is told what to prefer where it is [`Aes128`](Self::Aes128).
+/// The cipher of a run. With [`Aes256`](Self::Aes256), QEMU's TLS uses its default cipher; with
+/// [`Aes128`](Self::Aes128), the bench tells it to use that one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Cipher {
@@ -62,7 +64,7 @@ impl Cipher {
     const OURS: [Self; 6] =
         [Self::None, Self::Aes256, Self::Aes128, Self::ChaCha20, Self::Aes256Rust, Self::ChaCha20Rust];
 
-    /// The options of both sides; makes the key, if there is none yet.
+    /// Returns the options of both sides. Makes a key if there is none yet.
     pub(super) fn encryption(self, folder: &Folder) -> Result<Encryption, String> {
         let (encrypt, cipher_library) = match self {
             Self::None => return Ok(Encryption::default()),
@@ -93,31 +95,31 @@ impl fmt::Display for Cipher {
     }
 }
 
-/// What is between source and destination.
+/// The link between source and destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Link {
-    /// As fast as it goes.
+    /// Loopback without a limit.
     #[default]
     Loopback,
-    /// To a network namespace, where the destination is, at the rate of its [`Shaper`].
+    /// A link to the destination's network namespace, at the rate of its [`Shaper`].
     Shaped,
-    /// Loopback, and each tool is told to keep to 10 Gbit/s: where there can be no namespace.
+    /// Loopback, with both tools limited to 10 Gbit/s. Used where no namespace can be made.
     Limited,
 }
 
 impl Link {
-    /// The destination's address.
+    /// Returns the destination's address.
     pub(crate) fn host(self) -> &'static str {
         if self == Self::Shaped { Shaper::THERE } else { "127.0.0.1" }
     }
 
-    /// What a tool is told to keep to; 0 for nothing.
+    /// Returns the limit that a tool is given in bit/s, or 0 for none.
     pub(super) fn limit_bits(self) -> u64 {
         if self == Self::Limited { TEN_GIGABIT } else { 0 }
     }
 
-    /// A command that runs `program` at the destination's end.
+    /// Returns a command that runs `program` at the destination's end of the link.
     pub(super) fn command(self, program: &OsStr) -> Command {
         if self != Self::Shaped {
             return Command::new(program);
@@ -136,7 +138,7 @@ impl Link {
     }
 }
 
-/// A network namespace behind a link of a given rate; gone with this.
+/// A network namespace at the other end of a link with a given rate. Removed when it is dropped.
 pub(crate) struct Shaper;
 
 impl Shaper {
@@ -144,7 +146,7 @@ impl Shaper {
     const HERE: &str = "10.213.77.1";
     const THERE: &str = "10.213.77.2";
 
-    /// A link with a rate as `tc` has it.
+    /// Makes a link with this rate, written as `tc` expects it.
     pub(crate) fn new(rate: &str) -> Result<Self, String> {
         let run = |line: &str| -> Result<(), String> {
             let mut words = line.split(' ');
@@ -154,10 +156,10 @@ impl Shaper {
             if output.status.success() { Ok(()) } else { Err(format!("{line}: {}", why.trim())) }
         };
         let (namespace, here, there) = (Self::NAMESPACE, Self::HERE, Self::THERE);
-        // a bench that was killed has left it behind; if not, there is nothing to delete
+        // a bench that was killed may have left a namespace; if not, the command fails
         let _ = run(&format!("ip netns del {namespace}"));
         run(&format!("ip netns add {namespace}"))?;
-        // from here on it is removed whatever happens
+        // from here on, the namespace is removed in any case
         let shaper = Self;
         run(&format!("ip link add mvbench0 type veth peer name mvbench1 netns {namespace}"))?;
         run(&format!("ip addr add {here}/30 dev mvbench0"))?;
@@ -172,12 +174,12 @@ impl Shaper {
 
 impl Drop for Shaper {
     fn drop(&mut self) {
-        // the link goes with it
+        // the link is removed with the namespace
         let _ = Command::new("ip").args(["netns", "del", Self::NAMESPACE]).output();
     }
 }
 
-/// All runs in the order in which they are done: each round has one of each kind.
+/// Returns all runs in their order. Each round has one run of each kind.
 fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
     let setup = |vmm, streams, cipher, tuning| Setup {
         vmm,
@@ -199,7 +201,7 @@ fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
             let all_ours = (*vmm, link, tuning) == (Vmm::Minivmm, Link::Loopback, Tuning::AsItComes);
             let ciphers = if all_ours { &Cipher::OURS[..] } else { &compared[..] };
             for &cipher in ciphers {
-                // those that are not compared need no second number of streams
+                // kinds that are not compared run with one number of streams only
                 let streams = if compared.contains(&cipher) { &STREAMS[..] } else { &STREAMS[1..] };
                 round.extend(streams.iter().map(|&streams| setup(*vmm, streams, cipher, tuning)));
             }
@@ -208,18 +210,18 @@ fn setups(vmms: &[Vmm], link: Link, repeat: u32) -> Vec<Setup> {
     (0..repeat).flat_map(|_| round.clone()).collect()
 }
 
-/// A figure, and what it should be.
+/// A figure and its target.
 #[derive(Clone, Debug, Serialize)]
 struct Target {
     what: String,
     value: f64,
-    /// Whether it has to be at least this, rather than at most.
+    /// Whether the target is the smallest value that is allowed, rather than the largest.
     at_least: bool,
     target: f64,
     met: bool,
 }
 
-/// Whose runs, over which link, and with which options.
+/// A VMM, a link, and a set of options.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     vmm: Vmm,
@@ -249,7 +251,7 @@ impl Figures {
         median(self.of(kind, cipher, streams).iter().map(|r| r.total_ms))
     }
 
-    /// The least median total over the numbers of streams.
+    /// Returns the smallest median total over the numbers of streams.
     fn best(&self, kind: Kind, cipher: Cipher) -> Option<f64> {
         STREAMS.into_iter().filter_map(|n| self.total(kind, cipher, n)).min_by(f64::total_cmp)
     }
@@ -305,7 +307,7 @@ impl Figures {
         all
     }
 
-    /// The totals over a link.
+    /// Returns the table of totals over a link.
     fn totals(&self, link: Link) -> Table {
         let mut rows = Vec::new();
         for (tuning, vmm) in Tuning::ALL.into_iter().flat_map(|t| [(t, Vmm::Minivmm), (t, Vmm::Qemu)]) {
@@ -340,7 +342,7 @@ impl Figures {
         Table { title, head: head.to_vec(), rows }
     }
 
-    /// The ciphers and the record layer.
+    /// Returns the table of the ciphers and the record layer, on one core.
     fn one_core(&self) -> Table {
         let gb = |rate: f64| format!("{rate:.1}");
         let three = |of: &dyn Fn(&records::Records) -> f64, rates: &records::Rates| {
@@ -383,7 +385,7 @@ impl Figures {
     }
 }
 
-/// Measures; whether every figure is within its target.
+/// Runs the measurement. Returns whether every figure meets its target.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if let Some(path) = &args.markdown {
         output::check_section(path, SECTION)?;
@@ -428,7 +430,8 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     show(args, &figures)
 }
 
-/// Prints the figures, and writes them where that is wanted; whether all are within their targets.
+/// Prints the figures and writes the requested files. Returns whether every figure meets its
+/// target.
 fn show(args: &Bench, figures: &Figures) -> Result<bool, String> {
     let targets = figures.targets();
     if args.json {

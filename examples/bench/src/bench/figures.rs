@@ -1,4 +1,4 @@
-//! What was measured, its medians, and the targets.
+//! The measured values, their medians, and the targets.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,7 @@ use super::{
     tuning::Tuning,
 };
 
-/// A bare copy.
+/// The result of a bare copy of the guest's data.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Floor {
     pub(super) streams: u64,
@@ -19,17 +19,17 @@ pub(super) struct Floor {
     pub(super) ms: f64,
 }
 
-/// A guest that stayed where it was.
+/// The result of a guest that was not migrated.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Control {
     pub(super) vmm: Vmm,
     pub(super) workload: String,
-    /// Streams of the copy beside it.
+    /// The number of streams of the copy that ran beside it.
     pub(super) streams: u64,
     pub(super) gap_ms: f64,
 }
 
-/// The machine and what ran on it.
+/// The machine and the versions of its software.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Machine {
     pub(crate) date: String,
@@ -43,7 +43,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// This one, now.
+    /// Returns the description of this machine at this moment.
     pub(crate) fn here(qemu: Option<String>) -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         Self {
@@ -59,18 +59,18 @@ impl Machine {
     }
 }
 
-/// Everything that was measured.
+/// All measured values.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Figures {
     pub(super) machine: Machine,
     pub(super) floors: Vec<Floor>,
     pub(super) controls: Vec<Control>,
     pub(super) runs: Vec<Run>,
-    /// Attempts that failed; each was repeated once.
+    /// The errors of failed attempts. Each attempt was repeated once.
     pub(super) failures: Vec<String>,
 }
 
-/// How a VMM is called.
+/// Returns the name of a VMM.
 pub(super) fn name(vmm: Vmm) -> &'static str {
     match vmm {
         Vmm::Minivmm => "minivmm",
@@ -78,7 +78,8 @@ pub(super) fn name(vmm: Vmm) -> &'static str {
     }
 }
 
-/// The median; the mean of the two in the middle if their number is even. `None` for none.
+/// Returns the median, or `None` for no values. For an even number of values it is the mean of the
+/// middle two.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
@@ -90,11 +91,11 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     }
 }
 
-/// A figure that is compared.
+/// A figure that is compared between VMMs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Figure {
-    /// As the client sees it.
+    /// The total time that the client measures.
     Total,
     OwnTotal,
     /// The guest's longest gap.
@@ -103,7 +104,7 @@ pub(super) enum Figure {
     UntilFast,
     OwnDowntime,
     Cpu,
-    /// Of it, what vCPU threads did not use.
+    /// The part of the CPU time that was not used by vCPU threads.
     CpuBeside,
 }
 
@@ -135,7 +136,7 @@ impl Figure {
         }
     }
 
-    /// The most that ours may be, as a share of QEMU's.
+    /// Returns the largest allowed ratio of our value to QEMU's.
     fn target(self, mode: &str, idle: bool) -> Option<f64> {
         if postcopy::MODES.contains(&mode) {
             return matches!(self, Self::Total | Self::Gap | Self::UntilFast).then_some(0.5);
@@ -151,14 +152,14 @@ impl Figure {
     }
 }
 
-/// Whether a run is one of a mode. Our post-copy is compared twice: with QEMU's, and with QEMU's
-/// with preemption.
+/// Returns whether a run belongs to a mode. Our post-copy belongs to two: it is compared with
+/// QEMU's post-copy and with QEMU's post-copy with preemption.
 pub(super) fn belongs(run: &Run, mode: &str) -> bool {
     let again = mode == postcopy::PREEMPT && run.setup.vmm == Vmm::Minivmm && run.setup.label == postcopy::PLAIN;
     again || run.setup.label == mode
 }
 
-/// A figure of ours beside QEMU's, in milliseconds.
+/// A value of ours beside QEMU's, in milliseconds.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Comparison {
     pub(super) mode: String,
@@ -168,11 +169,11 @@ pub(super) struct Comparison {
     pub(super) theirs: Option<f64>,
     pub(super) ratio: Option<f64>,
     pub(super) target: Option<f64>,
-    /// Whether the ratio is within the target, if there are both.
+    /// Whether the ratio meets its target; `None` if there is no ratio or no target.
     pub(super) good: Option<bool>,
 }
 
-/// A figure of ours that has a limit.
+/// A value of ours that has a limit.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Limit {
     pub(super) what: String,
@@ -187,7 +188,7 @@ impl Figures {
         Self { machine, floors: Vec::new(), controls: Vec::new(), runs: Vec::new(), failures: Vec::new() }
     }
 
-    /// The workloads of the runs of a kind, in the order of the runs.
+    /// Returns the workloads of a kind of run, in the order of the runs.
     pub(super) fn workloads(&self, label: &str) -> Vec<&str> {
         let mut all: Vec<&str> = Vec::new();
         for run in self.runs.iter().filter(|r| r.setup.label == label) {
@@ -202,7 +203,7 @@ impl Figures {
         median(self.runs.iter().filter_map(of))
     }
 
-    /// Every figure of every mode and workload.
+    /// Returns every figure of every mode and workload.
     pub(super) fn comparisons(&self) -> Vec<Comparison> {
         let mut all = Vec::new();
         let pre_copy = ["plain", "multifd"].into_iter().flat_map(|mode| Tuning::ALL.map(|tuning| tuning.label(mode)));
@@ -229,8 +230,8 @@ impl Figures {
         all
     }
 
-    /// Peak memory of both sides beyond guest RAM, in MiB, ours with its limit; and the growth of
-    /// time with size.
+    /// Returns the peak memory of both sides beyond guest RAM in MiB, and the growth of the total
+    /// with the guest's size, each with its limit.
     pub(super) fn limits(&self) -> Vec<Limit> {
         let mut all = Vec::new();
         for run in &self.runs {
@@ -244,21 +245,21 @@ impl Figures {
         all
     }
 
-    /// Median total for each size of guest in GiB.
+    /// Returns the median total for each size of guest, in GiB.
     pub(super) fn sizes(&self) -> Vec<(u64, f64)> {
         let of =
             |gib: u64| self.median(|r| (r.setup.label == "sizes" && r.setup.memory >> 30 == gib).then_some(r.total_ms));
         [1, 2, 4, 8].into_iter().filter_map(|gib| Some((gib, of(gib)?))).collect()
     }
 
-    /// How much longer a GiB takes in the largest guest than in the smallest.
+    /// Returns the ratio of the time for each GiB of the largest guest to that of the smallest.
     pub(super) fn growth(&self) -> Option<f64> {
         let sizes = self.sizes();
         let (first, last) = (sizes.first()?, sizes.last()?);
         (last.0 > first.0).then(|| (last.1 / last.0 as f64) / (first.1 / first.0 as f64))
     }
 
-    /// Whether everything that was measured and has a target keeps it.
+    /// Returns whether every measured figure that has a target meets it.
     pub(super) fn within_targets(&self) -> bool {
         self.failures.is_empty()
             && self.comparisons().iter().all(|c| c.good != Some(false))
@@ -267,11 +268,12 @@ impl Figures {
     }
 }
 
-/// What the growth with size may exceed proportion by: the spread of medians on a machine with
-/// other things to do.
+/// The share by which the total may grow more than in proportion to the size. It covers the spread
+/// of medians on a machine that is not idle.
 pub(super) const NOISE: f64 = 0.1;
 
-/// A day in UTC, from seconds since 1970 (civil-from-days, after Howard Hinnant).
+/// Returns the UTC date of a number of seconds since 1970 (Howard Hinnant's algorithm
+/// `civil_from_days`).
 fn date(seconds: u64) -> String {
     let days = seconds / 86400 + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);

@@ -1,9 +1,9 @@
-//! The guest as seen from outside of its VMM: its board, read and written through `/proc/PID/mem`,
-//! or in a mapping of its memory file.
+//! Access to a guest from outside of its VMM: reads and writes the guest's board through
+//! `/proc/PID/mem`, or through a mapping of its memory file.
 //!
-//! The same for every VMM, and none of them takes part in it: the board page is looked for in the
-//! process's memory, one MiB behind the start of a mapping that is large enough for the guest's
-//! RAM. A memory file stays the same, whichever process has the VM.
+//! It works in the same way for every VMM and needs no help from one. The board is a page 1 MiB
+//! after the start of guest RAM. It is searched for in every mapping of the process that is large
+//! enough to be guest RAM. A memory file is the same for all processes that have had the VM.
 
 use std::{
     fs::{self, File},
@@ -26,26 +26,26 @@ use migration_kvm::ram::{Backing, MappedRam};
 
 use super::process::{Process, maps};
 
-/// How often the board is looked at while something is awaited.
+/// The interval between two reads while the bench waits for something.
 const LOOK: Duration = Duration::from_millis(2);
-/// Up to 3 GiB RAM is one mapping; beyond, what is below the hole comes first, and that is at least
-/// this.
+/// The smallest size of the RAM below the hole of a guest with more than 3 GiB. Smaller guests have
+/// one mapping.
 const LOW: u64 = 2 << 30;
 
-/// A memory file has at most RAM below the hole.
+/// The largest size of the RAM below the hole, and so of a memory file.
 const FILE: u64 = 3 << 30;
 
-/// A guest in a process, or in memory that processes share.
+/// A guest, in the memory of a process or in memory that processes share.
 pub(crate) struct Guest {
     memory: Memory,
     len: u64,
 }
 
-/// Where its RAM is found.
+/// The place of the guest's RAM.
 enum Memory {
-    /// From `base` on in a process.
+    /// In a process, from host address `base` on.
     Process { file: File, base: u64 },
-    /// Mapped here too.
+    /// In memory that is mapped into this process, too.
     Shared(MappedRam),
 }
 
@@ -67,7 +67,7 @@ impl Memory {
     }
 }
 
-/// The file that holds the RAM of `pid` from 0 on, mapped here too.
+/// Maps the memory file that holds the RAM of `pid` from address 0 on.
 fn memory_file(pid: u32, len: u64, backing: Backing) -> Result<Option<MappedRam>, String> {
     let (folder, len) = (format!("/proc/{pid}/fd"), len.min(FILE));
     let context = |e: std::io::Error| format!("{folder}: {e}");
@@ -75,11 +75,11 @@ fn memory_file(pid: u32, len: u64, backing: Backing) -> Result<Option<MappedRam>
     for entry in fs::read_dir(&folder).map_err(context)? {
         numbers.extend(entry.map_err(context)?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
     }
-    // RAM beyond the hole may be as large, and has the later one
+    // the RAM above the hole may have the same size; its file has a higher number
     numbers.sort_unstable();
     for number in numbers {
         let path = format!("{folder}/{number}");
-        // what is closed meanwhile was none
+        // a descriptor that is closed meanwhile was not the memory file
         let is_memory = fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
         if !is_memory || !fs::metadata(&path).is_ok_and(|file| file.size() == len) {
             continue;
@@ -104,8 +104,8 @@ impl Guest {
                 if mapping.range.end - mapping.range.start < len.min(LOW) {
                     continue;
                 }
-                // a mapping may have grown together with its neighbour: only then the rest of it is
-                // looked at
+                // two mappings may have become one; after half of the time the whole mapping is
+                // searched
                 let places = if start.elapsed() > limit / 2 { mapping.range.end - mapping.range.start } else { 1 };
                 for base in (mapping.range.start..mapping.range.start + places).step_by(2 << 20) {
                     let guest = Self { memory: Memory::Process { file: open()?, base }, len };
@@ -121,9 +121,9 @@ impl Guest {
         }
     }
 
-    /// Waits until a guest of ours with `len` bytes of RAM in memory files works in `process`. It
-    /// is found again without looking in whichever process has the VM later, and a look costs that
-    /// process nothing.
+    /// Waits until a guest of ours with `len` bytes of RAM in memory files works in `process`. The
+    /// file need not be found again in the processes that take the VM over, and reading it costs
+    /// these processes nothing.
     pub(crate) fn shared(process: &mut Process, len: u64, backing: Backing, limit: Duration) -> Result<Self, String> {
         let deadline = Instant::now() + limit;
         let mut guest = None;
@@ -142,18 +142,18 @@ impl Guest {
         }
     }
 
-    /// Whether it is at work by now.
+    /// Returns whether the guest has begun to work.
     fn works(&self) -> Result<bool, String> {
         match self.board() {
             Ok(board) if board.state == State::Failed => Err(format!("the guest failed: {:?}", board.first_error)),
             Ok(board) => Ok(board.state == State::Running && board.cpus_online > 0),
-            // something else, or a guest that has not begun
+            // the memory of something else, or of a guest that has not begun
             Err(_) => Ok(false),
         }
     }
 
-    /// Where its RAM (up to the hole) is in the process that it was found in; nowhere, if that is
-    /// not one's own.
+    /// Returns the addresses of the RAM below the hole in the process in which it was found. The
+    /// range is empty for a memory file.
     pub(super) fn ram(&self) -> Range<u64> {
         match &self.memory {
             Memory::Process { base, .. } => *base..base + self.len,
@@ -161,12 +161,12 @@ impl Guest {
         }
     }
 
-    /// The same guest, for looks while it moves.
+    /// Returns access to the same guest while it moves.
     pub(super) fn peek(&self, pid: u32) -> Result<Peek, String> {
         Peek::open(pid, self.ram().start)
     }
 
-    /// The board as it is now.
+    /// Returns the present content of the board.
     pub(crate) fn board(&self) -> Result<Board, String> {
         let mut page = [0; 4096];
         self.memory.read(BOARD_ADDRESS, &mut page)?;
@@ -192,14 +192,15 @@ impl Guest {
         }
     }
 
-    /// Lets the guest forget its longest gap, and measure from now on.
+    /// Resets the guest's longest gap.
     pub(crate) fn reset_gap(&self) -> Result<Board, String> {
         let next = self.board()?.reset_seen + 1;
         self.set(board::CONTROL, next)?;
         self.wait("reset its gap", Duration::from_secs(10), |b| b.reset_seen == next)
     }
 
-    /// Lets the guest check all its pages; how many it found wrong, ever.
+    /// Lets the guest check all its pages. Returns the number of wrong pages that it has found so
+    /// far.
     pub(crate) fn verify(&self) -> Result<u64, String> {
         let next = self.board()?.verify_done + 1;
         self.set(board::VERIFY, next)?;
@@ -208,9 +209,9 @@ impl Guest {
     }
 }
 
-/// A guest that may be moving, in a process. A look never brings a page in: a page that is read
-/// where there is none yet would be a page of zeros from then on, or the request for a page that
-/// the guest did not make.
+/// Access to a guest that may be moving. It never touches a page that is not mapped: at a
+/// destination, a read of such a page would make it a page of zeros, or would be a fault that the
+/// guest did not cause.
 pub(crate) struct Peek {
     memory: File,
     pages: File,
@@ -226,12 +227,12 @@ impl Peek {
         Ok(Self { memory: open("mem")?, pages: open("pagemap")?, base })
     }
 
-    /// A guest of ours with `len` bytes of RAM in process `pid`, if its board is there.
+    /// Returns the guest of ours with `len` bytes of RAM in process `pid`, if its board is mapped.
     pub(crate) fn find(pid: u32, len: u64) -> Option<Self> {
         let low = len.min(LOW);
         let mut peek = Self::open(pid, 0).ok()?;
         for mapping in maps(pid).ok()?.iter().filter(|m| m.writable) {
-            // the mapping may have grown together with its neighbour
+            // two neighbouring mappings may have become one
             let Some(last) = mapping.range.end.checked_sub(low) else { continue };
             for base in (mapping.range.start..=last).step_by(2 << 20) {
                 peek.base = base;
@@ -243,7 +244,7 @@ impl Peek {
         None
     }
 
-    /// The board, if it is there.
+    /// Returns the board, if it is mapped.
     pub(crate) fn board(&self) -> Option<Board> {
         const PRESENT: u64 = 1 << 63;
         let (mut entry, mut page) = ([0; 8], [0; 4096]);
@@ -256,7 +257,7 @@ impl Peek {
         Board::parse(&page)
     }
 
-    /// What the guest has done so far, if its board is there.
+    /// Returns the number of operations that the guest has done, if its board is mapped.
     pub(crate) fn operations(&self) -> Option<u64> {
         self.board().map(|board| board.operations)
     }

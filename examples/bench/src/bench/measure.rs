@@ -1,5 +1,5 @@
-//! One run: a guest that works, a migration, and what it cost; and the runs without a migration to
-//! compare with.
+//! One run: a working guest, a migration, and its cost. Also the runs without a migration for
+//! comparison.
 
 use std::{
     path::PathBuf,
@@ -30,19 +30,19 @@ use super::{
     tuning::Tuning,
 };
 
-/// How long a guest may take to fill its pages.
+/// The longest time in which a guest may fill its pages.
 pub(crate) const FILL: Duration = Duration::from_secs(120);
-/// The guest is watched this long before the migration, while the memory that was warmed is held:
-/// longer than a Linux guest takes until it reports free memory to its host (2 s), so that no
-/// report of earlier memory is still to come.
+/// The time for which the guest is observed before the migration, while the warmed memory is held.
+/// A machine that is a VM itself reports free memory to its host after 2 s. The time is longer than
+/// that, so no report of earlier memory is still to come.
 pub(crate) const BEFORE: Duration = Duration::from_millis(2500);
-/// And this long after it, while the source's memory is given back: what disturbs it then counts
-/// too.
+/// The time for which the guest is observed after the migration, while the source's memory is
+/// freed. Disturbances in this time count.
 pub(crate) const AFTER: Duration = Duration::from_millis(300);
-/// Bytes a write or read of the bare copy.
+/// The bytes of a read or write of the bare copy.
 const CHUNK: u64 = 1 << 20;
 
-/// Whose run it is.
+/// The VMM of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Vmm {
@@ -50,11 +50,11 @@ pub(super) enum Vmm {
     Qemu,
 }
 
-/// What is run.
+/// The description of a run.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Setup {
     pub(super) vmm: Vmm,
-    /// The column or line of a table that it belongs to.
+    /// The column or line of the table to which the run belongs.
     pub(super) label: String,
     pub(super) workload: String,
     /// Bytes of guest RAM.
@@ -63,17 +63,17 @@ pub(super) struct Setup {
     pub(super) impact: &'static str,
     /// `pre-copy`, `post-copy`, and for QEMU `post-copy-preempt`.
     pub(super) strategy: String,
-    /// Looks at the memory of both processes, which disturbs the times.
+    /// Whether the memory of both processes is read during the migration, which disturbs the times.
     pub(super) watch_memory: bool,
-    /// Follows how fast the guest is, before, during and after the migration.
+    /// Whether the guest's speed is measured before, during and after the migration.
     pub(super) watch_speed: bool,
-    /// Over which link it moves, and how that is protected.
+    /// The link, and its protection.
     pub(super) way: Way,
-    /// How the VMM is set up.
+    /// The options of the VMM.
     pub(super) tuning: Tuning,
 }
 
-/// What a VMM says of a migration.
+/// The data that a VMM reports of a migration.
 pub(crate) struct Moved {
     pub(super) total: Duration,
     pub(super) own_total_ms: Option<f64>,
@@ -81,38 +81,39 @@ pub(crate) struct Moved {
     pub(crate) report: Value,
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Run {
     pub(super) setup: Setup,
-    /// From the request to the answer that it is complete, as a client sees it.
+    /// The time from the request to the answer that the migration is complete, measured by the
+    /// client, in ms.
     pub(super) total_ms: f64,
-    /// The tool's own figures.
+    /// The total and the downtime that the VMM itself reports, in ms.
     pub(super) own_total_ms: Option<f64>,
     pub(super) own_downtime_ms: Option<f64>,
-    /// The longest time between two looks of the guest at its clock, during and after the
-    /// migration.
+    /// The longest time between two readings of the guest's clock during and after the migration,
+    /// in ms.
     pub(super) gap_ms: f64,
-    /// The same in the moment before the migration.
+    /// The longest time between two readings before the migration, in ms.
     pub(super) gap_before_ms: f64,
-    /// CPU seconds of both processes: the source's until its end, the destination's until
-    /// completion.
+    /// The CPU time of both processes in seconds: the source's until it has ended, the
+    /// destination's until completion.
     pub(super) cpu_s: f64,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
-    /// The part of them that the vCPU threads used.
+    /// The part of the CPU time that vCPU threads used.
     pub(super) cpu_vcpu_s: f64,
-    /// The guest's operations a second before, and on average while it migrated.
+    /// The guest's operations per second before the migration, and on average during it.
     pub(super) operations_before: f64,
     pub(super) operations_during: f64,
-    /// How long it was slow, if that was watched.
+    /// The time for which the guest was slow, if it was measured.
     pub(super) speed: Option<postcopy::Speed>,
-    /// Bytes of the guest's RAM in huge pages at source and destination.
+    /// The bytes of guest RAM in huge pages, at the source and at the destination.
     pub(super) huge_source: u64,
     pub(super) huge_destination: u64,
-    /// Pages that the guest found wrong when it checked all of them at the end.
+    /// The number of wrong pages that the guest found when it checked all of them at the end.
     pub(super) guest_errors: u64,
-    /// Source and destination, if they were watched.
+    /// The memory of source and destination beyond guest RAM, if it was measured.
     pub(super) beyond: Option<[Beyond; 2]>,
     /// The VMM's report.
     pub(super) report: Value,
@@ -169,7 +170,7 @@ impl Pair {
         }
     }
 
-    /// minivmm's source ends by itself, QEMU's is asked to.
+    /// The source of minivmm ends by itself; QEMU's is told to quit.
     fn end_source(&mut self) -> Result<f64, String> {
         if let Self::Qemu(pair) = self {
             pair.end_source()?;
@@ -178,19 +179,19 @@ impl Pair {
     }
 }
 
-/// The guest's operations a second between two looks.
+/// Returns the guest's operations per second between two readings.
 fn rate(before: &guests::Board, after: &guests::Board, time: Duration) -> f64 {
     (after.operations.saturating_sub(before.operations) as f64 / time.as_secs_f64()).round()
 }
 
-/// Bytes of RAM in huge pages.
+/// Returns the bytes of RAM in huge pages.
 fn huge(process: &Process, guest: &Guest) -> u64 {
     let ram = guest.ram();
     let mappings = process.mappings().unwrap_or_default();
     mappings.iter().filter(|m| m.range.start < ram.end && ram.start < m.range.end).map(|m| m.huge).sum()
 }
 
-/// Runs a migration once.
+/// Runs one migration.
 pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let mut source = Source::start(folder, setup)?;
     let guest = Guest::find(source.process(), setup.memory, FILL)?;
@@ -224,7 +225,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
 
     let arrived = Guest::find(to, setup.memory, Duration::from_secs(10))?;
     let at_end = arrived.board()?;
-    // the guest went on working until it was found
+    // the guest has worked until it was found
     let operations_during = rate(&first, &at_end, began.elapsed());
     let cpu_source_s = pair.end_source()? - start.0;
     let cpu_vcpu_s = sampler.finish() + (end.1 - start.2);
@@ -241,7 +242,7 @@ pub(super) fn run(folder: &Folder, setup: &Setup) -> Result<Run, String> {
     let huge_destination = huge(to, &arrived);
     let guest_errors = arrived.verify()?;
     if let Pair::Ours(pair) = &pair {
-        // both ways to the board must agree
+        // both ways to read the board must agree
         let status = pair.status()?;
         if status["workload"].is_null() {
             return Err(format!("the destination does not see the guest's board: {status}"));
@@ -278,10 +279,9 @@ fn populate(ram: &MappedRam) -> Result<(), String> {
     ram.prefault(PageRange::new(0, ram.layout().pages())).map_err(describe)
 }
 
-/// Touches as much memory as a source and a destination of a guest of this size need, so that the
-/// host has it at hand; as much as the machine has to spare, if that is less. Held until it is
-/// dropped: free memory goes back to the host after a while, so that has to be right before the
-/// timed part.
+/// Touches as much memory as a source and a destination of such a guest need, so that the host has
+/// assigned it. If the machine has less to spare, touches that much. Held until it is dropped: free
+/// memory returns to the host after a while, so it must be dropped just before the measurement.
 pub(crate) fn warm(guest: u64) -> Result<MappedRam, String> {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable");
     let available = available.and_then(|a| a.split(' ').next()?.parse::<u64>().ok()).unwrap_or(4 << 20) << 10;
@@ -290,7 +290,7 @@ pub(crate) fn warm(guest: u64) -> Result<MappedRam, String> {
     Ok(memory)
 }
 
-/// A bulk copy over TCP with nothing around it, in this process.
+/// A bulk copy over TCP inside this process.
 struct BareCopy {
     from: MappedRam,
     to: MappedRam,
@@ -298,8 +298,8 @@ struct BareCopy {
 }
 
 impl BareCopy {
-    /// Readies the copy of `bytes` of incompressible memory over so many connections into fresh
-    /// memory, in huge pages.
+    /// Prepares the copy of `bytes` of incompressible memory over `streams` connections into fresh
+    /// memory in huge pages.
     fn new(bytes: u64, streams: u64) -> Result<Self, String> {
         let (from, to) = (ram(bytes)?, ram(bytes)?);
         populate(&from)?;
@@ -327,7 +327,7 @@ impl BareCopy {
         Ok(Self { from, to, lanes })
     }
 
-    /// Copies all of it once, striped over the connections; the time.
+    /// Copies all of it once, striped over the connections. Returns the time.
     fn run(&mut self) -> Result<Duration, String> {
         let (from, to): (&dyn GuestRam, &dyn GuestRam) = (&self.from, &self.to);
         let (chunks, streams) = (from.layout().bytes() / CHUNK, self.lanes.len());
@@ -353,22 +353,22 @@ impl BareCopy {
     }
 }
 
-/// What threads of the copy may meet.
+/// The errors of the copy's threads.
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The time of a bare copy into fresh memory, the least that any migration of so much data takes
-/// here.
+/// Returns the time of a bare copy into fresh memory in ms: the least time of any migration of as
+/// much data on this machine.
 pub(super) fn floor(bytes: u64, streams: u64) -> Result<f64, String> {
     let mut copy = BareCopy::new(bytes, streams)?;
-    // the fresh memory is not touched yet, but the host has it at hand
+    // the fresh memory was not touched yet, but the host has assigned it
     let warm = warm(bytes)?;
     thread::sleep(BEFORE);
     drop(warm);
     copy.run().map(ms)
 }
 
-/// The longest gap of a guest that stays where it is for `window`, beside a bulk copy over so many
-/// streams (0: beside nothing).
+/// Returns the longest gap of a guest that is not migrated, during `window`, beside a bulk copy
+/// over `streams` streams (0: beside no copy).
 pub(super) fn control(
     folder: &Folder,
     setup: &Setup,

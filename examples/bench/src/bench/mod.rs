@@ -1,19 +1,19 @@
-//! `minivmm bench`: minivmm and QEMU side by side, on this machine, in one run.
+//! `minivmm bench`: compares minivmm and QEMU on this machine in one run.
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
-//! | process.rs | child processes, and what `/proc` says about them |
-//! | guest.rs | the guest's board, read from outside, the same way for every VMM |
+//! | process.rs | child processes, and what `/proc` reports of them |
+//! | guest.rs | the guest's board, read from outside in the same way for every VMM |
 //! | ours.rs, qemu.rs | the two VMMs |
-//! | tuning.rs | how they are set up |
-//! | measure.rs | one run, the bare copy, the control |
-//! | postcopy.rs | post-copy: its runs, and how long the guest is slow |
+//! | tuning.rs | their options |
+//! | measure.rs | one run, the bare copy, the guest that is not migrated |
+//! | postcopy.rs | post-copy: its runs, and the time for which the guest is slow |
 //! | encrypt.rs | encryption: its runs, tables and targets |
-//! | records.rs | the record layer and the bare ciphers, on one core |
+//! | records.rs | the record layer and the ciphers alone, on one core |
 //! | handover/ | hand-overs on one host |
-//! | slots.rs | how long KVM takes to set memory slots |
-//! | scale.rs | what grows with the size of RAM |
-//! | samples.rs | how fast a guest is from moment to moment |
+//! | slots.rs | the time that KVM needs to set memory slots |
+//! | scale.rs | the costs that grow with the size of RAM |
+//! | samples.rs | the guest's speed over time |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
 
@@ -48,86 +48,87 @@ use tuning::Tuning;
 
 pub(crate) const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// Data of a guest, for each GiB of its RAM.
+/// The data of a guest for each GiB of its RAM, in MiB.
 const DATA: u64 = 700;
-/// Megabytes that the guest writes all the time.
+/// The sizes in MiB of the memory that the guest writes continuously.
 const HOT: [u64; 3] = [0, 64, 512];
-/// Runs of each kind.
+/// The number of runs of each kind.
 const REPEAT: u32 = 5;
-/// How often a run is tried.
+/// The number of attempts for each run.
 const ATTEMPTS: usize = 2;
-/// How long the guests of the control are watched: about as long as a migration takes.
+/// The time for which a guest that is not migrated is observed: about the time of a migration.
 const CONTROL: Duration = Duration::from_millis(600);
 
-/// What to measure, and how it is shown.
+/// The options of `minivmm bench`.
 #[derive(clap::Args, Debug)]
 pub struct Bench {
-    /// One run of each kind instead of five, and only those against QEMU; of hand-overs a few, and
-    /// only of some guests.
+    /// One run of each kind instead of five, and only the comparisons with QEMU; with --handover, a
+    /// few hand-overs of some guests.
     #[arg(long)]
     quick: bool,
-    /// Runs of each kind; figures are their medians. 5 if not given, 100 hand-overs.
+    /// Runs of each kind; the figures are their medians. Default: 5, and 100 hand-overs.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "quick")]
     repeat: Option<u32>,
-    /// Measure only this; can be given several times.
+    /// Measure only this part; can be given several times.
     #[arg(long, value_name = "MODE")]
     only: Vec<Mode>,
-    /// Also guests of 1, 2, 4 and 8 GiB.
+    /// Measure guests of 1, 2, 4 and 8 GiB, too.
     #[arg(long)]
     sizes: bool,
-    /// Post-copy against QEMU's, with and without preemption, and nothing else.
+    /// Measure only post-copy, compared with QEMU's, with and without preemption.
     #[arg(long, conflicts_with_all = ["only", "sizes"])]
     post_copy: bool,
-    /// Encryption against none, and against QEMU's TLS, and nothing else. `--markdown` then writes
-    /// between the lines `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
+    /// Measure only encryption, compared with plain text and with QEMU's TLS. `--markdown` then
+    /// writes between the lines `<!-- encrypt:begin -->` and `<!-- encrypt:end -->`.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy"])]
     encrypt: bool,
-    /// Of that, only the ciphers and the record layer on one core, without any migration.
+    /// With --encrypt, measure only the ciphers and the record layer on one core, without
+    /// migrations.
     #[arg(long, requires = "encrypt")]
     records: bool,
-    /// Hand-overs on one host by the guest's own clock, beside other means, and nothing else.
+    /// Measure only hand-overs on one host, by the guest's own clock, compared with other ways to
+    /// move the VM.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt"])]
     handover: bool,
-    /// Hand-overs beside a process whose system call holds a core for seconds, and without it, and
-    /// nothing else.
+    /// With --handover, measure only hand-overs beside a process whose system call holds a core for
+    /// seconds, and without that process.
     #[arg(long, requires = "handover", conflicts_with = "part")]
     beside_kernel_work: bool,
-    /// How long KVM takes to set the memory slots of a VM, as one slot and in slots of 16 GiB, and
-    /// nothing else. Run it alone: each call holds a core.
+    /// Measure only the time that KVM needs to set the memory slots of a VM, in one slot and in
+    /// slots of 16 GiB. Run it alone: each call holds a core.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover"])]
     slots: bool,
-    /// With `--slots`, also 2 TiB in one slot: a system call of some 10 s that nothing interrupts,
-    /// on a core on which nothing else runs meanwhile.
+    /// With --slots, measure 2 TiB in one slot, too: a system call of about 10 s that cannot be
+    /// interrupted and during which nothing else runs on its core.
     #[arg(long, requires = "slots")]
     long_calls: bool,
-    /// What grows with the size of RAM: set-up, pause, memory and harvests of VMs of 1 to 256 GiB
-    /// with the same data, and nothing else. RAM is sparse.
+    /// Measure only the costs that grow with the size of RAM: set-up, pause, memory and harvests of
+    /// VMs of 1 to 256 GiB with the same data. RAM is sparse.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover", "slots"])]
     scale: bool,
-    /// Occupy a core: set a memory slot of so many bytes, again and again. Used by the measurement
-    /// of hand-overs, and by tests.
+    /// Occupy a core: set a memory slot of this size repeatedly. Used by the measurement of
+    /// hand-overs and by tests.
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size)]
     occupy: Option<u64>,
-    /// For so long; the last call may take longer.
+    /// The time for which the core is occupied; the last call may take longer.
     #[arg(long = "for", hide = true, requires = "occupy", default_value = "1s", value_parser = duration)]
     occupy_for: Duration,
     /// Measure only this part of hand-overs; can be given several times.
     #[arg(long, hide = true, requires = "handover")]
     part: Vec<handover::Part>,
-    /// So many bytes stand for a GiB: to try the measurement of hand-overs, or of slots, itself.
+    /// The number of bytes that stand for a GiB, to test the measurement of hand-overs or slots.
     #[arg(long, hide = true, default_value = "1G", value_parser = size)]
     unit: u64,
-    /// How minivmm moves the guest where it is compared with QEMU's post-copy: to try the
-    /// measurement itself.
+    /// The strategy of minivmm in the comparison with QEMU's post-copy, to test the measurement.
     #[arg(long, hide = true, default_value = postcopy::PLAIN)]
     strategy: String,
-    /// Print all figures, raw ones too, as one JSON object.
+    /// Print all figures and all single values as one JSON object.
     #[arg(long)]
     json: bool,
-    /// Leave QEMU out.
+    /// Do not run QEMU.
     #[arg(long)]
     no_qemu: bool,
-    /// Leave minivmm out, to look at QEMU alone.
+    /// Do not run minivmm.
     #[arg(long, hide = true, conflicts_with = "no_qemu")]
     no_minivmm: bool,
     /// Write the figures into this Markdown file, between the lines `<!-- bench:begin -->` and
@@ -135,7 +136,7 @@ pub struct Bench {
     /// handover:end -->`.
     #[arg(long, value_name = "FILE", alias = "write")]
     markdown: Option<PathBuf>,
-    /// Exit with 1 if a figure misses its target.
+    /// Exit with status 1 if a figure misses its target.
     #[arg(long)]
     strict: bool,
 }
@@ -143,25 +144,25 @@ pub struct Bench {
 /// A part of the measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mode {
-    /// A bare copy of as much data, the limit for everything else.
+    /// A bare copy of the same amount of data, the limit for any migration.
     Floor,
-    /// A guest that stays where it is.
+    /// A guest that is not migrated.
     Control,
-    /// One stream against QEMU's plain migration.
+    /// One stream, compared with QEMU's plain migration.
     Plain,
-    /// Four streams against four of QEMU's multifd channels.
+    /// Four streams, compared with four of QEMU's multifd channels.
     Multifd,
-    /// What `--guest-impact low` and `fast` trade.
+    /// The effects of `--guest-impact low` and `fast`.
     Impact,
     /// Memory beyond the guest's RAM.
     Memory,
     /// Guests of 1, 2, 4 and 8 GiB.
     Sizes,
-    /// Post-copy against QEMU's, with and without preemption.
+    /// Post-copy, compared with QEMU's, with and without preemption.
     PostCopy,
 }
 
-/// Runs the bench, and returns the exit status.
+/// Runs the bench. Returns the exit status.
 pub fn run(args: &Bench) -> u8 {
     let result = if args.encrypt { encrypt::bench(args) } else { bench(args) };
     match result {
@@ -181,7 +182,7 @@ impl Bench {
         match (self.only.is_empty(), mode) {
             (false, _) => self.only.contains(&mode) || (mode == Mode::Sizes && self.sizes),
             (true, Mode::Sizes) => self.sizes,
-            // its figures have a place of their own
+            // its figures have a section of their own
             (true, Mode::PostCopy) => false,
             (true, Mode::Plain | Mode::Multifd | Mode::Floor) => true,
             (true, _) => !self.quick,
@@ -189,7 +190,7 @@ impl Bench {
     }
 }
 
-/// The workload that writes so many MiB all the time beside its data.
+/// Returns the workload that writes `hot` MiB continuously, beside its data.
 fn workload(hot: u64, data: u64) -> String {
     match hot {
         0 => format!("idle:data={data}M"),
@@ -204,7 +205,7 @@ enum Step {
     Run(Setup),
 }
 
-/// All steps in the order in which they are done: those that are compared alternate.
+/// Returns all steps in their order. Kinds that are compared alternate.
 fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let setup = |vmm, label: &str, hot, gib: u64, streams, impact, watch_memory| {
@@ -280,7 +281,7 @@ fn steps(args: &Bench, vmms: &[Vmm]) -> Vec<Step> {
     steps
 }
 
-/// Measures; whether every figure is within its target.
+/// Runs the measurement. Returns whether every figure meets its target.
 fn bench(args: &Bench) -> Result<bool, String> {
     if !std::path::Path::new("/dev/kvm").exists() {
         return Err("there is no /dev/kvm here, and a comparison of software guests would say nothing".into());
@@ -373,7 +374,7 @@ fn bench(args: &Bench) -> Result<bool, String> {
     Ok(figures.within_targets())
 }
 
-/// Says what is done, on a bar, or on lines where there is no terminal.
+/// Shows the current step on a progress bar, or on lines if there is no terminal.
 pub(crate) fn tell(bar: &ProgressBar, what: &str) {
     if bar.is_hidden() {
         note!("{what}");
@@ -382,7 +383,7 @@ pub(crate) fn tell(bar: &ProgressBar, what: &str) {
     }
 }
 
-/// Does it again if it fails, says so and keeps the reason: it is part of the result.
+/// Repeats a failed attempt, and records the reason, which is part of the result.
 pub(crate) fn attempt<T>(
     bar: &ProgressBar,
     failures: &mut Vec<String>,

@@ -1,4 +1,4 @@
-//! minivmm itself, as child processes driven through their control sockets.
+//! minivmm, as child processes that are controlled through their control sockets.
 
 use std::{
     io::{BufRead, BufReader},
@@ -19,10 +19,10 @@ use super::{
     process::{Folder, Process, program},
 };
 
-/// How long a process may take until its control socket is there.
+/// The longest time until a process has its control socket.
 const READY: Duration = Duration::from_secs(30);
 
-/// What runs, and how it moves.
+/// The options of a VM and its migration.
 #[derive(Debug, Clone, serde::Serialize)]
 pub(crate) struct Options {
     pub(crate) workload: String,
@@ -34,13 +34,13 @@ pub(crate) struct Options {
     pub(crate) impact: &'static str,
     pub(crate) strategy: String,
     pub(crate) push_order: String,
-    /// Bits a second; 0 for no limit.
+    /// The bandwidth limit in bit/s, or 0 for none.
     pub(crate) bandwidth_bits: u64,
-    /// As `--fail-safe` takes it.
+    /// The value of `--fail-safe`.
     pub(crate) fail_safe: String,
-    /// The longest downtime that is acceptable, in milliseconds.
+    /// The downtime limit in milliseconds.
     pub(crate) downtime_limit_ms: u64,
-    /// Over which link, and how protected.
+    /// The link, and its protection.
     pub(crate) way: Way,
 }
 
@@ -64,7 +64,7 @@ impl From<&Setup> for Options {
 }
 
 impl Options {
-    /// What a client asks to have it moved.
+    /// Returns the request that a client sends to migrate the VM to `to`.
     pub(super) fn request(&self, to: &str) -> Result<MigrateRequest, String> {
         let to = to.parse().map_err(|e| format!("{to}: {e}"))?;
         Ok(MigrateRequest {
@@ -79,7 +79,7 @@ impl Options {
     }
 }
 
-/// The report, if it is of a migration that came to its end.
+/// Returns the report if the migration has completed, and an error otherwise.
 pub(crate) fn completed(report: Value) -> Result<Value, String> {
     match report["outcome"] == "completed" {
         true => Ok(report),
@@ -87,13 +87,13 @@ pub(crate) fn completed(report: Value) -> Result<Value, String> {
     }
 }
 
-/// A minivmm with the guest.
+/// A minivmm that runs the guest.
 pub(crate) struct Source {
     pub(crate) process: Process,
     pub(crate) socket: PathBuf,
 }
 
-/// Two minivmms: the guest runs in one, the other waits.
+/// Two minivmms: one runs the guest, the other waits for it.
 pub(crate) struct Pair {
     pub(crate) source: Process,
     pub(crate) destination: Process,
@@ -121,8 +121,8 @@ pub(super) fn image(folder: &Folder, workload: &str) -> Result<PathBuf, String> 
     }
 }
 
-/// A minivmm that receives at `listen`, beyond the link; its control socket and where it listens,
-/// in its own words.
+/// Starts a minivmm that receives at `listen`, at the other end of the link. Returns its control
+/// socket and the address at which it listens, as it prints it.
 pub(super) fn receiver(
     folder: &Folder,
     name: &str,
@@ -162,7 +162,7 @@ impl Source {
         Self::named(folder, "source", options)
     }
 
-    /// The same under a name of its own, beside others.
+    /// Starts it under this name, so that several can run.
     pub(crate) fn named(folder: &Folder, name: &str, options: &Options) -> Result<Self, String> {
         let socket = folder.path(name);
         let (memory, control) = (options.memory.to_string(), socket.to_string_lossy().into_owned());
@@ -199,7 +199,7 @@ impl Source {
 }
 
 impl Pair {
-    /// Migrates; returns when the source says that it is complete.
+    /// Migrates. Returns when the source reports completion.
     pub(crate) fn migrate(&mut self) -> Result<Moved, String> {
         let start = Instant::now();
         let report = self.attempt(Duration::ZERO)?;
@@ -209,15 +209,15 @@ impl Pair {
         Ok(Moved { total, own_total_ms: ms("total_ms"), own_downtime_ms: ms("downtime_ms"), report })
     }
 
-    /// Asks for the migration; the source's report, whatever came of it. It is cancelled if it has
-    /// not handed over within `limit`, unless that is zero.
+    /// Requests the migration and returns the source's report, also of a failure. Cancels it if it
+    /// has not handed over within `limit`, unless `limit` is zero.
     pub(crate) fn attempt(&mut self, limit: Duration) -> Result<Value, String> {
         let plain = self.options.request(&self.url)?;
         let request = MigrateRequest { encryption: self.encryption.clone(), timeout: limit, ..plain };
         Ok(ask(&self.source_socket, &Request::Migrate(Box::new(request)), |_| {})?)
     }
 
-    /// What the destination says of itself.
+    /// Returns the destination's status.
     pub(crate) fn status(&self) -> Result<Value, String> {
         Ok(ask(&self.destination_socket, &Request::Status, |_| {})?)
     }

@@ -1,4 +1,4 @@
-//! The figures for people and for programs.
+//! The figures as tables, Markdown and JSON.
 
 use std::{fmt::Write, fs, path::Path};
 
@@ -11,10 +11,10 @@ use super::{
     postcopy,
 };
 
-/// Name of the section of a Markdown file, in its first and last line.
+/// The name of the section of the Markdown file, which its first and last line contain.
 const SECTION: &str = "bench";
 
-/// A table with its title.
+/// A table and its title.
 pub(crate) struct Table {
     pub(crate) title: String,
     pub(crate) head: Vec<&'static str>,
@@ -22,7 +22,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Aligned columns, the first to the left, the others to the right.
+    /// Returns the table with aligned columns, the first to the left, the others to the right.
     pub(crate) fn text(&self) -> String {
         let head: Vec<String> = self.head.iter().map(|h| (*h).to_owned()).collect();
         let all = || std::iter::once(&head).chain(&self.rows);
@@ -40,7 +40,7 @@ impl Table {
         text
     }
 
-    /// As a table of a Markdown file.
+    /// Returns the table in Markdown.
     pub(crate) fn markdown(&self) -> String {
         let line = |cells: Vec<&str>| format!("| {} |\n", cells.join(" | "));
         let mut text = format!("### {}\n\n", self.title);
@@ -65,7 +65,7 @@ pub(crate) fn times(value: Option<f64>) -> String {
     value.map_or("-".into(), |v| format!("{v:.2}×"))
 }
 
-/// Median with the least and the most of several runs.
+/// Formats the median of several runs, with the smallest and the largest value.
 pub(crate) fn spread(values: &[f64]) -> String {
     let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, m), v| (l.min(*v), m.max(*v)));
     match values.len() {
@@ -75,7 +75,7 @@ pub(crate) fn spread(values: &[f64]) -> String {
     }
 }
 
-/// All tables that there are figures for.
+/// Returns all tables for which there are figures.
 fn tables(figures: &Figures) -> Vec<Table> {
     let mut all = Vec::new();
     let runs = |keep: &dyn Fn(&&Run) -> bool| figures.runs.iter().filter(keep).cloned().collect::<Vec<Run>>();
@@ -117,7 +117,7 @@ fn tables(figures: &Figures) -> Vec<Table> {
     all
 }
 
-/// Tables of what is not a comparison.
+/// Returns the tables that compare nothing.
 fn beside(figures: &Figures) -> Vec<Table> {
     let mut all = Vec::new();
     let floor = |streams| figures.floors.iter().filter(|f| f.streams == streams).collect::<Vec<_>>();
@@ -206,7 +206,7 @@ fn beside(figures: &Figures) -> Vec<Table> {
     all
 }
 
-/// The machine in one line.
+/// Describes the machine in one line.
 pub(crate) fn machine(m: &Machine) -> String {
     let qemu = m.qemu.as_ref().map_or(String::new(), |q| format!(", QEMU {q}"));
     let build = if m.optimised { "" } else { " (not optimised: use a release build)" };
@@ -216,7 +216,7 @@ pub(crate) fn machine(m: &Machine) -> String {
     )
 }
 
-/// The figures as aligned tables.
+/// Returns the figures as aligned tables.
 pub(super) fn text(figures: &Figures) -> String {
     let mut text = format!("{}\n", machine(&figures.machine));
     for table in tables(figures) {
@@ -228,7 +228,7 @@ pub(super) fn text(figures: &Figures) -> String {
     text
 }
 
-/// The figures, raw ones too, as JSON.
+/// Returns the figures and all single values as JSON.
 pub(super) fn json(figures: &Figures) -> Value {
     json!({
         "machine": figures.machine,
@@ -243,7 +243,7 @@ pub(super) fn json(figures: &Figures) -> Value {
     })
 }
 
-/// The section of a Markdown file.
+/// Returns the section of the Markdown file.
 fn markdown(figures: &Figures) -> String {
     let mut text = String::from("_Written by `minivmm bench --markdown`; do not edit by hand._\n\n");
     text += &format!("{}.\n", machine(&figures.machine));
@@ -255,7 +255,7 @@ fn markdown(figures: &Figures) -> String {
     }
     text += "\n### Every run\n\n";
     text += "Times in ms, in the order of the runs; CPU is that of both processes, with the part of the vCPU threads; huge pages in MiB.\n\n";
-    // a column of its own only where there are such runs
+    // a column of its own, if any run measured the speed
     let speeds = figures.runs.iter().any(|r| r.speed.is_some());
     text += "| kind | VMM | guest | GiB | streams | impact | total | own | gap | own downtime | gap before | CPU | vCPU | Mop/s before | during | huge, source | destination |";
     text += if speeds { " until 90 % | speed after, % |\n" } else { "\n" };
@@ -295,7 +295,7 @@ fn markdown(figures: &Figures) -> String {
     text
 }
 
-/// The text before and after a section, its first and last line included.
+/// Returns the text before and after a section, including its first and last line.
 fn frame<'a>(path: &Path, text: &'a str, section: &str) -> Result<(&'a str, &'a str), String> {
     let (begin, end) = (format!("<!-- {section}:begin -->"), format!("<!-- {section}:end -->"));
     let parts = || {
@@ -310,7 +310,8 @@ fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Whether a section can be written into a file: asked before minutes go into its figures.
+/// Checks that a section can be written into a file. Called before the measurement, which takes
+/// minutes.
 pub(crate) fn check_section(path: &Path, section: &str) -> Result<(), String> {
     frame(path, &read(path)?, section)?;
     fs::OpenOptions::new().append(true).open(path).map(drop).map_err(|e| format!("{}: {e}", path.display()))
@@ -323,17 +324,17 @@ pub(crate) fn write_section(path: &Path, section: &str, text: &str) -> Result<()
     write_file(path, format!("{before}\n{}\n{after}", text.trim_end()))
 }
 
-/// Whether the bench can write its figures into a file.
+/// Checks that the bench can write its figures into a file.
 pub(super) fn check_markdown(path: &Path) -> Result<(), String> {
     check_section(path, SECTION)
 }
 
-/// Writes them.
+/// Writes the figures into a Markdown file.
 pub(super) fn write_markdown(path: &Path, figures: &Figures) -> Result<(), String> {
     write_section(path, SECTION, &markdown(figures))
 }
 
-/// Writes a file, which is there when it is complete.
+/// Writes a file atomically.
 pub(crate) fn write_file(path: &Path, bytes: impl AsRef<[u8]>) -> Result<(), String> {
     whole_file::write(path, bytes).map_err(|e| e.to_string())
 }

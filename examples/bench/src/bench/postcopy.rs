@@ -1,9 +1,10 @@
-//! Post-copy beside QEMU's: which runs there are, and how long the guest is slow.
+//! Post-copy compared with QEMU's: the runs, and the time for which the guest is slow.
 //!
-//! A guest that moved by post-copy runs at once, but waits for its pages. So beside its longest gap
-//! there is the time until it is as fast as before: its operations are read every [`PERIOD`] from
-//! outside, in both processes, and the first stretch of [`STEADY_MS`] in which every window of
-//! [`WINDOW_MS`] has [`SHARE`] of the rate before ends the wait. See [`until_fast`].
+//! A guest that was moved by post-copy runs at once but waits for its pages. So beside the longest
+//! gap, the time until it is as fast as before is measured. Its operations are read every
+//! [`PERIOD`] from outside, in both processes. The guest is fast from the beginning of the first
+//! stretch of [`STEADY_MS`] in which every window of [`WINDOW_MS`] reaches [`SHARE`] of the rate
+//! before. See [`until_fast`].
 
 use std::{
     sync::{
@@ -24,34 +25,34 @@ use super::{
     tuning::Tuning,
 };
 
-/// Label of our runs, and of QEMU's plain post-copy.
+/// The label of our runs and of QEMU's plain post-copy.
 pub(super) const PLAIN: &str = "post-copy";
-/// Label of QEMU's post-copy with a channel of its own for pages that are waited for.
+/// The label of QEMU's post-copy with a channel of its own for requested pages.
 pub(super) const PREEMPT: &str = "post-copy-preempt";
-/// Label of the runs of careful users, who let a pass of pre-copy go before, so that the guest
-/// waits for fewer pages.
+/// The label of the runs with a pass of pre-copy first, which careful users choose so that the
+/// guest waits for fewer pages.
 pub(super) const CAREFUL: &str = "post-copy-careful";
-/// All of them.
+/// All labels.
 pub(super) const MODES: [&str; 3] = [PLAIN, PREEMPT, CAREFUL];
-/// Connections for pages, ours: what `ctl migrate` has by default. QEMU's post-copy has one, and
-/// one more with preemption.
+/// The number of our connections for pages, the default of `ctl migrate`. QEMU's post-copy has one,
+/// and one more with preemption.
 const STREAMS: u16 = 2;
 
-/// How often the guest's operations are read.
+/// The interval between two readings of the guest's operations.
 const PERIOD: Duration = Duration::from_millis(2);
-/// The rate is taken over windows of this length, in ms.
+/// The length in ms of the windows over which the rate is taken.
 const WINDOW_MS: f64 = 20.0;
-/// The guest must be fast for so long, in ms.
+/// The time in ms for which the guest must be fast.
 const STEADY_MS: f64 = 100.0;
-/// The rate after the migration is that of the last so many ms.
+/// The time in ms at the end of the measurement from which the final rate is taken.
 const END_MS: f64 = 200.0;
-/// Of the rate before: fast.
+/// The share of the earlier rate at which the guest counts as fast.
 const SHARE: f64 = 0.9;
-/// How long after the end of the migration it may take.
+/// The longest time of the measurement after the end of the migration.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// One round of runs with a workload, in the order in which they are done. `strategy` is ours where
-/// both are as they come.
+/// Returns one round of runs with a workload, in their order. `strategy` is ours in the runs with
+/// default options.
 pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) -> Vec<Setup> {
     let setup = |vmm, label: &str, streams, strategy: &str, tuning| Setup {
         vmm,
@@ -75,30 +76,30 @@ pub(super) fn setups(vmms: &[Vmm], workload: &str, memory: u64, strategy: &str) 
     Tuning::ALL.into_iter().flat_map(|tuning| vmms.iter().flat_map(move |vmm| of(tuning, vmm))).collect()
 }
 
-/// What the guest had done at a moment.
+/// The number of the guest's operations at one moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Sample {
     /// Milliseconds since the request; negative before it.
     at: f64,
     operations: u64,
-    /// Whether it has worked at the destination.
+    /// Whether the guest has worked at the destination.
     arrived: bool,
 }
 
-/// The guest's operations a millisecond from `at` on for a window, if there are samples up to its
-/// end. `samples` are those from the one at `at` on.
+/// Returns the guest's operations per millisecond in the window that begins at the first sample, or
+/// `None` if the samples end earlier.
 fn rate(samples: &[Sample]) -> Option<f64> {
     let first = samples.first()?;
     let end = first.at + WINDOW_MS;
     let next = samples.iter().position(|s| s.at >= end)?;
     let (a, b) = (&samples[next.checked_sub(1)?], &samples[next]);
-    // between two samples the guest is taken to work evenly
+    // between two samples the guest is assumed to work evenly
     let share = (end - a.at) / (b.at - a.at);
     let at_end = a.operations as f64 + share * (b.operations.saturating_sub(a.operations)) as f64;
     Some((at_end - first.operations as f64) / WINDOW_MS)
 }
 
-/// The median rate over windows that follow each other.
+/// Returns the median rate over consecutive windows.
 fn median_rate(samples: &[Sample]) -> Option<f64> {
     let (mut rates, mut from) = (Vec::new(), 0);
     while let Some(rate) = rate(&samples[from..]) {
@@ -109,22 +110,22 @@ fn median_rate(samples: &[Sample]) -> Option<f64> {
     median(rates)
 }
 
-/// The median rate before the request.
+/// Returns the median rate before the request.
 fn rate_before(samples: &[Sample]) -> Option<f64> {
     median_rate(&samples[..samples.partition_point(|s| s.at < 0.0)])
 }
 
-/// The median rate at the end, of a guest that has arrived.
+/// Returns the median rate at the end, if the guest has arrived.
 fn rate_after(samples: &[Sample]) -> Option<f64> {
     let begin = samples.last()?.at - END_MS;
     let arrived = &samples[samples.iter().position(|s| s.arrived)?..];
     median_rate(&arrived[arrived.partition_point(|s| s.at < begin)..])
 }
 
-/// Milliseconds from the request until the guest was as fast as before and stayed so: the start of
-/// the first window, of those that begin when the guest has been seen at the destination, from
-/// which on every window within [`STEADY_MS`] has at least [`SHARE`] of the median rate before.
-/// `None` if the samples end earlier.
+/// Returns the time in ms from the request until the guest was as fast as before and stayed so, or
+/// `None` if the samples end earlier. This is the beginning of the first window, after the guest
+/// was seen at the destination, from which every window within [`STEADY_MS`] has at least [`SHARE`]
+/// of the median rate before.
 fn until_fast(samples: &[Sample]) -> Option<f64> {
     let wanted = SHARE * rate_before(samples)?;
     let mut since = None;
@@ -142,15 +143,16 @@ fn until_fast(samples: &[Sample]) -> Option<f64> {
     None
 }
 
-/// How long the guest was slow.
+/// The time for which the guest was slow.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct Speed {
-    /// Milliseconds from the request until it was as fast as before.
+    /// The time in ms from the request until the guest was as fast as before.
     pub(super) until_fast_ms: Option<f64>,
-    /// Milliseconds for which it was watched: at least so long, if it was not fast within them.
+    /// The time in ms for which it was measured. The guest was slow for at least that time if
+    /// `until_fast_ms` is `None`.
     pub(super) watched_ms: f64,
-    /// Operations a second before the request, and when the guest was watched no longer. It may
-    /// stay slower than it was, for instance as its memory is no longer in huge pages.
+    /// Operations per second before the request and at the end of the measurement. The guest may
+    /// remain slower, for example because its memory is no longer in huge pages.
     pub(super) rate_before: f64,
     pub(super) rate_after: f64,
 }
@@ -165,8 +167,8 @@ impl Speed {
         }
     }
 
-    /// The figure that is compared: a guest that never became fast counts with the time for which
-    /// it was watched.
+    /// Returns the value that is compared. A guest that did not become fast counts with the time of
+    /// the measurement.
     pub(super) fn figure(&self) -> f64 {
         self.until_fast_ms.unwrap_or(self.watched_ms)
     }
@@ -182,8 +184,8 @@ pub(super) struct Speedometer {
 }
 
 impl Speedometer {
-    /// Watches the guest that `source` shows, and looks for it in process `destination`, with
-    /// `memory` bytes of RAM.
+    /// Measures the guest of `source`, and looks for it in process `destination` with `memory`
+    /// bytes of RAM.
     pub(super) fn start(source: Peek, destination: u32, memory: u64) -> Result<Self, String> {
         let (samples, stop) = (Samples::default(), Arc::new(AtomicBool::new(false)));
         let (to, ended) = (samples.clone(), stop.clone());
@@ -192,14 +194,14 @@ impl Speedometer {
             let mut next = Instant::now();
             while !ended.load(Ordering::Acquire) {
                 let now = Instant::now();
-                // after the source has ended, what was last seen of it counts
+                // after the source has ended, its last value counts
                 here = here.max(source.operations().unwrap_or(0));
                 if there.is_none() {
                     there = Peek::find(destination, memory);
                 }
                 let seen = there.as_ref().and_then(Peek::operations).unwrap_or(0);
                 arrived |= seen > here;
-                // a copy of the board from before the switch lags behind
+                // a copy of the board from before the switch has an older value
                 lock(&to).push((now, here.max(seen), arrived));
                 next = (next + PERIOD).max(now);
                 thread::sleep(next.saturating_duration_since(Instant::now()));
@@ -209,7 +211,8 @@ impl Speedometer {
         Ok(Self { samples, stop, thread: Some(thread) })
     }
 
-    /// Waits until the guest is as fast as before the request, or patience ends.
+    /// Waits until the guest is as fast as before the request, or until the longest time has
+    /// passed.
     pub(super) fn wait(&self, request: Instant) -> Speed {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -230,7 +233,7 @@ fn sample(&(at, operations, arrived): &(Instant, u64, bool), request: Instant) -
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // samples are pushed whole
+    // a sample is pushed as a whole, so a poisoned vector is valid
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
@@ -238,7 +241,7 @@ impl Drop for Speedometer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
-            // one that panicked has nothing to say
+            // a thread that panicked has no result
             let _ = thread.join();
         }
     }
@@ -248,8 +251,9 @@ impl Drop for Speedometer {
 mod tests {
     use super::*;
 
-    /// Samples every 2 ms of a guest with so many operations a ms in stretches of so many ms, the
-    /// first of which ends with the request. It arrives with the third.
+    /// Returns samples every 2 ms of a guest with these operations per ms in stretches of these
+    /// lengths in ms. The first stretch ends with the request, and the guest arrives with the
+    /// third.
     fn samples(stretches: &[(f64, f64)]) -> Vec<Sample> {
         let (mut at, mut operations, mut all) = (-stretches[0].0, 0.0, Vec::new());
         for (n, (length, rate)) in stretches.iter().enumerate() {
@@ -287,7 +291,7 @@ mod tests {
     fn a_guest_that_is_fast_at_once_is_so_on_arrival() {
         let all = samples(&[(500.0, 1000.0), (30.0, 0.0), (300.0, 990.0)]);
         assert_eq!(until_fast(&all), Some(30.0));
-        // what it did at the source, after the request, is not its arrival
+        // work at the source after the request does not count as the arrival
         let all = samples(&[(500.0, 1000.0), (300.0, 1000.0), (300.0, 1000.0)]);
         assert_eq!(until_fast(&all), Some(300.0));
     }
@@ -296,7 +300,7 @@ mod tests {
     fn a_slow_stretch_counts_and_a_short_fast_one_does_not() {
         let all = samples(&[(500.0, 1000.0), (10.0, 0.0), (200.0, 500.0), (300.0, 1000.0)]);
         let found = until_fast(&all).unwrap();
-        // the window that has nine tenths begins before the stretch does
+        // the first window with nine tenths begins before the stretch does
         assert!((206.0..=210.0).contains(&found), "{found}");
         let all = samples(&[(500.0, 1000.0), (10.0, 0.0), (60.0, 1000.0), (100.0, 100.0), (300.0, 950.0)]);
         let found = until_fast(&all).unwrap();

@@ -1,4 +1,4 @@
-//! Child processes that do not outlive the bench, and what `/proc` says about them.
+//! Child processes that end with the bench, and what `/proc` reports of them.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -20,17 +20,18 @@ use nix::sys::{
     time::TimeValLike,
 };
 
-/// Clock ticks a second in `/proc/PID/stat`: the kernel's ABI on x86-64.
+/// The clock ticks per second in `/proc/PID/stat`, which the kernel's ABI fixes for x86-64.
 const TICKS_PER_SECOND: f64 = 100.0;
-/// How often the vCPU threads' CPU time is read while a migration runs.
+/// The interval at which the vCPU threads' CPU time is read during a migration.
 const VCPU_PERIOD: Duration = Duration::from_millis(5);
-/// How long a process may take to end.
+/// The longest time in which a process may end.
 const END: Duration = Duration::from_secs(20);
 
-/// Names that are tried for a folder: others may have made folders in the one for temporary files.
+/// The number of names that are tried for a folder. Other users may have made folders with some of
+/// them.
 const FOLDERS: u32 = 1000;
 
-/// A new folder for sockets and files, which nobody else can enter; removed at the end.
+/// A new folder for sockets and files that only this user can enter. Removed when it is dropped.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
@@ -38,12 +39,12 @@ impl Folder {
         Self::named("bench")
     }
 
-    /// Makes one that is told from others by `purpose`.
+    /// Makes a folder with `purpose` in its name.
     pub(crate) fn named(purpose: &str) -> Result<Self, String> {
         let parent = std::env::temp_dir();
         for number in 0..FOLDERS {
             let path = parent.join(format!("minivmm-{purpose}-{}-{number}", std::process::id()));
-            // fails if anything is there, also a link
+            // fails if the name exists, even as a link
             match DirBuilder::new().mode(0o700).create(&path) {
                 Ok(()) => return Ok(Self(path)),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -60,17 +61,17 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // what may be left is a socket or two among the temporary files
+        // what may remain is a socket or two among the temporary files
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// The minivmm that is measured: the program that this is a part of.
+/// Returns the path of the measured minivmm, which is this program.
 pub(crate) fn program() -> Result<PathBuf, String> {
     std::env::current_exe().map_err(|e| format!("the own program: {e}"))
 }
 
-/// A child process, killed when dropped.
+/// A child process. Killed when it is dropped.
 pub(crate) struct Process {
     child: Child,
     name: String,
@@ -78,7 +79,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command`; what it says on stderr goes to `log`.
+    /// Starts `command`. Its stderr goes to `log`.
     pub(super) fn start(name: &str, mut command: Command, log: PathBuf) -> Result<Self, String> {
         let file = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file).spawn();
@@ -90,12 +91,12 @@ impl Process {
         self.child.id()
     }
 
-    /// Its standard output; once.
+    /// Returns the process's standard output, once.
     pub(super) fn output(&mut self) -> Result<std::process::ChildStdout, String> {
         self.child.stdout.take().ok_or_else(|| format!("{}: no output", self.name))
     }
 
-    /// An error that says how it ended, if it has.
+    /// Returns an error with the exit status if the process has ended.
     pub(super) fn check(&mut self) -> Result<(), String> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
@@ -109,18 +110,18 @@ impl Process {
         format!("{} ended ({status}): {}", self.name, said.trim())
     }
 
-    /// CPU seconds that it has used so far, over all threads that it has and had.
+    /// Returns the CPU seconds that all present and past threads of the process have used.
     pub(crate) fn cpu_seconds(&self) -> Result<f64, String> {
         let path = format!("/proc/{}/stat", self.pid());
         let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
-        // the second field, the name in parentheses, may contain anything
+        // the second field, the name in parentheses, may contain any character
         let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or("").split(' ').collect();
         let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<u64>().ok()).ok_or(format!("{path}: no field {n}"));
         Ok((ticks(11)? + ticks(12)?) as f64 / TICKS_PER_SECOND)
     }
 
-    /// Waits for it to end by itself and returns the CPU seconds of its whole life. No other child
-    /// may be reaped by another thread meanwhile.
+    /// Waits until the process ends by itself. Returns the CPU seconds of its whole life. No other
+    /// thread may reap a child meanwhile.
     pub(crate) fn wait(&mut self) -> Result<f64, String> {
         let reaped = || {
             let usage = getrusage(UsageWho::RUSAGE_CHILDREN).map_err(|e| format!("getrusage: {e}"))?;
@@ -138,7 +139,7 @@ impl Process {
         }
     }
 
-    /// The mappings it has, with how much of each is resident.
+    /// Returns the mappings of the process, with the resident bytes of each.
     pub(super) fn mappings(&self) -> Result<Vec<Mapping>, String> {
         mappings(self.pid())
     }
@@ -161,14 +162,14 @@ pub(super) struct Mapping {
     pub(super) huge: u64,
 }
 
-/// The same without what is resident, which is much quicker: reads `/proc/PID/maps`.
+/// Returns the mappings without their resident bytes, from `/proc/PID/maps`, which is much faster.
 pub(super) fn maps(pid: u32) -> Result<Vec<Mapping>, String> {
     let path = format!("/proc/{pid}/maps");
     let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
     Ok(parse_mappings(&text))
 }
 
-/// Reads `/proc/PID/smaps`.
+/// Returns the mappings, from `/proc/PID/smaps`.
 pub(super) fn mappings(pid: u32) -> Result<Vec<Mapping>, String> {
     let path = format!("/proc/{pid}/smaps");
     let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
@@ -197,20 +198,20 @@ fn parse_mappings(text: &str) -> Vec<Mapping> {
     all
 }
 
-/// The most memory that a process ever had, in bytes.
+/// Returns the peak memory of a process in bytes.
 pub(super) fn high_water(pid: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     Some(line.split_ascii_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
-/// Whether this is the name of a vCPU's thread, in minivmm or in QEMU.
+/// Returns whether this is the name of a vCPU thread in minivmm or in QEMU.
 fn is_vcpu(name: &str) -> bool {
     let name = name.trim().to_ascii_lowercase();
     name.starts_with("vcpu") || (name.starts_with("cpu ") && name.ends_with("/kvm"))
 }
 
-/// The CPU time of a process's vCPU threads, one open file a thread.
+/// The CPU time of a process's vCPU threads, with one open file for each thread.
 struct VcpuClock {
     files: Vec<(File, f64)>,
 }
@@ -231,7 +232,7 @@ impl VcpuClock {
         clock
     }
 
-    /// Seconds now; a thread that has ended keeps what it had when it was last read.
+    /// Returns the seconds so far. A thread that has ended keeps its last value.
     fn read(&mut self) -> f64 {
         for (file, seconds) in &mut self.files {
             let mut text = [0; 64];
@@ -246,12 +247,12 @@ impl VcpuClock {
     }
 }
 
-/// The vCPU time of a process so far.
+/// Returns the vCPU seconds of a process so far.
 pub(crate) fn vcpu_seconds(pid: u32) -> f64 {
     VcpuClock::open(pid).read()
 }
 
-/// Follows the vCPU time of a process that may end meanwhile.
+/// Samples the vCPU time of a process that may end meanwhile.
 pub(crate) struct VcpuSampler {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<f64>>,
@@ -274,7 +275,7 @@ impl VcpuSampler {
         Ok(Self { stop, thread: Some(thread) })
     }
 
-    /// The vCPU seconds since the start.
+    /// Returns the vCPU seconds since the start.
     pub(crate) fn finish(mut self) -> f64 {
         self.end().unwrap_or(0.0)
     }
@@ -291,7 +292,7 @@ impl Drop for VcpuSampler {
     }
 }
 
-/// What a process had beyond its guest's RAM, as far as it was seen.
+/// Samples the memory of a process beyond its guest's RAM.
 pub(super) struct MemorySampler {
     pid: u32,
     stop: Arc<AtomicBool>,
@@ -299,8 +300,7 @@ pub(super) struct MemorySampler {
 }
 
 impl MemorySampler {
-    /// Takes a look every `period`. The look itself costs milliseconds: not for runs that are
-    /// timed.
+    /// Takes a sample every `period`. A sample costs milliseconds, so it is not used in timed runs.
     pub(super) fn start(pid: u32, period: Duration) -> Result<Self, String> {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = stop.clone();
@@ -309,7 +309,7 @@ impl MemorySampler {
             while !seen.load(Ordering::Acquire) {
                 match mappings(pid) {
                     Ok(look) if look.iter().any(|m| m.resident > 0) => looks.push(look),
-                    // it is ending or has ended
+                    // the process is ending or has ended
                     _ => break,
                 }
                 high = high.max(high_water(pid).unwrap_or(0));
@@ -321,13 +321,13 @@ impl MemorySampler {
         Ok(Self { pid, stop, thread: Some(thread) })
     }
 
-    /// Peak bytes outside `ram`, and the high-water mark of the process less the most RAM that was
-    /// resident.
+    /// Returns the peak of the memory outside `ram`, and the peak memory of the process less the
+    /// largest resident part of RAM.
     pub(super) fn finish(self, ram: &Range<u64>) -> Result<Beyond, String> {
         self.finish_where(|range| range.start < ram.end && ram.start < range.end)
     }
 
-    /// The same, where guest RAM is in the mappings for which `is_ram` holds.
+    /// Returns the same for guest RAM in the mappings for which `is_ram` returns `true`.
     pub(super) fn finish_where(mut self, is_ram: impl Fn(&Range<u64>) -> bool) -> Result<Beyond, String> {
         self.stop.store(true, Ordering::Release);
         let thread = self.thread.take().ok_or("no sampler")?;
@@ -349,26 +349,26 @@ impl Drop for MemorySampler {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
-            // a sampler that panicked has nothing to say
+            // a sampler that panicked has no result
             let _ = thread.join();
         }
     }
 }
 
-/// Memory of a process beyond its guest's RAM, in bytes.
+/// The memory of a process beyond its guest's RAM, in bytes.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 pub(super) struct Beyond {
-    /// The most that a look found.
+    /// The largest value of all samples.
     pub(super) peak: u64,
-    /// What was there before the migration.
+    /// The value before the migration.
     pub(super) first: u64,
-    /// The kernel's high-water mark less the guest's resident RAM: an upper bound.
+    /// The kernel's peak less the guest's resident RAM: an upper bound.
     pub(super) high_water: u64,
-    /// How many looks there were.
+    /// The number of samples.
     pub(super) looks: usize,
 }
 
-/// The first line of a file that starts with `key`, behind the colon.
+/// Returns the first line of a file that starts with `key`, without the key and the colon.
 pub(crate) fn field(path: &Path, key: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|l| l.starts_with(key))?;
@@ -395,7 +395,7 @@ mod tests {
         let pid = std::process::id();
         assert!(high_water(pid).unwrap() > 0);
         assert!(mappings(pid).unwrap().iter().any(|m| m.resident > 0));
-        // not of our own: what other tests have are threads of this process too
+        // not this process: threads of other tests would be counted
         let mut command = Command::new("sleep");
         command.arg("60");
         let child = Process::start("sleep", command, "/dev/null".into()).unwrap();

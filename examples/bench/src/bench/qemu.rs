@@ -1,4 +1,4 @@
-//! QEMU, driven through its machine protocol (QMP).
+//! QEMU, controlled through its machine protocol (QMP).
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -20,32 +20,32 @@ use super::{
 };
 
 const PROGRAM: &str = "qemu-system-x86_64";
-/// How long an answer or an event may take.
+/// The longest time to wait for an answer or an event.
 const ANSWER: Duration = Duration::from_secs(60);
-/// Bytes a second: no limit in effect.
+/// The bandwidth limit in bytes per second, which has no effect because it is so high.
 const BANDWIDTH: u64 = 100_000_000_000;
-/// Who has the pre-shared key.
+/// The name of the user of the pre-shared key.
 const TLS_USER: &str = "bench";
 
-/// The version line, if QEMU is installed.
+/// Returns QEMU's version line, or `None` if it is not installed.
 pub(super) fn version() -> Option<String> {
     let output = Command::new(PROGRAM).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines().next().map(|line| line.trim_start_matches("QEMU emulator version").trim().to_owned())
 }
 
-/// Makes a pre-shared key as QEMU's TLS takes it; the folder that it is in.
+/// Makes a pre-shared key for QEMU's TLS. Returns the folder of its file.
 fn tls_keys(folder: &Folder) -> Result<PathBuf, String> {
     let keys = folder.path("tls");
     std::fs::create_dir_all(&keys).map_err(|e| format!("{}: {e}", keys.display()))?;
-    // of no secrecy: nothing leaves this machine
+    // the key need not be secret, because the traffic stays on this machine
     let line = format!("{TLS_USER}:{}\n", "5a".repeat(32));
     let file = keys.join("keys.psk");
     std::fs::write(&file, line).map_err(|e| format!("{}: {e}", file.display()))?;
     Ok(keys)
 }
 
-/// Two QEMUs: the guest runs in one, the other waits.
+/// Two QEMUs: one runs the guest, the other waits for it.
 pub(super) struct Pair {
     pub(super) source: Process,
     pub(super) destination: Process,
@@ -55,15 +55,15 @@ pub(super) struct Pair {
     post_copy: Option<Start>,
 }
 
-/// When post-copy begins.
+/// The moment at which post-copy begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Start {
     AtOnce,
-    /// After a pass over all memory, unless that is the end already.
+    /// After a pass over all memory, unless the migration is complete then.
     AfterAPass,
 }
 
-/// A QEMU with the guest, not yet ready to migrate.
+/// A QEMU that runs the guest and is not prepared for a migration.
 pub(super) struct Source {
     pub(super) process: Process,
     qmp: Qmp,
@@ -82,7 +82,7 @@ fn start(
     Ok((process, qmp))
 }
 
-/// A QEMU that may not answer yet, and where it will.
+/// Starts a QEMU. Returns the process and its QMP socket, which may not exist yet.
 fn launch(
     folder: &Folder,
     name: &str,
@@ -92,7 +92,7 @@ fn launch(
     more: &[&str],
 ) -> Result<(Process, PathBuf), String> {
     let socket = folder.path(&format!("{name}.qmp"));
-    // a socket of an earlier run would answer before this one does
+    // the socket of an earlier run could be taken for this one's
     let _ = std::fs::remove_file(&socket);
     let mut command = link.command(PROGRAM.as_ref());
     command
@@ -113,10 +113,10 @@ impl Source {
         Ok(Self { process, qmp })
     }
 
-    /// Starts the destination and readies both.
+    /// Starts the destination and prepares both for the migration.
     pub(super) fn pair(self, folder: &Folder, setup: &Setup, elf: &Path) -> Result<Pair, String> {
         let mut more = vec!["-incoming", "defer"];
-        // by the name that it has at the source, which has its RAM as it comes
+        // RAM must have the same name as at the source, which uses the default
         let populated = format!("memory-backend-ram,id=pc.ram,size={}M,prealloc=on", setup.memory >> 20);
         if setup.tuning.populates() {
             more.extend(["-object", &populated, "-machine", "memory-backend=pc.ram"]);
@@ -168,7 +168,7 @@ impl Source {
                 qmp.call("migrate-set-parameters", limits)?;
             }
             if is_source && post_copy.is_some() {
-                // 0: no limit
+                // 0 means no limit
                 qmp.call("migrate-set-parameters", json!({"max-postcopy-bandwidth": 0}))?;
             }
         }
@@ -181,15 +181,14 @@ impl Source {
     }
 }
 
-/// Whether an event is the end of a migration, good or bad.
+/// Returns whether an event reports the end of a migration.
 fn has_ended(event: &Value) -> bool {
     event["event"] == "MIGRATION"
         && matches!(event["data"]["status"].as_str(), Some("completed" | "failed" | "cancelled"))
 }
 
 impl Pair {
-    /// Migrates; returns when the source says that it is complete and the guest runs at the
-    /// destination.
+    /// Migrates. Returns when the source reports completion and the guest runs at the destination.
     pub(super) fn migrate(&mut self) -> Result<Moved, String> {
         let start = Instant::now();
         self.source_qmp.call("migrate", json!({"uri": self.uri}))?;
@@ -197,7 +196,7 @@ impl Pair {
             self.source_qmp.call("migrate-start-postcopy", json!({}))?;
         }
         if self.post_copy == Some(Start::AfterAPass) && self.source_qmp.passed()? {
-            // one that ended meanwhile refuses it, and says below how it ended
+            // a migration that has ended meanwhile refuses this; its end is handled below
             let _ = self.source_qmp.call("migrate-start-postcopy", json!({}));
         }
         self.source_qmp.complete()?;
@@ -211,7 +210,7 @@ impl Pair {
     }
 }
 
-/// A QEMU that is to be replaced under its VM: mode `cpr-transfer`, in which RAM stays in its
+/// A QEMU that will be replaced under its VM by the mode `cpr-transfer`, which keeps RAM in its
 /// memory file.
 pub(super) struct Replaced {
     pub(super) process: Process,
@@ -221,7 +220,8 @@ pub(super) struct Replaced {
 }
 
 impl Replaced {
-    /// RAM in a memory file, and what QEMU allocates beside it too, which the mode asks for.
+    /// Returns the arguments for RAM in a memory file. The mode needs other memory of QEMU in
+    /// files, too.
     fn args(memory: u64) -> [String; 4] {
         let ram = format!("memory-backend-memfd,id=ram0,size={}M,share=on", memory >> 20);
         ["-object".into(), ram, "-machine".into(), "memory-backend=ram0,aux-ram-share=on".into()]
@@ -234,11 +234,11 @@ impl Replaced {
         Ok(Self { process, qmp, memory, elf: elf.to_owned() })
     }
 
-    /// Starts the QEMU that takes over, and has it wait for that.
+    /// Starts the QEMU that takes over, and waits until it listens.
     pub(super) fn successor(&mut self, folder: &Folder) -> Result<Successor, String> {
         let channels = ["main", "cpr"].map(|name| {
             let path = folder.path(&format!("qemu-{name}.sock"));
-            // one of an earlier run would be taken for this one's
+            // the socket of an earlier run could be taken for this one's
             let _ = std::fs::remove_file(&path);
             json!({"channel-type": name, "addr": {"transport": "socket", "type": "unix", "path": path}})
         });
@@ -247,7 +247,7 @@ impl Replaced {
         let mut all: Vec<&str> = args.iter().map(String::as_str).collect();
         all.extend(["-incoming", &main, "-incoming", &cpr]);
         let (mut process, socket) = launch(folder, "qemu-destination", self.memory, &self.elf, Link::Loopback, &all)?;
-        // until the state comes it does not answer anything, but it listens
+        // it answers nothing until the state arrives, but it listens
         let deadline = Instant::now() + ANSWER;
         while !folder.path("qemu-cpr.sock").exists() {
             process.check()?;
@@ -262,14 +262,14 @@ impl Replaced {
         Ok(Successor { process, socket, channels: json!(channels) })
     }
 
-    /// Hands the VM over; returns when it runs there.
+    /// Hands the VM over. Returns when it runs in the successor.
     pub(super) fn hand_over(&mut self, to: &mut Successor) -> Result<Moved, String> {
         let start = Instant::now();
         self.qmp.call("migrate", json!({"channels": to.channels}))?;
         let mut there = Qmp::connect(&mut to.process, to.socket.clone())?;
         self.qmp.complete()?;
         let deadline = Instant::now() + ANSWER;
-        // the event that it runs may have come before there was anybody to see it
+        // the event may have come before the connection existed
         while there.call("query-status", json!({}))?["status"] != "running" {
             if Instant::now() > deadline {
                 return Err("QEMU's migration is complete, but the guest does not run".into());
@@ -279,13 +279,13 @@ impl Replaced {
         self.qmp.moved(start.elapsed())
     }
 
-    /// Ends it, when its VM is elsewhere.
+    /// Ends the QEMU whose VM has moved.
     pub(super) fn end(&mut self) -> Result<(), String> {
         self.qmp.call("quit", json!({})).map(drop)
     }
 }
 
-/// The QEMU that replaces it.
+/// The QEMU that takes over.
 pub(super) struct Successor {
     pub(super) process: Process,
     socket: PathBuf,
@@ -300,7 +300,7 @@ struct Qmp {
 }
 
 impl Qmp {
-    /// What QEMU says of a migration that is complete, which took so long.
+    /// Returns QEMU's report of a complete migration with this total.
     fn moved(&mut self, total: Duration) -> Result<Moved, String> {
         let report = self.call("query-migrate", json!({}))?;
         let ms = |key: &str| report[key].as_f64();
@@ -363,7 +363,7 @@ impl Qmp {
         Err(format!("QEMU's migration is {}: {}", end["data"]["status"], why["error-desc"]))
     }
 
-    /// Waits until all memory was sent once; whether the migration still goes on.
+    /// Waits until all memory was sent once. Returns whether the migration still runs.
     fn passed(&mut self) -> Result<bool, String> {
         let passed = |e: &Value| e["event"] == "MIGRATION_PASS" && e["data"]["pass"].as_u64() >= Some(2);
         let event = self.event(|e| passed(e) || has_ended(e))?;
@@ -374,7 +374,7 @@ impl Qmp {
         Ok(!ended)
     }
 
-    /// The next event that is wanted; those before it are dropped.
+    /// Returns the next event for which `wanted` returns `true`. Drops other events.
     fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<Value, String> {
         loop {
             let event = if self.events.is_empty() { self.line()? } else { self.events.remove(0) };

@@ -1,10 +1,9 @@
-//! The record layer and the bare ciphers, on one core: what a lane's records cost beside the cipher
-//! itself.
+//! The record layer compared with the ciphers alone, on one core.
 //!
-//! Both seal the same memory in pieces of the same length. *Warm* memory is one piece, over and
-//! over, which the bare cipher seals in place; *cold* memory is more than the caches hold, as guest
-//! RAM is, which it seals into a buffer. Sealing writes to nobody; opening reads from a stream in
-//! memory, which is the copy that it costs the bare cipher, too.
+//! Both seal the same memory in pieces of the same length. *Warm* memory is one piece that is
+//! sealed repeatedly; the cipher alone seals it in place. *Cold* memory is larger than the caches,
+//! as guest RAM is; the cipher alone seals it into a buffer. What is sealed is not sent. Opening
+//! reads from a stream in memory; the cipher alone pays for the same copy.
 
 use std::{
     hint::black_box,
@@ -28,34 +27,35 @@ use serde::Serialize;
 use super::figures::median;
 use minivmm_client::encryption::Library;
 
-/// Bytes of a piece where the target is.
+/// The bytes of a piece for which there is a target.
 pub(super) const PIECE: usize = 64 << 10;
-/// Bytes of records: the smallest limit, a sender's default, the largest.
+/// The bytes of records: the smallest limit, a sender's default, and the largest limit.
 const RECORDS: [usize; 3] = [PIECE, 256 << 10, 1 << 20];
-/// More than the caches hold, or most of them.
+/// The bytes of cold memory, more than the caches hold.
 const COLD: u64 = 128 << 20;
-/// Records of the stream that is opened.
+/// The number of records of the stream that is opened.
 const STREAM: usize = 16;
-/// For how long a figure is taken, and how often.
+/// The time of one measurement, and the number of measurements.
 const TIME: Duration = Duration::from_millis(60);
 const ROUNDS: usize = 5;
 
-/// GB/s of one cipher of one library.
+/// The rates of one cipher of one library in GB/s.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Rates {
     pub(super) library: &'static str,
     pub(super) suite: &'static str,
     /// In pieces of [`PIECE`], in place.
     pub(super) seal_warm: f64,
-    /// The same, into a buffer.
+    /// In pieces of [`PIECE`], into a buffer.
     pub(super) seal_cold: f64,
-    /// With the copy of what is opened, as that is gone then.
+    /// Opening in place, with the copy into the place before, because opening destroys the
+    /// ciphertext.
     pub(super) open_warm: f64,
-    /// Out of guest memory into records of these bytes.
+    /// The record layer's rates, by the length of records.
     pub(super) records: Vec<Records>,
 }
 
-/// GB/s of the record layer.
+/// The rates of the record layer in GB/s.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Records {
     pub(super) bytes: usize,
@@ -65,8 +65,8 @@ pub(super) struct Records {
 }
 
 impl Rates {
-    /// What the record layer reaches of the bare cipher, in records of [`PIECE`]: sealing warm and
-    /// cold memory, and opening.
+    /// Returns the record layer's share of the rate of the cipher alone, in records of [`PIECE`]:
+    /// for sealing warm memory, for sealing cold memory, and for opening.
     pub(super) fn shares(&self) -> Option<[f64; 3]> {
         let records = self.records.iter().find(|r| r.bytes == PIECE)?;
         Some([
@@ -141,7 +141,7 @@ fn slice(ram: &HeapRam, at: u64, len: usize) -> Result<RamSlice<'_>, String> {
     ram.slice_at(at, len as u64).map_err(|e| e.to_string())
 }
 
-/// GB/s of `work`, which says how many bytes it has done.
+/// Returns the rate of `work` in GB/s. `work` returns the bytes that it has processed.
 fn rate(mut work: impl FnMut() -> Result<usize, String>) -> Result<f64, String> {
     work()?;
     let (begin, mut done) = (Instant::now(), 0);
@@ -172,7 +172,7 @@ fn bare_open(key: &dyn AeadKey) -> Result<f64, String> {
     let mut sealed = vec![0; PIECE];
     let tag = key.seal(&[0; NONCE_LEN], &[0; 8], &mut sealed).map_err(|e| e.to_string())?;
     sealed.extend(tag);
-    // as many as the stream has, that neither has more of them in its caches
+    // as many records as the stream has, so that the caches hold the same part of both
     let all = sealed.repeat(STREAM);
     let (mut work, mut at) = (sealed, 0);
     rate(|| {
@@ -192,7 +192,7 @@ fn records_seal(writer: &mut impl WriteHalf, ram: &HeapRam, len: u64, bytes: usi
     })
 }
 
-/// So many records, as they are on the wire.
+/// Returns records as they are on the wire.
 fn stream<W: WriteHalf>(
     bytes: usize,
     ram: &HeapRam,
@@ -214,14 +214,14 @@ fn records_open<R: ReadHalf>(
     bytes: usize,
     reader: impl Fn(Box<dyn ReadHalf>) -> io::Result<R>,
 ) -> Result<f64, String> {
-    // shared, not copied for each reader
+    // shared by all readers instead of copied
     let stream: std::sync::Arc<[u8]> = stream.into();
     let mut time = Duration::ZERO;
     let mut done = 0;
     while time < TIME {
         let mut reader = reader(Box::new(Tape(stream.clone(), 0))).map_err(|e| e.to_string())?;
         let slice = slice(ram, 0, bytes)?;
-        // its buffer is made once in the life of a lane
+        // the buffer is allocated once in the life of a lane
         reader.read_ram(&[slice]).map_err(|e| e.to_string())?;
         let begin = Instant::now();
         for _ in 1..STREAM {
@@ -233,7 +233,7 @@ fn records_open<R: ReadHalf>(
     Ok(done as f64 / time.as_secs_f64() / 1e9)
 }
 
-/// Takes everything.
+/// A link that discards everything.
 struct Nobody;
 
 impl WriteHalf for Nobody {
@@ -247,7 +247,7 @@ impl WriteHalf for Nobody {
     }
 }
 
-/// Keeps everything.
+/// A link that stores everything.
 struct Keeper(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 
 impl WriteHalf for Keeper {
@@ -261,7 +261,7 @@ impl WriteHalf for Keeper {
     }
 }
 
-/// Gives what was kept.
+/// A link that returns the stored bytes.
 struct Tape(std::sync::Arc<[u8]>, usize);
 
 impl ReadHalf for Tape {

@@ -1,5 +1,4 @@
-//! How fast a guest is from moment to moment: what it has done so far, read again and again from
-//! outside.
+//! The guest's speed over time: its number of operations, read repeatedly from outside.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -7,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What the guest had done by a moment.
+/// The number of operations at a moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Sample {
     pub(crate) at: Instant,
     pub(crate) operations: u64,
 }
 
-/// Calls `look` every `period` while `act` is done; looks that find nothing are left out.
+/// Calls `look` every `period` during `act`. Calls that return nothing are left out.
 pub(crate) fn during<T>(
     period: Duration,
     mut look: impl FnMut() -> Option<u64> + Send,
@@ -40,8 +39,8 @@ pub(crate) fn during<T>(
     })
 }
 
-/// The operations at a moment; between two samples the guest is taken to work evenly. `None` before
-/// the first and after the last one.
+/// Returns the number of operations at a moment, or `None` before the first sample and after the
+/// last one. Between two samples the guest is assumed to work evenly.
 fn operations_at(samples: &[Sample], at: Instant) -> Option<f64> {
     let next = samples.partition_point(|s| s.at < at);
     let b = samples.get(next)?;
@@ -53,7 +52,7 @@ fn operations_at(samples: &[Sample], at: Instant) -> Option<f64> {
     Some(a.operations as f64 + share * b.operations.saturating_sub(a.operations) as f64)
 }
 
-/// Operations a second from one moment to another, if there are samples around both.
+/// Returns the operations per second between two moments, if there are samples around both.
 pub(crate) fn rate(samples: &[Sample], from: Instant, to: Instant) -> Option<f64> {
     let seconds = to.checked_duration_since(from).filter(|d| !d.is_zero())?.as_secs_f64();
     Some((operations_at(samples, to)? - operations_at(samples, from)?).max(0.0) / seconds)

@@ -1,5 +1,5 @@
-//! `minivmm bench --scale`: what grows with the size of a VM's RAM when the data in it stays the
-//! same.
+//! `minivmm bench --scale`: measures the costs that grow with the size of a VM's RAM although its
+//! data stays the same.
 
 use std::{
     ops::Range,
@@ -28,23 +28,23 @@ use super::{
     tell,
 };
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "scale";
-/// Sizes of a VM's RAM, in GiB.
+/// The sizes of the VM's RAM in GiB.
 const SIZES: [u64; 4] = [1, 16, 64, 256];
 const STRATEGIES: [&str; 2] = ["pre-copy", "post-copy"];
-/// Timed runs of each kind.
+/// The number of timed runs of each kind.
 const REPEAT: u32 = 5;
-/// How often the memory of both processes is looked at in the run that is not timed.
+/// The interval at which the memory of both processes is read in the run that is not timed.
 const LOOK: Duration = Duration::from_millis(5);
-/// Target: the pause of the largest VM exceeds that of the smallest by no more than this, in
+/// The largest allowed difference between the pauses of the largest and the smallest VM, in
 /// milliseconds.
 const MAX_LONGER_MS: f64 = 10.0;
-/// Target: memory beyond the guest's RAM, as a constant and a share of the RAM.
+/// The constant part in bytes of the memory that is allowed beyond guest RAM.
 const MEMORY_BASE: u64 = 64 << 20;
 const MEMORY_SHARE: f64 = 0.000_3;
 
-/// One migration.
+/// The result of one migration.
 #[derive(Clone, Debug, Serialize)]
 struct Run {
     bytes: u64,
@@ -53,8 +53,8 @@ struct Run {
     prepare_ms: f64,
     downtime_ms: f64,
     total_ms: f64,
-    /// The most memory beyond the guest's RAM at the source and at the destination, in bytes. Only
-    /// in a run that is not timed.
+    /// The peak memory beyond guest RAM at the source and at the destination, in bytes. Only in the
+    /// run that is not timed.
     beyond: Option<[u64; 2]>,
 }
 
@@ -67,18 +67,18 @@ struct Harvest {
     harvest_ms: f64,
 }
 
-/// What to measure.
+/// One kind of run.
 struct Plan<'a> {
     folder: &'a Folder,
     bytes: u64,
     strategy: &'static str,
-    /// MiB of data in the guest.
+    /// The guest's data in MiB.
     data: u64,
-    /// How long the guest is left alone before it moves.
+    /// The time that the guest is left alone before it moves.
     rest: Duration,
 }
 
-/// Returns the largest acceptable memory beyond guest RAM of so many bytes.
+/// Returns the memory in bytes that is allowed beyond `bytes` of guest RAM.
 fn allowed(bytes: u64) -> u64 {
     MEMORY_BASE + (bytes as f64 * MEMORY_SHARE) as u64
 }
@@ -101,7 +101,7 @@ impl Plan<'_> {
         }
     }
 
-    /// Moves a VM once. Its memory is watched only if the run is not timed.
+    /// Migrates a VM once. Its memory is read only if the run is not timed.
     fn run(&self, watched: bool) -> Result<Run, String> {
         let options = self.options();
         let mut source = Source::start(self.folder, &options)?;
@@ -109,7 +109,7 @@ impl Plan<'_> {
         let most = self.bytes.saturating_add(GIB).to_string();
         let more = ["--max-memory", most.as_str()];
         let (mut to, control, url) = receiver(self.folder, "destination", "tcp:127.0.0.1:0", Link::Loopback, &more)?;
-        // what KVM allocates for the slots of the destination counts as well
+        // what KVM allocates for the destination's slots counts as well
         let warmed = warm((self.data << 20) + (self.bytes >> PAGE_SHIFT) * BYTES_A_PAGE)?;
         thread::sleep(self.rest);
         let watch = |process: &Process| MemorySampler::start(process.pid(), LOOK);
@@ -119,7 +119,8 @@ impl Plan<'_> {
         let report = completed(ask(&source.socket, &Request::Migrate(Box::new(plain)), |_| {})?)?;
         let beyond = match samplers {
             Some([at_source, at_destination]) => {
-                // RAM above the hole below 4 GiB is a mapping of its own; nothing else is as large
+                // the RAM above the hole below 4 GiB is a mapping of its own, and no other mapping
+                // is as large
                 let least = self.bytes.min(2 * GIB);
                 let is_ram = |range: &Range<u64>| range.end - range.start >= least;
                 Some([at_source.finish_where(is_ram)?.peak, at_destination.finish_where(is_ram)?.peak])
@@ -142,7 +143,7 @@ impl Plan<'_> {
     }
 }
 
-/// Measures the harvests of a VM whose RAM is sparse, in slots as minivmm makes them.
+/// Measures the harvests of a VM with sparse RAM, in slots as minivmm makes them.
 fn harvests(bytes: u64, most: u64) -> Result<Vec<Harvest>, String> {
     let ram = sparse(bytes)?;
     let vm = Arc::new(kvm()?.create_vm().map_err(|e| format!("creating a VM: {e}"))?);
@@ -170,7 +171,7 @@ fn harvests(bytes: u64, most: u64) -> Result<Vec<Harvest>, String> {
     Ok(all)
 }
 
-/// The runs of one size and strategy.
+/// The runs of one size and one strategy.
 struct Group<'a>(Vec<&'a Run>);
 
 impl<'a> Group<'a> {
@@ -234,7 +235,7 @@ fn results(runs: &[Run], harvests: &[Harvest], here: &str) -> Value {
     json!({ "machine": here, "runs": runs, "harvests": harvests })
 }
 
-/// Measures, and prints the tables.
+/// Runs the measurement and prints the tables.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if let Some(path) = &args.markdown {
         output::check_section(path, SECTION)?;
@@ -242,11 +243,11 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     let repeat = args.repeat.unwrap_or(if args.quick { 1 } else { REPEAT });
     let (folder, bar) = (Folder::new()?, ProgressBar::hidden());
     let sizes = SIZES.map(|size| size * args.unit);
-    // as much data in each: 700 MiB, or that share of the unit
+    // the same data in each size: 700 MiB, or that share of the unit
     let data = ((DATA * args.unit) >> 30).max(1);
     let rest = if args.quick { Duration::ZERO } else { BEFORE };
     let mut runs = Vec::new();
-    // sizes take turns, so that a change of the machine meets all of them
+    // the sizes alternate, so that a change of the machine affects all of them
     for turn in 0..=repeat {
         for bytes in sizes {
             for strategy in STRATEGIES {

@@ -1,5 +1,5 @@
-//! `minivmm bench --slots`: how long KVM holds a core while it sets memory slots; and a process
-//! that does just that.
+//! `minivmm bench --slots`: measures how long KVM holds a core while it sets memory slots. Also a
+//! process that only does that.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -28,29 +28,28 @@ use super::{
     tell,
 };
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "slots";
-/// Sizes of a VM's RAM, in GiB.
+/// The sizes of the VM's RAM in GiB.
 const SIZES: [u64; 5] = [1, 16, 64, 256, 2048];
-/// In one slot, a larger VM is measured only on request.
+/// The size in GiB above which a VM in one slot is measured only on request.
 const LARGEST: u64 = 256;
-/// How often a VM is built.
+/// The number of VMs that are built for each kind.
 const REPEAT: u32 = 3;
-/// Kernel memory of a VM for each page of 4 KiB that its slots have, and what is left to everything
-/// else.
+/// The kernel memory of a VM in bytes for each page of 4 KiB in its slots.
 pub(super) const BYTES_A_PAGE: u64 = 9;
 const SPARE: u64 = 2 * GIB;
-/// What a process says that is about to occupy a core.
+/// The line that a process prints before it occupies a core.
 const BUSY: &str = "busy";
 
-/// A VM of this size, in so many slots.
+/// A VM of a size, and its number of slots.
 #[derive(Debug, Serialize)]
 struct Row {
     bytes: u64,
     slots: usize,
-    /// The longest of all calls.
+    /// The longest call in ms.
     longest_ms: f64,
-    /// All calls for a VM: the median of the runs.
+    /// The sum of all calls for a VM in ms; the median of the runs.
     sum_ms: f64,
 }
 
@@ -63,8 +62,8 @@ pub(super) fn kvm() -> Result<Kvm, String> {
     Kvm::new().map_err(|e| format!("/dev/kvm: {e}"))
 }
 
-/// Gives all of `ram` to a VM that has nothing else, in memory slots of at most `most` bytes, and
-/// frees the VM; how long KVM took for each slot.
+/// Gives all of `ram` to a new VM, in memory slots of at most `most` bytes, and frees the VM.
+/// Returns the time for each slot.
 fn time_slots(kvm: &Kvm, ram: Arc<dyn GuestRam>, most: u64) -> Result<Vec<Duration>, String> {
     let vm = kvm.create_vm().map_err(|e| format!("creating a VM: {e}"))?;
     // SAFETY: the VM is new, and ends in this function, before `slots`, which keeps the RAM.
@@ -88,7 +87,7 @@ fn measure(bytes: u64, most: u64, repeat: u32) -> Result<Row, String> {
     Ok(Row { bytes, slots, longest_ms: ms(longest), sum_ms: median(sums).unwrap_or_default() })
 }
 
-/// Whether KVM's own memory for such a VM fits.
+/// Returns whether the machine has enough memory for what KVM allocates for such a VM.
 fn fits(bytes: u64) -> bool {
     let available = field("/proc/meminfo".as_ref(), "MemAvailable").and_then(|f| f.split(' ').next()?.parse().ok());
     available.is_none_or(|kib: u64| (kib << 10) > (bytes >> PAGE_SHIFT) * BYTES_A_PAGE + SPARE)
@@ -98,7 +97,7 @@ pub(super) fn name(bytes: u64) -> String {
     if bytes >= GIB { format!("{} GiB", bytes / GIB) } else { format!("{} KiB", bytes >> 10) }
 }
 
-/// Measures, and prints the table.
+/// Runs the measurement and prints the table.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if let Some(path) = &args.markdown {
         output::check_section(path, SECTION)?;
@@ -138,11 +137,11 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     Ok(true)
 }
 
-/// Occupies a core in the kernel: sets a memory slot of so many bytes, once at least and until the
-/// time is over. Prints a line first.
+/// Occupies a core in the kernel: sets a memory slot of `bytes` bytes, at least once and until
+/// `time` has passed. Prints a line first.
 pub(super) fn occupy(bytes: u64, time: Duration) -> Result<bool, String> {
     let (kvm, ram) = (kvm()?, sparse(bytes)?);
-    // whoever waits for it may have gone
+    // the reader may have ended
     let _ = writeln!(std::io::stdout(), "{BUSY}");
     let began = Instant::now();
     loop {
@@ -157,7 +156,7 @@ pub(super) fn occupy(bytes: u64, time: Duration) -> Result<bool, String> {
 pub(super) struct Occupied(Process);
 
 impl Occupied {
-    /// Starts it; returns when it is about to call the kernel.
+    /// Starts the process. Returns when it is about to call the kernel.
     pub(super) fn start(folder: &Folder, bytes: u64, time: Duration) -> Result<Self, String> {
         let mut command = Command::new(program()?);
         let (bytes, time) = (bytes.to_string(), format!("{}us", time.as_micros()));
@@ -172,7 +171,7 @@ impl Occupied {
         Err(format!("kernel-work says {line:?}"))
     }
 
-    /// Waits for its end.
+    /// Waits until the process has ended.
     pub(super) fn wait(mut self) -> Result<(), String> {
         self.0.wait().map(drop)
     }

@@ -1,8 +1,8 @@
-//! How the VMMs that are compared are set up: as they come, and as a careful user sets them up.
+//! The options of the VMMs that are compared: the defaults, and those that a careful user chooses.
 //!
-//! A default says more about its authors' caution than about what a VMM can do. QEMU, for one,
-//! stops the guest as soon as the rest fits into its downtime limit, and that is 300 ms unless
-//! somebody sets it. So pre-copy is compared twice, each time with the same limit for both.
+//! The default options of a VMM say little about its abilities. QEMU, for example, stops the guest
+//! as soon as the rest fits into its downtime limit, which is 300 ms by default. So pre-copy is
+//! compared twice, each time with the same limit for both VMMs.
 
 use serde::Serialize;
 
@@ -12,13 +12,13 @@ use super::encrypt::Cipher;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Tuning {
-    /// Every option at its default, but for those that the mode itself is about.
+    /// Every option has its default, except those of the mode that is measured.
     #[default]
     AsItComes,
-    /// What a user sets who wants short pauses, and has read the manual: a downtime limit of
-    /// [`CAREFUL_LIMIT_MS`] for both. For QEMU also `auto-converge`, so that the migration of a
-    /// busy guest ends; RAM that the destination has populated before; with TLS, a `priority` that
-    /// leaves ChaCha20 out. Post-copy begins after a pass of pre-copy, for both.
+    /// The options of a user who wants short pauses and has read the manual: a downtime limit of
+    /// [`CAREFUL_LIMIT_MS`] for both VMMs. For QEMU also `auto-converge`, so that the migration of
+    /// a busy guest ends, RAM that is populated at the destination before, and with TLS a
+    /// `priority` without ChaCha20. Post-copy begins after a pass of pre-copy, for both VMMs.
     Careful,
 }
 
@@ -38,21 +38,21 @@ impl Tuning {
         }
     }
 
-    /// Whether QEMU slows a guest down whose migration does not end.
+    /// Returns whether QEMU slows down a guest whose migration does not end.
     pub(super) fn auto_converge(self) -> bool {
         self == Self::Careful
     }
 
-    /// Whether QEMU's destination populates its RAM before the migration begins.
+    /// Returns whether QEMU's destination populates its RAM before the migration begins.
     pub(super) fn populates(self) -> bool {
         self == Self::Careful
     }
 
-    /// The cipher of encrypted runs, the same for all VMMs.
+    /// Returns the cipher of encrypted runs, the same for all VMMs.
     ///
-    /// By itself QEMU's TLS does not use AES with a pre-shared key: GnuTLS takes the key for one of
-    /// SHA-256, for which TLS 1.3 has no AES-256, and prefers ChaCha20 to AES-128. A careful user
-    /// asks for the latter, many times as fast on a CPU with AES.
+    /// With a pre-shared key, QEMU's TLS does not use AES by default: GnuTLS takes the key for one
+    /// of SHA-256, for which TLS 1.3 has no AES-256, and prefers ChaCha20 to AES-128. A careful
+    /// user chooses AES-128, which is many times as fast on a CPU with AES instructions.
     pub(super) fn cipher(self) -> Cipher {
         match self {
             Self::AsItComes => Cipher::Aes256,
@@ -60,7 +60,7 @@ impl Tuning {
         }
     }
 
-    /// The label of the runs of a mode.
+    /// Returns the label of the runs of a mode.
     pub(super) fn label(self, mode: &str) -> String {
         match self {
             Self::AsItComes => mode.to_owned(),

@@ -1,28 +1,28 @@
-//! What was measured, medians over runs, and the targets.
+//! The measurements, medians over runs, and the targets.
 
 use serde::Serialize;
 
 use super::{Part, run::Run};
 use crate::bench::figures::{Machine, median};
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Figures {
     pub(super) machine: Machine,
     pub(super) seed: u32,
     pub(super) runs: Vec<Run>,
-    /// Attempts that failed; each was repeated once.
+    /// The errors of failed attempts. Each attempt was repeated once.
     pub(super) failures: Vec<String>,
 }
 
-/// A figure that has a target.
+/// A figure and its target.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Verdict {
     pub(super) what: &'static str,
     pub(super) value: f64,
     pub(super) limit: f64,
     pub(super) unit: &'static str,
-    /// What the paper, or who else set the target, has.
+    /// The value in the paper, or in another source of the target.
     pub(super) beside: &'static str,
     pub(super) met: bool,
 }
@@ -32,12 +32,12 @@ impl Figures {
         Self { machine, seed, runs: Vec::new(), failures: Vec::new() }
     }
 
-    /// The runs of a kind.
+    /// Returns the runs of a kind.
     pub(super) fn of<'a>(&'a self, part: Part, guest: &'a str, kind: &'a str) -> impl Iterator<Item = &'a Run> {
         self.runs.iter().filter(move |r| r.step.part == part && r.step.guest == guest && r.step.kind == kind)
     }
 
-    /// A figure of each run of a kind.
+    /// Returns a figure of each run of a kind.
     pub(super) fn values(&self, part: Part, guest: &str, kind: &str, of: impl Fn(&Run) -> Option<f64>) -> Vec<f64> {
         self.of(part, guest, kind).filter_map(of).collect()
     }
@@ -46,8 +46,8 @@ impl Figures {
         median(self.values(part, guest, kind, of))
     }
 
-    /// A figure of the runs of a kind as a share of that of the runs of another, each beside the
-    /// one that was done next to it.
+    /// Returns a figure of the runs of a kind as a share of the same figure of another kind. Runs
+    /// that followed each other are compared.
     pub(super) fn ratios(
         &self,
         part: Part,
@@ -65,12 +65,12 @@ impl Figures {
         all
     }
 
-    /// The least and the most load before a run.
+    /// Returns the smallest and the largest load before a run.
     pub(super) fn loads(&self) -> (f64, f64) {
         self.runs.iter().fold((f64::MAX, 0.0), |(least, most), run| (least.min(run.load), most.max(run.load)))
     }
 
-    /// Every figure with a target that was measured.
+    /// Returns every measured figure that has a target.
     pub(super) fn verdicts(&self) -> Vec<Verdict> {
         let mut all = Vec::new();
         let mut add = |what, value: Option<f64>, limit, unit, beside| {
@@ -98,7 +98,7 @@ impl Figures {
             ("fault beside a full push: p99, guest's clock", "p99", 1000.0),
         ] {
             let of = |kind| self.median(Part::Latency, "random", kind, |r| r.access(key));
-            // twice what it takes on the idle link is good enough, if that is more
+            // twice the value of the idle link is also good enough
             let limit = of("idle").map_or(floor, |idle| floor.max(2.0 * idle));
             add(what, of("push"), limit, "µs", "");
         }
@@ -115,7 +115,7 @@ pub(super) mod test_util {
         *,
     };
 
-    /// Runs of all kinds: `network` says how many faults the n-th step has.
+    /// Returns runs of all kinds. `network` returns the number of faults of a step.
     pub(crate) fn figures(repeats: u32, network: impl Fn(&plan::Step) -> u64) -> Figures {
         let mut figures = Figures::new(Machine::here(None), 1);
         for step in plan::steps(&[], repeats, 1) {

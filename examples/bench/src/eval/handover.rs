@@ -1,5 +1,5 @@
-//! `minivmm eval handover`: the guest's speed while its VMM is replaced, while another one borrows
-//! it, and while it is moved by pre-copy.
+//! `minivmm eval handover`: measures the guest's speed while its VMM is replaced, while another VMM
+//! borrows the VM, and while pre-copy moves it.
 
 use std::{
     process::Command,
@@ -29,37 +29,39 @@ use crate::bench::{
 const FILE: &str = "handover-speed.svg";
 const TITLE: &str = "The guest's speed while its VMM is replaced, while it is borrowed, and while it is moved";
 
-/// How long a VMM may take to end.
+/// The longest time in which a VMM may end.
 const END: Duration = Duration::from_secs(10);
 
-/// How it is measured and shown.
+/// The options of `minivmm eval handover`.
 #[derive(Debug, Args)]
 pub(super) struct Handover {
-    /// RAM of the guest, of which it writes half all the time.
+    /// RAM of the guest, which writes half of it continuously.
     #[arg(long, default_value = "1G", value_parser = size)]
     memory: u64,
     #[command(flatten)]
     files: Files,
 }
 
-/// What is done to the guest, a guest of its own each time.
+/// The operations that are measured, each with a guest of its own.
 const ACTS: [Act; 3] = [
     Act { name: "refresh", ready: refresh },
     Act { name: "borrowed, checked and given back", ready: ephemeral },
     Act { name: "pre-copy to another process", ready: pre_copy },
 ];
 
-/// How long the guest stays with the VMM that borrows it.
+/// The time for which the guest stays with the VMM that borrows it.
 const STAY: &str = "500ms";
 
-/// Whoever has the VM in the end is no child of this process: it is told to end, however this goes.
+/// A VMM that was replaced. The process that has the VM in the end is no child of this one, so it
+/// is told to end when this is dropped.
 struct Refreshed(Source);
 
 impl Drop for Refreshed {
     fn drop(&mut self) {
         // it may have ended
         let _ = ask(&self.0.socket, &Request::Quit, |_| {});
-        // it removes the path in the end, which the next guest's VMM may have by then
+        // it removes its control path at its end, when the next guest's VMM may have made the same
+        // path
         let deadline = Instant::now() + END;
         while self.0.socket.exists() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
@@ -67,17 +69,17 @@ impl Drop for Refreshed {
     }
 }
 
-/// A successor takes over: `ctl refresh`.
+/// Replaces the VMM: `ctl refresh`.
 fn refresh(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
     let vm = Refreshed(source);
     let act = move || completed(ask(&vm.0.socket, &Request::Refresh(Plan::default()), |_| {})?);
     Ok(Stage { act: Box::new(act), destination: None })
 }
 
-/// Another VMM borrows it, looks at its memory and gives it back: `feature`.
+/// Lets another VMM borrow the VM, check its memory and return it: `feature`.
 fn ephemeral(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
     let act = move || {
-        // all of it, process included, lives as long as this
+        // the closure borrows it, so that the process lives as long as the stage
         let source = &source;
         let mut borrower = Command::new(program()?);
         borrower.args(["feature", "--json", "--do", "check", "--hold", STAY, "--attach"]).arg(&source.socket);
@@ -92,7 +94,7 @@ fn ephemeral(_: &Folder, source: Source, _: &Options) -> Result<Stage, String> {
     Ok(Stage { act: Box::new(act), destination: None })
 }
 
-/// The same VM, copied: `ctl migrate`.
+/// Moves the same VM by pre-copy: `ctl migrate`.
 fn pre_copy(folder: &Folder, source: Source, options: &Options) -> Result<Stage, String> {
     let mut pair = source.pair(folder, options)?;
     let destination = Some(pair.destination.pid());
@@ -139,7 +141,7 @@ pub(super) fn handover(args: &Handover) -> Result<(), String> {
     Ok(())
 }
 
-/// The guest, with so much RAM.
+/// Returns the guest with `memory` bytes of RAM.
 fn guest(memory: u64) -> Options {
     Options {
         workload: format!("hot:size={}M,data={}M", memory / MIB / 2, memory / MIB * 700 / 1024),

@@ -1,13 +1,14 @@
-//! `minivmm eval`: our techniques beside what their papers measured, on this machine, in one run.
+//! `minivmm eval`: compares our techniques with the measurements of their papers, on this machine,
+//! in one run.
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
-//! | run.rs | one migration between two processes, and what both sides and the guest say of it |
-//! | plan.rs | which migrations there are, in which order |
-//! | encryption/ | ciphers: what they cost |
-//! | handover.rs | hand-overs: what is done to a guest |
-//! | timeline.rs | how fast a guest is while something is done to it |
-//! | speed.rs | that as SVG |
+//! | run.rs | one migration between two processes, and the reports of both sides and of the guest |
+//! | plan.rs | the migrations and their order |
+//! | encryption/ | the cost of ciphers |
+//! | handover.rs | hand-overs: the operations that are measured |
+//! | timeline.rs | the guest's speed during an operation |
+//! | speed.rs | the timelines as SVG |
 //! | withhold.rs | a push order that pushes nothing at first: the idle link |
 //! | figures.rs | medians over runs, and the targets |
 //! | tables.rs | the figures as tables |
@@ -40,10 +41,10 @@ use serde_json::json;
 
 use crate::bench::{attempt, figures::Machine, output, process::Folder, tell};
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "eval";
 
-/// Our techniques beside their papers.
+/// Compare our techniques with the measurements of their papers.
 #[derive(Debug, Args)]
 pub struct Eval {
     #[command(subcommand)]
@@ -53,15 +54,15 @@ pub struct Eval {
 #[derive(Debug, Subcommand)]
 enum Technique {
     /// Network faults by push order, self-ballooning, a storm of faults, the latency of a fault,
-    /// and the costs of fail-safe post-copy.
+    /// and the cost of fail-safe post-copy.
     PostCopy(PostCopy),
-    /// The guest's speed while its VMM is replaced, and while it is moved by pre-copy.
+    /// The guest's speed while its VMM is replaced, and while pre-copy moves it.
     Handover(Handover),
-    /// What ciphers cost, by strategy, workload, link and core.
+    /// The cost of ciphers, by strategy, workload, link and core.
     Encryption(EncryptionEval),
 }
 
-/// How it is measured and shown.
+/// The options of `minivmm eval post-copy`.
 #[derive(Debug, Args)]
 struct PostCopy {
     /// One run of each kind instead of several.
@@ -70,34 +71,34 @@ struct PostCopy {
     /// Runs of each kind; figures are their medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with = "quick")]
     repeat: u32,
-    /// Measure only this; can be given several times.
+    /// Measure only this part; can be given several times.
     #[arg(long, value_name = "PART")]
     only: Vec<Part>,
-    /// Of the guests' data, and of the push order `random`.
+    /// The seed of the guests' data and of the push order `random`.
     #[arg(long, default_value_t = 1)]
     seed: u32,
     #[command(flatten)]
     files: Files,
 }
 
-/// Where figures and plots are written.
+/// The files into which figures and plots are written.
 #[derive(Debug, Args)]
 struct Files {
-    /// Write all figures, raw ones too, as JSON.
+    /// Write all figures and all single values as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write the figures into this Markdown file, between the lines `<!-- eval:begin -->` and `<!--
     /// eval:end -->`.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// Write the plots into this folder; without it, into `plots` beside the Markdown file, if
-    /// there is one.
+    /// Write the plots into this folder. By default they are written into `plots` beside the
+    /// Markdown file, if there is one.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
 
 impl Files {
-    /// The folder that the plots go into, if any: made if it is missing.
+    /// Returns the folder for the plots, if any. Makes it if it is missing.
     fn plots(&self) -> Result<Option<PathBuf>, String> {
         let folder = self.plots_folder();
         if let Some(folder) = &folder {
@@ -124,13 +125,13 @@ enum Part {
     Storm,
     /// A fault beside a push at full rate, and beside none.
     Latency,
-    /// What reverse checkpoints cost, at several intervals.
+    /// The cost of reverse checkpoints, at several intervals.
     FailSafe,
-    /// Bytes with and without a balloon.
+    /// The bytes with and without a balloon.
     Balloon,
 }
 
-/// Runs an evaluation, and returns the exit status.
+/// Runs an evaluation. Returns the exit status.
 pub fn run(args: &Eval) -> u8 {
     match measure(&args.what) {
         Ok(()) => 0,
@@ -162,7 +163,8 @@ fn style() -> ProgressStyle {
     style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// How a Markdown file refers to a file: relative to its own folder, where that is possible.
+/// Returns the path of `file` for a link in the Markdown file: relative to that file's folder, if
+/// possible.
 fn reference(markdown: &Path, file: &Path) -> String {
     let folder = markdown.parent().unwrap_or(Path::new(""));
     file.strip_prefix(folder).unwrap_or(file).display().to_string()

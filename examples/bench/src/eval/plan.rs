@@ -1,4 +1,4 @@
-//! Which migrations are measured, in which order.
+//! The migrations that are measured, and their order.
 
 use std::{fmt, time::Duration};
 
@@ -7,23 +7,23 @@ use serde::Serialize;
 use super::Part;
 use crate::bench::{MIB, ours::Options, tuning::DEFAULT_LIMIT_MS};
 
-/// The link of the papers.
+/// The bandwidth of the link in the papers, in bit/s.
 const GIGABIT: u64 = 1_000_000_000;
-/// Orders that need no history. The first is what the paper calls push-only, with which the others
-/// are compared.
+/// Orders that need no history. The first is the paper's push-only, with which the others are
+/// compared.
 pub(super) const ORDERS: [&str; 4] = ["linear", "bubbling", "multi-pivot", "random"];
 /// Orders that are compared after a round of pre-copy.
 pub(super) const HISTORY_ORDERS: [&str; 2] = ["linear", "hot-first"];
-/// The guest's CPUs in the storm.
+/// The number of the guest's CPUs in the storm.
 const STORM_CPUS: u32 = 4;
-/// Runs of the same kind begin so much later each where the guest's work has phases, so that it is
-/// met in several; those that are compared begin at the same moment of its work.
+/// The difference between the starts of repeated runs. The guest's work has phases, so each
+/// repetition meets another one. Runs that are compared begin in the same phase.
 const LATER: Duration = Duration::from_secs(2);
-/// Faults on the idle link, of a guest with 65,536 pages: most of them, so that what comes after
-/// says little.
+/// The number of faults on the idle link, of a guest with 65,536 pages. It is most of the pages, so
+/// the faults after it matter little.
 const IDLE_FAULTS: u32 = 55_000;
 
-/// A workload of the tables of faults.
+/// A workload in the tables of faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Workload {
     pub(super) name: &'static str,
@@ -37,25 +37,25 @@ pub(super) const WORKLOADS: [Workload; 3] = [
     Workload { name: "quicksort", spec: "quicksort:regions=32,size=16M", memory: 1024 * MIB },
 ];
 
-/// Guests that are protected: one that writes to pages far apart, and one that works on a few.
+/// The guests that are protected: one writes to pages far apart, the other works on a few.
 pub(super) const PROTECTED: [(&str, &str); 2] = [("random", "random:size=256M"), ("hot", "hot:size=16M,data=256M")];
-/// Intervals of reverse checkpoints; the first is no protection, with which the others are
+/// The intervals of reverse checkpoints. The first is no protection, with which the others are
 /// compared.
 pub(super) const INTERVALS: [&str; 5] = ["none", "500ms", "200ms", "100ms", "20ms"];
 
-/// A migration that is to be measured, or a guest that is only watched.
+/// A migration that is measured, or a guest that is only observed.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Step {
     pub(super) part: Part,
-    /// Which workload or guest it is, in tables.
+    /// The name of the workload or guest in tables.
     pub(super) guest: &'static str,
-    /// What is compared.
+    /// The name of the kind that is compared.
     pub(super) kind: String,
     pub(super) repeat: u32,
     pub(super) options: Options,
-    /// How long the guest works before it moves, beyond what every guest does.
+    /// The time for which the guest works before the migration, in addition to the usual time.
     pub(super) later: Duration,
-    /// It does not move: it is watched for so long.
+    /// The time for which the guest is observed without a migration, if it is not migrated.
     pub(super) stays: Option<Duration>,
 }
 
@@ -66,7 +66,7 @@ impl fmt::Display for Step {
     }
 }
 
-/// A migration over a link of 1 Gbit/s.
+/// Returns the options of a migration over a link of 1 Gbit/s.
 fn options(workload: String, memory: u64, strategy: &str, push_order: String) -> Options {
     Options {
         workload,
@@ -84,8 +84,7 @@ fn options(workload: String, memory: u64, strategy: &str, push_order: String) ->
     }
 }
 
-/// All steps in the order in which they are done: those that are compared follow each other, again
-/// and again.
+/// Returns all steps in their order. Steps that are compared follow each other in each repetition.
 pub(super) fn steps(only: &[Part], repeats: u32, seed: u32) -> Vec<Step> {
     let wants = |part| only.is_empty() || only.contains(&part);
     let mut all = Vec::new();
@@ -117,7 +116,7 @@ pub(super) fn steps(only: &[Part], repeats: u32, seed: u32) -> Vec<Step> {
     for repeat in 0..repeats {
         let spec = format!("storm:size=256M,seed={seed}");
         let storm = Options { cpus: STORM_CPUS, ..options(spec, 512 * MIB, "post-copy", "multi-pivot".into()) };
-        // as long as the migration takes on this link
+        // the time of the migration on this link
         let window = Duration::from_secs_f64(256.0 * MIB as f64 * 8.0 / GIGABIT as f64);
         add(Part::Storm, "storm", "migrates", repeat, storm.clone(), None);
         add(Part::Storm, "storm", "stays", repeat, storm, Some(window));

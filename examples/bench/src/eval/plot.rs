@@ -13,7 +13,7 @@ use super::{
 
 const SIZE: (u32, u32) = (800, 420);
 pub(super) const FONT: &str = "sans-serif";
-/// Told apart also without colours, by their lightness.
+/// Colours that also differ in lightness.
 pub(super) const COLOURS: [RGBColor; 4] =
     [RGBColor(31, 60, 110), RGBColor(70, 130, 180), RGBColor(230, 120, 40), RGBColor(190, 190, 190)];
 
@@ -24,7 +24,7 @@ pub(super) struct Plot {
     pub(super) svg: String,
 }
 
-/// A value of a bar chart, with the least and the most of its runs.
+/// A value of a bar chart, with the smallest and the largest value of its runs.
 pub(super) struct Bar {
     median: f64,
     least: f64,
@@ -38,17 +38,17 @@ impl Bar {
     }
 }
 
-/// Bars in groups. One that was not measured leaves its place empty.
+/// Bars in groups. A bar that was not measured leaves its place empty.
 pub(super) struct Bars<'a> {
     pub(super) title: &'a str,
     pub(super) unit: &'a str,
     pub(super) groups: Vec<&'a str>,
-    /// The bars of each group.
+    /// The names of the bars of each group.
     pub(super) names: Vec<&'a str>,
-    /// By group, then by name.
+    /// The values, by group and then by name.
     pub(super) values: Vec<Vec<Option<Bar>>>,
     pub(super) log: bool,
-    /// Of all values but logarithmic ones on the axis.
+    /// The decimal places of values. Values on a logarithmic axis have none.
     pub(super) decimals: usize,
     pub(super) size: (u32, u32),
 }
@@ -69,9 +69,9 @@ impl Bars<'_> {
             let area = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
             area.fill(&WHITE).map_err(text)?;
             let most = self.all().map(|(_, _, bar)| bar.most).fold(0.1f64.powi(self.decimals as i32), f64::max);
-            // the axis of a logarithmic plot begins at 1: a value of 0 has a bar of no height
+            // a logarithmic axis begins at 1, and a value of 0 has a bar without height
             let scale = |value: f64| if self.log { value.max(1.0).log10() } else { value };
-            // room for the legend above the bars
+            // the factor leaves room for the legend above the bars
             self.draw(&area, scale(most) * 1.35, scale)?;
             area.present().map_err(text)?;
         }
@@ -142,7 +142,7 @@ impl Bars<'_> {
     }
 }
 
-/// Network faults by order and workload.
+/// Draws the network faults by order and workload.
 fn faults(figures: &Figures) -> Result<String, String> {
     let network = |r: &Run| r.number("/faults/network");
     let bars = |guest| ORDERS.map(|order| Bar::of(&figures.values(Part::Faults, guest, order, network))).into();
@@ -159,7 +159,7 @@ fn faults(figures: &Figures) -> Result<String, String> {
     .svg()
 }
 
-/// Bytes with and without a balloon.
+/// Draws the bytes with and without a balloon.
 fn balloon(figures: &Figures) -> Result<String, String> {
     let bytes = |r: &Run| Some(r.number("/wire_bytes")? / 1e6);
     let groups = ["pre-copy", "post-copy"];
@@ -177,7 +177,7 @@ fn balloon(figures: &Figures) -> Result<String, String> {
     .svg()
 }
 
-/// For each time, how many accesses took longer, in a run of a kind on average.
+/// Returns for each time the average number of accesses in a run of a kind that took longer.
 fn slower(figures: &Figures, kind: &str) -> Vec<(f64, f64)> {
     let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
     for run in figures.of(Part::Storm, "storm", kind) {
@@ -197,7 +197,7 @@ fn slower(figures: &Figures, kind: &str) -> Vec<(f64, f64)> {
     points
 }
 
-/// How long the guest's accesses took in a storm.
+/// Draws the times of the guest's accesses in a storm.
 fn storm(figures: &Figures) -> Result<String, String> {
     let lines = [("migrates, 1 Gbit/s", "migrates", COLOURS[2]), ("stays where it is", "stays", COLOURS[0])];
     let most =
@@ -239,7 +239,7 @@ fn storm(figures: &Figures) -> Result<String, String> {
     Ok(svg)
 }
 
-/// The plots of all parts that were measured.
+/// Returns the plots of all parts that were measured.
 pub(super) fn all(figures: &Figures) -> Result<Vec<Plot>, String> {
     let has = |part| figures.runs.iter().any(|r| r.step.part == part);
     let mut plots = Vec::new();

@@ -1,4 +1,4 @@
-//! One migration between two processes, and what both sides and the guest say of it.
+//! One migration between two processes, and the reports of both sides and of the guest.
 
 use std::{fs, thread, time::Instant};
 
@@ -15,51 +15,52 @@ use crate::bench::{
     process::Folder,
 };
 
-/// What came of a step.
+/// The result of a step.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Run {
     pub(super) step: Step,
-    /// The machine's load over the last minute, just before.
+    /// The machine's load over the last minute before the step.
     pub(super) load: f64,
-    /// The source's report; null of a guest that stayed.
+    /// The source's report; null for a guest that was not migrated.
     pub(super) report: Value,
-    /// What the guest says of its accesses during and after the migration; null if it does not
+    /// The guest's report of its accesses during and after the migration; null if it does not
     /// measure them.
     pub(super) accesses: Value,
-    /// The same in full: how many took up to so many microseconds, and more than the entry before.
+    /// The distribution of the accesses: an upper bound in microseconds, and the number of accesses
+    /// between it and the preceding bound.
     pub(super) distribution: Vec<(f64, u64)>,
-    /// The guest's longest gap in that time.
+    /// The guest's longest gap in that time, in ms.
     pub(super) gap_ms: f64,
-    /// The guest's operations a second from the request until the end, as a share of those before,
-    /// in percent.
+    /// The guest's operations per second from the request until the end, as a share of those
+    /// before, in percent.
     pub(super) kept: Option<f64>,
-    /// Pages that the guest found wrong when it checked all of them at the end.
+    /// The number of wrong pages that the guest found when it checked all of them at the end.
     pub(super) guest_errors: u64,
 }
 
 impl Run {
-    /// A number of the report, by its path.
+    /// Returns a number of the report, by its path.
     pub(super) fn number(&self, pointer: &str) -> Option<f64> {
         self.report.pointer(pointer)?.as_f64()
     }
 
-    /// A number of the guest's accesses, in microseconds.
+    /// Returns a number of the guest's accesses, in microseconds.
     pub(super) fn access(&self, key: &str) -> Option<f64> {
         self.accesses[key].as_f64()
     }
 
-    /// Pages that had not moved before the hand-over.
+    /// Returns the number of pages that were missing at the hand-over.
     pub(super) fn left_behind(&self) -> Option<f64> {
         Some(self.number("/pages/pushed")? + self.number("/pages/demanded")?)
     }
 
-    /// Faults for which a page had to be fetched, as a share of the pages that were left behind, in
+    /// Returns the faults for which a page had to be fetched, as a share of the missing pages, in
     /// percent.
     pub(super) fn share(&self) -> Option<f64> {
         Some(100.0 * self.number("/faults/network")? / self.left_behind().filter(|pages| *pages > 0.0)?)
     }
 
-    /// The most telling figures in a line.
+    /// Returns the most important figures in one line.
     pub(super) fn brief(&self) -> String {
         let figure = |name: &str, value: Option<f64>| value.map_or(String::new(), |v| format!("{name} {v:.0} "));
         let parts = [
@@ -74,20 +75,20 @@ impl Run {
     }
 }
 
-/// The machine's load over the last minute.
+/// Returns the machine's load over the last minute.
 pub(super) fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0)
 }
 
-/// The guest's accesses by how long they took.
+/// Returns the guest's accesses by the time that they took.
 fn distribution(board: &Board) -> Vec<(f64, u64)> {
     let us = |ticks: u64| (board.time(ticks).as_secs_f64() * 1e7).round() / 10.0;
     let counts = board.accesses.iter().flat_map(|a| a.counts.iter().enumerate());
     counts.filter(|(_, n)| **n > 0).map(|(bucket, n)| (us(access_bucket_start(bucket + 1)), *n)).collect()
 }
 
-/// Does a step.
+/// Runs a step.
 pub(super) fn run(folder: &Folder, step: &Step) -> Result<Run, String> {
     let options = &step.options;
     let load = load();

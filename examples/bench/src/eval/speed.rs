@@ -9,12 +9,12 @@ use super::{
 
 const WIDTH: u32 = 800;
 const HEIGHT: u32 = 240;
-/// Milliseconds before the request, and after the last one is done.
+/// The milliseconds that are shown before the request, and after the end of the longest operation.
 const MARGINS: [f64; 2] = [200.0, 400.0];
-/// Percent.
+/// The upper end of the speed axis in percent.
 const TOP: f64 = 130.0;
 
-/// All of them in one image.
+/// Draws all timelines into one image.
 pub(super) fn svg(timelines: &[Timeline]) -> Result<String, String> {
     let mut svg = String::new();
     {

@@ -1,4 +1,4 @@
-//! The figures for people.
+//! The figures as tables and Markdown.
 
 use super::{
     Part,
@@ -11,10 +11,10 @@ use crate::bench::{
     output::{Table, machine, spread, times},
 };
 
-/// A figure of a run, if it has it.
+/// A figure of a run, if the run has it.
 type Of = fn(&Run) -> Option<f64>;
 
-/// What the guest's clock and the report have of a fault.
+/// The latencies of a fault, by the guest's clock and in the report.
 const LATENCIES: [(&str, Of, Of); 5] = [
     ("p50", |r| r.access("p50"), |r| r.number("/faults/p50_us")),
     ("p90", |r| r.access("p90"), |r| r.number("/faults/p90_us")),
@@ -27,12 +27,12 @@ fn network(run: &Run) -> Option<f64> {
     run.number("/faults/network")
 }
 
-/// A number with two decimals, or three digits.
+/// Formats a number with two decimals, or with three digits.
 fn exact(value: f64) -> String {
     if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
 }
 
-/// Faults of the orders of a part, each beside the first.
+/// Returns the table of the faults of a part's orders, each compared with the first order.
 fn faults(figures: &Figures, part: Part, orders: &[&'static str], title: &str) -> Table {
     let mut rows = Vec::new();
     for workload in WORKLOADS {
@@ -54,7 +54,7 @@ fn faults(figures: &Figures, part: Part, orders: &[&'static str], title: &str) -
     Table { title: title.into(), head, rows }
 }
 
-/// All tables that there are figures for.
+/// Returns all tables for which there are figures.
 fn tables(figures: &Figures) -> Vec<Table> {
     let mut all = vec![
         targets(figures),
@@ -79,7 +79,7 @@ fn tables(figures: &Figures) -> Vec<Table> {
     all
 }
 
-/// The targets, and whether each is met.
+/// Returns the targets, and whether each is met.
 fn targets(figures: &Figures) -> Table {
     let verdicts = figures.verdicts().into_iter().map(|v| {
         let met = if v.met { "met" } else { "missed" };
@@ -93,12 +93,13 @@ fn targets(figures: &Figures) -> Table {
     }
 }
 
-/// The median of a figure over the repetitions of a run, with the least and the most.
+/// Formats the median of a figure over the repetitions of a run, with the smallest and the largest
+/// value.
 fn spread_of(figures: &Figures, part: Part, guest: &str, kind: &str, figure: Of) -> String {
     spread(&figures.values(part, guest, kind, figure))
 }
 
-/// What faults take when four vCPUs need the same pages.
+/// Returns the times of faults when four vCPUs need the same pages.
 fn storm(figures: &Figures) -> Table {
     let mut rows: Vec<Vec<String>> = Vec::new();
     for (name, guest, report) in LATENCIES {
@@ -116,7 +117,7 @@ fn storm(figures: &Figures) -> Table {
     }
 }
 
-/// What a fault takes beside a push and beside none.
+/// Returns the time of a fault beside a push and beside none.
 fn latency(figures: &Figures) -> Table {
     let mut rows: Vec<Vec<String>> = Vec::new();
     for (name, guest, report) in LATENCIES {
@@ -132,7 +133,7 @@ fn latency(figures: &Figures) -> Table {
     }
 }
 
-/// What reverse checkpoints cost, by their interval.
+/// Returns the cost of reverse checkpoints, by their interval.
 fn fail_safe(figures: &Figures) -> Table {
     let mut rows = Vec::new();
     for (guest, _) in PROTECTED {
@@ -168,7 +169,7 @@ fn fail_safe(figures: &Figures) -> Table {
     }
 }
 
-/// What a balloon saves.
+/// Returns the savings of a balloon.
 fn balloon(figures: &Figures) -> Table {
     let mut rows = Vec::new();
     for strategy in ["pre-copy", "post-copy"] {
@@ -194,7 +195,7 @@ fn balloon(figures: &Figures) -> Table {
     }
 }
 
-/// The machine, its load, and the runs.
+/// Describes the machine, its load, and the runs.
 fn head(figures: &Figures) -> String {
     let (least, most) = figures.loads();
     let repeats = figures.runs.iter().map(|r| r.step.repeat + 1).max().unwrap_or(0);
@@ -205,7 +206,7 @@ fn head(figures: &Figures) -> String {
     )
 }
 
-/// The figures as aligned tables.
+/// Returns the figures as aligned tables.
 pub(super) fn text(figures: &Figures) -> String {
     let mut text = format!("{}\n", head(figures));
     for table in tables(figures) {
@@ -217,7 +218,7 @@ pub(super) fn text(figures: &Figures) -> String {
     text
 }
 
-/// The section of a Markdown file, with images by their title and file.
+/// Returns the section of the Markdown file. `images` are titles and files.
 pub(super) fn markdown(figures: &Figures, images: &[(&str, String)]) -> String {
     let mut text = String::from("_Written by `minivmm eval post-copy --markdown`; do not edit by hand._\n\n");
     text += &format!("{}.\n", head(figures));

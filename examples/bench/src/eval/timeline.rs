@@ -1,4 +1,4 @@
-//! How fast a guest is, from moment to moment, while something is done to its VM.
+//! The guest's speed over time during an operation on its VM.
 
 use std::{
     thread,
@@ -17,44 +17,44 @@ use crate::bench::{
     samples::{self, Sample},
 };
 
-/// How often the guest's operations are read, and the time over which a speed is taken.
+/// The interval at which the guest's operations are read, and over which a speed is taken.
 const PERIOD: Duration = Duration::from_millis(5);
-/// The guest is watched so long before it is asked for, and so long after it is done.
+/// The time for which the guest is observed before the request, and after the end of the operation.
 pub(super) const EARLIER: Duration = Duration::from_millis(500);
 pub(super) const LATER: Duration = Duration::from_millis(700);
 
-/// A VM with what is to be done to it. It lives as long as this does.
+/// A VM and the operation on it. The VM lives as long as this does.
 pub(super) struct Stage {
-    /// Does it, and reports.
+    /// Performs the operation and returns its report.
     pub(super) act: Box<dyn FnMut() -> Result<Value, String>>,
-    /// The process whose own RAM the guest is in afterwards; none if it stays in the RAM in which
-    /// it was.
+    /// The process whose private memory holds the guest afterwards, or `None` if the guest stays in
+    /// the same memory.
     pub(super) destination: Option<u32>,
 }
 
-/// What can be done to a VM: readied before the clock starts.
+/// An operation on a VM, which is prepared before the measurement.
 pub(super) struct Act {
     pub(super) name: &'static str,
     pub(super) ready: fn(&Folder, Source, &Options) -> Result<Stage, String>,
 }
 
-/// A guest's speed around it.
+/// The guest's speed before, during and after an operation.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Timeline {
     pub(super) name: &'static str,
-    /// From the request until it was done, as a client sees it.
+    /// The time of the operation in ms, measured by the client.
     pub(super) took_ms: f64,
-    /// The guest's longest gap from the request until [`LATER`] it was done.
+    /// The guest's longest gap from the request until [`LATER`] the end, in ms.
     pub(super) gap_ms: f64,
-    /// The guest's operations a second before.
+    /// The guest's operations per second before the request.
     pub(super) usual: f64,
-    /// Milliseconds since the request, and the speed in the [`PERIOD`] from then on in percent of
-    /// the usual one.
+    /// Milliseconds since the request, and the speed during the following [`PERIOD`] in percent of
+    /// the usual speed.
     pub(super) points: Vec<(f64, f64)>,
     pub(super) report: Value,
 }
 
-/// What was seen.
+/// The raw observations.
 struct Seen {
     samples: Vec<Sample>,
     asked: Instant,
@@ -62,7 +62,7 @@ struct Seen {
 }
 
 impl Act {
-    /// Does it to a guest of its own.
+    /// Performs the operation on a guest of its own.
     pub(super) fn timeline(&self, folder: &Folder, options: &Options) -> Result<Timeline, String> {
         let backing: Backing = options.backing.parse().map_err(|e| format!("{e}"))?;
         let mut source = Source::start(folder, options)?;
@@ -77,7 +77,7 @@ impl Act {
             if let (None, Some(pid)) = (&there, destination) {
                 there = Peek::find(pid, memory);
             }
-            // a copy of the board from before the switch lags behind
+            // a copy of the board from before the switch has an older value
             most = most.max(guest.board().ok()?.operations);
             most = most.max(there.as_ref().and_then(Peek::operations).unwrap_or(0));
             Some(most)
@@ -110,7 +110,7 @@ impl Act {
 }
 
 impl Seen {
-    /// Operations a second before the request.
+    /// Returns the operations per second before the request.
     fn usual(&self) -> Option<f64> {
         samples::rate(&self.samples, self.asked - EARLIER * 8 / 10, self.asked).filter(|rate| *rate > 0.0)
     }
@@ -130,15 +130,15 @@ impl Seen {
 }
 
 impl Timeline {
-    /// The mean speed between two times since the request, in percent.
+    /// Returns the mean speed between two times since the request, in percent.
     pub(super) fn mean(&self, from_ms: f64, to_ms: f64) -> Option<f64> {
         let own: Vec<f64> =
             self.points.iter().filter(|(at, _)| (from_ms..to_ms).contains(at)).map(|(_, v)| *v).collect();
         (!own.is_empty()).then(|| own.iter().sum::<f64>() / own.len() as f64)
     }
 
-    /// What the guest would have done at its usual speed and did not, from the request until half
-    /// of [`LATER`] it was done, as the time that it takes for that.
+    /// Returns the time in ms in which the guest would have done, at its usual speed, the
+    /// operations that it lost between the request and half of [`LATER`] the end.
     pub(super) fn lost_ms(&self) -> f64 {
         let end = self.took_ms + ms(LATER) / 2.0;
         self.mean(0.0, end).map_or(0.0, |mean| (100.0 - mean) / 100.0 * end)
@@ -151,7 +151,8 @@ pub(super) mod test_util {
 
     use super::*;
 
-    /// Half as fast from the request on until it is done, and still for 5 ms between.
+    /// Returns a guest that is half as fast from the request until the end, and does nothing for 5
+    /// ms in between.
     pub(crate) fn timeline(name: &'static str, took_ms: f64) -> Timeline {
         let points = (-80..(took_ms as i32 + 700) / 5).map(|n| {
             let at = f64::from(n) * 5.0;
@@ -177,7 +178,7 @@ mod tests {
     fn speeds_are_shares_of_the_usual_one() {
         let start = Instant::now();
         let ms = Duration::from_millis;
-        // 1000 operations a ms until the request, none for 10 ms, then 500
+        // 1000 operations per ms until the request, none for 10 ms, then 500
         let operations = |at: u64| match at {
             0..=500 => at * 1000,
             501..=510 => 500_000,

@@ -1,4 +1,4 @@
-//! The idle link: nothing is pushed until the guest has faulted so often.
+//! The idle link: nothing is pushed until the guest has caused a number of faults.
 
 use migration_core::{
     page::PageRange,
@@ -6,19 +6,20 @@ use migration_core::{
     strategy::{PushOrder, push_order::Linear},
 };
 
-/// Pushes nothing for the first faults, then in address order. What a fault costs beside a push is
-/// to be compared with what it costs on an idle link, and only the guest's own faults show that.
+/// Pushes nothing during the first faults, then pushes in address order. It allows the cost of a
+/// fault beside a push to be compared with the cost on an idle link, on which only the guest's own
+/// faults move pages.
 ///
-/// It says that there is nothing to push when there is: the engine asks again after each fault. A
-/// guest that stops to fault would keep its migration waiting for ever, so this is no order for
-/// users.
+/// It reports that there is nothing to push although there is, so the engine asks again after each
+/// fault. The migration of a guest that causes no more faults would never end, so this is no order
+/// for users.
 pub(super) struct Withhold {
-    /// Faults that are still to come.
+    /// The number of faults that are still awaited.
     faults: u64,
     then: Linear,
 }
 
-/// The order as `withhold:faults=N`.
+/// Parses `withhold:faults=N`.
 pub(super) fn parse(text: &str) -> Option<Withhold> {
     let faults = text.strip_prefix("withhold:faults=")?.parse().ok()?;
     Some(Withhold { faults, then: Linear::default() })

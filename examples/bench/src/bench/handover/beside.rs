@@ -1,8 +1,8 @@
-//! Hand-overs beside a process whose system call holds a core for seconds, in turn with hand-overs
-//! on a quiet machine.
+//! Measures hand-overs while another process holds a core in a system call for seconds, alternating
+//! with hand-overs on a quiet machine.
 //!
-//! A kernel that does not preempt itself (`PREEMPT_NONE`, as many servers have it) runs nothing
-//! else on that core meanwhile: a thread that was woken there waits for all of it, unless the
+//! A kernel without preemption (`PREEMPT_NONE`, as on many servers) runs no other thread on that
+//! core during the call. A thread that was woken there waits until the call ends, unless the
 //! scheduler moves it to another core.
 
 use std::{slice, thread, time::Duration};
@@ -28,19 +28,20 @@ use crate::bench::{
     tell,
 };
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "kernel-work";
-/// Hand-overs of each kind.
+/// The number of hand-overs of each kind.
 const ROUNDS: u32 = 10;
 const QUICK: u32 = 3;
-/// The memory slot that the other process sets: 8 s in one call where it was measured.
+/// The size of the memory slot that the other process sets. The call took 8 s where this was
+/// measured.
 const SLOT: u64 = 1 << 40;
-/// From when it says that it begins until it is in the kernel for certain.
+/// The time from the other process's announcement until it is certainly in the kernel.
 const BEGINS: Duration = Duration::from_millis(200);
-/// How long a guest is watched that stays where it is.
+/// The time for which a guest that is not handed over is observed.
 const WATCHED: Duration = Duration::from_secs(1);
 
-/// What the machine does beside the guest.
+/// The load of the machine beside the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 enum Kind {
     Quiet,
@@ -60,18 +61,18 @@ impl Kind {
     }
 }
 
-/// What was seen once.
+/// The result of one observation.
 #[derive(Debug, Serialize)]
 struct Seen {
     kind: Kind,
     gap_ms: f64,
-    /// Of a hand-over that came to its end.
+    /// The total of a hand-over that succeeded.
     total_ms: Option<f64>,
-    /// Why it did not.
+    /// The error of a hand-over that failed.
     failed: Option<String>,
 }
 
-/// Measures, and prints the table; whether no hand-over failed.
+/// Runs the measurement and prints the table. Returns whether all hand-overs succeeded.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if let Some(path) = &args.markdown {
         output::check_section(path, SECTION)?;
@@ -109,7 +110,7 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
 }
 
 fn look(folder: &Folder, chain: &mut Chain, kind: Kind) -> Result<Seen, String> {
-    // a process that starts is no part of it
+    // the start of the successor is not measured
     let successor = if kind == Kind::StaysBeside { None } else { Some(chain.successor(folder, false)?) };
     let occupied =
         if kind == Kind::Quiet { None } else { Some(Occupied::start(folder, SLOT, Duration::from_millis(1))?) };

@@ -1,4 +1,4 @@
-//! A VM that is handed over from process to process, each of which ends behind it.
+//! A VM that is handed over from process to process. Each process ends after its hand-over.
 
 use std::{
     path::PathBuf,
@@ -22,10 +22,11 @@ use crate::bench::{
     samples::{self, Sample},
 };
 
-/// What a process has done when it listens may not be over: the hand-over waits for so long.
+/// The time between the moment at which a process listens and the hand-over. Its start may have
+/// left work that is not done yet.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// The VM, where it is now.
+/// The VM, in its present process.
 pub(super) struct Chain {
     name: String,
     options: Options,
@@ -42,42 +43,42 @@ pub(super) struct Successor {
     request: Request,
 }
 
-/// One hand-over, as guest, source and client saw it.
+/// The measurements of one hand-over, from the guest, the source and the client.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct HandOver {
-    /// Which of the VMs that were handed over at once.
+    /// The index of the VM among those that were handed over at once.
     pub(super) vm: usize,
-    /// The guest's longest gap from the request until [`AFTER`] the end, which the end of the old
-    /// process is part of.
+    /// The guest's longest gap from the request until [`AFTER`] the end, in ms. This includes the
+    /// end of the old process.
     pub(super) gap_ms: f64,
-    /// The same until the client had its answer.
+    /// The guest's longest gap from the request until the client's answer, in ms.
     pub(super) gap_until_answer_ms: f64,
-    /// From the request until that answer.
+    /// The time from the request until the client's answer, in ms.
     pub(super) total_ms: f64,
-    /// The source's report.
+    /// The downtime in the source's report, in ms.
     pub(super) downtime_ms: f64,
     pub(super) prepare_ms: f64,
     pub(super) state_bytes: u64,
     pub(super) memory_copied_bytes: u64,
 }
 
-/// The guest's gaps while it stays where it is.
+/// The gaps of a guest that is not handed over.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Stay {
     pub(super) vm: usize,
     pub(super) gap_ms: f64,
 }
 
-/// A round of hand-overs at once.
+/// Several hand-overs at once.
 pub(super) struct Round {
     pub(super) each: Vec<HandOver>,
-    /// How long the guests were watched.
+    /// The time for which the guests were observed.
     pub(super) window: Duration,
-    /// The moment from which the first guest ran in its new process, by the source's report.
+    /// The moment at which the first guest ran in its new process, by the source's report.
     pub(super) switched: Instant,
 }
 
-/// Starts so many VMs, and lets their host come to rest.
+/// Starts `vms` VMs and waits until the host is idle.
 pub(super) fn start(folder: &Folder, options: &Options, vms: usize) -> Result<Vec<Chain>, String> {
     let backing: Backing = options.backing.parse().map_err(|e| format!("{e}"))?;
     let sources = (0..vms).map(|vm| Source::named(folder, &format!("vm{vm}-0"), options));
@@ -92,7 +93,7 @@ pub(super) fn start(folder: &Folder, options: &Options, vms: usize) -> Result<Ve
 }
 
 impl Chain {
-    /// Starts a process that waits for it; `cold`: one that does not fill page tables.
+    /// Starts a process that waits for the VM. A `cold` one does not fill its page tables.
     pub(super) fn successor(&mut self, folder: &Folder, cold: bool) -> Result<Successor, String> {
         self.successors += 1;
         let name = format!("{}-{}", self.name, self.successors);
@@ -102,7 +103,7 @@ impl Chain {
         Ok(Successor { process, socket, request: Request::Migrate(Box::new(self.options.request(&url)?)) })
     }
 
-    /// Moves on to the successor; the process that it has left.
+    /// Continues with the successor. Returns the old process.
     fn follow(&mut self, to: Successor) -> Process {
         self.socket = to.socket;
         std::mem::replace(&mut self.process, to.process)
@@ -117,7 +118,7 @@ impl Chain {
     }
 }
 
-/// What a client knows when it has its answer.
+/// The client's measurements of a hand-over.
 struct Answer {
     report: Value,
     asked: Instant,
@@ -125,15 +126,15 @@ struct Answer {
     gap: Duration,
 }
 
-/// Hands all of them over at the same moment. The successors are there before: a process that
-/// starts is no part of it.
+/// Hands all VMs over at the same moment. Their successors are started before, which is not
+/// measured.
 pub(super) fn hand_over(folder: &Folder, chains: &mut [Chain], cold: bool) -> Result<Round, String> {
     let successors = chains.iter_mut().map(|chain| chain.successor(folder, cold)).collect::<Result<Vec<_>, _>>()?;
     thread::sleep(SETTLE);
     hand_over_to(chains, successors)
 }
 
-/// Hands each of them over to the successor that was started for it, all at the same moment.
+/// Hands each VM over to its successor, all at the same moment.
 pub(super) fn hand_over_to(chains: &mut [Chain], successors: Vec<Successor>) -> Result<Round, String> {
     chains.iter().try_for_each(|chain| chain.guest.reset_gap().map(drop))?;
     let (begin, began) = (Barrier::new(chains.len()), Instant::now());
@@ -146,7 +147,7 @@ pub(super) fn hand_over_to(chains: &mut [Chain], successors: Vec<Successor>) -> 
     let answers: Vec<Answer> = thread::scope(|scope| {
         let one = &one;
         let all = chains.iter().zip(&successors).map(|(chain, to)| scope.spawn(move || one(chain, to)));
-        // all of them, before the first is waited for
+        // all requests are sent before the first answer is awaited
         let all: Vec<_> = all.collect();
         let result = |thread: thread::ScopedJoinHandle<'_, Result<Answer, String>>| {
             thread.join().map_err(|_| "a client panicked".to_owned())?
@@ -175,7 +176,7 @@ pub(super) fn hand_over_to(chains: &mut [Chain], successors: Vec<Successor>) -> 
     Ok(Round { each, window: began.elapsed(), switched: switched.unwrap_or(began) })
 }
 
-/// Watches them for `window` without a hand-over.
+/// Observes the VMs for `window` without a hand-over.
 pub(super) fn stay(chains: &[Chain], window: Duration) -> Result<Vec<Stay>, String> {
     chains.iter().try_for_each(|chain| chain.guest.reset_gap().map(drop))?;
     thread::sleep(window);
@@ -183,39 +184,39 @@ pub(super) fn stay(chains: &[Chain], window: Duration) -> Result<Vec<Stay>, Stri
     chains.iter().enumerate().map(gap).collect()
 }
 
-/// Windows after a hand-over in which the guest's speed is looked at, in ms.
+/// The windows after a hand-over in which the guest's speed is measured, in ms.
 pub(super) const WINDOWS: [u64; 3] = [10, 100, 1000];
-/// How long it is looked at, after the hand-over is over.
+/// The time for which the speed is measured after the hand-over.
 pub(super) const FOLLOWED: Duration = Duration::from_secs(3);
-/// The speed before is that of so long before the request.
+/// The time before the request in which the usual speed is measured.
 const USUAL: Duration = Duration::from_millis(300);
-/// How often it is looked at.
+/// The interval between two readings.
 const PERIOD: Duration = Duration::from_millis(1);
 
-/// As fast as before: such a share of it, for so long.
+/// A guest is as fast as before if it reaches this share of its usual speed during [`STRETCH`].
 const FAST: f64 = 0.9;
 const STRETCH: Duration = Duration::from_millis(20);
 
-/// How fast a guest is right after a hand-over.
+/// The speed of a guest after a hand-over.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Recovery {
-    /// The guest.
+    /// The name of the guest.
     pub(super) guest: String,
     /// Whether the successor filled its page tables.
     pub(super) warmed: bool,
-    /// Operations a second before it.
+    /// Operations per second before the hand-over.
     pub(super) before: f64,
-    /// In the first [`WINDOWS`] after it, as a share of that, in percent.
+    /// The share of the usual speed in each of the [`WINDOWS`], in percent.
     pub(super) kept: [f64; 3],
-    /// Milliseconds from the switch until it was as fast as before: [`FAST`] of that over
-    /// [`STRETCH`]. `None` if it was not watched so long.
+    /// The time from the switch until the guest was as fast as before, in ms. `None` if it was not
+    /// in the time of the measurement.
     pub(super) until_fast_ms: Option<f64>,
     pub(super) hand_over: HandOver,
 }
 
-/// Hands a guest over and follows its speed.
+/// Hands a guest over and measures its speed.
 pub(super) fn recover(folder: &Folder, chain: &mut Chain, guests: &Guests, warmed: bool) -> Result<Recovery, String> {
-    // another look at the board, as the chain moves meanwhile
+    // a second access to the board, because the chain moves meanwhile
     let backing: Backing = chain.options.backing.parse().map_err(|e| format!("{e}"))?;
     let eye = Guest::shared(&mut chain.process, chain.options.memory, backing, FILL)?;
     let began = Instant::now();
@@ -234,7 +235,7 @@ pub(super) fn recover(folder: &Folder, chain: &mut Chain, guests: &Guests, warme
 
 fn recovery(samples: &[Sample], began: Instant, round: &Round, (guest, warmed): (String, bool)) -> Option<Recovery> {
     let hand_over = round.each.first()?.clone();
-    // the successor's start is left out: it takes a core for a while
+    // the successor's start is left out, because it occupies a core
     let before = samples::rate(samples, samples.first()?.at.max(began), began + USUAL * 9 / 10)?;
     let after = |ms| samples::rate(samples, round.switched, round.switched + Duration::from_millis(ms));
     let [a, b, c] = WINDOWS.map(after);
@@ -244,7 +245,8 @@ fn recovery(samples: &[Sample], began: Instant, round: &Round, (guest, warmed): 
     Some(Recovery { guest, warmed, before: before.round(), kept, until_fast_ms, hand_over })
 }
 
-/// How long after `from` a [`STRETCH`] begins in which the guest does so much a second.
+/// Returns the time from `from` until a [`STRETCH`] begins in which the guest does `wanted`
+/// operations per second.
 fn until(samples: &[Sample], from: Instant, wanted: f64) -> Option<Duration> {
     let mut begin = from;
     while samples::rate(samples, begin, begin + STRETCH)? < wanted {
@@ -261,7 +263,7 @@ mod tests {
     fn recovery_is_seen() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        // 1000 operations a ms, from 500 on a tenth of it for a second, then as before
+        // 1000 operations per ms, from 500 ms on a tenth of that for a second, then as before
         let operations = |ms: u64| match ms {
             0..=500 => ms * 1000,
             501..=1500 => 500_000 + (ms - 500) * 100,
@@ -273,7 +275,7 @@ mod tests {
         let seen_in = |samples| recovery(samples, start, &round, ("hot".into(), false));
         let seen = seen_in(&samples).unwrap();
         assert_eq!((seen.before, seen.kept.map(f64::round), seen.warmed), (1e6, [10.0; 3], false));
-        // the stretch that has nine tenths begins before the guest is fast
+        // the first stretch with nine tenths of the operations begins before the guest is fast
         let until_fast = seen.until_fast_ms.unwrap();
         assert!((997.0..=998.0).contains(&until_fast), "{until_fast}");
         assert!(seen_in(&samples[..1490]).is_none(), "not watched long enough");

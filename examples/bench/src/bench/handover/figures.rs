@@ -1,4 +1,4 @@
-//! What was measured of hand-overs, percentiles, and the targets.
+//! The measurements of hand-overs, their percentiles, and the targets.
 
 use serde::Serialize;
 
@@ -8,14 +8,15 @@ use super::{
 };
 use crate::bench::figures::{Machine, median};
 
-/// What papers have of a VM that is taken over on one host, in ms. Their machines and their years,
-/// not these.
+/// The times in papers for taking a VM over on one host, in ms. They were measured on other
+/// machines.
 pub(super) const PAPERS: [(&str, f64); 3] = [
     ("ephemeral virtualization, 2016 (the paper's figure)", 80.0),
     ("HyperFresh, 2017 (the paper's figure)", 100.0),
     ("HyperFresh's follow-up, 2019 (the paper's figure)", 10.0),
 ];
-/// The medians of guests of all sizes are within so much of each other.
+/// The largest allowed difference between the medians of guests of all sizes, as a share of the
+/// smallest.
 const ALIKE: f64 = 0.25;
 
 /// Hand-overs of the same guests, one after the other.
@@ -23,17 +24,17 @@ const ALIKE: f64 = 0.25;
 pub(super) struct Series {
     pub(super) guests: Guests,
     pub(super) hand_overs: Vec<HandOver>,
-    /// The same guests for as long without a hand-over.
+    /// Observations of the same guests without a hand-over, for the same time.
     pub(super) stays: Vec<Stay>,
 }
 
-/// What the VM's move by other means did to the guest.
+/// The result of moving the VM in another way.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Other {
     pub(super) means: Means,
     pub(super) gap_ms: f64,
     pub(super) total_ms: f64,
-    /// The tool's own figure.
+    /// The downtime that the tool itself reports.
     pub(super) downtime_ms: Option<f64>,
 }
 
@@ -53,20 +54,20 @@ impl Means {
     }
 }
 
-/// Everything that was measured.
+/// All measurements.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Figures {
     pub(super) machine: Machine,
     pub(super) series: Vec<Series>,
     pub(super) others: Vec<Other>,
     pub(super) recoveries: Vec<Recovery>,
-    /// What was not measured, and why.
+    /// The parts that were not measured, with the reasons.
     pub(super) notes: Vec<String>,
-    /// Attempts that failed; each was repeated once.
+    /// The errors of failed attempts. Each attempt was repeated once.
     pub(super) failures: Vec<String>,
 }
 
-/// A figure that has a target.
+/// A figure and its target.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Verdict {
     pub(super) what: String,
@@ -76,7 +77,8 @@ pub(super) struct Verdict {
     pub(super) met: bool,
 }
 
-/// The least value that so many percent of all do not exceed (nearest rank); `None` of none.
+/// Returns the smallest value that at least `percent` percent of all values do not exceed (nearest
+/// rank), or `None` for no values.
 pub(super) fn percentile(values: &[f64], percent: u32) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -84,13 +86,14 @@ pub(super) fn percentile(values: &[f64], percent: u32) -> Option<f64> {
     sorted.get(rank - 1).copied()
 }
 
-/// By how much the largest exceeds the least, as a share of the least; `None` of fewer than two.
+/// Returns the difference between the largest and the smallest value, as a share of the smallest.
+/// Returns `None` for fewer than two values.
 pub(super) fn apart(values: &[f64]) -> Option<f64> {
     let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, m), v| (l.min(*v), m.max(*v)));
     (values.len() > 1 && least > 0.0).then(|| most / least - 1.0)
 }
 
-/// p50, p99 and the most of a figure.
+/// The median, the 99th percentile and the largest value of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Spread {
     pub(super) p50: f64,
@@ -118,7 +121,7 @@ impl Series {
         Spread::of(&self.stays.iter().map(|s| s.gap_ms).collect::<Vec<_>>())
     }
 
-    /// The median gap of the VM that has the longest one.
+    /// Returns the median gap of the VM with the longest median gap.
     pub(super) fn worst_median(&self) -> Option<f64> {
         let of = |vm| median(self.hand_overs.iter().filter(|h| h.vm == vm).map(|h| h.gap_ms));
         (0..self.guests.vms).filter_map(of).max_by(f64::total_cmp)
@@ -131,7 +134,7 @@ impl Figures {
         Self { machine, series, others, recoveries, notes: Vec::new(), failures: Vec::new() }
     }
 
-    /// A turn of these guests.
+    /// Adds hand-overs of the same guests.
     pub(super) fn add(&mut self, turn: Series) {
         match self.series.iter_mut().find(|series| series.guests == turn.guests) {
             None => self.series.push(turn),
@@ -142,12 +145,12 @@ impl Figures {
         }
     }
 
-    /// Idle guests of one vCPU in 4 KiB pages, the smallest first.
+    /// Returns the idle guests of one vCPU with pages of 4 KiB, the smallest first.
     fn idle(&self) -> impl Iterator<Item = &Series> {
         self.series.iter().filter(|s| s.guests.is_of_sizes())
     }
 
-    /// The hand-overs that other means are compared with.
+    /// Returns the hand-overs with which other ways to move the VM are compared.
     pub(super) fn compared(&self) -> Option<&Series> {
         self.idle().next()
     }
@@ -175,7 +178,7 @@ impl Figures {
         all
     }
 
-    /// Whether everything that was measured and has a target keeps it.
+    /// Returns whether every measured figure that has a target meets it.
     pub(super) fn within_targets(&self) -> bool {
         self.failures.is_empty() && self.verdicts().iter().all(|v| v.met)
     }

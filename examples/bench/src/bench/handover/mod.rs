@@ -1,13 +1,13 @@
-//! `minivmm bench --handover`: what a guest feels when the process that runs it is replaced, by its
-//! own clock.
+//! `minivmm bench --handover`: measures, by the guest's clock, the effect of replacing the process
+//! that runs a guest.
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
 //! | plan.rs | the guests |
-//! | chain.rs | a VM that goes from process to process, and how fast its guest is afterwards |
+//! | chain.rs | a VM that moves from process to process, and the speed of its guest afterwards |
 //! | beside.rs | the same beside a process that holds a core in the kernel |
-//! | others.rs | the same VM by pre-copy, and a QEMU that is replaced |
-//! | figures.rs | percentiles, targets |
+//! | others.rs | the same VM moved by pre-copy, and a QEMU that is replaced |
+//! | figures.rs | percentiles and targets |
 //! | tables.rs | tables, JSON, Markdown |
 
 mod beside;
@@ -36,21 +36,23 @@ use super::{
     qemu, tell,
 };
 
-/// The section of a Markdown file that the figures go into.
+/// The section of the Markdown file into which the figures are written.
 const SECTION: &str = "handover";
-/// Hand-overs of each kind.
+/// The number of hand-overs of each kind.
 const HAND_OVERS: u32 = 100;
 const QUICK: u32 = 8;
-/// Sizes, in GiB.
+/// The sizes of the guests in GiB.
 const SIZES: [u64; 4] = [1, 2, 4, 8];
-/// VMs that are handed over at once.
+/// The numbers of VMs that are handed over at once.
 const AT_ONCE: [usize; 2] = [4, 8];
-/// Moves by each of the other means, and hand-overs after which the guest's speed is followed.
+/// The number of moves in each other way, and of hand-overs after which the guest's speed is
+/// measured.
 const OTHERS: u32 = 5;
 const RECOVERIES: u32 = 10;
-/// The kinds take turns, in so many parts of each: the machine's moods are everybody's.
+/// The number of parts into which each kind is divided. The parts of all kinds alternate, so that a
+/// slow period of the machine affects all kinds.
 const TURNS: u32 = 4;
-/// What everything else on the machine may need while guests run.
+/// The memory in bytes that the rest of the machine may need while guests run.
 const SPARE: u64 = 1 << 30;
 
 /// A part of the measurement.
@@ -58,15 +60,15 @@ const SPARE: u64 = 1 << 30;
 pub(super) enum Part {
     /// Idle guests of several sizes.
     Sizes,
-    /// A guest that writes all the time.
+    /// A guest that writes continuously.
     Hot,
-    /// An idle guest in huge pages; with `recovery`, also the speed of one that writes.
+    /// An idle guest in huge pages. Together with `recovery`, also the speed of one that writes.
     Huge,
     /// Several guests at once.
     AtOnce,
-    /// Pre-copy, and QEMU's replacement.
+    /// Pre-copy, and the replacement of a QEMU.
     Others,
-    /// The guest's speed afterwards.
+    /// The guest's speed after the hand-over.
     Recovery,
 }
 
@@ -96,7 +98,7 @@ impl fmt::Display for Step {
 }
 
 impl Step {
-    /// About how long it takes.
+    /// Returns the approximate duration.
     fn time(&self) -> Duration {
         match self {
             Self::Series(guests, rounds) => guests.start_time() + guests.round_time() * *rounds,
@@ -105,7 +107,7 @@ impl Step {
         }
     }
 
-    /// Bytes of RAM that its guests take at a time.
+    /// Returns the bytes of RAM that the step's guests need at the same time.
     fn bytes(&self) -> u64 {
         match self {
             Self::Series(guests, _) | Self::Recoveries(guests, _) => guests.bytes(),
@@ -114,7 +116,7 @@ impl Step {
     }
 }
 
-/// All steps in the order in which they are done.
+/// Returns all steps in their order.
 fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
     let hand_overs = args.repeat.unwrap_or(if args.quick { QUICK } else { HAND_OVERS });
     let wants = |part| args.part.is_empty() || args.part.contains(&part);
@@ -141,7 +143,7 @@ fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
         steps.extend(kinds.iter().map(turn));
     }
     if wants(Part::Others) {
-        // they alternate
+        // the two kinds alternate
         for _ in 0..if quick { 1 } else { OTHERS.min(hand_overs) } {
             steps.push(Step::Other(Means::PreCopy));
             steps.extend(qemu.then_some(Step::Other(Means::QemuCpr)));
@@ -157,7 +159,8 @@ fn steps(args: &Bench, qemu: bool) -> Vec<Step> {
     steps
 }
 
-/// Why there is not enough memory of the kind that these guests need.
+/// Returns why there is not enough memory of the kind that the guests need, or `None` if there is
+/// enough.
 fn too_little(step: &Step) -> Option<String> {
     let meminfo = |key| field("/proc/meminfo".as_ref(), key)?.split(' ').next()?.parse::<u64>().ok();
     if let Step::Series(guests, _) | Step::Recoveries(guests, _) = step
@@ -171,7 +174,7 @@ fn too_little(step: &Step) -> Option<String> {
     (free < needed).then(|| format!("{} MiB of memory are free, and {} needed", free >> 20, needed >> 20))
 }
 
-/// Measures; whether every figure is within its target.
+/// Runs the measurement. Returns whether every figure meets its target.
 pub(super) fn bench(args: &Bench) -> Result<bool, String> {
     if args.beside_kernel_work {
         return beside::bench(args);
@@ -198,7 +201,7 @@ pub(super) fn bench(args: &Bench) -> Result<bool, String> {
         tell(&bar, &step.to_string());
         match too_little(step) {
             Some(why) => {
-                // once, not in each turn
+                // reported once, not for each part
                 let what = format!("{step}: not measured: ");
                 if !figures.notes.iter().any(|note| note.starts_with(&what)) {
                     figures.notes.push(what + &why);
@@ -243,7 +246,7 @@ fn perform(
             figures.others.push(other);
         }
         Step::Other(Means::QemuCpr) => {
-            // a QEMU without it is no reason to have no figures
+            // if this QEMU cannot do it, the other figures are still measured
             match attempt(bar, &mut figures.failures, || others::qemu_cpr(folder, &Guests::idle(args.unit, 1))) {
                 Ok(other) => {
                     tell(bar, &format!("    gap {:.2} ms", other.gap_ms));
@@ -260,7 +263,7 @@ fn perform(
     Ok(())
 }
 
-/// Hands guests over again and again.
+/// Hands guests over repeatedly.
 fn series(folder: &Folder, guests: &Guests, rounds: u32, progress: impl Fn(u32)) -> Result<Series, String> {
     let mut chains = chain::start(folder, &guests.options(), guests.vms)?;
     let mut series = Series { guests: guests.clone(), hand_overs: Vec::new(), stays: Vec::new() };
@@ -276,7 +279,8 @@ fn series(folder: &Folder, guests: &Guests, rounds: u32, progress: impl Fn(u32))
     Ok(series)
 }
 
-/// Follows a guest's speed, in turn with page tables filled and without.
+/// Measures a guest's speed after hand-overs, alternating between filled page tables and empty
+/// ones.
 fn recoveries(folder: &Folder, guests: &Guests, rounds: u32) -> Result<Vec<chain::Recovery>, String> {
     let mut chains = chain::start(folder, &guests.options(), 1)?;
     let mut all = Vec::new();

@@ -1,5 +1,5 @@
-//! The same VM by other means: our pre-copy between two processes of this machine, and a QEMU that
-//! is replaced under its VM.
+//! Other ways to move the same VM: our pre-copy between two processes of this machine, and a QEMU
+//! that is replaced under its VM.
 
 use std::thread;
 
@@ -15,7 +15,7 @@ use crate::bench::{
     qemu::Replaced,
 };
 
-/// What comes of it when the guest was found at its new place.
+/// Returns the result when the guest was found in its new process.
 fn finish(means: Means, moved: &Moved, arrived: &Guest) -> Result<Other, String> {
     let gap_ms = ms(arrived.board()?.longest_gap());
     match arrived.verify()? {
@@ -25,7 +25,7 @@ fn finish(means: Means, moved: &Moved, arrived: &Guest) -> Result<Other, String>
     Ok(Other { means, gap_ms, total_ms: ms(moved.total), downtime_ms: moved.own_downtime_ms })
 }
 
-/// Moves the guest as `ctl migrate` does by default.
+/// Migrates the guest with the default options of `ctl migrate`.
 pub(super) fn pre_copy(folder: &Folder, guests: &Guests) -> Result<Other, String> {
     let options = Options { strategy: "pre-copy".into(), streams: 2, ..guests.options() };
     let mut source = Source::start(folder, &options)?;
@@ -42,7 +42,7 @@ pub(super) fn pre_copy(folder: &Folder, guests: &Guests) -> Result<Other, String
     finish(Means::PreCopy, &moved, &arrived)
 }
 
-/// Replaces a QEMU.
+/// Replaces a QEMU under its VM.
 pub(super) fn qemu_cpr(folder: &Folder, guests: &Guests) -> Result<Other, String> {
     let elf = ours::image(folder, &guests.workload)?;
     let mut old = Replaced::start(folder, guests.memory, &elf)?;

@@ -1,4 +1,4 @@
-//! Which guests are handed over, how often, and about how long that takes.
+//! The guests that are handed over, the number of hand-overs, and their approximate duration.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ use crate::bench::{
     tuning::DEFAULT_LIMIT_MS,
 };
 
-/// Guests that are handed over at once, or the one that is.
+/// One guest, or several guests that are handed over at once.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Guests {
     pub(super) workload: String,
-    /// Bytes of RAM of each.
+    /// Bytes of RAM of each guest.
     pub(super) memory: u64,
     pub(super) backing: &'static str,
     pub(super) vms: usize,
@@ -26,22 +26,22 @@ impl Guests {
         Self { workload: format!("{kind}data={}M", data(memory)), memory, backing, vms: 1 }
     }
 
-    /// One that is busy and writes nothing, of so many times `unit` bytes.
+    /// Returns one busy guest that writes nothing, with `times` times `unit` bytes of RAM.
     pub(super) fn idle(unit: u64, times: u64) -> Self {
         Self::one("idle:", unit * times, "memfd")
     }
 
-    /// The same in huge pages.
+    /// Returns the same guest in huge pages.
     pub(super) fn huge(unit: u64) -> Self {
         Self::one("idle:", unit, "hugetlb")
     }
 
-    /// One that writes most of its data all the time, in pages of 4 KiB.
+    /// Returns a guest that writes most of its data continuously, in pages of 4 KiB.
     pub(super) fn hot(unit: u64) -> Self {
         Self::hot_in(unit, "memfd")
     }
 
-    /// The same in huge pages.
+    /// Returns the same guest in huge pages.
     pub(super) fn hot_huge(unit: u64) -> Self {
         Self::hot_in(unit, "hugetlb")
     }
@@ -50,17 +50,17 @@ impl Guests {
         Self::one(&format!("hot:size={}M,", unit / MIB / 2), unit, backing)
     }
 
-    /// Some that sleep from one tick of their clock to the next.
+    /// Returns guests that sleep from one tick of their clock to the next.
     pub(super) fn sleeping(unit: u64, vms: usize) -> Self {
         Self { vms, ..Self::one("sleep:hz=1000,", unit, "memfd") }
     }
 
-    /// Whether it is one of those whose sizes are compared.
+    /// Returns whether this guest is one of those whose sizes are compared.
     pub(super) fn is_of_sizes(&self) -> bool {
         self.workload.starts_with("idle") && self.backing == "memfd"
     }
 
-    /// As tables name it.
+    /// Returns the name in tables.
     pub(super) fn name(&self) -> String {
         let kind = self.workload.split(':').next().unwrap_or_default();
         let size = if self.memory >= 1 << 30 {
@@ -90,24 +90,24 @@ impl Guests {
         }
     }
 
-    /// Bytes of RAM of all of them.
+    /// Returns the bytes of RAM of all guests together.
     pub(super) fn bytes(&self) -> u64 {
         self.memory * self.vms as u64
     }
 
-    /// Rounds until each kind has at least so many hand-overs.
+    /// Returns the number of rounds after which there are at least `hand_overs` hand-overs.
     pub(super) fn rounds(&self, hand_overs: u32) -> u32 {
         hand_overs.div_ceil(self.vms as u32)
     }
 
-    /// Whether the guests are watched without a hand-over after this round: where several are
-    /// handed over, as often as they are.
+    /// Returns whether the guests are observed without a hand-over after this round. Several guests
+    /// are observed as often as they are handed over.
     pub(super) fn stays_after(&self, round: u32) -> bool {
         self.vms > 1 || round % 4 == 1
     }
 
-    /// About how long a round takes, the watch without a hand-over included. (As seen on two
-    /// cores.)
+    /// Returns the approximate duration of a round on two cores, including the observation without
+    /// a hand-over.
     pub(super) fn round_time(&self) -> Duration {
         let filling = Duration::from_millis(200).mul_f64(self.bytes() as f64 / (1u64 << 30) as f64);
         let window = AFTER + Duration::from_millis(50) + filling;
@@ -115,13 +115,14 @@ impl Guests {
         window.mul_f64(if self.vms > 1 { 2.0 } else { 1.25 }) + starting
     }
 
-    /// About how long the guests take to fill their pages, and to check them in the end.
+    /// Returns the approximate time in which the guests fill their pages, and check them at the
+    /// end.
     pub(super) fn start_time(&self) -> Duration {
         BEFORE + Duration::from_secs(2).mul_f64(self.bytes() as f64 / (1u64 << 30) as f64)
     }
 }
 
-/// Data of a guest with so much RAM, in MiB.
+/// Returns the data of a guest with `memory` bytes of RAM, in MiB.
 pub(super) fn data(memory: u64) -> u64 {
     memory / MIB * DATA / 1024
 }

@@ -1,4 +1,4 @@
-//! The figures of hand-overs for people and for programs.
+//! The figures of hand-overs as tables, Markdown and JSON.
 
 use serde_json::{Value, json};
 
@@ -11,7 +11,8 @@ use crate::bench::{
     output::{Table, machine, number, spread},
 };
 
-/// Milliseconds in hundredths where they are few: targets are that close.
+/// Formats milliseconds. Small values get two decimal places, because they are close to their
+/// targets.
 fn ms(value: Option<f64>) -> String {
     match value {
         Some(v) if v.abs() < 10.0 => format!("{v:.2}"),
@@ -23,7 +24,7 @@ pub(super) fn three(spread: Option<Spread>) -> [String; 3] {
     [spread.map(|s| s.p50), spread.map(|s| s.p99), spread.map(|s| s.max)].map(ms)
 }
 
-/// Least and most of a figure that is an exact number, or the one that all have.
+/// Formats the smallest and the largest value of a number, or the value that all have.
 fn same(values: &[u64]) -> String {
     match (values.iter().min(), values.iter().max()) {
         (Some(least), Some(most)) if least < most => format!("{least}–{most}"),
@@ -97,7 +98,7 @@ fn tables(figures: &Figures) -> Vec<Table> {
     all
 }
 
-/// The same VM by other means.
+/// Returns the table of the other ways to move the VM.
 fn beside(figures: &Figures) -> Table {
     let mut rows = Vec::new();
     if !figures.others.is_empty()
@@ -140,7 +141,7 @@ fn recovery(recoveries: &[Recovery]) -> Table {
         for n in 0..WINDOWS.len() {
             row.push(spread(&own.iter().map(|r| r.kept[n]).collect::<Vec<_>>()));
         }
-        // one that was not fast while it was watched has no figure
+        // a guest that did not become fast in the time of the measurement has no value
         row.push(spread(&own.iter().filter_map(|r| r.until_fast_ms).collect::<Vec<_>>()));
         row.push(number(median(own.iter().map(|r| r.before / 1e6))));
         rows.push(row);
@@ -161,7 +162,7 @@ fn recovery(recoveries: &[Recovery]) -> Table {
     }
 }
 
-/// The figures as aligned tables.
+/// Returns the figures as aligned tables.
 pub(super) fn text(figures: &Figures) -> String {
     let mut text = format!("{}\n", machine(&figures.machine));
     for table in tables(figures) {
@@ -176,7 +177,7 @@ pub(super) fn text(figures: &Figures) -> String {
     text
 }
 
-/// The section of a Markdown file.
+/// Returns the section of the Markdown file.
 pub(super) fn markdown(figures: &Figures) -> String {
     let mut text = String::from("_Written by `minivmm bench --handover --markdown`; do not edit by hand._\n\n");
     text += &format!("{}.\n", machine(&figures.machine));
@@ -192,7 +193,7 @@ pub(super) fn markdown(figures: &Figures) -> String {
     text
 }
 
-/// The figures, raw ones too, as JSON.
+/// Returns the figures and all single values as JSON.
 pub(super) fn json(figures: &Figures) -> Value {
     let summary = |s: &Series| {
         json!({

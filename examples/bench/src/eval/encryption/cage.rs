@@ -1,15 +1,15 @@
-//! A part of a core for a process, by a control group.
+//! A limit on the CPU time of a process, by a control group.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// Microseconds after which a process that has used up its part goes on: short, as its guest stands
-/// still until then, but several of the slices (5 ms) that the kernel gives out.
+/// The period of the limit in microseconds. It is short, because a guest that has used up its part
+/// stands still for the rest of it, but several of the kernel's slices of 5 ms.
 const PERIOD: u64 = 20_000;
 
-/// A control group; gone with this, which is to live longer than its processes.
+/// A control group, removed when it is dropped. Its processes must end before.
 pub(super) struct Cage(PathBuf);
 
 fn write(path: &Path, text: &str) -> Result<(), String> {
@@ -17,8 +17,7 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 }
 
 impl Cage {
-    /// A group of that name with so many percent of a core, of version 2 or 1, whichever the host
-    /// has.
+    /// Makes a group with `percent` percent of a core, of version 2 or 1, whichever the host uses.
     pub(super) fn new(name: &str, percent: u64) -> Result<Self, String> {
         let root = Path::new("/sys/fs/cgroup");
         let second = root.join("cgroup.controllers").exists();
@@ -28,7 +27,7 @@ impl Cage {
         let cage = Self(folder);
         let quota = PERIOD * percent / 100;
         if second {
-            // where the controller is on already, that need not be allowed
+            // fails without need if the controller is on already, so the result is ignored
             let on = write(&parent.join("cgroup.subtree_control"), "+cpu");
             write(&cage.0.join("cpu.max"), &format!("{quota} {PERIOD}")).map_err(|why| on.err().unwrap_or(why))?;
         } else {
@@ -38,7 +37,7 @@ impl Cage {
         Ok(cage)
     }
 
-    /// Puts a process with all its threads in.
+    /// Moves a process with all its threads into the group.
     pub(super) fn hold(&self, pid: u32) -> Result<(), String> {
         write(&self.0.join("cgroup.procs"), &pid.to_string())
     }
@@ -46,7 +45,7 @@ impl Cage {
 
 impl Drop for Cage {
     fn drop(&mut self) {
-        // one that is left over holds nobody
+        // an empty group that remains does no harm
         let _ = fs::remove_dir(&self.0);
     }
 }

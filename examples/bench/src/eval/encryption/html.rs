@@ -1,4 +1,4 @@
-//! Everything as one page, which needs no other file.
+//! All figures as one HTML page that needs no other file.
 
 use super::{
     super::plot::{Bar, Bars},
@@ -15,10 +15,10 @@ th:first-child,td:first-child{text-align:left}\
 table.words td{text-align:left}\
 svg{display:block;max-width:100%;height:auto;margin:.5rem 0}";
 
-/// Of each plot: its pixels leave room for the names of all workloads.
+/// The size of each plot in pixels. It leaves room for the names of all workloads.
 const SIZE: (u32, u32) = (1100, 360);
 
-/// Text as HTML has it.
+/// Escapes text for HTML.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -50,7 +50,7 @@ fn list(items: &[String]) -> String {
     format!("<ul>\n{items}</ul>\n")
 }
 
-/// What is plotted of a run.
+/// The figure of a plot.
 struct Figure {
     name: &'static str,
     unit: &'static str,
@@ -65,7 +65,7 @@ const FIGURES: [Figure; 3] = [
     Figure { name: "Kept speed", unit: "% of before", of: |r| r.kept_percent, decimals: 0, log: false },
 ];
 
-/// One plot: ciphers by workload. Nothing, if nothing of it was measured.
+/// Draws one plot: ciphers by workload. Returns nothing if nothing of it was measured.
 fn plot(
     figures: &Figures,
     figure: &Figure,
@@ -95,11 +95,11 @@ fn plot(
         size: SIZE,
     }
     .svg()?;
-    // inside of a page it needs no name space
+    // inside of an HTML page, SVG needs no namespace
     Ok(Some(svg.replace(" xmlns=\"http://www.w3.org/2000/svg\"", "")))
 }
 
-/// The page.
+/// Returns the page.
 pub(super) fn page(figures: &Figures) -> Result<String, String> {
     let title = "Encrypted live migration: what it costs";
     let mut text = format!(

@@ -1,14 +1,14 @@
-//! `minivmm eval encryption`: what ciphers cost, after Hu et al. 2015: by strategy, workload, link
-//! and core.
+//! `minivmm eval encryption`: the cost of ciphers, after Hu et al. 2015: by strategy, workload,
+//! link and core.
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
-//! | plan.rs | which migrations there are, in which order |
-//! | run.rs | one of them |
-//! | cage.rs | a part of a core for a process |
+//! | plan.rs | the migrations and their order |
+//! | run.rs | one migration |
+//! | cage.rs | a limit on the CPU time of a process |
 //! | stream.rs | a stream beside the migration |
-//! | report.rs | medians, tables, CSV, and what the paper has |
-//! | html.rs | all of it as one page |
+//! | report.rs | medians, tables, CSV, and the paper's findings |
+//! | html.rs | all figures as one page |
 
 mod cage;
 mod html;
@@ -35,41 +35,42 @@ use run::Means;
 use super::SECTION;
 use crate::bench::{attempt, encrypt::Shaper, figures::Machine, output, process::Folder, tell};
 
-/// How it is measured and shown.
+/// The options of `minivmm eval encryption`.
 #[derive(Debug, Args)]
 pub(super) struct EncryptionEval {
-    /// A part of it, one run each: not aes128-gcm, guests with 256 MiB, no stream, full cores.
+    /// Run a part of it once: without aes128-gcm, with 256 MiB of data, without a stream, on full
+    /// cores.
     #[arg(long)]
     quick: bool,
     /// Runs of each kind; figures are their medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with = "quick")]
     repeat: u32,
-    /// Of the guests' data.
+    /// The seed of the guests' data.
     #[arg(long, default_value_t = 1)]
     seed: u32,
-    /// Measure only this: a cipher, strategy, workload (`writer-64`, or `writer` for all of them),
+    /// Measure only this: a cipher, strategy, workload (`writer-64`, or `writer` for all sizes),
     /// link or core. Can be given several times.
     #[arg(long, value_name = "WORD")]
     only: Vec<String>,
-    /// Write all figures, raw ones too, as JSON.
+    /// Write all figures and all single values as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write every run as a line of a table.
+    /// Write every run as a line of a CSV file.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// Write a page with all tables and plots that needs no other file.
+    /// Write all tables and plots into one HTML page that needs no other file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Write the medians into this Markdown file, between the lines `<!-- eval:begin -->` and `<!--
     /// eval:end -->`.
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// So many bytes stand for a MiB: to try the measurement itself.
+    /// The number of bytes that stand for a MiB, to test the measurement.
     #[arg(long, hide = true, default_value = "1M", value_parser = size)]
     unit: u64,
 }
 
-/// Finds out what this machine can do, and leaves out of the plan what it cannot; why.
+/// Finds out what this machine can do, and removes the rest from the plan. Returns the reasons.
 fn means(args: &EncryptionEval, cells: &mut Vec<Cell>) -> (Means, Option<Shaper>, Vec<String>) {
     let mut left_out = Vec::new();
     let caged = ["source", "destination"].iter().try_for_each(|name| Cage::new(name, Core::Half.percent()).map(drop));
@@ -79,7 +80,7 @@ fn means(args: &EncryptionEval, cells: &mut Vec<Cell>) -> (Means, Option<Shaper>
         ));
         cells.retain(|cell| cell.core != Core::Half);
     }
-    // nobody else's is disturbed for nothing
+    // no namespace is made unless a run needs it
     let needed = cells.iter().any(|cell| cell.net == Net::Gigabit);
     let shaper = needed.then(|| Shaper::new("1gbit")).transpose();
     if let Err(why) = &shaper {
@@ -95,7 +96,7 @@ fn write(path: Option<&Path>, text: impl FnOnce() -> Result<String, String>) -> 
     output::write_file(path, text()?)
 }
 
-/// Says that it can be written, before hours go into it.
+/// Checks that the files can be written, before hours are spent on their content.
 fn check_files(args: &EncryptionEval) -> Result<(), String> {
     for path in [&args.json, &args.csv, &args.html].into_iter().flatten() {
         let open = fs::OpenOptions::new().append(true).create(true).open(path);
@@ -108,7 +109,7 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     check_files(args)?;
     let mut cells = plan::cells(args.quick);
     plan::keep(&mut cells, &args.only)?;
-    // the link lasts until the end
+    // the link exists until the end
     let (means, _link, left_out) = means(args, &mut cells);
     left_out.iter().for_each(|what| note!("left out: {what}"));
     let repeats = if args.quick { 1 } else { args.repeat };
@@ -133,8 +134,8 @@ pub(super) fn eval(args: &EncryptionEval) -> Result<(), String> {
     result
 }
 
-/// Does all runs, and writes each as soon as it is done: it may take hours. What fails twice is
-/// left out, and an error in the end.
+/// Does all runs, which may take hours, and writes the result of each at once. A run that fails
+/// twice is left out and becomes an error at the end.
 fn measure(
     bar: &ProgressBar,
     cells: &[Cell],

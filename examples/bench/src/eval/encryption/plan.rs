@@ -1,4 +1,4 @@
-//! Which migrations are measured, in which order.
+//! The migrations that are measured, and their order.
 
 use std::fmt;
 
@@ -6,29 +6,29 @@ use serde::Serialize;
 
 use crate::bench::encrypt::Cipher;
 
-/// The guest of the paper has 1 GiB.
+/// The RAM of the guest in MiB, as in the paper.
 const MEMORY: u64 = 1024;
-/// MiB that a writer or reader works on.
+/// The MiB on which a writer or reader works.
 const SIZES: [u64; 3] = [64, 256, 768];
-/// What the other guests have.
+/// The MiB of data of the other guests.
 const SIZE: u64 = 256;
-/// TLS is not among them: it only has another handshake, and the same ciphers afterwards.
+/// The ciphers. TLS is not among them: it differs in the handshake only, and uses the same ciphers.
 pub(super) const CIPHERS: [Cipher; 4] = [Cipher::None, Cipher::Aes128, Cipher::Aes256, Cipher::ChaCha20];
 pub(super) const STRATEGIES: [&str; 3] = ["pre-copy", "post-copy", "hybrid"];
-/// Seconds that every run takes beside its migration.
+/// The seconds that a run takes in addition to its migration.
 const AROUND: f64 = 4.5;
 
-/// What the guest does.
+/// The kind of the guest's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Writer,
     Reader,
     Compute,
-    /// Nothing; a stream shares the migration's link.
+    /// None; a stream shares the migration's link.
     Stream,
 }
 
-/// A guest, with so many MiB of data.
+/// A guest's work, with the MiB of data on which it works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Work {
     pub(super) kind: Kind,
@@ -42,7 +42,7 @@ impl Work {
         [&sized(Kind::Writer)[..], &sized(Kind::Reader), &rest].concat()
     }
 
-    /// As the guest is told, where so many bytes stand for a MiB.
+    /// Returns the workload as minivmm expects it, with `unit` bytes for a MiB.
     pub(super) fn spec(self, unit: u64, seed: u32) -> String {
         let bytes = self.mib * unit;
         match self.kind {
@@ -65,7 +65,7 @@ impl fmt::Display for Work {
     }
 }
 
-/// What is between the two ends.
+/// The link between the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Net {
     Unlimited,
@@ -83,7 +83,7 @@ impl fmt::Display for Net {
     }
 }
 
-/// How much of a core each end has, its vCPU included.
+/// The share of a core that each end has, including its vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Core {
     Full,
@@ -114,7 +114,7 @@ pub(super) struct Cell {
     pub(super) core: Core,
 }
 
-/// The same in words.
+/// The same as text.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Names {
     pub(super) cipher: String,
@@ -125,7 +125,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// In the order of the columns of a table.
+    /// Returns the fields in the order of a table's columns.
     pub(super) fn all(&self) -> [&str; 5] {
         [&self.cipher, &self.strategy, &self.workload, &self.link, &self.core]
     }
@@ -146,16 +146,16 @@ impl Cell {
         }
     }
 
-    /// Bytes of guest RAM, where so many stand for a MiB.
+    /// Returns the bytes of guest RAM, with `unit` bytes for a MiB.
     pub(super) fn memory(&self, unit: u64) -> u64 {
         MEMORY * unit
     }
 
-    /// About how long a run takes.
+    /// Returns the approximate seconds of a run.
     pub(super) fn seconds(&self) -> f64 {
         let bits = (self.work.mib << 20) as f64 * 8.0;
         let rate = if self.net == Net::Gigabit { 0.9e9 } else { 8e9 };
-        // a writer's pages travel again, and a stream takes half of the link
+        // a writer's pages are sent repeatedly, and a stream takes half of the link
         let again = match (self.work.kind, self.strategy) {
             (Kind::Writer, "pre-copy") => 4.0,
             (Kind::Writer, "hybrid") | (Kind::Stream, _) => 2.0,
@@ -179,7 +179,7 @@ impl fmt::Display for Cell {
     }
 }
 
-/// All kinds: what is compared, the ciphers, follows each other.
+/// Returns all kinds. Those that differ in the cipher only follow each other.
 pub(super) fn cells(quick: bool) -> Vec<Cell> {
     let mut all = Vec::new();
     for core in Core::ALL {
@@ -195,14 +195,14 @@ pub(super) fn cells(quick: bool) -> Vec<Cell> {
     all
 }
 
-/// Whether a word names what a cell is in one respect: `writer-64`, or `writer` for all of them.
+/// Returns whether a word names a property of a cell: `writer-64`, or `writer` for all sizes.
 fn is(word: &str, name: &str) -> bool {
     let size = || name.strip_prefix(word)?.strip_prefix('-')?.parse::<u64>().ok();
     name == word || size().is_some()
 }
 
-/// Keeps the cells that the words ask for: where some speak of a cell's cipher, it must be one of
-/// those, and so on.
+/// Keeps the cells that match the words. If some words name ciphers, a cell must have one of them,
+/// and likewise for the other properties.
 pub(super) fn keep(cells: &mut Vec<Cell>, words: &[String]) -> Result<(), String> {
     let every: Vec<Names> = self::cells(false).iter().map(Cell::names).collect();
     let mut respects: [Vec<&str>; 5] = Default::default();

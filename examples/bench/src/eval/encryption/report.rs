@@ -1,4 +1,4 @@
-//! Medians of what was measured, as tables for people and programs, and beside what the paper has.
+//! Medians of the measurements, as tables, Markdown and CSV, and compared with the paper.
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -13,14 +13,14 @@ use crate::bench::{
     output::{Table, machine, number},
 };
 
-/// Everything that was measured.
+/// All measurements.
 pub(super) struct Figures {
     pub(super) machine: Machine,
     pub(super) seed: u32,
     pub(super) runs: Vec<Run>,
-    /// Attempts that failed; each was repeated once.
+    /// The errors of failed attempts. Each attempt was repeated once.
     pub(super) failures: Vec<String>,
-    /// What this machine cannot do, and why.
+    /// The parts that this machine cannot measure, with the reasons.
     pub(super) left_out: Vec<String>,
     pub(super) took_s: f64,
     estimate_s: f64,
@@ -29,7 +29,7 @@ pub(super) struct Figures {
     unit: u64,
 }
 
-/// The runs of a kind, each figure's median over those that ended.
+/// The medians of each figure of a kind, over the runs that completed.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Medians {
     #[serde(skip)]
@@ -47,10 +47,10 @@ pub(super) struct Medians {
     pub(super) cpu_destination_s: Option<f64>,
 }
 
-/// A finding of the paper, and the same of ours.
+/// A finding of the paper, and our measurement.
 pub(super) struct Finding {
     pub(super) what: &'static str,
-    /// From Hu et al. 2015, typed in by hand.
+    /// The finding of Hu et al. 2015, copied from the paper.
     pub(super) paper: &'static str,
     pub(super) ours: String,
 }
@@ -83,7 +83,7 @@ const COLUMNS: [&str; 25] = [
     "minivmm",
 ];
 
-/// A cell of a CSV file.
+/// Quotes a cell of a CSV file.
 fn quoted(text: &str) -> String {
     match text.contains([',', '"', '\n', '\r']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
@@ -107,7 +107,7 @@ impl Figures {
         }
     }
 
-    /// Of each kind, in the order of the plan.
+    /// Returns the medians of each kind, in the order of the plan.
     pub(super) fn medians(&self) -> Vec<Medians> {
         let mut all = Vec::new();
         for cell in plan::cells(false) {
@@ -134,13 +134,13 @@ impl Figures {
         all
     }
 
-    /// The links and cores that were measured.
+    /// Returns the links and cores that were measured.
     pub(super) fn places(&self) -> Vec<(Net, Core)> {
         let all = Core::ALL.into_iter().flat_map(|core| Net::ALL.map(|net| (net, core)));
         all.filter(|&(net, core)| self.runs.iter().any(|r| (r.cell.net, r.cell.core) == (net, core))).collect()
     }
 
-    /// How it was measured, a sentence each.
+    /// Describes the measurement in sentences.
     pub(super) fn how(&self) -> Vec<String> {
         let repeats = self.runs.iter().map(|r| r.repeat + 1).max().unwrap_or(0);
         let link = match self.shaped {
@@ -177,7 +177,8 @@ impl Figures {
         all
     }
 
-    /// A figure of runs that differ in the cipher only, as a share of that without any: the median.
+    /// Returns the median ratio of a figure to its value without encryption, over runs that differ
+    /// in the cipher only.
     fn beside_none(&self, of: fn(&Medians) -> Option<f64>, wanted: impl Fn(&Cell) -> bool) -> Option<f64> {
         let all = self.medians();
         let shares = all.iter().filter(|m| wanted(&m.cell)).filter_map(|m| {
@@ -188,7 +189,7 @@ impl Figures {
         median(shares)
     }
 
-    /// What the paper found, and what became of it.
+    /// Returns the paper's findings with our measurements.
     pub(super) fn findings(&self) -> Vec<Finding> {
         let all = self.medians();
         let aes = |cell: &Cell| matches!(cell.cipher, Cipher::Aes128 | Cipher::Aes256);
@@ -205,7 +206,7 @@ impl Figures {
         };
         let kept = |kind: Kind| {
             let of = |strategy: &'static str| {
-                // without a limit there is no link to share, but only the cores
+                // without a limit the migration and the stream share only the cores
                 let shares = |cell: &Cell| kind != Kind::Stream || cell.net == Net::Gigabit;
                 let wanted = |m: &&Medians| m.cell.work.kind == kind && m.cell.strategy == strategy && shares(&m.cell);
                 let value = median(all.iter().filter(wanted).filter_map(|m| m.kept_percent));
@@ -282,7 +283,7 @@ impl Figures {
         ]
     }
 
-    /// Medians, a table for each link and core.
+    /// Returns a table of medians for each link and core.
     pub(super) fn tables(&self) -> Vec<Table> {
         let medians = self.medians();
         let table = |(net, core)| {
@@ -315,7 +316,7 @@ impl Figures {
         self.places().into_iter().map(table).collect()
     }
 
-    /// The paper beside ours.
+    /// Returns the table that compares our findings with the paper's.
     pub(super) fn comparison(&self) -> Table {
         let rows = self.findings().into_iter().map(|f| vec![f.what.into(), f.paper.into(), f.ours]);
         let head = vec!["", "Hu et al. 2015", "here"];
@@ -330,7 +331,7 @@ impl Figures {
         text
     }
 
-    /// The section of a Markdown file.
+    /// Returns the section of the Markdown file.
     pub(super) fn markdown(&self) -> String {
         let mut text = String::from("_Written by `minivmm eval encryption --markdown`; do not edit by hand._\n\n");
         text += &format!("{}.\n\n{}\n", machine(&self.machine), self.how().join("\n"));
@@ -359,7 +360,7 @@ impl Figures {
         })
     }
 
-    /// A line a run, below the names of the columns.
+    /// Returns the CSV file: the names of the columns, then a line for each run.
     pub(super) fn csv(&self) -> String {
         let figure = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
         let mut text = format!("{}\n", COLUMNS.join(","));
@@ -399,8 +400,8 @@ impl Figures {
 pub(super) mod test_util {
     use super::*;
 
-    /// One run of each kind: with a cipher it takes twice as long, and the largest writers do not
-    /// end.
+    /// Returns one run of each kind. Runs with a cipher take twice as long, and those of the
+    /// largest writers do not end.
     pub(in crate::eval::encryption) fn figures() -> Figures {
         let means = Means { shaped: true, caged: true, unit: crate::bench::MIB, seed: 7 };
         let left_out = vec!["a <part>, as \"it\" & that".into()];

@@ -1,4 +1,4 @@
-//! One migration, and what it cost.
+//! One migration and its cost.
 
 use std::{
     sync::mpsc::{self, RecvTimeoutError},
@@ -28,18 +28,18 @@ use crate::bench::{
     tuning::DEFAULT_LIMIT_MS,
 };
 
-/// A migration that has not handed over by then is cancelled.
+/// The time after which a migration that has not handed over is cancelled.
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
-/// And one that is not complete by then is killed.
+/// The time after which a migration that has not completed is killed.
 const HOPELESS: Duration = Duration::from_secs(150);
 
-/// What the machine lets us do, and of what size the guests are.
+/// The abilities of the machine, and the size of the guests.
 pub(super) struct Means {
-    /// Instead of a link of 1 Gbit/s, the migration keeps to it by itself.
+    /// Whether the link is shaped to 1 Gbit/s. Otherwise the migration limits itself.
     pub(super) shaped: bool,
-    /// Parts of cores can be given.
+    /// Whether the CPU time of processes can be limited.
     pub(super) caged: bool,
-    /// Bytes that stand for a MiB.
+    /// The bytes that stand for a MiB.
     pub(super) unit: u64,
     pub(super) seed: u32,
 }
@@ -48,7 +48,7 @@ pub(super) struct Means {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Outcome {
     Completed,
-    /// Not within the time that it had.
+    /// The migration did not end within its time.
     NotEnded,
 }
 
@@ -58,7 +58,7 @@ impl Outcome {
     }
 }
 
-/// What came of a run. Figures that there are none of, as it has not ended, are null.
+/// The result of a run. Figures of a run that has not completed are null.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Run {
     #[serde(skip)]
@@ -66,33 +66,34 @@ pub(super) struct Run {
     #[serde(flatten)]
     pub(super) names: Names,
     pub(super) repeat: u32,
-    /// The machine's load over the last minute, just before.
+    /// The machine's load over the last minute before the run.
     pub(super) load: f64,
     pub(super) outcome: Outcome,
     pub(super) total_ms: Option<f64>,
     pub(super) downtime_ms: Option<f64>,
     pub(super) predicted_downtime_ms: Option<f64>,
-    /// The guest's longest gap, by its own clock.
+    /// The guest's longest gap in ms, by its own clock.
     pub(super) gap_ms: Option<f64>,
-    /// Operations of the guest, or bytes of the stream, a second.
+    /// The guest's operations per second, or the stream's bytes per second, before and during the
+    /// migration.
     pub(super) before: f64,
     pub(super) during: Option<f64>,
     pub(super) kept_percent: Option<f64>,
     pub(super) wire_bytes: Option<f64>,
-    /// CPU seconds of the source until its end, and of the destination until completion, vCPU
-    /// threads included.
+    /// The CPU seconds of the source until its end, and of the destination until completion,
+    /// including vCPU threads.
     pub(super) cpu_source_s: Option<f64>,
     pub(super) cpu_destination_s: Option<f64>,
-    /// Of both, those of vCPU threads.
+    /// The part of both that vCPU threads used.
     pub(super) cpu_vcpu_s: Option<f64>,
-    /// Pages that the guest found wrong at the end.
+    /// The number of wrong pages that the guest found at the end.
     pub(super) guest_errors: u64,
-    /// The source's report; null if it was killed.
+    /// The source's report; null if the source was killed.
     pub(super) report: Value,
 }
 
 impl Run {
-    /// The most telling figures in a line.
+    /// Returns the most important figures in one line.
     pub(super) fn brief(&self) -> String {
         let figure = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1}"));
         format!(
@@ -106,7 +107,7 @@ impl Run {
     }
 }
 
-/// The source's report; `None` if it had to be killed.
+/// Returns the source's report, or `None` if the source had to be killed.
 fn migrate(pair: &mut Pair) -> Result<Option<Value>, String> {
     let pid = Pid::from_raw(pair.source.pid() as i32);
     thread::scope(|scope| {
@@ -148,10 +149,10 @@ fn options(cell: &Cell, means: &Means) -> Options {
     }
 }
 
-/// Runs a migration once.
+/// Runs one migration.
 pub(super) fn run(folder: &Folder, cell: &Cell, repeat: u32, means: &Means) -> Result<Run, String> {
     let (options, load) = (options(cell, means), load());
-    // they outlive what they hold
+    // the groups live longer than the processes in them
     let cage = |name| means.caged.then(|| Cage::new(name, cell.core.percent())).transpose();
     let cages = (cage("source")?, cage("destination")?);
     let mut source = Source::start(folder, &options)?;
@@ -212,7 +213,7 @@ pub(super) fn run(folder: &Folder, cell: &Cell, repeat: u32, means: &Means) -> R
     let (destination_end, vcpu_end) = (pair.destination.cpu_seconds()?, vcpu_seconds(to));
     let moved = outcome == Outcome::Completed;
     let guest = if moved { Guest::find(&mut pair.destination, options.memory, FILL)? } else { guest };
-    // it went on working until it was found
+    // the guest has worked until it was found
     let during = done(&guest)?.saturating_sub(first) as f64 / asked.elapsed().as_secs_f64();
     run.during = Some(during.round());
     run.kept_percent = (before > 0.0).then(|| 100.0 * during / before);

@@ -1,4 +1,4 @@
-//! A stream of bytes over the link of a migration, as of a network application.
+//! A stream of bytes over the link of a migration, like that of a network application.
 
 use std::{
     fs::File,
@@ -15,18 +15,19 @@ use nix::sched::{CloneFlags, setns};
 
 use crate::bench::encrypt::{Link, Shaper};
 
-/// Bytes of a write.
+/// The bytes of a write.
 const PIECE: usize = 64 << 10;
 
-/// A TCP connection from here to the destination's end of the link, as full as it gets; it ends
-/// with this.
+/// A TCP connection to the destination's end of the link that sends as fast as possible, until it
+/// is dropped.
 pub(super) struct Stream {
     received: Arc<AtomicU64>,
     ends: [TcpStream; 2],
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Listens at the destination's end. A socket belongs to the namespace of the thread that made it.
+/// Listens at the destination's end. A socket belongs to the network namespace of the thread that
+/// made it.
 fn listen(link: Link) -> Result<TcpListener, String> {
     let listen = move || {
         if link == Link::Shaped {
@@ -58,7 +59,7 @@ impl Stream {
         Ok(Self { received, ends, threads: vec![sender, receiver] })
     }
 
-    /// Bytes that have arrived so far.
+    /// Returns the number of bytes that have arrived.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
@@ -67,11 +68,11 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         for end in &self.ends {
-            // it may be down already
+            // it may be closed already
             let _ = end.shutdown(Shutdown::Both);
         }
         for thread in self.threads.drain(..) {
-            // one that panicked has nothing to say
+            // a thread that panicked has no result
             let _ = thread.join();
         }
     }
