@@ -189,6 +189,35 @@ impl Rounds {
     }
 }
 
+/// How the copy of a protected VM is that is kept ready in page stores.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StagingReport {
+    /// The number of increments: of puts that have stored pages, and at which no store has failed.
+    pub increments: u64,
+    /// The pages of which the stores have the newest content, as far as was looked.
+    pub staged_pages: u64,
+    /// The pages that the stores lacked at the last look. Pages of zeros and free pages are not
+    /// among them.
+    pub dirty_pages: u64,
+    /// The time since the last increment ended, or `None` before the first.
+    pub age: Option<Duration>,
+    /// The failure of a store. The copy gets older until the store answers again.
+    pub degraded: Option<Degraded>,
+    /// The number of evictions that have failed before *run*.
+    pub failed_evictions: u64,
+    /// The destination of the last of them, and why it has failed.
+    pub last_failure: Option<String>,
+}
+
+/// A store fails that keeps the copy of a protected VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Degraded {
+    /// The time since the first failure after which no request has succeeded.
+    pub since: Duration,
+    /// The last failure.
+    pub why: String,
+}
+
 /// The report of a migration attempt.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -320,6 +349,15 @@ pub enum Event {
     InDoubt(Box<Report>),
     /// The destination discarded the VM that it was receiving, for this reason.
     Discarded(String),
+    /// The copy of a protected VM has changed, or a store has failed or answers again.
+    Staging(StagingReport),
+    /// An eviction has failed before *run*. The VM runs on here, and is protected as before.
+    EvictionFailed {
+        /// The name of the destination.
+        to: String,
+        /// The reason.
+        why: String,
+    },
     /// Something failed that does not change the course of the migration, such as the end of a
     /// throttle.
     Warning(String),

@@ -8,7 +8,7 @@ use migration_core::{
     MigrationError, PageRange, PageSet,
     page_map::{LocatedRun, Location, MapError, PageMap, StoreCopy},
     sim::{Attempt, Dirtying, FaultAt, Owner, SimConfig, Simulation, StoreConfig, StoreFault, Touching},
-    strategy::{Destination, Done, Linear, Place, PostCopy, QuickEviction, Running, ScatterGather, Strategy},
+    strategy::{Destination, Done, Finish, Linear, Place, PostCopy, QuickEviction, Running, ScatterGather, Strategy},
 };
 
 const PAGES: u64 = 4096;
@@ -270,6 +270,7 @@ fn staged(stores: &[&str]) -> QuickEviction {
         interval: Duration::from_millis(20),
         threshold: 1,
         most: PAGES,
+        finish: Finish::PostCopy,
         order: Box::new(Linear::default()),
     }
 }

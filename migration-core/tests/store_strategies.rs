@@ -8,7 +8,7 @@ use migration_core::{
     MigrationError, PageRange,
     sim::{Dirtying, FaultAt, Owner, SimConfig, Simulation, StoreConfig, StoreFault, Touching},
     strategy::{
-        Agile, Destination, HotFirst, Hybrid, Linear, Place, PostCopy, PreCopy, QuickEviction, ScatterGather,
+        Agile, Destination, Finish, HotFirst, Hybrid, Linear, Place, PostCopy, PreCopy, QuickEviction, ScatterGather,
         StopAndCopy, Strategy,
     },
 };
@@ -19,24 +19,30 @@ const MS: Duration = Duration::from_millis(1);
 /// More virtual time than any of these VMs needs to gather what is missing.
 const LONG: Duration = Duration::from_secs(60);
 
-/// The three systems.
+/// The three systems, quick eviction with either end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum System {
-    QuickEviction,
+    QuickEviction(Finish),
     ScatterGather,
     Agile,
 }
 
-const SYSTEMS: [System; 3] = [System::QuickEviction, System::ScatterGather, System::Agile];
+const SYSTEMS: [System; 4] = [
+    System::QuickEviction(Finish::PostCopy),
+    System::QuickEviction(Finish::Stop),
+    System::ScatterGather,
+    System::Agile,
+];
 
 impl System {
     fn strategy(self) -> Box<dyn Strategy> {
         match self {
-            Self::QuickEviction => Box::new(QuickEviction {
+            Self::QuickEviction(finish) => Box::new(QuickEviction {
                 stage: Place::stage(["a"]),
                 interval: 5 * MS,
                 threshold: 16,
                 most: 200,
+                finish,
                 order: Box::new(Linear::default()),
             }),
             Self::ScatterGather => Box::new(ScatterGather::new(["a", "b"], HotFirst::default())),
@@ -182,6 +188,7 @@ fn quick_eviction_moves_what_is_not_staged_when_the_command_comes() {
         interval: 50 * MS,
         threshold: 64,
         most: 4096,
+        finish: Finish::PostCopy,
         order: Box::new(Linear::default()),
     };
     let attempt = sim.attempt(&mut quick);
@@ -314,7 +321,7 @@ proptest! {
     #[test]
     fn no_world_breaks_a_property(
         config in worlds(),
-        system in prop_oneof![Just(System::QuickEviction), Just(System::ScatterGather), Just(System::Agile)],
+        system in prop::sample::select(&SYSTEMS[..]),
         cold in (0u64..700, 0u64..700),
     ) {
         let mut sim = Simulation::new(config.clone());

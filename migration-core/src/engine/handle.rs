@@ -9,7 +9,7 @@ use std::{
         mpsc,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use thiserror::Error;
@@ -19,9 +19,9 @@ use crate::{
     MigrationError,
     channel::Connector,
     lock::lock,
-    report::Report,
+    report::{Degraded, Report, StagingReport},
     spawner::{Joiner, Role},
-    strategy::Strategy,
+    strategy::{Destination, Strategy},
     vm::SourceVm,
     wire::Control,
 };
@@ -38,8 +38,8 @@ pub(super) enum Input {
     Demanded(u64),
     /// The destination has said who it is, for a fence.
     Introduced,
-    /// Pages were put into a store, or could not be.
-    Put(source::PutDone),
+    /// The thread that talks to the stores of a place has done something.
+    Place(source::PlaceDone),
     /// The user cancels, for this reason.
     Cancel(String),
     /// The guest has ended by itself, for this reason.
@@ -50,6 +50,18 @@ pub(super) enum Input {
     SwitchOver,
     /// After a loss of the link the destination is to be found there.
     Recover(Arc<dyn Connector>),
+    /// The user wants a protected VM to move.
+    Evict(EvictTo),
+    /// The user wants a VM not to be protected any more.
+    StageOff,
+}
+
+/// Where a protected VM is to go.
+pub(super) struct EvictTo {
+    pub(super) to: Destination,
+    pub(super) connector: Arc<dyn Connector>,
+    /// When the user has said so.
+    pub(super) at: Instant,
 }
 
 /// Inputs that the peer causes and that may wait for the engine. When there are more, the peer
@@ -208,12 +220,57 @@ pub enum NoTuning {
     Ended,
 }
 
+/// Why a VM cannot be evicted.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
+pub enum NoEviction {
+    /// No copy of the VM is kept ready, or not yet.
+    #[error("the VM is not protected: no copy of it is kept ready")]
+    NotStaged,
+    /// A command has come before.
+    #[error("the VM is being evicted already")]
+    UnderWay,
+    /// The VM is not protected any more.
+    #[error("the protection of the VM has ended")]
+    Ended,
+}
+
+/// How the copy of a protected VM was when the engine looked last.
+#[derive(Clone)]
+pub(super) struct StagingState {
+    pub(super) increments: u64,
+    pub(super) staged_pages: u64,
+    pub(super) dirty_pages: u64,
+    pub(super) last_increment: Option<Instant>,
+    /// Since when a store fails, and why.
+    pub(super) degraded: Option<(Instant, String)>,
+    pub(super) failed_evictions: u64,
+    pub(super) last_failure: Option<String>,
+}
+
+impl StagingState {
+    pub(super) fn report(&self) -> StagingReport {
+        let degraded = self.degraded.as_ref();
+        StagingReport {
+            increments: self.increments,
+            staged_pages: self.staged_pages,
+            dirty_pages: self.dirty_pages,
+            age: self.last_increment.map(|at| at.elapsed()),
+            degraded: degraded.map(|(since, why)| Degraded { since: since.elapsed(), why: why.clone() }),
+            failed_evictions: self.failed_evictions,
+            last_failure: self.last_failure.clone(),
+        }
+    }
+}
+
 /// What controllers and the engine share: what can be asked for at the moment, which the engine
 /// says, and what was.
 pub(super) struct Requests {
     pub(super) post_copy: Result<(), NoPostCopy>,
     pub(super) switch_over: Result<(), NoSwitchOver>,
     pub(super) tuning: Result<(), NoTuning>,
+    pub(super) eviction: Result<(), NoEviction>,
+    /// How the copy of a protected VM is.
+    pub(super) staging: Option<StagingState>,
     /// The limit that takes the place of the one in the options.
     pub(super) downtime_limit: Option<Duration>,
     /// Whether the switch-over is to come now, whatever is left to send.
@@ -225,6 +282,8 @@ impl Requests {
     pub(super) fn end(&mut self) {
         (self.post_copy, self.switch_over) = (Err(NoPostCopy::Ended), Err(NoSwitchOver::Ended));
         self.tuning = Err(NoTuning::Ended);
+        self.eviction = Err(NoEviction::Ended);
+        self.staging = None;
     }
 }
 
@@ -234,6 +293,8 @@ impl Default for Requests {
             post_copy: Err(NoPostCopy::NotYet),
             switch_over: Err(NoSwitchOver::NotYet),
             tuning: Ok(()),
+            eviction: Err(NoEviction::NotStaged),
+            staging: None,
             downtime_limit: None,
             switch_over_wanted: false,
         }
@@ -256,7 +317,8 @@ impl Controller {
     }
 
     /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait:
-    /// the report tells.
+    /// the report tells. Of a VM that [`stage`](super::stage) protects, this ends the eviction that
+    /// is under way, if there is one, and the protection goes on.
     ///
     /// The engine hears this at once, unless it is in a call that it cannot interrupt: one of the
     /// VMM or of a store, a write to a destination that takes nothing
@@ -288,6 +350,37 @@ impl Controller {
     pub fn recover(&self, connector: Arc<dyn Connector>) {
         // as above
         let _ = self.inputs.send(Input::Recover(connector));
+    }
+
+    /// Moves a VM that [`stage`](super::stage) protects to this destination, which `connector`
+    /// reaches. Does not wait: the observer is told of an
+    /// [eviction that has failed](crate::report::Event::EvictionFailed), after which the VM is
+    /// protected as before, and otherwise the report tells.
+    ///
+    /// # Errors
+    /// When it cannot happen. The protection goes on as if nobody had asked.
+    pub fn evict(&self, to: Destination, connector: Arc<dyn Connector>) -> Result<(), NoEviction> {
+        let mut requests = lock(&self.requests);
+        requests.eviction?;
+        requests.eviction = Err(NoEviction::UnderWay);
+        drop(requests);
+        let command = EvictTo { to, connector, at: Instant::now() };
+        self.inputs.send(Input::Evict(command)).map_err(|_| NoEviction::Ended)
+    }
+
+    /// Ends the protection of a VM by [`stage`](super::stage), and an eviction that is under way,
+    /// unless *run* was sent: what was put into stores is forgotten, and the guest runs on. Does
+    /// nothing in a migration. Does not wait: the report tells.
+    pub fn stage_off(&self) {
+        // as for `cancel`
+        let _ = self.inputs.send(Input::StageOff);
+    }
+
+    /// Returns how the copy of a VM is that [`stage`](super::stage) protects, as the engine has
+    /// seen it last; `None` if none is kept ready.
+    pub fn staging(&self) -> Option<StagingReport> {
+        let state = lock(&self.requests).staging.clone();
+        state.map(|state| state.report())
     }
 
     /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that
@@ -376,21 +469,51 @@ impl Migration {
         options: SourceOptions,
         notify: Box<dyn FnOnce() + Send>,
     ) -> Result<Self, (Option<Box<dyn SourceVm>>, MigrationError)> {
+        let of_thread = options.clone();
+        let run = move |vm: &mut dyn SourceVm, commands| {
+            source::migrate(vm, &*connector, &mut *strategy, &of_thread, commands)
+        };
+        Self::on_thread(vm, &options, notify, run)
+    }
+
+    /// Starts to protect `vm`, as [`stage`](super::stage) does. `notify` is called once, when the
+    /// result can be taken.
+    ///
+    /// # Errors
+    /// When the spawner has no thread; the VM comes back, as it was.
+    pub fn stage(
+        vm: Box<dyn SourceVm>,
+        mut strategy: Box<dyn Strategy>,
+        options: SourceOptions,
+        notify: Box<dyn FnOnce() + Send>,
+    ) -> Result<Self, (Option<Box<dyn SourceVm>>, MigrationError)> {
+        let of_thread = options.clone();
+        let run = move |vm: &mut dyn SourceVm, commands| source::stage(vm, &mut *strategy, &of_thread, commands);
+        Self::on_thread(vm, &options, notify, run)
+    }
+
+    fn on_thread(
+        vm: Box<dyn SourceVm>,
+        options: &SourceOptions,
+        notify: Box<dyn FnOnce() + Send>,
+        run: impl FnOnce(&mut dyn SourceVm, Commands) -> Report + Send + 'static,
+    ) -> Result<Self, (Option<Box<dyn SourceVm>>, MigrationError)> {
         let (controller, commands) = Controller::new();
         let slot = Arc::new(Slot::default());
-        let (spawner, impact, result) = (options.spawner.clone(), options.impact, slot.clone());
+        let result = slot.clone();
         // in a cell, so that it can be taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some(vm)));
         let taken = cell.clone();
         let body = Box::new(move || {
             let Some(mut vm) = lock(&taken).take() else { return };
-            let report = source::migrate(&mut *vm, &*connector, &mut *strategy, &options, commands);
+            let report = run(&mut *vm, commands);
             *lock(&result.ended) = Some((vm, report));
             result.changed.notify_all();
             notify();
         });
-        let thread = spawner
-            .spawn(Role::Control, impact, "migration", body)
+        let thread = options
+            .spawner
+            .spawn(Role::Control, options.impact, "migration", body)
             .map_err(|cause| (lock(&cell).take(), MigrationError::Thread { role: "the migration", cause }))?;
         Ok(Self { controller, slot, thread: Some(thread) })
     }

@@ -29,9 +29,9 @@ pub use destination::{
     AttemptError, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions, ReceiverQueue,
     VmHandle, VmStatus,
 };
-pub use handle::{Commands, Controller, Migration, NoPostCopy, NoSwitchOver, NoTuning};
+pub use handle::{Commands, Controller, Migration, NoEviction, NoPostCopy, NoSwitchOver, NoTuning};
 pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};
-pub use source::{PauseLimits, SourceStores, migrate};
+pub use source::{PauseLimits, SourceStores, migrate, stage};
 
 pub use crate::page::STRIPE_PAGES;
 use crate::{

@@ -144,6 +144,20 @@ impl StoreTable {
         Ok(number)
     }
 
+    /// Gives an entry a new namespace, in place of one that is lost.
+    ///
+    /// # Errors
+    /// [`TableError::Unknown`], and [`TableError::Changed`] if a destination knows the entry.
+    pub fn replace(&mut self, number: u8, entry: StoreEntry) -> Result<(), TableError> {
+        let (at, known) = (usize::from(number), self.known);
+        let old = self.entries.get_mut(at).ok_or(TableError::Unknown(number))?;
+        if at < known {
+            return Err(TableError::Changed(number));
+        }
+        *old = entry;
+        Ok(())
+    }
+
     /// Returns the entry, if the destination knows it: only then may it be used (rule 15).
     ///
     /// # Errors
@@ -250,6 +264,21 @@ mod tests {
         assert_eq!(table.receive(1, &[entry(2), entry(4)]), Err(TableError::Changed(2)));
         assert_eq!(table.receive(5, &[entry(6)]), Err(TableError::Gap(2)));
         assert_eq!(table.entries(), [entry(1), entry(2), entry(3)]);
+    }
+
+    #[test]
+    fn an_entry_that_no_destination_knows_gets_a_new_namespace() {
+        let mut table = StoreTable::default();
+        assert_eq!(table.replace(0, entry(1)), Err(TableError::Unknown(0)));
+        table.append(entry(1)).unwrap();
+        table.replace(0, entry(2)).unwrap();
+        table.acknowledged(1).unwrap();
+        assert_eq!(table.replace(0, entry(3)), Err(TableError::Changed(0)));
+        table.repeat();
+        assert_eq!(table.replace(0, entry(3)), Err(TableError::Changed(0)), "the destination may refer to it");
+        table.begin_session(1);
+        table.replace(0, entry(3)).unwrap();
+        assert_eq!((table.entries(), table.known()), (&[entry(3)][..], 0));
     }
 
     #[test]

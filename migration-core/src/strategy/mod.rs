@@ -39,7 +39,7 @@ pub use place::{Destination, Place, Portion, Put, Until, Wake};
 pub use post_copy::{Hybrid, PostCopy};
 pub use precopy::PreCopy;
 pub use push_order::{HotFirst, Linear, PushOrder};
-pub use quick_eviction::QuickEviction;
+pub use quick_eviction::{Finish, QuickEviction};
 pub use scatter_gather::ScatterGather;
 pub use snapshot::Snapshot;
 pub use stop_and_copy::StopAndCopy;

@@ -19,7 +19,8 @@ use crate::MigrationError;
 /// A store that fails does not end the protection: pages that it lacks are put later, or move in
 /// the end. Neither does a destination that refuses: the next command may name another one.
 ///
-/// It needs an engine with page stores. So far that is the [simulator](crate::sim).
+/// The engine runs it by [`stage`](crate::engine::stage), and the [simulator](crate::sim) as any
+/// other strategy.
 pub struct QuickEviction {
     /// Where the copy is kept: a [stage](Place::stage).
     pub stage: Place,
@@ -29,8 +30,21 @@ pub struct QuickEviction {
     pub threshold: u64,
     /// The most pages of an increment. The others are part of the next one.
     pub most: u64,
+    /// What becomes of the pages that are dirty when the guest is paused.
+    pub finish: Finish,
     /// In which order pages are pushed that only the source has.
     pub order: Box<dyn PushOrder>,
+}
+
+/// What becomes of the pages that the copy of a VM lacks when the VM moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// They follow when the guest runs at the destination. The pause carries no page.
+    #[default]
+    PostCopy,
+    /// They are sent in the pause: the guest never waits for one of them afterwards. It still reads
+    /// staged pages from the store.
+    Stop,
 }
 
 impl Strategy for QuickEviction {
@@ -70,6 +84,14 @@ impl Strategy for QuickEviction {
             dirty = vm.harvest()?;
         }
         let dirty = vm.harvest()?;
-        vm.pause()?.hand_over(dirty)?.serve(&mut *self.order)
+        let mut vm = vm.pause()?;
+        let missing = match self.finish {
+            Finish::PostCopy => dirty,
+            Finish::Stop => {
+                vm.send_rest(dirty)?;
+                vm.no_pages()
+            }
+        };
+        vm.hand_over(missing)?.serve(&mut *self.order)
     }
 }

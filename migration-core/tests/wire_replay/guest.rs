@@ -50,6 +50,8 @@ pub(crate) struct RecordedVm {
     /// writes.
     pub(crate) memory: Option<Arc<PagedMemory>>,
     pub(crate) touches: &'static [u64],
+    /// Whether a thread of the test may write its pages. None does from a pause on.
+    pub(crate) writing: Arc<Mutex<bool>>,
     /// What the engine has done with it that cannot be undone: `resume`, `released`.
     pub(crate) calls: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -78,6 +80,7 @@ impl RecordedVm {
             in_doubt,
             memory,
             touches,
+            writing: Arc::default(),
             calls,
         };
         before.iter().for_each(|&(page, byte)| vm.write(page, byte));
@@ -85,9 +88,7 @@ impl RecordedVm {
     }
 
     pub(crate) fn write(&self, page: u64, byte: u8) {
-        let ram = &self.ram;
-        ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
-        self.dirty.mark_page(page);
+        write(&self.ram, &self.dirty, page, byte);
     }
 
     pub(crate) fn ram_pages(&self) -> u64 {
@@ -105,6 +106,12 @@ impl RecordedVm {
             self.during.iter().for_each(|&(page, byte)| self.write(page, byte));
         }
     }
+}
+
+/// Fills a page of the guest's with this byte.
+pub(crate) fn write(ram: &HeapRam, dirty: &DirtyBitmap, page: u64, byte: u8) {
+    ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[byte; PAGE_SIZE]);
+    dirty.mark_page(page);
 }
 
 impl SourceVm for RecordedVm {
@@ -148,6 +155,7 @@ impl SourceVm for RecordedVm {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
+        *self.writing.lock().unwrap() = false;
         // the guest's last writes
         self.write_more();
         Ok(())

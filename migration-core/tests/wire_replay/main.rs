@@ -44,6 +44,8 @@ mod sessions;
 mod several;
 mod silence;
 mod snapshots;
+mod staging;
+mod staging_faults;
 mod steps;
 mod store_failures;
 mod streams;

@@ -104,7 +104,7 @@ impl Engine<'_> {
     }
 
     /// Steps 2 to 4.
-    fn open_session(&mut self) -> Result<(), MigrationError> {
+    pub(super) fn open_session(&mut self) -> Result<(), MigrationError> {
         self.connect()?;
         if self.strategy.needs_post_copy && self.report.demand_lanes == 0 {
             let why = "the destination cannot serve missing pages (no userfaultfd, or not permitted), or demand lanes are off";
@@ -122,11 +122,14 @@ impl Engine<'_> {
     /// Connects to the destination that the strategy names. If that fails, nothing has changed, and
     /// the strategy may connect again.
     pub(super) fn connect_to(&mut self, to: &Destination) -> Result<(), MigrationError> {
-        self.goes_on()?;
+        self.check_over()?;
         if self.peer.control.is_some() {
             return Err(MigrationError::Blocked(format!("a destination is connected, so {to} cannot be")));
         }
         self.peer.elsewhere = self.way_to(to)?;
+        if self.staging.is_some() {
+            return self.begin_eviction();
+        }
         let before = self.places.opened();
         let connected = self.open_session();
         if let Err(error) = &connected {
@@ -140,6 +143,9 @@ impl Engine<'_> {
 
     /// Returns where a destination is, unless it is where the migration was to go to.
     fn way_to(&self, to: &Destination) -> Result<Option<Arc<dyn Connector>>, MigrationError> {
+        if self.staging.is_some() {
+            return self.commanded_way(to).map(Some);
+        }
         let unknown = |cause| MigrationError::link(to.name())(cause);
         match &self.options.destinations {
             Some(find) => find(to).map(Some).map_err(unknown),
@@ -163,15 +169,6 @@ impl Engine<'_> {
         let mut requests = lock(&self.requests);
         requests.post_copy = Err(NoPostCopy::NotYet);
         requests.switch_over = Err(NoSwitchOver::NotYet);
-    }
-
-    /// A cancel, and the end of the guest, are final: every later verb returns them.
-    pub(super) fn goes_on(&self) -> Result<(), MigrationError> {
-        match (&self.cancelled, &self.guest.ended) {
-            (Some(why), _) => Err(MigrationError::Cancelled(why.clone())),
-            (None, Some(why)) => Err(MigrationError::VmEnded(why.clone())),
-            (None, None) => Ok(()),
-        }
     }
 
     /// The destination has the VM, and needs only the stores of which it was told: forgets the other

@@ -133,14 +133,16 @@ impl Engine<'_> {
         // whatever else it goes on to say
         while Instant::now() < deadline {
             let left = deadline.saturating_duration_since(Instant::now());
-            if matches!(self.inputs.recv_timeout(left), Ok(Input::ControlLost(_))) {
-                return;
+            match self.inputs.recv_timeout(left) {
+                Ok(Input::ControlLost(_)) => return,
+                Ok(input) => self.take_leftover(input),
+                Err(_) => {}
             }
         }
     }
 
     /// Lets the guest run as it did before the migration: at full speed, unless it was paused then.
-    fn resume_guest(&mut self) {
+    pub(super) fn resume_guest(&mut self) {
         if self.guest.paused {
             let resumed = self.vm.resume();
             self.warn_if("resuming the guest", resumed);
@@ -155,6 +157,7 @@ impl Engine<'_> {
 
     /// Leaves the tracker as it was before the migration. No lane may be at work any more.
     fn give_tracker_back(&mut self) {
+        self.places.gate.close();
         let given_back = self.rounds.give_tracker_back(self.vm.tracker());
         self.warn_if("stopping the tracker", given_back);
     }
@@ -231,11 +234,7 @@ impl Engine<'_> {
             self.peer.unanswered = None;
             // inputs of the lost lanes, which their threads left behind before they ended
             while let Ok(input) = self.inputs.try_recv() {
-                match input {
-                    Input::Recover(connector) => self.peer.elsewhere = Some(connector),
-                    Input::Put(done) => self.put_ended(done),
-                    _ => {}
-                }
+                self.take_leftover(input);
             }
             self.peer.hurry = Some(Hurry::of_attempt(
                 attempt - begun,
@@ -275,8 +274,7 @@ impl Engine<'_> {
                         (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
                         break;
                     }
-                    Input::Put(done) => self.put_ended(done),
-                    _ => {}
+                    other => self.take_leftover(other),
                 }
             }
         }

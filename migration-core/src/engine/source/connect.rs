@@ -151,15 +151,10 @@ impl Engine<'_> {
         if !self.machine.owns() {
             return Ok(());
         }
-        match self.inputs.find(|input| matches!(input, Input::Cancel(_) | Input::VmEnded(_))) {
-            Some(Input::Cancel(why)) => {
-                self.cancelled = Some(why.clone());
-                Err(MigrationError::Cancelled(why))
-            }
-            Some(Input::VmEnded(why)) => {
-                self.guest.ended = Some(why.clone());
-                Err(MigrationError::VmEnded(why))
-            }
+        match self.inputs.find(|input| matches!(input, Input::Cancel(_) | Input::VmEnded(_) | Input::StageOff)) {
+            Some(Input::Cancel(why)) => self.end_by(Over::Cancelled(why)),
+            Some(Input::VmEnded(why)) => self.end_by(Over::Ended(why)),
+            Some(Input::StageOff) => self.end_by(Over::Off),
             _ => Ok(()),
         }
     }

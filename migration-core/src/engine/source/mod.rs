@@ -11,7 +11,10 @@ mod measure;
 mod parts;
 mod pause;
 mod places;
+mod puts;
+mod putter;
 mod serve;
+mod staging;
 mod switch_over;
 mod talk;
 mod verbs;
@@ -31,8 +34,8 @@ use checkpoint_receiver::CheckpointReceiver;
 use parts::{FailSafeState, Guest, Measured, Peer, PostCopy, first_report};
 use serve::{DemandLane, Left};
 
-pub(super) use self::places::PutDone;
-pub use self::{pause::PauseLimits, places::SourceStores};
+pub(super) use self::putter::PlaceDone;
+pub use self::{pause::PauseLimits, places::SourceStores, staging::stage};
 use super::{
     HugePages, OnTimeout, SourceOptions,
     control::{ControlReader, ControlWriter},
@@ -66,6 +69,7 @@ use crate::{
     },
 };
 use places::Places;
+use staging::{Over, Staging};
 
 /// How often progress is told while pages move.
 pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -106,12 +110,7 @@ pub fn migrate(
     commands: Commands,
 ) -> Report {
     let options = &SourceOptions { observer: Guarded::around(&options.observer), ..options.clone() };
-    let named = Named {
-        name: strategy.name(),
-        shares_ram: strategy.shares_ram(),
-        can_switch_over: strategy.can_switch_over(),
-        needs_post_copy: strategy.needs_post_copy(),
-    };
+    let named = Named::of(strategy);
     if !named.can_switch_over {
         lock(&commands.requests).switch_over = Err(NoSwitchOver::Strategy);
     }
@@ -131,7 +130,9 @@ struct Engine<'a> {
     tx: mpsc::Sender<Input>,
     /// What controllers share with this engine.
     requests: Arc<Mutex<Requests>>,
-    cancelled: Option<String>,
+    /// Why nothing goes on before *run*.
+    over: Option<Over>,
+    /// When the migration, or the eviction of a protected VM, began.
     start: Instant,
     peer: Peer<'a>,
     guest: Guest,
@@ -144,6 +145,10 @@ struct Engine<'a> {
     places: Places,
     /// Whether pages are in stores, or are put there: only then the destination is asked for it.
     uses_stores: bool,
+    /// What a session knows in which the destination is named late.
+    staging: Option<Staging>,
+    /// Pages that a wait has seen to be written since the last harvest.
+    seen_written: PageSet,
     report: Report,
 }
 
@@ -156,6 +161,17 @@ struct Named {
     can_switch_over: bool,
     /// Whether it hands the VM over with pages missing.
     needs_post_copy: bool,
+}
+
+impl Named {
+    fn of(strategy: &dyn Strategy) -> Self {
+        Self {
+            name: strategy.name(),
+            shares_ram: strategy.shares_ram(),
+            can_switch_over: strategy.can_switch_over(),
+            needs_post_copy: strategy.needs_post_copy(),
+        }
+    }
 }
 
 impl<'a> Engine<'a> {
@@ -182,7 +198,7 @@ impl<'a> Engine<'a> {
             inputs: Inputs::new(commands.rx),
             tx: commands.tx,
             requests: commands.requests,
-            cancelled: None,
+            over: None,
             start: Instant::now(),
             peer: Peer::new(connector),
             guest: Guest::default(),
@@ -193,6 +209,8 @@ impl<'a> Engine<'a> {
             fail_safe: FailSafeState::new(pages),
             places: Places::default(),
             uses_stores: false,
+            staging: None,
+            seen_written: PageSet::empty(pages),
         }
     }
 }

@@ -77,8 +77,6 @@ pub(super) struct Guest {
     pub(super) watch: Option<PauseWatch>,
     /// Percent of the time for which its vCPUs do not run.
     pub(super) throttle: u8,
-    /// Why it has ended, if it has while it was here.
-    pub(super) ended: Option<String>,
 }
 
 /// What is known of the link and of both VMMs, and what progress goes by.

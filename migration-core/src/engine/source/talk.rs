@@ -30,12 +30,13 @@ impl Engine<'_> {
                     return self.frame(epoch, frame).err().unwrap_or(error);
                 }
                 Input::Control(_, Control::Error { code, text }) => return MigrationError::Peer { code, text },
-                Input::VmEnded(why) if self.machine.owns() => return MigrationError::VmEnded(why),
-                Input::Put(done) => self.put_ended(done),
+                Input::VmEnded(why) if self.machine.owns() => {
+                    return self.end_by(Over::Ended(why)).err().unwrap_or(error);
+                }
                 // what has read nothing but a stranger's words knows more than who wrote
                 Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
-                _ => {}
+                other => self.take_leftover(other),
             }
         }
         error
@@ -83,13 +84,12 @@ impl Engine<'_> {
     /// Cancels, link losses and failures of lanes become errors here; pings and progress are seen
     /// to.
     pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
-        if self.machine.owns() {
-            self.goes_on()?;
-        }
-        let tick = (self.measured.last_progress + PROGRESS_INTERVAL).min(deadline);
-        let tick = self.next_look().map_or(tick, |look| tick.min(look));
+        self.check_over()?;
+        let connected = self.is_connected();
+        let tick = if connected { self.measured.last_progress + PROGRESS_INTERVAL } else { self.tend_places() };
+        let tick = self.next_look().map_or(tick, |look| tick.min(look)).min(deadline);
         let input = self.inputs.recv_timeout(tick.saturating_duration_since(Instant::now()));
-        if self.measured.last_progress.elapsed() >= PROGRESS_INTERVAL {
+        if connected && self.measured.last_progress.elapsed() >= PROGRESS_INTERVAL {
             self.measured.last_progress = Instant::now();
             self.count_fetched();
             self.report_progress();
@@ -118,19 +118,14 @@ impl Engine<'_> {
             }
         }
         match input {
-            Ok(Input::Cancel(why)) => {
-                if self.machine.owns() {
-                    self.cancelled = Some(why.clone());
-                    return Err(MigrationError::Cancelled(why));
-                }
+            Ok(Input::Cancel(why)) => self.end_by(Over::Cancelled(why)).map(|()| None),
+            // where it runs now it may still end
+            Ok(Input::VmEnded(why)) => self.end_by(Over::Ended(why)).map(|()| None),
+            Ok(Input::StageOff) => self.end_by(Over::Off).map(|()| None),
+            Ok(Input::Evict(command)) => {
+                self.commanded(command);
                 Ok(None)
             }
-            Ok(Input::VmEnded(why)) if self.machine.owns() => {
-                self.guest.ended = Some(why.clone());
-                Err(MigrationError::VmEnded(why))
-            }
-            // where it runs now it may still end
-            Ok(Input::VmEnded(_)) => Ok(None),
             Ok(Input::Recover(connector)) => {
                 self.peer.elsewhere = Some(connector);
                 Ok(None)
@@ -140,8 +135,8 @@ impl Engine<'_> {
                 self.measured.reading = self.measured.reading.saturating_add(done.reading);
                 Ok(Some(Input::Lane(Ok(done))))
             }
-            Ok(Input::Put(done)) => {
-                self.put_ended(done);
+            Ok(Input::Place(done)) => {
+                self.place_done(done);
                 Ok(None)
             }
             Ok(Input::PostCopy) => {

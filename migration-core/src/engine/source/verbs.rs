@@ -3,7 +3,7 @@
 use super::{switch_over::Rest, *};
 use crate::{
     page_map::PageMap,
-    strategy::{Destination, Place, Portion, Put},
+    strategy::{Destination, Place, Portion, Put, Until, Wake},
 };
 
 impl Verbs for Engine<'_> {
@@ -12,6 +12,10 @@ impl Verbs for Engine<'_> {
     }
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
+        if self.staging.is_some() && self.rounds.is_tracking() {
+            // an eviction has failed: what is staged stays so
+            return self.harvest();
+        }
         // nothing was read yet, unless this is not the first time; and what is written meanwhile
         // need not be tracked
         if self.report.demand_lanes > 0 && !self.rounds.is_tracking() {
@@ -28,20 +32,8 @@ impl Verbs for Engine<'_> {
     }
 
     fn harvest(&mut self) -> Result<PageSet, MigrationError> {
-        let Harvest { written, pages, time } = self.rounds.harvest(self.vm)?;
-        self.fail_safe.saved.subtract(&written);
-        let since = time.as_secs_f64();
-        if !self.guest.paused && since > 0.0 {
-            self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
-        }
-        if self.report.demand_lanes > 0 {
-            if self.guest.paused {
-                // the guest waits: it is soon enough when it runs again
-                self.post_copy.dirtied_last = pages.clone();
-            } else {
-                self.heat_up(&pages, DIRTIED);
-            }
-        }
+        self.collect()?;
+        self.seen_written.clear();
         Ok(self.rounds.due())
     }
 
@@ -66,6 +58,10 @@ impl Verbs for Engine<'_> {
 
     fn stalled(&mut self, why: &str) {
         self.report.stalled = Some(why.to_owned());
+    }
+
+    fn wait(&mut self, until: Until) -> Result<Wake, MigrationError> {
+        self.wait_until(until)
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {
@@ -156,6 +152,25 @@ impl Engine<'_> {
         Ok(round)
     }
 
+    /// Collects what was written since this was done last. Returns the pages that are not free now.
+    pub(super) fn collect(&mut self) -> Result<PageSet, MigrationError> {
+        let Harvest { written, pages, time } = self.rounds.harvest(self.vm)?;
+        self.fail_safe.saved.subtract(&written);
+        let since = time.as_secs_f64();
+        if !self.guest.paused && since > 0.0 {
+            self.report.dirty_pages_per_second = Some(pages.len() as f64 / since);
+        }
+        if self.report.demand_lanes > 0 {
+            if self.guest.paused {
+                // the guest waits: it is soon enough when it runs again
+                self.post_copy.dirtied_last = pages.clone();
+            } else {
+                self.heat_up(&pages, DIRTIED);
+            }
+        }
+        Ok(pages)
+    }
+
     /// Gives a round to the lanes.
     pub(super) fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
         if self.strategy.shares_ram {
@@ -228,11 +243,11 @@ impl Engine<'_> {
     /// Whether the round is to end before all of it is sent.
     pub(super) fn round_is_over(&self) -> bool {
         let post_copy = self.post_copy.wanted && self.report.demand_lanes > 0;
-        post_copy || self.switch_over_wanted() || self.timed_out()
+        post_copy || self.switch_over_wanted() || self.timed_out() || self.is_commanded()
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.options.timeout.map(|t| self.start + t)
+        self.options.timeout.filter(|_| !self.is_idly_staged()).map(|t| self.start + t)
     }
 
     pub(super) fn timed_out(&self) -> bool {

@@ -28,7 +28,9 @@
 //! | [`claim_stored`](PageMap::claim_stored) | destination | as `claim`, for one copy in a store |
 //! | [`evicting`](PageMap::evicting), [`mapped_again`](PageMap::mapped_again) | owner | they are out of the guest's reach, or within it again |
 //! | [`evicted`](PageMap::evicted), [`returned`](PageMap::returned) | owner | RAM has them no more, or again |
+//! | [`put_found_zeros`](PageMap::put_found_zeros) | who puts pages | they are `Zero`, before a destination is known |
 //! | [`entry_lost`](PageMap::entry_lost) | either | the entry's copies are gone |
+//! | [`entry_reopened`](PageMap::entry_reopened) | source | pages can be put into the entry again |
 //! | [`lacks`](PageMap::lacks) | source | the destination has asked for them once more |
 //! | [`released`](PageMap::released) | destination | no page is held any more |
 

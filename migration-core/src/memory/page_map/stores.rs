@@ -272,6 +272,24 @@ impl PageMap {
         runs
     }
 
+    /// Whoever was to put `copy` of `pages` has found that they hold zeros, which go to no store
+    /// (rule 3). Returns the pages that are still claimed for this put, and in the guest's reach:
+    /// they are `Zero`, and not unsent. Allowed only as long as no destination was sent or told anything of them:
+    /// one that begins with empty RAM then has them as they are.
+    pub fn put_found_zeros(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
+        let mut zeros = PageSet::empty(self.pages());
+        Self::of_put(&self.puts, pages, copy).into_iter().for_each(|run| zeros.insert_range(run));
+        zeros.intersect_with(&self.here);
+        zeros.subtract(&self.evicting);
+        let runs: Vec<_> = zeros.ranges().collect();
+        for &run in &runs {
+            self.forget_locations(run);
+        }
+        self.here.subtract(&zeros);
+        self.unsent.subtract(&zeros);
+        runs
+    }
+
     fn of_put(puts: &Copies, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         puts.runs_in(pages).filter(|&(_, other)| other == copy).map(|(run, _)| run).collect()
     }
@@ -285,11 +303,14 @@ impl PageMap {
     }
 
     /// A new attempt begins, or what was sent before *run* may be lost: the destination was told
-    /// nothing, and has no page (rule 18).
+    /// nothing, and has no page (rule 18). What is `Here` and has no copy in a store is unsent.
     pub fn nothing_announced(&mut self) {
         self.delivered.clear();
         self.looked_up.clear();
         self.unannounced.clone_from(self.copies.pages());
+        let mut unsent = self.here.clone();
+        unsent.subtract(self.copies.pages());
+        self.unsent.union_with(&unsent);
     }
 }
 
@@ -414,6 +435,19 @@ impl PageMap {
             set.subtract(&at_source);
         }
         EntryLoss { at_source, only_there }
+    }
+
+    /// The entry has a new namespace, which is empty: pages can be put into it again. Its number may
+    /// get another meaning only while no destination knows it (rule 15).
+    ///
+    /// # Errors
+    /// [`MapError::EntryLost`], if pages have no other copy than one that the entry had.
+    pub fn entry_reopened(&mut self, entry: u8) -> Result<(), MapError> {
+        if self.copies.entries().any(|(other, _)| other == entry) {
+            return Err(MapError::EntryLost(entry));
+        }
+        self.lost.remove(&entry);
+        Ok(())
     }
 
     /// The destination has asked for `pages` once more, while the link is there. The source sends

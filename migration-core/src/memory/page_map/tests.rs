@@ -110,6 +110,7 @@ enum Change {
     PutStarted(PageRange, StoreCopy),
     PutDone(PageRange, StoreCopy),
     PutFailed(PageRange, StoreCopy),
+    PutZeros(PageRange, StoreCopy),
     Announced(PageRange),
     NothingAnnounced,
     Located(PageRange, StoreCopy, bool),
@@ -121,6 +122,7 @@ enum Change {
     EvictedZeros(PageRange),
     Returned(PageRange),
     EntryLost(u8),
+    EntryReopened(u8),
     Lacks(PageRange),
     Released,
 }
@@ -155,6 +157,7 @@ fn apply(map: &mut PageMap, change: &Change) -> Result<Vec<u64>, MapError> {
         Change::PutStarted(range, copy) => map.put_started(range, copy)?,
         Change::PutDone(range, copy) => return Ok(pages(map.put_done(range, copy))),
         Change::PutFailed(range, copy) => return Ok(pages(map.put_failed(range, copy))),
+        Change::PutZeros(range, copy) => return Ok(pages(map.put_found_zeros(range, copy))),
         Change::Announced(range) => map.announced(&set(range)),
         Change::NothingAnnounced => map.nothing_announced(),
         Change::Located(range, copy, held) => return Ok(pages(map.located(range, copy, held))),
@@ -169,6 +172,7 @@ fn apply(map: &mut PageMap, change: &Change) -> Result<Vec<u64>, MapError> {
             let loss = map.entry_lost(entry);
             return Ok(loss.at_source.iter().chain(loss.only_there.iter()).collect());
         }
+        Change::EntryReopened(entry) => map.entry_reopened(entry)?,
         Change::Lacks(range) => map.lacks(&set(range))?,
         Change::Released => map.released()?,
     }
@@ -270,13 +274,16 @@ impl Model {
 
     fn apply(&mut self, change: &Change) -> Result<Vec<u64>, MapError> {
         match *change {
-            Change::PutStarted(..) | Change::PutDone(..) | Change::PutFailed(..) => self.put(change),
+            Change::PutStarted(..) | Change::PutDone(..) | Change::PutFailed(..) | Change::PutZeros(..) => {
+                self.put(change)
+            }
             Change::Announced(_)
             | Change::NothingAnnounced
             | Change::Located(..)
             | Change::ClaimStored(..)
             | Change::Returned(_)
             | Change::EntryLost(_)
+            | Change::EntryReopened(_)
             | Change::Released => self.store(change),
             Change::Populated(_)
             | Change::Evicting(_)
@@ -447,6 +454,10 @@ impl Model {
             Change::PutFailed(range, copy) => {
                 Ok(self.set(range, |page| (page.put == Some(copy)).then_some(Page { put: None, ..page })))
             }
+            Change::PutZeros(range, copy) => Ok(self.set(range, |page| {
+                let zero = Page { at: At::Zero, unsent: false, ..page.without_copy() };
+                (page.put == Some(copy) && page.at == At::Here && !page.evicting).then_some(zero)
+            })),
             _ => unreachable!(),
         }
     }
@@ -462,7 +473,8 @@ impl Model {
             Change::NothingAnnounced => {
                 self.set(self.all(), |page| {
                     let unannounced = page.copy.is_some();
-                    Some(Page { unannounced, delivered: false, looked_up: false, ..page })
+                    let unsent = page.unsent || page.at == At::Here && page.copy.is_none();
+                    Some(Page { unannounced, delivered: false, looked_up: false, unsent, ..page })
                 });
             }
             Change::Located(range, copy, held) if !self.handed_over => {
@@ -491,6 +503,11 @@ impl Model {
                 });
             }
             Change::EntryLost(entry) => return Ok(self.lose(entry)),
+            Change::EntryReopened(entry) => {
+                let there = |page: &Page| page.copy.is_some_and(|copy| copy.entry == entry);
+                self.none(self.all(), |_| MapError::EntryLost(entry), there)?;
+                self.lost.remove(&entry);
+            }
             Change::Released => {
                 self.none(self.all(), MapError::AtSource, |page| page.is_missing() && page.copy.is_none())?;
                 self.set(self.all(), |page| Some(Page { held: false, ..page }));
@@ -593,7 +610,7 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         (0..30u64, 0..8u64).prop_map(|(first, count)| PageRange::new(10 * first, (5 * count).min(PAGES - 10 * first)));
     let copy = (0u8..3, 0u32..2).prop_map(|(entry, generation)| StoreCopy { entry, generation });
     // losses are rare: no put begins after one
-    let change = (0..68, range, copy, any::<bool>()).prop_map(|(kind, range, copy, held)| match kind {
+    let change = (0..70, range, copy, any::<bool>()).prop_map(|(kind, range, copy, held)| match kind {
         0..3 => Change::Dirtied(range),
         3 => Change::Free(range),
         4..6 => Change::Sending(range),
@@ -623,6 +640,8 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         63..65 => Change::MappedAgain(range),
         65 => Change::EvictedZeros(range),
         66 => Change::Evicted(range),
+        67 => Change::PutZeros(range, copy),
+        68 => Change::EntryReopened(copy.entry),
         _ => Change::Released,
     });
     prop::collection::vec(change, 0..60)

@@ -1,0 +1,420 @@
+//! Pages on their way into the stores of places: while the guest runs, and after the hand-over.
+
+use std::sync::mpsc;
+
+use super::{
+    places::SourceStores,
+    putter::{Job, JobDone, PlaceDone, PutFailure, PutJob, PutPages, Putter},
+    *,
+};
+use crate::{
+    PageRange,
+    page_map::StoreCopy,
+    paged_memory::{EntryStore, StoreEntry, TableError},
+    store::{Namespace, PageStore, Purpose, Record},
+    strategy::{Place, Portion, Put},
+    text::Chain,
+    tracker::Rearm,
+};
+
+/// Most pages of one put: 2 MiB, as a stripe.
+const MAX_PUT_PAGES: u64 = 512;
+/// The longest time after which a store is asked whether it still has what it was given.
+const LONGEST_TRUST: Duration = Duration::from_secs(30);
+/// A store that has failed is asked again so much later, if nothing is put there meanwhile.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// A namespace in the stores of a place.
+pub(super) struct OpenPlace {
+    /// No other place of this migration has it, also after this one is closed.
+    number: usize,
+    pub(super) place: Place,
+    stores: Vec<Arc<dyn PageStore>>,
+    /// The namespace, from the moment on from which the stores may have it.
+    namespace: Namespace,
+    /// An earlier one, of which the stores have lost pages.
+    lost_namespace: Option<Namespace>,
+    /// Its number in the store table, once it was created.
+    entry: Option<u8>,
+    jobs: mpsc::Sender<Job>,
+    /// The generation of the last put.
+    generation: u32,
+    /// Whether a job is under way.
+    busy: bool,
+    /// Whether nothing is put there, until the stores have answered again.
+    failed: bool,
+    /// Whether the stores have lost pages: only a new namespace helps.
+    lost: bool,
+    /// Since when the stores fail, and why, while a copy of the VM is kept ready there.
+    pub(super) degraded: Option<(Instant, String)>,
+    /// When the stores are asked next whether they have lost anything.
+    ask_at: Instant,
+}
+
+impl OpenPlace {
+    fn is_ready(&self) -> bool {
+        !self.busy && !self.failed && self.entry.is_some()
+    }
+
+    fn start(&mut self, job: Job) -> bool {
+        self.busy = true;
+        // the thread ends only with this side of the channel
+        self.jobs.send(job).is_ok()
+    }
+}
+
+/// Opening places.
+impl Engine<'_> {
+    /// Creates the namespace of a place, and starts the thread that puts pages there.
+    pub(super) fn open_place(&mut self, place: Place) -> Result<(), MigrationError> {
+        let Place::Stores { names, purpose } = &place else { return Ok(()) };
+        let options = self.options.stores.clone();
+        let options = options.ok_or_else(|| MigrationError::Blocked(format!("there are no page stores: {place}")))?;
+        let find = |name: &String| {
+            let found = options.stores.iter().find(|store| store.name() == name).cloned();
+            found.ok_or_else(|| MigrationError::Blocked(format!("there is no page store {name}: {place}")))
+        };
+        let stores: Vec<_> = names.iter().map(find).collect::<Result<_, _>>()?;
+        let (at, namespace, (jobs, work)) = (self.places.open.len(), (options.new_namespace)(), mpsc::channel());
+        self.places.numbers += 1;
+        let number = self.places.numbers;
+        let putter = Putter {
+            place: number,
+            ram: self.ram.clone(),
+            record: Record { vm: self.id, purpose: *purpose, owner: options.owner },
+            lease: options.lease,
+            stores: stores.clone(),
+            namespace: namespace.clone(),
+            incarnations: Vec::new(),
+        };
+        let (tx, name) = (self.tx.clone(), format!("mig-put-{number}"));
+        let thread =
+            self.options.spawner.spawn(Role::Bulk, self.options.impact, &name, Box::new(move || putter.run(work, tx)));
+        let thread = thread.map_err(|cause| MigrationError::Thread { role: "puts into a page store", cause })?;
+        self.places.threads.push(thread);
+        // from here on the namespace is forgotten if the attempt fails, also if only some stores
+        // have it
+        self.places.open.push(OpenPlace {
+            number,
+            place,
+            stores,
+            namespace: namespace.clone(),
+            lost_namespace: None,
+            entry: None,
+            jobs,
+            generation: 0,
+            busy: false,
+            failed: false,
+            lost: false,
+            degraded: None,
+            ask_at: Instant::now() + trust(&options),
+        });
+        self.places.open[at].start(Job::Open { namespace, lost: None });
+        self.await_place(at)?;
+        self.places.error.take().map_or(Ok(()), Err)
+    }
+
+    /// A namespace was created: it gets a number in the store table.
+    fn opened(&mut self, place: usize, created: Vec<EntryStore>) -> Result<(), TableError> {
+        let connected = self.is_connected();
+        let Some(open) = self.places.open.get_mut(place) else { return Ok(()) };
+        let entry = StoreEntry::new(open.namespace.clone(), created)?;
+        let free = |&number: &u8| !connected && self.rounds.map().entry_reopened(number).is_ok();
+        let number = match open.entry.filter(free) {
+            // nobody knows what the number stood for
+            Some(number) => self.places.table.replace(number, entry).map(|()| number)?,
+            None => self.places.table.append(entry)?,
+        };
+        (open.entry, open.lost, open.lost_namespace) = (Some(number), false, None);
+        Ok(())
+    }
+
+    /// Asks the stores of a place that has failed once more. If they have lost pages, that needs a
+    /// new namespace.
+    fn revive(&mut self, place: usize) {
+        let Some(options) = self.options.stores.as_ref() else { return };
+        let Some(open) = self.places.open.get_mut(place).filter(|open| !open.busy) else { return };
+        if !open.lost && open.entry.is_some() {
+            open.start(Job::Renew);
+            return;
+        }
+        if open.lost && open.lost_namespace.is_none() {
+            let lost = std::mem::replace(&mut open.namespace, (options.new_namespace)());
+            open.lost_namespace = Some(lost);
+        }
+        let (namespace, lost) = (open.namespace.clone(), open.lost_namespace.clone());
+        open.start(Job::Open { namespace, lost });
+    }
+
+    /// Asks the stores of places that are due whether they have lost anything, while no destination
+    /// is connected: afterwards it is the destination that asks. Returns when the next one is due.
+    pub(super) fn tend_places(&mut self) -> Instant {
+        let now = Instant::now();
+        for place in 0..self.places.open.len() {
+            if self.places.open[place].ask_at <= now {
+                self.revive(place);
+            }
+        }
+        let waiting = self.places.open.iter().filter(|open| !open.busy);
+        waiting.map(|open| open.ask_at).min().unwrap_or(now + LONGEST_TRUST)
+    }
+}
+
+/// For how long what a store has said counts.
+fn trust(options: &SourceStores) -> Duration {
+    (options.lease / 3).min(LONGEST_TRUST)
+}
+
+/// What the threads have done.
+impl Engine<'_> {
+    /// A job has ended.
+    pub(super) fn place_done(&mut self, done: PlaceDone) {
+        if let Some(deferred) = &mut self.places.deferred {
+            deferred.push(done);
+            return;
+        }
+        let PlaceDone { place: number, what } = done;
+        let asks = self.options.stores.as_ref().map_or(LONGEST_TRUST, trust);
+        // the place may have been closed
+        let Some(place) = self.places.open.iter().position(|open| open.number == number) else { return };
+        let Some(open) = self.places.open.get_mut(place) else { return };
+        open.busy = false;
+        open.ask_at = Instant::now() + asks;
+        let is_put = matches!(what, JobDone::Put { .. });
+        let result = match what {
+            JobDone::Opened(Ok(created)) => {
+                let blocked = |error: TableError| PutFailure::Here(MigrationError::Blocked(error.to_string()));
+                self.opened(place, created).map_err(blocked)
+            }
+            JobDone::Opened(Err(failure)) => {
+                if failure.is_loss() {
+                    // the name is taken
+                    open.lost = true;
+                    open.lost_namespace = None;
+                }
+                Err(failure)
+            }
+            JobDone::Put { run, copy, result } => self.put_ended(run, copy, result),
+            JobDone::Renewed(result) => result,
+        };
+        match result {
+            Ok(()) => self.store_answers(place),
+            Err(failure) => self.store_failed(place, failure),
+        }
+        if is_put && !self.places.putting {
+            // it has ended after the command that has cut its increment short
+            self.report_staging();
+        }
+    }
+
+    /// A put has ended. What was neither written nor demanded meanwhile is in the store (rule 10).
+    fn put_ended(
+        &mut self,
+        run: PageRange,
+        copy: StoreCopy,
+        result: Result<PutPages, PutFailure>,
+    ) -> Result<(), PutFailure> {
+        let untold = !self.is_connected();
+        let mut map = self.rounds.map();
+        let result = result.map(|put| {
+            put.stored.into_iter().for_each(|run| drop(map.put_done(run, copy)));
+            // a destination may have something else there
+            let zeros = put.zeros.into_iter().filter(|_| untold);
+            zeros.for_each(|run| drop(map.put_found_zeros(run, copy)));
+        });
+        // other zeros, and all that has failed
+        map.put_failed(run, copy);
+        result
+    }
+
+    /// The stores of a place have done what they were asked.
+    fn store_answers(&mut self, place: usize) {
+        let Some(open) = self.places.open.get_mut(place).filter(|open| !open.lost) else { return };
+        if self.staging.is_some() && std::mem::take(&mut open.failed) {
+            open.degraded = None;
+            self.report_staging();
+        }
+    }
+
+    /// A store of a place has failed. A copy that is kept ready is out of date from now on, and
+    /// goes on when the store answers again. Otherwise no page goes there any more.
+    fn store_failed(&mut self, place: usize, failure: PutFailure) {
+        let Some(open) = self.places.open.get_mut(place) else { return };
+        open.failed = true;
+        if failure.is_loss() {
+            open.lost = true;
+            if let Some(entry) = open.entry {
+                self.lose_entry(entry);
+                // best effort: the destination finds it out by itself
+                let _ = self.send_control(&Control::EntryLost { entry });
+            }
+        }
+        let error = failure.into_error();
+        let why = describe(&error);
+        if self.staging.is_none() {
+            let what = format!("no page goes there any more: {why}");
+            self.options.observer.event(&Event::Warning(what));
+        } else if let Some(open) = self.places.open.get_mut(place) {
+            let now = Instant::now();
+            open.ask_at = now + TRY_AGAIN;
+            let since = open.degraded.take().map_or(now, |(since, _)| since);
+            open.degraded = Some((since, why));
+            self.report_staging();
+        }
+        self.places.error = Some(error);
+    }
+
+    /// An entry has lost pages: they are sent from here (rule 13).
+    pub(super) fn lose_entry(&mut self, entry: u8) {
+        self.rounds.map().entry_lost(entry);
+        self.places.vacated = false;
+        if let Some(open) = self.places.open.iter_mut().find(|open| open.entry == Some(entry)) {
+            (open.failed, open.lost) = (true, true);
+        }
+    }
+}
+
+/// Puts.
+impl Engine<'_> {
+    /// Puts pages of the running guest into the stores of a place.
+    pub(super) fn put_pages(&mut self, pages: &mut PageSet, portion: Portion<'_>) -> Result<Put, MigrationError> {
+        let Some(place) = self.places.open.iter().position(|open| open.place == *portion.place) else {
+            let why = format!("the strategy has not named this place: {}", portion.place);
+            return Err(MigrationError::Blocked(why));
+        };
+        self.places.putting = true;
+        let put = self.put_into(place, pages, portion.most);
+        self.places.putting = false;
+        let put = put?;
+        self.increment_ended(put.round.sent, put.failed.is_some());
+        Ok(put)
+    }
+
+    fn put_into(&mut self, place: usize, pages: &mut PageSet, most: u64) -> Result<Put, MigrationError> {
+        let mut resident = pages.clone();
+        if let Some(stored) = self.rounds.stored() {
+            // those are in a store already
+            resident.subtract(&stored.pages());
+        }
+        let (began, asked) = (Instant::now(), resident.len().min(most));
+        self.places.error = None;
+        if self.staging.is_some() && self.places.open[place].failed {
+            self.revive(place);
+        }
+        self.await_place(place)?;
+        self.share_table()?;
+        let gate = &self.places.gate;
+        let rearm = self.rounds.rearm(self.vm.tracker(), self.guest.paused).map(|rearm| gate.pass(rearm));
+        let (mut left, mut at) = (asked, 0);
+        while left > 0
+            && !self.round_is_over()
+            && self.places.open[place].is_ready()
+            && let Some(first) = resident.first_from(at)
+        {
+            let most = MAX_PUT_PAGES.min(left);
+            let run = resident.run_at(first, most).unwrap_or(PageRange::new(first, 1));
+            (at, left) = (run.end(), left - run.count);
+            if self.start_put(place, run, rearm.clone()) {
+                self.await_place(place)?;
+            }
+        }
+        self.share_locations()?;
+        let stored = self.leave_out_stored(pages);
+        let round = Round { asked, sent: stored, time: began.elapsed(), ..Round::default() };
+        Ok(Put { round, failed: self.places.error.take() })
+    }
+
+    /// Removes from `pages` what is in stores, and what was found to hold zeros. Returns how many
+    /// pages that were.
+    fn leave_out_stored(&mut self, pages: &mut PageSet) -> u64 {
+        let before = pages.len();
+        let mut stored = pages.clone();
+        {
+            let map = self.rounds.map();
+            stored.intersect_with(map.with_copies());
+            pages.subtract(&stored);
+            pages.intersect_with(map.unsent());
+        }
+        self.rounds.gone(&stored);
+        before - pages.len()
+    }
+
+    /// Gives a run of pages to a place. Returns whether it was taken.
+    fn start_put(&mut self, place: usize, run: PageRange, rearm: Option<Arc<dyn Rearm>>) -> bool {
+        let connected = self.is_connected();
+        let Some(open) = self.places.open.get_mut(place).filter(|open| open.is_ready()) else { return false };
+        let Some(entry) = open.entry else { return false };
+        if connected && self.places.table.usable(entry).is_err() {
+            // the destination could not be told where the pages are (rule 15)
+            return false;
+        }
+        let copy = StoreCopy { entry, generation: open.generation + 1 };
+        if self.rounds.map().put_started(run, copy).is_err() {
+            return false;
+        }
+        open.generation = copy.generation;
+        open.start(Job::Put(PutJob { run, copy, rearm }))
+    }
+
+    /// Waits until the job of a place has ended, or a command has come.
+    fn await_place(&mut self, place: usize) -> Result<(), MigrationError> {
+        let far = Instant::now() + Duration::from_secs(1 << 30);
+        while !self.is_commanded() && self.places.open.get(place).is_some_and(|open| open.busy) {
+            if let Some(Input::Control(epoch, frame)) = self.next_input(far)? {
+                self.frame(epoch, frame)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives each place through which `order` lets pages go the next run, if it has none.
+    pub(super) fn fill_places(&mut self, order: &mut dyn PushOrder) {
+        for place in 0..self.places.open.len() {
+            let open = &self.places.open[place];
+            if !open.is_ready() || !order.through().contains(&open.place) {
+                continue;
+            }
+            let wanted = {
+                let map = self.rounds.map();
+                crate::strategy::push_order::checked_next(order, map.unclaimed(), MAX_PUT_PAGES).ok().flatten()
+            };
+            // an order that is wrong is found out on the lanes
+            let Some(run) = wanted else { return };
+            self.start_put(place, run, None);
+        }
+    }
+
+    /// Ends the threads of all places. Forgets the namespaces of an attempt that has failed before
+    /// *run*, those of a copy that is kept ready no more, and of entries that the destination never
+    /// had (rule 14).
+    pub(super) fn close_places(&mut self, failed: bool) {
+        if let Some(fetcher) = self.post_copy.left.fetcher.get() {
+            fetcher.end();
+        }
+        let known = self.places.table.known();
+        for open in std::mem::take(&mut self.places.open) {
+            let attempt = matches!(open.place, Place::Stores { purpose: Purpose::Attempt, .. });
+            let unknown = open.entry.is_none_or(|entry| usize::from(entry) >= known);
+            let forgotten = if failed { attempt || self.staging.is_some() } else { unknown };
+            if forgotten {
+                self.forget_place(&open);
+            }
+        }
+        for thread in std::mem::take(&mut self.places.threads) {
+            thread.join();
+        }
+    }
+
+    /// Forgets what the stores of a place were given.
+    pub(super) fn forget_place(&self, open: &OpenPlace) {
+        for namespace in [Some(&open.namespace), open.lost_namespace.as_ref()].into_iter().flatten() {
+            for store in &open.stores {
+                if let Err(cause) = store.forget(namespace.of(self.id)) {
+                    let error = MigrationError::page_store(store.name())(cause);
+                    let what = format!("what was put stays until its lease ends: {}", Chain(&error));
+                    self.options.observer.event(&Event::Warning(what));
+                }
+            }
+        }
+    }
+}
