@@ -208,6 +208,8 @@ mod tests {
         // that of a VMM's own error, below the VMM's
         assert_eq!(kind(MigrationError::vm("saving the state")(VmError::because("the disk image", disk()))), full);
         assert_eq!(kind(MigrationError::page_store("rack-7")(StoreError::io("writing")(disk()))), full);
+        let silent = |cause| FetchError::Silent { entry: 0, first: 7, store: "rack-7".into(), cause };
+        assert_eq!(kind(silent(StoreError::io("reading")(disk())).into()), full);
         assert_eq!(kind(TrackerError::because("dirty-log", "read the log", disk()).into()), full);
         let vm = MigrationError::vm("saving the state")(VmError::new("the device is busy"));
         assert_eq!(cause::<VmError>(&vm, "the device is busy").to_string(), "the device is busy");

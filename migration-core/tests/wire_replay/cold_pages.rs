@@ -13,18 +13,23 @@ use std::{
 };
 
 use migration_core::{
-    MigrationError, PAGE_SIZE, PageRange, RamLayout, RamRegion,
-    engine::{ReceiverOptions, SourceOptions},
+    MigrationError, PAGE_SIZE, PageRange, PageSet, RamLayout, RamRegion,
+    checkpoint::FailSafe,
+    engine::{Controller, ReceiverOptions, SnapshotOptions, SourceOptions, SourceStores, snapshot},
+    fence::NoFence,
     page_map::{PageMap, StoreCopy},
     paged_memory::{EntryStore, PagedMemory, PagedMemoryParts, StoreEntry},
     pager::Pager,
     report::{Event, Observer, Outcome, Report},
     shared_map::SharedPageMap,
     store::{
-        Incarnation, MemoryPageStore, Namespace, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut,
-        Purpose, Record, StoreError, Stored, Urgency, VmNamespace,
+        Incarnation, MemoryPageStore, MemoryVersions, Namespace, NamespaceId, Owner, PageData, PageStore, PageToGet,
+        PageToPut, Purpose, Record, StoreError, Stored, Urgency, VmNamespace,
     },
-    strategy::{self, Agile, Done, Hybrid, Linear, PostCopy, PreCopy, Running, StopAndCopy, Strategy},
+    strategy::{
+        self, Agile, Done, HandOver, Hybrid, Linear, Place, PostCopy, PreCopy, Running, ScatterGather, StopAndCopy,
+        Strategy,
+    },
     vm::VmDescription,
     wire::LaneKind,
 };
@@ -379,6 +384,14 @@ impl Strategy for Boxed {
         self.0.can_switch_over()
     }
 
+    fn shares_ram(&self) -> bool {
+        self.0.shares_ram()
+    }
+
+    fn stores(&self) -> Vec<Place> {
+        self.0.stores()
+    }
+
     fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError> {
         self.0.migrate(vm)
     }
@@ -448,6 +461,89 @@ fn rule_15_a_store_that_only_the_source_knows_is_refused_before_anything_moves()
         // nothing was made for this attempt, so nothing is forgotten
         assert!(world.has_namespace());
     }
+}
+
+/// Scatter-gather has namespaces of its own beside those of the VM, and puts nothing that is in a
+/// store already. A strategy that puts pages and keeps none reads cold ones and sends them.
+#[test]
+fn a_strategy_that_puts_pages_leaves_those_alone_that_are_in_a_store() {
+    for strategy in [Box::new(ScatterGather::new(["rack-7"], Linear::default())) as Box<dyn Strategy>, Box::new(PutAll)]
+    {
+        let name = strategy.name();
+        let mut world = World::new(&DURING);
+        let destination = destination(vec![world.there.clone()]);
+        let next = AtomicU64::new(40);
+        let stores = SourceStores {
+            stores: vec![world.here.clone()],
+            new_namespace: Arc::new(move || Namespace::new([next.fetch_add(1, Ordering::SeqCst) as u8; 16])),
+            owner: OWNER,
+            lease: LEASE,
+        };
+        let options = SourceOptions { stores: Some(stores), ..options() };
+        let (report, _) = run(&mut world, Boxed(strategy), &destination, options);
+        assert_eq!(report.outcome, Outcome::Completed, "{name}: {:?}", report.reason);
+        let (arrived, said) = destination.finish();
+        world.check(&arrived, &said);
+        arrived.pager.as_ref().unwrap().check();
+        assert!(!world.has_namespace(), "{name}");
+        assert!(world.here.inner.record(Namespace::new([40; 16]).id()).unwrap().is_none(), "{name}");
+        // the guest has read a page, and the engine all others, if it does not keep them there
+        let reads = world.here.gets();
+        assert!(if name == "scatter-gather" { reads == 1 } else { reads > 10 }, "{name}: {reads}");
+    }
+}
+
+/// Puts all pages that it can, and leaves the others behind.
+struct PutAll;
+
+impl Strategy for PutAll {
+    fn name(&self) -> &'static str {
+        "put all"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn stores(&self) -> Vec<Place> {
+        vec![Place::attempt(["rack-7"])]
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        let mut pages = vm.start_tracking()?;
+        vm.put(&mut pages, &Place::attempt(["rack-7"]))?.or_fail()?;
+        // those of zeros, and the cold ones
+        assert!((650..800).contains(&pages.len()), "{pages:?}");
+        let dirty = vm.harvest()?;
+        vm.pause()?.hand_over(dirty)?.serve(&mut Linear::default())
+    }
+}
+
+#[test]
+fn what_does_not_go_with_stored_pages_is_refused() {
+    let mut world = World::new(&DURING);
+    let destination = destination(vec![world.there.clone()]);
+    let fail_safe = FailSafe::in_memory(Arc::new(NoFence));
+    let protected = SourceOptions { fail_safe: Some(fail_safe), ..options() };
+    let cases: [(Box<dyn Strategy>, SourceOptions, &str); 2] = [
+        (Box::new(agile()), protected, "fail-safe post-copy does not go with that"),
+        (Box::new(HandOver), options(), "a process that maps its RAM"),
+    ];
+    for (strategy, options, why) in cases {
+        let (report, _) = run(&mut world, Boxed(strategy), &destination, options);
+        let reason = report.reason.unwrap();
+        assert!(reason.contains(why) && reason.contains("650 pages are in page stores"), "{reason}");
+    }
+    let mut versions = MemoryVersions::default();
+    let taken = snapshot(&mut world.vm, &mut versions, &SnapshotOptions::default(), Controller::new().1);
+    let error = taken.unwrap_err().to_string();
+    assert!(error.contains("650 pages are not in RAM"), "{error}");
+    assert!(world.vm.calls.lock().unwrap().is_empty());
+    // a VM that still needs its last source
+    world.memory.map().change(|map| map.leave_behind(&PageSet::full(PAGES))).unwrap();
+    let (report, _) = run(&mut world, agile(), &destination, options());
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("have not come from its last source yet"), "{reason}");
 }
 
 /// Notes of what the user is told.
