@@ -539,6 +539,12 @@ fn what_does_not_go_with_stored_pages_is_refused() {
     let error = taken.unwrap_err().to_string();
     assert!(error.contains("650 pages are not in RAM"), "{error}");
     assert!(world.vm.calls.lock().unwrap().is_empty());
+    // a page that is out of the guest's reach
+    world.memory.map().change(|map| map.evicting(PageRange::new(5, 2))).unwrap();
+    let (report, _) = run(&mut world, agile(), &destination, options());
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("2 pages are about to be evicted"), "{reason}");
+    world.memory.map().change(|map| map.mapped_again(PageRange::new(5, 2)));
     // a VM that still needs its last source
     world.memory.map().change(|map| map.leave_behind(&PageSet::full(PAGES))).unwrap();
     let (report, _) = run(&mut world, agile(), &destination, options());

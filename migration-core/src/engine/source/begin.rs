@@ -55,6 +55,11 @@ impl Engine<'_> {
         let Some(memory) = self.vm.paged_memory() else { return Ok(()) };
         let (pages, stored, at_source) = memory.map().read(|map| (map.pages(), map.in_store().len(), map.at_source()));
         let blocked = |why: &str| Err(MigrationError::Blocked(format!("{stored} pages are in page stores: {why}")));
+        let evicting = memory.map().read(|map| map.being_evicted().len());
+        if evicting > 0 {
+            let why = format!("{evicting} pages are about to be evicted: the VMM maps them again before a migration");
+            return Err(MigrationError::Blocked(why));
+        }
         if at_source > 0 {
             let why = format!("{at_source} pages of the VM have not come from its last source yet");
             return Err(MigrationError::Blocked(why));
