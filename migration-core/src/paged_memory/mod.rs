@@ -34,7 +34,7 @@ use crate::{
     pager::{Installed, Pager},
     ram::RamSlice,
     shared_map::SharedPageMap,
-    store::{Owner, PageStore, StoreError, Urgency},
+    store::{Owner, PageStore, StoreError, Urgency, share},
     vm_id::VmId,
 };
 
@@ -102,14 +102,36 @@ impl PagedMemory {
     pub fn fetch(&self, within: PageRange, urgency: Urgency, deadline: Instant) -> Result<Installed, FetchError> {
         let mut runs = self.map.read(|map| map.unfetched_runs(within, MAX_FETCHED_PAGES));
         runs.sort_by_key(|(run, copy)| (copy.entry, run.first));
-        let mut sum = Installed::default();
-        for of_entry in runs.chunk_by(|(_, a), (_, b)| a.entry == b.entry) {
-            self.fetch_entry(of_entry, urgency, deadline, &mut sum)?;
+        let entries: Vec<_> = runs.chunk_by(|(_, a), (_, b)| a.entry == b.entry).collect();
+        let (mut sum, mut failed) = (Installed::default(), None);
+        for (done, &of_entry) in entries.iter().enumerate() {
+            // an entry that is silent leaves the others their share of the time
+            let until = share(deadline, entries.len() - done);
+            if let Err(error) = self.fetch_runs(of_entry, urgency, until, &mut sum) {
+                failed = failed.or(Some(error));
+            }
         }
+        failed.map_or(Ok(sum), Err)
+    }
+
+    /// As [`fetch`](Self::fetch), for pages of one entry of the store table.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fetch_entry(
+        &self,
+        entry: u8,
+        within: PageRange,
+        urgency: Urgency,
+        deadline: Instant,
+    ) -> Result<Installed, FetchError> {
+        let runs = self.map.read(|map| map.unfetched_in(entry, within, MAX_FETCHED_PAGES));
+        let mut sum = Installed::default();
+        self.fetch_runs(&runs, urgency, deadline, &mut sum)?;
         Ok(sum)
     }
 
-    fn fetch_entry(
+    fn fetch_runs(
         &self,
         runs: &[(PageRange, StoreCopy)],
         urgency: Urgency,

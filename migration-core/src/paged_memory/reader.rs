@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -122,27 +125,39 @@ impl Wanted {
 /// The stores of this host, for one VM.
 pub(super) struct Reader {
     vm: VmId,
-    stores: Vec<Arc<dyn PageStore>>,
+    stores: Vec<Known>,
+}
+
+struct Known {
+    store: Arc<dyn PageStore>,
+    /// Whether it did not answer the last time that it was asked for pages.
+    silent: AtomicBool,
 }
 
 impl Reader {
     pub(super) fn new(vm: VmId, stores: Vec<Arc<dyn PageStore>>) -> Self {
-        Self { vm, stores }
+        let known = |store| Known { store, silent: AtomicBool::new(false) };
+        Self { vm, stores: stores.into_iter().map(known).collect() }
     }
 
     pub(super) fn knows(&self, name: &str) -> bool {
-        self.store(name).is_some()
+        self.known(name).is_some()
     }
 
     pub(super) fn vm(&self) -> VmId {
         self.vm
     }
 
-    pub(super) fn store(&self, name: &str) -> Option<&dyn PageStore> {
-        self.stores.iter().map(|store| &**store).find(|store| store.name() == name)
+    fn known(&self, name: &str) -> Option<&Known> {
+        self.stores.iter().find(|known| known.store.name() == name)
     }
 
-    /// Reads pages from the first store of the entry that has them (rule 12).
+    pub(super) fn store(&self, name: &str) -> Option<&dyn PageStore> {
+        self.known(name).map(|known| &*known.store)
+    }
+
+    /// Reads pages from the first store of the entry that has them (rule 12). Stores that were
+    /// silent the last time are asked last.
     ///
     /// # Errors
     /// [`FetchError::Lost`] and [`FetchError::Silent`].
@@ -155,13 +170,13 @@ impl Reader {
     ) -> Result<(), FetchError> {
         let namespace = entry.namespace().of(self.vm);
         let mut silent = None;
-        let stores = entry.stores();
-        for (asked, EntryStore { name, .. }) in stores.iter().enumerate() {
+        let mut stores: Vec<_> = entry.stores().iter().filter_map(|store| self.known(&store.name)).collect();
+        stores.sort_by_key(|known| known.silent.load(Ordering::Relaxed));
+        for (asked, Known { store, silent: was_silent }) in stores.iter().enumerate() {
             let missing = wanted.missing();
             if missing.is_empty() {
                 return Ok(());
             }
-            let Some(store) = self.store(name) else { continue };
             // a store that is silent leaves the others their share of the time
             let until = share(deadline, stores.len() - asked);
             let read = store.get(namespace, &missing, urgency, until, &mut |page, data| {
@@ -169,11 +184,9 @@ impl Reader {
                     wanted.take(page, content);
                 }
             });
-            if let Err(cause) = read
-                && cause.can_retry()
-            {
-                silent = Some((name.clone(), cause));
-            }
+            let failed = read.err().filter(StoreError::can_retry);
+            was_silent.store(failed.is_some(), Ordering::Relaxed);
+            silent = failed.map(|cause| (store.name().to_owned(), cause)).or(silent);
         }
         let Some(first) = wanted.missing().first().map(|page| page.page) else { return Ok(()) };
         let entry = wanted.entry;

@@ -1,11 +1,16 @@
 //! Fetches from stores in memory into RAM on the heap.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 use crate::{
     GuestRam, HeapRam, PageSet, RamLayout, RamRegion,
     page_map::{Location, PageMap},
     pager::{Fault, Fill},
-    store::{Incarnation, MemoryPageStore, Namespace, NamespaceId, PageToPut, Purpose, Record},
+    store::{
+        Incarnation, MemoryPageStore, Namespace, NamespaceId, PageData, PageToGet, PageToPut, Purpose, Record, Stored,
+        VmNamespace,
+    },
     vm::VmError,
 };
 
@@ -194,7 +199,7 @@ fn rule_2_a_page_that_has_moved_is_not_touched() {
     });
     let mut installed = Installed::default();
     world.put(0, 1, 1, range(7, 1), 0x11);
-    world.memory.fetch_entry(&runs, Urgency::Fault, soon(), &mut installed).unwrap();
+    world.memory.fetch_runs(&runs, Urgency::Fault, soon(), &mut installed).unwrap();
     assert_eq!(installed, Installed { pages: 0, duplicates: 1 });
     assert_eq!(world.map.read(|map| map.location(7)), Location::Store(copy(a, 2)));
 }
@@ -221,6 +226,90 @@ fn rule_12_a_reader_asks_the_next_store() {
     let error = world.fetch(range(0, PAGES)).unwrap_err();
     assert!(matches!(error, FetchError::Lost { entry: 0, first: 9 }), "{error}");
     assert_eq!([7, 8, 9].map(|page| world.pager.byte(page)), [0x11, 0x11, 0]);
+}
+
+/// A store that does not answer.
+struct Silent(Arc<MemoryPageStore>, AtomicUsize);
+
+impl PageStore for Silent {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn room(&self) -> u64 {
+        self.0.room()
+    }
+
+    fn create(&self, id: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {
+        self.0.create(id, record, lease)
+    }
+
+    fn renew(&self, _: VmNamespace, _: Owner, _: Duration) -> Result<Incarnation, StoreError> {
+        Err(StoreError::TimedOut)
+    }
+
+    fn put(&self, of: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+        self.0.put(of, generation, pages)
+    }
+
+    fn get(
+        &self,
+        _: VmNamespace,
+        _: &[PageToGet],
+        _: Urgency,
+        _: Instant,
+        _: &mut dyn FnMut(u64, PageData<'_>),
+    ) -> Result<(), StoreError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Err(StoreError::TimedOut)
+    }
+
+    fn record(&self, id: NamespaceId) -> Result<Option<Record>, StoreError> {
+        self.0.record(id)
+    }
+
+    fn forget(&self, of: VmNamespace) -> Result<(), StoreError> {
+        self.0.forget(of)
+    }
+
+    fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError> {
+        self.0.expired()
+    }
+}
+
+#[test]
+fn rule_12_a_silent_store_is_asked_last() {
+    let mut world = World::new();
+    let silent = Arc::new(Silent(world.stores[0].clone(), AtomicUsize::new(0)));
+    let stores: Vec<Arc<dyn PageStore>> = vec![silent.clone(), world.stores[1].clone()];
+    let (map, pager) = (world.map.clone(), world.pager.clone());
+    world.memory = PagedMemory::new(PagedMemoryParts { vm: VM, map, pager, stores });
+    let both = world.entry(1, &[0, 1], VM);
+    world.put(1, 1, 1, range(7, 3), 0x11);
+    world.located(range(7, 4), copy(both, 1));
+    for page in 7..10 {
+        assert_eq!(world.fetch(range(page, 1)).unwrap(), 1);
+    }
+    assert_eq!(silent.1.load(Ordering::Relaxed), 1, "the other store is asked first");
+    // a page that the other one lacks may be there
+    assert!(matches!(world.fetch(range(10, 1)), Err(FetchError::Silent { first: 10, .. })));
+}
+
+/// One entry is silent, and the other one has its pages.
+#[test]
+fn an_entry_that_fails_does_not_keep_the_pages_of_others() {
+    let world = World::new();
+    let (a, b) = (world.entry(1, &[0], VM), world.entry(2, &[1], VM));
+    world.put(1, 2, 1, range(20, 5), 0x22);
+    world.located(range(10, 5), copy(a, 1));
+    world.located(range(20, 5), copy(b, 1));
+    assert!(matches!(world.fetch(range(0, PAGES)), Err(FetchError::Lost { entry: 0, first: 10 })));
+    assert_eq!([20, 24].map(|page| world.pager.byte(page)), [0x22, 0x22]);
+    // pages of one entry only
+    world.located(range(30, 1), copy(b, 1));
+    world.put(1, 2, 1, range(30, 1), 0x33);
+    let fetched = world.memory.fetch_entry(b, range(0, PAGES), Urgency::Prefetch, soon()).unwrap();
+    assert_eq!((fetched.pages, world.pager.byte(30)), (1, 0x33));
 }
 
 #[test]
@@ -273,7 +362,7 @@ fn rule_12_what_is_put_is_in_all_stores_of_the_entry() {
     for store in &world.stores {
         let record = store.record(World::id(1)).unwrap().unwrap();
         assert_eq!((record.vm, record.purpose), (VM, Purpose::Home));
-        let wanted = [crate::store::PageToGet { page: 7, generation: 2 }];
+        let wanted = [PageToGet { page: 7, generation: 2 }];
         store.get(Namespace::new([1; 16]).of(VM), &wanted, Urgency::Fault, soon(), &mut |_, _| ()).unwrap();
     }
     world.located(range(7, 1), copy(entry, 2));

@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use super::{
     control_lane::Flow,
-    gather::Gatherer,
+    fetchers::Gatherer,
     introduce::ControlLane,
     reserve::Reservation,
     session::{Agreed, Built},

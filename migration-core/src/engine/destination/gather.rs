@@ -1,231 +1,149 @@
 //! Pages in stores at the destination: who fetches them, what happens when a store fails, and when
 //! the source is released.
 
-use std::{
-    collections::{BTreeSet, VecDeque},
-    sync::Condvar,
-};
-
-use super::*;
+use super::{fetchers::Gatherer, *};
 use crate::{
     PageRange,
     page_map::{MapError, PageMap},
-    paged_memory::{FetchError, MAX_FETCHED_PAGES, PagedMemory, Renewed},
-    store::{Owner, Urgency},
+    paged_memory::{FetchError, Renewed},
+    pager::Installed,
+    store::Urgency,
     text::{Chain, describe},
     wire::{Located, TablePart},
 };
 
 /// The longest time for one attempt to read from a store. A fault is tried again afterwards.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// After a fetch that has failed, and at which the source cannot help, the next attempt comes so
-/// much later.
-const BACK_OFF: Duration = Duration::from_millis(200);
-/// How often threads look whether they shall end.
-const TICK: Duration = Duration::from_millis(200);
 /// For how long namespaces are kept for this VM. They are renewed far sooner.
 const LEASE: Duration = Duration::from_secs(3600);
 const RENEW_AFTER: Duration = Duration::from_secs(600);
 
-/// What is to be fetched from stores, for one VM. Two threads do it: one for faults, and one for
-/// all other pages, so that a fault never waits for a page that nobody wants yet.
-pub(in crate::engine) struct Gatherer {
-    pub(super) memory: PagedMemory,
-    owner: Owner,
-    state: Mutex<Queue>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Queue {
-    /// Pages that somebody waits for, each with the moment from which it is fetched.
-    faults: VecDeque<(Instant, u64)>,
-    running: bool,
-    ended: bool,
-    released: bool,
-    /// Whether it was said of further pages that they are in stores.
-    news: bool,
-    /// Whether the source has said that nothing follows.
-    source_done: bool,
-    /// Entries of which the user was told that they have failed.
-    told: BTreeSet<u8>,
-}
-
-impl Gatherer {
-    pub(super) fn new(memory: PagedMemory, owner: Owner) -> Self {
-        Self { memory, owner, state: Mutex::default(), changed: Condvar::new() }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Queue)) {
-        change(&mut lock(&self.state));
-        self.changed.notify_all();
-    }
-
-    /// Somebody waits for `page`, which is in a store.
-    pub(super) fn fault(&self, page: u64) {
-        self.change(|queue| queue.faults.push_back((Instant::now(), page)));
-    }
-
-    fn again(&self, page: u64) {
-        self.change(|queue| queue.faults.push_back((Instant::now() + BACK_OFF, page)));
-    }
-
-    /// Returns the next page to be fetched for somebody who waits; `None` when this has ended.
-    fn next_fault(&self) -> Option<u64> {
-        let mut queue = lock(&self.state);
-        loop {
-            if queue.ended {
-                return None;
-            }
-            let now = Instant::now();
-            if let Some(at) = queue.faults.iter().position(|(due, _)| *due <= now) {
-                return queue.faults.remove(at).map(|(_, page)| page);
-            }
-            let next = queue.faults.iter().map(|(due, _)| *due - now).min().unwrap_or(TICK).min(TICK);
-            queue = self.changed.wait_timeout(queue, next).unwrap_or_else(|e| e.into_inner()).0;
-        }
-    }
-
-    /// The VM runs: from now on pages that the source holds are fetched, too (rule 7).
-    pub(super) fn run(&self) {
-        self.change(|queue| queue.running = true);
-    }
-
-    pub(super) fn is_running(&self) -> bool {
-        lock(&self.state).running
-    }
-
-    /// Waits until the VM runs. Returns whether it does.
-    fn wait_running(&self) -> bool {
-        let waiting = |queue: &mut Queue| !queue.running && !queue.ended;
-        let queue = self.changed.wait_while(lock(&self.state), waiting).unwrap_or_else(|e| e.into_inner());
-        !queue.ended
-    }
-
-    /// Waits for so long at most, or until this has ended. Returns whether it goes on.
-    fn pause(&self, time: Duration) -> bool {
-        let queue = lock(&self.state);
-        let waited = self.changed.wait_timeout_while(queue, time, |queue| !queue.ended);
-        !waited.unwrap_or_else(|e| e.into_inner()).0.ended
-    }
-
-    /// Waits until there is more to fetch, or for a tick. Returns whether this goes on.
-    fn wait_for_news(&self) -> bool {
-        let waiting = |queue: &mut Queue| !queue.ended && !queue.news;
-        let queue = lock(&self.state);
-        let waited = self.changed.wait_timeout_while(queue, TICK, waiting);
-        let mut queue = waited.unwrap_or_else(|e| e.into_inner()).0;
-        queue.news = false;
-        !queue.ended
-    }
-
-    pub(super) fn end(&self) {
-        self.change(|queue| queue.ended = true);
-    }
-
-    pub(super) fn is_released(&self) -> bool {
-        lock(&self.state).released
-    }
-
-    /// The source is done with the session, or gone for ever.
-    pub(super) fn source_is_done(&self) {
-        self.change(|queue| queue.source_done = true);
-    }
-
-    pub(super) fn is_source_done(&self) -> bool {
-        lock(&self.state).source_done
-    }
-}
-
 impl VmEntry {
-    /// Starts the threads that fetch pages from stores.
+    /// Starts the threads that fetch pages from stores, and the one that renews leases.
     pub(super) fn await_gathering(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), MigrationError> {
         let Some(gatherer) = session.gatherer.clone() else { return Ok(()) };
-        let (entry, of_session, faults) = (self.clone(), session.clone(), gatherer.clone());
-        let body = Box::new(move || entry.fetch_faults(&of_session, &faults));
-        self.watcher(Role::Demand, "mig-store-fault", body)?;
+        self.start_fetchers(session, &gatherer)?;
         let (entry, session) = (self.clone(), session.clone());
-        self.watcher(Role::Bulk, "mig-gather", Box::new(move || entry.gather(&session, &gatherer)))
+        self.watcher(Role::Background, "mig-renew", Box::new(move || entry.renew_leases(&session, &gatherer)))
+    }
+
+    /// Starts the threads that the present store table needs, as far as they are not there yet.
+    fn start_fetchers(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        gatherer: &Arc<Gatherer>,
+    ) -> Result<(), MigrationError> {
+        let more = gatherer.more_threads();
+        for _ in more.for_faults {
+            let (entry, session, gatherer) = (self.clone(), session.clone(), gatherer.clone());
+            let body = Box::new(move || entry.fetch_faults(&session, &gatherer));
+            self.watcher(Role::Demand, "mig-store-fault", body)?;
+        }
+        for _ in more.for_prefetch {
+            let (entry, session, gatherer) = (self.clone(), session.clone(), gatherer.clone());
+            let body = Box::new(move || entry.gather(&session, &gatherer));
+            self.watcher(Role::Bulk, "mig-gather", body)?;
+        }
+        Ok(())
     }
 
     /// Fetches the pages that somebody waits for.
     fn fetch_faults(&self, session: &Session, gatherer: &Gatherer) {
-        while let Some(page) = gatherer.next_fault() {
-            let Some(missing) = session.missing() else { continue };
-            let fetched = missing.fetch(PageRange::new(page, 1), Urgency::Fault, Instant::now() + FETCH_TIME);
-            if let Err(error) = fetched {
-                self.store_failed(session, &missing, &error);
+        while let Some(fault) = gatherer.next_fault() {
+            if let Some(missing) = session.missing() {
+                let page = PageRange::new(fault.page, 1);
+                let fetched = missing.fetch(fault.entry, page, Urgency::Fault, Instant::now() + FETCH_TIME);
+                self.fetched(session, &missing, fault.entry, fetched);
             }
             // another thread may have it in hand, and fail; or only the store has it
-            if session.map.read(|map| map.in_store().contains(page)) {
-                gatherer.again(page);
-            }
+            let copy = session.map.read(|map| map.copy(fault.page));
+            gatherer.fault_tried(fault, copy.map(|copy| copy.entry));
         }
     }
 
-    /// Fetches all other pages, one after the other, and renews the leases of the namespaces.
+    /// Fetches all other pages, in turn from each entry.
     fn gather(&self, session: &Session, gatherer: &Gatherer) {
-        if !gatherer.wait_running() {
-            return;
+        while let Some(batch) = gatherer.next_batch(&session.map) {
+            let within = PageRange::new(batch.first, session.ram.layout().pages().saturating_sub(batch.first));
+            let done = session.missing().is_none_or(|missing| {
+                let fetched = missing.fetch(batch.entry, within, Urgency::Prefetch, Instant::now() + FETCH_TIME);
+                self.fetched(session, &missing, batch.entry, fetched)
+            });
+            gatherer.batch_tried(batch, !done);
         }
-        let (mut at, mut renewed) = (0, None::<Instant>);
-        let mut go_on = true;
+    }
+
+    /// Pages of `entry` were fetched, or could not be: then they come from the source if it holds
+    /// them (rule 13). Returns whether all went well.
+    fn fetched(&self, session: &Session, missing: &Missing, entry: u8, fetched: Result<Installed, FetchError>) -> bool {
+        let Some(gatherer) = &session.gatherer else { return true };
+        let error = match fetched {
+            // if there was nothing to fetch any more, no store was asked
+            Ok(installed) if installed.pages + installed.duplicates == 0 => return true,
+            Ok(_) => {
+                gatherer.answered(entry);
+                return true;
+            }
+            Err(error) => error,
+        };
+        match error {
+            FetchError::Silent { .. } => self.entry_silent(session, missing, entry, &describe(&error)),
+            FetchError::Unknown { .. } | FetchError::Lost { .. } => {
+                gatherer.answered(entry);
+                self.entry_failed(session, missing, entry, &describe(&error));
+            }
+            FetchError::Install { .. } => self.common.options.observer.event(&Event::Warning(describe(&error))),
+        }
+        false
+    }
+
+    /// Renews the leases of the namespaces, as long as the VM needs them.
+    fn renew_leases(&self, session: &Session, gatherer: &Gatherer) {
+        let mut go_on = gatherer.wait_running();
         while go_on {
             let Some(missing) = session.missing() else { return };
-            if renewed.is_none_or(|at| at.elapsed() >= RENEW_AFTER) {
-                renewed = Some(Instant::now());
-                self.renew(session, &missing, gatherer);
-            }
-            let next = session.map.read(|map| map.unfetched().first_from(at).or_else(|| map.unfetched().first_from(0)));
-            let Some(first) = next else {
-                go_on = gatherer.wait_for_news();
-                continue;
-            };
-            let within = PageRange::new(first, session.ram.layout().pages() - first);
-            let fetched = missing.fetch(within, Urgency::Prefetch, Instant::now() + FETCH_TIME);
-            at = first + 1;
-            go_on = match fetched {
-                Ok(_) => gatherer.pause(Duration::ZERO),
-                Err(error) => {
-                    at = first + MAX_FETCHED_PAGES;
-                    self.store_failed(session, &missing, &error);
-                    gatherer.pause(BACK_OFF)
+            for entry in session.map.read(PageMap::entries) {
+                match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
+                    Renewed::Intact => {}
+                    Renewed::Changed => {
+                        self.entry_failed(session, &missing, entry, &format!("entry {entry} has lost pages"));
+                    }
+                    // this is no attempt to read: the pages may be wanted much later
+                    Renewed::Silent { .. } => {}
                 }
-            };
+            }
+            go_on = gatherer.pause(RENEW_AFTER);
         }
     }
 
-    fn renew(&self, session: &Session, missing: &Missing, gatherer: &Gatherer) {
-        for entry in session.map.read(PageMap::entries) {
-            match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
-                Renewed::Intact => {}
-                Renewed::Changed => {
-                    self.entry_failed(session, missing, entry, &format!("entry {entry} has lost pages"));
-                }
-                // this is no attempt to read: the pages may be wanted much later
-                Renewed::Silent { .. } => {}
-            }
+    /// A store of an entry does not answer. It may have its pages, so it is asked again. The source
+    /// is to send those that it holds, if it can be reached: the first copy to arrive counts.
+    fn entry_silent(&self, session: &Session, missing: &Missing, entry: u8, why: &str) {
+        let Some(gatherer) = &session.gatherer else { return };
+        gatherer.mark_silent(entry);
+        let held = session.map.read(|map| map.held_in(entry));
+        if gatherer.report(entry) {
+            let what = format!(
+                "a page store has failed: {why}; it is asked again, and the source for {} pages that it holds",
+                held.len()
+            );
+            self.common.options.observer.event(&Event::Warning(what));
         }
+        if held.is_empty() {
+            return;
+        }
+        // as long as the source cannot be reached, it cannot help
+        if gatherer.mark_given_up(entry) && session.send_running(&Control::EntryLost { entry }).is_err() {
+            gatherer.unmark_given_up(entry);
+        }
+        missing.ask_source(&held);
     }
 
-    /// Pages could not be fetched: they come from the source if it holds them (rule 13).
-    fn store_failed(&self, session: &Session, missing: &Missing, error: &FetchError) {
-        match *error {
-            FetchError::Unknown { entry } | FetchError::Lost { entry, .. } | FetchError::Silent { entry, .. } => {
-                self.entry_failed(session, missing, entry, &describe(error));
-            }
-            FetchError::Install { .. } => {
-                self.common.options.observer.event(&Event::Warning(describe(error)));
-            }
-        }
-    }
-
-    /// An entry has lost pages, or does not answer. Pages that the source holds are asked of it,
-    /// and the source is told.
+    /// An entry has lost pages. Those that the source holds are asked of it, and the source is told.
     fn entry_failed(&self, session: &Session, missing: &Missing, entry: u8, why: &str) {
         let loss = session.map.change(|map| map.entry_lost(entry));
         let Some(gatherer) = &session.gatherer else { return };
-        let first = lock(&gatherer.state).told.insert(entry);
+        let first = gatherer.report(entry);
         if first {
             let (held, only) = (loss.at_source.len(), loss.only_there.len());
             let what = format!(
@@ -242,10 +160,15 @@ impl VmEntry {
     }
 
     /// A part of the store table has come.
-    pub(super) fn store_table(&self, session: &Session, part: &TablePart) -> Result<(), MigrationError> {
+    pub(super) fn store_table(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        part: &TablePart,
+    ) -> Result<(), MigrationError> {
         let gatherer = session.gatherer()?;
         let received = gatherer.memory.receive(part.first, &part.entries);
         received.map_err(|error| MigrationError::Blocked(format!("the store table: {error}")))?;
+        self.start_fetchers(session, gatherer)?;
         session.send_control(&Control::StoreTableReceived { number: part.number })
     }
 
@@ -261,7 +184,7 @@ impl VmEntry {
             let change = |&run| map.located(run, located.copy, located.held);
             located.runs.iter().flat_map(change).collect::<Vec<_>>()
         });
-        gatherer.change(|queue| queue.news = true);
+        gatherer.wake();
         if let Some(missing) = session.missing() {
             missing.ask_stores(&changed);
         }
@@ -300,12 +223,24 @@ impl VmEntry {
         for entry in session.map.read(PageMap::depends_on) {
             let why = match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
                 Renewed::Intact => continue,
-                Renewed::Changed => format!("entry {entry} has lost pages"),
-                Renewed::Silent { store, cause } => format!("store {store} does not answer: {}", Chain(&cause)),
+                Renewed::Changed => {
+                    let why = format!("entry {entry} has lost pages");
+                    self.entry_failed(session, missing, entry, &why);
+                    why
+                }
+                Renewed::Silent { store, cause } => {
+                    let why = format!("store {store} does not answer: {}", Chain(&cause));
+                    self.entry_silent(session, missing, entry, &why);
+                    why
+                }
             };
-            self.entry_failed(session, missing, entry, &why);
             return Err(why);
         }
+        self.released(session, gatherer)
+    }
+
+    /// The source is not needed any more: from now on only stores are asked.
+    fn released(&self, session: &Session, gatherer: &Gatherer) -> Result<(), String> {
         session.map.change(PageMap::released).map_err(|error: MapError| error.to_string())?;
         let mut state = lock(&self.state);
         let ours = state.session.as_ref().is_some_and(|present| std::ptr::eq(&**present, session));
@@ -313,8 +248,36 @@ impl VmEntry {
             state.machine.complete().map_err(|violation| violation.to_string())?;
         }
         drop(state);
-        gatherer.change(|queue| queue.released = true);
+        gatherer.release();
         Ok(())
+    }
+
+    /// The VM was taken over, and runs without its source: pages that are in stores come from there.
+    pub(super) fn gather_alone(&self, session: &Session) {
+        if let (Some(gatherer), Some(missing)) = (&session.gatherer, session.missing()) {
+            if let Err(why) = self.released(session, gatherer) {
+                // the take-over was refused if pages were only at the source; since then a store has
+                // lost some
+                let what = format!("the VM lacks pages that nobody has: {why}");
+                self.common.options.observer.event(&Event::Warning(what));
+            }
+            missing.ask_stores_again();
+        }
+        self.source_is_done(session);
+    }
+
+    /// Returns whether pages of the VM are only at the source. The stores are asked whether they have
+    /// lost pages that it holds (rule 19). One that is silent may have them.
+    pub(super) fn needs_source(&self, session: &Session) -> bool {
+        let Some(missing) = session.missing() else { return false };
+        if let Some(gatherer) = &session.gatherer {
+            for entry in session.map.read(PageMap::depends_on) {
+                if let Renewed::Changed = gatherer.memory.renew(entry, gatherer.owner, LEASE) {
+                    self.entry_failed(session, &missing, entry, &format!("entry {entry} has lost pages"));
+                }
+            }
+        }
+        missing.needs_source()
     }
 
     /// All pages are here, and the source is released: nobody needs the namespaces any more (rule
@@ -340,6 +303,15 @@ impl VmEntry {
             }
         }
         self.finished.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether pages of the VM still come from stores although its source is done, or gone.
+    pub(super) fn gathers_alone(&self) -> bool {
+        let session = lock(&self.state).session.clone();
+        session.is_some_and(|session| {
+            let alone = session.gatherer.as_ref().is_some_and(|gatherer| gatherer.is_source_done());
+            alone && session.missing().is_some_and(|missing| !missing.is_complete())
+        })
     }
 }
 

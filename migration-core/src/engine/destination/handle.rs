@@ -122,6 +122,11 @@ impl VmHandle {
     /// # Errors
     /// No complete VM is held, or its source is connected.
     pub fn force_take_over(&self) -> Result<(), Violation> {
+        let state = lock(&self.entry.state);
+        // whether it is possible at all, before the stores are asked
+        state.machine.clone().force_take_over()?;
+        drop(state);
+        self.needs_no_source("adopt")?;
         let mut state = lock(&self.entry.state);
         let action = state.machine.force_take_over()?;
         let session = state.session.clone();
@@ -135,15 +140,28 @@ impl VmHandle {
     /// # Errors
     /// No complete VM is held, or pages of it are only at the source.
     pub fn take_over(&self, source: Fenced) -> Result<(), Violation> {
-        let mut state = lock(&self.entry.state);
-        if !state.machine.is_complete() {
-            let (epoch, phase) = (state.machine.epoch(), state.machine.phase());
-            return Err(Violation::new("inherit", epoch, phase, "pages of this VM are only at its source"));
+        let state = lock(&self.entry.state);
+        let stores = state.session.as_ref().is_some_and(|session| session.gatherer.is_some());
+        if !state.machine.is_complete() && !stores {
+            return Err(only_at_source("inherit", &state));
         }
+        drop(state);
+        self.needs_no_source("inherit")?;
+        let mut state = lock(&self.entry.state);
         let action = state.machine.take_over(source)?;
         let session = state.session.clone();
         drop(state);
         self.entry.take(session, &action);
+        Ok(())
+    }
+
+    /// Checks that no page is only at the source. The stores are asked whether they have lost pages
+    /// that the source holds.
+    fn needs_no_source(&self, command: &'static str) -> Result<(), Violation> {
+        let session = lock(&self.entry.state).session.clone();
+        if session.is_some_and(|session| self.entry.needs_source(&session)) {
+            return Err(only_at_source(command, &lock(&self.entry.state)));
+        }
         Ok(())
     }
 
@@ -157,6 +175,11 @@ impl VmHandle {
     pub fn vm_ended(&self, reason: &str) {
         self.entry.vm_ended(reason);
     }
+}
+
+fn only_at_source(command: &'static str, state: &State) -> Violation {
+    let (epoch, phase) = (state.machine.epoch(), state.machine.phase());
+    Violation::new(command, epoch, phase, "pages of this VM are only at its source")
 }
 
 fn no_only_vm(command: &'static str) -> Violation {

@@ -95,9 +95,12 @@ impl VmEntry {
         };
         // a source of which nothing is needed is no loss (rule 19)
         let missing = state.session.as_ref().and_then(|session| session.missing());
-        let needed = missing.is_none_or(|missing| missing.needs_source());
+        let needed = missing.as_ref().is_none_or(|missing| missing.needs_source());
         let served = state.machine.vm().filter(|_| needed && state.machine.is_served());
         drop(state);
+        if let Some(missing) = missing {
+            missing.ask_stores_again();
+        }
         if let Some(vm) = served {
             self.notify(vm, Notice::LinkLost);
         }

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::gather::Gatherer;
+use super::fetchers::Gatherer;
 use crate::{
     PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
@@ -173,29 +173,47 @@ impl Missing {
         *lock(lane) = Some(Requests { writer, sequence: 0 });
         let block_pages = self.pager.block_pages();
         let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * block_pages).collect();
-        let waiting: Vec<u64> = waiting.into_iter().filter(|&page| !self.is_fetched(page)).collect();
-        for pages in waiting.chunks(MAX_REQUESTS) {
+        for pages in self.ask(waiting).chunks(MAX_REQUESTS) {
             self.request(usize::from(index), pages.to_vec())?;
         }
         Ok(())
     }
 
-    /// Returns whether a missing page is fetched from a store. Until the VM runs, the source sends
-    /// what it holds (rule 7).
-    fn is_fetched(&self, page: u64) -> bool {
-        let Some(gatherer) = &self.gatherer else { return false };
-        let (in_store, held) = self.map.read(|map| (map.in_store().contains(page), map.is_held(page)));
-        in_store && (!held || gatherer.is_running())
+    /// Asks stores for those of `pages` that they have. Returns the pages for which the source is to
+    /// be asked, which are the others, and those that it holds and whose stores are silent. Until
+    /// the VM runs, the source sends what it holds (rule 7).
+    fn ask(&self, mut pages: Vec<u64>) -> Vec<u64> {
+        let Some(gatherer) = &self.gatherer else { return pages };
+        pages.retain(|&page| {
+            let (copy, held) = self.map.read(|map| (map.copy(page), map.is_held(page)));
+            match copy.filter(|_| !held || gatherer.is_running()) {
+                None => true,
+                Some(copy) => {
+                    gatherer.fault(page, copy.entry);
+                    held && gatherer.is_silent(copy.entry)
+                }
+            }
+        });
+        pages
+    }
+
+    /// The source will not answer what it was asked, or not soon: whoever waits for a page that is
+    /// in a store waits for its store (rule 17).
+    pub(in crate::engine) fn ask_stores_again(&self) {
+        let block_pages = self.pager.block_pages();
+        let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * block_pages).collect();
+        // those of the source are asked for when there is a lane
+        self.ask(waiting);
     }
 
     /// The pages of `runs` are in stores now: who waits for one of them waits for its store.
     pub(in crate::engine) fn ask_stores(&self, runs: &[PageRange]) {
-        let Some(gatherer) = &self.gatherer else { return };
         let (state, block_pages) = (lock(&self.state), self.pager.block_pages());
         let waits = |page: &u64| runs.iter().any(|run| run.pages().contains(page));
         let pages: Vec<u64> = state.waiting.keys().map(|block| block * block_pages).filter(waits).collect();
         drop(state);
-        pages.into_iter().for_each(|page| gatherer.fault(page));
+        // the source was asked before
+        self.ask(pages);
     }
 
     /// `pages` are at their source again: it is asked for those that somebody waits for.
@@ -210,15 +228,16 @@ impl Missing {
         }
     }
 
-    /// Fetches pages of `within` from their stores.
+    /// Fetches pages of `within` from the stores of `entry`.
     pub(in crate::engine) fn fetch(
         &self,
+        entry: u8,
         within: PageRange,
         urgency: Urgency,
         deadline: Instant,
     ) -> Result<Installed, FetchError> {
         let Some(gatherer) = &self.gatherer else { return Ok(Installed::default()) };
-        self.install(within, |_| gatherer.memory.fetch(within, urgency, deadline))
+        self.install(within, |_| gatherer.memory.fetch_entry(entry, within, urgency, deadline))
     }
 
     /// The source has vacated, and all that it has sent before on bulk lanes was read.
@@ -305,16 +324,7 @@ impl Missing {
             waits.push(Waiter { thread: fault.thread, since: now });
         }
         drop(state);
-        if let Some(gatherer) = &self.gatherer {
-            wanted.retain(|&page| {
-                let fetched = self.is_fetched(page);
-                if fetched {
-                    gatherer.fault(page);
-                }
-                !fetched
-            });
-        }
-        wanted
+        self.ask(wanted)
     }
 
     fn request(&self, lane: usize, pages: Vec<u64>) -> io::Result<()> {

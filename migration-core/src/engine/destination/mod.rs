@@ -6,6 +6,7 @@ mod attempt;
 mod connections;
 mod control_lane;
 mod fail_over;
+mod fetchers;
 mod gather;
 mod handle;
 mod host;
@@ -129,6 +130,7 @@ impl Receiver {
                     (Some(patience), DestinationPhase::Empty) if begun.elapsed() >= patience => {
                         break Err(ReceiveError::TimedOut(patience));
                     }
+                    (Some(_), DestinationPhase::Running) if entry.gathers_alone() => {}
                     (Some(patience), DestinationPhase::Running)
                         if running_since.get_or_insert_with(Instant::now).elapsed() >= patience =>
                     {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    allowance::Allowance, gather::Gatherer, host::AnyVm, missing::Missing, place::Place, protection::Protection,
+    allowance::Allowance, fetchers::Gatherer, host::AnyVm, missing::Missing, place::Place, protection::Protection,
 };
 use crate::{
     MigrationError, PageSet,
@@ -321,20 +321,32 @@ impl Session {
 
     fn send_list(&self) -> Result<(), MigrationError> {
         self.send_lost_entries()?;
-        let pages = self.map.read(PageMap::source_pages);
+        let given_up = self.given_up();
+        let pages = self.map.read(|map| {
+            let mut pages = map.source_pages();
+            given_up.into_iter().for_each(|entry| pages.union_with(&map.held_in(entry)));
+            pages
+        });
         for frame in missing_frames(&pages) {
             self.send_control(&frame)?;
         }
         self.send_control(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
     }
 
-    /// Says which entries have lost pages. The source may not have heard of it: it was found before
-    /// the VM ran here, or while the link was lost.
+    /// Says which entries have lost pages, or were given up. The source may not have heard of it: it
+    /// was found before the VM ran here, or while the link was lost.
     fn send_lost_entries(&self) -> Result<(), MigrationError> {
-        self.map
-            .read(PageMap::lost_entries)
-            .into_iter()
-            .try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
+        let mut entries = self.map.read(PageMap::lost_entries);
+        entries.extend(self.given_up());
+        entries.sort_unstable();
+        entries.dedup();
+        entries.into_iter().try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
+    }
+
+    /// Returns the entries whose stores are silent, and of which the source is to send what it
+    /// holds.
+    fn given_up(&self) -> Vec<u8> {
+        self.gatherer.as_ref().map_or_else(Vec::new, |gatherer| gatherer.given_up())
     }
 
     /// No page is missing any more: says so, unless *running* was not said yet. It then follows
@@ -439,7 +451,11 @@ impl Session {
         // a source that has heard of the guest's end closes its lanes behind *done*
         let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();
+        let missing = state.missing.clone().filter(|_| first);
         drop(state);
+        if let Some(missing) = missing {
+            missing.ask_stores_again();
+        }
         if cut {
             let mut control = lock(&self.control);
             // meanwhile the source may have come back
@@ -551,9 +567,20 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until pages are missing, for as long as the session lasts.
+    /// Returns whether the VM runs here.
+    pub(super) fn is_running(&self) -> bool {
+        lock(&self.lane_state).running
+    }
+
+    /// Returns whether a lane of the present link has ended.
+    pub(super) fn has_lost_lane(&self) -> bool {
+        lock(&self.lane_state).lost
+    }
+
+    /// Waits until pages are missing. Returns `None` if the VM runs without missing pages, or the
+    /// session is over.
     pub(super) fn wait_missing(&self) -> Option<Arc<Missing>> {
-        let waiting = |s: &mut LaneState| s.over.is_none() && s.missing.is_none();
+        let waiting = |s: &mut LaneState| s.over.is_none() && s.missing.is_none() && !s.running;
         let guard = self.changed.wait_while(lock(&self.lane_state), waiting);
         guard.unwrap_or_else(|e| e.into_inner()).missing.clone()
     }

@@ -150,8 +150,11 @@ impl VmEntry {
         self.await_gathering(session)?;
         let (entry, session) = (self.clone(), session.clone());
         let body = Box::new(move || {
-            if let Some(missing) = session.wait_missing() {
-                entry.see_to(&session, &missing);
+            match (session.wait_missing(), &session.gatherer) {
+                (Some(missing), _) => entry.see_to(&session, &missing),
+                // no page refers to the stores that the source has named (rule 14)
+                (None, Some(gatherer)) if session.is_running() => entry.forget_namespaces(gatherer),
+                (None, _) => {}
             }
         });
         self.watcher(Role::Control, "mig-missing", body)
@@ -169,8 +172,9 @@ impl VmEntry {
                 }
                 Turn::Vacated => self.answer_vacated(session, missing),
                 Turn::Over => {
-                    // who ends a VM forgets its namespaces (rule 14)
-                    let gatherer = session.gatherer.as_ref().filter(|_| session.has_guest_ended());
+                    // who ends a VM forgets its namespaces, and who has all pages (rule 14)
+                    let all = missing.is_complete() && session.is_released();
+                    let gatherer = session.gatherer.as_ref().filter(|_| session.has_guest_ended() || all);
                     return gatherer.map_or((), |gatherer| self.forget_namespaces(gatherer));
                 }
             }
@@ -241,10 +245,13 @@ impl VmEntry {
 
     /// The VM is ours without its source's word.
     pub(super) fn take(&self, session: Option<Arc<Session>>, action: &DestinationAction) {
-        if let Some(session) = session {
-            self.start_and_adopt(&session, action);
+        match session {
+            Some(session) => {
+                self.start_and_adopt(&session, action);
+                self.gather_alone(&session);
+            }
+            None => self.finished.store(true, Ordering::Relaxed),
         }
-        self.finished.store(true, Ordering::Relaxed);
     }
 
     /// Starts the VM if `action` says so, and gives it to whoever receives it.
@@ -264,6 +271,9 @@ impl VmEntry {
         }
         if let Some(gatherer) = &session.gatherer {
             gatherer.run();
+            if let Some(missing) = session.missing().filter(|_| session.has_lost_lane()) {
+                missing.ask_stores_again();
+            }
         }
         session.set_running();
         Some(Started { vm, failed })

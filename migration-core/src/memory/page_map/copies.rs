@@ -36,6 +36,11 @@ impl Copies {
         self.by_entry.get(&entry).cloned().unwrap_or_else(|| PageSet::empty(self.pages.capacity()))
     }
 
+    /// Returns the runs of pages of `within` that have a copy in this entry, ascending.
+    pub(super) fn ranges_of(&self, entry: u8, within: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        self.by_entry.get(&entry).into_iter().flat_map(move |pages| pages.ranges_in(within))
+    }
+
     /// Returns the entries that have pages, ascending, each with its pages.
     pub(super) fn entries(&self) -> impl Iterator<Item = (u8, &PageSet)> {
         self.by_entry.iter().map(|(&entry, pages)| (entry, pages))

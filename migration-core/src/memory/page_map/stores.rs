@@ -155,6 +155,35 @@ impl PageMap {
         runs
     }
 
+    /// Returns the first page from `from` on that is in this entry and that nobody has claimed.
+    pub fn first_unfetched(&self, entry: u8, from: u64) -> Option<u64> {
+        let rest = PageRange::new(from, self.pages().saturating_sub(from));
+        self.copies.ranges_of(entry, rest).find_map(|run| self.unfetched.first_in(run))
+    }
+
+    /// Returns the pages of `within` that are in this entry and that nobody has claimed, the first
+    /// so many, with their copies. Ascending.
+    pub fn unfetched_in(&self, entry: u8, within: PageRange, most: u64) -> Vec<(PageRange, StoreCopy)> {
+        let mut left = most;
+        let mut runs = Vec::new();
+        for range in self.copies.ranges_of(entry, within).flat_map(|run| self.unfetched.ranges_in(run)) {
+            if left == 0 {
+                break;
+            }
+            let range = PageRange::new(range.first, range.count.min(left));
+            runs.extend(self.copies.runs_in(range));
+            left -= range.count;
+        }
+        runs
+    }
+
+    /// Returns the missing pages of this entry that the source has in RAM, too.
+    pub fn held_in(&self, entry: u8) -> PageSet {
+        let mut pages = self.copies.of_entry(entry);
+        pages.intersect_with(&self.held);
+        pages
+    }
+
     /// Returns whether somebody has claimed a missing page of `within`.
     pub fn is_claimed_in(&self, within: PageRange) -> bool {
         let free = |run| {
