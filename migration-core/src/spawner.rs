@@ -42,7 +42,7 @@ pub enum GuestImpact {
     Fast,
 }
 
-/// The handle of a thread that a [`Spawner`] started.
+/// The handle of a thread that a [`Spawner`] started. To drop it leaves the thread to itself.
 pub trait Joiner: Send {
     /// Blocks until the thread has ended.
     fn join(self: Box<Self>);

@@ -23,6 +23,7 @@ use migration_core::{
         StoreError, Stored, Urgency, VmNamespace,
     },
     strategy::{Done, Linear, Place, Running, Strategy, push_order::Through},
+    vm::SourceVm as _,
     wire::LaneKind,
 };
 
@@ -519,5 +520,31 @@ fn rule_14_a_namespace_that_no_page_needs_is_forgotten() {
         let (arrived, said) = destination.finish();
         assert!(arrived.pages() == checksums(&vm.ram), "{whole}: {said}");
         assert!(is_empty(&inner), "whole {whole}: {said}");
+    }
+}
+
+/// The put never ends, as far as the source knows. What it has put is forgotten when it does.
+#[test]
+fn a_store_that_hangs_does_not_keep_a_migration_from_being_cancelled() {
+    let (inner, gate, (controller, commands)) = (memory("rack-7"), Arc::new(Gate::default()), Controller::new());
+    let destination = destination(vec![Seen::good(&inner)], &[]);
+    let hangs = gate.clone();
+    let put = move |stored| {
+        controller.cancel("the test says so");
+        hangs.wait("a put");
+        Ok(stored)
+    };
+    let store = Seen { put: Box::new(put), ..Seen::good(&inner) };
+    let (link, script) = (Fragile::new(&destination), Script { put: vec![(place("rack-7"), 9)], ..Script::default() });
+    let moving = Moving::commanded(script, &link, quiet_guest(), options(vec![store]), commands);
+    let (report, mut vm) = moving.end();
+    assert_eq!(report.outcome, Outcome::Cancelled, "{:?}", report.reason);
+    assert!(!vm.tracker().is_active());
+    assert!(!is_empty(&inner), "the put has not ended");
+    gate.open();
+    let deadline = Instant::now() + HANG;
+    while !is_empty(&inner) {
+        assert!(Instant::now() < deadline, "hangs: the namespace is not forgotten");
+        thread::yield_now();
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{
     puts::OpenPlace,
-    putter::{PlaceDone, RearmGate},
+    putter::{PlaceDone, PlaceThread, RearmGate},
     *,
 };
 use crate::{
@@ -57,6 +57,8 @@ pub(super) struct Places {
     /// while it is not asked.
     pub(super) deferred: Option<Vec<PlaceDone>>,
     pub(super) threads: Vec<Box<dyn Joiner>>,
+    /// The threads of all places, also of those that are closed.
+    pub(super) putters: Vec<PlaceThread>,
     /// Whether the strategy puts pages at this moment.
     pub(super) putting: bool,
     /// Until when the threads re-arm pages.
@@ -136,7 +138,7 @@ impl Engine<'_> {
     pub(super) fn forget_places_since(&mut self, before: Opened) {
         let opened = self.places.open.split_off(before.places);
         for open in opened {
-            self.forget_place(&open);
+            self.close_place(open, true);
         }
         self.places.table.begin_session(before.entries);
         (self.places.parts, self.places.received, self.places.sent_entries) = (0, 0, 0);

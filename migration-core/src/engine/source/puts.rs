@@ -4,16 +4,15 @@ use std::sync::mpsc;
 
 use super::{
     places::SourceStores,
-    putter::{Job, JobDone, PlaceDone, PutFailure, PutJob, PutPages, Putter},
+    putter::{Job, JobDone, PlaceDone, PlaceThread, PutFailure, PutJob, PutPages, Putter},
     *,
 };
 use crate::{
     PageRange,
     page_map::StoreCopy,
     paged_memory::{EntryStore, StoreEntry, TableError},
-    store::{Namespace, PageStore, Purpose, Record},
+    store::{Namespace, Purpose, Record},
     strategy::{Place, Portion, Put},
-    text::Chain,
     tracker::Rearm,
 };
 
@@ -23,13 +22,14 @@ const MAX_PUT_PAGES: u64 = 512;
 const LONGEST_TRUST: Duration = Duration::from_secs(30);
 /// A store that has failed is asked again so much later, if nothing is put there meanwhile.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// The longest time that the end of a migration waits for stores. The guest runs meanwhile.
+const CLOSING_TIME: Duration = Duration::from_secs(2);
 
 /// A namespace in the stores of a place.
 pub(super) struct OpenPlace {
     /// No other place of this migration has it, also after this one is closed.
     number: usize,
     pub(super) place: Place,
-    stores: Vec<Arc<dyn PageStore>>,
     /// The namespace, from the moment on from which the stores may have it.
     namespace: Namespace,
     /// An earlier one, of which the stores have lost pages.
@@ -80,24 +80,24 @@ impl Engine<'_> {
         let number = self.places.numbers;
         let putter = Putter {
             place: number,
-            ram: self.ram.clone(),
+            ram: Arc::downgrade(&self.ram),
             record: Record { vm: self.id, purpose: *purpose, owner: options.owner },
             lease: options.lease,
-            stores: stores.clone(),
+            stores,
             namespace: namespace.clone(),
             incarnations: Vec::new(),
         };
         let (tx, name) = (self.tx.clone(), format!("mig-put-{number}"));
-        let thread =
-            self.options.spawner.spawn(Role::Bulk, self.options.impact, &name, Box::new(move || putter.run(work, tx)));
-        let thread = thread.map_err(|cause| MigrationError::Thread { role: "puts into a page store", cause })?;
-        self.places.threads.push(thread);
+        let (ends, ended) = mpsc::channel();
+        let body = Box::new(move || putter.run(work, tx, ends));
+        let joiner = self.options.spawner.spawn(Role::Bulk, self.options.impact, &name, body);
+        let joiner = joiner.map_err(|cause| MigrationError::Thread { role: "puts into a page store", cause })?;
+        self.places.putters.push(PlaceThread { place: place.to_string(), joiner, ended });
         // from here on the namespace is forgotten if the attempt fails, also if only some stores
         // have it
         self.places.open.push(OpenPlace {
             number,
             place,
-            stores,
             namespace: namespace.clone(),
             lost_namespace: None,
             entry: None,
@@ -396,25 +396,25 @@ impl Engine<'_> {
             let attempt = matches!(open.place, Place::Stores { purpose: Purpose::Attempt, .. });
             let unknown = open.entry.is_none_or(|entry| usize::from(entry) >= known);
             let forgotten = if failed { attempt || self.staging.is_some() } else { unknown };
-            if forgotten {
-                self.forget_place(&open);
-            }
+            self.close_place(open, forgotten);
+        }
+        // a store that hangs keeps its thread, and not the caller
+        let deadline = Instant::now() + CLOSING_TIME;
+        for thread in std::mem::take(&mut self.places.putters) {
+            thread.end(deadline).into_iter().for_each(|what| self.options.observer.event(&Event::Warning(what)));
         }
         for thread in std::mem::take(&mut self.places.threads) {
             thread.join();
         }
     }
 
-    /// Forgets what the stores of a place were given.
-    pub(super) fn forget_place(&self, open: &OpenPlace) {
-        for namespace in [Some(&open.namespace), open.lost_namespace.as_ref()].into_iter().flatten() {
-            for store in &open.stores {
-                if let Err(cause) = store.forget(namespace.of(self.id)) {
-                    let error = MigrationError::page_store(store.name())(cause);
-                    let what = format!("what was put stays until its lease ends: {}", Chain(&error));
-                    self.options.observer.event(&Event::Warning(what));
-                }
-            }
+    /// The thread of a place ends after what it has in hand. Before, it forgets what the stores were
+    /// given, if that is wanted.
+    pub(super) fn close_place(&self, open: OpenPlace, forget: bool) {
+        if forget {
+            let namespaces = [Some(open.namespace), open.lost_namespace].into_iter().flatten().collect();
+            // a thread that has ended has nothing to forget
+            let _ = open.jobs.send(Job::Forget(namespaces));
         }
     }
 }

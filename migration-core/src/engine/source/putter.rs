@@ -1,7 +1,10 @@
 //! Threads that talk to page stores, one for each place: a store may take its time, and the engine
 //! goes on meanwhile.
 
-use std::sync::{Arc, Mutex, mpsc};
+use std::{
+    sync::{Arc, Mutex, Weak, mpsc},
+    time::{Duration, Instant},
+};
 
 use crate::{
     MigrationError, PageRange, PageSet,
@@ -10,7 +13,9 @@ use crate::{
     page_map::StoreCopy,
     paged_memory::EntryStore,
     ram::GuestRam,
+    spawner::Joiner,
     store::{Incarnation, Namespace, PageStore, PageToPut, Record, StoreError},
+    text::Chain,
     tracker::{Rearm, TrackerError},
 };
 
@@ -24,6 +29,8 @@ pub(super) enum Job {
     Put(PutJob),
     /// Renews the lease of the namespace, and finds out whether the stores have lost anything.
     Renew,
+    /// Forgets the namespaces: nobody needs them any more. The last job.
+    Forget(Vec<Namespace>),
 }
 
 /// Pages for a place.
@@ -118,12 +125,41 @@ impl Rearm for Gated {
     }
 }
 
+/// The thread of a place, as the engine sees it.
+pub(super) struct PlaceThread {
+    /// The place, in words.
+    pub(super) place: String,
+    pub(super) joiner: Box<dyn Joiner>,
+    /// Says that the thread is about to end, and what went wrong when it forgot namespaces.
+    pub(super) ended: mpsc::Receiver<Vec<MigrationError>>,
+}
+
+impl PlaceThread {
+    /// Waits for the end of the thread, until `deadline` at the longest. A thread whose store hangs
+    /// then is left to itself: it ends when the store answers. Returns what the user has to know.
+    pub(super) fn end(self, deadline: Instant) -> Vec<String> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let errors = match self.ended.recv_timeout(left) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let place = self.place;
+                let what = format!("{place}: a store does not answer; what was put stays until it does");
+                return vec![what];
+            }
+            Ok(errors) => errors,
+            Err(mpsc::RecvTimeoutError::Disconnected) => Vec::new(),
+        };
+        self.joiner.join();
+        errors.iter().map(|error| format!("what was put stays until its lease ends: {}", Chain(error))).collect()
+    }
+}
+
 /// Does the jobs of one place, on a thread of its own.
 pub(super) struct Putter {
     pub(super) place: usize,
-    pub(super) ram: Arc<dyn GuestRam>,
+    /// RAM, as long as the migration lasts: a store that hangs must not keep it.
+    pub(super) ram: Weak<dyn GuestRam>,
     pub(super) record: Record,
-    pub(super) lease: std::time::Duration,
+    pub(super) lease: Duration,
     pub(super) stores: Vec<Arc<dyn PageStore>>,
     /// The namespace that was created last, and the incarnations that the stores had then.
     pub(super) namespace: Namespace,
@@ -131,18 +167,40 @@ pub(super) struct Putter {
 }
 
 impl Putter {
-    pub(super) fn run(mut self, jobs: mpsc::Receiver<Job>, inputs: mpsc::Sender<Input>) {
+    pub(super) fn run(
+        mut self,
+        jobs: mpsc::Receiver<Job>,
+        inputs: mpsc::Sender<Input>,
+        ends: mpsc::Sender<Vec<MigrationError>>,
+    ) {
+        let mut errors = Vec::new();
         while let Ok(job) = jobs.recv() {
             let what = match job {
                 Job::Open { namespace, lost } => JobDone::Opened(self.open(namespace, lost)),
                 Job::Put(job) => JobDone::Put { run: job.run, copy: job.copy, result: self.put(&job) },
                 Job::Renew => JobDone::Renewed(self.renew()),
+                Job::Forget(namespaces) => {
+                    errors.extend(self.forget(&namespaces));
+                    continue;
+                }
             };
-            // the engine may be gone: the migration is over
-            if inputs.send(Input::Place(PlaceDone { place: self.place, what })).is_err() {
-                return;
+            // the engine may be gone: the migration is over, and the last job comes next
+            let _ = inputs.send(Input::Place(PlaceDone { place: self.place, what }));
+        }
+        // as above
+        let _ = ends.send(errors);
+    }
+
+    /// Forgets namespaces in all stores. Returns what went wrong.
+    fn forget(&self, namespaces: &[Namespace]) -> Vec<MigrationError> {
+        let mut errors = Vec::new();
+        for namespace in namespaces {
+            for store in &self.stores {
+                let forgotten = store.forget(namespace.of(self.record.vm));
+                errors.extend(forgotten.map_err(MigrationError::page_store(store.name())).err());
             }
         }
+        errors
     }
 
     /// Creates the namespace in all stores.
@@ -167,11 +225,7 @@ impl Putter {
 
     /// Puts the pages into all stores.
     fn put(&self, job: &PutJob) -> Result<PutPages, PutFailure> {
-        let mut wanted = PageSet::empty(self.ram.layout().pages());
-        wanted.insert_range(job.run);
-        // a copy: the guest may write between two looks
-        let mut copied = Copied::default();
-        copied.take(&*self.ram, &wanted, job.rearm.as_deref()).map_err(PutFailure::Here)?;
+        let copied = self.copy(job).map_err(PutFailure::Here)?;
         let zeros = copied.pages().filter(|(_, data)| data.is_none()).map(|(page, _)| page);
         let zeros = PageRange::runs_of(zeros);
         let pages: Vec<_> = copied.pages().filter_map(|(page, data)| Some(PageToPut { page, value: data? })).collect();
@@ -191,6 +245,17 @@ impl Putter {
         }
         let stored = pages.iter().zip(taken).filter(|(_, taken)| *taken);
         Ok(PutPages { stored: PageRange::runs_of(stored.map(|(page, _)| page.page)), zeros })
+    }
+
+    /// Copies the pages: the guest may write between two looks.
+    fn copy(&self, job: &PutJob) -> Result<Copied, MigrationError> {
+        let over = || MigrationError::GaveUp("the migration has ended".into());
+        let ram = self.ram.upgrade().ok_or_else(over)?;
+        let mut wanted = PageSet::empty(ram.layout().pages());
+        wanted.insert_range(job.run);
+        let mut copied = Copied::default();
+        copied.take(&*ram, &wanted, job.rearm.as_deref())?;
+        Ok(copied)
     }
 
     /// Renews the lease in all stores.
