@@ -112,7 +112,7 @@ impl Simulation {
         match checked_next(order, unsent, most) {
             Ok(range) => range,
             Err(why) => {
-                let range = Linear::default().next(unsent, most);
+                let (range, why) = (Linear::default().next(unsent, most), why.to_string());
                 if self.broken.last() != Some(&why) {
                     self.broken.push(why);
                 }

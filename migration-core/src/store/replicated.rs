@@ -216,19 +216,19 @@ impl<S: PageStore> PageStore for Replicated<S> {
     /// Lists a namespace only if its lease has ended in every store that has it: a renewal that
     /// reached only some of them counts.
     fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError> {
-        let mut ended: BTreeMap<NamespaceId, (Record, usize)> = BTreeMap::new();
-        for store in &self.stores {
+        let mut ended: BTreeMap<NamespaceId, (Record, Vec<usize>)> = BTreeMap::new();
+        for (at, store) in self.stores.iter().enumerate() {
             for (id, record) in store.expired()? {
-                ended.entry(id).or_insert((record, 0)).1 += 1;
+                ended.entry(id).or_insert((record, Vec::new())).1.push(at);
             }
         }
         let mut all = Vec::new();
-        for (id, (record, stores)) in ended {
-            let mut have = 0;
-            for store in &self.stores {
-                have += usize::from(store.record(id)?.is_some());
-            }
-            if stores >= have {
+        for (id, (record, listing)) in ended {
+            // only the others are asked: usually there are none
+            let mut others = self.stores.iter().enumerate().filter(|(at, _)| !listing.contains(at));
+            let renewed = others
+                .try_fold(false, |found, (_, store)| Ok::<_, StoreError>(found || store.record(id)?.is_some()))?;
+            if !renewed {
                 all.push((id, record));
             }
         }

@@ -29,7 +29,7 @@ use crate::{
     report::Event,
     strategy::{
         Linear, PushOrder,
-        push_order::{DIRTIED, checked_next},
+        push_order::{DIRTIED, OrderError, checked_next},
     },
     text::describe,
     wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
@@ -161,14 +161,15 @@ impl Left {
     ///
     /// # Errors
     /// What is wrong with the order.
-    fn next(&self, order: &mut dyn PushOrder, most: u64) -> Result<Option<PageRange>, String> {
+    fn next(&self, order: &mut dyn PushOrder, most: u64) -> Result<Option<PageRange>, OrderError> {
         let mut map = lock(&self.map);
         let block = self.block.load(Ordering::Relaxed).max(1);
         let Some(wanted) = checked_next(order, map.unclaimed(), most.max(block))? else { return Ok(None) };
         // of a block, what is left of it
         let whole = PageRange::new(wanted.first / block * block, block);
         let range = map.unclaimed().ranges_in(if block == 1 { wanted } else { whole }).next();
-        range.map_or(Ok(()), |range| map.claim(range)).map_err(|error| error.to_string())?;
+        let Some(run) = range else { return Ok(None) };
+        map.claim(run).map_err(|_| OrderError::NotUnsent { order: order.name(), run })?;
         Ok(range)
     }
 }
@@ -496,7 +497,7 @@ mod tests {
             (Some(range(u64::MAX, 2)), "not all unsent"),
         ] {
             let left = left(&[(10, 20)], 1);
-            let said = left.next(&mut Always(wrong), 100).unwrap_err();
+            let said = left.next(&mut Always(wrong), 100).unwrap_err().to_string();
             assert!(said.contains(why), "{said}");
             assert_eq!(lock(&left.map).unclaimed().len(), 20, "nothing is claimed");
         }

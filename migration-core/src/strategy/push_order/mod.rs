@@ -28,6 +28,7 @@ pub use hot_first::HotFirst;
 pub use linear::Linear;
 pub use multi_pivot::{DEFAULT_PIVOTS, Direction, MultiPivot};
 pub use random::Random;
+use thiserror::Error;
 pub use through::Through;
 
 use super::Place;
@@ -113,23 +114,42 @@ pub trait PushOrder: Send {
     }
 }
 
+/// What is wrong with the choice of a push order.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OrderError {
+    /// It chose nothing although pages are unsent.
+    #[error("the push order {order} chose nothing of {unsent} pages")]
+    Nothing {
+        /// The name of the order.
+        order: &'static str,
+        /// The number of unsent pages.
+        unsent: u64,
+    },
+    /// It chose no page, or pages that are not all unsent.
+    #[error("the push order {order} chose pages {}+{}, which are not all unsent", run.first, run.count)]
+    NotUnsent {
+        /// The name of the order.
+        order: &'static str,
+        /// The pages.
+        run: PageRange,
+    },
+}
+
 /// Asks `order` for the next run, and checks its answer.
 ///
 /// # Errors
-/// What is wrong with it: it chose nothing although pages are unsent, or pages that are not.
+/// What is wrong with it.
 pub(crate) fn checked_next(
     order: &mut dyn PushOrder,
     unsent: &PageSet,
     most: u64,
-) -> Result<Option<PageRange>, String> {
+) -> Result<Option<PageRange>, OrderError> {
     match order.next(unsent, most) {
         None if unsent.is_empty() => Ok(None),
-        None => Err(format!("the push order {} chose nothing of {} pages", order.name(), unsent.len())),
+        None => Err(OrderError::Nothing { order: order.name(), unsent: unsent.len() }),
         Some(run) if run.count > 0 && unsent.count_in(run) == run.count => Ok(Some(run)),
-        Some(run) => {
-            let PageRange { first, count } = run;
-            Err(format!("the push order {} chose pages {first}+{count}, which are not all unsent", order.name()))
-        }
+        Some(run) => Err(OrderError::NotUnsent { order: order.name(), run }),
     }
 }
 
