@@ -282,11 +282,6 @@ impl Vm {
         Ok(Self { machine: restored.vm.0, epoch: AtomicU32::new(restored.report.epoch) })
     }
 
-    /// Returns whether the guest runs on KVM, and not as a software guest.
-    pub fn is_on_kvm(&self) -> bool {
-        !self.machine.snapshot().software
-    }
-
     /// Returns what a built-in workload shows of itself; `None` of another guest, of one that has
     /// not started, and while the page with it is missing.
     pub fn board(&self) -> Option<Board> {

@@ -81,12 +81,9 @@ impl Instance {
         self.kept.update(self.at_broker().as_ref().map(|vm| vm as _), change)
     }
 
-    /// As [`report_broker`](Self::report_broker), where the VM must not be restarted by a broker
-    /// that has not heard of it.
+    /// As [`report_broker`](Self::report_broker) for a VM that is not borrowed, where it must not be
+    /// restarted by a broker that has not heard of it.
     fn must_tell_broker(&self, change: Change<Saved>) -> Result<(), String> {
-        if self.lender().is_some() {
-            return Ok(());
-        }
         let told = self.kept.update_or_fail(self.at_broker().as_ref().map(|vm| vm as _), change);
         told.map_err(|e| format!("the broker would not know where the VM is, and might restart it: {}", Chain(&e)))
     }
@@ -101,26 +98,25 @@ impl Instance {
 
     /// Beside this process that one may have the VM, which is reached there.
     pub(super) fn may_be_at(&self, process: Vec<u8>, to: &Address) -> Result<(), String> {
-        match self.lender() {
-            Some(_) => self.is_elsewhere(Some(to.to_string())),
-            None => self.must_tell_broker(Change::MayRunIn(process)),
-        }
+        self.is_or_may_be(Some(to.to_string()), Change::MayRunIn(process))
     }
 
     /// The VM may run where its processes cannot be told dead.
     pub(super) fn is_elsewhere(&self, to: Option<String>) -> Result<(), String> {
+        self.is_or_may_be(to.clone(), Change::Elsewhere(to))
+    }
+
+    /// Has the lender know that the VM may run at `to`, or else the broker know of this change.
+    fn is_or_may_be(&self, to: Option<String>, change: Change<Saved>) -> Result<(), String> {
         match self.lender() {
             Some(lender) => control::ask_peer(&lender, &Request::Elsewhere { to }).map(drop),
-            None => self.must_tell_broker(Change::Elsewhere(to)),
+            None => self.must_tell_broker(change),
         }
     }
 
     /// It has not left.
     pub(super) fn stays(&self) {
-        let told = match self.lender() {
-            Some(_) => self.is_elsewhere(None),
-            None => self.must_tell_broker(Change::Here),
-        };
+        let told = self.is_or_may_be(None, Change::Here);
         if let Err(why) = told {
             log!("the VM is not restarted if it is lost now: {why}");
         }
@@ -128,7 +124,10 @@ impl Instance {
 
     /// The guest has come to its end.
     pub(super) fn guest_ended(&self) {
-        if let Err(why) = self.must_tell_broker(Change::Ended) {
+        // if the VM is borrowed, its home learns it from the report
+        if self.lender().is_none()
+            && let Err(why) = self.must_tell_broker(Change::Ended)
+        {
             log!("{why}");
         }
     }

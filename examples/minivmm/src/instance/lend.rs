@@ -61,7 +61,6 @@ impl Instance {
         let way_back = self.way_back(&place, number);
         let told = way_back.and_then(|way_back| self.may_be_at(borrower, &to).map(|()| way_back));
         let (back, mut listener) = told.map_err(|why| {
-            self.lock().lent = None;
             self.not_begun();
             format!("lend: {why}")
         })?;
@@ -85,11 +84,7 @@ impl Instance {
             instance.keep_at_exit(&back);
             instance.absence_ended(end);
         };
-        let begun = self.spawn("lend", body);
-        if begun.is_err() {
-            self.lock().lent = None;
-        }
-        begun?;
+        self.spawn("lend", body)?;
         Ok(await_end(updates, false, &mut |_| {})?)
     }
 

@@ -143,6 +143,7 @@ impl Instance {
         let mut state = self.lock();
         let role = state.at_home();
         (state.controller, state.session, state.under_way, state.role) = (None, None, None, role);
+        state.lent = None;
         state.waiting.clear();
         drop(state);
         self.changed.notify_all();
