@@ -20,21 +20,33 @@ use migration_core::{
         SnapshotReport, SourceOptions,
     },
     report::{Outcome, Report},
+    store::{Owner, PageStore},
     strategy::Strategy,
+    working_set::ResidentLimit,
 };
 use migration_crypto::{SecureListener, Security, SourceSession};
-use migration_kvm::{fence::ProcessFence, ram::Backing, spawner::LinuxSpawner, tracker::TrackerKind};
+use migration_kvm::{
+    fence::ProcessFence, ram::Backing, spawner::LinuxSpawner, swapper::PagingStatus, tracker::TrackerKind,
+};
 use migration_transport::{Address, AddressError, ConnectOptions, SnapshotFile, bind, connector};
 use minivmm_client::encryption::secured;
 use thiserror::Error;
 
-use crate::vmm::{self, Host, HostOptions, Machine, MachineConfig, MachineError, MachineSource, SerialTarget};
+use crate::vmm::{
+    self, ColdPages, Host, HostOptions, Machine, MachineConfig, MachineError, MachineSource, SerialTarget,
+};
 
 /// How often a guest's board is looked at while it is waited for.
 const LOOK: Duration = Duration::from_millis(2);
 /// How long a guest may take until it has done what it was asked for: far longer than it does, also
 /// on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Who answers for what a VM of this kind puts into page stores.
+const A_PROGRAM: Owner = match Owner::new("a program with a VM") {
+    Ok(owner) => owner,
+    Err(_) => panic!("the text is printable"),
+};
 
 /// What a new VM is made of.
 #[derive(Clone, Debug)]
@@ -156,6 +168,15 @@ pub enum GuestError {
     /// It has ended by itself.
     #[error("the guest has ended: {0}")]
     Ended(String),
+    /// Its cold pages go to no page store.
+    #[error("cold pages of the guest go to no page store")]
+    NotPaged,
+    /// No thread reads its cold pages back. They come when they are touched.
+    #[error("a thread that reads cold pages back")]
+    NotBack(#[source] std::io::Error),
+    /// Its pages do not go to the page stores in time.
+    #[error("too few pages are in page stores after {PATIENCE:?}: {0:?}")]
+    Warm(Box<PagingStatus>),
 }
 
 /// How a VM is migrated.
@@ -216,6 +237,53 @@ impl Vm {
         let vm = Self::build(options)?;
         vm.machine.start(true)?;
         Ok(vm)
+    }
+
+    /// Puts cold pages of the guest into page stores from now on, so that no more than `limit` stays
+    /// in RAM. Each of the stores gets every page. The guest may run. Can be called once.
+    ///
+    /// # Errors
+    /// When pages of this VM cannot be evicted, or a store does not take them.
+    pub fn keep_cold_pages(&self, stores: Vec<Arc<dyn PageStore>>, limit: ResidentLimit) -> Result<(), MachineError> {
+        self.machine.page_out(ColdPages { stores, owner: A_PROGRAM, limit })
+    }
+
+    /// Returns how much of the VM's memory is in RAM and in page stores; `None` unless cold pages go
+    /// there.
+    pub fn paging(&self) -> Option<PagingStatus> {
+        self.machine.paging()
+    }
+
+    /// Changes the limit of what stays in RAM. Without one, all pages are read back in the background.
+    ///
+    /// # Errors
+    /// When cold pages go to no page store.
+    pub fn set_resident_limit(&self, limit: ResidentLimit) -> Result<(), GuestError> {
+        self.machine.set_resident_limit(limit)
+    }
+
+    /// Removes the cold pages from their stores, because the VM is not needed any more. Never called
+    /// when it was migrated: its destination reads them there.
+    pub fn forget_cold_pages(&self) {
+        self.machine.forget_cold_pages();
+    }
+
+    /// Waits until so many bytes are in page stores.
+    ///
+    /// # Errors
+    /// When they do not get there.
+    pub fn wait_cold(&self, bytes: u64) -> Result<PagingStatus, GuestError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.paging().ok_or(GuestError::NotPaged)?;
+            if status.cold_bytes >= bytes {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                return Err(GuestError::Warm(Box::new(status)));
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Moves the VM to the destination that listens at `to`. Returns when the destination has

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
     let programs = [
         ("pre_copy", env!("CARGO_BIN_EXE_pre_copy"), Needs::Kvm),
         ("post_copy", env!("CARGO_BIN_EXE_post_copy"), Needs::PageFaults),
+        ("agile", env!("CARGO_BIN_EXE_agile"), Needs::PageFaults),
         ("hand_over", env!("CARGO_BIN_EXE_hand_over"), Needs::Kvm),
         ("snapshot", env!("CARGO_BIN_EXE_snapshot"), Needs::Kvm),
         ("encrypted", env!("CARGO_BIN_EXE_encrypted"), Needs::Kvm),

@@ -10,8 +10,10 @@ use bytes::Bytes;
 use migration_core::{
     GuestRam, PageSet,
     engine::ephemeral::PersistentVm,
+    paged_memory::PagedMemory,
     pager::Pager,
     state::{Section, VmState},
+    strategy::{HandOver, Strategy as _},
     tracker::DirtyTracker,
     vm::{CheckpointedVm, DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
@@ -19,6 +21,7 @@ use migration_kvm::{
     ram::Backing,
     spawner::{PriorityBoost, lower_priority},
     state::entry_pages,
+    swapper::Held,
     tracker::{IdlePages, TrackerKind},
 };
 
@@ -43,17 +46,24 @@ pub(crate) struct MachineSource {
     /// What tells which pages its guest references, or why that cannot be told; `None` if nobody
     /// wants to know.
     idle: Option<Result<IdlePages, String>>,
+    /// As long as this lives no page is evicted; or why that cannot be.
+    held: Option<Result<Held, String>>,
 }
 
 impl MachineSource {
     pub(crate) fn new(machine: Arc<Machine>) -> Self {
+        let held = machine.hold_pages();
         let tracker = machine.take_tracker();
-        Self { machine, tracker, shared: OnceLock::new(), stays: false, at_rest: false, idle: None }
+        Self { held, machine, tracker, shared: OnceLock::new(), stays: false, at_rest: false, idle: None }
     }
 
     /// From here on, the pages that the guest references are noted, where the kernel can tell.
     pub(crate) fn note_references(&mut self) {
         self.idle = Some(IdlePages::watch(self.machine.ram.clone()).map_err(|e| e.to_string()));
+    }
+
+    fn held(&self) -> Option<&Held> {
+        self.held.as_ref()?.as_ref().ok()
     }
 
     /// Of a machine that stays when its guest goes.
@@ -90,6 +100,10 @@ impl SourceVm for MachineSource {
         &mut *self.tracker
     }
 
+    fn paged_memory(&self) -> Option<Arc<PagedMemory>> {
+        self.machine.paging.get().map(|paging| paging.swapper.memory().clone())
+    }
+
     fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         self.machine.bus.balloon.free_pages(into)
     }
@@ -109,7 +123,10 @@ impl SourceVm for MachineSource {
     }
 
     fn blocked(&self, strategy: &str) -> Option<String> {
-        self.machine.blocked().or_else(|| self.machine.devices().blocked(strategy))
+        let not_held = self.held.as_ref().and_then(|held| held.as_ref().err().cloned());
+        let shares_ram = strategy == HandOver.name();
+        let paged = || self.machine.is_paged().filter(|_| shares_ram);
+        not_held.or_else(paged).or_else(|| self.machine.blocked()).or_else(|| self.machine.devices().blocked(strategy))
     }
 
     fn start(&mut self) -> Result<(), VmError> {
@@ -127,10 +144,16 @@ impl SourceVm for MachineSource {
     fn pause(&mut self) -> Result<(), VmError> {
         self.machine.stop()?;
         self.at_rest = true;
+        if let Some(held) = self.held() {
+            held.no_page_comes_back();
+        }
         self.machine.devices().quiesce()
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
+        if let Some(held) = self.held() {
+            held.pages_come_back();
+        }
         if std::mem::take(&mut self.at_rest) {
             self.machine.devices().resume()?;
         }
@@ -146,7 +169,10 @@ impl SourceVm for MachineSource {
     }
 
     fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
-        entry_pages(state, &*self.machine.ram, into);
+        // they are looked up in page tables, which may be in a page store, and none comes from there now
+        if self.machine.cold_pages() == 0 {
+            entry_pages(state, &*self.machine.ram, into);
+        }
     }
 
     fn starts_running(&self) -> bool {

@@ -43,11 +43,12 @@ use super::{
     devices::{Bus, SerialDevice, SerialOutput, SerialTarget},
     kvm::KvmProcessors,
     measured::Measured,
+    paging::Paging,
     software::SoftwareProcessors,
 };
 
 /// Where the built-in workloads keep their figures.
-const BOARD: u64 = 0x10_0000;
+pub(super) const BOARD: u64 = 0x10_0000;
 
 /// Bytes of a vCPU's state, about: what `KVM_GET_XSAVE2` and a few hundred MSRs give. This and the
 /// next ones hold until the VM's state was saved, or loaded, for the first time.
@@ -78,8 +79,13 @@ pub struct MachineError(String);
 
 impl From<BootError> for MachineError {
     fn from(error: BootError) -> Self {
-        Self(describe(error))
+        machine_error(error)
     }
+}
+
+/// Returns any error as the reason.
+pub(super) fn machine_error(error: impl std::error::Error) -> MachineError {
+    MachineError(describe(error))
 }
 
 /// What executes the guest: vCPUs of KVM, or threads that take their place.
@@ -126,6 +132,8 @@ pub(crate) struct Machine {
     pub(super) config: MachineConfig,
     // processors end before their memory goes away: fields are dropped in order
     pub(super) processors: Box<dyn Processors>,
+    /// Cold pages, of a machine that has been at home here from the beginning.
+    pub(super) paging: OnceLock<Paging>,
     devices: Mutex<DeviceSet>,
     tracker: Mutex<Option<Box<dyn DirtyTracker>>>,
     tracker_is_back: Condvar,
@@ -141,7 +149,7 @@ pub(crate) struct Machine {
     /// Of a guest that comes from another process of this machine.
     preferred: Mutex<Option<PriorityBoost>>,
     /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
-    fault: Option<Arc<UserFault>>,
+    pub(super) fault: Option<Arc<UserFault>>,
     /// Shared with the balloon, which must not act behind its back.
     pager: Arc<OnceLock<Arc<UserFaultPager>>>,
     /// What saving and loading its state took. Shared with whoever builds the VM once more.
@@ -324,6 +332,7 @@ impl Machine {
         Ok(Self {
             config,
             processors,
+            paging: OnceLock::new(),
             devices,
             tracker,
             tracker_is_back: Condvar::new(),
@@ -567,7 +576,13 @@ impl Machine {
     pub(crate) fn cannot_hand_over(&self) -> Option<String> {
         let private =
             || Some(format!("its RAM is private to this process: {}", Chain(&self.ram.memory_files().err()?)));
-        self.blocked().or_else(private)
+        self.blocked().or_else(|| self.is_paged()).or_else(private)
+    }
+
+    /// Why no other process of this host may use its RAM, if its cold pages go to a page store.
+    pub(super) fn is_paged(&self) -> Option<String> {
+        let why = "its cold pages go to a page store, which another process that uses its RAM would not notice";
+        self.paging.get().map(|_| why.into())
     }
 
     /// Whether the page at this address can be looked at without waiting for it to come.
@@ -594,6 +609,7 @@ impl Machine {
     /// Frees what the machine holds but its memory.
     pub(super) fn shut_down(&self) {
         self.processors.shut_down();
+        self.end_paging();
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {

@@ -10,6 +10,7 @@ mod glue;
 mod kvm;
 mod machine;
 mod measured;
+mod paging;
 mod protect;
 mod software;
 #[cfg(test)]
@@ -21,3 +22,4 @@ pub use devices::SerialTarget;
 pub(crate) use glue::{Host, HostOptions, MachineSource, Tenant};
 pub use machine::MachineError;
 pub(crate) use machine::{Machine, Snapshot, host_tsc_khz};
+pub(crate) use paging::ColdPages;
