@@ -28,7 +28,7 @@ use crate::{
     HANG,
     destination::Destination,
     guest::{Host, RecordedVm, checksums, description_of, write},
-    live::Link,
+    live::{Link, run_by},
     pager::Paging,
 };
 
@@ -479,6 +479,34 @@ fn a_wait_ends_with_time_dirty_pages_and_commands() {
     staged.controller.stage_off();
     assert!(next().unwrap_err().contains("not to be protected"));
     assert_eq!(staged.end().0.outcome, Outcome::Cancelled);
+}
+
+/// Waits while it is connected, and then stops and copies.
+struct WaitsConnected;
+
+impl Strategy for WaitsConnected {
+    fn name(&self) -> &'static str {
+        "waits while it is connected"
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        vm.start_tracking()?;
+        assert_eq!(vm.wait(Until::after(Duration::from_millis(1)))?, Wake::Time);
+        assert_eq!(vm.wait(Until::dirty(0).or_after(HANG))?, Wake::Dirty);
+        let refused = vm.wait(Until::command()).unwrap_err().to_string();
+        assert!(refused.contains("no command can come"), "{refused}");
+        strategy::StopAndCopy.migrate(vm)
+    }
+}
+
+#[test]
+fn a_migration_with_a_known_destination_waits_for_all_but_commands() {
+    let destination = destination(vec![]);
+    let (report, vm, _) =
+        run_by(WaitsConnected, &destination, Link::new(&destination, None), guest(), SourceOptions::default());
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let (arrived, said) = destination.finish();
+    assert_eq!(arrived.pages(), checksums(&vm.ram), "{said}");
 }
 
 #[test]

@@ -16,6 +16,7 @@ use migration_core::{
 
 use crate::{
     HANG,
+    destination::Destination,
     live::{Direction, Link},
     staging::{DATA, Flaky, Staged, check, destination, there},
 };
@@ -66,11 +67,39 @@ fn a_vm_is_evicted_while_a_put_hangs() {
     check(destination, &vm);
 }
 
-/// Connects only when the test says so.
+/// Holds up whoever connects until the test opens it.
+#[derive(Default)]
+struct Gate {
+    /// Whether somebody waits here, and whether the gate is open.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Waits until somebody connects.
+    fn until_reached(&self) {
+        let waited = self.changed.wait_timeout_while(self.state.lock().unwrap(), HANG, |state| !state.0).unwrap();
+        assert!(!waited.1.timed_out(), "nobody connects");
+    }
+
+    fn open(&self) {
+        self.state.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.0 = true;
+        self.changed.notify_all();
+        let waited = self.changed.wait_timeout_while(state, HANG, |state| !state.1).unwrap();
+        assert!(!waited.1.timed_out(), "the test has forgotten the gate");
+    }
+}
+
+/// Connects through a gate.
 struct Held {
     link: Link,
-    /// Whether somebody waits here, and whether he may go on.
-    gate: Arc<(Mutex<(bool, bool)>, Condvar)>,
+    gate: Arc<Gate>,
 }
 
 impl Connector for Held {
@@ -79,13 +108,7 @@ impl Connector for Held {
     }
 
     fn connect_as(&self, kind: LaneKind) -> io::Result<Box<dyn Channel>> {
-        let (gate, changed) = &*self.gate;
-        let mut state = gate.lock().unwrap();
-        state.0 = true;
-        changed.notify_all();
-        let waited = changed.wait_timeout_while(state, HANG, |state| !state.1).unwrap();
-        assert!(!waited.1.timed_out(), "the test has forgotten the gate");
-        drop(waited);
+        self.gate.pass();
         self.link.connect_as(kind)
     }
 
@@ -94,27 +117,50 @@ impl Connector for Held {
     }
 }
 
+/// A protected VM of which an eviction has begun and connects.
+fn half_evicted(store: &Arc<Flaky>) -> (Staged, Destination, Arc<Gate>) {
+    let staged = Staged::whole(store, Finish::PostCopy);
+    let (first, gate) = (destination(vec![store.clone()]), Arc::<Gate>::default());
+    staged.evict("host-1", Held { link: Link::new(&first, None), gate: gate.clone() });
+    gate.until_reached();
+    (staged, first, gate)
+}
+
 #[test]
 fn a_cancel_ends_the_eviction_and_the_protection_goes_on() {
     let store = Flaky::new();
-    let staged = Staged::whole(&store, Finish::PostCopy);
-    let first = destination(vec![store.clone()]);
-    let gate = Arc::<(Mutex<(bool, bool)>, Condvar)>::default();
-    staged.evict("host-1", Held { link: Link::new(&first, None), gate: gate.clone() });
-    let (state, changed) = &*gate;
-    let waited = changed.wait_timeout_while(state.lock().unwrap(), HANG, |state| !state.0).unwrap();
-    assert!(!waited.1.timed_out(), "nobody connects");
-    drop(waited);
+    let (staged, first, gate) = half_evicted(&store);
     let again = staged.controller.evict(there("host-3"), Arc::new(Link::new(&first, None)));
     assert_eq!(again, Err(NoEviction::UnderWay));
     staged.controller.cancel("enough");
-    state.lock().unwrap().1 = true;
-    changed.notify_all();
+    gate.open();
     assert_eq!(staged.until_failed("host-1"), "cancelled: enough");
     staged.write(10, 77);
     staged.until_whole(DATA + 1);
     assert_eq!(store.namespaces(), [1]);
     staged.arrives(destination(vec![store.clone()]), &store);
+}
+
+#[test]
+fn an_eviction_ends_with_the_protection_and_with_the_guest() {
+    for guest_ends in [false, true] {
+        let store = Flaky::new();
+        let (staged, first, gate) = half_evicted(&store);
+        if guest_ends {
+            staged.controller.vm_ended("powered off");
+        } else {
+            staged.controller.stage_off();
+        }
+        gate.open();
+        let (report, vm) = staged.end();
+        let (outcome, why) =
+            if guest_ends { (Outcome::Failed, "powered off") } else { (Outcome::Cancelled, "not to be protected") };
+        assert_eq!(report.outcome, outcome);
+        assert!(report.reason.unwrap().contains(why));
+        assert!(vm.calls.lock().unwrap().is_empty(), "it was never paused");
+        assert_eq!(store.namespaces(), [] as [u8; 0]);
+        assert!(first.arrived.try_recv().is_err());
+    }
 }
 
 /// Wherever the link is cut: before *run* the VM is protected as before, and goes with the next

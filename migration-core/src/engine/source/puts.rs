@@ -394,7 +394,8 @@ impl Engine<'_> {
         let known = self.places.table.known();
         for open in std::mem::take(&mut self.places.open) {
             let attempt = matches!(open.place, Place::Stores { purpose: Purpose::Attempt, .. });
-            let unknown = open.entry.is_none_or(|entry| usize::from(entry) >= known);
+            // one that takes the place of a lost namespace is in no table yet
+            let unknown = open.lost_namespace.is_some() || open.entry.is_none_or(|entry| usize::from(entry) >= known);
             let forgotten = if failed { attempt || self.staging.is_some() } else { unknown };
             self.close_place(open, forgotten);
         }
