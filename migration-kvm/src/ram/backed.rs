@@ -7,11 +7,12 @@ use std::{
     sync::Arc,
 };
 
-use migration_core::{GuestRam, PAGE_SIZE, PageRange, RamLayout, RamSlice};
+use migration_core::{GuestRam, PAGE_SIZE, PageRange, RamLayout};
 
 use super::{
     Backing, HUGE_PAGE_SIZE, MappedRam, RamError,
-    map::{self, Advice},
+    map::Advice,
+    range::{self, RegionFile},
 };
 
 /// The backing of one region of RAM.
@@ -150,46 +151,23 @@ impl BackedRam {
 
     /// See [`MappedRam::assemble_huge_pages`].
     pub(crate) fn assemble_huge_pages(&self, range: PageRange) -> Result<(), RamError> {
-        advise(&*self.ram, range, Advice::Collapse, "assemble huge pages")
+        range::advise(&*self.ram, range, Advice::Collapse, "assemble huge pages")
     }
 
     /// See [`MappedRam::discard`].
     pub(crate) fn discard(&self, range: PageRange) -> Result<(), RamError> {
-        if !self.backing.is_shared() {
-            return advise(&*self.ram, range, Advice::Drop, "free memory");
-        }
-        check(self.layout(), range)?;
-        for (region, offset, piece) in self.layout().split(range) {
-            let file = &self.files[region];
-            let punched = map::punch_hole(file.file.as_fd(), file.offset + offset, piece.bytes());
-            punched.map_err(RamError::system("punch a hole"))?;
-        }
-        Ok(())
+        let file = |region: usize| {
+            let MemoryFile { file, offset } = self.files.get(region)?;
+            Some(RegionFile { file: file.as_fd(), offset: *offset })
+        };
+        range::discard(&*self.ram, self.backing, range, file)
     }
 
     /// Removes the page table entries of `range`. Shared memory keeps its contents; private memory
     /// loses them.
     pub(crate) fn unmap(&self, range: PageRange) -> Result<(), RamError> {
-        advise(&*self.ram, range, Advice::Drop, "unmap memory")
+        range::advise(&*self.ram, range, Advice::Drop, "unmap memory")
     }
-}
-
-fn advise(ram: &dyn GuestRam, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {
-    check(ram.layout(), range)?;
-    for (_, _, piece) in ram.layout().split(range) {
-        let slice: RamSlice<'_> = ram.slice(piece).map_err(|_| outside(range))?;
-        map::advise(slice, advice).map_err(RamError::system(what))?;
-    }
-    Ok(())
-}
-
-fn check(layout: &RamLayout, range: PageRange) -> Result<(), RamError> {
-    let inside = range.first.checked_add(range.count).is_some_and(|end| end <= layout.pages());
-    if inside { Ok(()) } else { Err(outside(range)) }
-}
-
-fn outside(range: PageRange) -> RamError {
-    RamError::Outside { first: range.first, count: range.count }
 }
 
 #[cfg(test)]
@@ -197,6 +175,7 @@ mod tests {
     use migration_core::RamRegion;
 
     use super::*;
+    use crate::ram::map;
 
     fn ram(backing: Backing) -> Arc<MappedRam> {
         let regions = vec![RamRegion { gpa: 0, len: 0x3000 }, RamRegion { gpa: 0x10_0000, len: 0x5000 }];

@@ -15,6 +15,7 @@ use super::{
     Backing, HUGE_PAGE_SIZE, MemoryFile, RamError,
     map::{self, Advice, Mapping},
     pagemap::{Pagemap, data_extents},
+    range::{self, RegionFile},
 };
 
 #[cfg(test)]
@@ -352,7 +353,7 @@ impl MappedRam {
                 if start.elapsed() >= patience {
                     return Ok(false);
                 }
-                pacer.run(|| self.advise(piece, Advice::Drop, "unmap memory"))?;
+                pacer.run(|| range::advise(self, piece, Advice::Drop, "unmap memory"))?;
             }
         }
         Ok(true)
@@ -383,7 +384,7 @@ impl MappedRam {
     /// Fails with [`RamError::Outside`], and with [`RamError::System`] if memory is short or before
     /// Linux 5.14.
     pub fn prefault(&self, range: PageRange) -> Result<(), RamError> {
-        self.advise(range, Advice::PopulateWrite, "populate memory")
+        range::advise(self, range, Advice::PopulateWrite, "populate memory")
     }
 
     /// Fills the page table entries of `range` for reading. If another process has populated the
@@ -392,7 +393,7 @@ impl MappedRam {
     /// # Errors
     /// Fails like [`prefault`](Self::prefault).
     pub fn prefault_for_reading(&self, range: PageRange) -> Result<(), RamError> {
-        self.advise(range, Advice::PopulateRead, "map populated memory")
+        range::advise(self, range, Advice::PopulateRead, "map populated memory")
     }
 
     /// Collapses small pages to huge pages in those blocks of 2 MiB that are completely in `range`,
@@ -403,7 +404,7 @@ impl MappedRam {
     /// Fails with [`RamError::Outside`], and with [`RamError::System`] if no huge page is available
     /// or before Linux 6.1. The remaining blocks are then unchanged.
     pub fn assemble_huge_pages(&self, range: PageRange) -> Result<(), RamError> {
-        self.advise(range, Advice::Collapse, "assemble huge pages")
+        range::advise(self, range, Advice::Collapse, "assemble huge pages")
     }
 
     /// Frees the memory of `range`, which then reads as zeros in every process that maps it. No
@@ -416,30 +417,11 @@ impl MappedRam {
     /// # Errors
     /// Fails with [`RamError::Outside`] or [`RamError::System`].
     pub fn discard(&self, range: PageRange) -> Result<(), RamError> {
-        if !self.backing.is_shared() {
-            return self.advise(range, Advice::Drop, "free memory");
-        }
-        self.check(range)?;
-        for (region, offset, piece) in self.layout.split(range) {
-            if let Some(file) = &self.regions[region].file {
-                map::punch_hole(file.as_fd(), offset, piece.bytes()).map_err(RamError::system("punch a hole"))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn advise(&self, range: PageRange, advice: Advice, what: &'static str) -> Result<(), RamError> {
-        self.check(range)?;
-        for (region, offset, piece) in self.layout.split(range) {
-            let mapping = &self.regions[region].mapping;
-            mapping.advise(offset, piece.bytes(), advice).map_err(RamError::system(what))?;
-        }
-        Ok(())
-    }
-
-    fn check(&self, range: PageRange) -> Result<(), RamError> {
-        let inside = range.first.checked_add(range.count).is_some_and(|end| end <= self.layout.pages());
-        if inside { Ok(()) } else { Err(RamError::Outside { first: range.first, count: range.count }) }
+        let file = |region: usize| {
+            let file = self.regions.get(region)?.file.as_ref()?;
+            Some(RegionFile { file: file.as_fd(), offset: 0 })
+        };
+        range::discard(self, self.backing, range, file)
     }
 }
 

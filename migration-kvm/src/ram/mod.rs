@@ -12,6 +12,7 @@ mod map;
 mod mapped;
 #[allow(unsafe_code)]
 pub(crate) mod pagemap;
+mod range;
 #[cfg(feature = "vm-memory")]
 #[allow(unsafe_code)]
 mod vm_memory;
