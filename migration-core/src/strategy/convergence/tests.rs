@@ -264,8 +264,8 @@ fn within_the_limit_rounds_go_on_while_they_help() {
 #[test]
 fn above_the_limit_there_is_an_end_too() {
     let next = |seen, shrink, left| next_of(ModelConvergence::above, seen, (shrink, left), &link(50));
-    assert_eq!(next(seen(MAX_ROUNDS - 1, HOPELESS_STALLS, 99), 0.5, 50_000), "round");
-    assert_eq!(next(seen(MAX_ROUNDS, 0, 0), 0.5, 50_000), "give up");
+    assert_eq!(next(seen(MAX_ROUNDS_ABOVE_LIMIT - 1, HOPELESS_STALLS, 99), 0.5, 50_000), "round");
+    assert_eq!(next(seen(MAX_ROUNDS_ABOVE_LIMIT, 0, 0), 0.5, 50_000), "give up");
     assert_eq!(
         [98, 99].map(|throttle| next(seen(1, HOPELESS_STALLS, throttle), 0.51, 50_000)),
         ["throttle", "give up"]
