@@ -16,8 +16,8 @@ use migration_core::{
     GuestRam, MigrationError,
     channel::Listener,
     engine::{
-        self, Controller, ReceiveError, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions, SnapshotOptions,
-        SnapshotReport, SourceOptions,
+        self, Commands, Controller, ReceiveError, Receiver, ReceiverHandle, ReceiverOptions, RestoreOptions,
+        SnapshotOptions, SnapshotReport, SourceOptions,
     },
     report::{Outcome, Report},
     store::{Owner, PageStore},
@@ -312,11 +312,32 @@ impl Vm {
         if options.references {
             source.note_references();
         }
-        let last_epoch = options.source.last_epoch.max(self.epoch.load(Ordering::Relaxed));
-        let spawner = Arc::new(LinuxSpawner::default());
-        let options = SourceOptions { spawner, last_epoch, ..options.source.clone() };
+        let options = self.source_options(&options.source);
         let (_controller, commands) = Controller::new();
-        let report = engine::migrate(&mut source, &*link, strategy, &options, commands);
+        self.moved(engine::migrate(&mut source, &*link, strategy, &options, commands))
+    }
+
+    /// Protects the VM in the page stores of `options`, until the controller of `commands` evicts it
+    /// or ends that: see [`stage`](engine::stage). Returns when the destination has everything.
+    ///
+    /// # Errors
+    /// When it has not moved: see [`NotMoved`].
+    pub fn protect(
+        &self,
+        strategy: &mut dyn Strategy,
+        options: &SourceOptions,
+        commands: Commands,
+    ) -> Result<Report, NotMoved> {
+        let mut source = MachineSource::new(self.machine.clone());
+        self.moved(engine::stage(&mut source, strategy, &self.source_options(options), commands))
+    }
+
+    fn source_options(&self, options: &SourceOptions) -> SourceOptions {
+        let last_epoch = options.last_epoch.max(self.epoch.load(Ordering::Relaxed));
+        SourceOptions { spawner: Arc::new(LinuxSpawner::default()), last_epoch, ..options.clone() }
+    }
+
+    fn moved(&self, report: Report) -> Result<Report, NotMoved> {
         self.epoch.store(report.epoch, Ordering::Relaxed);
         match report.outcome {
             Outcome::Completed => Ok(report),

@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         ("pre_copy", env!("CARGO_BIN_EXE_pre_copy"), Needs::Kvm),
         ("post_copy", env!("CARGO_BIN_EXE_post_copy"), Needs::PageFaults),
         ("agile", env!("CARGO_BIN_EXE_agile"), Needs::PageFaults),
+        ("quick_eviction", env!("CARGO_BIN_EXE_quick_eviction"), Needs::PageFaults),
         ("hand_over", env!("CARGO_BIN_EXE_hand_over"), Needs::Kvm),
         ("snapshot", env!("CARGO_BIN_EXE_snapshot"), Needs::Kvm),
         ("encrypted", env!("CARGO_BIN_EXE_encrypted"), Needs::Kvm),
