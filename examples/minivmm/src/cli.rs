@@ -16,6 +16,8 @@ use minivmm_client::{
     values::{absolute_address, duration, size, unix_path, vm_id},
 };
 
+use crate::store::Store;
+
 /// A command of `minivmm`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -34,6 +36,8 @@ pub enum Command {
     Workload(Workload),
     /// Make a key for encrypted migrations.
     Keygen(Keygen),
+    /// List or remove what crashed owners have left in a page store.
+    Store(Store),
 }
 
 #[derive(Debug, Args)]

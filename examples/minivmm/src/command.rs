@@ -19,6 +19,7 @@ use crate::{
     refresh::Place,
     sealing::Sealing,
     signals::{self, Signals},
+    store,
     vmm::{self, HostOptions, SerialTarget},
 };
 pub use crate::{cli::Command, instance::PushOrders};
@@ -35,6 +36,7 @@ pub fn run(command: &Command, more: PushOrders) -> ExitCode {
         Command::Broker(args) => Ok(broker::run(args, None)),
         Command::Workload(args) => workload(args),
         Command::Keygen(args) => encryption::keygen(args).map_err(String::from),
+        Command::Store(args) => Ok(store::run(args)),
     };
     let status = result.unwrap_or_else(|why| {
         log!("{why}");

@@ -68,6 +68,7 @@ mod refresh;
 mod restart;
 mod sealing;
 mod signals;
+mod store;
 mod vm;
 mod vmm;
 

@@ -13,6 +13,7 @@
 //! | handover/ | hand-overs on one host |
 //! | slots.rs | the time that KVM needs to set memory slots |
 //! | scale.rs | the costs that grow with the size of RAM |
+//! | stores/ | the clients of page stores, without a VM |
 //! | samples.rs | the guest's speed over time |
 //! | figures.rs | medians, ratios, targets |
 //! | output.rs | tables, JSON, Markdown |
@@ -33,6 +34,7 @@ pub(crate) mod samples;
 mod scale;
 #[allow(unsafe_code)]
 mod slots;
+mod stores;
 pub(crate) mod tuning;
 
 use std::{path::PathBuf, time::Duration};
@@ -106,6 +108,11 @@ pub struct Bench {
     /// VMs of 1 to 256 GiB with the same data. RAM is sparse.
     #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover", "slots"])]
     scale: bool,
+    /// Measure only the clients of page stores, without a VM: a Valkey or Redis server on a Unix
+    /// socket, and sparse files compared with `dd`. `--markdown` then writes between the lines
+    /// `<!-- stores:begin -->` and `<!-- stores:end -->`.
+    #[arg(long, conflicts_with_all = ["only", "sizes", "post_copy", "encrypt", "handover", "slots", "scale"])]
+    stores: bool,
     /// Occupy a core: set a memory slot of this size repeatedly. Used by the measurement of
     /// hand-overs and by tests.
     #[arg(long, hide = true, value_name = "SIZE", value_parser = size)]
@@ -116,7 +123,8 @@ pub struct Bench {
     /// Measure only this part of hand-overs; can be given several times.
     #[arg(long, hide = true, requires = "handover")]
     part: Vec<handover::Part>,
-    /// The number of bytes that stand for a GiB, to test the measurement of hand-overs or slots.
+    /// The number of bytes that stand for a GiB, to test the measurement of hand-overs, slots or
+    /// stores.
     #[arg(long, hide = true, default_value = "1G", value_parser = size)]
     unit: u64,
     /// The strategy of minivmm in the comparison with QEMU's post-copy, to test the measurement.
@@ -164,7 +172,11 @@ enum Mode {
 
 /// Runs the bench. Returns the exit status.
 pub fn run(args: &Bench) -> u8 {
-    let result = if args.encrypt { encrypt::bench(args) } else { bench(args) };
+    let result = match args {
+        Bench { encrypt: true, .. } => encrypt::bench(args),
+        Bench { stores: true, .. } => stores::bench(args),
+        _ => bench(args),
+    };
     match result {
         Ok(good) => u8::from(args.strict && !good),
         Err(why) => {

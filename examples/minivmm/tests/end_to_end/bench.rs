@@ -1,7 +1,7 @@
 //! The measurements themselves: that they run, and that their figures are of what they say. Not
 //! what the figures are.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use serde_json::Value;
 
@@ -11,6 +11,9 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.kvm("bench/hand_over", hand_over);
     suite.kvm("bench/slots", slots);
     suite.kvm("bench/scale", scale);
+    let missing = ["valkey-server", "redis-server"].iter().all(|program| !is_installed(program));
+    let why = missing.then(|| "neither valkey-server nor redis-server is installed".to_owned());
+    suite.unless(why, |suite| suite.kvm("bench/stores", stores));
     suite.kvm("eval/hand_over", timelines);
     suite.kvm("eval/encryption", encryption);
 }
@@ -84,6 +87,32 @@ fn scale(lab: &Lab) -> Outcome {
     ensure(figures["harvests"].as_array().is_some_and(|all| all.len() == 8), || out.clone())?;
     let page = fs::read_to_string(page)?;
     ensure(page.contains("| 4 GiB, manual-protect |") && page.ends_with("-->\nend\n"), || page.clone())
+}
+
+fn is_installed(program: &str) -> bool {
+    Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// Few pages: that all figures are there. Whether they are within their targets depends on the host.
+fn stores(lab: &Lab) -> Outcome {
+    let page = lab.path("page.md");
+    fs::write(&page, "<!-- stores:begin -->\n<!-- stores:end -->\nend\n")?;
+    let args = ["bench", "--stores", "--quick", "--unit", "4M", "--json", "--markdown", &lab.arg("page.md")];
+    let (code, out, err) = usage(&args)?;
+    ensure(code == Some(0), || format!("{code:?}: {err}"))?;
+    let figures: Value = serde_json::from_str(&out)?;
+    ensure(figures["pages"] == 1024, || out.clone())?;
+    let rates = &figures["server"]["rates"];
+    let positive = |value: &Value| value.as_f64() > Some(0.0);
+    ensure(positive(&rates["put_pages_per_s"]) && positive(&rates["gather_pages_per_s"]), || out.clone())?;
+    let faults = figures["server"]["faults"].as_array().ok_or("no faults")?;
+    ensure(faults.len() == 7 && faults.iter().all(|beside| positive(&beside["p99_us"])), || out.clone())?;
+    ensure(faults.last().is_some_and(|beside| beside["gather_pages_per_s"] == 0.0), || out.clone())?;
+    let files = figures["files"].as_array().ok_or("no files")?;
+    ensure(files.len() == 4 && files.iter().all(|row| positive(&row["store_mb_per_s"])), || out.clone())?;
+    ensure(figures["targets"].as_array().is_some_and(|all| all.len() == 7), || out.clone())?;
+    let page = fs::read_to_string(page)?;
+    ensure(page.contains("| pages put (pages/s) |") && page.ends_with("-->\nend\n"), || page.clone())
 }
 
 fn timelines(lab: &Lab) -> Outcome {

@@ -19,6 +19,7 @@ mod elf;
 mod encrypted;
 mod ended;
 mod ephemeral;
+mod expired;
 mod fail_safe;
 mod faults;
 mod files;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
     encrypted::add(&mut suite);
     ended::add(&mut suite);
     ephemeral::add(&mut suite);
+    expired::add(&mut suite);
     fail_safe::add(&mut suite);
     faults::add(&mut suite);
     files::add(&mut suite);
