@@ -688,10 +688,13 @@ impl Session {
 
     /// A lane has failed: tells the source, and ends the session.
     pub(super) fn fail(&self, code: ErrorCode, why: &str) {
+        // held over both: another lane that fails must not close this one before the reason is sent
+        let mut control = lock(&self.control);
         if self.end(why) {
             // best effort: if the source does not hear it, it notices the closed lanes
-            let _ = self.send_control(&Control::error(code, why));
+            let _ = control.1.send(self.epoch, &Control::error(code, why));
         }
+        drop(control);
         self.close(why);
     }
 
