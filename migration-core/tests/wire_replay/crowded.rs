@@ -17,7 +17,7 @@ use migration_core::{
     engine::{ReceiveError, Receiver, ReceiverHandle, ReceiverOptions},
     protocol::DestinationPhase,
     spawner::{GuestImpact, Joiner, Role, Spawner, StdSpawner},
-    wire::{Control, ErrorCode, LaneKind, Preamble, SEALED_MAGIC, SessionToken},
+    wire::{Control, ErrorCode, FEATURE_POST_COPY, LaneKind, Preamble, SEALED_MAGIC, SessionToken},
 };
 
 use crate::{
@@ -279,6 +279,10 @@ fn those_that_do_not_say_what_they_want_have_few_places() {
     drop(unknown);
     let control = destination.connect(&hello());
     let token = token_of(&control);
+    // whoever has read the token on the way begins no session by it
+    let greetings: Vec<_> = (0..20).map(|_| destination.connect(&preamble(LaneKind::Control, token))).collect();
+    await_closed(&greetings, 4);
+    drop(greetings);
     let returning: Vec<_> = (0..12).map(|_| destination.connect(&preamble(LaneKind::Reattach, token))).collect();
     await_closed(&returning, 4);
     assert!(!control.incoming.lock().ended);
@@ -315,4 +319,49 @@ fn a_source_that_encrypts_is_refused_and_read_to_its_end() {
     // and who sends without end is not read for ever
     let endless = destination.connect(&[&bytes[..], &[7; 100_000]].concat());
     drop(endless.outgoing.wait("the end of the connection", |state| state.unread));
+}
+
+/// Keeps the roles that threads assume.
+#[derive(Default)]
+struct Roles(Mutex<Vec<Role>>);
+
+impl Spawner for Roles {
+    fn spawn(
+        &self,
+        role: Role,
+        impact: GuestImpact,
+        name: &str,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Box<dyn Joiner>> {
+        StdSpawner.spawn(role, impact, name, body)
+    }
+
+    fn assume(&self, role: Role, _impact: GuestImpact) {
+        self.0.lock().unwrap().push(role);
+    }
+}
+
+/// The thread of a connection is started for pages in volume.
+#[test]
+fn a_thread_takes_the_role_of_the_lane_that_it_serves() {
+    let roles = Arc::new(Roles::default());
+    let options = ReceiverOptions { spawner: roles.clone(), idle_timeout: HANG, ..ReceiverOptions::default() };
+    let destination = Destination::with(options, |to| Host { paging: Some(crate::post_copy::paging()), ..host(to) });
+    let hello = hello_of(VM, FEATURE_POST_COPY, 2);
+    let control = destination.connect(&lane(LaneKind::Control, 0, SessionToken::default(), 1, &[hello]));
+    let token = token_of(&control);
+    let connect = |kind, index| {
+        let end = destination.connect(&Preamble::new(kind, index, token).encode());
+        drop(end.outgoing.wait("a preamble to be read", |state| state.bytes.is_empty()));
+        end
+    };
+    let _bulk = [connect(LaneKind::Bulk, 0), connect(LaneKind::Bulk, 1)];
+    assert!(matches!(said(&control), Some(Control::Prepared { .. })));
+    assert_eq!(*roles.0.lock().unwrap(), [Role::Control]);
+    let _demand = connect(LaneKind::Demand, 0);
+    let deadline = Instant::now() + HANG;
+    while *roles.0.lock().unwrap() != [Role::Control, Role::Demand] {
+        assert!(Instant::now() < deadline, "{:?}", roles.0.lock().unwrap());
+        thread::yield_now();
+    }
 }

@@ -295,7 +295,9 @@ fn a_receiver_that_was_stopped_ends_no_source() {
     }));
     source.dies();
     looked.recv_timeout(HANG).expect("nobody asks whether the source is dead");
-    source.told();
+    // it ends when it next looks for connections: until then others could ask again
+    let Source { mut destination, .. } = source;
+    destination.thread.take().unwrap().join().unwrap().expect_err("stopped");
     assert_eq!((fence.looks.load(Ordering::SeqCst), fence.fenced()), (1, Vec::new()));
 }
 

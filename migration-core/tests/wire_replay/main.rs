@@ -12,6 +12,7 @@
 //! bulk lanes, whose checksum is then made right again. Likewise, an attempt after another one
 //! needs a higher epoch in its control frames.
 
+mod asked;
 mod asks;
 mod bounds;
 mod callbacks;

@@ -186,7 +186,9 @@ fn a_cancel_ends_the_attempt_that_is_under_way_and_its_source_goes_on() {
     }
     assert!(started.try_recv().is_err());
     let (report, _vm) = ended.recv_timeout(HANG).unwrap();
-    assert_eq!(report.outcome, Outcome::Failed, "{:?}", report.reason);
+    let reason = report.reason.unwrap_or_default();
+    assert_eq!(report.outcome, Outcome::Failed, "{reason}");
+    assert!(reason.contains("the destination has given the attempt up: stopped"), "{reason}");
 }
 
 /// Its source may have given it away: it is neither started nor discarded, until somebody decides.

@@ -14,13 +14,13 @@ use std::{
 
 use bytes::Bytes;
 use migration_core::{
-    PAGE_SIZE, PageSet,
+    MigrationError, PAGE_SIZE, PageSet,
     channel::{Channel, Closer, Connector, Halves},
     checkpoint::FailSafe,
     engine::{Controller, ReceiverOptions, SourceOptions, migrate},
     report::{Event, Observer, Outcome, Report},
     store::{MemoryVersions, PageContent, VersionStore},
-    strategy::{Linear, PostCopy},
+    strategy::{Done, Linear, PostCopy, Running, Strategy},
     tracker::DirtyTracker,
     vm::SourceVm,
     wire::{Control, FEATURE_CHECKPOINTS, FEATURE_POST_COPY, LaneKind, SessionToken, VERSION, Welcome},
@@ -136,7 +136,8 @@ impl Closer for WatchedCloser {
 #[derive(Default)]
 struct Told {
     warnings: Mutex<Vec<String>>,
-    in_doubt: AtomicU32,
+    /// Why the VM was in doubt, each time that this was told.
+    in_doubt: Mutex<Vec<String>>,
     /// Whether a checkpoint was committed.
     checkpoint: Arc<AtomicBool>,
 }
@@ -147,7 +148,7 @@ impl Observer for Told {
             Event::Warning(why) => self.warnings.lock().unwrap().push(why.clone()),
             Event::InDoubt(report) => {
                 assert_eq!(report.outcome, Outcome::InDoubt);
-                self.in_doubt.fetch_add(1, Ordering::SeqCst);
+                self.in_doubt.lock().unwrap().push(report.reason.clone().unwrap_or_default());
             }
             Event::Checkpoint(counts) if counts.count > 0 => self.checkpoint.store(true, Ordering::SeqCst),
             _ => {}
@@ -177,6 +178,31 @@ struct Ended {
     vm: ProtectedSource,
     link: Lost,
     told: Arc<Told>,
+    /// Whether the strategy has heard that all pages are there, if it was told anything.
+    served: Option<bool>,
+}
+
+/// A post-copy that keeps what it is told at its end.
+struct Serves {
+    order: Held,
+    served: Option<bool>,
+}
+
+impl Strategy for Serves {
+    fn name(&self) -> &'static str {
+        "serves"
+    }
+
+    fn needs_post_copy(&self) -> bool {
+        true
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        let all = vm.start_tracking()?;
+        let done = vm.pause()?.hand_over(all)?.serve(&mut self.order);
+        self.served = Some(done.is_ok());
+        done
+    }
 }
 
 impl Ended {
@@ -207,14 +233,14 @@ fn run_with(
     let (tx, rx) = mpsc::channel();
     thread::spawn(move || {
         let options = SourceOptions { streams: 1, demand_lanes: 1, observer, ..options };
-        let mut strategy = PostCopy { order: Box::new(Held(may_push)) };
+        let mut strategy = Serves { order: Held(may_push), served: None };
         let report = migrate(&mut vm, &link, &mut strategy, &options, commands);
         // a test that hangs has gone
-        let _ = tx.send((report, vm, link));
+        let _ = tx.send((report, vm, link, strategy.served));
         drop(controller);
     });
-    let (report, vm, link) = rx.recv_timeout(HANG).expect("the source ends");
-    Ended { report, vm, link, told }
+    let (report, vm, link, served) = rx.recv_timeout(HANG).expect("the source ends");
+    Ended { report, vm, link, told, served }
 }
 
 fn run(link: Lost, vm: ProtectedSource, options: SourceOptions, held: bool) -> Ended {
@@ -243,6 +269,7 @@ fn without_a_checkpoint_the_vm_restarts_as_it_was_at_the_hand_over() {
         assert!(ended.reason().ends_with("the VM runs on here, as it was at the hand-over"), "{}", ended.reason());
         // neither resumed nor given away
         assert_eq!(ended.calls(), ["restart"]);
+        assert_ne!(ended.served, Some(true), "its strategy takes it for moved");
         assert_eq!(ended.vm.restarted, [state()]);
         assert_eq!(checksums(&ended.vm.vm.ram), handed_over());
         assert!(!ended.vm.vm.tracker.is_active(), "the tracker goes on");
@@ -265,6 +292,7 @@ fn the_vm_restarts_from_its_last_checkpoint_and_everything_is_dirty() {
     expected.insert(WRITTEN_THERE.0, crc32fast::hash(&[WRITTEN_THERE.1; PAGE_SIZE]));
     assert_eq!(checksums(&ended.vm.vm.ram), expected);
     assert!(ended.report.checkpoints.protected && ended.report.checkpoints.count == 1);
+    assert_eq!(ended.served, Some(false));
     let mut dirty = PageSet::empty(ended.vm.vm.ram_pages());
     ended.vm.tracker().harvest(&mut dirty).unwrap();
     assert_eq!(dirty.len(), ended.vm.vm.ram_pages());
@@ -341,7 +369,7 @@ fn a_destination_that_is_only_out_of_reach_keeps_the_vm() {
     let ended = run(Lost::new(&destination, 3), ProtectedSource::new(guest()), options, false);
     assert_eq!(ended.report.outcome, Outcome::Completed, "{}", ended.reason());
     assert_eq!((ended.calls(), fence.fenced()), (vec!["released"], Vec::new()));
-    assert_eq!((ended.link.attempts().len(), ended.report.recoveries), (4, 1));
+    assert_eq!((ended.link.attempts().len(), ended.report.recoveries, ended.served), (4, 1, Some(true)));
     let (arrived, told) = destination.finish();
     let there = arrived.pages();
     assert!(handed_over().iter().all(|(page, content)| there.get(page) == Some(content)), "{told}");
@@ -354,7 +382,10 @@ fn attempts_become_longer_and_whoever_waits_is_told_once_that_the_vm_is_in_doubt
         let options = SourceOptions { in_doubt_grace, ..SourceOptions::default() };
         let ended = run(Lost::new(&destination, 3), ProtectedSource::new(guest()), options, false);
         assert_eq!(ended.report.outcome, Outcome::Completed, "{}", ended.reason());
-        assert_eq!(ended.told.in_doubt.load(Ordering::SeqCst), told);
+        let in_doubt = ended.told.in_doubt.lock().unwrap().clone();
+        assert_eq!(in_doubt.len(), told);
+        // it runs there already
+        assert!(in_doubt.iter().all(|why| why.ends_with("are kept here")), "{in_doubt:?}");
         let attempts = ended.link.attempts();
         // the first one follows the round trips of this host
         let longest = Duration::from_secs(2).max(attempts[0]);
@@ -398,7 +429,7 @@ fn a_user_who_knows_where_the_destination_is_begins_a_new_series_of_attempts() {
     let attempts = ended.link.attempts();
     assert_eq!((attempts.len(), elsewhere.attempts()), (2, vec![attempts[0]]), "{attempts:?}");
     // who asks wants to hear how that goes
-    assert_eq!(ended.told.in_doubt.load(Ordering::SeqCst), 2);
+    assert_eq!(ended.told.in_doubt.lock().unwrap().len(), 2);
 }
 
 #[test]
@@ -463,4 +494,46 @@ fn a_destination_that_does_not_introduce_itself_gets_no_vm() {
     let reason = report.reason.unwrap_or_default();
     assert_eq!(report.outcome, Outcome::Failed);
     assert!(reason.contains("the destination to introduce itself"), "{reason}");
+}
+
+/// A destination that hears *abandon* knows that nothing went wrong.
+#[test]
+fn a_user_who_cancels_gives_the_attempt_up_in_so_many_words() {
+    let destination = destination(true);
+    let (controller, commands) = Controller::new();
+    controller.cancel("another time");
+    let link = Lost::new(&destination, 0);
+    let ended = run_with((controller, commands), link, ProtectedSource::new(guest()), SourceOptions::default(), false);
+    assert_eq!(ended.report.outcome, Outcome::Cancelled, "{}", ended.reason());
+    // before anything was opened
+    assert!(destination.log.try_recv().is_err() && ended.calls().is_empty());
+
+    let (controller, commands) = Controller::new();
+    let user = controller.clone();
+    let mut strategy = Cancels(user);
+    let link = Link::new(&destination, None);
+    let options = SourceOptions { streams: 1, ..SourceOptions::default() };
+    let report = migrate(&mut ProtectedSource::new(guest()), &link, &mut strategy, &options, commands);
+    assert_eq!((report.outcome, report.reason.as_deref()), (Outcome::Cancelled, Some("cancelled: another time")));
+    let mut told = Vec::new();
+    while !told.iter().any(|line: &String| line == "the source keeps the VM") {
+        told.push(destination.log.recv_timeout(HANG).unwrap_or_else(|_| panic!("it was told only {told:?}")));
+    }
+    drop(controller);
+}
+
+/// Its user cancels before its first round.
+struct Cancels(Controller);
+
+impl Strategy for Cancels {
+    fn name(&self) -> &'static str {
+        "cancels"
+    }
+
+    fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
+        let pages = vm.start_tracking()?;
+        self.0.cancel("another time");
+        vm.send(&pages)?;
+        vm.cancel("the strategy has not heard of it")
+    }
 }

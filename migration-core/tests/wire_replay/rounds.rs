@@ -443,6 +443,25 @@ fn a_round_that_ends_early_keeps_what_it_did_not_send() {
     }
 }
 
+/// That pages could follow the VM is no reason to stop a round.
+#[test]
+fn a_round_that_nobody_stops_sends_all() {
+    let (destination, mut vm) = (destination(true), Tracked::new(false));
+    let ticks = Arc::new(Ticks::default());
+    let observer = ticks.clone();
+    let link = Hooked::new(&destination, move |frame| {
+        if frame == 1 {
+            ticks.pass();
+        }
+    });
+    let mut strategy = OneRound { leaves: true, ..OneRound::default() };
+    let options = SourceOptions { demand_lanes: 1, observer, ..SourceOptions::default() };
+    let report = migrate(&mut vm, &link, &mut strategy, &options, Controller::new().1);
+    completed(&report, "nobody stops it");
+    assert_eq!(strategy.sent, strategy.asked);
+    drop(destination.finish());
+}
+
 /// A VMM that tracks for a purpose of its own finds every page that was written, whenever a
 /// migration is cancelled: in a round, after rounds that were acknowledged, or in the pause.
 #[test]

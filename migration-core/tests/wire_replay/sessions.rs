@@ -132,3 +132,25 @@ pub(crate) fn no_page_is_under_way_when_the_state_is_loaded() {
         assert_ne!(word, Control::Ready, "a page may still arrive");
     }
 }
+
+/// A lane that has gone mad after the VM was offered ends the session: its source hears why.
+#[test]
+pub(crate) fn nonsense_on_a_lane_of_a_vm_that_is_ready_is_refused() {
+    let destination = Destination::new();
+    let control = destination.connect(&lane(LaneKind::Control, 0, SessionToken::default(), 1, &[hello(1)]));
+    let token = token_of(&control);
+    let mut bytes = Preamble::new(LaneKind::Bulk, 0, token).encode().to_vec();
+    bytes.extend(Bulk::RoundEnd { pages: 0 }.encode(0, 0, 1));
+    let bulk = destination.connect(&bytes);
+    let state = state().encode();
+    let offer = Control::Offer { generation: 1, state_bytes: state.len() as u64, running: true };
+    for (sequence, frame) in [Control::State(state.into()), offer].iter().enumerate() {
+        control.outgoing.write(&frame.encode(0, 1 + sequence as u32, 1)).unwrap();
+    }
+    while said(&control).expect("the lane goes on") != Control::Ready {}
+    bulk.outgoing.write(&[0xff; Header::LEN]).unwrap();
+    let answer = said(&control);
+    assert!(matches!(answer, Some(Control::Error { code: ErrorCode::Protocol, .. })), "{answer:?}");
+    // which does not decide on the VM
+    assert_eq!(destination.handle.phase(), DestinationPhase::Ready);
+}

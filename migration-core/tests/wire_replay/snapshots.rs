@@ -15,9 +15,10 @@ use migration_core::{
     store::{MemoryVersions, VersionStore},
     text::describe,
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
-    vm::{SourceVm, VmDescription, VmError},
+    vm::{SourceVm, VmDescription, VmError, VmId},
 };
 
+use crate::VM;
 use crate::guest::{Host, description_of, piece, state};
 
 /// A page, and the byte that it is full of.
@@ -203,4 +204,23 @@ fn a_guest_that_never_slows_down_is_paused_all_the_same() {
     let (report, _) =
         take(&mut vm, SnapshotOptions { downtime_limit: Duration::from_secs(9), ..limited(GuestImpact::Low) });
     assert_eq!((vm.throttled.len(), report.rounds.len(), report.copied), (0, 1, 1024));
+}
+
+#[test]
+fn a_vm_is_restored_as_the_one_that_was_saved_and_runs_if_its_user_wants_that() {
+    let mut vm = Scripted::new(8, 4);
+    let (_, mut store) = take(&mut vm, SnapshotOptions::default());
+    let mut restored = |options: &RestoreOptions| {
+        let ((to, arrived), description) = (mpsc::channel(), vm.description.clone());
+        let restored = restore(&mut store, &Host { description, to, paging: None }, options);
+        restored.map(|restored| (restored.report.running, arrived.recv().unwrap().running))
+    };
+    let default = RestoreOptions::default();
+    assert_eq!((default.max_ram_bytes, default.paused, default.expected), (1 << 40, false, None));
+    assert_eq!(restored(&default).unwrap(), (true, true));
+    assert_eq!(restored(&RestoreOptions { paused: true, ..default.clone() }).unwrap(), (false, false));
+    assert!(restored(&RestoreOptions { expected: Some(VM), ..default.clone() }).is_ok());
+    let other = RestoreOptions { expected: Some(VmId([9; 16])), ..default };
+    let refused = describe(restored(&other).unwrap_err());
+    assert!(refused.contains("not of VM"), "{refused}");
 }

@@ -336,3 +336,14 @@ fn ram_that_cannot_be_shared_is_refused_before_a_destination_is_asked() {
         assert!(vm.tracker().is_active(), "{why}: the VMM's log has ended");
     }
 }
+
+/// The pause copies in memory: the store, which may be slow, gets that after it.
+#[test]
+fn a_guest_goes_on_before_the_store_has_its_last_pages() {
+    let mut vm = Stepped::new(RecordedVm::of(pages(2048), &full_of_data(600), &[(5, 9), (700, 3)]));
+    let paused = vm.paused.clone();
+    let mut store = Ahead { store: MemoryVersions::default(), paused, written: None, put_in_the_pause: 0 };
+    let report = snapshot(&mut vm, &mut store, &SnapshotOptions::default(), Controller::new().1).unwrap();
+    assert_eq!((report.copied, store.put_in_the_pause), (2, 0));
+    assert_eq!(store.list().unwrap().len(), 601);
+}

@@ -257,3 +257,83 @@ fn a_session_that_has_ended_gives_its_first_reason() {
     assert!(crate::text::describe(&refused).contains("the first reason"), "{refused:?}");
     assert!(session.discard("the third reason") && !session.discard("the third reason"));
 }
+
+#[test]
+fn whoever_waits_in_vain_hears_for_what() {
+    let (session, ..) = session();
+    let in_vain = |waited: Result<(), MigrationError>| match waited {
+        Err(MigrationError::Link { cause, .. }) => cause.kind() == io::ErrorKind::TimedOut,
+        _ => false,
+    };
+    assert!(session.wait_demand(0, Duration::ZERO).is_ok());
+    assert!(in_vain(session.wait_demand(1, Duration::ZERO)));
+    assert!(in_vain(session.wait_attached(Duration::ZERO)) && in_vain(session.wait_prepared(Duration::ZERO)));
+    // no byte has come meanwhile
+    assert!(in_vain(session.wait_round(1, Duration::ZERO, &AtomicU64::new(5))));
+    session.lane_ended(0, 1).unwrap();
+    assert!(session.wait_round(1, Duration::ZERO, &AtomicU64::new(5)).is_ok());
+    session.attach(0, Arc::new(End::default())).unwrap();
+    assert!(session.wait_attached(Duration::ZERO).is_ok());
+}
+
+#[test]
+fn a_source_that_comes_back_waits_until_the_vm_was_started() {
+    let (session, ..) = session();
+    let started = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            session.wait_started();
+            started.load(Ordering::Relaxed)
+        });
+        // so that it has begun to wait, mostly
+        (0..1000).for_each(|_| thread::yield_now());
+        started.store(true, Ordering::Relaxed);
+        session.set_running();
+        assert!(waiting.join().unwrap(), "the VM was not started yet");
+    });
+}
+
+#[test]
+fn links_are_counted() {
+    let (session, ..) = session();
+    assert_eq!(session.link(), 0);
+    replaced(&session);
+    replaced(&session);
+    assert_eq!(session.link(), 2);
+}
+
+#[test]
+fn a_source_hears_once_on_each_link_what_became_of_its_vm_and_in_order() {
+    let ended = || Control::error(ErrorCode::VmEnded, "it has powered off");
+    // the guest ends while it is served
+    let (first, sent, _) = session();
+    let missing = lacks(&first);
+    let complete = || Control::Complete(missing.summary());
+    first.report_running().unwrap();
+    assert!(!first.has_guest_ended());
+    first.report_ended(ended()).unwrap();
+    first.report_complete(&missing).unwrap();
+    assert!(first.has_guest_ended());
+    assert_eq!(sent.frames(), [Control::Running, ended()]);
+    // it hears the same on the next link
+    let sent = replaced(&first);
+    first.report_complete(&missing).unwrap();
+    first.report_running().unwrap();
+    first.report_complete(&missing).unwrap();
+    assert_eq!(sent.frames(), [Control::Running, ended()]);
+    // nothing comes before *running*, and nothing after *complete*
+    let (second, sent, _) = session();
+    lacks(&second);
+    second.report_complete(&missing).unwrap();
+    second.report_running().unwrap();
+    second.report_complete(&missing).unwrap();
+    second.report_complete(&missing).unwrap();
+    second.report_ended(ended()).unwrap();
+    assert_eq!(sent.frames(), [Control::Running, complete()]);
+    let (third, sent, _) = session();
+    lacks(&third);
+    third.report_ended(ended()).unwrap();
+    assert_eq!(sent.frames(), []);
+    third.report_running().unwrap();
+    assert_eq!(sent.frames(), [Control::Running, ended()]);
+}
