@@ -349,3 +349,16 @@ proptest! {
         prop_assert!(missing == 0 || lost, "{} pages are missing, and no store has lost any", missing);
     }
 }
+
+/// What an engine asks of a strategy before it begins.
+#[test]
+fn the_systems_say_what_they_need() {
+    let names = SYSTEMS.map(|system| system.strategy().name());
+    assert_eq!(names, ["quick-eviction", "quick-eviction", "scatter-gather", "agile"]);
+    for system in SYSTEMS {
+        let strategy = system.strategy();
+        assert!(strategy.needs_post_copy(), "{system:?}");
+        assert_eq!(strategy.connects_itself(), matches!(system, System::QuickEviction(_)));
+        assert_eq!(strategy.stores().is_empty(), system == System::Agile, "{system:?}");
+    }
+}

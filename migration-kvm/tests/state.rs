@@ -68,6 +68,8 @@ fn main() {
         ("what_just_fits_is_no_mismatch", needs::what_just_fits_is_no_mismatch),
         ("a_saved_vm_names_what_kvm_lacks", needs::a_saved_vm_names_what_kvm_lacks),
         ("a_loaded_guest_is_told_that_it_was_stopped", needs::a_loaded_guest_is_told_that_it_was_stopped),
+        ("a_vm_without_a_timer_needs_and_saves_none", needs::a_vm_without_a_timer_needs_and_saves_none),
+        ("cpuid_that_kvm_does_not_accept_is_a_mismatch", needs::cpuid_that_kvm_does_not_accept_is_a_mismatch),
         ("figures", figures),
     ] {
         trials.push(on_kvm(name, test));

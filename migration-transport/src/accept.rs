@@ -159,8 +159,7 @@ fn accept_from_any<T>(
                     Reaction::BackOff => {
                         if let Some(shortage) = &mut shortage {
                             **shortage = Some(e);
-                            let soon = Instant::now() + REPORT_AFTER;
-                            deadline = Some(deadline.map_or(soon, |at| at.min(soon)));
+                            deadline = Some(report_at(deadline, Instant::now()));
                         }
                         thread::sleep(PAUSE.min(left(deadline)));
                     }
@@ -172,6 +171,12 @@ fn accept_from_any<T>(
             return Ok(None);
         }
     }
+}
+
+/// Returns when a shortage at the time `now` is reported, if it lasts.
+fn report_at(deadline: Option<Instant>, now: Instant) -> Instant {
+    let soon = now + REPORT_AFTER;
+    deadline.map_or(soon, |at| at.min(soon))
 }
 
 /// Returns the index of a readable socket. Chooses one of several at random, so that a busy socket
@@ -239,7 +244,7 @@ mod tests {
     fn a_connection_that_cannot_be_accepted_can_be_refused_again_and_again() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
-        let mut shortage = Shortage::new();
+        let mut shortage = Shortage::default();
         for _ in 0..3 {
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let none = |_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE));
@@ -251,6 +256,41 @@ mod tests {
             // the reserved descriptor is released once, until it is reserved again
             assert!(shortage.accept_to_refuse(1, |_| Ok(())).is_none());
         }
+    }
+
+    #[test]
+    fn errors_of_connections_are_skipped_and_those_of_the_listener_are_reported() {
+        let reaction = |errno| reaction(&io::Error::from_raw_os_error(errno));
+        for errno in [
+            libc::EAGAIN,
+            libc::EINTR,
+            libc::ECONNABORTED,
+            libc::ECONNRESET,
+            libc::EPROTO,
+            libc::ENETDOWN,
+            libc::ENETUNREACH,
+            libc::EHOSTDOWN,
+            libc::EHOSTUNREACH,
+            libc::ENONET,
+            libc::ENOPROTOOPT,
+            libc::ETIMEDOUT,
+        ] {
+            assert!(matches!(reaction(errno), Reaction::Skip), "{errno}");
+        }
+        for errno in [libc::EBADF, libc::EINVAL, libc::ENOTSOCK, libc::EOPNOTSUPP, libc::EFAULT] {
+            assert!(matches!(reaction(errno), Reaction::Fail), "{errno}");
+        }
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EPERM] {
+            assert!(matches!(reaction(errno), Reaction::BackOff), "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_shortage_that_lasts_is_reported_soon_and_not_after_the_time_out() {
+        let now = Instant::now();
+        assert_eq!(report_at(None, now), now + REPORT_AFTER);
+        assert_eq!(report_at(Some(now + 2 * REPORT_AFTER), now), now + REPORT_AFTER);
+        assert_eq!(report_at(Some(now + REPORT_AFTER / 2), now), now + REPORT_AFTER / 2);
     }
 
     #[test]

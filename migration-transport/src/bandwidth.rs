@@ -188,6 +188,8 @@ mod tests {
             ("-1Gbit", BandwidthError::BadNumber),
             ("1.Gbit", BandwidthError::BadNumber),
             ("1.2.3Gbit", BandwidthError::BadNumber),
+            ("1.123456789012.5Gbit", BandwidthError::BadNumber),
+            (".5Gbit", BandwidthError::BadNumber),
             ("10", BandwidthError::BadUnit),
             ("10Gb", BandwidthError::BadUnit),
             ("10mbit", BandwidthError::BadUnit),

@@ -264,6 +264,27 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_is_neither_a_link_nor_a_pipe() {
+        let dir = folder("pipe");
+        let store = DirLeases::new(&dir).unwrap();
+        let lock = store.path(VM).with_extension("lock");
+        let victim = dir.join("victim");
+        fs::write(&victim, "").unwrap();
+        symlink(&victim, &lock).unwrap();
+        assert_eq!(store.swap(VM, None, lease(1, 1)).unwrap_err().kind(), ErrorKind::InvalidData);
+        fs::remove_file(&lock).unwrap();
+        // a pipe that nobody reads would block whoever opens it
+        let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+        nix::unistd::mkfifo(&lock, mode).unwrap();
+        let error = store.swap(VM, None, lease(1, 1)).unwrap_err();
+        assert!(error.kind() != ErrorKind::InvalidData && error.to_string().contains(".lock: "), "{error}");
+        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&lock).unwrap();
+        assert_eq!(store.swap(VM, None, lease(1, 1)).unwrap_err().kind(), ErrorKind::InvalidData);
+        assert_eq!(store.read(VM).unwrap(), None);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn a_lock_that_is_never_released_is_an_error() {
         let dir = folder("locked");
         let store = DirLeases { patience: Duration::from_millis(50), ..DirLeases::new(&dir).unwrap() };

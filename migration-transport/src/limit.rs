@@ -361,6 +361,28 @@ mod tests {
     }
 
     #[test]
+    fn a_lane_is_set_up_until_its_first_guest_memory_or_its_allowance_is_used_up() {
+        let memory = ram(1);
+        let (near, _far) = memory::pair(1000);
+        let mut writer = LimitedWriter {
+            inner: Box::new(near).split().unwrap().writer,
+            limiter: Limiter::new(Bandwidth::UNLIMITED),
+            closed: Arc::default(),
+            class: Class::Bulk,
+            allowance: 100,
+        };
+        let (set_up, bulk) = (Class::Exempt, Class::Bulk);
+        assert_eq!([60, 39].map(|len| writer.class_of(&vec![0; len], &[])), [set_up; 2]);
+        assert_eq!([1, 0].map(|len| writer.class_of(&vec![0; len], &[])), [bulk; 2]);
+        writer.allowance = 100;
+        assert_eq!(writer.class_of(&[0; 101], &[]), bulk);
+        assert_eq!(writer.class_of(&[0; 1], &[]), bulk, "the set-up is over");
+        writer.allowance = 100;
+        assert_eq!(writer.class_of(&[0; 10], &[memory.slice_at(0, 8).unwrap()]), bulk);
+        assert_eq!(writer.class_of(&[0; 10], &[]), bulk, "the set-up is over");
+    }
+
+    #[test]
     fn urgent_data_does_not_wait_for_all_earlier_urgent_data() {
         let (connector, mut listener) = memory::link(8 << 20);
         let limited = Limited::new(Box::new(connector), "1Mbit".parse().unwrap());

@@ -70,8 +70,7 @@ impl TcpConnector {
         let mut kind = io::ErrorKind::NotFound;
         for (i, address) in addresses.iter().enumerate() {
             let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-            let share = left / (addresses.len() - i) as u32;
-            match connect_one(address, share, &self.options.socket) {
+            match connect_one(address, share(left, addresses.len(), i), &self.options.socket) {
                 Ok(channel) => return Ok(Box::new(channel)),
                 Err(e) => {
                     kind = e.kind();
@@ -83,6 +82,11 @@ impl TcpConnector {
         let why = if failures.is_empty() { "the host has no address".into() } else { failures.join("; ") };
         Err(io::Error::new(kind, format!("cannot connect: {why}")))
     }
+}
+
+/// Returns the part of the time that is left for the next of `all` addresses, after `tried` of them.
+fn share(left: Duration, all: usize, tried: usize) -> Duration {
+    left / (all - tried) as u32
 }
 
 fn connect_one(address: &SocketAddr, timeout: Duration, options: &SocketOptions) -> io::Result<StreamChannel> {
@@ -332,5 +336,34 @@ mod tests {
         let elsewhere = bind(&["192.0.2.1:0"]).unwrap_err();
         assert_eq!(elsewhere.kind(), io::ErrorKind::AddrNotAvailable);
         assert_eq!(bind(&[]).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn each_address_gets_an_equal_share_of_the_time() {
+        let second = Duration::from_secs(1);
+        assert_eq!([0, 1, 2].map(|tried| share(6 * second, 3, tried)), [2 * second, 3 * second, 6 * second]);
+        assert_eq!(share(second, 1, 0), second);
+    }
+
+    #[test]
+    fn a_shortage_is_told_once() {
+        let mut listener = listener(&["127.0.0.1:0"]);
+        let _near = std::net::TcpStream::connect(listener.addresses()[0]).unwrap();
+        let none = |_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE));
+        let waiting: Vec<_> = listener.sockets.iter().map(AsFd::as_fd).collect();
+        assert!(listener.shortage.accept_within(&waiting, Duration::MAX, none).unwrap().is_none());
+        assert_eq!(listener.trouble().unwrap().raw_os_error(), Some(libc::EMFILE));
+        assert!(listener.trouble().is_none());
+    }
+
+    /// An address of IPv6 for all interfaces also takes connections of IPv4, if it is the only one.
+    #[test]
+    fn one_address_of_all_interfaces_is_enough() {
+        if std::net::TcpListener::bind("[::1]:0").is_err() {
+            return eprintln!("skipped: this host has no IPv6");
+        }
+        let mut listener = listener(&["[::]:0"]);
+        let _near = std::net::TcpStream::connect(("127.0.0.1", listener.port())).unwrap();
+        assert!(listener.accept(Duration::from_secs(20)).unwrap().is_some());
     }
 }

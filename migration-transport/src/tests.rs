@@ -401,6 +401,7 @@ fn loopback_does_not_pace_and_unknown_congestion_control_is_no_error() {
 fn a_cut_link_in_memory_fails_until_it_is_restored() {
     let (connector, mut listener) = memory::link(1000);
     let cut = connector.cut();
+    assert!(!cut.is_cut());
     let mut near = connector.connect().unwrap().split().unwrap();
     let mut far = accept(&mut listener).split().unwrap();
     thread::scope(|scope| {
@@ -411,6 +412,7 @@ fn a_cut_link_in_memory_fails_until_it_is_restored() {
     assert!(cut.is_cut());
     assert_eq!(connector.connect().err().unwrap().kind(), ErrorKind::TimedOut);
     cut.restore();
+    assert!(!cut.is_cut());
     connector.connect().unwrap();
     assert_eq!(kind(near.reader.read_exact(&mut [0; 1])), ErrorKind::ConnectionReset, "stays cut");
     drop(listener);

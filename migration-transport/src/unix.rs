@@ -180,3 +180,21 @@ impl Drop for UnixListener {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shortage_is_told_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let mut listener = UnixListener::bind(&path, SocketOptions::default()).unwrap();
+        let _near = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let none = |_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE));
+        let waiting = [listener.socket.as_fd()];
+        assert!(listener.shortage.accept_within(&waiting, Duration::MAX, none).unwrap().is_none());
+        assert_eq!(listener.trouble().unwrap().raw_os_error(), Some(libc::EMFILE));
+        assert!(listener.trouble().is_none());
+    }
+}

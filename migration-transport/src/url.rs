@@ -139,6 +139,7 @@ mod tests {
         }
         assert_eq!(parse("unix:/run/a:b c").unwrap(), Address::Unix("/run/a:b c".into()));
         assert_eq!(parse("unix:rel").unwrap().to_string(), "unix:rel");
+        assert!(parse(&format!("unix:{}", "x".repeat(UNIX_PATH_MAX))).is_ok());
     }
 
     #[test]

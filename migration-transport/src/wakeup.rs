@@ -46,3 +46,32 @@ impl AsFd for Wakeup {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::{
+        event::{PollFd, PollFlags, Timespec, poll},
+        io::{FdFlags, fcntl_getfd},
+    };
+
+    use super::*;
+
+    #[test]
+    fn it_is_readable_from_a_wake_up_until_it_is_cleared() {
+        let wakeup = Wakeup::new().unwrap();
+        let readable = || {
+            let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&wakeup, PollFlags::IN)], Some(&at_once)).unwrap() == 1
+        };
+        assert!(fcntl_getfd(&wakeup).unwrap().contains(FdFlags::CLOEXEC));
+        assert!(!readable());
+        // does not wait
+        wakeup.clear();
+        let wake = wakeup.waker();
+        wake();
+        wake();
+        assert!(readable());
+        wakeup.clear();
+        assert!(!readable());
+    }
+}

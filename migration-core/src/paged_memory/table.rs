@@ -314,4 +314,30 @@ mod tests {
         let shown = format!("{:?}", StoreEntry::new(Namespace::new([0x5a; 16]), vec![store]).unwrap());
         assert!(!shown.contains("5a5a") && !shown.contains("90, 90"), "{shown}");
     }
+
+    #[test]
+    fn an_entry_is_as_large_as_its_bounds() {
+        let of = |stores: usize, name: usize| {
+            let store = |n: usize| EntryStore { name: format!("{n:0name$}"), incarnation: Incarnation([1; 16]) };
+            StoreEntry::new(Namespace::new([1; 16]), (0..stores).map(store).collect())
+        };
+        assert!(of(1, 1).is_ok() && of(MAX_ENTRY_STORES, MAX_STORE_NAME).is_ok());
+        for (stores, name) in [(0, 1), (MAX_ENTRY_STORES + 1, 8), (1, MAX_STORE_NAME + 1)] {
+            assert!(matches!(of(stores, name), Err(TableError::BadEntry(_))), "{stores} {name}");
+        }
+    }
+
+    #[test]
+    fn what_the_destination_has_acknowledged_stays_known() {
+        let mut table = StoreTable::default();
+        for number in 0..3 {
+            assert_eq!(table.append(entry(number)), Ok(number));
+        }
+        assert_eq!(table.known(), 0);
+        assert_eq!(table.acknowledged(5), Err(TableError::Gap(2)));
+        table.acknowledged(2).unwrap();
+        table.repeat();
+        table.acknowledged(1).unwrap();
+        assert_eq!(table.known(), 2);
+    }
 }

@@ -404,3 +404,14 @@ fn rule_14_an_entry_that_fails_leaves_nothing() {
     assert!(world.stores[0].record(World::id(2)).unwrap().is_none());
     assert!(!world.memory.has_entry(0));
 }
+
+/// Of a store that has lost all and was used again, what it has now is something else.
+#[test]
+fn rule_11_a_namespace_that_was_made_again_counts_as_changed() {
+    let world = World::new();
+    let both = world.entry(1, &[0, 1], VM);
+    world.stores[1].lose_everything();
+    let record = Record { vm: VM, purpose: Purpose::Attempt, owner: OWNER };
+    world.stores[1].create(World::id(1), &record, LEASE).unwrap();
+    assert!(matches!(world.memory.renew(both, OWNER, LEASE), Renewed::Changed));
+}

@@ -51,3 +51,17 @@ impl Clock for ManualClock {
         *lock(&self.now)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_of_a_process_goes_on() {
+        let clock = ProcessClock::default();
+        let begin = clock.now();
+        while clock.now() <= begin {
+            std::hint::spin_loop();
+        }
+    }
+}

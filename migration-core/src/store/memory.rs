@@ -341,4 +341,25 @@ mod tests {
         let shown = format!("{:?}", InMemory::default().shared());
         assert!(shown.starts_with("MemoryPageStore { name: \"memory\", limit: 4194304, used: 0"), "{shown}");
     }
+
+    #[test]
+    fn a_store_is_full_when_no_new_page_fits() {
+        let vm = VmId([1; 16]);
+        let namespace = crate::store::Namespace::new([1; 16]).of(vm);
+        let record = Record { vm, purpose: crate::store::Purpose::Stage, owner: Owner::new("host-7").unwrap() };
+        let put = |store: &MemoryPageStore, page| {
+            store.put(namespace, 1, &[PageToPut { page, value: &[1; crate::PAGE_SIZE] }])
+        };
+        let probe = MemoryPageStore::new("probe", 1 << 20);
+        probe.create(namespace.id, &record, UNSEEN_LEASE).unwrap();
+        put(&probe, 1).unwrap();
+        let page = (1 << 20) - probe.room();
+        let store = MemoryPageStore::new("memory", 2 * page);
+        store.create(namespace.id, &record, UNSEEN_LEASE).unwrap();
+        put(&store, 1).unwrap();
+        put(&store, 2).unwrap();
+        assert_eq!(store.room(), 0);
+        assert!(matches!(put(&store, 3), Err(StoreError::NoRoom { .. })));
+        put(&store, 2).unwrap();
+    }
 }

@@ -220,4 +220,19 @@ mod tests {
         // what a hole of a sparse file reads as
         assert!(!Trailer::decode(&[0; 32]).proves(VmId([0; 16]), 0, 0, &[0; PAGE_SIZE]));
     }
+
+    #[test]
+    fn a_put_is_as_large_as_its_bounds() {
+        let put = |pages: usize, len: usize| {
+            let value = vec![1; len];
+            let pages: Vec<_> = (0..pages as u64).map(|page| PageToPut { page, value: &value }).collect();
+            check_put(&pages)
+        };
+        assert!(put(1, 1).is_ok() && put(MAX_RUN_PAGES, MAX_VALUE_BYTES).is_ok());
+        assert!(matches!(put(1, 0), Err(StoreError::BadValue { page: 0, len: 0 })));
+        assert!(matches!(put(1, MAX_VALUE_BYTES + 1), Err(StoreError::BadValue { .. })));
+        for pages in [0, MAX_RUN_PAGES + 1] {
+            assert!(matches!(put(pages, 1), Err(StoreError::BadRun(_))), "{pages}");
+        }
+    }
 }

@@ -262,10 +262,22 @@ mod tests {
     #[test]
     fn a_store_that_can_list_and_read_can_restore() {
         let mut store: Box<dyn VersionStore> = Box::new(Plain::default());
+        assert_eq!(store.latest(), None);
+        store.put(1, Some(&[9; PAGE_SIZE])).unwrap();
+        store.discard();
         for page in 0..2 * RESTORE_PAGES as u64 + 1 {
             store.put(page * 3, Some(&[page as u8 | 1; PAGE_SIZE])).unwrap();
         }
-        store.commit(1, Bytes::new()).unwrap();
+        store.commit(1, Bytes::from_static(b"state")).unwrap();
+        assert_eq!(store.latest(), Some((1, Bytes::from_static(b"state"))));
+        assert!(store.list().unwrap().iter().take(3).eq([0, 3, 6]));
+        let mut read = Vec::new();
+        let mut take = |page, content: PageContent<'_>| {
+            read.push((page, content.map(|content| content[0])));
+            Ok(())
+        };
+        store.read(&[3, 9], &mut take).unwrap();
+        assert_eq!(read, [(3, Some(1)), (9, Some(3))]);
         let mut next = 0;
         let restored = store.restore(&mut |page, content| {
             assert_eq!((page, content), (next * 3, Some(&[next as u8 | 1; PAGE_SIZE])));

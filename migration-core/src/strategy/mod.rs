@@ -404,5 +404,7 @@ mod tests {
             assert!(text.starts_with("blocked: ") && text.contains(word), "{text}");
         }
         assert_eq!(pages.len(), PAGES, "nothing was put");
+        let error = vm.commit().map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("no store to commit"), "{error}");
     }
 }

@@ -239,4 +239,19 @@ mod tests {
         let error = pool.take(PAGES).err().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
     }
+
+    #[test]
+    fn some_buffers_are_kept_and_each_use_is_recorded() {
+        let pool = Pool::new(false);
+        let counts = || {
+            let buffers = pool.lock();
+            (buffers.used.len(), buffers.free.len())
+        };
+        let mut all: Vec<_> = (0..KEPT + 2).map(|_| pool.take(PAGES).unwrap()).collect();
+        assert_eq!(counts(), (KEPT + 2, 0));
+        drop(all.remove(1));
+        assert_eq!(counts(), (KEPT + 1, 1));
+        drop(all);
+        assert_eq!(counts(), (0, KEPT));
+    }
 }

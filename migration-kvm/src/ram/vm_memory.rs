@@ -274,6 +274,14 @@ mod tests {
         assert_eq!(populated(&ram), [0, 1, 2, 3, 4, 5]);
         let ram = region(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         assert!(populated(&ram).is_empty());
+        // of two regions, each for itself
+        let regions = [(libc::MAP_SHARED, 0), (libc::MAP_PRIVATE, 0x10_0000)].map(|(flags, gpa)| {
+            let flags = flags | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let mapping = MmapRegion::<()>::build(None, 2 * PAGE_SIZE, PROT, flags).unwrap();
+            GuestRegionMmap::new(mapping, GuestAddress(gpa)).unwrap()
+        });
+        let memory = GuestMemoryMmap::from_regions(regions.into()).unwrap();
+        assert_eq!(populated(&VmMemoryRam::from_mmap(Arc::new(memory)).unwrap()), [0, 1]);
     }
 
     #[test]

@@ -265,11 +265,12 @@ mod tests {
         let spawner = idle.spawner.clone();
         let after = thread::spawn(move || {
             spawner.assume(Role::HandOver, GuestImpact::Balanced);
+            let during = spawner.urgent.lock().threads.len();
             spawner.begin_switch_over();
             spawner.assume(Role::Control, GuestImpact::Balanced);
-            (sched::Share::of(0).is_some(), spawner.urgent.lock().threads.len())
+            (during, sched::Share::of(0).is_some(), spawner.urgent.lock().threads.len())
         });
-        assert_eq!(after.join().unwrap(), (true, 2));
+        assert_eq!(after.join().unwrap(), (3, true, 2));
         idle.end();
     }
 

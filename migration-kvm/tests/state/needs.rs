@@ -3,7 +3,9 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use libtest_mimic::Failed;
-use migration_kvm::state::{ClockLoaded, CpuidBits, HostNeeds, Irqchip, KvmState, Mismatch, Msr, Register, VcpuState};
+use migration_kvm::state::{
+    ClockLoaded, CpuidBits, HostNeeds, Irqchip, KvmState, Mismatch, Msr, Register, VcpuSaver, VcpuState,
+};
 
 use super::{
     Test,
@@ -139,5 +141,31 @@ pub fn a_loaded_guest_is_told_that_it_was_stopped() -> Test {
     guest.saver.load(&guest.vcpus[0], &state, &ClockLoaded::none())?;
     guest.next_count(0);
     assert_eq!(guest.ram.read(PAGE + FLAGS, 1)[0] & STOPPED, STOPPED);
+    Ok(())
+}
+
+/// A VM may have interrupt controllers without a timer.
+pub fn a_vm_without_a_timer_needs_and_saves_none() -> Test {
+    let kvm = Kvm::new()?;
+    let vm = kvm.create_vm()?;
+    vm.create_irq_chip()?;
+    let vcpu = vm.create_vcpu(0)?;
+    vcpu.set_cpuid2(&CpuId::from_entries(&cpuid(&kvm, 0)).unwrap())?;
+    let needs = HostNeeds::of(&kvm, &vm, &vcpu, Irqchip::Full)?;
+    assert!(needs.caps.contains(&(Cap::Irqchip as u32)) && !needs.caps.contains(&(Cap::Pit2 as u32)));
+    let state = KvmState::save(&VcpuSaver::probe(&kvm, &vm)?, &vm, Irqchip::Full)?;
+    assert!(state.chips.is_some() && state.pit.is_none());
+    Ok(())
+}
+
+/// What is wrong as a whole is found although every part of it is right.
+pub fn cpuid_that_kvm_does_not_accept_is_a_mismatch() -> Test {
+    let guest = Guest::counting(1, Irqchip::Split, CODE);
+    let mut needs = HostNeeds::of(&guest.kvm, &guest.vm, &guest.vcpus[0], Irqchip::Split)?;
+    let last = *needs.cpuid.last().ok_or("no entry")?;
+    // more entries than KVM takes
+    needs.cpuid.resize(257, last);
+    let found = needs.check(&guest.kvm).unwrap_err();
+    assert!(matches!(&found[..], [Mismatch::CpuidRefused(why)] if why == "too many entries"), "{found:?}");
     Ok(())
 }

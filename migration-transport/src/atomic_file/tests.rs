@@ -181,3 +181,11 @@ fn what_cannot_be_opened_is_not_called_damaged() {
     let long = open_regular(&dir.path().join("x".repeat(300))).unwrap_err();
     assert_eq!(long.kind(), ErrorKind::InvalidFilename);
 }
+
+#[test]
+fn an_unfinished_file_is_closed_on_exec() {
+    let dir = tempfile::tempdir().unwrap();
+    let new = AtomicFile::create(&dir.path().join("f")).unwrap();
+    let flags = rustix::io::fcntl_getfd(new.file()).unwrap();
+    assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+}

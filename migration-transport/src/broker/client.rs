@@ -203,6 +203,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_answer_that_fits_no_question_is_an_error() {
+        assert!(done(Message::Done).is_ok());
+        assert!(matches!(done(Message::List), Err(BrokerError::Malformed(_))));
+    }
+
+    #[test]
     fn memory_goes_to_the_same_user_or_to_root() {
         let [root, one, other] = [0, 1000, 1001].map(Uid::from_raw);
         assert!(trusts(one, one) && trusts(one, root) && trusts(root, root));

@@ -289,6 +289,19 @@ fn a_reason_is_cut_between_characters() {
     assert_eq!(cut(&format!("x{}", "é".repeat(300))).len(), 511);
 }
 
+/// A message may come in pieces, each with files. Together they are as many as one piece may have.
+#[test]
+fn files_of_a_message_are_counted_over_its_pieces() {
+    let one = file(0x1000, SealFlag::F_SEAL_GROW);
+    for (first, second, fits) in [(200, 53, true), (200, 54, false), (253, 1, false)] {
+        let (near, far) = UnixStream::pair().unwrap();
+        crate::send_files(near.as_fd(), &[1, 0], &vec![one.as_fd(); first]).unwrap();
+        crate::send_files(near.as_fd(), &[0, 0, 3], &vec![one.as_fd(); second]).unwrap();
+        let received = Message::receive(&far).map(|message| message.unwrap().1.len()).map_err(|error| error.kind());
+        assert_eq!(received, if fits { Ok(253) } else { Err(io::ErrorKind::InvalidData) });
+    }
+}
+
 /// The longest body is read, and a longer one is refused before room for it is made. The end of the
 /// connection is no error between two messages.
 #[test]

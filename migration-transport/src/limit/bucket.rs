@@ -99,7 +99,7 @@ impl Bucket {
             // urgent data waits for exempt data like all other data does, so that together they
             // stay within the limit
             Class::Exempt => (now, time),
-            Class::Urgent => (urgent, time.div_f64(URGENT_SHARE)),
+            Class::Urgent => (urgent, at_urgent_share(time)),
             Class::Bulk => (next, Duration::ZERO),
         };
         let (Some(next), Some(urgent)) = (next.checked_add(time), urgent.checked_add(urgent_time)) else {
@@ -109,6 +109,11 @@ impl Bucket {
         (self.next, self.urgent) = (next, urgent);
         Turn::At(turn)
     }
+}
+
+/// Returns the time at the share of the limit for urgent data of what takes `time` at the limit.
+fn at_urgent_share(time: Duration) -> Duration {
+    Duration::try_from_secs_f64(time.as_secs_f64() / URGENT_SHARE).unwrap_or(Duration::MAX)
 }
 
 #[cfg(test)]
@@ -198,6 +203,17 @@ mod tests {
         // 0.4 s for the control frames, and 0.45 s at three quarters of the limit
         let Turn::At(turn) = bucket.reserve(start, Class::Urgent, 1) else { panic!("no turn") };
         assert_eq!(turn - start, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn data_whose_time_no_clock_can_measure_never_has_its_turn_unless_it_is_exempt() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(Bandwidth::from_bits_per_second(1), start);
+        assert_eq!(bucket.reserve(start, Class::Bulk, u64::MAX), Turn::Never);
+        assert_eq!(bucket.reserve(start, Class::Urgent, u64::MAX), Turn::Never);
+        assert_eq!(bucket.reserve(start, Class::Exempt, u64::MAX), Turn::At(start));
+        // and none of it counts
+        assert_eq!(bucket.reserve(start, Class::Bulk, 1), Turn::At(start));
     }
 
     #[test]

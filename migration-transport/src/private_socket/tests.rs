@@ -224,3 +224,53 @@ fn a_path_without_a_name_is_refused() {
         assert_eq!(listen_private(Path::new(path)).unwrap_err().kind(), ErrorKind::InvalidInput, "{path}");
     }
 }
+
+/// Returns how many descriptors of this process are of the file at `path`, or of one that was there.
+fn opened(path: &Path) -> usize {
+    let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    links.filter(|link| link.to_string_lossy().starts_with(&*path.to_string_lossy())).count()
+}
+
+/// Whoever waits has opened a file that is removed by then. It locks the next one.
+#[test]
+fn a_lock_is_waited_for_and_is_the_file_that_has_the_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, lock) = (folder.path().join("s"), folder.path().join(".s.lock"));
+    let first = Lock::take(&path, Duration::ZERO).unwrap().unwrap();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| {
+            let taken = Lock::take(&path, Duration::from_secs(60)).unwrap().unwrap();
+            let there = identity(&lock).is_ok_and(|there| {
+                let own = taken.file.metadata().unwrap();
+                there == (own.dev(), own.ino())
+            });
+            (there, taken)
+        });
+        while opened(&lock) < 2 {
+            thread::yield_now();
+        }
+        drop(first);
+        assert!(second.join().unwrap().0);
+    });
+}
+
+#[test]
+fn a_link_or_a_pipe_is_no_lock_even_if_it_could_be_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, lock) = (folder.path().join("s"), folder.path().join(".s.lock"));
+    let own = folder.path().join("own");
+    OpenOptions::new().write(true).create_new(true).mode(MODE).open(&own).unwrap();
+    symlink(&own, &lock).unwrap();
+    assert!(Lock::take(&path, Duration::ZERO).unwrap().is_none());
+    fs::remove_file(&lock).unwrap();
+    // a pipe without a reader would block whoever opens it for writing
+    nix::unistd::mkfifo(&lock, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
+    assert!(Lock::take(&path, Duration::ZERO).unwrap().is_none());
+}
+
+#[test]
+fn a_socket_that_has_lost_its_first_name_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let unnamed = Unnamed { path: folder.path().join("none"), file: (0, 0) };
+    assert_eq!(unnamed.rename(&folder.path().join("s")).unwrap_err().kind(), ErrorKind::NotFound);
+}

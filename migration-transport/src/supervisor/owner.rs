@@ -218,3 +218,18 @@ impl<S> fmt::Debug for OwnerRecord<S> {
         f.debug_struct("OwnerRecord").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_shows_its_broker() {
+        let record = OwnerRecord::<()>::new(None, None);
+        assert_eq!(record.status().broker, None);
+        record.set_broker(Some("/run/broker".into()));
+        assert_eq!(record.status().broker, Some("/run/broker".into()));
+        record.set_broker(None);
+        assert_eq!(record.status().broker, None);
+    }
+}

@@ -93,3 +93,33 @@ pub enum NotRestarted {
     #[error("no thread")]
     NoThread(#[source] io::Error),
 }
+
+#[cfg(test)]
+mod tests {
+    use migration_core::fence::NotFenced;
+
+    use super::*;
+
+    /// Only one process is dead.
+    struct OneDead;
+
+    impl Fence for OneDead {
+        fn fence(&self, _identity: &[u8]) -> Result<(), NotFenced> {
+            Err(NotFenced("as asked".into()))
+        }
+
+        fn is_dead(&self, identity: &[u8]) -> bool {
+            identity == b"dead"
+        }
+    }
+
+    #[test]
+    fn a_vm_is_dead_when_every_process_is_that_may_run_it() {
+        let all_dead = |holders: &[&[u8]]| {
+            let holders = holders.iter().map(|holder| holder.to_vec()).collect();
+            RestartRecord::<()> { holders, ..RestartRecord::default() }.all_dead(&OneDead)
+        };
+        assert!(all_dead(&[b"dead"]) && all_dead(&[b"dead", b"dead"]));
+        assert!(!all_dead(&[b"lives"]) && !all_dead(&[b"dead", b"lives"]));
+    }
+}

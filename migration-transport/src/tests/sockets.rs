@@ -302,6 +302,19 @@ fn a_relay_that_is_cut_at_once_forwards_nothing() {
     assert_eq!((relay.relayed(), relay_too.relayed()), (0, 0));
 }
 
+#[test]
+fn a_relay_that_is_stalled_forwards_when_it_is_restored() {
+    let (relay, mut near, mut far) = relayed();
+    relay.stall();
+    near.write_all(b"a").unwrap();
+    far.set_read_timeout(Some(SHORT)).unwrap();
+    assert!(far.read_exact(&mut [0]).is_err());
+    assert_eq!(relay.relayed(), 0);
+    relay.restore();
+    far.set_read_timeout(Some(SOON)).unwrap();
+    far.read_exact(&mut [0]).unwrap();
+}
+
 /// The end of one direction is forwarded, and the other one goes on.
 #[test]
 fn a_relay_forwards_the_end_of_a_direction() {

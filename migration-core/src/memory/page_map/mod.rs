@@ -36,6 +36,8 @@
 
 mod copies;
 mod eviction;
+#[cfg(test)]
+mod sequences;
 mod stores;
 #[cfg(test)]
 mod tests;

@@ -136,3 +136,26 @@ fn the_limit_can_change() {
     assert!(test.put(namespace, 13, 1) >= Duration::from_secs(1 << 20));
     assert_eq!(format!("{:?}", test.store), r#"RateLimited { store: "memory", limit: Some(1), .. }"#);
 }
+
+#[test]
+fn a_wait_is_as_long_as_its_bound_and_no_longer() {
+    let second = Duration::from_secs(1);
+    let mut budget = Budget { limit: NonZeroU64::new(MIB), free_at: Duration::ZERO };
+    assert_eq!(budget.reserve(second, MIB, Duration::ZERO), Some(Duration::ZERO));
+    assert_eq!(budget.reserve(second, MIB, second - Duration::from_nanos(1)), None);
+    assert_eq!(budget.reserve(second, 2 * MIB, second), Some(second));
+    assert_eq!(budget.reserve(second, 1, 3 * second), Some(3 * second));
+    budget.limit = None;
+    assert_eq!(budget.reserve(second, u64::MAX, Duration::ZERO), Some(Duration::ZERO));
+}
+
+#[test]
+fn it_has_the_name_of_the_store_and_waits_on_the_clock_of_the_process() {
+    let limited = Limited::new();
+    assert_eq!(limited.store.name(), limited.memory.shared().name());
+    let clock = ProcessClock::default();
+    let (begin, time) = (clock.now(), Duration::from_millis(2));
+    // never shorter; how much longer depends on the host
+    clock.wait(time);
+    assert!(clock.now() >= begin + time);
+}

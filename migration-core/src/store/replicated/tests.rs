@@ -255,3 +255,14 @@ fn there_is_at_least_one_store() {
     let shown = format!("{:?}", Pair::new().store);
     assert_eq!(shown, r#"Replicated { name: "pair", stores: ["a", "b"], .. }"#);
 }
+
+#[test]
+fn each_store_has_its_share_of_the_time() {
+    let deadline = Instant::now() + Duration::from_secs(3600);
+    assert_eq!([0, 1].map(|stores| share(deadline, stores)), [deadline; 2]);
+    let [half, tenth] = [2, 10].map(|stores| share(deadline, stores));
+    let now = Instant::now();
+    assert!(now < tenth && tenth < half && half < deadline);
+    // a time that has passed is over at once
+    assert!(share(now, 2) >= now);
+}

@@ -150,6 +150,13 @@ fn pieces_are_filled_in_every_region() {
     };
     assert!(ram.prefault_shared_by(Duration::from_secs(60), &mut note).unwrap());
     assert_eq!(pieces, [(4, 1), (255, 1), (256, 2), (0x301, 1), (last, 1)]);
+    // with this process's own page tables, in a mapping that has touched nothing
+    let files = ram.memory_files().unwrap().into_iter().map(|file| file.try_clone_to_owned().unwrap()).collect();
+    let other = MappedRam::from_memory_files(layout(), files, Backing::Memfd).unwrap();
+    assert!(mapped(&other).is_empty());
+    assert!(other.prefault_shared(Duration::from_secs(60)).unwrap());
+    let filled = mapped(&other);
+    assert!([4, 255, 256, 257, 0x301, last].iter().all(|page| filled.contains(page)), "{filled:?}");
 }
 
 /// The pages of shared memory that this process has mapped.

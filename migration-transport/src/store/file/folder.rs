@@ -337,4 +337,26 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn what_cannot_be_removed_is_an_error_and_what_is_not_there_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        remove_if_there(&folder.path().join("none")).unwrap();
+        assert!(remove_if_there(folder.path()).is_err());
+    }
+
+    #[test]
+    fn a_folder_is_no_link_and_its_lock_neither() {
+        let parent = tempfile::tempdir().unwrap();
+        let (real, link) = (parent.path().join("real"), parent.path().join("link"));
+        let folder = Folder::open(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert!(Folder::open(&link).is_err());
+        fs::write(parent.path().join("file"), "").unwrap();
+        assert!(Folder::open(&parent.path().join("file")).is_err());
+        let victim = parent.path().join("victim");
+        std::os::unix::fs::symlink(&victim, real.join("lock")).unwrap();
+        assert!(folder.lock().is_err());
+        assert!(!victim.exists());
+    }
 }

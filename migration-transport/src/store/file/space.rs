@@ -429,4 +429,16 @@ mod tests {
         assert_eq!(runs(&long, |&page| page), [0..256, 256..512, 512..600]);
         assert_eq!(runs(&[], |&page: &u64| page), []);
     }
+
+    #[test]
+    fn what_is_beyond_the_end_of_a_file_reads_as_zeros() {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, &[1, 2, 3]).unwrap();
+        let mut bytes = [0; 7];
+        read_or_zeros(&file, &mut bytes, 0).unwrap();
+        assert_eq!(bytes, [1, 2, 3, 0, 0, 0, 0]);
+        let mut bytes = [0; 4];
+        read_or_zeros(&file, &mut bytes, 2).unwrap();
+        assert_eq!(bytes, [3, 0, 0, 0]);
+    }
 }

@@ -528,3 +528,39 @@ fn a_request_reads_scattered_pages_in_runs() {
     got.sort_unstable();
     assert_eq!(got, pages);
 }
+
+#[test]
+fn a_store_is_full_when_no_new_page_fits() {
+    let mut this = InFolder::new(false);
+    this.store.options.limit = Some(3 * BYTES_PER_PAGE);
+    this.store.create(ID, &RECORD, LEASE).unwrap();
+    for page in [3, 5, 6] {
+        this.put(1, page).unwrap();
+    }
+    assert_eq!(this.store.room(), 0);
+    assert!(matches!(this.put(1, 7), Err(StoreError::NoRoom { needed, room: 0 }) if needed == BYTES_PER_PAGE));
+    // a page that is there already needs no room
+    this.put(2, 5).unwrap();
+    assert_eq!(this.get(2, 5).unwrap(), [2; PAGE_SIZE]);
+}
+
+#[test]
+fn the_usual_clock_is_the_time_of_day_and_a_boot_has_its_own_id() {
+    let year_2020 = Duration::from_secs(50 * 365 * 24 * 3600);
+    assert!(WallClock.now() > year_2020);
+    let id = fs::read_to_string(BOOT_ID).unwrap().trim().replace('-', "");
+    assert_eq!(format!("{:032x}", u128::from_be_bytes(boot_id().unwrap())), id);
+}
+
+/// An id that is forgotten again is remembered for as long as the later call says.
+#[test]
+fn an_id_is_remembered_until_the_last_lease_has_ended() {
+    let this = InFolder::with_a_page();
+    this.store.forget(OF).unwrap();
+    let until = |this: &InFolder| this.store.folder.contents(this.clock.now()).unwrap().forgotten[&ID];
+    let first = until(&this);
+    this.clock.advance(Duration::from_secs(10));
+    this.store.forget(OF).unwrap();
+    assert!(until(&this) >= first + Duration::from_secs(10) || until(&this) > first);
+    assert!(this.store.create(ID, &RECORD, LEASE).is_err());
+}
