@@ -13,7 +13,7 @@
 //!
 //! A strategy that [connects by itself](Strategy::connects_itself) begins after step 1.
 
-use super::{fetcher::Fetcher, *};
+use super::{fetcher::Fetcher, putter::PlaceThread, *};
 use crate::{
     engine::stored::Stored,
     page_map::{LocatedRun, StoreCopy},
@@ -180,14 +180,23 @@ impl Engine<'_> {
     /// namespaces in which pages of the VM were (rule 14).
     pub(super) fn forget_what_nobody_needs(&self) {
         let Some(stored) = self.rounds.stored() else { return };
-        for entry in 0..stored.memory.entries() {
-            if self.places.is_known(entry) {
-                continue;
-            }
-            for cause in stored.memory.forget(entry) {
-                let what = format!("pages of the VM stay in a store until their lease ends: {}", Chain(&cause));
-                self.options.observer.event(&Event::Warning(what));
-            }
+        let unknown: Vec<u8> = (0..stored.memory.entries()).filter(|&entry| !self.places.is_known(entry)).collect();
+        if unknown.is_empty() {
+            return;
         }
+        // a store that hangs keeps its thread, and not the caller
+        let (memory, (ends, ended)) = (stored.memory.clone(), mpsc::channel());
+        let body = Box::new(move || {
+            let errors = unknown.into_iter().flat_map(|entry| memory.forget(entry));
+            let errors = errors.map(|cause| Chain(&cause).to_string()).collect();
+            // the engine may be gone
+            let _ = ends.send(errors);
+        });
+        let place = "the stores of the VM".to_owned();
+        let what = match self.options.spawner.spawn(Role::Background, self.options.impact, "mig-forget", body) {
+            Ok(joiner) => PlaceThread { place, joiner, ended }.end(Instant::now() + self.options.idle_timeout),
+            Err(cause) => vec![format!("no thread forgets what is in {place}: {cause}")],
+        };
+        what.into_iter().for_each(|what| self.options.observer.event(&Event::Warning(what)));
     }
 }

@@ -125,13 +125,13 @@ impl Rearm for Gated {
     }
 }
 
-/// The thread of a place, as the engine sees it.
+/// A thread that waits for page stores, as the engine sees it.
 pub(super) struct PlaceThread {
-    /// The place, in words.
+    /// What is in these stores, in words.
     pub(super) place: String,
     pub(super) joiner: Box<dyn Joiner>,
     /// Says that the thread is about to end, and what went wrong when it forgot namespaces.
-    pub(super) ended: mpsc::Receiver<Vec<MigrationError>>,
+    pub(super) ended: mpsc::Receiver<Vec<String>>,
 }
 
 impl PlaceThread {
@@ -149,7 +149,7 @@ impl PlaceThread {
             Err(mpsc::RecvTimeoutError::Disconnected) => Vec::new(),
         };
         self.joiner.join();
-        errors.iter().map(|error| format!("what was put stays until its lease ends: {}", Chain(error))).collect()
+        errors.iter().map(|error| format!("what was put stays until its lease ends: {error}")).collect()
     }
 }
 
@@ -171,7 +171,7 @@ impl Putter {
         mut self,
         jobs: mpsc::Receiver<Job>,
         inputs: mpsc::Sender<Input>,
-        ends: mpsc::Sender<Vec<MigrationError>>,
+        ends: mpsc::Sender<Vec<String>>,
     ) {
         let mut errors = Vec::new();
         while let Ok(job) = jobs.recv() {
@@ -192,12 +192,13 @@ impl Putter {
     }
 
     /// Forgets namespaces in all stores. Returns what went wrong.
-    fn forget(&self, namespaces: &[Namespace]) -> Vec<MigrationError> {
+    fn forget(&self, namespaces: &[Namespace]) -> Vec<String> {
         let mut errors = Vec::new();
         for namespace in namespaces {
             for store in &self.stores {
                 let forgotten = store.forget(namespace.of(self.record.vm));
-                errors.extend(forgotten.map_err(MigrationError::page_store(store.name())).err());
+                let failed = forgotten.map_err(MigrationError::page_store(store.name())).err();
+                errors.extend(failed.map(|error| Chain(&error).to_string()));
             }
         }
         errors
