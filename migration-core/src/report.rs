@@ -57,8 +57,15 @@ pub struct PageCounts {
     pub free: u64,
     /// The pages sent with their data. A page that is sent twice counts twice.
     pub plain: u64,
-    /// The pages sent at least once.
+    /// The pages sent at least once, over the direct link or by way of a page store.
     pub distinct: u64,
+    /// The pages sent at least once over the direct link.
+    pub direct: u64,
+    /// The pages that this migration put into page stores and that were there in their last state
+    /// when the source was free.
+    pub stored: u64,
+    /// The pages that were in page stores when the migration began, and stayed there.
+    pub cold: u64,
     /// The pages sent in the pause for the guest's first steps at the destination, if the VM is
     /// handed over before all pages were sent (see
     /// [`entry_pages`](crate::vm::SourceVm::entry_pages)).
@@ -81,6 +88,19 @@ pub struct CheckpointCounts {
     pub count: u64,
     /// The bytes of pages and state in these checkpoints.
     pub bytes: u64,
+}
+
+/// What a migration put into a page store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoreReport {
+    /// The name of the store.
+    pub name: String,
+    /// The pages that the store acknowledged. A page that was put twice counts twice.
+    pub pages: u64,
+    /// The bytes of these pages, without what sealing adds.
+    pub bytes: u64,
+    /// The reason why no page went there any more.
+    pub failed: Option<String>,
 }
 
 /// The faults of the guest after a hand-over with missing pages.
@@ -261,6 +281,8 @@ pub struct Report {
     pub state_bytes: u64,
     /// The pages of each kind.
     pub pages: PageCounts,
+    /// What went into each page store.
+    pub stores: Vec<StoreReport>,
     /// The number of demand lanes; 0 if the destination cannot run with missing pages.
     pub demand_lanes: u16,
     /// The faults after the hand-over.

@@ -48,8 +48,13 @@ pub fn random_namespace() -> Result<Namespace, PageError> {
 /// its incarnation, about records and about what it took.
 ///
 /// The key of a namespace is derived from the namespace's name and a master key, which no store
-/// sees (rule 24). So names have to be [added](Self::add) before pages can be put or read.
+/// sees (rule 24). So names have to be [introduced](PageStore::introduce) before pages can be put or
+/// read; a migration does it. [`add`](Self::add) does the same, and returns how to ask.
 /// Namespaces can be renewed, listed and forgotten without their names.
+///
+/// The incarnation that this returns is derived from that of the inner store and from the master
+/// key. So a store that is sealed with another key, or not at all, has another incarnation, and a
+/// migration notices before it relies on pages that it could not open.
 ///
 /// A value takes 28 bytes more in the store, and may have 28 bytes less than [`MAX_VALUE_BYTES`].
 ///
@@ -143,6 +148,15 @@ impl<S: PageStore> Sealed<S> {
         &self.inner
     }
 
+    /// Returns the incarnation of the inner store as users of this key and suite see it.
+    fn incarnation(&self, inner: Incarnation) -> Incarnation {
+        let suite = [self.suite.code()];
+        let derived = self.master.0.derive(&[b"incarnation", &inner.0, &suite]);
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&derived.bytes()[..16]);
+        Incarnation(bytes)
+    }
+
     fn keys(&self, namespace: VmNamespace) -> Result<Arc<Keys>, StoreError> {
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
         let of_this_vm = keys.get(&namespace.id).filter(|keys| keys.vm == namespace.vm);
@@ -172,15 +186,24 @@ impl<S: PageStore> PageStore for Sealed<S> {
         self.inner.room()
     }
 
+    fn introduce(&self, name: &Namespace, vm: VmId) -> Result<(), StoreError> {
+        self.add(name, vm).map(drop)
+    }
+
+    fn dismiss(&self, namespace: NamespaceId) {
+        self.remove(namespace);
+        self.inner.dismiss(namespace);
+    }
+
     /// As of the inner store. [`StoreError::NoKey`] if the name was not added, or for another VM
     /// than the record's.
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {
         self.keys(VmNamespace { id: namespace, vm: record.vm })?;
-        self.inner.create(namespace, record, lease)
+        self.inner.create(namespace, record, lease).map(|inner| self.incarnation(inner))
     }
 
     fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
-        self.inner.renew(namespace, owner, lease)
+        self.inner.renew(namespace, owner, lease).map(|inner| self.incarnation(inner))
     }
 
     fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
@@ -190,7 +213,8 @@ impl<S: PageStore> PageStore for Sealed<S> {
         }
         let sealed = self.keys(namespace)?.seal(generation, pages)?;
         let run: Vec<_> = pages.iter().zip(&sealed).map(|(page, value)| PageToPut { page: page.page, value }).collect();
-        self.inner.put(namespace, generation, &run)
+        let stored = self.inner.put(namespace, generation, &run)?;
+        Ok(Stored { incarnation: self.incarnation(stored.incarnation), ..stored })
     }
 
     /// The inner store is not trusted: what it hands out counts only if it was asked for, was not

@@ -26,8 +26,8 @@ mod tracking;
 use std::{io, sync::Arc, time::Duration};
 
 pub use destination::{
-    AttemptError, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions, ReceiverQueue,
-    VmHandle, VmStatus,
+    AttemptError, Gathering, OneAttempt, ReceiveError, Receiver, ReceiverEvent, ReceiverHandle, ReceiverOptions,
+    ReceiverQueue, VmHandle, VmStatus,
 };
 pub use handle::{Commands, Controller, Migration, NoEviction, NoPostCopy, NoSwitchOver, NoTuning};
 pub use snapshot::{RestoreOptions, RestoreReport, Restored, SnapshotOptions, SnapshotReport, restore, snapshot};

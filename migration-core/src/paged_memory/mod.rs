@@ -76,15 +76,24 @@ impl PagedMemory {
     /// Returns how many entries there are.
     ///
     /// # Errors
-    /// Those of [`StoreTable::receive`], and [`TableError::UnknownStore`] if an entry has a store
-    /// that this host was not started with. The table is as it was.
+    /// Those of [`StoreTable::receive`], [`TableError::UnknownStore`] if an entry has a store
+    /// that this host was not started with, and [`TableError::NotIntroduced`]. The table is as it was.
     pub fn receive(&self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
         for store in entries.iter().flat_map(StoreEntry::stores) {
             if !self.reader.knows(&store.name) {
                 return Err(TableError::UnknownStore(store.name.clone()));
             }
         }
-        lock(&self.table).receive(first, entries)
+        entries.iter().try_for_each(|entry| self.reader.introduce(entry))?;
+        let received = lock(&self.table).receive(first, entries);
+        received.inspect_err(|_| entries.iter().for_each(|entry| self.reader.dismiss(entry)))
+    }
+
+    /// Returns the names of the stores that hold each page of an entry; none if there is no such entry.
+    pub fn stores_of(&self, entry: u8) -> Vec<String> {
+        let table = lock(&self.table);
+        let stores = table.get(entry).map(StoreEntry::stores).unwrap_or_default();
+        stores.iter().map(|store| store.name.clone()).collect()
     }
 
     /// Returns whether there is an entry with this number.
@@ -198,5 +207,13 @@ impl PagedMemory {
     pub fn forget_all(&self) -> Vec<StoreError> {
         let table = lock(&self.table).clone();
         table.entries().iter().flat_map(|entry| self.reader.forget(entry)).collect()
+    }
+}
+
+/// The names of the namespaces are not used here any more. The namespaces stay as they are.
+impl Drop for PagedMemory {
+    fn drop(&mut self) {
+        let table = lock(&self.table);
+        table.entries().iter().for_each(|entry| self.reader.dismiss(entry));
     }
 }

@@ -11,11 +11,12 @@ use std::{
 
 use thiserror::Error;
 
-use super::{EntryStore, StoreEntry};
+use super::{EntryStore, StoreEntry, TableError};
 use crate::{
     PAGE_SIZE, PageRange,
     page_map::StoreCopy,
     store::{Owner, PageStore, PageToGet, StoreError, Urgency, share},
+    text::describe,
     vm_id::VmId,
 };
 
@@ -138,6 +139,26 @@ impl Reader {
     pub(super) fn new(vm: VmId, stores: Vec<Arc<dyn PageStore>>) -> Self {
         let known = |store| Known { store, silent: AtomicBool::new(false) };
         Self { vm, stores: stores.into_iter().map(known).collect() }
+    }
+
+    /// Tells the stores of an entry the name of its namespace.
+    ///
+    /// # Errors
+    /// [`TableError::NotIntroduced`].
+    pub(super) fn introduce(&self, entry: &StoreEntry) -> Result<(), TableError> {
+        for store in entry.stores().iter().filter_map(|store| self.store(&store.name)) {
+            store
+                .introduce(entry.namespace(), self.vm)
+                .map_err(|error| TableError::NotIntroduced { store: store.name().to_owned(), why: describe(&error) })?;
+        }
+        Ok(())
+    }
+
+    /// The namespace of an entry is not used here any more.
+    pub(super) fn dismiss(&self, entry: &StoreEntry) {
+        for store in entry.stores().iter().filter_map(|store| self.store(&store.name)) {
+            store.dismiss(entry.namespace().id());
+        }
     }
 
     pub(super) fn knows(&self, name: &str) -> bool {

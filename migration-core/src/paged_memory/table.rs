@@ -71,6 +71,14 @@ pub enum TableError {
     /// This host was not started with a store of an entry.
     #[error("there is no page store {0} here")]
     UnknownStore(String),
+    /// A store of an entry does not take the name of its namespace.
+    #[error("page store {store} does not take the name of a namespace: {why}")]
+    NotIntroduced {
+        /// The store.
+        store: String,
+        /// What it says.
+        why: String,
+    },
     /// There is no entry with this number.
     #[error("the store table has no entry {0}")]
     Unknown(u8),

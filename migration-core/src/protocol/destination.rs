@@ -538,7 +538,10 @@ mod tests {
         let copy = crate::page_map::StoreCopy { entry: 0, generation: 1 };
         let located = Located { copy, held: true, runs: vec![crate::PageRange::new(0, 1)] };
         let frames: [(Control, &[DestinationPhase]); 4] = [
-            (Control::StoreTable(TablePart { number: 1, first: 0, entries: Vec::new() }), &[Receiving, Running]),
+            (
+                Control::StoreTable(TablePart { number: 1, gather_rate: None, first: 0, entries: Vec::new() }),
+                &[Receiving, Running],
+            ),
             (Control::Located(located), &[Receiving, Running]),
             (Control::EntryLost { entry: 3 }, &[Receiving, Ready, Running]),
             (Control::Vacated { number: 1 }, &[Running]),

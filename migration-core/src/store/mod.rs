@@ -74,6 +74,8 @@ pub(crate) use replicated::share;
 pub use value::{PageData, PageToGet, PageToPut, Stored, Trailer, Urgency, check_get, check_lease, check_put};
 pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read, not_in_version};
 
+use crate::vm_id::VmId;
+
 /// Keeps pages for several users on several hosts.
 ///
 /// Every implementation keeps these rules, which the conformance suite checks:
@@ -101,6 +103,26 @@ pub trait PageStore: Send + Sync {
     /// Returns about how many more bytes the store can take, the overhead of each page included. 0
     /// if it does not know.
     fn room(&self) -> u64;
+
+    /// Learns the name of a namespace that this process is about to use, for the VM `vm`. A user of
+    /// the store calls this before it creates, writes or reads the namespace.
+    ///
+    /// A store needs only ids: the default does nothing. A wrapper that seals pages derives the
+    /// namespace's key from the name (rule 24). The call may be repeated with the same arguments.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Occupied`] if the name was introduced for another VM, and
+    /// [`StoreError::TooMany`] if too many names are known.
+    fn introduce(&self, name: &Namespace, vm: VmId) -> Result<(), StoreError> {
+        let _ = (name, vm);
+        Ok(())
+    }
+
+    /// Forgets the name of a namespace that this process does not use any more. The namespace itself
+    /// stays in the store.
+    fn dismiss(&self, namespace: NamespaceId) {
+        let _ = namespace;
+    }
 
     /// Creates a namespace. `record` says whose it is. Returns the present incarnation.
     ///
@@ -191,6 +213,14 @@ macro_rules! forward_to_inner {
 
             fn room(&self) -> u64 {
                 (**self).room()
+            }
+
+            fn introduce(&self, name: &Namespace, vm: VmId) -> Result<(), StoreError> {
+                (**self).introduce(name, vm)
+            }
+
+            fn dismiss(&self, namespace: NamespaceId) {
+                (**self).dismiss(namespace);
             }
 
             fn create(&self, id: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {

@@ -9,10 +9,10 @@ use std::{
 };
 
 use super::{
-    Clock, Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, ProcessClock, Record,
+    Clock, Incarnation, Namespace, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, ProcessClock, Record,
     StoreError, Stored, Urgency, VmNamespace, check_get, check_put,
 };
-use crate::{PAGE_SIZE, lock::lock};
+use crate::{PAGE_SIZE, lock::lock, vm_id::VmId};
 
 /// Pages of a prefetch that are asked of the store at once: 256 KiB. A fault that arrives at the
 /// same server waits for no more than that of each prefetch.
@@ -158,6 +158,14 @@ impl<S: PageStore> PageStore for RateLimited<S> {
 
     fn room(&self) -> u64 {
         self.inner.room()
+    }
+
+    fn introduce(&self, name: &Namespace, vm: VmId) -> Result<(), StoreError> {
+        self.inner.introduce(name, vm)
+    }
+
+    fn dismiss(&self, namespace: NamespaceId) {
+        self.inner.dismiss(namespace);
     }
 
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {

@@ -11,9 +11,10 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Incarnation, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Record, StoreError, Stored, Urgency,
-    VmNamespace, check_get, check_put,
+    Incarnation, Namespace, NamespaceId, Owner, PageData, PageStore, PageToGet, PageToPut, Record, StoreError, Stored,
+    Urgency, VmNamespace, check_get, check_put,
 };
+use crate::vm_id::VmId;
 
 /// Keeps every page in *k* stores (rule 12). It is one entry of a session's store table.
 ///
@@ -135,6 +136,14 @@ impl<S: PageStore> PageStore for Replicated<S> {
 
     fn room(&self) -> u64 {
         self.stores.iter().map(PageStore::room).min().unwrap_or(0)
+    }
+
+    fn introduce(&self, name: &Namespace, vm: VmId) -> Result<(), StoreError> {
+        self.stores.iter().try_for_each(|store| store.introduce(name, vm))
+    }
+
+    fn dismiss(&self, namespace: NamespaceId) {
+        self.stores.iter().for_each(|store| store.dismiss(namespace));
     }
 
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError> {

@@ -27,6 +27,33 @@ impl ScatterGather {
         let places = intermediaries.into_iter().map(|store| Place::attempt([store])).collect();
         Self { order: Through::new(places, Box::new(order)) }
     }
+
+    /// Makes the strategy with `replicas` copies of each page, each in another intermediary. So no page
+    /// is lost with an intermediary that dies after the source was released. Returns `None` if there
+    /// are fewer intermediaries than copies, or no copies.
+    ///
+    /// ```
+    /// use migration_core::strategy::{Linear, ScatterGather, Strategy};
+    /// let pairs = ScatterGather::replicated(["a", "b", "c"], 2, Linear::default()).unwrap();
+    /// let places: Vec<_> = pairs.stores().iter().map(ToString::to_string).collect();
+    /// assert_eq!(places, ["attempt in a and b", "attempt in b and c", "attempt in c and a"]);
+    /// assert!(ScatterGather::replicated(["a"], 2, Linear::default()).is_none());
+    /// ```
+    pub fn replicated<S: Into<String>>(
+        intermediaries: impl IntoIterator<Item = S>,
+        replicas: usize,
+        order: impl PushOrder + 'static,
+    ) -> Option<Self> {
+        let names: Vec<String> = intermediaries.into_iter().map(Into::into).collect();
+        let count = names.len();
+        if replicas == 0 || count < replicas {
+            return None;
+        }
+        // if all have all pages, one place says it
+        let places = if replicas == count { 1 } else { count };
+        let place = |first: usize| Place::attempt((first..first + replicas).map(|at| names[at % count].clone()));
+        Some(Self { order: Through::new((0..places).map(place).collect(), Box::new(order)) })
+    }
 }
 
 impl Strategy for ScatterGather {

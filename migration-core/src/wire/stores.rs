@@ -1,5 +1,7 @@
 //! What source and destination say about pages in stores, in frames of the control lane.
 
+use std::num::NonZeroU64;
+
 use crate::{
     codec::{DecodeError, Reader, Writer},
     limits::{MAX_ENTRIES, MAX_ENTRY_STORES, MAX_LOCATED_RUNS, MAX_PAGES, MAX_STORE_NAME},
@@ -14,6 +16,9 @@ use crate::{
 pub struct TablePart {
     /// Counts these frames within a session. The acknowledgement has the same number.
     pub number: u32,
+    /// The most bytes a second that the destination reads from stores ahead of the guest; `None`
+    /// without limit. The last part counts.
+    pub gather_rate: Option<NonZeroU64>,
     /// The number of the first entry.
     pub first: u8,
     /// The entries. There may be none: the acknowledgement then says only that everything before
@@ -23,7 +28,8 @@ pub struct TablePart {
 
 impl TablePart {
     pub(super) fn encode(&self, w: &mut Writer) {
-        w.u32(self.number).u8(self.first).count(self.entries.len());
+        let rate = self.gather_rate.map_or(0, NonZeroU64::get);
+        w.u32(self.number).u64(rate).u8(self.first).count(self.entries.len());
         for entry in &self.entries {
             w.bytes(entry.namespace().secret()).count(entry.stores().len());
             for store in entry.stores() {
@@ -33,7 +39,9 @@ impl TablePart {
     }
 
     pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let (number, first) = (r.u32("number of the part")?, r.u8("first entry")?);
+        let number = r.u32("number of the part")?;
+        let gather_rate = NonZeroU64::new(r.u64("gather rate")?);
+        let first = r.u8("first entry")?;
         let count = r.count(MAX_ENTRIES, "number of entries")?;
         if usize::from(first) + count > MAX_ENTRIES {
             let why = format!("{count} from {first} on, and a table has at most {MAX_ENTRIES}");
@@ -51,7 +59,7 @@ impl TablePart {
             let entry = StoreEntry::new(namespace, stores);
             entries.push(entry.map_err(|error| DecodeError::invalid("entry", error.to_string()))?);
         }
-        Ok(Self { number, first, entries })
+        Ok(Self { number, gather_rate, first, entries })
     }
 }
 
@@ -153,7 +161,7 @@ pub(crate) mod tests {
         let store = |name: &str, byte| EntryStore { name: name.into(), incarnation: Incarnation([byte; 16]) };
         let entry = |byte, stores| StoreEntry::new(Namespace::new([byte; 16]), stores).unwrap();
         let entries = vec![entry(1, vec![store("rack-7", 2), store("rack-8", 3)]), entry(4, vec![store("home", 5)])];
-        TablePart { number: 9, first: 253, entries }
+        TablePart { number: 9, gather_rate: NonZeroU64::new(1 << 20), first: 253, entries }
     }
 
     /// Pages of one put.
@@ -174,10 +182,10 @@ pub(crate) mod tests {
         assert_eq!(decode(&part()), Ok(part()));
         assert!(decode(&TablePart { first: 254, ..part() }).is_err(), "the last one would be the 256th");
         let bytes = encoded(|w| part().encode(w));
-        for (at, byte) in [(5, 0xff), (25, 0), (25, 9), (29, 0), (33, b'x')] {
+        for (at, byte) in [(13, 0xff), (33, 0), (33, 9), (37, 0), (41, b'x')] {
             let mut bytes = bytes.clone();
             bytes[at] = byte;
-            let good = at == 33;
+            let good = at == 41;
             assert_eq!(TablePart::decode(&mut Reader::new(&bytes)).is_ok(), good, "{byte} at {at}");
         }
     }

@@ -478,6 +478,7 @@ fn a_strategy_that_puts_pages_leaves_those_alone_that_are_in_a_store() {
             new_namespace: Arc::new(move || Namespace::new([next.fetch_add(1, Ordering::SeqCst) as u8; 16])),
             owner: OWNER,
             lease: LEASE,
+            gather_rate: None,
         };
         let options = SourceOptions { stores: Some(stores), ..options() };
         let (report, _) = run(&mut world, Boxed(strategy), &destination, options);

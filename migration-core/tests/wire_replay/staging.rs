@@ -192,6 +192,7 @@ pub(crate) fn options(store: &Arc<Flaky>) -> SourceOptions {
         new_namespace: Arc::new(move || Namespace::new([next.fetch_add(1, Ordering::Relaxed); 16])),
         owner: Owner::new("host-7").unwrap(),
         lease: Duration::from_secs(60),
+        gather_rate: None,
     };
     SourceOptions { stores: Some(stores), demand_lanes: 1, ..SourceOptions::default() }
 }

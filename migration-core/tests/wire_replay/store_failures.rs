@@ -258,6 +258,7 @@ fn options(stores: Vec<Seen>) -> SourceOptions {
         new_namespace: names(),
         owner: Owner::new("host-7").unwrap(),
         lease: Duration::from_secs(60),
+        gather_rate: None,
     };
     SourceOptions { stores: Some(stores), demand_lanes: 1, ..SourceOptions::default() }
 }

@@ -3,6 +3,7 @@
 //! rules.
 
 use std::{
+    num::NonZeroU64,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU8, Ordering},
@@ -56,7 +57,8 @@ enum Mood {
     Good,
     /// Reads wait until the test opens the gate.
     Gated,
-    /// It loses everything when it is asked whether it has lost anything; reads wait until then.
+    /// Once it has pages, it loses everything when it is asked whether it has lost anything; reads
+    /// wait until then.
     Forgetful,
 }
 
@@ -66,6 +68,8 @@ struct Moody {
     mood: Mood,
     open: Mutex<bool>,
     opened: Condvar,
+    /// Whether it was given pages.
+    used: AtomicBool,
     lost: AtomicBool,
 }
 
@@ -73,7 +77,14 @@ impl Moody {
     fn new(mood: Mood, limit: u64) -> Arc<Self> {
         let inner = Mutex::new(Arc::new(MemoryPageStore::new("rack-7", limit)));
         let open = Mutex::new(mood == Mood::Good);
-        Arc::new(Self { inner, mood, open, opened: Condvar::new(), lost: AtomicBool::new(false) })
+        Arc::new(Self {
+            inner,
+            mood,
+            open,
+            opened: Condvar::new(),
+            used: AtomicBool::default(),
+            lost: AtomicBool::default(),
+        })
     }
 
     fn inner(&self) -> Arc<MemoryPageStore> {
@@ -104,7 +115,8 @@ impl PageStore for Moody {
     }
 
     fn renew(&self, of: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError> {
-        if self.mood == Mood::Forgetful && !self.lost.swap(true, Ordering::SeqCst) {
+        let loses = self.mood == Mood::Forgetful && self.used.load(Ordering::SeqCst);
+        if loses && !self.lost.swap(true, Ordering::SeqCst) {
             *self.inner.lock().unwrap() = Arc::new(MemoryPageStore::new("rack-7", 64 << 20));
             self.open();
         }
@@ -112,6 +124,7 @@ impl PageStore for Moody {
     }
 
     fn put(&self, of: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError> {
+        self.used.store(true, Ordering::SeqCst);
         self.inner().put(of, generation, pages)
     }
 
@@ -203,6 +216,7 @@ fn options(store: &Arc<Moody>) -> SourceOptions {
         new_namespace: names(),
         owner: Owner::new("host-7").unwrap(),
         lease: Duration::from_secs(60),
+        gather_rate: None,
     };
     SourceOptions { stores: Some(stores), demand_lanes: 1, ..SourceOptions::default() }
 }
@@ -232,11 +246,20 @@ pub(crate) fn check(arrived: &Arrived, vm: &RecordedVm, said: &str) {
 fn rule_17_the_source_is_released_while_pages_are_in_stores() {
     let store = Moody::new(Mood::Gated, 64 << 20);
     let destination = destination(vec![store.clone()]);
-    let (_, vm) = moved(ScatterGather, &destination, &store);
+    let (report, vm) = moved(ScatterGather, &destination, &store);
     // the source is gone, and the store has handed out nothing yet
     assert_eq!(*vm.calls.lock().unwrap(), ["released"]);
     let id = Namespace::new([1; 16]).id();
     assert!(store.namespaces(id));
+    let stored = report.pages.stored;
+    assert!(stored > 0 && report.pages.direct + stored == report.pages.distinct, "{report:?}");
+    let [in_store] = &report.stores[..] else { panic!("{report:?}") };
+    assert!(in_store.name == "rack-7" && in_store.failed.is_none(), "{report:?}");
+    // a page that was demanded meanwhile came directly
+    assert!(in_store.pages >= stored && in_store.bytes == in_store.pages << 12, "{report:?}");
+    let gathering = destination.handle.gathering().unwrap();
+    assert_eq!((gathering.missing_pages, gathering.source), (gathering.stores["rack-7"], 0), "{gathering:?}");
+    assert!(gathering.missing_pages <= stored, "{gathering:?}");
     store.open();
     let (arrived, said) = destination.finish();
     check(&arrived, &vm, &said);
@@ -333,6 +356,52 @@ fn rule_15_a_destination_without_the_store_refuses_before_anything_moves() {
         // rule 14: an attempt that fails forgets what it made
         assert!(!store.namespaces(Namespace::new([1; 16]).id()));
     }
+}
+
+/// Both sides know the name, and each means another store.
+#[test]
+fn rule_11_a_store_that_is_another_one_at_the_destination_is_refused_before_anything_moves() {
+    let store = Moody::new(Mood::Good, 64 << 20);
+    let destination = destination(vec![Moody::new(Mood::Good, 64 << 20)]);
+    let link = Link::new(&destination, None);
+    let (report, vm, _) = run_by(ScatterGather, &destination, link, guest(), options(&store));
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("page store rack-7 is not the same at both ends"), "{reason}");
+    assert!(report.downtime.is_none() && vm.calls.lock().unwrap().is_empty(), "{reason}");
+    assert!(!store.namespaces(Namespace::new([1; 16]).id()));
+}
+
+/// The guest ends while its pages are in a store that hands out nothing: nobody needs them.
+#[test]
+fn rule_14_who_ends_a_vm_forgets_its_namespaces() {
+    let store = Moody::new(Mood::Gated, 64 << 20);
+    let destination = destination(vec![store.clone()]);
+    moved(ScatterGather, &destination, &store);
+    let id = Namespace::new([1; 16]).id();
+    assert!(store.namespaces(id));
+    assert!(destination.handle.forget_stored().is_empty());
+    assert!(!store.namespaces(id));
+    destination.handle.vm_ended("it was switched off");
+    store.open();
+    destination.finish();
+}
+
+/// With this rate the pages would take hours; a fault is not limited.
+#[test]
+fn pages_that_nobody_waits_for_keep_to_a_rate() {
+    let store = Moody::new(Mood::Good, 64 << 20);
+    let destination = destination(vec![store.clone()]);
+    let limited = SourceStores { gather_rate: NonZeroU64::new(1), ..options(&store).stores.unwrap() };
+    let options = SourceOptions { stores: Some(limited), ..options(&store) };
+    let link = Link::new(&destination, None);
+    let (report, ..) = run_by(ScatterGather, &destination, link, guest(), options);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    // at most one fetch for each of the two threads and each fault
+    let gathering = destination.handle.gathering().unwrap();
+    assert!(report.pages.stored <= gathering.missing_pages + 6 * 64, "{gathering:?} of {report:?}");
+    assert!(destination.handle.forget_stored().is_empty());
+    destination.handle.vm_ended("it was switched off");
+    destination.finish();
 }
 
 #[test]

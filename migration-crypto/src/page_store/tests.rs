@@ -133,6 +133,24 @@ fn another_master_key_name_or_vm_opens_nothing() {
     assert_eq!(get(&same, id, 3, 1).unwrap(), PAGE);
 }
 
+/// So a migration does not rely on pages that one of its sides could not open.
+#[test]
+fn another_master_key_or_none_has_another_incarnation() {
+    let (store, id) = with_a_page();
+    let plain = Arc::clone(store.inner());
+    let other = sealed(plain.clone(), 8);
+    let same = sealed(plain.clone(), 7);
+    let [here, there] = [&store, &same].map(|store| store.renew(id, OWNER, LEASE).unwrap());
+    assert_eq!(here, there);
+    assert_ne!(here, other.renew(id, OWNER, LEASE).unwrap());
+    assert_ne!(here, plain.renew(id, OWNER, LEASE).unwrap());
+    same.introduce(&name(1), VM).unwrap();
+    let again = same.put(id, 2, &[PageToPut { page: 3, value: &PAGE }]).unwrap();
+    assert_eq!((again.incarnation, same.create(id.id, &RECORD, LEASE).unwrap()), (here, here));
+    same.dismiss(id.id);
+    assert!(matches!(get(&same, id, 3, 2), Err(StoreError::NoKey(_))));
+}
+
 /// Whoever has the store puts the sealed page where it does not belong, with a trailer that is
 /// right there.
 #[test]

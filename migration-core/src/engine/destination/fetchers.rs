@@ -3,12 +3,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    num::NonZeroU64,
     ops::Range,
     sync::Condvar,
 };
 
 use super::*;
 use crate::{
+    PAGE_SIZE,
     page_map::PageMap,
     paged_memory::{MAX_FETCHED_PAGES, PagedMemory},
     shared_map::SharedPageMap,
@@ -21,6 +23,8 @@ const MOST_FAULT_THREADS: usize = 4;
 const MOST_PREFETCH_THREADS: usize = 2;
 /// The time from a fetch that has failed to the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(200);
+/// The longest time for which a rate keeps the next batch waiting.
+const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 /// The longest time without a look whether there is something to do.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -56,6 +60,10 @@ struct Queue {
     released: bool,
     /// Whether the source has said that nothing follows.
     source_done: bool,
+    /// The most bytes a second that are fetched ahead.
+    rate: Option<NonZeroU64>,
+    /// The time from which the rate permits the next batch.
+    permits_at: Option<Instant>,
 }
 
 /// A page for which somebody waits.
@@ -192,8 +200,37 @@ impl Gatherer {
                 queue.last = batch.entry;
                 return Some(batch);
             }
-            queue = self.wait(queue, TICK);
+            let permits = queue.permits_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let time = permits.filter(|time| !time.is_zero()).unwrap_or(TICK).min(TICK);
+            queue = self.wait(queue, time);
         }
+    }
+
+    /// Limits what is fetched ahead to so many bytes a second.
+    pub(super) fn limit(&self, rate: Option<NonZeroU64>) {
+        self.change(|queue| queue.rate = rate);
+    }
+
+    /// So many pages were fetched ahead: the next ones come when the rate permits.
+    pub(super) fn fetched_ahead(&self, pages: u64) {
+        self.change(|queue| {
+            let Some(rate) = queue.rate else { return };
+            let now = Instant::now();
+            let seconds = (pages * PAGE_SIZE as u64) as f64 / rate.get() as f64;
+            let time = Duration::try_from_secs_f64(seconds).unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE);
+            queue.permits_at = Some(queue.permits_at.map_or(now, |at| at.max(now)) + time);
+        });
+    }
+
+    /// Returns what of the missing pages is in which store.
+    pub(super) fn stored(&self, map: &PageMap) -> BTreeMap<String, u64> {
+        let mut stores = BTreeMap::new();
+        for (entry, pages) in map.stored_pages() {
+            for name in self.memory.stores_of(entry) {
+                *stores.entry(name).or_default() += pages;
+            }
+        }
+        stores
     }
 
     /// An attempt to fetch pages ahead has ended.
@@ -303,6 +340,9 @@ impl Queue {
             return None;
         }
         let now = Instant::now();
+        if self.permits_at.is_some_and(|at| at > now) {
+            return None;
+        }
         let rests = |entry: &u8| {
             let until = self.progress.get(entry).and_then(|progress| progress.rests_until);
             until.is_some_and(|until| until > now)

@@ -18,6 +18,25 @@ const FETCH_TIME: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(3600);
 const RENEW_AFTER: Duration = Duration::from_secs(600);
 
+/// Checks that the stores of a new entry are those of the source, and have what it puts there
+/// (rule 11).
+///
+/// # Errors
+/// [`MigrationError::Blocked`], with what is wrong.
+fn check_entry(gatherer: &Gatherer, entry: u8) -> Result<(), MigrationError> {
+    let why = match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
+        Renewed::Intact => return Ok(()),
+        Renewed::Changed => format!(
+            "page store {} is not the same at both ends, or is sealed with another key at one of them",
+            gatherer.memory.stores_of(entry).join(" or ")
+        ),
+        Renewed::Silent { store, cause } => {
+            format!("page store {store} does not answer at the destination: {}", Chain(&cause))
+        }
+    };
+    Err(MigrationError::Blocked(why))
+}
+
 impl VmEntry {
     /// Starts the threads that fetch pages from stores, and the one that renews leases.
     pub(super) fn await_gathering(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), MigrationError> {
@@ -67,6 +86,7 @@ impl VmEntry {
             let within = PageRange::new(batch.first, session.ram.layout().pages().saturating_sub(batch.first));
             let done = session.missing().is_none_or(|missing| {
                 let fetched = missing.fetch(batch.entry, within, Urgency::Prefetch, Instant::now() + FETCH_TIME);
+                gatherer.fetched_ahead(fetched.as_ref().map_or(0, |installed| installed.pages));
                 self.fetched(session, &missing, batch.entry, fetched)
             });
             gatherer.batch_tried(batch, !done);
@@ -166,8 +186,16 @@ impl VmEntry {
         part: &TablePart,
     ) -> Result<(), MigrationError> {
         let gatherer = session.gatherer()?;
+        let known = gatherer.memory.entries();
         let received = gatherer.memory.receive(part.first, &part.entries);
         received.map_err(|error| MigrationError::Blocked(format!("the store table: {error}")))?;
+        gatherer.limit(part.gather_rate);
+        if session.missing().is_none() {
+            // the VM is still at its source: better now than when its pages are there
+            for entry in known..gatherer.memory.entries() {
+                check_entry(gatherer, entry)?;
+            }
+        }
         self.start_fetchers(session, gatherer)?;
         session.send_control(&Control::StoreTableReceived { number: part.number })
     }

@@ -1,6 +1,9 @@
 //! The handles by which other threads control a receiver and its VMs.
 
+use std::collections::BTreeMap;
+
 use super::*;
+use crate::store::StoreError;
 
 /// Controls a [`Receiver`] from other threads.
 ///
@@ -27,6 +30,20 @@ pub struct VmStatus {
     pub phase: DestinationPhase,
     /// The epoch of the present or the last attempt.
     pub epoch: u32,
+}
+
+/// What a VM that runs here still lacks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gathering {
+    /// The missing pages.
+    pub missing_pages: u64,
+    /// Those of them that only the source has.
+    pub source: u64,
+    /// The others, by the name of the page store that has them. A page that several stores have
+    /// counts for each.
+    pub stores: BTreeMap<String, u64>,
+    /// The pages, or the blocks of huge pages, for which somebody waits at present.
+    pub faults: u64,
 }
 
 impl ReceiverHandle {
@@ -101,6 +118,16 @@ impl ReceiverHandle {
         self.only().ok_or("the receiver does not know one VM: name the one that is meant")?.release_source()
     }
 
+    /// As [`VmHandle::gathering`]; `None` also if the receiver does not have exactly one VM.
+    pub fn gathering(&self) -> Option<Gathering> {
+        self.only()?.gathering()
+    }
+
+    /// As [`VmHandle::forget_stored`].
+    pub fn forget_stored(&self) -> Vec<StoreError> {
+        self.only().map(|vm| vm.forget_stored()).unwrap_or_default()
+    }
+
     fn only(&self) -> Option<VmHandle> {
         Some(VmHandle { entry: self.destination.only()? })
     }
@@ -115,6 +142,29 @@ impl VmHandle {
     /// Returns the epoch of the present or the last attempt.
     pub fn epoch(&self) -> u32 {
         lock(&self.entry.state).machine.epoch()
+    }
+
+    /// Returns what the VM that runs here lacks; `None` if no page is missing, or it does not run here.
+    pub fn gathering(&self) -> Option<Gathering> {
+        let state = lock(&self.entry.state);
+        let runs = state.machine.phase() == DestinationPhase::Running;
+        let session = state.session.clone().filter(|_| runs)?;
+        drop(state);
+        let missing = session.missing().filter(|missing| !missing.is_complete())?;
+        Some(missing.gathering())
+    }
+
+    /// The VM, which runs here, ends in order: gives its pages in stores up, and forgets their namespaces (rule 14).
+    /// Returns what could not be forgotten: it stays until somebody removes it after its lease. Waits
+    /// for the stores.
+    pub fn forget_stored(&self) -> Vec<StoreError> {
+        let state = lock(&self.entry.state);
+        let runs = state.machine.phase() == DestinationPhase::Running;
+        let session = state.session.clone().filter(|_| runs);
+        drop(state);
+        let Some(gatherer) = session.as_ref().and_then(|session| session.gatherer.as_ref()) else { return Vec::new() };
+        gatherer.end();
+        gatherer.memory.forget_all()
     }
 
     /// Takes over the held VM by a person's word that the source is dead, and starts it.

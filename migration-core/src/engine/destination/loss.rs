@@ -16,11 +16,16 @@ impl VmEntry {
     /// Reports to the source that the guest has ended by itself.
     pub(super) fn vm_ended(&self, reason: &str) {
         let mut state = lock(&self.state);
-        let Some(ended) = state.machine.vm_ended(reason) else { return };
+        let ended = state.machine.vm_ended(reason);
         let Some(session) = state.session.clone() else { return };
         drop(state);
-        // best effort: a source that does not get it comes back
-        let _ = session.report_ended(ended);
+        match ended {
+            // best effort: a source that does not get it comes back
+            Some(ended) => drop(session.report_ended(ended)),
+            // the source is gone, and pages may still be in stores
+            None if session.is_released() => session.guest_has_ended(),
+            None => return,
+        }
         if let Some(missing) = session.missing() {
             // no thread waits for pages any more
             missing.end();

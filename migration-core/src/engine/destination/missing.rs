@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::fetchers::Gatherer;
+use super::{fetchers::Gatherer, handle::Gathering};
 use crate::{
     PAGE_SIZE, PageRange, PageSet, RamLayout,
     channel::WriteHalf,
@@ -160,6 +160,18 @@ impl Missing {
 
     pub(in crate::engine) fn set_vcpus(&self, threads: Vec<u32>) {
         lock(&self.state).vcpus = threads;
+    }
+
+    /// Returns what is missing, and where it is.
+    pub(in crate::engine) fn gathering(&self) -> Gathering {
+        // blocks, and not all who wait for one
+        let faults = lock(&self.state).waiting.len() as u64;
+        self.map.read(|map| Gathering {
+            missing_pages: map.missing().len(),
+            source: map.at_source(),
+            stores: self.gatherer.as_ref().map(|gatherer| gatherer.stored(map)).unwrap_or_default(),
+            faults,
+        })
     }
 
     /// Returns whether a page is only at its source.

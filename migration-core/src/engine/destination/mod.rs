@@ -48,7 +48,7 @@ use session::Session;
 use table::{Common, Destination, Found, State, VmEntry, Watcher};
 
 pub use self::{
-    handle::{ReceiverHandle, VmHandle, VmStatus},
+    handle::{Gathering, ReceiverHandle, VmHandle, VmStatus},
     one_attempt::{AttemptError, OneAttempt},
     options::{ReceiveError, ReceiverOptions},
     queue::{ReceiverEvent, ReceiverQueue},

@@ -427,6 +427,11 @@ impl Session {
         said
     }
 
+    /// The guest has ended here by itself, and the source needs no report of it.
+    pub(super) fn guest_has_ended(&self) {
+        lock(&self.lane_state).guest_ended = true;
+    }
+
     /// Returns whether the guest has ended here by itself.
     pub(super) fn has_guest_ended(&self) -> bool {
         lock(&self.lane_state).guest_ended

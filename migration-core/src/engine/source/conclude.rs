@@ -185,6 +185,7 @@ impl Engine<'_> {
         if let (None, Some(paused)) = (report.downtime, self.guest.paused_at) {
             report.downtime = Some(paused.elapsed());
         }
+        self.count_stored();
     }
 
     /// Ends all lanes and their threads.

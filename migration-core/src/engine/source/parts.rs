@@ -176,6 +176,7 @@ pub(super) fn first_report(strategy: &'static str, epoch: u32, pages: u64, optio
         ram_bytes: pages << PAGE_SHIFT,
         state_bytes: 0,
         pages: PageCounts { total: pages, ..PageCounts::default() },
+        stores: Vec::new(),
         demand_lanes: 0,
         faults: FaultCounts::default(),
         recoveries: 0,

@@ -1,7 +1,7 @@
 //! Places in page stores to which the source puts pages: while the guest runs, and on the way of
 //! pages that the hand-over has left behind.
 
-use std::time::Duration;
+use std::{num::NonZeroU64, time::Duration};
 
 use super::{
     puts::OpenPlace,
@@ -28,6 +28,9 @@ pub struct SourceStores {
     pub owner: Owner,
     /// For how long the stores keep what they are given, unless the destination renews it.
     pub lease: Duration,
+    /// The most bytes a second that the destination reads from stores ahead of the guest; `None`
+    /// without limit. Pages for which the guest waits do not count.
+    pub gather_rate: Option<NonZeroU64>,
 }
 
 /// The places of one migration, and what the destination was told of them.
@@ -161,7 +164,8 @@ impl Engine<'_> {
         self.places.parts += 1;
         self.places.sent_entries = self.places.table.len();
         let (first, entries) = self.places.table.unacknowledged();
-        let part = TablePart { number: self.places.parts, first, entries: entries.to_vec() };
+        let gather_rate = self.options.stores.as_ref().and_then(|stores| stores.gather_rate);
+        let part = TablePart { number: self.places.parts, gather_rate, first, entries: entries.to_vec() };
         self.send_control(&Control::StoreTable(part))
     }
 

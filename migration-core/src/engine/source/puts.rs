@@ -8,9 +8,10 @@ use super::{
     *,
 };
 use crate::{
-    PageRange,
+    PAGE_SIZE, PageRange,
     page_map::StoreCopy,
     paged_memory::{EntryStore, StoreEntry, TableError},
+    report::StoreReport,
     store::{Namespace, Purpose, Record},
     strategy::{Place, Portion, Put},
     tracker::Rearm,
@@ -52,6 +53,14 @@ pub(super) struct OpenPlace {
 }
 
 impl OpenPlace {
+    /// Returns the names of its stores.
+    fn names(&self) -> Vec<String> {
+        match &self.place {
+            Place::Stores { names, .. } => names.clone(),
+            _ => Vec::new(),
+        }
+    }
+
     fn is_ready(&self) -> bool {
         !self.busy && !self.failed && self.entry.is_some()
     }
@@ -75,6 +84,11 @@ impl Engine<'_> {
             found.ok_or_else(|| MigrationError::Blocked(format!("there is no page store {name}: {place}")))
         };
         let stores: Vec<_> = names.iter().map(find).collect::<Result<_, _>>()?;
+        for store in &stores {
+            if self.report.stores.iter().all(|report| report.name != store.name()) {
+                self.report.stores.push(StoreReport { name: store.name().into(), ..StoreReport::default() });
+            }
+        }
         let (at, namespace, (jobs, work)) = (self.places.open.len(), (options.new_namespace)(), mpsc::channel());
         self.places.numbers += 1;
         let number = self.places.numbers;
@@ -194,7 +208,7 @@ impl Engine<'_> {
                 }
                 Err(failure)
             }
-            JobDone::Put { run, copy, result } => self.put_ended(run, copy, result),
+            JobDone::Put { run, copy, result } => self.put_ended(place, run, copy, result),
             JobDone::Renewed(result) => result,
         };
         match result {
@@ -210,11 +224,18 @@ impl Engine<'_> {
     /// A put has ended. What was neither written nor demanded meanwhile is in the store (rule 10).
     fn put_ended(
         &mut self,
+        place: usize,
         run: PageRange,
         copy: StoreCopy,
         result: Result<PutPages, PutFailure>,
     ) -> Result<(), PutFailure> {
         let untold = !self.is_connected();
+        let names = self.places.open.get(place).map(OpenPlace::names).unwrap_or_default();
+        let pages: u64 = result.iter().flat_map(|put| &put.stored).map(|run| run.count).sum();
+        self.report_of(&names, |store| {
+            store.pages += pages;
+            store.bytes += pages * PAGE_SIZE as u64;
+        });
         let mut map = self.rounds.map();
         let result = result.map(|put| {
             put.stored.into_iter().for_each(|run| drop(map.put_done(run, copy)));
@@ -232,6 +253,8 @@ impl Engine<'_> {
         let Some(open) = self.places.open.get_mut(place).filter(|open| !open.lost) else { return };
         if self.staging.is_some() && std::mem::take(&mut open.failed) {
             open.degraded = None;
+            let names = open.names();
+            self.report_of(&names, |store| store.failed = None);
             self.report_staging();
         }
     }
@@ -249,8 +272,13 @@ impl Engine<'_> {
                 let _ = self.send_control(&Control::EntryLost { entry });
             }
         }
+        let failed = match &failure {
+            PutFailure::Here(_) => self.places.open.get(place).map(OpenPlace::names).unwrap_or_default(),
+            PutFailure::Store { name, .. } => vec![name.clone()],
+        };
         let error = failure.into_error();
         let why = describe(&error);
+        self.report_of(&failed, |store| store.failed = Some(why.clone()));
         if self.staging.is_none() {
             let what = format!("no page goes there any more: {why}");
             self.options.observer.event(&Event::Warning(what));
@@ -268,9 +296,30 @@ impl Engine<'_> {
     pub(super) fn lose_entry(&mut self, entry: u8) {
         self.rounds.map().entry_lost(entry);
         self.places.vacated = false;
-        if let Some(open) = self.places.open.iter_mut().find(|open| open.entry == Some(entry)) {
-            (open.failed, open.lost) = (true, true);
-        }
+        let Some(open) = self.places.open.iter_mut().find(|open| open.entry == Some(entry)) else { return };
+        (open.failed, open.lost) = (true, true);
+        let names = open.names();
+        self.report_of(&names, |store| {
+            let lost = "pages were lost, or the destination did not get them in time";
+            store.failed.get_or_insert_with(|| lost.to_owned());
+        });
+    }
+
+    /// Changes what is reported of these stores.
+    fn report_of(&mut self, names: &[String], change: impl Fn(&mut StoreReport)) {
+        self.report.stores.iter_mut().filter(|store| names.contains(&store.name)).for_each(change);
+    }
+
+    /// Counts the pages that this migration put into stores, and those that were there before.
+    pub(super) fn count_stored(&mut self) {
+        let map = self.rounds.map();
+        let all = map.with_copies().len();
+        let own = self.places.open.iter().filter_map(|open| open.entry);
+        let stored: u64 = own.map(|entry| map.copies_in(entry)).sum();
+        drop(map);
+        let pages = &mut self.report.pages;
+        (pages.stored, pages.cold) = (stored, all.saturating_sub(stored));
+        pages.direct = pages.distinct.saturating_sub(stored);
     }
 }
 

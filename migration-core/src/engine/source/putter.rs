@@ -187,6 +187,7 @@ impl Putter {
             // the engine may be gone: the migration is over, and the last job comes next
             let _ = inputs.send(Input::Place(PlaceDone { place: self.place, what }));
         }
+        self.stores.iter().for_each(|store| store.dismiss(self.namespace.id()));
         // as above
         let _ = ends.send(errors);
     }
@@ -211,7 +212,8 @@ impl Putter {
         let mut created = Vec::new();
         for store in &self.stores {
             let name = store.name().to_owned();
-            match store.create(self.namespace.id(), &self.record, self.lease) {
+            let introduced = store.introduce(&self.namespace, self.record.vm);
+            match introduced.and_then(|()| store.create(self.namespace.id(), &self.record, self.lease)) {
                 Ok(incarnation) => created.push(EntryStore { name, incarnation }),
                 Err(cause) => return Err(PutFailure::Store { name, cause: Some(cause) }),
             }

@@ -69,9 +69,24 @@ impl PageMap {
         self.puts.pages()
     }
 
+    /// Returns how many pages have a current copy in an entry.
+    pub fn copies_in(&self, entry: u8) -> u64 {
+        self.copies.entries().find(|(other, _)| *other == entry).map_or(0, |(_, pages)| pages.len())
+    }
+
     /// Returns the numbers of the entries that have a current copy of some page, ascending.
     pub fn entries(&self) -> Vec<u8> {
         self.copies.entries().map(|(entry, _)| entry).collect()
+    }
+
+    /// Returns for each entry of the store table how many missing pages are in its stores.
+    pub fn stored_pages(&self) -> Vec<(u8, u64)> {
+        let missing = |pages: &PageSet| {
+            let mut missing = pages.clone();
+            missing.intersect_with(&self.in_store);
+            missing.len()
+        };
+        self.copies.entries().map(|(entry, pages)| (entry, missing(pages))).filter(|(_, pages)| *pages > 0).collect()
     }
 
     /// Returns the entries on which a held page depends: they have to be intact before the source
