@@ -17,11 +17,13 @@ pub use args::Ctl;
 use args::{CtlCommand, Huge, Migrate, Refresh, Snapshot};
 use indicatif::{ProgressBar, ProgressStyle};
 use migration_core::text::{Escaped, describe};
+use migration_transport::Bandwidth;
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 use crate::{
-    MigrateRequest, Plan, Request, SnapshotRequest, Trigger, ask_within, log, report,
+    MigrateRequest, PageStoreOptions, Plan, Request, SnapshotRequest, StoreSpec, StrategyKind, Trigger, ask_within,
+    log, report,
     values::{InvalidValue, absolute, absolute_address, micros},
 };
 
@@ -166,7 +168,21 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, InvalidValue> {
         checksum: args.checksum,
         // the server reads the keys
         encryption: args.encryption.absolute()?,
+        page_stores: page_stores(args)?,
         progress: args.progress,
+    })
+}
+
+fn page_stores(args: &Migrate) -> Result<PageStoreOptions, InvalidValue> {
+    let used = !args.through.is_empty() || args.gather_rate != Bandwidth::UNLIMITED;
+    if used && !matches!(args.strategy, StrategyKind::ScatterGather { .. }) {
+        return Err(InvalidValue::new("--through and --gather-rate are options of --strategy scatter-gather".into()));
+    }
+    Ok(PageStoreOptions {
+        // the server opens them
+        stores: args.stores.iter().map(StoreSpec::absolute).collect::<Result<_, _>>()?,
+        through: args.through.clone(),
+        gather_rate: args.gather_rate,
     })
 }
 

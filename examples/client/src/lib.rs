@@ -18,6 +18,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | `request` | requests, and their options as types |
+//! | `page_stores` | page stores, as command lines and requests name them |
 //! | `connection` | the socket: sending a request, waiting for its answer, errors |
 //! | [`values`] | sizes, times, paths and addresses as a command line writes them |
 //! | [`encryption`] | the options of an encrypted migration |
@@ -36,6 +37,7 @@ pub mod log;
 mod connection;
 pub mod ctl;
 pub mod encryption;
+mod page_stores;
 pub mod report;
 mod request;
 pub mod server;
@@ -43,6 +45,7 @@ pub mod values;
 pub mod whole_file;
 
 pub use connection::{AskError, ask, ask_peer, ask_within};
+pub use page_stores::{PageStoreOptions, StoreSpec};
 pub use request::{
     Answer, Impact, LendRequest, MigrateRequest, Plan, Protect, Request, Saved, SnapshotRequest, StrategyKind,
     TimeoutAction, Trigger, Wishes,

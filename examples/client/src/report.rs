@@ -5,8 +5,8 @@ use std::{path::Path, time::Duration};
 use guests::Board;
 use migration_core::{
     MigrationError,
-    engine::SnapshotReport,
-    report::{CheckpointCounts, PageCounts, Progress, Report, RoundReport, Rounds},
+    engine::{Gathering, SnapshotReport},
+    report::{CheckpointCounts, Outcome, PageCounts, Progress, Report, RoundReport, Rounds, StoreReport},
     text::{Escaped, describe},
 };
 use serde_json::{Value, json};
@@ -25,12 +25,17 @@ pub fn to_json(report: &Report) -> Value {
     pages["pushed"] = json!(report.pages.pushed);
     pages["prepaged"] = json!(report.pages.prepaged);
     pages["demanded"] = json!(report.pages.demanded);
+    pages["direct"] = json!(report.pages.direct);
+    pages["stored"] = json!(report.pages.stored);
+    pages["cold"] = json!(report.pages.cold);
     json!({
         "strategy": report.strategy,
         "outcome": report.outcome.as_str(),
         "reason": report.reason,
         "epoch": report.epoch,
         "total_ms": ms(report.total),
+        // the source is free when it has ended
+        "eviction_ms": (report.outcome == Outcome::Completed).then(|| ms(report.total)),
         "setup_ms": ms(report.setup),
         "prepare_ms": ms(report.setup),
         "downtime_ms": report.downtime.map(ms),
@@ -49,6 +54,7 @@ pub fn to_json(report: &Report) -> Value {
         "ram_bytes": report.ram_bytes,
         "state_bytes": report.state_bytes,
         "pages": pages,
+        "stores": report.stores.iter().map(store_to_json).collect::<Vec<_>>(),
         "faults": (report.pages.pushed + report.pages.demanded > 0).then(|| json!({
             "count": report.faults.served.count,
             "vcpu": report.faults.served.vcpu,
@@ -66,6 +72,16 @@ pub fn to_json(report: &Report) -> Value {
         "dirty_pages_per_second": report.dirty_pages_per_second.map(f64::round),
         "throttle_percent": report.throttle_percent,
     })
+}
+
+fn store_to_json(store: &StoreReport) -> Value {
+    json!({"name": store.name, "pages": store.pages, "bytes": store.bytes, "failed": store.failed})
+}
+
+/// Returns what a VM still lacks, and where it is.
+pub fn gathering_to_json(gathering: &Gathering) -> Value {
+    let Gathering { missing_pages, source, stores, faults } = gathering;
+    json!({"missing_pages": missing_pages, "source": source, "stores": stores, "faults": faults})
 }
 
 /// Returns the rounds that are kept one by one: the first and the last ones.
@@ -128,9 +144,9 @@ pub fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &P
 /// Returns the report of a migration that never began.
 pub fn not_begun(strategy: &str, reason: &str) -> Value {
     json!({
-        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "setup_ms": null, "prepare_ms": null,
+        "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "eviction_ms": null, "setup_ms": null, "prepare_ms": null,
         "downtime_ms": null, "predicted_downtime_ms": null, "rounds": null, "streams": null, "wire_bytes": null,
-        "memory_copied_bytes": null, "ram_bytes": null, "state_bytes": null, "pages": null, "dirty_pages_per_second": null, "throttle_percent": null,
+        "memory_copied_bytes": null, "ram_bytes": null, "state_bytes": null, "pages": null, "stores": null, "dirty_pages_per_second": null, "throttle_percent": null,
     })
 }
 
@@ -205,6 +221,7 @@ pub fn to_lines(report: &Value) -> String {
         ("outcome", ""),
         ("reason", ""),
         ("total_ms", " ms"),
+        ("eviction_ms", " ms"),
         ("setup_ms", " ms"),
         ("downtime_ms", " ms"),
         ("predicted_downtime_ms", " ms"),
@@ -227,6 +244,10 @@ pub fn to_lines(report: &Value) -> String {
     if let Some(pages) = report["pages"].as_object() {
         let pages: Vec<String> = pages.iter().map(|(k, v)| format!("{} {}", Escaped(k), text(v))).collect();
         line("pages", pages.join(", "));
+    }
+    for store in report["stores"].as_array().into_iter().flatten() {
+        let failed = store["failed"].as_str().map(|why| format!(", failed: {}", Escaped(why))).unwrap_or_default();
+        line(&format!("store {}", text(&store["name"])), format!("{} pages{failed}", text(&store["pages"])));
     }
     aligned(&rows)
 }

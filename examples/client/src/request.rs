@@ -3,13 +3,14 @@
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ValueEnum;
-use migration_core::{engine::OnTimeout, spawner::GuestImpact};
+use migration_core::{engine::OnTimeout, limits::MAX_ENTRY_STORES, spawner::GuestImpact};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
     encryption::Encryption,
+    page_stores::PageStoreOptions,
     values::{self, InvalidValue},
 };
 
@@ -130,7 +131,7 @@ pub struct MigrateRequest {
     #[serde(rename = "pause_total_us", with = "optional_micros", default)]
     pub pause_total: Option<Duration>,
     /// Most bandwidth.
-    #[serde(rename = "bandwidth_bits", with = "bits")]
+    #[serde(rename = "bandwidth_bits", with = "values::bits")]
     pub bandwidth: Bandwidth,
     /// How long it may take until the hand-over; zero for ever.
     #[serde(rename = "timeout_us", with = "micros")]
@@ -156,6 +157,9 @@ pub struct MigrateRequest {
     pub checksum: bool,
     /// How it is encrypted. The server reads the keys.
     pub encryption: Encryption,
+    /// Through which page stores pages go. Clients of before this option do not send it.
+    #[serde(default)]
+    pub page_stores: PageStoreOptions,
     /// Whether the client wants progress.
     pub progress: bool,
 }
@@ -186,6 +190,7 @@ impl MigrateRequest {
             fail_safe: None,
             checksum: false,
             encryption: Encryption::default(),
+            page_stores: PageStoreOptions::default(),
             progress: false,
         }
     }
@@ -207,6 +212,11 @@ pub enum StrategyKind {
     },
     /// To a process of this host that takes over RAM where it is.
     HandOver,
+    /// Post-copy whose pages go through page stores, too, so that the source is soon free.
+    ScatterGather {
+        /// In how many stores each page is.
+        replicas: usize,
+    },
 }
 
 impl FromStr for StrategyKind {
@@ -217,6 +227,12 @@ impl FromStr for StrategyKind {
             let rounds = text.strip_prefix("rounds=").and_then(|n| n.parse().ok()).filter(|n| (1..=100).contains(n));
             rounds.ok_or_else(|| InvalidValue::new(format!("{text}: rounds=1 to rounds=100 is meant")))
         };
+        let replicas = |text: &str| {
+            let count = text.strip_prefix("replicas=").and_then(|n| n.parse().ok());
+            count
+                .filter(|count| (1..=MAX_ENTRY_STORES).contains(count))
+                .ok_or_else(|| InvalidValue::new(format!("{text}: replicas=1 to replicas={MAX_ENTRY_STORES} is meant")))
+        };
         match text.split_once(':').map_or((text, None), |(name, rest)| (name, Some(rest))) {
             ("pre-copy", None) => Ok(Self::PreCopy),
             ("stop-and-copy", None) => Ok(Self::StopAndCopy),
@@ -224,8 +240,11 @@ impl FromStr for StrategyKind {
             ("handover", None) => Ok(Self::HandOver),
             ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
             ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
+            ("scatter-gather", None) => Ok(Self::ScatterGather { replicas: 1 }),
+            ("scatter-gather", Some(rest)) => Ok(Self::ScatterGather { replicas: replicas(rest)? }),
             _ => Err(InvalidValue::new(
-                "pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N] or handover is meant".into(),
+                "pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], scatter-gather[:replicas=N] or handover is meant"
+                    .into(),
             )),
         }
     }
@@ -239,6 +258,7 @@ impl fmt::Display for StrategyKind {
             Self::PostCopy => f.write_str("post-copy"),
             Self::HandOver => f.write_str("handover"),
             Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
+            Self::ScatterGather { replicas } => write!(f, "scatter-gather:replicas={replicas}"),
         }
     }
 }
@@ -519,20 +539,6 @@ mod optional_micros {
     }
 }
 
-/// A bandwidth in bits a second; 0 for no limit.
-mod bits {
-    use migration_transport::Bandwidth;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(bandwidth: &Bandwidth, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_u64(bandwidth.bits_per_second().unwrap_or(0))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Bandwidth, D::Error> {
-        u64::deserialize(from).map(Bandwidth::from_bits_per_second)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -601,20 +607,33 @@ mod tests {
             "downtime_limit_us": 300_000, "pause_limit_us": 2000, "pause_total_us": null, "bandwidth_bits": 0,
             "timeout_us": 0, "on_timeout": "cancel", "setup_timeout_us": 60_000_000, "push_order": "linear",
             "demand_lanes": 0, "whole_huge_pages": false, "fail_safe": null, "impact": "balanced", "checksum": false,
-            "encryption": encryption, "progress": false,
+            "encryption": encryption, "page_stores": {"stores": [], "through": [], "gather_rate_bits": 0},
+            "progress": false,
         });
         assert_eq!(json, expected);
         // as a client of before some options writes it
         let mut earlier = expected;
         let fields = earlier.as_object_mut().unwrap();
-        for field in ["setup_timeout_us", "pause_limit_us", "pause_total_us"] {
+        for field in ["setup_timeout_us", "pause_limit_us", "pause_total_us", "page_stores"] {
             fields.remove(field);
         }
         let Request::Migrate(read) = serde_json::from_value(earlier.clone()).unwrap() else { panic!("{earlier}") };
         assert_eq!((read.setup_timeout, read.pause_limit), (Duration::from_secs(60), None));
+        assert_eq!(read.page_stores, PageStoreOptions::default());
         earlier["strategy"] = json!("teleport");
         let error = serde_json::from_value::<Request>(earlier).unwrap_err().to_string();
         assert!(error.contains("teleport") && error.contains("pre-copy"), "{error}");
+    }
+
+    #[test]
+    fn strategies_are_parsed_and_written() {
+        for text in ["pre-copy", "handover", "hybrid:rounds=3", "scatter-gather:replicas=2"] {
+            assert_eq!(text.parse::<StrategyKind>().unwrap().to_string(), text);
+        }
+        assert_eq!("scatter-gather".parse(), Ok(StrategyKind::ScatterGather { replicas: 1 }));
+        for bad in ["scatter-gather:replicas=0", "scatter-gather:replicas=9", "scatter-gather:k=1", "hybrid:rounds=0"] {
+            assert!(bad.parse::<StrategyKind>().is_err(), "{bad}");
+        }
     }
 
     #[test]

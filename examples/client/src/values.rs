@@ -184,6 +184,20 @@ pub fn fail_safe(text: &str) -> Result<Option<Protect>, InvalidValue> {
     Ok(Some(protect))
 }
 
+/// A bandwidth in bits a second; 0 for no limit.
+pub(crate) mod bits {
+    use migration_transport::Bandwidth;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(bandwidth: &Bandwidth, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(bandwidth.bits_per_second().unwrap_or(0))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Bandwidth, D::Error> {
+        u64::deserialize(from).map(Bandwidth::from_bits_per_second)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ use migration_core::vm::VmId;
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::Address;
 use minivmm_client::{
-    Saved,
+    Saved, StoreSpec,
     ctl::Ctl,
     encryption::{Encryption, Keygen},
     values::{absolute_address, duration, size, unix_path, vm_id},
@@ -104,13 +104,19 @@ pub struct Common {
     /// memfd or hugetlb.
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path)]
     pub(crate) broker: Option<PathBuf>,
+    /// Page store through which the VM's pages may go, such as rack-7=file:DIR. The other end of a
+    /// migration names it, too, with a URL of its own. URLs: memory:, file:DIR,
+    /// redis://HOST:PORT/DB, redis+unix:PATH. May be repeated.
+    #[arg(long = "store", value_name = "NAME=URL")]
+    pub(crate) stores: Vec<StoreSpec>,
     #[command(flatten)]
     pub(crate) seal: Seal,
 }
 
 #[derive(Debug, Args)]
 pub struct Seal {
-    /// Key file (`minivmm keygen`) with which snapshots and folders of checkpoints are sealed.
+    /// Key file (`minivmm keygen`) with which snapshots, folders of checkpoints and pages in page
+    /// stores are sealed.
     /// Nobody can read or change them without the key, and unsealed ones are refused.
     #[arg(long, value_name = "F")]
     pub(crate) seal_key_file: Option<PathBuf>,

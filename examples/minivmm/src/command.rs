@@ -5,9 +5,12 @@
 
 use std::{path::Path, process::ExitCode, sync::Arc};
 
-use migration_core::{engine::RestoreOptions, text::Chain};
+use migration_core::{
+    engine::RestoreOptions,
+    text::{Chain, describe},
+};
 use migration_kvm::ram::Backing;
-use minivmm_client::{ctl, encryption, log, values::absolute, whole_file};
+use minivmm_client::{StoreSpec, ctl, encryption, log, values::absolute, whole_file};
 use nix::errno::Errno;
 
 use crate::{
@@ -16,6 +19,7 @@ use crate::{
     control::ControlSocket,
     feature,
     instance::{Arrival, Instance},
+    page_stores::PageStores,
     refresh::Place,
     sealing::Sealing,
     signals::{self, Signals},
@@ -180,7 +184,9 @@ fn receive(args: &Receive, signals: &Signals, more: PushOrders) -> Result<u8, St
         Some(_) => Arrival::SHARED.max_memory,
         None => max_memory(args.max_memory)?,
     };
-    let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory };
+    // the successor of a VMM gets the VM's pages where they are
+    let through_stores = args.successor_of.is_none();
+    let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory, through_stores };
     let listening = instance.receive(&args.listen, security, host, arrival)?;
     if let Some(predecessor) = args.predecessor.as_deref() {
         let predecessor = serde_json::from_str(predecessor).map_err(|e| format!("--predecessor: {e}"))?;
@@ -208,7 +214,10 @@ fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
 }
 
 fn instance(common: &Common, signals: &Signals, more: PushOrders) -> Result<Arc<Instance>, String> {
-    let instance = Instance::new(common.broker.clone(), Sealing::load(common.seal.seal_key_file.as_deref())?);
+    let sealing = Sealing::load(common.seal.seal_key_file.as_deref())?;
+    let stores = common.stores.iter().map(StoreSpec::absolute).collect::<Result<Vec<_>, _>>()?;
+    let stores = PageStores::new(&stores).map_err(describe)?;
+    let instance = Instance::new(common.broker.clone(), sealing, stores);
     instance.knows_push_orders(more);
     let ends = instance.clone();
     signals.end_by(move |asked| ends.end_by_signal(asked));

@@ -32,6 +32,7 @@ use crate::{
     cli::{Feature, Work},
     control::{ControlSocket, ask_peer},
     instance::{Fate, Instance},
+    page_stores::PageStores,
     refresh::Place,
     sealing::Sealing,
     signals::{Asked, Signals},
@@ -136,7 +137,7 @@ impl<'a> Borrower<'a> {
         let serial = home["serial"].as_str().unwrap_or("null").to_owned();
         // what is sealed at home is sealed here as well
         let key = args.seal.seal_key_file.clone().or_else(|| home["seal_key"].as_str().map(PathBuf::from));
-        let instance = Instance::new(None, Sealing::load(key.as_deref())?);
+        let instance = Instance::new(None, Sealing::load(key.as_deref())?, PageStores::default());
         Ok(Self { args, instance, attach, serial, control, listen, checker: Checker::default() })
     }
 

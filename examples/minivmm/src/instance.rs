@@ -26,7 +26,7 @@ use migration_core::{
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     strategy::{
-        HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, StopAndCopy, Strategy,
+        HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, ScatterGather, StopAndCopy, Strategy,
         push_order::{self, UnknownOrder},
     },
     text::{Chain, describe},
@@ -53,6 +53,7 @@ use under_way::UnderWay;
 
 use crate::{
     checkpoints::{Protection, folders},
+    page_stores::{self, PageStores},
     refresh::{self, Place},
     sealing::{Restart, Sealing},
     signals::Asked,
@@ -76,8 +77,10 @@ pub(crate) struct Instance {
     kept: OwnerRecord<Saved>,
     /// Successors that are prepared, and the schedule for them.
     pub(crate) hand_overs: HandOvers<Plan>,
-    /// Of what rests in files.
+    /// Of what rests in files and in page stores.
     sealing: Arc<Sealing>,
+    /// The page stores with which this process was started.
+    page_stores: PageStores,
     /// Push orders beside those that everybody has.
     push_orders: OnceLock<PushOrders>,
 }
@@ -127,11 +130,13 @@ pub(crate) struct Arrival {
     pub(crate) checkpoints: Option<PathBuf>,
     /// The most bytes of RAM that the VM may have.
     pub(crate) max_memory: u64,
+    /// Whether its pages may come through page stores.
+    pub(crate) through_stores: bool,
 }
 
 impl Arrival {
     /// A VM whose RAM is mapped on this host already, however large it is.
-    pub(crate) const SHARED: Self = Self { checkpoints: None, max_memory: u64::MAX };
+    pub(crate) const SHARED: Self = Self { checkpoints: None, max_memory: u64::MAX, through_stores: false };
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -155,13 +160,14 @@ enum Role {
 
 impl Instance {
     /// `broker` is the path of a RAM broker's socket.
-    pub(crate) fn new(broker: Option<PathBuf>, sealing: Sealing) -> Arc<Self> {
+    pub(crate) fn new(broker: Option<PathBuf>, sealing: Sealing, page_stores: PageStores) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
             changed: Condvar::new(),
             kept: OwnerRecord::new(broker, ProcessIdentity::own().ok().map(|own| own.encode())),
             hand_overs: HandOvers::default(),
             sealing: Arc::new(sealing),
+            page_stores,
             push_orders: OnceLock::new(),
         })
     }
@@ -175,6 +181,11 @@ impl Instance {
     /// Where the key is that seals what rests in files.
     pub(crate) fn seal_key(&self) -> Option<PathBuf> {
         self.sealing.file().map(Path::to_owned)
+    }
+
+    /// The page stores with which this process was started.
+    pub(crate) fn page_stores(&self) -> &PageStores {
+        &self.page_stores
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -313,7 +324,9 @@ impl Instance {
             listener = Box::new(SecureListener::new(listener, security));
         }
         let adopter = self.clone();
-        let options = self.receiver_options(arrival);
+        let stores = arrival.through_stores.then(|| self.page_stores.for_destination(&self.sealing)).transpose();
+        let stores = stores.map_err(describe)?.unwrap_or_default();
+        let options = ReceiverOptions { stores, ..self.receiver_options(arrival) };
         let receiver = Receiver::new(Host::new(host), move |arrived| adopter.own_arrived(arrived.vm.0), options);
         let mut state = self.lock();
         state.receiver = Some(receiver.handle());
@@ -332,9 +345,11 @@ impl Instance {
         Ok(Listening { address, bound })
     }
 
+    /// The page stores are left out.
     fn receiver_options(self: &Arc<Self>, arrival: Arrival) -> ReceiverOptions {
-        let Arrival { checkpoints, max_memory } = arrival;
+        let Arrival { checkpoints, max_memory, through_stores: _ } = arrival;
         ReceiverOptions {
+            owner: page_stores::owner(),
             max_ram_bytes: max_memory,
             spawner: Arc::new(LinuxSpawner::default()),
             observer: Arc::new(Told(self.clone())),
@@ -375,7 +390,12 @@ impl Instance {
         }
         let sockets = std::mem::take(&mut state.remove);
         let moved = state.machine.clone().filter(|_| state.role == Role::Moved);
+        let receiver = state.receiver.clone();
         drop(state);
+        // the VM ends here, and with it the need for its pages that are in stores
+        for error in receiver.iter().flat_map(ReceiverHandle::forget_stored) {
+            log!("pages of the VM stay in a page store: {}", Chain(&error));
+        }
         sockets.into_iter().for_each(OwnSocket::remove);
         if let Some(machine) = moved {
             machine.let_go();
@@ -455,8 +475,12 @@ impl Instance {
             }
             _ => last.unwrap_or(Value::Null),
         };
+        let gathering = receiver.as_ref().filter(|_| role == Role::Home);
         let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
         drop(state);
+        // not under the lock: the receiver takes that when a VM arrives
+        let gathering = gathering.and_then(|receiver| receiver.gathering());
+        let gathering = gathering.as_ref().map(report::gathering_to_json);
         let (kept_by, restart_from) = self.kept_by();
         let mut name = role.name();
         if let Some(receiver) = receiver {
@@ -477,7 +501,8 @@ impl Instance {
         }
         let mut status = json!({
             "state": name, "vm": vm, "kept_by": kept_by, "restart_from": restart_from, "epoch": epoch, "pid": std::process::id(), "cpus": null, "memory_bytes": null, "backing": null,
-            "tracker": null, "migration": migration, "workload": null, "lent": lent, "serial": null,
+            "tracker": null, "migration": migration, "gathering": gathering, "workload": null, "lent": lent,
+            "serial": null,
         });
         if let Some(s) = snapshot {
             status["paused"] = json!(s.paused);
@@ -555,7 +580,11 @@ impl Instance {
 
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
-        receiver.force_take_over().map_err(|e| format!("adopt: {}", e.why))?;
+        match receiver.phase() {
+            // pages of it are in page stores: the source is not needed for them
+            DestinationPhase::Running => receiver.release_source().map_err(|why| format!("adopt: {why}"))?,
+            _ => receiver.force_take_over().map_err(|e| format!("adopt: {}", e.why))?,
+        }
         Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 

@@ -64,6 +64,7 @@ pub mod command;
 mod control;
 mod feature;
 mod instance;
+mod page_stores;
 mod refresh;
 mod restart;
 mod sealing;

@@ -109,6 +109,9 @@ impl Instance {
         if let Some(key) = self.seal_key() {
             command.arg("--seal-key-file").arg(key);
         }
+        for store in self.page_stores().arguments() {
+            command.arg("--store").arg(store);
+        }
         if let (_, Some(snapshot)) = self.kept_by() {
             // the broker may have forgotten about this process before it hears of the successor
             command.arg("--restart-from").arg(snapshot.argument().map_err(|e| e.to_string())?);

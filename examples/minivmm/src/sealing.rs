@@ -3,10 +3,15 @@
 use std::{
     io::{self, ErrorKind},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use migration_core::{store::VersionStore, text::describe, vm::VmId};
-use migration_crypto::{Psk, SealedVersions, Suite, aead};
+use migration_core::{
+    store::{PageStore, VersionStore},
+    text::describe,
+    vm::VmId,
+};
+use migration_crypto::{Psk, Sealed, SealedVersions, Suite, aead};
 use minivmm_client::values::absolute;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +41,14 @@ impl Sealing {
 
     pub(crate) fn file(&self) -> Option<&Path> {
         self.0.as_ref().map(|(file, _)| file.as_path())
+    }
+
+    /// Returns the page store as it is used: sealed, if there is a key.
+    pub(crate) fn page_store(&self, store: Arc<dyn PageStore>) -> Arc<dyn PageStore> {
+        match &self.0 {
+            None => store,
+            Some((_, key)) => Arc::new(Sealed::new(store, key.clone(), Suite::Aes256Gcm, aead::best())),
+        }
     }
 
     /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room

@@ -7,6 +7,7 @@
 //! | `post_copy` | the guest moves first, its pages follow |
 //! | `agile` | the working set moves, and cold pages stay in a page store |
 //! | `quick_eviction` | a copy is kept in a page store, and on a command only what is dirty moves |
+//! | `scatter_gather` | post-copy whose pages go through two page stores, so that the source is free soon |
 //! | `hand_over` | a process takes a VM over from another one of its host, and no page moves |
 //! | `snapshot` | the VM is written to a file while it runs, and goes on from there |
 //! | `encrypted` | every channel is encrypted and authenticated |

@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         ("post_copy", env!("CARGO_BIN_EXE_post_copy"), Needs::PageFaults),
         ("agile", env!("CARGO_BIN_EXE_agile"), Needs::PageFaults),
         ("quick_eviction", env!("CARGO_BIN_EXE_quick_eviction"), Needs::PageFaults),
+        ("scatter_gather", env!("CARGO_BIN_EXE_scatter_gather"), Needs::PageFaults),
         ("hand_over", env!("CARGO_BIN_EXE_hand_over"), Needs::Kvm),
         ("snapshot", env!("CARGO_BIN_EXE_snapshot"), Needs::Kvm),
         ("encrypted", env!("CARGO_BIN_EXE_encrypted"), Needs::Kvm),

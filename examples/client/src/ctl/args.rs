@@ -6,7 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use migration_transport::{Address, Bandwidth};
 
 use crate::{
-    Impact, StrategyKind, TimeoutAction, Trigger,
+    Impact, StoreSpec, StrategyKind, TimeoutAction, Trigger,
     encryption::Encryption,
     values::{FailSafe, duration, fail_safe, number},
 };
@@ -140,8 +140,9 @@ pub(super) struct Migrate {
     /// Address at which a minivmm receives: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "URL")]
     pub(super) to: Address,
-    /// Strategy: pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], or handover to a process on
-    /// this host (unix:PATH) that takes over the RAM in place.
+    /// Strategy: pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], scatter-gather[:replicas=N]
+    /// through page stores, or handover to a process on this host (unix:PATH) that takes over the
+    /// RAM in place.
     #[arg(long, default_value = "pre-copy")]
     pub(super) strategy: StrategyKind,
     /// In post-copy, the order in which pages are pushed for which the guest does not wait: linear,
@@ -198,6 +199,18 @@ pub(super) struct Migrate {
     pub(super) checksum: bool,
     #[command(flatten)]
     pub(super) encryption: Encryption,
+    /// Page store, beside those with which the VM was started (`run --store`). The destination must
+    /// know a store of the same name. May be repeated.
+    #[arg(long = "store", value_name = "NAME=URL")]
+    pub(super) stores: Vec<StoreSpec>,
+    /// Name of a page store through which pages go in scatter-gather; by default all stores. May be
+    /// repeated.
+    #[arg(long, value_name = "NAME")]
+    pub(super) through: Vec<String>,
+    /// In scatter-gather, limit of what the destination reads from page stores while nobody waits for
+    /// it, such as 1Gbit; 0 for no limit.
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    pub(super) gather_rate: Bandwidth,
     /// Show progress on stderr.
     #[arg(long)]
     pub(super) progress: bool,

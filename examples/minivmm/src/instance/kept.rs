@@ -171,7 +171,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("broker");
         let listener = UnixListener::bind(&path).unwrap();
-        let instance = Instance::new(Some(path.clone()), Sealing::load(None).unwrap());
+        let instance = Instance::new(Some(path.clone()), Sealing::default(), PageStores::default());
         instance.own(machine());
         let teller = instance.clone();
         let teller = thread::spawn(move || teller.keep_ram());

@@ -384,7 +384,7 @@ mod tests {
     fn status_is_told_while_the_way_back_waits_for_a_file_system() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        let instance = Instance::new(None, Sealing::load(None).unwrap());
+        let instance = Instance::new(None, Sealing::default(), PageStores::default());
         instance.set_place(Place { control: path("control"), serial: "null".into(), broker: None });
         let config = MachineConfig::new(64 << 20, 1, Backing::Memfd, TrackerKind::Auto);
         let machine = Machine::new(MachineConfig { software: true, ..config }, &SerialTarget::Null).unwrap();

@@ -1,6 +1,7 @@
 //! Migrations and snapshots that begin here: from a client's request to what has come of it.
 
 use super::*;
+use crate::page_stores::StoresError;
 
 impl Instance {
     pub(crate) fn migrate(
@@ -20,7 +21,15 @@ impl Instance {
     ) -> Result<Value, Refused> {
         let to = &request.to;
         let session = request.encryption.security(Some(to))?.map(SourceSession::new);
-        let Chosen { mut strategy, references } = Chosen::by(request, self.push_order(&request.push_order)?);
+        let through = match request.strategy {
+            StrategyKind::ScatterGather { replicas } => {
+                Some(self.page_stores.for_migration(&request.page_stores, replicas, &self.sealing)?)
+            }
+            _ => None,
+        };
+        let names = through.as_ref().map(|through| through.names.clone()).unwrap_or_default();
+        let Chosen { mut strategy, references } = Chosen::by(request, self.push_order(&request.push_order)?, names)?;
+        let stores = through.map(|through| through.stores);
         if strategy.shares_ram() && session.is_some() {
             return Err(Refused::EncryptedHandOver);
         }
@@ -47,7 +56,7 @@ impl Instance {
         let leaves = || self.leaves_for(to, heir).map_err(Refused::NotToldOfLeaving);
         let protect = protect.and_then(|protect| leaves().map(|()| protect)).inspect_err(|_| self.not_begun())?;
         let fail_safe = protect.as_ref().map(|protect| protect.fail_safe.clone());
-        let options = SourceOptions { fail_safe, last_epoch, ..self.options_of(request) };
+        let options = SourceOptions { fail_safe, stores, last_epoch, ..self.options_of(request) };
         let instance = self.clone();
         let body = move || {
             let protect = protect.map(Protection::begin);
@@ -214,7 +223,8 @@ struct Chosen {
 }
 
 impl Chosen {
-    fn by(request: &MigrateRequest, order: Box<dyn PushOrder>) -> Self {
+    /// `through` are the names of page stores.
+    fn by(request: &MigrateRequest, order: Box<dyn PushOrder>, through: Vec<String>) -> Result<Self, StoresError> {
         let references = order.name() == "hot-first";
         let strategy: Box<dyn Strategy> = match request.strategy {
             StrategyKind::PreCopy => Box::new(PreCopy { order, convergence: ModelConvergence::default() }),
@@ -222,8 +232,13 @@ impl Chosen {
             StrategyKind::PostCopy => Box::new(PostCopy { order }),
             StrategyKind::HandOver => Box::new(HandOver),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
+            StrategyKind::ScatterGather { replicas } => {
+                let stores = through.len();
+                let strategy = ScatterGather::replicated(through, replicas, order);
+                Box::new(strategy.ok_or(StoresError::TooFew { replicas, stores })?)
+            }
         };
-        Self { strategy, references }
+        Ok(Self { strategy, references })
     }
 }
 

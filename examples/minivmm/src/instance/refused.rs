@@ -6,6 +6,8 @@ use migration_core::{strategy::push_order::UnknownOrder, text::describe};
 use minivmm_client::encryption::EncryptionError;
 use thiserror::Error;
 
+use crate::page_stores::StoresError;
+
 /// Why a migration or a snapshot that a client has asked for does not begin. The client gets the
 /// text.
 #[derive(Debug, Error)]
@@ -25,6 +27,9 @@ pub(crate) enum Refused {
          --encrypt out, at both ends"
     )]
     EncryptedHandOver,
+    /// The page stores cannot be used.
+    #[error("migrate")]
+    PageStores(#[from] StoresError),
     /// The stores for the VM's protection cannot be made.
     #[error("migrate: {0}")]
     Protection(String),

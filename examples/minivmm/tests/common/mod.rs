@@ -1,6 +1,7 @@
 //! Drives the real `minivmm` as child processes, through nothing but its command line.
 
 mod huge_pages;
+mod page_server;
 mod process;
 
 use std::{
@@ -13,6 +14,7 @@ pub(crate) use guests::layout;
 pub(crate) use huge_pages::HugePages;
 use libtest_mimic::{Failed, Trial};
 use migration_kvm::tracker::UserFault;
+pub(crate) use page_server::PageServer;
 pub(crate) use process::{Answer, Client, Process, minivmm_after, usage, usage_with_stdout};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -30,6 +32,7 @@ pub(crate) struct Suite {
     no_kvm: Option<String>,
     no_userfaultfd: Option<String>,
     no_huge_pages: Option<String>,
+    no_page_servers: Option<String>,
     required: bool,
 }
 
@@ -38,7 +41,9 @@ impl Suite {
         let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
         let no_kvm = kvm.err().map(|e| format!("/dev/kvm cannot be used: {e}"));
         let required = std::env::var_os("MIGRATION_REQUIRE_KVM").is_some_and(|v| v == "1");
-        Self { trials: Vec::new(), no_kvm, no_userfaultfd: no_userfaultfd(), no_huge_pages, required }
+        let no_userfaultfd = no_userfaultfd();
+        let no_page_servers = PageServer::missing();
+        Self { trials: Vec::new(), no_kvm, no_userfaultfd, no_huge_pages, no_page_servers, required }
     }
 
     /// The trials that `add` adds need something more, of which this says that it is missing.
@@ -85,6 +90,25 @@ impl Suite {
         self.add(name.into(), missing.or_else(|| self.no_backing(backing)), run);
     }
 
+    /// A trial of post-copy that starts servers for page stores. It is ignored where none is
+    /// installed; with `MIGRATION_REQUIRE_REDIS=1` it fails.
+    pub(crate) fn with_page_servers(
+        &mut self,
+        name: impl Into<String>,
+        run: impl FnOnce(&Lab) -> Outcome + Clone + Send + 'static,
+    ) {
+        let required = std::env::var_os("MIGRATION_REQUIRE_REDIS").is_some_and(|value| value == "1");
+        let name = name.into();
+        match self.no_page_servers.clone() {
+            Some(why) if !required => {
+                eprintln!("{name} is ignored: {why}");
+                self.trials.push(Trial::test(name, || Ok(())).with_ignored_flag(true));
+            }
+            Some(why) => self.trials.push(Trial::test(name, move || Err(why.into()))),
+            None => self.post_copy(name, "anon", run),
+        }
+    }
+
     fn add(
         &mut self,
         name: String,
@@ -122,7 +146,7 @@ fn also_in_small_slots(name: &str) -> bool {
         ["hand_over", "memfd" | "hugetlb", "4", "random"] | ["hand_over", "paused"] => true,
         ["post_copy", "workload", "random"] | ["post_copy", "huge_pages", "whole"] => true,
         ["balloon", "there_and_back", "thp"] | ["snapshot", "restored_vm_moves"] => true,
-        ["ephemeral", "other_techniques_afterwards"] => true,
+        ["ephemeral", "other_techniques_afterwards"] | ["scatter_gather", "two_stores"] => true,
         _ => false,
     }
 }
@@ -156,6 +180,7 @@ fn also_encrypted(name: &str) -> bool {
         ["contract", "cancel", "dirty-log"] | ["contract", "client_dies"] => true,
         ["balloon", "there_and_back", "thp"] => true,
         ["snapshot", "restored_vm_moves"] | ["broker", "ram_moves_with_its_vm"] => true,
+        ["scatter_gather", "moves", "file", "sealed", "anon"] | ["scatter_gather", "two_stores"] => true,
         _ => false,
     }
 }

@@ -34,6 +34,7 @@ mod post_copy;
 mod post_copy_faults;
 mod refresh;
 mod restart;
+mod scatter_gather;
 mod sealed;
 mod snapshot;
 
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
     restart::add(&mut suite);
+    scatter_gather::add(&mut suite);
     sealed::add(&mut suite);
     snapshot::add(&mut suite);
     if let Ok(seed) = std::env::var("MIGRATION_TEST_SHUFFLE") {
