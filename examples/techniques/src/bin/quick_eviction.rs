@@ -34,6 +34,7 @@ fn main() -> Outcome {
         new_namespace: Arc::new(|| random_namespace().expect("the operating system has random bytes")),
         owner: Owner::new("the example quick_eviction")?,
         lease: Duration::from_secs(600),
+        gather_rate: None,
     };
     let source = SourceOptions { stores: Some(stores), ..SourceOptions::default() };
     let mut quick = QuickEviction {
