@@ -28,7 +28,7 @@ impl PageServer {
             command.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
             command.status().is_ok_and(|status| status.success())
         };
-        let found = PROGRAMS.iter().any(|program| runs(&program));
+        let found = PROGRAMS.iter().any(runs);
         (!found).then(|| "neither redis-server nor valkey-server is installed".into())
     }
 
