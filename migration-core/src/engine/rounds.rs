@@ -141,15 +141,16 @@ impl RoundDriver {
     /// now.
     pub(super) fn start<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<PageSet, MigrationError> {
         self.track(vm)?;
+        // first: a page that comes back after this look is populated at the next one
+        let in_stores = self.stored.as_ref().map(Stored::pages);
         let mut pages = pages::populated(&*self.ram, &*self.observer);
-        let mut with_data = pages.clone();
+        pages.union_with(&in_stores.unwrap_or_else(|| PageSet::empty(pages.capacity())));
+        self.holes = pages.capacity() - pages.len();
         if let Some(stored) = &mut self.stored {
             let mut none = PageSet::empty(pages.capacity());
             stored.look(&mut lock(&self.map), &mut none)?;
-            with_data.union_with(&stored.pages());
-            stored.adjust(&mut pages);
+            pages.subtract(stored.kept());
         }
-        self.holes = pages.capacity() - with_data.len();
         self.map().dirtied(&pages)?;
         self.skip_free(vm);
         Ok(self.due())

@@ -57,13 +57,9 @@ impl Stored {
         both
     }
 
-    /// Adds the pages that are sent although they are in stores to those that may hold data, or
-    /// takes those that are not sent away.
-    pub(super) fn adjust(&self, populated: &mut PageSet) {
-        match self.keeps {
-            true => populated.subtract(&self.kept),
-            false => populated.union_with(&self.pages()),
-        }
+    /// Returns the pages that stay in their stores, as far as is known.
+    pub(super) fn kept(&self) -> &PageSet {
+        &self.kept
     }
 
     /// Looks which pages have come back, after the tracker has reported what was `written`. They

@@ -34,7 +34,10 @@ mod moves;
 mod world;
 
 use guest::a_guest_runs_while_its_pages_come_and_go;
-use moves::{agile_leaves_cold_pages_in_their_store, other_strategies_send_cold_pages_without_bringing_them_back};
+use moves::{
+    a_guest_writes_while_its_cold_pages_move, agile_leaves_cold_pages_in_their_store,
+    other_strategies_send_cold_pages_without_bringing_them_back,
+};
 use world::{LONG, Outcome, Pin, VM, World, contents, ensure, expected, is_hole, is_zero, options};
 
 type Check = fn(Backing) -> Outcome;
@@ -489,7 +492,7 @@ fn main() -> ExitCode {
             None => Trial::test(name, move || run(backing)),
         });
     };
-    let everywhere: [(&str, Check); 16] = [
+    let everywhere: [(&str, Check); 17] = [
         ("pages_go_and_come_back", pages_go_and_come_back),
         ("nothing_is_lost_while_pages_come_and_go", nothing_is_lost_while_pages_come_and_go),
         ("a_touch_cancels_the_eviction", a_touch_cancels_the_eviction),
@@ -504,6 +507,7 @@ fn main() -> ExitCode {
         ("everything_can_be_brought_back", everything_can_be_brought_back),
         ("refusals", refusals),
         ("a_guest_runs_while_its_pages_come_and_go", a_guest_runs_while_its_pages_come_and_go),
+        ("a_guest_writes_while_its_cold_pages_move", a_guest_writes_while_its_cold_pages_move),
         ("agile_leaves_cold_pages_in_their_store", agile_leaves_cold_pages_in_their_store),
         (
             "other_strategies_send_cold_pages_without_bringing_them_back",
