@@ -76,7 +76,7 @@ fn in_store(folder: &Path, synchronise: bool, pages: &mut Pages) -> Result<Pass,
     let options = FilePageStoreOptions { synchronise, ..Default::default() };
     let store = FilePageStore::open(folder, "bench", options).map_err(describe)?;
     let space = Space::create(&store)?;
-    let put = space.put(pages, 1, 1)?;
+    let put = space.put(pages, 1)?;
     if synchronise {
         let files = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         files.filter_map(Result::ok).try_for_each(|file| leave_cache(&file.path()))?;

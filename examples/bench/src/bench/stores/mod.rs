@@ -8,10 +8,7 @@
 mod files;
 mod server;
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use migration_core::{
@@ -41,8 +38,6 @@ const SECTION: &str = "stores";
 const RUN: usize = 512;
 /// Bytes of a run.
 const RUN_BYTES: usize = RUN * PAGE_SIZE;
-/// Threads that put into a server: it takes one run in while it stores another one.
-const PUTTERS: usize = 2;
 /// How often everything is put and gathered.
 const REPEAT: u32 = 5;
 /// For how long a namespace is kept if this process dies.
@@ -120,20 +115,12 @@ impl<'a> Space<'a> {
         Ok(Self { store, namespace, incarnation })
     }
 
-    /// Puts all pages, each of `threads` threads every so many runs. Returns pages per second.
-    fn put(&self, pages: &Pages, generation: u32, threads: usize) -> Result<f64, String> {
+    /// Puts all pages. Returns pages per second.
+    fn put(&self, pages: &Pages, generation: u32) -> Result<f64, String> {
         let begin = Instant::now();
-        thread::scope(|scope| {
-            let part = |first| {
-                move || {
-                    let mut runs = pages.runs().skip(first).step_by(threads);
-                    runs.try_for_each(|run| self.put_run(&run, generation))
-                }
-            };
-            let threads: Vec<_> = (0..threads).map(|first| scope.spawn(part(first))).collect();
-            let panicked = |_| Err("a put has panicked".to_owned());
-            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(panicked))
-        })?;
+        for run in pages.runs() {
+            self.put_run(&run, generation)?;
+        }
         Ok(pages.count() as f64 / begin.elapsed().as_secs_f64())
     }
 
@@ -203,7 +190,7 @@ fn rates(store: &dyn PageStore, pages: &mut Pages, repeat: u32) -> Result<Rates,
     let (mut puts, mut gathers) = (Vec::new(), Vec::new());
     for round in 0..=repeat {
         let space = Space::create(store)?;
-        let (put, gather) = (space.put(pages, 1, PUTTERS)?, space.gather(pages, 1)?);
+        let (put, gather) = (space.put(pages, 1)?, space.gather(pages, 1)?);
         space.forget().map_err(describe)?;
         if round > 0 {
             puts.push(put);

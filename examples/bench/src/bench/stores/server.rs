@@ -17,7 +17,7 @@ use super::{
         output::{Table, number, spread},
         process::{Folder, Process},
     },
-    PUTTERS, Pages, RUN, RUN_BYTES, Rates, Space, TARGET_FAULT, TARGET_RATE, Target, rates,
+    Pages, RUN, RUN_BYTES, Rates, Space, TARGET_FAULT, TARGET_RATE, Target, rates,
 };
 
 /// The programs that are tried.
@@ -93,7 +93,7 @@ pub(super) fn measure(folder: &Folder, pages: &mut Pages, repeat: u32) -> Result
     let server_cpu_s_per_million = (server.cpu_seconds()? - before) / moved;
 
     let space = Space::create(&store)?;
-    space.put(pages, 1, PUTTERS)?;
+    space.put(pages, 1)?;
     let mut faults = Vec::new();
     for share in SHARES {
         faults.push(beside(&space, pages, share * rates.gather_pages_per_s)?);
