@@ -173,9 +173,12 @@ fn a_vm_that_is_held_stays_held_while_others_come_and_go() {
     assert_eq!(world.arrivals.recv_timeout(HANG).unwrap(), (VM, 2));
     assert!(world.started[&VM].recv_timeout(HANG).unwrap().running);
     world.forgotten(VM);
-    // it was ready here: what is left of its source is refused, for as long as the receiver lives
-    let (code, text) = end(&greet(&world.destination, &hello_of(VM, 0, 1)));
-    assert_eq!(code, ErrorCode::StaleEpoch, "{text}");
+    // they were ready here: what is left of their sources is refused, for as long as the receiver
+    // lives
+    for id in [VM, OTHER, THIRD] {
+        let (code, text) = end(&greet(&world.destination, &hello_of(id, 0, 1)));
+        assert_eq!(code, ErrorCode::StaleEpoch, "{id}: {text}");
+    }
 }
 
 #[test]

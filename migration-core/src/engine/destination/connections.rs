@@ -192,6 +192,14 @@ mod tests {
     }
 
     #[test]
+    fn one_that_has_ended_has_no_place_to_give() {
+        let mut connections = Connections::default();
+        let _end = enter(&mut connections, 0);
+        connections.remove(0);
+        assert!(!connections.close_oldest_silent(None));
+    }
+
+    #[test]
     fn greetings_have_places_of_their_own() {
         let mut connections = Connections::default();
         let ends: Vec<_> = (0..100)
