@@ -120,6 +120,7 @@ fn request(command: &CtlCommand) -> Result<Request, InvalidValue> {
         }
         CtlCommand::PostCopy => Request::PostCopy,
         CtlCommand::SwitchOver => Request::SwitchOver,
+        CtlCommand::ResidentLimit { limit } => Request::ResidentLimit { limit: *limit },
         CtlCommand::Tune(args) => Request::Tune {
             // as in a migration's request
             bandwidth_bits: args.bandwidth.map(|bandwidth| bandwidth.bits_per_second().unwrap_or(0)),

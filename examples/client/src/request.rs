@@ -3,7 +3,7 @@
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::ValueEnum;
-use migration_core::{engine::OnTimeout, limits::MAX_ENTRY_STORES, spawner::GuestImpact};
+use migration_core::{engine::OnTimeout, limits::MAX_ENTRY_STORES, spawner::GuestImpact, working_set::ResidentLimit};
 use migration_transport::{Address, Bandwidth};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -81,6 +81,12 @@ pub enum Request {
         bandwidth_bits: Option<u64>,
         /// The longest downtime that is acceptable.
         downtime_limit_us: Option<u64>,
+    },
+    /// Change how much of the RAM stays resident.
+    ResidentLimit {
+        /// The limit.
+        #[serde(with = "as_text")]
+        limit: ResidentLimit,
     },
     /// Reconnect to the destination, and wait for the end of the migration.
     Recover {
@@ -212,6 +218,8 @@ pub enum StrategyKind {
     },
     /// To a process of this host that takes over RAM where it is.
     HandOver,
+    /// One round of the resident pages, then post-copy; pages in a page store stay there.
+    Agile,
     /// Post-copy whose pages go through page stores, too, so that the source is soon free.
     ScatterGather {
         /// In how many stores each page is.
@@ -238,12 +246,14 @@ impl FromStr for StrategyKind {
             ("stop-and-copy", None) => Ok(Self::StopAndCopy),
             ("post-copy", None) => Ok(Self::PostCopy),
             ("handover", None) => Ok(Self::HandOver),
+            ("agile", None) => Ok(Self::Agile),
             ("hybrid", None) => Ok(Self::Hybrid { rounds: 1 }),
             ("hybrid", Some(rest)) => Ok(Self::Hybrid { rounds: rounds(rest)? }),
             ("scatter-gather", None) => Ok(Self::ScatterGather { replicas: 1 }),
             ("scatter-gather", Some(rest)) => Ok(Self::ScatterGather { replicas: replicas(rest)? }),
             _ => Err(InvalidValue::new(
-                "pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], scatter-gather[:replicas=N] or handover is meant"
+                "pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], scatter-gather[:replicas=N], agile or handover is \
+                 meant"
                     .into(),
             )),
         }
@@ -257,6 +267,7 @@ impl fmt::Display for StrategyKind {
             Self::StopAndCopy => f.write_str("stop-and-copy"),
             Self::PostCopy => f.write_str("post-copy"),
             Self::HandOver => f.write_str("handover"),
+            Self::Agile => f.write_str("agile"),
             Self::Hybrid { rounds } => write!(f, "hybrid:rounds={rounds}"),
             Self::ScatterGather { replicas } => write!(f, "scatter-gather:replicas={replicas}"),
         }
@@ -456,7 +467,10 @@ impl Request {
     /// Returns whether it may take long, as it waits for a guest or copies memory. The server then
     /// gives signs of life.
     pub fn takes_long(&self) -> bool {
-        !matches!(self, Self::Status | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place)
+        !matches!(
+            self,
+            Self::Status | Self::Adopt | Self::Quit | Self::Tune { .. } | Self::Place | Self::ResidentLimit { .. }
+        )
     }
 
     /// Returns the line of this request, with or without the wish for signs of life.
@@ -627,7 +641,7 @@ mod tests {
 
     #[test]
     fn strategies_are_parsed_and_written() {
-        for text in ["pre-copy", "handover", "hybrid:rounds=3", "scatter-gather:replicas=2"] {
+        for text in ["pre-copy", "handover", "agile", "hybrid:rounds=3", "scatter-gather:replicas=2"] {
             assert_eq!(text.parse::<StrategyKind>().unwrap().to_string(), text);
         }
         assert_eq!("scatter-gather".parse(), Ok(StrategyKind::ScatterGather { replicas: 1 }));

@@ -6,7 +6,7 @@ use clap::{
     Args, Subcommand, ValueEnum,
     builder::{PossibleValuesParser, TypedValueParser},
 };
-use migration_core::vm::VmId;
+use migration_core::{vm::VmId, working_set::ResidentLimit};
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use migration_transport::Address;
 use minivmm_client::{
@@ -80,6 +80,13 @@ pub struct Run {
     /// Do not start the vCPUs.
     #[arg(long)]
     pub(crate) paused: bool,
+    /// Page store, one of --store, that keeps pages which the guest does not use.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cold_store: Option<String>,
+    /// How much of the RAM stays resident: a size such as 512M; auto for the working set, which is the
+    /// default; off for all of it.
+    #[arg(long, value_name = "SIZE|auto|off", requires = "cold_store")]
+    pub(crate) resident_limit: Option<ResidentLimit>,
     #[command(flatten)]
     pub(crate) common: Common,
     /// Kind of memory for guest RAM; by default thp, or that of the restored VM.

@@ -8,6 +8,7 @@ use std::{path::Path, process::ExitCode, sync::Arc};
 use migration_core::{
     engine::RestoreOptions,
     text::{Chain, describe},
+    working_set::ResidentLimit,
 };
 use migration_kvm::ram::Backing;
 use minivmm_client::{StoreSpec, ctl, encryption, log, values::absolute, whole_file};
@@ -119,6 +120,7 @@ fn run_vm(args: &Run, signals: &Signals, more: PushOrders) -> Result<u8, String>
     let instance = instance(&args.common, signals, more)?;
     settle(&args.common, &instance)?;
     instance.own(machine.clone());
+    keep_cold_pages(args, &instance)?;
     instance.keep_ram()?;
     if args.paused {
         // whoever can ask already hears that it is
@@ -129,6 +131,11 @@ fn run_vm(args: &Run, signals: &Signals, more: PushOrders) -> Result<u8, String>
         machine.start(true).map_err(|e| e.to_string())?;
     }
     Ok(instance.wait_exit())
+}
+
+fn keep_cold_pages(args: &Run, instance: &Instance) -> Result<(), String> {
+    let Some(store) = &args.cold_store else { return Ok(()) };
+    instance.keep_cold_pages(store, args.resident_limit.unwrap_or(ResidentLimit::Auto))
 }
 
 fn restore(args: &Run, path: &Path, signals: &Signals, more: PushOrders) -> Result<u8, String> {
@@ -151,6 +158,7 @@ fn restore(args: &Run, path: &Path, signals: &Signals, more: PushOrders) -> Resu
     };
     let options = RestoreOptions { max_ram_bytes, paused: args.paused, ..RestoreOptions::default() };
     instance.restore(path, restart, host, options)?;
+    keep_cold_pages(args, &instance)?;
     serve(&args.common, &instance)?;
     Ok(instance.wait_exit())
 }

@@ -1,5 +1,6 @@
 //! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
 
+mod cold_pages;
 mod hand_overs;
 mod kept;
 mod lend;
@@ -26,7 +27,7 @@ use migration_core::{
     protocol::{DestinationPhase, SourcePhase},
     report::{CheckpointCounts, Event, Observer, Outcome, Progress, Report},
     strategy::{
-        HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, ScatterGather, StopAndCopy, Strategy,
+        Agile, HandOver, Hybrid, ModelConvergence, PostCopy, PreCopy, PushOrder, ScatterGather, StopAndCopy, Strategy,
         push_order::{self, UnknownOrder},
     },
     text::{Chain, describe},
@@ -390,11 +391,16 @@ impl Instance {
         }
         let sockets = std::mem::take(&mut state.remove);
         let moved = state.machine.clone().filter(|_| state.role == Role::Moved);
+        let at_home = matches!(state.role, Role::Home | Role::Saving | Role::Ended);
+        let at_home = state.machine.clone().filter(|_| at_home);
         let receiver = state.receiver.clone();
         drop(state);
         // the VM ends here, and with it the need for its pages that are in stores
         for error in receiver.iter().flat_map(ReceiverHandle::forget_stored) {
             log!("pages of the VM stay in a page store: {}", Chain(&error));
+        }
+        if let Some(machine) = at_home {
+            machine.forget_cold_pages();
         }
         sockets.into_iter().for_each(OwnSocket::remove);
         if let Some(machine) = moved {
@@ -511,6 +517,7 @@ impl Instance {
             status["memory_bytes"] = json!(memory_bytes);
             status["backing"] = json!(backing);
             status["tracker"] = json!(tracker);
+            status["paging"] = cold_pages::paging(machine.as_deref());
             status["software_guest"] = json!(software);
             status["warnings"] = json!(warnings);
             status["serial"] = json!({
@@ -624,6 +631,7 @@ impl Serve for Instance {
             Request::Tune { bandwidth_bits, downtime_limit_us } => {
                 self.tune(bandwidth_bits, downtime_limit_us.map(Duration::from_micros))
             }
+            Request::ResidentLimit { limit } => self.set_resident_limit(limit),
             Request::Recover { to, progress: wanted } => Ok(self.recover(&to, wanted, progress)?),
             Request::Quit => Ok(json!({"state": "ended"})),
             Request::Memory { gpa, len, out } => self.memory(gpa, len, &out),

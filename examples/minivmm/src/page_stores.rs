@@ -72,10 +72,15 @@ fn is_shared(spec: &StoreSpec) -> bool {
 /// Opens a store that both ends of a migration can reach, sealed if this minivmm seals. It is opened
 /// for each use: the keys of its namespaces are erased with it.
 fn open(spec: &StoreSpec, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
-    let name = name(spec).to_owned();
     if !is_shared(spec) {
-        return Err(StoresError::InMemory(name));
+        return Err(StoresError::InMemory(name(spec).to_owned()));
     }
+    open_any(spec, sealing)
+}
+
+/// Opens a store, which may be in the memory of this process.
+fn open_any(spec: &StoreSpec, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
+    let name = name(spec).to_owned();
     let opened = spec.store().open().map_err(|cause| StoresError::Open { name, cause });
     opened.map(|store| sealing.page_store(store))
 }
@@ -110,6 +115,12 @@ impl PageStores {
     /// Opens the stores from which pages of a VM that arrives may be fetched.
     pub(crate) fn for_destination(&self, sealing: &Sealing) -> Result<Vec<Arc<dyn PageStore>>, StoresError> {
         self.0.iter().map(|spec| open(spec, sealing)).collect()
+    }
+
+    /// Opens the store for cold pages of a VM that is at home here. It may be in memory.
+    pub(crate) fn for_cold_pages(&self, wanted: &str, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
+        let spec = self.find(wanted)?;
+        open_any(spec, sealing)
     }
 
     /// Opens the stores through which the pages of one migration go.

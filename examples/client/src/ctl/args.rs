@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand, ValueEnum};
+use migration_core::working_set::ResidentLimit;
 use migration_transport::{Address, Bandwidth};
 
 use crate::{
@@ -63,6 +64,13 @@ pub(super) enum CtlCommand {
     /// Change the limits of the current migration at once, or the downtime limit of a snapshot.
     /// `status` shows them.
     Tune(Tune),
+    /// Change how much of the RAM of a VM that was run with --cold-store stays resident. With off,
+    /// all pages are read back from the store.
+    ResidentLimit {
+        /// A size such as 512M; auto for the working set; off for no limit.
+        #[arg(value_name = "SIZE|auto|off")]
+        limit: ResidentLimit,
+    },
     /// At a source that has lost its link after the hand-over: reconnect at this address, and wait
     /// like `migrate`.
     Recover(Recover),
@@ -141,8 +149,8 @@ pub(super) struct Migrate {
     #[arg(long, value_name = "URL")]
     pub(super) to: Address,
     /// Strategy: pre-copy, stop-and-copy, post-copy, hybrid[:rounds=N], scatter-gather[:replicas=N]
-    /// through page stores, or handover to a process on this host (unix:PATH) that takes over the
-    /// RAM in place.
+    /// through page stores, agile (pages in a --cold-store stay there), or handover to a process on
+    /// this host (unix:PATH) that takes over the RAM in place.
     #[arg(long, default_value = "pre-copy")]
     pub(super) strategy: StrategyKind,
     /// In post-copy, the order in which pages are pushed for which the guest does not wait: linear,

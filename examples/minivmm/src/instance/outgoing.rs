@@ -231,6 +231,7 @@ impl Chosen {
             StrategyKind::StopAndCopy => Box::new(StopAndCopy),
             StrategyKind::PostCopy => Box::new(PostCopy { order }),
             StrategyKind::HandOver => Box::new(HandOver),
+            StrategyKind::Agile => Box::new(Agile { order }),
             StrategyKind::Hybrid { rounds } => Box::new(Hybrid { rounds, order }),
             StrategyKind::ScatterGather { replicas } => {
                 let stores = through.len();

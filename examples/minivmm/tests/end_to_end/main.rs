@@ -10,6 +10,7 @@
 mod balloon;
 mod bench;
 mod broker;
+mod cold_pages;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
     post_copy_faults::add(&mut suite);
     refresh::add(&mut suite);
     restart::add(&mut suite);
+    cold_pages::add(&mut suite);
     scatter_gather::add(&mut suite);
     sealed::add(&mut suite);
     snapshot::add(&mut suite);
