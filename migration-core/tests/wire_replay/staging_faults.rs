@@ -50,6 +50,19 @@ fn a_store_that_loses_everything_gets_all_pages_again() {
     staged.arrives(destination(vec![store.clone()]), &store);
 }
 
+#[test]
+fn a_vm_is_evicted_while_its_store_fails_and_all_pages_come_from_here() {
+    let store = Flaky::new();
+    let staged = Staged::whole(&store, Finish::PostCopy);
+    store.fail(true);
+    let destination = destination(vec![store.clone()]);
+    staged.evict("host-2", Link::new(&destination, None));
+    let (report, vm) = staged.end();
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    assert!(report.pages.pushed + report.pages.demanded >= DATA - 10, "{report:?}");
+    check(destination, &vm);
+}
+
 /// A put that hangs delays no command. What it has in hand comes from here.
 #[test]
 fn a_vm_is_evicted_while_a_put_hangs() {
