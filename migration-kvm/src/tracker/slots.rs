@@ -320,6 +320,22 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_is_whole_pages_of_one_region_with_flags_of_the_vmms_own() {
+        let new = |gpa, len, flags| {
+            let ram = Arc::new(HeapRam::new(layout(&[(0x1000, 0x8000)])).unwrap());
+            // SAFETY: no VM uses the slots.
+            unsafe { GuestSlots::new(ram, [(3, gpa, len, flags)]) }
+        };
+        for (gpa, len) in [(0x1800, 0x1000), (0x2000, 0x1800), (0x2000, 0), (0, 0x2000), (0x8000, 0x2000)] {
+            let error = new(gpa, len, 0).err().unwrap();
+            assert_eq!(error, SlotError { slot: 3, gpa, len });
+        }
+        let slots = new(0x2000, 0x3000, KVM_MEM_LOG_DIRTY_PAGES | 2).unwrap();
+        let slot = slots.slots()[0];
+        assert_eq!((slot.flags, slot.pages()), (2, PageRange::new(1, 3)));
+    }
+
+    #[test]
     fn a_piece_ends_where_a_huge_page_does() {
         let pieces = |regions: &[(u64, u64)], max_bytes| -> Vec<_> {
             slot_pieces(&layout(regions), max_bytes).map(|piece| (piece.gpa, piece.len)).collect()
