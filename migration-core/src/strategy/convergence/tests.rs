@@ -431,7 +431,7 @@ proptest! {
         let begin = model.begin(&world.link(0, elapsed));
         prop_assert!(begin == Next::Round || world.vmms > world.limit && !world.stop);
         for rounds in 1.. {
-            prop_assert!(rounds <= MAX_ROUNDS + 30, "no end");
+            prop_assert!(rounds <= MAX_ROUNDS_ABOVE_LIMIT + 30, "no end");
             let time = sent as f64 * 4096.0 / world.bytes_per_second + world.round_trip.as_secs_f64();
             elapsed += Duration::from_secs_f64(time);
             let rate = world.dirtied * (1.0 - f64::from(throttle) / 100.0);
