@@ -21,8 +21,10 @@ const WORKLOADS: [&str; 6] = [
     "kv:percent=60,step=100ms,data=8M",
     "churn:size=24M,data=8M",
 ];
-/// A guest that has work for as long as a trial takes.
+/// A guest that has work for as long as a trial takes, and soon touches all its pages.
 const GUEST: &str = "random:size=24M";
+/// A guest that does not touch most of its pages: they stay missing until they are gathered.
+const CALM_GUEST: &str = "hot:size=1M,data=32M";
 /// The direct link is so slow that most pages go through the stores.
 const SLOW: [&str; 4] = ["--strategy", "scatter-gather", "--bandwidth", "100Mbit"];
 /// At this rate the pages of a guest take half a minute.
@@ -156,6 +158,10 @@ fn guest(lab: &Lab, stores: &[&str]) -> Result<Process, Failed> {
     lab.workload("source", GUEST, &named(&["--backing", "anon"], stores))
 }
 
+fn calm_guest(lab: &Lab, stores: &[&str]) -> Result<Process, Failed> {
+    lab.workload("source", CALM_GUEST, &named(&["--backing", "anon"], stores))
+}
+
 fn receiver(lab: &Lab, stores: &[&str]) -> Result<Process, Failed> {
     lab.receive("destination", &named(&[], stores))
 }
@@ -201,7 +207,7 @@ fn two_stores(lab: &Lab) -> Outcome {
 
 fn source_killed(lab: &Lab) -> Outcome {
     let a = InFolder::new(lab, "a");
-    let (mut source, destination) = (guest(lab, &[&a.option()])?, receiver(lab, &[&a.option()])?);
+    let (mut source, destination) = (calm_guest(lab, &[&a.option()])?, receiver(lab, &[&a.option()])?);
     let options = [&SLOW[..], &["--gather-rate", "80Mbit"]].concat();
     let answer = source.migrate(&destination.address, &options)?;
     source.kill()?;
@@ -286,7 +292,7 @@ fn whole_huge_pages(lab: &Lab) -> Outcome {
 
 /// A VM that runs at its destination and gathers slowly, and whose source is gone.
 fn gathers_long(lab: &Lab, store: &dyn Store) -> Result<Process, Failed> {
-    let (mut source, destination) = (guest(lab, &[&store.option()])?, receiver(lab, &[&store.option()])?);
+    let (mut source, destination) = (calm_guest(lab, &[&store.option()])?, receiver(lab, &[&store.option()])?);
     let report = source.migrate_well(&destination.address, &LONG)?;
     went_through_stores(&report)?;
     Ok(destination)
@@ -350,8 +356,11 @@ fn unreachable(lab: &Lab) -> Outcome {
 /// A server that only reads, because it waits for a primary.
 fn read_only(lab: &Lab) -> Outcome {
     let server = PageServer::start(lab, "a", &["--replicaof", "127.0.0.1 1"])?;
-    let (source, destination) = (guest(lab, &[])?, receiver(lab, &[&server.option()])?);
-    refused(&source, &destination, &["--store", &server.option()], "page store a")?;
+    let (code, _, stderr) = usage(&["receive", "--listen", "tcp:127.0.0.1:0", "--store", &server.option()])?;
+    ensure(code == Some(1), || format!("{code:?}"))?;
+    ensure_says(&stderr, "it is a replica, and can be read only")?;
+    let (source, destination) = (guest(lab, &[])?, lab.receive("destination", &[])?);
+    refused(&source, &destination, &["--store", &server.option()], "it is a replica, and can be read only")?;
     source.quit()?;
     destination.quit()
 }
