@@ -1,15 +1,15 @@
-//! How a migration begins: what is checked before anything moves, the pages that are in stores
+//! The beginning of a migration: the checks before anything moves, the pages that are in stores
 //! already, and the session with a destination.
 //!
-//! The order, and why:
+//! The steps, and the reason for their order:
 //!
-//! 1. **Look which pages are in stores.** Those that stay there have their location in the map
-//!    before the strategy begins, and an entry of the store table.
+//! 1. **Determine which pages are in stores.** The pages that stay there have their location in the
+//!    map, and their store has an entry in the store table, before the strategy begins.
 //! 2. **Connect.** The destination builds the VM, and grants the features that are needed.
-//! 3. **Send the store table**, and wait until the destination has taken it: it refuses a store that
-//!    it was not started with, while nothing has moved.
+//! 3. **Send the store table**, and wait until the destination has accepted it. A destination
+//!    refuses a store that it was not started with, and it does so while nothing has moved.
 //! 4. **Send all locations**, while the guest runs, and wait until the destination has read them.
-//!    Rounds come after that, so what a round brings is newer than a location (rule 16).
+//!    Rounds come after that, so the pages of a round are newer than a location (rule 16).
 //!
 //! A strategy that [connects by itself](Strategy::connects_itself) begins after step 1.
 
@@ -50,7 +50,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Step 1. `keeps`: whether pages that are in stores stay there.
+    /// Performs step 1. `keeps` says whether the pages that are in stores stay there.
     fn look_at_stores(&mut self, keeps: bool) -> Result<(), MigrationError> {
         let Some(memory) = self.vm.paged_memory() else { return Ok(()) };
         let (pages, stored, at_source) = memory.map().read(|map| (map.pages(), map.in_store().len(), map.at_source()));
@@ -65,7 +65,7 @@ impl Engine<'_> {
             return Err(MigrationError::Blocked(why));
         }
         if stored == 0 {
-            // and no page is evicted from here on
+            // No page is evicted from here on either.
             return Ok(());
         }
         if pages != self.report.pages.total {
@@ -84,13 +84,14 @@ impl Engine<'_> {
         self.rounds.set_stored(stored);
         let started = Fetcher::start(memory, self.options)?;
         self.places.threads.extend(started.threads);
-        // it is set once
+        // The fetcher is set only once, so this cannot fail.
         let _ = self.post_copy.left.fetcher.set(started.fetcher);
         Ok(())
     }
 
-    /// The map has the location of each page that is in a store, and the table the entries to which
-    /// they refer (rule 15). Entries have other numbers there than in the VM's own table.
+    /// Records the location of each page that is in a store in the map, and adds the entries that
+    /// these locations refer to to the store table (rule 15). The entries have other numbers there
+    /// than in the VM's own table.
     fn keep_in_stores(&mut self, memory: &PagedMemory, stored: &mut Stored) -> Result<(), MigrationError> {
         let runs = memory.map().read(|map| map.located_runs(map.in_store()));
         let mut map = self.rounds.map();
@@ -103,12 +104,12 @@ impl Engine<'_> {
                 stored.keep(run.pages);
             }
         }
-        // that is to come
+        // The locations are announced later.
         map.nothing_announced();
         Ok(())
     }
 
-    /// Steps 2 to 4.
+    /// Performs steps 2 to 4.
     pub(super) fn open_session(&mut self) -> Result<(), MigrationError> {
         self.connect()?;
         if self.strategy.needs_post_copy && self.report.demand_lanes == 0 {
@@ -146,7 +147,8 @@ impl Engine<'_> {
         connected
     }
 
-    /// Returns where a destination is, unless it is where the migration was to go to.
+    /// Returns the connector for `to`; `None` if `to` is the destination that the migration was
+    /// started with.
     fn way_to(&self, to: &Destination) -> Result<Option<Arc<dyn Connector>>, MigrationError> {
         if self.staging.is_some() {
             return self.commanded_way(to).map(Some);
@@ -162,7 +164,7 @@ impl Engine<'_> {
         }
     }
 
-    /// All is as before the session, but that its epoch is void.
+    /// Restores the state before the session, except that the session's epoch is void.
     fn close_session(&mut self, before: places::Opened) {
         self.forget_places_since(before);
         self.rounds.map().nothing_announced();
@@ -176,20 +178,21 @@ impl Engine<'_> {
         requests.switch_over = Err(NoSwitchOver::NotYet);
     }
 
-    /// The destination has the VM, and needs only the stores of which it was told: forgets the other
-    /// namespaces in which pages of the VM were (rule 14).
+    /// Forgets the namespaces that had pages of the VM and that the destination was not told of
+    /// (rule 14). The destination has the VM by then, and needs only the stores that it was told
+    /// of.
     pub(super) fn forget_what_nobody_needs(&self) {
         let Some(stored) = self.rounds.stored() else { return };
         let unknown: Vec<u8> = (0..stored.memory.entries()).filter(|&entry| !self.places.is_known(entry)).collect();
         if unknown.is_empty() {
             return;
         }
-        // a store that hangs keeps its thread, and not the caller
+        // The thread waits for a store that hangs, and the caller does not.
         let (memory, (ends, ended)) = (stored.memory.clone(), mpsc::channel());
         let body = Box::new(move || {
             let errors = unknown.into_iter().flat_map(|entry| memory.forget(entry));
             let errors = errors.map(|cause| Chain(&cause).to_string()).collect();
-            // the engine may be gone
+            // The engine may be gone.
             let _ = ends.send(errors);
         });
         let place = "the stores of the VM".to_owned();

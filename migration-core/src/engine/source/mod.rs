@@ -1,5 +1,6 @@
-//! The source's engine: implements the verbs over real lanes, and does what the protocol machine
-//! says when a strategy has come to its end, whichever end that is.
+//! The source's engine. It implements the verbs of a strategy over real lanes. When the strategy
+//! has returned, with success or an error, it concludes the migration as the protocol machine
+//! requires.
 
 mod begin;
 pub(super) mod checkpoint_receiver;
@@ -71,37 +72,38 @@ use crate::{
 use places::Places;
 use staging::{Over, Staging};
 
-/// How often progress is told while pages move.
+/// The interval at which progress is reported while pages move.
 pub(super) const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// Silence that is shorter than this says nothing: it is looked for, and pings are sent, only so
-/// often.
+/// The shortest silence that the engine acts on. A shorter one proves nothing. The engine checks
+/// for silence, and sends pings, no more often than this requires.
 const LEAST_SILENCE: Duration = Duration::from_millis(500);
-/// How often the destination is asked whether it is alive.
+/// The interval at which the engine asks the destination whether it is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
-/// Pings without an answer whose time is kept: a destination that never answers one is not asked
-/// to.
+/// The most unanswered pings whose send time is kept. A destination may never answer a ping, so the
+/// queue needs a bound.
 const MAX_PINGS: usize = 64;
-/// Pieces of device state a round.
+/// The number of bytes of device state that the engine asks the VMM for at a time.
 pub(super) const PIECE_BUDGET: usize = STATE_CHUNK / 2;
-/// Most inputs that are looked at before *run* is sent, in the pause: a destination may say
-/// anything without end.
+/// The most inputs that are handled before *run* is sent, in the pause. The bound is needed because
+/// a destination may send frames without end.
 const MAX_HEEDED: usize = 256;
-/// First wait between two attempts to reconnect.
+/// The first wait between two attempts to reconnect.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(20);
-/// Longest wait between two attempts to reconnect.
+/// The longest wait between two attempts to reconnect.
 const MAX_BACK_OFF: Duration = Duration::from_secs(1);
 
-/// Moves `vm` by `strategy` to where `connector` leads, and comes back when it is decided where the
-/// VM lives.
+/// Migrates `vm` by `strategy` to the destination that `connector` leads to. Returns the report
+/// when it is decided which side owns the VM.
 ///
-/// In every outcome but `Completed` (and `InDoubt`, which is only told through [`Event::InDoubt`]:
-/// the function goes on to reconnect, and returns when it knows) the guest runs on here, with its
-/// dirty bits, speed, threads and descriptors as they were before.
+/// In every outcome but `Completed` the guest runs on here, with its dirty bits, speed, threads and
+/// descriptors as they were before. `InDoubt` is not an outcome that this function returns: it is
+/// reported only through [`Event::InDoubt`], and the function continues to reconnect until it knows
+/// which side owns the VM.
 ///
-/// If the strategy [shares RAM](Strategy::shares_ram) the guest waits for the calling thread in the
-/// pause, and runs beside it afterwards, on the same cores: the spawner has it
-/// [assume](crate::spawner::Spawner::assume) the role of such a thread, and when the VM has moved,
-/// that of a background thread.
+/// If the strategy [shares RAM](Strategy::shares_ram), the guest waits for the calling thread in
+/// the pause, and runs beside it afterwards, on the same cores. The spawner therefore makes the
+/// calling thread [assume](crate::spawner::Spawner::assume) the role of a hand-over thread, and the
+/// role of a background thread when the VM has moved.
 pub fn migrate(
     vm: &mut dyn SourceVm,
     connector: &dyn Connector,
@@ -128,38 +130,39 @@ struct Engine<'a> {
     machine: SourceMachine,
     inputs: Inputs,
     tx: mpsc::Sender<Input>,
-    /// What controllers share with this engine.
+    /// The state that controllers share with this engine.
     requests: Arc<Mutex<Requests>>,
-    /// Why nothing goes on before *run*.
+    /// Why the session ends before *run*; `None` while it continues.
     over: Option<Over>,
-    /// When the migration, or the eviction of a protected VM, began.
+    /// When the migration began, or the eviction of a protected VM.
     start: Instant,
     peer: Peer<'a>,
     guest: Guest,
     rounds: RoundDriver,
-    /// How many lanes have sent their part of the round.
+    /// The number of lanes that have sent their part of the round.
     lanes_done: u16,
     measured: Measured,
     post_copy: PostCopy,
     fail_safe: FailSafeState,
     places: Places,
-    /// Whether pages are in stores, or are put there: only then the destination is asked for it.
+    /// Whether pages are in stores, or are put there. Only then does the source ask the destination
+    /// for the page store feature.
     uses_stores: bool,
-    /// What a session knows in which the destination is named late.
+    /// The state of a session in which a command names the destination later; `None` otherwise.
     staging: Option<Staging>,
-    /// Pages that a wait has seen to be written since the last harvest.
+    /// Pages that a wait has found to be written since the last harvest.
     seen_written: PageSet,
     report: Report,
 }
 
-/// What the engine has to know of the strategy that it runs.
+/// What the engine needs to know about the strategy that it runs.
 struct Named {
     name: &'static str,
-    /// Whether the destination maps the RAM that is here: then no page moves.
+    /// Whether the destination maps the RAM of this host. No page moves then.
     shares_ram: bool,
-    /// Whether it has rounds that can be cut short.
+    /// Whether the strategy has rounds that can be cut short.
     can_switch_over: bool,
-    /// Whether it hands the VM over with pages missing.
+    /// Whether the strategy hands the VM over with pages missing.
     needs_post_copy: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What the source's engine is made of.
+//! The parts of the source engine's state.
 
 use std::{
     collections::VecDeque,
@@ -24,27 +24,28 @@ use crate::{
     wire::{MAX_STREAMS, SessionToken},
 };
 
-/// The destination, and the link to it.
+/// The destination, and the link to the destination.
 pub(super) struct Peer<'a> {
     pub(super) connector: &'a dyn Connector,
-    /// Where the user says that the destination is to be found after a loss.
+    /// The connector that the user has given for reconnecting to the destination after a loss of
+    /// the link, or the destination that the strategy has named.
     pub(super) elsewhere: Option<Arc<dyn Connector>>,
     pub(super) session: SessionToken,
-    /// What the destination agreed to.
+    /// The features that the destination has agreed to.
     pub(super) features: u32,
     pub(super) control: Option<ControlWriter>,
     pub(super) lanes: Vec<mpsc::Sender<Work>>,
     pub(super) closers: Vec<Box<dyn Closer>>,
     pub(super) threads: Vec<Box<dyn Joiner>>,
-    /// Set when the present link is closed here.
+    /// Set when this side closes the present link.
     pub(super) link_ended: Arc<AtomicBool>,
     pub(super) last_ping: Instant,
-    /// When the pings of this link were sent that have no answer yet, in order.
+    /// When the unanswered pings of this link were sent, oldest first.
     pub(super) pings: VecDeque<Instant>,
-    /// Since when an answer is due: the first ping that was sent after the destination was last
-    /// heard.
+    /// Since when an answer is due: the time of the first ping that was sent after the last data
+    /// from the destination. `None` if no answer is due.
     pub(super) unanswered: Option<Instant>,
-    /// How long this attempt to reconnect may wait; `None` while none is under way.
+    /// The time limits of the attempt to reconnect that is under way; `None` if there is none.
     pub(super) hurry: Option<Hurry>,
 }
 
@@ -68,25 +69,27 @@ impl<'a> Peer<'a> {
     }
 }
 
-/// What was done to the guest, and is undone if it stays here.
+/// The changes that the engine has made to the guest. They are undone if the guest stays here.
 #[derive(Default)]
 pub(super) struct Guest {
     pub(super) paused: bool,
     pub(super) paused_at: Option<Instant>,
-    /// Watches the pause, from its beginning until the guest runs again or *run* is sent.
+    /// The watch over the pause, from the beginning of the pause until the guest runs again or
+    /// *run* is sent.
     pub(super) watch: Option<PauseWatch>,
-    /// Percent of the time for which its vCPUs do not run.
+    /// The percentage of time for which throttling keeps the guest's vCPUs from running.
     pub(super) throttle: u8,
 }
 
-/// What is known of the link and of both VMMs, and what progress goes by.
+/// The measurements of the link and of both VMMs, and the counters from which progress is computed.
 pub(super) struct Measured {
     pub(super) calibration: Calibration,
     pub(super) meter: ProgressMeter,
     pub(super) counters: Arc<Counters>,
-    /// Time in which lanes read pages in this round, all of them together.
+    /// The time that the lanes spent reading pages in this round, summed over all lanes.
     pub(super) reading: Duration,
-    /// Pages that all rounds had to send, and have sent but for the one under way.
+    /// The number of pages that all rounds had to send. Pages that a finished round did not send
+    /// are subtracted.
     pub(super) pages_due: u64,
     pub(super) last_progress: Instant,
 }
@@ -104,22 +107,22 @@ impl Measured {
     }
 }
 
-/// What post-copy has to send, and in which order.
+/// The pages that post-copy has to send, and the data that determines their order.
 pub(super) struct PostCopy {
-    /// Whether the user wants the hand-over now, and the rest to follow.
+    /// Whether the user wants the hand-over now, with the remaining pages sent after it.
     pub(super) wanted: bool,
     pub(super) left: Arc<Left>,
-    /// How many of the pages that were left behind were missing when the destination last said so.
+    /// The number of remaining pages that the destination lacked when it last reported them.
     pub(super) lacking: u64,
-    /// How many there were to be sent after the hand-over, those that were sent before the last
-    /// loss included.
+    /// The number of pages to send after the hand-over, including those that were sent before the
+    /// last loss of the link.
     pub(super) missing_pages: u64,
-    /// How much the guest has used each page, as push orders are told; empty as long as nothing is
-    /// known.
+    /// How much the guest has used each page, in the form that push orders take. Empty as long as
+    /// nothing is known.
     pub(super) heat: Vec<u8>,
     /// Whether the user was told that the push order is wrong.
     pub(super) order_is_wrong: bool,
-    /// What was dirtied last before the pause: not in `heat` yet.
+    /// Pages that were dirtied last before the pause, and are not counted in `heat` yet.
     pub(super) dirtied_last: PageSet,
 }
 
@@ -137,14 +140,15 @@ impl PostCopy {
     }
 }
 
-/// What outlives the death of either side.
+/// The state of fail-safe post-copy, which lets the VM outlive the death of either side.
 pub(super) struct FailSafeState {
     pub(super) kept: Arc<Protection>,
-    /// The encoded state at the hand-over: the checkpoint before the first one.
+    /// The encoded state at the hand-over. It is the state to restart from as long as the
+    /// destination has sent no checkpoint.
     pub(super) handed_over: Bytes,
-    /// Pages that are in the forward checkpoint in their last state.
+    /// Pages whose latest content is in the forward checkpoint.
     pub(super) saved: PageSet,
-    /// What became of the VM after its destination died.
+    /// The outcome and its reason, if the destination has died or its VM has ended.
     pub(super) aftermath: Option<(Outcome, String)>,
 }
 

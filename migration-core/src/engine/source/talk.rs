@@ -1,4 +1,4 @@
-//! What the source says and hears, and how long it waits.
+//! Sending and receiving control frames at the source, and how long the source waits for them.
 
 use super::*;
 
@@ -7,7 +7,7 @@ impl Engine<'_> {
         self.send_all_control(std::slice::from_ref(frame))
     }
 
-    /// Says several things in one go: the destination is woken once.
+    /// Sends several frames in one write, so that the destination is woken only once.
     pub(super) fn send_all_control(&mut self, frames: &[Control]) -> Result<(), MigrationError> {
         let lost = || MigrationError::link("the destination")(io::ErrorKind::NotConnected.into());
         let result = self.peer.control.as_mut().ok_or_else(lost)?.send_all(self.machine.epoch(), frames);
@@ -20,8 +20,8 @@ impl Engine<'_> {
         }
     }
 
-    /// A write failed. If the peer said why before it closed the link, its word is the better
-    /// error.
+    /// Returns the error to report after a failed write. If the peer has sent the reason before it
+    /// closed the link, that reason is the better error.
     pub(super) fn last_words(&mut self, error: MigrationError) -> MigrationError {
         let deadline = Instant::now() + Duration::from_millis(200);
         while let Ok(input) = self.inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -33,7 +33,8 @@ impl Engine<'_> {
                 Input::VmEnded(why) if self.machine.owns() => {
                     return self.end_by(Over::Ended(why)).err().unwrap_or(error);
                 }
-                // what has read nothing but a stranger's words knows more than who wrote
+                // The reader has seen that the peer is not a migration destination, which says more
+                // than the failed write.
                 Input::ControlLost(lost) if self.machine.phase() == SourcePhase::Greeting => return lost,
                 Input::ControlLost(_) => break,
                 other => self.take_leftover(other),
@@ -42,7 +43,8 @@ impl Engine<'_> {
         error
     }
 
-    /// Waits for the frame that `pick` takes.
+    /// Waits for the frame that `pick` accepts, for at most `timeout`. `what` names it in the
+    /// error.
     pub(super) fn wait<T>(
         &mut self,
         what: &str,
@@ -65,13 +67,13 @@ impl Engine<'_> {
         }
     }
 
-    /// How long the destination may be silent.
+    /// Returns the longest time without data from the destination.
     pub(super) fn patience(&self) -> Duration {
         let detect = self.options.fail_safe.as_ref().filter(|_| !self.machine.owns()).map(|f| f.detect);
         detect.map_or(self.options.idle_timeout, |detect| detect.max(LEAST_SILENCE).min(self.options.idle_timeout))
     }
 
-    /// An error when `deadline` has passed.
+    /// Returns an error if `deadline` has passed.
     pub(super) fn in_time(&self, deadline: Instant, what: &str) -> Result<(), MigrationError> {
         if Instant::now() < deadline {
             return Ok(());
@@ -80,9 +82,9 @@ impl Engine<'_> {
         Err(MigrationError::link(&self.connector().address())(cause))
     }
 
-    /// The next input for the caller, or `None` when `deadline` or the next tick comes first.
-    /// Cancels, link losses and failures of lanes become errors here; pings and progress are seen
-    /// to.
+    /// Returns the next input for the caller, or `None` if `deadline` or the next tick comes first.
+    /// This method handles pings and progress reports, and returns an error for a cancel, a lost
+    /// link, or a lane that has failed.
     pub(super) fn next_input(&mut self, deadline: Instant) -> Result<Option<Input>, MigrationError> {
         self.check_over()?;
         let connected = self.is_connected();
@@ -103,7 +105,7 @@ impl Engine<'_> {
                 let before = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
                 self.send_control(&Control::Ping)?;
                 self.discount(self.measured.counters.wire_bytes.load(Ordering::Relaxed).saturating_sub(before));
-                // only now: it may have waited for its turn on the link
+                // Recorded only now, because the ping may have waited for its turn on the link.
                 self.peer.last_ping = Instant::now();
                 if self.peer.pings.len() < MAX_PINGS {
                     self.peer.pings.push_back(self.peer.last_ping);
@@ -119,7 +121,7 @@ impl Engine<'_> {
         }
         match input {
             Ok(Input::Cancel(why)) => self.end_by(Over::Cancelled(why)).map(|()| None),
-            // where it runs now it may still end
+            // Until the hand-over, the VM may still end here.
             Ok(Input::VmEnded(why)) => self.end_by(Over::Ended(why)).map(|()| None),
             Ok(Input::StageOff) => self.end_by(Over::Off).map(|()| None),
             Ok(Input::Evict(command)) => {
@@ -153,12 +155,12 @@ impl Engine<'_> {
                 other => other,
             }),
             Ok(Input::Control(epoch, frame)) => {
-                // what it says counts, also when it says it at the last moment
+                // Any frame is a sign of life, also one that arrives at the last moment.
                 self.is_alive();
                 Ok(Some(Input::Control(epoch, frame)))
             }
             Ok(other) => Ok(Some(other)),
-            // the engine itself holds a sender, so it cannot be disconnected
+            // The engine itself holds a sender, so the channel cannot be disconnected.
             Err(_) => self.within_pause().map(|()| None),
         }
     }
@@ -167,7 +169,7 @@ impl Engine<'_> {
         self.is_alive();
         let frees = matches!(frame, Control::Complete(_) | Control::Released(_));
         if frees && self.machine.phase() == SourcePhase::Serving {
-            // it would free them
+            // After this frame the source would free these pages.
             let fetcher = self.post_copy.left.fetcher.get();
             let unsent = self.rounds.map().never_claimed() + fetcher.map_or(0, |fetcher| fetcher.never_read());
             if unsent > 0 {
@@ -184,9 +186,9 @@ impl Engine<'_> {
                 Err(MigrationError::VmEnded(text))
             }
             SourceEvent::Pong => {
-                // one answer may have been late, for a reason that has nothing to do with the link;
-                // and while it loads the state the destination says that it lives without being
-                // asked
+                // One answer may have been late, for a reason that has nothing to do with the link.
+                // While the destination loads the state it reports by itself that it is alive, so
+                // the answers of that phase measure no round trip.
                 if let Some(asked) = self.peer.pings.pop_front()
                     && self.machine.phase() != SourcePhase::Offered
                 {
@@ -210,8 +212,8 @@ impl Engine<'_> {
         self.options.observer.event(&Event::Source(self.machine.phase()));
     }
 
-    /// What has come in meanwhile and was not waited for: a cancel, or the end of the VM, is an
-    /// error.
+    /// Handles the inputs that have come in and that no call has waited for. Returns an error for a
+    /// cancel or the end of the VM.
     pub(super) fn heed(&mut self) -> Result<(), MigrationError> {
         let now = Instant::now();
         for _ in 0..MAX_HEEDED {

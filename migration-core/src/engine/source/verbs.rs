@@ -1,4 +1,4 @@
-//! The verbs of a strategy, and rounds.
+//! The verbs of a strategy, and the rounds.
 
 use super::{switch_over::Rest, *};
 use crate::{
@@ -13,11 +13,11 @@ impl Verbs for Engine<'_> {
 
     fn start_tracking(&mut self) -> Result<PageSet, MigrationError> {
         if self.staging.is_some() && self.rounds.is_tracking() {
-            // an eviction has failed: what is staged stays so
+            // An eviction has failed: what is staged stays staged.
             return self.harvest();
         }
-        // nothing was read yet, unless this is not the first time; and what is written meanwhile
-        // need not be tracked
+        // No page was read yet, unless tracking has begun before. What the guest writes during this
+        // call need not be tracked.
         if self.report.demand_lanes > 0 && !self.rounds.is_tracking() {
             let referenced = pages::referenced(self.vm, self.report.pages.total, &*self.options.observer);
             self.heat_up(&referenced, REFERENCED);
@@ -122,7 +122,8 @@ impl Verbs for Engine<'_> {
 }
 
 impl Engine<'_> {
-    /// Sends a round of the running guest. It may end early, or must be whole.
+    /// Sends a round while the guest runs. The round may end early if `may_end_early` is set;
+    /// otherwise all of its pages are sent.
     pub(super) fn send_round(&mut self, pages: &PageSet, may_end_early: bool) -> Result<Round, MigrationError> {
         let pages = Arc::new(pages.clone());
         self.send_pieces()?;
@@ -152,7 +153,8 @@ impl Engine<'_> {
         Ok(round)
     }
 
-    /// Collects what was written since this was done last. Returns the pages that are not free now.
+    /// Collects the pages that were written since the last harvest. Returns those of them that are
+    /// not free now.
     pub(super) fn collect(&mut self) -> Result<PageSet, MigrationError> {
         let Harvest { written, pages, time } = self.rounds.harvest(self.vm)?;
         self.fail_safe.saved.subtract(&written);
@@ -162,7 +164,7 @@ impl Engine<'_> {
         }
         if self.report.demand_lanes > 0 {
             if self.guest.paused {
-                // the guest waits: it is soon enough when it runs again
+                // The guest is paused, and the pages are added to the heat only when it runs again.
                 self.post_copy.dirtied_last = pages.clone();
             } else {
                 self.heat_up(&pages, DIRTIED);
@@ -171,7 +173,8 @@ impl Engine<'_> {
         Ok(pages)
     }
 
-    /// Gives a round to the lanes.
+    /// Starts a round on the lanes. Returns the generation of the round, and the flag that stops it
+    /// early.
     pub(super) fn begin_round(&mut self, pages: &Arc<PageSet>) -> Result<(u32, Arc<AtomicBool>), MigrationError> {
         if self.strategy.shares_ram {
             return Err(MigrationError::Blocked("RAM is shared with the destination: no page moves".into()));
@@ -192,13 +195,15 @@ impl Engine<'_> {
         let rearm = self.rounds.begin(self.vm.tracker(), pages, self.guest.paused)?;
         for lane in &self.peer.lanes {
             let job = Job { generation, pages: pages.clone(), rearm: rearm.clone(), stop: stop.clone() };
-            // a lane that is gone has said why, which arrives as an input
+            // A lane that has ended has reported why, in an input.
             let _ = lane.send(Work::Round(job));
         }
         Ok((generation, stop))
     }
 
-    /// A round is at the destination, but for the stripes that were not sent.
+    /// Completes a round that has arrived at the destination, except for the stripes that were not
+    /// sent. `stopped` has the lanes that ended early, each with the first stripe that it did not
+    /// send.
     pub(super) fn end_round(
         &mut self,
         generation: u32,
@@ -225,7 +230,7 @@ impl Engine<'_> {
         Ok(Round { generation, asked: pages.len(), sent: sent.len(), wire_bytes, time })
     }
 
-    /// The guest has used these pages, which says so much about them.
+    /// Adds `by` to the heat of pages that the guest has used.
     pub(super) fn heat_up(&mut self, pages: &PageSet, by: u8) {
         self.post_copy.heat.resize(self.report.pages.total as usize, 0);
         for page in pages.iter() {
@@ -235,12 +240,12 @@ impl Engine<'_> {
         }
     }
 
-    /// The longest acceptable downtime, as it was set last.
+    /// Returns the longest acceptable downtime, as it was set last.
     pub(super) fn downtime_limit(&self) -> Duration {
         lock(&self.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
     }
 
-    /// Whether the round is to end before all of it is sent.
+    /// Returns whether the round is to end before all of it is sent.
     pub(super) fn round_is_over(&self) -> bool {
         let post_copy = self.post_copy.wanted && self.report.demand_lanes > 0;
         post_copy || self.switch_over_wanted() || self.timed_out() || self.is_commanded()
