@@ -1,4 +1,4 @@
-//! Keeps the checkpoints that the destination takes of its VM as long as pages are missing there.
+//! Stores the checkpoints that the destination takes of its VM as long as pages are missing there.
 
 #[cfg(test)]
 pub(in crate::engine) mod tests;
@@ -31,14 +31,15 @@ use crate::{
     wire::{Bulk, Checkpoint, Content, Extent, Header},
 };
 
-/// What the source knows of the protection of its VM.
+/// What the source knows of the protection of its VM by checkpoints.
 #[derive(Default)]
 pub(in crate::engine) struct Protection {
-    /// The destination has introduced itself.
+    /// The identity that the destination has sent; `None` before that.
     pub(in crate::engine) identity: Mutex<Option<Bytes>>,
-    /// The VM was handed over: from then on it is protected.
+    /// Whether the VM was handed over. From then on it is protected.
     pub(in crate::engine) handed_over: AtomicBool,
-    /// Something came from the destination since the engine last looked: it is alive.
+    /// Whether data has come from the destination since the engine last checked. If so, the
+    /// destination is alive.
     pub(in crate::engine) heard: AtomicBool,
     pub(in crate::engine) count: AtomicU64,
     pub(in crate::engine) bytes: AtomicU64,
@@ -66,16 +67,16 @@ pub(in crate::engine) struct CheckpointReceiver {
     pub(in crate::engine) wire_bytes: Arc<AtomicU64>,
     pub(in crate::engine) observer: Arc<dyn Observer>,
     pub(in crate::engine) sent: u32,
-    /// Pages that were put as zeros over this link, and not with data since: to put them again
-    /// would change nothing, and takes hardly a byte of a peer that wants the store to grow.
+    /// Pages that were put as zeros over this link, and not with data since. Putting them again
+    /// would change nothing, and would cost a peer that wants the store to grow hardly a byte.
     pub(in crate::engine) zeros: PageSet,
 }
 
-/// How often a checkpoint may hold each page: once from the running guest, and once from the paused
-/// one.
+/// The most times that a checkpoint may hold each page: once from the running guest, and once from
+/// the paused one.
 const PAGES_A_CHECKPOINT: u64 = 2;
 
-/// A checkpoint that is coming in.
+/// A checkpoint that is being received.
 #[derive(Default)]
 struct Incoming {
     number: u32,
@@ -85,9 +86,9 @@ struct Incoming {
 }
 
 impl CheckpointReceiver {
-    /// Keeps checkpoints until the link ends.
+    /// Receives and stores checkpoints until the link ends.
     pub(in crate::engine) fn run(mut self, inputs: PeerInputs) {
-        // what the lost link has left half-done; the last committed checkpoint counts
+        // Discards what the lost link has left incomplete. The last committed checkpoint counts.
         if let Some(store) = &self.fail_safe.reverse {
             lock(store).discard();
         }
@@ -104,7 +105,7 @@ impl CheckpointReceiver {
             kept = self.frame(&mut sequence, &mut incoming, &inputs);
         }
         if let Err(error) = kept {
-            // the engine may be gone: the migration is over
+            // The engine may be gone, because the migration is over.
             let _ = inputs.send(Input::Lane(Err(error)));
         }
     }
@@ -133,7 +134,7 @@ impl CheckpointReceiver {
         match Checkpoint::decode(&header, &body)? {
             Checkpoint::Identity(identity) => {
                 *lock(&self.kept.identity) = Some(identity);
-                // as above
+                // The engine may be gone, because the migration is over.
                 let _ = inputs.send(Input::Introduced);
                 Ok(())
             }
@@ -190,7 +191,7 @@ impl CheckpointReceiver {
     }
 
     fn commit(&mut self, complete: Incoming) -> Result<(), MigrationError> {
-        // what could not be loaded is no checkpoint
+        // A state that could not be loaded is no checkpoint.
         VmState::decode(&complete.state)?;
         lock(self.store()?).commit(complete.number, complete.state.into()).map_err(not_kept)?;
         self.kept.bytes.fetch_add(complete.bytes, Ordering::Relaxed);
@@ -209,7 +210,8 @@ impl CheckpointReceiver {
 }
 
 impl Incoming {
-    /// A frame of checkpoint `number` has come.
+    /// Checks that a frame of checkpoint `number` belongs to the checkpoint that is being received.
+    /// The first frame determines its number.
     fn check(&mut self, number: u32) -> Result<(), DecodeError> {
         if self.number == 0 {
             self.number = number;

@@ -1,31 +1,33 @@
-//! How a migration ends at its source: by what the protocol says about ownership, whatever the
-//! strategy returned.
+//! How a migration ends at its source. The protocol machine's view of ownership decides that,
+//! whatever the strategy returned.
 
 use super::*;
 use crate::{PageRange, fence::Fenced, spawner::GuestImpact, state::VmState, store::VersionStore, vm::VmError};
 
-/// The longest time that the end of a failed attempt waits for the destination to hear why. The
-/// guest runs meanwhile.
+/// The longest time that the end of a failed attempt waits until the destination has received the
+/// reason. The guest runs meanwhile.
 const GOODBYE: Duration = Duration::from_millis(500);
 
 /// How long an attempt to reconnect may wait for a connection, and for the answer to *run*. The
-/// first attempts are short: a connection that proves its session is answered in round trips, and
-/// what was under way when the network failed is not waited for once the network is back.
+/// first attempts are short. A connection that proves its session is answered within a few round
+/// trips, and an attempt that was under way when the network failed does not delay the next one
+/// once the network is back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hurry {
     pub(super) connect: Duration,
     pub(super) answer: Duration,
 }
 
-/// The shortest attempt, and in round trips: a connection, a handshake, and *run*.
+/// The shortest attempt: as a time, and as a number of round trips, which cover a connection, a
+/// handshake, and *run*.
 const LEAST_ATTEMPT: Duration = Duration::from_millis(500);
 const LEAST_ROUND_TRIPS: u32 = 8;
 /// The longest wait for a connection, unless round trips are long. The first packet of a new
-/// connection is sent at once, that of an older one after pauses which grow.
+/// connection is sent at once, but that of an older one only after growing pauses.
 const MAX_CONNECT: Duration = Duration::from_secs(2);
 
 impl Hurry {
-    /// The limits of the attempt with this number, from 1 on.
+    /// Returns the limits of the attempt with this number, counted from 1.
     fn of_attempt(attempt: u32, round_trip: Duration, patience: Duration) -> Self {
         let least = LEAST_ATTEMPT.max(round_trip.saturating_mul(LEAST_ROUND_TRIPS)).min(patience);
         let time = least.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(patience);
@@ -43,13 +45,13 @@ impl Engine<'_> {
             }
         };
         if self.machine.phase() == SourcePhase::InDoubt {
-            // the guest does not run here any more, nor does it wait for this thread
+            // The guest does not run here any more, and does not wait for this thread.
             after(&self, Role::Control, self.options.impact);
             let first = error.take().map_or_else(|| "no answer to run".to_owned(), |e| describe(&e));
             self.reconnect(first);
         }
         if self.machine.phase() == SourcePhase::Serving {
-            // whatever the strategy came to: the destination needs these pages
+            // Whatever the strategy returned, the destination needs these pages.
             error = self.serve_all(&mut Linear::default()).err();
         }
         if let Some((outcome, reason)) = self.fail_safe.aftermath.take() {
@@ -65,9 +67,9 @@ impl Engine<'_> {
             }
             self.finish_report();
         } else if self.machine.phase() == SourcePhase::Completed {
-            // best effort: without it the destination only keeps listening a little longer
+            // Best effort: without this frame the destination only keeps listening a little longer.
             let _ = self.send_control(&Control::Done);
-            // the guest runs, on the cores on which things are freed now
+            // The guest runs by now, on the same cores that free the resources below.
             after(&self, Role::Background, GuestImpact::Balanced);
             self.report.outcome = Outcome::Completed;
             self.finish_report();
@@ -79,15 +81,15 @@ impl Engine<'_> {
             let cancelled = matches!(error, MigrationError::Cancelled(_));
             self.report.outcome = if cancelled { Outcome::Cancelled } else { Outcome::Failed };
             self.report.reason = Some(describe(&error));
-            // resume first: every moment until then is downtime
+            // Resume first: all the time until then is downtime.
             self.resume_guest();
             self.guest.watch = None;
             after(&self, Role::Control, self.options.impact);
             self.leave_destination(&error);
             self.finish_report();
             self.close();
-            // only now: a lane in the middle of a round would re-arm pages that the VMM is to find
-            // dirty
+            // Only after the lanes have ended: a lane in the middle of a round would re-arm pages
+            // that the VMM has to find dirty.
             self.give_tracker_back();
         }
         let failed = self.machine.phase() == SourcePhase::Ended;
@@ -100,7 +102,7 @@ impl Engine<'_> {
         self.report
     }
 
-    /// Tells a destination, if there is one, why it does not get the VM.
+    /// Sends the destination, if there is one, the reason why it does not get the VM.
     pub(super) fn leave_destination(&mut self, error: &MigrationError) {
         self.hurry_last_word();
         if self.peer.control.is_some() && !matches!(error, MigrationError::Link { .. }) {
@@ -108,7 +110,7 @@ impl Engine<'_> {
                 Some(abandon) if matches!(error, MigrationError::Cancelled(_)) => abandon,
                 _ => Control::error(error.code(), describe(error)),
             };
-            // best effort: a destination that does not hear it notices the closed link
+            // Best effort: a destination that does not receive this frame notices the closed link.
             if self.send_control(&last_word).is_ok() {
                 self.await_goodbye();
             }
@@ -116,9 +118,10 @@ impl Engine<'_> {
         self.machine.link_lost();
     }
 
-    /// The VM has ended at the destination: nobody needs what is here.
+    /// Releases the VM after it has ended at the destination. Nobody needs the pages and the state
+    /// that are here.
     fn let_go(&mut self) {
-        // best effort: without it the destination only keeps listening a little longer
+        // Best effort: without this frame the destination only keeps listening a little longer.
         if self.send_control(&Control::Done).is_ok() {
             self.await_goodbye();
         }
@@ -126,11 +129,11 @@ impl Engine<'_> {
         self.vm.released();
     }
 
-    /// Waits until the destination has closed the control lane, behind our last word: one that sees
-    /// other lanes end before it has read that word would not know why.
+    /// Waits until the destination has closed the control lane after our last frame. A destination
+    /// that sees other lanes end before it has read that frame would not know why.
     fn await_goodbye(&mut self) {
         let deadline = Instant::now() + GOODBYE;
-        // whatever else it goes on to say
+        // The wait is bounded, whatever else the destination sends.
         while Instant::now() < deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.inputs.recv_timeout(left) {
@@ -155,7 +158,7 @@ impl Engine<'_> {
         }
     }
 
-    /// Leaves the tracker as it was before the migration. No lane may be at work any more.
+    /// Leaves the tracker as it was before the migration. All lanes must have ended before.
     fn give_tracker_back(&mut self) {
         self.places.gate.close();
         let given_back = self.rounds.give_tracker_back(self.vm.tracker());
@@ -188,17 +191,17 @@ impl Engine<'_> {
         self.count_stored();
     }
 
-    /// Ends all lanes and their threads.
+    /// Closes all lanes, and waits for their threads.
     pub(super) fn close(&mut self) {
         self.peer.link_ended.store(true, Ordering::Relaxed);
         self.peer.lanes.clear();
         if let Some(fetcher) = self.post_copy.left.fetcher.get() {
-            // lanes end when nobody has work for them any more
+            // Lanes end when no sender of work is left.
             fetcher.detach();
         }
         self.peer.control = None;
-        // a lane that still has something to send may finish it: closing shuts the stream behind
-        // what was written
+        // A lane that is still sending may finish that: closing shuts the stream down after the
+        // data that was written.
         for closer in self.peer.closers.drain(..) {
             closer.close();
         }
@@ -207,13 +210,14 @@ impl Engine<'_> {
         }
     }
 
-    /// The link was lost after *run* was sent: asks again, on new control lanes, until the
-    /// destination answers, and in post-copy has said what it lacks.
+    /// Reconnects after the link was lost, once *run* was sent: sends *run* again, on new control
+    /// lanes, until the destination answers, and in post-copy has listed the pages that it lacks.
     pub(in crate::engine) fn reconnect(&mut self, mut why: String) {
         self.report.recoveries += 1;
         let (lost, mut refused) = (Instant::now(), None);
         let (mut since, mut told, mut back_off) = (lost, false, FIRST_BACK_OFF);
-        // the last attempt before the present series of ever longer ones
+        // The last attempt before the present series of attempts, which grow longer within a
+        // series.
         let mut begun = 0;
         for attempt in 1u32.. {
             self.options.observer.event(&Event::Reconnecting { attempt, why: why.clone() });
@@ -231,9 +235,9 @@ impl Engine<'_> {
             }
             self.close();
             self.peer.pings.clear();
-            // what the lost link did not answer says nothing of the next one
+            // An answer that the lost link still owed says nothing about the next link.
             self.peer.unanswered = None;
-            // inputs of the lost lanes, which their threads left behind before they ended
+            // Inputs of the lost lanes, which their threads sent before they ended.
             while let Ok(input) = self.inputs.try_recv() {
                 self.take_leftover(input);
             }
@@ -271,7 +275,7 @@ impl Engine<'_> {
                 match input {
                     Input::Recover(connector) => {
                         self.peer.elsewhere = Some(connector);
-                        // who asks wants to hear how that goes
+                        // The user who has asked for this attempt wants to be told its result.
                         (since, told, back_off, begun) = (Instant::now(), false, FIRST_BACK_OFF, attempt);
                         break;
                     }
@@ -281,7 +285,7 @@ impl Engine<'_> {
         }
     }
 
-    /// The destination is dead: the VM is ours again, as it was at its last checkpoint.
+    /// Takes the VM back, as it was at its last checkpoint, because the destination is dead.
     fn take_back(&mut self, dead: Fenced, store: &Mutex<dyn VersionStore>, why: &str) {
         self.close();
         let restarted = match self.machine.restart(dead) {
@@ -303,8 +307,8 @@ impl Engine<'_> {
         self.fail_safe.aftermath = Some((Outcome::Restarted, reason));
     }
 
-    /// Puts the last checkpoint into RAM, which is as it was at the hand-over, and has the VM run
-    /// from there.
+    /// Restores the last checkpoint into RAM, which is as it was at the hand-over, and restarts the
+    /// VM from there.
     fn restart(&mut self, store: &Mutex<dyn VersionStore>) -> Result<u32, MigrationError> {
         let mut store = lock(store);
         let (number, state) = store.latest().unwrap_or_else(|| (0, self.fail_safe.handed_over.clone()));
@@ -321,13 +325,14 @@ impl Engine<'_> {
         let unreadable = |cause| VmError::because("the checkpoint", cause);
         restored.map_err(unreadable).map_err(MigrationError::vm("restoring RAM"))?;
         self.vm.restart(&state).map_err(MigrationError::vm("restarting the VM"))?;
-        // it is whatever a checkpoint made it, and runs
+        // The VM runs. Its RAM is what the checkpoint has made it.
         self.guest.paused = false;
         self.rounds.all_dirty();
         Ok(number)
     }
 
-    /// What serving came to, if its VM came back.
+    /// Returns an error with the reason if streaming missing pages has ended because the VM came
+    /// back or has ended.
     pub(in crate::engine) fn came_back(&self) -> Result<(), MigrationError> {
         match &self.fail_safe.aftermath {
             Some((_, reason)) => Err(MigrationError::GaveUp(reason.clone())),
@@ -344,7 +349,8 @@ impl Engine<'_> {
     }
 
     /// Asks whether the VM runs, and in post-copy which pages are missing. The entries that have
-    /// lost pages are named first: the list then has the pages that this side holds of them.
+    /// lost pages are sent first, so that the list includes the pages of these entries that this
+    /// side holds.
     fn repeat_run_on_link(&mut self) -> Result<(), MigrationError> {
         let [reattach, run] = self.machine.reattach(self.id)?;
         self.send_control(&reattach)?;

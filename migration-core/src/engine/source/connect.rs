@@ -1,4 +1,5 @@
-//! Setting up: the control lane, what both sides agree on, and the other lanes.
+//! Setting up a session: the control lane, the features that both sides agree on, and the other
+//! lanes.
 
 use super::*;
 use crate::{channel::Channel, engine::limits::check_description, vm::VmDescription, wire::FEATURE_STORES};
@@ -19,7 +20,7 @@ impl Engine<'_> {
         }
         if self.strategy.shares_ram {
             self.check_sharing(&description)?;
-            // lanes for pages that do not move
+            // The lanes would carry pages, and none move.
             self.report.streams = 1;
             self.options.spawner.assume(Role::HandOver, self.options.impact);
         }
@@ -39,7 +40,7 @@ impl Engine<'_> {
             })?;
         self.accept(&welcome)?;
         if let Err(error) = self.open_lanes() {
-            // the destination may have said why it takes no further one
+            // The destination may have sent the reason why it accepts no further lane.
             return Err(if matches!(error, MigrationError::Link { .. }) { self.last_words(error) } else { error });
         }
         let what = format!("the destination to take the lanes: {silent}");
@@ -51,8 +52,8 @@ impl Engine<'_> {
         if self.peer.features & FEATURE_CHECKPOINTS != 0 {
             self.await_introduction()?;
         }
-        // in the queue with those that follow while its answer is awaited: answers come in their
-        // order
+        // This ping is queued like those that follow while its answer is awaited: answers come in
+        // the order of the pings.
         self.peer.last_ping = Instant::now();
         self.peer.pings.push_back(self.peer.last_ping);
         self.send_control(&Control::Ping)?;
@@ -64,7 +65,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Whether RAM can be shared with a destination of this machine: found out before one is asked.
+    /// Checks that RAM can be shared with a destination of this machine, before a destination is
+    /// asked.
     fn check_sharing(&mut self, description: &VmDescription) -> Result<(), MigrationError> {
         let blocked = |why: String| Err(MigrationError::Blocked(why));
         if self.vm.tracker().is_active() && self.pages() > dirty_log::MAX_PAGES {
@@ -95,7 +97,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Sends the memory files behind RAM.
+    /// Sends the files of the memory that backs RAM.
     fn share_ram(&mut self) -> Result<(), MigrationError> {
         let files = self.vm.shared_ram().map_err(MigrationError::vm("sharing RAM"))?;
         match self.peer.control.as_mut().map(|control| control.send_files(&files)) {
@@ -105,13 +107,13 @@ impl Engine<'_> {
         }
     }
 
-    /// Notes what controllers are answered that ask for something from now on.
+    /// Records the answers that controllers get to their requests from now on.
     pub(super) fn report_controllers(&self) {
         let mut requests = lock(&self.requests);
         requests.post_copy = match self.report.demand_lanes {
             0 if self.options.demand_lanes == 0 => Err(NoPostCopy::NoLanes),
             0 => Err(NoPostCopy::NotAgreed),
-            // the strategy has decided how it hands over
+            // The strategy has decided how it hands over.
             _ if self.guest.paused => Err(NoPostCopy::TooLate),
             _ => Ok(()),
         };
@@ -132,7 +134,7 @@ impl Engine<'_> {
             return FEATURE_SHARED_RAM;
         }
         let crc = if self.options.payload_crc { FEATURE_PAYLOAD_CRC } else { 0 };
-        // a page that is in a store may be left behind alone, and not with its whole huge page
+        // A page that is in a store may be left at the source alone, without its whole huge page.
         let huge = if self.rounds.stored().is_some() { 0 } else { FEATURE_HUGE_BLOCKS };
         let post_copy = if self.options.demand_lanes > 0 { FEATURE_POST_COPY | huge } else { 0 };
         let checkpoints = if self.options.fail_safe.is_some() { FEATURE_CHECKPOINTS } else { 0 };
@@ -140,13 +142,15 @@ impl Engine<'_> {
         crc | post_copy | checkpoints | stores
     }
 
-    /// By which the threads of the present link pass on what the destination sends.
+    /// Returns the sender by which the threads of the present link pass on what the destination
+    /// sends.
     fn peer_inputs(&self) -> PeerInputs {
         PeerInputs::new(self.tx.clone(), self.inputs.waiting.clone(), self.peer.link_ended.clone())
     }
 
-    /// An error when the user has cancelled, or the guest has ended, while a channel was opened.
-    /// What the destination has said meanwhile is left to those who wait for it.
+    /// Returns an error if the user has cancelled, or the guest has ended, while a channel was
+    /// opened. Frames that the destination has sent meanwhile stay queued for the calls that wait
+    /// for them.
     fn hear_cancel(&mut self) -> Result<(), MigrationError> {
         if !self.machine.owns() {
             return Ok(());
@@ -166,14 +170,14 @@ impl Engine<'_> {
         }
     }
 
-    /// Opens a control lane and a thread that reads it.
+    /// Opens a control lane, and starts a thread that reads it.
     pub(super) fn attach(&mut self, kind: LaneKind) -> Result<(), MigrationError> {
         self.hear_cancel()?;
         let peer = self.connector().address();
         let Halves { mut reader, mut writer, closer } =
             self.open_channel(kind).and_then(|channel| channel.split()).map_err(MigrationError::link(&peer))?;
-        // the destination answers pings, so silence means that the link is gone; while it builds
-        // the VM it is busy
+        // The destination answers pings, so silence means that the link is lost. The longer
+        // time-out is needed while the destination builds the VM, because it answers nothing then.
         let patience = self.options.idle_timeout.max(self.options.setup_timeout);
         reader.set_idle_timeout(Some(patience)).map_err(MigrationError::link(&peer))?;
         writer.set_idle_timeout(Some(self.options.idle_timeout)).map_err(MigrationError::link(&peer))?;
@@ -232,8 +236,8 @@ impl Engine<'_> {
         }
         for index in 0..self.report.demand_lanes {
             let (lane, mut reader) = self.open_lane(LaneKind::Demand, index)?;
-            // silent for as long as the guest does not fault; that the link lives is seen on the
-            // control lane
+            // The lane is silent as long as the guest does not fault. Whether the link works is
+            // observed on the control lane.
             reader.set_idle_timeout(None).map_err(MigrationError::link(&lane.peer))?;
             let (demand, tx) = (DemandLane { lane, reader, left: self.post_copy.left.clone() }, self.peer_inputs());
             self.spawn(Role::Demand, &format!("mig-demand-{index}"), Box::new(move || demand.run(tx)))?;
@@ -299,7 +303,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Without knowing whom to fence, a VM is not protected.
+    /// Waits until the destination has sent its identity. Without it this side would not know which
+    /// host to fence, and the VM would not be protected.
     fn await_introduction(&mut self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + self.options.setup_timeout;
         while lock(&self.fail_safe.kept.identity).is_none() {

@@ -1,5 +1,5 @@
-//! Forward checkpoints: what the destination will lack is put into a store before the hand-over, so
-//! that the source may die after it.
+//! Forward checkpoints. The pages that the destination will lack are put into a store before the
+//! hand-over, so that the source may die after it.
 
 use super::*;
 use crate::{
@@ -7,10 +7,10 @@ use crate::{
     store::{PageContent, VersionStore},
 };
 
-/// Passes over the running guest's memory, at most: each puts what was written during the one
-/// before.
+/// The most passes over the memory of the running guest. Each pass puts the pages that were written
+/// during the one before.
 const PASSES: usize = 3;
-/// As few pages as these are left to the pause.
+/// The passes end when at most this number of pages is left for the pause.
 const FEW: u64 = 1024;
 
 impl Engine<'_> {
@@ -18,7 +18,7 @@ impl Engine<'_> {
         self.options.fail_safe.as_ref()?.forward.clone()
     }
 
-    /// While the guest runs, and before anything is sent.
+    /// Puts the pages of the forward checkpoint while the guest runs, before anything is sent.
     pub(super) fn put_checkpoint(&mut self) -> Result<(), MigrationError> {
         let Some(store) = self.checkpoint_store() else { return Ok(()) };
         let mut pages = self.start_tracking()?;
@@ -34,7 +34,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// While the guest is paused: what is left behind, and was written after it was put.
+    /// Completes the forward checkpoint while the guest is paused: puts the remaining pages that
+    /// were written after they were put, and commits.
     pub(super) fn put_rest_of_checkpoint(&mut self) -> Result<(), MigrationError> {
         let Some(store) = self.checkpoint_store() else { return Ok(()) };
         let mut pages = self.rounds.map().unclaimed().clone();

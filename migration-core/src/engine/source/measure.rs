@@ -1,4 +1,5 @@
-//! What the source measures and is told of the link and of both VMMs, and what it reports of it.
+//! What the source measures of the link and of both VMMs, and what it reports of these
+//! measurements.
 
 use super::*;
 use crate::engine::{
@@ -8,24 +9,25 @@ use crate::engine::{
 };
 
 impl Engine<'_> {
-    /// Asks the VMM what the pause will have to save.
+    /// Asks the VMM how much state the pause will have to save.
     pub(super) fn estimate_state(&mut self) {
         self.measured.calibration.saves(self.vm.estimate_state());
     }
 
-    /// Asks the VMM once more, and refuses what the destination could not take, while the guest
-    /// still runs.
+    /// Asks the VMM for its estimate once more, while the guest still runs. Returns an error if the
+    /// state is larger than the destination could take.
     pub(super) fn check_state_limits(&mut self) -> Result<(), MigrationError> {
         self.estimate_state();
         let unknown = StateEstimate::default();
         check_estimate(self.measured.calibration.state().unwrap_or(&unknown), self.measured.calibration.pending_bytes())
     }
 
-    /// Sends pieces of device state: at least one budget's worth, and all that was pending before,
-    /// if the devices come to the end of it. What a device adds meanwhile waits for the next round.
+    /// Sends pieces of device state: at least as many bytes as one budget, and all that was pending
+    /// before, if the devices finish that. Data that a device adds meanwhile waits for the next
+    /// round.
     ///
-    /// Control frames never wait for a bandwidth limit, so the limit is kept here: each budget's
-    /// worth waits until what was sent before it is within the limit.
+    /// Control frames never wait for a bandwidth limit, so the limit is enforced here: each budget
+    /// waits until the bytes sent before it are within the limit.
     pub(super) fn send_pieces(&mut self) -> Result<(), MigrationError> {
         let (mut before, mut sent) = (u64::MAX, 0);
         let mut most = None;
@@ -43,31 +45,32 @@ impl Engine<'_> {
             }
             self.measured.calibration.pending(pending);
             let ends = pending < PIECE_BUDGET as u64 || pending >= before || sent > *most.get_or_insert(pending);
-            // what is left is part of the state that is saved in the pause
+            // The remaining data is part of the state that is saved in the pause.
             if ends || self.round_is_over() {
                 return Ok(());
             }
             before = pending;
-            // a cancel is not kept waiting
+            // Handles inputs, so that a cancel does not wait.
             self.heed()?;
         }
     }
 
-    /// Waits until what was sent is within a limit on the bandwidth. Pings, a cancel and a limit
-    /// that changes are seen to meanwhile; a round that is to end early waits no longer.
+    /// Waits until the bytes that were sent are within the bandwidth limit. Pings, a cancel and a
+    /// changed limit are handled meanwhile. A round that is to end early ends the wait.
     fn await_bandwidth(&mut self) -> Result<(), MigrationError> {
         let mut until = None;
         while !self.round_is_over() {
             let now = Instant::now();
             let ahead = self.peer.control.as_ref().map_or(Duration::ZERO, ControlWriter::ahead_of_limit);
             let within = now.checked_add(ahead).unwrap_or(now + PROGRESS_INTERVAL);
-            // others under the same limit may go on to send: what they send later is not waited for
+            // Other channels under the same limit may continue to send. The wait does not extend to
+            // what they send later.
             let turn = until.map_or(within, |until: Instant| until.min(within));
             if turn <= now {
                 break;
             }
             until = Some(turn);
-            // returns at the next tick at the latest
+            // Returns at the next tick at the latest.
             if let Some(Input::Control(epoch, frame)) = self.next_input(turn)? {
                 self.frame(epoch, frame)?;
             }
@@ -75,7 +78,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// What is known of the link and the session.
+    /// Returns what is known of the link and the session.
     pub(super) fn known(&self) -> Link {
         let can_post_copy = self.report.demand_lanes > 0;
         let post_copy_on_timeout = self.options.on_timeout == OnTimeout::PostCopy;
@@ -92,10 +95,10 @@ impl Engine<'_> {
         })
     }
 
-    /// Learns from a round that has ended.
+    /// Updates the measurements with a round that has ended.
     pub(super) fn learn(&mut self, pages: u64, wire_bytes: u64, time: Duration) {
         let lanes = u32::from(self.report.streams.max(1));
-        // lanes read beside each other
+        // Lanes read at the same time, so the total is divided by their number.
         let reading = std::mem::take(&mut self.measured.reading) / lanes;
         self.measured.calibration.round(Sample { pages, wire_bytes, time, reading });
         self.estimate_state();
@@ -107,7 +110,7 @@ impl Engine<'_> {
         self.options.observer.event(&Event::Progress(progress));
     }
 
-    /// Rates are measured from here.
+    /// Begins the measurement of rates.
     pub(super) fn begin_progress(&mut self) {
         let reading = self.reading();
         self.measured.meter.begin(&reading);
@@ -116,7 +119,7 @@ impl Engine<'_> {
     fn reading(&self) -> Reading {
         let rounds = &self.report.rounds;
         let handed_over = !self.machine.owns();
-        // lanes count what they push after the hand-over, too
+        // After the hand-over, lanes count the pages that they push here, too.
         let under_way = if handed_over { 0 } else { rounds.last().map_or(0, |round| round.pages) };
         let served = self.report.pages.pushed.saturating_add(self.post_copy.left.demanded.load(Ordering::Relaxed));
         Reading {

@@ -1,50 +1,53 @@
 //! The pause, from its first step to its last.
 //!
-//! The guest waits in all of this. Each step is here, in this order, for a reason:
+//! The guest waits during these steps. Their order has the following reasons:
 //!
-//! 1. **Ask what the state will take**, while the guest still runs: a state that the destination
-//!    cannot take is refused without a pause. And **send the pages that are in stores**, unless they
-//!    stay there or are left behind: from here on nobody waits for a store (rule 20).
+//! 1. **Ask how large the state will be**, while the guest still runs: a state that the destination
+//!    cannot take is refused without a pause. **Send the pages that are in stores**, too, unless
+//!    they stay there or are sent after the hand-over: from here on nothing waits for a store (rule
+//!    20).
 //! 2. **Raise the priority** of this thread, if RAM is shared: the guest waits for it now.
 //! 3. **Pause** vCPUs and devices. From here on the pause is watched ([`PauseLimits`]): until step
 //!    12 the VM is ours, and a silent destination must not keep it from running.
-//! 4. **Save the state.** Before the harvest, because saving writes guest memory.
-//! 5. **Harvest**, the last one. What the map has as unsent now is all that the destination lacks.
-//!    Nothing is re-armed any more: a paused guest writes nothing.
-//! 6. **Send or leave behind.** Without post-copy, all of it goes as the last round. With
-//!    post-copy, only the pages that the vCPUs touch at once go. The lanes send while the control
-//!    lane goes on.
-//! 7. **List** what is left behind. The list takes effect at the destination when the round is
-//!    there.
-//! 8. **Send the state**, and with its last piece the *offer*: the destination is woken once.
-//! 9. **Complete the forward checkpoint**, if there is one, while the destination loads. From *run*
-//!    on this side may die.
+//! 4. **Save the state.** This comes before the harvest, because saving writes guest memory.
+//! 5. **Harvest** for the last time. The pages that the map has as unsent now are all that the
+//!    destination lacks. Nothing is re-armed any more, because a paused guest writes nothing.
+//! 6. **Send the pages, or leave them at the source.** Without post-copy, all of them are sent as
+//!    the last round. With post-copy, only the pages that the vCPUs touch at once are sent. The
+//!    lanes send while the control lane continues.
+//! 7. **List** the missing pages, which are sent after the hand-over. The list takes effect at the
+//!    destination when the round has arrived.
+//! 8. **Send the state**, and with its last piece the *offer*, so that the destination is woken
+//!    only once.
+//! 9. **Complete the forward checkpoint**, if there is one, while the destination loads the state.
+//!    From *run* on this side may die.
 //! 10. **Wait for *ready***, which also acknowledges the round.
-//! 11. **Heed what has come in**: a cancel, or the end of the VM, is still in time.
-//! 12. **Say *run*.** Before the frame goes out this side stops to own the VM: the destination may
-//!     run it from then on, whether or not the answer arrives.
+//! 11. **Handle the inputs that have come in**: a cancel, or the end of the VM, is still in time.
+//! 12. **Send *run*.** This side gives up ownership of the VM before the frame is written: the
+//!     destination may run the VM from then on, whether or not the answer arrives.
 //! 13. **Wait for *running***, which ends the downtime.
 //!
-//! An error up to step 11 resumes the guest here; after it the engine asks until it knows.
+//! After an error up to step 11 the guest is resumed here. After an error in a later step the
+//! engine reconnects and asks until it knows which side owns the VM.
 
 use super::*;
 use crate::state::Section;
 
-/// Most pages that are sent in the pause of a post-copy for the guest's first steps: half a
-/// millisecond at 10 Gbit/s.
+/// The most pages that are sent in the pause of a post-copy for the first steps of the guest: these
+/// take half a millisecond at 10 Gbit/s.
 const MAX_ENTRY_PAGES: u64 = 128;
 
-/// What becomes of the pages that the destination lacks when the guest is paused.
+/// What happens to the pages that the destination lacks when the guest is paused.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rest {
     /// They are sent in the pause.
     Sent,
-    /// They follow when the guest runs at the destination.
+    /// They are sent after the guest runs at the destination.
     LeftBehind,
 }
 
 impl Engine<'_> {
-    /// Steps 1 to 3.
+    /// Performs steps 1 to 3.
     pub(super) fn pause_guest(&mut self) -> Result<(), MigrationError> {
         if self.machine.phase() != SourcePhase::Copying {
             return Err(MigrationError::Blocked("the guest is not paused before a destination is connected".into()));
@@ -64,8 +67,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Sends the pages that are in stores and that the destination lacks, if none are to be left
-    /// behind. If a store fails, the pause does not begin.
+    /// Sends the pages that are in stores and that the destination lacks, unless pages are to be
+    /// sent after the hand-over. If a store fails, the pause does not begin.
     fn send_stored(&mut self) -> Result<(), MigrationError> {
         let stored = self.rounds.due_from_stores();
         if stored.is_empty() || self.strategy.needs_post_copy || self.known().post_copy_wanted {
@@ -74,7 +77,7 @@ impl Engine<'_> {
         self.send_round(&stored, false).map(drop)
     }
 
-    /// The guest goes on here after all.
+    /// Resumes the guest here, after a pause that ends without a hand-over.
     pub(super) fn go_on(&mut self) -> Result<(), MigrationError> {
         self.vm.resume().map_err(MigrationError::vm("resuming the guest"))?;
         self.guest.paused = false;
@@ -88,8 +91,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Steps 4 to 10: saves the state and offers the VM. `pages`, and what was dirtied up to the
-    /// save, are sent along or left behind.
+    /// Performs steps 4 to 10: saves the state and offers the VM. `pages`, and the pages that were
+    /// dirtied up to the save, are sent in the pause, or after the hand-over, as `rest` says.
     pub(super) fn offer(&mut self, pages: PageSet, rest: Rest) -> Result<(), MigrationError> {
         let began = Instant::now();
         let before = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
@@ -105,7 +108,7 @@ impl Engine<'_> {
         if let Some((generation, pages)) = round {
             self.end_round(generation, &pages, &[], began)?;
             if rest == Rest::LeftBehind {
-                // they are counted as what they are
+                // They count as entry pages, not as a round.
                 self.report.rounds.pop();
                 self.measured.pages_due = self.measured.pages_due.saturating_sub(pages.len());
             }
@@ -114,7 +117,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Steps 5 to 7. Returns the round that has begun, and its pages.
+    /// Performs steps 5 to 7. Returns the round that has begun, and its pages.
     fn begin_last_round(
         &mut self,
         mut pages: PageSet,
@@ -127,7 +130,8 @@ impl Engine<'_> {
             !map.with_copies().is_empty()
         };
         if let Some(stored) = self.rounds.stored() {
-            // those that were not sent before are unsent, whatever a strategy passes
+            // Pages that are in stores and were not sent before the pause are unsent, even if the
+            // strategy passes them.
             pages.subtract(&stored.pages());
         }
         self.rounds.map().sending(&pages)?;
@@ -137,7 +141,8 @@ impl Engine<'_> {
             let now = Arc::new(missing);
             let round = self.begin_round(&now)?.0;
             if stored {
-                // what is in stores is missing, though nothing is left behind
+                // The pages that are in stores are listed, although none are sent after the
+                // hand-over.
                 self.leave_behind(PageSet::empty(pages.capacity()))?;
             }
             return Ok(Some((round, now)));
@@ -150,7 +155,7 @@ impl Engine<'_> {
         Ok(round)
     }
 
-    /// The pause waits for no store (rule 20).
+    /// Returns an error if the pause would have to wait for a store (rule 20).
     fn check_no_store_is_read(&self) -> Result<(), MigrationError> {
         match self.rounds.due_from_stores().len() {
             0 => Ok(()),
@@ -161,11 +166,11 @@ impl Engine<'_> {
         }
     }
 
-    /// Of the pages that would be left behind, those that the guest needs at once.
+    /// Returns those of the `rest` of the pages that the guest needs at once.
     fn entry_pages(&mut self, state: &VmState, rest: &PageSet) -> PageSet {
         let mut entry = PageSet::empty(rest.capacity());
         if self.post_copy.left.block.load(Ordering::Relaxed) > 1 {
-            // whole huge pages would have to go
+            // The pages would have to be sent as whole huge pages.
             return entry;
         }
         self.vm.entry_pages(state, &mut entry);
@@ -175,8 +180,8 @@ impl Engine<'_> {
         entry
     }
 
-    /// The dirty log of a VMM that tracks for itself: it goes along with a VM whose RAM stays where
-    /// it is.
+    /// Returns the dirty log of a VMM that had started the tracker itself. The log moves with a VM
+    /// whose RAM stays in place.
     fn log_to_carry(&mut self) -> Result<Option<Section>, MigrationError> {
         if !self.strategy.shares_ram || !self.vm.tracker().is_active() {
             return Ok(None);
@@ -184,7 +189,7 @@ impl Engine<'_> {
         Ok(Some(dirty_log::section(&self.rounds.written(self.vm.tracker())?)))
     }
 
-    /// Step 8.
+    /// Performs step 8.
     fn send_state(&mut self, state: &VmState) -> Result<(), MigrationError> {
         let state = Bytes::from(state.encode());
         if self.options.fail_safe.is_some() {
@@ -204,9 +209,9 @@ impl Engine<'_> {
         self.send_all_control(&last.into_iter().chain([offer]).collect::<Vec<_>>())
     }
 
-    /// Step 10. If there is a `round`, its lanes have to be done, too.
+    /// Performs step 10. If there is a `round`, also waits until its lanes have sent it.
     fn await_ready(&mut self, round: bool) -> Result<(), MigrationError> {
-        // it may have come while the forward checkpoint was completed
+        // *Ready* may have come while the forward checkpoint was completed.
         let (mut ready, mut heard, mut sent) = (self.machine.phase() == SourcePhase::Ready, Instant::now(), 0);
         while round && self.lanes_done < self.report.streams || !ready {
             if let Some(Input::Control(epoch, frame)) = self.next_input(heard + self.options.setup_timeout)? {
@@ -215,7 +220,7 @@ impl Engine<'_> {
             if !ready {
                 self.within_pause()?;
             }
-            // as long as pages move or frames come, somebody is there
+            // As long as pages move or frames come, the destination is alive.
             let bytes = self.measured.counters.wire_bytes.load(Ordering::Relaxed);
             if bytes != sent {
                 (sent, heard) = (bytes, Instant::now());
@@ -225,7 +230,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Steps 11 to 13.
+    /// Performs steps 11 to 13.
     pub(super) fn run(&mut self) -> Result<(), MigrationError> {
         self.heed()?;
         let run = self.machine.run()?;
@@ -239,7 +244,7 @@ impl Engine<'_> {
         self.await_running()
     }
 
-    /// Step 13.
+    /// Performs step 13.
     pub(super) fn await_running(&mut self) -> Result<(), MigrationError> {
         let running = |event| matches!(event, SourceEvent::Running).then_some(());
         let patience = self.peer.hurry.map_or(self.patience(), |hurry| hurry.answer);

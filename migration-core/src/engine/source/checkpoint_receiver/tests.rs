@@ -1,4 +1,4 @@
-//! Keeping checkpoints, over stores that fail and channels that end.
+//! Tests of receiving checkpoints, over stores that fail and channels that end.
 
 use std::{collections::VecDeque, sync::mpsc};
 
@@ -45,7 +45,7 @@ impl WriteHalf for Said {
     }
 }
 
-/// What a destination sends, frame by frame.
+/// The bytes that a destination sends, frame by frame.
 #[derive(Default)]
 pub(in crate::engine) struct Destination {
     pub(in crate::engine) bytes: Vec<u8>,
@@ -85,8 +85,8 @@ impl Destination {
     }
 }
 
-/// Has a source of 16 pages read it: the checkpoint that counts then, its page 4, and why the lane
-/// ended.
+/// Lets a source of 16 pages read from `destination`. Returns the checkpoint that counts then, the
+/// first byte of its page 4, and the error that ended the lane.
 fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
     let store = Arc::new(Mutex::new(MemoryVersions::default()));
     let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn VersionStore>>);
@@ -103,7 +103,7 @@ fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationEr
     (store.latest().map(|(number, _)| number), page, error)
 }
 
-/// A source of 16 pages, which keeps checkpoints there.
+/// Returns the receiver of a source of 16 pages, which stores checkpoints in `reverse`.
 pub(in crate::engine) fn checkpoint_receiver(
     reverse: Option<Arc<Mutex<dyn VersionStore>>>,
     destination: Destination,
@@ -124,7 +124,8 @@ pub(in crate::engine) fn checkpoint_receiver(
     }
 }
 
-/// Has a source of 16 pages, which keeps checkpoints there, read it: why the lane ended.
+/// Lets a source of 16 pages, which stores checkpoints in `reverse`, read from `destination`.
+/// Returns the error that ended the lane.
 fn kept_in(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destination) -> MigrationError {
     let (tx, inputs) = mpsc::channel();
     checkpoint_receiver(reverse, destination).run(PeerInputs::new(tx, Arc::default(), Arc::default()));
@@ -135,7 +136,7 @@ fn kept_in(reverse: Option<Arc<Mutex<dyn VersionStore>>>, destination: Destinati
     ended.unwrap()
 }
 
-/// Counts what is put.
+/// A store that counts the pages that are put.
 #[derive(Default)]
 struct Counting(u64);
 
@@ -171,13 +172,13 @@ impl VersionStore for Counting {
 #[test]
 fn pages_that_cost_a_peer_nothing_do_not_make_the_store_grow() {
     let state = || Bytes::from(VmState::default().encode());
-    // checkpoint after checkpoint of zeros
+    // Many checkpoints of zeros follow each other.
     let mut destination = Destination::default();
     for number in 1..=100 {
         let commit = Checkpoint::Commit { pages: 16, state_bytes: state().len() as u64 };
         destination = destination.zeros(0, 16, number).frame(Checkpoint::State(state()), number).frame(commit, number);
     }
-    // a page that was written in between counts again
+    // A page that was written in between counts again.
     let destination = destination.pages(3, 1, 7, 101).zeros(3, 1, 101);
     let store = Arc::new(Mutex::new(Counting::default()));
     let error = kept_in(Some(store.clone()), destination);
@@ -205,7 +206,7 @@ fn checkpoints_are_kept_whole() {
     let (number, page, error) = kept(introduced().whole(1).whole(2), true);
     assert_eq!((number, page), (Some(2), 2));
     assert!(matches!(error, MigrationError::Link { .. }), "{error}");
-    // the third one ends before its commit
+    // The third checkpoint ends before its commit.
     let (number, page, _) = kept(introduced().whole(1).whole(2).pages(3, 2, 3, 3), true);
     assert_eq!((number, page), (Some(2), 2));
 }
@@ -240,7 +241,7 @@ fn what_is_kept_is_counted_and_acknowledged() {
 
 #[test]
 fn a_checkpoint_may_be_as_large_as_its_limits() {
-    // each page twice
+    // Each page is sent twice.
     let state = Bytes::from(VmState::default().encode());
     let commit = Checkpoint::Commit { pages: 32, state_bytes: state.len() as u64 };
     let destination = Destination::default().pages(0, 16, 8, 1).pages(0, 16, 9, 1);
