@@ -1,12 +1,14 @@
-//! Pages that the hand-over has left at the source, and that are there in page stores only: they
-//! are read and sent, those first that the destination's guest waits for.
+//! Reads and sends the remaining pages that the source has in page stores only. Pages that the
+//! destination's guest waits for come first.
 //!
-//! The fetcher has claimed them in the page map, so that no lane reads them from RAM, and no push
-//! order chooses them. Two threads read: one for demands, which never wait for a page that nobody
-//! wants yet. What was read goes to the bulk lanes in turn.
+//! The fetcher has claimed these pages in the page map, so that no lane reads them from RAM, and no
+//! push order chooses them. Two threads read. One of them reads for demands only, so that a demand
+//! never waits for a page that the guest does not need yet. The pages that were read go to the bulk
+//! lanes in turn.
 //!
-//! A store that fails costs time only: each attempt has a deadline, and the pages are read again
-//! after a pause, until the store has them (rule 13). Meanwhile whoever touches one waits.
+//! A store that fails costs only time: each attempt has a deadline, and the pages are read again
+//! after a pause, until the store has them (rule 13). Meanwhile a vCPU that touches one of them
+//! waits.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -34,23 +36,24 @@ use crate::{
     text::Chain,
 };
 
-/// After a read that has failed, the next attempt comes so much later.
+/// The time between a read that has failed and the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(200);
-/// Most pieces that were read and that no lane has sent yet: 1 MiB, which a lane sends in
-/// milliseconds.
+/// The most pieces that were read and that no lane has sent yet. They make 1 MiB, which a lane
+/// sends in milliseconds.
 const MAX_IN_HAND: u32 = 4;
 
-/// See the module.
+/// Reads and sends pages that are in page stores only. See the module documentation.
 pub(super) struct Fetcher {
     memory: Arc<PagedMemory>,
     observer: Arc<dyn Observer>,
     queue: Mutex<Queue>,
     changed: Condvar,
-    /// Pages that were sent although nobody waited for them, since this was last asked for.
+    /// The number of pages that were sent without a demand since
+    /// [`take_pushed`](Fetcher::take_pushed) was last called.
     pushed: AtomicU64,
 }
 
-/// A fetcher, and its threads, which [`end`](Fetcher::end) ends.
+/// A fetcher, and its threads, which end after a call of [`end`](Fetcher::end).
 pub(super) struct Started {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) threads: Vec<Box<dyn Joiner>>,
@@ -60,36 +63,36 @@ pub(super) struct Started {
 struct Queue {
     /// Pages that wait to be read.
     left: PageSet,
-    /// Pages that nobody has begun to read since the hand-over.
+    /// Pages whose first read since the hand-over has not begun.
     never_read: PageSet,
-    /// Pages that somebody waits for, each with the moment from which it is read.
+    /// Pages that the destination's guest waits for, each with the earliest time of its next read.
     wanted: VecDeque<(Instant, u64)>,
-    /// Pieces that are being read.
+    /// The number of pieces that are being read.
     reading: u32,
-    /// Pieces that were read and not sent yet.
+    /// The number of pieces that were read and not sent yet.
     in_hand: u32,
-    /// Whether pages are read that nobody waits for.
+    /// Whether pages are read that the guest does not wait for.
     pushes: bool,
-    /// The bulk lanes of the present link, and the generation as which pages move.
+    /// The bulk lanes of the present link, and the generation under which pages are sent.
     lanes: Vec<mpsc::Sender<Work>>,
     generation: u32,
-    /// Counts what is sent, to take the lanes in turn.
+    /// A counter of the pieces that were sent, to take the lanes in turn.
     turn: usize,
-    /// Counts the links: what was read for an earlier one is dropped.
+    /// A counter of the links. Pages that were read for an earlier link are dropped.
     link: u64,
-    /// Entries of which the user was told that they fail.
+    /// Entries whose failure was reported to the user.
     told: BTreeSet<u8>,
     ended: bool,
 }
 
-/// Pages that one thread reads.
+/// Pages that one thread reads in one piece.
 struct Piece {
     pages: PageRange,
     link: u64,
     urgency: Urgency,
 }
 
-/// Counts as a piece in hand until it is dropped.
+/// A guard that counts as one piece in hand until it is dropped.
 struct InHand(Arc<Fetcher>);
 
 impl Drop for InHand {
@@ -105,7 +108,7 @@ impl Fetcher {
     /// Starts the threads, which have nothing to do yet.
     ///
     /// # Errors
-    /// [`MigrationError::Thread`].
+    /// Returns [`MigrationError::Thread`] if the spawner has no thread.
     pub(super) fn start(memory: Arc<PagedMemory>, options: &SourceOptions) -> Result<Started, MigrationError> {
         let pages = memory.map().read(PageMap::pages);
         let none = PageSet::empty(pages);
@@ -133,11 +136,11 @@ impl Fetcher {
         Ok(Started { fetcher: this, threads })
     }
 
-    /// Takes over the pages that are at the source, and there in stores only. The map says that
-    /// they are claimed.
+    /// Takes over the pages that are at the source, and there in stores only, and claims them in
+    /// the map.
     ///
     /// # Errors
-    /// [`MapError`], if one is claimed already.
+    /// Returns a [`MapError`] if one of the pages is claimed already.
     pub(super) fn take_over(&self, map: &mut PageMap) -> Result<(), MapError> {
         let mut stored = self.memory.map().read(|map| map.in_store().clone());
         stored.intersect_with(map.unclaimed());
@@ -153,13 +156,14 @@ impl Fetcher {
         Ok(())
     }
 
-    /// The lanes of a link are open. Demands are served from now on.
+    /// Sets the lanes of a new link, and the generation of its pages. Demands are served from now
+    /// on.
     pub(super) fn attach(&self, lanes: &[mpsc::Sender<Work>], generation: u32) {
         self.change(|queue| (queue.lanes, queue.generation) = (lanes.to_vec(), generation));
     }
 
-    /// The link is closed: what is left is taken over anew when the destination has said what it
-    /// lacks.
+    /// Removes the lanes of a link that is closed, and all queued pages. They are taken over again
+    /// when the destination has listed the pages that it lacks.
     pub(super) fn detach(&self) {
         self.change(|queue| {
             queue.lanes.clear();
@@ -169,7 +173,7 @@ impl Fetcher {
         });
     }
 
-    /// The hand-over has failed, and the VM runs on at the source.
+    /// Resets the fetcher after a hand-over that has failed: the VM runs on at the source.
     pub(super) fn take_back(&self) {
         self.detach();
         self.change(|queue| {
@@ -178,7 +182,8 @@ impl Fetcher {
         });
     }
 
-    /// Somebody waits for `page`. Returns whether it is left here.
+    /// Records that the destination's guest waits for `page`. Returns whether the page was left
+    /// here and had not been demanded before.
     pub(super) fn demand(&self, page: u64) -> bool {
         let mut queue = lock(&self.queue);
         let left = queue.left.contains(page) && !queue.wanted.iter().any(|&(_, wanted)| wanted == page);
@@ -189,12 +194,13 @@ impl Fetcher {
         left
     }
 
-    /// The VM runs at the destination: from now on all pages are read and sent.
+    /// Lets the fetcher read and send all pages, because the VM runs at the destination now.
     pub(super) fn push(&self) {
         self.change(|queue| queue.pushes = true);
     }
 
-    /// Returns how many pages nobody has begun to read. The destination cannot have them.
+    /// Returns the number of pages whose first read has not begun. The destination cannot have
+    /// them.
     pub(super) fn never_read(&self) -> u64 {
         lock(&self.queue).never_read.len()
     }
@@ -205,8 +211,8 @@ impl Fetcher {
         queue.left.is_empty() && queue.reading == 0
     }
 
-    /// Returns how many pages were sent, without those that somebody waited for, since this was
-    /// last asked.
+    /// Returns the number of pages that were sent since the last call, without those that were
+    /// demanded.
     pub(super) fn take_pushed(&self) -> u64 {
         self.pushed.swap(0, Ordering::Relaxed)
     }
@@ -228,7 +234,8 @@ impl Fetcher {
         }
     }
 
-    /// Returns the next page that somebody waits for; `None` when this has ended.
+    /// Returns the next page that the destination's guest waits for, or `None` when the fetcher has
+    /// ended.
     fn next_wanted(&self, _: &mut u64) -> Option<Piece> {
         let mut queue = lock(&self.queue);
         while !queue.ended {
@@ -243,7 +250,7 @@ impl Fetcher {
         None
     }
 
-    /// Returns the next pages from `at` on; `None` when this has ended.
+    /// Returns the next pages from page `at` on, or `None` when the fetcher has ended.
     fn next_push(&self, at: &mut u64) -> Option<Piece> {
         let mut queue = lock(&self.queue);
         while !queue.ended {
@@ -259,7 +266,8 @@ impl Fetcher {
     }
 
     fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        // pages that have failed are due after a while, and nobody says so
+        // The wait has a time-out, because nothing signals that a page whose read has failed is due
+        // again.
         self.changed.wait_timeout(queue, BACK_OFF).unwrap_or_else(|e| e.into_inner()).0
     }
 
@@ -298,17 +306,17 @@ impl Fetcher {
         }
         let waiting = queue.wanted.len();
         queue.wanted.retain(|(_, page)| !piece.pages.pages().contains(page));
-        // those were counted when they were asked for
+        // Demanded pages were counted when the demand arrived.
         let demanded = (waiting - queue.wanted.len()) as u64;
         (queue.in_hand, queue.turn) = (queue.in_hand + 1, queue.turn.wrapping_add(1));
         let (lane, generation) = (queue.lanes[queue.turn % queue.lanes.len()].clone(), queue.generation);
         drop(queue);
         self.pushed.fetch_add(piece.pages.count.saturating_sub(demanded), Ordering::Relaxed);
-        // a lane that is gone has said why, and the link is lost
+        // A lane that has ended has reported why, and the link is lost.
         let _ = lane.send(Work::Fetched(fetched(InHand(self)), generation));
     }
 
-    /// Pages could not be read: they are tried again.
+    /// Queues pages again that could not be read, and reports the first failure of each entry.
     fn failed(&self, piece: &Piece, error: &FetchError) {
         let entry = match *error {
             FetchError::Unknown { entry } | FetchError::Lost { entry, .. } | FetchError::Silent { entry, .. } => entry,
@@ -340,7 +348,7 @@ impl Queue {
     }
 }
 
-/// Returns the parts of `pages` before and behind `run`, which overlap.
+/// Returns the parts of `pages` before and after `run`, which overlap.
 fn without(pages: PageRange, run: PageRange) -> Vec<PageRange> {
     let before = PageRange::new(pages.first, run.first.min(pages.end()).saturating_sub(pages.first));
     let behind = PageRange::new(run.end().max(pages.first), pages.end().saturating_sub(run.end().max(pages.first)));

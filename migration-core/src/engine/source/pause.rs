@@ -1,43 +1,43 @@
-//! How long the guest may stay paused before the hand-over: until *run* is sent the VM is ours, and
-//! a destination that does not answer must not keep it from running.
+//! The limits of the time for which the guest may stay paused before the hand-over. Until *run* is
+//! sent the VM is ours, and a destination that does not answer must not keep it from running.
 
 use super::*;
 use crate::PAGE_SIZE;
 
-/// How long the guest may stay paused for a hand-over that does not come about. When a limit is
+/// How long the guest may stay paused for a hand-over that does not succeed. When a limit is
 /// exceeded before *run* is sent, the guest runs on at the source, everything is rolled back, and
-/// the migration has failed.
+/// the migration fails.
 ///
-/// A guest that was paused by its user before the migration is not subject to them.
+/// A guest that was paused by its user before the migration is not subject to these limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PauseLimits {
     /// The longest time in the pause without a sign of life: no frame has come from the
-    /// destination, and it has taken no byte. Time in which this process itself did not run does
-    /// not count. `None` for four times the downtime limit, but at least
+    /// destination, and the destination has accepted no byte. Time in which this process itself did
+    /// not run does not count. `None` means four times the downtime limit, but at least
     /// [`LEAST_SILENCE`](Self::LEAST_SILENCE).
     pub silence: Option<Duration>,
-    /// The longest pause, although the destination makes progress. `None` for ten times the
+    /// The longest pause, even if the destination makes progress. `None` means ten times the
     /// downtime limit, or ten times the predicted downtime if that is longer, but at least
-    /// [`LEAST_TOTAL`](Self::LEAST_TOTAL). Where no downtime was predicted (stop-and-copy), the
-    /// time that the pages need at 1 MiB/s is added.
+    /// [`LEAST_TOTAL`](Self::LEAST_TOTAL). If no downtime was predicted (stop-and-copy), the time
+    /// that the pages need at 1 MiB/s is added.
     pub total: Option<Duration>,
 }
 
 impl PauseLimits {
-    /// The shortest time without a sign of life that counts as silence if none is given: less would
-    /// punish a destination on a busy host.
+    /// The shortest limit of the time without a sign of life, if none is given. A shorter limit
+    /// would fail migrations to a destination on a busy host.
     pub const LEAST_SILENCE: Duration = Duration::from_secs(2);
-    /// The shortest limit of the whole pause if none is given.
+    /// The shortest limit of the whole pause, if none is given.
     pub const LEAST_TOTAL: Duration = Duration::from_secs(10);
-    /// How many downtime limits of silence are allowed if nothing is given.
+    /// The silence that is allowed if no limit is given, as a multiple of the downtime limit.
     const SILENCE_FACTOR: u32 = 4;
-    /// How many downtime limits the whole pause may take if nothing is given.
+    /// The total pause that is allowed if no limit is given, as a multiple of the downtime limit.
     const TOTAL_FACTOR: u32 = 10;
 
     fn silence(&self, downtime_limit: Duration) -> Duration {
         self.silence
             .unwrap_or_else(|| downtime_limit.saturating_mul(Self::SILENCE_FACTOR).max(Self::LEAST_SILENCE))
-            // a time-out of zero would mean none to a socket
+            // Sockets take a time-out of zero as no time-out.
             .max(Duration::from_millis(1))
     }
 
@@ -47,28 +47,28 @@ impl PauseLimits {
     }
 }
 
-/// How often the engine looks for a sign of life.
+/// The interval at which the engine checks for a sign of life.
 const LOOK: Duration = Duration::from_millis(100);
-/// The most time that counts as silence from one look to the next: this process did not run for the
-/// rest of it.
+/// The most time that counts as silence between two checks. If more time has passed, this process
+/// did not run for the rest of it.
 const LONGEST_LOOK: Duration = Duration::from_millis(250);
-/// Pages move faster than this, in bytes a second, where a pause whose length was not predicted
-/// makes progress.
+/// The rate, in bytes a second, that a pause without a predicted length has to exceed when it sends
+/// pages.
 const LEAST_RATE: u64 = 1 << 20;
-/// How long the last word to a destination may wait until the destination takes it.
+/// The longest time that the last frame to a destination may wait until the destination accepts it.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
-/// Watches a pause.
+/// A watch over one pause.
 pub(super) struct PauseWatch {
     silence: Duration,
     total: Duration,
-    /// Whether pages that move in the pause prolong it.
+    /// Whether pages that are sent in the pause prolong it.
     by_pages: bool,
     began: Instant,
     looked: Instant,
-    /// Time without a sign of life.
+    /// The time without a sign of life so far.
     silent: Duration,
-    /// What was sent and received when the last sign of life was seen.
+    /// The number of bytes sent and received at the last sign of life.
     bytes: u64,
 }
 
@@ -96,7 +96,8 @@ impl PauseWatch {
         self.silent = Duration::ZERO;
     }
 
-    /// Looks at the number of bytes that have moved. Returns why the pause must end, if it must.
+    /// Checks the number of bytes that have moved. Returns the reason why the pause must end, or
+    /// `None` if it may continue.
     fn look(&mut self, now: Instant, bytes: u64) -> Option<String> {
         let since = now.saturating_duration_since(self.looked);
         self.looked = now;
@@ -112,21 +113,21 @@ impl PauseWatch {
         self.exceeded(now)
     }
 
-    /// Why the pause must end at `now`, although the destination makes progress; `None` before
-    /// that.
+    /// Returns the reason why the pause must end at `now` although the destination makes progress,
+    /// or `None` before that time.
     fn exceeded(&self, now: Instant) -> Option<String> {
         (now.saturating_duration_since(self.began) >= self.total)
             .then(|| format!("was not ready within {:?}, although it made progress", self.total))
     }
 
-    /// When the pause must end; `None` where that is beyond what a clock shows.
+    /// Returns when the pause must end, or `None` if that is beyond the range of the clock.
     fn end(&self) -> Option<Instant> {
         self.began.checked_add(self.total)
     }
 }
 
 impl Engine<'_> {
-    /// The guest has just been paused: from now on the pause has its limits.
+    /// Starts the watch of a pause that has just begun. From now on the pause has its limits.
     pub(super) fn begin_watch(&mut self) {
         if !self.vm.starts_running() {
             return;
@@ -139,30 +140,31 @@ impl Engine<'_> {
         self.limit_writes(silence, end);
     }
 
-    /// The guest runs again, or is not ours any more.
+    /// Ends the watch, because the guest runs again or this side has given up its ownership.
     pub(super) fn end_watch(&mut self) {
         if self.guest.watch.take().is_some() {
             self.limit_writes(self.options.idle_timeout, None);
         }
     }
 
-    /// Whether the destination takes it or not, the last word does not hold up the end of the
-    /// migration.
+    /// Limits the time of the last frame to the destination, so that it does not delay the end of
+    /// the migration even if the destination does not accept it.
     pub(super) fn hurry_last_word(&mut self) {
         self.limit_writes(LAST_WORD, Instant::now().checked_add(LAST_WORD));
     }
 
-    /// Limits the time without a byte taken by the destination, and when all must be written: a
-    /// destination that takes a large frame drop by drop is never without a byte.
+    /// Limits the time in which the destination accepts no byte, and sets the time at which all
+    /// must be written. The second limit is needed for a destination that accepts a large frame a
+    /// few bytes at a time: it is never silent.
     fn limit_writes(&mut self, timeout: Duration, deadline: Option<Instant>) {
         if let Some(control) = &mut self.peer.control {
-            // it fails where the channel has ended: the next write says so
+            // This fails if the channel has ended. The next write returns that error.
             let _ = control.set_idle_timeout(timeout);
             control.set_deadline(deadline);
         }
     }
 
-    /// The destination has shown that it is there.
+    /// Records a sign of life of the destination.
     pub(super) fn is_alive(&mut self) {
         self.peer.unanswered = None;
         if let Some(watch) = &mut self.guest.watch {
@@ -170,14 +172,15 @@ impl Engine<'_> {
         }
     }
 
-    /// These bytes are no sign of life: the kernel takes them also for a peer that does not run.
+    /// Excludes these bytes from the signs of life: the kernel accepts them also for a peer that
+    /// does not run.
     pub(super) fn discount(&mut self, bytes: u64) {
         if let Some(watch) = &mut self.guest.watch {
             watch.bytes = watch.bytes.saturating_add(bytes);
         }
     }
 
-    /// Pages that are about to move in the pause.
+    /// Prolongs the pause for pages that are about to be sent in it, if its limit allows that.
     pub(super) fn prolong_pause(&mut self, pages: u64) {
         if let Some(watch) = self.guest.watch.as_mut().filter(|watch| watch.by_pages) {
             let bytes = pages.saturating_mul(PAGE_SIZE as u64);
@@ -189,15 +192,15 @@ impl Engine<'_> {
         }
     }
 
-    /// When to look next, if the guest is paused.
+    /// Returns when the next check is due, if the guest is paused.
     pub(super) fn next_look(&self) -> Option<Instant> {
         self.guest.watch.as_ref().map(|watch| watch.looked + LOOK)
     }
 
-    /// An error when the guest has been paused for too long.
+    /// Returns an error if the guest has been paused for too long.
     pub(super) fn within_pause(&mut self) -> Result<(), MigrationError> {
         if self.machine.phase() == SourcePhase::Ready {
-            // nothing is due from the destination any more: what still takes time is done here
+            // Nothing is due from the destination any more. What still takes time is done here.
             if let Some(watch) = &mut self.guest.watch {
                 watch.alive();
             }
@@ -207,8 +210,8 @@ impl Engine<'_> {
         why.map_or(Ok(()), |why| Err(self.pause_exceeded(why)))
     }
 
-    /// A write in the pause has failed: whether because the destination takes nothing, or too
-    /// little.
+    /// Returns the error for a write that has failed in the pause, which says whether the
+    /// destination accepted nothing, or too little.
     pub(super) fn stuck_in_pause(&self, error: MigrationError) -> MigrationError {
         match (&self.guest.watch, &error) {
             (Some(watch), MigrationError::Link { cause, .. })
@@ -258,14 +261,14 @@ mod tests {
             now += LOOK;
             assert_eq!(watch.look(now, 0), None, "{i}");
         }
-        // a byte that was taken
+        // The destination accepts a byte.
         now += LOOK;
         assert_eq!(watch.look(now, 1), None);
         for _ in 1..=9 {
             now += LOOK;
             assert_eq!(watch.look(now, 1), None);
         }
-        // a frame that came
+        // A frame comes.
         watch.alive();
         for _ in 1..=9 {
             now += LOOK;

@@ -1,5 +1,5 @@
-//! Places in page stores to which the source puts pages: while the guest runs, and on the way of
-//! pages that the hand-over has left behind.
+//! Places in page stores into which the source puts pages: while the guest runs, and after the
+//! hand-over, for pages that are sent through a store.
 
 use std::{num::NonZeroU64, time::Duration};
 
@@ -21,61 +21,65 @@ use crate::{
 pub struct SourceStores {
     /// The stores that this host was started with.
     pub stores: Vec<Arc<dyn PageStore>>,
-    /// Makes the secret name of a namespace. It must be as random as a key: see
+    /// Makes the secret name of a namespace. The name must be as random as a key: see
     /// `migration_crypto::random_namespace`.
     pub new_namespace: Arc<dyn Fn() -> Namespace + Send + Sync>,
-    /// Who answers for the namespaces, as the stores record it.
+    /// The owner of the namespaces, as the stores record it.
     pub owner: Owner,
-    /// For how long the stores keep what they are given, unless the destination renews it.
+    /// How long the stores keep the pages that they are given, unless the destination renews the
+    /// lease.
     pub lease: Duration,
-    /// The most bytes a second that the destination reads from stores ahead of the guest; `None`
-    /// without limit. Pages for which the guest waits do not count.
+    /// The most bytes a second that the destination reads from stores before the guest needs them;
+    /// `None` means no limit. Pages that the guest waits for do not count.
     pub gather_rate: Option<NonZeroU64>,
 }
 
-/// The places of one migration, and what the destination was told of them.
+/// The places of one migration, and the state of what the destination was told about them.
 #[derive(Default)]
 pub(super) struct Places {
-    /// The places of the strategy.
+    /// The places that the strategy has named.
     pub(super) wanted: Vec<Place>,
     pub(super) table: StoreTable,
-    /// For each of the first entries, the number that it has in the VM's own table: they have pages
-    /// that were in stores when the migration began.
+    /// For each of the first entries of `table`, its number in the VM's own table. These entries
+    /// have pages that were in stores when the migration began.
     kept: Vec<u8>,
     pub(super) open: Vec<OpenPlace>,
     /// The number of the place that was opened last.
     pub(super) numbers: usize,
-    /// How many parts of the table were sent, and the last one that was acknowledged.
+    /// The number of parts of the table that were sent, and the number of the last part that was
+    /// acknowledged.
     parts: u32,
     received: u32,
-    /// How many entries the table had when the last part was sent.
+    /// The number of entries that the table had when the last part was sent.
     sent_entries: usize,
-    /// Whether *vacated* was said, and not answered.
+    /// Whether *vacated* was sent, and has no answer yet.
     pub(super) vacated: bool,
-    /// What the destination has listed so far that it lacks.
+    /// The pages that the destination has listed as missing so far; `None` while no list is being
+    /// received.
     lacking: Option<PageSet>,
-    /// Why the last job has failed, if nobody was told.
+    /// The error of the last job, if it failed and no caller has taken the error yet.
     pub(super) error: Option<MigrationError>,
     /// Jobs that have ended since the destination was asked for its list of missing pages; `None`
-    /// while it is not asked.
+    /// while no such list is awaited.
     pub(super) deferred: Option<Vec<PlaceDone>>,
     pub(super) threads: Vec<Box<dyn Joiner>>,
-    /// The threads of all places, also of those that are closed.
+    /// The threads of all places, including closed ones.
     pub(super) putters: Vec<PlaceThread>,
-    /// Whether the strategy puts pages at this moment.
+    /// Whether the strategy is putting pages at this moment.
     pub(super) putting: bool,
-    /// Until when the threads re-arm pages.
+    /// The gate that stops the threads from re-arming pages.
     pub(super) gate: Arc<RearmGate>,
 }
 
-/// How many places and entries there are.
+/// The number of places and entries at one moment.
 pub(super) struct Opened {
     places: usize,
     entries: usize,
 }
 
 impl Places {
-    /// Adds an entry of the VM's own table, where it has this number. Returns its number here.
+    /// Adds an entry of the VM's own table, where it has this number. Returns its number in the
+    /// store table of this migration.
     pub(super) fn keep_entry(&mut self, number: u8, entry: StoreEntry) -> Result<u8, MigrationError> {
         self.kept.push(number);
         self.table.append(entry).map_err(|error| MigrationError::Blocked(error.to_string()))
@@ -94,15 +98,16 @@ impl Places {
         Opened { places: self.open.len(), entries: self.table.len() }
     }
 
-    /// The session is over. The next destination knows nothing of it.
+    /// Resets what belongs to a session that is over. The next destination knows nothing of it.
     pub(super) fn end_session(&mut self) {
         self.table.begin_session(self.table.len());
         (self.parts, self.received, self.sent_entries) = (0, 0, 0);
         (self.vacated, self.lacking) = (false, None);
     }
 
-    /// The destination is about to list what it lacks. The list is compared with what this side has
-    /// recorded now, so puts that end meanwhile are recorded after it.
+    /// Defers the results of puts, because the destination is about to list its missing pages. The
+    /// list is compared with the state that this side has recorded now, so puts that end meanwhile
+    /// are recorded after the list.
     pub(super) fn defer_puts(&mut self) {
         self.deferred = Some(Vec::new());
     }
@@ -113,8 +118,9 @@ impl Engine<'_> {
         self.peer.features & FEATURE_STORES != 0
     }
 
-    /// Makes a namespace for each place of the strategy that has none, and tells the destination of
-    /// all entries, and of all pages that are in stores. Returns when it has acknowledged that.
+    /// Creates a namespace for each place of the strategy that has none, and sends the destination
+    /// all entries, and the locations of all pages that are in stores. Returns when the destination
+    /// has acknowledged that.
     pub(super) fn open_places(&mut self) -> Result<(), MigrationError> {
         if !self.uses_stores {
             return Ok(());
@@ -131,13 +137,13 @@ impl Engine<'_> {
             return Ok(());
         }
         self.announce()?;
-        // an empty part: its acknowledgement says that the locations were read
+        // This part is empty. Its acknowledgement confirms that the locations were read.
         self.send_table()?;
         self.await_table()
     }
 
-    /// The session has come to nothing: closes the places that it has opened, and forgets their
-    /// namespaces. Whatever else is in the table was not sent to anybody.
+    /// Closes the places that a failed session has opened, and forgets their namespaces. The other
+    /// entries of the table were not sent to any destination.
     pub(super) fn forget_places_since(&mut self, before: Opened) {
         let opened = self.places.open.split_off(before.places);
         for open in opened {
@@ -147,7 +153,7 @@ impl Engine<'_> {
         (self.places.parts, self.places.received, self.places.sent_entries) = (0, 0, 0);
     }
 
-    /// Refuses a destination that fetches no pages from stores.
+    /// Returns an error if the destination does not fetch pages from stores.
     pub(super) fn agree_on_stores(&mut self) -> Result<(), MigrationError> {
         if !self.may_use_stores() {
             let why = "pages are in page stores or to go through them, and the destination does not fetch from any: it is \
@@ -169,7 +175,7 @@ impl Engine<'_> {
         self.send_control(&Control::StoreTable(part))
     }
 
-    /// Waits until the destination has the whole table, and has read all that was said before.
+    /// Waits until the destination has the whole table, and has read all frames before it.
     fn await_table(&mut self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + self.options.idle_timeout;
         while self.places.received < self.places.parts {
@@ -181,7 +187,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// The destination has a part of the table.
+    /// Records that the destination has a part of the table.
     pub(super) fn table_received(&mut self, number: u32) -> Result<(), MigrationError> {
         if number > self.places.parts || number <= self.places.received {
             return Err(DecodeError::invalid("store table received", "no such part is under way").into());
@@ -194,8 +200,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// After a reattachment: the table is sent once more, and what was said about locations may be
-    /// lost.
+    /// Sends the table once more after a reattachment. Locations that were sent may be lost.
     pub(super) fn repeat_table(&mut self) -> Result<(), MigrationError> {
         (self.places.vacated, self.places.lacking) = (false, None);
         if self.places.table.is_empty() {
@@ -206,7 +211,7 @@ impl Engine<'_> {
         self.send_table()
     }
 
-    /// Tells the destination of entries of which it does not know, if there are any.
+    /// Sends the destination the entries that it does not know, if there are any.
     pub(super) fn share_table(&mut self) -> Result<(), MigrationError> {
         if !self.is_connected() || self.places.table.unacknowledged().1.is_empty() {
             return Ok(());
@@ -215,8 +220,8 @@ impl Engine<'_> {
         self.await_table()
     }
 
-    /// Tells the destination which pages are in stores. Returns when it has heard all of that, or
-    /// at once if no destination is known yet.
+    /// Sends the destination the locations of pages in stores. Returns when the destination has
+    /// read them, or at once if no destination is connected yet.
     pub(super) fn share_locations(&mut self) -> Result<(), MigrationError> {
         if !self.is_connected() {
             return Ok(());
@@ -226,9 +231,10 @@ impl Engine<'_> {
         self.await_table()
     }
 
-    /// Says which pages are in stores that the destination does not know to be there (rule 16).
+    /// Sends the locations of the pages in stores that the destination does not know yet (rule 16).
     pub(super) fn announce(&mut self) -> Result<(), MigrationError> {
-        // without a table, no page can be in a store: the map's lock is left to the demand lanes
+        // Without a table, no page can be in a store. The early return leaves the map's lock to the
+        // demand lanes.
         if self.places.table.is_empty() || self.rounds.map().unannounced().is_empty() {
             return Ok(());
         }
@@ -236,7 +242,7 @@ impl Engine<'_> {
             let map = self.rounds.map();
             map.located_runs(map.unannounced())
         };
-        // after a reattachment it may not have the table yet
+        // After a reattachment the destination may not have the table yet.
         runs.retain(|run| self.places.table.usable(run.copy.entry).is_ok());
         let mut pages = PageSet::empty(self.report.pages.total);
         runs.iter().for_each(|run| pages.insert_range(run.pages));
@@ -247,20 +253,21 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// After a reattachment: says which entries have lost pages. The destination may not have heard
-    /// of a loss that was found while the link was lost (rule 13).
+    /// Sends which entries have lost pages, after a reattachment. The destination may not know a
+    /// loss that was found while the link was lost (rule 13).
     pub(super) fn repeat_losses(&mut self) -> Result<(), MigrationError> {
         let lost = self.rounds.map().lost_entries();
         lost.into_iter().try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
     }
 
-    /// The destination has listed what it lacks, or is not asked any more.
+    /// Records the puts that were deferred, because the destination has listed its missing pages,
+    /// or the attempt to ask has ended.
     pub(super) fn record_deferred_puts(&mut self) {
         self.places.deferred.take().into_iter().flatten().for_each(|done| self.place_done(done));
     }
 
-    /// Says *vacated*, once every page was sent or located, with a mark behind the pages on each
-    /// lane (rule 17).
+    /// Sends *vacated* once every page was sent or located, and a mark after the pages on each lane
+    /// (rule 17).
     pub(super) fn vacate(&mut self) -> Result<(), MigrationError> {
         if !self.may_use_stores() || self.places.vacated || self.machine.phase() != SourcePhase::Serving {
             return Ok(());
@@ -279,20 +286,20 @@ impl Engine<'_> {
         let generation = self.post_copy.left.generation.load(Ordering::Relaxed);
         self.send_control(&vacated)?;
         for lane in &self.peer.lanes {
-            // a lane that is gone has said why, which arrives as an input
+            // A lane that has ended has reported why, in an input.
             let _ = lane.send(Work::Mark(number, generation));
         }
         Ok(())
     }
 
-    /// A part of the list of what the destination lacks.
+    /// Adds a part of the destination's list of missing pages.
     pub(super) fn lacks(&mut self, first: u64, bitmap: &[u8]) -> Result<(), MigrationError> {
         let pages = self.report.pages.total;
         let lacking = self.places.lacking.get_or_insert_with(|| PageSet::empty(pages));
         Ok(add_missing(lacking, first, bitmap)?)
     }
 
-    /// The list is complete: these pages are sent again, or it is said where they are.
+    /// Completes the list of missing pages. These pages are sent again, or their locations are.
     pub(super) fn lacks_these(&mut self, expected: u64) -> Result<(), MigrationError> {
         let pages = self.places.lacking.take().unwrap_or_else(|| PageSet::empty(self.report.pages.total));
         if pages.len() != expected {
