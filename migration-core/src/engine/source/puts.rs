@@ -1,4 +1,4 @@
-//! Pages on their way into the stores of places: while the guest runs, and after the hand-over.
+//! Putting pages into the stores of places: while the guest runs, and after the hand-over.
 
 use std::sync::mpsc;
 
@@ -17,43 +17,44 @@ use crate::{
     tracker::Rearm,
 };
 
-/// Most pages of one put: 2 MiB, as a stripe.
+/// The most pages of one put: 2 MiB, as in a stripe.
 const MAX_PUT_PAGES: u64 = 512;
-/// The longest time after which a store is asked whether it still has what it was given.
+/// The longest time after which a store is asked whether it still has the pages that it was given.
 const LONGEST_TRUST: Duration = Duration::from_secs(30);
-/// A store that has failed is asked again so much later, if nothing is put there meanwhile.
+/// The time after which a store that has failed is asked again, if nothing is put there meanwhile.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// The longest time that the end of a migration waits for stores. The guest runs meanwhile.
 const CLOSING_TIME: Duration = Duration::from_secs(2);
 
-/// A namespace in the stores of a place.
+/// A place of the strategy, with its namespace in the stores of the place.
 pub(super) struct OpenPlace {
-    /// No other place of this migration has it, also after this one is closed.
+    /// The number of the place. No other place of this migration has it, even after this one is
+    /// closed.
     number: usize,
     pub(super) place: Place,
-    /// The namespace, from the moment on from which the stores may have it.
+    /// The namespace. It is set before any store may have it.
     namespace: Namespace,
-    /// An earlier one, of which the stores have lost pages.
+    /// An earlier namespace of which the stores have lost pages.
     lost_namespace: Option<Namespace>,
-    /// Its number in the store table, once it was created.
+    /// The number of the namespace in the store table; `None` before it was created.
     entry: Option<u8>,
     jobs: mpsc::Sender<Job>,
     /// The generation of the last put.
     generation: u32,
     /// Whether a job is under way.
     busy: bool,
-    /// Whether nothing is put there, until the stores have answered again.
+    /// Whether the stores have failed. Nothing is put there until they have answered again.
     failed: bool,
-    /// Whether the stores have lost pages: only a new namespace helps.
+    /// Whether the stores have lost pages. The place then needs a new namespace.
     lost: bool,
-    /// Since when the stores fail, and why, while a copy of the VM is kept ready there.
+    /// Since when the stores fail, and the reason, while a copy of the VM is kept ready there.
     pub(super) degraded: Option<(Instant, String)>,
-    /// When the stores are asked next whether they have lost anything.
+    /// When the stores are asked next whether they have lost pages.
     ask_at: Instant,
 }
 
 impl OpenPlace {
-    /// Returns the names of its stores.
+    /// Returns the names of the place's stores.
     fn names(&self) -> Vec<String> {
         match &self.place {
             Place::Stores { names, .. } => names.clone(),
@@ -67,7 +68,7 @@ impl OpenPlace {
 
     fn start(&mut self, job: Job) -> bool {
         self.busy = true;
-        // the thread ends only with this side of the channel
+        // The thread ends only when this end of the channel is dropped.
         self.jobs.send(job).is_ok()
     }
 }
@@ -107,8 +108,8 @@ impl Engine<'_> {
         let joiner = self.options.spawner.spawn(Role::Bulk, self.options.impact, &name, body);
         let joiner = joiner.map_err(|cause| MigrationError::Thread { role: "puts into a page store", cause })?;
         self.places.putters.push(PlaceThread { place: place.to_string(), joiner, ended });
-        // from here on the namespace is forgotten if the attempt fails, also if only some stores
-        // have it
+        // From here on the namespace is forgotten if the attempt fails, even if only some stores
+        // have it.
         self.places.open.push(OpenPlace {
             number,
             place,
@@ -128,14 +129,14 @@ impl Engine<'_> {
         self.places.error.take().map_or(Ok(()), Err)
     }
 
-    /// A namespace was created: it gets a number in the store table.
+    /// Gives a namespace that was created a number in the store table.
     fn opened(&mut self, place: usize, created: Vec<EntryStore>) -> Result<(), TableError> {
         let connected = self.is_connected();
         let Some(open) = self.places.open.get_mut(place) else { return Ok(()) };
         let entry = StoreEntry::new(open.namespace.clone(), created)?;
         let free = |&number: &u8| !connected && self.rounds.map().entry_reopened(number).is_ok();
         let number = match open.entry.filter(free) {
-            // nobody knows what the number stood for
+            // No destination knows what the number stood for.
             Some(number) => self.places.table.replace(number, entry).map(|()| number)?,
             None => self.places.table.append(entry)?,
         };
@@ -143,8 +144,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Asks the stores of a place that has failed once more. If they have lost pages, that needs a
-    /// new namespace.
+    /// Asks the stores of a failed place again. If they have lost pages, a new namespace is
+    /// created.
     fn revive(&mut self, place: usize) {
         let Some(options) = self.options.stores.as_ref() else { return };
         let Some(open) = self.places.open.get_mut(place).filter(|open| !open.busy) else { return };
@@ -160,8 +161,9 @@ impl Engine<'_> {
         open.start(Job::Open { namespace, lost });
     }
 
-    /// Asks the stores of places that are due whether they have lost anything, while no destination
-    /// is connected: afterwards it is the destination that asks. Returns when the next one is due.
+    /// Asks the stores of the places that are due whether they have lost pages. Done while no
+    /// destination is connected; afterwards the destination asks. Returns when the next place is
+    /// due.
     pub(super) fn tend_places(&mut self) -> Instant {
         let now = Instant::now();
         for place in 0..self.places.open.len() {
@@ -174,14 +176,14 @@ impl Engine<'_> {
     }
 }
 
-/// For how long what a store has said counts.
+/// Returns how long an answer of a store is relied on.
 fn trust(options: &SourceStores) -> Duration {
     (options.lease / 3).min(LONGEST_TRUST)
 }
 
-/// What the threads have done.
+/// Results of the places' threads.
 impl Engine<'_> {
-    /// A job has ended.
+    /// Records the result of a job that has ended.
     pub(super) fn place_done(&mut self, done: PlaceDone) {
         if let Some(deferred) = &mut self.places.deferred {
             deferred.push(done);
@@ -189,7 +191,7 @@ impl Engine<'_> {
         }
         let PlaceDone { place: number, what } = done;
         let asks = self.options.stores.as_ref().map_or(LONGEST_TRUST, trust);
-        // the place may have been closed
+        // The place may have been closed.
         let Some(place) = self.places.open.iter().position(|open| open.number == number) else { return };
         let Some(open) = self.places.open.get_mut(place) else { return };
         open.busy = false;
@@ -202,7 +204,7 @@ impl Engine<'_> {
             }
             JobDone::Opened(Err(failure)) => {
                 if failure.is_loss() {
-                    // the name is taken
+                    // The name of the namespace is taken.
                     open.lost = true;
                     open.lost_namespace = None;
                 }
@@ -216,12 +218,13 @@ impl Engine<'_> {
             Err(failure) => self.store_failed(place, failure),
         }
         if is_put && !self.places.putting {
-            // it has ended after the command that has cut its increment short
+            // The put has ended after the command that cut its increment short.
             self.report_staging();
         }
     }
 
-    /// A put has ended. What was neither written nor demanded meanwhile is in the store (rule 10).
+    /// Records the result of a put. Pages that were neither written nor demanded meanwhile are in
+    /// the store now (rule 10).
     fn put_ended(
         &mut self,
         place: usize,
@@ -239,16 +242,16 @@ impl Engine<'_> {
         let mut map = self.rounds.map();
         let result = result.map(|put| {
             put.stored.into_iter().for_each(|run| drop(map.put_done(run, copy)));
-            // a destination may have something else there
+            // A destination may have other content in these pages.
             let zeros = put.zeros.into_iter().filter(|_| untold);
             zeros.for_each(|run| drop(map.put_found_zeros(run, copy)));
         });
-        // other zeros, and all that has failed
+        // Covers the other pages of zeros, and all pages of a failed put.
         map.put_failed(run, copy);
         result
     }
 
-    /// The stores of a place have done what they were asked.
+    /// Marks a place as working again, because its stores have done what they were asked.
     fn store_answers(&mut self, place: usize) {
         let Some(open) = self.places.open.get_mut(place).filter(|open| !open.lost) else { return };
         if self.staging.is_some() && std::mem::take(&mut open.failed) {
@@ -259,8 +262,9 @@ impl Engine<'_> {
         }
     }
 
-    /// A store of a place has failed. A copy that is kept ready is out of date from now on, and
-    /// goes on when the store answers again. Otherwise no page goes there any more.
+    /// Marks a place as failed, because one of its stores has failed. A copy that is kept ready is
+    /// out of date from now on, and is continued when the store answers again. Without such a copy,
+    /// no more pages are put there.
     fn store_failed(&mut self, place: usize, failure: PutFailure) {
         let Some(open) = self.places.open.get_mut(place) else { return };
         open.failed = true;
@@ -268,7 +272,7 @@ impl Engine<'_> {
             open.lost = true;
             if let Some(entry) = open.entry {
                 self.lose_entry(entry);
-                // best effort: the destination finds it out by itself
+                // Best effort: the destination also detects the loss by itself.
                 let _ = self.send_control(&Control::EntryLost { entry });
             }
         }
@@ -292,7 +296,7 @@ impl Engine<'_> {
         self.places.error = Some(error);
     }
 
-    /// An entry has lost pages: they are sent from here (rule 13).
+    /// Records that an entry has lost pages. They are sent from here (rule 13).
     pub(super) fn lose_entry(&mut self, entry: u8) {
         self.rounds.map().entry_lost(entry);
         self.places.vacated = false;
@@ -305,12 +309,12 @@ impl Engine<'_> {
         });
     }
 
-    /// Changes what is reported of these stores.
+    /// Changes the reports of the named stores.
     fn report_of(&mut self, names: &[String], change: impl Fn(&mut StoreReport)) {
         self.report.stores.iter_mut().filter(|store| names.contains(&store.name)).for_each(change);
     }
 
-    /// Counts the pages that this migration put into stores, and those that were there before.
+    /// Counts the pages that this migration has put into stores, and those that were there before.
     pub(super) fn count_stored(&mut self) {
         let map = self.rounds.map();
         let all = map.with_copies().len();
@@ -342,7 +346,7 @@ impl Engine<'_> {
     fn put_into(&mut self, place: usize, pages: &mut PageSet, most: u64) -> Result<Put, MigrationError> {
         let mut resident = pages.clone();
         if let Some(stored) = self.rounds.stored() {
-            // those are in a store already
+            // These pages are in a store already.
             resident.subtract(&stored.pages());
         }
         let (began, asked) = (Instant::now(), resident.len().min(most));
@@ -373,8 +377,8 @@ impl Engine<'_> {
         Ok(Put { round, failed: self.places.error.take() })
     }
 
-    /// Removes from `pages` what is in stores, and what was found to hold zeros. Returns how many
-    /// pages that were.
+    /// Removes from `pages` those that are in stores, and those that were found to hold zeros.
+    /// Returns the number of removed pages.
     fn leave_out_stored(&mut self, pages: &mut PageSet) -> u64 {
         let before = pages.len();
         let mut stored = pages.clone();
@@ -388,13 +392,13 @@ impl Engine<'_> {
         before - pages.len()
     }
 
-    /// Gives a run of pages to a place. Returns whether it was taken.
+    /// Gives a run of pages to a place. Returns whether the place has accepted it.
     fn start_put(&mut self, place: usize, run: PageRange, rearm: Option<Arc<dyn Rearm>>) -> bool {
         let connected = self.is_connected();
         let Some(open) = self.places.open.get_mut(place).filter(|open| open.is_ready()) else { return false };
         let Some(entry) = open.entry else { return false };
         if connected && self.places.table.usable(entry).is_err() {
-            // the destination could not be told where the pages are (rule 15)
+            // The destination could not be told where the pages are (rule 15).
             return false;
         }
         let copy = StoreCopy { entry, generation: open.generation + 1 };
@@ -416,7 +420,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Gives each place through which `order` lets pages go the next run, if it has none.
+    /// Gives the next run to each place that `order` sends pages through and that is ready.
     pub(super) fn fill_places(&mut self, order: &mut dyn PushOrder) {
         for place in 0..self.places.open.len() {
             let open = &self.places.open[place];
@@ -427,15 +431,15 @@ impl Engine<'_> {
                 let map = self.rounds.map();
                 crate::strategy::push_order::checked_next(order, map.unclaimed(), MAX_PUT_PAGES).ok().flatten()
             };
-            // an order that is wrong is found out on the lanes
+            // A wrong order is detected and reported when the lanes are filled.
             let Some(run) = wanted else { return };
             self.start_put(place, run, None);
         }
     }
 
     /// Ends the threads of all places. Forgets the namespaces of an attempt that has failed before
-    /// *run*, those of a copy that is kept ready no more, and of entries that the destination never
-    /// had (rule 14).
+    /// *run*, the namespaces of a copy that is not kept ready any more, and those of entries that
+    /// the destination never had (rule 14).
     pub(super) fn close_places(&mut self, failed: bool) {
         if let Some(fetcher) = self.post_copy.left.fetcher.get() {
             fetcher.end();
@@ -443,12 +447,12 @@ impl Engine<'_> {
         let known = self.places.table.known();
         for open in std::mem::take(&mut self.places.open) {
             let attempt = matches!(open.place, Place::Stores { purpose: Purpose::Attempt, .. });
-            // one that takes the place of a lost namespace is in no table yet
+            // A namespace that replaces a lost one is in no table yet.
             let unknown = open.lost_namespace.is_some() || open.entry.is_none_or(|entry| usize::from(entry) >= known);
             let forgotten = if failed { attempt || self.staging.is_some() } else { unknown };
             self.close_place(open, forgotten);
         }
-        // a store that hangs keeps its thread, and not the caller
+        // The thread waits for a store that hangs, and the caller does not.
         let deadline = Instant::now() + CLOSING_TIME;
         for thread in std::mem::take(&mut self.places.putters) {
             thread.end(deadline).into_iter().for_each(|what| self.options.observer.event(&Event::Warning(what)));
@@ -458,12 +462,12 @@ impl Engine<'_> {
         }
     }
 
-    /// The thread of a place ends after what it has in hand. Before, it forgets what the stores were
-    /// given, if that is wanted.
+    /// Closes a place. Its thread ends after its current jobs; if `forget` is set, it forgets the
+    /// place's namespaces first.
     pub(super) fn close_place(&self, open: OpenPlace, forget: bool) {
         if forget {
             let namespaces = [Some(open.namespace), open.lost_namespace].into_iter().flatten().collect();
-            // a thread that has ended has nothing to forget
+            // A thread that has ended has nothing to forget.
             let _ = open.jobs.send(Job::Forget(namespaces));
         }
     }

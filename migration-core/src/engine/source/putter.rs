@@ -1,5 +1,5 @@
-//! Threads that talk to page stores, one for each place: a store may take its time, and the engine
-//! goes on meanwhile.
+//! The threads that talk to page stores, one for each place. A store may be slow, and the engine
+//! continues meanwhile.
 
 use std::{
     sync::{Arc, Mutex, Weak, mpsc},
@@ -19,28 +19,29 @@ use crate::{
     tracker::{Rearm, TrackerError},
 };
 
-/// What the thread of a place is to do.
+/// A job for the thread of a place.
 pub(super) enum Job {
-    /// Creates a namespace in all stores of the place. One that was lost there is forgotten.
+    /// Creates a namespace in all stores of the place, and forgets the namespace `lost`, whose
+    /// pages the stores have lost.
     Open {
         namespace: Namespace,
         lost: Option<Namespace>,
     },
     Put(PutJob),
-    /// Renews the lease of the namespace, and finds out whether the stores have lost anything.
+    /// Renews the lease of the namespace, and finds out whether the stores have lost pages.
     Renew,
-    /// Forgets the namespaces: nobody needs them any more. The last job.
+    /// Forgets namespaces that are not needed any more. This is the last job.
     Forget(Vec<Namespace>),
 }
 
-/// Pages for a place.
+/// Pages to put into the stores of a place.
 pub(super) struct PutJob {
     pub(super) run: PageRange,
     pub(super) copy: StoreCopy,
     pub(super) rearm: Option<Arc<dyn Rearm>>,
 }
 
-/// What the thread of a place has done.
+/// The result of a job of a place's thread.
 pub(in crate::engine) struct PlaceDone {
     /// The number of the place.
     pub(super) place: usize,
@@ -49,7 +50,7 @@ pub(in crate::engine) struct PlaceDone {
 
 /// How a job has ended.
 pub(super) enum JobDone {
-    /// The namespace was created: the stores, with their incarnations.
+    /// The namespace was created in these stores, which have these incarnations.
     Opened(Result<Vec<EntryStore>, PutFailure>),
     Put {
         run: PageRange,
@@ -59,24 +60,24 @@ pub(super) enum JobDone {
     Renewed(Result<(), PutFailure>),
 }
 
-/// Pages of a put that has succeeded.
+/// The pages of a put that has succeeded.
 pub(super) struct PutPages {
-    /// Those that all stores have.
+    /// Pages that all stores have.
     pub(super) stored: Vec<PageRange>,
-    /// Those that hold zeros, which go to no store.
+    /// Pages that hold zeros, which go to no store.
     pub(super) zeros: Vec<PageRange>,
 }
 
 /// Why a job has failed.
 pub(super) enum PutFailure {
-    /// Something here has failed: a page could not be read, or there is no room in the table.
+    /// A failure on this host: a page could not be read, or there is no room in the table.
     Here(MigrationError),
-    /// A store has failed. Without a cause, it has lost what it had.
+    /// A failure of a store. Without a cause, the store has lost the pages that it had.
     Store { name: String, cause: Option<StoreError> },
 }
 
 impl PutFailure {
-    /// Whether what was put before is lost, too.
+    /// Returns whether the pages that were put before are lost, too.
     pub(super) fn is_loss(&self) -> bool {
         use StoreError::{Absent, Forgotten, Occupied};
         matches!(self, Self::Store { cause: None | Some(Absent(_) | Forgotten(_) | Occupied(_)), .. })
@@ -91,20 +92,21 @@ impl PutFailure {
     }
 }
 
-/// Lets the threads of places re-arm pages until the tracker is given back to the VMM. A put that is
-/// late must not re-arm pages that the VMM is to find dirty.
+/// A gate that lets the threads of places re-arm pages until the tracker is given back to the VMM.
+/// A put that is late must not re-arm pages that the VMM has to find dirty.
 #[derive(Default)]
 pub(super) struct RearmGate {
     closed: Mutex<bool>,
 }
 
 impl RearmGate {
-    /// Returns what re-arms pages by `rearm` until the gate is closed.
+    /// Returns a [`Rearm`] that re-arms pages by `rearm` until the gate is closed.
     pub(super) fn pass(self: &Arc<Self>, rearm: Arc<dyn Rearm>) -> Arc<dyn Rearm> {
         Arc::new(Gated { gate: self.clone(), rearm })
     }
 
-    /// Waits for who re-arms pages at this moment. Nobody does afterwards.
+    /// Closes the gate. Waits for a call that is re-arming pages at this moment. No page is
+    /// re-armed afterwards.
     pub(super) fn close(&self) {
         *lock(&self.closed) = true;
     }
@@ -125,18 +127,18 @@ impl Rearm for Gated {
     }
 }
 
-/// A thread that waits for page stores, as the engine sees it.
+/// A handle of the engine to a thread that waits for page stores.
 pub(super) struct PlaceThread {
-    /// What is in these stores, in words.
+    /// A description of these stores, for messages.
     pub(super) place: String,
     pub(super) joiner: Box<dyn Joiner>,
-    /// Says that the thread is about to end, and what went wrong when it forgot namespaces.
+    /// Receives a message when the thread is about to end: the errors of forgetting namespaces.
     pub(super) ended: mpsc::Receiver<Vec<String>>,
 }
 
 impl PlaceThread {
-    /// Waits for the end of the thread, until `deadline` at the longest. A thread whose store hangs
-    /// then is left to itself: it ends when the store answers. Returns what the user has to know.
+    /// Waits until the thread has ended, but not beyond `deadline`. A thread whose store hangs is
+    /// not waited for any longer: it ends when the store answers. Returns warnings for the user.
     pub(super) fn end(self, deadline: Instant) -> Vec<String> {
         let left = deadline.saturating_duration_since(Instant::now());
         let errors = match self.ended.recv_timeout(left) {
@@ -153,10 +155,11 @@ impl PlaceThread {
     }
 }
 
-/// Does the jobs of one place, on a thread of its own.
+/// Executes the jobs of one place, on a thread of its own.
 pub(super) struct Putter {
     pub(super) place: usize,
-    /// RAM, as long as the migration lasts: a store that hangs must not keep it.
+    /// RAM, as long as the migration lasts. The reference is weak, because a store that hangs must
+    /// not keep RAM allocated.
     pub(super) ram: Weak<dyn GuestRam>,
     pub(super) record: Record,
     pub(super) lease: Duration,
@@ -184,15 +187,15 @@ impl Putter {
                     continue;
                 }
             };
-            // the engine may be gone: the migration is over, and the last job comes next
+            // The engine may be gone, because the migration is over. The last job comes next then.
             let _ = inputs.send(Input::Place(PlaceDone { place: self.place, what }));
         }
         self.stores.iter().for_each(|store| store.dismiss(self.namespace.id()));
-        // as above
+        // The engine may be gone.
         let _ = ends.send(errors);
     }
 
-    /// Forgets namespaces in all stores. Returns what went wrong.
+    /// Forgets namespaces in all stores. Returns descriptions of the failures.
     fn forget(&self, namespaces: &[Namespace]) -> Vec<String> {
         let mut errors = Vec::new();
         for namespace in namespaces {
@@ -220,7 +223,8 @@ impl Putter {
         }
         self.incarnations = created.iter().map(|store| store.incarnation).collect();
         if let Some(lost) = lost {
-            // a store that has lost it need not be able to; its lease ends
+            // A store that has lost the namespace may be unable to forget it. Its lease ends in any
+            // case.
             self.stores.iter().for_each(|store| drop(store.forget(lost.of(self.record.vm))));
         }
         Ok(created)
@@ -241,7 +245,7 @@ impl Putter {
             let put = store.put(self.namespace.of(self.record.vm), job.copy.generation, &pages);
             let stored = put.map_err(|cause| failure(Some(cause)))?;
             if stored.incarnation != *incarnation {
-                // what was put before may be gone (rule 11)
+                // The pages that were put before may be gone (rule 11).
                 return Err(failure(None));
             }
             taken.iter_mut().zip(stored.taken).for_each(|(all, this)| *all &= this);
@@ -250,7 +254,7 @@ impl Putter {
         Ok(PutPages { stored: PageRange::runs_of(stored.map(|(page, _)| page.page)), zeros })
     }
 
-    /// Copies the pages: the guest may write between two looks.
+    /// Copies the pages. Without a copy, the guest could write a page between two reads of it.
     fn copy(&self, job: &PutJob) -> Result<Copied, MigrationError> {
         let over = || MigrationError::GaveUp("the migration has ended".into());
         let ram = self.ram.upgrade().ok_or_else(over)?;

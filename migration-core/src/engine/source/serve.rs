@@ -1,5 +1,5 @@
-//! Post-copy at the source: what was left behind is sent, to whoever waits first, and the lost link
-//! is waited out.
+//! Post-copy at the source: streams the remaining pages to the destination, demanded pages first,
+//! and reconnects after a loss of the link.
 
 use std::{
     collections::VecDeque,
@@ -35,34 +35,39 @@ use crate::{
     wire::{Bulk, HUGE_BLOCK, Header, add_missing, missing_frames},
 };
 
-/// Fewest pages in a push while the guest faults: more, and a demanded page would wait behind them
-/// on a slow link; fewer, and they would cost more than they carry.
+/// The fewest pages in a push while the guest faults. With more, a demanded page would wait longer
+/// behind them on a slow link. With fewer, the cost of a push would exceed its benefit.
 const LEAST_PUSH: u64 = 16;
-/// Pushes that a lane is given ahead, so that it does not idle until the next one is chosen.
+/// The number of pushes that are queued on a lane, so that it does not idle until the next one is
+/// chosen.
 const PUSHES_AHEAD: usize = 2;
 
-/// A push takes about so long while the guest faults: a new fault then changes soon what comes
-/// next, and a page that is asked for while it is pushed is not far behind. (Measured: with 1 ms,
-/// one fault in a hundred beside a push at full rate waits 3 to 4 ms for a page that is on its way
-/// already, with this about 1 ms, and the push takes 1.3 times as long.)
+/// The time that a push should take while the guest faults. It is short, so that a new fault soon
+/// affects what is pushed next, and so that a page that is demanded while it is pushed arrives
+/// soon. (Measured: with 1 ms, one fault in a hundred during a push at full rate waits 3 to 4 ms
+/// for a page that is being sent already. With this value it waits about 1 ms, and the push takes
+/// 1.3 times as long.)
 const PUSH_TIME: Duration = Duration::from_micros(100);
-/// And so long while it does not, on a link that is too slow for a whole block in this time.
+/// The time that a push should take while the guest does not fault, on a link that is too slow for
+/// a whole stripe in this time.
 const CALM_PUSH_TIME: Duration = Duration::from_millis(4);
-/// Pages of a push as long as nothing is known of the link.
+/// The number of pages of a push before the rate of the link is known.
 const FIRST_PUSH: u64 = 128;
-/// Without a fault for so long, the guest has what it works on, and pushes are as large as they can
-/// be.
+/// The time without a fault after which the guest is taken to have its working set. Pushes are as
+/// large as possible then.
 const CALM: Duration = Duration::from_millis(20);
 
-/// The rate of pushes is measured over so long, at least: lanes may be done at the same moment.
+/// The shortest time over which the rate of pushes is measured. Several lanes may complete at the
+/// same moment, so a shorter time would mislead.
 const RATE_WINDOW: Duration = Duration::from_millis(5);
 
-/// How much to push at a time.
+/// Determines how many pages are pushed at a time.
 struct Pace {
     last_fault: Option<Instant>,
-    /// Pages that were pushed a second in the last window; 0 before the first one.
+    /// The number of pages pushed a second in the last window; 0 before the end of the first
+    /// window.
     rate: f64,
-    /// The present window: its beginning, and pages whose push was done in it.
+    /// The present window: its beginning, and the number of pages whose push has completed in it.
     since: Instant,
     pages: u64,
     under_way: VecDeque<u64>,
@@ -79,7 +84,7 @@ impl Pace {
 
     fn most(&self, block: u64) -> u64 {
         if self.rate == 0.0 {
-            // nothing is known of the link yet
+            // Nothing is known of the link yet.
             return FIRST_PUSH.max(block);
         }
         let time = if self.is_calm() { CALM_PUSH_TIME } else { PUSH_TIME };
@@ -92,13 +97,13 @@ impl Pace {
 
     fn pushed(&mut self, pages: u64) {
         if self.under_way.is_empty() {
-            // nothing was under way: that time says nothing of the link
+            // No push was under way, so the time until now says nothing about the link.
             (self.since, self.pages) = (Instant::now(), 0);
         }
         self.under_way.push_back(pages);
     }
 
-    /// A push is done: about the oldest one.
+    /// Records that the oldest outstanding push has completed.
     fn done(&mut self) {
         self.pages += self.under_way.pop_front().unwrap_or(0);
         let time = self.since.elapsed();
@@ -109,19 +114,21 @@ impl Pace {
     }
 }
 
-/// Where each page is, as the source knows it, and what it takes to send those that were left
-/// behind. Whoever sends one claims it first, so each moves once.
+/// The location of each page, as the source knows it, and the state for sending the pages that
+/// remain after the hand-over. Each sender of a page claims it first, so each page is sent once.
 pub(super) struct Left {
     pub(super) map: Arc<Mutex<PageMap>>,
-    /// The generation as which they move.
+    /// The generation under which the pages are sent.
     pub(super) generation: AtomicU32,
-    /// Pages that move together, aligned: 1, or those of a huge page.
+    /// The number of pages that are sent together, aligned to this number: 1, or the pages of a
+    /// huge page.
     pub(super) block: AtomicU64,
-    /// Pages that were sent because they were asked for, and requests that had some sent. Counted
-    /// before they go out, so that all are counted when the destination has them.
+    /// The number of pages that were sent on demand, and the number of requests for which pages
+    /// were sent. They are counted before the pages go out, so that all are counted when the
+    /// destination has them.
     pub(super) demanded: AtomicU64,
     pub(super) requests: AtomicU64,
-    /// Sends pages that are here in stores only.
+    /// Sends pages that the source has in stores only.
     pub(super) fetcher: OnceLock<Arc<Fetcher>>,
 }
 
@@ -137,35 +144,35 @@ impl Left {
         }
     }
 
-    /// Changes the map. What is left then, and is here in stores only, is the fetcher's before
-    /// anybody can claim it.
+    /// Changes the map. The remaining pages that are here in stores only are given to the fetcher
+    /// before any other sender can claim them.
     pub(super) fn change(&self, change: impl FnOnce(&mut PageMap) -> Result<(), MapError>) -> Result<(), MapError> {
         let mut map = lock(&self.map);
         change(&mut map)?;
         self.fetcher.get().map_or(Ok(()), |fetcher| fetcher.take_over(&mut map))
     }
 
-    /// Pages move on these lanes from now on.
+    /// Sets the lanes on which pages are sent from now on.
     pub(super) fn attach(&self, lanes: &[mpsc::Sender<Work>]) {
         if let Some(fetcher) = self.fetcher.get() {
             fetcher.attach(lanes, self.generation.load(Ordering::Relaxed));
         }
     }
 
-    /// Takes out what is left of the block around `page`; nothing if it was sent.
+    /// Claims the remaining pages of the block around `page`. Returns nothing if they were sent.
     fn claim(&self, page: u64) -> Vec<PageRange> {
         lock(&self.map).claim_block(page, self.block.load(Ordering::Relaxed))
     }
 
-    /// Takes out what `order` wants to push next, widened to whole blocks.
+    /// Claims the pages that `order` chooses next, widened to a whole block.
     ///
     /// # Errors
-    /// What is wrong with the order.
+    /// Returns an error that says what is wrong with the order.
     fn next(&self, order: &mut dyn PushOrder, most: u64) -> Result<Option<PageRange>, OrderError> {
         let mut map = lock(&self.map);
         let block = self.block.load(Ordering::Relaxed).max(1);
         let Some(wanted) = checked_next(order, map.unclaimed(), most.max(block))? else { return Ok(None) };
-        // of a block, what is left of it
+        // Only the remaining pages of a block are sent.
         let whole = PageRange::new(wanted.first / block * block, block);
         let range = map.unclaimed().ranges_in(if block == 1 { wanted } else { whole }).next();
         let Some(run) = range else { return Ok(None) };
@@ -174,7 +181,7 @@ impl Left {
     }
 }
 
-/// A demand lane at the source: reads requests, and answers them on the spot.
+/// A demand lane at the source. It reads requests, and answers each one immediately.
 pub(super) struct DemandLane {
     pub(super) lane: Lane,
     pub(super) reader: Box<dyn ReadHalf>,
@@ -182,12 +189,12 @@ pub(super) struct DemandLane {
 }
 
 impl DemandLane {
-    /// Serves until the link ends.
+    /// Answers requests until the link ends.
     pub(super) fn run(mut self, inputs: PeerInputs) {
         let mut sequence = 0;
         loop {
             if let Err(error) = self.request(&mut sequence, &inputs) {
-                // the engine may be gone: the migration is over
+                // The engine may be gone, because the migration is over.
                 let _ = inputs.send(Input::Lane(Err(error)));
                 return;
             }
@@ -215,14 +222,14 @@ impl DemandLane {
             for range in claimed {
                 self.lane.push(range, generation)?;
             }
-            // as above
+            // The engine may be gone.
             let _ = inputs.send(Input::Demanded(page));
         }
         Ok(())
     }
 }
 
-/// Widens a set to whole blocks.
+/// Widens a set of pages to whole blocks.
 fn widen(pages: &mut PageSet, block: u64) {
     if block <= 1 {
         return;
@@ -234,10 +241,10 @@ fn widen(pages: &mut PageSet, block: u64) {
 }
 
 impl Engine<'_> {
-    /// Widens `missing` to whole blocks, and tells the destination of it.
+    /// Widens `missing` to whole blocks, and sends the destination the list of these pages.
     pub(super) fn leave_behind(&mut self, mut missing: PageSet) -> Result<(), MigrationError> {
         widen(&mut missing, self.post_copy.left.block.load(Ordering::Relaxed));
-        // a page of such a block that is in a store stays there (rule 6)
+        // A page of such a block that is in a store stays there (rule 6).
         missing.subtract(self.rounds.map().with_copies());
         self.announce()?;
         for frame in missing_frames(&missing) {
@@ -254,11 +261,11 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Sends all that was left behind, across as many losses of the link as come.
+    /// Streams all remaining pages. Reconnects as often as the link is lost.
     pub(super) fn serve_all(&mut self, order: &mut dyn PushOrder) -> Result<(), MigrationError> {
         let dirtied = std::mem::take(&mut self.post_copy.dirtied_last);
         self.heat_up(&dirtied, DIRTIED);
-        // without the lock: faults are served meanwhile
+        // The set is cloned, so that the lock is free and faults are served meanwhile.
         let unsent = self.rounds.map().unclaimed().clone();
         order.begin(&unsent, &self.post_copy.heat);
         if let Some(fetcher) = self.post_copy.left.fetcher.get() {
@@ -268,13 +275,13 @@ impl Engine<'_> {
         while self.machine.phase() == SourcePhase::Serving {
             let Err(error) = self.push(order) else { continue };
             if self.machine.phase() != SourcePhase::Serving {
-                // the VM has ended
+                // The VM has ended.
                 break;
             }
             let lacked = self.post_copy.lacking;
             self.reconnect(describe(&error));
             if self.post_copy.lacking == lacked && self.machine.phase() == SourcePhase::Serving {
-                // the links work, but no page arrives on them
+                // The link works each time, but no page arrives.
                 thread::sleep(back_off);
                 back_off = (back_off * 2).min(MAX_BACK_OFF);
             } else {
@@ -284,8 +291,8 @@ impl Engine<'_> {
         self.came_back()
     }
 
-    /// Takes what `order` wants to push next. One that is wrong must not keep the guest waiting:
-    /// then it is the next page, and the user is told once.
+    /// Claims the pages that `order` chooses next. An order that is wrong must not keep the guest
+    /// waiting: the next remaining pages are claimed instead, and the user is warned once.
     fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
         let left = &self.post_copy.left;
         let why = match left.next(order, most) {
@@ -307,8 +314,8 @@ impl Engine<'_> {
         let mut pace = Pace::new();
         while self.machine.phase() == SourcePhase::Serving {
             let most = pace.most(block);
-            // while the guest waits, a lane gets its next push only when it is done with the last
-            // one
+            // While the guest faults, a lane gets its next push only when it has completed the last
+            // one.
             let least_free = if pace.is_calm() { 0 } else { ahead - ahead / PUSHES_AHEAD };
             while free.len() > least_free
                 && let Some(range) = self.next_push(order, most)
@@ -318,7 +325,7 @@ impl Engine<'_> {
                 self.report.pages.prepaged += if order.prepaged() { range.count } else { 0 };
                 pace.pushed(range.count);
                 if let Some(lane) = self.peer.lanes.get(usize::from(lane)) {
-                    // a lane that is gone has said why, which arrives as an input
+                    // A lane that has ended has reported why, in an input.
                     let _ = lane.send(Work::Push(range, generation));
                 }
             }
@@ -348,7 +355,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// After a reattachment: what the destination still lacks, and new lanes to send it on.
+    /// Resumes streaming after a reattachment: reads the list of pages that the destination still
+    /// lacks, and opens new lanes.
     pub(super) fn resume_serving(&mut self) -> Result<(), MigrationError> {
         let mut missing = PageSet::empty(self.report.pages.total);
         let deadline = Instant::now() + self.options.idle_timeout;
@@ -381,12 +389,13 @@ impl Engine<'_> {
         self.repeat_table()
     }
 
-    /// Counts what the fetcher has sent since this was called last.
+    /// Adds the pages that the fetcher has sent since the last call to the report.
     pub(super) fn count_fetched(&mut self) {
         self.report.pages.pushed += self.post_copy.left.fetcher.get().map_or(0, |fetcher| fetcher.take_pushed());
     }
 
-    /// The granularity in which pages are left behind.
+    /// Sets the granularity in which missing pages are left at the source: huge pages if `whole`,
+    /// single pages otherwise.
     pub(super) fn set_block(&self, whole: bool) {
         self.post_copy.left.block.store(if whole { HUGE_BLOCK } else { 1 }, Ordering::Relaxed);
     }
@@ -407,7 +416,8 @@ mod tests {
     fn a_push_is_short_while_the_guest_faults_and_long_when_it_is_calm() {
         let mut pace = Pace::new();
         assert_eq!((pace.is_calm(), pace.most(1), pace.most(512)), (true, FIRST_PUSH, 512));
-        // a fault that lies ahead is as good as one just now, however slow this test is
+        // A fault that lies ahead of the present time counts as a recent one, however slow this
+        // test is.
         pace.fault();
         assert!(pace.last_fault.is_some());
         for (rate, faulting, calm) in
@@ -424,7 +434,7 @@ mod tests {
     #[test]
     fn the_rate_is_that_of_a_window_in_which_something_was_under_way() {
         let mut pace = Pace::new();
-        // a window that has just begun
+        // The window has just begun.
         pace.since = Instant::now() + HOUR;
         pace.pages = 5;
         pace.pushed(20);
@@ -435,7 +445,7 @@ mod tests {
         assert_eq!((pace.pages, pace.rate), (20, 0.0));
         pace.since = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
         pace.done();
-        // 50 in a second and a bit
+        // 50 pages in a little more than a second.
         assert!(pace.rate > 5.0 && pace.rate < 50.0 && pace.pages == 0, "{}", pace.rate);
         pace.done();
         assert_eq!(pace.pages, 0, "nothing is under way");
@@ -470,7 +480,7 @@ mod tests {
         assert!(huge.next(order, 1).unwrap().is_none() && lock(&huge.map).unclaimed().is_empty());
     }
 
-    /// An order that always says the same.
+    /// An order that always makes the same choice.
     struct Always(Option<PageRange>);
 
     impl PushOrder for Always {
@@ -522,7 +532,7 @@ mod tests {
         }
     }
 
-    /// Reads what it was given, and counts what is written.
+    /// A channel that reads the bytes that it was given, and counts the pages that are written.
     struct Wire(VecDeque<u8>, Arc<AtomicU64>);
 
     impl ReadHalf for Wire {
@@ -557,8 +567,9 @@ mod tests {
         }
     }
 
-    /// What a source says to one request, with 10 pages from page 100 left: the error, if any, and
-    /// the pages that it sends, that it counts as demanded, and how many requests it counts.
+    /// Lets a source with 10 remaining pages from page 100 on answer one request. Returns the
+    /// error, if any; the numbers of pages that it sends, of pages that it counts as demanded, and
+    /// of requests that it counts; and the pages that it reports as demanded.
     fn requested(generation: u32, number: u32, pages: &[u64]) -> (Option<MigrationError>, [u64; 3], Vec<u64>) {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 2000 << 12 }]).unwrap();
         let ram: Arc<dyn GuestRam> = Arc::new(HeapRam::new(layout).unwrap());
@@ -574,7 +585,7 @@ mod tests {
         let (tx, rx) = mpsc::channel();
         let inputs = PeerInputs::new(tx, Arc::default(), Arc::default());
         let error = demand.request(&mut 0, &inputs).err();
-        // each page that is sent is an extent of zeros
+        // Each page that is sent is an extent of zeros.
         let pages = sent.load(Ordering::Relaxed);
         assert_eq!(wire_bytes.load(Ordering::Relaxed), len + pages * (Header::LEN as u64 + 4 + 4 + 12));
         let told = rx.try_iter().filter_map(|input| if let Input::Demanded(page) = input { Some(page) } else { None });

@@ -1,9 +1,9 @@
-//! A VM that is protected at home: a copy of it is kept ready in page stores, and no destination is
-//! known until a command names one.
+//! Protection of a VM: a copy of the VM is kept ready in page stores, and no destination is known
+//! until a command names one.
 //!
-//! A session has many attempts, and each has a destination and an epoch of its own. What lives as
-//! long as the session: the tracker, the page map, the namespaces. So an attempt that fails before
-//! *run* costs nothing that a store has, and the protection goes on with the same map.
+//! A session has many attempts, and each attempt has its own destination and epoch. The tracker,
+//! the page map and the namespaces last as long as the session. An attempt that fails before *run*
+//! therefore loses nothing that a store has, and the protection continues with the same map.
 
 use super::*;
 use crate::{
@@ -16,30 +16,30 @@ use crate::{
     strategy::{Destination, Place, Until, Wake},
 };
 
-/// The first interval at which a wait looks how many pages were written, if they are counted. A
-/// tracker does not say so by itself.
+/// The first interval at which a wait counts the written pages, if they are to be counted. A
+/// tracker does not report writes by itself.
 const FIRST_DIRTY_LOOK: Duration = Duration::from_millis(20);
-/// The longest such interval, unless a look takes long.
+/// The longest such interval, unless a harvest takes long.
 const LONGEST_DIRTY_LOOK: Duration = Duration::from_secs(1);
-/// Looks take at most this share of the time.
+/// Harvests take at most one part in this many of the time.
 const LOOK_SHARE: u32 = 50;
 
-/// Protects `vm` by `strategy`, which [connects by itself](Strategy::connects_itself), until the VM
-/// was evicted or the protection is ended. No destination is known meanwhile.
+/// Protects `vm` by `strategy`, which [connects by itself](Strategy::connects_itself). Returns when
+/// the VM was evicted or the protection has ended. No destination is known meanwhile.
 ///
 /// The controller of `commands` [evicts](super::super::Controller::evict) the VM to a destination
 /// that is named only then, [ends](super::super::Controller::stage_off) the protection, and
-/// [cancels](super::super::Controller::cancel) an eviction that is under way. An eviction that fails
-/// before *run* leaves the VM here, protected as before, and the next command may name another
-/// destination.
+/// [cancels](super::super::Controller::cancel) an eviction that is under way. After an eviction
+/// that fails before *run*, the VM is still here, protected as before, and the next command may
+/// name another destination.
 ///
-/// The report is that of the eviction: `total` counts from the command on. If there was none, it
-/// counts from the beginning, and the outcome is `Cancelled`, or `Failed` if the guest has ended or
-/// the VM cannot be protected. The namespaces that were made are forgotten then (rule 14). In every
-/// outcome but `Completed` the guest runs on here as it did before.
+/// The report is that of the eviction, and its `total` counts from the command on. Without an
+/// eviction, it counts from the beginning, and the outcome is `Cancelled`, or `Failed` if the guest
+/// has ended or the VM cannot be protected. The namespaces that were created are forgotten then
+/// (rule 14). In every outcome but `Completed` the guest runs on here as it did before.
 ///
-/// The dirty tracker has one consumer meanwhile: a snapshot or another migration has to wait until
-/// this has returned.
+/// The dirty tracker has only one consumer: a snapshot or another migration has to wait until this
+/// function has returned.
 pub fn stage(
     vm: &mut dyn SourceVm,
     strategy: &mut dyn Strategy,
@@ -55,7 +55,7 @@ pub fn stage(
     engine.conclude(result)
 }
 
-/// No destination is known yet.
+/// The connector of a session in which no destination is known yet.
 struct Nowhere;
 
 impl Connector for Nowhere {
@@ -68,7 +68,7 @@ impl Connector for Nowhere {
     }
 }
 
-/// What a session knows beside its attempt.
+/// The state of a session that lasts longer than one attempt.
 #[derive(Default)]
 pub(super) struct Staging {
     /// The command that the strategy has not taken yet.
@@ -82,7 +82,7 @@ pub(super) struct Staging {
 }
 
 impl Engine<'_> {
-    /// Returns whether there is a link to a destination.
+    /// Returns whether there is a link to a destination, or the VM was handed over.
     pub(super) fn is_connected(&self) -> bool {
         self.peer.control.is_some() || !self.machine.owns()
     }
@@ -97,15 +97,15 @@ impl Engine<'_> {
         self.staging.as_ref().is_some_and(|staging| staging.command.is_some())
     }
 
-    /// A command has come.
+    /// Records a command.
     pub(super) fn commanded(&mut self, command: EvictTo) {
         if let Some(staging) = &mut self.staging {
             staging.command = Some(command);
         }
     }
 
-    /// The user has cancelled while no eviction was under way: one that was about to begin does
-    /// not.
+    /// Handles a cancel while no eviction is under way: a command that the strategy has not taken
+    /// yet is dropped.
     pub(super) fn withdraw(&mut self, why: &str) {
         let Some(command) = self.staging.as_mut().and_then(|staging| staging.command.take()) else { return };
         self.eviction_failed(&command.to, format!("cancelled: {why}"));
@@ -117,7 +117,7 @@ impl Engine<'_> {
             let Err(error) = strategy.migrate(Running::new(self)) else { return Ok(()) };
             let cancelled = matches!(self.over, Some(Over::Cancelled(_)));
             let ended = self.over.is_some() && !cancelled;
-            // a strategy that fails while it only stages would do so again
+            // A strategy that fails while it only keeps the copy would fail again.
             if !self.machine.owns() || ended || self.is_idly_staged() && !cancelled {
                 return Err(error);
             }
@@ -126,7 +126,7 @@ impl Engine<'_> {
         }
     }
 
-    /// Refuses what cannot be protected, and creates the namespaces.
+    /// Creates the namespaces. Returns an error if the VM cannot be protected.
     fn begin_staging(&mut self, strategy: &dyn Strategy) -> Result<(), MigrationError> {
         let places = strategy.stores();
         let staged = |place: &Place| matches!(place, Place::Stores { purpose: Purpose::Stage, .. });
@@ -168,7 +168,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Returns where a destination is, as the command has said.
+    /// Returns the connector of the destination that the command has named.
     pub(super) fn commanded_way(&self, to: &Destination) -> Result<Arc<dyn Connector>, MigrationError> {
         let command = self.staging.as_ref().and_then(|staging| staging.taken.as_ref());
         let command = command.filter(|command| command.to == *to);
@@ -187,15 +187,15 @@ impl Engine<'_> {
         connected
     }
 
-    /// The attempt under way has failed before *run*: the guest runs on here, and nothing that was
-    /// sent or said in this attempt counts (rule 18).
+    /// Ends an attempt that has failed before *run*. The guest runs on here, and nothing that was
+    /// sent in this attempt counts (rule 18).
     fn end_attempt(&mut self, error: &MigrationError) {
-        // resume first: every moment until then is downtime
+        // Resume first: all the time until then is downtime.
         self.resume_guest();
         self.guest = Guest::default();
         self.leave_destination(error);
         self.close();
-        // inputs of lanes that have ended
+        // Inputs of lanes that have ended.
         while let Ok(input) = self.inputs.try_recv() {
             self.take_leftover(input);
         }
@@ -228,7 +228,7 @@ impl Engine<'_> {
         self.options.observer.event(&Event::EvictionFailed { to: to.name().to_owned(), why });
     }
 
-    /// Waits for what comes first. See [`Running::wait`].
+    /// Waits until the first of the conditions in `until` is met. See [`Running::wait`].
     pub(super) fn wait_until(&mut self, until: Until) -> Result<Wake, MigrationError> {
         self.check_over()?;
         if self.staging.is_none() && until.time.is_none() && until.dirty.is_none() {
@@ -266,7 +266,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Returns where the VM is to go, if a command has come. The eviction begins with that.
+    /// Returns the destination that a command has named, if one has come. The eviction begins with
+    /// that.
     fn take_command(&mut self) -> Option<Destination> {
         let staging = self.staging.as_mut()?;
         let command = staging.command.take()?;
@@ -276,7 +277,7 @@ impl Engine<'_> {
         Some(to)
     }
 
-    /// An increment has ended.
+    /// Records that an increment has ended.
     pub(super) fn increment_ended(&mut self, stored: u64, failed: bool) {
         let Some(staging) = self.staging.as_mut().filter(|_| stored > 0) else { return };
         if !failed {
@@ -286,7 +287,7 @@ impl Engine<'_> {
         self.report_staging();
     }
 
-    /// Lets controllers and the observer know how the copy of the VM is.
+    /// Reports the state of the VM's copy to controllers and the observer.
     pub(super) fn report_staging(&mut self) {
         let Some(staging) = &self.staging else { return };
         let (staged_pages, dirty_pages) = {
@@ -310,7 +311,8 @@ impl Engine<'_> {
 }
 
 impl Requests {
-    /// A session or an attempt begins: the destination has not answered yet.
+    /// Resets the answers to controllers at the beginning of a session or an attempt: the
+    /// destination has not answered yet.
     fn begin(&mut self, can_switch_over: bool) {
         self.post_copy = Err(NoPostCopy::NotYet);
         self.switch_over = Err(if can_switch_over { NoSwitchOver::NotYet } else { NoSwitchOver::Strategy });
@@ -318,7 +320,7 @@ impl Requests {
     }
 }
 
-/// Why nothing goes on in a session, as long as the VM is ours.
+/// Why a session, or an attempt, ends while the VM is ours.
 pub(super) enum Over {
     /// The user has cancelled.
     Cancelled(String),
@@ -340,7 +342,8 @@ impl Over {
 
 /// Ends that the user or the guest causes.
 impl Engine<'_> {
-    /// Returns the error of every verb, once the user has cancelled or the guest has ended.
+    /// Returns the error that every verb returns once the user has cancelled or the guest has
+    /// ended.
     pub(super) fn check_over(&self) -> Result<(), MigrationError> {
         match &self.over {
             Some(over) if self.machine.owns() => Err(over.error()),
@@ -348,8 +351,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Ends the attempt, or the session, if the VM is ours. Returns the error of whatever is under
-    /// way.
+    /// Ends the attempt, or the session, if the VM is ours. Returns the error for the call that is
+    /// under way.
     pub(super) fn end_by(&mut self, over: Over) -> Result<(), MigrationError> {
         if !self.machine.owns() {
             return Ok(());
@@ -364,10 +367,10 @@ impl Engine<'_> {
         }
     }
 
-    /// Takes an input for which nobody waits any more, because a link has ended. Commands count all
-    /// the same.
+    /// Handles an input that no call waits for any more, because a link has ended. Commands are
+    /// recorded nevertheless.
     pub(super) fn take_leftover(&mut self, input: Input) {
-        // the error is that of the next verb
+        // The next verb returns the error.
         let _ = match input {
             Input::Place(done) => {
                 self.place_done(done);
