@@ -1,4 +1,4 @@
-//! One end of a control lane: whole frames in, whole frames out.
+//! One end of a control lane: sends and receives whole frames.
 
 use std::{
     io,
@@ -19,10 +19,10 @@ use crate::{
     wire::{Control, Header},
 };
 
-/// Bytes that are written at once.
+/// The most bytes of a frame that are written at once.
 const PIECE: usize = 64 << 10;
 
-/// Sends frames, counted and numbered.
+/// Sends frames, counts their bytes, and numbers them.
 pub(super) struct ControlWriter {
     half: Box<dyn WriteHalf>,
     peer: String,
@@ -37,19 +37,19 @@ impl ControlWriter {
         Self { half, peer, sequence: 0, bytes, deadline: None }
     }
 
-    /// Sets the moment from which on nothing more is written, not even the rest of a frame that has
-    /// begun; `None` for no such moment.
+    /// Sets the time after which nothing more is written, not even the rest of a frame that has
+    /// begun. `None` means no limit.
     pub(super) fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
         self.half.set_deadline(deadline);
     }
 
-    /// How long a write may go without a byte taken by the peer.
+    /// Sets how long a write may take while the peer accepts no byte.
     pub(super) fn set_idle_timeout(&mut self, timeout: Duration) -> io::Result<()> {
         self.half.set_idle_timeout(Some(timeout))
     }
 
-    /// The bare half: what was sent so far was no frame.
+    /// Returns the write half of the channel. Used for a channel on which no frame was sent.
     pub(super) fn into_half(self) -> Box<dyn WriteHalf> {
         self.half
     }
@@ -58,14 +58,15 @@ impl ControlWriter {
         self.send_all(epoch, std::slice::from_ref(frame))
     }
 
-    /// Sends frames in one go: the peer is woken once.
+    /// Sends several frames in one go, so that the peer is woken only once.
     pub(super) fn send_all(&mut self, epoch: u32, frames: &[Control]) -> Result<(), MigrationError> {
         let mut bytes = Vec::new();
         for frame in frames {
             bytes.append(&mut frame.encode(0, self.sequence, epoch));
             self.sequence = self.sequence.wrapping_add(1);
         }
-        // counted, and its deadline looked at, piece by piece: on a slow link all of it takes long
+        // The data is written in pieces. Each piece is counted, and the deadline is checked before
+        // it, because on a slow link the whole takes long.
         for piece in bytes.chunks(PIECE) {
             self.in_time().map_err(MigrationError::link(&self.peer))?;
             self.half.write_all(piece, &[]).map_err(MigrationError::link(&self.peer))?;
@@ -74,12 +75,14 @@ impl ControlWriter {
         Ok(())
     }
 
-    /// Returns how long a frame that can wait has to, to keep to a limit on the bandwidth.
+    /// Returns for how long the caller should not send a frame that can wait, because of a
+    /// bandwidth limit.
     pub(super) fn ahead_of_limit(&self) -> Duration {
         self.half.ahead_of_limit()
     }
 
-    /// Not every channel looks at the deadline by itself.
+    /// Returns an error if the deadline has passed. The check is needed because not every channel
+    /// observes the deadline by itself.
     fn in_time(&self) -> io::Result<()> {
         match self.deadline {
             Some(deadline) if Instant::now() >= deadline => {
@@ -89,7 +92,7 @@ impl ControlWriter {
         }
     }
 
-    /// Sends open files behind the frames so far.
+    /// Sends open files after the frames so far.
     pub(super) fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), MigrationError> {
         self.half.send_files(files).map_err(MigrationError::link(&self.peer))?;
         self.bytes.fetch_add(files.len().div_ceil(FILES_PER_BYTE) as u64, Ordering::Relaxed);
@@ -97,17 +100,19 @@ impl ControlWriter {
     }
 }
 
-/// Receives frames, and refuses those that are out of sequence.
+/// Receives frames, and returns an error for a frame that is out of sequence.
 pub(super) struct ControlReader {
     half: Box<dyn ReadHalf>,
     peer: String,
     sequence: u32,
     bytes: Arc<AtomicU64>,
-    /// Whether anything may be at the other end, as nothing has come from there yet.
+    /// Whether the peer may be something else than a migration destination, because no frame has
+    /// come from it yet.
     unknown: bool,
 }
 
-/// How long a stranger has to finish what it says. It is only shown, so little time will do.
+/// How long the peer has to finish its line after it was found to be no migration destination. The
+/// line is only shown to the user, so little time is enough.
 const STRANGER_PATIENCE: Duration = Duration::from_millis(200);
 
 impl ControlReader {
@@ -115,18 +120,18 @@ impl ControlReader {
         Self { half, peer, sequence: 0, bytes, unknown: false }
     }
 
-    /// Reads from an address at which a destination is expected. What does not begin with a frame
-    /// is called a [stranger](MigrationError::ForeignPeer).
+    /// Returns a reader for an address at which a destination is expected. If the first bytes are
+    /// no frame, the error is [`MigrationError::ForeignPeer`].
     pub(super) fn of_destination(half: Box<dyn ReadHalf>, peer: String, bytes: Arc<AtomicU64>) -> Self {
         Self { unknown: true, ..Self::new(half, peer, bytes) }
     }
 
-    /// Sets how long a read may go without a byte from the peer.
+    /// Sets how long a read may take while no byte comes from the peer.
     pub(super) fn set_idle_timeout(&mut self, timeout: Duration) -> Result<(), MigrationError> {
         self.half.set_idle_timeout(Some(timeout)).map_err(MigrationError::link(&self.peer))
     }
 
-    /// Open files that follow the frames so far: exactly so many.
+    /// Receives exactly `count` open files, which follow the frames so far.
     pub(super) fn files(&mut self, count: usize) -> Result<Vec<OwnedFd>, MigrationError> {
         let files = self.half.receive_files(count).map_err(|cause| match cause.kind() {
             io::ErrorKind::InvalidData => DecodeError::invalid("open files", describe(&cause)).into(),
@@ -136,7 +141,7 @@ impl ControlReader {
         Ok(files)
     }
 
-    /// The next frame and the epoch in its header.
+    /// Returns the next frame, and the epoch in its header.
     pub(super) fn read(&mut self) -> Result<(u32, Control), MigrationError> {
         let (header, body) = if std::mem::take(&mut self.unknown) {
             self.first_frame()?
@@ -149,7 +154,8 @@ impl ControlReader {
 }
 
 impl ControlReader {
-    /// The first frame of all. It is read byte by byte: a stranger may say less than a header.
+    /// Returns the first frame of the connection. It is read byte by byte, because a peer that is
+    /// no migration destination may send less than a header.
     fn first_frame(&mut self) -> Result<(Header, Vec<u8>), MigrationError> {
         let mut said = Vec::with_capacity(FOREIGN_BYTES);
         while said.len() < Header::LEN {
@@ -161,7 +167,7 @@ impl ControlReader {
                 return Err(MigrationError::link(&self.peer)(cause));
             }
             said.push(byte[0]);
-            // flags and what is reserved: zero in a header
+            // In a header, the flags and the reserved bytes are zero.
             if matches!(said.len(), 2..=4) && byte[0] != 0 {
                 return Err(self.stranger(said));
             }
@@ -173,9 +179,10 @@ impl ControlReader {
         read_body(&mut *self.half, bytes, &mut self.sequence, &self.peer)
     }
 
-    /// Reads some more of what a stranger says, to the end of its line.
+    /// Reads more of what a foreign peer sends, up to the end of its line. Returns the error that
+    /// shows it.
     fn stranger(&mut self, mut said: Vec<u8>) -> MigrationError {
-        // where that cannot be set, the time-out in force will do
+        // If the time-out cannot be set, the one in force is used.
         let _ = self.half.set_idle_timeout(Some(STRANGER_PATIENCE));
         let mut byte = [0];
         while said.len() < FOREIGN_BYTES && !said.ends_with(b"\n") && self.half.read_exact(&mut byte).is_ok() {
@@ -185,8 +192,8 @@ impl ControlReader {
     }
 }
 
-/// Header and body of the next frame of a lane, in sequence. The body's length was bounded by the
-/// header's decoder.
+/// Returns the header and body of the next frame of a lane, which must be in sequence. The header's
+/// decoder has bounded the length of the body.
 pub(super) fn read_frame(
     half: &mut dyn ReadHalf,
     sequence: &mut u32,
@@ -197,7 +204,7 @@ pub(super) fn read_frame(
     read_body(half, bytes, sequence, peer)
 }
 
-/// The rest of a frame whose header has these bytes.
+/// Reads the rest of a frame whose header has these bytes.
 fn read_body(
     half: &mut dyn ReadHalf,
     header: [u8; Header::LEN],
@@ -225,7 +232,7 @@ mod tests {
     use super::*;
     use crate::ram::RamSlice;
 
-    /// Says this, and then nothing (`ends` is how that shows).
+    /// A channel that gives these bytes, and then fails with this kind of error.
     struct Said(std::collections::VecDeque<u8>, io::ErrorKind);
 
     impl ReadHalf for Said {
@@ -257,17 +264,17 @@ mod tests {
             let named = "tcp:there:1 is not a migration destination: it answers as an HTTP server does: \
                          \"HTTP/1.1 400 Bad Request\"";
             assert_eq!(http, named);
-            // less than a header
+            // Fewer bytes than a header has.
             let short = first(b"220 hi\r\n", ends).unwrap_err().to_string();
             assert!(short.ends_with("it says \"220 hi\""), "{short}");
         }
-        // a header's zeros, but not a header
+        // The bytes have a header's zeros, but are no header.
         let database = [&[0x4a, 0, 0, 0, 10][..], &[b'x'; 40]].concat();
         let error = first(&database, io::ErrorKind::TimedOut).unwrap_err();
         assert!(matches!(error, MigrationError::ForeignPeer { .. }), "{error}");
     }
 
-    /// A peer that takes a piece, and then no other one before this moment.
+    /// A peer that accepts one piece, and no other one before `until`.
     struct Drips {
         until: Instant,
         taken: Arc<AtomicU64>,
@@ -299,13 +306,13 @@ mod tests {
         let half = Drips { until: deadline, taken: taken.clone(), told: Arc::clone(&told) };
         let mut control = ControlWriter::new(Box::new(half), "memory:".into(), bytes.clone());
         control.set_deadline(Some(deadline));
-        // the channel below knows it too: within a piece only that can look
+        // The channel below has the deadline, too: only the channel can check it within a piece.
         assert_eq!(*told.lock().unwrap(), Some(deadline));
         let large = Control::State(vec![0; 1 << 20].into());
         let Err(MigrationError::Link { cause, .. }) = control.send(1, &large) else { panic!("all of it was sent") };
         assert_eq!(cause.kind(), io::ErrorKind::TimedOut);
         assert_eq!((taken.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed)), (PIECE as u64, PIECE as u64));
-        // and nothing is begun behind it
+        // Nothing is written after that either.
         assert!(control.send(1, &Control::Ping).is_err());
         assert_eq!(taken.load(Ordering::Relaxed), PIECE as u64);
         control.set_deadline(None);
@@ -330,9 +337,9 @@ mod tests {
     fn little_of_what_a_stranger_says_is_read() {
         for (said, read) in [
             (vec![b'x'; 1000], FOREIGN_BYTES),
-            // up to the end of its line
+            // Up to the end of the line.
             (b"HTTP/1.1 400 Bad Request\nServer: x\n".to_vec(), 25),
-            // the second byte shows that it is none
+            // The second byte shows that this is no header.
             (b"20\n\n".to_vec(), 3),
         ] {
             let (rest, shared) = (said.len() - read, Arc::new(Mutex::new(said.iter().copied().collect())));
@@ -343,7 +350,7 @@ mod tests {
         }
     }
 
-    /// Says what is left, which a test can count.
+    /// A channel that gives the bytes that are left, which a test can count.
     struct Shared(Arc<Mutex<std::collections::VecDeque<u8>>>);
 
     impl ReadHalf for Shared {
@@ -382,7 +389,7 @@ mod tests {
         assert!(matches!(error, MigrationError::Link { .. }), "{error}");
     }
 
-    /// Takes everything, and notes the time-outs.
+    /// A channel that accepts everything, and records the time-outs.
     struct Timed(Arc<Mutex<Vec<Option<Duration>>>>);
 
     impl WriteHalf for Timed {

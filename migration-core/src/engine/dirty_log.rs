@@ -1,5 +1,5 @@
-//! The dirty log of a VMM that tracks for itself, as it goes along with a VM whose RAM stays where
-//! it is.
+//! The dirty log of a VMM that had started its tracker itself. The log moves with a VM whose RAM
+//! stays in place.
 
 use crate::{
     codec::DecodeError,
@@ -11,11 +11,11 @@ use crate::{
 const NAME: &str = "dirty-log";
 const VERSION: u32 = 1;
 
-/// Most pages of a VM whose log fits into a section: 512 GiB.
+/// The most pages of a VM whose log fits into one section: 512 GiB.
 pub(crate) const MAX_PAGES: u64 = MAX_SECTION as u64 * 8;
 
-/// The state section with these pages: a bit a page, without the zero words at the end. 64 KiB for
-/// each 2 GiB of RAM at most.
+/// Returns the state section for these pages. It has a bit for each page, without the zero words at
+/// the end: at most 64 KiB for each 2 GiB of RAM.
 pub(crate) fn section(pages: &PageSet) -> Section {
     let used = pages.last_below(pages.capacity()).map_or(0, |last| last / 64 + 1);
     let mut words = vec![0; used as usize];
@@ -23,10 +23,11 @@ pub(crate) fn section(pages: &PageSet) -> Section {
     Section { name: NAME.into(), instance: 0, version: VERSION, data: encode_bitmap(&words) }
 }
 
-/// Takes the log out of a state, if there is one; of a VM of so many pages.
+/// Removes the log from the state of a VM with this number of pages. Returns the log, or `None` if
+/// the state has none.
 ///
 /// # Errors
-/// A version that is not known, pages outside RAM.
+/// Returns an error if the version of the log is unknown, or if the log has pages outside RAM.
 pub(crate) fn take(state: &mut VmState, pages: u64) -> Result<Option<PageSet>, DecodeError> {
     let Some(at) = state.sections.iter().position(|s| s.name == NAME) else { return Ok(None) };
     let section = state.sections.remove(at);

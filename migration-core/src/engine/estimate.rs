@@ -1,54 +1,54 @@
-//! What a switch-over will take, from what both VMMs say and what the rounds so far have measured.
+//! Estimates the duration of a switch-over from the estimates of both VMMs and the measurements of
+//! the rounds so far.
 
 use std::time::Duration;
 
 use crate::{PAGE_SIZE, strategy::Link, vm::StateEstimate};
 
-/// What pausing and starting the guest take: a few signals, and wake-ups of threads at both ends.
+/// The time to pause and start the guest: a few signals, and wake-ups of threads at both ends.
 const PAUSE_AND_START: Duration = Duration::from_millis(1);
-/// What saving takes, and what loading takes, if the VMM does not say.
+/// The fixed time to save the state, or to load it, if the VMM does not give an estimate.
 const UNKNOWN_STEP: Duration = Duration::from_millis(1);
-/// Bytes of state that are saved, or loaded, a second, if the VMM does not say: they are copied a
-/// few times.
+/// The bytes of state that are saved, or loaded, a second, if the VMM does not give an estimate.
+/// The state is copied a few times.
 const UNKNOWN_SPEED: f64 = 1e9;
-/// Bytes of state of a VM that does not say: that of a vCPU. Rather too little, because a migration
-/// is given up for too much.
+/// The bytes of state of a VM that gives no estimate: the state of one vCPU. The value is low on
+/// purpose, because a migration is given up if the estimate is too high.
 const UNKNOWN_STATE: u64 = 20 << 10;
 /// A round of fewer bytes says more about latency than about bandwidth. As long as there was no
-/// larger one, the best of those that are not [tiny](LEAST_HINT) counts.
+/// larger one, the highest rate of the rounds that are not [tiny](LEAST_HINT) is used.
 const LEAST_SAMPLE: u64 = 4 << 20;
-/// A round of fewer bytes says nothing about bandwidth, and its time is a round trip with little
-/// beside it.
+/// A round of fewer bytes says nothing about bandwidth. Its time is little more than a round trip.
 const LEAST_HINT: u64 = 64 << 10;
-/// A round of fewer pages says nothing about the time that reading a page takes: it has looked at
-/// all others, too.
+/// A round of fewer pages says nothing about the time to read a page, because it has looked at all
+/// other pages, too.
 const LEAST_PAGES: u64 = 512;
-/// Bytes a second, as long as no round says anything about bandwidth: 1 Gbit/s.
+/// The bandwidth in bytes a second as long as no round has shown it: 1 Gbit/s.
 const ASSUMED_BANDWIDTH: f64 = 125e6;
 
-/// One round, as it was measured.
+/// The measurements of one round.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sample {
-    /// Pages that were sent.
+    /// The number of pages that were sent.
     pub(super) pages: u64,
-    /// Bytes on the wire.
+    /// The number of bytes on the wire.
     pub(super) wire_bytes: u64,
-    /// From its beginning to the destination's acknowledgement.
+    /// The time from the beginning of the round to the destination's acknowledgement.
     pub(super) time: Duration,
-    /// Of it, the time that a lane did not write: it read pages.
+    /// The part of `time` in which a lane did not write, because it read pages.
     pub(super) reading: Duration,
 }
 
-/// What is known of the link and of both VMMs. The fields of a [`Link`] come from here.
+/// What is known of the link and of both VMMs. The fields of a [`Link`] are computed from it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Calibration {
     round_trip: Option<Duration>,
     round_trips: u32,
-    /// What a round takes beside round trip and transfer: its threads wake up, its end is told.
+    /// The time of a round besides round trip and transfer: waking threads, and reporting the end.
     round_overhead: Option<Duration>,
-    /// From a round that was large enough.
+    /// The rate of a round that was large enough, in bytes a second.
     bandwidth: Option<f64>,
-    /// The best of the small rounds.
+    /// The highest rate of the small rounds, in bytes a second.
     hint: f64,
     /// The last two rounds.
     last: [Sample; 2],
@@ -56,58 +56,58 @@ pub(super) struct Calibration {
     seconds_per_page: f64,
     state: Option<StateEstimate>,
     pending: u64,
-    /// What the destination expects to load the state.
+    /// The destination's estimate of the time to load the state.
     load: Option<Duration>,
 }
 
 impl Calibration {
-    /// Returns the shortest round trip seen; zero before the first.
+    /// Returns the shortest round trip seen, or zero before the first one.
     pub(super) fn shortest_round_trip(&self) -> Duration {
         self.round_trip.unwrap_or_default()
     }
 
-    /// A round trip was measured.
+    /// Records the time of a round trip.
     pub(super) fn round_trip(&mut self, time: Duration) {
         self.round_trips = self.round_trips.saturating_add(1);
-        // one answer may have been late, for a reason that has nothing to do with the link
+        // One answer may have been late, for a reason that has nothing to do with the link.
         self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
     }
 
-    /// The destination expects to load the state in this time.
+    /// Records the destination's estimate of the time to load the state.
     pub(super) fn loads_in(&mut self, load: Option<Duration>) {
         self.load = load;
     }
 
-    /// What the source's VMM expects to save in the pause.
+    /// Records the estimate of the source's VMM of what the pause has to save.
     pub(super) fn saves(&mut self, state: Option<StateEstimate>) {
         self.state = state;
     }
 
-    /// Bytes of state that are still to come in pieces.
+    /// Records the bytes of state that are still to come in pieces.
     pub(super) fn pending(&mut self, bytes: u64) {
         self.pending = bytes;
     }
 
-    /// A round has ended.
+    /// Records the measurements of a round that has ended.
     pub(super) fn round(&mut self, sample: Sample) {
         self.rounds = self.rounds.saturating_add(1);
         self.last = [self.last[1], sample];
         if sample.pages >= LEAST_PAGES {
             self.seconds_per_page = sample.reading.as_secs_f64() / sample.pages as f64;
         }
-        // a round takes at least the round trip of its end and the answer to that
+        // A round takes at least the round trip of its end and the answer to that.
         self.round_trip = self.round_trip.map(|shortest| shortest.min(sample.time));
         let round_trip = self.round_trip.unwrap_or_default();
         let moved = sample.time.saturating_sub(sample.reading);
         if sample.wire_bytes < LEAST_HINT {
-            // the destination's answer came after a round trip and a bit
+            // The destination's answer came a little more than a round trip later.
             self.round_trip(moved);
             let transfer = Duration::try_from_secs_f64(sample.wire_bytes as f64 / self.bytes_per_second());
             let beside = moved.saturating_sub(round_trip).saturating_sub(transfer.unwrap_or_default());
             self.round_overhead = Some(self.round_overhead.map_or(beside, |least| least.min(beside)));
             return;
         }
-        // never all of it: how long a round trip takes is not known to the microsecond
+        // The subtraction must leave some time: the round trip is not known to the microsecond.
         let transfer = moved.saturating_sub(round_trip).max(sample.time / 8).max(Duration::from_micros(1));
         let speed = sample.wire_bytes as f64 / transfer.as_secs_f64();
         if sample.wire_bytes >= LEAST_SAMPLE {
@@ -117,7 +117,7 @@ impl Calibration {
         }
     }
 
-    /// Returns what the VMM expects to save, if it has said so.
+    /// Returns what the VMM expects to save, if it has given an estimate.
     pub(super) fn state(&self) -> Option<&StateEstimate> {
         self.state.as_ref()
     }
@@ -139,15 +139,15 @@ impl Calibration {
         self.state.as_ref().map_or(UNKNOWN_STATE, StateEstimate::bytes)
     }
 
-    /// Returns what the guest is paused for, beside pages and the transfer of state, at a store of
-    /// one's own: there is nobody to load it.
+    /// Returns how long the guest is paused, apart from pages and the transfer of state, when the
+    /// state goes to a local store. Nobody loads the state then.
     pub(super) fn pause_and_save(&self) -> Duration {
         let save = self.state.as_ref().and_then(|state| state.save_time);
         PAUSE_AND_START
             .saturating_add(save.unwrap_or_else(|| unknown_step(self.state_bytes().saturating_add(self.pending))))
     }
 
-    /// Fills in what is known here; the rest of `link` is the session's.
+    /// Returns `link` with the fields that are known here. The session has set the others.
     pub(super) fn describe(&self, link: Link) -> Link {
         let bytes = self.state_bytes().saturating_add(self.pending);
         let load = self.load.unwrap_or_else(|| unknown_step(bytes));
@@ -170,7 +170,7 @@ impl Calibration {
     }
 }
 
-/// How long saving or loading takes a VMM that does not say.
+/// Returns the time of saving or loading for a VMM that gives no estimate.
 fn unknown_step(bytes: u64) -> Duration {
     let copies = Duration::try_from_secs_f64(bytes as f64 / UNKNOWN_SPEED).unwrap_or(Duration::MAX);
     UNKNOWN_STEP.saturating_add(copies)
@@ -232,7 +232,7 @@ mod tests {
         known.round_trip(10 * MS);
         known.saves(Some(large()));
         known.loads_in(Some(100 * MS));
-        // 100 MB in 1 s beside a round trip and 90 ms of reading
+        // 100 MB in 1 s, apart from a round trip and 90 ms of reading.
         known.round(sample(25_000, 100_000_000, 1100 * MS, 90 * MS));
         let link = known.describe(link());
         assert!((link.bytes_per_second - 100e6).abs() < 1.0, "{link:?}");
@@ -258,12 +258,12 @@ mod tests {
     fn a_guest_of_zeros_does_not_make_the_link_look_slow() {
         let mut known = Calibration::default();
         known.round_trip(MS / 5);
-        // a gigabyte of zeros: 100 ms of reading, and marks
+        // A gigabyte of zeros: 100 ms of reading, and only the marks of zero pages on the wire.
         known.round(sample(262_144, 40_000, 101 * MS, 100 * MS));
         let link = known.describe(link());
         assert_eq!(link.bytes_per_second, ASSUMED_BANDWIDTH);
         assert!(link.predict(10) < 5 * MS, "{:?}", link.predict(10));
-        // what was read that fast still takes that long
+        // The time of reading at that rate still counts.
         let all = link.predict(262_144) - link.floor();
         assert!(all >= 100 * MS && all < 102 * MS, "{all:?}");
     }

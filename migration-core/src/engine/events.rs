@@ -1,5 +1,5 @@
-//! How events reach the VMM's observer: a panic there ends neither a thread of the engine nor a
-//! migration.
+//! Passes events to the VMM's observer. A panic of the observer ends neither a thread of the engine
+//! nor a migration.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -8,8 +8,8 @@ use std::{
 
 use crate::report::{Event, Observer};
 
-/// The observer that the VMM gave. Every engine puts it around the one of its options before
-/// anything happens, so that all events pass through here.
+/// A wrapper around the observer that the VMM gave. Every engine wraps the observer of its options
+/// before anything else happens, so that all events pass through here.
 pub(super) struct Guarded(Arc<dyn Observer>);
 
 impl Guarded {
@@ -20,11 +20,11 @@ impl Guarded {
 
 impl Observer for Guarded {
     fn event(&self, event: &Event) {
-        // Nothing of the engine's is seen half-changed after a panic: an observer gets a shared
-        // reference to an event that was made for it. What the observer's own state is worth then
-        // is for the observer to say.
+        // The engine's own state is not affected by the panic: an observer gets only a shared
+        // reference to an event that was made for it. The observer itself is responsible for its
+        // own state after a panic.
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.0.event(event))) {
-            // dropping it could panic as well
+            // Dropping the payload could panic as well.
             std::mem::forget(payload);
         }
     }
