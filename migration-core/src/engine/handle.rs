@@ -1,4 +1,5 @@
-//! How others talk to a migration that is under way.
+//! The control of a migration that is under way: the controller, the inputs of the engine, and
+//! migrations on threads of their own.
 
 use std::{
     collections::VecDeque,
@@ -26,64 +27,65 @@ use crate::{
     wire::Control,
 };
 
-/// Everything that reaches the source's engine while it works.
+/// An input of the source's engine while it works.
 pub(super) enum Input {
     /// A frame, with the epoch of its header.
     Control(u32, Control),
     /// The control lane was lost.
     ControlLost(MigrationError),
-    /// A lane has done its part of a round, or failed.
+    /// A lane has completed its part of a round, or has failed.
     Lane(Result<LaneDone, MigrationError>),
     /// A page was sent because the destination's guest waits for it.
     Demanded(u64),
-    /// The destination has said who it is, for a fence.
+    /// The destination has sent its identity, which a fence needs.
     Introduced,
-    /// The thread that talks to the stores of a place has done something.
+    /// The thread of a place has completed a job.
     Place(source::PlaceDone),
     /// The user cancels, for this reason.
     Cancel(String),
     /// The guest has ended by itself, for this reason.
     VmEnded(String),
-    /// The user wants the hand-over now, and the rest to follow.
+    /// The user wants the hand-over now, with the remaining pages sent after it.
     PostCopy,
     /// The user wants the switch-over now: see [`Requests::switch_over_wanted`].
     SwitchOver,
-    /// After a loss of the link the destination is to be found there.
+    /// The connector that reaches the destination after a loss of the link.
     Recover(Arc<dyn Connector>),
-    /// The user wants a protected VM to move.
+    /// The user evicts a protected VM.
     Evict(EvictTo),
-    /// The user wants a VM not to be protected any more.
+    /// The user ends the protection of a VM.
     StageOff,
 }
 
-/// Where a protected VM is to go.
+/// The destination of an eviction.
 pub(super) struct EvictTo {
     pub(super) to: Destination,
     pub(super) connector: Arc<dyn Connector>,
-    /// When the user has said so.
+    /// When the user gave the command.
     pub(super) at: Instant,
 }
 
-/// Inputs that the peer causes and that may wait for the engine. When there are more, the peer
-/// waits.
+/// The most inputs that a peer has caused and that may wait for the engine. At this number, the
+/// threads that read from the peer wait.
 const MAX_WAITING: usize = 1024;
-/// How long a thread that reads for the engine waits before it looks again whether the engine has
-/// caught up.
+/// The interval at which a thread that reads for the engine checks whether the engine has caught
+/// up.
 const CATCH_UP: Duration = Duration::from_millis(1);
 
-/// Counts the inputs that the peer has caused and that the engine has not taken yet.
+/// The number of inputs that the peer has caused and that the engine has not taken yet.
 pub(super) type Waiting = Arc<AtomicUsize>;
 
-/// The migration is over: nobody takes inputs any more.
+/// The error of sending an input after the migration has ended.
 #[derive(Debug)]
 pub(super) struct NobodyListens;
 
-/// How the threads of one link pass on what its peer sends: no faster than the engine takes it.
+/// The sender by which the threads of one link pass on the data of its peer, no faster than the
+/// engine takes it.
 #[derive(Clone)]
 pub(super) struct PeerInputs {
     tx: mpsc::Sender<Input>,
     waiting: Waiting,
-    /// Set when the link ends: nobody takes anything of it any more.
+    /// Set when the link ends. Nothing that comes from it is needed any more.
     ended: Arc<AtomicBool>,
 }
 
@@ -92,7 +94,7 @@ impl PeerInputs {
         Self { tx, waiting, ended }
     }
 
-    /// Passes an input on. An error when nobody listens any more.
+    /// Passes an input to the engine. Returns an error if the engine has ended.
     pub(super) fn send(&self, input: Input) -> Result<(), NobodyListens> {
         if input.is_counted() {
             while self.waiting.load(Ordering::Relaxed) >= MAX_WAITING && !self.ended.load(Ordering::Relaxed) {
@@ -104,11 +106,11 @@ impl PeerInputs {
     }
 }
 
-/// Where the engine takes its inputs.
+/// The engine's queue of inputs.
 pub(super) struct Inputs {
     rx: mpsc::Receiver<Input>,
     pub(super) waiting: Waiting,
-    /// Inputs that came while another one was looked for, in order: the next ones to be taken.
+    /// Inputs that arrived while another one was looked for, in order. They are taken next.
     passed: VecDeque<Input>,
 }
 
@@ -127,15 +129,16 @@ impl Inputs {
         next.inspect(|input| self.taken(input))
     }
 
-    /// Takes an input out of turn, without waiting for it. All others stay where they are.
+    /// Takes the first input that is `wanted` out of turn, without waiting for it. All others keep
+    /// their order.
     pub(super) fn find(&mut self, wanted: impl Fn(&Input) -> bool) -> Option<Input> {
-        // those of the peer are bounded, as they count until they are taken
+        // The inputs of the peer are bounded here, too, as they count until they are taken.
         self.passed.extend(self.rx.try_iter());
         let at = self.passed.iter().position(wanted)?;
         self.passed.remove(at).inspect(|input| self.taken(input))
     }
 
-    /// Drops what a session that is over has left. What others ask for stays.
+    /// Drops the inputs of a session that is over. Inputs from others, such as commands, are kept.
     pub(super) fn forget_session(&mut self) {
         self.passed.extend(self.rx.try_iter());
         let (of_session, others): (VecDeque<_>, _) =
@@ -152,12 +155,12 @@ impl Inputs {
 }
 
 impl Input {
-    /// Whether it comes from the threads of a session.
+    /// Returns whether the input comes from the threads of a session.
     fn is_of_session(&self) -> bool {
         matches!(self, Self::Control(..) | Self::ControlLost(_) | Self::Lane(_) | Self::Demanded(_) | Self::Introduced)
     }
 
-    /// Whether a peer can cause any number of it.
+    /// Returns whether a peer can cause any number of such inputs.
     fn is_counted(&self) -> bool {
         matches!(self, Self::Control(..) | Self::Demanded(_) | Self::Introduced)
     }
@@ -166,23 +169,23 @@ impl Input {
 /// Why a migration cannot be switched to post-copy.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum NoPostCopy {
-    /// Not known before the destination has answered for the first time: the observer is told of
-    /// [`Copying`](crate::protocol::SourcePhase::Copying) then.
+    /// It is not known before the destination has answered for the first time. The observer is then
+    /// notified of [`Copying`](crate::protocol::SourcePhase::Copying).
     #[error("what the destination can do is not known yet")]
     NotYet,
-    /// This side was told to open no demand lanes.
+    /// The options of this side allow no demand lanes.
     #[error("demand lanes are off")]
     NoLanes,
-    /// The destination did not agree to it.
+    /// The destination did not agree to post-copy.
     #[error("the destination cannot serve missing pages (no userfaultfd, or not permitted)")]
     NotAgreed,
     /// The guest is paused for the hand-over, or was handed over.
     #[error("too late, the hand-over has begun")]
     TooLate,
-    /// There is nothing to switch any more.
+    /// The migration has ended.
     #[error("the migration has ended")]
     Ended,
-    /// What is under way moves no VM.
+    /// A snapshot is under way, which moves no VM.
     #[error("a snapshot is being taken, no migration is under way")]
     Snapshot,
 }
@@ -190,8 +193,8 @@ pub enum NoPostCopy {
 /// Why a switch-over cannot be forced.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum NoSwitchOver {
-    /// The destination has not built the VM yet: the observer is told of
-    /// [`Copying`](crate::protocol::SourcePhase::Copying) when it has.
+    /// The destination has not built the VM yet. When it has, the observer is notified of
+    /// [`Copying`](crate::protocol::SourcePhase::Copying).
     #[error("the destination is not ready yet")]
     NotYet,
     /// The strategy has no rounds that could be cut short.
@@ -200,10 +203,10 @@ pub enum NoSwitchOver {
     /// The guest is paused for the hand-over, or was handed over.
     #[error("too late, the hand-over has begun")]
     TooLate,
-    /// There is nothing to switch over any more.
+    /// The migration has ended.
     #[error("the migration has ended")]
     Ended,
-    /// What is under way moves no VM.
+    /// A snapshot is under way, which moves no VM.
     #[error("a snapshot is being taken: it pauses the guest by itself, for as long as its downtime limit allows")]
     Snapshot,
 }
@@ -211,11 +214,11 @@ pub enum NoSwitchOver {
 /// Why limits cannot be changed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum NoTuning {
-    /// The guest is paused for the hand-over, or was handed over: nothing is decided by the limit
-    /// any more.
+    /// The guest is paused for the hand-over, or was handed over. The limit affects no decision any
+    /// more.
     #[error("too late, the hand-over has begun")]
     TooLate,
-    /// There is nothing to tune any more.
+    /// The migration has ended.
     #[error("the migration has ended")]
     Ended,
 }
@@ -223,10 +226,10 @@ pub enum NoTuning {
 /// Why a VM cannot be evicted.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq, Hash)]
 pub enum NoEviction {
-    /// No copy of the VM is kept ready, or not yet.
+    /// No copy of the VM is kept ready, or none is ready yet.
     #[error("the VM is not protected: no copy of it is kept ready")]
     NotStaged,
-    /// A command has come before.
+    /// Another command has come before.
     #[error("the VM is being evicted already")]
     UnderWay,
     /// The VM is not protected any more.
@@ -234,14 +237,14 @@ pub enum NoEviction {
     Ended,
 }
 
-/// How the copy of a protected VM was when the engine looked last.
+/// The state of a protected VM's copy when the engine last reported it.
 #[derive(Clone)]
 pub(super) struct StagingState {
     pub(super) increments: u64,
     pub(super) staged_pages: u64,
     pub(super) dirty_pages: u64,
     pub(super) last_increment: Option<Instant>,
-    /// Since when a store fails, and why.
+    /// Since when a store fails, and the reason.
     pub(super) degraded: Option<(Instant, String)>,
     pub(super) failed_evictions: u64,
     pub(super) last_failure: Option<String>,
@@ -262,23 +265,23 @@ impl StagingState {
     }
 }
 
-/// What controllers and the engine share: what can be asked for at the moment, which the engine
-/// says, and what was.
+/// The state that controllers and the engine share. The engine records which requests are possible
+/// at the moment, and controllers record what was requested.
 pub(super) struct Requests {
     pub(super) post_copy: Result<(), NoPostCopy>,
     pub(super) switch_over: Result<(), NoSwitchOver>,
     pub(super) tuning: Result<(), NoTuning>,
     pub(super) eviction: Result<(), NoEviction>,
-    /// How the copy of a protected VM is.
+    /// The state of a protected VM's copy; `None` if no copy is kept ready.
     pub(super) staging: Option<StagingState>,
-    /// The limit that takes the place of the one in the options.
+    /// The downtime limit that a controller has set. It replaces the one in the options.
     pub(super) downtime_limit: Option<Duration>,
-    /// Whether the switch-over is to come now, whatever is left to send.
+    /// Whether the switch-over is wanted now, however many pages are still to be sent.
     pub(super) switch_over_wanted: bool,
 }
 
 impl Requests {
-    /// Nothing can be asked for any more.
+    /// Records that no request is possible any more.
     pub(super) fn end(&mut self) {
         (self.post_copy, self.switch_over) = (Err(NoPostCopy::Ended), Err(NoSwitchOver::Ended));
         self.tuning = Err(NoTuning::Ended);
@@ -301,7 +304,7 @@ impl Default for Requests {
     }
 }
 
-/// Sends commands to a migration; may be cloned and used from any thread.
+/// Sends commands to a migration. It can be cloned and used from any thread.
 #[derive(Clone)]
 pub struct Controller {
     inputs: mpsc::Sender<Input>,
@@ -309,56 +312,59 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller, and the other end, which goes to [`migrate`](super::migrate).
+    /// Returns a controller, and its receiving end, which is passed to [`migrate`](super::migrate).
     pub fn new() -> (Self, Commands) {
         let (tx, rx) = mpsc::channel();
         let requests = Arc::<Mutex<Requests>>::default();
         (Self { inputs: tx.clone(), requests: requests.clone() }, Commands { tx, rx, requests })
     }
 
-    /// Ends the migration if the hand-over has not begun; does nothing afterwards. Does not wait:
-    /// the report tells. Of a VM that [`stage`](super::stage) protects, this ends the eviction that
-    /// is under way, if there is one, and the protection goes on.
+    /// Cancels the migration if the hand-over has not begun. Afterwards this does nothing. Does not
+    /// wait: the report says whether the migration was cancelled. For a VM that
+    /// [`stage`](super::stage) protects, this cancels the eviction that is under way, if there is
+    /// one, and the protection continues.
     ///
-    /// The engine hears this at once, unless it is in a call that it cannot interrupt: one of the
-    /// VMM or of a store, a write to a destination that takes nothing
-    /// ([`SourceOptions::idle_timeout`](super::SourceOptions)), or the opening of one channel. The
-    /// last takes the connector's time-out and that of the resolver of names, and on an encrypted
-    /// link that of the handshake, at the most: in migration-transport
+    /// The engine handles the command at once, unless it is in a call that it cannot interrupt: a
+    /// call of the VMM or of a store, a write to a destination that accepts nothing
+    /// ([`SourceOptions::idle_timeout`](super::SourceOptions)), or the opening of one channel.
+    /// Opening a channel takes at most the connector's time-out, that of the name resolver, and on
+    /// an encrypted link that of the handshake: in migration-transport
     /// `ConnectOptions::connect_timeout`, in migration-crypto `Security::handshake_timeout`, both
     /// 10 s by default. No further channel is opened then.
     pub fn cancel(&self, why: impl Into<String>) {
-        // a migration that has ended does not listen any more
+        // A migration that has ended receives nothing any more.
         let _ = self.inputs.send(Input::Cancel(why.into()));
     }
 
-    /// The guest has ended by itself, for this reason: it has powered off or crashed. Ends the
-    /// migration (or the snapshot) at once with [`MigrationError::VmEnded`], and tells the
-    /// destination, if *run* was not sent yet; afterwards there is no guest here that could end,
-    /// and nothing happens. Does not wait: the report tells.
+    /// Reports that the guest has ended by itself, for this reason: it has powered off or crashed.
+    /// If *run* was not sent yet, this ends the migration (or the snapshot) at once with
+    /// [`MigrationError::VmEnded`], and notifies the destination. Afterwards there is no guest here
+    /// that could end, and nothing happens. Does not wait: the report has the result.
     ///
-    /// A VMM calls this when it sees the end, whatever the migration is doing. That a guest has
-    /// ended is else found out only when [`SourceVm::pause`] fails.
+    /// A VMM calls this when it detects the end of its guest, whatever the migration is doing.
+    /// Without the call, the engine finds that the guest has ended only when [`SourceVm::pause`]
+    /// fails.
     pub fn vm_ended(&self, reason: impl Into<String>) {
-        // as above
+        // A migration that has ended receives nothing any more.
         let _ = self.inputs.send(Input::VmEnded(reason.into()));
     }
 
-    /// While the link is lost after the hand-over: tries again at once, and from now on where
-    /// `connector` leads. Else it is kept for the next loss. (The engine also tries by itself, with
-    /// growing pauses, where it connected first.)
+    /// Sets the connector for reconnecting to the destination. If the link is lost after the
+    /// hand-over, the engine tries `connector` at once, and uses it from now on. Otherwise it is
+    /// kept for the next loss of the link. (The engine also reconnects by itself, with growing
+    /// pauses, by the connector that it used first.)
     pub fn recover(&self, connector: Arc<dyn Connector>) {
-        // as above
+        // A migration that has ended receives nothing any more.
         let _ = self.inputs.send(Input::Recover(connector));
     }
 
-    /// Moves a VM that [`stage`](super::stage) protects to this destination, which `connector`
-    /// reaches. Does not wait: the observer is told of an
-    /// [eviction that has failed](crate::report::Event::EvictionFailed), after which the VM is
-    /// protected as before, and otherwise the report tells.
+    /// Evicts a VM that [`stage`](super::stage) protects to the destination `to`, which `connector`
+    /// reaches. Does not wait. If the [eviction fails](crate::report::Event::EvictionFailed), the
+    /// observer is notified, and the VM is protected as before. Otherwise the report has the
+    /// result.
     ///
     /// # Errors
-    /// When it cannot happen. The protection goes on as if nobody had asked.
+    /// Returns an error if the VM cannot be evicted. The protection continues unchanged.
     pub fn evict(&self, to: Destination, connector: Arc<dyn Connector>) -> Result<(), NoEviction> {
         let mut requests = lock(&self.requests);
         requests.eviction?;
@@ -369,39 +375,40 @@ impl Controller {
     }
 
     /// Ends the protection of a VM by [`stage`](super::stage), and an eviction that is under way,
-    /// unless *run* was sent: what was put into stores is forgotten, and the guest runs on. Does
-    /// nothing in a migration. Does not wait: the report tells.
+    /// unless *run* was sent. The pages that were put into stores are forgotten, and the guest runs
+    /// on. Does nothing in a migration. Does not wait: the report has the result.
     pub fn stage_off(&self) {
-        // as for `cancel`
+        // A session that has ended receives nothing any more.
         let _ = self.inputs.send(Input::StageOff);
     }
 
-    /// Returns how the copy of a VM is that [`stage`](super::stage) protects, as the engine has
-    /// seen it last; `None` if none is kept ready.
+    /// Returns the state of the copy of a VM that [`stage`](super::stage) protects, as the engine
+    /// has last reported it; `None` if no copy is kept ready.
     pub fn staging(&self) -> Option<StagingReport> {
         let state = lock(&self.requests).staging.clone();
         state.map(|state| state.report())
     }
 
-    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the pages that
-    /// are left follow. Does not wait for that.
+    /// Switches to post-copy as soon as the strategy can: the VM is handed over, and the remaining
+    /// pages are sent after that. Does not wait for the switch.
     ///
     /// # Errors
-    /// When it cannot happen; the migration goes on as if nobody had asked.
+    /// Returns an error if a switch is impossible. The migration continues unchanged.
     pub fn post_copy(&self) -> Result<(), NoPostCopy> {
         lock(&self.requests).post_copy?;
         self.inputs.send(Input::PostCopy).map_err(|_| NoPostCopy::Ended)
     }
 
-    /// Forces the switch-over now, as if the rounds had converged: the round under way ends early,
-    /// the guest is paused, and all that is left is sent in the pause, however long that takes. A
-    /// strategy that hands over with pages missing ([`Hybrid`](crate::strategy::Hybrid)) hands over
-    /// now, and they follow. Does not wait for that. What the pause is predicted to take is in the
-    /// report beside what it took.
+    /// Forces the switch-over now, as if the rounds had converged. The round under way ends early,
+    /// the guest is paused, and all remaining pages are sent in the pause, however long that takes.
+    /// A strategy that hands over with pages missing ([`Hybrid`](crate::strategy::Hybrid)) hands
+    /// over now, and sends these pages after the hand-over. Does not wait for the switch-over. The
+    /// report has the predicted duration of the pause, and the actual one.
     ///
     /// # Errors
-    /// When it cannot happen; the migration goes on as if nobody had asked. After
-    /// [`NoSwitchOver::NotYet`], ask again once the observer is told of the next phase.
+    /// Returns an error if a switch-over cannot be forced. The migration continues unchanged. After
+    /// [`NoSwitchOver::NotYet`], the caller can try again once the observer was notified of the
+    /// next phase.
     pub fn switch_over(&self) -> Result<(), NoSwitchOver> {
         let mut requests = lock(&self.requests);
         requests.switch_over?;
@@ -410,12 +417,12 @@ impl Controller {
         self.inputs.send(Input::SwitchOver).map_err(|_| NoSwitchOver::Ended)
     }
 
-    /// Changes the longest acceptable downtime. It holds from the next decision on: that after the
-    /// round under way, or, for a snapshot, after the pass under way. May be called before the
-    /// destination has answered.
+    /// Sets the longest acceptable downtime. The limit applies from the next decision on: the one
+    /// after the round under way, or, for a snapshot, after the pass under way. It may be set
+    /// before the destination has answered.
     ///
     /// # Errors
-    /// When nothing is decided by it any more.
+    /// Returns an error if the limit affects no decision any more.
     pub fn set_downtime_limit(&self, limit: Duration) -> Result<(), NoTuning> {
         let mut requests = lock(&self.requests);
         requests.tuning?;
@@ -437,7 +444,7 @@ pub struct Commands {
     pub(super) requests: Arc<Mutex<Requests>>,
 }
 
-/// What is left after a migration: the VM (still ours unless the report says completed) and the
+/// The VM after a migration (still owned by this side unless the outcome is `Completed`), and the
 /// report.
 pub type Ended = (Box<dyn SourceVm>, Report);
 
@@ -449,8 +456,8 @@ struct Slot {
 
 /// A migration on a thread of its own, for VMMs whose event loop must not block.
 ///
-/// Nothing here blocks but [`wait`](Migration::wait): poll [`try_take`](Migration::try_take), or
-/// let the `notify` callback of [`start`](Migration::start) write to an eventfd or wake a task.
+/// No method but [`wait`](Migration::wait) blocks. Poll [`try_take`](Migration::try_take), or let
+/// the `notify` callback of [`start`](Migration::start) write to an eventfd or wake a task.
 pub struct Migration {
     controller: Controller,
     slot: Arc<Slot>,
@@ -461,7 +468,7 @@ impl Migration {
     /// Starts to migrate `vm`. `notify` is called once, when the result can be taken.
     ///
     /// # Errors
-    /// When the spawner has no thread; the VM comes back, as it was.
+    /// Returns the VM, unchanged, and an error if the spawner has no thread.
     pub fn start(
         vm: Box<dyn SourceVm>,
         connector: Arc<dyn Connector>,
@@ -480,7 +487,7 @@ impl Migration {
     /// result can be taken.
     ///
     /// # Errors
-    /// When the spawner has no thread; the VM comes back, as it was.
+    /// Returns the VM, unchanged, and an error if the spawner has no thread.
     pub fn stage(
         vm: Box<dyn SourceVm>,
         mut strategy: Box<dyn Strategy>,
@@ -501,7 +508,7 @@ impl Migration {
         let (controller, commands) = Controller::new();
         let slot = Arc::new(Slot::default());
         let result = slot.clone();
-        // in a cell, so that it can be taken back if there is no thread
+        // The VM is in a cell, so that it can be taken back if there is no thread.
         let cell = Arc::new(Mutex::new(Some(vm)));
         let taken = cell.clone();
         let body = Box::new(move || {
@@ -518,12 +525,12 @@ impl Migration {
         Ok(Self { controller, slot, thread: Some(thread) })
     }
 
-    /// Sends commands to it.
+    /// Returns the controller that sends commands to this migration.
     pub fn controller(&self) -> &Controller {
         &self.controller
     }
 
-    /// The result, if it has ended and was not taken yet.
+    /// Returns the result if the migration has ended and the result was not taken yet.
     pub fn try_take(&mut self) -> Option<Ended> {
         let ended = lock(&self.slot.ended).take();
         if ended.is_some() {
@@ -532,11 +539,12 @@ impl Migration {
         ended
     }
 
-    /// Waits at most this long for the result.
+    /// Waits for the result, at most for `timeout`. Returns `None` if there is no result by then.
     pub fn wait(&mut self, timeout: Duration) -> Option<Ended> {
         let guard = lock(&self.slot.ended);
         let waited = self.slot.changed.wait_timeout_while(guard, timeout, |ended| ended.is_none());
-        // a poisoned lock means that a thread panicked while it held it; the result itself is whole
+        // A poisoned lock means that a thread panicked while it held the lock. The result itself is
+        // complete.
         let ended = waited.unwrap_or_else(|e| e.into_inner()).0.take();
         if ended.is_some() {
             self.join();
@@ -566,7 +574,7 @@ mod tests {
             thread::yield_now();
         }
         for _ in 0..MANY {
-            // two threads at the most look at the count before they are counted
+            // At most two threads read the count before they are counted.
             assert!(inputs.waiting.load(Ordering::Relaxed) <= MAX_WAITING + 1);
             assert!(matches!(inputs.recv_timeout(Duration::from_secs(60)), Ok(Input::Control(1, Control::Pong))));
         }
@@ -586,7 +594,7 @@ mod tests {
         tx.send(Input::Cancel("enough".into())).unwrap();
         assert!(matches!(inputs.find(cancelled), Some(Input::Cancel(why)) if why == "enough"));
         assert!(inputs.find(cancelled).is_none());
-        // what was passed over counts until it is taken: the peer waits
+        // Inputs that were passed over count until they are taken, so the peer waits.
         assert_eq!(inputs.waiting.load(Ordering::Relaxed), MAX_WAITING);
         for expected in 0..MAX_WAITING as u32 {
             assert!(matches!(inputs.try_recv(), Ok(Input::Control(epoch, _)) if epoch == expected));

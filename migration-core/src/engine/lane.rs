@@ -1,4 +1,5 @@
-//! A bulk lane at the source: finds out what the pages of its stripes hold, and sends them.
+//! A bulk lane at the source: finds out which pages of its stripes hold only zeros, and sends the
+//! pages.
 
 use std::{
     sync::{
@@ -20,32 +21,34 @@ use crate::{
     wire::{Bulk, Content, Extent, HUGE_BLOCK, MAX_EXTENTS, MAX_PAYLOAD},
 };
 
-/// Page data in one frame: a few hundred microseconds on a fast link, and one system call.
+/// The page data in one frame. It takes a few hundred microseconds on a fast link, and one system
+/// call.
 const FRAME_PAYLOAD: usize = 1 << 20;
-// a system call takes 1024 pieces of memory: a frame of single pages has fewer
+// A system call takes at most 1024 pieces of memory. A frame of single pages has fewer.
 const _: () = assert!(FRAME_PAYLOAD / PAGE_SIZE < 1000 && MAX_PAYLOAD / PAGE_SIZE < 1000);
 
-/// The first piece of a frame that is written at once, and the smallest one, in bytes.
+/// The size of the first piece of a frame that is written at once, and of the smallest piece, in
+/// bytes.
 pub(super) const FIRST_PIECE: usize = 256 << 10;
 const LEAST_PIECE: usize = 16 << 10;
-/// After a piece that took less time than this the next one is larger, and smaller after one that
-/// took longer than that.
+/// A piece that took less time than the first limit makes the next piece larger. A piece that took
+/// longer than the second limit makes it smaller.
 const QUICK_PIECE: Duration = Duration::from_millis(10);
 const SLOW_PIECE: Duration = Duration::from_millis(100);
 
-/// What all lanes count together.
+/// Counters that all lanes share.
 #[derive(Default)]
 pub(super) struct Counters {
     pub(super) wire_bytes: Arc<AtomicU64>,
     pub(super) zero: AtomicU64,
     pub(super) plain: AtomicU64,
-    /// Bytes of page data that were written to lanes.
+    /// The number of bytes of page data that were written to lanes.
     pub(super) page_bytes: AtomicU64,
-    /// Pages of the present round.
+    /// The number of pages that were sent in the present round.
     pub(super) round_sent: AtomicU64,
 }
 
-/// One round, for each lane.
+/// One round, as each lane gets it.
 #[derive(Clone)]
 pub(super) struct Job {
     pub(super) generation: u32,
@@ -55,26 +58,26 @@ pub(super) struct Job {
     pub(super) stop: Arc<AtomicBool>,
 }
 
-/// What a lane is asked for.
+/// Work for a lane.
 pub(super) enum Work {
-    /// Its part of a round.
+    /// Send the lane's part of a round.
     Round(Job),
-    /// These pages, which nobody else sends, as part of this generation.
+    /// Send these pages, which no other lane sends, in this generation.
     Push(PageRange, u32),
-    /// The mark of the *vacated* with this number, as part of this generation. Its end is not
-    /// reported.
+    /// Send the mark of the *vacated* with this number, in this generation. The end of this work is
+    /// not reported.
     Mark(u32, u32),
-    /// Pages that were read from stores, and that nobody else sends, as part of this generation.
-    /// Its end is not reported: the value is dropped then.
+    /// Send pages that were read from stores, and that no other lane sends, in this generation. The
+    /// end of this work is not reported: the value is dropped then.
     Fetched(Fetched, u32),
 }
 
-/// How a lane came to the end of a piece of work.
+/// The result of a lane's work.
 pub(super) struct LaneDone {
     pub(super) lane: u16,
     /// The first stripe that was not sent, if the round was stopped.
     pub(super) stopped_at: Option<u64>,
-    /// The time of a round in which it did not write, but read pages.
+    /// The time of the round in which the lane did not write, because it read pages.
     pub(super) reading: Duration,
 }
 
@@ -82,38 +85,38 @@ pub(super) struct Lane {
     pub(super) index: u16,
     pub(super) lanes: u16,
     pub(super) ram: Arc<dyn GuestRam>,
-    /// What reads pages of a round that are in stores, if there are any.
+    /// Reads the pages of a round that are in stores; `None` if no pages are in stores.
     pub(super) stored: Option<Arc<PagedMemory>>,
     pub(super) writer: Box<dyn WriteHalf>,
     pub(super) peer: String,
     pub(super) sequence: u32,
     pub(super) payload_crc: bool,
-    /// After the hand-over, pages move in blocks that the destination cannot split.
+    /// Whether pages move in blocks that the destination cannot split after the hand-over.
     pub(super) whole_blocks: bool,
     pub(super) counters: Arc<Counters>,
-    /// Time spent writing so far.
+    /// The total time spent writing.
     pub(super) writing: Duration,
-    /// Bytes that are written at once.
+    /// The size of the next piece, in bytes. A piece is written at once.
     pub(super) piece: usize,
 }
 
-/// The stripes of one lane among `lanes`, of a VM with `pages` pages.
+/// Returns the stripes of one lane among `lanes`, for a VM with `pages` pages.
 pub(super) fn stripes(index: u16, lanes: u16, pages: u64) -> impl Iterator<Item = u64> {
     (u64::from(index)..pages.div_ceil(STRIPE_PAGES)).step_by(usize::from(lanes.max(1)))
 }
 
-/// The pages of a stripe; the last one may reach beyond the end of RAM.
+/// Returns the pages of a stripe. Those of the last stripe may extend beyond the end of RAM.
 pub(super) fn stripe_pages(stripe: u64) -> PageRange {
     PageRange::new(stripe.saturating_mul(STRIPE_PAGES), STRIPE_PAGES)
 }
 
-/// A frame in the making.
+/// A frame that is being assembled.
 pub(super) struct Batch<'a> {
     extents: Vec<Extent>,
     slices: Vec<RamSlice<'a>>,
     payload: usize,
     pages: u64,
-    /// Most bytes of page data.
+    /// The most bytes of page data in the frame.
     most: usize,
 }
 
@@ -124,7 +127,7 @@ impl Default for Batch<'_> {
 }
 
 impl Lane {
-    /// The lane on which a destination sends pages back.
+    /// Returns the lane on which a destination sends pages back in checkpoints.
     pub(super) fn for_checkpoints(
         ram: Arc<dyn GuestRam>,
         writer: Box<dyn WriteHalf>,
@@ -148,7 +151,7 @@ impl Lane {
         }
     }
 
-    /// Works until the sender of work is gone or the link fails.
+    /// Works until the sender of work is dropped or the link fails.
     pub(super) fn run(mut self, jobs: mpsc::Receiver<Work>, inputs: mpsc::Sender<Input>) {
         let mut pushes = false;
         while let Ok(work) = jobs.recv() {
@@ -156,7 +159,7 @@ impl Lane {
                 Work::Round(job) => self.round(&job),
                 Work::Push(range, generation) => {
                     if !std::mem::replace(&mut pushes, true) {
-                        // the guest waits for what comes on other lanes
+                        // The guest waits for pages on other lanes.
                         self.writer.keep_queue_short();
                     }
                     let lane = self.index;
@@ -175,7 +178,7 @@ impl Lane {
                 },
             };
             let failed = done.is_err();
-            // the engine may be gone already, having failed for another reason
+            // The engine may have ended already, after another failure.
             if inputs.send(Input::Lane(done)).is_err() || failed {
                 return;
             }
@@ -197,7 +200,7 @@ impl Lane {
                 continue;
             }
             if let Some(rearm) = &job.rearm {
-                // before the first look at the pages: what is written after it is reported again
+                // Re-arm before the pages are first read, so that a later write is reported again.
                 rearm.before_read(range, &job.pages)?;
             }
             for run in job.pages.ranges_in(range) {
@@ -223,7 +226,7 @@ impl Lane {
 
     /// Sends a run of pages.
     pub(super) fn push(&mut self, range: PageRange, generation: u32) -> Result<(), MigrationError> {
-        // a block of huge pages in one frame: the destination then takes it in as one
+        // A block of huge pages goes in one frame, so that the destination installs it in one step.
         let (ram, mut batch) = (self.ram.clone(), Batch { most: MAX_PAYLOAD, ..Batch::default() });
         for (_, _, piece) in ram.layout().split(range) {
             if !self.whole_blocks {
@@ -238,8 +241,8 @@ impl Lane {
         self.flush(&mut batch, generation)
     }
 
-    /// Adds a block that the destination can only install as one: all of it is data unless all of
-    /// it is zero.
+    /// Adds a block that the destination can only install as a whole. All of the block is sent as
+    /// data unless all of it is zero.
     fn add_whole<'a>(
         &mut self,
         batch: &mut Batch<'a>,
@@ -277,7 +280,7 @@ impl Lane {
         self.add_pages(batch, ram.slice(run)?, run, generation)
     }
 
-    /// Adds a run of pages whose contents are in this memory.
+    /// Adds a run of pages whose contents are in `memory`.
     pub(super) fn add_pages<'a>(
         &mut self,
         batch: &mut Batch<'a>,
@@ -289,7 +292,7 @@ impl Lane {
         let mut at = 0;
         let mut zero = is_zero(0);
         while at < run.count {
-            // the longest stretch of the same kind, as far as a frame holds it
+            // The longest run of pages of the same kind that has room in the frame.
             let room = if zero { run.count } else { ((batch.most - batch.payload) / PAGE_SIZE) as u64 };
             let mut end = at + 1;
             let mut next_zero = zero;
@@ -315,7 +318,7 @@ impl Lane {
             if batch.payload >= batch.most || batch.extents.len() >= MAX_EXTENTS {
                 self.flush(batch, generation)?;
             }
-            // after a stretch that ended for lack of room the next page has not been looked at
+            // If a run ended for lack of room, the next page has not been examined yet.
             if end < run.count && next_zero == zero {
                 next_zero = is_zero(end);
             }
@@ -331,7 +334,8 @@ impl Lane {
         let next = Batch { most: batch.most, ..Batch::default() };
         let Batch { extents, slices, payload, pages, .. } = std::mem::replace(batch, next);
         if self.payload_crc {
-            // the guest may write between the checksum and the send: both must see the same copy
+            // The guest may write between the checksum and the send, so both must use the same
+            // copy.
             let mut copy = vec![0; payload];
             let mut at = 0;
             for slice in slices {
@@ -351,8 +355,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Writes a frame, in pieces of which each is counted when it is written: on a slow link a
-    /// whole frame takes so long that the destination would seem to take nothing.
+    /// Writes a frame in pieces. Each piece is counted when it is written: on a slow link a whole
+    /// frame takes so long that the destination would seem to accept nothing.
     pub(super) fn write(&mut self, head: &[u8], slices: &[RamSlice<'_>]) -> Result<(), MigrationError> {
         self.sequence = self.sequence.wrapping_add(1);
         let (mut head, mut from, mut skip) = (head, 0, 0);
@@ -382,7 +386,7 @@ impl Lane {
         }
     }
 
-    /// The next piece is as large as the time of the last one suggests.
+    /// Adjusts the size of the next piece to the time that the last one took.
     fn pace(&mut self, time: Duration) {
         if time < QUICK_PIECE {
             self.piece = (self.piece * 2).min(MAX_PAYLOAD);
@@ -415,7 +419,8 @@ mod tests {
         RamLayout::new(regions).unwrap()
     }
 
-    /// What was written, and how long each write was; how often the queue was to be kept short.
+    /// The bytes that were written and the length of each write; and how often the queue was to be
+    /// kept short.
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<(Vec<u8>, Vec<usize>)>>, Arc<AtomicU64>);
 
@@ -450,8 +455,8 @@ mod tests {
         (lane, written)
     }
 
-    /// The frames on a lane, each with its page data, once its header, sequence and checksum are
-    /// right.
+    /// Returns the frames on a lane, each with its page data, after checking header, sequence and
+    /// checksum.
     fn frames(written: &Written, crc: bool, generation: u32) -> Vec<(Bulk, Vec<u8>)> {
         let bytes = written.0.lock().unwrap().0.clone();
         let (mut rest, mut frames) = (&bytes[..], Vec::new());
@@ -471,8 +476,8 @@ mod tests {
         frames
     }
 
-    /// The first byte of each page that came; the number of frames that could have been in the one
-    /// before.
+    /// Returns the first byte of each page that has arrived. Checks that adjacent extents of the
+    /// same kind are joined.
     fn arrived(frames: &[(Bulk, Vec<u8>)], most: usize) -> BTreeMap<u64, u8> {
         let mut pages = BTreeMap::new();
         let mut last: Option<(u64, Content, usize)> = None;
@@ -520,7 +525,7 @@ mod tests {
         [&c.zero, &c.plain, &c.page_bytes, &c.round_sent, &c.wire_bytes].map(|counter| counter.load(Ordering::Relaxed))
     }
 
-    /// Checks the counters against the pages that came.
+    /// Checks the counters against the pages that have arrived.
     fn check_counts(lane: &Lane, pages: &BTreeMap<u64, u8>, zero: u64, written: &Written) -> Result<(), TestCaseError> {
         let plain = pages.len() as u64 - zero;
         let bytes = written.0.lock().unwrap().0.len() as u64;
@@ -590,7 +595,8 @@ mod tests {
                     want.extend(starts.map(|first| PageRange::new(first, HUGE_BLOCK.min(piece.end() - first))));
                 }
                 prop_assert_eq!(&blocks, &want);
-                // no more frames than needed: one more only where the next block has no room
+                // No more frames are used than needed: there is one more only where the next block
+                // has no room.
                 let full = frames.windows(2).all(|w| w[0].1.len() + w[1].1.len() > MAX_PAYLOAD);
                 prop_assert!(full, "{:?}", frames.iter().map(|f| f.1.len()).collect::<Vec<_>>());
                 let zero: u64 = frames.iter().flat_map(|(frame, _)| match frame {
@@ -610,7 +616,7 @@ mod tests {
 
     #[test]
     fn a_frame_takes_only_so_many_extents() {
-        // every other page: none of them can join another
+        // Every other page is sent, so that no page can be joined with another.
         let pages = 2 * MAX_EXTENTS as u64 + 10;
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: pages << 12 }]).unwrap();
         let ram = Arc::new(HeapRam::new(layout).unwrap());
@@ -630,8 +636,8 @@ mod tests {
 
     #[test]
     fn a_page_behind_a_full_frame_is_looked_at() {
-        // as many pages with data as a frame takes; then zeros; then data up to the end of the
-        // stripe
+        // As many pages with data as a frame takes; then zeros; then data up to the end of the
+        // stripe.
         let (full, zeros) = ((FRAME_PAYLOAD / PAGE_SIZE) as u64, 10);
         for (first, second) in [(1, 0), (0, 1)] {
             let ram = filled(&[(0, full, first), (full, zeros, second), (full + zeros, full, first)]);
@@ -656,8 +662,8 @@ mod tests {
             lane.whole_blocks = whole_blocks;
             lane.push(PageRange::new(0, PAGES), 1).unwrap();
             let sizes: Vec<u64> = frames(&written, false, 1).iter().map(|f| (f.1.len() / PAGE_SIZE) as u64).collect();
-            // whole blocks are not cut: the first region has one and 24 pages, the second one 16
-            // more than that
+            // Whole blocks are not cut: the first region has one block and 24 pages, the second one
+            // has 16 pages more than that.
             let want = if whole_blocks { [most, BORDER - most, most, 16] } else { [most, most, 40, 0] };
             assert!(sizes.iter().eq(want.iter().filter(|&&pages| pages > 0)), "{sizes:?}");
         }
@@ -695,7 +701,7 @@ mod tests {
     fn a_round_that_is_stopped_says_where_and_how_long_it_read() {
         let ram = filled(&[(0, PAGES, 1)]);
         let (mut lane, written) = lane(&ram, 1, 2);
-        // long before this round
+        // The lane has spent much time writing before this round.
         lane.writing = Duration::from_secs(1000);
         let stop = Arc::new(AtomicBool::new(false));
         let job = Job { generation: 1, pages: Arc::new(PageSet::full(PAGES)), rearm: None, stop: Arc::clone(&stop) };
@@ -721,8 +727,8 @@ mod tests {
         assert_eq!(written.0.lock().unwrap().1, [100 + slice.len()]);
         assert_eq!(written.0.lock().unwrap().0.len(), 100 + slice.len());
 
-        // in a piece no more than that; how large the next ones are depends on the time that it
-        // took
+        // The first write has the size of a piece. The size of the next pieces depends on the time
+        // that a write took.
         *written.0.lock().unwrap() = Default::default();
         let mut want = head.to_vec();
         want.resize(100 + slice.len(), 0);
