@@ -1,5 +1,5 @@
-//! The wire's limits on state and configuration, checked by the sender: before the guest is paused
-//! where that is possible, with an error that names what is too large.
+//! Checks the wire's limits on state and configuration at the sender. A check comes before the
+//! guest is paused where that is possible, and its error names the item that is too large.
 
 use crate::{
     MigrationError,
@@ -8,9 +8,9 @@ use crate::{
     wire::{MAX_CONFIG, MAX_DEVICES, STATE_CHUNK},
 };
 
-/// About what a section takes beside its data.
+/// The approximate number of bytes that a section takes in addition to its data.
 const SECTION_HEAD: u64 = 24;
-/// What to do about a section that is too large.
+/// The advice for a section that is too large.
 const IN_PIECES: &str = "its device has to send it in pieces while the guest runs (Device::iterate)";
 
 fn too_large(what: &str, bytes: u64, limit: usize, advice: &str) -> String {
@@ -24,7 +24,7 @@ fn name_too_long(section: &Section) -> String {
 /// Checks a description before it is sent.
 ///
 /// # Errors
-/// [`MigrationError::Blocked`] names the field that the destination would refuse.
+/// Returns [`MigrationError::Blocked`], with the field that the destination would refuse.
 pub(super) fn check_description(vm: &VmDescription) -> Result<(), MigrationError> {
     let blocked = |why| Err(MigrationError::Blocked(why));
     let advice = "the VMM has to describe the machine in less, or send the rest as device state";
@@ -43,11 +43,11 @@ pub(super) fn check_description(vm: &VmDescription) -> Result<(), MigrationError
     }
 }
 
-/// Checks what the VMM expects to save in the pause, together with the pieces that are still
-/// pending.
+/// Checks the VMM's estimate of the state that is saved in the pause, together with the pieces that
+/// are still pending.
 ///
 /// # Errors
-/// [`MigrationError::Blocked`] names the section.
+/// Returns [`MigrationError::Blocked`], with the section that is too large.
 pub(super) fn check_estimate(estimate: &StateEstimate, pending: u64) -> Result<(), MigrationError> {
     let blocked = |why| Err(MigrationError::Blocked(why));
     if let Some(section) = estimate.sections.iter().find(|section| section.bytes > MAX_SECTION as u64) {
@@ -69,7 +69,8 @@ pub(super) fn check_estimate(estimate: &StateEstimate, pending: u64) -> Result<(
 /// Checks a state that was saved, before any of it is sent.
 ///
 /// # Errors
-/// Names the section. The VMM's estimate did not have it: the guest is paused, and resumes.
+/// Returns an error that names the section. The VMM's estimate did not include it, so the guest is
+/// paused by then, and is resumed.
 pub(super) fn check_state(state: &VmState) -> Result<(), MigrationError> {
     let failed = |why| Err(MigrationError::vm("saving the state")(VmError::new(why)));
     for section in &state.sections {
@@ -87,7 +88,7 @@ pub(super) fn check_state(state: &VmState) -> Result<(), MigrationError> {
             "the state has {count} sections, more than the {MAX_SECTIONS} that a migration carries"
         ));
     }
-    // as it is encoded
+    // The size of the encoded state.
     let bytes = 4 + state.bytes() + state.sections.iter().map(|s| s.name.len() + 16).sum::<usize>();
     if bytes > MAX_STATE {
         let advice = "more of it has to move in pieces while the guest runs";
@@ -99,7 +100,7 @@ pub(super) fn check_state(state: &VmState) -> Result<(), MigrationError> {
 /// Checks a piece of device state before it is sent.
 ///
 /// # Errors
-/// Names the device.
+/// Returns an error that names the device.
 pub(super) fn check_piece(piece: &Section) -> Result<(), MigrationError> {
     let failed = |why| Err(MigrationError::vm("saving a piece of device state")(VmError::new(why)));
     if piece.name.len() > MAX_SECTION_NAME {
@@ -172,7 +173,7 @@ mod tests {
         says(check_state(&state(vec![section("gpu", MAX_SECTION); 4])), &["the VM's state", "67108864"]);
         says(check_state(&state(vec![section("n", 0); MAX_SECTIONS + 1])), &["8193 sections"]);
 
-        // as much as the destination takes, as it is encoded
+        // As much as the destination accepts, in the encoded size.
         check_state(&state(vec![section(&"n".repeat(MAX_SECTION_NAME), 1); MAX_SECTIONS])).unwrap();
         let mut most = state(vec![section("gpu", MAX_SECTION); 3]);
         most.sections.push(section("network", 0));

@@ -43,81 +43,81 @@ use crate::{
     strategy::Destination,
 };
 
-/// What to do when the downtime limit cannot be kept: when the time that the user allowed has
-/// passed before the hand-over, or as soon as it is certain that neither another round nor a
-/// throttle can help (see [`ModelConvergence`](crate::strategy::ModelConvergence)).
+/// What to do when the downtime limit cannot be kept. This is the case when the time that the user
+/// allowed has passed before the hand-over, or as soon as it is certain that neither another round
+/// nor a throttle can help (see [`ModelConvergence`](crate::strategy::ModelConvergence)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnTimeout {
     /// The guest runs on at the source.
     #[default]
     Cancel,
-    /// Pause the guest and send the rest, whatever the downtime.
+    /// Pause the guest and send all remaining pages, whatever the downtime.
     Stop,
-    /// Hand the guest over and let the rest follow; where the destination cannot serve missing
-    /// pages, as `Cancel`.
+    /// Hand the guest over, and send the remaining pages after that. Where the destination cannot
+    /// serve missing pages, this is the same as `Cancel`.
     PostCopy,
 }
 
-/// In post-copy, what a fault on a page of a transparent huge page fetches. (RAM in huge pages that
-/// cannot be split moves in whole ones in any case.)
+/// The pages that a fault on a page of a transparent huge page fetches in post-copy. (RAM in huge
+/// pages that cannot be split always moves in whole huge pages.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HugePages {
-    /// The page alone: the shortest wait. The others of its block follow with the push, as small
-    /// pages.
+    /// The page alone, which gives the shortest wait. The other pages of its block are pushed
+    /// later, as small pages.
     #[default]
     Split,
-    /// The whole block of 2 MiB: it stays huge, and the wait is that for 2 MiB.
+    /// The whole block of 2 MiB. The block stays a huge page, and the wait is that for 2 MiB.
     Whole,
 }
 
-/// Finds the way to a destination by its name.
+/// A function that returns the connector of a destination by its name.
 pub type Destinations = Arc<dyn Fn(&Destination) -> io::Result<Arc<dyn Connector>> + Send + Sync>;
 
-/// Limits and choices of one migration, at its source.
+/// The limits and choices of one migration, at its source.
 #[derive(Clone)]
 pub struct SourceOptions {
-    /// Bulk lanes, 1 to [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
+    /// The number of bulk lanes, 1 to [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
     pub streams: u16,
-    /// The longest downtime that is acceptable, until a [`Controller`] sets another one.
+    /// The longest acceptable downtime, until a [`Controller`] sets another one.
     pub downtime_limit: Duration,
-    /// How long the guest may stay paused for a hand-over that does not come about.
+    /// How long the guest may stay paused for a hand-over that does not succeed.
     pub pause_limits: PauseLimits,
-    /// How long the migration may take until the hand-over; `None` for ever.
+    /// The longest time until the hand-over; `None` means no limit.
     pub timeout: Option<Duration>,
-    /// What happens then, or sooner, as soon as it is certain that the downtime limit cannot be
+    /// What happens after `timeout`, or as soon as it is certain that the downtime limit cannot be
     /// kept.
     pub on_timeout: OnTimeout,
-    /// Lanes for pages that the guest waits for at the destination, 1 to
-    /// [`MAX_DEMAND_LANES`](crate::wire::MAX_DEMAND_LANES); 0 rules post-copy out.
+    /// The number of lanes for pages that the guest waits for at the destination, 1 to
+    /// [`MAX_DEMAND_LANES`](crate::wire::MAX_DEMAND_LANES). 0 excludes post-copy.
     pub demand_lanes: u16,
-    /// How pages that the guest waits for are cut out of huge pages.
+    /// The pages that a fault on a huge page fetches.
     pub huge: HugePages,
-    /// In post-copy, protects the VM against the death of its destination; the migration is refused
-    /// if the destination cannot do its part.
+    /// Protects the VM against the death of its destination in post-copy. The migration is refused
+    /// if the destination does not support that.
     pub fail_safe: Option<FailSafe>,
-    /// The page stores through which pages may go; `None` if there are none. See
+    /// The page stores that pages may be sent through; `None` if there are none. See
     /// [`Strategy::stores`](crate::strategy::Strategy::stores).
     pub stores: Option<SourceStores>,
     /// Finds the destination that a strategy [connects](crate::strategy::Running::connect) to by
-    /// its name. Without it the strategy can only name the address of the migration's own
-    /// connector.
+    /// its name. Without this function, the strategy can only name the address of the migration's
+    /// own connector.
     pub destinations: Option<Destinations>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
-    /// Checksum of page data, beside TCP's own: costs a copy of every page.
+    /// Whether page data has a checksum in addition to that of TCP. It costs a copy of every page.
     pub payload_crc: bool,
     /// How long the peer may be silent before the link counts as lost.
     pub idle_timeout: Duration,
     /// How long the destination may take to build the VM.
     pub setup_timeout: Duration,
-    /// Epochs up to this one are void; the attempt uses the next.
+    /// The last epoch that is void. The attempt uses the next one.
     pub last_epoch: u32,
-    /// After this time in doubt the user is told
-    /// ([`Event::InDoubt`](crate::report::Event::InDoubt)); reconnecting goes on.
+    /// The time in doubt after which the user is notified by
+    /// [`Event::InDoubt`](crate::report::Event::InDoubt). Reconnecting continues.
     pub in_doubt_grace: Duration,
-    /// Starts threads.
+    /// Starts the threads of the migration.
     pub spawner: Arc<dyn Spawner>,
-    /// Is told how it goes; see [`Observer`] for what it may not do.
+    /// Receives the events of the migration. See [`Observer`] for what it may not do.
     pub observer: Arc<dyn Observer>,
 }
 

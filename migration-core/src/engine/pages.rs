@@ -1,5 +1,5 @@
-//! Pages that do not go to a lane: into a store while the guest runs, or into memory while it
-//! stands still.
+//! Pages that do not go to a lane: they are put into a store while the guest runs, or copied in
+//! memory while it is paused.
 
 use std::io;
 
@@ -14,11 +14,11 @@ use crate::{
     vm::SourceVm,
 };
 
-/// Pages of a piece of a copy: as many as one frame takes.
+/// The number of pages that are copied in one piece: as many as one frame takes.
 const PIECE_PAGES: u64 = 256;
 
-/// The pages that may hold something else than zeros. Asked after tracking has started: a page that
-/// is touched later is dirty.
+/// Returns the pages that may hold something else than zeros. Called after tracking has started, so
+/// that a page that is touched later is dirty.
 pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet {
     let mut pages = PageSet::empty(ram.layout().pages());
     if let Err(error) = ram.populated(&mut pages) {
@@ -28,7 +28,8 @@ pub(super) fn populated(ram: &dyn GuestRam, observer: &dyn Observer) -> PageSet 
     pages
 }
 
-/// The pages that are free now, if that is known. When to ask: see [`SourceVm::free_pages`].
+/// Returns the pages that are free now, if that is known. When to call: see
+/// [`SourceVm::free_pages`].
 pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut free = PageSet::empty(pages);
     if let Err(error) = vm.free_pages(&mut free) {
@@ -39,8 +40,8 @@ pub(super) fn free<V: Tracked + ?Sized>(vm: &mut V, pages: u64, observer: &dyn O
     free
 }
 
-/// The pages that the guest has referenced lately, as far as is known. When to ask: see
-/// [`SourceVm::referenced_pages`].
+/// Returns the pages that the guest has referenced lately, as far as that is known. When to call:
+/// see [`SourceVm::referenced_pages`].
 pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Observer) -> PageSet {
     let mut referenced = PageSet::empty(pages);
     if let Err(error) = vm.referenced_pages(&mut referenced) {
@@ -50,8 +51,8 @@ pub(super) fn referenced(vm: &mut dyn SourceVm, pages: u64, observer: &dyn Obser
     referenced
 }
 
-/// Puts those of `pages` that lie in `range` into a store. `rearm` is the tracker's, `None` if the
-/// guest is paused: it writes nothing then.
+/// Puts those of `pages` that lie in `range` into a store. `rearm` is that of the tracker, or
+/// `None` if the guest is paused and writes nothing.
 pub(super) fn put(
     ram: &dyn GuestRam,
     range: PageRange,
@@ -64,7 +65,7 @@ pub(super) fn put(
     }
     let mut page = [0; PAGE_SIZE];
     for number in pages.ranges_in(range).flat_map(PageRange::pages) {
-        // into a copy first: the guest may write between two looks
+        // The page is copied first, because the guest may write between two reads of it.
         ram.slice(PageRange::new(number, 1))?.copy_to(&mut page);
         put(number, data_of(&page)).map_err(not_put)?;
     }
@@ -79,24 +80,25 @@ fn data_of(page: &[u8; PAGE_SIZE]) -> PageContent<'_> {
     page.iter().any(|&byte| byte != 0).then_some(page)
 }
 
-/// Pages as they were at one moment.
+/// Copies of pages.
 #[derive(Default)]
 pub(super) struct Copied {
     ranges: Vec<PageRange>,
-    /// What was copied, and room for more.
+    /// The copied data, and room for more.
     data: Vec<u8>,
     len: usize,
 }
 
 impl Copied {
-    /// With room for so many pages, which has been touched: in a pause there is no time for page
-    /// faults.
+    /// Returns an empty value with room for this number of pages. The memory has been touched,
+    /// because in a pause there is no time for page faults.
     pub(super) fn with_room(pages: u64) -> Self {
-        // zeros would not be touched
+        // The allocator would not touch memory that is to hold zeros.
         Self { data: vec![1; pages as usize * PAGE_SIZE], ..Self::default() }
     }
 
-    /// Copies `pages` of a guest that is paused.
+    /// Copies `pages`. If the guest is paused, they are as they were at one moment, and `rearm` is
+    /// `None`.
     pub(super) fn take(
         &mut self,
         ram: &dyn GuestRam,
@@ -123,7 +125,7 @@ impl Copied {
         Ok(())
     }
 
-    /// Ranges of at most 1 MiB and their data.
+    /// Returns the ranges, of at most 1 MiB each, with their data.
     pub(super) fn pieces(&self) -> impl Iterator<Item = (PageRange, &[u8])> {
         let mut rest = &self.data[..];
         self.ranges.iter().map(move |&range| {
@@ -133,7 +135,7 @@ impl Copied {
         })
     }
 
-    /// The pages one by one, as a store takes them.
+    /// Returns the pages one by one, in the form that a store takes.
     pub(super) fn pages(&self) -> impl Iterator<Item = (u64, PageContent<'_>)> {
         let (pages, _) = self.data.as_chunks::<PAGE_SIZE>();
         self.ranges.iter().flat_map(|range| range.pages()).zip(pages).map(|(number, page)| (number, data_of(page)))
@@ -147,7 +149,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{HeapRam, RamLayout, RamRegion, tracker::TrackerError};
 
-    /// Notes what is re-armed.
+    /// A [`Rearm`] that records the ranges that are re-armed.
     #[derive(Default)]
     pub(crate) struct Noted(pub(crate) Mutex<Vec<PageRange>>);
 
@@ -158,7 +160,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Two regions; every third page is zero, the last byte of the others says which one it is.
+    /// Two regions. Every third page is zero; the last byte of the other pages identifies the page.
     fn ram() -> HeapRam {
         let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 40, len: 20 << 12 }];
         let ram = HeapRam::new(RamLayout::new(regions).unwrap()).unwrap();
@@ -184,7 +186,7 @@ pub(super) mod tests {
         let want: Vec<u64> = first.iter().chain(second.iter()).collect();
         for room in [0, 5, want.len() as u64, 1000] {
             let (mut copied, noted) = (Copied::with_room(room), Noted::default());
-            // all of it is touched
+            // All of the room is touched.
             assert!(copied.data.len() == room as usize * PAGE_SIZE && copied.data.iter().all(|&byte| byte == 1));
             copied.take(&ram, &first, Some(&noted)).unwrap();
             copied.take(&ram, &second, None).unwrap();
@@ -197,7 +199,7 @@ pub(super) mod tests {
                 let last = data.chunks(PAGE_SIZE).map(|page| page[PAGE_SIZE - 1]);
                 assert!(last.eq(range.pages().map(mark)), "{range:?}");
             }
-            // runs are cut at 256 pages, and at the border of the regions
+            // Runs are cut at 256 pages, and at the border of the regions.
             assert!(pieces.iter().map(|(range, _)| range.count).eq([256, 256, 88, 10, 10, 1]));
 
             let pages: Vec<_> = copied.pages().collect();

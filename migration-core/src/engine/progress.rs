@@ -1,5 +1,5 @@
-//! The figures of a migration under way, from readings of its counters. Nothing here looks at a
-//! clock.
+//! Computes the figures of a migration under way from readings of its counters. No code here reads
+//! a clock.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -9,19 +9,19 @@ use crate::{
     strategy::{Link, ModelConvergence},
 };
 
-/// Rates are measured over this time.
+/// The time over which rates are measured.
 const WINDOW: Duration = Duration::from_secs(1);
-/// Readings that are kept for the window: they come every
+/// The most readings that are kept for the window. They come every
 /// [interval](super::source::PROGRESS_INTERVAL), and seldom more often.
 const MAX_POINTS: usize = 64;
-/// A round that leaves more than this part of what it sends does not end the rounds by itself.
+/// The largest ratio of one round to the round before it for which further rounds are assumed.
 const GOOD_SHRINK: f64 = 0.5;
-/// Rounds that are looked ahead.
+/// The most rounds that the forecast looks ahead.
 const ROUNDS_AHEAD: u32 = 30;
 /// The largest share that is shown before the end.
 const ALMOST_ALL: f64 = 0.99;
 
-/// What was counted up to a moment.
+/// The counters at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Point {
     at: Duration,
@@ -32,53 +32,55 @@ struct Point {
 /// The counters of a migration at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
-    /// Time since the start.
+    /// The time since the start.
     pub(super) at: Duration,
     pub(super) phase: SourcePhase,
-    /// Bytes on the wire so far.
+    /// The number of bytes on the wire so far.
     pub(super) wire_bytes: u64,
-    /// The round under way, from 1; 0 before the first.
+    /// The number of the round under way, from 1; 0 before the first.
     pub(super) round: u32,
-    /// Pages that the round has to send, and has sent.
+    /// The number of pages that the round has to send, and the number that it has sent.
     pub(super) round_pages: u64,
     pub(super) round_sent: u64,
-    /// Pages that earlier rounds had to send.
+    /// The number of pages that earlier rounds had to send.
     pub(super) earlier_pages: u64,
-    /// After the hand-over: pages that were missing then, and how many of them were sent since.
+    /// After the hand-over: the number of pages that were missing then, and the number of them that
+    /// were sent since.
     pub(super) missing: u64,
     pub(super) served: u64,
-    /// Pages of the VM.
+    /// The number of pages of the VM.
     pub(super) total: u64,
-    /// Pages that the guest dirties a second, once a round has shown it.
+    /// The number of pages that the guest dirties a second, once a round has shown it.
     pub(super) dirty_pages_per_second: Option<f64>,
     pub(super) throttle_percent: u8,
     pub(super) link: Link,
 }
 
-/// What is left to be sent.
+/// A forecast of the pages that are still to be sent.
 struct Forecast {
-    /// Pages of this round and all later ones.
+    /// The pages of this round and all later ones.
     pages: f64,
-    /// Of them, those in the pause; `None` as long as nobody knows how fast the guest writes.
+    /// The number of these pages that are sent in the pause; `None` as long as the rate at which
+    /// the guest writes is unknown.
     in_the_pause: Option<u64>,
 }
 
-/// Makes [`Progress`] of readings.
+/// Computes [`Progress`] from readings.
 #[derive(Debug, Default)]
 pub(super) struct ProgressMeter {
-    /// Readings of the last second and the one before them.
+    /// The readings of the last second, and the one before them.
     points: VecDeque<Point>,
     share: f64,
 }
 
 impl ProgressMeter {
-    /// Pages begin to move: rates are measured from here.
+    /// Begins the measurement of rates. Called when pages begin to move.
     pub(super) fn begin(&mut self, now: &Reading) {
         self.points.clear();
         self.points.push_back(point(now));
     }
 
-    /// The figures at the moment of this reading; readings come in the order of time.
+    /// Returns the figures at the time of this reading. Readings must come in the order of time.
     pub(super) fn read(&mut self, now: &Reading) -> Progress {
         let (bytes_per_second, pages_per_second) = self.rates(now);
         let left = now.round_pages.saturating_sub(now.round_sent);
@@ -119,10 +121,10 @@ impl ProgressMeter {
         }
     }
 
-    /// Bytes and pages a second over the window.
+    /// Returns the bytes and pages a second over the window.
     fn rates(&mut self, now: &Reading) -> (f64, f64) {
         let newest = point(now);
-        // one reading at the beginning of the window or before it stays
+        // One reading at the beginning of the window, or before it, is kept.
         while self.points.get(1).is_some_and(|next| newest.at.saturating_sub(next.at) >= WINDOW) {
             self.points.pop_front();
         }
@@ -142,12 +144,12 @@ fn point(now: &Reading) -> Point {
     Point { at: now.at, bytes: now.wire_bytes, pages }
 }
 
-/// Looks ahead, round after round, until the planner would end them.
+/// Looks ahead, round after round, until the planner would end the rounds.
 fn forecast(now: &Reading, left: f64, pages_per_second: f64) -> Forecast {
     let Some(dirtied) = now.dirty_pages_per_second.filter(|_| pages_per_second > 0.0) else {
         return Forecast { pages: left, in_the_pause: None };
     };
-    // pages that the guest dirties while one is sent
+    // The number of pages that the guest dirties while one is sent.
     let share = dirtied / pages_per_second;
     let mut pages = left;
     let mut next = (now.round_pages as f64 * share).min(now.total as f64);
@@ -193,7 +195,8 @@ mod tests {
         }
     }
 
-    /// A meter that has seen so many milliseconds of the first round.
+    /// Returns a meter that has seen the first `ms` milliseconds of the first round, and its last
+    /// figures.
     fn after(ms: u64) -> (ProgressMeter, Progress) {
         let mut meter = ProgressMeter::default();
         meter.begin(&reading(0, 0));
@@ -214,7 +217,7 @@ mod tests {
         assert!(near(p.bytes_per_second, 4096.0 * 4096.0) && near(p.pages_per_second, 4096.0), "{p:?}");
         assert!(near(p.share_done, 0.01), "{p:?}");
         assert!(near(p.round_eta.unwrap().as_secs_f64(), 9.9) && near(p.eta.unwrap().as_secs_f64(), 9.91), "{p:?}");
-        // nobody knows yet how fast the guest writes
+        // It is not known yet how fast the guest writes.
         assert_eq!((p.expected_downtime, p.least_downtime), (None, Some(10 * MS)));
     }
 
@@ -222,7 +225,7 @@ mod tests {
     fn the_rate_is_that_of_the_last_second() {
         let (mut meter, p) = after(3000);
         assert!(near(p.pages_per_second, 4096.0), "{p:?}");
-        // the link stops
+        // The link stops.
         let half = meter.read(&reading(3500, 12_288));
         assert!(near(half.pages_per_second, 2048.0), "{half:?}");
         let none = meter.read(&reading(4500, 12_288));
@@ -232,7 +235,7 @@ mod tests {
     #[test]
     fn later_rounds_are_foreseen_and_the_share_never_falls() {
         let (mut meter, before) = after(10_000);
-        // the second round: the guest dirties a page while ten are sent
+        // The second round: the guest dirties one page while ten are sent.
         let second = |at, round_sent, rate| Reading {
             round: 2,
             round_pages: 4096,
@@ -243,15 +246,15 @@ mod tests {
         };
         let p = meter.read(&second(10_500, 2048, 409.6));
         assert!(p.share_done >= before.share_done && p.share_done < 1.0, "{p:?}");
-        // half of this round, 410 pages of the next, and 41 in the pause
+        // Half of this round, 410 pages of the next, and 41 in the pause.
         assert!(near(p.eta.unwrap().as_secs_f64(), 0.5 + 0.1 + 0.01 + 0.01), "{p:?}");
         assert_eq!(p.expected_downtime.map(|d| d.as_millis()), Some(19), "{p:?}");
-        // one that dirties more than is sent ends at the limit, not at what a whole round would
-        // take
+        // A guest that dirties more pages than are sent is paused at the limit, not after the time
+        // of a whole round.
         let p = meter.read(&second(10_600, 2457, 100_000.0));
         assert_eq!(p.expected_downtime, Some(300 * MS));
         assert!(p.share_done < 1.0 && p.eta.is_some());
-        // until the throttle shows
+        // Until the throttle has an effect.
         let slow = Reading { throttle_percent: 99, ..second(10_700, 2867, 1000.0) };
         let p = meter.read(&slow);
         assert_eq!((p.throttle_percent, p.round), (99, 2));
@@ -265,11 +268,11 @@ mod tests {
         meter.begin(&known(0, 0, 100.0));
         let p = meter.read(&known(1000, 0, 100.0));
         assert_eq!((p.pages_per_second, p.eta, p.expected_downtime), (0.0, None, None));
-        // half of what is sent: each round is half as long as the one before
+        // Half of what is sent is dirtied: each round is half as long as the one before.
         let p = meter.read(&known(2000, 4096, 2048.0));
         assert_eq!(p.pages_per_second, 4096.0);
         assert!(p.expected_downtime < Some(300 * MS), "{p:?}");
-        // all of the round is sent, and nobody knows yet of a next one
+        // All of the round is sent, and no next round is known yet.
         let p = meter.read(&reading(10_000, 40_960));
         assert_eq!(p.share_done, ALMOST_ALL);
     }

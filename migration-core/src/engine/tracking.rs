@@ -1,4 +1,4 @@
-//! A tracker that is borrowed from its VMM, and given back as it was.
+//! Borrows the dirty tracker of a VMM for a migration, and leaves the tracker as it was found.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use crate::{
     tracker::{DirtyTracker, Rearm, TrackerError},
 };
 
-/// What has to be known of a VM's tracker to give it back.
+/// What the engine needs to know of a VM's tracker to leave it as it was found.
 pub(super) struct Tracking {
     pub(super) active: bool,
-    /// Whether the VMM had started the tracker; it then gets its dirty bits back.
+    /// Whether the VMM had started the tracker. If so, the VMM gets its dirty bits back.
     before: bool,
     /// All pages that were reported, for a tracker that the VMM had started.
     harvested: PageSet,
@@ -23,7 +23,8 @@ impl Tracking {
 
     /// Starts the tracker, which the VMM may have started already.
     ///
-    /// What such a tracker has to report is taken first, so that the VMM can have it back.
+    /// Pages that such a tracker has to report are harvested first, so that the VMM can have them
+    /// back.
     pub(super) fn start(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
         let first = !self.active;
         if first {
@@ -37,8 +38,8 @@ impl Tracking {
         Ok(())
     }
 
-    /// Returns all pages that a tracker which the VMM had started has reported since the VMM's last
-    /// harvest.
+    /// Returns all pages that the tracker has reported since the VMM's last harvest, if the VMM had
+    /// started it.
     pub(super) fn written(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
         self.harvest(tracker)?;
         Ok(self.harvested.clone())
@@ -49,7 +50,7 @@ impl Tracking {
         let mut pages = PageSet::empty(self.harvested.capacity());
         let harvested = tracker.harvest(&mut pages);
         if self.before {
-            // what it has found before it failed is not in the tracker any more
+            // The pages that were reported before a failure are not in the tracker any more.
             self.harvested.union_with(&pages);
             if let Some(rearm) = tracker.rearm() {
                 rearm.before_read(PageRange::new(0, pages.capacity()), &pages)?;
@@ -58,7 +59,8 @@ impl Tracking {
         harvested.map(|()| pages)
     }
 
-    /// Returns what re-arms pages just before they are read, if the tracker works like that.
+    /// Returns the means to re-arm pages just before they are read, or `None` if the tracker is not
+    /// re-armed like that.
     ///
     /// A tracker that the VMM had started is re-armed at each harvest instead: a page that is
     /// written between a harvest and its turn in the round would be re-armed without having been
@@ -72,8 +74,8 @@ impl Tracking {
         self.harvested = PageSet::full(self.harvested.capacity());
     }
 
-    /// Leaves the tracker as it was found. The VMM's own tracker reports again all that was
-    /// harvested from it.
+    /// Leaves the tracker as it was found. A tracker that the VMM had started reports again all
+    /// pages that were harvested from it.
     pub(super) fn roll_back(&mut self, tracker: &mut dyn DirtyTracker) -> Result<(), TrackerError> {
         if !std::mem::take(&mut self.active) {
             return Ok(());
@@ -113,7 +115,7 @@ mod tests {
         let mut tracking = Tracking::new(16);
         tracking.start(&mut tracker).unwrap();
         bitmap.mark_page(2);
-        // to start it once more takes nothing away
+        // Starting the tracker once more loses nothing.
         tracking.start(&mut tracker).unwrap();
         assert_eq!(tracking.harvest(&mut tracker).unwrap(), pages(&[2]));
         bitmap.mark_page(3);
@@ -126,7 +128,7 @@ mod tests {
         tracker.harvest(&mut found).unwrap();
         assert_eq!(found, pages(&[1, 2, 3, 4]));
 
-        // all of RAM has changed
+        // All of RAM has changed.
         tracking.start(&mut tracker).unwrap();
         tracking.all_dirty();
         tracking.roll_back(&mut tracker).unwrap();
