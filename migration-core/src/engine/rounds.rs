@@ -1,10 +1,11 @@
-//! Rounds: which pages of a running guest are to go, how they are read safely, and which have
+//! Rounds: which pages of a running guest are to be sent, how they are read safely, and which have
 //! arrived.
 //!
-//! One driver for all that sends pages of a guest that goes on: a migration to its lanes, a
-//! snapshot and a forward checkpoint to a store, a reverse checkpoint to the source. The order is
-//! always the same: collect what was written, leave out what is free, re-arm the tracker for a
-//! stripe, read it, send it, and record what has arrived.
+//! One driver serves every operation that sends the pages of a running guest: a migration sends
+//! them to its lanes, a snapshot and a forward checkpoint to a store, and a reverse checkpoint to
+//! the source. The order is always the same: collect the pages that were written, leave out those
+//! that are free, re-arm the tracker for a stripe, read the stripe, send it, and record which pages
+//! have arrived.
 
 use std::{
     io,
@@ -33,7 +34,7 @@ use crate::{
 pub(super) trait Tracked {
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
-    /// Adds the pages that are free now. When to ask: see [`SourceVm::free_pages`].
+    /// Adds the pages that are free now to `free`. When to call: see [`SourceVm::free_pages`].
     fn free_pages(&mut self, free: &mut PageSet) -> Result<(), VmError>;
 }
 
@@ -57,28 +58,29 @@ impl Tracked for dyn CheckpointedVm + '_ {
     }
 }
 
-/// What was written since the last harvest.
+/// The pages that were written since the last harvest.
 pub(super) struct Harvest {
     /// All pages that the tracker has reported.
     pub(super) written: PageSet,
-    /// Those of them that are not free now.
+    /// Those of the written pages that are not free now.
     pub(super) pages: PageSet,
     /// The time since the last harvest, or since tracking began.
     pub(super) time: Duration,
 }
 
-/// See the module. Which pages are to go is what its map has as unsent.
+/// Drives rounds (see the module documentation). The pages that are to be sent are those that its
+/// map has as unsent.
 pub(super) struct RoundDriver {
     ram: Arc<dyn GuestRam>,
     observer: Arc<dyn Observer>,
     map: Arc<Mutex<PageMap>>,
-    /// The pages that were in stores when this began, if there are any.
+    /// The pages that were in stores when the migration began, if there are any.
     stored: Option<Stored>,
     tracking: Tracking,
     last_harvest: Instant,
-    /// Pages that were never touched when tracking began.
+    /// The number of pages that were never touched when tracking began.
     holes: u64,
-    /// Pages that have gone at least once.
+    /// Pages that were sent at least once.
     gone: PageSet,
     /// Pages that were left out at least once, because they were free.
     skipped: PageSet,
@@ -100,7 +102,7 @@ impl RoundDriver {
         }
     }
 
-    /// Returns the map, to be shared with whoever sends pages after a hand-over.
+    /// Returns the map, to be shared with the threads that send pages after a hand-over.
     pub(super) fn shared_map(&self) -> Arc<Mutex<PageMap>> {
         self.map.clone()
     }
@@ -109,23 +111,23 @@ impl RoundDriver {
         lock(&self.map)
     }
 
-    /// Some pages are in stores.
+    /// Sets the pages that are in stores.
     pub(super) fn set_stored(&mut self, stored: Stored) {
         self.stored = Some(stored);
     }
 
-    /// Returns the pages that were in stores when this began, if there are any.
+    /// Returns the pages that were in stores when the migration began, if there are any.
     pub(super) fn stored(&self) -> Option<&Stored> {
         self.stored.as_ref()
     }
 
-    /// Returns the pages that are to go, and are in stores.
+    /// Returns the pages that are to be sent and are in stores.
     pub(super) fn due_from_stores(&self) -> PageSet {
         let none = || PageSet::empty(self.gone.capacity());
         self.stored.as_ref().map_or_else(none, |stored| stored.among(self.map().unsent()))
     }
 
-    /// Returns the pages that are to go.
+    /// Returns the pages that are to be sent.
     pub(super) fn due(&self) -> PageSet {
         self.map().unsent().clone()
     }
@@ -137,11 +139,12 @@ impl RoundDriver {
         Ok(())
     }
 
-    /// Starts to track writes. All pages that may hold data are due, but for those that are free
-    /// now.
+    /// Starts to track writes. Returns the pages that are due: all pages that may hold data, except
+    /// those that are free now.
     pub(super) fn start<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<PageSet, MigrationError> {
         self.track(vm)?;
-        // first: a page that comes back after this look is populated at the next one
+        // The stores are looked up first: a page that comes back from a store after this is found
+        // to be populated afterwards.
         let in_stores = self.stored.as_ref().map(Stored::pages);
         let mut pages = pages::populated(&*self.ram, &*self.observer);
         pages.union_with(&in_stores.unwrap_or_else(|| PageSet::empty(pages.capacity())));
@@ -156,7 +159,7 @@ impl RoundDriver {
         Ok(self.due())
     }
 
-    /// Collects what was written since the last harvest. It is due from now on.
+    /// Collects the pages that were written since the last harvest. They are due from now on.
     pub(super) fn harvest<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> Result<Harvest, MigrationError> {
         let mut written = self.tracking.harvest(vm.tracker())?;
         if let Some(stored) = &mut self.stored {
@@ -165,16 +168,16 @@ impl RoundDriver {
         let time = self.last_harvest.elapsed();
         self.last_harvest = Instant::now();
         self.map().dirtied(&written)?;
-        // The tracker has begun anew. A page that is free now and is written later is reported
-        // again.
+        // The tracker has been reset by the harvest. A page that is free now and is written later
+        // is reported again.
         let mut pages = written.clone();
         pages.subtract(&self.skip_free(vm));
         Ok(Harvest { written, pages, time })
     }
 
-    /// Leaves out the pages that are free now, and returns all that are. Only after tracking has
-    /// begun, or after a harvest, or while the guest is paused: see [`SourceVm::free_pages`] for
-    /// why.
+    /// Leaves out the pages that are free now, and returns them. May be called only after tracking
+    /// has begun, or after a harvest, or while the guest is paused: see [`SourceVm::free_pages`]
+    /// for the reason.
     fn skip_free<V: Tracked + ?Sized>(&mut self, vm: &mut V) -> PageSet {
         let free = pages::free(vm, self.gone.capacity(), &*self.observer);
         let mut skipped = free.clone();
@@ -184,8 +187,9 @@ impl RoundDriver {
         free
     }
 
-    /// Begins a round with `pages`. Returns what re-arms a page before it is read: nothing while
-    /// the guest is paused, for it writes nothing then, and nothing where a harvest has done it.
+    /// Begins a round with `pages`. Returns the means to re-arm a page before it is read. It is
+    /// `None` while the guest is paused, because the guest writes nothing then, and where a harvest
+    /// has re-armed the pages already.
     pub(super) fn begin(
         &mut self,
         tracker: &dyn DirtyTracker,
@@ -196,19 +200,19 @@ impl RoundDriver {
         Ok(self.rearm(tracker, paused))
     }
 
-    /// Returns what re-arms pages before they are read, as [`begin`](Self::begin) does.
+    /// Returns the means to re-arm pages before they are read, as [`begin`](Self::begin) does.
     pub(super) fn rearm(&self, tracker: &dyn DirtyTracker, paused: bool) -> Option<Arc<dyn Rearm>> {
         if paused { None } else { self.tracking.rearm(tracker) }
     }
 
-    /// `pages` of a round are where they were to go.
+    /// Records that `pages` of a round have arrived.
     pub(super) fn arrived(&mut self, pages: &PageSet) -> Result<(), MapError> {
         self.map().acknowledged(pages)?;
         self.gone.union_with(pages);
         Ok(())
     }
 
-    /// Records that `pages` go in another way than by a round.
+    /// Records that `pages` are sent in another way than by a round.
     pub(super) fn gone(&mut self, pages: &PageSet) {
         self.gone.union_with(pages);
     }
@@ -218,7 +222,7 @@ impl RoundDriver {
         stripes(0, 1, pages.capacity()).map(stripe_pages).filter(|&stripe| pages.first_in(stripe).is_some())
     }
 
-    /// Reads the `pages` of one stripe, which `put` takes one by one.
+    /// Reads the `pages` of one stripe, and passes them to `put` one by one.
     pub(super) fn read(
         &self,
         stripe: PageRange,
@@ -229,8 +233,8 @@ impl RoundDriver {
         pages::put(&*self.ram, stripe, pages, rearm, put)
     }
 
-    /// Returns how many pages were never touched, have gone at least once, and were left out for
-    /// being free and never went.
+    /// Returns the numbers of pages that were never touched, that were sent at least once, and that
+    /// were left out because they were free and never sent.
     pub(super) fn counts(&self) -> Counts {
         let mut skipped = self.skipped.clone();
         skipped.subtract(&self.gone);
@@ -241,8 +245,8 @@ impl RoundDriver {
         self.tracking.active
     }
 
-    /// Returns all pages that a tracker which the VMM had started has reported since the VMM's last
-    /// harvest.
+    /// Returns all pages that the tracker has reported since the VMM's last harvest, if the VMM had
+    /// started it.
     pub(super) fn written(&mut self, tracker: &mut dyn DirtyTracker) -> Result<PageSet, TrackerError> {
         self.tracking.start(tracker)?;
         self.tracking.written(tracker)
@@ -253,7 +257,7 @@ impl RoundDriver {
         self.tracking.all_dirty();
     }
 
-    /// The VM and its tracker are gone.
+    /// Forgets the tracker, because it is gone with its VM.
     pub(super) fn forget_tracker(&mut self) {
         self.tracking.active = false;
     }

@@ -1,9 +1,9 @@
-//! A consistent snapshot of a running VM in a store, and a VM from it.
+//! Writes a consistent snapshot of a running VM into a store, and restores a VM from it.
 //!
-//! A snapshot is a pre-copy whose destination is the store. Pages are put while the guest runs, and
-//! again those that it wrote meanwhile, as long as that makes them fewer. The pause that makes all
-//! of it one moment only *copies* what is left, in memory; the store gets it after the guest has
-//! gone on.
+//! A snapshot is a pre-copy whose destination is the store. Pages are put while the guest runs.
+//! Pages that it writes meanwhile are put again, as long as that reduces their number. A pause then
+//! makes the snapshot consistent. It only *copies* the remaining pages in memory. They are put into
+//! the store after the guest has been resumed.
 
 use std::{
     sync::{Arc, mpsc::TryRecvError},
@@ -35,29 +35,29 @@ use crate::{
     vm::{DestinationHost, DestinationVm, SourceVm, StateEstimate, VmDescription, VmError, VmId},
 };
 
-/// Most that is copied in memory during the pause. What is left beyond it goes to the store while
-/// the guest waits.
+/// The most pages that are copied in memory during the pause. Pages beyond that are put into the
+/// store while the guest waits.
 const MAX_COPY: u64 = (256 << 20) / PAGE_SIZE as u64;
-/// Room for pages that the guest writes between the last harvest and the pause.
+/// The room, in pages, for pages that the guest writes between the last harvest and the pause.
 const SPARE_ROOM: u64 = 1024;
-/// Bytes a second that are copied in memory, at the least.
+/// The lowest assumed rate of copies in memory, in bytes a second.
 const COPY_SPEED: f64 = 1e9;
 
-/// Limits and choices of one snapshot.
+/// The limits and choices of one snapshot.
 #[derive(Clone)]
 pub struct SnapshotOptions {
-    /// How long the pause shall be at the most. The guest is throttled for its sake as in a
+    /// The longest pause that is acceptable. The guest is throttled to keep to it, as in a
     /// pre-copy.
     pub downtime_limit: Duration,
-    /// After this time the guest is paused however much is left; `None` to go on as long as that
-    /// helps.
+    /// The time after which the guest is paused, however many pages are left; `None` to continue
+    /// the passes as long as they help.
     pub timeout: Option<Duration>,
     /// How much the guest may be disturbed.
     pub impact: GuestImpact,
     /// The epoch under which the VM is owned here.
     pub epoch: u32,
-    /// Is told how it goes: progress and rounds as of a migration, with bytes put in place of bytes
-    /// on the wire.
+    /// Receives the events of the snapshot: progress and rounds as in a migration, with the bytes
+    /// that were put in place of bytes on the wire.
     pub observer: Arc<dyn Observer>,
 }
 
@@ -73,38 +73,39 @@ impl Default for SnapshotOptions {
     }
 }
 
-/// What a snapshot came to.
+/// The result of a snapshot.
 #[derive(Clone, Debug)]
 pub struct SnapshotReport {
-    /// From the start until it was committed.
+    /// The time from the start until the snapshot was committed.
     pub total: Duration,
     /// How long the guest was paused.
     pub downtime: Duration,
-    /// Passes over the running guest's memory; `wire_bytes` are bytes put.
+    /// The passes over the memory of the running guest. `wire_bytes` is the number of bytes that
+    /// were put.
     pub rounds: Rounds,
-    /// Pages by kind.
+    /// The number of pages by kind.
     pub pages: PageCounts,
-    /// Of them, copied in memory during the pause.
+    /// The number of these pages that were copied in memory during the pause.
     pub copied: u64,
-    /// Bytes of the state and of what the VM is built from.
+    /// The number of bytes of the state and of the data that the VM is built from.
     pub state_bytes: u64,
     /// The strongest throttle that was used.
     pub throttle_percent: u8,
 }
 
 /// Puts `vm`, as it is at one moment, into `store`, and commits it as checkpoint 1. The guest runs
-/// on, but for a short pause. Returns when the store has it for good.
+/// on, except for a short pause. Returns when the store has committed the snapshot.
 ///
-/// What is committed in place of a state is a [`SavedVm`]: [`restore`] needs nothing else. It
-/// blocks: call it on a thread of its own, and cancel it through the
-/// [`Controller`](super::Controller) of `commands`.
+/// The state of the commit is a [`SavedVm`]: [`restore`] needs nothing else. The call blocks. Run
+/// it on a thread of its own, and cancel it through the [`Controller`](super::Controller) of
+/// `commands`.
 ///
 /// # Errors
-/// In every one the guest runs on (unless its user had paused it), at full speed, the tracker is as
-/// it was, with its dirty bits, and the store has discarded what was put. [`MigrationError::Store`]
-/// when it has no room, [`MigrationError::Cancelled`], [`MigrationError::Blocked`] when the VM
-/// cannot be saved now, [`MigrationError::VmEnded`] when its guest has ended; else what the VMM or
-/// its tracker says.
+/// After every error the guest runs on (unless its user had paused it), at full speed, the tracker
+/// is as it was, with its dirty bits, and the store has discarded the pages that were put. Returns
+/// [`MigrationError::Store`] if the store has no room or fails, [`MigrationError::Cancelled`],
+/// [`MigrationError::Blocked`] if the VM cannot be saved now, [`MigrationError::VmEnded`] if its
+/// guest has ended, and otherwise the error of the VMM or its tracker.
 pub fn snapshot(
     vm: &mut dyn SourceVm,
     store: &mut dyn VersionStore,
@@ -117,7 +118,7 @@ pub fn snapshot(
     drop(requests);
     let mut taking = SnapshotWriter::new(vm, store, options, commands);
     let result = taking.run(&mut Snapshot::<ModelConvergence>::default());
-    // a guest that stands still is worse than whatever went wrong before
+    // A guest that stays paused is worse than any earlier error.
     let result = taking.roll_back().and(result);
     lock(&taking.commands.requests).end();
     if result.is_err() {
@@ -134,21 +135,21 @@ struct SnapshotWriter<'a> {
     options: &'a SnapshotOptions,
     commands: Commands,
     ram: Arc<dyn GuestRam>,
-    /// Set before the strategy begins.
+    /// The description of the VM. Set before the strategy begins.
     description: Option<VmDescription>,
     start: Instant,
     rounds: RoundDriver,
     paused_at: Option<Instant>,
     throttle: u8,
     pieces: Vec<Section>,
-    /// What is copied in the pause.
+    /// The pages that are copied in the pause.
     copied: Copied,
-    /// The encoded VM of that moment.
+    /// The encoded VM as it was in the pause.
     saved: Vec<u8>,
     calibration: Calibration,
     meter: ProgressMeter,
     round_began: Instant,
-    /// Pages that all passes had to put.
+    /// The number of pages that all passes had to put.
     pages_due: u64,
     round_put: u64,
     dirty_rate: Option<f64>,
@@ -218,8 +219,8 @@ impl<'a> SnapshotWriter<'a> {
         Ok(())
     }
 
-    /// While the guest is paused: copies as many of `pages` as there is room for, and puts the
-    /// others.
+    /// Copies as many of `pages` as there is room for, and puts the others, while the guest is
+    /// paused.
     fn copy(&mut self, mut pages: PageSet) -> Result<(), MigrationError> {
         let mut few = PageSet::empty(pages.capacity());
         for run in pages.ranges() {
@@ -235,7 +236,7 @@ impl<'a> SnapshotWriter<'a> {
         if pages.is_empty() { Ok(()) } else { self.put(&pages).map(drop) }
     }
 
-    /// A pass over `pages`, into the store.
+    /// Performs one pass: puts `pages` into the store.
     fn put(&mut self, pages: &PageSet) -> Result<Round, MigrationError> {
         (self.round_began, self.round_put) = (Instant::now(), 0);
         self.pages_due = self.pages_due.saturating_add(pages.len());
@@ -286,8 +287,8 @@ impl<'a> SnapshotWriter<'a> {
         Ok(())
     }
 
-    /// Asks the VMM what the pause will have to save, and refuses what a snapshot cannot hold while
-    /// the guest still runs.
+    /// Asks the VMM how much state the pause will have to save, while the guest still runs. Returns
+    /// an error if a snapshot cannot hold it.
     fn check_state_limits(&mut self) -> Result<(), MigrationError> {
         self.calibration.saves(self.vm.estimate_state());
         let unknown = StateEstimate::default();
@@ -296,12 +297,12 @@ impl<'a> SnapshotWriter<'a> {
         check_estimate(self.calibration.state().unwrap_or(&unknown), besides)
     }
 
-    /// The longest acceptable pause, as it was set last.
+    /// Returns the longest acceptable pause, as it was set last.
     fn downtime_limit(&self) -> Duration {
         lock(&self.commands.requests).downtime_limit.unwrap_or(self.options.downtime_limit)
     }
 
-    /// Lets a guest that is paused go on.
+    /// Resumes a guest that is paused.
     fn go_on(&mut self) -> Result<(), MigrationError> {
         let Some(paused) = self.paused_at.take() else { return Ok(()) };
         let resumed = self.vm.resume().map_err(MigrationError::vm("resuming the guest"));
@@ -315,10 +316,11 @@ impl<'a> SnapshotWriter<'a> {
         }
     }
 
-    /// Everything as it was before: the guest runs at full speed, its dirty bits are whole.
+    /// Restores the state before the snapshot: the guest runs at full speed, and its dirty bits are
+    /// complete.
     ///
     /// # Errors
-    /// When the guest does not go on. The rest is given back all the same.
+    /// Returns an error if the guest cannot be resumed. Everything else is restored nevertheless.
     fn roll_back(&mut self) -> Result<(), MigrationError> {
         let resumed = self.go_on();
         self.lift_throttle();
@@ -398,7 +400,7 @@ impl Verbs for SnapshotWriter<'_> {
             impact: self.options.impact,
             ..Link::default()
         });
-        // the pause copies in memory, and nobody loads anything
+        // The pause copies in memory, and no destination loads the state.
         let fixed_downtime = self.calibration.pause_and_save();
         Link { bytes_per_second: COPY_SPEED, bytes_per_page: PAGE_SIZE as f64, fixed_downtime, ..known }
     }
@@ -413,11 +415,11 @@ impl Verbs for SnapshotWriter<'_> {
     fn expect_downtime(&mut self, _: Duration) {}
 
     fn pause(&mut self) -> Result<(), MigrationError> {
-        // in the pause there is no time to get memory
+        // The room is allocated before the pause, in which there is no time for that.
         self.copied = Copied::with_room(self.rounds.due().len().saturating_add(SPARE_ROOM).min(MAX_COPY));
         self.check_state_limits()?;
         self.paused_at = Some(Instant::now());
-        // nothing is decided by the limit any more
+        // The limit affects no decision any more.
         lock(&self.commands.requests).tuning = Err(NoTuning::TooLate);
         self.vm.pause().map_err(MigrationError::vm("pausing the guest"))
     }
@@ -426,12 +428,12 @@ impl Verbs for SnapshotWriter<'_> {
         self.go_on()
     }
 
-    /// Saves the state, and copies what is not in the store.
+    /// Saves the state, and copies the pages that are not in the store.
     fn send_rest(&mut self, pages: PageSet) -> Result<(), MigrationError> {
         let state = self.vm.save_state().map_err(MigrationError::vm("saving the state"))?;
         check_state(&state)?;
         self.rounds.map().sending(&pages)?;
-        // after saving: that dirtied pages too
+        // The harvest comes after saving, because saving dirties pages, too.
         let rest = self.harvest()?;
         self.copy(rest)?;
         let vm =
@@ -458,8 +460,8 @@ impl Verbs for SnapshotWriter<'_> {
         Err(MigrationError::Blocked("a snapshot has no destination".into()))
     }
 
-    /// The guest's moment is over: neither throttle nor tracker is needed while the store gets the
-    /// rest.
+    /// Commits the snapshot. The guest has been resumed, so neither throttle nor tracker is needed
+    /// while the remaining pages are put into the store.
     fn commit(&mut self) -> Result<(), MigrationError> {
         if self.saved.is_empty() {
             return Err(MigrationError::Blocked("no state was saved".into()));
@@ -490,7 +492,8 @@ fn count(pages: &mut PageCounts, data: PageContent<'_>) {
     }
 }
 
-/// An error if the user has cancelled, or the guest has ended. Other commands mean nothing here.
+/// Returns an error if the user has cancelled, or the guest has ended. Other commands have no
+/// meaning here.
 fn heard(commands: &Commands) -> Result<(), MigrationError> {
     loop {
         match commands.rx.try_recv() {
@@ -502,17 +505,16 @@ fn heard(commands: &Commands) -> Result<(), MigrationError> {
     }
 }
 
-// ---- and back
-// ------------------------------------------------------------------------------------------------------
+// Restoring a VM from its snapshot.
 
-/// Limits and choices when a VM is restored.
+/// The limits and choices of restoring a VM.
 #[derive(Clone)]
 pub struct RestoreOptions {
-    /// Most bytes of RAM that a VM may have.
+    /// The most bytes of RAM that a VM may have.
     pub max_ram_bytes: u64,
-    /// Leaves the guest paused, although it ran.
+    /// Whether the guest stays paused, even if it ran when it was saved.
     pub paused: bool,
-    /// Which VM it has to be, if that is known: the snapshot of another one is refused.
+    /// The id that the VM must have, if it is known. The snapshot of another VM is refused.
     pub expected: Option<VmId>,
 }
 
@@ -522,39 +524,39 @@ impl Default for RestoreOptions {
     }
 }
 
-/// What was restored.
+/// The result of restoring a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RestoreReport {
-    /// Which VM: it goes on as the one that was saved.
+    /// The id of the VM, which is that of the saved VM.
     pub id: VmId,
-    /// The epoch under which it is owned now.
+    /// The epoch under which the VM is owned now.
     pub epoch: u32,
-    /// Pages that hold data.
+    /// The number of pages that hold data.
     pub pages: u64,
-    /// Whether its guest runs.
+    /// Whether the guest runs.
     pub running: bool,
 }
 
-/// A VM that goes on from its snapshot.
+/// A VM that was restored from its snapshot.
 #[derive(Debug)]
 pub struct Restored<V> {
     /// The VM, as its host built it.
     pub vm: V,
-    /// What was restored.
+    /// The report of the restore.
     pub report: RestoreReport,
 }
 
 /// Builds the VM that [`snapshot`] put into `store`, fills its RAM, loads its state, starts it, and
 /// returns it.
 ///
-/// It is the *same* VM, of the same [`VmId`], under a new epoch. That no other instance of it runs
-/// on the same disks and addresses is the caller's to see to: no protocol can, the snapshot may be
-/// as old as it likes.
+/// It is the *same* VM, with the same [`VmId`], under a new epoch. The caller must ensure that no
+/// other instance of the VM runs on the same disks and addresses. No protocol can ensure that,
+/// because the snapshot may be of any age.
 ///
 /// # Errors
-/// [`MigrationError::Store`] when there is no snapshot, it is of another VM than expected, damaged
-/// or cut short; [`MigrationError::Vm`] when this host cannot build, load or start it. Nothing of
-/// it is left then.
+/// Returns [`MigrationError::Store`] if there is no snapshot, or it is of another VM than expected,
+/// damaged or cut short. Returns [`MigrationError::Vm`] if this host cannot build, load or start
+/// the VM. Nothing of the VM is left then.
 pub fn restore<H: DestinationHost>(
     store: &mut dyn VersionStore,
     host: &H,
@@ -581,7 +583,7 @@ pub fn restore<H: DestinationHost>(
     let mut pages = 0;
     let mut fill = |page, data: PageContent<'_>| {
         let memory = ram.slice(PageRange::new(page, 1)).map_err(std::io::Error::other)?;
-        // RAM that was just built holds zeros
+        // RAM that was just built holds zeros.
         if let Some(data) = data {
             memory.copy_from(data);
             pages += 1;

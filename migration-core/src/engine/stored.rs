@@ -1,12 +1,12 @@
 //! Pages that are in page stores when a migration begins: what the source's engine knows of them,
 //! and how a lane sends them.
 //!
-//! The VM has a [`PagedMemory`], whose map says which pages are in stores. A strategy that keeps
-//! them there has only their locations sent. For all others a lane reads them through a buffer of
-//! 256 KiB and sends them: they do not become resident at the source.
+//! The VM has a [`PagedMemory`], whose map has the pages that are in stores. If the strategy keeps
+//! pages in stores, only their locations are sent. All other pages are read by a lane through a
+//! buffer of 256 KiB and sent. They do not become resident at the source.
 //!
 //! No page is evicted during a migration (rule 22), but pages come back, because the guest touches
-//! them. So the engine looks anew after each harvest.
+//! them. The engine therefore checks for pages that have come back after each harvest.
 
 use std::{
     sync::Arc,
@@ -21,20 +21,21 @@ use crate::{
     store::Urgency,
 };
 
-/// The longest time of one attempt to read pages from a store that are to be sent.
+/// The longest time of one attempt to read pages that are to be sent from a store.
 pub(super) const FETCH_TIME: Duration = Duration::from_secs(5);
 
 /// The pages of a VM that were in stores when its migration began.
 pub(super) struct Stored {
     pub(super) memory: Arc<PagedMemory>,
-    /// Those that stay there, and have their location in the engine's map. Empty if the strategy
-    /// does not keep any.
+    /// Pages that stay in stores, and have their location in the engine's map. Empty if the
+    /// strategy does not keep pages in stores.
     kept: PageSet,
     keeps: bool,
 }
 
 impl Stored {
-    /// Pages that the strategy keeps in stores, or sends.
+    /// Returns a value for a strategy that keeps pages in stores if `keeps`, and otherwise sends
+    /// them.
     pub(super) fn new(memory: Arc<PagedMemory>, keeps: bool) -> Self {
         let pages = memory.map().read(PageMap::pages);
         Self { memory, kept: PageSet::empty(pages), keeps }
@@ -57,17 +58,18 @@ impl Stored {
         both
     }
 
-    /// Returns the pages that stay in their stores, as far as is known.
+    /// Returns the pages that stay in their stores, as far as that is known.
     pub(super) fn kept(&self) -> &PageSet {
         &self.kept
     }
 
-    /// Looks which pages have come back, after the tracker has reported what was `written`. They
-    /// are in RAM, and no store has their newest content any more. A page that is still in a store,
-    /// and not being installed, was not written, whatever the tracker says (rule 4).
+    /// Determines which pages have come back from stores, after the tracker has reported the
+    /// `written` pages. These pages are in RAM, and no store has their newest content any more. A
+    /// page that is still in a store, and is not being installed, was not written, whatever the
+    /// tracker reports (rule 4).
     ///
     /// # Errors
-    /// [`MapError`], if the VM was handed over.
+    /// Returns a [`MapError`] if the VM was handed over.
     pub(super) fn look(&mut self, map: &mut PageMap, written: &mut PageSet) -> Result<(), MapError> {
         let unwritten = self.memory.map().read(|map| map.unfetched().clone());
         if !self.keeps {
@@ -88,12 +90,12 @@ impl Stored {
     }
 }
 
-/// Pages that are sent after the hand-over and that were in stores, some of them at least.
+/// Pages that are sent after the hand-over, at least some of which were in stores.
 pub(super) struct Fetched {
     pub(super) read: ReadPages,
-    /// Pages beside them that are in RAM.
+    /// Pages of the same piece that are in RAM.
     pub(super) resident: Vec<PageRange>,
-    /// Is dropped when they were sent, or will not be.
+    /// A guard that is dropped when the pages were sent, or will not be sent.
     pub(super) _in_hand: Box<dyn Send>,
 }
 
@@ -119,10 +121,11 @@ pub(super) fn of_one_fetch(runs: &[(PageRange, StoreCopy)]) -> Vec<Vec<(PageRang
 }
 
 impl Lane {
-    /// Sends those pages of a round's run that are in stores, which it reads. Returns the others,
+    /// Reads and sends those pages of a round's run that are in stores. Returns the other pages,
     /// which are in RAM.
     ///
-    /// The tracker was re-armed before: what is in a store now and is written later is reported.
+    /// The tracker was re-armed before, so a page that is in a store now and is written later is
+    /// reported.
     pub(super) fn send_stored(&mut self, run: PageRange, generation: u32) -> Result<Vec<PageRange>, MigrationError> {
         let Some(memory) = self.stored.clone() else { return Ok(vec![run]) };
         let stored = memory.stored_runs(run)?;
