@@ -39,7 +39,8 @@ pub(super) struct Sample {
     pub(super) reading: Duration,
 }
 
-/// What is known of the link and of both VMMs. The fields of a [`Link`] are computed from it.
+/// The measurements of the link, and the estimates of both VMMs. The fields of a [`Link`] are
+/// computed from them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Calibration {
     round_trip: Option<Duration>,

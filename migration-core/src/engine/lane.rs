@@ -490,8 +490,8 @@ mod tests {
                     let byte = if extent.content == Content::Plain { data.next().unwrap()[9] } else { 0 };
                     assert_eq!(pages.insert(page, byte), None, "page {page} comes twice");
                 }
-                // two stretches of one kind side by side are one, unless a frame, a stripe or a
-                // region ends between them
+                // Adjacent runs of the same kind are one extent, unless a frame, a stripe or a
+                // region ends between them.
                 if let Some((end, content, payload)) = last
                     && (end, content) == (extent.range.first, extent.content)
                 {

@@ -89,9 +89,9 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Records the location of each page that is in a store in the map, and adds the entries that
-    /// these locations refer to to the store table (rule 15). The entries have other numbers there
-    /// than in the VM's own table.
+    /// Records in the map the location of each page that is in a store, and adds the entries of
+    /// these locations to the store table (rule 15). The entries have other numbers there than in
+    /// the VM's own table.
     fn keep_in_stores(&mut self, memory: &PagedMemory, stored: &mut Stored) -> Result<(), MigrationError> {
         let runs = memory.map().read(|map| map.located_runs(map.in_store()));
         let mut map = self.rounds.map();

@@ -22,8 +22,8 @@ pub(super) struct Hurry {
 /// handshake, and *run*.
 const LEAST_ATTEMPT: Duration = Duration::from_millis(500);
 const LEAST_ROUND_TRIPS: u32 = 8;
-/// The longest wait for a connection, unless round trips are long. The first packet of a new
-/// connection is sent at once, but that of an older one only after growing pauses.
+/// The longest wait for a connection, unless round trips are long. A new attempt sends its first
+/// packet at once, whereas an older attempt repeats its first packet only after growing pauses.
 const MAX_CONNECT: Duration = Duration::from_secs(2);
 
 impl Hurry {

@@ -20,7 +20,7 @@ impl Engine<'_> {
         }
         if self.strategy.shares_ram {
             self.check_sharing(&description)?;
-            // The lanes would carry pages, and none move.
+            // Lanes carry pages, and no page moves, so one lane is enough.
             self.report.streams = 1;
             self.options.spawner.assume(Role::HandOver, self.options.impact);
         }

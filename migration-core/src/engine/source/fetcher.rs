@@ -194,7 +194,7 @@ impl Fetcher {
         left
     }
 
-    /// Lets the fetcher read and send all pages, because the VM runs at the destination now.
+    /// Starts to read and send all pages, because the VM runs at the destination now.
     pub(super) fn push(&self) {
         self.change(|queue| queue.pushes = true);
     }

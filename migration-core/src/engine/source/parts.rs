@@ -140,7 +140,7 @@ impl PostCopy {
     }
 }
 
-/// The state of fail-safe post-copy, which lets the VM outlive the death of either side.
+/// The state of fail-safe post-copy, which protects the VM against the death of either side.
 pub(super) struct FailSafeState {
     pub(super) kept: Arc<Protection>,
     /// The encoded state at the hand-over. It is the state to restart from as long as the

@@ -141,8 +141,8 @@ impl Engine<'_> {
             let now = Arc::new(missing);
             let round = self.begin_round(&now)?.0;
             if stored {
-                // The pages that are in stores are listed, although none are sent after the
-                // hand-over.
+                // The destination lacks the pages that are in stores, although no page is sent
+                // after the hand-over.
                 self.leave_behind(PageSet::empty(pages.capacity()))?;
             }
             return Ok(Some((round, now)));
