@@ -476,8 +476,8 @@ mod tests {
         frames
     }
 
-    /// Returns the first byte of each page that has arrived. Checks that adjacent extents of the
-    /// same kind are joined.
+    /// Returns one byte of each page that has arrived. Checks that adjacent extents of the same
+    /// kind are joined.
     fn arrived(frames: &[(Bulk, Vec<u8>)], most: usize) -> BTreeMap<u64, u8> {
         let mut pages = BTreeMap::new();
         let mut last: Option<(u64, Content, usize)> = None;

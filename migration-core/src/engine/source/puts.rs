@@ -327,7 +327,7 @@ impl Engine<'_> {
     }
 }
 
-/// Puts.
+/// Putting pages.
 impl Engine<'_> {
     /// Puts pages of the running guest into the stores of a place.
     pub(super) fn put_pages(&mut self, pages: &mut PageSet, portion: Portion<'_>) -> Result<Put, MigrationError> {

@@ -43,8 +43,8 @@ impl Engine<'_> {
         error
     }
 
-    /// Waits for the frame that `pick` accepts, for at most `timeout`. `what` names it in the
-    /// error.
+    /// Waits for the frame that `pick` accepts, for at most `timeout`. Returns the value that
+    /// `pick` has returned for the frame. `what` names the frame in the error.
     pub(super) fn wait<T>(
         &mut self,
         what: &str,

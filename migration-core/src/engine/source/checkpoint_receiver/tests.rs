@@ -85,8 +85,8 @@ impl Destination {
     }
 }
 
-/// Lets a source of 16 pages read from `destination`. Returns the checkpoint that counts then, the
-/// first byte of its page 4, and the error that ended the lane.
+/// Lets a source of 16 pages read from `destination`. Returns the checkpoint that counts then, one
+/// byte of its page 4, and the error that ended the lane.
 fn kept(destination: Destination, wanted: bool) -> (Option<u32>, u8, MigrationError) {
     let store = Arc::new(Mutex::new(MemoryVersions::default()));
     let reverse = wanted.then(|| store.clone() as Arc<Mutex<dyn VersionStore>>);
