@@ -1,5 +1,5 @@
-//! The accept loop of a receiver: a thread for each connection, within bounds that no peer can
-//! move.
+//! The accept loop of a receiver. It starts a thread for each connection. The number of connections
+//! and threads has limits that no peer can change.
 
 use super::*;
 use crate::wire::MAX_DEMAND_LANES;
@@ -23,7 +23,8 @@ pub(super) struct Accepting {
     ended_tx: mpsc::Sender<u64>,
     ended: mpsc::Receiver<u64>,
     next: u64,
-    /// Whether the observer knows that no connection can be accepted. Reset by the next connection.
+    /// Whether the observer was informed that no connection can be accepted. Reset by the next
+    /// connection.
     told: bool,
 }
 
@@ -34,6 +35,9 @@ impl Accepting {
     }
 
     /// Waits for a connection for a short time, and starts a thread for it.
+    ///
+    /// # Errors
+    /// Returns an error if the listener fails.
     pub(super) fn step(&mut self, listener: &mut dyn Listener) -> io::Result<()> {
         let common = &self.destination.common;
         lock(&common.connections).close_overdue(common.options.idle_timeout);
@@ -74,8 +78,8 @@ impl Accepting {
     }
 
     /// Makes room for waiting connections that cannot be accepted. The oldest connection that has
-    /// sent nothing is closed for its descriptor. If there is none, one that waits is refused with
-    /// the reason.
+    /// sent nothing is closed to free its descriptor. If there is no such connection, one of the
+    /// waiting connections is accepted and refused with the reason.
     fn trouble(&mut self, listener: &mut dyn Listener, error: &io::Error) {
         if !std::mem::replace(&mut self.told, true) {
             let why = format!("no connection can be accepted at the moment: {}", Chain(error));
@@ -107,7 +111,7 @@ impl Accepting {
         if !lock(&self.destination.common.connections).enter(id, closer.clone()) {
             return;
         }
-        // in a cell, from which it is taken back if there is no thread
+        // in a cell, from which the halves are taken back if no thread can be started
         let cell = Arc::new(Mutex::new(Some((reader, writer))));
         let body = || -> Box<dyn FnOnce() + Send> {
             let destination = self.destination.clone();
@@ -119,7 +123,7 @@ impl Accepting {
                     destination.serve(Incoming { id, reader, writer, closer }, &name);
                 }
                 lock(&destination.common.connections).remove(id);
-                // fails if the loop has ended, which then joins all threads
+                // fails if the loop has ended; the loop then joins all threads
                 let _ = ended.send(id);
             })
         };
@@ -140,8 +144,9 @@ impl Accepting {
     }
 
     /// Refuses a connection with the reason. The connection may be a lane of a session that waits
-    /// for its lanes. If there is one such session, it fails. If there are several, the right one
-    /// is not known, and it fails by its time-out.
+    /// for its lanes. If there is exactly one such session, it is ended with the same reason. If
+    /// there are several, the session of the connection is not known: that session then ends by its
+    /// time-out.
     fn refuse(&self, mut writer: Box<dyn WriteHalf>, peer: &str, why: &str) {
         self.destination.common.bad_peer(peer, why);
         // best effort: the connection ends either way

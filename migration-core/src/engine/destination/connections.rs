@@ -1,9 +1,9 @@
-//! The open connections of a receiver, their stages, and which connection is closed when there are
-//! too many.
+//! The open connections of a receiver, their stages, and the choice of the connection that is
+//! closed if there are too many.
 //!
-//! An unidentified connection has one of a few places, until another connection needs the place. A
-//! connection leaves these places when it names a current session, or when its hello is accepted.
-//! From then on the session bounds the number of its connections.
+//! The number of unidentified connections is bounded. If there are too many, the oldest one is
+//! closed. A connection does not count as unidentified any more when it names a current session, or
+//! when its hello is accepted. From then on the session bounds the number of its connections.
 
 use std::{
     collections::HashMap,
@@ -13,11 +13,12 @@ use std::{
 
 use crate::channel::Closer;
 
-/// The largest number of open connections that have sent nothing. One more closes the oldest: an
-/// honest peer introduces itself within a round trip, so the newest one may still do so.
+/// The largest number of open connections that have sent nothing. If there is one more, the oldest
+/// is closed: an honest peer introduces itself within a round trip, so the newest one may still do
+/// so.
 pub(super) const MAX_SILENT: usize = 64;
 /// The largest number of open connections that begin a session and whose hello is not accepted yet.
-/// They have their own places, so that connections that send nothing cannot close them.
+/// They are counted separately, so that connections that send nothing cannot displace them.
 pub(super) const MAX_GREETING: usize = 16;
 
 /// The largest number of open connections that name a current session, and whose first frame has
@@ -42,14 +43,14 @@ pub(super) enum Stage {
 struct Connection {
     closer: Arc<dyn Closer>,
     stage: Stage,
-    /// The time at which it reached its stage.
+    /// The time at which the connection reached its stage.
     since: Instant,
 }
 
 /// All connections that are open.
 #[derive(Default)]
 pub(super) struct Connections {
-    /// By number. A newer connection has a higher number.
+    /// The connections by number. A newer connection has a higher number.
     open: HashMap<u64, Connection>,
     /// Whether the receiver has ended, so that no connection is accepted any more.
     ended: bool,
@@ -242,7 +243,7 @@ mod tests {
         let last = ends.len() as u64 - 1;
         assert!(connections.advance(last, Stage::Identified));
         connections.close_overdue(Duration::ZERO);
-        // the time limit does not apply to the identified one
+        // the time limit does not apply to the identified connection
         assert_eq!(ends.iter().filter(|end| !closed(end)).count(), 1);
     }
 }

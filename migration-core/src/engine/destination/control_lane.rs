@@ -1,15 +1,15 @@
-//! What a source says on the control lane, and what is done about it.
+//! The frames of a source on its control lane, and their handling.
 
 use super::{switch_over::Offered, *};
 
-/// How a control lane goes on after a frame.
+/// Whether a control lane continues after a frame.
 pub(super) enum Flow {
     Continue,
     End,
 }
 
 impl VmEntry {
-    /// Serves a control lane, each frame in its turn.
+    /// Serves a control lane: reads its frames and handles them in order.
     pub(super) fn frames(
         self: &Arc<Self>,
         frames: &mut ControlReader,
@@ -24,7 +24,7 @@ impl VmEntry {
         }
     }
 
-    /// A control lane is not served any more.
+    /// Handles the end of a control lane, with the result of serving it.
     pub(super) fn ended(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -37,7 +37,8 @@ impl VmEntry {
             // best effort: the lane ends either way
             let _ = session.send_control(&Control::error(error.code(), describe(&error)));
         }
-        // that a bulk lane failed is the cause; what followed from it on this one is not
+        // if a bulk lane has failed, its failure is the cause, and the error on this lane only a
+        // consequence
         let why = session.over().unwrap_or_else(|| describe(&error));
         let link = session.link();
         self.lost(attachment, &why);
@@ -56,7 +57,7 @@ impl VmEntry {
     ) -> Result<Flow, MigrationError> {
         let mut state = lock(&self.state);
         if state.attachment != attachment {
-            // a newer lane speaks for the session, or a newer session took its place
+            // a newer control lane speaks for the session, or a newer session has replaced it
             return Ok(Flow::End);
         }
         if matches!(frame, Control::Missing { .. } | Control::PostCopy { .. }) && session.pager.is_none() {
@@ -80,8 +81,8 @@ impl VmEntry {
             }
             DestinationAction::Pong => {
                 drop(state);
-                // best effort: a source that has gone may have said *done* before, which is still
-                // to be read
+                // best effort: a source that has closed the lane may have sent *done* before, which
+                // must still be read
                 let _ = session.send_control(&Control::Pong);
             }
             DestinationAction::LoadPiece(piece) => {
@@ -100,7 +101,7 @@ impl VmEntry {
             }
             DestinationAction::AnswerRunning => {
                 drop(state);
-                // another lane may have had it started, which is not done yet
+                // another control lane may have caused the start, which may not be finished yet
                 session.wait_started();
                 self.notify(session.id, Notice::LinkFound);
                 self.answer(session, attachment)?;

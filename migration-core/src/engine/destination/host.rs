@@ -14,24 +14,24 @@ use crate::{
     vm::{Arrived, DestinationHost, DestinationVm, FailedAttempt, VmDescription, VmError, VmId},
 };
 
-/// A [`DestinationHost`] of any type, with the receiver of its VMs.
+/// A [`DestinationHost`] of any type, together with the callback that receives its VMs.
 pub(super) trait AnyHost: Send + Sync {
-    /// Builds a VM. Its RAM is in `files` if it is shared.
+    /// Builds a VM. If its RAM is shared, `files` contains the memory files of the RAM.
     fn build(self: Arc<Self>, vm: &VmDescription, files: Option<Vec<OwnedFd>>) -> Result<Box<dyn AnyVm>, VmError>;
 
-    /// Calls the method of the host for this notice.
+    /// Calls the method of the host that belongs to this notice.
     fn notify(&self, vm: VmId, notice: Notice);
 
     /// Calls [`DestinationHost::attempt_failed`].
     fn attempt_failed(&self, failed: &FailedAttempt);
 }
 
-/// A VM that such a host has built.
+/// A VM that an [`AnyHost`] has built.
 pub(super) trait AnyVm: Send {
     /// Returns the VM.
     fn vm(&mut self) -> &mut dyn DestinationVm;
 
-    /// Gives the VM to the receiver of the host's VMs.
+    /// Passes the VM to the callback that receives the VMs of the host.
     fn arrived(self: Box<Self>, id: VmId, epoch: u32, not_started: Option<VmError>);
 }
 
@@ -40,11 +40,11 @@ pub(super) trait AnyVm: Send {
 pub(super) enum Notice {
     /// The link is lost while pages are missing.
     LinkLost,
-    /// The link is back, or not needed any more.
+    /// The link is restored, or is not needed any more.
     LinkFound,
 }
 
-/// Hides the types of a host and of the receiver of its VMs.
+/// Hides the types of a host and of the callback that receives its VMs.
 pub(super) fn any_host<H, A>(host: H, arrived: A) -> Arc<dyn AnyHost>
 where
     H: DestinationHost<Vm: Send + 'static> + Send + Sync + 'static,
@@ -115,7 +115,7 @@ pub(super) struct Notices {
 struct NoticeState {
     /// Whether the VM has arrived.
     open: bool,
-    /// Whether a thread delivers a notice.
+    /// Whether a thread is delivering a notice.
     delivering: bool,
     waiting: VecDeque<Notice>,
 }
@@ -128,7 +128,8 @@ impl Notices {
         self.deliver(deliver);
     }
 
-    /// Adds a notice, and delivers it if it need not wait.
+    /// Adds a notice, and delivers it at once if the VM has arrived and no other thread is
+    /// delivering one.
     pub(super) fn add(&self, notice: Notice, deliver: impl Fn(Notice)) {
         lock(&self.state).waiting.push_back(notice);
         self.deliver(deliver);

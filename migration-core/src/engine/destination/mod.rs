@@ -81,8 +81,8 @@ use crate::{
 /// The interval at which the accept loop checks whether it has to stop.
 const ACCEPT_TICK: Duration = Duration::from_millis(50);
 
-/// Receives VMs: attempt after attempt until one VM was received, or, for several VMs, until it is
-/// stopped.
+/// Receives VMs. A receiver of one VM handles attempt after attempt until the VM was received. A
+/// receiver of several VMs runs until it is stopped.
 pub struct Receiver {
     destination: Arc<Destination>,
 }
@@ -110,7 +110,7 @@ impl Receiver {
     /// source's last message is lost, that can be long before this method returns.
     ///
     /// # Errors
-    /// There is no VM: see [`ReceiveError`].
+    /// Returns an error if there is no VM: see [`ReceiveError`].
     pub fn run(&self, listener: &mut dyn Listener) -> Result<(), ReceiveError> {
         let common = &self.destination.common;
         *lock(&common.room) = listener.room();

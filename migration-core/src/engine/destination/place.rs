@@ -1,4 +1,4 @@
-//! A place for something of the VMM's, which a thread takes out to call it.
+//! A place for a value of the VMM. A thread takes the value out to call it.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -7,8 +7,8 @@ use std::{
 
 use crate::lock::lock;
 
-/// Has a value until it is taken out for ever. A thread also takes it out for a call, so one thread
-/// at a time calls it, and no lock is held meanwhile.
+/// Holds a value until it is taken out permanently. A thread also takes the value out for a call,
+/// so only one thread at a time calls it, and no lock is held during the call.
 pub(in crate::engine) struct Place<T> {
     content: Mutex<Content<T>>,
     changed: Condvar,
@@ -16,12 +16,12 @@ pub(in crate::engine) struct Place<T> {
 
 enum Content<T> {
     Here(T),
-    /// A thread calls it.
+    /// A thread has taken the value out for a call.
     InUse,
     Gone,
 }
 
-/// A value that was taken out for a call. Dropping this puts it back.
+/// A value that was taken out for a call. Dropping this puts the value back.
 pub(in crate::engine) struct InUse<'a, T> {
     place: &'a Place<T>,
     value: Option<T>,
@@ -32,15 +32,15 @@ impl<T> Place<T> {
         Self { content: Mutex::new(Content::Here(value)), changed: Condvar::new() }
     }
 
-    /// Takes the value out for a call, once no other thread calls it. Returns `None` if it was
-    /// taken out for ever.
+    /// Takes the value out for a call. Waits first until no other thread calls it. Returns `None`
+    /// if the value was taken out permanently.
     pub(in crate::engine) fn borrow(&self) -> Option<InUse<'_, T>> {
         let value = self.take_out(Content::InUse)?;
         Some(InUse { place: self, value: Some(value) })
     }
 
-    /// Takes the value out for ever, once no other thread calls it. Returns `None` if that was done
-    /// before.
+    /// Takes the value out permanently. Waits first until no other thread calls it. Returns `None`
+    /// if the value was taken out permanently before.
     pub(in crate::engine) fn take(&self) -> Option<T> {
         self.take_out(Content::Gone)
     }

@@ -1,4 +1,4 @@
-//! What the lanes of one session share at the destination.
+//! The session of one attempt: the state that all of its lanes share at the destination.
 
 #[cfg(test)]
 mod tests;
@@ -28,95 +28,102 @@ use crate::{
     wire::{Control, ErrorCode, MAX_DEMAND_LANES, SessionToken, missing_frames},
 };
 
-/// How often a destination that loads the VM says that it is alive: a fraction of the time for
-/// which a source waits ([`PauseLimits`](crate::engine::PauseLimits)).
+/// The interval between the signs of life of a destination that loads the VM: a fraction of the
+/// time for which a source waits ([`PauseLimits`](crate::engine::PauseLimits)).
 const ALIVE: Duration = Duration::from_millis(250);
 
-/// How long a source that loses the session may take to take the reason.
+/// The longest time to send the reason to a source that loses the session.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
-/// One attempt of a source, from its hello on.
+/// The session of one attempt of a source, from its hello on.
 pub(super) struct Session {
     pub(super) token: SessionToken,
-    /// Which VM it is.
+    /// The identity of the VM.
     pub(super) id: VmId,
-    /// The source's address.
+    /// The address of the source.
     pub(super) peer: String,
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
-    /// RAM is the source's too: no page may arrive.
+    /// Whether RAM is shared with the source. No page may arrive in that case.
     pub(super) shared: bool,
     pub(super) ram: Arc<dyn GuestRam>,
-    /// The VM, until it is started or discarded. In use while its state is loaded, which may wait
-    /// for missing pages.
+    /// The VM, until it is started or discarded. It is in use while its state is loaded, which may
+    /// wait for missing pages.
     pub(super) vm: Place<Box<dyn AnyVm>>,
-    /// Serves missing pages, if post-copy is agreed on.
+    /// Reports faults on missing pages and installs the pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
-    /// Checkpoints, if they are agreed on.
+    /// Takes checkpoints of the VM, if checkpoints are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
     /// Fetches pages from stores, if stores are agreed on.
     pub(super) gatherer: Option<Arc<Gatherer>>,
-    /// The list of missing pages that is coming in. It counts once all rounds before it are here:
-    /// see `map`.
+    /// The list of missing pages, which arrives in parts. It is moved to `map` when all rounds
+    /// before the hand-over have arrived.
     pub(super) listed: Mutex<PageSet>,
-    /// Where each page is: what rounds have brought, what is left behind, and what arrives of that.
+    /// The location of each page: the pages that rounds have brought, the missing pages, and those
+    /// of the missing pages that have arrived since.
     pub(super) map: Arc<SharedPageMap>,
-    /// For how long the session may last before the VM is offered.
+    /// Limits the time of the session until the VM is offered.
     pub(super) allowance: Allowance,
-    /// Whether the VM is being loaded, on the thread that else answers the source.
+    /// Whether the VM is being loaded. This is done by the thread that reads the control lane,
+    /// which cannot answer the source meanwhile.
     loading: AtomicBool,
     told: Mutex<Told>,
-    /// With the number of its link.
+    /// The writer of the control lane, with the number of its link.
     control: Mutex<(u32, ControlWriter)>,
-    /// The last generation that the source was told of. Held while it is told, so that
-    /// announcements go out in order.
+    /// The last generation that was announced to the source. Locked while an announcement is sent,
+    /// so that announcements are sent in order.
     announced: Mutex<u32>,
-    /// Held for moments only, never while anything is read or written.
+    /// Locked for short times only, never while data is read or written.
     lane_state: Mutex<LaneState>,
     changed: Condvar,
 }
 
-/// What the source was told on the present control lane. Held while it is told, so that *complete*
-/// goes out behind *running* and what belongs to it, and once.
+/// The reports that were sent on the present control lane. Locked while a report is sent, so that
+/// *complete* is sent once, and after *running* and the reports that belong to *running*.
 #[derive(Default)]
 struct Told {
     running: bool,
     complete: bool,
-    /// What the source is to hear instead: the VM has ended. Stays so on every control lane.
+    /// The report that replaces *complete*: the VM has ended. It stays set, and is sent on every
+    /// control lane.
     ended: Option<Control>,
 }
 
 struct LaneState {
     control: Arc<dyn Closer>,
-    /// Ends a bulk lane; `None` where it is not attached yet.
+    /// The closers of the bulk lanes; `None` for a lane that is not attached yet.
     attached: Vec<Option<Arc<dyn Closer>>>,
-    /// Likewise for demand lanes, with what requests are sent by until somebody wants to send some.
+    /// The demand lanes; `None` for a lane that is not attached yet. Each keeps its writer until
+    /// the missing pages are known.
     demand: Vec<Option<DemandLane>>,
     checkpoint: Option<Arc<dyn Closer>>,
     missing: Option<Arc<Missing>>,
-    /// Whether the source was told that all its lanes are here.
+    /// Whether *prepared* was sent, which reports to the source that all its lanes are open.
     prepared: bool,
     /// Whether the VM runs here.
     running: bool,
-    /// Whether its guest has ended here: what is missing need not come any more.
+    /// Whether the guest has ended here by itself. Missing pages are not needed any more.
     guest_ended: bool,
-    /// The last generation of which each lane has begun to receive, and the last that it has
-    /// completed.
+    /// For each lane, the last generation of which it has begun to receive pages (`started`), and
+    /// the last generation that it has completed (`ended`).
     started: Vec<u32>,
     ended: Vec<u32>,
-    /// The number of the *vacated* that is not answered, and of the last mark on each lane.
+    /// The number of the *vacated* whose marks were not read on all lanes yet (`vacated`), and for
+    /// each lane the number of the last mark that was read (`marks`).
     vacated: Option<u32>,
     marks: Vec<u32>,
-    /// Set when the state is about to be loaded: no page may arrive from then on.
+    /// Whether the state is about to be loaded or was loaded. No page of a round may arrive any
+    /// more.
     sealed: bool,
-    /// Counts the control lanes of this session: the other lanes belong to one of them.
+    /// The number of the present link: the number of control lanes that have replaced another one.
+    /// Every other lane belongs to one link.
     link: u32,
-    /// Whether a lane that belongs to the present control lane has ended.
+    /// Whether a lane of the present link has ended.
     lost: bool,
-    /// The last generation that all lanes have completed and the source was told of.
+    /// The last generation that all lanes have completed and that was announced to the source.
     complete: u32,
-    /// Why the session is over. Nobody waits for anything in it any more.
+    /// The reason why the session is over. No thread waits for an event of the session any more.
     over: Option<String>,
 }
 
@@ -132,7 +139,7 @@ struct DemandLane {
     writer: Option<Box<dyn WriteHalf>>,
 }
 
-/// See [`Session::loads`].
+/// The time for which the VM is being loaded. It ends when this is dropped: see [`Session::loads`].
 pub(super) struct Loading<'a>(&'a AtomicBool);
 
 impl Drop for Loading<'_> {
@@ -141,7 +148,7 @@ impl Drop for Loading<'_> {
     }
 }
 
-/// What source and destination have agreed on.
+/// The parameters that source and destination have agreed on.
 pub(super) struct Agreed {
     pub(super) token: SessionToken,
     pub(super) id: VmId,
@@ -149,20 +156,20 @@ pub(super) struct Agreed {
     pub(super) epoch: u32,
     pub(super) lanes: u16,
     pub(super) payload_crc: bool,
-    /// RAM is the source's too: no page may arrive.
+    /// Whether RAM is shared with the source. No page may arrive in that case.
     pub(super) shared: bool,
-    /// How long the attempt may make no progress.
+    /// The longest time without progress of the attempt.
     pub(super) grace: Duration,
 }
 
-/// The VM that is to be received, and what its VMM offers for it.
+/// The VM that is to be received, and the parts that its VMM provides for it.
 pub(super) struct Built {
     pub(super) vm: Box<dyn AnyVm>,
-    /// Serves missing pages, if post-copy is agreed on.
+    /// Reports faults on missing pages and installs the pages, if post-copy is agreed on.
     pub(super) pager: Option<Arc<dyn Pager>>,
-    /// Checkpoints, if they are agreed on.
+    /// Takes checkpoints of the VM, if checkpoints are agreed on.
     pub(super) protection: Option<Arc<Protection>>,
-    /// Where each page is.
+    /// The location of each page.
     pub(super) map: Arc<SharedPageMap>,
     /// Fetches pages from stores, if stores are agreed on.
     pub(super) gatherer: Option<Arc<Gatherer>>,
@@ -224,25 +231,25 @@ impl Session {
         lock(&self.control).1.send(self.epoch, frame)
     }
 
-    /// Tells the source why it loses the session, if that can be done at once: it may be one that
-    /// does not listen.
+    /// Sends the source the reason why it loses the session, if this is possible at once. The
+    /// source may be one that does not read.
     pub(super) fn last_word(&self, code: ErrorCode, why: &str) {
         let Ok(mut control) = self.control.try_lock() else { return };
         if control.1.set_idle_timeout(LAST_WORD).is_ok() {
-            // best effort: it also notices that the link ends
+            // best effort: the source also notices that the link ends
             let _ = control.1.send(self.epoch, &Control::error(code, why));
         }
     }
 
-    /// While the guard lives, the VM is being loaded.
+    /// Marks the VM as being loaded until the guard is dropped.
     pub(super) fn loads(&self) -> Loading<'_> {
         self.loading.store(true, Ordering::Relaxed);
         Loading(&self.loading)
     }
 
-    /// Says *pong* every [`ALIVE`] while the VM is being loaded, which may take long: the source,
-    /// whose guest is paused, cannot tell it from death else. Returns when the session is over, or
-    /// the VM runs.
+    /// Sends *pong* every [`ALIVE`] while the VM is being loaded, which may take long. Otherwise
+    /// the source, whose guest is paused, could not distinguish loading from a dead destination.
+    /// Returns when the session is over, or when the VM runs.
     pub(super) fn keep_alive(&self) {
         loop {
             let waiting = |s: &mut LaneState| s.over.is_none() && !s.running;
@@ -253,15 +260,16 @@ impl Session {
             }
             drop(waited);
             let mut control = lock(&self.control);
-            // looked at under the lock by which *ready* is said, which comes after it
+            // Checked under the lock under which *ready* is sent. *Ready* is sent only after
+            // loading has ended, so no *pong* is sent after it.
             if self.loading.load(Ordering::Relaxed) {
-                // a source that has gone is noticed by others
+                // best effort: other threads notice a source that has gone
                 let _ = control.1.send(self.epoch, &Control::Pong);
             }
         }
     }
 
-    /// A new control lane takes the lost one's place; the other lanes are lost with it.
+    /// Replaces the lost control lane by a new one, and closes all other lanes of the lost link.
     pub(super) fn replace_control(&self, control: ControlWriter, closer: Arc<dyn Closer>) {
         let mut state = lock(&self.lane_state);
         let lost = std::mem::replace(&mut state.control, closer);
@@ -269,7 +277,7 @@ impl Session {
         state.vacated = None;
         state.marks.fill(0);
         let link = state.link;
-        // somebody may still be writing to it
+        // another thread may still be writing to it
         lost.close();
         for lane in state.attached.iter_mut().filter_map(Option::take) {
             lane.close();
@@ -280,7 +288,7 @@ impl Session {
         if let Some(lane) = state.checkpoint.take() {
             lane.close();
         }
-        // who watches the lost link
+        // wakes the threads that wait for the end of the lost link
         self.changed.notify_all();
         drop(state);
         let mut told = lock(&self.told);
@@ -288,7 +296,9 @@ impl Session {
         *lock(&self.control) = (link, control);
     }
 
-    /// The VM runs here: says so, and on a lane that was reattached, what it lacks.
+    /// Sends *running*, which reports that the VM runs here. On a control lane that was reattached,
+    /// the list of the pages that only the source has follows. If the VM has ended, or the source
+    /// is not needed any more, that report follows instead.
     pub(super) fn report_running(&self) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         self.send_control(&Control::Running)?;
@@ -312,8 +322,8 @@ impl Session {
         Ok(())
     }
 
-    /// Lists what only the source has, once *running* was said. The list is said as a whole: none
-    /// that is said on another link comes between its frames.
+    /// Sends the list of the pages that only the source has, if *running* was sent before. The list
+    /// is sent as a whole: no list for another link is sent between its frames.
     pub(super) fn list_missing(&self) -> Result<(), MigrationError> {
         let told = lock(&self.told);
         if told.running { self.send_list() } else { Ok(()) }
@@ -333,8 +343,8 @@ impl Session {
         self.send_control(&Control::PostCopy { missing: pages.len(), demand_lanes: 0 })
     }
 
-    /// Says which entries have lost pages, or were given up. The source may not have heard of it: it
-    /// was found before the VM ran here, or while the link was lost.
+    /// Sends the source the entries that have lost pages or were given up. The source may not know
+    /// of them, because the loss was found before the VM ran here or while the link was lost.
     fn send_lost_entries(&self) -> Result<(), MigrationError> {
         let mut entries = self.map.read(PageMap::lost_entries);
         entries.extend(self.given_up());
@@ -343,14 +353,14 @@ impl Session {
         entries.into_iter().try_for_each(|entry| self.send_control(&Control::EntryLost { entry }))
     }
 
-    /// Returns the entries whose stores are silent, and of which the source is to send what it
-    /// holds.
+    /// Returns the entries whose stores do not answer. The source is to send those of their pages
+    /// that it holds.
     fn given_up(&self) -> Vec<u8> {
         self.gatherer.as_ref().map_or_else(Vec::new, |gatherer| gatherer.given_up())
     }
 
-    /// No page is missing any more: says so, unless *running* was not said yet. It then follows
-    /// that.
+    /// Reports to the source that no page is missing any more. If *running* was not sent yet,
+    /// nothing is sent now: the report follows *running*.
     pub(super) fn report_complete(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         if !told.running || told.complete || self.gatherer.is_some() {
@@ -360,8 +370,8 @@ impl Session {
         self.send_control(&Control::Complete(missing.summary()))
     }
 
-    /// The source is not needed any more: says so. Where *running* was not said yet, it follows
-    /// that.
+    /// Reports to the source that it is not needed any more. If *running* was not sent yet, nothing
+    /// is sent now: the report follows *running*.
     pub(super) fn report_released(&self, missing: &Missing) -> Result<(), MigrationError> {
         let mut told = lock(&self.told);
         if !told.running || told.complete {
@@ -371,7 +381,7 @@ impl Session {
         self.send_control(&Control::Released(missing.summary()))
     }
 
-    /// Says something that the source takes only after *running*; nothing before.
+    /// Sends a frame that the source accepts only after *running*. Before that, nothing is sent.
     pub(super) fn send_running(&self, frame: &Control) -> Result<(), MigrationError> {
         let told = lock(&self.told);
         if told.running { self.send_control(frame) } else { Ok(()) }
@@ -386,12 +396,12 @@ impl Session {
         self.gatherer.as_ref().ok_or_else(|| DecodeError::invalid("stores", "they are not agreed on"))
     }
 
-    /// The source has vacated, and has said so by this number.
+    /// Records that the source has vacated, and has reported that with this number.
     pub(super) fn vacated(&self, number: u32) {
         self.if_all_marked(|state| state.vacated = Some(number));
     }
 
-    /// A lane was read up to the mark of this number.
+    /// Records that a lane was read up to the mark of this number.
     pub(super) fn marked(&self, index: u16, number: u32) {
         self.if_all_marked(|state| {
             if let Some(mark) = state.marks.get_mut(usize::from(index)) {
@@ -415,8 +425,8 @@ impl Session {
         }
     }
 
-    /// The VM has ended: says so by this frame, unless *running* was not said yet. It then follows
-    /// that.
+    /// Reports to the source with this frame that the VM has ended. If *running* was not sent yet,
+    /// nothing is sent now: the frame follows *running*.
     pub(super) fn report_ended(&self, ended: Control) -> Result<(), MigrationError> {
         lock(&self.lane_state).guest_ended = true;
         let mut told = lock(&self.told);
@@ -427,7 +437,7 @@ impl Session {
         said
     }
 
-    /// The guest has ended here by itself, and the source needs no report of it.
+    /// Records that the guest has ended here by itself, when the source needs no report of it.
     pub(super) fn guest_has_ended(&self) {
         lock(&self.lane_state).guest_ended = true;
     }
@@ -437,9 +447,12 @@ impl Session {
         lock(&self.lane_state).guest_ended
     }
 
-    /// A lane of `link` has ended. What was under way on it may be lost without the source
-    /// noticing, which does not read bulk lanes. So while pages are missing the whole link ends:
-    /// its source comes back, and learns what to send again. Whether it was ended.
+    /// Handles the end of a lane of `link`. Returns whether the whole link was ended because of
+    /// that.
+    ///
+    /// Pages that were under way on the lane may be lost. The source does not notice this, because
+    /// it does not read bulk lanes. So while pages are missing, the whole link is ended: the source
+    /// then connects again and receives the list of the pages to send again.
     pub(super) fn lane_lost(&self, link: u32, code: ErrorCode, why: &str) -> bool {
         let mut state = lock(&self.lane_state);
         if state.link != link || state.over.is_some() {
@@ -453,7 +466,7 @@ impl Session {
             (None, Some(missing)) => !missing.is_complete(),
             (_, None) => false,
         };
-        // a source that has heard of the guest's end closes its lanes behind *done*
+        // a source that was informed of the guest's end closes its lanes after *done*
         let cut = first && state.sealed && lacks && !state.guest_ended;
         let lanes = state.closers();
         let missing = state.missing.clone().filter(|_| first);
@@ -463,9 +476,9 @@ impl Session {
         }
         if cut {
             let mut control = lock(&self.control);
-            // meanwhile the source may have come back
+            // the source may have come back meanwhile
             if control.0 == link {
-                // best effort: a source that does not hear it notices the closed lanes
+                // best effort: a source that does not receive this notices the closed lanes
                 let _ = control.1.send(self.epoch, &Control::error(code, why));
             }
             drop(control);
@@ -474,7 +487,11 @@ impl Session {
         cut
     }
 
-    /// A demand lane introduces itself.
+    /// Attaches a demand lane to the session. Returns the number of its link.
+    ///
+    /// # Errors
+    /// Returns an error if the session is over, if post-copy is not agreed on, if `index` is
+    /// unknown or taken, or if requests cannot be sent on the lane.
     pub(super) fn attach_demand(
         &self,
         index: u16,
@@ -504,7 +521,12 @@ impl Session {
         Ok(link)
     }
 
-    /// A checkpoint lane introduces itself: what it is for, and the link that it belongs to.
+    /// Attaches a checkpoint lane to the session. Returns the protection that serves it, and the
+    /// number of its link.
+    ///
+    /// # Errors
+    /// Returns an error if the session is over, if checkpoints are not agreed on, or if there is a
+    /// checkpoint lane already.
     pub(super) fn attach_checkpoint(&self, closer: Arc<dyn Closer>) -> Result<(Arc<Protection>, u32), MigrationError> {
         let mut state = lock(&self.lane_state);
         if let Some(why) = &state.over {
@@ -520,7 +542,7 @@ impl Session {
         Ok((protection.clone(), state.link))
     }
 
-    /// The VM runs here.
+    /// Records that the VM runs here.
     pub(super) fn set_running(&self) {
         lock(&self.lane_state).running = true;
         self.changed.notify_all();
@@ -532,21 +554,21 @@ impl Session {
         drop(self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner()));
     }
 
-    /// Waits until the VM runs, or this link is not the session's any more: the missing pages of a
-    /// VM that runs.
+    /// Waits until the VM runs, until this link is lost or replaced, or until the session is over.
+    /// Returns the missing pages if the VM runs and the link is the present one.
     pub(super) fn wait_running(&self, link: u32) -> Option<Arc<Missing>> {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link && !s.running && !s.lost;
         let guard = self.changed.wait_while(lock(&self.lane_state), waiting).unwrap_or_else(|e| e.into_inner());
         guard.missing.clone().filter(|_| guard.running && guard.link == link)
     }
 
-    /// The number of the present link.
+    /// Returns the number of the present link.
     pub(super) fn link(&self) -> u32 {
         lock(&self.lane_state).link
     }
 
-    /// Waits so long at most for a link after this one, or the end of the session; whether neither
-    /// came.
+    /// Waits until a newer link replaces this one or the session is over, but for at most `time`.
+    /// Returns whether neither has happened.
     pub(super) fn stays_lost(&self, link: u32, time: Duration) -> bool {
         let waiting = |s: &mut LaneState| s.over.is_none() && s.link == link;
         let guard = lock(&self.lane_state);
@@ -554,7 +576,12 @@ impl Session {
         waiting(&mut waited.0)
     }
 
-    /// From now on pages go through the pager, and faults to the source.
+    /// Sets the missing pages. From now on pages that arrive go through the pager, and faults are
+    /// requested from the source.
+    ///
+    /// # Errors
+    /// Returns an error if a lane of the present link has ended, or if requests cannot be sent on a
+    /// demand lane.
     pub(super) fn set_missing(&self, missing: &Arc<Missing>) -> Result<(), MigrationError> {
         let mut state = lock(&self.lane_state);
         if state.lost {
@@ -599,7 +626,10 @@ impl Session {
         self.wait_for(timeout, "the source to open its demand lanes", there)
     }
 
-    /// A lane introduces itself.
+    /// Attaches a bulk lane to the session. Returns the number of its link.
+    ///
+    /// # Errors
+    /// Returns an error if the session is over, or if `index` is unknown or taken.
     pub(super) fn attach(&self, index: u16, closer: Arc<dyn Closer>) -> Result<u32, MigrationError> {
         let mut state = lock(&self.lane_state);
         if let Some(why) = &state.over {
@@ -617,7 +647,7 @@ impl Session {
         self.wait_for(timeout, "the source to open its lanes", |s| s.attached.iter().all(Option::is_some))
     }
 
-    /// Tells the source that all its lanes are here.
+    /// Sends *prepared*, which reports to the source that all its lanes are open.
     pub(super) fn report_prepared(&self, prepared: &Control) -> Result<(), MigrationError> {
         self.send_control(prepared)?;
         lock(&self.lane_state).prepared = true;
@@ -625,13 +655,13 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until the source was told that all its lanes are here.
+    /// Waits until *prepared* was sent.
     pub(super) fn wait_prepared(&self, timeout: Duration) -> Result<(), MigrationError> {
         self.wait_for(timeout, "the lanes to be ready", |s| s.prepared)
     }
 
-    /// Waits until every lane has completed `generation`: as long as it takes, if only `bytes`
-    /// grows within `idle`.
+    /// Waits until every lane has completed `generation`. This may take any time, provided that
+    /// `bytes` grows within each `idle`.
     pub(super) fn wait_round(&self, generation: u32, idle: Duration, bytes: &AtomicU64) -> Result<(), MigrationError> {
         loop {
             let before = bytes.load(Ordering::Relaxed);
@@ -642,7 +672,10 @@ impl Session {
         }
     }
 
-    /// A lane is about to receive pages of `generation` into RAM.
+    /// Records that a lane is about to receive pages of `generation` into RAM.
+    ///
+    /// # Errors
+    /// Returns an error if RAM is shared, or if the state is about to be loaded or was loaded.
     pub(super) fn lane_starts(&self, index: u16, generation: u32) -> Result<(), MigrationError> {
         if self.shared {
             return Err(DecodeError::invalid("pages", "RAM is shared, no page moves").into());
@@ -658,7 +691,8 @@ impl Session {
         Ok(())
     }
 
-    /// A lane has completed a round; when it is the last one to do so, the source is told.
+    /// Records that a lane has completed a round. When the last lane has completed it, the round is
+    /// announced to the source.
     pub(super) fn lane_ended(&self, index: u16, generation: u32) -> Result<(), MigrationError> {
         if let Some(ended) = lock(&self.lane_state).ended.get_mut(usize::from(index)) {
             *ended = generation;
@@ -668,15 +702,18 @@ impl Session {
         if all > *announced {
             *announced = all;
             self.send_control(&Control::RoundReceived { generation: all })?;
-            // only now, so that *ready* is said behind it
+            // only after the announcement, so that *ready* is sent after it
             lock(&self.lane_state).complete = all;
             self.changed.notify_all();
         }
         Ok(())
     }
 
-    /// The state is about to be loaded: RAM is what it is after `generation`, and no lane may write
-    /// it any more.
+    /// Forbids lanes to write pages of rounds into RAM any more, because the state is about to be
+    /// loaded. RAM must have its contents of the end of `generation`.
+    ///
+    /// # Errors
+    /// Returns an error if a lane has begun to receive pages of a later round.
     pub(super) fn seal(&self, generation: u32) -> Result<(), MigrationError> {
         let mut state = lock(&self.lane_state);
         state.sealed = true;
@@ -691,19 +728,20 @@ impl Session {
         lock(&self.lane_state).sealed
     }
 
-    /// A lane has failed: tells the source, and ends the session.
+    /// Sends the source the reason why a lane has failed, and ends the session.
     pub(super) fn fail(&self, code: ErrorCode, why: &str) {
-        // held over both: another lane that fails must not close this one before the reason is sent
+        // locked over both steps: another lane that fails must not close the control lane before
+        // the reason is sent
         let mut control = lock(&self.control);
         if self.end(why) {
-            // best effort: if the source does not hear it, it notices the closed lanes
+            // best effort: a source that does not receive this notices the closed lanes
             let _ = control.1.send(self.epoch, &Control::error(code, why));
         }
         drop(control);
         self.close(why);
     }
 
-    /// Why the session is over, if it is.
+    /// Returns the reason why the session is over, if it is.
     pub(super) fn over(&self) -> Option<String> {
         lock(&self.lane_state).over.clone()
     }
@@ -721,10 +759,11 @@ impl Session {
         }
     }
 
-    /// Frees the VM, which was not started; whether there was one.
+    /// Ends the session, and frees the VM if it was not started. Returns whether there was such a
+    /// VM.
     pub(super) fn discard(&self, why: &str) -> bool {
         self.close(why);
-        // a thread that loads the state may wait for a page that will not come
+        // a thread that loads the state may wait for a page that will not arrive
         if let Some(pager) = &self.pager {
             pager.give_up();
         }
@@ -735,8 +774,8 @@ impl Session {
         there
     }
 
-    /// From now on nobody waits or attaches. False if it was over already, for the reason that
-    /// counts: the first one.
+    /// Marks the session as over: from now on no thread waits and no lane attaches. Returns false
+    /// if the session was over before; the first reason is kept.
     fn end(&self, why: &str) -> bool {
         let mut state = lock(&self.lane_state);
         let first = state.over.is_none();

@@ -1,4 +1,4 @@
-//! Who waits for which link, and what its loss ends.
+//! Tests which lanes wait for which link, and what the loss of a link ends.
 
 use std::{io, sync::mpsc, thread};
 
@@ -11,7 +11,7 @@ use crate::{
     wire::Header,
 };
 
-/// A time that no test waits for.
+/// A time-out that is never reached in a test.
 const NEVER: Duration = Duration::from_secs(3600);
 
 struct NoVm(Arc<HeapRam>);
@@ -38,7 +38,7 @@ impl AnyVm for NoVm {
     fn arrived(self: Box<Self>, _id: VmId, _epoch: u32, _not_started: Option<VmError>) {}
 }
 
-/// What was sent on a control lane.
+/// The data that was sent on a control lane.
 #[derive(Clone, Default)]
 struct Sent(Arc<Mutex<Vec<u8>>>);
 
@@ -70,7 +70,7 @@ impl Sent {
     }
 }
 
-/// Whether a lane was closed.
+/// Records whether a lane was closed.
 #[derive(Default)]
 struct End(AtomicBool);
 
@@ -86,7 +86,7 @@ impl End {
     }
 }
 
-/// A session of one lane, and what it says.
+/// Returns a session with one lane, the frames that it sends, and the closer of its control lane.
 fn session() -> (Arc<Session>, Sent, Arc<End>) {
     let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 16 << 12 }]).unwrap();
     let map = Arc::new(SharedPageMap::new(PageMap::new(layout.pages())));
@@ -106,7 +106,7 @@ fn session() -> (Arc<Session>, Sent, Arc<End>) {
     (Arc::new(Session::new(agreed, built, sent.control(), end.clone())), sent, end)
 }
 
-/// Pages 0 to 15 are missing.
+/// Makes pages 0 to 15 of the session missing.
 fn lacks(session: &Session) -> Arc<Missing> {
     let missing = Arc::new(missing(1, &[(0, 16)]).0);
     session.set_missing(&missing).unwrap();
@@ -130,7 +130,7 @@ fn whoever_waits_for_the_vm_to_run_waits_for_its_own_link() {
     let is_it = |found: Option<Arc<Missing>>| found.is_some_and(|found| Arc::ptr_eq(&found, &missing));
     thread::scope(|scope| {
         let waiting = scope.spawn(|| session.wait_running(0));
-        // so that it has begun to wait, mostly
+        // most likely the other thread has begun to wait after this
         (0..1000).for_each(|_| thread::yield_now());
         session.set_running();
         assert!(is_it(waiting.join().unwrap()));
@@ -154,7 +154,7 @@ fn nobody_waits_for_a_link_that_is_lost_or_replaced_or_for_a_session_that_is_ove
     assert!(replaced_link.wait_running(0).is_none());
     over.close("the test");
     assert!(over.wait_running(0).is_none());
-    // a lane of the link before says nothing of the present one
+    // a lane of the previous link is irrelevant for the present link
     lost(&replaced_link, 0);
     replaced_link.set_running();
     assert!(replaced_link.wait_running(1).is_some());
@@ -268,7 +268,7 @@ fn whoever_waits_in_vain_hears_for_what() {
     assert!(session.wait_demand(0, Duration::ZERO).is_ok());
     assert!(in_vain(session.wait_demand(1, Duration::ZERO)));
     assert!(in_vain(session.wait_attached(Duration::ZERO)) && in_vain(session.wait_prepared(Duration::ZERO)));
-    // no byte has come meanwhile
+    // no byte has arrived meanwhile
     assert!(in_vain(session.wait_round(1, Duration::ZERO, &AtomicU64::new(5))));
     session.lane_ended(0, 1).unwrap();
     assert!(session.wait_round(1, Duration::ZERO, &AtomicU64::new(5)).is_ok());
@@ -285,7 +285,7 @@ fn a_source_that_comes_back_waits_until_the_vm_was_started() {
             session.wait_started();
             started.load(Ordering::Relaxed)
         });
-        // so that it has begun to wait, mostly
+        // most likely the other thread has begun to wait after this
         (0..1000).for_each(|_| thread::yield_now());
         started.store(true, Ordering::Relaxed);
         session.set_running();
@@ -305,7 +305,7 @@ fn links_are_counted() {
 #[test]
 fn a_source_hears_once_on_each_link_what_became_of_its_vm_and_in_order() {
     let ended = || Control::error(ErrorCode::VmEnded, "it has powered off");
-    // the guest ends while it is served
+    // the guest ends while its missing pages are being sent
     let (first, sent, _) = session();
     let missing = lacks(&first);
     let complete = || Control::Complete(missing.summary());
@@ -315,13 +315,13 @@ fn a_source_hears_once_on_each_link_what_became_of_its_vm_and_in_order() {
     first.report_complete(&missing).unwrap();
     assert!(first.has_guest_ended());
     assert_eq!(sent.frames(), [Control::Running, ended()]);
-    // it hears the same on the next link
+    // the same report is sent on the next link
     let sent = replaced(&first);
     first.report_complete(&missing).unwrap();
     first.report_running().unwrap();
     first.report_complete(&missing).unwrap();
     assert_eq!(sent.frames(), [Control::Running, ended()]);
-    // nothing comes before *running*, and nothing after *complete*
+    // nothing is sent before *running*, and nothing after *complete*
     let (second, sent, _) = session();
     lacks(&second);
     second.report_complete(&missing).unwrap();
