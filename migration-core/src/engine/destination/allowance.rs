@@ -1,5 +1,5 @@
-//! The time for which an attempt may have the place of a VM, and the amount of data without pages
-//! that it may send, in proportion to the page data that it has sent.
+//! The limits of an attempt: the time for which it may occupy the place of a VM, and the amount of
+//! data without pages that it may send, in proportion to the page data that it has sent.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -23,8 +23,8 @@ const PINGS_A_SECOND: u64 = 100;
 /// A device may send changed state again and again.
 const PIECES_PER_RAM: u64 = 4;
 const LEAST_PIECES: u64 = 1 << 30;
-/// How often it may be said of each page, on average, in which store it is: once for each put, and
-/// again after each cut.
+/// The largest number of reports per page, on average, of the store in which the page is: one for
+/// each put, and one more after each loss of the link.
 const LOCATIONS_PER_PAGE: u64 = 64;
 
 /// The account of one attempt.
@@ -41,7 +41,7 @@ pub(in crate::engine) struct Allowance {
     pings: AtomicU64,
     piece_bytes: AtomicU64,
     lists: AtomicU64,
-    /// Pages of which it was said in which store they are.
+    /// The number of pages whose store was reported.
     located: AtomicU64,
 }
 
@@ -80,22 +80,22 @@ impl Allowance {
         self.begun.elapsed() > self.earned()
     }
 
-    /// Returns whether the attempt must end in any case.
+    /// Returns whether the attempt must end even if no other source waits.
     pub(in crate::engine) fn is_exceeded(&self) -> bool {
         let earned = if self.puts_ahead { self.earned_by(self.ram_bytes) } else { self.earned() };
         self.begun.elapsed() > earned.saturating_mul(END_FACTOR)
     }
 
-    /// Counts a frame for a VM of this many pages.
+    /// Counts a frame for a VM with `pages` pages of RAM.
     ///
     /// # Errors
-    /// The frame exceeds a limit.
+    /// Returns an error if the frame exceeds a limit.
     pub(in crate::engine) fn frame(&self, frame: &Control, pages: u64) -> Result<(), DecodeError> {
         match frame {
             Control::Ping => self.ping(),
             Control::Piece(piece) => self.piece(piece.data.len()),
             Control::Missing { .. } => self.list(pages),
-            // it is answered, as a ping
+            // it is answered, like a ping
             Control::StoreTable(_) => self.ping(),
             Control::Located(located) => self.locate(located.pages(), pages),
             _ => Ok(()),
@@ -123,7 +123,7 @@ impl Allowance {
         if len <= limit { Ok(()) } else { Err(DecodeError::TooLong { field: "parts of a list of pages", len, limit }) }
     }
 
-    /// It was said of so many pages, of a VM with `all`, in which store they are.
+    /// Counts a report of the store of `pages` pages, for a VM with `all` pages.
     fn locate(&self, pages: u64, all: u64) -> Result<(), DecodeError> {
         let limit = all.saturating_mul(LOCATIONS_PER_PAGE);
         let len = self.located.fetch_add(pages, Ordering::Relaxed).saturating_add(pages);
@@ -153,7 +153,7 @@ mod tests {
         // 512 MiB earn 512 s
         assert!(!after(Duration::from_secs(500), 512 << 20).is_used_up());
         assert!(after(Duration::from_secs(600), 512 << 20).is_used_up());
-        // the same pages over and over
+        // the same pages are sent again and again
         assert!(after(Duration::from_secs(1100), u64::MAX).is_used_up());
         assert!(!after(HOUR, u64::MAX).is_exceeded() && after(6 * HOUR, u64::MAX).is_exceeded());
         // a forward checkpoint comes before the first page

@@ -1,5 +1,5 @@
-//! Which pages in stores are to be fetched, and which thread asks which entry of the store table
-//! for them next.
+//! The queue of pages that are to be fetched from stores: it selects the pages, and the entries of
+//! the store table from which the threads fetch next.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -17,22 +17,22 @@ use crate::{
     store::Owner,
 };
 
-/// Most threads of one VM that fetch pages for which somebody waits.
+/// The largest number of threads of one VM that fetch pages for which the guest waits.
 const MOST_FAULT_THREADS: usize = 4;
-/// Most threads of one VM that fetch all other pages.
+/// The largest number of threads of one VM that prefetch all other pages.
 const MOST_PREFETCH_THREADS: usize = 2;
-/// The time from a fetch that has failed to the next attempt.
+/// The time from a failed fetch to the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(200);
-/// The longest time for which a rate keeps the next batch waiting.
+/// The longest time for which the rate limit delays the next batch.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
-/// The longest time without a look whether there is something to do.
+/// The longest time between two checks whether there are pages to fetch.
 const TICK: Duration = Duration::from_millis(200);
 
 /// The pages in stores that are to be fetched for one VM.
 ///
-/// Some threads fetch pages for which somebody waits, and others fetch ahead, so that a fault never
-/// waits for a page that nobody wants yet. How many there are depends on the number of entries: see
-/// [`Turns`] for why.
+/// Some threads fetch pages for which the guest waits, and other threads prefetch pages, so that a
+/// fault never waits for the fetch of a page that is not needed yet. The number of threads depends
+/// on the number of entries: see [`Turns`] for the reason.
 pub(in crate::engine) struct Gatherer {
     pub(super) memory: PagedMemory,
     pub(super) owner: Owner,
@@ -45,56 +45,57 @@ struct Queue {
     faults: VecDeque<Fault>,
     fault_turns: Turns,
     prefetch_turns: Turns,
-    /// How far each entry was fetched ahead.
+    /// The progress of the prefetch of each entry.
     progress: BTreeMap<u8, Progress>,
-    /// The entry that was fetched ahead last.
+    /// The entry that was prefetched last.
     last: u8,
-    /// Entries whose stores were silent at the last attempt.
+    /// Entries whose stores did not answer at the last attempt.
     silent: BTreeSet<u8>,
-    /// Entries that were silent, and for whose pages the source was told to care.
+    /// Entries whose stores did not answer, and whose pages the source was asked to send.
     given_up: BTreeSet<u8>,
-    /// Entries of which the user was told that they have failed.
+    /// Entries whose failure was reported to the user.
     reported: BTreeSet<u8>,
     running: bool,
     ended: bool,
     released: bool,
-    /// Whether the source has said that nothing follows.
+    /// Whether the source is done with the session, or is gone permanently.
     source_done: bool,
-    /// The most bytes a second that are fetched ahead.
+    /// The largest number of bytes per second that are prefetched.
     rate: Option<NonZeroU64>,
-    /// The time from which the rate permits the next batch.
+    /// The time from which the rate limit permits the next batch.
     permits_at: Option<Instant>,
 }
 
-/// A page for which somebody waits.
+/// A page for which the guest waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) page: u64,
-    /// The entry that had the page when it was asked for.
+    /// The entry that contained the page when it was requested.
     pub(super) entry: u8,
-    /// The time from which it is fetched.
+    /// The earliest time of the fetch.
     due: Instant,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Progress {
-    /// The page from which the next batch begins.
+    /// The page at which the next batch begins.
     at: u64,
-    /// The end of the pause after a failure.
+    /// The end of the pause after a failed fetch.
     rests_until: Option<Instant>,
 }
 
-/// Pages to be fetched ahead: those of one entry, from a page on.
+/// Pages to be prefetched: pages of one entry, from `first` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Batch {
     pub(super) entry: u8,
     pub(super) first: u64,
 }
 
-/// Which entries are asked by the threads of one kind.
+/// Selects the entries that the threads of one kind ask.
 ///
-/// An entry is asked by one thread of a kind at a time, and an entry that was silent never by the
-/// last thread that is free. So entries that answer do not wait for those that do not.
+/// At most one thread of a kind asks an entry at a time. The last free thread never asks an entry
+/// that did not answer at the last attempt. So pages of entries that answer do not wait for entries
+/// that do not.
 #[derive(Default)]
 struct Turns {
     threads: usize,
@@ -102,7 +103,8 @@ struct Turns {
 }
 
 impl Turns {
-    /// Returns the numbers of the threads that are to be started for so many entries.
+    /// Returns the numbers of the threads that are to be started for `entries` entries. There are
+    /// at most `most` threads in total.
     fn start(&mut self, entries: usize, most: usize) -> Range<usize> {
         let more = self.threads..self.threads.max(entries.clamp(1, most));
         self.threads = more.end;
@@ -118,7 +120,7 @@ impl Turns {
     }
 }
 
-/// The threads that are to be started.
+/// The numbers of the threads that are to be started.
 pub(super) struct MoreThreads {
     pub(super) for_faults: Range<usize>,
     pub(super) for_prefetch: Range<usize>,
@@ -135,7 +137,8 @@ impl Gatherer {
         changed
     }
 
-    /// Counts the threads that the present table needs, and returns those that are not there yet.
+    /// Computes the threads that the present store table needs, and returns those that were not
+    /// started yet.
     pub(super) fn more_threads(&self) -> MoreThreads {
         let entries = usize::from(self.memory.entries());
         self.change(|queue| MoreThreads {
@@ -144,7 +147,7 @@ impl Gatherer {
         })
     }
 
-    /// Somebody waits for `page`, which is in a store of `entry`.
+    /// Queues a fault on `page`, which is in a store of `entry`.
     pub(super) fn fault(&self, page: u64, entry: u8) {
         self.add(Fault { page, entry, due: Instant::now() });
     }
@@ -157,8 +160,8 @@ impl Gatherer {
         });
     }
 
-    /// Returns the next page to be fetched for somebody who waits; `None` when this has ended. The
-    /// caller asks the entry for it, and calls [`fault_tried`](Self::fault_tried).
+    /// Returns the next page to be fetched for a fault, or `None` when the gatherer has ended. The
+    /// caller fetches the page from the entry, and calls [`fault_tried`](Self::fault_tried).
     pub(super) fn next_fault(&self) -> Option<Fault> {
         let mut queue = lock(&self.state);
         loop {
@@ -178,7 +181,8 @@ impl Gatherer {
         }
     }
 
-    /// An attempt to fetch the page has ended. It is tried again if the page is still in an entry.
+    /// Records the end of an attempt to fetch the page of a fault. If the page is still in an
+    /// entry, which is `still_in`, the fetch is tried again later.
     pub(super) fn fault_tried(&self, fault: Fault, still_in: Option<u8>) {
         self.change(|queue| queue.fault_turns.busy.remove(&fault.entry));
         if let Some(entry) = still_in {
@@ -186,9 +190,9 @@ impl Gatherer {
         }
     }
 
-    /// Returns the next pages to be fetched ahead; `None` when this has ended. Waits until the VM
-    /// runs (rule 7), and while there are none. The caller asks the entry for them, and calls
-    /// [`batch_tried`](Self::batch_tried).
+    /// Returns the next pages to be prefetched, or `None` when the gatherer has ended. Waits until
+    /// the VM runs (rule 7), and while there are no such pages. The caller fetches the pages from
+    /// the entry, and calls [`batch_tried`](Self::batch_tried).
     pub(super) fn next_batch(&self, map: &SharedPageMap) -> Option<Batch> {
         let mut queue = lock(&self.state);
         loop {
@@ -206,12 +210,12 @@ impl Gatherer {
         }
     }
 
-    /// Limits what is fetched ahead to so many bytes a second.
+    /// Limits prefetching to `rate` bytes per second, or removes the limit.
     pub(super) fn limit(&self, rate: Option<NonZeroU64>) {
         self.change(|queue| queue.rate = rate);
     }
 
-    /// So many pages were fetched ahead: the next ones come when the rate permits.
+    /// Records that pages were prefetched. The next batch waits until the rate limit permits it.
     pub(super) fn fetched_ahead(&self, pages: u64) {
         self.change(|queue| {
             let Some(rate) = queue.rate else { return };
@@ -222,7 +226,7 @@ impl Gatherer {
         });
     }
 
-    /// Returns what of the missing pages is in which store.
+    /// Returns the number of missing pages in each store, by the name of the store.
     pub(super) fn stored(&self, map: &PageMap) -> BTreeMap<String, u64> {
         let mut stores = BTreeMap::new();
         for (entry, pages) in map.stored_pages() {
@@ -233,7 +237,7 @@ impl Gatherer {
         stores
     }
 
-    /// An attempt to fetch pages ahead has ended.
+    /// Records the end of an attempt to prefetch pages.
     pub(super) fn batch_tried(&self, batch: Batch, failed: bool) {
         let Batch { entry, first } = batch;
         let done = if failed { MAX_FETCHED_PAGES } else { 1 };
@@ -248,12 +252,13 @@ impl Gatherer {
         self.changed.wait_timeout(queue, time).unwrap_or_else(|e| e.into_inner()).0
     }
 
-    /// Further pages are in stores.
+    /// Wakes the threads, because further pages are in stores.
     pub(super) fn wake(&self) {
         self.change(|_| {});
     }
 
-    /// The VM runs: from now on pages that the source holds are fetched, too (rule 7).
+    /// Records that the VM runs. From now on pages that the source holds are fetched from stores,
+    /// too (rule 7).
     pub(super) fn run(&self) {
         self.change(|queue| queue.running = true);
     }
@@ -262,51 +267,55 @@ impl Gatherer {
         lock(&self.state).running
     }
 
-    /// Waits until the VM runs. Returns whether it does.
+    /// Waits until the VM runs or the gatherer has ended. Returns whether the gatherer has not
+    /// ended.
     pub(super) fn wait_running(&self) -> bool {
         let waiting = |queue: &mut Queue| !queue.running && !queue.ended;
         let queue = self.changed.wait_while(lock(&self.state), waiting).unwrap_or_else(|e| e.into_inner());
         !queue.ended
     }
 
-    /// Waits for this time, or until this has ended. Returns whether it goes on.
+    /// Waits for `time`, or until the gatherer has ended. Returns whether the gatherer has not
+    /// ended.
     pub(super) fn pause(&self, time: Duration) -> bool {
         let queue = lock(&self.state);
         let waited = self.changed.wait_timeout_while(queue, time, |queue| !queue.ended);
         !waited.unwrap_or_else(|e| e.into_inner()).0.ended
     }
 
-    /// The stores of `entry` have answered.
+    /// Records that the stores of `entry` have answered.
     pub(super) fn answered(&self, entry: u8) {
         self.change(|queue| queue.silent.remove(&entry));
     }
 
-    /// A store of `entry` does not answer.
+    /// Records that a store of `entry` does not answer.
     pub(super) fn mark_silent(&self, entry: u8) {
         self.change(|queue| queue.silent.insert(entry));
     }
 
-    /// Returns whether the stores of `entry` were silent at the last attempt.
+    /// Returns whether the stores of `entry` did not answer at the last attempt.
     pub(super) fn is_silent(&self, entry: u8) -> bool {
         lock(&self.state).silent.contains(&entry)
     }
 
-    /// The source is to send the pages of `entry` that it holds. Returns whether this is new.
+    /// Records that the source is to send the pages of `entry` that it holds. Returns whether this
+    /// is new.
     pub(super) fn mark_given_up(&self, entry: u8) -> bool {
         self.change(|queue| queue.given_up.insert(entry))
     }
 
-    /// The source could not be told.
+    /// Reverts [`mark_given_up`](Self::mark_given_up), because the source could not be informed.
     pub(super) fn unmark_given_up(&self, entry: u8) {
         self.change(|queue| queue.given_up.remove(&entry));
     }
 
-    /// Returns the entries that were given up, ascending.
+    /// Returns the entries whose pages the source is to send, ascending.
     pub(super) fn given_up(&self) -> Vec<u8> {
         lock(&self.state).given_up.iter().copied().collect()
     }
 
-    /// The user is told that `entry` has failed. Returns whether this is the first time.
+    /// Records that the failure of `entry` is reported to the user. Returns whether this is the
+    /// first report.
     pub(super) fn report(&self, entry: u8) -> bool {
         self.change(|queue| queue.reported.insert(entry))
     }
@@ -319,12 +328,12 @@ impl Gatherer {
         lock(&self.state).released
     }
 
-    /// The source is not needed any more.
+    /// Records that the source is not needed any more.
     pub(super) fn release(&self) {
         self.change(|queue| queue.released = true);
     }
 
-    /// The source is done with the session, or gone for ever.
+    /// Records that the source is done with the session, or is gone permanently.
     pub(super) fn source_is_done(&self) {
         self.change(|queue| queue.source_done = true);
     }
@@ -349,7 +358,7 @@ impl Queue {
         };
         let mut entries = map.read(PageMap::entries);
         entries.retain(|entry| !rests(entry) && self.prefetch_turns.may_ask(*entry, &self.silent));
-        // each in its turn
+        // the entries take turns, from the one after the last
         entries.sort_by_key(|&entry| (entry <= self.last, entry));
         entries.into_iter().find_map(|entry| {
             let at = self.progress.get(&entry).map_or(0, |progress| progress.at);
@@ -375,7 +384,7 @@ mod tests {
         assert!(turns.may_ask(2, &silent));
         turns.busy.insert(2);
         assert!(!turns.may_ask(3, &silent) && turns.may_ask(7, &silent), "the last thread is for those that answer");
-        // where there is one thread, there is one entry
+        // with one thread there is only one entry
         assert!(Turns { threads: 1, ..Turns::default() }.may_ask(1, &silent));
     }
 }

@@ -1,5 +1,5 @@
-//! Pages in stores at the destination: who fetches them, what happens when a store fails, and when
-//! the source is released.
+//! Pages in stores at the destination: the threads that fetch them, the handling of a store that
+//! fails, and the release of the source.
 
 use super::{fetchers::Gatherer, *};
 use crate::{
@@ -12,17 +12,18 @@ use crate::{
     wire::{Located, TablePart},
 };
 
-/// The longest time for one attempt to read from a store. A fault is tried again afterwards.
+/// The longest time for one attempt to read from a store. An attempt for a fault is repeated after
+/// that.
 const FETCH_TIME: Duration = Duration::from_secs(5);
-/// For how long namespaces are kept for this VM. They are renewed far sooner.
+/// The lease of the namespaces of this VM. It is renewed far more often.
 const LEASE: Duration = Duration::from_secs(3600);
 const RENEW_AFTER: Duration = Duration::from_secs(600);
 
-/// Checks that the stores of a new entry are those of the source, and have what it puts there
-/// (rule 11).
+/// Checks that the stores of a new entry are the stores of the source, and that they have the pages
+/// that the source puts there (rule 11).
 ///
 /// # Errors
-/// [`MigrationError::Blocked`], with what is wrong.
+/// Returns [`MigrationError::Blocked`] with the reason.
 fn check_entry(gatherer: &Gatherer, entry: u8) -> Result<(), MigrationError> {
     let why = match gatherer.memory.renew(entry, gatherer.owner, LEASE) {
         Renewed::Intact => return Ok(()),
@@ -38,7 +39,7 @@ fn check_entry(gatherer: &Gatherer, entry: u8) -> Result<(), MigrationError> {
 }
 
 impl VmEntry {
-    /// Starts the threads that fetch pages from stores, and the one that renews leases.
+    /// Starts the threads that fetch pages from stores, and the thread that renews leases.
     pub(super) fn await_gathering(self: &Arc<Self>, session: &Arc<Session>) -> Result<(), MigrationError> {
         let Some(gatherer) = session.gatherer.clone() else { return Ok(()) };
         self.start_fetchers(session, &gatherer)?;
@@ -46,7 +47,7 @@ impl VmEntry {
         self.watcher(Role::Background, "mig-renew", Box::new(move || entry.renew_leases(&session, &gatherer)))
     }
 
-    /// Starts the threads that the present store table needs, as far as they are not there yet.
+    /// Starts the threads that the present store table needs and that were not started yet.
     fn start_fetchers(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -66,7 +67,7 @@ impl VmEntry {
         Ok(())
     }
 
-    /// Fetches the pages that somebody waits for.
+    /// Fetches the pages for which the guest waits.
     fn fetch_faults(&self, session: &Session, gatherer: &Gatherer) {
         while let Some(fault) = gatherer.next_fault() {
             if let Some(missing) = session.missing() {
@@ -74,13 +75,14 @@ impl VmEntry {
                 let fetched = missing.fetch(fault.entry, page, Urgency::Fault, Instant::now() + FETCH_TIME);
                 self.fetched(session, &missing, fault.entry, fetched);
             }
-            // another thread may have it in hand, and fail; or only the store has it
+            // another thread may be fetching the page, and may fail; or only the store may have the
+            // page
             let copy = session.map.read(|map| map.copy(fault.page));
             gatherer.fault_tried(fault, copy.map(|copy| copy.entry));
         }
     }
 
-    /// Fetches all other pages, in turn from each entry.
+    /// Prefetches all other pages, from the entries in turn.
     fn gather(&self, session: &Session, gatherer: &Gatherer) {
         while let Some(batch) = gatherer.next_batch(&session.map) {
             let within = PageRange::new(batch.first, session.ram.layout().pages().saturating_sub(batch.first));
@@ -93,12 +95,12 @@ impl VmEntry {
         }
     }
 
-    /// Pages of `entry` were fetched, or could not be: then they come from the source if it holds
-    /// them (rule 13). Returns whether all went well.
+    /// Handles the result of a fetch from `entry`. Pages that could not be fetched come from the
+    /// source, if it holds them (rule 13). Returns whether the fetch has succeeded.
     fn fetched(&self, session: &Session, missing: &Missing, entry: u8, fetched: Result<Installed, FetchError>) -> bool {
         let Some(gatherer) = &session.gatherer else { return true };
         let error = match fetched {
-            // if there was nothing to fetch any more, no store was asked
+            // if there was nothing left to fetch, no store was asked
             Ok(installed) if installed.pages + installed.duplicates == 0 => return true,
             Ok(_) => {
                 gatherer.answered(entry);
@@ -128,7 +130,7 @@ impl VmEntry {
                     Renewed::Changed => {
                         self.entry_failed(session, &missing, entry, &format!("entry {entry} has lost pages"));
                     }
-                    // this is no attempt to read: the pages may be wanted much later
+                    // this is not an attempt to read: the pages may be needed much later
                     Renewed::Silent { .. } => {}
                 }
             }
@@ -136,8 +138,9 @@ impl VmEntry {
         }
     }
 
-    /// A store of an entry does not answer. It may have its pages, so it is asked again. The source
-    /// is to send those that it holds, if it can be reached: the first copy to arrive counts.
+    /// Handles a store of an entry that does not answer. The store may have the pages of the entry,
+    /// so it is asked again. If the source can be reached, it is to send those of the pages that it
+    /// holds: the first copy that arrives is used.
     fn entry_silent(&self, session: &Session, missing: &Missing, entry: u8, why: &str) {
         let Some(gatherer) = &session.gatherer else { return };
         gatherer.mark_silent(entry);
@@ -152,14 +155,15 @@ impl VmEntry {
         if held.is_empty() {
             return;
         }
-        // as long as the source cannot be reached, it cannot help
+        // while the source cannot be reached, it cannot send the pages
         if gatherer.mark_given_up(entry) && session.send_running(&Control::EntryLost { entry }).is_err() {
             gatherer.unmark_given_up(entry);
         }
         missing.ask_source(&held);
     }
 
-    /// An entry has lost pages. Those that the source holds are asked of it, and the source is told.
+    /// Handles the loss of pages of an entry. The source is informed, and those of the pages that
+    /// it holds are requested from it.
     fn entry_failed(&self, session: &Session, missing: &Missing, entry: u8, why: &str) {
         let loss = session.map.change(|map| map.entry_lost(entry));
         let Some(gatherer) = &session.gatherer else { return };
@@ -173,13 +177,18 @@ impl VmEntry {
             self.common.options.observer.event(&Event::Warning(what));
         }
         if !gatherer.is_released() && (first || !loss.at_source.is_empty()) {
-            // best effort: a source that does not hear it learns it with its next list
+            // best effort: a source that does not receive this learns of the loss from its next
+            // list
             let _ = session.send_running(&Control::EntryLost { entry });
         }
         missing.ask_source(&loss.at_source);
     }
 
-    /// A part of the store table has come.
+    /// Handles a part of the store table.
+    ///
+    /// # Errors
+    /// Returns an error if the part does not fit the table, or if a store of a new entry is not
+    /// usable. The migration then fails while the VM is still at its source.
     pub(super) fn store_table(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -191,7 +200,8 @@ impl VmEntry {
         received.map_err(|error| MigrationError::Blocked(format!("the store table: {error}")))?;
         gatherer.limit(part.gather_rate);
         if session.missing().is_none() {
-            // the VM is still at its source: better now than when its pages are there
+            // the VM is still at its source: a failure is better now than when its pages are in the
+            // store
             for entry in known..gatherer.memory.entries() {
                 check_entry(gatherer, entry)?;
             }
@@ -200,7 +210,10 @@ impl VmEntry {
         session.send_control(&Control::StoreTableReceived { number: part.number })
     }
 
-    /// The source says where pages are.
+    /// Records the stores in which pages are, as the source reports them.
+    ///
+    /// # Errors
+    /// Returns an error if a page is outside of RAM, or if the store table has no such entry.
     pub(super) fn located(&self, session: &Session, located: &Located) -> Result<(), MigrationError> {
         located.check(session.ram.layout().pages())?;
         let gatherer = session.gatherer()?;
@@ -219,7 +232,7 @@ impl VmEntry {
         Ok(())
     }
 
-    /// The source has found that an entry has lost pages.
+    /// Handles the report of the source that an entry has lost pages.
     pub(super) fn entry_lost(&self, session: &Session, entry: u8) {
         let loss = session.map.change(|map| map.entry_lost(entry));
         if let Some(missing) = session.missing() {
@@ -227,22 +240,23 @@ impl VmEntry {
         }
     }
 
-    /// Answers *vacated*: the source is released, or told what is only there (rule 17).
+    /// Answers *vacated*: releases the source, or sends it the list of the pages that only it has
+    /// (rule 17).
     pub(super) fn answer_vacated(&self, session: &Session, missing: &Missing) {
         if self.release_source(session, missing).is_ok() {
-            // best effort: a source that does not hear it comes back and asks
+            // best effort: a source that does not receive this connects again and asks
             let _ = session.report_released(missing);
             return self.report_phase();
         }
-        // as above
+        // best effort for the same reason
         let _ = session.list_missing();
     }
 
-    /// Decides that the source is not needed any more: no page is only there, and what it holds is
-    /// safe in its stores.
+    /// Decides that the source is not needed any more: no page is only at the source, and the pages
+    /// that it holds are safe in their stores.
     ///
     /// # Errors
-    /// What is in the way.
+    /// Returns the reason why the source is still needed.
     pub(super) fn release_source(&self, session: &Session, missing: &Missing) -> Result<(), String> {
         let gatherer = session.gatherer.as_ref().ok_or("no page can be in a store")?;
         if gatherer.is_released() {
@@ -267,7 +281,7 @@ impl VmEntry {
         self.released(session, gatherer)
     }
 
-    /// The source is not needed any more: from now on only stores are asked.
+    /// Records that the source is not needed any more. From now on pages come only from stores.
     fn released(&self, session: &Session, gatherer: &Gatherer) -> Result<(), String> {
         session.map.change(PageMap::released).map_err(|error: MapError| error.to_string())?;
         let mut state = lock(&self.state);
@@ -280,12 +294,12 @@ impl VmEntry {
         Ok(())
     }
 
-    /// The VM was taken over, and runs without its source: pages that are in stores come from there.
+    /// Continues without the source after a take-over: missing pages come from stores.
     pub(super) fn gather_alone(&self, session: &Session) {
         if let (Some(gatherer), Some(missing)) = (&session.gatherer, session.missing()) {
             if let Err(why) = self.released(session, gatherer) {
-                // the take-over was refused if pages were only at the source; since then a store has
-                // lost some
+                // the take-over was refused if pages were only at the source; since then a store
+                // has lost some pages
                 let what = format!("the VM lacks pages that nobody has: {why}");
                 self.common.options.observer.event(&Event::Warning(what));
             }
@@ -294,8 +308,9 @@ impl VmEntry {
         self.source_is_done(session);
     }
 
-    /// Returns whether pages of the VM are only at the source. The stores are asked whether they have
-    /// lost pages that it holds (rule 19). One that is silent may have them.
+    /// Returns whether pages of the VM are only at the source. The stores are asked whether they
+    /// have lost pages that the source holds (rule 19). A store that does not answer may have its
+    /// pages.
     pub(super) fn needs_source(&self, session: &Session) -> bool {
         let Some(missing) = session.missing() else { return false };
         if let Some(gatherer) = &session.gatherer {
@@ -308,8 +323,8 @@ impl VmEntry {
         missing.needs_source()
     }
 
-    /// All pages are here, and the source is released: nobody needs the namespaces any more (rule
-    /// 14).
+    /// Forgets the namespaces. Called when all pages are here and the source is released, so that
+    /// the namespaces are not needed any more (rule 14).
     pub(super) fn forget_namespaces(&self, gatherer: &Gatherer) {
         for error in gatherer.memory.forget_all() {
             let what = format!("a namespace of the migration stays until its lease ends: {}", Chain(&error));
@@ -320,10 +335,11 @@ impl VmEntry {
         }
     }
 
-    /// The source has said its last word. While pages are in stores the session goes on without it.
+    /// Records that the source has sent its last message. While pages are in stores, the session
+    /// continues without the source.
     pub(super) fn source_is_done(&self, session: &Session) {
         if let Some(gatherer) = &session.gatherer {
-            // first: whoever gathers the last page looks at this then
+            // this comes first: the thread that fetches the last page checks it afterwards
             gatherer.source_is_done();
             let gathers = session.missing().is_some_and(|missing| !missing.is_complete());
             if gathers && !session.has_guest_ended() {
@@ -333,7 +349,7 @@ impl VmEntry {
         self.finished.store(true, Ordering::Relaxed);
     }
 
-    /// Returns whether pages of the VM still come from stores although its source is done, or gone.
+    /// Returns whether pages of the VM still come from stores although the source is done or gone.
     pub(super) fn gathers_alone(&self) -> bool {
         let session = lock(&self.state).session.clone();
         session.is_some_and(|session| {
@@ -344,12 +360,12 @@ impl VmEntry {
 }
 
 impl VmHandle {
-    /// A person states that the source is dead, while the VM runs here and pages of it are in
-    /// stores. If no page is only at the source, and the stores have lost nothing, the VM does not
-    /// depend on it any more (rule 19).
+    /// Makes a VM that runs here independent of its source, while pages of it are in stores. Called
+    /// when a person states that the source is dead. If no page is only at the source, and the
+    /// stores have lost no page, the VM does not depend on the source any more (rule 19).
     ///
     /// # Errors
-    /// What is in the way, in words.
+    /// Returns the reason why this is not possible, as a text.
     pub fn release_source(&self) -> Result<(), String> {
         let session = lock(&self.entry.state).session.clone().ok_or("no VM was received here")?;
         let missing = session.missing().ok_or("no page of the VM was left behind")?;

@@ -7,9 +7,9 @@ use crate::store::StoreError;
 
 /// Controls a [`Receiver`] from other threads.
 ///
-/// The methods that name no VM apply if the receiver has exactly one VM, as a receiver of one VM
-/// always does. For a receiver of [several VMs](ReceiverOptions::max_vms) use [`vms`](Self::vms)
-/// and [`vm`](Self::vm).
+/// The methods that name no VM apply if the receiver has exactly one VM, which is always true of a
+/// receiver of one VM. For a receiver of [several VMs](ReceiverOptions::max_vms) use
+/// [`vms`](Self::vms) and [`vm`](Self::vm).
 #[derive(Clone)]
 pub struct ReceiverHandle {
     destination: Arc<Destination>,
@@ -32,17 +32,17 @@ pub struct VmStatus {
     pub epoch: u32,
 }
 
-/// What a VM that runs here still lacks.
+/// The missing pages of a VM that runs here, and their locations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gathering {
-    /// The missing pages.
+    /// The number of missing pages.
     pub missing_pages: u64,
-    /// Those of them that only the source has.
+    /// The number of missing pages that only the source has.
     pub source: u64,
-    /// The others, by the name of the page store that has them. A page that several stores have
-    /// counts for each.
+    /// The number of missing pages in each page store, by the name of the store. A page that is in
+    /// several stores counts for each of them.
     pub stores: BTreeMap<String, u64>,
-    /// The pages, or the blocks of huge pages, for which somebody waits at present.
+    /// The number of pages, or of huge pages, for which at least one thread waits at present.
     pub faults: u64,
 }
 
@@ -57,7 +57,7 @@ impl ReceiverHandle {
         self.destination.common.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Returns the bytes of all frames that were received and sent so far, on all lanes.
+    /// Returns the number of bytes of all frames that were received and sent so far, on all lanes.
     pub fn wire_bytes(&self) -> u64 {
         self.destination.common.bytes.load(Ordering::Relaxed)
     }
@@ -87,43 +87,48 @@ impl ReceiverHandle {
         self.only().map_or(0, |vm| vm.epoch())
     }
 
-    /// See [`VmHandle::force_take_over`].
+    /// Takes over the held VM: see [`VmHandle::force_take_over`].
     ///
     /// # Errors
-    /// No complete VM is held, or its source is connected, or the receiver has several VMs.
+    /// Returns an error if no complete VM is held, if its source is connected, if pages of it are
+    /// only at the source, or if the receiver does not have exactly one VM.
     pub fn force_take_over(&self) -> Result<(), Violation> {
         self.only().ok_or_else(|| no_only_vm("adopt"))?.force_take_over()
     }
 
-    /// See [`VmHandle::take_over`].
+    /// Takes over the held VM: see [`VmHandle::take_over`].
     ///
     /// # Errors
-    /// No complete VM is held, or the receiver has several VMs.
+    /// Returns an error if no complete VM is held, if pages of it are only at the source, or if the
+    /// receiver does not have exactly one VM.
     pub fn take_over(&self, source: Fenced) -> Result<(), Violation> {
         self.only().ok_or_else(|| no_only_vm("inherit"))?.take_over(source)
     }
 
-    /// See [`VmHandle::vm_ended`].
+    /// Reports that the guest has ended by itself: see [`VmHandle::vm_ended`]. Does nothing if the
+    /// receiver does not have exactly one VM.
     pub fn vm_ended(&self, reason: &str) {
         if let Some(vm) = self.only() {
             vm.vm_ended(reason);
         }
     }
 
-    /// As [`VmHandle::release_source`].
+    /// Makes the VM independent of its source: see [`VmHandle::release_source`].
     ///
     /// # Errors
-    /// What is in the way, in words.
+    /// Returns the reason as a text, also if the receiver does not have exactly one VM.
     pub fn release_source(&self) -> Result<(), String> {
         self.only().ok_or("the receiver does not know one VM: name the one that is meant")?.release_source()
     }
 
-    /// As [`VmHandle::gathering`]; `None` also if the receiver does not have exactly one VM.
+    /// Returns the missing pages and their locations: see [`VmHandle::gathering`]. Returns `None`
+    /// also if the receiver does not have exactly one VM.
     pub fn gathering(&self) -> Option<Gathering> {
         self.only()?.gathering()
     }
 
-    /// As [`VmHandle::forget_stored`].
+    /// Forgets the namespaces of the VM: see [`VmHandle::forget_stored`]. Does nothing if the
+    /// receiver does not have exactly one VM.
     pub fn forget_stored(&self) -> Vec<StoreError> {
         self.only().map(|vm| vm.forget_stored()).unwrap_or_default()
     }
@@ -144,7 +149,8 @@ impl VmHandle {
         lock(&self.entry.state).machine.epoch()
     }
 
-    /// Returns what the VM that runs here lacks; `None` if no page is missing, or it does not run here.
+    /// Returns the missing pages and their locations. Returns `None` if no page is missing, or if
+    /// the VM does not run here.
     pub fn gathering(&self) -> Option<Gathering> {
         let state = lock(&self.entry.state);
         let runs = state.machine.phase() == DestinationPhase::Running;
@@ -154,9 +160,11 @@ impl VmHandle {
         Some(missing.gathering())
     }
 
-    /// The VM, which runs here, ends in order: gives its pages in stores up, and forgets their namespaces (rule 14).
-    /// Returns what could not be forgotten: it stays until somebody removes it after its lease. Waits
-    /// for the stores.
+    /// Forgets the namespaces of a VM that runs here and ends in order, and gives up its pages in
+    /// stores (rule 14). Waits for the stores.
+    ///
+    /// Returns the errors of the stores. A namespace that could not be forgotten stays until it is
+    /// removed after the end of its lease.
     pub fn forget_stored(&self) -> Vec<StoreError> {
         let state = lock(&self.entry.state);
         let runs = state.machine.phase() == DestinationPhase::Running;
@@ -167,13 +175,14 @@ impl VmHandle {
         gatherer.memory.forget_all()
     }
 
-    /// Takes over the held VM by a person's word that the source is dead, and starts it.
+    /// Takes over the held VM, because a person states that the source is dead, and starts it.
     ///
     /// # Errors
-    /// No complete VM is held, or its source is connected.
+    /// Returns an error if no complete VM is held, if its source is connected, or if pages of it
+    /// are only at the source.
     pub fn force_take_over(&self) -> Result<(), Violation> {
         let state = lock(&self.entry.state);
-        // whether it is possible at all, before the stores are asked
+        // checks whether the take-over is possible at all, before the stores are asked
         state.machine.clone().force_take_over()?;
         drop(state);
         self.needs_no_source("adopt")?;
@@ -188,7 +197,7 @@ impl VmHandle {
     /// Takes over the held VM, because the source is dead for certain, and starts it.
     ///
     /// # Errors
-    /// No complete VM is held, or pages of it are only at the source.
+    /// Returns an error if no complete VM is held, or if pages of it are only at the source.
     pub fn take_over(&self, source: Fenced) -> Result<(), Violation> {
         let state = lock(&self.entry.state);
         let stores = state.session.as_ref().is_some_and(|session| session.gatherer.is_some());
@@ -205,8 +214,8 @@ impl VmHandle {
         Ok(())
     }
 
-    /// Checks that no page is only at the source. The stores are asked whether they have lost pages
-    /// that the source holds.
+    /// Checks that no page is only at the source. Asks the stores whether they have lost pages that
+    /// the source holds.
     fn needs_no_source(&self, command: &'static str) -> Result<(), Violation> {
         let session = lock(&self.entry.state).session.clone();
         if session.is_some_and(|session| self.entry.needs_source(&session)) {
@@ -217,11 +226,11 @@ impl VmHandle {
 
     /// Reports that the guest has ended by itself, and why.
     ///
-    /// If pages of the VM are missing, the source gets the report, frees them, and ends with
-    /// [`Outcome::Ended`](crate::report::Outcome::Ended). Otherwise it would serve them for ever.
-    /// If the link is lost, the source gets the report when it comes back: the VMM keeps the
-    /// receiver until [`Receiver::run`] returns, or for as long as it is willing to wait. If no
-    /// page is missing, this method does nothing. It does not wait.
+    /// If pages of the VM are missing, the source receives the report, frees the pages, and ends
+    /// with [`Outcome::Ended`](crate::report::Outcome::Ended). Otherwise the source would hold the
+    /// pages for ever. If the link is lost, the source receives the report when it connects again:
+    /// the VMM keeps the receiver until [`Receiver::run`] returns, or for as long as it is willing
+    /// to wait. If no page is missing, this method does nothing. It does not wait.
     pub fn vm_ended(&self, reason: &str) {
         self.entry.vm_ended(reason);
     }

@@ -1,4 +1,4 @@
-//! A bulk lane at the destination: receives pages straight into guest RAM.
+//! The receiving end of a bulk or demand lane, which writes pages directly into guest RAM.
 
 use std::{
     io,
@@ -48,11 +48,11 @@ impl LaneReceiver {
         Self { kind, index, reader, peer, session, bytes, sequence: 0, generation: 0, pages: 0, buffer: Vec::new() }
     }
 
-    /// Receives until the lane ends; it always ends with an error, which is no fault once the
-    /// session is sealed.
+    /// Receives frames until the lane ends. Returns the error with which the lane has ended. After
+    /// the session was sealed, a lost link is no failure.
     pub(super) fn run(mut self) -> MigrationError {
-        // between rounds a lane may be silent for as long as the control lane is alive, which sees
-        // to it
+        // between rounds a lane may be silent for any time: the time-out of the control lane
+        // detects a dead source
         if let Err(cause) = self.reader.set_idle_timeout(None::<Duration>) {
             return MigrationError::link(&self.peer)(cause);
         }
@@ -114,11 +114,12 @@ impl LaneReceiver {
         }
     }
 
-    /// A page on another lane than its own could be overtaken by an older copy of itself.
+    /// Checks that each page is on the lane of its stripe. On another lane, a page could be
+    /// overtaken by an older copy of itself.
     fn check_stripes(&self, extents: &[Extent]) -> Result<(), MigrationError> {
         for e in extents {
             let (first, last) = (e.range.first / STRIPE_PAGES, (e.range.end() - 1) / STRIPE_PAGES);
-            // with a single lane every stripe is its own
+            // with a single lane, every stripe belongs to it
             let own = self.session.lanes == 1
                 || (first == last && first % u64::from(self.session.lanes) == u64::from(self.index));
             if !own {
@@ -129,7 +130,8 @@ impl LaneReceiver {
         Ok(())
     }
 
-    /// A round has each page once: one that has more would never end.
+    /// Checks that the round does not have more pages than RAM has. Each page is in a round at most
+    /// once, and a round without this limit might never end.
     fn check_count(&self, extents: &[Extent]) -> Result<(), DecodeError> {
         let pages = extents.iter().fold(self.pages, |pages, extent| pages.saturating_add(extent.range.count));
         let limit = self.session.ram.layout().pages();
@@ -148,7 +150,8 @@ impl LaneReceiver {
         self.reader.read_ram(&slices).map_err(MigrationError::link(&self.peer))
     }
 
-    /// With checksums, pages are looked at before they go into RAM.
+    /// Installs pages whose data have a checksum. The checksum is verified before the pages are
+    /// written into RAM.
     fn install_checked(&mut self, extents: &[Extent], crc: u32, payload: usize) -> Result<(), MigrationError> {
         let buffer = self.read_checked(crc, payload)?;
         self.note(extents)?;
@@ -164,7 +167,8 @@ impl LaneReceiver {
         Ok(())
     }
 
-    /// After the hand-over the guest runs in the memory that is filled: the pager does it.
+    /// Installs missing pages through the pager, because the guest runs in this memory after the
+    /// hand-over.
     fn install_missing(
         &mut self,
         missing: &Missing,
@@ -215,8 +219,12 @@ impl LaneReceiver {
         Ok(())
     }
 
-    /// Reads `payload` bytes of page data into the buffer of this lane, which the caller gives
-    /// back. They are those that the source has sent: of another checksum they are an error.
+    /// Reads `payload` bytes of page data into the buffer of this lane and returns the buffer,
+    /// which the caller puts back.
+    ///
+    /// # Errors
+    /// Returns an error if the link fails, or if the data do not have the checksum that the source
+    /// has sent.
     fn read_checked(&mut self, crc: u32, payload: usize) -> Result<Vec<u8>, MigrationError> {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(payload, 0);
@@ -227,7 +235,7 @@ impl LaneReceiver {
         Ok(buffer)
     }
 
-    /// Records what a frame of a round brings, and clears the pages that become zeros.
+    /// Records the pages of a frame of a round, and clears those that become zeros.
     fn note(&mut self, extents: &[Extent]) -> Result<(), MigrationError> {
         let to_clear = self.session.map.change(|map| {
             let mut to_clear = Vec::new();
@@ -250,7 +258,7 @@ impl LaneReceiver {
     }
 }
 
-/// The host could not do it, which is no fault of the link.
+/// Returns the error for a pager that has failed, which is no failure of the link.
 fn not_installed(cause: io::Error) -> MigrationError {
     MigrationError::Vm { step: "installing missing pages", cause: VmError::because("the pager", cause) }
 }

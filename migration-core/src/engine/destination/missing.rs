@@ -1,5 +1,5 @@
-//! Post-copy at the destination: which pages are missing, who waits for them, and what was asked of
-//! the source.
+//! Post-copy at the destination: the missing pages, the threads that wait for them, and the pages
+//! that were requested from the source.
 
 use std::{
     collections::HashMap,
@@ -28,30 +28,31 @@ use crate::{
     wire::{Bulk, FaultSummary, MAX_REQUESTS},
 };
 
-/// What comes next in the life of missing pages.
+/// The next step in the handling of missing pages.
 pub(in crate::engine) enum Turn {
     /// No page is missing any more.
     Complete,
-    /// The source has vacated: it is to be answered.
+    /// The source has vacated, and waits for an answer.
     Vacated,
-    /// Nobody wants the missing pages any more.
+    /// The missing pages are not needed any more.
     Over,
 }
 
-/// How often a thread that waits for faults looks whether it shall end.
+/// The interval at which a thread that waits for faults checks whether it must end.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The missing pages of a VM that is handed over before they have moved.
+/// The missing pages of a VM that is handed over before they are transferred.
 pub(in crate::engine) struct Missing {
     pub(in crate::engine) pager: Arc<dyn Pager>,
-    /// The generation as which they move.
+    /// The generation number under which missing pages are sent and requested.
     pub(in crate::engine) generation: u32,
-    /// Which pages are missing. No page may come that the hand-over did not leave behind.
+    /// The location of each page. Only pages that were missing at the hand-over may arrive.
     map: Arc<SharedPageMap>,
-    /// Fetches those that are in stores.
+    /// Fetches the missing pages that are in stores.
     gatherer: Option<Arc<Gatherer>>,
     state: Mutex<State>,
-    /// Told when no page is missing any more, or nobody wants them.
+    /// Notified when no page is missing any more, or when the missing pages are not needed any
+    /// more.
     changed: Condvar,
     lanes: Vec<Mutex<Option<Requests>>>,
     ended: AtomicBool,
@@ -59,14 +60,14 @@ pub(in crate::engine) struct Missing {
 }
 
 struct State {
-    /// Who waits, by block.
+    /// The waiting threads, by the number of the block of pages.
     waiting: HashMap<u64, Vec<Waiter>>,
     vcpus: Vec<u32>,
     latencies: Latencies,
     faults: u64,
     vcpu_faults: u64,
     duplicates: u64,
-    /// Calls of the pager that are not recorded yet.
+    /// The number of calls of the pager whose results are not recorded yet.
     installing: u32,
     /// Whether the source has vacated, and waits for an answer.
     vacated: bool,
@@ -74,7 +75,7 @@ struct State {
     over: bool,
 }
 
-/// A fault that is not served yet.
+/// A fault whose page is not installed yet.
 struct Waiter {
     thread: Option<u32>,
     since: Instant,
@@ -86,7 +87,7 @@ struct Requests {
     sequence: u32,
 }
 
-/// Whether a set consists of whole blocks.
+/// Returns whether a set of pages consists of whole blocks of `block_pages` pages.
 pub(in crate::engine) fn is_whole(pages: &PageSet, block_pages: u64) -> bool {
     let whole = |r: PageRange| r.first.is_multiple_of(block_pages) && r.count.is_multiple_of(block_pages);
     block_pages == 1 || pages.ranges().all(whole)
@@ -124,13 +125,17 @@ impl Missing {
         }
     }
 
-    /// Pages may be in stores, too.
+    /// Adds the fetcher of pages in stores.
     pub(in crate::engine) fn with_gatherer(self, gatherer: Option<Arc<Gatherer>>) -> Self {
         Self { gatherer, ..self }
     }
 
-    /// Checks pages that the source sends. One that has arrived before may come again, behind a
-    /// link that was lost.
+    /// Checks the pages of an extent that the source sends. A page that has arrived before is
+    /// accepted: the source may send it again after the link was lost.
+    ///
+    /// # Errors
+    /// Returns an error if a page was not missing at the hand-over, or if the pages are not whole
+    /// blocks.
     pub(in crate::engine) fn check(&self, range: PageRange) -> Result<(), DecodeError> {
         let block_pages = self.pager.block_pages();
         if self.map.read(|map| map.missing_at_hand_over().count_in(range)) != range.count {
@@ -144,7 +149,7 @@ impl Missing {
         Ok(())
     }
 
-    /// Returns whether no page is missing, and all that has come is recorded.
+    /// Returns whether no page is missing, and the result of every installation is recorded.
     pub(in crate::engine) fn is_complete(&self) -> bool {
         self.is_complete_in(&lock(&self.state))
     }
@@ -162,9 +167,9 @@ impl Missing {
         lock(&self.state).vcpus = threads;
     }
 
-    /// Returns what is missing, and where it is.
+    /// Returns the number of missing pages, and their locations.
     pub(in crate::engine) fn gathering(&self) -> Gathering {
-        // blocks, and not all who wait for one
+        // the number of blocks, and not the number of threads that wait for one
         let faults = lock(&self.state).waiting.len() as u64;
         self.map.read(|map| Gathering {
             missing_pages: map.missing().len(),
@@ -174,12 +179,15 @@ impl Missing {
         })
     }
 
-    /// Returns whether a page is only at its source.
+    /// Returns whether a missing page is only at the source.
     pub(in crate::engine) fn needs_source(&self) -> bool {
         self.map.read(|map| map.at_source() > 0)
     }
 
-    /// A demand lane is there. Whoever has waited without one is asked for on it.
+    /// Attaches a demand lane. Requests on it the pages for which threads wait already.
+    ///
+    /// # Errors
+    /// Returns an error if there is no lane with this index, or if the requests cannot be sent.
     pub(in crate::engine) fn attach(&self, index: u16, writer: Box<dyn WriteHalf>) -> io::Result<()> {
         let Some(lane) = self.lanes.get(usize::from(index)) else { return Err(io::ErrorKind::InvalidInput.into()) };
         *lock(lane) = Some(Requests { writer, sequence: 0 });
@@ -191,9 +199,10 @@ impl Missing {
         Ok(())
     }
 
-    /// Asks stores for those of `pages` that they have. Returns the pages for which the source is to
-    /// be asked, which are the others, and those that it holds and whose stores are silent. Until
-    /// the VM runs, the source sends what it holds (rule 7).
+    /// Requests from stores the pages of `pages` that are there. Returns the pages that are to be
+    /// requested from the source: the pages that are in no store, and those that the source holds
+    /// and whose stores do not answer. Until the VM runs, the pages that the source holds are
+    /// requested only from the source (rule 7).
     fn ask(&self, mut pages: Vec<u64>) -> Vec<u64> {
         let Some(gatherer) = &self.gatherer else { return pages };
         pages.retain(|&page| {
@@ -209,38 +218,40 @@ impl Missing {
         pages
     }
 
-    /// The source will not answer what it was asked, or not soon: whoever waits for a page that is
-    /// in a store waits for its store (rule 17).
+    /// Requests from stores the pages for which threads wait and that are in stores. Called when
+    /// the source will not answer its requests, or not soon (rule 17).
     pub(in crate::engine) fn ask_stores_again(&self) {
         let block_pages = self.pager.block_pages();
         let waiting: Vec<u64> = lock(&self.state).waiting.keys().map(|block| block * block_pages).collect();
-        // those of the source are asked for when there is a lane
+        // the pages of the source are requested when there is a demand lane
         self.ask(waiting);
     }
 
-    /// The pages of `runs` are in stores now: who waits for one of them waits for its store.
+    /// Requests from stores those of the pages `runs` for which threads wait. Called when these
+    /// pages have been put into stores.
     pub(in crate::engine) fn ask_stores(&self, runs: &[PageRange]) {
         let (state, block_pages) = (lock(&self.state), self.pager.block_pages());
         let waits = |page: &u64| runs.iter().any(|run| run.pages().contains(page));
         let pages: Vec<u64> = state.waiting.keys().map(|block| block * block_pages).filter(waits).collect();
         drop(state);
-        // the source was asked before
+        // the source has received requests for these pages before
         self.ask(pages);
     }
 
-    /// `pages` are at their source again: it is asked for those that somebody waits for.
+    /// Requests from the source those of `pages` for which threads wait. Called when these pages
+    /// must come from the source again.
     pub(in crate::engine) fn ask_source(&self, pages: &PageSet) {
         let (state, block_pages) = (lock(&self.state), self.pager.block_pages());
         let waiting = state.waiting.keys().map(|block| block * block_pages);
         let waiting: Vec<u64> = waiting.filter(|&page| pages.contains(page)).collect();
         drop(state);
         for pages in waiting.chunks(MAX_REQUESTS) {
-            // without a lane they are asked for when there is one
+            // without a demand lane, the pages are requested when one is attached
             let _ = self.request(0, pages.to_vec());
         }
     }
 
-    /// Fetches pages of `within` from the stores of `entry`.
+    /// Fetches pages of `within` from the stores of `entry`, and installs them.
     pub(in crate::engine) fn fetch(
         &self,
         entry: u8,
@@ -252,14 +263,15 @@ impl Missing {
         self.install(within, |_| gatherer.memory.fetch_entry(entry, within, urgency, deadline))
     }
 
-    /// The source has vacated, and all that it has sent before on bulk lanes was read.
+    /// Records that the source has vacated, and that all data that it has sent before on bulk lanes
+    /// was read.
     pub(in crate::engine) fn vacated(&self) {
         lock(&self.state).vacated = true;
         self.changed.notify_all();
     }
 
-    /// Waits for what comes next. A *vacated* has its turn when all that was asked of the source is
-    /// here. `was_complete`: whether it was returned before that no page is missing.
+    /// Waits for the next step. A *vacated* is returned when every page that was requested from the
+    /// source has arrived. `was_complete` is whether [`Turn::Complete`] was returned before.
     pub(in crate::engine) fn wait_turn(&self, was_complete: bool) -> Turn {
         let mut state = lock(&self.state);
         loop {
@@ -267,7 +279,8 @@ impl Missing {
             if ended && self.is_complete_in(&state) {
                 return Turn::Complete;
             }
-            // a copy that was sent twice may be on its way through a lane when the last page is there
+            // when the last page has arrived, a lane may still be dropping a page that was sent
+            // twice
             let is_being_dropped = ended && self.map.read(|map| map.missing().is_empty());
             if ended && !is_being_dropped || state.over {
                 return Turn::Over;
@@ -280,15 +293,16 @@ impl Missing {
         }
     }
 
-    /// Returns whether somebody waits for a page that is at its source.
+    /// Returns whether a thread waits for a page that is not in a store.
     fn is_asked(&self, state: &State) -> bool {
         let block_pages = self.pager.block_pages();
         let mut pages = state.waiting.keys().map(|block| block * block_pages);
         self.map.read(|map| pages.any(|page| map.missing().contains(page) && !map.in_store().contains(page)))
     }
 
-    /// Waits for faults and asks for their pages, until none is missing or nobody wants them.
-    /// `number` tells the threads that do so apart.
+    /// Waits for faults and requests their pages, until no page is missing or the missing pages are
+    /// not needed any more. `number` is the number of the calling thread, and selects its demand
+    /// lane.
     pub(in crate::engine) fn watch(&self, number: usize) -> Result<(), crate::vm::VmError> {
         let mut faults = Vec::new();
         while !self.ended.load(Ordering::Acquire) {
@@ -299,15 +313,15 @@ impl Missing {
             }
             let wanted = self.note(&faults);
             for pages in wanted.chunks(MAX_REQUESTS) {
-                // without a lane the guest waits until there is one: it then asks for all that
-                // waits
+                // without a demand lane, the guest waits until one is attached: then all pages for
+                // which threads wait are requested
                 let _ = self.request(number % self.lanes.len().max(1), pages.to_vec());
             }
         }
         Ok(())
     }
 
-    /// Records faults; those whose pages have to be asked for.
+    /// Records faults. Returns the pages that are to be requested from the source.
     fn note(&self, faults: &[Fault]) -> Vec<u64> {
         let (now, block_pages) = (Instant::now(), self.pager.block_pages());
         let mut wanted = Vec::new();
@@ -317,8 +331,8 @@ impl Missing {
                 && let Some(waits) = state.waiting.get(&(fault.page / block_pages))
                 && waits.iter().any(|waiter| waiter.thread == fault.thread)
             {
-                // a signal took it out of its wait, for a pause or a checkpoint, and it came back:
-                // the same fault
+                // a signal has interrupted the wait of this thread, for a pause or a checkpoint,
+                // and the thread has returned to it: it is the same fault
                 continue;
             }
             state.faults += 1;
@@ -326,8 +340,8 @@ impl Missing {
             state.vcpu_faults += u64::from(by_vcpu);
             if !self.map.is_missing(fault.page) {
                 state.latencies.record(Duration::ZERO);
-                // it came after the fault was read; if this fails the page is not there, and the
-                // next fault tells
+                // the page was installed after the fault was read; if this fails, the page is not
+                // there, and the next fault reports that
                 let _ = self.pager.wake(fault.page);
                 continue;
             }
@@ -356,10 +370,10 @@ impl Missing {
         sent
     }
 
-    /// Has the pager install pages of `range` by `work`, and records what came of it.
+    /// Lets the pager install pages of `range` by `work`, and records the result.
     ///
     /// # Errors
-    /// Those of `work`. Some of the pages may be there all the same.
+    /// Returns the error of `work`. Some of the pages may be installed nevertheless.
     pub(in crate::engine) fn install<E>(
         &self,
         range: PageRange,
@@ -382,7 +396,8 @@ impl Missing {
         result
     }
 
-    /// Those who have waited for pages of `range` that are there now wait no longer.
+    /// Removes the waiting threads whose pages of `range` are installed now, and records their
+    /// latencies.
     fn serve_waiters(&self, state: &mut State, range: PageRange) {
         if state.waiting.is_empty() {
             return;
@@ -395,7 +410,7 @@ impl Missing {
         };
         let State { waiting, latencies, .. } = state;
         let mut served = |waits: Vec<Waiter>| waits.iter().for_each(|w| latencies.record(now - w.since));
-        // whichever is shorter: the range or the list of those who wait
+        // searches the shorter one: the range, or the list of blocks for which threads wait
         let found: Vec<u64> = if (waiting.len() as u64) < range.count {
             waiting.keys().copied().filter(|block| blocks.contains(block)).filter(is_here).collect()
         } else {
@@ -404,8 +419,8 @@ impl Missing {
         found.iter().filter_map(|block| waiting.remove(block)).for_each(&mut served);
     }
 
-    /// Installs every missing page from the store that its source has put it into, those that it
-    /// does not have as zeros.
+    /// Installs every missing page from the store into which its source has put it. Pages that the
+    /// store does not have are installed as zeros.
     pub(in crate::engine) fn fill(&self, layout: &RamLayout, store: &mut dyn VersionStore) -> io::Result<()> {
         let mut block = vec![0; STRIPE_PAGES as usize * PAGE_SIZE];
         let mut at = None;
@@ -448,10 +463,11 @@ impl Missing {
         Ok(())
     }
 
-    /// Ends the watch: all is here, or nobody wants it any more.
+    /// Ends the handling of faults, because no page is missing, or because the missing pages are
+    /// not needed any more.
     pub(in crate::engine) fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        // under the lock, so that nobody misses it between a look and its wait
+        // locks the state once, so that no thread misses the change between its check and its wait
         drop(lock(&self.state));
         self.changed.notify_all();
         self.pager.wake_waiters();
@@ -460,13 +476,13 @@ impl Missing {
         }
     }
 
-    /// The session is over.
+    /// Ends the handling of missing pages, because the session is over.
     pub(in crate::engine) fn close(&self) {
         lock(&self.state).over = true;
         self.end();
     }
 
-    /// Waits so long at most; whether the watch has ended.
+    /// Waits for at most `time` until the handling of faults has ended. Returns whether it has.
     pub(in crate::engine) fn wait_ended_for(&self, time: Duration) -> bool {
         let running = |_: &mut State| !self.ended.load(Ordering::Acquire);
         let waited = self.changed.wait_timeout_while(lock(&self.state), time, running);
@@ -502,12 +518,12 @@ pub(in crate::engine) mod tests {
         wire::Header,
     };
 
-    /// Pages of RAM on the heap that are missing, whom nobody waits for.
+    /// A pager of RAM on the heap. No guest waits for its missing pages.
     pub(in crate::engine) struct HeapPager {
         ram: HeapRam,
         map: Arc<SharedPageMap>,
         block_pages: u64,
-        /// What one call of `wait` after the other returns.
+        /// The results of the calls of `wait`. The last element is returned first.
         faults: Mutex<Vec<Vec<Fault>>>,
         woken: Mutex<Vec<u64>>,
     }
@@ -530,7 +546,7 @@ pub(in crate::engine) mod tests {
         fn wake_waiters(&self) {}
 
         fn install(&self, range: PageRange, _: PageCopy, fill: Fill<'_>) -> io::Result<Installed> {
-            // in two pieces, where it has more than a page
+            // in two slices if the range has more than one page
             let slice = self.ram.slice(range).unwrap();
             fill(&[slice.take(PAGE_SIZE), slice.skip(PAGE_SIZE)])?;
             arrived(&self.map, range);
@@ -557,7 +573,7 @@ pub(in crate::engine) mod tests {
         }
     }
 
-    /// The pages that were asked for on a lane, by the number of the frame.
+    /// The pages that were requested on a lane, with the sequence number of each frame.
     #[derive(Clone, Default)]
     struct Asked(Arc<Mutex<Frames>>);
 
@@ -596,7 +612,7 @@ pub(in crate::engine) mod tests {
         (Missing::new(pager.clone(), map, GENERATION, 2, Arc::default()), pager)
     }
 
-    /// These pages are installed, and recorded as arrived.
+    /// Records pages as installed, together with the result of the installation.
     pub(in crate::engine) fn arrive(missing: &Missing, range: PageRange, installed: Installed) {
         let recorded: io::Result<_> = missing.install(range, |_| {
             arrived(&missing.map, range);
@@ -605,7 +621,7 @@ pub(in crate::engine) mod tests {
         recorded.unwrap();
     }
 
-    /// These pages are installed.
+    /// Records pages as installed.
     pub(in crate::engine) fn arrived(map: &SharedPageMap, range: PageRange) {
         if let Some(mut claim) = map.claim(range, PageCopy::Source).unwrap() {
             claim.runs().into_iter().for_each(|run| claim.installed(run));
@@ -621,14 +637,14 @@ pub(in crate::engine) mod tests {
         let (missing, pager) = missing(4, &[(0, 12)]);
         missing.set_vcpus(vec![1, 2]);
         assert_eq!(missing.note(&[fault(5, 1), fault(9, 3)]), [5, 9]);
-        // another thread, in the same block; the same thread, which a signal woke; and threads that
-        // are not known
+        // a second thread, in the same block; the same thread, which a signal has woken; and
+        // unidentified threads
         assert_eq!(missing.note(&[fault(6, 2), fault(5, 1), fault(6, 0), fault(6, 0)]), [0u64; 0]);
         let summary = missing.summary();
         assert_eq!((summary.count, summary.vcpu), (5, 2));
         assert_eq!(lock(&missing.state).waiting.values().map(Vec::len).sum::<usize>(), 5);
 
-        // longer than the list of those who wait, and shorter
+        // the range is first longer and then shorter than the list of blocks
         arrive(&missing, PageRange::new(4, 4), Installed { pages: 4, duplicates: 0 });
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [2]);
         assert_eq!(lock(&missing.state).latencies.count(), 4);
@@ -636,7 +652,7 @@ pub(in crate::engine) mod tests {
         arrive(&missing, PageRange::new(8, 4), Installed { pages: 2, duplicates: 2 });
         assert_eq!(lock(&missing.state).waiting.keys().copied().collect::<Vec<_>>(), [0]);
 
-        // a fault that was read when its page had come already
+        // the page of this fault has arrived before the fault was read
         assert_eq!(missing.note(&[fault(5, 1)]), [0u64; 0]);
         assert_eq!(*lock(&pager.woken), [5]);
         let summary = missing.summary();
@@ -669,7 +685,7 @@ pub(in crate::engine) mod tests {
         }
         assert_eq!(*lock(&lanes[0].0), [(0, vec![4]), (1, vec![1]), (2, vec![8])]);
         assert_eq!(*lock(&lanes[1].0), [(0, vec![4]), (1, vec![13]), (2, vec![17])]);
-        // six requests for a page each
+        // six requests for one page each
         assert_eq!(missing.bytes.load(Ordering::Relaxed), 6 * (Header::LEN as u64 + 4 + 8));
         missing.end();
         missing.watch(0).unwrap();
@@ -689,7 +705,7 @@ pub(in crate::engine) mod tests {
         assert_eq!(lock(&missing.state).latencies.count(), 1);
         let last: io::Result<_> = missing.install(PageRange::new(4, 4), |_| {
             arrived(&missing.map, PageRange::new(4, 4));
-            // nothing is missing, but not all is recorded
+            // no page is missing, but the result of the installation is not recorded
             assert!(missing.pages().is_empty() && !missing.is_complete());
             Err(io::ErrorKind::Other.into())
         });
@@ -732,7 +748,8 @@ pub(in crate::engine) mod tests {
         let ram = &pager.ram;
         all.clone().for_each(|page| ram.slice(PageRange::new(page, 1)).unwrap().copy_from(&[0xee; PAGE_SIZE]));
         let mut store = MemoryVersions::default();
-        // the store has pages beside the missing ones, some as zeros, and lacks some
+        // the store also has pages that are not missing, has some pages as zeros, and lacks some
+        // missing ones
         let kept = |page: u64| page % 7 != 5;
         let of = |page: u64| if page % 5 == 1 { 0 } else { page as u8 | 1 };
         for page in all.clone().filter(|&page| kept(page)) {
