@@ -1,5 +1,5 @@
-//! The begin of an attempt at the destination: the VM is built and its session is opened; or a
-//! source comes back to its session.
+//! The start of an attempt at the destination: the VM is built and its session is opened. This
+//! module also handles a source that comes back to its session.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -21,7 +21,7 @@ use crate::{
 /// An accepted hello, and the action that follows from it.
 pub(super) struct Greeted {
     pub(super) epoch: u32,
-    /// The control lane that speaks for the session from now on.
+    /// The number of the control lane that speaks for the session from now on.
     pub(super) attachment: u64,
     pub(super) action: DestinationAction,
 }
@@ -104,7 +104,7 @@ impl VmEntry {
             }
         };
         if features & FEATURE_SHARED_RAM != 0 {
-            // until now this thread competed with the guest for the core
+            // until now this thread has competed with the guest for the core
             self.common.options.spawner.assume(Role::HandOver, GuestImpact::Balanced);
         }
         let opened = self.open(&session, attachment, features);
@@ -114,7 +114,7 @@ impl VmEntry {
             Flow::End => Ok(()),
         });
         if features & FEATURE_SHARED_RAM != 0 {
-            // in any case the guest does not wait for this thread any more
+            // in any case the guest no longer waits for this thread
             self.common.options.spawner.end_switch_over();
             self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
         }
@@ -134,7 +134,7 @@ impl VmEntry {
         let features = hello.features;
         let shared = features & FEATURE_SHARED_RAM != 0;
         let turn = self.turns.take();
-        // the VM of an earlier epoch is void: it is freed before the new one needs the memory
+        // the VM of an earlier epoch is void: it is freed before the new VM needs the memory
         let earlier = self.current(begun.attachment)?.session.take();
         self.free_vm(earlier, "a newer attempt of its source takes its place");
         self.join_watchers();
@@ -247,7 +247,8 @@ impl VmEntry {
         attachment: u64,
         reserved: Reservation<'_>,
     ) -> Result<Flow, MigrationError> {
-        // lanes have their own time-out, and the source sends its frame only after that
+        // lanes have their own time-out, and the source sends its frame only after the lanes are
+        // open
         let patience = self.common.options.idle_timeout.saturating_mul(2);
         frames.set_idle_timeout(patience)?;
         let (epoch, frame) = frames.read()?;
@@ -275,20 +276,21 @@ fn granted(wanted: u32, pager: Option<&dyn Pager>, has_stores: bool) -> u32 {
     let both = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;
     let post_copy = match pager.map(|pager| pager.block_pages()) {
         Some(1) => wanted & FEATURE_POST_COPY,
-        // a source that would send single pages cannot serve huge blocks
+        // a source that sends single missing pages cannot serve a pager that needs huge blocks
         Some(HUGE_BLOCK) if wanted & both == both => both,
         _ => 0,
     };
     let checkpoints = if post_copy == 0 { 0 } else { wanted & FEATURE_CHECKPOINTS };
-    // single pages are fetched, and nothing is released that a checkpoint may need
+    // fetching from stores needs blocks of one page, and no checkpoints: a page that a checkpoint
+    // may need must not be released
     let fetches = has_stores && post_copy == FEATURE_POST_COPY && checkpoints == 0;
     let stores = if fetches { wanted & FEATURE_STORES } else { 0 };
     let without = both | FEATURE_CHECKPOINTS | FEATURE_STORES;
     wanted & FEATURES & !without | post_copy | checkpoints | stores
 }
 
-/// Checks that the VM was built with the layout of the hello, because pages are checked against
-/// that.
+/// Checks that the VM was built with the layout of the hello, because received pages are checked
+/// against the layout of the VM.
 fn check_layout(mut vm: Box<dyn AnyVm>, hello: &Hello) -> Result<Box<dyn AnyVm>, VmError> {
     if *vm.vm().ram().layout() == hello.vm.layout {
         Ok(vm)
@@ -313,7 +315,7 @@ mod tests {
     use super::*;
     use crate::engine::destination::missing::tests::missing;
 
-    /// Every wish, and pagers of every kind.
+    /// Tests every combination of requested features, with pagers of every kind.
     #[test]
     fn what_is_granted_fits_the_pager() {
         let pages = FEATURE_POST_COPY | FEATURE_HUGE_BLOCKS;

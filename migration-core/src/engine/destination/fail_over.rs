@@ -1,17 +1,17 @@
-//! Fail-safe post-copy at the destination: checkpoints go back while the source lives, and the VM
-//! lives on when it does not.
+//! Fail-safe post-copy at the destination. Checkpoints are sent back while the source is alive, and
+//! the VM continues here when the source is dead.
 
 use std::time::Instant;
 
 use super::{protection::CheckpointLane, *};
 use crate::{channel::WriteHalf, engine::lane::Lane, fence::Fenced};
 
-/// Time between two looks whether a lost source is dead.
+/// The interval between two checks whether a lost source is dead.
 const WATCH: Duration = Duration::from_millis(10);
-/// And the longest, when what is needed then cannot be had: to look may mean to read all of a
-/// checkpoint.
+/// The longest interval between two attempts to fail over, after attempts that have failed: an
+/// attempt may have to read a whole checkpoint.
 const WATCH_REFUSED: Duration = Duration::from_secs(2);
-/// How many times as long as the source this side waits before it asks its fence.
+/// The factor by which this side waits longer than the source before it asks its fence.
 const LAST: u32 = 4;
 
 /// The two halves of a checkpoint lane.
@@ -21,7 +21,7 @@ pub(super) struct CheckpointHalves {
 }
 
 impl VmEntry {
-    /// A lane on which checkpoints go back, for as long as its link lives.
+    /// Serves a lane on which checkpoints are sent back, until its link is lost.
     pub(super) fn checkpoints(
         &self,
         session: &Session,
@@ -46,11 +46,11 @@ impl VmEntry {
         Ok(())
     }
 
-    /// The link is lost. As soon as the source is dead for certain, and nothing is only there, the
-    /// VM is free of it.
+    /// Watches a lost link of a protected VM, and fails over as soon as the source is dead for
+    /// certain and no page is only there.
     ///
-    /// Each side would end the other one after a cut that lasts. The source is first; this side
-    /// waits longer, so that they do not end each other.
+    /// If a network cut lasts, each side would fence the other one. The source does so first, and
+    /// this side waits longer, so that they do not fence each other.
     pub(super) fn watch_source(self: &Arc<Self>, session: &Arc<Session>, link: u32) {
         let Some(protection) = &session.protection else { return };
         let Some((detect, identity)) = lock(&protection.source).clone() else { return };
@@ -81,7 +81,11 @@ impl VmEntry {
         }
     }
 
-    /// Makes sure that the source is dead, unless it has what nobody else has, and takes its place.
+    /// Makes sure that the source is dead and takes over the VM, unless the source has pages that
+    /// are nowhere else.
+    ///
+    /// # Errors
+    /// Returns the reason why the fail-over is not possible. It may be tried again.
     fn fail_over(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -108,14 +112,14 @@ impl VmEntry {
         let action = state.machine.take_over(dead).map_err(|e| e.to_string())?;
         drop(state);
         self.start_and_adopt(session, &action);
-        // first the pages: a checkpoint that is under way may wait for one
+        // first the pages, because a checkpoint that is under way may wait for one of them
         if let Some(store) = &mut store {
             missing
                 .fill(layout, &mut **store)
                 .map_err(|e| format!("taking pages from its forward checkpoint: {}", Chain(&e)))?;
         }
         self.notify(vm, Notice::LinkFound);
-        // nobody restarts it any more
+        // the protection ends because no other host will restart the VM
         self.unprotect(protection);
         if let Some(stores) = &self.common.options.forward {
             stores.done(vm, session.epoch);

@@ -1,11 +1,13 @@
-//! The introduction of a new connection: it names its purpose and becomes a lane.
+//! The introduction of a new connection: the peer names the purpose of the connection, which then
+//! becomes a lane.
 
 use super::{attempt::refuse_reattach, fail_over::CheckpointHalves, *};
 use crate::{vm::FailedAttempt, wire::MAGIC};
 
-/// The number of bytes of a preamble that tell whether it is one.
+/// The number of bytes of a preamble by which a preamble is recognized.
 ///
-/// A peer that speaks another protocol may wait for an answer before it has sent a whole preamble.
+/// A peer that speaks another protocol may wait for an answer before it has sent the length of a
+/// preamble.
 const START: usize = 4;
 
 /// A connection that was just accepted.
@@ -26,12 +28,12 @@ struct Named {
     closer: Arc<dyn Closer>,
 }
 
-/// What a connection has told about itself so far.
+/// What is known about the purpose of a connection so far.
 #[derive(Default)]
 struct Introduced {
-    /// Whether it wants to begin a session, as far as that is known.
+    /// Whether the connection wants to begin a session, as far as that is known.
     wants_session: bool,
-    /// The VM that it wants to migrate.
+    /// The VM that the source wants to migrate.
     vm: Option<VmId>,
 }
 
@@ -52,7 +54,8 @@ impl Common {
     /// Moves a connection to its next stage, because it has shown what it is.
     ///
     /// # Errors
-    /// The connection was closed in between, for example because another one needed its place.
+    /// Returns an error if the connection was closed in between, for example because another one
+    /// needed its place.
     pub(super) fn advance(&self, id: u64, stage: Stage, peer: &str) -> Result<(), MigrationError> {
         if lock(&self.connections).advance(id, stage) {
             return Ok(());
@@ -71,7 +74,8 @@ impl Destination {
             LaneKind::Bulk | LaneKind::Demand | LaneKind::Checkpoint => self.lane(named, peer),
         });
         if let Err(error) = served {
-            // if this side has closed the connection, what followed from that is not the reason
+            // if this side has closed the connection, an error that followed from that is not the
+            // reason
             let closed = lock(&self.common.connections).why_closed(id);
             let why = closed.map_or_else(|| error.at_peer(peer), str::to_owned);
             self.common.bad_peer(peer, &why);
@@ -84,7 +88,8 @@ impl Destination {
     /// Reads the preamble of a new connection, and gives the thread the role of the lane.
     ///
     /// # Errors
-    /// The peer speaks another protocol or version, or has lost its place to another connection.
+    /// Returns an error if the peer speaks another protocol or version, or if the connection was
+    /// closed in between.
     fn name(&self, connection: Incoming, peer: &str, introduced: &mut Introduced) -> Result<Named, MigrationError> {
         let link = || MigrationError::link(peer);
         let idle = self.common.options.idle_timeout;
@@ -109,15 +114,15 @@ impl Destination {
         introduced.wants_session = preamble.kind == LaneKind::Control;
         let known = self.find(preamble.session).is_ok();
         let stage = match preamble.kind {
-            // on a link that is not encrypted anybody may have read the token, so it opens only
-            // lanes that then take a place
+            // on a link that is not encrypted, anybody may have read the token: the token opens
+            // only lanes that then occupy a place of the session
             LaneKind::Control => Stage::Greeting,
             LaneKind::Reattach if known => Stage::Returning,
             _ if known => Stage::Identified,
             _ => Stage::Greeting,
         };
         self.common.advance(id, stage, peer)?;
-        // the thread was started for pages in volume, which most connections carry
+        // the thread was started with the role of a bulk lane, which most connections are
         match preamble.kind {
             LaneKind::Bulk => {}
             LaneKind::Demand => self.common.options.spawner.assume(Role::Demand, GuestImpact::Balanced),
@@ -126,7 +131,7 @@ impl Destination {
         Ok(Named { id, preamble, reader, control, closer })
     }
 
-    /// Serves a lane that belongs to a session: for pages, or for checkpoints.
+    /// Serves a lane that belongs to a session: a bulk lane, a demand lane or a checkpoint lane.
     fn lane(&self, named: Named, peer: &str) -> Result<(), MigrationError> {
         let Named { preamble, reader, control, closer, .. } = named;
         let Found { entry, session } = self.find(preamble.session)?;
@@ -158,7 +163,7 @@ impl Destination {
         let Named { id, preamble, reader, mut control, closer } = named;
         let mut frames = ControlReader::new(reader, peer.to_owned(), self.common.bytes.clone());
         let first = frames.read().inspect_err(|error| {
-            // the user of an honest peer of another build wants to know the reason
+            // the user of an honest peer of another build needs the reason
             if !matches!(error, MigrationError::Link { .. }) {
                 // best effort: the lane ends either way
                 let _ = control.send(0, &Control::error(error.code(), describe(error)));
@@ -215,7 +220,7 @@ impl VmEntry {
             return Ok(());
         }
         if session.missing().is_some() && session.is_sealed() {
-            // the VM may run here, and has all its pages: the session goes on
+            // the VM may run here with all its pages: the session continues
             return Err(error);
         }
         session.fail(error.code(), &describe(&error));
@@ -225,7 +230,8 @@ impl VmEntry {
     /// Locks the state, if `attachment` is still the control lane that speaks for the session.
     ///
     /// # Errors
-    /// The attempt was given up here, or a newer control lane has taken its place.
+    /// Returns an error if the attempt was given up here, or if a newer control lane has taken its
+    /// place.
     pub(super) fn current(&self, attachment: u64) -> Result<MutexGuard<'_, State>, MigrationError> {
         let state = lock(&self.state);
         if state.attachment == attachment {

@@ -1,4 +1,4 @@
-//! Attempts that fail, and VMs that end.
+//! The handling of attempts that fail, and of VMs that end.
 
 use super::*;
 use crate::vm::FailedAttempt;
@@ -20,7 +20,7 @@ impl VmEntry {
         let Some(session) = state.session.clone() else { return };
         drop(state);
         match ended {
-            // best effort: a source that does not get it comes back
+            // best effort: a source that does not receive this connects again
             Some(ended) => drop(session.report_ended(ended)),
             // the source is gone, and pages may still be in stores
             None if session.is_released() => session.guest_has_ended(),
@@ -69,8 +69,8 @@ impl VmEntry {
         }
         let epoch = state.machine.epoch();
         state.machine.link_lost();
-        // so the thread that builds or loads the VM finds that it does not speak for the session
-        // any more
+        // as a result, the thread that builds or loads the VM finds that it does not speak for the
+        // session any more
         state.attachment += 1;
         let given_up = state.session.take();
         drop(state);
@@ -98,7 +98,7 @@ impl VmEntry {
             OnDestinationLoss::Discard => state.session.take(),
             OnDestinationLoss::Hold | OnDestinationLoss::Nothing => None,
         };
-        // a source of which nothing is needed is no loss (rule 19)
+        // the loss of a source that is not needed is not reported (rule 19)
         let missing = state.session.as_ref().and_then(|session| session.missing());
         let needed = missing.as_ref().is_none_or(|missing| missing.needs_source());
         let served = state.machine.vm().filter(|_| needed && state.machine.is_served());
@@ -122,7 +122,8 @@ impl VmEntry {
             return;
         }
         state.machine.link_lost();
-        // so the thread that loads the state finds that it does not speak for the session any more
+        // as a result, the thread that loads the state finds that it does not speak for the session
+        // any more
         state.attachment += 1;
         let given_up = state.session.take();
         drop(state);

@@ -34,8 +34,8 @@ use crate::vm::{FailedAttempt, VmDescription};
 /// }
 /// ```
 ///
-/// Dropping it closes all connections, and discards a VM that has not arrived, also one that is
-/// held. Missing pages then stay missing.
+/// Dropping the receiver closes all connections, and discards a VM that has not arrived, including
+/// a VM that is held. Missing pages then stay missing.
 pub struct OneAttempt<V> {
     receiver: Receiver,
     accepting: Accepting,
@@ -52,9 +52,10 @@ pub enum AttemptError {
     #[error("{0}")]
     Failed(FailedAttempt),
     /// The time was up, or [`ReceiverHandle::stop`] was called, when the VM was complete. Its
-    /// source may have given it away, so it is held, paused, until
+    /// source may have given the VM away, so the VM is held, paused, until
     /// - its source decides: call [`OneAttempt::receive`] again;
-    /// - or a person decides: call [`ReceiverHandle::force_take_over`] and then [`OneAttempt::receive`];
+    /// - or a person decides: call [`ReceiverHandle::force_take_over`] and then
+    ///   [`OneAttempt::receive`];
     /// - or the [`OneAttempt`] is dropped, which discards the VM.
     #[error("VM {vm} is complete and held under epoch {epoch}: its source has not decided")]
     Held {
@@ -75,7 +76,7 @@ pub enum AttemptError {
     Listener(#[from] io::Error),
 }
 
-/// The results of attempts that the caller has not got yet, in order.
+/// The results of attempts that were not returned to the caller yet, in order.
 struct Results<V>(Mutex<Waiting<V>>);
 
 struct Waiting<V> {
@@ -154,7 +155,7 @@ impl<V: Send + 'static> OneAttempt<V> {
     /// [`finish`](Self::finish), which accepts the source when it comes back after a lost link.
     ///
     /// # Errors
-    /// There is no VM: see [`AttemptError`]. The method can be called again.
+    /// Returns an error if there is no VM: see [`AttemptError`]. The method can be called again.
     pub fn receive(
         &mut self,
         listener: &mut dyn Listener,
@@ -176,7 +177,7 @@ impl<V: Send + 'static> OneAttempt<V> {
         }
     }
 
-    /// Ends the attempt that is under way, because the caller does not wait any more. Returns
+    /// Ends the attempt that is under way, because the caller does not wait any longer. Returns
     /// `None` if the VM has been started and arrives at once.
     fn give_up(&self, end: AttemptError) -> Option<AttemptError> {
         let given_up = self.entry.give_up(&format!("the destination has given the attempt up: {end}"));
@@ -200,8 +201,8 @@ impl<V: Send + 'static> OneAttempt<V> {
     /// here, or until `deadline`.
     ///
     /// # Errors
-    /// [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`]. The VM
-    /// runs here all the same. Missing pages stay missing.
+    /// Returns [`AttemptError::Stopped`], [`AttemptError::TimedOut`] or [`AttemptError::Listener`].
+    /// The VM runs here nevertheless. Missing pages stay missing.
     pub fn finish(mut self, listener: &mut dyn Listener, deadline: Option<Instant>) -> Result<(), AttemptError> {
         loop {
             if self.entry.finished.load(Ordering::Relaxed) {
@@ -216,7 +217,7 @@ impl<V: Send + 'static> OneAttempt<V> {
 
     /// Returns the reason to end the call, if there is one.
     fn end(&self, deadline: Option<Instant>) -> Option<AttemptError> {
-        // it ends this call, and not the next one
+        // a stop ends this call, and not the next one
         if self.receiver.destination.common.stop.swap(false, Ordering::Relaxed) {
             return Some(AttemptError::Stopped);
         }

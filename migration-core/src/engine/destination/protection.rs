@@ -1,10 +1,11 @@
-//! Checkpoints of a VM that runs here before all its pages are here. The
-//! [source](crate::engine::source) keeps them.
+//! Checkpoints of a VM that runs here while pages of it are missing. The
+//! [source](crate::engine::source) keeps the checkpoints.
 //!
-//! One checkpoint (PostCopyFT, section III): *stage I* sends what was written since the last one
-//! while the guest runs; *stage II* pauses it, saves its state, copies what it wrote during stage
-//! I, and lets it go on. The copy and the state follow, then the commit. Output made before stage
-//! II leaves when the source has acknowledged it.
+//! One checkpoint (PostCopyFT, section III) has two stages. *Stage I* sends the pages that were
+//! written since the last checkpoint, while the guest runs. *Stage II* pauses the guest, saves its
+//! state, copies the pages that it wrote during stage I, and resumes it. The copied pages and the
+//! state are sent after that, and then the commit. Output that was made before stage II is released
+//! when the source has acknowledged the checkpoint.
 
 #[cfg(test)]
 mod tests;
@@ -38,29 +39,30 @@ use crate::{
     wire::{Bulk, Checkpoint, Content, Extent, Header, STATE_CHUNK},
 };
 
-/// A VM at its destination, of which checkpoints are taken.
+/// The protection of a VM at its destination by checkpoints.
 pub(in crate::engine) struct Protection {
-    /// The VM, until it is discarded or needs no checkpoints any more.
+    /// The VM, until it is discarded or does not need checkpoints any more.
     protected: Place<Protected>,
     identity: Bytes,
-    /// Whether the source wants checkpoints, and not only to know whom it deals with.
+    /// Whether the source wants checkpoints, and not only the identity of this destination.
     wanted: AtomicBool,
-    /// After how long without a link the source counts as dead, and its identity.
+    /// The time without a link after which the source counts as dead, and the identity of the
+    /// source.
     pub(in crate::engine) source: Mutex<Option<(Duration, Bytes)>>,
-    /// With which the VM was handed over: its forward checkpoint has the same, and no other one
-    /// has.
+    /// The state with which the VM was handed over. Its forward checkpoint has the same state, and
+    /// no other checkpoint has.
     pub(in crate::engine) state: Mutex<Bytes>,
 }
 
 struct Protected {
     vm: Box<dyn CheckpointedVm>,
-    /// What is due was written since the last committed checkpoint.
+    /// The pages that were written since the last committed checkpoint are due.
     rounds: RoundDriver,
-    /// The last checkpoint that was begun.
+    /// The number of the last checkpoint that was begun.
     number: u32,
 }
 
-/// What the guest wrote during stage I, and its state, of one moment.
+/// The pages that the guest wrote during stage I, and its state, of the same moment.
 struct Frozen {
     copied: Copied,
     state: Vec<u8>,
@@ -86,8 +88,9 @@ impl Protection {
         })
     }
 
-    /// The VM is about to be loaded, with pages missing: what was written so far came from the
-    /// source, and what comes out from here on is held.
+    /// Begins the protection of a VM that is about to be loaded with pages missing. All pages that
+    /// were written so far came from the source, so they are not part of a checkpoint. If the
+    /// source wants checkpoints, output is held from here on.
     pub(in crate::engine) fn begin(&self) -> Result<(), MigrationError> {
         if let Some(mut protected) = self.protected.borrow() {
             let Protected { vm, rounds, .. } = &mut *protected;
@@ -100,7 +103,8 @@ impl Protection {
         Ok(())
     }
 
-    /// The source will never restart the VM: nothing is held any more.
+    /// Ends the protection, because the source will never restart the VM. All held output is
+    /// released.
     pub(in crate::engine) fn end(&self) -> Result<(), MigrationError> {
         if let Some(mut protected) = self.protected.take() {
             protected.vm.release_output(None);
@@ -109,19 +113,19 @@ impl Protection {
         Ok(())
     }
 
-    /// The VM is discarded.
+    /// Drops the VM's interface for checkpoints, because the VM is discarded.
     pub(in crate::engine) fn give_up(&self) {
         drop(self.protected.take());
     }
 
-    /// Takes a checkpoint, and returns when it is committed.
+    /// Takes a checkpoint, and waits until the source has committed it.
     fn checkpoint(&self, lane: &mut CheckpointLane) -> Result<(), MigrationError> {
         let Some(mut protected) = self.protected.borrow() else { return Ok(()) };
         let Protected { vm, rounds, number } = &mut *protected;
         *number = number.wrapping_add(1);
         let number = *number;
         // stage I
-        // (if the tracker reports a page that is still missing, to read it fetches it)
+        // (if the tracker reports a page that is still missing, reading the page fetches it)
         rounds.harvest(&mut **vm)?;
         let live = rounds.due();
         let rearm = rounds.begin(vm.tracker(), &live, false)?;
@@ -129,7 +133,7 @@ impl Protection {
         // stage II
         let paused = vm.pause().map_err(MigrationError::vm("pausing the guest for a checkpoint"));
         let frozen = paused.and_then(|()| freeze(&mut **vm, rounds, &*lane.lane.ram, rearm.as_deref()));
-        // also behind a pause that failed: some vCPUs may have stopped
+        // also after a pause that has failed: some vCPUs may have stopped
         vm.resume().map_err(MigrationError::vm("resuming the guest after a checkpoint"))?;
         let frozen = frozen?;
         pages += lane.send_copy(&frozen, number)?;
@@ -145,7 +149,7 @@ impl Protection {
     }
 }
 
-/// While the guest is paused.
+/// Saves the state and copies the written pages, while the guest is paused.
 fn freeze(
     vm: &mut dyn CheckpointedVm,
     rounds: &mut RoundDriver,
@@ -154,7 +158,7 @@ fn freeze(
 ) -> Result<Frozen, MigrationError> {
     let state = vm.save_state().map_err(MigrationError::vm("saving the state for a checkpoint"))?.encode();
     let output = vm.output();
-    // behind the save, which writes too
+    // after the state was saved, because saving it also writes to RAM
     let rest = rounds.harvest(vm)?.written;
     let mut copied = Copied::default();
     copied.take(ram, &rest, rearm)?;
@@ -169,8 +173,8 @@ pub(in crate::engine) struct CheckpointLane {
 }
 
 impl CheckpointLane {
-    /// Takes checkpoints until no page is missing, then waits for the end of the link.
-    /// `wait_running` returns when the VM runs, or never will.
+    /// Takes checkpoints until no page is missing, and then waits for the end of the link.
+    /// `wait_running` returns when the VM runs, or when it will not run on this link.
     pub(in crate::engine) fn run(
         &mut self,
         protection: &Protection,
@@ -181,7 +185,7 @@ impl CheckpointLane {
             return Err(DecodeError::invalid("kind", "a checkpoint lane begins with how often").into());
         };
         let interval = Duration::from_micros(interval_us);
-        // before the answer, without which nothing is handed over
+        // before the answer, without which the source does not hand over the VM
         protection.wanted.store(!interval.is_zero(), Ordering::Relaxed);
         *lock(&protection.source) = Some((Duration::from_micros(detect_us), identity));
         self.send_control(&Checkpoint::Identity(protection.identity.clone()), 0)?;
@@ -193,7 +197,7 @@ impl CheckpointLane {
                 missing.wait_ended_for(interval);
             }
         }
-        // the source does not speak any more; that it is alive is seen on the control lane
+        // the source sends nothing any more; the control lane shows whether it is alive
         self.reader.set_idle_timeout(None).map_err(MigrationError::link(&self.lane.peer))?;
         let (header, _) = self.read()?;
         Err(DecodeError::invalid("kind", format!("{:#x} on an idle checkpoint lane", header.kind)).into())
@@ -212,7 +216,7 @@ impl CheckpointLane {
         self.lane.write(&bytes, &[])
     }
 
-    /// Sends pages of the running guest: they may change meanwhile, and come again then.
+    /// Sends pages of the running guest. Pages that change meanwhile are sent again in stage II.
     fn send_live(
         &mut self,
         pages: &PageSet,

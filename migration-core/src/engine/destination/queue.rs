@@ -83,7 +83,7 @@ impl<H: DestinationHost + 'static> Requests<H> {
     /// Queues a call for the loop's thread, and waits for the result.
     ///
     /// # Errors
-    /// The loop has ended.
+    /// Returns an error if the loop has ended.
     fn call<R: Send + 'static>(&self, request: impl FnOnce(&mut Here<H>) -> R + Send + 'static) -> Result<R, VmError> {
         let (tx, result) = mpsc::sync_channel(1);
         self.send(move |here| {
@@ -168,7 +168,8 @@ impl<H: DestinationHost + 'static> Drop for RemoteVm<H> {
     fn drop(&mut self) {
         if self.discard {
             let number = self.number;
-            // executed before the request to build the next VM, because the queue keeps the order
+            // executed before the request to build the next VM, because requests are executed in
+            // order
             self.requests.send(move |here| drop(here.vms.remove(&number)));
         }
     }
@@ -224,7 +225,7 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
     /// [`next`](Self::next). `wake` is called whenever a request or an event was queued.
     ///
     /// # Errors
-    /// The thread that accepts connections cannot be started.
+    /// Returns an error if the thread that accepts connections cannot be started.
     pub fn new(
         host: H,
         mut listener: Box<dyn Listener>,
@@ -262,8 +263,8 @@ impl<H: DestinationHost + 'static> ReceiverQueue<H> {
     }
 
     /// Executes the queued requests until there is an event, and returns the event. Returns `None`
-    /// if the queue is empty: the waker is called when that changes. It does not wait, except in
-    /// the methods of the host and its VMs.
+    /// if the queue is empty: the waker is called when a request or an event is queued. The method
+    /// does not wait, except in the methods of the host and its VMs.
     #[allow(clippy::should_implement_trait, reason = "more events may follow `None`")]
     pub fn next(&mut self) -> Option<ReceiverEvent<H::Vm>> {
         loop {

@@ -1,5 +1,6 @@
-//! Reservation of what the lanes of a session need, before they are offered. So *welcome* tells the
-//! source how many lanes there can be, and no lane fails later for lack of resources.
+//! The reservation of threads and descriptors for the lanes of a session, before the lanes are
+//! offered. So *welcome* tells the source how many lanes it may open, and no lane fails later for
+//! lack of resources.
 //!
 //! If a thread or a descriptor is needed and cannot be had otherwise, the oldest connection that
 //! has sent nothing is closed. Before a connection has sent something, an unidentified connection
@@ -18,14 +19,15 @@ type Body = Box<dyn FnOnce() + Send>;
 /// The longest wait until a closed connection has released its thread and its descriptor. After
 /// that they count as not available.
 const GIVING_WAY: Duration = Duration::from_millis(200);
-/// The interval between two looks during that wait: the kernel counts a thread for a short time
+/// The interval between two checks during that wait: the kernel counts a thread for a short time
 /// after its end.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// The number of demand lanes that are reserved if post-copy is requested. Only the source knows
-/// how many there will be.
+/// how many it will open.
 const DEMAND_LANES: usize = 2;
-/// The number of threads of every session beside those of its lanes: one sends signs of life.
+/// The number of threads of every session in addition to those of its lanes: one thread sends signs
+/// of life.
 const SESSION_THREADS: usize = 1;
 
 /// The reservations of all sessions whose lanes are not complete yet.
@@ -72,7 +74,7 @@ pub(super) struct Reservation<'a> {
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        // by number, because a newer attempt may have a reservation of its own
+        // by number, because a newer attempt of the same VM may have its own reservation
         self.common.release(|parked| parked.number == self.number);
     }
 }
@@ -83,15 +85,15 @@ impl Common {
     /// suffice, fewer bulk lanes are reserved.
     ///
     /// # Errors
-    /// There is not enough for a single bulk lane.
+    /// Returns an error if there is not enough for a single bulk lane.
     pub(super) fn reserve(&self, owner: u64, streams: u16, features: u32) -> Result<Reservation<'_>, MigrationError> {
         // the reservation of an earlier attempt
         self.release(|parked| parked.owner == owner);
         let (mut lanes, mut own) = (0, SESSION_THREADS);
         if features & FEATURE_POST_COPY != 0 {
             lanes += DEMAND_LANES;
-            // each lane has a second thread that serves faults, and one thread waits for the end of
-            // that
+            // each demand lane has a second thread, which handles faults; one more thread waits
+            // until no page is missing
             own += DEMAND_LANES + 1;
         }
         if features & FEATURE_CHECKPOINTS != 0 {
@@ -237,10 +239,10 @@ impl Common {
         })
     }
 
-    /// Starts a thread, without a lock.
+    /// Starts a thread. No lock is held meanwhile.
     ///
     /// # Errors
-    /// No thread can be started. The error has the work that was for it.
+    /// Returns an error if no thread can be started. The error contains the work of the thread.
     fn start(&self, role: Role, name: &str, body: Body) -> Result<Box<dyn Joiner>, Refused> {
         // in a cell, from which it is taken back if there is no thread
         let cell = Arc::new(Mutex::new(Some(body)));
@@ -255,10 +257,10 @@ impl Common {
         spawned.map_err(|error| Refused { error, body: lock(&cell).take() })
     }
 
-    /// Uses a thread of a reservation that is `usable`.
+    /// Uses a thread of a reservation for which `usable` returns true.
     ///
     /// # Errors
-    /// There is none. The error is the one for which no thread could be started.
+    /// Returns an error if there is no such thread: the error of the attempt to start one.
     fn use_reserved(
         &self,
         parked: &mut [Parked],
@@ -328,7 +330,7 @@ mod tests {
         lanes.into_iter().for_each(|lane| lane.join());
     }
 
-    /// Has descriptors for so many connections.
+    /// A [`Room`] with descriptors for this number of connections.
     struct Cramped(usize);
 
     impl Room for Cramped {
@@ -344,7 +346,8 @@ mod tests {
         receiver
     }
 
-    /// The features, the connections beside bulk lanes, and the threads beside those of bulk lanes.
+    /// The features, the number of connections in addition to bulk lanes, and the number of threads
+    /// in addition to those of bulk lanes.
     const NEEDS: [(u32, usize, usize); 4] = [
         (0, 0, 1),
         (FEATURE_POST_COPY, 2, 6),
@@ -373,7 +376,7 @@ mod tests {
                     assert!(descriptor.contains(&words), "{descriptor}");
                 }
             }
-            // no more than are needed
+            // not more threads are reserved than are needed
             let receiver = receiver(100, None);
             let reservation = receiver.destination.common.reserve(7, WANTED, features).unwrap();
             let parked = |receiver: &Receiver| {
@@ -428,7 +431,7 @@ mod tests {
         let _other = common.reserve(8, 1, 0).unwrap();
         let _newer = common.reserve(7, 3, 0).unwrap();
         assert_eq!(parked(), [(8, 2), (7, 4)]);
-        // the older one has nothing to release any more
+        // the older reservation has nothing to release any more
         drop(first);
         assert_eq!(parked(), [(8, 2), (7, 4)]);
     }

@@ -1,27 +1,27 @@
-//! The destination's half of the pause, and of what follows it.
+//! The destination's part of the switch-over: the guest's pause, and the steps that follow it.
 //!
-//! 1. **Wait for the last round**, which may still be on its way on other lanes than the offer.
-//! 2. **Seal**: from here on no page of a round arrives.
-//! 3. **Arm the pager** for what is left behind, before anything is loaded: loading touches RAM.
-//! 4. **Load the state.** It may wait for missing pages, which the source sends already.
-//! 5. **Become ready**, and then say so: if saying it fails, the source may have heard it all the
-//!    same.
-//! 6. **Start the guest** when the source says *run*, and then answer *running*.
+//! 1. **Wait for the last round**. It may still be under way on other lanes than the offer.
+//! 2. **Seal**: from here on no page of a round may arrive.
+//! 3. **Arm the pager** for the missing pages, before anything is loaded: loading accesses RAM.
+//! 4. **Load the state.** This may wait for missing pages, which the source is already sending.
+//! 5. **Become ready**, and then send *ready*: if sending it fails, the source may have received it
+//!    nevertheless.
+//! 6. **Start the guest** when the source sends *run*, and then answer with *running*.
 
 use super::{control_lane::Flow, missing::Turn, *};
 
-/// What a source offers.
+/// The offer of a source.
 pub(super) struct Offered {
-    /// The last round.
+    /// The generation of the last round.
     pub(super) generation: u32,
     /// The encoded state.
     pub(super) state: Vec<u8>,
-    /// How many pages are left behind, and the number of demand lanes, in post-copy.
+    /// In post-copy, the number of missing pages and the number of demand lanes.
     pub(super) post_copy: Option<(u64, u16)>,
 }
 
 impl VmEntry {
-    /// Steps 1 to 5.
+    /// Executes steps 1 to 5.
     pub(super) fn load(
         self: &Arc<Self>,
         session: &Arc<Session>,
@@ -36,18 +36,18 @@ impl VmEntry {
         session.wait_round(generation, self.common.options.idle_timeout, &self.common.bytes)?;
         session.seal(generation)?;
         if let Some((announced, lanes)) = post_copy {
-            // before anything is loaded, which touches RAM
+            // before anything is loaded, because loading accesses RAM
             self.arm(session, attachment, generation, announced, lanes)?;
         } else if session.map.read(|map| !map.missing().is_empty()) {
             return Err(DecodeError::invalid("offer", "pages are in stores, and post-copy was not announced").into());
         }
         let mut vm_state = VmState::decode(&bytes)?;
         let log = if session.shared { dirty_log::take(&mut vm_state, session.ram.layout().pages())? } else { None };
-        // without the lock on all else: this may wait for a missing page, and the page for a newer
-        // attempt
+        // The state of the entry is not locked meanwhile: this may wait for a missing page, and
+        // that wait may end only by a newer attempt, which needs the lock.
         let loaded = match session.vm.borrow() {
             Some(mut vm) => {
-                // loading writes RAM too
+                // loading also writes to RAM
                 let continued = log.map_or(Ok(()), |log| vm.vm().continue_log(&log));
                 continued.and_then(|()| vm.vm().load_state(&vm_state))
             }
@@ -65,23 +65,25 @@ impl VmEntry {
         }
         loaded?;
         drop(loading);
-        // ready before it is said: if saying it fails, the source may have heard it all the same
+        // ready before *ready* is sent: if sending it fails, the source may have received it
+        // nevertheless
         let ready = state.machine.loaded()?;
         state.was_ready = true;
         drop(state);
-        // A source that has gone may have said why before, while the state was loaded. That is
-        // still to be read, and it decides; without it, the lane's end does.
+        // A source that has gone may have sent the reason before, while the state was loaded. That
+        // frame must still be read, and it decides. If there is none, the end of the lane decides.
         let _ = session.send_control(&ready);
         self.report_phase();
         Ok(Flow::Continue)
     }
 
-    /// Step 6.
+    /// Executes step 6.
     pub(super) fn run(&self, session: &Arc<Session>, attachment: u64, running: bool) -> Result<(), MigrationError> {
         let started = self.start(session, running);
         let answered = if session.shared {
-            // its first moments count, and what is left to do is not what it waits for: nor does
-            // this thread go first any more, on a core that a vCPU may have been woken for
+            // The first moments of the guest count, and the guest does not wait for the remaining
+            // work. For the same reason this thread gives up its priority, on a core for which a
+            // vCPU may have been woken.
             let answered = self.answer(session, attachment);
             self.common.options.spawner.end_switch_over();
             self.common.options.spawner.assume(Role::Control, GuestImpact::Balanced);
@@ -96,7 +98,11 @@ impl VmEntry {
         Ok(())
     }
 
-    /// Readies the VM to run without the pages that were listed.
+    /// Prepares the VM to run without the missing pages in the source's list.
+    ///
+    /// # Errors
+    /// Returns an error if the list is not the one that was announced, if demand lanes are not open
+    /// in time, or if the pager or the protection fails.
     pub(super) fn arm(
         &self,
         session: &Arc<Session>,
@@ -126,14 +132,15 @@ impl VmEntry {
         let missing = Arc::new(missing.with_gatherer(session.gatherer.clone()));
         session.set_missing(&missing)?;
         if session.gatherer.is_some() && missing.is_complete() {
-            // nothing was left behind after all
+            // no page is missing after all
             missing.end();
         }
         Ok(())
     }
 
-    /// Starts a thread for each demand lane that serves faults as soon as pages are missing, and
-    /// with the first one a thread that waits for the end of that: here, and not in the pause.
+    /// Starts the thread of a demand lane that handles faults as soon as pages are missing. With
+    /// the first lane, also starts the thread that waits until no page is missing. The threads are
+    /// started here, and not during the pause.
     pub(super) fn await_faults(self: &Arc<Self>, session: &Arc<Session>, lane: u16) -> Result<(), MigrationError> {
         let (entry, faulted) = (self.clone(), session.clone());
         let body = Box::new(move || {
@@ -160,7 +167,7 @@ impl VmEntry {
         self.watcher(Role::Control, "mig-missing", body)
     }
 
-    /// Waits until no page is missing, and answers a source that has vacated.
+    /// Waits until no page is missing, and answers each *vacated* of the source.
     fn see_to(&self, session: &Session, missing: &Missing) {
         let mut complete = false;
         loop {
@@ -172,7 +179,8 @@ impl VmEntry {
                 }
                 Turn::Vacated => self.answer_vacated(session, missing),
                 Turn::Over => {
-                    // who ends a VM forgets its namespaces, and who has all pages (rule 14)
+                    // the namespaces are forgotten if the VM has ended, or if all pages are here
+                    // (rule 14)
                     let all = missing.is_complete() && session.is_released();
                     let gatherer = session.gatherer.as_ref().filter(|_| session.has_guest_ended() || all);
                     return gatherer.map_or((), |gatherer| self.forget_namespaces(gatherer));
@@ -198,7 +206,7 @@ impl VmEntry {
         Ok(())
     }
 
-    /// Waits for the threads that served a VM whose session is over.
+    /// Joins the threads of a VM whose session is over.
     pub(super) fn join_watchers(&self) {
         let watchers = std::mem::take(&mut *lock(&self.watchers));
         for watcher in watchers {
@@ -206,27 +214,28 @@ impl VmEntry {
         }
     }
 
-    /// No page is missing any more.
+    /// Handles the arrival of the last missing page.
     pub(super) fn all_there(&self, session: &Session, missing: &Missing) {
         if let Err(error) = missing.pager.disarm() {
             self.common.options.observer.event(&Event::Warning(format!("all pages are there, but: {}", Chain(&error))));
         }
         if session.gatherer.is_some() {
-            // the source asks
+            // with stores, the source asks
             return;
         }
         let mut state = lock(&self.state);
-        // before *run* the source may still take the VM back: it is told when the VM has started
+        // before *run* the source may still take the VM back: it is informed when the VM has
+        // started
         if state.machine.complete().is_ok() {
             drop(state);
-            // best effort: a source that does not hear it comes back and asks
+            // best effort: a source that does not receive this connects again and asks
             let _ = session.report_complete(missing);
             self.report_phase();
         }
     }
 
-    /// The VM runs here: answers *run*, unless a newer control lane speaks for the session. That
-    /// one answers too.
+    /// Answers *run* with *running*, when the VM runs here. Sends nothing if a newer control lane
+    /// speaks for the session: the answer is also sent on that lane.
     pub(super) fn answer(&self, session: &Session, attachment: u64) -> Result<(), MigrationError> {
         if lock(&self.state).attachment != attachment {
             return Ok(());
@@ -236,14 +245,14 @@ impl VmEntry {
             && session.gatherer.is_none()
             && missing.is_complete()
         {
-            // before the source can answer to it
+            // before the report is sent, because the source may answer it at once
             self.current(attachment)?.machine.complete()?;
             session.report_complete(&missing)?;
         }
         Ok(())
     }
 
-    /// The VM is ours without its source's word.
+    /// Takes ownership of the VM without a message of its source.
     pub(super) fn take(&self, session: Option<Arc<Session>>, action: &DestinationAction) {
         match session {
             Some(session) => {
@@ -254,7 +263,8 @@ impl VmEntry {
         }
     }
 
-    /// Starts the VM if `action` says so, and gives it to whoever receives it.
+    /// Starts the VM if `action` is to start it, and passes the VM to the callback that receives
+    /// it.
     pub(super) fn start_and_adopt(&self, session: &Session, action: &DestinationAction) {
         if let DestinationAction::Start { running } = *action {
             let started = self.start(session, running);
@@ -262,7 +272,7 @@ impl VmEntry {
         }
     }
 
-    /// Starts the VM. It is to be given to whoever receives it.
+    /// Starts the VM. The caller passes it to the callback that receives it.
     fn start(&self, session: &Session, running: bool) -> Option<Started> {
         let mut vm = session.vm.take()?;
         let failed = vm.vm().start(running).err();
@@ -279,7 +289,8 @@ impl VmEntry {
         Some(Started { vm, failed })
     }
 
-    /// Gives a VM that was started to whoever receives it.
+    /// Passes a VM that was started to the callback that receives it, and delivers the notices that
+    /// have waited for that.
     fn arrived(&self, id: VmId, started: Option<Started>) {
         if let Some(Started { vm, failed }) = started {
             let why = |error: &VmError| format!("the VM is owned here but could not be started: {}", Chain(error));
@@ -291,7 +302,7 @@ impl VmEntry {
         self.notices.open(|notice| self.common.host.notify(id, notice));
     }
 
-    /// Tells the host of this, once its VM has arrived.
+    /// Sends a notice to the host, after the VM has arrived.
     pub(super) fn notify(&self, vm: VmId, notice: Notice) {
         self.notices.add(notice, |notice| self.common.host.notify(vm, notice));
     }
@@ -300,6 +311,6 @@ impl VmEntry {
 /// A VM that was started here.
 struct Started {
     vm: Box<dyn AnyVm>,
-    /// Why it did not start.
+    /// The reason why the VM could not be started, if so.
     failed: Option<VmError>,
 }

@@ -24,8 +24,8 @@ pub(super) struct Common {
     pub(super) connections: Mutex<Connections>,
     /// Threads that are reserved for lanes.
     pub(super) reserved: Mutex<AllParked>,
-    /// Returns how many lanes can be accepted. `None` if there is no listener yet, or it does not
-    /// know.
+    /// Reports how many lanes can be accepted. `None` if there is no listener yet, or if the
+    /// listener does not report this.
     pub(super) room: Mutex<Option<Arc<dyn Room>>>,
 }
 
@@ -57,9 +57,9 @@ pub(super) struct VmEntry {
     pub(super) notices: Notices,
     /// Lets one attempt at a time build the VM.
     pub(super) turns: Turns,
-    /// The threads of its sessions, without those of lanes.
+    /// The threads of the entry's sessions, without those of lanes.
     pub(super) watchers: Mutex<Vec<Watcher>>,
-    /// Whether the VM runs here and its source knows that, or is dead.
+    /// Whether the VM runs here and its source knows that or is dead.
     pub(super) finished: AtomicBool,
 }
 
@@ -148,7 +148,7 @@ impl Destination {
     /// Returns the session of this token.
     ///
     /// # Errors
-    /// No session has the token.
+    /// Returns an error if no session has the token.
     pub(super) fn find(&self, token: SessionToken) -> Result<Found, MigrationError> {
         let table = lock(&self.table);
         let found = table.entries.iter().find_map(|entry| {
@@ -195,7 +195,7 @@ impl Destination {
         if entries.len() < self.common.options.max_vms || entries.iter().any(has_place) {
             return;
         }
-        // to end one of them is enough
+        // it is enough to end one of them
         let _ = entries.iter().any(|entry| entry.end_attempt(why, Allowance::is_used_up));
     }
 
@@ -311,7 +311,7 @@ impl VmEntry {
         self.finished.load(Ordering::Relaxed) || lock(&self.state).machine.phase() == DestinationPhase::Empty
     }
 
-    /// Ends its session, and discards the VM if it is not owned here.
+    /// Ends the session of the entry, and discards the VM if it is not owned here.
     fn close(&self, why: &str) {
         let (session, owned) = {
             let state = lock(&self.state);
@@ -320,7 +320,7 @@ impl VmEntry {
         match session {
             // missing pages stay missing, so that no thread reads them as zeros
             Some(session) if owned => {
-                // another thread may be starting it, by a person's decision
+                // another thread may be starting the VM, after the decision of a person
                 self.notices.wait_open();
                 session.close(why);
             }
@@ -329,7 +329,8 @@ impl VmEntry {
         }
     }
 
-    /// Joins the threads of its sessions if all of them have ended. Returns whether they have.
+    /// Joins the threads of the entry's sessions if all of them have ended. Returns whether they
+    /// have ended.
     fn joined_watchers(&self) -> bool {
         let ended = lock(&self.watchers).iter().all(|watcher| watcher.ended.load(Ordering::Acquire));
         if ended {

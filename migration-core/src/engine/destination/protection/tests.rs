@@ -1,4 +1,4 @@
-//! Checkpoints with both ends, over channels that end.
+//! Tests checkpoints with both peers, over channels that end.
 
 use std::{
     collections::VecDeque,
@@ -22,7 +22,7 @@ use crate::{
     tracker::{BitmapTracker, DirtyBitmap, DirtyTracker},
 };
 
-/// A direction of a lane in memory. It ends when it may be silent for ever.
+/// The reading half of one direction of a lane in memory. It ends when its time-out is removed.
 struct Pipe {
     from: mpsc::Receiver<Vec<u8>>,
     rest: Script,
@@ -47,7 +47,8 @@ impl ReadHalf for Pipe {
     }
 }
 
-/// The other direction. The guest writes some more to its RAM after each frame of pages.
+/// The writing half of one direction. After each frame of pages, the guest writes to more pages of
+/// its RAM.
 struct Tap(mpsc::Sender<Vec<u8>>, Option<Arc<Memory>>);
 
 impl WriteHalf for Tap {
@@ -75,7 +76,7 @@ fn pipe(memory: Option<Arc<Memory>>) -> (Tap, Pipe) {
     (Tap(tx, memory), Pipe { from, rest: Script(VecDeque::new()), ends: false })
 }
 
-/// RAM of the guest at its destination. Each write puts another number into the page.
+/// The RAM of the guest at its destination. Each write puts another number into the page.
 struct Memory {
     ram: Arc<HeapRam>,
     bitmap: Arc<DirtyBitmap>,
@@ -105,7 +106,7 @@ impl Memory {
     }
 }
 
-/// What was called, and RAM when the state was saved.
+/// The calls of the VM, and the contents of RAM when the state was saved.
 #[derive(Default)]
 struct Calls {
     said: Vec<&'static str>,
@@ -119,7 +120,7 @@ struct Guest {
     tracker: BitmapTracker,
     calls: Arc<Mutex<Calls>>,
     output: u64,
-    /// When it is saved for the second time no page is missing any more.
+    /// The missing pages, which arrive during the second checkpoint.
     missing: Option<Arc<Missing>>,
 }
 
@@ -129,7 +130,7 @@ impl CheckpointedVm for Guest {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        // the last words of a guest
+        // a guest may write until it is paused
         self.memory.write(7);
         let mut calls = lock(&self.calls);
         calls.said.push("pause");
@@ -143,7 +144,7 @@ impl CheckpointedVm for Guest {
     }
 
     fn save_state(&mut self) -> Result<VmState, VmError> {
-        // saving writes, too
+        // saving the state also writes to RAM
         self.memory.write(9);
         let mut calls = lock(&self.calls);
         calls.said.push("save");
@@ -179,7 +180,8 @@ fn guest(memory: &Arc<Memory>, missing: Option<Arc<Missing>>) -> (Protection, Ar
     )
 }
 
-/// The destination's end of a lane to a source, which keeps checkpoints there until it is dropped.
+/// Returns the destination's end of a lane to a source, which keeps checkpoints until the lane is
+/// dropped.
 fn link(
     memory: &Arc<Memory>,
     store: &Arc<Mutex<MemoryVersions>>,
@@ -197,7 +199,8 @@ fn link(
     (CheckpointLane { lane, reader: Box::new(reads), sequence: 0 }, kept)
 }
 
-/// RAM as the source would restart the guest with: what was handed over, and what the store has.
+/// Returns the RAM with which the source would restart the guest: the pages that were handed over,
+/// replaced by those in the store.
 fn restored(store: &Mutex<MemoryVersions>, mut handed_over: Vec<u64>) -> Vec<u64> {
     let mut take = |page: u64, data: PageContent<'_>| {
         handed_over[page as usize] = data.map_or(0, |data| u64::from_le_bytes(*data.first_chunk().unwrap()));
@@ -212,14 +215,14 @@ fn each_checkpoint_is_the_guest_of_one_moment() {
     let memory = Memory::new();
     let missing = Arc::new(crate::engine::destination::missing::tests::missing(1, &[(0, 16)]).0);
     let (protection, calls) = guest(&memory, Some(missing.clone()));
-    // what the source has sent is no news to it
+    // pages that the source has sent are not part of a checkpoint
     memory.write(1);
     protection.wanted.store(true, Ordering::Relaxed);
     protection.begin().unwrap();
     let handed_over = memory.contents();
     let store = Arc::new(Mutex::new(MemoryVersions::default()));
     let (mut lane, kept) = link(&memory, &store, Duration::from_micros(1));
-    // it runs
+    // the guest runs
     memory.write(2);
     memory.write(3);
     let error = lane.run(&protection, &|| Some(missing.clone())).unwrap_err();
@@ -230,7 +233,7 @@ fn each_checkpoint_is_the_guest_of_one_moment() {
     assert_eq!(restored(&store, handed_over), lock(&calls).moment);
     assert_eq!(lock(&calls).said, ["hold", "pause", "save", "resume", "pause", "save", "resume"]);
     assert_eq!(*lock(&protection.source), Some((Duration::from_secs(1), Bytes::new())));
-    // only what was written came back: pages 2 and 3, and 5 to 9
+    // only written pages were sent back: pages 2 and 3, and 5 to 9
     let mut pages = Vec::new();
     let mut take = |page, _: PageContent<'_>| {
         pages.push(page);
@@ -256,7 +259,7 @@ fn what_a_checkpoint_did_not_bring_back_is_in_the_next_one() {
     memory.write(2);
     let store = Arc::new(Mutex::new(MemoryVersions::default()));
 
-    // a pause that fails, a wrong answer, and a link that is lost in the middle
+    // a pause that fails, a wrong answer, and a link that is lost during a checkpoint
     lock(&calls).fails = true;
     let (mut lane, kept) = link(&memory, &store, Duration::ZERO);
     lane.read().unwrap();
@@ -281,7 +284,7 @@ fn what_a_checkpoint_did_not_bring_back_is_in_the_next_one() {
     assert_eq!(restored(&store, handed_over), lock(&calls).moment);
     assert_eq!((lock(&store).latest().unwrap().0, lock(&calls).released.as_slice()), (5, &[Some(4)][..]));
 
-    // once the VM is discarded there is nothing to take back or to release
+    // after the VM was discarded, no output is left to be released
     protection.give_up();
     protection.checkpoint(&mut lane).unwrap();
     protection.end().unwrap();
