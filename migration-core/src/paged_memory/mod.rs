@@ -1,11 +1,11 @@
-//! The RAM of a VM of which parts are in page stores.
+//! The RAM of a VM with pages in page stores.
 //!
 //! | to | see |
 //! |---|---|
-//! | name the stores and namespaces in which pages are | [`StoreTable`] |
+//! | name the stores and namespaces that contain the pages | [`StoreTable`] |
 //! | fetch pages from stores, and install them | [`PagedMemory`] |
 //! | put pages of a VM that runs here into stores | [`PagedMemory::create_entry`], [`PagedMemory::put`] |
-//! | read pages from stores and send them, without installing them | [`PagedMemory::read`] |
+//! | read pages from stores to send them, without installing them | [`PagedMemory::read`] |
 
 mod reader;
 mod send_through;
@@ -38,26 +38,27 @@ use crate::{
     vm_id::VmId,
 };
 
-/// Most pages of one fetch: 256 KiB. A fault waits for at most so much of a prefetch at one server.
+/// The largest number of pages of one fetch (256 KiB). A fault waits for at most this much of a
+/// prefetch at one server.
 pub const MAX_FETCHED_PAGES: u64 = 64;
 
-/// What a [`PagedMemory`] is made of.
+/// The parts of a [`PagedMemory`].
 pub struct PagedMemoryParts {
-    /// The VM. Nothing is read from a namespace of another one (rule 24).
+    /// The VM. Nothing is read from the namespace of another VM (rule 24).
     pub vm: VmId,
-    /// Where its pages are.
+    /// The location of each page of the VM.
     pub map: Arc<SharedPageMap>,
-    /// Installs pages. Its [block](Pager::block_pages) is one page.
+    /// Installs pages. Its [block size](Pager::block_pages) is one page.
     pub pager: Arc<dyn Pager>,
-    /// The stores that this host was started with. No other one is ever asked (rule 25).
+    /// The stores with which this host was started. No other store is ever asked (rule 25).
     pub stores: Vec<Arc<dyn PageStore>>,
 }
 
-/// A VM's RAM of which parts are in page stores: it fetches pages by what the map says, and has the
-/// pager install them.
+/// The RAM of a VM with pages in page stores. It fetches the pages that are in stores according to
+/// the map, and the pager installs them.
 ///
-/// It starts no thread. Whoever has one for faults calls [`fetch`](Self::fetch) with
-/// [`Urgency::Fault`], and another thread calls it with [`Urgency::Prefetch`].
+/// It starts no thread. The thread for faults calls [`fetch`](Self::fetch) with [`Urgency::Fault`],
+/// and another thread calls it with [`Urgency::Prefetch`].
 pub struct PagedMemory {
     map: Arc<SharedPageMap>,
     pager: Arc<dyn Pager>,
@@ -66,18 +67,19 @@ pub struct PagedMemory {
 }
 
 impl PagedMemory {
-    /// Joins the parts. The store table is empty.
+    /// Creates the memory from its parts. The store table is empty.
     pub fn new(parts: PagedMemoryParts) -> Self {
         let PagedMemoryParts { vm, map, pager, stores } = parts;
         Self { map, pager, table: Mutex::default(), reader: Reader::new(vm, stores) }
     }
 
-    /// Adds a part of the store table, which begins with entry `first`. No store is asked anything.
-    /// Returns how many entries there are.
+    /// Adds a part of the store table, which begins with entry `first`. No store is asked for
+    /// pages. Returns the number of entries of the table.
     ///
     /// # Errors
-    /// Those of [`StoreTable::receive`], [`TableError::UnknownStore`] if an entry has a store
-    /// that this host was not started with, and [`TableError::NotIntroduced`]. The table is as it was.
+    /// Returns the errors of [`StoreTable::receive`], [`TableError::UnknownStore`] if an entry has
+    /// a store with which this host was not started, and [`TableError::NotIntroduced`] if a store
+    /// refuses the name of a namespace. The table is then unchanged.
     pub fn receive(&self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
         for store in entries.iter().flat_map(StoreEntry::stores) {
             if !self.reader.knows(&store.name) {
@@ -89,7 +91,8 @@ impl PagedMemory {
         received.inspect_err(|_| entries.iter().for_each(|entry| self.reader.dismiss(entry)))
     }
 
-    /// Returns the names of the stores that hold each page of an entry; none if there is no such entry.
+    /// Returns the names of the stores that hold each page of an entry. The list is empty if there
+    /// is no such entry.
     pub fn stores_of(&self, entry: u8) -> Vec<String> {
         let table = lock(&self.table);
         let stores = table.get(entry).map(StoreEntry::stores).unwrap_or_default();
@@ -101,20 +104,22 @@ impl PagedMemory {
         lock(&self.table).get(entry).is_ok()
     }
 
-    /// Reads pages of `within` that are in stores and that nobody has claimed,
-    /// [`MAX_FETCHED_PAGES`] of them at most, and installs them. No lock is held while a store is
-    /// read. A page that has moved meanwhile is not touched: it counts as a duplicate (rule 2).
+    /// Reads pages of `within` that are in stores and that no other thread has claimed, at most
+    /// [`MAX_FETCHED_PAGES`] of them, and installs them. No lock is held while a store is read. A
+    /// page that has moved meanwhile is not changed: it counts as a duplicate (rule 2).
     ///
     /// # Errors
-    /// [`FetchError`], if no store of an entry has the pages, or answers before `deadline`. Pages
-    /// that were read before are installed.
+    /// Returns a [`FetchError`] if no store of an entry has a page, if a store does not answer
+    /// before `deadline`, or if a page cannot be installed. The pages that were read are installed
+    /// nevertheless.
     pub fn fetch(&self, within: PageRange, urgency: Urgency, deadline: Instant) -> Result<Installed, FetchError> {
         let mut runs = self.map.read(|map| map.unfetched_runs(within, MAX_FETCHED_PAGES));
         runs.sort_by_key(|(run, copy)| (copy.entry, run.first));
         let entries: Vec<_> = runs.chunk_by(|(_, a), (_, b)| a.entry == b.entry).collect();
         let (mut sum, mut failed) = (Installed::default(), None);
         for (done, &of_entry) in entries.iter().enumerate() {
-            // an entry that is silent leaves the others their share of the time
+            // each entry has a share of the time, so that one whose stores do not answer does not
+            // use it up
             let until = share(deadline, entries.len() - done);
             if let Err(error) = self.fetch_runs(of_entry, urgency, until, &mut sum) {
                 failed = failed.or(Some(error));
@@ -123,10 +128,11 @@ impl PagedMemory {
         failed.map_or(Ok(sum), Err)
     }
 
-    /// As [`fetch`](Self::fetch), for pages of one entry of the store table.
+    /// Reads pages of `within` that are in one entry of the store table, and installs them: see
+    /// [`fetch`](Self::fetch).
     ///
     /// # Errors
-    /// As there.
+    /// Returns the errors of [`fetch`](Self::fetch).
     pub fn fetch_entry(
         &self,
         entry: u8,
@@ -167,7 +173,7 @@ impl PagedMemory {
         read
     }
 
-    /// Installs pages of one stripe and one copy.
+    /// Installs pages that are in one stripe and in one copy.
     fn install(&self, range: PageRange, copy: StoreCopy, wanted: &Wanted) -> io::Result<Installed> {
         let mut page = range.first;
         let mut offset = 0;
@@ -188,29 +194,31 @@ impl PagedMemory {
         })
     }
 
-    /// Asks all stores of an entry whether they still have what was put into it, and renews their
-    /// leases. [`Renewed::Changed`] and [`Renewed::Silent`] mean that pages may be lost (rule 11).
+    /// Asks all stores of an entry whether they still have the pages that were put into it, and
+    /// renews their leases. [`Renewed::Changed`] and [`Renewed::Silent`] mean that pages may be
+    /// lost (rule 11).
     pub fn renew(&self, entry: u8, owner: Owner, lease: Duration) -> Renewed {
         let found = lock(&self.table).get(entry).cloned();
         found.map_or(Renewed::Changed, |entry| self.reader.renew(&entry, owner, lease))
     }
 
-    /// Forgets the namespace of an entry, in all of its stores. As
-    /// [`forget_all`](Self::forget_all) else.
+    /// Forgets the namespace of an entry in all of its stores. Returns the errors of the stores.
+    /// See [`forget_all`](Self::forget_all) for when this may be called.
     pub fn forget(&self, entry: u8) -> Vec<StoreError> {
         let found = lock(&self.table).get(entry).cloned();
         found.map_or_else(|_| Vec::new(), |entry| self.reader.forget(&entry))
     }
 
-    /// Forgets the namespaces of all entries, in all stores. Called when no page refers to them and
-    /// no earlier owner needs them (rule 14). Returns what went wrong.
+    /// Forgets the namespaces of all entries in all stores. Called when no page refers to the
+    /// namespaces and no earlier owner needs them (rule 14). Returns the errors of the stores.
     pub fn forget_all(&self) -> Vec<StoreError> {
         let table = lock(&self.table).clone();
         table.entries().iter().flat_map(|entry| self.reader.forget(entry)).collect()
     }
 }
 
-/// The names of the namespaces are not used here any more. The namespaces stay as they are.
+/// Makes the stores of this host forget the names of the namespaces. The namespaces are not
+/// changed.
 impl Drop for PagedMemory {
     fn drop(&mut self) {
         let table = lock(&self.table);

@@ -1,4 +1,4 @@
-//! Reads pages of an entry from its stores.
+//! Reads the pages of an entry from its stores.
 
 use std::{
     io,
@@ -20,65 +20,66 @@ use crate::{
     vm_id::VmId,
 };
 
-/// Why pages were not fetched.
+/// The reason why pages were not fetched.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FetchError {
-    /// The map has pages in an entry that the table lacks.
+    /// The map has pages in an entry that the store table does not have.
     #[error("the store table has no entry {entry}")]
     Unknown {
-        /// The entry.
+        /// The number of the entry.
         entry: u8,
     },
     /// Every store of the entry has answered, and none has the page.
     #[error("page {first} is in no store of entry {entry}")]
     Lost {
-        /// The entry.
+        /// The number of the entry.
         entry: u8,
-        /// The first page that is missing.
+        /// The number of the first page that was not found.
         first: u64,
     },
-    /// A store of the entry may have the page, and does not answer.
+    /// No store of the entry has the page, but at least one of them did not answer and may have the
+    /// page.
     #[error("page {first}: store {store} of entry {entry} does not answer")]
     Silent {
-        /// The entry.
+        /// The number of the entry.
         entry: u8,
-        /// The first page that is missing.
+        /// The number of the first page that was not found.
         first: u64,
-        /// The store.
+        /// The name of the store that did not answer.
         store: String,
-        /// What it says.
+        /// The error of the store.
         #[source]
         cause: StoreError,
     },
     /// A page was read and could not be installed, or is being installed for too long.
     #[error("page {first} cannot be installed")]
     Install {
-        /// The first page of the run.
+        /// The number of the first page of the run.
         first: u64,
-        /// What the pager says.
+        /// The error of the pager.
         #[source]
         cause: io::Error,
     },
 }
 
-/// What the stores of an entry say about it.
+/// The result of asking the stores of an entry whether they still have its pages.
 #[derive(Debug)]
 pub enum Renewed {
-    /// All stores have lost nothing.
+    /// No store has lost pages.
     Intact,
-    /// A store lacks the namespace, or has another incarnation.
+    /// A store does not have the namespace, or has another incarnation.
     Changed,
     /// A store does not answer.
     Silent {
-        /// The store.
+        /// The name of the store.
         store: String,
-        /// What it says.
+        /// The error of the store.
         cause: StoreError,
     },
 }
 
-/// Pages that are read, and what was read of them.
+/// The pages that are to be read, and the contents that were read so far.
 pub(super) struct Wanted {
     entry: u8,
     pages: Vec<PageToGet>,
@@ -87,7 +88,7 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// Runs of one entry, ascending.
+    /// Creates the list for the pages of `runs`, which are in one entry and ascend.
     pub(super) fn new(entry: u8, runs: &[(PageRange, StoreCopy)]) -> Self {
         let page = |page, copy: StoreCopy| PageToGet { page, generation: copy.generation };
         let pages: Vec<_> =
@@ -95,18 +96,18 @@ impl Wanted {
         Self { entry, found: vec![false; pages.len()], contents: vec![0; pages.len() * PAGE_SIZE], pages }
     }
 
-    /// Returns the place of `page` among the pages.
+    /// Returns the index of `page` in the list.
     fn at(&self, page: u64) -> Option<usize> {
         self.pages.binary_search_by_key(&page, |wanted| wanted.page).ok()
     }
 
-    /// Returns the content of a page that was found, and zeros for any other.
+    /// Returns the content of a page. It is zeros if the page was not found.
     pub(super) fn page(&self, page: u64) -> &[u8] {
         const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         self.at(page).map_or(&ZEROS, |at| &self.contents[at * PAGE_SIZE..(at + 1) * PAGE_SIZE])
     }
 
-    /// Returns the runs of `within` that were found.
+    /// Returns the runs of pages of `within` that were found.
     pub(super) fn found_in(&self, within: PageRange) -> Vec<PageRange> {
         PageRange::runs_of(within.pages().filter(|&page| self.at(page).is_some_and(|at| self.found[at])))
     }
@@ -131,7 +132,7 @@ pub(super) struct Reader {
 
 struct Known {
     store: Arc<dyn PageStore>,
-    /// Whether it did not answer the last time that it was asked for pages.
+    /// Whether the store did not answer when it was last asked for pages.
     silent: AtomicBool,
 }
 
@@ -141,10 +142,10 @@ impl Reader {
         Self { vm, stores: stores.into_iter().map(known).collect() }
     }
 
-    /// Tells the stores of an entry the name of its namespace.
+    /// Passes the name of the namespace of an entry to the stores of the entry.
     ///
     /// # Errors
-    /// [`TableError::NotIntroduced`].
+    /// Returns [`TableError::NotIntroduced`] if a store does not accept the name.
     pub(super) fn introduce(&self, entry: &StoreEntry) -> Result<(), TableError> {
         for store in entry.stores().iter().filter_map(|store| self.store(&store.name)) {
             store
@@ -154,7 +155,8 @@ impl Reader {
         Ok(())
     }
 
-    /// The namespace of an entry is not used here any more.
+    /// Makes the stores of an entry forget the name of its namespace, because the name is not used
+    /// here any more.
     pub(super) fn dismiss(&self, entry: &StoreEntry) {
         for store in entry.stores().iter().filter_map(|store| self.store(&store.name)) {
             store.dismiss(entry.namespace().id());
@@ -177,11 +179,12 @@ impl Reader {
         self.known(name).map(|known| &*known.store)
     }
 
-    /// Reads pages from the first store of the entry that has them (rule 12). Stores that were
-    /// silent the last time are asked last.
+    /// Reads pages from the first store of the entry that has them (rule 12). Stores that did not
+    /// answer the last time are asked last.
     ///
     /// # Errors
-    /// [`FetchError::Lost`] and [`FetchError::Silent`].
+    /// Returns [`FetchError::Silent`] if a page was not found and a store did not answer, and
+    /// [`FetchError::Lost`] if all stores have answered and none has the page.
     pub(super) fn read(
         &self,
         entry: &StoreEntry,
@@ -198,7 +201,8 @@ impl Reader {
             if missing.is_empty() {
                 return Ok(());
             }
-            // a store that is silent leaves the others their share of the time
+            // each store has a share of the time, so that one that does not answer does not use it
+            // up
             let until = share(deadline, stores.len() - asked);
             let read = store.get(namespace, &missing, urgency, until, &mut |page, data| {
                 if let Some(content) = data.page() {

@@ -1,4 +1,4 @@
-//! Pages that are read from stores to be sent: through a buffer, and they do not become resident.
+//! Reads pages from stores into a buffer, so that they can be sent without becoming resident.
 
 use std::{io, sync::Arc, time::Instant};
 
@@ -19,7 +19,7 @@ pub struct ReadPages {
 }
 
 impl ReadPages {
-    /// Returns room for runs of pages.
+    /// Allocates the buffer for the pages of `runs`.
     fn new(runs: Vec<PageRange>) -> io::Result<Self> {
         let bytes: u64 = runs.iter().map(|run| run.bytes()).sum();
         // a region is never empty
@@ -28,7 +28,7 @@ impl ReadPages {
         Ok(Self { runs, memory: HeapRam::new(layout)? })
     }
 
-    /// Returns the runs of pages, ascending, each with its contents.
+    /// Returns the runs of pages with their contents, ascending.
     pub fn runs(&self) -> impl Iterator<Item = (PageRange, RamSlice<'_>)> {
         let mut at = 0;
         self.runs.iter().filter_map(move |&run| {
@@ -47,7 +47,7 @@ impl PagedMemory {
 
     /// Returns the number of entries of the store table.
     pub fn entries(&self) -> u8 {
-        // at most 255
+        // the table has at most 255 entries
         lock(&self.table).len() as u8
     }
 
@@ -57,19 +57,20 @@ impl PagedMemory {
     }
 
     /// Returns the pages of `within` that are in stores, with their copies, ascending. Waits first
-    /// until no page of it is being installed.
+    /// until no page of `within` is being installed.
     ///
     /// # Errors
-    /// [`FetchError::Install`], if a page is being installed for too long.
+    /// Returns [`FetchError::Install`] if a page is being installed for too long.
     pub fn stored_runs(&self, within: PageRange) -> Result<Vec<(PageRange, StoreCopy)>, FetchError> {
         self.map.stored_runs(within).map_err(|cause| FetchError::Install { first: within.first, cause })
     }
 
-    /// Reads pages from their stores, all or none. They are not installed, and the map does not
-    /// change. `runs` ascend. No lock is held while a store is read.
+    /// Reads pages from their stores, either all or none. The pages are not installed, and the map
+    /// is not changed. `runs` must ascend. No lock is held while a store is read.
     ///
     /// # Errors
-    /// [`FetchError`], if no store of an entry has the pages, or answers before `deadline`.
+    /// Returns a [`FetchError`] if no store of an entry has a page, or if a store does not answer
+    /// before `deadline`.
     pub fn read(
         &self,
         runs: &[(PageRange, StoreCopy)],

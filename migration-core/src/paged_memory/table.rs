@@ -1,4 +1,5 @@
-//! The store table of a session: which stores and which namespace an entry's number stands for.
+//! The store table of a session: the namespace and the stores that belong to the number of an
+//! entry.
 
 use thiserror::Error;
 
@@ -18,7 +19,8 @@ pub struct EntryStore {
 
 /// A namespace, and all stores that hold each of its pages.
 ///
-/// Whoever has the namespace's name may read its pages. The `Debug` form shows only its id.
+/// The name of the namespace is a secret that gives access to its pages. The `Debug` form shows
+/// only its id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreEntry {
     namespace: Namespace,
@@ -26,11 +28,11 @@ pub struct StoreEntry {
 }
 
 impl StoreEntry {
-    /// Returns an entry. Each of its pages is in all of `stores` (rule 12).
+    /// Creates an entry. Each of its pages is in all of `stores` (rule 12).
     ///
     /// # Errors
-    /// [`TableError::BadEntry`], unless there are 1 to [`MAX_ENTRY_STORES`] stores with different
-    /// names of 1 to [`MAX_STORE_NAME`] bytes.
+    /// Returns [`TableError::BadEntry`] unless there are 1 to [`MAX_ENTRY_STORES`] stores with
+    /// different names of 1 to [`MAX_STORE_NAME`] bytes.
     pub fn new(namespace: Namespace, stores: Vec<EntryStore>) -> Result<Self, TableError> {
         if stores.is_empty() || stores.len() > MAX_ENTRY_STORES {
             return Err(TableError::BadEntry("it has no stores, or too many"));
@@ -57,26 +59,26 @@ impl StoreEntry {
     }
 }
 
-/// What is wrong with a store table.
+/// The reason why a store table or a part of it is not accepted.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TableError {
-    /// The table has [`MAX_ENTRIES`] entries. The owner makes room only for its next session: it
+    /// The table has [`MAX_ENTRIES`] entries. The owner can make room only for its next session: it
     /// copies the pages of the oldest entry into a namespace of its own.
     #[error("the store table is full: it has {MAX_ENTRIES} entries")]
     Full,
-    /// An entry cannot be.
+    /// An entry is not valid.
     #[error("an entry of the store table: {0}")]
     BadEntry(&'static str),
     /// This host was not started with a store of an entry.
     #[error("there is no page store {0} here")]
     UnknownStore(String),
-    /// A store of an entry does not take the name of its namespace.
+    /// A store of an entry does not accept the name of the namespace.
     #[error("page store {store} does not take the name of a namespace: {why}")]
     NotIntroduced {
-        /// The store.
+        /// The name of the store.
         store: String,
-        /// What it says.
+        /// The error of the store.
         why: String,
     },
     /// There is no entry with this number.
@@ -85,16 +87,17 @@ pub enum TableError {
     /// The destination has not acknowledged the entry.
     #[error("entry {0} of the store table is not acknowledged by the destination")]
     NotAcknowledged(u8),
-    /// A part of a table says something else of an entry than an earlier part.
+    /// A part of a table has another content for an entry than an earlier part.
     #[error("entry {0} of the store table would change its meaning")]
     Changed(u8),
-    /// A part of a table leaves entries out, or an acknowledgement is for more than there is.
+    /// A part of a table leaves entries out, or an acknowledgement covers more entries than there
+    /// are.
     #[error("{0} entries of the store table are unknown here")]
     Gap(usize),
 }
 
-/// The entries of a session, by number. It is only appended to, so that a number never changes its
-/// meaning (rule 15).
+/// The entries of a session, by number. Entries are only appended, so that a number never changes
+/// its meaning (rule 15).
 ///
 /// ```
 /// use migration_core::{
@@ -112,13 +115,14 @@ pub enum TableError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoreTable {
     entries: Vec<StoreEntry>,
-    /// The entries that the destination has acknowledged since the table was sent last, and ever.
+    /// The number of entries that the destination has acknowledged since the table was last sent
+    /// from the start (`acknowledged`), and the largest such number so far (`known`).
     acknowledged: usize,
     known: usize,
 }
 
 impl StoreTable {
-    /// Returns how many entries there are.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
@@ -128,7 +132,7 @@ impl StoreTable {
         self.entries.is_empty()
     }
 
-    /// Returns the entries, by number.
+    /// Returns the entries, ordered by number.
     pub fn entries(&self) -> &[StoreEntry] {
         &self.entries
     }
@@ -136,7 +140,7 @@ impl StoreTable {
     /// Returns the entry with this number.
     ///
     /// # Errors
-    /// [`TableError::Unknown`].
+    /// Returns [`TableError::Unknown`] if there is none.
     pub fn get(&self, entry: u8) -> Result<&StoreEntry, TableError> {
         self.entries.get(usize::from(entry)).ok_or(TableError::Unknown(entry))
     }
@@ -144,7 +148,7 @@ impl StoreTable {
     /// Adds an entry. Returns its number.
     ///
     /// # Errors
-    /// [`TableError::Full`].
+    /// Returns [`TableError::Full`] if the table has [`MAX_ENTRIES`] entries.
     pub fn append(&mut self, entry: StoreEntry) -> Result<u8, TableError> {
         let number = u8::try_from(self.entries.len()).ok().filter(|&number| usize::from(number) < MAX_ENTRIES);
         let number = number.ok_or(TableError::Full)?;
@@ -152,10 +156,11 @@ impl StoreTable {
         Ok(number)
     }
 
-    /// Gives an entry a new namespace, in place of one that is lost.
+    /// Replaces an entry by one with a new namespace, because its namespace is lost.
     ///
     /// # Errors
-    /// [`TableError::Unknown`], and [`TableError::Changed`] if a destination knows the entry.
+    /// Returns [`TableError::Unknown`] if there is no such entry, and [`TableError::Changed`] if
+    /// the destination knows the entry.
     pub fn replace(&mut self, number: u8, entry: StoreEntry) -> Result<(), TableError> {
         let (at, known) = (usize::from(number), self.known);
         let old = self.entries.get_mut(at).ok_or(TableError::Unknown(number))?;
@@ -166,16 +171,19 @@ impl StoreTable {
         Ok(())
     }
 
-    /// Returns the entry, if the destination knows it: only then may it be used (rule 15).
+    /// Returns an entry that the destination has acknowledged. Other entries must not be used (rule
+    /// 15).
     ///
     /// # Errors
-    /// [`TableError::Unknown`] and [`TableError::NotAcknowledged`].
+    /// Returns [`TableError::Unknown`] if there is no such entry, and
+    /// [`TableError::NotAcknowledged`] if the destination has not acknowledged it.
     pub fn usable(&self, entry: u8) -> Result<&StoreEntry, TableError> {
         let found = self.get(entry)?;
         if usize::from(entry) < self.acknowledged { Ok(found) } else { Err(TableError::NotAcknowledged(entry)) }
     }
 
-    /// Returns the entries that the destination has not acknowledged, with the number of the first.
+    /// Returns the entries that the destination has not acknowledged, and the number of the first
+    /// of them.
     pub fn unacknowledged(&self) -> (u8, &[StoreEntry]) {
         // at most 255 entries
         (self.acknowledged as u8, &self.entries[self.acknowledged..])
@@ -184,7 +192,7 @@ impl StoreTable {
     /// Records that the destination has the first `entries` entries.
     ///
     /// # Errors
-    /// [`TableError::Gap`], if there are fewer.
+    /// Returns [`TableError::Gap`] if the table has fewer entries.
     pub fn acknowledged(&mut self, entries: usize) -> Result<(), TableError> {
         if entries > self.entries.len() {
             return Err(TableError::Gap(entries - self.entries.len()));
@@ -194,31 +202,32 @@ impl StoreTable {
         Ok(())
     }
 
-    /// Returns how many entries the destination has ever acknowledged: it may refer to them, also
-    /// while the table is sent once more.
+    /// Returns the number of entries that the destination has ever acknowledged. The destination
+    /// may refer to these entries, also while the table is being sent again.
     pub fn known(&self) -> usize {
         self.known
     }
 
-    /// The link was lost: what was not acknowledged may not have arrived. The whole table is sent
-    /// again (rule 18).
+    /// Marks all entries as not acknowledged, because the link was lost: entries that were not
+    /// acknowledged may not have arrived. The whole table is then sent again (rule 18).
     pub fn repeat(&mut self) {
         self.acknowledged = 0;
     }
 
-    /// A new session begins with the first `entries` entries, and another destination: it has
-    /// acknowledged none.
+    /// Begins a session with another destination, which has acknowledged no entry. The table keeps
+    /// its first `entries` entries.
     pub fn begin_session(&mut self, entries: usize) {
         self.entries.truncate(entries);
         (self.acknowledged, self.known) = (0, 0);
     }
 
-    /// Takes a part of the peer's table, which begins with entry `first`. Entries that are here
-    /// already must be the same. Returns how many are here now.
+    /// Adds a part of the peer's table, which begins with entry `first`. Entries that the table has
+    /// already must be the same. Returns the number of entries.
     ///
     /// # Errors
-    /// [`TableError::Gap`], [`TableError::Changed`] and [`TableError::Full`]; the table is as it
-    /// was.
+    /// Returns [`TableError::Gap`] if the part does not follow the present entries,
+    /// [`TableError::Changed`] if it has another content for an entry, and [`TableError::Full`] if
+    /// there are too many entries. The table is then unchanged.
     pub fn receive(&mut self, first: u8, entries: &[StoreEntry]) -> Result<usize, TableError> {
         let first = usize::from(first);
         if first > self.entries.len() {
@@ -265,7 +274,7 @@ mod tests {
     fn a_number_never_changes_its_meaning() {
         let mut table = StoreTable::default();
         assert_eq!(table.receive(0, &[entry(1), entry(2)]), Ok(2));
-        // repeated after a cut, with more behind it
+        // the part is repeated after a lost link, with a further entry
         assert_eq!(table.receive(0, &[entry(1), entry(2), entry(3)]), Ok(3));
         assert_eq!(table.receive(2, &[entry(3)]), Ok(3));
         assert_eq!(table.receive(3, &[]), Ok(3));

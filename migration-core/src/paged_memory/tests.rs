@@ -1,4 +1,4 @@
-//! Fetches from stores in memory into RAM on the heap.
+//! Tests fetches from stores in memory into RAM on the heap.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -22,7 +22,7 @@ const OWNER: Owner = match Owner::new("host-7") {
     Err(_) => panic!("the text is printable"),
 };
 
-/// Installs pages at once, as nobody waits for them.
+/// A pager that installs pages at once, because no guest waits for them.
 struct HeapPager {
     ram: HeapRam,
     map: Arc<SharedPageMap>,
@@ -60,7 +60,7 @@ impl Pager for HeapPager {
         };
         assert_eq!(claim.runs(), [range]);
         let slice = (&self.ram as &dyn GuestRam).slice(range).unwrap();
-        // in pieces that are no pages
+        // in slices that do not consist of whole pages
         fill(&[slice.take(1000), slice.skip(1000)])?;
         claim.installed(range);
         Ok(Installed { pages: range.count, duplicates: 0 })
@@ -81,7 +81,7 @@ impl Pager for HeapPager {
     fn give_up(&self) {}
 }
 
-/// A VM of which all pages are missing, and two stores.
+/// A VM with all of its pages missing, and two stores.
 struct World {
     stores: Vec<Arc<MemoryPageStore>>,
     map: Arc<SharedPageMap>,
@@ -136,7 +136,7 @@ impl World {
         first
     }
 
-    /// Puts pages whose bytes are all `byte`.
+    /// Puts pages into a store. All bytes of the pages are `byte`.
     fn put(&self, store: usize, name: u8, generation: u32, pages: PageRange, byte: u8) {
         let value = [byte; PAGE_SIZE];
         let pages: Vec<_> = pages.pages().map(|page| PageToPut { page, value: &value }).collect();
@@ -189,7 +189,8 @@ fn rule_2_a_page_that_has_moved_is_not_touched() {
     let a = world.entry(1, &[0], VM);
     world.put(0, 1, 1, range(7, 1), 0x11);
     world.located(range(7, 1), copy(a, 1));
-    // read before, and installed after it has arrived, was written, and evicted again
+    // the page is read before, and installed after it has arrived, was written, and was evicted
+    // again
     let runs = world.map.read(|map| map.unfetched_runs(range(7, 1), 1));
     assert_eq!(world.fetch(range(7, 1)).unwrap(), 1);
     world.map.change(|map| {
@@ -222,7 +223,7 @@ fn rule_12_a_reader_asks_the_next_store() {
     world.put(0, 1, 1, range(7, 1), 0x11);
     world.put(1, 1, 1, range(7, 2), 0x11);
     world.located(range(7, 3), copy(both, 1));
-    // page 7 from the first store, page 8 from the second, page 9 from none
+    // page 7 comes from the first store, page 8 from the second, and page 9 is in none
     let error = world.fetch(range(0, PAGES)).unwrap_err();
     assert!(matches!(error, FetchError::Lost { entry: 0, first: 9 }), "{error}");
     assert_eq!([7, 8, 9].map(|page| world.pager.byte(page)), [0x11, 0x11, 0]);
@@ -291,11 +292,11 @@ fn rule_12_a_silent_store_is_asked_last() {
         assert_eq!(world.fetch(range(page, 1)).unwrap(), 1);
     }
     assert_eq!(silent.1.load(Ordering::Relaxed), 1, "the other store is asked first");
-    // a page that the other one lacks may be there
+    // the silent store may have a page that the other store lacks
     assert!(matches!(world.fetch(range(10, 1)), Err(FetchError::Silent { first: 10, .. })));
 }
 
-/// One entry is silent, and the other one has its pages.
+/// The stores of one entry have none of its pages, and another entry has its pages.
 #[test]
 fn an_entry_that_fails_does_not_keep_the_pages_of_others() {
     let world = World::new();
@@ -305,7 +306,7 @@ fn an_entry_that_fails_does_not_keep_the_pages_of_others() {
     world.located(range(20, 5), copy(b, 1));
     assert!(matches!(world.fetch(range(0, PAGES)), Err(FetchError::Lost { entry: 0, first: 10 })));
     assert_eq!([20, 24].map(|page| world.pager.byte(page)), [0x22, 0x22]);
-    // pages of one entry only
+    // only pages of one entry are fetched
     world.located(range(30, 1), copy(b, 1));
     world.put(1, 2, 1, range(30, 1), 0x33);
     let fetched = world.memory.fetch_entry(b, range(0, PAGES), Urgency::Prefetch, soon()).unwrap();
@@ -357,7 +358,7 @@ fn rule_12_what_is_put_is_in_all_stores_of_the_entry() {
     let both = ["a".to_owned(), "b".to_owned()];
     let entry = world.memory.create_entry(&new_entry(1, &both)).unwrap();
     assert_eq!(put_page(&world, entry, 2).unwrap(), [true]);
-    // a newer generation stays (rule 10)
+    // a newer generation is not replaced (rule 10)
     assert_eq!(put_page(&world, entry, 1).unwrap(), [false]);
     for store in &world.stores {
         let record = store.record(World::id(1)).unwrap().unwrap();
@@ -396,7 +397,7 @@ fn rule_14_an_entry_that_fails_leaves_nothing() {
     let error = world.memory.create_entry(&new_entry(1, &unknown)).unwrap_err();
     assert!(matches!(&error, PutError::Table(TableError::UnknownStore(name)) if name == "c"), "{error}");
     assert!(world.stores[0].record(World::id(1)).unwrap().is_none());
-    // the second store refuses: it has forgotten this id
+    // the second store refuses, because this id was forgotten there
     world.stores[1].forget(Namespace::new([2; 16]).of(VM)).unwrap();
     let both = ["a".to_owned(), "b".to_owned()];
     let error = world.memory.create_entry(&new_entry(2, &both)).unwrap_err();
@@ -405,7 +406,8 @@ fn rule_14_an_entry_that_fails_leaves_nothing() {
     assert!(!world.memory.has_entry(0));
 }
 
-/// Of a store that has lost all and was used again, what it has now is something else.
+/// A store that has lost all namespaces, and where the namespace was created again, does not have
+/// the same pages.
 #[test]
 fn rule_11_a_namespace_that_was_made_again_counts_as_changed() {
     let world = World::new();

@@ -10,62 +10,65 @@ use crate::{
     store::{Namespace, Owner, PageToPut, Purpose, Record, StoreError},
 };
 
-/// A namespace that is to be created, as a new entry of the store table.
+/// The description of a namespace that is to be created as a new entry of the store table.
 pub struct NewEntry<'a> {
-    /// The names of the stores. Each of them gets every page (rule 12).
+    /// The names of the stores. Every page is put into each of them (rule 12).
     pub stores: &'a [String],
-    /// The secret name, as random as a key.
+    /// The secret name, which must be as random as a key.
     pub namespace: Namespace,
-    /// What it is for.
+    /// The purpose of the namespace.
     pub purpose: Purpose,
-    /// Who answers for it, as the stores record it.
+    /// The owner of the namespace, as the stores record it.
     pub owner: Owner,
-    /// For how long the stores keep it unless it is renewed.
+    /// The time for which the stores keep the namespace unless its lease is renewed.
     pub lease: Duration,
 }
 
-/// Why pages were not put.
+/// The reason why pages were not put.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PutError {
-    /// The entry cannot be, or there is none with this number.
+    /// The entry is not valid, or there is no entry with this number.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// A store of the entry has failed. The outcome of a put is unknown then: it is repeated under a
-    /// new generation (rule 10).
+    /// A store of the entry has failed. The outcome of a put is then unknown: the put is repeated
+    /// under a new generation (rule 10).
     #[error("page store {store}")]
     Store {
-        /// The store.
+        /// The name of the store.
         store: String,
-        /// What it says.
+        /// The error of the store.
         #[source]
         cause: StoreError,
     },
-    /// A store of the entry may have lost what was put before (rule 11).
+    /// A store of the entry may have lost pages that were put before (rule 11).
     #[error("page store {store} has lost pages of entry {entry}")]
     Changed {
-        /// The store.
+        /// The name of the store.
         store: String,
-        /// The entry.
+        /// The number of the entry.
         entry: u8,
     },
 }
 
 impl PutError {
-    /// Returns whether what was put into the entry before may be lost: the caller reports
-    /// [`entry_lost`](crate::page_map::PageMap::entry_lost), and puts into a new entry.
+    /// Returns whether pages that were put into the entry before may be lost. In that case the
+    /// caller reports [`entry_lost`](crate::page_map::PageMap::entry_lost), and puts the pages into
+    /// a new entry.
     pub fn is_loss(&self) -> bool {
         matches!(self, Self::Changed { .. } | Self::Store { cause: StoreError::Absent(_), .. })
     }
 }
 
-/// Puts.
+/// Methods that put pages into stores.
 impl PagedMemory {
     /// Creates a namespace in all stores of a new entry. Returns the number of the entry.
     ///
     /// # Errors
-    /// [`PutError::Table`] with [`TableError::UnknownStore`] if this host was not started with one of
-    /// the stores, or if the table is full; [`PutError::Store`]. What was created before is forgotten.
+    /// Returns [`PutError::Table`] with [`TableError::UnknownStore`] if this host was not started
+    /// with one of the stores, and with another [`TableError`] if the entry is not valid or the
+    /// table is full. Returns [`PutError::Store`] if a store has failed. Namespaces that were
+    /// created before the error are forgotten.
     pub fn create_entry(&self, new: &NewEntry<'_>) -> Result<u8, PutError> {
         let unknown = |name: &&String| !self.reader.knows(name);
         if let Some(name) = new.stores.iter().find(unknown) {
@@ -78,7 +81,7 @@ impl PagedMemory {
         if entry.is_err() {
             let of = new.namespace.of(self.reader.vm());
             for store in new.stores.iter().filter_map(|name| self.reader.store(name)) {
-                // best effort: the lease says what to do about the rest
+                // best effort: a namespace that is left is removed after the end of its lease
                 let _ = store.forget(of);
             }
         }
@@ -98,11 +101,12 @@ impl PagedMemory {
         new.stores.iter().map(create).collect()
     }
 
-    /// Puts pages, which ascend by page number, into all stores of an entry. Returns for each page
-    /// whether all of them have it in this generation now. No lock is held meanwhile.
+    /// Puts pages, which must ascend by page number, into all stores of an entry. Returns for each
+    /// page whether all stores have it in this generation now. No lock is held meanwhile.
     ///
     /// # Errors
-    /// [`PutError`]; the outcome is unknown then, but for an entry that the table lacks.
+    /// Returns a [`PutError`]. The outcome of the put is then unknown, except if the table has no
+    /// such entry.
     pub fn put(&self, entry: u8, generation: u32, pages: &[PageToPut<'_>]) -> Result<Vec<bool>, PutError> {
         let found = lock(&self.table).get(entry).cloned()?;
         let of = found.namespace().of(self.reader.vm());
