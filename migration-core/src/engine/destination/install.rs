@@ -131,7 +131,7 @@ impl LaneReceiver {
     }
 
     /// Checks that the round does not have more pages than RAM has. Each page is in a round at most
-    /// once, and a round without this limit might never end.
+    /// once. A round with more pages might never end.
     fn check_count(&self, extents: &[Extent]) -> Result<(), DecodeError> {
         let pages = extents.iter().fold(self.pages, |pages, extent| pages.saturating_add(extent.range.count));
         let limit = self.session.ram.layout().pages();

@@ -35,8 +35,8 @@ pub struct ReceiverOptions {
     /// apply to a VM that is ready or runs here.
     pub progress_grace: Duration,
     /// The only VM that is accepted, and an epoch that the epoch of its attempt must exceed. A VM
-    /// that was [lent](crate::engine::ephemeral) comes back under a higher epoch than the one under
-    /// which it left. `None` accepts any VM.
+    /// that was [relinquished](crate::engine::ephemeral) returns under a higher epoch than the one
+    /// under which it left. `None` accepts any VM.
     pub awaits: Option<(VmId, u32)>,
     /// The longest time to wait for a source, and then, when the VM runs here, for the source's
     /// last message. `None` waits without a limit. An attempt that is under way at the end of this
