@@ -1,4 +1,5 @@
-//! A VM's memory: its layout, sets of its pages, where each page is, who writes and who waits.
+//! The memory of a VM: its layout, sets of its pages, the location of each page, dirty tracking,
+//! and the loading of missing pages.
 
 pub mod page;
 pub mod page_map;

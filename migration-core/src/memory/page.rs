@@ -13,14 +13,14 @@ use thiserror::Error;
 use crate::codec::{DecodeError, Reader, Writer};
 pub use crate::limits::{MAX_PAGES, MAX_REGIONS};
 
-/// Bytes in a page.
+/// The size of a page in bytes.
 pub const PAGE_SIZE: usize = 4096;
-/// log2 of [`PAGE_SIZE`].
+/// The base-2 logarithm of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
-/// Pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an older copy of a
-/// page never overtakes a newer one, and a transparent huge page at the destination is filled by
-/// one thread.
+/// The number of pages of a stripe: 2 MiB of RAM. All pages of a stripe travel on one lane, so an
+/// older copy of a page never overtakes a newer one, and a transparent huge page at the destination
+/// is filled by one thread.
 pub const STRIPE_PAGES: u64 = 512;
 
 /// A run of consecutive pages, by page number.
@@ -53,7 +53,7 @@ impl PageRange {
         self.first..self.end()
     }
 
-    /// Returns the runs that these page numbers form, which ascend.
+    /// Returns the maximal runs of consecutive numbers in `pages`, which must ascend.
     pub(crate) fn runs_of(pages: impl IntoIterator<Item = u64>) -> Vec<Self> {
         let mut runs: Vec<Self> = Vec::new();
         for page in pages {
@@ -81,7 +81,7 @@ pub enum LayoutError {
     /// There is no region.
     #[error("a RAM layout needs at least one region")]
     Empty,
-    /// More than [`MAX_REGIONS`] regions.
+    /// The list has more than [`MAX_REGIONS`] regions.
     #[error("{0} RAM regions, more than the {MAX_REGIONS} supported")]
     TooManyRegions(usize),
     /// An address or a length is not a multiple of the page size, the length is zero, or the end
@@ -103,8 +103,8 @@ pub enum LayoutError {
     TooLarge,
 }
 
-/// Where guest RAM lies: regions in ascending order, disjoint, page-aligned; checked on
-/// construction.
+/// The layout of guest RAM: regions in ascending order, disjoint and page-aligned. The constructors
+/// check this.
 ///
 /// ```
 /// use migration_core::{RamLayout, RamRegion};
@@ -122,12 +122,18 @@ pub enum LayoutError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RamLayout {
     regions: Vec<RamRegion>,
-    /// Page number of each region's first page, and behind the last one the number of all pages.
+    /// The page number of each region's first page, and as the last element the number of all
+    /// pages.
     first: Vec<u64>,
 }
 
 impl RamLayout {
-    /// Checks `regions` and makes a layout of them.
+    /// Checks `regions` and returns the layout that they form.
+    ///
+    /// # Errors
+    /// Returns an error if `regions` is empty, has more than [`MAX_REGIONS`] regions or
+    /// [`MAX_PAGES`] pages, or if a region is empty, unaligned, wraps around, or begins before the
+    /// preceding one ends.
     pub fn new(regions: Vec<RamRegion>) -> Result<Self, LayoutError> {
         if regions.is_empty() {
             return Err(LayoutError::Empty);
@@ -158,7 +164,7 @@ impl RamLayout {
         Ok(Self { regions, first })
     }
 
-    /// Writes the regions: how many, then address and length of each.
+    /// Writes the number of regions, then the address and the length of each region.
     pub fn encode(&self, w: &mut Writer) {
         w.count(self.regions.len());
         for region in &self.regions {
@@ -166,10 +172,11 @@ impl RamLayout {
         }
     }
 
-    /// Reads what [`encode`](Self::encode) wrote.
+    /// Reads a layout that [`encode`](Self::encode) wrote.
     ///
     /// # Errors
-    /// Returns an error if there are more than `most` regions, or they make no layout.
+    /// Returns an error if there are more than `most` regions, or if the regions are not a valid
+    /// layout.
     pub fn decode(r: &mut Reader<'_>, most: usize) -> Result<Self, DecodeError> {
         let mut regions = Vec::new();
         for _ in 0..r.count(most, "number of RAM regions")? {
@@ -178,40 +185,42 @@ impl RamLayout {
         Self::new(regions).map_err(|e| DecodeError::invalid("RAM layout", e.to_string()))
     }
 
-    /// Returns the regions, ascending.
+    /// Returns the regions in ascending order.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
     }
 
-    /// Returns the number of pages all regions have together.
+    /// Returns the number of pages of all regions together.
     pub fn pages(&self) -> u64 {
         self.first.last().copied().unwrap_or(0)
     }
 
-    /// Returns the number of bytes all regions have together.
+    /// Returns the number of bytes of all regions together.
     pub fn bytes(&self) -> u64 {
         self.pages() << PAGE_SHIFT
     }
 
-    /// Returns all of RAM as one range.
+    /// Returns the range of all pages of RAM.
     pub fn all(&self) -> PageRange {
         PageRange::new(0, self.pages())
     }
 
-    /// Returns the page that holds guest physical address `gpa`; `None` outside RAM.
+    /// Returns the number of the page that holds guest physical address `gpa`, or `None` if `gpa`
+    /// is outside RAM.
     pub fn page_of(&self, gpa: u64) -> Option<u64> {
         let index = self.regions.partition_point(|r| r.gpa <= gpa).checked_sub(1)?;
         let offset = gpa - self.regions[index].gpa;
         (offset < self.regions[index].len).then(|| self.first[index] + (offset >> PAGE_SHIFT))
     }
 
-    /// The guest physical address of `page`; `None` when there is no such page.
+    /// Returns the guest physical address of `page`, or `None` if there is no such page.
     pub fn gpa_of(&self, page: u64) -> Option<u64> {
         let (region, offset) = self.locate(page)?;
         Some(self.regions[region].gpa + offset)
     }
 
-    /// Returns the region that `page` lies in and its byte offset there.
+    /// Returns the index of the region in which `page` lies, and the offset of the page in it in
+    /// bytes. Returns `None` if there is no such page.
     pub fn locate(&self, page: u64) -> Option<(usize, u64)> {
         if page >= self.pages() {
             return None;
@@ -220,14 +229,15 @@ impl RamLayout {
         Some((region, (page - self.first[region]) << PAGE_SHIFT))
     }
 
-    /// The pages of region `index`; `None` when there is no such region.
+    /// Returns the pages of region `index`, or `None` if there is no such region.
     pub fn region_pages(&self, index: usize) -> Option<PageRange> {
         let (first, end) = (*self.first.get(index)?, *self.first.get(index + 1)?);
         Some(PageRange::new(first, end - first))
     }
 
-    /// Cuts `range` at the borders of regions: `(region, byte offset in it, pages)` for each piece.
-    /// The part of `range` beyond the end of RAM yields nothing.
+    /// Cuts `range` at the borders of regions. Returns for each piece the index of its region, the
+    /// offset of the piece in that region in bytes, and its pages. The part of `range` beyond the
+    /// end of RAM is left out.
     pub fn split(&self, range: PageRange) -> impl Iterator<Item = (usize, u64, PageRange)> + '_ {
         let (mut at, end) = (range.first, range.end().min(self.pages()));
         std::iter::from_fn(move || {

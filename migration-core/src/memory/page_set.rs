@@ -1,27 +1,27 @@
 //! Sets of pages, as bitmaps over a [`RamLayout`](crate::RamLayout)'s page numbers.
 //!
 //! A set is a list of *chunks* of 128 MiB of RAM. A chunk of which no page or every page is a
-//! member has no bitmap. So the memory of a set, and the time of a pass over it, follow the parts
-//! of RAM in which members and others mix, and not the size of RAM. Copies share their bitmaps
-//! until one of them changes.
+//! member has no bitmap. So the memory of a set, and the time of a pass over it, depend on the
+//! parts of RAM in which members and other pages mix, and not on the size of RAM. Copies share
+//! their bitmaps until one of them changes.
 
 use std::{fmt, sync::Arc};
 
 use crate::page::PageRange;
 
 const BITS: u64 = u64::BITS as u64;
-/// Words of a chunk's bitmap, which fills one page of memory. Tests of this crate have many small
-/// chunks.
+/// The number of words of a chunk's bitmap, which fills one page of memory. In tests of this crate
+/// chunks are small, so that a set has many of them.
 const CHUNK_WORDS: usize = if cfg!(test) { 2 } else { 512 };
-/// Pages of a chunk.
+/// The number of pages of a chunk.
 const CHUNK_PAGES: u64 = CHUNK_WORDS as u64 * BITS;
 
 type Words = [u64; CHUNK_WORDS];
 
 /// A set of pages of a VM with a given number of pages.
 ///
-/// Numbers at or beyond [`capacity`](PageSet::capacity) are never members: inserting one does
-/// nothing, so that a number from outside can do no harm.
+/// Numbers at or beyond [`capacity`](PageSet::capacity) are never members. Inserting one does
+/// nothing, so a number from an untrusted peer can do no harm.
 ///
 /// A set takes 16 bytes for each 128 MiB of RAM, and 4 KiB more for each 128 MiB of which some
 /// pages are members and others are not.
@@ -56,17 +56,19 @@ enum Chunk {
 }
 
 impl Chunk {
-    /// Returns the chunk of `size` pages with these members.
+    /// Returns the chunk of `size` pages of which `members` pages are members: those whose bits in
+    /// `words` are set.
     fn of(members: u64, size: u64, words: Arc<Words>) -> Self {
         match members {
             0 => Chunk::Empty,
             all if all == size => Chunk::Full,
-            // at most `CHUNK_PAGES`
+            // `members` is at most `CHUNK_PAGES`
             some => Chunk::Mixed { members: some as u32, words },
         }
     }
 
-    /// Returns whether both are the same bitmap in memory: a copy that has not changed.
+    /// Returns whether both chunks share one bitmap in memory: one is an unchanged copy of the
+    /// other.
     fn shares(&self, other: &Self) -> bool {
         match (self, other) {
             (Chunk::Mixed { words: a, .. }, Chunk::Mixed { words: b, .. }) => Arc::ptr_eq(a, b),
@@ -97,22 +99,22 @@ impl Chunk {
 }
 
 impl PageSet {
-    /// Returns the set without a page, of a VM with `capacity` pages.
+    /// Returns the empty set for a VM with `capacity` pages.
     pub fn empty(capacity: u64) -> Self {
         Self { chunks: vec![Chunk::Empty; capacity.div_ceil(CHUNK_PAGES) as usize], capacity, members: 0 }
     }
 
-    /// Returns the set of all `capacity` pages.
+    /// Returns the set of all pages of a VM with `capacity` pages.
     pub fn full(capacity: u64) -> Self {
         Self { chunks: vec![Chunk::Full; capacity.div_ceil(CHUNK_PAGES) as usize], capacity, members: capacity }
     }
 
-    /// Returns how many pages the VM has: members are below this number.
+    /// Returns the number of pages of the VM. All members are below this number.
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
 
-    /// Returns how many pages are in the set. The number is kept, not counted.
+    /// Returns the number of pages in the set. Takes constant time, because the number is stored.
     pub fn len(&self) -> u64 {
         self.members
     }
@@ -122,7 +124,7 @@ impl PageSet {
         self.members == 0
     }
 
-    /// Removes all pages but the first `most`.
+    /// Removes all pages except the first `most` ones.
     pub(crate) fn keep_first(&mut self, most: u64) {
         if self.members <= most {
             return;
@@ -148,31 +150,32 @@ impl PageSet {
         }
     }
 
-    /// Adds `page`. Returns whether it was added: it is in range, and was not a member before.
+    /// Adds `page`. Returns whether it was added, which is so if it is below the capacity and was
+    /// not a member before.
     pub fn insert(&mut self, page: u64) -> bool {
         let before = self.members;
         self.set_range(PageRange::new(page, 1), true);
         self.members != before
     }
 
-    /// Takes `page` out. Returns whether it was a member.
+    /// Removes `page`. Returns whether it was a member.
     pub fn remove(&mut self, page: u64) -> bool {
         let before = self.members;
         self.set_range(PageRange::new(page, 1), false);
         self.members != before
     }
 
-    /// Adds every page of `range`, as far as it is in range.
+    /// Adds every page of `range` that is below the capacity.
     pub fn insert_range(&mut self, range: PageRange) {
         self.set_range(range, true);
     }
 
-    /// Takes every page of `range` out.
+    /// Removes every page of `range`.
     pub fn remove_range(&mut self, range: PageRange) {
         self.set_range(range, false);
     }
 
-    /// Returns how many pages of `range` are members.
+    /// Returns the number of pages of `range` that are members.
     pub fn count_in(&self, range: PageRange) -> u64 {
         let count = |(index, first, end): (usize, u64, u64)| match &self.chunks[index] {
             Chunk::Empty => 0,
@@ -183,13 +186,13 @@ impl PageSet {
         pieces(range, self.capacity).map(count).sum()
     }
 
-    /// Takes every page out.
+    /// Removes every page.
     pub fn clear(&mut self) {
         self.chunks.fill(Chunk::Empty);
         self.members = 0;
     }
 
-    /// Adds every page of `other`. Members of `other` beyond this set's capacity are left out.
+    /// Adds every page of `other`. Members of `other` beyond this set's capacity are ignored.
     pub fn union_with(&mut self, other: &PageSet) {
         if self.capacity != other.capacity {
             return other.ranges().for_each(|range| self.insert_range(range));
@@ -202,7 +205,7 @@ impl PageSet {
         });
     }
 
-    /// Takes every page of `other` out.
+    /// Removes every page of `other`.
     pub fn subtract(&mut self, other: &PageSet) {
         if self.capacity != other.capacity {
             return other.ranges().for_each(|range| self.remove_range(range));
@@ -215,7 +218,7 @@ impl PageSet {
         });
     }
 
-    /// Keeps only pages that are in `other` too.
+    /// Removes every page that is not in `other`.
     pub fn intersect_with(&mut self, other: &PageSet) {
         if self.capacity != other.capacity {
             let mut same = PageSet::empty(self.capacity);
@@ -231,17 +234,17 @@ impl PageSet {
         });
     }
 
-    /// Returns the pages, ascending.
+    /// Returns the pages in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         self.ranges().flat_map(PageRange::pages)
     }
 
-    /// Returns the maximal runs of pages, ascending.
+    /// Returns the maximal runs of pages in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = PageRange> + '_ {
         self.ranges_in(PageRange::new(0, self.capacity))
     }
 
-    /// Returns the maximal runs of pages inside `within`, ascending.
+    /// Returns the maximal runs of pages inside `within` in ascending order.
     pub fn ranges_in(&self, within: PageRange) -> impl Iterator<Item = PageRange> + '_ {
         let (mut at, end) = (within.first, within.end().min(self.capacity));
         std::iter::from_fn(move || {
@@ -272,8 +275,8 @@ impl PageSet {
         self.previous(page.min(self.capacity), 0, true)
     }
 
-    /// Returns the run of pages that begins with `page`, `most` pages of it if it is longer; `None`
-    /// if `page` is not in the set, or `most` is 0.
+    /// Returns the run of at most `most` pages of the set that begins with `page`, or `None` if
+    /// `page` is not in the set or `most` is 0.
     ///
     /// ```
     /// use migration_core::{PageRange, PageSet};
@@ -292,8 +295,8 @@ impl PageSet {
         Some(PageRange::new(page, stop - page))
     }
 
-    /// Returns the run of pages whose last one is just below `page`, the last `most` pages of it if
-    /// it is longer; `None` if `page - 1` is not in the set, or `most` is 0.
+    /// Returns the run of at most `most` pages of the set that ends just below `page`, or `None` if
+    /// `page - 1` is not in the set or `most` is 0.
     pub fn run_before(&self, page: u64, most: u64) -> Option<PageRange> {
         if most == 0 || !page.checked_sub(1).is_some_and(|last| self.contains(last)) {
             return None;
@@ -303,7 +306,7 @@ impl PageSet {
         Some(PageRange::new(first, page - first))
     }
 
-    /// Writes the bits of the pages from `64 * first` on into `words`: the first of these pages is
+    /// Copies the bits of the pages from page `64 * first` on into `words`. Page `64 * first` is
     /// bit 0 of the first word. Bits of pages that do not exist are zero.
     ///
     /// ```
@@ -319,7 +322,7 @@ impl PageSet {
         let from = first.saturating_mul(BITS);
         let within = PageRange::new(from, (words.len() as u64).saturating_mul(BITS));
         for (index, low, high) in pieces(within, self.capacity) {
-            // both multiples of 64, but for the end of RAM
+            // both are multiples of 64, except at the end of RAM
             let at = ((index as u64 * CHUNK_PAGES + low - from) / BITS) as usize;
             match &self.chunks[index] {
                 Chunk::Empty => {}
@@ -335,13 +338,13 @@ impl PageSet {
         }
     }
 
-    /// Adds the pages of a bitmap whose bit 0 is page `first`, for `count` pages: the form in which
-    /// KVM returns the dirty log of a memory slot. Bits beyond `count`, and words missing in
-    /// `bitmap`, are not looked at.
+    /// Adds the pages whose bits are set in `bitmap`. Bit 0 stands for page `first`, and the bitmap
+    /// covers `count` pages: the form in which KVM returns the dirty log of a memory slot. Bits
+    /// beyond `count`, and words missing in `bitmap`, are ignored.
     pub fn insert_bitmap(&mut self, first: u64, count: u64, bitmap: &[u64]) {
         let count = count.min((bitmap.len() as u64).saturating_mul(BITS));
         for (index, low, high) in pieces(PageRange::new(first, count), self.capacity) {
-            // the bit of `bitmap` for the first page of this piece
+            // the position in `bitmap` of the bit for the first page of this piece
             let from = index as u64 * CHUNK_PAGES + low - first;
             let words = &bitmap[(from / BITS) as usize..(from + high - low).div_ceil(BITS) as usize];
             if matches!(self.chunks[index], Chunk::Full) || words.iter().all(|&word| word == 0) {
@@ -354,7 +357,7 @@ impl PageSet {
         }
     }
 
-    /// Returns how many pages chunk `index` has.
+    /// Returns the number of pages of chunk `index`.
     fn size(&self, index: usize) -> u64 {
         CHUNK_PAGES.min(self.capacity - index as u64 * CHUNK_PAGES)
     }
@@ -371,8 +374,9 @@ impl PageSet {
         }
     }
 
-    /// Changes the words of chunk `index` that hold the bits `low` to `high`. `change` is told the
-    /// number of a word, the mask of those bits in it, and the word. It changes no other bits.
+    /// Changes the words of chunk `index` that hold the bits `low` to `high`. `change` receives the
+    /// number of a word, the mask of those bits in the word, and the word, and returns the new
+    /// word. It changes no bits outside the mask.
     fn change(&mut self, index: usize, low: u64, high: u64, change: impl Fn(usize, u64, u64) -> u64) {
         let size = self.size(index);
         let chunk = std::mem::replace(&mut self.chunks[index], Chunk::Empty);
@@ -397,8 +401,8 @@ impl PageSet {
         self.chunks[index] = chunk;
     }
 
-    /// Makes each chunk what `how` says of it and the same chunk of `other`, which has this
-    /// capacity.
+    /// Replaces each chunk as `how` says for this chunk and the chunk of `other` at the same
+    /// position. `other` must have the capacity of this set.
     fn combine(&mut self, other: &PageSet, how: impl Fn(&Chunk, &Chunk) -> Combined) {
         for (index, theirs) in other.chunks.iter().enumerate() {
             match how(&self.chunks[index], theirs) {
@@ -413,7 +417,8 @@ impl PageSet {
         }
     }
 
-    /// Returns the smallest number at or after `at`, below `end`, whose membership is `member`.
+    /// Returns the smallest page number at or after `at`, below `end`, whose membership is
+    /// `member`.
     fn next(&self, mut at: u64, end: u64, member: bool) -> Option<u64> {
         while at < end {
             let base = at - at % CHUNK_PAGES;
@@ -432,8 +437,8 @@ impl PageSet {
         None
     }
 
-    /// Returns the largest number at or after `from`, below `before` (at most the capacity), whose
-    /// membership is `member`.
+    /// Returns the largest page number at or after `from`, below `before`, whose membership is
+    /// `member`. `before` is at most the capacity.
     fn previous(&self, mut before: u64, from: u64, member: bool) -> Option<u64> {
         while from < before {
             let base = (before - 1) / CHUNK_PAGES * CHUNK_PAGES;
@@ -453,7 +458,7 @@ impl PageSet {
     }
 }
 
-/// What becomes of two chunks that are combined.
+/// The result of combining two chunks.
 enum Combined {
     Empty,
     First,
@@ -471,8 +476,8 @@ impl fmt::Debug for PageSet {
     }
 }
 
-/// Returns the parts of `range` below `capacity`, by chunk: its index, and the first page and the
-/// end, counted from the chunk's first page. No part is empty.
+/// Splits the part of `range` below `capacity` by chunks. Returns for each chunk its index, and the
+/// first page and the end of the part, counted from the chunk's first page. No part is empty.
 fn pieces(range: PageRange, capacity: u64) -> impl Iterator<Item = (usize, u64, u64)> {
     let (mut at, end) = (range.first, range.end().min(capacity));
     std::iter::from_fn(move || {
@@ -487,7 +492,8 @@ fn pieces(range: PageRange, capacity: u64) -> impl Iterator<Item = (usize, u64, 
     })
 }
 
-/// Returns the words of a chunk that hold the bits `first` to `end`, each with the mask of those.
+/// Returns the index of each word of a chunk that holds bits from `first` to `end`, with the mask
+/// of those bits in the word.
 fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
     (first / BITS..end.div_ceil(BITS)).map(move |index| {
         let low = first.saturating_sub(index * BITS);
@@ -500,7 +506,7 @@ fn count_masked(words: &Words, first: u64, end: u64) -> u64 {
     masks(first, end).map(|(word, mask)| u64::from((words[word] & mask).count_ones())).sum()
 }
 
-/// Returns the 64 bits of `bitmap` from bit `at` on; bits behind its end are zero.
+/// Returns the 64 bits of `bitmap` from bit `at` on. Bits beyond its end are zero.
 fn bits_from(bitmap: &[u64], at: u64) -> u64 {
     let (index, shift) = ((at / BITS) as usize, at % BITS);
     let word = |index: usize| bitmap.get(index).copied().unwrap_or(0);
@@ -510,7 +516,7 @@ fn bits_from(bitmap: &[u64], at: u64) -> u64 {
     }
 }
 
-/// Returns the first bit at or after `at`, below `end`, that is `member`.
+/// Returns the first bit at or after `at`, below `end`, whose value is `member`.
 fn next_in(words: &Words, at: u64, end: u64, member: bool) -> Option<u64> {
     let flip = if member { 0 } else { u64::MAX };
     masks(at, end).find_map(|(index, mask)| {
@@ -519,7 +525,7 @@ fn next_in(words: &Words, at: u64, end: u64, member: bool) -> Option<u64> {
     })
 }
 
-/// Returns the last bit at or after `from`, below `before`, that is `member`.
+/// Returns the last bit at or after `from`, below `before`, whose value is `member`.
 fn previous_in(words: &Words, before: u64, from: u64, member: bool) -> Option<u64> {
     let flip = if member { 0 } else { u64::MAX };
     (from / BITS..before.div_ceil(BITS)).rev().find_map(|index| {

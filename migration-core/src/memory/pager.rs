@@ -1,5 +1,5 @@
-//! Loading missing pages on demand, which post-copy needs from the host. migration-kvm implements
-//! it with userfaultfd.
+//! The interface to the host's means of loading missing pages on demand, which post-copy needs.
+//! migration-kvm implements it with userfaultfd.
 //!
 //! A pager is *armed* with the map of the VM's pages before any state is loaded. From then on, a
 //! thread that touches a missing page (a vCPU, KVM itself, a thread of the VMM) sleeps until the
@@ -65,12 +65,11 @@ pub trait Pager: Send + Sync {
     /// aligned stretch of 512 pages. `fill` reads the contents. `copy` says where the contents come
     /// from, and the [claim](SharedPageMap::claim) is for that copy. Pages that were installed
     /// before, or whose newest content is elsewhere, are not touched. `fill` is called for them
-    /// too, because their contents may have to be taken from a lane.
+    /// too, because their contents may have to be read from a lane.
     ///
     /// # Errors
     /// Returns an error of `fill`, or of the host, for example if memory is short. Nothing is
-    /// installed then; the pages are still missing, and the caller can try again.
-    /// example that memory is short: the pages are still missing and can be tried again.
+    /// installed then. The pages are still missing, and the caller can try again.
     fn install(&self, range: PageRange, copy: PageCopy, fill: Fill<'_>) -> io::Result<Installed>;
 
     /// Installs `range`, any number of whole blocks, as zeros. Otherwise like
@@ -88,8 +87,8 @@ pub trait Pager: Send + Sync {
     fn wake(&self, page: u64) -> io::Result<()>;
 
     /// Joins small pages into huge pages, where the host can. Called once, after
-    /// [`disarm`](Self::disarm), on a thread for which nothing waits, because it may take long.
-    /// Does nothing by default.
+    /// [`disarm`](Self::disarm), on a thread that nothing waits for, because the call may take
+    /// long. Does nothing by default.
     fn collapse_huge_pages(&self) {}
 
     /// Ends the reports. Called when no page is missing.
@@ -98,8 +97,8 @@ pub trait Pager: Send + Sync {
     /// Returns the host's error.
     fn disarm(&self) -> Result<(), VmError>;
 
-    /// Wakes all threads that wait for missing pages, because the VM is given up before it ran and
-    /// its pages will not come. A thread that loads the state may be one of them. What it reads
-    /// then does not matter. Never called once the VM may have started.
+    /// Wakes all threads that wait for missing pages. Called when the VM is given up before it ran,
+    /// so that its pages will not arrive. A thread that loads the state may be one of them; the
+    /// content that it then reads does not matter. Never called once the VM may have started.
     fn give_up(&self);
 }

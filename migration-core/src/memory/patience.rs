@@ -1,5 +1,5 @@
-//! How long threads that install pages wait for each other, and what they report when that was in
-//! vain.
+//! The time that threads which install pages wait for each other, and the error if that time has
+//! passed.
 
 use std::{
     io,
@@ -13,12 +13,13 @@ use thiserror::Error;
 use super::page::PageRange;
 
 /// The longest wait for another thread of the same pager. It is several times the time after which
-/// a lane gives up a silent peer: a thread that only waits for its contents ends by itself first.
+/// a lane gives up a silent peer. So a thread that waits only for contents from its lane ends by
+/// itself before this time has passed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// The most holders that an error names: as many as lanes usually install at once.
+/// The largest number of holders that an error names: as many as lanes usually install at once.
 const NAMED: usize = 16;
 
-/// A thread that holds what others may wait for.
+/// A thread that holds a resource for which other threads may wait.
 #[derive(Clone, Debug)]
 pub struct Holder {
     thread: Thread,
@@ -27,28 +28,28 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Returns the calling thread, which is about to install `pages`.
+    /// Returns the calling thread as a holder, which is about to install `pages`.
     pub fn this_thread(pages: PageRange) -> Self {
         Self { thread: thread::current(), pages, since: Instant::now() }
     }
 }
 
-/// A wait for other threads of the pager that has lasted too long.
+/// The error that a wait for other threads of the pager has lasted too long.
 #[derive(Debug, Error)]
 #[error("pages {}+{}: {what} was not to be had within {patience:?}; {holders}", pages.first, pages.count)]
 pub struct StillHeld {
-    /// What was waited for.
+    /// The resource that the thread waited for.
     what: &'static str,
     /// The pages that were to be installed.
     pages: PageRange,
     patience: Duration,
     holders: String,
-    /// Why there was no other way than to wait.
+    /// The reason why the thread had to wait for the resource.
     source: Option<io::Error>,
 }
 
 impl StillHeld {
-    /// Describes a wait for `what`, which one of `holders` had, to install `pages`.
+    /// Describes a wait for `what`, which `holders` had, to install `pages`.
     pub fn new<'a>(
         what: &'static str,
         pages: PageRange,
@@ -72,7 +73,7 @@ impl StillHeld {
     }
 }
 
-/// Waits on `changed` until it is notified; wakes for no reason are passed on. Returns `None` once
+/// Waits on `changed` until it is notified. Also returns on a spurious wake-up. Returns `None` once
 /// `deadline` has passed.
 pub fn wait_until<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, deadline: Instant) -> Option<MutexGuard<'a, T>> {
     let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;

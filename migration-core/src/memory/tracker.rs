@@ -1,4 +1,4 @@
-//! Dirty-page tracking: which pages were written since one last asked.
+//! Dirty-page tracking: which pages were written since the last harvest.
 
 use std::{
     error::Error,
@@ -14,9 +14,9 @@ use crate::{
     page_set::PageSet,
 };
 
-/// A dirty tracker failed. The migration ends and the source's guest runs on.
+/// The error of a dirty tracker. The migration ends, and the guest continues at the source.
 ///
-/// What it displays does not repeat its cause: print it with [`Chain`](crate::text::Chain).
+/// The displayed text does not include the cause. [`Chain`](crate::text::Chain) displays both.
 #[derive(Debug)]
 pub struct TrackerError {
     tracker: &'static str,
@@ -25,13 +25,13 @@ pub struct TrackerError {
 }
 
 impl TrackerError {
-    /// Returns an error of the tracker with this [name](DirtyTracker::name), which says what
+    /// Returns an error of the tracker with this [name](DirtyTracker::name). `what` says what
     /// failed.
     pub fn new(tracker: &'static str, what: impl Into<String>) -> Self {
         Self { tracker, what: what.into(), cause: None }
     }
 
-    /// Returns the same with the error that caused it.
+    /// Returns an error of the tracker with this name that was caused by `cause`.
     pub fn because(
         tracker: &'static str,
         what: impl Into<String>,
