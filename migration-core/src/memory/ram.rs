@@ -1,8 +1,9 @@
-//! Guest RAM, as the host process sees it.
+//! Guest RAM in the address space of the host process.
 //!
-//! A running guest changes its memory at any time, so living guest memory is never a `&[u8]`.
-//! [`RamSlice`] names a piece of it: the kernel may read or write it (as an iovec), and the methods
-//! here touch it by volatile accesses. This is the only module of the crate that has unsafe code.
+//! A running guest changes its memory at any time, so guest memory is never accessed as a `&[u8]`
+//! while the guest may run. [`RamSlice`] names a piece of it. The kernel may read or write the
+//! piece (as an iovec), and the methods here access it by volatile reads and writes. This is the
+//! only module of the crate that has unsafe code.
 
 use std::{io, marker::PhantomData, ptr::NonNull};
 
@@ -13,43 +14,45 @@ use crate::{
     page_set::PageSet,
 };
 
-/// Bytes that are copied by a loop's turn: enough that the loop itself costs nothing.
+/// The number of bytes that one turn of a copy loop copies: enough that the cost of the loop itself
+/// does not matter.
 const COPY_BLOCK: usize = 64;
 
 /// An access outside guest RAM.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("{len} bytes at {at:#x} are not inside one region of guest RAM")]
 pub struct OutsideRam {
-    /// The guest physical address, or the byte offset of the page asked for.
+    /// The guest physical address, or the byte offset of the requested page.
     pub at: u64,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u64,
 }
 
 /// The RAM of one VM, mapped into this process.
 ///
-/// The SDK never maps or unmaps guest memory; it works on what the VMM hands over. migration-kvm
-/// has implementations for memory of its own making and for vm-memory.
+/// The SDK never maps or unmaps guest memory; it works on memory that the VMM has mapped.
+/// migration-kvm has implementations for memory that it allocates itself and for vm-memory.
 ///
 /// # Safety
 /// For as long as the object lives, every region of [`layout`](GuestRam::layout) must be mapped
 /// readable and writable at [`host_address`](GuestRam::host_address), whole and contiguous, and
 /// neither the layout nor the addresses may change. No part of it may be borrowed as a Rust
 /// reference while the SDK uses it. The methods that return slices or copy bytes must not be
-/// overridden with others: what they return lies inside RAM.
+/// overridden with others: callers rely on the returned memory lying inside RAM.
 pub unsafe trait GuestRam: Send + Sync {
-    /// Where RAM lies in guest physical address space.
+    /// Returns the layout of RAM in guest physical address space.
     fn layout(&self) -> &RamLayout;
 
-    /// Host address of the first byte of region `index` (an index into `layout().regions()`).
+    /// Returns the host address of the first byte of region `index`, an index into
+    /// `layout().regions()`.
     fn host_address(&self, index: usize) -> NonNull<u8>;
 
-    /// Adds to `into` every page that may hold something else than zeros. Pages that were never
-    /// touched are *holes*: a migration skips them. The default knows no holes.
+    /// Adds to `into` every page that may hold anything but zeros. Pages that were never touched
+    /// are *holes*: a migration skips them. The default implementation adds all pages.
     ///
     /// # Errors
-    /// Returns an error if the operating system cannot tell; the caller then treats all of RAM as
-    /// populated.
+    /// Returns an error if the operating system cannot find the holes. The caller then treats all
+    /// of RAM as populated.
     fn populated(&self, into: &mut PageSet) -> io::Result<()> {
         into.insert_range(self.layout().all());
         Ok(())
@@ -58,7 +61,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Returns the memory of `range`, which must lie inside one region (see [`RamLayout::split`]).
     ///
     /// # Errors
-    /// Returns an error if it does not.
+    /// Returns an error if `range` does not lie inside one region.
     fn slice(&self, range: PageRange) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: range.first.saturating_mul(PAGE_SIZE as u64), len: range.bytes() };
         let (region, offset) = self.layout().locate(range.first).ok_or(outside)?;
@@ -69,7 +72,7 @@ pub unsafe trait GuestRam: Send + Sync {
     /// inside one region.
     ///
     /// # Errors
-    /// Returns an error if they do not.
+    /// Returns an error if the bytes do not lie inside one region.
     fn slice_at(&self, gpa: u64, len: u64) -> Result<RamSlice<'_>, OutsideRam> {
         let outside = OutsideRam { at: gpa, len };
         let regions = self.layout().regions();
@@ -96,7 +99,7 @@ pub unsafe trait GuestRam: Send + Sync {
     }
 }
 
-/// Returns `len` bytes from `offset` on of a region; `None` if they do not lie inside it.
+/// Returns the `len` bytes at `offset` in a region, or `None` if they do not lie inside it.
 fn region_slice<R: GuestRam + ?Sized>(ram: &R, region: usize, offset: u64, len: u64) -> Option<RamSlice<'_>> {
     let end = offset.checked_add(len)?;
     let inside = end <= ram.layout().regions().get(region)?.len;
@@ -105,8 +108,8 @@ fn region_slice<R: GuestRam + ?Sized>(ram: &R, region: usize, offset: u64, len: 
     inside.then(|| unsafe { RamSlice::new(ram.host_address(region).add(offset as usize), len as usize) })
 }
 
-/// A piece of guest memory that other threads, vCPUs and the kernel may change at any time: an
-/// address and a length, never a reference.
+/// A piece of guest memory that other threads, vCPUs and the kernel may change at any time. It is
+/// an address and a length, never a reference.
 #[derive(Clone, Copy, Debug)]
 pub struct RamSlice<'a> {
     address: NonNull<u8>,
@@ -122,31 +125,31 @@ unsafe impl Send for RamSlice<'_> {}
 unsafe impl Sync for RamSlice<'_> {}
 
 impl<'a> RamSlice<'a> {
-    /// Names the `len` bytes at `address`.
+    /// Returns the slice of the `len` bytes at `address`.
     ///
     /// # Safety
-    /// They must be mapped readable and writable, and not be borrowed as Rust references, for all
-    /// of `'a`.
+    /// The bytes must be mapped readable and writable, and must not be borrowed as Rust references,
+    /// for all of `'a`.
     pub const unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
         Self { address, len, _ram: PhantomData }
     }
 
-    /// Host address of the first byte, for an iovec.
+    /// Returns the host address of the first byte, for an iovec.
     pub fn as_ptr(self) -> *mut u8 {
         self.address.as_ptr()
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     pub fn len(self) -> usize {
         self.len
     }
 
-    /// Returns whether it has no byte.
+    /// Returns whether the length is zero.
     pub fn is_empty(self) -> bool {
         self.len == 0
     }
 
-    /// The slice without its first `bytes` bytes (all of it, if it is shorter).
+    /// Returns the slice without its first `bytes` bytes, or the empty slice if it is shorter.
     pub fn skip(self, bytes: usize) -> Self {
         let bytes = bytes.min(self.len);
         // SAFETY: `bytes <= self.len`, so address and length stay inside the memory promised to
@@ -154,12 +157,13 @@ impl<'a> RamSlice<'a> {
         unsafe { Self::new(self.address.add(bytes), self.len - bytes) }
     }
 
-    /// The first `bytes` bytes of the slice (all of it, if it is shorter).
+    /// Returns the first `bytes` bytes of the slice, or the whole slice if it is shorter.
     pub fn take(self, bytes: usize) -> Self {
         Self { len: bytes.min(self.len), ..self }
     }
 
-    /// Copies into `to` as many bytes as both have.
+    /// Copies from the beginning of the slice into `to`, as many bytes as the shorter of the two
+    /// has.
     pub fn copy_to(self, to: &mut [u8]) {
         let len = self.len.min(to.len());
         let (blocks, rest) = to[..len].as_chunks_mut::<COPY_BLOCK>();
@@ -177,7 +181,7 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Copies as many bytes from `from` as both have.
+    /// Copies `from` to the beginning of the slice, as many bytes as the shorter of the two has.
     pub fn copy_from(self, from: &[u8]) {
         let from = &from[..self.len.min(from.len())];
         let aligned = (self.address.as_ptr() as usize).is_multiple_of(8);
@@ -196,7 +200,7 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Fills it with zeros.
+    /// Fills the slice with zeros.
     pub fn zero(self) {
         const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
         let mut rest = self;
@@ -206,11 +210,11 @@ impl<'a> RamSlice<'a> {
         }
     }
 
-    /// Returns whether every byte was zero when it was looked at. A running guest may change it at
-    /// once; its dirty tracker then reports the page again.
+    /// Returns whether every byte was zero when it was read. A running guest may change a byte at
+    /// any time; its dirty tracker then reports the page again.
     pub fn is_zero(self) -> bool {
-        // most pages that are not zero differ in their first words: look there before reading it
-        // all
+        // most pages that are not zero differ in their first words, so the loop returns after the
+        // first block that has another bit
         const BLOCK: usize = 64;
         let blocks = self.len / BLOCK * BLOCK;
         for at in (0..blocks).step_by(BLOCK) {
@@ -248,7 +252,7 @@ impl<'a> RamSlice<'a> {
     }
 }
 
-/// Guest RAM on this process's heap: for tests, simulations and software guests.
+/// Guest RAM on the heap of this process, for tests, simulations and software guests.
 ///
 /// Pages that were never written count as holes.
 pub struct HeapRam {
@@ -266,7 +270,7 @@ impl HeapRam {
     /// Allocates zeroed RAM of this layout.
     ///
     /// # Errors
-    /// `OutOfMemory` when the allocator refuses.
+    /// Returns an error of kind `OutOfMemory` if the allocator fails.
     pub fn new(layout: RamLayout) -> io::Result<Self> {
         let mut ram = Self { layout, regions: Vec::new() };
         for region in ram.layout.regions().to_vec() {
@@ -393,7 +397,7 @@ mod tests {
                     assert!(!slice.is_zero(), "{start}+{at} of {len}");
                     ram.write(start + at, &[0]).unwrap();
                 }
-                // just outside
+                // the byte after the slice does not count
                 ram.write(start + len, &[1]).unwrap();
                 assert!(slice.is_zero(), "{start}+{len}");
                 ram.write(start + len, &[0]).unwrap();
@@ -401,7 +405,7 @@ mod tests {
         }
     }
 
-    /// RAM of which nobody knows what was touched.
+    /// RAM that does not know which of its pages were touched.
     struct Plain(HeapRam);
 
     // SAFETY: as for `HeapRam`.
