@@ -1,4 +1,5 @@
-//! A page map that several threads use at once, each under a claim of its own.
+//! A page map that several threads use at once. Each thread has its own claim on the pages that it
+//! installs.
 
 use std::{
     collections::BTreeMap,
@@ -14,14 +15,15 @@ use super::{
     patience::{Holder, PATIENCE, StillHeld, wait_until},
 };
 
-/// Most runs of pages of one claim.
+/// The largest number of runs of pages in one claim.
 const MAX_RUNS: usize = 1024;
 
-/// The [`PageMap`] of a VM whose pages arrive while it runs. Its lock is held for looking at bits
-/// only, never during a system call or while contents arrive: in between, a thread has a [`Claim`].
+/// The [`PageMap`] of a VM whose pages arrive while it runs. Its lock is held only for short reads
+/// and changes of the map, never during a system call or while contents arrive. During those a
+/// thread has a [`Claim`].
 pub struct SharedPageMap {
     state: Mutex<State>,
-    /// A claim was given back.
+    /// Notified when a claim is released.
     released: Condvar,
     /// The longest wait for a claim of another thread.
     patience: Duration,
@@ -31,35 +33,36 @@ struct State {
     map: PageMap,
     /// Claims by their number.
     claims: BTreeMap<u64, Claimed>,
-    /// Number of the next claim.
+    /// The number of the next claim.
     next: u64,
 }
 
 struct Claimed {
     holder: Holder,
-    /// The pages, and whether a fault of one of them was read meanwhile.
+    /// The claimed pages. The flag says whether a fault of a page of the run was read during the
+    /// claim.
     runs: Vec<(PageRange, bool)>,
 }
 
 impl SharedPageMap {
-    /// Shares `map`.
+    /// Returns a shared map of `map`.
     pub fn new(map: PageMap) -> Self {
         let state = State { map, claims: BTreeMap::new(), next: 0 };
         Self { state: Mutex::new(state), released: Condvar::new(), patience: PATIENCE }
     }
 
-    /// Looks at the map. No other thread can change it meanwhile.
+    /// Calls `look` with the map. No other thread can change the map during the call.
     pub fn read<T>(&self, look: impl FnOnce(&PageMap) -> T) -> T {
         look(&self.lock().map)
     }
 
-    /// Changes the map. A change that would take a page away from whoever has claimed it is not
-    /// allowed.
+    /// Calls `change` with the map. `change` must not take a page away from the thread that has
+    /// claimed it.
     pub fn change<T>(&self, change: impl FnOnce(&mut PageMap) -> T) -> T {
         change(&mut self.lock().map)
     }
 
-    /// Returns the pages that are missing.
+    /// Returns the missing pages.
     pub fn missing(&self) -> PageSet {
         self.read(|map| map.missing().clone())
     }
@@ -69,8 +72,8 @@ impl SharedPageMap {
         self.read(|map| map.missing().contains(page))
     }
 
-    /// Records that a fault of `page` was read: somebody touched it, and sleeps. Returns whether it
-    /// is missing.
+    /// Records that a fault of `page` was read: a thread has touched the page and sleeps. Returns
+    /// whether the page is missing.
     pub fn touched(&self, page: u64) -> bool {
         let mut state = self.lock();
         if !state.map.missing().contains(page) {
@@ -83,22 +86,24 @@ impl SharedPageMap {
         true
     }
 
-    /// Claims all of `range` to install it from this copy; `None` unless every page of it is
-    /// missing and unclaimed, and this copy is current.
+    /// Claims all of `range`, to install it from `copy`. Returns `None` unless every page of
+    /// `range` is missing and unclaimed, and `copy` is current for it.
     pub fn claim_whole(&self, range: PageRange, copy: PageCopy) -> Option<Claim<'_>> {
         self.take(&mut self.lock(), range, copy, vec![range])
     }
 
-    /// Claims what is missing in `range`, can be installed from this copy, and nobody else has
-    /// claimed, or the first thousand runs of it: the lock is held for moments only. When others
-    /// have claimed all that is missing there, it waits until they are done, for they may fail.
-    /// Returns `None` when nothing in it is to be installed from this copy: the pages are there, or
-    /// their newest content is elsewhere by now (rule 2).
+    /// Claims the pages of `range` that are missing, can be installed from `copy`, and are not
+    /// claimed by another thread. Takes at most the first 1024 runs of them, so that the lock is
+    /// held only for a short time. If other threads have claimed all pages that are missing there,
+    /// the call waits until they have finished, because they may fail. Returns `None` if no page of
+    /// `range` is to be installed from `copy`: the pages are installed, or their newest content is
+    /// elsewhere by now (rule 2).
     ///
-    /// Who calls this must hold no claim: two of them could wait for each other.
+    /// The calling thread must hold no claim: two such threads could wait for each other.
     ///
     /// # Errors
-    /// Of kind `TimedOut`, when others have not come to an end within a minute: it names the
+    /// Returns an error of kind `TimedOut` if other threads have not released their claims within a
+    /// minute. The error names the threads.
     /// threads.
     pub fn claim(&self, range: PageRange, copy: PageCopy) -> io::Result<Option<Claim<'_>>> {
         let deadline = Instant::now() + self.patience;
@@ -118,12 +123,12 @@ impl SharedPageMap {
         }
     }
 
-    /// Returns the pages of `range` that are in stores, with their copies, ascending. Waits first
-    /// until nobody has claimed a page of it: one that is being installed may be written as soon as
-    /// it is there, and the copy is then no more what the guest reads.
+    /// Returns the pages of `range` that are in stores, with their copies, in ascending order.
+    /// Waits first until no thread has claimed a page of `range`: the guest may write a page as
+    /// soon as it is installed, and the copy then differs from what the guest reads.
     ///
     /// # Errors
-    /// As [`claim`](Self::claim).
+    /// Returns the errors of [`claim`](Self::claim).
     pub fn stored_runs(&self, range: PageRange) -> io::Result<Vec<(PageRange, StoreCopy)>> {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();
@@ -147,7 +152,8 @@ impl SharedPageMap {
         io::Error::new(io::ErrorKind::TimedOut, held)
     }
 
-    /// Claims `runs`, which lie in `range`: one that may not be free, or several that are.
+    /// Claims `runs`, which lie in `range`. `runs` is either one run that may not be free, or
+    /// several free runs.
     fn take(&self, state: &mut State, range: PageRange, copy: PageCopy, runs: Vec<PageRange>) -> Option<Claim<'_>> {
         for &run in &runs {
             let claimed = match copy {
@@ -164,13 +170,13 @@ impl SharedPageMap {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // no code that holds the lock leaves the map half-changed
+        // no code that holds the lock leaves the map with half a change
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Missing pages that one thread may install. When it is dropped, what was not installed can be
-/// claimed again.
+/// Missing pages that one thread may install. When the claim is dropped, the pages that were not
+/// installed can be claimed again.
 pub struct Claim<'a> {
     shared: &'a SharedPageMap,
     number: u64,
@@ -179,21 +185,22 @@ pub struct Claim<'a> {
 }
 
 impl Claim<'_> {
-    /// Returns the pages: maximal runs, ascending.
+    /// Returns the claimed pages as maximal runs in ascending order.
     pub fn runs(&self) -> Vec<PageRange> {
         self.runs.clone()
     }
 
-    /// Records that these pages are there now. Pages of which this claim has none are ignored.
+    /// Records that `pages` are installed. Pages that this claim does not have are ignored.
     pub fn installed(&mut self, pages: PageRange) {
         self.installed.push(pages);
     }
 
-    /// Ends the claim. Returns the runs in which a fault was read meanwhile.
+    /// Ends the claim. Returns the runs of which a fault was read during the claim.
     ///
-    /// Whoever reads a fault of a claimed page takes it for a missing one. But the page may have
-    /// been there already and been discarded again, before the map knew. So the installer wakes who
-    /// sleeps there, and the fault is raised once more and seen for what it is.
+    /// A thread that reads a fault of a claimed page treats the page as missing. But the page may
+    /// have been installed already and been discarded again, before the map recorded it. So the
+    /// installer wakes the threads that sleep on the returned runs. Their fault is raised once more
+    /// and is then handled as what it is.
     pub fn finish(mut self) -> Vec<PageRange> {
         self.release()
     }
@@ -205,12 +212,12 @@ impl Claim<'_> {
         let mut state = self.shared.lock();
         let claimed = state.claims.remove(&self.number);
         for run in self.installed.drain(..) {
-            // what this claim does not have is ignored
+            // an error means that this claim does not have these pages, which is ignored
             let _ = state.map.arrived(run);
         }
         for run in self.runs.drain(..) {
             let rest: Vec<_> = state.map.missing().ranges_in(run).collect();
-            // nobody else has claimed it, so this cannot fail
+            // no other thread has claimed the run, so this cannot fail
             rest.into_iter().for_each(|run| _ = state.map.unclaim(run));
         }
         drop(state);
@@ -334,7 +341,7 @@ mod tests {
             map.located(range(10, 10), copy(2), false);
         });
         let store = |generation| PageCopy::Store(copy(generation));
-        // the source's copy does for what is at the source, or held there
+        // the source's copy is current for pages that are at the source or held there
         let from_source = record.claim(range(0, 30), SOURCE).unwrap().unwrap();
         assert_eq!(from_source.runs(), [range(0, 10), range(20, 10)]);
         assert_eq!(record.claim(range(10, 10), store(1)).unwrap().map(|claim| claim.runs()), None);

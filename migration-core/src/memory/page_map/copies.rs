@@ -1,18 +1,18 @@
-//! Which pages have a copy in a store, and which copy.
+//! The copies of pages in stores: which pages have one, and which copy it is.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::StoreCopy;
 use crate::memory::{page::PageRange, page_set::PageSet};
 
-/// Pages whose generations lie in one block of memory of 4 KiB.
+/// The number of pages whose generations are in one block of 4 KiB of memory.
 const LEAF_PAGES: u64 = 1024;
 
 type Leaf = Arc<[u32; LEAF_PAGES as usize]>;
 
-/// A copy for each page of a set.
+/// A set of pages, with one copy in a store for each page.
 ///
-/// A set of pages for each entry says which entry a page has, and a table of generations has 4
+/// A set of pages for each entry says which entry has a page's copy. A table of generations has 4
 /// bytes for each page. Blocks of the table exist only where there are pages.
 #[derive(Clone, Debug)]
 pub(super) struct Copies {
@@ -31,17 +31,17 @@ impl Copies {
         &self.pages
     }
 
-    /// Returns the pages that have a copy in this entry.
+    /// Returns the pages that have a copy in `entry`.
     pub(super) fn of_entry(&self, entry: u8) -> PageSet {
         self.by_entry.get(&entry).cloned().unwrap_or_else(|| PageSet::empty(self.pages.capacity()))
     }
 
-    /// Returns the runs of pages of `within` that have a copy in this entry, ascending.
+    /// Returns the runs of pages of `within` that have a copy in `entry`, in ascending order.
     pub(super) fn ranges_of(&self, entry: u8, within: PageRange) -> impl Iterator<Item = PageRange> + '_ {
         self.by_entry.get(&entry).into_iter().flat_map(move |pages| pages.ranges_in(within))
     }
 
-    /// Returns the entries that have pages, ascending, each with its pages.
+    /// Returns the entries that have pages, in ascending order, each with its pages.
     pub(super) fn entries(&self) -> impl Iterator<Item = (u8, &PageSet)> {
         self.by_entry.iter().map(|(&entry, pages)| (entry, pages))
     }
@@ -59,8 +59,8 @@ impl Copies {
         leaf.get((page % LEAF_PAGES) as usize).copied()
     }
 
-    /// Returns the runs of pages of `within` that have the same copy: all of one entry, ascending,
-    /// then all of the next.
+    /// Returns the runs of pages of `within` that have the same copy: the runs of one entry in
+    /// ascending order, then the runs of the next entry.
     pub(super) fn runs_in(&self, within: PageRange) -> impl Iterator<Item = (PageRange, StoreCopy)> + '_ {
         let runs = self.by_entry.iter().flat_map(move |(&entry, pages)| {
             let runs = pages.ranges_in(within);
@@ -69,7 +69,7 @@ impl Copies {
         runs.flat_map(|(entry, run)| self.split(entry, run))
     }
 
-    /// Cuts a run of pages of one entry where the generation changes.
+    /// Splits a run of pages of one entry where the generation changes.
     fn split(&self, entry: u8, run: PageRange) -> impl Iterator<Item = (PageRange, StoreCopy)> + '_ {
         let mut at = run.first;
         std::iter::from_fn(move || {
@@ -81,7 +81,7 @@ impl Copies {
         })
     }
 
-    /// Gives all pages of `range` this copy, in place of any other.
+    /// Sets the copy of all pages of `range`, in place of any other.
     pub(super) fn set(&mut self, range: PageRange, copy: StoreCopy) {
         let capacity = self.pages.capacity();
         let end = range.end().min(capacity);
@@ -102,7 +102,7 @@ impl Copies {
         }
     }
 
-    /// Takes the copies of all pages of `range` away.
+    /// Removes the copies of all pages of `range`.
     pub(super) fn remove(&mut self, range: PageRange) {
         if self.pages.first_in(range).is_none() {
             return;
@@ -112,7 +112,7 @@ impl Copies {
         self.tidy(range);
     }
 
-    /// Takes the copies of all pages of `set` away.
+    /// Removes the copies of all pages of `set`.
     pub(super) fn remove_all(&mut self, set: &PageSet) {
         if self.pages.is_empty() || set.is_empty() {
             return;
@@ -122,7 +122,7 @@ impl Copies {
         self.tidy(PageRange::new(0, self.pages.capacity()));
     }
 
-    /// Drops the entries without a page, and the parts of the table in `changed` without one.
+    /// Removes the entries without a page, and the blocks of the table of `changed` without a page.
     fn tidy(&mut self, changed: PageRange) {
         self.by_entry.retain(|_, pages| !pages.is_empty());
         let leaves = changed.first / LEAF_PAGES..changed.end().div_ceil(LEAF_PAGES);

@@ -1,11 +1,11 @@
-//! What happens to pages that are evicted from the RAM of a VM that runs here (rule 21).
+//! The eviction of pages from the RAM of a VM that runs here (rule 21).
 //!
-//! 1. The page is taken out of the guest's reach: [`evicting`](PageMap::evicting). It is still `Here`,
-//!    because the owner has its content, but a touch waits.
+//! 1. The page is taken out of the guest's reach: [`evicting`](PageMap::evicting). It is still
+//!    `Here`, because the owner has its content, but a thread that touches it waits.
 //! 2. It is put into a store, by [`put_started`](PageMap::put_started) and
 //!    [`put_done`](PageMap::put_done).
-//! 3. It is dropped: [`evicted`](PageMap::evicted). A page of zeros goes to no store:
-//!    [`evicted_zeros`](PageMap::evicted_zeros).
+//! 3. It is dropped from RAM: [`evicted`](PageMap::evicted). A page of zeros is not put into a
+//!    store: [`evicted_zeros`](PageMap::evicted_zeros).
 //!
 //! A touch before the third step ends the eviction: [`mapped_again`](PageMap::mapped_again).
 
@@ -14,7 +14,7 @@ use crate::memory::{page::PageRange, page_set::PageSet};
 
 impl PageMap {
     /// Returns the pages that are out of the guest's reach, because they are about to be evicted.
-    /// They are `Here`.
+    /// These pages are `Here`.
     pub fn being_evicted(&self) -> &PageSet {
         &self.evicting
     }
@@ -24,8 +24,8 @@ impl PageMap {
         &self.here
     }
 
-    /// RAM has memory for `pages`, whoever has written it: those that were `Zero` are `Here`, and
-    /// unsent. Other pages are as they were.
+    /// Records that RAM has memory for `pages`. Pages that were `Zero` are `Here`, and unsent. The
+    /// state of other pages does not change.
     pub fn populated(&mut self, pages: &PageSet) {
         let mut new = pages.clone();
         new.subtract(&self.here);
@@ -34,11 +34,11 @@ impl PageMap {
         self.unsent.union_with(&new);
     }
 
-    /// The owner is about to take `pages` out of the guest's reach, to evict them.
+    /// Records that the owner is about to take `pages` out of the guest's reach, to evict them.
     ///
     /// # Errors
-    /// [`MapError::CannotBeEvicted`], unless every page is `Here` and within reach, and nobody puts
-    /// it into a store.
+    /// Returns [`MapError::CannotBeEvicted`] unless every page is `Here`, is within the guest's
+    /// reach, and is not being put into a store.
     pub fn evicting(&mut self, pages: PageRange) -> Result<(), MapError> {
         let wrong = [first_not_in(pages, &self.here), self.evicting.first_in(pages), self.puts.pages().first_in(pages)];
         if let Some(page) = wrong.into_iter().flatten().min() {
@@ -48,9 +48,10 @@ impl PageMap {
         Ok(())
     }
 
-    /// The owner has mapped `pages` again, for example because somebody has touched them. The guest
-    /// may write them from now on: no copy of those that were out of reach is current any more, and a
-    /// put of them that is under way does not count. Pages that were within reach are as they were.
+    /// Records that the owner has mapped `pages` again, for example because a thread has touched
+    /// them. The guest may write them from now on. So for pages that were out of reach, no copy is
+    /// current any more, and a put that is under way does not count. The state of pages that were
+    /// within reach does not change.
     pub fn mapped_again(&mut self, pages: PageRange) {
         let runs: Vec<_> = self.evicting.ranges_in(pages).collect();
         for run in runs {
@@ -61,10 +62,11 @@ impl PageMap {
         }
     }
 
-    /// The owner has dropped `pages` from RAM: they are only in the stores that have their copies.
+    /// Records that the owner has dropped `pages` from RAM. They are only in the stores that have
+    /// their copies.
     ///
     /// # Errors
-    /// [`MapError::NoCopy`], unless every page is `Here` and has a copy, and nobody puts it.
+    /// Returns [`MapError::NoCopy`] unless every page is `Here`, has a copy, and is not being put.
     pub fn evicted(&mut self, pages: PageRange) -> Result<(), MapError> {
         let wrong = [first_not_in(pages, &self.here), first_not_in(pages, self.copies.pages())];
         let wrong = wrong.into_iter().chain([self.puts.pages().first_in(pages)]).flatten().min();
@@ -81,11 +83,12 @@ impl PageMap {
         Ok(())
     }
 
-    /// The owner has dropped `pages` from RAM, which were out of the guest's reach and held only
-    /// zeros: they are `Zero`.
+    /// Records that the owner has dropped `pages` from RAM, which were out of the guest's reach and
+    /// held only zeros. They are `Zero`.
     ///
     /// # Errors
-    /// [`MapError::CannotBeEvicted`], unless every page is out of reach and nobody puts it.
+    /// Returns [`MapError::CannotBeEvicted`] unless every page is out of the guest's reach and is
+    /// not being put.
     pub fn evicted_zeros(&mut self, pages: PageRange) -> Result<(), MapError> {
         let wrong = [first_not_in(pages, &self.evicting), self.puts.pages().first_in(pages)];
         if let Some(page) = wrong.into_iter().flatten().min() {

@@ -1,36 +1,41 @@
-//! Where the newest content of each page is: the one record of that on either side of a migration.
+//! The location of the newest content of each page. Each side of a migration has one such map, and
+//! no other record of it.
 //!
-//! A page is [`Here`](Location::Here), in the RAM of whoever owns the VM; it is
+//! A page is [`Here`](Location::Here), in the RAM of the VM's owner; or it is
 //! [`Zero`](Location::Zero); or it is *missing*: its newest content is at its
 //! [`Source`](Location::Source) or in a [`Store`](Location::Store). A missing page is *claimed* by
-//! the thread that is about to send or to install it. It then arrives, which makes it `Here`, or is
-//! given back.
+//! the thread that is about to send or to install it. It then either arrives, which makes it
+//! `Here`, or is unclaimed again.
 //!
-//! A source also has to know which pages the destination lacks in their last state: those are
-//! *unsent*. Pages in stores have two more facts: whether the source *holds* the content in its
-//! RAM, too, and whether the destination was told where the page is: see below.
+//! A source also has to know which pages the destination does not have in their last state: those
+//! are *unsent*. Two more facts are recorded of pages in stores: whether the source *holds* the
+//! content in its RAM as well, and whether the location of the page was announced to the
+//! destination.
 //!
-//! Every change has a name, and one that the state of a page does not allow is an error that
+//! Every change is a named method. A change that the state of a page does not allow is an error and
 //! changes nothing.
 //!
 //! # Pages in stores
-//! A copy of a page is named by the number of an entry of the session's store table and by the
-//! generation of the put. A copy is current: a write of the page takes it away. Two kinds of pages
-//! have a copy: missing pages whose location is a store, and pages that are `Here` and whose
-//! content is in a store as well. The hand-over makes the second kind missing, and *held*.
+//! A copy of a page is identified by the number of an entry of the session's store table and by the
+//! generation of the put. All copies in the map are current: a write of the page removes its copy.
+//! Two kinds of pages have a copy: missing pages whose location is a store, and pages that are
+//! `Here` and whose content is in a store as well. The hand-over makes the second kind missing, and
+//! *held*.
 //!
-//! | change | who makes it | effect |
+//! | change | made by | effect |
 //! |---|---|---|
-//! | [`put_started`](PageMap::put_started) | who puts pages | nobody else puts or sends them |
-//! | [`put_done`](PageMap::put_done), [`put_failed`](PageMap::put_failed) | who puts pages | they have the copy, or can be claimed again |
-//! | [`announced`](PageMap::announced) | source | the destination was told their locations |
-//! | [`located`](PageMap::located) | destination | they are in a store |
-//! | [`claim_stored`](PageMap::claim_stored) | destination | as `claim`, for one copy in a store |
-//! | [`evicting`](PageMap::evicting), [`mapped_again`](PageMap::mapped_again) | owner | they are out of the guest's reach, or within it again |
-//! | [`evicted`](PageMap::evicted), [`returned`](PageMap::returned) | owner | RAM has them no more, or again |
-//! | [`put_found_zeros`](PageMap::put_found_zeros) | who puts pages | they are `Zero`, before a destination is known |
-//! | [`entry_lost`](PageMap::entry_lost) | either | the entry's copies are gone |
+//! | [`put_started`](PageMap::put_started) | the thread that puts pages | no other thread puts the pages, and no push order chooses them |
+//! | [`put_done`](PageMap::put_done), [`put_failed`](PageMap::put_failed) | the thread that puts pages | the pages have the copy, or can be claimed again |
+//! | [`announced`](PageMap::announced) | source | the locations were announced to the destination |
+//! | [`located`](PageMap::located) | destination | the pages are in a store |
+//! | [`claim_stored`](PageMap::claim_stored) | destination | claims pages, as `claim` does, for one copy in a store |
+//! | [`evicting`](PageMap::evicting), [`mapped_again`](PageMap::mapped_again) | owner | the pages are out of the guest's reach, or within it again |
+//! | [`evicted`](PageMap::evicted), [`returned`](PageMap::returned) | owner | the pages are not in RAM any more, or again |
+//! | [`put_found_zeros`](PageMap::put_found_zeros) | the thread that puts pages | the pages are `Zero`, before a destination is known |
+//! | [`entry_lost`](PageMap::entry_lost) | either side | the copies in the entry do not count any more |
 //! | [`entry_reopened`](PageMap::entry_reopened) | source | pages can be put into the entry again |
+//! | [`lacks`](PageMap::lacks) | source | the destination has asked for the pages once more |
+//! | [`released`](PageMap::released) | destination | no page is held any more |
 //! | [`lacks`](PageMap::lacks) | source | the destination has asked for them once more |
 //! | [`released`](PageMap::released) | destination | no page is held any more |
 
@@ -55,7 +60,7 @@ use super::{page::PageRange, page_set::PageSet};
 pub struct StoreCopy {
     /// The number of an entry of the store table: the stores and the namespace that have the copy.
     pub entry: u8,
-    /// The generation of the put that has stored it.
+    /// The generation of the put that stored the copy.
     pub generation: u32,
 }
 
@@ -63,74 +68,77 @@ pub struct StoreCopy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Location {
-    /// In the RAM of whoever owns the VM.
+    /// In the RAM of the VM's owner.
     Here,
     /// Nowhere: the page was never written, or holds only zeros.
     Zero,
-    /// The source of the migration delivers it, when it is asked for or before.
+    /// At the source of the migration, which sends it on demand or before.
     Source,
     /// In a store.
     Store(StoreCopy),
 }
 
-/// Which copy of a missing page somebody has in hand. A page may be installed only from a copy that
-/// is current (rule 2).
+/// The copy of a missing page that a thread is about to install. A page may be installed only from
+/// a copy that is current (rule 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageCopy {
-    /// What the source has sent. It is current for pages that are at their source or held there.
+    /// The content that the source has sent. It is current for pages that are at their source or
+    /// held there.
     Source,
-    /// What a store has handed out.
+    /// The content that a store has returned.
     Store(StoreCopy),
 }
 
-/// A change of a [`PageMap`] that the state of a page does not allow. The map is as it was.
+/// The error of a change of a [`PageMap`] that the state of a page does not allow. The map is
+/// unchanged.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MapError {
-    /// A round delivered a page that the hand-over has left behind, or would leave it behind again.
+    /// A round delivered a page that was missing at the hand-over, or that page was to be handed
+    /// over as missing a second time.
     #[error("page {0} is left behind")]
     LeftBehind(u64),
-    /// The page cannot be claimed: it is not missing, somebody has claimed it, or its content is
-    /// elsewhere than in the copy for which the claim is.
+    /// The page cannot be claimed: it is not missing, it is claimed already, or its newest content
+    /// is not the copy for which the claim is.
     #[error("page {0} is not missing, is claimed, or is elsewhere")]
     NotFree(u64),
-    /// A page arrived, or was given back, without a claim.
+    /// A page arrived, or was unclaimed, without a claim.
     #[error("page {0} is not claimed")]
     NotClaimed(u64),
     /// The destination has acknowledged a page that was not sent.
     #[error("page {0} is acknowledged, and was not sent")]
     NotSent(u64),
-    /// The destination lacks a page that the hand-over did not leave behind, or that the source
-    /// does not hold.
+    /// The destination reports a page as missing that was not missing at the hand-over, or that the
+    /// source does not hold.
     #[error("page {0} is said to be missing, and was not left behind")]
     NotLeftBehind(u64),
-    /// The destination does not lack a page that was never sent.
+    /// The destination does not report a page as missing that was never sent.
     #[error("page {0} is not said to be missing, and was not sent")]
     NeverSent(u64),
-    /// The page cannot be put into a store: it holds zeros, is only in a store, or somebody sends
-    /// or puts it already.
+    /// The page cannot be put into a store: it holds zeros, is only in a store, or is already being
+    /// sent or put.
     #[error("page {0} cannot be put into a store now")]
     CannotBePut(u64),
-    /// RAM cannot do without the page: no store has a copy of it, or it is being put into one.
+    /// The page cannot be dropped from RAM: no store has a copy of it, or it is being put into one.
     #[error("page {0} has no copy in a store")]
     NoCopy(u64),
-    /// The entry has lost pages. Nothing is put into it any more.
+    /// The entry has lost pages. No more pages are put into it.
     #[error("entry {0} of the store table has lost pages")]
     EntryLost(u8),
     /// The VM still needs its source for this page.
     #[error("page {0} is only at the source")]
     AtSource(u64),
-    /// The page is out of the guest's reach, because it is about to be evicted. It is mapped again
-    /// first (rule 22).
+    /// The page is out of the guest's reach, because it is about to be evicted. It has to be mapped
+    /// again first (rule 22).
     #[error("page {0} is about to be evicted")]
     Evicting(u64),
     /// The page cannot be taken out of the guest's reach: it is not in RAM, it is out of reach
-    /// already, or somebody puts it into a store.
+    /// already, or it is being put into a store.
     #[error("page {0} cannot be evicted now")]
     CannotBeEvicted(u64),
 }
 
-/// Where each page of a VM is, as one side of a migration knows it.
+/// The location of each page of a VM, as one side of a migration knows it.
 ///
 /// ```
 /// use migration_core::{PageRange, PageSet, page_map::{Location, PageMap}};
@@ -149,40 +157,43 @@ pub struct PageMap {
     here: PageSet,
     /// Pages whose location is `Source` or `Store`. None of them is in `here`.
     missing: PageSet,
-    /// Of those, the ones whose location is `Store`.
+    /// The missing pages whose location is `Store`.
     in_store: PageSet,
-    /// Pages at their source that nobody has claimed, or puts into a store.
+    /// The pages at their source that are neither claimed nor being put into a store.
     unclaimed: PageSet,
-    /// Pages in a store that nobody has claimed.
+    /// The pages in a store that are not claimed.
     unfetched: PageSet,
-    /// Pages that were missing at the hand-over, whether or not they have arrived.
+    /// The pages that were missing at the hand-over, whether or not they have arrived.
     missing_at_hand_over: PageSet,
-    /// Of those that were at their source, the ones that were neither claimed nor announced to be
-    /// in a store.
+    /// The pages that were at their source at the hand-over, and that since then were neither
+    /// claimed nor announced to be in a store.
     never_claimed: PageSet,
     unsent: PageSet,
-    /// The current copies: of all pages in `in_store`, and of pages that are `Here` as well.
+    /// The current copies: of all pages in `in_store`, and of those pages that are `Here` as well
+    /// as in a store.
     copies: Copies,
-    /// Puts that are under way.
+    /// The puts that are under way.
     puts: Copies,
-    /// Pages that are `Here`, and out of the guest's reach.
+    /// The pages that are `Here` but out of the guest's reach.
     evicting: PageSet,
-    /// Missing pages in a store that the source has in RAM, too.
+    /// The missing pages in a store that the source has in RAM as well.
     held: PageSet,
-    /// Pages with a copy whose location, or whether they are held, the destination was not told.
+    /// The pages with a copy whose location, or whether they are held, is not announced to the
+    /// destination.
     unannounced: PageSet,
-    /// Pages with a copy that the destination has in RAM: they were sent all the same.
+    /// The pages with a copy that the destination has in RAM, because they were sent although a
+    /// store has them.
     delivered: PageSet,
-    /// Pages that the destination looks for in a store, as it was told last. The copy need not be
-    /// current any more.
+    /// The pages that the destination looks for in a store, according to the last announcement. The
+    /// copy may not be current any more.
     looked_up: PageSet,
-    /// Entries that have lost pages.
+    /// The entries that have lost pages.
     lost: BTreeSet<u8>,
     handed_over: bool,
 }
 
 impl PageMap {
-    /// Returns the map of a VM with so many pages, all of them `Zero`.
+    /// Returns the map of a VM with `pages` pages, all of them `Zero`.
     pub fn new(pages: u64) -> Self {
         let none = PageSet::empty(pages);
         Self {
@@ -206,12 +217,12 @@ impl PageMap {
         }
     }
 
-    /// Returns how many pages the VM has.
+    /// Returns the number of pages of the VM.
     pub fn pages(&self) -> u64 {
         self.here.capacity()
     }
 
-    /// Returns where the newest content of `page` is.
+    /// Returns the location of the newest content of `page`.
     pub fn location(&self, page: u64) -> Location {
         if self.missing.contains(page) {
             self.copies.get(page).map_or(Location::Source, Location::Store)
@@ -222,39 +233,40 @@ impl PageMap {
         }
     }
 
-    /// Returns the pages whose location is `Source` or `Store`, claimed ones among them.
+    /// Returns the pages whose location is `Source` or `Store`, including claimed pages.
     pub fn missing(&self) -> &PageSet {
         &self.missing
     }
 
-    /// Returns the pages whose location is `Source` and that nobody has claimed: what a push order
-    /// chooses from.
+    /// Returns the pages whose location is `Source` and that are neither claimed nor being put: the
+    /// pages from which a push order chooses.
     pub fn unclaimed(&self) -> &PageSet {
         &self.unclaimed
     }
 
-    /// Returns all pages that were missing at the hand-over, those that have arrived among them.
+    /// Returns all pages that were missing at the hand-over, including those that have arrived.
     pub fn missing_at_hand_over(&self) -> &PageSet {
         &self.missing_at_hand_over
     }
 
-    // ---- at the source, before the hand-over
-    // -----------------------------------------------------
+    // ---- at the source, before the hand-over ----
 
-    /// Returns the pages that the destination lacks in their last state, and for which it was not
-    /// told a store.
+    /// Returns the pages that the destination does not have in their last state, and for which no
+    /// store was announced to it.
     pub fn unsent(&self) -> &PageSet {
         &self.unsent
     }
 
-    /// The guest has written `pages`, or may have: they are `Here`, and unsent. No copy of them is
-    /// current any more, and a put of them that is under way does not count.
+    /// Records that the guest has written `pages`, or may have. They are `Here` and unsent. No copy
+    /// of them is current any more, and a put of them that is under way does not count.
     ///
-    /// A page that is only in a store stays there: trackers report pages that were not written
-    /// (rule 4). One that the guest does write has [returned](Self::returned) before.
+    /// A page that is only in a store stays there, because trackers also report pages that were not
+    /// written (rule 4). Before the guest writes such a page, the page has
+    /// [returned](Self::returned).
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`]: the guest does not run here any more.
+    /// Returns [`MapError::LeftBehind`] if a page was missing at the hand-over: the guest does not
+    /// run here any more.
     pub fn dirtied(&mut self, pages: &PageSet) -> Result<(), MapError> {
         none_in(pages, &self.missing_at_hand_over)?;
         if self.missing.is_empty() {
@@ -273,11 +285,11 @@ impl PageMap {
         self.unsent.union_with(pages);
     }
 
-    /// `pages` are free for this round: nobody needs what they hold, so they are not sent. One that
-    /// the guest takes back is [dirtied](Self::dirtied) again.
+    /// Records that `pages` are free in this round: the guest does not need their content, so they
+    /// are not sent. A page that the guest uses again is [dirtied](Self::dirtied) again.
     ///
     /// A page that the destination looks for in a store, and that has no copy there any more, is
-    /// sent all the same: otherwise the destination would depend on the store for it (rule 5).
+    /// sent all the same. Otherwise the destination would depend on the store for it (rule 5).
     pub fn free_for_now(&mut self, pages: &PageSet) {
         let mut stale = self.looked_up.clone();
         stale.subtract(self.copies.pages());
@@ -290,15 +302,15 @@ impl PageMap {
         self.unsent.subtract(&free);
     }
 
-    /// `pages` are about to be sent. Until they are acknowledged they count as unsent.
+    /// Records that `pages` are about to be sent. They count as unsent until they are acknowledged.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`].
+    /// Returns [`MapError::LeftBehind`] if a page was missing at the hand-over.
     pub fn sending(&mut self, pages: &PageSet) -> Result<(), MapError> {
         none_in(pages, &self.missing_at_hand_over)?;
         self.unsent.union_with(pages);
         if !self.copies.pages().is_empty() {
-            // whatever becomes of it, the destination has to be told once more
+            // whether or not the page arrives, its location has to be announced once more
             let with_copy = self.with_copy(pages);
             self.delivered.subtract(&with_copy);
             self.unannounced.union_with(&with_copy);
@@ -306,10 +318,10 @@ impl PageMap {
         Ok(())
     }
 
-    /// The destination has `pages` as they were sent.
+    /// Records that the destination has `pages` in the state in which they were sent.
     ///
     /// # Errors
-    /// [`MapError::NotSent`].
+    /// Returns [`MapError::NotSent`] if a page does not count as unsent.
     pub fn acknowledged(&mut self, pages: &PageSet) -> Result<(), MapError> {
         all_in(pages, &self.unsent).map_err(MapError::NotSent)?;
         self.unsent.subtract(pages);
@@ -322,13 +334,13 @@ impl PageMap {
         Ok(())
     }
 
-    // ---- at the destination, before the hand-over
-    // ------------------------------------------------
+    // ---- at the destination, before the hand-over ----
 
-    /// A round has brought data for `pages`: they are `Here`.
+    /// Records that a round has brought data for `pages`. They are `Here`.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`] and [`MapError::Evicting`].
+    /// Returns [`MapError::LeftBehind`] if a page was missing at the hand-over, and
+    /// [`MapError::Evicting`] if a page is out of the guest's reach.
     pub fn received(&mut self, pages: PageRange) -> Result<(), MapError> {
         self.none_left_behind(pages)?;
         self.none_evicting(pages)?;
@@ -337,11 +349,12 @@ impl PageMap {
         Ok(())
     }
 
-    /// A round has said that `pages` hold zeros: they are `Zero`. Returns those that were `Here`,
-    /// which hold something else.
+    /// Records that a round has reported `pages` as zeros. They are `Zero`. Returns the pages that
+    /// were `Here`: their memory holds something else and has to be cleared.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`] and [`MapError::Evicting`].
+    /// Returns [`MapError::LeftBehind`] if a page was missing at the hand-over, and
+    /// [`MapError::Evicting`] if a page is out of the guest's reach.
     pub fn zeroed(&mut self, pages: PageRange) -> Result<Vec<PageRange>, MapError> {
         self.none_left_behind(pages)?;
         self.none_evicting(pages)?;
@@ -351,19 +364,19 @@ impl PageMap {
         Ok(were_here)
     }
 
-    // ---- the hand-over
-    // ---------------------------------------------------------------------------
+    // ---- the hand-over ----
 
-    /// The VM is handed over without `pages`: they are at their `Source`. Can be said piece by
-    /// piece, as long as no page was claimed.
+    /// Records that the VM is handed over without `pages`, which are at their `Source`. Can be
+    /// called several times, each time with a part of the pages, as long as none of these pages was
+    /// claimed.
     ///
     /// All other pages that have a copy in a store are missing as well, unless the destination has
-    /// them in RAM: those that were `Here` are held. A source that does not want to send them
-    /// leaves them out of `pages`.
+    /// them in RAM. Those that were `Here` are held. A source that is not to send them leaves them
+    /// out of `pages`.
     ///
     /// # Errors
-    /// [`MapError::LeftBehind`], for a page that was claimed, and [`MapError::Evicting`], for any page
-    /// of the VM that is out of the guest's reach.
+    /// Returns [`MapError::LeftBehind`] if a page of `pages` was claimed, and
+    /// [`MapError::Evicting`] if any page of the VM is out of the guest's reach.
     pub fn leave_behind(&mut self, pages: &PageSet) -> Result<(), MapError> {
         self.evicting.first_from(0).map_or(Ok(()), |page| Err(MapError::Evicting(page)))?;
         let mut claimed = self.missing_at_hand_over.clone();
@@ -385,8 +398,10 @@ impl PageMap {
         Ok(())
     }
 
-    /// The hand-over has failed, and the guest runs on at the source: all that was left behind and
-    /// held is `Here` again. What has no copy in a store is unsent, all else unannounced.
+    /// Records that the hand-over has failed, and that the guest continues at the source. All pages
+    /// that were missing at the hand-over are `Here` again, except those that are only in a store.
+    /// Those without a copy in a store are unsent; all others are unannounced, unless the
+    /// destination has them.
     pub fn taken_back(&mut self) {
         let mut only_in_store = self.missing_at_hand_over.clone();
         only_in_store.intersect_with(&self.in_store);
@@ -411,14 +426,13 @@ impl PageMap {
         self.handed_over = false;
     }
 
-    // ---- after the hand-over
-    // ---------------------------------------------------------------------
+    // ---- after the hand-over ----
 
-    /// Somebody is about to send or install `pages` from what the source has, and nobody else does.
-    /// They are at their source, or held there.
+    /// Claims `pages` for the calling thread, which is about to send or to install the content that
+    /// the source has. The pages are at their source, or held there.
     ///
     /// # Errors
-    /// [`MapError::NotFree`].
+    /// Returns [`MapError::NotFree`] if a page cannot be claimed.
     pub fn claim(&mut self, pages: PageRange) -> Result<(), MapError> {
         let free = match self.in_store.first_in(pages) {
             None => first_not_in(pages, &self.unclaimed),
@@ -433,12 +447,13 @@ impl PageMap {
         Ok(())
     }
 
-    /// Claims what the source may send of the aligned block of so many pages around `page`, if
-    /// `page` can be sent. Returns the runs of pages that were claimed.
+    /// Claims the pages of a block that the source may send, if `page` is one of them. The block is
+    /// the `block` pages that contain `page`, aligned to `block` pages. Returns the runs of pages
+    /// that were claimed.
     ///
-    /// The source answers for every page that it holds: also for one that is being put into a
-    /// store, or that is in one (rule 1). Such a page counts as sent from then on. A page that is
-    /// only in a store is [announced](Self::unannounced) once more.
+    /// The source answers for every page that it holds, even if the page is being put into a store
+    /// or is in one (rule 1). Such a page counts as sent from then on. If `page` is only in a
+    /// store, it is [announced](Self::unannounced) once more.
     pub fn claim_block(&mut self, page: u64, block: u64) -> Vec<PageRange> {
         let around = PageRange::new(page - page % block.max(1), block.max(1));
         let in_stores = self.in_store.first_in(around).is_some() || self.puts.pages().first_in(around).is_some();
@@ -472,10 +487,10 @@ impl PageMap {
         runs
     }
 
-    /// Claimed `pages` were not sent or not installed after all: anybody may claim them.
+    /// Ends the claim of `pages`, which were not sent or not installed. They can be claimed again.
     ///
     /// # Errors
-    /// [`MapError::NotClaimed`].
+    /// Returns [`MapError::NotClaimed`] if a page is not claimed.
     pub fn unclaim(&mut self, pages: PageRange) -> Result<(), MapError> {
         self.all_claimed(pages)?;
         self.unclaimed.insert_range(pages);
@@ -487,11 +502,11 @@ impl PageMap {
         Ok(())
     }
 
-    /// Claimed `pages` have been installed: they are `Here`, and the source does not hold them any
-    /// more.
+    /// Records that the claimed `pages` have been installed. They are `Here`, and the source does
+    /// not hold them any more.
     ///
     /// # Errors
-    /// [`MapError::NotClaimed`].
+    /// Returns [`MapError::NotClaimed`] if a page is not claimed.
     pub fn arrived(&mut self, pages: PageRange) -> Result<(), MapError> {
         self.all_claimed(pages)?;
         self.forget_copies(pages);
@@ -500,13 +515,15 @@ impl PageMap {
         Ok(())
     }
 
-    /// The destination lacks exactly `lacking`, and what was on its way is lost. The source has to
-    /// send these again, or to say once more in which store they are. Every other page that was
-    /// left behind has arrived, or the destination knows its store. (What is lost may still arrive
-    /// after the destination has made its list.)
+    /// Records that the destination's missing pages are exactly `lacking`, and that the data on its
+    /// way was lost. The source has to send these pages again, or to announce their store once
+    /// more. Every other page that was missing at the hand-over has arrived, or the destination
+    /// knows its store. (Data that counts as lost may still arrive after the destination has made
+    /// its list.)
     ///
     /// # Errors
-    /// [`MapError::NotLeftBehind`] and [`MapError::NeverSent`].
+    /// Returns [`MapError::NotLeftBehind`] if the source cannot send or locate a page of `lacking`,
+    /// and [`MapError::NeverSent`] if a page that was never sent is not in `lacking`.
     pub fn lacking(&mut self, lacking: &PageSet) -> Result<(), MapError> {
         self.may_lack(lacking)?;
         all_in(&self.never_claimed, lacking).map_err(MapError::NeverSent)?;
@@ -523,8 +540,8 @@ impl PageMap {
         Ok(())
     }
 
-    /// Returns how many of the pages that were left behind at their source were never claimed, nor
-    /// announced to be in a store. The destination cannot have them.
+    /// Returns the number of pages that were at their source at the hand-over, and that since then
+    /// were neither claimed nor announced to be in a store. The destination cannot have them.
     pub fn never_claimed(&self) -> u64 {
         self.never_claimed.len()
     }
@@ -558,7 +575,7 @@ fn none_in(pages: &PageSet, missing_at_hand_over: &PageSet) -> Result<(), MapErr
     both.first_from(0).map_or(Ok(()), |page| Err(MapError::LeftBehind(page)))
 }
 
-/// Returns the first of `pages` that is not in `set` as an error.
+/// Checks that all of `pages` are in `set`. Returns the first page that is not as the error.
 fn all_in(pages: &PageSet, set: &PageSet) -> Result<(), u64> {
     let mut others = pages.clone();
     others.subtract(set);

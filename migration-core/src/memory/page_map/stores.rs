@@ -1,38 +1,38 @@
-//! What happens to pages that are in stores, or on their way into one.
+//! The changes of pages that are in stores, or that are being put into one.
 
 use super::{Copies, MapError, PageCopy, PageMap, StoreCopy, all_in, first_not_in};
 use crate::memory::{page::PageRange, page_set::PageSet};
 
-/// Pages that are next to each other and have the same copy in a store.
+/// A run of consecutive pages that have the same copy in a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LocatedRun {
     /// The pages.
     pub pages: PageRange,
-    /// Their copy.
+    /// The copy of the pages.
     pub copy: StoreCopy,
-    /// Whether the source has their content in RAM, too.
+    /// Whether the source has the content in RAM as well.
     pub held: bool,
 }
 
-/// What it means that an entry of the store table has lost pages.
+/// The consequences of the loss of pages in an entry of the store table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntryLoss {
-    /// Pages whose location was the entry, and that are now at their source: it held them.
+    /// The pages that were in the entry and were held: they are now at their source.
     pub at_source: PageSet,
-    /// Pages that are in no RAM, and so can come from the entry only.
+    /// The pages that are in no RAM, and so can come only from the entry.
     pub only_there: PageSet,
 }
 
 /// Queries.
 impl PageMap {
-    /// Returns the copy of `page` that is current, if a store has one. The page may be in RAM as
+    /// Returns the current copy of `page`, or `None` if no store has one. The page may be in RAM as
     /// well.
     pub fn copy(&self, page: u64) -> Option<StoreCopy> {
         self.copies.get(page)
     }
 
-    /// Returns all pages that have a current copy in a store, those that are in RAM as well among
-    /// them.
+    /// Returns all pages that have a current copy in a store, including those that are in RAM as
+    /// well.
     pub fn with_copies(&self) -> &PageSet {
         self.copies.pages()
     }
@@ -42,12 +42,12 @@ impl PageMap {
         &self.in_store
     }
 
-    /// Returns the pages whose location is a store and that nobody has claimed.
+    /// Returns the pages whose location is a store and that are not claimed.
     pub fn unfetched(&self) -> &PageSet {
         &self.unfetched
     }
 
-    /// Returns how many pages have the location `Source`.
+    /// Returns the number of pages whose location is `Source`.
     pub fn at_source(&self) -> u64 {
         self.missing.len() - self.in_store.len()
     }
@@ -64,22 +64,24 @@ impl PageMap {
         self.missing.contains(page) && (!self.in_store.contains(page) || self.held.contains(page))
     }
 
-    /// Returns the pages that somebody is putting into a store.
+    /// Returns the pages that are being put into a store.
     pub fn being_put(&self) -> &PageSet {
         self.puts.pages()
     }
 
-    /// Returns how many pages have a current copy in an entry.
+    /// Returns the number of pages that have a current copy in `entry`.
     pub fn copies_in(&self, entry: u8) -> u64 {
         self.copies.entries().find(|(other, _)| *other == entry).map_or(0, |(_, pages)| pages.len())
     }
 
-    /// Returns the numbers of the entries that have a current copy of some page, ascending.
+    /// Returns the numbers of the entries that have a current copy of some page, in ascending
+    /// order.
     pub fn entries(&self) -> Vec<u8> {
         self.copies.entries().map(|(entry, _)| entry).collect()
     }
 
-    /// Returns for each entry of the store table how many missing pages are in its stores.
+    /// Returns each entry of the store table that has missing pages, with the number of those
+    /// pages.
     pub fn stored_pages(&self) -> Vec<(u8, u64)> {
         let missing = |pages: &PageSet| {
             let mut missing = pages.clone();
@@ -89,7 +91,7 @@ impl PageMap {
         self.copies.entries().map(|(entry, pages)| (entry, missing(pages))).filter(|(_, pages)| *pages > 0).collect()
     }
 
-    /// Returns the entries on which a held page depends: they have to be intact before the source
+    /// Returns the entries on which a held page depends. They have to be intact before the source
     /// may free its RAM (rule 17).
     pub fn depends_on(&self) -> Vec<u8> {
         let depends = |pages: &PageSet| {
@@ -100,19 +102,19 @@ impl PageMap {
         self.copies.entries().filter(|(_, pages)| depends(pages)).map(|(entry, _)| entry).collect()
     }
 
-    /// Returns the numbers of the entries that have lost pages, ascending.
+    /// Returns the numbers of the entries that have lost pages, in ascending order.
     pub fn lost_entries(&self) -> Vec<u8> {
         self.lost.iter().copied().collect()
     }
 
-    /// Returns the pages that are in a store and whose location, or whether they are held, the
-    /// destination was not told in its last state (rule 16).
+    /// Returns the pages that have a copy in a store and whose present location, or whether they
+    /// are held, is not announced to the destination (rule 16).
     pub fn unannounced(&self) -> &PageSet {
         &self.unannounced
     }
 
-    /// Returns in which stores `pages` are: those of one entry, ascending, then those of the next.
-    /// Pages without a copy are left out.
+    /// Returns the locations of `pages` in stores as runs: the runs of one entry in ascending
+    /// order, then the runs of the next entry. Pages without a copy are left out.
     pub fn located_runs(&self, pages: &PageSet) -> Vec<LocatedRun> {
         let mut runs = Vec::new();
         for (_, of_entry) in self.copies.entries() {
@@ -139,8 +141,9 @@ impl PageMap {
         }
     }
 
-    /// Returns the runs of `within`, at most so many, that [`claim`](Self::claim) or
-    /// [`claim_stored`](Self::claim_stored) would take for this copy. Ascending.
+    /// Returns the runs of `within` that [`claim`](Self::claim) or
+    /// [`claim_stored`](Self::claim_stored) would accept for `copy`, at most `most` of them, in
+    /// ascending order.
     pub fn free_runs(&self, within: PageRange, copy: PageCopy, most: usize) -> Vec<PageRange> {
         match copy {
             PageCopy::Source if self.in_store.first_in(within).is_none() => {
@@ -154,8 +157,8 @@ impl PageMap {
         }
     }
 
-    /// Returns the pages of `within` that are in a store and that nobody has claimed, the first so
-    /// many, with their copies.
+    /// Returns the first `most` pages of `within` that are in a store and not claimed, with their
+    /// copies.
     pub fn unfetched_runs(&self, within: PageRange, most: u64) -> Vec<(PageRange, StoreCopy)> {
         let mut left = most;
         let mut runs = Vec::new();
@@ -170,14 +173,14 @@ impl PageMap {
         runs
     }
 
-    /// Returns the first page from `from` on that is in this entry and that nobody has claimed.
+    /// Returns the first page at or after `from` that is in `entry` and not claimed.
     pub fn first_unfetched(&self, entry: u8, from: u64) -> Option<u64> {
         let rest = PageRange::new(from, self.pages().saturating_sub(from));
         self.copies.ranges_of(entry, rest).find_map(|run| self.unfetched.first_in(run))
     }
 
-    /// Returns the pages of `within` that are in this entry and that nobody has claimed, the first
-    /// so many, with their copies. Ascending.
+    /// Returns the first `most` pages of `within` that are in `entry` and not claimed, with their
+    /// copies, in ascending order.
     pub fn unfetched_in(&self, entry: u8, within: PageRange, most: u64) -> Vec<(PageRange, StoreCopy)> {
         let mut left = most;
         let mut runs = Vec::new();
@@ -192,14 +195,14 @@ impl PageMap {
         runs
     }
 
-    /// Returns the missing pages of this entry that the source has in RAM, too.
+    /// Returns the missing pages in `entry` that the source has in RAM as well.
     pub fn held_in(&self, entry: u8) -> PageSet {
         let mut pages = self.copies.of_entry(entry);
         pages.intersect_with(&self.held);
         pages
     }
 
-    /// Returns whether somebody has claimed a missing page of `within`.
+    /// Returns whether a missing page of `within` is claimed.
     pub fn is_claimed_in(&self, within: PageRange) -> bool {
         let free = |run| {
             let sets = [&self.unclaimed, &self.unfetched, self.puts.pages()];
@@ -208,8 +211,8 @@ impl PageMap {
         self.missing.ranges_in(within).any(|run| free(run) < run.count)
     }
 
-    /// Returns the missing pages of `within` that nobody has claimed and of which the source has
-    /// the newest content.
+    /// Returns the missing pages of `within` that are not claimed and of which the source has the
+    /// newest content.
     pub(super) fn free_from_source(&self, within: PageRange) -> PageSet {
         let mut free = PageSet::empty(self.pages());
         let held = self.unfetched.ranges_in(within).flat_map(|run| self.held.ranges_in(run));
@@ -217,8 +220,8 @@ impl PageMap {
         free
     }
 
-    /// Returns the pages of `around` that the source can send although they may be in a store, or
-    /// on their way into one.
+    /// Returns the pages of `around` that the source can send, including those that are in a store
+    /// or are being put into one.
     pub(super) fn answerable(&self, around: PageRange) -> PageSet {
         let mut free = self.free_from_source(around);
         for run in self.puts.pages().ranges_in(around) {
@@ -233,7 +236,8 @@ impl PageMap {
         both
     }
 
-    /// Returns the runs of `range` that are at their source and that nobody puts into a store.
+    /// Returns the runs of `range` that are at their source and that are not being put into a
+    /// store.
     fn source_runs(&self, range: PageRange) -> Vec<PageRange> {
         let mut runs = Vec::new();
         for run in self.missing.ranges_in(range) {
@@ -253,14 +257,16 @@ impl PageMap {
     }
 }
 
-/// Puts, and what the destination is told of them.
+/// Puts, and their announcement to the destination.
 impl PageMap {
-    /// Somebody is about to put `pages` into a store, as `copy`. Until the put has ended nobody
-    /// else puts them, and no push order chooses them; a demand is answered all the same (rule 1).
+    /// Records that a thread is about to put `pages` into a store, as `copy`. Until the put has
+    /// ended, no other thread puts them, and no push order chooses them. A demand for them is
+    /// answered all the same (rule 1).
     ///
     /// # Errors
-    /// [`MapError::CannotBePut`], unless every page is `Here`, or at its source and unclaimed; and
-    /// [`MapError::EntryLost`].
+    /// Returns [`MapError::CannotBePut`] unless every page is `Here`, or at its source and
+    /// unclaimed, and is not being put already. Returns [`MapError::EntryLost`] if the entry has
+    /// lost pages.
     pub fn put_started(&mut self, pages: PageRange, copy: StoreCopy) -> Result<(), MapError> {
         if self.lost.contains(&copy.entry) {
             return Err(MapError::EntryLost(copy.entry));
@@ -280,9 +286,10 @@ impl PageMap {
         Ok(())
     }
 
-    /// All stores of the entry have acknowledged `copy` of `pages`. It counts for the pages that
-    /// are still claimed for this put (rule 10): those were neither written nor demanded meanwhile.
-    /// Returns them; they are in the store, held, and not announced yet.
+    /// Records that all stores of the entry have acknowledged `copy` of `pages`. This counts for
+    /// the pages that are still claimed for this put (rule 10): those that were neither written nor
+    /// demanded since it started. Returns these pages. They are in the store, held, and not
+    /// announced yet.
     pub fn put_done(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         if self.lost.contains(&copy.entry) {
             return Vec::new();
@@ -304,8 +311,8 @@ impl PageMap {
         runs
     }
 
-    /// A put of `copy` has failed, or its outcome is unknown. Returns the pages that were still
-    /// claimed for it: they can be claimed again (rule 1).
+    /// Records that a put of `copy` has failed, or that its outcome is unknown. Returns the pages
+    /// that were still claimed for it. They can be claimed again (rule 1).
     pub fn put_failed(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         let runs = Self::of_put(&self.puts, pages, copy);
         for &run in &runs {
@@ -316,10 +323,11 @@ impl PageMap {
         runs
     }
 
-    /// Whoever was to put `copy` of `pages` has found that they hold zeros, which go to no store
-    /// (rule 3). Returns the pages that are still claimed for this put, and in the guest's reach:
-    /// they are `Zero`, and not unsent. Allowed only as long as no destination was sent or told anything of them:
-    /// one that begins with empty RAM then has them as they are.
+    /// Records that `pages` were to be put as `copy`, and were found to hold zeros, which are not
+    /// put into a store (rule 3). Returns the pages that are still claimed for this put and are
+    /// within the guest's reach: they are `Zero`, and not unsent. Allowed only while no page was
+    /// sent and no location announced to any destination: a destination that begins with empty RAM
+    /// then has these pages as they are.
     pub fn put_found_zeros(&mut self, pages: PageRange, copy: StoreCopy) -> Vec<PageRange> {
         let mut zeros = PageSet::empty(self.pages());
         Self::of_put(&self.puts, pages, copy).into_iter().for_each(|run| zeros.insert_range(run));
@@ -338,7 +346,7 @@ impl PageMap {
         puts.runs_in(pages).filter(|&(_, other)| other == copy).map(|(run, _)| run).collect()
     }
 
-    /// The destination was told where `pages` are.
+    /// Records that the locations of `pages` were announced to the destination.
     pub fn announced(&mut self, pages: &PageSet) {
         self.unannounced.subtract(pages);
         let known = self.with_copy(pages);
@@ -346,8 +354,9 @@ impl PageMap {
         self.looked_up.union_with(&known);
     }
 
-    /// A new attempt begins, or what was sent before *run* may be lost: the destination was told
-    /// nothing, and has no page (rule 18). What is `Here` and has no copy in a store is unsent.
+    /// Records that nothing is announced to the destination, and that it has no page: a new attempt
+    /// begins, or the data sent before *run* may be lost (rule 18). Pages that are `Here` and have
+    /// no copy in a store are unsent.
     pub fn nothing_announced(&mut self) {
         self.delivered.clear();
         self.looked_up.clear();
@@ -360,10 +369,11 @@ impl PageMap {
 
 /// Locations at the destination.
 impl PageMap {
-    /// The source says that `pages` are in a store. Before the hand-over that replaces whatever the
-    /// destination has of them. From the hand-over on it changes only pages that are at their
-    /// source (rule 2), and of an entry that has lost pages only those that are not held. Returns
-    /// the pages that it has changed: who waits for one of them is to ask the store.
+    /// Records the source's announcement that `pages` are in a store. Before the hand-over the
+    /// announcement replaces any state of these pages. From the hand-over on it changes only pages
+    /// that are at their source (rule 2); in an entry that has lost pages, only those of them that
+    /// are not held. Returns the pages that it has changed: a thread that waits for one of them has
+    /// to ask the store.
     pub fn located(&mut self, pages: PageRange, copy: StoreCopy, held: bool) -> Vec<PageRange> {
         let end = pages.end().min(self.pages());
         let pages = PageRange::new(pages.first, end.saturating_sub(pages.first));
@@ -394,10 +404,12 @@ impl PageMap {
         runs
     }
 
-    /// Somebody is about to install `pages` from this copy, which a store has handed out.
+    /// Claims `pages` for the calling thread, which is about to install them from `copy`, as a
+    /// store has returned it.
     ///
     /// # Errors
-    /// [`MapError::NotFree`], also if the newest content is elsewhere by now.
+    /// Returns [`MapError::NotFree`] if a page cannot be claimed, also if its newest content is
+    /// elsewhere by now.
     pub fn claim_stored(&mut self, pages: PageRange, copy: StoreCopy) -> Result<(), MapError> {
         let other = self.copies.runs_in(pages).filter(|&(_, other)| other != copy).map(|(run, _)| run.first);
         let wrong = other.chain(first_not_in(pages, &self.unfetched)).min();
@@ -408,11 +420,11 @@ impl PageMap {
         Ok(())
     }
 
-    /// The VM needs its source no more: no page is held. Whoever asks for a page from now on asks a
-    /// store (rule 17).
+    /// Records that the VM does not need its source any more: no page is held. From now on missing
+    /// pages are requested from stores (rule 17).
     ///
     /// # Errors
-    /// [`MapError::AtSource`].
+    /// Returns [`MapError::AtSource`] if a page is only at the source.
     pub fn released(&mut self) -> Result<(), MapError> {
         all_in(&self.missing, &self.in_store).map_err(MapError::AtSource)?;
         self.held.clear();
@@ -420,13 +432,14 @@ impl PageMap {
     }
 }
 
-/// Returns, and losses.
+/// Returns of pages to RAM, and losses of entries.
 impl PageMap {
-    /// Claimed `pages` were read back from their stores: they are `Here`, and their copies are
-    /// current until the guest writes them.
+    /// Records that the claimed `pages` were read back from their stores. They are `Here`, and
+    /// their copies are current until the guest writes the pages.
     ///
     /// # Errors
-    /// [`MapError::NotClaimed`] and [`MapError::NoCopy`].
+    /// Returns [`MapError::NotClaimed`] if a page is not claimed, and [`MapError::NoCopy`] if a
+    /// page is not in a store.
     pub fn returned(&mut self, pages: PageRange) -> Result<(), MapError> {
         self.all_claimed(pages)?;
         first_not_in(pages, &self.in_store).map_or(Ok(()), |page| Err(MapError::NoCopy(page)))?;
@@ -445,9 +458,10 @@ impl PageMap {
         }
     }
 
-    /// The entry has lost pages, or may have (rules 11 and 13). Its copies of pages that are in RAM
-    /// count no more: pages that the source holds are at their `Source` again, and pages that are
-    /// `Here` are unsent. Puts into it are given up, and none begins any more.
+    /// Records that the entry has lost pages, or may have lost some (rules 11 and 13). Its copies
+    /// of pages that are in RAM do not count any more. Pages that the source holds are at their
+    /// `Source` again, and pages that are `Here` are unsent. Puts into the entry are given up, and
+    /// no new put starts.
     pub fn entry_lost(&mut self, entry: u8) -> EntryLoss {
         self.lost.insert(entry);
         let puts = self.puts.of_entry(entry);
@@ -481,11 +495,12 @@ impl PageMap {
         EntryLoss { at_source, only_there }
     }
 
-    /// The entry has a new namespace, which is empty: pages can be put into it again. Its number may
-    /// get another meaning only while no destination knows it (rule 15).
+    /// Records that the entry has a new, empty namespace: pages can be put into it again. The
+    /// meaning of the entry's number may change only while no destination knows it (rule 15).
     ///
     /// # Errors
-    /// [`MapError::EntryLost`], if pages have no other copy than one that the entry had.
+    /// Returns [`MapError::EntryLost`] if a page still has its copy in the entry: the entry may
+    /// have the only copy of it.
     pub fn entry_reopened(&mut self, entry: u8) -> Result<(), MapError> {
         if self.copies.entries().any(|(other, _)| other == entry) {
             return Err(MapError::EntryLost(entry));
@@ -494,18 +509,18 @@ impl PageMap {
         Ok(())
     }
 
-    /// The destination has asked for `pages` once more, while the link is there. The source sends
-    /// them again, or says once more in which store they are.
+    /// Records that the destination has asked for `pages` once more, while the link is up. The
+    /// source sends them again, or announces once more in which store they are.
     ///
     /// # Errors
-    /// [`MapError::NotLeftBehind`].
+    /// Returns [`MapError::NotLeftBehind`] if the source can neither send a page nor locate it.
     pub fn lacks(&mut self, pages: &PageSet) -> Result<(), MapError> {
         self.may_lack(pages)?;
         self.sent_again(pages);
         Ok(())
     }
 
-    /// Checks that the source can send `pages`, or say where they are.
+    /// Checks that the source can send `pages`, or announce where they are.
     pub(super) fn may_lack(&self, pages: &PageSet) -> Result<(), MapError> {
         let mut can_come = self.missing_at_hand_over.clone();
         if !self.in_store.is_empty() {
@@ -536,9 +551,9 @@ impl PageMap {
     }
 }
 
-/// Parts of other changes.
+/// Helpers of the changes above.
 impl PageMap {
-    /// Pages of which no copy is current any more, wherever they are now.
+    /// Removes all copies of `pages`, and the puts of them. Does not change their locations.
     pub(super) fn drop_copies(&mut self, pages: &PageSet) {
         if self.copies.pages().is_empty() && self.puts.pages().is_empty() {
             return;
@@ -549,7 +564,7 @@ impl PageMap {
         self.delivered.subtract(pages);
     }
 
-    /// Pages that are in no store any more.
+    /// Removes `pages` from all stores.
     pub(super) fn forget_copies(&mut self, pages: PageRange) {
         if self.copies.pages().first_in(pages).is_none() {
             return;
@@ -560,7 +575,7 @@ impl PageMap {
         sets.into_iter().for_each(|set| set.remove_range(pages));
     }
 
-    /// Pages that are not missing any more, and in no store.
+    /// Makes `pages` neither missing nor in a store.
     pub(super) fn forget_locations(&mut self, pages: PageRange) {
         self.forget_copies(pages);
         self.puts.remove(pages);
@@ -568,8 +583,8 @@ impl PageMap {
         self.unclaimed.remove_range(pages);
     }
 
-    /// At the hand-over: pages with a copy are missing, unless the destination has them. Those that
-    /// were `Here` are held.
+    /// Applies the hand-over to pages in stores. Pages with a copy are missing, unless the
+    /// destination has them. Those that were `Here` are held.
     pub(super) fn leave_in_stores(&mut self) {
         if self.copies.pages().is_empty() {
             return;
