@@ -1,4 +1,4 @@
-//! Sequences of changes that random ones rarely contain.
+//! Tests with sequences of changes that random tests rarely contain.
 
 use super::*;
 
@@ -13,7 +13,7 @@ fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
     set
 }
 
-/// Pages that the guest has written and that a store has as well.
+/// Returns a map in which `pages` are `Here`, written by the guest, and also in a store.
 fn stored(pages: PageRange) -> PageMap {
     let mut map = PageMap::new(PAGES);
     map.dirtied(&set(pages.pages())).unwrap();

@@ -1,4 +1,4 @@
-//! The map against a table of pages: every change, on any page, in any order.
+//! Tests that compare the map with a table of pages: every change, on any page, in any order.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ enum At {
     Missing,
 }
 
-/// What is known of one page.
+/// The state of one page.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Page {
     at: At,
@@ -25,14 +25,15 @@ struct Page {
     held: bool,
     claimed: bool,
     left: bool,
-    /// Left behind at the source, and the destination cannot have it.
+    /// Whether the page was missing at the hand-over, at its source, and was never claimed or
+    /// announced, so that the destination cannot have it.
     never: bool,
     unsent: bool,
     unannounced: bool,
     delivered: bool,
-    /// Out of the guest's reach.
+    /// Whether the page is out of the guest's reach.
     evicting: bool,
-    /// The destination looks for it in a store.
+    /// Whether the destination looks for the page in a store.
     looked_up: bool,
 }
 
@@ -69,7 +70,7 @@ impl Page {
         self.is_missing() && self.copy.is_some() && !self.held
     }
 
-    /// Missing, and nobody sends, installs or puts it.
+    /// Returns whether the page is missing, and is neither claimed nor being put.
     fn is_free(&self) -> bool {
         self.is_missing() && !self.claimed && self.put.is_none()
     }
@@ -78,7 +79,7 @@ impl Page {
         self.is_free() && (self.copy.is_none() || self.held)
     }
 
-    /// No copy of it counts any more.
+    /// Returns the page without its copy and its put.
     fn without_copy(self) -> Self {
         Page { copy: None, put: None, held: false, unannounced: false, delivered: false, ..self }
     }
@@ -133,7 +134,7 @@ fn set(range: PageRange) -> PageSet {
     set
 }
 
-/// Makes the change. Returns the pages that it names.
+/// Applies `change` to `map`. Returns the pages that the change reports.
 fn apply(map: &mut PageMap, change: &Change) -> Result<Vec<u64>, MapError> {
     let pages = |runs: Vec<PageRange>| {
         let mut pages: Vec<u64> = runs.into_iter().flat_map(PageRange::pages).collect();
@@ -179,7 +180,7 @@ fn apply(map: &mut PageMap, change: &Change) -> Result<Vec<u64>, MapError> {
     Ok(Vec::new())
 }
 
-/// What can be asked of one page.
+/// The answers of a map's queries about one page.
 #[derive(Debug, PartialEq)]
 struct View {
     location: Location,
@@ -236,7 +237,7 @@ impl View {
     }
 }
 
-/// The map as a table of pages.
+/// The reference model of the map: a table of pages.
 struct Model {
     pages: Vec<Page>,
     lost: BTreeSet<u8>,
@@ -248,7 +249,7 @@ impl Model {
         PageRange::new(0, PAGES)
     }
 
-    /// Is an error if a page of `range` is `bad`.
+    /// Returns `error` of the first page of `range` for which `bad` returns true, if there is one.
     fn none(
         &self,
         range: PageRange,
@@ -259,8 +260,8 @@ impl Model {
         found.map_or(Ok(()), |page| Err(error(page)))
     }
 
-    /// Changes the pages of `range` for which `to` returns what becomes of them. Returns their
-    /// numbers.
+    /// Replaces each page of `range` for which `to` returns a new state. Returns the numbers of
+    /// these pages.
     fn set(&mut self, range: PageRange, to: impl Fn(Page) -> Option<Page>) -> Vec<u64> {
         let mut changed = Vec::new();
         for page in range.pages() {
@@ -567,7 +568,7 @@ impl Model {
         numbers
     }
 
-    /// Checks that `map` says the same of every page.
+    /// Checks that `map` and the model agree on every page.
     fn check(&self, map: &PageMap) -> Result<(), TestCaseError> {
         let (mut never, mut at_source) = (0, 0);
         let mut located = BTreeMap::new();
@@ -590,7 +591,7 @@ impl Model {
         self.check_runs(map, PageRange::new(20, 90))
     }
 
-    /// Checks what could be claimed.
+    /// Checks that the runs that can be claimed are those of the model.
     fn check_runs(&self, map: &PageMap, within: PageRange) -> Result<(), TestCaseError> {
         let free = |copy| map.free_runs(within, copy, usize::MAX).into_iter().flat_map(PageRange::pages);
         let expected = |can: &dyn Fn(&Page) -> bool| {
@@ -605,7 +606,7 @@ impl Model {
 }
 
 fn changes() -> impl Strategy<Value = Vec<Change>> {
-    // few borders, so that changes meet
+    // ranges begin and end at few places, so that changes meet
     let range =
         (0..30u64, 0..8u64).prop_map(|(first, count)| PageRange::new(10 * first, (5 * count).min(PAGES - 10 * first)));
     let copy = (0u8..3, 0u32..2).prop_map(|(entry, generation)| StoreCopy { entry, generation });
