@@ -1,47 +1,49 @@
-//! When to stop a pre-copy, and what to do if it does not come to an end by itself.
+//! Convergence of a pre-copy: when to switch over, and what to do if the number of dirty pages does
+//! not shrink by itself.
 
 use std::time::Duration;
 
 use super::{Link, Round};
 use crate::{PAGE_SIZE, page_set::PageSet, spawner::GuestImpact};
 
-/// What to do after a round.
+/// The step after a round.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Next {
-    /// Another round.
+    /// Send another round.
     Round,
-    /// Another round, with the vCPUs slowed down by this many percent.
+    /// Slow the vCPUs down by this many percent, and send another round.
     Throttle(u8),
     /// Pause the guest and send the rest.
     SwitchOver(Wanted),
-    /// Pause the guest and hand it over; the rest follows.
+    /// Pause the guest and hand it over. The other pages follow.
     PostCopy,
     /// Give up, for this reason.
     GiveUp(String),
 }
 
-/// What a switch-over is expected to cost.
+/// The expected cost of a switch-over.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Wanted {
     /// The predicted downtime.
     pub downtime: Duration,
 }
 
-/// Decides, after every round of a pre-copy, how it goes on.
+/// A policy that decides after every round of a pre-copy what to do next.
 pub trait Convergence: Send {
-    /// Called before the first round: [`Next::Round`] unless it is certain already that no round
-    /// can help. The default has no opinion.
+    /// Called before the first round. Returns [`Next::Round`] unless it is already certain that no
+    /// round can help. The default always returns [`Next::Round`].
     fn begin(&mut self, link: &Link) -> Next {
         let _ = link;
         Next::Round
     }
 
-    /// `round` is what the last round did, `dirty` what is to be sent next.
+    /// Returns the next step. `round` is the result of the last round, and `dirty` are the pages to
+    /// be sent next.
     fn judge(&mut self, round: &Round, dirty: &PageSet, link: &Link) -> Next;
 
-    /// Why the last decision does not keep the downtime limit, with the figures; `None` if it does,
-    /// or aims to.
+    /// Returns why the last decision does not keep the downtime limit, with the figures, or `None`
+    /// if it keeps the limit or aims to.
     fn stalled(&self) -> Option<&str> {
         None
     }
@@ -49,36 +51,42 @@ pub trait Convergence: Send {
 
 /// Convergence by a model instead of by time-outs.
 ///
-/// After each round the downtime of a switch-over *now* is predicted from wire bytes, and the
+/// After each round the model predicts the downtime of a switch-over *now* from wire bytes, and the
 /// outcome of *one more round* from the rate at which the guest dirtied pages during this one. A
-/// prediction has two parts: the [floor](Link::floor), which nothing can lower, and the time of the
-/// dirty pages.
+/// predicted downtime has two parts: the [floor](Link::floor), which nothing can lower, and the
+/// time of the dirty pages.
 ///
-/// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model
-///    does at once what the user chose for this case (see [`Link::stop_on_timeout`]) and says why.
-/// 2. Otherwise another round is worth its time as long as it shrinks what is left by a good part.
-/// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model says is needed,
-///    step by step, within the bounds of [`GuestImpact`]: always if the dirty pages are what
-///    exceeds the limit; within the limit only if their part of the downtime is substantial.
-/// 4. What then remains is switched over if it is within the limit. If it is not, and several more
-///    rounds have brought no new minimum, the model does what the user chose, as in step 1.
+/// 1. If the floor alone is above the limit, neither a round nor a throttle can help. The model at
+///    once takes the action that the user chose for this case (see [`Link::stop_on_timeout`]) and
+///    says why.
+/// 2. Otherwise another round is worth its time as long as it shrinks the remaining pages by a good
+///    part.
+/// 3. When it does not (a stall), the vCPUs are slowed down by as much as the model calculates to
+///    be needed, step by step, within the bounds of [`GuestImpact`]. Above the limit this is always
+///    done if the dirty pages are the cause. Within the limit it is done only if the dirty pages
+///    take a substantial part of the downtime.
+/// 4. After that the model switches over if the downtime is within the limit. If it is not, and
+///    several more rounds have brought no new minimum, the model takes the action that the user
+///    chose, as in step 1.
 ///
-/// The number of rounds is bounded whatever the link and the guest do.
+/// The number of rounds is bounded, whatever the link and the guest do.
 #[derive(Clone, Debug)]
 pub struct ModelConvergence {
     throttle: u8,
-    /// Rounds since the last new minimum of what is left, or since the last change of the throttle.
+    /// The number of rounds since the last new minimum of the remaining bytes, or since the last
+    /// change of the throttle.
     stalls: u32,
     rounds: u32,
-    /// The least that was left, in bytes.
+    /// The smallest number of remaining bytes after any round.
     best: u64,
-    /// Bytes of state that were pending after the last round.
+    /// The number of bytes of state that were pending after the last round.
     pending: u64,
-    /// Rounds after which the floor was above the limit.
+    /// The number of consecutive rounds after which the floor was above the limit.
     floor_looks: u32,
     /// Whether a switch-over would have been within the limit after an earlier round.
     was_within: bool,
-    /// Whether a later one was above it. The next chance is taken then.
+    /// Whether a switch-over after a later round would have been above the limit. The model then
+    /// switches over after the next round that is within the limit.
     lost: bool,
     stalled: Option<String>,
 }
@@ -99,37 +107,40 @@ impl Default for ModelConvergence {
     }
 }
 
-/// A round that leaves less than this part of what it sent was worth its time.
+/// A round is worth its time if the pages that remain are at most this part of the pages that it
+/// sent.
 const GOOD_SHRINK: f64 = 0.5;
-/// Rounds without a new minimum after which a migration within its limit is switched over.
+/// The number of rounds without a new minimum after which a migration within its limit is switched
+/// over.
 const MAX_STALLS: u32 = 2;
-/// Rounds after which a migration within its limit is switched over whatever the model hopes for: a
-/// bound on the total time that does not depend on estimates.
+/// The number of rounds after which a migration within its limit is switched over, whatever the
+/// model predicts: a bound on the total time that does not depend on estimates.
 const MAX_ROUNDS: u32 = 30;
-/// Rounds without a new minimum, at the strongest throttle, after which a migration above its limit
-/// does not converge. More than within the limit, because what follows is worse than a long
-/// downtime.
+/// The number of rounds without a new minimum, at the strongest throttle, after which a migration
+/// above its limit counts as not converging. It is larger than within the limit, because the
+/// consequence is worse than a long downtime.
 const HOPELESS_STALLS: u32 = 8;
-/// Rounds after which a migration above its limit does not converge, however it moves up and down.
+/// The number of rounds after which a migration above its limit counts as not converging, however
+/// the number of dirty pages varies.
 const MAX_ROUNDS_ABOVE_LIMIT: u32 = 100;
-/// What is left must be smaller than the old minimum by one part in so many to be a new one: a
-/// bound on how many there can be.
+/// The remaining bytes are a new minimum only if they are smaller than the old one by one part in
+/// `LEAST_GAIN`. This bounds the number of minima.
 const LEAST_GAIN: u64 = 20;
-/// Round trips to look at, after at least two rounds, before one that is too long counts as a
-/// property of the link: the first ones may have met a busy host.
+/// The number of round trips to measure, after at least two rounds, before one that is too long
+/// counts as a property of the link. The first ones may have met a busy host.
 const FLOOR_LOOKS: u32 = 4;
-/// Within the limit the guest is throttled only for dirty pages that take at least one part in so
-/// many of the limit.
+/// Within the limit the guest is throttled only if the dirty pages take at least this part of the
+/// limit: one in `SUBSTANTIAL`.
 const SUBSTANTIAL: u32 = 20;
 
-/// One prediction, with its parts.
+/// A predicted downtime, with its parts.
 struct Prediction {
-    /// Dirty pages.
+    /// The number of dirty pages.
     left: u64,
     downtime: Duration,
-    /// The part of it that dirty pages are to blame for.
+    /// The part of the downtime that is due to dirty pages.
     pages: Duration,
-    /// The part of it that nothing can lower.
+    /// The part of the downtime that nothing can lower.
     floor: Duration,
 }
 
@@ -149,8 +160,8 @@ impl Prediction {
 }
 
 impl ModelConvergence {
-    /// Returns the most that vCPUs may be slowed down, in percent: while the prediction is within
-    /// the downtime limit, and while it is not.
+    /// Returns the strongest throttle of the vCPUs in percent: first the one while the predicted
+    /// downtime is within the limit, then the one while it is not.
     fn most_throttle(impact: GuestImpact) -> (u8, u8) {
         match impact {
             GuestImpact::Low => (0, 80),
@@ -159,7 +170,7 @@ impl ModelConvergence {
         }
     }
 
-    /// Below this prediction, nothing is left to gain by another round.
+    /// Returns the predicted downtime below which another round cannot gain anything.
     pub(crate) fn good_enough(link: &Link) -> Duration {
         let share = match link.impact {
             GuestImpact::Low => 3,
@@ -168,13 +179,13 @@ impl ModelConvergence {
         (link.downtime_limit / share).max(link.floor().saturating_mul(2)).min(link.downtime_limit)
     }
 
-    /// Within the limit, the least time of dirty pages for which the guest is throttled. Below it,
-    /// the guest would lose more by the throttle than by the downtime.
+    /// Returns the least time of dirty pages for which the guest is throttled within the limit.
+    /// Below this time the throttle would cost the guest more than the downtime does.
     fn substantial(link: &Link) -> Duration {
         (link.downtime_limit / SUBSTANTIAL).max(link.floor().saturating_mul(2))
     }
 
-    /// Counts the rounds that brought no new minimum.
+    /// Counts the round, and the rounds without a new minimum of the remaining bytes.
     fn note(&mut self, now: &Prediction, link: &Link) {
         self.rounds += 1;
         let left = now.left.saturating_mul(PAGE_SIZE as u64).saturating_add(link.pending_bytes);
@@ -183,11 +194,11 @@ impl ModelConvergence {
         self.best = self.best.min(left);
     }
 
-    /// Returns the next stronger throttle, for a round that leaves `shrink` of what it sent,
-    /// measured under the present one.
+    /// Returns the next stronger throttle. `shrink` is the part of the pages sent that the round
+    /// has left, measured under the present throttle.
     fn stronger(&mut self, shrink: f64, most: u8) -> Next {
-        // the share of time the vCPUs may keep so that the next round shrinks well, half of it to
-        // be sure
+        // the share of time that the vCPUs may keep so that the next round shrinks well; half of it
+        // as a margin
         let keep = (1.0 - f64::from(self.throttle) / 100.0) * GOOD_SHRINK / 2.0 / shrink;
         let wanted = ((1.0 - keep) * 100.0).max(f64::from(self.throttle) + 5.0).min(f64::from(most));
         self.throttle = wanted as u8;
@@ -195,7 +206,8 @@ impl ModelConvergence {
         Next::Throttle(self.throttle)
     }
 
-    /// The limit cannot be kept, for this reason: does what the user chose.
+    /// Takes the action that the user chose for the case that the limit cannot be kept. `why` is
+    /// the reason.
     fn give_in(&mut self, now: &Prediction, link: &Link, why: String) -> Next {
         self.stalled = Some(why.clone());
         if link.post_copy_on_timeout && link.can_post_copy {
@@ -207,7 +219,7 @@ impl ModelConvergence {
         }
     }
 
-    /// The floor is above the limit.
+    /// Decides when the floor is above the limit.
     fn floor_above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
         self.floor_looks += 1;
         let seen = self.floor_looks >= FLOOR_LOOKS || self.floor_looks > 1 && link.round_trips >= FLOOR_LOOKS;
@@ -218,13 +230,14 @@ impl ModelConvergence {
         let stops = link.stop_on_timeout && !(link.post_copy_on_timeout && link.can_post_copy);
         let helps = shrink <= GOOD_SHRINK && self.stalls < MAX_STALLS && self.rounds < MAX_ROUNDS;
         if stops && helps && now.pages > now.floor / 2 {
-            // the limit is lost, but the downtime can still be as short as the link allows
+            // the limit cannot be kept, but more rounds still make the downtime as short as the
+            // link allows
             return Next::Round;
         }
         self.give_in(now, link, floor_text(link))
     }
 
-    /// A switch-over now would be within the limit.
+    /// Decides when a switch-over now would be within the limit.
     fn within(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
         self.was_within = true;
         if self.lost || self.stalls >= MAX_STALLS || self.rounds >= MAX_ROUNDS {
@@ -240,8 +253,8 @@ impl ModelConvergence {
         now.switch_over()
     }
 
-    /// A switch-over now would be above the limit, for which dirty pages or pending state are to
-    /// blame.
+    /// Decides when a switch-over now would be above the limit because of dirty pages or pending
+    /// state.
     fn above(&mut self, shrink: f64, now: &Prediction, link: &Link) -> Next {
         if self.rounds < MAX_ROUNDS_ABOVE_LIMIT {
             if shrink <= GOOD_SHRINK && now.left > 0 {
@@ -300,7 +313,8 @@ impl Convergence for ModelConvergence {
         if now.downtime <= Self::good_enough(link) || link.timed_out && is_within {
             return now.switch_over();
         }
-        // what one more round would leave: the pages dirtied while `left` pages are sent
+        // the part that one more round would leave: the pages that are dirtied while `left` pages
+        // are sent
         let shrink = now.left as f64 / round.sent.max(1) as f64;
         if link.timed_out {
             let why = format!(
@@ -317,10 +331,11 @@ impl Convergence for ModelConvergence {
         if now.floor > link.downtime_limit {
             return self.floor_above(shrink, &now, link);
         }
-        // what was above it before was a moment's bandwidth, or another limit
+        // an earlier floor above the limit was due to a short drop of the bandwidth, or to another
+        // limit
         self.floor_looks = 0;
         if pending_falls && link.pending_bytes > 0 && self.rounds < MAX_ROUNDS {
-            // pieces of state move with a round, whatever the pages do
+            // a round moves pieces of state, however the dirty pages develop
             Next::Round
         } else if is_within {
             self.within(shrink, &now, link)
@@ -335,12 +350,13 @@ impl Convergence for ModelConvergence {
     }
 }
 
-/// Returns whether the limit is below what the VMMs at both ends say they need, on any link.
+/// Returns whether the limit is below the time that the VMMs at both ends say they need on any
+/// link.
 fn above_without_link(link: &Link) -> bool {
     link.fixed_downtime.saturating_sub(link.round_trip.saturating_mul(2)) > link.downtime_limit
 }
 
-/// Why the limit cannot be kept, if its floor is above it.
+/// Returns the text that says why the limit cannot be kept if the floor is above it.
 fn floor_text(link: &Link) -> String {
     let round_trips = link.round_trip.saturating_mul(2);
     let state = match link.bytes_per_second > 0.0 {
@@ -357,7 +373,7 @@ fn floor_text(link: &Link) -> String {
     )
 }
 
-/// Milliseconds, with as many decimals as mean something.
+/// Returns `time` in milliseconds, with the significant decimals.
 fn ms(time: Duration) -> String {
     let ms = time.as_secs_f64() * 1e3;
     match ms {

@@ -1,16 +1,16 @@
-//! Hand-over on one machine: RAM stays where it is, only the state moves.
+//! Hand-over on one machine: RAM stays in place, and only the state moves.
 
 use super::{Done, Running, Strategy};
 use crate::MigrationError;
 
 /// Replaces the process that runs a VM, as HyperFresh does (Bagdi et al. 2017, Doddamani et al.,
-/// VEE 2019) and Orthus (Zhang et al., ASPLOS 2019). Their co-mapping of the VM's memory, and
-/// whatever else takes time at the successor, is done when the RAM is
-/// [shared](Strategy::shares_ram), while the guest runs: the pause has the state of vCPUs and
-/// devices to carry, whatever the size of RAM and however fast the guest writes.
+/// VEE 2019) and Orthus (Zhang et al., ASPLOS 2019). Their co-mapping of the VM's memory, and all
+/// other slow work at the successor, is done when the RAM is [shared](Strategy::shares_ram), while
+/// the guest runs. So the pause only moves the state of vCPUs and devices, whatever the size of RAM
+/// and however fast the guest writes.
 ///
-/// Theirs replaces a nested hypervisor, by hypercalls of its host; this one replaces a VMM, by
-/// memory files.
+/// HyperFresh replaces a nested hypervisor by hypercalls of its host. This strategy replaces a VMM
+/// by memory files.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HandOver;
 

@@ -1,11 +1,11 @@
-//! Strategies: in which order the pages and the ownership of a VM move.
+//! Strategies: the order in which the pages and the ownership of a VM move.
 //!
-//! A [`Strategy`] is a short script over *verbs*. It holds a token: [`Running`] while the guest
-//! runs, [`Paused`] while it does not, [`HandedOver`] when the destination owns it. Tokens are
-//! moved, not copied, so only a running VM can be paused, only a paused one can resume or be handed
-//! over, and nothing resumes after a hand-over. The verbs themselves are the object-safe trait
-//! [`Verbs`], which the [engine](crate::engine) implements over real channels and the
-//! [simulator](crate::sim) in virtual time: a strategy runs on both unchanged.
+//! A [`Strategy`] is a short script of *verbs*. It holds a token: [`Running`] while the guest runs,
+//! [`Paused`] while it does not, [`HandedOver`] when the destination owns it. Tokens are moved, not
+//! copied. So only a running VM can be paused, only a paused one can be resumed or handed over, and
+//! nothing can be resumed after a hand-over. The verbs themselves are the object-safe trait
+//! [`Verbs`]. The [engine](crate::engine) implements it over real channels, and the
+//! [simulator](crate::sim) in virtual time. A strategy runs on both unchanged.
 //!
 //! | token | verbs |
 //! |---|---|
@@ -13,9 +13,10 @@
 //! | [`Paused`] | [`send_rest`](Paused::send_rest), [`resume`](Paused::resume), [`hand_over`](Paused::hand_over) |
 //! | [`HandedOver`] | [`serve`](HandedOver::serve), [`finish`](HandedOver::finish) |
 //!
-//! Pages go to a [`Place`]: over the direct link to the destination, or into
-//! [page stores](crate::store). [`Running::put`], [`Running::wait`], [`Running::connect`] and
-//! [`Running::locations`] are not in every engine: one that lacks them refuses with the reason.
+//! Pages move to a [`Place`]: over the direct link to the destination, or into [page
+//! stores](crate::store). Not every engine implements [`Running::put`], [`Running::wait`],
+//! [`Running::connect`] and [`Running::locations`]. An engine without them returns an error that
+//! says so.
 
 mod agile;
 mod convergence;
@@ -48,32 +49,33 @@ pub use verbs::{Done, HandedOver, Paused, Running, Verbs};
 pub use crate::error::StillMissing;
 use crate::{MigrationError, spawner::GuestImpact};
 
-/// A way to migrate a VM.
+/// A method of migrating a VM.
 pub trait Strategy: Send {
-    /// Its name, as users write it.
+    /// Returns the name of the strategy, as users write it.
     fn name(&self) -> &'static str;
 
-    /// Returns whether it hands the VM over with pages missing: a destination that cannot serve
-    /// them is then refused before any page moves.
+    /// Returns whether the strategy hands the VM over with pages missing. A destination that cannot
+    /// load missing pages on demand is then refused before any page moves.
     fn needs_post_copy(&self) -> bool {
         false
     }
 
-    /// Returns whether it ends by a [commit](Running::commit): only an engine that puts pages into
-    /// a store runs it, and a migration refuses it before anything else is done.
+    /// Returns whether the strategy ends with a [commit](Running::commit). Only an engine that puts
+    /// pages into a store runs such a strategy. A migration refuses it before it does anything
+    /// else.
     fn needs_store(&self) -> bool {
         false
     }
 
-    /// Returns the places in stores into which it puts pages, now or after the hand-over. An engine
-    /// that has no such store, or whose destination has none, refuses the strategy before anything
-    /// moves.
+    /// Returns the places in stores into which the strategy puts pages, before or after the
+    /// hand-over. An engine that has no such store, or whose destination has none, refuses the
+    /// strategy before any page moves.
     fn stores(&self) -> Vec<Place> {
         Vec::new()
     }
 
-    /// Returns whether pages that are in stores when the migration begins stay there, and only
-    /// their locations move. Otherwise they are read and sent, as all other pages.
+    /// Returns whether pages that are in stores when the migration begins stay there, so that only
+    /// their locations move. Otherwise they are read and sent like all other pages.
     fn keeps_stored_pages(&self) -> bool {
         false
     }
@@ -86,95 +88,98 @@ pub trait Strategy: Send {
     }
 
     /// Returns whether source and destination, on one machine, share the VM's RAM, so that no page
-    /// moves. The destination maps it before [`migrate`](Self::migrate) is called; where that
-    /// cannot be, the migration is refused then.
+    /// moves. The destination maps the RAM before [`migrate`](Self::migrate) is called. If it
+    /// cannot, the migration is refused at that point.
     fn shares_ram(&self) -> bool {
         false
     }
 
-    /// Returns whether the user can force its switch-over: it then ends its rounds as soon as
-    /// [`Running::switch_over_wanted`] says so. Where this is `false` the user is refused.
+    /// Returns whether the user can force the switch-over of this strategy. The strategy then ends
+    /// its rounds as soon as [`Running::switch_over_wanted`] returns `true`. If this is `false`, a
+    /// user's command to switch over is refused.
     fn can_switch_over(&self) -> bool {
         false
     }
 
-    /// Moves the VM. Comes back with [`Done`] when the destination runs it.
+    /// Moves the VM. Returns [`Done`] when the destination runs it.
     ///
     /// # Errors
-    /// Pass on what the verbs return. The engine then does what the protocol says about ownership:
-    /// until the hand-over it gives everything back and the guest runs on.
+    /// Returns the errors of the verbs. The engine then acts as the protocol says about ownership:
+    /// before the hand-over it undoes everything, and the guest continues at the source.
     fn migrate(&mut self, vm: Running<'_>) -> Result<Done, MigrationError>;
 }
 
-/// What one [`Running::send`] did.
+/// The result of one [`Running::send`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Round {
-    /// Its number, from 1.
+    /// The number of the round, from 1.
     pub generation: u32,
-    /// Pages that were to be sent.
+    /// The number of pages that were to be sent.
     pub asked: u64,
-    /// Pages that the destination holds now. Less than `asked` if a deadline came first; the rest
-    /// is part of the next harvest.
+    /// The number of pages that the destination holds now. Less than `asked` if a deadline passed
+    /// first. The other pages are part of the next harvest.
     pub sent: u64,
-    /// Bytes on the wire.
+    /// The number of bytes on the wire.
     pub wire_bytes: u64,
-    /// From the first byte to the destination's acknowledgement.
+    /// The time from the first byte to the destination's acknowledgement.
     pub time: Duration,
 }
 
-/// What is known of the link and the session, to judge by. The default knows nothing, and allows no
-/// downtime.
+/// The measurements of the link and the settings of the session, from which a strategy decides. In
+/// the default nothing is measured, and no downtime is allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Link {
-    /// Bytes a second that the link carries, by the last rounds; 0 before the first.
+    /// The bandwidth of the link in bytes a second, measured in the last rounds; 0 before the first
+    /// round.
     pub bytes_per_second: f64,
-    /// Wire bytes per page sent, zero pages included, in the last rounds.
+    /// The number of wire bytes per page sent in the last rounds. Zero pages are included.
     pub bytes_per_page: f64,
-    /// Seconds that a page takes beside its way over the link, in the last rounds: reading it,
-    /// finding that it is zero.
+    /// The time per page in the last rounds, in seconds, beside its transfer over the link: to read
+    /// the page and to find whether it is zero.
     pub seconds_per_page: f64,
     /// The part of the downtime that depends neither on pages nor on the bandwidth: pausing,
     /// saving, loading, and two [round trips](Self::round_trip).
     pub fixed_downtime: Duration,
-    /// The shortest round trip that was seen.
+    /// The shortest round trip that was measured.
     pub round_trip: Duration,
-    /// The number of round trips were looked at.
+    /// The number of round trips that were measured.
     pub round_trips: u32,
-    /// Bytes of state that only the pause can move.
+    /// The number of bytes of state that only the pause can move.
     pub state_bytes: u64,
-    /// Bytes of state that devices have still to send in pieces, while the guest runs or else in
-    /// the pause.
+    /// The number of bytes of state that devices still have to send in pieces. The pieces move
+    /// while the guest runs, or else in the pause.
     pub pending_bytes: u64,
-    /// The longest downtime that is acceptable.
+    /// The longest acceptable downtime.
     pub downtime_limit: Duration,
-    /// Time since the migration began.
+    /// The time since the migration began.
     pub elapsed: Duration,
     /// Whether the time that the user allowed has passed.
     pub timed_out: bool,
-    /// What to do then, or as soon as it is certain that the limit cannot be kept: `true` stops the
-    /// guest whatever the downtime, `false` gives up.
+    /// Whether to stop the guest whatever the downtime, when the time-out passes or as soon as it
+    /// is certain that the limit cannot be kept. If `false`, the migration gives up.
     pub stop_on_timeout: bool,
-    /// In the same case, before all else: hand the guest over and let the rest follow, if the
-    /// destination can [serve missing pages](Self::can_post_copy).
+    /// Whether to hand the guest over in these cases and let the other pages follow. Takes
+    /// precedence over `stop_on_timeout` if the destination can [load missing
+    /// pages](Self::can_post_copy).
     pub post_copy_on_timeout: bool,
-    /// How much the guest may be disturbed.
+    /// The limit of the disturbance of the guest.
     pub impact: GuestImpact,
-    /// Whether the destination can serve missing pages.
+    /// Whether the destination can load missing pages on demand.
     pub can_post_copy: bool,
-    /// Whether the user has asked to hand over now and let the rest follow, or has set that as what
-    /// a time-out does.
+    /// Whether the user has requested post-copy: to hand over now and let the other pages follow.
+    /// Also set when the time-out has passed and the user has chosen this for a time-out.
     pub post_copy_wanted: bool,
 }
 
 impl Link {
-    /// The downtime to expect if the guest were paused now with `pages` pages to send.
+    /// Returns the predicted downtime if the guest were paused now with `pages` pages to send.
     pub fn predict(&self, pages: u64) -> Duration {
         let pending = self.transfer(self.pending_bytes as f64);
         self.floor().saturating_add(pending).saturating_add(self.pages_time(pages))
     }
 
-    /// Returns the part of the predicted downtime that `pages` pages are to blame for. It is what
-    /// another round or a throttle can lower.
+    /// Returns the part of the predicted downtime that is due to `pages` pages. Another round or a
+    /// throttle can lower it.
     pub fn pages_time(&self, pages: u64) -> Duration {
         if pages == 0 {
             return Duration::ZERO;
@@ -186,19 +191,19 @@ impl Link {
         Duration::try_from_secs_f64(seconds).unwrap_or(NEVER).min(NEVER)
     }
 
-    /// Returns the downtime that is left when no page is dirty and no piece of state is pending.
+    /// Returns the downtime that remains when no page is dirty and no piece of state is pending.
     /// Neither another round nor a throttle can lower it.
     pub fn floor(&self) -> Duration {
         self.fixed_downtime.saturating_add(self.state_time())
     }
 
-    /// Returns the part of the [floor](Self::floor) that the state takes on the link; nothing as
-    /// long as the bandwidth is unknown.
+    /// Returns the part of the [floor](Self::floor) that the state takes on the link, or zero while
+    /// the bandwidth is unknown.
     pub fn state_time(&self) -> Duration {
         self.transfer(self.state_bytes as f64)
     }
 
-    /// Returns the time that so many bytes take on the link; nothing as long as the bandwidth is
+    /// Returns the time that `bytes` bytes take on the link, or zero while the bandwidth is
     /// unknown.
     fn transfer(&self, bytes: f64) -> Duration {
         if self.bytes_per_second <= 0.0 {
@@ -208,7 +213,7 @@ impl Link {
     }
 }
 
-/// Longer than any migration; small enough to be added to.
+/// A time that is longer than any migration, and small enough that sums with it do not overflow.
 const NEVER: Duration = Duration::from_secs(1 << 40);
 
 #[cfg(test)]
@@ -218,12 +223,12 @@ mod tests {
 
     const PAGES: u64 = 100;
 
-    /// A VM that notes what a strategy does to it. Pages 5 to 9 are dirty after each round.
+    /// A VM that records the calls of a strategy. Pages 5 to 9 are dirty after each round.
     #[derive(Default)]
     struct Noted {
         calls: Vec<String>,
         link: Link,
-        /// After so many rounds the user has asked to switch over.
+        /// The number of rounds after which the user has requested to switch over.
         wanted_after: usize,
         rounds: usize,
     }
@@ -301,7 +306,7 @@ mod tests {
         }
     }
 
-    /// What a strategy does, and whether it came to its end.
+    /// Returns the calls of a strategy, and whether the strategy succeeded.
     fn done(strategy: &mut dyn Strategy, mut vm: Noted) -> (Vec<String>, bool) {
         assert_eq!(Running::new(&mut vm).pages(), PAGES);
         let done = strategy.migrate(Running::new(&mut vm)).is_ok();

@@ -1,4 +1,4 @@
-//! Places to which pages can go, what a strategy waits for, and what the verbs answer.
+//! Places to which pages can move, conditions for which a strategy waits, and the results of verbs.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::{
     store::{Purpose, StoreError},
 };
 
-/// A place to which pages can go.
+/// A place to which pages can move.
 ///
 /// ```
 /// use migration_core::strategy::Place;
@@ -24,17 +24,17 @@ pub enum Place {
     Destination,
     /// One namespace in each of these stores, which together are one entry of the store table.
     Stores {
-        /// The names of the stores. Each of them gets each page: a page counts as put when all of
-        /// them have it. To spread pages instead, use several places.
+        /// The names of the stores. Each page is put into every one of them, and counts as put when
+        /// all of them have it. To spread pages over stores instead, use several places.
         names: Vec<String>,
-        /// What the namespace is for. It decides how long the namespace lives: that of an
+        /// The purpose of the namespace. It decides how long the namespace lives: a namespace of an
         /// [attempt](Purpose::Attempt) is forgotten if the attempt fails before the hand-over.
         purpose: Purpose,
     },
 }
 
 impl Place {
-    /// Returns the place for what one migration puts into stores on its way.
+    /// Returns the place for pages that one migration puts into stores temporarily.
     pub fn attempt<S: Into<String>>(stores: impl IntoIterator<Item = S>) -> Self {
         Self::Stores { names: stores.into_iter().map(Into::into).collect(), purpose: Purpose::Attempt }
     }
@@ -44,7 +44,8 @@ impl Place {
         Self::Stores { names: stores.into_iter().map(Into::into).collect(), purpose: Purpose::Stage }
     }
 
-    /// Limits a put to `most` pages. The others stay in the set.
+    /// Returns this place with a limit of `most` pages for each put. The other pages stay in the
+    /// set.
     pub fn at_most(&self, most: u64) -> Portion<'_> {
         Portion { place: self, most }
     }
@@ -59,43 +60,43 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// A place and how many pages may go there in one [put](super::Running::put).
+/// A place and the number of pages that may move there in one [put](super::Running::put).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Portion<'a> {
-    /// Where the pages go.
+    /// The place.
     pub place: &'a Place,
-    /// The most pages of one put.
+    /// The largest number of pages of one put.
     pub most: u64,
 }
 
-/// No limit.
+/// Converts a place without a limit.
 impl<'a> From<&'a Place> for Portion<'a> {
     fn from(place: &'a Place) -> Self {
         Self { place, most: u64::MAX }
     }
 }
 
-/// What one [put](super::Running::put) did.
+/// The result of one [put](super::Running::put).
 ///
-/// Pages that were not acknowledged are still in the set that was passed, and the engine has them
-/// as unsent. So no page is lost, whichever of the two methods is used.
+/// Pages that were not acknowledged are still in the set that was passed, and still count as unsent
+/// in the engine. So no page is lost, whichever of the two methods is used.
 #[derive(Debug)]
 #[must_use = "a store may have failed: see `or_keep_for_later` and `or_fail`"]
 pub struct Put {
-    /// What was put.
+    /// The pages that were put.
     pub round: Round,
     /// The first failure of a store, if there was one. Pages whose put failed are still in the set.
     pub failed: Option<MigrationError>,
 }
 
 impl Put {
-    /// Goes on although a store failed. The pages stay in the set, for a later put or for the
-    /// hand-over. The engine has reported the failure.
+    /// Returns what was put, and ignores a failure of a store. The pages whose put failed stay in
+    /// the set, for a later put or for the hand-over. The engine has reported the failure.
     pub fn or_keep_for_later(self) -> Round {
         self.round
     }
 
-    /// Returns what was put if no store failed.
+    /// Returns what was put, if no store failed.
     ///
     /// # Errors
     /// Returns the failure of the store.
@@ -106,18 +107,18 @@ impl Put {
 
 /// The destination of a migration, as the user has named it in a command.
 ///
-/// Only the name is known here. The engine finds the way there: no peer can make a host connect to
-/// where the peer likes.
+/// Only the name is known here. The engine finds the address. So a peer cannot make a host connect
+/// to an address that the peer chooses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination(String);
 
 impl Destination {
-    /// Returns the destination with this name.
+    /// Returns the destination with the name `name`.
     pub fn named(name: impl Into<String>) -> Self {
         Self(name.into())
     }
 
-    /// Returns its name.
+    /// Returns the name of the destination.
     pub fn name(&self) -> &str {
         &self.0
     }
@@ -129,7 +130,7 @@ impl std::fmt::Display for Destination {
     }
 }
 
-/// What a strategy [waits](super::Running::wait) for: whichever comes first.
+/// The conditions that end a [wait](super::Running::wait). The first one that holds ends it.
 ///
 /// ```
 /// use std::time::Duration;
@@ -139,61 +140,61 @@ impl std::fmt::Display for Destination {
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Until {
-    /// A command of the user that names the destination.
+    /// Whether a command of the user that names the destination ends the wait.
     pub command: bool,
-    /// So much time since the wait began.
+    /// The time after the beginning of the wait that ends it.
     pub time: Option<Duration>,
-    /// So many pages that the guest has written since the last harvest.
+    /// The number of pages written since the last harvest that ends the wait.
     pub dirty: Option<u64>,
 }
 
 impl Until {
-    /// Returns the wait for a command.
+    /// Returns the condition that a command has come.
     pub fn command() -> Self {
         Self { command: true, ..Self::default() }
     }
 
-    /// Returns the wait for so much time.
+    /// Returns the condition that `time` has passed since the wait began.
     pub fn after(time: Duration) -> Self {
         Self { time: Some(time), ..Self::default() }
     }
 
-    /// Returns the wait for so many pages that the guest has written since the last harvest.
+    /// Returns the condition that the guest has written `pages` pages since the last harvest.
     pub fn dirty(pages: u64) -> Self {
         Self { dirty: Some(pages), ..Self::default() }
     }
 
-    /// Ends the wait after so much time as well.
+    /// Adds the condition that `time` has passed since the wait began.
     pub fn or_after(self, time: Duration) -> Self {
         Self { time: Some(time), ..self }
     }
 
-    /// Ends the wait when so many pages were written as well.
+    /// Adds the condition that the guest has written `pages` pages since the last harvest.
     pub fn or_dirty(self, pages: u64) -> Self {
         Self { dirty: Some(pages), ..self }
     }
 
-    /// Returns whether nothing would ever end the wait.
+    /// Returns whether no condition can end the wait.
     pub fn is_never(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Why a [wait](super::Running::wait) ended.
+/// The reason why a [wait](super::Running::wait) ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Wake {
     /// The user has commanded that the VM moves to this destination. Each command is returned once.
     Command(Destination),
-    /// The time is over.
+    /// The time has passed.
     Time,
-    /// The guest has written at least as many pages as were waited for. The pages are those of the
+    /// The guest has written at least the number of pages of the condition. These pages are in the
     /// next harvest.
     Dirty,
 }
 
 impl MigrationError {
-    /// Wraps an error of the page store with this name.
+    /// Returns a function that wraps an error of the page store named `store`.
     pub fn page_store(store: &str) -> impl FnOnce(StoreError) -> Self {
         let store = store.to_owned();
         move |cause| Self::PageStore { store, cause }

@@ -1,14 +1,15 @@
-//! Post-copy: hand the VM over first, then move each page once. And the hybrid of it and pre-copy.
+//! Post-copy: hands the VM over first, then moves each page once. Also its combination with
+//! pre-copy.
 
 use super::{Done, PushOrder, Running, Strategy};
 use crate::MigrationError;
 
-/// Post-copy (Hines, Deshpande and Gopalan, VEE 2009 and OSR 2009): the guest runs at the
-/// destination as soon as its vCPUs and devices are there. Pages that it touches come at once, all
-/// others are pushed meanwhile, in an order that can be replaced. No page moves twice, whatever the
+/// Post-copy (Hines, Deshpande and Gopalan, VEE 2009 and OSR 2009). The guest runs at the
+/// destination as soon as its vCPUs and devices are there. Pages that it touches are sent at once.
+/// All other pages are pushed in an order that can be replaced. No page moves twice, whatever the
 /// guest writes.
 pub struct PostCopy {
-    /// In which order pages are pushed.
+    /// The order in which pages are pushed.
     pub order: Box<dyn PushOrder>,
 }
 
@@ -27,13 +28,13 @@ impl Strategy for PostCopy {
     }
 }
 
-/// Pre-copy for some rounds, then post-copy of what was dirtied meanwhile (section 3.4 of the OSR
-/// paper): fewer faults than post-copy, and an end that does not depend on how fast the guest
-/// writes.
+/// Pre-copy for some rounds, then post-copy of the pages that were dirtied in the last one (section
+/// 3.4 of the OSR paper). It has fewer faults than post-copy, and its end does not depend on how
+/// fast the guest writes.
 pub struct Hybrid {
-    /// Rounds before the hand-over, 1 or more.
+    /// The number of rounds before the hand-over, 1 or more.
     pub rounds: u32,
-    /// In which order pages are pushed after it.
+    /// The order in which pages are pushed after the hand-over.
     pub order: Box<dyn PushOrder>,
 }
 

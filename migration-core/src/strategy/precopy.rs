@@ -1,5 +1,5 @@
-//! Pre-copy: send RAM while the guest runs, then again what it wrote meanwhile, until little is
-//! left.
+//! Pre-copy: sends RAM while the guest runs, then repeatedly the pages that the guest wrote since,
+//! until few are left.
 
 use super::{Convergence, Done, Linear, ModelConvergence, Next, PushOrder, Running, Strategy, Wanted};
 use crate::MigrationError;
@@ -7,9 +7,10 @@ use crate::MigrationError;
 /// Iterative pre-copy (Clark et al., NSDI 2005; the baseline of every paper in `docs/`), with a
 /// convergence policy that can be replaced.
 pub struct PreCopy<C = ModelConvergence> {
-    /// Decides after each round.
+    /// The policy that decides after each round.
     pub convergence: C,
-    /// In which order pages are pushed if the user has it switch to post-copy.
+    /// The order in which pages are pushed if the user or the policy switches the migration to
+    /// post-copy.
     pub order: Box<dyn PushOrder>,
 }
 
@@ -38,7 +39,7 @@ impl<C: Convergence> Strategy for PreCopy<C> {
             let round = vm.send(&pages)?;
             pages = vm.harvest()?;
             if vm.switch_over_wanted() {
-                // nothing is predicted before the bandwidth is known
+                // nothing can be predicted before the bandwidth is known
                 let link = vm.link();
                 if link.bytes_per_second > 0.0 {
                     vm.expect_downtime(link.predict(pages.len()));

@@ -1,5 +1,5 @@
-//! Quick eviction: a copy of the VM is kept ready in a store, and on a command only what is dirty
-//! moves.
+//! Quick eviction: keeps a copy of the VM ready in a store, so that on a command only the dirty
+//! pages move.
 
 use std::time::Duration;
 
@@ -7,43 +7,45 @@ use super::{Done, Place, PushOrder, Running, Strategy, Until, Wake};
 use crate::MigrationError;
 
 /// Quick eviction (Fernando et al., "Quick Eviction of Virtual Machines Through Proactive Live
-/// Snapshots", UCC 2016, section III): the running VM is staged in a store, in increments that a
-/// threshold and a transfer limit space. A command names the destination. What the store does not
-/// have yet then moves, and the source is free.
+/// Snapshots", UCC 2016, section III). The running VM is staged in a store, in increments that are
+/// limited by a threshold and a transfer limit. A command names the destination. The pages that the
+/// store does not have yet then move, and the source is free.
 ///
-/// In the paper the VM then goes on as in pre-copy, so that a guest that writes much is down for
-/// seconds, and a VM that is staged at a third host moves a second time from there. This one ends
-/// with post-copy: the pause carries no page, and the destination reads the stage itself. The
+/// In the paper the VM then continues as in pre-copy. So a guest that writes much is down for
+/// seconds, and a VM that is staged at a third host moves a second time from there. This strategy
+/// ends with post-copy: the pause moves no page, and the destination reads the stage itself. The
 /// increments are never a consistent state of their own, and nothing resumes from one.
 ///
-/// A store that fails does not end the protection: pages that it lacks are put later, or move in
-/// the end. Neither does a destination that refuses: the next command may name another one.
+/// A store that fails does not end the protection: pages that it does not have are put later, or
+/// move at the end. A destination that refuses does not end it either: the next command may name
+/// another one.
 ///
-/// The engine runs it by [`stage`](crate::engine::stage), and the [simulator](crate::sim) as any
-/// other strategy.
+/// The engine runs this strategy by [`stage`](crate::engine::stage). The [simulator](crate::sim)
+/// runs it like any other strategy.
 pub struct QuickEviction {
-    /// Where the copy is kept: a [stage](Place::stage).
+    /// The place of the copy: a [stage](Place::stage).
     pub stage: Place,
     /// The time between two increments.
     pub interval: Duration,
-    /// The fewest pages of an increment. With fewer dirty pages it is left out.
+    /// The smallest number of pages of an increment. An increment with fewer dirty pages is
+    /// skipped.
     pub threshold: u64,
-    /// The most pages of an increment. The others are part of the next one.
+    /// The largest number of pages of an increment. The others are part of the next one.
     pub most: u64,
-    /// What becomes of the pages that are dirty when the guest is paused.
+    /// How the pages move that are dirty when the guest is paused.
     pub finish: Finish,
-    /// In which order pages are pushed that only the source has.
+    /// The order in which pages are pushed that only the source has.
     pub order: Box<dyn PushOrder>,
 }
 
-/// What becomes of the pages that the copy of a VM lacks when the VM moves.
+/// How the pages move that are not in the copy of a VM when the VM moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Finish {
-    /// They follow when the guest runs at the destination. The pause carries no page.
+    /// The pages follow when the guest runs at the destination. The pause moves no page.
     #[default]
     PostCopy,
-    /// They are sent in the pause: the guest never waits for one of them afterwards. It still reads
-    /// staged pages from the store.
+    /// The pages are sent in the pause, so the guest never waits for one of them afterwards. It
+    /// still reads staged pages from the store.
     Stop,
 }
 
@@ -69,7 +71,7 @@ impl Strategy for QuickEviction {
     }
 
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
-        // only what is not staged already
+        // pages that are staged already are not among these
         let mut dirty = vm.start_tracking()?;
         loop {
             if dirty.len() >= self.threshold {

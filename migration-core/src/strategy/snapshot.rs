@@ -1,19 +1,21 @@
-//! Snapshot: a pre-copy whose destination is a store, and whose guest runs on where it is.
+//! Snapshot: a pre-copy whose destination is a store, and whose guest continues where it is.
 
 use super::{Convergence, Done, ModelConvergence, Next, Running, Strategy};
 use crate::MigrationError;
 
-/// Passes over the running guest's memory, at most: then it is paused, however much is left.
+/// The largest number of passes over the running guest's memory. After them the guest is paused,
+/// however much is left.
 const MAX_PASSES: usize = 30;
 
-/// Puts all pages while the guest runs, and again those that it wrote meanwhile, as long as that
-/// makes them fewer. The pause makes all of it one moment. It is as short as copying what is left
-/// takes: the store gets the copy when the guest has gone on.
+/// Puts all pages while the guest runs, then the pages that it wrote during that pass, as long as
+/// their number shrinks. A pause makes all of them the state of one moment. The pause lasts only as
+/// long as copying the remaining pages in memory takes: the store gets the copy after the guest has
+/// resumed.
 ///
-/// For [`snapshot`](crate::engine::snapshot): a migration refuses it.
+/// Used by [`snapshot`](crate::engine::snapshot). A migration refuses this strategy.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot<C = ModelConvergence> {
-    /// Decides after each pass.
+    /// The policy that decides after each pass.
     pub convergence: C,
 }
 

@@ -1,9 +1,10 @@
-//! Stop-and-copy: pause the guest, send everything.
+//! Stop-and-copy: pauses the guest, then sends all of its RAM.
 
 use super::{Done, Running, Strategy};
 use crate::MigrationError;
 
-/// Moves a VM that is paused all the while. The shortest total time, the longest downtime.
+/// Moves a VM that is paused during the whole migration. Of all strategies it has the shortest
+/// total time and the longest downtime.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StopAndCopy;
 
@@ -13,7 +14,7 @@ impl Strategy for StopAndCopy {
     }
 
     fn migrate(&mut self, mut vm: Running<'_>) -> Result<Done, MigrationError> {
-        // tracking tells what saving the state dirties
+        // tracking finds the pages that saving the state dirties
         let pages = vm.start_tracking()?;
         let mut vm = vm.pause()?;
         vm.send_rest(pages)?;

@@ -28,7 +28,8 @@ fn round(sent: u64) -> Round {
     Round { generation: 1, asked: sent, sent, wire_bytes: sent * 4096, time: 100 * MS }
 }
 
-/// Judges the same round again and again, until the model ends the rounds; how many there were.
+/// Passes the same round to the model repeatedly, until the model ends the rounds. Returns the
+/// number of rounds and the last decision.
 fn rounds_of(model: &mut ModelConvergence, sent: u64, left: u64, link: &Link) -> (usize, Next) {
     for rounds in 1..1000 {
         match model.judge(&round(sent), &dirty(left), link) {
@@ -124,7 +125,7 @@ fn a_limit_below_the_floor_ends_at_once_with_its_parts() {
             parts.iter().for_each(|part| assert!(why.contains(part), "{why}: {part}"));
             let choice = Link { post_copy_on_timeout: true, can_post_copy: true, ..link };
             assert_eq!(rounds_of(&mut ModelConvergence::default(), 100_000, left, &choice).1, Next::PostCopy);
-            // stopped, but after rounds that are worth it
+            // the guest is stopped, but only after the rounds that are worth their time
             let choice = Link { stop_on_timeout: true, ..link };
             let (rounds, end) = rounds_of(&mut ModelConvergence::default(), 2 * left, left, &choice);
             assert!(rounds <= 4 && matches!(end, Next::SwitchOver(_)), "{rounds}: {end:?}");
@@ -140,7 +141,7 @@ fn what_the_vmms_say_is_known_before_the_first_round() {
     assert_eq!(begin(&unknown(300)), Next::Round);
     assert_eq!(begin(&Link { stop_on_timeout: true, ..unknown(4) }), Next::Round);
     assert_eq!(begin(&Link { post_copy_on_timeout: true, can_post_copy: true, ..unknown(4) }), Next::Round);
-    // one slow round trip may be an accident
+    // one slow round trip may be an exception
     let far = Link { fixed_downtime: 1002 * MS, round_trip: 500 * MS, ..unknown(300) };
     assert_eq!(begin(&far), Next::Round);
 }
@@ -158,7 +159,7 @@ fn a_link_that_is_slow_at_first_is_looked_at_again() {
 
 #[test]
 fn dirty_pages_that_are_few_against_the_limit_are_not_throttled() {
-    // 1 MiB again and again, at 1 GB/s and at 1 Gbit/s, within a limit of 300 ms
+    // the guest dirties 1 MiB in each round, at 1 GB/s and at 1 Gbit/s, within a limit of 300 ms
     for bytes_per_second in [1e9, 125e6] {
         let link = Link { bytes_per_second, ..link(300) };
         let mut model = ModelConvergence::default();
@@ -166,7 +167,7 @@ fn dirty_pages_that_are_few_against_the_limit_are_not_throttled() {
         assert!(rounds <= 3 && matches!(end, Next::SwitchOver(_)), "{rounds}: {end:?}");
         assert_eq!(model.throttle, 0);
     }
-    // half of the limit is worth a gentle throttle
+    // pages that take half of the limit are worth a gentle throttle
     let next = ModelConvergence::default().judge(&round(40_000), &dirty(40_000), &link(300));
     assert!(matches!(next, Next::Throttle(1..=80)), "{next:?}");
 }
@@ -180,7 +181,7 @@ fn pending_pieces_count_and_are_given_rounds_without_a_throttle() {
         assert_eq!(model.judge(&round(100), &dirty(100), &pending(bytes)), Next::Round);
     }
     assert!(matches!(model.judge(&round(100), &dirty(100), &pending(0)), Next::SwitchOver(_)));
-    // what does not become less is no reason to throttle the guest
+    // pending state that does not shrink is no reason to throttle the guest
     let mut model = ModelConvergence::default();
     let (rounds, end) = rounds_of(&mut model, 100, 100, &pending(1_000_000_000));
     assert!(rounds <= 12 && matches!(&end, Next::GiveUp(why) if why.contains("1000000000 bytes of device state")));
@@ -203,10 +204,10 @@ fn the_throttle_leaves_half_of_what_a_good_round_needs() {
         assert_eq!((model.stronger(shrink, most), model.stalls), (Next::Throttle(model.throttle), 0));
         model.throttle
     };
-    // a quarter of its time to a guest that dirties as much as is sent
+    // a guest that dirties as many pages as are sent keeps a quarter of its time
     let by_need = [(0, 1.0), (75, 1.0), (0, 0.625), (0, 4.0)].map(|(throttle, shrink)| stronger(throttle, shrink, 99));
     assert_eq!(by_need, [75, 93, 60, 93]);
-    // in steps of 5 at the least, and within bounds
+    // the throttle grows by at least 5 percent, and stays within its bounds
     assert_eq!(
         [stronger(0, 0.26, 99), stronger(40, 0.26, 99), stronger(97, 1.0, 99), stronger(0, 1.0, 60)],
         [5, 45, 99, 60]
@@ -229,7 +230,7 @@ fn how_good_is_good_enough_depends_on_what_the_guest_may_feel() {
     assert_eq!([GuestImpact::Low, GuestImpact::Balanced, GuestImpact::Fast].map(good), [100 * MS, 6 * MS, 6 * MS]);
 }
 
-/// What a model that has seen this does next, by one of its three ways.
+/// Returns the next step of a model in the state `seen`, by one of its three decisions.
 fn next_of(
     way: fn(&mut ModelConvergence, f64, &Prediction, &Link) -> Next,
     mut seen: ModelConvergence,
@@ -271,7 +272,7 @@ fn above_the_limit_there_is_an_end_too() {
         ["throttle", "give up"]
     );
     assert_eq!(next(seen(1, HOPELESS_STALLS - 1, 99), 0.51, 50_000), "round");
-    // nothing is dirty: what is pending takes too long
+    // nothing is dirty, but the pending state takes too long
     let pending = Link { pending_bytes: 1_000_000_000, ..link(50) };
     for (stalls, what) in [(HOPELESS_STALLS - 1, "round"), (HOPELESS_STALLS, "give up")] {
         assert_eq!(next_of(ModelConvergence::above, seen(1, stalls, 0), (0.0, 0), &pending), what);
@@ -280,7 +281,7 @@ fn above_the_limit_there_is_an_end_too() {
 
 #[test]
 fn above_the_floor_a_stop_is_made_as_short_as_the_link_allows() {
-    // the floor is 2.01 ms; half of it are 246 pages
+    // the floor is 2.01 ms; 246 pages take half of it
     let stop = Link { stop_on_timeout: true, ..link(1) };
     let next = |seen, shrink, left, link: &Link| next_of(ModelConvergence::floor_above, seen, (shrink, left), link);
     let helps = || seen(MAX_ROUNDS - 1, MAX_STALLS - 1, 0);
@@ -328,7 +329,7 @@ fn pieces_of_state_are_given_rounds_only_while_they_become_clearly_less() {
     assert!(matches!(judge(&model, 100_000_000), Next::SwitchOver(_)));
 }
 
-/// A policy without an opinion.
+/// A policy that decides nothing by itself.
 struct Any;
 
 impl Convergence for Any {
@@ -351,7 +352,7 @@ fn milliseconds_have_the_decimals_that_mean_something() {
     );
 }
 
-/// A link and a guest, whose rounds are computed.
+/// A link and a guest, of which the rounds are calculated.
 #[derive(Clone, Debug)]
 struct World {
     bytes_per_second: f64,
@@ -369,7 +370,7 @@ struct World {
     can_post_copy: bool,
 }
 
-/// Numbers of any magnitude up to 10 to this power.
+/// Returns numbers of any magnitude, from 0 to 10 to the power of `most`.
 fn any_size(most: f64) -> impl Strategy<Value = f64> {
     prop_oneof![1 => Just(0.0), 9 => (0.0..most).prop_map(|power| 10f64.powf(power))]
 }
@@ -459,7 +460,8 @@ proptest! {
                 }
                 Next::GiveUp(why) => {
                     prop_assert!(!(within || world.stop || world.post_copy && world.can_post_copy));
-                    // all that the guest ever writes fits into the limit: then any moment is good
+                    // if all pages that the guest ever writes fit into the limit, it was wrong to
+                    // give up
                     prop_assert!(link.predict(world.working_set) > world.limit, "given away: {}", why);
                     prop_assert!(why.contains(&ms(world.limit)), "{}", why);
                     break;

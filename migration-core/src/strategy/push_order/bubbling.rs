@@ -5,13 +5,13 @@ use crate::{page::PageRange, page_set::PageSet};
 /// Gopalan, VEE 2009: *adaptive pre-paging*). A new fault moves the pivot, and a new bubble begins
 /// there. The first pivot is page 0.
 ///
-/// The paper pushes `pivot ± bubble` and lets `bubble` grow by one; pages sent already cost
-/// nothing. That is: of the nearest unsent pages above and below, always the nearer one next. It
-/// ends when no page is left, where the printed loop bound misses page 0.
+/// The paper pushes `pivot ± bubble` and increases `bubble` by one; pages that were sent already
+/// cost nothing. This is the same as to push the nearer one of the nearest unsent pages above and
+/// below. This order ends when no page is left, whereas the printed loop bound misses page 0.
 #[derive(Clone, Debug, Default)]
 pub struct Bubbling {
     pivot: u64,
-    /// Whether it is where a fault was.
+    /// Whether the pivot comes from a fault.
     faulted: bool,
     search: Search,
 }
@@ -46,11 +46,12 @@ impl PushOrder for Bubbling {
     }
 }
 
-/// Finds unsent pages without a look at those that were sent long ago: a jump of the pivot into the
-/// middle of what was sent already would cost a walk over half of the set, at each fault.
+/// Finds unsent pages without looking at pages that were sent long ago. Otherwise each fault that
+/// moves the pivot into a part of RAM that was sent already would cost a walk over half of the set.
 #[derive(Clone, Debug)]
 struct Search {
-    /// Blocks of [`Search::BLOCK`] pages; those not in the set were seen without an unsent page.
+    /// Blocks of [`Search::BLOCK`] pages. A block that is not in the set was found to have no
+    /// unsent page.
     blocks: PageSet,
 }
 
@@ -61,7 +62,8 @@ impl Default for Search {
 }
 
 impl Search {
-    /// 64 words of the set of pages; a set of 2^28 pages has 1,024 words of blocks.
+    /// The number of pages of a block: 64 words of the set of pages. A set of 2^28 pages has 1,024
+    /// words of blocks.
     const BLOCK: u64 = 4096;
 
     fn new(unsent: &PageSet) -> Self {
@@ -94,8 +96,8 @@ impl Search {
         }
     }
 
-    /// Returns the first unsent page, found in `unsent` itself, for pages that came back to a block
-    /// already seen; the search begins anew then.
+    /// Returns the first unsent page after a search in `unsent` itself, and begins the search anew.
+    /// Used for pages that became unsent again in a block that is not in the set.
     fn again(&mut self, unsent: &PageSet) -> Option<u64> {
         let page = unsent.first_from(0)?;
         *self = Self::new(unsent);
@@ -127,10 +129,10 @@ mod tests {
         fault(&mut order, &mut unsent, 700);
         assert_eq!(push(&mut order, &mut unsent, 4, 5), [(701, 4), (696, 4), (705, 4), (692, 4), (709, 4)]);
         assert!(order.prepaged());
-        // a new fault moves it
+        // a new fault moves the pivot
         fault(&mut order, &mut unsent, 300);
         assert_eq!(push(&mut order, &mut unsent, 1, 4), [(301, 1), (299, 1), (302, 1), (298, 1)]);
-        // back into what was sent: out of it on the nearer side
+        // a fault among pages that were sent: the next page is the nearest unsent one
         fault(&mut order, &mut unsent, 694);
         assert_eq!(push(&mut order, &mut unsent, 2, 1), [(690, 2)]);
     }
@@ -158,7 +160,7 @@ mod tests {
         assert_eq!(push(&mut order, &mut unsent, 1, 1), [(19 * Search::BLOCK, 1)]);
         assert_eq!(order.search.blocks.iter().collect::<Vec<_>>(), [0, 10, 19]);
         assert_eq!(push(&mut order, &mut unsent, 1, 1), [(5, 1)]);
-        // one that comes back is found all the same
+        // a page that is unsent again is found all the same
         unsent.insert(15 * Search::BLOCK);
         assert_eq!(push(&mut order, &mut unsent, 1, 9), [(15 * Search::BLOCK, 1)]);
     }

@@ -4,11 +4,11 @@ use thiserror::Error;
 
 use super::{Bubbling, DEFAULT_PIVOTS, Direction, HotFirst, Linear, MultiPivot, PushOrder, Random};
 
-/// Most pivots that users can ask for. Beyond the number of threads that read in places of their
-/// own, more of them only spread the push thin.
+/// The largest number of pivots that users can choose. More pivots than the guest has threads that
+/// read in different places only distribute the push over more places.
 pub const MAX_PIVOTS: usize = 1024;
 
-/// The orders that can be had by name, with their options. [`FromStr`] and
+/// The orders that can be chosen by name, with their options. [`FromStr`] and
 /// [`Display`](fmt::Display) are each other's inverse.
 ///
 /// ```
@@ -33,22 +33,22 @@ pub enum KnownOrder {
     Bubbling,
     /// [`MultiPivot`].
     MultiPivot {
-        /// The number of of the last pivots are kept.
+        /// The number of the last pivots that are kept.
         k: usize,
-        /// Where their bubbles grow.
+        /// The directions in which their bubbles grow.
         direction: Direction,
     },
     /// [`HotFirst`].
     HotFirst,
     /// [`Random`].
     Random {
-        /// The order depends on this alone.
+        /// The seed, which alone determines the order.
         seed: u64,
     },
 }
 
 impl KnownOrder {
-    /// Returns an order of this kind.
+    /// Returns a new order of this kind.
     pub fn build(self) -> Box<dyn PushOrder> {
         match self {
             Self::Linear => Box::new(Linear::default()),
@@ -60,7 +60,7 @@ impl KnownOrder {
     }
 }
 
-/// [`MultiPivot`], the papers' best.
+/// Returns [`MultiPivot`], the best order of the papers.
 impl Default for KnownOrder {
     fn default() -> Self {
         Self::MultiPivot { k: DEFAULT_PIVOTS, direction: Direction::Dual }
@@ -70,21 +70,21 @@ impl Default for KnownOrder {
 /// Returns the order that users write as `text`; see [`KnownOrder`].
 ///
 /// # Errors
-/// Returns an error if there is none, with those that there are.
+/// Returns an error if there is no such order. The error lists the orders that there are.
 pub fn parse(text: &str) -> Result<Box<dyn PushOrder>, UnknownOrder> {
     text.parse().map(KnownOrder::build)
 }
 
-/// There is no such order, or it has no such option.
+/// The error that there is no such order, or that it has no such option.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
     "push order '{text}': {why}; there are linear, bubbling, \
      multi-pivot[:k=1..{MAX_PIVOTS},dir=dual|forward|backward], hot-first, random[:seed=N]"
 )]
 pub struct UnknownOrder {
-    /// What the user wrote.
+    /// The text that the user wrote.
     pub text: String,
-    /// What is wrong with it.
+    /// What is wrong with the text.
     pub why: String,
 }
 

@@ -4,43 +4,45 @@ use crate::{
     page_set::PageSet,
 };
 
-/// The pages that were dirtied in most rounds before the switch-over come first: what a guest wrote
-/// often it will probably use at once. Then come those that it has [referenced](super::REFERENCED)
-/// before the first round, as far as the VMM knows. The papers' *LRU order*, with the dirty log in
-/// the place of most referenced bits.
+/// Pushes the pages that were dirtied in most rounds before the switch-over first: a guest will
+/// probably soon use the pages that it wrote often. Then it pushes those that the guest has
+/// [referenced](super::REFERENCED) before the first round, if the VMM knows them. This is the *LRU
+/// order* of the papers, with the dirty log in the place of most referenced bits.
 ///
-/// Rounds are counted in classes (1, 2–3, 4–7, …), so that neighbours of about the same heat go in
-/// one run; within a class the order is ascending. The 8 pages on either side of a fault go before
-/// everything else. Pages that were neither dirtied nor referenced, all of them if nothing is
-/// known, come last, ascending.
+/// Rounds are counted in classes (1, 2–3, 4–7, …), so that neighbours of about the same heat are
+/// pushed in one run. Within a class the order is ascending. The 8 pages on either side of a fault
+/// are pushed before all others. Pages that were neither dirtied nor referenced are pushed last, in
+/// ascending order. If nothing is known, these are all pages.
 ///
-/// `begin` looks at the heat of every unsent page (about 1 ms for each million), and keeps a set
-/// for each class that occurs, at most 8.
+/// `begin` reads the heat of every unsent page (about 1 ms for each million), and keeps a set for
+/// each class that occurs, at most 8.
 #[derive(Clone, Debug, Default)]
 pub struct HotFirst {
-    /// Unsent pages at the beginning, a set for each class; the hottest last.
+    /// The unsent pages at the beginning: a set for each class, the hottest class last.
     classes: Vec<PageSet>,
-    /// How far the hottest class is done.
+    /// The page of the hottest class from which the search continues.
     at: u64,
-    /// Faults whose neighbours are not all sent; the last one first.
+    /// The faults with neighbours that may be unsent, the newest one last.
     faults: Vec<u64>,
     rest: Linear,
 }
 
-/// Pages on either side of a fault that are pushed at once: with the page itself, about the 64 KiB
-/// from which on the installation of a run is cheap.
+/// The number of pages on either side of a fault that are pushed at once. With the page itself they
+/// are about the 64 KiB from which on the installation of a run is cheap.
 const NEIGHBOURS: u64 = 8;
-/// Faults remembered between two pushes; older ones are forgotten. More come at once only if more
-/// threads wait.
+/// The largest number of faults to remember between two pushes; older ones are forgotten. There are
+/// more at once only if more threads wait.
 const MAX_FAULTS: usize = 256;
 
-/// 0 for pages of which nothing is known, 1 for those that were only referenced, else 2 to 8.
+/// Returns 0 for pages of which nothing is known, 1 for pages that were only referenced, and
+/// otherwise 2 to 8.
 fn class(heat: u8) -> u32 {
     u8::BITS - heat.leading_zeros()
 }
 
 impl HotFirst {
-    /// Pushes what is left of the neighbourhood of the last fault, of the one before it, ...
+    /// Returns the next unsent run beside the last fault, or if there is none, beside the one
+    /// before it, and so on.
     fn near_faults(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
         while let Some(&fault) = self.faults.last() {
             let (from, to) = (fault.saturating_sub(NEIGHBOURS), fault.saturating_add(NEIGHBOURS + 1));
@@ -52,7 +54,7 @@ impl HotFirst {
         None
     }
 
-    /// Pushes the next run of the hottest class that has one.
+    /// Returns the next unsent run of the hottest class that has one.
     fn hottest(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
         while let Some(class) = self.classes.last() {
             let Some(first) = class.first_from(self.at) else {
@@ -108,7 +110,7 @@ impl PushOrder for HotFirst {
     }
 
     fn prepaged(&self) -> bool {
-        // who has found nothing near the faults has forgotten them
+        // `near_faults` removes the faults beside which it finds nothing
         !self.faults.is_empty()
     }
 }
@@ -168,7 +170,7 @@ mod tests {
         order.begin(&unsent, &heat);
         let runs = push(&mut order, &mut unsent, 16, 7);
         assert_eq!(runs, [(40, 2), (43, 2), (90, 10), (10, 16), (26, 4), (60, 4), (0, 10)]);
-        // a heat that is too short says nothing of the other pages
+        // pages beyond the end of the heat count as unknown
         let mut unsent = PageSet::full(100);
         order.begin(&unsent, &heat[..15]);
         assert_eq!(push(&mut order, &mut unsent, 100, 9), [(10, 5), (0, 10), (15, 85)]);

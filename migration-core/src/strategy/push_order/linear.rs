@@ -1,7 +1,8 @@
 use super::{PushOrder, run_up};
 use crate::{page::PageRange, page_set::PageSet};
 
-/// Ascending from page 0, whatever the guest asks for: the papers' plain *active push*.
+/// Pushes pages in ascending order from page 0, whatever the guest faults on: the plain *active
+/// push* of the papers.
 #[derive(Clone, Debug, Default)]
 pub struct Linear {
     at: u64,
@@ -19,7 +20,7 @@ impl PushOrder for Linear {
     fn fault(&mut self, _page: u64) {}
 
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange> {
-        // around the end, for pages that came back after they were passed
+        // starts again at page 0, for pages that became unsent again after they were passed
         let page = unsent.first_from(self.at).or_else(|| unsent.first_from(0))?;
         let run = run_up(unsent, page, most)?;
         self.at = run.end();

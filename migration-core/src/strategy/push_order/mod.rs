@@ -1,18 +1,19 @@
-//! In which order post-copy pushes pages that nobody has asked for yet.
+//! The order in which post-copy pushes pages that the destination has not requested yet.
 //!
 //! | order | pushes next |
 //! |---|---|
 //! | [`Linear`] | the next page, ascending |
 //! | [`Bubbling`] | the page nearest to the last fault |
-//! | [`MultiPivot`] | around each of the last faults, in turn |
+//! | [`MultiPivot`] | pages around each of the last faults, in turn |
 //! | [`HotFirst`] | the pages that were dirtied most often before the switch-over, then those that were referenced |
-//! | [`Random`] | any page: what the others are to be compared with |
+//! | [`Random`] | any page: a baseline for comparison with the others |
 //!
-//! [`Through`] adds to any of them the stores through which its pages may go.
+//! [`Through`] adds stores, through which the pages may move, to any of these orders.
 //!
-//! [`KnownOrder`] is the choice among them, as users write it. No run crosses the border of a
-//! stripe ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit: so each goes
-//! out on one lane, and with `most` at a stripe or more a transparent huge page comes whole.
+//! [`KnownOrder`] is a choice of one of these orders, as users write it. No run crosses the border
+//! of a stripe ([`STRIPE_PAGES`]), and a run is as long as `most` and that border permit. So each
+//! run is sent on one lane, and if `most` is at least a stripe, a transparent huge page is sent as
+//! a whole.
 
 mod bubbling;
 mod choice;
@@ -37,18 +38,19 @@ use crate::{
     page_set::PageSet,
 };
 
-/// What a round in which a page was dirtied adds to its [heat](PushOrder::begin).
+/// The amount that a round in which a page was dirtied adds to the [heat](PushOrder::begin) of the
+/// page.
 pub const DIRTIED: u8 = 2;
-/// What it adds to the heat of a page that the guest has referenced before the first round, read or
-/// written, where the VMM [knows](crate::vm::SourceVm::referenced_pages). Less than [`DIRTIED`]: it
-/// is older, and it does not say how often.
+/// The amount that is added to the heat of a page that the guest has referenced (read or written)
+/// before the first round, if the VMM [knows](crate::vm::SourceVm::referenced_pages) it. Less than
+/// [`DIRTIED`], because the reference is older, and because the number of references is unknown.
 pub const REFERENCED: u8 = 1;
 
-/// A policy: which pages to push next. Each page is pushed or demanded once; the engine takes what
-/// was sent out of `unsent` by itself.
+/// A policy that chooses the pages to push next. Each page is pushed or demanded once. The engine
+/// removes the pages that were sent from `unsent` itself.
 ///
-/// One of one's own needs little more than the queries of [`PageSet`]. This one begins with the
-/// last page of RAM:
+/// The queries of [`PageSet`] are enough for most policies. This one begins with the last page of
+/// RAM:
 ///
 /// ```
 /// use migration_core::{PageRange, PageSet, strategy::PushOrder};
@@ -82,43 +84,43 @@ pub const REFERENCED: u8 = 1;
 /// assert_eq!(pushed, [(701, 299), (300, 400), (0, 300)]);
 /// ```
 pub trait PushOrder: Send {
-    /// Its name, as users write it.
+    /// Returns the name of the order, as users write it.
     fn name(&self) -> &'static str;
 
-    /// The serving begins: these pages are to move. `heat` says for each page how much the guest
-    /// has used it: [`DIRTIED`] for each round in which it was dirtied and [`REFERENCED`] if it was
-    /// referenced before, 255 at most. Pages beyond its end have 0; it is empty if nothing is
-    /// known.
+    /// Begins to stream the missing pages `unsent`. `heat` has a number for each page that says how
+    /// much the guest has used it: the sum of [`DIRTIED`] for each round in which it was dirtied
+    /// and of [`REFERENCED`] if it was referenced before, at most 255. Pages beyond the end of
+    /// `heat` have the number 0. `heat` is empty if nothing is known.
     fn begin(&mut self, unsent: &PageSet, heat: &[u8]);
 
-    /// The guest has faulted at `page`, which has been sent by now.
+    /// Records that the guest has faulted on `page`. The page has been sent already.
     fn fault(&mut self, page: u64);
 
-    /// Returns the next pages to push: a run of at most `most` pages (0 counts as 1), all of them
-    /// in `unsent`; `None` only when that is empty. Called for every batch: it should not look at
-    /// all of `unsent` each time.
+    /// Returns the next pages to push: a run of at most `most` pages, all of them in `unsent`. 0
+    /// counts as 1. Returns `None` only if `unsent` is empty. Called for every batch, so it should
+    /// not search all of `unsent` each time.
     fn next(&mut self, unsent: &PageSet, most: u64) -> Option<PageRange>;
 
-    /// Returns whether what [`next`](Self::next) has just returned lies around a fault, for which
-    /// reason it was chosen: *pre-paging*. For the report only.
+    /// Returns whether [`next`](Self::next) has chosen its last run because the run lies around a
+    /// fault: *pre-paging*. Used only for the report.
     fn prepaged(&self) -> bool {
         false
     }
 
-    /// Returns the places in stores through which pages may go on their way, besides the direct
-    /// link. The engine fills the direct link first, and the stores with the egress that it leaves.
-    /// Every place must be one of the strategy's [`stores`](super::Strategy::stores). None by
-    /// default.
+    /// Returns the places in stores through which pages may move, besides the direct link. The
+    /// engine fills the direct link first, and uses the egress that the direct link leaves for the
+    /// stores. Every place must be one of the strategy's [`stores`](super::Strategy::stores).
+    /// Returns no places by default.
     fn through(&self) -> &[Place] {
         &[]
     }
 }
 
-/// What is wrong with the choice of a push order.
+/// An invalid choice of a push order.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OrderError {
-    /// It chose nothing although pages are unsent.
+    /// The order chose nothing although pages are unsent.
     #[error("the push order {order} chose nothing of {unsent} pages")]
     Nothing {
         /// The name of the order.
@@ -126,7 +128,7 @@ pub enum OrderError {
         /// The number of unsent pages.
         unsent: u64,
     },
-    /// It chose no page, or pages that are not all unsent.
+    /// The order chose an empty run, or pages that are not all unsent.
     #[error("the push order {order} chose pages {}+{}, which are not all unsent", run.first, run.count)]
     NotUnsent {
         /// The name of the order.
@@ -136,10 +138,10 @@ pub enum OrderError {
     },
 }
 
-/// Asks `order` for the next run, and checks its answer.
+/// Asks `order` for the next run, and checks the run.
 ///
 /// # Errors
-/// What is wrong with it.
+/// Returns an error if the run is invalid.
 pub(crate) fn checked_next(
     order: &mut dyn PushOrder,
     unsent: &PageSet,
@@ -179,24 +181,25 @@ impl<P: PushOrder + ?Sized> PushOrder for Box<P> {
     }
 }
 
-/// The run of unsent pages from `page` upwards, within its stripe; `None` if `page` was sent.
+/// Returns the run of unsent pages that begins with `page`, within its stripe, or `None` if `page`
+/// was sent.
 fn run_up(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
     unsent.run_at(page, most.clamp(1, STRIPE_PAGES - page % STRIPE_PAGES))
 }
 
-/// The run of unsent pages from just below `page` downwards, within one stripe; `None` if `page -
-/// 1` was sent.
+/// Returns the run of unsent pages that ends just below `page`, within one stripe, or `None` if
+/// `page - 1` was sent.
 fn run_down(unsent: &PageSet, page: u64, most: u64) -> Option<PageRange> {
     let last = page.checked_sub(1)?;
     unsent.run_before(page, most.clamp(1, last % STRIPE_PAGES + 1))
 }
 
-/// What the tests of the orders share.
+/// Helpers of the tests of all orders.
 #[cfg(test)]
 mod test_util {
     use super::*;
 
-    /// Pushes `runs` runs of at most `most` pages, as the engine does; what they were, as `(first,
+    /// Pushes `runs` runs of at most `most` pages, as the engine does. Returns the runs as `(first,
     /// count)`.
     pub fn push(order: &mut dyn PushOrder, unsent: &mut PageSet, most: u64, runs: usize) -> Vec<(u64, u64)> {
         let run = || {
@@ -207,7 +210,7 @@ mod test_util {
         std::iter::from_fn(run).take(runs).collect()
     }
 
-    /// A fault at `page`, as the engine does it.
+    /// Faults on `page`, as the engine does.
     pub fn fault(order: &mut dyn PushOrder, unsent: &mut PageSet, page: u64) {
         unsent.remove(page);
         order.fault(page);

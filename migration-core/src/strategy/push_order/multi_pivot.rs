@@ -3,18 +3,18 @@ use std::{collections::VecDeque, fmt};
 use super::{PushOrder, run_down, run_up};
 use crate::{page::PageRange, page_set::PageSet};
 
-/// Pivots kept unless another number is asked for: the paper's best.
+/// The number of pivots that are kept by default: the best one of the paper.
 pub const DEFAULT_PIVOTS: usize = 7;
 
-/// Where the bubble around a pivot grows.
+/// The directions in which the bubble around a pivot grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Direction {
-    /// Both ways: at least as good as forward in the paper.
+    /// Both directions: at least as good as forward in the paper.
     #[default]
     Dual,
     /// To higher pages only.
     Forward,
-    /// To lower pages only: worse than [`Linear`](super::Linear) for most guests; for comparison.
+    /// To lower pages only: worse than [`Linear`](super::Linear) for most guests. For comparisons.
     Backward,
 }
 
@@ -31,25 +31,25 @@ impl fmt::Display for Direction {
 /// Bubbles around the last *k* pivots at once, for guests that read in several places (Hines and
 /// others, OSR 2009).
 ///
-/// Each pivot has an edge above it, below it, or both. The edges take turns, those of a new pivot
-/// first; an edge is stuck when it meets a page that was sent. When there are *k* pivots, a new one
-/// replaces the oldest. Page 0 is a pivot of its own, beside the *k*, with an edge that is never
-/// replaced and grows forward; when every edge is stuck, this one goes on behind what stopped it,
-/// so that every page is sent at last, whatever became of the others.
+/// Each pivot has an edge above it, below it, or both. The edges take turns; those of a new pivot
+/// come first. An edge is stuck when it meets a page that was sent. When there are *k* pivots, a
+/// new one replaces the oldest. Page 0 is an additional pivot, with an edge that is never replaced
+/// and grows forward. When every edge is stuck, this one continues at the next unsent page, so that
+/// every page is sent in the end.
 ///
-/// A fault beside which nothing is left to push makes no pivot: it was for a page in flight, or
-/// just pushed.
+/// A fault with no unsent page beside it makes no pivot: the page was in flight, or had just been
+/// pushed.
 #[derive(Clone, Debug)]
 pub struct MultiPivot {
     k: usize,
     direction: Direction,
-    /// Those not known to be stuck, in the order of their turns.
+    /// The edges that are not known to be stuck, in the order of their turns.
     edges: VecDeque<Edge>,
-    /// Where the edge of page 0 is.
+    /// The position of the edge of page 0.
     sticky: u64,
-    /// Pivots so far.
+    /// The number of pivots so far.
     pivots: u64,
-    /// Since the last push; the last `k` of them.
+    /// The last `k` faults since the last push.
     faults: VecDeque<u64>,
     /// Whether the last push was beside a pivot other than page 0.
     prepaged: bool,
@@ -57,7 +57,7 @@ pub struct MultiPivot {
 
 #[derive(Clone, Copy, Debug)]
 enum Edge {
-    /// That of page 0; it is at `MultiPivot::sticky`.
+    /// The edge of page 0. Its position is `MultiPivot::sticky`.
     Sticky,
     /// The next page to push is `at`.
     Above { pivot: u64, at: u64 },
@@ -72,7 +72,7 @@ impl Default for MultiPivot {
 }
 
 impl MultiPivot {
-    /// With the `k` last pivots (0 counts as 1).
+    /// Returns the order with the `k` last pivots. 0 counts as 1.
     pub fn new(k: usize, direction: Direction) -> Self {
         let edges = VecDeque::from([Edge::Sticky]);
         Self { k: k.max(1), direction, edges, sticky: 0, pivots: 0, faults: VecDeque::new(), prepaged: false }
@@ -99,7 +99,7 @@ impl MultiPivot {
         }
     }
 
-    /// Returns what `edge` pushes next; `None` if it is stuck.
+    /// Returns the next run at `edge`, and moves the edge; `None` if the edge is stuck.
     fn grow(&mut self, edge: &mut Edge, unsent: &PageSet, most: u64) -> Option<PageRange> {
         match edge {
             Edge::Sticky => run_up(unsent, self.sticky, most).inspect(|run| self.sticky = run.end()),
@@ -143,7 +143,7 @@ impl PushOrder for MultiPivot {
                 return Some(run);
             }
         }
-        // all are stuck
+        // all edges are stuck
         self.prepaged = false;
         self.sticky = unsent.first_from(self.sticky).or_else(|| unsent.first_from(0))?;
         self.edges.push_back(Edge::Sticky);
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(push(&mut order, &mut unsent), (0, false));
         fault(&mut order, &mut unsent, 30);
         assert_eq!([(); 4].map(|()| push(&mut order, &mut unsent)), [(31, true), (26, true), (4, false), (35, true)]);
-        // none is left beside it in the end
+        // in the end no unsent page is left beside the pivot
         let rest: Vec<_> = (0..5).map(|_| push(&mut order, &mut unsent)).collect();
         assert_eq!(rest, [(22, true), (8, false), (39, true), (18, true), (12, false)]);
     }

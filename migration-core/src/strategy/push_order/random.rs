@@ -1,32 +1,32 @@
 use super::{Linear, PushOrder};
 use crate::{page::PageRange, page_set::PageSet};
 
-/// Blocks of 16 pages in a random order that depends on the seed alone, and ignores faults: what an
-/// order that claims to predict the guest has to be better than.
+/// Pushes blocks of 16 pages in a random order that depends only on the seed, and ignores faults:
+/// the baseline for orders that claim to predict the guest.
 #[derive(Clone, Debug)]
 pub struct Random {
     keys: [u64; 3],
-    /// Blocks drawn so far.
+    /// The number of blocks chosen so far.
     drawn: u64,
-    /// The block drawn last.
+    /// The block chosen last.
     block: PageRange,
     rest: Linear,
 }
 
-/// Pages in a block.
+/// The number of pages in a block.
 const BLOCK: u64 = 16;
 
 impl Random {
-    /// Returns the order of this seed.
+    /// Returns the order with this seed.
     pub fn new(seed: u64) -> Self {
         let mut state = seed;
         let keys = std::array::from_fn(|_| splitmix64(&mut state));
         Self { keys, drawn: 0, block: PageRange::new(0, 0), rest: Linear::default() }
     }
 
-    /// Returns the place of `number` in a permutation of all numbers of `bits` bits. Each step is
-    /// one to one on them (to add a key, to multiply by an odd number, to mix high bits into lower
-    /// ones), so all are; nothing has to be stored.
+    /// Returns the position of `number` in a permutation of all numbers of `bits` bits. Each step
+    /// is a bijection on these numbers (adding a key, multiplying by an odd number, mixing high
+    /// bits into lower ones), so their composition is one, and nothing has to be stored.
     fn shuffle(&self, number: u64, bits: u32) -> u64 {
         let mask = (1 << bits) - 1;
         self.keys.iter().fold(number, |x, key| {
@@ -35,7 +35,7 @@ impl Random {
         })
     }
 
-    /// Returns the next block, of those that a VM of `pages` pages has.
+    /// Returns the next block that a VM of `pages` pages has.
     fn draw(&mut self, pages: u64) -> Option<PageRange> {
         let bits = pages.div_ceil(BLOCK).next_power_of_two().trailing_zeros();
         while self.drawn < 1 << bits {

@@ -1,7 +1,7 @@
 use super::PushOrder;
 use crate::{page::PageRange, page_set::PageSet, strategy::Place};
 
-/// Any other order, whose pages may also go through stores.
+/// Another order, whose pages may also move through stores.
 ///
 /// ```
 /// use migration_core::strategy::{Place, PushOrder, push_order::{HotFirst, Through}};
@@ -15,8 +15,8 @@ pub struct Through<P> {
 }
 
 impl<P: PushOrder> Through<P> {
-    /// Makes an order that chooses pages as `order` does. Pages that the direct link has no room
-    /// for go into these places in turn.
+    /// Returns an order that chooses pages as `order` does. Pages for which the direct link has no
+    /// room are put into `places` in turn.
     pub fn new(places: Vec<Place>, order: P) -> Self {
         Self { places, order }
     }
